@@ -1,0 +1,8 @@
+"""`python -m hyper_merge`: the command line."""
+
+import sys
+
+from hyper_merge.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

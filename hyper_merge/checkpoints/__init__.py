@@ -1,0 +1,1 @@
+"""Checkpoint files: reading, writing, telling them apart; no mathematics, no devices."""

@@ -1,0 +1,140 @@
+"""Whether checkpoints can be merged with one another: one family, the same keys and shapes, no twins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Final
+
+from hyper_merge.checkpoints.architecture import Family
+from hyper_merge.checkpoints.header import Header
+from hyper_merge.checkpoints.layers import Layout, Treatment
+from hyper_merge.checkpoints.reader import fingerprint, read_header
+from hyper_merge.errors import CheckpointError, MismatchError
+
+_ADVICE: Final = "choose checkpoints of one family"
+_FREE: Final = (Treatment.COPY, Treatment.DROP)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_alike(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
+    """Returns if all files are of one family and agree in every tensor that is averaged.
+
+    What is copied or dropped (position ids, schedules, markers, training averages) may differ.
+
+    Args:
+        headers: of all files; the first is what the others are held against.
+        layouts: of the same files.
+
+    Raises:
+        MismatchError: families are mixed; or a file lacks keys, has more, or has other shapes.
+    """
+    check_families(headers, [layout.family for layout in layouts])
+    names = _names(headers)
+    first = _compared(headers[0], layouts[0])
+    for header, layout, name in zip(headers[1:], layouts[1:], names[1:], strict=True):
+        shapes = _compared(header, layout)
+        _require_keys(name, shapes, names[0], first)
+        _require_shapes(name, shapes, names[0], first)
+
+
+def check_families(headers: Sequence[Header], families: Sequence[Family]) -> None:
+    """Returns if all files are of one family.
+
+    Raises:
+        MismatchError: they are not; names the files of every family, the largest group first.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, family in zip(_names(headers), families, strict=True):
+        groups.setdefault(family.title, []).append(name)
+    if len(groups) < 2:
+        return
+    falling = sorted(groups.items(), key=lambda group: -len(group[1]))
+    counts = ", ".join(
+        f"{len(names)} {'is' if len(names) == 1 else 'are'} {title}" for title, names in falling
+    )
+    files = " / ".join(", ".join(names) for _, names in falling)
+    raise MismatchError(f"{counts}: {files}; {_ADVICE}")
+
+
+def check_distinct(paths: Sequence[Path]) -> list[str]:
+    """Warnings, one for each pair of files with the same content by `fingerprint`.
+
+    Raises:
+        MismatchError: one file is given twice, by its path or through a link.
+        CheckpointError: a file cannot be read.
+    """
+    headers = [read_header(path) for path in paths]
+    for first, second in combinations(headers, 2):
+        if _same_file(first.path, second.path):
+            raise MismatchError(_twice(first.path, second.path))
+    sizes = [header.size for header in headers]
+    prints = [
+        # Equal sizes only: most files need not be read at all.
+        fingerprint(header) if sizes.count(header.size) > 1 else str(index)
+        for index, header in enumerate(headers)
+    ]
+    names = _names(headers)
+    return [
+        f"{names[i]} and {names[j]} have the same content"
+        for i, j in combinations(range(len(headers)), 2)
+        if prints[i] == prints[j]
+    ]
+
+
+def _twice(first: Path, second: Path) -> str:
+    if first == second:
+        return f"{first} is given twice; choose every checkpoint once"
+    return f"{first} and {second} are the same file; choose every checkpoint once"
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except OSError as error:
+        raise CheckpointError(f"{first} and {second} cannot be compared: {error}") from error
+
+
+def _names(headers: Sequence[Header]) -> list[str]:
+    """File names, with their folders where two are called the same."""
+    names = [header.name for header in headers]
+    return [str(header.path) if names.count(header.name) > 1 else header.name for header in headers]
+
+
+def _compared(header: Header, layout: Layout) -> Shapes:
+    return {
+        key: info.shape
+        for key, info in header.tensors.items()
+        if layout.treatments[key] not in _FREE
+    }
+
+
+def _require_keys(name: str, shapes: Shapes, other: str, expected: Shapes) -> None:
+    lacking = [key for key in expected if key not in shapes]
+    if lacking:
+        owner = other + ("'" if other.endswith("s") else "'s")
+        raise MismatchError(
+            f"{name} lacks {len(lacking)} of {owner} {len(expected)} keys (first: {lacking[0]});"
+            f" {_ADVICE}"
+        )
+    extra = [key for key in shapes if key not in expected]
+    if extra:
+        raise MismatchError(
+            f"{name} has {_keys(extra)} that {other} lacks (first: {extra[0]}); {_ADVICE}"
+        )
+
+
+def _require_shapes(name: str, shapes: Shapes, other: str, expected: Shapes) -> None:
+    differing = [key for key in expected if shapes[key] != expected[key]]
+    if differing:
+        key = differing[0]
+        raise MismatchError(
+            f"{name} and {other} differ in shape in {_keys(differing)} (first: {key}"
+            f" {list(shapes[key])} against {list(expected[key])}); {_ADVICE}"
+        )
+
+
+def _keys(keys: Sequence[str]) -> str:
+    return f"{len(keys)} key" + ("s" if len(keys) > 1 else "")

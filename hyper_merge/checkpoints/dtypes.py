@@ -1,0 +1,53 @@
+"""Element types of .safetensors files: their names, sizes and torch's types for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import torch
+
+# The library's own order, smallest alignment first: it decides where tensors lie in a file.
+_STORED: Final = (
+    # name in the file, bits, name in torch (None: read by nobody here)
+    ("BOOL", 8, "bool"),
+    ("F4", 4, None),
+    ("F6_E2M3", 6, None),
+    ("F6_E3M2", 6, None),
+    ("U8", 8, "uint8"),
+    ("I8", 8, "int8"),
+    ("F8_E5M2", 8, "float8_e5m2"),
+    ("F8_E4M3", 8, "float8_e4m3fn"),
+    ("F8_E8M0", 8, None),
+    ("I16", 16, "int16"),
+    ("U16", 16, "uint16"),
+    ("F16", 16, "float16"),
+    ("BF16", 16, "bfloat16"),
+    ("I32", 32, "int32"),
+    ("U32", 32, "uint32"),
+    ("F32", 32, "float32"),
+    ("C64", 64, None),
+    ("F64", 64, "float64"),
+    ("I64", 64, "int64"),
+    ("U64", 64, "uint64"),
+)
+
+STORED_BITS: Final[Mapping[str, int]] = MappingProxyType({name: bits for name, bits, _ in _STORED})
+"""Size of one element in bits, by the type's name in the file."""
+
+# getattr: torch 2.1 lacks the wider unsigned integers.
+TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {name: getattr(torch, own) for name, _, own in _STORED if own and hasattr(torch, own)}
+)
+"""torch's type by the type's name in the file, as far as the torch at hand has it."""
+
+STORED_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
+    {dtype: name for name, dtype in TORCH_DTYPES.items()}
+)
+"""The type's name in the file by torch's type."""
+
+ALIGNMENT_ORDER: Final[Mapping[torch.dtype, int]] = MappingProxyType(
+    {TORCH_DTYPES[name]: i for i, (name, _, _) in enumerate(_STORED) if name in TORCH_DTYPES}
+)
+"""Place of a type in the library's order; tensors of a higher place come first in a file."""

@@ -1,0 +1,50 @@
+"""What is known of a checkpoint file before any tensor is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Type and shape of a stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's table of contents, and what tells whether the file is still the same."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]  # in the file's order
+    metadata: Mapping[str, str]
+    size: int  # bytes of the whole file
+    mtime_ns: int
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # key -> type unknown to torch
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.path.name
+
+    @property
+    def stem(self) -> str:
+        """The file's name without folder and suffix."""
+        return self.path.stem

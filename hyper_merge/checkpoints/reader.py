@@ -1,0 +1,228 @@
+"""Reads checkpoints: the table of contents alone, or tensor by tensor through a memory mapping."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.pickled import load_pickled
+from hyper_merge.checkpoints.safetensors_header import AGAIN, read_table
+from hyper_merge.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Header", "TensorInfo", "fingerprint", "read_header"]
+
+_PICKLED: Final = (".ckpt", ".pt", ".pth")
+_ACCEPTED: Final = "choose a .safetensors or .ckpt file"
+
+_FINGERPRINT_HEAD: Final = 4 * 2**20  # bytes
+_FINGERPRINT_PLACES: Final = 16
+_FINGERPRINT_SAMPLE: Final = 64 * 2**10  # bytes at each place
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Keys, types, shapes and metadata of a checkpoint file, without any tensor's data.
+
+    The kind of file is told by its suffix, in any case of letters: .safetensors; .ckpt, .pt, .pth.
+
+    Raises:
+        CheckpointError: the file is missing, not a file, empty, unreadable, damaged, or of a kind
+            that is not read.
+    """
+    path = Path(path)
+    status = _status(path)
+    pickled = _is_pickled(path)
+    try:
+        if pickled:
+            return _pickled_header(path, status, load_pickled(path))
+        table = read_table(path, status.st_size)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return Header(
+        path, table.tensors, table.metadata, status.st_size, status.st_mtime_ns, table.unsupported
+    )
+
+
+class Checkpoint:
+    """A checkpoint file open for reading, tensor by tensor; use as a context manager.
+
+        with Checkpoint(path) as checkpoint:
+            weight = checkpoint.tensor("model.diffusion_model.out.2.weight")
+
+    Tensors are views of the mapped file: read-only by convention, usable until the block is left.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], expected: Header | None = None) -> None:
+        """Names the file; nothing is read before the block is entered.
+
+        Args:
+            path: the file.
+            expected: the header as it was read earlier; saves reading it again, and a file that
+                changed since then is refused.
+        """
+        self.path = Path(path)
+        self._header = expected
+        self._get: Callable[[str], Tensor] | None = None
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Checkpoint:
+        header = self._header or read_header(self.path)
+        try:
+            self._get = self._open()
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        self._header = header
+        try:
+            require_unchanged(header)
+        except CheckpointError:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    @property
+    def header(self) -> Header:
+        """Keys, types, shapes and metadata; known once the block is entered."""
+        if self._header is None:
+            raise CheckpointError(f"{self.path.name} is not open; use it in a with block")
+        return self._header
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor in its stored type, a view of the mapped file.
+
+        Raises:
+            CheckpointError: no such key, a type that torch does not know, the file changed since
+                its header was read, or it is closed.
+        """
+        if self._get is None:
+            raise CheckpointError(f"{self.path.name} is closed; read tensors inside of its block")
+        header = self.header
+        if key in header.unsupported:
+            stored = header.unsupported[key]
+            raise CheckpointError(
+                f"{key} in {self.path.name} is stored as {stored}, unknown to torch"
+                f" {torch.__version__}; use an fp16 or fp32 version of the file"
+            )
+        if key not in header.tensors:
+            raise CheckpointError(f"{self.path.name} has no tensor {key!r}")
+        require_unchanged(header)
+        return self._get(key)
+
+    def _open(self) -> Callable[[str], Tensor]:
+        if _is_pickled(self.path):
+            return load_pickled(self.path).__getitem__
+        try:
+            handle = self._resources.enter_context(safe_open(str(self.path), framework="pt"))
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path.name} cannot be read ({error}); {AGAIN}") from error
+        get: Callable[[str], Tensor] = handle.get_tensor
+        return get
+
+    def _close(self) -> None:
+        self._get = None
+        self._resources.close()
+
+
+def require_unchanged(header: Header) -> None:
+    """Returns if the file still has the size and time of change that its header was read with.
+
+    Raises:
+        CheckpointError: it was changed, replaced or removed since then.
+    """
+    try:
+        status = header.path.stat()
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    if (status.st_size, status.st_mtime_ns) != (header.size, header.mtime_ns):
+        raise CheckpointError(
+            f"{header.name} was changed while being read; run again when nothing writes to it"
+        )
+
+
+def fingerprint(header: Header) -> str:
+    """SHA-256 (hex) of the file's size, its beginning and samples: the same for the same content.
+
+    Reads at most 5 MiB. Files that differ only between the sampled places look alike: where that
+    matters, compare `mtime_ns` too.
+
+    Raises:
+        CheckpointError: the file is unreadable or no longer the one of `header`.
+    """
+    require_unchanged(header)
+    digest = hashlib.sha256(str(header.size).encode())
+    try:
+        with header.path.open("rb") as stream:
+            digest.update(stream.read(_FINGERPRINT_HEAD))
+            for place in range(_FINGERPRINT_PLACES):
+                stream.seek(header.size * place // _FINGERPRINT_PLACES)
+                digest.update(stream.read(_FINGERPRINT_SAMPLE))
+    except OSError as error:
+        raise _unreadable(header.path, error) from error
+    return digest.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    """Size and times of an existing, regular, non-empty file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:  # a NUL character
+        raise CheckpointError(f"{str(path)!r} is not a path: {error}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{path} is a folder, not a checkpoint; {_ACCEPTED}")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is a device or pipe, not a checkpoint; {_ACCEPTED}")
+    if status.st_size == 0:
+        raise CheckpointError(f"{path} is empty; {AGAIN}")
+    return status
+
+
+def _is_pickled(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        raise CheckpointError(
+            f"{path.name} is a quantised GGUF file, which cannot be merged; {_ACCEPTED}"
+        )
+    if suffix != ".safetensors" and suffix not in _PICKLED:
+        raise CheckpointError(
+            f"{path.name} has the suffix {suffix!r}, which is not read; {_ACCEPTED}"
+        )
+    return suffix in _PICKLED
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return CheckpointError(f"{path} does not exist; check the path")
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"{path} may not be read: permission denied; check its rights")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _pickled_header(path: Path, status: os.stat_result, tensors: dict[str, Tensor]) -> Header:
+    dense = {k: t for k, t in tensors.items() if t.layout == torch.strided and not t.is_quantized}
+    return Header(
+        path=path,
+        tensors={key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in dense.items()},
+        metadata={},
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        unsupported={key: str(t.dtype) for key, t in tensors.items() if key not in dense},
+    )

@@ -1,0 +1,216 @@
+"""One file written under a temporary name beside its place, then put there whole or not at all.
+
+The temporary name is `.hyper-merge-<16 hex digits>.tmp`. One that a killed process left behind is
+never read by anything and can be deleted; so can `.hyper-merge-<16 hex digits>.old`, a second name
+of a replaced file that exists for a moment while several files are put in place together.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Final
+
+from hyper_merge.errors import OutputError
+
+# Errors by which a file system says that it cannot reserve space, though it may well have it.
+_CANNOT_RESERVE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+_REASONS: Final = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file system cannot hold so large a file; choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied, or another program uses the file; choose another folder",
+    errno.EPERM: "permission denied; choose another folder",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+}
+
+
+class StagedFile:
+    """A file being written beside its place; `commit` puts it there, `discard` forgets it."""
+
+    def __init__(self, path: Path, *, overwrite: bool, size: int = 0) -> None:
+        """Creates the temporary file and reserves its space.
+
+        Args:
+            path: where the file is to appear; its folder must exist.
+            overwrite: whether a file there may be replaced.
+            size: bytes that will be written, as far as known.
+
+        Raises:
+            OutputError: the place is taken, the folder is missing or read-only, the disk is full.
+        """
+        require_free(path, overwrite=overwrite)
+        self.path = path
+        self.overwrite = overwrite
+        self.size = size
+        self.temporary = path.with_name(f".hyper-merge-{secrets.token_hex(8)}.tmp")
+        self._previous: Path | None = None
+        self._was_free = False
+        self._lock = threading.Lock()
+        with refusing(path, size):
+            self._file: FileIO = self.temporary.open("xb", buffering=0)
+        try:
+            self._reserve()
+        except BaseException:
+            self.discard()
+            raise
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Writes bytes at an offset in bytes from the file's beginning; any order, any thread.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        with refusing(self.path, self.size):
+            while data:
+                count = self._write_some(data, offset)
+                data, offset = data[count:], offset + count
+
+    def seal(self) -> None:
+        """Brings the bytes onto the disk and closes the temporary file; it can be read then."""
+        if self._file.closed:
+            return
+        with refusing(self.path, self.size):
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def commit(self, *, reversible: bool = False) -> None:
+        """Puts the sealed file in its place, at once for every reader.
+
+        Args:
+            reversible: keep a replaced file under a second name, so that `revert` can bring it
+                back; `forget_previous` must follow.
+
+        Raises:
+            OutputError: the place was taken meanwhile, or the operating system refuses.
+        """
+        require_free(self.path, overwrite=self.overwrite)
+        with refusing(self.path, self.size):
+            self._was_free = not os.path.lexists(self.path)
+            if reversible and not self._was_free:
+                self._keep_previous()
+            self.temporary.replace(self.path)
+            sync_folder(self.path.parent)
+
+    def revert(self) -> None:
+        """Undoes a reversible commit: the former file is back, or nothing if there was none."""
+        if self.temporary.exists():
+            return  # it never came to the replacement
+        with suppress(OSError):
+            if self._previous is not None:
+                self._previous.replace(self.path)
+                self._previous.unlink()  # two names of one file survive a replacement
+            elif self._was_free:
+                self.path.unlink()
+
+    def forget_previous(self) -> None:
+        """Removes the second name of a replaced file; never after a failed commit."""
+        if self._previous is not None:
+            with suppress(OSError):
+                self._previous.unlink()
+
+    def discard(self) -> None:
+        """Removes the temporary file if it is still there; never fails."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self.temporary.unlink()
+
+    def _write_some(self, data: memoryview, offset: int) -> int:
+        """Writes as much as the operating system likes; returns the number of bytes."""
+        if sys.platform != "win32":
+            return os.pwrite(self._file.fileno(), data, offset)
+        with self._lock:  # place and write are two steps there
+            os.lseek(self._file.fileno(), offset, os.SEEK_SET)
+            return os.write(self._file.fileno(), data[: 2**30])
+
+    def _reserve(self) -> None:
+        if not self.size:
+            return
+        with refusing(self.path, self.size):
+            if sys.platform != "win32" and hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(self._file.fileno(), 0, self.size)
+                except OSError as error:
+                    if error.errno not in _CANNOT_RESERVE:
+                        raise
+                else:
+                    return
+            if shutil.disk_usage(self.path.parent).free < self.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _keep_previous(self) -> None:
+        """A second name instead of a move: the former file never disappears from its place."""
+        previous = self.temporary.with_suffix(".old")
+        with suppress(OSError):  # no hard links here (FAT, some network folders): not reversible
+            previous.hardlink_to(self.path)
+            self._previous = previous
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Returns if a file may be written there.
+
+    Raises:
+        OutputError: a folder is there, or a file that may not be replaced.
+    """
+    with refusing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; choose another name")
+        # lexists: a dangling link is somebody's file too.
+        if not overwrite and os.path.lexists(path):
+            raise OutputError(f"{path} exists; choose another name or set overwrite")
+
+
+@contextmanager
+def refusing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turns what the operating system refuses within into an `OutputError` about `path`.
+
+    Args:
+        path: the file that was to be written.
+        needed: its size in bytes, for the message; 0 if unknown.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"cannot write {path}: its folder does not exist, or the temporary file was removed"
+        ) from error
+    except OSError as error:
+        raise OutputError(_message(path, needed, error)) from error
+    except ValueError as error:  # a NUL character
+        raise OutputError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's entries onto the disk, where the operating system can do so."""
+    if sys.platform == "win32":
+        return
+    with suppress(OSError):  # some network file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _message(path: Path, needed: int, error: OSError) -> str:
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    size = f" ({needed:,} bytes needed{_free(path.parent)})" if needed else ""
+    return f"cannot write {path}{size}: {reason}"
+
+
+def _free(folder: Path) -> str:
+    with suppress(OSError):
+        return f", {shutil.disk_usage(folder).free:,} free"
+    return ""

@@ -1,0 +1,212 @@
+"""The coupled block-term decomposition: shared blocks `up @ down` per layer, one multiplier matrix.
+
+Minimises  sum over layers of  sum_c || slices[c] - sum_r multipliers[c, r] * up_r @ down_r ||^2,
+the decomposition in rank-(L, L, 1) terms of De Lathauwer ("Decompositions of a higher-order tensor
+in block terms, part II", 2008), coupled over layers through the mode-3 factor: the multipliers.
+Every half-step of the alternating least squares (ALS) here is linear and lowers the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hyper_merge.decomposition.linalg import leading_factors, solve_damped
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Layers of one core shape and one list of ranks, stacked."""
+
+    slices: Tensor  # (b, k, p, q)
+    ranks: tuple[int, ...]  # of the R blocks, in these layers
+    layers: tuple[int, ...]  # which layers these are, b indices
+
+    @cached_property
+    def spans(self) -> tuple[slice, ...]:
+        """The columns of each block among all columns."""
+        ends = torch.tensor((0, *self.ranks)).cumsum(0).tolist()
+        return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+
+    @cached_property
+    def block_of(self) -> Tensor:  # (rho,)
+        """The block to which each column belongs."""
+        blocks = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
+        return blocks.to(self.slices.device)
+
+    def mixtures(
+        self,
+        multipliers: Tensor,  # (k, R)
+    ) -> Tensor:  # (b, R, p, q)
+        """`sum_c multipliers[c, r] * slices[c]` for every block."""
+        flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
+        return flat.unflatten(2, self.slices.shape[2:])
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The blocks of one batch, side by side."""
+
+    up: Tensor  # (b, p, rho)
+    down: Tensor  # (b, rho, q)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """All that multipliers and loss need to know of the factors; float64, on the CPU."""
+
+    energy: float  # sum of squares of all slices, in and outside of the cores
+    cross: Tensor  # (k, R), <slices[c], block_r> summed over layers
+    gram: Tensor  # (R, R), <block_r, block_s> summed over layers
+
+    def loss(
+        self,
+        multipliers: Tensor,  # (k, R)
+    ) -> float:
+        """Squared error as a fraction of the energy (0 for no energy), without dense work.
+
+        ||X - Y||^2 = ||X||^2 - 2 <X, Y> + ||Y||^2.
+        """
+        lam = multipliers.double().cpu()
+        error = self.energy - 2 * (lam * self.cross).sum() + ((lam @ self.gram) * lam).sum()
+        return max(float(error), 0.0) / self.energy if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Blocks with their multipliers, and how the loss came down."""
+
+    factors: tuple[Factors, ...]  # one per batch
+    multipliers: Tensor  # (k, R), float64
+    losses: tuple[float, ...]  # after each sweep, fractions of the energy
+
+    @property
+    def loss(self) -> float:
+        """Fraction of the energy that is not explained."""
+        return self.losses[-1]
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to stop sweeping, and whom to tell."""
+
+    sweeps: int
+    tolerance: float  # relative change of the loss in one sweep
+    on_sweep: Callable[[float], None] = lambda loss: None  # may raise, to stop
+
+
+def update_ups(
+    batch: Batch,
+    factors: Factors,
+    multipliers: Tensor,  # (k, R)
+) -> Factors:
+    """The best ups for given downs and multipliers: normal equations of all blocks at once."""
+    mixtures = batch.mixtures(multipliers)
+    # Through mixtures of the slices the work does not grow with the number of checkpoints.
+    parts = [mixtures[:, r] @ factors.down[:, s].mT for r, s in enumerate(batch.spans)]
+    gram = _mode3_gram(batch, multipliers) * (factors.down @ factors.down.mT)
+    return Factors(solve_damped(torch.cat(parts, 2), gram, factors.up), factors.down)
+
+
+def update_downs(
+    batch: Batch,
+    factors: Factors,
+    multipliers: Tensor,  # (k, R)
+) -> Factors:
+    """The best downs for given ups and multipliers."""
+    mixtures = batch.mixtures(multipliers)
+    parts = [mixtures[:, r].mT @ factors.up[:, :, s] for r, s in enumerate(batch.spans)]
+    gram = _mode3_gram(batch, multipliers) * (factors.up.mT @ factors.up)
+    return Factors(factors.up, solve_damped(torch.cat(parts, 2), gram, factors.down.mT).mT)
+
+
+def statistics(
+    batches: Sequence[Batch],
+    factors: Sequence[Factors],
+    energy: float,
+) -> Statistics:
+    """The inner products of slices and blocks, summed over all layers in float64."""
+    cross, gram = zip(*map(_batch_statistics, batches, factors), strict=True)
+    return Statistics(energy, torch.stack(cross).sum(0), torch.stack(gram).sum(0))
+
+
+def fit_multipliers(statistics: Statistics) -> Tensor:  # (k, R), float64
+    """The best multipliers for given blocks: R x R normal equations, least norm where singular."""
+    return statistics.cross @ torch.linalg.pinv(statistics.gram, rtol=1e-10, hermitian=True)
+
+
+def factors_from(
+    batches: Sequence[Batch],
+    multipliers: Tensor,  # (k, R)
+    generator: torch.Generator,
+) -> tuple[Factors, ...]:
+    """A start: every block is the truncated SVD of its own mixture of deviations."""
+    norms = multipliers.square().sum(0).clamp(min=torch.finfo(multipliers.dtype).tiny)
+    starts = []
+    for batch in batches:
+        mixtures = batch.mixtures(multipliers / norms)
+        pairs = [
+            leading_factors(mixtures[:, r], rank, generator) for r, rank in enumerate(batch.ranks)
+        ]
+        ups, downs = zip(*pairs, strict=True)
+        starts.append(Factors(torch.cat(ups, 2), torch.cat(downs, 1)))
+    return tuple(starts)
+
+
+def sweep(
+    batches: Sequence[Batch],
+    factors: Sequence[Factors],
+    multipliers: Tensor,  # (k, R)
+    energy: float,
+) -> tuple[tuple[Factors, ...], Tensor, float]:
+    """Ups, multipliers, downs, multipliers: each the best for the others. Returns the loss too."""
+    for update in (update_ups, update_downs):
+        factors = tuple(update(b, f, multipliers) for b, f in zip(batches, factors, strict=True))
+        found = statistics(batches, factors, energy)
+        multipliers = fit_multipliers(found)
+    return tuple(factors), multipliers, found.loss(multipliers)
+
+
+def solve(
+    batches: Sequence[Batch],
+    factors: Sequence[Factors],
+    multipliers: Tensor,  # (k, R)
+    energy: float,
+    stopping: Stopping,
+) -> Solution:
+    """Sweeps from a start until the loss stands still; it never rises."""
+    losses: list[float] = []
+    for _ in range(stopping.sweeps):
+        factors, multipliers, loss = sweep(batches, factors, multipliers, energy)
+        losses.append(loss)
+        stopping.on_sweep(loss)
+        if len(losses) > 1 and losses[-2] - loss <= stopping.tolerance * losses[-2]:
+            break
+    return Solution(tuple(factors), multipliers, tuple(losses))
+
+
+def blocks(
+    batch: Batch,
+    factors: Factors,
+) -> Iterator[tuple[Tensor, Tensor]]:  # (b, p, r), (b, r, q) per block
+    """The factors of each block."""
+    for span in batch.spans:
+        yield factors.up[:, :, span], factors.down[:, span]
+
+
+def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
+    products = torch.stack([(up @ down).flatten(1) for up, down in blocks(batch, factors)], 2)
+    cross = (batch.slices.flatten(2) @ products).double().sum(0).cpu()
+    columns = (factors.up.mT @ factors.up) * (factors.down @ factors.down.mT)
+    member = torch.nn.functional.one_hot(batch.block_of, len(batch.ranks)).double()
+    gram = member.mT @ columns.double().sum(0) @ member
+    return cross, gram.cpu()
+
+
+def _mode3_gram(batch: Batch, multipliers: Tensor) -> Tensor:  # (rho, rho)
+    gram = (multipliers.mT @ multipliers).to(batch.slices)
+    return gram[batch.block_of][:, batch.block_of]

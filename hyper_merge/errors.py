@@ -1,0 +1,51 @@
+"""Every way in which the user's input or machine can be refused; no imports of the package.
+
+Messages are written for the person at the keyboard: what was expected, what came, which file and
+key, what to do. Anything that is not a `HyperMergeError` is a bug of ours.
+"""
+
+from __future__ import annotations
+
+
+class HyperMergeError(Exception):
+    """Base of all refusals; `str(error)` is the whole message for the user."""
+
+
+class RecipeError(HyperMergeError, ValueError):
+    """A setting is unknown, of the wrong type, impossible, or contradicts another one."""
+
+
+class CheckpointError(HyperMergeError, ValueError):
+    """A file cannot be read as a checkpoint: missing, damaged, unsafe, or something else."""
+
+
+class FamilyError(CheckpointError):
+    """A readable file of an architecture that is not supported, or not a checkpoint at all."""
+
+
+class MismatchError(CheckpointError):
+    """Checkpoints that cannot be merged with one another: families, keys or shapes differ."""
+
+
+class NonFiniteError(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+
+class RankError(HyperMergeError, ValueError):
+    """A rank is not possible for the matrix at hand."""
+
+
+class OutputError(HyperMergeError, OSError):
+    """The output cannot be written: it exists, the folder is read-only, or the disk is full."""
+
+
+class DeviceError(HyperMergeError, RuntimeError):
+    """The device that was asked for is absent or too small."""
+
+
+class CacheError(HyperMergeError, OSError):
+    """A cached analysis is damaged or of another version."""
+
+
+class InterruptedRun(HyperMergeError):  # noqa: N818 - the user's wish, not an error
+    """The user stopped the run; nothing half-written is left behind."""

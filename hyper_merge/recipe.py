@@ -1,0 +1,214 @@
+"""What the user asks for: frozen, validated, from YAML or options, to YAML and metadata.
+
+Knows no checkpoint: whether the files exist and fit together is seen in the preflight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hyper_merge.errors import RecipeError
+from hyper_merge.recipe_fields import AVERAGE, FIELDS, Field
+from hyper_merge.recipe_values import nearest
+from hyper_merge.recipe_yaml import Setting, read_settings
+
+__all__ = [
+    "AVERAGE",
+    "FIELDS",
+    "Field",
+    "Recipe",
+    "load_recipe",
+    "option_help",
+    "recipe_from_options",
+]
+
+DEFAULT_RANKS = (128, 64, 32, 16)
+DEFAULT_ITERATIONS = 30
+DEFAULT_TOLERANCE = 5e-4
+
+Options = Mapping[str, str | Sequence[str]]
+
+
+class _SettingError(RecipeError):
+    """A setting is refused; its place is still to be named."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f'recipe, key "{key}": {problem}')
+        self.key = key
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a merge; every value is checked when it is made.
+
+    Values in the form of YAML (lists, texts of paths) are turned into the types below.
+
+    Attributes:
+        name: Name of the hyper-model, and first part of the LoRAs' names.
+        models: Paths of the checkpoints, two or more.
+        ranks: One per LoRA.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: Of the written files.
+        iterations: Sweeps at most.
+        tolerance: Fraction of the loss; a sweep that changes it by less is the last.
+        weights: One per checkpoint, not normalised; None for equal weights.
+        base: `average`, or the path of the checkpoint that deviations are taken from.
+        output: WebUI-shaped models folder.
+        overwrite: Whether existing files may be replaced.
+        seed: Of everything random.
+        method: `joint`, or `greedy` as in the original project.
+        vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
+    """
+
+    name: str
+    models: tuple[Path, ...]
+    ranks: tuple[int, ...] = DEFAULT_RANKS
+    device: str = "auto"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    iterations: int = DEFAULT_ITERATIONS
+    tolerance: float = DEFAULT_TOLERANCE
+    weights: tuple[float, ...] | None = None
+    base: str = AVERAGE
+    output: Path = Path("models")
+    overwrite: bool = False
+    seed: int = 0
+    method: Literal["joint", "greedy"] = "joint"
+    vae: Literal["first", "average"] = "first"
+
+    def __post_init__(self) -> None:
+        for field in FIELDS:
+            try:
+                value = field.parse(getattr(self, field.name))
+            except RecipeError as error:
+                raise _SettingError(field.name, str(error)) from None
+            object.__setattr__(self, field.name, value)
+        if self.weights is not None and len(self.weights) != len(self.models):
+            raise _SettingError(
+                "weights",
+                f"expected {len(self.models)} numbers, one per checkpoint, got {len(self.weights)}",
+            )
+
+    def to_yaml(self) -> str:
+        """A YAML file that `load_recipe` reads back as an equal recipe."""
+        return "".join(f"{f.name}:{_yaml_value(getattr(self, f.name))}\n" for f in FIELDS)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The settings as texts for a file's metadata; paths are cut to file names."""
+        return {f.name: f.show(getattr(self, f.name)) for f in FIELDS if f.show is not None}
+
+
+def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
+    """The recipe of a YAML file.
+
+    Relative paths of checkpoints are taken from the current folder, as in the original project;
+    where nothing is there, but beside the YAML file there is, that file is meant.
+
+    Args:
+        path: The YAML file.
+        overrides: Words from the command line by key; they win over the file.
+
+    Raises:
+        RecipeError: The file cannot be read, or a setting is unknown, missing or impossible.
+    """
+    settings = read_settings(path)
+    for key in ("models", "base"):
+        if key in settings:
+            found = _beside(settings[key].value, path.parent)
+            settings[key] = Setting(found, settings[key].where)
+    return _build({**settings, **_option_settings(overrides or {})}, str(path))
+
+
+def recipe_from_options(options: Options) -> Recipe:
+    """The recipe that the command line alone describes.
+
+    Args:
+        options: Words by key; `name` and `models` are needed.
+
+    Raises:
+        RecipeError: A setting is unknown, missing or impossible.
+    """
+    return _build(_option_settings(options), "command line")
+
+
+def option_help(field: Field) -> str:
+    """The help text of a setting's option, with its default."""
+    default = next(f.default for f in fields(Recipe) if f.name == field.name)
+    if default is MISSING or default is None or default is False:
+        return field.help
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{field.help} (default: {shown})"
+
+
+def _option_settings(options: Options) -> dict[str, Setting]:
+    known = {field.name: field for field in FIELDS}
+    for key in options:
+        if key not in known:
+            raise _unknown(f"option --{key}", key)
+    return {
+        key: Setting(known[key].from_text(text), f"option {known[key].option}")
+        for key, text in options.items()
+    }
+
+
+def _build(settings: Mapping[str, Setting], source: str) -> Recipe:
+    names = [field.name for field in FIELDS]
+    for key, setting in settings.items():
+        if key not in names:
+            raise _unknown(setting.where, key)
+    missing = [key for key in ("name", "models") if key not in settings]
+    if missing:
+        raise RecipeError(
+            f'{source}: expected the key "{missing[0]}", got only '
+            f"{', '.join(settings) or 'nothing'}; add {missing[0]}: in the YAML file or "
+            f"--{missing[0]} on the command line"
+        )
+    values: dict[str, Any] = {key: setting.value for key, setting in settings.items()}
+    try:
+        return Recipe(**values)
+    except _SettingError as error:
+        where = settings[error.key].where
+        raise RecipeError(f"{where}: {error.problem}") from None
+
+
+def _unknown(where: str, key: str) -> RecipeError:
+    names = [field.name for field in FIELDS]
+    advice = nearest(key, names) or "."
+    return RecipeError(f"{where}: unknown key{advice} Known keys are {', '.join(names)}")
+
+
+def _beside(value: object, folder: Path) -> object:
+    """`value` with each relative path that exists only under `folder` replaced by that."""
+    if isinstance(value, list):
+        return [_beside(item, folder) for item in value]
+    if not isinstance(value, str) or value == AVERAGE or _exists(Path(value)):
+        return value
+    return str(folder / value) if _exists(folder / value) else value
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a zero byte: refused later, by its message
+        return False
+
+
+def _yaml_value(value: object) -> str:
+    """What follows the colon, with its blank; paths stand one a line."""
+    if isinstance(value, tuple):
+        items = [_yaml_scalar(item) for item in value]
+        is_paths = isinstance(value[0], Path)
+        return "".join(f"\n  - {item}" for item in items) if is_paths else f" [{', '.join(items)}]"
+    return f" {_yaml_scalar(value)}"
+
+
+def _yaml_scalar(value: object) -> str:
+    if isinstance(value, str | Path):
+        # always quoted: some names would read as numbers
+        return yaml.safe_dump(str(value), default_style='"', width=float("inf")).strip()
+    return "null" if value is None else str(value).lower()

@@ -1,0 +1,127 @@
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from hyper_merge.checkpoints.reader import Checkpoint, TensorInfo, read_header
+from hyper_merge.errors import CheckpointError
+
+
+class Malicious:
+    """Runs a shell command when an ordinary unpickler meets it."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class Callback:
+    """Harmless, but no tensor: like the training callbacks in checkpoints of 2022."""
+
+
+def weights():
+    return {"a.weight": torch.randn(3, 4).half(), "b.bias": torch.nn.Parameter(torch.randn(4))}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".pth"])
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_pickled_tensors_are_read_nested_or_not_mapped_or_not(tmp_path, suffix, zipped, nested):
+    path, tensors = tmp_path / f"x{suffix}", weights()
+    content = {"state_dict": tensors, "epoch": 3} if nested else {**tensors, "epoch": 3}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with Checkpoint(path) as checkpoint:
+        assert checkpoint.header.tensors == {
+            "a.weight": TensorInfo(torch.float16, (3, 4)),
+            "b.bias": TensorInfo(torch.float32, (4,)),
+        }
+        for key, tensor in tensors.items():
+            read = checkpoint.tensor(key)
+            assert not read.requires_grad
+            torch.testing.assert_close(read, tensor.detach(), rtol=0, atol=0)
+
+
+def test_a_malicious_pickle_is_refused_and_never_runs(tmp_path):
+    marker = tmp_path / "ran"
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": weights(), "extra": Malicious(marker)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"evil.ckpt is not loaded.*asks for \w+\.system"
+    ) as e:
+        read_header(path)
+    assert "convert it to .safetensors with a tool that you trust" in str(e.value)
+    assert not marker.exists()
+
+
+def test_a_malicious_bare_pickle_is_refused_and_never_runs(tmp_path):
+    marker = tmp_path / "ran"
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps({"extra": Malicious(marker)}))
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt is "):
+        read_header(path)
+    assert not marker.exists()
+
+
+def test_an_object_that_is_no_tensor_is_named(tmp_path):
+    path = tmp_path / "trained.ckpt"
+    torch.save({"state_dict": weights(), "callbacks": Callback()}, path)
+    with pytest.raises(CheckpointError, match=r"asks for test_reading_pickles\.Callback"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([torch.zeros(2)], "holds a list, not a state dict"),
+        (torch.zeros(2), "holds a Tensor, not a state dict"),
+        ({"epoch": 3}, "holds no tensor"),
+        ({}, "holds no tensor"),
+    ],
+)
+def test_pickles_without_a_state_dict_are_refused(tmp_path, content, text):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=rf"x\.ckpt {text}"):
+        read_header(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"PK\x03\x04garbage", b"\x80\x02}.", bytes(100)])
+def test_garbage_is_refused(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.ckpt"):
+        read_header(tmp_path / "x.ckpt")
+
+
+def test_a_truncated_pickle_is_refused_at_any_length(tmp_path):
+    path = tmp_path / "x.ckpt"
+    for zipped in (True, False):
+        torch.save(weights(), path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for length in range(1, len(whole) - 1, max(1, len(whole) // 40)):
+            path.write_bytes(whole[:length])
+            with pytest.raises(CheckpointError, match=r"x\.ckpt is (damaged|not)"):
+                read_header(path)
+
+
+def test_a_zip_archive_that_is_no_checkpoint_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt is damaged or not a \.ckpt file"):
+        read_header(tmp_path / "x.ckpt")
+
+
+def test_a_safetensors_file_under_this_suffix_is_named(tmp_path):
+    text = b'{"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    (tmp_path / "x.ckpt").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match=r"x.ckpt is a .safetensors file by its content"):
+        read_header(tmp_path / "x.ckpt")
+
+
+def test_tensors_that_are_not_dense_count_as_unsupported(tmp_path):
+    torch.save({"s": torch.eye(3).to_sparse(), "d": torch.eye(3)}, tmp_path / "x.ckpt")
+    header = read_header(tmp_path / "x.ckpt")
+    assert list(header.tensors) == ["d"]
+    assert list(header.unsupported) == ["s"]

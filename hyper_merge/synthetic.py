@@ -236,23 +236,24 @@ def _layer_weights(
     m, n = weight.shape
     amplitude = math.exp(spec.spread * float(torch.randn((), generator=generator)))
     unit = spec.size * float(base.norm()) * amplitude
-    latents = [_latent(spec, m, n, generator) for _ in range(spec.latents)]
+    latents = [torch.mm(*_latent(spec, m, n, generator)) for _ in range(spec.latents)]
     for row in mixture(spec).tolist():
-        deviation = torch.randn(m, n, generator=generator).mul_(spec.noise / math.sqrt(m * n))
-        deviation.add_(_latent(spec, m, n, generator), alpha=spec.own)
+        # In place throughout: fresh memory costs as much as the arithmetic.
+        noisy = torch.randn(m, n, generator=generator).mul_(unit * spec.noise / math.sqrt(m * n))
+        noisy.add_(weight).addmm_(*_latent(spec, m, n, generator), alpha=unit * spec.own)
         for share, latent in zip(row, latents, strict=True):
-            deviation.add_(latent, alpha=share)
-        yield deviation.mul_(unit).add_(weight).view(base.shape)
+            noisy.add_(latent, alpha=unit * share)
+        yield noisy.view(base.shape)
 
 
 def _latent(
     spec: FamilySpec, m: int, n: int, generator: torch.Generator
-) -> Tensor:  # (m, n), norm about 1
+) -> tuple[Tensor, Tensor]:  # (m, terms) and (terms, n): their product has norm about 1
     terms = min(m, n, spec.terms)
     values = torch.arange(1, terms + 1, dtype=torch.float32) ** -spec.alpha
-    left = torch.randn(m, terms, generator=generator) / math.sqrt(m)
-    right = torch.randn(terms, n, generator=generator) / math.sqrt(n)
-    return (left * (values / values.norm())) @ right
+    values /= values.norm() * math.sqrt(m * n)
+    left = torch.randn(m, terms, generator=generator)
+    return left * values, torch.randn(terms, n, generator=generator)
 
 
 def _base(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:  # (*shape)

@@ -42,13 +42,14 @@ def compress(
     Source: block Krylov iteration, Musco and Musco, "Randomized block Krylov methods for stronger
     and faster approximate singular value decomposition", 2015.
     """
-    _, m, n = slices.shape
-    whole_left, whole_right = m <= width, n <= width
-    if whole_left and whole_right:
+    k, m, n = slices.shape
+    if m <= width and n <= width:
         return Compressed(_identity(m, slices), _identity(n, slices), slices)
-    left, right = _subspaces(slices, _directions(slices, gram, width // 2), generator)
-    left = _identity(m, slices) if whole_left else _stored(orthonormal(left))
-    right = _identity(n, slices) if whole_right else _stored(orthonormal(right))
+    if k * min(m, n) <= width:  # all rows, or all columns, of the stack fit
+        left, right = slices.transpose(0, 1).flatten(1), slices.flatten(0, 1).mT
+    else:
+        left, right = _subspaces(slices, _directions(slices, gram, width // 2), generator)
+    left, right = _basis(left, min(m, width)), _basis(right, min(n, width))
     return Compressed(left, right, project(slices, left, right))
 
 
@@ -73,17 +74,25 @@ def _subspaces(
 ) -> tuple[Tensor, Tensor]:  # (m, <= width), (n, <= width)
     """The last two iterates of every direction, side by side."""
     k, m, n = slices.shape
+    k, m, n = slices.shape
     lefts, rights = [], []
     for weights, size in directions:
         matrix = (weights @ slices.reshape(k, -1)).view(m, n)
-        right = random_normal((n, size), matrix, generator)
-        left = orthonormal(matrix @ right)
+        left = orthonormal(matrix @ random_normal((n, size), matrix, generator))
+        right = matrix.mT @ left
         for _ in range(ITERATIONS - 1):
-            earlier_left, earlier_right = left, orthonormal(matrix.mT @ left)
-            left = orthonormal(matrix @ earlier_right)
-        lefts += [left, earlier_left]
-        rights += [orthonormal(matrix.mT @ left), earlier_right]
+            earlier = left, orthonormal(right)
+            left = orthonormal(matrix @ earlier[1])
+            right = matrix.mT @ left
+        lefts += _side_by_side(left, earlier[0])
+        rights += _side_by_side(orthonormal(right), earlier[1])
     return torch.cat(lefts, 1), torch.cat(rights, 1)
+
+
+def _side_by_side(last: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+    """Both iterates, the earlier one without what the last one holds already."""
+    rest = earlier - last @ (last.mT @ earlier)
+    return last, rest / rest.norm(dim=0).clamp(min=torch.finfo(rest.dtype).tiny)
 
 
 def _directions(
@@ -102,10 +111,20 @@ def _directions(
     return [(row, count) for row, count in zip(rows, columns, strict=True) if count > 0]
 
 
+def _basis(
+    columns: Tensor,  # (m, any)
+    width: int,
+) -> Tensor:  # (m, width), orthonormal
+    """A basis of exactly `width` columns; the identity where it is square."""
+    size, count = columns.shape
+    if width == size:
+        return _identity(size, columns)
+    if count < width:
+        columns = torch.cat([columns, columns.new_zeros(size, width - count)], 1)
+    basis = orthonormal(columns[:, :width])
+    # As the cache keeps it: half the bytes, and the core is taken with the rounded basis.
+    return basis.half().to(basis) if basis.dtype == torch.float32 else basis
+
+
 def _identity(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
-
-
-def _stored(basis: Tensor) -> Tensor:
-    """The basis as the cache keeps it in float32 work: half the bytes, and the core is taken with it."""
-    return basis.half().to(basis) if basis.dtype == torch.float32 else basis

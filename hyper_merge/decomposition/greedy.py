@@ -15,8 +15,8 @@ from torch import Tensor
 from hyper_merge.decomposition.ll1 import (
     Batch,
     Factors,
+    Problem,
     Solution,
-    Statistics,
     Stopping,
     factors_from,
     fit_multipliers,
@@ -25,65 +25,60 @@ from hyper_merge.decomposition.ll1 import (
 
 
 def solve_greedy(
-    batches: Sequence[Batch],
-    energy: float,
+    problem: Problem,
     generator: torch.Generator,
     stopping: Stopping,
 ) -> Solution:
     """All blocks by deflation: multipliers and one truncated SVD in turn, then the next block.
 
     Args:
-        batches: the layers.
-        energy: sum of squares of all slices, in and outside of the cores.
+        problem: the layers.
         generator: for the truncated SVDs.
         stopping: `sweeps` is the number of turns for each block.
 
     Returns:
         The blocks, and the loss after each of them.
     """
-    residuals = [batch.slices.clone() for batch in batches]
-    columns, parts, losses = [], [], []
-    left = energy
-    for r in range(len(batches[0].ranks)):
-        single = [
+    left_over = [batch.slices.clone() for batch in problem.batches]
+    columns, parts, losses = [], [], [1.0]
+    for r in range(problem.shape[1]):
+        batches = tuple(
             Batch(slices, (batch.ranks[r],), batch.layers)
-            for slices, batch in zip(residuals, batches, strict=True)
-        ]
-        factors, column, loss = _one_block(single, left, generator, stopping)
-        for slices, pair in zip(residuals, factors, strict=True):
+            for slices, batch in zip(left_over, problem.batches, strict=True)
+        )
+        single = Problem(batches, losses[-1] * problem.energy, problem.each)
+        factors, column, fraction = _one_block(single, generator, stopping)
+        for slices, pair in zip(left_over, factors, strict=True):
             _deflate_(slices, pair, column)
-        left = loss * left
         columns.append(column)
         parts.append(factors)
-        losses.append(left / energy if energy > 0 else 0.0)
+        losses.append(losses[-1] * fraction)
         stopping.on_sweep(losses[-1])
-    return Solution(_side_by_side(parts), torch.cat(columns, 1), tuple(losses))
+    return Solution(_side_by_side(parts), torch.cat(columns, 1), tuple(losses[1:]))
 
 
-def leading_multipliers(batches: Sequence[Batch]) -> Tensor:  # (k, k), float64
+def leading_multipliers(problem: Problem) -> Tensor:  # (k, k), float64
     """Eigenvectors of the slices' k x k Gram matrix over all layers, largest first, as columns."""
-    flats = (batch.slices.flatten(2) for batch in batches)
+    flats = (batch.slices.flatten(2) for batch in problem.batches)
     gram = torch.stack([(flat @ flat.mT).double().sum(0).cpu() for flat in flats]).sum(0)
     return torch.linalg.eigh(gram)[1].flip(1)
 
 
 def _one_block(
-    batches: Sequence[Batch],
-    energy: float,
+    problem: Problem,
     generator: torch.Generator,
     stopping: Stopping,
 ) -> tuple[tuple[Factors, ...], Tensor, float]:  # factors, (k, 1), fraction left over
-    multipliers = leading_multipliers(batches)[:, :1]
-    before = float("inf")
+    multipliers = leading_multipliers(problem)[:, :1]
+    losses = [float("inf")]
     for _ in range(stopping.sweeps):
-        factors = factors_from(batches, multipliers, generator)
-        found: Statistics = statistics(batches, factors, energy)
+        factors = factors_from(problem, multipliers, generator)
+        found = statistics(problem, factors)
         multipliers = fit_multipliers(found)
-        loss = found.loss(multipliers)
-        if before - loss <= stopping.tolerance * before:
+        losses.append(found.loss(multipliers))
+        if losses[-2] - losses[-1] <= stopping.tolerance * losses[-1]:
             break
-        before = loss
-    return factors, multipliers, loss
+    return factors, multipliers, losses[-1]
 
 
 def _deflate_(

@@ -8,9 +8,10 @@ Every half-step of the alternating least squares (ALS) here is linear and lowers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,21 @@ class Batch:
         """`sum_c multipliers[c, r] * slices[c]` for every block."""
         flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
         return flat.unflatten(2, self.slices.shape[2:])
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """All layers, and what the loss is a fraction of."""
+
+    batches: tuple[Batch, ...]
+    energy: float  # sum of squares of all slices, in and outside of the cores
+    each: Callable[..., Iterable[Any]] = map  # over batches; a parallel map gives the same
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of slices k and of blocks R."""
+        first = self.batches[0]
+        return first.slices.shape[1], len(first.ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +115,9 @@ class Stopping:
     on_sweep: Callable[[float], None] = lambda loss: None  # may raise, to stop
 
 
+Update = Callable[[Batch, Factors, Tensor], Factors]
+
+
 def update_ups(
     batch: Batch,
     factors: Factors,
@@ -124,14 +143,9 @@ def update_downs(
     return Factors(factors.up, solve_damped(torch.cat(parts, 2), gram, factors.down.mT).mT)
 
 
-def statistics(
-    batches: Sequence[Batch],
-    factors: Sequence[Factors],
-    energy: float,
-) -> Statistics:
+def statistics(problem: Problem, factors: Sequence[Factors]) -> Statistics:
     """The inner products of slices and blocks, summed over all layers in float64."""
-    cross, gram = zip(*map(_batch_statistics, batches, factors), strict=True)
-    return Statistics(energy, torch.stack(cross).sum(0), torch.stack(gram).sum(0))
+    return _summed(problem, list(problem.each(_batch_statistics, problem.batches, factors)))
 
 
 def fit_multipliers(statistics: Statistics) -> Tensor:  # (k, R), float64
@@ -140,48 +154,55 @@ def fit_multipliers(statistics: Statistics) -> Tensor:  # (k, R), float64
 
 
 def factors_from(
-    batches: Sequence[Batch],
+    problem: Problem,
     multipliers: Tensor,  # (k, R)
     generator: torch.Generator,
 ) -> tuple[Factors, ...]:
     """A start: every block is the truncated SVD of its own mixture of deviations."""
     norms = multipliers.square().sum(0).clamp(min=torch.finfo(multipliers.dtype).tiny)
-    starts = []
-    for batch in batches:
+    seed = int(torch.randint(2**62, (), generator=generator))
+
+    def start(index: int, batch: Batch) -> Factors:
+        dice = torch.Generator().manual_seed(seed + index)
         mixtures = batch.mixtures(multipliers / norms)
-        pairs = [
-            leading_factors(mixtures[:, r], rank, generator) for r, rank in enumerate(batch.ranks)
-        ]
+        pairs = [leading_factors(mixtures[:, r], rank, dice) for r, rank in enumerate(batch.ranks)]
         ups, downs = zip(*pairs, strict=True)
-        starts.append(Factors(torch.cat(ups, 2), torch.cat(downs, 1)))
-    return tuple(starts)
+        return Factors(torch.cat(ups, 2), torch.cat(downs, 1))
+
+    return tuple(problem.each(start, range(len(problem.batches)), problem.batches))
 
 
 def sweep(
-    batches: Sequence[Batch],
+    problem: Problem,
     factors: Sequence[Factors],
     multipliers: Tensor,  # (k, R)
-    energy: float,
 ) -> tuple[tuple[Factors, ...], Tensor, float]:
     """Ups, multipliers, downs, multipliers: each the best for the others. Returns the loss too."""
     for update in (update_ups, update_downs):
-        factors = tuple(update(b, f, multipliers) for b, f in zip(batches, factors, strict=True))
-        found = statistics(batches, factors, energy)
+
+        def half_step(
+            batch: Batch, old: Factors, update: Update = update, multipliers: Tensor = multipliers
+        ) -> tuple[Factors, tuple[Tensor, Tensor]]:
+            new = update(batch, old, multipliers)
+            return new, _batch_statistics(batch, new)
+
+        results = list(problem.each(half_step, problem.batches, factors))
+        factors = tuple(new for new, _ in results)
+        found = _summed(problem, [part for _, part in results])
         multipliers = fit_multipliers(found)
     return tuple(factors), multipliers, found.loss(multipliers)
 
 
 def solve(
-    batches: Sequence[Batch],
+    problem: Problem,
     factors: Sequence[Factors],
     multipliers: Tensor,  # (k, R)
-    energy: float,
     stopping: Stopping,
 ) -> Solution:
     """Sweeps from a start until the loss stands still; it never rises."""
     losses: list[float] = []
     for _ in range(stopping.sweeps):
-        factors, multipliers, loss = sweep(batches, factors, multipliers, energy)
+        factors, multipliers, loss = sweep(problem, factors, multipliers)
         losses.append(loss)
         stopping.on_sweep(loss)
         if len(losses) > 1 and losses[-2] - loss <= stopping.tolerance * losses[-2]:
@@ -196,6 +217,11 @@ def blocks(
     """The factors of each block."""
     for span in batch.spans:
         yield factors.up[:, :, span], factors.down[:, span]
+
+
+def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statistics:
+    cross, gram = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return Statistics(problem.energy, cross, gram)
 
 
 def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ hold most of the energy, by successive halving, and all layers join from the win
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from hyper_merge.decomposition.greedy import leading_multipliers, solve_greedy
 from hyper_merge.decomposition.ll1 import (
     Batch,
-    Factors,
+    Problem,
     Solution,
     Stopping,
     factors_from,
@@ -28,19 +27,13 @@ from hyper_merge.decomposition.ll1 import (
 
 _RANDOM: Final = 6  # random starts beside the planned ones
 _ROUNDS: Final = ((5, 4), (10, 2), (25, 1))  # sweeps, how many go on
+_GREEDY_TURNS: Final = 6
 _PILOT_SHARE: Final = 0.06  # of the cores' entries
 _PILOT_ENTRIES: Final = 4_000_000  # problems smaller than this are searched whole
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    factors: tuple[Factors, ...]
-    multipliers: Tensor  # (k, R)
-    loss: float
-
-
 def best_start(
-    batches: Sequence[Batch],
+    problem: Problem,
     planned: Sequence[Tensor],  # each (k, any), columns are directions
     generator: torch.Generator,
     check: Callable[[], None] = lambda: None,
@@ -48,52 +41,55 @@ def best_start(
     """Multipliers of the best solution found on the pilot layers.
 
     Args:
-        batches: all layers; `pilot` chooses among them.
+        problem: all layers; few are chosen among them.
         planned: starts worth trying (private blocks, earlier solutions), extended or cut to R.
         generator: for the random starts.
         check: called after every sweep; may raise, to stop.
     """
-    energy = sum(float(batch.slices.double().square().sum()) for batch in batches)
-    stop = Stopping(0, 0.0, lambda loss: check())
-    tried = [_greedy_candidate(batches, energy, generator, stop)]
-    for multipliers in _directions(batches, planned, generator):
-        tried.append(_Candidate(factors_from(batches, multipliers, generator), multipliers, 0.0))
+    few = pilot(problem)
+    greedy = solve_greedy(few, generator, Stopping(_GREEDY_TURNS, 0.0, lambda loss: check()))
+    refitted = fit_multipliers(statistics(few, greedy.factors))
+    tried = [Solution(greedy.factors, refitted, greedy.losses)]
+    for multipliers in _directions(few, planned, generator):
+        tried.append(Solution(factors_from(few, multipliers, generator), multipliers, ()))
     for sweeps, kept in _ROUNDS:
-        stopping = Stopping(sweeps, 0.0, stop.on_sweep)
-        tried = [_improved(batches, candidate, energy, stopping) for candidate in tried]
-        tried = sorted(tried, key=lambda candidate: candidate.loss)[:kept]
+        stopping = Stopping(sweeps, 0.0, lambda loss: check())
+        tried = [solve(few, start.factors, start.multipliers, stopping) for start in tried]
+        tried = sorted(tried, key=lambda found: found.loss)[:kept]
     return tried[0].multipliers
 
 
-def pilot(batches: Sequence[Batch]) -> list[Batch]:
+def pilot(problem: Problem) -> Problem:
     """The layers with the most energy per entry of their cores, up to a small share of all."""
-    sizes, energies, places = [], [], []
-    for b, batch in enumerate(batches):
+    sizes: list[int] = []
+    energies, places = [], []
+    for b, batch in enumerate(problem.batches):
         energy = batch.slices.flatten(1).double().square().sum(1).cpu()
         sizes += [batch.slices[0, 0].numel()] * len(energy)
         energies.append(energy)
         places += [(b, i) for i in range(len(energy))]
     size = torch.tensor(sizes, dtype=torch.float64)
+    energy = torch.cat(energies)
     budget = max(_PILOT_SHARE * float(size.sum()), _PILOT_ENTRIES)
-    order = (torch.cat(energies) / size).argsort(descending=True, stable=True)
+    order = (energy / size).argsort(descending=True, stable=True)
     count = max(int((size[order].cumsum(0) <= budget).sum()), 1)
-    chosen = [places[i] for i in order[:count].tolist()]
-    picks = [(batch, sorted(i for at, i in chosen if at == b)) for b, batch in enumerate(batches)]
-    return [
-        Batch(batch.slices[indices], batch.ranks, tuple(batch.layers[i] for i in indices))
-        for batch, indices in picks
-        if indices
-    ]
+    batches = []
+    for b, batch in enumerate(problem.batches):
+        chosen = sorted(i for at, i in (places[o] for o in order[:count].tolist()) if at == b)
+        if chosen:
+            layers = tuple(batch.layers[i] for i in chosen)
+            batches.append(Batch(batch.slices[chosen], batch.ranks, layers))
+    return Problem(tuple(batches), float(energy[order[:count]].sum()), problem.each)
 
 
 def _directions(
-    batches: Sequence[Batch],
+    problem: Problem,
     planned: Sequence[Tensor],
     generator: torch.Generator,
 ) -> list[Tensor]:  # each (k, R)
     """Planned and random multipliers, unit columns; random columns fill up short ones."""
-    k, count = batches[0].slices.shape[1], len(batches[0].ranks)
-    eigenvectors = leading_multipliers(batches)
+    k, count = problem.shape
+    eigenvectors = leading_multipliers(problem)
     starts = [eigenvectors, *planned] + [eigenvectors[:, :0]] * (_RANDOM if k > 1 else 0)
     filled = []
     for start in starts:
@@ -101,18 +97,3 @@ def _directions(
         columns = torch.cat([start.double(), noise], 1)[:, :count]
         filled.append(columns / columns.norm(dim=0).clamp(min=1e-30))
     return filled
-
-
-def _greedy_candidate(
-    batches: Sequence[Batch], energy: float, generator: torch.Generator, stop: Stopping
-) -> _Candidate:
-    greedy: Solution = solve_greedy(batches, energy, generator, Stopping(6, 0.0, stop.on_sweep))
-    multipliers = fit_multipliers(statistics(batches, greedy.factors, energy))
-    return _Candidate(greedy.factors, multipliers, greedy.loss)
-
-
-def _improved(
-    batches: Sequence[Batch], candidate: _Candidate, energy: float, stopping: Stopping
-) -> _Candidate:
-    found = solve(batches, candidate.factors, candidate.multipliers, energy, stopping)
-    return _Candidate(found.factors, found.multipliers, found.loss)

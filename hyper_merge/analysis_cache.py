@@ -1,0 +1,223 @@
+"""Analyses on disk: what later rank lists need in place of the checkpoints.
+
+One .safetensors file per analysis, named after a hash of all that decides it, so that a changed
+checkpoint or setting is never served an old one. Safe to delete at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis import LayerAnalysis, Work
+from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.reader import Checkpoint, fingerprint, read_header
+from hyper_merge.checkpoints.writer import SafetensorsWriter
+from hyper_merge.decomposition.bounds import Spectra
+from hyper_merge.errors import CheckpointError
+from hyper_merge.sources import Sources, bases_width
+
+KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
+SIZE_LIMIT: Final = 20 * 2**30  # bytes of all analyses; the least recently used go first
+
+_VERSION: Final = 1  # of the files' content; another one is never read
+_SUFFIX: Final = ".analysis.safetensors"
+_ABOUT: Final = "hyper_merge.analysis"
+_BASIS_DTYPE: Final = torch.float16
+
+
+class Analysis:
+    """An analysis read from its file: cores and bases stay mapped. Use as a context manager."""
+
+    def __init__(self, path: Path, sources: Sources) -> None:
+        """Names the file.
+
+        Args:
+            path: of a file that `find` returned or `AnalysisWriter` wrote.
+            sources: those it was made for.
+        """
+        self.layers = sources.layout.layers
+        self.contrasts = sources.contrasts
+        self._file = Checkpoint(path)
+
+    def __enter__(self) -> Analysis:
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    @property
+    def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
+        """Inner products of every layer's slices and, last, the base's rounding error."""
+        return self._file.tensor("grams")
+
+    @property
+    def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
+        """Energies outside of all layers, by kind and checkpoint."""
+        return dict(zip(KINDS, self._file.tensor("not_carried"), strict=True))
+
+    @property
+    def spectra(self) -> list[Spectra]:
+        """Of every layer."""
+        names = ("stack", "private")
+        return [
+            Spectra(*(self._file.tensor(f"{i}.{name}") for name in names))
+            for i in range(len(self.layers))
+        ]
+
+    def core(self, index: int) -> Tensor:  # (d, p, q), float32
+        """A layer's core, a view of the file."""
+        return self._file.tensor(f"{index}.core")
+
+    def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
+        """A layer's bases."""
+        left, right = self._file.tensor(f"{index}.left"), self._file.tensor(f"{index}.right")
+        return left.float(), right.float()
+
+
+class AnalysisWriter:
+    """Writes an analysis layer by layer during the pass. Use as a context manager."""
+
+    def __init__(self, path: Path, sources: Sources, work: Work) -> None:
+        """Fixes sizes; a file appears when the block is left."""
+        self._grams: dict[int, Tensor] = {}
+        about = json.dumps({"width": work.width, **_identity(sources, work.seed)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = SafetensorsWriter(path, _tensors(sources, work.width or 0), {_ABOUT: about})
+
+    def __enter__(self) -> AnalysisWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+
+    def keep(self, layer: LayerAnalysis) -> None:
+        """Takes the analysis of one layer."""
+        self._grams[layer.index] = layer.gram
+        compressed, spectra = layer.compressed, layer.spectra
+        parts = {
+            "core": compressed.core,
+            "left": compressed.left,
+            "right": compressed.right,
+            "stack": spectra.stack,
+            "private": spectra.private,
+        }
+        for name, tensor in parts.items():
+            self._writer.write(f"{layer.index}.{name}", tensor)
+
+    def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
+        """Takes what is known only after the last tensor."""
+        grams = torch.stack([self._grams[index] for index in sorted(self._grams)])
+        k = grams.new_zeros(next(iter(not_carried.values())).shape)
+        self._writer.write("grams", grams)
+        self._writer.write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
+
+
+def width_for(ranks: Sequence[int]) -> int:
+    """Columns of the bases of a new analysis: twice the ranks, and enough for most later lists."""
+    return max(512, -(-2 * sum(ranks) // 256) * 256)
+
+
+def serves(width: int, ranks: Sequence[int]) -> bool:
+    """Whether bases of this width are wide enough for a list of ranks.
+
+    At 1.5 times the sum of the ranks the loss is under 1 % above that at twice the sum.
+    """
+    return width >= 1.5 * sum(ranks)
+
+
+def path_for(folder: Path, sources: Sources, work: Work) -> Path:
+    """Where the analysis of these files, settings and width belongs."""
+    identity = json.dumps(_identity(sources, work.seed), sort_keys=True).encode()
+    return folder / f"{hashlib.sha256(identity).hexdigest()[:20]}-{work.width}{_SUFFIX}"
+
+
+def find(folder: Path, sources: Sources, work: Work, ranks: Sequence[int]) -> Path | None:
+    """The narrowest analysis of these files that serves the ranks; a damaged one is passed over."""
+    stem = path_for(folder, sources, work).name.partition("-")[0]
+    files = {_width(path): path for path in folder.glob(f"{stem}-*{_SUFFIX}")}
+    for width in sorted(files):
+        if (serves(width, ranks) or width >= (work.width or 0)) and _is_whole(files[width]):
+            os.utime(files[width])  # used just now, for `prune`
+            return files[width]
+    return None
+
+
+def prune(folder: Path, limit: int = SIZE_LIMIT) -> None:
+    """Deletes the analyses used longest ago until all together are at most `limit` bytes."""
+    files = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in files:
+        total += path.stat().st_size
+        if total > limit:
+            path.unlink(missing_ok=True)
+
+
+def analysis_bytes(sources: Sources, width: int) -> int:
+    """Size of an analysis file, less its header."""
+    return sum(info.nbytes for info in _tensors(sources, width).values())
+
+
+def _width(path: Path) -> int:
+    return int(path.name.removesuffix(_SUFFIX).rpartition("-")[2])
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return "not_carried" in read_header(path).tensors
+    except CheckpointError:
+        return False
+
+
+def _identity(sources: Sources, seed: int) -> dict[str, object]:
+    """All that decides an analysis but its width."""
+    return {
+        "version": _VERSION,
+        "files": [_file_identity(header) for header in sources.read],
+        "base": sources.base is not None,
+        "weights": list(sources.contrasts.base_weights.tolist()),
+        "dtype": str(sources.dtype),
+        "average_vae": sources.average_vae,
+        "seed": seed,
+    }
+
+
+def _file_identity(header: Header) -> list[str | int]:
+    return [fingerprint(header), header.size, header.mtime_ns]
+
+
+def _tensors(sources: Sources, width: int) -> dict[str, TensorInfo]:
+    d, k = sources.contrasts.dimensions, sources.contrasts.count
+    count = len(sources.layout.layers)
+    tensors = {
+        "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
+        "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
+    }
+    for index, layer in enumerate(sources.layout.layers):
+        p, q = bases_width(layer, width)
+        tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
+        tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
+        tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
+        tensors[f"{index}.stack"] = TensorInfo(torch.float64, (min(p, q),))
+        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
+    return tensors

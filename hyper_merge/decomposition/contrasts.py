@@ -1,0 +1,119 @@
+"""Coordinates in which deviations have no redundancy: k checkpoints around their mean span k - 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Contrasts:
+    """From checkpoints to their base and to slices in orthonormal coordinates.
+
+    With D[c] = checkpoint c - origin (the first checkpoint, or the given base):
+
+        base       = origin + base_weights @ D
+        slices     = to_slices @ D                  (d of them)
+        deviations = checkpoint - base = to_deviations @ slices
+
+    `to_deviations` has orthonormal columns, so norms of slices and deviations agree.
+    """
+
+    base_weights: Tensor  # (j,), float64; j = k - 1, or k for a given base
+    to_slices: Tensor  # (d, j), float64
+    to_deviations: Tensor  # (k, d), float64
+
+    @property
+    def count(self) -> int:
+        """Number of checkpoints, k."""
+        return len(self.to_deviations)
+
+    @property
+    def dimensions(self) -> int:
+        """Number of slices, d."""
+        return len(self.to_slices)
+
+
+def around_mean(weights: Sequence[float]) -> Contrasts:
+    """Deviations from the weighted mean, relative to the first checkpoint (d = k - 1).
+
+    Differences to the first checkpoint are exactly zero where all agree, so equal checkpoints
+    average to themselves, bit for bit.
+
+    Args:
+        weights: one per checkpoint, at least 0, not all 0; normalised here.
+    """
+    share = torch.tensor(weights, dtype=torch.float64)
+    share = share / share.sum()
+    centred = torch.eye(len(share), dtype=torch.float64) - share
+    basis, triangle = torch.linalg.qr(centred[:, 1:])
+    return Contrasts(share[1:], triangle, basis)
+
+
+def around_base(count: int) -> Contrasts:
+    """Deviations of `count` checkpoints from a base that is not one of them (d = k)."""
+    identity = torch.eye(count, dtype=torch.float64)
+    return Contrasts(torch.zeros(count, dtype=torch.float64), identity, identity)
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """One tensor of all checkpoints, taken apart."""
+
+    base: Tensor  # (size,), as it will be stored
+    slices: Tensor  # (d, size), float32
+    gram: Tensor  # (d + 1, d + 1), float64, CPU: slices and, last, the base's rounding error
+
+
+def deviations(
+    origin: Tensor,  # (size,)
+    others: Sequence[Tensor],  # j of them, each (size,)
+    contrasts: Contrasts,
+    stored: torch.dtype,
+    chunk: int,
+) -> Deviations:
+    """Base and slices of one tensor, in float32 with float64 sums, chunk by chunk.
+
+    Args:
+        origin: the first checkpoint's tensor (or the given base's) on the device of the work.
+        others: the other checkpoints' tensors, any floating type, same device.
+        contrasts: the coordinates.
+        stored: type in which the base will be written.
+        chunk: entries at a time; on a CPU what its cache holds.
+    """
+    size, device = origin.numel(), origin.device
+    base = torch.empty(size, dtype=stored, device=device)
+    slices = torch.empty(contrasts.dimensions, size, device=device)
+    chunk = max(min(chunk, size), 1)
+    gram = torch.zeros(len(slices) + 1, len(slices) + 1, dtype=torch.float64, device=device)
+    base_weights, to_slices = (
+        part.to(device, torch.float32) for part in (contrasts.base_weights, contrasts.to_slices)
+    )
+    differences = torch.empty(len(others), chunk, device=device)
+    rows = torch.empty(len(slices) + 1, chunk, device=device)
+    for start in range(0, size, chunk):
+        part = slice(start, min(start + chunk, size))
+        if part.stop - start < chunk:
+            differences, rows = (each[:, : part.stop - start] for each in (differences, rows))
+        first = origin[part].float()
+        for other, difference in zip(others, differences, strict=True):
+            torch.sub(other[part], first, out=difference)
+        mean = torch.addmv(first, differences.mT, base_weights)
+        base[part] = mean
+        slices[:, part] = to_slices @ differences
+        rows[:-1] = slices[:, part]
+        torch.sub(base[part], mean, out=rows[-1])
+        gram += (rows @ rows.mT).double()
+    return Deviations(base, slices, gram.cpu())
+
+
+def energies(
+    gram: Tensor,  # (..., d + 1, d + 1), as in `Deviations`
+    contrasts: Contrasts,
+) -> Tensor:  # (..., k)
+    """Squared distance of every checkpoint from the base as stored."""
+    rows = torch.cat([contrasts.to_deviations, -torch.ones(contrasts.count, 1).double()], 1)
+    return ((rows @ gram) * rows).sum(-1).clamp(min=0)

@@ -1,0 +1,296 @@
+"""Blocks as LoRA files in the profile that all hosts read, and what the files say of themselves.
+
+A module of a file adds up @ down * alpha / rank to its weight. One alpha holds for the whole file,
+for some loaders take it from one module; where a layer's rank is another, the factors make up for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge import __version__
+from hyper_merge.checkpoints.architecture import Family
+from hyper_merge.checkpoints.header import TensorInfo
+from hyper_merge.checkpoints.layers import Layer
+from hyper_merge.checkpoints.outputs import Outputs
+from hyper_merge.checkpoints.writer import content_sha256
+from hyper_merge.errors import NonFiniteError
+from hyper_merge.prompts import tag
+
+FORMAT_VERSION: Final = "1"
+"""Of the `hyper_merge.*` metadata; readers refuse a higher one."""
+
+_LARGEST: Final = 6e4  # of float16's 65504: hosts that scale a factor need room
+_OWN: Final = "hyper_merge."
+_UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Module to up (m, r) and down (r, n); a module with rank 0 may be missing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that went into a merge."""
+
+    name: str  # of its file
+    sha256: str  # of the whole file, 64 hex digits
+    legacy_hash: str  # A1111's 8 digits
+    metadata: Mapping[str, str]  # as the file has it: its own lineage is carried on
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What all files of one merge have in common."""
+
+    name: str  # file stem of the hyper-model
+    family: Family
+    recipe: Mapping[str, str]  # as `Recipe.to_metadata` gives it
+    sources: tuple[Source, ...]
+    date: str  # ISO 8601
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One block's file, apart from its tensors."""
+
+    lineage: Lineage
+    index: int  # place in the rank list, from 0
+    rank: int  # as asked for, and the file's alpha; small layers may have less
+    multipliers: Mapping[str, float]  # by the checkpoint's file stem
+    explained: float  # fraction 0..1 of the deviations, by all blocks together
+    dtype: torch.dtype = torch.float16  # of the stored factors
+
+
+def lora_tensors(
+    layers: Sequence[Layer],
+    rank_of: Sequence[int],  # a rank per layer
+    dtype: torch.dtype,
+    alpha: int,
+) -> dict[str, TensorInfo]:
+    """The table of contents of a file with factors of this type; a layer of rank 0 is left out."""
+    scalar = TensorInfo(_alpha_dtype(alpha, dtype), ())
+    tensors = {}
+    for layer, rank in zip(layers, rank_of, strict=True):
+        if rank:
+            tensors[layer.module + _DOWN] = TensorInfo(dtype, layer.down_shape(rank))
+            tensors[layer.module + _UP] = TensorInfo(dtype, layer.up_shape(rank))
+            tensors[layer.module + _ALPHA] = scalar
+    return tensors
+
+
+def as_lora_weights(
+    layer: Layer,
+    up: Tensor,  # (m, r)
+    down: Tensor,  # (r, n)
+    alpha: int,
+    dtype: torch.dtype = torch.float16,
+) -> dict[str, Tensor]:
+    """One layer's tensors as they are stored: up @ down is what hosts will add, up to rounding.
+
+    Args:
+        layer: whose weight it is for.
+        up: left factor; `r` is at least 1.
+        down: right factor.
+        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each.
+        dtype: of the stored factors.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or more than a half-precision file can safely hold.
+    """
+    rank = up.shape[1]
+    root = math.sqrt(rank / alpha)
+    return {
+        layer.module + _DOWN: _stored(layer, down * root, dtype).reshape(layer.down_shape(rank)),
+        layer.module + _UP: _stored(layer, up * root, dtype).reshape(layer.up_shape(rank)),
+        layer.module + _ALPHA: torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, dtype)),
+    }
+
+
+def as_hosts_add(
+    layer: Layer,
+    up: Tensor,  # (m, r)
+    down: Tensor,  # (r, n)
+    alpha: int,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
+    """The factors after the file's rounding, whose product is what a host adds in exact arithmetic.
+
+    Multipliers that are fitted to these are right for the file. Arguments and errors are those of
+    `as_lora_weights`.
+    """
+    rank = up.shape[1]
+    stored = as_lora_weights(layer, up, down, alpha, dtype)
+    rounded_up, rounded_down = (stored[layer.module + end].float() for end in (_UP, _DOWN))
+    root = math.sqrt(alpha / rank)
+    return rounded_up.flatten(1) * root, rounded_down.flatten(1) * root
+
+
+def write_lora(
+    outputs: Outputs, path: Path, layers: Sequence[Layer], factors: Factors, file: LoraFile
+) -> None:
+    """Stages one LoRA file with its metadata, and beside it the card that WebUIs show.
+
+    Args:
+        outputs: the merge's files; they appear together.
+        path: of the file; hosts call the LoRA by its stem.
+        layers: of the checkpoints.
+        factors: of the block, in any precision.
+        file: everything else.
+
+    Raises:
+        NonFiniteError: factors that the file's type cannot hold.
+        OutputError: the place is taken.
+    """
+    present = [layer for layer in layers if _rank(layer, factors)]
+    ranks = [_rank(layer, factors) for layer in present]
+    stored: dict[str, Tensor] = {}
+    for layer in present:
+        stored |= as_lora_weights(layer, *factors[layer.module], file.rank, file.dtype)
+    declared = lora_tensors(present, ranks, file.dtype, file.rank)
+    model_hash = content_sha256(stored, declared)
+    metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {file.rank})
+    with outputs.safetensors(path, declared, metadata) as writer:
+        for key, tensor in stored.items():
+            writer.write(key, tensor)
+    outputs.text(path.with_name(f"{path.stem}.json"), card(file, path.stem))
+
+
+def lora_metadata(
+    file: LoraFile, stem: str, model_hash: str, *, uniform: bool = True
+) -> dict[str, str]:
+    """What a LoRA file says of itself.
+
+    Args:
+        file: the block's.
+        stem: of the file; hosts take the LoRA's alias from here.
+        model_hash: SHA-256 of the tensors' bytes in the file's order (`content_sha256`).
+        uniform: whether every layer has the block's rank.
+    """
+    lineage = file.lineage
+    dim, alpha = str(file.rank) if uniform else "Dynamic", str(float(file.rank))
+    return {
+        "ss_base_model_version": lineage.family.ss_base_model_version,
+        "ss_v2": lineage.family.ss_v2,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
+        "ss_network_args": _json({"conv_dim": dim, "conv_alpha": alpha}),
+        "ss_output_name": stem,
+        "ss_sd_model_name": f"{lineage.name}.safetensors",
+        "sshs_model_hash": model_hash,
+        **_modelspec(lineage, stem, "/lora"),
+        **_own(lineage, "lora"),
+        _OWN + "index": str(file.index),
+        _OWN + "rank": str(file.rank),
+        _OWN + "multipliers": _json(dict(file.multipliers)),
+        _OWN + "explained": repr(float(file.explained)),
+    }
+
+
+def checkpoint_metadata(lineage: Lineage) -> dict[str, str]:
+    """What the hyper-model says of itself: A1111's lineage keys with those of its sources, and ours."""
+    ancestors: dict[str, Any] = {}
+    for source in lineage.sources:
+        ancestors |= _decoded(source.metadata.get("sd_merge_models")) or {}
+    parents = {
+        source.sha256: {
+            "name": source.name,
+            "legacy_hash": source.legacy_hash,
+            "sd_merge_recipe": _decoded(source.metadata.get("sd_merge_recipe")),
+        }
+        for source in lineage.sources
+    }
+    return {
+        "sd_merge_recipe": _json({**lineage.recipe, "type": "hyper-merge"}),
+        "sd_merge_models": _json({**ancestors, **parents}),
+        **_modelspec(lineage, lineage.name, ""),
+        **_own(lineage, "hyper-model"),
+    }
+
+
+def card(file: LoraFile, stem: str) -> str:
+    """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
+    name = file.lineage.name
+    lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
+    content = {
+        "description": f"Block {file.index} (rank {file.rank}) of {name}: with the other blocks and"
+        f" its multipliers it turns {name} into one of its checkpoints.",
+        "sd version": file.lineage.family.sd_version,
+        "activation text": "",
+        "preferred weight": 0,  # 0: the WebUI's default, for no weight suits all checkpoints
+        "negative text": "",
+        "notes": "\n".join(lines),
+    }
+    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+
+
+def _rank(layer: Layer, factors: Factors) -> int:
+    return factors[layer.module][0].shape[1] if layer.module in factors else 0
+
+
+def _alpha_dtype(alpha: int, dtype: torch.dtype) -> torch.dtype:
+    """Kohya stores alpha like the factors; bfloat16 cannot hold every whole number above 256."""
+    exact = float(torch.tensor(float(alpha), dtype=dtype)) == alpha
+    return dtype if exact else torch.float32
+
+
+def _stored(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    peak = float(factor.abs().amax()) if factor.numel() else 0.0
+    if not math.isfinite(peak):
+        raise NonFiniteError(f"{layer.module}: a factor holds {peak}, nothing was written")
+    if dtype == torch.float16 and peak >= _LARGEST:
+        raise NonFiniteError(
+            f"{layer.module}: a factor reaches {peak:.4g}, float16 files hold less than"
+            f" {_LARGEST:.0f}; choose dtype bfloat16 or float32"
+        )
+    return factor.detach().to(device="cpu", dtype=dtype)
+
+
+def _modelspec(lineage: Lineage, title: str, suffix: str) -> dict[str, str]:
+    family = lineage.family
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": family.modelspec_architecture + suffix,
+        "modelspec.implementation": family.modelspec_implementation,
+        "modelspec.title": title,
+        "modelspec.resolution": family.modelspec_resolution,
+        "modelspec.date": lineage.date,
+        "modelspec.prediction_type": family.modelspec_prediction_type,
+        "modelspec.merged_from": ", ".join(source.name for source in lineage.sources),
+    }
+
+
+def _own(lineage: Lineage, kind: str) -> dict[str, str]:
+    sources = [
+        {"name": source.name, "sha256": source.sha256, "legacy_hash": source.legacy_hash}
+        for source in lineage.sources
+    ]
+    return {
+        _OWN + "format_version": FORMAT_VERSION,
+        _OWN + "version": __version__,
+        _OWN + "kind": kind,
+        _OWN + "name": lineage.name,
+        _OWN + "recipe": _json(dict(lineage.recipe)),
+        _OWN + "lineage": _json(sources),
+    }
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _decoded(text: str | None) -> dict[str, Any] | None:
+    """A JSON object of a foreign file's metadata; None for anything else, which is not ours to judge."""
+    try:
+        value = json.loads(text or "null")
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,109 @@
+"""Multipliers become prompt tags that every host reads, and come back."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyper_merge.prompts import lora_names, multipliers_text, parse_tags, tag, tags
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}_[0-9]-[1-9][0-9]{0,2}", fullmatch=True)
+MULTIPLIERS = st.floats(-1e6, 1e6)
+
+
+def a1111(prompt):
+    """The host's own parser, as far as LoRAs go. Source: A1111 modules/extra_networks.py:175-191."""
+    found = []
+    for match in re.finditer(r"<(\w+):([^>]+)>", prompt):
+        items = match[2].split(":")
+        assert match[1] == "lora"
+        assert len(items) == 2
+        found.append((items[0], float(items[1])))
+    return found
+
+
+def test_loras_are_named_by_place_and_rank():
+    assert lora_names("mix", (128, 64, 64)) == ("mix_0-128", "mix_1-64", "mix_2-64")
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "text"),
+    [
+        (0.9123, "0.91230"),
+        (-0.3349996, "-0.33500"),
+        (1, "1.00000"),
+        (1e-9, "0.00000"),
+        (-1e-9, "0.00000"),
+        (-0.0, "0.00000"),
+        (1.5e-5, "0.00002"),
+        (1e17, "100000000000000000.00000"),
+        (torch.tensor(0.25), "0.25000"),
+    ],
+)
+def test_a_tag_is_a_plain_decimal_number(multiplier, text):
+    assert tag("mix_0-128", multiplier) == f"<lora:mix_0-128:{text}>"
+
+
+def test_fewer_digits_can_be_asked_for():
+    assert tag("a", 0.91239, digits=4) == "<lora:a:0.9124>"
+    assert tag("a", -0.4, digits=0) == "<lora:a:0>"
+
+
+def test_a_line_per_checkpoint_tells_how_to_become_it():
+    text = multipliers_text(
+        ["photo", "my anime.v2"], lora_names("mix", (128, 64)), torch.tensor([[1, -0.5], [0.25, 0]])
+    )
+    assert text == (
+        "photo: <lora:mix_0-128:1.00000> <lora:mix_1-64:-0.50000>\n"
+        "my anime.v2: <lora:mix_0-128:0.25000> <lora:mix_1-64:0.00000>\n"
+    )
+
+
+@settings(deadline=None)
+@given(st.dictionaries(NAMES, MULTIPLIERS, max_size=5))
+def test_tags_come_back_as_they_went(multipliers):
+    prompt = f"a cat, (best:1.2) {tags(list(multipliers), multipliers.values())} [a:b:0.5]"
+    found = parse_tags(prompt)
+    assert [name for name, _ in found] == list(multipliers)
+    for (_, read), written in zip(found, multipliers.values(), strict=True):
+        assert read == pytest.approx(written, rel=1e-15, abs=5.0001e-6)
+    assert a1111(prompt) == found
+
+
+@settings(deadline=None)
+@given(NAMES, MULTIPLIERS)
+def test_a_tag_that_was_read_is_written_the_same(name, multiplier):
+    once = tag(name, multiplier)
+    assert tag(*parse_tags(once)[0]) == once
+    assert "e" not in once.rpartition(":")[2]
+    assert ":-0.00000>" not in once
+
+
+def test_a_tag_without_a_number_counts_once():
+    assert parse_tags("<lora:a> and <lora:b: .5 >") == [("a", 1.0), ("b", 0.5)]
+
+
+@pytest.mark.parametrize("wrong", ["<lora:a:1:0.5>", "<lora:a:much>", "<lora:a:nan>", "<lora:a:>"])
+def test_an_unreadable_tag_is_refused_as_it_stands(wrong):
+    message = re.escape(f"expected <lora:name:multiplier>, got {wrong}")
+    with pytest.raises(ValueError, match=message):
+        parse_tags(f"a cat {wrong}")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_multiplier_that_is_no_number_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"expected a finite multiplier for a, got {wrong}"):
+        tag("a", wrong)
+
+
+@pytest.mark.parametrize("wrong", ["a:b", "a>", "<a", "a=b", "", "a\nb"])
+def test_a_name_that_would_end_the_tag_is_refused(wrong):
+    with pytest.raises(ValueError, match="expected a name without : < > = and line breaks"):
+        tag(wrong, 1)
+
+
+def test_each_lora_needs_its_multiplier():
+    with pytest.raises(ValueError, match="zip"):
+        tags(["a", "b"], [1.0])

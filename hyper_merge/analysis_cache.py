@@ -193,7 +193,7 @@ def _identity(sources: Sources, seed: int) -> dict[str, object]:
     """All that decides an analysis but its width."""
     return {
         "version": _VERSION,
-        "files": [_file_identity(header) for header in sources.read],
+        "files": [file_identity(header) for header in sources.read],
         "base": sources.base is not None,
         "weights": list(sources.contrasts.base_weights.tolist()),
         "dtype": str(sources.dtype),
@@ -202,7 +202,8 @@ def _identity(sources: Sources, seed: int) -> dict[str, object]:
     }
 
 
-def _file_identity(header: Header) -> list[str | int]:
+def file_identity(header: Header) -> list[str | int]:
+    """Tells the same file content without reading it whole."""
     return [fingerprint(header), header.size, header.mtime_ns]
 
 

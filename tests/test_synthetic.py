@@ -94,7 +94,7 @@ def test_one_latent_is_recovered_with_its_multipliers_from_the_gram_matrix(layer
 
 
 def test_a_latent_has_the_planned_rank_and_a_falling_spectrum():
-    spec = replace(SMALL, count=2, latents=1, own=0.0, noise=0.0, alpha=1.0)
+    spec = replace(SMALL, count=2, latents=1, own=0.0, noise=0.0, alpha=1.0, terms=4)
     key = "model.diffusion_model.middle_block.1.proj_in.weight"
     stack = dict(tensors(spec))[key]
     values = torch.linalg.svdvals(centred(stack)[0].reshape(stack.shape[1], -1))

@@ -1,0 +1,152 @@
+"""The command line: `hyper-merge merge | average | inspect | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from hyper_merge import __version__
+from hyper_merge.control import Control
+from hyper_merge.demo import run_demo
+from hyper_merge.errors import HyperMergeError, InterruptedRun, RecipeError
+from hyper_merge.inspection import describe
+from hyper_merge.merge import Merged, run_average, run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.progress import progress_bar
+from hyper_merge.prompts import tags
+from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
+from hyper_merge.report import text
+
+SUCCESS, UNEXPECTED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 for success, 2 for refused input, 130 after Ctrl-C, 1 for anything unexpected.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except (KeyboardInterrupt, InterruptedRun):
+        return _fail("stopped; no file was changed", INTERRUPTED, options)
+    except HyperMergeError as error:
+        return _fail(str(error), REFUSED, options)
+    except Exception as error:  # noqa: BLE001 - the last resort turns it into one line
+        message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
+        return _fail(message, UNEXPECTED, options)
+    return SUCCESS
+
+
+def _fail(message: str, code: int, options: argparse.Namespace) -> int:
+    if options.debug:
+        traceback.print_exc()
+    _say(f"hyper-merge: {message}", sys.stderr)
+    return code
+
+
+def _say(message: str, stream: TextIO | None = None) -> None:
+    stream = stream or sys.stdout
+    stream.write(message if message.endswith("\n") else message + "\n")
+    stream.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hyper-merge",
+        description="Distils checkpoints into one average and a few shared LoRAs.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, words in (
+        ("merge", _merge, "make the hyper-model, the LoRAs and the report"),
+        ("average", _average, "make the hyper-model alone"),
+    ):
+        sub = commands.add_parser(name, help=words, description=words.capitalize() + ".")
+        sub.add_argument(
+            "recipe", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe file"
+        )
+        sub.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same")
+        _add_fields(sub)
+        _finish(sub, command)
+    inspect = commands.add_parser("inspect", help="say what files are, from their headers")
+    inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    _finish(inspect, _inspect)
+    demo = commands.add_parser("demo", help="make a family of small checkpoints and merge it")
+    demo.add_argument("folder", nargs="?", type=Path, default=Path("hyper-merge-demo"))
+    _finish(demo, _demo)
+    return parser
+
+
+def _finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.set_defaults(command=command)
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings (they win over the recipe file)")
+    for field in FIELDS:
+        words = option_help(field)
+        if field.takes == "flag":
+            group.add_argument(field.option, action="store_const", const="true", help=words)
+        else:
+            nargs = "+" if field.takes == "many" else None
+            group.add_argument(field.option, nargs=nargs, metavar=field.metavar, help=words)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    given = {field.name: getattr(options, field.name) for field in FIELDS}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    if options.recipe and options.config:
+        raise RecipeError(f"two recipe files were given: {options.recipe} and {options.config}")
+    path = options.recipe or options.config
+    return load_recipe(path, overrides) if path else recipe_from_options(overrides)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    with progress_bar() as control:
+        merged = run_merge(_examined(_recipe(options), control), control)
+    _say(_outcome(merged))
+
+
+def _average(options: argparse.Namespace) -> None:
+    with progress_bar() as control:
+        path = run_average(_examined(_recipe(options), control), control)
+    _say(f"hyper-model: {path}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    _say(describe(options.files))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    with progress_bar() as control:
+        merged = run_demo(options.folder, control)
+    _say(_outcome(merged))
+
+
+def _examined(recipe: Recipe, control: Control):  # type: ignore[no-untyped-def]
+    preflight = examine(recipe)
+    for warning in preflight.warnings:
+        control.warn(warning)
+    return preflight
+
+
+def _outcome(merged: Merged) -> str:
+    report, place = merged.report, merged.place
+    reused = " (it was there already)" if place.exists else ""
+    lines = [text(report), f"hyper-model: {place.hyper_model}{reused}"]
+    lines += [f"LoRA:        {path}" for path in merged.loras]
+    lines += [f"multipliers, manifest and report: {place.folder}", ""]
+    row = report.checkpoints[0]
+    lines += [
+        f"To get {row.name}, load the hyper-model and put this into the prompt:",
+        tags(report.loras, row.multipliers),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,31 @@
+"""What the loss leaves open, fixed: order and sharing of singular values, scale and sign of blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balanced(
+    up: Tensor,  # (..., p, r)
+    down: Tensor,  # (..., r, q)
+) -> tuple[Tensor, Tensor]:  # (..., p, r), (..., r, q)
+    """The same product from singular vectors in falling order, root of S on each side.
+
+    Neither factor then overflows in half precision, and a host that keeps the first ranks only keeps
+    the best ones. Through QR of both factors: no matrix of size p x q is formed.
+    """
+    left, left_triangle = torch.linalg.qr(up)
+    right, right_triangle = torch.linalg.qr(down.mT)
+    u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    root = s.sqrt()[..., None, :]
+    return left @ (u * root), (right @ (vh.mT * root)).mT
+
+
+def unit_scales(
+    multipliers: Tensor,  # (k, R)
+) -> Tensor:  # (R,)
+    """By what to divide each column so that its largest entry by magnitude is 1; 1 for zeros."""
+    largest = multipliers.abs().argmax(dim=0)
+    scales = multipliers.gather(0, largest[None])[0]
+    return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -1,0 +1,35 @@
+"""A family of small synthetic checkpoints in a WebUI-shaped models folder, merged: a first try."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from hyper_merge.control import Control
+from hyper_merge.merge import Merged, run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.recipe import Recipe
+from hyper_merge.synthetic import FamilySpec, write_family
+
+_SPEC: Final = FamilySpec(
+    count=4, width=64, context=160, vocabulary=4096, vae_width=32, terms=64, seed=1
+)
+_NAMES: Final = ("portrait", "landscape", "anime", "watercolour")
+_RANKS: Final = (24, 12, 6, 3)
+
+
+def run_demo(folder: Path, control: Control) -> Merged:
+    """Makes the family where it is not there yet, and merges it under a free name.
+
+    Args:
+        folder: the models folder; its checkpoints go to `Stable-diffusion` within.
+        control: progress and interrupt.
+    """
+    paths = [folder / "Stable-diffusion" / f"{name}.safetensors" for name in _NAMES]
+    if not all(path.exists() for path in paths):
+        making = control.part(0.0, 0.4)
+        write_family(
+            paths[0].parent, _SPEC, _NAMES, lambda done, total: making.step("making", done / total)
+        )
+    recipe = Recipe(name="demo", models=tuple(paths), ranks=_RANKS, output=folder, overwrite=True)
+    return run_merge(examine(recipe), control.part(0.4, 1.0))

@@ -1,0 +1,168 @@
+"""What can be known before the first tensor is read: from headers, folders and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from hyper_merge.analysis_cache import analysis_bytes, file_identity, width_for
+from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_families
+from hyper_merge.checkpoints.family import identify, require_supported
+from hyper_merge.checkpoints.header import Header
+from hyper_merge.checkpoints.layers import layout_of
+from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.decomposition.ranks import even_ranks
+from hyper_merge.errors import DeviceError, MismatchError, OutputError
+from hyper_merge.lora import lora_tensors
+from hyper_merge.recipe import AVERAGE, Recipe
+from hyper_merge.sources import Sources
+
+_OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a merge will take, in bytes."""
+
+    average: int
+    loras: int
+    analysis: int  # the cache on disk
+    memory: int  # at the peak, without mapped files
+
+    @property
+    def disk(self) -> int:
+        """All that is written."""
+        return self.average + self.loras + self.analysis
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A recipe that has been held against its files; nothing is written yet."""
+
+    recipe: Recipe
+    sources: Sources
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def ranks(self) -> list[tuple[int, ...]]:
+        """Of the blocks, per layer."""
+        layers = self.sources.layout.layers
+        return even_ranks(self.recipe.ranks, [(layer.m, layer.n) for layer in layers])
+
+    @cached_property
+    def average_id(self) -> str:
+        """Tells the same average: equal for equal files, weights, VAE policy and type."""
+        sources = self.sources
+        what = [
+            [file_identity(header) for header in sources.read],
+            sources.base is not None,
+            sources.contrasts.base_weights.tolist(),
+            sources.average_vae,
+            str(sources.dtype),
+        ]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """Sizes of files and memory."""
+        sources, recipe = self.sources, self.recipe
+        average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
+        loras = 0
+        for block, rank in enumerate(recipe.ranks):
+            of_layers = [ranks[block] for ranks in self.ranks]
+            tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, rank)
+            loras += sum(info.nbytes for info in tensors.values())
+        analysis = analysis_bytes(sources, width_for(recipe.ranks))
+        largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
+        in_flight = 4 * (len(sources.headers) + 4) * largest
+        return Estimate(average, loras, analysis, _OVERHEAD + analysis + max(in_flight, loras))
+
+
+def examine(recipe: Recipe) -> Preflight:
+    """Holds a recipe against its files, by their headers.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, not a checkpoint, or unlike the others.
+        DeviceError: the device is absent.
+    """
+    resolve_device(recipe.device)
+    headers = [read_header(path) for path in recipe.models]
+    base = None if recipe.base == AVERAGE else read_header(recipe.base)
+    everything = [*headers, base] if base else headers
+    check_families(everything, [identify(header) for header in everything])
+    layouts = [layout_of(header, require_supported(header)) for header in everything]
+    check_alike(everything, layouts)
+    warnings = check_distinct([header.path for header in headers])
+    _check_stems(headers)
+    count = len(headers)
+    sources = Sources(
+        headers=tuple(headers),
+        base=base,
+        layout=layouts[0],
+        weights=recipe.weights or (1.0,) * count,
+        dtype=getattr(torch, recipe.dtype),
+        average_vae=recipe.vae == "average",
+    )
+    return Preflight(recipe, sources, (*warnings, *_capped(recipe, sources)))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one.
+
+    Raises:
+        DeviceError: CUDA is asked for and absent, or has no device of that number.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            has = (
+                f"this machine has {found} such devices" if found else "torch finds no CUDA device"
+            )
+            raise DeviceError(f"device {name} was asked for, but {has}; choose auto or cpu")
+    return device
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Returns if the disk of a folder, which need not exist yet, has room.
+
+    Raises:
+        OutputError: too little is free; says how much of each.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{folder} needs {needed / 2**30:.2f} GB but its disk has {free / 2**30:.2f} GB free;"
+            " make room or choose another output folder"
+        )
+
+
+def _check_stems(headers: Sequence[Header]) -> None:
+    """Multipliers are listed by file name without suffix: two alike would be one."""
+    stems: dict[str, Header] = {}
+    for header in headers:
+        other = stems.setdefault(header.stem, header)
+        if other is not header:
+            raise MismatchError(
+                f"{other.path} and {header.path} have the same name {header.stem!r}, by which"
+                " multipliers are listed; rename one of them"
+            )
+
+
+def _capped(recipe: Recipe, sources: Sources) -> list[str]:
+    smallest = min(min(layer.m, layer.n) for layer in sources.layout.layers)
+    if max(recipe.ranks) <= smallest:
+        return []
+    affected = sum(min(layer.m, layer.n) < max(recipe.ranks) for layer in sources.layout.layers)
+    return [f"rank {max(recipe.ranks)} is capped in {affected} layers, the smallest has {smallest}"]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hyper_merge.analysis import LayerAnalysis, Work
 from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.reader import Checkpoint, fingerprint, read_header
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.decomposition.bounds import Spectra
@@ -30,6 +31,8 @@ SIZE_LIMIT: Final = 20 * 2**30  # bytes of all analyses; the least recently used
 
 _VERSION: Final = 1  # of the files' content; another one is never read
 _SUFFIX: Final = ".analysis.safetensors"
+_SOLUTIONS: Final = ".solutions.json"  # beside it
+_REMEMBERED: Final = 4
 _ABOUT: Final = "hyper_merge.analysis"
 _BASIS_DTYPE: Final = torch.float16
 
@@ -47,6 +50,7 @@ class Analysis:
         self.layers = sources.layout.layers
         self.contrasts = sources.contrasts
         self._file = Checkpoint(path)
+        self._solutions = path.with_name(path.name.removesuffix(_SUFFIX) + _SOLUTIONS)
 
     def __enter__(self) -> Analysis:
         self._file.__enter__()
@@ -87,6 +91,33 @@ class Analysis:
         """A layer's bases."""
         left, right = self._file.tensor(f"{index}.left"), self._file.tensor(f"{index}.right")
         return left.float(), right.float()
+
+
+    def earlier_solutions(self) -> list[Tensor]:  # each (d, R), float64
+        """Multipliers that were found for other lists of ranks: good starts."""
+        try:
+            solutions = json.loads(self._solutions.read_text(encoding="utf-8"))
+            found = [torch.tensor(rows, dtype=torch.float64) for rows in solutions.values()]
+        except (OSError, ValueError, AttributeError, TypeError):
+            return []
+        return [each for each in found if each.shape[:-1] == (self.contrasts.dimensions,)]
+
+    def remember(
+        self,
+        ranks: Sequence[int],
+        multipliers: Tensor,  # (d, R)
+    ) -> None:
+        """Keeps a solution's multipliers for later lists of ranks; the newest few stay."""
+        try:
+            solutions = dict(json.loads(self._solutions.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            solutions = {}
+        name = ", ".join(map(str, ranks))
+        solutions.pop(name, None)
+        solutions[name] = multipliers.tolist()
+        newest = dict(list(solutions.items())[-_REMEMBERED:])
+        with Outputs(overwrite=True) as outputs:
+            outputs.text(self._solutions, json.dumps(newest))
 
 
 class AnalysisWriter:
@@ -171,6 +202,7 @@ def prune(folder: Path, limit: int = SIZE_LIMIT) -> None:
         total += path.stat().st_size
         if total > limit:
             path.unlink(missing_ok=True)
+            path.with_name(path.name.removesuffix(_SUFFIX) + _SOLUTIONS).unlink(missing_ok=True)
 
 
 def analysis_bytes(sources: Sources, width: int) -> int:

@@ -29,7 +29,7 @@ from hyper_merge.lora import as_hosts_add
 from hyper_merge.recipe import Recipe
 from hyper_merge.workers import workers
 
-_BATCH_ENTRIES: Final = {"cpu": 2**21, "cuda": 2**28}  # of the cores in one batch
+_BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,10 @@ def batches_of(
         length = max(_BATCH_ENTRIES[device.type] // size, 1)
         for start in range(0, len(indices), length):
             part = tuple(indices[start : start + length])
-            cores = torch.stack([analysis.core(index) for index in part]).to(device)
-            batches.append(Batch(cores, ranks[part[0]], part))
+            cores = [analysis.core(index) for index in part]
+            # A single core stays where it is, mapped: on a CPU that saves most of the memory.
+            stack = torch.stack(cores) if length > 1 else cores[0][None]
+            batches.append(Batch(stack.to(device), ranks[part[0]], part))
     return tuple(batches)
 
 
@@ -143,11 +145,14 @@ def _find_blocks(
         start = best_start(
             problem,
             [analysis.contrasts.to_deviations.mT],
+            analysis.earlier_solutions(),
             generator,
             lambda: control.step("searching for a start", 0.1),
         )
         factors = factors_from(problem, start, generator)
-        return batches, solve(problem, factors, start, stopping)
+        solution = solve(problem, factors, start, stopping)
+    analysis.remember(recipe.ranks, solution.multipliers)
+    return batches, solution
 
 
 def _round_layer(

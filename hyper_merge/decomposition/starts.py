@@ -26,7 +26,7 @@ from hyper_merge.decomposition.ll1 import (
 )
 
 _RANDOM: Final = 6  # random starts beside the planned ones
-_ROUNDS: Final = ((5, 4), (10, 2), (25, 1))  # sweeps, how many go on
+_ROUNDS: Final = ((4, 4), (6, 2), (10, 1))  # sweeps, how many go on
 _GREEDY_TURNS: Final = 6
 _PILOT_SHARE: Final = 0.06  # of the cores' entries
 _PILOT_ENTRIES: Final = 4_000_000  # problems smaller than this are searched whole
@@ -35,6 +35,7 @@ _PILOT_ENTRIES: Final = 4_000_000  # problems smaller than this are searched who
 def best_start(
     problem: Problem,
     planned: Sequence[Tensor],  # each (k, any), columns are directions
+    earlier: Sequence[Tensor],  # the same, of earlier solutions
     generator: torch.Generator,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:  # (k, R), float64
@@ -42,7 +43,8 @@ def best_start(
 
     Args:
         problem: all layers; few are chosen among them.
-        planned: starts worth trying (private blocks, earlier solutions), extended or cut to R.
+        planned: starts worth trying (private blocks), extended or cut to R.
+        earlier: solutions for other ranks; they take the place of random starts.
         generator: for the random starts.
         check: called after every sweep; may raise, to stop.
     """
@@ -50,7 +52,8 @@ def best_start(
     greedy = solve_greedy(few, generator, Stopping(_GREEDY_TURNS, 0.0, lambda loss: check()))
     refitted = fit_multipliers(statistics(few, greedy.factors))
     tried = [Solution(greedy.factors, refitted, greedy.losses)]
-    for multipliers in _directions(few, planned, generator):
+    starts = [*planned, *earlier] if earlier else [*planned, *_random_starts(few)]
+    for multipliers in _directions(few, starts, generator):
         tried.append(Solution(factors_from(few, multipliers, generator), multipliers, ()))
     for sweeps, kept in _ROUNDS:
         stopping = Stopping(sweeps, 0.0, lambda loss: check())
@@ -82,6 +85,12 @@ def pilot(problem: Problem) -> Problem:
     return Problem(tuple(batches), float(energy[order[:count]].sum()), problem.each)
 
 
+def _random_starts(problem: Problem) -> list[Tensor]:
+    """Starts without columns: all of theirs will be random. One checkpoint more has one direction."""
+    k, _ = problem.shape
+    return [torch.zeros(k, 0)] * (_RANDOM if k > 1 else 0)
+
+
 def _directions(
     problem: Problem,
     planned: Sequence[Tensor],
@@ -90,9 +99,8 @@ def _directions(
     """Planned and random multipliers, unit columns; random columns fill up short ones."""
     k, count = problem.shape
     eigenvectors = leading_multipliers(problem)
-    starts = [eigenvectors, *planned] + [eigenvectors[:, :0]] * (_RANDOM if k > 1 else 0)
     filled = []
-    for start in starts:
+    for start in (eigenvectors, *planned):
         noise = torch.randn((k, count), generator=generator, dtype=torch.float64)
         columns = torch.cat([start.double(), noise], 1)[:, :count]
         filled.append(columns / columns.norm(dim=0).clamp(min=1e-30))

@@ -1,0 +1,109 @@
+"""The whole merge at full size, against the plain job of averaging the same files.
+
+    python benchmarks/full_size.py [--folder FOLDER] [--count 4] [--runs 1]
+
+Makes a family of full-size SD 1.x checkpoints (2.1 GB each) where it is not there yet, warms the file
+cache, and prints a table of times as ratios, peak anonymous memory, and losses. On two cores it takes
+about ten minutes for four checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measure import Measured, measure
+
+from hyper_merge.synthetic import FamilySpec, write_family
+
+RANKS = ("128", "64", "32", "16")
+OTHER_RANKS = ("96", "48", "24")
+
+
+def main() -> None:
+    """Runs every step and prints the table."""
+    options = _options()
+    paths = _family(options.folder, options.count)
+    out = options.folder / f"out-{options.count}"
+    shutil.rmtree(out, ignore_errors=True)
+    for path in paths:  # warm files
+        with path.open("rb") as stream:
+            while stream.read(2**24):
+                pass
+    plain_file = options.folder / "plain.safetensors"
+    plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
+    plain_file.unlink()
+    names = [str(path) for path in paths]
+    _row("plain job", plain, plain)
+    average = _run("average", "--name", "alone", "--models", *names, "--output", str(out))
+    _row("average", average, plain)
+    (out / "Stable-diffusion" / "alone.safetensors").unlink()
+    first = _run("merge", "--name", "bench", "--models", *names, "--output", str(out), "--ranks", *RANKS)
+    _row("merge", first, plain)
+    again = _run(
+        "merge", "--name", "bench", "--models", *names, "--output", str(out), "--ranks", *OTHER_RANKS
+    )
+    _row("other ranks", again, plain)
+    print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")
+    print(f"matrix products: {_rate() / 1e9:.0f} GFLOP/s measured in float32")
+    for run in ("bench", "bench-2"):
+        report = json.loads((out / "hyper-merge" / run / "manifest.json").read_text())["report"]
+        print(
+            f"{run}: loss {report['loss']:.4f}, private LoRAs {report['private_loss']:.4f},"
+            f" bound {report['bound']:.4f}, {len(report['losses'])} sweeps"
+        )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
+    parser.add_argument("--count", type=int, default=4)
+    return parser.parse_args()
+
+
+def _family(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"synthetic_{index}" for index in range(count)]
+    paths = [folder / f"{name}.safetensors" for name in names]
+    if not all(path.exists() for path in paths):
+        write_family(folder, FamilySpec(count=count), names, overwrite=True)
+    return paths
+
+
+def _run(*arguments: str) -> Measured:
+    log = Path(f"{arguments[0]}.log")
+    result = measure([sys.executable, "-m", "hyper_merge", *arguments], log)
+    log.unlink()
+    return result
+
+
+def _best(command: list[str], runs: int) -> Measured:
+    return min(
+        (measure(command, Path("plain.log")) for _ in range(runs)), key=lambda run: run.seconds
+    )
+
+
+def _row(name: str, run: Measured, plain: Measured) -> None:
+    print(
+        f"{name:12} {run.seconds:7.1f} s  {run.seconds / plain.seconds:6.2f} x plain"
+        f"  {run.cpu_seconds:7.1f} CPU s  {run.anonymous / 1e9:5.2f} GB anonymous",
+        flush=True,
+    )
+
+
+def _rate() -> float:
+    left, right = torch.randn(1280, 2560), torch.randn(2560, 512)
+    left @ right
+    start = time.perf_counter()
+    for _ in range(20):
+        left @ right
+    return 20 * 2 * left.numel() * right.shape[1] / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Runs a command and says how long it took and how much memory it had to itself at the peak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of a command."""
+
+    seconds: float  # wall clock
+    cpu_seconds: float  # user and system
+    anonymous: int  # bytes at the peak: memory that is no mapping of a file
+
+
+def measure(command: Sequence[str], log: Path) -> Measured:
+    """Runs a command to its end; its output goes to `log`.
+
+    Raises:
+        RuntimeError: it failed; the log says why.
+    """
+    before = os.times()
+    start = time.perf_counter()
+    peak = 0
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: see {log}")
+    after = os.times()
+    cpu = after.children_user + after.children_system
+    cpu -= before.children_user + before.children_system
+    return Measured(seconds, cpu, peak)
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has just ended
+        return 0
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from dense_oracles import normal, with_spectrum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hyper_merge.decomposition.core import compress, project
+
+
+def squeeze(slices, width, seed=0):
+    flat = slices.double().flatten(1)
+    return compress(slices, flat @ flat.mT, width, torch.Generator().manual_seed(seed))
+
+
+def energy(tensor):
+    return float(tensor.double().square().sum())
+
+
+def restored(found):
+    return found.left @ found.core @ found.right.mT
+
+
+def power_law(rng, k, m, n, power=1.0):
+    spectrum = torch.arange(1, 200, dtype=torch.float64) ** -power
+    return torch.stack([with_spectrum(rng, m, n, spectrum) for _ in range(k)])
+
+
+def test_width_that_covers_everything_changes_nothing(rng):
+    slices = normal(rng, 3, 8, 6)
+    found = squeeze(slices, 8)
+    assert torch.equal(found.left, torch.eye(8, dtype=torch.float64))
+    assert torch.equal(found.right, torch.eye(6, dtype=torch.float64))
+    assert torch.equal(found.core, slices)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40), (3, 40, 5), (1, 30, 12), (3, 18, 5)])
+def test_bases_that_hold_every_row_or_column_are_exact(rng, shape):
+    slices = normal(rng, *shape)
+    found = squeeze(slices, 15)
+    assert found.core.shape == (shape[0], min(shape[1], 15), min(shape[2], 15))
+    assert_close(restored(found), slices, rtol=0, atol=1e-11)
+
+
+def test_bases_that_hold_everything_lose_only_half_rounding_in_float32(rng):
+    slices = normal(rng, 3, 5, 40).float()
+    error = energy(restored(squeeze(slices, 15)) - slices) / energy(slices)
+    assert error < 1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 4), st.integers(1, 14), st.integers(1, 14), st.integers(8, 16), st.integers(0, 9)
+)
+def test_a_core_is_exactly_the_projection_of_its_slices(k, m, n, width, seed):
+    slices = normal(torch.Generator().manual_seed(seed), k, m, n)
+    found = squeeze(slices, width)
+    assert found.left.shape == (m, min(m, width))
+    assert found.right.shape == (n, min(n, width))
+    for basis in (found.left, found.right):
+        eye = torch.eye(basis.shape[1], dtype=torch.float64)
+        assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-11)
+    dense = torch.einsum("mp,kmn,nq->kpq", found.left, slices, found.right)
+    assert_close(found.core, dense, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 30), (3, 30, 40), (2, 60, 8), (2, 8, 60)])
+def test_a_float32_core_is_the_projection_on_bases_that_half_precision_holds(rng, shape):
+    slices = normal(rng, *shape).float()
+    found = squeeze(slices, 12)
+    assert found.core.dtype == torch.float32
+    assert torch.equal(found.left, found.left.half().float())
+    assert torch.equal(found.right, found.right.half().float())
+    dense = torch.einsum(
+        "mp,kmn,nq->kpq", found.left.double(), slices.double(), found.right.double()
+    )
+    assert_close(found.core.double(), dense, rtol=1e-5, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_projection_is_two_matrix_products(k, m, n, data):
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    slices = normal(rng, k, m, n)
+    left, right = (  # as `compress` makes them, square ones are the identity
+        torch.linalg.qr(normal(rng, size, data.draw(st.integers(1, max(size - 1, 1)))))[0]
+        if size > 1 and data.draw(st.booleans())
+        else torch.eye(size, dtype=torch.float64)
+        for size in (m, n)
+    )
+    dense = torch.einsum("mp,kmn,nq->kpq", left, slices, right)
+    assert_close(project(slices, left, right), dense, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize(("power", "share"), [(0.5, 0.82), (1.0, 0.92), (2.0, 0.99)])
+def test_bases_hold_nearly_as_much_as_the_best_of_their_width(rng, power, share, width):
+    slices = power_law(rng, 3, 60, 50, power)
+    left = torch.linalg.svd(slices.transpose(0, 1).flatten(1))[0][:, :width]
+    rows = left.mT @ slices
+    right = torch.linalg.svd(rows.flatten(0, 1))[2][:width].mT
+    best = energy(rows @ right)  # the sequentially truncated HOSVD
+    held = energy(squeeze(slices, width).core)
+    assert share * best <= held <= energy(slices)
+
+
+def test_wide_layers_keep_the_shorter_side_whole(rng):
+    slices = power_law(rng, 3, 10, 80)
+    found = squeeze(slices, 20)
+    assert torch.equal(found.left, torch.eye(10, dtype=torch.float64))
+    assert found.core.shape == (3, 10, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 40, 30), (3, 5, 40), (3, 4, 4)])
+def test_zero_slices_have_zero_cores_without_nan(dtype, shape):
+    found = squeeze(torch.zeros(shape, dtype=dtype), 12)
+    assert found.core.count_nonzero() == 0
+    assert torch.isfinite(found.left).all()
+    assert torch.isfinite(found.right).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slices_of_low_rank_are_held_whole(rng, dtype):
+    slices = (normal(rng, 3, 40, 2) @ normal(rng, 3, 2, 30)).to(dtype)
+    error = energy(restored(squeeze(slices, 24)) - slices) / energy(slices)
+    assert error < (1e-6 if dtype == torch.float32 else 1e-20)
+
+
+def test_one_nonzero_slice_among_zeros_is_held(rng):
+    slices = torch.zeros(3, 40, 30, dtype=torch.float64)
+    slices[1] = normal(rng, 40, 3) @ normal(rng, 3, 30)
+    found = squeeze(slices, 12)
+    assert_close(restored(found), slices, rtol=0, atol=1e-10)
+
+
+def test_compression_follows_its_seed_alone(rng):
+    slices = normal(rng, 3, 40, 30).float()
+    first, again, other = squeeze(slices, 12), squeeze(slices, 12), squeeze(slices, 12, seed=1)
+    assert torch.equal(first.left, again.left)
+    assert torch.equal(first.right, again.right)
+    assert torch.equal(first.core, again.core)
+    assert not torch.equal(first.left, other.left)
+
+
+def test_the_order_of_slices_does_not_change_what_the_bases_span(rng):
+    scale = torch.tensor([3.0, 1.0, 0.3], dtype=torch.float64)[:, None, None]
+    slices = power_law(rng, 3, 40, 30) * scale
+    order = [2, 0, 1]
+    found, permuted = squeeze(slices, 12), squeeze(slices[order], 12)
+    for a, b in ((found.left, permuted.left), (found.right, permuted.right)):
+        assert_close(a @ a.mT, b @ b.mT, rtol=0, atol=1e-8)
+    assert_close(restored(found)[order], restored(permuted), rtol=0, atol=1e-8)

@@ -1,0 +1,25 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyper_merge.decomposition.ranks import even_ranks
+from hyper_merge.errors import RankError
+
+shapes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=5)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), shapes)
+def test_every_layer_gets_the_ranks_capped_at_what_it_can_have(ranks, layers):
+    found = even_ranks(ranks, layers)
+    assert len(found) == len(layers)
+    for rank, (m, n) in zip(found, layers, strict=True):
+        assert rank == tuple(r if r <= m and r <= n else min(m, n) for r in ranks)
+
+
+@pytest.mark.parametrize("ranks", [[], [0], [4, -1], (8, 0, 2)])
+def test_no_ranks_and_ranks_below_one_are_refused(ranks):
+    message = f"ranks must be 1 or more, at least one of them, got {list(ranks)}"
+    with pytest.raises(RankError, match=f"^{re.escape(message)}$"):
+        even_ranks(ranks, [(4, 4)])

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from dense_oracles import normal, tail, with_spectrum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hyper_merge.decomposition.linalg import (
+    leading_factors,
+    orthonormal,
+    random_normal,
+    solve_damped,
+)
+
+sizes = st.integers(1, 7)
+
+
+def assert_orthonormal(basis, atol=1e-12):
+    eye = torch.eye(basis.shape[-1], dtype=basis.dtype).expand(*basis.shape[:-2], -1, -1)
+    assert_close(basis.mT @ basis, eye, rtol=0, atol=atol)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 3), max_size=2), sizes, st.integers(0, 5), st.integers(0, 99))
+def test_a_basis_is_orthonormal_and_holds_its_columns(batch, r, more, seed):
+    columns = normal(torch.Generator().manual_seed(seed), *batch, r + more, r)
+    basis = orthonormal(columns)
+    assert basis.shape == columns.shape
+    assert_orthonormal(basis)
+    assert_close(basis @ (basis.mT @ columns), columns, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("overlap", [1.0, 0.1, 1e-3, 1e-6, 0.0])
+def test_a_basis_of_nearly_dependent_columns_is_orthonormal(rng, dtype, overlap):
+    columns = normal(rng, 2, 20, 4).to(dtype)
+    columns[..., 3] = columns[..., 0] + overlap * columns[..., 3]
+    basis = orthonormal(columns)
+    assert_orthonormal(basis, 100 * torch.finfo(dtype).eps)
+    assert_close(basis @ (basis.mT @ columns), columns, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+
+
+def test_a_basis_of_columns_of_any_scale_is_orthonormal(rng):
+    columns = normal(rng, 12, 4) * torch.tensor([1e-200, 1e100, 1.0, 1e-5], dtype=torch.float64)
+    assert_orthonormal(orthonormal(columns))
+
+
+@pytest.mark.parametrize("zeros", [slice(None), slice(1, 3)])
+def test_a_basis_of_zero_columns_is_orthonormal(rng, zeros):
+    columns = normal(rng, 2, 9, 4)
+    columns[..., zeros] = 0
+    assert_orthonormal(orthonormal(columns))
+
+
+def test_a_basis_is_made_without_changing_its_columns(rng):
+    columns = normal(rng, 9, 4)
+    before = columns.clone()
+    orthonormal(columns)
+    assert torch.equal(columns, before)
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes, sizes, st.integers(1, 3), st.integers(0, 99))
+def test_a_damped_solution_solves_well_conditioned_equations(p, r, batch, seed):
+    rng = torch.Generator().manual_seed(seed)
+    root = normal(rng, batch, r, r)
+    gram = root @ root.mT + torch.eye(r, dtype=torch.float64)
+    wanted = normal(rng, batch, p, r)
+    found = solve_damped(wanted @ gram, gram, normal(rng, batch, p, r))
+    assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_a_damped_solution_stays_where_singular_equations_say_nothing(rng):
+    basis = torch.linalg.qr(normal(rng, 5, 5))[0]
+    known, free = basis[:, :3], basis[:, 3:]
+    gram, wanted, previous = known @ known.mT, normal(rng, 4, 5), normal(rng, 4, 5)
+    found = solve_damped(wanted @ gram, gram, previous)
+    assert_close(found @ known, wanted @ known, rtol=0, atol=1e-10)
+    # Rounding divided by the damping: a few per cent at most.
+    assert_close(found @ free, previous @ free, rtol=0, atol=0.2)
+
+
+def test_a_damped_solution_of_no_equations_is_the_previous_one(rng):
+    previous = normal(rng, 2, 4, 3)
+    zero = torch.zeros(2, 3, 3, dtype=torch.float64)
+    assert_close(solve_damped(torch.zeros_like(previous), zero, previous), previous)
+
+
+def test_leading_factors_are_nearly_the_truncated_svd(rng):
+    matrix = torch.stack(
+        [with_spectrum(rng, 20, 14, 0.5 ** torch.arange(14.0).double()) for _ in range(3)]
+    )
+    up, down = leading_factors(matrix, 4, rng)
+    assert (up.shape, down.shape) == ((3, 20, 4), (3, 4, 14))
+    assert_orthonormal(up)
+    error = float((matrix - up @ down).square().sum())
+    best = tail(matrix, 4)
+    assert best * (1 - 1e-9) <= error <= 1.1 * best
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("rank", [6, 50])
+def test_leading_factors_of_full_rank_are_exact(rng, shape, rank):
+    matrix = normal(rng, 2, *shape)
+    up, down = leading_factors(matrix, rank, rng)
+    assert up.shape == (2, shape[0], 6)
+    assert_close(up @ down, matrix, rtol=0, atol=1e-10)
+
+
+def test_leading_factors_of_zeros_are_zero_and_finite(rng):
+    up, down = leading_factors(torch.zeros(2, 6, 5), 2, rng)
+    assert_close(up @ down, torch.zeros(2, 6, 5))
+    assert torch.isfinite(up).all()
+
+
+def test_random_numbers_follow_the_seed_and_not_the_type():
+    draws = [
+        random_normal((3, 4), torch.zeros(1, dtype=dtype), torch.Generator().manual_seed(5))
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert [draw.dtype for draw in draws] == [torch.float32, torch.float64]
+    assert torch.equal(draws[0].double(), draws[1])
+    assert_close(draws[0], torch.randn(3, 4, generator=torch.Generator().manual_seed(5)))

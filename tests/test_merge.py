@@ -1,0 +1,560 @@
+"""A merge's files are what its report says, and nothing that was there is ever lost."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from conftest import (
+    POSITION_IDS,
+    QUERY,
+    RANKS,
+    TINY,
+    added,
+    layers_of,
+    load,
+    merge,
+    recipe,
+    snapshot,
+    temporaries,
+    write,
+)
+from hyper_merge import demo, lineage, solution
+from hyper_merge.checkpoints import staging
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.control import Control
+from hyper_merge.errors import HyperMergeError, InterruptedRun, OutputError, RecipeError
+from hyper_merge.merge import run_average, run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.prompts import parse_tags
+
+ROOT = Path(__file__).parent.parent
+
+
+def leftovers(models, hyper_model, loras, rows):
+    """Squared norms of deviations and of what stays, (layers, k) each, from the files on disk.
+
+    `rows` has a list of (LoRA's name, multiplier) per checkpoint.
+    """
+    base, checkpoints = load(hyper_model), [load(path) for path in models]
+    energies, errors = [], []
+    for layer in layers_of(models[0]):
+        weight = base[layer.key].double().flatten(1)
+        blocks = {name: added(path, layer.module) for name, path in loras.items()}
+        deviations = [c[layer.key].double().flatten(1) - weight for c in checkpoints]
+        rests = [
+            deviation - sum(x * blocks[name] for name, x in row)
+            for deviation, row in zip(deviations, rows, strict=True)
+        ]
+        energies.append([float(d.square().sum()) for d in deviations])
+        errors.append([float(r.square().sum()) for r in rests])
+    return torch.tensor(energies).double(), torch.tensor(errors).double()
+
+
+def losses(models, merged, rows):
+    """Loss, and explained shares by checkpoint in all layers, UNet, text encoder."""
+    loras = {path.stem: path for path in merged.loras}
+    energies, errors = leftovers(models, merged.place.hyper_model, loras, rows)
+    parts = [layer.part for layer in layers_of(models[0])]
+    masks = [torch.tensor([p in which for p in parts]) for which in (parts, "unet", "text_encoder")]
+    shares = [1 - errors[mask].sum(0) / energies[mask].sum(0) for mask in masks]
+    return float(errors.sum() / energies.sum()), torch.stack(shares, 1)
+
+
+def manifest_of(merged):
+    return json.loads((merged.place.folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def manifest_rows(merged):
+    names = [path.stem for path in merged.loras]
+    multipliers = manifest_of(merged)["multipliers"].values()
+    return [list(zip(names, row, strict=True)) for row in multipliers]
+
+
+def reported_shares(merged):
+    rows = merged.report.checkpoints
+    return torch.tensor([[r.explained, r.explained_unet, r.explained_text_encoder] for r in rows])
+
+
+def lora_bytes(folder):
+    return {path.name: path.read_bytes() for path in (folder / "Lora").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_reported_loss_is_that_of_the_written_files(files, tmp_path, dtype):
+    merged = merge(files, tmp_path, dtype=dtype)
+    loss, shares = losses(files, merged, manifest_rows(merged))
+    assert merged.report.loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
+    types = {t.dtype for path in merged.loras for k, t in load_file(path).items() if "alpha" not in k}
+    assert types == {getattr(torch, dtype)}
+    assert load_file(merged.place.hyper_model)[QUERY].dtype == getattr(torch, dtype)
+
+
+def test_the_loss_is_right_for_files_of_all_types_weights_and_a_ckpt(tmp_path, state_of):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    names = ("half.safetensors", "brain.ckpt", "single.safetensors")
+    models = [
+        write(tmp_path / name, state_of(c, dtype))
+        for c, (name, dtype) in enumerate(zip(names, dtypes, strict=True))
+    ]
+    merged = merge(models, tmp_path / "models", weights=(3, 1, 2), vae="average")
+    loss, shares = losses(models, merged, manifest_rows(merged))
+    assert merged.report.loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
+    expected = sum(w * load(m)[QUERY].double() for w, m in zip((3, 1, 2), models, strict=True)) / 6
+    written = load(merged.place.hyper_model)[QUERY].double()
+    torch.testing.assert_close(written, expected, rtol=6e-4, atol=1e-7)
+
+
+def test_the_multipliers_as_printed_reach_the_reported_loss(files, tmp_path):
+    merged = merge(files, tmp_path)
+    lines = (merged.place.folder / "multipliers.txt").read_text(encoding="utf-8").splitlines()
+    stems, tags = zip(*(line.split(": ", 1) for line in lines), strict=True)
+    assert stems == ("a", "b", "c")
+    rows = [parse_tags(line) for line in tags]
+    assert [name for name, _ in rows[0]] == ["mix_0-4", "mix_1-2"]
+    loss, shares = losses(files, merged, rows)
+    assert merged.report.loss == pytest.approx(loss, abs=1e-4)
+    torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-4, rtol=0)
+
+
+def test_the_largest_multiplier_of_every_lora_is_about_one(files, tmp_path):
+    rows = torch.tensor([row.multipliers for row in merge(files, tmp_path).report.checkpoints])
+    torch.testing.assert_close(rows.abs().amax(0), torch.ones(2), atol=1e-2, rtol=0)
+    assert torch.equal(rows.amax(0), rows.abs().amax(0))
+
+
+def test_two_runs_with_one_seed_write_the_same_bytes(files, tmp_path):
+    merge(files, tmp_path / "one")
+    merge(files, tmp_path / "two")
+    assert lora_bytes(tmp_path / "one").keys() == {"mix_0-4.safetensors", "mix_1-2.safetensors"}
+    tensors = [
+        {k: v for path in sorted((tmp_path / n / "Lora").glob("*.safetensors"))
+         for k, v in load_file(path).items()}
+        for n in ("one", "two")
+    ]  # fmt: skip
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+
+
+def test_whole_files_are_the_same_bytes_at_the_same_time(files, tmp_path, monkeypatch):
+    class Clock:
+        @staticmethod
+        def now(zone):
+            return types.SimpleNamespace(isoformat=lambda timespec: "2025-01-02T03:04:05+00:00")
+
+    monkeypatch.setattr(lineage, "datetime", Clock)
+    merge(files, tmp_path / "one")
+    merge(files, tmp_path / "two")
+    one, two = (snapshot(tmp_path / name) for name in ("one", "two"))
+    manifests = [each.pop("hyper-merge/mix/manifest.json") for each in (one, two)]
+    assert one == two
+    assert manifests[0].replace(b"/one/", b"/two/") == manifests[1]
+
+
+def test_other_ranks_read_no_checkpoint_and_use_the_hyper_model_again(files, tmp_path, monkeypatch):
+    first = merge(files, tmp_path)
+    before = snapshot(tmp_path)
+
+    def refuse(self, *rest):
+        assert self.path not in files, f"{self.path} was opened"
+        return enter(self)
+
+    enter = Checkpoint.__enter__
+    monkeypatch.setattr(Checkpoint, "__enter__", refuse)
+    monkeypatch.setattr(lineage, "file_sha256", lambda *rest: pytest.fail("a file was hashed"))
+    second = merge(files, tmp_path, ranks=(5,))
+    assert second.reused_analysis
+    assert second.place.exists
+    assert second.place.hyper_model == first.place.hyper_model
+    assert [path.name for path in second.loras] == ["mix-2_0-5.safetensors"]
+    assert second.place.folder == tmp_path / "hyper-merge" / "mix-2"
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    loss, _ = losses(files, second, manifest_rows(second))
+    assert second.report.loss == pytest.approx(loss, abs=1e-6)
+    assert merge(files, tmp_path, ranks=(6,)).place.run == "mix-3"
+
+
+def test_a_lost_hyper_model_is_made_again_without_another_analysis(files, tmp_path):
+    first = merge(files, tmp_path)
+    content = first.place.hyper_model.read_bytes()
+    first.place.hyper_model.unlink()
+    second = merge(files, tmp_path, ranks=(3,))
+    assert second.reused_analysis
+    assert load_file(second.place.hyper_model).keys() == load_file(first.place.hyper_model).keys()
+    offset = content.index(b"hyper_merge.average_id")
+    assert content[offset : offset + 90] in second.place.hyper_model.read_bytes()
+
+
+def test_without_the_cache_a_second_run_reads_the_files_again(files, tmp_path):
+    merge(files, tmp_path)
+    shutil.rmtree(tmp_path / "hyper-merge" / "cache")
+    second = merge(files, tmp_path, ranks=(3,))
+    assert not second.reused_analysis
+    assert second.place.exists
+    loss, _ = losses(files, second, manifest_rows(second))
+    assert second.report.loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_the_same_recipe_again_is_refused_and_overwriting_replaces(files, tmp_path):
+    merge(files, tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match="mix holds this very merge already; choose another"):
+        merge(files, tmp_path)
+    assert snapshot(tmp_path) == before
+    merge(files, tmp_path, overwrite=True, iterations=1)
+    after = snapshot(tmp_path)
+    assert after.keys() == before.keys()
+    assert after["Lora/mix_0-4.safetensors"] != before["Lora/mix_0-4.safetensors"]
+    assert after["Stable-diffusion/mix.safetensors"] == before["Stable-diffusion/mix.safetensors"]
+
+
+def test_overwriting_makes_the_average_of_other_checkpoints(files, tmp_path):
+    merge(files[:2], tmp_path)
+    with pytest.raises(OutputError, match="is not the average of these checkpoints"):
+        merge(files, tmp_path)
+    merged = merge(files, tmp_path, overwrite=True)
+    loss, _ = losses(files, merged, manifest_rows(merged))
+    assert merged.report.loss == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "place", ["Stable-diffusion/mix.safetensors", "Lora/mix_1-2.safetensors", "Lora/mix_0-4.json"]
+)
+def test_a_name_taken_by_somebody_elses_file_is_refused_before_any_work(
+    files, tmp_path, place, monkeypatch
+):
+    mine = tmp_path / place
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    monkeypatch.setattr(Checkpoint, "__enter__", lambda self: pytest.fail("work was done"))
+    with pytest.raises(OutputError) as caught:
+        merge(files, tmp_path)
+    assert str(mine) in str(caught.value)
+    assert "exists" in str(caught.value)
+    assert "choose another name or" in str(caught.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+
+
+def test_a_folder_of_the_runs_name_makes_room_for_another(files, tmp_path):
+    (tmp_path / "hyper-merge" / "mix").mkdir(parents=True)
+    assert merge(files, tmp_path).place.run == "mix-2"
+
+
+def test_a_checkpoint_of_the_merge_is_never_overwritten(files, tmp_path):
+    (tmp_path / "Stable-diffusion").mkdir()
+    models = [
+        Path(shutil.copy(path, tmp_path / "Stable-diffusion" / path.name)) for path in files[:2]
+    ]
+    before = snapshot(tmp_path)
+    with pytest.raises(OutputError, match="one of the checkpoints"):
+        merge(models, tmp_path, name="a", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_with_a_base_no_hyper_model_is_written(files, tmp_path):
+    merged = merge(files[1:], tmp_path, base=str(files[0]))
+    assert merged.place.hyper_model == files[0]
+    assert not (tmp_path / "Stable-diffusion").exists()
+    loss, shares = losses(files[1:], merged, manifest_rows(merged))
+    assert merged.report.loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
+    assert manifest_of(merged)["base_is_first_source"]
+    assert merged.report.bytes_average == files[0].stat().st_size
+
+
+def test_other_checkpoints_of_the_same_names_are_another_merge(files, tmp_path):
+    merge(files[1:], tmp_path / "models", base=str(files[0]))
+    (tmp_path / "others").mkdir()
+    others = [Path(shutil.copy(files[0], tmp_path / "others" / path.name)) for path in files[1:]]
+    second = merge(others[:1] + [files[2]], tmp_path / "models", base=str(files[0]))
+    assert second.place.run == "mix-2"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_equal_checkpoints_give_themselves_and_a_report_without_nan(tmp_path, state_of, count):
+    state = state_of(0)
+    models = [write(tmp_path / f"{name}.safetensors", state) for name in "xyz"[:count]]
+    merged = merge(models, tmp_path / "models")
+    written = load_file(merged.place.hyper_model)
+    assert all(torch.equal(written[key], tensor) for key, tensor in state.items())
+    assert merged.report.loss == merged.report.private_loss == merged.report.bound == 0
+    for row in merged.report.checkpoints:
+        assert (row.explained, row.error, row.not_carried) == (1, 0, 0)
+        assert all(x == x and abs(x) < 10 for x in row.multipliers)  # noqa: PLR0124
+    json.dumps(merged.report.as_dict(), allow_nan=False)
+    texts = [path.read_text() for path in merged.place.folder.iterdir()]
+    assert not any("nan" in content.lower() for content in texts)
+    for path in merged.loras:
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
+
+
+def test_equal_wide_checkpoints_lose_only_the_rounding_of_the_average(tmp_path, state_of):
+    state = state_of(0, torch.float32)
+    models = [write(tmp_path / f"{name}.safetensors", state) for name in "xy"]
+    report = merge(models, tmp_path / "models").report
+    assert report.loss == pytest.approx(1)
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_greedy_is_never_better_than_joint(files, tmp_path):
+    greedy = merge(files, tmp_path / "greedy", method="greedy", iterations=6)
+    joint = merge(files, tmp_path / "joint", iterations=12)
+    assert len(greedy.report.losses) == len(RANKS)
+    assert joint.report.loss <= greedy.report.loss + 1e-6
+    loss, _ = losses(files, greedy, manifest_rows(greedy))
+    assert greedy.report.loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_the_manifest_names_sources_files_and_figures(files, tmp_path):
+    merged = merge(files, tmp_path)
+    manifest = manifest_of(merged)
+    assert manifest["report"] == json.loads(json.dumps(merged.report.as_dict()))
+    assert [source["path"] for source in manifest["sources"]] == [str(path) for path in files]
+    assert all(len(source["sha256"]) == 64 for source in manifest["sources"])
+    assert manifest["recipe"]["models"] == '["a.safetensors", "b.safetensors", "c.safetensors"]'
+    with safe_open(str(merged.place.hyper_model), "pt") as file:
+        metadata = file.metadata()
+    assert metadata["hyper_merge.average_id"] == manifest["average_id"]
+    assert json.loads(metadata["sd_merge_models"]).keys() == {
+        source["sha256"] for source in manifest["sources"]
+    }
+    with safe_open(str(merged.loras[1]), "pt") as file:
+        metadata = file.metadata()
+    multipliers = json.loads(metadata["hyper_merge.multipliers"])
+    assert list(multipliers.values()) == [row.multipliers[1] for row in merged.report.checkpoints]
+    assert (merged.place.folder / "report.txt").read_text().startswith("mix: 3 checkpoints, 2 ")
+
+
+def test_the_sizes_in_the_report_are_those_of_the_files(files, tmp_path):
+    report = merge(files, tmp_path).report
+    size = (tmp_path / "Stable-diffusion/mix.safetensors").stat().st_size
+    loras = sum(path.stat().st_size for path in (tmp_path / "Lora").glob("*.safetensors"))
+    assert report.bytes_before == sum(path.stat().st_size for path in files)
+    assert size - 60_000 < report.bytes_average <= size  # the header is not foreseen
+    assert loras - 60_000 < report.bytes_loras <= loras
+
+
+class Stop:
+    """Ends a run at a fraction of its work, by should_stop or as Ctrl-C does."""
+
+    def __init__(self, at: float, how: str) -> None:
+        self.at, self.how, self.reached = at, how, 0.0
+
+    def on_progress(self, phase, fraction):
+        self.reached = fraction
+        if self.how == "interrupt" and fraction >= self.at:
+            raise KeyboardInterrupt
+
+    def should_stop(self):
+        return self.how == "stop" and self.reached >= self.at
+
+    @property
+    def control(self):
+        return Control(self.on_progress, self.should_stop)
+
+
+@pytest.mark.parametrize("how", ["stop", "interrupt"])
+def test_an_interrupt_at_any_point_leaves_everything_as_it_was(files, tmp_path, how):
+    merge(files, tmp_path, ranks=(3,))
+    before = snapshot(tmp_path)
+    changed = [files[2], files[1]]  # another average under the same name
+    for at in (0.001, 0.04, 0.3, 0.61, 0.9, 1.0 if how == "interrupt" else 0.96):
+        shutil.rmtree(tmp_path / "hyper-merge" / "cache")
+        with pytest.raises((InterruptedRun, KeyboardInterrupt)):
+            merge(changed, tmp_path, Stop(at, how).control, overwrite=True)
+        assert snapshot(tmp_path) == before, at
+        assert temporaries(tmp_path) == [], at
+    finished = merge(changed, tmp_path, overwrite=True)  # with whatever the cache holds
+    loss, _ = losses(changed, finished, manifest_rows(finished))
+    assert finished.report.loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_an_interrupt_of_a_first_run_leaves_the_cache_alone_behind(files, tmp_path):
+    with pytest.raises(InterruptedRun, match="no file was changed"):
+        merge(files, tmp_path, Stop(0.9, "stop").control)
+    assert snapshot(tmp_path) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"hyper-merge"}
+    assert merge(files, tmp_path).reused_analysis
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from hyper_merge.control import Control
+from hyper_merge.merge import run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.recipe import Recipe
+
+def on_progress(phase, fraction):
+    if fraction > float(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+recipe = Recipe(name="mix", models=tuple(map(Path, sys.argv[3:])), ranks=(4, 2), device="cpu",
+                output=Path(sys.argv[2]), overwrite=True, method="greedy")
+run_merge(examine(recipe), Control(on_progress))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("at", [0.3, 0.98])
+def test_a_killed_process_leaves_the_old_files_and_a_usable_cache(files, tmp_path, at):
+    merge(files, tmp_path, ranks=(3,))
+    shutil.rmtree(tmp_path / "hyper-merge" / "cache")
+    before = snapshot(tmp_path)
+    changed = [files[2], files[1]]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(at), str(tmp_path), *map(str, changed)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    after = snapshot(tmp_path)
+    assert {name: content for name, content in after.items() if name in before} == before
+    new = [Path(name) for name in after if name not in before]
+    assert new
+    assert all(name.suffix == ".tmp" for name in new)
+    finished = merge(changed, tmp_path, overwrite=True, method="greedy")
+    assert finished.reused_analysis == (at > 0.9)
+    loss, _ = losses(changed, finished, manifest_rows(finished))
+    assert finished.report.loss == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("after", [0, 3, 150, 400])
+def test_a_disk_that_fills_up_is_told_and_leaves_everything_as_it_was(
+    files, tmp_path, after, monkeypatch
+):
+    merge(files, tmp_path, ranks=(3,))
+    before = snapshot(tmp_path)
+    shutil.rmtree(tmp_path / "hyper-merge" / "cache")
+    real, written = staging.StagedFile._write_some, []
+
+    def write_some(self, data, offset):
+        written.append(offset)
+        if len(written) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, data, offset)
+
+    monkeypatch.setattr(staging.StagedFile, "_write_some", write_some)
+    with pytest.raises(OutputError, match=r"the disk is full; free some space") as caught:
+        merge(files[::-1], tmp_path, overwrite=True)
+    assert "bytes needed" in str(caught.value)
+    assert snapshot(tmp_path) == before
+    assert temporaries(tmp_path) == []
+
+
+def test_too_small_a_disk_is_refused_before_any_work_with_free_and_needed(
+    files, tmp_path, monkeypatch
+):
+    usage = types.SimpleNamespace(total=2**40, used=0, free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(Checkpoint, "__enter__", lambda self: pytest.fail("work was done"))
+    with pytest.raises(OutputError, match=r"needs 0\.00 GB but its disk has 0\.00 GB free; make"):
+        merge(files, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError, match="its disk has"):
+        monkeypatch.setattr(usage, "free", 2**10)
+        run_average(examine(recipe(files, tmp_path)), Control())
+
+
+def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, monkeypatch):
+    expected = merge(files, tmp_path / "one").report
+    real, asked, warnings = solution.best_start, [], []
+
+    def best_start(*rest):
+        asked.append(rest)
+        if len(asked) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
+        return real(*rest)
+
+    monkeypatch.setattr(solution, "best_start", best_start)
+    report = merge(files, tmp_path / "two", Control(warn=warnings.append)).report
+    assert warnings == ["cpu has too little memory for the cores; the CPU takes them"]
+    assert report == expected
+
+
+def test_the_whole_run_is_one_rising_progress(files, tmp_path):
+    told = []
+    merge(files, tmp_path, Control(lambda phase, x: told.append((phase, x))))
+    fractions = [x for _, x in told]
+    assert fractions == sorted(fractions)
+    assert fractions[0] >= 0
+    assert fractions[-1] == 1
+    assert list(dict.fromkeys(phase for phase, _ in told)) == [
+        "hashing the checkpoints",
+        "reading and analysing",
+        "searching for a start",
+        "solving for the LoRAs",
+        "preparing the LoRAs",
+        "putting the files in place",
+    ]
+
+
+def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path):
+    path = run_average(examine(recipe(files, tmp_path / "alone")), Control())
+    merged = merge(files, tmp_path / "whole")
+    alone, whole = load_file(path), load_file(merged.place.hyper_model)
+    assert alone.keys() == whole.keys()
+    assert all(torch.equal(alone[key], tensor) for key, tensor in whole.items())
+    assert torch.equal(alone[POSITION_IDS], torch.arange(77)[None])
+    reused = merge(files, tmp_path / "alone")
+    assert reused.place.exists
+    before = snapshot(tmp_path / "alone")
+    with pytest.raises(OutputError, match=r"mix\.safetensors exists; choose another name or"):
+        run_average(examine(recipe(files, tmp_path / "alone")), Control())
+    assert snapshot(tmp_path / "alone") == before
+
+
+def test_the_average_alone_refuses_a_base_and_stops_without_a_trace(files, tmp_path):
+    with pytest.raises(RecipeError, match="base"):
+        run_average(examine(recipe(files[1:], tmp_path, base=str(files[0]))), Control())
+    with pytest.raises(InterruptedRun):
+        run_average(examine(recipe(files, tmp_path)), Stop(0.5, "stop").control)
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_place_that_cannot_be_written_is_named(files, tmp_path):
+    blocked = tmp_path / "models"
+    blocked.write_text("a file")
+    with pytest.raises(HyperMergeError, match="models"):
+        merge(files, blocked)
+    assert blocked.read_text() == "a file"
+
+
+@pytest.mark.slow
+def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
+    small = replace(TINY, count=4, width=8, context=16, terms=6)
+    monkeypatch.setattr(demo, "_SPEC", small)
+    monkeypatch.setattr(demo, "_RANKS", (3, 1))
+    folder, told = tmp_path / "demo", []
+    first = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))
+    assert told[0][0] == "making"
+    assert [x for _, x in told] == sorted(x for _, x in told)
+    assert {path.name for path in (folder / "Stable-diffusion").iterdir()} == {
+        "portrait.safetensors",
+        "landscape.safetensors",
+        "anime.safetensors",
+        "watercolour.safetensors",
+        "demo.safetensors",
+    }
+    assert len(load_file(first.loras[0])) == 3 * (278 + 72)
+    assert first.report.loss < first.report.private_loss
+    told.clear()
+    second = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))
+    assert second.report.loss == first.report.loss
+    assert second.reused_analysis
+    assert "making" not in dict(told)

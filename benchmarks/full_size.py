@@ -43,10 +43,20 @@ def main() -> None:
     average = _run("average", "--name", "alone", "--models", *names, "--output", str(out))
     _row("average", average, plain)
     (out / "Stable-diffusion" / "alone.safetensors").unlink()
-    first = _run("merge", "--name", "bench", "--models", *names, "--output", str(out), "--ranks", *RANKS)
+    first = _run(
+        "merge", "--name", "bench", "--models", *names, "--output", str(out), "--ranks", *RANKS
+    )
     _row("merge", first, plain)
     again = _run(
-        "merge", "--name", "bench", "--models", *names, "--output", str(out), "--ranks", *OTHER_RANKS
+        "merge",
+        "--name",
+        "bench",
+        "--models",
+        *names,
+        "--output",
+        str(out),
+        "--ranks",
+        *OTHER_RANKS,
     )
     _row("other ranks", again, plain)
     print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")

@@ -1,6 +1,6 @@
 """The yardstick: read the files, mean in float32, write the average in fp16, in plain torch.
 
-    python benchmarks/plain_job.py OUTPUT FILE FILE ...
+python benchmarks/plain_job.py OUTPUT FILE FILE ...
 """
 
 import sys

@@ -92,7 +92,6 @@ class Analysis:
         left, right = self._file.tensor(f"{index}.left"), self._file.tensor(f"{index}.right")
         return left.float(), right.float()
 
-
     def earlier_solutions(self) -> list[Tensor]:  # each (d, R), float64
         """Multipliers that were found for other lists of ranks: good starts."""
         try:

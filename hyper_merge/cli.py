@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped; no file was changed", INTERRUPTED, options)
     except HyperMergeError as error:
         return _fail(str(error), REFUSED, options)
-    except Exception as error:  # noqa: BLE001 - the last resort turns it into one line
+    except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(message, UNEXPECTED, options)
     return SUCCESS

@@ -18,9 +18,9 @@ class Control:
         warn: Called with a sentence that the user should see, once each.
     """
 
-    on_progress: Callable[[str, float], None] = lambda phase, fraction: None
+    on_progress: Callable[[str, float], None] = lambda _phase, _fraction: None
     should_stop: Callable[[], bool] = lambda: False
-    warn: Callable[[str], None] = lambda message: None
+    warn: Callable[[str], None] = lambda _message: None
 
     def step(self, phase: str, fraction: float) -> None:
         """Reports a step.

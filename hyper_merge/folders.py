@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,12 +54,14 @@ class Folders:
         """
         existing = self._hyper_model(recipe, average_id)
         new = self.models / f"{recipe.name}.safetensors"
+        if existing is None:
+            require_no_source(new, recipe.models)
         if existing is None and new.exists() and not recipe.overwrite:
             raise OutputError(
                 f"{new} exists and is not the average of these checkpoints; choose another name or"
                 " allow overwriting"
             )
-        run = recipe.name if recipe.overwrite else self._free_run(recipe)
+        run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
         found = existing or new
         return Place(run, found, existing is not None, self.loras, self.runs / run)
 
@@ -83,17 +85,20 @@ class Folders:
                 candidates.append(self.models / Path(str(manifest.get("hyper_model"))).name)
         return next((path for path in candidates if _average_id(path) == average_id), None)
 
-    def _free_run(self, recipe: Recipe) -> str:
+    def _free_run(self, recipe: Recipe, average_id: str) -> str:
         """The recipe's name, or the first of name-2, name-3, ... that no other run has.
 
         Raises:
             OutputError: a run with this very recipe is there already.
         """
-        wanted = recipe.to_metadata()
-        taken = {folder.name: manifest for folder, manifest in self.manifests()}
+        wanted = recipe.to_metadata(), average_id
+        taken = {
+            folder.name: (manifest.get("recipe"), manifest.get("average_id"))
+            for folder, manifest in self.manifests()
+        }
         number, run = 1, recipe.name
         while run in taken or (self.runs / run).exists():
-            if taken.get(run, {}).get("recipe") == wanted:
+            if taken.get(run) == wanted:
                 raise OutputError(
                     f"{self.runs / run} holds this very merge already; choose another name or ranks,"
                     " or allow overwriting"
@@ -101,6 +106,16 @@ class Folders:
             number += 1
             run = f"{recipe.name}-{number}"
         return run
+
+
+def require_no_source(path: Path, sources: Iterable[Path]) -> None:
+    """Returns if writing to a path does not replace one of the checkpoints that are read.
+
+    Raises:
+        OutputError: it would.
+    """
+    if path.exists() and any(path.samefile(source) for source in sources):
+        raise OutputError(f"{path} is one of the checkpoints of this merge; choose another name")
 
 
 def _average_id(path: Path) -> str | None:

@@ -11,7 +11,6 @@ from hyper_merge.checkpoints.hashes import legacy_hash
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import layout_of
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.errors import HyperMergeError
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.recipe import Recipe
 
@@ -49,11 +48,15 @@ def _tensors(header: Header) -> str:
 
 def _together(preflight: Preflight) -> list[str]:
     estimate = preflight.estimate
-    ranks = ", ".join(map(str, preflight.recipe.ranks))
+    recipe = preflight.recipe
+    sizes = {
+        "hyper-model": estimate.average,
+        "LoRAs": estimate.loras,
+        "analysis on disk": estimate.analysis,
+        "memory, about": estimate.memory,
+    }
     return [
         *(f"note: {warning}" for warning in preflight.warnings),
-        f"together, with ranks {ranks} in {preflight.recipe.dtype}: hyper-model"
-        f" {estimate.average / 1e9:.2f} GB, LoRAs {estimate.loras / 1e6:.1f} MB,"
-        f" analysis {estimate.analysis / 1e9:.2f} GB of disk, about {estimate.memory / 1e9:.1f} GB"
-        " of memory",
+        f"together, with ranks {', '.join(map(str, recipe.ranks))} in {recipe.dtype}:",
+        *(f"  {name:16} {size / 1e9:6.2f} GB" for name, size in sizes.items()),
     ]

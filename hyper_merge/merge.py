@@ -13,13 +13,16 @@ from hyper_merge import __version__, analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
 from hyper_merge.analysis_cache import Analysis, AnalysisWriter
 from hyper_merge.checkpoints.outputs import Outputs
+from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
-from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place
+from hyper_merge.errors import RecipeError
+from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place, require_no_source
 from hyper_merge.lineage import lineage_of
 from hyper_merge.lora import Lineage, LoraFile, checkpoint_metadata, write_lora
 from hyper_merge.preflight import Preflight, require_disk, resolve_device
 from hyper_merge.prompts import lora_names, multipliers_text
+from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import Fit, Report, Sizes, fit, make_report, text
 from hyper_merge.solution import Rounded, find_blocks, rounded
 
@@ -55,6 +58,9 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
     folders = Folders(recipe.output)
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
+    for name in names:
+        for suffix in (".safetensors", ".json"):
+            require_free(place.loras / f"{name}{suffix}", overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached)
@@ -96,6 +102,10 @@ def run_average(preflight: Preflight, control: Control) -> Path:
     recipe = preflight.recipe
     folders = Folders(recipe.output)
     path = folders.models / f"{recipe.name}.safetensors"
+    if recipe.base != AVERAGE:
+        raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
+    require_no_source(path, recipe.models)
+    require_free(path, overwrite=recipe.overwrite)
     require_disk(recipe.output, preflight.estimate.average)
     work = Work(resolve_device(recipe.device), recipe.seed)
     with Outputs(overwrite=recipe.overwrite) as outputs:

@@ -171,18 +171,24 @@ def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[Checkpo
 
 
 def _comparison(report: Report) -> list[str]:
-    rows = [("the average alone", 1.0 if report.loss or report.private_loss else 0.0)]
-    rows.append(("private LoRAs of the same bytes", report.private_loss))
-    rows.append(("these shared LoRAs, as written", report.loss))
-    rows.append(("lower bound for LoRAs of these ranks", report.bound))
-    lines = [
-        f"loss (what stays unexplained) with {name + ':':38} {value:8.4f}" for name, value in rows
+    alone = 1.0 if report.loss or report.private_loss else 0.0
+    rows = [
+        ("average alone", alone, ""),
+        ("private LoRAs of the same bytes", report.private_loss, ""),
+        ("shared LoRAs, as written", report.loss, _over_bound(report)),
+        ("lower bound for these ranks", report.bound, ""),
     ]
-    if report.bound > 0:
-        lines.append(f"loss over the lower bound: {report.loss / report.bound:.3f}")
     steps = "blocks" if report.method == "greedy" else "sweeps"
-    trail = ", ".join(f"{loss:.4f}" for loss in report.losses)
-    return [*lines, f"loss after each of {len(report.losses)} {steps}: {trail}"]
+    trail = " ".join(f"{loss:.4f}" for loss in report.losses)
+    return [
+        "loss: what stays unexplained, as a share of all differences in the layers",
+        *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
+        f"  by {steps}, before rounding: {trail}",
+    ]
+
+
+def _over_bound(report: Report) -> str:
+    return f"   {report.loss / report.bound:.2f} times the bound" if report.bound > 0 else ""
 
 
 def _carried(report: Report) -> list[str]:
@@ -191,11 +197,9 @@ def _carried(report: Report) -> list[str]:
 
 
 def _bytes(report: Report) -> list[str]:
-    after = report.bytes_average + report.bytes_loras
-    return [
-        f"{report.bytes_before / 1e9:.2f} GB of checkpoints -> {after / 1e9:.2f} GB:"
-        f" hyper-model {report.bytes_average / 1e9:.2f} GB, LoRAs {report.bytes_loras / 1e6:.1f} MB"
-    ]
+    average, loras = report.bytes_average / 1e9, report.bytes_loras / 1e9
+    after = f"hyper-model {average:.2f} GB + LoRAs {loras:.3f} GB = {average + loras:.2f} GB"
+    return [f"{report.bytes_before / 1e9:.2f} GB of checkpoints -> {after}"]
 
 
 def _share(part: Tensor | float, whole: Tensor | float) -> float:

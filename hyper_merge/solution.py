@@ -165,9 +165,9 @@ def _round_layer(
     layer, core = analysis.layers[index], analysis.core(index)
     left, right = analysis.bases(index)
     factors, products, ups, downs = [], [], [], []
-    for (up, down), scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
-        up, down = balanced(up * scale, down)
-        up, down = as_hosts_add(layer, left @ up, down @ right.mT, alpha, stored[1])
+    for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
+        narrow_up, narrow_down = balanced(pair[0] * scale, pair[1])
+        up, down = as_hosts_add(layer, left @ narrow_up, narrow_down @ right.mT, alpha, stored[1])
         products.append(((left.mT @ up) @ (down @ right)).flatten())
         ups.append(up)
         downs.append(down)

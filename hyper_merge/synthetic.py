@@ -24,6 +24,7 @@ from hyper_merge.checkpoints.layers import Treatment, layout_of, position_ids
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.synthetic_layout import sd1_layout
 from hyper_merge.checkpoints.writer import SafetensorsWriter
+from hyper_merge.workers import before_threads
 
 _EMBEDDING_STD: Final = 0.02  # as CLIP is initialised
 _NORM_STD: Final = 0.1
@@ -189,6 +190,7 @@ def _write_all(
     # The largest first, or one thread ends alone with a large one.
     plans = sorted(_plans(header), key=lambda plan: -plan.info.numel)
     total = sum(plan.info.numel for plan in plans)
+    before_threads()
     with ThreadPoolExecutor(_THREADS) as pool:
         _drain(pool, [pool.submit(write, plan) for plan in plans], total, on_progress)
 

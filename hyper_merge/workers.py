@@ -27,6 +27,7 @@ def workers(device: torch.device) -> Iterator[Each]:
     if device.type != "cpu":
         yield map
         return
+    before_threads()
     threads = torch.get_num_threads()
     count = min(threads, _MOST)
     torch.set_num_threads(threads // count)  # threads started from now on take this number
@@ -36,6 +37,11 @@ def workers(device: torch.device) -> Iterator[Each]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def before_threads() -> None:
+    """Makes torch look for numpy once: up to 2.3 two threads that first do so together lock up."""
+    torch.zeros(1).div_(1.0)
 
 
 def _in_order(

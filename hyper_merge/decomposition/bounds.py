@@ -28,7 +28,7 @@ def spectra(
     """Squared singular values through Gram matrices: only their sums matter here."""
     if core.shape[1] > core.shape[2]:
         core = core.mT
-    own = (to_deviations.to(core) @ core.flatten(1)).unflatten(1, core.shape[1:])
+    own = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
     return Spectra(
         stack=_squared_singular_values((core @ core.mT).sum(0)),
         private=_squared_singular_values(own @ own.mT),

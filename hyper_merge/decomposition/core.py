@@ -75,7 +75,8 @@ def _subspaces(
     """The last two iterates of every direction, side by side."""
     k, m, n = slices.shape
     k, m, n = slices.shape
-    lefts, rights = [], []
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
     for weights, size in directions:
         matrix = (weights @ slices.reshape(k, -1)).view(m, n)
         left = orthonormal(matrix @ random_normal((n, size), matrix, generator))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class Batch:
     @cached_property
     def spans(self) -> tuple[slice, ...]:
         """The columns of each block among all columns."""
-        ends = torch.tensor((0, *self.ranks)).cumsum(0).tolist()
-        return tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+        ends = (0, *accumulate(self.ranks))
+        return tuple(slice(start, end) for start, end in pairwise(ends))
 
     @cached_property
     def block_of(self) -> Tensor:  # (rho,)
@@ -45,7 +46,7 @@ class Batch:
     ) -> Tensor:  # (b, R, p, q)
         """`sum_c multipliers[c, r] * slices[c]` for every block."""
         flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
-        return flat.unflatten(2, self.slices.shape[2:])
+        return flat.view(*flat.shape[:2], *self.slices.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class Stopping:
 
     sweeps: int
     tolerance: float  # relative change of the loss in one sweep
-    on_sweep: Callable[[float], None] = lambda loss: None  # may raise, to stop
+    on_sweep: Callable[[float], None] = lambda _loss: None  # may raise, to stop
 
 
 def update_ups(

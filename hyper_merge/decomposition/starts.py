@@ -49,14 +49,16 @@ def best_start(
         check: called after every sweep; may raise, to stop.
     """
     few = pilot(problem)
-    greedy = solve_greedy(few, generator, Stopping(_GREEDY_TURNS, 0.0, lambda loss: check()))
+    greedy = solve_greedy(few, generator, Stopping(_GREEDY_TURNS, 0.0, lambda _loss: check()))
     refitted = fit_multipliers(statistics(few, greedy.factors))
     tried = [Solution(greedy.factors, refitted, greedy.losses)]
     starts = [*planned, *earlier] if earlier else [*planned, *_random_starts(few)]
-    for multipliers in _directions(few, starts, generator):
-        tried.append(Solution(factors_from(few, multipliers, generator), multipliers, ()))
+    tried += [
+        Solution(factors_from(few, multipliers, generator), multipliers, ())
+        for multipliers in _directions(few, starts, generator)
+    ]
     for sweeps, kept in _ROUNDS:
-        stopping = Stopping(sweeps, 0.0, lambda loss: check())
+        stopping = Stopping(sweeps, 0.0, lambda _loss: check())
         tried = [solve(few, start.factors, start.multipliers, stopping) for start in tried]
         tried = sorted(tried, key=lambda found: found.loss)[:kept]
     return tried[0].multipliers

@@ -168,12 +168,21 @@ def _round_layer(
     for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
         narrow_up, narrow_down = balanced(pair[0] * scale, pair[1])
         up, down = as_hosts_add(layer, left @ narrow_up, narrow_down @ right.mT, alpha, stored[1])
-        products.append(((left.mT @ up) @ (down @ right)).flatten())
+        products.append((_inside(left, up) @ _inside(right, down.mT).mT).flatten())
         ups.append(up)
         downs.append(down)
         factors.append((up.to(stored[1]), down.to(stored[1])))
-    cross = core.flatten(1) @ torch.stack(products, 1)
-    return _RoundedLayer(factors, cross.double(), _block_gram(ups, downs))
+    cross = core.flatten(1).double() @ torch.stack(products, 1).double()
+    return _RoundedLayer(factors, cross, _block_gram(ups, downs))
+
+
+def _inside(
+    basis: Tensor,  # (m, p)
+    factor: Tensor,  # (m, r)
+) -> Tensor:  # (p, r)
+    """The factor in the basis. That is rounded: one correction for its columns' inner products."""
+    first = basis.mT @ factor
+    return first + basis.mT @ (factor - basis @ first)
 
 
 def _block_gram(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:  # (R, R)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,11 +39,19 @@ def workers(device: torch.device) -> Iterator[Each]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+        _trim()
 
 
 def before_threads() -> None:
     """Makes torch look for numpy once: up to 2.3 two threads that first do so together lock up."""
     torch.zeros(1).div_(1.0)
+
+
+def _trim() -> None:
+    """Hands memory that glibc's allocator keeps for threads back to the system, where there is one."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
 
 
 def _in_order(

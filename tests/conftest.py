@@ -1,6 +1,7 @@
 """Tiny checkpoints of the real structure, and merges of them in a fraction of a second."""
 
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,19 @@ def files(tmp_path_factory: pytest.TempPathFactory, state_of) -> tuple[Path, ...
     """Three float16 checkpoints, a.safetensors and so on; not to be changed."""
     folder = tmp_path_factory.mktemp("files")
     return tuple(write(folder / f"{name}.safetensors", state_of(c)) for c, name in enumerate("abc"))
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory, files: tuple[Path, ...]) -> Merged:
+    """The three files merged by the defaults of `recipe`; not to be changed."""
+    return merge(files, tmp_path_factory.mktemp("merged"))
+
+
+@pytest.fixture
+def started(tmp_path: Path, merged: Merged) -> Path:
+    """A models folder of one's own that holds this merge, its cache too."""
+    root = merged.place.loras.parent
+    return Path(shutil.copytree(root, tmp_path / "started"))
 
 
 def write(path: Path, state: State) -> Path:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from conftest import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
+
 from hyper_merge import analysis, analysis_cache
 from hyper_merge.analysis import Work, run_pass, take_apart
 from hyper_merge.analysis_cache import Analysis, AnalysisWriter
@@ -61,7 +61,10 @@ def mixed(tmp_path, state_of):
     """One file of each type, the second one a .ckpt."""
     types = (torch.float16, torch.bfloat16, torch.float32)
     names = ("half.safetensors", "brain.ckpt", "single.safetensors")
-    return [write(tmp_path / n, state_of(c, d)) for c, (n, d) in enumerate(zip(names, types))]
+    return [
+        write(tmp_path / n, state_of(c, d))
+        for c, (n, d) in enumerate(zip(names, types, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -308,7 +311,7 @@ def test_a_file_that_changes_during_the_pass_is_refused(tmp_path, state_of):
     models = [write(tmp_path / f"{name}.safetensors", state_of(c)) for c, name in enumerate("ab")]
     sources = sources_of(models)
     write(models[1], state_of(2) | {"extra": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="b.safetensors was changed while being read"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors was changed while being read"):
         read(sources)
 
 
@@ -377,5 +380,3 @@ def test_reading_only_what_is_wanted_opens_each_file_once(files, monkeypatch):
     )
     read(sources_of(files))
     assert opened == list(files)
-
-

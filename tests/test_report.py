@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import layers_of, merge
+
 from hyper_merge.report import CheckpointReport, Fit, Report, text
 
 REPORT = Report(
@@ -33,16 +33,16 @@ checkpoint         explained    UNet  text enc.  rel. error   not carried
 anime                 81.25%  80.00%    91.25%      0.4330        1.230%
 a_long_checkpoint    100.00% 100.00%   100.00%      0.0000        0.000%
 
-loss (what stays unexplained) with the average alone:                       1.0000
-loss (what stays unexplained) with private LoRAs of the same bytes:         0.2500
-loss (what stays unexplained) with these shared LoRAs, as written:          0.1250
-loss (what stays unexplained) with lower bound for LoRAs of these ranks:    0.1000
-loss over the lower bound: 1.250
-loss after each of 3 sweeps: 0.5000, 0.2500, 0.1235
+loss: what stays unexplained, as a share of all differences in the layers
+  average alone                     1.0000
+  private LoRAs of the same bytes   0.2500
+  shared LoRAs, as written          0.1250   1.25 times the bound
+  lower bound for these ranks       0.1000
+  by sweeps, before rounding: 0.5000 0.2500 0.1235
 
 not carried by LoRAs, as a share of all differences: norms 0.500%, VAE 0.000%
 
-4.26 GB of checkpoints -> 2.19 GB: hyper-model 2.13 GB, LoRAs 53.4 MB
+4.26 GB of checkpoints -> hyper-model 2.13 GB + LoRAs 0.053 GB = 2.19 GB
 """
 
 
@@ -52,14 +52,21 @@ def test_the_table_is_laid_out_for_people():
 
 def test_the_greedy_method_counts_blocks_not_sweeps():
     greedy = Report(**dict(vars(REPORT), method="greedy", losses=(0.5,)))
-    assert "\nloss after each of 1 blocks: 0.5000\n" in text(greedy)
+    assert "\n  by blocks, before rounding: 0.5000\n" in text(greedy)
 
 
 def test_the_manifest_has_every_figure():
     found = json.loads(json.dumps(REPORT.as_dict(), allow_nan=False))
     assert set(found) == set(vars(REPORT))
-    rows = [CheckpointReport(**dict(r, multipliers=tuple(r["multipliers"]))) for r in found["checkpoints"]]
-    found |= {"checkpoints": tuple(rows), "loras": tuple(found["loras"]), "losses": tuple(found["losses"])}
+    rows = [
+        CheckpointReport(**dict(r, multipliers=tuple(r["multipliers"])))
+        for r in found["checkpoints"]
+    ]
+    found |= {
+        "checkpoints": tuple(rows),
+        "loras": tuple(found["loras"]),
+        "losses": tuple(found["losses"]),
+    }
     assert Report(**found) == REPORT
 
 
@@ -73,8 +80,8 @@ def test_shares_of_chosen_layers_and_of_nothing():
     assert Fit(torch.zeros(2, 1), 0 * errors, 0 * energies).loss == 0
 
 
-def test_the_baselines_stand_in_their_order(files, tmp_path):
-    report = merge(files, tmp_path).report
+def test_the_baselines_stand_in_their_order(merged):
+    report = merged.report
     assert 0 < report.bound <= report.loss < 1
     assert report.bound <= report.private_loss < 1
     assert report.losses == tuple(sorted(report.losses, reverse=True))
@@ -85,7 +92,7 @@ def test_full_ranks_explain_everything_but_the_rounding(files, tmp_path):
     largest = max(min(layer.m, layer.n) for layer in layers_of(files[0]))
     report = merge(files, tmp_path, ranks=(largest, largest), dtype="float32", iterations=8).report
     assert report.loss < 1e-5
-    assert report.bound < 1e-9
+    assert report.bound < 1e-5
     assert all(row.explained > 1 - 1e-5 for row in report.checkpoints)
 
 

@@ -102,6 +102,7 @@ def deviations(
         for other, difference in zip(others, differences, strict=True):
             torch.sub(other[part], first, out=difference)
         mean = torch.addmv(first, differences.mT, base_weights)
+        mean = torch.where(mean == first, first, mean)  # keeps negative zeros
         base[part] = mean
         slices[:, part] = to_slices @ differences
         rows[:-1] = slices[:, part]

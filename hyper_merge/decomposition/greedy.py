@@ -72,13 +72,15 @@ def _one_block(
     multipliers = leading_multipliers(problem)[:, :1]
     losses = [float("inf")]
     for _ in range(stopping.sweeps):
-        factors = factors_from(problem, multipliers, generator)
-        found = statistics(problem, factors)
-        multipliers = fit_multipliers(found)
-        losses.append(found.loss(multipliers))
+        tried = factors_from(problem, multipliers, generator)
+        found = statistics(problem, tried)
+        fitted = fit_multipliers(found)
+        losses.append(found.loss(fitted))
+        if losses[-1] <= losses[-2]:  # subspace iteration is inexact: a turn may do harm
+            factors, multipliers = tried, fitted
         if losses[-2] - losses[-1] <= stopping.tolerance * losses[-1]:
             break
-    return factors, multipliers, losses[-1]
+    return factors, multipliers, min(losses)
 
 
 def _deflate_(

@@ -55,7 +55,7 @@ def solve_damped(
     factor = torch.linalg.cholesky(gram + damping * identity)
     # Not torch.linalg.solve: batched on the CPU it printed MKL errors and failed (torch 2.13); and
     # the inverse with one product is three times as fast as two triangular solves.
-    return (right + damping * previous) @ torch.cholesky_inverse(factor)
+    return previous + (right - previous @ gram) @ torch.cholesky_inverse(factor)
 
 
 def leading_factors(

@@ -150,7 +150,9 @@ def statistics(problem: Problem, factors: Sequence[Factors]) -> Statistics:
 
 def fit_multipliers(statistics: Statistics) -> Tensor:  # (k, R), float64
     """The best multipliers for given blocks: R x R normal equations, least norm where singular."""
-    return statistics.cross @ torch.linalg.pinv(statistics.gram, rtol=1e-10, hermitian=True)
+    norms = statistics.gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+    gram = statistics.gram * norms * norms[:, None]  # of unit blocks: their scale is free
+    return (statistics.cross * norms) @ torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) * norms
 
 
 def factors_from(
@@ -165,8 +167,18 @@ def factors_from(
     def start(index: int, batch: Batch) -> Factors:
         dice = torch.Generator().manual_seed(seed + index)
         mixtures = batch.mixtures(multipliers / norms)
-        pairs = [leading_factors(mixtures[:, r], rank, dice) for r, rank in enumerate(batch.ranks)]
-        ups, downs = zip(*pairs, strict=True)
+        overlaps = multipliers.mT @ multipliers / norms[:, None]
+        alike = overlaps * overlaps.mT > 0.99  # squared cosines
+        ups: list[Tensor] = []
+        downs: list[Tensor] = []
+        for r, rank in enumerate(batch.ranks):
+            rest = mixtures[:, r]
+            for s in range(r):  # blocks of nearly the same multipliers take what is left over
+                if alike[r, s]:
+                    rest = rest - float(overlaps[r, s]) * (ups[s] @ downs[s])
+            up, down = leading_factors(rest, rank, dice)
+            ups.append(up)
+            downs.append(down)
         return Factors(torch.cat(ups, 2), torch.cat(downs, 1))
 
     return tuple(problem.each(start, range(len(problem.batches)), problem.batches))
@@ -174,7 +186,7 @@ def factors_from(
 
 def sweep(
     problem: Problem,
-    factors: Sequence[Factors],
+    factors: Iterable[Factors],  # one per batch; may be lazy
     multipliers: Tensor,  # (k, R)
 ) -> tuple[tuple[Factors, ...], Tensor, float]:
     """Ups, downs, multipliers: each the best for the others. Returns the loss too."""
@@ -206,19 +218,20 @@ def solve(
     Source: Mitchell, Ye and De Sterck, "Nesterov acceleration of alternating least squares for
     canonical tensor decomposition", 2020 (with restarts by function value).
     """
-    current = Solution(tuple(factors), multipliers, ())
-    ahead, step = current, 0
+    previous = current = Solution(tuple(factors), multipliers, ())
+    step = 0
     for _ in range(stopping.sweeps):
-        found, fitted, loss = sweep(problem, ahead.factors, ahead.multipliers)
+        momentum = step / (step + 3)
+        ahead = torch.lerp(previous.multipliers, current.multipliers, 1 + momentum)
+        found, fitted, loss = sweep(problem, _ahead(previous, current, momentum), ahead)
         stopping.on_sweep(loss)
         if step and loss > current.loss:
-            ahead, step = current, 0
+            step = 0
             continue
         previous, current = current, Solution(found, fitted, (*current.losses, loss))
         if _stands_still(current.losses, stopping.tolerance):
             break
-        step += 1
-        ahead = _ahead(previous, current, step / (step + 3)) if len(current.losses) > 1 else current
+        step = step + 1 if len(current.losses) > 1 else 0  # the start itself is no direction
     return current
 
 
@@ -235,14 +248,17 @@ def _stands_still(losses: Sequence[float], tolerance: float) -> bool:
     return len(losses) > 1 and losses[-2] - losses[-1] <= tolerance * losses[-2]
 
 
-def _ahead(previous: Solution, current: Solution, step: float) -> Solution:
-    """The current solution, a step further in the direction in which it changed."""
-    factors = tuple(
-        Factors(torch.lerp(old.up, new.up, 1 + step), torch.lerp(old.down, new.down, 1 + step))
-        for old, new in zip(previous.factors, current.factors, strict=True)
-    )
-    multipliers = torch.lerp(previous.multipliers, current.multipliers, 1 + step)
-    return Solution(factors, multipliers, current.losses)
+def _ahead(previous: Solution, current: Solution, momentum: float) -> Iterator[Factors]:
+    """The current factors, a step further in the direction in which they changed.
+
+    Lazily, so that no third set of all layers' factors lies in memory.
+    """
+    for old, new in zip(previous.factors, current.factors, strict=True):
+        if momentum == 0:
+            yield new
+        else:
+            up = torch.lerp(old.up, new.up, 1 + momentum)
+            yield Factors(up, torch.lerp(old.down, new.down, 1 + momentum))
 
 
 def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statistics:

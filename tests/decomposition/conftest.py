@@ -5,7 +5,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hyper_merge.decomposition import starts
 from hyper_merge.workers import Each, workers
+
+_SEARCH = {name: getattr(starts, name) for name in ("_RANDOM", "_ROUNDS", "_GREEDY_TURNS")}
+
+
+@pytest.fixture(autouse=True)
+def _whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of whole merges shorten the search for a start; here it is tested."""
+    for name, value in _SEARCH.items():
+        monkeypatch.setattr(starts, name, value)
 
 
 @pytest.fixture

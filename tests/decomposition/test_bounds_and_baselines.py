@@ -28,7 +28,7 @@ def bound_of(problem, outside=0.0):
 
 
 def solved(problem, sweeps=40):
-    start = best_start(problem, [], seeded(1))
+    start = best_start(problem, [], [], seeded(1))
     return solve(problem, factors_from(problem, start, seeded(2)), start, Stopping(sweeps, 1e-9))
 
 

@@ -8,6 +8,7 @@ from dense_oracles import (
     random_family,
     stack_of,
     tail,
+    with_spectrum,
 )
 from torch.testing import assert_close
 
@@ -39,15 +40,22 @@ def test_losses_of_the_greedy_method_are_those_of_dense_deflation(seed):
         assert torch.equal(batch.slices, slices)
 
 
-def test_the_first_greedy_block_is_a_truncated_svd_of_its_mixture():
-    problem = problem_of((stack_of(seeded(), 2, 3, 9, 8, 2.0), (2,)))
-    found = solve_greedy(problem, seeded(), Stopping(40, 0.0))
-    column = found.multipliers / found.multipliers.square().sum()
-    for batch, factors in zip(problem.batches, found.factors, strict=True):
-        mixture = batch.mixtures(column)[:, 0]
-        best = tail(mixture, 2)
-        error = float((mixture - factors.up @ factors.down).square().sum())
-        assert best * (1 - 1e-9) <= error <= best + 0.05 * float(mixture.square().sum())
+def test_the_first_greedy_block_is_a_truncated_svd_of_its_mixture(rng):
+    column = normal(rng, 4)
+    matrix = with_spectrum(rng, 9, 8, 0.5 ** torch.arange(8.0).double())
+    problem = problem_of((torch.einsum("k,pq->kpq", column, matrix)[None], (3,)))
+    found = solve_greedy(problem, seeded(), Stopping(6, 0.0))
+    best = tail(matrix, 3) / float(matrix.square().sum())
+    assert best * (1 - 1e-9) <= found.loss <= 1.1 * best
+    cosine = torch.nn.functional.cosine_similarity(found.multipliers[:, 0], column, dim=0)
+    assert_close(cosine.abs(), torch.ones_like(cosine))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_more_turns_never_make_a_greedy_block_worse(seed):
+    problem = problem_of((stack_of(seeded(seed), 2, 3, 9, 8, 2.0), (2,)))
+    losses = [solve_greedy(problem, seeded(), Stopping(n, 0.0)).loss for n in (1, 2, 6)]
+    assert losses[0] >= losses[1] >= losses[2]
 
 
 def test_greedy_tells_the_loss_after_every_block():
@@ -105,28 +113,52 @@ def test_leading_multipliers_are_eigenvectors_of_the_dense_gram():
 def test_the_joint_solution_is_never_above_the_greedy_one(seed):
     problem = random_family(seed)
     greedy = solve_greedy(problem, seeded(seed), Stopping(20, 0.0))
-    start = best_start(problem, [], seeded(seed))
+    start = best_start(problem, [], [], seeded(seed))
     factors = factors_from(problem, start, seeded(seed))
     found = solve(problem, factors, start, Stopping(60, 1e-5))
     assert found.loss <= greedy.loss
     assert dense_loss(problem, found.factors, found.multipliers) <= greedy.loss
 
 
-def test_a_planned_start_that_is_exact_wins(rng):
+@pytest.mark.parametrize("kind", ["planned", "earlier"])
+def test_a_planned_start_that_is_exact_wins(rng, kind):
     multipliers = normal(rng, 5, 3)
+    starts = ([multipliers], []) if kind == "planned" else ([], [multipliers])
     blocks = torch.stack([normal(rng, 14, 3) @ normal(rng, 3, 14) for _ in range(3)])
     problem = problem_of((torch.einsum("kr,rpq->kpq", multipliers, blocks)[None], (3, 3, 3)))
-    start = best_start(problem, [multipliers], seeded())
+    start = best_start(problem, *starts, seeded())
     cosines = torch.nn.functional.normalize(start, dim=0).mT @ torch.nn.functional.normalize(
         multipliers, dim=0
     )
     assert_close(cosines.abs().amax(0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-2)
 
 
+def test_planned_and_earlier_starts_are_tried_and_earlier_ones_instead_of_random_ones(
+    rng, monkeypatch
+):
+    problem = problem_of((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)))
+    planned, earlier = normal(rng, 3, 2), normal(rng, 3, 2)
+    tried = []
+
+    def record(few, multipliers, generator):
+        tried.append(multipliers)
+        return factors_from(few, multipliers, generator)
+
+    monkeypatch.setattr("hyper_merge.decomposition.starts.factors_from", record)
+    best_start(problem, [planned], [earlier], seeded())
+    wanted = [leading_multipliers(problem)[:, :2], planned, earlier]
+    for found, start in zip(tried, wanted, strict=True):
+        assert_close(found, torch.nn.functional.normalize(start, dim=0))
+    tried.clear()
+    best_start(problem, [planned], [], seeded())
+    assert len(tried) > 3
+    assert_close(tried[1], torch.nn.functional.normalize(planned, dim=0))
+
+
 @pytest.mark.parametrize("columns", [0, 1, 2, 7])
 def test_planned_starts_of_any_width_are_filled_up_or_cut(rng, columns):
     problem = problem_of((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)))
-    start = best_start(problem, [normal(rng, 3, columns).float()], seeded())
+    start = best_start(problem, [normal(rng, 3, columns).float()], [], seeded())
     assert start.shape == (3, 2)
     assert start.dtype == torch.float64
     assert torch.isfinite(start).all()
@@ -134,14 +166,14 @@ def test_planned_starts_of_any_width_are_filled_up_or_cut(rng, columns):
 
 def test_a_start_follows_its_seed(rng):
     problem = problem_of((stack_of(rng, 1, 4, 6, 5, 0.3), (1, 1)))
-    first, again = (best_start(problem, [], seeded(3)) for _ in range(2))
+    first, again = (best_start(problem, [], [], seeded(3)) for _ in range(2))
     assert torch.equal(first, again)
 
 
 def test_a_parallel_map_gives_the_same_start(parallel):
     plain = random_family(2)
     one, many = (
-        best_start(problem, [], seeded())
+        best_start(problem, [], [], seeded())
         for problem in (plain, Problem(plain.batches, plain.energy, parallel))
     )
     assert_close(many.abs(), one.abs(), rtol=1e-5, atol=1e-7)
@@ -152,7 +184,7 @@ def test_the_search_for_a_start_may_be_stopped():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        best_start(random_family(0), [], seeded(), stop)
+        best_start(random_family(0), [], [], seeded(), stop)
 
 
 def test_a_small_problem_is_its_own_pilot():

@@ -39,7 +39,7 @@ def seeded(seed=0):
 
 
 def solved(problem, sweeps=100, tolerance=1e-9):
-    start = best_start(problem, [], seeded(1))
+    start = best_start(problem, [], [], seeded(1))
     factors = factors_from(problem, start, seeded(2))
     return solve(problem, factors, start, Stopping(sweeps, tolerance))
 
@@ -136,7 +136,7 @@ def test_the_loss_never_rises(seed):
     k, count = problem.shape
     start = normal(seeded(seed), k, count)
     found = solve(problem, factors_from(problem, start, seeded()), start, Stopping(60, FOREVER))
-    assert len(found.losses) == 60
+    assert 30 <= len(found.losses) <= 60  # steps ahead that do not help are taken back
     assert rises(found.losses) <= 1e-12
 
 
@@ -274,9 +274,11 @@ def test_sweeps_stop_at_the_tolerance_and_are_told_one_by_one():
     start, told = normal(seeded(), k, count), []
     factors = factors_from(problem, start, seeded())
     found = solve(problem, factors, start, Stopping(500, 1e-3, told.append))
-    assert tuple(told) == found.losses
+    taken_back = [loss for loss in told if loss not in found.losses]
+    assert [loss for loss in told if loss in found.losses] == list(found.losses)
+    assert all(loss > found.loss for loss in taken_back)
     assert 2 < len(told) < 500
-    changes = [(a - b) / a for a, b in itertools.pairwise(told)]
+    changes = [(a - b) / a for a, b in itertools.pairwise(found.losses)]
     assert changes[-1] <= 1e-3
     assert min(changes[:-1]) > 1e-3
 

@@ -1,0 +1,290 @@
+"""The command line: exit codes, one message on standard error, no traceback unless asked for."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NORM, QUERY, snapshot, temporaries, write
+
+from hyper_merge import __version__, cli
+from hyper_merge.errors import InterruptedRun
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command; exit code, standard output, the message on standard error."""
+
+    def run(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        lines = [line.strip() for line in re.split(r"[\r\n]", err) if line.strip()]
+        return code, out, [line for line in lines if "%" not in line or "hyper-merge:" in line]
+
+    return run
+
+
+def options(models, output, **settings):
+    """Options of a merge."""
+    words = ["--name", "mix", "--models", *models, "--output", output, *FAST]
+    return words + [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def test_a_recipe_file_is_merged_and_the_outcome_printed(files, tmp_path, run):
+    config = tmp_path / "mix.yaml"
+    lines = ["name: mix", "device: cpu", "dtype: float16", "iterations: 2", "ranks: [4, 2]"]
+    lines += ["models:", *(f"  - {path}" for path in files), f"output: {tmp_path / 'models'}"]
+    config.write_text("\n".join(lines))
+    code, out, err = run("merge", config)
+    assert (code, err) == (0, [])
+    place = tmp_path / "models"
+    assert out.startswith("mix: 3 checkpoints, 2 shared LoRAs\n")
+    assert f"\nhyper-model: {place / 'Stable-diffusion/mix.safetensors'}\n" in out
+    assert f"\nLoRA:        {place / 'Lora/mix_1-2.safetensors'}\n" in out
+    assert f"\nmultipliers, manifest and report: {place / 'hyper-merge/mix'}\n" in out
+    tags = (place / "hyper-merge/mix/multipliers.txt").read_text().splitlines()[0]
+    assert out.endswith(
+        f"To get a, load the hyper-model and put this into the prompt:\n{tags[3:]}\n"
+    )
+    code, out, err = run("merge", "--config", config, "--ranks", "3")  # options win
+    assert (code, err) == (0, [])
+    assert "Stable-diffusion/mix.safetensors (it was there already)\n" in out
+    assert (place / "Lora/mix-2_0-3.safetensors").exists()
+    code, _, err = run("merge", config)
+    assert code == 2
+    assert err[0].startswith(
+        f"hyper-merge: {place / 'hyper-merge/mix'} holds this very merge already; choose another"
+    )
+    code, _, err = run("merge", config, "--config", config)
+    assert code == 2
+    assert err == [f"hyper-merge: two recipe files were given: {config} and {config}"]
+
+
+def test_the_average_alone_is_one_file(files, tmp_path, run):
+    code, out, err = run("average", *options(files, tmp_path))
+    assert (code, err) == (0, [])
+    assert out == f"hyper-model: {tmp_path / 'Stable-diffusion/mix.safetensors'}\n"
+    assert [*snapshot(tmp_path)] == ["Stable-diffusion/mix.safetensors"]
+
+
+def test_inspect_prints_a_table(files, run):
+    code, out, err = run("inspect", *files)
+    assert (code, err) == (0, [])
+    assert out.count("Stable Diffusion 1.x") == 3
+    assert "together, with ranks 128, 64, 32, 16 in float16:\n" in out
+    code, out, err = run("inspect", files[0], "nowhere.safetensors")
+    assert (code, out) == (2, "")
+    assert err == ["hyper-merge: nowhere.safetensors does not exist; check the path"]
+
+
+BAD = {
+    "empty.safetensors": (lambda whole: b"", "{path} is empty; download or copy it again"),
+    "cut.safetensors": (lambda whole: whole[:-1000], "{name}"),
+    "garbage.safetensors": (lambda whole: b"\xff" * 5000, "{name}"),
+    "bad.gguf": (lambda whole: b"GGUF", "{name} is a quantised GGUF file, which cannot be merged;"),
+    "bad.ckpt": (
+        lambda whole: b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00echoq\x01\x85q\x02Rq\x03.",
+        "{name} is ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_file_is_refused_by_name(files, tmp_path, run, name):
+    path, (content, message) = tmp_path / name, BAD[name]
+    path.write_bytes(content(files[1].read_bytes()))
+    code, out, err = run("merge", *options([files[0], path], tmp_path / "models"))
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("hyper-merge: " + message.format(path=path, name=name)), err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_file_that_is_none_is_refused_by_name(files, tmp_path, run):
+    folder, missing = tmp_path, tmp_path / "no.safetensors"
+    code, _, err = run("merge", *options([files[0], missing], tmp_path / "models"))
+    assert (code, err) == (2, [f"hyper-merge: {missing} does not exist; check the path"])
+    code, _, err = run("merge", *options([files[0], folder], tmp_path / "models"))
+    assert code == 2
+    assert err[0].startswith(f"hyper-merge: {folder} is a folder, not a checkpoint; choose a ")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
+def test_an_unreadable_file_is_refused_by_name(files, tmp_path, state_of, run):
+    path = write(tmp_path / "b.safetensors", state_of(1))
+    path.chmod(0)
+    code, _, err = run("merge", *options([files[0], path], tmp_path / "models"))
+    assert code == 2
+    assert err == [f"hyper-merge: {path} may not be read: permission denied; check its rights"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ranks": "0"}, "option --ranks: item 1: expected a whole number from 1 to 4096, got the"),
+        ({"ranks": "4,-2"}, "option --ranks: item 2: expected a whole number from 1 to 4096, got"),
+        ({"ranks": "1.5"}, "option --ranks: item 1: expected a whole number from 1 to 4096, got"),
+        ({"ranks": ""}, "option --ranks: expected a list of whole numbers, such as 128, 64"),
+        ({"name": "a/b"}, "option --name: the path separator \"/\" is not allowed"),
+        ({"name": "a<b"}, "option --name: the character \"<\" is not allowed"),
+        ({"dtype": "fp16"}, "option --dtype: expected one of float16, bfloat16, float32, got"),
+        ({"weights": "1,2"}, "option --weights: expected 3 numbers, one per checkpoint, got 2"),
+    ],
+)  # fmt: skip
+def test_an_impossible_setting_is_refused(files, tmp_path, run, settings, message):
+    code, out, err = run("merge", *options(files, tmp_path / "models", **settings))
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("hyper-merge: " + message), err
+    assert not (tmp_path / "models").exists()
+
+
+def test_fewer_than_two_checkpoints_are_refused(files, tmp_path, run):
+    code, _, err = run("merge", *options(files[:1], tmp_path))
+    assert code == 2
+    assert "Fewer than two checkpoints: expected 2 paths or more, got 1" in err[0]
+
+
+def test_a_yaml_error_is_refused_with_its_line(tmp_path, run):
+    config = tmp_path / "mix.yaml"
+    config.write_text("name: mix\nmodels: [a.safetensors, b.safetensors\nranks: 4\n")
+    code, _, err = run("merge", config)
+    assert code == 2
+    assert err[0].startswith(f"hyper-merge: {config}, line 3, column ")
+    assert "not valid YAML" in err[0]
+    config.write_text("name: mix\nmodels: [a.safetensors, b.safetensors]\nrank: 4\n")
+    code, _, err = run("merge", config)
+    assert code == 2
+    assert f'{config}, line 3, key "rank": unknown key; did you mean "ranks"?' in err[0]
+
+
+def test_nan_is_refused_by_file_and_key_and_leaves_nothing(files, tmp_path, state_of, run):
+    state = state_of(1)
+    state[QUERY] = torch.full_like(state[QUERY], float("nan"))
+    spoilt = write(tmp_path / "spoilt.safetensors", state)
+    code, out, err = run("merge", *options([files[0], spoilt], tmp_path / "models"))
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("hyper-merge: spoilt.safetensors holds NaN or infinity in ")
+    assert QUERY in err[0]
+    assert snapshot(tmp_path / "models") == {}
+    assert temporaries(tmp_path) == []
+
+
+def test_other_refusals_come_by_their_messages(files, tmp_path, state_of, run, monkeypatch):
+    lacking = {key: tensor for key, tensor in state_of(1).items() if key != NORM}
+    b = write(tmp_path / "b.safetensors", lacking)
+    place = tmp_path / "models"
+    code, _, err = run("merge", *options([files[0], b], place))
+    assert (code, len(err)) == (2, 1)
+    assert "b.safetensors lacks 1 of a.safetensors'" in err[0]
+    code, _, err = run("merge", *options([files[0], files[0]], place))
+    assert (code, err) == (
+        2,
+        [f"hyper-merge: {files[0]} is given twice; choose every checkpoint once"],
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("merge", *options(files, place, device="cuda"))
+    assert (code, len(err)) == (2, 1)
+    assert "device cuda was asked for, but torch finds no CUDA device" in err[0]
+    place.write_text("not a folder")
+    code, _, err = run("merge", *options(files, place))
+    assert (code, len(err)) == (2, 1)
+    assert str(place) in err[0]
+    assert place.read_text() == "not a folder"
+
+
+def test_warnings_are_notes_and_told_once(files, tmp_path, run):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(files[0].read_bytes())
+    models = [files[0], copy]
+    code, _, err = run("merge", *options(models, tmp_path / "models", ranks="40"))
+    assert code == 0
+    assert err[0] == "note: a.safetensors and copy.safetensors have the same content"
+    assert err[1].startswith("note: rank 40 is capped in ")
+    assert len(err) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (KeyboardInterrupt(), (130, "stopped; no file was changed")),
+        (InterruptedRun("stopped"), (130, "stopped; no file was changed")),
+        (ZeroDivisionError("nought"), (1, "unexpected ZeroDivisionError: nought; --debug")),
+    ],
+    ids=["ctrl-c", "interrupt", "unexpected"],
+)
+def test_exit_codes_and_one_message(files, tmp_path, run, monkeypatch, error, outcome):
+    code, message = outcome
+
+    def fail(*rest):
+        raise error
+
+    monkeypatch.setattr(cli, "run_merge", fail)
+    found, out, err = run("merge", *options(files, tmp_path))
+    assert (found, out, len(err)) == (code, "", 1)
+    assert err[0].startswith("hyper-merge: " + message)
+    found, _, err = run("merge", *options(files, tmp_path), "--debug")
+    assert found == code
+    assert err[0] == "Traceback (most recent call last):"
+    assert err[-1].startswith("hyper-merge: " + message)
+
+
+def test_debug_shows_where_a_refusal_came_from(run):
+    code, _, err = run("inspect", "nowhere.safetensors", "--debug")
+    assert code == 2
+    assert err[0] == "Traceback (most recent call last):"
+    assert any("nowhere.safetensors does not exist" in line for line in err)
+
+
+def test_misuse_of_the_options_is_refused_by_the_usage(capsys):
+    for arguments in ([], ["merge", "--unknown", "1"], ["mergee"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+        assert "usage: hyper-merge" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def program(*arguments, **how):
+    words = [sys.executable, "-m", "hyper_merge", *map(str, arguments)]
+    return subprocess.Popen(
+        words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, **how,
+    )  # fmt: skip
+
+
+def test_as_a_program_a_refusal_is_code_2_and_one_line(files, tmp_path):
+    process = program("merge", *options([files[0], tmp_path / "no.safetensors"], tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert "Traceback" not in err
+    last = re.split(r"[\r\n]+", err.strip())[-1]
+    assert last == f"hyper-merge: {tmp_path / 'no.safetensors'} does not exist; check the path"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one child")
+def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, started):
+    before = snapshot(started)
+    words = options(files[:2], started, iterations="10000", tolerance="0")
+    process = program("merge", *words, "--overwrite")
+    deadline = time.monotonic() + 60
+    while not list((started / "Stable-diffusion").glob(".*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert re.split(r"[\r\n]+", err.strip())[-1] == "hyper-merge: stopped; no file was changed"
+    assert snapshot(started) == before
+    assert temporaries(started) == []

@@ -59,9 +59,15 @@ def main() -> None:
         *OTHER_RANKS,
     )
     _row("other ranks", again, plain)
+    greedy = _run(
+        "merge",
+        *("--name", "greedy", "--models", *names, "--output", str(out), "--ranks", *RANKS),
+        *("--method", "greedy", "--iterations", "6"),
+    )
+    _row("greedy", greedy, plain)
     print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")
     print(f"matrix products: {_rate() / 1e9:.0f} GFLOP/s measured in float32")
-    for run in ("bench", "bench-2"):
+    for run in ("bench", "bench-2", "greedy"):
         report = json.loads((out / "hyper-merge" / run / "manifest.json").read_text())["report"]
         print(
             f"{run}: loss {report['loss']:.4f}, private LoRAs {report['private_loss']:.4f},"

@@ -13,12 +13,13 @@ from hyper_merge.control import Control
 
 @contextmanager
 def progress_bar() -> Iterator[Control]:
-    """A control that draws on standard error; the bar goes away when the block is left."""
+    """A control that draws on the terminal; the bar goes away when the block is left."""
     told: set[str] = set()
     with tqdm(
         total=100.0,
         leave=False,
         file=sys.stderr,
+        disable=None,  # where standard error is no terminal, only messages go there
         bar_format="{desc:28} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left",
     ) as bar:
 

@@ -27,8 +27,9 @@ from hyper_merge.decomposition.ll1 import (
 from hyper_merge.decomposition.starts import best_start
 from hyper_merge.lora import as_hosts_add
 from hyper_merge.recipe import Recipe
-from hyper_merge.workers import workers
+from hyper_merge.workers import return_memory, workers
 
+_SWEEPS_PER_RETURN: Final = 3  # of memory to the system
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 
 
@@ -135,6 +136,8 @@ def _find_blocks(
     def on_sweep(loss: float) -> None:
         sweeps.append(loss)
         control.step("solving for the LoRAs", min(0.3 + 0.7 * len(sweeps) / recipe.iterations, 1.0))
+        if len(sweeps) % _SWEEPS_PER_RETURN == 0:
+            return_memory()
 
     stopping = Stopping(recipe.iterations, recipe.tolerance, on_sweep)
     with workers(device) as each:
@@ -149,6 +152,7 @@ def _find_blocks(
             generator,
             lambda: control.step("searching for a start", 0.1),
         )
+        return_memory()
         factors = factors_from(problem, start, generator)
         solution = solve(problem, factors, start, stopping)
     analysis.remember(recipe.ranks, solution.multipliers)

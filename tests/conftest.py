@@ -140,9 +140,8 @@ def layers_of(path: Path):
     return layout_of(header, require_supported(header)).layers
 
 
-def added(lora: Path, module: str) -> Tensor:  # (m, n), float64
+def added(lora: State, module: str) -> Tensor:  # (m, n), float64
     """What a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
-    found = load_file(lora)
-    up = found[f"{module}.lora_up.weight"].double().flatten(1)
-    down = found[f"{module}.lora_down.weight"].double().flatten(1)
-    return up @ down * (found[f"{module}.alpha"].double() / down.shape[0])
+    up = lora[f"{module}.lora_up.weight"].double().flatten(1)
+    down = lora[f"{module}.lora_down.weight"].double().flatten(1)
+    return up @ down * (lora[f"{module}.alpha"].double() / down.shape[0])

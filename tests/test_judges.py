@@ -129,9 +129,10 @@ def lora_layers(model):
 def summed(models, merged, row):
     """Average + sum of multiplier times LoRA, in the checkpoint's own layout."""
     state = load_file(merged.place.hyper_model)
+    loras = [load_file(path) for path in merged.loras]
     for layer in layers_of(models[0]):
-        terms = zip(row.multipliers, merged.loras, strict=True)
-        delta = sum(x * added(path, layer.module) for x, path in terms)
+        terms = zip(row.multipliers, loras, strict=True)
+        delta = sum(x * added(lora, layer.module) for x, lora in terms)
         state[layer.key] = (
             state[layer.key].double() + delta.reshape(state[layer.key].shape)
         ).float()

@@ -15,17 +15,28 @@ PACKAGE = ROOT / "hyper_merge"
 SCREEN = {"hosts", "ui", "app"}
 SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"}
 
+# Floors of the house: each may use what is below it and its own; no module may go in a circle.
+GROUND = frozenset({"errors", "control", "checkpoints", "decomposition", "recipe", "prompts"})
+TASKS = frozenset(
+    {"sources", "workers", "analysis", "analysis_cache", "lora", "solution", "report"}
+)
+JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
+VIEWS = frozenset({"inspection", "demo", "progress", "synthetic"})
+
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.
 BELOW = {
+    **dict.fromkeys(TASKS, GROUND | TASKS),
+    **dict.fromkeys(JOBS, GROUND | TASKS | JOBS),
+    **dict.fromkeys(VIEWS, GROUND | TASKS | JOBS | VIEWS),
     "errors": set(),
-    "checkpoints": {"errors"},
-    "decomposition": {"errors"},
-    "recipe": {"errors"},
-    "prompts": {"errors"},
-    "analysis": {"errors", "recipe", "checkpoints", "decomposition"},
-    "lora": {"errors", "recipe", "checkpoints", "decomposition", "prompts", "analysis"},
-    "report": {"errors", "recipe", "checkpoints", "decomposition", "prompts", "analysis", "lora"},
+    **dict.fromkeys(
+        ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
+    ),
+    "workers": set(),
+    "lora": {"errors", "checkpoints", "prompts"},
+    "progress": {"control"},
+    "synthetic": {"errors", "checkpoints", "workers"},
 }
 ABOVE = {"cli", "__main__"} | SCREEN
 
@@ -59,6 +70,8 @@ def part(module):
     exists = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
     if not module.startswith("hyper_merge.") or not exists:
         return None
+    if name in BELOW:
+        return name
     return next((known for known in BELOW if name.startswith(f"{known}_")), name)
 
 

@@ -53,10 +53,11 @@ def leftovers(models, hyper_model, loras, rows):
     `rows` has a list of (LoRA's name, multiplier) per checkpoint.
     """
     base, checkpoints = load(hyper_model), [load(path) for path in models]
+    loras = {name: load_file(path) for name, path in loras.items()}
     energies, errors = [], []
     for layer in layers_of(models[0]):
         weight = base[layer.key].double().flatten(1)
-        blocks = {name: added(path, layer.module) for name, path in loras.items()}
+        blocks = {name: added(lora, layer.module) for name, lora in loras.items()}
         deviations = [c[layer.key].double().flatten(1) - weight for c in checkpoints]
         rests = [
             deviation - sum(x * blocks[name] for name, x in row)
@@ -465,6 +466,7 @@ def test_too_small_a_disk_is_refused_before_any_work_with_free_and_needed(
         merge(files, tmp_path)
     assert list(tmp_path.iterdir()) == []
     preflight = examine(recipe(files, tmp_path))
+    usage.free = 2**10
     with pytest.raises(OutputError, match="its disk has"):
         run_average(preflight, Control())
 

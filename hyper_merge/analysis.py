@@ -26,7 +26,7 @@ from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
 from hyper_merge.decomposition.bounds import Spectra, spectra
 from hyper_merge.decomposition.contrasts import Contrasts, Deviations, deviations, energies
-from hyper_merge.decomposition.core import Compressed, compress
+from hyper_merge.decomposition.core import Compressed, compress, project
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.sources import Sources
 from hyper_merge.workers import workers
@@ -50,6 +50,7 @@ class LayerAnalysis:
     index: int  # among the layout's layers
     gram: Tensor  # (d + 1, d + 1), float64, see `Deviations`
     compressed: Compressed
+    rounding: Tensor  # (p, q): the average's rounding error in the layer's bases
     spectra: Spectra
 
 
@@ -120,25 +121,36 @@ def run_pass(
 def take_apart(sources: Sources, key: str, tensors: Sequence[Tensor], work: Work) -> Found:
     """Everything about one tensor of all files: a pure function, picklable with its arguments.
 
+    Where the device has too little memory the CPU takes the tensor, and a warning says so.
+
     Args:
         sources: the files; nothing is read here.
         key: the tensor's name.
         tensors: the tensor in every file of `sources.read`, on the CPU, as stored.
         work: width of the bases, device, seed.
     """
+    try:
+        return _taken_apart(sources, key, tensors, work)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        found = _taken_apart(sources, key, tensors, replace(work, device=torch.device("cpu")))
+        warning = f"{work.device} has too little memory for some layers; the CPU took them"
+        return replace(found, warning=warning)
+
+
+def _taken_apart(sources: Sources, key: str, tensors: Sequence[Tensor], work: Work) -> Found:
     contrasts = sources.contrasts_of(sources.layout.treatments[key])
-    averages, layers, warning = [], [], None
+    averages, layers = [], []
     total: Tensor | int = 0
     for rows, index in sources.pieces(key):
         found = _deviations(sources, key, [tensor[rows] for tensor in tensors], contrasts, work)
         averages.append(found.base)
         total = total + energies(found.gram, contrasts)
         if index is not None and work.width is not None:
-            layer, spilled = _analysed(found, sources.layout.layers[index], contrasts, work)
+            layer = _analysis(found, sources.layout.layers[index], contrasts, work)
             layers.append(replace(layer, index=index))
-            warning = warning or spilled
     average = torch.cat(averages).view(tensors[0].shape)
-    return Found(average, torch.as_tensor(total), tuple(layers), warning)
+    return Found(average, torch.as_tensor(total), tuple(layers))
 
 
 def _is_averaged(treatment: Treatment) -> bool:
@@ -156,7 +168,8 @@ def _deviations(
 ) -> Deviations:
     origin, *others = [tensor.flatten().to(work.device, non_blocking=True) for tensor in tensors]
     chunk = _CHUNK if work.device.type == "cpu" else origin.numel()
-    found = deviations(origin, others, contrasts, sources.dtype, chunk)
+    stored = origin.dtype if sources.base else sources.dtype  # a given base stays as it is
+    found = deviations(origin, others, contrasts, stored, chunk)
     if not bool(found.gram.isfinite().all()):
         _refuse_non_finite(sources, key, tensors)
     return found
@@ -176,23 +189,16 @@ def _refuse_non_finite(sources: Sources, key: str, tensors: Sequence[Tensor]) ->
     )
 
 
-def _analysed(
-    found: Deviations, layer: Layer, contrasts: Contrasts, work: Work
-) -> tuple[LayerAnalysis, str | None]:
-    """The analysis of one layer; on the CPU, with a warning, where the device has too little memory."""
-    try:
-        return _analysis(found, layer, contrasts, work), None
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        on_cpu = Deviations(found.base, found.slices.cpu(), found.gram)
-        warning = f"{work.device} has too little memory for some layers; the CPU took them"
-        return _analysis(on_cpu, layer, contrasts, work), warning
-
-
 def _analysis(found: Deviations, layer: Layer, contrasts: Contrasts, work: Work) -> LayerAnalysis:
     slices = found.slices.view(len(found.slices), layer.m, layer.n)
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(work.seed ^ zlib.crc32(layer.module.encode()))
     compressed = compress(slices, found.gram[:-1, :-1], work.width or 0, generator)
-    found_spectra = spectra(compressed.core, contrasts.to_deviations)
-    return LayerAnalysis(-1, found.gram, compressed, found_spectra)
+    error = found.rounding.view(1, layer.m, layer.n)
+    return LayerAnalysis(
+        index=-1,
+        gram=found.gram,
+        compressed=compressed,
+        rounding=project(error, compressed.left, compressed.right)[0],
+        spectra=spectra(compressed.core, contrasts.to_deviations),
+    )

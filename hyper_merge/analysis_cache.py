@@ -29,12 +29,13 @@ from hyper_merge.sources import Sources, bases_width
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SIZE_LIMIT: Final = 20 * 2**30  # bytes of all analyses; the least recently used go first
 
-_VERSION: Final = 1  # of the files' content; another one is never read
+_VERSION: Final = 2  # of the files' content; another one is never read
 _SUFFIX: Final = ".analysis.safetensors"
 _SOLUTIONS: Final = ".solutions.json"  # beside it
-_REMEMBERED: Final = 4
+_TRIED: Final = 4  # of them, the newest
 _ABOUT: Final = "hyper_merge.analysis"
 _BASIS_DTYPE: Final = torch.float16
+_ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float16 does not have
 
 
 class Analysis:
@@ -87,36 +88,46 @@ class Analysis:
         """A layer's core, a view of the file."""
         return self._file.tensor(f"{index}.core")
 
+    def rounding(self, index: int) -> Tensor:  # (p, q), float32
+        """The average's rounding error in a layer's bases."""
+        return self._file.tensor(f"{index}.rounding").float()
+
     def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
         """A layer's bases."""
         left, right = self._file.tensor(f"{index}.left"), self._file.tensor(f"{index}.right")
         return left.float(), right.float()
 
-    def earlier_solutions(self) -> list[Tensor]:  # each (d, R), float64
-        """Multipliers that were found for other lists of ranks: good starts."""
-        try:
-            solutions = json.loads(self._solutions.read_text(encoding="utf-8"))
-            found = [torch.tensor(rows, dtype=torch.float64) for rows in solutions.values()]
-        except (OSError, ValueError, AttributeError, TypeError):
-            return []
-        return [each for each in found if each.shape[:-1] == (self.contrasts.dimensions,)]
+    def earlier_solutions(self, ranks: Sequence[int]) -> list[Tensor]:  # each (d, R), float64
+        """Multipliers that were found for other lists of ranks, before this one: good starts.
+
+        Later ones are left out, so that the same list gives the same result again.
+        """
+        solutions = list(self._remembered().items())
+        names = [name for name, _ in solutions]
+        name = _name(ranks)
+        before = solutions[: names.index(name)] if name in names else solutions
+        return [torch.tensor(rows, dtype=torch.float64) for _, rows in before[-_TRIED:]]
 
     def remember(
         self,
         ranks: Sequence[int],
         multipliers: Tensor,  # (d, R)
     ) -> None:
-        """Keeps a solution's multipliers for later lists of ranks; the newest few stay."""
-        try:
-            solutions = dict(json.loads(self._solutions.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            solutions = {}
-        name = ", ".join(map(str, ranks))
-        solutions.pop(name, None)
-        solutions[name] = multipliers.tolist()
-        newest = dict(list(solutions.items())[-_REMEMBERED:])
+        """Keeps a solution's multipliers for later lists of ranks; the first one for each list."""
+        solutions = self._remembered()
+        solutions.setdefault(_name(ranks), multipliers.tolist())
         with Outputs(overwrite=True) as outputs:
-            outputs.text(self._solutions, json.dumps(newest))
+            outputs.text(self._solutions, json.dumps(solutions))
+
+    def _remembered(self) -> dict[str, list[list[float]]]:
+        """All solutions by list of ranks, oldest first; none where the file is missing or damaged."""
+        try:
+            solutions = json.loads(self._solutions.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        d = self.contrasts.dimensions
+        fits = isinstance(solutions, dict) and all(len(rows) == d for rows in solutions.values())
+        return solutions if fits else {}
 
 
 class AnalysisWriter:
@@ -149,6 +160,7 @@ class AnalysisWriter:
             "core": compressed.core,
             "left": compressed.left,
             "right": compressed.right,
+            "rounding": layer.rounding,
             "stack": spectra.stack,
             "private": spectra.private,
         }
@@ -161,6 +173,10 @@ class AnalysisWriter:
         k = grams.new_zeros(next(iter(not_carried.values())).shape)
         self._writer.write("grams", grams)
         self._writer.write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
+
+
+def _name(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def width_for(ranks: Sequence[int]) -> int:
@@ -248,6 +264,7 @@ def _tensors(sources: Sources, width: int) -> dict[str, TensorInfo]:
     for index, layer in enumerate(sources.layout.layers):
         p, q = bases_width(layer, width)
         tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
+        tensors[f"{index}.rounding"] = TensorInfo(_ROUNDING_DTYPE, (p, q))
         tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
         tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
         tensors[f"{index}.stack"] = TensorInfo(torch.float64, (min(p, q),))

@@ -15,8 +15,8 @@ from hyper_merge.demo import run_demo
 from hyper_merge.errors import HyperMergeError, InterruptedRun, RecipeError
 from hyper_merge.inspection import describe
 from hyper_merge.merge import Merged, run_average, run_merge
-from hyper_merge.preflight import examine
-from hyper_merge.progress import progress_bar
+from hyper_merge.preflight import Preflight, examine
+from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.prompts import tags
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
 from hyper_merge.report import text
@@ -111,7 +111,13 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _merge(options: argparse.Namespace) -> None:
     with progress_bar() as control:
-        merged = run_merge(_examined(_recipe(options), control), control)
+        preflight = _examined(_recipe(options), control)
+        takes = preflight.estimate
+        say_above(
+            f"{len(preflight.sources.headers)} checkpoints; about {takes.memory / 1e9:.1f} GB of"
+            f" memory and at most {takes.disk / 1e9:.2f} GB of disk"
+        )
+        merged = run_merge(preflight, control)
     _say(_outcome(merged))
 
 
@@ -131,7 +137,7 @@ def _demo(options: argparse.Namespace) -> None:
     _say(_outcome(merged))
 
 
-def _examined(recipe: Recipe, control: Control):  # type: ignore[no-untyped-def]
+def _examined(recipe: Recipe, control: Control) -> Preflight:
     preflight = examine(recipe)
     for warning in preflight.warnings:
         control.warn(warning)

@@ -19,7 +19,7 @@ _RANKS: Final = (24, 12, 6, 3)
 
 
 def run_demo(folder: Path, control: Control) -> Merged:
-    """Makes the family where it is not there yet, and merges it under a free name.
+    """Makes the family where it is not there yet, and merges it; an earlier demo is replaced.
 
     Args:
         folder: the models folder; its checkpoints go to `Stable-diffusion` within.

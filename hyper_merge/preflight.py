@@ -23,8 +23,10 @@ from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
 from hyper_merge.lora import lora_tensors
 from hyper_merge.recipe import AVERAGE, Recipe
-from hyper_merge.sources import Sources
+from hyper_merge.sources import Sources, bases_width
 
+_AT_ONCE: Final = 2  # layers in the pass
+_SETS: Final = 6  # of factors during the solve: three, and as much in the allocator's holes
 _OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
 
 
@@ -82,8 +84,15 @@ class Preflight:
             loras += sum(info.nbytes for info in tensors.values())
         analysis = analysis_bytes(sources, width_for(recipe.ranks))
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
-        in_flight = 4 * (len(sources.headers) + 4) * largest
-        return Estimate(average, loras, analysis, _OVERHEAD + analysis + max(in_flight, loras))
+        in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
+        memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
+        return Estimate(average, loras, analysis, memory)
+
+    def _factors(self) -> int:
+        """Bytes of all blocks between the bases, in float32."""
+        width = width_for(self.recipe.ranks)
+        sides = (sum(bases_width(layer, width)) for layer in self.sources.layout.layers)
+        return sum(4 * side * sum(ranks) for side, ranks in zip(sides, self.ranks, strict=True))
 
 
 def examine(recipe: Recipe) -> Preflight:

@@ -33,3 +33,8 @@ def progress_bar() -> Iterator[Control]:
                 bar.write(f"note: {message}", file=sys.stderr)
 
         yield Control(on_progress, lambda: False, warn)
+
+
+def say_above(message: str) -> None:
+    """A line on standard output, above the bar where one is drawn."""
+    tqdm.write(message, file=sys.stdout)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
 from hyper_merge.decomposition.bounds import lower_bound, private_losses
-from hyper_merge.decomposition.contrasts import energies
+from hyper_merge.decomposition.contrasts import distances, energies
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.solution import Rounded
 
@@ -44,10 +44,8 @@ class Fit:
 
 def fit(analysis: Analysis, blocks: Rounded) -> Fit:
     """The best multipliers for the blocks as they are written, and the exact loss with them."""
-    grams = analysis.grams
-    to_deviations = analysis.contrasts.to_deviations
-    of = energies(grams, analysis.contrasts)
-    cross = to_deviations @ blocks.cross  # (layers, k, R)
+    of = energies(analysis.grams, analysis.contrasts)
+    cross = distances(analysis.contrasts) @ blocks.cross  # (layers, k, R)
     total = Statistics(float(of.sum()), cross.sum(0), blocks.gram.sum(0))
     multipliers = fit_multipliers(total)
     explained = 2 * (cross * multipliers).sum(2)

@@ -38,7 +38,7 @@ class Rounded:
     """Blocks as the files will hold them, with all that multipliers and losses need."""
 
     factors: list[list[tuple[Tensor, Tensor]]]  # per layer and block: (m, r), (r, n)
-    cross: Tensor  # (layers, d, R), float64: <slices, block>
+    cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
     gram: Tensor  # (layers, R, R), float64: <block, block>
 
 
@@ -117,7 +117,7 @@ def rounded(
 @dataclass(frozen=True, eq=False)
 class _RoundedLayer:
     factors: list[tuple[Tensor, Tensor]]  # per block (m, r), (r, n)
-    cross: Tensor  # (d, R)
+    cross: Tensor  # (d + 1, R)
     gram: Tensor  # (R, R)
 
 
@@ -148,7 +148,7 @@ def _find_blocks(
         start = best_start(
             problem,
             [analysis.contrasts.to_deviations.mT],
-            analysis.earlier_solutions(),
+            analysis.earlier_solutions(recipe.ranks),
             generator,
             lambda: control.step("searching for a start", 0.1),
         )
@@ -176,7 +176,8 @@ def _round_layer(
         ups.append(up)
         downs.append(down)
         factors.append((up.to(stored[1]), down.to(stored[1])))
-    cross = core.flatten(1).double() @ torch.stack(products, 1).double()
+    rows = torch.cat([core, analysis.rounding(index)[None]])
+    cross = rows.flatten(1).double() @ torch.stack(products, 1).double()
     return _RoundedLayer(factors, cross, _block_gram(ups, downs))
 
 

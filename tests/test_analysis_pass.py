@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
+from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
 
 from hyper_merge import analysis, analysis_cache
 from hyper_merge.analysis import Work, run_pass, take_apart

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import added, layers_of, merge
 from safetensors.torch import load_file
+from tiny_family import added, layers_of, merge
 
 from hyper_merge.synthetic import NARROW, write_family
 

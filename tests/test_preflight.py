@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, write
+from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, write
 
 from hyper_merge import inspection
 from hyper_merge.checkpoints.header import TensorInfo

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import layers_of, merge
+from tiny_family import layers_of, merge
 
 from hyper_merge.report import CheckpointReport, Fit, Report, text
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_SUMMED: Final = 2**13  # products that are summed in float32, at 1e-7 of the sum; more in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,7 @@ class Deviations:
 
     base: Tensor  # (size,), as it will be stored
     slices: Tensor  # (d, size), float32
+    rounding: Tensor  # (size,), float32: the base as stored less the exact one
     gram: Tensor  # (d + 1, d + 1), float64, CPU: slices and, last, the base's rounding error
 
 
@@ -87,6 +91,7 @@ def deviations(
     size, device = origin.numel(), origin.device
     base = torch.empty(size, dtype=stored, device=device)
     slices = torch.empty(contrasts.dimensions, size, device=device)
+    rounding = torch.empty(size, device=device)
     chunk = max(min(chunk, size), 1)
     gram = torch.zeros(len(slices) + 1, len(slices) + 1, dtype=torch.float64, device=device)
     base_weights, to_slices = (
@@ -107,8 +112,15 @@ def deviations(
         slices[:, part] = to_slices @ differences
         rows[:-1] = slices[:, part]
         torch.sub(base[part], mean, out=rows[-1])
-        gram += (rows @ rows.mT).double()
-    return Deviations(base, slices, gram.cpu())
+        rounding[part] = rows[-1]
+        for few in torch.split(rows, _SUMMED, 1):
+            gram += (few @ few.mT).double()
+    return Deviations(base, slices, rounding, gram.cpu())
+
+
+def distances(contrasts: Contrasts) -> Tensor:  # (k, d + 1)
+    """From slices and the base's rounding error to checkpoint - base as stored."""
+    return torch.cat([contrasts.to_deviations, -torch.ones(contrasts.count, 1).double()], 1)
 
 
 def energies(
@@ -116,5 +128,5 @@ def energies(
     contrasts: Contrasts,
 ) -> Tensor:  # (..., k)
     """Squared distance of every checkpoint from the base as stored."""
-    rows = torch.cat([contrasts.to_deviations, -torch.ones(contrasts.count, 1).double()], 1)
+    rows = distances(contrasts)
     return ((rows @ gram) * rows).sum(-1).clamp(min=0)

@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _family(folder: Path, count: int) -> list[Path]:
 
 
 def _run(*arguments: str) -> Measured:
-    log = Path(f"{arguments[0]}.log")
+    log = Path(tempfile.gettempdir()) / f"hyper-merge-{arguments[0]}.log"
     result = measure([sys.executable, "-m", "hyper_merge", *arguments], log)
     log.unlink()
     return result
@@ -100,7 +101,8 @@ def _run(*arguments: str) -> Measured:
 
 def _best(command: list[str], runs: int) -> Measured:
     return min(
-        (measure(command, Path("plain.log")) for _ in range(runs)), key=lambda run: run.seconds
+        (measure(command, Path(tempfile.gettempdir()) / "plain.log") for _ in range(runs)),
+        key=lambda run: run.seconds,
     )
 
 

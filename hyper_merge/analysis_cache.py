@@ -21,6 +21,7 @@ from hyper_merge.analysis import LayerAnalysis, Work
 from hyper_merge.checkpoints.header import Header, TensorInfo
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.reader import Checkpoint, fingerprint, read_header
+from hyper_merge.checkpoints.staging import refusing
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.errors import CheckpointError
@@ -137,7 +138,8 @@ class AnalysisWriter:
         """Fixes sizes; a file appears when the block is left."""
         self._grams: dict[int, Tensor] = {}
         about = json.dumps({"width": work.width, **_identity(sources, work.seed)})
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with refusing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = SafetensorsWriter(path, _tensors(sources, work.width or 0), {_ABOUT: about})
 
     def __enter__(self) -> AnalysisWriter:

@@ -277,8 +277,22 @@ def test_misuse_of_the_options_is_refused_by_the_usage(capsys):
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-def program(*arguments, **how):
-    words = [sys.executable, "-m", "hyper_merge", *map(str, arguments)]
+# The command with a pass that takes seconds, so that a signal finds it at work.
+SLOWLY = """
+import sys, time
+from hyper_merge import analysis, cli
+quick = analysis.take_apart
+def slow(*arguments):
+    time.sleep(0.1)
+    return quick(*arguments)
+analysis.take_apart = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def program(*arguments, code=None, **how):
+    what = ["-c", code] if code else ["-m", "hyper_merge"]
+    words = [sys.executable, *what, *map(str, arguments)]
     return subprocess.Popen(
         words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, **how,
@@ -297,7 +311,7 @@ def test_as_a_program_a_refusal_is_code_2_and_one_line(files, tmp_path):
 def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, started):
     before = snapshot(started)
     words = options(files[:2], started, iterations="10000", tolerance="0")
-    process = program("merge", *words, "--overwrite")
+    process = program("merge", *words, "--overwrite", code=SLOWLY)
     deadline = time.monotonic() + 60
     while not list((started / "Stable-diffusion").glob(".*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -290,6 +290,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+def listen_to_sigint():
+    """A shell's background job ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def program(*arguments, code=None, **how):
     what = ["-c", code] if code else ["-m", "hyper_merge"]
     words = [sys.executable, *what, *map(str, arguments)]
@@ -311,7 +316,7 @@ def test_as_a_program_a_refusal_is_code_2_and_one_line(files, tmp_path):
 def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, started):
     before = snapshot(started)
     words = options(files[:2], started, iterations="10000", tolerance="0")
-    process = program("merge", *words, "--overwrite", code=SLOWLY)
+    process = program("merge", *words, "--overwrite", code=SLOWLY, preexec_fn=listen_to_sigint)
     deadline = time.monotonic() + 60
     while not list((started / "Stable-diffusion").glob(".*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.02)

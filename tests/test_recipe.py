@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import string
 from pathlib import Path
 
@@ -181,6 +182,7 @@ def test_a_recipe_is_frozen_hashable_and_survives_pickling():
 
 # writing
 
+DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)\d|none", re.IGNORECASE)  # no names of files
 NAMES = (
     st.text(string.ascii_letters + string.digits + "._ +-", min_size=1, max_size=100)
     .map(str.strip)
@@ -189,7 +191,7 @@ NAMES = (
 PATHS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
 RECIPES = st.builds(
     Recipe,
-    name=NAMES.filter(lambda n: n.split(".")[0].lower() not in {"con", "prn", "aux", "nul"}),
+    name=NAMES.filter(lambda n: not DEVICE.fullmatch(n.split(".")[0])),
     models=st.lists(PATHS.map(Path), min_size=2, max_size=4).map(tuple),
     ranks=st.lists(st.integers(1, 4096), min_size=1, max_size=64).map(tuple),
     device=st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),

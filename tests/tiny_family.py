@@ -31,7 +31,7 @@ VAE = "first_stage_model.quant_conv.weight"
 RANKS = (4, 2)
 
 # A few blocks of each kind: by these a file is told to be SD 1.x, and they have all kinds of layers.
-_KEPT = re.compile(
+KEPT = re.compile(
     r"model\.diffusion_model\.(time_embed|input_blocks\.[013]|middle_block\.1|output_blocks\.2\.0|out)\..*"
     r"|.*text_model\.(embeddings|encoder\.layers\.[01]|final_layer_norm)\..*"
     r"|first_stage_model\.(quant_conv|post_quant_conv|encoder\.conv_in|decoder\.norm_out)\..*"

@@ -21,22 +21,22 @@ _STORED: Final = (
     ("F8_E4M3", 8, "float8_e4m3fn"),
     ("F8_E8M0", 8, None),
     ("I16", 16, "int16"),
-    ("U16", 16, "uint16"),
+    ("U16", 16, None),
     ("F16", 16, "float16"),
     ("BF16", 16, "bfloat16"),
     ("I32", 32, "int32"),
-    ("U32", 32, "uint32"),
+    ("U32", 32, None),
     ("F32", 32, "float32"),
     ("C64", 64, None),
     ("F64", 64, "float64"),
     ("I64", 64, "int64"),
-    ("U64", 64, "uint64"),
+    ("U64", 64, None),
 )
 
 STORED_BITS: Final[Mapping[str, int]] = MappingProxyType({name: bits for name, bits, _ in _STORED})
 """Size of one element in bits, by the type's name in the file."""
 
-# getattr: torch 2.1 lacks the wider unsigned integers.
+# The wider unsigned integers are no weights, and torch and the library disagree on them by version.
 TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {name: getattr(torch, own) for name, _, own in _STORED if own and hasattr(torch, own)}
 )

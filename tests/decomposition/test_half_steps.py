@@ -57,7 +57,7 @@ def test_ups_are_the_dense_least_squares_solution(drawn):
     design = weighted.flatten(2).mT  # (b, kq, rho)
     target = batch.slices.transpose(1, 2).flatten(2).mT  # (b, kq, p)
     wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution
-    assert_close(design @ found.up.mT, design @ wanted, rtol=0, atol=1e-6)
+    assert_close(design @ found.up.mT, design @ wanted, rtol=0, atol=1e-4)  # damped
     assert found.down is factors.down
 
 
@@ -70,7 +70,7 @@ def test_downs_are_the_dense_least_squares_solution(drawn):
     design = weighted.flatten(1, 2)  # (b, kp, rho)
     target = batch.slices.flatten(1, 2)  # (b, kp, q)
     wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution
-    assert_close(design @ found.down, design @ wanted, rtol=0, atol=1e-6)
+    assert_close(design @ found.down, design @ wanted, rtol=0, atol=1e-4)  # damped
     assert found.up is factors.up
 
 

@@ -39,12 +39,20 @@ class OutputError(HyperMergeError, OSError):
     """The output cannot be written: it exists, the folder is read-only, or the disk is full."""
 
 
+class NameTakenError(OutputError):
+    """The name belongs to a file of something else."""
+
+
 class DeviceError(HyperMergeError, RuntimeError):
     """The device that was asked for is absent or too small."""
 
 
 class CacheError(HyperMergeError, OSError):
     """A cached analysis is damaged or of another version."""
+
+
+class AppError(HyperMergeError, ValueError):
+    """The app cannot be served like this."""
 
 
 class InterruptedRun(HyperMergeError):  # noqa: N818 - the user's wish, not an error

@@ -22,6 +22,7 @@ __all__ = [
     "FIELDS",
     "Field",
     "Recipe",
+    "SettingError",
     "load_recipe",
     "option_help",
     "recipe_from_options",
@@ -34,8 +35,13 @@ DEFAULT_TOLERANCE = 5e-4
 Options = Mapping[str, str | Sequence[str]]
 
 
-class _SettingError(RecipeError):
-    """A setting is refused; its place is still to be named."""
+class SettingError(RecipeError):
+    """A setting is refused; its place is still to be named.
+
+    Attributes:
+        key: Of the setting.
+        problem: Expected and got, in words.
+    """
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f'recipe, key "{key}": {problem}')
@@ -86,10 +92,10 @@ class Recipe:
             try:
                 value = field.parse(getattr(self, field.name))
             except RecipeError as error:
-                raise _SettingError(field.name, str(error)) from None
+                raise SettingError(field.name, str(error)) from None
             object.__setattr__(self, field.name, value)
         if self.weights is not None and len(self.weights) != len(self.models):
-            raise _SettingError(
+            raise SettingError(
                 "weights",
                 f"expected {len(self.models)} numbers, one per checkpoint, got {len(self.weights)}",
             )
@@ -171,7 +177,7 @@ def _build(settings: Mapping[str, Setting], source: str) -> Recipe:
     values: dict[str, Any] = {key: setting.value for key, setting in settings.items()}
     try:
         return Recipe(**values)
-    except _SettingError as error:
+    except SettingError as error:
         where = settings[error.key].where
         raise RecipeError(f"{where}: {error.problem}") from None
 

@@ -1,4 +1,4 @@
-"""A WebUI-shaped models folder: where everything goes, what is there already, which names are free."""
+"""The folders of a host: where everything goes, what is there already, which names are free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from hyper_merge.analysis_cache import SIZE_LIMIT
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, OutputError
 from hyper_merge.recipe import AVERAGE, Recipe
@@ -29,19 +30,21 @@ class Place:
     folder: Path  # of manifest, multipliers and report
 
 
+@dataclass(frozen=True)
 class Folders:
-    """The folders of one models folder."""
+    """Where everything goes; none of the folders need exist yet."""
 
-    def __init__(self, root: Path) -> None:
-        """Names the folders; makes none.
+    models: Path  # hyper-models
+    loras: Path
+    runs: Path  # a folder per run, with manifest, multipliers and report
+    cache: Path  # analyses and hashes
+    cache_limit: int = SIZE_LIMIT  # bytes of all analyses
 
-        Args:
-            root: the models folder.
-        """
-        self.models = root / "Stable-diffusion"
-        self.loras = root / "Lora"
-        self.runs = root / "hyper-merge"
-        self.cache = root / "hyper-merge" / "cache"
+    @classmethod
+    def under(cls, root: Path) -> Folders:
+        """The folders of a WebUI-shaped models folder."""
+        runs = root / "hyper-merge"
+        return cls(root / "Stable-diffusion", root / "Lora", runs, runs / "cache")
 
     def place(self, recipe: Recipe, average_id: str) -> Place:
         """Where a recipe's files go.

@@ -48,14 +48,19 @@ class _Solved:
     losses: tuple[float, ...]
 
 
-def run_merge(preflight: Preflight, control: Control) -> Merged:
+def run_merge(preflight: Preflight, control: Control, folders: Folders | None = None) -> Merged:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
+
+    Args:
+        preflight: the examined recipe.
+        control: progress and interrupt.
+        folders: where everything goes; None for those of the recipe's output folder.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe, sources = preflight.recipe, preflight.sources
-    folders = Folders(recipe.output)
+    folders = folders or Folders.under(recipe.output)
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
@@ -88,19 +93,19 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
             )
         _stage_texts(outputs, preflight, place, lineage, report)
         control.step("putting the files in place", 1.0)
-    analysis_cache.prune(folders.cache)
+    analysis_cache.prune(folders.cache, folders.cache_limit)
     paths = tuple(place.loras / f"{name}.safetensors" for name in names)
     return Merged(report, place, paths, cached is not None)
 
 
-def run_average(preflight: Preflight, control: Control) -> Path:
-    """Writes the hyper-model alone.
+def run_average(preflight: Preflight, control: Control, folders: Folders | None = None) -> Path:
+    """Writes the hyper-model alone; arguments as for `run_merge`.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe = preflight.recipe
-    folders = Folders(recipe.output)
+    folders = folders or Folders.under(recipe.output)
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
         raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")

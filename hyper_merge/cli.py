@@ -168,7 +168,9 @@ def _app(options: argparse.Namespace) -> None:
             "warning: everyone on the network can use this page; --auth NAME:PASSWORD protects it",
             sys.stderr,
         )
-    _say(f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it")
+    _say(
+        f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it"
+    )
     app.serve(page, listening)
 
 

@@ -43,6 +43,10 @@ class NameTakenError(OutputError):
     """The name belongs to a file of something else."""
 
 
+class SameMergeError(OutputError):
+    """This very merge is there already."""
+
+
 class DeviceError(HyperMergeError, RuntimeError):
     """The device that was asked for is absent or too small."""
 

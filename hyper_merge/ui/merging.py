@@ -56,6 +56,7 @@ def watch(jobs: Jobs) -> Iterator[tuple[Any, Any, Any]]:
     """Follows the job that runs, or says how the last one ended: status, message, Stop button."""
     job = jobs.last
     if job is None:
+        yield "", "", gr.update(interactive=False)
         return
     now = job.standing
     while now.outcome == "running":

@@ -14,6 +14,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
 from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.views import introduction
 from hyper_merge.ui.form import BASE_AVERAGE, LABELS, PRESETS, VAE_CHOICES
 
 Widget = TypeVar("Widget")
@@ -193,7 +194,7 @@ def build_run() -> RunPanel:
 
 def build_result(host: Host) -> ResultPanel:
     """Sentence, table, prompt, plots."""
-    empty = _html("result_empty", "")
+    empty = _html("result_empty", introduction())
     with gr.Column(visible=False, elem_id=elem_id("result")) as group:
         sentence, table = _html("sentence"), _html("result_table")
         checkpoint = _widget(
@@ -219,12 +220,8 @@ def build_result(host: Host) -> ResultPanel:
             remove = _button("styles_remove", "Remove styles", visible=host.has_txt2img)
         note = _html("result_note")
         plots = [
-            _widget(gr.Plot, name, label=label)
-            for name, label in (
-                ("explained_plot", "Explained, as LoRAs are added"),
-                ("similarity_plot", "Likeness of the checkpoints"),
-                ("parts_plot", "Where the differences lie, and what is lost of them"),
-            )
+            _widget(gr.Plot, name, show_label=False)
+            for name in ("explained_plot", "similarity_plot", "parts_plot")
         ]
     hidden = [
         _widget(gr.Textbox, name, value="", visible=False) for name in ("shown_run", "hyper_title")

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import gradio as gr
 
-from hyper_merge.errors import HyperMergeError, NameTakenError, RecipeError
+from hyper_merge.errors import HyperMergeError, NameTakenError, RecipeError, SameMergeError
 from hyper_merge.folders import Folders, Place
 from hyper_merge.hosts.host import Host
 from hyper_merge.inspection import Row, look_at
@@ -132,6 +132,8 @@ def _plan(host: Host, form: Form, rows: Sequence[Row]) -> str:
         return views.message("bad", "Not all of these can be merged; the table says why.")
     try:
         preflight, place = prepare(host, form)
+    except SameMergeError as error:
+        return views.message("info", str(error))
     except HyperMergeError as error:
         return views.message("bad", str(error))
     return views.plan(preflight, place)

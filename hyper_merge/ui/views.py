@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal
 
@@ -66,6 +67,18 @@ def percent(share: float) -> str:
     if share >= 1:
         return "100 %"
     return f"{min(share * 100, 99.9):.1f} %"
+
+
+def introduction() -> str:
+    """What stands where the result will be."""
+    return (
+        "<div class=hm-intro><h3>What you get</h3>"
+        "<p>One <b>hyper-model</b>, the average of the checkpoints, and a few <b>LoRAs</b> that all of "
+        "them share. For every checkpoint there is one line for the prompt: with it the hyper-model "
+        "becomes nearly that checkpoint.</p>"
+        "<p>A report says how near, before you decide which files to keep. Nothing is ever deleted or "
+        "replaced by a merge.</p></div>"
+    )
 
 
 def table(
@@ -246,7 +259,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
     gone = " <span class=hm-problem>files are gone</span>" if run.missing else ""
     return (
         _text(run.name) + gone,
-        _text(run.created[:16].replace("T", " ")),
+        _text(_local_time(run.created)),
         str(len(report.checkpoints)),
         _text(_ranks(run)),
         size(report.bytes_loras),
@@ -276,6 +289,10 @@ def _count(count: int, noun: str) -> str:
 def _clock(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def _local_time(created: str) -> str:
+    return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _letter(index: int) -> str:

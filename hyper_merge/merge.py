@@ -19,7 +19,14 @@ from hyper_merge.control import Control
 from hyper_merge.errors import RecipeError
 from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place, require_no_source
 from hyper_merge.lineage import lineage_of
-from hyper_merge.lora import Lineage, LoraFile, checkpoint_metadata, write_lora
+from hyper_merge.lora import (
+    CARD_SUFFIXES,
+    Lineage,
+    LoraFile,
+    checkpoint_metadata,
+    stage_checkpoint_card,
+    write_lora,
+)
 from hyper_merge.preflight import Preflight, require_disk, resolve_device
 from hyper_merge.prompts import lora_names, multipliers_text
 from hyper_merge.recipe import AVERAGE
@@ -65,7 +72,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
-        for suffix in (".safetensors", ".json"):
+        for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
@@ -164,6 +171,7 @@ def _solve(
 def _average_writer(
     outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
+    stage_checkpoint_card(outputs, path, lineage, overwrite=preflight.recipe.overwrite)
     metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
     return outputs.safetensors(path, preflight.sources.outputs(), metadata)
 
@@ -177,7 +185,9 @@ def _stage_loras(
         column = solved.found.multipliers[:, block].tolist()
         file = LoraFile(
             lineage=lineage,
+            run=place.run,
             index=block,
+            count=len(recipe.ranks),
             rank=recipe.ranks[block],
             multipliers=dict(zip(stems, column, strict=True)),
             explained=1 - solved.found.loss,

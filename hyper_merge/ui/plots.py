@@ -11,7 +11,8 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import FontProperties, findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import PercentFormatter
 
 from hyper_merge.report import Report
@@ -22,13 +23,14 @@ _GREY: Final = "#828282"
 _STRONG: Final = "#0079bd"
 _COLOURS: Final = ("#0079bd", "#d55e00", "#009e73", "#b3669a", "#8a7a20", "#6a76c4")
 _WORST: Final = "#d55e00"
+_PALE: Final = "#5e97c9"
 _NEUTRAL: Final = "#d0d4d8"
 _SIMILAR: Final = LinearSegmentedColormap.from_list(
     "similar", ("#b35806", "#e8a45c", _NEUTRAL, "#6baed6", "#08599c")
 )
 _DARK_INK, _LIGHT_INK = "#16191d", "#ffffff"
 
-_WIDTH: Final = 8.0  # inches
+_WIDTH: Final = 7.0  # inches
 _DPI: Final = 144
 _LONGEST: Final = 30  # characters of a name
 _NUMBERED_CELLS: Final = 12  # checkpoints, up to which a cell has room for its number
@@ -55,8 +57,8 @@ def explained_plot(report: Report) -> Figure:
         _name_line(axes, (last, height, place), label, colour)
     axes.set_xlim(0, last)
     axes.set_ylim(0, 1)
-    axes.set_xticks(range(last + 1), ["average\nalone", *(str(j) for j in range(1, last + 1))])
-    axes.set_xlabel("number of LoRAs, in their order", color=_GREY)
+    axes.set_xticks(range(last + 1))
+    axes.set_xlabel("number of LoRAs, in their order (0: the average alone)", color=_GREY)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.8)
     return figure
@@ -72,35 +74,36 @@ def similarity_plot(report: Report) -> Figure:
         [float("nan") if r == c else value for c, value in enumerate(row)]
         for r, row in enumerate(report.similarity)
     ]
-    image = axes.imshow(rows, cmap=_SIMILAR, vmin=-1, vmax=1)
-    numbers = [str(number + 1) for number in range(k)]
-    names = [
-        f"{_short(row.name)}   {n}" for row, n in zip(report.checkpoints, numbers, strict=True)
-    ]
-    axes.set_xticks(range(k), numbers)
-    axes.set_yticks(range(k), names)
+    axes.imshow(rows, cmap=_SIMILAR, vmin=-1, vmax=1)
+    axes.set_anchor("W")
+    axes.set_xticks(range(k), [str(number + 1) for number in range(k)])
+    names = [f"{_short(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
+    axes.set_yticks(range(k), names, family=_families())
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if k <= _NUMBERED_CELLS:
         _number_cells(axes, rows)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=24, ticks=(-1, 0, 1))
-    bar.ax.set_yticklabels(["opposite", "unrelated", "the same"], color=_GREY)
-    bar.ax.tick_params(length=0)
-    bar.outline.set_visible(False)
+    figure.supxlabel(
+        "blue: the same direction (+1)    grey: unrelated (0)    orange: opposite (-1)",
+        color=_GREY,
+        fontsize=9,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
 def parts_plot(report: Report) -> Figure:
     """How much of all differences lies in each section of the network, and how much is lost there."""
-    figure, axes = _figure("Where the differences lie, and what is lost of them", height=3.6)
+    figure, axes = _figure("Differences by section of the network", height=3.6)
     if not report.parts:
         return _without_figures(axes)
     split = [_split(part.name) for part in report.parts]
     places = _places(
         [(part.which, word) for part, (word, _) in zip(report.parts, split, strict=True)]
     )
-    axes.bar(places, [p.energy for p in report.parts], color=_STRONG, alpha=0.35, width=0.8)
+    axes.bar(places, [p.energy for p in report.parts], color=_PALE, width=0.8)
     axes.bar(places, [p.lost for p in report.parts], color=_WORST, width=0.8)
     step = -(-len(places) // _TICKS)
     axes.set_xticks(
@@ -112,23 +115,18 @@ def parts_plot(report: Report) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(
-        ["all differences in the layers", "lost"],
-        loc="upper right",
-        frameon=False,
-        labelcolor=_GREY,
-        fontsize=9,
-        ncols=2,
-        borderaxespad=0,
-        bbox_to_anchor=(1, 1.1),
+    words = ["all differences in the layers", "what is lost of them"]
+    figure.legend(
+        words, loc="outside lower left", frameon=False, labelcolor=_GREY, fontsize=9, ncols=2
     )
     return figure
 
 
 def _figure(title: str, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="none", layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="none")
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     axes = figure.add_subplot(facecolor="none")
-    axes.set_title(title, loc="left", color=_GREY, fontsize=11, fontweight="bold", pad=12)
+    figure.suptitle(title, x=0.01, ha="left", color=_GREY, fontsize=11, fontweight="bold")
     axes.tick_params(colors=_GREY, labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(_GREY)
@@ -159,10 +157,8 @@ def _lines(
         colour, width = shown.get(index, _GREY), 2.0 if index in shown else 0.8
         marker = "o" if index in shown else None
         axes.plot(line, color=colour, linewidth=width, marker=marker, markersize=4, clip_on=False)
-    return [
-        (ends[index], f"{ends[index]:.1%}  {_short(names[index])}", colour)
-        for index, colour in shown.items()
-    ]
+    words = [f"{end:.1%}  {_short(name)}" for end, name in zip(ends, names, strict=True)]
+    return [(ends[index], words[index], colour) for index, colour in shown.items()]
 
 
 def _name_line(axes: Axes, point: tuple[float, float, float], label: str, colour: str) -> None:
@@ -183,6 +179,7 @@ def _name_line(axes: Axes, point: tuple[float, float, float], label: str, colour
             "linewidth": 0.6,
             "shrinkA": 2,
             "shrinkB": 4,
+            "relpos": (0, 0.5),  # from the middle of the label's left side
         },
         annotation_clip=False,
     )
@@ -204,7 +201,7 @@ def _spread(heights: Sequence[float]) -> list[float]:
 
 def _side(k: int) -> float:  # inches
     """Height of a matrix of k rows."""
-    return min(max(1.6 + 0.45 * k, 2.6), 7.0)
+    return min(max(1.1 + 0.45 * k, 2.4), 5.7)
 
 
 def _number_cells(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
@@ -250,14 +247,22 @@ def _name_groups(axes: Axes, places: Sequence[float], words: Sequence[str]) -> N
 
 
 def _short(name: str) -> str:
-    """The name, without its middle where it is too long."""
-    if len(name) <= _LONGEST:
-        return name
-    half = (_LONGEST - 1) // 2
-    return f"{name[:half]}…{name[-half:]}"
+    """The name, without its middle where it is too long; a box for a letter that no font has."""
+    if len(name) > _LONGEST:
+        half = (_LONGEST - 1) // 2
+        name = f"{name[:half]}…{name[-half:]}"
+    letters = _letters()
+    return "".join(letter if ord(letter) in letters else "□" for letter in name)
 
 
 @cache
 def _families() -> tuple[str, ...]:
     known = set(fontManager.get_font_names())
     return ("DejaVu Sans", *(name for name in _FONTS if name in known))
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """Code points that some font has: matplotlib warns of each that none has."""
+    fonts = (FT2Font(findfont(FontProperties(family=name))) for name in _families())
+    return frozenset(code for font in fonts for code in font.get_charmap())

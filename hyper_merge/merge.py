@@ -24,7 +24,8 @@ from hyper_merge.lora import Lineage, LoraFile, checkpoint_metadata, write_lora
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
 from hyper_merge.prompts import lora_names, multipliers_text
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import Fit, Report, Sizes, fit, make_report, text
+from hyper_merge.report import Fit, Report, Sizes, fit, make_report
+from hyper_merge.report_text import text
 from hyper_merge.solution import Rounded, find_blocks, rounded
 
 MANIFEST_VERSION: Final = 1

@@ -66,7 +66,7 @@ class Folders:
             require_no_source(new, recipe.models)
             if new.exists() and not recipe.overwrite:
                 raise NameTakenError(
-                    f"{new.name} exists and is not the average of these checkpoints; choose another name"
+                    f"{new} exists and is not the average of these checkpoints; choose another name"
                     " or allow overwriting"
                 )
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)

@@ -18,7 +18,15 @@ from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.errors import RecipeError
-from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place, require_no_source
+from hyper_merge.folders import (
+    AVERAGE_ID,
+    MANIFEST,
+    MULTIPLIERS,
+    REPORT,
+    Folders,
+    Place,
+    require_no_source,
+)
 from hyper_merge.lineage import lineage_of
 from hyper_merge.lora import (
     CARD_SUFFIXES,
@@ -213,8 +221,8 @@ def _stage_texts(
         [row.name for row in rows], report.loras, [row.multipliers for row in rows]
     )
     manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
-    outputs.text(place.folder / "multipliers.txt", multipliers)
-    outputs.text(place.folder / "report.txt", text(report))
+    outputs.text(place.folder / MULTIPLIERS, multipliers)
+    outputs.text(place.folder / REPORT, text(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
 
 

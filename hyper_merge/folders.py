@@ -63,7 +63,7 @@ class Folders:
             OutputError: the name is taken by something else, by the same merge, or by a hyper-model
                 that other runs need.
         """
-        existing = self._hyper_model(recipe, average_id)
+        existing = self.hyper_model_for(recipe, average_id)
         new = self.models / f"{recipe.name}.safetensors"
         if existing is None:
             require_no_source(new, recipe.models)
@@ -141,8 +141,8 @@ class Folders:
         listed = names if isinstance(names, list) else []
         return self.lora_files(name for name in map(str, listed) if own.fullmatch(name))
 
-    def _hyper_model(self, recipe: Recipe, average_id: str) -> Path | None:
-        """An existing file that serves as the base of the LoRAs."""
+    def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
+        """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
         if recipe.base != AVERAGE:
             return Path(recipe.base)
         candidates = [self.models / f"{recipe.name}.safetensors"]

@@ -132,7 +132,9 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"there is no run {name} in {folders.runs}; refresh the list") from None
+        raise RunError(
+            f"there is no run {name} in {folders.runs}; look at the list of runs"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folders, name, str(error)) from error
     version = manifest.get("version") if isinstance(manifest, dict) else None

@@ -147,7 +147,7 @@ def test_deleting_removes_every_file_of_the_run_and_nothing_else(files, started,
     assert temporaries(started) == []
     assert [found.name for found in list_runs(folders)[0]] == ["other"]
     assert other.place.hyper_model.exists()
-    assert refusal(folders) == f"there is no run mix in {folders.runs}; refresh the list"
+    assert refusal(folders) == f"there is no run mix in {folders.runs}; look at the list of runs"
     with pytest.raises(RunError, match="there is no run mix"):
         delete_run(run, folders)
 

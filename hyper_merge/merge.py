@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,6 +74,9 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
     _require_room(preflight, place, cached)
     with Outputs(overwrite=recipe.overwrite) as outputs:
         lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
+        if not place.exists:
+            stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
         path = cached or analysis_cache.path_for(folders.cache, sources, work)
         _read(
             preflight,
@@ -166,7 +169,6 @@ def _solve(
 def _average_writer(
     outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
-    stage_checkpoint_card(outputs, path, lineage, overwrite=preflight.recipe.overwrite)
     metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
     return outputs.safetensors(path, preflight.sources.outputs(), metadata)
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 from hyper_merge.analysis_cache import SIZE_LIMIT
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, OutputError
+from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.recipe import AVERAGE, Recipe
 
 AVERAGE_ID: Final = "hyper_merge.average_id"
@@ -22,7 +23,6 @@ MANIFEST: Final = "manifest.json"
 MULTIPLIERS: Final = "multipliers.txt"
 REPORT: Final = "report.txt"
 RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
-LORA_SUFFIXES: Final = (".safetensors", ".json", ".png")  # the LoRA, its card, its picture
 _KIND: Final = "hyper_merge.kind"
 
 
@@ -128,7 +128,9 @@ class Folders:
             path
             for name in names
             if not _is_foreign(self.loras / f"{name}.safetensors")
-            for path in (self.loras / f"{name}{suffix}" for suffix in LORA_SUFFIXES)
+            for path in (
+                self.loras / f"{name}{suffix}" for suffix in (".safetensors", *CARD_SUFFIXES)
+            )
             if os.path.lexists(path)
         ]
 

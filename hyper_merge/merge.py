@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,14 @@ from hyper_merge.folders import (
     require_no_source,
 )
 from hyper_merge.lineage import lineage_of
-from hyper_merge.lora import Lineage, LoraFile, checkpoint_metadata, write_lora
+from hyper_merge.lora import (
+    CARD_SUFFIXES,
+    Lineage,
+    LoraFile,
+    checkpoint_metadata,
+    stage_checkpoint_card,
+    write_lora,
+)
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
 from hyper_merge.prompts import lora_names, multipliers_text
 from hyper_merge.recipe import AVERAGE
@@ -74,7 +81,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
-        for suffix in (".safetensors", ".json"):
+        for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
@@ -83,6 +90,9 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
         if recipe.overwrite:
             _remove_outdated(outputs, folders, place.run, names)
         lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
+        if not place.exists:
+            stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
         path = cached or analysis_cache.path_for(folders.cache, sources, work)
         if cached:
             analysis_cache.mark_used(cached)
@@ -191,7 +201,9 @@ def _stage_loras(
         column = solved.found.multipliers[:, block].tolist()
         file = LoraFile(
             lineage=lineage,
+            run=place.run,
             index=block,
+            count=len(recipe.ranks),
             rank=recipe.ranks[block],
             multipliers=dict(zip(stems, column, strict=True)),
             explained=1 - solved.found.loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,13 +71,13 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     Args:
         preflight: the examined recipe.
         control: progress and interrupt.
-        folders: where everything goes; None for those of the recipe's output folder.
+        folders: where everything goes; None for those that the recipe was examined with.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe, sources = preflight.recipe, preflight.sources
-    folders = folders or Folders.under(recipe.output)
+    folders = folders or preflight.folders
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
@@ -90,6 +90,9 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
         if recipe.overwrite:
             _remove_outdated(outputs, folders, place.run, names)
         lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
+        if not place.exists:
+            stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
         path = cached or analysis_cache.path_for(folders.cache, sources, work)
         if cached:
             analysis_cache.mark_used(cached)
@@ -126,7 +129,7 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe = preflight.recipe
-    folders = folders or Folders.under(recipe.output)
+    folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
         raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
@@ -185,7 +188,6 @@ def _solve(
 def _average_writer(
     outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
-    stage_checkpoint_card(outputs, path, lineage, overwrite=preflight.recipe.overwrite)
     metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
     return outputs.safetensors(path, preflight.sources.outputs(), metadata)
 

@@ -120,6 +120,7 @@ def _write(
     width: float = _SIZE[0] - 2 * _MARGIN,
 ) -> None:
     """One line, without its middle where it is too long."""
+    text = " ".join(text.split())
     font = _font(size, eastern=any(ord(letter) >= _EASTERN for letter in text))
     if not isinstance(font, ImageFont.FreeTypeFont):
         text = text.encode("latin-1", "replace").decode("latin-1")  # it has no other letters

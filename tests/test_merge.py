@@ -299,7 +299,13 @@ def test_a_merge_on_another_device_is_the_same_merge(files, started):
 
 
 @pytest.mark.parametrize(
-    "place", ["Stable-diffusion/mix.safetensors", "Lora/mix_1-2.safetensors", "Lora/mix_0-4.json"]
+    "place",
+    [
+        "Stable-diffusion/mix.safetensors",
+        "Lora/mix_1-2.safetensors",
+        "Lora/mix_0-4.json",
+        "Lora/mix_1-2.png",
+    ],
 )
 def test_a_name_taken_by_somebody_elses_file_is_refused_before_any_work(
     files, tmp_path, place, monkeypatch
@@ -414,6 +420,30 @@ def test_the_settings_in_the_manifest_make_an_equal_recipe(files, tmp_path, monk
     found = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
     assert found == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
     assert manifest_of(merged)["hyper_model"] == str(files[0])
+
+
+def test_every_model_has_a_card_with_text_and_picture(merged):
+    for model in (merged.place.hyper_model, *merged.loras):
+        assert json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))["description"]
+        assert model.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_users_own_card_of_a_lost_hyper_model_stays(files, started):
+    hyper_model = started / "Stable-diffusion" / "mix.safetensors"
+    hyper_model.unlink()
+    hyper_model.with_suffix(".png").write_bytes(b"mine")
+    merge(files, started, ranks=(3,))
+    assert hyper_model.with_suffix(".png").read_bytes() == b"mine"
+
+
+def test_the_loras_of_a_later_merge_name_the_hyper_model_that_they_are_for(files, tmp_path):
+    merge(files, tmp_path, name="first")
+    second = merge(files, tmp_path, name="second")
+    with safe_open(str(second.loras[0]), "pt") as file:
+        assert file.metadata()["ss_sd_model_name"] == "first.safetensors"
+    based = merge(files[1:], tmp_path, name="based", base=str(files[0]))
+    with safe_open(str(based.loras[0]), "pt") as file:
+        assert file.metadata()["ss_sd_model_name"] == "a.safetensors"
 
 
 def test_the_sizes_in_the_report_are_those_of_the_files(files, merged):
@@ -644,6 +674,8 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
         "anime.safetensors",
         "watercolour.safetensors",
         "demo.safetensors",
+        "demo.json",
+        "demo.png",
     }
     assert len(load_file(first.loras[0])) == 3 * (278 + 72)
     assert first.report.loss < first.report.private_loss

@@ -75,6 +75,7 @@ class Outputs:
         path = self._prepare(path)
         staged = StagedFile(path, overwrite=self._overwrite, size=len(content))
         self._parts[path] = staged
+        staged.create()
         staged.write_at(memoryview(content), 0)
         staged.seal()
 

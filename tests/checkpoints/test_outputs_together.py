@@ -172,6 +172,43 @@ def test_a_failure_while_placing_brings_replaced_files_back(tmp_path, monkeypatc
     assert text == ("old" if links else "é\n")
 
 
+def stage_text(outputs, path):
+    outputs.text(path, "a")
+
+
+def stage_checkpoint(outputs, path):
+    with outputs.safetensors(path, DECLARED, {}):
+        pass
+
+
+@pytest.mark.parametrize("stage", [stage_text, stage_checkpoint])
+def test_an_interrupt_while_a_file_is_created_leaves_nothing(tmp_path, monkeypatch, stage):
+    create = Path.open
+
+    def interrupted(self, *rest, **options):
+        create(self, *rest, **options).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), Outputs() as outputs:
+        stage(outputs, tmp_path / "x.safetensors")
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", [stage_text, stage_checkpoint])
+def test_an_interrupt_right_after_a_file_was_created_leaves_nothing(tmp_path, monkeypatch, stage):
+    create = StagedFile.create
+
+    def interrupted(self):
+        create(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StagedFile, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt), Outputs() as outputs:
+        stage(outputs, tmp_path / "x.safetensors")
+    assert everything(tmp_path) == []
+
+
 def test_a_path_can_be_staged_only_once(tmp_path):
     with pytest.raises(ValueError, match="raw is staged twice"):
         run(tmp_path, then=lambda outputs: outputs.text(tmp_path / "raw", ""))

@@ -1,4 +1,4 @@
-"""The command line: `hyper-merge merge | average | inspect | demo`."""
+"""The command line: `hyper-merge merge | average | inspect | demo | app`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TextIO
 from hyper_merge import __version__
 from hyper_merge.control import Control
 from hyper_merge.demo import run_demo
-from hyper_merge.errors import HyperMergeError, InterruptedRun, RecipeError
+from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError
 from hyper_merge.inspection import describe
 from hyper_merge.merge import Merged, run_average, run_merge
 from hyper_merge.preflight import Preflight, examine
@@ -81,7 +81,20 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="make a family of small checkpoints and merge it")
     demo.add_argument("folder", nargs="?", type=Path, default=Path("hyper-merge-demo"))
     _finish(demo, _demo)
+    _add_app(commands.add_parser("app", help="open the tab as an app of its own"))
     return parser
+
+
+def _add_app(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serves the tab for a WebUI-shaped models folder, until Ctrl-C."
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("models"))
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", default="127.0.0.1", help="0.0.0.0 for all networks"
+    )
+    parser.add_argument("--port", type=int, default=7871)
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help="what a browser must give")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    _finish(parser, _app)
 
 
 def _finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
@@ -135,6 +148,30 @@ def _demo(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         merged = run_demo(options.folder, control)
     _say(_outcome(merged))
+
+
+def _app(options: argparse.Namespace) -> None:
+    try:
+        from hyper_merge import app  # noqa: PLC0415 - gradio is an extra, and takes seconds
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hyper_merge"):
+            raise
+        raise AppError(
+            f"the app needs {error.name}, which is not installed;"
+            " run: python -m pip install -c constraints.txt -e '.[app]'"
+        ) from error
+    auth = app.parse_auth(options.auth) if options.auth else None
+    listening = app.Listening(options.listen, options.port, auth, options.open)
+    page = app.build_app(options.folder)
+    if listening.is_open:
+        _say(
+            "warning: everyone on the network can use this page; --auth NAME:PASSWORD protects it",
+            sys.stderr,
+        )
+    _say(
+        f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it"
+    )
+    app.serve(page, listening)
 
 
 def _examined(recipe: Recipe, control: Control) -> Preflight:

@@ -21,7 +21,7 @@ TASKS = frozenset(
     {"sources", "workers", "analysis", "analysis_cache", "lora", "preview", "solution", "report"}
 )
 JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
-VIEWS = frozenset({"inspection", "demo", "progress", "synthetic"})
+VIEWS = frozenset({"inspection", "demo", "progress", "runs", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.

@@ -13,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hyper_merge.report import Report
 
@@ -112,7 +112,8 @@ def parts_plot(report: Report) -> Figure:
     axes.set_xlim(-0.8, places[-1] + 0.8)
     _name_groups(axes, places, [word for word, _ in split])
     axes.tick_params(axis="x", length=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g}%")
     axes.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.8)
     axes.set_axisbelow(True)
     words = ["all differences in the layers", "what is lost of them"]

@@ -19,7 +19,7 @@ from hyper_merge.preflight import Preflight, examine
 from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.prompts import tags
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
-from hyper_merge.report import text
+from hyper_merge.report_text import text
 
 SUCCESS, UNEXPECTED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 

@@ -43,8 +43,12 @@ class DeviceError(HyperMergeError, RuntimeError):
     """The device that was asked for is absent or too small."""
 
 
+class RunError(HyperMergeError, ValueError):
+    """An earlier run cannot be read, or may not be deleted: damaged, newer, unknown, a link."""
+
+
 class CacheError(HyperMergeError, OSError):
-    """A cached analysis is damaged or of another version."""
+    """The cache of analyses cannot be cleared."""
 
 
 class InterruptedRun(HyperMergeError):  # noqa: N818 - the user's wish, not an error

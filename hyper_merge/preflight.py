@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,19 +142,28 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def require_disk(folder: Path, needed: int) -> None:
-    """Returns if the disk of a folder, which need not exist yet, has room.
+def require_disks(needed: Mapping[Path, int]) -> None:
+    """Returns if the disks of all folders, which need not exist yet, have room.
+
+    Args:
+        needed: bytes by folder; folders on one disk need room together.
 
     Raises:
         OutputError: too little is free; says how much of each.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"{folder} needs {needed / 2**30:.2f} GB but its disk has {free / 2**30:.2f} GB free;"
-            " make room or choose another output folder"
-        )
+    total: dict[int, int] = {}
+    for folder, size in needed.items():
+        if not size:
+            continue
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        disk = existing.stat().st_dev
+        total[disk] = total.get(disk, 0) + size
+        free = shutil.disk_usage(existing).free
+        if free < total[disk]:
+            raise OutputError(
+                f"{folder} needs {total[disk] / 2**30:.2f} GB but its disk has"
+                f" {free / 2**30:.2f} GB free; make room or choose another output folder"
+            )
 
 
 def _check_stems(headers: Sequence[Header]) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "option_help",
     "recipe_from_options",
+    "recipe_from_settings",
 ]
 
 DEFAULT_RANKS = (128, 64, 32, 16)
@@ -98,6 +99,12 @@ class Recipe:
         """A YAML file that `load_recipe` reads back as an equal recipe."""
         return "".join(f"{f.name}:{_yaml_value(getattr(self, f.name))}\n" for f in FIELDS)
 
+    def to_settings(self) -> dict[str, Any]:
+        """All fields as plain JSON values, paths absolute; see `recipe_from_settings`."""
+        settings = {field.name: getattr(self, field.name) for field in FIELDS}
+        base = self.base if self.base == AVERAGE else Path(self.base)
+        return {name: _plain(value) for name, value in {**settings, "base": base}.items()}
+
     def to_metadata(self) -> dict[str, str]:
         """The settings as texts for a file's metadata; paths are cut to file names."""
         return {f.name: f.show(getattr(self, f.name)) for f in FIELDS if f.show is not None}
@@ -134,6 +141,21 @@ def recipe_from_options(options: Options) -> Recipe:
         RecipeError: A setting is unknown, missing or impossible.
     """
     return _build(_option_settings(options), "command line")
+
+
+def recipe_from_settings(settings: Mapping[str, object], where: str) -> Recipe:
+    """The recipe that `Recipe.to_settings` described, equal but for paths that were relative.
+
+    Args:
+        settings: Plain values by key.
+        where: What holds them, for messages.
+
+    Raises:
+        RecipeError: A setting is unknown, missing or impossible.
+    """
+    return _build(
+        {key: Setting(value, f'{where}, key "{key}"') for key, value in settings.items()}, where
+    )
 
 
 def option_help(field: Field) -> str:
@@ -196,6 +218,13 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a zero byte: refused later, by its message
         return False
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold, from which the field's parser makes the value again."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _yaml_value(value: object) -> str:

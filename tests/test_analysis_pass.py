@@ -10,7 +10,7 @@ from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
 
 from hyper_merge import analysis, analysis_cache
 from hyper_merge.analysis import Work, run_pass, take_apart
-from hyper_merge.analysis_cache import Analysis, AnalysisWriter
+from hyper_merge.analysis_cache import new_analysis, open_analysis
 from hyper_merge.checkpoints.layers import Treatment
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
@@ -317,7 +317,7 @@ def test_a_file_that_changes_during_the_pass_is_refused(tmp_path, state_of):
 
 def write_analysis(folder, sources, work):
     path = analysis_cache.path_for(folder, sources, work)
-    with AnalysisWriter(path, sources, work) as writer:
+    with new_analysis(path, sources, work) as writer:
         outside = run_pass(sources, work, None, writer.keep, Control())
         writer.close_with(outside)
     return path
@@ -327,7 +327,7 @@ def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
     sources, work = sources_of(files), Work(CPU, 0, 6)
     path = write_analysis(tmp_path, sources, work)
     _, layers, outside = read(sources, width=6)
-    with Analysis(path, sources) as found:
+    with open_analysis(path, sources) as found:
         for index, layer in layers.items():
             left, right = found.bases(index)
             assert torch.equal(found.core(index), layer.compressed.core)

@@ -67,9 +67,7 @@ def test_a_recipe_file_is_merged_and_the_outcome_printed(files, tmp_path, run):
     assert (place / "Lora/mix-2_0-3.safetensors").exists()
     code, _, err = run("merge", config)
     assert code == 2
-    assert err[0].startswith(
-        f"hyper-merge: {place / 'hyper-merge/mix'} holds this very merge already; choose another"
-    )
+    assert err[0].startswith("hyper-merge: the run mix is this very merge already; choose another")
     code, _, err = run("merge", config, "--config", config)
     assert code == 2
     assert err == [f"hyper-merge: two recipe files were given: {config} and {config}"]

@@ -13,7 +13,7 @@ from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.checkpoints.synthetic_layout import sd1_layout
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
-from hyper_merge.preflight import examine, require_disk, resolve_device
+from hyper_merge.preflight import examine, require_disks, resolve_device
 
 
 def checked(models, **settings):
@@ -223,10 +223,10 @@ def test_cuda_is_refused_where_it_is_absent(files, monkeypatch):
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_path):
-    require_disk(tmp_path / "not" / "there", 1)
+    require_disks({tmp_path / "not" / "there": 1})
     with pytest.raises(HyperMergeError, match=r"needs 1048576\.00 GB but its disk has [0-9.]+ GB"):
-        require_disk(tmp_path / "not" / "there", 2**50)
-    require_disk(Path("relative/not/there"), 1)
+        require_disks({tmp_path / "not" / "there": 2**50})
+    require_disks({Path("relative/not/there"): 1})
 
 
 def test_the_same_average_has_the_same_id_and_another_one_another(files):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
 from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.sections import OTHER
 
 _WEIGHT: Final = ".weight"
 _POSITION_IDS: Final = ".embeddings.position_ids"
@@ -45,6 +46,7 @@ class Layer:
     part: PartName
     shape: tuple[int, ...]  # of the weight in the LoRA's consumer, 2-D or 4-D
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
+    section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
 
     @property
     def m(self) -> int:
@@ -150,7 +152,7 @@ def _layers(header: Header, part: Part) -> Iterator[Layer]:
         path = key[len(part.prefix) : -len(_WEIGHT)]
         for module in part.modules(path, info.shape):
             name = part.lora_prefix + module.path.replace(".", "_")
-            yield Layer(key, name, part.name, module.shape, module.rows)
+            yield Layer(key, name, part.name, module.shape, module.rows, part.section(path))
 
 
 def _is_weight_of(key: str, part: Part) -> bool:

@@ -156,6 +156,42 @@ class StagedFile:
             self._previous = previous
 
 
+class StagedRemoval:
+    """An existing file about to disappear; `commit` takes it away, `revert` brings it back."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the file; nothing happens yet."""
+        self.path = path
+        self._kept = path.with_name(f".hyper-merge-{secrets.token_hex(8)}.old")
+
+    def commit(self) -> None:
+        """Takes the file away; one that is gone already is no error.
+
+        Raises:
+            OutputError: the operating system refuses.
+        """
+        try:
+            self.path.rename(self._kept)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OutputError(
+                f"cannot remove {self.path}: {error.strerror or error}; close the programs that use"
+                " it, or see to the rights of its folder"
+            ) from error
+        sync_folder(self.path.parent)
+
+    def revert(self) -> None:
+        """The file is back."""
+        with suppress(OSError):
+            self._kept.rename(self.path)
+
+    def forget_previous(self) -> None:
+        """Deletes it for good."""
+        with suppress(OSError):
+            self._kept.unlink()
+
+
 def require_free(path: Path, *, overwrite: bool) -> None:
     """Returns if a file may be written there.
 
@@ -167,7 +203,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{path} is a folder; choose another name")
         # lexists: a dangling link is somebody's file too.
         if not overwrite and os.path.lexists(path):
-            raise OutputError(f"{path} exists; choose another name or set overwrite")
+            raise OutputError(f"{path} exists; choose another name or allow overwriting")
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The tab: panels, handlers, plots, and all wiring in one place."""

@@ -21,18 +21,15 @@ class Defaults:
 
 
 class Host(Protocol):
-    """A program with checkpoints, folders and perhaps a prompt to send to.
-
-    Attributes:
-        title: For people: "AUTOMATIC1111", "Forge" or "Hyper-Merge".
-        has_txt2img: Whether prompts can be sent and styles be saved.
-    """
+    """A program with checkpoints, folders and perhaps a prompt to send to."""
 
     @property
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """For people: "AUTOMATIC1111", "Forge" or "Hyper-Merge"."""
 
     @property
-    def has_txt2img(self) -> bool: ...
+    def has_txt2img(self) -> bool:
+        """Whether prompts can be sent and styles be saved."""
 
     def checkpoints(self) -> dict[str, Path]:
         """The host's own list as it is now: name without hash, `/` between folders -> file."""

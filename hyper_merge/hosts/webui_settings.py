@@ -41,14 +41,16 @@ def add_settings() -> None:
             "one LoRA per rank, such as 128, 64"
         ),
         _STYLES: info(
-            Defaults.save_styles, "Save a prompt style per checkpoint after a merge", section=SECTION
+            Defaults.save_styles,
+            "Save a prompt style per checkpoint after a merge",
+            section=SECTION,
         ),
         _FOLDER: info(
             "", "Folder of the runs and the cache", None, shared.hide_dirs, section=SECTION
         ).info("empty: hyper-merge in the models folder"),
         _CACHE: info(
             _CACHE_GB, "Analysis cache: largest size in GB", gr.Number, section=SECTION
-        ).info("1 GB is 2^30 bytes; the analyses used last stay"),
+        ).info("those used last stay; 0 keeps none"),
         _CLEAR: clear,
     }
     for key, option in options.items():
@@ -108,24 +110,31 @@ def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
     del label
     with gr.Row():
         button = gr.Button(value, elem_id=elem_id)
-        size = gr.HTML(_cache_text, elem_id=f"{elem_id}_size")
-    button.click(_clear, inputs=[], outputs=[size])
+        size = gr.HTML(cache_text, elem_id=f"{elem_id}_size")
+    button.click(clear_cache, inputs=[], outputs=[size])
     return button
 
 
-def _cache_text() -> str:
+def cache_text() -> str:
+    """HTML: what the cache takes, and where it is."""
     folder = folders().cache
-    taken = analysis_cache.total_bytes(folder) / 2**30
-    return f"Analysis cache: {taken:.2f} GB in {html.escape(str(folder))}"
+    return (
+        f"Analysis cache: {_size(analysis_cache.total_bytes(folder))} in {html.escape(str(folder))}"
+    )
 
 
-def _clear() -> str:
+def clear_cache() -> str:
+    """Deletes all analyses, unless the WebUI is at work; HTML that says what came of it."""
     if not call_queue.queue_lock.acquire(blocking=False):
-        return f"{_cache_text()}. The WebUI is at work; clear it when that is done."
+        return f"{cache_text()}. The WebUI is at work; clear it when that is done."
     try:
-        freed = analysis_cache.clear(folders().cache)
-    except OSError as error:
-        return f"{_cache_text()}. {html.escape(str(error))}"
+        outcome = f"{_size(analysis_cache.clear(folders().cache))} freed."
+    except HyperMergeError as error:
+        outcome = html.escape(str(error))
     finally:
         call_queue.queue_lock.release()
-    return f"{_cache_text()}. {freed / 2**30:.2f} GB freed."
+    return f"{cache_text()}. {outcome}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -6,6 +6,7 @@ hosts do to lists, titles, locks, progress, styles and loaded models is done as 
 in their sources; a "model" is the content of its file and the name of a device.
 """
 
+import importlib
 import importlib.util
 import sys
 from contextlib import contextmanager
@@ -99,6 +100,14 @@ class FakeWebUI:
             }
         return found
 
+    def host(self):
+        """Our host for it; our modules can be imported only now."""
+        return importlib.import_module(OURS).WebUI()
+
+    def settings(self):
+        """Our module for its settings."""
+        return importlib.import_module(f"{OURS}_settings")
+
     def load_scripts(self):
         """What starting does, and Reload UI again: callbacks cleared, the script executed anew.
 
@@ -123,8 +132,20 @@ class FakeWebUI:
         return page.create_ui(self)
 
     def launch(self, port, **options):
-        """Serves `create_ui()` on 127.0.0.1 and returns its address; `shared.demo.close()` ends."""
-        return page.launch(self, port, **options)
+        """Serves `create_ui()` on 127.0.0.1, until `close()`.
+
+        Args:
+            port: 0 for any that is free.
+            options: for gradio's `launch`.
+
+        Returns:
+            The page's address.
+        """
+        return page.launch(self, port or None, **options)
+
+    def close(self):
+        """Ends the server."""
+        page.close(self)
 
 
 class Shared:
@@ -146,6 +167,13 @@ class Shared:
     @property
     def sd_model(self):
         return self._sd_models.model_data.get_sd_model()
+
+
+def put(path, content=b"a"):
+    """A file with its folders; a listed file may hold anything."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def package(name):

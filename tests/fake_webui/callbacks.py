@@ -56,7 +56,7 @@ class Callbacks:
         for callback in self.callback_map.get(kind, []):
             try:
                 found += callback(*args) or []
-            except Exception:
+            except Exception:  # noqa: PERF203 - each by itself
                 self._errors.report(f"Error executing callback {kind}", exc_info=True)
         return found
 

@@ -47,7 +47,7 @@ class OptionHTML(OptionInfo):
     def __init__(self, text):
         import gradio as gr  # noqa: PLC0415 - most tests do without
 
-        super().__init__(str(text).strip(), component=lambda **kwargs: gr.HTML(**kwargs))
+        super().__init__(str(text).strip(), component=gr.HTML)
         self.do_not_save = True
 
 

@@ -184,6 +184,14 @@ def launch(webui, port, **options):
     return address
 
 
+def close(webui):
+    """Ends what `launch` began."""
+    import gradio as gr  # noqa: PLC0415 - most tests do without
+
+    webui.shared.demo.close(verbose=False)
+    vars(gr.routes.templates).pop("TemplateResponse", None)
+
+
 def progress_route(webui):
     """POST /internal/progress."""
 
@@ -197,8 +205,7 @@ def head(extension):
     """What the hosts put into the page: their scripts, then the extension's and its style."""
     scripts = [HOST_SCRIPT]
     scripts += [
-        path.read_text(encoding="utf-8")
-        for path in sorted((extension / "javascript").glob("*.js"))
+        path.read_text(encoding="utf-8") for path in sorted((extension / "javascript").glob("*.js"))
     ]
     style = extension / "style.css"
     css = style.read_text(encoding="utf-8") if style.exists() else ""

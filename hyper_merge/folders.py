@@ -19,6 +19,9 @@ AVERAGE_ID: Final = "hyper_merge.average_id"
 """Metadata of a hyper-model: equal for the same average of the same files."""
 
 MANIFEST: Final = "manifest.json"
+MULTIPLIERS: Final = "multipliers.txt"
+REPORT: Final = "report.txt"
+RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
 LORA_SUFFIXES: Final = (".safetensors", ".json", ".png")  # the LoRA, its card, its picture
 _KIND: Final = "hyper_merge.kind"
 
@@ -60,7 +63,7 @@ class Folders:
             OutputError: the name is taken by something else, by the same merge, or by a hyper-model
                 that other runs need.
         """
-        existing = self._hyper_model(recipe, average_id)
+        existing = self.hyper_model_for(recipe, average_id)
         new = self.models / f"{recipe.name}.safetensors"
         if existing is None:
             require_no_source(new, recipe.models)
@@ -88,7 +91,7 @@ class Folders:
         """The file that a run's LoRAs are added to, also after everything was moved or copied."""
         recorded = Path(str(manifest.get("hyper_model")))
         here = self.models / recorded.name
-        is_here = average_id_of(here) == manifest.get("average_id") or not recorded.exists()
+        is_here = average_id_of(here) == manifest.get("average_id") or not is_there(recorded)
         return here if is_here else recorded
 
     def require_unused(self, path: Path, average_id: str, replaced: str | None = None) -> None:
@@ -138,8 +141,8 @@ class Folders:
         listed = names if isinstance(names, list) else []
         return self.lora_files(name for name in map(str, listed) if own.fullmatch(name))
 
-    def _hyper_model(self, recipe: Recipe, average_id: str) -> Path | None:
-        """An existing file that serves as the base of the LoRAs."""
+    def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
+        """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
         if recipe.base != AVERAGE:
             return Path(recipe.base)
         candidates = [self.models / f"{recipe.name}.safetensors"]
@@ -181,9 +184,20 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(f"{path} is one of the checkpoints of this merge; choose another name")
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path that a manifest names leads to something."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL character
+        return False
+
+
 def same_place(one: Path, other: Path) -> bool:
     """Whether two paths lead to one place, be there a file or not."""
-    return one.resolve() == other.resolve()
+    try:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # a NUL character: no path at all
+        return False
 
 
 def average_id_of(path: Path) -> str | None:

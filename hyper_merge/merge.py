@@ -18,7 +18,15 @@ from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.errors import RecipeError
-from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place, require_no_source
+from hyper_merge.folders import (
+    AVERAGE_ID,
+    MANIFEST,
+    MULTIPLIERS,
+    REPORT,
+    Folders,
+    Place,
+    require_no_source,
+)
 from hyper_merge.lineage import lineage_of
 from hyper_merge.lora import Lineage, LoraFile, checkpoint_metadata, write_lora
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
@@ -56,13 +64,13 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     Args:
         preflight: the examined recipe.
         control: progress and interrupt.
-        folders: where everything goes; None for those of the recipe's output folder.
+        folders: where everything goes; None for those that the recipe was examined with.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe, sources = preflight.recipe, preflight.sources
-    folders = folders or Folders.under(recipe.output)
+    folders = folders or preflight.folders
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
@@ -111,7 +119,7 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe = preflight.recipe
-    folders = folders or Folders.under(recipe.output)
+    folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
         raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
@@ -203,8 +211,8 @@ def _stage_texts(
         [row.name for row in rows], report.loras, [row.multipliers for row in rows]
     )
     manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
-    outputs.text(place.folder / "multipliers.txt", multipliers)
-    outputs.text(place.folder / "report.txt", text(report))
+    outputs.text(place.folder / MULTIPLIERS, multipliers)
+    outputs.text(place.folder / REPORT, text(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
 
 

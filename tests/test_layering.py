@@ -18,10 +18,10 @@ SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"
 # Floors of the house: each may use what is below it and its own; no module may go in a circle.
 GROUND = frozenset({"errors", "control", "checkpoints", "decomposition", "recipe", "prompts"})
 TASKS = frozenset(
-    {"sources", "workers", "analysis", "analysis_cache", "lora", "solution", "report"}
+    {"sources", "workers", "analysis", "analysis_cache", "effort", "lora", "solution", "report"}
 )
 JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
-VIEWS = frozenset({"inspection", "demo", "progress", "synthetic"})
+VIEWS = frozenset({"inspection", "demo", "progress", "runs", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.

@@ -6,7 +6,7 @@ Each builder returns its widgets as a frozen dataclass; `in_order` lists them as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -14,8 +14,8 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.views import introduction
 from hyper_merge.ui.form import BASE_AVERAGE, LABELS, PRESETS, VAE_CHOICES
+from hyper_merge.ui.views import introduction
 
 Widget = TypeVar("Widget")
 
@@ -176,7 +176,7 @@ def build_form(
     )
     with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
         advanced = _build_advanced(devices)
-    return FormWidgets(checkpoints, name, ranks, *advanced, save_styles=save_styles), presets
+    return FormWidgets(checkpoints, name, ranks, *advanced, save_styles), presets
 
 
 def build_run() -> RunPanel:
@@ -333,7 +333,7 @@ def _html(name: str, value: str = "") -> gr.HTML:
     return _widget(gr.HTML, name, value=value)
 
 
-def _widget(kind: type[Widget], name: str, **settings: Any) -> Widget:
+def _widget(kind: Callable[..., Widget], name: str, **settings: Any) -> Widget:
     """A widget with our id, whose value the WebUI does not keep between starts."""
     widget = kind(elem_id=elem_id(name), **settings)
     widget.do_not_save_to_config = True  # type: ignore[attr-defined]

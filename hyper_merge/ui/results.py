@@ -18,7 +18,6 @@ from hyper_merge.runs import Run, load_run
 from hyper_merge.ui import views
 from hyper_merge.ui.plots import explained_plot, parts_plot, similarity_plot
 
-
 NOTHING: Final = ("", *(gr.update(),) * 11)
 """Values of the panel's widgets that leave all but its message as they are."""
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal
 
+from hyper_merge.effort import duration_text
 from hyper_merge.folders import Place
 from hyper_merge.inspection import Row
 from hyper_merge.preflight import Preflight
@@ -40,22 +41,6 @@ def size(count: float) -> str:
     if count >= 999.5e6:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 999.5e3 else f"{count / 1e3:.0f} kB"
-
-
-def duration(seconds: float) -> str:
-    """A span of time for people, rounded as an estimate deserves.
-
-    >>> duration(3), duration(42), duration(268), duration(5000)
-    ('a few seconds', 'about 40 s', 'about 4 min', 'about 1 h 25 min')
-    """
-    if seconds < 8:
-        return "a few seconds"
-    if seconds < 55:
-        return f"about {max(round(seconds / 10) * 10, 10)} s"
-    minutes = max(round(seconds / 60), 1)
-    if minutes < 60:
-        return f"about {minutes} min"
-    return f"about {minutes // 60} h {minutes % 60 // 5 * 5} min"
 
 
 def percent(share: float) -> str:
@@ -144,11 +129,15 @@ def plan(preflight: Preflight, place: Place) -> str:
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
     hyper = f"{place.hyper_model.name} ({size(average)}{', there already' if place.exists else ''})"
     lines = [
-        f"<b>{_text(hyper)}</b> and {_count(len(recipe.ranks), 'LoRA')} "
-        f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size(estimate.loras)}</b>): "
-        f"{size(average + estimate.loras)} in place of {size(before)}.",
-        f"It takes <b>{duration(estimate.seconds)}</b>, {size(estimate.memory)} of memory and at most "
-        f"{size(estimate.disk)} of disk with the cache.",
+        (
+            f"<b>{_text(hyper)}</b> and {_count(len(recipe.ranks), 'LoRA')} "
+            f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size(estimate.loras)}</b>): "
+            f"{size(average + estimate.loras)} in place of {size(before)}."
+        ),
+        (
+            f"It takes <b>{duration_text(estimate.seconds)}</b>, {size(estimate.memory)} of memory and at most "
+            f"{size(estimate.disk)} of disk with the cache."
+        ),
     ]
     notes = [message("info", warning) for warning in preflight.warnings]
     return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
@@ -167,7 +156,7 @@ def progress(now: Standing) -> str:
         text = f"{word}: {said}" if said else f"{word}: {now.title}, in {_clock(now.elapsed)}"
         return message(kind, text) + notes
     left = now.seconds_left
-    time_left = "" if left is None else f", {duration(left)} left"
+    time_left = "" if left is None else f", {duration_text(left)} left"
     phase = "stopping" if now.stopping else now.phase
     words = f"{now.title}: {phase}, {now.fraction:.0%}{time_left}"
     return (
@@ -223,7 +212,7 @@ def runs(found: Sequence[Run], problems: Iterable[str]) -> str:
 
 def comparison(first: Run, second: Run) -> str:
     """Two runs side by side: settings that differ, sizes and explained shares."""
-    facts = [
+    facts: list[tuple[str, ...]] = [
         ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
         ("Ranks", _ranks(first), _ranks(second)),
         ("LoRAs", size(first.report.bytes_loras), size(second.report.bytes_loras)),

@@ -78,7 +78,10 @@ def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
     shot(tab.page, f"{server.host}-running")
     tab.click("stop")
     tab.until(lambda: "Stopped" in tab.text("status"), seconds=2)
-    assert sorted(path for path in server.models.rglob("*.safetensors") if "cache" not in path.parts) == before
+    assert (
+        sorted(path for path in server.models.rglob("*.safetensors") if "cache" not in path.parts)
+        == before
+    )
 
 
 def test_from_picking_to_the_result_and_again(tab, server):
@@ -90,7 +93,8 @@ def test_from_picking_to_the_result_and_again(tab, server):
     assert "3 checkpoints" in tab.text("sentence")
     assert (server.models / "Lora" / "mix_0-4.safetensors").exists()
     first = tab.value("prompt")
-    assert first.startswith("<lora:mix_0-4:") and "<lora:mix_1-2:" in first
+    assert first.startswith("<lora:mix_0-4:")
+    assert "<lora:mix_1-2:" in first
     tab.choose("result_checkpoint", "photo")
     tab.until(lambda: tab.value("prompt") != first)
     tab.until(lambda: tab.find("parts_plot").locator("img").count())
@@ -153,7 +157,8 @@ def test_runs_are_listed_opened_copied_compared_and_deleted(tab, server):
     tab.click("cache_clear")
     tab.until(lambda: "free again" in tab.text("run_outcome"))
     tab.to("Merge")
-    assert tab.value("name") == "mix" and tab.value("ranks") == "4, 2"
+    assert tab.value("name") == "mix"
+    assert tab.value("ranks") == "4, 2"
     assert sorted(tab.picked()) == sorted(THREE)
 
 

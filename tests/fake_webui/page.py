@@ -4,12 +4,16 @@ The browser code is our own, of the same names as the hosts': gradioApp, onUiLoa
 requestProgress, switch_to_txt2img, selectCheckpoint.
 """
 
+import re
 from pathlib import Path
 
 from fastapi import Body
 
 from .options import apply
 
+ELSEWHERE = re.compile(
+    rb"""<link[^>]*["']https://[^>]*>|<script[^>]*["']https://[^>]*>\s*</script>"""
+)
 HOST_SCRIPT = """
 function gradioApp() {
     const app = document.getElementsByTagName('gradio-app')[0];
@@ -66,7 +70,8 @@ def create_ui(webui):
     interfaces = [(txt2img, "Txt2img" if webui.flavour == "forge" else "txt2img", "txt2img")]
     interfaces += webui.script_callbacks.ui_tabs_callback()
     interfaces += [(settings, "Settings", "settings")]
-    with gr.Blocks(analytics_enabled=False, title="Stable Diffusion") as demo:
+    theme = gr.themes.Base(font=["sans-serif"], font_mono=["monospace"])  # none from elsewhere
+    with gr.Blocks(analytics_enabled=False, title="Stable Diffusion", theme=theme) as demo:
         _quicksettings(gr, webui, demo, js)
         webui.infotext_utils.connect_paste_params_buttons(js)
         with gr.Tabs(elem_id="tabs"):
@@ -134,7 +139,7 @@ def _setting(gr, opts, key):
 
 
 def _quicksettings(gr, webui, demo, js):
-    """The checkpoint dropdown. Forge's takes only what it was last filled with."""
+    """The checkpoint dropdown, filled anew by its button and, in Forge, with each page."""
     tiles = webui.sd_models.checkpoint_tiles
     forge = webui.flavour == "forge"
     with gr.Row(elem_id="quicksettings"):
@@ -214,7 +219,10 @@ def head(extension):
 
 
 def with_head(text):
-    """Has gradio put `text` into the head of the pages that it serves."""
+    """Has gradio put `text` into the head of its pages, and leave out what is elsewhere.
+
+    Tests have no network: every such script or font would be an error in the browser's console.
+    """
     import gradio as gr  # noqa: PLC0415 - most tests do without
 
     templates = gr.routes.templates
@@ -222,7 +230,8 @@ def with_head(text):
 
     def response(*args, **kwargs):
         page = original(*args, **kwargs)
-        page.body = page.body.replace(b"</head>", f"{text}</head>".encode())
+        body = ELSEWHERE.sub(b"", page.body)
+        page.body = body.replace(b"</head>", f"{text}</head>".encode())
         page.init_headers()
         return page
 

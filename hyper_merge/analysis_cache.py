@@ -227,11 +227,11 @@ def clear(folder: Path) -> int:
             path.unlink(missing_ok=True)
             freed += size
         except OSError as error:
-            stuck.append(f"{path} ({error.strerror or error})")
+            stuck.append(f"{path}: {error.strerror or error}")
     if stuck:
         raise CacheError(
-            f"{len(stuck)} files of the cache cannot be deleted (first: {stuck[0]}); try again when"
-            " no merge is running"
+            f"part of the cache cannot be deleted (first: {stuck[0]}); try again when no merge is"
+            " running"
         )
     return freed
 

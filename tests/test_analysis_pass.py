@@ -3,6 +3,7 @@
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from hyper_merge.checkpoints.layers import Treatment
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import energies
-from hyper_merge.errors import CheckpointError, InterruptedRun, NonFiniteError, RecipeError
+from hyper_merge.errors import (
+    CacheError,
+    CheckpointError,
+    InterruptedRun,
+    NonFiniteError,
+    RecipeError,
+)
 from hyper_merge.preflight import examine
 
 CPU = torch.device("cpu")
@@ -370,6 +377,52 @@ def test_the_analyses_used_longest_ago_go_first(tmp_path):
     analysis_cache.prune(tmp_path, 250)
     assert [path.exists() for path in paths] == [True, True, False]
     assert other.exists()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Two analyses of 100 bytes, what was remembered beside one of them, and hashes."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    sizes = {"a-512.analysis.safetensors": 100, "b-768.analysis.safetensors": 100}
+    sizes |= {"a-512.solutions.json": 7, "hashes.json": 1000, ".hyper-merge-00.tmp": 50}
+    for name, size in sizes.items():
+        (folder / name).write_bytes(bytes(size))
+    return folder
+
+
+def test_the_cache_is_measured_and_cleared_without_its_hashes(cache):
+    assert analysis_cache.total_bytes(cache) == 207
+    assert analysis_cache.clear(cache) == 207
+    assert {path.name for path in cache.iterdir()} == {"hashes.json", ".hyper-merge-00.tmp"}
+    assert analysis_cache.total_bytes(cache) == analysis_cache.clear(cache) == 0
+    nowhere = cache / "nowhere"
+    assert analysis_cache.total_bytes(nowhere) == analysis_cache.clear(nowhere) == 0
+
+
+def test_what_cannot_be_cleared_is_named_and_the_rest_goes(cache, monkeypatch):
+    unlink, stuck = Path.unlink, cache / "a-512.analysis.safetensors"
+
+    def refuse(self, missing_ok=False):
+        if self == stuck:
+            raise PermissionError(13, "in use")
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CacheError) as caught:
+        analysis_cache.clear(cache)
+    assert str(caught.value) == (
+        f"part of the cache cannot be deleted (first: {stuck}: in use); try again when no merge is"
+        " running"
+    )
+    assert analysis_cache.total_bytes(cache) == 100
+    analysis_cache.prune(cache, 0)  # an analysis in use is no reason to fail after a merge
+    assert stuck.exists()
+
+
+def test_a_limit_of_nothing_keeps_nothing(cache):
+    analysis_cache.prune(cache, 0)
+    assert analysis_cache.total_bytes(cache) == 0
 
 
 def test_reading_only_what_is_wanted_opens_each_file_once(files, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line: `hyper-merge merge | average | inspect | demo | app`."""
+"""The command line: `hyper-merge merge | average | inspect | runs | demo | app`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import TextIO
 from hyper_merge import __version__
 from hyper_merge.control import Control
 from hyper_merge.demo import run_demo
-from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError
+from hyper_merge.effort import duration_text
+from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
+from hyper_merge.folders import Folders
 from hyper_merge.inspection import describe
 from hyper_merge.merge import Merged, run_average, run_merge
 from hyper_merge.preflight import Preflight, examine
@@ -20,6 +22,7 @@ from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.prompts import tags
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
 from hyper_merge.report_text import text
+from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
 
 SUCCESS, UNEXPECTED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what files are, from their headers")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     _finish(inspect, _inspect)
+    _add_runs(commands.add_parser("runs", help="list or delete what was merged earlier"))
     demo = commands.add_parser("demo", help="make a family of small checkpoints and merge it")
     demo.add_argument("folder", nargs="?", type=Path, default=Path("hyper-merge-demo"))
     _finish(demo, _demo)
@@ -95,6 +99,22 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--auth", metavar="NAME:PASSWORD", help="what a browser must give")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     _finish(parser, _app)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    words = "the models folder (default: models)"
+    parser.add_argument("--output", type=Path, default=Path("models"), metavar="FOLDER", help=words)
+    _finish(parser, _runs)
+    delete = parser.add_subparsers(metavar="delete").add_parser(
+        "delete", help="delete a run with its LoRAs, and its hyper-model if nothing else needs it"
+    )
+    delete.add_argument("name", metavar="NAME")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    # Suppressed where absent: a default would undo what was said before "delete".
+    delete.add_argument(
+        "--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=words
+    )
+    _finish(delete, _delete)
 
 
 def _finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
@@ -127,8 +147,8 @@ def _merge(options: argparse.Namespace) -> None:
         preflight = _examined(_recipe(options), control)
         takes = preflight.estimate
         say_above(
-            f"{len(preflight.sources.headers)} checkpoints; about {takes.memory / 1e9:.1f} GB of"
-            f" memory and at most {takes.disk / 1e9:.2f} GB of disk"
+            f"{len(preflight.sources.headers)} checkpoints; {duration_text(takes.seconds)},"
+            f" {takes.memory / 1e9:.1f} GB of memory and at most {takes.disk / 1e9:.2f} GB of disk"
         )
         merged = run_merge(preflight, control)
     _say(_outcome(merged))
@@ -142,6 +162,40 @@ def _average(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     _say(describe(options.files))
+
+
+def _runs(options: argparse.Namespace) -> None:
+    runs, problems = list_runs(Folders.under(options.output))
+    for problem in problems:
+        _say(f"note: {problem}", sys.stderr)
+    _say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
+
+
+def _run_line(run: Run) -> str:
+    shares = [row.explained for row in run.report.checkpoints]
+    ranks = ", ".join(map(str, run.recipe.ranks))
+    lost = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
+    return (
+        f"{run.name}: {run.created[:10]}, {run.family}, {len(shares)} checkpoints, ranks {ranks},"
+        f" explained {min(shares):.0%} to {max(shares):.0%}{lost}"
+    )
+
+
+def _delete(options: argparse.Namespace) -> None:
+    folders = Folders.under(options.output)
+    run = load_run(folders, options.name)
+    for path in files_of(run, folders):
+        _say(str(path))
+    if not (options.yes or _agrees("delete these files? [y/N] ")):
+        raise RunError(f"the run {run.name} was left as it is; answer y, or give --yes")
+    _say(f"deleted {len(delete_run(run, folders))} files of the run {run.name}")
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _demo(options: argparse.Namespace) -> None:

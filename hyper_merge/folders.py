@@ -13,6 +13,7 @@ from typing import Any, Final
 from hyper_merge.analysis_cache import SIZE_LIMIT
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, NameTakenError, OutputError, SameMergeError
+from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.recipe import AVERAGE, Recipe
 
 AVERAGE_ID: Final = "hyper_merge.average_id"
@@ -22,7 +23,6 @@ MANIFEST: Final = "manifest.json"
 MULTIPLIERS: Final = "multipliers.txt"
 REPORT: Final = "report.txt"
 RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
-LORA_SUFFIXES: Final = (".safetensors", ".json", ".png")  # the LoRA, its card, its picture
 _KIND: Final = "hyper_merge.kind"
 
 
@@ -63,7 +63,7 @@ class Folders:
             OutputError: the name is taken by something else, by the same merge, or by a hyper-model
                 that other runs need.
         """
-        existing = self._hyper_model(recipe, average_id)
+        existing = self.hyper_model_for(recipe, average_id)
         new = self.models / f"{recipe.name}.safetensors"
         if existing is None:
             require_no_source(new, recipe.models)
@@ -128,7 +128,9 @@ class Folders:
             path
             for name in names
             if not _is_foreign(self.loras / f"{name}.safetensors")
-            for path in (self.loras / f"{name}{suffix}" for suffix in LORA_SUFFIXES)
+            for path in (
+                self.loras / f"{name}{suffix}" for suffix in (".safetensors", *CARD_SUFFIXES)
+            )
             if os.path.lexists(path)
         ]
 
@@ -141,8 +143,8 @@ class Folders:
         listed = names if isinstance(names, list) else []
         return self.lora_files(name for name in map(str, listed) if own.fullmatch(name))
 
-    def _hyper_model(self, recipe: Recipe, average_id: str) -> Path | None:
-        """An existing file that serves as the base of the LoRAs."""
+    def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
+        """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
         if recipe.base != AVERAGE:
             return Path(recipe.base)
         candidates = [self.models / f"{recipe.name}.safetensors"]

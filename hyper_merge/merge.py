@@ -71,13 +71,13 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     Args:
         preflight: the examined recipe.
         control: progress and interrupt.
-        folders: where everything goes; None for those of the recipe's output folder.
+        folders: where everything goes; None for those that the recipe was examined with.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe, sources = preflight.recipe, preflight.sources
-    folders = folders or Folders.under(recipe.output)
+    folders = folders or preflight.folders
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
@@ -129,7 +129,7 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe = preflight.recipe
-    folders = folders or Folders.under(recipe.output)
+    folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
         raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")

@@ -13,14 +13,17 @@ from typing import Final
 
 import torch
 
-from hyper_merge.analysis_cache import analysis_bytes, file_identity, width_for
+from hyper_merge.analysis import Work
+from hyper_merge.analysis_cache import analysis_bytes, file_identity, find, width_for
 from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_families
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import layout_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.ranks import even_ranks
+from hyper_merge.effort import pass_products, seconds_of, solve_products
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
+from hyper_merge.folders import Folders
 from hyper_merge.lora import lora_tensors
 from hyper_merge.recipe import AVERAGE, Recipe
 from hyper_merge.sources import Sources, bases_width
@@ -32,12 +35,13 @@ _OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a merge will take, in bytes."""
+    """What a merge will take: bytes, and time."""
 
     average: int
     loras: int
     analysis: int  # the cache on disk
     memory: int  # at the peak, without mapped files
+    seconds: float  # of the whole merge, with what the cache saves
 
     @property
     def disk(self) -> int:
@@ -52,6 +56,7 @@ class Preflight:
     recipe: Recipe
     sources: Sources
     warnings: tuple[str, ...]
+    folders: Folders  # where earlier work may lie that can be used again
 
     @cached_property
     def ranks(self) -> list[tuple[int, ...]]:
@@ -74,7 +79,7 @@ class Preflight:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """Sizes of files and memory."""
+        """Sizes of files and memory, and the time to expect."""
         sources, recipe = self.sources, self.recipe
         average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
         loras = 0
@@ -86,7 +91,19 @@ class Preflight:
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
         memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
-        return Estimate(average, loras, analysis, memory)
+        return Estimate(average, loras, analysis, memory, self._seconds(average + loras))
+
+    def _seconds(self, written: int) -> float:
+        recipe, sources = self.recipe, self.sources
+        width = width_for(recipe.ranks)
+        work = Work(resolve_device(recipe.device), recipe.seed, width)
+        products = solve_products(sources, self.ranks, width, recipe.iterations)
+        analysed = find(self.folders.cache, sources, work, recipe.ranks) is not None
+        averaged = self.folders.hyper_model_for(recipe, self.average_id) is not None
+        if not analysed:
+            products += pass_products(sources, width)
+        read = 0 if analysed and averaged else sum(header.size for header in sources.read)
+        return seconds_of(products, read + written, work.device)
 
     def _factors(self) -> int:
         """Bytes of all blocks between the bases, in float32."""
@@ -95,8 +112,12 @@ class Preflight:
         return sum(4 * side * sum(ranks) for side, ranks in zip(sides, self.ranks, strict=True))
 
 
-def examine(recipe: Recipe) -> Preflight:
+def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     """Holds a recipe against its files, by their headers.
+
+    Args:
+        recipe: what is to be merged.
+        folders: where earlier work is looked for; None for those of the recipe's output folder.
 
     Raises:
         CheckpointError: a file is missing, damaged, not a checkpoint, or unlike the others.
@@ -120,7 +141,8 @@ def examine(recipe: Recipe) -> Preflight:
         dtype=getattr(torch, recipe.dtype),
         average_vae=recipe.vae == "average",
     )
-    return Preflight(recipe, sources, (*warnings, *_capped(recipe, sources)))
+    warnings = [*warnings, *_capped(recipe, sources)]
+    return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
 
 
 def resolve_device(name: str) -> torch.device:

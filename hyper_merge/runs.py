@@ -17,6 +17,7 @@ from hyper_merge.checkpoints.families import FAMILIES
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.errors import RunError
 from hyper_merge.folders import MANIFEST, RUN_FILES, Folders, average_id_of, is_there, same_place
+from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.merge import MANIFEST_VERSION
 from hyper_merge.prompts import lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
@@ -86,8 +87,8 @@ def load_run(folders: Folders, name: str) -> Run:
 def files_of(run: Run, folders: Folders) -> list[Path]:
     """Exactly what `delete_run` would remove, as far as it is there.
 
-    The LoRAs with their cards and pictures; the hyper-model, if Hyper-Merge made it for this run and
-    no other run has to do with it; the files of the run's folder. Never a checkpoint that was
+    The LoRAs with text and picture of their cards; the hyper-model with its, if Hyper-Merge made it
+    for this run and no other run has to do with it; the files of the run's folder. Never a checkpoint that was
     merged, nor a file that somebody else put there.
 
     Raises:
@@ -96,9 +97,10 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     manifest = _manifest(folders, run.name)
     files = folders.lora_files(path.stem for path in run.loras)
     if _goes_with_its_run(run, manifest, folders):
-        files.append(run.hyper_model)
-    in_folder = (folders.runs / run.name / name for name in RUN_FILES)
-    return files + [path for path in in_folder if os.path.lexists(path)]
+        cards = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
+        files += [run.hyper_model, *filter(os.path.lexists, cards)]
+    in_folder = [folders.runs / run.name / name for name in RUN_FILES]
+    return [*files, *filter(os.path.lexists, in_folder)]
 
 
 def delete_run(run: Run, folders: Folders) -> list[Path]:
@@ -132,7 +134,9 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"there is no run {name} in {folders.runs}; refresh the list") from None
+        raise RunError(
+            f"there is no run {name} in {folders.runs}; look at the list of runs"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folders, name, str(error)) from error
     version = manifest.get("version") if isinstance(manifest, dict) else None

@@ -18,7 +18,17 @@ SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"
 # Floors of the house: each may use what is below it and its own; no module may go in a circle.
 GROUND = frozenset({"errors", "control", "checkpoints", "decomposition", "recipe", "prompts"})
 TASKS = frozenset(
-    {"sources", "workers", "analysis", "analysis_cache", "lora", "preview", "solution", "report"}
+    {
+        "sources",
+        "workers",
+        "analysis",
+        "analysis_cache",
+        "effort",
+        "lora",
+        "preview",
+        "solution",
+        "report",
+    }
 )
 JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
 VIEWS = frozenset({"inspection", "demo", "progress", "runs", "synthetic"})

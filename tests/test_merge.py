@@ -412,6 +412,16 @@ def test_the_manifest_names_sources_files_and_figures(files, merged):
     assert (merged.place.folder / "report.txt").read_text().startswith("mix: 3 checkpoints, 2 ")
 
 
+def test_the_settings_in_the_manifest_make_an_equal_recipe(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files[0].parent)
+    names = [path.name for path in files[1:]]
+    settings = {"base": files[0].name, "weights": (1, 2.5), "overwrite": True, "seed": 2**60}
+    merged = merge(names, tmp_path, **settings)
+    found = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
+    assert found == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
+    assert manifest_of(merged)["hyper_model"] == str(files[0])
+
+
 def test_every_model_has_a_card_with_text_and_picture(merged):
     for model in (merged.place.hyper_model, *merged.loras):
         assert json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))["description"]
@@ -434,16 +444,6 @@ def test_the_loras_of_a_later_merge_name_the_hyper_model_that_they_are_for(files
     based = merge(files[1:], tmp_path, name="based", base=str(files[0]))
     with safe_open(str(based.loras[0]), "pt") as file:
         assert file.metadata()["ss_sd_model_name"] == "a.safetensors"
-
-
-def test_the_settings_in_the_manifest_make_an_equal_recipe(files, tmp_path, monkeypatch):
-    monkeypatch.chdir(files[0].parent)
-    names = [path.name for path in files[1:]]
-    settings = {"base": files[0].name, "weights": (1, 2.5), "overwrite": True, "seed": 2**60}
-    merged = merge(names, tmp_path, **settings)
-    found = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
-    assert found == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
-    assert manifest_of(merged)["hyper_model"] == str(files[0])
 
 
 def test_the_sizes_in_the_report_are_those_of_the_files(files, merged):

@@ -59,11 +59,13 @@ def watch(jobs: Jobs) -> Iterator[tuple[Any, Any, Any]]:
         yield "", "", gr.update(interactive=False)
         return
     now = job.standing
+    message: Any = ""
     while now.outcome == "running":
-        yield views.progress(now), "", gr.update(interactive=not now.stopping)
+        yield views.progress(now), message, gr.update(interactive=not now.stopping)
+        message = gr.update()  # what other clicks were told stays
         job.wait(_TICK)
         now = job.standing
-    yield views.progress(now), "", gr.update(interactive=False)
+    yield views.progress(now), message, gr.update(interactive=False)
 
 
 def stop(jobs: Jobs) -> str:

@@ -132,7 +132,7 @@ def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) ->
             scale=3,
             min_width=160,
         )
-        add = _button("add_folder", "Add all of it")
+        add = _button("add_folder", "Add all")
         refresh = _button("refresh", "Refresh")
         clear = _button("clear", "Clear")
     demo_button = _widget(
@@ -165,10 +165,7 @@ def build_form(
         max_lines=1,
     )
     with gr.Row(elem_id=elem_id("presets")):
-        presets = [
-            _button(f"preset_{word}", f"{word.capitalize()}: {text}")
-            for word, text in PRESETS.items()
-        ]
+        presets = [_button(f"preset_{word}", text) for word, text in PRESETS.items()]
     save_styles = _widget(
         gr.Checkbox,
         "save_styles",

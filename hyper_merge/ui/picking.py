@@ -17,12 +17,12 @@ from typing import Any, Final
 import gradio as gr
 
 from hyper_merge.errors import HyperMergeError, NameTakenError, RecipeError, SameMergeError
-from hyper_merge.folders import Folders, Place
+from hyper_merge.folders import Folders, Place, average_id_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.inspection import Row, look_at
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.ui import views
-from hyper_merge.ui.form import BASE_AVERAGE, Form, recipe_of
+from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form, recipe_of
 
 ALL_FOLDERS: Final = "all folders"
 TOP_FOLDER: Final = "without a folder"
@@ -62,10 +62,24 @@ def folders_in(names: Sequence[str]) -> list[str]:
 
 
 def add_folder(host: Host, picked: Sequence[str], folder: str) -> list[str]:
-    """The picked checkpoints and those of a folder."""
+    """The picked checkpoints and those of a folder, less the hyper-models that we made."""
     wanted = "" if folder == TOP_FOLDER else folder
-    new = [name for name in host.checkpoints() if folder == ALL_FOLDERS or _folder(name) == wanted]
+    new = [
+        name
+        for name, path in host.checkpoints().items()
+        if (folder == ALL_FOLDERS or _folder(name) == wanted) and average_id_of(path) is None
+    ]
     return list(dict.fromkeys([*(picked or []), *new]))
+
+
+def none_picked() -> list[str]:
+    """An empty selection."""
+    return []
+
+
+def preset(word: str) -> str:
+    """The ranks of one of the form's presets."""
+    return PRESETS[word]
 
 
 def offers_demo(host: Host) -> bool:

@@ -99,9 +99,9 @@ def _wire_picker(tab: _Tab, host: Host) -> None:
         [form.checkpoints, picker.folder],
         [form.checkpoints],
     )
-    _on(picker.clear.click, list, [], [form.checkpoints])
-    for button, ranks in zip(tab.presets, PRESETS.values(), strict=True):
-        _on(button.click, functools.partial(str, ranks), [], [form.ranks])
+    _on(picker.clear.click, picking.none_picked, [], [form.checkpoints])
+    for button, word in zip(tab.presets, PRESETS, strict=True):
+        _on(button.click, functools.partial(picking.preset, word), [], [form.ranks])
     settings = [widget for widget in in_order(form) if widget is not form.save_styles]
     for widget in settings:
         widget.change(**_plan(tab, host), **quiet(queued=False, latest=True))

@@ -46,16 +46,16 @@ def duration(seconds: float) -> str:
     """A span of time for people, rounded as an estimate deserves.
 
     >>> duration(3), duration(42), duration(268), duration(5000)
-    ('a few seconds', '40 s', '4 min', '1 h 25 min')
+    ('a few seconds', 'about 40 s', 'about 4 min', 'about 1 h 25 min')
     """
     if seconds < 8:
         return "a few seconds"
     if seconds < 55:
-        return f"{max(round(seconds / 10) * 10, 10)} s"
+        return f"about {max(round(seconds / 10) * 10, 10)} s"
     minutes = max(round(seconds / 60), 1)
     if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {round(minutes % 60 / 5) * 5} min"
+        return f"about {minutes} min"
+    return f"about {minutes // 60} h {minutes % 60 // 5 * 5} min"
 
 
 def percent(share: float) -> str:
@@ -66,7 +66,7 @@ def percent(share: float) -> str:
     """
     if share >= 1:
         return "100 %"
-    return f"{min(share * 100, 99.9):.1f} %"
+    return f"{min(round(share * 100, 1), 99.9) + 0.0:.1f} %"  # + 0.0: no negative zero
 
 
 def introduction() -> str:
@@ -147,7 +147,7 @@ def plan(preflight: Preflight, place: Place) -> str:
         f"<b>{_text(hyper)}</b> and {_count(len(recipe.ranks), 'LoRA')} "
         f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size(estimate.loras)}</b>): "
         f"{size(average + estimate.loras)} in place of {size(before)}.",
-        f"About <b>{duration(estimate.seconds)}</b>, {size(estimate.memory)} of memory and at most "
+        f"It takes <b>{duration(estimate.seconds)}</b>, {size(estimate.memory)} of memory and at most "
         f"{size(estimate.disk)} of disk with the cache.",
     ]
     notes = [message("info", warning) for warning in preflight.warnings]
@@ -167,7 +167,7 @@ def progress(now: Standing) -> str:
         text = f"{word}: {said}" if said else f"{word}: {now.title}, in {_clock(now.elapsed)}"
         return message(kind, text) + notes
     left = now.seconds_left
-    time_left = "" if left is None else f", about {duration(left)} left"
+    time_left = "" if left is None else f", {duration(left)} left"
     phase = "stopping" if now.stopping else now.phase
     words = f"{now.title}: {phase}, {now.fraction:.0%}{time_left}"
     return (

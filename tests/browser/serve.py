@@ -6,11 +6,14 @@ time in seconds that every step of a run is made to take at least, so that there
 
 import logging
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import fake_webui  # noqa: E402
 
 from hyper_merge.app import Listening, build_app, serve  # noqa: E402
 from hyper_merge.control import Control  # noqa: E402
@@ -27,17 +30,22 @@ def slow_down(pace: float) -> None:
     Control.step = slow
 
 
+def serve_webui(models: Path, flavour: str, port: int) -> None:
+    """Serves a faked WebUI with our script in it, until the process is ended."""
+    with fake_webui.installed(models, flavour) as webui:
+        webui.load_scripts()
+        webui.launch(port)
+        threading.Event().wait()
+
+
 def main() -> None:
     host, models, port, pace = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     logging.basicConfig(level=logging.WARNING)
     slow_down(pace)
     if host == "standalone":
-        page = build_app(models)
+        serve(build_app(models), Listening(port=port))
     else:
-        from browser.webui_page import build_page
-
-        page = build_page(models, host)
-    serve(page, Listening(port=port), block=True)
+        serve_webui(models, host, port)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class Tab:
         self.page = page
 
     def find(self, name):
-        return self.page.locator(PREFIX + name)
+        return self.page.locator(PREFIX + name).first  # gradio 4 gives the id of HTML twice
 
     def open(self, server):
         self.page.goto(server.url)

@@ -126,6 +126,19 @@ def test_the_bars_are_the_shares_of_the_sections():
     assert [text.get_text() for text in axes.texts] == ["TE", "IN", "MID", "OUT"]
 
 
+def test_each_text_encoder_has_a_group_of_its_own():
+    parts = tuple(
+        PartLoss(f"TE{encoder}.{n:02d}", "text_encoder", 0.1, 0.1)
+        for encoder, count in ((1, 12), (2, 32))
+        for n in range(count)
+    )
+    figure = plots.parts_plot(replace(REPORT, parts=parts))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["TE1", "TE2"]
+    numbers = [label.get_text() for label in axes.get_xticklabels()]
+    assert numbers[:4] == ["00", "", "02", ""]
+
+
 @pytest.mark.parametrize("plot", PLOTS)
 def test_a_report_of_the_first_version_gets_a_note(plot):
     axes = plot(replace(REPORT, curve=(), similarity=(), parts=())).axes[0]

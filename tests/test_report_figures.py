@@ -112,9 +112,17 @@ def test_equal_checkpoints_are_like_nothing_and_lose_nothing(tmp_path, state_of)
         ("encoder.layers.11.mlp.fc1", "TE11"),
         ("transformer.resblocks.23.mlp.c_fc", "TE23"),
         ("text_model.encoder.layers.3.self_attn.q_proj", "TE03"),
-        ("joint_blocks.3.x_block.mlp.fc1", "other"),
+        ("joint_blocks.3.x_block.mlp.fc1", "JOINT03"),
+        ("double_blocks.18.img_attn.qkv", "DOUBLE18"),
+        ("single_blocks.37.linear1", "SINGLE37"),
+        ("final_layer.linear", "other"),
         ("in_layers.2.proj", "other"),
     ],
 )
 def test_a_layer_lies_in_the_section_that_people_name(path, section):
     assert section_of(path) == section
+
+
+def test_layers_of_several_text_encoders_lie_in_sections_of_their_own():
+    assert section_of("transformer.resblocks.23.mlp.c_fc", encoder="TE2.") == "TE2.23"
+    assert section_of("middle_block.1.proj_in", encoder="TE2.") == "MID"

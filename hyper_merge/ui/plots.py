@@ -214,8 +214,8 @@ def _number_cells(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Letters and number of a section: IN and 04."""
-    match = re.fullmatch(r"(.*?)(\d*)", name)
+    """Word and number of a section: IN and 04, TE2 and 11."""
+    match = re.fullmatch(r"(.*?)\W*(\d*)", name)
     assert match is not None
     return match[1], match[2]
 

@@ -1,4 +1,4 @@
-// Progress and copying; nothing here touches anything outside of the tab.
+// Progress and copying. Outside of the tab only the WebUI's own functions and buttons are used.
 "use strict";
 
 window.hyperMerge = (() => {
@@ -29,10 +29,37 @@ window.hyperMerge = (() => {
         setTimeout(() => { button.textContent = label; }, 1200);
     }
 
-    // The WebUI's own way to change the checkpoint; the app has none.
+    // The WebUI's own way to change the checkpoint; the app has none. Forge's menu takes only what
+    // it was last filled with.
     function select(title) {
         if (title && typeof selectCheckpoint === "function") {
+            press("#forge_refresh_checkpoint");
             selectCheckpoint(title);
+        }
+    }
+
+    // The WebUI's own buttons that read its lists anew: styles, cards, menu of checkpoints.
+    const refreshers = {
+        styles: ["#refresh_txt2img_styles", "#refresh_img2img_styles"],
+        lists: [
+            "#txt2img_lora_extra_refresh", "#img2img_lora_extra_refresh",
+            "#refresh_sd_model_checkpoint", "#forge_refresh_checkpoint",
+        ],
+    };
+    let refreshed = "";
+    function refresh(what, run) {
+        if (what === "styles") {
+            refreshers.styles.forEach(press);
+        } else if (run && run !== refreshed) {
+            refreshed = run;
+            [...refreshers.styles, ...refreshers.lists].forEach(press);
+        }
+    }
+
+    function press(selector) {
+        const button = find(selector);
+        if (button) {
+            button.click();
         }
     }
 
@@ -68,5 +95,5 @@ window.hyperMerge = (() => {
     }
     watch();
 
-    return {copy, select, openTab};
+    return {copy, select, refresh, openTab};
 })();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,11 +106,15 @@ class WebUI:
             _change_styles(dict.fromkeys(ours))
 
     def checkpoint_title(self, path: Path) -> str | None:
-        """As in the WebUI's dropdown: with its hash in A1111, if known; without in Forge."""
+        """As in the WebUI's dropdown: with its hash in A1111, if known; without in Forge.
+
+        None too where Forge would take another one: it takes the first whose title holds the name,
+        or is held by it.
+        """
         infos = sd_models.checkpoints_list.values()
         for title, info in zip(sd_models.checkpoint_tiles(), infos, strict=True):
             if Path(info.filename).resolve() == path.resolve():
-                return str(title)
+                return str(title) if _selects(title, info) else None
         return None
 
     def connect_send(self, button: Any, text: Any) -> None:
@@ -123,6 +128,12 @@ class WebUI:
     def log(self, error: BaseException) -> None:
         """To the WebUI's console and its list of errors."""
         errors.display(error, "Hyper-Merge", full_traceback=True)
+
+
+def _selects(title: str, info: Any) -> bool:
+    if not is_forge():
+        return True
+    return sd_models.match_checkpoint_to_name(title) in (info.short_title, info.name)
 
 
 def _infos() -> dict[str, Any]:
@@ -142,14 +153,20 @@ def _job(task: str) -> Iterator[Control]:
     state.begin(job=task)
     progress.start_task(task)
     # One job: with more of them the first press of Interrupt would wait for "the current image".
-    state.job_count, state.sampling_step, state.sampling_steps = 1, 0, _STEPS
+    stopped = threading.Event()
 
     def on_progress(phase: str, fraction: float) -> None:
+        # All of it at every step: events that wait for no lock reset the state when they end.
+        state.job_count, state.sampling_steps = 1, _STEPS
         state.textinfo = phase
         state.sampling_step = round(_STEPS * min(max(fraction, 0.0), 1.0))
 
     def should_stop() -> bool:
-        return bool(state.interrupted or state.skipped or state.stopping_generation)
+        if state.interrupted or state.skipped or state.stopping_generation:
+            stopped.set()  # for the same reason
+        return stopped.is_set()
+
+    on_progress("starting", 0.0)
 
     try:
         yield Control(on_progress, should_stop)

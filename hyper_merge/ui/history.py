@@ -7,6 +7,7 @@ message; it never leaves as an error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,16 +22,15 @@ from hyper_merge.ui import views
 from hyper_merge.ui.form import Form, form_of
 
 
-def runs(host: Host) -> tuple[str, Any, Any, str]:
-    """The table of runs, choices of the two pickers, and the size of the cache."""
+def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, Any, str]:
+    """The table of runs, the two pickers with what they show if it is still there, the cache."""
     folders = host.folders()
     found, problems = list_runs(folders)
     names = [run.name for run in found]
-    first, second = (names[place] if len(names) > place else None for place in (0, 1))
     return (
         views.runs(found, problems),
-        gr.update(choices=names, value=first),
-        gr.update(choices=names, value=second),
+        gr.update(choices=names, value=_kept(first, names, 0)),
+        gr.update(choices=names, value=_kept(second, names, 1)),
         cache_text(folders),
     )
 
@@ -105,6 +105,13 @@ def cache_text(folders: Folders) -> str:
         f"{views.size(folders.cache_limit)}. With it another list of ranks takes a fraction of the "
         "time. It is safe to clear.</p>"
     )
+
+
+def _kept(name: str | None, names: Sequence[str], place: int) -> str | None:
+    """The name, or where it is gone the one in a place of the list."""
+    if name in names:
+        return name
+    return names[place] if len(names) > place else None
 
 
 def _buttons(*, visible: bool) -> tuple[Any, Any]:

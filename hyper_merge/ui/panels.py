@@ -176,7 +176,7 @@ def build_form(
     )
     with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
         advanced = _build_advanced(devices)
-    return FormWidgets(checkpoints, name, ranks, *advanced, save_styles), presets
+    return FormWidgets(*[checkpoints, name, ranks, *advanced, save_styles]), presets
 
 
 def build_run() -> RunPanel:

@@ -60,6 +60,14 @@ def prompt_of(run: Run, checkpoint: str | None) -> str:
     return tags(run.report.loras, rows[checkpoint]) if checkpoint in rows else ""
 
 
+def sent(name: str, title: str) -> str:
+    """What is left to do after the prompt was sent, where the host cannot select the hyper-model."""
+    if title:
+        return ""
+    text = f"Select the hyper-model of {name} in the checkpoint menu yourself: by name it is not unique."
+    return views.message("info", text)
+
+
 def save_styles(host: Host, name: str) -> str:
     """Saves a style for every checkpoint of a run."""
     try:
@@ -70,8 +78,7 @@ def save_styles(host: Host, name: str) -> str:
         return views.message("bad", str(error))
     return views.message(
         "good",
-        f"{len(styles)} styles are saved ({run.name}: ...); press the refresh button beside the"
-        " styles in txt2img to see them.",
+        f"{len(styles)} styles are saved, {run.name}: … Pick one in txt2img.",
     )
 
 

@@ -32,6 +32,8 @@ from hyper_merge.ui.panels import (
 
 _COPY = "(text) => { hyperMerge.copy(text); return []; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
+_REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
+_REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,15 @@ def _wire_result(tab: _Tab, host: Host) -> None:
     )
     result.copy.click(None, [result.prompt], None, **browser(_COPY))
     result.send.click(None, [result.title], None, **browser(_SELECT))
+    _on(result.send.click, results.sent, [result.run, result.title], [result.note])
     host.connect_send(result.send, result.prompt)
     for button, handler in (
         (result.save_styles, results.save_styles),
         (result.remove_styles, results.remove_styles),
     ):
-        _on(button.click, functools.partial(handler, host), [result.run], [result.note])
+        _on(button.click, functools.partial(handler, host), [result.run], [result.note]).then(
+            None, None, None, **browser(_REFRESH_STYLES)
+        )
 
 
 def _wire_history(tab: _Tab, host: Host) -> None:
@@ -204,12 +209,14 @@ def _wire_page(page: gr.Blocks, tab: _Tab, host: Host, jobs: Jobs) -> None:
 
 
 def _show_outcome(event: Any, tab: _Tab, host: Host, jobs: Jobs) -> Any:
-    return event.then(
+    shown = event.then(
         functools.partial(merging.after, host, jobs),
         [],
         _result_outputs(tab),
         **quiet(queued=False),
-    ).then(**_runs(tab, host), **quiet(queued=False))
+    )
+    shown.then(None, [tab.result.run], None, **browser(_REFRESH_ALL))
+    return shown.then(**_runs(tab, host), **quiet(queued=False))
 
 
 def _plan(tab: _Tab, host: Host) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def _runs(tab: _Tab, host: Host) -> dict[str, Any]:
     panel = tab.history
     return {
         "fn": functools.partial(history.runs, host),
-        "inputs": [],
+        "inputs": [panel.run, panel.other],
         "outputs": [panel.table, panel.run, panel.other, panel.cache],
     }
 

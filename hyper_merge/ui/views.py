@@ -195,7 +195,7 @@ def missing(run: Run) -> str:
 
 def result_table(report: Report) -> str:
     """Explained shares and multipliers of every checkpoint."""
-    blocks = [f"× {lora.rpartition('_')[2]}" for lora in report.loras]
+    blocks = [f"x {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
     return table(head, rows, numeric=range(1, len(head)))

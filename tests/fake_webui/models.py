@@ -118,6 +118,15 @@ class ForgeModels(Listed):
             checkpoint_change=self._checkpoint_change,
         )
 
+    def match_checkpoint_to_name(self, name):
+        """What Forge selects for a name: the first whose title holds it, or that it holds."""
+        name = name.split(" [")[0]
+        for info in self.checkpoints_list.values():
+            title = info.title.split(" [")[0]
+            if name in title or title in name:
+                return info.name
+        return name
+
     def unload_model_weights(self, sd_model=None, info=None):
         self.memory_management.unload_all_models()
 

@@ -45,7 +45,7 @@ class OptionHTML(OptionInfo):
     """Text on a page."""
 
     def __init__(self, text):
-        import gradio as gr  # noqa: PLC0415 - most tests do without
+        import gradio as gr
 
         super().__init__(str(text).strip(), component=gr.HTML)
         self.do_not_save = True

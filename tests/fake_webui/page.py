@@ -61,7 +61,7 @@ function selectCheckpoint(name) {
 
 def create_ui(webui):
     """Everything on one page, in the hosts' order: settings, tabs, then the send-to buttons."""
-    import gradio as gr  # noqa: PLC0415 - most tests do without
+    import gradio as gr
 
     js = "_js" if gr.__version__.startswith("3.") else "js"
     webui.script_callbacks.ui_settings_callback()
@@ -191,7 +191,7 @@ def launch(webui, port, **options):
 
 def close(webui):
     """Ends what `launch` began."""
-    import gradio as gr  # noqa: PLC0415 - most tests do without
+    import gradio as gr
 
     webui.shared.demo.close(verbose=False)
     vars(gr.routes.templates).pop("TemplateResponse", None)
@@ -223,7 +223,7 @@ def with_head(text):
 
     Tests have no network: every such script or font would be an error in the browser's console.
     """
-    import gradio as gr  # noqa: PLC0415 - most tests do without
+    import gradio as gr
 
     templates = gr.routes.templates
     original = type(templates).TemplateResponse.__get__(templates)

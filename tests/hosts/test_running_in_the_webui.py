@@ -237,3 +237,14 @@ def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):
     (report,) = webui.errors.reports
     assert "what went wrong" in report
     assert "in deep" in report
+
+
+def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui):
+    with host.running("task(hyper)") as control:
+        webui.state.interrupt()
+        assert control.should_stop()
+        webui.state.interrupted = webui.state.stopping_generation = False
+        webui.state.job_count = 0
+        assert control.should_stop()
+        control.on_progress("solving", 0.5)
+        assert webui.state.job_count == 1

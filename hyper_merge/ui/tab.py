@@ -32,6 +32,7 @@ from hyper_merge.ui.panels import (
 
 _COPY = "(text) => { hyperMerge.copy(text); return []; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
+_REPLAN = "() => { hyperMerge.replan(); return []; }"
 _REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 
@@ -104,8 +105,10 @@ def _wire_picker(tab: _Tab, host: Host) -> None:
     for button, word in zip(tab.presets, PRESETS, strict=True):
         _on(button.click, functools.partial(picking.preset, word), [], [form.ranks])
     settings = [widget for widget in in_order(form) if widget is not form.save_styles]
+    # One event for all of them, so that no late answer to an earlier change comes last.
     for widget in settings:
-        widget.change(**_plan(tab, host), **quiet(queued=False, latest=True))
+        widget.change(None, None, None, **browser(_REPLAN))
+    tab.run.replan.click(**_plan(tab, host), **quiet(queued=False, latest=True))
 
 
 def _wire_run(tab: _Tab, host: Host, jobs: Jobs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
+from hyper_merge.costs import average_costs, merge_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place, require_no_source
 from hyper_merge.lineage import lineage_of
@@ -24,7 +26,7 @@ from hyper_merge.preflight import Preflight, require_disk, resolve_device
 from hyper_merge.prompts import lora_names, multipliers_text
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import Fit, Report, Sizes, fit, make_report, text
-from hyper_merge.solution import Rounded, find_blocks, rounded
+from hyper_merge.solution import Rounded, find_blocks, rounded, solve_costs
 
 MANIFEST_VERSION: Final = 1
 
@@ -64,8 +66,11 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached)
+    hashing, reading, solving, writing = control.split(
+        merge_costs(preflight, folders.cache, place, cached)
+    )
     with Outputs(overwrite=recipe.overwrite) as outputs:
-        lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = lineage_of(preflight, folders.cache, hashing)
         path = cached or analysis_cache.path_for(folders.cache, sources, work)
         _read(
             preflight,
@@ -73,11 +78,11 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
             outputs,
             lineage,
             (None if cached else path, work),
-            control.part(0.03, 0.6),
+            reading,
         )
         with Analysis(path, sources) as analysis:
-            solved = _solve(analysis, preflight, work.device, control.part(0.6, 0.97))
-            _stage_loras(outputs, preflight, place, lineage, solved)
+            solved = _solve(analysis, preflight, work.device, solving)
+            _stage_loras(outputs, preflight, place, (lineage, solved), writing)
             report = make_report(
                 analysis,
                 solved.found,
@@ -109,9 +114,10 @@ def run_average(preflight: Preflight, control: Control) -> Path:
     require_disk(recipe.output, preflight.estimate.average)
     work = Work(resolve_device(recipe.device), recipe.seed)
     with Outputs(overwrite=recipe.overwrite) as outputs:
-        lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.1))
+        hashing, reading = control.split(average_costs(preflight, folders.cache))
+        lineage = lineage_of(preflight, folders.cache, hashing)
         with _average_writer(outputs, path, preflight, lineage) as writer:
-            run_pass(preflight.sources, work, writer.write, _ignore, control.part(0.1, 1.0))
+            run_pass(preflight.sources, work, writer.write, _ignore, reading)
     return path
 
 
@@ -147,11 +153,10 @@ def _solve(
     analysis: Analysis, preflight: Preflight, device: torch.device, control: Control
 ) -> _Solved:
     recipe = preflight.recipe
-    batches, solution = find_blocks(
-        analysis, recipe, preflight.ranks, device, control.part(0.0, 0.8)
-    )
+    solving, rounding = control.split(solve_costs(preflight.sources, recipe, preflight.ranks))
+    batches, solution = find_blocks(analysis, recipe, preflight.ranks, device, solving)
     stored = (recipe.ranks, preflight.sources.dtype)
-    blocks = rounded(analysis, batches, solution, stored, control.part(0.8, 1.0))
+    blocks = rounded(analysis, batches, solution, stored, rounding)
     return _Solved(blocks, fit(analysis, blocks), solution.losses)
 
 
@@ -163,11 +168,21 @@ def _average_writer(
 
 
 def _stage_loras(
-    outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, solved: _Solved
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    content: tuple[Lineage, _Solved],
+    control: Control,
 ) -> None:
-    recipe, layers = preflight.recipe, preflight.sources.layout.layers
+    recipe, layers, (lineage, solved) = preflight.recipe, preflight.sources.layout.layers, content
+    names = lora_names(place.run, recipe.ranks)
+    costs = {
+        name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
+        for name, factors in zip(names, zip(*solved.blocks.factors, strict=True), strict=True)
+    }
+    tally = control.tally("writing the LoRAs", costs)
     stems = [header.stem for header in preflight.sources.headers]
-    for block, name in enumerate(lora_names(place.run, recipe.ranks)):
+    for block, name in enumerate(names):
         column = solved.found.multipliers[:, block].tolist()
         file = LoraFile(
             lineage=lineage,
@@ -180,7 +195,9 @@ def _stage_loras(
         factors = {
             layer.module: solved.blocks.factors[index][block] for index, layer in enumerate(layers)
         }
-        write_lora(outputs, place.loras / f"{name}.safetensors", layers, factors, file)
+        path = place.loras / f"{name}.safetensors"
+        write_lora(outputs, path, layers, factors, file, partial(tally.add, name))
+        tally.finish(name)
 
 
 def _stage_texts(

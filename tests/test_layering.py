@@ -20,7 +20,7 @@ GROUND = frozenset({"errors", "control", "checkpoints", "decomposition", "recipe
 TASKS = frozenset(
     {"sources", "workers", "analysis", "analysis_cache", "lora", "solution", "report"}
 )
-JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
+JOBS = frozenset({"preflight", "folders", "lineage", "costs", "merge"})
 VIEWS = frozenset({"inspection", "demo", "progress", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an

@@ -106,9 +106,9 @@ def _trial(recipe: Recipe, watch: Watch) -> float:
 
 
 def _snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of every file, but hashes, which are for good."""
+    """Size and time of change of every file; in the cache only size, and no hashes, which are kept."""
     return {
-        path: (path.stat().st_size, path.stat().st_mtime_ns)
+        path: (path.stat().st_size, 0 if path.parent.name == "cache" else path.stat().st_mtime_ns)
         for path in folder.rglob("*")
         if path.is_file() and path.name != "hashes.json"
     }

@@ -181,6 +181,11 @@ def _stage_loras(
         for name, factors in zip(names, zip(*solved.blocks.factors, strict=True), strict=True)
     }
     tally = control.tally("writing the LoRAs", costs)
+
+    def tick(name: str, count: int) -> None:
+        tally.add(name, count)
+        tally.tell()
+
     stems = [header.stem for header in preflight.sources.headers]
     for block, name in enumerate(names):
         column = solved.found.multipliers[:, block].tolist()
@@ -196,7 +201,7 @@ def _stage_loras(
             layer.module: solved.blocks.factors[index][block] for index, layer in enumerate(layers)
         }
         path = place.loras / f"{name}.safetensors"
-        write_lora(outputs, path, layers, factors, file, partial(tally.add, name))
+        write_lora(outputs, path, layers, factors, file, partial(tick, name))
         tally.finish(name)
 
 

@@ -41,8 +41,8 @@ _USUAL_STARTS: Final = 7
 _START: Final = 1.2  # sweeps that a start in all layers takes
 _GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
 _GREEDY_MAPS: Final = 6  # over all layers for such a block
-_IN_SWEEP: Final = 7.0
-_IN_ROUNDING: Final = 12.0
+_IN_SWEEP: Final = 4.0
+_IN_ROUNDING: Final = 6.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +62,13 @@ def find_blocks(
     control: Control,
 ) -> tuple[tuple[Batch, ...], Solution]:
     """Solves for blocks and multipliers on the cores; on the CPU where the device is too small."""
+    course = _Course(control)
     try:
-        return _find_blocks(analysis, recipe, ranks, device, control)
+        return _find_blocks(analysis, recipe, ranks, device, course)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         control.warn(f"{device} has too little memory for the cores; the CPU takes them")
-        return _find_blocks(analysis, recipe, ranks, torch.device("cpu"), control)
+        return _find_blocks(analysis, recipe, ranks, torch.device("cpu"), course)
 
 
 def solve_costs(
@@ -142,7 +143,7 @@ def rounded(
     def job(batch: Batch, place: int, factors: Factors) -> tuple[int, _RoundedLayer]:
         pairs = [(up[place].cpu(), down[place].cpu()) for up, down in blocks(batch, factors)]
         index = batch.layers[place]
-        return index, _round_layer(analysis, index, pairs, scales, stored)
+        return index, _round_layer(analysis, index, pairs, scales, stored, control.check)
 
     layers: dict[int, _RoundedLayer] = {}
     with workers(torch.device("cpu"), control.check) as each:
@@ -167,9 +168,9 @@ class _RoundedLayer:
 class _Course:
     """Where the solve stands: between two places that are known it moves with every batch."""
 
-    def __init__(self, control: Control, batches: Sequence[Batch]) -> None:
-        self._control = control
-        self._count = len(batches)
+    def __init__(self, control: Control) -> None:
+        self.check = control.check
+        self._step = control.step
         self._at = 0.0
         self.reach("", 0.0, 0.0)
 
@@ -178,14 +179,14 @@ class _Course:
         self._phase, self._at = phase, max(at, self._at)
         self._end, self._left = max(end, self._at), left
 
-    def counting(self, each: Each) -> Each:
+    def counting(self, each: Each, batches: int) -> Each:
         """The same map, which tells of every batch that is done."""
 
         def counted(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
             start, step = self._at, (self._end - self._at) / self._left
             for done, result in enumerate(each(function, *arguments), 1):
-                self._at = start + step * done / self._count
-                self._control.step(self._phase, self._at)
+                self._at = start + step * done / batches
+                self._step(self._phase, self._at)
                 yield result
 
         return counted
@@ -196,14 +197,13 @@ def _find_blocks(
     recipe: Recipe,
     ranks: Sequence[tuple[int, ...]],
     device: torch.device,
-    control: Control,
+    course: _Course,
 ) -> tuple[tuple[Batch, ...], Solution]:
-    batches = batches_of(analysis, ranks, device, control.check)
+    batches = batches_of(analysis, ranks, device, course.check)
     energy = float(energies(analysis.grams, analysis.contrasts).sum())
     generator = torch.Generator().manual_seed(recipe.seed)
-    course = _Course(control, batches)
-    with workers(device, control.check) as each:
-        problem = Problem(batches, energy, course.counting(each))
+    with workers(device, course.check) as each:
+        problem = Problem(batches, energy, course.counting(each, len(batches)))
         if recipe.method == "greedy":
             return batches, solve_greedy(problem, generator, _by_block(recipe, course))
         start, at = _start(problem, analysis, recipe, generator, course)
@@ -285,11 +285,13 @@ def _round_layer(
     pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
     scales: Tensor,  # (R,)
     stored: tuple[Sequence[int], torch.dtype],
+    check: Callable[[], None],
 ) -> _RoundedLayer:
     layer, core = analysis.layers[index], analysis.core(index)
     left, right = analysis.bases(index)
     factors, products, ups, downs = [], [], [], []
     for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
+        check()
         narrow_up, narrow_down = balanced(pair[0] * scale, pair[1])
         up, down = as_hosts_add(layer, left @ narrow_up, narrow_down @ right.mT, alpha, stored[1])
         products.append((_inside(left, up) @ _inside(right, down.mT).mT).flatten())

@@ -533,7 +533,10 @@ def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, mer
         return real(*rest)
 
     monkeypatch.setattr(solution, "best_start", best_start)
-    report = merge(files, tmp_path, Control(warn=warnings.append)).report
+    told = []
+    control = Control(lambda _phase, x: told.append(x), warn=warnings.append)
+    report = merge(files, tmp_path, control).report
+    assert told == sorted(told)
     assert warnings == ["cpu has too little memory for the cores; the CPU takes them"]
     assert report == merged.report
 

@@ -424,7 +424,9 @@ def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, me
     layers = len(layers_of(files[0]))
     assert complete.asked["reading and analysing"] > 5 * layers  # within them too
     assert complete.asked["preparing the LoRAs"] >= layers
-    assert complete.asked["writing the LoRAs"] > 3 * 2 * layers  # to stage, hash and write
+    assert (
+        complete.asked["writing the LoRAs"] > 24 * layers
+    )  # to stage, hash and write 2 x 3 tensors
     assert complete.asked["solving for the LoRAs"] > 20
     for phase, count in complete.asked.items():
         if phase == "putting the files in place" or (method == "greedy" and phase[:3] != "sol"):

@@ -29,7 +29,7 @@ OTHER_RANKS = ("96", "48", "24")
 def main() -> None:
     """Runs every step and prints the table."""
     options = _options()
-    paths = _family(options.folder, options.count)
+    paths = make_family(options.folder, options.count)
     out = options.folder / f"out-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
     for path in paths:  # warm files
@@ -83,7 +83,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _family(folder: Path, count: int) -> list[Path]:
+def make_family(folder: Path, count: int) -> list[Path]:
+    """The paths of a full-size family in a folder, written if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"synthetic_{index}" for index in range(count)]
     paths = [folder / f"{name}.safetensors" for name in names]

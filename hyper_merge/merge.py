@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
+from hyper_merge.costs import average_costs, merge_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.folders import (
     AVERAGE_ID,
@@ -41,7 +43,7 @@ from hyper_merge.prompts import lora_names, multipliers_text
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import Fit, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
-from hyper_merge.solution import Rounded, find_blocks, rounded
+from hyper_merge.solution import Rounded, find_blocks, rounded, solve_costs
 
 MANIFEST_VERSION: Final = 1
 
@@ -86,10 +88,13 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached, folders)
+    hashing, reading, solving, writing = control.split(
+        merge_costs(preflight, folders.cache, place, cached)
+    )
     with Outputs(overwrite=recipe.overwrite) as outputs:
         if recipe.overwrite:
             _remove_outdated(outputs, folders, place.run, names)
-        lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = lineage_of(preflight, folders.cache, hashing)
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
             stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
@@ -102,11 +107,11 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
             outputs,
             lineage,
             (None if cached else path, work),
-            control.part(0.03, 0.6),
+            reading,
         )
         with open_analysis(path, sources) as analysis:
-            solved = _solve(analysis, preflight, work.device, control.part(0.6, 0.97))
-            _stage_loras(outputs, preflight, place, lineage, solved)
+            solved = _solve(analysis, preflight, work.device, solving)
+            _stage_loras(outputs, preflight, place, (lineage, solved), writing)
             report = make_report(
                 analysis,
                 solved.found,
@@ -139,9 +144,10 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
     require_disks({folders.models: preflight.estimate.average})
     work = Work(resolve_device(recipe.device), recipe.seed)
     with Outputs(overwrite=recipe.overwrite) as outputs:
-        lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.1))
+        hashing, reading = control.split(average_costs(preflight, folders.cache))
+        lineage = lineage_of(preflight, folders.cache, hashing)
         with _average_writer(outputs, path, preflight, lineage) as writer:
-            run_pass(preflight.sources, work, writer.write, _ignore, control.part(0.1, 1.0))
+            run_pass(preflight.sources, work, writer.write, _ignore, reading)
     return path
 
 
@@ -177,11 +183,10 @@ def _solve(
     analysis: Analysis, preflight: Preflight, device: torch.device, control: Control
 ) -> _Solved:
     recipe = preflight.recipe
-    batches, solution = find_blocks(
-        analysis, recipe, preflight.ranks, device, control.part(0.0, 0.8)
-    )
+    solving, rounding = control.split(solve_costs(preflight.sources, recipe, preflight.ranks))
+    batches, solution = find_blocks(analysis, recipe, preflight.ranks, device, solving)
     stored = (recipe.ranks, preflight.sources.dtype)
-    blocks = rounded(analysis, batches, solution, stored, control.part(0.8, 1.0))
+    blocks = rounded(analysis, batches, solution, stored, rounding)
     return _Solved(blocks, fit(analysis, blocks), solution.losses)
 
 
@@ -193,11 +198,26 @@ def _average_writer(
 
 
 def _stage_loras(
-    outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, solved: _Solved
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    content: tuple[Lineage, _Solved],
+    control: Control,
 ) -> None:
-    recipe, layers = preflight.recipe, preflight.sources.layout.layers
+    recipe, layers, (lineage, solved) = preflight.recipe, preflight.sources.layout.layers, content
+    names = lora_names(place.run, recipe.ranks)
+    costs = {
+        name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
+        for name, factors in zip(names, zip(*solved.blocks.factors, strict=True), strict=True)
+    }
+    tally = control.tally("writing the LoRAs", costs)
+
+    def tick(name: str, count: int) -> None:
+        tally.add(name, count)
+        tally.tell()
+
     stems = [header.stem for header in preflight.sources.headers]
-    for block, name in enumerate(lora_names(place.run, recipe.ranks)):
+    for block, name in enumerate(names):
         column = solved.found.multipliers[:, block].tolist()
         file = LoraFile(
             lineage=lineage,
@@ -212,7 +232,9 @@ def _stage_loras(
         factors = {
             layer.module: solved.blocks.factors[index][block] for index, layer in enumerate(layers)
         }
-        write_lora(outputs, place.loras / f"{name}.safetensors", layers, factors, file)
+        path = place.loras / f"{name}.safetensors"
+        write_lora(outputs, path, layers, factors, file, partial(tick, name))
+        tally.finish(name)
 
 
 def _stage_texts(

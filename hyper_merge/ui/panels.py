@@ -83,6 +83,7 @@ class ResultPanel:
     parts: gr.Plot
     run: gr.Textbox  # hidden: the run that is shown
     title: gr.Textbox  # hidden: by what the host selects the hyper-model
+    prompts: gr.Textbox  # hidden: tags by checkpoint, as JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,8 @@ def build_result(host: Host) -> ResultPanel:
             for name in ("explained_plot", "similarity_plot", "parts_plot")
         ]
     hidden = [
-        _widget(gr.Textbox, name, value="", visible=False) for name in ("shown_run", "hyper_title")
+        _widget(gr.Textbox, name, value="", visible=False)
+        for name in ("shown_run", "hyper_title", "prompts")
     ]
     return ResultPanel(
         empty, group, sentence, table, checkpoint, prompt, copy, send, save, remove, note,

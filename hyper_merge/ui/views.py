@@ -110,7 +110,9 @@ def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None
         for (name, row), vae in zip(rows, groups, strict=True)
     ]
     head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
-    return table(head, cells, numeric=(2,))
+    differ = len({row.vae for _, row in rows if row.vae}) > 1
+    note = "The VAEs differ; the hyper-model gets the one that is chosen under Advanced."
+    return table(head, cells, numeric=(2,)) + (_hint(note) if differ else "")
 
 
 def vae_groups(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +121,7 @@ def vae_groups(rows: Sequence[Row]) -> list[str]:
     known = list(dict.fromkeys(vae for vae in prints if vae is not None))
     if len(known) == 1:
         return ["none" if vae is None else "same" for vae in prints]
-    return ["none" if vae is None else f"VAE {_letter(known.index(vae))}" for vae in prints]
+    return ["none" if vae is None else _letter(known.index(vae)) for vae in prints]
 
 
 def plan(preflight: Preflight, place: Place) -> str:
@@ -260,6 +262,10 @@ def _run_row(run: Run) -> tuple[str, ...]:
 def _name_cell(name: str, row: Row) -> str:
     problem = f"<div class=hm-problem>{_text(row.problem)}</div>" if row.problem else ""
     return _text(name) + problem
+
+
+def _hint(text: str) -> str:
+    return f"<p class=hm-hint>{_text(text)}</p>"
 
 
 def _ranks(run: Run) -> str:

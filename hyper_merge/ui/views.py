@@ -13,6 +13,7 @@ from hyper_merge.folders import Place
 from hyper_merge.inspection import Row
 from hyper_merge.preflight import Preflight
 from hyper_merge.prompts import lora_names
+from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import CheckpointReport, Report
 from hyper_merge.runs import Run
 from hyper_merge.ui.jobs import Standing
@@ -176,7 +177,10 @@ def result_sentence(run: Run) -> str:
     after = report.bytes_average + report.bytes_loras
     saved = report.bytes_before - after
     less = f"{size(saved)} less" if saved >= 0 else f"{size(-saved)} more"
-    made = f"hyper-model ({size(report.bytes_average)})" if report.bytes_average else "the base"
+    file = _text(run.hyper_model.name)
+    made = f"hyper-model {file} ({size(report.bytes_average)})"
+    if run.recipe.base != AVERAGE:
+        made = f"{file} as base"
     return (
         f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size(report.bytes_before)}) "
         f"→ {made} + {_count(len(report.loras), 'LoRA')} ({size(report.bytes_loras)}), "
@@ -196,8 +200,8 @@ def missing(run: Run) -> str:
 
 
 def result_table(report: Report) -> str:
-    """Explained shares and multipliers of every checkpoint."""
-    blocks = [f"x {lora.rpartition('_')[2]}" for lora in report.loras]
+    """Explained shares of every checkpoint, and its multiplier of each LoRA."""
+    blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
     return table(head, rows, numeric=range(1, len(head)))

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.checkpoints.families import SD1
+from hyper_merge.checkpoints.families.sd1 import SD1
 from hyper_merge.checkpoints.header import Header, TensorInfo
 from hyper_merge.checkpoints.layers import Treatment, layout_of, position_ids
 from hyper_merge.checkpoints.outputs import Outputs

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hyper_merge.checkpoints.families import SD1
+from hyper_merge.checkpoints.families.sd1 import SD1
 from hyper_merge.checkpoints.hashes import tensor_data_sha256
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.layers import Layer

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
-from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.header import Header, Shape, TensorInfo
 
-_WEIGHT: Final = ".weight"
+_WEIGHT: Final = re.compile(r"(?P<path>.+)\.weight|(?P<fused>.+\.in_proj)_weight")
 _POSITION_IDS: Final = ".embeddings.position_ids"
 # Training leftovers that no program loads.
 _UNUSED: Final = ("model_ema.", "first_stage_model.model_ema.", "first_stage_model.loss.")
 _SCHEDULE: Final = re.compile(r"(alphas_cumprod|betas$|sqrt_|posterior_|log_|logvar$|lvlb_)[^.]*")
 _NORM: Final = re.compile(
-    r".*[._](norm\d?|ln_\d|ln_final|in_layers\.0|out_layers\.0)\.(weight|bias)|(.*\.)?out\.0\.(weight|bias)"
+    r".*([._]norm\d?|[._]ln_\w+|\.in_layers\.0|\.out_layers\.0|\.out\.0)\.(weight|bias|scale)"
 )
-_EMBEDDING: Final = re.compile(r".*(token|position|positional)_embedding(\.weight)?")
+_EMBEDDING: Final = re.compile(
+    r".*((token|position|positional)_embedding|pos_embed|\.shared|embed_tokens)(\.weight)?"
+)
 
 
 class Treatment(Enum):
@@ -43,8 +45,9 @@ class Layer:
     key: str  # in the checkpoint
     module: str  # in a LoRA file, without ".lora_up.weight"
     part: PartName
-    shape: tuple[int, ...]  # of the weight in the LoRA's consumer, 2-D or 4-D
+    shape: Shape  # of the weight in the LoRA's consumer, 2-D or 4-D
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
+    together: str | None = None  # layers of one word are in a LoRA file all or none
 
     @property
     def m(self) -> int:
@@ -61,11 +64,11 @@ class Layer:
         """Height and width of a convolution's kernel, None for a linear layer."""
         return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else None
 
-    def up_shape(self, rank: int) -> tuple[int, ...]:
+    def up_shape(self, rank: int) -> Shape:
         """Shape of `.lora_up.weight`."""
         return (self.m, rank, 1, 1) if self.kernel else (self.m, rank)
 
-    def down_shape(self, rank: int) -> tuple[int, ...]:
+    def down_shape(self, rank: int) -> Shape:
         """Shape of `.lora_down.weight`: the convolution's own kernel is here."""
         return (rank, *self.shape[1:])
 
@@ -103,7 +106,7 @@ def kind_of(key: str, layout: Layout) -> str:
         return "norms"
     if _EMBEDDING.fullmatch(key):
         return "embeddings"
-    return "biases" if key.endswith(".bias") else "other weights"
+    return "biases" if key.endswith((".bias", "_bias")) else "other weights"
 
 
 def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -142,19 +145,16 @@ def position_ids(shape: tuple[int, ...]) -> Tensor:
 
 
 def _layers(header: Header, part: Part) -> Iterator[Layer]:
-    keys = (key for key in header.tensors if _is_weight_of(key, part))
+    keys = (key for key in header.tensors if key.startswith(part.prefix))
     for key in sorted(keys, key=_natural):
         info = header.tensors[key]
-        if not info.dtype.is_floating_point:
+        match = _WEIGHT.fullmatch(key, len(part.prefix))
+        if match is None or not info.dtype.is_floating_point:
             continue
-        path = key[len(part.prefix) : -len(_WEIGHT)]
-        for module in part.modules(path, info.shape):
+        for module in part.modules(match["path"] or match["fused"], info.shape):
             name = part.lora_prefix + module.path.replace(".", "_")
-            yield Layer(key, name, part.name, module.shape, module.rows)
-
-
-def _is_weight_of(key: str, part: Part) -> bool:
-    return key.startswith(part.prefix) and key.endswith(_WEIGHT)
+            group = module.together and part.lora_prefix + module.together
+            yield Layer(key, name, part.name, module.shape, module.rows, group)
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

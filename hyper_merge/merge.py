@@ -13,6 +13,7 @@ from hyper_merge import __version__, analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
 from hyper_merge.analysis_cache import Analysis, AnalysisWriter
 from hyper_merge.checkpoints.outputs import Outputs
+from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
@@ -150,7 +151,9 @@ def _solve(
     batches, solution = find_blocks(
         analysis, recipe, preflight.ranks, device, control.part(0.0, 0.8)
     )
-    stored = (recipe.ranks, preflight.sources.dtype)
+    has_alphas = preflight.sources.layout.family.lora_alpha
+    alphas = recipe.ranks if has_alphas else (None,) * len(recipe.ranks)
+    stored = (alphas, preflight.sources.dtype)
     blocks = rounded(analysis, batches, solution, stored, control.part(0.8, 1.0))
     return _Solved(blocks, fit(analysis, blocks), solution.losses)
 
@@ -159,6 +162,9 @@ def _average_writer(
     outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
     metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
+    config = configuration_for(preflight.sources.headers[0], preflight.sources.layout.family)
+    if config is not None:
+        outputs.text(config_beside(path), config)
     return outputs.safetensors(path, preflight.sources.outputs(), metadata)
 
 

@@ -18,6 +18,7 @@ from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_fam
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import layout_of
+from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
@@ -80,7 +81,8 @@ class Preflight:
         loras = 0
         for block, rank in enumerate(recipe.ranks):
             of_layers = [ranks[block] for ranks in self.ranks]
-            tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, rank)
+            alpha = rank if sources.layout.family.lora_alpha else None
+            tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, alpha)
             loras += sum(info.nbytes for info in tensors.values())
         analysis = analysis_bytes(sources, width_for(recipe.ranks))
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
@@ -106,8 +108,11 @@ def examine(recipe: Recipe) -> Preflight:
     headers = [read_header(path) for path in recipe.models]
     base = None if recipe.base == AVERAGE else read_header(recipe.base)
     everything = [*headers, base] if base else headers
-    check_families(everything, [identify(header) for header in everything])
-    layouts = [layout_of(header, require_supported(header)) for header in everything]
+    families = [with_prediction(header, identify(header)) for header in everything]
+    check_families(everything, families)
+    for header in everything:
+        require_supported(header)
+    layouts = [layout_of(*pair) for pair in zip(everything, families, strict=True)]
     check_alike(everything, layouts)
     warnings = check_distinct([header.path for header in headers])
     _check_stems(headers)

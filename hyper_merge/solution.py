@@ -82,7 +82,7 @@ def rounded(
     analysis: Analysis,
     batches: Sequence[Batch],
     solution: Solution,
-    stored: tuple[Sequence[int], torch.dtype],  # ranks of the R files (their alphas), type
+    stored: tuple[Sequence[int | None], torch.dtype],  # ranks of the R files (their alphas), type
     control: Control,
 ) -> Rounded:
     """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
@@ -164,7 +164,7 @@ def _round_layer(
     index: int,
     pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
     scales: Tensor,  # (R,)
-    stored: tuple[Sequence[int], torch.dtype],
+    stored: tuple[Sequence[int | None], torch.dtype],
 ) -> _RoundedLayer:
     layer, core = analysis.layers[index], analysis.core(index)
     left, right = analysis.bases(index)

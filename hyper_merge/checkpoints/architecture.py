@@ -73,15 +73,21 @@ class Family:
     modelspec_resolution: str = ""
     modelspec_prediction_type: str = ""
     sd_version: str = ""  # of the WebUI's LoRA card
-    # Where files of the same keys may predict v instead of noise: what they say otherwise, and the
-    # key of a tensor whose values spread wider then.
+    # Where files of the same keys may predict v instead of noise: what they say otherwise, the key
+    # of a tensor whose values spread wider then, and the configuration that tells hosts.
     v_words: tuple[tuple[str, str], ...] = ()
     v_spread: str = ""
+    v_configuration: Callable[[], dict[str, Any]] | None = None
 
     @property
     def supported(self) -> bool:
         """Whether checkpoints of the family can be merged."""
         return bool(self.parts)
+
+    @property
+    def predicts_v(self) -> bool:
+        """Whether it is such a variant."""
+        return self.modelspec_prediction_type == "v"
 
     def predicting_v(self) -> Family:
         """The variant of the same keys and shapes that predicts v."""

@@ -1,4 +1,7 @@
-"""Whether a checkpoint predicts noise or v, which keys and shapes alone do not always tell."""
+"""Whether a checkpoint predicts noise or v, which keys and shapes alone do not always tell.
+
+And the configuration (`.yaml`) beside a checkpoint of the second kind, by which hosts know it.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,24 @@ def with_prediction(header: Header, family: Family) -> Family:
 def config_beside(path: Path) -> Path:
     """Where hosts look for a checkpoint's own configuration."""
     return path.with_suffix(".yaml")
+
+
+def configuration_for(first: Header, family: Family) -> str | None:
+    """What is to stand beside an average that predicts v; None for any other.
+
+    An average may look like the other kind by the spread of its values, and A1111 does not know
+    the marker of SDXL.
+
+    Args:
+        first: the first of the checkpoints; its own configuration is taken over.
+        family: of all of them, as `with_prediction` gives it.
+    """
+    if not family.predicts_v:
+        return None
+    path = config_beside(first.path)
+    if _config(path) is not None:
+        return path.read_text(encoding="utf-8")
+    return family.v_configuration and yaml.safe_dump(family.v_configuration(), sort_keys=False)
 
 
 def _predicts_v(header: Header, family: Family) -> bool:

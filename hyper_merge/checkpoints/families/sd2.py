@@ -7,6 +7,7 @@ from typing import Final
 
 from hyper_merge.checkpoints.architecture import Family, Part, Signs
 from hyper_merge.checkpoints.families.shared import INPAINTING, VAE
+from hyper_merge.checkpoints.families.v_configurations import sd2_v
 from hyper_merge.checkpoints.header import Shape
 from hyper_merge.checkpoints.module_names import Module, open_clip, unet_with_matrices
 from hyper_merge.checkpoints.structure import LABELS, UNET
@@ -55,6 +56,7 @@ SD2: Final = Family(
         ("modelspec_resolution", "768x768"),
         ("modelspec_prediction_type", "v"),
     ),
+    v_configuration=sd2_v,
     v_spread=UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias",
 )
 

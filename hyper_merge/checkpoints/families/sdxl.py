@@ -7,6 +7,7 @@ from typing import Final
 
 from hyper_merge.checkpoints.architecture import Family, Part, Signs
 from hyper_merge.checkpoints.families.shared import INPAINTING, PIX2PIX, VAE
+from hyper_merge.checkpoints.families.v_configurations import sdxl_v
 from hyper_merge.checkpoints.module_names import clip_text_model, none, open_clip, unet_as_stored
 from hyper_merge.checkpoints.structure import LABELS, UNET
 
@@ -35,6 +36,7 @@ SDXL: Final = Family(
     modelspec_prediction_type="epsilon",
     sd_version="SDXL",
     v_words=(("modelspec_prediction_type", "v"),),
+    v_configuration=sdxl_v,
 )
 
 

@@ -9,6 +9,7 @@ from typing import Final
 from hyper_merge.checkpoints.structure import LABELS, TEXTS, UNET, Structure
 
 _VAE: Final = "first_stage_model."
+_CONTROL: Final = ("zero_convs.", "input_hint_block.")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ DISGUISED: Final[tuple[Stranger, ...]] = (
     ),
     Stranger(
         "a LoRA",
-        lambda s: s.any_match(
-            r"[._]lora[._](up|down|A|B|mid)\b|\.hada_|\.lokr_|\.oft_|\.dora_scale$|^lora_(unet|te)"
+        lambda s: (
+            s.any_match(r"^lora_(unet|te)|[._]lora[._](up|down|A|B|mid)\b")
+            if s.mentions("lora_", "lora.")
+            else s.mentions(".hada_", ".lokr_", ".oft_", ".dora_scale")
         ),
     ),
     Stranger(
@@ -49,8 +52,9 @@ DISGUISED: Final[tuple[Stranger, ...]] = (
     ),
     Stranger(
         "a ControlNet",
-        lambda s: s.any_match(
-            r"^(control_model\.|controlnet_)|(^|\.)(zero_convs|input_hint_block)\."
+        lambda s: (
+            s.has("control_model.", "controlnet_", *_CONTROL)
+            or s.mentions(*("." + part for part in _CONTROL))
         ),
     ),
 )

@@ -43,6 +43,10 @@ class Structure:
         """Whether any key begins with one of `prefixes`."""
         return any(self._first_from(prefix).startswith(prefix) for prefix in prefixes)
 
+    def mentions(self, *parts: str) -> bool:
+        """Whether any key has one of `parts` within it."""
+        return any(part in self._text for part in parts)
+
     def any_match(self, pattern: str) -> bool:
         """Whether the regular expression is found in any key."""
         return re.search(pattern, self._text, re.MULTILINE) is not None

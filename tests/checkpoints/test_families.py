@@ -83,14 +83,14 @@ def test_old_text_encoder_keys_are_those_of_sd1(make_header, narrow):
     assert set(found.tensors) == set(narrow)
 
 
-def test_telling_a_full_size_file_takes_under_50_ms_and_reads_its_header_only(tmp_path):
+def test_telling_a_full_size_file_takes_under_50_ms_of_cpu_and_reads_its_header_only(tmp_path):
     for name in ("sd1", "sdxl", "flux_dev"):
         path = header_only(tmp_path / f"{name}.safetensors", FULL[name]())
         took = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             assert require_supported(read_header(path)).name == name
-            took.append(time.perf_counter() - start)
+            took.append(time.process_time() - start)
         assert min(took) < 0.05
 
 

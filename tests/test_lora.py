@@ -328,10 +328,12 @@ def test_a_refused_lora_leaves_nothing_and_an_existing_one_as_it_was(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["sd version"] == "SD1"
 
 
-ATTENTION = tuple(
-    Layer("in_proj_weight", f"te_{part}", "text_encoder", (4, 4), rows, "attention")
-    for part, rows in (("q", (0, 4)), ("k", (4, 8)), ("v", (8, 12)))
-) + (Layer("out.weight", "te_out", "text_encoder", (4, 4), None, "attention"),)
+ATTENTION = (
+    Layer("in_proj_weight", "te_q", "text_encoder", (4, 4), (0, 4), "attention"),
+    Layer("in_proj_weight", "te_k", "text_encoder", (4, 4), (4, 8), "attention"),
+    Layer("in_proj_weight", "te_v", "text_encoder", (4, 4), (8, 12), "attention"),
+    Layer("out.weight", "te_out", "text_encoder", (4, 4), None, "attention"),
+)
 
 
 def test_an_attention_that_hosts_change_only_whole_is_filled_with_zeros(tmp_path):

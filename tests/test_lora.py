@@ -348,9 +348,8 @@ def test_an_attention_that_hosts_change_only_whole_is_filled_with_zeros(tmp_path
     for part in ("q", "v", "out"):
         assert tensors[f"te_{part}.lora_up.weight"].shape == (4, 1)
         assert not host_delta(tensors, f"te_{part}", (4, 4)).any()
-    torch.testing.assert_close(
-        host_delta(tensors, "te_k", (4, 4)), torch.full((4, 4), 2.0).double()
-    )
+    delta = host_delta(tensors, "te_k", (4, 4))
+    torch.testing.assert_close(delta, torch.full_like(delta, 2.0), atol=2e-3, rtol=0)
     declared = lora_tensors(layers, (0, 2, 0, 0, 0), torch.float16, 4)
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
         key: info.shape for key, info in declared.items()

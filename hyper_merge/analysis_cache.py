@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 import torch
@@ -24,7 +24,7 @@ from hyper_merge.checkpoints.reader import Checkpoint, fingerprint, read_header
 from hyper_merge.checkpoints.staging import refusing
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.decomposition.bounds import Spectra
-from hyper_merge.errors import CheckpointError
+from hyper_merge.errors import CacheError, CheckpointError
 from hyper_merge.sources import Sources, bases_width
 
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
@@ -40,31 +40,14 @@ _ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float
 
 
 class Analysis:
-    """An analysis read from its file: cores and bases stay mapped. Use as a context manager."""
+    """An analysis in its open file: cores and bases stay mapped."""
 
-    def __init__(self, path: Path, sources: Sources) -> None:
-        """Names the file.
-
-        Args:
-            path: of a file that `find` returned or `AnalysisWriter` wrote.
-            sources: those it was made for.
-        """
+    def __init__(self, file: Checkpoint, sources: Sources) -> None:
+        """Takes the open file of `open_analysis`."""
         self.layers = sources.layout.layers
         self.contrasts = sources.contrasts
-        self._file = Checkpoint(path)
-        self._solutions = path.with_name(path.name.removesuffix(_SUFFIX) + _SOLUTIONS)
-
-    def __enter__(self) -> Analysis:
-        self._file.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, trace)
+        self._file = file
+        self._solutions = _solutions_of(file.path)
 
     @property
     def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
@@ -131,28 +114,25 @@ class Analysis:
         return solutions if fits else {}
 
 
+@contextmanager
+def open_analysis(path: Path, sources: Sources) -> Iterator[Analysis]:
+    """An analysis, open for reading within the block.
+
+    Args:
+        path: of a file that `find` returned or `new_analysis` wrote.
+        sources: those it was made for.
+    """
+    with Checkpoint(path) as file:
+        yield Analysis(file, sources)
+
+
 class AnalysisWriter:
-    """Writes an analysis layer by layer during the pass. Use as a context manager."""
+    """Takes an analysis layer by layer during the pass."""
 
-    def __init__(self, path: Path, sources: Sources, work: Work) -> None:
-        """Fixes sizes; a file appears when the block is left."""
+    def __init__(self, writer: SafetensorsWriter) -> None:
+        """Takes the open writer of `new_analysis`."""
         self._grams: dict[int, Tensor] = {}
-        about = json.dumps({"width": work.width, **_identity(sources, work.seed)})
-        with refusing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = SafetensorsWriter(path, _tensors(sources, work.width or 0), {_ABOUT: about})
-
-    def __enter__(self) -> AnalysisWriter:
-        self._writer.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
+        self._writer = writer
 
     def keep(self, layer: LayerAnalysis) -> None:
         """Takes the analysis of one layer."""
@@ -175,6 +155,16 @@ class AnalysisWriter:
         k = grams.new_zeros(next(iter(not_carried.values())).shape)
         self._writer.write("grams", grams)
         self._writer.write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
+
+
+@contextmanager
+def new_analysis(path: Path, sources: Sources, work: Work) -> Iterator[AnalysisWriter]:
+    """An analysis to be written within the block; the file appears when that is left in peace."""
+    about = json.dumps({"width": work.width, **_identity(sources, work.seed)})
+    with refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with SafetensorsWriter(path, _tensors(sources, work.width or 0), {_ABOUT: about}) as writer:
+        yield AnalysisWriter(writer)
 
 
 def _name(ranks: Sequence[int]) -> str:
@@ -206,25 +196,88 @@ def find(folder: Path, sources: Sources, work: Work, ranks: Sequence[int]) -> Pa
     files = {_width(path): path for path in folder.glob(f"{stem}-*{_SUFFIX}")}
     for width in sorted(files):
         if (serves(width, ranks) or width >= (work.width or 0)) and _is_whole(files[width]):
-            os.utime(files[width])  # used just now, for `prune`
             return files[width]
     return None
 
 
-def prune(folder: Path, limit: int = SIZE_LIMIT) -> None:
-    """Deletes the analyses used longest ago until all together are at most `limit` bytes."""
-    files = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for path in files:
-        total += path.stat().st_size
-        if total > limit:
+def mark_used(path: Path) -> None:
+    """Makes an analysis the most recently used one, for `prune`."""
+    with refusing(path):
+        os.utime(path)
+
+
+def total_bytes(folder: Path) -> int:
+    """Bytes of all analyses in a cache folder, 0 if there is none; hashes of files do not count."""
+    return sum(_size(path) for path in _files(folder))
+
+
+def clear(folder: Path) -> int:
+    """Deletes all analyses; the remembered hashes stay, for they are small and slow to make again.
+
+    Returns:
+        The bytes that were freed.
+
+    Raises:
+        CacheError: a file cannot be deleted; the others are.
+    """
+    stuck, freed = [], 0
+    for path in _files(folder):
+        size = _size(path)
+        try:
             path.unlink(missing_ok=True)
-            path.with_name(path.name.removesuffix(_SUFFIX) + _SOLUTIONS).unlink(missing_ok=True)
+            freed += size
+        except OSError as error:
+            stuck.append(f"{path}: {error.strerror or error}")
+    if stuck:
+        raise CacheError(
+            f"part of the cache cannot be deleted (first: {stuck[0]}); try again when no merge is"
+            " running"
+        )
+    return freed
+
+
+def prune(folder: Path, limit: int = SIZE_LIMIT) -> None:
+    """Deletes the analyses used longest ago until all together are at most `limit` bytes.
+
+    One that is in use, or that may not be deleted, is left to the next time.
+    """
+    analyses = [path for path in _files(folder) if path.name.endswith(_SUFFIX)]
+    total = 0
+    for path in sorted(analyses, key=_last_used, reverse=True):
+        total += _size(path)
+        if total > limit:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                _solutions_of(path).unlink(missing_ok=True)
 
 
 def analysis_bytes(sources: Sources, width: int) -> int:
     """Size of an analysis file, less its header."""
     return sum(info.nbytes for info in _tensors(sources, width).values())
+
+
+def _files(folder: Path) -> list[Path]:
+    """All analyses and what is remembered beside them."""
+    return [path for suffix in (_SUFFIX, _SOLUTIONS) for path in sorted(folder.glob(f"*{suffix}"))]
+
+
+def _solutions_of(analysis: Path) -> Path:
+    return analysis.with_name(analysis.name.removesuffix(_SUFFIX) + _SOLUTIONS)
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 for a file that is gone by now."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _width(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `hyper-merge merge | average | inspect | demo`."""
+"""The command line: `hyper-merge merge | average | inspect | runs | demo | app`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import TextIO
 from hyper_merge import __version__
 from hyper_merge.control import Control
 from hyper_merge.demo import run_demo
-from hyper_merge.errors import HyperMergeError, InterruptedRun, RecipeError
+from hyper_merge.effort import duration_text
+from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
+from hyper_merge.folders import Folders
 from hyper_merge.inspection import describe
 from hyper_merge.merge import Merged, run_average, run_merge
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.prompts import tags
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
-from hyper_merge.report import text
+from hyper_merge.report_text import text
+from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
 
 SUCCESS, UNEXPECTED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,10 +81,40 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what files are, from their headers")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
     _finish(inspect, _inspect)
+    _add_runs(commands.add_parser("runs", help="list or delete what was merged earlier"))
     demo = commands.add_parser("demo", help="make a family of small checkpoints and merge it")
     demo.add_argument("folder", nargs="?", type=Path, default=Path("hyper-merge-demo"))
     _finish(demo, _demo)
+    _add_app(commands.add_parser("app", help="open the tab as an app of its own"))
     return parser
+
+
+def _add_app(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serves the tab for a WebUI-shaped models folder, until Ctrl-C."
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("models"))
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", default="127.0.0.1", help="0.0.0.0 for all networks"
+    )
+    parser.add_argument("--port", type=int, default=7871)
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help="what a browser must give")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    _finish(parser, _app)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    words = "the models folder (default: models)"
+    parser.add_argument("--output", type=Path, default=Path("models"), metavar="FOLDER", help=words)
+    _finish(parser, _runs)
+    delete = parser.add_subparsers(metavar="delete").add_parser(
+        "delete", help="delete a run with its LoRAs, and its hyper-model if nothing else needs it"
+    )
+    delete.add_argument("name", metavar="NAME")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    # Suppressed where absent: a default would undo what was said before "delete".
+    delete.add_argument(
+        "--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=words
+    )
+    _finish(delete, _delete)
 
 
 def _finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
@@ -114,8 +147,8 @@ def _merge(options: argparse.Namespace) -> None:
         preflight = _examined(_recipe(options), control)
         takes = preflight.estimate
         say_above(
-            f"{len(preflight.sources.headers)} checkpoints; about {takes.memory / 1e9:.1f} GB of"
-            f" memory and at most {takes.disk / 1e9:.2f} GB of disk"
+            f"{len(preflight.sources.headers)} checkpoints; {duration_text(takes.seconds)},"
+            f" {takes.memory / 1e9:.1f} GB of memory and at most {takes.disk / 1e9:.2f} GB of disk"
         )
         merged = run_merge(preflight, control)
     _say(_outcome(merged))
@@ -131,10 +164,68 @@ def _inspect(options: argparse.Namespace) -> None:
     _say(describe(options.files))
 
 
+def _runs(options: argparse.Namespace) -> None:
+    runs, problems = list_runs(Folders.under(options.output))
+    for problem in problems:
+        _say(f"note: {problem}", sys.stderr)
+    _say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
+
+
+def _run_line(run: Run) -> str:
+    shares = [row.explained for row in run.report.checkpoints]
+    ranks = ", ".join(map(str, run.recipe.ranks))
+    lost = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
+    return (
+        f"{run.name}: {run.created[:10]}, {run.family}, {len(shares)} checkpoints, ranks {ranks},"
+        f" explained {min(shares):.0%} to {max(shares):.0%}{lost}"
+    )
+
+
+def _delete(options: argparse.Namespace) -> None:
+    folders = Folders.under(options.output)
+    run = load_run(folders, options.name)
+    for path in files_of(run, folders):
+        _say(str(path))
+    if not (options.yes or _agrees("delete these files? [y/N] ")):
+        raise RunError(f"the run {run.name} was left as it is; answer y, or give --yes")
+    _say(f"deleted {len(delete_run(run, folders))} files of the run {run.name}")
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def _demo(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         merged = run_demo(options.folder, control)
     _say(_outcome(merged))
+
+
+def _app(options: argparse.Namespace) -> None:
+    try:
+        from hyper_merge import app  # noqa: PLC0415 - gradio is an extra, and takes seconds
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("hyper_merge"):
+            raise
+        raise AppError(
+            f"the app needs {error.name}, which is not installed;"
+            " run: python -m pip install -c constraints.txt -e '.[app]'"
+        ) from error
+    auth = app.parse_auth(options.auth) if options.auth else None
+    listening = app.Listening(options.listen, options.port, auth, options.open)
+    page = app.build_app(options.folder)
+    if listening.is_open:
+        _say(
+            "warning: everyone on the network can use this page; --auth NAME:PASSWORD protects it",
+            sys.stderr,
+        )
+    _say(
+        f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it"
+    )
+    app.serve(page, listening)
 
 
 def _examined(recipe: Recipe, control: Control) -> Preflight:

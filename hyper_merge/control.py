@@ -39,3 +39,16 @@ class Control:
             self.on_progress(phase, start + (end - start) * fraction)
 
         return Control(on_progress, self.should_stop, self.warn)
+
+    def joined(self, other: Control) -> Control:
+        """A control that tells both, and stops when either is to stop."""
+
+        def on_progress(phase: str, fraction: float) -> None:
+            self.on_progress(phase, fraction)
+            other.on_progress(phase, fraction)
+
+        def warn(message: str) -> None:
+            self.warn(message)
+            other.warn(message)
+
+        return Control(on_progress, lambda: self.should_stop() or other.should_stop(), warn)

@@ -15,7 +15,23 @@ _SPEC: Final = FamilySpec(
     count=4, width=64, context=160, vocabulary=4096, vae_width=32, terms=64, seed=1
 )
 _NAMES: Final = ("portrait", "landscape", "anime", "watercolour")
-_RANKS: Final = (24, 12, 6, 3)
+DEMO_RANKS: Final = (24, 12, 6, 3)
+"""A list of ranks that suits the small layers."""
+
+
+def make_family(folder: Path, control: Control) -> tuple[Path, ...]:
+    """The family's files in a folder; made unless all are there.
+
+    Args:
+        folder: for checkpoints.
+        control: progress and interrupt.
+    """
+    paths = tuple(folder / f"{name}.safetensors" for name in _NAMES)
+    if not all(path.exists() for path in paths):
+        write_family(
+            folder, _SPEC, _NAMES, lambda done, total: control.step("making", done / total)
+        )
+    return paths
 
 
 def run_demo(folder: Path, control: Control) -> Merged:
@@ -25,11 +41,6 @@ def run_demo(folder: Path, control: Control) -> Merged:
         folder: the models folder; its checkpoints go to `Stable-diffusion` within.
         control: progress and interrupt.
     """
-    paths = [folder / "Stable-diffusion" / f"{name}.safetensors" for name in _NAMES]
-    if not all(path.exists() for path in paths):
-        making = control.part(0.0, 0.4)
-        write_family(
-            paths[0].parent, _SPEC, _NAMES, lambda done, total: making.step("making", done / total)
-        )
-    recipe = Recipe(name="demo", models=tuple(paths), ranks=_RANKS, output=folder, overwrite=True)
+    paths = make_family(folder / "Stable-diffusion", control.part(0.0, 0.4))
+    recipe = Recipe(name="demo", models=paths, ranks=DEMO_RANKS, output=folder, overwrite=True)
     return run_merge(examine(recipe), control.part(0.4, 1.0))

@@ -39,12 +39,28 @@ class OutputError(HyperMergeError, OSError):
     """The output cannot be written: it exists, the folder is read-only, or the disk is full."""
 
 
+class NameTakenError(OutputError):
+    """The name belongs to a file of something else."""
+
+
+class SameMergeError(OutputError):
+    """This very merge is there already."""
+
+
 class DeviceError(HyperMergeError, RuntimeError):
     """The device that was asked for is absent or too small."""
 
 
+class RunError(HyperMergeError, ValueError):
+    """An earlier run cannot be read, or may not be deleted: damaged, newer, unknown, a link."""
+
+
 class CacheError(HyperMergeError, OSError):
-    """A cached analysis is damaged or of another version."""
+    """The cache of analyses cannot be cleared."""
+
+
+class AppError(HyperMergeError, ValueError):
+    """The app cannot be served like this."""
 
 
 class InterruptedRun(HyperMergeError):  # noqa: N818 - the user's wish, not an error

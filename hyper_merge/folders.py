@@ -1,21 +1,29 @@
-"""A WebUI-shaped models folder: where everything goes, what is there already, which names are free."""
+"""The folders of a host: where everything goes, what is there already, which names are free."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from hyper_merge.analysis_cache import SIZE_LIMIT
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.errors import CheckpointError, OutputError
+from hyper_merge.errors import CheckpointError, NameTakenError, OutputError, SameMergeError
+from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.recipe import AVERAGE, Recipe
 
 AVERAGE_ID: Final = "hyper_merge.average_id"
 """Metadata of a hyper-model: equal for the same average of the same files."""
 
 MANIFEST: Final = "manifest.json"
+MULTIPLIERS: Final = "multipliers.txt"
+REPORT: Final = "report.txt"
+RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
+_KIND: Final = "hyper_merge.kind"
 
 
 @dataclass(frozen=True)
@@ -29,19 +37,21 @@ class Place:
     folder: Path  # of manifest, multipliers and report
 
 
+@dataclass(frozen=True)
 class Folders:
-    """The folders of one models folder."""
+    """Where everything goes; none of the folders need exist yet."""
 
-    def __init__(self, root: Path) -> None:
-        """Names the folders; makes none.
+    models: Path  # hyper-models
+    loras: Path
+    runs: Path  # a folder per run, with manifest, multipliers and report
+    cache: Path  # analyses and hashes
+    cache_limit: int = SIZE_LIMIT  # bytes of all analyses
 
-        Args:
-            root: the models folder.
-        """
-        self.models = root / "Stable-diffusion"
-        self.loras = root / "Lora"
-        self.runs = root / "hyper-merge"
-        self.cache = root / "hyper-merge" / "cache"
+    @classmethod
+    def under(cls, root: Path) -> Folders:
+        """The folders of a WebUI-shaped models folder."""
+        runs = root / "hyper-merge"
+        return cls(root / "Stable-diffusion", root / "Lora", runs, runs / "cache")
 
     def place(self, recipe: Recipe, average_id: str) -> Place:
         """Where a recipe's files go.
@@ -50,17 +60,19 @@ class Folders:
         of its own, `<name>-2`, for hosts cache LoRAs by path.
 
         Raises:
-            OutputError: the name is taken by something else, or by the same run.
+            OutputError: the name is taken by something else, by the same merge, or by a hyper-model
+                that other runs need.
         """
-        existing = self._hyper_model(recipe, average_id)
+        existing = self.hyper_model_for(recipe, average_id)
         new = self.models / f"{recipe.name}.safetensors"
         if existing is None:
             require_no_source(new, recipe.models)
-        if existing is None and new.exists() and not recipe.overwrite:
-            raise OutputError(
-                f"{new} exists and is not the average of these checkpoints; choose another name or"
-                " allow overwriting"
-            )
+            if new.exists() and not recipe.overwrite:
+                raise NameTakenError(
+                    f"{new} exists and is not the average of these checkpoints; choose another name"
+                    " or allow overwriting"
+                )
+            self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
         found = existing or new
         return Place(run, found, existing is not None, self.loras, self.runs / run)
@@ -70,20 +82,76 @@ class Folders:
         for path in sorted(self.runs.glob(f"*/{MANIFEST}")):
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             if isinstance(manifest, dict):
                 yield path.parent, manifest
 
-    def _hyper_model(self, recipe: Recipe, average_id: str) -> Path | None:
-        """An existing file that serves as the base of the LoRAs."""
+    def hyper_model_of(self, manifest: Mapping[str, Any]) -> Path:
+        """The file that a run's LoRAs are added to, also after everything was moved or copied."""
+        recorded = Path(str(manifest.get("hyper_model")))
+        here = self.models / recorded.name
+        is_here = average_id_of(here) == manifest.get("average_id") or not is_there(recorded)
+        return here if is_here else recorded
+
+    def require_unused(self, path: Path, average_id: str, replaced: str | None = None) -> None:
+        """Returns if no run needs another hyper-model than this average in a place.
+
+        Args:
+            path: where the average is to be written.
+            average_id: of that average.
+            replaced: name of a run that will be replaced too.
+
+        Raises:
+            OutputError: some do; it names them.
+        """
+        users = [
+            folder.name
+            for folder, manifest in self.manifests()
+            if folder.name != replaced
+            and manifest.get("average_id") != average_id
+            and same_place(self.hyper_model_of(manifest), path)
+        ]
+        if users:
+            what = "run" if len(users) == 1 else "runs"
+            raise NameTakenError(
+                f"{path.name} is the hyper-model of the {what} {', '.join(users)}, and their LoRAs"
+                f" go with no other; choose another name, or delete the {what} first"
+            )
+
+    def lora_files(self, names: Iterable[str]) -> list[Path]:
+        """The files of LoRAs, as far as they are there, each with its card and picture.
+
+        A LoRA of that name which Hyper-Merge did not write is left out with all that is beside it.
+        """
+        return [
+            path
+            for name in names
+            if not _is_foreign(self.loras / f"{name}.safetensors")
+            for path in (
+                self.loras / f"{name}{suffix}" for suffix in (".safetensors", *CARD_SUFFIXES)
+            )
+            if os.path.lexists(path)
+        ]
+
+    def lora_files_of(self, run: str) -> list[Path]:
+        """The files of a run's LoRAs as its manifest names them; none where it says nothing."""
+        manifests = {folder.name: manifest for folder, manifest in self.manifests()}
+        report = manifests.get(run, {}).get("report")
+        names = report.get("loras") if isinstance(report, dict) else None
+        own = re.compile(re.escape(run) + r"_\d+-\d+")  # nothing that leads elsewhere
+        listed = names if isinstance(names, list) else []
+        return self.lora_files(name for name in map(str, listed) if own.fullmatch(name))
+
+    def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
+        """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
         if recipe.base != AVERAGE:
             return Path(recipe.base)
         candidates = [self.models / f"{recipe.name}.safetensors"]
         for _, manifest in self.manifests():
             if manifest.get("average_id") == average_id:
                 candidates.append(self.models / Path(str(manifest.get("hyper_model"))).name)
-        return next((path for path in candidates if _average_id(path) == average_id), None)
+        return next((path for path in candidates if average_id_of(path) == average_id), None)
 
     def _free_run(self, recipe: Recipe, average_id: str) -> str:
         """The recipe's name, or the first of name-2, name-3, ... that no other run has.
@@ -91,17 +159,16 @@ class Folders:
         Raises:
             OutputError: a run with this very recipe is there already.
         """
-        wanted = recipe.to_metadata(), average_id
+        wanted = _deciding(recipe.to_metadata()), average_id
         taken = {
-            folder.name: (manifest.get("recipe"), manifest.get("average_id"))
+            folder.name: (_deciding(manifest.get("recipe")), manifest.get("average_id"))
             for folder, manifest in self.manifests()
         }
         number, run = 1, recipe.name
         while run in taken or (self.runs / run).exists():
             if taken.get(run) == wanted:
-                raise OutputError(
-                    f"{self.runs / run} holds this very merge already; choose another name or ranks,"
-                    " or allow overwriting"
+                raise SameMergeError(
+                    f"the run {run} is this very merge already; choose another name or other ranks"
                 )
             number += 1
             run = f"{recipe.name}-{number}"
@@ -118,8 +185,43 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(f"{path} is one of the checkpoints of this merge; choose another name")
 
 
-def _average_id(path: Path) -> str | None:
+def is_there(path: Path) -> bool:
+    """Whether a path that a manifest names leads to something."""
     try:
-        return read_header(path).metadata.get(AVERAGE_ID)
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL character
+        return False
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one place, be there a file or not."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # a NUL character: no path at all
+        return False
+
+
+def average_id_of(path: Path) -> str | None:
+    """The average that a hyper-model holds; None for any other file, or none."""
+    return _metadata(path).get(AVERAGE_ID)
+
+
+def _is_foreign(lora: Path) -> bool:
+    """Whether a file is there that is not a LoRA of ours by this name."""
+    metadata = _metadata(lora)
+    own = metadata.get(_KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
+    return os.path.lexists(lora) and not own
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    try:
+        return read_header(path).metadata
     except CheckpointError:
+        return {}
+
+
+def _deciding(recipe: object) -> object:
+    """A recipe's metadata without the device: results do not depend on it."""
+    if not isinstance(recipe, dict):
         return None
+    return {name: text for name, text in recipe.items() if name != "device"}

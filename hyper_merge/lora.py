@@ -24,10 +24,14 @@ from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.writer import content_sha256
 from hyper_merge.errors import NonFiniteError
+from hyper_merge.preview import hyper_model_picture, lora_picture
 from hyper_merge.prompts import tag
 
 FORMAT_VERSION: Final = "1"
 """Of the `hyper_merge.*` metadata; readers refuse a higher one."""
+
+CARD_SUFFIXES: Final = (".json", ".png")
+"""Of the files beside a model that WebUIs make its card from: text and picture."""
 
 _LARGEST: Final = 6e4  # of float16's 65504: hosts that scale a factor need room
 _OWN: Final = "hyper_merge."
@@ -63,7 +67,9 @@ class LoraFile:
     """One block's file, apart from its tensors."""
 
     lineage: Lineage
+    run: str  # the first part of its name
     index: int  # place in the rank list, from 0
+    count: int  # of the run's LoRAs
     rank: int  # as asked for, and the file's alpha; small layers may have less
     multipliers: Mapping[str, float]  # by the checkpoint's file stem
     explained: float  # fraction 0..1 of the deviations, by all blocks together
@@ -155,7 +161,7 @@ def as_hosts_add(
 def write_lora(
     outputs: Outputs, path: Path, layers: Sequence[Layer], factors: Factors, file: LoraFile
 ) -> None:
-    """Stages one LoRA file with its metadata, and beside it the card that WebUIs show.
+    """Stages one LoRA file with its metadata, and beside it text and picture of its card in WebUIs.
 
     Args:
         outputs: the merge's files; they appear together.
@@ -181,7 +187,9 @@ def write_lora(
     with outputs.safetensors(path, declared, metadata) as writer:
         for key, tensor in stored.items():
             writer.write(key, tensor)
-    outputs.text(path.with_name(f"{path.stem}.json"), card(file, path.stem))
+    picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
+    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), card(file, path.stem))
+    outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
 def lora_metadata(
@@ -241,16 +249,40 @@ def card(file: LoraFile, stem: str) -> str:
     """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
     name = file.lineage.name
     lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
-    content = {
-        "description": f"Block {file.index} (rank {file.rank}) of {name}: with the other blocks and"
-        f" its multipliers it turns {name} into one of its checkpoints.",
-        "sd version": file.lineage.family.sd_version,
-        "activation text": "",
-        "preferred weight": 0,  # 0: the WebUI's default, for no weight suits all checkpoints
-        "negative text": "",
-        "notes": "\n".join(lines),
-    }
-    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    others = "" if file.count == 1 else " together with the other LoRAs of this merge"
+    return _card(
+        {
+            "description": f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."
+            f" Turns {name} into one of its checkpoints{others}; the multipliers are in the notes.",
+            "sd version": file.lineage.family.sd_version,
+            "activation text": "",
+            "preferred weight": 1.0,  # the largest multiplier of every LoRA
+            "negative text": "",
+            "notes": "\n".join(lines),
+        }
+    )
+
+
+def stage_checkpoint_card(
+    outputs: Outputs, path: Path, lineage: Lineage, *, overwrite: bool
+) -> None:
+    """Stages text and picture of the hyper-model's card in WebUIs.
+
+    Args:
+        outputs: the merge's files.
+        path: of the hyper-model.
+        lineage: of the merge.
+        overwrite: whether to replace a text or picture that is there; else it stays, for it may be
+            the user's own.
+    """
+    stems = [Path(source.name).stem for source in lineage.sources]
+    description = f"Average of {len(stems)} checkpoints, which LoRAs of the same merge bring back."
+    text = _card({"description": description, "notes": "\n".join(stems)})
+    contents = (text.encode(), hyper_model_picture(path.stem, stems))
+    for suffix, content in zip(CARD_SUFFIXES, contents, strict=True):
+        place = path.with_suffix(suffix)
+        if overwrite or not place.exists():
+            outputs.bytes(place, content)
 
 
 def _rank(layer: Layer, factors: Factors) -> int:
@@ -311,6 +343,10 @@ def _own(lineage: Lineage, kind: str) -> dict[str, str]:
         _OWN + "recipe": _json(dict(lineage.recipe)),
         _OWN + "lineage": _json(sources),
     }
+
+
+def _card(content: Mapping[str, object]) -> str:
+    return json.dumps(content, indent=4, ensure_ascii=False) + "\n"
 
 
 def _json(value: object) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,20 +12,36 @@ import torch
 
 from hyper_merge import __version__, analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
-from hyper_merge.analysis_cache import Analysis, AnalysisWriter
+from hyper_merge.analysis_cache import Analysis, new_analysis, open_analysis
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.errors import RecipeError
-from hyper_merge.folders import AVERAGE_ID, MANIFEST, Folders, Place, require_no_source
+from hyper_merge.folders import (
+    AVERAGE_ID,
+    MANIFEST,
+    MULTIPLIERS,
+    REPORT,
+    Folders,
+    Place,
+    require_no_source,
+)
 from hyper_merge.lineage import lineage_of
-from hyper_merge.lora import Lineage, LoraFile, checkpoint_metadata, write_lora
-from hyper_merge.preflight import Preflight, require_disk, resolve_device
+from hyper_merge.lora import (
+    CARD_SUFFIXES,
+    Lineage,
+    LoraFile,
+    checkpoint_metadata,
+    stage_checkpoint_card,
+    write_lora,
+)
+from hyper_merge.preflight import Preflight, require_disks, resolve_device
 from hyper_merge.prompts import lora_names, multipliers_text
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import Fit, Report, Sizes, fit, make_report, text
+from hyper_merge.report import Fit, Report, Sizes, fit, make_report
+from hyper_merge.report_text import text
 from hyper_merge.solution import Rounded, find_blocks, rounded
 
 MANIFEST_VERSION: Final = 1
@@ -49,25 +66,37 @@ class _Solved:
     losses: tuple[float, ...]
 
 
-def run_merge(preflight: Preflight, control: Control) -> Merged:
+def run_merge(preflight: Preflight, control: Control, folders: Folders | None = None) -> Merged:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
+
+    Args:
+        preflight: the examined recipe.
+        control: progress and interrupt.
+        folders: where everything goes; None for those that the recipe was examined with.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe, sources = preflight.recipe, preflight.sources
-    folders = Folders(recipe.output)
+    folders = folders or preflight.folders
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     for name in names:
-        for suffix in (".safetensors", ".json"):
+        for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
-    _require_room(preflight, place, cached)
+    _require_room(preflight, place, cached, folders)
     with Outputs(overwrite=recipe.overwrite) as outputs:
+        if recipe.overwrite:
+            _remove_outdated(outputs, folders, place.run, names)
         lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
+        if not place.exists:
+            stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
         path = cached or analysis_cache.path_for(folders.cache, sources, work)
+        if cached:
+            analysis_cache.mark_used(cached)
         _read(
             preflight,
             place,
@@ -76,7 +105,7 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
             (None if cached else path, work),
             control.part(0.03, 0.6),
         )
-        with Analysis(path, sources) as analysis:
+        with open_analysis(path, sources) as analysis:
             solved = _solve(analysis, preflight, work.device, control.part(0.6, 0.97))
             _stage_loras(outputs, preflight, place, lineage, solved)
             report = make_report(
@@ -85,29 +114,30 @@ def run_merge(preflight: Preflight, control: Control) -> Merged:
                 preflight.ranks,
                 (place.run, names, [header.stem for header in sources.headers]),
                 (recipe.method, solved.losses),
-                _sizes(preflight, place),
+                _sizes(preflight, place, outputs, names),
             )
         _stage_texts(outputs, preflight, place, lineage, report)
         control.step("putting the files in place", 1.0)
-    analysis_cache.prune(folders.cache)
+    analysis_cache.prune(folders.cache, folders.cache_limit)
     paths = tuple(place.loras / f"{name}.safetensors" for name in names)
     return Merged(report, place, paths, cached is not None)
 
 
-def run_average(preflight: Preflight, control: Control) -> Path:
-    """Writes the hyper-model alone.
+def run_average(preflight: Preflight, control: Control, folders: Folders | None = None) -> Path:
+    """Writes the hyper-model alone; arguments as for `run_merge`.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     recipe = preflight.recipe
-    folders = Folders(recipe.output)
+    folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
         raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
     require_no_source(path, recipe.models)
     require_free(path, overwrite=recipe.overwrite)
-    require_disk(recipe.output, preflight.estimate.average)
+    folders.require_unused(path, preflight.average_id)
+    require_disks({folders.models: preflight.estimate.average})
     work = Work(resolve_device(recipe.device), recipe.seed)
     with Outputs(overwrite=recipe.overwrite) as outputs:
         lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.1))
@@ -133,7 +163,7 @@ def _read(
             work = Work(work.device, work.seed)
             run_pass(preflight.sources, work, average.write, _ignore, control)
         return
-    with AnalysisWriter(path, preflight.sources, work) as analysis:
+    with new_analysis(path, preflight.sources, work) as analysis:
         if place.exists:
             not_carried = run_pass(preflight.sources, work, None, analysis.keep, control)
         else:
@@ -165,6 +195,8 @@ def _average_writer(
     config = configuration_for(preflight.sources.headers[0], preflight.sources.layout.family)
     if config is not None:
         outputs.text(config_beside(path), config)
+    elif preflight.recipe.overwrite and config_beside(path).exists():
+        outputs.remove(config_beside(path))  # that of the file which is replaced
     return outputs.safetensors(path, preflight.sources.outputs(), metadata)
 
 
@@ -177,7 +209,9 @@ def _stage_loras(
         column = solved.found.multipliers[:, block].tolist()
         file = LoraFile(
             lineage=lineage,
+            run=place.run,
             index=block,
+            count=len(recipe.ranks),
             rank=recipe.ranks[block],
             multipliers=dict(zip(stems, column, strict=True)),
             explained=1 - solved.found.loss,
@@ -197,8 +231,8 @@ def _stage_texts(
         [row.name for row in rows], report.loras, [row.multipliers for row in rows]
     )
     manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
-    outputs.text(place.folder / "multipliers.txt", multipliers)
-    outputs.text(place.folder / "report.txt", text(report))
+    outputs.text(place.folder / MULTIPLIERS, multipliers)
+    outputs.text(place.folder / REPORT, text(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
 
 
@@ -214,8 +248,9 @@ def _manifest(
         "name": place.run,
         "family": lineage.family.name,
         "recipe": dict(lineage.recipe),
+        "settings": preflight.recipe.to_settings(),
         "average_id": preflight.average_id,
-        "hyper_model": str(place.hyper_model),
+        "hyper_model": str(place.hyper_model.absolute()),
         "sources": [
             {
                 "path": path,
@@ -231,18 +266,32 @@ def _manifest(
     }
 
 
-def _sizes(preflight: Preflight, place: Place) -> Sizes:
-    estimate = preflight.estimate
-    average = place.hyper_model.stat().st_size if place.exists else estimate.average
-    return Sizes(sum(header.size for header in preflight.sources.headers), average, estimate.loras)
+def _remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequence[str]) -> None:
+    """A replaced run's LoRAs whose names the new one has no use for go with the replacement."""
+    for path in folders.lora_files_of(run):
+        if path.stem not in names:
+            outputs.remove(path)
 
 
-def _require_room(preflight: Preflight, place: Place, cached: Path | None) -> None:
+def _sizes(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence[str]) -> Sizes:
+    model = place.hyper_model
+    return Sizes(
+        before=sum(header.size for header in preflight.sources.headers),
+        average=model.stat().st_size if place.exists else outputs.size_of(model),
+        loras=sum(outputs.size_of(place.loras / f"{name}.safetensors") for name in names),
+    )
+
+
+def _require_room(
+    preflight: Preflight, place: Place, cached: Path | None, folders: Folders
+) -> None:
     estimate = preflight.estimate
-    needed = estimate.loras
-    needed += 0 if place.exists else estimate.average
-    needed += 0 if cached else estimate.analysis
-    require_disk(preflight.recipe.output, needed)
+    needed = {
+        place.loras: estimate.loras,
+        folders.models: 0 if place.exists else estimate.average,
+        folders.cache: 0 if cached else estimate.analysis,
+    }
+    require_disks(needed)
 
 
 def _ignore(layer: LayerAnalysis) -> None:

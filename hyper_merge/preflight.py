@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Final
 
 import torch
 
-from hyper_merge.analysis_cache import analysis_bytes, file_identity, width_for
+from hyper_merge.analysis import Work
+from hyper_merge.analysis_cache import analysis_bytes, file_identity, find, width_for
 from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_families
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
@@ -21,7 +22,9 @@ from hyper_merge.checkpoints.layers import layout_of
 from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.ranks import even_ranks
+from hyper_merge.effort import pass_products, seconds_of, solve_products
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
+from hyper_merge.folders import Folders
 from hyper_merge.lora import lora_tensors
 from hyper_merge.recipe import AVERAGE, Recipe
 from hyper_merge.sources import Sources, bases_width
@@ -33,12 +36,13 @@ _OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a merge will take, in bytes."""
+    """What a merge will take: bytes, and time."""
 
     average: int
     loras: int
     analysis: int  # the cache on disk
     memory: int  # at the peak, without mapped files
+    seconds: float  # of the whole merge, with what the cache saves
 
     @property
     def disk(self) -> int:
@@ -53,6 +57,7 @@ class Preflight:
     recipe: Recipe
     sources: Sources
     warnings: tuple[str, ...]
+    folders: Folders  # where earlier work may lie that can be used again
 
     @cached_property
     def ranks(self) -> list[tuple[int, ...]]:
@@ -75,7 +80,7 @@ class Preflight:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """Sizes of files and memory."""
+        """Sizes of files and memory, and the time to expect."""
         sources, recipe = self.sources, self.recipe
         average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
         loras = 0
@@ -88,7 +93,19 @@ class Preflight:
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
         memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
-        return Estimate(average, loras, analysis, memory)
+        return Estimate(average, loras, analysis, memory, self._seconds(average + loras))
+
+    def _seconds(self, written: int) -> float:
+        recipe, sources = self.recipe, self.sources
+        width = width_for(recipe.ranks)
+        work = Work(resolve_device(recipe.device), recipe.seed, width)
+        products = solve_products(sources, self.ranks, width, recipe.iterations)
+        analysed = find(self.folders.cache, sources, work, recipe.ranks) is not None
+        averaged = self.folders.hyper_model_for(recipe, self.average_id) is not None
+        if not analysed:
+            products += pass_products(sources, width)
+        read = 0 if analysed and averaged else sum(header.size for header in sources.read)
+        return seconds_of(products, read + written, work.device)
 
     def _factors(self) -> int:
         """Bytes of all blocks between the bases, in float32."""
@@ -97,8 +114,12 @@ class Preflight:
         return sum(4 * side * sum(ranks) for side, ranks in zip(sides, self.ranks, strict=True))
 
 
-def examine(recipe: Recipe) -> Preflight:
+def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     """Holds a recipe against its files, by their headers.
+
+    Args:
+        recipe: what is to be merged.
+        folders: where earlier work is looked for; None for those of the recipe's output folder.
 
     Raises:
         CheckpointError: a file is missing, damaged, not a checkpoint, or unlike the others.
@@ -125,7 +146,8 @@ def examine(recipe: Recipe) -> Preflight:
         dtype=getattr(torch, recipe.dtype),
         average_vae=recipe.vae == "average",
     )
-    return Preflight(recipe, sources, (*warnings, *_capped(recipe, sources)))
+    warnings = [*warnings, *_capped(recipe, sources)]
+    return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -147,19 +169,28 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def require_disk(folder: Path, needed: int) -> None:
-    """Returns if the disk of a folder, which need not exist yet, has room.
+def require_disks(needed: Mapping[Path, int]) -> None:
+    """Returns if the disks of all folders, which need not exist yet, have room.
+
+    Args:
+        needed: bytes by folder; folders on one disk need room together.
 
     Raises:
         OutputError: too little is free; says how much of each.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OutputError(
-            f"{folder} needs {needed / 2**30:.2f} GB but its disk has {free / 2**30:.2f} GB free;"
-            " make room or choose another output folder"
-        )
+    total: dict[int, int] = {}
+    for folder, size in needed.items():
+        if not size:
+            continue
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        disk = existing.stat().st_dev
+        total[disk] = total.get(disk, 0) + size
+        free = shutil.disk_usage(existing).free
+        if free < total[disk]:
+            raise OutputError(
+                f"{folder} needs {total[disk] / 2**30:.2f} GB but its disk has"
+                f" {free / 2**30:.2f} GB free; make room or choose another output folder"
+            )
 
 
 def _check_stems(headers: Sequence[Header]) -> None:

@@ -22,9 +22,11 @@ __all__ = [
     "FIELDS",
     "Field",
     "Recipe",
+    "SettingError",
     "load_recipe",
     "option_help",
     "recipe_from_options",
+    "recipe_from_settings",
 ]
 
 DEFAULT_RANKS = (128, 64, 32, 16)
@@ -34,8 +36,13 @@ DEFAULT_TOLERANCE = 5e-4
 Options = Mapping[str, str | Sequence[str]]
 
 
-class _SettingError(RecipeError):
-    """A setting is refused; its place is still to be named."""
+class SettingError(RecipeError):
+    """A setting is refused; its place is still to be named.
+
+    Attributes:
+        key: Of the setting.
+        problem: Expected and got, in words.
+    """
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f'recipe, key "{key}": {problem}')
@@ -86,10 +93,10 @@ class Recipe:
             try:
                 value = field.parse(getattr(self, field.name))
             except RecipeError as error:
-                raise _SettingError(field.name, str(error)) from None
+                raise SettingError(field.name, str(error)) from None
             object.__setattr__(self, field.name, value)
         if self.weights is not None and len(self.weights) != len(self.models):
-            raise _SettingError(
+            raise SettingError(
                 "weights",
                 f"expected {len(self.models)} numbers, one per checkpoint, got {len(self.weights)}",
             )
@@ -97,6 +104,12 @@ class Recipe:
     def to_yaml(self) -> str:
         """A YAML file that `load_recipe` reads back as an equal recipe."""
         return "".join(f"{f.name}:{_yaml_value(getattr(self, f.name))}\n" for f in FIELDS)
+
+    def to_settings(self) -> dict[str, Any]:
+        """All fields as plain JSON values, paths absolute; see `recipe_from_settings`."""
+        settings = {field.name: getattr(self, field.name) for field in FIELDS}
+        base = self.base if self.base == AVERAGE else Path(self.base)
+        return {name: _plain(value) for name, value in {**settings, "base": base}.items()}
 
     def to_metadata(self) -> dict[str, str]:
         """The settings as texts for a file's metadata; paths are cut to file names."""
@@ -136,6 +149,21 @@ def recipe_from_options(options: Options) -> Recipe:
     return _build(_option_settings(options), "command line")
 
 
+def recipe_from_settings(settings: Mapping[str, object], where: str) -> Recipe:
+    """The recipe that `Recipe.to_settings` described, equal but for paths that were relative.
+
+    Args:
+        settings: Plain values by key.
+        where: What holds them, for messages.
+
+    Raises:
+        RecipeError: A setting is unknown, missing or impossible.
+    """
+    return _build(
+        {key: Setting(value, f'{where}, key "{key}"') for key, value in settings.items()}, where
+    )
+
+
 def option_help(field: Field) -> str:
     """The help text of a setting's option, with its default."""
     default = next(f.default for f in fields(Recipe) if f.name == field.name)
@@ -171,7 +199,7 @@ def _build(settings: Mapping[str, Setting], source: str) -> Recipe:
     values: dict[str, Any] = {key: setting.value for key, setting in settings.items()}
     try:
         return Recipe(**values)
-    except _SettingError as error:
+    except SettingError as error:
         where = settings[error.key].where
         raise RecipeError(f"{where}: {error.problem}") from None
 
@@ -196,6 +224,13 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a zero byte: refused later, by its message
         return False
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold, from which the field's parser makes the value again."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _yaml_value(value: object) -> str:

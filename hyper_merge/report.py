@@ -1,21 +1,30 @@
-"""What a merge achieved: losses of the written files by checkpoint and part, baselines, bytes."""
+"""What a merge achieved: losses of the written files by checkpoint and section, baselines, bytes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
+from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.decomposition.bounds import lower_bound, private_losses
 from hyper_merge.decomposition.contrasts import distances, energies
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.solution import Rounded
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
+
+_WORDS: Final = {
+    float: "a finite number",
+    int: "a whole number",
+    str: "text",
+    tuple: "a list",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +34,7 @@ class Fit:
     multipliers: Tensor  # (k, R), float64
     errors: Tensor  # (layers, k), float64: squared norms of what is left
     energies: Tensor  # (layers, k), float64: squared norms of the deviations
+    curve: Tensor  # (R + 1, k), float64: explained shares with the first 0, 1, ..., R blocks
 
     @property
     def loss(self) -> float:
@@ -50,7 +60,8 @@ def fit(analysis: Analysis, blocks: Rounded) -> Fit:
     multipliers = fit_multipliers(total)
     explained = 2 * (cross * multipliers).sum(2)
     squares = torch.einsum("kr,lrs,ks->lk", multipliers, blocks.gram, multipliers)
-    return Fit(multipliers, (of - explained + squares).clamp(min=0), of)
+    errors = (of - explained + squares).clamp(min=0)
+    return Fit(multipliers, errors, of, _curve(total, of.sum(0)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,16 @@ class CheckpointReport:
     error: float  # norm of what is left, as a fraction of the deviation's norm
     not_carried: float  # share of its whole deviation that lies in tensors that no LoRA carries
     multipliers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """One section of the network: how much differs there, how much of that is lost."""
+
+    name: str  # "IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..
+    which: str  # "unet" or "text_encoder"
+    energy: float  # share of all differences in the layers that lies here
+    lost: float  # share of all differences in the layers that stays unexplained here
 
 
 @dataclass(frozen=True)
@@ -82,11 +103,35 @@ class Report:
     bytes_before: int
     bytes_average: int
     bytes_loras: int
+    # Empty in reports of the first version.
+    curve: tuple[tuple[float, ...], ...] = ()  # (R + 1, k): explained with the first j LoRAs
+    similarity: tuple[tuple[float, ...], ...] = ()  # (k, k): cosines of the deviations
+    parts: tuple[PartLoss, ...] = ()  # in the network's order
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        rows = [dict(vars(row), multipliers=list(row.multipliers)) for row in self.checkpoints]
-        return dict(vars(self), checkpoints=rows, not_carried=dict(self.not_carried))
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `as_dict` gave this, with or without a turn through JSON.
+
+        Raises:
+            ValueError: a figure is missing or of another kind, or there are more or fewer figures
+                than checkpoints and LoRAs; says where.
+        """
+        report: Report = _read(cls, data, "report")
+        k, blocks = len(report.checkpoints), len(report.loras)
+        for name, found, expected in (
+            ("multipliers", [row.multipliers for row in report.checkpoints], (k, blocks)),
+            ("curve", report.curve, (blocks + 1, k)),
+            ("similarity", report.similarity, (k, k)),
+        ):
+            if found and [len(row) for row in found] != [expected[1]] * expected[0]:
+                raise ValueError(
+                    f"expected {expected[0]} rows of {expected[1]} figures in report.{name}"
+                )
+        return report
 
 
 @dataclass(frozen=True)
@@ -127,24 +172,10 @@ def make_report(
         bytes_before=sizes.before,
         bytes_average=sizes.average,
         bytes_loras=sizes.loras,
+        curve=_rows_of(found.curve),
+        similarity=_rows_of(_similarity(analysis)),
+        parts=_parts(analysis.layers, found),
     )
-
-
-def text(report: Report) -> str:
-    """The report as a table of plain text."""
-    width = max([len(row.name) for row in report.checkpoints] + [len("checkpoint")])
-    lines = [
-        f"{report.name}: {len(report.checkpoints)} checkpoints, {len(report.loras)} shared LoRAs",
-        "",
-        f"{'checkpoint':{width}}  explained    UNet  text enc.  rel. error   not carried",
-    ]
-    lines += [
-        f"{row.name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
-        f"{row.explained_text_encoder:9.2%}  {row.error:10.4f}  {row.not_carried:12.3%}"
-        for row in report.checkpoints
-    ]
-    lines += ["", *_comparison(report), "", *_carried(report), "", *_bytes(report)]
-    return "\n".join(lines) + "\n"
 
 
 def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[CheckpointReport, ...]:
@@ -168,36 +199,79 @@ def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[Checkpo
     )
 
 
-def _comparison(report: Report) -> list[str]:
-    alone = 1.0 if report.loss or report.private_loss else 0.0
-    rows = [
-        ("average alone", alone, ""),
-        ("private LoRAs of the same bytes", report.private_loss, ""),
-        ("shared LoRAs, as written", report.loss, _over_bound(report)),
-        ("lower bound for these ranks", report.bound, ""),
-    ]
-    steps = "blocks" if report.method == "greedy" else "sweeps"
-    trail = " ".join(f"{loss:.4f}" for loss in report.losses)
-    return [
-        "loss: what stays unexplained, as a share of all differences in the layers",
-        *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
-        f"  by {steps}, before rounding: {trail}",
-    ]
+def _curve(
+    found: Statistics,  # of the blocks as written, over all layers
+    energies: Tensor,  # (k,)
+) -> Tensor:  # (R + 1, k)
+    """Explained share of every checkpoint by the first blocks, the multipliers fitted for those."""
+    rows = [torch.zeros_like(energies)]
+    for count in range(1, len(found.gram) + 1):
+        cross, gram = found.cross[:, :count], found.gram[:count, :count]
+        multipliers = fit_multipliers(Statistics(found.energy, cross, gram))
+        explained = (multipliers * (2 * cross - multipliers @ gram)).sum(1)
+        rows.append(torch.where(energies > 0, explained / energies, 1.0).clamp(0, 1))
+    return torch.stack(rows)
 
 
-def _over_bound(report: Report) -> str:
-    return f"   {report.loss / report.bound:.2f} times the bound" if report.bound > 0 else ""
+def _similarity(analysis: Analysis) -> Tensor:  # (k, k)
+    """Cosines of the deviations in all layers together; 0 for a checkpoint that has none."""
+    rows = distances(analysis.contrasts)
+    gram = rows @ analysis.grams.sum(0) @ rows.mT
+    norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    return (gram * norms * norms[:, None]).clamp(-1, 1).fill_diagonal_(1)
 
 
-def _carried(report: Report) -> list[str]:
-    shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
-    return [f"not carried by LoRAs, as a share of all differences: {shares}"]
+def _parts(layers: Sequence[Layer], found: Fit) -> tuple[PartLoss, ...]:
+    """Sums over the layers of each section, in the order in which the sections begin."""
+    total = found.energies.sum()
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault((layer.section, layer.part), []).append(index)
+    return tuple(
+        PartLoss(
+            name=name,
+            which=which,
+            energy=_share(found.energies[inside].sum(), total),
+            lost=_share(found.errors[inside].sum(), total),
+        )
+        for (name, which), inside in groups.items()
+    )
 
 
-def _bytes(report: Report) -> list[str]:
-    average, loras = report.bytes_average / 1e9, report.bytes_loras / 1e9
-    after = f"hyper-model {average:.2f} GB + LoRAs {loras:.3f} GB = {average + loras:.2f} GB"
-    return [f"{report.bytes_before / 1e9:.2f} GB of checkpoints -> {after}"]
+def _rows_of(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A value of plain data as the annotated kind: a dataclass, tuple, mapping, text or number."""
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return _read_fields(kind, value, where)
+    (first, *_, last), origin = get_args(kind) or (None, None), get_origin(kind) or kind
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_read(first, each, f"{where}[{i}]") for i, each in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {str(key): _read(last, each, f"{where}.{key}") for key, each in value.items()}
+    if origin is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if origin in (str, int) and type(value) is origin:
+        return value
+    raise ValueError(
+        f"expected {_WORDS.get(origin, 'named figures')} in {where}, got {value!r:.60}"
+    )
+
+
+def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
+    kinds = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}
+    missing = [name for name, f in known.items() if name not in value and f.default is MISSING]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return kind(
+        **{
+            name: _read(kinds[name], value[name], f"{where}.{name}")
+            for name in known & value.keys()
+        }
+    )
 
 
 def _share(part: Tensor | float, whole: Tensor | float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,10 +23,10 @@ class Sources:
     dtype: torch.dtype  # of the written average
     average_vae: bool = False  # instead of keeping the first checkpoint's
 
-    @property
+    @cached_property
     def contrasts(self) -> Contrasts:
         """Coordinates of the layers' deviations."""
-        return self.contrasts_of(Treatment.LAYER)
+        return around_base(len(self.headers)) if self.base else around_mean(self.weights)
 
     @property
     def read(self) -> tuple[Header, ...]:
@@ -34,11 +35,8 @@ class Sources:
 
     def contrasts_of(self, treatment: Treatment) -> Contrasts:
         """Coordinates for tensors of one treatment; keeping the first VAE is a mean of one."""
-        if self.base:
-            return around_base(len(self.headers))
-        if treatment is Treatment.VAE and not self.average_vae:
-            return around_mean([1.0] + [0.0] * (len(self.headers) - 1))
-        return around_mean(self.weights)
+        keeps_first = treatment is Treatment.VAE and not self.average_vae and not self.base
+        return self._around_first if keeps_first else self.contrasts
 
     def outputs(self) -> dict[str, TensorInfo]:
         """Keys, types and shapes of the written average."""
@@ -46,12 +44,20 @@ class Sources:
 
     def pieces(self, key: str) -> list[tuple[slice, int | None]]:
         """Rows in which a tensor is taken apart, with the layer's index: several if it is fused."""
-        pieces: list[tuple[slice, int | None]] = [
-            (slice(*layer.rows) if layer.rows else slice(None), index)
-            for index, layer in enumerate(self.layout.layers)
-            if layer.key == key
-        ]
-        return pieces or [(slice(None), None)]
+        return self._pieces.get(key) or [(slice(None), None)]
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[tuple[slice, int | None]]]:
+        """Those of every tensor that has layers."""
+        pieces: dict[str, list[tuple[slice, int | None]]] = {}
+        for index, layer in enumerate(self.layout.layers):
+            rows = slice(*layer.rows) if layer.rows else slice(None)
+            pieces.setdefault(layer.key, []).append((rows, index))
+        return pieces
+
+    @cached_property
+    def _around_first(self) -> Contrasts:
+        return around_mean([1.0] + [0.0] * (len(self.headers) - 1))
 
 
 def bases_width(layer: Layer, width: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,18 @@ from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
 
 from hyper_merge import analysis, analysis_cache
 from hyper_merge.analysis import Work, run_pass, take_apart
-from hyper_merge.analysis_cache import Analysis, AnalysisWriter
+from hyper_merge.analysis_cache import new_analysis, open_analysis
 from hyper_merge.checkpoints.layers import Treatment
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import energies
-from hyper_merge.errors import CheckpointError, InterruptedRun, NonFiniteError, RecipeError
+from hyper_merge.errors import (
+    CacheError,
+    CheckpointError,
+    InterruptedRun,
+    NonFiniteError,
+    RecipeError,
+)
 from hyper_merge.preflight import examine
 
 CPU = torch.device("cpu")
@@ -317,7 +324,7 @@ def test_a_file_that_changes_during_the_pass_is_refused(tmp_path, state_of):
 
 def write_analysis(folder, sources, work):
     path = analysis_cache.path_for(folder, sources, work)
-    with AnalysisWriter(path, sources, work) as writer:
+    with new_analysis(path, sources, work) as writer:
         outside = run_pass(sources, work, None, writer.keep, Control())
         writer.close_with(outside)
     return path
@@ -327,7 +334,7 @@ def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
     sources, work = sources_of(files), Work(CPU, 0, 6)
     path = write_analysis(tmp_path, sources, work)
     _, layers, outside = read(sources, width=6)
-    with Analysis(path, sources) as found:
+    with open_analysis(path, sources) as found:
         for index, layer in layers.items():
             left, right = found.bases(index)
             assert torch.equal(found.core(index), layer.compressed.core)
@@ -370,6 +377,52 @@ def test_the_analyses_used_longest_ago_go_first(tmp_path):
     analysis_cache.prune(tmp_path, 250)
     assert [path.exists() for path in paths] == [True, True, False]
     assert other.exists()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Two analyses of 100 bytes, what was remembered beside one of them, and hashes."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    sizes = {"a-512.analysis.safetensors": 100, "b-768.analysis.safetensors": 100}
+    sizes |= {"a-512.solutions.json": 7, "hashes.json": 1000, ".hyper-merge-00.tmp": 50}
+    for name, size in sizes.items():
+        (folder / name).write_bytes(bytes(size))
+    return folder
+
+
+def test_the_cache_is_measured_and_cleared_without_its_hashes(cache):
+    assert analysis_cache.total_bytes(cache) == 207
+    assert analysis_cache.clear(cache) == 207
+    assert {path.name for path in cache.iterdir()} == {"hashes.json", ".hyper-merge-00.tmp"}
+    assert analysis_cache.total_bytes(cache) == analysis_cache.clear(cache) == 0
+    nowhere = cache / "nowhere"
+    assert analysis_cache.total_bytes(nowhere) == analysis_cache.clear(nowhere) == 0
+
+
+def test_what_cannot_be_cleared_is_named_and_the_rest_goes(cache, monkeypatch):
+    unlink, stuck = Path.unlink, cache / "a-512.analysis.safetensors"
+
+    def refuse(self, missing_ok=False):
+        if self == stuck:
+            raise PermissionError(13, "in use")
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CacheError) as caught:
+        analysis_cache.clear(cache)
+    assert str(caught.value) == (
+        f"part of the cache cannot be deleted (first: {stuck}: in use); try again when no merge is"
+        " running"
+    )
+    assert analysis_cache.total_bytes(cache) == 100
+    analysis_cache.prune(cache, 0)  # an analysis in use is no reason to fail after a merge
+    assert stuck.exists()
+
+
+def test_a_limit_of_nothing_keeps_nothing(cache):
+    analysis_cache.prune(cache, 0)
+    assert analysis_cache.total_bytes(cache) == 0
 
 
 def test_reading_only_what_is_wanted_opens_each_file_once(files, monkeypatch):

@@ -23,7 +23,7 @@ FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
 
 def without_estimate(out):
     """Standard output less the line that says beforehand what a merge will take."""
-    return re.sub(r"^\d+ checkpoints; about [\d.]+ GB of memory .* of disk\n", "", out)
+    return re.sub(r"^\d+ checkpoints; a.* seconds, [\d.]+ GB of memory .* of disk\n", "", out)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_recipe_file_is_merged_and_the_outcome_printed(files, tmp_path, run):
     code, out, err = run("merge", config)
     assert (code, err) == (0, [])
     place = tmp_path / "models"
-    assert out.startswith("3 checkpoints; about 0.")  # what it will take, before the bar
+    assert out.startswith("3 checkpoints; a few seconds, 0.")  # what it will take, before the bar
     assert "\nmix: 3 checkpoints, 2 shared LoRAs\n" in out
     assert f"\nhyper-model: {place / 'Stable-diffusion/mix.safetensors'}\n" in out
     assert f"\nLoRA:        {place / 'Lora/mix_1-2.safetensors'}\n" in out
@@ -67,9 +67,7 @@ def test_a_recipe_file_is_merged_and_the_outcome_printed(files, tmp_path, run):
     assert (place / "Lora/mix-2_0-3.safetensors").exists()
     code, _, err = run("merge", config)
     assert code == 2
-    assert err[0].startswith(
-        f"hyper-merge: {place / 'hyper-merge/mix'} holds this very merge already; choose another"
-    )
+    assert err[0].startswith("hyper-merge: the run mix is this very merge already; choose another")
     code, _, err = run("merge", config, "--config", config)
     assert code == 2
     assert err == [f"hyper-merge: two recipe files were given: {config} and {config}"]
@@ -90,6 +88,61 @@ def test_inspect_prints_a_table(files, run):
     code, out, err = run("inspect", files[0], "nowhere.safetensors")
     assert (code, out) == (2, "")
     assert err == ["hyper-merge: nowhere.safetensors does not exist; check the path"]
+
+
+def test_runs_are_listed_and_deleted_after_a_question(started, run, monkeypatch):
+    code, out, err = run("runs", "--output", started)
+    assert (code, err) == (0, [])
+    expected = (
+        r"mix: 20\d\d-\d\d-\d\d, Stable Diffusion 1.x, 3 checkpoints, ranks 4, 2, explained \d+% to"
+    )
+    assert re.match(expected, out)
+    before, asked = snapshot(started), []
+    for answer in ("n", "", "never"):
+        monkeypatch.setattr("builtins.input", lambda text, say=answer: asked.append(text) or say)
+        code, out, err = run("runs", "delete", "mix", "--output", started)
+        assert (code, err) == (
+            2,
+            ["hyper-merge: the run mix was left as it is; answer y, or give --yes"],
+        )
+        assert str(started / "Lora/mix_0-4.safetensors") in out.splitlines()
+        assert snapshot(started) == before
+    assert asked == ["delete these files? [y/N] "] * 3
+    monkeypatch.setattr("builtins.input", lambda text: "Y")
+    listed = out.splitlines()
+    code, out, err = run("runs", "--output", started, "delete", "mix")
+    assert (code, err) == (0, [])
+    assert out.splitlines() == [*listed, f"deleted {len(listed)} files of the run mix"]
+    code, out, err = run("runs", "--output", started)
+    assert (code, out, err) == (0, f"no runs in {started / 'hyper-merge'}\n", [])
+
+
+def test_deleting_asks_nothing_with_yes_and_takes_no_answer_for_a_no(started, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    code, _, err = run("runs", "delete", "mix", "--output", started)
+    assert (code, len(err)) == (2, 1)
+    code, _, _ = run("runs", "delete", "mix", "--output", started, "--yes")
+    assert code == 0
+    code, _, err = run("runs", "delete", "mix", "--output", started, "--yes")
+    assert (code, err) == (
+        2,
+        [
+            f"hyper-merge: there is no run mix in {started / 'hyper-merge'}; look at the list of runs"
+        ],
+    )
+    code, _, err = run("runs", "delete", "../mix", "--output", started, "--yes")
+    assert code == 2
+    assert err[0].startswith("hyper-merge: expected the name of a run")
+
+
+def test_a_run_that_cannot_be_read_is_a_note_beside_the_list(started, run):
+    (started / "hyper-merge/bad").mkdir()
+    (started / "hyper-merge/bad/manifest.json").write_text("{")
+    (started / "Lora/mix_1-2.safetensors").unlink()
+    code, out, err = run("runs", "--output", started)
+    assert code == 0
+    assert err[0].startswith("note: the run bad cannot be read: manifest.json in ")
+    assert out.endswith("; missing: mix_1-2.safetensors\n")
 
 
 BAD = {

@@ -193,7 +193,7 @@ def with_loras(pipe, merged, row):
 
 
 def lora_layers(model):
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - not there where this file is skipped
+    from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 

@@ -18,10 +18,20 @@ SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"
 # Floors of the house: each may use what is below it and its own; no module may go in a circle.
 GROUND = frozenset({"errors", "control", "checkpoints", "decomposition", "recipe", "prompts"})
 TASKS = frozenset(
-    {"sources", "workers", "analysis", "analysis_cache", "lora", "solution", "report"}
+    {
+        "sources",
+        "workers",
+        "analysis",
+        "analysis_cache",
+        "effort",
+        "lora",
+        "preview",
+        "solution",
+        "report",
+    }
 )
 JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
-VIEWS = frozenset({"inspection", "demo", "progress", "synthetic"})
+VIEWS = frozenset({"inspection", "demo", "progress", "runs", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.
@@ -34,7 +44,8 @@ BELOW = {
         ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
     ),
     "workers": set(),
-    "lora": {"errors", "checkpoints", "prompts"},
+    "preview": set(),
+    "lora": {"errors", "checkpoints", "prompts", "preview"},
     "progress": {"control"},
     "synthetic": {"errors", "checkpoints", "workers"},
 }

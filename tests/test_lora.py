@@ -28,8 +28,10 @@ from hyper_merge.lora import (
     checkpoint_metadata,
     lora_metadata,
     lora_tensors,
+    stage_checkpoint_card,
     write_lora,
 )
+from hyper_merge.preview import hyper_model_picture, lora_picture
 
 LINEAR = Layer("te.weight", "lora_te_q_proj", "text_encoder", (6, 5))
 POINT = Layer("in.weight", "lora_unet_proj_in", "unet", (4, 3, 1, 1))
@@ -50,7 +52,7 @@ SOURCES = (
     ),
 )
 LINEAGE = Lineage("mix", SD1, {"name": "mix", "ranks": "4, 2"}, SOURCES, "2025-05-06T07:08:09")
-FILE = LoraFile(LINEAGE, 0, 4, {"a": 0.9123, "b": -1.0}, 0.75)
+FILE = LoraFile(LINEAGE, "mix", 0, 2, 4, {"a": 0.9123, "b": -1.0}, 0.75)
 
 
 def host_delta(tensors, module, shape):
@@ -304,14 +306,49 @@ def test_the_card_shows_the_version_and_each_checkpoints_tag(tmp_path):
     text = (tmp_path / "mix_0-4.json").read_text(encoding="utf-8")
     assert text == card(FILE, "mix_0-4")
     content = json.loads(text)
-    assert "the other blocks" in content.pop("description")
     assert content == {
+        "description": "LoRA 1 of 2 of mix, rank 4. Turns mix into one of its checkpoints together"
+        " with the other LoRAs of this merge; the multipliers are in the notes.",
         "sd version": "SD1",
         "activation text": "",
-        "preferred weight": 0,
+        "preferred weight": 1.0,
         "negative text": "",
         "notes": "a: <lora:mix_0-4:0.91230>\nb: <lora:mix_0-4:-1.00000>",
     }
+
+
+def test_the_only_lora_of_a_merge_needs_no_others():
+    description = json.loads(card(replace(FILE, count=1), "mix_0-4"))["description"]
+    assert "other LoRAs" not in description
+
+
+def test_the_cards_picture_lies_where_both_webuis_look_first(tmp_path):
+    path = tmp_path / "mix.v1_0-4.safetensors"
+    write(path, factors_of((4, 4, 4)))
+    picture = (tmp_path / "mix.v1_0-4.png").read_bytes()
+    assert picture == lora_picture("mix", 0, 2, 4, FILE.multipliers)
+
+
+def test_the_hyper_models_card_names_its_checkpoints(tmp_path):
+    with Outputs() as outputs:
+        stage_checkpoint_card(outputs, tmp_path / "mix.safetensors", LINEAGE, overwrite=False)
+    assert json.loads((tmp_path / "mix.json").read_text(encoding="utf-8")) == {
+        "description": "Average of 2 checkpoints, which LoRAs of the same merge bring back.",
+        "notes": "a\nb",
+    }
+    assert (tmp_path / "mix.png").read_bytes() == hyper_model_picture("mix", ["a", "b"])
+
+
+def test_a_card_of_the_users_own_stays_unless_overwriting_is_allowed(tmp_path):
+    mine = tmp_path / "mix.png"
+    mine.write_bytes(b"mine")
+    for overwrite, stays in ((False, True), (True, False)):
+        with Outputs(overwrite=overwrite) as outputs:
+            path = tmp_path / "mix.safetensors"
+            stage_checkpoint_card(outputs, path, LINEAGE, overwrite=overwrite)
+            (tmp_path / "mix.json").unlink(missing_ok=True)
+        assert (mine.read_bytes() == b"mine") == stays
+    assert (tmp_path / "mix.json").exists()
 
 
 def test_a_refused_lora_leaves_nothing_and_an_existing_one_as_it_was(tmp_path):

@@ -1,5 +1,6 @@
 """What is known before the first tensor is read: refusals, warnings, sizes; quickly."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import pytest
 import torch
 from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, write
 
-from hyper_merge import inspection
+from hyper_merge import effort, inspection
+from hyper_merge import preflight as preflight_module
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.checkpoints.synthetic_layout import sd1_layout
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
-from hyper_merge.preflight import examine, require_disk, resolve_device
+from hyper_merge.folders import Folders
+from hyper_merge.preflight import examine, require_disks, resolve_device
 
 
 def checked(models, **settings):
@@ -57,6 +60,51 @@ def test_the_estimate_is_the_size_of_the_files(files, merged):
     assert checked(files[1:], base=str(files[0])).estimate.average == 0
 
 
+def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
+    models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
+    monkeypatch.setattr(effort, "rate", lambda device: 125e9)  # as measured there
+    settings = {"ranks": (128, 64, 32, 16), "iterations": 30}
+    assert checked(models, **settings).estimate.seconds == pytest.approx(268, rel=0.1)
+    monkeypatch.setattr(preflight_module, "find", lambda *question: tmp_path)
+    monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
+    again = checked(models, **settings | {"ranks": (96, 48, 24)})
+    assert again.estimate.seconds == pytest.approx(61.5, rel=0.1)
+
+
+def test_what_the_cache_saves_is_not_expected(files, started):
+    def seconds(**settings):
+        return examine(recipe(files, started, **settings)).estimate.seconds
+
+    cached = seconds(ranks=(5,))
+    assert cached < seconds(ranks=(5,), vae="average")  # another average and analysis
+    (started / "Stable-diffusion/mix.safetensors").unlink()
+    averaging = seconds(ranks=(5,))
+    shutil.rmtree(started / "hyper-merge/cache")
+    assert cached < averaging < seconds(ranks=(5,))
+    elsewhere = examine(recipe(files, started, ranks=(5,)), Folders.under(started / "none"))
+    assert elsewhere.estimate.seconds == seconds(ranks=(5,))
+
+
+def test_the_machine_is_measured_once():
+    assert effort.rate(torch.device("cpu")) == effort.rate(torch.device("cpu")) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "a few seconds"),
+        (12, "about 10 seconds"),
+        (86, "about 90 seconds"),
+        (91, "about 2 minutes"),
+        (268, "about 4 minutes"),
+        (3 * 3600 + 900, "about 3.2 hours"),
+        (7 * 3600, "about 7 hours"),
+    ],
+)
+def test_a_duration_is_said_as_a_person_would(seconds, words):
+    assert effort.duration_text(seconds) == words
+
+
 def full_size(path: Path, marker: str) -> Path:
     """A header of the real layout before as many bytes of nothing: 2.1 GB that take no space."""
     tensors = {
@@ -76,16 +124,17 @@ def test_full_size_files_are_described_in_under_a_second_each(tmp_path):
     found = inspection.describe(models)
     assert time.perf_counter() - start < len(models)
     lines = found.splitlines()
-    assert lines[0].split() == ["file", "family", "size", "hash", "tensors"]
+    assert lines[0].split() == ["file", "family", "size", "hash", "VAE", "type"]
     for line, path in zip(lines[1:4], models, strict=True):
         assert line.startswith(f"{path.name:17}  Stable Diffusion 1.x")
         assert "2.13 GB" in line
-        assert line.endswith("1130 float16, 1 int64")
+        assert line.endswith("  fp16")
     assert lines[5] == "350 layers: 278 in the UNet, 72 in the text encoder"
-    assert lines[-5] == "together, with ranks 128, 64, 32, 16 in float16:"
-    assert lines[-4] == "  hyper-model        2.13 GB"
-    names = [line.split("  ")[1].strip() for line in lines[-3:]]
-    assert names == ["LoRAs", "analysis on disk", "memory, about"]
+    assert lines[6] == "VAE: the same in all files"
+    assert lines[-6] == "together, with ranks 128, 64, 32, 16 in float16:"
+    assert lines[-5] == "  hyper-model        2.13 GB"
+    names = [line.split("  ")[1].strip() for line in lines[-4:]]
+    assert names == ["LoRAs", "analysis on disk", "memory, about", "time"]
     memory = checked(models, ranks=(128, 64, 32, 16)).estimate.memory
     assert 2**30 < memory < 8 * 2**30
 
@@ -223,10 +272,10 @@ def test_cuda_is_refused_where_it_is_absent(files, monkeypatch):
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_path):
-    require_disk(tmp_path / "not" / "there", 1)
+    require_disks({tmp_path / "not" / "there": 1})
     with pytest.raises(HyperMergeError, match=r"needs 1048576\.00 GB but its disk has [0-9.]+ GB"):
-        require_disk(tmp_path / "not" / "there", 2**50)
-    require_disk(Path("relative/not/there"), 1)
+        require_disks({tmp_path / "not" / "there": 2**50})
+    require_disks({Path("relative/not/there"): 1})
 
 
 def test_the_same_average_has_the_same_id_and_another_one_another(files):

@@ -12,12 +12,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyper_merge.errors import RecipeError
 from hyper_merge.recipe import (
     FIELDS,
     Recipe,
     load_recipe,
     option_help,
     recipe_from_options,
+    recipe_from_settings,
 )
 
 BASE = "name: example\nmodels: [a.safetensors, b.safetensors]\n"
@@ -229,6 +231,32 @@ def test_other_readers_of_yaml_agree(recipe):
     assert read["ranks"] == list(recipe.ranks)
     assert read["models"] == [str(path) for path in recipe.models]
     assert float(read["tolerance"]) == recipe.tolerance
+
+
+@given(recipe=RECIPES)
+def test_settings_survive_json(recipe):
+    settings = json.loads(json.dumps(recipe.to_settings()))
+    read = recipe_from_settings(settings, "manifest")
+    absolute = {
+        "models": tuple(path.absolute() for path in recipe.models),
+        "output": recipe.output.absolute(),
+        "base": recipe.base if recipe.base == "average" else str(Path(recipe.base).absolute()),
+    }
+    assert read == dataclasses.replace(recipe, **absolute)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, 'run mix, key "colour": unknown key'),
+        ({"ranks": [0]}, 'run mix, key "ranks": item 1: expected a whole number'),
+        ({"models": ["a"]}, 'run mix, key "models": Fewer than two checkpoints'),
+        ({"tolerance": float("nan")}, 'run mix, key "tolerance": expected a number'),
+    ],
+)
+def test_settings_that_are_none_are_refused_by_their_place(changes, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        recipe_from_settings(Recipe("x", MODELS).to_settings() | changes, "run mix")
 
 
 @given(recipe=RECIPES)

@@ -1,12 +1,14 @@
 """The report's figures are those of dense arithmetic, and its table is laid out for people."""
 
 import json
+import re
 
 import pytest
 import torch
 from tiny_family import layers_of, merge
 
-from hyper_merge.report import CheckpointReport, Fit, Report, text
+from hyper_merge.report import CheckpointReport, Fit, PartLoss, Report
+from hyper_merge.report_text import text
 
 REPORT = Report(
     name="mix",
@@ -24,6 +26,14 @@ REPORT = Report(
     bytes_before=4_264_000_000,
     bytes_average=2_132_000_000,
     bytes_loras=53_400_000,
+    curve=((0.0, 0.0), (0.25, 0.5), (0.8125, 1.0)),
+    similarity=((1.0, -0.5), (-0.5, 1.0)),
+    parts=(
+        PartLoss("TE00", "text_encoder", 0.25, 0.0125),
+        PartLoss("IN01", "unet", 0.25, 0.05),
+        PartLoss("MID", "unet", 0.25, 0.0),
+        PartLoss("OUT02", "unet", 0.25, 0.0625),
+    ),
 )
 
 TABLE = """\
@@ -40,6 +50,12 @@ loss: what stays unexplained, as a share of all differences in the layers
   lower bound for these ranks       0.1000
   by sweeps, before rounding: 0.5000 0.2500 0.1235
 
+explained by the first LoRAs: 1, 2, ...
+  mean   37.50%  90.62%
+  worst  25.00%  81.25%
+
+sections with the most of the loss: OUT02 50.0%, IN01 40.0%, TE00 10.0%
+
 not carried by LoRAs, as a share of all differences: norms 0.500%, VAE 0.000%
 
 4.26 GB of checkpoints -> hyper-model 2.13 GB + LoRAs 0.053 GB = 2.19 GB
@@ -55,29 +71,67 @@ def test_the_greedy_method_counts_blocks_not_sweeps():
     assert "\n  by blocks, before rounding: 0.5000\n" in text(greedy)
 
 
-def test_the_manifest_has_every_figure():
-    found = json.loads(json.dumps(REPORT.as_dict(), allow_nan=False))
-    assert set(found) == set(vars(REPORT))
-    rows = [
-        CheckpointReport(**dict(r, multipliers=tuple(r["multipliers"])))
-        for r in found["checkpoints"]
-    ]
-    found |= {
-        "checkpoints": tuple(rows),
-        "loras": tuple(found["loras"]),
-        "losses": tuple(found["losses"]),
-    }
-    assert Report(**found) == REPORT
+def test_the_table_of_a_report_of_the_first_version_has_no_more_than_it_knew():
+    old = Report(**dict(vars(REPORT), curve=(), similarity=(), parts=()))
+    assert "the first LoRAs" not in text(old)
+    assert "sections" not in text(old)
+
+
+def test_a_report_comes_back_from_the_manifest():
+    data = REPORT.as_dict()
+    assert set(data) == set(vars(REPORT))
+    assert Report.from_dict(data) == REPORT
+    assert Report.from_dict(json.loads(json.dumps(data, allow_nan=False))) == REPORT
+
+
+def test_a_report_of_the_first_version_comes_back_without_the_new_figures():
+    data = {k: v for k, v in REPORT.as_dict().items() if k not in ("curve", "similarity", "parts")}
+    report = Report.from_dict(data)
+    assert (report.curve, report.similarity, report.parts) == ((), (), ())
+    assert report.checkpoints == REPORT.checkpoints
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "none"}, "expected a finite number in report.loss, got 'none'"),
+        ({"loss": float("nan")}, "expected a finite number in report.loss, got nan"),
+        ({"loss": True}, "expected a finite number in report.loss, got True"),
+        ({"name": 3}, "expected text in report.name, got 3"),
+        ({"bytes_loras": 0.5}, "expected a whole number in report.bytes_loras, got 0.5"),
+        ({"losses": "0.5"}, "expected a list in report.losses, got '0.5'"),
+        ({"losses": [0.5, None]}, "expected a finite number in report.losses[1], got None"),
+        ({"not_carried": [1]}, "expected named figures in report.not_carried, got [1]"),
+        ({"checkpoints": [4, 5]}, "expected named figures in report.checkpoints[0], got 4"),
+        ({"parts": [{"name": "MID"}]}, "report.parts[0] lacks which, energy, lost"),
+        ({"loras": ["a"]}, "expected 2 rows of 1 figures in report.multipliers"),
+        ({"curve": [[0, 0]]}, "expected 3 rows of 2 figures in report.curve"),
+        ({"similarity": [[1, 0], [0]]}, "expected 2 rows of 2 figures in report.similarity"),
+    ],
+)
+def test_a_malformed_report_is_refused_with_the_place(change, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Report.from_dict(REPORT.as_dict() | change)
+
+
+def test_a_report_without_a_figure_or_of_another_kind_is_refused():
+    data = REPORT.as_dict()
+    del data["loss"], data["bound"]
+    with pytest.raises(ValueError, match="report lacks loss, bound"):
+        Report.from_dict(data)
+    with pytest.raises(ValueError, match="expected named figures in report, got \\[\\]"):
+        Report.from_dict([])
 
 
 def test_shares_of_chosen_layers_and_of_nothing():
     errors = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).double()
     energies = torch.tensor([[4.0, 0.0], [6.0, 0.0]]).double()
-    fit = Fit(torch.zeros(2, 1).double(), errors, energies)
+    nothing = torch.zeros(2, 2)
+    fit = Fit(torch.zeros(2, 1).double(), errors, energies, nothing)
     assert fit.loss == pytest.approx(0.4)
     assert fit.explained().tolist() == pytest.approx([0.6, 1.0])
     assert fit.explained(torch.tensor([True, False])).tolist() == pytest.approx([0.75, 1.0])
-    assert Fit(torch.zeros(2, 1), 0 * errors, 0 * energies).loss == 0
+    assert Fit(torch.zeros(2, 1), 0 * errors, 0 * energies, nothing).loss == 0
 
 
 def test_the_baselines_stand_in_their_order(merged):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hyper_merge.checkpoints.header import Shape
 from hyper_merge.checkpoints.module_names import Module
+from hyper_merge.checkpoints.sections import section_of
 from hyper_merge.checkpoints.structure import Structure
 
 PartName = Literal["unet", "text_encoder"]
@@ -53,6 +54,7 @@ class Part:
     prefix: str  # of its keys
     lora_prefix: str  # of its modules' names in a LoRA file
     modules: Callable[[str, Shape], tuple[Module, ...]]  # (dotted path, stored shape)
+    section: Callable[[str], str] = section_of  # dotted path -> name for people: "IN04", "TE11"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
 from hyper_merge.checkpoints.header import Header, Shape, TensorInfo
+from hyper_merge.checkpoints.sections import OTHER
 
 _WEIGHT: Final = re.compile(r"(?P<path>.+)\.weight|(?P<fused>.+\.in_proj)_weight")
 _POSITION_IDS: Final = ".embeddings.position_ids"
@@ -48,6 +49,7 @@ class Layer:
     shape: Shape  # of the weight in the LoRA's consumer, 2-D or 4-D
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
     together: str | None = None  # layers of one word are in a LoRA file all or none
+    section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
 
     @property
     def m(self) -> int:
@@ -151,10 +153,12 @@ def _layers(header: Header, part: Part) -> Iterator[Layer]:
         match = _WEIGHT.fullmatch(key, len(part.prefix))
         if match is None or not info.dtype.is_floating_point:
             continue
-        for module in part.modules(match["path"] or match["fused"], info.shape):
+        path = match["path"] or match["fused"]
+        for module in part.modules(path, info.shape):
             name = part.lora_prefix + module.path.replace(".", "_")
             group = module.together and part.lora_prefix + module.together
-            yield Layer(key, name, part.name, module.shape, module.rows, group)
+            section = part.section(path)
+            yield Layer(key, name, part.name, module.shape, module.rows, group, section)
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

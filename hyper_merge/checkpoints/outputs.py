@@ -1,4 +1,4 @@
-"""Several files that appear together: all of them, or none and every existing file as it was."""
+"""Several files that appear and disappear together: all, or every existing file is as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from types import TracebackType
 from typing import TypeAlias
 
 from hyper_merge.checkpoints.header import TensorInfo
-from hyper_merge.checkpoints.staging import StagedFile, refusing, require_free, sync_folder
+from hyper_merge.checkpoints.staging import (
+    StagedFile,
+    StagedRemoval,
+    refusing,
+    require_free,
+    sync_folder,
+)
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 
 _Bytes: TypeAlias = bytes  # the method `bytes` hides the name inside of the class
@@ -38,6 +44,7 @@ class Outputs:
         """
         self._overwrite = overwrite
         self._parts: dict[Path, SafetensorsWriter | StagedFile] = {}  # in the order of staging
+        self._removals: dict[Path, StagedRemoval] = {}
         self._folders: list[Path] = []
 
     def __enter__(self) -> Outputs:
@@ -68,8 +75,20 @@ class Outputs:
         path = self._prepare(path)
         staged = StagedFile(path, overwrite=self._overwrite, size=len(content))
         self._parts[path] = staged
+        staged.create()
         staged.write_at(memoryview(content), 0)
         staged.seal()
+
+    def remove(self, path: _Path) -> None:
+        """Stages the removal of an existing file; it goes when the new ones are in their places."""
+        path = Path(path)
+        if path in self._parts or path in self._removals:
+            raise ValueError(f"{path} is staged twice")
+        self._removals[path] = StagedRemoval(path)
+
+    def size_of(self, path: _Path) -> int:
+        """Bytes of a staged file."""
+        return self._parts[Path(path)].size
 
     def __exit__(
         self,
@@ -89,7 +108,7 @@ class Outputs:
     def _prepare(self, path: _Path) -> Path:
         """The path, free to be written to, in a folder that exists."""
         path = Path(path)
-        if path in self._parts:
+        if path in self._parts or path in self._removals:
             raise ValueError(f"{path} is staged twice")
         require_free(path, overwrite=self._overwrite)
         with refusing(path):
@@ -101,21 +120,29 @@ class Outputs:
         return path
 
     def _commit(self) -> None:
+        files = self._finished()
+        steps: list[StagedFile | StagedRemoval] = [*files, *self._removals.values()]
+        try:
+            for file in files:
+                file.commit(reversible=True)
+            for removal in self._removals.values():
+                removal.commit()
+        except BaseException:
+            for step in reversed(steps):
+                step.revert()
+            raise
+        for step in steps:
+            step.forget_previous()
+
+    def _finished(self) -> list[StagedFile]:
+        """All staged files, whole, with their places still free."""
         for part in self._parts.values():
             if isinstance(part, SafetensorsWriter):
                 part.finish()
         files = [_staged(part) for part in self._parts.values()]
         for file in files:
             require_free(file.path, overwrite=self._overwrite)  # all, before the first is placed
-        try:
-            for file in files:
-                file.commit(reversible=True)
-        except BaseException:
-            for file in reversed(files):
-                file.revert()
-            raise
-        for file in files:
-            file.forget_previous()
+        return files
 
     def _discard(self) -> None:
         for part in self._parts.values():

@@ -35,20 +35,22 @@ _REASONS: Final = {
 
 
 class StagedFile:
-    """A file being written beside its place; `commit` puts it there, `discard` forgets it."""
+    """A file being written beside its place; `commit` puts it there, `discard` forgets it.
+
+    Naming and creating it are two steps, so that an interrupt in between, or while it is created,
+    finds somebody who knows what to discard.
+    """
+
+    _file: FileIO
 
     def __init__(self, path: Path, *, overwrite: bool, size: int = 0) -> None:
-        """Creates the temporary file and reserves its space.
+        """Names the temporary file; makes none.
 
         Args:
             path: where the file is to appear; its folder must exist.
             overwrite: whether a file there may be replaced.
             size: bytes that will be written, as far as known.
-
-        Raises:
-            OutputError: the place is taken, the folder is missing or read-only, the disk is full.
         """
-        require_free(path, overwrite=overwrite)
         self.path = path
         self.overwrite = overwrite
         self.size = size
@@ -56,9 +58,17 @@ class StagedFile:
         self._previous: Path | None = None
         self._was_free = False
         self._lock = threading.Lock()
-        with refusing(path, size):
-            self._file: FileIO = self.temporary.open("xb", buffering=0)
+
+    def create(self) -> None:
+        """Creates the temporary file and reserves its space; nothing is left of it on failure.
+
+        Raises:
+            OutputError: the place is taken, the folder is missing or read-only, the disk is full.
+        """
+        require_free(self.path, overwrite=self.overwrite)
         try:
+            with refusing(self.path, self.size):
+                self._file = self.temporary.open("xb", buffering=0)
             self._reserve()
         except BaseException:
             self.discard()
@@ -120,7 +130,7 @@ class StagedFile:
 
     def discard(self) -> None:
         """Removes the temporary file if it is still there; never fails."""
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # it may not have been created
             self._file.close()
         with suppress(OSError):
             self.temporary.unlink()
@@ -156,6 +166,42 @@ class StagedFile:
             self._previous = previous
 
 
+class StagedRemoval:
+    """An existing file about to disappear; `commit` takes it away, `revert` brings it back."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the file; nothing happens yet."""
+        self.path = path
+        self._kept = path.with_name(f".hyper-merge-{secrets.token_hex(8)}.old")
+
+    def commit(self) -> None:
+        """Takes the file away; one that is gone already is no error.
+
+        Raises:
+            OutputError: the operating system refuses.
+        """
+        try:
+            self.path.rename(self._kept)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OutputError(
+                f"cannot remove {self.path}: {error.strerror or error}; close the programs that use"
+                " it, or see to the rights of its folder"
+            ) from error
+        sync_folder(self.path.parent)
+
+    def revert(self) -> None:
+        """The file is back."""
+        with suppress(OSError):
+            self._kept.rename(self.path)
+
+    def forget_previous(self) -> None:
+        """Deletes it for good."""
+        with suppress(OSError):
+            self._kept.unlink()
+
+
 def require_free(path: Path, *, overwrite: bool) -> None:
     """Returns if a file may be written there.
 
@@ -167,7 +213,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{path} is a folder; choose another name")
         # lexists: a dangling link is somebody's file too.
         if not overwrite and os.path.lexists(path):
-            raise OutputError(f"{path} exists; choose another name or set overwrite")
+            raise OutputError(f"{path} exists; choose another name or allow overwriting")
 
 
 @contextmanager

@@ -84,6 +84,7 @@ class SafetensorsWriter:
         """
         self._staged = StagedFile(self.path, overwrite=self._overwrite, size=self.size)
         try:
+            self._staged.create()
             self._staged.write_at(memoryview(self._header), 0)
         except BaseException:
             self._staged.discard()

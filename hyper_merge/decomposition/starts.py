@@ -64,6 +64,16 @@ def best_start(
     return tried[0].multipliers
 
 
+def search_effort(entries: int) -> float:
+    """How many sweeps over all layers the search is worth, for cores of so many entries."""
+    share = min(max(_PILOT_SHARE, _PILOT_ENTRIES / entries), 1.0)
+    sweeps, tried = _GREEDY_TURNS, _RANDOM + 3  # greedy, eigenvectors, private blocks
+    for more, kept in _ROUNDS:
+        sweeps += more * tried
+        tried = min(kept, tried)
+    return share * sweeps
+
+
 def pilot(problem: Problem) -> Problem:
     """The layers with the most energy per entry of their cores, up to a small share of all."""
     sizes: list[int] = []

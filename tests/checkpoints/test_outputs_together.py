@@ -1,5 +1,8 @@
 import errno
 import os
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +41,10 @@ def fail_with(error):
 
 def everything(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 def test_nothing_appears_before_the_end_and_everything_after_it(tmp_path):
@@ -108,7 +115,7 @@ def test_an_unfinished_writer_stops_all(tmp_path, enter):
 def test_existing_files_are_refused_when_staged(tmp_path):
     (tmp_path / "raw").write_text("old")
     reached = []
-    with pytest.raises(OutputError, match="raw exists; choose another name or set overwrite"):
+    with pytest.raises(OutputError, match="raw exists; choose another name or allow overwriting"):
         run(tmp_path, then=reached.append)
     assert not reached
     assert everything(tmp_path) == ["raw"]
@@ -165,6 +172,43 @@ def test_a_failure_while_placing_brings_replaced_files_back(tmp_path, monkeypatc
     assert text == ("old" if links else "é\n")
 
 
+def stage_text(outputs, path):
+    outputs.text(path, "a")
+
+
+def stage_checkpoint(outputs, path):
+    with outputs.safetensors(path, DECLARED, {}):
+        pass
+
+
+@pytest.mark.parametrize("stage", [stage_text, stage_checkpoint])
+def test_an_interrupt_while_a_file_is_created_leaves_nothing(tmp_path, monkeypatch, stage):
+    create = Path.open
+
+    def interrupted(self, *rest, **options):
+        create(self, *rest, **options).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), Outputs() as outputs:
+        stage(outputs, tmp_path / "x.safetensors")
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", [stage_text, stage_checkpoint])
+def test_an_interrupt_right_after_a_file_was_created_leaves_nothing(tmp_path, monkeypatch, stage):
+    create = StagedFile.create
+
+    def interrupted(self):
+        create(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StagedFile, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt), Outputs() as outputs:
+        stage(outputs, tmp_path / "x.safetensors")
+    assert everything(tmp_path) == []
+
+
 def test_a_path_can_be_staged_only_once(tmp_path):
     with pytest.raises(ValueError, match="raw is staged twice"):
         run(tmp_path, then=lambda outputs: outputs.text(tmp_path / "raw", ""))
@@ -189,3 +233,42 @@ def test_the_file_has_the_rights_that_new_files_have(tmp_path):
     with Outputs() as outputs:
         outputs.text(tmp_path / "a.txt", "a")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_removal_goes_with_the_new_files_and_comes_back_without_them(tmp_path, monkeypatch):
+    old, gone, new = (tmp_path / name for name in ("old", "gone", "new"))
+    for path in (old, gone):
+        path.write_text("old")
+
+    def stage(outputs):
+        outputs.text(new, "new")
+        outputs.remove(old)
+        outputs.remove(gone)
+
+    with suppress(KeyError), Outputs() as outputs:
+        stage(outputs)
+        raise KeyError
+    assert contents(tmp_path) == {"old": "old", "gone": "old"}
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self == gone:
+            raise PermissionError(13, "in use")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    message = f"cannot remove {gone}: in use; close the programs that use it"
+    with pytest.raises(OutputError, match=re.escape(message)), Outputs() as outputs:
+        stage(outputs)
+    assert contents(tmp_path) == {"old": "old", "gone": "old"}
+    monkeypatch.undo()
+    with Outputs() as outputs:
+        stage(outputs)
+        gone.unlink()  # by somebody else: not an error
+        assert contents(tmp_path)["old"] == "old"
+    assert contents(tmp_path) == {"new": "new"}
+    with Outputs(overwrite=True) as outputs:
+        outputs.remove(new)
+        for again in (lambda: outputs.remove(new), lambda: outputs.text(new, "x")):
+            with pytest.raises(ValueError, match="staged twice"):
+                again()

@@ -13,7 +13,7 @@ from dense_oracles import (
     tail,
     with_spectrum,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -48,6 +48,11 @@ def mode3_rows(batch, multipliers):  # (k, rho): the multiplier of every column
     return multipliers.repeat_interleave(torch.tensor(batch.ranks), 1)
 
 
+def well_conditioned(design):
+    """The damping, 2e-14 of the squares, moves a fit by less than 1e-7 of its target then."""
+    return bool((torch.linalg.cond(design) < 1e3).all())
+
+
 @settings(deadline=None, max_examples=40)
 @given(batches())
 def test_ups_are_the_dense_least_squares_solution(drawn):
@@ -55,9 +60,10 @@ def test_ups_are_the_dense_least_squares_solution(drawn):
     found = update_ups(batch, factors, multipliers)
     weighted = torch.einsum("kc,bcq->bckq", mode3_rows(batch, multipliers), factors.down)
     design = weighted.flatten(2).mT  # (b, kq, rho)
+    assume(well_conditioned(design))
     target = batch.slices.transpose(1, 2).flatten(2).mT  # (b, kq, p)
     wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution
-    assert_close(design @ found.up.mT, design @ wanted, rtol=0, atol=1e-4)  # damped
+    assert_close(design @ found.up.mT, design @ wanted, rtol=0, atol=1e-6)
     assert found.down is factors.down
 
 
@@ -68,9 +74,10 @@ def test_downs_are_the_dense_least_squares_solution(drawn):
     found = update_downs(batch, factors, multipliers)
     weighted = torch.einsum("kc,bpc->bkpc", mode3_rows(batch, multipliers), factors.up)
     design = weighted.flatten(1, 2)  # (b, kp, rho)
+    assume(well_conditioned(design))
     target = batch.slices.flatten(1, 2)  # (b, kp, q)
     wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution
-    assert_close(design @ found.down, design @ wanted, rtol=0, atol=1e-4)  # damped
+    assert_close(design @ found.down, design @ wanted, rtol=0, atol=1e-6)
     assert found.up is factors.up
 
 

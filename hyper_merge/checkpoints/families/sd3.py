@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from hyper_merge.checkpoints.architecture import Family, Part, Signs
-from hyper_merge.checkpoints.families.shared import CLIP_G, CLIP_L, T5, VAE
+from hyper_merge.checkpoints.families.shared import CLIP_G, CLIP_L, T5, VAE, second_encoder
 from hyper_merge.checkpoints.header import Shape
 from hyper_merge.checkpoints.module_names import Module, clip_text_model, matching, none
 from hyper_merge.checkpoints.structure import UNET
@@ -29,7 +29,7 @@ def _family(name: str, title: str, model_type: str, signs: Signs) -> Family:
         signs=signs,
         parts=(
             Part("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
-            Part("text_encoder", "CLIP-G", CLIP_G, "lora_te2_", clip_text_model),
+            Part("text_encoder", "CLIP-G", CLIP_G, "lora_te2_", clip_text_model, second_encoder),
             Part("text_encoder", "T5", T5, "lora_te3_", none),  # nobody trains it
             Part("unet", "transformer", UNET, "lora_unet_", _modules),
         ),

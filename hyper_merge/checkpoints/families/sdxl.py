@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from hyper_merge.checkpoints.architecture import Family, Part, Signs
-from hyper_merge.checkpoints.families.shared import INPAINTING, PIX2PIX, VAE
+from hyper_merge.checkpoints.families.shared import INPAINTING, PIX2PIX, VAE, second_encoder
 from hyper_merge.checkpoints.families.v_configurations import sdxl_v
 from hyper_merge.checkpoints.module_names import clip_text_model, none, open_clip, unet_as_stored
 from hyper_merge.checkpoints.structure import LABELS, UNET
@@ -25,7 +25,14 @@ SDXL: Final = Family(
     signs=_SIGNS,
     parts=(
         Part("text_encoder", "first text encoder", _CLIP, "lora_te1_", clip_text_model),
-        Part("text_encoder", "second text encoder", _OPEN_CLIP, "lora_te2_", open_clip),
+        Part(
+            "text_encoder",
+            "second text encoder",
+            _OPEN_CLIP,
+            "lora_te2_",
+            open_clip,
+            second_encoder,
+        ),
         _UNET,
     ),
     vae_prefixes=VAE,

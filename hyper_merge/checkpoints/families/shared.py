@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from hyper_merge.checkpoints.sections import section_of
+
 INPAINTING: Final = 9
 """Channels that an inpainting UNet reads: latent, masked latent, mask."""
 
@@ -21,3 +23,8 @@ CLIP_L: Final = "text_encoders.clip_l.transformer.text_model."
 CLIP_G: Final = "text_encoders.clip_g.transformer.text_model."
 T5: Final = "text_encoders.t5xxl.transformer."
 """Prefixes of the text encoders that stand in one file with a transformer."""
+
+
+def second_encoder(path: str) -> str:
+    """The section of a layer in the second of two text encoders."""
+    return section_of(path, encoder="TE2.")

@@ -1,0 +1,135 @@
+"""The tab on a server of its own, for a WebUI-shaped models folder."""
+
+from __future__ import annotations
+
+import ipaddress
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import gradio as gr
+
+from hyper_merge.errors import AppError
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.ui.compat import IS_GRADIO_4, browser
+from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.tab import build_tab
+
+LOCAL: Final = "127.0.0.1"
+PORT: Final = 7871
+
+_ASSETS: Final = (  # in a clone; installed
+    Path(__file__).parent.parent,
+    Path(sysconfig.get_path("data")) / "share" / "hyper-merge",
+)
+_SANS: Final = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "sans-serif")
+_MONO: Final = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the app listens, and for whom.
+
+    Attributes:
+        address: Of the network; others than this computer's own are open to the network.
+        port: Number.
+        auth: Name and password that a browser must give, or None.
+        open_browser: Whether to open the page on this machine.
+    """
+
+    address: str = LOCAL
+    port: int = PORT
+    auth: tuple[str, str] | None = None
+    open_browser: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can reach it without a password."""
+        if self.auth is not None or self.address == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(self.address).is_loopback
+        except ValueError:
+            return True
+
+
+def parse_auth(text: str) -> tuple[str, str]:
+    """Name and password from `name:password`.
+
+    Raises:
+        AppError: one of them is missing.
+    """
+    name, _, password = text.partition(":")
+    if not name or not password:
+        raise AppError("--auth: expected NAME:PASSWORD, got something without one of the two")
+    return name, password
+
+
+def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
+    """The page for a models folder.
+
+    Args:
+        root: holds `Stable-diffusion` and `Lora`; made when something is written.
+        jobs: those to show and start; by default the process's.
+
+    Raises:
+        AppError: the folder is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise AppError(f"expected a models folder, {root} is a file; choose a folder")
+    page = build_tab(
+        Standalone(root),
+        jobs,
+        title="Hyper-Merge",
+        css=_asset("style.css") + _PAGE,
+        theme=gr.themes.Default(font=list(_SANS), font_mono=list(_MONO)),
+    )
+    script = _asset("javascript/hyper_merge.js")
+    with page:
+        page.load(None, None, None, **browser(f"() => {{\n{script}\nreturn []; }}"))
+    return page
+
+
+def serve(page: gr.Blocks, listening: Listening, *, block: bool = True) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        page: of `build_app`.
+        listening: where.
+        block: false returns once the server is up.
+
+    Raises:
+        AppError: the port is taken, or the address is not this machine's.
+    """
+    page.queue()
+    more: dict[str, Any] = {"show_api": False}
+    if not IS_GRADIO_4:
+        more["file_directories"] = []
+    try:
+        page.launch(
+            server_name=listening.address,
+            server_port=listening.port,
+            auth=[listening.auth] if listening.auth else None,
+            inbrowser=listening.open_browser,
+            prevent_thread_lock=not block,
+            quiet=True,
+            blocked_paths=[str(Path.cwd())],
+            **more,
+        )
+    except OSError as error:
+        raise AppError(
+            f"nothing can listen on {listening.address} port {listening.port}"
+            f" ({error.strerror or error}); choose another --port"
+        ) from error
+
+
+def _asset(name: str) -> str:
+    path = next(path for folder in _ASSETS if (path := folder / name).exists())
+    return path.read_text(encoding="utf-8")
+
+
+_PAGE: Final = """
+.gradio-container { max-width: 1500px !important; }
+footer { display: none !important; }
+"""

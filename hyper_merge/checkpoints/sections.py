@@ -1,0 +1,40 @@
+"""From a layer's path to the section of the network it lies in, as people who merge call them."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+OTHER: Final = "other"
+"""The section of a layer that no rule knows."""
+
+_NUMBERED: Final = (
+    (re.compile(r"(?:^|.*\.)input_blocks\.(\d+)\..*"), "IN"),
+    (re.compile(r"(?:^|.*\.)output_blocks\.(\d+)\..*"), "OUT"),
+    (re.compile(r"(?:^|.*\.)joint_blocks\.(\d+)\..*"), "JOINT"),
+    (re.compile(r"(?:^|.*\.)double_blocks\.(\d+)\..*"), "DOUBLE"),
+    (re.compile(r"(?:^|.*\.)single_blocks\.(\d+)\..*"), "SINGLE"),
+)
+_ENCODER: Final = re.compile(r"(?:^|.*\.)(?:layers|resblocks)\.(\d+)\..*")
+_MIDDLE: Final = re.compile(r"(?:^|.*\.)middle_block\..*")
+
+
+def section_of(path: str, encoder: str = "TE") -> str:
+    """IN00.., MID and OUT00.. of an LDM UNet, JOINT00.., DOUBLE00.., SINGLE00.. of a transformer.
+
+    Args:
+        path: dotted, within its network.
+        encoder: the word for layers of a text encoder (TE00..); with several of them one each, as
+            by `functools.partial(section_of, encoder="TE2.")`.
+
+    >>> section_of("output_blocks.5.1.transformer_blocks.0.attn1.to_q")
+    'OUT05'
+    >>> section_of("encoder.layers.11.mlp.fc1", "TE2.")
+    'TE2.11'
+    """
+    if _MIDDLE.fullmatch(path):
+        return "MID"
+    for pattern, word in (*_NUMBERED, (_ENCODER, encoder)):
+        if match := pattern.fullmatch(path):
+            return f"{word}{int(match[1]):02d}"
+    return OTHER

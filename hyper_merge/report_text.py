@@ -1,0 +1,81 @@
+"""A report as plain text, for the terminal and beside the manifest."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hyper_merge.report import Report
+
+_WORST: Final = 3  # sections that are named
+
+
+def text(report: Report) -> str:
+    """The report as a table of plain text."""
+    width = max([len(row.name) for row in report.checkpoints] + [len("checkpoint")])
+    lines = [
+        f"{report.name}: {len(report.checkpoints)} checkpoints, {len(report.loras)} shared LoRAs",
+        "",
+        f"{'checkpoint':{width}}  explained    UNet  text enc.  rel. error   not carried",
+    ]
+    lines += [
+        f"{row.name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
+        f"{row.explained_text_encoder:9.2%}  {row.error:10.4f}  {row.not_carried:12.3%}"
+        for row in report.checkpoints
+    ]
+    lines += [
+        "",
+        *_comparison(report),
+        *_details(report),
+        "",
+        *_carried(report),
+        "",
+        *_bytes(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _comparison(report: Report) -> list[str]:
+    alone = 1.0 if report.loss or report.private_loss else 0.0
+    rows = [
+        ("average alone", alone, ""),
+        ("private LoRAs of the same bytes", report.private_loss, ""),
+        ("shared LoRAs, as written", report.loss, _over_bound(report)),
+        ("lower bound for these ranks", report.bound, ""),
+    ]
+    steps = "blocks" if report.method == "greedy" else "sweeps"
+    trail = " ".join(f"{loss:.4f}" for loss in report.losses)
+    return [
+        "loss: what stays unexplained, as a share of all differences in the layers",
+        *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
+        f"  by {steps}, before rounding: {trail}",
+    ]
+
+
+def _over_bound(report: Report) -> str:
+    return f"   {report.loss / report.bound:.2f} times the bound" if report.bound > 0 else ""
+
+
+def _details(report: Report) -> list[str]:
+    """How the first LoRAs do alone, and where most is lost."""
+    lines = []
+    if report.curve:
+        means = " ".join(f"{sum(row) / len(row):7.2%}" for row in report.curve[1:])
+        worst = " ".join(f"{min(row):7.2%}" for row in report.curve[1:])
+        lines += ["", "explained by the first LoRAs: 1, 2, ..."]
+        lines += [f"  mean  {means}", f"  worst {worst}"]
+    if report.parts and report.loss > 0:
+        most = sorted(report.parts, key=lambda part: part.lost, reverse=True)[:_WORST]
+        shares = ", ".join(f"{part.name} {part.lost / report.loss:.1%}" for part in most)
+        lines += ["", f"sections with the most of the loss: {shares}"]
+    return lines
+
+
+def _carried(report: Report) -> list[str]:
+    shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
+    return [f"not carried by LoRAs, as a share of all differences: {shares}"]
+
+
+def _bytes(report: Report) -> list[str]:
+    average, loras = report.bytes_average / 1e9, report.bytes_loras / 1e9
+    after = f"hyper-model {average:.2f} GB + LoRAs {loras:.3f} GB = {average + loras:.2f} GB"
+    return [f"{report.bytes_before / 1e9:.2f} GB of checkpoints -> {after}"]

@@ -1,0 +1,34 @@
+"""What differs between gradio 3.41 (AUTOMATIC1111) and gradio 4 (Forge, the app), in one place."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import gradio as gr
+
+IS_GRADIO_4: Final = int(gr.__version__.split(".")[0]) >= 4
+
+
+def browser(code: str) -> dict[str, Any]:
+    """Arguments of an event that runs a JavaScript function in the browser first."""
+    return {"js" if IS_GRADIO_4 else "_js": code}
+
+
+def quiet(*, queued: bool, latest: bool = False) -> dict[str, Any]:
+    """Arguments of every event: no spinner over its outputs, no place in the public API.
+
+    Args:
+        queued: whether it may take long or sends several results; those need gradio's queue.
+        latest: whether, of events that come while one is answered, only the last one counts.
+    """
+    common: dict[str, Any] = {"show_progress": "hidden", "api_name": False, "queue": queued}
+    if not IS_GRADIO_4:
+        return common
+    # By default gradio 4 drops a click while the last one is answered, and answers one page
+    # at a time.
+    return {
+        **common,
+        "show_api": False,
+        "trigger_mode": "always_last" if latest else "multiple",
+        "concurrency_limit": None,
+    }

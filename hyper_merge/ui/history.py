@@ -1,0 +1,122 @@
+"""Earlier runs: open, copy, compare, delete; and the cache.
+
+Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
+from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
+message; it never leaves as an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge import analysis_cache
+from hyper_merge.errors import HyperMergeError
+from hyper_merge.folders import Folders
+from hyper_merge.hosts.host import Host
+from hyper_merge.runs import delete_run, files_of, list_runs, load_run
+from hyper_merge.ui import views
+from hyper_merge.ui.form import Form, form_of
+
+
+def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, Any, str]:
+    """The table of runs, the two pickers with what they show if it is still there, the cache."""
+    folders = host.folders()
+    found, problems = list_runs(folders)
+    names = [run.name for run in found]
+    return (
+        views.runs(found, problems),
+        gr.update(choices=names, value=_kept(first, names, 0)),
+        gr.update(choices=names, value=_kept(second, names, 1)),
+        cache_text(folders),
+    )
+
+
+def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
+    """The form's values for another merge like a run, and a message."""
+    try:
+        recipe = load_run(host.folders(), name or "").recipe
+    except HyperMergeError as error:
+        return (*(gr.update() for _ in fields(Form)), _refused(error))
+    listed = host.checkpoints()
+    form = form_of(recipe, listed, save_styles=host.defaults().save_styles and host.has_txt2img)
+    gone = len(recipe.models) - len(form.checkpoints)
+    text = f"The settings of {name} are in the form."
+    if gone:
+        text += f" {gone} of its checkpoints are no longer in the list."
+    values = (getattr(form, field.name) for field in fields(Form))
+    return (*values, views.message("info" if gone else "good", text))
+
+
+def compare(host: Host, first: str | None, second: str | None) -> str:
+    """Two runs side by side."""
+    try:
+        one, other = (load_run(host.folders(), name or "") for name in (first, second))
+    except HyperMergeError as error:
+        return _refused(error)
+    return views.comparison(one, other)
+
+
+def ask_to_delete(host: Host, name: str | None) -> tuple[str, Any, Any]:
+    """The files that would go, and the two buttons."""
+    try:
+        run = load_run(host.folders(), name or "")
+        files = files_of(run, host.folders())
+    except HyperMergeError as error:
+        return (_refused(error), *_buttons(visible=False))
+    question = f"Deleting the run {run.name} removes these {len(files)} files:"
+    return (views.file_list(files, question), *_buttons(visible=True))
+
+
+def delete(host: Host, name: str | None) -> tuple[str, Any, Any]:
+    """Deletes a run's files, and says what is gone."""
+    try:
+        gone = delete_run(load_run(host.folders(), name or ""), host.folders())
+        said = views.message("good", f"{len(gone)} files of {name} are deleted.")
+    except HyperMergeError as error:
+        said = _refused(error)
+    host.refresh()
+    return (said, *_buttons(visible=False))
+
+
+def keep() -> tuple[str, Any, Any]:
+    """Nothing is deleted."""
+    return ("", *_buttons(visible=False))
+
+
+def clear_cache(host: Host) -> str:
+    """Empties the cache, and says what that freed."""
+    folders = host.folders()
+    try:
+        freed = analysis_cache.clear(folders.cache)
+    except HyperMergeError as error:
+        return _refused(error)
+    return views.message("good", f"The cache is empty; {views.size(freed)} are free again.")
+
+
+def cache_text(folders: Folders) -> str:
+    """How much the cache holds, and what it is for."""
+    held = analysis_cache.total_bytes(folders.cache)
+    return (
+        f"<p class=hm-hint>The cache holds {views.size(held)} of at most "
+        f"{views.size(folders.cache_limit)}. With it another list of ranks takes a fraction of the "
+        "time. It is safe to clear.</p>"
+    )
+
+
+def _kept(name: str | None, names: Sequence[str], place: int) -> str | None:
+    """The name, or where it is gone the one in a place of the list."""
+    if name in names:
+        return name
+    return names[place] if len(names) > place else None
+
+
+def _buttons(*, visible: bool) -> tuple[Any, Any]:
+    return gr.update(visible=visible), gr.update(visible=visible)
+
+
+def _refused(error: HyperMergeError) -> str:
+    return views.message("bad", str(error))

@@ -1,0 +1,119 @@
+"""Starting a merge, following it, stopping it.
+
+Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
+from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
+message; it never leaves as an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Final
+
+import gradio as gr
+
+from hyper_merge.control import Control
+from hyper_merge.demo import DEMO_RANKS, make_family
+from hyper_merge.errors import HyperMergeError
+from hyper_merge.hosts.host import Host
+from hyper_merge.merge import run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.runs import load_run
+from hyper_merge.ui import results, views
+from hyper_merge.ui.form import Form, recipe_of
+from hyper_merge.ui.jobs import Jobs, Standing
+from hyper_merge.ui.picking import prepare
+
+_TICK: Final = 0.5  # seconds between looks at a job that says nothing
+
+
+def merge(host: Host, jobs: Jobs, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Starts the merge and follows it: status, message, Stop button."""
+    form = Form(*values)
+    try:
+        preflight, _ = prepare(host, form)
+        form = replace(form, name=preflight.recipe.name)
+        jobs.start(form.name, functools.partial(_merge, host, form), host.log)
+    except HyperMergeError as error:
+        yield gr.update(), views.message("bad", str(error)), gr.update()
+        return
+    yield from watch(jobs)
+
+
+def make_demo(host: Host, jobs: Jobs) -> Iterator[tuple[Any, Any, Any]]:
+    """Makes small checkpoints where there are none, and follows that."""
+    try:
+        jobs.start("the demo's checkpoints", functools.partial(_make_demo, host), host.log)
+    except HyperMergeError as error:
+        yield gr.update(), views.message("bad", str(error)), gr.update()
+        return
+    yield from watch(jobs)
+
+
+def watch(jobs: Jobs) -> Iterator[tuple[Any, Any, Any]]:
+    """Follows the job that runs, or says how the last one ended: status, message, Stop button."""
+    job = jobs.last
+    if job is None:
+        yield "", "", gr.update(interactive=False)
+        return
+    now = job.standing
+    message: Any = ""
+    while now.outcome == "running":
+        yield views.progress(now), message, gr.update(interactive=not now.stopping)
+        message = gr.update()  # what other clicks were told stays
+        job.wait(_TICK)
+        now = job.standing
+    yield views.progress(now), message, gr.update(interactive=False)
+
+
+def stop(jobs: Jobs) -> str:
+    """Asks the job that runs to end."""
+    if jobs.last is None or jobs.last.standing.outcome != "running":
+        return views.message("info", "Nothing is running.")
+    jobs.last.stop()
+    return ""
+
+
+def after(host: Host, jobs: Jobs) -> tuple[Any, ...]:
+    """What the result panel shows once a job has ended; nothing new unless it made a run."""
+    now = _last(jobs)
+    if now is None or now.outcome != "done" or not now.result:
+        return (gr.update(),) * len(results.NOTHING)
+    return results.show(host, now.result)
+
+
+def after_demo(host: Host, jobs: Jobs) -> tuple[Any, Any]:
+    """The demo's checkpoints, picked, and ranks that become them."""
+    now = _last(jobs)
+    if now is None or now.outcome != "done":
+        return gr.update(), gr.update()
+    names = list(host.checkpoints())
+    return gr.update(choices=names, value=names), ", ".join(map(str, DEMO_RANKS))
+
+
+def _merge(host: Host, form: Form, task: str, control: Control) -> str:
+    with host.running(task) as hosts:
+        both = control.joined(hosts)
+        both.step("starting", 0.0)
+        folders = host.folders()
+        preflight = examine(recipe_of(form, host.checkpoints(), folders), folders)
+        for warning in preflight.warnings:
+            both.warn(warning)
+        merged = run_merge(preflight, both, folders)
+        host.refresh()
+        name = merged.place.run
+        if form.save_styles and host.has_txt2img:
+            host.save_styles(results.styles_of(load_run(folders, name)))
+    return name
+
+
+def _make_demo(host: Host, _task: str, control: Control) -> str:
+    make_family(host.folders().models, control)
+    host.refresh()
+    return ""
+
+
+def _last(jobs: Jobs) -> Standing | None:
+    return jobs.last.standing if jobs.last else None

@@ -1,0 +1,100 @@
+"""Showing what a run made: figures, prompts, styles.
+
+Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
+from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
+message; it never leaves as an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import gradio as gr
+
+from hyper_merge.errors import HyperMergeError
+from hyper_merge.hosts.host import Host
+from hyper_merge.prompts import tags
+from hyper_merge.runs import Run, load_run
+from hyper_merge.ui import views
+from hyper_merge.ui.plots import explained_plot, parts_plot, similarity_plot
+
+NOTHING: Final = ("", *(gr.update(),) * 11)
+"""Values of the panel's widgets that leave all but its message as they are."""
+
+
+def show(host: Host, name: str) -> tuple[Any, ...]:
+    """A run in the result panel: values of its widgets, in their order."""
+    try:
+        run = load_run(host.folders(), name)
+    except HyperMergeError as error:
+        return (views.message("bad", str(error)), gr.update(visible=False), *NOTHING[2:])
+    report = run.report
+    names = [row.name for row in report.checkpoints]
+    return (
+        "",
+        gr.update(visible=True),
+        views.result_sentence(run),
+        views.result_table(report),
+        gr.update(choices=names, value=names[0]),
+        prompt_of(run, names[0]),
+        "",
+        explained_plot(report),
+        similarity_plot(report),
+        parts_plot(report),
+        run.name,
+        host.checkpoint_title(run.hyper_model) or "",
+    )
+
+
+def prompt(host: Host, name: str, checkpoint: str) -> str:
+    """The tags of one checkpoint of a run; nothing where there is no such thing."""
+    try:
+        return prompt_of(load_run(host.folders(), name), checkpoint) if name else ""
+    except HyperMergeError:
+        return ""
+
+
+def prompt_of(run: Run, checkpoint: str | None) -> str:
+    """The tags of one checkpoint; none for a name that is not in the run."""
+    rows = {row.name: row.multipliers for row in run.report.checkpoints}
+    return tags(run.report.loras, rows[checkpoint]) if checkpoint in rows else ""
+
+
+def sent(name: str, title: str) -> str:
+    """What is left to do after the prompt was sent, where the host cannot select the hyper-model."""
+    if title:
+        return ""
+    text = f"Select the hyper-model of {name} in the checkpoint menu yourself: by name it is not unique."
+    return views.message("info", text)
+
+
+def save_styles(host: Host, name: str) -> str:
+    """Saves a style for every checkpoint of a run."""
+    try:
+        run = load_run(host.folders(), name)
+        styles = styles_of(run)
+        host.save_styles(styles)
+    except HyperMergeError as error:
+        return views.message("bad", str(error))
+    return views.message(
+        "good",
+        f"{len(styles)} styles are saved, {run.name}: … Pick one in txt2img.",
+    )
+
+
+def remove_styles(host: Host, name: str) -> str:
+    """Removes the styles of a run again."""
+    try:
+        names = set(styles_of(load_run(host.folders(), name))) & host.styles()
+        host.remove_styles(names)
+    except HyperMergeError as error:
+        return views.message("bad", str(error))
+    return views.message("good", f"{len(names)} styles are removed." if names else "No styles.")
+
+
+def styles_of(run: Run) -> dict[str, str]:
+    """One style per checkpoint: its name, and the prompt that it stands for."""
+    return {
+        f"{run.name}: {row.name}": tags(run.report.loras, row.multipliers)
+        for row in run.report.checkpoints
+    }

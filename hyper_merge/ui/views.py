@@ -1,0 +1,292 @@
+"""What the tab says, as HTML: tables, sentences, progress. Text in, text out; every name is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Final, Literal
+
+from hyper_merge.effort import duration_text
+from hyper_merge.folders import Place
+from hyper_merge.inspection import Row
+from hyper_merge.preflight import Preflight
+from hyper_merge.prompts import lora_names
+from hyper_merge.report import CheckpointReport, Report
+from hyper_merge.runs import Run
+from hyper_merge.ui.jobs import Standing
+
+Kind = Literal["info", "good", "bad"]
+
+_ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
+    "done": ("good", "Done"),
+    "stopped": ("info", "Stopped"),
+    "refused": ("bad", "Not made"),
+    "failed": ("bad", "An unexpected error ended the merge; the log has all of it"),
+}
+
+
+def message(kind: Kind, text: str) -> str:
+    """A calm box with one message; empty for no text."""
+    return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(2_132_000_000), size(584_000_000), size(12_000)
+    ('2.13 GB', '584 MB', '12 kB')
+    """
+    if count >= 999.5e6:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 999.5e3 else f"{count / 1e3:.0f} kB"
+
+
+def percent(share: float) -> str:
+    """A share 0..1 for people; never rounded up to a whole that it is not.
+
+    >>> percent(0.7536), percent(0.99996), percent(1.0)
+    ('75.4 %', '99.9 %', '100 %')
+    """
+    if share >= 1:
+        return "100 %"
+    return f"{min(round(share * 100, 1), 99.9) + 0.0:.1f} %"  # + 0.0: no negative zero
+
+
+def introduction() -> str:
+    """What stands where the result will be."""
+    return (
+        "<div class=hm-intro><h3>What you get</h3>"
+        "<p>One <b>hyper-model</b>, the average of the checkpoints, and a few <b>LoRAs</b> that all of "
+        "them share. For every checkpoint there is one line for the prompt: with it the hyper-model "
+        "becomes nearly that checkpoint.</p>"
+        "<p>A report says how near, before you decide which files to keep. Nothing is ever deleted or "
+        "replaced by a merge.</p></div>"
+    )
+
+
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],  # cells in HTML
+    numeric: Iterable[int] = (),  # columns to be aligned at the right
+) -> str:
+    """A table; its cells are HTML already, its head is text."""
+    right = set(numeric)
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=hm-number' if place in right else ''}>{value}</{tag}>"
+            for place, value in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    top = cells("th", [_text(name) for name in head])
+    return (
+        f'<div class="hm-scroll"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None]) -> str:
+    """What is known of the chosen checkpoints.
+
+    Args:
+        rows: name in the host's list, and what its file is.
+        hashes: short SHA-256 by that name, where the host knows it.
+    """
+    if not rows:
+        return message("info", "Pick two or more checkpoints; a table here says what they are.")
+    groups = vae_groups([row for _, row in rows])
+    cells = [
+        (
+            _name_cell(name, row),
+            _text(row.family or ""),
+            size(row.size),
+            _text(row.dtype),
+            f"<code>{_text(hashes.get(name) or row.legacy_hash)}</code>",
+            _text(vae),
+        )
+        for (name, row), vae in zip(rows, groups, strict=True)
+    ]
+    head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
+    return table(head, cells, numeric=(2,))
+
+
+def vae_groups(rows: Sequence[Row]) -> list[str]:
+    """Of every file: `same` if all have one VAE, else a letter for each different one."""
+    prints = [row.vae for row in rows]
+    known = list(dict.fromkeys(vae for vae in prints if vae is not None))
+    if len(known) == 1:
+        return ["none" if vae is None else "same" for vae in prints]
+    return ["none" if vae is None else f"VAE {_letter(known.index(vae))}" for vae in prints]
+
+
+def plan(preflight: Preflight, place: Place) -> str:
+    """What a merge will write and take."""
+    estimate, recipe = preflight.estimate, preflight.recipe
+    before = sum(header.size for header in preflight.sources.headers)
+    average = place.hyper_model.stat().st_size if place.exists else estimate.average
+    hyper = f"{place.hyper_model.name} ({size(average)}{', there already' if place.exists else ''})"
+    lines = [
+        (
+            f"<b>{_text(hyper)}</b> and {_count(len(recipe.ranks), 'LoRA')} "
+            f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size(estimate.loras)}</b>): "
+            f"{size(average + estimate.loras)} in place of {size(before)}."
+        ),
+        (
+            f"It takes <b>{duration_text(estimate.seconds)}</b>, {size(estimate.memory)} of memory and at most "
+            f"{size(estimate.disk)} of disk with the cache."
+        ),
+    ]
+    notes = [message("info", warning) for warning in preflight.warnings]
+    return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
+
+
+def progress(now: Standing) -> str:
+    """A running job with phase, percentage, time left and bar, or how it ended.
+
+    The element carries the task's id: where the host draws a bar of its own, a script puts it here
+    in place of ours.
+    """
+    notes = "".join(message("info", note) for note in now.notes)
+    if now.outcome != "running":
+        kind, word = _ENDINGS[now.outcome]
+        said = now.message.removeprefix("stopped; ")
+        text = f"{word}: {said}" if said else f"{word}: {now.title}, in {_clock(now.elapsed)}"
+        return message(kind, text) + notes
+    left = now.seconds_left
+    time_left = "" if left is None else f", {duration_text(left)} left"
+    phase = "stopping" if now.stopping else now.phase
+    words = f"{now.title}: {phase}, {now.fraction:.0%}{time_left}"
+    return (
+        f'<div class="hm-progress" data-task="{_text(now.task)}" role="status">'
+        f"<div class=hm-phase>{_text(words)}</div>"
+        f'<div class=hm-bar><div style="width:{now.fraction:.1%}"></div></div></div>{notes}'
+    )
+
+
+def result_sentence(run: Run) -> str:
+    """What was made of what, what it saves, and how near it comes."""
+    report = run.report
+    explained = [row.explained for row in report.checkpoints]
+    worst = min(report.checkpoints, key=lambda row: row.explained)
+    after = report.bytes_average + report.bytes_loras
+    saved = report.bytes_before - after
+    less = f"{size(saved)} less" if saved >= 0 else f"{size(-saved)} more"
+    made = f"hyper-model ({size(report.bytes_average)})" if report.bytes_average else "the base"
+    return (
+        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size(report.bytes_before)}) "
+        f"→ {made} + {_count(len(report.loras), 'LoRA')} ({size(report.bytes_loras)}), "
+        f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
+        f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
+        "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
+        "its LoRAs bring back.</p>" + missing(run)
+    )
+
+
+def missing(run: Run) -> str:
+    """Which files of a run are gone."""
+    if not run.missing:
+        return ""
+    names = ", ".join(path.name for path in run.missing)
+    return message("bad", f"No longer there: {names}. Merge again to make this run anew.")
+
+
+def result_table(report: Report) -> str:
+    """Explained shares and multipliers of every checkpoint."""
+    blocks = [f"x {lora.rpartition('_')[2]}" for lora in report.loras]
+    head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
+    rows = [_result_row(row) for row in report.checkpoints]
+    return table(head, rows, numeric=range(1, len(head)))
+
+
+def runs(found: Sequence[Run], problems: Iterable[str]) -> str:
+    """Earlier runs, newest first."""
+    said = "".join(message("bad", problem) for problem in problems)
+    if not found:
+        return said + message("info", "No merge was made here yet.")
+    head = ("Run", "Made", "Checkpoints", "Ranks", "LoRAs", "Explained, average", "worst")
+    return said + table(head, [_run_row(run) for run in found], numeric=(2, 4, 5, 6))
+
+
+def comparison(first: Run, second: Run) -> str:
+    """Two runs side by side: settings that differ, sizes and explained shares."""
+    facts: list[tuple[str, ...]] = [
+        ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
+        ("Ranks", _ranks(first), _ranks(second)),
+        ("LoRAs", size(first.report.bytes_loras), size(second.report.bytes_loras)),
+        ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
+        ("Stored precision", first.recipe.dtype, second.recipe.dtype),
+        ("Explained, average", percent(_mean(first)), percent(_mean(second))),
+    ]
+    explained = [
+        {row.name: row.explained for row in run.report.checkpoints} for run in (first, second)
+    ]
+    for name in dict.fromkeys([*explained[0], *explained[1]]):
+        shares = [percent(each[name]) if name in each else "not in it" for each in explained]
+        facts.append((f"Explained, {name}", *shares))
+    rows = [tuple(_text(cell) for cell in fact) for fact in facts]
+    return table(("", first.name, second.name), rows, numeric=(1, 2))
+
+
+def file_list(paths: Sequence[Path], question: str) -> str:
+    """Files with their folders, below a question."""
+    items = "".join(f"<li><code>{_text(str(path))}</code></li>" for path in paths)
+    return f'<div class="hm-message hm-info">{_text(question)}<ul>{items}</ul></div>'
+
+
+def _result_row(row: CheckpointReport) -> tuple[str, ...]:
+    shares = (row.explained, row.explained_unet, row.explained_text_encoder)
+    multipliers = [f"{x:.3f}" for x in row.multipliers]
+    return (_text(row.name), *(percent(share) for share in shares), *multipliers)
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    report = run.report
+    worst = min((row.explained for row in report.checkpoints), default=1.0)
+    gone = " <span class=hm-problem>files are gone</span>" if run.missing else ""
+    return (
+        _text(run.name) + gone,
+        _text(_local_time(run.created)),
+        str(len(report.checkpoints)),
+        _text(_ranks(run)),
+        size(report.bytes_loras),
+        percent(_mean(run)),
+        percent(worst),
+    )
+
+
+def _name_cell(name: str, row: Row) -> str:
+    problem = f"<div class=hm-problem>{_text(row.problem)}</div>" if row.problem else ""
+    return _text(name) + problem
+
+
+def _ranks(run: Run) -> str:
+    return ", ".join(map(str, run.recipe.ranks))
+
+
+def _mean(run: Run) -> float:
+    shares = [row.explained for row in run.report.checkpoints]
+    return sum(shares) / max(len(shares), 1)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def _local_time(created: str) -> str:
+    return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else str(index + 1)
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

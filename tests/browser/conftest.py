@@ -1,0 +1,143 @@
+"""A server with the real tab, and a real browser that shows it."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import gradio
+import pytest
+
+HERE = Path(__file__).parent
+SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def missing() -> str | None:
+    """Why there can be no browser here."""
+    if chromium() is None:
+        return "no chromium found (Debian: apt-get install chromium)"
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError:
+        return "playwright is not installed (pip install playwright)"
+    return None
+
+
+def chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def pytest_collection_modifyitems(items):
+    reason = missing()
+    if reason and not os.environ.get("CI"):
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    assert missing() is None
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Server:
+    """The tab on a port of its own; its log is read at the end."""
+
+    def __init__(self, host: str, models: Path, pace: float) -> None:
+        self.host, self.models = host, models
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.log = models.parent / f"{host}-{self.port}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(HERE / "serve.py"),
+                    host,
+                    str(models),
+                    str(self.port),
+                    str(pace),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"},
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        for _ in range(600):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended:\n{self.log.read_text()}")
+            try:
+                urlopen(self.url, timeout=1).close()
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return
+        raise RuntimeError(f"the server does not answer:\n{self.log.read_text()}")
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+    @property
+    def complaints(self) -> list[str]:
+        """Lines of the log that no server should write."""
+        bad = re.compile(r"Traceback|Error|Exception|CRITICAL")
+        return [line for line in self.log.read_text().splitlines() if bad.search(line)]
+
+
+HOSTS = ["standalone", "forge" if int(gradio.__version__.split(".")[0]) >= 4 else "a1111"]
+
+
+@pytest.fixture(scope="session", params=HOSTS)
+def host_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def page(browser, request) -> Iterator:
+    """A page whose console is read at the end; a failure leaves a screenshot."""
+    context = browser.new_context(viewport={"width": 1500, "height": 1000})
+    context.set_default_timeout(20_000)
+    # gradio asks for fonts and a script from elsewhere; nothing here depends on them
+    context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.fulfill(body=""))
+    page = context.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    yield page
+    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    shot(page, f"end-of-{name}")
+    context.close()
+    assert errors == []
+
+
+def shot(page, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(
+        path=str(SCREENSHOTS / f"gradio-{gradio.__version__}-{name}.png"), full_page=True
+    )

@@ -1,0 +1,52 @@
+"""Serves the real tab for the browser tests: as the app, or inside of a faked WebUI.
+
+Run as a program: `serve.py HOST MODELS PORT PACE`, HOST being standalone, a1111 or forge. PACE is the
+time in seconds that every step of a run is made to take at least, so that there is something to watch.
+"""
+
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import fake_webui  # noqa: E402
+
+from hyper_merge.app import Listening, build_app, serve  # noqa: E402
+from hyper_merge.control import Control  # noqa: E402
+
+
+def slow_down(pace: float) -> None:
+    """Makes every step of a run take at least this many seconds."""
+    step = Control.step
+
+    def slow(control: Control, phase: str, fraction: float) -> None:
+        time.sleep(pace)
+        step(control, phase, fraction)
+
+    Control.step = slow
+
+
+def serve_webui(models: Path, flavour: str, port: int) -> None:
+    """Serves a faked WebUI with our script in it, until the process is ended."""
+    with fake_webui.installed(models, flavour) as webui:
+        webui.load_scripts()
+        webui.launch(port)
+        threading.Event().wait()
+
+
+def main() -> None:
+    host, models, port, pace = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    logging.basicConfig(level=logging.WARNING)
+    slow_down(pace)
+    if host == "standalone":
+        serve(build_app(models), Listening(port=port))
+    else:
+        serve_webui(models, host, port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The whole way through the tab, by mouse and keyboard, in every kind of host."""
+
+import shutil
+
+import pytest
+from browser.conftest import Server, shot
+from browser.the_tab import Tab
+from tiny_family import write
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(host_name, files, state_of, tmp_path_factory):
+    """A host with three checkpoints, one of them in a folder, and a file that is none."""
+    models = tmp_path_factory.mktemp(host_name) / "models"
+    folder = models / "Stable-diffusion"
+    (folder / "sub").mkdir(parents=True)
+    for path, place in zip(files, ("anime", "photo", "sub/portrait"), strict=True):
+        shutil.copy(path, folder / f"{place}.safetensors")
+    write(folder / "broken.safetensors", state_of(0))
+    (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
+    (models / "Lora").mkdir()
+    server = Server(host_name, models, pace=0.004)
+    yield server
+    server.close()
+    assert server.complaints == []
+
+
+@pytest.fixture
+def tab(page, server):
+    return Tab(page).open(server)
+
+
+THREE = ("anime.safetensors", "photo.safetensors", "sub/portrait.safetensors")
+
+
+def test_what_is_picked_is_looked_at_before_anything_runs(tab):
+    tab.until(lambda: "Pick two or more" in tab.text("checkpoints_table"))
+    tab.pick("anime.safetensors")
+    tab.until(lambda: "Pick one more" in tab.text("plan"))
+    tab.pick("broken.safetensors")
+    tab.until(lambda: "Not all of these can be merged" in tab.text("plan"))
+    problem = tab.find("checkpoints_table").locator(".hm-problem")
+    assert "broken.safetensors" in problem.inner_text()
+    tab.click("clear")
+    tab.until(lambda: tab.picked() == [])
+    tab.choose("folder", "sub")
+    tab.click("add_folder")
+    tab.until(lambda: tab.picked() == ["sub/portrait.safetensors"])
+    tab.pick("photo.safetensors")
+    tab.until(lambda: "hyper-portrait-2.safetensors" in tab.text("plan"))
+
+
+def test_a_wrong_number_and_a_taken_name_are_said_at_once(tab):
+    tab.pick(*THREE)
+    tab.type("ranks", "4, many")
+    tab.until(lambda: 'got "many"' in tab.text("plan"))
+    tab.click("merge")
+    tab.until(lambda: 'got "many"' in tab.text("message"))
+    tab.type("ranks", "4, 2")
+    tab.type("name", "photo")
+    tab.until(lambda: "photo.safetensors is one of the checkpoints" in tab.text("plan"))
+    tab.type("name", "a/b")
+    tab.until(lambda: "path separator" in tab.text("plan"))
+
+
+def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
+    before = sorted(server.models.rglob("*.safetensors"))
+    tab.pick(*THREE)
+    tab.type("name", "stopped")
+    tab.type("ranks", "4, 2")
+    tab.click("merge")
+    seen = tab.until(tab.fraction)
+    tab.until(lambda: (tab.fraction() or 0) > seen)
+    tab.click("merge")
+    tab.until(lambda: "still being made" in tab.text("message"))
+    shot(tab.page, f"{server.host}-running")
+    tab.click("stop")
+    tab.until(lambda: "Stopped" in tab.text("status"), seconds=2)
+    assert (
+        sorted(path for path in server.models.rglob("*.safetensors") if "cache" not in path.parts)
+        == before
+    )
+
+
+def test_from_picking_to_the_result_and_again(tab, server):
+    tab.pick(*THREE)
+    tab.type("name", "mix")
+    tab.type("ranks", "4, 2")
+    tab.until(lambda: "mix.safetensors" in tab.text("plan"))
+    tab.merge()
+    assert "3 checkpoints" in tab.text("sentence")
+    assert (server.models / "Lora" / "mix_0-4.safetensors").exists()
+    first = tab.value("prompt")
+    assert first.startswith("<lora:mix_0-4:")
+    assert "<lora:mix_1-2:" in first
+    tab.choose("result_checkpoint", "photo")
+    tab.until(lambda: tab.value("prompt") != first)
+    tab.until(lambda: tab.find("parts_plot").locator("img").count())
+    shot(tab.page, f"{server.host}-result")
+
+    tab.type("ranks", "3")
+    tab.until(lambda: "there already" in tab.text("plan"))
+    tab.merge()
+    tab.until(lambda: tab.value("prompt").startswith("<lora:mix-2_0-3:"))
+    assert not (server.models / "Stable-diffusion" / "mix-2.safetensors").exists()
+
+
+def test_the_prompt_is_copied(tab, server):
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.until(lambda: tab.find("prompt").is_visible())
+    tab.click("copy")
+    tab.until(lambda: tab.text("copy") == "Copied")
+    assert tab.page.evaluate("navigator.clipboard.readText()") == tab.value("prompt")
+    tab.until(lambda: tab.text("copy") == "Copy")
+
+
+def test_a_run_goes_on_while_the_page_is_closed(tab, server, browser):
+    tab.pick(*THREE)
+    tab.type("name", "long")
+    tab.type("ranks", "5, 4, 2")
+    tab.click("merge")
+    tab.until(tab.fraction)
+    tab.page.goto("about:blank")
+    tab.open(server)
+    tab.until(lambda: tab.fraction() or "Done" in tab.text("status"))
+    tab.until(lambda: "Done: long" in tab.text("status"), 60)
+    tab.until(lambda: tab.text("sentence").startswith("long"))
+
+
+def test_runs_are_listed_opened_copied_compared_and_deleted(tab, server):
+    tab.to("Runs")
+    tab.until(lambda: "mix-2" in tab.text("runs_table"))
+    tab.choose("run", "mix")
+    tab.choose("other_run", "mix-2")
+    tab.click("run_compare")
+    tab.until(lambda: "Explained, anime" in tab.text("run_outcome"))
+    shot(tab.page, f"{server.host}-runs")
+    tab.click("run_open")
+    tab.until(lambda: tab.find("sentence").is_visible() and tab.text("sentence").startswith("mix:"))
+    tab.to("Runs")
+    tab.click("run_copy")
+    tab.until(lambda: "are in the form" in tab.text("run_outcome"))
+    tab.choose("run", "mix-2")
+    tab.click("run_delete")
+    tab.until(lambda: "mix-2_0-3.safetensors" in tab.text("run_outcome"))
+    tab.click("run_cancel")
+    tab.until(lambda: not tab.text("run_outcome"))
+    tab.click("run_delete")
+    tab.until(lambda: tab.find("run_confirm").is_visible())
+    tab.click("run_confirm")
+    tab.until(lambda: "are deleted" in tab.text("run_outcome"))
+    tab.until(lambda: "mix-2" not in tab.text("runs_table"))
+    assert not (server.models / "Lora" / "mix-2_0-3.safetensors").exists()
+    assert (server.models / "Stable-diffusion" / "mix.safetensors").exists()
+    tab.click("cache_clear")
+    tab.until(lambda: "free again" in tab.text("run_outcome"))
+    tab.to("Merge")
+    assert tab.value("name") == "mix"
+    assert tab.value("ranks") == "4, 2"
+    assert sorted(tab.picked()) == sorted(THREE)
+
+
+def test_a_file_that_vanished_is_said_and_not_merged(tab, server):
+    path = server.models / "Stable-diffusion" / "photo.safetensors"
+    tab.pick(*THREE)
+    away = path.rename(path.with_suffix(".away"))
+    try:
+        tab.type("name", "gone")
+        tab.click("merge")
+        tab.until(lambda: "photo.safetensors" in tab.text("message"))
+    finally:
+        away.rename(path)

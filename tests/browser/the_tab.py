@@ -1,0 +1,97 @@
+"""The tab as a person sees it: what can be read on it, and what can be clicked."""
+
+import re
+import time
+
+PREFIX = "#hyper_merge_"
+
+
+class Tab:
+    """The tab on a playwright page."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+
+    def find(self, name):
+        return self.page.locator(PREFIX + name).first  # gradio 4 gives the id of HTML twice
+
+    def open(self, server):
+        self.page.goto(server.url)
+        self.find("merge").wait_for()
+        self.until(lambda: self.text("runs_table", visible=False))
+        return self
+
+    def click(self, name):
+        self.find(name).click()
+
+    def text(self, name, *, visible=True):
+        found = self.find(name)
+        return (found.inner_text() if visible else found.text_content() or "").strip()
+
+    def type(self, name, text):
+        self.find(name).locator("input, textarea").first.fill(text)
+
+    def value(self, name):
+        return self.find(name).locator("input, textarea").first.input_value()
+
+    def pick(self, *names):
+        """Chooses checkpoints by typing each one's name."""
+        box = self.find("checkpoints").locator("input")
+        for name in names:
+            box.click()
+            box.fill(name)
+            self.option("checkpoints", name).click()
+        box.blur()
+        self.until(lambda: all(name in self.text("checkpoints_table") for name in names))
+
+    def choose(self, name, option):
+        """Chooses one entry of a dropdown."""
+        self.find(name).locator("input").click()
+        self.option(name, option).click()
+        self.until(lambda: self.value(name) == option)
+
+    def option(self, name, text):
+        del name  # the list hangs elsewhere in the page in some versions
+        return (
+            self.page.locator("ul.options li")
+            .filter(has_text=re.compile(rf"^\W*{re.escape(text)}\W*$"))
+            .first
+        )
+
+    def picked(self):
+        tokens = self.find("checkpoints").locator(".token")
+        return [token.inner_text().strip() for token in tokens.all()]
+
+    def fraction(self):
+        """Percent of the run as the status line says it; None where nothing runs."""
+        said = re.search(r"(\d+)\s?%", self.text("status"))
+        return int(said[1]) if said else None
+
+    def until(self, holds, seconds=30):
+        """Waits for something to be true, and returns it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = holds()
+            if found:
+                return found
+            self.page.wait_for_timeout(50)
+        raise AssertionError(
+            f"not within {seconds} s; the status is {self.text('status')!r}, "
+            f"the message {self.text('message')!r}"
+        )
+
+    def merge(self, seconds=60):
+        """Presses Merge and waits for the end."""
+        self.click("merge")
+        self.until(
+            lambda: (
+                self.find("status").locator("[data-task]").count() or "Done" in self.text("status")
+            )
+        )
+        self.until(lambda: "Done" in self.text("status"), seconds)
+        self.until(lambda: self.find("sentence").is_visible())
+
+    def to(self, title):
+        self.page.get_by_role("tab", name=title, exact=True).or_(
+            self.page.locator("#hyper_merge_tabs .tab-nav button", has_text=title)
+        ).first.click()

@@ -1,0 +1,225 @@
+"""AUTOMATIC1111's WebUI v1.10.1 and Forge, as far as an extension sees them, without a model.
+
+`install(models, flavour)` puts `modules` (for Forge also `modules_forge` and `backend`) into
+`sys.modules` and hands back what tests look at; `uninstall` takes everything out again. What the
+hosts do to lists, titles, locks, progress, styles and loaded models is done as they do it, read
+in their sources; a "model" is the content of its file and the name of a device.
+"""
+
+import importlib
+import importlib.util
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from . import page
+from .callbacks import Callbacks, Errors, PasteButtons
+from .jobs import Devices, FifoLock, MainThread, Progress, State
+from .lists import Checkpoints, Loras
+from .models import A1111Models, ForgeModels
+from .options import OptionHTML, OptionInfo, Options
+from .styles import PromptStyle, StyleDatabase
+
+EXTENSION = Path(__file__).parents[2]
+ROOTS = ("modules", "modules_forge", "backend", "networks")
+OURS = "hyper_merge.hosts.webui"  # and what begins with it: bound to the modules it was loaded with
+
+
+class FakeWebUI:
+    """A WebUI that has started: scripts not yet loaded, checkpoints listed, no model loaded."""
+
+    def __init__(self, models, flavour, *, debug_mode=False, **cmd_opts):
+        self.flavour = flavour
+        self.models = models = Path(models).absolute()
+        self.data = models.parent
+        self.errors = Errors()
+        self.devices = Devices()
+        self.cmd_opts = SimpleNamespace(
+            ckpt=str(self.data / "model.ckpt"),
+            ckpt_dir=None,
+            lora_dir=str(models / "Lora"),
+            no_download_sd_model=True,
+            ui_debug_mode=debug_mode,
+            hide_ui_dir_config=False,
+        )
+        vars(self.cmd_opts).update(cmd_opts)
+        self.opts = Options(self.errors, self.cmd_opts)
+        self.config_filename = str(self.data / "config.json")
+        self.opts.load(self.config_filename)
+        self.state = State(self.devices)
+        self.progress = Progress(self.state)
+        self.queue_lock = FifoLock()
+        self.script_callbacks = Callbacks(self.errors)
+        self.infotext_utils = PasteButtons()
+        self.checkpoints = Checkpoints(models, self.cmd_opts, self.opts, flavour)
+        kind = {"a1111": A1111Models, "forge": ForgeModels}[flavour]
+        self.sd_models = kind(self.checkpoints, self.opts, self.devices)
+        self.networks = Loras(self.cmd_opts)
+        files = [self.data / "styles.csv"]
+        if flavour == "forge":
+            files.append(self.data / "styles_integrated.csv")
+        self.prompt_styles = StyleDatabase(files, self.errors)
+        self.shared = Shared(self)
+        self.main_thread = MainThread()
+        if flavour == "forge" or not debug_mode:
+            self.checkpoints.list_models()
+            self.networks.list_available_networks()
+
+    def modules(self):
+        """What is imported by name."""
+        paths = {
+            "models_path": str(self.models),
+            "data_path": str(self.data),
+            "script_path": str(self.data),
+        }
+        found = {
+            "modules": package("modules"),
+            "modules.call_queue": module("call_queue", queue_lock=self.queue_lock),
+            "modules.devices": self.devices,
+            "modules.errors": self.errors,
+            "modules.infotext_utils": self.infotext_utils,
+            "modules.paths": module("paths", **paths),
+            "modules.paths_internal": module("paths_internal", **paths),
+            "modules.progress": self.progress,
+            "modules.script_callbacks": self.script_callbacks,
+            "modules.sd_models": self.sd_models,
+            "modules.shared": self.shared,
+            "modules.styles": module(
+                "styles", PromptStyle=PromptStyle, StyleDatabase=StyleDatabase
+            ),
+            "networks": self.networks,
+        }
+        if self.flavour == "forge":
+            found |= {
+                "modules_forge": package("modules_forge"),
+                "modules_forge.main_thread": self.main_thread,
+                "modules_forge.main_entry": self.sd_models.main_entry,
+                "backend": package("backend"),
+                "backend.memory_management": self.sd_models.memory_management,
+            }
+        return found
+
+    def host(self):
+        """Our host for it; our modules can be imported only now."""
+        return importlib.import_module(OURS).WebUI()
+
+    def settings(self):
+        """Our module for its settings."""
+        return importlib.import_module(f"{OURS}_settings")
+
+    def load_scripts(self):
+        """What starting does, and Reload UI again: callbacks cleared, the script executed anew.
+
+        The extension's folder is on `sys.path` meanwhile; packages stay cached. An error in the
+        script is in `errors.reports`, as the WebUI has it on its console.
+        """
+        self.script_callbacks.clear_callbacks()
+        self.infotext_utils.reset()
+        path = EXTENSION / "scripts" / "hyper_merge_tab.py"
+        before = sys.path
+        try:
+            sys.path = [str(EXTENSION), *before]
+            spec = importlib.util.spec_from_file_location(path.name, path)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except Exception:
+            self.errors.report(f"Error loading script: {path.name}", exc_info=True)
+        finally:
+            sys.path = before
+
+    def create_ui(self):
+        """The page with txt2img, the tabs of extensions and Settings, as gradio Blocks."""
+        return page.create_ui(self)
+
+    def launch(self, port, **options):
+        """Serves `create_ui()` on 127.0.0.1, until `close()`.
+
+        Args:
+            port: 0 for any that is free.
+            options: for gradio's `launch`.
+
+        Returns:
+            The page's address.
+        """
+        return page.launch(self, port or None, **options)
+
+    def close(self):
+        """Ends the server."""
+        page.close(self)
+
+
+class Shared:
+    """`modules.shared`: reading its `sd_model` loads one where none was, in A1111."""
+
+    OptionInfo = OptionInfo
+    OptionHTML = OptionHTML
+
+    def __init__(self, webui):
+        self._sd_models = webui.sd_models
+        self.cmd_opts = webui.cmd_opts
+        self.opts = webui.opts
+        self.state = webui.state
+        self.prompt_styles = webui.prompt_styles
+        self.config_filename = webui.config_filename
+        self.hide_dirs = {"visible": not webui.cmd_opts.hide_ui_dir_config}
+        self.demo = None
+
+    @property
+    def sd_model(self):
+        return self._sd_models.model_data.get_sd_model()
+
+
+def put(path, content=b"a"):
+    """A file with its folders; a listed file may hold anything."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def package(name):
+    found = ModuleType(name)
+    found.__path__ = []
+    return found
+
+
+def module(name, **attributes):
+    found = ModuleType(name)
+    vars(found).update(attributes)
+    return found
+
+
+def install(models, flavour, **options):
+    """Puts a WebUI whose models folder is `models` into `sys.modules`.
+
+    Args:
+        models: with `Stable-diffusion` and `Lora`; styles and settings lie beside it.
+        flavour: "a1111" or "forge".
+        options: debug_mode (--ui-debug-mode) and attributes of `cmd_opts`, such as ckpt_dir.
+    """
+    uninstall()
+    webui = FakeWebUI(models, flavour, **options)
+    for name, found in webui.modules().items():
+        sys.modules[name] = found
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, found)
+    return webui
+
+
+def uninstall():
+    """Takes the WebUI out of `sys.modules`, with those of our modules that are bound to it."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in ROOTS or name.startswith(OURS):
+            del sys.modules[name]
+    hosts = sys.modules.get("hyper_merge.hosts")
+    for name in [name for name in vars(hosts or object) if name.startswith("webui")]:
+        delattr(hosts, name)
+
+
+@contextmanager
+def installed(models, flavour, **options):
+    """`install` for the time of a `with` block."""
+    try:
+        yield install(models, flavour, **options)
+    finally:
+        uninstall()

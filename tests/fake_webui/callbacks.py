@@ -1,0 +1,112 @@
+"""What an extension registers, and where its errors go."""
+
+import sys
+import traceback
+from types import SimpleNamespace
+
+
+class Errors:
+    """`modules.errors`: writes to standard error and remembers."""
+
+    def __init__(self):
+        self.reports = []  # whole texts, for tests
+
+    def report(self, message, *, exc_info=False):
+        self._write(f"*** {message}\n" + (traceback.format_exc() if exc_info else ""))
+
+    def display(self, e, task, *, full_traceback=False):
+        lines = traceback.format_exception(type(e), e, e.__traceback__)
+        self._write(f"{task or 'error'}: {type(e).__name__}\n{''.join(lines)}")
+
+    def _write(self, text):
+        self.reports.append(text)
+        sys.stderr.write(text)
+
+
+class Callbacks:
+    """`modules.script_callbacks`: an error in one is told in the log, and the next goes on."""
+
+    def __init__(self, errors):
+        self._errors = errors
+        self.callback_map = {}
+
+    def clear_callbacks(self):
+        self.callback_map.clear()
+
+    def _add(self, kind, callback):
+        self.callback_map.setdefault(kind, []).append(callback)
+
+    def on_ui_tabs(self, callback, *, name=None):
+        self._add("ui_tabs", callback)
+
+    def on_ui_settings(self, callback, *, name=None):
+        self._add("ui_settings", callback)
+
+    def on_app_started(self, callback, *, name=None):
+        self._add("app_started", callback)
+
+    def on_before_ui(self, callback, *, name=None):
+        self._add("before_ui", callback)
+
+    def on_script_unloaded(self, callback, *, name=None):
+        self._add("script_unloaded", callback)
+
+    def _run(self, kind, *args):
+        found = []
+        for callback in self.callback_map.get(kind, []):
+            try:
+                found += callback(*args) or []
+            except Exception:  # noqa: PERF203 - each by itself
+                self._errors.report(f"Error executing callback {kind}", exc_info=True)
+        return found
+
+    def ui_tabs_callback(self):
+        return self._run("ui_tabs")
+
+    def ui_settings_callback(self):
+        self._run("ui_settings")
+
+    def app_started_callback(self, demo, app):
+        self._run("app_started", demo, app)
+
+
+class PasteButtons:
+    """`modules.infotext_utils`: send-to buttons, connected once, after the tabs are built."""
+
+    def __init__(self):
+        self.paste_fields = {}
+        self.registered_param_bindings = []
+
+    class ParamBinding(SimpleNamespace):
+        def __init__(  # noqa: PLR0917 - the original's order
+            self,
+            paste_button,
+            tabname,
+            source_text_component=None,
+            source_image_component=None,
+            source_tabname=None,
+            override_settings_component=None,
+            paste_field_names=None,
+        ):
+            super().__init__(
+                paste_button=paste_button,
+                tabname=tabname,
+                source_text_component=source_text_component,
+            )
+
+    def reset(self):
+        self.paste_fields.clear()
+        self.registered_param_bindings.clear()
+
+    def register_paste_params_button(self, binding):
+        self.registered_param_bindings.append(binding)
+
+    def connect_paste_params_buttons(self, js):
+        """Fills the tab's prompt and goes to it; `js` names gradio's argument for browser code."""
+        for binding in self.registered_param_bindings:
+            prompt = self.paste_fields[binding.tabname]
+            binding.paste_button.click(
+                lambda text: text, inputs=[binding.source_text_component], outputs=[prompt]
+            )
+            code = {js: f"() => switch_to_{binding.tabname}()"}
+            binding.paste_button.click(None, inputs=None, outputs=None, **code)

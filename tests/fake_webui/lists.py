@@ -1,0 +1,145 @@
+"""The lists of checkpoints and LoRAs, read from folders."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+
+def files(folder, suffixes):
+    """As the hosts walk: through links, hidden folders left out."""
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        for name in sorted(names):
+            if Path(name).suffix.lower() in suffixes and "/." not in place:
+                yield os.path.join(place, name)  # noqa: PTH118 - strings, as the hosts have them
+
+
+class CheckpointInfo:
+    """An entry of the list. Its title changes once the hash is known."""
+
+    def __init__(self, filename, listing):
+        self._listing = listing
+        self.filename = filename
+        self.is_safetensors = filename.lower().endswith(".safetensors")
+        self.name = self._name()
+        self.name_for_extra = Path(filename).stem
+        self.model_name = os.path.splitext(re.sub(r"[/\\]", "_", self.name))[0]  # noqa: PTH122
+        self.hash = legacy_hash(filename)
+        self._knows(listing.hashes.get(listing.stamp(filename)))
+        self.ids = [self.hash, self.model_name, self.title, self.name, self.name_for_extra]
+        self.ids.append(f"{self.name} [{self.hash}]")
+        self._more_ids()
+
+    def _name(self):
+        path = os.path.abspath(self.filename)  # noqa: PTH100
+        folder = self._listing.cmd_opts.ckpt_dir
+        for known in (folder, self._listing.model_path):
+            if known and path.startswith(os.path.abspath(known)):  # noqa: PTH100
+                return path.replace(os.path.abspath(known), "").lstrip("/\\")  # noqa: PTH100
+        return Path(path).name
+
+    def _knows(self, sha256):
+        self.sha256 = sha256
+        self.shorthash = sha256[:10] if sha256 else None
+        tail = f" [{self.shorthash}]" if sha256 else ""
+        self.title, self.short_title = self.name + tail, self.name_for_extra + tail
+
+    def _more_ids(self):
+        if self.shorthash:
+            self.ids += [self.shorthash, self.sha256, self.title, self.short_title]
+
+    def register(self):
+        self._listing.checkpoints_list[self.title] = self
+        self._listing.checkpoint_aliases.update(dict.fromkeys(self.ids, self))
+
+    def calculate_shorthash(self):
+        """Hashes the file and gives the entry its new title, in the same place of the list."""
+        sha256 = hashlib.sha256(Path(self.filename).read_bytes()).hexdigest()
+        self._listing.hashes[self._listing.stamp(self.filename)] = sha256
+        if self.sha256 == sha256:
+            return self.shorthash
+        old = self.title
+        self._knows(sha256)
+        self._more_ids()
+        entries = list(self._listing.checkpoints_list.items())
+        self._listing.checkpoints_list.clear()
+        for title, info in entries:
+            self._listing.checkpoints_list[self.title if title == old else title] = info
+        self.register()
+        return self.shorthash
+
+
+def legacy_hash(filename):
+    try:
+        with Path(filename).open("rb") as file:
+            file.seek(0x100000)
+            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    except FileNotFoundError:
+        return "NOFILE"
+
+
+class Checkpoints:
+    """The list and its aliases, for `modules.sd_models`."""
+
+    def __init__(self, models, cmd_opts, opts, flavour):
+        self.model_path = str(models / "Stable-diffusion")
+        self.cmd_opts = cmd_opts
+        self.opts = opts
+        self.forge = flavour == "forge"
+        self.checkpoints_list = {}
+        self.checkpoint_aliases = {}
+        self.hashes = {}  # the hosts keep theirs on disk: by file and time of change
+        self.listed = 0  # how often, for tests
+
+    @staticmethod
+    def stamp(filename):
+        stat = Path(filename).stat()
+        return filename, stat.st_mtime_ns
+
+    def checkpoint_tiles(self, use_short=False):
+        shown = "short_title" if use_short else "name" if self.forge else "title"
+        return [getattr(info, shown) for info in self.checkpoints_list.values()]
+
+    def list_models(self):
+        self.listed += 1
+        self.checkpoints_list.clear()
+        self.checkpoint_aliases.clear()
+        suffixes = {".safetensors", ".ckpt"} | ({".gguf"} if self.forge else set())
+        found = [folder for folder in (self.cmd_opts.ckpt_dir, self.model_path) if folder]
+        for path in dict.fromkeys(path for folder in found for path in files(folder, suffixes)):
+            if not path.endswith((".vae.ckpt", ".vae.safetensors")):
+                CheckpointInfo(path, self).register()
+
+    def get_closet_checkpoint_match(self, search):
+        if not search:
+            return None
+        if search in self.checkpoint_aliases:
+            return self.checkpoint_aliases[search]
+        infos = sorted(self.checkpoints_list.values(), key=lambda info: len(info.title))
+        for text in (search, re.sub(r"\s*\[[^]]+]\s*$", "", search)):
+            for info in infos:
+                if text in info.title:
+                    return info
+        return None
+
+    def select_checkpoint(self):
+        """The selected one, or the first: that is what a stale title leads to."""
+        found = self.checkpoint_aliases.get(self.opts.data.get("sd_model_checkpoint"))
+        if found is not None:
+            return found
+        if not self.checkpoints_list and not self.forge:
+            raise FileNotFoundError("No checkpoints found.")
+        return next(iter(self.checkpoints_list.values()), None)
+
+
+class Loras:
+    """The built-in Lora extension's module, which is in `sys.modules` as `networks`."""
+
+    def __init__(self, cmd_opts):
+        self._cmd_opts = cmd_opts
+        self.available_networks = {}
+
+    def list_available_networks(self):
+        Path(self._cmd_opts.lora_dir).mkdir(parents=True, exist_ok=True)
+        paths = files(self._cmd_opts.lora_dir, {".pt", ".ckpt", ".safetensors"})
+        self.available_networks = {Path(path).stem: path for path in paths}

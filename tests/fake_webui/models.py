@@ -1,0 +1,183 @@
+"""`modules.sd_models`: what is loaded, and where it is. A model is its file's content."""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+
+class Model:
+    """What was read from a checkpoint, on a device."""
+
+    def __init__(self, info):
+        self.lowvram = False
+        self.read(info)
+
+    def read(self, info):
+        self.sd_checkpoint_info = info
+        self.sd_model_checkpoint = self.filename = info.filename
+        self.content = Path(info.filename).read_bytes()
+        self.device = "cuda"
+
+
+class Listed:
+    """The list's names of `modules.sd_models`, equal in both hosts."""
+
+    def __init__(self, checkpoints, opts):
+        self._checkpoints = checkpoints
+        self._opts = opts
+        self.model_path = checkpoints.model_path
+        self.checkpoints_list = checkpoints.checkpoints_list
+        self.checkpoint_aliases = checkpoints.checkpoint_aliases
+        self.checkpoint_tiles = checkpoints.checkpoint_tiles
+        self.list_models = checkpoints.list_models
+        self.get_closet_checkpoint_match = checkpoints.get_closet_checkpoint_match
+        self.select_checkpoint = checkpoints.select_checkpoint
+
+
+class A1111Models(Listed):
+    """A1111's: the model stays in memory and moves between devices."""
+
+    def __init__(self, checkpoints, opts, devices):
+        super().__init__(checkpoints, opts)
+        self._devices = devices
+        self.model_data = A1111Data(self)
+
+    def load_model(self, checkpoint_info=None):
+        model = Model(checkpoint_info or self.select_checkpoint())
+        self._written(model)
+        self.model_data.set_sd_model(model)
+        self.model_data.was_loaded_at_least_once = True
+        return model
+
+    def _written(self, model):
+        model.sd_checkpoint_info.calculate_shorthash()
+        self._opts.data["sd_model_checkpoint"] = model.sd_checkpoint_info.title
+
+    def send_model_to_cpu(self, model):
+        if model is not None:
+            model.device = "cpu"
+        self._devices.torch_gc()
+
+    def send_model_to_device(self, model):
+        model.device = "cuda"
+
+    def send_model_to_trash(self, model):
+        model.device = "meta"
+
+    def unload_model_weights(self, sd_model=None, info=None):
+        self.send_model_to_cpu(sd_model or self.model_data.get_sd_model())
+        return sd_model
+
+    def reload_model_weights(self, sd_model=None, info=None, forced_reload=False):
+        info = info or self.select_checkpoint()
+        model = sd_model or self.model_data.sd_model
+        if model is None:
+            return self.load_model(info)
+        if model.sd_model_checkpoint == info.filename and not forced_reload:
+            return model
+        model.read(info)
+        self._written(model)
+        self.model_data.set_sd_model(model)
+        return model
+
+
+class A1111Data:
+    """Its `model_data`: asking for the model loads it, the first time."""
+
+    def __init__(self, sd_models):
+        self._sd_models = sd_models
+        self.sd_model = None
+        self.loaded_sd_models = []
+        self.was_loaded_at_least_once = False
+        self.lock = threading.Lock()
+
+    def get_sd_model(self):
+        if self.sd_model is None and not self.was_loaded_at_least_once:
+            with self.lock:
+                self._sd_models.load_model()
+        return self.sd_model
+
+    def set_sd_model(self, model):
+        self.sd_model = model
+        if model in self.loaded_sd_models:
+            self.loaded_sd_models.remove(model)
+        if model is not None:
+            self.loaded_sd_models.insert(0, model)
+
+
+class ForgeModels(Listed):
+    """Forge's: the model is loaded by what is selected, when a picture is made."""
+
+    def __init__(self, checkpoints, opts, devices):
+        super().__init__(checkpoints, opts)
+        del devices
+        self.model_data = ForgeData()
+        self.memory_management = SimpleNamespace(unload_all_models=self._unload_all)
+        self.main_entry = SimpleNamespace(
+            refresh_model_loading_parameters=self._refresh_parameters,
+            checkpoint_change=self._checkpoint_change,
+        )
+
+    def match_checkpoint_to_name(self, name):
+        """What Forge selects for a name: the first whose title holds it, or that it holds."""
+        name = name.split(" [")[0]
+        for info in self.checkpoints_list.values():
+            title = info.title.split(" [")[0]
+            if name in title or title in name:
+                return info.name
+        return name
+
+    def unload_model_weights(self, sd_model=None, info=None):
+        self.memory_management.unload_all_models()
+
+    def load_model(self, checkpoint_info=None, already_loaded_state_dict=None):
+        """A stub, as there."""
+
+    def reload_model_weights(self, sd_model=None, info=None, forced_reload=False):
+        """A stub, as there."""
+
+    def send_model_to_cpu(self, model):
+        """A stub, as there."""
+
+    def send_model_to_device(self, model):
+        """A stub, as there."""
+
+    def _unload_all(self):
+        if isinstance(self.model_data.sd_model, Model):
+            self.model_data.sd_model.device = "cpu"
+
+    def _refresh_parameters(self):
+        self.model_data.forge_loading_parameters = {"checkpoint_info": self.select_checkpoint()}
+
+    def _checkpoint_change(self, name, save=True, refresh=True):
+        current = self.get_closet_checkpoint_match(self._opts.data.get("sd_model_checkpoint", ""))
+        if self.get_closet_checkpoint_match(name) == current:
+            return False
+        self._opts.data["sd_model_checkpoint"] = name
+        if refresh:
+            self._refresh_parameters()
+        return True
+
+    def forge_model_reload(self):
+        data = self.model_data
+        info = data.forge_loading_parameters["checkpoint_info"]
+        wanted = str({"filename": info.filename, "hash": info.hash})
+        if data.forge_hash == wanted:
+            data.sd_model.device = "cuda"  # where it goes to make the picture
+            return data.sd_model, False
+        data.sd_model = Model(info)
+        info.calculate_shorthash()
+        data.forge_hash = wanted
+        return data.sd_model, True
+
+
+class ForgeData:
+    """Its `model_data`: a stand-in before the first picture."""
+
+    def __init__(self):
+        self.sd_model = SimpleNamespace(cond_stage_model=None)
+        self.forge_loading_parameters = {}
+        self.forge_hash = ""
+
+    def get_sd_model(self):
+        return self.sd_model

@@ -1,0 +1,146 @@
+"""What the WebUI lists, and where it wants its files."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fake_webui import installed, put
+
+
+def only(webui, name):
+    return webui.sd_models.get_closet_checkpoint_match(name)
+
+
+def test_the_host_is_called_by_its_name(host, flavour):
+    assert host.title == {"a1111": "AUTOMATIC1111", "forge": "Forge"}[flavour]
+    assert host.has_txt2img
+
+
+def test_checkpoints_come_from_the_hosts_list_by_name_without_hash(host, models):
+    folder = models / "Stable-diffusion"
+    names = ["anime.safetensors", "photo.safetensors", "sub/portrait.safetensors"]
+    assert host.checkpoints() == {name: folder / name for name in names}
+
+
+def test_a_name_stays_when_the_host_hashes_its_file_and_changes_the_title(host, webui):
+    before = host.checkpoints()
+    only(webui, "photo.safetensors").calculate_shorthash()
+    assert any(title.endswith("]") for title in webui.sd_models.checkpoints_list)
+    assert host.checkpoints() == before
+
+
+def test_a_hash_is_told_only_where_the_host_has_it(host, webui):
+    assert host.known_hash("photo.safetensors") is None
+    known = only(webui, "photo.safetensors").calculate_shorthash()
+    assert len(known) == 10
+    assert host.known_hash("photo.safetensors") == known
+    assert host.known_hash("unknown.safetensors") is None
+
+
+def test_two_folders_with_a_file_of_one_name_are_both_listed(models, flavour, tmp_path):
+    other = put(tmp_path / "other" / "photo.safetensors", b"other")
+    with installed(models, flavour, ckpt_dir=str(tmp_path / "other")) as webui:
+        for info in list(webui.sd_models.checkpoints_list.values()):
+            info.calculate_shorthash()
+        webui.sd_models.list_models()
+        found = webui.host().checkpoints()
+    assert found["photo.safetensors"] == other
+    assert sorted(found.values()) == sorted([other, *models.glob("**/*.safetensors")])
+
+
+def test_in_debug_mode_the_list_of_a1111_is_empty_until_it_is_refreshed(models):
+    with installed(models, "a1111", debug_mode=True) as webui:
+        host = webui.host()
+        assert host.checkpoints() == {}
+        host.refresh()
+        assert "anime.safetensors" in host.checkpoints()
+
+
+def test_a_host_without_any_checkpoint_has_an_empty_list(tmp_path, flavour):
+    with installed(tmp_path / "models", flavour) as webui:
+        host = webui.host()
+        host.refresh()
+        assert host.checkpoints() == {}
+
+
+def test_refresh_finds_new_checkpoints_and_new_loras(host, webui, models):
+    put(models / "Stable-diffusion" / "mix.safetensors")
+    put(models / "Lora" / "mix_0-128.safetensors")
+    assert "mix.safetensors" not in host.checkpoints()
+    host.refresh()
+    assert "mix.safetensors" in host.checkpoints()
+    assert "mix_0-128" in webui.networks.available_networks
+
+
+@pytest.mark.parametrize("networks", [None, SimpleNamespace(lora="of another extension")])
+def test_refresh_does_without_the_lora_extension(host, models, monkeypatch, networks):
+    if networks is None:
+        monkeypatch.delitem(sys.modules, "networks")
+    else:
+        monkeypatch.setitem(sys.modules, "networks", networks)
+    put(models / "Stable-diffusion" / "mix.safetensors")
+    host.refresh()
+    assert "mix.safetensors" in host.checkpoints()
+
+
+def test_a_new_checkpoint_has_a_title_that_the_host_takes_after_a_refresh(host, webui, models):
+    path = put(models / "Stable-diffusion" / "sub" / "mix.safetensors")
+    assert host.checkpoint_title(path) is None
+    host.refresh()
+    title = host.checkpoint_title(path)
+    assert title in webui.sd_models.checkpoint_tiles()
+    assert only(webui, title).filename == str(path)
+
+
+def test_a_title_has_its_hash_in_a1111_only(host, webui, flavour, models):
+    path = models / "Stable-diffusion" / "photo.safetensors"
+    known = only(webui, "photo.safetensors").calculate_shorthash()
+    ending = f" [{known}]" if flavour == "a1111" else ""
+    assert host.checkpoint_title(path) == f"photo.safetensors{ending}"
+
+
+def test_the_title_is_that_of_the_file_not_of_one_with_a_similar_name(host, models):
+    put(models / "Stable-diffusion" / "my photo.safetensors")
+    host.refresh()
+    path = models / "Stable-diffusion" / "photo.safetensors"
+    # Forge itself would take the other one for this name: then none is better
+    expected = None if host.title == "Forge" else "photo.safetensors"
+    assert host.checkpoint_title(path) == expected
+
+
+def test_outputs_go_to_the_models_folder(host, models):
+    folders = host.folders()
+    assert folders.models == models / "Stable-diffusion"
+    assert folders.loras == models / "Lora"
+    assert folders.runs == models / "hyper-merge"
+    assert folders.cache == models / "hyper-merge" / "cache"
+
+
+def test_folders_of_the_command_line_are_honoured(models, flavour, tmp_path):
+    given = {"ckpt_dir": str(tmp_path / "ckpt"), "lora_dir": str(tmp_path / "lora")}
+    with installed(models, flavour, **given) as webui:
+        folders = webui.host().folders()
+    assert folders.models == Path(given["ckpt_dir"])
+    assert folders.loras == Path(given["lora_dir"])
+    assert folders.runs == models / "hyper-merge"
+
+
+def test_without_a_lora_option_loras_go_below_the_models_folder(host, webui, models):
+    del webui.cmd_opts.lora_dir
+    assert host.folders().loras == models / "Lora"
+
+
+def test_a_vanished_file_stays_listed_until_the_refresh(host, models):
+    shutil.rmtree(models / "Stable-diffusion" / "sub")
+    assert "sub/portrait.safetensors" in host.checkpoints()
+    host.refresh()
+    assert "sub/portrait.safetensors" not in host.checkpoints()
+
+
+def test_reading_the_lists_loads_no_model(host, webui, models):
+    host.checkpoints()
+    host.refresh()
+    host.checkpoint_title(models / "Stable-diffusion" / "photo.safetensors")
+    assert not hasattr(webui.sd_models.model_data.sd_model, "content")

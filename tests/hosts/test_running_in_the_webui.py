@@ -1,0 +1,250 @@
+"""A turn in the WebUI's queue: its lock, its progress, its stop buttons, its loaded model."""
+
+import os
+import threading
+
+import pytest
+
+from hyper_merge.errors import InterruptedRun
+
+TASK = "task(abc)"
+
+
+def load(webui, name="photo.safetensors"):
+    """The model that the WebUI has loaded after a picture was made with a checkpoint."""
+    info = webui.sd_models.get_closet_checkpoint_match(name)
+    webui.opts.data["sd_model_checkpoint"] = info.title
+    if webui.flavour == "a1111":
+        return webui.sd_models.load_model(info)
+    webui.sd_models.main_entry.refresh_model_loading_parameters()
+    return webui.sd_models.forge_model_reload()[0]
+
+
+def picture(webui):
+    """Makes one: the model that it is made with."""
+    if webui.flavour == "a1111":
+        return webui.shared.sd_model
+    return webui.sd_models.forge_model_reload()[0]
+
+
+def overwrite(path, content):
+    new = path.with_suffix(".tmp")
+    new.write_bytes(content)
+    os.replace(new, path)  # noqa: PTH105 - as the writer does
+
+
+def test_a_run_is_a_task_of_the_hosts_from_its_start_to_its_end(host, webui):
+    with host.running(TASK):
+        assert webui.queue_lock.held
+        assert webui.state.jobs == [TASK]
+        answer = webui.progress.answer(TASK)
+        assert answer["active"]
+        assert answer["progress"] == 0
+    assert not webui.queue_lock.held
+    assert webui.state.job == ""
+    answer = webui.progress.answer(TASK)
+    assert not answer["active"]
+    assert answer["completed"]
+    assert not webui.progress.pending_tasks
+
+
+def test_phase_and_fraction_reach_the_hosts_progress_bar(host, webui):
+    with host.running(TASK) as control:
+        control.on_progress("reading the checkpoints", 0.25)
+        answer = webui.progress.answer(TASK)
+    assert answer["textinfo"] == "reading the checkpoints"
+    assert answer["progress"] == pytest.approx(0.25, abs=1e-3)
+    assert answer["eta"] >= 0
+
+
+@pytest.mark.parametrize(("fraction", "shown"), [(-0.1, 0), (0, 0), (1, 1), (1.001, 1)])
+def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, shown):
+    with host.running(TASK) as control:
+        control.on_progress("solving", fraction)
+        assert webui.progress.answer(TASK)["progress"] == shown
+
+
+@pytest.mark.parametrize("button", ["interrupt", "skip", "stop_generating", "request_restart"])
+def test_each_of_the_hosts_ways_to_stop_is_heard(host, webui, button):
+    with host.running(TASK) as control:
+        assert not control.should_stop()
+        getattr(webui.state, button)()
+        assert control.should_stop()
+    flags = webui.state.dict()
+    assert not any(flags[name] for name in ("interrupted", "skipped", "stopping_generation"))
+
+
+def test_an_interrupt_of_an_earlier_job_does_not_stop_the_next(host, webui):
+    webui.state.interrupt()
+    with host.running(TASK) as control:
+        assert not control.should_stop()
+
+
+def test_a_run_waits_for_the_hosts_work_and_says_so(host, webui):
+    entered, left = threading.Event(), threading.Event()
+
+    def run():
+        with host.running(TASK):
+            entered.set()
+            left.wait(5)
+
+    thread = threading.Thread(target=run)
+    with webui.queue_lock:
+        thread.start()
+        while TASK not in webui.progress.pending_tasks:
+            pass
+        assert not entered.wait(0.1)
+        assert webui.progress.answer(TASK)["textinfo"] == "In queue: 1/1"
+    assert entered.wait(5)
+    assert not webui.queue_lock.acquire(blocking=False)
+    left.set()
+    thread.join(5)
+    assert not webui.queue_lock.held
+
+
+@pytest.mark.parametrize("error", [InterruptedRun("stopped"), RuntimeError("out of memory")])
+def test_everything_is_put_back_after_an_error_which_goes_on(host, webui, error):
+    model = load(webui)
+
+    def run():
+        with host.running(TASK) as control:
+            control.on_progress("solving", 0.5)
+            webui.state.interrupt()
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run()
+    assert not webui.queue_lock.held
+    assert webui.progress.answer(TASK)["completed"]
+    assert not webui.state.interrupted
+    assert webui.state.dict()["sampling_steps"] == 0
+    assert picture(webui) is model
+    assert model.device == "cuda"
+
+
+def test_the_loaded_model_makes_room_and_comes_back(host, webui):
+    model = load(webui)
+    with host.running(TASK):
+        assert model.device == "cpu"
+    assert picture(webui) is model
+    assert model.device == "cuda"
+
+
+def test_forge_moves_its_models_in_its_own_thread_only(host, webui, flavour):
+    load(webui)
+    with host.running(TASK):
+        pass
+    unload = webui.sd_models.memory_management.unload_all_models if flavour == "forge" else None
+    assert webui.main_thread.calls == ([unload] if unload else [])
+
+
+def test_where_no_model_is_loaded_none_is_loaded_by_a_run(host, webui):
+    with host.running(TASK):
+        pass
+    assert not hasattr(webui.sd_models.model_data.sd_model, "content")
+
+
+@pytest.mark.parametrize("flavour", ["a1111"])  # the other keeps one model
+def test_all_models_that_a1111_keeps_make_room_and_the_current_comes_back(host, webui):
+    first, second = load(webui, "anime.safetensors"), load(webui, "photo.safetensors")
+    with host.running(TASK):
+        assert (first.device, second.device) == ("cpu", "cpu")
+    assert webui.shared.sd_model is second
+    assert (first.device, second.device) == ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("restat", [True, False], ids=["other size", "same size"])
+def test_a_loaded_checkpoint_that_was_overwritten_is_read_again(host, webui, models, restat):
+    load(webui)
+    path = models / "Stable-diffusion" / "photo.safetensors"
+    new = b"\7" * (32 if restat else 16)
+    with host.running(TASK):
+        overwrite(path, new)
+    model = picture(webui)
+    assert model.content == new
+    assert model.device == "cuda"
+    assert model.filename == str(path)
+
+
+def test_the_overwritten_checkpoint_stays_selected_though_its_title_changes(host, webui, models):
+    load(webui)
+    before = webui.opts.data["sd_model_checkpoint"]
+    path = models / "Stable-diffusion" / "photo.safetensors"
+    with host.running(TASK):
+        overwrite(path, b"new")
+    assert webui.sd_models.select_checkpoint().filename == str(path)
+    if webui.flavour == "a1111":
+        assert webui.opts.data["sd_model_checkpoint"] != before
+
+
+def test_another_selection_than_the_loaded_one_stays(host, webui, models):
+    load(webui)
+    other = str(models / "Stable-diffusion" / "sub" / "portrait.safetensors")
+    webui.opts.data["sd_model_checkpoint"] = "sub/portrait.safetensors"
+    with host.running(TASK):
+        overwrite(models / "Stable-diffusion" / "photo.safetensors", b"new")
+    assert webui.sd_models.select_checkpoint().filename == other
+
+
+@pytest.mark.parametrize("flavour", ["a1111"])  # the other keeps one model
+def test_a_kept_model_of_an_overwritten_file_is_dropped(host, webui, models):
+    first, second = load(webui, "anime.safetensors"), load(webui, "photo.safetensors")
+    with host.running(TASK):
+        overwrite(models / "Stable-diffusion" / "anime.safetensors", b"new")
+    assert webui.sd_models.model_data.loaded_sd_models == [second]
+    assert first.device == "meta"
+    assert second.device == "cuda"
+
+
+def test_a_loaded_checkpoint_whose_file_is_gone_stays_loaded(host, webui, models):
+    model = load(webui)
+    with host.running(TASK):
+        (models / "Stable-diffusion" / "photo.safetensors").unlink()
+    assert webui.sd_models.model_data.sd_model is model
+
+
+def test_a_model_that_does_not_move_is_told_in_the_log_and_ends_nothing(host, webui, monkeypatch):
+    model = load(webui)
+
+    def fail(*args):
+        raise RuntimeError("the device is gone")
+
+    if webui.flavour == "a1111":
+        monkeypatch.setattr(webui.sd_models, "unload_model_weights", fail)
+        monkeypatch.setattr(webui.sd_models, "send_model_to_device", fail)
+    else:
+        monkeypatch.setattr(webui.sd_models.memory_management, "unload_all_models", fail)
+    done = False
+    with host.running(TASK):
+        done = True
+    assert done
+    assert not webui.queue_lock.held
+    assert webui.progress.answer(TASK)["completed"]
+    assert webui.sd_models.model_data.sd_model is model
+    told = [*webui.errors.reports, str(webui.main_thread.last_exception)]
+    assert any("the device is gone" in text for text in told)
+
+
+def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):
+    def deep():
+        raise ValueError("what went wrong")
+
+    try:
+        deep()
+    except ValueError as error:
+        caught = error
+    host.log(caught)
+    (report,) = webui.errors.reports
+    assert "what went wrong" in report
+    assert "in deep" in report
+
+
+def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui):
+    with host.running("task(hyper)") as control:
+        webui.state.interrupt()
+        assert control.should_stop()
+        webui.state.interrupted = webui.state.stopping_generation = False
+        webui.state.job_count = 0
+        assert control.should_stop()
+        control.on_progress("solving", 0.5)
+        assert webui.state.job_count == 1

@@ -1,0 +1,101 @@
+"""Prompt styles: ours come and go, the user's stay as they are."""
+
+from pathlib import Path
+
+import pytest
+from fake_webui.styles import PromptStyle, StyleDatabase
+
+from hyper_merge.errors import OutputError
+
+OURS = {
+    "mix: photo": "{prompt} <lora:mix_0-8:0.5> <lora:mix_1-4:-0.25>",
+    "mix: anime": "{prompt} <lora:mix_0-8:-1.0> <lora:mix_1-4:1.0>",
+}
+
+
+def on_disk(webui):
+    """What the WebUI reads at its next start."""
+    read = StyleDatabase(webui.prompt_styles.paths, webui.errors).styles
+    return {name: style for name, style in read.items() if style.path != "do_not_save"}
+
+
+@pytest.fixture
+def mine(webui):
+    """Styles of the user's: one plain, one with a LoRA among words, one with a negative prompt."""
+    mine = {
+        "ink": PromptStyle("ink", "ink drawing, {prompt}", "colour", None),
+        "mix: words": PromptStyle("mix: words", "{prompt} <lora:x:1>, sharp", "", None),
+        "mix: negative": PromptStyle("mix: negative", "{prompt} <lora:x:1>", "blurry", None),
+    }
+    webui.prompt_styles.styles.update(mine)
+    webui.prompt_styles.save_styles()
+    return mine
+
+
+def test_saved_styles_are_there_after_a_restart_and_picking_one_adds_the_tags(host, webui):
+    host.save_styles(OURS)
+    assert host.styles() >= set(OURS)
+    assert set(on_disk(webui)) == set(OURS)
+    text = webui.prompt_styles.apply_styles_to_prompt("a cat", ["mix: photo"])
+    assert text == "a cat <lora:mix_0-8:0.5> <lora:mix_1-4:-0.25>"
+
+
+def test_headings_between_the_files_are_no_styles(host, webui):
+    host.save_styles(OURS)
+    webui.prompt_styles.reload()
+    assert host.styles() == set(OURS)
+
+
+def test_saving_keeps_the_styles_of_the_user_and_a_backup(host, webui, mine):
+    host.save_styles(OURS)
+    saved = on_disk(webui)
+    assert {name: saved[name][:3] for name in mine} == {n: style[:3] for n, style in mine.items()}
+    assert Path(f"{webui.prompt_styles.default_path}.bak").exists()
+
+
+def test_our_own_style_is_renewed_in_the_file_where_it_is(host, webui):
+    host.save_styles(OURS)
+    second = str(webui.prompt_styles.paths[-1])
+    styles = webui.prompt_styles.styles
+    styles["mix: photo"] = styles["mix: photo"]._replace(path=second)
+    host.save_styles({"mix: photo": "{prompt} <lora:mix_0-8:0.75>"})
+    assert on_disk(webui)["mix: photo"][1:] == ("{prompt} <lora:mix_0-8:0.75>", "", second)
+
+
+@pytest.mark.parametrize("name", ["ink", "mix: words", "mix: negative"])
+def test_a_style_of_the_users_is_not_overwritten_and_nothing_else_is_saved(host, webui, mine, name):
+    before = dict(webui.prompt_styles.styles)
+    with pytest.raises(OutputError, match=rf"not Hyper-Merge's have these names: {name}; rename"):
+        host.save_styles({**OURS, name: "{prompt} <lora:mix_0-8:1.0>"})
+    assert webui.prompt_styles.styles == before
+    assert set(on_disk(webui)) == set(mine)
+
+
+def test_removing_takes_ours_and_leaves_the_users_and_unknown_names(host, webui, mine):
+    host.save_styles(OURS)
+    host.remove_styles([*OURS, *mine, "never saved"])
+    assert host.styles() == set(mine)
+    assert set(on_disk(webui)) == set(mine)
+
+
+def test_removing_nothing_writes_nothing(host, webui, mine):
+    path = Path(webui.prompt_styles.default_path)
+    path.unlink()
+    host.remove_styles([*mine, "never saved"])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("action", ["save_styles", "remove_styles"])
+def test_styles_that_cannot_be_written_are_refused_and_stay_as_on_disk(
+    host, webui, monkeypatch, action
+):
+    host.save_styles(OURS)
+    before = dict(webui.prompt_styles.styles)
+
+    def locked(path=None):
+        raise PermissionError(13, "Permission denied", "styles.csv")
+
+    monkeypatch.setattr(webui.prompt_styles, "save_styles", locked)
+    with pytest.raises(OutputError, match=r"cannot be written .*styles\.csv.*close other programs"):
+        getattr(host, action)({"mix: photo": "{prompt} <lora:mix_0-8:0.1>"})
+    assert webui.prompt_styles.styles == before

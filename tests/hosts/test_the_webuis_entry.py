@@ -1,0 +1,162 @@
+"""The script in the WebUI: it registers, it survives Reload UI, and the page of it works."""
+
+import configparser
+import inspect
+import sys
+import urllib.request
+from types import ModuleType
+
+import gradio as gr
+import pytest
+from fake_webui import EXTENSION, ROOTS, installed
+
+from hyper_merge.hosts.host import Host
+from hyper_merge.hosts.standalone import Standalone
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Stands in for the tab; the hosts that it was built for."""
+    hosts = []
+
+    def build_tab(host):
+        hosts.append(host)
+        with gr.Blocks() as blocks:
+            text = gr.Textbox("<lora:mix_0-8:1.0>", elem_id="hyper_merge_tags")
+            button = gr.Button("Send to txt2img", elem_id="hyper_merge_send")
+            host.connect_send(button, text)
+        return blocks
+
+    for name in ("hyper_merge.ui", "hyper_merge.ui.tab"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["hyper_merge.ui.tab"].build_tab = build_tab
+    return hosts
+
+
+def test_the_script_registers_a_tab_and_a_page_of_settings_and_nothing_else(webui, built):
+    webui.load_scripts()
+    assert webui.errors.reports == []
+    callbacks = webui.script_callbacks.callback_map
+    assert {name: len(found) for name, found in callbacks.items()} == {
+        "ui_tabs": 1,
+        "ui_settings": 1,
+    }
+    assert built == []
+    assert webui.opts.data_labels == {}
+
+
+def test_the_tab_has_its_title_and_id_and_the_host_is_this_webui(webui, built):
+    webui.load_scripts()
+    ((blocks, title, name),) = webui.script_callbacks.ui_tabs_callback()
+    assert isinstance(blocks, gr.Blocks)
+    assert (title, name) == ("Hyper-Merge", "hyper_merge")
+    assert set(built[0].checkpoints()) >= {"anime.safetensors", "photo.safetensors"}
+
+
+def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
+    webui.load_scripts()
+    webui.create_ui()
+    webui.load_scripts()
+    webui.create_ui()
+    callbacks = webui.script_callbacks.callback_map
+    assert {name: len(found) for name, found in callbacks.items()} == {
+        "ui_tabs": 1,
+        "ui_settings": 1,
+    }
+    assert len(webui.infotext_utils.registered_param_bindings) == 1
+    with built[-1].running("task(again)") as control:
+        control.on_progress("solving", 0.5)
+        assert webui.progress.answer("task(again)")["progress"] == pytest.approx(0.5, abs=1e-3)
+    assert webui.errors.reports == []
+
+
+def test_a_tab_that_fails_to_build_is_told_in_the_hosts_log(webui, built, monkeypatch):
+    def fail(host):
+        raise RuntimeError("no tab today")
+
+    sys.modules["hyper_merge.ui.tab"].build_tab = fail
+    webui.load_scripts()
+    assert webui.script_callbacks.ui_tabs_callback() == []
+    assert "no tab today" in webui.errors.reports[0]
+
+
+@pytest.mark.parametrize("flavour", ["a1111"])
+def test_the_tab_is_built_in_debug_mode_and_without_any_checkpoint(tmp_path, built, flavour):
+    with installed(tmp_path / "models", flavour, debug_mode=True) as webui:
+        webui.load_scripts()
+        webui.create_ui()
+        assert built[0].checkpoints() == {}
+        assert webui.errors.reports == []
+
+
+def components(demo, elem_id):
+    return [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == elem_id]
+
+
+def test_send_fills_the_prompt_of_txt2img(webui, built):
+    webui.load_scripts()
+    demo = webui.create_ui()
+    (binding,) = webui.infotext_utils.registered_param_bindings
+    (button,), (prompt,) = components(demo, "hyper_merge_send"), components(demo, "txt2img_prompt")
+    assert binding.paste_button is button
+    assert binding.tabname == "txt2img"
+    assert binding.source_text_component is components(demo, "hyper_merge_tags")[0]
+    assert webui.infotext_utils.paste_fields == {"txt2img": prompt}
+
+
+def test_our_settings_are_components_of_the_hosts_page(webui, built):
+    webui.load_scripts()
+    demo = webui.create_ui()
+    kinds = {
+        "hyper_merge_ranks": gr.Textbox,
+        "hyper_merge_save_styles": gr.Checkbox,
+        "hyper_merge_folder": gr.Textbox,
+        "hyper_merge_cache_gb": gr.Number,
+        "hyper_merge_clear_cache": gr.Button,
+    }
+    for key, kind in kinds.items():
+        (component,) = components(demo, f"setting_{key}")
+        assert isinstance(component, kind)
+    (size,) = components(demo, "setting_hyper_merge_clear_cache_size")
+    assert "0.0 MB" in size.value
+
+
+@pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
+def test_the_page_of_the_webui_is_served(webui, built):
+    webui.load_scripts()
+    address = webui.launch(0)
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            page = answer.read().decode()
+    finally:
+        webui.close()
+    assert "hyper_merge_send" in page
+    assert "function requestProgress" in page
+
+
+@pytest.mark.parametrize("kind", ["webui", "standalone"])
+def test_each_host_has_all_that_the_protocol_asks_for(webui, kind):
+    found = {"webui": type(webui.host()), "standalone": Standalone}[kind]
+    for name, asked in vars(Host).items():
+        if name.startswith("_"):
+            continue
+        assert hasattr(found, name)
+        if callable(asked):
+            wanted = list(inspect.signature(asked).parameters)
+            assert list(inspect.signature(getattr(found, name)).parameters) == wanted
+
+
+def test_the_webui_is_gone_from_memory_after_its_test(models, flavour):
+    with installed(models, flavour) as webui:
+        first = sys.modules[type(webui.host()).__module__]
+    assert not [name for name in sys.modules if name.split(".")[0] in ROOTS]
+    with installed(models, flavour) as webui:
+        second = sys.modules[type(webui.host()).__module__]
+        assert second is not first
+        assert second.shared is webui.shared
+
+
+def test_the_extension_says_its_name():
+    config = configparser.ConfigParser()
+    config.read(EXTENSION / "metadata.ini")
+    assert config["Extension"]["Name"] == "hyper-merge"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -32,6 +33,14 @@ FORMAT_VERSION: Final = "1"
 
 CARD_SUFFIXES: Final = (".json", ".png")
 """Of the files beside a model that WebUIs make its card from: text and picture."""
+
+COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "norms": ("norms", "AUTOMATIC1111, Forge and ComfyUI"),
+        "all": ("norms and biases", "Forge and ComfyUI, not in AUTOMATIC1111"),
+    }
+)
+"""What companions hold and where they load, by the recipe's word."""
 
 _LARGEST: Final = 6e4  # of float16's 65504: hosts that scale a factor need room
 _OWN: Final = "hyper_merge."
@@ -257,6 +266,23 @@ def card(file: LoraFile, stem: str) -> str:
             "sd version": file.lineage.family.sd_version,
             "activation text": "",
             "preferred weight": 1.0,  # the largest multiplier of every LoRA
+            "negative text": "",
+            "notes": "\n".join(lines),
+        }
+    )
+
+
+def companion_card(file: LoraFile, stem: str, exact: str) -> str:
+    """The JSON text of a companion's sidecar; `exact` is the recipe's word for what it holds."""
+    what, where = COMPANIONS[exact]
+    lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
+    return _card(
+        {
+            "description": f"{what.capitalize()} that go with LoRA {file.index + 1} of {file.count}"
+            f" of {file.run}: to be used with the same multiplier. Loads in {where}.",
+            "sd version": file.lineage.family.sd_version,
+            "activation text": "",
+            "preferred weight": 1.0,
             "negative text": "",
             "notes": "\n".join(lines),
         }

@@ -21,9 +21,11 @@ from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import layout_of
 from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.checkpoints.vectors import Vector
 from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.effort import pass_products, seconds_of, solve_products
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
+from hyper_merge.exact import companion_bytes, wanted_vectors
 from hyper_merge.folders import Folders
 from hyper_merge.lora import lora_tensors
 from hyper_merge.recipe import AVERAGE, Recipe
@@ -66,6 +68,11 @@ class Preflight:
         return even_ranks(self.recipe.ranks, [(layer.m, layer.n) for layer in layers])
 
     @cached_property
+    def vectors(self) -> tuple[Vector, ...]:
+        """What the LoRAs' companions hold."""
+        return wanted_vectors(self.recipe, self.sources)
+
+    @cached_property
     def average_id(self) -> str:
         """Tells the same average: equal for equal files, weights, VAE policy and type."""
         sources = self.sources
@@ -89,6 +96,7 @@ class Preflight:
             alpha = rank if sources.layout.family.lora_alpha else None
             tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, alpha)
             loras += sum(info.nbytes for info in tensors.values())
+        loras += len(recipe.ranks) * companion_bytes(self.vectors)
         analysis = analysis_bytes(sources, width_for(recipe.ranks))
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
@@ -146,6 +154,7 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         dtype=getattr(torch, recipe.dtype),
         average_vae=recipe.vae == "average",
     )
+    wanted_vectors(recipe, sources)
     warnings = [*warnings, *_capped(recipe, sources)]
     return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
 

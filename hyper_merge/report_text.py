@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from hyper_merge.lora import COMPANIONS
 from hyper_merge.report import Report
 
 _WORST: Final = 3  # sections that are named
@@ -72,7 +73,13 @@ def _details(report: Report) -> list[str]:
 
 def _carried(report: Report) -> list[str]:
     shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
-    return [f"not carried by LoRAs, as a share of all differences: {shares}"]
+    lines = [f"not carried by LoRAs, as a share of all differences: {shares}"]
+    if report.recovered:
+        kinds = [each.kind for each in report.recovered]
+        where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
+        back = ", ".join(f"{each.kind} {each.share:.2%}" for each in report.recovered)
+        lines.append(f"brought back by the companions, in the UNet: {back}; they load in {where}")
+    return lines
 
 
 def _bytes(report: Report) -> list[str]:

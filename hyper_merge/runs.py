@@ -20,7 +20,7 @@ from hyper_merge.errors import RunError
 from hyper_merge.folders import MANIFEST, RUN_FILES, Folders, average_id_of, is_there, same_place
 from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.merge import MANIFEST_VERSION
-from hyper_merge.prompts import lora_names
+from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
 from hyper_merge.report import Report
 
@@ -167,10 +167,12 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     recipe = recipe_from_settings(_settings(folders, manifest, sources), "settings")
     report = Report.from_dict(_mapping(manifest, "report"))
     names = lora_names(name, recipe.ranks)
-    if (report.loras, len(report.checkpoints)) != (names, len(recipe.models)):
+    companions = companion_names(names) if recipe.exact != "none" else ()
+    found = (report.loras, report.companions, len(report.checkpoints))
+    if found != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")
     hyper_model = folders.hyper_model_of(manifest)
-    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in names)
+    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in (*names, *companions))
     missing = [path for path in (hyper_model, *loras) if not is_there(path)]
     if hyper_model not in missing and not _is_right(hyper_model, recipe, manifest):
         missing.insert(0, hyper_model)

@@ -20,7 +20,7 @@ LABELS: Final = UNET + "label_emb."
 
 _FIRST_CONVOLUTION: Final = UNET + "input_blocks.0.0.weight"
 _CONTEXT: Final = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight")
-_DOWNSAMPLER: Final = re.compile(r"model\.diffusion_model\.input_blocks\.(\d+)\.0\.op\.weight")
+_DOWNSAMPLER: Final = re.compile(r"model\.diffusion_model\.input_blocks\.(\d+)\.0\.op\.")
 _TRANSFORMER: Final = re.compile(
     r"model\.diffusion_model\.(?:input_blocks\.(\d+)|middle_block)\.1\.transformer_blocks\.(\d+)\."
 )
@@ -78,7 +78,7 @@ class Structure:
 
         Empty if it is no such UNet, or one with other than two residual blocks a level.
         """
-        samplers = sorted(int(match[1]) for match in self._matches(_DOWNSAMPLER))
+        samplers = sorted({int(match[1]) for match in self._matches(_DOWNSAMPLER)})
         if not samplers or samplers != [_PER_LEVEL * (n + 1) for n in range(len(samplers))]:
             return ()
         depths = [0] * (len(samplers) + 2)

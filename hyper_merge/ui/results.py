@@ -13,7 +13,6 @@ import gradio as gr
 
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.prompts import tags
 from hyper_merge.runs import Run, load_run
 from hyper_merge.ui import views
 from hyper_merge.ui.plots import explained_plot, parts_plot, similarity_plot
@@ -57,7 +56,7 @@ def prompt(host: Host, name: str, checkpoint: str) -> str:
 def prompt_of(run: Run, checkpoint: str | None) -> str:
     """The tags of one checkpoint; none for a name that is not in the run."""
     rows = {row.name: row.multipliers for row in run.report.checkpoints}
-    return tags(run.report.loras, rows[checkpoint]) if checkpoint in rows else ""
+    return run.report.tags(rows[checkpoint]) if checkpoint in rows else ""
 
 
 def sent(name: str, title: str) -> str:
@@ -95,6 +94,6 @@ def remove_styles(host: Host, name: str) -> str:
 def styles_of(run: Run) -> dict[str, str]:
     """One style per checkpoint: its name, and the prompt that it stands for."""
     return {
-        f"{run.name}: {row.name}": tags(run.report.loras, row.multipliers)
+        f"{run.name}: {row.name}": run.report.tags(row.multipliers)
         for row in run.report.checkpoints
     }

@@ -1,4 +1,4 @@
-// Progress and copying. Outside of the tab only the WebUI's own functions and buttons are used.
+// Progress, copying, and when to look at the form again. Outside of the tab only the WebUI's own functions and buttons are used.
 "use strict";
 
 window.hyperMerge = (() => {
@@ -63,6 +63,13 @@ window.hyperMerge = (() => {
         }
     }
 
+    // After the last of several changes; a late answer to an earlier one must not come last.
+    let timer = null;
+    function replan() {
+        clearTimeout(timer);
+        timer = setTimeout(() => press("#hyper_merge_replan"), 150);
+    }
+
     function openTab(index) {
         const buttons = root().querySelectorAll("#hyper_merge_tabs > .tab-nav button, #hyper_merge_tabs > div:first-child button[role=tab]");
         if (buttons[index]) {
@@ -95,5 +102,5 @@ window.hyperMerge = (() => {
     }
     watch();
 
-    return {copy, select, refresh, openTab};
+    return {copy, select, refresh, replan, openTab};
 })();

@@ -250,14 +250,14 @@ def test_replacing_removes_only_loras_that_are_hyper_merges_own(files, started):
     for path in mine:
         path.write_text("mine")
     content = json.loads(manifest.read_text())
-    (started / "victim_0-1.safetensors").write_bytes(
-        (started / "Lora/mix_0-4.safetensors").read_bytes()
-    )
-    content["report"]["loras"] += ["../victim_0-1", "mix_0-4/../../victim_0-1", 7]
+    outside = Path(
+        shutil.copy(started / "Lora/mix_0-4.safetensors", started)
+    )  # ours by its content
+    content["report"]["loras"] += ["../mix_0-4", "mix_0-4/../../mix_0-4", 7]
     manifest.write_text(json.dumps(content))
     merge(files, started, ranks=(3,), overwrite=True)
     assert [path.read_text() for path in mine] == ["mine"] * 3
-    assert (started / "victim_0-1.safetensors").exists()
+    assert outside.exists()
     assert not (started / "Lora/mix_0-4.safetensors").exists()
 
 

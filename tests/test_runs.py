@@ -126,9 +126,13 @@ def test_what_is_gone_is_missing_and_the_rest_can_still_be_deleted(started, fold
     assert not found.folder.exists()
 
 
-def test_another_hyper_model_in_its_place_is_missing_and_never_deleted(started, folders, files):
+@pytest.mark.parametrize("own", [False, True])
+def test_another_checkpoint_in_its_place_is_missing_and_never_deleted(
+    started, folders, files, tmp_path, own
+):
     run = load_run(folders, "mix")
-    shutil.copy(files[0], run.hyper_model)
+    other = merge(files[:2], tmp_path / "other").place.hyper_model if own else files[0]
+    shutil.copy(other, run.hyper_model)
     found = load_run(folders, "mix")
     assert found.missing == (run.hyper_model,)
     delete_run(found, folders)

@@ -29,43 +29,42 @@ from hyper_merge.ui.picking import prepare
 _TICK: Final = 0.5  # seconds between looks at a job that says nothing
 
 
-def merge(host: Host, jobs: Jobs, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Starts the merge and follows it: status, message, Stop button."""
+def start(host: Host, jobs: Jobs, *values: Any) -> str:
+    """Starts the merge, or says why not; `watch` follows it.
+
+    Two handlers, for gradio keeps a second click waiting until the first one is answered.
+    """
     form = Form(*values)
     try:
         preflight, _ = prepare(host, form)
         form = replace(form, name=preflight.recipe.name)
         jobs.start(form.name, functools.partial(_merge, host, form), host.log)
     except HyperMergeError as error:
-        yield gr.update(), views.message("bad", str(error)), gr.update()
-        return
-    yield from watch(jobs)
+        return views.message("bad", str(error))
+    return ""
 
 
-def make_demo(host: Host, jobs: Jobs) -> Iterator[tuple[Any, Any, Any]]:
-    """Makes small checkpoints where there are none, and follows that."""
+def start_demo(host: Host, jobs: Jobs) -> str:
+    """Starts making small checkpoints where there are none."""
     try:
         jobs.start("the demo's checkpoints", functools.partial(_make_demo, host), host.log)
     except HyperMergeError as error:
-        yield gr.update(), views.message("bad", str(error)), gr.update()
-        return
-    yield from watch(jobs)
+        return views.message("bad", str(error))
+    return ""
 
 
-def watch(jobs: Jobs) -> Iterator[tuple[Any, Any, Any]]:
-    """Follows the job that runs, or says how the last one ended: status, message, Stop button."""
+def watch(jobs: Jobs) -> Iterator[tuple[str, Any]]:
+    """Follows the job that runs, or says how the last one ended: status, Stop button."""
     job = jobs.last
     if job is None:
-        yield "", "", gr.update(interactive=False)
+        yield "", gr.update(interactive=False)
         return
     now = job.standing
-    message: Any = ""
     while now.outcome == "running":
-        yield views.progress(now), message, gr.update(interactive=not now.stopping)
-        message = gr.update()  # what other clicks were told stays
+        yield views.progress(now), gr.update(interactive=not now.stopping)
         job.wait(_TICK)
         now = job.standing
-    yield views.progress(now), message, gr.update(interactive=False)
+    yield views.progress(now), gr.update(interactive=False)
 
 
 def stop(jobs: Jobs) -> str:

@@ -56,6 +56,7 @@ class RunPanel:
     """The button, and how far it is."""
 
     plan: gr.HTML
+    replan: gr.Button  # hidden by the style sheet: the scripts press it when the form has changed
     merge: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -183,10 +184,11 @@ def build_run() -> RunPanel:
     """What it will take, the button, and progress."""
     gr.HTML("<h3>3. Merge</h3>")
     plan = _html("plan")
+    replan = _button("replan", "Look again")
     with gr.Row(elem_id=elem_id("run_row")):
         merge = _widget(gr.Button, "merge", value="Merge", variant="primary", scale=3)
         stop = _widget(gr.Button, "stop", value="Stop", interactive=False, scale=1, min_width=90)
-    return RunPanel(plan, merge, stop, _html("message"), _html("status"))
+    return RunPanel(plan, replan, merge, stop, _html("message"), _html("status"))
 
 
 def build_result(host: Host) -> ResultPanel:

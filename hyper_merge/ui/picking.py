@@ -30,17 +30,11 @@ TOP_FOLDER: Final = "without a folder"
 _SUGGESTIONS: Final = 9  # tried, one after another
 
 
-def refresh(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
-    """The host's list, read again: choices of checkpoints, folders and bases, and the demo's button.
+def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Choices of checkpoints, folders and bases from the host's list, and the demo's button.
 
     Checkpoints that are gone stay picked: the table says so.
     """
-    host.refresh()
-    return listing(host, picked)
-
-
-def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
-    """As `refresh`, from the list as the host has it."""
     names = list(host.checkpoints())
     gone = [name for name in picked or [] if name not in names]
     folders = folders_in(names)

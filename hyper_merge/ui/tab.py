@@ -32,6 +32,7 @@ from hyper_merge.ui.panels import (
 
 _COPY = "(text) => { hyperMerge.copy(text); return []; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
+_REPLAN = "() => { hyperMerge.replan(); return []; }"
 _REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 
@@ -91,10 +92,9 @@ def _build(host: Host) -> _Tab:
 
 def _wire_picker(tab: _Tab, host: Host) -> None:
     picker, form = tab.picker, tab.form
-    lists = [form.checkpoints, picker.folder, form.base, picker.demo]
-    _on(
-        picker.refresh.click, functools.partial(picking.refresh, host), [form.checkpoints], lists
-    ).then(**_plan(tab, host))
+    _on(picker.refresh.click, host.refresh, [], []).then(
+        **_listing(tab, host), **quiet(queued=False)
+    ).then(**_plan(tab, host), **quiet(queued=False))
     _on(
         picker.add.click,
         functools.partial(picking.add_folder, host),
@@ -105,33 +105,27 @@ def _wire_picker(tab: _Tab, host: Host) -> None:
     for button, word in zip(tab.presets, PRESETS, strict=True):
         _on(button.click, functools.partial(picking.preset, word), [], [form.ranks])
     settings = [widget for widget in in_order(form) if widget is not form.save_styles]
+    # One event for all of them, so that no late answer to an earlier change comes last.
     for widget in settings:
-        widget.change(**_plan(tab, host), **quiet(queued=False, latest=True))
+        widget.change(None, None, None, **browser(_REPLAN))
+    tab.run.replan.click(**_plan(tab, host), **quiet(queued=False, latest=True))
 
 
 def _wire_run(tab: _Tab, host: Host, jobs: Jobs) -> None:
-    run, lists = tab.run, [tab.picker.folder, tab.form.base, tab.picker.demo]
-    follow = [run.status, run.message, run.stop]
-    merged = run.merge.click(
-        functools.partial(merging.merge, host, jobs),
-        in_order(tab.form),
-        follow,
-        **quiet(queued=True),
+    run, picker, form = tab.run, tab.picker, tab.form
+    started = _on(
+        run.merge.click, functools.partial(merging.start, host, jobs), in_order(form), [run.message]
     )
+    merged = started.then(**_watch(tab, jobs))
     _show_outcome(merged, tab, host, jobs).then(**_plan(tab, host), **quiet(queued=False))
     _on(run.stop.click, functools.partial(merging.stop, jobs), [], [run.message])
-    made = tab.picker.demo.click(
-        functools.partial(merging.make_demo, host, jobs), [], follow, **quiet(queued=True)
+    begun = _on(
+        picker.demo.click, functools.partial(merging.start_demo, host, jobs), [], [run.message]
     )
-    made.then(
-        functools.partial(picking.listing, host),
-        [tab.form.checkpoints],
-        [tab.form.checkpoints, *lists],
-        **quiet(queued=False),
-    ).then(
+    begun.then(**_watch(tab, jobs)).then(**_listing(tab, host), **quiet(queued=False)).then(
         functools.partial(merging.after_demo, host, jobs),
         [],
-        [tab.form.checkpoints, tab.form.ranks],
+        [form.checkpoints, form.ranks],
         **quiet(queued=False),
     )
 
@@ -191,21 +185,9 @@ def _wire_history(tab: _Tab, host: Host) -> None:
 
 def _wire_page(page: gr.Blocks, tab: _Tab, host: Host, jobs: Jobs) -> None:
     """What a page asks for when it opens: the lists as they are now, and the job that runs."""
-    run, picker = tab.run, tab.picker
-    _on(
-        page.load,
-        functools.partial(picking.listing, host),
-        [tab.form.checkpoints],
-        [tab.form.checkpoints, picker.folder, tab.form.base, picker.demo],
-    ).then(**_plan(tab, host), **quiet(queued=False))
+    _on(page.load, **_listing(tab, host)).then(**_plan(tab, host), **quiet(queued=False))
     _on(page.load, **_runs(tab, host))
-    followed = page.load(
-        functools.partial(merging.watch, jobs),
-        [],
-        [run.status, run.message, run.stop],
-        **quiet(queued=True),
-    )
-    _show_outcome(followed, tab, host, jobs)
+    _show_outcome(page.load(**_watch(tab, jobs)), tab, host, jobs)
 
 
 def _show_outcome(event: Any, tab: _Tab, host: Host, jobs: Jobs) -> Any:
@@ -217,6 +199,23 @@ def _show_outcome(event: Any, tab: _Tab, host: Host, jobs: Jobs) -> Any:
     )
     shown.then(None, [tab.result.run], None, **browser(_REFRESH_ALL))
     return shown.then(**_runs(tab, host), **quiet(queued=False))
+
+
+def _watch(tab: _Tab, jobs: Jobs) -> dict[str, Any]:
+    return {
+        "fn": functools.partial(merging.watch, jobs),
+        "inputs": [],
+        "outputs": [tab.run.status, tab.run.stop],
+        **quiet(queued=True),
+    }
+
+
+def _listing(tab: _Tab, host: Host) -> dict[str, Any]:
+    return {
+        "fn": functools.partial(picking.listing, host),
+        "inputs": [tab.form.checkpoints],
+        "outputs": [tab.form.checkpoints, tab.picker.folder, tab.form.base, tab.picker.demo],
+    }
 
 
 def _plan(tab: _Tab, host: Host) -> dict[str, Any]:

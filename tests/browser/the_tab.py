@@ -17,8 +17,14 @@ class Tab:
 
     def open(self, server):
         self.page.goto(server.url)
+        self.find("merge").wait_for(state="attached")
+        if server.host != "standalone":
+            # gradio 3.41 does not say of these buttons that they are tabs
+            self.page.locator("#tabs button", has_text="Hyper-Merge").first.click()
         self.find("merge").wait_for()
-        self.until(lambda: self.text("runs_table", visible=False))
+        # each of these is the last answer of those that a page asks for when it opens
+        for name in ("runs_table", "checkpoints_table"):
+            self.until(lambda name=name: self.text(name, visible=False))
         return self
 
     def click(self, name):
@@ -59,8 +65,8 @@ class Tab:
         )
 
     def picked(self):
-        tokens = self.find("checkpoints").locator(".token")
-        return [token.inner_text().strip() for token in tokens.all()]
+        tokens = self.find("checkpoints").locator(".token").all_inner_texts()
+        return [token.strip() for token in tokens]
 
     def fraction(self):
         """Percent of the run as the status line says it; None where nothing runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from hyper_merge.lora import COMPANIONS
-from hyper_merge.report import Report
+from hyper_merge.report import CheckpointReport, Report
 
 _WORST: Final = 3  # sections that are named
 
@@ -20,7 +20,7 @@ def text(report: Report) -> str:
     ]
     lines += [
         f"{row.name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
-        f"{row.explained_text_encoder:9.2%}  {row.error:10.4f}  {row.not_carried:12.3%}"
+        f"{_of_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
         for row in report.checkpoints
     ]
     lines += [
@@ -33,6 +33,12 @@ def text(report: Report) -> str:
         *_bytes(report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _of_text_encoder(report: Report, row: CheckpointReport) -> str:
+    """A share, or a dash where the files have no text encoder that takes LoRAs."""
+    without = report.parts and all(part.which == "unet" for part in report.parts)
+    return "-" if without else f"{row.explained_text_encoder:.2%}"
 
 
 def _comparison(report: Report) -> list[str]:

@@ -12,6 +12,7 @@ from tiny_family import layers_of, merge
 
 from hyper_merge.checkpoints.synthetic_layout import text_encoders_layout
 from hyper_merge.errors import FamilyError, MismatchError
+from hyper_merge.report_text import text
 
 CLIP = "cond_stage_model.transformer.text_model."
 SPREAD = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -151,6 +152,8 @@ def test_unets_alone_are_merged_as_unets(tmp_path, prefix):
     }
     (lora,) = merged.loras
     assert len(load_file(lora)) == 278 * 3
+    row = text(merged.report).splitlines()[3].split()
+    assert (row[0], row[3]) == ("a", "-")  # nothing to explain in a text encoder
 
 
 def test_files_with_other_parts_than_the_rest_are_refused_in_words(tmp_path):

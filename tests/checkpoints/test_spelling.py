@@ -72,7 +72,7 @@ def test_a_weight_with_a_scale_is_their_product(tmp_path, dtype, end, prefix):
     tensors = state(NARROW["flux_dev"](), torch.bfloat16)
     tensors[KEY] = tensors[KEY].to(dtype)
     scales = {STEM + end: torch.tensor(0.125), STEM + "scale_input": torch.tensor(2.0)}
-    marks = {UNET + "scaled_fp8": torch.zeros(0, dtype=FP8)}
+    marks = {UNET + "scaled_fp8": torch.zeros(0).to(FP8)}
     every = {key.replace(UNET, prefix): t for key, t in {**tensors, **scales, **marks}.items()}
     path = saved(tmp_path / "scaled.safetensors", every)
     with Checkpoint(path) as checkpoint:

@@ -36,7 +36,7 @@ SPECS = {
 def main() -> None:
     """Runs every step and prints the table."""
     options = _options()
-    paths = _family(options.folder, options.family, options.count)
+    paths = make_family(options.folder, options.count, options.family)
     out = options.folder / f"out-{options.family}-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
     for path in paths:  # warm files
@@ -79,7 +79,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _family(folder: Path, family: str, count: int) -> list[Path]:
+def make_family(folder: Path, count: int, family: str = "sd1") -> list[Path]:
+    """The paths of a full-size family in a folder, written if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
     start = "synthetic" if family == "sd1" else f"synthetic_{family}"
     names = [f"{start}_{index}" for index in range(count)]

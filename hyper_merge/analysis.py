@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
@@ -26,12 +27,16 @@ from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
 from hyper_merge.decomposition.bounds import Spectra, spectra
 from hyper_merge.decomposition.contrasts import Contrasts, Deviations, deviations, energies
-from hyper_merge.decomposition.core import Compressed, compress, project
+from hyper_merge.decomposition.core import Compressed, compress, compression_cost, project
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.sources import Sources
 from hyper_merge.workers import workers
 
 _CHUNK: Final = 2**17  # entries that a CPU's cache holds of several checkpoints at once
+
+# What an entry of a file, or of a symmetric matrix cubed, takes: in multiply-adds of large products.
+_ENTRY: Final = 900.0
+_EIGENVALUES: Final = 6.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def run_pass(
         work: width of the bases, device, seed.
         write_average: takes each tensor of the average; None if it is not wanted.
         keep_layer: takes the analysis of each layer; never called without a width.
-        control: progress by tensor sizes; asked to stop between tensors.
+        control: progress by what tensors cost; asked to stop between tensors and within them.
 
     Returns:
         The energy of what no LoRA carries, by kind ("norms", "VAE", ...) and checkpoint.
@@ -88,22 +93,23 @@ def run_pass(
         CheckpointError: a file was changed or cannot be read.
     """
     phase = "averaging" if work.width is None else "reading and analysing"
-    keys = [key for key, how in sources.layout.treatments.items() if _is_averaged(how)]
-    sizes = [sources.headers[0].tensors[key].numel for key in keys]
+    costs = pass_costs(sources, work.width)
+    tally = control.tally(phase, costs)
     not_carried: dict[str, Tensor] = {}
-    done = 0
     with ExitStack() as stack:
         files = [
             stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
         ]
         if write_average:
             _copy(sources, files[-len(sources.headers)], write_average)
-        each = stack.enter_context(workers(work.device))
+        each = stack.enter_context(workers(work.device, tally.tell))
+        stack.enter_context(tally)
 
         def take(key: str) -> Found:
-            return take_apart(sources, key, [file.tensor(key) for file in files], work)
+            tensors = [file.tensor(key) for file in files]
+            return take_apart(sources, key, tensors, work, partial(tally.add, key))
 
-        for key, size, found in zip(keys, sizes, each(take, keys), strict=True):
+        for key, found in zip(costs, each(take, costs), strict=True):
             if write_average:
                 write_average(key, found.average)
             for layer in found.layers:
@@ -112,13 +118,36 @@ def run_pass(
             not_carried[kind] = not_carried.get(kind, 0) + found.energies
             if found.warning:
                 control.warn(found.warning)
-            done += size
-            control.step(phase, done / sum(sizes))
+            tally.finish(key)
     not_carried.pop("layers", None)
     return not_carried
 
 
-def take_apart(sources: Sources, key: str, tensors: Sequence[Tensor], work: Work) -> Found:
+def pass_costs(sources: Sources, width: int | None) -> dict[str, float]:
+    """What each tensor of the pass takes, in multiply-adds of large products, nearly."""
+    layout, count = sources.layout, len(sources.read)
+    costs = {
+        key: _ENTRY * count * sources.headers[0].tensors[key].numel
+        for key, how in layout.treatments.items()
+        if _is_averaged(how)
+    }
+    if width is None:
+        return costs
+    contrasts = sources.contrasts
+    for layer in layout.layers:
+        shape = (contrasts.dimensions + 1, layer.m, layer.n)  # the rounding is projected too
+        costs[layer.key] += compression_cost(shape, width)
+        costs[layer.key] += _EIGENVALUES * (contrasts.count + 1) * min(width, layer.m, layer.n) ** 3
+    return costs
+
+
+def take_apart(
+    sources: Sources,
+    key: str,
+    tensors: Sequence[Tensor],
+    work: Work,
+    tick: Callable[[float], None] = lambda _cost: None,
+) -> Found:
     """Everything about one tensor of all files: a pure function, picklable with its arguments.
 
     Where the device has too little memory the CPU takes the tensor, and a warning says so.
@@ -128,26 +157,35 @@ def take_apart(sources: Sources, key: str, tensors: Sequence[Tensor], work: Work
         key: the tensor's name.
         tensors: the tensor in every file of `sources.read`, on the CPU, as stored.
         work: width of the bases, device, seed.
+        tick: told what each step cost, all together about `pass_costs`; may raise, to stop.
     """
     try:
-        return _taken_apart(sources, key, tensors, work)
+        return _taken_apart(sources, key, tensors, work, tick)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        found = _taken_apart(sources, key, tensors, replace(work, device=torch.device("cpu")))
+        work_on_cpu = replace(work, device=torch.device("cpu"))
+        found = _taken_apart(sources, key, tensors, work_on_cpu, tick)
         warning = f"{work.device} has too little memory for some layers; the CPU took them"
         return replace(found, warning=warning)
 
 
-def _taken_apart(sources: Sources, key: str, tensors: Sequence[Tensor], work: Work) -> Found:
+def _taken_apart(
+    sources: Sources,
+    key: str,
+    tensors: Sequence[Tensor],
+    work: Work,
+    tick: Callable[[float], None],
+) -> Found:
     contrasts = sources.contrasts_of(sources.layout.treatments[key])
     averages, layers = [], []
     total: Tensor | int = 0
     for rows, index in sources.pieces(key):
-        found = _deviations(sources, key, [tensor[rows] for tensor in tensors], contrasts, work)
+        parts = [tensor[rows] for tensor in tensors]
+        found = _deviations(sources, key, parts, contrasts, work, tick)
         averages.append(found.base)
         total = total + energies(found.gram, contrasts)
         if index is not None and work.width is not None:
-            layer = _analysis(found, sources.layout.layers[index], contrasts, work)
+            layer = _analysis(found, sources.layout.layers[index], contrasts, work, tick)
             layers.append(replace(layer, index=index))
     average = torch.cat(averages).view(tensors[0].shape)
     return Found(average, torch.as_tensor(total), tuple(layers))
@@ -164,12 +202,20 @@ def _copy(sources: Sources, first: Checkpoint, write: Callable[[str, Tensor], No
 
 
 def _deviations(
-    sources: Sources, key: str, tensors: Sequence[Tensor], contrasts: Contrasts, work: Work
+    sources: Sources,
+    key: str,
+    tensors: Sequence[Tensor],
+    contrasts: Contrasts,
+    work: Work,
+    tick: Callable[[float], None],
 ) -> Deviations:
     origin, *others = [tensor.flatten().to(work.device, non_blocking=True) for tensor in tensors]
     chunk = _CHUNK if work.device.type == "cpu" else origin.numel()
     stored = origin.dtype if sources.base else sources.dtype  # a given base stays as it is
-    found = deviations(origin, others, contrasts, stored, chunk)
+    cost = _ENTRY * len(tensors)
+    found = deviations(
+        origin, others, contrasts, stored, chunk, lambda entries: tick(cost * entries)
+    )
     if not bool(found.gram.isfinite().all()):
         _refuse_non_finite(sources, key, tensors)
     return found
@@ -189,16 +235,22 @@ def _refuse_non_finite(sources: Sources, key: str, tensors: Sequence[Tensor]) ->
     )
 
 
-def _analysis(found: Deviations, layer: Layer, contrasts: Contrasts, work: Work) -> LayerAnalysis:
+def _analysis(
+    found: Deviations,
+    layer: Layer,
+    contrasts: Contrasts,
+    work: Work,
+    tick: Callable[[float], None],
+) -> LayerAnalysis:
     slices = found.slices.view(len(found.slices), layer.m, layer.n)
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(work.seed ^ zlib.crc32(layer.module.encode()))
-    compressed = compress(slices, found.gram[:-1, :-1], work.width or 0, generator)
+    compressed = compress(slices, found.gram[:-1, :-1], work.width or 0, generator, tick)
     error = found.rounding.view(1, layer.m, layer.n)
     return LayerAnalysis(
         index=-1,
         gram=found.gram,
         compressed=compressed,
-        rounding=project(error, compressed.left, compressed.right)[0],
+        rounding=project(error, compressed.left, compressed.right, tick)[0],
         spectra=spectra(compressed.core, contrasts.to_deviations),
     )

@@ -10,13 +10,15 @@ from typing import Final
 import torch
 
 from hyper_merge.decomposition.core import ITERATIONS
-from hyper_merge.decomposition.starts import search_effort
+from hyper_merge.decomposition.starts import search_cost
 from hyper_merge.sources import Sources, bases_width
 
 # Measured on full-size families of four SD 1.x checkpoints on two cores.
 _EFFICIENCY: Final = 0.5  # of a merge's products, against the rate of large ones
 _THROUGHPUT: Final = 0.34e9  # bytes in a second: read, hashed, averaged and written
 _SWEEPS: Final = 15  # until the loss stands still, with the default tolerance
+
+_STARTS: Final = 7  # that compete
 
 _SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the matrices by which the rate is measured
 _PRODUCTS: Final = 3  # of them, after one to warm up
@@ -59,11 +61,11 @@ def solve_products(
     for layer, of_layer in zip(sources.layout.layers, ranks, strict=True):
         p, q = bases_width(layer, width)
         columns = sum(of_layer)
-        entries += d * p * q
+        entries += p * q
         sweep += 4 * d * len(of_layer) * p * q + 6 * p * q * columns
         sweep += 6 * (p + q) * columns**2 + columns**3 * 2 / 3
         rounding += 8 * (layer.m * p + layer.n * q) * columns
-    return sweep * (min(iterations, _SWEEPS) + search_effort(entries)) + rounding
+    return sweep * (min(iterations, _SWEEPS) + search_cost(entries, _STARTS)) + rounding
 
 
 @functools.cache

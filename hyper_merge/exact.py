@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,15 @@ def find_companions(
     sources: Sources,
     vectors: Sequence[Vector],
     multipliers: Tensor,  # (k, R), float64
+    check: Callable[[], None] = lambda: None,
 ) -> Companions:
     """The changes of norms and biases that fit the LoRAs' multipliers best, by least squares.
+
+    Args:
+        sources: the files.
+        vectors: which tensors.
+        multipliers: of the LoRAs.
+        check: called for every tensor; may raise, to stop.
 
     Raises:
         CheckpointError: a file was changed or cannot be read.
@@ -77,6 +84,7 @@ def find_companions(
             stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
         ]
         for vector in vectors:
+            check()
             deltas = _deltas(sources, vector.key, [file.tensor(vector.key) for file in files])
             changes = (solver @ deltas).to(_DTYPE)
             left = deltas - multipliers @ changes.double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,19 +21,27 @@ from hyper_merge.workers import workers
 _FILE: Final = "hashes.json"
 
 
+def bytes_to_hash(preflight: Preflight, cache: Path) -> int:
+    """Of the sources whose hashes are not known yet."""
+    known = _known(cache / _FILE)
+    return sum(header.size for header in preflight.sources.read if _key(header) not in known)
+
+
 def lineage_of(preflight: Preflight, cache: Path, control: Control) -> Lineage:
     """Names and hashes of all sources; hashes of unchanged files come from the cache folder."""
     known = _known(cache / _FILE)
     headers = preflight.sources.read
     new = [header for header in headers if _key(header) not in known]
 
-    def sha256(header: Header) -> str:
-        return file_sha256(header.path, control.should_stop)
+    tally = control.tally("hashing the checkpoints", {_key(each): each.size for each in new})
 
-    with workers(torch.device("cpu")) as each:
-        for done, (header, digest) in enumerate(zip(new, each(sha256, new), strict=True)):
+    def sha256(header: Header) -> str:
+        return file_sha256(header.path, partial(tally.add, _key(header)))
+
+    with workers(torch.device("cpu"), tally.tell) as each, tally:
+        for header, digest in zip(new, each(sha256, new), strict=True):
             known[_key(header)] = digest
-            control.step("hashing the checkpoints", (done + 1) / len(new))
+            tally.finish(_key(header))
     if new:
         with Outputs(overwrite=True) as outputs:
             outputs.text(cache / _FILE, json.dumps(known, indent=1))

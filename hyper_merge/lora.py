@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -168,7 +168,12 @@ def as_hosts_add(
 
 
 def write_lora(
-    outputs: Outputs, path: Path, layers: Sequence[Layer], factors: Factors, file: LoraFile
+    outputs: Outputs,
+    path: Path,
+    layers: Sequence[Layer],
+    factors: Factors,
+    file: LoraFile,
+    tick: Callable[[int], None] = lambda _count: None,
 ) -> None:
     """Stages one LoRA file with its metadata, and beside it text and picture of its card in WebUIs.
 
@@ -178,6 +183,8 @@ def write_lora(
         layers: of the checkpoints.
         factors: of the block, in any precision.
         file: everything else.
+        tick: told the bytes of every tensor when it is hashed and when it is written; may raise,
+            to stop.
 
     Raises:
         NonFiniteError: factors that the file's type cannot hold.
@@ -187,15 +194,17 @@ def write_lora(
     alpha = file.rank if file.lineage.family.lora_alpha else None
     stored: dict[str, Tensor] = {}
     for layer, rank in zip(layers, ranks, strict=True):
+        tick(0)
         if rank:
             pair = factors[layer.module] if _rank(layer, factors) else _zeros(layer)
             stored |= as_lora_weights(layer, *pair, alpha, file.dtype)
     declared = lora_tensors(layers, ranks, file.dtype, alpha)
-    model_hash = content_sha256(stored, declared)
+    model_hash = content_sha256(stored, declared, tick)
     metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {0, file.rank})
     with outputs.safetensors(path, declared, metadata) as writer:
         for key, tensor in stored.items():
             writer.write(key, tensor)
+            tick(declared[key].nbytes)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
     outputs.text(path.with_suffix(CARD_SUFFIXES[0]), card(file, path.stem))
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)

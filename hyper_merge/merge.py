@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
+from hyper_merge.costs import average_costs, merge_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.exact import find_companions, write_companion
 from hyper_merge.folders import (
@@ -43,7 +45,7 @@ from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import Fit, Recovered, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
-from hyper_merge.solution import Rounded, find_blocks, rounded
+from hyper_merge.solution import Rounded, find_blocks, rounded, solve_costs
 
 MANIFEST_VERSION: Final = 1
 
@@ -89,10 +91,13 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached, folders)
+    hashing, reading, solving, writing = control.split(
+        merge_costs(preflight, folders.cache, place, cached)
+    )
     with Outputs(overwrite=recipe.overwrite) as outputs:
         if recipe.overwrite:
             _remove_outdated(outputs, folders, place.run, (*names, *companions))
-        lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.03))
+        lineage = lineage_of(preflight, folders.cache, hashing)
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
             stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
@@ -105,13 +110,13 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
             outputs,
             lineage,
             (None if cached else path, work),
-            control.part(0.03, 0.6),
+            reading,
         )
         with open_analysis(path, sources) as analysis:
-            solved = _solve(analysis, preflight, work.device, control.part(0.6, 0.97))
+            solved = _solve(analysis, preflight, work.device, solving)
             files = _lora_files(preflight, place, lineage, solved)
-            _stage_loras(outputs, preflight, place, files, solved)
-            recovered = _stage_companions(outputs, preflight, place, files, solved.found)
+            _stage_loras(outputs, preflight, place, files, solved, writing)
+            recovered = _stage_companions(outputs, preflight, place, files, solved.found, writing)
             report = make_report(
                 analysis,
                 solved.found,
@@ -145,9 +150,10 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
     require_disks({folders.models: preflight.estimate.average})
     work = Work(resolve_device(recipe.device), recipe.seed)
     with Outputs(overwrite=recipe.overwrite) as outputs:
-        lineage = lineage_of(preflight, folders.cache, control.part(0.0, 0.1))
+        hashing, reading = control.split(average_costs(preflight, folders.cache))
+        lineage = lineage_of(preflight, folders.cache, hashing)
         with _average_writer(outputs, path, preflight, lineage) as writer:
-            run_pass(preflight.sources, work, writer.write, _ignore, control.part(0.1, 1.0))
+            run_pass(preflight.sources, work, writer.write, _ignore, reading)
     return path
 
 
@@ -183,13 +189,12 @@ def _solve(
     analysis: Analysis, preflight: Preflight, device: torch.device, control: Control
 ) -> _Solved:
     recipe = preflight.recipe
-    batches, solution = find_blocks(
-        analysis, recipe, preflight.ranks, device, control.part(0.0, 0.8)
-    )
+    solving, rounding = control.split(solve_costs(preflight.sources, recipe, preflight.ranks))
+    batches, solution = find_blocks(analysis, recipe, preflight.ranks, device, solving)
     has_alphas = preflight.sources.layout.family.lora_alpha
     alphas = recipe.ranks if has_alphas else (None,) * len(recipe.ranks)
     stored = (alphas, preflight.sources.dtype)
-    blocks = rounded(analysis, batches, solution, stored, control.part(0.8, 1.0))
+    blocks = rounded(analysis, batches, solution, stored, rounding)
     return _Solved(blocks, fit(analysis, blocks), solution.losses)
 
 
@@ -233,14 +238,27 @@ def _stage_loras(
     place: Place,
     files: Mapping[str, LoraFile],
     solved: _Solved,
+    control: Control,
 ) -> None:
     layers = preflight.sources.layout.layers
+    costs = {
+        name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
+        for name, factors in zip(files, zip(*solved.blocks.factors, strict=True), strict=True)
+    }
+    tally = control.tally("writing the LoRAs", costs)
+
+    def tick(name: str, count: int) -> None:
+        tally.add(name, count)
+        tally.tell()
+
     for name, file in files.items():
         factors = {
             layer.module: solved.blocks.factors[index][file.index]
             for index, layer in enumerate(layers)
         }
-        write_lora(outputs, place.loras / f"{name}.safetensors", layers, factors, file)
+        path = place.loras / f"{name}.safetensors"
+        write_lora(outputs, path, layers, factors, file, partial(tick, name))
+        tally.finish(name)
 
 
 def _stage_companions(
@@ -249,11 +267,13 @@ def _stage_companions(
     place: Place,
     files: Mapping[str, LoraFile],
     found: Fit,
+    control: Control,
 ) -> tuple[Recovered, ...]:
     """Writes the companions if any are wanted; returns what they bring back."""
     if not preflight.vectors:
         return ()
-    companions = find_companions(preflight.sources, preflight.vectors, found.multipliers)
+    vectors = preflight.vectors
+    companions = find_companions(preflight.sources, vectors, found.multipliers, control.check)
     names = companion_names(tuple(files))
     for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
         path = place.loras / f"{name}.safetensors"

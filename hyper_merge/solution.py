@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from itertools import accumulate, pairwise
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis_cache import Analysis
+from hyper_merge.analysis_cache import Analysis, width_for
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.decomposition.gauge import balanced, unit_scales
@@ -24,13 +26,23 @@ from hyper_merge.decomposition.ll1 import (
     factors_from,
     solve,
 )
-from hyper_merge.decomposition.starts import best_start
+from hyper_merge.decomposition.starts import best_start, search_cost
 from hyper_merge.lora import as_hosts_add
 from hyper_merge.recipe import Recipe
-from hyper_merge.workers import return_memory, workers
+from hyper_merge.sources import Sources, bases_width
+from hyper_merge.workers import Each, return_memory, workers
 
 _SWEEPS_PER_RETURN: Final = 3  # of memory to the system
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
+
+# For the progress: what is usual, and times the multiply-adds that small products take.
+_USUAL_SWEEPS: Final = 12
+_USUAL_STARTS: Final = 7
+_START: Final = 1.2  # sweeps that a start in all layers takes
+_GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
+_GREEDY_MAPS: Final = 6  # over all layers for such a block
+_IN_SWEEP: Final = 4.0
+_IN_ROUNDING: Final = 6.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +62,46 @@ def find_blocks(
     control: Control,
 ) -> tuple[tuple[Batch, ...], Solution]:
     """Solves for blocks and multipliers on the cores; on the CPU where the device is too small."""
+    course = _Course(control)
     try:
-        return _find_blocks(analysis, recipe, ranks, device, control)
+        return _find_blocks(analysis, recipe, ranks, device, course)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         control.warn(f"{device} has too little memory for the cores; the CPU takes them")
-        return _find_blocks(analysis, recipe, ranks, torch.device("cpu"), control)
+        return _find_blocks(analysis, recipe, ranks, torch.device("cpu"), course)
+
+
+def solve_costs(
+    sources: Sources,
+    recipe: Recipe,
+    ranks: Sequence[tuple[int, ...]],  # per layer
+) -> tuple[float, float]:
+    """What `find_blocks` and `rounded` take, nearly, in multiply-adds of large products."""
+    width, slices = width_for(recipe.ranks), sources.contrasts.dimensions
+    entries, sweep, rounding = 0.0, 0.0, 0.0
+    for layer, rank in zip(sources.layout.layers, ranks, strict=True):
+        p, q = bases_width(layer, width)
+        entries += p * q
+        sweep += p * q * (3 * sum(rank) + 2 * slices * len(rank))
+        rounding += (layer.m * p + layer.n * q) * sum(rank)
+    if recipe.method == "greedy":
+        sweeps = float(_GREEDY_SWEEPS * len(recipe.ranks))
+    else:
+        sweeps = search_cost(entries, _USUAL_STARTS) + _START
+        sweeps += min(recipe.iterations, _USUAL_SWEEPS)
+    return sweeps * sweep * _IN_SWEEP, rounding * _IN_ROUNDING
 
 
 def batches_of(
-    analysis: Analysis, ranks: Sequence[tuple[int, ...]], device: torch.device
+    analysis: Analysis,
+    ranks: Sequence[tuple[int, ...]],  # per layer
+    device: torch.device,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Batch, ...]:
-    """The cores, stacked where shape and ranks agree, in pieces that fit a cache or a GPU."""
+    """The cores, stacked where shape and ranks agree, in pieces that fit a cache or a GPU.
+
+    `check` is called before every batch; it may raise, to stop.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, rank in enumerate(ranks):
         groups.setdefault((*analysis.core(index).shape, rank), []).append(index)
@@ -70,6 +110,7 @@ def batches_of(
         size = analysis.core(indices[0]).numel()
         length = max(_BATCH_ENTRIES[device.type] // size, 1)
         for start in range(0, len(indices), length):
+            check()
             part = tuple(indices[start : start + length])
             cores = [analysis.core(index) for index in part]
             # A single core stays where it is, mapped: on a CPU that saves most of the memory.
@@ -96,16 +137,19 @@ def rounded(
         for place in range(len(batch.layers))
     ]
 
+    sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
+    tally = control.tally("preparing the LoRAs", sizes)
+
     def job(batch: Batch, place: int, factors: Factors) -> tuple[int, _RoundedLayer]:
         pairs = [(up[place].cpu(), down[place].cpu()) for up, down in blocks(batch, factors)]
         index = batch.layers[place]
-        return index, _round_layer(analysis, index, pairs, scales, stored)
+        return index, _round_layer(analysis, index, pairs, scales, stored, control.check)
 
     layers: dict[int, _RoundedLayer] = {}
-    with workers(torch.device("cpu")) as each:
+    with workers(torch.device("cpu"), control.check) as each:
         for index, layer in each(job, *zip(*jobs, strict=True)):
             layers[index] = layer
-            control.step("preparing the LoRAs", len(layers) / len(jobs))
+            tally.finish(index)
     ordered = [layers[index] for index in sorted(layers)]
     return Rounded(
         factors=[layer.factors for layer in ordered],
@@ -121,42 +165,118 @@ class _RoundedLayer:
     gram: Tensor  # (R, R)
 
 
+class _Course:
+    """Where the solve stands: between two places that are known it moves with every batch."""
+
+    def __init__(self, control: Control) -> None:
+        self.check = control.check
+        self._step = control.step
+        self._at = 0.0
+        self.reach("", 0.0, 0.0)
+
+    def reach(self, phase: str, at: float, end: float, left: float = 1.0) -> None:
+        """Is at a fraction 0..1, never back; every map from now on takes 1 / left of the way to end."""
+        self._phase, self._at = phase, max(at, self._at)
+        self._end, self._left = max(end, self._at), left
+
+    def counting(self, each: Each, batches: int) -> Each:
+        """The same map, which tells of every batch that is done."""
+
+        def counted(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+            start, step = self._at, (self._end - self._at) / self._left
+            for done, result in enumerate(each(function, *arguments), 1):
+                self._at = start + step * done / batches
+                self._step(self._phase, self._at)
+                yield result
+
+        return counted
+
+
 def _find_blocks(
     analysis: Analysis,
     recipe: Recipe,
     ranks: Sequence[tuple[int, ...]],
     device: torch.device,
-    control: Control,
+    course: _Course,
 ) -> tuple[tuple[Batch, ...], Solution]:
-    batches = batches_of(analysis, ranks, device)
+    batches = batches_of(analysis, ranks, device, course.check)
     energy = float(energies(analysis.grams, analysis.contrasts).sum())
     generator = torch.Generator().manual_seed(recipe.seed)
-    sweeps: list[float] = []
-
-    def on_sweep(loss: float) -> None:
-        sweeps.append(loss)
-        control.step("solving for the LoRAs", min(0.3 + 0.7 * len(sweeps) / recipe.iterations, 1.0))
-        if len(sweeps) % _SWEEPS_PER_RETURN == 0:
-            return_memory()
-
-    stopping = Stopping(recipe.iterations, recipe.tolerance, on_sweep)
-    with workers(device) as each:
-        problem = Problem(batches, energy, each)
+    with workers(device, course.check) as each:
+        problem = Problem(batches, energy, course.counting(each, len(batches)))
         if recipe.method == "greedy":
-            return batches, solve_greedy(problem, generator, stopping)
-        control.step("searching for a start", 0.0)
-        start = best_start(
-            problem,
-            [analysis.contrasts.to_deviations.mT],
-            analysis.earlier_solutions(recipe.ranks),
-            generator,
-            lambda: control.step("searching for a start", 0.1),
-        )
+            return batches, solve_greedy(problem, generator, _by_block(recipe, course))
+        start, at = _start(problem, analysis, recipe, generator, course)
         return_memory()
         factors = factors_from(problem, start, generator)
-        solution = solve(problem, factors, start, stopping)
+        solution = solve(problem, factors, start, _by_sweep(recipe, course, at))
     analysis.remember(recipe.ranks, solution.multipliers)
     return batches, solution
+
+
+def _start(
+    problem: Problem,
+    analysis: Analysis,
+    recipe: Recipe,
+    generator: torch.Generator,
+    course: _Course,
+) -> tuple[Tensor, float]:  # (k, R), and the fraction at which the sweeps begin
+    planned = [analysis.contrasts.to_deviations.mT]
+    earlier = analysis.earlier_solutions(recipe.ranks)
+    entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
+    search = search_cost(entries, len(planned) + (len(earlier) or _USUAL_STARTS - 1))
+    whole = search + _START + min(recipe.iterations, _USUAL_SWEEPS)
+
+    def tell(fraction: float) -> None:
+        at = (1 + (search - 1) * fraction) / whole
+        course.reach("searching for a start", at, at)
+
+    course.reach("searching for a start", 0.0, 1 / whole)  # to choose layers takes a sweep
+    start = best_start(problem, planned, earlier, generator, tell)
+    course.reach("solving for the LoRAs", search / whole, (search + _START) / whole)
+    return start, (search + _START) / whole
+
+
+def _by_sweep(recipe: Recipe, course: _Course, at: float) -> Stopping:
+    losses: list[float] = []
+
+    def on_sweep(loss: float) -> None:
+        losses.append(loss)
+        left = _sweeps_left(losses, recipe)
+        course.reach("solving for the LoRAs", at, 1.0, left + 0.5)
+        if len(losses) % _SWEEPS_PER_RETURN == 0:
+            return_memory()
+
+    course.reach("solving for the LoRAs", at, 1.0, _sweeps_left(losses, recipe) + 0.5)
+    return Stopping(recipe.iterations, recipe.tolerance, on_sweep)
+
+
+def _by_block(recipe: Recipe, course: _Course) -> Stopping:
+    losses: list[float] = []
+
+    def reach() -> None:
+        at, end = (min(len(losses) + ahead, count) / count for ahead in (0, 1))
+        course.reach("solving for the LoRAs", at, end, _GREEDY_MAPS)
+
+    def on_block(loss: float) -> None:
+        losses.append(loss)
+        reach()
+
+    count = len(recipe.ranks)
+    reach()
+    return Stopping(recipe.iterations, recipe.tolerance, on_block)
+
+
+def _sweeps_left(losses: Sequence[float], recipe: Recipe) -> float:
+    """How many sweeps will follow: the change from one to the next falls as powers of a number do."""
+    lows = list(accumulate(losses, min))
+    changes = [1 - after / before for before, after in pairwise(lows) if after < before]
+    most = max(recipe.iterations - len(losses), 1)
+    if len(changes) < 3 or changes[-1] >= changes[0]:
+        return max(min(_USUAL_SWEEPS - len(losses), most), 1)
+    rate = math.log(changes[0] / changes[-1]) / (len(changes) - 1)
+    to_go = math.log(changes[-1] / max(recipe.tolerance, 1e-12)) / rate
+    return max(min(to_go, most), 1)
 
 
 def _round_layer(
@@ -165,11 +285,13 @@ def _round_layer(
     pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
     scales: Tensor,  # (R,)
     stored: tuple[Sequence[int | None], torch.dtype],
+    check: Callable[[], None],
 ) -> _RoundedLayer:
     layer, core = analysis.layers[index], analysis.core(index)
     left, right = analysis.bases(index)
     factors, products, ups, downs = [], [], [], []
     for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
+        check()
         narrow_up, narrow_down = balanced(pair[0] * scale, pair[1])
         up, down = as_hosts_add(layer, left @ narrow_up, narrow_down @ right.mT, alpha, stored[1])
         products.append((_inside(left, up) @ _inside(right, down.mT).mT).flatten())

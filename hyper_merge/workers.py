@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -15,19 +15,26 @@ import torch
 
 _MOST: Final = 4  # workers; each holds the deviations of one layer, so memory grows with them
 
+_PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
+
 _T = TypeVar("_T")
 Each = Callable[..., Iterator[Any]]  # as the built-in map
 
 
 @contextmanager
-def workers(device: torch.device) -> Iterator[Each]:
-    """A `map` that keeps every core busy on a CPU, and the built-in one on other devices.
+def workers(device: torch.device, check: Callable[[], None]) -> Iterator[Each]:
+    """A `map` that keeps every core busy on a CPU, and does one item at a time on other devices.
 
     A worker with a thread of its own per core beats a layer at a time on all cores: factorisations
     of some hundred rows, conversions and page faults use one core whatever they are given.
+
+    Args:
+        device: of the work.
+        check: called in the caller's thread for every item, and ten times a second while it waits
+            for one; may raise, to stop: then no further item is begun.
     """
     if device.type != "cpu":
-        yield map
+        yield partial(_one_by_one, check)
         return
     before_threads()
     threads = torch.get_num_threads()
@@ -35,7 +42,7 @@ def workers(device: torch.device) -> Iterator[Each]:
     torch.set_num_threads(threads // count)  # threads started from now on take this number
     pool = ThreadPoolExecutor(count)
     try:
-        yield partial(_in_order, pool, count + 1)
+        yield partial(_in_order, pool, count + 1, check)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -58,17 +65,36 @@ def return_memory() -> None:
         trim(0)
 
 
+def _one_by_one(
+    check: Callable[[], None], function: Callable[..., _T], *arguments: Iterable[Any]
+) -> Iterator[_T]:
+    for each in zip(*arguments, strict=True):
+        check()
+        yield function(*each)
+
+
 def _in_order(
-    pool: ThreadPoolExecutor, ahead: int, function: Callable[..., _T], *arguments: Iterable[Any]
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    check: Callable[[], None],
+    function: Callable[..., _T],
+    *arguments: Iterable[Any],
 ) -> Iterator[_T]:
     pending: deque[Future[_T]] = deque()
     try:
         for each in zip(*arguments, strict=True):
             pending.append(pool.submit(function, *each))
             if len(pending) > ahead:
-                yield pending.popleft().result()
+                yield _result(pending.popleft(), check)
         while pending:
-            yield pending.popleft().result()
+            yield _result(pending.popleft(), check)
     finally:
         for future in pending:
             future.cancel()
+
+
+def _result(future: Future[_T], check: Callable[[], None]) -> _T:
+    check()
+    while not wait([future], _PATIENCE).done:
+        check()
+    return future.result()

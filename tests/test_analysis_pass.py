@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
 
 from hyper_merge import analysis, analysis_cache
-from hyper_merge.analysis import Work, run_pass, take_apart
+from hyper_merge.analysis import Work, pass_costs, run_pass, take_apart
 from hyper_merge.analysis_cache import new_analysis, open_analysis
 from hyper_merge.checkpoints.layers import Treatment
 from hyper_merge.checkpoints.reader import Checkpoint
@@ -26,6 +27,7 @@ from hyper_merge.errors import (
 from hyper_merge.preflight import examine
 
 CPU = torch.device("cpu")
+WIDE = "model.diffusion_model.output_blocks.2.0.in_layers.2.weight"
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -286,6 +288,33 @@ def test_the_pass_stops_between_tensors_and_tells_how_far_it_is(files):
     read(sources_of(files), control=Control(lambda phase, x: told.append((phase, x))))
     assert [x for _, x in told] == sorted(x for _, x in told)
     assert told[-1] == ("reading and analysing", 1.0)
+
+
+@pytest.mark.parametrize("key", [WIDE, QUERY, NORM])
+def test_what_a_tensor_costs_is_told_piece_by_piece(files, key, monkeypatch):
+    monkeypatch.setattr(analysis, "_CHUNK", 50)
+    sources, told = sources_of(files), []
+    tensors = [load(path)[key] for path in files]
+    take_apart(sources, key, tensors, Work(CPU, 0, 4), told.append)
+    expected = pass_costs(sources, 4)[key]
+    assert 0.5 * expected < sum(told) < 1.2 * expected
+    if key != NORM:
+        assert max(told) < 0.2 * expected
+
+
+def test_an_interrupt_is_heard_within_a_tensor(files):
+    asked = []
+
+    def should_stop():
+        if threading.current_thread() is not threading.main_thread():
+            asked.append(threading.get_ident())
+        return len(asked) >= 20
+
+    done = []
+    with pytest.raises(InterruptedRun):
+        read(sources_of(files), 4, Control(lambda _phase, x: done.append(x), should_stop))
+    assert done[-1] < 0.5
+    assert len(asked) <= 20 + torch.get_num_threads() + 1  # once for each item that was submitted
 
 
 def test_threads_change_no_bit(files):

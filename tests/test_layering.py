@@ -31,7 +31,7 @@ TASKS = frozenset(
         "exact",
     }
 )
-JOBS = frozenset({"preflight", "folders", "lineage", "merge"})
+JOBS = frozenset({"preflight", "folders", "lineage", "costs", "merge"})
 VIEWS = frozenset({"inspection", "demo", "progress", "runs", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an

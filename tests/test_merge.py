@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -501,6 +502,62 @@ def test_an_interrupt_of_a_first_run_leaves_the_cache_alone_behind(files, tmp_pa
     assert merge(files, tmp_path).reused_analysis
 
 
+class Wish:
+    """Counts how often each phase asks, and wishes to stop when one asks for the n-th time."""
+
+    def __init__(self, phase=None, at=0):
+        self.phase, self.at = phase, at
+        self.now = "hashing the checkpoints"
+        self.asked = Counter()
+        self.late = 0
+
+    def on_progress(self, phase, fraction):
+        self.now = phase
+
+    def should_stop(self):
+        self.asked[self.now] += 1
+        wished = self.phase is not None and self.asked[self.phase] >= self.at
+        self.late += wished
+        return wished
+
+    @property
+    def control(self):
+        return Control(self.on_progress, self.should_stop)
+
+
+@pytest.mark.parametrize("method", ["joint", "greedy"])
+def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, method):
+    root = tmp_path / "models"
+    complete = Wish()
+    merge(files, root, complete.control, method=method)
+    cache = root / "hyper-merge" / "cache"
+    shutil.copytree(cache, tmp_path / "cache")
+    before = snapshot(root)
+    layers = len(layers_of(files[0]))
+    assert complete.asked["reading and analysing"] > 5 * layers  # within them too
+    assert complete.asked["preparing the LoRAs"] >= layers
+    assert (
+        complete.asked["writing the LoRAs"] > 24 * layers
+    )  # to stage, hash and write 2 x 3 tensors
+    assert complete.asked["solving for the LoRAs"] > 20
+    for phase, count in complete.asked.items():
+        if phase == "putting the files in place" or (method == "greedy" and phase[:3] != "sol"):
+            continue
+        for at in {1, count // 2, count - 8} - {0, -7}:
+            shutil.rmtree(cache, ignore_errors=True)
+            if phase not in ("hashing the checkpoints", "reading and analysing"):
+                shutil.copytree(tmp_path / "cache", cache)
+            wish = Wish(phase, at)
+            with pytest.raises(InterruptedRun):
+                merge(files, root, wish.control, method=method, overwrite=True)
+            assert wish.late <= torch.get_num_threads() + 2, (
+                phase,
+                at,
+            )  # once for each item submitted
+            assert snapshot(root) == before, (phase, at)
+            assert temporaries(root) == [], (phase, at)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -590,7 +647,10 @@ def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, mer
         return real(*rest)
 
     monkeypatch.setattr(solution, "best_start", best_start)
-    report = merge(files, tmp_path, Control(warn=warnings.append)).report
+    told = []
+    control = Control(lambda _phase, x: told.append(x), warn=warnings.append)
+    report = merge(files, tmp_path, control).report
+    assert told == sorted(told)
     assert warnings == ["cpu has too little memory for the cores; the CPU takes them"]
     assert report == merged.report
 
@@ -608,6 +668,7 @@ def test_the_whole_run_is_one_rising_progress(files, tmp_path):
         "searching for a start",
         "solving for the LoRAs",
         "preparing the LoRAs",
+        "writing the LoRAs",
         "putting the files in place",
     ]
 

@@ -10,42 +10,37 @@ from pathlib import Path
 from typing import Final
 
 from hyper_merge.checkpoints.safetensors_header import read_header_bytes
-from hyper_merge.errors import CheckpointError, InterruptedRun
+from hyper_merge.errors import CheckpointError
 
 _CHUNK: Final = 4 * 2**20  # bytes
 _LEGACY_OFFSET: Final = 0x100000
 _LEGACY_BYTES: Final = 0x10000
 
 
-def _never() -> bool:
-    return False
-
-
 def file_sha256(
     path: str | os.PathLike[str],
-    should_stop: Callable[[], bool] = _never,
+    tick: Callable[[int], None] = lambda _count: None,
 ) -> str:
     """SHA-256 of the whole file, 64 hex digits; the WebUI's short hash is its first 10.
 
     Args:
         path: the file.
-        should_stop: asked between chunks of 4 MiB; may be called from any thread.
+        tick: told the bytes of every chunk of up to 4 MiB; may raise, to stop.
 
     Raises:
-        InterruptedRun: `should_stop` turned true.
         CheckpointError: the file cannot be read.
     """
     path = Path(path)
     try:
         with path.open("rb") as stream:
-            return _sha256_to_end(stream, should_stop)
+            return _sha256_to_end(stream, tick)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
 def tensor_data_sha256(
     path: str | os.PathLike[str],
-    should_stop: Callable[[], bool] = _never,
+    tick: Callable[[int], None] = lambda _count: None,
 ) -> str:
     """SHA-256 of the tensors' bytes alone, 64 hex digits: kohya's `sshs_model_hash`.
 
@@ -53,17 +48,16 @@ def tensor_data_sha256(
 
     Args:
         path: a .safetensors file.
-        should_stop: asked between chunks of 4 MiB.
+        tick: told the bytes of every chunk of up to 4 MiB; may raise, to stop.
 
     Raises:
-        InterruptedRun: `should_stop` turned true.
         CheckpointError: the file cannot be read, or its header's length is impossible.
     """
     path = Path(path)
     try:
         with path.open("rb") as stream:
             read_header_bytes(stream, path.name, path.stat().st_size)
-            return _sha256_to_end(stream, should_stop)
+            return _sha256_to_end(stream, tick)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -85,12 +79,11 @@ def legacy_hash(path: str | os.PathLike[str]) -> str:
         raise _unreadable(path, error) from error
 
 
-def _sha256_to_end(stream: BufferedReader, should_stop: Callable[[], bool]) -> str:
+def _sha256_to_end(stream: BufferedReader, tick: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_CHUNK))
     while count := stream.readinto(chunk):
-        if should_stop():
-            raise InterruptedRun("stopped while hashing; nothing was changed")
+        tick(count)
         digest.update(chunk[:count])
     return digest.hexdigest()
 

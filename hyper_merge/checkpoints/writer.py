@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -147,7 +147,11 @@ def tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def content_sha256(tensors: Mapping[str, Tensor], declared: Mapping[str, TensorInfo]) -> str:
+def content_sha256(
+    tensors: Mapping[str, Tensor],
+    declared: Mapping[str, TensorInfo],
+    tick: Callable[[int], None] = lambda _count: None,
+) -> str:
     """What `tensor_data_sha256` will say of the file (64 hex digits), known before it is written.
 
     Lets a file carry the hash of its tensors in its own metadata.
@@ -155,10 +159,12 @@ def content_sha256(tensors: Mapping[str, Tensor], declared: Mapping[str, TensorI
     Args:
         tensors: key to tensor, as they will be given to the writer.
         declared: key to type and shape, as the writer is made with.
+        tick: told the bytes of every tensor; may raise, to stop.
     """
     digest = hashlib.sha256()
     for key in _file_order(declared):
         digest.update(tensor_bytes(tensors[key], declared[key].dtype))
+        tick(declared[key].nbytes)
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,6 +78,7 @@ def deviations(
     contrasts: Contrasts,
     stored: torch.dtype,
     chunk: int,
+    tick: Callable[[float], None] = lambda _entries: None,
 ) -> Deviations:
     """Base and slices of one tensor, in float32 with float64 sums, chunk by chunk.
 
@@ -87,6 +88,7 @@ def deviations(
         contrasts: the coordinates.
         stored: type in which the base will be written.
         chunk: entries at a time; on a CPU what its cache holds.
+        tick: told the entries of every chunk; may raise, to stop.
     """
     size, device = origin.numel(), origin.device
     base = torch.empty(size, dtype=stored, device=device)
@@ -115,6 +117,7 @@ def deviations(
         rounding[part] = rows[-1]
         for few in torch.split(rows, _SUMMED, 1):
             gram += (few @ few.mT).double()
+        tick(part.stop - part.start)
     return Deviations(base, slices, rounding, gram.cpu())
 
 

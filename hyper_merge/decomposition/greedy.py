@@ -8,6 +8,7 @@ multipliers of 1 are a zero direction, for deviations from the mean sum to zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def solve_greedy(
     Returns:
         The blocks, and the loss after each of them.
     """
-    left_over = [batch.slices.clone() for batch in problem.batches]
+    left_over = list(problem.each(_copied, problem.batches))
     columns, parts, losses = [], [], [1.0]
     for r in range(problem.shape[1]):
         batches = tuple(
@@ -48,8 +49,7 @@ def solve_greedy(
         )
         single = Problem(batches, losses[-1] * problem.energy, problem.each)
         factors, column, fraction = _one_block(single, generator, stopping)
-        for slices, pair in zip(left_over, factors, strict=True):
-            _deflate_(slices, pair, column)
+        list(problem.each(partial(_deflate_, column), left_over, factors))
         columns.append(column)
         parts.append(factors)
         losses.append(losses[-1] * fraction)
@@ -59,9 +59,17 @@ def solve_greedy(
 
 def leading_multipliers(problem: Problem) -> Tensor:  # (k, k), float64
     """Eigenvectors of the slices' k x k Gram matrix over all layers, largest first, as columns."""
-    flats = (batch.slices.flatten(2) for batch in problem.batches)
-    gram = torch.stack([(flat @ flat.mT).double().sum(0).cpu() for flat in flats]).sum(0)
+    gram = torch.stack(list(problem.each(_gram, problem.batches))).sum(0)
     return torch.linalg.eigh(gram)[1].flip(1)
+
+
+def _copied(batch: Batch) -> Tensor:
+    return batch.slices.clone()
+
+
+def _gram(batch: Batch) -> Tensor:  # (k, k), float64
+    flat = batch.slices.flatten(2)
+    return (flat @ flat.mT).double().sum(0).cpu()
 
 
 def _one_block(
@@ -84,9 +92,9 @@ def _one_block(
 
 
 def _deflate_(
+    column: Tensor,  # (k, 1)
     slices: Tensor,  # (b, k, p, q), changed in place
     factors: Factors,
-    column: Tensor,  # (k, 1)
 ) -> None:
     block = factors.up @ factors.down
     for c, multiplier in enumerate(column.flatten().tolist()):

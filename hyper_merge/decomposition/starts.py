@@ -8,6 +8,7 @@ hold most of the energy, by successive halving, and all layers join from the win
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -30,6 +31,7 @@ _ROUNDS: Final = ((4, 4), (6, 2), (10, 1))  # sweeps, how many go on
 _GREEDY_TURNS: Final = 6
 _PILOT_SHARE: Final = 0.06  # of the cores' entries
 _PILOT_ENTRIES: Final = 4_000_000  # problems smaller than this are searched whole
+_BEFORE: Final = 24  # sweeps over the pilot that take as long as what precedes the first of them
 
 
 def best_start(
@@ -37,7 +39,7 @@ def best_start(
     planned: Sequence[Tensor],  # each (k, any), columns are directions
     earlier: Sequence[Tensor],  # the same, of earlier solutions
     generator: torch.Generator,
-    check: Callable[[], None] = lambda: None,
+    tell: Callable[[float], None] = lambda _fraction: None,
 ) -> Tensor:  # (k, R), float64
     """Multipliers of the best solution found on the pilot layers.
 
@@ -46,40 +48,51 @@ def best_start(
         planned: starts worth trying (private blocks), extended or cut to R.
         earlier: solutions for other ranks; they take the place of random starts.
         generator: for the random starts.
-        check: called after every sweep; may raise, to stop.
+        tell: called after every sweep with the fraction of the sweeps that is done; may raise, to
+            stop.
     """
     few = pilot(problem)
-    greedy = solve_greedy(few, generator, Stopping(_GREEDY_TURNS, 0.0, lambda _loss: check()))
+    starts = [*planned, *earlier] if earlier else [*planned, *_random_starts(few)]
+    blocks, sweeps_in_all = problem.shape[1], _pilot_sweeps(len(starts))
+    done: list[float] = []
+
+    def on_sweep(cost: float, _loss: float) -> None:
+        done.append(cost)
+        tell(sum(done) / sweeps_in_all)
+
+    stopping = Stopping(_GREEDY_TURNS, 0.0, partial(on_sweep, _BEFORE / blocks))
+    greedy = solve_greedy(few, generator, stopping)
     refitted = fit_multipliers(statistics(few, greedy.factors))
     tried = [Solution(greedy.factors, refitted, greedy.losses)]
-    starts = [*planned, *earlier] if earlier else [*planned, *_random_starts(few)]
     tried += [
         Solution(factors_from(few, multipliers, generator), multipliers, ())
         for multipliers in _directions(few, starts, generator)
     ]
     for sweeps, kept in _ROUNDS:
-        stopping = Stopping(sweeps, 0.0, lambda _loss: check())
+        stopping = Stopping(sweeps, 0.0, partial(on_sweep, 1.0))
         tried = [solve(few, start.factors, start.multipliers, stopping) for start in tried]
         tried = sorted(tried, key=lambda found: found.loss)[:kept]
     return tried[0].multipliers
 
 
-def search_effort(entries: int) -> float:
-    """How many sweeps over all layers the search is worth, for cores of so many entries."""
-    share = min(max(_PILOT_SHARE, _PILOT_ENTRIES / entries), 1.0)
-    sweeps, tried = _GREEDY_TURNS, _RANDOM + 3  # greedy, eigenvectors, private blocks
-    for more, kept in _ROUNDS:
-        sweeps += more * tried
-        tried = min(kept, tried)
-    return share * sweeps
+def search_cost(entries: float, starts: int) -> float:
+    """What `best_start` takes, in sweeps over all layers.
+
+    Args:
+        entries: of one slice of every layer's core, added up.
+        starts: planned and earlier or random ones.
+    """
+    share = max(_PILOT_SHARE, _PILOT_ENTRIES / entries)
+    return 1.0 + min(share, 1.0) * _pilot_sweeps(starts)  # all cores are read once
 
 
 def pilot(problem: Problem) -> Problem:
     """The layers with the most energy per entry of their cores, up to a small share of all."""
     sizes: list[int] = []
     energies, places = [], []
-    for b, batch in enumerate(problem.batches):
-        energy = batch.slices.flatten(1).double().square().sum(1).cpu()
+    for b, (batch, energy) in enumerate(
+        zip(problem.batches, problem.each(_energies, problem.batches), strict=True)
+    ):
         sizes += [batch.slices[0, 0].numel()] * len(energy)
         energies.append(energy)
         places += [(b, i) for i in range(len(energy))]
@@ -95,6 +108,19 @@ def pilot(problem: Problem) -> Problem:
             layers = tuple(batch.layers[i] for i in chosen)
             batches.append(Batch(batch.slices[chosen], batch.ranks, layers))
     return Problem(tuple(batches), float(energy[order[:count]].sum()), problem.each)
+
+
+def _pilot_sweeps(starts: int) -> float:
+    """What the search takes on the pilot layers, in sweeps over them."""
+    tried, sweeps = starts + 2, float(_BEFORE)  # greedy deflation and eigenvectors too
+    for each, kept in _ROUNDS:
+        sweeps += tried * each
+        tried = min(tried, kept)
+    return sweeps
+
+
+def _energies(batch: Batch) -> Tensor:  # (b,), float64, CPU
+    return batch.slices.flatten(1).double().square().sum(1).cpu()
 
 
 def _random_starts(problem: Problem) -> list[Tensor]:

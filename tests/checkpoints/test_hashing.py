@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from hyper_merge.checkpoints.hashes import file_sha256, legacy_hash, tensor_data_sha256
-from hyper_merge.errors import CheckpointError, InterruptedRun
+from hyper_merge.errors import CheckpointError
 
 
 def test_file_hash_is_that_of_all_bytes_across_chunks(tmp_path):
@@ -28,10 +28,17 @@ def test_legacy_hash_is_of_64_kib_at_1_mib(tmp_path):
     assert legacy_hash(tmp_path / "x") == hashlib.sha256(b"\1" * 2**16).hexdigest()[:8]
 
 
-def test_hashing_stops_when_asked(tmp_path):
-    (tmp_path / "x").write_bytes(bytes(100))
-    with pytest.raises(InterruptedRun):
-        file_sha256(tmp_path / "x", should_stop=lambda: True)
+def test_hashing_tells_of_every_chunk_and_may_be_stopped_there(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(10_000_000))
+    told = []
+    file_sha256(tmp_path / "x", told.append)
+    assert told == [2**22, 2**22, 10_000_000 - 2**23]
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        file_sha256(tmp_path / "x", stop)
 
 
 @pytest.mark.parametrize("function", [file_sha256, tensor_data_sha256, legacy_hash])

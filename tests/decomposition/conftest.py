@@ -28,7 +28,7 @@ def parallel() -> Iterator[Each]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with workers(torch.device("cpu")) as each:
+        with workers(torch.device("cpu"), lambda: None) as each:
             yield each
     finally:
         torch.set_num_threads(threads)

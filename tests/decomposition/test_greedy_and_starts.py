@@ -180,11 +180,56 @@ def test_a_parallel_map_gives_the_same_start(parallel):
 
 
 def test_the_search_for_a_start_may_be_stopped():
-    def stop():
+    def stop(fraction):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         best_start(random_family(0), [], [], seeded(), stop)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_search_for_a_start_tells_how_far_it_is(rng, count):
+    told = []
+    problem = problem_of((stack_of(rng, 1, count, 6, 5, 0.7), (1, 1)))
+    best_start(problem, [normal(rng, count, 2)], [], seeded(), told.append)
+    assert told == sorted(told)
+    assert 0.9 < told[-1] < 1 + 1e-9  # a start may be perfect before its last sweep
+    assert max(b - a for a, b in zip([0, *told], told, strict=False)) < 0.2
+
+
+@pytest.mark.parametrize("method", ["greedy", "joint"])
+def test_every_item_of_a_solve_goes_through_the_map(rng, method, monkeypatch):
+    """So that a map which counts and stops sees to progress and interrupts."""
+    monkeypatch.setattr("hyper_merge.decomposition.starts._ROUNDS", ((1, 1),))
+    monkeypatch.setattr("hyper_merge.decomposition.starts._RANDOM", 1)
+    monkeypatch.setattr("hyper_merge.decomposition.starts._GREEDY_TURNS", 1)
+    asked = []
+
+    def counting(function, *arguments):
+        for each in zip(*arguments, strict=True):
+            asked.append(function)
+            if len(asked) == stop_at:
+                raise KeyboardInterrupt
+            yield function(*each)
+
+    plain = problem_of(*((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)) for _ in range(2)))
+    problem = Problem(plain.batches, plain.energy, counting)
+
+    def run():
+        if method == "greedy":
+            return solve_greedy(problem, seeded(), Stopping(3, 0.0))
+        start = best_start(problem, [], [], seeded())
+        return solve(problem, factors_from(problem, start, seeded()), start, Stopping(3, 0.0))
+
+    stop_at = 0
+    run()
+    assert len(asked) % 2 == 0
+    count = len(asked)
+    for stop_at in (1, count // 3, count - 1):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert len(asked) == stop_at
 
 
 def test_a_small_problem_is_its_own_pilot():

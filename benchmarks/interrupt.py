@@ -1,0 +1,127 @@
+"""How long a full-size merge goes on after the wish to stop it, by phase.
+
+    python benchmarks/interrupt.py [--folder FOLDER] [--count 4] [--trials 3] [--seed 0]
+
+Makes the family of `full_size.py` where it is not there yet and merges it once. Then it stops merges
+over that one at random moments of every phase, prints the worst time until the exception, and
+fails if one of them took longer than two seconds or left anything behind. Ten to twenty minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from full_size import make_family
+
+from hyper_merge.control import Control
+from hyper_merge.errors import InterruptedRun
+from hyper_merge.merge import run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.recipe import Recipe
+
+LIMIT = 2.0  # seconds
+
+
+@dataclass
+class Watch:
+    """Sees the phases of a run, and may wish it to stop at a moment of one of them."""
+
+    phase: str | None = None
+    delay: float = 0.0  # seconds from the beginning of that phase
+    wish: float | None = None  # when, by the clock
+    seen: dict[str, list[float]] = field(default_factory=dict)  # phase -> when it was told
+
+    def on_progress(self, phase: str, _fraction: float) -> None:
+        """Takes down the time."""
+        now = time.perf_counter()
+        self.seen.setdefault(phase, []).append(now)
+        if self.wish is None and phase == self.phase:
+            self.wish = now + self.delay
+
+    def should_stop(self) -> bool:
+        """Whether the moment has come."""
+        return self.wish is not None and time.perf_counter() >= self.wish
+
+    @property
+    def control(self) -> Control:
+        """For the run."""
+        return Control(self.on_progress, self.should_stop)
+
+
+def main() -> int:
+    """Runs all trials and prints the table."""
+    options = _options()
+    dice = random.Random(options.seed)
+    out = options.folder / "out-interrupt"
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = Recipe(
+        name="bench",
+        models=make_family(options.folder, options.count),
+        output=out,
+        overwrite=True,
+    )
+    complete = Watch()
+    start = time.perf_counter()
+    run_merge(examine(recipe), complete.control)
+    begins = [start, *(times[-1] for times in complete.seen.values())]
+    worst = 0.0
+    for (phase, told), begin in zip(complete.seen.items(), begins, strict=False):
+        lasts = told[-1] - begin
+        gap = max(after - before for before, after in zip([begin, *told], told, strict=False))
+        late = [
+            _trial(recipe, Watch(phase, dice.random() * lasts))
+            for _ in range(options.trials if phase != list(complete.seen)[-1] else 0)
+        ]
+        worst = max(worst, *late, 0.0)
+        print(
+            f"{phase:26} {lasts:6.1f} s, told every {gap:4.2f} s at least; stopped within"
+            f" {', '.join(f'{x:.2f}' for x in sorted(late))} s",
+            flush=True,
+        )
+    return int(worst > LIMIT)
+
+
+def _trial(recipe: Recipe, watch: Watch) -> float:
+    """Seconds from the wish to the end of a run."""
+    if watch.phase in {"hashing the checkpoints", "reading and analysing"}:
+        recipe = replace(recipe, vae="average")  # which neither analysis nor hyper-model serves
+        (recipe.output / "hyper-merge" / "cache" / "hashes.json").unlink(missing_ok=True)
+    before = _snapshot(recipe.output)
+    preflight = examine(recipe)
+    try:
+        run_merge(preflight, watch.control)
+    except InterruptedRun:
+        late = time.perf_counter() - (watch.wish or 0.0)
+    else:
+        raise RuntimeError(f"a run was over before it was stopped in {watch.phase}")
+    if _snapshot(recipe.output) != before:
+        raise RuntimeError(f"stopped in {watch.phase}, a run left something behind")
+    return late
+
+
+def _snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of every file; in the cache only size, and no hashes, which are kept."""
+    return {
+        path: (path.stat().st_size, 0 if path.parent.name == "cache" else path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "hashes.json"
+    }
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

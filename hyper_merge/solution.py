@@ -208,8 +208,9 @@ def _find_blocks(
             return batches, solve_greedy(problem, generator, _by_block(recipe, course))
         start, at = _start(problem, analysis, recipe, generator, course)
         return_memory()
-        factors = factors_from(problem, start, generator)
-        solution = solve(problem, factors, start, _by_sweep(recipe, course, at))
+        stopping = _by_sweep(recipe, course, at)
+        # No name for the factors here, which would keep a set of them in memory for all sweeps.
+        solution = solve(problem, factors_from(problem, start, generator), start, stopping)
     analysis.remember(recipe.ranks, solution.multipliers)
     return batches, solution
 

@@ -220,6 +220,7 @@ def solve(
     canonical tensor decomposition", 2020 (with restarts by function value).
     """
     current, before = Solution(tuple(factors), multipliers, ()), multipliers
+    del factors  # a set of all layers' that only the first sweep needs
     older: deque[Factors] = deque()  # those of `before`, as far as they are still needed
     step = 0
     for _ in range(stopping.sweeps):

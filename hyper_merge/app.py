@@ -119,8 +119,8 @@ def serve(page: gr.Blocks, listening: Listening, *, block: bool = True) -> None:
         )
     except OSError as error:
         raise AppError(
-            f"nothing can listen on {listening.address} port {listening.port}"
-            f" ({error.strerror or error}); choose another --port"
+            f"nothing can listen on {listening.address} port {listening.port}: it is taken, or the"
+            " address is not this computer's; choose another --port or --listen"
         ) from error
 
 

@@ -63,11 +63,28 @@ window.hyperMerge = (() => {
         }
     }
 
-    // After the last of several changes; a late answer to an earlier one must not come last.
-    let timer = null;
+    // After the last of several changes, and never while one is looked at: gradio 3.41 drops those.
+    let timer = null, asked = 0, again = false;
     function replan() {
         clearTimeout(timer);
-        timer = setTimeout(() => press("#hyper_merge_replan"), 150);
+        timer = setTimeout(ask, 150);
+    }
+
+    function ask() {
+        if (asked && Date.now() - asked < 20000) {
+            again = true;
+            return;
+        }
+        asked = Date.now();
+        press("#hyper_merge_replan");
+    }
+
+    function planned() {
+        asked = 0;
+        if (again) {
+            again = false;
+            ask();
+        }
     }
 
     function openTab(index) {
@@ -102,5 +119,5 @@ window.hyperMerge = (() => {
     }
     watch();
 
-    return {copy, select, refresh, replan, openTab};
+    return {copy, select, refresh, replan, planned, openTab};
 })();

@@ -14,21 +14,20 @@ def browser(code: str) -> dict[str, Any]:
     return {"js" if IS_GRADIO_4 else "_js": code}
 
 
-def quiet(*, queued: bool, latest: bool = False) -> dict[str, Any]:
+def quiet(*, queued: bool) -> dict[str, Any]:
     """Arguments of every event: no spinner over its outputs, no place in the public API.
 
     Args:
         queued: whether it may take long or sends several results; those need gradio's queue.
-        latest: whether, of events that come while one is answered, only the last one counts.
     """
     common: dict[str, Any] = {"show_progress": "hidden", "api_name": False, "queue": queued}
     if not IS_GRADIO_4:
         return common
-    # By default gradio 4 drops a click while the last one is answered, and answers one page
-    # at a time.
+    # By default gradio 4 drops a click while the last one is answered, as gradio 3.41 always does,
+    # and answers one page at a time.
     return {
         **common,
         "show_api": False,
-        "trigger_mode": "always_last" if latest else "multiple",
+        "trigger_mode": "multiple",
         "concurrency_limit": None,
     }

@@ -23,7 +23,7 @@ from hyper_merge.preflight import examine
 from hyper_merge.runs import load_run
 from hyper_merge.ui import results, views
 from hyper_merge.ui.form import Form, recipe_of
-from hyper_merge.ui.jobs import Jobs, Standing
+from hyper_merge.ui.jobs import BusyError, Jobs, Standing
 from hyper_merge.ui.picking import prepare
 
 _TICK: Final = 0.5  # seconds between looks at a job that says nothing
@@ -39,6 +39,8 @@ def start(host: Host, jobs: Jobs, *values: Any) -> str:
         preflight, _ = prepare(host, form)
         form = replace(form, name=preflight.recipe.name)
         jobs.start(form.name, functools.partial(_merge, host, form), host.log)
+    except BusyError as error:
+        return views.message("info", str(error))
     except HyperMergeError as error:
         return views.message("bad", str(error))
     return ""

@@ -7,6 +7,7 @@ message; it never leaves as an error.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 import gradio as gr
@@ -17,7 +18,7 @@ from hyper_merge.runs import Run, load_run
 from hyper_merge.ui import views
 from hyper_merge.ui.plots import explained_plot, parts_plot, similarity_plot
 
-NOTHING: Final = ("", *(gr.update(),) * 11)
+NOTHING: Final = ("", *(gr.update(),) * 12)
 """Values of the panel's widgets that leave all but its message as they are."""
 
 
@@ -27,36 +28,29 @@ def show(host: Host, name: str) -> tuple[Any, ...]:
         run = load_run(host.folders(), name)
     except HyperMergeError as error:
         return (views.message("bad", str(error)), gr.update(visible=False), *NOTHING[2:])
-    report = run.report
-    names = [row.name for row in report.checkpoints]
+    report, prompts = run.report, prompts_of(run)
+    names = list(prompts)
     return (
         "",
         gr.update(visible=True),
         views.result_sentence(run),
         views.result_table(report),
         gr.update(choices=names, value=names[0]),
-        prompt_of(run, names[0]),
+        prompts[names[0]],
         "",
         explained_plot(report),
         similarity_plot(report),
         parts_plot(report),
         run.name,
         host.checkpoint_title(run.hyper_model) or "",
+        json.dumps(prompts),
     )
 
 
-def prompt(host: Host, name: str, checkpoint: str) -> str:
-    """The tags of one checkpoint of a run; nothing where there is no such thing."""
-    try:
-        return prompt_of(load_run(host.folders(), name), checkpoint) if name else ""
-    except HyperMergeError:
-        return ""
-
-
-def prompt_of(run: Run, checkpoint: str | None) -> str:
-    """The tags of one checkpoint; none for a name that is not in the run."""
-    rows = {row.name: row.multipliers for row in run.report.checkpoints}
-    return run.report.tags(rows[checkpoint]) if checkpoint in rows else ""
+def prompts_of(run: Run) -> dict[str, str]:
+    """The tags of every checkpoint of a run, by its name."""
+    report = run.report
+    return {row.name: report.tags(row.multipliers) for row in report.checkpoints}
 
 
 def sent(name: str, title: str) -> str:
@@ -93,7 +87,4 @@ def remove_styles(host: Host, name: str) -> str:
 
 def styles_of(run: Run) -> dict[str, str]:
     """One style per checkpoint: its name, and the prompt that it stands for."""
-    return {
-        f"{run.name}: {row.name}": run.report.tags(row.multipliers)
-        for row in run.report.checkpoints
-    }
+    return {f"{run.name}: {name}": text for name, text in prompts_of(run).items()}

@@ -33,6 +33,8 @@ from hyper_merge.ui.panels import (
 _COPY = "(text) => { hyperMerge.copy(text); return []; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _REPLAN = "() => { hyperMerge.replan(); return []; }"
+_PLANNED = "() => { hyperMerge.planned(); return []; }"
+_PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
 _REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 
@@ -94,7 +96,7 @@ def _wire_picker(tab: _Tab, host: Host) -> None:
     picker, form = tab.picker, tab.form
     _on(picker.refresh.click, host.refresh, [], []).then(
         **_listing(tab, host), **quiet(queued=False)
-    ).then(**_plan(tab, host), **quiet(queued=False))
+    ).then(None, None, None, **browser(_REPLAN))
     _on(
         picker.add.click,
         functools.partial(picking.add_folder, host),
@@ -108,7 +110,9 @@ def _wire_picker(tab: _Tab, host: Host) -> None:
     # One event for all of them, so that no late answer to an earlier change comes last.
     for widget in settings:
         widget.change(None, None, None, **browser(_REPLAN))
-    tab.run.replan.click(**_plan(tab, host), **quiet(queued=False, latest=True))
+    tab.run.replan.click(**_plan(tab, host), **quiet(queued=False)).then(
+        None, None, None, **browser(_PLANNED)
+    )
 
 
 def _wire_run(tab: _Tab, host: Host, jobs: Jobs) -> None:
@@ -117,7 +121,7 @@ def _wire_run(tab: _Tab, host: Host, jobs: Jobs) -> None:
         run.merge.click, functools.partial(merging.start, host, jobs), in_order(form), [run.message]
     )
     merged = started.then(**_watch(tab, jobs))
-    _show_outcome(merged, tab, host, jobs).then(**_plan(tab, host), **quiet(queued=False))
+    _show_outcome(merged, tab, host, jobs).then(None, None, None, **browser(_REPLAN))
     _on(run.stop.click, functools.partial(merging.stop, jobs), [], [run.message])
     begun = _on(
         picker.demo.click, functools.partial(merging.start_demo, host, jobs), [], [run.message]
@@ -132,11 +136,8 @@ def _wire_run(tab: _Tab, host: Host, jobs: Jobs) -> None:
 
 def _wire_result(tab: _Tab, host: Host) -> None:
     result = tab.result
-    _on(
-        result.checkpoint.change,
-        functools.partial(results.prompt, host),
-        [result.run, result.checkpoint],
-        [result.prompt],
+    result.checkpoint.change(
+        None, [result.checkpoint, result.prompts], [result.prompt], **browser(_PROMPT)
     )
     result.copy.click(None, [result.prompt], None, **browser(_COPY))
     result.send.click(None, [result.title], None, **browser(_SELECT))
@@ -250,6 +251,7 @@ def _result_outputs(tab: _Tab) -> list[Any]:
         result.parts,
         result.run,
         result.title,
+        result.prompts,
     ]
 
 

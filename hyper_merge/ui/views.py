@@ -13,6 +13,7 @@ from hyper_merge.folders import Place
 from hyper_merge.inspection import Row
 from hyper_merge.preflight import Preflight
 from hyper_merge.prompts import lora_names
+from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import CheckpointReport, Report
 from hyper_merge.runs import Run
 from hyper_merge.ui.jobs import Standing
@@ -110,7 +111,9 @@ def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None
         for (name, row), vae in zip(rows, groups, strict=True)
     ]
     head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
-    return table(head, cells, numeric=(2,))
+    differ = len({row.vae for _, row in rows if row.vae}) > 1
+    note = "The VAEs differ; the hyper-model gets the one that is chosen under Advanced."
+    return table(head, cells, numeric=(2,)) + (_hint(note) if differ else "")
 
 
 def vae_groups(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +122,7 @@ def vae_groups(rows: Sequence[Row]) -> list[str]:
     known = list(dict.fromkeys(vae for vae in prints if vae is not None))
     if len(known) == 1:
         return ["none" if vae is None else "same" for vae in prints]
-    return ["none" if vae is None else f"VAE {_letter(known.index(vae))}" for vae in prints]
+    return ["none" if vae is None else _letter(known.index(vae)) for vae in prints]
 
 
 def plan(preflight: Preflight, place: Place) -> str:
@@ -174,7 +177,10 @@ def result_sentence(run: Run) -> str:
     after = report.bytes_average + report.bytes_loras
     saved = report.bytes_before - after
     less = f"{size(saved)} less" if saved >= 0 else f"{size(-saved)} more"
-    made = f"hyper-model ({size(report.bytes_average)})" if report.bytes_average else "the base"
+    file = _text(run.hyper_model.name)
+    made = f"hyper-model {file} ({size(report.bytes_average)})"
+    if run.recipe.base != AVERAGE:
+        made = f"{file} as base"
     return (
         f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size(report.bytes_before)}) "
         f"→ {made} + {_count(len(report.loras), 'LoRA')} ({size(report.bytes_loras)}), "
@@ -194,8 +200,8 @@ def missing(run: Run) -> str:
 
 
 def result_table(report: Report) -> str:
-    """Explained shares and multipliers of every checkpoint."""
-    blocks = [f"x {lora.rpartition('_')[2]}" for lora in report.loras]
+    """Explained shares of every checkpoint, and its multiplier of each LoRA."""
+    blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
     return table(head, rows, numeric=range(1, len(head)))
@@ -260,6 +266,10 @@ def _run_row(run: Run) -> tuple[str, ...]:
 def _name_cell(name: str, row: Row) -> str:
     problem = f"<div class=hm-problem>{_text(row.problem)}</div>" if row.problem else ""
     return _text(name) + problem
+
+
+def _hint(text: str) -> str:
+    return f"<p class=hm-hint>{_text(text)}</p>"
 
 
 def _ranks(run: Run) -> str:

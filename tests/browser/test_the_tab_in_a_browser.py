@@ -21,7 +21,7 @@ def server(host_name, files, state_of, tmp_path_factory):
     write(folder / "broken.safetensors", state_of(0))
     (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
     (models / "Lora").mkdir()
-    server = Server(host_name, models, pace=0.004)
+    server = Server(host_name, models, pace=0.001)
     yield server
     server.close()
     assert server.complaints == []

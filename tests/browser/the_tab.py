@@ -89,11 +89,7 @@ class Tab:
     def merge(self, seconds=60):
         """Presses Merge and waits for the end."""
         self.click("merge")
-        self.until(
-            lambda: (
-                self.find("status").locator("[data-task]").count() or "Done" in self.text("status")
-            )
-        )
+        self.until(lambda: self.find("status").locator("[data-task]").count())
         self.until(lambda: "Done" in self.text("status"), seconds)
         self.until(lambda: self.find("sentence").is_visible())
 

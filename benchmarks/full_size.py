@@ -1,10 +1,10 @@
 """The whole merge at full size, against the plain job of averaging the same files.
 
-    python benchmarks/full_size.py [--folder FOLDER] [--count 4] [--runs 1]
+    python benchmarks/full_size.py [--folder FOLDER] [--family sd1] [--count 4] [--short]
 
-Makes a family of full-size SD 1.x checkpoints (2.1 GB each) where it is not there yet, warms the file
-cache, and prints a table of times as ratios, peak anonymous memory, and losses. On two cores it takes
-about ten minutes for four checkpoints.
+Makes a family of full-size checkpoints (SD 1.x 2.1 GB each, SDXL 6.9 GB) where it is not there yet,
+warms the file cache, and prints a table of times as ratios, peak anonymous memory, and losses. On two
+cores it takes about ten minutes for four checkpoints of SD 1.x.
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from measure import Measured, measure
 
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.synthetic import FamilySpec, write_family
 
 RANKS = ("128", "64", "32", "16")
 OTHER_RANKS = ("96", "48", "24")
+SPECS = {
+    "sd1": FamilySpec(),
+    "sd2": FamilySpec(architecture="sd2", context=1024),
+    "sdxl": FamilySpec(architecture="sdxl"),
+}
 
 
 def main() -> None:
     """Runs every step and prints the table."""
     options = _options()
-    paths = make_family(options.folder, options.count)
-    out = options.folder / f"out-{options.count}"
+    paths = make_family(options.folder, options.count, options.family)
+    out = options.folder / f"out-{options.family}-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
     for path in paths:  # warm files
         with path.open("rb") as stream:
@@ -39,57 +46,47 @@ def main() -> None:
     plain_file = options.folder / "plain.safetensors"
     plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
     plain_file.unlink()
-    names = [str(path) for path in paths]
+    job = ("--models", *map(str, paths), "--output", str(out))
     _row("plain job", plain, plain)
-    average = _run("average", "--name", "alone", "--models", *names, "--output", str(out))
+    average = _run("average", "--name", "alone", *job)
     _row("average", average, plain)
     (out / "Stable-diffusion" / "alone.safetensors").unlink()
-    first = _run(
-        "merge", "--name", "bench", "--models", *names, "--output", str(out), "--ranks", *RANKS
-    )
+    first = _run("merge", "--name", "bench", *job, "--ranks", *RANKS)
     _row("merge", first, plain)
-    again = _run(
-        "merge",
-        "--name",
-        "bench",
-        "--models",
-        *names,
-        "--output",
-        str(out),
-        "--ranks",
-        *OTHER_RANKS,
-    )
-    _row("other ranks", again, plain)
-    greedy = _run(
-        "merge",
-        *("--name", "greedy", "--models", *names, "--output", str(out), "--ranks", *RANKS),
-        *("--method", "greedy", "--iterations", "6"),
-    )
-    _row("greedy", greedy, plain)
-    print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")
+    _per_parameter(first, paths[0])
+    if not options.short:
+        again = _run("merge", "--name", "bench", *job, "--ranks", *OTHER_RANKS)
+        _row("other ranks", again, plain)
+        greedy = ("--ranks", *RANKS, "--method", "greedy", "--iterations", "6")
+        _row("greedy", _run("merge", "--name", "greedy", *job, *greedy), plain)
+        print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")
     print(f"matrix products: {_rate() / 1e9:.0f} GFLOP/s measured in float32")
-    for run in ("bench", "bench-2", "greedy"):
-        report = json.loads((out / "hyper-merge" / run / "manifest.json").read_text())["report"]
+    for manifest in sorted((out / "hyper-merge").glob("*/manifest.json")):
+        report = json.loads(manifest.read_text())["report"]
         print(
-            f"{run}: loss {report['loss']:.4f}, private LoRAs {report['private_loss']:.4f},"
-            f" bound {report['bound']:.4f}, {len(report['losses'])} sweeps"
+            f"{manifest.parent.name}: loss {report['loss']:.4f}, private LoRAs"
+            f" {report['private_loss']:.4f}, bound {report['bound']:.4f},"
+            f" {len(report['losses'])} sweeps"
         )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
+    parser.add_argument("--family", choices=sorted(SPECS), default="sd1")
     parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--short", action="store_true", help="the first merge alone")
     return parser.parse_args()
 
 
-def make_family(folder: Path, count: int) -> list[Path]:
+def make_family(folder: Path, count: int, family: str = "sd1") -> list[Path]:
     """The paths of a full-size family in a folder, written if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"synthetic_{index}" for index in range(count)]
+    start = "synthetic" if family == "sd1" else f"synthetic_{family}"
+    names = [f"{start}_{index}" for index in range(count)]
     paths = [folder / f"{name}.safetensors" for name in names]
     if not all(path.exists() for path in paths):
-        write_family(folder, FamilySpec(count=count), names, overwrite=True)
+        write_family(folder, replace(SPECS[family], count=count), names, overwrite=True)
     return paths
 
 
@@ -112,6 +109,14 @@ def _row(name: str, run: Measured, plain: Measured) -> None:
         f"{name:12} {run.seconds:7.1f} s  {run.seconds / plain.seconds:6.2f} x plain"
         f"  {run.cpu_seconds:7.1f} CPU s  {run.anonymous / 1e9:5.2f} GB anonymous",
         flush=True,
+    )
+
+
+def _per_parameter(run: Measured, path: Path) -> None:
+    count = sum(info.numel for info in read_header(path).tensors.values())
+    print(
+        f"merge: {count / 1e9:.2f} billion numbers a file,"
+        f" {run.seconds / count * 1e9:.0f} s and {run.cpu_seconds / count * 1e9:.0f} CPU s a billion"
     )
 
 

@@ -19,7 +19,6 @@ from hyper_merge.inspection import describe
 from hyper_merge.merge import Merged, run_average, run_merge
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.progress import progress_bar, say_above
-from hyper_merge.prompts import tags
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
 from hyper_merge.report_text import text
 from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
@@ -244,6 +243,6 @@ def _outcome(merged: Merged) -> str:
     row = report.checkpoints[0]
     lines += [
         f"To get {row.name}, load the hyper-model and put this into the prompt:",
-        tags(report.loras, row.multipliers),
+        report.tags(row.multipliers),
     ]
     return "\n".join(lines)

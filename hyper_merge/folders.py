@@ -138,9 +138,11 @@ class Folders:
         """The files of a run's LoRAs as its manifest names them; none where it says nothing."""
         manifests = {folder.name: manifest for folder, manifest in self.manifests()}
         report = manifests.get(run, {}).get("report")
-        names = report.get("loras") if isinstance(report, dict) else None
-        own = re.compile(re.escape(run) + r"_\d+-\d+")  # nothing that leads elsewhere
-        listed = names if isinstance(names, list) else []
+        lists = (
+            (report.get(key) for key in ("loras", "companions")) if isinstance(report, dict) else ()
+        )
+        own = re.compile(re.escape(run) + r"_\d+-\d+(-exact)?")  # nothing that leads elsewhere
+        listed = [name for names in lists if isinstance(names, list) for name in names]
         return self.lora_files(name for name in map(str, listed) if own.fullmatch(name))
 
     def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:

@@ -15,6 +15,7 @@ from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.hashes import legacy_hash
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import Layout, Treatment, layout_of
+from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import Checkpoint, read_header
 from hyper_merge.effort import duration_text
 from hyper_merge.errors import CheckpointError
@@ -50,7 +51,7 @@ def look_at(path: Path) -> Row:
     try:
         header = read_header(path)
         row = replace(row, dtype=_dtype(header), legacy_hash=legacy_hash(path))
-        row = replace(row, family=identify(header).title)
+        row = replace(row, family=with_prediction(header, identify(header)).title)
         layout = layout_of(header, require_supported(header))
         return replace(row, dtype=_dtype(header, layout), vae=_vae(header, layout))
     except CheckpointError as error:

@@ -2,6 +2,7 @@
 
 A module of a file adds up @ down * alpha / rank to its weight. One alpha holds for the whole file,
 for some loaders take it from one module; where a layer's rank is another, the factors make up for it.
+Files of some families hold no alpha, and a module then adds up @ down.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -31,6 +33,14 @@ FORMAT_VERSION: Final = "1"
 
 CARD_SUFFIXES: Final = (".json", ".png")
 """Of the files beside a model that WebUIs make its card from: text and picture."""
+
+COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "norms": ("norms", "AUTOMATIC1111, Forge and ComfyUI"),
+        "all": ("norms and biases", "Forge and ComfyUI, not in AUTOMATIC1111"),
+    }
+)
+"""What companions hold and where they load, by the recipe's word."""
 
 _LARGEST: Final = 6e4  # of float16's 65504: hosts that scale a factor need room
 _OWN: Final = "hyper_merge."
@@ -79,24 +89,38 @@ def lora_tensors(
     layers: Sequence[Layer],
     rank_of: Sequence[int],  # a rank per layer
     dtype: torch.dtype,
-    alpha: int,
+    alpha: int | None,
 ) -> dict[str, TensorInfo]:
-    """The table of contents of a file with factors of this type; a layer of rank 0 is left out."""
-    scalar = TensorInfo(_alpha_dtype(alpha, dtype), ())
+    """The table of contents of a file with factors of this type; a layer of rank 0 is left out.
+
+    But not where others that must go with it are there: it then has rank 1, to be filled with zeros.
+    """
     tensors = {}
-    for layer, rank in zip(layers, rank_of, strict=True):
+    for layer, rank in zip(layers, whole_groups(layers, rank_of), strict=True):
         if rank:
             tensors[layer.module + _DOWN] = TensorInfo(dtype, layer.down_shape(rank))
             tensors[layer.module + _UP] = TensorInfo(dtype, layer.up_shape(rank))
-            tensors[layer.module + _ALPHA] = scalar
+            if alpha is not None:
+                tensors[layer.module + _ALPHA] = TensorInfo(_alpha_dtype(alpha, dtype), ())
     return tensors
+
+
+def whole_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int]:
+    """The ranks, with 1 for a layer of rank 0 if another that must go with it has more.
+
+    A1111 changes an attention with one tensor for query, key and value only if the file has them
+    all, and the output.
+    """
+    pairs = list(zip(layers, rank_of, strict=True))
+    present = {layer.together for layer, rank in pairs if rank and layer.together}
+    return [max(rank, 1) if layer.together in present else rank for layer, rank in pairs]
 
 
 def as_lora_weights(
     layer: Layer,
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
-    alpha: int,
+    alpha: int | None,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Tensor]:
     """One layer's tensors as they are stored: up @ down is what hosts will add, up to rounding.
@@ -105,26 +129,30 @@ def as_lora_weights(
         layer: whose weight it is for.
         up: left factor; `r` is at least 1.
         down: right factor.
-        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each.
+        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
+            for a file without alphas.
         dtype: of the stored factors.
 
     Raises:
         NonFiniteError: NaN, infinity, or more than a half-precision file can safely hold.
     """
     rank = up.shape[1]
-    root = math.sqrt(rank / alpha)
-    return {
+    root = _root(rank, alpha)
+    stored = {
         layer.module + _DOWN: _stored(layer, down * root, dtype).reshape(layer.down_shape(rank)),
         layer.module + _UP: _stored(layer, up * root, dtype).reshape(layer.up_shape(rank)),
-        layer.module + _ALPHA: torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, dtype)),
     }
+    if alpha is not None:
+        value = torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, dtype))
+        stored[layer.module + _ALPHA] = value
+    return stored
 
 
 def as_hosts_add(
     layer: Layer,
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
-    alpha: int,
+    alpha: int | None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
     """The factors after the file's rounding, whose product is what a host adds in exact arithmetic.
@@ -135,8 +163,8 @@ def as_hosts_add(
     rank = up.shape[1]
     stored = as_lora_weights(layer, up, down, alpha, dtype)
     rounded_up, rounded_down = (stored[layer.module + end].float() for end in (_UP, _DOWN))
-    root = math.sqrt(alpha / rank)
-    return rounded_up.flatten(1) * root, rounded_down.flatten(1) * root
+    root = _root(rank, alpha)
+    return rounded_up.flatten(1) / root, rounded_down.flatten(1) / root
 
 
 def write_lora(
@@ -162,15 +190,17 @@ def write_lora(
         NonFiniteError: factors that the file's type cannot hold.
         OutputError: the place is taken.
     """
-    present = [layer for layer in layers if _rank(layer, factors)]
-    ranks = [_rank(layer, factors) for layer in present]
+    ranks = whole_groups(layers, [_rank(layer, factors) for layer in layers])
+    alpha = file.rank if file.lineage.family.lora_alpha else None
     stored: dict[str, Tensor] = {}
-    for layer in present:
+    for layer, rank in zip(layers, ranks, strict=True):
         tick(0)
-        stored |= as_lora_weights(layer, *factors[layer.module], file.rank, file.dtype)
-    declared = lora_tensors(present, ranks, file.dtype, file.rank)
+        if rank:
+            pair = factors[layer.module] if _rank(layer, factors) else _zeros(layer)
+            stored |= as_lora_weights(layer, *pair, alpha, file.dtype)
+    declared = lora_tensors(layers, ranks, file.dtype, alpha)
     model_hash = content_sha256(stored, declared, tick)
-    metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {file.rank})
+    metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {0, file.rank})
     with outputs.safetensors(path, declared, metadata) as writer:
         for key, tensor in stored.items():
             writer.write(key, tensor)
@@ -251,6 +281,23 @@ def card(file: LoraFile, stem: str) -> str:
     )
 
 
+def companion_card(file: LoraFile, stem: str, exact: str) -> str:
+    """The JSON text of a companion's sidecar; `exact` is the recipe's word for what it holds."""
+    what, where = COMPANIONS[exact]
+    lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
+    return _card(
+        {
+            "description": f"{what.capitalize()} that go with LoRA {file.index + 1} of {file.count}"
+            f" of {file.run}: to be used with the same multiplier. Loads in {where}.",
+            "sd version": file.lineage.family.sd_version,
+            "activation text": "",
+            "preferred weight": 1.0,
+            "negative text": "",
+            "notes": "\n".join(lines),
+        }
+    )
+
+
 def stage_checkpoint_card(
     outputs: Outputs, path: Path, lineage: Lineage, *, overwrite: bool
 ) -> None:
@@ -277,6 +324,14 @@ def _rank(layer: Layer, factors: Factors) -> int:
     return factors[layer.module][0].shape[1] if layer.module in factors else 0
 
 
+def _zeros(layer: Layer) -> tuple[Tensor, Tensor]:  # (m, 1), (1, n)
+    return torch.zeros(layer.m, 1), torch.zeros(1, layer.n)
+
+
+def _root(rank: int, alpha: int | None) -> float:
+    return 1.0 if alpha is None else math.sqrt(rank / alpha)
+
+
 def _alpha_dtype(alpha: int, dtype: torch.dtype) -> torch.dtype:
     """Kohya stores alpha like the factors; bfloat16 cannot hold every whole number above 256."""
     exact = float(torch.tensor(float(alpha), dtype=dtype)) == alpha
@@ -297,6 +352,7 @@ def _stored(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _modelspec(lineage: Lineage, title: str, suffix: str) -> dict[str, str]:
     family = lineage.family
+    predicts = family.modelspec_prediction_type
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": family.modelspec_architecture + suffix,
@@ -304,8 +360,8 @@ def _modelspec(lineage: Lineage, title: str, suffix: str) -> dict[str, str]:
         "modelspec.title": title,
         "modelspec.resolution": family.modelspec_resolution,
         "modelspec.date": lineage.date,
-        "modelspec.prediction_type": family.modelspec_prediction_type,
         "modelspec.merged_from": ", ".join(source.name for source in lineage.sources),
+        **({"modelspec.prediction_type": predicts} if predicts else {}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from hyper_merge import __version__, analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
 from hyper_merge.analysis_cache import Analysis, new_analysis, open_analysis
 from hyper_merge.checkpoints.outputs import Outputs
+from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.costs import average_costs, merge_costs
 from hyper_merge.errors import RecipeError
+from hyper_merge.exact import find_companions, write_companion
 from hyper_merge.folders import (
     AVERAGE_ID,
     MANIFEST,
@@ -39,9 +41,9 @@ from hyper_merge.lora import (
     write_lora,
 )
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
-from hyper_merge.prompts import lora_names, multipliers_text
+from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import Fit, Report, Sizes, fit, make_report
+from hyper_merge.report import Fit, Recovered, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
 from hyper_merge.solution import Rounded, find_blocks, rounded, solve_costs
 
@@ -82,7 +84,8 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     folders = folders or preflight.folders
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
-    for name in names:
+    companions = companion_names(names) if preflight.vectors else ()
+    for name in (*names, *companions):
         for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
@@ -93,7 +96,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     )
     with Outputs(overwrite=recipe.overwrite) as outputs:
         if recipe.overwrite:
-            _remove_outdated(outputs, folders, place.run, names)
+            _remove_outdated(outputs, folders, place.run, (*names, *companions))
         lineage = lineage_of(preflight, folders.cache, hashing)
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
@@ -111,19 +114,22 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
         )
         with open_analysis(path, sources) as analysis:
             solved = _solve(analysis, preflight, work.device, solving)
-            _stage_loras(outputs, preflight, place, (lineage, solved), writing)
+            files = _lora_files(preflight, place, lineage, solved)
+            _stage_loras(outputs, preflight, place, files, solved, writing)
+            recovered = _stage_companions(outputs, preflight, place, files, solved.found, writing)
             report = make_report(
                 analysis,
                 solved.found,
                 preflight.ranks,
                 (place.run, names, [header.stem for header in sources.headers]),
                 (recipe.method, solved.losses),
-                _sizes(preflight, place, outputs, names),
+                _sizes(preflight, place, outputs, (*names, *companions)),
             )
+            report = replace(report, companions=companions, recovered=recovered)
         _stage_texts(outputs, preflight, place, lineage, report)
         control.step("putting the files in place", 1.0)
     analysis_cache.prune(folders.cache, folders.cache_limit)
-    paths = tuple(place.loras / f"{name}.safetensors" for name in names)
+    paths = tuple(place.loras / f"{name}.safetensors" for name in (*names, *companions))
     return Merged(report, place, paths, cached is not None)
 
 
@@ -185,7 +191,9 @@ def _solve(
     recipe = preflight.recipe
     solving, rounding = control.split(solve_costs(preflight.sources, recipe, preflight.ranks))
     batches, solution = find_blocks(analysis, recipe, preflight.ranks, device, solving)
-    stored = (recipe.ranks, preflight.sources.dtype)
+    has_alphas = preflight.sources.layout.family.lora_alpha
+    alphas = recipe.ranks if has_alphas else (None,) * len(recipe.ranks)
+    stored = (alphas, preflight.sources.dtype)
     blocks = rounded(analysis, batches, solution, stored, rounding)
     return _Solved(blocks, fit(analysis, blocks), solution.losses)
 
@@ -194,21 +202,48 @@ def _average_writer(
     outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
     metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
+    config = configuration_for(preflight.sources.headers[0], preflight.sources.layout.family)
+    if config is not None:
+        outputs.text(config_beside(path), config)
+    elif preflight.recipe.overwrite and config_beside(path).exists():
+        outputs.remove(config_beside(path))  # that of the file which is replaced
     return outputs.safetensors(path, preflight.sources.outputs(), metadata)
+
+
+def _lora_files(
+    preflight: Preflight, place: Place, lineage: Lineage, solved: _Solved
+) -> dict[str, LoraFile]:
+    """What is written of every block besides its tensors, by name."""
+    recipe = preflight.recipe
+    stems = [header.stem for header in preflight.sources.headers]
+    names = lora_names(place.run, recipe.ranks)
+    return {
+        name: LoraFile(
+            lineage=lineage,
+            run=place.run,
+            index=block,
+            count=len(names),
+            rank=recipe.ranks[block],
+            multipliers=dict(zip(stems, solved.found.multipliers[:, block].tolist(), strict=True)),
+            explained=1 - solved.found.loss,
+            dtype=preflight.sources.dtype,
+        )
+        for block, name in enumerate(names)
+    }
 
 
 def _stage_loras(
     outputs: Outputs,
     preflight: Preflight,
     place: Place,
-    content: tuple[Lineage, _Solved],
+    files: Mapping[str, LoraFile],
+    solved: _Solved,
     control: Control,
 ) -> None:
-    recipe, layers, (lineage, solved) = preflight.recipe, preflight.sources.layout.layers, content
-    names = lora_names(place.run, recipe.ranks)
+    layers = preflight.sources.layout.layers
     costs = {
         name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
-        for name, factors in zip(names, zip(*solved.blocks.factors, strict=True), strict=True)
+        for name, factors in zip(files, zip(*solved.blocks.factors, strict=True), strict=True)
     }
     tally = control.tally("writing the LoRAs", costs)
 
@@ -216,36 +251,42 @@ def _stage_loras(
         tally.add(name, count)
         tally.tell()
 
-    stems = [header.stem for header in preflight.sources.headers]
-    for block, name in enumerate(names):
-        column = solved.found.multipliers[:, block].tolist()
-        file = LoraFile(
-            lineage=lineage,
-            run=place.run,
-            index=block,
-            count=len(recipe.ranks),
-            rank=recipe.ranks[block],
-            multipliers=dict(zip(stems, column, strict=True)),
-            explained=1 - solved.found.loss,
-            dtype=preflight.sources.dtype,
-        )
+    for name, file in files.items():
         factors = {
-            layer.module: solved.blocks.factors[index][block] for index, layer in enumerate(layers)
+            layer.module: solved.blocks.factors[index][file.index]
+            for index, layer in enumerate(layers)
         }
         path = place.loras / f"{name}.safetensors"
         write_lora(outputs, path, layers, factors, file, partial(tick, name))
         tally.finish(name)
 
 
+def _stage_companions(
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    files: Mapping[str, LoraFile],
+    found: Fit,
+    control: Control,
+) -> tuple[Recovered, ...]:
+    """Writes the companions if any are wanted; returns what they bring back."""
+    if not preflight.vectors:
+        return ()
+    vectors = preflight.vectors
+    companions = find_companions(preflight.sources, vectors, found.multipliers, control.check)
+    names = companion_names(tuple(files))
+    for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
+        path = place.loras / f"{name}.safetensors"
+        write_companion(outputs, path, tensors, file, preflight.recipe.exact)
+    return companions.recovered
+
+
 def _stage_texts(
     outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> None:
-    rows = report.checkpoints
-    multipliers = multipliers_text(
-        [row.name for row in rows], report.loras, [row.multipliers for row in rows]
-    )
+    lines = (f"{row.name}: {report.tags(row.multipliers)}\n" for row in report.checkpoints)
     manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
-    outputs.text(place.folder / MULTIPLIERS, multipliers)
+    outputs.text(place.folder / MULTIPLIERS, "".join(lines))
     outputs.text(place.folder / REPORT, text(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
 

@@ -19,10 +19,13 @@ from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_fam
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import layout_of
+from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.checkpoints.vectors import Vector
 from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.effort import pass_products, seconds_of, solve_products
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
+from hyper_merge.exact import companion_bytes, wanted_vectors
 from hyper_merge.folders import Folders
 from hyper_merge.lora import lora_tensors
 from hyper_merge.recipe import AVERAGE, Recipe
@@ -65,6 +68,11 @@ class Preflight:
         return even_ranks(self.recipe.ranks, [(layer.m, layer.n) for layer in layers])
 
     @cached_property
+    def vectors(self) -> tuple[Vector, ...]:
+        """What the LoRAs' companions hold."""
+        return wanted_vectors(self.recipe, self.sources)
+
+    @cached_property
     def average_id(self) -> str:
         """Tells the same average: equal for equal files, weights, VAE policy and type."""
         sources = self.sources
@@ -85,8 +93,10 @@ class Preflight:
         loras = 0
         for block, rank in enumerate(recipe.ranks):
             of_layers = [ranks[block] for ranks in self.ranks]
-            tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, rank)
+            alpha = rank if sources.layout.family.lora_alpha else None
+            tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, alpha)
             loras += sum(info.nbytes for info in tensors.values())
+        loras += len(recipe.ranks) * companion_bytes(self.vectors)
         analysis = analysis_bytes(sources, width_for(recipe.ranks))
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
@@ -127,8 +137,11 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     headers = [read_header(path) for path in recipe.models]
     base = None if recipe.base == AVERAGE else read_header(recipe.base)
     everything = [*headers, base] if base else headers
-    check_families(everything, [identify(header) for header in everything])
-    layouts = [layout_of(header, require_supported(header)) for header in everything]
+    families = [with_prediction(header, identify(header)) for header in everything]
+    check_families(everything, families)
+    for header in everything:
+        require_supported(header)
+    layouts = [layout_of(*pair) for pair in zip(everything, families, strict=True)]
     check_alike(everything, layouts)
     warnings = check_distinct([header.path for header in headers])
     _check_stems(headers)
@@ -141,6 +154,7 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         dtype=getattr(torch, recipe.dtype),
         average_vae=recipe.vae == "average",
     )
+    wanted_vectors(recipe, sources)
     warnings = [*warnings, *_capped(recipe, sources)]
     return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
 

@@ -23,6 +23,15 @@ def lora_names(name: str, ranks: Sequence[int]) -> tuple[str, ...]:
     return tuple(f"{name}_{index}-{rank}" for index, rank in enumerate(ranks))
 
 
+def companion_names(names: Sequence[str]) -> tuple[str, ...]:
+    """File stems of the LoRAs' companions.
+
+    >>> companion_names(["mix_0-128"])
+    ('mix_0-128-exact',)
+    """
+    return tuple(f"{name}-exact" for name in names)
+
+
 def tag(name: str, multiplier: float, digits: int = DIGITS) -> str:
     """What adds one LoRA in a prompt.
 
@@ -58,25 +67,6 @@ def tags(names: Sequence[str], multipliers: Iterable[float], digits: int = DIGIT
         ValueError: as for `tag`, and for another number of multipliers than of names.
     """
     return " ".join(tag(name, x, digits) for name, x in zip(names, multipliers, strict=True))
-
-
-def multipliers_text(
-    stems: Sequence[str],  # k
-    names: Sequence[str],  # R
-    multipliers: Iterable[Iterable[float]],  # (k, R)
-) -> str:
-    """The lines of `multipliers.txt`: `<file stem>: <lora:NAME_0-128:x> <lora:NAME_1-64:y> ...`.
-
-    Args:
-        stems: of the checkpoints' files.
-        names: file stems of the LoRAs.
-        multipliers: a row per checkpoint, a number per LoRA.
-
-    Raises:
-        ValueError: as for `tags`.
-    """
-    rows = zip(stems, multipliers, strict=True)
-    return "".join(f"{stem}: {tags(names, row)}\n" for stem, row in rows)
 
 
 def parse_tags(text: str) -> list[tuple[str, float]]:

@@ -71,6 +71,7 @@ class Recipe:
         seed: Of everything random.
         method: `joint`, or `greedy` as in the original project.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
+        exact: What companions of the LoRAs hold: `none`, the UNet's `norms`, or `all` (biases too).
     """
 
     name: str
@@ -87,6 +88,7 @@ class Recipe:
     seed: int = 0
     method: Literal["joint", "greedy"] = "joint"
     vae: Literal["first", "average"] = "first"
+    exact: Literal["none", "norms", "all"] = "none"
 
     def __post_init__(self) -> None:
         for field in FIELDS:

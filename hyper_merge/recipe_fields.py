@@ -106,4 +106,7 @@ FIELDS: tuple[Field, ...] = (
           choice("joint", "greedy")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
+    Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"
+          " Forge, ComfyUI), or all: norms and biases (Forge and ComfyUI only)",
+          choice("none", "norms", "all")),
 )  # fmt: skip

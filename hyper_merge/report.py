@@ -15,6 +15,7 @@ from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.decomposition.bounds import lower_bound, private_losses
 from hyper_merge.decomposition.contrasts import distances, energies
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
+from hyper_merge.prompts import tags
 from hyper_merge.solution import Rounded
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
@@ -88,6 +89,14 @@ class PartLoss:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """What the LoRAs' companions bring back of one kind of tensor that LoRAs cannot hold."""
+
+    kind: str  # "norms", "biases"
+    share: float  # of these tensors' differences, 0..1
+
+
+@dataclass(frozen=True)
 class Report:
     """All figures of a merge; fractions are of squared norms ("energy")."""
 
@@ -107,6 +116,13 @@ class Report:
     curve: tuple[tuple[float, ...], ...] = ()  # (R + 1, k): explained with the first j LoRAs
     similarity: tuple[tuple[float, ...], ...] = ()  # (k, k): cosines of the deviations
     parts: tuple[PartLoss, ...] = ()  # in the network's order
+    companions: tuple[str, ...] = ()  # one per LoRA if any, to be used with its multipliers
+    recovered: tuple[Recovered, ...] = ()  # by these companions
+
+    def tags(self, multipliers: Sequence[float]) -> str:
+        """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
+        names = (*self.loras, *self.companions)
+        return tags(names, (*multipliers, *multipliers)[: len(names)])
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""

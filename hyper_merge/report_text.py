@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from hyper_merge.report import Report
+from hyper_merge.lora import COMPANIONS
+from hyper_merge.report import CheckpointReport, Report
 
 _WORST: Final = 3  # sections that are named
 
@@ -19,7 +20,7 @@ def text(report: Report) -> str:
     ]
     lines += [
         f"{row.name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
-        f"{row.explained_text_encoder:9.2%}  {row.error:10.4f}  {row.not_carried:12.3%}"
+        f"{_of_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
         for row in report.checkpoints
     ]
     lines += [
@@ -32,6 +33,12 @@ def text(report: Report) -> str:
         *_bytes(report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _of_text_encoder(report: Report, row: CheckpointReport) -> str:
+    """A share, or a dash where the files have no text encoder that takes LoRAs."""
+    without = report.parts and all(part.which == "unet" for part in report.parts)
+    return "-" if without else f"{row.explained_text_encoder:.2%}"
 
 
 def _comparison(report: Report) -> list[str]:
@@ -72,7 +79,13 @@ def _details(report: Report) -> list[str]:
 
 def _carried(report: Report) -> list[str]:
     shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
-    return [f"not carried by LoRAs, as a share of all differences: {shares}"]
+    lines = [f"not carried by LoRAs, as a share of all differences: {shares}"]
+    if report.recovered:
+        kinds = [each.kind for each in report.recovered]
+        where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
+        back = ", ".join(f"{each.kind} {each.share:.2%}" for each in report.recovered)
+        lines.append(f"brought back by the companions, in the UNet: {back}; they load in {where}")
+    return lines
 
 
 def _bytes(report: Report) -> list[str]:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from hyper_merge import __version__
-from hyper_merge.checkpoints.families import FAMILIES
+from hyper_merge.checkpoints.families import title_of
 from hyper_merge.checkpoints.outputs import Outputs
+from hyper_merge.checkpoints.prediction import config_beside
 from hyper_merge.errors import RunError
 from hyper_merge.folders import MANIFEST, RUN_FILES, Folders, average_id_of, is_there, same_place
 from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.merge import MANIFEST_VERSION
-from hyper_merge.prompts import lora_names
+from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
 from hyper_merge.report import Report
 
@@ -97,8 +98,9 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     manifest = _manifest(folders, run.name)
     files = folders.lora_files(path.stem for path in run.loras)
     if _goes_with_its_run(run, manifest, folders):
-        cards = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
-        files += [run.hyper_model, *filter(os.path.lexists, cards)]
+        beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
+        beside.append(config_beside(run.hyper_model))
+        files += [run.hyper_model, *filter(os.path.lexists, beside)]
     in_folder = [folders.runs / run.name / name for name in RUN_FILES]
     return [*files, *filter(os.path.lexists, in_folder)]
 
@@ -165,10 +167,12 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     recipe = recipe_from_settings(_settings(folders, manifest, sources), "settings")
     report = Report.from_dict(_mapping(manifest, "report"))
     names = lora_names(name, recipe.ranks)
-    if (report.loras, len(report.checkpoints)) != (names, len(recipe.models)):
+    companions = companion_names(names) if recipe.exact != "none" else ()
+    found = (report.loras, report.companions, len(report.checkpoints))
+    if found != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")
     hyper_model = folders.hyper_model_of(manifest)
-    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in names)
+    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in (*names, *companions))
     missing = [path for path in (hyper_model, *loras) if not is_there(path)]
     if hyper_model not in missing and not _is_right(hyper_model, recipe, manifest):
         missing.insert(0, hyper_model)
@@ -176,7 +180,7 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
         name=name,
         folder=folders.runs / name,
         created=_time(manifest, "created"),
-        family=_title(_text(manifest, "family")),
+        family=title_of(_text(manifest, "family")),
         recipe=recipe,
         hyper_model=hyper_model,
         loras=loras,
@@ -242,10 +246,6 @@ def _source(value: Any) -> RunSource:
         raise ValueError("a source is not described")  # noqa: TRY004 - the file is wrong, not a type
     texts = [_text(value, key) for key in ("name", "sha256", "legacy_hash")]
     return RunSource(Path(_text(value, "path")), *texts)
-
-
-def _title(family: str) -> str:
-    return next((each.title for each in FAMILIES if each.name == family), family)
 
 
 def _time(manifest: Mapping[str, Any], key: str) -> str:

@@ -123,7 +123,7 @@ def rounded(
     analysis: Analysis,
     batches: Sequence[Batch],
     solution: Solution,
-    stored: tuple[Sequence[int], torch.dtype],  # ranks of the R files (their alphas), type
+    stored: tuple[Sequence[int | None], torch.dtype],  # ranks of the R files (their alphas), type
     control: Control,
 ) -> Rounded:
     """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
@@ -208,8 +208,9 @@ def _find_blocks(
             return batches, solve_greedy(problem, generator, _by_block(recipe, course))
         start, at = _start(problem, analysis, recipe, generator, course)
         return_memory()
-        factors = factors_from(problem, start, generator)
-        solution = solve(problem, factors, start, _by_sweep(recipe, course, at))
+        stopping = _by_sweep(recipe, course, at)
+        # No name for the factors here, which would keep a set of them in memory for all sweeps.
+        solution = solve(problem, factors_from(problem, start, generator), start, stopping)
     analysis.remember(recipe.ranks, solution.multipliers)
     return batches, solution
 
@@ -284,7 +285,7 @@ def _round_layer(
     index: int,
     pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
     scales: Tensor,  # (R,)
-    stored: tuple[Sequence[int], torch.dtype],
+    stored: tuple[Sequence[int | None], torch.dtype],
     check: Callable[[], None],
 ) -> _RoundedLayer:
     layer, core = analysis.layers[index], analysis.core(index)

@@ -1,4 +1,4 @@
-"""Families of made-up SD 1.x checkpoints with known structure, for the demo, tests and benchmarks.
+"""Families of made-up checkpoints with known structure, for the demo, tests and benchmarks.
 
 Each family is a base, a few latent fine-tunes that all checkpoints mix, and something of each one's
 own. Everything follows from the `FamilySpec`, tensor by tensor, whatever the order or the threads.
@@ -18,11 +18,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.checkpoints.families import SD1
-from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.family import identify
+from hyper_merge.checkpoints.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.layers import Treatment, layout_of, position_ids
 from hyper_merge.checkpoints.outputs import Outputs
-from hyper_merge.checkpoints.synthetic_layout import sd1_layout
+from hyper_merge.checkpoints.synthetic_layout import sd1_layout, sd2_layout, sdxl_layout
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.workers import before_threads
 
@@ -35,7 +35,7 @@ _THREADS: Final = 2  # random numbers come from one core per tensor; more would 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """What decides a family; the defaults are the real sizes of SD 1.x.
+    """What decides a family; the defaults are the real sizes of SD 1.x and SDXL.
 
     A layer `(m, n)` of checkpoint c is its base plus, in units of `size * norm of the base` times
     a log-normal amplitude per layer,
@@ -48,9 +48,11 @@ class FamilySpec:
     Attributes:
         count: Checkpoints.
         latents: Fine-tunes that they all mix.
+        architecture: "sd1", "sd2" or "sdxl".
         width: Channels of the UNet's first level.
-        context: Width of the text encoder.
-        vocabulary: Tokens of the text encoder.
+        context: Width of the text encoder; of SDXL's first one.
+        second_context: Width of SDXL's second text encoder.
+        vocabulary: Tokens of the text encoders.
         vae_width: Channels of the VAE's first level.
         alpha: Exponent of the singular values.
         terms: Rank of a latent at most.
@@ -65,8 +67,10 @@ class FamilySpec:
 
     count: int = 4
     latents: int = 3
+    architecture: str = "sd1"
     width: int = 320
     context: int = 768
+    second_context: int = 1280
     vocabulary: int = 49408
     vae_width: int = 128
     alpha: float = 0.5
@@ -158,12 +162,7 @@ class _Plan:
 
 def _header(spec: FamilySpec) -> Header:
     """What each file of the family will have for a header."""
-    shapes = sd1_layout(
-        width=spec.width,
-        context=spec.context,
-        vocabulary=spec.vocabulary,
-        vae_width=spec.vae_width,
-    )
+    shapes = _shapes(spec)
     infos = {
         key: TensorInfo(torch.int64 if key.endswith("position_ids") else spec.dtype, shape)
         for key, shape in shapes.items()
@@ -171,8 +170,16 @@ def _header(spec: FamilySpec) -> Header:
     return Header(Path("synthetic.safetensors"), infos, metadata={}, size=0, mtime_ns=0)
 
 
+def _shapes(spec: FamilySpec) -> dict[str, Shape]:
+    sizes = spec.vocabulary, spec.vae_width
+    if spec.architecture == "sdxl":
+        return sdxl_layout(spec.width, (spec.context, spec.second_context), *sizes)
+    layouts = {"sd1": sd1_layout, "sd2": sd2_layout}
+    return layouts[spec.architecture](spec.width, spec.context, *sizes)
+
+
 def _plans(header: Header) -> list[_Plan]:
-    treatments = layout_of(header, SD1).treatments
+    treatments = layout_of(header, identify(header)).treatments
     return [_Plan(key, info, treatments[key]) for key, info in header.tensors.items()]
 
 
@@ -260,11 +267,11 @@ def _latent(
 
 def _base(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:  # (*shape)
     noise = torch.randn(shape, generator=generator)
-    if key.endswith(".bias"):
+    if key.endswith("bias"):
         return noise.mul_(_BIAS_STD)
     if len(shape) == 1:
         return noise.mul_(_NORM_STD).add_(1)
-    if "_embedding." in key:
+    if "_embedding" in key:
         return noise.mul_(_EMBEDDING_STD)
     return noise.div_(math.sqrt(math.prod(shape[1:])))
 

@@ -75,10 +75,12 @@ def test_types_are_those_of_what_is_merged_most_values_first(tmp_path, state_of)
 
 
 def test_a_family_that_is_not_supported_has_its_name_and_a_problem(tmp_path):
-    path = write(tmp_path / "f.safetensors", {f"{UNET}double_blocks.0.x.weight": torch.zeros(2, 2)})
+    path = write(
+        tmp_path / "f.safetensors", {f"{UNET}distilled_guidance_layer.x": torch.zeros(2, 2)}
+    )
     row = look_at(path)
-    assert row.problem.startswith("f.safetensors is a Flux checkpoint; Hyper-Merge handles")
-    assert (row.family, row.dtype, row.vae, len(row.legacy_hash)) == ("Flux", "fp32", None, 8)
+    assert row.problem.startswith("f.safetensors is a Chroma checkpoint, which cannot be merged;")
+    assert (row.family, row.dtype, row.vae, len(row.legacy_hash)) == ("Chroma", "fp32", None, 8)
 
 
 BAD = {
@@ -128,7 +130,7 @@ def test_an_unreadable_file_has_a_row_with_its_problem(tmp_path, state_of):
 
 def test_a_lora_is_named(tmp_path):
     path = write(tmp_path / "l.safetensors", {"lora_unet_x.lora_up.weight": torch.zeros(4, 4)})
-    assert look_at(path).problem.startswith("l.safetensors is a LoRA; Hyper-Merge needs full")
+    assert look_at(path).problem.startswith("l.safetensors is a LoRA; choose checkpoints of")
 
 
 def test_values_that_cannot_be_averaged_are_a_problem(tmp_path, state_of):

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,52 +19,124 @@ with warnings.catch_warnings():
     pytest.importorskip("peft")
     from diffusers.loaders import single_file_utils
 
-SPEC = replace(NARROW, count=2)
 RANKS = (6, 3)
 SEVERAL = "Already found a `peft_config` attribute"  # said of every second LoRA, whosoever
 pytestmark = pytest.mark.filterwarnings(f"ignore:{SEVERAL}:UserWarning")
 
+SMALL = replace(NARROW, count=2, width=16, context=24)
 
-def unet_model():
+
+def unet_model(spec, **settings):
     """A UNet of the family's widths with weights of its own."""
-    widths = tuple(factor * SPEC.width for factor in (1, 2, 4, 4))
+    multiples = settings.pop("multiples", (1, 2, 4, 4))
     return diffusers.UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=widths,
+        block_out_channels=tuple(factor * spec.width for factor in multiples),
         layers_per_block=2,
         attention_head_dim=8,
-        cross_attention_dim=SPEC.context,
+        norm_num_groups=16,
+        **{"cross_attention_dim": spec.context, **settings},
     )
 
 
-def text_model():
-    """A text encoder of the family's widths with weights of its own."""
+def text_model(spec, width, layers, kind=transformers.CLIPTextModel):
+    """A text encoder with weights of its own."""
     config = transformers.CLIPTextConfig(
-        vocab_size=SPEC.vocabulary,
-        hidden_size=SPEC.context,
-        intermediate_size=4 * SPEC.context,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        bos_token_id=SPEC.vocabulary - 2,
-        eos_token_id=SPEC.vocabulary - 1,
+        vocab_size=spec.vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        bos_token_id=spec.vocabulary - 2,
+        eos_token_id=spec.vocabulary - 1,
     )
-    return transformers.CLIPTextModel(config)
+    return kind(config)
 
 
-def unet_weights(state):
-    """A checkpoint's UNet under diffusers' names."""
-    config = {**unet_model().config}
-    return single_file_utils.convert_ldm_unet_checkpoint(dict(state), config)
-
-
-def text_weights(state, model):
-    """A checkpoint's text encoder under transformers' names."""
-    found = single_file_utils.convert_ldm_clip_checkpoint(dict(state))
+def named_for(model, found):
+    """Weights under transformers' names as this version of it has them."""
     found.pop("text_model.embeddings.position_ids", None)
-    own = model.state_dict()
-    if "text_model.final_layer_norm.weight" not in own:  # transformers 5 dropped the prefix
+    if "text_model.final_layer_norm.weight" not in model.state_dict():
+        # transformers 5 dropped the prefix
         found = {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
     return found
+
+
+class SD1:
+    """How diffusers builds the family, by component of its pipeline: model, weights, LoRA modules."""
+
+    spec = SMALL
+    layers = MappingProxyType({"unet": 278, "text_encoder": 72})
+    pipeline = "StableDiffusionPipeline"
+    rest = MappingProxyType(
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
+
+    def models(self):
+        return {"unet": unet_model(self.spec), "text_encoder": text_model(self.spec, 24, 12)}
+
+    def weights(self, state, name, model):
+        if name == "unet":
+            config = {**model.config}
+            return single_file_utils.convert_ldm_unet_checkpoint(dict(state), config)
+        return named_for(model, self.text(dict(state), name, model))
+
+    def text(self, state, name, model):
+        return single_file_utils.convert_ldm_clip_checkpoint(state)
+
+    def conditions(self):
+        return {"encoder_hidden_states": torch.zeros(1, 77, 24)}
+
+
+class SD2(SD1):
+    spec = replace(SMALL, architecture="sd2")
+    layers = MappingProxyType({"unet": 278, "text_encoder": 138})
+
+    def models(self):
+        unet = unet_model(self.spec, use_linear_projection=True)
+        return {"unet": unet, "text_encoder": text_model(self.spec, 24, 23)}
+
+    def text(self, state, name, model):
+        return single_file_utils.convert_open_clip_checkpoint(model, state)
+
+
+class SDXL(SD1):
+    spec = replace(SMALL, architecture="sdxl", context=8, second_context=16)
+    layers = MappingProxyType({"unet": 788, "text_encoder": 72, "text_encoder_2": 192})
+    pipeline = "StableDiffusionXLPipeline"
+    rest = MappingProxyType({"tokenizer_2": None})
+
+    def models(self):
+        unet = unet_model(
+            self.spec,
+            multiples=(1, 2, 4),
+            cross_attention_dim=24,
+            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+            up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=16 + 6 * 256,
+            use_linear_projection=True,
+        )
+        second = text_model(self.spec, 16, 32, transformers.CLIPTextModelWithProjection)
+        return {
+            "unet": unet,
+            "text_encoder": text_model(self.spec, 8, 12),
+            "text_encoder_2": second,
+        }
+
+    def text(self, state, name, model):
+        if name == "text_encoder":
+            return single_file_utils.convert_ldm_clip_checkpoint(state)
+        prefix = "conditioner.embedders.1.model."
+        return single_file_utils.convert_open_clip_checkpoint(model, state, prefix=prefix)
+
+    def conditions(self):
+        added = {"text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}
+        states = torch.zeros(1, 77, 24)
+        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 
 def load_strictly(model, weights):
@@ -72,29 +145,28 @@ def load_strictly(model, weights):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory):
+@pytest.fixture(scope="module", params=[SD1, SD2, SDXL], ids=lambda family: family.__name__)
+def judged(request, tmp_path_factory):
     """A merge of two whole narrow checkpoints, stored in float32."""
     folder = tmp_path_factory.mktemp("judged")
-    models = write_family(folder, SPEC)
-    return models, merge(models, folder / "models", ranks=RANKS, dtype="float32", iterations=1)
+    family = request.param()
+    models = write_family(folder, family.spec)
+    merged = merge(models, folder / "models", ranks=RANKS, dtype="float32", iterations=1)
+    return family, models, merged
 
 
 @pytest.fixture
 def pipeline(judged):
     """The hyper-model as a pipeline of diffusers."""
-    state = load_file(judged[1].place.hyper_model)
-    text = text_model()
-    return diffusers.StableDiffusionPipeline(
-        vae=None,
-        text_encoder=load_strictly(text, text_weights(state, text)),
-        tokenizer=None,
-        unet=load_strictly(unet_model(), unet_weights(state)),
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    family, _, merged = judged
+    state = load_file(merged.place.hyper_model)
+    parts = {
+        name: load_strictly(model, family.weights(state, name, model))
+        for name, model in family.models().items()
+    }
+    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    kind = getattr(diffusers, family.pipeline)
+    return kind(vae=None, tokenizer=None, scheduler=scheduler, **parts, **family.rest)
 
 
 @pytest.fixture
@@ -133,31 +205,31 @@ def summed(models, merged, row):
     for layer in layers_of(models[0]):
         terms = zip(row.multipliers, loras, strict=True)
         delta = sum(x * added(lora, layer.module) for x, lora in terms)
-        state[layer.key] = (
-            state[layer.key].double() + delta.reshape(state[layer.key].shape)
-        ).float()
+        rows = state[layer.key][slice(*layer.rows) if layer.rows else slice(None)]
+        rows.copy_((rows.double() + delta.reshape(rows.shape)).float())
     return state
 
 
 def test_the_hyper_model_is_a_checkpoint_to_diffusers(judged):
-    models, merged = judged
+    family, models, merged = judged
     state, first = load_file(merged.place.hyper_model), load_file(models[0])
     assert {key: t.shape for key, t in state.items()} == {k: t.shape for k, t in first.items()}
-    text = text_model()
-    load_strictly(text, text_weights(state, text))
-    model = load_strictly(unet_model(), unet_weights(state))
+    loaded = {
+        name: load_strictly(model, family.weights(state, name, model))
+        for name, model in family.models().items()
+    }
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        out = model(noise, 7, torch.zeros(1, 77, SPEC.context)).sample
+        out = loaded["unet"](noise, 7, **family.conditions()).sample
     assert out.shape == noise.shape
     assert bool(out.isfinite().all())
 
 
-@pytest.mark.parametrize("checkpoint", [0, 1])
+@pytest.mark.parametrize("checkpoint", [1])
 def test_fused_loras_are_the_average_plus_multipliers_times_loras(
     judged, pipeline, complaints, checkpoint
 ):
-    models, merged = judged
+    family, models, merged = judged
     row = merged.report.checkpoints[checkpoint]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -165,37 +237,37 @@ def test_fused_loras_are_the_average_plus_multipliers_times_loras(
     said = [str(warning.message) for warning in warned]
     assert [message for message in said if not message.startswith(SEVERAL)] == []
     assert complaints == []
-    assert len(lora_layers(pipeline.unet)) == 278
-    assert len(lora_layers(pipeline.text_encoder)) == 72
-    for model in (pipeline.unet, pipeline.text_encoder):
-        for layer in lora_layers(model).values():
-            assert set(layer.lora_A) == set(names)
-    pipeline.fuse_lora(adapter_names=names)
+    for part, count in family.layers.items():
+        found = lora_layers(getattr(pipeline, part))
+        assert len(found) == count
+        assert all(set(layer.lora_A) == set(names) for layer in found.values())
+    pipeline.fuse_lora(components=list(family.layers), adapter_names=names)
     pipeline.unload_lora_weights()
     expected = summed(models, merged, row)
     before = load_file(merged.place.hyper_model)
-    text = pipeline.text_encoder
-    for model, convert in (
-        (pipeline.unet, unet_weights),
-        (text, lambda state: text_weights(state, text)),
-    ):
-        found, wanted, average = model.state_dict(), convert(expected), convert(before)
+    for part, count in family.layers.items():
+        model = getattr(pipeline, part)
+        found = model.state_dict()
+        wanted, average = (family.weights(state, part, model) for state in (expected, before))
         assert found.keys() == wanted.keys()
         for key, weight in wanted.items():
             torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=0, msg=key)
         changed = [key for key in wanted if not torch.equal(found[key], average[key])]
-        assert len(changed) == (278 if model is pipeline.unet else 72)
+        assert len(changed) == count
 
 
+@pytest.mark.parametrize("judged", [SD1], indirect=True)
 def test_multipliers_of_nought_leave_the_average(judged, pipeline):
-    _, merged = judged
+    family, _, merged = judged
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    context = torch.randn(1, 77, SPEC.context, generator=torch.Generator().manual_seed(1))
+    conditions = family.conditions()
+    states = conditions["encoder_hidden_states"]
+    states.normal_(generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain = pipeline.unet(noise, 7, context).sample
+        plain = pipeline.unet(noise, 7, **conditions).sample
         names = with_loras(pipeline, merged, merged.report.checkpoints[0])
-        changed = pipeline.unet(noise, 7, context).sample
+        changed = pipeline.unet(noise, 7, **conditions).sample
         pipeline.set_adapters(names, [0.0] * len(names))
-        silent = pipeline.unet(noise, 7, context).sample
+        silent = pipeline.unet(noise, 7, **conditions).sample
     assert torch.equal(plain, silent)
     assert float((plain - changed).abs().max()) > 1e-4

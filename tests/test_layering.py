@@ -28,6 +28,7 @@ TASKS = frozenset(
         "preview",
         "solution",
         "report",
+        "exact",
     }
 )
 JOBS = frozenset({"preflight", "folders", "lineage", "costs", "merge"})

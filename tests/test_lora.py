@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hyper_merge.checkpoints.families import SD1
+from hyper_merge.checkpoints.families.sd1 import SD1
 from hyper_merge.checkpoints.hashes import tensor_data_sha256
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.layers import Layer
@@ -363,3 +363,55 @@ def test_a_refused_lora_leaves_nothing_and_an_existing_one_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
     write(tmp_path / "x.safetensors", factors_of((4, 4, 4)), overwrite=True)
     assert json.loads((tmp_path / "x.json").read_text())["sd version"] == "SD1"
+
+
+ATTENTION = (
+    Layer("in_proj_weight", "te_q", "text_encoder", (4, 4), (0, 4), "attention"),
+    Layer("in_proj_weight", "te_k", "text_encoder", (4, 4), (4, 8), "attention"),
+    Layer("in_proj_weight", "te_v", "text_encoder", (4, 4), (8, 12), "attention"),
+    Layer("out.weight", "te_out", "text_encoder", (4, 4), None, "attention"),
+)
+
+
+def test_an_attention_that_hosts_change_only_whole_is_filled_with_zeros(tmp_path):
+    layers = (*ATTENTION, LINEAR)
+    factors = {"te_k": (torch.ones(4, 2), torch.ones(2, 4)), "te_v": (torch.ones(4, 0),) * 2}
+    path = tmp_path / "x.safetensors"
+    with Outputs() as outputs:
+        write_lora(outputs, path, layers, factors, FILE)
+    tensors = load_file(path)
+    ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
+    assert set(tensors) == {f"te_{part}{end}" for part in ("q", "k", "v", "out") for end in ends}
+    for part in ("q", "v", "out"):
+        assert tensors[f"te_{part}.lora_up.weight"].shape == (4, 1)
+        assert not host_delta(tensors, f"te_{part}", (4, 4)).any()
+    delta = host_delta(tensors, "te_k", (4, 4))
+    torch.testing.assert_close(delta, torch.full_like(delta, 2.0), atol=2e-3, rtol=0)
+    declared = lora_tensors(layers, (0, 2, 0, 0, 0), torch.float16, 4)
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
+        key: info.shape for key, info in declared.items()
+    }
+
+
+def test_an_attention_that_no_block_changes_is_left_out():
+    assert lora_tensors(ATTENTION, (0, 0, 0, 0), torch.float16, 4) == {}
+
+
+def test_a_family_without_alphas_adds_the_plain_product(tmp_path):
+    up, down = torch.randn(6, 2), torch.randn(2, 5)
+    stored = as_lora_weights(LINEAR, up, down, None, torch.float32)
+    assert set(stored) == {"lora_te_q_proj.lora_up.weight", "lora_te_q_proj.lora_down.weight"}
+    product = stored["lora_te_q_proj.lora_up.weight"] @ stored["lora_te_q_proj.lora_down.weight"]
+    torch.testing.assert_close(product, up @ down)
+    found_up, found_down = as_hosts_add(LINEAR, up, down, None, torch.float32)
+    torch.testing.assert_close(found_up @ found_down, up @ down)
+    family = replace(SD1, lora_alpha=False)
+    file = replace(FILE, lineage=replace(LINEAGE, family=family))
+    write(tmp_path / "x.safetensors", factors_of((4, 2, 2)), file)
+    assert not [key for key in load_file(tmp_path / "x.safetensors") if "alpha" in key]
+
+
+def test_a_family_that_predicts_neither_noise_nor_v_says_nothing_of_it():
+    family = replace(SD1, modelspec_prediction_type="")
+    file = replace(FILE, lineage=replace(LINEAGE, family=family))
+    assert "modelspec.prediction_type" not in lora_metadata(file, "x", "0" * 64)

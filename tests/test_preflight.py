@@ -215,10 +215,10 @@ def test_mixed_families_are_counted_and_named(files, b):
     )
 
 
-def test_a_family_that_is_not_supported_yet_is_named(b):
+def test_a_family_that_cannot_be_merged_is_named(b):
     first = f"{UNET}input_blocks.0.0.weight"
-    models = [b(f"{n}.safetensors", **{first: torch.zeros(16, 9, 3, 3).half()}) for n in "pq"]
-    with pytest.raises(FamilyError, match=r"p\.safetensors is a Stable Diffusion 1\.x inpainting"):
+    models = [b(f"{n}.safetensors", **{first: torch.zeros(16, 5, 3, 3).half()}) for n in "pq"]
+    with pytest.raises(FamilyError, match=r"p\.safetensors is of no architecture"):
         checked(models)
 
 
@@ -228,7 +228,7 @@ def test_a_family_that_is_not_supported_yet_is_named(b):
         ({"lora_unet_x.lora_up.weight": 1}, "a LoRA"),
         ({"encoder.conv_in.weight": 1, "decoder.conv_in.weight": 1}, "a VAE alone"),
         ({"emb_params": 1}, "a textual-inversion embedding"),
-        ({f"{UNET}input_blocks.0.0.weight": 1}, "a UNet alone, without text encoder"),
+        ({f"{UNET}input_blocks.0.0.weight": 1}, "a UNet alone of a kind that cannot be told"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -236,8 +236,8 @@ def test_other_files_than_checkpoints_are_named(files, tmp_path, state, what):
     tensors = {key: torch.zeros(4, 4, 3, 3) for key in state}
     path = write(tmp_path / "odd.safetensors", tensors)
     assert refused([files[0], path]) == (
-        f"odd.safetensors is {what}; Hyper-Merge needs full checkpoints"
-        " (UNet, text encoder and VAE in one file)"
+        f"odd.safetensors is {what}; choose checkpoints of Stable Diffusion 1.x, 2.x, XL, 3, 3.5"
+        " and Flux"
     )
 
 

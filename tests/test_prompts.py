@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyper_merge.prompts import lora_names, multipliers_text, parse_tags, tag, tags
+from hyper_merge.prompts import lora_names, parse_tags, tag, tags
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}_[0-9]-[1-9][0-9]{0,2}", fullmatch=True)
 MULTIPLIERS = st.floats(-1e6, 1e6)
@@ -49,16 +49,6 @@ def test_a_tag_is_a_plain_decimal_number(multiplier, text):
 def test_fewer_digits_can_be_asked_for():
     assert tag("a", 0.91239, digits=4) == "<lora:a:0.9124>"
     assert tag("a", -0.4, digits=0) == "<lora:a:0>"
-
-
-def test_a_line_per_checkpoint_tells_how_to_become_it():
-    text = multipliers_text(
-        ["photo", "my anime.v2"], lora_names("mix", (128, 64)), torch.tensor([[1, -0.5], [0.25, 0]])
-    )
-    assert text == (
-        "photo: <lora:mix_0-128:1.00000> <lora:mix_1-64:-0.50000>\n"
-        "my anime.v2: <lora:mix_0-128:0.25000> <lora:mix_1-64:0.00000>\n"
-    )
 
 
 @settings(deadline=None)

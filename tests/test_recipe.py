@@ -131,6 +131,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "seed": "9",
         "method": "greedy",
         "vae": "average",
+        "exact": "norms",
     }
     assert set(given_) == {field.name for field in FIELDS}
     assert recipe_from_options(given_) == Recipe(
@@ -148,6 +149,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         seed=9,
         method="greedy",
         vae="average",
+        exact="norms",
     )
 
 

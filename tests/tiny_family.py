@@ -33,6 +33,7 @@ RANKS = (4, 2)
 # A few blocks of each kind: by these a file is told to be SD 1.x, and they have all kinds of layers.
 KEPT = re.compile(
     r"model\.diffusion_model\.(time_embed|input_blocks\.[013]|middle_block\.1|output_blocks\.2\.0|out)\..*"
+    r"|.*\.input_blocks\.([47]\.1\.transformer_blocks\.0\.norm1\.bias|[69]\.0\.op\.bias)"
     r"|.*text_model\.(embeddings|encoder\.layers\.[01]|final_layer_norm)\..*"
     r"|first_stage_model\.(quant_conv|post_quant_conv|encoder\.conv_in|decoder\.norm_out)\..*"
 )

@@ -29,9 +29,10 @@ def check_alike(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
         layouts: of the same files.
 
     Raises:
-        MismatchError: families are mixed; or a file lacks keys, has more, or has other shapes.
+        MismatchError: families are mixed; or a file lacks parts or keys, has more, or has other shapes.
     """
     check_families(headers, [layout.family for layout in layouts])
+    _check_parts(headers, layouts)
     names = _names(headers)
     first = _compared(headers[0], layouts[0])
     for header, layout, name in zip(headers[1:], layouts[1:], names[1:], strict=True):
@@ -46,17 +47,8 @@ def check_families(headers: Sequence[Header], families: Sequence[Family]) -> Non
     Raises:
         MismatchError: they are not; names the files of every family, the largest group first.
     """
-    groups: dict[str, list[str]] = {}
-    for name, family in zip(_names(headers), families, strict=True):
-        groups.setdefault(family.title, []).append(name)
-    if len(groups) < 2:
-        return
-    falling = sorted(groups.items(), key=lambda group: -len(group[1]))
-    counts = ", ".join(
-        f"{len(names)} {'is' if len(names) == 1 else 'are'} {title}" for title, names in falling
-    )
-    files = " / ".join(", ".join(names) for _, names in falling)
-    raise MismatchError(f"{counts}: {files}; {_ADVICE}")
+    titles = [family.title for family in families]
+    _refuse_several(_names(headers), titles, ("is", "are"), _ADVICE)
 
 
 def check_distinct(paths: Sequence[Path]) -> list[str]:
@@ -82,6 +74,38 @@ def check_distinct(paths: Sequence[Path]) -> list[str]:
         for i, j in combinations(range(len(headers)), 2)
         if prints[i] == prints[j]
     ]
+
+
+def _check_parts(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
+    held = [_parts(header, layout) for header, layout in zip(headers, layouts, strict=True)]
+    _refuse_several(_names(headers), held, ("holds", "hold"), "choose files with the same parts")
+
+
+def _parts(header: Header, layout: Layout) -> str:
+    """Which parts of a checkpoint a file holds, for people."""
+    prefixes: dict[str, tuple[str, ...]] = {
+        part.title: (part.prefix,) for part in layout.family.parts
+    }
+    prefixes["VAE"] = layout.family.vae_prefixes
+    titles = [
+        title for title, of in prefixes.items() if any(k.startswith(of) for k in header.tensors)
+    ]
+    return " and ".join(filter(None, [", ".join(titles[:-1]), titles[-1]]))
+
+
+def _refuse_several(
+    names: Sequence[str], kinds: Sequence[str], verb: tuple[str, str], advice: str
+) -> None:
+    """Returns if all are of one kind; else counts and lists them, the largest group first."""
+    groups: dict[str, list[str]] = {}
+    for name, kind in zip(names, kinds, strict=True):
+        groups.setdefault(kind, []).append(name)
+    if len(groups) < 2:
+        return
+    falling = sorted(groups.items(), key=lambda group: -len(group[1]))
+    counts = ", ".join(f"{len(of)} {verb[len(of) > 1]} {kind}" for kind, of in falling)
+    files = " / ".join(", ".join(of) for _, of in falling)
+    raise MismatchError(f"{counts}: {files}; {advice}")
 
 
 def _twice(first: Path, second: Path) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from hyper_merge.checkpoints.module_names import Module, Shape
+from hyper_merge.checkpoints.header import Shape
+from hyper_merge.checkpoints.module_names import Module
 from hyper_merge.checkpoints.sections import section_of
 from hyper_merge.checkpoints.structure import Structure
 
@@ -15,26 +16,33 @@ PartName = Literal["unet", "text_encoder"]
 
 @dataclass(frozen=True)
 class Signs:
-    """What a family is recognised by; each thing said must hold, None says nothing.
+    """What a family is recognised by; each thing said must hold, what is not said may be anything.
 
     Data instead of a function, so that a family can be sent to another process.
     """
 
-    any_of: tuple[str, ...]  # some key begins with one of these
+    all_of: tuple[str, ...] = ()  # for each of these some key begins with it
+    none_of: tuple[str, ...] = ()  # no key begins with one of these
+    depths: tuple[int, ...] | None = None  # transformers by level, then in the middle
     input_channels: int | None = None
-    label_embedding: bool | None = None
-    pruned: bool | None = None
+    texts: tuple[str, ...] = ()  # keys of the text encoder begin with one of these, or ...
+    context: int | None = None  # ... there is none, and the UNet reads features of this width
 
     def match(self, structure: Structure) -> bool:
         """Whether a file of this structure bears the signs."""
-        said = (
-            (self.input_channels, structure.input_channels),
-            (self.label_embedding, structure.label_embedding),
-            (self.pruned, structure.pruned),
+        return (
+            all(structure.has(prefix) for prefix in self.all_of)
+            and not structure.has(*self.none_of)
+            and self.depths in (None, structure.depths)
+            and self.input_channels in (None, structure.input_channels)
+            and self._reads(structure)
         )
-        return structure.has(*self.any_of) and all(
-            expected is None or expected == found for expected, found in said
-        )
+
+    def _reads(self, structure: Structure) -> bool:
+        if not self.texts or structure.has(*self.texts):
+            return True
+        alone = self.context is not None and not structure.has_text_encoder
+        return alone and structure.context == self.context
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Part:
     """A network within a checkpoint whose layers take LoRAs."""
 
     name: PartName
+    title: str  # for people
     prefix: str  # of its keys
     lora_prefix: str  # of its modules' names in a LoRA file
     modules: Callable[[str, Shape], tuple[Module, ...]]  # (dotted path, stored shape)
@@ -55,9 +64,9 @@ class Family:
     name: str  # never changes: recipes and caches keep it
     title: str  # for people, after "is a"
     signs: Signs
-    supported: bool = False
-    parts: tuple[Part, ...] = ()  # in the order of the computation
+    parts: tuple[Part, ...] = ()  # in the order of the computation; none: it cannot be merged
     vae_prefixes: tuple[str, ...] = ()
+    lora_alpha: bool = True  # whether LoRA files of the family hold alphas
     # What LoRA files of this family say of themselves, by the names of their metadata.
     ss_base_model_version: str = ""
     ss_v2: str = "False"
@@ -66,3 +75,24 @@ class Family:
     modelspec_resolution: str = ""
     modelspec_prediction_type: str = ""
     sd_version: str = ""  # of the WebUI's LoRA card
+    # Where files of the same keys may predict v instead of noise: what they say otherwise, the key
+    # of a tensor whose values spread wider then, and the configuration that tells hosts.
+    v_words: tuple[tuple[str, str], ...] = ()
+    v_spread: str = ""
+    v_configuration: Callable[[], dict[str, Any]] | None = None
+
+    @property
+    def supported(self) -> bool:
+        """Whether checkpoints of the family can be merged."""
+        return bool(self.parts)
+
+    @property
+    def predicts_v(self) -> bool:
+        """Whether it is such a variant."""
+        return self.modelspec_prediction_type == "v"
+
+    def predicting_v(self) -> Family:
+        """The variant of the same keys and shapes that predicts v."""
+        name, title = f"{self.name}_v", f"{self.title} with v-prediction"
+        words: dict[str, Any] = dict(self.v_words)
+        return replace(self, name=name, title=title, v_words=(), **words)

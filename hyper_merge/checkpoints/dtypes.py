@@ -51,3 +51,8 @@ ALIGNMENT_ORDER: Final[Mapping[torch.dtype, int]] = MappingProxyType(
     {TORCH_DTYPES[name]: i for i, (name, _, _) in enumerate(_STORED) if name in TORCH_DTYPES}
 )
 """Place of a type in the library's order; tensors of a higher place come first in a file."""
+
+EIGHT_BIT_FLOATS: Final = tuple(
+    dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize == 1
+)
+"""Types that torch stores but does not calculate with; float16 holds their values exactly."""

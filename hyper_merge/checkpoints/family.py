@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from itertools import islice
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
-from hyper_merge.checkpoints.families import FAMILIES
+from hyper_merge.checkpoints.families import FAMILIES, KINDS
 from hyper_merge.checkpoints.header import Header
+from hyper_merge.checkpoints.layers import is_position_ids
 from hyper_merge.checkpoints.strangers import DISGUISED, PARTIAL, Stranger
-from hyper_merge.checkpoints.structure import UNET, Structure
+from hyper_merge.checkpoints.structure import Structure
 from hyper_merge.errors import FamilyError
 
 __all__ = ["FAMILIES", "Family", "Part", "PartName", "identify", "require_supported"]
@@ -30,7 +31,7 @@ def identify(header: Header) -> Family:
     first = ", ".join(islice(structure.shapes, 3)) or "none"
     raise FamilyError(
         f"{header.name} is of no architecture that Hyper-Merge knows (first keys: {first});"
-        f" choose {_supported_titles()} checkpoints"
+        f" choose checkpoints of {KINDS}"
     )
 
 
@@ -38,32 +39,31 @@ def require_supported(header: Header) -> Family:
     """The family of a checkpoint that can be merged.
 
     Raises:
-        FamilyError: no checkpoint, of a family that is not supported yet, or stored in types that
+        FamilyError: no checkpoint, of a family that is not supported, or stored in types that
             cannot be averaged.
     """
     family = identify(header)
     if not family.supported:
         raise FamilyError(
-            f"{header.name} is a {family.title} checkpoint;"
-            f" Hyper-Merge handles {_supported_titles()} so far"
+            f"{header.name} is a {family.title} checkpoint, which cannot be merged;"
+            f" choose checkpoints of {KINDS}"
         )
-    _require_averageable(header)
+    _require_averageable(header, family)
     return family
 
 
 def _refuse(header: Header, structure: Structure, strangers: Iterable[Stranger]) -> None:
     for stranger in strangers:
         if stranger.matches(structure):
-            raise FamilyError(
-                f"{header.name} is {stranger.title}; Hyper-Merge needs full checkpoints"
-                " (UNet, text encoder and VAE in one file)"
-            )
+            raise FamilyError(f"{header.name} is {stranger.title}; choose checkpoints of {KINDS}")
 
 
-def _require_averageable(header: Header) -> None:
+def _require_averageable(header: Header, family: Family) -> None:
     odd = dict(header.unsupported)
+    networks = tuple(part.prefix for part in family.parts)
     for key, info in header.tensors.items():
-        if key.startswith(UNET) and not info.dtype.is_floating_point:
+        is_weight = key.startswith(networks) and not is_position_ids(key) and info.numel
+        if is_weight and not info.dtype.is_floating_point:
             odd[key] = str(info.dtype).removeprefix("torch.")
     if odd:
         key, dtype = next(iter(odd.items()))
@@ -71,7 +71,3 @@ def _require_averageable(header: Header) -> None:
             f"{header.name} stores {len(odd)} tensors in a type that cannot be averaged (first:"
             f" {key} as {dtype}); use its fp16 or fp32 version"
         )
-
-
-def _supported_titles() -> str:
-    return ", ".join(family.title for family in FAMILIES if family.supported)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class TensorInfo:
     """Type and shape of a stored tensor."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: Shape
 
     @property
     def numel(self) -> int:
@@ -30,7 +32,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's table of contents, and what tells whether the file is still the same."""
+    """A file's table of contents, and what tells whether the file is still the same.
+
+    Keys are those of the usual spelling; where the file has another one, `stored` tells it.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]  # in the file's order
@@ -38,6 +43,8 @@ class Header:
     size: int  # bytes of the whole file
     mtime_ns: int
     unsupported: Mapping[str, str] = field(default_factory=dict)  # key -> type unknown to torch
+    stored: Mapping[str, str] = field(default_factory=dict)  # key -> another one in the file
+    scales: Mapping[str, str] = field(default_factory=dict)  # key -> the file's, of its factor
 
     @property
     def name(self) -> str:

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
-from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.sections import OTHER
 
-_WEIGHT: Final = ".weight"
+_WEIGHT: Final = re.compile(r"(?P<path>.+)\.weight|(?P<fused>.+\.in_proj)_weight")
 _POSITION_IDS: Final = ".embeddings.position_ids"
 # Training leftovers that no program loads.
 _UNUSED: Final = ("model_ema.", "first_stage_model.model_ema.", "first_stage_model.loss.")
 _SCHEDULE: Final = re.compile(r"(alphas_cumprod|betas$|sqrt_|posterior_|log_|logvar$|lvlb_)[^.]*")
 _NORM: Final = re.compile(
-    r".*[._](norm\d?|ln_\d|ln_final|in_layers\.0|out_layers\.0)\.(weight|bias)|(.*\.)?out\.0\.(weight|bias)"
+    r".*([._]norm\d?|[._]ln_\w+|\.in_layers\.0|\.out_layers\.0|\.out\.0)\.(weight|bias|scale)"
 )
-_EMBEDDING: Final = re.compile(r".*(token|position|positional)_embedding(\.weight)?")
+_EMBEDDING: Final = re.compile(
+    r".*((token|position|positional)_embedding|pos_embed|\.shared|embed_tokens)(\.weight)?"
+)
 
 
 class Treatment(Enum):
@@ -44,8 +46,9 @@ class Layer:
     key: str  # in the checkpoint
     module: str  # in a LoRA file, without ".lora_up.weight"
     part: PartName
-    shape: tuple[int, ...]  # of the weight in the LoRA's consumer, 2-D or 4-D
+    shape: Shape  # of the weight in the LoRA's consumer, 2-D or 4-D
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
+    together: str | None = None  # layers of one word are in a LoRA file all or none
     section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
 
     @property
@@ -63,11 +66,11 @@ class Layer:
         """Height and width of a convolution's kernel, None for a linear layer."""
         return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else None
 
-    def up_shape(self, rank: int) -> tuple[int, ...]:
+    def up_shape(self, rank: int) -> Shape:
         """Shape of `.lora_up.weight`."""
         return (self.m, rank, 1, 1) if self.kernel else (self.m, rank)
 
-    def down_shape(self, rank: int) -> tuple[int, ...]:
+    def down_shape(self, rank: int) -> Shape:
         """Shape of `.lora_down.weight`: the convolution's own kernel is here."""
         return (rank, *self.shape[1:])
 
@@ -105,7 +108,7 @@ def kind_of(key: str, layout: Layout) -> str:
         return "norms"
     if _EMBEDDING.fullmatch(key):
         return "embeddings"
-    return "biases" if key.endswith(".bias") else "other weights"
+    return "biases" if key.endswith((".bias", "_bias")) else "other weights"
 
 
 def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -144,19 +147,18 @@ def position_ids(shape: tuple[int, ...]) -> Tensor:
 
 
 def _layers(header: Header, part: Part) -> Iterator[Layer]:
-    keys = (key for key in header.tensors if _is_weight_of(key, part))
+    keys = (key for key in header.tensors if key.startswith(part.prefix))
     for key in sorted(keys, key=_natural):
         info = header.tensors[key]
-        if not info.dtype.is_floating_point:
+        match = _WEIGHT.fullmatch(key, len(part.prefix))
+        if match is None or not info.dtype.is_floating_point:
             continue
-        path = key[len(part.prefix) : -len(_WEIGHT)]
+        path = match["path"] or match["fused"]
         for module in part.modules(path, info.shape):
             name = part.lora_prefix + module.path.replace(".", "_")
-            yield Layer(key, name, part.name, module.shape, module.rows, part.section(path))
-
-
-def _is_weight_of(key: str, part: Part) -> bool:
-    return key.startswith(part.prefix) and key.endswith(_WEIGHT)
+            group = module.together and part.lora_prefix + module.together
+            section = part.section(path)
+            yield Layer(key, name, part.name, module.shape, module.rows, group, section)
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-Shape = tuple[int, ...]
+from hyper_merge.checkpoints.header import Shape
 
 _SIDE_PATH: Final = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d)\.(.+)")
 _MIDDLE_PATH: Final = re.compile(r"middle_block\.([012])\.(.+)")
@@ -36,6 +36,14 @@ _RESNET: Final = {
     "skip_connection": "conv_shortcut",
 }
 _CLIP_LAYER: Final = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+_OPEN_CLIP_LAYER: Final = re.compile(
+    r"transformer\.resblocks\.(\d+)\.(attn\.in_proj|attn\.out_proj|mlp\.c_fc|mlp\.c_proj)"
+)
+_OPEN_CLIP: Final = {
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
 @dataclass(frozen=True)
@@ -45,18 +53,22 @@ class Module:
     path: str  # dotted, as the LoRA's consumer spells it
     shape: Shape  # of the consumer's own weight
     rows: tuple[int, int] | None = None  # the module's rows in a fused tensor
+    together: str | None = None  # modules of one word are in a LoRA file all or none
 
 
 def unet_with_convolutions(path: str, shape: Shape) -> tuple[Module, ...]:
     """SD 1.x: diffusers' spelling, and 1x1 convolutions around the transformers."""
-    if len(shape) not in (2, 4) or path in _UNET_ENDS:
-        return ()  # loaders disagree about the ends of the network
-    name = diffusers_unet_path(path)
-    if name is None:
-        return ()
-    # Files that other tools saved may hold these as matrices; loaders want the convolution.
-    projection = path.endswith((".proj_in", ".proj_out"))
-    return (Module(name, (*shape[:2], 1, 1) if projection else shape),)
+    return _unet(diffusers_unet_path(path), path, shape, (1, 1))
+
+
+def unet_with_matrices(path: str, shape: Shape) -> tuple[Module, ...]:
+    """SD 2.x: diffusers' spelling, and matrices around the transformers."""
+    return _unet(diffusers_unet_path(path), path, shape, ())
+
+
+def unet_as_stored(path: str, shape: Shape) -> tuple[Module, ...]:
+    """SDXL and its refiner: the checkpoint's own spelling, and matrices around the transformers."""
+    return _unet(path if diffusers_unet_path(path) else None, path, shape, ())
 
 
 def clip_text_model(path: str, shape: Shape) -> tuple[Module, ...]:
@@ -64,6 +76,46 @@ def clip_text_model(path: str, shape: Shape) -> tuple[Module, ...]:
     if not _CLIP_LAYER.fullmatch(path):
         return ()
     return (Module(f"text_model.{path}", shape),)
+
+
+def open_clip(path: str, shape: Shape, layers: int | None = None) -> tuple[Module, ...]:
+    """The attention and MLP matrices of an OpenCLIP text model, under transformers' names.
+
+    Query, key and value are stored as one tensor and are three modules. A1111 changes an attention
+    only if all four of its modules are in the file.
+
+    Args:
+        path: within the text model.
+        shape: as stored.
+        layers: how many of the layers take part; None for all.
+    """
+    match = _OPEN_CLIP_LAYER.fullmatch(path)
+    if match is None or (layers is not None and int(match[1]) >= layers):
+        return ()
+    name, kind = f"text_model.encoder.layers.{match[1]}", match[2]
+    attention = name if kind.startswith("attn") else None
+    if kind != "attn.in_proj":
+        return (Module(f"{name}.{_OPEN_CLIP[kind]}", shape, together=attention),)
+    width = shape[0] // 3
+    return tuple(
+        Module(
+            f"{name}.self_attn.{letter}_proj",
+            (width, shape[1]),
+            (place * width, (place + 1) * width),
+            attention,
+        )
+        for place, letter in enumerate("qkv")
+    )
+
+
+def matching(path: str, shape: Shape, names: str) -> tuple[Module, ...]:
+    """The matrices whose whole path matches a regular expression, in the checkpoint's spelling."""
+    return (Module(path, shape),) if re.fullmatch(names, path) else ()
+
+
+def none(path: str, shape: Shape) -> tuple[Module, ...]:  # noqa: ARG001 - the form of a rule
+    """A network that no loader knows LoRA modules of."""
+    return ()
 
 
 def diffusers_unet_path(path: str) -> str | None:
@@ -90,6 +142,14 @@ def diffusers_unet_path(path: str) -> str | None:
     if rest == sampler[0]:
         return f"{side}.{sampler[1]}"
     return _block(side, "attentions" if slot else "resnets", index, rest)
+
+
+def _unet(name: str | None, path: str, shape: Shape, kernel: Shape) -> tuple[Module, ...]:
+    if name is None or len(shape) not in (2, 4) or path in _UNET_ENDS:
+        return ()  # loaders disagree about the ends of the network
+    # Files that other tools saved may hold these the other way; loaders want their own.
+    projection = path.endswith((".proj_in", ".proj_out"))
+    return (Module(name, (*shape[:2], *kernel) if projection else shape),)
 
 
 def _block(side: str, kind: str, index: int, rest: str) -> str | None:

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hyper_merge.checkpoints.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.header import Header, TensorInfo
 from hyper_merge.checkpoints.pickled import load_pickled
 from hyper_merge.checkpoints.safetensors_header import AGAIN, read_table
+from hyper_merge.checkpoints.spelling import usual
 from hyper_merge.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Header", "TensorInfo", "fingerprint", "read_header"]
@@ -33,6 +35,7 @@ _FINGERPRINT_SAMPLE: Final = 64 * 2**10  # bytes at each place
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Keys, types, shapes and metadata of a checkpoint file, without any tensor's data.
 
+    Keys are given in the usual spelling (`spelling.usual`), whichever of several the file has.
     The kind of file is told by its suffix, in any case of letters: .safetensors; .ckpt, .pt, .pth.
 
     Raises:
@@ -44,13 +47,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     pickled = _is_pickled(path)
     try:
         if pickled:
-            return _pickled_header(path, status, load_pickled(path))
+            return usual(_pickled_header(path, status, load_pickled(path)))
         table = read_table(path, status.st_size)
     except OSError as error:
         raise _unreadable(path, error) from error
-    return Header(
-        path, table.tensors, table.metadata, status.st_size, status.st_mtime_ns, table.unsupported
-    )
+    found = status.st_size, status.st_mtime_ns
+    return usual(Header(path, table.tensors, table.metadata, *found, table.unsupported))
 
 
 class Checkpoint:
@@ -107,6 +109,8 @@ class Checkpoint:
     def tensor(self, key: str) -> Tensor:
         """The tensor in its stored type, a view of the mapped file.
 
+        8-bit floats come as float16, which holds them exactly, and weights with a scale as float32.
+
         Raises:
             CheckpointError: no such key, a type that torch does not know, the file changed since
                 its header was read, or it is closed.
@@ -123,7 +127,7 @@ class Checkpoint:
         if key not in header.tensors:
             raise CheckpointError(f"{self.path.name} has no tensor {key!r}")
         require_unchanged(header)
-        return self._get(key)
+        return _calculable(key, header, self._get)
 
     def _open(self) -> Callable[[str], Tensor]:
         if _is_pickled(self.path):
@@ -138,6 +142,15 @@ class Checkpoint:
     def _close(self) -> None:
         self._get = None
         self._resources.close()
+
+
+def _calculable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tensor:
+    tensor = get(header.stored.get(key, key))
+    if key in header.scales:
+        scale = get(header.scales[key]).float()
+        rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+        return (rows.float() * scale.reshape(-1, 1)).view(tensor.shape)
+    return tensor.half() if tensor.dtype in EIGHT_BIT_FLOATS else tensor
 
 
 def require_unchanged(header: Header) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from hyper_merge.checkpoints.structure import UNET, Structure
+from hyper_merge.checkpoints.structure import LABELS, TEXTS, UNET, Structure
 
-_TEXT: Final = ("cond_stage_model.", "conditioner.embedders.")
 _VAE: Final = "first_stage_model."
+_CONTROL: Final = ("zero_convs.", "input_hint_block.")
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,27 @@ class Stranger:
 # Told before the families: these may contain a whole checkpoint's keys.
 DISGUISED: Final[tuple[Stranger, ...]] = (
     Stranger(
-        "a quantised (nf4, bitsandbytes) model: use its fp16 version",
-        lambda s: s.any_match(r"\.absmax$|quant_state|\.quant_map$|\.SCB$|\.qweight$"),
+        "a 4-bit model (nf4 or fp4, bitsandbytes): use its fp16 version",
+        lambda s: s.any_match(r"\.absmax$|quant_state|\.quant_map$"),
     ),
     Stranger(
-        "an fp8 model with separate scales: use its fp16 version",
-        lambda s: s.any_match(r"^scaled_fp8$|\.scale_weight$|\.weight_scale$"),
+        "an 8-bit model of whole numbers (bitsandbytes): use its fp16 version",
+        lambda s: s.any_match(r"\.SCB$"),
+    ),
+    Stranger(
+        "a quantised model (GPTQ, AWQ, SVDQuant): use its fp16 version",
+        lambda s: s.any_match(r"\.(qweight|qzeros|wscales|smooth_factor)$"),
+    ),
+    Stranger(
+        "a quantised model with scales by block (nvfp4, mxfp8): use its fp16 version",
+        lambda s: s.any_match(r"\.(scale_weight|weight_scale(_2)?)$"),
     ),
     Stranger(
         "a LoRA",
-        lambda s: s.any_match(
-            r"[._]lora[._](up|down|A|B|mid)\b|\.hada_|\.lokr_|\.oft_|\.dora_scale$|^lora_(unet|te)"
+        lambda s: (
+            s.any_match(r"^lora_(unet|te)|[._]lora[._](up|down|A|B|mid)\b")
+            if s.mentions("lora_", "lora.")
+            else s.mentions(".hada_", ".lokr_", ".oft_", ".dora_scale")
         ),
     ),
     Stranger(
@@ -42,8 +52,9 @@ DISGUISED: Final[tuple[Stranger, ...]] = (
     ),
     Stranger(
         "a ControlNet",
-        lambda s: s.any_match(
-            r"^(control_model\.|controlnet_)|(^|\.)(zero_convs|input_hint_block)\."
+        lambda s: (
+            s.has("control_model.", "controlnet_", *_CONTROL)
+            or s.mentions(*("." + part for part in _CONTROL))
         ),
     ),
 )
@@ -54,20 +65,28 @@ PARTIAL: Final[tuple[Stranger, ...]] = (
     Stranger("an AnimateDiff motion module", lambda s: s.any_match(r"(^|\.)motion_modules\.")),
     Stranger(
         "a Stable Diffusion XL checkpoint without its second text encoder",
-        lambda s: s.label_embedding and s.has(*_TEXT),
+        lambda s: s.has(LABELS) and s.has_text_encoder,
+    ),
+    Stranger("a video model", lambda s: s.any_match(r"\.time_stack\.|\.time_mixer\.")),
+    Stranger(
+        "a checkpoint with nothing but training averages (model_ema): use its other version",
+        lambda s: s.has("model_ema.") and not s.has(UNET),
     ),
     Stranger(
-        "a UNet alone, without text encoder",
-        lambda s: s.has(UNET, "input_blocks.") and not s.has(*_TEXT),
+        "a UNet alone of a kind that cannot be told",
+        lambda s: s.has(UNET) and not s.has_text_encoder,
     ),
     Stranger(
         "a part of a diffusers model: save it as one .safetensors checkpoint first",
-        lambda s: s.any_match(r"^(down|up|mid)_blocks?\.|^(en|de)coder\.(down|up|mid)_blocks?\."),
+        lambda s: s.any_match(
+            r"^(down|up|mid)_blocks?\.|^(en|de)coder\.(down|up|mid)_blocks?\."
+            r"|^(single_)?transformer_blocks\."
+        ),
     ),
     Stranger(
         "a VAE alone",
         lambda s: (
-            not s.has(UNET, *_TEXT)
+            not s.has(UNET, *TEXTS)
             and s.has(
                 *(p + c for p in ("", _VAE) for c in ("decoder.conv_in.", "encoder.conv_in."))
             )
@@ -78,9 +97,7 @@ PARTIAL: Final[tuple[Stranger, ...]] = (
         "a text encoder alone",
         lambda s: (
             not s.has(UNET)
-            and s.has(
-                *_TEXT, "text_model.", "transformer.resblocks.", "encoder.block.", "text_encoders."
-            )
+            and s.has(*TEXTS, "text_model.", "transformer.resblocks.", "encoder.block.")
         ),
     ),
     Stranger(

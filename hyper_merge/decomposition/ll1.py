@@ -8,6 +8,7 @@ Every half-step of the alternating least squares (ALS) here is linear and lowers
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,17 +219,20 @@ def solve(
     Source: Mitchell, Ye and De Sterck, "Nesterov acceleration of alternating least squares for
     canonical tensor decomposition", 2020 (with restarts by function value).
     """
-    previous = current = Solution(tuple(factors), multipliers, ())
+    current, before = Solution(tuple(factors), multipliers, ()), multipliers
+    del factors  # a set of all layers' that only the first sweep needs
+    older: deque[Factors] = deque()  # those of `before`, as far as they are still needed
     step = 0
     for _ in range(stopping.sweeps):
         momentum = step / (step + 3)
-        ahead = torch.lerp(previous.multipliers, current.multipliers, 1 + momentum)
-        found, fitted, loss = sweep(problem, _ahead(previous, current, momentum), ahead)
+        ahead = torch.lerp(before, current.multipliers, 1 + momentum)
+        found, fitted, loss = sweep(problem, _ahead(older, current, momentum), ahead)
         stopping.on_sweep(loss)
         if step and loss > current.loss:
             step = 0
             continue
-        previous, current = current, Solution(found, fitted, (*current.losses, loss))
+        older, before = deque(current.factors), current.multipliers
+        current = Solution(found, fitted, (*current.losses, loss))
         if _stands_still(current.losses, stopping.tolerance):
             break
         step = step + 1 if len(current.losses) > 1 else 0  # the start itself is no direction
@@ -248,12 +252,13 @@ def _stands_still(losses: Sequence[float], tolerance: float) -> bool:
     return len(losses) > 1 and losses[-2] - losses[-1] <= tolerance * losses[-2]
 
 
-def _ahead(previous: Solution, current: Solution, momentum: float) -> Iterator[Factors]:
+def _ahead(older: deque[Factors], current: Solution, momentum: float) -> Iterator[Factors]:
     """The current factors, a step further in the direction in which they changed.
 
-    Lazily, so that no third set of all layers' factors lies in memory.
+    Lazily, and `older` gives its factors away: two sets of all layers' lie in memory, not four.
     """
-    for old, new in zip(previous.factors, current.factors, strict=True):
+    for new in current.factors:
+        old = older.popleft() if older else new
         if momentum == 0:
             yield new
         else:

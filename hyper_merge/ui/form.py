@@ -13,6 +13,11 @@ from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, SettingError
 
 BASE_AVERAGE: Final = "the average of the checkpoints"
 VAE_CHOICES: Final = {"of the first checkpoint": "first", "average of all": "average"}
+EXACT_CHOICES: Final = {
+    "no": "none",
+    "norms (A1111, Forge, ComfyUI)": "norms",
+    "norms and biases (Forge, ComfyUI)": "all",
+}
 PRESETS: Final = {
     "small": "64, 32, 16",
     "medium": "128, 64, 32, 16",
@@ -31,6 +36,7 @@ LABELS: Final = {
     "tolerance": "Tolerance",
     "seed": "Seed",
     "vae": "VAE",
+    "exact": "Companion LoRAs",
 }
 """What the form calls a recipe's settings."""
 
@@ -50,6 +56,7 @@ class Form:
     tolerance: float | None
     seed: float | None
     vae: str
+    exact: str
     save_styles: bool
 
 
@@ -86,6 +93,7 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
             tolerance=form.tolerance,  # type: ignore[arg-type]
             seed=_whole(form.seed),
             vae=VAE_CHOICES.get(form.vae, form.vae),  # type: ignore[arg-type]
+            exact=EXACT_CHOICES.get(form.exact, form.exact),  # type: ignore[arg-type]
             output=folders.models.parent,
         )
     except SettingError as error:
@@ -96,6 +104,7 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
     """The form that asks for a recipe; checkpoints that are no longer listed are left out."""
     names = {path.resolve(): name for name, path in listed.items()}
     vae = next(words for words, value in VAE_CHOICES.items() if value == recipe.vae)
+    exact = next(words for words, value in EXACT_CHOICES.items() if value == recipe.exact)
     base = BASE_AVERAGE
     if recipe.base != AVERAGE:
         base = names.get(Path(recipe.base).resolve(), BASE_AVERAGE)
@@ -112,6 +121,7 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
         tolerance=recipe.tolerance,
         seed=recipe.seed,
         vae=vae,
+        exact=exact,
         save_styles=save_styles,
     )
 

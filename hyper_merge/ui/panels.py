@@ -14,7 +14,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.form import BASE_AVERAGE, LABELS, PRESETS, VAE_CHOICES
+from hyper_merge.ui.form import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
 from hyper_merge.ui.views import introduction
 
 Widget = TypeVar("Widget")
@@ -35,6 +35,7 @@ class FormWidgets:
     tolerance: gr.Number
     seed: gr.Number
     vae: gr.Radio
+    exact: gr.Radio
     save_styles: gr.Checkbox
 
 
@@ -326,7 +327,15 @@ def _build_advanced(devices: Sequence[str]) -> list[Any]:
         label=LABELS["vae"],
         info="Which VAE the hyper-model gets.",
     )
-    return [weights, base, dtype, device, iterations, tolerance, seed, vae]
+    exact = _widget(
+        gr.Radio,
+        "exact",
+        choices=list(EXACT_CHOICES),
+        value=next(iter(EXACT_CHOICES)),
+        label=LABELS["exact"],
+        info="Of what LoRAs cannot hold, for the same multipliers; no other program loads them.",
+    )
+    return [weights, base, dtype, device, iterations, tolerance, seed, vae, exact]
 
 
 def _button(name: str, text: str, *, visible: bool = True) -> gr.Button:

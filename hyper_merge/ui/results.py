@@ -14,7 +14,6 @@ import gradio as gr
 
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.prompts import tags
 from hyper_merge.runs import Run, load_run
 from hyper_merge.ui import views
 from hyper_merge.ui.plots import explained_plot, parts_plot, similarity_plot
@@ -51,7 +50,7 @@ def show(host: Host, name: str) -> tuple[Any, ...]:
 def prompts_of(run: Run) -> dict[str, str]:
     """The tags of every checkpoint of a run, by its name."""
     report = run.report
-    return {row.name: tags(report.loras, row.multipliers) for row in report.checkpoints}
+    return {row.name: report.tags(row.multipliers) for row in report.checkpoints}
 
 
 def sent(name: str, title: str) -> str:

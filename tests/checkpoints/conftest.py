@@ -36,7 +36,7 @@ def make_header() -> MakeHeader:
 @pytest.fixture
 def narrow() -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a whole SD 1.x checkpoint, a tenth as wide."""
-    return sd1_layout(width=32, context=48, text_layers=12, vocabulary=100, vae_width=16)
+    return sd1_layout(width=32, context=48, vocabulary=100, vae_width=16)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from hyper_merge.checkpoints.dtypes import TORCH_DTYPES
+from hyper_merge.checkpoints.dtypes import EIGHT_BIT_FLOATS, TORCH_DTYPES
 from hyper_merge.checkpoints.reader import Checkpoint, TensorInfo, fingerprint, read_header
 from hyper_merge.errors import CheckpointError
 
@@ -49,15 +49,16 @@ def test_tensors_are_those_that_the_library_wrote(tmp_path):
             torch.testing.assert_close(checkpoint.tensor(key), tensor, rtol=0, atol=0)
 
 
-def test_every_type_that_torch_knows_is_read_as_it_is(tmp_path):
+def test_every_type_is_read_as_it_is_and_8_bit_floats_exactly_as_float16(tmp_path):
     tensors = {name: torch.tensor([0, 1]).to(dtype) for name, dtype in TORCH_DTYPES.items()}
     path = tmp_path / "types.safetensors"
     save_file(tensors, path)
     with Checkpoint(path) as checkpoint:
         for name, dtype in TORCH_DTYPES.items():
             read = checkpoint.tensor(name)
-            assert read.dtype == dtype
-            assert read.view(torch.uint8).tolist() == tensors[name].view(torch.uint8).tolist()
+            expected = tensors[name].half() if dtype in EIGHT_BIT_FLOATS else tensors[name]
+            assert read.dtype == expected.dtype
+            assert read.view(torch.uint8).tolist() == expected.view(torch.uint8).tolist()
 
 
 def test_the_same_tensor_twice_is_one_piece_of_memory(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from torch.testing import assert_close
 
 from hyper_merge.decomposition.contrasts import around_mean
 from hyper_merge.decomposition.ll1 import (
+    Batch,
+    Factors,
     Problem,
     Stopping,
     factors_from,
@@ -311,3 +314,23 @@ def test_a_parallel_map_gives_the_same_solution(parallel):
     assert_close(many.multipliers, one.multipliers, rtol=1e-7, atol=1e-9)
     for a, b in zip(one.factors, many.factors, strict=True):
         assert_close(b.up @ b.down, a.up @ a.down, rtol=1e-7, atol=1e-8)
+
+
+def test_a_solve_keeps_two_sets_of_factors_in_memory_and_no_third(rng, monkeypatch):
+    batches = tuple(
+        Batch(torch.randn(1, 3, 20, 20, generator=rng), (4, 2), (index,)) for index in range(20)
+    )
+    energy = sum(float(batch.slices.square().sum()) for batch in batches)
+    problem = Problem(batches, energy)
+    alive, counts = weakref.WeakSet(), []
+    plain = Factors.__init__
+
+    def counting(self, *arguments):
+        plain(self, *arguments)
+        alive.add(self)
+        counts.append(len(alive))
+
+    monkeypatch.setattr(Factors, "__init__", counting)
+    multipliers = torch.randn(3, 2, generator=rng).double()
+    solve(problem, factors_from(problem, multipliers, rng), multipliers, Stopping(10, 0.0))
+    assert max(counts) < 2.3 * len(batches)

@@ -1,0 +1,85 @@
+"""Whole checkpoints of every family, narrow and of full size: keys and shapes, no tensors."""
+
+from hyper_merge.checkpoints.mmdit_layouts import FluxShape, JointShape
+from hyper_merge.checkpoints.synthetic_layout import (
+    flux_layout,
+    refiner_layout,
+    sd1_layout,
+    sd2_layout,
+    sd3_layout,
+    sdxl_layout,
+)
+
+UNET = "model.diffusion_model."
+JOINT = JointShape(blocks=3, head=4, context=8, labels=6, positions=4)
+FLUX = {"double": 2, "single": 2, "width": 8, "head": 4, "context": 8, "labels": 6, "channels": 4}
+
+
+def joint(**changes):
+    return sd3_layout(JointShape(**{**vars(JOINT), **changes}), 4)
+
+
+def with_channels(layout, channels):
+    return lambda: layout(input_channels=channels)
+
+
+def one(**settings):
+    return sd1_layout(**{"width": 16, "context": 24, "vocabulary": 20, "vae_width": 4, **settings})
+
+
+def two(**settings):
+    return sd2_layout(**{"width": 16, "context": 24, "vocabulary": 20, "vae_width": 4, **settings})
+
+
+def xl(**settings):
+    sizes = {"width": 16, "contexts": (8, 16), "vocabulary": 20, "vae_width": 4}
+    return sdxl_layout(**{**sizes, **settings})
+
+
+NARROW = {
+    "sd1": one,
+    "sd1_inpainting": with_channels(one, 9),
+    "sd1_pix2pix": with_channels(one, 8),
+    "sd2": two,
+    "sd2_inpainting": with_channels(two, 9),
+    "sd2_depth": with_channels(two, 5),
+    "sdxl": xl,
+    "sdxl_inpainting": with_channels(xl, 9),
+    "sdxl_pix2pix": with_channels(xl, 8),
+    "sdxl_refiner": lambda: refiner_layout(16, 24, 20, 4),
+    "sd3_medium": joint,
+    "sd35_medium": lambda: joint(second_attention=2, normed=True),
+    "sd35_large": lambda: joint(normed=True),
+    "flux_dev": lambda: flux_layout(FluxShape(**FLUX)),
+    "flux_schnell": lambda: flux_layout(FluxShape(**FLUX, guidance=False)),
+}
+
+FULL = {
+    "sd1": sd1_layout,
+    "sd1_inpainting": with_channels(sd1_layout, 9),
+    "sd1_pix2pix": with_channels(sd1_layout, 8),
+    "sd2": sd2_layout,
+    "sd2_inpainting": with_channels(sd2_layout, 9),
+    "sd2_depth": with_channels(sd2_layout, 5),
+    "sdxl": sdxl_layout,
+    "sdxl_inpainting": with_channels(sdxl_layout, 9),
+    "sdxl_pix2pix": with_channels(sdxl_layout, 8),
+    "sdxl_refiner": refiner_layout,
+    "sd3_medium": sd3_layout,
+    "sd35_medium": lambda: sd3_layout(JointShape(positions=384, second_attention=13, normed=True)),
+    "sd35_large": lambda: sd3_layout(JointShape(blocks=38, normed=True)),
+    "flux_dev": flux_layout,
+    "flux_schnell": lambda: flux_layout(FluxShape(guidance=False)),
+}
+
+
+def renamed(shapes, old, new):
+    return {key.replace(old, new, 1): shape for key, shape in shapes.items()}
+
+
+def parts(shapes, *prefixes):
+    return {key: shape for key, shape in shapes.items() if key.startswith(prefixes)}
+
+
+def without(shapes, *fragments):
+    return {key: v for key, v in shapes.items() if not any(f in key for f in fragments)}

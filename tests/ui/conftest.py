@@ -1,5 +1,6 @@
 """A models folder with three tiny checkpoints, in the app and in a faked WebUI of either kind."""
 
+import json
 import shutil
 import threading
 
@@ -28,12 +29,14 @@ def checkpoints(root):
 
 @pytest.fixture
 def run(root, files, merged):
-    """Name of a merge of the three, as if it had been made in the models folder."""
+    """Name of a merge of the three, as if it had been made in the models folder some time ago."""
     old = merged.place.loras.parent
     shutil.copytree(old, root, dirs_exist_ok=True)
     manifest = root / "hyper-merge/mix/manifest.json"
     text = manifest.read_text().replace(str(old), str(root))
-    manifest.write_text(text.replace(str(files[0].parent), str(root / "Stable-diffusion")))
+    text = text.replace(str(files[0].parent), str(root / "Stable-diffusion"))
+    earlier = {"created": "2026-01-02T03:04:05+00:00"}
+    manifest.write_text(json.dumps(json.loads(text) | earlier))
     return "mix"
 
 

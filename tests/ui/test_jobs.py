@@ -197,9 +197,7 @@ def test_the_time_left_is_told_by_the_pace_so_far_where_there_is_one(fraction, e
     assert now.seconds_left == (None if left is None else pytest.approx(left))
 
 
-def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(
-    jobs, gate, monkeypatch
-):
+def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(jobs, gate, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(jobs_module.time, "monotonic", lambda: clock[0])
     begin = threading.Event()

@@ -53,6 +53,7 @@ def test_of_what_is_not_there_the_prompt_is_empty(host, run, name, checkpoint):
     [
         ("gone", "there is no run gone in "),
         ("", "expected the name of a run"),
+        (None, "expected the name of a run"),
         ("../../etc", "expected the name of a run, which is one of a folder, got '../../etc'"),
     ],
 )

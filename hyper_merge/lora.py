@@ -92,6 +92,20 @@ def lora_tensors(
     return tensors
 
 
+def lora_bytes(
+    layers: Sequence[Layer],
+    ranks: Sequence[tuple[int, ...]],  # per layer, a rank for each file
+    dtype: torch.dtype,
+    alphas: Sequence[int],  # of the files
+) -> int:
+    """Size of all files of a run, less their headers."""
+    tables = (
+        lora_tensors(layers, of_layers, dtype, alpha)
+        for alpha, of_layers in zip(alphas, zip(*ranks, strict=True), strict=True)
+    )
+    return sum(info.nbytes for table in tables for info in table.values())
+
+
 def as_lora_weights(
     layer: Layer,
     up: Tensor,  # (m, r)

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 from at_the_tab import FORM, NAMES
 
-from hyper_merge.errors import CheckpointError, HyperMergeError, RecipeError
+from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe import FIELDS, Recipe
 from hyper_merge.ui.form import BASE_AVERAGE, LABELS, PRESETS, VAE_CHOICES, Form, form_of, recipe_of
 
@@ -150,8 +150,3 @@ def test_a_checkpoint_is_found_again_by_another_way_to_its_file(recipe, host, ro
 def test_every_vae_policy_has_words():
     parse = next(field.parse for field in FIELDS if field.name == "vae")
     assert [parse(value) for value in VAE_CHOICES.values()] == ["first", "average"]
-
-
-def test_all_refusals_are_of_the_kind_that_handlers_show():
-    assert issubclass(RecipeError, HyperMergeError)
-    assert issubclass(CheckpointError, HyperMergeError)

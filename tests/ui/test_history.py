@@ -10,6 +10,7 @@ from hyper_merge import analysis_cache
 from hyper_merge.errors import CacheError, OutputError
 from hyper_merge.ui import history, merging
 from hyper_merge.ui.form import Form
+from hyper_merge.ui.jobs import Jobs
 
 COUNT = len(fields(Form))
 NO_RUNS = [None, "", "gone", "../mix", "/etc", "mix/../mix"]
@@ -156,19 +157,19 @@ def test_after_deleting_the_webuis_lists_are_without_them(webui, run):
 def test_the_cache_is_cleared_and_says_what_that_freed(host, run, root):
     held = analysis_cache.total_bytes(root / "hyper-merge/cache")
     assert held > 0
-    said = history.clear_cache(host)
+    said = history.clear(host, Jobs())
     assert kinds(said) == ["good"]
     assert f"{round(held / 1e6)} MB are free again" in words(said)
     assert analysis_cache.total_bytes(root / "hyper-merge/cache") == 0
-    assert "The cache holds 0 kB of at most 21.47 GB" in words(history.cache_text(host.folders()))
+    assert "The cache holds 0 kB of at most 20.00 GB" in words(history.runs(host, None, None)[3])
 
 
 def test_a_cache_that_cannot_be_cleared_is_said(host, monkeypatch):
     def refuse(folder):
         raise CacheError("part of the cache cannot be deleted; try again later")
 
-    monkeypatch.setattr(history.analysis_cache, "clear", refuse)
-    said = history.clear_cache(host)
+    monkeypatch.setattr(analysis_cache, "clear", refuse)
+    said = history.clear(host, Jobs())
     assert (kinds(said), words(said)) == (
         ["bad"],
         "part of the cache cannot be deleted; try again later",

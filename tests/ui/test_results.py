@@ -18,9 +18,8 @@ def webui_host(webui):
 
 
 def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
-    message, group, sentence, table, picker, prompt, note, *plots, name, title = results.show(
-        host, run
-    )
+    shown = results.show(host, run)
+    message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = shown
     assert (message, note, name, title) == ("", "", "mix", "")
     assert group["visible"] is True
     assert words(sentence).startswith("mix: 3 checkpoints (2 MB) → hyper-model (515 kB) + 2 LoRAs")
@@ -29,23 +28,16 @@ def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
         for x in row.multipliers:
             assert f"{x:.3f}" in words(table)
     assert (picker["choices"], picker["value"]) == (["a", "b", "c"], "a")
-    assert prompt == results.prompt(host, run, "a")
+    assert prompt == json.loads(prompts)["a"]
     assert [type(plot) for plot in plots] == [Figure] * 3
 
 
 def test_every_checkpoint_has_the_prompt_of_its_multipliers(host, run, merged):
+    prompts = results.prompts_of(load_run(host.folders(), run))
     for row in merged.report.checkpoints:
-        found = parse_tags(results.prompt(host, run, row.name))
+        found = parse_tags(prompts[row.name])
         assert [name for name, _ in found] == ["mix_0-4", "mix_1-2"]
         assert [x for _, x in found] == pytest.approx(row.multipliers, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "checkpoint"),
-    [("mix", "d"), ("mix", None), ("mix", ""), ("gone", "a"), ("", "a"), (None, None), ("../mix", "a")],
-)  # fmt: skip
-def test_of_what_is_not_there_the_prompt_is_empty(host, run, name, checkpoint):
-    assert results.prompt(host, name, checkpoint) == ""
 
 
 @pytest.mark.parametrize(
@@ -62,7 +54,7 @@ def test_a_run_that_is_not_there_is_said_and_the_plots_stay(host, run, name, mes
     assert kinds(said) == ["bad"]
     assert words(said).startswith(message)
     assert group["visible"] is False
-    assert len(rest) == 10
+    assert len(rest) == 11
     assert all(map(unchanged, rest))
 
 
@@ -114,7 +106,7 @@ def test_styles_are_saved_and_removed_again(webui, webui_host, run):
     )
     assert webui_host.styles() == {"cinematic", "mix: a", "mix: b", "mix: c"}
     made = webui.prompt_styles.apply_styles_to_prompt("a cat", ["mix: b"])
-    assert made == f"a cat, {results.prompt(webui_host, run, 'b')}"
+    assert made == f"a cat, {results.prompts_of(load_run(webui_host.folders(), run))['b']}"
     assert words(results.remove_styles(webui_host, run)) == "3 styles are removed."
     assert webui_host.styles() == {"cinematic"}
     assert words(results.remove_styles(webui_host, run)) == "No styles."
@@ -148,6 +140,7 @@ def test_styles_of_no_run_are_refused(host, handler, name):
 
 
 def test_a_style_is_named_after_run_and_checkpoint(host, run):
-    styles = results.styles_of(load_run(host.folders(), run))
+    loaded = load_run(host.folders(), run)
+    styles = results.styles_of(loaded)
     assert list(styles) == ["mix: a", "mix: b", "mix: c"]
-    assert styles["mix: a"] == results.prompt(host, run, "a")
+    assert styles["mix: a"] == results.prompts_of(loaded)["a"]

@@ -98,7 +98,7 @@ def test_an_empty_message_is_no_box():
     ],
 )
 def test_bytes_in_words(count, text):
-    assert views.size(count) == text
+    assert size_text(count) == text
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_a_share_is_never_rounded_up_to_a_whole(share, text):
     ("prints", "groups"),
     [
         (["x", "x"], ["same", "same"]),
-        (["x", "y", "x"], ["VAE A", "VAE B", "VAE A"]),
+        (["x", "y", "x"], ["A", "B", "A"]),
         (["x", None, "x"], ["same", "none", "same"]),
         ([None, None], ["none", "none"]),
-        (["x", None, "y"], ["VAE A", "none", "VAE B"]),
+        (["x", None, "y"], ["A", "none", "B"]),
         ([], []),
     ],
 )
@@ -177,8 +177,9 @@ def test_a_merge_that_saves_nothing_says_so(host, run):
 
 def test_with_a_checkpoint_as_base_no_hyper_model_is_named(host, run):
     found = load_run(host.folders(), run)
-    based = replace(found, report=replace(found.report, bytes_average=0))
-    assert "→ the base + 2 LoRAs" in words(views.result_sentence(based))
+    recipe = replace(found.recipe, base=str(found.sources[0].path))
+    based = replace(found, recipe=recipe, hyper_model=found.sources[0].path)
+    assert "→ a.safetensors as base + 2 LoRAs" in words(views.result_sentence(based))
 
 
 def test_before_the_first_merge_the_place_of_the_result_says_what_there_will_be():

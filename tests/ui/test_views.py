@@ -8,6 +8,7 @@ from at_the_tab import EVIL, kinds, tags, values, words
 
 from hyper_merge.inspection import Row
 from hyper_merge.runs import load_run
+from hyper_merge.sizes import size_text
 from hyper_merge.ui import picking, views
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.jobs import Standing

@@ -25,10 +25,11 @@ from hyper_merge.checkpoints.staging import refusing
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.errors import CacheError, CheckpointError
+from hyper_merge.sizes import GB
 from hyper_merge.sources import Sources, bases_width
 
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
-SIZE_LIMIT: Final = 20 * 2**30  # bytes of all analyses; the least recently used go first
+SIZE_LIMIT: Final = 20 * GB  # bytes of all analyses; the least recently used go first
 
 _VERSION: Final = 2  # of the files' content; another one is never read
 _SUFFIX: Final = ".analysis.safetensors"

@@ -6,13 +6,13 @@ import ipaddress
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import gradio as gr
 
 from hyper_merge.errors import AppError
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui.compat import IS_GRADIO_4, browser
+from hyper_merge.ui.compat import browser
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.tab import build_tab
 
@@ -103,9 +103,6 @@ def serve(page: gr.Blocks, listening: Listening, *, block: bool = True) -> None:
         AppError: the port is taken, or the address is not this machine's.
     """
     page.queue()
-    more: dict[str, Any] = {"show_api": False}
-    if not IS_GRADIO_4:
-        more["file_directories"] = []
     try:
         page.launch(
             server_name=listening.address,
@@ -115,7 +112,7 @@ def serve(page: gr.Blocks, listening: Listening, *, block: bool = True) -> None:
             prevent_thread_lock=not block,
             quiet=True,
             blocked_paths=[str(Path.cwd())],
-            **more,
+            show_api=False,
         )
     except OSError as error:
         raise AppError(

@@ -22,6 +22,7 @@ from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
 from hyper_merge.report_text import text
 from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
+from hyper_merge.sizes import size_text
 
 SUCCESS, UNEXPECTED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -147,7 +148,7 @@ def _merge(options: argparse.Namespace) -> None:
         takes = preflight.estimate
         say_above(
             f"{len(preflight.sources.headers)} checkpoints; {duration_text(takes.seconds)},"
-            f" {takes.memory / 1e9:.1f} GB of memory and at most {takes.disk / 1e9:.2f} GB of disk"
+            f" {size_text(takes.memory)} of memory and at most {size_text(takes.disk)} of disk"
         )
         merged = run_merge(preflight, control)
     _say(_outcome(merged))

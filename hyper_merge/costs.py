@@ -1,51 +1,90 @@
-"""What the phases of a job take, in one unit, so that progress is near to the share of the time.
+"""What the phases of a job take: the time that is told beforehand, and the shares of the progress.
 
-The unit is a multiply-add of the pass's large products: 1e11 of them take a second on two cores,
-where the constants here and in `analysis` and `solution` were measured with four full-size files.
+Costs are counted in one unit, a multiply-add of the pass's large products. The constants here and in
+`analysis`, `solution` and `decomposition` were measured with four full-size files on two cores, where
+a second does 1e11 of them; how many another machine does is measured there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
+
+import torch
 
 from hyper_merge.analysis import pass_costs
 from hyper_merge.analysis_cache import width_for
-from hyper_merge.folders import Place
+from hyper_merge.effort import seconds_of
 from hyper_merge.lineage import bytes_to_hash
-from hyper_merge.preflight import Preflight
+from hyper_merge.lora import lora_bytes
+from hyper_merge.recipe import Recipe
 from hyper_merge.solution import solve_costs
+from hyper_merge.sources import Sources
 
 _HASHED: Final = 120.0  # for each byte
 _WRITTEN: Final = 200.0  # for each byte of the LoRAs: rounded, hashed, written and synchronised
 
+_HOST: Final = torch.device("cpu")  # does what is no product of matrices, whatever the device
+
+
+@dataclass(frozen=True)
+class Existing:
+    """Earlier work that a merge uses again."""
+
+    cache: Path  # folder with the known hashes
+    average: bool
+    analysis: bool
+
+
+class Costs(NamedTuple):
+    """Seconds that each phase of a merge takes on this machine, nearly; 0 for what is there already."""
+
+    hashing: float
+    reading: float
+    solving: float
+    rounding: float
+    writing: float
+
 
 def merge_costs(
-    preflight: Preflight,
-    cache: Path,
-    place: Place,
-    cached: Path | None,
-) -> tuple[float, float, float, float]:
-    """Of hashing, the pass over the files, solving, writing the LoRAs; 0 for what is there already.
-
-    Args:
-        preflight: of the merge.
-        cache: folder with the known hashes.
-        place: where the files go; an average that is there is not made again.
-        cached: the analysis that serves, if one does.
-    """
-    sources, recipe = preflight.sources, preflight.recipe
-    width = None if cached else width_for(recipe.ranks)
-    needless = cached is not None and place.exists
-    return (
-        _HASHED * bytes_to_hash(preflight, cache),
-        0.0 if needless else sum(pass_costs(sources, width).values()),
-        sum(solve_costs(sources, recipe, preflight.ranks)),
-        _WRITTEN * preflight.estimate.loras,
+    sources: Sources,
+    recipe: Recipe,
+    ranks: Sequence[tuple[int, ...]],  # per layer
+    device: torch.device,
+    existing: Existing,
+) -> Costs:
+    """What a merge takes that uses the existing work; measures the machine the first time."""
+    solving, rounding = solve_costs(sources, recipe, ranks)
+    written = _WRITTEN * lora_bytes(sources.layout.layers, ranks, sources.dtype, recipe.ranks)
+    return Costs(
+        hashing=_hashing(sources, existing.cache),
+        reading=_reading(sources, recipe, device, existing),
+        solving=seconds_of(solving, device),
+        rounding=seconds_of(rounding, _HOST),
+        writing=seconds_of(written, _HOST),
     )
 
 
-def average_costs(preflight: Preflight, cache: Path) -> tuple[float, float]:
-    """Of hashing and the pass over the files."""
-    hashed = _HASHED * bytes_to_hash(preflight, cache)
-    return hashed, sum(pass_costs(preflight.sources, None).values())
+def average_costs(sources: Sources, cache: Path) -> tuple[float, float]:
+    """Seconds of hashing and of the pass over the files, for the average alone."""
+    return _hashing(sources, cache), seconds_of(_entries(sources), _HOST)
+
+
+def _hashing(sources: Sources, cache: Path) -> float:
+    return seconds_of(_HASHED * bytes_to_hash(sources.read, cache), _HOST)
+
+
+def _reading(sources: Sources, recipe: Recipe, device: torch.device, existing: Existing) -> float:
+    if existing.average and existing.analysis:
+        return 0.0
+    entries = _entries(sources)
+    if existing.analysis:
+        return seconds_of(entries, _HOST)
+    products = sum(pass_costs(sources, width_for(recipe.ranks)).values()) - entries
+    return seconds_of(entries, _HOST) + seconds_of(products, device)
+
+
+def _entries(sources: Sources) -> float:
+    return sum(pass_costs(sources, None).values())

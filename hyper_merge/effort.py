@@ -1,71 +1,29 @@
-"""How long a merge will take: the products of its matrices, by what this machine does in a second."""
+"""How fast this machine is, and how a duration is said."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 from typing import Final
 
 import torch
 
-from hyper_merge.decomposition.core import ITERATIONS
-from hyper_merge.decomposition.starts import search_cost
-from hyper_merge.sources import Sources, bases_width
-
-# Measured on full-size families of four SD 1.x checkpoints on two cores.
-_EFFICIENCY: Final = 0.5  # of a merge's products, against the rate of large ones
-_THROUGHPUT: Final = 0.34e9  # bytes in a second: read, hashed, averaged and written
-_SWEEPS: Final = 15  # until the loss stands still, with the default tolerance
-
-_STARTS: Final = 7  # that compete
+# Costs (see `costs`) that are done in a second, for each multiplication or addition that the measured
+# rate counts. From full-size families of four SD 1.x checkpoints on two cores.
+_COSTS: Final = 0.57
 
 _SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the matrices by which the rate is measured
 _PRODUCTS: Final = 3  # of them, after one to warm up
 
 
-def seconds_of(products: float, size: int, device: torch.device) -> float:
+def seconds_of(cost: float, device: torch.device) -> float:
     """How long work takes.
 
     Args:
-        products: multiplications and additions of numbers.
-        size: bytes that are read and written besides.
-        device: where the products are done.
+        cost: in multiply-adds of large products, see `costs`.
+        device: where it is done.
     """
-    return products / (_EFFICIENCY * rate(device)) + size / _THROUGHPUT
-
-
-def pass_products(sources: Sources, width: int) -> float:
-    """Multiplications and additions of the pass over the files, for an analysis of this width."""
-    d = sources.contrasts.dimensions
-    total = 0.0
-    for layer in sources.layout.layers:
-        m, n = layer.m, layer.n
-        p, q = bases_width(layer, width)
-        if max(m, n) > width and d * min(m, n) > width:
-            total += 2 * d * d * m * n + 2 * ITERATIONS * m * n * width
-            total += 4 * (m + n) * width * width  # making the bases orthonormal
-        total += 2 * (d + 1) * (max(m, n) * min(m, n) * max(p, q) + p * q * min(m, n))
-    return total
-
-
-def solve_products(
-    sources: Sources,
-    ranks: Sequence[tuple[int, ...]],  # per layer
-    width: int,
-    iterations: int,
-) -> float:
-    """Multiplications and additions of the solve on the cores, and of rounding the LoRAs."""
-    d = sources.contrasts.dimensions
-    sweep, rounding, entries = 0.0, 0.0, 0
-    for layer, of_layer in zip(sources.layout.layers, ranks, strict=True):
-        p, q = bases_width(layer, width)
-        columns = sum(of_layer)
-        entries += p * q
-        sweep += 4 * d * len(of_layer) * p * q + 6 * p * q * columns
-        sweep += 6 * (p + q) * columns**2 + columns**3 * 2 / 3
-        rounding += 8 * (layer.m * p + layer.n * q) * columns
-    return sweep * (min(iterations, _SWEEPS) + search_cost(entries, _STARTS)) + rounding
+    return cost / (_COSTS * rate(device))
 
 
 @functools.cache

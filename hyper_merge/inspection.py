@@ -21,6 +21,7 @@ from hyper_merge.effort import duration_text
 from hyper_merge.errors import CheckpointError
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.recipe import Recipe
+from hyper_merge.sizes import size_text
 
 _SMALL: Final = 4096  # values of a tensor that a VAE's fingerprint takes in
 _SHORT: Final = {
@@ -82,7 +83,7 @@ def describe(paths: Sequence[Path]) -> str:
     width = max(len(row.name) for row in rows)
     lines = [f"{'file':{width}}  {'family':22} {'size':>9}  {'hash':8}  {'VAE':8}  type"]
     lines += [
-        f"{row.name:{width}}  {row.family or '':22} {row.size / 1e9:6.2f} GB"
+        f"{row.name:{width}}  {row.family or '':22} {size_text(row.size):>9}"
         f"  {row.legacy_hash:8}  {(row.vae or 'none')[:8]:8}  {row.dtype}"
         for row in rows
     ]
@@ -144,6 +145,6 @@ def _together(preflight: Preflight) -> list[str]:
     return [
         *(f"note: {warning}" for warning in preflight.warnings),
         f"together, with ranks {', '.join(map(str, recipe.ranks))} in {recipe.dtype}:",
-        *(f"  {name:16} {size / 1e9:6.2f} GB" for name, size in sizes.items()),
+        *(f"  {name:16} {size_text(size):>9}" for name, size in sizes.items()),
         f"  {'time':16} {duration_text(estimate.seconds)}",
     ]

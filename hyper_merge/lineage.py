@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,22 +16,23 @@ from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.control import Control
 from hyper_merge.lora import Lineage, Source
-from hyper_merge.preflight import Preflight
+from hyper_merge.recipe import Recipe
+from hyper_merge.sources import Sources
 from hyper_merge.workers import workers
 
 _FILE: Final = "hashes.json"
 
 
-def bytes_to_hash(preflight: Preflight, cache: Path) -> int:
-    """Of the sources whose hashes are not known yet."""
+def bytes_to_hash(headers: Iterable[Header], cache: Path) -> int:
+    """Of the files whose hashes are not known yet."""
     known = _known(cache / _FILE)
-    return sum(header.size for header in preflight.sources.read if _key(header) not in known)
+    return sum(header.size for header in headers if _key(header) not in known)
 
 
-def lineage_of(preflight: Preflight, cache: Path, control: Control) -> Lineage:
+def lineage_of(sources: Sources, recipe: Recipe, cache: Path, control: Control) -> Lineage:
     """Names and hashes of all sources; hashes of unchanged files come from the cache folder."""
     known = _known(cache / _FILE)
-    headers = preflight.sources.read
+    headers = sources.read
     new = [header for header in headers if _key(header) not in known]
 
     tally = control.tally("hashing the checkpoints", {_key(each): each.size for each in new})
@@ -45,10 +47,9 @@ def lineage_of(preflight: Preflight, cache: Path, control: Control) -> Lineage:
     if new:
         with Outputs(overwrite=True) as outputs:
             outputs.text(cache / _FILE, json.dumps(known, indent=1))
-    recipe = preflight.recipe
     return Lineage(
         name=recipe.name,
-        family=preflight.sources.layout.family,
+        family=sources.layout.family,
         recipe=recipe.to_metadata(),
         sources=tuple(_source(header, known[_key(header)]) for header in headers),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

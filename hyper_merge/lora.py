@@ -116,6 +116,20 @@ def whole_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int]:
     return [max(rank, 1) if layer.together in present else rank for layer, rank in pairs]
 
 
+def lora_bytes(
+    layers: Sequence[Layer],
+    ranks: Sequence[tuple[int, ...]],  # per layer, a rank for each file
+    dtype: torch.dtype,
+    alphas: Sequence[int | None],  # of the files
+) -> int:
+    """Size of all files of a run, less their headers."""
+    tables = (
+        lora_tensors(layers, of_layers, dtype, alpha)
+        for alpha, of_layers in zip(alphas, zip(*ranks, strict=True), strict=True)
+    )
+    return sum(info.nbytes for table in tables for info in table.values())
+
+
 def as_lora_weights(
     layer: Layer,
     up: Tensor,  # (m, r)

@@ -19,7 +19,7 @@ from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
-from hyper_merge.costs import average_costs, merge_costs
+from hyper_merge.costs import Existing, average_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.exact import find_companions, write_companion
 from hyper_merge.folders import (
@@ -45,7 +45,7 @@ from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import Fit, Recovered, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
-from hyper_merge.solution import Rounded, find_blocks, rounded, solve_costs
+from hyper_merge.solution import Rounded, find_blocks, rounded
 
 MANIFEST_VERSION: Final = 1
 
@@ -91,13 +91,12 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached, folders)
-    hashing, reading, solving, writing = control.split(
-        merge_costs(preflight, folders.cache, place, cached)
-    )
+    existing = Existing(folders.cache, average=place.exists, analysis=cached is not None)
+    hashing, reading, solving, rounding, writing = control.split(preflight.costs(existing))
     with Outputs(overwrite=recipe.overwrite) as outputs:
         if recipe.overwrite:
             _remove_outdated(outputs, folders, place.run, (*names, *companions))
-        lineage = lineage_of(preflight, folders.cache, hashing)
+        lineage = lineage_of(sources, recipe, folders.cache, hashing)
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
             stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
@@ -113,7 +112,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
             reading,
         )
         with open_analysis(path, sources) as analysis:
-            solved = _solve(analysis, preflight, work.device, solving)
+            solved = _solve(analysis, preflight, work.device, (solving, rounding))
             files = _lora_files(preflight, place, lineage, solved)
             _stage_loras(outputs, preflight, place, files, solved, writing)
             recovered = _stage_companions(outputs, preflight, place, files, solved.found, writing)
@@ -139,7 +138,7 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    recipe = preflight.recipe
+    recipe, sources = preflight.recipe, preflight.sources
     folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
@@ -150,10 +149,10 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
     require_disks({folders.models: preflight.estimate.average})
     work = Work(resolve_device(recipe.device), recipe.seed)
     with Outputs(overwrite=recipe.overwrite) as outputs:
-        hashing, reading = control.split(average_costs(preflight, folders.cache))
-        lineage = lineage_of(preflight, folders.cache, hashing)
+        hashing, reading = control.split(average_costs(sources, folders.cache))
+        lineage = lineage_of(sources, recipe, folders.cache, hashing)
         with _average_writer(outputs, path, preflight, lineage) as writer:
-            run_pass(preflight.sources, work, writer.write, _ignore, reading)
+            run_pass(sources, work, writer.write, _ignore, reading)
     return path
 
 
@@ -186,10 +185,12 @@ def _read(
 
 
 def _solve(
-    analysis: Analysis, preflight: Preflight, device: torch.device, control: Control
+    analysis: Analysis,
+    preflight: Preflight,
+    device: torch.device,
+    controls: tuple[Control, Control],
 ) -> _Solved:
-    recipe = preflight.recipe
-    solving, rounding = control.split(solve_costs(preflight.sources, recipe, preflight.ranks))
+    recipe, (solving, rounding) = preflight.recipe, controls
     batches, solution = find_blocks(analysis, recipe, preflight.ranks, device, solving)
     has_alphas = preflight.sources.layout.family.lora_alpha
     alphas = recipe.ranks if has_alphas else (None,) * len(recipe.ranks)

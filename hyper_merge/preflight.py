@@ -22,13 +22,14 @@ from hyper_merge.checkpoints.layers import layout_of
 from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.vectors import Vector
+from hyper_merge.costs import Costs, Existing, merge_costs
 from hyper_merge.decomposition.ranks import even_ranks
-from hyper_merge.effort import pass_products, seconds_of, solve_products
 from hyper_merge.errors import DeviceError, MismatchError, OutputError
 from hyper_merge.exact import companion_bytes, wanted_vectors
 from hyper_merge.folders import Folders
-from hyper_merge.lora import lora_tensors
+from hyper_merge.lora import lora_bytes
 from hyper_merge.recipe import AVERAGE, Recipe
+from hyper_merge.sizes import size_text
 from hyper_merge.sources import Sources, bases_width
 
 _AT_ONCE: Final = 2  # layers in the pass
@@ -90,30 +91,28 @@ class Preflight:
         """Sizes of files and memory, and the time to expect."""
         sources, recipe = self.sources, self.recipe
         average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
-        loras = 0
-        for block, rank in enumerate(recipe.ranks):
-            of_layers = [ranks[block] for ranks in self.ranks]
-            alpha = rank if sources.layout.family.lora_alpha else None
-            tensors = lora_tensors(sources.layout.layers, of_layers, sources.dtype, alpha)
-            loras += sum(info.nbytes for info in tensors.values())
+        alphas = recipe.ranks if sources.layout.family.lora_alpha else (None,) * len(recipe.ranks)
+        loras = lora_bytes(sources.layout.layers, self.ranks, sources.dtype, alphas)
         loras += len(recipe.ranks) * companion_bytes(self.vectors)
         analysis = analysis_bytes(sources, width_for(recipe.ranks))
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
         memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
-        return Estimate(average, loras, analysis, memory, self._seconds(average + loras))
+        return Estimate(average, loras, analysis, memory, sum(self.costs(self._existing())))
 
-    def _seconds(self, written: int) -> float:
-        recipe, sources = self.recipe, self.sources
-        width = width_for(recipe.ranks)
-        work = Work(resolve_device(recipe.device), recipe.seed, width)
-        products = solve_products(sources, self.ranks, width, recipe.iterations)
-        analysed = find(self.folders.cache, sources, work, recipe.ranks) is not None
-        averaged = self.folders.hyper_model_for(recipe, self.average_id) is not None
-        if not analysed:
-            products += pass_products(sources, width)
-        read = 0 if analysed and averaged else sum(header.size for header in sources.read)
-        return seconds_of(products, read + written, work.device)
+    def costs(self, existing: Existing) -> Costs:
+        """Seconds of the merge's phases, with what the existing work saves."""
+        device = resolve_device(self.recipe.device)
+        return merge_costs(self.sources, self.recipe, self.ranks, device, existing)
+
+    def _existing(self) -> Existing:
+        recipe, folders = self.recipe, self.folders
+        work = Work(resolve_device(recipe.device), recipe.seed, width_for(recipe.ranks))
+        return Existing(
+            folders.cache,
+            average=folders.hyper_model_for(recipe, self.average_id) is not None,
+            analysis=find(folders.cache, self.sources, work, recipe.ranks) is not None,
+        )
 
     def _factors(self) -> int:
         """Bytes of all blocks between the bases, in float32."""
@@ -197,8 +196,8 @@ def require_disks(needed: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(existing).free
         if free < total[disk]:
             raise OutputError(
-                f"{folder} needs {total[disk] / 2**30:.2f} GB but its disk has"
-                f" {free / 2**30:.2f} GB free; make room or choose another output folder"
+                f"{folder} needs {size_text(total[disk])} but its disk has"
+                f" {size_text(free)} free; make room or choose another output folder"
             )
 
 

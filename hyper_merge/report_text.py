@@ -6,6 +6,7 @@ from typing import Final
 
 from hyper_merge.lora import COMPANIONS
 from hyper_merge.report import CheckpointReport, Report
+from hyper_merge.sizes import size_text
 
 _WORST: Final = 3  # sections that are named
 
@@ -89,6 +90,7 @@ def _carried(report: Report) -> list[str]:
 
 
 def _bytes(report: Report) -> list[str]:
-    average, loras = report.bytes_average / 1e9, report.bytes_loras / 1e9
-    after = f"hyper-model {average:.2f} GB + LoRAs {loras:.3f} GB = {average + loras:.2f} GB"
-    return [f"{report.bytes_before / 1e9:.2f} GB of checkpoints -> {after}"]
+    average, loras = report.bytes_average, report.bytes_loras
+    after = size_text(average + loras)
+    parts = f"hyper-model {size_text(average)} + LoRAs {size_text(loras)}"
+    return [f"{size_text(report.bytes_before)} of checkpoints -> {parts} = {after}"]

@@ -23,7 +23,7 @@ FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
 
 def without_estimate(out):
     """Standard output less the line that says beforehand what a merge will take."""
-    return re.sub(r"^\d+ checkpoints; a.* seconds, [\d.]+ GB of memory .* of disk\n", "", out)
+    return re.sub(r"^\d+ checkpoints; a.* seconds, [\d.]+ [GM]B of memory .* of disk\n", "", out)
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ SCREEN = {"hosts", "ui", "app"}
 SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"}
 
 # Floors of the house: each may use what is below it and its own; no module may go in a circle.
-GROUND = frozenset({"errors", "control", "checkpoints", "decomposition", "recipe", "prompts"})
+GROUND = frozenset(
+    {"errors", "control", "checkpoints", "decomposition", "recipe", "prompts", "sizes"}
+)
 TASKS = frozenset(
     {
         "sources",
@@ -24,6 +26,8 @@ TASKS = frozenset(
         "analysis",
         "analysis_cache",
         "effort",
+        "lineage",
+        "costs",
         "lora",
         "preview",
         "solution",
@@ -31,8 +35,8 @@ TASKS = frozenset(
         "exact",
     }
 )
-JOBS = frozenset({"preflight", "folders", "lineage", "costs", "merge"})
-VIEWS = frozenset({"inspection", "demo", "progress", "runs", "synthetic"})
+JOBS = frozenset({"preflight", "folders", "merge"})
+VIEWS = frozenset({"cache_text", "inspection", "demo", "progress", "runs", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.
@@ -45,6 +49,7 @@ BELOW = {
         ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
     ),
     "workers": set(),
+    "sizes": set(),
     "preview": set(),
     "lora": {"errors", "checkpoints", "prompts", "preview"},
     "progress": {"control"},

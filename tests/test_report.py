@@ -58,7 +58,7 @@ sections with the most of the loss: OUT02 50.0%, IN01 40.0%, TE00 10.0%
 
 not carried by LoRAs, as a share of all differences: norms 0.500%, VAE 0.000%
 
-4.26 GB of checkpoints -> hyper-model 2.13 GB + LoRAs 0.053 GB = 2.19 GB
+4.26 GB of checkpoints -> hyper-model 2.13 GB + LoRAs 53 MB = 2.19 GB
 """
 
 

@@ -11,11 +11,13 @@ from typing import Any, Final, TypeVar
 import gradio as gr
 from modules import call_queue, paths, sd_models, shared
 
-from hyper_merge import analysis_cache
+from hyper_merge.analysis_cache import SIZE_LIMIT
+from hyper_merge.cache_text import cache_text, clear_cache
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.folders import Folders
 from hyper_merge.hosts.host import Defaults
 from hyper_merge.recipe_values import number, parse_flag, parse_ranks, parse_text
+from hyper_merge.sizes import GB
 
 SECTION: Final = ("hyper_merge", "Hyper-Merge")
 
@@ -25,7 +27,7 @@ _FOLDER: Final = "hyper_merge_folder"
 _CACHE: Final = "hyper_merge_cache_gb"
 _CLEAR: Final = "hyper_merge_clear_cache"
 
-_CACHE_GB: Final = analysis_cache.SIZE_LIMIT // 2**30
+_CACHE_GB: Final = SIZE_LIMIT // GB
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -70,7 +72,7 @@ def folders() -> Folders:
     loras = getattr(shared.cmd_opts, "lora_dir", None) or models / "Lora"
     runs = _saved(_FOLDER, _folder, models / "hyper-merge")
     limit = _saved(_CACHE, number(0, 1e6), float(_CACHE_GB))
-    return Folders(Path(checkpoints), Path(loras), runs, runs / "cache", int(limit * 2**30))
+    return Folders(Path(checkpoints), Path(loras), runs, runs / "cache", int(limit * GB))
 
 
 def _saved(key: str, parse: Callable[[Any], _T], default: _T) -> _T:
@@ -110,31 +112,24 @@ def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
     del label
     with gr.Row():
         button = gr.Button(value, elem_id=elem_id)
-        size = gr.HTML(cache_text, elem_id=f"{elem_id}_size")
-    button.click(clear_cache, inputs=[], outputs=[size])
+        size = gr.HTML(cache_html, elem_id=f"{elem_id}_size")
+    button.click(clear, inputs=[], outputs=[size])
     return button
 
 
-def cache_text() -> str:
+def cache_html() -> str:
     """HTML: what the cache takes, and where it is."""
-    folder = folders().cache
-    return (
-        f"Analysis cache: {_size(analysis_cache.total_bytes(folder))} in {html.escape(str(folder))}"
-    )
+    return html.escape(f"{cache_text(folders())} {folders().cache}")
 
 
-def clear_cache() -> str:
+def clear() -> str:
     """Deletes all analyses, unless the WebUI is at work; HTML that says what came of it."""
     if not call_queue.queue_lock.acquire(blocking=False):
-        return f"{cache_text()}. The WebUI is at work; clear it when that is done."
+        return f"{cache_html()}<br>The WebUI is at work; clear the cache when that is done."
     try:
-        outcome = f"{_size(analysis_cache.clear(folders().cache))} freed."
+        outcome = clear_cache(folders())
     except HyperMergeError as error:
-        outcome = html.escape(str(error))
+        outcome = str(error)
     finally:
         call_queue.queue_lock.release()
-    return f"{cache_text()}. {outcome}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return f"{cache_html()}<br>{html.escape(outcome)}"

@@ -78,7 +78,9 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
     """
     texts = {"ranks": form.ranks, "weights": form.weights}
     words: dict[str, Any] = {
-        field.name: field.from_text(texts[field.name]) for field in FIELDS if field.name in texts
+        field.name: field.from_text(texts[field.name] or "")
+        for field in FIELDS
+        if field.name in texts
     }
     models = chosen(form, listed)
     try:

@@ -13,13 +13,13 @@ from typing import Any
 
 import gradio as gr
 
-from hyper_merge import analysis_cache
+from hyper_merge.cache_text import cache_text, clear_cache
 from hyper_merge.errors import HyperMergeError
-from hyper_merge.folders import Folders
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs import delete_run, files_of, list_runs, load_run
 from hyper_merge.ui import views
 from hyper_merge.ui.form import Form, form_of
+from hyper_merge.ui.jobs import Jobs
 
 
 def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, Any, str]:
@@ -31,7 +31,7 @@ def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, A
         views.runs(found, problems),
         gr.update(choices=names, value=_kept(first, names, 0)),
         gr.update(choices=names, value=_kept(second, names, 1)),
-        cache_text(folders),
+        views.hint(cache_text(folders)),
     )
 
 
@@ -87,24 +87,13 @@ def keep() -> tuple[str, Any, Any]:
     return ("", *_buttons(visible=False))
 
 
-def clear_cache(host: Host) -> str:
-    """Empties the cache, and says what that freed."""
-    folders = host.folders()
+def clear(host: Host, jobs: Jobs) -> str:
+    """Empties the cache unless a merge runs, which may need it; says what that freed."""
     try:
-        freed = analysis_cache.clear(folders.cache)
+        jobs.require_idle()
+        return views.message("good", clear_cache(host.folders()))
     except HyperMergeError as error:
         return _refused(error)
-    return views.message("good", f"The cache is empty; {views.size(freed)} are free again.")
-
-
-def cache_text(folders: Folders) -> str:
-    """How much the cache holds, and what it is for."""
-    held = analysis_cache.total_bytes(folders.cache)
-    return (
-        f"<p class=hm-hint>The cache holds {views.size(held)} of at most "
-        f"{views.size(folders.cache_limit)}. With it another list of ranks takes a fraction of the "
-        "time. It is safe to clear.</p>"
-    )
 
 
 def _kept(name: str | None, names: Sequence[str], place: int) -> str | None:

@@ -147,6 +147,18 @@ class Jobs:
         """The job that runs, or the one that ran last."""
         return self._last
 
+    def require_idle(self) -> None:
+        """Returns if no job runs.
+
+        Raises:
+            BusyError: one does.
+        """
+        now = self._last.standing if self._last else None
+        if now is not None and now.outcome == "running":
+            raise BusyError(
+                f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
+            )
+
     def start(self, title: str, work: Work, log: Callable[[BaseException], None]) -> Job:
         """Begins a job; arguments are those of `Job`.
 
@@ -154,11 +166,7 @@ class Jobs:
             BusyError: one is running.
         """
         with self._lock:
-            if self._last is not None and self._last.standing.outcome == "running":
-                now = self._last.standing
-                raise BusyError(
-                    f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
-                )
+            self.require_idle()
             self._last = Job(title, work, log)
             return self._last
 

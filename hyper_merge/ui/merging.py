@@ -16,7 +16,7 @@ import gradio as gr
 
 from hyper_merge.control import Control
 from hyper_merge.demo import DEMO_RANKS, make_family
-from hyper_merge.errors import HyperMergeError
+from hyper_merge.errors import HyperMergeError, OutputError
 from hyper_merge.hosts.host import Host
 from hyper_merge.merge import run_merge
 from hyper_merge.preflight import examine
@@ -106,7 +106,10 @@ def _merge(host: Host, form: Form, task: str, control: Control) -> str:
         host.refresh()
         name = merged.place.run
         if form.save_styles and host.has_txt2img:
-            host.save_styles(results.styles_of(load_run(folders, name)))
+            try:
+                host.save_styles(results.styles_of(load_run(folders, name)))
+            except OutputError as error:
+                both.warn(f"The merge is done, but its styles are not saved: {error}")
     return name
 
 

@@ -98,7 +98,7 @@ def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:
     """
     _require_two(form)
     folders, listed = host.folders(), host.checkpoints()
-    if form.name.strip():
+    if (form.name or "").strip():
         return _prepared(form, listed, folders)
     suggestion = suggested_name(form.checkpoints)
     for number in range(1, _SUGGESTIONS):

@@ -248,12 +248,16 @@ def _name_groups(axes: Axes, places: Sequence[float], words: Sequence[str]) -> N
 
 
 def _short(name: str) -> str:
-    """The name, without its middle where it is too long; a box for a letter that no font has."""
+    """The name, without its middle where it is too long; a box for a letter that no font has.
+
+    Two dollar signs would make a formula of it for matplotlib.
+    """
     if len(name) > _LONGEST:
         half = (_LONGEST - 1) // 2
         name = f"{name[:half]}…{name[-half:]}"
     letters = _letters()
-    return "".join(letter if ord(letter) in letters else "□" for letter in name)
+    shown = "".join(letter if ord(letter) in letters else "□" for letter in name)
+    return shown.replace("$", r"\$")
 
 
 @cache

@@ -22,10 +22,10 @@ NOTHING: Final = ("", *(gr.update(),) * 12)
 """Values of the panel's widgets that leave all but its message as they are."""
 
 
-def show(host: Host, name: str) -> tuple[Any, ...]:
+def show(host: Host, name: str | None) -> tuple[Any, ...]:
     """A run in the result panel: values of its widgets, in their order."""
     try:
-        run = load_run(host.folders(), name)
+        run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
         return (views.message("bad", str(error)), gr.update(visible=False), *NOTHING[2:])
     report, prompts = run.report, prompts_of(run)

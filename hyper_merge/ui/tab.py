@@ -64,7 +64,7 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
         _wire_picker(tab, host)
         _wire_run(tab, host, jobs)
         _wire_result(tab, host)
-        _wire_history(tab, host)
+        _wire_history(tab, host, jobs)
         _wire_page(page, tab, host, jobs)
     return page
 
@@ -152,7 +152,7 @@ def _wire_result(tab: _Tab, host: Host) -> None:
         )
 
 
-def _wire_history(tab: _Tab, host: Host) -> None:
+def _wire_history(tab: _Tab, host: Host, jobs: Jobs) -> None:
     panel = tab.history
     asking = [panel.outcome, panel.confirm, panel.cancel]
     _on(panel.refresh.click, **_runs(tab, host))
@@ -179,7 +179,7 @@ def _wire_history(tab: _Tab, host: Host) -> None:
         **_runs(tab, host), **quiet(queued=False)
     )
     _on(panel.cancel.click, history.keep, [], asking)
-    _on(panel.clear.click, functools.partial(history.clear_cache, host), [], [panel.outcome]).then(
+    _on(panel.clear.click, functools.partial(history.clear, host, jobs), [], [panel.outcome]).then(
         **_runs(tab, host), **quiet(queued=False)
     )
 

@@ -16,6 +16,7 @@ from hyper_merge.prompts import lora_names
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import CheckpointReport, Report
 from hyper_merge.runs import Run
+from hyper_merge.sizes import size_text
 from hyper_merge.ui.jobs import Standing
 
 Kind = Literal["info", "good", "bad"]
@@ -33,15 +34,9 @@ def message(kind: Kind, text: str) -> str:
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
 
 
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(2_132_000_000), size(584_000_000), size(12_000)
-    ('2.13 GB', '584 MB', '12 kB')
-    """
-    if count >= 999.5e6:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 999.5e3 else f"{count / 1e3:.0f} kB"
+def hint(text: str) -> str:
+    """A quiet remark."""
+    return f"<p class=hm-hint>{_text(text)}</p>"
 
 
 def percent(share: float) -> str:
@@ -103,7 +98,7 @@ def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None
         (
             _name_cell(name, row),
             _text(row.family or ""),
-            size(row.size),
+            size_text(row.size),
             _text(row.dtype),
             f"<code>{_text(hashes.get(name) or row.legacy_hash)}</code>",
             _text(vae),
@@ -130,16 +125,16 @@ def plan(preflight: Preflight, place: Place) -> str:
     estimate, recipe = preflight.estimate, preflight.recipe
     before = sum(header.size for header in preflight.sources.headers)
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
-    hyper = f"{place.hyper_model.name} ({size(average)}{', there already' if place.exists else ''})"
+    hyper = f"{place.hyper_model.name} ({size_text(average)}{', there already' if place.exists else ''})"
     lines = [
         (
             f"<b>{_text(hyper)}</b> and {_count(len(recipe.ranks), 'LoRA')} "
-            f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size(estimate.loras)}</b>): "
-            f"{size(average + estimate.loras)} in place of {size(before)}."
+            f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size_text(estimate.loras)}</b>): "
+            f"{size_text(average + estimate.loras)} in place of {size_text(before)}."
         ),
         (
-            f"It takes <b>{duration_text(estimate.seconds)}</b>, {size(estimate.memory)} of memory and at most "
-            f"{size(estimate.disk)} of disk with the cache."
+            f"It takes <b>{duration_text(estimate.seconds)}</b>, {size_text(estimate.memory)} of memory and at most "
+            f"{size_text(estimate.disk)} of disk with the cache."
         ),
     ]
     notes = [message("info", warning) for warning in preflight.warnings]
@@ -176,14 +171,14 @@ def result_sentence(run: Run) -> str:
     worst = min(report.checkpoints, key=lambda row: row.explained)
     after = report.bytes_average + report.bytes_loras
     saved = report.bytes_before - after
-    less = f"{size(saved)} less" if saved >= 0 else f"{size(-saved)} more"
+    less = f"{size_text(saved)} less" if saved >= 0 else f"{size_text(-saved)} more"
     file = _text(run.hyper_model.name)
-    made = f"hyper-model {file} ({size(report.bytes_average)})"
+    made = f"hyper-model {file} ({size_text(report.bytes_average)})"
     if run.recipe.base != AVERAGE:
         made = f"{file} as base"
     return (
-        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size(report.bytes_before)}) "
-        f"→ {made} + {_count(len(report.loras), 'LoRA')} ({size(report.bytes_loras)}), "
+        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size_text(report.bytes_before)}) "
+        f"→ {made} + {_count(len(report.loras), 'LoRA')} ({size_text(report.bytes_loras)}), "
         f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
         f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
         "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
@@ -221,7 +216,7 @@ def comparison(first: Run, second: Run) -> str:
     facts: list[tuple[str, ...]] = [
         ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
         ("Ranks", _ranks(first), _ranks(second)),
-        ("LoRAs", size(first.report.bytes_loras), size(second.report.bytes_loras)),
+        ("LoRAs", size_text(first.report.bytes_loras), size_text(second.report.bytes_loras)),
         ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
         ("Stored precision", first.recipe.dtype, second.recipe.dtype),
         ("Explained, average", percent(_mean(first)), percent(_mean(second))),
@@ -257,7 +252,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
         _text(_local_time(run.created)),
         str(len(report.checkpoints)),
         _text(_ranks(run)),
-        size(report.bytes_loras),
+        size_text(report.bytes_loras),
         percent(_mean(run)),
         percent(worst),
     )

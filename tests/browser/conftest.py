@@ -13,6 +13,8 @@ from urllib.request import urlopen
 
 import gradio
 import pytest
+from browser.the_tab import Tab
+from tiny_family import write
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))
@@ -141,3 +143,25 @@ def shot(page, name: str) -> None:
     page.screenshot(
         path=str(SCREENSHOTS / f"gradio-{gradio.__version__}-{name}.png"), full_page=True
     )
+
+
+@pytest.fixture(scope="module")
+def server(host_name, files, state_of, tmp_path_factory):
+    """A host with three checkpoints, one of them in a folder, and a file that is none."""
+    models = tmp_path_factory.mktemp(host_name) / "models"
+    folder = models / "Stable-diffusion"
+    (folder / "sub").mkdir(parents=True)
+    for path, place in zip(files, ("anime", "photo", "sub/portrait"), strict=True):
+        shutil.copy(path, folder / f"{place}.safetensors")
+    write(folder / "broken.safetensors", state_of(0))
+    (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
+    (models / "Lora").mkdir()
+    server = Server(host_name, models, pace=0.001)
+    yield server
+    server.close()
+    assert server.complaints == []
+
+
+@pytest.fixture
+def tab(page, server):
+    return Tab(page).open(server)

@@ -1,35 +1,9 @@
 """The whole way through the tab, by mouse and keyboard, in every kind of host."""
 
-import shutil
-
 import pytest
-from browser.conftest import Server, shot
-from browser.the_tab import Tab
-from tiny_family import write
+from browser.conftest import shot
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def server(host_name, files, state_of, tmp_path_factory):
-    """A host with three checkpoints, one of them in a folder, and a file that is none."""
-    models = tmp_path_factory.mktemp(host_name) / "models"
-    folder = models / "Stable-diffusion"
-    (folder / "sub").mkdir(parents=True)
-    for path, place in zip(files, ("anime", "photo", "sub/portrait"), strict=True):
-        shutil.copy(path, folder / f"{place}.safetensors")
-    write(folder / "broken.safetensors", state_of(0))
-    (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
-    (models / "Lora").mkdir()
-    server = Server(host_name, models, pace=0.001)
-    yield server
-    server.close()
-    assert server.complaints == []
-
-
-@pytest.fixture
-def tab(page, server):
-    return Tab(page).open(server)
 
 
 THREE = ("anime.safetensors", "photo.safetensors", "sub/portrait.safetensors")

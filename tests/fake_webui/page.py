@@ -96,6 +96,7 @@ def _txt2img(gr, webui):
             choices=list(webui.prompt_styles.styles),
             value=[],
             multiselect=True,
+            interactive=True,
         )
         refresh = gr.Button("Refresh styles", elem_id="refresh_txt2img_styles")
         interrupt = gr.Button("Interrupt", elem_id="txt2img_interrupt")

@@ -59,7 +59,7 @@ def test_saved_settings_are_used_after_a_restart(models, flavour, tmp_path, capl
         folders = host.folders()
     assert folders.runs == tmp_path / "elsewhere"
     assert folders.cache == tmp_path / "elsewhere" / "cache"
-    assert folders.cache_limit == 1.5 * 2**30
+    assert folders.cache_limit == 1.5e9
     assert not caplog.records
 
 
@@ -112,27 +112,29 @@ def test_the_button_is_not_kept_among_the_saved_settings(page, webui):
 
 def test_the_caches_size_is_shown_and_the_button_clears_it(host, page, webui):
     settings = webui.settings()
-    path = analysis(host.folders().cache, 3 * 2**20)
-    assert settings.cache_text() == f"Analysis cache: 3.1 MB in {path.parent}"
-    assert (
-        webui.settings().clear_cache() == f"Analysis cache: 0.0 MB in {path.parent}. 3.1 MB freed."
-    )
+    path = analysis(host.folders().cache, 3_000_000)
+    held = settings.cache_html()
+    assert held.startswith("The cache holds 3 MB of at most 20.00 GB.")
+    assert held.endswith(f" {path.parent}")
+    cleared = settings.clear()
+    assert cleared.startswith("The cache holds 0 kB of at most 20.00 GB.")
+    assert cleared.endswith(f" {path.parent}<br>The cache is empty; 3 MB are free again.")
     assert not path.exists()
 
 
 def test_without_a_cache_there_is_nothing_to_show_or_to_clear(host, page, webui):
     settings = webui.settings()
-    assert settings.cache_text().startswith("Analysis cache: 0.0 MB in ")
-    assert webui.settings().clear_cache().endswith(". 0.0 MB freed.")
+    assert settings.cache_html().startswith("The cache holds 0 kB of ")
+    assert settings.clear().endswith("<br>The cache is empty; 0 kB are free again.")
     assert not host.folders().cache.exists()
 
 
 def test_the_cache_is_not_cleared_while_the_webui_works(host, page, webui):
     path = analysis(host.folders().cache, 100)
     with webui.queue_lock:
-        assert "at work" in webui.settings().clear_cache()
+        assert "at work" in webui.settings().clear()
         assert path.exists()
-    webui.settings().clear_cache()
+    webui.settings().clear()
     assert not path.exists()
     assert not webui.queue_lock.held
 
@@ -142,5 +144,5 @@ def test_a_cache_that_cannot_be_cleared_says_so(host, page, webui, monkeypatch):
         raise CacheError("<1 file> cannot be deleted")
 
     monkeypatch.setattr(analysis_cache, "clear", fail)
-    assert webui.settings().clear_cache().endswith("&lt;1 file&gt; cannot be deleted")
+    assert webui.settings().clear().endswith("&lt;1 file&gt; cannot be deleted")
     assert not webui.queue_lock.held

@@ -118,7 +118,7 @@ def test_our_settings_are_components_of_the_hosts_page(webui, built):
         (component,) = components(demo, f"setting_{key}")
         assert isinstance(component, kind)
     (size,) = components(demo, "setting_hyper_merge_clear_cache_size")
-    assert "0.0 MB" in size.value
+    assert "The cache holds 0 kB of at most 20.00 GB" in size.value
 
 
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own

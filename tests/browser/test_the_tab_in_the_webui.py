@@ -1,0 +1,80 @@
+"""What the tab does with the WebUI around it: prompt, styles, menus, progress, Interrupt, settings."""
+
+import re
+
+import pytest
+from browser.conftest import HOSTS, shot
+
+pytestmark = pytest.mark.slow
+
+TWO = ("anime.safetensors", "sub/portrait.safetensors")
+
+
+@pytest.fixture(scope="session", params=HOSTS[1:])
+def host_name(request):
+    """The WebUI whose gradio this is; the app has no WebUI around it."""
+    return request.param
+
+
+@pytest.fixture
+def merged(tab, server):
+    """The tab with a merge of its own in it; made by the first test that asks."""
+    tab.pick(*TWO)
+    tab.type("name", "duo")
+    tab.type("ranks", "3, 2")
+    if not (server.models / "Lora" / "duo_0-3.safetensors").exists():
+        tab.merge()
+    else:
+        tab.to("Runs")
+        tab.choose("run", "duo")
+        tab.click("run_open")
+    tab.until(lambda: tab.find("sentence").is_visible() and tab.text("sentence").startswith("duo"))
+    return tab
+
+
+def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
+    page = merged.page
+    tags = merged.value("prompt")
+    merged.click("send")
+    merged.until(lambda: page.locator("#txt2img_prompt textarea").input_value() == tags)
+    menu = page.locator("#setting_sd_model_checkpoint input")
+    merged.until(lambda: menu.input_value().startswith("duo.safetensors"))
+
+
+def test_every_checkpoint_is_a_style_that_can_be_removed_again(merged, server):
+    page = merged.page
+    styles = server.models.parent / "styles.csv"
+    merged.until(lambda: "duo: anime" in styles.read_text(encoding="utf-8"))
+    merged.click("styles_remove")
+    merged.until(lambda: "removed" in merged.text("result_note"))
+    assert "duo: anime" not in styles.read_text(encoding="utf-8")
+    merged.click("styles_save")
+    merged.until(lambda: "saved" in merged.text("result_note"))
+    page.locator("#tabs button").first.click()
+    page.locator("#txt2img_styles input").click()
+    merged.until(lambda: "duo: portrait" in page.locator("ul.options").inner_text())
+
+
+@pytest.mark.parametrize("button", ["#txt2img_interrupt", "#txt2img_skip"])
+def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
+    tab.pick(*TWO)
+    tab.type("name", "never")
+    tab.type("ranks", "2")
+    tab.click("merge")
+    tab.until(tab.fraction)
+    tab.until(lambda: tab.page.locator("#hyper_merge_tab.hm-host-bar").count())
+    shot(tab.page, f"{server.host}-bar")
+    tab.page.evaluate("(button) => gradioApp().querySelector(button).click()", button)
+    tab.until(lambda: "Stopped" in tab.text("status"), seconds=2)
+    tab.until(lambda: not tab.page.locator("#hyper_merge_tab.hm-host-bar").count())
+    assert not list(server.models.rglob("never*"))
+
+
+def test_the_settings_page_has_a_section_and_clears_the_cache(merged):
+    page = merged.page
+    page.locator("#tabs button", has_text=re.compile(r"^\s*Settings\s*$")).click()
+    ranks = page.locator("#setting_hyper_merge_ranks textarea, #setting_hyper_merge_ranks input")
+    assert ranks.first.input_value() == "128, 64, 32, 16"
+    page.locator("#setting_hyper_merge_clear_cache").first.click()
+    said = page.locator("#setting_hyper_merge_clear_cache_size").first
+    merged.until(lambda: "freed" in said.inner_text())

@@ -1,0 +1,90 @@
+"""What a browser sends to the tab's handlers, and what people read in their answers."""
+
+import time
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+
+from hyper_merge.ui.form import BASE_AVERAGE, Form
+
+NAMES = ["a.safetensors", "b.safetensors", "c.safetensors"]
+EVIL = "<img src=x>"
+FORM = Form(
+    checkpoints=NAMES,
+    name="mix",
+    ranks="4, 2",
+    weights="",
+    base=BASE_AVERAGE,
+    dtype="float16",
+    device="cpu",
+    iterations=3,
+    tolerance=5e-4,
+    seed=0,
+    vae="of the first checkpoint",
+    save_styles=True,
+)
+"""That of the merge which the fixture `run` has made."""
+
+
+def values(**changes):
+    """The form's values with changes, in the order of its widgets."""
+    form = replace(FORM, **changes)
+    return [getattr(form, field.name) for field in fields(form)]
+
+
+class _Reader(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.kinds, self.tags, self.words = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        classes = (dict(attributes).get("class") or "").split()
+        if "hm-message" in classes:
+            self.kinds += [name[3:] for name in classes if name != "hm-message"]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def _read(html):
+    reader = _Reader()
+    reader.feed(html)
+    reader.close()
+    return reader
+
+
+def kinds(html):
+    """Of the messages in it: info, good or bad."""
+    return _read(html).kinds
+
+
+def words(html):
+    """What a person reads."""
+    return "".join(_read(html).words)
+
+
+def tags(html):
+    """All elements in it."""
+    return set(_read(html).tags)
+
+
+def unchanged(update):
+    """Whether a handler leaves a widget as it is."""
+    return isinstance(update, dict) and update.keys() <= {"__type__"}
+
+
+def ended(jobs):
+    """How the last job ended, once it has."""
+    deadline = time.monotonic() + 60
+    while jobs.last.standing.outcome == "running":
+        assert time.monotonic() < deadline, jobs.last.standing
+        jobs.last.wait(0.1)
+    return jobs.last.standing
+
+
+def until(condition):
+    """Returns once something is so."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

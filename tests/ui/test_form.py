@@ -1,0 +1,157 @@
+"""From the form's values to a recipe, and back; what cannot be is said by the field's label."""
+
+import os
+from dataclasses import fields, replace
+
+import pytest
+from at_the_tab import FORM, NAMES
+
+from hyper_merge.errors import CheckpointError, HyperMergeError, RecipeError
+from hyper_merge.recipe import FIELDS, Recipe
+from hyper_merge.ui.form import BASE_AVERAGE, LABELS, PRESETS, VAE_CHOICES, Form, form_of, recipe_of
+
+
+@pytest.fixture
+def recipe(host):
+    """The recipe of the form with changes."""
+
+    def recipe(**changes):
+        return recipe_of(replace(FORM, **changes), host.checkpoints(), host.folders())
+
+    return recipe
+
+
+def test_the_form_asks_for_the_recipe_that_its_words_say(recipe, checkpoints, root):
+    assert recipe(weights="1, 2 0.5", seed=7.0, iterations=12.0, vae="average of all") == Recipe(
+        name="mix",
+        models=tuple(checkpoints / name for name in NAMES),
+        ranks=(4, 2),
+        weights=(1.0, 2.0, 0.5),
+        device="cpu",
+        iterations=12,
+        tolerance=5e-4,
+        seed=7,
+        vae="average",
+        output=root,
+    )
+
+
+def test_the_order_of_the_picks_is_that_of_the_models(recipe, checkpoints):
+    models = recipe(checkpoints=NAMES[::-1]).models
+    assert models == tuple(checkpoints / name for name in NAMES[::-1])
+
+
+def test_a_checkpoint_of_the_list_can_be_the_base(recipe, checkpoints):
+    assert recipe(base="b.safetensors").base == str(checkpoints / "b.safetensors")
+
+
+@pytest.mark.parametrize("text", PRESETS.values())
+def test_every_preset_is_a_list_of_ranks(recipe, text):
+    assert ", ".join(map(str, recipe(ranks=text).ranks)) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": "four, 2"}, 'Ranks: item 1: expected a whole number from 1 to 4096, got "four"'),
+        ({"ranks": "4, 2.5"}, "Ranks: item 2: expected a whole number from 1 to 4096, got the number 2.5"),
+        ({"ranks": "0"}, "Ranks: item 1: .* got the number 0"),
+        ({"ranks": ""}, "Ranks: expected a list of whole numbers, such as 128, 64, 32, 16, got nothing"),
+        ({"ranks": "  "}, "Ranks: expected .*, got nothing"),
+        ({"ranks": None}, "Ranks: expected .*, got nothing"),
+        ({"weights": "1, 2"}, "Weights: expected 3 numbers, one per checkpoint, got 2"),
+        ({"weights": "1, 2, x"}, 'Weights: item 3: expected a number of 0 or more, got "x"'),
+        ({"weights": "0 0 0"}, "Weights: expected weights with a sum above 0"),
+        ({"weights": "1, -1, 1"}, "Weights: item 2: .* got the number -1"),
+        ({"name": "a/b"}, 'Name: the path separator "/" is not allowed'),
+        ({"name": "../mix"}, "Name: the path separator"),
+        ({"name": "mix:2"}, 'Name: the character ":" is not allowed'),
+        ({"name": "x" * 101}, "Name: expected a name of at most 100 characters"),
+        ({"name": None}, "Name: expected text, got nothing"),
+        ({"iterations": None}, "Iterations: expected a whole number from 1 to 10000, got nothing"),
+        ({"iterations": 2.5}, "Iterations: expected .* got the number 2.5"),
+        ({"iterations": float("nan")}, "Iterations: expected .* got the number nan"),
+        ({"tolerance": None}, "Tolerance: expected a number from 0 to 1, got nothing"),
+        ({"tolerance": 5}, "Tolerance: expected a number from 0 to 1, got the number 5"),
+        ({"seed": -1.0}, "Seed: expected a whole number from 0 to .*, got the number -1"),
+        ({"seed": None}, "Seed: expected .* got nothing"),
+        ({"dtype": "float8"}, "Stored precision: expected one of float16, bfloat16, float32"),
+        ({"dtype": None}, "Stored precision: expected one of"),
+        ({"device": "gpu"}, "Device: expected auto, cpu, cuda or cuda:N"),
+        ({"device": None}, "Device: expected"),
+        ({"vae": "none of them"}, 'VAE: expected one of first, average, got "none of them"'),
+        ({"vae": None}, "VAE: expected one of"),
+        ({"checkpoints": NAMES[:1]}, "Checkpoints: Fewer than two checkpoints"),
+        ({"checkpoints": []}, "Checkpoints: Fewer than two checkpoints"),
+        ({"checkpoints": None}, "Checkpoints: Fewer than two checkpoints"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_the_label_of_its_field(recipe, changes, message):
+    with pytest.raises(RecipeError, match=f"^{message}"):
+        recipe(**changes)
+
+
+@pytest.mark.parametrize("field", ["checkpoints", "base"])
+@pytest.mark.parametrize(
+    "typed", ["/etc/passwd", "../Stable-diffusion/a.safetensors", "a", "", "gone.safetensors"]
+)
+def test_only_names_of_the_list_are_ever_files(recipe, field, typed):
+    value = [*NAMES, typed] if field == "checkpoints" else typed
+    with pytest.raises(CheckpointError, match="is no longer in the list; press Refresh and pick"):
+        recipe(**{field: value})
+
+
+def test_the_path_of_a_checkpoint_that_is_there_is_refused_as_well(recipe, files):
+    assert files[0].exists()
+    for changes in ({"checkpoints": [NAMES[0], str(files[0])]}, {"base": str(files[0])}):
+        with pytest.raises(CheckpointError, match="no longer in the list"):
+            recipe(**changes)
+
+
+def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label():
+    in_form = {field.name for field in fields(Form)} - {"checkpoints", "save_styles"} | {"models"}
+    assert set(LABELS) == in_form
+    assert in_form <= {field.name for field in FIELDS}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weights": "1, 2, 0.5", "ranks": "8, 4, 4, 2", "name": "my mix"},
+        {"base": "b.safetensors", "dtype": "bfloat16", "device": "auto", "tolerance": 1e-6},
+        {"vae": "average of all", "seed": 12, "iterations": 100, "checkpoints": NAMES[1:]},
+        {"save_styles": False},
+    ],
+)
+def test_the_form_of_a_recipe_asks_for_it_again(recipe, host, changes):
+    form = replace(FORM, **changes)
+    made = recipe(**changes)
+    assert form_of(made, host.checkpoints(), save_styles=form.save_styles) == form
+
+
+def test_checkpoints_and_a_base_that_are_gone_are_left_out_of_the_form(recipe, host, checkpoints):
+    made = recipe(base="b.safetensors")
+    (checkpoints / "b.safetensors").unlink()
+    form = form_of(made, host.checkpoints(), save_styles=False)
+    assert form.checkpoints == ["a.safetensors", "c.safetensors"]
+    assert form.base == BASE_AVERAGE
+
+
+def test_a_checkpoint_is_found_again_by_another_way_to_its_file(recipe, host, root, tmp_path):
+    os.symlink(root, tmp_path / "link")  # noqa: PTH211 - the shorter word
+    made = replace(
+        recipe(),
+        models=tuple(tmp_path / "link" / "Stable-diffusion" / name for name in NAMES),
+    )
+    assert form_of(made, host.checkpoints(), save_styles=False).checkpoints == NAMES
+
+
+def test_every_vae_policy_has_words():
+    parse = next(field.parse for field in FIELDS if field.name == "vae")
+    assert [parse(value) for value in VAE_CHOICES.values()] == ["first", "average"]
+
+
+def test_all_refusals_are_of_the_kind_that_handlers_show():
+    assert issubclass(RecipeError, HyperMergeError)
+    assert issubclass(CheckpointError, HyperMergeError)

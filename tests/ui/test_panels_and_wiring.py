@@ -1,0 +1,219 @@
+"""The built tab: widgets are ours and in order, and each handler fits what it is wired to."""
+
+import inspect
+import re
+from dataclasses import fields
+from types import GeneratorType
+
+import gradio as gr
+import pytest
+from at_the_tab import ended
+from fake_webui import EXTENSION, installed
+
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.ui import panels
+from hyper_merge.ui.element_ids import PREFIX
+from hyper_merge.ui.form import PRESETS, Form
+from hyper_merge.ui.jobs import BusyError, process_jobs
+from hyper_merge.ui.panels import FormWidgets, in_order
+from hyper_merge.ui.tab import build_tab, devices
+
+
+class Busy:
+    """Jobs that begin none."""
+
+    last = None
+
+    def start(self, title, work, log):
+        raise BusyError(f"{title} is not begun here")
+
+
+@pytest.fixture(params=["app", "empty", "a1111", "forge"])
+def some_host(request, root, tmp_path):
+    """Each kind of host, one of them without any checkpoint."""
+    if request.param in {"app", "empty"}:
+        yield Standalone(root if request.param == "app" else tmp_path / "empty")
+    else:
+        with installed(root, request.param) as webui:
+            yield webui.host()
+
+
+@pytest.fixture
+def built(some_host):
+    """All panels."""
+    names = list(some_host.checkpoints())
+    with gr.Blocks():
+        picker = panels.build_picker(names, ["all folders"], demo=True)
+        form, presets = panels.build_form(some_host, picker.checkpoints, devices())
+        others = panels.build_run(), panels.build_result(some_host), panels.build_history()
+    return picker, form, presets, *others
+
+
+def functions(page):
+    """Every event's function, inputs and outputs, in both gradio versions."""
+    found = page.fns.values() if isinstance(page.fns, dict) else page.fns
+    return [(each.fn, each.inputs, each.outputs) for each in found if each.fn is not None]
+
+
+def settings(page):
+    """Every event's settings, as a browser has them."""
+    return page.get_config_file()["dependencies"]
+
+
+def name_of(fn):
+    return getattr(fn, "func", fn).__name__
+
+
+def test_the_forms_widgets_are_the_forms_fields_in_order():
+    widgets = [field.name for field in fields(FormWidgets)]
+    assert widgets == [field.name for field in fields(Form)]
+
+
+def test_each_widget_of_the_form_is_in_its_place(built):
+    _, form, *_ = built
+    labels = [widget.elem_id.removeprefix(f"{PREFIX}_") for widget in in_order(form)]
+    assert labels == [field.name for field in fields(Form)]
+
+
+def test_every_widget_has_our_id_and_is_not_kept_by_the_webui(built):
+    picker, form, presets, *others = built
+    found = [w for panel in (picker, form, *others) for w in in_order(panel)] + presets
+    for widget in found:
+        assert re.fullmatch(f"{PREFIX}_[a-z0-9_]+", widget.elem_id)
+        if not isinstance(widget, gr.Column):
+            assert widget.do_not_save_to_config is True
+
+
+def test_no_id_stands_twice_on_the_page_and_all_are_ours(some_host):
+    page = build_tab(some_host, Busy())
+    ids = [block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)]
+    assert len(set(ids)) == len(ids)
+    assert all(name.startswith(f"{PREFIX}_") for name in ids)
+
+
+def test_whoever_is_asked_for_a_value_is_labelled(built):
+    _, form, *_ = built
+    assert all(widget.label for widget in in_order(form))
+
+
+def test_each_preset_has_a_button_with_its_ranks(built):
+    assert [button.value for button in built[2]] == list(PRESETS.values())
+
+
+def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
+    _, form, _, _, result, _ = built
+    for widget in (form.save_styles, result.send, result.save_styles, result.remove_styles):
+        assert widget.visible is some_host.has_txt2img
+    assert form.save_styles.value is some_host.has_txt2img
+
+
+def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run):
+    page = build_tab(Standalone(root), Busy())
+    checked = set()
+    for fn, inputs, outputs in functions(page):
+        arguments = [getattr(widget, "value", None) for widget in inputs]
+        inspect.signature(fn).bind(*arguments)
+        answer = fn(*arguments)
+        if isinstance(answer, GeneratorType):
+            answer = next(answer)
+        many = answer if isinstance(answer, tuple) else (answer,)
+        assert len(many if outputs or answer is not None else ()) == len(outputs), name_of(fn)
+        checked.add(name_of(fn))
+    assert {"plan", "start", "watch", "after", "show", "copy_settings", "delete"} <= checked
+    assert len(checked) >= 20
+
+
+def test_every_handler_fits_in_the_webui_too(webui, run):
+    for fn, inputs, outputs in functions(build_tab(webui.host(), Busy())):
+        answer = fn(*[getattr(widget, "value", None) for widget in inputs])
+        if isinstance(answer, GeneratorType):
+            answer = next(answer)
+        many = answer if isinstance(answer, tuple) else (answer,)
+        assert len(many if outputs or answer is not None else ()) == len(outputs), name_of(fn)
+
+
+def test_a_run_is_shown_in_as_many_widgets_as_it_fills(root, run):
+    (shown,) = [
+        (fn, outputs)
+        for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
+        if name_of(fn) == "show"
+    ]
+    fn, outputs = shown
+    values = fn("mix")
+    assert len(values) == len(outputs)
+    by_id = {widget.elem_id: value for widget, value in zip(outputs, values, strict=True)}
+    assert by_id[f"{PREFIX}_shown_run"] == "mix"
+    assert by_id[f"{PREFIX}_prompt"].startswith("<lora:mix_0-4:")
+    assert "<table>" in by_id[f"{PREFIX}_result_table"]
+    assert by_id[f"{PREFIX}_result"]["visible"] is True
+
+
+def test_copied_settings_reach_the_widgets_of_their_names(root, run):
+    ((fn, outputs),) = [
+        (fn, outputs)
+        for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
+        if name_of(fn) == "copy_settings"
+    ]
+    by_id = {widget.elem_id: value for widget, value in zip(outputs, fn("mix"), strict=True)}
+    assert by_id[f"{PREFIX}_name"] == "mix"
+    assert by_id[f"{PREFIX}_ranks"] == "4, 2"
+    assert by_id[f"{PREFIX}_iterations"] == 3
+    assert "are in the form" in by_id[f"{PREFIX}_run_outcome"]
+
+
+def test_no_event_is_part_of_a_public_api_or_hides_what_it_changes(some_host):
+    for each in settings(build_tab(some_host, Busy())):
+        if each["backend_fn"]:
+            assert each["api_name"] is False
+            assert each["show_progress"] == "hidden"
+
+
+def test_only_what_follows_a_job_waits_in_gradios_queue(root):
+    page = build_tab(Standalone(root), Busy())
+    queued = [
+        name_of(fn)
+        for (fn, *_), each in zip(
+            functions(page), [each for each in settings(page) if each["backend_fn"]], strict=True
+        )
+        if each["queue"] is not False
+    ]
+    assert set(queued) == {"watch"}
+
+
+def test_all_that_the_page_calls_in_the_browser_is_in_our_script(some_host):
+    script = (EXTENSION / "javascript/hyper_merge.js").read_text(encoding="utf-8")
+    exported = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
+    called = set()
+    for each in settings(build_tab(some_host, Busy())):
+        called |= set(re.findall(r"hyperMerge\.(\w+)", str(each["js"])))
+    assert called == set(re.findall(r"\w+", exported))
+
+
+def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
+    build_tab(webui.host(), Busy())
+    (binding,) = webui.infotext_utils.registered_param_bindings
+    assert binding.tabname == "txt2img"
+    assert binding.paste_button.elem_id == f"{PREFIX}_send"
+    assert binding.source_text_component.elem_id == f"{PREFIX}_prompt"
+
+
+def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkeypatch):
+    webui.load_scripts()
+    webui.create_ui()
+    monkeypatch.setattr(process_jobs(), "_last", None)
+    job = process_jobs().start("mix", lambda task, control: "", webui.host().log)
+    ended(process_jobs())
+    webui.load_scripts()
+    page = webui.create_ui()
+    watched = [fn.args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch"]
+    assert watched
+    assert all(jobs.last is job for jobs in watched)
+    assert webui.errors.reports == []
+
+
+def test_the_devices_are_auto_the_processor_and_what_torch_finds(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert devices() == ["auto", "cpu", "cuda:0", "cuda:1"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert devices() == ["auto", "cpu"]

@@ -20,6 +20,7 @@ FORM = Form(
     tolerance=5e-4,
     seed=0,
     vae="of the first checkpoint",
+    exact="no",
     save_styles=True,
 )
 """That of the merge which the fixture `run` has made."""

@@ -33,7 +33,7 @@ from hyper_merge.sizes import size_text
 from hyper_merge.sources import Sources, bases_width
 
 _AT_ONCE: Final = 2  # layers in the pass
-_SETS: Final = 6  # of factors during the solve: three, and as much in the allocator's holes
+_SETS: Final = 5  # of factors during the solve: two, and the rest in the allocator's holes
 _OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
 
 

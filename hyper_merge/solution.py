@@ -33,6 +33,7 @@ from hyper_merge.sources import Sources, bases_width
 from hyper_merge.workers import Each, return_memory, workers
 
 _SWEEPS_PER_RETURN: Final = 3  # of memory to the system
+_LAYERS_PER_RETURN: Final = 50  # the same, when blocks are rounded
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 
 # For the progress: what is usual, and times the multiply-adds that small products take.
@@ -150,6 +151,8 @@ def rounded(
         for index, layer in each(job, *zip(*jobs, strict=True)):
             layers[index] = layer
             tally.finish(index)
+            if len(layers) % _LAYERS_PER_RETURN == 0:
+                return_memory()
     ordered = [layers[index] for index in sorted(layers)]
     return Rounded(
         factors=[layer.factors for layer in ordered],

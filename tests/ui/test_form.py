@@ -8,7 +8,16 @@ from at_the_tab import FORM, NAMES
 
 from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe import FIELDS, Recipe
-from hyper_merge.ui.form import BASE_AVERAGE, LABELS, PRESETS, VAE_CHOICES, Form, form_of, recipe_of
+from hyper_merge.ui.form import (
+    BASE_AVERAGE,
+    EXACT_CHOICES,
+    LABELS,
+    PRESETS,
+    VAE_CHOICES,
+    Form,
+    form_of,
+    recipe_of,
+)
 
 
 @pytest.fixture
@@ -122,6 +131,7 @@ def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label()
         {"base": "b.safetensors", "dtype": "bfloat16", "device": "auto", "tolerance": 1e-6},
         {"vae": "average of all", "seed": 12, "iterations": 100, "checkpoints": NAMES[1:]},
         {"save_styles": False},
+        {"exact": "norms (A1111, Forge, ComfyUI)"},
     ],
 )
 def test_the_form_of_a_recipe_asks_for_it_again(recipe, host, changes):
@@ -150,3 +160,8 @@ def test_a_checkpoint_is_found_again_by_another_way_to_its_file(recipe, host, ro
 def test_every_vae_policy_has_words():
     parse = next(field.parse for field in FIELDS if field.name == "vae")
     assert [parse(value) for value in VAE_CHOICES.values()] == ["first", "average"]
+
+
+def test_every_kind_of_companions_has_words():
+    parse = next(field.parse for field in FIELDS if field.name == "exact")
+    assert [parse(value) for value in EXACT_CHOICES.values()] == ["none", "norms", "all"]

@@ -29,7 +29,7 @@ OTHER_RANKS = ("96", "48", "24")
 def main() -> None:
     """Runs every step and prints the table."""
     options = _options()
-    paths = make_family(options.folder, options.count)
+    paths = make_family(options.folder, FamilySpec(count=options.count))
     out = options.folder / f"out-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
     for path in paths:  # warm files
@@ -83,13 +83,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_family(folder: Path, count: int) -> list[Path]:
-    """The paths of a full-size family in a folder, written if they are not there."""
+def make_family(folder: Path, spec: FamilySpec) -> list[Path]:
+    """The paths of a family in a folder, written if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"synthetic_{index}" for index in range(count)]
+    names = [f"synthetic_{index}" for index in range(spec.count)]
     paths = [folder / f"{name}.safetensors" for name in names]
     if not all(path.exists() for path in paths):
-        write_family(folder, FamilySpec(count=count), names, overwrite=True)
+        write_family(folder, spec, names, overwrite=True)
     return paths
 
 

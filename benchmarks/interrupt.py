@@ -52,6 +52,12 @@ class Watch:
         return self.wish is not None and time.perf_counter() >= self.wish
 
     @property
+    def missed(self) -> bool:
+        """Whether the wish came in another phase."""
+        last = list(self.seen)[-1]
+        return last != self.phase and self.seen[last][0] < (self.wish or 0.0)
+
+    @property
     def control(self) -> Control:
         """For the run."""
         return Control(self.on_progress, self.should_stop)
@@ -102,7 +108,9 @@ def _trial(recipe: Recipe, watch: Watch) -> float:
         run_merge(preflight, watch.control)
     except InterruptedRun:
         late = time.perf_counter() - (watch.wish or 0.0)
-    else:  # faster than the first run, which may have had company
+    else:
+        late = None
+    if late is None or watch.missed:  # faster than the first run, which may have had company
         return _trial(recipe, Watch(watch.phase, watch.delay / 2))
     if _snapshot(recipe.output) != before:
         raise RuntimeError(f"stopped in {watch.phase}, a run left something behind")

@@ -36,7 +36,9 @@ SPECS = {
 def main() -> None:
     """Runs every step and prints the table."""
     options = _options()
-    paths = make_family(options.folder, options.count, options.family)
+    prefix = "synthetic" if options.family == "sd1" else f"synthetic_{options.family}"
+    spec = replace(SPECS[options.family], count=options.count)
+    paths = make_family(options.folder, spec, prefix)
     out = options.folder / f"out-{options.family}-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
     for path in paths:  # warm files
@@ -79,14 +81,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_family(folder: Path, count: int, family: str = "sd1") -> list[Path]:
-    """The paths of a full-size family in a folder, written if they are not there."""
+def make_family(folder: Path, spec: FamilySpec, prefix: str = "synthetic") -> list[Path]:
+    """The paths of a family in a folder, written if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = "synthetic" if family == "sd1" else f"synthetic_{family}"
-    names = [f"{start}_{index}" for index in range(count)]
+    names = [f"{prefix}_{index}" for index in range(spec.count)]
     paths = [folder / f"{name}.safetensors" for name in names]
     if not all(path.exists() for path in paths):
-        write_family(folder, replace(SPECS[family], count=count), names, overwrite=True)
+        write_family(folder, spec, names, overwrite=True)
     return paths
 
 

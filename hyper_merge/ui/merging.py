@@ -39,10 +39,8 @@ def start(host: Host, jobs: Jobs, *values: Any) -> str:
         preflight, _ = prepare(host, form)
         form = replace(form, name=preflight.recipe.name)
         jobs.start(form.name, functools.partial(_merge, host, form), host.log)
-    except BusyError as error:
-        return views.message("info", str(error))
     except HyperMergeError as error:
-        return views.message("bad", str(error))
+        return _refused(error)
     return ""
 
 
@@ -51,7 +49,7 @@ def start_demo(host: Host, jobs: Jobs) -> str:
     try:
         jobs.start("the demo's checkpoints", functools.partial(_make_demo, host), host.log)
     except HyperMergeError as error:
-        return views.message("bad", str(error))
+        return _refused(error)
     return ""
 
 
@@ -121,3 +119,7 @@ def _make_demo(host: Host, _task: str, control: Control) -> str:
 
 def _last(jobs: Jobs) -> Standing | None:
     return jobs.last.standing if jobs.last else None
+
+
+def _refused(error: HyperMergeError) -> str:
+    return views.message("info" if isinstance(error, BusyError) else "bad", str(error))

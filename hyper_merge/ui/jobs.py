@@ -91,10 +91,13 @@ class Job:
                 self._end("stopped", "stopped; no file was changed")
 
     def wait(self, seconds: float) -> None:
-        """Returns when something has changed, or after so many seconds."""
+        """Returns when it has ended, or after so many seconds.
+
+        Not at every step: a solve takes hundreds in a second, and a page that draws each of them
+        comes to lie minutes behind and no longer hears a click.
+        """
         with self._changed:
-            if self._standing.outcome == "running":
-                self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self._standing.outcome != "running", seconds)
 
     def _run(self) -> None:
         try:

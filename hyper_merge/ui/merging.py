@@ -26,7 +26,7 @@ from hyper_merge.ui.form import Form, recipe_of
 from hyper_merge.ui.jobs import BusyError, Jobs, Standing
 from hyper_merge.ui.picking import prepare
 
-_TICK: Final = 0.5  # seconds between looks at a job that says nothing
+_TICK: Final = 0.5  # seconds between looks at a job that runs
 
 
 def start(host: Host, jobs: Jobs, *values: Any) -> str:

@@ -103,6 +103,22 @@ def test_a_job_that_runs_stops_at_its_next_step(jobs):
     assert (now.outcome, now.message) == ("stopped", "stopped; no file was changed")
 
 
+def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
+    def work(task, control):
+        while True:
+            control.step("solving", 0.5)
+            time.sleep(0.001)
+
+    job = jobs.start("mix", work, ignore)
+    until(lambda: job.standing.fraction == 0.5)
+    begun = time.monotonic()
+    job.wait(0.3)
+    assert time.monotonic() - begun >= 0.3
+    job.stop()
+    job.wait(10)
+    assert job.standing.outcome == "stopped"
+
+
 def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
     begun = threading.Event()
 

@@ -85,9 +85,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     companions = companion_names(names) if preflight.vectors else ()
-    for name in (*names, *companions):
-        for suffix in (".safetensors", *CARD_SUFFIXES):
-            require_free(place.loras / f"{name}{suffix}", overwrite=recipe.overwrite)
+    _require_free(place, (*names, *companions), overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached, folders)
@@ -336,6 +334,12 @@ def _sizes(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence
         average=model.stat().st_size if place.exists else outputs.size_of(model),
         loras=sum(outputs.size_of(place.loras / f"{name}.safetensors") for name in names),
     )
+
+
+def _require_free(place: Place, names: Sequence[str], *, overwrite: bool) -> None:
+    for name in names:
+        for suffix in (".safetensors", *CARD_SUFFIXES):
+            require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)
 
 
 def _require_room(

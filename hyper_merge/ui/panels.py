@@ -262,7 +262,12 @@ def build_history() -> HistoryPanel:
 
 
 def _build_advanced(devices: Sequence[str]) -> list[Any]:
-    """The widgets from weights to VAE, in the order of `FormWidgets`."""
+    """The widgets from weights to companions, in the order of `FormWidgets`."""
+    return [*_build_base(), *_build_solver(devices), *_build_contents()]
+
+
+def _build_base() -> list[Any]:
+    """Weights, base, stored precision."""
     weights = _widget(
         gr.Textbox,
         "weights",
@@ -286,6 +291,11 @@ def _build_advanced(devices: Sequence[str]) -> list[Any]:
         label=LABELS["dtype"],
         info="Of the written files: 2, 2 or 4 bytes per number.",
     )
+    return [weights, base, dtype]
+
+
+def _build_solver(devices: Sequence[str]) -> list[Any]:
+    """Device, iterations, tolerance, seed."""
     with gr.Row():
         device = _widget(
             gr.Dropdown,
@@ -319,6 +329,11 @@ def _build_advanced(devices: Sequence[str]) -> list[Any]:
             label=LABELS["seed"],
             info="The same seed gives the same files.",
         )
+    return [device, iterations, tolerance, seed]
+
+
+def _build_contents() -> list[Any]:
+    """VAE, companions."""
     vae = _widget(
         gr.Radio,
         "vae",
@@ -333,9 +348,9 @@ def _build_advanced(devices: Sequence[str]) -> list[Any]:
         choices=list(EXACT_CHOICES),
         value=next(iter(EXACT_CHOICES)),
         label=LABELS["exact"],
-        info="Of what LoRAs cannot hold, for the same multipliers; no other program loads them.",
+        info="Files beside the LoRAs with what those cannot hold, for the programs named.",
     )
-    return [weights, base, dtype, device, iterations, tolerance, seed, vae, exact]
+    return [vae, exact]
 
 
 def _button(name: str, text: str, *, visible: bool = True) -> gr.Button:

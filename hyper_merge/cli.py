@@ -244,6 +244,6 @@ def _outcome(merged: Merged) -> str:
     row = report.checkpoints[0]
     lines += [
         f"To get {row.name}, load the hyper-model and put this into the prompt:",
-        report.tags(row.multipliers),
+        report.tags(row),
     ]
     return "\n".join(lines)

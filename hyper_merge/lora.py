@@ -83,6 +83,12 @@ class LoraFile:
     multipliers: Mapping[str, float]  # by the checkpoint's file stem
     explained: float  # fraction 0..1 of the deviations, by all blocks together
     dtype: torch.dtype = torch.float16  # of the stored factors
+    text_multipliers: Mapping[str, float] | None = None  # the text encoder's, if it has its own
+
+    def tag(self, stem: str, checkpoint: str) -> str:
+        """What adds a LoRA of this stem for a checkpoint."""
+        own = self.text_multipliers
+        return tag(stem, self.multipliers[checkpoint], own[checkpoint] if own else None)
 
 
 def lora_tensors(
@@ -252,6 +258,7 @@ def lora_metadata(
         _OWN + "index": str(file.index),
         _OWN + "rank": str(file.rank),
         _OWN + "multipliers": _json(dict(file.multipliers)),
+        **_text_multipliers(file),
         _OWN + "explained": repr(float(file.explained)),
     }
 
@@ -280,7 +287,7 @@ def checkpoint_metadata(lineage: Lineage) -> dict[str, str]:
 def card(file: LoraFile, stem: str) -> str:
     """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
     name = file.lineage.name
-    lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
+    lines = [f"{checkpoint}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers]
     others = "" if file.count == 1 else " together with the other LoRAs of this merge"
     return _card(
         {
@@ -332,6 +339,11 @@ def stage_checkpoint_card(
         place = path.with_suffix(suffix)
         if overwrite or not place.exists():
             outputs.bytes(place, content)
+
+
+def _text_multipliers(file: LoraFile) -> dict[str, str]:
+    own = file.text_multipliers
+    return {} if own is None else {_OWN + "text_multipliers": _json(dict(own))}
 
 
 def _rank(layer: Layer, factors: Factors) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from hyper_merge import __version__, analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
@@ -45,7 +46,7 @@ from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import Fit, Recovered, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
-from hyper_merge.solution import Rounded, find_blocks, rounded
+from hyper_merge.solution import Rounded, find_blocks, groups_of, rounded
 
 MANIFEST_VERSION: Final = 1
 
@@ -194,7 +195,8 @@ def _solve(
     alphas = recipe.ranks if has_alphas else (None,) * len(recipe.ranks)
     stored = (alphas, preflight.sources.dtype)
     blocks = rounded(analysis, batches, solution, stored, rounding)
-    return _Solved(blocks, fit(analysis, blocks), solution.losses)
+    groups = groups_of(analysis.layers, separate=recipe.multipliers == "separate")
+    return _Solved(blocks, fit(analysis, blocks, groups), solution.losses)
 
 
 def _average_writer(
@@ -216,6 +218,7 @@ def _lora_files(
     recipe = preflight.recipe
     stems = [header.stem for header in preflight.sources.headers]
     names = lora_names(place.run, recipe.ranks)
+    text = solved.found.multipliers.get("text_encoder")
     return {
         name: LoraFile(
             lineage=lineage,
@@ -223,12 +226,17 @@ def _lora_files(
             index=block,
             count=len(names),
             rank=recipe.ranks[block],
-            multipliers=dict(zip(stems, solved.found.multipliers[:, block].tolist(), strict=True)),
+            multipliers=_column(solved.found.multipliers["unet"], block, stems),
             explained=1 - solved.found.loss,
             dtype=preflight.sources.dtype,
+            text_multipliers=None if text is None else _column(text, block, stems),
         )
         for block, name in enumerate(names)
     }
+
+
+def _column(multipliers: Tensor, block: int, stems: Sequence[str]) -> dict[str, float]:
+    return dict(zip(stems, multipliers[:, block].tolist(), strict=True))
 
 
 def _stage_loras(
@@ -272,7 +280,9 @@ def _stage_companions(
     if not preflight.vectors:
         return ()
     vectors = preflight.vectors
-    companions = find_companions(preflight.sources, vectors, found.multipliers, control.check)
+    companions = find_companions(
+        preflight.sources, vectors, found.multipliers["unet"], control.check
+    )
     names = companion_names(tuple(files))
     for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
         path = place.loras / f"{name}.safetensors"
@@ -283,7 +293,7 @@ def _stage_companions(
 def _stage_texts(
     outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> None:
-    lines = (f"{row.name}: {report.tags(row.multipliers)}\n" for row in report.checkpoints)
+    lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
     manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
     outputs.text(place.folder / MULTIPLIERS, "".join(lines))
     outputs.text(place.folder / REPORT, text(report))

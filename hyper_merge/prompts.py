@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Final
+from itertools import repeat
+from typing import Final, NamedTuple
 
 DIGITS: Final = 5
 """Decimals of a multiplier in a prompt: it is off by 5e-6 at most."""
@@ -12,6 +13,14 @@ DIGITS: Final = 5
 _TAG: Final = re.compile(r"<lora:([^>]*)>")
 _NAME: Final = re.compile(r"[^:<>=\n]+")  # what a host's parser takes for one name
 _NUMBER: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
+
+
+class Tag(NamedTuple):
+    """One LoRA in a prompt."""
+
+    name: str
+    multiplier: float  # of the UNet
+    text_multiplier: float  # of the text encoder
 
 
 def lora_names(name: str, ranks: Sequence[int]) -> tuple[str, ...]:
@@ -32,56 +41,69 @@ def companion_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name}-exact" for name in names)
 
 
-def tag(name: str, multiplier: float, digits: int = DIGITS) -> str:
+def tag(name: str, multiplier: float, text_multiplier: float | None = None) -> str:
     """What adds one LoRA in a prompt.
 
     Args:
         name: the LoRA's file stem.
         multiplier: any finite number.
-        digits: decimals; never an exponent, which not all hosts' buttons understand.
+        text_multiplier: that of the text encoder, where it has one of its own.
 
     Raises:
         ValueError: a name that prompts cannot hold, or a multiplier that is not finite.
 
     >>> tag("mix_0-128", 0.91234567)
     '<lora:mix_0-128:0.91235>'
+    >>> tag("mix_0-128", 0.91234567, -0.5)
+    '<lora:mix_0-128:-0.50000:0.91235>'
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"expected a name without : < > = and line breaks, got {name!r}")
-    rounded = round(float(multiplier), digits) + 0.0  # -0.0 + 0.0 is 0.0
-    text = f"{rounded:.{digits}f}"
-    if not _NUMBER.fullmatch(text):
-        raise ValueError(f"expected a finite multiplier for {name}, got {text}")
-    return f"<lora:{name}:{text}>"
+    numbers = (multiplier,) if text_multiplier is None else (text_multiplier, multiplier)
+    return f"<lora:{name}:{':'.join(_number(name, x) for x in numbers)}>"
 
 
-def tags(names: Sequence[str], multipliers: Iterable[float], digits: int = DIGITS) -> str:
+def tags(
+    names: Sequence[str],
+    multipliers: Iterable[float],
+    text_multipliers: Iterable[float] = (),
+) -> str:
     """What adds all LoRAs: one tag each, for a LoRA named twice counts differently in each host.
 
     Args:
         names: file stems of the LoRAs.
         multipliers: one per LoRA.
-        digits: decimals.
+        text_multipliers: the text encoder's, one per LoRA; none where it takes the same.
 
     Raises:
         ValueError: as for `tag`, and for another number of multipliers than of names.
     """
-    return " ".join(tag(name, x, digits) for name, x in zip(names, multipliers, strict=True))
+    texts = list(text_multipliers)
+    rows = zip(names, multipliers, texts or repeat(None, len(names)), strict=True)
+    return " ".join(tag(name, x, text) for name, x, text in rows)
 
 
-def parse_tags(text: str) -> list[tuple[str, float]]:
-    """Names and multipliers of all LoRA tags of a prompt, in its order; 1 where none is given.
+def parse_tags(text: str) -> list[Tag]:
+    """All LoRA tags of a prompt, in its order; a multiplier is 1 where none is given.
 
     Raises:
-        ValueError: a tag with more than one multiplier, or one that is not a plain number.
+        ValueError: a tag with more than two multipliers, or one that is not a plain number.
     """
     return [_parse(match[0], match[1]) for match in _TAG.finditer(text)]
 
 
-def _parse(whole: str, inner: str) -> tuple[str, float]:
+def _number(name: str, multiplier: float) -> str:
+    """With a fixed number of decimals: not all hosts' buttons understand an exponent."""
+    rounded = round(float(multiplier), DIGITS) + 0.0  # -0.0 + 0.0 is 0.0
+    text = f"{rounded:.{DIGITS}f}"
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"expected a finite multiplier for {name}, got {text}")
+    return text
+
+
+def _parse(whole: str, inner: str) -> Tag:
     name, *numbers = inner.split(":")
-    if not numbers:
-        return name, 1.0
-    if len(numbers) > 1 or not _NUMBER.fullmatch(numbers[0]):
-        raise ValueError(f"expected <lora:name:multiplier>, got {whole}")
-    return name, float(numbers[0])
+    if len(numbers) > 2 or not all(map(_NUMBER.fullmatch, numbers)):
+        raise ValueError(f"expected <lora:name:multiplier> or <lora:name:te:unet>, got {whole}")
+    first, last = (numbers[0], numbers[-1]) if numbers else ("1", "1")
+    return Tag(name, float(last), float(first))

@@ -70,6 +70,7 @@ class Recipe:
         overwrite: Whether existing files may be replaced.
         seed: Of everything random.
         method: `joint`, or `greedy` as in the original project.
+        multipliers: Whether the text encoder has `separate` ones, or one number is `shared`.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: What companions of the LoRAs hold: `none`, the UNet's `norms`, or `all` (biases too).
     """
@@ -87,6 +88,7 @@ class Recipe:
     overwrite: bool = False
     seed: int = 0
     method: Literal["joint", "greedy"] = "joint"
+    multipliers: Literal["separate", "shared"] = "separate"
     vae: Literal["first", "average"] = "first"
     exact: Literal["none", "norms", "all"] = "none"
 

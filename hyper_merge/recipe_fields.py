@@ -104,6 +104,8 @@ FIELDS: tuple[Field, ...] = (
     Field("seed", "N", "seed of everything random", whole(0, 2**63 - 1)),
     Field("method", "METHOD", "joint, or greedy as in the original project",
           choice("joint", "greedy")),
+    Field("multipliers", "WHICH", "separate ones for text encoder and UNet, or shared: one number",
+          choice("separate", "shared")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"

@@ -32,7 +32,7 @@ _WORDS: Final = {
 class Fit:
     """Multipliers for blocks as written, and what they leave unexplained."""
 
-    multipliers: Tensor  # (k, R), float64
+    multipliers: Mapping[str, Tensor]  # by the layers' part: (k, R), float64
     errors: Tensor  # (layers, k), float64: squared norms of what is left
     energies: Tensor  # (layers, k), float64: squared norms of the deviations
     curve: Tensor  # (R + 1, k), float64: explained shares with the first 0, 1, ..., R blocks
@@ -53,16 +53,30 @@ class Fit:
         return 1 - left
 
 
-def fit(analysis: Analysis, blocks: Rounded) -> Fit:
-    """The best multipliers for the blocks as they are written, and the exact loss with them."""
+def fit(analysis: Analysis, blocks: Rounded, groups: Mapping[str, Sequence[int]]) -> Fit:
+    """The best multipliers for the blocks as they are written, and the exact loss with them.
+
+    Args:
+        analysis: of the checkpoints.
+        blocks: as the files hold them.
+        groups: the layers that share one set of multipliers, by the names of their parts.
+    """
     of = energies(analysis.grams, analysis.contrasts)
     cross = distances(analysis.contrasts) @ blocks.cross  # (layers, k, R)
-    total = Statistics(float(of.sum()), cross.sum(0), blocks.gram.sum(0))
-    multipliers = fit_multipliers(total)
-    explained = 2 * (cross * multipliers).sum(2)
-    squares = torch.einsum("kr,lrs,ks->lk", multipliers, blocks.gram, multipliers)
-    errors = (of - explained + squares).clamp(min=0)
-    return Fit(multipliers, errors, of, _curve(total, of.sum(0)))
+    errors, curve = torch.empty_like(of), torch.zeros(cross.shape[2] + 1, cross.shape[1]).double()
+    multipliers = {}
+    for name, members in groups.items():
+        inside = list(members)
+        gram = blocks.gram[inside]
+        total = Statistics(float(of[inside].sum()), cross[inside].sum(0), gram.sum(0))
+        found = fit_multipliers(total)
+        squares = torch.einsum("kr,lrs,ks->lk", found, gram, found)
+        errors[inside] = of[inside] - 2 * (cross[inside] * found).sum(2) + squares
+        curve += _explained_energies(total)
+        multipliers[name] = found
+    shares = torch.where(of.sum(0) > 0, curve / of.sum(0), 1.0).clamp(0, 1)
+    shares[0] = 0.0
+    return Fit(multipliers, errors.clamp(min=0), of, shares)
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,12 @@ class CheckpointReport:
     explained_text_encoder: float
     error: float  # norm of what is left, as a fraction of the deviation's norm
     not_carried: float  # share of its whole deviation that lies in tensors that no LoRA carries
-    multipliers: tuple[float, ...]
+    multipliers: tuple[float, ...]  # of the UNet, or of everything
+    text_multipliers: tuple[float, ...] = ()  # of the text encoder, where it has its own
+
+    def multipliers_of(self, part: str) -> tuple[float, ...]:
+        """Those of the layers of a part, "unet" or "text_encoder"."""
+        return (part == "text_encoder" and self.text_multipliers) or self.multipliers
 
 
 @dataclass(frozen=True)
@@ -119,10 +138,11 @@ class Report:
     companions: tuple[str, ...] = ()  # one per LoRA if any, to be used with its multipliers
     recovered: tuple[Recovered, ...] = ()  # by these companions
 
-    def tags(self, multipliers: Sequence[float]) -> str:
+    def tags(self, row: CheckpointReport) -> str:
         """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
-        names = (*self.loras, *self.companions)
-        return tags(names, (*multipliers, *multipliers)[: len(names)])
+        loras = tags(self.loras, row.multipliers, row.text_multipliers)
+        companions = tags(self.companions, row.multipliers) if self.companions else ""
+        return f"{loras} {companions}".strip()
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -140,6 +160,11 @@ class Report:
         k, blocks = len(report.checkpoints), len(report.loras)
         for name, found, expected in (
             ("multipliers", [row.multipliers for row in report.checkpoints], (k, blocks)),
+            (
+                "text_multipliers",
+                [row.text_multipliers for row in report.checkpoints if row.text_multipliers],
+                (k, blocks),
+            ),
             ("curve", report.curve, (blocks + 1, k)),
             ("similarity", report.similarity, (k, k)),
         ):
@@ -199,6 +224,7 @@ def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[Checkpo
     unet, encoder = (
         found.explained(torch.tensor([part == which for part in parts])).tolist() for which in PARTS
     )
+    text = found.multipliers.get("text_encoder")
     layers = found.energies.sum(0)
     outside = torch.stack(list(analysis.not_carried.values())).sum(0)
     return tuple(
@@ -209,23 +235,22 @@ def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[Checkpo
             explained_text_encoder=encoder[c],
             error=max(1 - explained, 0.0) ** 0.5,
             not_carried=_share(outside[c], layers[c] + outside[c]),
-            multipliers=tuple(found.multipliers[c].tolist()),
+            multipliers=tuple(found.multipliers["unet"][c].tolist()),
+            text_multipliers=tuple(text[c].tolist()) if text is not None else (),
         )
         for c, (name, explained) in enumerate(zip(names, found.explained().tolist(), strict=True))
     )
 
 
-def _curve(
-    found: Statistics,  # of the blocks as written, over all layers
-    energies: Tensor,  # (k,)
+def _explained_energies(
+    found: Statistics,  # of the blocks as written, over the layers of one group
 ) -> Tensor:  # (R + 1, k)
-    """Explained share of every checkpoint by the first blocks, the multipliers fitted for those."""
-    rows = [torch.zeros_like(energies)]
+    """What the first blocks explain of every checkpoint, the multipliers fitted for those."""
+    rows = [found.cross.new_zeros(len(found.cross))]
     for count in range(1, len(found.gram) + 1):
         cross, gram = found.cross[:, :count], found.gram[:count, :count]
         multipliers = fit_multipliers(Statistics(found.energy, cross, gram))
-        explained = (multipliers * (2 * cross - multipliers @ gram)).sum(1)
-        rows.append(torch.where(energies > 0, explained / energies, 1.0).clamp(0, 1))
+        rows.append((multipliers * (2 * cross - multipliers @ gram)).sum(1))
     return torch.stack(rows)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis, width_for
+from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.decomposition.gauge import balanced, unit_scales
@@ -53,6 +54,16 @@ class Rounded:
     factors: list[list[tuple[Tensor, Tensor]]]  # per layer and block: (m, r), (r, n)
     cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
     gram: Tensor  # (layers, R, R), float64: <block, block>
+
+
+def groups_of(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
+    """The layers that share multipliers, by part; all of them are "unet" where nothing separates them."""
+    if not separate or len({layer.part for layer in layers}) == 1:
+        return {"unet": list(range(len(layers)))}
+    groups: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault(layer.part, []).append(index)
+    return groups
 
 
 def find_blocks(

@@ -130,6 +130,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "overwrite": "true",
         "seed": "9",
         "method": "greedy",
+        "multipliers": "shared",
         "vae": "average",
         "exact": "norms",
     }
@@ -148,6 +149,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         overwrite=True,
         seed=9,
         method="greedy",
+        multipliers="shared",
         vae="average",
         exact="norms",
     )
@@ -207,6 +209,7 @@ RECIPES = st.builds(
     overwrite=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
     method=st.sampled_from(["joint", "greedy"]),
+    multipliers=st.sampled_from(["separate", "shared"]),
     vae=st.sampled_from(["first", "average"]),
 ).flatmap(
     lambda recipe: (

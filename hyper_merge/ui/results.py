@@ -50,7 +50,7 @@ def show(host: Host, name: str | None) -> tuple[Any, ...]:
 def prompts_of(run: Run) -> dict[str, str]:
     """The tags of every checkpoint of a run, by its name."""
     report = run.report
-    return {row.name: report.tags(row.multipliers) for row in report.checkpoints}
+    return {row.name: report.tags(row) for row in report.checkpoints}
 
 
 def sent(name: str, title: str) -> str:

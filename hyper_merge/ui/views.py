@@ -199,7 +199,9 @@ def result_table(report: Report) -> str:
     blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
-    return table(head, rows, numeric=range(1, len(head)))
+    separate = any(row.text_multipliers for row in report.checkpoints)
+    note = hint("Multipliers, of the text encoder : of the UNet.") if separate else ""
+    return table(head, rows, numeric=range(1, len(head))) + note
 
 
 def runs(found: Sequence[Run], problems: Iterable[str]) -> str:
@@ -239,8 +241,14 @@ def file_list(paths: Sequence[Path], question: str) -> str:
 
 def _result_row(row: CheckpointReport) -> tuple[str, ...]:
     shares = (row.explained, row.explained_unet, row.explained_text_encoder)
-    multipliers = [f"{x:.3f}" for x in row.multipliers]
-    return (_text(row.name), *(percent(share) for share in shares), *multipliers)
+    return (_text(row.name), *(percent(share) for share in shares), *_multipliers(row))
+
+
+def _multipliers(row: CheckpointReport) -> list[str]:
+    if not row.text_multipliers:
+        return [f"{x:.3f}" for x in row.multipliers]
+    pairs = zip(row.text_multipliers, row.multipliers, strict=True)
+    return [f"{text:.3f} : {unet:.3f}" for text, unet in pairs]
 
 
 def _run_row(run: Run) -> tuple[str, ...]:

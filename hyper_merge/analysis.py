@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.layers import (
-    Layer,
     Treatment,
     is_position_ids,
     kind_of,
@@ -46,6 +45,11 @@ class Work:
     device: torch.device
     seed: int = 0
     width: int | None = None  # columns of the bases at most; None for the average alone
+    widths: tuple[int, ...] = ()  # per layer, where they differ: `width` is then about their mean
+
+    def width_of(self, index: int) -> int:
+        """Columns of a layer's bases at most."""
+        return self.widths[index] if self.widths else self.width or 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,7 @@ class LayerAnalysis:
     compressed: Compressed
     rounding: Tensor  # (p, q): the average's rounding error in the layer's bases
     spectra: Spectra
+    weight: float  # squared norm of the average's own matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +98,7 @@ def run_pass(
         CheckpointError: a file was changed or cannot be read.
     """
     phase = "averaging" if work.width is None else "reading and analysing"
-    costs = pass_costs(sources, work.width)
+    costs = pass_costs(sources, work)
     tally = control.tally(phase, costs)
     not_carried: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -123,7 +128,7 @@ def run_pass(
     return not_carried
 
 
-def pass_costs(sources: Sources, width: int | None) -> dict[str, float]:
+def pass_costs(sources: Sources, work: Work) -> dict[str, float]:
     """What each tensor of the pass takes, in multiply-adds of large products, nearly."""
     layout, count = sources.layout, len(sources.read)
     costs = {
@@ -131,13 +136,14 @@ def pass_costs(sources: Sources, width: int | None) -> dict[str, float]:
         for key, how in layout.treatments.items()
         if _is_averaged(how)
     }
-    if width is None:
+    if work.width is None:
         return costs
     contrasts = sources.contrasts
-    for layer in layout.layers:
+    for index, layer in enumerate(layout.layers):
+        width = work.width_of(index)
         shape = (contrasts.dimensions + 1, layer.m, layer.n)  # the rounding is projected too
         costs[layer.key] += compression_cost(shape, width)
-        costs[layer.key] += _EIGENVALUES * (contrasts.count + 1) * min(width, layer.m, layer.n) ** 3
+        costs[layer.key] += _EIGENVALUES * (contrasts.count + 2) * min(width, layer.m, layer.n) ** 3
     return costs
 
 
@@ -185,8 +191,7 @@ def _taken_apart(
         averages.append(found.base)
         total = total + energies(found.gram, contrasts)
         if index is not None and work.width is not None:
-            layer = _analysis(found, sources.layout.layers[index], contrasts, work, tick)
-            layers.append(replace(layer, index=index))
+            layers.append(_analysis(found, sources, index, work, tick))
     average = torch.cat(averages).view(tensors[0].shape)
     return Found(average, torch.as_tensor(total), tuple(layers))
 
@@ -237,20 +242,22 @@ def _refuse_non_finite(sources: Sources, key: str, tensors: Sequence[Tensor]) ->
 
 def _analysis(
     found: Deviations,
-    layer: Layer,
-    contrasts: Contrasts,
+    sources: Sources,
+    index: int,  # of the layer
     work: Work,
     tick: Callable[[float], None],
 ) -> LayerAnalysis:
+    layer = sources.layout.layers[index]
     slices = found.slices.view(len(found.slices), layer.m, layer.n)
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(work.seed ^ zlib.crc32(layer.module.encode()))
-    compressed = compress(slices, found.gram[:-1, :-1], work.width or 0, generator, tick)
+    compressed = compress(slices, found.gram[:-1, :-1], work.width_of(index), generator, tick)
     error = found.rounding.view(1, layer.m, layer.n)
     return LayerAnalysis(
-        index=-1,
+        index=index,
         gram=found.gram,
         compressed=compressed,
         rounding=project(error, compressed.left, compressed.right, tick)[0],
-        spectra=spectra(compressed.core, contrasts.to_deviations),
+        spectra=spectra(compressed.core, sources.contrasts.to_deviations),
+        weight=float(found.base.double().square().sum()),
     )

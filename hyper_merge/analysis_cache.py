@@ -31,7 +31,7 @@ from hyper_merge.sources import Sources, bases_width
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SIZE_LIMIT: Final = 20 * GB  # bytes of all analyses; the least recently used go first
 
-_VERSION: Final = 2  # of the files' content; another one is never read
+_VERSION: Final = 3  # of the files' content; another one is never read
 _SUFFIX: Final = ".analysis.safetensors"
 _SOLUTIONS: Final = ".solutions.json"  # beside it
 _TRIED: Final = 4  # of them, the newest
@@ -56,6 +56,11 @@ class Analysis:
         return self._file.tensor("grams")
 
     @property
+    def weights(self) -> Tensor:  # (layers,), float64
+        """Squared norm of the average in every layer."""
+        return self._file.tensor("weights")
+
+    @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
         """Energies outside of all layers, by kind and checkpoint."""
         return dict(zip(KINDS, self._file.tensor("not_carried"), strict=True))
@@ -63,7 +68,7 @@ class Analysis:
     @property
     def spectra(self) -> list[Spectra]:
         """Of every layer."""
-        names = ("stack", "private")
+        names = ("rows", "columns", "private")
         return [
             Spectra(*(self._file.tensor(f"{i}.{name}") for name in names))
             for i in range(len(self.layers))
@@ -82,36 +87,47 @@ class Analysis:
         left, right = self._file.tensor(f"{index}.left"), self._file.tensor(f"{index}.right")
         return left.float(), right.float()
 
-    def earlier_solutions(self, ranks: Sequence[int]) -> list[Tensor]:  # each (d, R), float64
-        """Multipliers that were found for other lists of ranks, before this one: good starts.
+    def core_shape(self, index: int) -> tuple[int, int]:  # p, q
+        """Sides of a layer's core, without reading it."""
+        return self._file.header.tensors[f"{index}.rounding"].shape  # type: ignore[return-value]
 
-        Later ones are left out, so that the same list gives the same result again.
+    def earlier_solutions(self, name: str, group: str) -> list[Tensor]:  # each (d, R), float64
+        """Multipliers that were found with other settings, before these: good starts.
+
+        Later ones are left out, so that the same settings give the same result again.
+
+        Args:
+            name: of the settings.
+            group: of the layers.
         """
         solutions = list(self._remembered().items())
-        names = [name for name, _ in solutions]
-        name = _name(ranks)
+        names = [known for known, _ in solutions]
         before = solutions[: names.index(name)] if name in names else solutions
-        return [torch.tensor(rows, dtype=torch.float64) for _, rows in before[-_TRIED:]]
+        found = [groups[group] for _, groups in before if group in groups]
+        return [torch.tensor(rows, dtype=torch.float64) for rows in found[-_TRIED:]]
 
     def remember(
         self,
-        ranks: Sequence[int],
-        multipliers: Tensor,  # (d, R)
+        name: str,
+        multipliers: Mapping[str, Tensor],  # by group of layers: (d, R)
     ) -> None:
-        """Keeps a solution's multipliers for later lists of ranks; the first one for each list."""
+        """Keeps a solution's multipliers for later settings; the first one for each of them."""
         solutions = self._remembered()
-        solutions.setdefault(_name(ranks), multipliers.tolist())
+        solutions.setdefault(name, {group: rows.tolist() for group, rows in multipliers.items()})
         with Outputs(overwrite=True) as outputs:
             outputs.text(self._solutions, json.dumps(solutions))
 
-    def _remembered(self) -> dict[str, list[list[float]]]:
-        """All solutions by list of ranks, oldest first; none where the file is missing or damaged."""
+    def _remembered(self) -> dict[str, dict[str, list[list[float]]]]:
+        """All solutions by their settings, oldest first; none where the file is missing or damaged."""
         try:
             solutions = json.loads(self._solutions.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         d = self.contrasts.dimensions
-        fits = isinstance(solutions, dict) and all(len(rows) == d for rows in solutions.values())
+        fits = isinstance(solutions, dict) and all(
+            isinstance(groups, dict) and all(len(rows) == d for rows in groups.values())
+            for groups in solutions.values()
+        )
         return solutions if fits else {}
 
 
@@ -133,6 +149,7 @@ class AnalysisWriter:
     def __init__(self, writer: SafetensorsWriter) -> None:
         """Takes the open writer of `new_analysis`."""
         self._grams: dict[int, Tensor] = {}
+        self._weights: dict[int, float] = {}
         self._writer = writer
 
     def keep(self, layer: LayerAnalysis) -> None:
@@ -144,15 +161,20 @@ class AnalysisWriter:
             "left": compressed.left,
             "right": compressed.right,
             "rounding": layer.rounding,
-            "stack": spectra.stack,
+            "rows": spectra.rows,
+            "columns": spectra.columns,
             "private": spectra.private,
         }
+        self._weights[layer.index] = layer.weight
         for name, tensor in parts.items():
             self._writer.write(f"{layer.index}.{name}", tensor)
 
     def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
         """Takes what is known only after the last tensor."""
-        grams = torch.stack([self._grams[index] for index in sorted(self._grams)])
+        order = sorted(self._grams)
+        grams = torch.stack([self._grams[index] for index in order])
+        weights = torch.tensor([self._weights[index] for index in order], dtype=torch.float64)
+        self._writer.write("weights", weights)
         k = grams.new_zeros(next(iter(not_carried.values())).shape)
         self._writer.write("grams", grams)
         self._writer.write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
@@ -164,12 +186,8 @@ def new_analysis(path: Path, sources: Sources, work: Work) -> Iterator[AnalysisW
     about = json.dumps({"width": work.width, **_identity(sources, work.seed)})
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(path, _tensors(sources, work.width or 0), {_ABOUT: about}) as writer:
+    with SafetensorsWriter(path, _tensors(sources, work), {_ABOUT: about}) as writer:
         yield AnalysisWriter(writer)
-
-
-def _name(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks))
 
 
 def width_for(ranks: Sequence[int]) -> int:
@@ -252,9 +270,9 @@ def prune(folder: Path, limit: int = SIZE_LIMIT) -> None:
                 _solutions_of(path).unlink(missing_ok=True)
 
 
-def analysis_bytes(sources: Sources, width: int) -> int:
+def analysis_bytes(sources: Sources, work: Work) -> int:
     """Size of an analysis file, less its header."""
-    return sum(info.nbytes for info in _tensors(sources, width).values())
+    return sum(info.nbytes for info in _tensors(sources, work).values())
 
 
 def _files(folder: Path) -> list[Path]:
@@ -310,19 +328,21 @@ def file_identity(header: Header) -> list[str | int]:
     return [fingerprint(header), header.size, header.mtime_ns]
 
 
-def _tensors(sources: Sources, width: int) -> dict[str, TensorInfo]:
+def _tensors(sources: Sources, work: Work) -> dict[str, TensorInfo]:
     d, k = sources.contrasts.dimensions, sources.contrasts.count
     count = len(sources.layout.layers)
     tensors = {
         "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
+        "weights": TensorInfo(torch.float64, (count,)),
         "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
     }
     for index, layer in enumerate(sources.layout.layers):
-        p, q = bases_width(layer, width)
+        p, q = bases_width(layer, work.width_of(index))
         tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
         tensors[f"{index}.rounding"] = TensorInfo(_ROUNDING_DTYPE, (p, q))
         tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
         tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
-        tensors[f"{index}.stack"] = TensorInfo(torch.float64, (min(p, q),))
+        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
+        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
         tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
     return tensors

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from hyper_merge.analysis import pass_costs
+from hyper_merge.analysis import Work, pass_costs
 from hyper_merge.analysis_cache import width_for
 from hyper_merge.effort import seconds_of
 from hyper_merge.lineage import bytes_to_hash
@@ -82,9 +82,10 @@ def _reading(sources: Sources, recipe: Recipe, device: torch.device, existing: E
     entries = _entries(sources)
     if existing.analysis:
         return seconds_of(entries, _HOST)
-    products = sum(pass_costs(sources, width_for(recipe.ranks)).values()) - entries
+    work = Work(device, recipe.seed, width_for(recipe.ranks))
+    products = sum(pass_costs(sources, work).values()) - entries
     return seconds_of(entries, _HOST) + seconds_of(products, device)
 
 
 def _entries(sources: Sources) -> float:
-    return sum(pass_costs(sources, None).values())
+    return sum(pass_costs(sources, Work(_HOST)).values())

@@ -156,35 +156,32 @@ def as_lora_weights(
     Raises:
         NonFiniteError: NaN, infinity, or more than a half-precision file can safely hold.
     """
-    rank = up.shape[1]
-    root = _root(rank, alpha)
-    stored = {
-        layer.module + _DOWN: _stored(layer, down * root, dtype).reshape(layer.down_shape(rank)),
-        layer.module + _UP: _stored(layer, up * root, dtype).reshape(layer.up_shape(rank)),
-    }
-    if alpha is not None:
-        value = torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, dtype))
-        stored[layer.module + _ALPHA] = value
-    return stored
+    return _named(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
 
 
-def as_hosts_add(
+def stored_factors(
     layer: Layer,
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
     alpha: int | None,
     dtype: torch.dtype = torch.float16,
-) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
-    """The factors after the file's rounding, whose product is what a host adds in exact arithmetic.
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
+    """The factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
+    root = _root(up.shape[1], alpha)
+    return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
-    Multipliers that are fitted to these are right for the file. Arguments and errors are those of
-    `as_lora_weights`.
+
+def as_hosts_add(
+    up: Tensor,  # (m, r), as a file holds it
+    down: Tensor,  # (r, n)
+    alpha: int | None,
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
+    """Factors whose product is what a host adds in exact arithmetic.
+
+    Multipliers that are fitted to these are right for the file.
     """
-    rank = up.shape[1]
-    stored = as_lora_weights(layer, up, down, alpha, dtype)
-    rounded_up, rounded_down = (stored[layer.module + end].float() for end in (_UP, _DOWN))
-    root = _root(rank, alpha)
-    return rounded_up.flatten(1) / root, rounded_down.flatten(1) / root
+    root = _root(up.shape[1], alpha)
+    return up.float() / root, down.float() / root
 
 
 def write_lora(
@@ -201,13 +198,12 @@ def write_lora(
         outputs: the merge's files; they appear together.
         path: of the file; hosts call the LoRA by its stem.
         layers: of the checkpoints.
-        factors: of the block, in any precision.
+        factors: of the block, as `stored_factors` gives them for the file's alpha and type.
         file: everything else.
         tick: told the bytes of every tensor when it is hashed and when it is written; may raise,
             to stop.
 
     Raises:
-        NonFiniteError: factors that the file's type cannot hold.
         OutputError: the place is taken.
     """
     ranks = whole_groups(layers, [_rank(layer, factors) for layer in layers])
@@ -216,8 +212,8 @@ def write_lora(
     for layer, rank in zip(layers, ranks, strict=True):
         tick(0)
         if rank:
-            pair = factors[layer.module] if _rank(layer, factors) else _zeros(layer)
-            stored |= as_lora_weights(layer, *pair, alpha, file.dtype)
+            pair = factors[layer.module] if _rank(layer, factors) else _zeros(layer, file.dtype)
+            stored |= _named(layer, pair, alpha)
     declared = lora_tensors(layers, ranks, file.dtype, alpha)
     model_hash = content_sha256(stored, declared, tick)
     metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {0, file.rank})
@@ -350,12 +346,25 @@ def _rank(layer: Layer, factors: Factors) -> int:
     return factors[layer.module][0].shape[1] if layer.module in factors else 0
 
 
-def _zeros(layer: Layer) -> tuple[Tensor, Tensor]:  # (m, 1), (1, n)
-    return torch.zeros(layer.m, 1), torch.zeros(1, layer.n)
+def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: int | None) -> dict[str, Tensor]:
+    up, down = stored
+    rank = up.shape[1]
+    tensors = {
+        layer.module + _DOWN: down.reshape(layer.down_shape(rank)),
+        layer.module + _UP: up.reshape(layer.up_shape(rank)),
+    }
+    if alpha is not None:
+        value = torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, up.dtype))
+        tensors[layer.module + _ALPHA] = value
+    return tensors
+
+
+def _zeros(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (m, 1), (1, n)
+    return torch.zeros(layer.m, 1, dtype=dtype), torch.zeros(1, layer.n, dtype=dtype)
 
 
 def _root(rank: int, alpha: int | None) -> float:
-    return 1.0 if alpha is None else math.sqrt(rank / alpha)
+    return 1.0 if alpha is None or rank == 0 else math.sqrt(rank / alpha)
 
 
 def _alpha_dtype(alpha: int, dtype: torch.dtype) -> torch.dtype:

@@ -44,9 +44,12 @@ from hyper_merge.lora import (
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
 from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import Fit, Recovered, Report, Sizes, fit, make_report
+from hyper_merge.report import BlockChoice, Fit, Recovered, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
-from hyper_merge.solution import Rounded, find_blocks, groups_of, rounded
+from hyper_merge.rounding import Rounded, rounded
+from hyper_merge.solution import find_blocks
+from hyper_merge.weighting import layer_weights
+from hyper_merge.widths import widths_for
 
 MANIFEST_VERSION: Final = 1
 
@@ -87,7 +90,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     names = lora_names(place.run, recipe.ranks)
     companions = companion_names(names) if preflight.vectors else ()
     _require_free(place, (*names, *companions), overwrite=recipe.overwrite)
-    work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
+    work = preflight.work
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached, folders)
     existing = Existing(folders.cache, average=place.exists, analysis=cached is not None)
@@ -118,7 +121,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
             report = make_report(
                 analysis,
                 solved.found,
-                preflight.ranks,
+                BlockChoice(solved.blocks.ranks, preflight.allowance, preflight.groups),
                 (place.run, names, [header.stem for header in sources.headers]),
                 (recipe.method, solved.losses),
                 _sizes(preflight, place, outputs, (*names, *companions)),
@@ -172,6 +175,7 @@ def _read(
             work = Work(work.device, work.seed)
             run_pass(preflight.sources, work, average.write, _ignore, control)
         return
+    work = replace(work, widths=widths_for(preflight.sources, work.width or 0, control))
     with new_analysis(path, preflight.sources, work) as analysis:
         if place.exists:
             not_carried = run_pass(preflight.sources, work, None, analysis.keep, control)
@@ -190,13 +194,12 @@ def _solve(
     controls: tuple[Control, Control],
 ) -> _Solved:
     recipe, (solving, rounding) = preflight.recipe, controls
-    batches, solution = find_blocks(analysis, recipe, preflight.ranks, device, solving)
-    has_alphas = preflight.sources.layout.family.lora_alpha
-    alphas = recipe.ranks if has_alphas else (None,) * len(recipe.ranks)
-    stored = (alphas, preflight.sources.dtype)
-    blocks = rounded(analysis, batches, solution, stored, rounding)
-    groups = groups_of(analysis.layers, separate=recipe.multipliers == "separate")
-    return _Solved(blocks, fit(analysis, blocks, groups), solution.losses)
+    allowance = preflight.allowance
+    found = find_blocks(analysis, recipe, preflight.ranks, allowance, (device, solving))
+    stored = (preflight.alphas, preflight.sources.dtype)
+    blocks = rounded(analysis, found, preflight.groups, stored, rounding)
+    fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))
+    return _Solved(blocks, fitted, found.losses)
 
 
 def _average_writer(
@@ -326,6 +329,7 @@ def _manifest(
         ],
         "base_is_first_source": preflight.sources.base is not None,
         "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
+        "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
         "report": report.as_dict(),
     }
 

@@ -18,7 +18,7 @@ from hyper_merge.analysis_cache import analysis_bytes, file_identity, find, widt
 from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_families
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
-from hyper_merge.checkpoints.layers import layout_of
+from hyper_merge.checkpoints.layers import Layer, layout_of
 from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.vectors import Vector
@@ -30,6 +30,7 @@ from hyper_merge.folders import Folders
 from hyper_merge.lora import lora_bytes
 from hyper_merge.recipe import AVERAGE, Recipe
 from hyper_merge.sizes import size_text
+from hyper_merge.solution import Allowance, groups_of
 from hyper_merge.sources import Sources, bases_width
 
 _AT_ONCE: Final = 2  # layers in the pass
@@ -69,9 +70,37 @@ class Preflight:
         return even_ranks(self.recipe.ranks, [(layer.m, layer.n) for layer in layers])
 
     @cached_property
+    def groups(self) -> dict[str, list[int]]:
+        """The layers that share multipliers."""
+        separate = self.recipe.multipliers == "separate"
+        return groups_of(self.sources.layout.layers, separate=separate)
+
+    @property
+    def alphas(self) -> tuple[int | None, ...]:
+        """Of the LoRA files."""
+        ranks = self.recipe.ranks
+        return ranks if self.sources.layout.family.lora_alpha else (None,) * len(ranks)
+
+    @cached_property
+    def allowance(self) -> Allowance | None:
+        """The bytes of the even ranks, to be spread over the layers; None where they stay even."""
+        recipe, layers = self.recipe, self.sources.layout.layers
+        if recipe.allocation == "even" or recipe.method == "greedy":
+            return None
+        costs = tuple((layer.m + layer.n) * self.sources.dtype.itemsize for layer in layers)
+        budget = sum(cost * sum(rank) for cost, rank in zip(costs, self.ranks, strict=True))
+        return Allowance(costs, budget - len(recipe.ranks) * _zeros_of_groups(layers, costs))
+
+    @cached_property
     def vectors(self) -> tuple[Vector, ...]:
         """What the LoRAs' companions hold."""
         return wanted_vectors(self.recipe, self.sources)
+
+    @cached_property
+    def work(self) -> Work:
+        """What the pass over the files is to find."""
+        recipe = self.recipe
+        return Work(resolve_device(recipe.device), recipe.seed, width_for(recipe.ranks))
 
     @cached_property
     def average_id(self) -> str:
@@ -91,10 +120,9 @@ class Preflight:
         """Sizes of files and memory, and the time to expect."""
         sources, recipe = self.sources, self.recipe
         average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
-        alphas = recipe.ranks if sources.layout.family.lora_alpha else (None,) * len(recipe.ranks)
-        loras = lora_bytes(sources.layout.layers, self.ranks, sources.dtype, alphas)
+        loras = lora_bytes(sources.layout.layers, self.ranks, sources.dtype, self.alphas)
         loras += len(recipe.ranks) * companion_bytes(self.vectors)
-        analysis = analysis_bytes(sources, width_for(recipe.ranks))
+        analysis = analysis_bytes(sources, self.work)
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
         memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
@@ -107,11 +135,10 @@ class Preflight:
 
     def _existing(self) -> Existing:
         recipe, folders = self.recipe, self.folders
-        work = Work(resolve_device(recipe.device), recipe.seed, width_for(recipe.ranks))
         return Existing(
             folders.cache,
             average=folders.hyper_model_for(recipe, self.average_id) is not None,
-            analysis=find(folders.cache, self.sources, work, recipe.ranks) is not None,
+            analysis=find(folders.cache, self.sources, self.work, recipe.ranks) is not None,
         )
 
     def _factors(self) -> int:
@@ -199,6 +226,11 @@ def require_disks(needed: Mapping[Path, int]) -> None:
                 f"{folder} needs {size_text(total[disk])} but its disk has"
                 f" {size_text(free)} free; make room or choose another output folder"
             )
+
+
+def _zeros_of_groups(layers: Sequence[Layer], costs: Sequence[int]) -> int:
+    """Bytes of rank 1 in all layers that a file has together or not at all: at most so many zeros."""
+    return sum(cost for layer, cost in zip(layers, costs, strict=True) if layer.together)
 
 
 def _check_stems(headers: Sequence[Header]) -> None:

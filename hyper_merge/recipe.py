@@ -70,7 +70,11 @@ class Recipe:
         overwrite: Whether existing files may be replaced.
         seed: Of everything random.
         method: `joint`, or `greedy` as in the original project.
+        allocation: `even`: the ranks hold in every layer; `adaptive`: their bytes go where they
+            bring back most.
         multipliers: Whether the text encoder has `separate` ones, or one number is `shared`.
+        fit_weights: How much each checkpoint counts in the fit, not normalised; None for equally.
+        layer_weights: Whether differences count `plain`, or `relative` to each layer's weight.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: What companions of the LoRAs hold: `none`, the UNet's `norms`, or `all` (biases too).
     """
@@ -88,7 +92,10 @@ class Recipe:
     overwrite: bool = False
     seed: int = 0
     method: Literal["joint", "greedy"] = "joint"
+    allocation: Literal["adaptive", "even"] = "adaptive"
     multipliers: Literal["separate", "shared"] = "separate"
+    fit_weights: tuple[float, ...] | None = None
+    layer_weights: Literal["plain", "relative"] = "plain"
     vae: Literal["first", "average"] = "first"
     exact: Literal["none", "norms", "all"] = "none"
 
@@ -99,11 +106,13 @@ class Recipe:
             except RecipeError as error:
                 raise SettingError(field.name, str(error)) from None
             object.__setattr__(self, field.name, value)
-        if self.weights is not None and len(self.weights) != len(self.models):
-            raise SettingError(
-                "weights",
-                f"expected {len(self.models)} numbers, one per checkpoint, got {len(self.weights)}",
-            )
+        for name in ("weights", "fit_weights"):
+            weights = getattr(self, name)
+            if weights is not None and len(weights) != len(self.models):
+                raise SettingError(
+                    name,
+                    f"expected {len(self.models)} numbers, one per checkpoint, got {len(weights)}",
+                )
 
     def to_yaml(self) -> str:
         """A YAML file that `load_recipe` reads back as an equal recipe."""

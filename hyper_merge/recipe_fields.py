@@ -104,8 +104,14 @@ FIELDS: tuple[Field, ...] = (
     Field("seed", "N", "seed of everything random", whole(0, 2**63 - 1)),
     Field("method", "METHOD", "joint, or greedy as in the original project",
           choice("joint", "greedy")),
+    Field("allocation", "HOW", "adaptive: the ranks' bytes go to the layers where they bring back"
+          " most; even: the same ranks in every layer", choice("adaptive", "even")),
     Field("multipliers", "WHICH", "separate ones for text encoder and UNet, or shared: one number",
           choice("separate", "shared")),
+    Field("fit_weights", "X,X,...", "how much each checkpoint counts in the fit", parse_weights,
+          "many", show=_show_numbers),
+    Field("layer_weights", "HOW", "how differences count: plain, or relative to each layer's size",
+          choice("plain", "relative")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"

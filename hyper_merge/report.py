@@ -12,11 +12,17 @@ from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
 from hyper_merge.checkpoints.layers import Layer
-from hyper_merge.decomposition.bounds import lower_bound, private_losses
+from hyper_merge.decomposition.bounds import (
+    best_private_losses,
+    budget_bound,
+    lower_bound,
+    private_losses,
+)
 from hyper_merge.decomposition.contrasts import distances, energies
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.prompts import tags
-from hyper_merge.solution import Rounded
+from hyper_merge.rounding import Rounded
+from hyper_merge.solution import Allowance, Ranks
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
 
@@ -53,13 +59,19 @@ class Fit:
         return 1 - left
 
 
-def fit(analysis: Analysis, blocks: Rounded, groups: Mapping[str, Sequence[int]]) -> Fit:
+def fit(
+    analysis: Analysis,
+    blocks: Rounded,
+    groups: Mapping[str, Sequence[int]],
+    weights: Tensor,  # (layers,)
+) -> Fit:
     """The best multipliers for the blocks as they are written, and the exact loss with them.
 
     Args:
         analysis: of the checkpoints.
         blocks: as the files hold them.
         groups: the layers that share one set of multipliers, by the names of their parts.
+        weights: how much the layers' squared errors count.
     """
     of = energies(analysis.grams, analysis.contrasts)
     cross = distances(analysis.contrasts) @ blocks.cross  # (layers, k, R)
@@ -67,16 +79,27 @@ def fit(analysis: Analysis, blocks: Rounded, groups: Mapping[str, Sequence[int]]
     multipliers = {}
     for name, members in groups.items():
         inside = list(members)
-        gram = blocks.gram[inside]
-        total = Statistics(float(of[inside].sum()), cross[inside].sum(0), gram.sum(0))
-        found = fit_multipliers(total)
+        inner, gram = cross[inside], blocks.gram[inside]
+        plain = Statistics(float(of[inside].sum()), inner.sum(0), gram.sum(0))
+        scale = weights[inside][:, None, None]
+        weighted = Statistics(plain.energy, (scale * inner).sum(0), (scale * gram).sum(0))
+        found = fit_multipliers(weighted)
         squares = torch.einsum("kr,lrs,ks->lk", found, gram, found)
-        errors[inside] = of[inside] - 2 * (cross[inside] * found).sum(2) + squares
-        curve += _explained_energies(total)
+        errors[inside] = of[inside] - 2 * (inner * found).sum(2) + squares
+        curve += _explained_energies(plain, weighted)
         multipliers[name] = found
     shares = torch.where(of.sum(0) > 0, curve / of.sum(0), 1.0).clamp(0, 1)
     shares[0] = 0.0
     return Fit(multipliers, errors.clamp(min=0), of, shares)
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """The ranks as they are written, and what else they could have been."""
+
+    ranks: Ranks
+    allowance: Allowance | None  # to be spread over the layers; None for even ranks
+    groups: Mapping[str, Sequence[int]]  # the layers that share multipliers
 
 
 @dataclass(frozen=True)
@@ -187,17 +210,14 @@ class Sizes:
 def make_report(
     analysis: Analysis,
     found: Fit,
-    ranks: Sequence[tuple[int, ...]],
+    blocks: BlockChoice,
     names: tuple[str, Sequence[str], Sequence[str]],  # of the run, its LoRAs, the checkpoints
     solved: tuple[str, Sequence[float]],  # method, losses by sweep
     sizes: Sizes,
 ) -> Report:
     """Gathers all figures of a merge."""
-    gram = analysis.grams[:, :-1, :-1].sum(0)
-    spectra = analysis.spectra
     total = float(found.energies.sum())
-    private = private_losses(spectra, found.energies, ranks)
-    bound = lower_bound(spectra, found.energies.sum(1).tolist(), ranks, gram)
+    private, bound = _limits(analysis, found, blocks)
     outside = analysis.not_carried
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
@@ -217,6 +237,24 @@ def make_report(
         similarity=_rows_of(_similarity(analysis)),
         parts=_parts(analysis.layers, found),
     )
+
+
+def _limits(
+    analysis: Analysis,
+    found: Fit,
+    blocks: BlockChoice,
+) -> tuple[Tensor, float]:
+    """What private LoRAs of the same bytes leave of each checkpoint, and a bound of the loss."""
+    ranks, allowance = blocks.ranks, blocks.allowance
+    spectra, of_layers = analysis.spectra, found.energies.sum(1).tolist()
+    slices = analysis.grams[:, :-1, :-1]
+    grams = [slices[list(members)].sum(0) for members in blocks.groups.values()]
+    if allowance is None:
+        private = private_losses(spectra, found.energies, ranks)
+        return private, lower_bound(spectra, of_layers, ranks, grams)
+    prices = allowance.costs, allowance.budget
+    private = best_private_losses(spectra, found.energies, *prices)
+    return private, budget_bound(spectra, of_layers, prices, len(ranks[0]), grams)
 
 
 def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[CheckpointReport, ...]:
@@ -243,14 +281,19 @@ def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[Checkpo
 
 
 def _explained_energies(
-    found: Statistics,  # of the blocks as written, over the layers of one group
+    plain: Statistics,  # of the blocks as written, over the layers of one group
+    weighted: Statistics,
 ) -> Tensor:  # (R + 1, k)
     """What the first blocks explain of every checkpoint, the multipliers fitted for those."""
-    rows = [found.cross.new_zeros(len(found.cross))]
-    for count in range(1, len(found.gram) + 1):
-        cross, gram = found.cross[:, :count], found.gram[:count, :count]
-        multipliers = fit_multipliers(Statistics(found.energy, cross, gram))
-        rows.append((multipliers * (2 * cross - multipliers @ gram)).sum(1))
+    rows = [plain.cross.new_zeros(len(plain.cross))]
+    for count in range(1, len(plain.gram) + 1):
+        fitted = Statistics(
+            weighted.energy, weighted.cross[:, :count], weighted.gram[:count, :count]
+        )
+        found = fit_multipliers(fitted)
+        rows.append(
+            (found * (2 * plain.cross[:, :count] - found @ plain.gram[:count, :count])).sum(1)
+        )
     return torch.stack(rows)
 
 

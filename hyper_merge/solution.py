@@ -1,9 +1,9 @@
-"""From an analysis and a list of ranks to blocks in the layers' own coordinates."""
+"""From an analysis and a list of ranks to blocks between the layers' bases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Final
@@ -14,28 +14,33 @@ from torch import Tensor
 from hyper_merge.analysis_cache import Analysis, width_for
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.control import Control
-from hyper_merge.decomposition.contrasts import energies
-from hyper_merge.decomposition.gauge import balanced, unit_scales
+from hyper_merge.decomposition.gauge import balanced
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.ll1 import (
     Batch,
     Factors,
     Problem,
-    Solution,
     Stopping,
     blocks,
     factors_from,
     solve,
 )
+from hyper_merge.decomposition.ranks import generous_ranks, kept_ranks
 from hyper_merge.decomposition.starts import best_start, search_cost
-from hyper_merge.lora import as_hosts_add
 from hyper_merge.recipe import Recipe
 from hyper_merge.sources import Sources, bases_width
+from hyper_merge.weighting import weighting_of
 from hyper_merge.workers import Each, return_memory, workers
 
 _SWEEPS_PER_RETURN: Final = 3  # of memory to the system
-_LAYERS_PER_RETURN: Final = 50  # the same, when blocks are rounded
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
+
+# Adaptive ranks: blocks begin with more than their bytes, and the best components stay.
+_GENEROUS: Final = 1.5
+_GENEROUS_SWEEPS: Final = 4
+_ROOM: Final = 1.25  # columns of the bases that are worked in, for each rank
+_LEAST_ROOM: Final = 64
+_ROOM_STEP: Final = 32
 
 # For the progress: what is usual, and times the multiply-adds that small products take.
 _USUAL_SWEEPS: Final = 12
@@ -46,18 +51,29 @@ _GREEDY_MAPS: Final = 6  # over all layers for such a block
 _IN_SWEEP: Final = 4.0
 _IN_ROUNDING: Final = 6.5
 
+Ranks = Sequence[tuple[int, ...]]
+"""Of the R blocks, per layer."""
+
 
 @dataclass(frozen=True, eq=False)
-class Rounded:
-    """Blocks as the files will hold them, with all that multipliers and losses need."""
+class Found:
+    """Blocks between the bases, and the multipliers that they were found with."""
 
-    factors: list[list[tuple[Tensor, Tensor]]]  # per layer and block: (m, r), (r, n)
-    cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
-    gram: Tensor  # (layers, R, R), float64: <block, block>
+    factors: Mapping[int, list[tuple[Tensor, Tensor]]]  # by layer: per block (p, r), (r, q)
+    multipliers: Mapping[str, Tensor]  # by group of layers: (k, R), float64
+    losses: tuple[float, ...]  # after each sweep (greedy: block), fractions of all energy
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What ranks may take: bytes."""
+
+    costs: tuple[int, ...]  # of a rank, per layer
+    budget: int
 
 
 def groups_of(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
-    """The layers that share multipliers, by part; all of them are "unet" where nothing separates them."""
+    """The layers that share multipliers, by part; all of them are "unet" where nothing parts them."""
     if not separate or len({layer.part for layer in layers}) == 1:
         return {"unet": list(range(len(layers)))}
     groups: dict[str, list[int]] = {}
@@ -69,26 +85,30 @@ def groups_of(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]
 def find_blocks(
     analysis: Analysis,
     recipe: Recipe,
-    ranks: Sequence[tuple[int, ...]],  # per layer
-    device: torch.device,
-    control: Control,
-) -> tuple[tuple[Batch, ...], Solution]:
-    """Solves for blocks and multipliers on the cores; on the CPU where the device is too small."""
-    course = _Course(control)
+    ranks: Ranks,
+    allowance: Allowance | None,
+    work: tuple[torch.device, Control],
+) -> Found:
+    """Solves for blocks and multipliers on the cores; on the CPU where the device is too small.
+
+    Args:
+        analysis: of the checkpoints.
+        recipe: what is asked for.
+        ranks: even ones.
+        allowance: what adaptive ranks may take in place of those; None to keep to the even ones.
+        work: where it is done; progress and interrupt.
+    """
+    device, control = work
     try:
-        return _find_blocks(analysis, recipe, ranks, device, course)
+        return _Search(analysis, recipe, device, control).run(ranks, allowance)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         control.warn(f"{device} has too little memory for the cores; the CPU takes them")
-        return _find_blocks(analysis, recipe, ranks, torch.device("cpu"), course)
+        return _Search(analysis, recipe, torch.device("cpu"), control).run(ranks, allowance)
 
 
-def solve_costs(
-    sources: Sources,
-    recipe: Recipe,
-    ranks: Sequence[tuple[int, ...]],  # per layer
-) -> tuple[float, float]:
-    """What `find_blocks` and `rounded` take, nearly, in multiply-adds of large products."""
+def solve_costs(sources: Sources, recipe: Recipe, ranks: Ranks) -> tuple[float, float]:
+    """What finding and rounding blocks takes, nearly, in multiply-adds of large products."""
     width, slices = width_for(recipe.ranks), sources.contrasts.dimensions
     entries, sweep, rounding = 0.0, 0.0, 0.0
     for layer, rank in zip(sources.layout.layers, ranks, strict=True):
@@ -101,82 +121,171 @@ def solve_costs(
     else:
         sweeps = search_cost(entries, _USUAL_STARTS) + _START
         sweeps += min(recipe.iterations, _USUAL_SWEEPS)
+        sweeps += _GENEROUS * _GENEROUS_SWEEPS if recipe.allocation == "adaptive" else 0.0
     return sweeps * sweep * _IN_SWEEP, rounding * _IN_ROUNDING
 
 
-def batches_of(
-    analysis: Analysis,
-    ranks: Sequence[tuple[int, ...]],  # per layer
-    device: torch.device,
-    check: Callable[[], None] = lambda: None,
-) -> tuple[Batch, ...]:
-    """The cores, stacked where shape and ranks agree, in pieces that fit a cache or a GPU.
-
-    `check` is called before every batch; it may raise, to stop.
-    """
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, rank in enumerate(ranks):
-        groups.setdefault((*analysis.core(index).shape, rank), []).append(index)
-    batches = []
-    for indices in groups.values():
-        size = analysis.core(indices[0]).numel()
-        length = max(_BATCH_ENTRIES[device.type] // size, 1)
-        for start in range(0, len(indices), length):
-            check()
-            part = tuple(indices[start : start + length])
-            cores = [analysis.core(index) for index in part]
-            # A single core stays where it is, mapped: on a CPU that saves most of the memory.
-            stack = torch.stack(cores) if length > 1 else cores[0][None]
-            batches.append(Batch(stack.to(device), ranks[part[0]], part))
-    return tuple(batches)
-
-
-def rounded(
-    analysis: Analysis,
-    batches: Sequence[Batch],
-    solution: Solution,
-    stored: tuple[Sequence[int | None], torch.dtype],  # ranks of the R files (their alphas), type
-    control: Control,
-) -> Rounded:
-    """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
-
-    Each block is scaled so that its largest multiplier among the checkpoints is 1.
-    """
-    scales = unit_scales(analysis.contrasts.to_deviations @ solution.multipliers)
-    jobs = [
-        (batch, place, factors)
-        for batch, factors in zip(batches, solution.factors, strict=True)
-        for place in range(len(batch.layers))
-    ]
-
-    sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
-    tally = control.tally("preparing the LoRAs", sizes)
-
-    def job(batch: Batch, place: int, factors: Factors) -> tuple[int, _RoundedLayer]:
-        pairs = [(up[place].cpu(), down[place].cpu()) for up, down in blocks(batch, factors)]
-        index = batch.layers[place]
-        return index, _round_layer(analysis, index, pairs, scales, stored, control.check)
-
-    layers: dict[int, _RoundedLayer] = {}
-    with workers(torch.device("cpu"), control.check) as each:
-        for index, layer in each(job, *zip(*jobs, strict=True)):
-            layers[index] = layer
-            tally.finish(index)
-            if len(layers) % _LAYERS_PER_RETURN == 0:
-                return_memory()
-    ordered = [layers[index] for index in sorted(layers)]
-    return Rounded(
-        factors=[layer.factors for layer in ordered],
-        cross=torch.stack([layer.cross for layer in ordered]),
-        gram=torch.stack([layer.gram for layer in ordered]),
-    )
-
-
 @dataclass(frozen=True, eq=False)
-class _RoundedLayer:
-    factors: list[tuple[Tensor, Tensor]]  # per block (m, r), (r, n)
-    cross: Tensor  # (d + 1, R)
-    gram: Tensor  # (R, R)
+class _Group:
+    """The layers that share multipliers, as far as they are solved."""
+
+    name: str
+    problem: Problem
+    multipliers: Tensor  # (d, R), in the weighting's coordinates
+    factors: tuple[Factors, ...]  # one per batch
+    losses: tuple[float, ...]
+
+
+class _Search:
+    """One solve, in its stages."""
+
+    def __init__(
+        self, analysis: Analysis, recipe: Recipe, device: torch.device, control: Control
+    ) -> None:
+        self._analysis, self._recipe = analysis, recipe
+        self._device, self._control = device, control
+        self._weighting = weighting_of(analysis, recipe)
+        separate = recipe.multipliers == "separate"
+        self._groups = groups_of(analysis.layers, separate=separate)
+        self._generator = torch.Generator().manual_seed(recipe.seed)
+
+    def run(self, even: Ranks, allowance: Allowance | None) -> Found:
+        recipe = self._recipe
+        with workers(self._device, self._control.check) as each:
+            if recipe.method == "greedy":
+                return self._found([self._greedy(*group) for group in self._begin(even, each, 1)])
+            if allowance is None:
+                return self._found([self._joint(*group) for group in self._begin(even, each, 1)])
+            gains = [
+                layer.gains * scale
+                for layer, scale in zip(
+                    self._analysis.spectra, self._weighting.layers.tolist(), strict=True
+                )
+            ]
+            limits = [min(layer.m, layer.n) for layer in self._analysis.layers]
+            budget = _GENEROUS * allowance.budget
+            ranks = generous_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
+            generous = [self._generous(*group) for group in self._begin(ranks, each, 2)]
+            return_memory()
+            pruned = _pruned(generous, allowance)
+            final = zip(pruned, self._parts(2)[len(pruned) :], strict=True)
+            return self._found([self._swept(group, part, each) for group, part in final])
+
+    def _begin(
+        self, ranks: Ranks, each: Each, stages: int
+    ) -> Iterator[tuple[str, Problem, _Course]]:
+        """The problem of each group, one after the other, with its part of the course."""
+        parts = self._parts(stages)
+        for (name, members), part in zip(self._groups.items(), parts, strict=False):
+            inside = [index for index in members if sum(ranks[index])]
+            batches = self._batches(inside, ranks)
+            energy = self._weighting.energy(members)
+            course = _Course(part)
+            yield name, Problem(batches, energy, course.counting(each, len(batches))), course
+
+    def _parts(self, stages: int) -> list[Control]:
+        """Parts of the control: for every stage one for every group, by what they take."""
+        shape = self._analysis.core_shape
+        sizes = [
+            float(sum(math.prod(shape(index)) for index in members))
+            for members in self._groups.values()
+        ]
+        return self._control.split(sizes * stages)
+
+    def _batches(self, indices: Sequence[int], ranks: Ranks) -> tuple[Batch, ...]:
+        """The cores, stacked where shape and ranks agree, in pieces that fit a cache or a GPU."""
+        groups: dict[tuple[tuple[int, int], tuple[int, ...]], list[int]] = {}
+        for index in indices:
+            room = self._room(index, sum(ranks[index]))
+            groups.setdefault((room, ranks[index]), []).append(index)
+        batches = []
+        d = self._analysis.contrasts.dimensions
+        for ((p, q), rank), members in groups.items():
+            length = max(_BATCH_ENTRIES[self._device.type] // (d * p * q), 1)
+            for start in range(0, len(members), length):
+                self._control.check()
+                part = tuple(members[start : start + length])
+                cores = [self._core(index, p, q) for index in part]
+                # A single core stays where it is, mapped: on a CPU that saves most of the memory.
+                stack = torch.stack(cores) if length > 1 else cores[0][None]
+                batches.append(Batch(stack.to(self._device), rank, part))
+        return tuple(batches)
+
+    def _room(self, index: int, rank: int) -> tuple[int, int]:
+        """How much of a core is worked in: its leading part, where its bases are in order."""
+        layer = self._analysis.layers[index]
+        wanted = max(-(-int(_ROOM * rank) // _ROOM_STEP) * _ROOM_STEP, _LEAST_ROOM)
+        p, q = self._analysis.core_shape(index)
+        return (p if p == layer.m else min(p, wanted), q if q == layer.n else min(q, wanted))
+
+    def _core(self, index: int, p: int, q: int) -> Tensor:  # (d, p, q)
+        return self._weighting.core(index, self._analysis.core(index)[:, :p, :q]).contiguous()
+
+    def _greedy(self, name: str, problem: Problem, course: _Course) -> _Group:
+        found = solve_greedy(problem, self._generator, _by_block(self._recipe, course))
+        return _Group(name, problem, found.multipliers, found.factors, found.losses)
+
+    def _joint(self, name: str, problem: Problem, course: _Course) -> _Group:
+        start, at = self._start(name, problem, course, self._recipe.iterations)
+        stopping = _by_sweep(self._recipe, course, at)
+        # No name for the factors here, which would keep a set of them in memory for all sweeps.
+        found = solve(problem, factors_from(problem, start, self._generator), start, stopping)
+        return _Group(name, problem, found.multipliers, found.factors, found.losses)
+
+    def _generous(self, name: str, problem: Problem, course: _Course) -> _Group:
+        start, at = self._start(name, problem, course, _GENEROUS_SWEEPS)
+        sweeps = min(_GENEROUS_SWEEPS, self._recipe.iterations)
+        stopping = _counted(course, at, sweeps)
+        found = solve(problem, factors_from(problem, start, self._generator), start, stopping)
+        return _Group(name, problem, found.multipliers, found.factors, found.losses)
+
+    def _swept(self, group: _Group, part: Control, each: Each) -> _Group:
+        course = _Course(part)
+        batches = group.problem.batches
+        counting = course.counting(each, len(batches))
+        problem = Problem(batches, group.problem.energy, counting)
+        stopping = _by_sweep(self._recipe, course, 0.0)
+        found = solve(problem, group.factors, group.multipliers, stopping)
+        return _Group(group.name, problem, found.multipliers, found.factors, found.losses)
+
+    def _start(
+        self, name: str, problem: Problem, course: _Course, sweeps: int
+    ) -> tuple[Tensor, float]:  # (d, R), and the fraction at which the sweeps begin
+        if not problem.batches:
+            d = self._analysis.contrasts.dimensions
+            return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
+        planned = [self._weighting.to_deviations.mT]
+        earlier = self._analysis.earlier_solutions(_name(self._recipe), name)
+        entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
+        search = search_cost(entries, len(planned) + (len(earlier) or _USUAL_STARTS - 1))
+        whole = search + _START + min(sweeps, _USUAL_SWEEPS)
+
+        def tell(fraction: float) -> None:
+            at = (1 + (search - 1) * fraction) / whole
+            course.reach("searching for a start", at, at)
+
+        course.reach("searching for a start", 0.0, 1 / whole)  # to choose layers takes a sweep
+        start = best_start(problem, planned, earlier, self._generator, tell)
+        return_memory()
+        course.reach("solving for the LoRAs", search / whole, (search + _START) / whole)
+        return start, (search + _START) / whole
+
+    def _found(self, groups: Sequence[_Group]) -> Found:
+        if self._recipe.method == "joint":
+            solutions = {group.name: group.multipliers for group in groups}
+            self._analysis.remember(_name(self._recipe), solutions)
+        factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for group in groups:
+            for batch, found in zip(group.problem.batches, group.factors, strict=True):
+                pairs = list(blocks(batch, found))
+                for place, index in enumerate(batch.layers):
+                    scale = float(self._weighting.layers[index]) ** 0.5
+                    factors[index] = [(up[place] / scale, down[place]) for up, down in pairs]
+        return Found(
+            factors,
+            {group.name: self._weighting.to_deviations @ group.multipliers for group in groups},
+            _together(groups),
+        )
 
 
 class _Course:
@@ -206,50 +315,85 @@ class _Course:
         return counted
 
 
-def _find_blocks(
-    analysis: Analysis,
-    recipe: Recipe,
-    ranks: Sequence[tuple[int, ...]],
-    device: torch.device,
-    course: _Course,
-) -> tuple[tuple[Batch, ...], Solution]:
-    batches = batches_of(analysis, ranks, device, course.check)
-    energy = float(energies(analysis.grams, analysis.contrasts).sum())
-    generator = torch.Generator().manual_seed(recipe.seed)
-    with workers(device, course.check) as each:
-        problem = Problem(batches, energy, course.counting(each, len(batches)))
-        if recipe.method == "greedy":
-            return batches, solve_greedy(problem, generator, _by_block(recipe, course))
-        start, at = _start(problem, analysis, recipe, generator, course)
-        return_memory()
-        stopping = _by_sweep(recipe, course, at)
-        # No name for the factors here, which would keep a set of them in memory for all sweeps.
-        solution = solve(problem, factors_from(problem, start, generator), start, stopping)
-    analysis.remember(recipe.ranks, solution.multipliers)
-    return batches, solution
+def _pruned(groups: Sequence[_Group], allowance: Allowance) -> list[_Group]:
+    """The same with the components of most energy for their bytes, in all groups together."""
+    found: dict[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]] = {}
+    energies: dict[int, list[Tensor]] = {}
+    for group in groups:
+        size = group.multipliers.square().sum(0)
+        places = zip(group.problem.batches, group.factors, strict=True)
+        for batch, pairs in group.problem.each(_in_order, *zip(*places, strict=True)):
+            for place, index in enumerate(batch.layers):
+                own = [(up[place], down[place]) for up, down in pairs]
+                found[index] = batch, place, own
+                values = [up.square().sum(0).double().cpu() for up, _ in own]
+                energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
+    order = sorted(found)
+    kept = kept_ranks(
+        [energies[index] for index in order],
+        [allowance.costs[index] for index in order],
+        allowance.budget,
+    )
+    ranks = dict(zip(order, kept, strict=True))
+    return [_kept(group, found, ranks) for group in groups]
 
 
-def _start(
-    problem: Problem,
-    analysis: Analysis,
-    recipe: Recipe,
-    generator: torch.Generator,
-    course: _Course,
-) -> tuple[Tensor, float]:  # (k, R), and the fraction at which the sweeps begin
-    planned = [analysis.contrasts.to_deviations.mT]
-    earlier = analysis.earlier_solutions(recipe.ranks)
-    entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
-    search = search_cost(entries, len(planned) + (len(earlier) or _USUAL_STARTS - 1))
-    whole = search + _START + min(recipe.iterations, _USUAL_SWEEPS)
+def _in_order(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
+    """The blocks with the components of each in falling order, roots of their values on each side."""
+    return batch, [balanced(*pair) if pair[0].shape[2] else pair for pair in blocks(batch, factors)]
 
-    def tell(fraction: float) -> None:
-        at = (1 + (search - 1) * fraction) / whole
-        course.reach("searching for a start", at, at)
 
-    course.reach("searching for a start", 0.0, 1 / whole)  # to choose layers takes a sweep
-    start = best_start(problem, planned, earlier, generator, tell)
-    course.reach("solving for the LoRAs", search / whole, (search + _START) / whole)
-    return start, (search + _START) / whole
+def _kept(
+    group: _Group,
+    found: Mapping[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]],
+    ranks: Mapping[int, tuple[int, ...]],
+) -> _Group:
+    batches, factors = [], []
+    for before in group.problem.batches:
+        for index in before.layers:
+            if not sum(ranks[index]):
+                continue
+            batch, place, pairs = found[index]
+            cut = list(zip(pairs, ranks[index], strict=True))
+            up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
+            down = torch.cat([down[:rank] for (_, down), rank in cut])
+            batches.append(Batch(batch.slices[place][None], ranks[index], (index,)))
+            factors.append(Factors(up[None], down[None]))
+    problem = Problem(tuple(batches), group.problem.energy, group.problem.each)
+    return _Group(group.name, problem, group.multipliers, tuple(factors), ())
+
+
+def _together(groups: Sequence[_Group]) -> tuple[float, ...]:
+    """Losses of all groups together; one that is done earlier stays where it is."""
+    total = sum(group.problem.energy for group in groups) or 1.0
+    length = max(len(group.losses) for group in groups)
+    return tuple(
+        sum(
+            group.problem.energy * group.losses[min(place, len(group.losses) - 1)]
+            for group in groups
+            if group.losses
+        )
+        / total
+        for place in range(length)
+    )
+
+
+def _name(recipe: Recipe) -> str:
+    """Tells the solutions of one analysis apart."""
+    words = [", ".join(map(str, recipe.ranks)), recipe.allocation, recipe.multipliers]
+    return "; ".join(words)
+
+
+def _counted(course: _Course, at: float, sweeps: int) -> Stopping:
+    """A fixed number of sweeps."""
+    done: list[float] = []
+
+    def on_sweep(loss: float) -> None:
+        done.append(loss)
+        course.reach("solving for the LoRAs", at, 1.0, max(sweeps - len(done), 1))
+
+    course.reach("solving for the LoRAs", at, 1.0, sweeps)
+    return Stopping(sweeps, 0.0, on_sweep)
 
 
 def _by_sweep(recipe: Recipe, course: _Course, at: float) -> Stopping:
@@ -292,46 +436,3 @@ def _sweeps_left(losses: Sequence[float], recipe: Recipe) -> float:
     rate = math.log(changes[0] / changes[-1]) / (len(changes) - 1)
     to_go = math.log(changes[-1] / max(recipe.tolerance, 1e-12)) / rate
     return max(min(to_go, most), 1)
-
-
-def _round_layer(
-    analysis: Analysis,
-    index: int,
-    pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
-    scales: Tensor,  # (R,)
-    stored: tuple[Sequence[int | None], torch.dtype],
-    check: Callable[[], None],
-) -> _RoundedLayer:
-    layer, core = analysis.layers[index], analysis.core(index)
-    left, right = analysis.bases(index)
-    factors, products, ups, downs = [], [], [], []
-    for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
-        check()
-        narrow_up, narrow_down = balanced(pair[0] * scale, pair[1])
-        up, down = as_hosts_add(layer, left @ narrow_up, narrow_down @ right.mT, alpha, stored[1])
-        products.append((_inside(left, up) @ _inside(right, down.mT).mT).flatten())
-        ups.append(up)
-        downs.append(down)
-        factors.append((up.to(stored[1]), down.to(stored[1])))
-    rows = torch.cat([core, analysis.rounding(index)[None]])
-    cross = rows.flatten(1).double() @ torch.stack(products, 1).double()
-    return _RoundedLayer(factors, cross, _block_gram(ups, downs))
-
-
-def _inside(
-    basis: Tensor,  # (m, p)
-    factor: Tensor,  # (m, r)
-) -> Tensor:  # (p, r)
-    """The factor in the basis. That is rounded: one correction for its columns' inner products."""
-    first = basis.mT @ factor
-    return first + basis.mT @ (factor - basis @ first)
-
-
-def _block_gram(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:  # (R, R)
-    up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
-    columns = ((up.mT @ up) * (down @ down.mT)).double()
-    sizes = torch.tensor([part.shape[1] for part in ups])
-    member = torch.nn.functional.one_hot(
-        torch.arange(len(ups)).repeat_interleave(sizes), len(ups)
-    ).double()
-    return member.mT @ columns @ member

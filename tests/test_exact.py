@@ -119,9 +119,11 @@ def test_prompts_use_every_multiplier_for_lora_and_companion(merged):
     row = merged.report.checkpoints[1]
     lines = (merged.place.folder / "multipliers.txt").read_text().splitlines()
     tags = parse_tags(lines[1])
-    names = [name for name, _ in tags]
+    names = [tag.name for tag in tags]
     assert names == ["mix_0-4", "mix_1-2", "mix_0-4-exact", "mix_1-2-exact"]
-    assert [x for _, x in tags] == pytest.approx([*row.multipliers, *row.multipliers], abs=1e-5)
+    assert [tag.multiplier for tag in tags] == pytest.approx(
+        [*row.multipliers, *row.multipliers], abs=1e-5
+    )
 
 
 def test_a_companion_is_float32_and_says_what_it_is(merged):

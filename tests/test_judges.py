@@ -203,7 +203,7 @@ def summed(models, merged, row):
     state = load_file(merged.place.hyper_model)
     loras = [load_file(path) for path in merged.loras]
     for layer in layers_of(models[0]):
-        terms = zip(row.multipliers, loras, strict=True)
+        terms = zip(row.multipliers_of(layer.part), loras, strict=True)
         delta = sum(x * added(lora, layer.module) for x, lora in terms)
         rows = state[layer.key][slice(*layer.rows) if layer.rows else slice(None)]
         rows.copy_((rows.double() + delta.reshape(rows.shape)).float())

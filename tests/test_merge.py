@@ -25,8 +25,10 @@ from tiny_family import (
     layers_of,
     load,
     merge,
+    part_multiplier,
     recipe,
     snapshot,
+    tags_of,
     temporaries,
     write,
 )
@@ -49,7 +51,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 def leftovers(models, hyper_model, loras, rows):
     """Squared norms of deviations and of what stays, (layers, k) each, from the files on disk.
 
-    `rows` has a list of (LoRA's name, multiplier) per checkpoint.
+    `rows` has a list of prompt tags per checkpoint.
     """
     base, checkpoints = load(hyper_model), [load(path) for path in models]
     loras = {name: load_file(path) for name, path in loras.items()}
@@ -59,7 +61,7 @@ def leftovers(models, hyper_model, loras, rows):
         blocks = {name: added(lora, layer.module) for name, lora in loras.items()}
         deviations = [c[layer.key].double().flatten(1) - weight for c in checkpoints]
         rests = [
-            deviation - sum(x * blocks[name] for name, x in row)
+            deviation - sum(part_multiplier(tag, layer.part) * blocks[tag.name] for tag in row)
             for deviation, row in zip(deviations, rows, strict=True)
         ]
         energies.append([float(d.square().sum()) for d in deviations])
@@ -81,12 +83,6 @@ def manifest_of(merged):
     return json.loads((merged.place.folder / "manifest.json").read_text(encoding="utf-8"))
 
 
-def manifest_rows(merged):
-    names = [path.stem for path in merged.loras]
-    multipliers = manifest_of(merged)["multipliers"].values()
-    return [list(zip(names, row, strict=True)) for row in multipliers]
-
-
 def reported_shares(merged):
     rows = merged.report.checkpoints
     return torch.tensor([[r.explained, r.explained_unet, r.explained_text_encoder] for r in rows])
@@ -102,7 +98,7 @@ def stored(tmp_path_factory, files):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reported_loss_is_that_of_the_written_files(files, stored, dtype):
     merged = stored[dtype]
-    loss, _ = losses(files, merged, manifest_rows(merged))
+    loss, _ = losses(files, merged, tags_of(merged))
     assert merged.report.loss == pytest.approx(loss, abs=1e-6)
     types = {
         t.dtype for path in merged.loras for k, t in load_file(path).items() if "alpha" not in k
@@ -114,7 +110,7 @@ def test_the_reported_loss_is_that_of_the_written_files(files, stored, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reported_shares_are_those_of_the_written_files(files, stored, dtype):
     merged = stored[dtype]
-    _, shares = losses(files, merged, manifest_rows(merged))
+    _, shares = losses(files, merged, tags_of(merged))
     torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
 
 
@@ -126,7 +122,7 @@ def test_the_loss_is_right_for_files_of_all_types_weights_and_a_ckpt(tmp_path, s
         for c, (name, dtype) in enumerate(zip(names, dtypes, strict=True))
     ]
     merged = merge(models, tmp_path / "models", weights=(3, 1, 2), vae="average")
-    loss, shares = losses(models, merged, manifest_rows(merged))
+    loss, shares = losses(models, merged, tags_of(merged))
     assert merged.report.loss == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
 
@@ -136,7 +132,7 @@ def test_the_multipliers_as_printed_reach_the_reported_loss(files, merged):
     stems, tags = zip(*(line.split(": ", 1) for line in lines), strict=True)
     assert stems == ("a", "b", "c")
     rows = [parse_tags(line) for line in tags]
-    assert [name for name, _ in rows[0]] == ["mix_0-4", "mix_1-2"]
+    assert [tag.name for tag in rows[0]] == ["mix_0-4", "mix_1-2"]
     loss, shares = losses(files, merged, rows)
     assert merged.report.loss == pytest.approx(loss, abs=1e-4)
     torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-4, rtol=0)
@@ -181,7 +177,7 @@ def test_other_ranks_read_no_checkpoint_and_use_the_hyper_model_again(files, sta
     assert second.place.folder == started / "hyper-merge" / "mix-2"
     after = snapshot(started)
     assert {name: after[name] for name in before} == before
-    loss, _ = losses(files, second, manifest_rows(second))
+    loss, _ = losses(files, second, tags_of(second))
     assert second.report.loss == pytest.approx(loss, abs=1e-6)
     assert merge(files, started, ranks=(6,)).place.run == "mix-3"
 
@@ -204,7 +200,7 @@ def test_without_the_cache_a_second_run_reads_the_files_again(files, started):
     second = merge(files, started, ranks=(3,))
     assert not second.reused_analysis
     assert second.place.exists
-    loss, _ = losses(files, second, manifest_rows(second))
+    loss, _ = losses(files, second, tags_of(second))
     assert second.report.loss == pytest.approx(loss, abs=1e-6)
 
 
@@ -225,7 +221,7 @@ def test_overwriting_makes_the_average_of_other_checkpoints(files, tmp_path):
     with pytest.raises(OutputError, match="is not the average of these checkpoints"):
         merge(files, tmp_path)
     merged = merge(files, tmp_path, overwrite=True)
-    loss, _ = losses(files, merged, manifest_rows(merged))
+    loss, _ = losses(files, merged, tags_of(merged))
     assert merged.report.loss == pytest.approx(loss, abs=1e-6)
 
 
@@ -344,7 +340,7 @@ def test_with_a_base_no_hyper_model_is_written(files, tmp_path):
     merged = merge(files[1:], tmp_path, base=str(files[0]))
     assert merged.place.hyper_model == files[0]
     assert not (tmp_path / "Stable-diffusion").exists()
-    loss, shares = losses(files[1:], merged, manifest_rows(merged))
+    loss, shares = losses(files[1:], merged, tags_of(merged))
     assert merged.report.loss == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
     assert manifest_of(merged)["base_is_first_source"]
@@ -390,7 +386,7 @@ def test_greedy_is_never_better_than_joint(files, tmp_path):
     joint = merge(files, tmp_path, iterations=12)
     assert len(greedy.report.losses) == len(RANKS)
     assert joint.report.loss <= greedy.report.loss + 1e-6
-    loss, _ = losses(files, greedy, manifest_rows(greedy))
+    loss, _ = losses(files, greedy, tags_of(greedy))
     assert greedy.report.loss == pytest.approx(loss, abs=1e-6)
 
 
@@ -490,7 +486,7 @@ def test_an_interrupt_at_any_point_leaves_everything_as_it_was(files, started, h
         assert snapshot(started) == before, at
         assert temporaries(started) == [], at
     finished = merge(changed, started, overwrite=True)  # with whatever the cache holds
-    loss, _ = losses(changed, finished, manifest_rows(finished))
+    loss, _ = losses(changed, finished, tags_of(finished))
     assert finished.report.loss == pytest.approx(loss, abs=1e-6)
 
 
@@ -596,7 +592,7 @@ def test_a_killed_process_leaves_the_old_files_and_a_usable_cache(files, started
     assert all(name.suffix == ".tmp" for name in new)
     finished = merge(changed, started, overwrite=True, method="greedy")
     assert finished.reused_analysis == (at > 0.9)
-    loss, _ = losses(changed, finished, manifest_rows(finished))
+    loss, _ = losses(changed, finished, tags_of(finished))
     assert finished.report.loss == pytest.approx(loss, abs=1e-6)
 
 

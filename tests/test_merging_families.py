@@ -64,7 +64,7 @@ def misses(merged, path, row):
     for layer in layers_of(merged.place.hyper_model):
         rows = slice(*layer.rows) if layer.rows else slice(None)
         base, wanted = (of[layer.key][rows].double().flatten(1) for of in (average, own))
-        terms = zip(row.multipliers, loras, strict=True)
+        terms = zip(row.multipliers_of(layer.part), loras, strict=True)
         delta = sum(x * added(lora, layer.module) for x, lora in terms)
         yield float((base + delta - wanted).norm() / (wanted - base).norm())
 

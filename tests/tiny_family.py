@@ -16,6 +16,7 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.control import Control
 from hyper_merge.merge import Merged, run_merge
 from hyper_merge.preflight import examine
+from hyper_merge.prompts import Tag
 from hyper_merge.recipe import Recipe
 from hyper_merge.synthetic import NARROW
 
@@ -89,8 +90,27 @@ def layers_of(path: Path):
     return layout_of(header, require_supported(header)).layers
 
 
-def added(lora: State, module: str) -> Tensor:  # (m, n), float64
+def tags_of(merged: Merged) -> list[list[Tag]]:
+    """Every LoRA with the exact multipliers of each checkpoint, as its prompt has them."""
+    names = [path.stem for path in merged.loras]
+    return [
+        [
+            Tag(*tag)
+            for tag in zip(names, row.multipliers, row.multipliers_of("text_encoder"), strict=True)
+        ]
+        for row in merged.report.checkpoints
+    ]
+
+
+def part_multiplier(tag: Tag, part: str) -> float:
+    """What counts for a layer of that part."""
+    return tag.text_multiplier if part == "text_encoder" else tag.multiplier
+
+
+def added(lora: State, module: str) -> Tensor:  # (m, n), float64; a single zero for no such module
     """What a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
+    if f"{module}.lora_up.weight" not in lora:
+        return torch.zeros((), dtype=torch.float64)
     up = lora[f"{module}.lora_up.weight"].double().flatten(1)
     down = lora[f"{module}.lora_down.weight"].double().flatten(1)
     return up @ down * (lora[f"{module}.alpha"].double() / down.shape[0])

@@ -8,17 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from hyper_merge.decomposition.ranks import most_gain, spread
 
 
 @dataclass(frozen=True, eq=False)
 class Spectra:
     """Squared singular values of one layer, falling."""
 
-    stack: Tensor  # (min(p, q),), of the unfolding of all slices along the shorter side
+    rows: Tensor  # (p,), of the unfolding of all slices along the rows
+    columns: Tensor  # (q,), along the columns
     private: Tensor  # (k, min(p, q)), of every checkpoint's own deviation
+
+    @cached_property
+    def gains(self) -> Tensor:  # (max(p, q),), falling
+        """What each further rank can add to the explained energy at most.
+
+        A stack of slices whose sum of ranks is rho has at most rank rho in both unfoldings, so it
+        explains no more than the rho largest squared singular values of either. The smaller of two
+        concave sums is concave: these gains fall.
+        """
+        size = max(len(self.rows), len(self.columns))
+        sums = [
+            torch.nn.functional.pad(part.cumsum(0), (0, size - len(part)), value=float(part.sum()))
+            for part in (self.rows, self.columns)
+        ]
+        return torch.minimum(*sums).diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=0)
 
 
 def spectra(
@@ -26,11 +45,11 @@ def spectra(
     to_deviations: Tensor,  # (k, d)
 ) -> Spectra:
     """Squared singular values through Gram matrices: only their sums matter here."""
-    if core.shape[1] > core.shape[2]:
-        core = core.mT
     own = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
+    own = own.mT if core.shape[1] > core.shape[2] else own
     return Spectra(
-        stack=_squared_singular_values((core @ core.mT).sum(0)),
+        rows=_squared_singular_values((core @ core.mT).sum(0)),
+        columns=_squared_singular_values((core.mT @ core).sum(0)),
         private=_squared_singular_values(own @ own.mT),
     )
 
@@ -39,22 +58,32 @@ def lower_bound(
     layers: Sequence[Spectra],
     energies: Sequence[float],  # of every layer, in and outside of its bases
     ranks: Sequence[tuple[int, ...]],  # of the blocks, per layer
-    gram: Tensor,  # (d, d), of the slices over all layers
+    grams: Sequence[Tensor],  # each (d, d), of the slices over the layers of one group
 ) -> float:
-    """A loss (fraction of all energy) that no shared LoRAs in these bases can go below.
+    """A loss (fraction of all energy) that no shared LoRAs of these ranks can go below.
 
     With rho = sum of its ranks, a layer's approximation has at most rank rho in every unfolding of
-    the stack; and over all layers at most R dimensions along the checkpoints.
+    the stack; and over the layers that share multipliers at most R dimensions along the checkpoints.
     """
-    total = float(sum(energies))
-    if total <= 0:
-        return 0.0
-    tails = [
-        energy - float(layer.stack[: sum(rank)].sum())
-        for layer, energy, rank in zip(layers, energies, ranks, strict=True)
-    ]
-    mode3 = _squared_singular_values(gram)[len(ranks[0]) :].sum() if ranks else 0.0
-    return max(float(sum(tails)), float(mode3), 0.0) / total
+    explained = sum(
+        float(layer.gains[: sum(rank)].sum()) for layer, rank in zip(layers, ranks, strict=True)
+    )
+    return _at_least(explained, energies, grams, len(ranks[0]))
+
+
+def budget_bound(
+    layers: Sequence[Spectra],
+    energies: Sequence[float],  # of every layer, in and outside of its bases
+    prices: tuple[Sequence[float], float],  # of a rank in every layer, and the budget
+    blocks: int,
+    grams: Sequence[Tensor],  # each (d, d), of the slices over the layers of one group
+) -> float:
+    """A loss (fraction of all energy) that no shared LoRAs within a budget can go below.
+
+    As `lower_bound`, with the best choice of every layer's rank that the budget allows.
+    """
+    costs, budget = prices
+    return _at_least(most_gain([s.gains for s in layers], costs, budget), energies, grams, blocks)
 
 
 def private_losses(
@@ -75,6 +104,36 @@ def private_losses(
             gained = following.topk(rest).indices
             errors[gained] -= following[gained]
     return errors.clamp(min=0)
+
+
+def best_private_losses(
+    layers: Sequence[Spectra],
+    energies: Tensor,  # (layers, k), of every checkpoint's deviation
+    costs: Sequence[float],  # of a rank, per layer
+    budget: float,
+) -> Tensor:  # (k,), squared errors
+    """The same with every layer's rank for every checkpoint where the budget explains most."""
+    k = energies.shape[1]
+    counts = spread(
+        [own for layer in layers for own in layer.private],
+        [cost for cost in costs for _ in range(k)],
+        budget,
+    )
+    errors = energies.sum(0)
+    for index, layer in enumerate(layers):
+        for c, own in enumerate(layer.private):
+            errors[c] -= own[: counts[index * k + c]].sum()
+    return errors.clamp(min=0)
+
+
+def _at_least(
+    explained: float, energies: Sequence[float], grams: Sequence[Tensor], blocks: int
+) -> float:
+    total = float(sum(energies))
+    if total <= 0:
+        return 0.0
+    along_checkpoints = sum(float(_squared_singular_values(gram)[blocks:].sum()) for gram in grams)
+    return max(total - explained, along_checkpoints, 0.0) / total
 
 
 def _squared_singular_values(gram: Tensor) -> Tensor:  # float64, CPU, falling

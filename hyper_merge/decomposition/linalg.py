@@ -27,6 +27,8 @@ def orthonormal(
 
     Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
     """
+    if not columns.shape[-1]:
+        return columns
     scaled = columns / columns.norm(dim=-2, keepdim=True).clamp(min=_tiny(columns))
     basis, pivot = _cholesky_qr(scaled)
     if not pivot > _LEAST_PIVOT:  # also for NaN

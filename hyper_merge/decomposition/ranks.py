@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 from hyper_merge.errors import RankError
 
@@ -19,3 +23,103 @@ def even_ranks(
     if not ranks or min(ranks) < 1:
         raise RankError(f"ranks must be 1 or more, at least one of them, got {list(ranks)}")
     return [tuple(min(rank, *shape) for rank in ranks) for shape in shapes]
+
+
+def spread(
+    gains: Sequence[Tensor],  # each (any,), falling
+    costs: Sequence[float],  # of one item of each list
+    budget: float,
+) -> list[int]:
+    """How many items of each list to buy: those with the most gain for their cost come first.
+
+    What is left when the next item is too dear goes to the first cheaper ones. As the gains of a
+    list fall, its first items are always taken before the later ones; up to the last few items this
+    is the best choice that there is.
+    """
+    counts = torch.tensor([len(each) for each in gains])
+    if not int(counts.sum()):
+        return [0] * len(gains)
+    owner = torch.arange(len(gains)).repeat_interleave(counts)
+    price = torch.tensor(costs, dtype=torch.float64)[owner]
+    value = torch.cat([each.double().cpu() for each in gains])
+    order = (value / price).argsort(descending=True, stable=True)
+    order = order[value[order] > 0]
+    affordable = int((price[order].cumsum(0) <= budget).sum())
+    taken = torch.bincount(owner[order[:affordable]], minlength=len(gains))
+    left = budget - float(price[order[:affordable]].sum())
+    return _with_the_rest(taken.tolist(), owner[order[affordable:]].tolist(), costs, left)
+
+
+def most_gain(
+    gains: Sequence[Tensor],  # each (any,), falling
+    costs: Sequence[float],  # of one item of each list
+    budget: float,
+) -> float:
+    """What no choice within the budget can exceed: the last item may be taken in part."""
+    counts = torch.tensor([len(each) for each in gains])
+    value = torch.cat([each.double().cpu() for each in gains])
+    price = torch.tensor(costs, dtype=torch.float64).repeat_interleave(counts)
+    order = (value / price).argsort(descending=True)
+    before = price[order].cumsum(0) - price[order]
+    shares = ((budget - before) / price[order]).clamp(0, 1)
+    return float((value[order] * shares).sum())
+
+
+def dealt(total: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """A whole number in parts in proportion to shares, the first ones getting what does not divide.
+
+    >>> dealt(5, [128, 64, 32])
+    (3, 1, 1)
+    """
+    ends = [0.0]
+    for share in shares:
+        ends.append(ends[-1] + share / sum(shares) * total)
+    # Rounded up: a layer of rank 1 goes to the first block, which is the largest.
+    rounded = [min(int(-(-end // 1)), total) for end in ends[:-1]] + [total]
+    return tuple(max(end - start, 0) for start, end in pairwise(rounded))
+
+
+def generous_ranks(
+    gains: Sequence[Tensor],  # per layer, falling: what a rank more can explain of its deviations
+    costs: Sequence[float],  # of a rank, per layer
+    limits: Sequence[int],  # of one block's rank, per layer
+    ranks: Sequence[int],  # of the list
+    budget: float,
+) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
+    """Ranks where the deviations' own spectra promise most, in each layer split as the list is."""
+    totals = spread(gains, costs, budget)
+    return [
+        tuple(min(part, limit) for part in dealt(total, ranks))
+        for total, limit in zip(totals, limits, strict=True)
+    ]
+
+
+def kept_ranks(
+    energies: Sequence[Sequence[Tensor]],  # per layer and block: of its components, falling
+    costs: Sequence[float],  # of a rank, per layer
+    budget: float,
+) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
+    """The components of blocks that were found with too many, of most energy per cost."""
+    blocks = len(energies[0])
+    flat = [each for layer in energies for each in layer]
+    counts = spread(flat, [cost for cost in costs for _ in range(blocks)], budget)
+    return [tuple(counts[start : start + blocks]) for start in range(0, len(counts), blocks)]
+
+
+def _with_the_rest(
+    taken: list[int], following: Sequence[int], costs: Sequence[float], left: float
+) -> list[int]:
+    """Buys on, in the order of the lists' owners, what still fits; never past an item that does not."""
+    cheapest = min(costs)
+    closed: set[int] = set()
+    for index in following:
+        if left < cheapest:
+            break
+        if index in closed:
+            continue
+        if costs[index] <= left:
+            taken[index] += 1
+            left -= costs[index]
+        else:
+            closed.add(index)
+    return taken

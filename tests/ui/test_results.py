@@ -36,8 +36,8 @@ def test_every_checkpoint_has_the_prompt_of_its_multipliers(host, run, merged):
     prompts = results.prompts_of(load_run(host.folders(), run))
     for row in merged.report.checkpoints:
         found = parse_tags(prompts[row.name])
-        assert [name for name, _ in found] == ["mix_0-4", "mix_1-2"]
-        assert [x for _, x in found] == pytest.approx(row.multipliers, abs=1e-5)
+        assert [tag.name for tag in found] == ["mix_0-4", "mix_1-2"]
+        assert [tag.multiplier for tag in found] == pytest.approx(row.multipliers, abs=1e-5)
 
 
 @pytest.mark.parametrize(

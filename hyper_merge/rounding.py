@@ -1,0 +1,146 @@
+"""Blocks in the layers' own coordinates, rounded as the files hold them, with all sums that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis_cache import Analysis
+from hyper_merge.control import Control
+from hyper_merge.decomposition.gauge import balanced, unit_scales
+from hyper_merge.lora import as_hosts_add, stored_factors
+from hyper_merge.solution import Found
+from hyper_merge.workers import return_memory, workers
+
+_LAYERS_PER_RETURN: Final = 50  # of memory to the system
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """Blocks as the files will hold them, with all that multipliers and losses need."""
+
+    factors: list[list[tuple[Tensor, Tensor]]]  # per layer and block: (m, r), (r, n), as stored
+    cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
+    gram: Tensor  # (layers, R, R), float64: <block, block>
+
+    @property
+    def ranks(self) -> list[tuple[int, ...]]:
+        """Of the R blocks, per layer."""
+        return [tuple(up.shape[1] for up, _ in pairs) for pairs in self.factors]
+
+
+def rounded(
+    analysis: Analysis,
+    found: Found,
+    groups: Mapping[str, Sequence[int]],  # the layers of each set of multipliers
+    stored: tuple[Sequence[int | None], torch.dtype],  # ranks of the R files (their alphas), type
+    control: Control,
+) -> Rounded:
+    """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
+
+    Each block is scaled so that its largest multiplier among the checkpoints is 1.
+    """
+    jobs = [
+        (index, found.factors.get(index), unit_scales(found.multipliers[name]))
+        for name, members in groups.items()
+        for index in members
+    ]
+    sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
+    tally = control.tally("preparing the LoRAs", sizes)
+
+    def job(
+        index: int, pairs: list[tuple[Tensor, Tensor]] | None, scales: Tensor
+    ) -> tuple[int, _RoundedLayer]:
+        if pairs is None:
+            return index, _nothing(analysis, index, len(stored[0]), stored[1])
+        own = [(up.cpu(), down.cpu()) for up, down in pairs]
+        return index, _round_layer(analysis, index, own, scales, stored, control.check)
+
+    layers: dict[int, _RoundedLayer] = {}
+    with workers(torch.device("cpu"), control.check) as each:
+        for index, layer in each(job, *zip(*jobs, strict=True)):
+            layers[index] = layer
+            tally.finish(index)
+            if len(layers) % _LAYERS_PER_RETURN == 0:
+                return_memory()
+    ordered = [layers[index] for index in sorted(layers)]
+    return Rounded(
+        factors=[layer.factors for layer in ordered],
+        cross=torch.stack([layer.cross for layer in ordered]),
+        gram=torch.stack([layer.gram for layer in ordered]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _RoundedLayer:
+    factors: list[tuple[Tensor, Tensor]]  # per block (m, r), (r, n)
+    cross: Tensor  # (d + 1, R)
+    gram: Tensor  # (R, R)
+
+
+def _round_layer(
+    analysis: Analysis,
+    index: int,
+    pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
+    scales: Tensor,  # (R,)
+    stored: tuple[Sequence[int | None], torch.dtype],
+    check: Callable[[], None],
+) -> _RoundedLayer:
+    layer, core = analysis.layers[index], analysis.core(index)
+    left, right = analysis.bases(index)
+    factors, products, ups, downs = [], [], [], []
+    for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
+        check()
+        outside = _outside((left, right), pair, scale)
+        factors.append(stored_factors(layer, *outside, alpha, stored[1]))
+        up, down = as_hosts_add(*factors[-1], alpha)
+        products.append((_inside(left, up) @ _inside(right, down.mT).mT).flatten())
+        ups.append(up)
+        downs.append(down)
+    rows = torch.cat([core, analysis.rounding(index)[None]])
+    cross = rows.flatten(1).double() @ torch.stack(products, 1).double()
+    return _RoundedLayer(factors, cross, _block_gram(ups, downs))
+
+
+def _outside(
+    bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
+    pair: tuple[Tensor, Tensor],  # (p' <= p, r), (r, q' <= q): in the bases' first columns
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
+    """A block in the layer's own coordinates."""
+    up, down = pair
+    if up.shape[1]:
+        up, down = balanced(up * scale, down)
+    return bases[0][:, : len(up)] @ up, down @ bases[1][:, : down.shape[1]].mT
+
+
+def _nothing(analysis: Analysis, index: int, blocks: int, dtype: torch.dtype) -> _RoundedLayer:
+    """A layer in which no block has any rank."""
+    layer = analysis.layers[index]
+    rows = analysis.contrasts.dimensions + 1
+    pair = torch.zeros(layer.m, 0, dtype=dtype), torch.zeros(0, layer.n, dtype=dtype)
+    zeros = torch.zeros(rows + blocks, blocks, dtype=torch.float64)
+    return _RoundedLayer([pair] * blocks, zeros[:rows], zeros[rows:])
+
+
+def _inside(
+    basis: Tensor,  # (m, p)
+    factor: Tensor,  # (m, r)
+) -> Tensor:  # (p, r)
+    """The factor in the basis. That is rounded: one correction for its columns' inner products."""
+    first = basis.mT @ factor
+    return first + basis.mT @ (factor - basis @ first)
+
+
+def _block_gram(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:  # (R, R)
+    up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
+    columns = ((up.mT @ up) * (down @ down.mT)).double()
+    sizes = torch.tensor([part.shape[1] for part in ups])
+    member = torch.nn.functional.one_hot(
+        torch.arange(len(ups)).repeat_interleave(sizes), len(ups)
+    ).double()
+    return member.mT @ columns @ member

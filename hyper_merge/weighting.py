@@ -1,0 +1,69 @@
+"""How much each checkpoint and each layer counts in the fit; plainly, all differences count alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis_cache import Analysis
+from hyper_merge.decomposition.contrasts import energies
+from hyper_merge.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """Coordinates in which the weighted loss is a plain sum of squares.
+
+    With weights w of the checkpoints, sqrt(w) * deviations = Q R slices for orthonormal Q: the
+    solver works with R slices, and what it finds there becomes multipliers through `to_deviations`.
+    """
+
+    layers: Tensor  # (layers,), float64: factors of the squared errors, 1 in the energy's mean
+    mix: (
+        Tensor | None
+    )  # (d, d), float64: to weighted slices; None where all checkpoints count alike
+    to_deviations: Tensor  # (k, d), float64: from weighted slices
+    energies: Tensor  # (layers,), float64: weighted, of all deviations
+
+    def core(self, index: int, core: Tensor) -> Tensor:  # (d, p, q)
+        """A layer's core, or a part of it, in weighted slices."""
+        scale = float(self.layers[index]) ** 0.5
+        if self.mix is not None:
+            mixed = (self.mix * scale).to(core) @ core.flatten(1)
+            return mixed.view(core.shape)
+        return core if scale == 1 else core * scale
+
+    def energy(self, members: Sequence[int]) -> float:
+        """Weighted energy of some layers' deviations."""
+        return float(self.energies[list(members)].sum())
+
+
+def weighting_of(analysis: Analysis, recipe: Recipe) -> Weighting:
+    """What a recipe asks for."""
+    of = energies(analysis.grams, analysis.contrasts)  # (layers, k)
+    layers = layer_weights(analysis, recipe)
+    basis = analysis.contrasts.to_deviations
+    if recipe.fit_weights is None:
+        return Weighting(layers, None, basis, of.sum(1) * layers)
+    weights = torch.tensor(recipe.fit_weights, dtype=torch.float64)
+    weights = weights * len(weights) / weights.sum()
+    triangle = torch.linalg.qr(basis * weights.sqrt()[:, None])[1]
+    back = basis @ torch.linalg.pinv(triangle)
+    return Weighting(layers, triangle, back, (of * weights).sum(1) * layers)
+
+
+def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
+    """Factors of the layers' squared errors.
+
+    `relative`: each layer's error against the size of its weight, so that small layers count.
+    Scaled so that the weighted energy of everything is the plain one.
+    """
+    of = energies(analysis.grams, analysis.contrasts).sum(1)
+    if recipe.layer_weights == "plain":
+        return torch.ones_like(of)
+    factors = analysis.weights.clamp(min=torch.finfo(torch.float64).tiny).reciprocal()
+    weighted = float((factors * of).sum())
+    return factors * (float(of.sum()) / weighted) if weighted > 0 else torch.ones_like(of)

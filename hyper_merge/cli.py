@@ -1,4 +1,4 @@
-"""The command line: `hyper-merge merge | average | inspect | runs | demo | app`."""
+"""The command line: `hyper-merge merge | average | plan | inspect | runs | demo | app`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, Recipe
 from hyper_merge.folders import Folders
 from hyper_merge.inspection import describe
 from hyper_merge.merge import Merged, run_average, run_merge
+from hyper_merge.plan import make_plan
+from hyper_merge.plan_text import plan_text
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, words in (
         ("merge", _merge, "make the hyper-model, the LoRAs and the report"),
         ("average", _average, "make the hyper-model alone"),
+        (
+            "plan",
+            _plan,
+            "say what LoRAs of which size would bring back; writes nothing but the cache",
+        ),
     ):
         sub = commands.add_parser(name, help=words, description=words.capitalize() + ".")
         sub.add_argument(
@@ -158,6 +165,12 @@ def _average(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         path = run_average(_examined(_recipe(options), control), control)
     _say(f"hyper-model: {path}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    with progress_bar() as control:
+        plan = make_plan(_examined(_recipe(options), control), control)
+    _say(plan_text(plan))
 
 
 def _inspect(options: argparse.Namespace) -> None:

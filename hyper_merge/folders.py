@@ -223,7 +223,8 @@ def _metadata(path: Path) -> Mapping[str, str]:
 
 
 def _deciding(recipe: object) -> object:
-    """A recipe's metadata without the device: results do not depend on it."""
+    """A recipe's metadata without the device, which decides nothing, and ranks that were found."""
     if not isinstance(recipe, dict):
         return None
-    return {name: text for name, text in recipe.items() if name != "device"}
+    found = {} if recipe.get("budget") == recipe.get("target") else {"ranks"}
+    return {name: text for name, text in recipe.items() if name not in {"device", *found}}

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from hyper_merge import __version__, analysis_cache
@@ -20,7 +19,7 @@ from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
-from hyper_merge.costs import Existing, average_costs
+from hyper_merge.costs import Costs, Existing, average_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.exact import find_companions, write_companion
 from hyper_merge.folders import (
@@ -47,6 +46,7 @@ from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import BlockChoice, Fit, Recovered, Report, Sizes, fit, make_report
 from hyper_merge.report_text import text
 from hyper_merge.rounding import Rounded, rounded
+from hyper_merge.settle import solved_as_asked
 from hyper_merge.solution import find_blocks
 from hyper_merge.weighting import layer_weights
 from hyper_merge.widths import widths_for
@@ -87,17 +87,17 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     recipe, sources = preflight.recipe, preflight.sources
     folders = folders or preflight.folders
     place = folders.place(recipe, preflight.average_id)
-    names = lora_names(place.run, recipe.ranks)
-    companions = companion_names(names) if preflight.vectors else ()
-    _require_free(place, (*names, *companions), overwrite=recipe.overwrite)
+    if not recipe.finds_ranks:
+        _require_free(place, _names(preflight, place), overwrite=recipe.overwrite)
     work = preflight.work
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     _require_room(preflight, place, cached, folders)
     existing = Existing(folders.cache, average=place.exists, analysis=cached is not None)
-    hashing, reading, solving, rounding, writing = control.split(preflight.costs(existing))
+    costs = preflight.costs(existing)
+    hashing, reading, solving, writing = control.split(
+        (costs.hashing, costs.reading, costs.solving + costs.rounding, costs.writing)
+    )
     with Outputs(overwrite=recipe.overwrite) as outputs:
-        if recipe.overwrite:
-            _remove_outdated(outputs, folders, place.run, (*names, *companions))
         lineage = lineage_of(sources, recipe, folders.cache, hashing)
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
@@ -114,7 +114,14 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
             reading,
         )
         with open_analysis(path, sources) as analysis:
-            solved = _solve(analysis, preflight, work.device, (solving, rounding))
+            preflight, solved = solved_as_asked(
+                analysis, preflight, partial(_solve, analysis, costs), solving
+            )
+            lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
+            names = _names(preflight, place)
+            _require_free(place, names, overwrite=recipe.overwrite)
+            if recipe.overwrite:
+                _remove_outdated(outputs, folders, place.run, names)
             files = _lora_files(preflight, place, lineage, solved)
             _stage_loras(outputs, preflight, place, files, solved, writing)
             recovered = _stage_companions(outputs, preflight, place, files, solved.found, writing)
@@ -122,15 +129,15 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
                 analysis,
                 solved.found,
                 BlockChoice(solved.blocks.ranks, preflight.allowance, preflight.groups),
-                (place.run, names, [header.stem for header in sources.headers]),
+                (place.run, tuple(files), [header.stem for header in sources.headers]),
                 (recipe.method, solved.losses),
-                _sizes(preflight, place, outputs, (*names, *companions)),
+                _sizes(preflight, place, outputs, names),
             )
-            report = replace(report, companions=companions, recovered=recovered)
+            report = replace(report, companions=names[len(files) :], recovered=recovered)
         _stage_texts(outputs, preflight, place, lineage, report)
         control.step("putting the files in place", 1.0)
     analysis_cache.prune(folders.cache, folders.cache_limit)
-    paths = tuple(place.loras / f"{name}.safetensors" for name in (*names, *companions))
+    paths = tuple(place.loras / f"{name}.safetensors" for name in names)
     return Merged(report, place, paths, cached is not None)
 
 
@@ -187,15 +194,17 @@ def _read(
         analysis.close_with(not_carried)
 
 
-def _solve(
-    analysis: Analysis,
-    preflight: Preflight,
-    device: torch.device,
-    controls: tuple[Control, Control],
-) -> _Solved:
-    recipe, (solving, rounding) = preflight.recipe, controls
-    allowance = preflight.allowance
-    found = find_blocks(analysis, recipe, preflight.ranks, allowance, (device, solving))
+def _names(preflight: Preflight, place: Place) -> tuple[str, ...]:
+    """Of the LoRAs and, after them, of their companions if there are any."""
+    names = lora_names(place.run, preflight.recipe.ranks)
+    return (*names, *companion_names(names)) if preflight.vectors else names
+
+
+def _solve(analysis: Analysis, costs: Costs, preflight: Preflight, control: Control) -> _Solved:
+    recipe, allowance = preflight.recipe, preflight.allowance
+    solving, rounding = control.split((costs.solving, costs.rounding))
+    where = preflight.work.device, solving
+    found = find_blocks(analysis, recipe, preflight.ranks, allowance, where)
     stored = (preflight.alphas, preflight.sources.dtype)
     blocks = rounded(analysis, found, preflight.groups, stored, rounding)
     fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -24,17 +24,20 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.vectors import Vector
 from hyper_merge.costs import Costs, Existing, merge_costs
 from hyper_merge.decomposition.ranks import even_ranks
-from hyper_merge.errors import DeviceError, MismatchError, OutputError
+from hyper_merge.errors import DeviceError, MismatchError, OutputError, RecipeError
 from hyper_merge.exact import companion_bytes, wanted_vectors
 from hyper_merge.folders import Folders
 from hyper_merge.lora import lora_bytes
-from hyper_merge.recipe import AVERAGE, Recipe
+from hyper_merge.recipe import AVERAGE, DEFAULT_RANKS, Recipe
+from hyper_merge.recipe_values import LARGEST_RANK
 from hyper_merge.sizes import size_text
 from hyper_merge.solution import Allowance, groups_of
 from hyper_merge.sources import Sources, bases_width
 
 _AT_ONCE: Final = 2  # layers in the pass
 _SETS: Final = 5  # of factors during the solve: two, and the rest in the allocator's holes
+_HEADER_BYTES: Final = 340  # of a layer's three tensors in a file, without their names
+_METADATA_BYTES: Final = 600  # that a file says of a checkpoint
 _OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
 
 
@@ -62,6 +65,11 @@ class Preflight:
     sources: Sources
     warnings: tuple[str, ...]
     folders: Folders  # where earlier work may lie that can be used again
+    budget: int | None = None  # bytes of all factors, where a target asks for them
+
+    def with_ranks(self, ranks: tuple[int, ...], budget: int | None = None) -> Preflight:
+        """The same with the ranks, and for a target the bytes, that the merge has found."""
+        return replace(self, recipe=replace(self.recipe, ranks=ranks), budget=budget)
 
     @cached_property
     def ranks(self) -> list[tuple[int, ...]]:
@@ -87,9 +95,27 @@ class Preflight:
         recipe, layers = self.recipe, self.sources.layout.layers
         if recipe.allocation == "even" or recipe.method == "greedy":
             return None
-        costs = tuple((layer.m + layer.n) * self.sources.dtype.itemsize for layer in layers)
+        costs = self.rank_bytes
         budget = sum(cost * sum(rank) for cost, rank in zip(costs, self.ranks, strict=True))
+        if self.budget is not None:
+            budget = self.budget
+        elif recipe.budget is not None:
+            budget = recipe.budget - self._bytes_beside_factors
         return Allowance(costs, budget - len(recipe.ranks) * _zeros_of_groups(layers, costs))
+
+    @cached_property
+    def rank_bytes(self) -> tuple[int, ...]:
+        """What a rank takes in each layer."""
+        size = self.sources.dtype.itemsize
+        return tuple((layer.m + layer.n) * size for layer in self.sources.layout.layers)
+
+    @property
+    def _bytes_beside_factors(self) -> int:
+        """Of all LoRA files at most: headers, which name every tensor, and what they say of themselves."""
+        names = sum(len(layer.module) for layer in self.sources.layout.layers)
+        of_layers = _HEADER_BYTES * len(self.sources.layout.layers) + 3 * names
+        of_checkpoints = _METADATA_BYTES * (len(self.sources.read) + 8)
+        return len(self.recipe.ranks) * (of_layers + of_checkpoints)
 
     @cached_property
     def vectors(self) -> tuple[Vector, ...]:
@@ -172,6 +198,7 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     warnings = check_distinct([header.path for header in headers])
     _check_stems(headers)
     count = len(headers)
+    recipe = _with_ranks(recipe, layouts[0].layers)
     sources = Sources(
         headers=tuple(headers),
         base=base,
@@ -231,6 +258,22 @@ def require_disks(needed: Mapping[Path, int]) -> None:
 def _zeros_of_groups(layers: Sequence[Layer], costs: Sequence[int]) -> int:
     """Bytes of rank 1 in all layers that a file has together or not at all: at most so many zeros."""
     return sum(cost for layer, cost in zip(layers, costs, strict=True) if layer.together)
+
+
+def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """The recipe with ranks that stand for those that the merge will find, for all estimates."""
+    if not recipe.finds_ranks:
+        return recipe
+    if recipe.budget is None:
+        return replace(recipe, ranks=DEFAULT_RANKS)
+    size = getattr(torch, recipe.dtype).itemsize
+    of_one = sum((layer.m + layer.n) * size for layer in layers)
+    if recipe.budget < 2 * of_one:
+        raise RecipeError(
+            f"the budget of {size_text(recipe.budget)} is too small: a LoRA of rank 1 takes"
+            f" {size_text(of_one)} for these checkpoints; give {size_text(2 * of_one)} or more"
+        )
+    return replace(recipe, ranks=(min(recipe.budget // of_one, LARGEST_RANK),))
 
 
 def _check_stems(headers: Sequence[Header]) -> None:

@@ -6,7 +6,7 @@ Knows no checkpoint: whether the files exist and fit together is seen in the pre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ __all__ = [
 DEFAULT_RANKS = (128, 64, 32, 16)
 DEFAULT_ITERATIONS = 30
 DEFAULT_TOLERANCE = 5e-4
+
+_SIZES = {"ranks", "budget", "target"}  # of which one is given
 
 Options = Mapping[str, str | Sequence[str]]
 
@@ -59,7 +61,9 @@ class Recipe:
     Attributes:
         name: Name of the hyper-model, and first part of the LoRAs' names.
         models: Paths of the checkpoints, two or more.
-        ranks: One per LoRA.
+        ranks: One per LoRA; found in the merge where a budget or a target is given.
+        budget: Bytes of all LoRA files together, or None.
+        target: Share 0..1 that is to come back of every checkpoint, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Of the written files.
         iterations: Sweeps at most.
@@ -82,6 +86,8 @@ class Recipe:
     name: str
     models: tuple[Path, ...]
     ranks: tuple[int, ...] = DEFAULT_RANKS
+    budget: int | None = None
+    target: float | None = None
     device: str = "auto"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     iterations: int = DEFAULT_ITERATIONS
@@ -106,6 +112,13 @@ class Recipe:
             except RecipeError as error:
                 raise SettingError(field.name, str(error)) from None
             object.__setattr__(self, field.name, value)
+        if self.budget is not None and self.target is not None:
+            raise SettingError("target", "expected a budget or a target, got both; leave one out")
+        if self.finds_ranks and (self.allocation == "even" or self.method == "greedy"):
+            raise SettingError(
+                "budget" if self.target is None else "target",
+                "goes with adaptive allocation and the joint method alone; give ranks in its place",
+            )
         for name in ("weights", "fit_weights"):
             weights = getattr(self, name)
             if weights is not None and len(weights) != len(self.models):
@@ -114,9 +127,15 @@ class Recipe:
                     f"expected {len(self.models)} numbers, one per checkpoint, got {len(weights)}",
                 )
 
+    @property
+    def finds_ranks(self) -> bool:
+        """Whether the merge finds the ranks, by a budget or a target."""
+        return self.budget is not None or self.target is not None
+
     def to_yaml(self) -> str:
         """A YAML file that `load_recipe` reads back as an equal recipe."""
-        return "".join(f"{f.name}:{_yaml_value(getattr(self, f.name))}\n" for f in FIELDS)
+        shown = [f for f in FIELDS if not (f.name == "ranks" and self.finds_ranks)]
+        return "".join(f"{f.name}:{_yaml_value(getattr(self, f.name))}\n" for f in shown)
 
     def to_settings(self) -> dict[str, Any]:
         """All fields as plain JSON values, paths absolute; see `recipe_from_settings`."""
@@ -147,7 +166,10 @@ def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
         if key in settings:
             found = _beside(settings[key].value, path.parent)
             settings[key] = Setting(found, settings[key].where)
-    return _build({**settings, **_option_settings(overrides or {})}, str(path))
+    options = _option_settings(overrides or {})
+    if _SIZES & options.keys():
+        settings = {key: setting for key, setting in settings.items() if key not in _SIZES}
+    return _build({**settings, **options}, str(path))
 
 
 def recipe_from_options(options: Options) -> Recipe:
@@ -172,9 +194,16 @@ def recipe_from_settings(settings: Mapping[str, object], where: str) -> Recipe:
     Raises:
         RecipeError: A setting is unknown, missing or impossible.
     """
-    return _build(
-        {key: Setting(value, f'{where}, key "{key}"') for key, value in settings.items()}, where
-    )
+    given = {key: Setting(value, f'{where}, key "{key}"') for key, value in settings.items()}
+    # Ranks stand beside the budget or the target that found them.
+    sizes: dict[str, Any] = {
+        key: given.pop(key).value for key in ("budget", "target") if key in given
+    }
+    recipe = _build(given, where)
+    try:
+        return replace(recipe, **sizes)
+    except SettingError as error:
+        raise RecipeError(f'{where}, key "{error.key}": {error.problem}') from None
 
 
 def option_help(field: Field) -> str:
@@ -210,11 +239,23 @@ def _build(settings: Mapping[str, Setting], source: str) -> Recipe:
             f"--{missing[0]} on the command line"
         )
     values: dict[str, Any] = {key: setting.value for key, setting in settings.items()}
+    _require_one_size(settings)
     try:
         return Recipe(**values)
     except SettingError as error:
         where = settings[error.key].where
         raise RecipeError(f"{where}: {error.problem}") from None
+
+
+def _require_one_size(settings: Mapping[str, Setting]) -> None:
+    given = [
+        key for key in sorted(_SIZES) if key in settings and settings[key].value not in (None, "")
+    ]
+    if len(given) > 1:
+        raise RecipeError(
+            f"{settings[given[1]].where}: expected one of ranks, budget and target, got"
+            f" {' and '.join(given)}; leave {'one' if len(given) == 2 else 'two'} out"
+        )
 
 
 def _unknown(where: str, key: str) -> RecipeError:

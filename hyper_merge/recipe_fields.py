@@ -14,12 +14,14 @@ from typing import Any, Literal
 from hyper_merge.recipe_values import (
     choice,
     number,
+    parse_bytes,
     parse_device,
     parse_flag,
     parse_models,
     parse_name,
     parse_path,
     parse_ranks,
+    parse_share,
     parse_text,
     parse_weights,
     plain_value,
@@ -77,6 +79,10 @@ def _show_numbers(numbers: Sequence[float] | None) -> str:
     return "equal" if numbers is None else ", ".join(map(repr, numbers))
 
 
+def _show_optional(value: float | None) -> str:
+    return "none" if value is None else repr(value)
+
+
 def _show_base(base: str) -> str:
     return base if base == AVERAGE else _file_name(base)
 
@@ -88,6 +94,10 @@ FIELDS: tuple[Field, ...] = (
           literal=True, show=_show_models),
     Field("ranks", "R,R,...", "one LoRA of this rank each", parse_ranks, "many",
           show=_show_numbers),
+    Field("budget", "SIZE", "in place of ranks: all LoRAs together are at most so large, as 300MB",
+          parse_bytes, show=_show_optional),
+    Field("target", "SHARE", "in place of ranks: so much comes back of every checkpoint, as 95%",
+          parse_share, show=_show_optional),
     Field("device", "DEVICE", "auto, cpu, cuda or cuda:N", parse_device),
     Field("dtype", "DTYPE", "stored in the files: float16, bfloat16 or float32",
           choice("float16", "bfloat16", "float32")),

@@ -23,6 +23,9 @@ LONGEST_NAME = 100
 
 _WHOLE = re.compile(r"[-+]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmg]i?)?b?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SHARE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*%")
 _WORDS: tuple[tuple[frozenset[str], bool | None], ...] = (
     (frozenset({"", "~", "null"}), None),
     (frozenset({"true", "yes", "on"}), True),
@@ -151,6 +154,29 @@ def parse_weights(value: object) -> tuple[float, ...] | None:
     if not 0 < sum(weights) < math.inf:
         raise RecipeError(f"expected weights with a sum above 0, got the sum {sum(weights):g}")
     return weights
+
+
+def parse_bytes(value: object) -> int | None:
+    """A size such as "300MB" or "1.5 GB", or a number of bytes; None for none."""
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
+    size = round(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
+    if size < 1:
+        raise RecipeError(f'expected a size, such as "300MB" or "1.5GB", got {describe(value)}')
+    return size
+
+
+def parse_share(value: object) -> float | None:
+    """A share such as "95%" or 0.95, above 0 and at most 1; None for none."""
+    if value is None:
+        return None
+    match = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match:
+        value = float(match[1]) / 100
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RecipeError(f'expected a share, such as "95%" or 0.95, got {describe(value)}')
+    return float(value)
 
 
 def _listed(value: object, what: str) -> Sequence[object]:

@@ -18,6 +18,7 @@ from hyper_merge.decomposition.bounds import (
     lower_bound,
     private_losses,
 )
+from hyper_merge.decomposition.clusters import clusters
 from hyper_merge.decomposition.contrasts import distances, energies
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.prompts import tags
@@ -160,6 +161,10 @@ class Report:
     parts: tuple[PartLoss, ...] = ()  # in the network's order
     companions: tuple[str, ...] = ()  # one per LoRA if any, to be used with its multipliers
     recovered: tuple[Recovered, ...] = ()  # by these companions
+    groups: tuple[
+        tuple[int, ...], ...
+    ] = ()  # places of checkpoints, where they fall into unlike ones
+    between_groups: float = 0.0  # share of all differences that an average for each would take away
 
     def tags(self, row: CheckpointReport) -> str:
         """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
@@ -219,6 +224,8 @@ def make_report(
     total = float(found.energies.sum())
     private, bound = _limits(analysis, found, blocks)
     outside = analysis.not_carried
+    gram = gram_of(analysis)
+    groups = clusters(gram)
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
         name=names[0],
@@ -234,7 +241,9 @@ def make_report(
         bytes_average=sizes.average,
         bytes_loras=sizes.loras,
         curve=_rows_of(found.curve),
-        similarity=_rows_of(_similarity(analysis)),
+        similarity=_rows_of(_similarity(gram)),
+        groups=groups.groups if groups.are_apart else (),
+        between_groups=groups.between,
         parts=_parts(analysis.layers, found),
     )
 
@@ -297,10 +306,14 @@ def _explained_energies(
     return torch.stack(rows)
 
 
-def _similarity(analysis: Analysis) -> Tensor:  # (k, k)
-    """Cosines of the deviations in all layers together; 0 for a checkpoint that has none."""
+def gram_of(analysis: Analysis) -> Tensor:  # (k, k)
+    """Inner products of the deviations in all layers together."""
     rows = distances(analysis.contrasts)
-    gram = rows @ analysis.grams.sum(0) @ rows.mT
+    return rows @ analysis.grams.sum(0) @ rows.mT
+
+
+def _similarity(gram: Tensor) -> Tensor:  # (k, k)
+    """Cosines of the deviations; 0 for a checkpoint that has none."""
     norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
     return (gram * norms * norms[:, None]).clamp(-1, 1).fill_diagonal_(1)
 

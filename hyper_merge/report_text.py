@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from hyper_merge.lora import COMPANIONS
@@ -36,6 +37,15 @@ def text(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def groups_text(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
+    """That checkpoints fall into unlike groups, and what an average for each would take away."""
+    words = " / ".join(", ".join(names[c] for c in group) for group in groups)
+    return (
+        f"these checkpoints fall into {len(groups)} unlike groups: {words}; a merge for each group"
+        f" would leave {1 - between:.0%} of the differences to its LoRAs"
+    )
+
+
 def _of_text_encoder(report: Report, row: CheckpointReport) -> str:
     """A share, or a dash where the files have no text encoder that takes LoRAs."""
     without = report.parts and all(part.which == "unet" for part in report.parts)
@@ -64,8 +74,11 @@ def _over_bound(report: Report) -> str:
 
 
 def _details(report: Report) -> list[str]:
-    """How the first LoRAs do alone, and where most is lost."""
+    """How the first LoRAs do alone, where most is lost, and whether one average suits all."""
     lines = []
+    if report.groups:
+        names = [row.name for row in report.checkpoints]
+        lines += ["", groups_text(names, report.groups, report.between_groups)]
     if report.curve:
         means = " ".join(f"{sum(row) / len(row):7.2%}" for row in report.curve[1:])
         worst = " ".join(f"{min(row):7.2%}" for row in report.curve[1:])

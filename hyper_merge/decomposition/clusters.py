@@ -1,0 +1,77 @@
+"""Whether checkpoints fall into unlike groups, which one average serves badly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+from torch import Tensor
+
+_CLEAR: Final = 4.0  # of Calinski and Harabasz' index, which is about 1 where nothing is grouped
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Groups of checkpoints; one group of all where there are no unlike ones."""
+
+    groups: tuple[tuple[int, ...], ...]  # places of checkpoints, in rising order
+    between: float  # share 0..1 of all differences that an average for each group takes away
+
+    @property
+    def are_apart(self) -> bool:
+        """Whether there is more than one group."""
+        return len(self.groups) > 1
+
+
+def clusters(
+    gram: Tensor,  # (k, k), inner products of the deviations from any one base
+) -> Clusters:
+    """Groups by Ward's method, as many as stand out most clearly.
+
+    Two groupings are compared by the ratio of what lies between groups to what lies within, each per
+    degree of freedom; unrelated checkpoints give about 1 whatever the number of groups.
+
+    Source: Ward, "Hierarchical grouping to optimize an objective function", 1963; Calinski and
+    Harabasz, "A dendrite method for cluster analysis", 1974.
+    """
+    k = len(gram)
+    everything = (tuple(range(k)),)
+    total = _within(gram, everything)
+    best: tuple[tuple[int, ...], ...] = everything
+    clearest, share = _CLEAR, 0.0
+    for groups in _mergers(gram):
+        count = len(groups)
+        within = _within(gram, groups)
+        if not 1 < count <= k // 2 or total <= 0:  # more would hardly be groups
+            continue
+        between = (total - within) / (count - 1)
+        index = between / max(within / (k - count), 1e-12 * total)
+        if index > clearest:
+            best, clearest, share = groups, index, 1 - within / total
+    return Clusters(best, share)
+
+
+def _mergers(gram: Tensor) -> list[tuple[tuple[int, ...], ...]]:
+    """From single checkpoints to two groups: the two that add least to the spread are joined."""
+    groups: list[tuple[int, ...]] = [(c,) for c in range(len(gram))]
+    steps = []
+    while len(groups) > 2:
+        one, other = min(
+            combinations(groups, 2),
+            key=lambda pair: _spread(gram, pair[0] + pair[1]) - sum(_spread(gram, p) for p in pair),
+        )
+        groups = [group for group in groups if group not in (one, other)]
+        groups.append(tuple(sorted(one + other)))
+        steps.append(tuple(sorted(groups)))
+    return steps
+
+
+def _within(gram: Tensor, groups: tuple[tuple[int, ...], ...]) -> float:
+    return sum(_spread(gram, group) for group in groups)
+
+
+def _spread(gram: Tensor, group: tuple[int, ...]) -> float:
+    """Sum of squared distances of a group's members from their mean."""
+    part = gram[list(group)][:, list(group)]
+    return max(float(part.diagonal().sum() - part.mean(dim=0).sum()), 0.0)

@@ -63,7 +63,8 @@ def compress(
     if m <= width and n <= width:
         return Compressed(_identity(m, slices), _identity(n, slices), slices)
     if k * min(m, n) <= width:  # all rows, or all columns, of the stack fit
-        left, right = _ordered(slices.transpose(0, 1).flatten(1)), _ordered(slices.flatten(0, 1).mT)
+        left, right = slices.transpose(0, 1).flatten(1), slices.flatten(0, 1).mT
+        left, right = (_ordered(side) if len(side) > width else side for side in (left, right))
     else:
         directions = _directions(slices, gram, width // 2)
         left, right = _subspaces(slices, directions, generator, tick)
@@ -156,8 +157,8 @@ def _singular_vectors(
 
 
 def _ordered(
-    columns: Tensor,  # (m, any)
-) -> Tensor:  # (m, any)
+    columns: Tensor,  # (m, at most m)
+) -> Tensor:  # (m, the same)
     """Columns of the same span, orthogonal, those that hold most first."""
     _, rotation = torch.linalg.eigh(columns.mT @ columns)
     return columns @ rotation.flip(1)

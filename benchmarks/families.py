@@ -5,7 +5,8 @@
 
 Makes each kind of `hyper_merge.synthetic_kinds` where it is not there yet, merges it in every setting
 from nothing (no cached analysis), and prints a table from the runs' manifests, also kept in
-`FOLDER/narrow/families.md`. Settings are options of `hyper-merge merge`; those after `--` go to
+`FOLDER/narrow/families.md`. Seconds are by the clock and, less touched by what else the machine does,
+of all cores; the solve's are those of starts and sweeps. Settings are options of `hyper-merge merge`; those after `--` go to
 all of them but greedy, which is always there. To compare two of them:
 
     python benchmarks/families.py --setting even="--allocation even" --setting adaptive="--allocation adaptive"
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from tables import table
 
@@ -42,8 +44,24 @@ RANKS = {"narrow": ("24", "12", "6", "3"), "full-size": ("128", "64", "32", "16"
 READING, ROUNDING = "reading and analysing", "preparing the LoRAs"  # phases around the solve
 HEADS = (
     *("kind", "k", "setting", "loss", "/ greedy", "/ private", "/ bound"),
-    *("MB", "sweeps", "solve s", "all s"),
+    *("MB", "sweeps", "solve s", "CPU s", "all s", "CPU s"),
 )
+
+
+class Time(NamedTuple):
+    """Seconds."""
+
+    clock: float
+    cores: float
+
+    @classmethod
+    def now(cls) -> Time:
+        """Since some moment."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: Time) -> Time:
+        """What passed."""
+        return Time(self.clock - start.clock, self.cores - start.cores)
 
 
 @dataclass(frozen=True)
@@ -66,8 +84,8 @@ class Result:
     kind: str
     setting: str
     report: Report
-    solving: float  # seconds: starts and sweeps
-    seconds: float  # of the whole merge
+    solving: Time  # starts and sweeps
+    whole: Time
     greedy: float  # loss
 
     @property
@@ -84,7 +102,7 @@ class Result:
             *(self.kind, str(len(report.checkpoints)), self.setting, f"{report.loss:.4f}"),
             *(f"{ratio:.3f}" for ratio in self.ratios),
             *(f"{report.bytes_loras / 1e6:.2f}", str(len(report.losses))),
-            *(f"{self.solving:.1f}", f"{self.seconds:.1f}"),
+            *(f"{seconds:.1f}" for seconds in (*self.solving, *self.whole)),
         )
 
 
@@ -92,12 +110,12 @@ class Result:
 class Watch:
     """Sees when the phases of a run are told."""
 
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
+    first: dict[str, Time] = field(default_factory=dict)
+    last: dict[str, Time] = field(default_factory=dict)
 
     def on_progress(self, phase: str, _fraction: float) -> None:
         """Takes down the time."""
-        self.last[phase] = time.perf_counter()
+        self.last[phase] = Time.now()
         self.first.setdefault(phase, self.last[phase])
 
 
@@ -143,13 +161,13 @@ def _merge(kind: str, models: Sequence[Path], setting: Setting) -> Result:
     watch = Watch()
     with tempfile.TemporaryDirectory(dir=models[0].parent) as cache:
         folders = replace(Folders.under(recipe.output), cache=Path(cache))
-        start = time.perf_counter()
+        start = Time.now()
         merged = run_merge(examine(recipe, folders), Control(watch.on_progress), folders)
-        seconds = time.perf_counter() - start
+        whole = Time.now().since(start)
     manifest = json.loads((merged.place.folder / MANIFEST).read_text(encoding="utf-8"))
     report = Report.from_dict(manifest["report"])
-    solving = watch.first[ROUNDING] - watch.last[READING]
-    return Result(kind, setting.name, report, solving, seconds, report.loss)
+    solving = watch.first[ROUNDING].since(watch.last[READING])
+    return Result(kind, setting.name, report, solving, whole, report.loss)
 
 
 def _words(options: Sequence[str]) -> dict[str, list[str]]:
@@ -170,10 +188,10 @@ def _means(results: Sequence[Result]) -> list[tuple[str, ...]]:
         own = [result for result in results if result.setting == name]
         ratios = list(zip(*(result.ratios for result in own), strict=True))
         mean = fmean(result.report.loss for result in own)
-        times = (fmean(r.solving for r in own), fmean(r.seconds for r in own))
+        times = map(fmean, zip(*((*r.solving, *r.whole) for r in own), strict=True))
         rest = ("", "", *(f"{each:.1f}" for each in times))
         rows.append(("mean", "", name, f"{mean:.4f}", *(f"{fmean(r):.3f}" for r in ratios), *rest))
-        rows.append(("worst", "", name, "", *(f"{max(r):.3f}" for r in ratios), "", "", "", ""))
+        rows.append(("worst", "", name, "", *(f"{max(r):.3f}" for r in ratios), *[""] * 6))
     return rows
 
 

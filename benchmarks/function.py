@@ -39,6 +39,7 @@ from hyper_merge.checkpoints.layers import Layer, layout_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.synthetic_layout import UNET_PREFIX
 from hyper_merge.folders import MULTIPLIERS, Folders
+from hyper_merge.recipe import AVERAGE
 from hyper_merge.runs import Run, list_runs, load_run
 
 with warnings.catch_warnings():
@@ -94,6 +95,7 @@ class Judge:
     @torch.no_grad()
     def outputs(self, state: Mapping[str, Tensor]) -> Tensor:  # (inputs, 4, latent, latent)
         """What the UNet gives with these weights."""
+        self.unet.to("meta")  # lets go of the last weights
         floats = {key: tensor.float() for key, tensor in state.items()}
         weights = convert_ldm_unet_checkpoint(floats, dict(self.unet.config))
         self.unet.load_state_dict(weights, strict=True, assign=True)
@@ -215,12 +217,14 @@ def _inputs(
 
 
 def _runs(folders: Folders, names: Sequence[str]) -> list[Run]:
-    """The runs of these names, or all, the oldest first; of one average only."""
+    """The runs of these names, or all, the oldest first; of the same checkpoints only."""
     runs = [load_run(folders, name) for name in names] or list_runs(folders)[0][::-1]
     if not runs:
         raise SystemExit(f"expected runs in {folders.runs}, found none; merge there first")
-    if len({run.hyper_model for run in runs}) > 1:
-        raise SystemExit("expected runs with one hyper-model, got several; name the runs")
+    if len({(run.hyper_model, tuple(each.sha256 for each in run.sources)) for run in runs}) > 1:
+        raise SystemExit("expected runs of the same checkpoints, got several; name the runs")
+    if any(run.recipe.base != AVERAGE for run in runs):
+        raise SystemExit("expected runs around the average, got one with a base of its own")
     if missing := [str(path) for run in runs for path in run.missing]:
         raise SystemExit(f"missing: {', '.join(missing)}")
     return runs

@@ -1,0 +1,228 @@
+"""How good merges are over kinds of families, beside greedy, private LoRAs and the lower bound.
+
+    python benchmarks/families.py [--folder FOLDER] [--kinds KIND ...] [--full-size] [--ranks R ...]
+        [--setting NAME="OPTIONS" ...] [-- OPTIONS]
+
+Makes each kind of `hyper_merge.synthetic_kinds` where it is not there yet, merges it in every setting
+from nothing (no cached analysis), and prints a table from the runs' manifests, also kept in
+`FOLDER/narrow/families.md`. Seconds are by the clock and, less touched by what else the machine does,
+of all cores; the solve's are those of starts and sweeps. Settings are options of `hyper-merge merge`; those after `--` go to
+all of them but greedy, which is always there. To compare two of them:
+
+    python benchmarks/families.py --setting even="--allocation even" --setting adaptive="--allocation adaptive"
+
+The runs stay in `FOLDER/narrow/KIND/out` for `function.py`. A quarter of an hour on two cores; full-size
+families are 2.1 GB a checkpoint and take minutes and tens of gigabytes each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from tables import table
+
+from hyper_merge.control import Control
+from hyper_merge.folders import MANIFEST, Folders
+from hyper_merge.merge import run_merge
+from hyper_merge.preflight import examine
+from hyper_merge.recipe import recipe_from_options
+from hyper_merge.report import Report
+from hyper_merge.synthetic import FamilySpec, write_family
+from hyper_merge.synthetic_kinds import KINDS, narrow
+
+RANKS = {"narrow": ("24", "12", "6", "3"), "full-size": ("128", "64", "32", "16")}
+READING, ROUNDING = "reading and analysing", "preparing the LoRAs"  # phases around the solve
+HEADS = (
+    *("kind", "k", "setting", "loss", "/ greedy", "/ private", "/ bound"),
+    *("MB", "sweeps", "solve s", "CPU s", "all s", "CPU s"),
+)
+
+
+class Time(NamedTuple):
+    """Seconds."""
+
+    clock: float
+    cores: float
+
+    @classmethod
+    def now(cls) -> Time:
+        """Since some moment."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: Time) -> Time:
+        """What passed."""
+        return Time(self.clock - start.clock, self.cores - start.cores)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to merge: words of the command line of `hyper-merge merge`."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+GREEDY = Setting("greedy", ("--method", "greedy", "--iterations", "6"))
+SETTINGS = (Setting("joint"),)
+"""What is compared with greedy if nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One merge."""
+
+    kind: str
+    setting: str
+    report: Report
+    solving: Time  # starts and sweeps
+    whole: Time
+    greedy: float  # loss
+
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """The loss as a multiple of greedy's, of private LoRAs' of the same bytes, and of the bound."""
+        others = self.greedy, self.report.private_loss, self.report.bound
+        return tuple(self.report.loss / other if other else float("nan") for other in others)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its row of the table."""
+        report = self.report
+        return (
+            *(self.kind, str(len(report.checkpoints)), self.setting, f"{report.loss:.4f}"),
+            *(f"{ratio:.3f}" for ratio in self.ratios),
+            *(f"{report.bytes_loras / 1e6:.2f}", str(len(report.losses))),
+            *(f"{seconds:.1f}" for seconds in (*self.solving, *self.whole)),
+        )
+
+
+@dataclass
+class Watch:
+    """Sees when the phases of a run are told."""
+
+    first: dict[str, Time] = field(default_factory=dict)
+    last: dict[str, Time] = field(default_factory=dict)
+
+    def on_progress(self, phase: str, _fraction: float) -> None:
+        """Takes down the time."""
+        self.last[phase] = Time.now()
+        self.first.setdefault(phase, self.last[phase])
+
+
+def main() -> None:
+    """Merges every kind in every setting, and prints the table."""
+    options = _options()
+    size = "full-size" if options.full_size else "narrow"
+    folder = options.folder / size
+    ranks = ("--ranks", *(options.ranks or RANKS[size]))
+    settings = (GREEDY, *(_with(options.rest, each) for each in options.setting or SETTINGS))
+    results = []
+    for kind in options.kinds:
+        spec = KINDS[kind] if options.full_size else narrow(KINDS[kind])
+        models = make_kind(folder / kind, spec)
+        greedy = None
+        for setting in settings:
+            result = _merge(kind, models, replace(setting, options=(*ranks, *setting.options)))
+            greedy = greedy or result.report.loss
+            results.append(replace(result, greedy=greedy))
+            print("  ".join(results[-1].cells), file=sys.stderr, flush=True)
+    text = table(HEADS, [*(result.cells for result in results), *_means(results)])
+    (folder / "families.md").write_text(text + "\n")
+    print(text)
+
+
+def make_kind(folder: Path, spec: FamilySpec) -> list[Path]:
+    """The checkpoints of a family in a folder of its own, written unless the same ones are there."""
+    names = [f"{folder.name}_{index}" for index in range(spec.count)]
+    paths = [folder / f"{name}.safetensors" for name in names]
+    description = folder / "spec.txt"
+    is_there = description.exists() and description.read_text() == repr(spec)
+    if not is_there or not all(path.exists() for path in paths):
+        write_family(folder, spec, names, overwrite=True)
+        description.write_text(repr(spec))
+    return paths
+
+
+def _merge(kind: str, models: Sequence[Path], setting: Setting) -> Result:
+    """One merge from nothing but the checkpoints; the analysis is thrown away."""
+    output = models[0].parent / "out"
+    words = {"name": [setting.name], "models": list(map(str, models)), "overwrite": ["true"]}
+    recipe = recipe_from_options({**words, "output": [str(output)], **_words(setting.options)})
+    watch = Watch()
+    with tempfile.TemporaryDirectory(dir=models[0].parent) as cache:
+        folders = replace(Folders.under(recipe.output), cache=Path(cache))
+        start = Time.now()
+        merged = run_merge(examine(recipe, folders), Control(watch.on_progress), folders)
+        whole = Time.now().since(start)
+    manifest = json.loads((merged.place.folder / MANIFEST).read_text(encoding="utf-8"))
+    report = Report.from_dict(manifest["report"])
+    solving = watch.first[ROUNDING].since(watch.last[READING])
+    return Result(kind, setting.name, report, solving, whole, report.loss)
+
+
+def _words(options: Sequence[str]) -> dict[str, list[str]]:
+    """Words of a command line by key, as `recipe_from_options` takes them; a flag is true."""
+    found: dict[str, list[str]] = {}
+    for word in options:
+        if word.startswith("--"):
+            words = found[word.removeprefix("--")] = []
+        else:
+            words.append(word)
+    return {key: words or ["true"] for key, words in found.items()}
+
+
+def _means(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The last rows: means of ratios and times of every setting, and the worst of its ratios."""
+    rows = []
+    for name in dict.fromkeys(result.setting for result in results):
+        own = [result for result in results if result.setting == name]
+        ratios = list(zip(*(result.ratios for result in own), strict=True))
+        mean = fmean(result.report.loss for result in own)
+        times = map(fmean, zip(*((*r.solving, *r.whole) for r in own), strict=True))
+        rest = ("", "", *(f"{each:.1f}" for each in times))
+        rows.append(("mean", "", name, f"{mean:.4f}", *(f"{fmean(r):.3f}" for r in ratios), *rest))
+        rows.append(("worst", "", name, "", *(f"{max(r):.3f}" for r in ratios), *[""] * 6))
+    return rows
+
+
+def _with(options: Sequence[str], setting: Setting) -> Setting:
+    return replace(setting, options=(*setting.options, *options))
+
+
+def _setting(text: str) -> Setting:
+    name, _, options = text.partition("=")
+    return Setting(name, tuple(shlex.split(options)))
+
+
+def _options() -> argparse.Namespace:
+    words = sys.argv[1:]
+    own = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--full-size", action="store_true")
+    parser.add_argument("--ranks", nargs="+")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        type=_setting,
+        metavar='NAME="OPTIONS"',
+        help="instead of joint",
+    )
+    options = parser.parse_args(words[:own])
+    options.rest = words[own + 1 :]
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ class Treatment(Enum):
     LAYER = "layer"  # averaged, and its deviations go into the LoRAs
     AVERAGE = "average"  # averaged only: norms, biases, embeddings, the ends of the UNet
     VAE = "vae"  # by the recipe's policy
-    COPY = "copy"  # from the first checkpoint: position ids, schedules, markers, anything not float
+    COPY = "copy"  # from the first checkpoint: position ids, schedules, markers, idle weights, non-floats
     DROP = "drop"  # left out: training averages
 
 
@@ -169,7 +169,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 def _treatment(key: str, info: TensorInfo, family: Family) -> Treatment:
     if key.startswith(_UNUSED):
         return Treatment.DROP
-    if is_position_ids(key) or key.endswith(".logit_scale"):
+    if is_position_ids(key) or key.endswith(".logit_scale") or key.startswith(family.idle):
         return Treatment.COPY
     if info.numel == 0 or not info.dtype.is_floating_point:
         return Treatment.COPY

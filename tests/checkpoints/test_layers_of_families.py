@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
-from narrow_layouts import FULL, NARROW, UNET, parts, two, xl
+from narrow_layouts import FULL, NARROW, UNET, other_way_round, parts, two, xl
 
 from hyper_merge.checkpoints.family import identify
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.layers import Treatment, kind_of, layout_of, output_tensors
+from hyper_merge.checkpoints.spelling import usual
 from hyper_merge.checkpoints.synthetic_layout import text_encoders_layout
 
 # UNet: linear, 1x1, 3x3 (with the residual blocks and samplers, without the network's ends); text.
@@ -23,6 +24,8 @@ COUNTS = {
     "sdxl": (739, 11, 38, 72 + 192),
     "sdxl_inpainting": (739, 11, 38, 72 + 192),
     "sdxl_pix2pix": (739, 11, 38, 72 + 192),
+    "sdxl_edm": (739, 11, 38, 72 + 192),
+    "sdxl_edm_v": (739, 11, 38, 72 + 192),
     "sdxl_refiner": (484, 14, 50, 0),
     "sd3_medium": (237, 0, 0, 0),
     "sd35_medium": (263, 0, 0, 0),
@@ -32,11 +35,22 @@ COUNTS = {
 }
 CLIP_PARTS = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj")
 ENDS = ("input_blocks.0.0.", "time_embed.", "label_emb.", "out.")
+OPEN_CLIP = "cond_stage_model.model."
 TEXTS = {
     "sd1": [("lora_te", 12, 768)],
     "sd2": [("lora_te", 23, 1024)],
     "sdxl": [("lora_te1", 12, 768), ("lora_te2", 32, 1280)],
     "sdxl_refiner": [],
+    "sd3_medium": [("lora_te1", 12, 768), ("lora_te2", 32, 1280)],
+    "sd35_large": [("lora_te1", 12, 768), ("lora_te2", 32, 1280)],
+    "flux_dev": [("lora_te1", 12, 768)],
+}
+# Widths of the encoders that stand in one file with a transformer: CLIP-L, CLIP-G, T5, to which
+# nobody makes LoRAs.
+BESIDE = {
+    "sd3_medium": (768, 1280, 4096),
+    "sd35_large": (768, 1280, 4096),
+    "flux_dev": (768, 0, 4096),
 }
 
 
@@ -78,17 +92,26 @@ def test_sgm_modules_are_kohyas_targets_by_their_keys(make_header, name):
     assert {layer.module: layer.shape for layer in found if layer.part == "unet"} == expected
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_text_modules_are_comfyuis_map(make_header, name):
+def clip_modules(prefix, layers, width):
     """LORA_CLIP_MAP in comfy/lora.py: six names a layer, by the encoder's number."""
     expected = {}
-    for prefix, layers, width in TEXTS[name]:
-        for index in range(layers):
-            stem = f"{prefix}_text_model_encoder_layers_{index}"
-            expected |= {f"{stem}_{part}": (width, width) for part in CLIP_PARTS}
-            expected[f"{stem}_mlp_fc1"] = (4 * width, width)
-            expected[f"{stem}_mlp_fc2"] = (width, 4 * width)
-    found = layers_of(make_header, FULL[name]())
+    for index in range(layers):
+        stem = f"{prefix}_text_model_encoder_layers_{index}"
+        expected |= {f"{stem}_{part}": (width, width) for part in CLIP_PARTS}
+        expected[f"{stem}_mlp_fc1"] = (4 * width, width)
+        expected[f"{stem}_mlp_fc2"] = (width, 4 * width)
+    return expected
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_modules_are_comfyuis_map(make_header, name):
+    expected = {}
+    for encoder in TEXTS[name]:
+        expected |= clip_modules(*encoder)
+    shapes = FULL[name]()
+    if name in BESIDE:
+        shapes |= text_encoders_layout(*BESIDE[name])
+    found = layers_of(make_header, shapes)
     assert {layer.module: layer.shape for layer in found if layer.part != "unet"} == expected
 
 
@@ -106,15 +129,17 @@ def test_modules_of_transformers_are_kohyas_targets_by_their_keys(make_header, n
     assert all(layer.part == "unet" for layer in found)
 
 
-@pytest.mark.parametrize("name", ["sd3_medium", "flux_dev"])
-def test_clip_encoders_beside_a_transformer_take_loras_and_t5_none(make_header, name):
-    texts = text_encoders_layout(8, 16 if name == "sd3_medium" else 0, 64, 20)
-    layers = layers_of(make_header, {**NARROW[name](), **texts})
-    counts = Counter(
-        layer.module.split("_text_model")[0] for layer in layers if layer.part != "unet"
-    )
-    expected = {"lora_te1": 72, "lora_te2": 192} if name == "sd3_medium" else {"lora_te1": 72}
-    assert counts == expected
+def test_of_what_stands_beside_clip_only_its_projection_that_is_used_is_averaged(make_header):
+    """SD 3 reads the second encoder's projected output; the first's is the identity everywhere."""
+    projections = {
+        f"text_encoders.clip_{letter}.transformer.text_projection.weight": (8, 8) for letter in "lg"
+    }
+    for name, used in (("sd3_medium", ["g"]), ("flux_dev", [])):
+        texts = text_encoders_layout(8, 16 * (name == "sd3_medium"), 64, 20)
+        header = make_header({**NARROW[name](), **texts, **projections})
+        layout = layout_of(header, identify(header))
+        averaged = [key[19] for key in projections if layout.treatments[key] is Treatment.AVERAGE]
+        assert averaged == used
 
 
 @pytest.mark.parametrize("layout", [two, xl])
@@ -127,7 +152,7 @@ def test_a_fused_attention_is_three_layers_of_its_rows(make_header, layout):
         width = layout()[key][1]
         if layout is two and ".23." in key:  # it never runs
             assert three == []
-            assert found.treatments[key] is Treatment.AVERAGE
+            assert found.treatments[key] is Treatment.COPY
             continue
         assert [layer.rows for layer in three] == [(i * width, (i + 1) * width) for i in range(3)]
         assert [layer.module[-6:] for layer in three] == ["q_proj", "k_proj", "v_proj"]
@@ -142,19 +167,16 @@ def test_the_four_modules_of_an_open_clip_attention_go_together(make_header):
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl_refiner"])
 def test_projections_are_layers_of_the_loaders_shape_either_way_round(make_header, name):
-    usual = NARROW[name]()
-    other = dict(usual)
-    for key in usual:
-        if key.endswith(("proj_in.weight", "proj_out.weight")) and key.startswith(UNET):
-            shape = usual[key]
-            other[key] = shape[:2] if len(shape) == 4 else (*shape, 1, 1)
-    assert other != usual
+    plain = NARROW[name]()
+    other = other_way_round(plain)
+    assert other != plain
     header = make_header(other)
     layout = layout_of(header, identify(header))
-    expected = layers_of(make_header, usual)
-    assert layout.layers == expected
-    written = output_tensors(header, layout, torch.float16)
-    assert all(written[key].shape == shape for key, shape in other.items())
+    assert layout.layers == layers_of(make_header, plain)
+    read = usual(header)
+    assert {key: info.shape for key, info in read.tensors.items()} == plain
+    written = output_tensors(read, layout_of(read, layout.family), torch.float16)
+    assert {key: info.shape for key, info in written.items()} == plain
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -165,15 +187,18 @@ def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
     layout = layout_of(header, identify(header))
     other = {key for key in layout.treatments if kind_of(key, layout) == "other weights"}
     first = {UNET + end for end in ("input_blocks.0.0.weight", "out.2.weight")}
-    text = ("text_projection", "relative_attention_bias.weight")
-    inside = ("resblocks.23.", "T5", "t5xxl", "conditioner.embedders.0.model.")
+    text = ("text_projection", "text_projection.weight", "relative_attention_bias.weight")
+    inside = ("T5", "t5xxl", "conditioner.embedders.0.model.")
     ends = ("time_embed", "label_emb", "_in.", "_embedder", "final_layer", "embedder.proj")
     for key in other - first:
         assert key.endswith(text) or any(part in key for part in (*inside, *ends)), key
-    counts = Counter(kind_of(key, layout) for key in layout.treatments)
-    assert counts["copied"] == sum(
-        key.endswith(("position_ids", "logit_scale")) for key in header.tensors
-    )
+    copied = {key for key in layout.treatments if kind_of(key, layout) == "copied"}
+    idle = (OPEN_CLIP + "transformer.resblocks.23.", OPEN_CLIP + "text_projection")
+    assert copied == {
+        key
+        for key in header.tensors
+        if key.endswith(("position_ids", "logit_scale")) or key.startswith(("edm_", *idle))
+    }
 
 
 def test_markers_of_v_prediction_are_kept(make_header):

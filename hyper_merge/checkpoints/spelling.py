@@ -77,12 +77,14 @@ def usual(header: Header) -> Header:
 def _shapes(header: Header, structure: Structure) -> Iterator[tuple[str, Shape]]:
     """The usual shape of every projection that some tool saved in the other one."""
     family = family_of(structure)
+    projections = [key for key in header.tensors if key.endswith(_PROJECTIONS)]
     for part in family.parts if family else ():
-        for key, info in header.tensors.items():
-            if key.startswith(part.prefix) and key.endswith(_PROJECTIONS):
+        for key in projections:
+            if key.startswith(part.prefix):
+                stored = header.tensors[key].shape
                 path = key.removeprefix(part.prefix).removesuffix(_WEIGHT)
-                for module in part.modules(path, info.shape):
-                    if module.shape != info.shape and math.prod(module.shape) == info.numel:
+                for module in part.modules(path, stored):
+                    if module.shape != stored and math.prod(module.shape) == math.prod(stored):
                         yield key, module.shape
 
 

@@ -1,7 +1,10 @@
 """Counts, names and shapes of the layers of every family, by rules written from the loaders' sources."""
 
+import json
+import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +226,31 @@ def test_files_without_vae_or_text_encoders_have_the_layers_that_they_hold(make_
     alone = layers_of(make_header, parts(FULL["sdxl"](), UNET))
     assert len(alone) == 788
     assert {layer.part for layer in alone} == {"unet"}
+
+
+# Parts of real checkpoints by the name of their list of keys, and their prefix in a checkpoint.
+REAL = [
+    ("sd1", "UNET-v1-SD", UNET),
+    ("sd1_inpainting", "UNET-v1-Inpainting", UNET),
+    ("sd1_pix2pix", "UNET-v1-Pix2Pix", UNET),
+    ("sd1", "CLIP-v1-SD", "cond_stage_model.transformer.text_model."),
+    ("sd1", "VAE-v1-SD", "first_stage_model."),
+    ("sd2", "UNET-v2-SD", UNET),
+    ("sd2_inpainting", "UNET-v2-Inpainting", UNET),
+    ("sd2", "CLIP-v2-SD", OPEN_CLIP),
+    ("sdxl", "UNET-XL-SD", UNET),
+    ("sdxl", "CLIP-v1-SD", "conditioner.embedders.0.transformer.text_model."),
+    ("sdxl", "CLIP-XL-SD", "conditioner.embedders.1.model."),
+    ("sdxl_refiner", "UNET-XL-Refiner", UNET),
+    ("sdxl_refiner", "CLIP-XL-SD", "conditioner.embedders.0.model."),
+]
+
+
+@pytest.mark.skipif("HYPER_MERGE_LAYOUTS" not in os.environ, reason="needs lists of real keys")
+@pytest.mark.parametrize(("name", "part", "prefix"), REAL)
+def test_the_layouts_have_the_keys_and_shapes_of_real_checkpoints(name, part, prefix):
+    """A folder with `key [shape]` lines as arenasys/stable-diffusion-webui-model-toolkit has them."""
+    lines = (Path(os.environ["HYPER_MERGE_LAYOUTS"]) / f"{part}.txt").read_text().splitlines()
+    pairs = (line.split(" ") for line in lines)
+    real = {prefix + key: tuple(json.loads(shape)) for key, shape in pairs}
+    assert parts(FULL[name](), prefix) == real

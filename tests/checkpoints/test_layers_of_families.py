@@ -214,6 +214,19 @@ def test_markers_of_v_prediction_are_kept(make_header):
         assert written[key] == TensorInfo(torch.float32, shape)
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float32])
+def test_copied_weights_are_no_8_bit_floats_and_idle_ones_have_the_outputs_type(
+    make_header, stored
+):
+    beside = {"text_encoders.clip_l.transformer.text_projection.weight": (8, 8)}
+    header = make_header({**two(), **beside}, dtype=stored)
+    written = output_tensors(header, layout_of(header, identify(header)), torch.bfloat16)
+    copied = torch.float16 if stored.itemsize == 1 else stored
+    assert written.pop("text_encoders.clip_l.transformer.text_projection.weight").dtype == copied
+    assert written.pop(OPEN_CLIP + "logit_scale").dtype == copied
+    assert {info.dtype for info in written.values()} == {torch.bfloat16}
+
+
 def test_every_tensor_of_a_depth_model_is_copied(make_header):
     shapes = {**NARROW["sd2_depth"](), "depth_model.model.scratch.weight": (4, 4)}
     header = make_header(shapes)

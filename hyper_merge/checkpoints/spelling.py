@@ -28,7 +28,8 @@ _OTHERS: Final = (*TEXTS, *_MARKERS, "first_stage_model.", "vae.", "model_ema.")
 # ComfyUI's two names for the number that an 8-bit weight is multiplied by, and what goes with them:
 # the scale of the layer's input, marks of the whole network. Files without scales have none of it.
 _SCALES: Final = (".scale_weight", ".weight_scale")
-_SCALING: Final = (*_SCALES, ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
+_SCALED: Final = (*_SCALES, "scaled_fp8")
+_SCALING: Final = (*_SCALED, ".scale_input", ".input_scale", ".comfy_quant")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def usual(header: Header) -> Header:
     A weight that has a scale is of float32 then; `Checkpoint.tensor` makes it so, and the shape.
     """
     structure = Structure.of(header)
-    header = _joined(header) if _is_scaled(structure) else header
+    header = _joined(header) if structure.mentions(*_SCALED) else header
     for rename in _RENAMES:
         if rename.applies(structure):
             header = _renamed(header, rename)
@@ -112,10 +113,6 @@ def _name(key: str, rename: _Rename) -> str:
         if key.startswith(old) and not key.startswith(rename.but):
             return new + key.removeprefix(old)
     return key
-
-
-def _is_scaled(structure: Structure) -> bool:
-    return structure.any_match(r"(\.scale_weight|\.weight_scale|(^|\.)scaled_fp8)$")
 
 
 def _joined(header: Header) -> Header:

@@ -96,7 +96,7 @@ def test_telling_a_full_size_file_takes_under_50_ms_of_cpu_and_reads_its_header_
 ):
     path = header_only(tmp_path / "x.safetensors", FULL[name]())
     took = [math.inf]
-    while min(took) >= 0.05 and len(took) < 20:  # other programs may be at work
+    while min(took) >= 0.05 and len(took) < 100:  # other programs may be at work
         start = time.process_time()
         assert require_supported(read_header(path)).name == name
         took.append(time.process_time() - start)

@@ -15,7 +15,13 @@ import torch
 
 from hyper_merge.analysis import Work
 from hyper_merge.analysis_cache import analysis_bytes, file_identity, find, width_for
-from hyper_merge.checkpoints.alike import check_alike, check_distinct, check_families
+from hyper_merge.checkpoints.alike import (
+    check_alike,
+    check_distinct,
+    check_families,
+    incomplete,
+    odd_markers,
+)
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import Layer, layout_of
@@ -208,7 +214,11 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         average_vae=recipe.vae == "average",
     )
     wanted_vectors(recipe, sources)
-    warnings = [*warnings, *_capped(recipe, sources)]
+    warnings += [
+        *incomplete(headers[0], layouts[0]),
+        *odd_markers(headers),
+        *_capped(recipe, sources),
+    ]
     return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
 
 

@@ -14,6 +14,9 @@ UNET = "model.diffusion_model."
 JOINT = JointShape(blocks=3, head=4, context=8, labels=6, positions=4)
 FLUX = {"double": 2, "single": 2, "width": 8, "head": 4, "context": 8, "labels": 6, "channels": 4}
 
+EDM = {"edm_mean": (1, 4, 1, 1), "edm_std": (1, 4, 1, 1)}
+EDM_V = {"edm_vpred.sigma_max": (), "edm_vpred.sigma_min": ()}
+
 
 def joint(**changes):
     return sd3_layout(JointShape(**{**vars(JOINT), **changes}), 4)
@@ -46,6 +49,8 @@ NARROW = {
     "sdxl": xl,
     "sdxl_inpainting": with_channels(xl, 9),
     "sdxl_pix2pix": with_channels(xl, 8),
+    "sdxl_edm": lambda: {**xl(), **EDM},
+    "sdxl_edm_v": lambda: {**xl(), **EDM_V},
     "sdxl_refiner": lambda: refiner_layout(16, 24, 20, 4),
     "sd3_medium": joint,
     "sd35_medium": lambda: joint(second_attention=2, normed=True),
@@ -64,6 +69,8 @@ FULL = {
     "sdxl": sdxl_layout,
     "sdxl_inpainting": with_channels(sdxl_layout, 9),
     "sdxl_pix2pix": with_channels(sdxl_layout, 8),
+    "sdxl_edm": lambda: {**sdxl_layout(), **EDM},
+    "sdxl_edm_v": lambda: {**sdxl_layout(), **EDM_V},
     "sdxl_refiner": refiner_layout,
     "sd3_medium": sd3_layout,
     "sd35_medium": lambda: sd3_layout(JointShape(positions=384, second_attention=13, normed=True)),
@@ -83,3 +90,14 @@ def parts(shapes, *prefixes):
 
 def without(shapes, *fragments):
     return {key: v for key, v in shapes.items() if not any(f in key for f in fragments)}
+
+
+def other_way_round(shapes):
+    """With matrices where the family has 1x1 convolutions around its transformers, or those there."""
+    projections = ("proj_in.weight", "proj_out.weight")
+    return {
+        key: (shape[:2] if len(shape) == 4 else (*shape, 1, 1))
+        if key.startswith(UNET) and key.endswith(projections)
+        else shape
+        for key, shape in shapes.items()
+    }

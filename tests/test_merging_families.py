@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import yaml
-from narrow_layouts import NARROW, UNET, one, parts, renamed, two, xl
+from narrow_layouts import NARROW, UNET, one, other_way_round, parts, renamed, two, xl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_family import layers_of, merge
+from tiny_family import examine, layers_of, merge, recipe
 
 from hyper_merge.checkpoints.synthetic_layout import text_encoders_layout
 from hyper_merge.errors import FamilyError, MismatchError
@@ -180,6 +180,39 @@ def test_mixed_families_are_refused_in_words(tmp_path):
         MismatchError, match=r"2 are Stable Diffusion XL, 1 is Stable Diffusion 2.x, 1"
     ):
         merge(models, tmp_path / "models")
+
+
+def test_sd2_of_other_tools_merges_with_the_usual_one(tmp_path):
+    """The other shape around the transformers; what never runs is a stand-in, or is missing."""
+    usual, other = (state(two(), seed, dtype=torch.float16) for seed in (1, 2))
+    usual, other = ({**of, SPREAD: of[SPREAD].float().mul(0.5).half()} for of in (usual, other))
+    for key, shape in other_way_round(two()).items():
+        other[key] = other[key].reshape(shape)
+    projection = "cond_stage_model.model.text_projection"
+    other[projection] = torch.ones_like(other[projection])
+    other = {key: tensor for key, tensor in other.items() if ".resblocks.23." not in key}
+    models = files(tmp_path, usual, other)
+    merged = merged_exactly(models, tmp_path)
+    average = load_file(merged.place.hyper_model)
+    assert {key: tuple(tensor.shape) for key, tensor in average.items()} == two()
+    assert torch.equal(average[projection], usual[projection])
+    assert max(misses(merged, models[0], merged.report.checkpoints[0])) < 2e-3
+    assert merged.report.loss < 1e-6
+
+
+def test_training_averages_are_left_out_and_need_not_be_in_every_file(tmp_path):
+    """One of 7 GB with training averages beside the weights, one of 4 GB without."""
+    plain = state(one(), 1, dtype=torch.float16)
+    averages = {
+        "model_ema." + key.removeprefix("model.").replace(".", ""): tensor.clone()
+        for key, tensor in plain.items()
+        if key.startswith(UNET)
+    }
+    steps = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+    models = files(tmp_path, {**plain, **averages, **steps}, plain)
+    assert len(load_file(models[0])) == len(plain) + 688
+    preflight = examine(recipe(models, tmp_path / "models"))
+    assert set(preflight.sources.outputs()) == set(plain)
 
 
 def predicting(shapes, seed, spread):

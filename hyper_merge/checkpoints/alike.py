@@ -22,7 +22,8 @@ Shapes = dict[str, tuple[int, ...]]
 def check_alike(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
     """Returns if all files are of one family and agree in every tensor that is averaged.
 
-    What is copied or dropped (position ids, schedules, markers, training averages) may differ.
+    What is copied or dropped (position ids, schedules, markers, idle weights, training averages)
+    may differ.
 
     Args:
         headers: of all files; the first is what the others are held against.
@@ -76,6 +77,30 @@ def check_distinct(paths: Sequence[Path]) -> list[str]:
     ]
 
 
+def incomplete(header: Header, layout: Layout) -> list[str]:
+    """A warning if a file that can be merged is no whole checkpoint: without text encoder or VAE."""
+    texts = tuple(part.prefix for part in layout.family.parts if part.name == "text_encoder")
+    needed = {"text encoder": texts, "VAE": layout.family.vae_prefixes}
+    lacking = [f"no {title}" for title, of in needed.items() if not _holds(header, of)]
+    if not lacking:
+        return []
+    return [f"the files hold {' and '.join(lacking)}: the hyper-model needs it from elsewhere"]
+
+
+def odd_markers(headers: Sequence[Header]) -> list[str]:
+    """Warnings, one for each file whose markers (such as ztsnr) are not those of the first."""
+    names = _names(headers)
+    first, *others = [
+        {key for key, info in header.tensors.items() if not info.numel} for header in headers
+    ]
+    return [
+        f"{name} and {names[0]} differ in {', '.join(sorted(marks ^ first))}; the hyper-model is"
+        f" marked as {names[0]} is"
+        for name, marks in zip(names[1:], others, strict=True)
+        if marks != first
+    ]
+
+
 def _check_parts(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
     held = [_parts(header, layout) for header, layout in zip(headers, layouts, strict=True)]
     _refuse_several(_names(headers), held, ("holds", "hold"), "choose files with the same parts")
@@ -87,10 +112,12 @@ def _parts(header: Header, layout: Layout) -> str:
         part.title: (part.prefix,) for part in layout.family.parts
     }
     prefixes["VAE"] = layout.family.vae_prefixes
-    titles = [
-        title for title, of in prefixes.items() if any(k.startswith(of) for k in header.tensors)
-    ]
+    titles = [title for title, of in prefixes.items() if _holds(header, of)]
     return " and ".join(filter(None, [", ".join(titles[:-1]), titles[-1]]))
+
+
+def _holds(header: Header, prefixes: tuple[str, ...]) -> bool:
+    return any(key.startswith(prefixes) for key in header.tensors)
 
 
 def _refuse_several(

@@ -66,6 +66,7 @@ class Family:
     signs: Signs
     parts: tuple[Part, ...] = ()  # in the order of the computation; none: it cannot be merged
     vae_prefixes: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()  # keys that begin so: weights that nobody runs
     lora_alpha: bool = True  # whether LoRA files of the family hold alphas
     # What LoRA files of this family say of themselves, by the names of their metadata.
     ss_base_model_version: str = ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
-from hyper_merge.checkpoints.families import FAMILIES, KINDS
+from hyper_merge.checkpoints.families import FAMILIES, KINDS, family_of
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import is_position_ids
 from hyper_merge.checkpoints.strangers import DISGUISED, PARTIAL, Stranger
@@ -24,9 +24,9 @@ def identify(header: Header) -> Family:
     """
     structure = Structure.of(header)
     _refuse(header, structure, DISGUISED)
-    for family in FAMILIES:
-        if family.signs.match(structure):
-            return family
+    family = family_of(structure)
+    if family is not None:
+        return family
     _refuse(header, structure, PARTIAL)
     first = ", ".join(islice(structure.shapes, 3)) or "none"
     raise FamilyError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architecture import Family, Part, PartName
+from hyper_merge.checkpoints.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.sections import OTHER
 
@@ -35,7 +36,7 @@ class Treatment(Enum):
     LAYER = "layer"  # averaged, and its deviations go into the LoRAs
     AVERAGE = "average"  # averaged only: norms, biases, embeddings, the ends of the UNet
     VAE = "vae"  # by the recipe's policy
-    COPY = "copy"  # from the first checkpoint: position ids, schedules, markers, anything not float
+    COPY = "copy"  # from the first checkpoint: position ids, schedules, markers, idle weights, non-floats
     DROP = "drop"  # left out: training averages
 
 
@@ -117,22 +118,22 @@ def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[st
     Args:
         first: the first checkpoint's header.
         layout: its layout.
-        dtype: of everything that is averaged, and of the VAE.
+        dtype: of everything that is averaged, of the VAE, and of weights that nobody runs.
 
     Returns:
-        Key to type and shape. Copied tensors keep their type, but position ids are always int64
-        (`position_ids` makes them); schedules in less than float32 are left out, for loaders
-        compute better ones.
+        Key to type and shape. Copied tensors keep their type, but 8-bit floats become float16 as
+        they are read, and position ids are always int64 (`position_ids` makes them); schedules in
+        less than float32 are left out, for loaders compute better ones.
     """
     tensors = {}
     for key, info in first.tensors.items():
         treatment = layout.treatments[key]
         if treatment is Treatment.DROP or _is_spoilt_schedule(key, info):
             continue
-        if treatment is not Treatment.COPY:
+        if treatment is not Treatment.COPY or key.startswith(layout.family.idle):
             tensors[key] = TensorInfo(dtype, info.shape)
         else:
-            tensors[key] = TensorInfo(torch.int64, info.shape) if is_position_ids(key) else info
+            tensors[key] = TensorInfo(_copied_dtype(key, info), info.shape)
     return tensors
 
 
@@ -169,7 +170,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 def _treatment(key: str, info: TensorInfo, family: Family) -> Treatment:
     if key.startswith(_UNUSED):
         return Treatment.DROP
-    if is_position_ids(key) or key.endswith(".logit_scale"):
+    if is_position_ids(key) or key.endswith(".logit_scale") or key.startswith(family.idle):
         return Treatment.COPY
     if info.numel == 0 or not info.dtype.is_floating_point:
         return Treatment.COPY
@@ -179,6 +180,12 @@ def _treatment(key: str, info: TensorInfo, family: Family) -> Treatment:
     # denoiser.sigmas, a schedule): averaged it would mean nothing.
     averaged = any(key.startswith(part.prefix) for part in family.parts)
     return Treatment.AVERAGE if averaged else Treatment.COPY
+
+
+def _copied_dtype(key: str, info: TensorInfo) -> torch.dtype:
+    if is_position_ids(key):
+        return torch.int64
+    return torch.float16 if info.dtype in EIGHT_BIT_FLOATS else info.dtype
 
 
 def _is_spoilt_schedule(key: str, info: TensorInfo) -> bool:

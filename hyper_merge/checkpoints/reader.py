@@ -107,7 +107,7 @@ class Checkpoint:
         return self._header
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor in its stored type, a view of the mapped file.
+        """The tensor in its stored type and the header's shape, a view of the mapped file.
 
         8-bit floats come as float16, which holds them exactly, and weights with a scale as float32.
 
@@ -145,7 +145,7 @@ class Checkpoint:
 
 
 def _calculable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tensor:
-    tensor = get(header.stored.get(key, key))
+    tensor = get(header.stored.get(key, key)).reshape(header.tensors[key].shape)
     if key in header.scales:
         scale = get(header.scales[key]).float()
         rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]

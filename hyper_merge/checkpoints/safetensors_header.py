@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from hyper_merge.checkpoints.dtypes import STORED_BITS, TORCH_DTYPES
 from hyper_merge.checkpoints.header import TensorInfo
@@ -43,8 +43,7 @@ class SafetensorsTable:
     data_start: int  # bytes from the beginning of the file
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     key: str
     dtype: str
     shape: tuple[int, ...]
@@ -157,10 +156,10 @@ def _entry(key: str, value: object, name: str) -> _Entry:
 
 
 def _naturals(value: object) -> bool:
-    # type() is int: JSON's true is an int in Python.
-    return isinstance(value, list) and all(
-        type(number) is int and 0 <= number <= _MAX_DIMENSION for number in value
-    )
+    # By type: JSON's true is an int in Python.
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= _MAX_DIMENSION)
 
 
 def _require_size(entry: _Entry, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The same checkpoint in other spellings: keys renamed to the usual ones, scaled 8-bit floats joined.
+"""The same checkpoint in other spellings: usual keys and shapes, scaled 8-bit floats joined.
 
 What follows then sees one spelling, so that such files merge with others of their family, and what
 is written loads everywhere.
@@ -6,24 +6,30 @@ is written loads everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.header import Header, TensorInfo
+from hyper_merge.checkpoints.families import family_of
+from hyper_merge.checkpoints.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.structure import LABELS, TEXTS, UNET, Structure
 
 _WEIGHT: Final = ".weight"
 _CLIP: Final = "cond_stage_model.transformer."
 _SGM: Final = "conditioner.embedders.0.model."
 _BARE: Final = ("input_blocks.0.0.", "double_blocks.0.img_attn.qkv.", "joint_blocks.0.x_block.")
-_OTHERS: Final = (*TEXTS, "first_stage_model.", "vae.", "model_ema.")
+# Around the transformers of an LDM UNet: convolutions or matrices, by the family.
+_PROJECTIONS: Final = (".proj_in.weight", ".proj_out.weight")
+_MARKERS: Final = ("v_pred", "ztsnr", "edm_")
+_OTHERS: Final = (*TEXTS, *_MARKERS, "first_stage_model.", "vae.", "model_ema.")
 # ComfyUI's two names for the number that an 8-bit weight is multiplied by, and what goes with them:
 # the scale of the layer's input, marks of the whole network. Files without scales have none of it.
 _SCALES: Final = (".scale_weight", ".weight_scale")
-_SCALING: Final = (*_SCALES, ".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
+_SCALED: Final = (*_SCALES, "scaled_fp8")
+_SCALING: Final = (*_SCALED, ".scale_input", ".input_scale", ".comfy_quant")
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,37 @@ _RENAMES: Final = (
 
 
 def usual(header: Header) -> Header:
-    """The header under the usual keys, its scales taken in; itself if it has neither.
+    """The header with the usual keys and shapes, its scales taken in; itself if that changes nothing.
 
-    A weight that has a scale is of float32 then, which `Checkpoint.tensor` makes of the two.
+    A weight that has a scale is of float32 then; `Checkpoint.tensor` makes it so, and the shape.
     """
     structure = Structure.of(header)
-    header = _joined(header) if _is_scaled(structure) else header
+    header = _joined(header) if structure.mentions(*_SCALED) else header
     for rename in _RENAMES:
         if rename.applies(structure):
             header = _renamed(header, rename)
             structure = Structure.of(header)
-    return header
+    shapes = dict(_shapes(header, structure))
+    return _reshaped(header, shapes) if shapes else header
+
+
+def _shapes(header: Header, structure: Structure) -> Iterator[tuple[str, Shape]]:
+    """The usual shape of every projection that some tool saved in the other one."""
+    family = family_of(structure)
+    projections = [key for key in header.tensors if key.endswith(_PROJECTIONS)]
+    for part in family.parts if family else ():
+        for key in projections:
+            if key.startswith(part.prefix):
+                stored = header.tensors[key].shape
+                path = key.removeprefix(part.prefix).removesuffix(_WEIGHT)
+                for module in part.modules(path, stored):
+                    if module.shape != stored and math.prod(module.shape) == math.prod(stored):
+                        yield key, module.shape
+
+
+def _reshaped(header: Header, shapes: Mapping[str, Shape]) -> Header:
+    changed = {key: replace(header.tensors[key], shape=shape) for key, shape in shapes.items()}
+    return replace(header, tensors={**header.tensors, **changed})
 
 
 def _renamed(header: Header, rename: _Rename) -> Header:
@@ -87,10 +113,6 @@ def _name(key: str, rename: _Rename) -> str:
         if key.startswith(old) and not key.startswith(rename.but):
             return new + key.removeprefix(old)
     return key
-
-
-def _is_scaled(structure: Structure) -> bool:
-    return structure.any_match(r"(\.scale_weight|\.weight_scale|(^|\.)scaled_fp8)$")
 
 
 def _joined(header: Header) -> Header:

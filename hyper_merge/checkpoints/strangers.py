@@ -24,19 +24,19 @@ class Stranger:
 DISGUISED: Final[tuple[Stranger, ...]] = (
     Stranger(
         "a 4-bit model (nf4 or fp4, bitsandbytes): use its fp16 version",
-        lambda s: s.any_match(r"\.absmax$|quant_state|\.quant_map$"),
+        lambda s: s.mentions(".absmax", "quant_state", ".quant_map"),
     ),
     Stranger(
         "an 8-bit model of whole numbers (bitsandbytes): use its fp16 version",
-        lambda s: s.any_match(r"\.SCB$"),
+        lambda s: s.mentions(".SCB"),
     ),
     Stranger(
         "a quantised model (GPTQ, AWQ, SVDQuant): use its fp16 version",
-        lambda s: s.any_match(r"\.(qweight|qzeros|wscales|smooth_factor)$"),
+        lambda s: s.mentions(".qweight", ".qzeros", ".wscales", ".smooth_factor"),
     ),
     Stranger(
         "a quantised model with scales by block (nvfp4, mxfp8): use its fp16 version",
-        lambda s: s.any_match(r"\.(scale_weight|weight_scale(_2)?)$"),
+        lambda s: s.mentions(".scale_weight", ".weight_scale"),
     ),
     Stranger(
         "a LoRA",
@@ -48,7 +48,7 @@ DISGUISED: Final[tuple[Stranger, ...]] = (
     ),
     Stranger(
         "a textual-inversion embedding",
-        lambda s: s.any_match(r"^(string_to_param|emb_params$|<)") or _only(s, "clip_l", "clip_g"),
+        lambda s: s.has("string_to_param", "emb_params", "<") or _only(s, "clip_l", "clip_g"),
     ),
     Stranger(
         "a ControlNet",

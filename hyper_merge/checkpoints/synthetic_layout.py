@@ -140,7 +140,10 @@ def text_encoders_layout(
     return {
         **_under(f"{start}clip_l.transformer.text_model.", clip(clip_l, 12, vocabulary)),
         **(
-            _under(f"{start}clip_g.transformer.text_model.", clip(clip_g, 32, vocabulary))
+            {
+                **_under(f"{start}clip_g.transformer.text_model.", clip(clip_g, 32, vocabulary)),
+                f"{start}clip_g.transformer.text_projection.weight": (clip_g, clip_g),
+            }
             if clip_g
             else {}
         ),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hyper_merge.checkpoints.alike import check_alike, check_distinct
+from hyper_merge.checkpoints.alike import check_alike, check_distinct, incomplete, odd_markers
 from hyper_merge.checkpoints.family import FAMILIES, identify
 from hyper_merge.checkpoints.layers import layout_of
 from hyper_merge.errors import CheckpointError, MismatchError
@@ -77,6 +77,35 @@ def test_mixed_families_are_counted_and_listed(check):
 def test_files_of_the_same_name_are_told_with_their_folders(check):
     with pytest.raises(MismatchError, match=r"two/x.safetensors lacks 1 of one/x.safetensors' "):
         check({}, {BIAS: None}, names=("one/x", "two/x"))
+
+
+def test_other_markers_than_the_firsts_are_told(make_header, narrow):
+    headers = [
+        make_header({**narrow, **dict.fromkeys(marks, (0,))}, name=f"{name}.safetensors")
+        for name, marks in {
+            "a": ["v_pred", "ztsnr"],
+            "b": ["v_pred"],
+            "c": ["v_pred", "ztsnr"],
+        }.items()
+    ]
+    assert odd_markers(headers) == [
+        "b.safetensors and a.safetensors differ in ztsnr; the hyper-model is marked as a.safetensors is"
+    ]
+    assert odd_markers(headers[::2]) == []
+
+
+def test_what_a_hyper_model_will_lack_is_told(make_header, narrow):
+    def said(*prefixes):
+        header = make_header({k: v for k, v in narrow.items() if k.startswith(prefixes)})
+        return incomplete(header, layout_of(header, named["sd1"]))
+
+    named = {family.name: family for family in FAMILIES}
+    unet, text, vae = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+    ending = ": the hyper-model needs it from elsewhere"
+    assert said(unet) == [f"the files hold no text encoder and no VAE{ending}"]
+    assert said(unet, vae) == [f"the files hold no text encoder{ending}"]
+    assert said(unet, text) == [f"the files hold no VAE{ending}"]
+    assert said(unet, text, vae) == []
 
 
 def save(path: Path, value: float) -> Path:

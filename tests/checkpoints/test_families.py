@@ -1,5 +1,7 @@
+import math
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,10 +59,15 @@ def test_a_family_that_cannot_be_merged_is_refused_by_title(make_header, name):
 
 @pytest.mark.parametrize("name", FULL)
 def test_a_network_alone_of_full_size_is_still_told(make_header, name):
-    alone = parts(FULL[name](), UNET)
+    alone = parts(FULL[name](), UNET, "edm_")
     assert require_supported(make_header(alone)).name == name
     bare = make_header(renamed(alone, UNET, ""))
     assert require_supported(usual(bare)).name == name
+
+
+def test_a_pruned_network_alone_is_told_too(make_header):
+    shapes = parts(without(FULL["sdxl"](), "middle_block.1", "transformer_blocks.4"), UNET)
+    assert identify(make_header(shapes)).name == "sdxl_pruned"
 
 
 def test_a_checkpoint_without_position_ids_or_vae_is_sd1(make_header, narrow):
@@ -83,15 +90,51 @@ def test_old_text_encoder_keys_are_those_of_sd1(make_header, narrow):
     assert set(found.tensors) == set(narrow)
 
 
-def test_telling_a_full_size_file_takes_under_50_ms_of_cpu_and_reads_its_header_only(tmp_path):
-    for name in ("sd1", "sdxl", "flux_dev"):
-        path = header_only(tmp_path / f"{name}.safetensors", FULL[name]())
-        took = []
-        for _ in range(5):
-            start = time.process_time()
-            assert require_supported(read_header(path)).name == name
-            took.append(time.process_time() - start)
-        assert min(took) < 0.05
+@pytest.mark.parametrize("name", FULL)
+def test_telling_a_full_size_file_takes_under_50_ms_of_cpu_and_reads_its_header_only(
+    tmp_path, name, bytes_read
+):
+    path = header_only(tmp_path / "x.safetensors", FULL[name]())
+    took = [math.inf]
+    while min(took) >= 0.05 and len(took) < 100:  # other programs may be at work
+        start = time.process_time()
+        assert require_supported(read_header(path)).name == name
+        took.append(time.process_time() - start)
+    length = bytes_read[1]
+    assert bytes_read == [8, length] * (len(took) - 1)
+    assert length < path.stat().st_size / 1000
+    assert min(took) < 0.05
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """Sizes of all reads of files through `Path.open`; no other way to their content is open."""
+    sizes, real = [], Path.open
+
+    def forbidden(*arguments, **settings):
+        raise AssertionError("tensor data is read")
+
+    class Spy:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.stream.close()
+
+        def read(self, size):
+            sizes.append(size)
+            return self.stream.read(size)
+
+    def spied(path, mode="r", **settings):
+        stream = real(path, mode, **settings)
+        return Spy(stream) if mode == "rb" else stream
+
+    monkeypatch.setattr("hyper_merge.checkpoints.safetensors_header.Path.open", spied)
+    monkeypatch.setattr("hyper_merge.checkpoints.reader.safe_open", forbidden)
+    return sizes
 
 
 def header_only(path, shapes):

@@ -1,15 +1,19 @@
 """Counts, names and shapes of the layers of every family, by rules written from the loaders' sources."""
 
+import json
+import os
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from narrow_layouts import FULL, NARROW, UNET, parts, two, xl
+from narrow_layouts import FULL, NARROW, UNET, other_way_round, parts, two, xl
 
 from hyper_merge.checkpoints.family import identify
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.layers import Treatment, kind_of, layout_of, output_tensors
+from hyper_merge.checkpoints.spelling import usual
 from hyper_merge.checkpoints.synthetic_layout import text_encoders_layout
 
 # UNet: linear, 1x1, 3x3 (with the residual blocks and samplers, without the network's ends); text.
@@ -23,6 +27,8 @@ COUNTS = {
     "sdxl": (739, 11, 38, 72 + 192),
     "sdxl_inpainting": (739, 11, 38, 72 + 192),
     "sdxl_pix2pix": (739, 11, 38, 72 + 192),
+    "sdxl_edm": (739, 11, 38, 72 + 192),
+    "sdxl_edm_v": (739, 11, 38, 72 + 192),
     "sdxl_refiner": (484, 14, 50, 0),
     "sd3_medium": (237, 0, 0, 0),
     "sd35_medium": (263, 0, 0, 0),
@@ -32,11 +38,22 @@ COUNTS = {
 }
 CLIP_PARTS = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj")
 ENDS = ("input_blocks.0.0.", "time_embed.", "label_emb.", "out.")
+OPEN_CLIP = "cond_stage_model.model."
 TEXTS = {
     "sd1": [("lora_te", 12, 768)],
     "sd2": [("lora_te", 23, 1024)],
     "sdxl": [("lora_te1", 12, 768), ("lora_te2", 32, 1280)],
     "sdxl_refiner": [],
+    "sd3_medium": [("lora_te1", 12, 768), ("lora_te2", 32, 1280)],
+    "sd35_large": [("lora_te1", 12, 768), ("lora_te2", 32, 1280)],
+    "flux_dev": [("lora_te1", 12, 768)],
+}
+# Widths of the encoders that stand in one file with a transformer: CLIP-L, CLIP-G, T5, to which
+# nobody makes LoRAs.
+BESIDE = {
+    "sd3_medium": (768, 1280, 4096),
+    "sd35_large": (768, 1280, 4096),
+    "flux_dev": (768, 0, 4096),
 }
 
 
@@ -78,17 +95,26 @@ def test_sgm_modules_are_kohyas_targets_by_their_keys(make_header, name):
     assert {layer.module: layer.shape for layer in found if layer.part == "unet"} == expected
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_text_modules_are_comfyuis_map(make_header, name):
+def clip_modules(prefix, layers, width):
     """LORA_CLIP_MAP in comfy/lora.py: six names a layer, by the encoder's number."""
     expected = {}
-    for prefix, layers, width in TEXTS[name]:
-        for index in range(layers):
-            stem = f"{prefix}_text_model_encoder_layers_{index}"
-            expected |= {f"{stem}_{part}": (width, width) for part in CLIP_PARTS}
-            expected[f"{stem}_mlp_fc1"] = (4 * width, width)
-            expected[f"{stem}_mlp_fc2"] = (width, 4 * width)
-    found = layers_of(make_header, FULL[name]())
+    for index in range(layers):
+        stem = f"{prefix}_text_model_encoder_layers_{index}"
+        expected |= {f"{stem}_{part}": (width, width) for part in CLIP_PARTS}
+        expected[f"{stem}_mlp_fc1"] = (4 * width, width)
+        expected[f"{stem}_mlp_fc2"] = (width, 4 * width)
+    return expected
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_modules_are_comfyuis_map(make_header, name):
+    expected = {}
+    for encoder in TEXTS[name]:
+        expected |= clip_modules(*encoder)
+    shapes = FULL[name]()
+    if name in BESIDE:
+        shapes |= text_encoders_layout(*BESIDE[name])
+    found = layers_of(make_header, shapes)
     assert {layer.module: layer.shape for layer in found if layer.part != "unet"} == expected
 
 
@@ -106,15 +132,17 @@ def test_modules_of_transformers_are_kohyas_targets_by_their_keys(make_header, n
     assert all(layer.part == "unet" for layer in found)
 
 
-@pytest.mark.parametrize("name", ["sd3_medium", "flux_dev"])
-def test_clip_encoders_beside_a_transformer_take_loras_and_t5_none(make_header, name):
-    texts = text_encoders_layout(8, 16 if name == "sd3_medium" else 0, 64, 20)
-    layers = layers_of(make_header, {**NARROW[name](), **texts})
-    counts = Counter(
-        layer.module.split("_text_model")[0] for layer in layers if layer.part != "unet"
-    )
-    expected = {"lora_te1": 72, "lora_te2": 192} if name == "sd3_medium" else {"lora_te1": 72}
-    assert counts == expected
+def test_of_what_stands_beside_clip_only_its_projection_that_is_used_is_averaged(make_header):
+    """SD 3 reads the second encoder's projected output; the first's is the identity everywhere."""
+    projections = {
+        f"text_encoders.clip_{letter}.transformer.text_projection.weight": (8, 8) for letter in "lg"
+    }
+    for name, used in (("sd3_medium", ["g"]), ("flux_dev", [])):
+        texts = text_encoders_layout(8, 16 * (name == "sd3_medium"), 64, 20)
+        header = make_header({**NARROW[name](), **texts, **projections})
+        layout = layout_of(header, identify(header))
+        averaged = [key[19] for key in projections if layout.treatments[key] is Treatment.AVERAGE]
+        assert averaged == used
 
 
 @pytest.mark.parametrize("layout", [two, xl])
@@ -127,7 +155,7 @@ def test_a_fused_attention_is_three_layers_of_its_rows(make_header, layout):
         width = layout()[key][1]
         if layout is two and ".23." in key:  # it never runs
             assert three == []
-            assert found.treatments[key] is Treatment.AVERAGE
+            assert found.treatments[key] is Treatment.COPY
             continue
         assert [layer.rows for layer in three] == [(i * width, (i + 1) * width) for i in range(3)]
         assert [layer.module[-6:] for layer in three] == ["q_proj", "k_proj", "v_proj"]
@@ -142,19 +170,16 @@ def test_the_four_modules_of_an_open_clip_attention_go_together(make_header):
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl_refiner"])
 def test_projections_are_layers_of_the_loaders_shape_either_way_round(make_header, name):
-    usual = NARROW[name]()
-    other = dict(usual)
-    for key in usual:
-        if key.endswith(("proj_in.weight", "proj_out.weight")) and key.startswith(UNET):
-            shape = usual[key]
-            other[key] = shape[:2] if len(shape) == 4 else (*shape, 1, 1)
-    assert other != usual
+    plain = NARROW[name]()
+    other = other_way_round(plain)
+    assert other != plain
     header = make_header(other)
     layout = layout_of(header, identify(header))
-    expected = layers_of(make_header, usual)
-    assert layout.layers == expected
-    written = output_tensors(header, layout, torch.float16)
-    assert all(written[key].shape == shape for key, shape in other.items())
+    assert layout.layers == layers_of(make_header, plain)
+    read = usual(header)
+    assert {key: info.shape for key, info in read.tensors.items()} == plain
+    written = output_tensors(read, layout_of(read, layout.family), torch.float16)
+    assert {key: info.shape for key, info in written.items()} == plain
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -165,15 +190,18 @@ def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
     layout = layout_of(header, identify(header))
     other = {key for key in layout.treatments if kind_of(key, layout) == "other weights"}
     first = {UNET + end for end in ("input_blocks.0.0.weight", "out.2.weight")}
-    text = ("text_projection", "relative_attention_bias.weight")
-    inside = ("resblocks.23.", "T5", "t5xxl", "conditioner.embedders.0.model.")
+    text = ("text_projection", "text_projection.weight", "relative_attention_bias.weight")
+    inside = ("T5", "t5xxl", "conditioner.embedders.0.model.")
     ends = ("time_embed", "label_emb", "_in.", "_embedder", "final_layer", "embedder.proj")
     for key in other - first:
         assert key.endswith(text) or any(part in key for part in (*inside, *ends)), key
-    counts = Counter(kind_of(key, layout) for key in layout.treatments)
-    assert counts["copied"] == sum(
-        key.endswith(("position_ids", "logit_scale")) for key in header.tensors
-    )
+    copied = {key for key in layout.treatments if kind_of(key, layout) == "copied"}
+    idle = (OPEN_CLIP + "transformer.resblocks.23.", OPEN_CLIP + "text_projection")
+    assert copied == {
+        key
+        for key in header.tensors
+        if key.endswith(("position_ids", "logit_scale")) or key.startswith(("edm_", *idle))
+    }
 
 
 def test_markers_of_v_prediction_are_kept(make_header):
@@ -184,6 +212,19 @@ def test_markers_of_v_prediction_are_kept(make_header):
     for key, shape in markers.items():
         assert layout.treatments[key] is Treatment.COPY
         assert written[key] == TensorInfo(torch.float32, shape)
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float32])
+def test_copied_weights_are_no_8_bit_floats_and_idle_ones_have_the_outputs_type(
+    make_header, stored
+):
+    beside = {"text_encoders.clip_l.transformer.text_projection.weight": (8, 8)}
+    header = make_header({**two(), **beside}, dtype=stored)
+    written = output_tensors(header, layout_of(header, identify(header)), torch.bfloat16)
+    copied = torch.float16 if stored.itemsize == 1 else stored
+    assert written.pop("text_encoders.clip_l.transformer.text_projection.weight").dtype == copied
+    assert written.pop(OPEN_CLIP + "logit_scale").dtype == copied
+    assert {info.dtype for info in written.values()} == {torch.bfloat16}
 
 
 def test_every_tensor_of_a_depth_model_is_copied(make_header):
@@ -198,3 +239,31 @@ def test_files_without_vae_or_text_encoders_have_the_layers_that_they_hold(make_
     alone = layers_of(make_header, parts(FULL["sdxl"](), UNET))
     assert len(alone) == 788
     assert {layer.part for layer in alone} == {"unet"}
+
+
+# Parts of real checkpoints by the name of their list of keys, and their prefix in a checkpoint.
+REAL = [
+    ("sd1", "UNET-v1-SD", UNET),
+    ("sd1_inpainting", "UNET-v1-Inpainting", UNET),
+    ("sd1_pix2pix", "UNET-v1-Pix2Pix", UNET),
+    ("sd1", "CLIP-v1-SD", "cond_stage_model.transformer.text_model."),
+    ("sd1", "VAE-v1-SD", "first_stage_model."),
+    ("sd2", "UNET-v2-SD", UNET),
+    ("sd2_inpainting", "UNET-v2-Inpainting", UNET),
+    ("sd2", "CLIP-v2-SD", OPEN_CLIP),
+    ("sdxl", "UNET-XL-SD", UNET),
+    ("sdxl", "CLIP-v1-SD", "conditioner.embedders.0.transformer.text_model."),
+    ("sdxl", "CLIP-XL-SD", "conditioner.embedders.1.model."),
+    ("sdxl_refiner", "UNET-XL-Refiner", UNET),
+    ("sdxl_refiner", "CLIP-XL-SD", "conditioner.embedders.0.model."),
+]
+
+
+@pytest.mark.skipif("HYPER_MERGE_LAYOUTS" not in os.environ, reason="needs lists of real keys")
+@pytest.mark.parametrize(("name", "part", "prefix"), REAL)
+def test_the_layouts_have_the_keys_and_shapes_of_real_checkpoints(name, part, prefix):
+    """A folder with `key [shape]` lines as arenasys/stable-diffusion-webui-model-toolkit has them."""
+    lines = (Path(os.environ["HYPER_MERGE_LAYOUTS"]) / f"{part}.txt").read_text().splitlines()
+    pairs = (line.split(" ") for line in lines)
+    real = {prefix + key: tuple(json.loads(shape)) for key, shape in pairs}
+    assert parts(FULL[name](), prefix) == real

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from narrow_layouts import NARROW, UNET, one, renamed, two, without
+from narrow_layouts import NARROW, UNET, one, other_way_round, renamed, two, without
 from safetensors.torch import save_file
 
 from hyper_merge.checkpoints.family import require_supported
@@ -104,3 +104,21 @@ def test_a_scale_for_each_block_is_refused(tmp_path):
 def test_a_file_that_lacks_the_signs_of_a_spelling_is_not_touched(make_header):
     header = make_header(without(one(), "encoder.layers"))
     assert usual(header) is header
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_projections_are_read_in_the_usual_shape_whichever_the_file_has(tmp_path, name):
+    layout = NARROW[name]()
+    stored = state(other_way_round(layout))
+    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} != layout
+    with Checkpoint(saved(tmp_path / "other.safetensors", stored)) as checkpoint:
+        for key, shape in layout.items():
+            assert tuple(checkpoint.tensor(key).shape) == shape
+            assert torch.equal(checkpoint.tensor(key).flatten(), stored[key].flatten())
+
+
+def test_a_network_alone_keeps_its_markers(make_header):
+    markers = {"v_pred": (0,), "ztsnr": (0,)}
+    bare = {**renamed(NARROW["sdxl_edm"](), UNET, ""), **markers}
+    shapes = usual(make_header(bare)).tensors
+    assert {"v_pred", "ztsnr", "edm_mean"} < set(shapes)

@@ -10,6 +10,7 @@ from typing import Final
 
 from hyper_merge.checkpoints.architecture import Family
 from hyper_merge.checkpoints.families import flux, sd1, sd2, sd3, sdxl
+from hyper_merge.checkpoints.structure import Structure
 
 FAMILIES: Final[tuple[Family, ...]] = (
     *sd3.FAMILIES,
@@ -21,6 +22,11 @@ FAMILIES: Final[tuple[Family, ...]] = (
 
 KINDS: Final = "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 and Flux"
 """What can be merged, in short."""
+
+
+def family_of(structure: Structure) -> Family | None:
+    """The family whose signs a file of this structure bears; None for none of them."""
+    return next((family for family in FAMILIES if family.signs.match(structure)), None)
 
 
 def title_of(name: str) -> str:

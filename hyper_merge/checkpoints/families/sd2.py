@@ -18,6 +18,8 @@ _UPSCALER: Final = 7  # latent, image
 # The UNet reads the 23rd layer's output: the 24th never runs, files saved by kohya's scripts hold a
 # copy of the 23rd there, and loaders that build 23 layers drop a LoRA with modules of the 24th.
 _LAYERS: Final = 23
+# Nor is the pooled output read. Files saved by other tools lack these, or hold anything there.
+_IDLE: Final = (f"{_OPEN_CLIP}transformer.resblocks.{_LAYERS}.", f"{_OPEN_CLIP}text_projection")
 
 
 def _text_modules(path: str, shape: Shape) -> tuple[Module, ...]:
@@ -43,6 +45,7 @@ SD2: Final = Family(
         Part("unet", "UNet", UNET, "lora_unet_", unet_with_matrices),
     ),
     vae_prefixes=VAE,
+    idle=_IDLE,
     ss_base_model_version="sd_v2",
     ss_v2="True",
     modelspec_architecture="stable-diffusion-v2-512",

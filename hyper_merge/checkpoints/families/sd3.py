@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from hyper_merge.checkpoints.architecture import Family, Part, Signs
-from hyper_merge.checkpoints.families.shared import CLIP_G, CLIP_L, T5, VAE, second_encoder
+from hyper_merge.checkpoints.families.shared import CLIP_L, T5, VAE, second_encoder
 from hyper_merge.checkpoints.header import Shape
 from hyper_merge.checkpoints.module_names import Module, clip_text_model, matching, none
 from hyper_merge.checkpoints.structure import UNET
@@ -13,6 +13,7 @@ from hyper_merge.checkpoints.structure import UNET
 _BLOCK: Final = UNET + "joint_blocks.0.x_block."
 _SECOND_ATTENTION: Final = _BLOCK + "attn2."
 _NORM_OF_QUERIES: Final = _BLOCK + "attn.ln_q."
+_CLIP_G: Final = "text_encoders.clip_g.transformer."  # with the projection of its pooled output
 _MODULES: Final = (
     r"joint_blocks\.\d+\.(x|context)_block\.(attn2?\.(qkv|proj)|mlp\.fc[12]|adaLN_modulation\.1)"
 )
@@ -22,6 +23,10 @@ def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return matching(path, shape, _MODULES)
 
 
+def _clip_g(path: str, shape: Shape) -> tuple[Module, ...]:
+    return clip_text_model(path.removeprefix("text_model."), shape)
+
+
 def _family(name: str, title: str, model_type: str, signs: Signs) -> Family:
     return Family(
         name=name,
@@ -29,7 +34,7 @@ def _family(name: str, title: str, model_type: str, signs: Signs) -> Family:
         signs=signs,
         parts=(
             Part("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
-            Part("text_encoder", "CLIP-G", CLIP_G, "lora_te2_", clip_text_model, second_encoder),
+            Part("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
             Part("text_encoder", "T5", T5, "lora_te3_", none),  # nobody trains it
             Part("unet", "transformer", UNET, "lora_unet_", _modules),
         ),

@@ -53,7 +53,21 @@ def _variant(name: str, title: str, input_channels: int) -> Family:
     return replace(SDXL, name=f"sdxl_{name}", title=title, signs=signs, v_words=())
 
 
+def _edm(name: str, noise: str, marker: str) -> Family:
+    """Trained for other noise, which a marker among the keys tells hosts."""
+    return replace(
+        SDXL,
+        name=f"sdxl_{name}",
+        title=f"Stable Diffusion XL with {noise}",
+        signs=replace(_SIGNS, all_of=(LABELS, marker)),
+        modelspec_prediction_type="",
+        v_words=(),
+    )
+
+
 FAMILIES: Final = (
+    _edm("edm", "EDM noise (Playground 2.5)", "edm_mean"),
+    _edm("edm_v", "EDM noise and v-prediction (CosXL)", "edm_vpred.sigma_max"),
     SDXL,
     _variant("inpainting", "inpainting", INPAINTING),
     _variant("pix2pix", "instruct-pix2pix", PIX2PIX),
@@ -70,6 +84,6 @@ FAMILIES: Final = (
     Family(
         "sdxl_pruned",
         "pruned Stable Diffusion XL (such as SSD-1B)",
-        Signs(texts=(_OPEN_CLIP,), input_channels=4),
+        Signs(texts=(_OPEN_CLIP,), input_channels=4, context=2048),
     ),
 )

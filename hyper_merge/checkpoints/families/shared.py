@@ -20,7 +20,6 @@ VAE: Final = tuple(
 """Keys of the VAE begin with one of these."""
 
 CLIP_L: Final = "text_encoders.clip_l.transformer.text_model."
-CLIP_G: Final = "text_encoders.clip_g.transformer.text_model."
 T5: Final = "text_encoders.t5xxl.transformer."
 """Prefixes of the text encoders that stand in one file with a transformer."""
 

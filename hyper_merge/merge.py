@@ -80,15 +80,16 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    recipe, sources = preflight.recipe, preflight.sources
-    folders = folders or preflight.folders
+    if folders is not None:
+        preflight = replace(preflight, folders=folders)
+    recipe, sources, folders = preflight.recipe, preflight.sources, preflight.folders
     place = folders.place(recipe, preflight.average_id)
     names = lora_names(place.run, recipe.ranks)
     companions = companion_names(names) if preflight.vectors else ()
     _require_free(place, (*names, *companions), overwrite=recipe.overwrite)
     work = Work(resolve_device(recipe.device), recipe.seed, analysis_cache.width_for(recipe.ranks))
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
-    _require_room(preflight, place, cached, folders)
+    preflight.require_room(place)
     existing = Existing(folders.cache, average=place.exists, analysis=cached is not None)
     hashing, reading, solving, rounding, writing = control.split(preflight.costs(existing))
     with Outputs(overwrite=recipe.overwrite) as outputs:
@@ -340,18 +341,6 @@ def _require_free(place: Place, names: Sequence[str], *, overwrite: bool) -> Non
     for name in names:
         for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)
-
-
-def _require_room(
-    preflight: Preflight, place: Place, cached: Path | None, folders: Folders
-) -> None:
-    estimate = preflight.estimate
-    needed = {
-        place.loras: estimate.loras,
-        folders.models: 0 if place.exists else estimate.average,
-        folders.cache: 0 if cached else estimate.analysis,
-    }
-    require_disks(needed)
 
 
 def _ignore(layer: LayerAnalysis) -> None:

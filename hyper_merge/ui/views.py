@@ -17,7 +17,7 @@ from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import CheckpointReport, Report
 from hyper_merge.runs import Run
 from hyper_merge.sizes import size_text
-from hyper_merge.ui.jobs import Standing
+from hyper_merge.ui.jobs import Standing, in_one_line
 
 Kind = Literal["info", "good", "bad"]
 
@@ -32,6 +32,11 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
 def message(kind: Kind, text: str) -> str:
     """A calm box with one message; empty for no text."""
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
+
+
+def unexpected(error: BaseException) -> str:
+    """What is said of an error that nobody expected."""
+    return message("bad", f"An unexpected error; the log has all of it: {in_one_line(error)}")
 
 
 def hint(text: str) -> str:

@@ -167,12 +167,30 @@ def test_a_file_that_vanished_since_it_was_listed_is_refused(webui, jobs, checkp
     (checkpoints / "b.safetensors").unlink()
     said = merging.start(webui.host(), jobs, *values())
     assert kinds(said) == ["bad"]
-    assert "b.safetensors" in words(said)
+    assert words(said) == "b.safetensors is no longer there; press Refresh and pick again"
+    assert jobs.last is None
 
 
 def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch):
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
+    before = snapshot(root)
+    said = merging.start(host, jobs, *values())
+    assert kinds(said) == ["bad"]
+    assert "make room" in words(said)
+    assert jobs.last is None
+    assert picking.plan(host, *values())[1] == said
+    assert snapshot(root) == before
+
+
+def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
+    examine, disk = merging.examine, namedtuple("disk", "total used free")
+
+    def then_fill(*arguments):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
+        return examine(*arguments)
+
+    monkeypatch.setattr(merging, "examine", then_fill)
     before = snapshot(root)
     merging.start(host, jobs, *values())
     said = last_words(jobs)
@@ -413,7 +431,7 @@ def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, 
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, said = picking.plan(host, *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    _, said, *_ = picking.plan(host, *values(checkpoints=picked["value"], ranks=ranks, name=""))
     assert "in place of" in words(said)
     assert all(map(unchanged, merging.after(host, jobs)))
 

@@ -81,18 +81,15 @@ def offers_demo(host: Host) -> bool:
     return not host.has_txt2img and not host.checkpoints()
 
 
-def plan(host: Host, *values: Any) -> tuple[str, str, Any, str]:
-    """The table of the picked checkpoints, and what a merge of them will take or why it cannot be.
-
-    Also the name that an empty field stands for, and no message: it was about another form.
-    """
+def plan(host: Host, *values: Any) -> tuple[str, str, Any]:
+    """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint."""
     form = Form(*values)
     listed = host.checkpoints()
     rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
     hashes = {name: host.known_hash(name) for name, _ in rows}
     said = _plan(host, form, [row for _, row in rows])
     name = suggested_name(form.checkpoints) if rows else ""
-    return views.checkpoints(rows, hashes), said, gr.update(placeholder=name), ""
+    return views.checkpoints(rows, hashes), said, gr.update(placeholder=name)
 
 
 def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:

@@ -150,7 +150,7 @@ def progress(now: Standing) -> str:
     """A running job with phase, percentage, time left and bar, or how it ended.
 
     The element carries the task's id: where the host draws a bar of its own, a script puts it here
-    in place of ours.
+    in place of ours, and of the percentage and the time, which that one says too.
     """
     notes = "".join(message("info", note) for note in now.notes)
     if now.outcome != "running":
@@ -161,10 +161,11 @@ def progress(now: Standing) -> str:
     left = now.seconds_left
     time_left = "" if left is None else f", {duration_text(left)} left"
     phase = "stopping" if now.stopping else now.phase
-    words = f"{now.title}: {phase}, {now.fraction:.0%}{time_left}"
+    words = f"{now.title}: {phase}"
+    share = f", {now.fraction:.0%}{time_left}"
     return (
         f'<div class="hm-progress" data-task="{_text(now.task)}" role="status">'
-        f"<div class=hm-phase>{_text(words)}</div>"
+        f"<div class=hm-phase>{_text(words)}<span class=hm-share>{_text(share)}</span></div>"
         f'<div class=hm-bar><div style="width:{now.fraction:.1%}"></div></div></div>{notes}'
     )
 

@@ -61,14 +61,14 @@ def no_thread():
 
 def last_words(jobs):
     """What the page shows once the job has ended."""
-    status, button = list(merging.watch(jobs))[-1]
+    status, button, _ = list(merging.watch(jobs))[-1]
     assert button["interactive"] is False
     return status
 
 
 def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     assert merging.start(host, jobs, *values()) == ""
-    seen = [status for status, _ in merging.watch(jobs)]
+    seen = [status for status, *_ in merging.watch(jobs)]
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
     assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
@@ -255,11 +255,13 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
     merging.start(host, jobs, *values())
     until(lambda: endless)
     following = merging.watch(jobs)
-    status, button = next(following)
+    status, button, message = next(following)
+    assert unchanged(message)
     assert "mix: " in words(status)
     assert button["interactive"] is True
     assert merging.stop(jobs) == ""
-    said = list(following)[-1][0]
+    said, _, message = list(following)[-1]
+    assert message == ""
     assert (kinds(said), words(said)) == (["info"], "Stopped: no file was changed")
     assert snapshot(root) == before
     assert all(map(unchanged, merging.after(host, jobs)))
@@ -273,7 +275,8 @@ def test_where_nothing_runs_stop_says_so(host, jobs):
 
 
 def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, jobs, endless):
-    ((status, button),) = merging.watch(jobs)
+    ((status, button, message),) = merging.watch(jobs)
+    assert unchanged(message)
     assert (status, button["interactive"]) == ("", False)
     merging.start(host, jobs, *values())
     until(lambda: endless)
@@ -283,7 +286,9 @@ def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, j
     first.close()
     merging.stop(jobs)
     assert kinds(list(second)[-1][0]) == ["info"]
-    assert kinds(next(merging.watch(jobs))[0]) == ["info"]
+    status, _, message = next(merging.watch(jobs))
+    assert kinds(status) == ["info"]
+    assert unchanged(message)
 
 
 def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs, monkeypatch):
@@ -297,7 +302,7 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         standing = property(lambda self: standings.pop(0))
 
     monkeypatch.setattr(jobs, "_last", Job())
-    (status, button), _ = merging.watch(jobs)
+    (status, button, _), _ = merging.watch(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False
 
@@ -357,7 +362,7 @@ def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
         merging.start(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        status, button = next(merging.watch(jobs))
+        status, button, _ = next(merging.watch(jobs))
         assert "mix: waiting for the queue, 0%" in words(status)
         assert button["interactive"] is True
         assert endless == []

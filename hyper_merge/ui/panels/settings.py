@@ -112,7 +112,7 @@ def _build_solver(devices: Sequence[str]) -> list[Any]:
             choices=list(devices),
             value="auto",
             label=LABELS["device"],
-            info="Where it is computed.",
+            info="Where it is computed; auto takes a graphics card where there is one.",
         )
         iterations = widget(
             gr.Number,
@@ -120,7 +120,7 @@ def _build_solver(devices: Sequence[str]) -> list[Any]:
             value=DEFAULT_ITERATIONS,
             precision=0,
             label=LABELS["iterations"],
-            info="Sweeps at most.",
+            info="Sweeps at most; more take longer and may bring back a little more.",
         )
     with gr.Row():
         tolerance = widget(
@@ -128,7 +128,7 @@ def _build_solver(devices: Sequence[str]) -> list[Any]:
             "tolerance",
             value=DEFAULT_TOLERANCE,
             label=LABELS["tolerance"],
-            info="A sweep that gains less than this share is the last.",
+            info="The last sweep is the one that gains less than this share.",
         )
         seed = widget(
             gr.Number,

@@ -12,6 +12,7 @@ from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import in_browser
 from hyper_merge.ui.wiring.wires import REPLAN, Wires
 
+_CHANGED = "() => { hyperMerge.replan(); return ''; }"  # what was said of the form before is over
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
 
@@ -32,7 +33,7 @@ def wire_picker(wires: Wires) -> None:
     # One event for all of them, so that no late answer to an earlier change comes last.
     for widget in in_order(form):
         if widget is not form.save_styles:
-            in_browser(widget.change, REPLAN)
+            in_browser(widget.change, _CHANGED, None, [wires.run.message])
     in_browser(wires.plan(wires.run.replan.click).then, _PLANNED)
 
 

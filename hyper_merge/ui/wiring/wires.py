@@ -24,7 +24,6 @@ Trigger = Callable[..., Any]
 """Such as `button.click`, or `event.then`."""
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
-_REPLAN_UNLESS_REFUSED = "(message) => { if (!message) hyperMerge.replan(); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 
 
@@ -76,7 +75,7 @@ class Wires:
             trigger,
             functools.partial(picking.plan, self.host),
             in_order(self.form),
-            [self.picker.table, self.run.plan, self.form.name, self.run.message],
+            [self.picker.table, self.run.plan, self.form.name],
             said=self.run.plan,
         )
 
@@ -99,17 +98,17 @@ class Wires:
 
     def watch(self, trigger: Trigger) -> Any:
         """The job that runs, until it ends."""
-        status, stop = self.run.status, self.run.stop
+        outputs = [self.run.status, self.run.stop, self.run.message]
         answers = guarded_stream(
             functools.partial(merging.watch, self.jobs),
-            lambda text: (text, gr.update()),
+            lambda text: (text, gr.update(), gr.update()),
             self.host.log,
         )
-        return in_python(trigger, answers, [], [status, stop], queued=True)
+        return in_python(trigger, answers, [], outputs, queued=True)
 
     def show_outcome(self, event: Any) -> Any:
         """After a job: its run, all lists that hold something new, and the form looked at again."""
         shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
         in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
         listed = self.list_runs(shown.then)
-        return in_browser(listed.then, _REPLAN_UNLESS_REFUSED, [self.run.message])
+        return in_browser(listed.then, REPLAN)

@@ -69,8 +69,8 @@ class Folders:
             require_no_source(new, recipe.models)
             if new.exists() and not recipe.overwrite:
                 raise NameTakenError(
-                    f"{new} exists and is not the average of these checkpoints; choose another name"
-                    " or allow overwriting"
+                    f"{new} exists and is not the average of these checkpoints; choose another name,"
+                    " or --overwrite on the command line"
                 )
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)

@@ -84,14 +84,15 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    recipe, sources = preflight.recipe, preflight.sources
-    folders = folders or preflight.folders
+    if folders is not None:
+        preflight = replace(preflight, folders=folders)
+    recipe, sources, folders = preflight.recipe, preflight.sources, preflight.folders
     place = folders.place(recipe, preflight.average_id)
     if not recipe.finds_ranks:
         _require_free(place, _names(preflight, place), overwrite=recipe.overwrite)
     work = preflight.work
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
-    _require_room(preflight, place, cached, folders)
+    preflight.require_room(place)
     existing = Existing(folders.cache, average=place.exists, analysis=cached is not None)
     costs = preflight.costs(existing)
     hashing, reading, solving, writing = control.split(
@@ -363,18 +364,6 @@ def _require_free(place: Place, names: Sequence[str], *, overwrite: bool) -> Non
     for name in names:
         for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)
-
-
-def _require_room(
-    preflight: Preflight, place: Place, cached: Path | None, folders: Folders
-) -> None:
-    estimate = preflight.estimate
-    needed = {
-        place.loras: estimate.loras,
-        folders.models: 0 if place.exists else estimate.average,
-        folders.cache: 0 if cached else estimate.analysis,
-    }
-    require_disks(needed)
 
 
 def _ignore(layer: LayerAnalysis) -> None:

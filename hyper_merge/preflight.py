@@ -32,7 +32,7 @@ from hyper_merge.costs import Costs, Existing, merge_costs
 from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.errors import DeviceError, MismatchError, OutputError, RecipeError
 from hyper_merge.exact import companion_bytes, wanted_vectors
-from hyper_merge.folders import Folders
+from hyper_merge.folders import Folders, Place
 from hyper_merge.lora import lora_bytes
 from hyper_merge.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.recipe_values import LARGEST_RANK
@@ -159,6 +159,21 @@ class Preflight:
         in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
         memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
         return Estimate(average, loras, analysis, memory, sum(self.costs(self._existing())))
+
+    def require_room(self, place: Place) -> None:
+        """Returns if the disks have room for what will be written in a place.
+
+        Raises:
+            OutputError: too little is free.
+        """
+        existing, estimate = self._existing(), self.estimate
+        require_disks(
+            {
+                place.loras: estimate.loras,
+                place.hyper_model.parent: 0 if place.exists else estimate.average,
+                self.folders.cache: 0 if existing.analysis else estimate.analysis,
+            }
+        )
 
     def costs(self, existing: Existing) -> Costs:
         """Seconds of the merge's phases, with what the existing work saves."""

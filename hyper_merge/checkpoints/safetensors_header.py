@@ -113,7 +113,8 @@ def _damaged(name: str, why: str) -> CheckpointError:
 
 def _truncated(name: str, expected: int, size: int) -> CheckpointError:
     return CheckpointError(
-        f"{name} is truncated: by its header it has {expected:,} bytes, there are {size:,}; {AGAIN}"
+        f"{name} is truncated: by its header it has {expected:,} bytes, there are {size:,};"
+        f" wait if it is still being written, else {AGAIN}"
     )
 
 

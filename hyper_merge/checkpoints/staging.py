@@ -213,7 +213,9 @@ def require_free(path: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{path} is a folder; choose another name")
         # lexists: a dangling link is somebody's file too.
         if not overwrite and os.path.lexists(path):
-            raise OutputError(f"{path} exists; choose another name or allow overwriting")
+            raise OutputError(
+                f"{path} exists; choose another name, or --overwrite on the command line"
+            )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from hyper_merge.hosts.host import Defaults
 from hyper_merge.hosts.webui_room import is_forge, room
 
 _STEPS: Final = 1000  # of the progress bar
+_LISTEN: Final = 0.02  # seconds between looks at the WebUI's buttons
 _TAG: Final = re.compile(r"<lora:[^>]*>")
 
 
@@ -153,7 +154,7 @@ def _job(task: str) -> Iterator[Control]:
     state.begin(job=task)
     progress.start_task(task)
     # One job: with more of them the first press of Interrupt would wait for "the current image".
-    stopped = threading.Event()
+    stopped, ended = threading.Event(), threading.Event()
 
     def on_progress(phase: str, fraction: float) -> None:
         # All of it at every step: events that wait for no lock reset the state when they end.
@@ -166,11 +167,18 @@ def _job(task: str) -> Iterator[Control]:
             stopped.set()  # for the same reason
         return stopped.is_set()
 
-    on_progress("starting", 0.0)
+    def listen() -> None:  # a step may take longer than a press of the button lasts
+        while not (ended.wait(_LISTEN) or should_stop()):
+            pass
 
+    on_progress("starting", 0.0)
+    listener = threading.Thread(target=listen, name="hyper-merge buttons", daemon=True)
+    listener.start()
     try:
         yield Control(on_progress, should_stop)
     finally:
+        ended.set()
+        listener.join()
         progress.finish_task(task)
         state.textinfo, state.sampling_step, state.sampling_steps = None, 0, 0
         state.interrupted = state.skipped = state.stopping_generation = False

@@ -119,7 +119,7 @@ def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
 
 def cache_html() -> str:
     """HTML: what the cache takes, and where it is."""
-    return html.escape(f"{cache_text(folders())} {folders().cache}")
+    return html.escape(f"{cache_text(folders())} It is in {folders().cache}.")
 
 
 def clear() -> str:

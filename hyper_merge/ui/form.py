@@ -131,6 +131,8 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
 def _file(name: str, listed: Mapping[str, Path]) -> Path:
     if name not in listed:
         raise CheckpointError(f"{name} is no longer in the list; press Refresh and pick again")
+    if not listed[name].exists():
+        raise CheckpointError(f"{name} is no longer there; press Refresh and pick again")
     return listed[name]
 
 

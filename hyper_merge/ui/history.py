@@ -16,10 +16,11 @@ import gradio as gr
 from hyper_merge.cache_text import cache_text, clear_cache
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.runs import delete_run, files_of, list_runs, load_run
+from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
 from hyper_merge.ui import views
 from hyper_merge.ui.form import Form, form_of
 from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.results import styles_of
 
 
 def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, Any, str]:
@@ -60,31 +61,44 @@ def compare(host: Host, first: str | None, second: str | None) -> str:
     return views.comparison(one, other)
 
 
-def ask_to_delete(host: Host, name: str | None) -> tuple[str, Any, Any]:
-    """The files that would go, and the two buttons."""
+def ask_to_delete(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
+    """The files and styles that would go, the two buttons, and the run that is asked about.
+
+    Not while a merge runs, which may be adding LoRAs to the run's hyper-model.
+    """
     try:
+        jobs.require_idle()
         run = load_run(host.folders(), name or "")
         files = files_of(run, host.folders())
     except HyperMergeError as error:
-        return (_refused(error), *_buttons(visible=False))
-    question = f"Deleting the run {run.name} removes these {len(files)} files:"
-    return (views.file_list(files, question), *_buttons(visible=True))
+        return _answered(_refused(error))
+    question = f"Deleting the run {run.name} removes these {len(files)} files"
+    styles = len(_styles(host, run))
+    question += f" and {styles} styles:" if styles else ":"
+    return (views.file_list(files, question), *_buttons(visible=True), run.name)
 
 
-def delete(host: Host, name: str | None) -> tuple[str, Any, Any]:
-    """Deletes a run's files, and says what is gone."""
+def delete(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, str]:
+    """Deletes the files and styles of the run that was asked about, and says what is gone."""
     try:
-        gone = delete_run(load_run(host.folders(), name or ""), host.folders())
-        said = views.message("good", f"{len(gone)} files of {name} are deleted.")
+        jobs.require_idle()
+        run = load_run(host.folders(), asked or "")
+        styles = _styles(host, run)
+        gone = delete_run(run, host.folders())
     except HyperMergeError as error:
-        said = _refused(error)
+        return _answered(_refused(error))
     host.refresh()
-    return (said, *_buttons(visible=False))
+    said = views.message("good", f"{len(gone)} files of {asked} are deleted.")
+    try:
+        host.remove_styles(styles)
+    except HyperMergeError as error:
+        said += _refused(error)
+    return _answered(said)
 
 
-def keep() -> tuple[str, Any, Any]:
+def keep() -> tuple[str, Any, Any, str]:
     """Nothing is deleted."""
-    return ("", *_buttons(visible=False))
+    return _answered("")
 
 
 def clear(host: Host, jobs: Jobs) -> str:
@@ -101,6 +115,14 @@ def _kept(name: str | None, names: Sequence[str], place: int) -> str | None:
     if name in names:
         return name
     return names[place] if len(names) > place else None
+
+
+def _styles(host: Host, run: Run) -> set[str]:
+    return set(styles_of(run)) & host.styles()
+
+
+def _answered(said: str) -> tuple[str, Any, Any, str]:
+    return (said, *_buttons(visible=False), "")
 
 
 def _buttons(*, visible: bool) -> tuple[Any, Any]:

@@ -58,6 +58,11 @@ class Standing:
         return self.elapsed * (1 - self.fraction) / self.fraction
 
 
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class Job:
     """One run of some work, in a thread."""
 
@@ -109,8 +114,7 @@ class Job:
             self._end("refused", str(error))
         except Exception as error:
             self._log(error)
-            cause = str(error).strip().partition("\n")[0]
-            self._end("failed", f"{type(error).__name__}: {cause}")
+            self._end("failed", in_one_line(error))
 
     def _on_progress(self, phase: str, fraction: float) -> None:
         with self._changed:

@@ -53,18 +53,23 @@ def start_demo(host: Host, jobs: Jobs) -> str:
     return ""
 
 
-def watch(jobs: Jobs) -> Iterator[tuple[str, Any]]:
-    """Follows the job that runs, or says how the last one ended: status, Stop button."""
-    job = jobs.last
+def watch(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
+    """Follows the job that runs, or says how the last one ended: status, Stop button, message.
+
+    A message that something was running goes when that has ended; others stay.
+    """
+    job, message = jobs.last, gr.update()
     if job is None:
-        yield "", gr.update(interactive=False)
+        yield "", gr.update(interactive=False), message
         return
     now = job.standing
     while now.outcome == "running":
-        yield views.progress(now), gr.update(interactive=not now.stopping)
+        yield views.progress(now), gr.update(interactive=not now.stopping), message
         job.wait(_TICK)
         now = job.standing
-    yield views.progress(now), gr.update(interactive=False)
+        if now.outcome != "running":
+            message = ""
+    yield views.progress(now), gr.update(interactive=False), message
 
 
 def stop(jobs: Jobs) -> str:

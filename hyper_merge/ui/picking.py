@@ -81,13 +81,15 @@ def offers_demo(host: Host) -> bool:
     return not host.has_txt2img and not host.checkpoints()
 
 
-def plan(host: Host, *values: Any) -> tuple[str, str]:
-    """The table of the picked checkpoints, and what a merge of them will take or why it cannot be."""
+def plan(host: Host, *values: Any) -> tuple[str, str, Any]:
+    """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint."""
     form = Form(*values)
     listed = host.checkpoints()
     rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
     hashes = {name: host.known_hash(name) for name, _ in rows}
-    return views.checkpoints(rows, hashes), _plan(host, form, [row for _, row in rows])
+    said = _plan(host, form, [row for _, row in rows])
+    name = suggested_name(form.checkpoints) if rows else ""
+    return views.checkpoints(rows, hashes), said, gr.update(placeholder=name)
 
 
 def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:
@@ -123,7 +125,9 @@ def suggested_name(picked: Sequence[str]) -> str:
 
 def _prepared(form: Form, listed: Mapping[str, Path], folders: Folders) -> tuple[Preflight, Place]:
     preflight = examine(recipe_of(form, listed, folders), folders)
-    return preflight, folders.place(preflight.recipe, preflight.average_id)
+    place = folders.place(preflight.recipe, preflight.average_id)
+    preflight.require_room(place)
+    return preflight, place
 
 
 def _require_two(form: Form) -> None:
@@ -149,14 +153,19 @@ def _plan(host: Host, form: Form, rows: Sequence[Row]) -> str:
 
 def _row(name: str, listed: Mapping[str, Path]) -> Row:
     if name not in listed:
-        path, problem = Path(name), "no longer in the list; press Refresh"
-        return Row(name, path, None, 0, "", "", None, problem)
+        return _absent(name, "no longer in the list; press Refresh")
     path = listed[name]
     try:
         status = path.stat()
+    except FileNotFoundError:
+        return _absent(name, "no longer there; press Refresh")
     except OSError:
         return look_at(path)
     return _looked_at(path, status.st_size, status.st_mtime_ns)
+
+
+def _absent(name: str, problem: str) -> Row:
+    return Row(name, Path(name), None, 0, "", "", None, problem)
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import CheckpointReport, Report
 from hyper_merge.runs import Run
 from hyper_merge.sizes import size_text
-from hyper_merge.ui.jobs import Standing
+from hyper_merge.ui.jobs import Standing, in_one_line
 
 Kind = Literal["info", "good", "bad"]
 
@@ -32,6 +32,11 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
 def message(kind: Kind, text: str) -> str:
     """A calm box with one message; empty for no text."""
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
+
+
+def unexpected(error: BaseException) -> str:
+    """What is said of an error that nobody expected."""
+    return message("bad", f"An unexpected error; the log has all of it: {in_one_line(error)}")
 
 
 def hint(text: str) -> str:
@@ -145,7 +150,7 @@ def progress(now: Standing) -> str:
     """A running job with phase, percentage, time left and bar, or how it ended.
 
     The element carries the task's id: where the host draws a bar of its own, a script puts it here
-    in place of ours.
+    in place of ours, and of the percentage and the time, which that one says too.
     """
     notes = "".join(message("info", note) for note in now.notes)
     if now.outcome != "running":
@@ -156,10 +161,11 @@ def progress(now: Standing) -> str:
     left = now.seconds_left
     time_left = "" if left is None else f", {duration_text(left)} left"
     phase = "stopping" if now.stopping else now.phase
-    words = f"{now.title}: {phase}, {now.fraction:.0%}{time_left}"
+    words = f"{now.title}: {phase}"
+    share = f", {now.fraction:.0%}{time_left}"
     return (
         f'<div class="hm-progress" data-task="{_text(now.task)}" role="status">'
-        f"<div class=hm-phase>{_text(words)}</div>"
+        f"<div class=hm-phase>{_text(words)}<span class=hm-share>{_text(share)}</span></div>"
         f'<div class=hm-bar><div style="width:{now.fraction:.1%}"></div></div></div>{notes}'
     )
 

@@ -14,7 +14,6 @@ from urllib.request import urlopen
 import gradio
 import pytest
 from browser.the_tab import Tab
-from tiny_family import write
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))
@@ -87,9 +86,9 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"},
             )
-        self._wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Returns once it answers."""
         for _ in range(600):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self.log.read_text()}")
@@ -145,21 +144,33 @@ def shot(page, name: str) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def server(host_name, files, state_of, tmp_path_factory):
-    """A host with three checkpoints, one of them in a folder, and a file that is none."""
-    models = tmp_path_factory.mktemp(host_name) / "models"
-    folder = models / "Stable-diffusion"
-    (folder / "sub").mkdir(parents=True)
-    for path, place in zip(files, ("anime", "photo", "sub/portrait"), strict=True):
-        shutil.copy(path, folder / f"{place}.safetensors")
-    write(folder / "broken.safetensors", state_of(0))
-    (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
-    (models / "Lora").mkdir()
-    server = Server(host_name, models, pace=0.001)
-    yield server
-    server.close()
-    assert server.complaints == []
+@pytest.fixture(scope="session")
+def servers(files, tmp_path_factory):
+    """Every host with three checkpoints, one of them in a folder, and a file that is none.
+
+    They start side by side, and once: what takes the time is loading torch and gradio.
+    """
+    found = {}
+    for host in HOSTS:
+        models = tmp_path_factory.mktemp(host) / "models"
+        folder = models / "Stable-diffusion"
+        (folder / "sub").mkdir(parents=True)
+        for path, place in zip(files, ("anime", "photo", "sub/portrait"), strict=True):
+            shutil.copy(path, folder / f"{place}.safetensors")
+        (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
+        (models / "Lora").mkdir()
+        found[host] = Server(host, models, pace=0.003)
+    yield found
+    for server in found.values():
+        server.close()
+    assert [line for server in found.values() for line in server.complaints] == []
+
+
+@pytest.fixture(scope="session")
+def server(host_name, servers):
+    """The host of a test."""
+    servers[host_name].wait()
+    return servers[host_name]
 
 
 @pytest.fixture

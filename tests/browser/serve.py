@@ -17,6 +17,7 @@ import fake_webui  # noqa: E402
 
 from hyper_merge.app import Listening, build_app, serve  # noqa: E402
 from hyper_merge.control import Control  # noqa: E402
+from hyper_merge.decomposition import starts  # noqa: E402
 
 
 def slow_down(pace: float) -> None:
@@ -28,6 +29,11 @@ def slow_down(pace: float) -> None:
         step(control, phase, fraction)
 
     Control.step = slow
+
+
+def search_briefly() -> None:
+    """The search for a start has tests of its own, as in `conftest`."""
+    starts._RANDOM, starts._ROUNDS, starts._GREEDY_TURNS = 1, ((1, 2), (2, 1)), 2
 
 
 def serve_webui(models: Path, flavour: str, port: int) -> None:
@@ -42,6 +48,7 @@ def main() -> None:
     host, models, port, pace = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     logging.basicConfig(level=logging.WARNING)
     slow_down(pace)
+    search_briefly()
     if host == "standalone":
         serve(build_app(models), Listening(port=port))
     else:

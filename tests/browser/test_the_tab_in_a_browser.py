@@ -33,6 +33,7 @@ def test_a_wrong_number_and_a_taken_name_are_said_at_once(tab):
     tab.click("merge")
     tab.until(lambda: 'got "many"' in tab.text("message"))
     tab.type("ranks", "4, 2")
+    tab.until(lambda: not tab.text("message"))
     tab.type("name", "photo")
     tab.until(lambda: "photo.safetensors is one of the checkpoints" in tab.text("plan"))
     tab.type("name", "a/b")
@@ -74,6 +75,7 @@ def test_from_picking_to_the_result_and_again(tab, server):
     tab.until(lambda: tab.find("parts_plot").locator("img").count())
     shot(tab.page, f"{server.host}-result")
 
+    tab.until(lambda: "mix is this very merge already" in tab.text("plan"))
     tab.type("ranks", "3")
     tab.until(lambda: "there already" in tab.text("plan"))
     tab.merge()
@@ -143,6 +145,6 @@ def test_a_file_that_vanished_is_said_and_not_merged(tab, server):
     try:
         tab.type("name", "gone")
         tab.click("merge")
-        tab.until(lambda: "photo.safetensors" in tab.text("message"))
+        tab.until(lambda: "photo.safetensors is no longer there" in tab.text("message"))
     finally:
         away.rename(path)

@@ -70,7 +70,7 @@ class Tab:
 
     def fraction(self):
         """Percent of the run as the status line says it; None where nothing runs."""
-        said = re.search(r"(\d+)\s?%", self.text("status"))
+        said = re.search(r"(\d+)\s?%", self.text("status", visible=False))
         return int(said[1]) if said else None
 
     def until(self, holds, seconds=30):

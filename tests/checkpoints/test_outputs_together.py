@@ -115,7 +115,7 @@ def test_an_unfinished_writer_stops_all(tmp_path, enter):
 def test_existing_files_are_refused_when_staged(tmp_path):
     (tmp_path / "raw").write_text("old")
     reached = []
-    with pytest.raises(OutputError, match="raw exists; choose another name or allow overwriting"):
+    with pytest.raises(OutputError, match="raw exists; choose another name, or --overwrite"):
         run(tmp_path, then=reached.append)
     assert not reached
     assert everything(tmp_path) == ["raw"]

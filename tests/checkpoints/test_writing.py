@@ -215,7 +215,7 @@ def test_an_existing_file_is_replaced_whole(tmp_path):
 
 def test_without_overwrite_an_existing_file_is_refused_first_and_last(tmp_path):
     path = tmp_path / "x"
-    with pytest.raises(OutputError, match="x exists; choose another name or allow overwriting"):
+    with pytest.raises(OutputError, match="x exists; choose another name, or --overwrite"):
         write_half(path, then=lambda: path.write_text("somebody else's"))
     assert path.read_text() == "somebody else's"
     with pytest.raises(OutputError, match="x exists"):

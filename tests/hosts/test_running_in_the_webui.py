@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -248,3 +249,12 @@ def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui
         assert control.should_stop()
         control.on_progress("solving", 0.5)
         assert webui.state.job_count == 1
+
+
+def test_a_press_that_is_over_before_the_next_step_is_heard(host, webui):
+    with host.running("task(hyper)") as control:
+        webui.state.interrupt()
+        time.sleep(0.3)
+        webui.state.interrupted = False
+        assert control.should_stop()
+    assert not [thread for thread in threading.enumerate() if "buttons" in thread.name]

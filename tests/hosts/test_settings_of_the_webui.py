@@ -115,10 +115,10 @@ def test_the_caches_size_is_shown_and_the_button_clears_it(host, page, webui):
     path = analysis(host.folders().cache, 3_000_000)
     held = settings.cache_html()
     assert held.startswith("The cache holds 3 MB of at most 20.00 GB.")
-    assert held.endswith(f" {path.parent}")
+    assert held.endswith(f" {path.parent}.")
     cleared = settings.clear()
     assert cleared.startswith("The cache holds 0 kB of at most 20.00 GB.")
-    assert cleared.endswith(f" {path.parent}<br>The cache is empty; 3 MB are free again.")
+    assert cleared.endswith(f" {path.parent}.<br>The cache is empty; 3 MB are free again.")
     assert not path.exists()
 
 

@@ -1,5 +1,6 @@
 """Earlier runs: listed, opened, copied, compared, deleted; and the cache."""
 
+import threading
 from dataclasses import fields
 
 import pytest
@@ -8,7 +9,7 @@ from tiny_family import snapshot
 
 from hyper_merge import analysis_cache
 from hyper_merge.errors import CacheError, OutputError
-from hyper_merge.ui import history, merging
+from hyper_merge.ui import history, merging, results
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.jobs import Jobs
 
@@ -83,7 +84,7 @@ def test_checkpoints_that_are_gone_are_counted(host, run, checkpoints):
 
 
 @pytest.mark.parametrize("name", NO_RUNS)
-def test_of_no_run_nothing_is_copied_compared_asked_or_deleted(host, run, root, name):
+def test_of_no_run_nothing_is_copied_compared_asked_or_deleted(host, run, root, name, jobs):
     before = snapshot(root)
     *copied, said = history.copy_settings(host, name)
     assert len(copied) == COUNT
@@ -91,7 +92,8 @@ def test_of_no_run_nothing_is_copied_compared_asked_or_deleted(host, run, root, 
     assert kinds(said) == ["bad"]
     assert kinds(history.compare(host, "mix", name)) == ["bad"]
     for handler in (history.ask_to_delete, history.delete):
-        said, confirm, cancel = handler(host, name)
+        said, confirm, cancel, asked = handler(host, jobs, name)
+        assert asked == ""
         assert kinds(said) == ["bad"]
         assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root) == before
@@ -111,15 +113,17 @@ def test_checkpoints_of_one_run_only_are_said_to_be_so(host, run, jobs):
     assert "Explained, c" in text
 
 
-def test_deleting_asks_first_and_names_every_file(host, run, root):
+def test_deleting_asks_first_and_names_every_file(host, run, root, jobs):
     before = snapshot(root)
-    said, confirm, cancel = history.ask_to_delete(host, run)
+    said, confirm, cancel, asked = history.ask_to_delete(host, jobs, run)
+    assert asked == run
     assert snapshot(root) == before
     assert confirm["visible"] is cancel["visible"] is True
     gone = {name for name in before if "mix" in name}
     assert all(str(root / name) in words(said) for name in gone)
     assert words(said).startswith(f"Deleting the run mix removes these {len(gone)} files:")
-    said, confirm, cancel = history.delete(host, run)
+    said, confirm, cancel, asked = history.delete(host, jobs, asked)
+    assert asked == ""
     assert (kinds(said), words(said)) == (["good"], f"{len(gone)} files of mix are deleted.")
     assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root).keys() == before.keys() - gone
@@ -128,30 +132,69 @@ def test_deleting_asks_first_and_names_every_file(host, run, root):
 
 def test_keeping_them_deletes_nothing(host, run, root):
     before = snapshot(root)
-    said, confirm, cancel = history.keep()
-    assert said == ""
+    said, confirm, cancel, asked = history.keep()
+    assert said == asked == ""
     assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root) == before
 
 
-def test_a_run_that_cannot_be_deleted_is_said(host, run, monkeypatch):
+def test_a_run_that_cannot_be_deleted_is_said(host, run, jobs, monkeypatch):
     def refuse(*arguments):
         raise OutputError("mix_0-4.safetensors cannot be removed; close what has it open")
 
     monkeypatch.setattr(history, "delete_run", refuse)
-    said, confirm, _ = history.delete(host, run)
+    said, confirm, *_ = history.delete(host, jobs, run)
     assert kinds(said) == ["bad"]
     assert words(said).endswith("close what has it open")
     assert confirm["visible"] is False
 
 
-def test_after_deleting_the_webuis_lists_are_without_them(webui, run):
+def test_after_deleting_the_webuis_lists_are_without_them(webui, run, jobs):
     host = webui.host()
     host.refresh()
     assert "mix.safetensors" in host.checkpoints()
-    history.delete(host, run)
+    history.delete(host, jobs, run)
     assert "mix.safetensors" not in host.checkpoints()
     assert not webui.networks.available_networks
+
+
+def test_a_runs_styles_go_with_it_and_others_stay(webui, run, jobs):
+    host = webui.host()
+    results.save_styles(host, run)
+    host.save_styles({"other: a": "{prompt} <lora:other_0-4:1.0>"})
+    said, *_ = history.ask_to_delete(host, jobs, run)
+    assert " files and 3 styles:" in words(said)
+    assert len(host.styles()) == 4
+    said, *_ = history.delete(host, jobs, run)
+    assert kinds(said) == ["good"]
+    assert host.styles() == {"other: a"}
+
+
+def test_styles_that_cannot_be_removed_are_said_beside_what_is_deleted(
+    webui, run, jobs, monkeypatch
+):
+    def refuse(self, names):
+        raise OutputError("the WebUI's styles cannot be written")
+
+    monkeypatch.setattr(type(webui.host()), "remove_styles", refuse)
+    said, *_ = history.delete(webui.host(), jobs, run)
+    assert kinds(said) == ["good", "bad"]
+    assert words(said).endswith("the WebUI's styles cannot be written")
+
+
+def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
+    over = threading.Event()
+    jobs.start("mix-2", lambda task, control: over.wait(20) and "", host.log)
+    before = snapshot(root)
+    try:
+        for handler in (history.ask_to_delete, history.delete):
+            said, *_ = handler(host, jobs, run)
+            assert words(said).startswith("mix-2 is still being made")
+    finally:
+        over.set()
+    assert ended(jobs).outcome == "done"
+    assert snapshot(root) == before
+    assert kinds(history.delete(host, jobs, run)[0]) == ["good"]
 
 
 def test_the_cache_is_cleared_and_says_what_that_freed(host, run, root):

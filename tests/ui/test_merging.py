@@ -61,14 +61,14 @@ def no_thread():
 
 def last_words(jobs):
     """What the page shows once the job has ended."""
-    status, button = list(merging.watch(jobs))[-1]
+    status, button, _ = list(merging.watch(jobs))[-1]
     assert button["interactive"] is False
     return status
 
 
 def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     assert merging.start(host, jobs, *values()) == ""
-    seen = [status for status, _ in merging.watch(jobs)]
+    seen = [status for status, *_ in merging.watch(jobs)]
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
     assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
@@ -167,12 +167,30 @@ def test_a_file_that_vanished_since_it_was_listed_is_refused(webui, jobs, checkp
     (checkpoints / "b.safetensors").unlink()
     said = merging.start(webui.host(), jobs, *values())
     assert kinds(said) == ["bad"]
-    assert "b.safetensors" in words(said)
+    assert words(said) == "b.safetensors is no longer there; press Refresh and pick again"
+    assert jobs.last is None
 
 
 def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch):
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
+    before = snapshot(root)
+    said = merging.start(host, jobs, *values())
+    assert kinds(said) == ["bad"]
+    assert "make room" in words(said)
+    assert jobs.last is None
+    assert picking.plan(host, *values())[1] == said
+    assert snapshot(root) == before
+
+
+def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
+    examine, disk = merging.examine, namedtuple("disk", "total used free")
+
+    def then_fill(*arguments):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
+        return examine(*arguments)
+
+    monkeypatch.setattr(merging, "examine", then_fill)
     before = snapshot(root)
     merging.start(host, jobs, *values())
     said = last_words(jobs)
@@ -237,11 +255,13 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
     merging.start(host, jobs, *values())
     until(lambda: endless)
     following = merging.watch(jobs)
-    status, button = next(following)
+    status, button, message = next(following)
+    assert unchanged(message)
     assert "mix: " in words(status)
     assert button["interactive"] is True
     assert merging.stop(jobs) == ""
-    said = list(following)[-1][0]
+    said, _, message = list(following)[-1]
+    assert message == ""
     assert (kinds(said), words(said)) == (["info"], "Stopped: no file was changed")
     assert snapshot(root) == before
     assert all(map(unchanged, merging.after(host, jobs)))
@@ -255,7 +275,8 @@ def test_where_nothing_runs_stop_says_so(host, jobs):
 
 
 def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, jobs, endless):
-    ((status, button),) = merging.watch(jobs)
+    ((status, button, message),) = merging.watch(jobs)
+    assert unchanged(message)
     assert (status, button["interactive"]) == ("", False)
     merging.start(host, jobs, *values())
     until(lambda: endless)
@@ -265,7 +286,9 @@ def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, j
     first.close()
     merging.stop(jobs)
     assert kinds(list(second)[-1][0]) == ["info"]
-    assert kinds(next(merging.watch(jobs))[0]) == ["info"]
+    status, _, message = next(merging.watch(jobs))
+    assert kinds(status) == ["info"]
+    assert unchanged(message)
 
 
 def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs, monkeypatch):
@@ -279,7 +302,7 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         standing = property(lambda self: standings.pop(0))
 
     monkeypatch.setattr(jobs, "_last", Job())
-    (status, button), _ = merging.watch(jobs)
+    (status, button, _), _ = merging.watch(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False
 
@@ -339,7 +362,7 @@ def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
         merging.start(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        status, button = next(merging.watch(jobs))
+        status, button, _ = next(merging.watch(jobs))
         assert "mix: waiting for the queue, 0%" in words(status)
         assert button["interactive"] is True
         assert endless == []
@@ -413,7 +436,7 @@ def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, 
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, said = picking.plan(host, *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    _, said, *_ = picking.plan(host, *values(checkpoints=picked["value"], ranks=ranks, name=""))
     assert "in place of" in words(said)
     assert all(map(unchanged, merging.after(host, jobs)))
 

@@ -1,22 +1,43 @@
 """The built tab: widgets are ours and in order, and each handler fits what it is wired to."""
 
 import inspect
+import logging
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import GeneratorType
 
 import gradio as gr
 import pytest
-from at_the_tab import ended
+from at_the_tab import ended, values, words
 from fake_webui import EXTENSION, installed
 
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui import panels
+from hyper_merge.ui import history, merging, picking, results
 from hyper_merge.ui.element_ids import PREFIX
 from hyper_merge.ui.form import PRESETS, Form
 from hyper_merge.ui.jobs import BusyError, process_jobs
-from hyper_merge.ui.panels import FormWidgets, in_order
+from hyper_merge.ui.panels.history import build_history
+from hyper_merge.ui.panels.picker import build_picker
+from hyper_merge.ui.panels.result import build_result
+from hyper_merge.ui.panels.run import build_run
+from hyper_merge.ui.panels.settings import FormWidgets, build_form
+from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.picking import ALL_FOLDERS
 from hyper_merge.ui.tab import build_tab, devices
+
+UNEXPECTED = "An unexpected error; the log has all of it: MemoryError: no room for a table"
+FAILING = {
+    "plan",
+    "start",
+    "add_folder",
+    "runs",
+    "show",
+    "copy_settings",
+    "compare",
+    "ask_to_delete",
+    "save_styles",
+}
+ARGUMENTS = {"plan": values(), "add_folder": [[], ALL_FOLDERS]}
 
 
 class Busy:
@@ -46,9 +67,10 @@ def built(some_host):
     """All panels."""
     names = list(some_host.checkpoints())
     with gr.Blocks():
-        picker = panels.build_picker(names, ["all folders"], demo=True)
-        form, presets = panels.build_form(some_host, picker.checkpoints, devices())
-        others = panels.build_run(), panels.build_result(some_host), panels.build_history()
+        picker = build_picker(names, ["all folders"], demo=True)
+        form, presets = build_form(some_host, picker.checkpoints, devices())
+        result = build_result(some_host)
+        others = build_run(), result, result.shown, build_history()
     return picker, form, presets, *others
 
 
@@ -64,7 +86,29 @@ def settings(page):
 
 
 def name_of(fn):
+    fn = inspect.unwrap(fn)
     return getattr(fn, "func", fn).__name__
+
+
+def fill(fn, inputs, outputs):
+    """Calls an event's function with what its widgets hold, and looks at what it gives."""
+    arguments = [getattr(widget, "value", None) for widget in inputs]
+    inspect.signature(fn).bind(*arguments)
+    answer = fn(*arguments)
+    if isinstance(answer, GeneratorType):
+        answer = next(answer)
+    many = answer if isinstance(answer, tuple) else (answer,)
+    assert len(many if outputs or answer is not None else ()) == len(outputs), name_of(fn)
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """Handlers whose errors come out."""
+
+    def raise_it(self, error):
+        raise error
+
+    monkeypatch.setattr(Standalone, "log", raise_it)
 
 
 def test_the_forms_widgets_are_the_forms_fields_in_order():
@@ -81,6 +125,7 @@ def test_each_widget_of_the_form_is_in_its_place(built):
 def test_every_widget_has_our_id_and_is_not_kept_by_the_webui(built):
     picker, form, presets, *others = built
     found = [w for panel in (picker, form, *others) for w in in_order(panel)] + presets
+    found = [widget for widget in found if not is_dataclass(widget)]
     for widget in found:
         assert re.fullmatch(f"{PREFIX}_[a-z0-9_]+", widget.elem_id)
         if not isinstance(widget, gr.Column):
@@ -104,23 +149,17 @@ def test_each_preset_has_a_button_with_its_ranks(built):
 
 
 def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
-    _, form, _, _, result, _ = built
+    _, form, _, _, result, *_ = built
     for widget in (form.save_styles, result.send, result.save_styles, result.remove_styles):
         assert widget.visible is some_host.has_txt2img
     assert form.save_styles.value is some_host.has_txt2img
 
 
-def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run):
+def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run, strict):
     page = build_tab(Standalone(root), Busy())
     checked = set()
     for fn, inputs, outputs in functions(page):
-        arguments = [getattr(widget, "value", None) for widget in inputs]
-        inspect.signature(fn).bind(*arguments)
-        answer = fn(*arguments)
-        if isinstance(answer, GeneratorType):
-            answer = next(answer)
-        many = answer if isinstance(answer, tuple) else (answer,)
-        assert len(many if outputs or answer is not None else ()) == len(outputs), name_of(fn)
+        fill(fn, inputs, outputs)
         checked.add(name_of(fn))
     assert {"plan", "start", "watch", "after", "show", "copy_settings", "delete"} <= checked
     assert len(checked) >= 20
@@ -128,11 +167,30 @@ def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run):
 
 def test_every_handler_fits_in_the_webui_too(webui, run):
     for fn, inputs, outputs in functions(build_tab(webui.host(), Busy())):
-        answer = fn(*[getattr(widget, "value", None) for widget in inputs])
-        if isinstance(answer, GeneratorType):
-            answer = next(answer)
-        many = answer if isinstance(answer, tuple) else (answer,)
-        assert len(many if outputs or answer is not None else ()) == len(outputs), name_of(fn)
+        fill(fn, inputs, outputs)
+    assert webui.errors.reports == []
+
+
+def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, run, caplog):
+    def fail(*arguments):
+        raise MemoryError("no room for a table\nof many rows")
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
+        for name in ("examine", "average_id_of"):
+            patch.setattr(picking, name, fail)
+        for name in ("list_runs", "load_run", "files_of"):
+            patch.setattr(history, name, fail)
+        patch.setattr(merging, "prepare", fail)
+        patch.setattr(results, "load_run", fail)
+        page = build_tab(Standalone(root), Busy())
+        for fn, inputs, outputs in functions(page):
+            if name_of(fn) in FAILING:
+                given = fn(*ARGUMENTS.get(name_of(fn), [widget.value for widget in inputs]))
+                given = given if isinstance(given, tuple) else (given,)
+                assert len(given) == len(outputs)
+                said = [text for text in given if isinstance(text, str)]
+                assert [words(text) for text in said] == [UNEXPECTED], name_of(fn)
+    assert caplog.text.count("of many rows") >= len(FAILING)
 
 
 def test_a_run_is_shown_in_as_many_widgets_as_it_fills(root, run):
@@ -208,7 +266,7 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
     ended(process_jobs())
     webui.load_scripts()
     page = webui.create_ui()
-    watched = [fn.args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch"]
+    watched = [inspect.unwrap(fn).args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch"]
     assert watched
     assert all(jobs.last is job for jobs in watched)
     assert webui.errors.reports == []

@@ -1,0 +1,59 @@
+"""Which checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import gradio as gr
+
+from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.panels.widgets import button, html, widget
+
+
+@dataclass(frozen=True)
+class PickerPanel:
+    """Which checkpoints."""
+
+    checkpoints: gr.Dropdown
+    folder: gr.Dropdown
+    add: gr.Button
+    refresh: gr.Button
+    clear: gr.Button
+    demo: gr.Button
+    table: gr.HTML
+
+
+def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) -> PickerPanel:
+    """Checkpoints, and what they are."""
+    gr.HTML("<h3>1. Checkpoints</h3>")
+    checkpoints = widget(
+        gr.Dropdown,
+        "checkpoints",
+        choices=list(names),
+        value=[],
+        multiselect=True,
+        label="Checkpoints",
+        info="Two or more of one family. Type to search.",
+    )
+    with gr.Row(elem_id=elem_id("picker_row")):
+        folder = widget(
+            gr.Dropdown,
+            "folder",
+            choices=list(folders),
+            value=folders[0],
+            label="Folder",
+            show_label=False,
+            container=False,
+            scale=3,
+            min_width=160,
+        )
+        add = button("add_folder", "Add all")
+        refresh = button("refresh", "Refresh")
+        clear = button("clear", "Clear")
+    demo_button = widget(
+        gr.Button, "demo", value="Make four small checkpoints to try it with", visible=demo
+    )
+    return PickerPanel(
+        checkpoints, folder, add, refresh, clear, demo_button, html("checkpoints_table")
+    )

@@ -1,0 +1,81 @@
+"""What was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from hyper_merge.hosts.host import Host
+from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.views import introduction
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """What a run fills, in the order of `results.show`."""
+
+    empty: gr.HTML
+    group: gr.Column
+    sentence: gr.HTML
+    table: gr.HTML
+    checkpoint: gr.Dropdown
+    prompt: gr.Textbox
+    note: gr.HTML
+    explained: gr.Plot
+    similarity: gr.Plot
+    parts: gr.Plot
+    run: gr.Textbox  # hidden: the run that is shown
+    title: gr.Textbox  # hidden: by what the host selects the hyper-model
+    prompts: gr.Textbox  # hidden: tags by checkpoint, as JSON
+
+
+@dataclass(frozen=True)
+class ResultPanel:
+    """What was made, and what can be done with it."""
+
+    shown: ShownRun
+    copy: gr.Button
+    send: gr.Button
+    save_styles: gr.Button
+    remove_styles: gr.Button
+
+
+def build_result(host: Host) -> ResultPanel:
+    """Sentence, table, prompt, plots."""
+    empty = html("result_empty", introduction())
+    with gr.Column(visible=False, elem_id=elem_id("result")) as group:
+        sentence, table = html("sentence"), html("result_table")
+        checkpoint = widget(
+            gr.Dropdown,
+            "result_checkpoint",
+            choices=[],
+            label="Prompt for",
+            info="Load the hyper-model and put this into the prompt to get the checkpoint back.",
+        )
+        prompt = widget(
+            gr.Textbox,
+            "prompt",
+            label="Prompt tags",
+            show_label=False,
+            container=False,
+            lines=2,
+            interactive=True,
+        )
+        with gr.Row(elem_id=elem_id("prompt_row")):
+            copy = button("copy", "Copy")
+            send = button("send", "Send to txt2img", visible=host.has_txt2img)
+            save = button("styles_save", "Save styles", visible=host.has_txt2img)
+            remove = button("styles_remove", "Remove styles", visible=host.has_txt2img)
+        note = html("result_note")
+        plots = [
+            widget(gr.Plot, name, show_label=False)
+            for name in ("explained_plot", "similarity_plot", "parts_plot")
+        ]
+    hidden = [
+        widget(gr.Textbox, name, value="", visible=False)
+        for name in ("shown_run", "hyper_title", "prompts")
+    ]
+    shown = ShownRun(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
+    return ResultPanel(shown, copy, send, save, remove)

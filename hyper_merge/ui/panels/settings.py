@@ -1,0 +1,162 @@
+"""What to make: the form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge.hosts.host import Host
+from hyper_merge.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
+from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.form import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
+from hyper_merge.ui.panels.widgets import button, widget
+
+
+@dataclass(frozen=True)
+class FormWidgets:
+    """What becomes a `Form`: the same names in the same order."""
+
+    checkpoints: gr.Dropdown
+    name: gr.Textbox
+    ranks: gr.Textbox
+    weights: gr.Textbox
+    base: gr.Dropdown
+    dtype: gr.Radio
+    device: gr.Dropdown
+    iterations: gr.Number
+    tolerance: gr.Number
+    seed: gr.Number
+    vae: gr.Radio
+    exact: gr.Radio
+    save_styles: gr.Checkbox
+
+
+def build_form(
+    host: Host, checkpoints: gr.Dropdown, devices: Sequence[str]
+) -> tuple[FormWidgets, list[gr.Button]]:
+    """What to make, with the buttons that preset the ranks."""
+    defaults = host.defaults()
+    gr.HTML("<h3>2. What to make</h3>")
+    name = widget(
+        gr.Textbox,
+        "name",
+        label=LABELS["name"],
+        info="Of the hyper-model and its LoRAs. Leave it empty for the suggestion.",
+        max_lines=1,
+    )
+    ranks = widget(
+        gr.Textbox,
+        "ranks",
+        value=defaults.ranks,
+        label=LABELS["ranks"],
+        info="One LoRA each. Higher ranks bring back more and take more space.",
+        max_lines=1,
+    )
+    with gr.Row(elem_id=elem_id("presets")):
+        presets = [button(f"preset_{word}", text) for word, text in PRESETS.items()]
+    save_styles = widget(
+        gr.Checkbox,
+        "save_styles",
+        value=defaults.save_styles and host.has_txt2img,
+        label="Save a style for every checkpoint",
+        info="Pick the style in txt2img, and the hyper-model becomes that checkpoint.",
+        visible=host.has_txt2img,
+    )
+    with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
+        advanced = _build_advanced(devices)
+    return FormWidgets(*[checkpoints, name, ranks, *advanced, save_styles]), presets
+
+
+def _build_advanced(devices: Sequence[str]) -> list[Any]:
+    """The widgets from weights to companions, in the order of `FormWidgets`."""
+    return [*_build_base(), *_build_solver(devices), *_build_contents()]
+
+
+def _build_base() -> list[Any]:
+    """Weights, base, stored precision."""
+    weights = widget(
+        gr.Textbox,
+        "weights",
+        label=LABELS["weights"],
+        info="One number per checkpoint for the average, in the order picked; empty for equal.",
+        max_lines=1,
+    )
+    base = widget(
+        gr.Dropdown,
+        "base",
+        choices=[BASE_AVERAGE],
+        value=BASE_AVERAGE,
+        label=LABELS["base"],
+        info="What the LoRAs are added to. With a checkpoint as base no hyper-model is written.",
+    )
+    dtype = widget(
+        gr.Radio,
+        "dtype",
+        choices=["float16", "bfloat16", "float32"],
+        value="float16",
+        label=LABELS["dtype"],
+        info="Of the written files: 2, 2 or 4 bytes per number.",
+    )
+    return [weights, base, dtype]
+
+
+def _build_solver(devices: Sequence[str]) -> list[Any]:
+    """Device, iterations, tolerance, seed."""
+    with gr.Row():
+        device = widget(
+            gr.Dropdown,
+            "device",
+            choices=list(devices),
+            value="auto",
+            label=LABELS["device"],
+            info="Where it is computed; auto takes a graphics card where there is one.",
+        )
+        iterations = widget(
+            gr.Number,
+            "iterations",
+            value=DEFAULT_ITERATIONS,
+            precision=0,
+            label=LABELS["iterations"],
+            info="Sweeps at most; more take longer and may bring back a little more.",
+        )
+    with gr.Row():
+        tolerance = widget(
+            gr.Number,
+            "tolerance",
+            value=DEFAULT_TOLERANCE,
+            label=LABELS["tolerance"],
+            info="The last sweep is the one that gains less than this share.",
+        )
+        seed = widget(
+            gr.Number,
+            "seed",
+            value=0,
+            precision=0,
+            label=LABELS["seed"],
+            info="The same seed gives the same files.",
+        )
+    return [device, iterations, tolerance, seed]
+
+
+def _build_contents() -> list[Any]:
+    """VAE, companions."""
+    vae = widget(
+        gr.Radio,
+        "vae",
+        choices=list(VAE_CHOICES),
+        value=next(iter(VAE_CHOICES)),
+        label=LABELS["vae"],
+        info="Which VAE the hyper-model gets.",
+    )
+    exact = widget(
+        gr.Radio,
+        "exact",
+        choices=list(EXACT_CHOICES),
+        value=next(iter(EXACT_CHOICES)),
+        label=LABELS["exact"],
+        info="Files beside the LoRAs with what those cannot hold, for the programs named.",
+    )
+    return [vae, exact]

@@ -1,0 +1,62 @@
+"""Events of the form: picking, planning, merging; and what a page asks for when it opens."""
+
+from __future__ import annotations
+
+import functools
+
+import gradio as gr
+
+from hyper_merge.ui import merging, picking
+from hyper_merge.ui.form import PRESETS
+from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.events import in_browser
+from hyper_merge.ui.wiring.wires import REPLAN, Wires
+
+_CHANGED = "() => { hyperMerge.replan(); return ''; }"  # what was said of the form before is over
+_PLANNED = "() => { hyperMerge.planned(); return []; }"
+
+
+def wire_picker(wires: Wires) -> None:
+    """The list, the form, and the plan after each of their changes."""
+    picker, form, host = wires.picker, wires.form, wires.host
+    refreshed = wires.on(picker.refresh.click, host.refresh, [], [])
+    in_browser(wires.list_checkpoints(refreshed.then).then, REPLAN)
+    wires.on(
+        picker.add.click,
+        functools.partial(picking.add_folder, host),
+        [form.checkpoints, picker.folder],
+        [form.checkpoints],
+    )
+    wires.on(picker.clear.click, picking.none_picked, [], [form.checkpoints])
+    for button, word in zip(wires.presets, PRESETS, strict=True):
+        wires.on(button.click, functools.partial(picking.preset, word), [], [form.ranks])
+    # One event for all of them, so that no late answer to an earlier change comes last.
+    for widget in in_order(form):
+        if widget is not form.save_styles:
+            in_browser(widget.change, _CHANGED, None, [wires.run.message])
+    in_browser(wires.plan(wires.run.replan.click).then, _PLANNED)
+
+
+def wire_run(wires: Wires) -> None:
+    """Merge, Stop, and the demo's checkpoints."""
+    run, form, host, jobs = wires.run, wires.form, wires.host, wires.jobs
+    start = functools.partial(merging.start, host, jobs)
+    started = wires.on(run.merge.click, start, in_order(form), [run.message])
+    wires.show_outcome(wires.watch(started.then))
+    wires.on(run.stop.click, functools.partial(merging.stop, jobs), [], [run.message])
+    start_demo = functools.partial(merging.start_demo, host, jobs)
+    begun = wires.on(wires.picker.demo.click, start_demo, [], [run.message])
+    listed = wires.list_checkpoints(wires.watch(begun.then).then)
+    wires.on(
+        listed.then,
+        functools.partial(merging.after_demo, host, jobs),
+        [],
+        [form.checkpoints, form.ranks],
+    )
+
+
+def wire_page(page: gr.Blocks, wires: Wires) -> None:
+    """What a page asks for when it opens: the lists as they are now, and the job that runs."""
+    wires.plan(wires.list_checkpoints(page.load).then)
+    wires.list_runs(page.load)
+    wires.show_outcome(wires.watch(page.load))

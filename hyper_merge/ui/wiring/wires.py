@@ -1,0 +1,114 @@
+"""The panels with host and jobs, and the answers that several events share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge.hosts.host import Host
+from hyper_merge.ui import history, merging, picking
+from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.panels.history import HistoryPanel
+from hyper_merge.ui.panels.picker import PickerPanel
+from hyper_merge.ui.panels.result import ResultPanel
+from hyper_merge.ui.panels.run import RunPanel
+from hyper_merge.ui.panels.settings import FormWidgets
+from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
+
+Trigger = Callable[..., Any]
+"""Such as `button.click`, or `event.then`."""
+
+REPLAN = "() => { hyperMerge.replan(); return []; }"
+_REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
+
+
+@dataclass(frozen=True)
+class Wires:
+    """What events need. Each method wires one answer to a trigger, and returns the event."""
+
+    host: Host
+    jobs: Jobs
+    picker: PickerPanel
+    form: FormWidgets
+    presets: list[gr.Button]
+    run: RunPanel
+    result: ResultPanel
+    history: HistoryPanel
+
+    def on(
+        self,
+        trigger: Trigger,
+        fn: Callable[..., Any],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        said: Any = None,
+    ) -> Any:
+        """A quick answer.
+
+        Args:
+            trigger: what it answers.
+            fn: the handler; an error of its own is logged and said.
+            inputs: widgets.
+            outputs: widgets, one per value.
+            said: where an error is said; None for the message of the panel with the button.
+        """
+        answer, widgets = guarded(fn, outputs, said or self.run.message, self.host.log)
+        return in_python(trigger, answer, inputs, widgets)
+
+    def list_checkpoints(self, trigger: Trigger) -> Any:
+        """The host's list as it is now."""
+        return self.on(
+            trigger,
+            functools.partial(picking.listing, self.host),
+            [self.form.checkpoints],
+            [self.form.checkpoints, self.picker.folder, self.form.base, self.picker.demo],
+        )
+
+    def plan(self, trigger: Trigger) -> Any:
+        """What is picked, and what a merge of it will take."""
+        return self.on(
+            trigger,
+            functools.partial(picking.plan, self.host),
+            in_order(self.form),
+            [self.picker.table, self.run.plan, self.form.name],
+            said=self.run.plan,
+        )
+
+    def list_runs(self, trigger: Trigger) -> Any:
+        """Earlier runs, and the cache."""
+        panel = self.history
+        return self.on(
+            trigger,
+            functools.partial(history.runs, self.host),
+            [panel.run, panel.other],
+            [panel.table, panel.run, panel.other, panel.cache],
+            said=panel.outcome,
+        )
+
+    def show(self, trigger: Trigger, fn: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+        """A run in the result panel, from a handler that gives all that it shows."""
+        return self.on(
+            trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
+        )
+
+    def watch(self, trigger: Trigger) -> Any:
+        """The job that runs, until it ends."""
+        outputs = [self.run.status, self.run.stop, self.run.message]
+        answers = guarded_stream(
+            functools.partial(merging.watch, self.jobs),
+            lambda text: (text, gr.update(), gr.update()),
+            self.host.log,
+        )
+        return in_python(trigger, answers, [], outputs, queued=True)
+
+    def show_outcome(self, event: Any) -> Any:
+        """After a job: its run, all lists that hold something new, and the form looked at again."""
+        shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
+        in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
+        listed = self.list_runs(shown.then)
+        return in_browser(listed.then, REPLAN)

@@ -1,4 +1,4 @@
-"""The command line: `hyper-merge merge | average | inspect | runs | demo | app`."""
+"""The command line: `hyper-merge merge | average | inspect | runs | ... | demo | app`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from hyper_merge import __version__
+from hyper_merge.cli_after import add_commands
+from hyper_merge.cli_parts import finish, say
 from hyper_merge.control import Control
 from hyper_merge.demo import run_demo
 from hyper_merge.effort import duration_text
@@ -50,14 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, options: argparse.Namespace) -> int:
     if options.debug:
         traceback.print_exc()
-    _say(f"hyper-merge: {message}", sys.stderr)
+    say(f"hyper-merge: {message}", sys.stderr)
     return code
-
-
-def _say(message: str, stream: TextIO | None = None) -> None:
-    stream = stream or sys.stdout
-    stream.write(message if message.endswith("\n") else message + "\n")
-    stream.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,14 +72,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same")
         _add_fields(sub)
-        _finish(sub, command)
+        finish(sub, command)
     inspect = commands.add_parser("inspect", help="say what files are, from their headers")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    _finish(inspect, _inspect)
+    finish(inspect, _inspect)
     _add_runs(commands.add_parser("runs", help="list or delete what was merged earlier"))
+    add_commands(commands)
     demo = commands.add_parser("demo", help="make a family of small checkpoints and merge it")
     demo.add_argument("folder", nargs="?", type=Path, default=Path("hyper-merge-demo"))
-    _finish(demo, _demo)
+    finish(demo, _demo)
     _add_app(commands.add_parser("app", help="open the tab as an app of its own"))
     return parser
 
@@ -98,13 +94,13 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7871)
     parser.add_argument("--auth", metavar="NAME:PASSWORD", help="what a browser must give")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    _finish(parser, _app)
+    finish(parser, _app)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     words = "the models folder (default: models)"
     parser.add_argument("--output", type=Path, default=Path("models"), metavar="FOLDER", help=words)
-    _finish(parser, _runs)
+    finish(parser, _runs)
     delete = parser.add_subparsers(metavar="delete").add_parser(
         "delete", help="delete a run with its LoRAs, and its hyper-model if nothing else needs it"
     )
@@ -114,12 +110,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     delete.add_argument(
         "--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=words
     )
-    _finish(delete, _delete)
-
-
-def _finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    parser.set_defaults(command=command)
+    finish(delete, _delete)
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
@@ -151,24 +142,24 @@ def _merge(options: argparse.Namespace) -> None:
             f" {size_text(takes.memory)} of memory and at most {size_text(takes.disk)} of disk"
         )
         merged = run_merge(preflight, control)
-    _say(_outcome(merged))
+    say(_outcome(merged))
 
 
 def _average(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         path = run_average(_examined(_recipe(options), control), control)
-    _say(f"hyper-model: {path}")
+    say(f"hyper-model: {path}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    _say(describe(options.files))
+    say(describe(options.files))
 
 
 def _runs(options: argparse.Namespace) -> None:
     runs, problems = list_runs(Folders.under(options.output))
     for problem in problems:
-        _say(f"note: {problem}", sys.stderr)
-    _say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
+        say(f"note: {problem}", sys.stderr)
+    say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
 
 
 def _run_line(run: Run) -> str:
@@ -185,10 +176,10 @@ def _delete(options: argparse.Namespace) -> None:
     folders = Folders.under(options.output)
     run = load_run(folders, options.name)
     for path in files_of(run, folders):
-        _say(str(path))
+        say(str(path))
     if not (options.yes or _agrees("delete these files? [y/N] ")):
         raise RunError(f"the run {run.name} was left as it is; answer y, or give --yes")
-    _say(f"deleted {len(delete_run(run, folders))} files of the run {run.name}")
+    say(f"deleted {len(delete_run(run, folders))} files of the run {run.name}")
 
 
 def _agrees(question: str) -> bool:
@@ -201,7 +192,7 @@ def _agrees(question: str) -> bool:
 def _demo(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         merged = run_demo(options.folder, control)
-    _say(_outcome(merged))
+    say(_outcome(merged))
 
 
 def _app(options: argparse.Namespace) -> None:
@@ -218,13 +209,11 @@ def _app(options: argparse.Namespace) -> None:
     listening = app.Listening(options.listen, options.port, auth, options.open)
     page = app.build_app(options.folder)
     if listening.is_open:
-        _say(
+        say(
             "warning: everyone on the network can use this page; --auth NAME:PASSWORD protects it",
             sys.stderr,
         )
-    _say(
-        f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it"
-    )
+    say(f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it")
     app.serve(page, listening)
 
 

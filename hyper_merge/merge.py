@@ -297,7 +297,10 @@ def _stage_texts(
     outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> None:
     lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
-    manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
+    manifest = json.dumps(
+        {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
+        indent=1,
+    )
     outputs.text(place.folder / MULTIPLIERS, "".join(lines))
     outputs.text(place.folder / REPORT, text(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
@@ -331,6 +334,14 @@ def _manifest(
         "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
         "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
         "report": report.as_dict(),
+    }
+
+
+def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
+    """By the name of each LoRA and companion: SHA-256 of its tensors' bytes, as hosts know it."""
+    return {
+        name: outputs.metadata_of(place.loras / f"{name}.safetensors")["sshs_model_hash"]
+        for name in (*report.loras, *report.companions)
     }
 
 

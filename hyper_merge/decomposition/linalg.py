@@ -79,6 +79,14 @@ def leading_factors(
     return up, down
 
 
+def product_energy(
+    up: Tensor,  # (m, r)
+    down: Tensor,  # (r, n)
+) -> float:
+    """Squared norm of `up @ down`, without a matrix of its size."""
+    return float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
+
+
 def random_normal(
     shape: tuple[int, ...],
     like: Tensor,

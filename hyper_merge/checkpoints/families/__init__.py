@@ -23,7 +23,13 @@ KINDS: Final = "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 and Flux"
 """What can be merged, in short."""
 
 
+def named(name: str) -> Family | None:
+    """The family of a name; None for one that is not known."""
+    variants = (family.predicting_v() for family in FAMILIES if family.v_words)
+    return next((each for each in (*FAMILIES, *variants) if each.name == name), None)
+
+
 def title_of(name: str) -> str:
     """The title of a family by its name; the name itself for one that is not known."""
-    variants = (family.predicting_v() for family in FAMILIES if family.v_words)
-    return next((each.title for each in (*FAMILIES, *variants) if each.name == name), name)
+    family = named(name)
+    return family.title if family else name

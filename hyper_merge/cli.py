@@ -10,18 +10,18 @@ from pathlib import Path
 
 from hyper_merge import __version__
 from hyper_merge.cli_after import add_commands
-from hyper_merge.cli_parts import finish, say
+from hyper_merge.cli_parts import finish, outcome, say
 from hyper_merge.control import Control
 from hyper_merge.demo import run_demo
 from hyper_merge.effort import duration_text
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
+from hyper_merge.fits import fits_of
 from hyper_merge.folders import Folders
 from hyper_merge.inspection import describe
-from hyper_merge.merge import Merged, run_average, run_merge
+from hyper_merge.merge import run_average, run_merge
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
-from hyper_merge.report_text import text
 from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
 from hyper_merge.sizes import size_text
 
@@ -142,7 +142,7 @@ def _merge(options: argparse.Namespace) -> None:
             f" {size_text(takes.memory)} of memory and at most {size_text(takes.disk)} of disk"
         )
         merged = run_merge(preflight, control)
-    say(_outcome(merged))
+    say(outcome(merged))
 
 
 def _average(options: argparse.Namespace) -> None:
@@ -157,7 +157,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _runs(options: argparse.Namespace) -> None:
     runs, problems = list_runs(Folders.under(options.output))
-    for problem in problems:
+    of_fits = (problem for run in runs for problem in fits_of(run)[1])
+    for problem in (*problems, *of_fits):
         say(f"note: {problem}", sys.stderr)
     say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
 
@@ -166,9 +167,12 @@ def _run_line(run: Run) -> str:
     shares = [row.explained for row in run.report.checkpoints]
     ranks = ", ".join(map(str, run.recipe.ranks))
     lost = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
+    fits, _ = fits_of(run)
+    fitted = ", ".join(f"{each.row.name} {each.explained:.0%}" for each in fits)
+    later = f"; fitted: {fitted}" if fits else ""
     return (
         f"{run.name}: {run.created[:10]}, {run.family}, {len(shares)} checkpoints, ranks {ranks},"
-        f" explained {min(shares):.0%} to {max(shares):.0%}{lost}"
+        f" explained {min(shares):.0%} to {max(shares):.0%}{later}{lost}"
     )
 
 
@@ -192,7 +196,7 @@ def _agrees(question: str) -> bool:
 def _demo(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         merged = run_demo(options.folder, control)
-    say(_outcome(merged))
+    say(outcome(merged))
 
 
 def _app(options: argparse.Namespace) -> None:
@@ -222,17 +226,3 @@ def _examined(recipe: Recipe, control: Control) -> Preflight:
     for warning in preflight.warnings:
         control.warn(warning)
     return preflight
-
-
-def _outcome(merged: Merged) -> str:
-    report, place = merged.report, merged.place
-    reused = " (it was there already)" if place.exists else ""
-    lines = [text(report), f"hyper-model: {place.hyper_model}{reused}"]
-    lines += [f"LoRA:        {path}" for path in merged.loras]
-    lines += [f"multipliers, manifest and report: {place.folder}", ""]
-    row = report.checkpoints[0]
-    lines += [
-        f"To get {row.name}, load the hyper-model and put this into the prompt:",
-        report.tags(row),
-    ]
-    return "\n".join(lines)

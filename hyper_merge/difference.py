@@ -80,7 +80,7 @@ def find_difference(sources: Sources, rank: int, work: Work, control: Control) -
         NonFiniteError: a tensor holds NaN or infinity.
         CheckpointError: a file was changed or cannot be read.
     """
-    costs = pass_costs(sources, None)
+    costs = pass_costs(sources, Work(work.device))
     for layer in sources.layout.layers:
         costs[layer.key] += truncation_cost(layer.m, layer.n, rank)
     tally = control.tally("reading and extracting", costs)
@@ -145,26 +145,29 @@ def _found_layers(
         if not math.isfinite(energy):
             refuse_non_finite(sources, key, tensors)
         if energy > 0:
-            found.append(_found_layer(sources, layer, delta, rank, work, tick))
+            alpha = sources.layout.family.alpha_for(rank)
+            stored = alpha, sources.dtype
+            found.append(low_rank_layer(layer, delta, rank, stored, work.seed, tick))
     return found
 
 
-def _found_layer(
-    sources: Sources,
+def low_rank_layer(
     layer: Layer,
-    delta: Tensor,  # (m, n)
+    delta: Tensor,  # (m, n), float32
     rank: int,
-    work: Work,
+    stored: tuple[int | None, torch.dtype],  # alpha of the file, type
+    seed: int,
     tick: Callable[[float], None],
 ) -> LowRankLayer:
+    """A layer's difference as factors that are rounded as the file holds them, and what they leave."""
     # A stream of random numbers for each layer: the order of the work does not matter.
-    generator = torch.Generator().manual_seed(work.seed ^ zlib.crc32(layer.module.encode()))
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(layer.module.encode()))
     best = truncated_svd(delta, rank, generator, tick)
-    alpha = sources.layout.family.alpha_for(rank)
-    stored = stored_factors(layer, best.up, best.down, alpha, sources.dtype)
-    up, down = as_hosts_add(*stored, alpha)
+    alpha, dtype = stored
+    factors = stored_factors(layer, best.up, best.down, alpha, dtype)
+    up, down = as_hosts_add(*factors, alpha)
     energy, error = _left(delta, up.to(delta), down.to(delta))
-    return LowRankLayer(layer, *stored, energy, error)
+    return LowRankLayer(layer, *factors, energy, error)
 
 
 def _left(

@@ -12,15 +12,13 @@ from typing import Final
 import torch
 
 from hyper_merge.checkpoints.architecture import Family, PartName
-from hyper_merge.checkpoints.hashes import tensor_data_sha256
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.staging import require_free
-from hyper_merge.control import Control, Tally
+from hyper_merge.control import Control
 from hyper_merge.errors import ExtractionError, RecipeError, RunError
 from hyper_merge.folders import Folders, metadata_of
-from hyper_merge.lineage import now
-from hyper_merge.lora import ALONE, CARD_SUFFIXES, Lineage, LoraFile, Source, lora_bytes, write_lora
+from hyper_merge.lora import ALONE, CARD_SUFFIXES, LoraFile, lora_bytes, write_lora
 from hyper_merge.lora_reader import StoredLora
 from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word, tag, tags
@@ -29,6 +27,7 @@ from hyper_merge.recipe_values import LARGEST_RANK, nearest, whole
 from hyper_merge.report import CheckpointReport
 from hyper_merge.runs import Run, load_run
 from hyper_merge.sizes import size_text
+from hyper_merge.terms import count, lineage_from, require_family, require_own
 from hyper_merge.weighted_sum import StoredSum, WeightedSum
 from hyper_merge.workers import workers
 
@@ -85,18 +84,16 @@ def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Expo
             own, a name that is taken, a full disk, or the user's interrupt.
     """
     run = load_run(folders, wanted.run)
-    family = _family(run)
+    family = require_family(run)
     rows = _rows(run, wanted.checkpoints)
     paths = _paths(run, rows, folders, overwrite=wanted.overwrite)
     checking, *each = control.split([1.0, *[3.0] * len(rows)])
-    _require_own(run, folders, checking)
+    shared = run.loras[: len(run.report.loras)]
+    require_own(run, shared, checking)
     if run.hyper_model in run.missing:
         control.warn(f"{run.hyper_model} is missing or another file; these LoRAs go with no other")
     with Outputs(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
-        loras = [
-            stack.enter_context(StoredLora(path, family))
-            for path in run.loras[: len(run.report.loras)]
-        ]
+        loras = [stack.enter_context(StoredLora(path, family)) for path in shared]
         exported = tuple(
             _export(
                 outputs,
@@ -137,12 +134,6 @@ def multipliers_of(row: CheckpointReport, part: PartName) -> tuple[float, ...]:
     return row.multipliers_of(part)
 
 
-def _family(run: Run) -> Family:
-    if run.architecture is None:
-        raise RunError(f"the run {run.name} is of the family {run.family}, unknown to this version")
-    return run.architecture
-
-
 def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
     known = {row.name: row for row in run.report.checkpoints}
     found = []
@@ -153,7 +144,7 @@ def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
                 f"the run {run.name} has no checkpoint {name}{nearest(name, known) or '.'} It has"
                 f" {', '.join(known)}"
             )
-        if not any(any(multipliers_of(row, part.name)) for part in _family(run).parts):
+        if not any(any(multipliers_of(row, part.name)) for part in require_family(run).parts):
             raise ExtractionError(
                 f"all multipliers of {row.name} are 0: {run.hyper_model.name} is that checkpoint"
                 " already, as far as LoRAs go; there is nothing to export"
@@ -197,39 +188,6 @@ def _is_taken(name: str, checkpoint: str, run: Run, folders: Folders) -> bool:
     return path.exists() and own != [ALONE, run.name, checkpoint]
 
 
-def _require_own(run: Run, folders: Folders, control: Control) -> None:
-    """Returns if all shared LoRAs are there, with the content that the merge wrote."""
-    advice = f"bring it back from a copy, or merge again into another name than {run.name}"
-    loras = run.loras[: len(run.report.loras)]
-    missing = [path.name for path in loras if path in run.missing]
-    if missing:
-        raise RunError(
-            f"{', '.join(missing)} of the run {run.name} is missing in {folders.loras}; {advice}"
-        )
-    tally = control.tally("checking the LoRAs", {path: path.stat().st_size for path in loras})
-    with tally:
-        for path in loras:
-            found = tensor_data_sha256(path, partial(_count, tally, path))
-            if found != run.hashes.get(path.stem, _recorded(path, run)):
-                raise RunError(
-                    f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
-                )
-            tally.finish(path)
-
-
-def _recorded(path: Path, run: Run) -> str | None:
-    """The hash that a LoRA itself records, if it is of this run; for manifests without hashes."""
-    found = metadata_of(path)
-    sources = all(source.sha256 in found.get("hyper_merge.lineage", "") for source in run.sources)
-    is_own = sources and found.get("ss_output_name") == path.stem
-    return found.get("sshs_model_hash") if is_own else None
-
-
-def _count(tally: Tally, path: Path, count: int) -> None:
-    tally.add(path, count)
-    tally.tell()
-
-
 def _export(
     outputs: Outputs,
     path: Path,
@@ -247,7 +205,7 @@ def _export(
     sums = _fold(total, layers, (alpha, file.dtype), folding)
     factors = {name: found.factors for name, found in sums.items()}
     tally = writing.tally("writing the LoRA", {path: 2 * size})  # hashed and written
-    write_lora(outputs, path, layers, factors, file, partial(_count, tally, path))
+    write_lora(outputs, path, layers, factors, file, partial(count, tally, path))
     energy = sum(found.energy for found in sums.values())
     companions = run.report.companions
     return Exported(
@@ -285,10 +243,9 @@ def _stored(total: WeightedSum, stored: tuple[int | None, torch.dtype], layer: L
 
 
 def _file(of: tuple[Run, CheckpointReport, Family], rank: int, total: WeightedSum) -> LoraFile:
-    run, row, family = of
-    sources = tuple(Source(each.name, each.sha256, each.legacy_hash, {}) for each in run.sources)
+    run, row, _ = of
     return LoraFile(
-        lineage=Lineage(run.hyper_model.stem, family, run.recipe.to_metadata(), sources, now()),
+        lineage=lineage_from(run, run.hyper_model.stem),
         run=run.name,
         index=0,
         count=1,

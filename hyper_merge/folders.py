@@ -22,6 +22,9 @@ AVERAGE_ID: Final = "hyper_merge.average_id"
 MANIFEST: Final = "manifest.json"
 MULTIPLIERS: Final = "multipliers.txt"
 REPORT: Final = "report.txt"
+FITS: Final = "fits"
+"""Folder within a run's: a record and a text for each checkpoint that was fitted later."""
+
 RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
 _KIND: Final = "hyper_merge.kind"
 
@@ -141,6 +144,19 @@ class Folders:
         listed = _lora_names(manifests.get(run, {}))
         return self.lora_files(name for name in listed if own.fullmatch(name))
 
+    def fit_files_of(self, run: str) -> list[Path]:
+        """The files of a run's fits: records, texts, and private LoRAs as far as they are ours."""
+        folder = self.runs / run / FITS
+        own = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
+        files: list[Path] = []
+        for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
+            names = _topup_names(path)
+            if names is not None:
+                words = path.with_name(path.stem + ".txt")
+                files += [path, *([words] if os.path.lexists(words) else [])]
+                files += self.lora_files(name for name in names if own.fullmatch(name))
+        return files
+
     def owner_of(self, lora: str) -> str | None:
         """The run that has a LoRA of this name, be the file there or not; None if none has."""
         return next(
@@ -216,6 +232,15 @@ def _lora_names(manifest: Mapping[str, Any]) -> list[str]:
     report = manifest.get("report")
     lists = (report.get(key) for key in ("loras", "companions")) if isinstance(report, dict) else ()
     return [str(name) for names in lists if isinstance(names, list) for name in names]
+
+
+def _topup_names(record: Path) -> list[str] | None:
+    """The private LoRAs of a fit; None for a file that is no record of one."""
+    try:
+        fit = json.loads(record.read_text(encoding="utf-8"))["fit"]
+        return [str(each["name"]) for each in fit["topups"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _is_foreign(lora: Path) -> bool:

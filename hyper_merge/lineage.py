@@ -66,6 +66,12 @@ def hashed(headers: Sequence[Header], cache: Path | None, control: Control) -> t
     return tuple(_source(header, known[_key(header)]) for header in headers)
 
 
+def remembered(sha256: str, cache: Path) -> list[Path]:
+    """Where files with a hash were when it was found; they may be gone or changed since."""
+    known = _known(cache).items()
+    return [Path(key.rsplit("|", 2)[0]) for key, digest in known if digest == sha256]
+
+
 def now() -> str:
     """The time in ISO 8601, as files and manifests have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -89,6 +89,7 @@ class LoraFile:
     explained: float | None  # fraction 0..1 of the deviations, by all blocks together, if known
     dtype: torch.dtype = torch.float16  # of the stored factors
     alone: str | None = None  # the checkpoint that it brings back without any other
+    tops_up: str | None = None  # the checkpoint that it is added to the shared LoRAs for
     text_multipliers: Mapping[str, float] | None = None  # the text encoder's, if it has its own
 
     def tag(self, stem: str, checkpoint: str) -> str:
@@ -265,8 +266,8 @@ def lora_metadata(
     }
 
 
-def checkpoint_metadata(lineage: Lineage) -> dict[str, str]:
-    """What the hyper-model says of itself: A1111's lineage keys with those of its sources, and ours."""
+def checkpoint_metadata(lineage: Lineage, kind: str = "hyper-model") -> dict[str, str]:
+    """What a written checkpoint says of itself: A1111's lineage keys with those of its sources, and ours."""
     ancestors: dict[str, Any] = {}
     for source in lineage.sources:
         ancestors |= _decoded(source.metadata.get("sd_merge_models")) or {}
@@ -282,7 +283,7 @@ def checkpoint_metadata(lineage: Lineage) -> dict[str, str]:
         "sd_merge_recipe": _json({**lineage.recipe, "type": "hyper-merge"}),
         "sd_merge_models": _json({**ancestors, **parents}),
         **_modelspec(lineage, lineage.name, ""),
-        **_own(lineage, "hyper-model"),
+        **_own(lineage, kind),
     }
 
 
@@ -344,6 +345,11 @@ def _description(file: LoraFile) -> str:
     name = file.lineage.name
     if file.alone is not None:
         return f"Turns {name} into {file.alone}, by itself; rank {file.rank}."
+    if file.tops_up is not None:
+        return (
+            f"Private LoRA of {file.tops_up}, rank {file.rank}: what the shared LoRAs of {file.run}"
+            " leave of it. To be used with all of those."
+        )
     others = "" if file.count == 1 else " together with the other LoRAs of this merge"
     return (
         f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."
@@ -354,8 +360,9 @@ def _description(file: LoraFile) -> str:
 def _known(file: LoraFile) -> dict[str, str]:
     """What not every LoRA file can say of itself."""
     known = {} if file.explained is None else {_OWN + "explained": repr(float(file.explained))}
-    if file.alone is not None:
-        known |= {_OWN + "run": file.run, _OWN + "checkpoint": file.alone}
+    one = file.alone or file.tops_up
+    if one is not None:
+        known |= {_OWN + "run": file.run, _OWN + "checkpoint": one}
     return known
 
 

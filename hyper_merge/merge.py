@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from hyper_merge import __version__, analysis_cache
@@ -73,13 +72,19 @@ class _Solved:
     losses: tuple[float, ...]
 
 
-def run_merge(preflight: Preflight, control: Control, folders: Folders | None = None) -> Merged:
+def run_merge(
+    preflight: Preflight,
+    control: Control,
+    folders: Folders | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Merged:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
     Args:
         preflight: the examined recipe.
         control: progress and interrupt.
         folders: where everything goes; None for those that the recipe was examined with.
+        start: multipliers (k, R) that are worth a try besides the others, by the layers' part.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
@@ -114,7 +119,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
             reading,
         )
         with open_analysis(path, sources) as analysis:
-            solved = _solve(analysis, preflight, work.device, (solving, rounding))
+            solved = _solve(analysis, preflight, start or {}, (solving, rounding))
             files = _lora_files(preflight, place, lineage, solved)
             _stage_loras(outputs, preflight, place, files, solved, writing)
             recovered = _stage_companions(outputs, preflight, place, files, solved.found, writing)
@@ -190,12 +195,14 @@ def _read(
 def _solve(
     analysis: Analysis,
     preflight: Preflight,
-    device: torch.device,
+    start: Mapping[str, Tensor],
     controls: tuple[Control, Control],
 ) -> _Solved:
     recipe, (solving, rounding) = preflight.recipe, controls
     allowance = preflight.allowance
-    found = find_blocks(analysis, recipe, preflight.ranks, allowance, (device, solving))
+    found = find_blocks(
+        analysis, recipe, preflight.ranks, allowance, (preflight.work.device, solving), start
+    )
     stored = (preflight.alphas, preflight.sources.dtype)
     blocks = rounded(analysis, found, preflight.groups, stored, rounding)
     fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))
@@ -346,10 +353,12 @@ def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
 
 
 def _remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequence[str]) -> None:
-    """A replaced run's LoRAs whose names the new one has no use for go with the replacement."""
+    """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
     for path in folders.lora_files_of(run):
         if path.stem not in names:
             outputs.remove(path)
+    for path in folders.fit_files_of(run):
+        outputs.remove(path)
 
 
 def _sizes(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence[str]) -> Sizes:

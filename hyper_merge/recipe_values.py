@@ -231,3 +231,13 @@ def number(low: float, high: float) -> Callable[[object], float]:
         return float(value)
 
     return parse
+
+
+def parse_share(value: object) -> float:
+    """A fraction 0..1 from a percentage such as `95%`."""
+    words = str(value).strip()
+    match = _NUMBER.fullmatch(words.removesuffix("%").strip())
+    share = float(match[0]) / 100 if match and words.endswith("%") else -1.0
+    if not 0 <= share <= 1:
+        raise RecipeError(f"expected a share from 0% to 100%, such as 95%, got {describe(value)}")
+    return share

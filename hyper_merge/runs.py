@@ -18,7 +18,15 @@ from hyper_merge.checkpoints.families import named, title_of
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.prediction import config_beside
 from hyper_merge.errors import RunError
-from hyper_merge.folders import MANIFEST, RUN_FILES, Folders, average_id_of, is_there, same_place
+from hyper_merge.folders import (
+    FITS,
+    MANIFEST,
+    RUN_FILES,
+    Folders,
+    average_id_of,
+    is_there,
+    same_place,
+)
 from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.merge import MANIFEST_VERSION
 from hyper_merge.prompts import companion_names, lora_names
@@ -102,6 +110,7 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     """
     manifest = _manifest(folders, run.name)
     files = folders.lora_files(path.stem for path in run.loras)
+    files += folders.fit_files_of(run.name)
     if _goes_with_its_run(run, manifest, folders):
         beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
         beside.append(config_beside(run.hyper_model))
@@ -124,8 +133,9 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
     with Outputs() as outputs:
         for path in files:
             outputs.remove(path)
-    with suppress(OSError):  # somebody's notes are in it
-        (folders.runs / run.name).rmdir()
+    for folder in (folders.runs / run.name / FITS, folders.runs / run.name):
+        with suppress(OSError):  # somebody's notes are in it
+            folder.rmdir()
     return files
 
 

@@ -144,14 +144,14 @@ class Folders:
         listed = _lora_names(manifests.get(run, {}))
         return self.lora_files(name for name in listed if own.fullmatch(name))
 
-    def fit_files_of(self, run: str) -> list[Path]:
-        """The files of a run's fits: records, texts, and private LoRAs as far as they are ours."""
+    def fit_files_of(self, run: str, name: str | None = None) -> list[Path]:
+        """The files of a run's fits, or of one: records, texts, and private LoRAs that are ours."""
         folder = self.runs / run / FITS
         own = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
         files: list[Path] = []
         for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
             names = _topup_names(path)
-            if names is not None:
+            if names is not None and name in (None, path.stem):
                 words = path.with_name(path.stem + ".txt")
                 files += [path, *([words] if os.path.lexists(words) else [])]
                 files += self.lora_files(name for name in names if own.fullmatch(name))

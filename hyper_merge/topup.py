@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -38,7 +37,7 @@ def _topup_stem(job: Job) -> str:
 
 def require_free_topup(job: Job, folders: Folders, *, overwrite: bool) -> None:
     """Returns if no private LoRA of this name is there, whatever its rank, but for what is replaced."""
-    own = _earlier(job, folders) if overwrite else []
+    own = folders.fit_files_of(job.run.name, job.name) if overwrite else []
     for path in sorted(folders.loras.glob(f"{_topup_stem(job)}-*.safetensors")):
         rank = path.stem.rpartition("-")[2]
         if path.stem == f"{_topup_stem(job)}-{rank}" and rank.isdecimal() and path not in own:
@@ -48,20 +47,10 @@ def require_free_topup(job: Job, folders: Folders, *, overwrite: bool) -> None:
             )
 
 
-def _earlier(job: Job, folders: Folders) -> list[Path]:
-    """The files of an earlier fit of this name."""
-    record, words = paths_for(job.run, job.name)
-    return [
-        path
-        for path in folders.fit_files_of(job.run.name)
-        if path in (record, words) or path.name.startswith(f"{_topup_stem(job)}-")
-    ]
-
-
 def remove_earlier(outputs: Outputs, job: Job, folders: Folders, topups: Sequence[TopUp]) -> None:
     """The private LoRA of an earlier fit goes with its replacement, unless it is replaced itself."""
     written = {path.stem for path in paths_for(job.run, job.name)} | {each.name for each in topups}
-    for path in _earlier(job, folders):
+    for path in folders.fit_files_of(job.run.name, job.name):
         if path.stem not in written:
             outputs.remove(path)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -222,11 +222,17 @@ def _deviations(
         origin, others, contrasts, stored, chunk, lambda entries: tick(cost * entries)
     )
     if not bool(found.gram.isfinite().all()):
-        _refuse_non_finite(sources, key, tensors)
+        refuse_non_finite(sources, key, tensors)
     return found
 
 
-def _refuse_non_finite(sources: Sources, key: str, tensors: Sequence[Tensor]) -> None:
+def refuse_non_finite(sources: Sources, key: str, tensors: Sequence[Tensor]) -> NoReturn:
+    """Says which of the files spoils a tensor whose sums are not finite.
+
+    Raises:
+        NonFiniteError: a file holds NaN or infinity there.
+        RecipeError: none does: the average is too large for its type.
+    """
     for header, tensor in zip(sources.read, tensors, strict=True):
         bad = int((~tensor.float().isfinite()).sum())
         if bad:

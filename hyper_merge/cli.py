@@ -1,4 +1,4 @@
-"""The command line: `hyper-merge merge | average | plan | inspect | runs | demo | app`."""
+"""The command line: `hyper-merge merge | average | plan | inspect | runs | ... | demo | app`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from hyper_merge import __version__
+from hyper_merge.cli_after import add_commands
+from hyper_merge.cli_parts import finish, outcome, say
 from hyper_merge.control import Control
 from hyper_merge.demo import run_demo
 from hyper_merge.effort import duration_text
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
+from hyper_merge.fits import fits_of
 from hyper_merge.folders import Folders
 from hyper_merge.inspection import describe
-from hyper_merge.merge import Merged, run_average, run_merge
+from hyper_merge.merge import run_average, run_merge
 from hyper_merge.plan import make_plan
 from hyper_merge.plan_text import plan_text
 from hyper_merge.preflight import Preflight, examine
 from hyper_merge.progress import progress_bar, say_above
 from hyper_merge.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
-from hyper_merge.report_text import text
 from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
 from hyper_merge.sizes import size_text
 
@@ -52,14 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, options: argparse.Namespace) -> int:
     if options.debug:
         traceback.print_exc()
-    _say(f"hyper-merge: {message}", sys.stderr)
+    say(f"hyper-merge: {message}", sys.stderr)
     return code
-
-
-def _say(message: str, stream: TextIO | None = None) -> None:
-    stream = stream or sys.stdout
-    stream.write(message if message.endswith("\n") else message + "\n")
-    stream.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,14 +79,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same")
         _add_fields(sub)
-        _finish(sub, command)
+        finish(sub, command)
     inspect = commands.add_parser("inspect", help="say what files are, from their headers")
     inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    _finish(inspect, _inspect)
+    finish(inspect, _inspect)
     _add_runs(commands.add_parser("runs", help="list or delete what was merged earlier"))
+    add_commands(commands)
     demo = commands.add_parser("demo", help="make a family of small checkpoints and merge it")
     demo.add_argument("folder", nargs="?", type=Path, default=Path("hyper-merge-demo"))
-    _finish(demo, _demo)
+    finish(demo, _demo)
     _add_app(commands.add_parser("app", help="open the tab as an app of its own"))
     return parser
 
@@ -105,13 +101,13 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7871)
     parser.add_argument("--auth", metavar="NAME:PASSWORD", help="what a browser must give")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    _finish(parser, _app)
+    finish(parser, _app)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     words = "the models folder (default: models)"
     parser.add_argument("--output", type=Path, default=Path("models"), metavar="FOLDER", help=words)
-    _finish(parser, _runs)
+    finish(parser, _runs)
     delete = parser.add_subparsers(metavar="delete").add_parser(
         "delete", help="delete a run with its LoRAs, and its hyper-model if nothing else needs it"
     )
@@ -121,12 +117,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     delete.add_argument(
         "--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=words
     )
-    _finish(delete, _delete)
-
-
-def _finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], None]) -> None:
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    parser.set_defaults(command=command)
+    finish(delete, _delete)
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
@@ -158,39 +149,43 @@ def _merge(options: argparse.Namespace) -> None:
             f" {size_text(takes.memory)} of memory and at most {size_text(takes.disk)} of disk"
         )
         merged = run_merge(preflight, control)
-    _say(_outcome(merged))
+    say(outcome(merged))
 
 
 def _average(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         path = run_average(_examined(_recipe(options), control), control)
-    _say(f"hyper-model: {path}")
+    say(f"hyper-model: {path}")
 
 
 def _plan(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         plan = make_plan(_examined(_recipe(options), control), control)
-    _say(plan_text(plan))
+    say(plan_text(plan))
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    _say(describe(options.files))
+    say(describe(options.files))
 
 
 def _runs(options: argparse.Namespace) -> None:
     runs, problems = list_runs(Folders.under(options.output))
-    for problem in problems:
-        _say(f"note: {problem}", sys.stderr)
-    _say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
+    of_fits = (problem for run in runs for problem in fits_of(run)[1])
+    for problem in (*problems, *of_fits):
+        say(f"note: {problem}", sys.stderr)
+    say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
 
 
 def _run_line(run: Run) -> str:
     shares = [row.explained for row in run.report.checkpoints]
     ranks = ", ".join(map(str, run.recipe.ranks))
     lost = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
+    fits, _ = fits_of(run)
+    fitted = ", ".join(f"{each.row.name} {each.explained:.0%}" for each in fits)
+    later = f"; fitted: {fitted}" if fits else ""
     return (
         f"{run.name}: {run.created[:10]}, {run.family}, {len(shares)} checkpoints, ranks {ranks},"
-        f" explained {min(shares):.0%} to {max(shares):.0%}{lost}"
+        f" explained {min(shares):.0%} to {max(shares):.0%}{later}{lost}"
     )
 
 
@@ -198,10 +193,10 @@ def _delete(options: argparse.Namespace) -> None:
     folders = Folders.under(options.output)
     run = load_run(folders, options.name)
     for path in files_of(run, folders):
-        _say(str(path))
+        say(str(path))
     if not (options.yes or _agrees("delete these files? [y/N] ")):
         raise RunError(f"the run {run.name} was left as it is; answer y, or give --yes")
-    _say(f"deleted {len(delete_run(run, folders))} files of the run {run.name}")
+    say(f"deleted {len(delete_run(run, folders))} files of the run {run.name}")
 
 
 def _agrees(question: str) -> bool:
@@ -214,7 +209,7 @@ def _agrees(question: str) -> bool:
 def _demo(options: argparse.Namespace) -> None:
     with progress_bar() as control:
         merged = run_demo(options.folder, control)
-    _say(_outcome(merged))
+    say(outcome(merged))
 
 
 def _app(options: argparse.Namespace) -> None:
@@ -231,13 +226,11 @@ def _app(options: argparse.Namespace) -> None:
     listening = app.Listening(options.listen, options.port, auth, options.open)
     page = app.build_app(options.folder)
     if listening.is_open:
-        _say(
+        say(
             "warning: everyone on the network can use this page; --auth NAME:PASSWORD protects it",
             sys.stderr,
         )
-    _say(
-        f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it"
-    )
+    say(f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it")
     app.serve(page, listening)
 
 
@@ -246,17 +239,3 @@ def _examined(recipe: Recipe, control: Control) -> Preflight:
     for warning in preflight.warnings:
         control.warn(warning)
     return preflight
-
-
-def _outcome(merged: Merged) -> str:
-    report, place = merged.report, merged.place
-    reused = " (it was there already)" if place.exists else ""
-    lines = [text(report), f"hyper-model: {place.hyper_model}{reused}"]
-    lines += [f"LoRA:        {path}" for path in merged.loras]
-    lines += [f"multipliers, manifest and report: {place.folder}", ""]
-    row = report.checkpoints[0]
-    lines += [
-        f"To get {row.name}, load the hyper-model and put this into the prompt:",
-        report.tags(row),
-    ]
-    return "\n".join(lines)

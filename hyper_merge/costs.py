@@ -16,6 +16,8 @@ import torch
 
 from hyper_merge.analysis import Work, pass_costs
 from hyper_merge.analysis_cache import width_for
+from hyper_merge.decomposition.ranks import even_ranks
+from hyper_merge.decomposition.truncated import truncation_cost
 from hyper_merge.effort import seconds_of
 from hyper_merge.lineage import bytes_to_hash
 from hyper_merge.lora import lora_bytes
@@ -72,7 +74,19 @@ def average_costs(sources: Sources, cache: Path) -> tuple[float, float]:
     return _hashing(sources, cache), seconds_of(_entries(sources), _HOST)
 
 
-def _hashing(sources: Sources, cache: Path) -> float:
+def extraction_costs(
+    sources: Sources, rank: int, cache: Path | None, device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds of hashing, of the pass over both files, and of writing, for a LoRA from two checkpoints."""
+    layers = sources.layout.layers
+    products = sum(truncation_cost(layer.m, layer.n, rank) for layer in layers)
+    ranks = even_ranks((rank,), [(layer.m, layer.n) for layer in layers])
+    written = _WRITTEN * lora_bytes(layers, ranks, sources.dtype, (rank,))
+    reading = seconds_of(_entries(sources), _HOST) + seconds_of(products, device)
+    return _hashing(sources, cache), reading, seconds_of(written, _HOST)
+
+
+def _hashing(sources: Sources, cache: Path | None) -> float:
     return seconds_of(_HASHED * bytes_to_hash(sources.read, cache), _HOST)
 
 

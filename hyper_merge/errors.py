@@ -55,6 +55,10 @@ class RunError(HyperMergeError, ValueError):
     """An earlier run cannot be read, or may not be deleted: damaged, newer, unknown, a link."""
 
 
+class ExtractionError(HyperMergeError, ValueError):
+    """No LoRA can be made of this: checkpoints that do not differ, a run's LoRAs that are not its own."""
+
+
 class CacheError(HyperMergeError, OSError):
     """The cache of analyses cannot be cleared."""
 

@@ -22,6 +22,9 @@ AVERAGE_ID: Final = "hyper_merge.average_id"
 MANIFEST: Final = "manifest.json"
 MULTIPLIERS: Final = "multipliers.txt"
 REPORT: Final = "report.txt"
+FITS: Final = "fits"
+"""Folder within a run's: a record and a text for each checkpoint that was fitted later."""
+
 RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
 _KIND: Final = "hyper_merge.kind"
 
@@ -137,13 +140,29 @@ class Folders:
     def lora_files_of(self, run: str) -> list[Path]:
         """The files of a run's LoRAs as its manifest names them; none where it says nothing."""
         manifests = {folder.name: manifest for folder, manifest in self.manifests()}
-        report = manifests.get(run, {}).get("report")
-        lists = (
-            (report.get(key) for key in ("loras", "companions")) if isinstance(report, dict) else ()
-        )
         own = re.compile(re.escape(run) + r"_\d+-\d+(-exact)?")  # nothing that leads elsewhere
-        listed = [name for names in lists if isinstance(names, list) for name in names]
-        return self.lora_files(name for name in map(str, listed) if own.fullmatch(name))
+        listed = _lora_names(manifests.get(run, {}))
+        return self.lora_files(name for name in listed if own.fullmatch(name))
+
+    def fit_files_of(self, run: str, name: str | None = None) -> list[Path]:
+        """The files of a run's fits, or of one: records, texts, and private LoRAs that are ours."""
+        folder = self.runs / run / FITS
+        own = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
+        files: list[Path] = []
+        for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
+            names = _topup_names(path)
+            if names is not None and name in (None, path.stem):
+                words = path.with_name(path.stem + ".txt")
+                files += [path, *([words] if os.path.lexists(words) else [])]
+                files += self.lora_files(name for name in names if own.fullmatch(name))
+        return files
+
+    def owner_of(self, lora: str) -> str | None:
+        """The run that has a LoRA of this name, be the file there or not; None if none has."""
+        return next(
+            (folder.name for folder, manifest in self.manifests() if lora in _lora_names(manifest)),
+            None,
+        )
 
     def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
         """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
@@ -205,17 +224,34 @@ def same_place(one: Path, other: Path) -> bool:
 
 def average_id_of(path: Path) -> str | None:
     """The average that a hyper-model holds; None for any other file, or none."""
-    return _metadata(path).get(AVERAGE_ID)
+    return metadata_of(path).get(AVERAGE_ID)
+
+
+def _lora_names(manifest: Mapping[str, Any]) -> list[str]:
+    """The LoRAs and companions of a run as its manifest names them."""
+    report = manifest.get("report")
+    lists = (report.get(key) for key in ("loras", "companions")) if isinstance(report, dict) else ()
+    return [str(name) for names in lists if isinstance(names, list) for name in names]
+
+
+def _topup_names(record: Path) -> list[str] | None:
+    """The private LoRAs of a fit; None for a file that is no record of one."""
+    try:
+        fit = json.loads(record.read_text(encoding="utf-8"))["fit"]
+        return [str(each["name"]) for each in fit["topups"]]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _is_foreign(lora: Path) -> bool:
     """Whether a file is there that is not a LoRA of ours by this name."""
-    metadata = _metadata(lora)
+    metadata = metadata_of(lora)
     own = metadata.get(_KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
     return os.path.lexists(lora) and not own
 
 
-def _metadata(path: Path) -> Mapping[str, str]:
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """What a checkpoint or LoRA says of itself; nothing for any other file, or none."""
     try:
         return read_header(path).metadata
     except CheckpointError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,32 @@ from hyper_merge.workers import workers
 _FILE: Final = "hashes.json"
 
 
-def bytes_to_hash(headers: Iterable[Header], cache: Path) -> int:
+def bytes_to_hash(headers: Iterable[Header], cache: Path | None) -> int:
     """Of the files whose hashes are not known yet."""
-    known = _known(cache / _FILE)
+    known = _known(cache)
     return sum(header.size for header in headers if _key(header) not in known)
 
 
 def lineage_of(sources: Sources, recipe: Recipe, cache: Path, control: Control) -> Lineage:
-    """Names and hashes of all sources; hashes of unchanged files come from the cache folder."""
-    known = _known(cache / _FILE)
-    headers = sources.read
+    """What the files of a merge have in common; arguments as for `hashed`."""
+    return Lineage(
+        name=recipe.name,
+        family=sources.layout.family,
+        recipe=recipe.to_metadata(),
+        sources=hashed(sources.read, cache, control),
+        date=now(),
+    )
+
+
+def hashed(headers: Sequence[Header], cache: Path | None, control: Control) -> tuple[Source, ...]:
+    """Names and hashes of files; those of unchanged files come from the cache folder.
+
+    Args:
+        headers: of the files.
+        cache: folder where hashes are remembered; None to remember none.
+        control: progress and interrupt.
+    """
+    known = _known(cache)
     new = [header for header in headers if _key(header) not in known]
 
     tally = control.tally("hashing the checkpoints", {_key(each): each.size for each in new})
@@ -44,16 +60,21 @@ def lineage_of(sources: Sources, recipe: Recipe, cache: Path, control: Control) 
         for header, digest in zip(new, each(sha256, new), strict=True):
             known[_key(header)] = digest
             tally.finish(_key(header))
-    if new:
+    if new and cache:
         with Outputs(overwrite=True) as outputs:
             outputs.text(cache / _FILE, json.dumps(known, indent=1))
-    return Lineage(
-        name=recipe.name,
-        family=sources.layout.family,
-        recipe=recipe.to_metadata(),
-        sources=tuple(_source(header, known[_key(header)]) for header in headers),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    return tuple(_source(header, known[_key(header)]) for header in headers)
+
+
+def remembered(sha256: str, cache: Path) -> list[Path]:
+    """Where files with a hash were when it was found; they may be gone or changed since."""
+    known = _known(cache).items()
+    return [Path(key.rsplit("|", 2)[0]) for key, digest in known if digest == sha256]
+
+
+def now() -> str:
+    """The time in ISO 8601, as files and manifests have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _source(header: Header, sha256: str) -> Source:
@@ -64,9 +85,11 @@ def _key(header: Header) -> str:
     return f"{header.path.resolve()}|{header.size}|{header.mtime_ns}"
 
 
-def _known(path: Path) -> dict[str, str]:
+def _known(cache: Path | None) -> dict[str, str]:
+    if cache is None:
+        return {}
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads((cache / _FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -42,9 +42,14 @@ COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 )
 """What companions hold and where they load, by the recipe's word."""
 
+ALONE: Final = "lora-alone"
+"""`hyper_merge.kind` of a LoRA that brings a checkpoint back without any other; "lora" needs others."""
+
 _LARGEST: Final = 6e4  # of float16's 65504: hosts that scale a factor need room
 _OWN: Final = "hyper_merge."
-_UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+
+UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+"""Ends of a module's keys."""
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """Module to up (m, r) and down (r, n); a module with rank 0 may be missing."""
@@ -81,8 +86,10 @@ class LoraFile:
     count: int  # of the run's LoRAs
     rank: int  # as asked for, and the file's alpha; small layers may have less
     multipliers: Mapping[str, float]  # by the checkpoint's file stem
-    explained: float  # fraction 0..1 of the deviations, by all blocks together
+    explained: float | None  # fraction 0..1 of the deviations, by all blocks together, if known
     dtype: torch.dtype = torch.float16  # of the stored factors
+    alone: str | None = None  # the checkpoint that it brings back without any other
+    tops_up: str | None = None  # the checkpoint that it is added to the shared LoRAs for
     text_multipliers: Mapping[str, float] | None = None  # the text encoder's, if it has its own
 
     def tag(self, stem: str, checkpoint: str) -> str:
@@ -104,10 +111,10 @@ def lora_tensors(
     tensors = {}
     for layer, rank in zip(layers, whole_groups(layers, rank_of), strict=True):
         if rank:
-            tensors[layer.module + _DOWN] = TensorInfo(dtype, layer.down_shape(rank))
-            tensors[layer.module + _UP] = TensorInfo(dtype, layer.up_shape(rank))
+            tensors[layer.module + DOWN] = TensorInfo(dtype, layer.down_shape(rank))
+            tensors[layer.module + UP] = TensorInfo(dtype, layer.up_shape(rank))
             if alpha is not None:
-                tensors[layer.module + _ALPHA] = TensorInfo(_alpha_dtype(alpha, dtype), ())
+                tensors[layer.module + ALPHA] = TensorInfo(_alpha_dtype(alpha, dtype), ())
     return tensors
 
 
@@ -207,7 +214,7 @@ def write_lora(
         OutputError: the place is taken.
     """
     ranks = whole_groups(layers, [_rank(layer, factors) for layer in layers])
-    alpha = file.rank if file.lineage.family.lora_alpha else None
+    alpha = file.lineage.family.alpha_for(file.rank)
     stored: dict[str, Tensor] = {}
     for layer, rank in zip(layers, ranks, strict=True):
         tick(0)
@@ -250,17 +257,17 @@ def lora_metadata(
         "ss_sd_model_name": f"{lineage.name}.safetensors",
         "sshs_model_hash": model_hash,
         **_modelspec(lineage, stem, "/lora"),
-        **_own(lineage, "lora"),
+        **_own(lineage, "lora" if file.alone is None else ALONE),
         _OWN + "index": str(file.index),
         _OWN + "rank": str(file.rank),
         _OWN + "multipliers": _json(dict(file.multipliers)),
         **_text_multipliers(file),
-        _OWN + "explained": repr(float(file.explained)),
+        **_known(file),
     }
 
 
-def checkpoint_metadata(lineage: Lineage) -> dict[str, str]:
-    """What the hyper-model says of itself: A1111's lineage keys with those of its sources, and ours."""
+def checkpoint_metadata(lineage: Lineage, kind: str = "hyper-model") -> dict[str, str]:
+    """What a written checkpoint says of itself: A1111's lineage keys with those of its sources, and ours."""
     ancestors: dict[str, Any] = {}
     for source in lineage.sources:
         ancestors |= _decoded(source.metadata.get("sd_merge_models")) or {}
@@ -276,19 +283,16 @@ def checkpoint_metadata(lineage: Lineage) -> dict[str, str]:
         "sd_merge_recipe": _json({**lineage.recipe, "type": "hyper-merge"}),
         "sd_merge_models": _json({**ancestors, **parents}),
         **_modelspec(lineage, lineage.name, ""),
-        **_own(lineage, "hyper-model"),
+        **_own(lineage, kind),
     }
 
 
 def card(file: LoraFile, stem: str) -> str:
     """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
-    name = file.lineage.name
     lines = [f"{checkpoint}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers]
-    others = "" if file.count == 1 else " together with the other LoRAs of this merge"
     return _card(
         {
-            "description": f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."
-            f" Turns {name} into one of its checkpoints{others}; the multipliers are in the notes.",
+            "description": _description(file),
             "sd version": file.lineage.family.sd_version,
             "activation text": "",
             "preferred weight": 1.0,  # the largest multiplier of every LoRA
@@ -337,6 +341,31 @@ def stage_checkpoint_card(
             outputs.bytes(place, content)
 
 
+def _description(file: LoraFile) -> str:
+    name = file.lineage.name
+    if file.alone is not None:
+        return f"Turns {name} into {file.alone}, by itself; rank {file.rank}."
+    if file.tops_up is not None:
+        return (
+            f"Private LoRA of {file.tops_up}, rank {file.rank}: what the shared LoRAs of {file.run}"
+            " leave of it. To be used with all of those."
+        )
+    others = "" if file.count == 1 else " together with the other LoRAs of this merge"
+    return (
+        f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."
+        f" Turns {name} into one of its checkpoints{others}; the multipliers are in the notes."
+    )
+
+
+def _known(file: LoraFile) -> dict[str, str]:
+    """What not every LoRA file can say of itself."""
+    known = {} if file.explained is None else {_OWN + "explained": repr(float(file.explained))}
+    one = file.alone or file.tops_up
+    if one is not None:
+        known |= {_OWN + "run": file.run, _OWN + "checkpoint": one}
+    return known
+
+
 def _text_multipliers(file: LoraFile) -> dict[str, str]:
     own = file.text_multipliers
     return {} if own is None else {_OWN + "text_multipliers": _json(dict(own))}
@@ -350,12 +379,12 @@ def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: int | None) -> di
     up, down = stored
     rank = up.shape[1]
     tensors = {
-        layer.module + _DOWN: down.reshape(layer.down_shape(rank)),
-        layer.module + _UP: up.reshape(layer.up_shape(rank)),
+        layer.module + DOWN: down.reshape(layer.down_shape(rank)),
+        layer.module + UP: up.reshape(layer.up_shape(rank)),
     }
     if alpha is not None:
         value = torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, up.dtype))
-        tensors[layer.module + _ALPHA] = value
+        tensors[layer.module + ALPHA] = value
     return tensors
 
 

@@ -73,13 +73,19 @@ class _Solved:
     losses: tuple[float, ...]
 
 
-def run_merge(preflight: Preflight, control: Control, folders: Folders | None = None) -> Merged:
+def run_merge(
+    preflight: Preflight,
+    control: Control,
+    folders: Folders | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Merged:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
     Args:
         preflight: the examined recipe.
         control: progress and interrupt.
         folders: where everything goes; None for those that the recipe was examined with.
+        start: multipliers (k, R) that are worth a try besides the others, by the layers' part.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
@@ -116,7 +122,7 @@ def run_merge(preflight: Preflight, control: Control, folders: Folders | None = 
         )
         with open_analysis(path, sources) as analysis:
             preflight, solved = solved_as_asked(
-                analysis, preflight, partial(_solve, analysis, costs), solving
+                analysis, preflight, partial(_solve, analysis, (costs, start or {})), solving
             )
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             names = _names(preflight, place)
@@ -201,11 +207,17 @@ def _names(preflight: Preflight, place: Place) -> tuple[str, ...]:
     return (*names, *companion_names(names)) if preflight.vectors else names
 
 
-def _solve(analysis: Analysis, costs: Costs, preflight: Preflight, control: Control) -> _Solved:
+def _solve(
+    analysis: Analysis,
+    given: tuple[Costs, Mapping[str, Tensor]],  # and multipliers that are worth a try
+    preflight: Preflight,
+    control: Control,
+) -> _Solved:
+    costs, start = given
     recipe, allowance = preflight.recipe, preflight.allowance
     solving, rounding = control.split((costs.solving, costs.rounding))
     where = preflight.work.device, solving
-    found = find_blocks(analysis, recipe, preflight.ranks, allowance, where)
+    found = find_blocks(analysis, recipe, preflight.ranks, allowance, where, start)
     stored = (preflight.alphas, preflight.sources.dtype)
     blocks = rounded(analysis, found, preflight.groups, stored, rounding)
     fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))
@@ -307,7 +319,10 @@ def _stage_texts(
     outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> None:
     lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
-    manifest = json.dumps(_manifest(preflight, place, lineage, report), indent=1)
+    manifest = json.dumps(
+        {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
+        indent=1,
+    )
     outputs.text(place.folder / MULTIPLIERS, "".join(lines))
     outputs.text(place.folder / REPORT, text(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
@@ -344,11 +359,21 @@ def _manifest(
     }
 
 
+def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
+    """By the name of each LoRA and companion: SHA-256 of its tensors' bytes, as hosts know it."""
+    return {
+        name: outputs.metadata_of(place.loras / f"{name}.safetensors")["sshs_model_hash"]
+        for name in (*report.loras, *report.companions)
+    }
+
+
 def _remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequence[str]) -> None:
-    """A replaced run's LoRAs whose names the new one has no use for go with the replacement."""
+    """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
     for path in folders.lora_files_of(run):
         if path.stem not in names:
             outputs.remove(path)
+    for path in folders.fit_files_of(run):
+        outputs.remove(path)
 
 
 def _sizes(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence[str]) -> Sizes:

@@ -24,7 +24,7 @@ from hyper_merge.checkpoints.alike import (
 )
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
-from hyper_merge.checkpoints.layers import Layer, layout_of
+from hyper_merge.checkpoints.layers import Layer, Layout, layout_of
 from hyper_merge.checkpoints.prediction import with_prediction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.vectors import Vector
@@ -209,32 +209,41 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     resolve_device(recipe.device)
     headers = [read_header(path) for path in recipe.models]
     base = None if recipe.base == AVERAGE else read_header(recipe.base)
-    everything = [*headers, base] if base else headers
-    families = [with_prediction(header, identify(header)) for header in everything]
-    check_families(everything, families)
-    for header in everything:
-        require_supported(header)
-    layouts = [layout_of(*pair) for pair in zip(everything, families, strict=True)]
-    check_alike(everything, layouts)
+    layout = common_layout([*headers, base] if base else headers)
     warnings = check_distinct([header.path for header in headers])
     _check_stems(headers)
     count = len(headers)
-    recipe = _with_ranks(recipe, layouts[0].layers)
+    recipe = _with_ranks(recipe, layout.layers)
     sources = Sources(
         headers=tuple(headers),
         base=base,
-        layout=layouts[0],
+        layout=layout,
         weights=recipe.weights or (1.0,) * count,
         dtype=getattr(torch, recipe.dtype),
         average_vae=recipe.vae == "average",
     )
     wanted_vectors(recipe, sources)
     warnings += [
-        *incomplete(headers[0], layouts[0]),
+        *incomplete(headers[0], layout),
         *odd_markers(headers),
         *_capped(recipe, sources),
     ]
     return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
+
+
+def common_layout(headers: Sequence[Header]) -> Layout:
+    """The layout of files that go together.
+
+    Raises:
+        CheckpointError: a file is not a checkpoint that can be merged, or unlike the others.
+    """
+    families = [with_prediction(header, identify(header)) for header in headers]
+    check_families(headers, families)
+    for header in headers:
+        require_supported(header)
+    layouts = [layout_of(*pair) for pair in zip(headers, families, strict=True)]
+    check_alike(headers, layouts)
+    return layouts[0]
 
 
 def resolve_device(name: str) -> torch.device:

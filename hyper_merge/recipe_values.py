@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +33,19 @@ _WORDS: tuple[tuple[frozenset[str], bool | None], ...] = (
     (frozenset({"false", "no", "off"}), False),
 )
 _RESERVED = re.compile(r"none|(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How far a private LoRA is to go: a rank in all layers, or a share with what that takes.
+
+    Attributes:
+        rank: Of every layer; None for a share.
+        share: Fraction 0..1 of the differences that is to be explained in all; None for a rank.
+    """
+
+    rank: int | None = None
+    share: float | None = None
 
 
 def plain_value(text: str) -> object:
@@ -257,3 +271,20 @@ def number(low: float, high: float) -> Callable[[object], float]:
         return float(value)
 
     return parse
+
+
+def parse_topup(value: object) -> Wish | None:
+    """A rank such as `16`, or a share such as `95%`; None for nothing."""
+    if value is None or isinstance(value, Wish):
+        return value
+    try:
+        if str(value).strip().endswith("%"):
+            share = parse_share(value)
+            if share is not None and share < 1:
+                return Wish(share=share)
+        return Wish(rank=whole(1, LARGEST_RANK)(plain_value(str(value))))
+    except RecipeError:
+        raise RecipeError(
+            f"expected a rank from 1 to {LARGEST_RANK}, or a share above 0% and below 100%, such as"
+            f" 16 or 95%, got {describe(value)}"
+        ) from None

@@ -31,6 +31,7 @@ _WORDS: Final = {
     float: "a finite number",
     int: "a whole number",
     str: "text",
+    bool: "yes or no",
     tuple: "a list",
 }
 
@@ -184,7 +185,7 @@ class Report:
             ValueError: a figure is missing or of another kind, or there are more or fewer figures
                 than checkpoints and LoRAs; says where.
         """
-        report: Report = _read(cls, data, "report")
+        report: Report = read_plain(cls, data, "report")
         k, blocks = len(report.checkpoints), len(report.loras)
         for name, found, expected in (
             ("multipliers", [row.multipliers for row in report.checkpoints], (k, blocks)),
@@ -244,7 +245,7 @@ def make_report(
         similarity=_rows_of(_similarity(gram)),
         groups=groups.groups if groups.are_apart else (),
         between_groups=groups.between,
-        parts=_parts(analysis.layers, found),
+        parts=part_losses(analysis.layers, found.energies, found.errors),
     )
 
 
@@ -318,9 +319,13 @@ def _similarity(gram: Tensor) -> Tensor:  # (k, k)
     return (gram * norms * norms[:, None]).clamp(-1, 1).fill_diagonal_(1)
 
 
-def _parts(layers: Sequence[Layer], found: Fit) -> tuple[PartLoss, ...]:
+def part_losses(
+    layers: Sequence[Layer],
+    energies: Tensor,  # (layers, ...): squared norms of the deviations
+    errors: Tensor,  # the same of what is left
+) -> tuple[PartLoss, ...]:
     """Sums over the layers of each section, in the order in which the sections begin."""
-    total = found.energies.sum()
+    total = energies.sum()
     groups: dict[tuple[str, str], list[int]] = {}
     for index, layer in enumerate(layers):
         groups.setdefault((layer.section, layer.part), []).append(index)
@@ -328,8 +333,8 @@ def _parts(layers: Sequence[Layer], found: Fit) -> tuple[PartLoss, ...]:
         PartLoss(
             name=name,
             which=which,
-            energy=_share(found.energies[inside].sum(), total),
-            lost=_share(found.errors[inside].sum(), total),
+            energy=_share(energies[inside].sum(), total),
+            lost=_share(errors[inside].sum(), total),
         )
         for (name, which), inside in groups.items()
     )
@@ -339,18 +344,22 @@ def _rows_of(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in matrix.tolist())
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """A value of plain data as the annotated kind: a dataclass, tuple, mapping, text or number."""
+def read_plain(kind: Any, value: Any, where: str) -> Any:
+    """A value of plain data as the annotated kind: a dataclass, tuple, mapping, text or number.
+
+    Raises:
+        ValueError: it is missing or of another kind; says where.
+    """
     if is_dataclass(kind) and isinstance(value, Mapping):
         return _read_fields(kind, value, where)
     (first, *_, last), origin = get_args(kind) or (None, None), get_origin(kind) or kind
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_read(first, each, f"{where}[{i}]") for i, each in enumerate(value))
+        return tuple(read_plain(first, each, f"{where}[{i}]") for i, each in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
-        return {str(key): _read(last, each, f"{where}.{key}") for key, each in value.items()}
+        return {str(key): read_plain(last, each, f"{where}.{key}") for key, each in value.items()}
     if origin is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if origin in (str, int) and type(value) is origin:
+    if origin in (str, int, bool) and type(value) is origin:
         return value
     raise ValueError(
         f"expected {_WORDS.get(origin, 'named figures')} in {where}, got {value!r:.60}"
@@ -365,7 +374,7 @@ def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     return kind(
         **{
-            name: _read(kinds[name], value[name], f"{where}.{name}")
+            name: read_plain(kinds[name], value[name], f"{where}.{name}")
             for name in known & value.keys()
         }
     )

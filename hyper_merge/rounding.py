@@ -12,6 +12,7 @@ from torch import Tensor
 from hyper_merge.analysis_cache import Analysis
 from hyper_merge.control import Control
 from hyper_merge.decomposition.gauge import balanced, unit_scales
+from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.lora import as_hosts_add, stored_factors
 from hyper_merge.solution import Found
 from hyper_merge.workers import return_memory, workers
@@ -103,7 +104,7 @@ def _round_layer(
         downs.append(down)
     rows = torch.cat([core, analysis.rounding(index)[None]])
     cross = rows.flatten(1).double() @ torch.stack(products, 1).double()
-    return _RoundedLayer(factors, cross, _block_gram(ups, downs))
+    return _RoundedLayer(factors, cross, block_gram(ups, downs))
 
 
 def _outside(
@@ -134,13 +135,3 @@ def _inside(
     """The factor in the basis. That is rounded: one correction for its columns' inner products."""
     first = basis.mT @ factor
     return first + basis.mT @ (factor - basis @ first)
-
-
-def _block_gram(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> Tensor:  # (R, R)
-    up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
-    columns = ((up.mT @ up) * (down @ down.mT)).double()
-    sizes = torch.tensor([part.shape[1] for part in ups])
-    member = torch.nn.functional.one_hot(
-        torch.arange(len(ups)).repeat_interleave(sizes), len(ups)
-    ).double()
-    return member.mT @ columns @ member

@@ -7,21 +7,31 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from hyper_merge import __version__
-from hyper_merge.checkpoints.families import title_of
+from hyper_merge.checkpoints.architecture import Family
+from hyper_merge.checkpoints.families import named, title_of
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.prediction import config_beside
 from hyper_merge.errors import RunError
-from hyper_merge.folders import MANIFEST, RUN_FILES, Folders, average_id_of, is_there, same_place
+from hyper_merge.folders import (
+    FITS,
+    MANIFEST,
+    RUN_FILES,
+    Folders,
+    average_id_of,
+    is_there,
+    same_place,
+)
 from hyper_merge.lora import CARD_SUFFIXES
 from hyper_merge.merge import MANIFEST_VERSION
 from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
+from hyper_merge.recipe_values import nearest
 from hyper_merge.report import Report
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]*")  # a folder's name that leads nowhere
@@ -51,6 +61,9 @@ class Run:
     sources: tuple[RunSource, ...]  # a given base first
     report: Report
     missing: tuple[Path, ...]  # of hyper-model and LoRAs: gone since, or replaced by another file
+    # SHA-256 of the tensors' bytes, by the LoRA's name; manifests of 0.1 have none.
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    architecture: Family | None = None  # None for one that is not known here
 
 
 def list_runs(folders: Folders) -> tuple[list[Run], list[str]]:
@@ -97,6 +110,7 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     """
     manifest = _manifest(folders, run.name)
     files = folders.lora_files(path.stem for path in run.loras)
+    files += folders.fit_files_of(run.name)
     if _goes_with_its_run(run, manifest, folders):
         beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
         beside.append(config_beside(run.hyper_model))
@@ -119,8 +133,9 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
     with Outputs() as outputs:
         for path in files:
             outputs.remove(path)
-    with suppress(OSError):  # somebody's notes are in it
-        (folders.runs / run.name).rmdir()
+    for folder in (folders.runs / run.name / FITS, folders.runs / run.name):
+        with suppress(OSError):  # somebody's notes are in it
+            folder.rmdir()
     return files
 
 
@@ -137,7 +152,7 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(
-            f"there is no run {name} in {folders.runs}; look at the list of runs"
+            f"there is no run {name} in {folders.runs}{_others(folders, name)}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folders, name, str(error)) from error
@@ -150,6 +165,14 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
             f" {__version__}; update Hyper-Merge to open or delete it"
         )
     return dict(manifest)
+
+
+def _others(folders: Folders, name: str) -> str:
+    """Advice with the runs that there are."""
+    known = sorted(path.parent.name for path in folders.runs.glob(f"*/{MANIFEST}"))
+    if not known:
+        return "; look at the list of runs"
+    return f"{nearest(name, known) or '.'} There are {', '.join(known)}"
 
 
 def _damaged(folders: Folders, name: str, reason: str) -> RunError:
@@ -187,7 +210,14 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
         sources=sources,
         report=report,
         missing=tuple(missing),
+        hashes=_hashes(manifest),
+        architecture=named(_text(manifest, "family")),
     )
+
+
+def _hashes(manifest: Mapping[str, Any]) -> Mapping[str, str]:
+    found = _mapping(manifest, "files") if "files" in manifest else {}
+    return {lora: _text(found, lora) for lora in found}
 
 
 def _settings(

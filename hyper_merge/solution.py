@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -88,6 +89,7 @@ def find_blocks(
     ranks: Ranks,
     allowance: Allowance | None,
     work: tuple[torch.device, Control],
+    start: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Found:
     """Solves for blocks and multipliers on the cores; on the CPU where the device is too small.
 
@@ -97,14 +99,16 @@ def find_blocks(
         ranks: even ones.
         allowance: what adaptive ranks may take in place of those; None to keep to the even ones.
         work: where it is done; progress and interrupt.
+        start: multipliers (k, R) that are worth a try besides the others, by group of layers.
     """
     device, control = work
     try:
-        return _Search(analysis, recipe, device, control).run(ranks, allowance)
+        return _Search(analysis, recipe, device, control, start).run(ranks, allowance)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         control.warn(f"{device} has too little memory for the cores; the CPU takes them")
-        return _Search(analysis, recipe, torch.device("cpu"), control).run(ranks, allowance)
+        search = _Search(analysis, recipe, torch.device("cpu"), control, start)
+        return search.run(ranks, allowance)
 
 
 def solve_costs(sources: Sources, recipe: Recipe, ranks: Ranks) -> tuple[float, float]:
@@ -140,10 +144,15 @@ class _Search:
     """One solve, in its stages."""
 
     def __init__(
-        self, analysis: Analysis, recipe: Recipe, device: torch.device, control: Control
+        self,
+        analysis: Analysis,
+        recipe: Recipe,
+        device: torch.device,
+        control: Control,
+        start: Mapping[str, Tensor],
     ) -> None:
         self._analysis, self._recipe = analysis, recipe
-        self._device, self._control = device, control
+        self._device, self._control, self._given = device, control, start
         self._weighting = weighting_of(analysis, recipe)
         separate = recipe.multipliers == "separate"
         self._groups = groups_of(analysis.layers, separate=separate)
@@ -254,7 +263,10 @@ class _Search:
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
-        planned = [self._weighting.to_deviations.mT]
+        to_deviations = self._weighting.to_deviations
+        planned = [to_deviations.mT]
+        if name in self._given:
+            planned.append(torch.linalg.pinv(to_deviations) @ self._given[name].double())
         earlier = self._analysis.earlier_solutions(_name(self._recipe), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
         search = search_cost(entries, len(planned) + (len(earlier) or _USUAL_STARTS - 1))

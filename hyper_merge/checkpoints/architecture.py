@@ -92,6 +92,21 @@ class Family:
         """Whether it is such a variant."""
         return self.modelspec_prediction_type == "v"
 
+    def alpha_for(self, rank: int) -> int | None:
+        """The alpha of a LoRA file, by which a factor pair of this rank needs no scaling; None for none."""
+        return rank if self.lora_alpha else None
+
+    def part_of(self, module: str) -> PartName:
+        """The part that a module of a LoRA file belongs to.
+
+        Raises:
+            ValueError: no module of this family is named so.
+        """
+        for part in self.parts:
+            if module.startswith(part.lora_prefix):
+                return part.name
+        raise ValueError(f"{module} is no module of {self.title}")
+
     def predicting_v(self) -> Family:
         """The variant of the same keys and shapes that predicts v."""
         name, title = f"{self.name}_v", f"{self.title} with v-prediction"

@@ -90,6 +90,11 @@ class Outputs:
         """Bytes of a staged file."""
         return self._parts[Path(path)].size
 
+    def metadata_of(self, path: _Path) -> Mapping[str, str]:
+        """What a staged .safetensors file will say of itself; nothing for any other file."""
+        part = self._parts[Path(path)]
+        return part.metadata if isinstance(part, SafetensorsWriter) else {}
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

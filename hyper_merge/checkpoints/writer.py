@@ -56,6 +56,7 @@ class SafetensorsWriter:
             ValueError: a type that .safetensors files cannot hold, or text that is not Unicode.
         """
         self.path = Path(path)
+        self.metadata: Mapping[str, str] = dict(metadata)
         self._tensors = dict(tensors)
         self._overwrite = overwrite
         self._deferred = deferred

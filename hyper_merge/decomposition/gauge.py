@@ -22,6 +22,16 @@ def balanced(
     return left @ (u * root), (right @ (vh.mT * root)).mT
 
 
+def evened(
+    up: Tensor,  # (..., p, r)
+    down: Tensor,  # (..., r, q)
+) -> tuple[Tensor, Tensor]:  # (..., p, r), (..., r, q)
+    """The same product, every column of `up` as long as the row of `down` that it goes with."""
+    sizes = up.norm(dim=-2), down.norm(dim=-1)
+    ratio = torch.where(sizes[0] * sizes[1] > 0, (sizes[1] / sizes[0]).sqrt(), 1.0)
+    return up * ratio[..., None, :], down / ratio[..., :, None]
+
+
 def unit_scales(
     multipliers: Tensor,  # (k, R)
 ) -> Tensor:  # (R,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -77,6 +78,28 @@ def leading_factors(
         up = orthonormal(matrix @ orthonormal(down.mT))
         down = up.mT @ matrix
     return up, down
+
+
+def product_energy(
+    up: Tensor,  # (m, r)
+    down: Tensor,  # (r, n)
+) -> float:
+    """Squared norm of `up @ down`, without a matrix of its size."""
+    return float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
+
+
+def block_gram(
+    ups: Sequence[Tensor],  # R of them, each (m, r)
+    downs: Sequence[Tensor],  # (r, n)
+) -> Tensor:  # (R, R), float64
+    """Inner products of the blocks `up @ down`, without a matrix of their size."""
+    up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
+    columns = ((up.mT @ up) * (down @ down.mT)).double()
+    sizes = torch.tensor([part.shape[1] for part in ups])
+    member = torch.nn.functional.one_hot(
+        torch.arange(len(ups)).repeat_interleave(sizes), len(ups)
+    ).double()
+    return member.mT @ columns @ member
 
 
 def random_normal(

@@ -50,6 +50,25 @@ def spread(
     return _with_the_rest(taken.tolist(), owner[order[affordable:]].tolist(), costs, left)
 
 
+def ranks_within(
+    spectra: Sequence[Tensor],  # of every layer (any,): squared singular values, falling
+    costs: Sequence[float],  # of one rank in the layer, in any unit
+    left: float,
+) -> list[int]:
+    """The ranks that cost least among those by which the layers' tails add up to `left` at most.
+
+    Nearly: rank after rank goes to where it takes away most for its cost.
+    """
+    counts = torch.tensor([len(values) for values in spectra])
+    owner = torch.arange(len(spectra)).repeat_interleave(counts)
+    energy = torch.cat([values.double() for values in spectra])
+    price = torch.tensor(costs, dtype=torch.float64)[owner]
+    order = (energy / price).argsort(descending=True, stable=True)
+    tails = energy.sum() - torch.cat([energy.new_zeros(1), energy[order].cumsum(0)])
+    taken = int((tails[:-1] > left).sum())
+    return torch.bincount(owner[order[:taken]], minlength=len(spectra)).tolist()
+
+
 def most_gain(
     gains: Sequence[Tensor],  # each (any,), falling
     costs: Sequence[float],  # of one item of each list

@@ -29,7 +29,13 @@ def family_of(structure: Structure) -> Family | None:
     return next((family for family in FAMILIES if family.signs.match(structure)), None)
 
 
+def named(name: str) -> Family | None:
+    """The family of a name; None for one that is not known."""
+    variants = (family.predicting_v() for family in FAMILIES if family.v_words)
+    return next((each for each in (*FAMILIES, *variants) if each.name == name), None)
+
+
 def title_of(name: str) -> str:
     """The title of a family by its name; the name itself for one that is not known."""
-    variants = (family.predicting_v() for family in FAMILIES if family.v_words)
-    return next((each.title for each in (*FAMILIES, *variants) if each.name == name), name)
+    family = named(name)
+    return family.title if family else name

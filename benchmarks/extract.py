@@ -1,0 +1,145 @@
+"""LoRA extraction from two full-size checkpoints, against a full SVD of every layer.
+
+    python benchmarks/extract.py [--folder FOLDER] [--rank 64] [--each 2] [--all] [--narrow]
+
+Makes two full-size checkpoints of SD 1.x where they are not there yet. Then both ways take the same
+layers, turn by turn so that both see the same machine: a few of every shape, scaled by how many there
+are, or all with `--all` (a quarter of an hour and more). Prints the ratio of the times and of the
+squared errors, and fails below ten times as fast or above 1.001 times the error. At the end runs the
+whole command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from full_size import make_family
+from measure import measure
+from torch import Tensor
+
+from hyper_merge.checkpoints.layers import Layer
+from hyper_merge.checkpoints.reader import Checkpoint, read_header
+from hyper_merge.decomposition.truncated import Truncated, truncated_svd
+from hyper_merge.preflight import common_layout
+from hyper_merge.synthetic import NARROW, FamilySpec
+from hyper_merge.workers import workers
+
+FASTER, WORSE = 10.0, 1.001
+
+
+@dataclass
+class Sum:
+    """Over layers: seconds of both ways, squared errors of both."""
+
+    full: float = 0.0
+    ours: float = 0.0
+    least: float = 0.0
+    error: float = 0.0
+
+    def add(self, other: Sum, times: float) -> None:
+        """Counts another sum so many times."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + times * value)
+
+    def __str__(self) -> str:
+        return (
+            f"full SVD {self.full:8.2f} s  ours {self.ours:7.2f} s  ratio {self.full / self.ours:6.1f}"
+            f"  error {self.error / self.least:.6f}"
+        )
+
+
+def main() -> int:
+    """Runs both ways and prints the table."""
+    options = _options()
+    spec = replace(NARROW if options.narrow else FamilySpec(), count=2)
+    paths = make_family(options.folder, spec, "narrow" if options.narrow else "synthetic")
+    layers = common_layout([read_header(path) for path in paths]).layers
+    shapes: dict[tuple[int, ...], list[Layer]] = {}
+    for layer in layers:
+        shapes.setdefault((layer.m, layer.n), []).append(layer)
+    total, worst = Sum(), 0.0
+    for shape, alike in sorted(shapes.items(), key=lambda item: item[0][0] * item[0][1]):
+        some = (
+            alike if options.all else alike[:: max(len(alike) // options.each, 1)][: options.each]
+        )
+        found = Sum()
+        for start in range(0, len(some), options.each):
+            deltas = [_delta(paths, layer) for layer in some[start : start + options.each]]
+            found.add(_both(deltas, options.rank), 1.0)
+        worst = max(worst, found.error / found.least)
+        print(f"{shape[0]:6} x {shape[1]:6}: {len(some):3} of {len(alike):3}  {found}", flush=True)
+        total.add(found, len(alike) / len(some))
+    print(f"all {len(layers)} layers, rank {options.rank}:  {total}, worst shape {worst:.6f}")
+    _whole(paths, options.rank)
+    return int(total.full < FASTER * total.ours or worst > WORSE)
+
+
+def _both(deltas: Sequence[Tensor], rank: int) -> Sum:
+    """Each way has as many layers at once as the machine has cores."""
+    with workers(torch.device("cpu"), lambda: None) as each:
+        start = time.perf_counter()
+        ours = list(each(lambda delta: _ours(delta, rank), deltas))
+        between = time.perf_counter()
+        full = list(each(lambda delta: _full(delta, rank), deltas))
+        end = time.perf_counter()
+    least = sum(float(values[rank:].double().square().sum()) for _, values in full)
+    error = sum(_error(delta, found) for delta, found in zip(deltas, ours, strict=True))
+    return Sum(end - between, between - start, least, error)
+
+
+def _ours(delta: Tensor, rank: int) -> Truncated:
+    return truncated_svd(delta, rank, torch.Generator().manual_seed(0))
+
+
+def _full(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors as other tools make them, and all singular values."""
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank, :1], s
+
+
+def _error(delta: Tensor, found: Truncated) -> float:
+    return float(torch.linalg.vector_norm(delta - found.up @ found.down, dtype=torch.float64)) ** 2
+
+
+def _delta(paths: Sequence[Path], layer: Layer) -> Tensor:  # (m, n)
+    rows = slice(*layer.rows) if layer.rows else slice(None)
+    weights = []
+    for path in paths:
+        with Checkpoint(path) as file:
+            weights.append(file.tensor(layer.key)[rows].float())
+    return (weights[1] - weights[0]).reshape(layer.m, layer.n)
+
+
+def _whole(paths: Sequence[Path], rank: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "extracted.safetensors")
+        command = [sys.executable, "-m", "hyper_merge", "extract", *map(str, paths)]
+        command += ["--rank", str(rank), "--output", str(output)]
+        log = Path(folder, "log")
+        run = measure(command, log)
+        print(log.read_text())
+    print(
+        f"the whole command: {run.seconds:.1f} s, {run.cpu_seconds:.1f} CPU s,"
+        f" {run.anonymous / 1e9:.2f} GB anonymous"
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--each", type=int, default=2, help="layers of every shape")
+    parser.add_argument("--all", action="store_true", help="every layer")
+    parser.add_argument("--narrow", action="store_true", help="small checkpoints, to try it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

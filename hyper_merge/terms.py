@@ -1,0 +1,187 @@
+"""Which LoRA files, with which multipliers, make up a checkpoint of a run; and that they are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hyper_merge.checkpoints.architecture import Family, PartName
+from hyper_merge.checkpoints.hashes import tensor_data_sha256
+from hyper_merge.control import Control, Tally
+from hyper_merge.errors import RunError
+from hyper_merge.fits import Fitted, fits_of
+from hyper_merge.folders import is_there, metadata_of
+from hyper_merge.lineage import now
+from hyper_merge.lora import Lineage, Source
+from hyper_merge.recipe_values import nearest
+from hyper_merge.report import CheckpointReport
+from hyper_merge.runs import Run
+
+
+@dataclass(frozen=True)
+class Term:
+    """A LoRA file, or a companion of one, and what it is multiplied with."""
+
+    path: Path
+    multiplier: float  # of the UNet
+    text_multiplier: float  # of the text encoder
+
+    def times(self, part: PartName) -> float:
+        """The multiplier of the layers of a part."""
+        return self.text_multiplier if part == "text_encoder" else self.multiplier
+
+
+def terms_of(run: Run, checkpoint: str) -> tuple[Term, ...]:
+    """What is added to the hyper-model to become a checkpoint: of the merge, or fitted later.
+
+    Raises:
+        RunError: the run knows none of that name; says the nearest.
+    """
+    row, fitted = find_row(run, checkpoint)
+    report, folder = run.report, run.loras[0].parent
+    unet, encoder = row.multipliers_of("unet"), row.multipliers_of("text_encoder")
+    terms = [
+        Term(folder / f"{name}.safetensors", *pair)
+        for name, *pair in zip(report.loras, unet, encoder, strict=True)
+    ]
+    if report.companions:
+        pairs = zip(report.companions, unet, strict=True)
+        terms += [Term(folder / f"{name}.safetensors", x, x) for name, x in pairs]
+    own = fitted.topups if fitted else ()
+    return (*terms, *(Term(folder / f"{each.name}.safetensors", 1.0, 1.0) for each in own))
+
+
+def mixture_of(run: Run, shares: Mapping[str, float]) -> tuple[Term, ...]:
+    """The same for a mixture, each file once: multipliers mix as the checkpoints do.
+
+    Shares need not add up to 1: as in prompts, the hyper-model has the rest.
+
+    Args:
+        run: the run.
+        shares: by checkpoint.
+
+    Raises:
+        RunError: the run knows none of a name; says the nearest.
+    """
+    sums: dict[Path, tuple[float, float]] = {}
+    for name, share in shares.items():
+        for term in terms_of(run, name):
+            x, y = sums.get(term.path, (0.0, 0.0))
+            sums[term.path] = (x + share * term.multiplier, y + share * term.text_multiplier)
+    return tuple(Term(path, *pair) for path, pair in sums.items())
+
+
+def find_row(run: Run, name: str) -> tuple[CheckpointReport, Fitted | None]:
+    """A checkpoint's multipliers by its name, and its fit if it was fitted later.
+
+    Raises:
+        RunError: the run knows none of that name; says the nearest.
+    """
+    fits, _ = fits_of(run)
+    known: dict[str, tuple[CheckpointReport, Fitted | None]] = {
+        each.row.name: (each.row, each) for each in fits
+    }
+    known |= {row.name: (row, None) for row in run.report.checkpoints}
+    found = known.get(name) or known.get(name.removesuffix(".safetensors"))
+    if found is None:
+        raise RunError(
+            f"the run {run.name} has no checkpoint {name}{nearest(name, known)}; it has"
+            f" {', '.join(known)}"
+        )
+    return found
+
+
+def require_family(run: Run) -> Family:
+    """The run's architecture.
+
+    Raises:
+        RunError: this version does not know it.
+    """
+    if run.architecture is None:
+        raise RunError(f"the run {run.name} is of the family {run.family}, unknown to this version")
+    return run.architecture
+
+
+def require_hyper_model(run: Run) -> Path:
+    """The run's hyper-model.
+
+    Raises:
+        RunError: it is gone, or another file is in its place.
+    """
+    path = run.hyper_model
+    if path not in run.missing:
+        return path
+    if not is_there(path):
+        raise RunError(
+            f"{path}, the hyper-model of the run {run.name}, is missing; bring it back from a copy,"
+            f" or merge the same checkpoints again"
+        )
+    raise RunError(
+        f"{path} is not the hyper-model that the LoRAs of the run {run.name} go with: it was"
+        " replaced by another file; bring it back from a copy, or merge again"
+    )
+
+
+def require_own(run: Run, paths: Sequence[Path], control: Control) -> None:
+    """Returns if LoRAs of a run are there, with the content that it wrote.
+
+    Args:
+        run: the run.
+        paths: of its LoRAs, companions or top-ups.
+        control: progress and interrupt.
+
+    Raises:
+        RunError: some are missing, or one was edited or replaced.
+    """
+    advice = f"bring it back from a copy, or merge again into another name than {run.name}"
+    missing = [path.name for path in paths if not is_there(path)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise RunError(
+            f"{', '.join(missing)} of the run {run.name} {verb} missing in {paths[0].parent}; {advice}"
+        )
+    known = _hashes(run)
+    tally = control.tally("checking the LoRAs", {path: path.stat().st_size for path in paths})
+    with tally:
+        for path in paths:
+            found = tensor_data_sha256(path, partial(count, tally, path))
+            if found != known.get(path.stem, _recorded(path, run)):
+                raise RunError(
+                    f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
+                )
+            tally.finish(path)
+
+
+def count(tally: Tally, item: object, size: int) -> None:
+    """Counts bytes of an item, and tells."""
+    tally.add(item, size)
+    tally.tell()
+
+
+def lineage_from(run: Run, name: str, further: Iterable[Source] = ()) -> Lineage:
+    """What a file that is made of a run's says of where it comes from.
+
+    Args:
+        run: the run.
+        name: of the checkpoint that the file is, or goes with.
+        further: checkpoints that went into it besides the run's.
+    """
+    own = tuple(Source(each.name, each.sha256, each.legacy_hash, {}) for each in run.sources)
+    return Lineage(name, require_family(run), run.recipe.to_metadata(), (*own, *further), now())
+
+
+def _hashes(run: Run) -> dict[str, str]:
+    """Of the run's files and of the top-ups of its fits, by name."""
+    fits, _ = fits_of(run)
+    topups = {each.name: each.sha256 for fitted in fits for each in fitted.topups}
+    return {**topups, **run.hashes}
+
+
+def _recorded(path: Path, run: Run) -> str | None:
+    """The hash that a LoRA itself records, if it is of this run; for manifests without hashes."""
+    found = metadata_of(path)
+    sources = all(source.sha256 in found.get("hyper_merge.lineage", "") for source in run.sources)
+    is_own = sources and found.get("ss_output_name") == path.stem
+    return found.get("sshs_model_hash") if is_own else None

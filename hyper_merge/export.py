@@ -89,7 +89,8 @@ def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Expo
     paths = _paths(run, rows, folders, overwrite=wanted.overwrite)
     checking, *each = control.split([1.0, *[3.0] * len(rows)])
     shared = run.loras[: len(run.report.loras)]
-    require_own(run, shared, checking)
+    own = {row.name: _topup(run, row) for row in rows}
+    require_own(run, (*shared, *(path for paths in own.values() for path in paths)), checking)
     if run.hyper_model in run.missing:
         control.warn(f"{run.hyper_model} is missing or another file; these LoRAs go with no other")
     with Outputs(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
@@ -99,7 +100,11 @@ def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Expo
                 outputs,
                 paths[row.name],
                 (run, row, family),
-                WeightedSum(loras, partial(multipliers_of, row), wanted.rank),
+                WeightedSum(
+                    [*loras, *(stack.enter_context(StoredLora(p, family)) for p in own[row.name])],
+                    partial(multipliers_of, row),
+                    wanted.rank,
+                ),
                 part,
             )
             for row, part in zip(rows, each, strict=True)
@@ -130,8 +135,12 @@ def describe(exported: Sequence[Exported], rank: int | None) -> str:
 
 
 def multipliers_of(row: CheckpointReport, part: PartName) -> tuple[float, ...]:
-    """A checkpoint's multipliers for the layers of one part of the network."""
-    return row.multipliers_of(part)
+    """What a checkpoint's LoRAs, its private one last, count in the layers of one part."""
+    return (*row.multipliers_of(part), *((1.0,) if row.topup else ()))
+
+
+def _topup(run: Run, row: CheckpointReport) -> tuple[Path, ...]:
+    return tuple(path for path in run.loras if row.topup and path.stem == row.topup)
 
 
 def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
@@ -216,7 +225,7 @@ def _export(
         explained=row.explained,
         lost=sum(found.lost for found in sums.values()) / energy if energy > 0 else 0.0,
         size=outputs.size_of(path),
-        companions=tags(companions, multipliers_of(row, "unet")) if companions else "",
+        companions=tags(companions, row.multipliers) if companions else "",
     )
 
 

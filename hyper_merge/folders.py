@@ -140,7 +140,7 @@ class Folders:
     def lora_files_of(self, run: str) -> list[Path]:
         """The files of a run's LoRAs as its manifest names them; none where it says nothing."""
         manifests = {folder.name: manifest for folder, manifest in self.manifests()}
-        own = re.compile(re.escape(run) + r"_\d+-\d+(-exact)?")  # nothing that leads elsewhere
+        own = re.compile(re.escape(run) + r"_(\d+-\d+(-exact)?|top-[^/\\]+)")  # nothing else
         listed = _lora_names(manifests.get(run, {}))
         return self.lora_files(name for name in listed if own.fullmatch(name))
 
@@ -230,8 +230,12 @@ def average_id_of(path: Path) -> str | None:
 def _lora_names(manifest: Mapping[str, Any]) -> list[str]:
     """The LoRAs and companions of a run as its manifest names them."""
     report = manifest.get("report")
-    lists = (report.get(key) for key in ("loras", "companions")) if isinstance(report, dict) else ()
-    return [str(name) for names in lists if isinstance(names, list) for name in names]
+    if not isinstance(report, dict):
+        return []
+    lists = [report.get(key) for key in ("loras", "companions")]
+    rows = report.get("checkpoints")
+    lists.append([row.get("topup") for row in rows if isinstance(row, dict)] if rows else [])
+    return [str(name) for names in lists if isinstance(names, list) for name in names if name]
 
 
 def _topup_names(record: Path) -> list[str] | None:

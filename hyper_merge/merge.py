@@ -2,56 +2,47 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
 
 from torch import Tensor
 
-from hyper_merge import __version__, analysis_cache
+from hyper_merge import analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
 from hyper_merge.analysis_cache import Analysis, new_analysis, open_analysis
 from hyper_merge.checkpoints.outputs import Outputs
-from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
-from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.costs import Costs, Existing, average_costs
 from hyper_merge.errors import RecipeError
-from hyper_merge.exact import find_companions, write_companion
-from hyper_merge.folders import (
-    AVERAGE_ID,
-    MANIFEST,
-    MULTIPLIERS,
-    REPORT,
-    Folders,
-    Place,
-    require_no_source,
-)
+from hyper_merge.folders import Folders, Place, require_no_source
 from hyper_merge.lineage import lineage_of
-from hyper_merge.lora import (
-    CARD_SUFFIXES,
-    Lineage,
-    LoraFile,
-    checkpoint_metadata,
-    stage_checkpoint_card,
-    write_lora,
+from hyper_merge.lora import Lineage, stage_checkpoint_card
+from hyper_merge.merge_files import (
+    Solved,
+    average_writer,
+    lora_files,
+    names_of,
+    remove_outdated,
+    require_free_names,
+    sizes_of,
+    stage_companions,
+    stage_loras,
+    stage_texts,
+    stage_topups,
+    topups_of,
 )
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
-from hyper_merge.prompts import companion_names, lora_names
+from hyper_merge.private import Shared, find_private, with_private
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import BlockChoice, Fit, Recovered, Report, Sizes, fit, make_report
-from hyper_merge.report_text import text
-from hyper_merge.rounding import Rounded, rounded
+from hyper_merge.report import BlockChoice, Report, fit, make_report
+from hyper_merge.rounding import rounded
 from hyper_merge.settle import solved_as_asked
 from hyper_merge.solution import find_blocks
 from hyper_merge.weighting import layer_weights
 from hyper_merge.widths import widths_for
-
-MANIFEST_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
@@ -62,15 +53,6 @@ class Merged:
     place: Place
     loras: tuple[Path, ...]
     reused_analysis: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Solved:
-    """What the files are made of."""
-
-    blocks: Rounded
-    found: Fit
-    losses: tuple[float, ...]
 
 
 def run_merge(
@@ -95,7 +77,7 @@ def run_merge(
     recipe, sources, folders = preflight.recipe, preflight.sources, preflight.folders
     place = folders.place(recipe, preflight.average_id)
     if not recipe.finds_ranks:
-        _require_free(place, _names(preflight, place), overwrite=recipe.overwrite)
+        require_free_names(place, names_of(preflight, place), overwrite=recipe.overwrite)
     work = preflight.work
     cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
     preflight.require_room(place)
@@ -125,27 +107,49 @@ def run_merge(
                 analysis, preflight, partial(_solve, analysis, (costs, start or {})), solving
             )
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
-            names = _names(preflight, place)
-            _require_free(place, names, overwrite=recipe.overwrite)
-            if recipe.overwrite:
-                _remove_outdated(outputs, folders, place.run, names)
-            files = _lora_files(preflight, place, lineage, solved)
-            _stage_loras(outputs, preflight, place, files, solved, writing)
-            recovered = _stage_companions(outputs, preflight, place, files, solved.found, writing)
-            report = make_report(
-                analysis,
-                solved.found,
-                BlockChoice(solved.blocks.ranks, preflight.allowance, preflight.groups),
-                (place.run, tuple(files), [header.stem for header in sources.headers]),
-                (recipe.method, solved.losses),
-                _sizes(preflight, place, outputs, names),
-            )
-            report = replace(report, companions=names[len(files) :], recovered=recovered)
-        _stage_texts(outputs, preflight, place, lineage, report)
+            report, names = _stage(outputs, preflight, place, lineage, (analysis, solved, writing))
+        stage_texts(outputs, preflight, place, lineage, report)
         control.step("putting the files in place", 1.0)
     analysis_cache.prune(folders.cache, folders.cache_limit)
     paths = tuple(place.loras / f"{name}.safetensors" for name in names)
     return Merged(report, place, paths, cached is not None)
+
+
+def _stage(
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    lineage: Lineage,
+    of: tuple[Analysis, Solved, Control],
+) -> tuple[Report, tuple[str, ...]]:
+    """Stages all LoRAs; returns the report, and their names."""
+    analysis, solved, control = of
+    recipe = preflight.recipe
+    topping, writing = control.split((1.0 if recipe.topup else 0.0, 1.0))
+    solved = _topped_up(analysis, preflight, solved, topping)
+    topups = topups_of(preflight, place, solved)
+    shared = names_of(preflight, place)
+    names = (*shared, *topups)
+    require_free_names(place, names, overwrite=recipe.overwrite)
+    if recipe.overwrite:
+        remove_outdated(outputs, preflight.folders, place.run, names)
+    files = lora_files(preflight, place, lineage, solved)
+    stage_loras(outputs, preflight, place, files, solved, writing)
+    recovered = stage_companions(outputs, preflight, place, files, solved.found, writing)
+    stage_topups(outputs, preflight, place, lineage, solved)
+    report = make_report(
+        analysis,
+        solved.found,
+        _choice(preflight, solved),
+        (place.run, tuple(files), [header.stem for header in preflight.sources.headers]),
+        (recipe.method, solved.losses),
+        sizes_of(preflight, place, outputs, names),
+    )
+    own = {each.checkpoint: name for name, each in topups.items()}
+    rows = tuple(replace(row, topup=own.get(c, "")) for c, row in enumerate(report.checkpoints))
+    companions = shared[len(files) :]
+    report = replace(report, checkpoints=rows, companions=companions, recovered=recovered)
+    return report, names
 
 
 def run_average(preflight: Preflight, control: Control, folders: Folders | None = None) -> Path:
@@ -167,7 +171,7 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
     with Outputs(overwrite=recipe.overwrite) as outputs:
         hashing, reading = control.split(average_costs(sources, folders.cache))
         lineage = lineage_of(sources, recipe, folders.cache, hashing)
-        with _average_writer(outputs, path, preflight, lineage) as writer:
+        with average_writer(outputs, path, preflight, lineage) as writer:
             run_pass(sources, work, writer.write, _ignore, reading)
     return path
 
@@ -185,7 +189,7 @@ def _read(
     if place.exists and path is None:
         return
     if path is None:
-        with _average_writer(outputs, place.hyper_model, preflight, lineage) as average:
+        with average_writer(outputs, place.hyper_model, preflight, lineage) as average:
             work = Work(work.device, work.seed)
             run_pass(preflight.sources, work, average.write, _ignore, control)
         return
@@ -194,17 +198,11 @@ def _read(
         if place.exists:
             not_carried = run_pass(preflight.sources, work, None, analysis.keep, control)
         else:
-            with _average_writer(outputs, place.hyper_model, preflight, lineage) as average:
+            with average_writer(outputs, place.hyper_model, preflight, lineage) as average:
                 not_carried = run_pass(
                     preflight.sources, work, average.write, analysis.keep, control
                 )
         analysis.close_with(not_carried)
-
-
-def _names(preflight: Preflight, place: Place) -> tuple[str, ...]:
-    """Of the LoRAs and, after them, of their companions if there are any."""
-    names = lora_names(place.run, preflight.recipe.ranks)
-    return (*names, *companion_names(names)) if preflight.vectors else names
 
 
 def _solve(
@@ -212,7 +210,7 @@ def _solve(
     given: tuple[Costs, Mapping[str, Tensor]],  # and multipliers that are worth a try
     preflight: Preflight,
     control: Control,
-) -> _Solved:
+) -> Solved:
     costs, start = given
     recipe, allowance = preflight.recipe, preflight.allowance
     solving, rounding = control.split((costs.solving, costs.rounding))
@@ -221,174 +219,41 @@ def _solve(
     stored = (preflight.alphas, preflight.sources.dtype)
     blocks = rounded(analysis, found, preflight.groups, stored, rounding)
     fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))
-    return _Solved(blocks, fitted, found.losses)
+    return Solved(blocks, fitted, found.losses)
 
 
-def _average_writer(
-    outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
-) -> SafetensorsWriter:
-    metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
-    config = configuration_for(preflight.sources.headers[0], preflight.sources.layout.family)
-    if config is not None:
-        outputs.text(config_beside(path), config)
-    elif preflight.recipe.overwrite and config_beside(path).exists():
-        outputs.remove(config_beside(path))  # that of the file which is replaced
-    return outputs.safetensors(path, preflight.sources.outputs(), metadata)
-
-
-def _lora_files(
-    preflight: Preflight, place: Place, lineage: Lineage, solved: _Solved
-) -> dict[str, LoraFile]:
-    """What is written of every block besides its tensors, by name."""
-    recipe = preflight.recipe
-    stems = [header.stem for header in preflight.sources.headers]
-    names = lora_names(place.run, recipe.ranks)
-    text = solved.found.multipliers.get("text_encoder")
-    return {
-        name: LoraFile(
-            lineage=lineage,
-            run=place.run,
-            index=block,
-            count=len(names),
-            rank=recipe.ranks[block],
-            multipliers=_column(solved.found.multipliers["unet"], block, stems),
-            explained=1 - solved.found.loss,
-            dtype=preflight.sources.dtype,
-            text_multipliers=None if text is None else _column(text, block, stems),
-        )
-        for block, name in enumerate(names)
-    }
-
-
-def _column(multipliers: Tensor, block: int, stems: Sequence[str]) -> dict[str, float]:
-    return dict(zip(stems, multipliers[:, block].tolist(), strict=True))
-
-
-def _stage_loras(
-    outputs: Outputs,
-    preflight: Preflight,
-    place: Place,
-    files: Mapping[str, LoraFile],
-    solved: _Solved,
-    control: Control,
-) -> None:
-    layers = preflight.sources.layout.layers
-    costs = {
-        name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
-        for name, factors in zip(files, zip(*solved.blocks.factors, strict=True), strict=True)
-    }
-    tally = control.tally("writing the LoRAs", costs)
-
-    def tick(name: str, count: int) -> None:
-        tally.add(name, count)
-        tally.tell()
-
-    for name, file in files.items():
-        factors = {
-            layer.module: solved.blocks.factors[index][file.index]
-            for index, layer in enumerate(layers)
-        }
-        path = place.loras / f"{name}.safetensors"
-        write_lora(outputs, path, layers, factors, file, partial(tick, name))
-        tally.finish(name)
-
-
-def _stage_companions(
-    outputs: Outputs,
-    preflight: Preflight,
-    place: Place,
-    files: Mapping[str, LoraFile],
-    found: Fit,
-    control: Control,
-) -> tuple[Recovered, ...]:
-    """Writes the companions if any are wanted; returns what they bring back."""
-    if not preflight.vectors:
-        return ()
-    vectors = preflight.vectors
-    companions = find_companions(
-        preflight.sources, vectors, found.multipliers["unet"], control.check
+def _topped_up(
+    analysis: Analysis, preflight: Preflight, solved: Solved, control: Control
+) -> Solved:
+    """The same with private LoRAs, if any are wished for."""
+    wish = preflight.recipe.topup
+    if wish is None:
+        return solved
+    shared = Shared(
+        analysis,
+        solved.blocks,
+        solved.found,
+        preflight.groups,
+        preflight.alphas,
+        preflight.sources.dtype,
     )
-    names = companion_names(tuple(files))
-    for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
-        path = place.loras / f"{name}.safetensors"
-        write_companion(outputs, path, tensors, file, preflight.recipe.exact)
-    return companions.recovered
+    privates = find_private(shared, wish, preflight.rank_bytes, control)
+    return replace(solved, found=with_private(solved.found, privates), privates=privates)
 
 
-def _stage_texts(
-    outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
-) -> None:
-    lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
-    manifest = json.dumps(
-        {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
-        indent=1,
-    )
-    outputs.text(place.folder / MULTIPLIERS, "".join(lines))
-    outputs.text(place.folder / REPORT, text(report))
-    outputs.text(place.folder / MANIFEST, manifest + "\n")
-
-
-def _manifest(
-    preflight: Preflight, place: Place, lineage: Lineage, report: Report
-) -> dict[str, Any]:
-    """What later commands read: the run's files, sources and figures."""
-    paths = [str(header.path.absolute()) for header in preflight.sources.read]
-    return {
-        "version": MANIFEST_VERSION,
-        "hyper_merge": __version__,
-        "created": lineage.date,
-        "name": place.run,
-        "family": lineage.family.name,
-        "recipe": dict(lineage.recipe),
-        "settings": preflight.recipe.to_settings(),
-        "average_id": preflight.average_id,
-        "hyper_model": str(place.hyper_model.absolute()),
-        "sources": [
-            {
-                "path": path,
-                "name": each.name,
-                "sha256": each.sha256,
-                "legacy_hash": each.legacy_hash,
-            }
-            for path, each in zip(paths, lineage.sources, strict=True)
-        ],
-        "base_is_first_source": preflight.sources.base is not None,
-        "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
-        "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
-        "report": report.as_dict(),
-    }
-
-
-def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
-    """By the name of each LoRA and companion: SHA-256 of its tensors' bytes, as hosts know it."""
-    return {
-        name: outputs.metadata_of(place.loras / f"{name}.safetensors")["sshs_model_hash"]
-        for name in (*report.loras, *report.companions)
-    }
-
-
-def _remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequence[str]) -> None:
-    """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
-    for path in folders.lora_files_of(run):
-        if path.stem not in names:
-            outputs.remove(path)
-    for path in folders.fit_files_of(run):
-        outputs.remove(path)
-
-
-def _sizes(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence[str]) -> Sizes:
-    model = place.hyper_model
-    return Sizes(
-        before=sum(header.size for header in preflight.sources.headers),
-        average=model.stat().st_size if place.exists else outputs.size_of(model),
-        loras=sum(outputs.size_of(place.loras / f"{name}.safetensors") for name in names),
-    )
-
-
-def _require_free(place: Place, names: Sequence[str], *, overwrite: bool) -> None:
-    for name in names:
-        for suffix in (".safetensors", *CARD_SUFFIXES):
-            require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)
+def _choice(preflight: Preflight, solved: Solved) -> BlockChoice:
+    """The ranks of all LoRAs, and the bytes that they could have been spread over otherwise."""
+    own = [each.ranks for each in solved.privates]
+    ranks = [
+        (*shared, *(each[index] for each in own))
+        for index, shared in enumerate(solved.blocks.ranks)
+    ]
+    allowance = preflight.allowance
+    if allowance is not None and own:
+        costs = allowance.costs
+        extra = sum(cost * sum(each[i] for each in own) for i, cost in enumerate(costs))
+        allowance = replace(allowance, budget=allowance.budget + extra)
+    return BlockChoice(ranks, allowance, preflight.groups)
 
 
 def _ignore(layer: LayerAnalysis) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe_fields import AVERAGE, FIELDS, Field
-from hyper_merge.recipe_values import nearest
+from hyper_merge.recipe_values import Wish, nearest
 from hyper_merge.recipe_yaml import Setting, read_settings
 
 __all__ = [
@@ -64,6 +64,7 @@ class Recipe:
         ranks: One per LoRA; found in the merge where a budget or a target is given.
         budget: Bytes of all LoRA files together, or None.
         target: Share 0..1 that is to come back of every checkpoint, or None.
+        topup: Private LoRAs for the checkpoints that the shared ones serve worst, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Of the written files.
         iterations: Sweeps at most.
@@ -88,6 +89,7 @@ class Recipe:
     ranks: tuple[int, ...] = DEFAULT_RANKS
     budget: int | None = None
     target: float | None = None
+    topup: Wish | None = None
     device: str = "auto"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     iterations: int = DEFAULT_ITERATIONS
@@ -284,6 +286,8 @@ def _plain(value: object) -> object:
     """What JSON can hold, from which the field's parser makes the value again."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Wish):
+        return str(value)
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
@@ -297,7 +301,7 @@ def _yaml_value(value: object) -> str:
 
 
 def _yaml_scalar(value: object) -> str:
-    if isinstance(value, str | Path):
+    if isinstance(value, str | Path | Wish):
         # always quoted: some names would read as numbers
         return yaml.safe_dump(str(value), default_style='"', width=float("inf")).strip()
     return "null" if value is None else str(value).lower()

@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from hyper_merge.recipe_values import (
+    Wish,
     choice,
     number,
     parse_bytes,
@@ -23,6 +24,7 @@ from hyper_merge.recipe_values import (
     parse_ranks,
     parse_share,
     parse_text,
+    parse_topup,
     parse_weights,
     plain_value,
     whole,
@@ -83,6 +85,10 @@ def _show_optional(value: float | None) -> str:
     return "none" if value is None else repr(value)
 
 
+def _show_topup(wish: Wish | None) -> str:
+    return "none" if wish is None else str(wish)
+
+
 def _show_base(base: str) -> str:
     return base if base == AVERAGE else _file_name(base)
 
@@ -98,6 +104,8 @@ FIELDS: tuple[Field, ...] = (
           parse_bytes, show=_show_optional),
     Field("target", "SHARE", "in place of ranks: so much comes back of every checkpoint, as 95%",
           parse_share, show=_show_optional),
+    Field("topup", "RANK|SHARE", "a private LoRA for each checkpoint below the mean, of this rank,"
+          " or below this share, up to it", parse_topup, show=_show_topup),
     Field("device", "DEVICE", "auto, cpu, cuda or cuda:N", parse_device),
     Field("dtype", "DTYPE", "stored in the files: float16, bfloat16 or float32",
           choice("float16", "bfloat16", "float32")),

@@ -47,6 +47,9 @@ class Wish:
     rank: int | None = None
     share: float | None = None
 
+    def __str__(self) -> str:
+        return f"{self.rank}" if self.share is None else f"{self.share * 100:.12g}%"
+
 
 def plain_value(text: str) -> object:
     """What an unquoted word means: nothing, true or false, a number, or else the text itself.

@@ -116,6 +116,7 @@ class CheckpointReport:
     not_carried: float  # share of its whole deviation that lies in tensors that no LoRA carries
     multipliers: tuple[float, ...]  # of the UNet, or of everything
     text_multipliers: tuple[float, ...] = ()  # of the text encoder, where it has its own
+    topup: str = ""  # name of a private LoRA, to be used besides with multiplier 1
 
     def multipliers_of(self, part: str) -> tuple[float, ...]:
         """Those of the layers of a part, "unet" or "text_encoder"."""
@@ -171,7 +172,13 @@ class Report:
         """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
         loras = tags(self.loras, row.multipliers, row.text_multipliers)
         companions = tags(self.companions, row.multipliers) if self.companions else ""
-        return f"{loras} {companions}".strip()
+        own = tags([row.topup], [1.0]) if row.topup else ""
+        return " ".join(filter(None, (loras, companions, own)))
+
+    @property
+    def topups(self) -> tuple[str, ...]:
+        """Names of the private LoRAs."""
+        return tuple(row.topup for row in self.checkpoints if row.topup)
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""

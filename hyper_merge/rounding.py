@@ -99,7 +99,7 @@ def _round_layer(
         outside = _outside((left, right), pair, scale)
         factors.append(stored_factors(layer, *outside, alpha, stored[1]))
         up, down = as_hosts_add(*factors[-1], alpha)
-        products.append((_inside(left, up) @ _inside(right, down.mT).mT).flatten())
+        products.append((inside(left, up) @ inside(right, down.mT).mT).flatten())
         ups.append(up)
         downs.append(down)
     rows = torch.cat([core, analysis.rounding(index)[None]])
@@ -128,7 +128,7 @@ def _nothing(analysis: Analysis, index: int, blocks: int, dtype: torch.dtype) ->
     return _RoundedLayer([pair] * blocks, zeros[:rows], zeros[rows:])
 
 
-def _inside(
+def inside(
     basis: Tensor,  # (m, p)
     factor: Tensor,  # (m, r)
 ) -> Tensor:  # (p, r)

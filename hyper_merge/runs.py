@@ -28,7 +28,7 @@ from hyper_merge.folders import (
     same_place,
 )
 from hyper_merge.lora import CARD_SUFFIXES
-from hyper_merge.merge import MANIFEST_VERSION
+from hyper_merge.merge_files import MANIFEST_VERSION
 from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
 from hyper_merge.recipe_values import nearest
@@ -195,7 +195,8 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     if found != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")
     hyper_model = folders.hyper_model_of(manifest)
-    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in (*names, *companions))
+    written = (*names, *companions, *report.topups)
+    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in written)
     missing = [path for path in (hyper_model, *loras) if not is_there(path)]
     if hyper_model not in missing and not _is_right(hyper_model, recipe, manifest):
         missing.insert(0, hyper_model)

@@ -49,8 +49,9 @@ def terms_of(run: Run, checkpoint: str) -> tuple[Term, ...]:
     if report.companions:
         pairs = zip(report.companions, unet, strict=True)
         terms += [Term(folder / f"{name}.safetensors", x, x) for name, x in pairs]
-    own = fitted.topups if fitted else ()
-    return (*terms, *(Term(folder / f"{each.name}.safetensors", 1.0, 1.0) for each in own))
+    own = [each.name for each in fitted.topups] if fitted else []
+    own += [row.topup] if row.topup else []
+    return (*terms, *(Term(folder / f"{name}.safetensors", 1.0, 1.0) for name in own))
 
 
 def mixture_of(run: Run, shares: Mapping[str, float]) -> tuple[Term, ...]:

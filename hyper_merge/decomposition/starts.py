@@ -29,8 +29,8 @@ from hyper_merge.decomposition.ll1 import (
 _RANDOM: Final = 6  # random starts beside the planned ones
 _ROUNDS: Final = ((4, 4), (6, 2), (10, 1))  # sweeps, how many go on
 _GREEDY_TURNS: Final = 6
-_PILOT_SHARE: Final = 0.06  # of the cores' entries
-_PILOT_ENTRIES: Final = 4_000_000  # problems smaller than this are searched whole
+_PILOT_SHARE: Final = 0.03  # of the cores' entries
+_PILOT_ENTRIES: Final = 1_000_000  # problems smaller than this are searched whole
 _BEFORE: Final = 24  # sweeps over the pilot that take as long as what precedes the first of them
 
 

@@ -324,7 +324,7 @@ def _check_stems(headers: Sequence[Header]) -> None:
 
 def _capped(recipe: Recipe, sources: Sources) -> list[str]:
     smallest = min(min(layer.m, layer.n) for layer in sources.layout.layers)
-    if max(recipe.ranks) <= smallest:
+    if recipe.allocation == "adaptive" or max(recipe.ranks) <= smallest:
         return []
     affected = sum(min(layer.m, layer.n) < max(recipe.ranks) for layer in sources.layout.layers)
     return [f"rank {max(recipe.ranks)} is capped in {affected} layers, the smallest has {smallest}"]

@@ -16,7 +16,7 @@ from hyper_merge.analysis import Work, pass_costs, refuse_non_finite, take_apart
 from hyper_merge.checkpoints.layers import Layer, Treatment, kind_of
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
-from hyper_merge.decomposition.linalg import product_energy
+from hyper_merge.decomposition.linalg import energy_of, product_energy
 from hyper_merge.decomposition.truncated import truncated_svd, truncation_cost
 from hyper_merge.lora import as_hosts_add, stored_factors
 from hyper_merge.sources import Sources
@@ -141,7 +141,7 @@ def _found_layers(
         base, checkpoint = (tensor[rows].to(work.device).float() for tensor in tensors)
         layer = sources.layout.layers[index or 0]
         delta = (checkpoint - base).reshape(layer.m, layer.n)
-        energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64).square())
+        energy = energy_of(delta)
         if not math.isfinite(energy):
             refuse_non_finite(sources, key, tensors)
         if energy > 0:
@@ -179,6 +179,6 @@ def _left(
 
     ||X - Y||^2 = ||X||^2 - 2 <X, Y> + ||Y||^2.
     """
-    energy = float(torch.linalg.vector_norm(delta, dtype=torch.float64).square())
+    energy = energy_of(delta)
     cross = ((up.mT @ delta) * down).sum(dtype=torch.float64)
     return energy, max(energy - 2 * float(cross) + product_energy(up, down), 0.0)

@@ -80,6 +80,13 @@ def leading_factors(
     return up, down
 
 
+def energy_of(
+    matrix: Tensor,  # (m, n)
+) -> float:
+    """Squared norm: by rows in the matrix's own precision, over them in float64."""
+    return float(matrix.norm(dim=1).double().square().sum())
+
+
 def product_energy(
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.gauge import balanced
-from hyper_merge.decomposition.linalg import orthonormal, random_normal
+from hyper_merge.decomposition.linalg import energy_of, orthonormal, random_normal
 
 TOLERANCE: Final = 5e-4
 """By how much a squared error may exceed the least possible one, as estimated: half of what is promised."""
 
 # Measured at rank 64 on layers of Stable Diffusion with flat, steep and mixed spectra.
-_DENSE: Final = 5  # times the rank: where the shorter side is no longer, the Gram matrix is faster
+_DENSE: Final = 5  # times the rank: where the shorter side is no longer, a full SVD is as fast
+_SMALL: Final = 192  # a side for which that is always so
 _BLOCK: Final = 3 / 8  # of the rank: columns of a step; narrower ones converge in fewer products
 _LEAST: Final = 16  # columns of a step at least, for with very few gains are uneven
 _FIRST: Final = 2.5  # times the rank: columns before the first look at what is gained
@@ -30,8 +31,8 @@ _SLOWEST: Final = 0.9  # rate at which gains may be taken to fall
 # For the progress: columns that are usual, in ranks, and times the multiply-adds of large products.
 _USUAL: Final = 3.0
 _NARROW: Final = 4.0
-_DOUBLE: Final = 4.0
-_EIGENVECTORS: Final = 50.0
+_TALL: Final = 8.0
+_SQUARE: Final = 16.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ def truncated_svd(
 
     A block Krylov space of the shorter side grows until the energy that it holds settles: every step
     gains less than the one before, and once what is still to come by that rate is a small part of the
-    tail, it is enough. Where the space would become most of the side, the Gram matrix gives all.
+    tail, it is enough. Where the space would become most of the side, the full SVD is taken.
     Flat spectra take most steps, but there the error depends least on them.
 
     Args:
@@ -71,11 +72,11 @@ def truncated_svd(
         turned = truncated_svd(matrix.mT, rank, generator, tick)
         return Truncated(turned.down.mT, turned.up.mT, turned.energies)
     rank = min(rank, m)
-    space = None if m <= _DENSE * rank else _krylov(matrix, rank, generator, tick)
-    if space is None:
-        tick(_dense_cost(m, n))
-        space = _whole(matrix)
-    return _leading(space, rank)
+    space = None if _is_dense(m, rank) else _krylov(matrix, rank, generator, tick)
+    if space is not None:
+        return _leading(space, rank)
+    tick(_dense_cost(m, n))
+    return _full(matrix, rank)
 
 
 def shortened(
@@ -92,7 +93,7 @@ def shortened(
 def truncation_cost(m: int, n: int, rank: int) -> float:
     """What `truncated_svd` usually takes, in multiply-adds of large products."""
     side, rank = min(m, n), min(m, n, rank)
-    if side <= _DENSE * rank:
+    if _is_dense(side, rank):
         return _dense_cost(side, max(m, n))
     return 2 * m * n * _USUAL * rank * _NARROW
 
@@ -106,9 +107,12 @@ class _Space:
     gram: Tensor  # (k, k), float64: rows @ rows.T
 
 
-def _whole(matrix: Tensor) -> _Space:
-    wide = matrix.double()
-    return _Space(torch.eye(len(matrix)).to(matrix), matrix, wide @ wide.mT)
+def _full(matrix: Tensor, rank: int) -> Truncated:
+    # Upright: LAPACK takes three to five times as long for a matrix that lies.
+    u, s, vh = torch.linalg.svd(matrix.mT, full_matrices=False)
+    root = s[:rank].sqrt()
+    energies = s[:rank].double().square()
+    return Truncated(vh.mT[:, :rank] * root, root[:, None] * u.mT[:rank], energies)
 
 
 def _krylov(
@@ -121,7 +125,7 @@ def _krylov(
     m, n = matrix.shape
     width = max(round(_BLOCK * rank), _LEAST)
     first = max(_FIRST * rank, rank + 2 * width)
-    energy = float(torch.linalg.vector_norm(matrix, dtype=torch.float64).square())
+    energy = energy_of(matrix)
     space = _Space(matrix[:, :0], matrix[:0], matrix.new_zeros(0, 0, dtype=torch.float64))
     right = random_normal((n, width), matrix, generator)
     held: list[float] = []
@@ -192,5 +196,9 @@ def _leading(space: _Space, rank: int) -> Truncated:
     return Truncated(space.basis @ (vectors * root), down, sizes.double().square())
 
 
+def _is_dense(side: int, rank: int) -> bool:
+    return side <= max(_DENSE * rank, _SMALL)
+
+
 def _dense_cost(m: int, n: int) -> float:
-    return _DOUBLE * m * m * n + _EIGENVECTORS * m**3
+    return _TALL * m * m * n + _SQUARE * m**3

@@ -39,8 +39,11 @@ def workers(device: torch.device, check: Callable[[], None]) -> Iterator[Each]:
     before_threads()
     threads = torch.get_num_threads()
     count = min(threads, _MOST)
-    torch.set_num_threads(threads // count)  # threads started from now on take this number
-    pool = ThreadPoolExecutor(count)
+    own = threads // count
+    torch.set_num_threads(own)
+    # Said in every worker too: until its first loop in torch it would give LAPACK more, and QR's last
+    # digits depend on that.
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(own,))
     try:
         yield partial(_in_order, pool, count + 1, check)
     finally:

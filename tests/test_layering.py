@@ -33,6 +33,9 @@ TASKS = frozenset(
         "solution",
         "report",
         "exact",
+        "difference",
+        "lora_reader",
+        "weighted_sum",
     }
 )
 JOBS = frozenset({"preflight", "folders", "merge"})
@@ -52,10 +55,13 @@ BELOW = {
     "sizes": set(),
     "preview": set(),
     "lora": {"errors", "checkpoints", "prompts", "preview"},
+    "lora_reader": {"errors", "checkpoints", "lora"},
+    "weighted_sum": {"checkpoints", "decomposition", "lora", "lora_reader"},
+    "cli_parts": set(),
     "progress": {"control"},
     "synthetic": {"errors", "checkpoints", "workers"},
 }
-ABOVE = {"cli", "__main__"} | SCREEN
+ABOVE = {"cli", "cli_after", "__main__"} | SCREEN
 
 
 def modules():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyper_merge.prompts import lora_names, parse_tags, tag, tags
+from hyper_merge.prompts import lora_names, parse_tags, prompt_word, tag, tags
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}_[0-9]-[1-9][0-9]{0,2}", fullmatch=True)
 MULTIPLIERS = st.floats(-1e6, 1e6)
@@ -97,3 +97,20 @@ def test_a_name_that_would_end_the_tag_is_refused(wrong):
 def test_each_lora_needs_its_multiplier():
     with pytest.raises(ValueError, match="zip"):
         tags(["a", "b"], [1.0])
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=150), st.integers(1, 100))
+def test_any_text_becomes_a_word_that_prompts_and_file_systems_read_as_it_is(text, longest):
+    word = prompt_word(text, longest)
+    assert re.fullmatch(r"[A-Za-z0-9+][A-Za-z0-9._ +-]*", word)
+    assert len(word) <= max(longest, len("checkpoint"))
+    assert "__" not in word
+    assert not word.endswith((" ", ".", "_"))
+    assert a1111(tag(f"mix_{word}", 1)) == [(f"mix_{word}", 1.0)]
+    assert prompt_word(word) == word
+
+
+def test_a_plain_name_stays_as_it_is():
+    assert prompt_word("photon_v1.5 + LCM-x") == "photon_v1.5 + LCM-x"
+    assert prompt_word("__ <日本> __") == "checkpoint"

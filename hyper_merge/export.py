@@ -129,7 +129,7 @@ def describe(exported: Sequence[Exported], rank: int | None) -> str:
         f"in {first.path.parent}",
         "",
         f"To get {first.checkpoint}, load {first.hyper_model.stem} and put this into the prompt:",
-        tag(first.path.stem, 1.0, 0) + besides,
+        tag(first.path.stem, 1.0) + besides,
     ]
     return "\n".join(lines)
 

@@ -145,7 +145,7 @@ def describe(extracted: Extracted) -> str:
         f"not carried by a LoRA, as a share of all differences: {outside or 'nothing'}\n"
         f"LoRA: {extracted.path}\n\n"
         f"To get {extracted.checkpoint}, load {extracted.base} and put this into the prompt:\n"
-        + tag(extracted.path.stem, 1.0, 0)
+        + tag(extracted.path.stem, 1.0)
     )
 
 

@@ -123,7 +123,7 @@ def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started
     assert card["sd version"] == "SD1"
     assert one.path.with_suffix(".png").exists()
     said = describe([one], None)
-    assert said.endswith("To get b, load mix and put this into the prompt:\n<lora:mix_b:1>")
+    assert said.endswith("To get b, load mix and put this into the prompt:\n<lora:mix_b:1.00000>")
     assert exported(started, "a.safetensors")[0].checkpoint == "a"
 
 
@@ -151,7 +151,7 @@ def test_companions_are_still_to_be_used_besides(files, tmp_path):
     row = row_of(tmp_path, "a")
     tags = load_run(Folders.under(tmp_path), "mix").report.tags(row.multipliers).split()
     assert one.companions.split() == tags[2:]
-    assert describe([one], None).endswith(f"\n<lora:mix_a:1> {one.companions}")
+    assert describe([one], None).endswith(f"\n<lora:mix_a:1.00000> {one.companions}")
 
 
 def lora_file(path, ranks, alpha, dtype=torch.float32, seed=0):

@@ -26,7 +26,7 @@ def test_extract_writes_one_lora_and_says_how_good_it_is(files, tmp_path, run):
     assert lines[0].startswith("b-from-a: from a to b, rank 4 in ")
     assert lines[1].startswith("explained: ")
     assert f"LoRA: {tmp_path / 'Lora/b-from-a.safetensors'}" in lines
-    assert lines[-1] == "<lora:b-from-a:1>"
+    assert lines[-1] == "<lora:b-from-a:1.00000>"
     code, out, err = run("extract", files[0], files[1], *options)
     assert (code, out, len(err)) == (2, "", 1)
     assert "b-from-a.safetensors exists; choose another name or allow overwriting" in err[0]
@@ -37,7 +37,7 @@ def test_extract_writes_one_lora_and_says_how_good_it_is(files, tmp_path, run):
     named = [*options[:2], "--output", tmp_path / "x.safetensors", "--seed", "7"]
     code, out, _ = run("extract", files[0], files[1], *named)
     assert code == 0
-    assert out.endswith("<lora:x:1>\n")
+    assert out.endswith("<lora:x:1.00000>\n")
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_extract_refuses_files_that_are_none(files, tmp_path, run):
 def test_a_name_that_looks_like_a_number_is_a_name(files, tmp_path, run):
     code, out, _ = run("extract", *files[:2], "--output", tmp_path, "--name", "007", "--rank", "1")
     assert code == 0
-    assert out.endswith("<lora:007:1>\n")
+    assert out.endswith("<lora:007:1.00000>\n")
 
 
 def test_export_writes_one_lora_per_checkpoint(started, run):
     code, out, err = run("export", "mix", "a", "c", "--output", started)
     assert (code, err) == (0, [])
     assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["mix_a", "6"], ["mix_c", "6"]]
-    assert out.endswith("To get a, load mix and put this into the prompt:\n<lora:mix_a:1>\n")
+    assert out.endswith("To get a, load mix and put this into the prompt:\n<lora:mix_a:1.00000>\n")
     code, out, err = run(
         "export", "mix", "--all", "--rank", "2", "--overwrite", "--output", started
     )

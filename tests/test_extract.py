@@ -111,7 +111,7 @@ def test_what_is_not_carried_is_told_by_kind(files, extracted):
     assert outside["norms"] > 0
     said = describe(extracted["float16"])
     assert f"VAE {outside['VAE']:.3%}" in said
-    assert said.endswith("load a and put this into the prompt:\n<lora:b-from-a:1>")
+    assert said.endswith("load a and put this into the prompt:\n<lora:b-from-a:1.00000>")
 
 
 def test_a_planted_difference_of_the_rank_comes_back_exactly(files, tmp_path, state_of):

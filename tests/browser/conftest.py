@@ -119,21 +119,30 @@ def host_name(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def page(browser, request) -> Iterator:
-    """A page whose console is read at the end; a failure leaves a screenshot."""
+@pytest.fixture(scope="session")
+def context(browser):
+    """One for all pages, so that gradio's scripts are read once."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
     context.set_default_timeout(20_000)
     # gradio asks for fonts and a script from elsewhere; nothing here depends on them
     context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.fulfill(body=""))
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context, request) -> Iterator:
+    """A page whose console is read at the end; a failure leaves a screenshot."""
+    failed = request.session.testsfailed
     page = context.new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
     yield page
-    name = re.sub(r"\W+", "-", request.node.name).strip("-")
-    shot(page, f"end-of-{name}")
-    context.close()
+    if request.session.testsfailed > failed:
+        name = re.sub(r"\W+", "-", request.node.name).strip("-")
+        shot(page, f"end-of-{name}")
+    page.close()
     assert errors == []
 
 

@@ -145,6 +145,6 @@ def test_a_file_that_vanished_is_said_and_not_merged(tab, server):
     try:
         tab.type("name", "gone")
         tab.click("merge")
-        tab.until(lambda: "photo.safetensors is no longer there" in tab.text("message"))
+        tab.until(lambda: "photo.safetensors is no longer" in tab.text("message"))
     finally:
         away.rename(path)

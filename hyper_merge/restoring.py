@@ -100,7 +100,8 @@ def _tensor(
     stored = total.to(sources.dtype)
     if not bool(stored.isfinite().all()):
         raise NonFiniteError(
-            f"{key} of the restored checkpoint is too large for {sources.dtype}; choose dtype"
+            f"{key} of the restored checkpoint is too large for"
+            f" {str(sources.dtype).removeprefix('torch.')}; choose dtype"
             " bfloat16 or float32"
         )
     if len(files) == 1:

@@ -123,7 +123,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 def _add_fields(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings (they win over the recipe file)")
     for field in FIELDS:
-        words = option_help(field)
+        words = option_help(field).replace("%", "%%")  # which argparse formats
         if field.takes == "flag":
             group.add_argument(field.option, action="store_const", const="true", help=words)
         else:

@@ -380,3 +380,28 @@ def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, 
     assert err == "hyper-merge: stopped; no file was changed\n"
     assert snapshot(started) == before
     assert temporaries(started) == []
+
+
+COMMANDS = (
+    *("merge", "average", "plan", "inspect", "runs", "demo", "app"),
+    *("extract", "export", "fit", "absorb", "restore", "safe"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"hyper-merge {command}" in capsys.readouterr().out
+
+
+def test_a_plan_is_printed_and_only_the_cache_is_written(files, tmp_path, run):
+    code, out, err = run(
+        "plan", "--name", "mix", "--models", *files, "--output", tmp_path, "--ranks", "4", "2"
+    )
+    assert (code, err) == (0, [])
+    assert "<- asked for" in out
+    assert "the average alone" in out
+    written = {path.parent.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {"cache"}

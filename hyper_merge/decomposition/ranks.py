@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hyper_merge.errors import RankError
 
+_MOST = 2  # times a block's limit: a sweep over more columns costs much and brings little
+
 
 def even_ranks(
     ranks: Sequence[int],
@@ -106,11 +108,9 @@ def generous_ranks(
     budget: float,
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
     """Ranks where the deviations' own spectra promise most, in each layer split as the list is."""
-    totals = spread(gains, costs, budget)
-    return [
-        tuple(min(part, limit) for part in dealt(total, ranks))
-        for total, limit in zip(totals, limits, strict=True)
-    ]
+    within = [layer[: _MOST * limit] for layer, limit in zip(gains, limits, strict=True)]
+    totals = zip(spread(within, costs, budget), limits, strict=True)
+    return [tuple(min(part, limit) for part in dealt(total, ranks)) for total, limit in totals]
 
 
 def kept_ranks(

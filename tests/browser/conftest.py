@@ -89,7 +89,8 @@ class Server:
 
     def wait(self) -> None:
         """Returns once it answers."""
-        for _ in range(600):
+        end = time.monotonic() + 240  # a busy machine takes long to load torch
+        while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self.log.read_text()}")
             try:

@@ -32,7 +32,10 @@ TASKS = frozenset(
         "preview",
         "solution",
         "report",
+        "rounding",
         "exact",
+        "weighting",
+        "widths",
     }
 )
 JOBS = frozenset({"preflight", "folders", "merge"})

@@ -165,8 +165,9 @@ class _Search:
                 return self._found([self._greedy(*group) for group in self._begin(even, each, 1)])
             if allowance is None:
                 return self._found([self._joint(*group) for group in self._begin(even, each, 1)])
+            dimensions = self._analysis.contrasts.dimensions
             gains = [
-                layer.gains * scale
+                layer.promises(dimensions) * scale
                 for layer, scale in zip(
                     self._analysis.spectra, self._weighting.layers.tolist(), strict=True
                 )

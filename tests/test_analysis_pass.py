@@ -296,7 +296,7 @@ def test_what_a_tensor_costs_is_told_piece_by_piece(files, key, monkeypatch):
     sources, told = sources_of(files), []
     tensors = [load(path)[key] for path in files]
     take_apart(sources, key, tensors, Work(CPU, 0, 4), told.append)
-    expected = pass_costs(sources, 4)[key]
+    expected = pass_costs(sources, Work(CPU, 0, 4))[key]
     assert 0.5 * expected < sum(told) < 1.2 * expected
     if key != NORM:
         assert max(told) < 0.2 * expected
@@ -373,7 +373,7 @@ def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
             assert torch.equal(found.spectra[index].private, layer.spectra.private)
         for kind, energy in outside.items():
             assert torch.equal(found.not_carried[kind], energy)
-    expected = analysis_cache.analysis_bytes(sources, 6)
+    expected = analysis_cache.analysis_bytes(sources, Work(CPU, 0, 6))
     assert expected < path.stat().st_size < expected + 100_000
 
 

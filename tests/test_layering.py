@@ -32,13 +32,18 @@ TASKS = frozenset(
         "preview",
         "solution",
         "report",
+        "rounding",
+        "prospects",
+        "private",
         "exact",
         "difference",
         "lora_reader",
         "weighted_sum",
+        "weighting",
+        "widths",
     }
 )
-JOBS = frozenset({"preflight", "folders", "merge"})
+JOBS = frozenset({"preflight", "folders", "settle", "plan", "merge"})
 VIEWS = frozenset({"cache_text", "inspection", "demo", "progress", "runs", "synthetic"})
 
 # What each part may import of the package besides itself. A part that is not named here is an

@@ -29,6 +29,7 @@ from hyper_merge.lora import (
     lora_metadata,
     lora_tensors,
     stage_checkpoint_card,
+    stored_factors,
     write_lora,
 )
 from hyper_merge.preview import hyper_model_picture, lora_picture
@@ -80,9 +81,18 @@ def factors_of(rank_of, seed=0):
     }
 
 
+def as_stored(layers, factors, file=FILE):
+    alpha = file.rank if file.lineage.family.lora_alpha else None
+    return {
+        layer.module: stored_factors(layer, *factors[layer.module], alpha, file.dtype)
+        for layer in layers
+        if layer.module in factors
+    }
+
+
 def write(path, factors, file=FILE, **options):
     with Outputs(**options) as outputs:
-        write_lora(outputs, path, LAYERS, factors, file)
+        write_lora(outputs, path, LAYERS, as_stored(LAYERS, factors, file), file)
 
 
 def metadata_of(path):
@@ -152,7 +162,7 @@ def test_the_ratio_of_rank_and_alpha_is_shared_by_both_factors():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_rounded_factors_multiply_to_what_hosts_add_and_round_to_themselves(layer):
     up, down = factors_of((3, 3, 3))[layer.module]
-    rounded = as_hosts_add(layer, up, down, 128)
+    rounded = as_hosts_add(*stored_factors(layer, up, down, 128), 128)
     tensors = as_lora_weights(layer, up, down, 128)
     delta = host_delta(tensors, layer.module, layer.shape).reshape(layer.m, layer.n)
     torch.testing.assert_close(
@@ -317,6 +327,18 @@ def test_the_card_shows_the_version_and_each_checkpoints_tag(tmp_path):
     }
 
 
+def test_multipliers_of_the_text_encoders_own_stand_in_the_metadata_and_on_the_card():
+    file = replace(FILE, text_multipliers={"a": 0.25, "b": 1.0})
+    assert json.loads(lora_metadata(file, "x", "")["hyper_merge.text_multipliers"]) == {
+        "a": 0.25,
+        "b": 1.0,
+    }
+    assert json.loads(card(file, "mix_0-4"))["notes"] == (
+        "a: <lora:mix_0-4:0.25000:0.91230>\nb: <lora:mix_0-4:1.00000:-1.00000>"
+    )
+    assert "hyper_merge.text_multipliers" not in lora_metadata(FILE, "x", "")
+
+
 def test_the_only_lora_of_a_merge_needs_no_others():
     description = json.loads(card(replace(FILE, count=1), "mix_0-4"))["description"]
     assert "other LoRAs" not in description
@@ -378,7 +400,7 @@ def test_an_attention_that_hosts_change_only_whole_is_filled_with_zeros(tmp_path
     factors = {"te_k": (torch.ones(4, 2), torch.ones(2, 4)), "te_v": (torch.ones(4, 0),) * 2}
     path = tmp_path / "x.safetensors"
     with Outputs() as outputs:
-        write_lora(outputs, path, layers, factors, FILE)
+        write_lora(outputs, path, layers, as_stored(layers, factors), FILE)
     tensors = load_file(path)
     ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
     assert set(tensors) == {f"te_{part}{end}" for part in ("q", "k", "v", "out") for end in ends}
@@ -403,7 +425,9 @@ def test_a_family_without_alphas_adds_the_plain_product(tmp_path):
     assert set(stored) == {"lora_te_q_proj.lora_up.weight", "lora_te_q_proj.lora_down.weight"}
     product = stored["lora_te_q_proj.lora_up.weight"] @ stored["lora_te_q_proj.lora_down.weight"]
     torch.testing.assert_close(product, up @ down)
-    found_up, found_down = as_hosts_add(LINEAR, up, down, None, torch.float32)
+    found_up, found_down = as_hosts_add(
+        *stored_factors(LINEAR, up, down, None, torch.float32), None
+    )
     torch.testing.assert_close(found_up @ found_down, up @ down)
     family = replace(SD1, lora_alpha=False)
     file = replace(FILE, lineage=replace(LINEAGE, family=family))

@@ -39,6 +39,23 @@ class Spectra:
         ]
         return torch.minimum(*sums).diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=0)
 
+    def promises(self, dimensions: int) -> Tensor:  # (d * min(p, q),), falling
+        """What each further rank can be expected to add to the explained energy.
+
+        Private LoRAs of k checkpoints take k / d times the ranks that blocks along the d directions
+        of their deviations take; exactly so for two checkpoints.
+
+        Args:
+            dimensions: of the deviations, d.
+        """
+        values = self.private.flatten().sort(descending=True).values
+        sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
+        places = torch.arange(len(values) * dimensions // len(self.private) + 1).double()
+        places *= len(self.private) / dimensions
+        below = places.long()
+        above = (below + 1).clamp(max=len(values))
+        return torch.lerp(sums[below], sums[above], places - below).diff()
+
 
 def spectra(
     core: Tensor,  # (d, p, q)
@@ -68,7 +85,7 @@ def lower_bound(
     explained = sum(
         float(layer.gains[: sum(rank)].sum()) for layer, rank in zip(layers, ranks, strict=True)
     )
-    return _at_least(explained, energies, grams, len(ranks[0]))
+    return _at_least(explained, energies, grams, max(map(len, ranks), default=0))
 
 
 def budget_bound(

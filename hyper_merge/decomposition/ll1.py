@@ -219,6 +219,8 @@ def solve(
     Source: Mitchell, Ye and De Sterck, "Nesterov acceleration of alternating least squares for
     canonical tensor decomposition", 2020 (with restarts by function value).
     """
+    if not problem.batches:  # no layer has any rank
+        return Solution((), multipliers, (float(problem.energy > 0),))
     current, before = Solution(tuple(factors), multipliers, ()), multipliers
     del factors  # a set of all layers' that only the first sweep needs
     older: deque[Factors] = deque()  # those of `before`, as far as they are still needed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -86,18 +86,15 @@ def most_gain(
     return float((value[order] * shares).sum())
 
 
-def dealt(total: int, shares: Sequence[float]) -> tuple[int, ...]:
+def dealt(total: int, shares: Sequence[int]) -> tuple[int, ...]:
     """A whole number in parts in proportion to shares, the first ones getting what does not divide.
 
     >>> dealt(5, [128, 64, 32])
-    (3, 1, 1)
+    (3, 2, 0)
     """
-    ends = [0.0]
-    for share in shares:
-        ends.append(ends[-1] + share / sum(shares) * total)
     # Rounded up: a layer of rank 1 goes to the first block, which is the largest.
-    rounded = [min(int(-(-end // 1)), total) for end in ends[:-1]] + [total]
-    return tuple(max(end - start, 0) for start, end in pairwise(rounded))
+    ends = [-(-total * share // sum(shares)) for share in (0, *accumulate(shares))]
+    return tuple(end - start for start, end in pairwise(ends))
 
 
 def generous_ranks(
@@ -119,6 +116,8 @@ def kept_ranks(
     budget: float,
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
     """The components of blocks that were found with too many, of most energy per cost."""
+    if not energies:
+        return []
     blocks = len(energies[0])
     flat = [each for layer in energies for each in layer]
     counts = spread(flat, [cost for cost in costs for _ in range(blocks)], budget)

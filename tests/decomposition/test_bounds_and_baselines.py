@@ -3,7 +3,12 @@ import torch
 from dense_oracles import normal, problem_of, random_family, stack_of, tail, truncated
 from torch.testing import assert_close
 
-from hyper_merge.decomposition.bounds import lower_bound, private_losses, spectra
+from hyper_merge.decomposition.bounds import (
+    budget_bound,
+    lower_bound,
+    private_losses,
+    spectra,
+)
 from hyper_merge.decomposition.contrasts import around_base, around_mean
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.ll1 import Stopping, factors_from, solve
@@ -24,7 +29,7 @@ def bound_of(problem, outside=0.0):
             ranks.append(batch.ranks)
             grams.append(core.flatten(1) @ core.flatten(1).mT)
     energies[0] += outside
-    return lower_bound(layers, energies, ranks, sum(grams))
+    return lower_bound(layers, energies, ranks, [sum(grams)])
 
 
 def solved(problem, sweeps=40):
@@ -36,8 +41,11 @@ def solved(problem, sweeps=40):
 def test_spectra_are_dense_squared_singular_values(rng, shape):
     core, contrasts = normal(rng, *shape), around_mean([1.0, 2.0, 1.0, 3.0][: shape[0] + 1])
     found = spectra(core, contrasts.to_deviations)
-    short = core.flatten(0, 1) if shape[1] > shape[2] else core.transpose(0, 1).flatten(1)
-    assert_close(found.stack, torch.linalg.svdvals(short)[: min(shape[1:])].square())
+    rows, columns = core.transpose(0, 1).flatten(1), core.flatten(0, 1).mT
+    for values, unfolding in ((found.rows, rows), (found.columns, columns)):
+        dense = torch.zeros(len(unfolding), dtype=torch.float64)
+        dense[: min(unfolding.shape)] = torch.linalg.svdvals(unfolding).square()
+        assert_close(values, dense, rtol=1e-9, atol=1e-9)
     own = torch.einsum("kd,dpq->kpq", contrasts.to_deviations, core)
     assert_close(found.private, torch.linalg.svdvals(own).square(), rtol=1e-9, atol=1e-9)
 
@@ -80,8 +88,9 @@ def test_the_bound_of_nothing_is_zero():
     core = torch.zeros(2, 4, 4)
     layer = spectra(core, around_mean([1.0] * 3).to_deviations)
     gram = torch.zeros(2, 2, dtype=torch.float64)
-    assert lower_bound([layer], [0.0], [(1,)], gram) == 0.0
-    assert lower_bound([], [], [], gram) == 0.0
+    assert lower_bound([layer], [0.0], [(1,)], [gram]) == 0.0
+    assert lower_bound([], [], [], [gram]) == 0.0
+    assert budget_bound([layer], [0.0], ([8.0], 8.0), 1, [gram]) == 0.0
 
 
 def family(rng, shapes=((9, 8), (6, 10)), k=3):

@@ -315,7 +315,7 @@ def test_a_name_taken_by_somebody_elses_file_is_refused_before_any_work(
         merge(files, tmp_path)
     assert str(mine) in str(caught.value)
     assert "exists" in str(caught.value)
-    assert "choose another name or" in str(caught.value)
+    assert "choose another name, or --overwrite" in str(caught.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
     assert mine.read_text() == "mine"
 
@@ -678,7 +678,7 @@ def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path, merg
     reused = merge(files, tmp_path / "alone")
     assert reused.place.exists
     before = snapshot(tmp_path / "alone")
-    with pytest.raises(OutputError, match=r"mix\.safetensors exists; choose another name or"):
+    with pytest.raises(OutputError, match=r"mix\.safetensors exists; choose another name, or --overwrite"):
         run_average(examine(recipe(files, tmp_path / "alone")), Control())
     assert snapshot(tmp_path / "alone") == before
 

@@ -120,6 +120,9 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "name": "123",
         "models": ["1.5", "b.safetensors"],
         "ranks": ["8,", "4"],
+        "budget": "null",
+        "target": "null",
+        "topup": "90%",
         "device": "cuda:1",
         "dtype": "float32",
         "iterations": "7",
@@ -130,7 +133,10 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "overwrite": "true",
         "seed": "9",
         "method": "greedy",
+        "allocation": "even",
         "multipliers": "shared",
+        "fit_weights": "3 0",
+        "layer_weights": "relative",
         "vae": "average",
         "exact": "norms",
     }
@@ -139,6 +145,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         name="123",
         models=(Path("1.5"), Path("b.safetensors")),
         ranks=(8, 4),
+        topup="90%",
         device="cuda:1",
         dtype="float32",
         iterations=7,
@@ -149,7 +156,10 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         overwrite=True,
         seed=9,
         method="greedy",
+        allocation="even",
         multipliers="shared",
+        fit_weights=(3.0, 0.0),
+        layer_weights="relative",
         vae="average",
         exact="norms",
     )
@@ -209,14 +219,20 @@ RECIPES = st.builds(
     overwrite=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
     method=st.sampled_from(["joint", "greedy"]),
+    allocation=st.sampled_from(["adaptive", "even"]),
+    layer_weights=st.sampled_from(["plain", "relative"]),
     multipliers=st.sampled_from(["separate", "shared"]),
     vae=st.sampled_from(["first", "average"]),
 ).flatmap(
     lambda recipe: (
         st.just(recipe)
         | st.lists(
-            st.floats(1e-300, 1e300), min_size=len(recipe.models), max_size=len(recipe.models)
-        ).map(lambda weights: dataclasses.replace(recipe, weights=tuple(weights)))
+            st.tuples(st.floats(1e-300, 1e300), st.floats(1e-300, 1e300)),
+            min_size=len(recipe.models),
+            max_size=len(recipe.models),
+        )
+        .map(lambda pairs: tuple(zip(*pairs, strict=True)))
+        .map(lambda both: dataclasses.replace(recipe, weights=both[0], fit_weights=both[1]))
     )
 )
 

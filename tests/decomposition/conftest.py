@@ -8,7 +8,8 @@ import torch
 from hyper_merge.decomposition import starts
 from hyper_merge.workers import Each, workers
 
-_SEARCH = {name: getattr(starts, name) for name in ("_RANDOM", "_ROUNDS", "_GREEDY_TURNS")}
+_SHORTENED = ("_RANDOM", "_ROUNDS", "_GREEDY_TURNS", "_PILOT_ENTRIES")
+_SEARCH = {name: getattr(starts, name) for name in _SHORTENED}
 
 
 @pytest.fixture(autouse=True)

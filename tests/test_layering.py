@@ -36,10 +36,16 @@ TASKS = frozenset(
         "difference",
         "lora_reader",
         "weighted_sum",
+        "widths",
+        "weighting",
+        "rounding",
+        "settle",
+        "private",
     }
 )
 JOBS = frozenset({"preflight", "folders", "merge"})
 VIEWS = frozenset({"cache_text", "inspection", "demo", "progress", "runs", "synthetic"})
+AFTER = frozenset({"added", "fit_pass", "fits", "originals", "restoring", "terms"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.
@@ -47,6 +53,7 @@ BELOW = {
     **dict.fromkeys(TASKS, GROUND | TASKS),
     **dict.fromkeys(JOBS, GROUND | TASKS | JOBS),
     **dict.fromkeys(VIEWS, GROUND | TASKS | JOBS | VIEWS),
+    **dict.fromkeys(AFTER, GROUND | TASKS | JOBS | VIEWS | AFTER),
     "errors": set(),
     **dict.fromkeys(
         ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
@@ -57,7 +64,7 @@ BELOW = {
     "lora": {"errors", "checkpoints", "prompts", "preview"},
     "lora_reader": {"errors", "checkpoints", "lora"},
     "weighted_sum": {"checkpoints", "decomposition", "lora", "lora_reader"},
-    "cli_parts": set(),
+    "cli_parts": {"merge", "report"},
     "progress": {"control"},
     "synthetic": {"errors", "checkpoints", "workers"},
 }

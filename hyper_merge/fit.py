@@ -24,7 +24,7 @@ from hyper_merge.lineage import bytes_to_hash, hashed, now
 from hyper_merge.lora import Source
 from hyper_merge.report import PARTS, CheckpointReport, Recovered, part_losses
 from hyper_merge.runs import Run
-from hyper_merge.terms import require_own
+from hyper_merge.terms import require_own, shared_files
 from hyper_merge.topup import remove_earlier, require_free_topup, top_up
 
 _HASHED: Final = 120.0  # for each byte, in the unit of `pass_costs`
@@ -73,13 +73,13 @@ def fit_onto(run: Run, path: Path, folders: Folders, control: Control) -> Fitted
 
 def _opened(job: Job) -> Added:
     base, _ = job.sources.read
-    return Added(job.run.loras, base, job.sources.layout)
+    return Added(shared_files(job.run), base, job.sources.layout)
 
 
 def _costs(job: Job, folders: Folders, *, topup: bool) -> tuple[float, float, float]:
     """Of checking, fitting, and a private LoRA, in one unit."""
     entries = sum(pass_costs(job.sources, Work(job.work.device)).values())
-    loras = sum(path.stat().st_size for path in job.run.loras if path.exists())
+    loras = sum(path.stat().st_size for path in shared_files(job.run) if path.exists())
     hashing = bytes_to_hash(job.sources.headers, folders.cache)
     return _HASHED * (loras + hashing), entries, 3 * entries if topup else 0.0
 
@@ -92,7 +92,7 @@ def _checked(job: Job, folders: Folders, control: Control) -> Source:
         NameTakenError: another checkpoint of the merge has the fit's name.
     """
     checking, hashing = control.split([1.0, 1.0])
-    require_own(job.run, job.run.loras, checking)
+    require_own(job.run, shared_files(job.run), checking)
     (origin,) = hashed(job.sources.headers, folders.cache, hashing)
     for source in job.run.sources:
         if Path(source.name).stem == job.name and source.sha256 != origin.sha256:

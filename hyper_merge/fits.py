@@ -30,7 +30,7 @@ class TopUp:
     """A private LoRA of what the shared ones leave of a fitted checkpoint; its multiplier is 1."""
 
     name: str  # in prompts
-    rank: int  # the most that a layer has
+    rank: int  # in the mean of the layers
     explained: float  # of the checkpoint's deviation, together with the shared LoRAs, 0..1
     size: int  # bytes of the file
     sha256: str  # of the tensors' bytes

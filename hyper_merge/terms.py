@@ -74,6 +74,11 @@ def mixture_of(run: Run, shares: Mapping[str, float]) -> tuple[Term, ...]:
     return tuple(Term(path, *pair) for path, pair in sums.items())
 
 
+def shared_files(run: Run) -> tuple[Path, ...]:
+    """The files that all checkpoints of a run share: LoRAs, then their companions."""
+    return run.loras[: len(run.report.loras) + len(run.report.companions)]
+
+
 def find_row(run: Run, name: str) -> tuple[CheckpointReport, Fitted | None]:
     """A checkpoint's multipliers by its name, and its fit if it was fitted later.
 
@@ -88,7 +93,7 @@ def find_row(run: Run, name: str) -> tuple[CheckpointReport, Fitted | None]:
     found = known.get(name) or known.get(name.removesuffix(".safetensors"))
     if found is None:
         raise RunError(
-            f"the run {run.name} has no checkpoint {name}{nearest(name, known)}; it has"
+            f"the run {run.name} has no checkpoint {name}{nearest(name, known) or '.'} It has"
             f" {', '.join(known)}"
         )
     return found

@@ -10,7 +10,7 @@ import torch
 
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.control import Control
-from hyper_merge.decomposition.ranks import even_ranks, ranks_within
+from hyper_merge.decomposition.ranks import ranks_within, spread
 from hyper_merge.errors import NameTakenError
 from hyper_merge.fit_job import Job
 from hyper_merge.fit_pass import Measured, Rest
@@ -20,15 +20,10 @@ from hyper_merge.lora import LoraFile, Source, lora_bytes, write_lora
 from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word
 from hyper_merge.recipe_values import Wish
-from hyper_merge.terms import (
-    count,
-    lineage_from,
-)
+from hyper_merge.terms import count, lineage_from
 
 _LONGEST: Final = 60  # letters of a checkpoint's name within the top-up's
-_MARGIN: Final = (
-    0.995  # of what may remain: rounding, and a truncated SVD that is not the very best
-)
+_MARGIN: Final = 0.995  # of what may remain: rounding and the truncated SVD take a little
 
 
 def _topup_stem(job: Job) -> str:
@@ -65,12 +60,14 @@ def top_up(
 ) -> tuple[TopUp, ...]:
     """Stages a private LoRA of what remains; none where the share is reached without."""
     rest, measured, origin = of
-    looking, making, writing = control.split([1.0 if wish.share else 0.0, 1.0, 0.3])
-    ranks = _ranks(rest, measured, wish, looking)
-    rank = max(ranks, default=0)
-    if not rank:
-        return ()
+    looking, making, writing = control.split([1.0, 1.0, 0.3])
     layers = job.sources.layout.layers
+    costs = [layer.m + layer.n for layer in layers]
+    ranks = _ranks(rest, measured, wish, costs, looking)
+    if not any(ranks):
+        return ()
+    mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
+    rank = max(round(mean), 1)
     path = job.run.loras[0].parent / f"{_topup_stem(job)}-{rank}.safetensors"
     alpha, dtype = job.sources.layout.family.alpha_for(rank), rest.added.dtype
     size = lora_bytes(layers, [(each,) for each in ranks], dtype, (alpha,))
@@ -86,16 +83,17 @@ def top_up(
     return (TopUp(path.stem, rank, explained, outputs.size_of(path), digest),)
 
 
-def _ranks(rest: Rest, measured: Measured, wish: Wish, control: Control) -> list[int]:
-    """Of the private LoRA in every layer; none where the share is reached without."""
-    layers = rest.sources.layout.layers
-    shapes = [(layer.m, layer.n) for layer in layers]
-    if wish.rank is not None:
-        return [rank for (rank,) in even_ranks((wish.rank,), shapes)]
+def _ranks(
+    rest: Rest, measured: Measured, wish: Wish, costs: Sequence[int], control: Control
+) -> list[int]:
+    """Of the private LoRA in every layer, where they take away most; none if the share is reached."""
     left = (1 - (wish.share or 0.0)) * measured.energy
-    if measured.left(rest.multipliers, layers) <= left:
+    if wish.rank is None and measured.left(rest.multipliers, rest.sources.layout.layers) <= left:
         return []
-    return ranks_within(rest.spectra(control), [m + n for m, n in shapes], _MARGIN * left)
+    spectra = rest.spectra(control)
+    if wish.rank is not None:
+        return spread(spectra, costs, wish.rank * sum(costs))
+    return ranks_within(spectra, costs, _MARGIN * left)
 
 
 def _file(job: Job, origin: Source, stored: tuple[int, torch.dtype], explained: float) -> LoraFile:

@@ -45,6 +45,7 @@ TASKS = frozenset(
 )
 JOBS = frozenset({"preflight", "folders", "settle", "plan", "merge"})
 VIEWS = frozenset({"cache_text", "inspection", "demo", "progress", "runs", "synthetic"})
+AFTER = frozenset({"added", "fit_pass", "fits", "originals", "restoring", "terms"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.
@@ -52,6 +53,7 @@ BELOW = {
     **dict.fromkeys(TASKS, GROUND | TASKS),
     **dict.fromkeys(JOBS, GROUND | TASKS | JOBS),
     **dict.fromkeys(VIEWS, GROUND | TASKS | JOBS | VIEWS),
+    **dict.fromkeys(AFTER, GROUND | TASKS | JOBS | VIEWS | AFTER),
     "errors": set(),
     **dict.fromkeys(
         ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
@@ -62,7 +64,7 @@ BELOW = {
     "lora": {"errors", "checkpoints", "prompts", "preview"},
     "lora_reader": {"errors", "checkpoints", "lora"},
     "weighted_sum": {"checkpoints", "decomposition", "lora", "lora_reader"},
-    "cli_parts": set(),
+    "cli_parts": {"merge", "report"},
     "progress": {"control"},
     "synthetic": {"errors", "checkpoints", "workers"},
 }

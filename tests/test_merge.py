@@ -678,7 +678,9 @@ def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path, merg
     reused = merge(files, tmp_path / "alone")
     assert reused.place.exists
     before = snapshot(tmp_path / "alone")
-    with pytest.raises(OutputError, match=r"mix\.safetensors exists; choose another name, or --overwrite"):
+    with pytest.raises(
+        OutputError, match=r"mix\.safetensors exists; choose another name, or --overwrite"
+    ):
         run_average(examine(recipe(files, tmp_path / "alone")), Control())
     assert snapshot(tmp_path / "alone") == before
 

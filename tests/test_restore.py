@@ -280,7 +280,7 @@ def test_unknown_names_and_taken_places_are_refused(single, session):
     restore(single.folders, "a")
     before = snapshot(single.root)
     originals = [path.read_bytes() for path in session.models]
-    with pytest.raises(RunError, match=r'has no checkpoint bb; did you mean "b"\?; it has a, b, c'):
+    with pytest.raises(RunError, match=r'has no checkpoint bb; did you mean "b"\? It has a, b, c'):
         restore(single.folders, {"a": 0.5, "bb": 0.5})
     with pytest.raises(OutputError, match=r"a-restored.safetensors exists"):
         restore(single.folders, "a")

@@ -71,7 +71,6 @@ def truncated_svd(
     if m > n:
         turned = truncated_svd(matrix.mT, rank, generator, tick)
         return Truncated(turned.down.mT, turned.up.mT, turned.energies)
-    rank = min(rank, m)
     space = None if _is_dense(m, rank) else _krylov(matrix, rank, generator, tick)
     if space is not None:
         return _leading(space, rank)

@@ -103,7 +103,7 @@ def test_a_matrix_of_the_rank_comes_back_and_no_step_is_wasted(rng, no_gram, pla
     found = truncated_svd(matrix, 9, rng, costs.append)
     scale = float(matrix.abs().max())
     assert_close(found.up @ found.down, matrix, rtol=0, atol=2e-5 * scale)
-    assert len(costs) <= 4
+    assert len(costs) == 2  # the second finds nothing
 
 
 def test_equal_singular_values_which_stall_a_krylov_space_are_all_found(rng, no_gram):

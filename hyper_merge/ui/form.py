@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,12 +12,22 @@ from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.folders import Folders
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, SettingError
 
+_SIZE: Final = re.compile(r"[\d.]+\s*([kmg]i?b?|b)", re.IGNORECASE)
+
 BASE_AVERAGE: Final = "the average of the checkpoints"
 VAE_CHOICES: Final = {"of the first checkpoint": "first", "average of all": "average"}
 EXACT_CHOICES: Final = {
     "no": "none",
     "norms (A1111, Forge, ComfyUI)": "norms",
     "norms and biases (Forge, ComfyUI)": "all",
+}
+ALLOCATION_CHOICES: Final = {
+    "where they bring back most": "adaptive",
+    "the same in every layer": "even",
+}
+DIFFERENCE_CHOICES: Final = {
+    "as they are": "plain",
+    "relative to each layer's size": "relative",
 }
 PRESETS: Final = {
     "small": "64, 32, 16",
@@ -37,6 +48,13 @@ LABELS: Final = {
     "seed": "Seed",
     "vae": "VAE",
     "exact": "Companion LoRAs",
+    "budget": "Ranks",
+    "target": "Ranks",
+    "topup": "Private LoRAs",
+    "allocation": "Ranks go",
+    "multipliers": "Separate multipliers for the text encoder",
+    "fit_weights": "Weights of the fit",
+    "layer_weights": "Differences count",
 }
 """What the form calls a recipe's settings."""
 
@@ -57,6 +75,11 @@ class Form:
     seed: float | None
     vae: str
     exact: str
+    topup: str
+    allocation: str
+    separate: bool
+    fit_weights: str
+    layer_weights: str
     save_styles: bool
 
 
@@ -76,7 +99,12 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
         RecipeError: a field cannot be; the message begins with its label.
         CheckpointError: a name is not in the host's list.
     """
-    texts = {"ranks": form.ranks, "weights": form.weights}
+    texts = {
+        _size_key(form.ranks or ""): form.ranks,
+        "weights": form.weights,
+        "topup": form.topup,
+        "fit_weights": form.fit_weights,
+    }
     words: dict[str, Any] = {
         field.name: field.from_text(texts[field.name] or "")
         for field in FIELDS
@@ -96,6 +124,9 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
             seed=_whole(form.seed),
             vae=VAE_CHOICES.get(form.vae, form.vae),  # type: ignore[arg-type]
             exact=EXACT_CHOICES.get(form.exact, form.exact),  # type: ignore[arg-type]
+            allocation=ALLOCATION_CHOICES.get(form.allocation, form.allocation),  # type: ignore[arg-type]
+            multipliers="separate" if form.separate else "shared",
+            layer_weights=DIFFERENCE_CHOICES.get(form.layer_weights, form.layer_weights),  # type: ignore[arg-type]
             output=folders.models.parent,
         )
     except SettingError as error:
@@ -105,8 +136,6 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
 def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) -> Form:
     """The form that asks for a recipe; checkpoints that are no longer listed are left out."""
     names = {path.resolve(): name for name, path in listed.items()}
-    vae = next(words for words, value in VAE_CHOICES.items() if value == recipe.vae)
-    exact = next(words for words, value in EXACT_CHOICES.items() if value == recipe.exact)
     base = BASE_AVERAGE
     if recipe.base != AVERAGE:
         base = names.get(Path(recipe.base).resolve(), BASE_AVERAGE)
@@ -114,18 +143,47 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
     return Form(
         checkpoints=[name for name in found if name is not None],
         name=recipe.name,
-        ranks=", ".join(map(str, recipe.ranks)),
-        weights="" if recipe.weights is None else ", ".join(f"{x:g}" for x in recipe.weights),
+        ranks=size_of(recipe),
+        weights=_numbers(recipe.weights),
         base=base,
         dtype=recipe.dtype,
         device=recipe.device,
         iterations=recipe.iterations,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
-        vae=vae,
-        exact=exact,
+        vae=_words(VAE_CHOICES, recipe.vae),
+        exact=_words(EXACT_CHOICES, recipe.exact),
+        topup="" if recipe.topup is None else str(recipe.topup),
+        allocation=_words(ALLOCATION_CHOICES, recipe.allocation),
+        separate=recipe.multipliers == "separate",
+        fit_weights=_numbers(recipe.fit_weights),
+        layer_weights=_words(DIFFERENCE_CHOICES, recipe.layer_weights),
         save_styles=save_styles,
     )
+
+
+def size_of(recipe: Recipe) -> str:
+    """What a recipe asks for: a list of ranks, a size, or a share."""
+    if recipe.target is not None:
+        return f"{recipe.target * 100:.12g} %"
+    if recipe.budget is not None:
+        return f"{recipe.budget / 1e6:.12g} MB"
+    return ", ".join(map(str, recipe.ranks))
+
+
+def _size_key(text: str) -> str:
+    """The setting that the text in the field of ranks is meant for."""
+    if "%" in text:
+        return "target"
+    return "budget" if _SIZE.fullmatch(text.strip()) else "ranks"
+
+
+def _words(choices: Mapping[str, str], value: str) -> str:
+    return next(words for words, known in choices.items() if known == value)
+
+
+def _numbers(values: Sequence[float] | None) -> str:
+    return "" if values is None else ", ".join(f"{x:g}" for x in values)
 
 
 def _file(name: str, listed: Mapping[str, Path]) -> Path:

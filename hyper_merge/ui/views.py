@@ -131,10 +131,13 @@ def plan(preflight: Preflight, place: Place) -> str:
     before = sum(header.size for header in preflight.sources.headers)
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
     hyper = f"{place.hyper_model.name} ({size_text(average)}{', there already' if place.exists else ''})"
+    count = _count(len(recipe.ranks), "LoRA")
+    loras = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …"
+    if recipe.finds_ranks:
+        loras = "LoRAs" if recipe.budget else "LoRAs of a size that the merge finds, perhaps"
     lines = [
         (
-            f"<b>{_text(hyper)}</b> and {_count(len(recipe.ranks), 'LoRA')} "
-            f"{_text(lora_names(place.run, recipe.ranks)[0])} … (<b>{size_text(estimate.loras)}</b>): "
+            f"<b>{_text(hyper)}</b> and {loras} (<b>{size_text(estimate.loras)}</b>): "
             f"{size_text(average + estimate.loras)} in place of {size_text(before)}."
         ),
         (

@@ -17,10 +17,15 @@ FORM = Form(
     dtype="float16",
     device="cpu",
     iterations=3,
-    tolerance=5e-4,
+    tolerance=1e-3,
     seed=0,
     vae="of the first checkpoint",
     exact="no",
+    topup="",
+    allocation="where they bring back most",
+    separate=True,
+    fit_weights="",
+    layer_weights="as they are",
     save_styles=True,
 )
 """That of the merge which the fixture `run` has made."""

@@ -8,6 +8,7 @@ from at_the_tab import FORM, NAMES
 
 from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe import FIELDS, Recipe
+from hyper_merge.recipe_values import Wish
 from hyper_merge.ui.form import (
     BASE_AVERAGE,
     EXACT_CHOICES,
@@ -118,9 +119,48 @@ def test_the_path_of_a_checkpoint_that_is_there_is_refused_as_well(recipe, files
 
 
 def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label():
-    in_form = {field.name for field in fields(Form)} - {"checkpoints", "save_styles"} | {"models"}
+    own = {"checkpoints": {"models"}, "save_styles": set(), "separate": {"multipliers"}}
+    own["ranks"] = {"ranks", "budget", "target"}  # one field for all three
+    in_form = set().union(*(own.get(field.name, {field.name}) for field in fields(Form)))
     assert set(LABELS) == in_form
     assert in_form <= {field.name for field in FIELDS}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("300 MB", {"budget": 300_000_000}),
+        ("1.5gb", {"budget": 1_500_000_000}),
+        ("95 %", {"target": 0.95}),
+        ("4, 2", {"ranks": (4, 2)}),
+    ],
+)
+def test_the_field_of_ranks_takes_a_size_or_a_share(recipe, text, size):
+    found = recipe(ranks=text)
+    assert {key: getattr(found, key) for key in size} == size
+    assert found.finds_ranks == ("ranks" not in size)
+    again = recipe(ranks=form_of(found, {}, save_styles=False).ranks)
+    assert {key: getattr(again, key) for key in size} == size
+
+
+def test_a_share_above_all_is_refused_by_the_fields_label(recipe):
+    with pytest.raises(RecipeError, match='Ranks: expected a share, such as "95%" or 0.95, got'):
+        recipe(ranks="120 %")
+
+
+def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
+    found = recipe(
+        topup="95%",
+        separate=False,
+        fit_weights="1, 2, 1",
+        allocation="where they bring back most",
+        layer_weights="relative to each layer's size",
+    )
+    assert found.topup == Wish(share=0.95)
+    assert found.multipliers == "shared"
+    assert found.fit_weights == (1.0, 2.0, 1.0)
+    assert (found.allocation, found.layer_weights) == ("adaptive", "relative")
+    assert form_of(found, {}, save_styles=False).topup == "95%"
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_said(
 
 
 def test_a_warning_is_shown_with_the_outcome(host, jobs):
-    merging.start(host, jobs, *values(ranks="40"))
+    merging.start(host, jobs, *values(ranks="40", allocation="the same in every layer"))
     said = last_words(jobs)
     assert kinds(said) == ["good", "info"]
     assert "rank 40 is capped in " in words(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,15 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.form import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
+from hyper_merge.ui.form import (
+    ALLOCATION_CHOICES,
+    BASE_AVERAGE,
+    DIFFERENCE_CHOICES,
+    EXACT_CHOICES,
+    LABELS,
+    PRESETS,
+    VAE_CHOICES,
+)
 from hyper_merge.ui.panels.widgets import button, widget
 
 
@@ -31,6 +39,11 @@ class FormWidgets:
     seed: gr.Number
     vae: gr.Radio
     exact: gr.Radio
+    topup: gr.Textbox
+    allocation: gr.Radio
+    separate: gr.Checkbox
+    fit_weights: gr.Textbox
+    layer_weights: gr.Radio
     save_styles: gr.Checkbox
 
 
@@ -52,7 +65,8 @@ def build_form(
         "ranks",
         value=defaults.ranks,
         label=LABELS["ranks"],
-        info="One LoRA each. Higher ranks bring back more and take more space.",
+        info="One LoRA each; or a size for all of them, such as 300 MB; or what is to come back of"
+        " every checkpoint, such as 95 %.",
         max_lines=1,
     )
     with gr.Row(elem_id=elem_id("presets")):
@@ -71,8 +85,8 @@ def build_form(
 
 
 def _build_advanced(devices: Sequence[str]) -> list[Any]:
-    """The widgets from weights to companions, in the order of `FormWidgets`."""
-    return [*_build_base(), *_build_solver(devices), *_build_contents()]
+    """The widgets from weights to differences, in the order of `FormWidgets`."""
+    return [*_build_base(), *_build_solver(devices), *_build_contents(), *_build_fit()]
 
 
 def _build_base() -> list[Any]:
@@ -160,3 +174,39 @@ def _build_contents() -> list[Any]:
         info="Files beside the LoRAs with what those cannot hold, for the programs named.",
     )
     return [vae, exact]
+
+
+def _build_fit() -> list[Any]:
+    """Private LoRAs, where ranks go, separate multipliers, weights."""
+    topup = widget(
+        gr.Textbox,
+        "topup",
+        label=LABELS["topup"],
+        info="For the checkpoints that come back least: a rank, such as 16, or a share that all are"
+        " to reach, such as 95%. Empty for none.",
+        max_lines=1,
+    )
+    allocation = _choice("allocation", ALLOCATION_CHOICES, "The LoRAs' bytes are the same.")
+    separate = widget(
+        gr.Checkbox,
+        "separate",
+        value=True,
+        label=LABELS["multipliers"],
+        info="As <lora:name:text encoder:UNet>; brings back more.",
+    )
+    fit_weights = widget(
+        gr.Textbox,
+        "fit_weights",
+        label=LABELS["fit_weights"],
+        info="One number per checkpoint, in the order picked: whose differences count more.",
+        max_lines=1,
+    )
+    layer_weights = _choice(
+        "layer_weights", DIFFERENCE_CHOICES, "What is brought back first: large or telling ones."
+    )
+    return [topup, allocation, separate, fit_weights, layer_weights]
+
+
+def _choice(name: str, choices: Mapping[str, str], info: str) -> Any:
+    words = list(choices)
+    return widget(gr.Radio, name, choices=words, value=words[0], label=LABELS[name], info=info)

@@ -144,7 +144,7 @@ def test_the_field_of_ranks_takes_a_size_or_a_share(recipe, text, size):
 
 
 def test_a_share_above_all_is_refused_by_the_fields_label(recipe):
-    with pytest.raises(RecipeError, match='Ranks: expected a share, such as "95%" or 0.95, got'):
+    with pytest.raises(RecipeError, match=r'Ranks: expected a share, such as "95%" or 0\.95, got'):
         recipe(ranks="120 %")
 
 

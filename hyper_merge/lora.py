@@ -281,11 +281,11 @@ def card(file: LoraFile, stem: str) -> str:
     """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
     name = file.lineage.name
     lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
-    others = "" if file.count == 1 else " together with the other LoRAs of this merge"
+    others = "" if file.count == 1 else " and its other LoRAs"
     return _card(
         {
             "description": f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."
-            f" Turns {name} into one of its checkpoints{others}; the multipliers are in the notes.",
+            f" Goes with {name}{others}; multipliers in the notes.",  # cards show three lines
             "sd version": file.lineage.family.sd_version,
             "activation text": "",
             "preferred weight": 1.0,  # the largest multiplier of every LoRA

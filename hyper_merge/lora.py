@@ -350,10 +350,10 @@ def _description(file: LoraFile) -> str:
             f"Private LoRA of {file.tops_up}, rank {file.rank}: what the shared LoRAs of {file.run}"
             " leave of it. To be used with all of those."
         )
-    others = "" if file.count == 1 else " together with the other LoRAs of this merge"
-    return (
+    others = "" if file.count == 1 else " and its other LoRAs"
+    return (  # cards show three lines
         f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."
-        f" Turns {name} into one of its checkpoints{others}; the multipliers are in the notes."
+        f" Goes with {name}{others}; multipliers in the notes."
     )
 
 

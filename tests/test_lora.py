@@ -317,8 +317,8 @@ def test_the_card_shows_the_version_and_each_checkpoints_tag(tmp_path):
     assert text == card(FILE, "mix_0-4")
     content = json.loads(text)
     assert content == {
-        "description": "LoRA 1 of 2 of mix, rank 4. Turns mix into one of its checkpoints together"
-        " with the other LoRAs of this merge; the multipliers are in the notes.",
+        "description": "LoRA 1 of 2 of mix, rank 4. Goes with mix and its other LoRAs;"
+        " multipliers in the notes.",
         "sd version": "SD1",
         "activation text": "",
         "preferred weight": 1.0,

@@ -36,6 +36,7 @@ TASKS = frozenset(
         "difference",
         "lora_reader",
         "weighted_sum",
+        "host_rounding",
     }
 )
 JOBS = frozenset({"preflight", "folders", "merge"})

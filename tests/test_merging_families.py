@@ -41,7 +41,8 @@ def files(folder, *states, names="abcdef"):
 
 def merged_exactly(models, folder, **settings):
     """A merge of two whose one LoRA is wide enough to hold all of their difference."""
-    settings = {"ranks": (WIDE,), "dtype": "float32", "iterations": 1, **settings}
+    even = {"ranks": (WIDE,), "allocation": "even", "iterations": 1}
+    settings = {**even, "dtype": "float32", **settings}
     return merge(models, folder / "models", **settings)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from hyper_merge.analysis import Work, pass_costs
 from hyper_merge.analysis_cache import width_for
+from hyper_merge.checkpoints.dtypes import DTYPES_BY_WORD
 from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.decomposition.truncated import truncation_cost
 from hyper_merge.effort import seconds_of
@@ -59,7 +60,8 @@ def merge_costs(
 ) -> Costs:
     """What a merge takes that uses the existing work; measures the machine the first time."""
     solving, rounding = solve_costs(sources, recipe, ranks)
-    written = _WRITTEN * lora_bytes(sources.layout.layers, ranks, sources.dtype, recipe.ranks)
+    dtype = DTYPES_BY_WORD[recipe.factors_dtype]
+    written = _WRITTEN * lora_bytes(sources.layout.layers, ranks, dtype, recipe.ranks)
     return Costs(
         hashing=_hashing(sources, existing.cache),
         reading=_reading(sources, recipe, device, existing),

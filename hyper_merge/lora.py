@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hyper_merge import __version__
 from hyper_merge.checkpoints.architecture import Family
+from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.checkpoints.outputs import Outputs
@@ -45,7 +46,13 @@ COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 ALONE: Final = "lora-alone"
 """`hyper_merge.kind` of a LoRA that brings a checkpoint back without any other; "lora" needs others."""
 
-_LARGEST: Final = 6e4  # of float16's 65504: hosts that scale a factor need room
+_LARGEST: Final = MappingProxyType(
+    {
+        torch.float16: 6e4,  # of 65504: hosts that scale a factor need room
+        FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 makes NaN of what is above
+    }
+)
+_FLOAT8_PRODUCT: Final = 2.0**15  # of what A1111 forms in float16, before it scales by alpha / rank
 _OWN: Final = "hyper_merge."
 
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
@@ -84,13 +91,19 @@ class LoraFile:
     run: str  # the first part of its name
     index: int  # place in the rank list, from 0
     count: int  # of the run's LoRAs
-    rank: int  # as asked for, and the file's alpha; small layers may have less
+    rank: int  # as asked for; small layers may have less
     multipliers: Mapping[str, float]  # by the checkpoint's file stem
     explained: float | None  # fraction 0..1 of the deviations, by all blocks together, if known
     dtype: torch.dtype = torch.float16  # of the stored factors
     alone: str | None = None  # the checkpoint that it brings back without any other
     tops_up: str | None = None  # the checkpoint that it is added to the shared LoRAs for
     text_multipliers: Mapping[str, float] | None = None  # the text encoder's, if it has its own
+    own_alpha: float | None = None  # where the file's alpha is not its rank
+
+    @property
+    def alpha(self) -> float:
+        """Of all modules; files of some families leave it out."""
+        return float(self.rank) if self.own_alpha is None else self.own_alpha
 
     def tag(self, stem: str, checkpoint: str) -> str:
         """What adds a LoRA of this stem for a checkpoint."""
@@ -102,7 +115,7 @@ def lora_tensors(
     layers: Sequence[Layer],
     rank_of: Sequence[int],  # a rank per layer
     dtype: torch.dtype,
-    alpha: int | None,
+    alpha: float | None,
 ) -> dict[str, TensorInfo]:
     """The table of contents of a file with factors of this type; a layer of rank 0 is left out.
 
@@ -133,7 +146,7 @@ def lora_bytes(
     layers: Sequence[Layer],
     ranks: Sequence[tuple[int, ...]],  # per layer, a rank for each file
     dtype: torch.dtype,
-    alphas: Sequence[int | None],  # of the files
+    alphas: Sequence[float | None],  # of the files
 ) -> int:
     """Size of all files of a run, less their headers."""
     tables = (
@@ -147,7 +160,7 @@ def as_lora_weights(
     layer: Layer,
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
-    alpha: int | None,
+    alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Tensor]:
     """One layer's tensors as they are stored: up @ down is what hosts will add, up to rounding.
@@ -161,7 +174,7 @@ def as_lora_weights(
         dtype: of the stored factors.
 
     Raises:
-        NonFiniteError: NaN, infinity, or more than a half-precision file can safely hold.
+        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
     """
     return _named(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
 
@@ -170,7 +183,7 @@ def stored_factors(
     layer: Layer,
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
-    alpha: int | None,
+    alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
     """The factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
@@ -178,10 +191,29 @@ def stored_factors(
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
 
+def float8_alpha(size: float) -> float:
+    """The alpha that brings a file's factors into the range of float8.
+
+    A layer's stored factors are up and down times root(rank / alpha). With the largest singular value
+    s of up @ down their entries are at most root(s * rank / alpha), if that is shared evenly, and those
+    of their product at most s * rank / alpha. That is to be at most 2**15: half of what float16 holds,
+    and 181 in the factors, where float8 holds 448, and three bits of everything above 2**-6.
+
+    Args:
+        size: largest s * rank of all layers.
+
+    Returns:
+        A power of two: exact in every type.
+    """
+    if not 0 < size < math.inf:
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(size / _FLOAT8_PRODUCT))
+
+
 def as_hosts_add(
     up: Tensor,  # (m, r), as a file holds it
     down: Tensor,  # (r, n)
-    alpha: int | None,
+    alpha: float | None,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
     """Factors whose product is what a host adds in exact arithmetic.
 
@@ -214,7 +246,7 @@ def write_lora(
         OutputError: the place is taken.
     """
     ranks = whole_groups(layers, [_rank(layer, factors) for layer in layers])
-    alpha = file.lineage.family.alpha_for(file.rank)
+    alpha = file.alpha if file.lineage.family.lora_alpha else None
     stored: dict[str, Tensor] = {}
     for layer, rank in zip(layers, ranks, strict=True):
         tick(0)
@@ -245,7 +277,7 @@ def lora_metadata(
         uniform: whether every layer has the block's rank.
     """
     lineage = file.lineage
-    dim, alpha = str(file.rank) if uniform else "Dynamic", str(float(file.rank))
+    dim, alpha = str(file.rank) if uniform else "Dynamic", str(file.alpha)
     return {
         "ss_base_model_version": lineage.family.ss_base_model_version,
         "ss_v2": lineage.family.ss_v2,
@@ -375,7 +407,7 @@ def _rank(layer: Layer, factors: Factors) -> int:
     return factors[layer.module][0].shape[1] if layer.module in factors else 0
 
 
-def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: int | None) -> dict[str, Tensor]:
+def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: float | None) -> dict[str, Tensor]:
     up, down = stored
     rank = up.shape[1]
     tensors = {
@@ -383,7 +415,7 @@ def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: int | None) -> di
         layer.module + UP: up.reshape(layer.up_shape(rank)),
     }
     if alpha is not None:
-        value = torch.tensor(float(alpha), dtype=_alpha_dtype(alpha, up.dtype))
+        value = torch.tensor(alpha, dtype=_alpha_dtype(alpha, up.dtype))
         tensors[layer.module + ALPHA] = value
     return tensors
 
@@ -392,13 +424,16 @@ def _zeros(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (m, 1)
     return torch.zeros(layer.m, 1, dtype=dtype), torch.zeros(1, layer.n, dtype=dtype)
 
 
-def _root(rank: int, alpha: int | None) -> float:
+def _root(rank: int, alpha: float | None) -> float:
     return 1.0 if alpha is None or rank == 0 else math.sqrt(rank / alpha)
 
 
-def _alpha_dtype(alpha: int, dtype: torch.dtype) -> torch.dtype:
-    """Kohya stores alpha like the factors; bfloat16 cannot hold every whole number above 256."""
-    exact = float(torch.tensor(float(alpha), dtype=dtype)) == alpha
+def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
+    """Kohya stores alpha like the factors; bfloat16 cannot hold every whole number above 256.
+
+    In 8 bits nobody can calculate with it.
+    """
+    exact = dtype != FLOAT8 and float(torch.tensor(alpha, dtype=dtype)) == alpha
     return dtype if exact else torch.float32
 
 
@@ -406,10 +441,10 @@ def _stored(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
     peak = float(factor.abs().amax()) if factor.numel() else 0.0
     if not math.isfinite(peak):
         raise NonFiniteError(f"{layer.module}: a factor holds {peak}, nothing was written")
-    if dtype == torch.float16 and peak >= _LARGEST:
+    if peak > _LARGEST.get(dtype, math.inf):
         raise NonFiniteError(
-            f"{layer.module}: a factor reaches {peak:.4g}, float16 files hold less than"
-            f" {_LARGEST:.0f}; choose dtype bfloat16 or float32"
+            f"{layer.module}: a factor reaches {peak:.4g}, {str(dtype).removeprefix('torch.')} files hold at most"
+            f" {_LARGEST[dtype]:.0f}; choose lora_dtype bfloat16 or float32"
         )
     return factor.detach().to(device="cpu", dtype=dtype)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,18 @@ from hyper_merge import analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
 from hyper_merge.analysis_cache import Analysis, new_analysis, open_analysis
 from hyper_merge.checkpoints.outputs import Outputs
+from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.control import Control
 from hyper_merge.costs import Costs, Existing, average_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.folders import Folders, Place, require_no_source
+from hyper_merge.host_rounding import host_rounding
 from hyper_merge.lineage import lineage_of
 from hyper_merge.lora import Lineage, stage_checkpoint_card
 from hyper_merge.merge_files import (
     Solved,
+    added_loras,
     average_writer,
     lora_files,
     names_of,
@@ -37,7 +41,7 @@ from hyper_merge.merge_files import (
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
 from hyper_merge.private import Shared, find_private, with_private
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import BlockChoice, Report, fit, make_report
+from hyper_merge.report import BlockChoice, HostRounding, Report, fit, make_report
 from hyper_merge.rounding import rounded
 from hyper_merge.settle import solved_as_asked
 from hyper_merge.solution import find_blocks
@@ -147,9 +151,31 @@ def _stage(
     )
     own = {each.checkpoint: name for name, each in topups.items()}
     rows = tuple(replace(row, topup=own.get(c, "")) for c, row in enumerate(report.checkpoints))
-    companions = shared[len(files) :]
-    report = replace(report, checkpoints=rows, companions=companions, recovered=recovered)
+    report = replace(
+        report,
+        checkpoints=rows,
+        companions=shared[len(files) :],
+        recovered=recovered,
+        rounding=_host_rounding(outputs, preflight, place, solved, writing),
+    )
     return report, names
+
+
+def _host_rounding(
+    outputs: Outputs, preflight: Preflight, place: Place, solved: Solved, control: Control
+) -> tuple[HostRounding, ...]:
+    """What rounding adds to the loss where the files are used."""
+    layout, path = preflight.sources.layout, place.hyper_model
+    of, energies = (layout.family, layout.layers), solved.found.energies.sum(0)
+    with _tensors(path) if place.exists else outputs.reading(path) as average:
+        return host_rounding(average, of, added_loras(solved), energies, check=control.check)
+
+
+@contextmanager
+def _tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Those of an existing file, by key."""
+    with Checkpoint(path) as file:
+        yield file.tensor
 
 
 def run_average(preflight: Preflight, control: Control, folders: Folders | None = None) -> Path:
@@ -216,7 +242,7 @@ def _solve(
     solving, rounding = control.split((costs.solving, costs.rounding))
     where = preflight.work.device, solving
     found = find_blocks(analysis, recipe, preflight.ranks, allowance, where, start)
-    stored = (preflight.alphas, preflight.sources.dtype)
+    stored = preflight.alphas, preflight.lora_dtype
     blocks = rounded(analysis, found, preflight.groups, stored, rounding)
     fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))
     return Solved(blocks, fitted, found.losses)
@@ -234,8 +260,7 @@ def _topped_up(
         solved.blocks,
         solved.found,
         preflight.groups,
-        preflight.alphas,
-        preflight.sources.dtype,
+        preflight.lora_dtype,
     )
     privates = find_private(shared, wish, preflight.rank_bytes, control)
     return replace(solved, found=with_private(solved.found, privates), privates=privates)

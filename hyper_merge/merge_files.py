@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from hyper_merge import __version__
@@ -19,6 +20,7 @@ from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.exact import find_companions, write_companion
 from hyper_merge.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
+from hyper_merge.host_rounding import AddedLora
 from hyper_merge.lora import (
     CARD_SUFFIXES,
     Lineage,
@@ -45,6 +47,23 @@ class Solved:
     found: Fit
     losses: tuple[float, ...]
     privates: tuple[Private, ...] = ()
+
+
+def added_loras(solved: Solved) -> list[AddedLora]:
+    """All LoRAs in the order of the prompt: shared ones, then each checkpoint's own."""
+    blocks, found = solved.blocks, solved.found.multipliers
+    shared = [
+        AddedLora(factors, alpha, {part: rows[:, block] for part, rows in found.items()})
+        for block, (factors, alpha) in enumerate(
+            zip(zip(*blocks.factors, strict=True), blocks.alphas, strict=True)
+        )
+    ]
+    once = torch.eye(len(found["unet"]))
+    own = [
+        AddedLora(each.factors, each.alpha, {"unet": once[each.checkpoint]})
+        for each in solved.privates
+    ]
+    return shared + own
 
 
 def names_of(preflight: Preflight, place: Place) -> tuple[str, ...]:
@@ -92,8 +111,9 @@ def lora_files(
             rank=recipe.ranks[block],
             multipliers=_column(solved.found.multipliers["unet"], block, stems),
             explained=1 - solved.found.loss,
-            dtype=preflight.sources.dtype,
+            dtype=preflight.lora_dtype,
             text_multipliers=None if text is None else _column(text, block, stems),
+            own_alpha=solved.blocks.alphas[block],
         )
         for block, name in enumerate(names)
     }
@@ -153,8 +173,9 @@ def stage_topups(
             rank=private.rank,
             multipliers={stem: 1.0},
             explained=explained[private.checkpoint],
-            dtype=preflight.sources.dtype,
+            dtype=preflight.lora_dtype,
             tops_up=stem,
+            own_alpha=private.alpha,
         )
         pairs = zip(layers, private.factors, strict=True)
         factors = {layer.module: pair for layer, pair in pairs}

@@ -22,6 +22,8 @@ from hyper_merge.checkpoints.alike import (
     incomplete,
     odd_markers,
 )
+from hyper_merge.checkpoints.architecture import Family
+from hyper_merge.checkpoints.dtypes import DTYPES_BY_WORD, FLOAT8
 from hyper_merge.checkpoints.family import identify, require_supported
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import Layer, Layout, layout_of
@@ -90,8 +92,13 @@ class Preflight:
         return groups_of(self.sources.layout.layers, separate=separate)
 
     @property
+    def lora_dtype(self) -> torch.dtype:
+        """Of the LoRAs' factors."""
+        return DTYPES_BY_WORD[self.recipe.factors_dtype]
+
+    @property
     def alphas(self) -> tuple[int | None, ...]:
-        """Of the LoRA files."""
+        """Of the LoRA files; those of float8 files are found with their factors."""
         ranks = self.recipe.ranks
         return ranks if self.sources.layout.family.lora_alpha else (None,) * len(ranks)
 
@@ -112,7 +119,7 @@ class Preflight:
     @cached_property
     def rank_bytes(self) -> tuple[int, ...]:
         """What a rank takes in each layer."""
-        size = self.sources.dtype.itemsize
+        size = self.lora_dtype.itemsize
         return tuple((layer.m + layer.n) * size for layer in self.sources.layout.layers)
 
     @property
@@ -152,7 +159,7 @@ class Preflight:
         """Sizes of files and memory, and the time to expect."""
         sources, recipe = self.sources, self.recipe
         average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
-        loras = lora_bytes(sources.layout.layers, self.ranks, sources.dtype, self.alphas)
+        loras = lora_bytes(sources.layout.layers, self.ranks, self.lora_dtype, self.alphas)
         loras += len(recipe.ranks) * companion_bytes(self.vectors)
         analysis = analysis_bytes(sources, self.work)
         largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
@@ -205,6 +212,7 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     Raises:
         CheckpointError: a file is missing, damaged, not a checkpoint, or unlike the others.
         DeviceError: the device is absent.
+        RecipeError: a setting does not go with these checkpoints.
     """
     resolve_device(recipe.device)
     headers = [read_header(path) for path in recipe.models]
@@ -213,13 +221,14 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     warnings = check_distinct([header.path for header in headers])
     _check_stems(headers)
     count = len(headers)
+    _check_alphas(recipe, layout.family)
     recipe = _with_ranks(recipe, layout.layers)
     sources = Sources(
         headers=tuple(headers),
         base=base,
         layout=layout,
         weights=recipe.weights or (1.0,) * count,
-        dtype=getattr(torch, recipe.dtype),
+        dtype=DTYPES_BY_WORD[recipe.dtype],
         average_vae=recipe.vae == "average",
     )
     wanted_vectors(recipe, sources)
@@ -300,7 +309,7 @@ def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
         return recipe
     if recipe.budget is None:
         return replace(recipe, ranks=DEFAULT_RANKS)
-    size = getattr(torch, recipe.dtype).itemsize
+    size = DTYPES_BY_WORD[recipe.factors_dtype].itemsize
     of_one = sum((layer.m + layer.n) * size for layer in layers)
     if recipe.budget < 2 * of_one:
         raise RecipeError(
@@ -308,6 +317,15 @@ def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
             f" {size_text(of_one)} for these checkpoints; give {size_text(2 * of_one)} or more"
         )
     return replace(recipe, ranks=(min(recipe.budget // of_one, LARGEST_RANK),))
+
+
+def _check_alphas(recipe: Recipe, family: Family) -> None:
+    """Factors get into the range of float8 by their file's alpha."""
+    if DTYPES_BY_WORD[recipe.factors_dtype] is FLOAT8 and not family.lora_alpha:
+        raise RecipeError(
+            f"lora_dtype float8 needs LoRA files with alphas, and those of {family.title} hold none;"
+            " choose float16 or bfloat16"
+        )
 
 
 def _check_stems(headers: Sequence[Header]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
+from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import distances
 from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ranks import ranks_within, spread
 from hyper_merge.decomposition.truncated import Truncated, truncated_svd
-from hyper_merge.lora import as_hosts_add, stored_factors
+from hyper_merge.lora import as_hosts_add, float8_alpha, stored_factors
 from hyper_merge.recipe_values import Wish
 from hyper_merge.report import Fit
 from hyper_merge.rounding import Rounded, inside
@@ -31,7 +32,8 @@ class Private:
     """One checkpoint's own LoRA."""
 
     checkpoint: int  # place
-    rank: int  # in the mean of the layers, and the file's alpha
+    rank: int  # in the mean of the layers
+    alpha: float | None  # of the file
     factors: list[tuple[Tensor, Tensor]]  # per layer (m, r), (r, n), as stored
     errors: Tensor  # (layers,), float64: squared norms of what is left with it
 
@@ -49,7 +51,6 @@ class Shared:
     blocks: Rounded
     found: Fit
     groups: Mapping[str, Sequence[int]]  # the layers of each set of multipliers
-    alphas: tuple[int | None, ...]  # of the shared LoRAs' files
     dtype: torch.dtype  # of the stored factors
 
 
@@ -106,13 +107,23 @@ def _one(
     ranks = _ranks(shared, checkpoint, wish, costs, [each.energies for each in found])
     mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
     rank = max(round(mean), 1)
-    alpha = rank if shared.alphas[0] is not None else None
+    alpha = _alpha(shared, rank, zip(found, ranks, strict=True))
     written = [
         _written(shared, (index, checkpoint), rows[index], (truncated, kept), alpha)
         for index, (truncated, kept) in enumerate(zip(found, ranks, strict=True))
     ]
     factors, errors = zip(*written, strict=True)
-    return Private(checkpoint, rank, list(factors), torch.stack(errors))
+    return Private(checkpoint, rank, alpha, list(factors), torch.stack(errors))
+
+
+def _alpha(shared: Shared, rank: int, kept: Iterable[tuple[Truncated, int]]) -> float | None:
+    """Of the file: none for a family without, its rank, or what float8 wants."""
+    if shared.blocks.alphas[0] is None:
+        return None
+    if shared.dtype != FLOAT8:
+        return float(rank)
+    sizes = [count * float(each.energies[0]) ** 0.5 for each, count in kept if count]
+    return float8_alpha(max(sizes, default=0.0))
 
 
 def _ranks(
@@ -145,7 +156,9 @@ def _rest(shared: Shared, index: int, multipliers: Tensor, checkpoint: int) -> T
 def _added(
     shared: Shared, index: int, multipliers: Tensor
 ) -> list[tuple[Tensor, Tensor, float]]:  # (m, r), (r, n), multiplier
-    pairs = zip(shared.blocks.factors[index], shared.alphas, multipliers.tolist(), strict=True)
+    pairs = zip(
+        shared.blocks.factors[index], shared.blocks.alphas, multipliers.tolist(), strict=True
+    )
     return [(*as_hosts_add(*factors, alpha), x) for factors, alpha, x in pairs]
 
 
@@ -154,7 +167,7 @@ def _written(
     place: tuple[int, int],  # layer, checkpoint
     multipliers: Tensor,
     kept: tuple[Truncated, int],
-    alpha: int | None,
+    alpha: float | None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """The factors as stored, and the squared error that is left with them."""
     (index, checkpoint), (truncated, rank) = place, kept

@@ -67,6 +67,7 @@ class Recipe:
         topup: Private LoRAs for the checkpoints that the shared ones serve worst, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Of the written files.
+        lora_dtype: Of the LoRAs' factors, where it is not the `same`.
         iterations: Sweeps at most.
         tolerance: Fraction of the loss; a sweep that changes it by less is the last.
         weights: One per checkpoint, not normalised; None for equal weights.
@@ -92,6 +93,7 @@ class Recipe:
     topup: Wish | None = None
     device: str = "auto"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    lora_dtype: Literal["same", "float16", "bfloat16", "float32", "float8"] = "same"
     iterations: int = DEFAULT_ITERATIONS
     tolerance: float = DEFAULT_TOLERANCE
     weights: tuple[float, ...] | None = None
@@ -133,6 +135,11 @@ class Recipe:
     def finds_ranks(self) -> bool:
         """Whether the merge finds the ranks, by a budget or a target."""
         return self.budget is not None or self.target is not None
+
+    @property
+    def factors_dtype(self) -> str:
+        """The word for the LoRAs' type."""
+        return self.dtype if self.lora_dtype == "same" else self.lora_dtype
 
     def to_yaml(self) -> str:
         """A YAML file that `load_recipe` reads back as an equal recipe."""

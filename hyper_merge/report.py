@@ -27,6 +27,12 @@ from hyper_merge.solution import Allowance, Ranks
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
 
+A1111: Final = "AUTOMATIC1111"
+FORGE_AND_COMFYUI: Final = "Forge and ComfyUI"
+
+_MUCH_OF_EXPLAINED: Final = 0.01  # that rounding takes back of what the LoRAs explain
+_MUCH_OF_LOSS: Final = 0.1  # that rounding adds to what they do not
+
 _WORDS: Final = {
     float: "a finite number",
     int: "a whole number",
@@ -142,6 +148,15 @@ class Recovered:
 
 
 @dataclass(frozen=True)
+class HostRounding:
+    """What rounding adds to the loss, nearly, in programs that hold the weights in half precision."""
+
+    hosts: str
+    added: float  # share of all differences in the layers
+    worst: float  # share of its own differences, of the checkpoint with the largest
+
+
+@dataclass(frozen=True)
 class Report:
     """All figures of a merge; fractions are of squared norms ("energy")."""
 
@@ -167,6 +182,14 @@ class Report:
         tuple[int, ...], ...
     ] = ()  # places of checkpoints, where they fall into unlike ones
     between_groups: float = 0.0  # share of all differences that an average for each would take away
+
+    rounding: tuple[HostRounding, ...] = ()  # by the way in which hosts add LoRAs
+
+    @property
+    def costly_rounding(self) -> HostRounding | None:
+        """AUTOMATIC1111's, which rounds after every LoRA, where that adds enough to be told."""
+        most = min(_MUCH_OF_EXPLAINED * (1 - self.loss), _MUCH_OF_LOSS * self.loss)
+        return next((x for x in self.rounding if x.hosts == A1111 and x.added > most), None)
 
     def tags(self, row: CheckpointReport) -> str:
         """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""

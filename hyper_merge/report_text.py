@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from hyper_merge.lora import COMPANIONS
-from hyper_merge.report import CheckpointReport, Report
+from hyper_merge.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
 from hyper_merge.sizes import size_text
 
 _WORST: Final = 3  # sections that are named
+_TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 
 def text(report: Report) -> str:
@@ -28,6 +29,7 @@ def text(report: Report) -> str:
     lines += [
         "",
         *_comparison(report),
+        *_rounding(report),
         *_details(report),
         "",
         *_carried(report),
@@ -67,6 +69,20 @@ def _comparison(report: Report) -> list[str]:
         *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
         f"  by {steps}, before rounding: {trail}",
     ]
+
+
+def _rounding(report: Report) -> list[str]:
+    """What hosts add to the loss by rounding, and what to do where that is much."""
+    if not report.rounding:
+        return []
+    lines = ["", "added to that by rounding, where a program holds the weights in half precision"]
+    lines += [
+        f"  {f'{each.hosts}, {_TURNS[each.hosts]}':36} {each.added:.2e}   worst {each.worst:.2e}"
+        for each in report.rounding
+    ]
+    if report.costly_rounding:
+        lines.append(f"  one LoRA per checkpoint is rounded once: hyper-merge export {report.name}")
+    return lines
 
 
 def _over_bound(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
+from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.control import Control
 from hyper_merge.decomposition.gauge import balanced, unit_scales
 from hyper_merge.decomposition.linalg import block_gram
-from hyper_merge.lora import as_hosts_add, stored_factors
+from hyper_merge.lora import as_hosts_add, float8_alpha, stored_factors
 from hyper_merge.solution import Found
 from hyper_merge.workers import return_memory, workers
 
@@ -27,6 +29,7 @@ class Rounded:
     factors: list[list[tuple[Tensor, Tensor]]]  # per layer and block: (m, r), (r, n), as stored
     cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
     gram: Tensor  # (layers, R, R), float64: <block, block>
+    alphas: tuple[float | None, ...]  # of the R files
 
     @property
     def ranks(self) -> list[tuple[int, ...]]:
@@ -38,18 +41,21 @@ def rounded(
     analysis: Analysis,
     found: Found,
     groups: Mapping[str, Sequence[int]],  # the layers of each set of multipliers
-    stored: tuple[Sequence[int | None], torch.dtype],  # ranks of the R files (their alphas), type
+    stored: tuple[Sequence[float | None], torch.dtype],  # alphas of the R files, type
     control: Control,
 ) -> Rounded:
     """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
 
-    Each block is scaled so that its largest multiplier among the checkpoints is 1.
+    Each block is scaled so that its largest multiplier among the checkpoints is 1. Files of float8
+    get alphas of their own in place of the given ones.
     """
     jobs = [
         (index, found.factors.get(index), unit_scales(found.multipliers[name]))
         for name, members in groups.items()
         for index in members
     ]
+    if stored[1] == FLOAT8:
+        stored = _float8_alphas(jobs, control), FLOAT8
     sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
     tally = control.tally("preparing the LoRAs", sizes)
 
@@ -73,6 +79,7 @@ def rounded(
         factors=[layer.factors for layer in ordered],
         cross=torch.stack([layer.cross for layer in ordered]),
         gram=torch.stack([layer.gram for layer in ordered]),
+        alphas=tuple(stored[0]),
     )
 
 
@@ -88,7 +95,7 @@ def _round_layer(
     index: int,
     pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
     scales: Tensor,  # (R,)
-    stored: tuple[Sequence[int | None], torch.dtype],
+    stored: tuple[Sequence[float | None], torch.dtype],
     check: Callable[[], None],
 ) -> _RoundedLayer:
     layer, core = analysis.layers[index], analysis.core(index)
@@ -107,6 +114,39 @@ def _round_layer(
     return _RoundedLayer(factors, cross, block_gram(ups, downs))
 
 
+def _float8_alphas(
+    jobs: Sequence[tuple[int, list[tuple[Tensor, Tensor]] | None, Tensor]], control: Control
+) -> list[float]:
+    """Of every block's file, by the largest of its layers."""
+    sizes: list[list[float]] = []
+    for _, pairs, scales in jobs:
+        control.check()
+        if pairs is not None:
+            found = zip(pairs, scales.abs().tolist(), strict=True)
+            sizes.append([up.shape[1] * x * _largest_value(up, down) for (up, down), x in found])
+    blocks = len(jobs[0][2])
+    return [
+        float8_alpha(max((row[block] for row in sizes), default=0.0)) for block in range(blocks)
+    ]
+
+
+def _largest_value(
+    up: Tensor,  # (p, r)
+    down: Tensor,  # (r, q)
+) -> float:
+    """The largest singular value s_1 of the product, or up to r ** (1 / 16) times that.
+
+    The Schatten norm (sum of s_i ** 16) ** (1 / 16): the product of the factors' Gram matrices has
+    the eigenvalues s_i ** 2.
+    """
+    squares = ((up.mT @ up) @ (down @ down.mT)).double()
+    energy = float(squares.diagonal().sum())
+    if energy <= 0:
+        return 0.0
+    power = torch.linalg.matrix_power(squares / energy, 8)
+    return math.sqrt(energy) * float(power.diagonal().sum()) ** (1 / 16)
+
+
 def _outside(
     bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
     pair: tuple[Tensor, Tensor],  # (p' <= p, r), (r, q' <= q): in the bases' first columns
@@ -123,7 +163,8 @@ def _nothing(analysis: Analysis, index: int, blocks: int, dtype: torch.dtype) ->
     """A layer in which no block has any rank."""
     layer = analysis.layers[index]
     rows = analysis.contrasts.dimensions + 1
-    pair = torch.zeros(layer.m, 0, dtype=dtype), torch.zeros(0, layer.n, dtype=dtype)
+    # not zeros: up to torch 2.3 nothing of float8 can be filled without an entry
+    pair = torch.empty(layer.m, 0, dtype=dtype), torch.empty(0, layer.n, dtype=dtype)
     zeros = torch.zeros(rows + blocks, blocks, dtype=torch.float64)
     return _RoundedLayer([pair] * blocks, zeros[:rows], zeros[rows:])
 

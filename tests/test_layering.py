@@ -41,6 +41,7 @@ TASKS = frozenset(
         "weighted_sum",
         "weighting",
         "widths",
+        "host_rounding",
     }
 )
 JOBS = frozenset({"preflight", "folders", "settle", "plan", "merge"})

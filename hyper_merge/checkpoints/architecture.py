@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from hyper_merge.checkpoints.header import Shape
 from hyper_merge.checkpoints.module_names import Module
 from hyper_merge.checkpoints.sections import section_of
@@ -68,6 +70,8 @@ class Family:
     vae_prefixes: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()  # keys that begin so: weights that nobody runs
     lora_alpha: bool = True  # whether LoRA files of the family hold alphas
+    in_a1111: bool = True  # whether AUTOMATIC1111 runs it
+    half: torch.dtype = torch.float16  # in which hosts hold its weights
     # What LoRA files of this family say of themselves, by the names of their metadata.
     ss_base_model_version: str = ""
     ss_v2: str = "False"

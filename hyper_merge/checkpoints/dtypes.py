@@ -56,3 +56,16 @@ EIGHT_BIT_FLOATS: Final = tuple(
     dtype for dtype in TORCH_DTYPES.values() if dtype.is_floating_point and dtype.itemsize == 1
 )
 """Types that torch stores but does not calculate with; float16 holds their values exactly."""
+
+FLOAT8: Final = torch.float8_e4m3fn
+"""The one of them that programs read LoRAs in: three bits of fraction, from 2**-9 to 448."""
+
+DTYPES_BY_WORD: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+    {
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+        "float8": FLOAT8,
+    }
+)
+"""torch's type by the word that users have for it."""

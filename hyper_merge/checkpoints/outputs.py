@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
+
+from safetensors import safe_open
+from torch import Tensor
 
 from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.staging import (
@@ -94,6 +97,14 @@ class Outputs:
         """What a staged .safetensors file will say of itself; nothing for any other file."""
         part = self._parts[Path(path)]
         return part.metadata if isinstance(part, SafetensorsWriter) else {}
+
+    @contextmanager
+    def reading(self, path: _Path) -> Iterator[Callable[[str], Tensor]]:
+        """Gives the tensors of a staged .safetensors file, whose own block is left, by their keys."""
+        with refusing(Path(path)):
+            file = safe_open(str(_staged(self._parts[Path(path)]).temporary), framework="pt")
+            with file as tensors:
+                yield tensors.get_tensor
 
     def __exit__(
         self,

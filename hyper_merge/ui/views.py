@@ -191,7 +191,19 @@ def result_sentence(run: Run) -> str:
         f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
         f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
         "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
-        "its LoRAs bring back.</p>" + missing(run)
+        "its LoRAs bring back.</p>" + _rounding_hint(run) + missing(run)
+    )
+
+
+def _rounding_hint(run: Run) -> str:
+    """Told only where it matters; the report file has all figures."""
+    found = run.report.costly_rounding
+    if found is None:
+        return ""
+    return hint(
+        f"{found.hosts} rounds the weights after each of these LoRAs, which takes back"
+        f" {found.added:.1%} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
+        f" once: hyper-merge export {run.name}"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
+
 from hyper_merge.checkpoints.architecture import Family, Part, Signs
 from hyper_merge.checkpoints.families.shared import CLIP_L, T5, VAE
 from hyper_merge.checkpoints.header import Shape
@@ -35,6 +37,8 @@ def _family(version: str, signs: Signs) -> Family:
             Part("unet", "transformer", UNET, "lora_unet_", _modules),
         ),
         vae_prefixes=VAE,
+        in_a1111=False,
+        half=torch.bfloat16,
         ss_base_model_version="flux1",
         modelspec_architecture=f"flux-1-{version}",
         modelspec_implementation="https://github.com/black-forest-labs/flux",

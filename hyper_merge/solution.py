@@ -177,7 +177,7 @@ class _Search:
             ranks = generous_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
             generous = [self._generous(*group) for group in self._begin(ranks, each, 2)]
             return_memory()
-            pruned = _pruned(generous, allowance)
+            pruned = _pruned(generous, allowance, each)
             final = zip(pruned, self._parts(2)[len(pruned) :], strict=True)
             return self._found([self._swept(group, part, each) for group, part in final])
 
@@ -328,14 +328,14 @@ class _Course:
         return counted
 
 
-def _pruned(groups: Sequence[_Group], allowance: Allowance) -> list[_Group]:
+def _pruned(groups: Sequence[_Group], allowance: Allowance, each: Each) -> list[_Group]:
     """The same with the components of most energy for their bytes, in all groups together."""
     found: dict[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]] = {}
     energies: dict[int, list[Tensor]] = {}
     for group in groups:
         size = group.multipliers.square().sum(0)
         places = zip(group.problem.batches, group.factors, strict=True)
-        for batch, pairs in group.problem.each(_in_order, *zip(*places, strict=True)):
+        for batch, pairs in each(_in_order, *zip(*places, strict=True)):
             for place, index in enumerate(batch.layers):
                 own = [(up[place], down[place]) for up, down in pairs]
                 found[index] = batch, place, own

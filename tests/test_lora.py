@@ -177,8 +177,8 @@ def test_a_factor_that_half_precision_cannot_hold_is_refused():
     up, down = torch.ones(6, 2), torch.ones(2, 5)
     down[1, 2] = -7e4
     message = (
-        "lora_te_q_proj: a factor reaches 7e+04, float16 files hold less than 60000;"
-        " choose dtype bfloat16 or float32"
+        "lora_te_q_proj: a factor reaches 7e+04, float16 files hold at most 60000;"
+        " choose lora_dtype bfloat16 or float32"
     )
     with pytest.raises(NonFiniteError, match=re.escape(message)):
         as_lora_weights(LINEAR, up, down, 2)

@@ -533,8 +533,8 @@ def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, me
     assert complete.asked["reading and analysing"] > 5 * layers  # within them too
     assert complete.asked["preparing the LoRAs"] >= layers
     assert (
-        complete.asked["writing the LoRAs"] > 24 * layers
-    )  # to stage, hash and write 2 x 3 tensors
+        complete.asked["writing the LoRAs"] > 16 * layers
+    )  # to stage, hash and write up to 2 x 3 tensors
     assert complete.asked["solving for the LoRAs"] > 20
     for phase, count in complete.asked.items():
         if phase == "putting the files in place" or (method == "greedy" and phase[:3] != "sol"):
@@ -736,7 +736,8 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
         "demo.json",
         "demo.png",
     }
-    assert len(load_file(first.loras[0])) == 3 * (278 + 72)
+    modules = {key.partition(".")[0] for key in load_file(first.loras[0])}
+    assert 200 < len(modules) <= 278 + 72  # a layer where other bytes bring back more has none
     assert first.report.loss < first.report.private_loss
     told.clear()
     second = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))

@@ -160,6 +160,11 @@ class _Search:
 
     def run(self, even: Ranks, allowance: Allowance | None) -> Found:
         recipe = self._recipe
+        limits = [min(self._analysis.core_shape(index)) for index in range(len(even))]
+        even = [
+            tuple(min(rank, limit) for rank in of_layer)
+            for of_layer, limit in zip(even, limits, strict=True)
+        ]
         with workers(self._device, self._control.check) as each:
             if recipe.method == "greedy":
                 return self._found([self._greedy(*group) for group in self._begin(even, each, 1)])
@@ -172,7 +177,6 @@ class _Search:
                     self._analysis.spectra, self._weighting.layers.tolist(), strict=True
                 )
             ]
-            limits = [min(layer.m, layer.n) for layer in self._analysis.layers]
             budget = _GENEROUS * allowance.budget
             ranks = generous_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
             generous = [self._generous(*group) for group in self._begin(ranks, each, 2)]

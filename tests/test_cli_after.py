@@ -1,9 +1,11 @@
-"""The commands that follow a merge: what they take, say and refuse."""
+"""The commands for what follows a merge: what they print, and one message for what is refused."""
 
 import pytest
-from tiny_family import snapshot
+import torch
+from tiny_family import snapshot, write
 
 from hyper_merge import cli
+from hyper_merge.folders import Folders
 
 
 @pytest.fixture
@@ -18,88 +20,96 @@ def run(capsys):
     return run
 
 
-def test_extract_writes_one_lora_and_says_how_good_it_is(files, tmp_path, run):
-    options = ["--rank", "4", "--output", tmp_path, "--device", "cpu"]
-    code, out, err = run("extract", files[0], files[1], *options)
+@pytest.fixture
+def root(started, merged):
+    """A models folder with a merge, with a manifest as if it had been made there."""
+    manifest, old = started / "hyper-merge/mix/manifest.json", merged.place.loras.parent
+    manifest.write_text(manifest.read_text().replace(str(old), str(started)))
+    return started
+
+
+@pytest.fixture
+def other(tmp_path, state_of):
+    """A checkpoint that was not merged."""
+    first, second = (state_of(c, torch.float32) for c in (0, 1))
+    state = {
+        key: (0.5 * (tensor + second[key])).half() if tensor.is_floating_point() else tensor
+        for key, tensor in first.items()
+    }
+    return write(tmp_path / "later.safetensors", state)
+
+
+def test_a_fit_prints_its_figures_tags_and_style_and_is_listed(root, other, run):
+    code, out, err = run("fit", "mix", other, "--output", root, "--topup", "2", "--style")
     assert (code, err) == (0, [])
-    lines = out.splitlines()
-    assert lines[0].startswith("b-from-a: from a to b, rank 4 in ")
-    assert lines[1].startswith("explained: ")
-    assert f"LoRA: {tmp_path / 'Lora/b-from-a.safetensors'}" in lines
-    assert lines[-1] == "<lora:b-from-a:1.00000>"
-    code, out, err = run("extract", files[0], files[1], *options)
-    assert (code, out, len(err)) == (2, "", 1)
-    assert "b-from-a.safetensors exists; choose another name or allow overwriting" in err[0]
-    code, out, err = run(
-        "extract", files[0], files[1], *options, "--overwrite", "--dtype", "float32"
-    )
+    text = (root / "hyper-merge/mix/fits/later.txt").read_text()
+    assert out.startswith(text)
+    tags = text.splitlines()[-1]
+    assert "<lora:mix_fit-later-2:1.00000>" in tags
+    assert out.splitlines()[-1] == f"mix: later,{tags},"
+    code, out, err = run("runs", "--output", root)
     assert (code, err) == (0, [])
-    named = [*options[:2], "--output", tmp_path / "x.safetensors", "--seed", "7"]
-    code, out, _ = run("extract", files[0], files[1], *named)
+    assert "; fitted: later " in out
+    record = root / "hyper-merge/mix/fits/later.json"
+    record.write_text("{")
+    code, _, err = run("runs", "--output", root)
     assert code == 0
-    assert out.endswith("<lora:x:1.00000>\n")
+    assert err[0].startswith("note: the fit later of the run mix cannot be read")
+
+
+def test_a_checkpoint_is_restored_alone_or_in_a_mixture(root, run):
+    code, out, err = run("restore", "mix", "a", "--output", root, "--dtype", "float32")
+    assert (code, err) == (0, [])
+    path = root / "Stable-diffusion/a-restored.safetensors"
+    assert path.exists()
+    assert out.startswith("a-restored: 1 a, of the run mix\nmeasured against the original")
+    assert f"checkpoint: {path} (" in out
+    mixed = root / "mixed.safetensors"
+    code, out, err = run("restore", "mix", "--mix", "a:0.5,b:0.25", "--to", mixed, "--output", root)
+    assert (code, err) == (0, [])
+    assert out.startswith("mixed: 0.5 a + 0.25 b, of the run mix\nnote: the shares add up to 0.75")
+    assert mixed.exists()
+
+
+def test_what_is_safe_is_told_and_nothing_deleted(root, run, files):
+    before = snapshot(root)
+    code, out, err = run("safe", "mix", "--output", root, "--threshold", "1%")
+    assert (code, err) == (0, [])
+    assert out.startswith("mix: safe to delete is what comes back to 1%\n")
+    total = sum(path.stat().st_size for path in files)
+    assert f"would free {total / 1e3:.0f} kB" in out or f"would free {total / 1e6:.0f} MB" in out
+    assert out.endswith("nothing was deleted; that is up to you\n")
+    assert snapshot(root) == before
+    assert all(path.exists() for path in files)
+
+
+def test_a_run_absorbs_a_checkpoint(root, other, run):
+    code, out, err = run("absorb", "mix", other, "--output", root, "--name", "four")
+    assert (code, err) == (0, [])
+    assert "\nfour: 4 checkpoints, 2 shared LoRAs\n" in "\n" + out
+    assert (Folders.under(root).runs / "four/manifest.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
-        (
-            ("--rank", "0"),
-            "option --rank: expected a whole number from 1 to 4096, got the number 0",
-        ),
-        (("--rank", "many"), 'option --rank: expected a whole number from 1 to 4096, got "many"'),
-        (("--dtype", "fp8"), "option --dtype: expected one of float16, bfloat16, float32, got"),
-        (("--name", "1:2"), 'option --name: the character ":" is not allowed'),
-        (("--seed", "-1"), "option --seed: expected a whole number from 0 to"),
+        (["fit", "mix", "x.safetensors", "--topup", "lots"], "option --topup: expected a rank"),
+        (["fit", "mix", "x.safetensors", "--seed", "x"], "option --seed: expected a whole number"),
+        (["fit", "mix", "x.safetensors"], "x.safetensors does not exist"),
+        (["restore", "mix"], "expected the name of a checkpoint, or else --mix"),
+        (["restore", "mix", "a", "--mix", "a:1"], "expected the name of a checkpoint, or else"),
+        (["restore", "mix", "--mix", "a"], "expected checkpoints with their shares"),
+        (["restore", "mix", "a", "--dtype", "half"], "option --dtype: expected one of float16"),
+        (["restore", "mix", "aa"], 'the run mix has no checkpoint aa; did you mean "a"? It has'),
+        (["safe", "mix", "--threshold", "many"], "option --threshold: expected a share"),
+        (["safe", "mxi"], "there is no run mxi"),
+        (["absorb", "mix", "x.safetensors", "--name", "a/b"], "option --name: the path separator"),
     ],
 )
-def test_extract_refuses_an_impossible_option_by_its_name(files, tmp_path, run, options, message):
-    code, out, err = run("extract", *files[:2], "--output", tmp_path, *options)
-    assert (code, out, len(err)) == (2, "", 1)
-    assert err[0].startswith(f"hyper-merge: {message}")
-    assert snapshot(tmp_path) == {}
-
-
-def test_extract_refuses_files_that_are_none(files, tmp_path, run):
-    code, out, err = run("extract", files[0], "nowhere.safetensors", "--output", tmp_path)
+def test_what_is_refused_is_one_message_with_nothing_written(root, run, words, message):
+    before = snapshot(root)
+    code, out, err = run(*words, "--output", root)
     assert (code, out) == (2, "")
-    assert err == ["hyper-merge: nowhere.safetensors does not exist; check the path"]
-
-
-def test_a_name_that_looks_like_a_number_is_a_name(files, tmp_path, run):
-    code, out, _ = run("extract", *files[:2], "--output", tmp_path, "--name", "007", "--rank", "1")
-    assert code == 0
-    assert out.endswith("<lora:007:1.00000>\n")
-
-
-def test_export_writes_one_lora_per_checkpoint(started, run):
-    code, out, err = run("export", "mix", "a", "c", "--output", started)
-    assert (code, err) == (0, [])
-    assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["mix_a", "6"], ["mix_c", "6"]]
-    assert out.endswith("To get a, load mix and put this into the prompt:\n<lora:mix_a:1.00000>\n")
-    code, out, err = run(
-        "export", "mix", "--all", "--rank", "2", "--overwrite", "--output", started
-    )
-    assert (code, err) == (0, [])
-    assert [line.split()[1] for line in out.splitlines()[1:4]] == ["2", "2", "2"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("mix",), "expected the names of checkpoints, or else --all;"),
-        (("mix", "a", "--all"), "expected the names of checkpoints, or else --all;"),
-        (
-            ("mix", "a", "--rank", "0"),
-            "option --rank: expected a whole number from 1 to 4096, got the",
-        ),
-        (("mix", "d"), "the run mix has no checkpoint d. It has a, b, c"),
-        (("mixed", "a"), "there is no run mixed in"),
-    ],
-)
-def test_export_refuses_what_it_cannot_do(started, run, options, message):
-    before = snapshot(started)
-    code, out, err = run("export", *options, "--output", started)
-    assert (code, out, len(err)) == (2, "", 1)
     assert err[0].startswith(f"hyper-merge: {message}")
-    assert snapshot(started) == before
+    assert len(err) == 1
+    assert snapshot(root) == before

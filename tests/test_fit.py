@@ -524,3 +524,21 @@ def test_few_tensors_are_in_memory_at_a_time(at, other, monkeypatch):
     monkeypatch.setattr(Checkpoint, "tensor", counted)
     fit(at, other, topup="2")
     assert 2 <= most[0] < 60  # of some hundreds
+
+
+def test_private_loras_of_a_runs_checkpoints_have_no_part_in_a_fit(files, other, tmp_path):
+    merged = merge(files, tmp_path / "m", topup="2")
+    folders = Folders.under(tmp_path / "m")
+    fitted = fit(folders, other)
+    run = load_run(folders, "mix")
+    assert run.report.topups
+    names = [tag.name for tag in parse_tags(fitted.tags(run))]
+    assert names == list(run.report.loras)
+    energies, errors = dense(other, run.hyper_model, terms_of(run, "new one"))
+    assert fitted.row.explained == pytest.approx(1 - float(errors.sum() / energies.sum()), abs=1e-6)
+    for row, path in zip(merged.report.checkpoints, files, strict=True):
+        terms = terms_of(run, row.name)
+        assert [term.path.stem for term in terms][2:] == ([row.topup] if row.topup else [])
+        energies, errors = dense(path, run.hyper_model, terms)
+        share = 1 - float(errors.sum() / energies.sum())
+        assert share == pytest.approx(row.explained, abs=1e-5)

@@ -65,13 +65,12 @@ def host_rounding(
         check()
         chosen = _chosen(layer, rows)
         own = [block for lora in loras for block in _blocks(lora, index, layer, chosen)]
-        if not own:
-            continue
-        weight = _matrix(layer, average(layer.key))[chosen]
-        exact = _sum(weight, own)
+        rows_of_layer = _matrix(layer, average(layer.key))[chosen]
+        weights = rows_of_layer.expand(len(energies), -1, -1)
+        exact = _sum(weights, own)
         for way, (_, add) in enumerate(ways):
-            added = add(weight, own, family.half).double() - exact
-            errors[way] += added.square().sum((1, 2)) * (layer.m / len(weight))
+            added = add(weights, own, family.half).double() - exact
+            errors[way] += added.square().sum((1, 2)) * (layer.m / len(rows_of_layer))
     return tuple(
         HostRounding(
             hosts=hosts,
@@ -83,12 +82,12 @@ def host_rounding(
 
 
 def _one_by_one(
-    weight: Tensor,  # (s, n)
+    weights: Tensor,  # (k, s, n)
     blocks: Sequence[_Block],
     half: torch.dtype,
 ) -> Tensor:  # (k, s, n)
     """Every LoRA in turn, all results in half precision. Source: A1111's network_lora.py, networks.py."""
-    weights = weight.to(half).expand(len(blocks[0].multipliers), -1, -1)
+    weights = weights.to(half)
     for block in blocks:
         product = (block.up.to(half).float() @ block.down.to(half).float()).to(half)
         scaled = (product.float() * block.scale).to(half)
@@ -98,20 +97,20 @@ def _one_by_one(
 
 
 def _together(
-    weight: Tensor,  # (s, n)
+    weights: Tensor,  # (k, s, n)
     blocks: Sequence[_Block],
     half: torch.dtype,
 ) -> Tensor:  # (k, s, n)
     """All LoRAs in float32, then rounded. Source: Forge's backend/patcher/lora.py, ComfyUI's lora.py."""
-    return _sum(weight, blocks).to(half)
+    return _sum(weights, blocks).to(half)
 
 
 def _sum(
-    weight: Tensor,  # (s, n)
+    weights: Tensor,  # (k, s, n)
     blocks: Sequence[_Block],
 ) -> Tensor:  # (k, s, n), float32: some thousand times finer than what is told of it
     """The weights of every checkpoint as the LoRAs mean them."""
-    weights = weight.float().expand(len(blocks[0].multipliers), -1, -1)
+    weights = weights.float()
     for block in blocks:
         product = block.up.float() @ block.down.float()
         weights = weights + (block.multipliers * block.scale)[:, None, None] * product

@@ -82,11 +82,11 @@ def _show_numbers(numbers: Sequence[float] | None) -> str:
 
 
 def _show_optional(value: float | None) -> str:
-    return "none" if value is None else repr(value)
+    return "null" if value is None else repr(value)
 
 
 def _show_topup(wish: Wish | None) -> str:
-    return "none" if wish is None else str(wish)
+    return "null" if wish is None else str(wish)
 
 
 def _show_base(base: str) -> str:

@@ -50,13 +50,15 @@ def test_no_tensor_is_read(files, monkeypatch):
 
 def test_the_estimate_is_the_size_of_the_files(files, merged):
     estimate = checked(files).estimate
+    assert checked(files, allocation="even").estimate.loras == estimate.loras
     hyper_model = merged.place.hyper_model.stat().st_size
     loras = sum(path.stat().st_size for path in merged.loras)
     cache = merged.place.folder.parent / "cache"
     analysis = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
     assert estimate.average == pytest.approx(hyper_model, abs=40_000)  # less their headers
-    assert estimate.loras == pytest.approx(loras, abs=60_000)
-    assert estimate.analysis == pytest.approx(analysis, abs=40_000)
+    # Adaptive ranks take no more, and nearly all of it in layers of usual sizes.
+    assert 0.8 * estimate.loras < loras < estimate.loras + 60_000
+    assert estimate.analysis == pytest.approx(analysis, rel=0.1)  # widths follow the tensors
     assert estimate.disk == estimate.average + estimate.loras + estimate.analysis
     assert checked(files[1:], base=str(files[0])).estimate.average == 0
 
@@ -65,13 +67,14 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
     monkeypatch.setattr(effort, "rate", lambda device: 125e9)  # as measured there
     monkeypatch.setattr(starts, "_ROUNDS", ((4, 4), (6, 2), (10, 1)))  # other tests search less
-    settings = {"ranks": (128, 64, 32, 16), "iterations": 30}
+    settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
     assert checked(models, **settings).estimate.seconds == pytest.approx(268, rel=0.05)
     monkeypatch.setattr(preflight_module, "find", lambda *question: tmp_path)
     monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
     monkeypatch.setattr(costs, "bytes_to_hash", lambda *question: 0)
     again = checked(models, **settings | {"ranks": (96, 48, 24)})
-    assert again.estimate.seconds == pytest.approx(61.5, rel=0.05)
+    # Measured before the search for a start was cut to half its layers.
+    assert again.estimate.seconds == pytest.approx(61.5, rel=0.2)
 
 
 def test_what_the_cache_saves_is_not_expected(files, started):
@@ -246,7 +249,8 @@ def test_other_files_than_checkpoints_are_named(files, tmp_path, state, what):
 
 
 def test_ranks_beyond_a_layer_are_capped_and_told_once(files, tmp_path):
-    preflight = checked(files, ranks=(40, 2))
+    assert checked(files, ranks=(40, 2)).warnings == ()  # adaptive ranks have no such meaning
+    preflight = checked(files, ranks=(40, 2), allocation="even")
     assert len(preflight.warnings) == 1
     assert preflight.warnings[0].startswith("rank 40 is capped in ")
     layers = preflight.sources.layout.layers
@@ -255,7 +259,7 @@ def test_ranks_beyond_a_layer_are_capped_and_told_once(files, tmp_path):
     affected = sum(min(layer.m, layer.n) < 40 for layer in layers)
     smallest = min(min(layer.m, layer.n) for layer in layers)
     assert preflight.warnings[0].endswith(f" {affected} layers, the smallest has {smallest}")
-    assert checked(files, ranks=(smallest,)).warnings == ()
+    assert checked(files, ranks=(smallest,), allocation="even").warnings == ()
     assert merge(files, tmp_path, ranks=(40, 2)).report.loss < 0.5
 
 

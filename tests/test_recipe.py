@@ -139,6 +139,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "layer_weights": "relative",
         "vae": "average",
         "exact": "norms",
+        "lora_dtype": "float8",
     }
     assert set(given_) == {field.name for field in FIELDS}
     assert recipe_from_options(given_) == Recipe(
@@ -162,6 +163,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         layer_weights="relative",
         vae="average",
         exact="norms",
+        lora_dtype="float8",
     )
 
 

@@ -17,13 +17,22 @@ def deviations_and_blocks(models, merged):
         torch.cat([(c[y.key].double() - base[y.key].double()).flatten() for y in layers])
         for c in checkpoints
     ]
-    blocks = [torch.cat([added(lora, y.module).flatten() for y in layers]) for lora in loras]
+    blocks = [
+        torch.cat([added(lora, y.module).expand(y.m, y.n).flatten() for y in layers])
+        for lora in loras
+    ]
     sizes = torch.tensor([y.m * y.n for y in layers])
     return (
         torch.stack(deviations),
         torch.stack(blocks),
         torch.arange(len(sizes)).repeat_interleave(sizes),
     )
+
+
+@pytest.fixture(scope="module")
+def merged(files, tmp_path_factory):
+    """A merge with one number for all parts of a checkpoint, as the dense arithmetic here has."""
+    return merge(files, tmp_path_factory.mktemp("shared"), multipliers="shared")
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,7 @@ def originals(started, merged, files, tmp_path):
     manifest = started / "hyper-merge/mix/manifest.json"
     text = manifest.read_text().replace(str(merged.place.loras.parent), str(started))
     manifest.write_text(text.replace(str(files[0].parent), str(tmp_path)))
+    (started / "hyper-merge/cache/hashes.json").unlink(missing_ok=True)  # of the files elsewhere
     return [tmp_path / shutil.copy(path, tmp_path / path.name) for path in files]
 
 

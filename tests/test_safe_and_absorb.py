@@ -129,6 +129,18 @@ def test_fitted_checkpoints_are_held_against_it_too(own, new):
     found = safety(folders, 0.5).verdicts[-1]
     assert (found.name, found.frees) == ("new.safetensors", new.stat().st_size)
     assert found.explained == fitted.explained > 0.99
+    again = run_fit(FitOrder("mix", new, name="again", topup="1%"), folders, Control())
+    own_again = run_fit(
+        FitOrder("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
+        folders,
+        Control(),
+    )
+    found = safety(folders, 0.5)  # each file once, by what brings back most of it
+    assert [each.name[:-12] for each in found.verdicts] == ["a", "b", "c", "new"]
+    assert again.explained < fitted.explained == found.verdicts[-1].explained
+    assert found.verdicts[-1].restored_as == "new"
+    assert found.verdicts[0].explained == own_again.explained
+    assert "(restored as own)" in safe.text(found)
     (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
     assert "mix_fit-new" in safety(folders, 0.5).problem
 

@@ -268,13 +268,13 @@ class _Search:
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
-        to_deviations = self._weighting.to_deviations
-        planned = [to_deviations.mT]
-        if name in self._given:
-            planned.append(torch.linalg.pinv(to_deviations) @ self._given[name].double())
+        planned = [self._weighting.to_deviations.mT]
+        given = self._own_starts(name)
         earlier = self._analysis.earlier_solutions(_name(self._recipe), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
-        search = search_cost(entries, len(planned) + (len(earlier) or _USUAL_STARTS - 1))
+        search = search_cost(
+            entries, len(planned) + len(given) + (len(earlier) or _USUAL_STARTS - 1)
+        )
         whole = search + _START + min(sweeps, _USUAL_SWEEPS)
 
         def tell(fraction: float) -> None:
@@ -282,10 +282,17 @@ class _Search:
             course.reach("searching for a start", at, at)
 
         course.reach("searching for a start", 0.0, 1 / whole)  # to choose layers takes a sweep
-        start = best_start(problem, planned, earlier, self._generator, tell)
+        start = best_start(problem, planned, earlier, self._generator, tell, given)
         return_memory()
         course.reach("solving for the LoRAs", search / whole, (search + _START) / whole)
         return start, (search + _START) / whole
+
+    def _own_starts(self, name: str) -> list[Tensor]:  # each (d, R), unit columns
+        """The user's start for a group of layers, if there is one."""
+        if name not in self._given:
+            return []
+        start = torch.linalg.pinv(self._weighting.to_deviations) @ self._given[name].double()
+        return [torch.nn.functional.normalize(start, dim=0)]
 
     def _found(self, groups: Sequence[_Group]) -> Found:
         if self._recipe.method == "joint":

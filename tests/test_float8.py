@@ -18,7 +18,7 @@ from hyper_merge.lora import as_hosts_add, stored_factors
 
 FLOAT8 = torch.float8_e4m3fn
 LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
-RANKS = (6, 4, 0, 3)
+RANKS = (16, 12, 0, 8)
 
 
 def generator_of(seed=0):
@@ -54,10 +54,10 @@ def dense_error(target, stored, alphas):
     return total
 
 
-def cancelling():
+def cancelling(seed=0):
     """Two slices of four blocks that are ten times as large as what they bring together."""
-    pairs = blocks_of()
-    pairs[1] = (-pairs[0][0][:, :4].clone(), pairs[0][1][:4] + 0.3 * pairs[1][1])
+    pairs = blocks_of(seed=seed)
+    pairs[1] = (-pairs[0][0][:, :12].clone(), pairs[0][1][:12] + 0.3 * pairs[1][1])
     multipliers = torch.tensor([[1.0, 0.9, 0.0, 0.2], [0.95, 1.0, 0.0, -0.3]]).double()
     slices = sum(
         x.float()[:, None, None] * (up @ down)
@@ -107,15 +107,16 @@ def test_nothing_has_no_largest_singular_value():
     assert largest_value(torch.zeros(3, 0), torch.zeros(0, 3)) == 0.0
 
 
-def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel():
-    target, pairs = cancelling()
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(seed):
+    target, pairs = cancelling(seed)
     alphas = alphas_of(pairs)
     stored = rounded_to_float8(pairs, alphas)
     again = refitted(target, LAYER, stored, alphas)
     before, after = (dense_error(target, each, alphas) for each in (stored, again))
     energy = float(target.slices.double().square().sum())
     assert 1e-3 < before / energy < 0.1
-    assert 0 < after < 0.75 * before
+    assert 0 < after < 0.7 * before
     assert {part.dtype for pair in again for part in pair} == {FLOAT8}
     assert [up.shape[1] for up, _ in again] == list(RANKS)
 

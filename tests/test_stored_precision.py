@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ from hyper_merge.lora import (
     stored_factors,
 )
 from hyper_merge.preflight import examine
+from hyper_merge.prompts import Tag
 from hyper_merge.rounding import rounded
 from hyper_merge.solution import Found
 from hyper_merge.weighting import Weighting
@@ -50,9 +52,12 @@ def stored(tmp_path_factory, files):
 def dense_loss(models, merged):
     """From the files on disk, with the exact multipliers."""
     base, loras = load(merged.place.hyper_model), {p.stem: load_file(p) for p in merged.loras}
+    shared = replace(merged, loras=merged.loras[: len(merged.report.loras)])
     energy, error = 0.0, 0.0
-    for path, row in zip(models, tags_of(merged), strict=True):
+    for path, row, figures in zip(models, tags_of(shared), merged.report.checkpoints, strict=True):
         checkpoint = load(path)
+        if figures.topup:
+            row.append(Tag(figures.topup, 1.0, 1.0))
         for layer in layers_of(path):
             rest = (checkpoint[layer.key].double() - base[layer.key].double()).flatten(1)
             energy += float(rest.square().sum())
@@ -105,6 +110,24 @@ def test_adaptive_ranks_in_float8_lose_what_is_reported_too(files, tmp_path):
     merged = merge(files, tmp_path, lora_dtype="float8")
     assert factor_types(merged) == {FLOAT8}
     assert merged.report.loss == pytest.approx(dense_loss(files, merged), abs=1e-6)
+
+
+def test_private_loras_are_in_float8_too_and_lose_what_is_reported(files, tmp_path):
+    merged = merge(files, tmp_path, lora_dtype="float8", ranks=(3,), topup="3")
+    topups = [
+        load_file(merged.place.loras / f"{name}.safetensors") for name in merged.report.topups
+    ]
+    assert topups
+    for tensors in topups:
+        (alpha,) = {t.item() for key, t in tensors.items() if key.endswith(".alpha")}
+        assert math.log2(alpha).is_integer()
+        assert {t.dtype for key, t in tensors.items() if "weight" in key} == {FLOAT8}
+    assert merged.report.loss == pytest.approx(dense_loss(files, merged), abs=1e-6)
+
+
+def test_a_budget_is_kept_in_float8(files, tmp_path):
+    merged = merge(files, tmp_path, lora_dtype="float8", ranks=(4, 2), budget="600kB")
+    assert 480_000 < sum(path.stat().st_size for path in merged.loras) <= 600_000
 
 
 def test_rounding_costs_little_in_every_type(stored):

@@ -51,6 +51,7 @@ _GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
 _GREEDY_MAPS: Final = 6  # over all layers for such a block
 _IN_SWEEP: Final = 4.0
 _IN_ROUNDING: Final = 6.5
+_IN_FITS: Final = 12.0  # after rounding to float8
 
 Ranks = Sequence[tuple[int, ...]]
 """Of the R blocks, per layer."""
@@ -126,7 +127,8 @@ def solve_costs(sources: Sources, recipe: Recipe, ranks: Ranks) -> tuple[float, 
         sweeps = search_cost(entries, _USUAL_STARTS) + _START
         sweeps += min(recipe.iterations, _USUAL_SWEEPS)
         sweeps += _GENEROUS * _GENEROUS_SWEEPS if recipe.allocation == "adaptive" else 0.0
-    return sweeps * sweep * _IN_SWEEP, rounding * _IN_ROUNDING
+    fits = _IN_FITS if recipe.factors_dtype == "float8" else 0.0
+    return sweeps * sweep * _IN_SWEEP, rounding * (_IN_ROUNDING + fits)
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,6 @@ _LARGEST: Final = MappingProxyType(
         FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 makes NaN of what is above
     }
 )
-_FLOAT8_PRODUCT: Final = 2.0**15  # of what A1111 forms in float16, before it scales by alpha / rank
 _OWN: Final = "hyper_merge."
 
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
@@ -189,25 +188,6 @@ def stored_factors(
     """The factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
     root = _root(up.shape[1], alpha)
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
-
-
-def float8_alpha(size: float) -> float:
-    """The alpha that brings a file's factors into the range of float8.
-
-    A layer's stored factors are up and down times root(rank / alpha). With the largest singular value
-    s of up @ down their entries are at most root(s * rank / alpha), if that is shared evenly, and those
-    of their product at most s * rank / alpha. That is to be at most 2**15: half of what float16 holds,
-    and 181 in the factors, where float8 holds 448, and three bits of everything above 2**-6.
-
-    Args:
-        size: largest s * rank of all layers.
-
-    Returns:
-        A power of two: exact in every type.
-    """
-    if not 0 < size < math.inf:
-        return 1.0
-    return 2.0 ** math.ceil(math.log2(size / _FLOAT8_PRODUCT))
 
 
 def as_hosts_add(

@@ -45,7 +45,7 @@ from hyper_merge.report import BlockChoice, HostRounding, Report, fit, make_repo
 from hyper_merge.rounding import rounded
 from hyper_merge.settle import solved_as_asked
 from hyper_merge.solution import find_blocks
-from hyper_merge.weighting import layer_weights
+from hyper_merge.weighting import weighting_of
 from hyper_merge.widths import widths_for
 
 
@@ -243,8 +243,9 @@ def _solve(
     where = preflight.work.device, solving
     found = find_blocks(analysis, recipe, preflight.ranks, allowance, where, start)
     stored = preflight.alphas, preflight.lora_dtype
-    blocks = rounded(analysis, found, preflight.groups, stored, rounding)
-    fitted = fit(analysis, blocks, preflight.groups, layer_weights(analysis, recipe))
+    weighting = weighting_of(analysis, recipe)
+    blocks = rounded(analysis, found, preflight.groups, stored, weighting, rounding)
+    fitted = fit(analysis, blocks, preflight.groups, weighting.layers)
     return Solved(blocks, fitted, found.losses)
 
 

@@ -13,13 +13,14 @@ from hyper_merge.analysis_cache import Analysis
 from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import distances
-from hyper_merge.decomposition.linalg import block_gram
+from hyper_merge.decomposition.linalg import block_gram, inside
 from hyper_merge.decomposition.ranks import ranks_within, spread
 from hyper_merge.decomposition.truncated import Truncated, truncated_svd
-from hyper_merge.lora import as_hosts_add, float8_alpha, stored_factors
+from hyper_merge.float8 import float8_alpha
+from hyper_merge.lora import as_hosts_add, stored_factors
 from hyper_merge.recipe_values import Wish
 from hyper_merge.report import Fit
-from hyper_merge.rounding import Rounded, inside
+from hyper_merge.rounding import Rounded
 from hyper_merge.workers import workers
 
 _LEADING: Final = 3  # times the wished rank: what a layer can have of it

@@ -192,7 +192,7 @@ def describe(restored: Restored) -> str:
             f" ({rest:g})"
         )
     found = restored.compared
-    lines += _comparison(found) if found else [f"error: {restored.problem}"]
+    lines += _comparison(found) if found else [f"the error cannot be measured: {restored.problem}"]
     lines.append(
         f"VAE, embeddings and all else that LoRAs do not carry are those of {restored.hyper_model}"
     )
@@ -253,14 +253,14 @@ def _stem(run: Run, shares: Mapping[str, float]) -> str:
 def _original(job: _Job, folders: Folders, control: Control) -> tuple[Header | None, float, str]:
     """The file that this should be, if it is there; what its report says; why it is not there."""
     if job.whole is None:
-        return None, 0.0, "a mixture has no original that it could be measured against"
+        return None, 0.0, "a mixture has no original"
     row, fitted = find_row(job.run, job.whole)
     # The last of that name: a given base comes first.
     own = [each for each in job.run.sources if Path(each.name).stem == row.name][-1:]
     (found,) = find_originals([fitted.source] if fitted else own, folders, control)
     if found.state != "there":
         gone = "was changed since" if found.state == "changed" else "is not there"
-        return None, 0.0, f"cannot be measured: {found.source.name} {gone}; only its hash is known"
+        return None, 0.0, f"{found.source.name} {gone}, only its hash is known"
     header = read_header(found.path)
     layout = job.sources.layout
     check_alike([job.sources.headers[0], header], [layout, layout_of(header, layout.family)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,9 +13,11 @@ from hyper_merge.analysis_cache import Analysis
 from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.control import Control
 from hyper_merge.decomposition.gauge import balanced, unit_scales
-from hyper_merge.decomposition.linalg import block_gram
-from hyper_merge.lora import as_hosts_add, float8_alpha, stored_factors
+from hyper_merge.decomposition.linalg import block_gram, inside, largest_value
+from hyper_merge.float8 import Pair, Target, float8_alpha, refitted
+from hyper_merge.lora import as_hosts_add, stored_factors
 from hyper_merge.solution import Found
+from hyper_merge.weighting import Weighting
 from hyper_merge.workers import return_memory, workers
 
 _LAYERS_PER_RETURN: Final = 50  # of memory to the system
@@ -26,7 +27,7 @@ _LAYERS_PER_RETURN: Final = 50  # of memory to the system
 class Rounded:
     """Blocks as the files will hold them, with all that multipliers and losses need."""
 
-    factors: list[list[tuple[Tensor, Tensor]]]  # per layer and block: (m, r), (r, n), as stored
+    factors: list[list[Pair]]  # per layer and block: (m, r), (r, n), as stored
     cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
     gram: Tensor  # (layers, R, R), float64: <block, block>
     alphas: tuple[float | None, ...]  # of the R files
@@ -42,16 +43,18 @@ def rounded(
     found: Found,
     groups: Mapping[str, Sequence[int]],  # the layers of each set of multipliers
     stored: tuple[Sequence[float | None], torch.dtype],  # alphas of the R files, type
+    weighting: Weighting,
     control: Control,
 ) -> Rounded:
     """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
 
     Each block is scaled so that its largest multiplier among the checkpoints is 1. Files of float8
-    get alphas of their own in place of the given ones.
+    get alphas of their own in place of the given ones, and their factors are fitted again.
     """
     jobs = [
-        (index, found.factors.get(index), unit_scales(found.multipliers[name]))
+        (index, found.factors.get(index), group)
         for name, members in groups.items()
+        for group in [_group(found.multipliers[name], weighting)]
         for index in members
     ]
     if stored[1] == FLOAT8:
@@ -59,13 +62,11 @@ def rounded(
     sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
     tally = control.tally("preparing the LoRAs", sizes)
 
-    def job(
-        index: int, pairs: list[tuple[Tensor, Tensor]] | None, scales: Tensor
-    ) -> tuple[int, _RoundedLayer]:
+    def job(index: int, pairs: list[Pair] | None, group: _Group) -> tuple[int, _RoundedLayer]:
         if pairs is None:
             return index, _nothing(analysis, index, len(stored[0]), stored[1])
         own = [(up.cpu(), down.cpu()) for up, down in pairs]
-        return index, _round_layer(analysis, index, own, scales, stored, control.check)
+        return index, _round_layer(analysis, index, own, group, stored, control.check)
 
     layers: dict[int, _RoundedLayer] = {}
     with workers(torch.device("cpu"), control.check) as each:
@@ -84,8 +85,26 @@ def rounded(
 
 
 @dataclass(frozen=True, eq=False)
+class _Group:
+    """What the layers that share multipliers have in common."""
+
+    scales: Tensor  # (R,), of the blocks
+    multipliers: Tensor  # (d, R), of the scaled blocks, for weighted slices
+    weighting: Weighting
+
+
+def _group(
+    multipliers: Tensor,  # (k, R)
+    weighting: Weighting,
+) -> _Group:
+    scales = unit_scales(multipliers)
+    weighted = torch.linalg.pinv(weighting.to_deviations) @ multipliers.double()
+    return _Group(scales, weighted / scales, weighting)
+
+
+@dataclass(frozen=True, eq=False)
 class _RoundedLayer:
-    factors: list[tuple[Tensor, Tensor]]  # per block (m, r), (r, n)
+    factors: list[Pair]  # per block (m, r), (r, n)
     cross: Tensor  # (d + 1, R)
     gram: Tensor  # (R, R)
 
@@ -93,19 +112,24 @@ class _RoundedLayer:
 def _round_layer(
     analysis: Analysis,
     index: int,
-    pairs: Sequence[tuple[Tensor, Tensor]],  # per block (p, r), (r, q)
-    scales: Tensor,  # (R,)
+    pairs: Sequence[Pair],  # per block (p, r), (r, q)
+    group: _Group,
     stored: tuple[Sequence[float | None], torch.dtype],
     check: Callable[[], None],
 ) -> _RoundedLayer:
     layer, core = analysis.layers[index], analysis.core(index)
-    left, right = analysis.bases(index)
-    factors, products, ups, downs = [], [], [], []
-    for pair, scale, alpha in zip(pairs, scales.tolist(), stored[0], strict=True):
+    left, right = bases = analysis.bases(index)
+    factors: list[Pair] = []
+    for pair, scale, alpha in zip(pairs, group.scales.tolist(), stored[0], strict=True):
         check()
-        outside = _outside((left, right), pair, scale)
-        factors.append(stored_factors(layer, *outside, alpha, stored[1]))
-        up, down = as_hosts_add(*factors[-1], alpha)
+        factors.append(stored_factors(layer, *_outside(bases, pair, scale), alpha, stored[1]))
+    if stored[1] == FLOAT8:
+        target = Target(group.weighting.slices(core), bases, group.multipliers)
+        factors = refitted(target, layer, factors, stored[0], check)
+    products, ups, downs = [], [], []
+    for stored_pair, alpha in zip(factors, stored[0], strict=True):
+        check()
+        up, down = as_hosts_add(*stored_pair, alpha)
         products.append((inside(left, up) @ inside(right, down.mT).mT).flatten())
         ups.append(up)
         downs.append(down)
@@ -115,41 +139,24 @@ def _round_layer(
 
 
 def _float8_alphas(
-    jobs: Sequence[tuple[int, list[tuple[Tensor, Tensor]] | None, Tensor]], control: Control
+    jobs: Sequence[tuple[int, list[Pair] | None, _Group]], control: Control
 ) -> list[float]:
     """Of every block's file, by the largest of its layers."""
     sizes: list[list[float]] = []
-    for _, pairs, scales in jobs:
+    for _, pairs, group in jobs:
         control.check()
         if pairs is not None:
-            found = zip(pairs, scales.abs().tolist(), strict=True)
-            sizes.append([up.shape[1] * x * _largest_value(up, down) for (up, down), x in found])
-    blocks = len(jobs[0][2])
+            found = zip(pairs, group.scales.abs().tolist(), strict=True)
+            sizes.append([up.shape[1] * x * largest_value(up, down) for (up, down), x in found])
+    blocks = len(jobs[0][2].scales)
     return [
         float8_alpha(max((row[block] for row in sizes), default=0.0)) for block in range(blocks)
     ]
 
 
-def _largest_value(
-    up: Tensor,  # (p, r)
-    down: Tensor,  # (r, q)
-) -> float:
-    """The largest singular value s_1 of the product, or up to r ** (1 / 16) times that.
-
-    The Schatten norm (sum of s_i ** 16) ** (1 / 16): the product of the factors' Gram matrices has
-    the eigenvalues s_i ** 2.
-    """
-    squares = ((up.mT @ up) @ (down @ down.mT)).double()
-    energy = float(squares.diagonal().sum())
-    if energy <= 0:
-        return 0.0
-    power = torch.linalg.matrix_power(squares / energy, 8)
-    return math.sqrt(energy) * float(power.diagonal().sum()) ** (1 / 16)
-
-
 def _outside(
     bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
-    pair: tuple[Tensor, Tensor],  # (p' <= p, r), (r, q' <= q): in the bases' first columns
+    pair: Pair,  # (p' <= p, r), (r, q' <= q): in the bases' first columns
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
     """A block in the layer's own coordinates."""
@@ -167,12 +174,3 @@ def _nothing(analysis: Analysis, index: int, blocks: int, dtype: torch.dtype) ->
     pair = torch.empty(layer.m, 0, dtype=dtype), torch.empty(0, layer.n, dtype=dtype)
     zeros = torch.zeros(rows + blocks, blocks, dtype=torch.float64)
     return _RoundedLayer([pair] * blocks, zeros[:rows], zeros[rows:])
-
-
-def inside(
-    basis: Tensor,  # (m, p)
-    factor: Tensor,  # (m, r)
-) -> Tensor:  # (p, r)
-    """The factor in the basis. That is rounded: one correction for its columns' inner products."""
-    first = basis.mT @ factor
-    return first + basis.mT @ (factor - basis @ first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Verdict:
 
     name: str  # of its file
     path: Path
+    restored_as: str  # by what name the run brings it back
     safe: bool
     reason: str  # in words, why it is not
     frees: int  # bytes that deleting it would free; 0 where nothing is there
@@ -73,11 +75,11 @@ def find_safety(name: str, threshold: float, folders: Folders, control: Control)
     sources = [*run.sources[-count:], *(each.source for each in fits)]
     originals = find_originals(sources, folders, finding)
     vae = None if problem else look_at(run.hyper_model).vae
-    verdicts = tuple(
+    verdicts = [
         _verdict(row, original, (threshold, problem or _needed(original.path, folders)), vae)
         for row, original in zip(rows, originals, strict=True)
-    )
-    return Safety(run.name, threshold, verdicts, problem)
+    ]
+    return Safety(run.name, threshold, _once(verdicts), problem)
 
 
 def text(safety: Safety) -> str:
@@ -101,6 +103,8 @@ def _line(each: Verdict, width: int) -> str:
     differs = {None: "not known", True: "yes", False: "no"}[each.vae_differs]
     answer = "yes" if each.safe else "no"
     why = "" if each.safe else f"  ({each.reason})"
+    if each.restored_as != each.path.stem:
+        why += f"  (restored as {each.restored_as})"
     return (
         f"{each.name:{width}}  {answer:7}  {size_text(each.frees):>9}  {each.explained:6.2%}"
         f"  {each.everything:10.2%}  {each.not_carried:11.3%}  {differs}{why}"
@@ -131,6 +135,7 @@ def _verdict(
     return Verdict(
         name=original.source.name,
         path=original.path,
+        restored_as=row.name,
         safe=not reason,
         reason=reason,
         frees=_size(original.path) if there else 0,
@@ -147,6 +152,16 @@ def _reason(original: Original, everything: float, threshold: float) -> str:
     if original.state == "changed":
         return "it was changed since the merge, so the run has nothing of what it is now"
     return f"less than {100 * threshold:.4g}% comes back" if everything < threshold else ""
+
+
+def _once(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+    """One verdict for each file: of several fits of it, that which brings back most."""
+    best: dict[str, Verdict] = {}
+    for each in verdicts:
+        place = os.path.realpath(each.path)
+        if place not in best or each.everything > best[place].everything:
+            best[place] = each
+    return tuple(best.values())
 
 
 def _needed(path: Path, folders: Folders) -> str:

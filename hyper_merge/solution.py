@@ -51,6 +51,7 @@ _GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
 _GREEDY_MAPS: Final = 6  # over all layers for such a block
 _IN_SWEEP: Final = 4.0
 _IN_ROUNDING: Final = 6.5
+_IN_FITS: Final = 12.0  # after rounding to float8
 
 Ranks = Sequence[tuple[int, ...]]
 """Of the R blocks, per layer."""
@@ -126,7 +127,8 @@ def solve_costs(sources: Sources, recipe: Recipe, ranks: Ranks) -> tuple[float, 
         sweeps = search_cost(entries, _USUAL_STARTS) + _START
         sweeps += min(recipe.iterations, _USUAL_SWEEPS)
         sweeps += _GENEROUS * _GENEROUS_SWEEPS if recipe.allocation == "adaptive" else 0.0
-    return sweeps * sweep * _IN_SWEEP, rounding * _IN_ROUNDING
+    fits = _IN_FITS if recipe.factors_dtype == "float8" else 0.0
+    return sweeps * sweep * _IN_SWEEP, rounding * (_IN_ROUNDING + fits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,13 +270,13 @@ class _Search:
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
-        to_deviations = self._weighting.to_deviations
-        planned = [to_deviations.mT]
-        if name in self._given:
-            planned.append(torch.linalg.pinv(to_deviations) @ self._given[name].double())
+        planned = [self._weighting.to_deviations.mT]
+        given = self._own_starts(name)
         earlier = self._analysis.earlier_solutions(_name(self._recipe), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
-        search = search_cost(entries, len(planned) + (len(earlier) or _USUAL_STARTS - 1))
+        search = search_cost(
+            entries, len(planned) + len(given) + (len(earlier) or _USUAL_STARTS - 1)
+        )
         whole = search + _START + min(sweeps, _USUAL_SWEEPS)
 
         def tell(fraction: float) -> None:
@@ -282,10 +284,17 @@ class _Search:
             course.reach("searching for a start", at, at)
 
         course.reach("searching for a start", 0.0, 1 / whole)  # to choose layers takes a sweep
-        start = best_start(problem, planned, earlier, self._generator, tell)
+        start = best_start(problem, planned, earlier, self._generator, tell, given)
         return_memory()
         course.reach("solving for the LoRAs", search / whole, (search + _START) / whole)
         return start, (search + _START) / whole
+
+    def _own_starts(self, name: str) -> list[Tensor]:  # each (d, R), unit columns
+        """The user's start for a group of layers, if there is one."""
+        if name not in self._given:
+            return []
+        start = torch.linalg.pinv(self._weighting.to_deviations) @ self._given[name].double()
+        return [torch.nn.functional.normalize(start, dim=0)]
 
     def _found(self, groups: Sequence[_Group]) -> Found:
         if self._recipe.method == "joint":

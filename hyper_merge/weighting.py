@@ -31,10 +31,12 @@ class Weighting:
     def core(self, index: int, core: Tensor) -> Tensor:  # (d, p, q)
         """A layer's core, or a part of it, in weighted slices."""
         scale = float(self.layers[index]) ** 0.5
-        if self.mix is not None:
-            mixed = (self.mix * scale).to(core) @ core.flatten(1)
-            return mixed.view(core.shape)
-        return core if scale == 1 else core * scale
+        mixed = self.slices(core)
+        return mixed if scale == 1 else mixed * scale
+
+    def slices(self, core: Tensor) -> Tensor:  # (d, p, q)
+        """The weighted slices of a core, whatever the layer counts."""
+        return core if self.mix is None else (self.mix.to(core) @ core.flatten(1)).view(core.shape)
 
     def energy(self, members: Sequence[int]) -> float:
         """Weighted energy of some layers' deviations."""

@@ -69,9 +69,10 @@ def spread_widths(
     if not bool(wanted.isfinite().all()) or float(wanted.sum()) <= 0:
         return tuple(int(limit.clamp(max=nominal)) for limit in limits)
     budget = float((sizes * limits.clamp(max=nominal)).sum())
-    low, high = 0.0, float(limits.max() / wanted[wanted > 0].min())
+    low = _LEAST / float(wanted.max())  # of the common factor: narrower bases are not made
+    high = max(float(limits.max() / wanted[wanted > 0].min()), low)
     for _ in range(_HALVINGS):
-        middle = (low + high) / 2
+        middle = (low * high) ** 0.5  # energies differ by many orders of magnitude
         affordable = float((sizes * _clamped(middle * wanted, limits)).sum()) <= budget
         low, high = (middle, high) if affordable else (low, middle)
     return tuple(int(width) for width in _clamped(low * wanted, limits))

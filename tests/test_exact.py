@@ -50,7 +50,9 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def merged(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged")
-    return merge(models, folder, exact="all", dtype="float32", ranks=(4, 2), iterations=2)
+    return merge(
+        models, folder, exact="all", dtype="float32", ranks=(4, 2), iterations=2, allocation="even"
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -137,7 +139,7 @@ def test_a_companion_is_float32_and_says_what_it_is(merged):
 
 
 def test_norms_alone_load_in_a1111_too(models, tmp_path):
-    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1)
+    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
     keys = set(load_file(merged.loras[1]))
     assert {key.rpartition(".")[2] for key in keys} == {"w_norm", "b_norm"}
     assert [each.kind for each in merged.report.recovered] == ["norms"]
@@ -146,7 +148,15 @@ def test_norms_alone_load_in_a1111_too(models, tmp_path):
 
 
 def test_with_fewer_loras_no_other_changes_would_bring_back_more(models, tmp_path):
-    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, dtype="float32")
+    merged = merge(
+        models,
+        tmp_path,
+        exact="norms",
+        ranks=(2,),
+        iterations=1,
+        dtype="float32",
+        allocation="even",
+    )
     multipliers = torch.tensor([row.multipliers for row in merged.report.checkpoints]).double()
     average = load_file(merged.place.hyper_model)[NORM + ".weight"].double()
     own = torch.stack([load_file(path)[NORM + ".weight"].double() for path in models]) - average
@@ -158,19 +168,19 @@ def test_with_fewer_loras_no_other_changes_would_bring_back_more(models, tmp_pat
 
 
 def test_nothing_is_written_unless_asked_for(models, tmp_path):
-    merged = merge(models, tmp_path, ranks=(2,), iterations=1)
+    merged = merge(models, tmp_path, ranks=(2,), iterations=1, allocation="even")
     assert [path.name for path in merged.loras] == ["mix_0-2.safetensors"]
     assert (merged.report.companions, merged.report.recovered) == ((), ())
     assert "companions" not in text(merged.report)
 
 
 def test_companions_belong_to_their_run(models, tmp_path):
-    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1)
+    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
     folders = Folders.under(tmp_path)
     run = load_run(folders, "mix")
     assert (run.missing, run.loras) == ((), merged.loras)
     assert merged.loras[1] in files_of(run, folders)
-    again = merge(models, tmp_path, ranks=(2,), iterations=1, overwrite=True)
+    again = merge(models, tmp_path, ranks=(2,), iterations=1, overwrite=True, allocation="even")
     assert not merged.loras[1].exists()  # the replaced run's
     assert again.loras[0].exists()
     delete_run(load_run(folders, "mix"), folders)
@@ -181,7 +191,7 @@ def test_a_companions_place_that_is_taken_is_refused(models, tmp_path):
     (tmp_path / "Lora").mkdir()
     (tmp_path / "Lora" / "mix_0-2-exact.safetensors").write_text("mine")
     with pytest.raises(OutputError, match=r"mix_0-2-exact\.safetensors"):
-        merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1)
+        merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
 
 
 def test_the_estimate_counts_companions(models, tmp_path):
@@ -208,7 +218,15 @@ def test_a_family_without_such_norms_is_refused_in_words(tmp_path):
 def test_differences_are_those_to_the_average_as_it_is_stored(tmp_path):
     spec = replace(TINY, count=2, dtype=torch.float32)
     models = write_family(tmp_path, spec)
-    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, dtype="float16")
+    merged = merge(
+        models,
+        tmp_path,
+        exact="norms",
+        ranks=(2,),
+        iterations=1,
+        dtype="float16",
+        allocation="even",
+    )
     average = load_file(merged.place.hyper_model)[NORM + ".weight"]
     assert average.dtype == torch.float16
     change = load_file(merged.loras[1])["lora_unet_input_blocks_1_0_in_layers_0.w_norm"]

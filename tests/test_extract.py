@@ -284,7 +284,9 @@ def test_a_name_that_is_taken_is_refused_unless_overwriting_is_allowed(files, tm
     place = tmp_path / "Lora" / f"b-from-a{suffix}"
     place.parent.mkdir()
     place.write_bytes(b"mine")
-    with pytest.raises(OutputError, match=f"b-from-a{suffix} exists; choose another name or allow"):
+    with pytest.raises(
+        OutputError, match=f"b-from-a{suffix} exists; choose another name, or --over"
+    ):
         extract(files[0], files[1], tmp_path)
     assert snapshot(tmp_path) == {f"Lora/b-from-a{suffix}": b"mine"}
     assert extract(files[0], files[1], tmp_path, overwrite=True).path.stat().st_size > 1000

@@ -41,6 +41,7 @@ TASKS = frozenset(
         "weighted_sum",
         "weighting",
         "widths",
+        "float8",
         "host_rounding",
     }
 )

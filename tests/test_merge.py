@@ -721,7 +721,7 @@ def test_files_go_to_the_folders_of_the_host_whatever_the_recipes_output_is(file
 def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
     small = replace(TINY, count=4, width=8, context=16, terms=6)
     monkeypatch.setattr(demo, "_SPEC", small)
-    monkeypatch.setattr(demo, "DEMO_RANKS", (3, 1))
+    monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
     folder, told = tmp_path / "demo", []
     first = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))
     assert told[0][0] == "making"

@@ -43,7 +43,7 @@ def merged_exactly(models, folder, **settings):
     """A merge of two whose one LoRA is wide enough to hold all of their difference."""
     even = {"ranks": (WIDE,), "allocation": "even", "iterations": 1}
     settings = {**even, "dtype": "float32", **settings}
-    return merge(models, folder / "models", **settings)
+    return merge(models, folder / "models", **{"allocation": "even", **settings})
 
 
 def added(lora, module):

@@ -4,16 +4,18 @@ import shutil
 
 import pytest
 import torch
-from tiny_family import load, merge, snapshot, write
+from tiny_family import load, merge, recipe, snapshot, write
 
 from hyper_merge import absorb as absorbing
-from hyper_merge import safe
+from hyper_merge import safe, solution
 from hyper_merge.absorb import AbsorbOrder, run_absorb
 from hyper_merge.control import Control
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
 from hyper_merge.fit import run_fit
 from hyper_merge.fit_job import FitOrder
 from hyper_merge.folders import Folders
+from hyper_merge.merge import run_merge
+from hyper_merge.preflight import examine
 from hyper_merge.runs import load_run
 from hyper_merge.safe import find_safety
 
@@ -58,6 +60,9 @@ def test_each_original_is_held_against_the_threshold_and_none_is_deleted(own):
     assert [each.frees for each in found.verdicts] == [sizes[each.name] for each in found.verdicts]
     assert found.frees == sum(sizes[each.name] for each in found.verdicts if each.safe) > 0
     assert [each.explained for each in found.verdicts] == [row.explained for row in rows]
+    for each, row in zip(found.verdicts, rows, strict=True):
+        assert each.everything == pytest.approx(row.explained * (1 - row.not_carried))
+        assert each.everything < each.explained
     assert [each.vae_differs for each in found.verdicts] == [False, True, True]
     text = safe.text(found)
     assert "nothing was deleted; that is up to you" in text
@@ -129,6 +134,18 @@ def test_fitted_checkpoints_are_held_against_it_too(own, new):
     found = safety(folders, 0.5).verdicts[-1]
     assert (found.name, found.frees) == ("new.safetensors", new.stat().st_size)
     assert found.explained == fitted.explained > 0.99
+    again = run_fit(FitOrder("mix", new, name="again", topup="1%"), folders, Control())
+    own_again = run_fit(
+        FitOrder("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
+        folders,
+        Control(),
+    )
+    found = safety(folders, 0.5)  # each file once, by what brings back most of it
+    assert [each.name[:-12] for each in found.verdicts] == ["a", "b", "c", "new"]
+    assert again.explained < fitted.explained == found.verdicts[-1].explained
+    assert found.verdicts[-1].restored_as == "new"
+    assert found.verdicts[0].explained == own_again.explained
+    assert "(restored as own)" in safe.text(found)
     (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
     assert "mix_fit-new" in safety(folders, 0.5).problem
 
@@ -164,6 +181,23 @@ def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
     for key, tensor in load(plain.place.hyper_model).items():
         assert torch.equal(tensor, mean[key])
     assert merged.report.loss <= plain.report.loss * 1.02
+
+
+def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
+    rows = torch.tensor([[1.0, 2], [-3, 0], [2, -2]], dtype=torch.float64)  # sums of 0
+    tried = []
+
+    def told(problem, planned, earlier, generator, tell, given):
+        tried.extend(given)
+        return best_start(problem, planned, earlier, generator, tell, given)
+
+    best_start = solution.best_start
+    monkeypatch.setattr(solution, "best_start", told)
+    preflight = examine(recipe(files, tmp_path, allocation="even"))
+    run_merge(preflight, Control(), start={"unet": rows})
+    (start,) = tried  # the text encoder has none
+    back = preflight.sources.contrasts.to_deviations @ start
+    torch.testing.assert_close(back, torch.nn.functional.normalize(rows, dim=0))
 
 
 def test_weights_are_extended_by_their_mean(files, new, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -107,6 +108,32 @@ def block_gram(
         torch.arange(len(ups)).repeat_interleave(sizes), len(ups)
     ).double()
     return member.mT @ columns @ member
+
+
+def inside(
+    basis: Tensor,  # (m, p)
+    factor: Tensor,  # (m, r)
+) -> Tensor:  # (p, r)
+    """The factor in the basis. That is rounded: one correction for its columns' inner products."""
+    first = basis.mT @ factor
+    return first + basis.mT @ (factor - basis @ first)
+
+
+def largest_value(
+    up: Tensor,  # (p, r)
+    down: Tensor,  # (r, q)
+) -> float:
+    """The largest singular value s_1 of the product, or up to r ** (1 / 16) times that.
+
+    The Schatten norm (sum of s_i ** 16) ** (1 / 16): the product of the factors' Gram matrices has
+    the eigenvalues s_i ** 2.
+    """
+    squares = ((up.mT @ up) @ (down @ down.mT)).double()
+    energy = float(squares.diagonal().sum())
+    if energy <= 0:
+        return 0.0
+    power = torch.linalg.matrix_power(squares / energy, 8)
+    return math.sqrt(energy) * float(power.diagonal().sum()) ** (1 / 16)
 
 
 def random_normal(

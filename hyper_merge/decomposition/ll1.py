@@ -122,12 +122,14 @@ def update_ups(
     factors: Factors,
     multipliers: Tensor,  # (k, R)
     mixtures: Tensor | None = None,  # (b, R, p, q), if known
+    inner: Tensor | None = None,  # (b, rho, rho), of the downs, if they reach beyond the core
 ) -> Factors:
     """The best ups for given downs and multipliers: normal equations of all blocks at once."""
     # Through mixtures of the slices the work does not grow with the number of checkpoints.
     mixtures = batch.mixtures(multipliers) if mixtures is None else mixtures
     parts = [mixtures[:, r] @ factors.down[:, s].mT for r, s in enumerate(batch.spans)]
-    gram = _mode3_gram(batch, multipliers) * (factors.down @ factors.down.mT)
+    inner = factors.down @ factors.down.mT if inner is None else inner
+    gram = _mode3_gram(batch, multipliers) * inner
     return Factors(solve_damped(torch.cat(parts, 2), gram, factors.up), factors.down)
 
 

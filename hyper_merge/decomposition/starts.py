@@ -40,6 +40,7 @@ def best_start(
     earlier: Sequence[Tensor],  # the same, of earlier solutions
     generator: torch.Generator,
     tell: Callable[[float], None] = lambda _fraction: None,
+    given: Sequence[Tensor] = (),  # each (k, R)
 ) -> Tensor:  # (k, R), float64
     """Multipliers of the best solution found on the pilot layers.
 
@@ -50,10 +51,11 @@ def best_start(
         generator: for the random starts.
         tell: called after every sweep with the fraction of the sweeps that is done; may raise, to
             stop.
+        given: the user's own, tried besides all others, which stay the same.
     """
     few = pilot(problem)
     starts = [*planned, *earlier] if earlier else [*planned, *_random_starts(few)]
-    blocks, sweeps_in_all = problem.shape[1], _pilot_sweeps(len(starts))
+    blocks, sweeps_in_all = problem.shape[1], _pilot_sweeps(len(starts) + len(given))
     done: list[float] = []
 
     def on_sweep(cost: float, _loss: float) -> None:
@@ -68,6 +70,10 @@ def best_start(
         Solution(factors_from(few, multipliers, generator), multipliers, ())
         for multipliers in _directions(few, starts, generator)
     ]
+    dice = torch.Generator().manual_seed(len(starts))
+    tried += [
+        Solution(factors_from(few, multipliers, dice), multipliers, ()) for multipliers in given
+    ]
     for sweeps, kept in _ROUNDS:
         stopping = Stopping(sweeps, 0.0, partial(on_sweep, 1.0))
         tried = [solve(few, start.factors, start.multipliers, stopping) for start in tried]
@@ -80,7 +86,7 @@ def search_cost(entries: float, starts: int) -> float:
 
     Args:
         entries: of one slice of every layer's core, added up.
-        starts: planned and earlier or random ones.
+        starts: planned, earlier or random, and given ones.
     """
     share = max(_PILOT_SHARE, _PILOT_ENTRIES / entries)
     return 1.0 + min(share, 1.0) * _pilot_sweeps(starts)  # all cores are read once

@@ -43,6 +43,7 @@ LABELS: Final = {
     "weights": "Weights",
     "base": "Base",
     "dtype": "Stored precision",
+    "lora_dtype": "Stored precision of the LoRAs",
     "device": "Device",
     "iterations": "Iterations",
     "tolerance": "Tolerance",
@@ -70,6 +71,7 @@ class Form:
     weights: str
     base: str
     dtype: str
+    lora_dtype: str
     device: str
     iterations: float | None
     tolerance: float | None
@@ -124,6 +126,7 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
             models=models,
             base=AVERAGE if form.base == BASE_AVERAGE else str(_file(form.base, listed)),
             dtype=form.dtype,  # type: ignore[arg-type]
+            lora_dtype=form.lora_dtype,  # type: ignore[arg-type]
             device=form.device,
             iterations=_whole(form.iterations),
             tolerance=form.tolerance,  # type: ignore[arg-type]
@@ -153,6 +156,7 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
         weights=_numbers(recipe.weights),
         base=base,
         dtype=recipe.dtype,
+        lora_dtype=recipe.lora_dtype,
         device=recipe.device,
         iterations=recipe.iterations,
         tolerance=recipe.tolerance,

@@ -245,7 +245,7 @@ def _rounding_hint(run: Run) -> str:
         return ""
     return hint(
         f"{found.hosts} rounds the weights after each of these LoRAs, which takes back"
-        f" {found.added:.1%} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
+        f" {percent(found.added)} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
         f" once: hyper-merge export {run.name}"
     )
 
@@ -285,6 +285,7 @@ def comparison(first: Run, second: Run) -> str:
         ("LoRAs", size_text(first.report.bytes_loras), size_text(second.report.bytes_loras)),
         ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
         ("Stored precision", first.recipe.dtype, second.recipe.dtype),
+        ("of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
         ("Explained, average", percent(_mean(first)), percent(_mean(second))),
     ]
     explained = [

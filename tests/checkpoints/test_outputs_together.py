@@ -47,6 +47,16 @@ def contents(folder):
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
+def test_a_staged_file_can_be_read_before_it_is_in_its_place(tmp_path):
+    with Outputs() as outputs:
+        stage_all(outputs, tmp_path)
+        path = tmp_path / "Lora" / "deep" / "x.safetensors"
+        with outputs.reading(path) as tensor:
+            assert torch.equal(tensor("a"), torch.ones(3))
+        assert not path.exists()
+    assert torch.equal(load_file(path)["a"], torch.ones(3))
+
+
 def test_nothing_appears_before_the_end_and_everything_after_it(tmp_path):
     with Outputs() as outputs:
         stage_all(outputs, tmp_path)

@@ -155,6 +155,23 @@ def test_planned_and_earlier_starts_are_tried_and_earlier_ones_instead_of_random
     assert_close(tried[1], torch.nn.functional.normalize(planned, dim=0))
 
 
+def test_a_given_start_wins_if_it_is_the_best_and_changes_nothing_if_not(rng):
+    multipliers = normal(rng, 5, 3)
+    blocks = torch.stack([normal(rng, 14, 3) @ normal(rng, 3, 14) for _ in range(3)])
+    problem = problem_of((torch.einsum("kr,rpq->kpq", multipliers, blocks)[None], (3, 3, 3)))
+    start = best_start(problem, [], [], seeded(), given=[multipliers])
+    cosines = torch.nn.functional.normalize(start, dim=0).mT @ torch.nn.functional.normalize(
+        multipliers, dim=0
+    )
+    assert_close(cosines.abs().amax(0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-2)
+    useless = torch.zeros(5, 3, dtype=torch.float64)
+    plain, dice = best_start(problem, [], [], seeded()), seeded()
+    assert torch.equal(best_start(problem, [], [], dice, given=[useless]), plain)
+    other = seeded()
+    best_start(problem, [], [], other)
+    assert torch.equal(dice.get_state(), other.get_state())  # nor what follows
+
+
 @pytest.mark.parametrize("columns", [0, 1, 2, 7])
 def test_planned_starts_of_any_width_are_filled_up_or_cut(rng, columns):
     problem = problem_of((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)))

@@ -15,6 +15,7 @@ FORM = Form(
     weights="",
     base=BASE_AVERAGE,
     dtype="float16",
+    lora_dtype="same",
     device="cpu",
     iterations=3,
     tolerance=1e-3,

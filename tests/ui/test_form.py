@@ -87,6 +87,7 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"seed": None}, "Seed: expected .* got nothing"),
         ({"dtype": "float8"}, "Stored precision: expected one of float16, bfloat16, float32"),
         ({"dtype": None}, "Stored precision: expected one of"),
+        ({"lora_dtype": "fp8"}, "Stored precision of the LoRAs: expected one of same, float16"),
         ({"device": "gpu"}, "Device: expected auto, cpu, cuda or cuda:N"),
         ({"device": None}, "Device: expected"),
         ({"vae": "none of them"}, 'VAE: expected one of first, average, got "none of them"'),
@@ -171,6 +172,7 @@ def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
         {"base": "b.safetensors", "dtype": "bfloat16", "device": "auto", "tolerance": 1e-6},
         {"vae": "average of all", "seed": 12, "iterations": 100, "checkpoints": NAMES[1:]},
         {"save_styles": False},
+        {"lora_dtype": "float8"},
         {"exact": "norms (A1111, Forge, ComfyUI)"},
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from at_the_tab import EVIL, kinds, tags, values, words
 
 from hyper_merge.inspection import Row
+from hyper_merge.report import A1111, FORGE_AND_COMFYUI, HostRounding
 from hyper_merge.runs import load_run
 from hyper_merge.sizes import size_text
 from hyper_merge.ui import preparing, views
@@ -174,6 +175,21 @@ def test_a_merge_that_saves_nothing_says_so(host, run):
     found = load_run(host.folders(), run)
     larger = replace(found, report=replace(found.report, bytes_loras=10_000_000))
     assert "9 MB more" in words(views.result_sentence(larger))
+
+
+@pytest.mark.parametrize(("added", "told"), [(0.015, True), (1e-4, False)])
+def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run, added, told):
+    found = load_run(host.folders(), run)
+    rounding = (HostRounding(A1111, added, added), HostRounding(FORGE_AND_COMFYUI, 0.5, 0.5))
+    text = words(
+        views.result_sentence(replace(found, report=replace(found.report, rounding=rounding)))
+    )
+    said = (
+        "AUTOMATIC1111 rounds the weights after each of these LoRAs, which takes back 1.5 % of what"
+        " sets the checkpoints apart. One LoRA per checkpoint is rounded once: hyper-merge export mix"
+    )
+    assert (said in text) == told
+    assert ("rounds the weights" in text) == told
 
 
 def test_with_a_checkpoint_as_base_no_hyper_model_is_named(host, run):

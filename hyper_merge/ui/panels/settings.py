@@ -33,6 +33,7 @@ class FormWidgets:
     weights: gr.Textbox
     base: gr.Dropdown
     dtype: gr.Radio
+    lora_dtype: gr.Radio
     device: gr.Dropdown
     iterations: gr.Number
     tolerance: gr.Number
@@ -90,7 +91,7 @@ def _build_advanced(devices: Sequence[str]) -> list[Any]:
 
 
 def _build_base() -> list[Any]:
-    """Weights, base, stored precision."""
+    """Weights, base, stored precisions."""
     weights = widget(
         gr.Textbox,
         "weights",
@@ -114,7 +115,16 @@ def _build_base() -> list[Any]:
         label=LABELS["dtype"],
         info="Of the written files: 2, 2 or 4 bytes per number.",
     )
-    return [weights, base, dtype]
+    lora_dtype = widget(
+        gr.Radio,
+        "lora_dtype",
+        choices=["same", "float16", "bfloat16", "float32", "float8"],
+        value="same",
+        label=LABELS["lora_dtype"],
+        info="The same, or their own. float8 takes half of the bytes and brings back a little less; it"
+        " needs torch 2.1 (A1111 1.8), and is not for Apple's graphics.",
+    )
+    return [weights, base, dtype, lora_dtype]
 
 
 def _build_solver(devices: Sequence[str]) -> list[Any]:

@@ -45,8 +45,9 @@ def start_look(host: Host, jobs: Jobs, *values: Any) -> str:
 
 
 def pick_group(number: int, groups: str) -> list[str]:
-    """The checkpoints of a group: 0 for the first one."""
-    return list(json.loads(groups)[number])
+    """The checkpoints of a group: 0 for the first one; none where it has gone."""
+    known = json.loads(groups or "[]")
+    return list(known[number]) if number < len(known) else []
 
 
 def known_outlook(host: Host, preflight: Preflight) -> Outlook | None:

@@ -66,6 +66,15 @@ class Prospects:
             explained[place % k] += values[:count].sum()
         return self._of_all(explained)
 
+    def curves(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # (sizes, k) each, shares 0..1
+        """What `shared` and `of_private` say for many budgets, but for the last few ranks of each."""
+        shared = torch.cat([layer.square().mT for layer in self.multipliers])
+        own = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
+        return (
+            self._curve(self.mixtures, shared, sizes),
+            self._curve(self.private, own, sizes),
+        )
+
     def ranks_for(self, budget: float) -> tuple[int, ...]:
         """How many LoRAs, and what ranks in the mean of the layers, make best use of these bytes."""
         wanted = _WORTH * float(self._explained(self._counts(budget)).sum())
@@ -85,6 +94,23 @@ class Prospects:
             enough = float(self.shared(middle).min()) >= target
             low, high = (low, middle) if enough else (middle, high)
         return high
+
+    def _curve(
+        self,
+        spectra: Sequence[Sequence[Tensor]],  # per layer and list, falling
+        parts: Tensor,  # (lists, k): of a list's gain for every checkpoint
+        sizes: Sequence[int],
+    ) -> Tensor:  # (sizes, k)
+        lists = [values for layer in spectra for values in layer]
+        owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(v) for v in lists]))
+        price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
+        gains = torch.cat(lists)
+        order = (gains / price).argsort(descending=True, stable=True)
+        owner, spent = owner[order], price[order].cumsum(0)
+        explained = (gains[order, None] * parts[owner]).cumsum(0)
+        bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
+        nothing = explained.new_zeros(1, explained.shape[1])
+        return self._of_all(torch.cat([nothing, explained])[bought])
 
     def _counts(self, budget: float, blocks: int | None = None) -> list[list[int]]:
         """Ranks per layer and direction, of the first directions or of all."""

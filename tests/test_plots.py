@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from hyper_merge.ui import plots
+from hyper_merge.ui import canvas, plots
 
 SECTIONS = [
     *((f"TE{n:02d}", "text_encoder") for n in range(12)),
@@ -147,8 +147,8 @@ def test_a_report_of_the_first_version_gets_a_note(plot):
 
 @given(st.lists(st.floats(0, 1), max_size=18))
 def test_labels_keep_their_order_and_their_distance(heights):
-    places = plots._spread(heights)
-    gap = plots._LABEL_GAP - 1e-9
+    places = canvas.spread_labels(heights)
+    gap = canvas.LABEL_GAP - 1e-9
     for one, other in itertools.combinations(range(len(heights)), 2):
         assert abs(places[one] - places[other]) >= gap
         if heights[one] != heights[other]:
@@ -161,7 +161,7 @@ def luminance(colour):
     return sum(share * x for share, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@pytest.mark.parametrize("colour", [plots._GREY, plots._PALE, plots._WORST, *plots._COLOURS])
+@pytest.mark.parametrize("colour", [canvas.GREY, canvas.PALE, canvas.WORST, *canvas.COLOURS])
 @pytest.mark.parametrize("ground", ["#ffffff", "#0b0f19"])
 def test_every_colour_stands_out_from_light_and_dark_ground(colour, ground):
     """By 3 to 1. Source: WCAG 2.1, 1.4.11."""

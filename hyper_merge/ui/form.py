@@ -29,6 +29,7 @@ DIFFERENCE_CHOICES: Final = {
     "as they are": "plain",
     "relative to each layer's size": "relative",
 }
+_SPREAD: Final = next(iter(ALLOCATION_CHOICES))
 PRESETS: Final = {
     "small": "64, 32, 16",
     "medium": "128, 64, 32, 16",
@@ -113,6 +114,11 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
         if field.name in texts
     }
     models = chosen(form, listed)
+    if "ranks" not in words and form.allocation != _SPREAD:
+        raise RecipeError(
+            f"{LABELS['ranks']}: a size or a share needs ranks that go {_SPREAD}; choose that under"
+            " Advanced, or give ranks"
+        )
     try:
         return Recipe(
             **words,

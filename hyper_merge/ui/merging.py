@@ -23,8 +23,8 @@ from hyper_merge.preflight import examine
 from hyper_merge.runs import load_run
 from hyper_merge.ui import results, views
 from hyper_merge.ui.form import Form, recipe_of
-from hyper_merge.ui.jobs import BusyError, Jobs, Standing
-from hyper_merge.ui.picking import prepare
+from hyper_merge.ui.jobs import Jobs, Standing
+from hyper_merge.ui.preparing import prepare
 
 _TICK: Final = 0.5  # seconds between looks at a job that runs
 
@@ -40,7 +40,7 @@ def start(host: Host, jobs: Jobs, *values: Any) -> str:
         form = replace(form, name=preflight.recipe.name)
         jobs.start(form.name, functools.partial(_merge, host, form), host.log)
     except HyperMergeError as error:
-        return _refused(error)
+        return views.refused(error)
     return ""
 
 
@@ -49,7 +49,7 @@ def start_demo(host: Host, jobs: Jobs) -> str:
     try:
         jobs.start("the demo's checkpoints", functools.partial(_make_demo, host), host.log)
     except HyperMergeError as error:
-        return _refused(error)
+        return views.refused(error)
     return ""
 
 
@@ -124,7 +124,3 @@ def _make_demo(host: Host, _task: str, control: Control) -> str:
 
 def _last(jobs: Jobs) -> Standing | None:
     return jobs.last.standing if jobs.last else None
-
-
-def _refused(error: HyperMergeError) -> str:
-    return views.message("info" if isinstance(error, BusyError) else "bad", str(error))

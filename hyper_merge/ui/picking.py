@@ -8,7 +8,6 @@ message; it never leaves as an error.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,19 @@ from typing import Any, Final
 
 import gradio as gr
 
-from hyper_merge.errors import HyperMergeError, NameTakenError, RecipeError, SameMergeError
-from hyper_merge.folders import Folders, Place, average_id_of
+from hyper_merge.errors import HyperMergeError, SameMergeError
+from hyper_merge.folders import average_id_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.inspection import Row, look_at
-from hyper_merge.preflight import Preflight, examine
+from hyper_merge.plan import Outlook
+from hyper_merge.preflight import Preflight
 from hyper_merge.ui import views
-from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form, recipe_of
+from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form
+from hyper_merge.ui.looking import NO_CURVE, curve, group_buttons, known_outlook
+from hyper_merge.ui.preparing import examined, is_named, placed, suggested_name
 
 ALL_FOLDERS: Final = "all folders"
 TOP_FOLDER: Final = "without a folder"
-
-_SUGGESTIONS: Final = 9  # tried, one after another
 
 
 def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
@@ -81,74 +81,70 @@ def offers_demo(host: Host) -> bool:
     return not host.has_txt2img and not host.checkpoints()
 
 
-def plan(host: Host, *values: Any) -> tuple[str, str, Any]:
-    """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint."""
+def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
+    """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint.
+
+    And what could be had for which size, with a button for each of the unlike groups.
+
+    Args:
+        host: of the tab.
+        groups: those that have buttons now, as JSON.
+        values: of the form.
+    """
     form = Form(*values)
     listed = host.checkpoints()
     rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
     hashes = {name: host.known_hash(name) for name, _ in rows}
-    said = _plan(host, form, [row for _, row in rows])
     name = suggested_name(form.checkpoints) if rows else ""
-    return views.checkpoints(rows, hashes), said, gr.update(placeholder=name)
+    table, hint = views.checkpoints(rows, hashes), gr.update(placeholder=name)
+    problem = _problem([row for _, row in rows])
+    if problem is not None:
+        buttons = group_buttons(form.checkpoints or [], None, groups)
+        return (table, problem, hint, *NO_CURVE, *buttons)
+    said, drawn, found = _looked_at(host, form)
+    return (table, said, hint, *drawn, *group_buttons(form.checkpoints, found, groups))
 
 
-def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:
-    """The form, held against the files and the folders.
-
-    Raises:
-        HyperMergeError: it cannot be merged like this.
-    """
-    _require_two(form)
-    folders, listed = host.folders(), host.checkpoints()
-    if (form.name or "").strip():
-        return _prepared(form, listed, folders)
-    suggestion = suggested_name(form.checkpoints)
-    for number in range(1, _SUGGESTIONS):
-        name = suggestion if number == 1 else f"{suggestion}-{chr(ord('a') + number - 1)}"
-        try:
-            return _prepared(replace(form, name=name), listed, folders)
-        except NameTakenError:
-            continue
-    return _prepared(replace(form, name=suggestion), listed, folders)
-
-
-def suggested_name(picked: Sequence[str]) -> str:
-    """A name for a merge of these checkpoints that prompts and file systems can hold.
-
-    >>> suggested_name(["sd15/portrait v2.safetensors", "b.ckpt"])
-    'hyper-portrait-v2-2'
-    """
-    stem = Path(picked[0].replace("\\", "/")).stem if picked else "model"
-    plain = re.sub(r"[^A-Za-z0-9]+", "-", stem)[:24].strip("-") or "model"
-    return f"hyper-{plain}-{len(picked)}"
-
-
-def _prepared(form: Form, listed: Mapping[str, Path], folders: Folders) -> tuple[Preflight, Place]:
-    preflight = examine(recipe_of(form, listed, folders), folders)
-    place = folders.place(preflight.recipe, preflight.average_id)
-    preflight.require_room(place)
-    return preflight, place
-
-
-def _require_two(form: Form) -> None:
-    count = len(form.checkpoints or [])
-    if count < 2:
-        picked = "one is picked" if count else "none is picked"
-        raise RecipeError(f"A merge takes two checkpoints or more; {picked}.")
-
-
-def _plan(host: Host, form: Form, rows: Sequence[Row]) -> str:
+def _problem(rows: Sequence[Row]) -> str | None:
+    """Why there is nothing to look at."""
     if len(rows) < 2:
         return views.message("info", "Pick one more checkpoint.") if rows else ""
     if any(row.problem for row in rows):
         return views.message("bad", "Not all of these can be merged; the table says why.")
+    return None
+
+
+def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], Outlook | None]:
+    """What a merge takes or why it cannot be; the curve; what could be had."""
     try:
-        preflight, place = prepare(host, form)
+        preflight = examined(host, form)
+    except HyperMergeError as error:
+        return views.message("bad", str(error)), *_without_size(host, form)
+    found = known_outlook(host, preflight)
+    asked = found.asked(preflight) if found else None
+    said = _plan(host, form, preflight, asked)
+    if found is not None:
+        said += views.outlook(found, preflight.recipe, asked)
+    return said, curve(found, asked), found
+
+
+def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], Outlook | None]:
+    """The curve alone, so that it stays while a size is half typed."""
+    try:
+        found = known_outlook(host, examined(host, replace(form, ranks="1")))
+    except HyperMergeError:
+        return NO_CURVE, None
+    return (NO_CURVE if found is None else curve(found, None)), found
+
+
+def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> str:
+    try:
+        preflight, place = placed(preflight, host.folders(), named=is_named(form))
     except SameMergeError as error:
         return views.message("info", str(error))
     except HyperMergeError as error:
         return views.message("bad", str(error))
-    return views.plan(preflight, place)
+    return views.plan(preflight, place, asked)
 
 
 def _row(name: str, listed: Mapping[str, Path]) -> Row:
@@ -161,7 +157,7 @@ def _row(name: str, listed: Mapping[str, Path]) -> Row:
         return _absent(name, "no longer there; press Refresh")
     except OSError:
         return look_at(path)
-    return _looked_at(path, status.st_size, status.st_mtime_ns)
+    return _row_of(path, status.st_size, status.st_mtime_ns)
 
 
 def _absent(name: str, problem: str) -> Row:
@@ -169,7 +165,7 @@ def _absent(name: str, problem: str) -> Row:
 
 
 @functools.lru_cache(maxsize=256)
-def _looked_at(path: Path, _size: int, _changed: int) -> Row:
+def _row_of(path: Path, _size: int, _changed: int) -> Row:
     """A look at a file, which is not repeated while the file stays the same."""
     return look_at(path)
 

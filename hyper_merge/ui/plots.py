@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from itertools import groupby
 from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager
-from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hyper_merge.report import Report
+from hyper_merge.ui.canvas import (
+    COLOURS,
+    GREY,
+    PALE,
+    STRONG,
+    WORST,
+    families,
+    name_line,
+    new_figure,
+    short,
+    spread_labels,
+)
 
-# Each of these stands out from white and from near-black by 3 to 1 at least; the pairs are told
-# apart by colour-blind eyes too.
-_GREY: Final = "#828282"
-_STRONG: Final = "#0079bd"
-_COLOURS: Final = ("#0079bd", "#d55e00", "#009e73", "#b3669a", "#8a7a20", "#6a76c4")
-_WORST: Final = "#d55e00"
-_PALE: Final = "#5e97c9"
 _NEUTRAL: Final = "#d0d4d8"
 _SIMILAR: Final = LinearSegmentedColormap.from_list(
     "similar", ("#b35806", "#e8a45c", _NEUTRAL, "#6baed6", "#08599c")
 )
 _DARK_INK, _LIGHT_INK = "#16191d", "#ffffff"
 
-_WIDTH: Final = 7.0  # inches
-_DPI: Final = 144
-_LONGEST: Final = 30  # characters of a name
 _NUMBERED_CELLS: Final = 12  # checkpoints, up to which a cell has room for its number
 _TICKS: Final = 40  # that fit side by side
-_LABEL_GAP: Final = 0.055  # between labels of lines, as a part of the axis
-# Beside matplotlib's own, for names that it lacks the letters of.
-_FONTS: Final = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei")
 
 
 def explained_plot(report: Report) -> Figure:
@@ -45,29 +41,29 @@ def explained_plot(report: Report) -> Figure:
 
     Beyond six checkpoints, all are thin lines, of which the best and the worst are named.
     """
-    figure, axes = _figure("Explained share as LoRAs are added", height=4.2)
+    figure, axes = new_figure("Explained share as LoRAs are added", height=4.2)
     if not report.curve:
         return _without_figures(axes)
     lines = [list(line) for line in zip(*report.curve, strict=True)]
     names = [row.name for row in report.checkpoints]
     last = len(report.curve) - 1
     labels = _lines(axes, lines, names)
-    heights = _spread([height for height, _, _ in labels])
+    heights = spread_labels([height for height, _, _ in labels])
     for (height, label, colour), place in zip(labels, heights, strict=True):
-        _name_line(axes, (last, height, place), label, colour)
+        name_line(axes, (last, height, place), label, colour)
     axes.set_xlim(0, last)
     axes.set_ylim(0, 1)
     axes.set_xticks(range(last + 1))
-    axes.set_xlabel("number of LoRAs, in their order (0: the average alone)", color=_GREY)
+    axes.set_xlabel("number of LoRAs, in their order (0: the average alone)", color=GREY)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.8)
+    axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
     return figure
 
 
 def similarity_plot(report: Report) -> Figure:
     """Cosines of the checkpoints' deviations: 1 the same direction, 0 unrelated, -1 opposite."""
     k = len(report.checkpoints)
-    figure, axes = _figure("Similarity of the checkpoints' differences from the base", _side(k))
+    figure, axes = new_figure("Similarity of the checkpoints' differences from the base", _side(k))
     if not report.similarity:
         return _without_figures(axes)
     rows = [
@@ -77,8 +73,8 @@ def similarity_plot(report: Report) -> Figure:
     axes.imshow(rows, cmap=_SIMILAR, vmin=-1, vmax=1)
     axes.set_anchor("W")
     axes.set_xticks(range(k), [str(number + 1) for number in range(k)])
-    names = [f"{_short(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
-    axes.set_yticks(range(k), names, family=_families())
+    names = [f"{short(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
+    axes.set_yticks(range(k), names, family=families())
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -86,7 +82,7 @@ def similarity_plot(report: Report) -> Figure:
         _number_cells(axes, rows)
     figure.supxlabel(
         "blue: the same direction (+1)    grey: unrelated (0)    orange: opposite (-1)",
-        color=_GREY,
+        color=GREY,
         fontsize=9,
         x=0.01,
         ha="left",
@@ -96,15 +92,15 @@ def similarity_plot(report: Report) -> Figure:
 
 def parts_plot(report: Report) -> Figure:
     """How much of all differences lies in each section of the network, and how much is lost there."""
-    figure, axes = _figure("Differences by section of the network", height=3.6)
+    figure, axes = new_figure("Differences by section of the network", height=3.6)
     if not report.parts:
         return _without_figures(axes)
     split = [_split(part.name) for part in report.parts]
     places = _places(
         [(part.which, word) for part, (word, _) in zip(report.parts, split, strict=True)]
     )
-    axes.bar(places, [p.energy for p in report.parts], color=_PALE, width=0.8)
-    axes.bar(places, [p.lost for p in report.parts], color=_WORST, width=0.8)
+    axes.bar(places, [p.energy for p in report.parts], color=PALE, width=0.8)
+    axes.bar(places, [p.lost for p in report.parts], color=WORST, width=0.8)
     step = -(-len(places) // _TICKS)
     axes.set_xticks(
         places, [n if i % step == 0 else "" for i, (_, n) in enumerate(split)], fontsize=8
@@ -114,31 +110,20 @@ def parts_plot(report: Report) -> Figure:
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g}%")
-    axes.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.8)
+    axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
     axes.set_axisbelow(True)
     words = ["all differences in the layers", "what is lost of them"]
     figure.legend(
-        words, loc="outside lower left", frameon=False, labelcolor=_GREY, fontsize=9, ncols=2
+        words, loc="outside lower left", frameon=False, labelcolor=GREY, fontsize=9, ncols=2
     )
     return figure
-
-
-def _figure(title: str, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="none")
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
-    axes = figure.add_subplot(facecolor="none")
-    figure.suptitle(title, x=0.01, ha="left", color=_GREY, fontsize=11, fontweight="bold")
-    axes.tick_params(colors=_GREY, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[:].set_color(_GREY)
-    return figure, axes
 
 
 def _without_figures(axes: Axes) -> Figure:
     """A note in place of the plot."""
     axes.set_axis_off()
     note = "not in this report, which an earlier version of Hyper-Merge wrote"
-    axes.text(0.5, 0.5, note, color=_GREY, ha="center", va="center", transform=axes.transAxes)
+    axes.text(0.5, 0.5, note, color=GREY, ha="center", va="center", transform=axes.transAxes)
     figure = axes.figure
     assert isinstance(figure, Figure)
     return figure
@@ -150,54 +135,16 @@ def _lines(
     names: Sequence[str],
 ) -> list[tuple[float, str, str]]:  # where each named line ends, its label, its colour
     ends = [line[-1] for line in lines]
-    if len(lines) <= len(_COLOURS):
-        shown = dict(zip(range(len(lines)), _COLOURS, strict=False))
+    if len(lines) <= len(COLOURS):
+        shown = dict(zip(range(len(lines)), COLOURS, strict=False))
     else:
-        shown = {ends.index(max(ends)): _STRONG, ends.index(min(ends)): _WORST}
+        shown = {ends.index(max(ends)): STRONG, ends.index(min(ends)): WORST}
     for index, line in enumerate(lines):
-        colour, width = shown.get(index, _GREY), 2.0 if index in shown else 0.8
+        colour, width = shown.get(index, GREY), 2.0 if index in shown else 0.8
         marker = "o" if index in shown else None
         axes.plot(line, color=colour, linewidth=width, marker=marker, markersize=4, clip_on=False)
-    words = [f"{end:.1%}  {_short(name)}" for end, name in zip(ends, names, strict=True)]
+    words = [f"{end:.1%}  {short(name)}" for end, name in zip(ends, names, strict=True)]
     return [(ends[index], words[index], colour) for index, colour in shown.items()]
-
-
-def _name_line(axes: Axes, point: tuple[float, float, float], label: str, colour: str) -> None:
-    """A label right of a line's end, level with it or with a thin line to where there was room."""
-    last, height, place = point
-    axes.annotate(
-        label,
-        xy=(last, height),
-        xytext=(1.03, place),
-        textcoords=axes.get_yaxis_transform(),
-        color=colour,
-        fontsize=9,
-        va="center",
-        family=_families(),
-        arrowprops={
-            "arrowstyle": "-",
-            "color": colour,
-            "linewidth": 0.6,
-            "shrinkA": 2,
-            "shrinkB": 4,
-            "relpos": (0, 0.5),  # from the middle of the label's left side
-        },
-        annotation_clip=False,
-    )
-
-
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Places near the heights, in their order, of which no two are nearer than a label's height."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i], reverse=True)
-    places: list[float] = []
-    for index in order:
-        highest = places[-1] - _LABEL_GAP if places else 1.0
-        places.append(min(heights[index], highest))
-    lowest = 0.0
-    for position in reversed(range(len(places))):
-        places[position] = max(places[position], lowest)
-        lowest = places[position] + _LABEL_GAP
-    return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
 def _side(k: int) -> float:  # inches
@@ -239,35 +186,9 @@ def _name_groups(axes: Axes, places: Sequence[float], words: Sequence[str]) -> N
             xycoords=axes.get_xaxis_transform(),
             xytext=(0, -20),
             textcoords="offset points",
-            color=_GREY,
+            color=GREY,
             fontsize=9,
             ha="center",
             va="top",
             annotation_clip=False,
         )
-
-
-def _short(name: str) -> str:
-    """The name, without its middle where it is too long; a box for a letter that no font has.
-
-    Two dollar signs would make a formula of it for matplotlib.
-    """
-    if len(name) > _LONGEST:
-        half = (_LONGEST - 1) // 2
-        name = f"{name[:half]}…{name[-half:]}"
-    letters = _letters()
-    shown = "".join(letter if ord(letter) in letters else "□" for letter in name)
-    return shown.replace("$", r"\$")
-
-
-@cache
-def _families() -> tuple[str, ...]:
-    known = set(fontManager.get_font_names())
-    return ("DejaVu Sans", *(name for name in _FONTS if name in known))
-
-
-@cache
-def _letters() -> frozenset[int]:
-    """Code points that some font has: matplotlib warns of each that none has."""
-    fonts = (FT2Font(findfont(FontProperties(family=name))) for name in _families())
-    return frozenset(code for font in fonts for code in font.get_charmap())

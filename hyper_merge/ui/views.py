@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Final, Literal
 
 from hyper_merge.effort import duration_text
+from hyper_merge.errors import HyperMergeError
 from hyper_merge.folders import Place
 from hyper_merge.inspection import Row
+from hyper_merge.plan import Outlook
 from hyper_merge.preflight import Preflight
 from hyper_merge.prompts import lora_names
-from hyper_merge.recipe import AVERAGE
+from hyper_merge.recipe import AVERAGE, Recipe
 from hyper_merge.report import CheckpointReport, Report
+from hyper_merge.report_text import groups_text
 from hyper_merge.runs import Run
 from hyper_merge.sizes import size_text
-from hyper_merge.ui.jobs import Standing, in_one_line
+from hyper_merge.ui.form import size_of
+from hyper_merge.ui.jobs import BusyError, Standing, in_one_line
 
 Kind = Literal["info", "good", "bad"]
 
@@ -37,6 +41,11 @@ def message(kind: Kind, text: str) -> str:
 def unexpected(error: BaseException) -> str:
     """What is said of an error that nobody expected."""
     return message("bad", f"An unexpected error; the log has all of it: {in_one_line(error)}")
+
+
+def refused(error: HyperMergeError) -> str:
+    """Why something was not begun; that something else runs is no fault."""
+    return message("info" if isinstance(error, BusyError) else "bad", str(error))
 
 
 def hint(text: str) -> str:
@@ -125,20 +134,29 @@ def vae_groups(rows: Sequence[Row]) -> list[str]:
     return ["none" if vae is None else _letter(known.index(vae)) for vae in prints]
 
 
-def plan(preflight: Preflight, place: Place) -> str:
-    """What a merge will write and take."""
+def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
+    """What a merge will write and take.
+
+    Args:
+        preflight: the examined recipe.
+        place: where its files go.
+        asked: bytes of the LoRAs by what is known of the files, where their size is to be found.
+    """
     estimate, recipe = preflight.estimate, preflight.recipe
     before = sum(header.size for header in preflight.sources.headers)
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
     hyper = f"{place.hyper_model.name} ({size_text(average)}{', there already' if place.exists else ''})"
+    size = estimate.loras if recipe.target is None else asked or estimate.loras
     count = _count(len(recipe.ranks), "LoRA")
     loras = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …"
-    if recipe.finds_ranks:
-        loras = "LoRAs" if recipe.budget else "LoRAs of a size that the merge finds, perhaps"
+    if recipe.budget is not None:
+        loras = "LoRAs"
+    elif recipe.target is not None:
+        loras = "LoRAs, about" if asked else "LoRAs of a size that the merge finds, perhaps"
     lines = [
         (
-            f"<b>{_text(hyper)}</b> and {loras} (<b>{size_text(estimate.loras)}</b>): "
-            f"{size_text(average + estimate.loras)} in place of {size_text(before)}."
+            f"<b>{_text(hyper)}</b> and {loras} (<b>{size_text(size)}</b>): "
+            f"{size_text(average + size)} in place of {size_text(before)}."
         ),
         (
             f"It takes <b>{duration_text(estimate.seconds)}</b>, {size_text(estimate.memory)} of memory and at most "
@@ -147,6 +165,26 @@ def plan(preflight: Preflight, place: Place) -> str:
     ]
     notes = [message("info", warning) for warning in preflight.warnings]
     return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
+
+
+def outlook(found: Outlook, recipe: Recipe, asked: int | None) -> str:
+    """What the look at the files shows beside its curve: a share out of reach, unlike groups."""
+    said = ""
+    if asked is None and recipe.target is not None:
+        shares = found.shared[-1]
+        worst = min(range(len(shares)), key=shares.__getitem__)
+        said += message(
+            "info",
+            f"{percent(recipe.target)} may be out of reach: LoRAs bring back about"
+            f" {percent(shares[worst])} of {found.names[worst]} at most.",
+        )
+    groups = found.groups
+    return said + (_groups(found.names, groups.groups, groups.between) if groups.are_apart else "")
+
+
+def _groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
+    text = groups_text(names, groups, between)
+    return message("info", f"{text[0].upper()}{text[1:]}.")
 
 
 def progress(now: Standing) -> str:
@@ -191,8 +229,13 @@ def result_sentence(run: Run) -> str:
         f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
         f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
         "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
-        "its LoRAs bring back.</p>" + _rounding_hint(run) + missing(run)
+        "its LoRAs bring back.</p>" + _rounding_hint(run) + _groups_of(report) + missing(run)
     )
+
+
+def _groups_of(report: Report) -> str:
+    names = [row.name for row in report.checkpoints]
+    return _groups(names, report.groups, report.between_groups) if report.groups else ""
 
 
 def _rounding_hint(run: Run) -> str:
@@ -298,7 +341,9 @@ def _hint(text: str) -> str:
 
 
 def _ranks(run: Run) -> str:
-    return ", ".join(map(str, run.recipe.ranks))
+    """Of a run's LoRAs, and what they were found for."""
+    ranks = ", ".join(map(str, run.recipe.ranks))
+    return f"{ranks} for {size_of(run.recipe)}" if run.recipe.finds_ranks else ranks
 
 
 def _mean(run: Run) -> float:

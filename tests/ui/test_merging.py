@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch)
     assert kinds(said) == ["bad"]
     assert "make room" in words(said)
     assert jobs.last is None
-    assert picking.plan(host, *values())[1] == said
+    assert picking.plan(host, "", *values())[1] == said
     assert snapshot(root) == before
 
 
@@ -436,7 +436,7 @@ def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, 
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, said, *_ = picking.plan(host, *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    _, said, *_ = picking.plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
     assert "in place of" in words(said)
     assert all(map(unchanged, merging.after(host, jobs)))
 

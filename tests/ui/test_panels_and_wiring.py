@@ -12,7 +12,7 @@ from at_the_tab import ended, values, words
 from fake_webui import EXTENSION, installed
 
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui import history, merging, picking, results
+from hyper_merge.ui import history, looking, merging, picking, results
 from hyper_merge.ui.element_ids import PREFIX
 from hyper_merge.ui.form import PRESETS, Form
 from hyper_merge.ui.jobs import BusyError, process_jobs
@@ -29,6 +29,7 @@ UNEXPECTED = "An unexpected error; the log has all of it: MemoryError: no room f
 FAILING = {
     "plan",
     "start",
+    "start_look",
     "add_folder",
     "runs",
     "show",
@@ -37,7 +38,7 @@ FAILING = {
     "ask_to_delete",
     "save_styles",
 }
-ARGUMENTS = {"plan": values(), "add_folder": [[], ALL_FOLDERS]}
+ARGUMENTS = {"plan": ["", *values()], "start_look": values(), "add_folder": [[], ALL_FOLDERS]}
 
 
 class Busy:
@@ -176,8 +177,9 @@ def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, r
         raise MemoryError("no room for a table\nof many rows")
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
-        for name in ("examine", "average_id_of"):
+        for name in ("examined", "average_id_of"):
             patch.setattr(picking, name, fail)
+        patch.setattr(looking, "examined", fail)
         for name in ("list_runs", "load_run", "files_of"):
             patch.setattr(history, name, fail)
         patch.setattr(merging, "prepare", fail)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.recipe_values import parse_name
-from hyper_merge.ui import picking
+from hyper_merge.ui import picking, preparing
 from hyper_merge.ui.form import BASE_AVERAGE
 from hyper_merge.ui.picking import (
     ALL_FOLDERS,
@@ -22,18 +22,18 @@ from hyper_merge.ui.picking import (
     offers_demo,
     plan,
     preset,
-    suggested_name,
 )
+from hyper_merge.ui.preparing import suggested_name
 
 
 def told(host, **changes):
     """Kind and words of what stands under the form."""
-    _, said, *_ = plan(host, *values(**changes))
+    _, said, *_ = plan(host, "", *values(**changes))
     return kinds(said), words(said)
 
 
 def test_the_plan_says_files_sizes_time_and_memory(host):
-    table, said, *_ = plan(host, *values())
+    table, said, *_ = plan(host, "", *values())
     assert kinds(said) == []
     text = words(said)
     assert "mix.safetensors" in text
@@ -45,19 +45,19 @@ def test_the_plan_says_files_sizes_time_and_memory(host):
 
 
 def test_an_empty_name_shows_what_it_stands_for(host):
-    assert plan(host, *values(name=""))[2]["placeholder"] == "hyper-a-3"
-    assert plan(host, *values(checkpoints=[]))[2]["placeholder"] == ""
+    assert plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
+    assert plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
 
 
 def test_nothing_is_written_by_a_plan(host, root):
     before = sorted(root.rglob("*"))
-    plan(host, *values())
+    plan(host, "", *values())
     assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("picked", [[], None])
 def test_where_none_is_picked_the_table_says_what_to_do(host, picked):
-    table, said, *_ = plan(host, *values(checkpoints=picked))
+    table, said, *_ = plan(host, "", *values(checkpoints=picked))
     assert words(table).startswith("Pick two or more checkpoints")
     assert said == ""
 
@@ -99,25 +99,25 @@ def test_a_field_that_sends_nothing_is_as_an_empty_one(host, changes):
 @pytest.mark.parametrize("typed", ["/etc/passwd", "../../x.safetensors", "C:\\x.ckpt", "x\0.ckpt"])
 def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeypatch):
     seen = []
-    for name in ("look_at", "examine"):
-        monkeypatch.setattr(picking, name, lambda *args: seen.append(args))
-    picking._looked_at.cache_clear()
-    table, said, *_ = plan(host, *values(checkpoints=[typed, typed]))
-    picking._looked_at.cache_clear()
+    monkeypatch.setattr(picking, "look_at", lambda *args: seen.append(args))
+    monkeypatch.setattr(preparing, "examine", lambda *args: seen.append(args))
+    picking._row_of.cache_clear()
+    table, said, *_ = plan(host, "", *values(checkpoints=[typed, typed]))
+    picking._row_of.cache_clear()
     assert seen == []
     assert "no longer in the list; press Refresh" in words(table)
     assert kinds(said) == ["bad"]
 
 
 def test_the_path_of_a_checkpoint_elsewhere_is_refused_too(host, files):
-    table, said, *_ = plan(host, *values(checkpoints=[*NAMES[:2], str(files[2])]))
+    table, said, *_ = plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
     assert "no longer in the list" in words(table)
     assert words(said) == "Not all of these can be merged; the table says why."
 
 
 def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    table, said, *_ = plan(host, *values())
+    table, said, *_ = plan(host, "", *values())
     assert "b.safetensorsno longer in the list; press Refresh" in words(table)
     assert kinds(said) == ["bad"]
 
@@ -125,12 +125,12 @@ def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, chec
 def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoints):
     host = webui.host()
     (checkpoints / "b.safetensors").unlink()
-    table, said, *_ = plan(host, *values())
+    table, said, *_ = plan(host, "", *values())
     assert "b.safetensorsno longer there; press Refresh" in words(table)
     assert "hm-problem" in table
     assert (kinds(said), "table says why" in words(said)) == (["bad"], True)
     host.refresh()
-    assert "no longer in the list" in words(plan(host, *values())[0])
+    assert "no longer in the list" in words(plan(host, "", *values())[0])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoin
 )
 def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content):
     (checkpoints / "b.safetensors").write_bytes(content)
-    table, said, *_ = plan(host, *values())
+    table, said, *_ = plan(host, "", *values())
     assert table.count("hm-problem") == 1
     assert words(said) == "Not all of these can be merged; the table says why."
 
@@ -146,7 +146,7 @@ def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content)
 def test_a_file_cut_short_has_its_problem_in_the_table(host, checkpoints):
     path = checkpoints / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    table, said, *_ = plan(host, *values())
+    table, said, *_ = plan(host, "", *values())
     assert "hm-problem" in table
     assert kinds(said) == ["bad"]
 
@@ -155,11 +155,11 @@ def test_a_file_is_looked_at_once_until_it_changes(host, checkpoints, monkeypatc
     looked = []
     original = picking.look_at
     monkeypatch.setattr(picking, "look_at", lambda path: looked.append(path.name) or original(path))
-    plan(host, *values())
-    plan(host, *values(ranks="8"))
+    plan(host, "", *values())
+    plan(host, "", *values(ranks="8"))
     assert looked == NAMES
     (checkpoints / "b.safetensors").write_bytes(b"nothing")
-    plan(host, *values())
+    plan(host, "", *values())
     assert looked == [*NAMES, "b.safetensors"]
 
 
@@ -214,7 +214,7 @@ def test_checkpoints_of_the_same_file_name_are_refused(host, checkpoints):
 def test_a_checkpoint_may_have_any_name(host, checkpoints):
     (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
     listed = [f"{EVIL}.safetensors", *NAMES[1:]]
-    table, said, *_ = plan(host, *values(checkpoints=listed, name=""))
+    table, said, *_ = plan(host, "", *values(checkpoints=listed, name=""))
     assert kinds(said) == []
     assert "hyper-img-src-x-3.safetensors" in words(said)
     assert EVIL in words(table)
@@ -224,9 +224,9 @@ def test_a_checkpoint_may_have_any_name(host, checkpoints):
 def test_the_hash_that_the_webui_knows_is_shown(webui):
     host = webui.host()
     info = webui.sd_models.get_closet_checkpoint_match("b.safetensors")
-    before, *_ = plan(host, *values())
+    before, *_ = plan(host, "", *values())
     known = info.calculate_shorthash()
-    after, *_ = plan(host, *values())
+    after, *_ = plan(host, "", *values())
     assert known not in before
     assert f"<code>{known}</code>" in after
 

@@ -10,7 +10,7 @@ from hyper_merge.inspection import Row
 from hyper_merge.report import A1111, FORGE_AND_COMFYUI, HostRounding
 from hyper_merge.runs import load_run
 from hyper_merge.sizes import size_text
-from hyper_merge.ui import picking, views
+from hyper_merge.ui import preparing, views
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.jobs import Standing
 
@@ -69,7 +69,7 @@ def test_every_text_is_escaped(evil_run, view):
 
 
 def test_the_plan_escapes_its_warnings_and_names(host):
-    preflight, place = picking.prepare(host, Form(*values()))
+    preflight, place = preparing.prepare(host, Form(*values()))
     html = views.plan(
         replace(preflight, warnings=(EVIL,)),
         replace(place, run=EVIL, hyper_model=place.hyper_model.with_name(EVIL)),

@@ -12,6 +12,17 @@ from hyper_merge.ui.panels.widgets import button, html, widget
 
 
 @dataclass(frozen=True)
+class GroupWidgets:
+    """Unlike groups of what is picked, in the order of `looking.group_buttons`."""
+
+    names: gr.Textbox  # hidden: the groups' checkpoints, as JSON
+    first: gr.Button
+    second: gr.Button
+    third: gr.Button
+    fourth: gr.Button
+
+
+@dataclass(frozen=True)
 class PickerPanel:
     """Which checkpoints."""
 
@@ -22,6 +33,7 @@ class PickerPanel:
     clear: gr.Button
     demo: gr.Button
     table: gr.HTML
+    groups: GroupWidgets
 
 
 def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) -> PickerPanel:
@@ -54,6 +66,15 @@ def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) ->
     demo_button = widget(
         gr.Button, "demo", value="Make four small checkpoints to try it with", visible=demo
     )
-    return PickerPanel(
-        checkpoints, folder, add, refresh, clear, demo_button, html("checkpoints_table")
-    )
+    table = html("checkpoints_table")
+    return PickerPanel(checkpoints, folder, add, refresh, clear, demo_button, table, _groups())
+
+
+def _groups() -> GroupWidgets:
+    names = widget(gr.Textbox, "groups", value="", visible=False)
+    with gr.Row(elem_id=elem_id("groups_row")):
+        buttons = [
+            button(f"group_{number}", f"Pick group {number}", visible=False)
+            for number in range(1, 5)
+        ]
+    return GroupWidgets(names, *buttons)

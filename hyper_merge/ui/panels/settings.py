@@ -66,8 +66,8 @@ def build_form(
         "ranks",
         value=defaults.ranks,
         label=LABELS["ranks"],
-        info="One LoRA each; or a size for all of them, such as 300 MB; or what is to come back of"
-        " every checkpoint, such as 95 %.",
+        info="One LoRA each, such as 128, 64, 32; or a size for all of them, such as 300 MB; or what"
+        " is to come back of every checkpoint, such as 95 %.",
         max_lines=1,
     )
     with gr.Row(elem_id=elem_id("presets")):

@@ -6,7 +6,7 @@ import functools
 
 import gradio as gr
 
-from hyper_merge.ui import merging, picking
+from hyper_merge.ui import looking, merging, picking
 from hyper_merge.ui.form import PRESETS
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import in_browser
@@ -30,6 +30,9 @@ def wire_picker(wires: Wires) -> None:
     wires.on(picker.clear.click, picking.none_picked, [], [form.checkpoints])
     for button, word in zip(wires.presets, PRESETS, strict=True):
         wires.on(button.click, functools.partial(picking.preset, word), [], [form.ranks])
+    for number, button in enumerate(in_order(picker.groups)[1:]):
+        pick = functools.partial(looking.pick_group, number)
+        wires.on(button.click, pick, [picker.groups.names], [form.checkpoints])
     # One event for all of them, so that no late answer to an earlier change comes last.
     for widget in in_order(form):
         if widget is not form.save_styles:
@@ -38,11 +41,14 @@ def wire_picker(wires: Wires) -> None:
 
 
 def wire_run(wires: Wires) -> None:
-    """Merge, Stop, and the demo's checkpoints."""
+    """Merge, the look before it, Stop, and the demo's checkpoints."""
     run, form, host, jobs = wires.run, wires.form, wires.host, wires.jobs
     start = functools.partial(merging.start, host, jobs)
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
     wires.show_outcome(wires.watch(started.then))
+    look = functools.partial(looking.start_look, host, jobs)
+    looked = wires.on(run.look.click, look, in_order(form), [run.message])
+    wires.show_outcome(wires.watch(looked.then))
     wires.on(run.stop.click, functools.partial(merging.stop, jobs), [], [run.message])
     start_demo = functools.partial(merging.start_demo, host, jobs)
     begun = wires.on(wires.picker.demo.click, start_demo, [], [run.message])

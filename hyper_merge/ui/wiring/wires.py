@@ -71,12 +71,13 @@ class Wires:
 
     def plan(self, trigger: Trigger) -> Any:
         """What is picked, and what a merge of it will take."""
+        run, groups = self.run, in_order(self.picker.groups)
         return self.on(
             trigger,
             functools.partial(picking.plan, self.host),
-            in_order(self.form),
-            [self.picker.table, self.run.plan, self.form.name],
-            said=self.run.plan,
+            [groups[0], *in_order(self.form)],
+            [self.picker.table, self.run.plan, self.form.name, run.curve, run.look, *groups],
+            said=run.plan,
         )
 
     def list_runs(self, trigger: Trigger) -> Any:

@@ -72,7 +72,13 @@ class Setting:
     options: tuple[str, ...] = ()
 
 
-GREEDY = Setting("greedy", ("--method", "greedy", "--iterations", "6"))
+GREEDY = Setting(  # as in the original project: the same ranks everywhere, one number for each LoRA
+    "greedy",
+    (
+        *("--method", "greedy", "--iterations", "6"),
+        *("--allocation", "even", "--multipliers", "shared"),
+    ),
+)
 SETTINGS = (Setting("joint"),)
 """What is compared with greedy if nothing else is asked for."""
 

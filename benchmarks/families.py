@@ -142,8 +142,8 @@ def main() -> None:
             greedy = greedy or result.report.loss
             results.append(replace(result, greedy=greedy))
             print("  ".join(results[-1].cells), file=sys.stderr, flush=True)
-    text = table(HEADS, [*(result.cells for result in results), *_means(results)])
-    (folder / "families.md").write_text(text + "\n")
+        text = table(HEADS, [*(each.cells for each in results), *_means(results)])
+        (folder / "families.md").write_text(text + "\n")  # what there is, should this be stopped
     print(text)
 
 

@@ -72,7 +72,13 @@ class Setting:
     options: tuple[str, ...] = ()
 
 
-GREEDY = Setting("greedy", ("--method", "greedy", "--iterations", "6"))
+GREEDY = Setting(  # as in the original project: the same ranks everywhere, one number for each LoRA
+    "greedy",
+    (
+        *("--method", "greedy", "--iterations", "6"),
+        *("--allocation", "even", "--multipliers", "shared"),
+    ),
+)
 SETTINGS = (Setting("joint"),)
 """What is compared with greedy if nothing else is asked for."""
 
@@ -136,8 +142,8 @@ def main() -> None:
             greedy = greedy or result.report.loss
             results.append(replace(result, greedy=greedy))
             print("  ".join(results[-1].cells), file=sys.stderr, flush=True)
-    text = table(HEADS, [*(result.cells for result in results), *_means(results)])
-    (folder / "families.md").write_text(text + "\n")
+        text = table(HEADS, [*(each.cells for each in results), *_means(results)])
+        (folder / "families.md").write_text(text + "\n")  # what there is, should this be stopped
     print(text)
 
 

@@ -19,7 +19,6 @@ LoRAs (`exact`) are left out. Latents have 32x32 entries, in narrow families 16x
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from hyper_merge.checkpoints.layers import Layer, layout_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.synthetic_layout import UNET_PREFIX
 from hyper_merge.folders import MULTIPLIERS, Folders
+from hyper_merge.prompts import parse_tags
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.runs import Run, list_runs, load_run
 
@@ -49,7 +49,6 @@ with warnings.catch_warnings():
 
 HEADS = ("run", "loss", "UNet", "relative", "mean error", "worst", "/ average alone")
 SANE = (0.05, 20.0)  # standard deviation of whatever a block of the UNet gives
-TAG = re.compile(r"<lora:([^:>]+):(?:[^:>]+:)?([^:>]+)>")  # of two multipliers the UNet's is last
 
 State = dict[str, Tensor]  # of a checkpoint's UNet, by its own keys
 
@@ -156,7 +155,7 @@ def reconstructed(
     """The average and all LoRAs by the multipliers that the run gives a checkpoint, as hosts read them."""
     line = (run.folder / MULTIPLIERS).read_text(encoding="utf-8").splitlines()[place]
     files = {path.stem: path for path in run.loras}
-    loras = [(float(x), load_file(files[name])) for name, x in TAG.findall(line)]
+    loras = [(tag.multiplier, load_file(files[tag.name])) for tag in parse_tags(line)]
     state = dict(average)
     for layer in layers:
         weight = average[layer.key].float().flatten(1)

@@ -385,8 +385,8 @@ def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path,
         edit_manifest(started, lambda m: m.pop("files"))
     assert len(exported(started)) == 3  # as they are all is well
     path = started / "Lora/mix_0-4.safetensors"
-    tensors, words = load_file(path), metadata(path)
-    key = next(iter(tensors))
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}  # not mapped
+    words, key = metadata(path), next(iter(tensors))
     save_file({**tensors, key: tensors[key] + 1}, path, words)  # the old hash is still in it
     message = (
         "mix_0-4.safetensors was edited or replaced since the run mix wrote it; bring it back from a"

@@ -538,7 +538,7 @@ def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, me
     for phase, count in complete.asked.items():
         if phase == "putting the files in place" or (method == "greedy" and phase[:3] != "sol"):
             continue
-        for at in {1, count // 2, count - 8} - {0, -7}:
+        for at in {1, count // 2, count * 9 // 10} - {0}:  # how often varies with the threads
             shutil.rmtree(cache, ignore_errors=True)
             if phase not in ("hashing the checkpoints", "reading and analysing"):
                 shutil.copytree(tmp_path / "cache", cache)

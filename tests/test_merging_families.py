@@ -157,6 +157,48 @@ def test_unets_alone_are_merged_as_unets(tmp_path, prefix):
     assert (row[0], row[3]) == ("a", "-")  # nothing to explain in a text encoder
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("sd2", "cond_stage_model.model.transformer.resblocks.3.attn."),
+        ("sdxl", "conditioner.embedders.1.model.transformer.resblocks.3.attn."),
+    ],
+)
+def test_an_attention_of_one_tensor_is_in_a_lora_whole_or_not_at_all(tmp_path, name, layer):
+    shapes = NARROW[name]()
+    first, second = state(shapes, 1), state(shapes, 2)
+    other = layer.replace(".3.", ".4.")
+    for key in first:
+        if key.startswith(other):
+            second[key] = first[key]  # an attention without differences
+    fused = layer + "in_proj_weight"
+    width = shapes[fused][0] // 3
+    second[fused][width:] = first[fused][width:]  # another that differs in its query alone,
+    second[layer + "out_proj.weight"] = first[layer + "out_proj.weight"]
+    second[fused][:width] += 3 * torch.randn(
+        width, width, generator=torch.Generator().manual_seed(7)
+    )
+    even, adaptive = (
+        merge(files(tmp_path / how, first, second), tmp_path / how, ranks=(2, 1), allocation=how)
+        for how in ("even", "adaptive")
+    )
+    prefix = next(y.module for y in layers_of(even.place.hyper_model) if y.key == fused)
+    prefix = prefix.removesuffix("q_proj")
+    names = [prefix + end for end in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    for path in adaptive.loras:
+        tensors = load_file(path)
+        assert not [key for key in tensors if prefix.replace("_3_", "_4_") in key]
+        there = [m for m in names if m + ".lora_up.weight" in tensors]
+        assert there in ([], names)
+        if there:
+            assert added(tensors, names[0]).any()
+            assert not any(added(tensors, module).any() for module in names[1:])
+    assert prefix + "q_proj.lora_up.weight" in load_file(adaptive.loras[0])
+    sizes = [sum(path.stat().st_size for path in of.loras) for of in (even, adaptive)]
+    assert sizes[1] <= sizes[0]
+    assert adaptive.report.loss < even.report.loss
+
+
 def test_files_with_other_parts_than_the_rest_are_refused_in_words(tmp_path):
     whole = one()
     without_vae = parts(whole, UNET, CLIP)

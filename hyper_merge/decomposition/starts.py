@@ -53,9 +53,13 @@ def best_start(
             stop.
         given: the user's own, tried besides all others, which stay the same.
     """
+    slices, blocks = problem.shape
+    if slices == 1:  # two checkpoints differ in one direction: there is nothing to choose
+        tell(1.0)
+        return torch.ones((1, blocks), dtype=torch.float64)
     few = pilot(problem)
-    starts = [*planned, *earlier] if earlier else [*planned, *_random_starts(few)]
-    blocks, sweeps_in_all = problem.shape[1], _pilot_sweeps(len(starts) + len(given))
+    starts = [*planned, *(earlier or [torch.zeros(slices, 0)] * _RANDOM)]
+    sweeps_in_all = _pilot_sweeps(len(starts) + len(given))
     done: list[float] = []
 
     def on_sweep(cost: float, _loss: float) -> None:
@@ -127,12 +131,6 @@ def _pilot_sweeps(starts: int) -> float:
 
 def _energies(batch: Batch) -> Tensor:  # (b,), float64, CPU
     return batch.slices.flatten(1).double().square().sum(1).cpu()
-
-
-def _random_starts(problem: Problem) -> list[Tensor]:
-    """Starts without columns: all of theirs will be random. One checkpoint more has one direction."""
-    k, _ = problem.shape
-    return [torch.zeros(k, 0)] * (_RANDOM if k > 1 else 0)
 
 
 def _directions(

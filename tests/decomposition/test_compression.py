@@ -151,3 +151,72 @@ def test_the_order_of_slices_does_not_change_what_the_bases_span(rng):
     for a, b in ((found.left, permuted.left), (found.right, permuted.right)):
         assert_close(a @ a.mT, b @ b.mT, rtol=0, atol=1e-8)
     assert_close(restored(found)[order], restored(permuted), rtol=0, atol=1e-8)
+
+
+def best_energy(slices, width):
+    """What bases of this width can hold: the sequentially truncated HOSVD."""
+    left = torch.linalg.svd(slices.transpose(0, 1).flatten(1))[0][:, :width]
+    rows = left.mT @ slices
+    return energy(rows @ torch.linalg.svd(rows.flatten(0, 1))[2][:width].mT)
+
+
+@pytest.mark.parametrize("shape", [(3, 60, 50), (2, 40, 70), (3, 80, 9)])
+@pytest.mark.parametrize(("power", "share"), [(0.5, 0.78), (1.0, 0.84), (2.0, 0.96)])
+def test_the_first_columns_are_bases_of_a_smaller_width(rng, shape, power, share):
+    slices = power_law(rng, *shape, power)
+    found = squeeze(slices, 32)
+    for width in (4, 8, 16):
+        p, q = (
+            size if basis.shape[1] == size else width
+            for size, basis in zip(shape[1:], (found.left, found.right), strict=True)
+        )
+        core = found.core[:, :p, :q]
+        dense = found.left[:, :p].mT @ slices @ found.right[:, :q]
+        assert_close(core, dense, rtol=0, atol=1e-11)
+        assert share * best_energy(slices, width) <= energy(core) <= energy(slices)
+
+
+@pytest.mark.parametrize("shape", [(3, 60, 50), (3, 80, 9)])
+def test_later_columns_hold_less(rng, shape):
+    slices = power_law(rng, *shape, 1.0)
+    found = squeeze(slices, 32)
+    columns = found.core.square().sum((0, 2))
+    eighths = [float(part.sum()) for part in columns.tensor_split(8)]
+    assert eighths == sorted(eighths, reverse=True)
+    assert eighths[0] > 10 * eighths[-1]
+
+
+@pytest.mark.parametrize("shape", [(3, 60, 50), (3, 80, 9)])
+def test_slices_of_low_rank_lie_in_as_many_columns(rng, shape):
+    slices = normal(rng, shape[0], shape[1], 2) @ normal(rng, shape[0], 2, shape[2])
+    found = squeeze(slices, 32)
+    whole = found.right.shape[1] == shape[2]
+    core = found.core[:, :6] if whole else found.core[:, :6, :6]
+    assert energy(core) == pytest.approx(energy(slices), rel=1e-12)
+    assert energy(found.core[:, :4]) < 0.999 * energy(slices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_slices_share_their_bases(rng, dtype):
+    one = power_law(rng, 1, 40, 30, 1.0)[0].to(dtype)
+    slices = one.expand(3, 40, 30).contiguous()
+    found = squeeze(slices, 16)
+    values = torch.linalg.svdvals(one.double()).square()
+    # All of the width, 8 columns twice by two iterates, goes to the one direction that there is.
+    assert energy(found.core) > 3 * 0.999 * float(values[:8].sum())
+    assert_close(found.core[0], found.core[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_iterates_that_stand_still_leave_orthonormal_bases(rng, dtype, rank):
+    slices = (normal(rng, 2, 50, rank) @ normal(rng, 2, rank, 40)).to(dtype)
+    found = squeeze(slices, 24)
+    for basis in (found.left, found.right):
+        assert bool(basis.isfinite().all())
+        gram = (basis.mT @ basis).double()
+        eye = torch.eye(24, dtype=torch.float64)
+        tolerance = 2e-3 if dtype == torch.float32 else 1e-11  # rounded to half precision
+        assert_close(gram, eye, rtol=0, atol=tolerance)
+    error = energy(restored(found) - slices) / energy(slices)
+    assert error < (1e-6 if dtype == torch.float32 else 1e-20)

@@ -31,6 +31,8 @@ TASKS = frozenset(
         "lora",
         "preview",
         "solution",
+        "course",
+        "pruning",
         "report",
         "rounding",
         "prospects",

@@ -20,8 +20,8 @@ from hyper_merge.fit_job import FitOrder, Job, examined
 from hyper_merge.fit_pass import Measured, Rest, measure
 from hyper_merge.fits import Fitted, paths_for, stage_fit
 from hyper_merge.folders import Folders
+from hyper_merge.labels import Source
 from hyper_merge.lineage import bytes_to_hash, hashed, now
-from hyper_merge.lora import Source
 from hyper_merge.report import PARTS, CheckpointReport, Recovered, part_losses
 from hyper_merge.runs import Run
 from hyper_merge.terms import require_own, shared_files

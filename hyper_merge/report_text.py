@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from hyper_merge.lora import COMPANIONS
+from hyper_merge.labels import COMPANIONS
 from hyper_merge.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
 from hyper_merge.sizes import size_text
 

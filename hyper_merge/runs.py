@@ -27,7 +27,7 @@ from hyper_merge.folders import (
     is_there,
     same_place,
 )
-from hyper_merge.lora import CARD_SUFFIXES
+from hyper_merge.labels import CARD_SUFFIXES
 from hyper_merge.merge_files import MANIFEST_VERSION
 from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings

@@ -13,8 +13,8 @@ from hyper_merge.control import Control, Tally
 from hyper_merge.errors import RunError
 from hyper_merge.fits import Fitted, fits_of
 from hyper_merge.folders import is_there, metadata_of
+from hyper_merge.labels import Lineage, Source
 from hyper_merge.lineage import now
-from hyper_merge.lora import Lineage, Source
 from hyper_merge.recipe_values import nearest
 from hyper_merge.report import CheckpointReport
 from hyper_merge.runs import Run

@@ -60,7 +60,7 @@ def _comparison(report: Report) -> list[str]:
         ("average alone", alone, ""),
         ("private LoRAs of the same bytes", report.private_loss, ""),
         ("shared LoRAs, as written", report.loss, _over_bound(report)),
-        ("lower bound for these ranks", report.bound, ""),
+        ("lower bound", report.bound, ""),
     ]
     steps = "blocks" if report.method == "greedy" else "sweeps"
     trail = " ".join(f"{loss:.4f}" for loss in report.losses)

@@ -35,7 +35,7 @@ _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one bat
 
 # Adaptive ranks: blocks begin with more than their bytes, and the best components stay.
 _GENEROUS: Final = 1.5
-_GENEROUS_SWEEPS: Final = 4
+_GENEROUS_SWEEPS: Final = 2  # with four the end is the same
 _ROOM: Final = 1.25  # columns of the bases that are worked in, for each rank
 _LEAST_ROOM: Final = 64
 _ROOM_STEP: Final = 32

@@ -42,10 +42,7 @@ def run_fit(wanted: FitOrder, folders: Folders, control: Control) -> Fitted:
         HyperMergeError: an unknown run, one whose files are missing or were changed, a checkpoint
             of another family, a name that is taken, a full disk, or the user's interrupt.
     """
-    job = examined(wanted, folders)
-    for path in paths_for(job.run, job.name):
-        require_free(path, overwrite=wanted.overwrite)
-    require_free_topup(job, folders, overwrite=wanted.overwrite)
+    job = prepared(wanted, folders)
     checking, fitting, topping = control.split(_costs(job, folders, topup=bool(wanted.topup)))
     origin = _checked(job, folders, checking)
     with Outputs(overwrite=wanted.overwrite) as outputs, _opened(job) as added:
@@ -60,6 +57,19 @@ def run_fit(wanted: FitOrder, folders: Folders, control: Control) -> Fitted:
         stage_fit(outputs, job.run, fitted)
         control.step("putting the files in place", 1.0)
     return fitted
+
+
+def prepared(wanted: FitOrder, folders: Folders) -> Job:
+    """The order held against the run, the file and the names that it takes; nothing is written.
+
+    Raises:
+        HyperMergeError: as for `examined`, and a name that is taken.
+    """
+    job = examined(wanted, folders)
+    for path in paths_for(job.run, job.name):
+        require_free(path, overwrite=wanted.overwrite)
+    require_free_topup(job, folders, overwrite=wanted.overwrite)
+    return job
 
 
 def fit_onto(run: Run, path: Path, folders: Folders, control: Control) -> Fitted:

@@ -22,7 +22,7 @@ from hyper_merge.ui.jobs import Jobs
 def served(monkeypatch):
     """Stands in for the server; what it was asked to serve."""
     calls = []
-    monkeypatch.setattr(app, "serve", lambda page, listening: calls.append((page, listening)))
+    monkeypatch.setattr(app, "serve", lambda *given: calls.append(given))
     return calls
 
 
@@ -128,7 +128,8 @@ def test_the_page_is_served_with_its_script_and_no_file_beside_it(
 
 def test_the_command_serves_a_folder_on_this_computer(tmp_path, served, capsys):
     assert main(["app", str(tmp_path), "--port", "7999"]) == 0
-    ((_page, listening),) = served
+    ((_page, listening, api),) = served
+    assert api is None
     assert listening == Listening("127.0.0.1", 7999)
     out, err = capsys.readouterr()
     assert out == f"Hyper-Merge: http://127.0.0.1:7999 for {tmp_path}; Ctrl-C ends it\n"

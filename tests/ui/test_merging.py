@@ -301,7 +301,7 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         wait = staticmethod(lambda seconds: None)
         standing = property(lambda self: standings.pop(0))
 
-    monkeypatch.setattr(jobs, "_last", Job())
+    monkeypatch.setattr(jobs, "_known", [Job()])
     (status, button, _), _ = merging.watch(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False

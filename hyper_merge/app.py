@@ -134,21 +134,17 @@ def serve(
             server_port=listening.port,
             auth=[listening.auth] if listening.auth else None,
             inbrowser=listening.open_browser,
-            prevent_thread_lock=True,  # to add the API, as the WebUIs do
+            prevent_thread_lock=not block,
             quiet=True,
             blocked_paths=[str(Path.cwd())],
             show_api=False,
-            app_kwargs={"docs_url": "/docs"} if api else None,
+            app_kwargs={"docs_url": "/docs", "routes": list(api.routes)} if api else None,
         )
     except OSError as error:
         raise AppError(
             f"nothing can listen on {listening.address} port {listening.port}: it is taken, or the"
             " address is not this computer's; choose another --port or --listen"
         ) from error
-    if api is not None:
-        page.app.include_router(api)
-    if block:
-        page.block_thread()
 
 
 def _asset(name: str) -> str:

@@ -15,7 +15,7 @@ from hyper_merge.analysis import Work, pass_costs
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.control import Control
-from hyper_merge.errors import NameTakenError
+from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.fit_job import FitOrder, Job, examined
 from hyper_merge.fit_pass import Measured, Rest, measure
 from hyper_merge.fits import Fitted, paths_for, stage_fit
@@ -66,7 +66,13 @@ def prepared(wanted: FitOrder, folders: Folders) -> Job:
         HyperMergeError: as for `examined`, and a name that is taken.
     """
     job = examined(wanted, folders)
-    for path in paths_for(job.run, job.name):
+    paths = paths_for(job.run, job.name)
+    if paths[0].parent.is_symlink():
+        raise OutputError(
+            f"{paths[0].parent} is a link, and links are not followed; put the folder itself there,"
+            " or remove the link"
+        )
+    for path in paths:
         require_free(path, overwrite=wanted.overwrite)
     require_free_topup(job, folders, overwrite=wanted.overwrite)
     return job

@@ -150,7 +150,7 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UnknownRunError(
             f"there is no run {name} in {folders.runs}{_others(folders, name)}"
         ) from None
@@ -194,6 +194,8 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     found = (report.loras, report.companions, len(report.checkpoints))
     if found != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")
+    if len(sources) != len(recipe.models) + (recipe.base != AVERAGE):
+        raise ValueError("its sources are those of another run")
     hyper_model = folders.hyper_model_of(manifest)
     written = (*names, *companions, *report.topups)
     loras = tuple(folders.loras / f"{lora}.safetensors" for lora in written)

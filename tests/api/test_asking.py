@@ -235,6 +235,16 @@ def test_what_is_no_request_is_refused(client, body):
     assert answer.status_code == 422
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_a_page_of_another_site_could_send_starts_nothing(client, jobs, kind):
+    """Browsers send these kinds, and no JSON, to other sites without asking there first."""
+    answer = client.http.post(
+        "/hyper-merge/merge", content=json.dumps(ASKED), headers={"content-type": kind}
+    )
+    assert answer.status_code == 422
+    assert jobs.known == ()
+
+
 def test_numbers_that_are_none_are_refused(client):
     body = json.dumps({**ASKED, "tolerance": float("nan")})
     headers = {"content-type": "application/json"}

@@ -1,13 +1,16 @@
 """Long work through the API: begun, followed, cancelled, refused; shared with the tab."""
 
+import shutil
 import threading
 
 import pytest
+from fake_webui import installed
 from tiny_family import snapshot, temporaries
 
 from hyper_merge.errors import OutputError
 from hyper_merge.fit import run_fit
 from hyper_merge.ui import merging, working
+from hyper_merge.ui.jobs import process_jobs
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 ASKED = {"checkpoints": NAMES, "name": "mine", "ranks": [4, 2], "device": "cpu", "iterations": 3}
@@ -194,6 +197,48 @@ def test_cancelling_a_job_does_not_stop_the_next_one(client, host, jobs, endless
     assert not client.get(f"/jobs/{second['id']}")[1]["stopping"]
 
 
+@pytest.mark.parametrize("flavour", ["a1111", "forge"])
+def test_in_the_webui_a_merge_is_in_its_lists_and_styles_afterwards(root, flavour, open_client):
+    process_jobs()._known.clear()
+    with installed(root, flavour, api=True, api_auth="ann:secret") as webui:
+        webui.load_scripts()
+        client = open_client(webui.api_only())
+        client.http.auth = ("ann", "secret")
+        code, job = client.post("/merge", {**ASKED, "save_styles": True})
+        assert code == 202
+        assert client.ended(job)["run"] == "mine"
+        assert "mine.safetensors" in {
+            c["name"] for c in client.get("/checkpoints")[1]["checkpoints"]
+        }
+        run = client.get("/runs/mine")[1]
+        assert run["hyper_model_title"].startswith("mine.safetensors")
+        assert {f"mine: {name}" for name in "abc"} <= webui.host().styles()
+        fit = {"run": "mine", "checkpoint": NAMES[0], "name": "later", "save_styles": True}
+        assert client.ended(client.post("/fit", fit)[1])["outcome"] == "done"
+        style = webui.shared.prompt_styles.styles["mine: later"]
+        assert style.prompt == client.get("/runs/mine")[1]["fits"][0]["prompt"]
+        assert webui.errors.reports == []
+        assert not webui.queue_lock.held
+
+
+@pytest.mark.parametrize("flavour", ["a1111", "forge"])
+def test_a_job_that_waits_for_the_webui_can_be_cancelled(root, flavour, open_client):
+    process_jobs()._known.clear()
+    with installed(root, flavour, api=True) as webui:
+        webui.load_scripts()
+        client = open_client(webui.api_only())
+        with webui.queue_lock:
+            _, job = client.post("/merge", ASKED)
+            assert (job["phase"], job["fraction"]) == ("waiting for the queue", 0)
+            ended = client.post(f"/jobs/{job['id']}/cancel")[1]
+            assert ended["outcome"] == "stopped"
+        for thread in threading.enumerate():
+            if thread.name == "hyper-merge":
+                thread.join(20)
+        assert not webui.queue_lock.held
+        assert not (root / "Stable-diffusion" / "mine.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["abc", "%00", "..", "task(hyper-merge-abc)"])
 def test_a_job_that_is_unknown_is_not_found(client, name):
     assert client.http.get(f"/hyper-merge/jobs/{name}").status_code == 404
@@ -209,8 +254,6 @@ def test_many_jobs_do_not_pile_up(client, host, jobs):
 
 
 def test_a_run_that_goes_while_its_fit_waits_is_said(client, root, run, monkeypatch):
-    import shutil
-
     def then(order, folders, control):
         shutil.rmtree(root / "hyper-merge" / "mix")
         return run_fit(order, folders, control)

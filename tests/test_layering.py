@@ -12,8 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hyper_merge"
-SCREEN = {"hosts", "ui", "app"}
-SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"}
+SCREEN = {"api", "hosts", "ui", "app"}
+SCREEN_LIBRARIES = {
+    "gradio",
+    "fastapi",
+    "pydantic",
+    "modules",
+    "modules_forge",
+    "launch",
+    "matplotlib",
+}
 
 # Floors of the house: each may use what is below it and its own; no module may go in a circle.
 GROUND = frozenset(

@@ -38,7 +38,7 @@ ROWS: Final[Mapping[str, str]] = {
 
 _DIFFERENCES: Final[Mapping[str, str]] = {
     "restored": f"difference, {AMPLIFIED} times",
-    "average": f"alone: difference, {AMPLIFIED} times",
+    "average": f"alone, difference, {AMPLIFIED} times",
 }
 
 
@@ -216,11 +216,11 @@ def _grid(
             for name, cell in _cells(order, own, pictures).items():
                 rows.setdefault(name, []).append(cell)
         bands.append(Band(f"seed {seed}: {prompt}", rows))
-    heading = (
+    facts = (
         f"{found.run}: {settings.sampler}, {settings.steps} steps, CFG scale {settings.cfg_scale:g},"
-        f" {settings.width}x{settings.height}; below the pictures their mean difference from the"
-        " original's"
+        f" {settings.width}x{settings.height}"
     )
+    heading = (facts, "figures: mean difference from the original")
     names = [subject.name for subject in subjects]
     return draw_grid(heading, names, bands, (settings.width, settings.height))
 

@@ -16,7 +16,7 @@ _GROUND, _TEXT, _QUIET, _HOLE = "#1a2029", "#f2f4f6", "#a9b2bd", "#28303b"
 _MARGIN: Final = 16  # pixels, all of these
 _GAP: Final = 8
 _NARROWEST: Final = 168  # a column, whose captions want room
-_LABELS: Final = 190  # the column with the rows' names
+_LABELS: Final = 200  # the column with the rows' names
 _HEAD: Final = 40  # prompt and seed above a band
 _NAMES: Final = 28  # the checkpoints' names above their columns
 _CAPTION: Final = 26  # figures below a row
@@ -55,14 +55,14 @@ class Band:
 
 
 def draw_grid(
-    heading: str, columns: Sequence[str], bands: Sequence[Band], size: tuple[int, int]
+    heading: Sequence[str], columns: Sequence[str], bands: Sequence[Band], size: tuple[int, int]
 ) -> Image.Image:
     """All bands below one another.
 
     Pictures keep their pixels unless the whole became too large to be opened.
 
     Args:
-        heading: one line at the top.
+        heading: lines at the top.
         columns: names of the columns.
         bands: one after the other.
         size: width and height of the pictures in pixels.
@@ -71,8 +71,12 @@ def draw_grid(
     area = rows * len(columns) * size[0] * size[1]
     scale = min(1.0, math.sqrt(_MOST_PIXELS / area))
     cell = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    drawn = _Drawing(columns, cell, sum(_height(band, cell[1]) for band in bands))
-    drawn.write(_MARGIN, _MARGIN, heading, _TEXT, _LETTERS, drawn.width - 2 * _MARGIN)
+    top = _MARGIN + _NAMES * len(heading)
+    height = top + sum(_height(band, cell[1]) for band in bands) + _MARGIN
+    drawn = _Drawing(columns, cell, top, height)
+    for number, line in enumerate(heading):
+        place = _MARGIN + number * _NAMES
+        drawn.write(_MARGIN, place, line, _TEXT, _LETTERS, drawn.width - 2 * _MARGIN)
     for band in bands:
         drawn.add(band)
     return drawn.image
@@ -81,14 +85,16 @@ def draw_grid(
 class _Drawing:
     """The grid as far as it is drawn."""
 
-    def __init__(self, columns: Sequence[str], cell: tuple[int, int], height: int) -> None:
+    def __init__(
+        self, columns: Sequence[str], cell: tuple[int, int], top: int, height: int
+    ) -> None:
         self._columns = columns
         self._cell = cell
         self._step = max(cell[0], _NARROWEST) + _GAP
         self.width = 2 * _MARGIN + _LABELS + self._step * len(columns) - _GAP
-        self.image = Image.new("RGB", (self.width, 2 * _MARGIN + _HEAD + height), _GROUND)
+        self.image = Image.new("RGB", (self.width, height), _GROUND)
         self._draw = ImageDraw.Draw(self.image)
-        self._top = _MARGIN + _HEAD
+        self._top = top
 
     def write(
         self, left: float, top: float, text: str, colour: str, size: int, width: float

@@ -1,0 +1,47 @@
+"""Events of the pictures: what is drawn, how far it is, and what was drawn before."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge.ui import comparing, merging
+from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.events import guarded_stream, in_python
+from hyper_merge.ui.wiring.wires import Trigger, Wires
+
+
+def wire_compare(page: gr.Blocks, wires: Wires) -> None:
+    """Compare, Stop, the run that is chosen, and earlier comparisons."""
+    panel, host, jobs = wires.compare, wires.host, wires.jobs
+    form, said = panel.form, panel.message
+    lists = [form.run, form.checkpoints, panel.earlier, panel.shown]
+
+    def listed(trigger: Trigger) -> Any:
+        fn = functools.partial(comparing.listing, host)
+        return wires.on(trigger, fn, [form.run, form.checkpoints, panel.earlier], lists, said)
+
+    listed(page.load)
+    listed(panel.opened.select)
+    chosen = functools.partial(comparing.choose_run, host)
+    wires.on(form.run.change, chosen, [form.run], lists[1:], said)
+    show = functools.partial(comparing.show, host)
+    wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.shown], said)
+    start = functools.partial(comparing.start, host, jobs)
+    started = wires.on(panel.start.click, start, in_order(form), [said], said)
+    watched = in_python(
+        started.then,
+        guarded_stream(
+            functools.partial(merging.watch, jobs),
+            lambda text: (text, gr.update(), gr.update()),
+            host.log,
+        ),
+        [],
+        [panel.status, panel.stop, said],
+        queued=True,
+    )
+    after = functools.partial(comparing.after, host, jobs)
+    wires.on(watched.then, after, [form.run], [panel.earlier, panel.shown], said)
+    wires.on(panel.stop.click, functools.partial(merging.stop, jobs), [], [said], said)

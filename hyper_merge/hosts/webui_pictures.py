@@ -92,6 +92,12 @@ def _draw(picture: Picture, control: Control, chosen: _Chosen) -> Image.Image:
     try:
         with closing(_processing(picture, title)) as p, _heard(control):
             made = _in_model_thread(processing.process_images, p)
+    except Exception as error:  # whatever a host's model code may raise
+        errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
+        raise PictureError(
+            f"the WebUI cannot draw with {picture.model.name} ({type(error).__name__}: {error}); its"
+            " console has all of it"
+        ) from error
     finally:
         chosen.after_picture()
     control.check()  # an interrupted picture is half-done

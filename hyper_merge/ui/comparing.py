@@ -54,7 +54,7 @@ class CompareForm:
     difference: bool
 
 
-def listing(
+def list_comparisons(
     host: Host, run: str | None, checkpoints: Sequence[str] | None, earlier: str | None
 ) -> tuple[Any, ...]:
     """Runs, the chosen one's checkpoints and comparisons, and what is shown; choices stay if they can."""
@@ -127,7 +127,7 @@ def order_of(form: CompareForm, samplers: Sequence[str]) -> ComparisonOrder:
     )
 
 
-def start(host: Host, jobs: Jobs, *values: Any) -> str:
+def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts drawing, or says why not; `merging.watch` follows it."""
     form = CompareForm(*values)
     try:
@@ -144,7 +144,7 @@ def start(host: Host, jobs: Jobs, *values: Any) -> str:
     return ""
 
 
-def after(host: Host, jobs: Jobs, name: str | None) -> tuple[Any, Any]:
+def after_drawing(host: Host, jobs: Jobs, name: str | None) -> tuple[Any, Any]:
     """What was drawn, once a job has ended; nothing new unless it is done."""
     now = jobs.last.standing if jobs.last else None
     if now is None or now.outcome != "done":
@@ -152,7 +152,7 @@ def after(host: Host, jobs: Jobs, name: str | None) -> tuple[Any, Any]:
     return choose_run(host, name)[1:]
 
 
-def show(host: Host, name: str | None, earlier: str | None) -> str:
+def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
     """An earlier comparison."""
     try:
         run = load_run(host.folders(), name or "")

@@ -33,13 +33,14 @@ def built(monkeypatch):
     return hosts
 
 
-def test_the_script_registers_a_tab_and_a_page_of_settings_and_nothing_else(webui, built):
+def test_the_script_registers_a_tab_settings_and_an_axis_and_nothing_else(webui, built):
     webui.load_scripts()
     assert webui.errors.reports == []
     callbacks = webui.script_callbacks.callback_map
     assert {name: len(found) for name, found in callbacks.items()} == {
         "ui_tabs": 1,
         "ui_settings": 1,
+        "before_ui": 1,
     }
     assert built == []
     assert webui.opts.data_labels == {}
@@ -62,6 +63,7 @@ def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
     assert {name: len(found) for name, found in callbacks.items()} == {
         "ui_tabs": 1,
         "ui_settings": 1,
+        "before_ui": 1,
     }
     assert len(webui.infotext_utils.registered_param_bindings) == 1
     with built[-1].running("task(again)") as control:

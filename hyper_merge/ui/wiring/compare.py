@@ -20,16 +20,16 @@ def wire_compare(page: gr.Blocks, wires: Wires) -> None:
     lists = [form.run, form.checkpoints, panel.earlier, panel.shown]
 
     def listed(trigger: Trigger) -> Any:
-        fn = functools.partial(comparing.listing, host)
+        fn = functools.partial(comparing.list_comparisons, host)
         return wires.on(trigger, fn, [form.run, form.checkpoints, panel.earlier], lists, said)
 
     listed(page.load)
     listed(panel.opened.select)
     chosen = functools.partial(comparing.choose_run, host)
     wires.on(form.run.change, chosen, [form.run], lists[1:], said)
-    show = functools.partial(comparing.show, host)
+    show = functools.partial(comparing.show_comparison, host)
     wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.shown], said)
-    start = functools.partial(comparing.start, host, jobs)
+    start = functools.partial(comparing.start_drawing, host, jobs)
     started = wires.on(panel.start.click, start, in_order(form), [said], said)
     watched = in_python(
         started.then,
@@ -42,6 +42,6 @@ def wire_compare(page: gr.Blocks, wires: Wires) -> None:
         [panel.status, panel.stop, said],
         queued=True,
     )
-    after = functools.partial(comparing.after, host, jobs)
+    after = functools.partial(comparing.after_drawing, host, jobs)
     wires.on(watched.then, after, [form.run], [panel.earlier, panel.shown], said)
     wires.on(panel.stop.click, functools.partial(merging.stop, jobs), [], [said], said)

@@ -93,6 +93,9 @@ class WebUI:
     def _refusal(self, path: Path) -> str:
         if self.checkpoint_title(path) is not None:
             return ""
+        self.refresh()  # a file that came since, such as from the command line
+        if self.checkpoint_title(path) is not None:
+            return ""
         return f"{self.title} has no {path.name} in its list of checkpoints, or another one answers to its name"
 
     def styles(self) -> set[str]:

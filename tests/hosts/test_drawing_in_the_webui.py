@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+from fake_webui import put
 from fake_webui.drawing import picture as drawn_by
 
 from hyper_merge.control import Control
@@ -199,7 +200,10 @@ def test_pictures_wait_for_their_turn_in_the_queue(loaded, host, order):
 def test_what_is_not_in_the_list_is_refused_by_name(loaded, host, order, models):
     with host.drawing("task(x)") as (_, studio):
         assert studio.refusal(order("photo").model) == ""
-        assert "has no other.safetensors" in studio.refusal(models / "other.safetensors")
+        other = models / "Stable-diffusion/other.safetensors"
+        assert "has no other.safetensors" in studio.refusal(other)
+        put(other)  # as the command line writes one
+        assert studio.refusal(other) == ""
 
 
 def test_the_samplers_are_those_of_the_webuis_menu(host):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -28,12 +28,13 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.picture_order import ComparisonOrder, PictureSettings
 from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import find_row
-from hyper_merge.ui import views, views_compare
+from hyper_merge.ui import merging, views, views_compare
 from hyper_merge.ui.jobs import Jobs
 
 _SHOWN_WIDTH: Final = 1600  # pixels on the page; the file has all of them
 _QUALITY: Final = 92  # of the JPEG that the page gets
 _LETTERS: Final = 2000  # of a prompt
+_TITLE: Final = "pictures of "  # of our jobs, before the run's name
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def list_comparisons(
     return (
         gr.update(choices=names, value=chosen.name),
         gr.update(choices=known, value=kept),
-        gr.update(choices=drawn, value=value),
+        _comparisons(drawn, value),
         _shown(host, chosen, value),
     )
 
@@ -90,7 +91,7 @@ def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
     value = next(iter(drawn), None)
     return (
         gr.update(choices=known, value=known),
-        gr.update(choices=drawn, value=value),
+        _comparisons(drawn, value),
         _shown(host, run, value),
     )
 
@@ -128,7 +129,7 @@ def order_of(form: CompareForm, samplers: Sequence[str]) -> ComparisonOrder:
 
 
 def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
-    """Starts drawing, or says why not; `merging.watch` follows it."""
+    """Starts drawing, or says why not; `watch` follows it."""
     form = CompareForm(*values)
     try:
         atelier = host.atelier()
@@ -138,16 +139,24 @@ def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
         order = order_of(form, atelier.samplers)
         for name in order.checkpoints:
             find_row(run, name)
-        jobs.start(f"pictures of {run.name}", functools.partial(_compare, host, order), host.log)
+        jobs.start(f"{_TITLE}{run.name}", functools.partial(_compare, host, order), host.log)
     except HyperMergeError as error:
         return views.refused(error)
     return ""
 
 
+def watch(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
+    """As `merging.watch`, of jobs that draw; others are followed where they were begun."""
+    if not _is_ours(jobs):
+        yield "", gr.update(interactive=False), gr.update()
+        return
+    yield from merging.watch(jobs)
+
+
 def after_drawing(host: Host, jobs: Jobs, name: str | None) -> tuple[Any, Any]:
     """What was drawn, once a job has ended; nothing new unless it is done."""
-    now = jobs.last.standing if jobs.last else None
-    if now is None or now.outcome != "done":
+    done = _is_ours(jobs) and jobs.last is not None and jobs.last.standing.outcome == "done"
+    if not done or not name:
         return gr.update(), gr.update()
     return choose_run(host, name)[1:]
 
@@ -199,6 +208,15 @@ def _source(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+def _is_ours(jobs: Jobs) -> bool:
+    return jobs.last is not None and jobs.last.standing.title.startswith(_TITLE)
+
+
+def _comparisons(names: Sequence[str], value: str | None) -> Any:
+    """The list of comparisons; there is none to be seen where there are none."""
+    return gr.update(choices=list(names), value=value, visible=bool(names))
+
+
 def _number(name: str, value: float | None) -> float:
     if value is None:
         raise PictureError(f"{name}: expected a number, got nothing")
@@ -213,4 +231,4 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def _nothing() -> tuple[Any, Any]:
-    return gr.update(choices=[], value=[]), gr.update(choices=[], value=None)
+    return gr.update(choices=[], value=[]), _comparisons([], None)

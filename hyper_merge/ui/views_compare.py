@@ -32,8 +32,8 @@ def compared(found: Compared, path: Path, source: str) -> str:
     words = html.escape(f"{found.run}: {pairs} pairs, drawn by {found.host}")
     return (
         f"<p><b>{html.escape(found.name)}</b> of {words}.</p>{notes}"
-        f'<img class=hm-grid src="{source}" alt="{words}">'
         + (_table(found) if pairs else "")
+        + f'<img class=hm-grid src="{source}" alt="{words}">'
         + views.hint(f"Saved with its parameters: {path}")
     )
 

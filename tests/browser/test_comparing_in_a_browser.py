@@ -52,6 +52,8 @@ def test_pictures_are_drawn_shown_and_saved(compare, server):
     assert "comparison-1 of pair: 4 pairs" in said
     assert "Hyper-model alone" in said
     shot(compare.page, f"{server.host}-compare")
+    compare.page.evaluate("document.body.classList.add('dark')")
+    shot(compare.page, f"{server.host}-compare-dark")
     picture = server.models / "hyper-merge/pair/pictures/comparison-1.png"
     with Image.open(picture) as grid:
         assert "Negative prompt: blurry" in grid.text["parameters"]
@@ -63,14 +65,19 @@ def test_they_stop_and_what_was_drawn_before_is_there(compare, server):
     fill(compare, prompts="a cat", steps="150", seeds="1, 2, 3, 4")
     compare.click("compare")
     compare.until(lambda: "picture" in compare.text("compare_status"))
+    compare.open(server)
+    compare.to("Compare")
+    compare.until(lambda: "picture" in compare.text("compare_status"))
     shot(compare.page, f"{server.host}-compare-running")
+    compare.until(lambda: compare.value("compare_run") == "pair")
+    fill(compare, prompts="a cat")
     compare.click("compare")
     compare.until(lambda: "still being made" in compare.text("compare_message"))
     compare.click("compare_stop")
     compare.until(lambda: "Stopped" in compare.text("compare_status"), seconds=4)
     assert len(list((server.models / "hyper-merge/pair/pictures").glob("*.png"))) == 1
     assert compare.value("compare_earlier") == "comparison-1"
-    fill(compare, prompts="a cat", steps="3", seeds="9")
+    fill(compare, steps="3", seeds="9")
     compare.click("compare")
     compare.until(lambda: compare.value("compare_earlier") == "comparison-2")
     compare.until(lambda: "comparison-2 of pair" in compare.text("compare_shown"))

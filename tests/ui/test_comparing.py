@@ -77,6 +77,18 @@ def test_the_job_names_the_run_and_makes_no_new_one(drawn, jobs):
     assert all(unchanged(value) for value in merging.after(drawn, jobs))
 
 
+def test_only_jobs_that_draw_are_followed_here(webui, run, jobs):
+    assert [values[0] for values in comparing.watch(jobs)] == [""]
+    jobs.start("mix", lambda task, control: "mix", webui.host().log)
+    ended(jobs)
+    assert [values[0] for values in comparing.watch(jobs)] == [""]
+    assert all(map(unchanged, comparing.after_drawing(webui.host(), jobs, "mix")))
+    comparing.start_drawing(webui.host(), jobs, *values(prompts="x"))
+    *_, (status, stop, _) = comparing.watch(jobs)
+    assert words(status).startswith("Done: pictures of mix")
+    assert stop["interactive"] is False
+
+
 def test_prompts_are_lines_and_seeds_are_numbers():
     order = comparing.order_of(FORM, ["Euler a"])
     assert order.settings.prompts == ("a cat", "a dog")
@@ -186,6 +198,7 @@ def test_where_nothing_was_merged_or_drawn_it_says_what_this_is_for(host, run, m
 def test_no_runs_is_no_error(host):
     run, checkpoints, earlier, shown = comparing.list_comparisons(host, *LISTS)
     assert run["choices"] == checkpoints["choices"] == earlier["choices"] == []
+    assert earlier["visible"] is False
     assert "See what comes back" in words(shown)
     assert comparing.choose_run(host, None)[2] == ""
     assert comparing.show_comparison(host, None, None) == ""

@@ -74,6 +74,7 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
                 choices=[],
                 label="Comparisons of this run",
                 info="Drawn before, the newest first.",
+                visible=False,
             )
             shown = html("compare_shown")
     return ComparePanel(opened, form, start, stop, message, status, earlier, shown)
@@ -116,14 +117,12 @@ def _build_form(atelier: Atelier) -> CompareWidgets:
             "compare_average",
             value=False,
             label="Also the hyper-model alone",
-            info="How far it is without its LoRAs.",
         )
         difference = widget(
             gr.Checkbox,
             "compare_difference",
             value=False,
             label="Also the differences",
-            info="Black where two pictures are equal.",
         )
     return CompareWidgets(
         run, checkpoints, prompts, negative, sampler, steps, cfg_scale, width, height, seeds,

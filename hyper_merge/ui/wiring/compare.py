@@ -14,7 +14,7 @@ from hyper_merge.ui.wiring.wires import Trigger, Wires
 
 
 def wire_compare(page: gr.Blocks, wires: Wires) -> None:
-    """Compare, Stop, the run that is chosen, and earlier comparisons."""
+    """Compare, Stop, the run that is chosen, and earlier comparisons; pages that open meanwhile."""
     panel, host, jobs = wires.compare, wires.host, wires.jobs
     form, said = panel.form, panel.message
     lists = [form.run, form.checkpoints, panel.earlier, panel.shown]
@@ -22,6 +22,16 @@ def wire_compare(page: gr.Blocks, wires: Wires) -> None:
     def listed(trigger: Trigger) -> Any:
         fn = functools.partial(comparing.list_comparisons, host)
         return wires.on(trigger, fn, [form.run, form.checkpoints, panel.earlier], lists, said)
+
+    def followed(trigger: Trigger) -> None:
+        answers = guarded_stream(
+            functools.partial(comparing.watch, jobs),
+            lambda text: (text, gr.update(), gr.update()),
+            host.log,
+        )
+        watched = in_python(trigger, answers, [], [panel.status, panel.stop, said], queued=True)
+        after = functools.partial(comparing.after_drawing, host, jobs)
+        wires.on(watched.then, after, [form.run], [panel.earlier, panel.shown], said)
 
     listed(page.load)
     listed(panel.opened.select)
@@ -31,17 +41,6 @@ def wire_compare(page: gr.Blocks, wires: Wires) -> None:
     wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.shown], said)
     start = functools.partial(comparing.start_drawing, host, jobs)
     started = wires.on(panel.start.click, start, in_order(form), [said], said)
-    watched = in_python(
-        started.then,
-        guarded_stream(
-            functools.partial(merging.watch, jobs),
-            lambda text: (text, gr.update(), gr.update()),
-            host.log,
-        ),
-        [],
-        [panel.status, panel.stop, said],
-        queued=True,
-    )
-    after = functools.partial(comparing.after_drawing, host, jobs)
-    wires.on(watched.then, after, [form.run], [panel.earlier, panel.shown], said)
+    followed(page.load)
+    followed(started.then)
     wires.on(panel.stop.click, functools.partial(merging.stop, jobs), [], [said], said)

@@ -102,6 +102,15 @@ def parse_tags(text: str) -> list[Tag]:
     return [_parse(match[0], match[1]) for match in _TAG.finditer(text)]
 
 
+def tag_names(text: str) -> set[str]:
+    """Names of the LoRAs in a prompt, in whatever way their multipliers are written.
+
+    >>> tag_names("a cat <lora:mix_0-128:unet=1>")
+    {'mix_0-128'}
+    """
+    return {match[1].partition(":")[0] for match in _TAG.finditer(text)}
+
+
 def without_tags(text: str) -> str:
     """A prompt without its LoRA tags.
 

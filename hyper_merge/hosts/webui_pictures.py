@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -16,8 +17,10 @@ from hyper_merge.errors import PictureError
 from hyper_merge.hosts.host import Atelier
 from hyper_merge.hosts.webui_room import is_forge
 from hyper_merge.picture_order import Draw, Picture
+from hyper_merge.prompts import tag_names
 
 _SELECTED: Final = "sd_model_checkpoint"  # the setting that holds the checkpoint's title
+_COMPLAINTS: Final = ("Lora not found", "Networks with errors")  # A1111's
 _LISTEN: Final = 0.1  # seconds between looks at the progress, and at our own Stop
 
 
@@ -43,12 +46,15 @@ def studio() -> Iterator[Draw]:
             Exception
         ) as error:  # whatever a host's model code may raise; the WebUI loads it later
             errors.display(error, "bringing the checkpoint back", full_traceback=True)
+        shared.total_tqdm.clear()  # the console's bar over all pictures
 
 
 class _Chosen:
     """Which checkpoint is selected: by the user, and by us in the meantime."""
 
     def __init__(self) -> None:
+        if is_forge() and not sd_models.model_data.forge_loading_parameters:
+            _refresh_forge()  # nothing was asked for since it started
         self._users = self._ours = _selected()
         # Never shared.sd_model, which loads one where none is. Forge's stand-in has no file.
         model = sd_models.model_data.sd_model
@@ -73,13 +79,18 @@ class _Chosen:
                 sd_models.reload_model_weights()
 
     def _put_back_in_forge(self) -> None:
-        from modules_forge import main_entry  # noqa: PLC0415 - Forge only
-
         if _selected() != self._users:
             shared.opts.data[_SELECTED] = self._users
-            main_entry.refresh_model_loading_parameters()
+            _refresh_forge()
             if self._was_loaded:
                 _in_model_thread(sd_models.forge_model_reload)
+
+
+def _refresh_forge() -> None:
+    """Has Forge load what is selected, the next time that it draws."""
+    from modules_forge import main_entry  # noqa: PLC0415 - Forge only
+
+    main_entry.refresh_model_loading_parameters()
 
 
 def _selected() -> Any:
@@ -92,6 +103,7 @@ def _draw(picture: Picture, control: Control, chosen: _Chosen) -> Image.Image:
     try:
         with closing(_processing(picture, title)) as p, _heard(control):
             made = _in_model_thread(processing.process_images, p)
+            complaints = [text for text in p.comments if text.startswith(_COMPLAINTS)]
     except Exception as error:  # whatever a host's model code may raise
         errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
         raise PictureError(
@@ -103,7 +115,25 @@ def _draw(picture: Picture, control: Control, chosen: _Chosen) -> Image.Image:
     control.check()  # an interrupted picture is half-done
     if made is None or not made.images:
         raise PictureError(f"{picture.model.name}: the WebUI made no picture; its console says why")
+    _require_loras(picture, complaints)
     return made.images[made.index_of_first_image]
+
+
+def _require_loras(picture: Picture, complaints: list[str]) -> None:
+    """Returns if the picture was drawn with all LoRAs of its prompt: the WebUI goes on without.
+
+    Raises:
+        PictureError: it was not, for one is not found, fails, or the WebUI has no LoRAs at all.
+    """
+    # The built-in Lora extension, by the name it is loaded under; it may be switched off.
+    loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
+    absent = tag_names(picture.prompt) - {each.mentioned_name for each in loaded}
+    if absent or complaints:
+        names = f"it did not load {', '.join(sorted(absent))}" if absent else "; ".join(complaints)
+        raise PictureError(
+            f"the WebUI drew without all LoRAs ({names}); see that the extension Lora is switched on,"
+            " refresh its cards, and look at the console"
+        )
 
 
 def _processing(picture: Picture, title: str) -> Any:

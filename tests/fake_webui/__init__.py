@@ -170,6 +170,7 @@ class Shared:
         self.config_filename = webui.config_filename
         self.hide_dirs = {"visible": not webui.cmd_opts.hide_ui_dir_config}
         self.demo = None
+        self.total_tqdm = SimpleNamespace(clear=lambda: None)
 
     @property
     def sd_model(self):

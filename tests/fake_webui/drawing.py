@@ -1,6 +1,7 @@
 """`modules.processing` and `modules.sd_samplers`: a picture is noise that its model and prompt decide."""
 
 import hashlib
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Processing(ModuleType):
         self.loads = []  # files, each time that another one was loaded for a picture
         self.pace = 0.0  # seconds of a step
         self.fails_with = None  # file's name: an error that loading it raises
+        self.complaints = {}  # of every picture
         self.closed = 0
         self.open_page = None  # called in the middle of every picture
 
@@ -62,6 +64,7 @@ class Processing(ModuleType):
             def __post_init__(self):
                 self.styles = self.styles or []
                 self.override_settings = self.override_settings or {}
+                self.comments = {}
 
             def close(this):  # noqa: N805 - the module is `self` here
                 self.closed += 1
@@ -128,6 +131,8 @@ class Processing(ModuleType):
             state.job_count = p.n_iter
         if not (state.interrupted or state.stopping_generation):
             self.drawn.append((model.filename, p.prompt, p.seed, threading.current_thread().name))
+            self._webui.networks.load_networks(re.findall(r"<lora:([^:>]+)", p.prompt))
+            p.comments |= self.complaints
             state.sampling_steps = p.steps
             for step in range(p.steps):
                 state.sampling_step = step

@@ -1,5 +1,6 @@
 """Pictures by the WebUI: its queue, its bar, its buttons, and the checkpoint that it had before."""
 
+import sys
 import threading
 import time
 
@@ -46,6 +47,7 @@ def loaded_name(webui):
 
 
 def test_a_picture_is_what_the_webui_draws_with_that_checkpoint(loaded, host, order):
+    put(loaded.models / "Lora/mix.safetensors")
     wanted = order("photo", "a cat <lora:mix:1>")
     with host.drawing("task(x)") as (control, studio):
         image = studio.draw(wanted, control)
@@ -204,6 +206,32 @@ def test_what_is_not_in_the_list_is_refused_by_name(loaded, host, order, models)
         assert "has no other.safetensors" in studio.refusal(other)
         put(other)  # as the command line writes one
         assert studio.refusal(other) == ""
+
+
+def test_a_picture_without_its_loras_is_an_error(loaded, host, order):
+    wanted = r"without all LoRAs \(it did not load gone\)"
+    with host.drawing("task(x)") as (control, studio):
+        with pytest.raises(PictureError, match=wanted):
+            studio.draw(order("photo", "x <lora:gone:1>"), control)
+        loaded.processing.complaints = {"Networks with errors: mix (3)": 1, "Clip skip": 1}
+        with pytest.raises(PictureError, match=r"without all LoRAs \(Networks with errors: mix"):
+            studio.draw(order("photo", "x"), control)
+
+
+def test_a_webui_without_the_extension_lora_draws_no_pair(loaded, host, order, monkeypatch):
+    monkeypatch.delitem(sys.modules, "networks")
+    put(loaded.models / "Lora/mix.safetensors")
+    with host.drawing("task(x)") as (control, studio):
+        assert studio.draw(order("photo", "x"), control)
+        with pytest.raises(PictureError, match="did not load mix"):
+            studio.draw(order("photo", "x <lora:mix:1>"), control)
+
+
+def test_the_selected_checkpoint_is_drawn_with_before_anything_was_loaded(webui, host, order):
+    webui.opts.data[KEY] = "photo.safetensors"
+    with host.drawing("task(x)") as (control, studio):
+        assert studio.draw(order("photo"), control)
+    assert selected(webui) == "photo.safetensors"
 
 
 def test_the_samplers_are_those_of_the_webuis_menu(host):

@@ -157,7 +157,6 @@ def _draw(
         phase = f"picture {number} of {len(plan)}: {key.words}"
         part.step(phase, 0.0)
         pictures[key] = studio.draw(picture, _saying(phase, part)).convert("RGB")
-    control.check()
     return pictures
 
 

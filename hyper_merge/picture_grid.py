@@ -23,7 +23,7 @@ _CAPTION: Final = 26  # figures below a row
 _LETTERS: Final = 18
 _SMALL: Final = 15
 
-_MOST_PIXELS: Final = 64_000_000  # viewers refuse to open much more
+_MOST_PIXELS: Final = 48_000_000  # of all pictures; viewers, and Pillow, refuse much larger ones
 
 
 @dataclass(frozen=True)

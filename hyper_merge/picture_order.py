@@ -19,7 +19,7 @@ _STEPS: Final = (1, 150)
 _CFG_SCALE: Final = (0.0, 30.0)
 _SIDE: Final = (64, 2048)  # pixels
 _SIDE_UNIT: Final = 8  # pixels of a picture to one of the latent image's
-_MOST_PICTURES: Final = 500
+_MOST_PICTURES: Final = 200  # in one grid, which is to be looked at
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from tiny_family import snapshot
 
-from hyper_merge import comparison, comparison_files
+from hyper_merge import comparison, comparison_files, picture_difference
 from hyper_merge.comparison import Studio, caption, run_comparison
 from hyper_merge.comparison_files import Figures, names_of
 from hyper_merge.control import Control
@@ -139,6 +142,34 @@ def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
     found = compare(replace(ORDER, average=True))
     assert found.measure == "LPIPS"
     assert found.figures[0].perceptual == {"restored": 0.125, "average": 0.125}
+
+
+def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
+    asked = []
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, one, other):
+            asked.extend([one, other])
+            return (one - other).abs().mean().view(1, 1, 1, 1)
+
+    assert picture_difference.perceptual_distance((64, 64)) is None
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    monkeypatch.setattr(picture_difference, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert picture_difference.perceptual_distance((64, 64)) is None  # its network is not here
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").touch()
+    assert picture_difference.perceptual_distance((56, 64)) is None
+    picture_difference._network.cache_clear()
+    distance = picture_difference.perceptual_distance((64, 72))
+    assert distance(grey(255), grey(0)) == pytest.approx(2.0, abs=1e-6)
+    picture_difference._network.cache_clear()
+    assert [tuple(x.shape) for x in asked] == [(1, 3, 72, 64)] * 2
+    assert (float(asked[0].max()), float(asked[1].min())) == (1.0, -1.0)
 
 
 def test_grid_and_figures_are_written_and_read_back(compare, folders):
@@ -290,7 +321,7 @@ def test_settings_that_no_host_could_draw_are_refused(changes, message):
 def test_an_order_without_checkpoints_or_with_far_too_many_pictures_is_refused():
     with pytest.raises(PictureError, match="expected a checkpoint"):
         replace(ORDER, checkpoints=())
-    with pytest.raises(PictureError, match="would be 800 pictures, more than 500"):
+    with pytest.raises(PictureError, match="would be 800 pictures, more than 200"):
         replace(ORDER, settings=replace(SETTINGS, seeds=tuple(range(100))))
 
 
@@ -308,5 +339,7 @@ def test_pictures_keep_their_pixels_until_the_grid_would_be_too_large():
     small = draw_grid(["x"], ["a", "b"], [Band("", {"row": cells})], (64, 72))
     count = {pixel: number for number, pixel in small.getcolors(1 << 24)}
     assert count[1, 1, 1] == count[2, 2, 2] == 64 * 72
-    large = draw_grid(["x"], ["a"] * 40, [Band("", {"row": [cells[0]] * 40})] * 4, (2048, 2048))
-    assert large.width * large.height < 80_000_000
+    for columns, bands in ((40, 5), (1, 200)):
+        rows = {"row": [Cell(cells[0].picture, "", "caption")] * columns}
+        large = draw_grid(["x"], ["a"] * columns, [Band("", rows)] * bands, (2048, 2048))
+        assert large.width * large.height < Image.MAX_IMAGE_PIXELS

@@ -31,7 +31,7 @@ from hyper_merge.terms import find_row
 from hyper_merge.ui import merging, views, views_compare
 from hyper_merge.ui.jobs import Jobs
 
-_SHOWN_WIDTH: Final = 1600  # pixels on the page; the file has all of them
+_SHOWN: Final = (1600, 16_000)  # pixels on the page at most; the file has all of them
 _QUALITY: Final = 92  # of the JPEG that the page gets
 _LETTERS: Final = 2000  # of a prompt
 _TITLE: Final = "pictures of "  # of our jobs, before the run's name
@@ -72,12 +72,13 @@ def list_comparisons(
     known = names_of(chosen)
     kept = [name for name in checkpoints or () if name in known] if chosen.name == run else known
     drawn = comparison_files.names_of(chosen)
-    value = earlier if earlier in drawn and chosen.name == run else next(iter(drawn), None)
+    is_shown = earlier in drawn and chosen.name == run
+    value = earlier if is_shown else next(iter(drawn), None)
     return (
         gr.update(choices=names, value=chosen.name),
         gr.update(choices=known, value=kept),
         _comparisons(drawn, value),
-        _shown(host, chosen, value),
+        gr.update() if is_shown else _shown(host, chosen, value),
     )
 
 
@@ -200,9 +201,7 @@ def _source(path: Path) -> str:
         raise PictureError(
             f"{path} cannot be shown ({error}); compare again, or delete the file"
         ) from error
-    if shown.width > _SHOWN_WIDTH:
-        height = max(1, round(shown.height * _SHOWN_WIDTH / shown.width))
-        shown = shown.resize((_SHOWN_WIDTH, height), Image.Resampling.LANCZOS)
+    shown.thumbnail(_SHOWN, Image.Resampling.LANCZOS)
     stream = BytesIO()
     shown.save(stream, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

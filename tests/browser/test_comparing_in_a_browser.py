@@ -96,3 +96,16 @@ def test_what_is_wrong_is_said_beside_the_button(compare, server):
     compare.click("compare")
     compare.until(lambda: 'got "one"' in compare.text("compare_message"))
     shot(compare.page, f"{server.host}-compare-refused")
+
+
+def test_what_was_picked_stays_while_other_tabs_are_looked_at(compare):
+    tokens = compare.find("compare_checkpoints").locator(".token")
+    tokens.filter(has_text="portrait").locator(".token-remove").click()
+    compare.until(lambda: tokens.count() == 1)
+    fill(compare, prompts="a cat")
+    compare.to("Runs")
+    compare.until(lambda: compare.find("runs_table").is_visible())
+    compare.to("Compare")
+    compare.page.wait_for_timeout(1500)  # for the lists, which are read anew
+    assert [text.strip() for text in tokens.all_inner_texts()] == ["anime"]
+    assert compare.value("compare_prompts") == "a cat"

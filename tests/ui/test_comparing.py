@@ -182,6 +182,7 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
     assert "comparison-1 of mix" in words(shown)
     kept = comparing.list_comparisons(drawn, "mix", ["b"], "comparison-1")
     assert kept[1]["value"] == ["b"]
+    assert unchanged(kept[3])
     other = comparing.list_comparisons(drawn, "gone", ["x"], "comparison-9")
     assert other[1]["value"] == ["a", "b", "c"]
     assert other[2]["value"] == "comparison-1"
@@ -217,10 +218,12 @@ def test_a_grid_that_is_gone_or_is_no_picture_is_said(drawn):
         assert kinds(comparing.show_comparison(drawn, "mix", name)) == ["bad"]
 
 
-def test_a_wide_grid_is_made_smaller_for_the_page_alone(drawn):
+def test_a_large_grid_is_made_smaller_for_the_page_alone(drawn):
     picture, _ = grid_of(drawn)
-    Image.new("RGB", (4000, 100)).save(picture)
-    before = picture.read_bytes()
-    shown = comparing.show_comparison(drawn, "mix", "comparison-1")
-    assert len(shown) < 20_000
-    assert picture.read_bytes() == before
+    for size in ((4000, 100), (100, 70_000)):
+        Image.new("RGB", size).save(picture)
+        before = picture.read_bytes()
+        shown = comparing.show_comparison(drawn, "mix", "comparison-1")
+        assert 'src="data:image/jpeg;base64,' in shown
+        assert len(shown) < 50_000
+        assert picture.read_bytes() == before

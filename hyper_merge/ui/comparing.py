@@ -146,20 +146,31 @@ def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
     return ""
 
 
-def watch(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
-    """As `merging.watch`, of jobs that draw; others are followed where they were begun."""
-    if not _is_ours(jobs):
-        yield "", gr.update(interactive=False), gr.update()
+def watch(
+    jobs: Jobs, host: Host, name: str | None, *, begun: bool
+) -> Iterator[tuple[str, Any, Any, Any]]:
+    """As `merging.watch`, of jobs that draw; others are followed where they were begun.
+
+    Args:
+        jobs: the process's.
+        host: where comparisons are.
+        name: of the run that is chosen.
+        begun: whether the job was begun just now; else one that has ended is no news.
+
+    Yields:
+        Status, Stop button, message; the list of comparisons once there is a new one, which shows it.
+    """
+    if jobs.last is None or not jobs.last.standing.title.startswith(_TITLE):
+        yield "", gr.update(interactive=False), gr.update(), gr.update()
         return
-    yield from merging.watch(jobs)
-
-
-def after_drawing(host: Host, jobs: Jobs, name: str | None) -> tuple[Any, Any]:
-    """What was drawn, once a job has ended; nothing new unless it is done."""
-    done = _is_ours(jobs) and jobs.last is not None and jobs.last.standing.outcome == "done"
-    if not done or not name:
-        return gr.update(), gr.update()
-    return choose_run(host, name)[1:]
+    job = jobs.last
+    is_news = begun or job.standing.outcome == "running"
+    shown: tuple[str, Any, Any] = ("", gr.update(), gr.update())
+    for shown in merging.watch(jobs):
+        yield (*shown, gr.update())
+    now = job.standing
+    if is_news and now.outcome == "done" and now.title == f"{_TITLE}{name}":
+        yield (*shown, choose_run(host, name)[1])
 
 
 def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
@@ -205,10 +216,6 @@ def _source(path: Path) -> str:
     stream = BytesIO()
     shown.save(stream, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
-def _is_ours(jobs: Jobs) -> bool:
-    return jobs.last is not None and jobs.last.standing.title.startswith(_TITLE)
 
 
 def _comparisons(names: Sequence[str], value: str | None) -> Any:

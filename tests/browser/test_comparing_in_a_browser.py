@@ -23,6 +23,7 @@ def compare(tab, server):
         tab.choose("compare_run", "pair")
     tokens = tab.find("compare_checkpoints").locator(".token")
     tab.until(lambda: sorted(map(str.strip, tokens.all_inner_texts())) == ["anime", "portrait"])
+    tab.page.wait_for_timeout(700)  # gradio 3.41 logs whoever leaves while an answer is begun
     return tab
 
 
@@ -31,13 +32,14 @@ def fill(tab, **texts):
         tab.type(f"compare_{name}", text)
 
 
-def in_webui(server):
-    if server.host == "standalone":
+@pytest.fixture
+def _in_webui(host_name):
+    if host_name == "standalone":
         pytest.skip("the app draws by diffusers, on whole checkpoints")
 
 
+@pytest.mark.usefixtures("_in_webui")
 def test_pictures_are_drawn_shown_and_saved(compare, server):
-    in_webui(server)
     fill(compare, prompts="a cat\na house by the sea", steps="3", width="128", height="128")
     fill(compare, seeds="1", negative="blurry")
     for name in ("average", "difference"):
@@ -60,17 +62,12 @@ def test_pictures_are_drawn_shown_and_saved(compare, server):
         assert "Sampler: DDIM" in grid.text["parameters"]
 
 
+@pytest.mark.usefixtures("_in_webui")
 def test_they_stop_and_what_was_drawn_before_is_there(compare, server):
-    in_webui(server)
     fill(compare, prompts="a cat", steps="150", seeds="1, 2, 3, 4")
     compare.click("compare")
     compare.until(lambda: "picture" in compare.text("compare_status"))
-    compare.open(server)
-    compare.to("Compare")
-    compare.until(lambda: "picture" in compare.text("compare_status"))
     shot(compare.page, f"{server.host}-compare-running")
-    compare.until(lambda: compare.value("compare_run") == "pair")
-    fill(compare, prompts="a cat")
     compare.click("compare")
     compare.until(lambda: "still being made" in compare.text("compare_message"))
     compare.click("compare_stop")

@@ -1,5 +1,6 @@
 """The tab Compare: what is asked for, drawn, refused, and shown again."""
 
+import functools
 import time
 from dataclasses import fields, replace
 
@@ -59,7 +60,8 @@ def test_a_comparison_is_drawn_saved_and_shown(webui, drawn, jobs):
     picture, figures = grid_of(drawn)
     assert picture.exists()
     assert figures.exists()
-    earlier, shown = comparing.after_drawing(drawn, jobs, "mix")
+    *_, earlier = list(comparing.watch(jobs, drawn, "mix", begun=True))[-1]
+    shown = comparing.show_comparison(drawn, "mix", "comparison-1")
     assert (earlier["choices"], earlier["value"]) == (["comparison-1"], "comparison-1")
     text = words(shown)
     assert f"comparison-1 of mix: 8 pairs, drawn by {drawn.title}" in text
@@ -78,15 +80,31 @@ def test_the_job_names_the_run_and_makes_no_new_one(drawn, jobs):
 
 
 def test_only_jobs_that_draw_are_followed_here(webui, run, jobs):
-    assert [values[0] for values in comparing.watch(jobs)] == [""]
-    jobs.start("mix", lambda task, control: "mix", webui.host().log)
+    host = webui.host()
+    watch = functools.partial(comparing.watch, jobs, host, "mix")
+    assert [values[0] for values in watch(begun=False)] == [""]
+    jobs.start("mix", lambda task, control: "mix", host.log)
     ended(jobs)
-    assert [values[0] for values in comparing.watch(jobs)] == [""]
-    assert all(map(unchanged, comparing.after_drawing(webui.host(), jobs, "mix")))
-    comparing.start_drawing(webui.host(), jobs, *values(prompts="x"))
-    *_, (status, stop, _) = comparing.watch(jobs)
+    assert [values[0] for values in watch(begun=True)] == [""]
+    comparing.start_drawing(host, jobs, *values(prompts="x"))
+    *_, (status, stop, _, earlier) = watch(begun=True)
     assert words(status).startswith("Done: pictures of mix")
     assert stop["interactive"] is False
+    assert earlier["value"] == "comparison-1"
+
+
+def test_a_page_that_comes_later_gets_what_is_new_to_it_and_no_more(webui, run, jobs):
+    webui.processing.pace = 0.02
+    host = webui.host()
+    comparing.start_drawing(host, jobs, *values(prompts="x"))
+    until(lambda: webui.processing.drawn)
+    *running, (_, _, _, earlier) = comparing.watch(jobs, host, "mix", begun=False)
+    assert earlier["value"] == "comparison-1"
+    assert all(unchanged(values[3]) for values in running)
+    for name, begun in (("mix", False), ("another", True)):
+        *_, (status, *_, earlier) = comparing.watch(jobs, host, name, begun=begun)
+        assert words(status).startswith("Done: pictures of mix")
+        assert unchanged(earlier)
 
 
 def test_prompts_are_lines_and_seeds_are_numbers():
@@ -151,7 +169,9 @@ def test_stop_ends_it_within_a_step_or_so_and_nothing_is_saved(webui, run, jobs)
     assert ended(jobs).outcome == "stopped"
     assert time.monotonic() - began < 3
     assert not grid_of(host)[0].parent.exists()
-    assert all(map(unchanged, comparing.after_drawing(host, jobs, "mix")))
+    *_, (status, _, _, earlier) = comparing.watch(jobs, host, "mix", begun=True)
+    assert words(status) == "Stopped: no file was changed"
+    assert unchanged(earlier)
     assert webui.queue_lock.held is False
 
 

@@ -23,24 +23,23 @@ def wire_compare(page: gr.Blocks, wires: Wires) -> None:
         fn = functools.partial(comparing.list_comparisons, host)
         return wires.on(trigger, fn, [form.run, form.checkpoints, panel.earlier], lists, said)
 
-    def followed(trigger: Trigger) -> None:
+    def followed(trigger: Trigger, *, begun: bool) -> None:
         answers = guarded_stream(
-            functools.partial(comparing.watch, jobs),
-            lambda text: (text, gr.update(), gr.update()),
+            functools.partial(comparing.watch, jobs, host, begun=begun),
+            lambda text: (text, gr.update(), gr.update(), gr.update()),
             host.log,
         )
-        watched = in_python(trigger, answers, [], [panel.status, panel.stop, said], queued=True)
-        after = functools.partial(comparing.after_drawing, host, jobs)
-        wires.on(watched.then, after, [form.run], [panel.earlier, panel.shown], said)
+        outputs = [panel.status, panel.stop, said, panel.earlier]
+        in_python(trigger, answers, [form.run], outputs, queued=True)
 
     listed(page.load)
-    listed(panel.opened.select)
     chosen = functools.partial(comparing.choose_run, host)
     wires.on(form.run.change, chosen, [form.run], lists[1:], said)
     show = functools.partial(comparing.show_comparison, host)
     wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.shown], said)
     start = functools.partial(comparing.start_drawing, host, jobs)
     started = wires.on(panel.start.click, start, in_order(form), [said], said)
-    followed(page.load)
-    followed(started.then)
+    followed(started.then, begun=True)
+    # Not when the page opens: whoever leaves it at once would end up in the server's log.
+    followed(listed(panel.opened.select).then, begun=False)
     wires.on(panel.stop.click, functools.partial(merging.stop, jobs), [], [said], said)

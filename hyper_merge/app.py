@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Final
 
 import gradio as gr
+from fastapi import APIRouter
 
+from hyper_merge.api.auth import protected
+from hyper_merge.api.routes import build_router
 from hyper_merge.errors import AppError
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.ui.compat import browser
-from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.jobs import Jobs, process_jobs
 from hyper_merge.ui.tab import build_tab
 
 LOCAL: Final = "127.0.0.1"
@@ -91,12 +94,34 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, listening: Listening, *, block: bool = True) -> None:
+def build_api(root: Path, auth: tuple[str, str] | None, jobs: Jobs | None = None) -> APIRouter:
+    """The routes for a models folder.
+
+    Args:
+        root: as for `build_app`.
+        auth: name and password that a client must give, or None.
+        jobs: those to show and start; by default the process's.
+
+    Raises:
+        AppError: name or password have letters that no client could give.
+    """
+    if auth and not "".join(auth).isascii():
+        raise AppError(
+            "--auth: with --api, expected letters of ASCII alone in name and password, for HTTP"
+            " Basic authentication takes no others"
+        )
+    return build_router(Standalone(root), jobs or process_jobs(), protected(auth and dict([auth])))
+
+
+def serve(
+    page: gr.Blocks, listening: Listening, api: APIRouter | None = None, *, block: bool = True
+) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
         page: of `build_app`.
         listening: where.
+        api: of `build_api`, to be served too, with its description at /docs.
         block: false returns once the server is up.
 
     Raises:
@@ -113,6 +138,7 @@ def serve(page: gr.Blocks, listening: Listening, *, block: bool = True) -> None:
             quiet=True,
             blocked_paths=[str(Path.cwd())],
             show_api=False,
+            app_kwargs={"docs_url": "/docs", "routes": list(api.routes)} if api else None,
         )
     except OSError as error:
         raise AppError(

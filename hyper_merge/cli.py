@@ -100,6 +100,7 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=7871)
     parser.add_argument("--auth", metavar="NAME:PASSWORD", help="what a browser must give")
+    parser.add_argument("--api", action="store_true", help="serve an HTTP API too: see /docs there")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     finish(parser, _app)
 
@@ -225,13 +226,14 @@ def _app(options: argparse.Namespace) -> None:
     auth = app.parse_auth(options.auth) if options.auth else None
     listening = app.Listening(options.listen, options.port, auth, options.open)
     page = app.build_app(options.folder)
+    api = app.build_api(options.folder, auth) if options.api else None
     if listening.is_open:
         say(
             "warning: everyone on the network can use this page; --auth NAME:PASSWORD protects it",
             sys.stderr,
         )
     say(f"Hyper-Merge: http://{options.listen}:{options.port} for {options.folder}; Ctrl-C ends it")
-    app.serve(page, listening)
+    app.serve(page, listening, api)
 
 
 def _examined(recipe: Recipe, control: Control) -> Preflight:

@@ -55,6 +55,10 @@ class RunError(HyperMergeError, ValueError):
     """An earlier run cannot be read, or may not be deleted: damaged, newer, unknown, a link."""
 
 
+class UnknownRunError(RunError):
+    """There is no run of this name."""
+
+
 class ExtractionError(HyperMergeError, ValueError):
     """No LoRA can be made of this: checkpoints that do not differ, a run's LoRAs that are not its own."""
 

@@ -18,7 +18,7 @@ from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.checkpoints.vectors import Kind, Vector, vectors_of
 from hyper_merge.checkpoints.writer import content_sha256
 from hyper_merge.errors import RecipeError
-from hyper_merge.lora import CARD_SUFFIXES, LoraFile, companion_card, lora_metadata
+from hyper_merge.labels import CARD_SUFFIXES, LoraFile, companion_card, lora_metadata
 from hyper_merge.preview import lora_picture
 from hyper_merge.recipe import Recipe
 from hyper_merge.report import Recovered

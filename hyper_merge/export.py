@@ -18,7 +18,8 @@ from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.control import Control
 from hyper_merge.errors import ExtractionError, RecipeError, RunError
 from hyper_merge.folders import Folders, metadata_of
-from hyper_merge.lora import ALONE, CARD_SUFFIXES, LoraFile, lora_bytes, write_lora
+from hyper_merge.labels import ALONE, CARD_SUFFIXES, LoraFile
+from hyper_merge.lora import lora_bytes, write_lora
 from hyper_merge.lora_reader import StoredLora
 from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word, tag, tags

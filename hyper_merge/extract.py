@@ -20,8 +20,9 @@ from hyper_merge.decomposition.ranks import even_ranks
 from hyper_merge.difference import Difference, find_difference
 from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError
 from hyper_merge.folders import Folders, require_no_source
+from hyper_merge.labels import CARD_SUFFIXES, Lineage, LoraFile, Source
 from hyper_merge.lineage import hashed, now
-from hyper_merge.lora import CARD_SUFFIXES, Lineage, LoraFile, Source, lora_bytes, write_lora
+from hyper_merge.lora import lora_bytes, write_lora
 from hyper_merge.preflight import common_layout, require_disks, resolve_device
 from hyper_merge.prompts import prompt_word, tag
 from hyper_merge.recipe import FIELDS, SettingError

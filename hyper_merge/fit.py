@@ -15,13 +15,13 @@ from hyper_merge.analysis import Work, pass_costs
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.control import Control
-from hyper_merge.errors import NameTakenError
+from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.fit_job import FitOrder, Job, examined
 from hyper_merge.fit_pass import Measured, Rest, measure
 from hyper_merge.fits import Fitted, paths_for, stage_fit
 from hyper_merge.folders import Folders
+from hyper_merge.labels import Source
 from hyper_merge.lineage import bytes_to_hash, hashed, now
-from hyper_merge.lora import Source
 from hyper_merge.report import PARTS, CheckpointReport, Recovered, part_losses
 from hyper_merge.runs import Run
 from hyper_merge.terms import require_own, shared_files
@@ -42,10 +42,7 @@ def run_fit(wanted: FitOrder, folders: Folders, control: Control) -> Fitted:
         HyperMergeError: an unknown run, one whose files are missing or were changed, a checkpoint
             of another family, a name that is taken, a full disk, or the user's interrupt.
     """
-    job = examined(wanted, folders)
-    for path in paths_for(job.run, job.name):
-        require_free(path, overwrite=wanted.overwrite)
-    require_free_topup(job, folders, overwrite=wanted.overwrite)
+    job = prepared(wanted, folders)
     checking, fitting, topping = control.split(_costs(job, folders, topup=bool(wanted.topup)))
     origin = _checked(job, folders, checking)
     with Outputs(overwrite=wanted.overwrite) as outputs, _opened(job) as added:
@@ -60,6 +57,25 @@ def run_fit(wanted: FitOrder, folders: Folders, control: Control) -> Fitted:
         stage_fit(outputs, job.run, fitted)
         control.step("putting the files in place", 1.0)
     return fitted
+
+
+def prepared(wanted: FitOrder, folders: Folders) -> Job:
+    """The order held against the run, the file and the names that it takes; nothing is written.
+
+    Raises:
+        HyperMergeError: as for `examined`, and a name that is taken.
+    """
+    job = examined(wanted, folders)
+    paths = paths_for(job.run, job.name)
+    if paths[0].parent.is_symlink():
+        raise OutputError(
+            f"{paths[0].parent} is a link, and links are not followed; put the folder itself there,"
+            " or remove the link"
+        )
+    for path in paths:
+        require_free(path, overwrite=wanted.overwrite)
+    require_free_topup(job, folders, overwrite=wanted.overwrite)
+    return job
 
 
 def fit_onto(run: Run, path: Path, folders: Folders, control: Control) -> Fitted:

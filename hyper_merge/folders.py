@@ -13,7 +13,7 @@ from typing import Any, Final
 from hyper_merge.analysis_cache import SIZE_LIMIT
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, NameTakenError, OutputError, SameMergeError
-from hyper_merge.lora import CARD_SUFFIXES
+from hyper_merge.labels import CARD_SUFFIXES
 from hyper_merge.recipe import AVERAGE, Recipe
 
 AVERAGE_ID: Final = "hyper_merge.average_id"

@@ -48,7 +48,7 @@ class Row:
 
 def look_at(path: Path) -> Row:
     """What a file is; one that cannot be merged is no error, its row says why."""
-    row = Row(path.name, path, None, _size(path), "", "", None)
+    row = Row(path.name, path, None, size_of(path), "", "", None)
     try:
         header = read_header(path)
         row = replace(row, dtype=_dtype(header), legacy_hash=legacy_hash(path))
@@ -93,7 +93,8 @@ def describe(paths: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
     try:
         return path.stat().st_size
     except (OSError, ValueError):

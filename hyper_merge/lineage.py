@@ -15,7 +15,7 @@ from hyper_merge.checkpoints.hashes import file_sha256, legacy_hash
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.control import Control
-from hyper_merge.lora import Lineage, Source
+from hyper_merge.labels import Lineage, Source
 from hyper_merge.recipe import Recipe
 from hyper_merge.sources import Sources
 from hyper_merge.workers import workers

@@ -21,8 +21,8 @@ from hyper_merge.costs import Costs, Existing, average_costs
 from hyper_merge.errors import RecipeError
 from hyper_merge.folders import Folders, Place, require_no_source
 from hyper_merge.host_rounding import host_rounding
+from hyper_merge.labels import Lineage, stage_checkpoint_card
 from hyper_merge.lineage import lineage_of
-from hyper_merge.lora import Lineage, stage_checkpoint_card
 from hyper_merge.merge_files import (
     Solved,
     added_loras,

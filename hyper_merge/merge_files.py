@@ -21,13 +21,8 @@ from hyper_merge.control import Control
 from hyper_merge.exact import find_companions, write_companion
 from hyper_merge.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
 from hyper_merge.host_rounding import AddedLora
-from hyper_merge.lora import (
-    CARD_SUFFIXES,
-    Lineage,
-    LoraFile,
-    checkpoint_metadata,
-    write_lora,
-)
+from hyper_merge.labels import CARD_SUFFIXES, Lineage, LoraFile, checkpoint_metadata
+from hyper_merge.lora import write_lora
 from hyper_merge.preflight import Preflight
 from hyper_merge.private import Private
 from hyper_merge.prompts import companion_names, lora_names, prompt_word

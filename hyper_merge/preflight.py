@@ -36,10 +36,11 @@ from hyper_merge.errors import DeviceError, MismatchError, OutputError, RecipeEr
 from hyper_merge.exact import companion_bytes, wanted_vectors
 from hyper_merge.folders import Folders, Place
 from hyper_merge.lora import lora_bytes
+from hyper_merge.pruning import Allowance
 from hyper_merge.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.recipe_values import LARGEST_RANK
 from hyper_merge.sizes import size_text
-from hyper_merge.solution import Allowance, groups_of
+from hyper_merge.solution import groups_of
 from hyper_merge.sources import Sources, bases_width
 
 _AT_ONCE: Final = 2  # layers in the pass

@@ -31,7 +31,7 @@ __all__ = [
 
 DEFAULT_RANKS = (128, 64, 32, 16)
 DEFAULT_ITERATIONS = 30
-DEFAULT_TOLERANCE = 1e-3
+DEFAULT_TOLERANCE = 2e-3
 
 _SIZES = {"ranks", "budget", "target"}  # of which one is given
 

@@ -22,8 +22,9 @@ from hyper_merge.decomposition.clusters import clusters
 from hyper_merge.decomposition.contrasts import distances, energies
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.prompts import tags
+from hyper_merge.pruning import Allowance
 from hyper_merge.rounding import Rounded
-from hyper_merge.solution import Allowance, Ranks
+from hyper_merge.solution import Ranks
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
 

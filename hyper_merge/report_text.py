@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from hyper_merge.lora import COMPANIONS
+from hyper_merge.labels import COMPANIONS
 from hyper_merge.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
 from hyper_merge.sizes import size_text
 
@@ -60,7 +60,7 @@ def _comparison(report: Report) -> list[str]:
         ("average alone", alone, ""),
         ("private LoRAs of the same bytes", report.private_loss, ""),
         ("shared LoRAs, as written", report.loss, _over_bound(report)),
-        ("lower bound for these ranks", report.bound, ""),
+        ("lower bound", report.bound, ""),
     ]
     steps = "blocks" if report.method == "greedy" else "sweeps"
     trail = " ".join(f"{loss:.4f}" for loss in report.losses)

@@ -26,9 +26,8 @@ from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.control import Control
 from hyper_merge.errors import OutputError, RecipeError
-from hyper_merge.fits import fits_of
 from hyper_merge.folders import Folders, is_there, require_no_source
-from hyper_merge.lora import checkpoint_metadata
+from hyper_merge.labels import checkpoint_metadata
 from hyper_merge.originals import find_originals
 from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word
@@ -47,6 +46,7 @@ from hyper_merge.terms import (
     require_family,
     require_hyper_model,
     require_own,
+    source_of,
 )
 
 _SHARE: Final = re.compile(r"\s*(?P<name>[^:]+?)\s*:\s*(?P<share>[-+]?(\d+\.?\d*|\.\d+))\s*(,|$)")
@@ -135,6 +135,7 @@ class _Job:
 
     run: Run
     shares: Mapping[str, float]  # by the names in the run's report
+    hashes: Mapping[str, str]  # SHA-256 of the originals, by the same names
     terms: tuple[Term, ...]
     sources: Sources  # the hyper-model alone
     path: Path
@@ -215,6 +216,7 @@ def _examined(wanted: RestoreOrder, folders: Folders) -> _Job:
     run = load_run(folders, wanted.run)
     family = require_family(run)
     shares = _known(run, wanted.shares)
+    hashes = {name: source_of(run, name).sha256 for name in shares}
     header = read_header(require_hyper_model(run))
     path = wanted.to or folders.models / f"{_stem(run, shares)}.safetensors"
     if path.suffix != ".safetensors":
@@ -231,7 +233,7 @@ def _examined(wanted: RestoreOrder, folders: Folders) -> _Job:
         dtype=getattr(torch, wanted.dtype or run.recipe.dtype),
     )
     require_disks({path.parent: sum(info.nbytes for info in sources.outputs().values())})
-    return _Job(run, shares, mixture_of(run, shares), sources, path)
+    return _Job(run, shares, hashes, mixture_of(run, shares), sources, path)
 
 
 def _known(run: Run, shares: Mapping[str, float]) -> dict[str, float]:
@@ -255,9 +257,7 @@ def _original(job: _Job, folders: Folders, control: Control) -> tuple[Header | N
     if job.whole is None:
         return None, 0.0, "a mixture has no original"
     row, fitted = find_row(job.run, job.whole)
-    # The last of that name: a given base comes first.
-    own = [each for each in job.run.sources if Path(each.name).stem == row.name][-1:]
-    (found,) = find_originals([fitted.source] if fitted else own, folders, control)
+    (found,) = find_originals([source_of(job.run, row.name)], folders, control)
     if found.state != "there":
         gone = "was changed since" if found.state == "changed" else "is not there"
         return None, 0.0, f"{found.source.name} {gone}, only its hash is known"
@@ -280,10 +280,9 @@ def _writer(outputs: Outputs, job: _Job, *, overwrite: bool) -> SafetensorsWrite
 
 def _metadata(job: _Job) -> dict[str, str]:
     rows = {term.path.stem: [term.multiplier, term.text_multiplier] for term in job.terms}
-    hashes = {each.row.name: each.sha256 for each in fits_of(job.run)[0]}
-    hashes |= {Path(each.name).stem: each.sha256 for each in job.run.sources}
     restores = [
-        {"name": name, "share": share, "sha256": hashes[name]} for name, share in job.shares.items()
+        {"name": name, "share": share, "sha256": job.hashes[name]}
+        for name, share in job.shares.items()
     ]
     return {
         **checkpoint_metadata(lineage_from(job.run, job.path.stem), "restored"),

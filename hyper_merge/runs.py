@@ -17,7 +17,7 @@ from hyper_merge.checkpoints.architecture import Family
 from hyper_merge.checkpoints.families import named, title_of
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.prediction import config_beside
-from hyper_merge.errors import RunError
+from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.folders import (
     FITS,
     MANIFEST,
@@ -28,7 +28,7 @@ from hyper_merge.folders import (
     is_there,
     same_place,
 )
-from hyper_merge.lora import CARD_SUFFIXES
+from hyper_merge.labels import CARD_SUFFIXES
 from hyper_merge.merge_files import MANIFEST_VERSION
 from hyper_merge.prompts import companion_names, lora_names
 from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
@@ -143,7 +143,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
 def _manifest(folders: Folders, name: str) -> dict[str, Any]:
     folder = folders.runs / name
     if not _PLAIN.fullmatch(name):
-        raise RunError(f"expected the name of a run, which is one of a folder, got {name!r}")
+        raise UnknownRunError(f"expected the name of a run, which is one of a folder, got {name!r}")
     if folder.is_symlink() or not same_place(Path(os.path.realpath(folder)).parent, folders.runs):
         raise RunError(
             f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed; put the"
@@ -151,8 +151,8 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnknownRunError(
             f"there is no run {name} in {folders.runs}{_others(folders, name)}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -195,6 +195,8 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     found = (report.loras, report.companions, len(report.checkpoints))
     if found != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")
+    if len(sources) != len(recipe.models) + (recipe.base != AVERAGE):
+        raise ValueError("its sources are those of another run")
     hyper_model = folders.hyper_model_of(manifest)
     written = (*names, *companions, *report.topups)
     loras = tuple(folders.loras / f"{lora}.safetensors" for lora in written)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,40 +14,36 @@ from torch import Tensor
 from hyper_merge.analysis_cache import Analysis, width_for
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.control import Control
-from hyper_merge.decomposition.gauge import balanced
+from hyper_merge.course import USUAL_SWEEPS, Course, by_block, by_sweep, counted_sweeps
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.ll1 import (
     Batch,
-    Factors,
     Problem,
-    Stopping,
     blocks,
     factors_from,
     solve,
 )
-from hyper_merge.decomposition.ranks import generous_ranks, kept_ranks
+from hyper_merge.decomposition.ranks import generous_ranks
 from hyper_merge.decomposition.starts import best_start, search_cost
+from hyper_merge.pruning import Allowance, Group, pruned
 from hyper_merge.recipe import Recipe
 from hyper_merge.sources import Sources, bases_width
 from hyper_merge.weighting import weighting_of
 from hyper_merge.workers import Each, return_memory, workers
 
-_SWEEPS_PER_RETURN: Final = 3  # of memory to the system
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 
 # Adaptive ranks: blocks begin with more than their bytes, and the best components stay.
 _GENEROUS: Final = 1.5
-_GENEROUS_SWEEPS: Final = 4
+_GENEROUS_SWEEPS: Final = 2  # with four the end is the same
 _ROOM: Final = 1.25  # columns of the bases that are worked in, for each rank
 _LEAST_ROOM: Final = 64
 _ROOM_STEP: Final = 32
 
 # For the progress: what is usual, and times the multiply-adds that small products take.
-_USUAL_SWEEPS: Final = 12
 _USUAL_STARTS: Final = 7
 _START: Final = 1.2  # sweeps that a start in all layers takes
 _GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
-_GREEDY_MAPS: Final = 6  # over all layers for such a block
 _IN_SWEEP: Final = 4.0
 _IN_ROUNDING: Final = 6.5
 _IN_FITS: Final = 12.0  # after rounding to float8
@@ -64,14 +59,6 @@ class Found:
     factors: Mapping[int, list[tuple[Tensor, Tensor]]]  # by layer: per block (p, r), (r, q)
     multipliers: Mapping[str, Tensor]  # by group of layers: (k, R), float64
     losses: tuple[float, ...]  # after each sweep (greedy: block), fractions of all energy
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """What ranks may take: bytes."""
-
-    costs: tuple[int, ...]  # of a rank, per layer
-    budget: int
 
 
 def groups_of(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
@@ -125,21 +112,10 @@ def solve_costs(sources: Sources, recipe: Recipe, ranks: Ranks) -> tuple[float, 
         sweeps = float(_GREEDY_SWEEPS * len(recipe.ranks))
     else:
         sweeps = search_cost(entries, _USUAL_STARTS) + _START
-        sweeps += min(recipe.iterations, _USUAL_SWEEPS)
+        sweeps += min(recipe.iterations, USUAL_SWEEPS)
         sweeps += _GENEROUS * _GENEROUS_SWEEPS if recipe.allocation == "adaptive" else 0.0
     fits = _IN_FITS if recipe.factors_dtype == "float8" else 0.0
     return sweeps * sweep * _IN_SWEEP, rounding * (_IN_ROUNDING + fits)
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """The layers that share multipliers, as far as they are solved."""
-
-    name: str
-    problem: Problem
-    multipliers: Tensor  # (d, R), in the weighting's coordinates
-    factors: tuple[Factors, ...]  # one per batch
-    losses: tuple[float, ...]
 
 
 class _Search:
@@ -183,20 +159,20 @@ class _Search:
             ranks = generous_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
             generous = [self._generous(*group) for group in self._begin(ranks, each, 2)]
             return_memory()
-            pruned = _pruned(generous, allowance, each)
-            final = zip(pruned, self._parts(2)[len(pruned) :], strict=True)
+            kept = pruned(generous, allowance, each)
+            final = zip(kept, self._parts(2)[len(kept) :], strict=True)
             return self._found([self._swept(group, part, each) for group, part in final])
 
     def _begin(
         self, ranks: Ranks, each: Each, stages: int
-    ) -> Iterator[tuple[str, Problem, _Course]]:
+    ) -> Iterator[tuple[str, Problem, Course]]:
         """The problem of each group, one after the other, with its part of the course."""
         parts = self._parts(stages)
         for (name, members), part in zip(self._groups.items(), parts, strict=False):
             inside = [index for index in members if sum(ranks[index])]
             batches = self._batches(inside, ranks)
             energy = self._weighting.energy(members)
-            course = _Course(part)
+            course = Course(part)
             yield name, Problem(batches, energy, course.counting(each, len(batches))), course
 
     def _parts(self, stages: int) -> list[Control]:
@@ -237,35 +213,35 @@ class _Search:
     def _core(self, index: int, p: int, q: int) -> Tensor:  # (d, p, q)
         return self._weighting.core(index, self._analysis.core(index)[:, :p, :q]).contiguous()
 
-    def _greedy(self, name: str, problem: Problem, course: _Course) -> _Group:
-        found = solve_greedy(problem, self._generator, _by_block(self._recipe, course))
-        return _Group(name, problem, found.multipliers, found.factors, found.losses)
+    def _greedy(self, name: str, problem: Problem, course: Course) -> Group:
+        found = solve_greedy(problem, self._generator, by_block(self._recipe, course))
+        return Group(name, problem, found.multipliers, found.factors, found.losses)
 
-    def _joint(self, name: str, problem: Problem, course: _Course) -> _Group:
+    def _joint(self, name: str, problem: Problem, course: Course) -> Group:
         start, at = self._start(name, problem, course, self._recipe.iterations)
-        stopping = _by_sweep(self._recipe, course, at)
+        stopping = by_sweep(self._recipe, course, at)
         # No name for the factors here, which would keep a set of them in memory for all sweeps.
         found = solve(problem, factors_from(problem, start, self._generator), start, stopping)
-        return _Group(name, problem, found.multipliers, found.factors, found.losses)
+        return Group(name, problem, found.multipliers, found.factors, found.losses)
 
-    def _generous(self, name: str, problem: Problem, course: _Course) -> _Group:
+    def _generous(self, name: str, problem: Problem, course: Course) -> Group:
         start, at = self._start(name, problem, course, _GENEROUS_SWEEPS)
         sweeps = min(_GENEROUS_SWEEPS, self._recipe.iterations)
-        stopping = _counted(course, at, sweeps)
+        stopping = counted_sweeps(course, at, sweeps)
         found = solve(problem, factors_from(problem, start, self._generator), start, stopping)
-        return _Group(name, problem, found.multipliers, found.factors, found.losses)
+        return Group(name, problem, found.multipliers, found.factors, found.losses)
 
-    def _swept(self, group: _Group, part: Control, each: Each) -> _Group:
-        course = _Course(part)
+    def _swept(self, group: Group, part: Control, each: Each) -> Group:
+        course = Course(part)
         batches = group.problem.batches
         counting = course.counting(each, len(batches))
         problem = Problem(batches, group.problem.energy, counting)
-        stopping = _by_sweep(self._recipe, course, 0.0)
+        stopping = by_sweep(self._recipe, course, 0.0)
         found = solve(problem, group.factors, group.multipliers, stopping)
-        return _Group(group.name, problem, found.multipliers, found.factors, found.losses)
+        return Group(group.name, problem, found.multipliers, found.factors, found.losses)
 
     def _start(
-        self, name: str, problem: Problem, course: _Course, sweeps: int
+        self, name: str, problem: Problem, course: Course, sweeps: int
     ) -> tuple[Tensor, float]:  # (d, R), and the fraction at which the sweeps begin
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
@@ -277,7 +253,7 @@ class _Search:
         search = search_cost(
             entries, len(planned) + len(given) + (len(earlier) or _USUAL_STARTS - 1)
         )
-        whole = search + _START + min(sweeps, _USUAL_SWEEPS)
+        whole = search + _START + min(sweeps, USUAL_SWEEPS)
 
         def tell(fraction: float) -> None:
             at = (1 + (search - 1) * fraction) / whole
@@ -296,7 +272,7 @@ class _Search:
         start = torch.linalg.pinv(self._weighting.to_deviations) @ self._given[name].double()
         return [torch.nn.functional.normalize(start, dim=0)]
 
-    def _found(self, groups: Sequence[_Group]) -> Found:
+    def _found(self, groups: Sequence[Group]) -> Found:
         if self._recipe.method == "joint":
             solutions = {group.name: group.multipliers for group in groups}
             self._analysis.remember(_name(self._recipe), solutions)
@@ -314,82 +290,7 @@ class _Search:
         )
 
 
-class _Course:
-    """Where the solve stands: between two places that are known it moves with every batch."""
-
-    def __init__(self, control: Control) -> None:
-        self.check = control.check
-        self._step = control.step
-        self._at = 0.0
-        self.reach("", 0.0, 0.0)
-
-    def reach(self, phase: str, at: float, end: float, left: float = 1.0) -> None:
-        """Is at a fraction 0..1, never back; every map from now on takes 1 / left of the way to end."""
-        self._phase, self._at = phase, max(at, self._at)
-        self._end, self._left = max(end, self._at), left
-
-    def counting(self, each: Each, batches: int) -> Each:
-        """The same map, which tells of every batch that is done."""
-
-        def counted(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-            start, step = self._at, (self._end - self._at) / self._left
-            for done, result in enumerate(each(function, *arguments), 1):
-                self._at = start + step * done / batches
-                self._step(self._phase, self._at)
-                yield result
-
-        return counted
-
-
-def _pruned(groups: Sequence[_Group], allowance: Allowance, each: Each) -> list[_Group]:
-    """The same with the components of most energy for their bytes, in all groups together."""
-    found: dict[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]] = {}
-    energies: dict[int, list[Tensor]] = {}
-    for group in groups:
-        size = group.multipliers.square().sum(0)
-        places = zip(group.problem.batches, group.factors, strict=True)
-        for batch, pairs in each(_in_order, *zip(*places, strict=True)):
-            for place, index in enumerate(batch.layers):
-                own = [(up[place], down[place]) for up, down in pairs]
-                found[index] = batch, place, own
-                values = [up.square().sum(0).double().cpu() for up, _ in own]
-                energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
-    order = sorted(found)
-    kept = kept_ranks(
-        [energies[index] for index in order],
-        [allowance.costs[index] for index in order],
-        allowance.budget,
-    )
-    ranks = dict(zip(order, kept, strict=True))
-    return [_kept(group, found, ranks) for group in groups]
-
-
-def _in_order(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
-    """The blocks with the components of each in falling order, roots of their values on each side."""
-    return batch, [balanced(*pair) if pair[0].shape[2] else pair for pair in blocks(batch, factors)]
-
-
-def _kept(
-    group: _Group,
-    found: Mapping[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]],
-    ranks: Mapping[int, tuple[int, ...]],
-) -> _Group:
-    batches, factors = [], []
-    for before in group.problem.batches:
-        for index in before.layers:
-            if not sum(ranks[index]):
-                continue
-            batch, place, pairs = found[index]
-            cut = list(zip(pairs, ranks[index], strict=True))
-            up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
-            down = torch.cat([down[:rank] for (_, down), rank in cut])
-            batches.append(Batch(batch.slices[place][None], ranks[index], (index,)))
-            factors.append(Factors(up[None], down[None]))
-    problem = Problem(tuple(batches), group.problem.energy, group.problem.each)
-    return _Group(group.name, problem, group.multipliers, tuple(factors), ())
-
-
-def _together(groups: Sequence[_Group]) -> tuple[float, ...]:
+def _together(groups: Sequence[Group]) -> tuple[float, ...]:
     """Losses of all groups together; one that is done earlier stays where it is."""
     total = sum(group.problem.energy for group in groups) or 1.0
     length = max(len(group.losses) for group in groups)
@@ -408,57 +309,3 @@ def _name(recipe: Recipe) -> str:
     """Tells the solutions of one analysis apart."""
     words = [", ".join(map(str, recipe.ranks)), recipe.allocation, recipe.multipliers]
     return "; ".join(words)
-
-
-def _counted(course: _Course, at: float, sweeps: int) -> Stopping:
-    """A fixed number of sweeps."""
-    done: list[float] = []
-
-    def on_sweep(loss: float) -> None:
-        done.append(loss)
-        course.reach("solving for the LoRAs", at, 1.0, max(sweeps - len(done), 1))
-
-    course.reach("solving for the LoRAs", at, 1.0, sweeps)
-    return Stopping(sweeps, 0.0, on_sweep)
-
-
-def _by_sweep(recipe: Recipe, course: _Course, at: float) -> Stopping:
-    losses: list[float] = []
-
-    def on_sweep(loss: float) -> None:
-        losses.append(loss)
-        left = _sweeps_left(losses, recipe)
-        course.reach("solving for the LoRAs", at, 1.0, left + 0.5)
-        if len(losses) % _SWEEPS_PER_RETURN == 0:
-            return_memory()
-
-    course.reach("solving for the LoRAs", at, 1.0, _sweeps_left(losses, recipe) + 0.5)
-    return Stopping(recipe.iterations, recipe.tolerance, on_sweep)
-
-
-def _by_block(recipe: Recipe, course: _Course) -> Stopping:
-    losses: list[float] = []
-
-    def reach() -> None:
-        at, end = (min(len(losses) + ahead, count) / count for ahead in (0, 1))
-        course.reach("solving for the LoRAs", at, end, _GREEDY_MAPS)
-
-    def on_block(loss: float) -> None:
-        losses.append(loss)
-        reach()
-
-    count = len(recipe.ranks)
-    reach()
-    return Stopping(recipe.iterations, recipe.tolerance, on_block)
-
-
-def _sweeps_left(losses: Sequence[float], recipe: Recipe) -> float:
-    """How many sweeps will follow: the change from one to the next falls as powers of a number do."""
-    lows = list(accumulate(losses, min))
-    changes = [1 - after / before for before, after in pairwise(lows) if after < before]
-    most = max(recipe.iterations - len(losses), 1)
-    if len(changes) < 3 or changes[-1] >= changes[0]:
-        return max(min(_USUAL_SWEEPS - len(losses), most), 1)
-    rate = math.log(changes[0] / changes[-1]) / (len(changes) - 1)
-    to_go = math.log(changes[-1] / max(recipe.tolerance, 1e-12)) / rate
-    return max(min(to_go, most), 1)

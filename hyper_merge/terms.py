@@ -13,11 +13,11 @@ from hyper_merge.control import Control, Tally
 from hyper_merge.errors import RunError
 from hyper_merge.fits import Fitted, fits_of
 from hyper_merge.folders import is_there, metadata_of
+from hyper_merge.labels import Lineage, Source
 from hyper_merge.lineage import now
-from hyper_merge.lora import Lineage, Source
 from hyper_merge.recipe_values import nearest
 from hyper_merge.report import CheckpointReport
-from hyper_merge.runs import Run
+from hyper_merge.runs import Run, RunSource
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,25 @@ def find_row(run: Run, name: str) -> tuple[CheckpointReport, Fitted | None]:
             f" {', '.join(known)}"
         )
     return found
+
+
+def source_of(run: Run, name: str) -> RunSource:
+    """The file that a checkpoint of a run was, of the merge or fitted later.
+
+    Raises:
+        RunError: the run knows none of that name, or its manifest does not say which file it was.
+    """
+    row, fitted = find_row(run, name)
+    if fitted is not None:
+        return fitted.source
+    # The last of that name: a given base comes first.
+    own = [each for each in run.sources if Path(each.name).stem == row.name]
+    if not own:
+        raise RunError(
+            f"the manifest of the run {run.name} does not say which file {row.name} was; bring it"
+            " back from a copy, or merge again"
+        )
+    return own[-1]
 
 
 def require_family(run: Run) -> Family:

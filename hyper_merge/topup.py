@@ -16,7 +16,8 @@ from hyper_merge.fit_job import Job
 from hyper_merge.fit_pass import Measured, Rest
 from hyper_merge.fits import TopUp, paths_for
 from hyper_merge.folders import Folders
-from hyper_merge.lora import LoraFile, Source, lora_bytes, write_lora
+from hyper_merge.labels import LoraFile, Source
+from hyper_merge.lora import lora_bytes, write_lora
 from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word
 from hyper_merge.recipe_values import Wish

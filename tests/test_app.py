@@ -1,6 +1,8 @@
 """The app: where it listens, for whom, on which folder, and what it says when it cannot."""
 
+import base64
 import gc
+import json
 import re
 import socket
 import sys
@@ -12,7 +14,7 @@ import pytest
 
 import hyper_merge
 from hyper_merge import app
-from hyper_merge.app import Listening, build_app, parse_auth, serve
+from hyper_merge.app import Listening, build_api, build_app, parse_auth, serve
 from hyper_merge.cli import main
 from hyper_merge.errors import AppError
 from hyper_merge.ui.jobs import Jobs
@@ -22,7 +24,7 @@ from hyper_merge.ui.jobs import Jobs
 def served(monkeypatch):
     """Stands in for the server; what it was asked to serve."""
     calls = []
-    monkeypatch.setattr(app, "serve", lambda page, listening: calls.append((page, listening)))
+    monkeypatch.setattr(app, "serve", lambda *given: calls.append(given))
     return calls
 
 
@@ -128,7 +130,8 @@ def test_the_page_is_served_with_its_script_and_no_file_beside_it(
 
 def test_the_command_serves_a_folder_on_this_computer(tmp_path, served, capsys):
     assert main(["app", str(tmp_path), "--port", "7999"]) == 0
-    ((_page, listening),) = served
+    ((_page, listening, api),) = served
+    assert api is None
     assert listening == Listening("127.0.0.1", 7999)
     out, err = capsys.readouterr()
     assert out == f"Hyper-Merge: http://127.0.0.1:7999 for {tmp_path}; Ctrl-C ends it\n"
@@ -169,3 +172,49 @@ def test_without_gradio_the_command_says_how_to_get_it(tmp_path, package, monkey
 def test_the_page_brings_style_and_script_with_it():
     assert "hyperMerge" in app._asset("javascript/hyper_merge.js")
     assert "hm-message" in app._asset("style.css")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
+@pytest.mark.parametrize("auth", [None, ("ann", "secret")])
+def test_the_api_is_served_beside_the_page_for_those_whom_the_page_is_for(tmp_path, auth, sockets):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = build_app(tmp_path, Jobs())
+    api = build_api(tmp_path, auth, Jobs())
+    serve(page, Listening(port=port, auth=auth), api, block=False)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        asked = urllib.request.Request(f"{url}/hyper-merge/checkpoints")
+        if auth:
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(asked, timeout=10)
+            assert caught.value.code == 401
+            word = base64.b64encode(":".join(auth).encode()).decode()
+            asked.add_header("Authorization", f"Basic {word}")
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            assert json.load(answer) == {"checkpoints": []}
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as answer:
+            assert "/hyper-merge/merge" in json.load(answer)["paths"]
+        with urllib.request.urlopen(f"{url}/docs", timeout=10) as answer:
+            assert answer.status == 200
+    finally:
+        page.close(verbose=False)
+
+
+def test_the_command_serves_the_api_where_it_is_asked_for(tmp_path, served, capsys):
+    assert main(["app", str(tmp_path), "--api", "--auth", "ann:secret"]) == 0
+    ((_page, _listening, api),) = served
+    assert {"/hyper-merge/merge", "/hyper-merge/runs"} <= {route.path for route in api.routes}
+    out, err = capsys.readouterr()
+    assert "secret" not in out + err
+
+
+def test_a_password_that_no_client_of_the_api_could_give_is_refused(tmp_path, served, capsys):
+    assert main(["app", str(tmp_path), "--api", "--auth", "ann:gehäuse"]) == 2
+    err = capsys.readouterr().err
+    assert "expected letters of ASCII" in err
+    assert "gehäuse" not in err
+    assert served == []
+    assert main(["app", str(tmp_path), "--auth", "ann:gehäuse"]) == 0

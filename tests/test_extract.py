@@ -353,3 +353,16 @@ def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
     first = load_file(extracted["float16"].path)
     assert failed
     assert all(torch.equal(found[key], first[key]) for key in first)
+
+
+def test_a_file_in_place_of_a_folder_is_refused_before_anything_is_read(files, tmp_path):
+    (tmp_path / "file").write_text("mine")
+
+    def reading(phase, fraction):
+        pytest.fail(f"{phase} began")
+
+    for output in ("file", "file/x.safetensors", "file/deep/x.safetensors"):
+        wanted = Extraction(*files[:2], rank=4, output=tmp_path / output, device="cpu")
+        with pytest.raises(OutputError, match=r"cannot write .*file is a file; choose an"):
+            run_extract(wanted, Control(on_progress=reading))
+    assert snapshot(tmp_path) == {"file": b"mine"}

@@ -402,6 +402,17 @@ def test_a_run_that_is_not_whole_is_refused_with_nothing_written(
     assert snapshot(started) == before
 
 
+def test_a_link_in_place_of_the_folder_of_fits_is_not_followed(at, other, started, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (started / FIT).symlink_to(elsewhere, target_is_directory=True)
+    before = snapshot(started)
+    with pytest.raises(OutputError, match="fits is a link, and links are not followed"):
+        fit(at, other, overwrite=True)
+    assert list(elsewhere.iterdir()) == []
+    assert snapshot(started) == before
+
+
 def test_an_edited_lora_is_refused_also_where_the_manifest_knows_no_hashes(at, other, started):
     path = started / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())

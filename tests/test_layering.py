@@ -12,8 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hyper_merge"
-SCREEN = {"hosts", "ui", "app"}
-SCREEN_LIBRARIES = {"gradio", "modules", "modules_forge", "launch", "matplotlib"}
+SCREEN = {"api", "hosts", "ui", "app"}
+SCREEN_LIBRARIES = {
+    "gradio",
+    "fastapi",
+    "pydantic",
+    "modules",
+    "modules_forge",
+    "launch",
+    "matplotlib",
+}
 
 # Floors of the house: each may use what is below it and its own; no module may go in a circle.
 GROUND = frozenset(
@@ -28,9 +36,12 @@ TASKS = frozenset(
         "effort",
         "lineage",
         "costs",
+        "labels",
         "lora",
         "preview",
         "solution",
+        "course",
+        "pruning",
         "report",
         "rounding",
         "prospects",
@@ -67,8 +78,9 @@ BELOW = {
     "picture_order": {"errors", "control"},
     "picture_difference": set(),
     "picture_grid": {"preview"},
-    "lora": {"errors", "checkpoints", "prompts", "preview"},
-    "lora_reader": {"errors", "checkpoints", "lora"},
+    "labels": {"checkpoints", "prompts", "preview"},
+    "lora": {"errors", "checkpoints", "labels", "preview"},
+    "lora_reader": {"errors", "checkpoints", "labels", "lora"},
     "weighted_sum": {"checkpoints", "decomposition", "lora", "lora_reader"},
     "cli_parts": {"merge", "report"},
     "progress": {"control"},

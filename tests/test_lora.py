@@ -18,20 +18,16 @@ from hyper_merge.checkpoints.header import TensorInfo
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.errors import NonFiniteError, OutputError
-from hyper_merge.lora import (
+from hyper_merge.labels import (
     Lineage,
     LoraFile,
     Source,
-    as_hosts_add,
-    as_lora_weights,
     card,
     checkpoint_metadata,
     lora_metadata,
-    lora_tensors,
     stage_checkpoint_card,
-    stored_factors,
-    write_lora,
 )
+from hyper_merge.lora import as_hosts_add, as_lora_weights, lora_tensors, stored_factors, write_lora
 from hyper_merge.preview import hyper_model_picture, lora_picture
 
 LINEAR = Layer("te.weight", "lora_te_q_proj", "text_encoder", (6, 5))

@@ -47,7 +47,7 @@ loss: what stays unexplained, as a share of all differences in the layers
   average alone                     1.0000
   private LoRAs of the same bytes   0.2500
   shared LoRAs, as written          0.1250   1.25 times the bound
-  lower bound for these ranks       0.1000
+  lower bound                       0.1000
   by sweeps, before rounding: 0.5000 0.2500 0.1235
 
 explained by the first LoRAs: 1, 2, ...

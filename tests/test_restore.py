@@ -275,6 +275,21 @@ def test_a_run_that_is_not_whole_is_refused_with_nothing_written(single, name, a
     assert snapshot(single.root) == before
 
 
+def test_a_manifest_that_is_newer_or_does_not_say_which_file_it_was_is_refused(single):
+    path = single.root / "hyper-merge/mix/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["report"]["checkpoints"][0]["name"] = "other"
+    path.write_text(json.dumps(manifest))
+    before = snapshot(single.root)
+    for shares in ("other", {"other": 0.5, "b": 0.5}):
+        with pytest.raises(RunError, match="does not say which file other was; bring it back"):
+            restore(single.folders, shares)
+    assert snapshot(single.root) == before
+    path.write_text(json.dumps(manifest | {"version": 99, "hyper_merge": "9.9"}))
+    with pytest.raises(RunError, match=r"was made by Hyper-Merge 9\.9.*update Hyper-Merge"):
+        restore(single.folders, "b")
+
+
 def test_unknown_names_and_taken_places_are_refused(single, session):
     restore(single.folders, "a")
     before = snapshot(single.root)

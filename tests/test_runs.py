@@ -76,6 +76,10 @@ def test_where_nothing_was_merged_there_are_no_runs(tmp_path):
     assert list_runs(Folders.under(tmp_path / "nowhere")) == ([], [])
     (tmp_path / "hyper-merge" / "empty").mkdir(parents=True)
     assert list_runs(Folders.under(tmp_path)) == ([], [])
+    (tmp_path / "file").write_text("")
+    for folder in ("empty", "file"):
+        with pytest.raises(RunError, match=r"there is no run mix in .*look at the list of runs"):
+            load_run(Folders.under(tmp_path / folder), "mix")
 
 
 def test_a_run_with_a_base_names_it_and_its_own_sources(files, tmp_path):
@@ -329,7 +333,7 @@ SPOILT = {
     "created": ("yesterday", None, "2026-01-02T03:04:05"),
     "family": (None, 3),
     "settings": ({}, [], {"name": "mix", "models": ["a", "b"], "colour": 1}, {"name": "mix"}),
-    "sources": (None, {}, ["a"], [{"path": "a"}], [{"path": 1}]),
+    "sources": (None, {}, [], ["a"], [{"path": "a"}], [{"path": 1}]),
     "report": (None, {}, []),
     "hyper_model": (),
 }
@@ -347,6 +351,14 @@ def test_a_hyper_model_without_a_sensible_name_is_missing(folders, edit, value):
     run = load_run(folders, "mix")
     assert run.hyper_model in run.missing
     assert all(folders.models not in path.parents for path in delete_run(run, folders))
+
+
+def test_more_or_fewer_sources_than_checkpoints_are_damage(started, folders, edit):
+    path = started / "hyper-merge/mix/manifest.json"
+    sources = json.loads(path.read_text())["sources"]
+    for wrong in (sources[:-1], [*sources, sources[0]]):
+        edit(sources=wrong)
+        assert "its sources are those of another run" in refusal(folders)
 
 
 def test_loras_that_are_not_the_runs_own_are_damage(folders, edit, merged):

@@ -109,6 +109,28 @@ def test_nothing_is_safe_where_the_run_is_not_whole(own, what):
     assert "nothing is safe to delete: " in safe.text(found)
 
 
+def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
+    _, folders = own
+    path = folders.runs / "mix/manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"version": 1', '"version": 99', 1))
+    with pytest.raises(RunError, match=r"was made by Hyper-Merge .*; update"):
+        safety(folders)
+    path.write_text(text)
+    with pytest.raises(RunError, match='did you mean "mix"'):
+        find_safety("mxi", 0.99, folders, Control())
+
+
+def test_a_lora_that_was_edited_since_makes_nothing_safe(own):
+    merged, folders = own
+    content = bytearray(merged.loras[0].read_bytes())
+    content[-1] ^= 1
+    merged.loras[0].write_bytes(content)
+    found = safety(folders, 0.01)
+    assert "was edited or replaced since the run mix wrote it" in found.problem
+    assert not any(each.safe for each in found.verdicts)
+
+
 def test_the_base_of_another_run_is_not_safe(own, files):
     _, folders = own
     models = [folders.models / f"{name}.safetensors" for name in "bc"]

@@ -18,16 +18,8 @@ from hyper_merge.control import Control
 from hyper_merge.decomposition.gauge import balanced
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.float8 import float8_alpha
-from hyper_merge.lora import (
-    Lineage,
-    LoraFile,
-    as_hosts_add,
-    as_lora_weights,
-    lora_bytes,
-    lora_metadata,
-    lora_tensors,
-    stored_factors,
-)
+from hyper_merge.labels import Lineage, LoraFile, lora_metadata
+from hyper_merge.lora import as_hosts_add, as_lora_weights, lora_bytes, lora_tensors, stored_factors
 from hyper_merge.preflight import examine
 from hyper_merge.prompts import Tag
 from hyper_merge.rounding import rounded

@@ -206,9 +206,13 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """Returns if a file may be written there.
 
     Raises:
-        OutputError: a folder is there, or a file that may not be replaced.
+        OutputError: a folder is there, a file that may not be replaced, or a file in place of its
+            folder.
     """
     with refusing(path):
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise OutputError(f"cannot write {path}: {above} is a file; choose another place")
         if path.is_dir():
             raise OutputError(f"{path} is a folder; choose another name")
         # lexists: a dangling link is somebody's file too.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyper_merge.errors import RankError
 
-_MOST = 2  # times a block's limit: a sweep over more columns costs much and brings little
+_MOST = 2.0  # times a block's limit: a sweep over more columns costs much and brings little
 
 
 def even_ranks(
@@ -105,7 +105,7 @@ def generous_ranks(
     budget: float,
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
     """Ranks where the deviations' own spectra promise most, in each layer split as the list is."""
-    within = [layer[: _MOST * limit] for layer, limit in zip(gains, limits, strict=True)]
+    within = [layer[: int(_MOST * limit)] for layer, limit in zip(gains, limits, strict=True)]
     totals = zip(spread(within, costs, budget), limits, strict=True)
     return [tuple(min(part, limit) for part in dealt(total, ranks)) for total, limit in totals]
 

@@ -6,12 +6,15 @@ import functools
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from hyper_merge.control import Control
 from hyper_merge.errors import HyperMergeError, InterruptedRun
+
+_KNOWN: Final = 20  # jobs that can be looked at
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
 Work = Callable[[str, Control], str]
@@ -64,7 +67,11 @@ def in_one_line(error: BaseException) -> str:
 
 
 class Job:
-    """One run of some work, in a thread."""
+    """One run of some work, in a thread.
+
+    Attributes:
+        id: Tells it from all others.
+    """
 
     def __init__(self, title: str, work: Work, log: Callable[[BaseException], None]) -> None:
         """Starts the work.
@@ -74,8 +81,9 @@ class Job:
             work: what is done.
             log: takes an error that nobody expected.
         """
+        self.id = uuid.uuid4().hex[:12]
         self._changed = threading.Condition()
-        self._standing = Standing(f"task(hyper-merge-{uuid.uuid4().hex[:12]})", title)
+        self._standing = Standing(f"task(hyper-merge-{self.id})", title)
         self._began: float | None = None
         self._work, self._log = work, log
         threading.Thread(target=self._run, name="hyper-merge", daemon=True).start()
@@ -143,16 +151,22 @@ class Job:
 
 
 class Jobs:
-    """One job at a time; the last one stays to be looked at."""
+    """One job at a time; the last ones stay to be looked at."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: Job | None = None
+        self._known: deque[Job] = deque(maxlen=_KNOWN)
 
     @property
     def last(self) -> Job | None:
         """The job that runs, or the one that ran last."""
-        return self._last
+        known = self.known
+        return known[0] if known else None
+
+    @property
+    def known(self) -> tuple[Job, ...]:
+        """The last jobs, the newest first."""
+        return tuple(self._known)
 
     def require_idle(self) -> None:
         """Returns if no job runs.
@@ -160,7 +174,7 @@ class Jobs:
         Raises:
             BusyError: one does.
         """
-        now = self._last.standing if self._last else None
+        now = self.last.standing if self.last else None
         if now is not None and now.outcome == "running":
             raise BusyError(
                 f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
@@ -174,8 +188,9 @@ class Jobs:
         """
         with self._lock:
             self.require_idle()
-            self._last = Job(title, work, log)
-            return self._last
+            job = Job(title, work, log)
+            self._known.appendleft(job)
+            return job
 
 
 @functools.cache

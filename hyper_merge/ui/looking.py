@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,9 @@ from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.outlook_plot import outlook_plot
 from hyper_merge.ui.preparing import examined
 
+LOOK: Final = "the look at the files"
+"""Its job's title."""
+
 GROUPS: Final = 4  # that can be picked with a button each
 
 NO_CURVE: Final = (gr.update(visible=False), gr.update(visible=False))
@@ -38,7 +41,8 @@ def start_look(host: Host, jobs: Jobs, *values: Any) -> str:
     form = Form(*values)
     try:
         examined(host, form)
-        jobs.start("the look at the files", functools.partial(_look, host, form), host.log)
+        work = functools.partial(look, host, functools.partial(examined, host, form))
+        jobs.start(LOOK, work, host.log)
     except HyperMergeError as error:
         return views.refused(error)
     return ""
@@ -104,11 +108,12 @@ def _outlook(question: _Question) -> Outlook:
     return outlook(question.path, question.preflight, question.control)
 
 
-def _look(host: Host, form: Form, task: str, control: Control) -> str:
+def look(host: Host, asked: Callable[[], Preflight], task: str, control: Control) -> str:
+    """Looks at the files in a turn of the host's, so that `known_outlook` knows what could be had."""
     with host.running(task) as hosts:
         both = control.joined(hosts)
         both.step("starting", 0.0)
-        preflight = examined(host, form)
+        preflight = asked()
         reading, looking = both.split(LOOK_COSTS)
         path = analysed(preflight, host.folders(), reading)
         _outlook(_question(path, preflight, looking))

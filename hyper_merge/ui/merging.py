@@ -16,12 +16,10 @@ import gradio as gr
 
 from hyper_merge.control import Control
 from hyper_merge.demo import DEMO_RANKS, make_family
-from hyper_merge.errors import HyperMergeError, OutputError
+from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.merge import run_merge
-from hyper_merge.preflight import examine
-from hyper_merge.runs import load_run
-from hyper_merge.ui import results, views
+from hyper_merge.recipe import Recipe
+from hyper_merge.ui import results, views, working
 from hyper_merge.ui.form import Form, recipe_of
 from hyper_merge.ui.jobs import Jobs, Standing
 from hyper_merge.ui.preparing import prepare
@@ -38,7 +36,9 @@ def start(host: Host, jobs: Jobs, *values: Any) -> str:
     try:
         preflight, _ = prepare(host, form)
         form = replace(form, name=preflight.recipe.name)
-        jobs.start(form.name, functools.partial(_merge, host, form), host.log)
+        asked = functools.partial(_recipe_now, host, form)
+        work = functools.partial(working.merge, host, asked, form.save_styles)
+        jobs.start(form.name, work, host.log)
     except HyperMergeError as error:
         return views.refused(error)
     return ""
@@ -97,23 +97,9 @@ def after_demo(host: Host, jobs: Jobs) -> tuple[Any, Any]:
     return gr.update(choices=names, value=names), ", ".join(map(str, DEMO_RANKS))
 
 
-def _merge(host: Host, form: Form, task: str, control: Control) -> str:
-    with host.running(task) as hosts:
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
-        folders = host.folders()
-        preflight = examine(recipe_of(form, host.checkpoints(), folders), folders)
-        for warning in preflight.warnings:
-            both.warn(warning)
-        merged = run_merge(preflight, both, folders)
-        host.refresh()
-        name = merged.place.run
-        if form.save_styles and host.has_txt2img:
-            try:
-                host.save_styles(results.styles_of(load_run(folders, name)))
-            except OutputError as error:
-                both.warn(f"The merge is done, but its styles are not saved: {error}")
-    return name
+def _recipe_now(host: Host, form: Form) -> Recipe:
+    """What the form asks for, by the host's list as it is now."""
+    return recipe_of(form, host.checkpoints(), host.folders())
 
 
 def _make_demo(host: Host, _task: str, control: Control) -> str:

@@ -107,10 +107,18 @@ class Server:
 
     @property
     def complaints(self) -> list[str]:
-        """Lines of the log that no server should write."""
+        """What no server should write, from its first such line on."""
+        lines = _LEFT.sub("", self.log.read_text()).splitlines()
         bad = re.compile(r"Traceback|Error|Exception|CRITICAL")
-        return [line for line in self.log.read_text().splitlines() if bad.search(line)]
+        first = next((place for place, line in enumerate(lines) if bad.search(line)), len(lines))
+        return lines[first:]
 
+
+# gradio 3.41 says this of a page that is closed while it asks for something
+_LEFT = re.compile(
+    r"ERROR: +Exception in ASGI application\nTraceback.*\n(?:[ \t].*\n)+"
+    r"starlette\.websockets\.WebSocketDisconnect: 1001\n"
+)
 
 HOSTS = ["standalone", "forge" if int(gradio.__version__.split(".")[0]) >= 4 else "a1111"]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from . import page, xyz
+from . import api, page, xyz
 from .callbacks import Callbacks, Errors, PasteButtons
 from .drawing import Processing, samplers
 from .jobs import Devices, FifoLock, MainThread, Progress, State
@@ -43,6 +43,9 @@ class FakeWebUI:
             no_download_sd_model=True,
             ui_debug_mode=debug_mode,
             hide_ui_dir_config=False,
+            api=False,
+            nowebui=False,
+            api_auth=None,
         )
         vars(self.cmd_opts).update(cmd_opts)
         self.opts = Options(self.errors, self.cmd_opts)
@@ -137,6 +140,10 @@ class FakeWebUI:
     def create_ui(self):
         """The page with txt2img, the tabs of extensions and Settings, as gradio Blocks."""
         return page.create_ui(self)
+
+    def api_only(self):
+        """The FastAPI app with --nowebui, in place of `launch`."""
+        return api.api_only(self)
 
     def launch(self, port, **options):
         """Serves `create_ui()` on 127.0.0.1, until `close()`.

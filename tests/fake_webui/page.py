@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastapi import Body
 
+from .api import create_api
 from .options import apply
 
 ELSEWHERE = re.compile(
@@ -187,6 +188,8 @@ def launch(webui, port, **options):
         **options,
     )
     app.add_api_route("/internal/progress", progress_route(webui), methods=["POST"])
+    if webui.cmd_opts.api:
+        create_api(webui, app)
     webui.script_callbacks.app_started_callback(demo, app)
     return address
 

@@ -19,7 +19,7 @@ from hyper_merge.demo import DEMO_RANKS
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.runs import load_run
-from hyper_merge.ui import merging, picking
+from hyper_merge.ui import merging, picking, working
 from hyper_merge.ui.jobs import Standing
 
 
@@ -35,7 +35,7 @@ def endless(monkeypatch):
             time.sleep(0.002)
         raise InterruptedRun("stopped; no file was changed")
 
-    monkeypatch.setattr(merging, "run_merge", run_merge)
+    monkeypatch.setattr(working, "run_merge", run_merge)
     yield begun
     over.set()
 
@@ -51,7 +51,7 @@ def failing(monkeypatch):
         control.step("solving", 0.5)
         deep_inside()
 
-    monkeypatch.setattr(merging, "run_merge", run_merge)
+    monkeypatch.setattr(working, "run_merge", run_merge)
 
 
 def no_thread():
@@ -184,13 +184,13 @@ def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch)
 
 
 def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
-    examine, disk = merging.examine, namedtuple("disk", "total used free")
+    examine, disk = working.examine, namedtuple("disk", "total used free")
 
     def then_fill(*arguments):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
         return examine(*arguments)
 
-    monkeypatch.setattr(merging, "examine", then_fill)
+    monkeypatch.setattr(working, "examine", then_fill)
     before = snapshot(root)
     merging.start(host, jobs, *values())
     said = last_words(jobs)
@@ -210,7 +210,7 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
 def test_a_checkpoint_that_changes_while_it_is_read_is_said(
     host, jobs, checkpoints, change, message, monkeypatch
 ):
-    examine, path = merging.examine, checkpoints / "b.safetensors"
+    examine, path = working.examine, checkpoints / "b.safetensors"
 
     def then_change(*arguments):
         found = examine(*arguments)
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_said(
             path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
         return found
 
-    monkeypatch.setattr(merging, "examine", then_change)
+    monkeypatch.setattr(working, "examine", then_change)
     merging.start(host, jobs, *values())
     said = last_words(jobs)
     assert kinds(said) == ["bad"]
@@ -301,7 +301,7 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         wait = staticmethod(lambda seconds: None)
         standing = property(lambda self: standings.pop(0))
 
-    monkeypatch.setattr(jobs, "_last", Job())
+    monkeypatch.setattr(jobs, "_known", [Job()])
     (status, button, _), _ = merging.watch(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False

@@ -263,7 +263,7 @@ def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
 def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkeypatch):
     webui.load_scripts()
     webui.create_ui()
-    monkeypatch.setattr(process_jobs(), "_last", None)
+    process_jobs()._known.clear()
     job = process_jobs().start("mix", lambda task, control: "", webui.host().log)
     ended(process_jobs())
     webui.load_scripts()

@@ -1,0 +1,224 @@
+"""What a client gets, as FastAPI writes and describes it; for pydantic 1 and 2.
+
+Shares are fractions 0..1 of squared norms, sizes are bytes. Files are told by their names alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class Refusal(BaseModel):
+    """Why something was not done, for people."""
+
+    detail: str
+
+
+class Checkpoint(BaseModel):
+    """One of the host's list."""
+
+    name: str = Field(..., description="by which requests name it")
+    short_hash: str | None = Field(
+        ..., description="first 10 digits of its SHA-256, where the host has it"
+    )
+    size: int = Field(..., description="0 where its file has gone")
+
+
+class Checkpoints(BaseModel):
+    """The host's list as it is now."""
+
+    checkpoints: list[Checkpoint]
+
+
+class Look(BaseModel):
+    """What a checkpoint is, by its header."""
+
+    name: str
+    family: str | None = Field(..., description='such as "SD 1.x"; null where it cannot be told')
+    size: int
+    dtype: str
+    short_hash: str | None = Field(
+        ..., description="first 10 digits of its SHA-256, where the host has it"
+    )
+    legacy_hash: str = Field(..., description="A1111's old 8 digits")
+    vae: str | None = Field(..., description="fingerprint of its VAE: alike in alike VAEs")
+    problem: str | None = Field(..., description="why it cannot be merged, else null")
+
+
+class Inspection(BaseModel):
+    """What checkpoints are, in the order of the request."""
+
+    checkpoints: list[Look]
+
+
+class HyperModel(BaseModel):
+    """The file that the LoRAs are added to."""
+
+    name: str = Field(..., description="of the file")
+    exists: bool = Field(..., description="whether it is there already and will be used again")
+    size: int
+
+
+class Expected(BaseModel):
+    """What is expected to come back of a checkpoint."""
+
+    name: str
+    explained: float = Field(..., description="share of its difference, nearly")
+
+
+class Plan(BaseModel):
+    """What a merge would write and take."""
+
+    name: str = Field(..., description="of the run, and first part of its LoRAs' names")
+    family: str
+    hyper_model: HyperModel
+    loras: list[str] = Field(
+        ..., description="names in prompts; empty where the merge finds the ranks"
+    )
+    loras_size: int | None = Field(
+        ..., description="of all LoRAs; null where the merge finds it and nothing is known yet"
+    )
+    seconds: float = Field(..., description="about, with what earlier work saves")
+    memory: int = Field(..., description="at the peak, about")
+    disk: int = Field(..., description="at most, with the analysis in the cache")
+    warnings: list[str]
+    expected: list[Expected] | None = Field(
+        ..., description="known where these checkpoints have been looked at before, else null"
+    )
+
+
+class Job(BaseModel):
+    """Long work, and how far it is."""
+
+    id: str
+    title: str
+    outcome: Literal["running", "done", "stopped", "refused", "failed"]
+    phase: str = Field(..., description="what is being done, in words")
+    fraction: float = Field(..., description="of the whole, 0..1")
+    seconds: float = Field(..., description="since the work itself began")
+    seconds_left: float | None = Field(..., description="at the present pace, where it can be told")
+    stopping: bool = Field(..., description="whether it has been asked to stop")
+    message: str = Field(..., description="why it ended, unless done")
+    warnings: list[str]
+    run: str | None = Field(..., description="name of the run that it made or added to, once done")
+
+
+class Jobs(BaseModel):
+    """The jobs of this process, the last one first."""
+
+    jobs: list[Job]
+
+
+class RunSummary(BaseModel):
+    """An earlier merge in one line."""
+
+    name: str
+    created: str = Field(..., description="ISO 8601")
+    family: str
+    checkpoints: list[str]
+    ranks: list[int]
+    explained: float = Field(..., description="of all differences in the layers")
+    explained_worst: float = Field(..., description="of the checkpoint that comes back least")
+    missing: list[str] = Field(..., description="files that are gone or were replaced since")
+
+
+class Runs(BaseModel):
+    """All runs, the newest first."""
+
+    runs: list[RunSummary]
+    problems: list[str] = Field(..., description="what is wrong with runs that cannot be read")
+
+
+class RunCheckpoint(BaseModel):
+    """One checkpoint of a run, or fitted onto it: its prompt, and how near it comes."""
+
+    name: str
+    prompt: str = Field(..., description="what makes the hyper-model this checkpoint")
+    explained: float = Field(..., description="share of its difference in the layers")
+    explained_unet: float
+    explained_text_encoder: float
+    error: float = Field(..., description="norm of what is left, as a fraction of its difference's")
+    not_carried: float = Field(
+        ..., description="share of all its differences that lies in tensors that no LoRA carries"
+    )
+    multipliers: list[float] = Field(..., description="one per LoRA: of the UNet, or of everything")
+    text_multipliers: list[float] = Field(..., description="of the text encoder, if it has its own")
+    topups: list[str] = Field(..., description="private LoRAs, at most one, with multiplier 1")
+
+
+class Fit(RunCheckpoint):
+    """A checkpoint that was fitted later."""
+
+    explained_with_topups: float
+    created: str = Field(..., description="ISO 8601")
+
+
+class Part(BaseModel):
+    """One section of the network."""
+
+    name: str = Field(..., description='"IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..')
+    which: str = Field(..., description='"unet" or "text_encoder"')
+    energy: float = Field(..., description="share of all differences in the layers that lies here")
+    lost: float = Field(..., description="share of all differences that stays unexplained here")
+
+
+class Recovered(BaseModel):
+    """What the LoRAs' companions bring back of one kind of tensor."""
+
+    kind: str
+    share: float
+
+
+class HostRounding(BaseModel):
+    """What rounding adds to the loss in programs that hold the weights in half precision."""
+
+    hosts: str
+    added: float
+    worst: float
+
+
+class Report(BaseModel):
+    """The figures of a merge beside those of its checkpoints."""
+
+    method: str
+    losses: list[float] = Field(..., description="after each sweep, before rounding")
+    loss: float = Field(..., description="of the written files")
+    private_loss: float = Field(..., description="of private LoRAs of the same bytes")
+    bound: float = Field(..., description="no LoRAs of these ranks go below")
+    not_carried: dict[str, float] = Field(..., description="share of all differences, by kind")
+    bytes_before: int
+    bytes_average: int
+    bytes_loras: int
+    curve: list[list[float]] = Field(
+        ..., description="explained with the first 0, 1, ... LoRAs, by checkpoint"
+    )
+    similarity: list[list[float]] = Field(..., description="cosines of the differences")
+    parts: list[Part]
+    recovered: list[Recovered]
+    groups: list[list[str]] = Field(..., description="unlike groups of checkpoints, if any")
+    between_groups: float = Field(
+        ..., description="share of all differences that an average for each group would take away"
+    )
+    rounding: list[HostRounding]
+
+
+class Run(BaseModel):
+    """An earlier merge with its report and its prompts."""
+
+    name: str
+    created: str = Field(..., description="ISO 8601")
+    family: str
+    hyper_model: str = Field(..., description="name of the file")
+    hyper_model_title: str | None = Field(
+        ..., description="by which the host selects it; null where it is not in its list"
+    )
+    loras: list[str] = Field(..., description="names in prompts, in the order of the multipliers")
+    companions: list[str] = Field(..., description="names in prompts; empty without companions")
+    missing: list[str] = Field(..., description="files that are gone or were replaced since")
+    settings: dict[str, str] = Field(..., description="the recipe, as words")
+    checkpoints: list[RunCheckpoint]
+    report: Report
+    fits: list[Fit] = Field(..., description="checkpoints that were fitted later")
+    problems: list[str] = Field(..., description="what is wrong with fits that cannot be read")

@@ -1,0 +1,112 @@
+"""A client of the API on a models folder with three tiny checkpoints."""
+
+import shutil
+import threading
+import time
+import warnings
+
+import pytest
+from fastapi import FastAPI
+
+from hyper_merge.api.routes import build_router
+from hyper_merge.errors import InterruptedRun
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.ui import working
+from hyper_merge.ui.jobs import Jobs
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # starlette's own, of a name that anyio has given up
+    from fastapi.testclient import TestClient
+
+
+@pytest.fixture
+def root(tmp_path, files):
+    """The models folder; its files may be changed."""
+    folder = tmp_path / "models"
+    (folder / "Stable-diffusion" / "sub").mkdir(parents=True)
+    for path, name in zip(files, ("a", "b", "sub/c"), strict=True):
+        shutil.copy2(path, folder / "Stable-diffusion" / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(root, merged):
+    """Name of a merge that was made some time ago in the models folder."""
+    shutil.copytree(merged.place.loras.parent, root, dirs_exist_ok=True)
+    return "mix"
+
+
+@pytest.fixture
+def host(root):
+    return Standalone(root)
+
+
+@pytest.fixture
+def jobs():
+    """In which nothing is left running."""
+    found = Jobs()
+    yield found
+    for job in found.known:
+        job.stop()
+    for thread in threading.enumerate():
+        if thread.name == "hyper-merge":
+            thread.join(20)
+
+
+@pytest.fixture
+def app(host, jobs):
+    found = FastAPI()
+    found.include_router(build_router(host, jobs))
+    return found
+
+
+@pytest.fixture
+def client(app):
+    return Client(TestClient(app))
+
+
+@pytest.fixture
+def open_client():
+    """Makes a client of another app."""
+    return lambda app, **options: Client(TestClient(app, **options))
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """Merges that go on until they are stopped."""
+    over = threading.Event()
+
+    def run_merge(preflight, control, folders):
+        while not over.is_set():  # where a test failed before it stopped the merge
+            control.step("reading the checkpoints", 0.25)
+            time.sleep(0.002)
+        raise InterruptedRun("stopped; no file was changed")
+
+    monkeypatch.setattr(working, "run_merge", run_merge)
+    yield
+    over.set()
+
+
+class Client:
+    """What tests ask, and the answers' status and content."""
+
+    def __init__(self, client):
+        self.http = client
+
+    def get(self, path, **options):
+        answer = self.http.get(f"/hyper-merge{path}", **options)
+        return answer.status_code, answer.json()
+
+    def post(self, path, asked=None, **options):
+        answer = self.http.post(f"/hyper-merge{path}", json=asked, **options)
+        return answer.status_code, answer.json()
+
+    def ended(self, job):
+        """How a job ended, once it has."""
+        deadline = time.monotonic() + 60
+        while job["outcome"] == "running":
+            assert time.monotonic() < deadline, job
+            time.sleep(0.02)
+            code, job = self.get(f"/jobs/{job['id']}")
+            assert code == 200
+        return job

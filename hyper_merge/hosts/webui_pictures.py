@@ -184,11 +184,13 @@ def _heard(control: Control) -> Iterator[None]:
     state, ended = shared.state, threading.Event()
 
     def listen() -> None:
+        furthest = 0.0  # it falls back to nought before the picture is handed over
         while not ended.wait(_LISTEN):
             if control.should_stop():
                 state.interrupt()
-            elif state.sampling_steps > 0:
-                control.on_progress("", min(state.sampling_step / state.sampling_steps, 1.0))
+            elif state.sampling_step > furthest * state.sampling_steps:
+                furthest = min(state.sampling_step / state.sampling_steps, 1.0)
+                control.on_progress("", furthest)
 
     listener = threading.Thread(target=listen, name="hyper-merge pictures", daemon=True)
     listener.start()

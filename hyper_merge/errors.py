@@ -63,6 +63,10 @@ class ExtractionError(HyperMergeError, ValueError):
     """No LoRA can be made of this: checkpoints that do not differ, a run's LoRAs that are not its own."""
 
 
+class PictureError(HyperMergeError, ValueError):
+    """Pictures cannot be made like this, or not here."""
+
+
 class CacheError(HyperMergeError, OSError):
     """The cache of analyses cannot be cleared."""
 

@@ -25,6 +25,9 @@ REPORT: Final = "report.txt"
 FITS: Final = "fits"
 """Folder within a run's: a record and a text for each checkpoint that was fitted later."""
 
+PICTURES: Final = "pictures"
+"""Folder within a run's: a grid and its figures for each comparison with the originals."""
+
 RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
 _KIND: Final = "hyper_merge.kind"
 
@@ -156,6 +159,13 @@ class Folders:
                 files += [path, *([words] if os.path.lexists(words) else [])]
                 files += self.lora_files(name for name in names if own.fullmatch(name))
         return files
+
+    def picture_files_of(self, run: str) -> list[Path]:
+        """Grids and figures of a run's comparisons; nothing that somebody else put there."""
+        folder = self.runs / run / PICTURES
+        found = [] if folder.is_symlink() else sorted(folder.glob("comparison-*"))
+        own = re.compile(r"comparison-\d+\.(png|json)")
+        return [path for path in found if own.fullmatch(path.name)]
 
     def owner_of(self, lora: str) -> str | None:
         """The run that has a LoRA of this name, be the file there or not; None if none has."""

@@ -102,6 +102,24 @@ def parse_tags(text: str) -> list[Tag]:
     return [_parse(match[0], match[1]) for match in _TAG.finditer(text)]
 
 
+def tag_names(text: str) -> set[str]:
+    """Names of the LoRAs in a prompt, in whatever way their multipliers are written.
+
+    >>> tag_names("a cat <lora:mix_0-128:unet=1>")
+    {'mix_0-128'}
+    """
+    return {match[1].partition(":")[0] for match in _TAG.finditer(text)}
+
+
+def without_tags(text: str) -> str:
+    """A prompt without its LoRA tags.
+
+    >>> without_tags("a cat <lora:mix_0-128:0.91235>")
+    'a cat'
+    """
+    return _TAG.sub("", text).strip()
+
+
 def _number(name: str, multiplier: float) -> str:
     """With a fixed number of decimals: not all hosts' buttons understand an exponent."""
     rounded = round(float(multiplier), DIGITS) + 0.0  # -0.0 + 0.0 is 0.0

@@ -21,6 +21,7 @@ from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.folders import (
     FITS,
     MANIFEST,
+    PICTURES,
     RUN_FILES,
     Folders,
     average_id_of,
@@ -110,7 +111,7 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     """
     manifest = _manifest(folders, run.name)
     files = folders.lora_files(path.stem for path in run.loras)
-    files += folders.fit_files_of(run.name)
+    files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
     if _goes_with_its_run(run, manifest, folders):
         beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
         beside.append(config_beside(run.hyper_model))
@@ -133,9 +134,9 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
     with Outputs() as outputs:
         for path in files:
             outputs.remove(path)
-    for folder in (folders.runs / run.name / FITS, folders.runs / run.name):
+    for name in (FITS, PICTURES, ""):
         with suppress(OSError):  # somebody's notes are in it
-            folder.rmdir()
+            (folders.runs / run.name / name).rmdir()
     return files
 
 

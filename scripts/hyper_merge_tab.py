@@ -1,10 +1,11 @@
-"""The WebUI's way in: registers the tab, the page of settings and the API, and nothing else."""
+"""The WebUI's way in: registers tab, settings, API and an axis of X/Y/Z plot, and nothing else."""
 
 from modules import script_callbacks
 
 from hyper_merge.hosts.webui import WebUI
 from hyper_merge.hosts.webui_api import add_api
 from hyper_merge.hosts.webui_settings import add_settings
+from hyper_merge.hosts.webui_xyz import add_axis
 from hyper_merge.ui.tab import build_tab
 
 
@@ -16,3 +17,4 @@ def tabs() -> list[tuple]:
 script_callbacks.on_ui_tabs(tabs)
 script_callbacks.on_ui_settings(add_settings)
 script_callbacks.on_app_started(add_api)
+script_callbacks.on_before_ui(lambda: add_axis(WebUI()))

@@ -58,7 +58,8 @@ TASKS = frozenset(
 )
 JOBS = frozenset({"preflight", "folders", "settle", "plan", "merge"})
 VIEWS = frozenset({"cache_text", "inspection", "demo", "progress", "runs", "synthetic"})
-AFTER = frozenset({"added", "fit_pass", "fits", "originals", "restoring", "terms"})
+PICTURES = frozenset({"picture_order", "picture_difference", "picture_grid"})
+AFTER = frozenset({"comparison", "added", "fit_pass", "fits", "originals", "restoring", "terms"})
 
 # What each part may import of the package besides itself. A part that is not named here is an
 # orchestration: it may import anything but what stands above it.
@@ -66,7 +67,7 @@ BELOW = {
     **dict.fromkeys(TASKS, GROUND | TASKS),
     **dict.fromkeys(JOBS, GROUND | TASKS | JOBS),
     **dict.fromkeys(VIEWS, GROUND | TASKS | JOBS | VIEWS),
-    **dict.fromkeys(AFTER, GROUND | TASKS | JOBS | VIEWS | AFTER),
+    **dict.fromkeys(AFTER, GROUND | TASKS | JOBS | VIEWS | AFTER | PICTURES),
     "errors": set(),
     **dict.fromkeys(
         ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
@@ -74,6 +75,9 @@ BELOW = {
     "workers": set(),
     "sizes": set(),
     "preview": set(),
+    "picture_order": {"errors", "control"},
+    "picture_difference": set(),
+    "picture_grid": {"preview"},
     "labels": {"checkpoints", "prompts", "preview"},
     "lora": {"errors", "checkpoints", "labels", "preview"},
     "lora_reader": {"errors", "checkpoints", "labels", "lora"},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hyper_merge.comparison import Studio
 from hyper_merge.control import Control
 from hyper_merge.folders import Folders
 
@@ -18,6 +19,19 @@ class Defaults:
 
     ranks: str = "128, 64, 32, 16"
     save_styles: bool = True
+
+
+@dataclass(frozen=True)
+class Atelier:
+    """What a host can draw with, before anything is drawn.
+
+    Attributes:
+        samplers: Their names, the one to begin with first.
+        problem: Why no picture can be made here, with what to do; empty where one can.
+    """
+
+    samplers: tuple[str, ...] = ()
+    problem: str = ""
 
 
 class Host(Protocol):
@@ -54,6 +68,18 @@ class Host(Protocol):
 
         Returns:
             What a run is given: it drives the host's progress bar and hears its stop buttons.
+        """
+
+    def atelier(self) -> Atelier:
+        """What there is to draw pictures with."""
+
+    def drawing(self, task: str) -> AbstractContextManager[tuple[Control, Studio]]:
+        """As `running`, with the loaded model left where it is, to draw pictures.
+
+        Afterwards the checkpoint is loaded again that was loaded before, however it ended.
+
+        Raises:
+            PictureError: no picture can be made here.
         """
 
     def styles(self) -> set[str]:

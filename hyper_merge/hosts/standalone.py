@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from hyper_merge.comparison import Studio
 from hyper_merge.control import Control
 from hyper_merge.folders import Folders
-from hyper_merge.hosts.host import Defaults
+from hyper_merge.hosts import diffusers_pictures
+from hyper_merge.hosts.host import Atelier, Defaults
 
 _SUFFIXES: Final = (".safetensors", ".ckpt")
 _NOT_CHECKPOINTS: Final = (".vae.safetensors", ".vae.ckpt")  # as the WebUIs see it
@@ -58,6 +60,16 @@ class Standalone:
     def running(self, task: str) -> Iterator[Control]:  # noqa: ARG002 - the protocol's
         """Begins at once: nothing else uses the device."""
         yield Control()
+
+    def atelier(self) -> Atelier:
+        """Those of diffusers, if it is installed."""
+        return diffusers_pictures.atelier()
+
+    @contextmanager
+    def drawing(self, task: str) -> Iterator[tuple[Control, Studio]]:  # noqa: ARG002 - the protocol's
+        """Begins at once."""
+        with diffusers_pictures.studio(self._folders) as studio:
+            yield Control(), studio
 
     def styles(self) -> set[str]:
         """None."""

@@ -14,11 +14,12 @@ from typing import Any, Final
 from modules import call_queue, errors, infotext_utils, progress, sd_models, shared
 from modules.styles import PromptStyle
 
+from hyper_merge.comparison import Studio
 from hyper_merge.control import Control
 from hyper_merge.errors import OutputError
 from hyper_merge.folders import Folders
-from hyper_merge.hosts import webui_settings
-from hyper_merge.hosts.host import Defaults
+from hyper_merge.hosts import webui_pictures, webui_settings
+from hyper_merge.hosts.host import Atelier, Defaults
 from hyper_merge.hosts.webui_room import is_forge, room
 
 _STEPS: Final = 1000  # of the progress bar
@@ -71,6 +72,31 @@ class WebUI:
                 yield control
         finally:
             progress.pending_tasks.pop(task, None)  # the wait itself may have failed
+
+    def atelier(self) -> Atelier:
+        """The WebUI's samplers, as far as they are not hidden in its settings."""
+        return webui_pictures.atelier()
+
+    @contextmanager
+    def drawing(self, task: str) -> Iterator[tuple[Control, Studio]]:
+        """By the WebUI's own txt2img, without a limit to the wait for it."""
+        progress.add_task_to_queue(task)
+        try:
+            with call_queue.queue_lock, _job(task) as control, webui_pictures.studio() as draw:
+                yield (
+                    Control(_move_bar, control.should_stop),
+                    Studio(self.title, draw, self._refusal),
+                )
+        finally:
+            progress.pending_tasks.pop(task, None)
+
+    def _refusal(self, path: Path) -> str:
+        if self.checkpoint_title(path) is not None:
+            return ""
+        self.refresh()  # a file that came since, such as from the command line
+        if self.checkpoint_title(path) is not None:
+            return ""
+        return f"{self.title} has no {path.name} in its list of checkpoints, or another one answers to its name"
 
     def styles(self) -> set[str]:
         """All but the headings between the files of styles."""
@@ -183,6 +209,16 @@ def _job(task: str) -> Iterator[Control]:
         state.textinfo, state.sampling_step, state.sampling_steps = None, 0, 0
         state.interrupted = state.skipped = state.stopping_generation = False
         state.end()
+
+
+def _move_bar(phase: str, fraction: float) -> None:
+    """Moves the WebUI's bar while it draws.
+
+    A picture counts its own steps within the present one of many small jobs, which hardly shows.
+    """
+    state = shared.state
+    state.job_count, state.job_no = _STEPS, round(_STEPS * min(max(fraction, 0.0), 1.0))
+    state.textinfo = phase
 
 
 def _is_ours(style: PromptStyle) -> bool:

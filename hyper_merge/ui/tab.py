@@ -11,11 +11,13 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.ui import picking
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.jobs import Jobs, process_jobs
+from hyper_merge.ui.panels.compare import build_compare
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import build_form
+from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
 from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
 from hyper_merge.ui.wiring.wires import Wires
@@ -34,6 +36,7 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
             wires = _build(host, jobs or process_jobs())
         for wire in (wire_picker, wire_run, wire_result, wire_history, wire_deletion):
             wire(wires)
+        wire_compare(page, wires)
         wire_page(page, wires)
     return page
 
@@ -57,6 +60,8 @@ def _build(host: Host, jobs: Jobs) -> Wires:
                 run = build_run()
             with gr.Column(scale=6, min_width=420):
                 result = build_result(host)
+        with gr.Tab("Compare", elem_id=elem_id("compare_tab")) as opened:
+            compare = build_compare(host, opened)
         with gr.Tab("Runs", elem_id=elem_id("runs_tab")):
             earlier = build_history()
-    return Wires(host, jobs, picker, form, presets, run, result, earlier)
+    return Wires(host, jobs, picker, form, presets, run, result, earlier, compare)

@@ -39,6 +39,7 @@ def search_briefly() -> None:
 def serve_webui(models: Path, flavour: str, port: int) -> None:
     """Serves a faked WebUI with our script in it, until the process is ended."""
     with fake_webui.installed(models, flavour) as webui:
+        webui.processing.pace = 0.01  # of a picture's step, for the same reason
         webui.load_scripts()
         webui.launch(port)
         threading.Event().wait()

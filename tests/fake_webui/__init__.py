@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from . import api, page
+from . import api, page, xyz
 from .callbacks import Callbacks, Errors, PasteButtons
+from .drawing import Processing, samplers
 from .jobs import Devices, FifoLock, MainThread, Progress, State
 from .lists import Checkpoints, Loras
 from .models import A1111Models, ForgeModels
@@ -65,6 +66,8 @@ class FakeWebUI:
         self.prompt_styles = StyleDatabase(files, self.errors)
         self.shared = Shared(self)
         self.main_thread = MainThread()
+        self.processing = Processing(self)
+        self.scripts = module("scripts", scripts_data=[])
         if flavour == "forge" or not debug_mode:
             self.checkpoints.list_models()
             self.networks.list_available_networks()
@@ -84,9 +87,12 @@ class FakeWebUI:
             "modules.infotext_utils": self.infotext_utils,
             "modules.paths": module("paths", **paths),
             "modules.paths_internal": module("paths_internal", **paths),
+            "modules.processing": self.processing,
             "modules.progress": self.progress,
+            "modules.scripts": self.scripts,
             "modules.script_callbacks": self.script_callbacks,
             "modules.sd_models": self.sd_models,
+            "modules.sd_samplers": samplers(),
             "modules.shared": self.shared,
             "modules.styles": module(
                 "styles", PromptStyle=PromptStyle, StyleDatabase=StyleDatabase
@@ -119,6 +125,7 @@ class FakeWebUI:
         """
         self.script_callbacks.clear_callbacks()
         self.infotext_utils.reset()
+        self.scripts.scripts_data[:] = [xyz.script_data(self)]
         path = EXTENSION / "scripts" / "hyper_merge_tab.py"
         before = sys.path
         try:
@@ -170,6 +177,7 @@ class Shared:
         self.config_filename = webui.config_filename
         self.hide_dirs = {"visible": not webui.cmd_opts.hide_ui_dir_config}
         self.demo = None
+        self.total_tqdm = SimpleNamespace(clear=lambda: None)
 
     @property
     def sd_model(self):

@@ -60,6 +60,9 @@ class Callbacks:
                 self._errors.report(f"Error executing callback {kind}", exc_info=True)
         return found
 
+    def before_ui_callback(self):
+        self._run("before_ui")
+
     def ui_tabs_callback(self):
         return self._run("ui_tabs")
 

@@ -86,6 +86,10 @@ class State:
         self.job = job
         self._devices.torch_gc()
 
+    def nextjob(self):
+        self.job_no += 1
+        self.sampling_step = 0
+
     def end(self):
         self.job, self.job_count = "", 0
         self._devices.torch_gc()

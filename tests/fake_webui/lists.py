@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 
 def files(folder, suffixes):
@@ -138,6 +139,14 @@ class Loras:
     def __init__(self, cmd_opts):
         self._cmd_opts = cmd_opts
         self.available_networks = {}
+        self.loaded_networks = []
+
+    def load_networks(self, names):
+        """As for a picture: those that are not found are told and left out."""
+        if any(name not in self.available_networks for name in names):
+            self.list_available_networks()
+        found = [name for name in names if name in self.available_networks]
+        self.loaded_networks[:] = [SimpleNamespace(mentioned_name=name) for name in found]
 
     def list_available_networks(self):
         Path(self._cmd_opts.lora_dir).mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,10 @@ class Options:
         return {int: float}.get(type(x), type(x)) == {int: float}.get(type(y), type(y))
 
     def set(self, key, value, is_api=False, run_callbacks=True):
+        if key == "sd_model_checkpoint":  # the hosts' own setting, which is on no page here
+            changed = self.data.get(key) != value
+            self.data[key] = value
+            return changed
         info = self.data_labels[key]
         hidden = isinstance(info.component_args, dict) and not info.component_args.get(
             "visible", True

@@ -64,6 +64,7 @@ def create_ui(webui):
     """Everything on one page, in the hosts' order: settings, tabs, then the send-to buttons."""
     import gradio as gr
 
+    webui.script_callbacks.before_ui_callback()  # called by `webui.py` just before
     js = "_js" if gr.__version__.startswith("3.") else "js"
     webui.script_callbacks.ui_settings_callback()
     txt2img = _txt2img(gr, webui)

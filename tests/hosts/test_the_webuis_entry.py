@@ -27,13 +27,12 @@ def built(monkeypatch):
             host.connect_send(button, text)
         return blocks
 
-    for name in ("hyper_merge.ui", "hyper_merge.ui.tab"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "hyper_merge.ui.tab", ModuleType("hyper_merge.ui.tab"))
     sys.modules["hyper_merge.ui.tab"].build_tab = build_tab
     return hosts
 
 
-def test_the_script_registers_tab_settings_and_api_and_nothing_else(webui, built):
+def test_the_script_registers_tab_settings_api_and_axis_and_nothing_else(webui, built):
     webui.load_scripts()
     assert webui.errors.reports == []
     callbacks = webui.script_callbacks.callback_map
@@ -41,6 +40,7 @@ def test_the_script_registers_tab_settings_and_api_and_nothing_else(webui, built
         "ui_tabs": 1,
         "ui_settings": 1,
         "app_started": 1,
+        "before_ui": 1,
     }
     assert built == []
     assert webui.opts.data_labels == {}
@@ -64,6 +64,7 @@ def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
         "ui_tabs": 1,
         "ui_settings": 1,
         "app_started": 1,
+        "before_ui": 1,
     }
     assert len(webui.infotext_utils.registered_param_bindings) == 1
     with built[-1].running("task(again)") as control:

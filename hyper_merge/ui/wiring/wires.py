@@ -12,6 +12,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui import history, merging, picking
 from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.panels.compare import ComparePanel
 from hyper_merge.ui.panels.history import HistoryPanel
 from hyper_merge.ui.panels.picker import PickerPanel
 from hyper_merge.ui.panels.result import ResultPanel
@@ -39,6 +40,7 @@ class Wires:
     run: RunPanel
     result: ResultPanel
     history: HistoryPanel
+    compare: ComparePanel
 
     def on(
         self,

@@ -1,0 +1,136 @@
+"""Pictures of what LoRAs bring back, beside those of the originals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gradio as gr
+
+from hyper_merge.hosts.host import Atelier, Host
+from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.panels.widgets import html, widget
+
+
+@dataclass(frozen=True)
+class CompareWidgets:
+    """What becomes a `CompareForm`: the same names in the same order."""
+
+    run: gr.Dropdown
+    checkpoints: gr.Dropdown
+    prompts: gr.Textbox
+    negative: gr.Textbox
+    sampler: gr.Dropdown
+    steps: gr.Number
+    cfg_scale: gr.Number
+    width: gr.Number
+    height: gr.Number
+    seeds: gr.Textbox
+    average: gr.Checkbox
+    difference: gr.Checkbox
+
+
+@dataclass(frozen=True)
+class ComparePanel:
+    """The form, the buttons, and what was drawn."""
+
+    opened: gr.Tab
+    form: CompareWidgets
+    start: gr.Button
+    stop: gr.Button
+    message: gr.HTML
+    status: gr.HTML
+    earlier: gr.Dropdown
+    shown: gr.HTML
+
+
+def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
+    """All of it, in the tab that is `opened` when its lists are to be read anew."""
+    atelier = host.atelier()
+    with gr.Row(elem_id=elem_id("compare_columns")):
+        with gr.Column(scale=5, min_width=380):
+            form = _build_form(atelier)
+            with gr.Row(elem_id=elem_id("compare_row")):
+                start = widget(
+                    gr.Button,
+                    "compare",
+                    value="Compare",
+                    variant="primary",
+                    scale=3,
+                    interactive=not atelier.problem,
+                )
+                stop = widget(
+                    gr.Button,
+                    "compare_stop",
+                    value="Stop",
+                    interactive=False,
+                    scale=1,
+                    min_width=90,
+                )
+            message, status = html("compare_message"), html("compare_status")
+        with gr.Column(scale=6, min_width=420):
+            earlier = widget(
+                gr.Dropdown,
+                "compare_earlier",
+                choices=[],
+                label="Comparisons of this run",
+                info="Drawn before, the newest first.",
+                visible=False,
+            )
+            shown = html("compare_shown")
+    return ComparePanel(opened, form, start, stop, message, status, earlier, shown)
+
+
+def _build_form(atelier: Atelier) -> CompareWidgets:
+    run = widget(gr.Dropdown, "compare_run", choices=[], label="Run")
+    checkpoints = widget(
+        gr.Dropdown,
+        "compare_checkpoints",
+        choices=[],
+        value=[],
+        multiselect=True,
+        label="Checkpoints",
+        info="Each is drawn twice: by the hyper-model with its LoRAs, and by the original.",
+    )
+    prompts = widget(
+        gr.Textbox, "compare_prompts", label="Prompts", info="One per line.", lines=3, value=""
+    )
+    negative = widget(gr.Textbox, "compare_negative", label="Negative prompt", lines=1, value="")
+    with gr.Row():
+        sampler = widget(
+            gr.Dropdown,
+            "compare_sampler",
+            choices=list(atelier.samplers),
+            value=next(iter(atelier.samplers), None),
+            label="Sampler",
+        )
+        steps = _number("compare_steps", "Steps", 20)
+        cfg_scale = _number("compare_cfg_scale", "CFG scale", 7.0, whole=False)
+    with gr.Row():
+        width = _number("compare_width", "Width", 512)
+        height = _number("compare_height", "Height", 512)
+        seeds = widget(
+            gr.Textbox, "compare_seeds", label="Seeds", value="1", max_lines=1, min_width=100
+        )
+    with gr.Row():
+        average = widget(
+            gr.Checkbox,
+            "compare_average",
+            value=False,
+            label="Also the hyper-model alone",
+        )
+        difference = widget(
+            gr.Checkbox,
+            "compare_difference",
+            value=False,
+            label="Also the differences",
+        )
+    return CompareWidgets(
+        run, checkpoints, prompts, negative, sampler, steps, cfg_scale, width, height, seeds,
+        average, difference,
+    )  # fmt: skip
+
+
+def _number(name: str, label: str, value: float, *, whole: bool = True) -> gr.Number:
+    return widget(
+        gr.Number, name, label=label, value=value, precision=0 if whole else None, min_width=100
+    )

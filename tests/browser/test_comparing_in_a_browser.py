@@ -1,0 +1,108 @@
+"""The tab Compare by mouse and keyboard: pictures drawn by the WebUI, and what the app says without any."""
+
+import pytest
+from browser.conftest import shot
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+TWO = ("anime.safetensors", "sub/portrait.safetensors")
+
+
+@pytest.fixture
+def compare(tab, server):
+    """The tab Compare with a merge of its own; made by the first test that asks."""
+    if not (server.models / "Lora" / "pair_0-3.safetensors").exists():
+        tab.pick(*TWO)
+        tab.type("name", "pair")
+        tab.type("ranks", "3, 2")
+        tab.merge()
+    tab.to("Compare")
+    tab.until(lambda: tab.find("compare_run").is_visible())
+    if tab.value("compare_run") != "pair":
+        tab.choose("compare_run", "pair")
+    tokens = tab.find("compare_checkpoints").locator(".token")
+    tab.until(lambda: sorted(map(str.strip, tokens.all_inner_texts())) == ["anime", "portrait"])
+    tab.page.wait_for_timeout(700)  # gradio 3.41 logs whoever leaves while an answer is begun
+    return tab
+
+
+def fill(tab, **texts):
+    for name, text in texts.items():
+        tab.type(f"compare_{name}", text)
+
+
+@pytest.fixture
+def _in_webui(host_name):
+    if host_name == "standalone":
+        pytest.skip("the app draws by diffusers, on whole checkpoints")
+
+
+@pytest.mark.usefixtures("_in_webui")
+def test_pictures_are_drawn_shown_and_saved(compare, server):
+    fill(compare, prompts="a cat\na house by the sea", steps="3", width="128", height="128")
+    fill(compare, seeds="1", negative="blurry")
+    for name in ("average", "difference"):
+        compare.find(f"compare_{name}").locator("input").check()
+    compare.choose("compare_sampler", "DDIM")
+    compare.click("compare")
+    compare.until(lambda: "Done: pictures of pair" in compare.text("compare_status"), 60)
+    compare.until(lambda: compare.find("compare_shown").locator("img").count())
+    image = compare.find("compare_shown").locator("img")
+    compare.until(lambda: image.evaluate("image => image.naturalWidth") > 300)
+    said = compare.text("compare_shown")
+    assert "comparison-1 of pair: 4 pairs" in said
+    assert "Hyper-model alone" in said
+    shot(compare.page, f"{server.host}-compare")
+    compare.page.evaluate("document.body.classList.add('dark')")
+    shot(compare.page, f"{server.host}-compare-dark")
+    picture = server.models / "hyper-merge/pair/pictures/comparison-1.png"
+    with Image.open(picture) as grid:
+        assert "Negative prompt: blurry" in grid.text["parameters"]
+        assert "Sampler: DDIM" in grid.text["parameters"]
+
+
+@pytest.mark.usefixtures("_in_webui")
+def test_they_stop_and_what_was_drawn_before_is_there(compare, server):
+    fill(compare, prompts="a cat", steps="150", seeds="1, 2, 3, 4")
+    compare.click("compare")
+    compare.until(lambda: "picture" in compare.text("compare_status"))
+    shot(compare.page, f"{server.host}-compare-running")
+    compare.click("compare")
+    compare.until(lambda: "still being made" in compare.text("compare_message"))
+    compare.click("compare_stop")
+    compare.until(lambda: "Stopped" in compare.text("compare_status"), seconds=4)
+    assert len(list((server.models / "hyper-merge/pair/pictures").glob("*.png"))) == 1
+    assert compare.value("compare_earlier") == "comparison-1"
+    fill(compare, steps="3", seeds="9")
+    compare.click("compare")
+    compare.until(lambda: compare.value("compare_earlier") == "comparison-2")
+    compare.until(lambda: "comparison-2 of pair" in compare.text("compare_shown"))
+    compare.choose("compare_earlier", "comparison-1")
+    compare.until(lambda: "comparison-1 of pair" in compare.text("compare_shown"))
+
+
+def test_what_is_wrong_is_said_beside_the_button(compare, server):
+    if server.host == "standalone" and not compare.find("compare").is_enabled():
+        assert "pip install" in compare.text("compare_shown")
+        return
+    fill(compare, prompts="", seeds="1")
+    compare.click("compare")
+    compare.until(lambda: "expected a prompt" in compare.text("compare_message"))
+    fill(compare, prompts="a cat", seeds="one")
+    compare.click("compare")
+    compare.until(lambda: 'got "one"' in compare.text("compare_message"))
+    shot(compare.page, f"{server.host}-compare-refused")
+
+
+def test_what_was_picked_stays_while_other_tabs_are_looked_at(compare):
+    tokens = compare.find("compare_checkpoints").locator(".token")
+    tokens.filter(has_text="portrait").locator(".token-remove").click()
+    compare.until(lambda: tokens.count() == 1)
+    fill(compare, prompts="a cat")
+    compare.to("Runs")
+    compare.until(lambda: compare.find("runs_table").is_visible())
+    compare.to("Compare")
+    compare.page.wait_for_timeout(1500)  # for the lists, which are read anew
+    assert [text.strip() for text in tokens.all_inner_texts()] == ["anime"]
+    assert compare.value("compare_prompts") == "a cat"

@@ -1,0 +1,76 @@
+"""`scripts/xyz_grid.py`: the axes, and the plot as far as an axis takes part in it."""
+
+from collections import namedtuple
+from copy import copy
+from pathlib import Path
+from types import ModuleType
+
+ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedir", "module"])
+
+
+def script_data(webui):
+    """The entry of `scripts.scripts_data`, with the module loaded anew."""
+    path = Path(webui.data) / "scripts" / "xyz_grid.py"
+    return ScriptClassData(object, str(path), str(webui.data), Grid(webui))
+
+
+class AxisOption:
+    def __init__(  # noqa: PLR0917 - the original's order
+        self,
+        label,
+        type,  # noqa: A002
+        apply,
+        format_value=None,
+        confirm=None,
+        cost=0.0,
+        choices=None,
+        prepare=None,
+    ):
+        self.label, self.type, self.apply, self.cost = label, type, apply, cost
+        self.format_value, self.confirm, self.choices = format_value, confirm, choices
+        self.prepare = prepare
+
+
+class Grid(ModuleType):
+    """The script's module."""
+
+    def __init__(self, webui):
+        super().__init__("xyz_grid.py")
+        self._webui = webui
+        self.AxisOption = AxisOption
+        self.axis_options = [
+            AxisOption("Nothing", str, lambda p, x, xs: None),
+            AxisOption("Checkpoint name", str, self.apply_checkpoint, cost=1.0),
+        ]
+
+    def apply_checkpoint(self, p, x, xs):
+        webui = self._webui
+        info = webui.sd_models.get_closet_checkpoint_match(x)
+        if info is None:
+            raise RuntimeError(f"Unknown checkpoint: {x}")
+        if webui.flavour == "a1111":
+            p.override_settings["sd_model_checkpoint"] = info.name
+            return
+        if info.name == p.override_settings.get("sd_model_checkpoint"):
+            return
+        before = webui.opts.data.get("sd_model_checkpoint")
+        p.override_settings["sd_model_checkpoint"] = info.name
+        webui.opts.data["sd_model_checkpoint"] = info.name
+        webui.sd_models.main_entry.refresh_model_loading_parameters()
+        webui.opts.data["sd_model_checkpoint"] = before
+
+    def plot(self, p, label, values):
+        """Pictures of one axis; an error of a cell leaves None there, as the host logs it."""
+        (option,) = [each for each in self.axis_options if each.label == label]
+        values = [option.type(value) for value in values]
+        if option.confirm:
+            option.confirm(p, values)
+        labels = [option.format_value(p, option, value) for value in values]
+        images = []
+        for value in values:
+            own = copy(p)
+            own.styles = own.styles[:]
+            option.apply(own, value, values)
+            images.append(self._webui.processing.process_images(own).images[0])
+        self._webui.sd_models.reload_model_weights()
+        return labels, images

@@ -14,8 +14,12 @@ from hyper_merge.control import Control
 from hyper_merge.errors import HyperMergeError, InterruptedRun
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
-Work = Callable[[str, Control], str]
-"""Takes the task's id and a control; returns the name of the run that it made, or ""."""
+Place = Literal["merge", "use"]
+"""The tab in which a job was begun, which says how it ended."""
+Work = Callable[[str, Control], object]
+"""Takes the task's id and a control; returns the name of the run that it made, what a panel is to
+show, or "".
+"""
 
 
 class BusyError(HyperMergeError):
@@ -35,8 +39,9 @@ class Standing:
         outcome: Whether it runs, or how it ended.
         message: Why it ended, unless done.
         notes: Warnings, each once.
-        result: Name of the run that was made.
+        result: Name of the run that was made, what a panel is to show, or "".
         stopping: Whether it has been asked to stop.
+        place: Where it was begun.
     """
 
     task: str
@@ -47,8 +52,9 @@ class Standing:
     outcome: Outcome = "running"
     message: str = ""
     notes: tuple[str, ...] = ()
-    result: str = ""
+    result: object = ""
     stopping: bool = False
+    place: Place = "merge"
 
     @property
     def seconds_left(self) -> float | None:
@@ -66,16 +72,24 @@ def in_one_line(error: BaseException) -> str:
 class Job:
     """One run of some work, in a thread."""
 
-    def __init__(self, title: str, work: Work, log: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        title: str,
+        work: Work,
+        log: Callable[[BaseException], None],
+        place: Place = "merge",
+    ) -> None:
         """Starts the work.
 
         Args:
             title: what is made, for people.
             work: what is done.
             log: takes an error that nobody expected.
+            place: where it is begun.
         """
         self._changed = threading.Condition()
-        self._standing = Standing(f"task(hyper-merge-{uuid.uuid4().hex[:12]})", title)
+        task = f"task(hyper-merge-{uuid.uuid4().hex[:12]})"
+        self._standing = Standing(task, title, place=place)
         self._began: float | None = None
         self._work, self._log = work, log
         threading.Thread(target=self._run, name="hyper-merge", daemon=True).start()
@@ -130,7 +144,7 @@ class Job:
             if message not in self._standing.notes:
                 self._update(notes=(*self._standing.notes, message))
 
-    def _end(self, outcome: Outcome, message: str, result: str = "") -> None:
+    def _end(self, outcome: Outcome, message: str, result: object = "") -> None:
         elapsed = self.standing.elapsed
         with self._changed:
             if self._standing.outcome == "running":
@@ -166,7 +180,13 @@ class Jobs:
                 f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
             )
 
-    def start(self, title: str, work: Work, log: Callable[[BaseException], None]) -> Job:
+    def start(
+        self,
+        title: str,
+        work: Work,
+        log: Callable[[BaseException], None],
+        place: Place = "merge",
+    ) -> Job:
         """Begins a job; arguments are those of `Job`.
 
         Raises:
@@ -174,7 +194,7 @@ class Jobs:
         """
         with self._lock:
             self.require_idle()
-            self._last = Job(title, work, log)
+            self._last = Job(title, work, log, place)
             return self._last
 
 

@@ -29,7 +29,7 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
     "done": ("good", "Done"),
     "stopped": ("info", "Stopped"),
     "refused": ("bad", "Not made"),
-    "failed": ("bad", "An unexpected error ended the merge; the log has all of it"),
+    "failed": ("bad", "An unexpected error ended it; the log has all of it"),
 }
 
 

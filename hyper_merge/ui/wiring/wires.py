@@ -10,13 +10,14 @@ from typing import Any
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
-from hyper_merge.ui import history, merging, picking
+from hyper_merge.ui import history, merging, picking, using
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.panels.history import HistoryPanel
 from hyper_merge.ui.panels.picker import PickerPanel
 from hyper_merge.ui.panels.result import ResultPanel
 from hyper_merge.ui.panels.run import RunPanel
 from hyper_merge.ui.panels.settings import FormWidgets
+from hyper_merge.ui.panels.use import UsePanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
 
@@ -25,6 +26,7 @@ Trigger = Callable[..., Any]
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
+_REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Wires:
     run: RunPanel
     result: ResultPanel
     history: HistoryPanel
+    use: UsePanel
 
     def on(
         self,
@@ -81,7 +84,15 @@ class Wires:
         )
 
     def list_runs(self, trigger: Trigger) -> Any:
-        """Earlier runs, and the cache."""
+        """Earlier runs, and the cache; the tab "Use" with what it offers of them."""
+        listed = in_order(self.use.listed)
+        self.on(
+            trigger,
+            functools.partial(using.listing, self.host),
+            [*listed[:2], *listed[5:7]],
+            listed,
+            said=self.use.message,
+        )
         panel = self.history
         return self.on(
             trigger,
@@ -99,16 +110,28 @@ class Wires:
 
     def watch(self, trigger: Trigger) -> Any:
         """The job that runs, until it ends."""
-        outputs = [self.run.status, self.run.stop, self.run.message]
+        outputs = [
+            *(self.run.status, self.run.stop, self.run.message),
+            *(self.use.status, self.use.stop, self.use.message),
+        ]
         answers = guarded_stream(
-            functools.partial(merging.watch, self.jobs),
-            lambda text: (text, gr.update(), gr.update()),
+            functools.partial(using.watch, self.jobs),
+            lambda text: (text, *[gr.update()] * 2) * 2,
             self.host.log,
         )
         return in_python(trigger, answers, [], outputs, queued=True)
 
     def show_outcome(self, event: Any) -> Any:
-        """After a job: its run, all lists that hold something new, and the form looked at again."""
+        """After a job: what it gave, all lists that hold something new, and the form looked at again."""
+        outcomes = self.use.outcomes
+        told = self.on(
+            event.then,
+            functools.partial(using.after, self.jobs),
+            [],
+            in_order(outcomes),
+            said=self.use.message,
+        )
+        in_browser(told.then, _REFRESH_FILES, [outcomes.wrote])
         shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
         in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
         listed = self.list_runs(shown.then)

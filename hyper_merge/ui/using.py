@@ -1,0 +1,144 @@
+"""The tab "Use" between jobs: which run, what it offers, what a job has left to show.
+
+Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
+from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
+message; it never leaves as an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import gradio as gr
+
+from hyper_merge.errors import HyperMergeError, RunError
+from hyper_merge.fits import fits_of
+from hyper_merge.hosts.host import Host
+from hyper_merge.runs import Run, list_runs, load_run
+from hyper_merge.terms import checkpoint_names
+from hyper_merge.ui import merging, use_views, views
+from hyper_merge.ui.jobs import Jobs, Place
+
+Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
+
+_PANELS: Final[tuple[Panel, ...]] = ("mix", "fit", "restore", "export", "safe", "extract")
+_IDLE: Final = ("", gr.update(interactive=False), gr.update())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job gave.
+
+    Attributes:
+        panel: Which shows it.
+        said: HTML.
+        tags: Of a fit.
+        fitted: Run and name of a fit.
+        wrote: Whether the host has new files to list.
+    """
+
+    panel: Panel
+    said: str
+    tags: str = ""
+    fitted: tuple[str, str] | None = None
+    wrote: bool = True
+
+
+def listing(
+    host: Host, name: str | None, known: str, restored: str | None, exported: Sequence[str]
+) -> tuple[Any, ...]:
+    """The runs as they are now, what the picked one offers, and the host's checkpoints.
+
+    A run that has come since is picked: it was just made.
+    """
+    found, _ = list_runs(host.folders())
+    names = [run.name for run in found]
+    before = json.loads(known or "[]")
+    new = [each for each in names if before and each not in before]
+    picked = next((each for each in (*new[:1], name) if each in names), next(iter(names), None))
+    run = next((each for each in found if each.name == picked), None)
+    listed = list(host.checkpoints())
+    return (
+        gr.update(choices=names, value=picked),
+        json.dumps(names),
+        *_offered(host, run, restored, exported),
+        *(gr.update(choices=listed) for _ in range(3)),
+    )
+
+
+def pick(
+    host: Host, name: str | None, restored: str | None, exported: Sequence[str]
+) -> tuple[Any, ...]:
+    """What a run offers, and nothing of what was said of another."""
+    said = ("",) * len(_PANELS)
+    try:
+        offered = _offered(host, load_run(host.folders(), name or ""), restored, exported)
+    except HyperMergeError as error:
+        offered = (views.message("bad", str(error)), *_offered(host, None, None, ())[1:])
+    return (*offered, *said, gr.update(visible=False))
+
+
+def watch(jobs: Jobs) -> Iterator[tuple[Any, ...]]:
+    """Follows the job that runs in both tabs; how it ended says the one in which it was begun.
+
+    Status, Stop button and message of the tab "Merge", then of this one.
+    """
+    for shown in merging.watch(jobs):
+        now = jobs.last.standing if jobs.last else None
+        if now is None or now.outcome == "running":
+            yield (*shown, *shown)
+        else:
+            yield (*_ended(shown, now.place, "merge"), *_ended(shown, now.place, "use"))
+
+
+def after(jobs: Jobs) -> tuple[Any, ...]:
+    """What the panels show once a job has ended; nothing new unless it was one of theirs."""
+    now = jobs.last.standing if jobs.last else None
+    outcome = now.result if now else None
+    if now is None or not isinstance(outcome, Outcome):
+        return (gr.update(),) * (len(_PANELS) + 4)
+    said = [outcome.said if panel == outcome.panel else gr.update() for panel in _PANELS]
+    wrote = now.task if outcome.wrote else gr.update()
+    if outcome.panel != "fit":
+        return (*said, *(gr.update(),) * 3, wrote)
+    fitted = json.dumps(outcome.fitted)
+    return (*said, gr.update(visible=bool(outcome.tags)), outcome.tags, fitted, wrote)
+
+
+def save_style(host: Host, fitted: str) -> str:
+    """Saves the style of the fit that is shown."""
+    try:
+        name, checkpoint = map(str, json.loads(fitted or '["", ""]'))
+        run = load_run(host.folders(), name)
+        found = next((each for each in fits_of(run)[0] if each.row.name == checkpoint), None)
+        if found is None:
+            raise RunError(f"{checkpoint} is no longer among the fits of the run {run.name}")
+        style, prompt = found.style(run)
+        host.save_styles({style: prompt})
+    except HyperMergeError as error:
+        return views.message("bad", str(error))
+    return views.message("good", f"The style {style} is saved. Pick it in txt2img.")
+
+
+def _offered(
+    host: Host, run: Run | None, restored: str | None, exported: Sequence[str]
+) -> tuple[Any, ...]:
+    """About the run, sliders, title of the hyper-model, what can be restored and exported."""
+    if run is None:
+        empty = gr.update(choices=[], value=None)
+        return (use_views.about(None), "", "", empty, gr.update(choices=[], value=[]))
+    names, own = checkpoint_names(run), [row.name for row in run.report.checkpoints]
+    return (
+        use_views.about(run),
+        use_views.sliders(run),
+        host.checkpoint_title(run.hyper_model) or "",
+        gr.update(choices=list(names), value=restored if restored in names else names[0]),
+        gr.update(choices=own, value=[name for name in exported or () if name in own]),
+    )
+
+
+def _ended(shown: tuple[str, Any, Any], place: Place, own: Place) -> tuple[str, Any, Any]:
+    return shown if place == own else ("", *shown[1:])

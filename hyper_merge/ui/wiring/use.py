@@ -1,0 +1,74 @@
+"""Events of the tab "Use": its run, its sliders, and the jobs that it begins."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hyper_merge.ui import merging, results, use_jobs, using
+from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.events import in_browser
+from hyper_merge.ui.wiring.wires import Wires
+
+_COPY = "(text) => { hyperMerge.copy(text, '%s'); return []; }"
+_SELECT = "(title) => { hyperMerge.select(title); return []; }"
+_MIX = "() => { hyperMerge.mix('%s'); return []; }"
+_SHARES = "() => hyperMerge.shares()"
+_REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
+
+
+def wire_use(wires: Wires) -> None:
+    """The run, and what needs no job."""
+    use, host = wires.use, wires.host
+    listed, outcomes = use.listed, use.outcomes
+    wires.list_runs(use.refresh.click)
+    wires.on(
+        listed.run.input,
+        functools.partial(using.pick, host),
+        [listed.run, listed.restored, listed.exported],
+        [*in_order(listed)[2:7], *in_order(outcomes)[:7]],
+        use.message,
+    )
+    for button, what in ((use.mix.equal, "equal"), (use.mix.reset, "reset")):
+        in_browser(button.click, _MIX % what)
+    for name, panel, tags in (("mix", use.mix, use.mix.tags), ("fit", use.fit, outcomes.tags)):
+        in_browser(panel.copy.click, _COPY % f"{name}_", [tags])
+        in_browser(panel.send.click, _SELECT, [listed.title])
+        sent = [listed.run, listed.title]
+        wires.on(panel.send.click, results.sent, sent, [panel.note], panel.note)
+        host.connect_send(panel.send, tags)
+    save = functools.partial(using.save_style, host)
+    saved = wires.on(
+        use.fit.save_style.click, save, [outcomes.fitted], [use.fit.note], use.fit.note
+    )
+    in_browser(saved.then, _REFRESH_STYLES)
+
+
+def wire_use_jobs(wires: Wires) -> None:
+    """What takes its time, and Stop."""
+    use, more, run = wires.use, wires.use.more, wires.use.listed.run
+    listed, mix, fit = use.listed, use.mix, use.fit
+    shares = in_browser(mix.write.click, _SHARES, None, [mix.shares])
+    _job(wires, shares.then, use_jobs.start_mix, [run, mix.shares, mix.name])
+    asked = [run, listed.fitted, fit.topup, fit.name, fit.replace]
+    _job(wires, fit.fit.click, use_jobs.start_fit, asked)
+    _job(wires, fit.absorb.click, use_jobs.start_absorb, [run, listed.fitted, fit.name])
+    asked = [run, listed.restored, more.restore_dtype, more.restore_name]
+    _job(wires, more.restore.click, use_jobs.start_restore, asked)
+    asked = [run, listed.exported, more.export_rank, more.export_replace]
+    _job(wires, more.export.click, use_jobs.start_export, asked)
+    _job(wires, more.safe.click, use_jobs.start_safe, [run, more.threshold])
+    asked = [listed.base, listed.turned, more.extract_rank, more.extract_name]
+    _job(wires, more.extract.click, use_jobs.start_extract, asked)
+    stop = functools.partial(merging.stop, wires.jobs)
+    wires.on(use.stop.click, stop, [], [use.message], use.message)
+
+
+def _job(
+    wires: Wires, trigger: Callable[..., Any], start: Callable[..., str], inputs: Sequence[Any]
+) -> None:
+    message = wires.use.message
+    begin = functools.partial(start, wires.host, wires.jobs)
+    started = wires.on(trigger, begin, inputs, [message], message)
+    wires.show_outcome(wires.watch(started.then))

@@ -8,14 +8,14 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from hyper_merge.control import Control
 from hyper_merge.errors import HyperMergeError, InterruptedRun
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
-Place = Literal["merge", "use"]
-"""The tab in which a job was begun, which says how it ended."""
+MERGE: Final = "merge"
+"""Where a job is begun that makes a run; others are begun in a panel of the tab "Use"."""
 Work = Callable[[str, Control], object]
 """Takes the task's id and a control; returns the name of the run that it made, what a panel is to
 show, or "".
@@ -41,7 +41,7 @@ class Standing:
         notes: Warnings, each once.
         result: Name of the run that was made, what a panel is to show, or "".
         stopping: Whether it has been asked to stop.
-        place: Where it was begun.
+        place: The panel in which it was begun.
     """
 
     task: str
@@ -54,7 +54,7 @@ class Standing:
     notes: tuple[str, ...] = ()
     result: object = ""
     stopping: bool = False
-    place: Place = "merge"
+    place: str = MERGE
 
     @property
     def seconds_left(self) -> float | None:
@@ -77,7 +77,7 @@ class Job:
         title: str,
         work: Work,
         log: Callable[[BaseException], None],
-        place: Place = "merge",
+        place: str = MERGE,
     ) -> None:
         """Starts the work.
 
@@ -85,7 +85,7 @@ class Job:
             title: what is made, for people.
             work: what is done.
             log: takes an error that nobody expected.
-            place: where it is begun.
+            place: the panel in which it is begun.
         """
         self._changed = threading.Condition()
         task = f"task(hyper-merge-{uuid.uuid4().hex[:12]})"
@@ -185,7 +185,7 @@ class Jobs:
         title: str,
         work: Work,
         log: Callable[[BaseException], None],
-        place: Place = "merge",
+        place: str = MERGE,
     ) -> Job:
         """Begins a job; arguments are those of `Job`.
 

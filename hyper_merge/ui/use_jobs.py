@@ -30,7 +30,7 @@ from hyper_merge.ui import use_views, views
 from hyper_merge.ui.form import file_of
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.panels.use import SAME_PRECISION
-from hyper_merge.ui.using import Outcome
+from hyper_merge.ui.using import Outcome, Panel
 
 _LABELS: Final = {
     "name": "Name",
@@ -56,7 +56,7 @@ def start_fit(host: Host, jobs: Jobs, *asked: Any) -> str:
         )
         return f"the fit of {checkpoint}", functools.partial(_fit, host, wanted)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "fit", order)
 
 
 def start_absorb(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -> str:
@@ -67,7 +67,7 @@ def start_absorb(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -
         wanted = AbsorbOrder(_run(host, run).name, (path,), _words(name))
         return f"{run} with {checkpoint}", functools.partial(_absorb, host, wanted)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "fit", order)
 
 
 def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str, name: str) -> str:
@@ -82,9 +82,9 @@ def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str,
             to=_to(host, name),
             dtype=None if dtype == SAME_PRECISION else dtype,
         )
-        return checkpoint, functools.partial(_restore, host, wanted, "restore")
+        return checkpoint, functools.partial(_restore, host, wanted)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "restore", order)
 
 
 def start_mix(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
@@ -92,9 +92,9 @@ def start_mix(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
 
     def order() -> tuple[str, _Do]:
         wanted = RestoreOrder(_run(host, run).name, _shares(shares), to=_to(host, name))
-        return "the mixture", functools.partial(_restore, host, wanted, "mix")
+        return "the mixture", functools.partial(_restore, host, wanted)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "mix", order)
 
 
 def start_export(
@@ -111,7 +111,7 @@ def start_export(
         )
         return "the LoRAs", functools.partial(_export, host, wanted)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "export", order)
 
 
 def start_safe(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
@@ -125,7 +125,7 @@ def start_safe(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
         name = _run(host, run).name
         return "the look at the originals", functools.partial(_safe, host, name, share or 1.0)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "safe", order)
 
 
 def start_extract(host: Host, jobs: Jobs, *asked: Any) -> str:
@@ -141,13 +141,13 @@ def start_extract(host: Host, jobs: Jobs, *asked: Any) -> str:
         )
         return f"the LoRA from {base} to {checkpoint}", functools.partial(_extract, host, wanted)
 
-    return _start(host, jobs, order)
+    return _start(host, jobs, "extract", order)
 
 
-def _start(host: Host, jobs: Jobs, order: Callable[[], tuple[str, _Do]]) -> str:
+def _start(host: Host, jobs: Jobs, panel: Panel, order: Callable[[], tuple[str, _Do]]) -> str:
     try:
         title, do = order()
-        jobs.start(title, functools.partial(_in_turn, host, do), host.log, "use")
+        jobs.start(title, functools.partial(_in_turn, host, do), host.log, panel)
     except SettingError as error:
         return views.message("bad", f"{_LABELS.get(error.key, error.key)}: {error.problem}")
     except HyperMergeError as error:
@@ -169,29 +169,31 @@ def _fit(host: Host, wanted: FitOrder, control: Control) -> Outcome:
     run = load_run(host.folders(), wanted.run)
     tags = fitted.tags(run) if fitted.differs else ""
     said = use_views.fitted(fitted, run)
-    return Outcome("fit", said, tags, (run.name, fitted.row.name), wrote=bool(fitted.topups))
+    return Outcome(said, tags, (run.name, fitted.row.name), wrote=bool(fitted.topups))
 
 
 def _absorb(host: Host, wanted: AbsorbOrder, control: Control) -> str:
     return run_absorb(wanted, host.folders(), control).place.run
 
 
-def _restore(host: Host, wanted: RestoreOrder, panel: Any, control: Control) -> Outcome:
-    return Outcome(panel, use_views.restored(run_restore(wanted, host.folders(), control)))
+def _restore(host: Host, wanted: RestoreOrder, control: Control) -> Outcome:
+    found = run_restore(wanted, host.folders(), control)
+    return Outcome(use_views.restored(found), wrote=True)
 
 
 def _export(host: Host, wanted: Export, control: Control) -> Outcome:
     exported = run_export(wanted, host.folders(), control)
-    return Outcome("export", use_views.exported(exported, wanted.rank))
+    return Outcome(use_views.exported(exported, wanted.rank), wrote=True)
 
 
 def _safe(host: Host, run: str, threshold: float, control: Control) -> Outcome:
     found = find_safety(run, threshold, host.folders(), control)
-    return Outcome("safe", use_views.safety(found), wrote=False)
+    return Outcome(use_views.safety(found))
 
 
 def _extract(host: Host, wanted: Extraction, control: Control) -> Outcome:
-    return Outcome("extract", use_views.extracted(run_extract(wanted, control, host.folders())))
+    found = run_extract(wanted, control, host.folders())
+    return Outcome(use_views.extracted(found), wrote=True)
 
 
 def _run(host: Host, name: str | None) -> Run:

@@ -10,7 +10,7 @@ from typing import Final
 
 from hyper_merge.export import Exported
 from hyper_merge.extract import Extracted
-from hyper_merge.fits import Fitted, fits_of
+from hyper_merge.fits import Fitted, TopUp, fits_of
 from hyper_merge.prompts import tag
 from hyper_merge.report import PARTS, PartLoss
 from hyper_merge.restore import Restored
@@ -35,7 +35,7 @@ def about(run: Run | None) -> str:
         )
     fits, problems = fits_of(run)
     own = [row.name for row in run.report.checkpoints]
-    text = f"Load {run.hyper_model.name}; its LoRAs make {', '.join(own)} of it"
+    text = f"With {run.hyper_model.name} loaded, the LoRAs make {', '.join(own)} of it"
     later = [each.row.name for each in fits if each.row.name not in own]
     text += f", and {', '.join(later)}, fitted later." if later else "."
     return hint(text) + missing(run) + "".join(message("bad", problem) for problem in problems)
@@ -61,16 +61,14 @@ def fitted(found: Fitted, run: Run) -> str:
     shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
     present = [part for part in PARTS if any(each.which == part for each in found.parts)]
     parts = ", ".join(f"{PARTS[part]} {percent(shares[part])}" for part in present)
-    said = (
+    topups = "".join(_topped_up(topup) for topup in found.topups)
+    return (
         f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} bring back <b>{percent(row.explained)}</b> "
         f"of what sets it apart from the hyper-model ({parts}).</p>"
+        + _sections(found.parts)
+        + _not_carried(found.not_carried)
+        + topups
     )
-    for topup in found.topups:
-        said += (
-            f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
-            f"{size_text(topup.size)}): <b>{percent(topup.explained)}</b>.</p>"
-        )
-    return said + _sections(found.parts) + _not_carried(found.not_carried)
 
 
 def restored(found: Restored) -> str:
@@ -96,7 +94,6 @@ def restored(found: Restored) -> str:
 
 def exported(found: Sequence[Exported], rank: int | None) -> str:
     """The files, one for every checkpoint."""
-    lost = "Lost by cutting" if rank else "Lost by rounding"
     rows = [
         (
             _text(each.checkpoint),
@@ -104,29 +101,34 @@ def exported(found: Sequence[Exported], rank: int | None) -> str:
             str(each.rank),
             size_text(each.size),
             percent(each.explained),
-            f"{100 * each.lost:.2g} %",
+            _small(each.lost),
         )
         for each in found
     ]
-    head = ("Checkpoint", "Prompt tags", "Rank", "Size", "Explained before", lost)
-    first = found[0]
+    head = ("Checkpoint", "Prompt tags", "Rank", "Size", "Explained", "Lost")
+    lost, first = "cutting ranks" if rank else "rounding", found[0]
     return (
         message("good", f"{_count(len(found), 'LoRA')} written into {first.path.parent}.")
         + table(head, rows, numeric=(2, 3, 4, 5))
-        + hint(f"Each makes its checkpoint of {first.hyper_model.stem}, alone and with strength 1.")
+        + hint(
+            f"Load {first.hyper_model.stem} and put one of these into the prompt, alone. Explained: by"
+            f" the run's LoRAs. Lost: of that, by {lost}."
+        )
     )
 
 
 def safety(found: Safety) -> str:
     """Yes or no for every original."""
     said = message("bad", f"Nothing is safe to delete: {found.problem}") if found.problem else ""
-    head = ("Original", "Delete?", "Frees", "Layers", "Everything", "VAE", "Why not")
+    head: tuple[str, ...] = ("Original", "Delete?", "Frees", "Layers", "Everything", "VAE", "")
     rows = [_verdict(each) for each in found.verdicts]
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
     return (
         said
         + table(head, rows, numeric=(2, 3, 4))
         + hint(
-            f"Yes: at least {percent(found.threshold)} of everything that sets it apart from the"
+            f"Yes: at least {100 * found.threshold:.4g} % of everything that sets it apart from the"
             f" hyper-model comes back. Deleting all of these would free {size_text(found.frees)}."
             " Nothing was deleted; that is up to you."
         )
@@ -163,7 +165,7 @@ def _sections(parts: Sequence[PartLoss]) -> str:
 
 
 def _not_carried(shares: Mapping[str, float]) -> str:
-    words = ", ".join(f"{kind} {100 * share:.2g} %" for kind, share in shares.items() if share)
+    words = ", ".join(f"{kind} {_small(share)}" for kind, share in shares.items() if share)
     return hint(f"Not carried by LoRAs, of all its differences: {words or 'nothing'}.")
 
 
@@ -178,8 +180,20 @@ def _verdict(each: Verdict) -> tuple[str, ...]:
         percent(each.explained),
         percent(each.everything),
         vae,
-        f"<span class=hm-why>{_text(why)}</span>",
+        f"<span class=hm-why>{_text(why)}</span>" if why else "",
     )
+
+
+def _topped_up(topup: TopUp) -> str:
+    return (
+        f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
+        f"{size_text(topup.size)}): <b>{percent(topup.explained)}</b>.</p>"
+    )
+
+
+def _small(share: float) -> str:
+    """A share that may be next to nothing."""
+    return f"{100 * share:.2f} %" if share >= 1e-4 or share <= 0 else "< 0.01 %"
 
 
 def _file(path: Path, size: int) -> str:

@@ -20,12 +20,11 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import checkpoint_names
 from hyper_merge.ui import merging, use_views, views
-from hyper_merge.ui.jobs import Jobs, Place
+from hyper_merge.ui.jobs import MERGE, Jobs
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
 
 _PANELS: Final[tuple[Panel, ...]] = ("mix", "fit", "restore", "export", "safe", "extract")
-_IDLE: Final = ("", gr.update(interactive=False), gr.update())
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,16 @@ class Outcome:
     """What a job gave.
 
     Attributes:
-        panel: Which shows it.
         said: HTML.
         tags: Of a fit.
         fitted: Run and name of a fit.
         wrote: Whether the host has new files to list.
     """
 
-    panel: Panel
     said: str
     tags: str = ""
     fitted: tuple[str, str] | None = None
-    wrote: bool = True
+    wrote: bool = False
 
 
 def listing(
@@ -81,31 +78,46 @@ def pick(
     return (*offered, *said, gr.update(visible=False))
 
 
-def watch(jobs: Jobs) -> Iterator[tuple[Any, ...]]:
+def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
     """Follows the job that runs in both tabs; how it ended says the one in which it was begun.
 
-    Status, Stop button and message of the tab "Merge", then of this one.
+    Status, Stop button and message of the tab "Merge", then of this one; then the panel with the
+    button that was pressed, if the job is its.
     """
     for shown in merging.watch(jobs):
         now = jobs.last.standing if jobs.last else None
-        if now is None or now.outcome == "running":
-            yield (*shown, *shown)
+        own = () if panel is None else (gr.update(),)
+        if now is not None and now.outcome == "running":
+            if own and now.place == panel:
+                own = (views.progress(now),)
+            yield (*shown, *shown, *own)
         else:
-            yield (*_ended(shown, now.place, "merge"), *_ended(shown, now.place, "use"))
+            is_merge = now is None or now.place == MERGE
+            yield (*_if(is_merge, shown), *_if(not is_merge, shown), *own)
 
 
-def after(jobs: Jobs) -> tuple[Any, ...]:
-    """What the panels show once a job has ended; nothing new unless it was one of theirs."""
+def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
+    """What the panels show once a job has ended; nothing new unless it was one of theirs.
+
+    Args:
+        jobs: the process's.
+        seen: the task that was shown last: why another one is refused stays in its place.
+    """
     now = jobs.last.standing if jobs.last else None
-    outcome = now.result if now else None
-    if now is None or not isinstance(outcome, Outcome):
-        return (gr.update(),) * (len(_PANELS) + 4)
-    said = [outcome.said if panel == outcome.panel else gr.update() for panel in _PANELS]
+    if now is None or now.place == MERGE or now.task == seen:
+        return (gr.update(),) * (len(_PANELS) + 5)
+    outcome = now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
+    said = [outcome.said if panel == now.place else gr.update() for panel in _PANELS]
     wrote = now.task if outcome.wrote else gr.update()
-    if outcome.panel != "fit":
-        return (*said, *(gr.update(),) * 3, wrote)
+    if now.place != "fit":
+        return (*said, *(gr.update(),) * 3, wrote, now.task)
     fitted = json.dumps(outcome.fitted)
-    return (*said, gr.update(visible=bool(outcome.tags)), outcome.tags, fitted, wrote)
+    return (*said, gr.update(visible=bool(outcome.tags)), outcome.tags, fitted, wrote, now.task)
+
+
+def hidden() -> Any:
+    """The tags of an earlier fit go."""
+    return gr.update(visible=False)
 
 
 def save_style(host: Host, fitted: str) -> str:
@@ -140,5 +152,5 @@ def _offered(
     )
 
 
-def _ended(shown: tuple[str, Any, Any], place: Place, own: Place) -> tuple[str, Any, Any]:
-    return shown if place == own else ("", *shown[1:])
+def _if(own: bool, shown: tuple[str, Any, Any]) -> tuple[str, Any, Any]:
+    return shown if own else ("", *shown[1:])

@@ -44,6 +44,7 @@ class Outcomes:
     tags: gr.Textbox
     fitted: gr.Textbox  # hidden: run and name of the fit whose tags are shown, as JSON
     wrote: gr.Textbox  # hidden: the task that wrote files last
+    seen: gr.Textbox  # hidden: the task that is shown
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def build_use(host: Host) -> UsePanel:
             gr.Button, "use_stop", value="Stop", interactive=False, size="sm", min_width=90
         )
     about, message, status = html("use_about"), html("use_message"), html("use_status")
-    known, title, fit_shown, wrote = (
+    known, title, *states = (
         widget(gr.Textbox, name, value="", visible=False)
-        for name in ("use_known", "use_title", "fit_shown", "use_wrote")
+        for name in ("use_known", "use_title", "fit_shown", "use_wrote", "use_seen")
     )
     with gr.Row(elem_id=elem_id("use_columns")):
         with gr.Column(scale=5, min_width=380):
@@ -137,7 +138,7 @@ def build_use(host: Host) -> UsePanel:
         message,
         status,
         ListedRun(run, known, about, sliders, title, restored, exported, fitted, *pair),
-        Outcomes(*said, group, tags, fit_shown, wrote),
+        Outcomes(*said, group, tags, *states),
         mix,
         fit,
         MorePanel(*restore, *export, *safe, *extract),
@@ -173,7 +174,9 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
                 "Private LoRA",
                 "Of what remains: a rank, such as 16, or a share, such as 95%.",
             )
-            name = _line("fit_name", "Name", "By which the run knows it. Empty for the file's.")
+            name = _line(
+                "fit_name", "Name", "In this run, or of the new one. Empty for the suggestion."
+            )
         replace = widget(gr.Checkbox, "fit_replace", value=False, label="Replace an earlier fit")
         with gr.Row(elem_id=elem_id("fit_row")):
             fit = button("fit", "Fit")

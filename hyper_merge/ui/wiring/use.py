@@ -14,7 +14,7 @@ from hyper_merge.ui.wiring.wires import Wires
 _COPY = "(text) => { hyperMerge.copy(text, '%s'); return []; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _MIX = "() => { hyperMerge.mix('%s'); return []; }"
-_SHARES = "() => hyperMerge.shares()"
+_SHARES = "(run, _, name) => [run, hyperMerge.shares(), name]"
 _REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 
 
@@ -22,7 +22,8 @@ def wire_use(wires: Wires) -> None:
     """The run, and what needs no job."""
     use, host = wires.use, wires.host
     listed, outcomes = use.listed, use.outcomes
-    wires.list_runs(use.refresh.click)
+    refreshed = wires.on(use.refresh.click, host.refresh, [], [], use.message)
+    wires.list_runs(refreshed.then)
     wires.on(
         listed.run.input,
         functools.partial(using.pick, host),
@@ -49,26 +50,34 @@ def wire_use_jobs(wires: Wires) -> None:
     """What takes its time, and Stop."""
     use, more, run = wires.use, wires.use.more, wires.use.listed.run
     listed, mix, fit = use.listed, use.mix, use.fit
-    shares = in_browser(mix.write.click, _SHARES, None, [mix.shares])
-    _job(wires, shares.then, use_jobs.start_mix, [run, mix.shares, mix.name])
     asked = [run, listed.fitted, fit.topup, fit.name, fit.replace]
-    _job(wires, fit.fit.click, use_jobs.start_fit, asked)
-    _job(wires, fit.absorb.click, use_jobs.start_absorb, [run, listed.fitted, fit.name])
+    _job(wires, "fit", fit.fit, use_jobs.start_fit, asked)
+    _job(wires, "fit", fit.absorb, use_jobs.start_absorb, [run, listed.fitted, fit.name])
+    for button in (fit.fit, fit.absorb):
+        wires.on(button.click, using.hidden, [], [use.outcomes.tags_group], use.message)
+    asked = [run, mix.shares, mix.name]
+    _job(wires, "mix", mix.write, use_jobs.start_mix, asked, _SHARES)
     asked = [run, listed.restored, more.restore_dtype, more.restore_name]
-    _job(wires, more.restore.click, use_jobs.start_restore, asked)
+    _job(wires, "restore", more.restore, use_jobs.start_restore, asked)
     asked = [run, listed.exported, more.export_rank, more.export_replace]
-    _job(wires, more.export.click, use_jobs.start_export, asked)
-    _job(wires, more.safe.click, use_jobs.start_safe, [run, more.threshold])
+    _job(wires, "export", more.export, use_jobs.start_export, asked)
+    _job(wires, "safe", more.safe, use_jobs.start_safe, [run, more.threshold])
     asked = [listed.base, listed.turned, more.extract_rank, more.extract_name]
-    _job(wires, more.extract.click, use_jobs.start_extract, asked)
+    _job(wires, "extract", more.extract, use_jobs.start_extract, asked)
     stop = functools.partial(merging.stop, wires.jobs)
     wires.on(use.stop.click, stop, [], [use.message], use.message)
 
 
 def _job(
-    wires: Wires, trigger: Callable[..., Any], start: Callable[..., str], inputs: Sequence[Any]
+    wires: Wires,
+    panel: using.Panel,
+    button: Any,
+    start: Callable[..., str],
+    inputs: Sequence[Any],
+    code: str = "",
 ) -> None:
-    message = wires.use.message
+    """A button that begins a job: refusals, progress and outcome are said below it."""
+    said = getattr(wires.use.outcomes, panel)
     begin = functools.partial(start, wires.host, wires.jobs)
-    started = wires.on(trigger, begin, inputs, [message], message)
-    wires.show_outcome(wires.watch(started.then))
+    started = wires.on(button.click, begin, inputs, [said], said, code)
+    wires.show_outcome(wires.watch(started.then, panel))

@@ -50,6 +50,7 @@ class Wires:
         inputs: Sequence[Any],
         outputs: Sequence[Any],
         said: Any = None,
+        code: str = "",
     ) -> Any:
         """A quick answer.
 
@@ -59,9 +60,10 @@ class Wires:
             inputs: widgets.
             outputs: widgets, one per value.
             said: where an error is said; None for the message of the panel with the button.
+            code: as for `in_python`.
         """
         answer, widgets = guarded(fn, outputs, said or self.run.message, self.host.log)
-        return in_python(trigger, answer, inputs, widgets)
+        return in_python(trigger, answer, inputs, widgets, code=code)
 
     def list_checkpoints(self, trigger: Trigger) -> Any:
         """The host's list as it is now."""
@@ -108,15 +110,16 @@ class Wires:
             trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
         )
 
-    def watch(self, trigger: Trigger) -> Any:
-        """The job that runs, until it ends."""
+    def watch(self, trigger: Trigger, panel: using.Panel | None = None) -> Any:
+        """The job that runs, until it ends; in the panel too that began it."""
         outputs = [
             *(self.run.status, self.run.stop, self.run.message),
             *(self.use.status, self.use.stop, self.use.message),
+            *([getattr(self.use.outcomes, panel)] if panel else ()),
         ]
         answers = guarded_stream(
-            functools.partial(using.watch, self.jobs),
-            lambda text: (text, *[gr.update()] * 2) * 2,
+            functools.partial(using.watch, self.jobs, panel),
+            lambda text: (*(text, gr.update(), gr.update()) * 2, text)[: len(outputs)],
             self.host.log,
         )
         return in_python(trigger, answers, [], outputs, queued=True)
@@ -127,7 +130,7 @@ class Wires:
         told = self.on(
             event.then,
             functools.partial(using.after, self.jobs),
-            [],
+            [outcomes.seen],
             in_order(outcomes),
             said=self.use.message,
         )

@@ -44,6 +44,8 @@ def use(tab, server):
         tab.choose("use_run", "pair")
     tab.until(lambda: "pair" in tab.text("use_about"))
     tab.until(lambda: tab.page.locator("#hyper_merge_mix [data-run=pair]").count())
+    # the last answer of those that a page waits for; gradio 3.41 complains of pages that go before
+    tab.until(lambda: any(tab.text(name, visible=False) for name in ("status", "use_status")))
     return tab
 
 

@@ -29,8 +29,7 @@ from hyper_merge.safe import find_safety
 from hyper_merge.ui import use_views, views
 from hyper_merge.ui.form import file_of
 from hyper_merge.ui.jobs import Jobs
-from hyper_merge.ui.panels.use import SAME_PRECISION
-from hyper_merge.ui.using import Outcome, Panel
+from hyper_merge.ui.using import SAME_PRECISION, Outcome, Panel
 
 _LABELS: Final = {
     "name": "Name",
@@ -82,7 +81,7 @@ def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str,
             to=_to(host, name),
             dtype=None if dtype == SAME_PRECISION else dtype,
         )
-        return checkpoint, functools.partial(_restore, host, wanted)
+        return f"the checkpoint {checkpoint}", functools.partial(_restore, host, wanted)
 
     return _start(host, jobs, "restore", order)
 
@@ -169,7 +168,9 @@ def _fit(host: Host, wanted: FitOrder, control: Control) -> Outcome:
     run = load_run(host.folders(), wanted.run)
     tags = fitted.tags(run) if fitted.differs else ""
     said = use_views.fitted(fitted, run)
-    return Outcome(said, tags, (run.name, fitted.row.name), wrote=bool(fitted.topups))
+    title = host.checkpoint_title(run.hyper_model) or ""
+    shown = (run.name, fitted.row.name)
+    return Outcome(said, tags, shown, title, wrote=bool(fitted.topups))
 
 
 def _absorb(host: Host, wanted: AbsorbOrder, control: Control) -> str:

@@ -19,10 +19,13 @@ from hyper_merge.fits import fits_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import checkpoint_names
-from hyper_merge.ui import merging, use_views, views
+from hyper_merge.ui import merging, results, use_views, views
 from hyper_merge.ui.jobs import MERGE, Jobs
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
+
+SAME_PRECISION: Final = "as the hyper-model"
+"""Of a checkpoint that comes back; others are those of `RestoreOrder`."""
 
 _PANELS: Final[tuple[Panel, ...]] = ("mix", "fit", "restore", "export", "safe", "extract")
 
@@ -35,22 +38,29 @@ class Outcome:
         said: HTML.
         tags: Of a fit.
         fitted: Run and name of a fit.
+        title: By what the host selects that run's hyper-model; empty where it cannot.
         wrote: Whether the host has new files to list.
     """
 
     said: str
     tags: str = ""
     fitted: tuple[str, str] | None = None
+    title: str = ""
     wrote: bool = False
 
 
-def listing(
-    host: Host, name: str | None, known: str, restored: str | None, exported: Sequence[str]
-) -> tuple[Any, ...]:
+def listing(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any, ...]:
     """The runs as they are now, what the picked one offers, and the host's checkpoints.
 
     A run that has come since is picked: it was just made.
+
+    Args:
+        host: whose folders they are in.
+        name: of the run that is shown.
+        known: the runs that were listed before.
+        picks: what is picked to be restored and exported, then of the host's checkpoints.
     """
+    restored, exported, *others = picks
     found, _ = list_runs(host.folders())
     names = [run.name for run in found]
     before = json.loads(known or "[]")
@@ -62,7 +72,7 @@ def listing(
         gr.update(choices=names, value=picked),
         json.dumps(names),
         *_offered(host, run, restored, exported),
-        *(gr.update(choices=listed) for _ in range(3)),
+        *(gr.update(choices=listed, value=x if x in listed else None) for x in others),
     )
 
 
@@ -105,14 +115,15 @@ def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
     """
     now = jobs.last.standing if jobs.last else None
     if now is None or now.place == MERGE or now.task == seen:
-        return (gr.update(),) * (len(_PANELS) + 5)
+        return (gr.update(),) * (len(_PANELS) + 6)
     outcome = now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
     said = [outcome.said if panel == now.place else gr.update() for panel in _PANELS]
     wrote = now.task if outcome.wrote else gr.update()
     if now.place != "fit":
-        return (*said, *(gr.update(),) * 3, wrote, now.task)
-    fitted = json.dumps(outcome.fitted)
-    return (*said, gr.update(visible=bool(outcome.tags)), outcome.tags, fitted, wrote, now.task)
+        return (*said, *(gr.update(),) * 4, wrote, now.task)
+    group = gr.update(visible=bool(outcome.tags))
+    fitted = json.dumps(outcome.fitted or ["", ""])
+    return (*said, group, outcome.tags, fitted, outcome.title, wrote, now.task)
 
 
 def hidden() -> Any:
@@ -120,10 +131,15 @@ def hidden() -> Any:
     return gr.update(visible=False)
 
 
+def sent(fitted: str, title: str) -> str:
+    """What is left to do after the tags of a fit were sent."""
+    return results.sent(_pair(fitted)[0], title)
+
+
 def save_style(host: Host, fitted: str) -> str:
     """Saves the style of the fit that is shown."""
     try:
-        name, checkpoint = map(str, json.loads(fitted or '["", ""]'))
+        name, checkpoint = _pair(fitted)
         run = load_run(host.folders(), name)
         found = next((each for each in fits_of(run)[0] if each.row.name == checkpoint), None)
         if found is None:
@@ -133,6 +149,11 @@ def save_style(host: Host, fitted: str) -> str:
     except HyperMergeError as error:
         return views.message("bad", str(error))
     return views.message("good", f"The style {style} is saved. Pick it in txt2img.")
+
+
+def _pair(fitted: str) -> tuple[str, str]:
+    run, name = json.loads(fitted or '["", ""]')
+    return str(run), str(name)
 
 
 def _offered(

@@ -139,10 +139,16 @@ def page(context, request) -> Iterator:
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    sockets = []
+    page.on("websocket", sockets.append)
     yield page
     if request.session.testsfailed > failed:
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
         shot(page, f"end-of-{name}")
+    for _ in range(20):  # gradio 3.41 complains of a page that goes while it is asked for its name
+        page.wait_for_timeout(50)
+        if all(socket.is_closed() for socket in sockets):
+            break
     page.close()
     assert errors == []
 

@@ -168,7 +168,7 @@ def test_a_checkpoint_is_brought_back_and_measured(use, server):
     open_panel(use, "restore")
     use.choose("restore_checkpoint", "photo")
     use.click("restore")
-    done(use, "photo")
+    done(use, "the checkpoint photo")
     use.until(lambda: "photo-restored.safetensors" in use.text("restore_outcome"))
     assert "Measured against the original" in use.text("restore_outcome")
     use.click("restore")

@@ -40,9 +40,9 @@ def terms_in(sliders):
     return json.loads(html.unescape(re.search('data-terms="([^"]*)"', sliders)[1]))
 
 
-def listing(host, name=None, known="", restored=None, exported=()):
+def listing(host, name=None, known="", restored=None, exported=(), picks=(None,) * 3):
     names = ("run", "known", "about", "sliders", "title", "restored", "exported", "fitted")
-    found = using.listing(host, name, known, restored, exported)
+    found = using.listing(host, name, known, restored, exported, *picks)
     assert len(found) == 10
     return dict(zip(names, found, strict=False))
 
@@ -105,6 +105,16 @@ def test_what_was_picked_of_a_run_stays_if_it_is_there(host, run):
     assert found["exported"]["value"] == ["b"]
 
 
+def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
+    *_, one, two, three = using.listing(host, run, "", None, [], "a.safetensors", "gone", None)
+    assert [x["value"] for x in (one, two, three)] == ["a.safetensors", None, None]
+
+
+def test_what_is_left_to_do_after_sending_names_the_run_of_the_fit():
+    assert using.sent('["mix", "d"]', "mix [01]") == ""
+    assert "Select the hyper-model of mix" in words(using.sent('["mix", "d"]', ""))
+
+
 def test_another_run_clears_what_was_said_of_the_last_one(host, run):
     about, sliders, *_, group = using.pick(host, run, None, [])
     assert "mix.safetensors" in words(about)
@@ -128,18 +138,21 @@ def test_a_fit_that_cannot_be_used_is_said(host, run, fitted, root):
 
 def test_an_outcome_is_shown_in_its_panel_alone_and_once():
     jobs = One(outcome="done", result=Outcome("<p>here</p>", wrote=True), place="export")
-    *said, group, shown, fitted, wrote, seen = using.after(jobs, "")
+    *said, group, shown, fitted, title, wrote, seen = using.after(jobs, "")
     assert [text for text in said if not unchanged(text)] == ["<p>here</p>"]
     assert said[3] == "<p>here</p>"
     assert (wrote, seen) == ("task(1)", "task(1)")
-    assert all(map(unchanged, (group, shown, fitted)))
+    assert all(map(unchanged, (group, shown, fitted, title)))
     assert all(map(unchanged, using.after(jobs, "task(1)")))
 
 
 def test_a_fits_tags_are_shown_and_go_again_when_there_are_none():
-    jobs = One(outcome="done", result=Outcome("near", "<lora:x:1>", ("mix", "d")), place="fit")
-    *_, group, shown, fitted, wrote, _ = using.after(jobs, "")
+    jobs = One(
+        outcome="done", result=Outcome("near", "<lora:x:1>", ("mix", "d"), "mix [01]"), place="fit"
+    )
+    *_, group, shown, fitted, title, wrote, _ = using.after(jobs, "")
     assert (group["visible"], shown, fitted) == (True, "<lora:x:1>", '["mix", "d"]')
+    assert title == "mix [01]"
     assert unchanged(wrote)
     refused = One(outcome="refused", message="it is of another family", place="fit")
     said = using.after(refused, "")

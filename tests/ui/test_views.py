@@ -186,7 +186,8 @@ def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run,
     )
     said = (
         "AUTOMATIC1111 rounds the weights after each of these LoRAs, which takes back 1.5 % of what"
-        " sets the checkpoints apart. One LoRA per checkpoint is rounded once: hyper-merge export mix"
+        " sets the checkpoints apart. One LoRA per checkpoint is rounded once: under Use, or"
+        " hyper-merge export mix"
     )
     assert (said in text) == told
     assert ("rounds the weights" in text) == told

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.panels.widgets import button, html, widget
-
-SAME_PRECISION: Final = "as the hyper-model"
+from hyper_merge.ui.using import SAME_PRECISION
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Outcomes:
     tags_group: gr.Column
     tags: gr.Textbox
     fitted: gr.Textbox  # hidden: run and name of the fit whose tags are shown, as JSON
+    title: gr.Textbox  # hidden: by what the host selects its hyper-model
     wrote: gr.Textbox  # hidden: the task that wrote files last
     seen: gr.Textbox  # hidden: the task that is shown
 
@@ -120,7 +120,14 @@ def build_use(host: Host) -> UsePanel:
     about, message, status = html("use_about"), html("use_message"), html("use_status")
     known, title, *states = (
         widget(gr.Textbox, name, value="", visible=False)
-        for name in ("use_known", "use_title", "fit_shown", "use_wrote", "use_seen")
+        for name in (
+            "use_known",
+            "use_title",
+            "fit_shown",
+            "fit_title",
+            "use_wrote",
+            "use_seen",
+        )
     )
     with gr.Row(elem_id=elem_id("use_columns")):
         with gr.Column(scale=5, min_width=380):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hyper_merge.ui import merging, results, use_jobs, using
+from hyper_merge.ui.panels.use import FitPanel, MixPanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import in_browser
 from hyper_merge.ui.wiring.wires import Wires
@@ -33,12 +34,10 @@ def wire_use(wires: Wires) -> None:
     )
     for button, what in ((use.mix.equal, "equal"), (use.mix.reset, "reset")):
         in_browser(button.click, _MIX % what)
-    for name, panel, tags in (("mix", use.mix, use.mix.tags), ("fit", use.fit, outcomes.tags)):
-        in_browser(panel.copy.click, _COPY % f"{name}_", [tags])
-        in_browser(panel.send.click, _SELECT, [listed.title])
-        sent = [listed.run, listed.title]
-        wires.on(panel.send.click, results.sent, sent, [panel.note], panel.note)
-        host.connect_send(panel.send, tags)
+    shown = [listed.run, listed.title]
+    _prompt(wires, "mix", use.mix, use.mix.tags, (results.sent, shown))
+    shown = [outcomes.fitted, outcomes.title]
+    _prompt(wires, "fit", use.fit, outcomes.tags, (using.sent, shown))
     save = functools.partial(using.save_style, host)
     saved = wires.on(
         use.fit.save_style.click, save, [outcomes.fitted], [use.fit.note], use.fit.note
@@ -66,6 +65,21 @@ def wire_use_jobs(wires: Wires) -> None:
     _job(wires, "extract", more.extract, use_jobs.start_extract, asked)
     stop = functools.partial(merging.stop, wires.jobs)
     wires.on(use.stop.click, stop, [], [use.message], use.message)
+
+
+def _prompt(
+    wires: Wires,
+    name: str,
+    panel: MixPanel | FitPanel,
+    tags: Any,
+    sent: tuple[Callable[..., str], list[Any]],
+) -> None:
+    """Tags that are copied, or sent; `sent` says what is left to do, of run and title."""
+    say, shown = sent
+    in_browser(panel.copy.click, _COPY % f"{name}_", [tags])
+    in_browser(panel.send.click, _SELECT, shown[1:])
+    wires.on(panel.send.click, say, shown, [panel.note], panel.note)
+    wires.host.connect_send(panel.send, tags)
 
 
 def _job(

@@ -91,7 +91,7 @@ class Wires:
         self.on(
             trigger,
             functools.partial(using.listing, self.host),
-            [*listed[:2], *listed[5:7]],
+            [*listed[:2], *listed[5:]],
             listed,
             said=self.use.message,
         )

@@ -48,12 +48,14 @@ window.hyperMerge = (() => {
         ],
     };
     const refreshed = {};
+    let refreshing = null;
     function refresh(what, made) {
         if (what === "styles") {
             refreshers.styles.forEach(press);
         } else if (made && made !== refreshed[what]) {
             refreshed[what] = made;
-            [...refreshers.styles, ...refreshers.lists].forEach(press);
+            clearTimeout(refreshing); // once for a run and its files: gradio 3.41 loses a second press
+            refreshing = setTimeout(() => [...refreshers.styles, ...refreshers.lists].forEach(press), 500);
         }
     }
 

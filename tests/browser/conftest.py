@@ -161,7 +161,7 @@ def _until_quiet(page, sockets) -> None:
         page.wait_for_timeout(50)
         is_quiet = known == len(sockets) and all(socket.is_closed() for socket in sockets)
         quiet = quiet + 1 if is_quiet else 0
-        if quiet == 6:
+        if quiet == 14:
             return
 
 

@@ -92,17 +92,18 @@ class Extracted:
     size: int  # bytes of the file
 
 
-def run_extract(wanted: Extraction, control: Control) -> Extracted:
+def run_extract(wanted: Extraction, control: Control, folders: Folders | None = None) -> Extracted:
     """Writes the LoRA; on any failure every existing file stays as it was.
 
     Args:
         wanted: what the user asks for.
         control: progress and interrupt.
+        folders: where the LoRA goes, for a host whose folders are not all in `output`.
 
     Raises:
         HyperMergeError: refused input, nothing to extract, a full disk, or the user's interrupt.
     """
-    path, cache = _place(wanted)
+    path, cache = _place(wanted, folders)
     sources = _sources(wanted, control)
     work = Work(resolve_device(wanted.device), wanted.seed)
     _require_room(wanted, sources, path)
@@ -150,9 +151,9 @@ def describe(extracted: Extracted) -> str:
     )
 
 
-def _place(wanted: Extraction) -> tuple[Path, Path | None]:
+def _place(wanted: Extraction, folders: Folders | None) -> tuple[Path, Path | None]:
     """The file, free to be written, and the folder that remembers hashes."""
-    if wanted.output.suffix == ".safetensors":
+    if folders is None and wanted.output.suffix == ".safetensors":
         path, cache = wanted.output, None
         try:
             parse_name(path.stem)
@@ -163,7 +164,7 @@ def _place(wanted: Extraction) -> tuple[Path, Path | None]:
         if wanted.name not in (None, path.stem):
             raise SettingError("name", f"{wanted.output} has a name already; give one of the two")
     else:
-        folders = Folders.under(wanted.output)
+        folders = folders or Folders.under(wanted.output)
         name = wanted.name or _name(wanted)
         path, cache = folders.loras / f"{name}.safetensors", folders.cache
         owner = folders.owner_of(name)

@@ -114,7 +114,7 @@ def _checked(job: Job, folders: Folders, control: Control) -> Source:
         if Path(source.name).stem == job.name and source.sha256 != origin.sha256:
             raise NameTakenError(
                 f"{job.name} is another checkpoint of the run {job.run.name}; give this one a name"
-                " of its own (--name)"
+                " of its own"
             )
     return origin
 

@@ -15,6 +15,7 @@ from hyper_merge.fits import Fitted, fits_of
 from hyper_merge.folders import is_there, metadata_of
 from hyper_merge.labels import Lineage, Source
 from hyper_merge.lineage import now
+from hyper_merge.prompts import tag
 from hyper_merge.recipe_values import nearest
 from hyper_merge.report import CheckpointReport
 from hyper_merge.runs import Run, RunSource
@@ -72,6 +73,48 @@ def mixture_of(run: Run, shares: Mapping[str, float]) -> tuple[Term, ...]:
             x, y = sums.get(term.path, (0.0, 0.0))
             sums[term.path] = (x + share * term.multiplier, y + share * term.text_multiplier)
     return tuple(Term(path, *pair) for path, pair in sums.items())
+
+
+def tag_rows(run: Run, checkpoint: str) -> tuple[tuple[str, float, float | None], ...]:
+    """A checkpoint's prompt tags as numbers: LoRA, multiplier, the text encoder's if it has its own.
+
+    Raises:
+        RunError: the run knows none of that name; says the nearest.
+    """
+    row, _ = find_row(run, checkpoint)
+    own = run.report.loras if row.text_multipliers else ()
+    return tuple(
+        (name, term.multiplier, term.text_multiplier if name in own else None)
+        for term in terms_of(run, checkpoint)
+        for name in (term.path.stem,)
+    )
+
+
+def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
+    """What makes the hyper-model a mixture of checkpoints in a prompt: one tag for each LoRA.
+
+    Args:
+        run: the run.
+        shares: by checkpoint, as for `mixture_of`; those with a share of 0 are not there.
+
+    Raises:
+        RunError: the run knows none of a name; says the nearest.
+    """
+    present = {name: share for name, share in shares.items() if share}
+    rows = [row for name in present for row in tag_rows(run, name)]
+    own = {name for name, _, text in rows if text is not None}
+    return " ".join(
+        tag(name, term.multiplier, term.text_multiplier if name in own else None)
+        for term in mixture_of(run, present)
+        for name in (term.path.stem,)
+    )
+
+
+def checkpoint_names(run: Run) -> tuple[str, ...]:
+    """All that the run can become: its checkpoints, then those that were fitted later."""
+    fits, _ = fits_of(run)
+    names = [row.name for row in run.report.checkpoints] + [each.row.name for each in fits]
+    return tuple(dict.fromkeys(names))
 
 
 def shared_files(run: Run) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-// Progress, copying, and when to look at the form again. Outside of the tab only the WebUI's own functions and buttons are used.
+// Progress, copying, mixing, and when to look at the form again. Outside of the tab only the WebUI's own functions and buttons are used.
 "use strict";
 
 window.hyperMerge = (() => {
@@ -6,24 +6,25 @@ window.hyperMerge = (() => {
     const find = (selector) => root().querySelector(selector);
 
     // Clipboard of its own accord only on secure pages; elsewhere a selection is copied.
-    function copy(text) {
+    // The panel's name begins the ids of its box and of its button.
+    function copy(text, panel) {
         if (navigator.clipboard && window.isSecureContext) {
-            navigator.clipboard.writeText(text).then(confirm, () => copySelected());
+            navigator.clipboard.writeText(text).then(() => confirm(panel), () => copySelected(panel));
         } else {
-            copySelected();
+            copySelected(panel);
         }
     }
 
-    function copySelected() {
-        const box = find("#hyper_merge_prompt textarea");
+    function copySelected(panel) {
+        const box = find(`#hyper_merge_${panel}prompt textarea`);
         box.focus();
         box.select();
         document.execCommand("copy");
-        confirm();
+        confirm(panel);
     }
 
-    function confirm() {
-        const button = find("#hyper_merge_copy");
+    function confirm(panel) {
+        const button = find(`#hyper_merge_${panel}copy`);
         const label = button.textContent;
         button.textContent = "Copied";
         setTimeout(() => { button.textContent = label; }, 1200);
@@ -46,13 +47,15 @@ window.hyperMerge = (() => {
             "#refresh_sd_model_checkpoint", "#forge_refresh_checkpoint",
         ],
     };
-    let refreshed = "";
-    function refresh(what, run) {
+    const refreshed = {};
+    let refreshing = null;
+    function refresh(what, made) {
         if (what === "styles") {
             refreshers.styles.forEach(press);
-        } else if (run && run !== refreshed) {
-            refreshed = run;
-            [...refreshers.styles, ...refreshers.lists].forEach(press);
+        } else if (made && made !== refreshed[what]) {
+            refreshed[what] = made;
+            clearTimeout(refreshing); // once for a run and its files: gradio 3.41 loses a second press
+            refreshing = setTimeout(() => [...refreshers.styles, ...refreshers.lists].forEach(press), 500);
         }
     }
 
@@ -94,17 +97,99 @@ window.hyperMerge = (() => {
         }
     }
 
-    // Where the WebUI draws progress, its bar takes the place of ours.
-    let task = null;
-    function follow() {
-        const element = find("#hyper_merge_status [data-task]");
-        if (!element || element.dataset.task === task || typeof requestProgress !== "function") {
+    // A slider for each checkpoint. Multipliers mix as the checkpoints do, so the tags are sums; they
+    // are those of `mixture_tags` in Python. What was set is kept while the sliders are drawn anew.
+    const kept = {};
+    const sliders = () => [...root().querySelectorAll("#hyper_merge_mix input[type=range]")];
+
+    function shares() {
+        const moved = sliders().filter((slider) => Number(slider.value) !== 0);
+        return JSON.stringify(Object.fromEntries(moved.map((x) => [x.dataset.name, Number(x.value)])));
+    }
+
+    function mix(how) {
+        const all = sliders();
+        all.forEach((slider) => { slider.value = how === "equal" ? 1 / all.length : 0; });
+        mixed();
+    }
+
+    function mixed() {
+        const panel = find("#hyper_merge_mix [data-terms]");
+        const box = find("#hyper_merge_mix_prompt textarea");
+        if (!panel || !box) {
             return;
         }
-        task = element.dataset.task;
-        find("#hyper_merge_tab").classList.add("hm-host-bar");
-        requestProgress(task, find("#hyper_merge_status"), null, () => {
-            find("#hyper_merge_tab").classList.remove("hm-host-bar");
+        kept[panel.dataset.run] = Object.fromEntries(sliders().map((x) => [x.dataset.name, x.value]));
+        let rest = 1;
+        sliders().forEach((slider) => {
+            rest -= Number(slider.value);
+            slider.nextElementSibling.textContent = Number(slider.value).toFixed(2);
+        });
+        rest = Math.abs(rest) < 1e-9 ? 0 : rest;
+        panel.querySelector("[data-rest]").textContent = sliders().some((x) => Number(x.value) !== 0)
+            ? `The hyper-model itself has the rest: ${rest.toFixed(2)}.` : "The hyper-model alone.";
+        box.value = tags(JSON.parse(panel.dataset.terms));
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+
+    function tags(terms) {
+        const sums = new Map();
+        sliders().filter((slider) => Number(slider.value) !== 0).forEach((slider) => {
+            terms[slider.dataset.name].forEach(([name, unet, text]) => {
+                const sum = sums.get(name) || {unet: 0, text: 0, own: false};
+                const share = Number(slider.value);
+                sum.unet += share * unet;
+                sum.text += share * (text === null ? unet : text);
+                sum.own = sum.own || text !== null;
+                sums.set(name, sum);
+            });
+        });
+        return [...sums].map(([name, sum]) => {
+            const numbers = sum.own ? [sum.text, sum.unet] : [sum.unet];
+            return `<lora:${name}:${numbers.map(number).join(":")}>`;
+        }).join(" ");
+    }
+
+    // Five decimals, halves to the even digit as Python does; only an odd number of 64ths is a half.
+    function number(x) {
+        let text = x.toFixed(5);
+        if (Math.abs(x * 64) % 2 === 1 && Number(x.toFixed(6).slice(-2, -1)) % 2 === 0) {
+            text = x.toFixed(6).slice(0, -1);
+        }
+        return Number(text) === 0 ? "0.00000" : text;
+    }
+
+    function slide(event) {
+        if (event.target.matches("#hyper_merge_mix input[type=range]")) {
+            event.target.value = Math.round(Number(event.target.value) * 100) / 100;
+            mixed();
+        }
+    }
+
+    function redrawn() {
+        const panel = find("#hyper_merge_mix [data-terms]");
+        if (!panel || panel.dataset.drawn) {
+            return;
+        }
+        panel.dataset.drawn = "yes";
+        const before = kept[panel.dataset.run] || {};
+        sliders().forEach((slider) => { slider.value = before[slider.dataset.name] || 0; });
+        mixed();
+    }
+
+    // Where the WebUI draws progress, its bar takes the place of ours.
+    const tasks = {};
+    function follow() {
+        ["#hyper_merge_status", "#hyper_merge_use_status"].forEach((place) => {
+            const element = find(`${place} [data-task]`);
+            if (!element || element.dataset.task === tasks[place] || typeof requestProgress !== "function") {
+                return;
+            }
+            tasks[place] = element.dataset.task;
+            find("#hyper_merge_tab").classList.add("hm-host-bar");
+            requestProgress(tasks[place], find(place), null, () => {
+                find("#hyper_merge_tab").classList.remove("hm-host-bar");
+            });
         });
     }
 
@@ -114,10 +199,12 @@ window.hyperMerge = (() => {
             setTimeout(watch, 500);
             return;
         }
-        new MutationObserver(follow).observe(tab, {childList: true, subtree: true});
+        new MutationObserver(() => { follow(); redrawn(); }).observe(tab, {childList: true, subtree: true});
+        tab.addEventListener("input", slide);
         follow();
+        redrawn();
     }
     watch();
 
-    return {copy, select, refresh, replan, planned, openTab};
+    return {copy, select, refresh, replan, planned, openTab, mix, shares};
 })();

@@ -85,7 +85,7 @@ def job(known: Job) -> answers.Job:
         stopping=now.stopping,
         message=now.message,
         warnings=list(now.notes),
-        run=now.result or None,
+        run=now.result if isinstance(now.result, str) and now.result else None,
     )
 
 

@@ -92,7 +92,20 @@ def chosen(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     Raises:
         CheckpointError: a name is not in the list (any more).
     """
-    return tuple(_file(name, listed) for name in form.checkpoints or [])
+    return tuple(file_of(name, listed) for name in form.checkpoints or [])
+
+
+def file_of(name: str, listed: Mapping[str, Path]) -> Path:
+    """The file of a name in the host's list.
+
+    Raises:
+        CheckpointError: the name is not in the list (any more), or its file is gone.
+    """
+    if name not in listed:
+        raise CheckpointError(f"{name} is no longer in the list; press Refresh and pick again")
+    if not listed[name].exists():
+        raise CheckpointError(f"{name} is no longer there; press Refresh and pick again")
+    return listed[name]
 
 
 def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
@@ -124,7 +137,7 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
             **words,
             name=form.name,
             models=models,
-            base=AVERAGE if form.base == BASE_AVERAGE else str(_file(form.base, listed)),
+            base=AVERAGE if form.base == BASE_AVERAGE else str(file_of(form.base, listed)),
             dtype=form.dtype,  # type: ignore[arg-type]
             lora_dtype=form.lora_dtype,  # type: ignore[arg-type]
             device=form.device,
@@ -194,14 +207,6 @@ def _words(choices: Mapping[str, str], value: str) -> str:
 
 def _numbers(values: Sequence[float] | None) -> str:
     return "" if values is None else ", ".join(f"{x:g}" for x in values)
-
-
-def _file(name: str, listed: Mapping[str, Path]) -> Path:
-    if name not in listed:
-        raise CheckpointError(f"{name} is no longer in the list; press Refresh and pick again")
-    if not listed[name].exists():
-        raise CheckpointError(f"{name} is no longer there; press Refresh and pick again")
-    return listed[name]
 
 
 def _whole(value: float | None) -> Any:

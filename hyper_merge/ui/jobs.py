@@ -17,8 +17,12 @@ from hyper_merge.errors import HyperMergeError, InterruptedRun
 _KNOWN: Final = 20  # jobs that can be looked at
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
-Work = Callable[[str, Control], str]
-"""Takes the task's id and a control; returns the name of the run that it made, or ""."""
+MERGE: Final = "merge"
+"""Where a job is begun that makes a run; others are begun in a panel of the tab "Use"."""
+Work = Callable[[str, Control], object]
+"""Takes the task's id and a control; returns the name of the run that it made, what a panel is to
+show, or "".
+"""
 
 
 class BusyError(HyperMergeError):
@@ -38,8 +42,9 @@ class Standing:
         outcome: Whether it runs, or how it ended.
         message: Why it ended, unless done.
         notes: Warnings, each once.
-        result: Name of the run that was made.
+        result: Name of the run that was made, what a panel is to show, or "".
         stopping: Whether it has been asked to stop.
+        place: The panel in which it was begun.
     """
 
     task: str
@@ -50,8 +55,9 @@ class Standing:
     outcome: Outcome = "running"
     message: str = ""
     notes: tuple[str, ...] = ()
-    result: str = ""
+    result: object = ""
     stopping: bool = False
+    place: str = MERGE
 
     @property
     def seconds_left(self) -> float | None:
@@ -73,17 +79,24 @@ class Job:
         id: Tells it from all others.
     """
 
-    def __init__(self, title: str, work: Work, log: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        title: str,
+        work: Work,
+        log: Callable[[BaseException], None],
+        place: str = MERGE,
+    ) -> None:
         """Starts the work.
 
         Args:
             title: what is made, for people.
             work: what is done.
             log: takes an error that nobody expected.
+            place: the panel in which it is begun.
         """
         self.id = uuid.uuid4().hex[:12]
         self._changed = threading.Condition()
-        self._standing = Standing(f"task(hyper-merge-{self.id})", title)
+        self._standing = Standing(f"task(hyper-merge-{self.id})", title, place=place)
         self._began: float | None = None
         self._work, self._log = work, log
         threading.Thread(target=self._run, name="hyper-merge", daemon=True).start()
@@ -138,7 +151,7 @@ class Job:
             if message not in self._standing.notes:
                 self._update(notes=(*self._standing.notes, message))
 
-    def _end(self, outcome: Outcome, message: str, result: str = "") -> None:
+    def _end(self, outcome: Outcome, message: str, result: object = "") -> None:
         elapsed = self.standing.elapsed
         with self._changed:
             if self._standing.outcome == "running":
@@ -180,7 +193,13 @@ class Jobs:
                 f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
             )
 
-    def start(self, title: str, work: Work, log: Callable[[BaseException], None]) -> Job:
+    def start(
+        self,
+        title: str,
+        work: Work,
+        log: Callable[[BaseException], None],
+        place: str = MERGE,
+    ) -> Job:
         """Begins a job; arguments are those of `Job`.
 
         Raises:
@@ -188,7 +207,7 @@ class Jobs:
         """
         with self._lock:
             self.require_idle()
-            job = Job(title, work, log)
+            job = Job(title, work, log, place)
             self._known.appendleft(job)
             return job
 

@@ -83,7 +83,7 @@ def stop(jobs: Jobs) -> str:
 def after(host: Host, jobs: Jobs) -> tuple[Any, ...]:
     """What the result panel shows once a job has ended; nothing new unless it made a run."""
     now = _last(jobs)
-    if now is None or now.outcome != "done" or not now.result:
+    if now is None or now.outcome != "done" or not now.result or not isinstance(now.result, str):
         return (gr.update(),) * len(results.NOTHING)
     return results.show(host, now.result)
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import gradio as gr
 
 from hyper_merge.errors import HyperMergeError
+from hyper_merge.fits import fits_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, load_run
 from hyper_merge.ui import views
@@ -48,9 +49,11 @@ def show(host: Host, name: str | None) -> tuple[Any, ...]:
 
 
 def prompts_of(run: Run) -> dict[str, str]:
-    """The tags of every checkpoint of a run, by its name."""
+    """The tags of every checkpoint of a run, and of those fitted later, by name."""
     report = run.report
-    return {row.name: report.tags(row) for row in report.checkpoints}
+    later = {each.row.name: each.tags(run) for each in fits_of(run)[0]}
+    own = {row.name: report.tags(row) for row in report.checkpoints}
+    return {**own, **later, **own}  # a fit of the same checkpoint tells nothing new
 
 
 def sent(name: str, title: str) -> str:

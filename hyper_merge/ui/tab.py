@@ -17,9 +17,11 @@ from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import build_form
+from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
 from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
+from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
 from hyper_merge.ui.wiring.wires import Wires
 
 
@@ -35,6 +37,8 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
         with gr.Column(elem_id=elem_id("tab")):
             wires = _build(host, jobs or process_jobs())
         for wire in (wire_picker, wire_run, wire_result, wire_history, wire_deletion):
+            wire(wires)
+        for wire in (wire_use, wire_use_jobs):
             wire(wires)
         wire_compare(page, wires)
         wire_page(page, wires)
@@ -60,8 +64,10 @@ def _build(host: Host, jobs: Jobs) -> Wires:
                 run = build_run()
             with gr.Column(scale=6, min_width=420):
                 result = build_result(host)
+        with gr.Tab("Use", elem_id=elem_id("use_tab")):
+            use = build_use(host)
         with gr.Tab("Compare", elem_id=elem_id("compare_tab")) as opened:
             compare = build_compare(host, opened)
         with gr.Tab("Runs", elem_id=elem_id("runs_tab")):
             earlier = build_history()
-    return Wires(host, jobs, picker, form, presets, run, result, earlier, compare)
+    return Wires(host, jobs, picker, form, presets, run, result, earlier, use, compare)

@@ -29,7 +29,7 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
     "done": ("good", "Done"),
     "stopped": ("info", "Stopped"),
     "refused": ("bad", "Not made"),
-    "failed": ("bad", "An unexpected error ended the merge; the log has all of it"),
+    "failed": ("bad", "An unexpected error ended it; the log has all of it"),
 }
 
 
@@ -246,7 +246,7 @@ def _rounding_hint(run: Run) -> str:
     return hint(
         f"{found.hosts} rounds the weights after each of these LoRAs, which takes back"
         f" {percent(found.added)} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
-        f" once: hyper-merge export {run.name}"
+        f" once: under Use, or hyper-merge export {run.name}"
     )
 
 

@@ -147,12 +147,30 @@ def page(context, request) -> Iterator:
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    sockets = []
+    page.on("websocket", lambda socket: sockets.extend([socket]))  # a built-in is refused
     yield page
     if request.session.testsfailed > failed:
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
         shot(page, f"end-of-{name}")
+    _until_quiet(page, sockets)
     page.close()
     assert errors == []
+
+
+def _until_quiet(page, sockets) -> None:
+    """Waits until the page has asked all that it was about to, or two seconds.
+
+    gradio 3.41 writes errors into its log of a page that goes while it is being answered.
+    """
+    quiet = 0
+    for _ in range(40):
+        known = len(sockets)
+        page.wait_for_timeout(50)
+        is_quiet = known == len(sockets) and all(socket.is_closed() for socket in sockets)
+        quiet = quiet + 1 if is_quiet else 0
+        if quiet == 14:
+            return
 
 
 def shot(page, name: str) -> None:

@@ -21,6 +21,7 @@ from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import FormWidgets, build_form
+from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.picking import ALL_FOLDERS
 from hyper_merge.ui.tab import build_tab, devices
@@ -49,7 +50,7 @@ class Busy:
     def require_idle(self):
         """Nothing runs."""
 
-    def start(self, title, work, log):
+    def start(self, title, work, log, place="merge"):
         raise BusyError(f"{title} is not begun here")
 
 
@@ -71,7 +72,9 @@ def built(some_host):
         picker = build_picker(names, ["all folders"], demo=True)
         form, presets = build_form(some_host, picker.checkpoints, devices())
         result = build_result(some_host)
-        others = build_run(), result, result.shown, build_history()
+        use = build_use(some_host)
+        parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
+        others = build_run(), result, result.shown, build_history(), use, *parts
     return picker, form, presets, *others
 
 
@@ -151,7 +154,9 @@ def test_each_preset_has_a_button_with_its_ranks(built):
 
 def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
     _, form, _, _, result, *_ = built
-    for widget in (form.save_styles, result.send, result.save_styles, result.remove_styles):
+    *_, mix, fit, _ = built
+    sends = (result.send, mix.send, fit.send, fit.save_style)
+    for widget in (form.save_styles, *sends, result.save_styles, result.remove_styles):
         assert widget.visible is some_host.has_txt2img
     assert form.save_styles.value is some_host.has_txt2img
 
@@ -254,10 +259,12 @@ def test_all_that_the_page_calls_in_the_browser_is_in_our_script(some_host):
 
 def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
     build_tab(webui.host(), Busy())
-    (binding,) = webui.infotext_utils.registered_param_bindings
-    assert binding.tabname == "txt2img"
-    assert binding.paste_button.elem_id == f"{PREFIX}_send"
-    assert binding.source_text_component.elem_id == f"{PREFIX}_prompt"
+    bindings = webui.infotext_utils.registered_param_bindings
+    assert {binding.tabname for binding in bindings} == {"txt2img"}
+    pairs = [(x.paste_button.elem_id, x.source_text_component.elem_id) for x in bindings]
+    assert pairs == [
+        (f"{PREFIX}_{name}send", f"{PREFIX}_{name}prompt") for name in ("", "mix_", "fit_")
+    ]
 
 
 def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkeypatch):

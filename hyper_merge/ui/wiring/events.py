@@ -87,9 +87,21 @@ def in_python(
     outputs: Sequence[Any],
     *,
     queued: bool = False,
+    code: str = "",
 ) -> Any:
-    """Wires an event that a guarded handler answers; `queued` as for `compat.quiet`."""
-    return trigger(fn, list(inputs), list(outputs), **quiet(queued=queued))
+    """Wires an event that a guarded handler answers.
+
+    Args:
+        trigger: such as `button.click`, or `event.then`.
+        fn: the handler.
+        inputs: widgets.
+        outputs: widgets.
+        queued: as for `compat.quiet`.
+        code: of a JavaScript function, which makes a list of inputs' values out of them first.
+            Nothing can follow an event that only the browser answers.
+    """
+    first = browser(code) if code else {}
+    return trigger(fn, list(inputs), list(outputs), **first, **quiet(queued=queued))
 
 
 def _like(fn: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:

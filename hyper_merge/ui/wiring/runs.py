@@ -9,7 +9,7 @@ from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import in_browser
 from hyper_merge.ui.wiring.wires import Wires
 
-_COPY = "(text) => { hyperMerge.copy(text); return []; }"
+_COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
 _REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"

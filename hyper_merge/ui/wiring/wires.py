@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
-from hyper_merge.ui import history, merging, picking
+from hyper_merge.ui import history, merging, picking, using
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.panels.compare import ComparePanel
 from hyper_merge.ui.panels.history import HistoryPanel
@@ -18,6 +18,7 @@ from hyper_merge.ui.panels.picker import PickerPanel
 from hyper_merge.ui.panels.result import ResultPanel
 from hyper_merge.ui.panels.run import RunPanel
 from hyper_merge.ui.panels.settings import FormWidgets
+from hyper_merge.ui.panels.use import UsePanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
 
@@ -26,6 +27,7 @@ Trigger = Callable[..., Any]
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
+_REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Wires:
     run: RunPanel
     result: ResultPanel
     history: HistoryPanel
+    use: UsePanel
     compare: ComparePanel
 
     def on(
@@ -49,6 +52,7 @@ class Wires:
         inputs: Sequence[Any],
         outputs: Sequence[Any],
         said: Any = None,
+        code: str = "",
     ) -> Any:
         """A quick answer.
 
@@ -58,9 +62,10 @@ class Wires:
             inputs: widgets.
             outputs: widgets, one per value.
             said: where an error is said; None for the message of the panel with the button.
+            code: as for `in_python`.
         """
         answer, widgets = guarded(fn, outputs, said or self.run.message, self.host.log)
-        return in_python(trigger, answer, inputs, widgets)
+        return in_python(trigger, answer, inputs, widgets, code=code)
 
     def list_checkpoints(self, trigger: Trigger) -> Any:
         """The host's list as it is now."""
@@ -83,7 +88,15 @@ class Wires:
         )
 
     def list_runs(self, trigger: Trigger) -> Any:
-        """Earlier runs, and the cache."""
+        """Earlier runs, and the cache; the tab "Use" with what it offers of them."""
+        listed = in_order(self.use.listed)
+        self.on(
+            trigger,
+            functools.partial(using.listing, self.host),
+            [*listed[:2], *listed[5:]],
+            listed,
+            said=self.use.message,
+        )
         panel = self.history
         return self.on(
             trigger,
@@ -99,18 +112,31 @@ class Wires:
             trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
         )
 
-    def watch(self, trigger: Trigger) -> Any:
-        """The job that runs, until it ends."""
-        outputs = [self.run.status, self.run.stop, self.run.message]
+    def watch(self, trigger: Trigger, panel: using.Panel | None = None) -> Any:
+        """The job that runs, until it ends; in the panel too that began it."""
+        outputs = [
+            *(self.run.status, self.run.stop, self.run.message),
+            *(self.use.status, self.use.stop, self.use.message),
+            *([getattr(self.use.outcomes, panel)] if panel else ()),
+        ]
         answers = guarded_stream(
-            functools.partial(merging.watch, self.jobs),
-            lambda text: (text, gr.update(), gr.update()),
+            functools.partial(using.watch, self.jobs, panel),
+            lambda text: (*(text, gr.update(), gr.update()) * 2, text)[: len(outputs)],
             self.host.log,
         )
         return in_python(trigger, answers, [], outputs, queued=True)
 
     def show_outcome(self, event: Any) -> Any:
-        """After a job: its run, all lists that hold something new, and the form looked at again."""
+        """After a job: what it gave, all lists that hold something new, and the form looked at again."""
+        outcomes = self.use.outcomes
+        told = self.on(
+            event.then,
+            functools.partial(using.after, self.jobs),
+            [outcomes.seen],
+            in_order(outcomes),
+            said=self.use.message,
+        )
+        in_browser(told.then, _REFRESH_FILES, [outcomes.wrote])
         shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
         in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
         listed = self.list_runs(shown.then)

@@ -1,0 +1,276 @@
+"""What can be done with a run: mix, fit, restore, export, look what is safe to delete, extract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge.hosts.host import Host
+from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.using import SAME_PRECISION
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """What a run fills, in the order of `using.listing`."""
+
+    run: gr.Dropdown
+    known: gr.Textbox  # hidden: the runs that were listed before, as JSON
+    about: gr.HTML
+    sliders: gr.HTML
+    title: gr.Textbox  # hidden: by what the host selects the hyper-model
+    restored: gr.Dropdown
+    exported: gr.Dropdown
+    fitted: gr.Dropdown
+    base: gr.Dropdown
+    turned: gr.Dropdown
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a job fills, in the order of `using.after`."""
+
+    mix: gr.HTML
+    fit: gr.HTML
+    restore: gr.HTML
+    export: gr.HTML
+    safe: gr.HTML
+    extract: gr.HTML
+    tags_group: gr.Column
+    tags: gr.Textbox
+    fitted: gr.Textbox  # hidden: run and name of the fit whose tags are shown, as JSON
+    title: gr.Textbox  # hidden: by what the host selects its hyper-model
+    wrote: gr.Textbox  # hidden: the task that wrote files last
+    seen: gr.Textbox  # hidden: the task that is shown
+
+
+@dataclass(frozen=True)
+class MixPanel:
+    """Sliders."""
+
+    tags: gr.Textbox
+    equal: gr.Button
+    reset: gr.Button
+    copy: gr.Button
+    send: gr.Button
+    note: gr.HTML
+    name: gr.Textbox
+    write: gr.Button
+    shares: gr.Textbox  # hidden: by checkpoint, as JSON
+
+
+@dataclass(frozen=True)
+class FitPanel:
+    """A checkpoint that was not merged."""
+
+    topup: gr.Textbox
+    name: gr.Textbox
+    replace: gr.Checkbox
+    fit: gr.Button
+    absorb: gr.Button
+    copy: gr.Button
+    send: gr.Button
+    save_style: gr.Button
+    note: gr.HTML
+
+
+@dataclass(frozen=True)
+class MorePanel:
+    """What is asked of the panels with few widgets."""
+
+    restore_dtype: gr.Radio
+    restore_name: gr.Textbox
+    restore: gr.Button
+    export_rank: gr.Textbox
+    export_replace: gr.Checkbox
+    export: gr.Button
+    threshold: gr.Textbox
+    safe: gr.Button
+    extract_rank: gr.Textbox
+    extract_name: gr.Textbox
+    extract: gr.Button
+
+
+@dataclass(frozen=True)
+class UsePanel:
+    """All of the tab "Use"."""
+
+    refresh: gr.Button
+    stop: gr.Button
+    message: gr.HTML
+    status: gr.HTML
+    listed: ListedRun
+    outcomes: Outcomes
+    mix: MixPanel
+    fit: FitPanel
+    more: MorePanel
+
+
+def build_use(host: Host) -> UsePanel:
+    """The run on top, with what is going on; sliders at the left, the others at the right."""
+    with gr.Row(elem_id=elem_id("use_row")):
+        run = widget(gr.Dropdown, "use_run", choices=[], label="Run", scale=4)
+        refresh = button("use_refresh", "Refresh")
+        stop = widget(
+            gr.Button, "use_stop", value="Stop", interactive=False, size="sm", min_width=90
+        )
+    about, message, status = html("use_about"), html("use_message"), html("use_status")
+    known, title, *states = (
+        widget(gr.Textbox, name, value="", visible=False)
+        for name in (
+            "use_known",
+            "use_title",
+            "fit_shown",
+            "fit_title",
+            "use_wrote",
+            "use_seen",
+        )
+    )
+    with gr.Row(elem_id=elem_id("use_columns")):
+        with gr.Column(scale=5, min_width=380):
+            sliders, mix, mix_said = _build_mix(host)
+        with gr.Column(scale=6, min_width=420):
+            fitted, fit, fit_said, (group, tags) = _build_fit(host)
+            restored, restore, restore_said = _build_restore()
+            exported, export, export_said = _build_export()
+            safe, safe_said = _build_safe()
+            pair, extract, extract_said = _build_extract()
+    said = (mix_said, fit_said, restore_said, export_said, safe_said, extract_said)
+    return UsePanel(
+        refresh,
+        stop,
+        message,
+        status,
+        ListedRun(run, known, about, sliders, title, restored, exported, fitted, *pair),
+        Outcomes(*said, group, tags, *states),
+        mix,
+        fit,
+        MorePanel(*restore, *export, *safe, *extract),
+    )
+
+
+def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
+    gr.HTML("<h3>Mix</h3>")
+    sliders = html("mix")
+    with gr.Row(elem_id=elem_id("mix_row")):
+        equal = button("mix_equal", "Equal")
+        reset = button("mix_reset", "Reset")
+    tags = _tags("mix_prompt")
+    with gr.Row(elem_id=elem_id("mix_prompt_row")):
+        copy = button("mix_copy", "Copy")
+        send = button("mix_send", "Send to txt2img", visible=host.has_txt2img)
+    note = html("mix_note")
+    name = _line("mix_name", "Name", "Of the file. Empty for the suggestion.")
+    write = button("mix_write", "Write as a checkpoint")
+    shares = widget(gr.Textbox, "mix_shares", value="", visible=False)
+    said = html("mix_outcome")
+    return sliders, MixPanel(tags, equal, reset, copy, send, note, name, write, shares), said
+
+
+def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Column, gr.Textbox]]:
+    with gr.Accordion("Fit another checkpoint", open=True, elem_id=elem_id("fit_panel")):
+        picked = _pick(
+            "fit_checkpoint", "Checkpoint", "One that was not merged, of the same family."
+        )
+        with gr.Row():
+            topup = _line(
+                "fit_topup",
+                "Private LoRA",
+                "Of what remains: a rank, such as 16, or a share, such as 95%.",
+            )
+            name = _line(
+                "fit_name", "Name", "In this run, or of the new one. Empty for the suggestion."
+            )
+        replace = widget(gr.Checkbox, "fit_replace", value=False, label="Replace an earlier fit")
+        with gr.Row(elem_id=elem_id("fit_row")):
+            fit = button("fit", "Fit")
+            absorb = button("absorb", "Make a new run with it")
+        said = html("fit_outcome")
+        with gr.Column(visible=False, elem_id=elem_id("fit_group")) as group:
+            tags = _tags("fit_prompt")
+            with gr.Row(elem_id=elem_id("fit_prompt_row")):
+                copy = button("fit_copy", "Copy")
+                send = button("fit_send", "Send to txt2img", visible=host.has_txt2img)
+                style = button("fit_style", "Save as a style", visible=host.has_txt2img)
+            note = html("fit_note")
+    panel = FitPanel(topup, name, replace, fit, absorb, copy, send, style, note)
+    return picked, panel, said, (group, tags)
+
+
+def _build_restore() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
+    with gr.Accordion("Bring a checkpoint back", open=False, elem_id=elem_id("restore_panel")):
+        picked = _pick("restore_checkpoint", "Checkpoint", "Of the run, or fitted later.")
+        dtype = widget(
+            gr.Radio,
+            "restore_dtype",
+            choices=[SAME_PRECISION, "float16", "bfloat16", "float32"],
+            value=SAME_PRECISION,
+            label="Stored precision",
+        )
+        name = _line("restore_name", "Name", "Of the file. Empty for the suggestion.")
+        made = button("restore", "Write the checkpoint")
+        said = html("restore_outcome")
+    return picked, [dtype, name, made], said
+
+
+def _build_export() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
+    with gr.Accordion("One LoRA per checkpoint", open=False, elem_id=elem_id("export_panel")):
+        picked = _pick(
+            "export_checkpoints", "Checkpoints", "None for all of the run.", several=True
+        )
+        rank = _line("export_rank", "Rank", "To cut each LoRA down to. Empty to keep all.")
+        replace = widget(gr.Checkbox, "export_replace", value=False, label="Replace earlier ones")
+        made = button("export", "Write the LoRAs")
+        said = html("export_outcome")
+    return picked, [rank, replace, made], said
+
+
+def _build_safe() -> tuple[list[Any], gr.HTML]:
+    with gr.Accordion("Safe to delete?", open=False, elem_id=elem_id("safe_panel")):
+        threshold = _line(
+            "safe_threshold",
+            "Threshold",
+            "What must come back of an original's differences. Nothing is ever deleted here.",
+            "99%",
+        )
+        made = button("safe", "Look")
+        said = html("safe_outcome")
+    return [threshold, made], said
+
+
+def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTML]:
+    with gr.Accordion("LoRA from two checkpoints", open=False, elem_id=elem_id("extract_panel")):
+        base = _pick("extract_base", "From", "The checkpoint that the LoRA is added to.")
+        turned = _pick("extract_checkpoint", "To", "The checkpoint that comes of it.")
+        with gr.Row():
+            rank = _line("extract_rank", "Rank", "Of the LoRA.", "64")
+            name = _line("extract_name", "Name", "Of the LoRA. Empty for the suggestion.")
+        made = button("extract", "Write the LoRA")
+        said = html("extract_outcome")
+    return (base, turned), [rank, name, made], said
+
+
+def _line(name: str, label: str, info: str, value: str = "") -> Any:
+    return widget(gr.Textbox, name, value=value, label=label, info=info, max_lines=1)
+
+
+def _pick(name: str, label: str, info: str, *, several: bool = False) -> Any:
+    value: list[str] | None = [] if several else None
+    return widget(
+        gr.Dropdown, name, choices=[], value=value, multiselect=several, label=label, info=info
+    )
+
+
+def _tags(name: str) -> Any:
+    return widget(
+        gr.Textbox,
+        name,
+        label="Prompt tags",
+        show_label=False,
+        container=False,
+        lines=2,
+        interactive=True,
+    )

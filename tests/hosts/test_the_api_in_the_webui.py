@@ -106,14 +106,14 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
 
     def work(task, control):
         with host.running(task) as hosts:
-            hosts.step("solving", 0.5)
-            while not (hosts.should_stop() or control.should_stop()):
-                pass
-        control.check()
+            both = control.joined(hosts)
+            both.step("solving", 0.5)
+            while True:
+                both.check()
         return ""
 
     job = process_jobs().start("mix", work, host.log)
-    while not webui.state.jobs:
+    while job.standing.phase != "solving":  # from then on it ends when its thread does
         pass
     assert webui.state.jobs == [f"task(hyper-merge-{job.id})"]
     answer = client.post(f"/hyper-merge/jobs/{job.id}/cancel")

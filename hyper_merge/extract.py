@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -25,7 +25,7 @@ from hyper_merge.lineage import hashed, now
 from hyper_merge.lora import lora_bytes, write_lora
 from hyper_merge.preflight import common_layout, require_disks, resolve_device
 from hyper_merge.prompts import prompt_word, tag
-from hyper_merge.recipe import FIELDS, SettingError
+from hyper_merge.recipe import FIELDS, SettingError, parse_settings
 from hyper_merge.recipe_values import LARGEST_RANK, parse_name, parse_path, whole
 from hyper_merge.report import PARTS
 from hyper_merge.sizes import size_text
@@ -67,12 +67,7 @@ class Extraction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            try:
-                value = _PARSERS[field.name](getattr(self, field.name))
-            except RecipeError as error:
-                raise SettingError(field.name, str(error)) from None
-            object.__setattr__(self, field.name, value)
+        parse_settings(self, _PARSERS)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,10 +11,9 @@ import torch
 
 from hyper_merge.analysis import Work
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.errors import RecipeError
 from hyper_merge.folders import Folders
 from hyper_merge.preflight import common_layout, resolve_device
-from hyper_merge.recipe import FIELDS, SettingError
+from hyper_merge.recipe import FIELDS, parse_settings
 from hyper_merge.recipe_values import (
     Wish,
     parse_name,
@@ -53,12 +52,7 @@ class FitOrder:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            try:
-                value = _PARSERS[field.name](getattr(self, field.name))
-            except RecipeError as error:
-                raise SettingError(field.name, str(error)) from None
-            object.__setattr__(self, field.name, value)
+        parse_settings(self, _PARSERS)
 
 
 _PARSERS: Final[Mapping[str, Any]] = {

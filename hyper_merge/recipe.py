@@ -5,7 +5,7 @@ Knows no checkpoint: whether the files exist and fit together is seen in the pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ __all__ = [
     "SettingError",
     "load_recipe",
     "option_help",
+    "parse_settings",
     "recipe_from_options",
     "recipe_from_settings",
 ]
@@ -50,6 +51,20 @@ class SettingError(RecipeError):
         super().__init__(f'recipe, key "{key}": {problem}')
         self.key = key
         self.problem = problem
+
+
+def parse_settings(order: Any, parsers: Mapping[str, Callable[[Any], Any]]) -> None:
+    """Turns the fields of a frozen dataclass, as it is made, into what their parsers make of them.
+
+    Raises:
+        SettingError: the first field that is refused.
+    """
+    for field in fields(order):
+        try:
+            value = parsers[field.name](getattr(order, field.name))
+        except RecipeError as error:
+            raise SettingError(field.name, str(error)) from None
+        object.__setattr__(order, field.name, value)
 
 
 @dataclass(frozen=True)
@@ -110,12 +125,7 @@ class Recipe:
     exact: Literal["none", "norms", "all"] = "none"
 
     def __post_init__(self) -> None:
-        for field in FIELDS:
-            try:
-                value = field.parse(getattr(self, field.name))
-            except RecipeError as error:
-                raise SettingError(field.name, str(error)) from None
-            object.__setattr__(self, field.name, value)
+        parse_settings(self, {field.name: field.parse for field in FIELDS})
         if self.budget is not None and self.target is not None:
             raise SettingError("target", "expected a budget or a target, got both; leave one out")
         if self.finds_ranks and (self.allocation == "even" or self.method == "greedy"):

@@ -313,7 +313,7 @@ def _multipliers(row: CheckpointReport) -> list[str]:
     if not row.text_multipliers:
         return [f"{x:.3f}" for x in row.multipliers]
     pairs = zip(row.text_multipliers, row.multipliers, strict=True)
-    return [f"{text:.3f} : {unet:.3f}" for text, unet in pairs]
+    return [f"{text:.2f} : {unet:.2f}" for text, unet in pairs]
 
 
 def _run_row(run: Run) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
     assert "at worst" in words(sentence)
     for row in merged.report.checkpoints:
         for x in row.multipliers:
-            assert f"{x:.3f}" in words(table)
+            assert f"{x:.2f}" in words(table)
     assert (picker["choices"], picker["value"]) == (["a", "b", "c"], "a")
     assert prompt == json.loads(prompts)["a"]
     assert [type(plot) for plot in plots] == [Figure] * 3

@@ -179,7 +179,7 @@ def _words(options: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for word in options:
         if word.startswith("--"):
-            words = found[word.removeprefix("--")] = []
+            words = found[word.removeprefix("--").replace("-", "_")] = []
         else:
             words.append(word)
     return {key: words or ["true"] for key, words in found.items()}

@@ -1,6 +1,6 @@
 """The whole merge at full size, against the plain job of averaging the same files.
 
-    python benchmarks/full_size.py [--folder FOLDER] [--family sd1] [--count 4] [--short]
+    python benchmarks/full_size.py [--folder FOLDER] [--family sd1] [--count 4] [--allocation even] [--short]
 
 Makes a family of full-size checkpoints (SD 1.x 2.1 GB each, SDXL 6.9 GB) where it is not there yet,
 warms the file cache, and prints a table of times as ratios, peak anonymous memory, and losses. On two
@@ -49,17 +49,18 @@ def main() -> None:
     plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
     plain_file.unlink()
     job = ("--models", *map(str, paths), "--output", str(out))
+    spread = ("--allocation", options.allocation)
     _row("plain job", plain, plain)
     average = _run("average", "--name", "alone", *job)
     _row("average", average, plain)
     (out / "Stable-diffusion" / "alone.safetensors").unlink()
-    first = _run("merge", "--name", "bench", *job, "--ranks", *RANKS)
+    first = _run("merge", "--name", "bench", *job, "--ranks", *RANKS, *spread)
     _row("merge", first, plain)
     _per_parameter(first, paths[0])
     if not options.short:
-        again = _run("merge", "--name", "bench", *job, "--ranks", *OTHER_RANKS)
+        again = _run("merge", "--name", "bench", *job, "--ranks", *OTHER_RANKS, *spread)
         _row("other ranks", again, plain)
-        greedy = ("--ranks", *RANKS, "--method", "greedy", "--iterations", "6")
+        greedy = ("--ranks", *RANKS, *"--method greedy --iterations 6 --allocation even".split())
         _row("greedy", _run("merge", "--name", "greedy", *job, *greedy), plain)
         print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")
     print(f"matrix products: {_rate() / 1e9:.0f} GFLOP/s measured in float32")
@@ -77,6 +78,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
     parser.add_argument("--family", choices=sorted(SPECS), default="sd1")
     parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--allocation", choices=("adaptive", "even"), default="adaptive")
     parser.add_argument("--short", action="store_true", help="the first merge alone")
     return parser.parse_args()
 

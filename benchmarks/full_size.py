@@ -60,7 +60,16 @@ def main() -> None:
     if not options.short:
         again = _run("merge", "--name", "bench", *job, "--ranks", *OTHER_RANKS, *spread)
         _row("other ranks", again, plain)
-        greedy = ("--ranks", *RANKS, *"--method greedy --iterations 6 --allocation even".split())
+        greedy = (
+            "--method",
+            "greedy",
+            "--iterations",
+            "6",
+            "--allocation",
+            "even",
+            "--ranks",
+            *RANKS,
+        )
         _row("greedy", _run("merge", "--name", "greedy", *job, *greedy), plain)
         print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")
     print(f"matrix products: {_rate() / 1e9:.0f} GFLOP/s measured in float32")

@@ -132,7 +132,7 @@ def host_name(request) -> str:
 def context(browser):
     """One for all pages, so that gradio's scripts are read once."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(40_000)
     # gradio asks for fonts and a script from elsewhere; nothing here depends on them
     context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.fulfill(body=""))
     yield context

@@ -19,11 +19,12 @@ def compare(tab, server):
         tab.merge()
     tab.to("Compare")
     tab.until(lambda: tab.find("compare_run").is_visible())
+    tab.page.wait_for_timeout(700)  # for the list, which is read anew
     if tab.value("compare_run") != "pair":
         tab.choose("compare_run", "pair")
     tokens = tab.find("compare_checkpoints").locator(".token")
     tab.until(lambda: sorted(map(str.strip, tokens.all_inner_texts())) == ["anime", "portrait"])
-    tab.page.wait_for_timeout(700)  # gradio 3.41 logs whoever leaves while an answer is begun
+    tab.page.wait_for_timeout(1500)  # for late answers; and gradio 3.41 logs whoever leaves before
     return tab
 
 

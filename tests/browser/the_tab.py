@@ -73,7 +73,7 @@ class Tab:
         said = re.search(r"(\d+)\s?%", self.text("status", visible=False))
         return int(said[1]) if said else None
 
-    def until(self, holds, seconds=30):
+    def until(self, holds, seconds=60):
         """Waits for something to be true, and returns it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -23,11 +23,10 @@ from hyper_merge import comparison_files
 from hyper_merge.comparison import run_comparison
 from hyper_merge.control import Control
 from hyper_merge.errors import HyperMergeError, PictureError
-from hyper_merge.fits import fits_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.picture_order import ComparisonOrder, PictureSettings
 from hyper_merge.runs import Run, list_runs, load_run
-from hyper_merge.terms import find_row
+from hyper_merge.terms import checkpoint_names, find_row
 from hyper_merge.ui import merging, views, views_compare
 from hyper_merge.ui.jobs import Jobs
 
@@ -35,6 +34,7 @@ _SHOWN: Final = (1600, 16_000)  # pixels on the page at most; the file has all o
 _QUALITY: Final = 92  # of the JPEG that the page gets
 _LETTERS: Final = 2000  # of a prompt
 _TITLE: Final = "pictures of "  # of our jobs, before the run's name
+_PLACE: Final = "compare"  # where they are begun
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def list_comparisons(
             *_nothing(),
             views_compare.introduction() + views.message("info", said),
         )
-    known = names_of(chosen)
+    known = list(checkpoint_names(chosen))
     kept = [name for name in checkpoints or () if name in known] if chosen.name == run else known
     drawn = comparison_files.names_of(chosen)
     is_shown = earlier in drawn and chosen.name == run
@@ -88,19 +88,13 @@ def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
         return (*_nothing(), views.refused(error) if name else "")
-    known, drawn = names_of(run), comparison_files.names_of(run)
+    known, drawn = list(checkpoint_names(run)), comparison_files.names_of(run)
     value = next(iter(drawn), None)
     return (
         gr.update(choices=known, value=known),
         _comparisons(drawn, value),
         _shown(host, run, value),
     )
-
-
-def names_of(run: Run) -> list[str]:
-    """The checkpoints that can be drawn: those of the merge, then those fitted later."""
-    own = [row.name for row in run.report.checkpoints]
-    return [*own, *(each.row.name for each in fits_of(run)[0] if each.row.name not in own)]
 
 
 def order_of(form: CompareForm, samplers: Sequence[str]) -> ComparisonOrder:
@@ -140,7 +134,8 @@ def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
         order = order_of(form, atelier.samplers)
         for name in order.checkpoints:
             find_row(run, name)
-        jobs.start(f"{_TITLE}{run.name}", functools.partial(_compare, host, order), host.log)
+        work = functools.partial(_compare, host, order)
+        jobs.start(f"{_TITLE}{run.name}", work, host.log, _PLACE)
     except HyperMergeError as error:
         return views.refused(error)
     return ""
@@ -160,7 +155,7 @@ def watch(
     Yields:
         Status, Stop button, message; the list of comparisons once there is a new one, which shows it.
     """
-    if jobs.last is None or not jobs.last.standing.title.startswith(_TITLE):
+    if jobs.last is None or jobs.last.standing.place != _PLACE:
         yield "", gr.update(interactive=False), gr.update(), gr.update()
         return
     job = jobs.last

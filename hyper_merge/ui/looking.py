@@ -21,7 +21,7 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.plan import LOOK_COSTS, Outlook, analysed, known_analysis, outlook
 from hyper_merge.preflight import Preflight
-from hyper_merge.ui import views
+from hyper_merge.ui import views, working
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.outlook_plot import outlook_plot
@@ -110,9 +110,7 @@ def _outlook(question: _Question) -> Outlook:
 
 def look(host: Host, asked: Callable[[], Preflight], task: str, control: Control) -> str:
     """Looks at the files in a turn of the host's, so that `known_outlook` knows what could be had."""
-    with host.running(task) as hosts:
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
+    with working.turn(host, task, control) as both:
         preflight = asked()
         reading, looking = both.split(LOOK_COSTS)
         path = analysed(preflight, host.folders(), reading)

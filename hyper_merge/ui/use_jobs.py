@@ -30,6 +30,7 @@ from hyper_merge.ui import use_views, views
 from hyper_merge.ui.form import file_of
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.using import SAME_PRECISION, Outcome, Panel
+from hyper_merge.ui.working import turn
 
 _LABELS: Final = {
     "name": "Name",
@@ -155,9 +156,7 @@ def _start(host: Host, jobs: Jobs, panel: Panel, order: Callable[[], tuple[str, 
 
 
 def _in_turn(host: Host, do: _Do, task: str, control: Control) -> object:
-    with host.running(task) as hosts:
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
+    with turn(host, task, control) as both:
         found = do(both)
         host.refresh()
     return found

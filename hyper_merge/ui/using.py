@@ -20,7 +20,7 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import checkpoint_names
 from hyper_merge.ui import merging, results, use_views, views
-from hyper_merge.ui.jobs import MERGE, Jobs
+from hyper_merge.ui.jobs import Jobs
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
 
@@ -102,8 +102,8 @@ def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
                 own = (views.progress(now),)
             yield (*shown, *shown, *own)
         else:
-            is_merge = now is None or now.place == MERGE
-            yield (*_if(is_merge, shown), *_if(not is_merge, shown), *own)
+            is_ours = now is not None and now.place in _PANELS
+            yield (*_if(not is_ours, shown), *_if(is_ours, shown), *own)
 
 
 def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
@@ -114,7 +114,7 @@ def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
         seen: the task that was shown last: why another one is refused stays in its place.
     """
     now = jobs.last.standing if jobs.last else None
-    if now is None or now.place == MERGE or now.task == seen:
+    if now is None or now.place not in _PANELS or now.task == seen:
         return (gr.update(),) * (len(_PANELS) + 6)
     outcome = now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
     said = [outcome.said if panel == now.place else gr.update() for panel in _PANELS]

@@ -5,7 +5,8 @@ What is asked for is made anew when the turn comes: the host's list may have cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from hyper_merge.control import Control
 from hyper_merge.errors import OutputError
@@ -19,13 +20,20 @@ from hyper_merge.runs import load_run
 from hyper_merge.ui.results import styles_of
 
 
+@contextmanager
+def turn(host: Host, task: str, control: Control) -> Iterator[Control]:
+    """A turn of the host's for a task; gives a control that tells host and job, and hears both."""
+    with host.running(task) as hosts:
+        both = control.joined(hosts)
+        both.step("starting", 0.0)
+        yield both
+
+
 def merge(
     host: Host, asked: Callable[[], Recipe], save_styles: bool, task: str, control: Control
 ) -> str:
     """Merges, and saves a style per checkpoint if that is wished; returns the run's name."""
-    with host.running(task) as hosts:
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
+    with turn(host, task, control) as both:
         folders = host.folders()
         preflight = examine(asked(), folders)
         for warning in preflight.warnings:
@@ -41,9 +49,7 @@ def fit(
     host: Host, asked: Callable[[], FitOrder], save_styles: bool, task: str, control: Control
 ) -> str:
     """Fits a checkpoint onto a run, and saves its style if that is wished; returns the run's name."""
-    with host.running(task) as hosts:
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
+    with turn(host, task, control) as both:
         folders = host.folders()
         fitted = run_fit(asked(), folders, both)
         if fitted.topups:

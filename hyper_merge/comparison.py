@@ -27,7 +27,14 @@ from hyper_merge.picture_difference import (
 from hyper_merge.picture_grid import Band, Cell, draw_grid
 from hyper_merge.picture_order import ComparisonOrder, Draw, Key, Subject, plan_of
 from hyper_merge.runs import Run, load_run
-from hyper_merge.terms import find_row, require_hyper_model, require_own, terms_of
+from hyper_merge.terms import (
+    find_row,
+    require_hyper_model,
+    require_own,
+    source_of,
+    tags_of,
+    terms_of,
+)
 
 ROWS: Final[Mapping[str, str]] = {
     "restored": "hyper-model + LoRAs",
@@ -117,15 +124,10 @@ def _subjects(
     run: Run, order: ComparisonOrder, studio: Studio, folders: Folders, control: Control
 ) -> tuple[Subject, ...]:
     """The checkpoints, each once, with their originals as far as they can be drawn."""
-    rows = {
-        row.name: (row, fitted) for row, fitted in (find_row(run, x) for x in order.checkpoints)
-    }
-    parts = control.split([1.0] * len(rows))
+    names = dict.fromkeys(find_row(run, name)[0].name for name in order.checkpoints)
+    sources = [source_of(run, name) for name in names]
     found = []
-    for (row, fitted), part in zip(rows.values(), parts, strict=True):
-        # The last of that name: a given base comes first.
-        own = [each for each in run.sources if Path(each.name).stem == row.name][-1:]
-        (original,) = find_originals([fitted.source] if fitted else own, folders, part)
+    for checkpoint, original in zip(names, find_originals(sources, folders, control), strict=True):
         name = original.source.name
         note = {
             "there": studio.refusal(original.path) if original.state == "there" else "",
@@ -134,8 +136,8 @@ def _subjects(
         }[original.state]
         found.append(
             Subject(
-                row.name,
-                fitted.tags(run) if fitted else run.report.tags(row),
+                checkpoint,
+                tags_of(run, checkpoint),
                 None if note else original.path,
                 f"{name} is left out: {note}" if note else "",
             )

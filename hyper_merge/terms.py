@@ -142,6 +142,16 @@ def find_row(run: Run, name: str) -> tuple[CheckpointReport, Fitted | None]:
     return found
 
 
+def tags_of(run: Run, name: str) -> str:
+    """What makes the hyper-model a checkpoint of a run in a prompt, of the merge or fitted later.
+
+    Raises:
+        RunError: the run knows none of that name; says the nearest.
+    """
+    row, fitted = find_row(run, name)
+    return fitted.tags(run) if fitted else run.report.tags(row)
+
+
 def source_of(run: Run, name: str) -> RunSource:
     """The file that a checkpoint of a run was, of the merge or fitted later.
 

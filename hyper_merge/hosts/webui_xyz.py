@@ -13,7 +13,7 @@ from hyper_merge.fits import fits_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.recipe_values import nearest
 from hyper_merge.runs import Run, list_runs, load_run
-from hyper_merge.terms import find_row
+from hyper_merge.terms import tags_of
 
 LABEL: Final = "Hyper-Merge: checkpoint"
 _SCRIPT: Final = "xyz_grid.py"
@@ -87,7 +87,7 @@ def _found(host: Host, value: str) -> tuple[str, str]:
     name, _, checkpoint = value.partition("/")
     try:
         run = load_run(host.folders(), name)
-        row, fitted = find_row(run, checkpoint)
+        tags = tags_of(run, checkpoint)
     except HyperMergeError as error:
         known = choices(host)
         raise PictureError(
@@ -99,4 +99,4 @@ def _found(host: Host, value: str) -> tuple[str, str]:
             f"{LABEL}: {run.hyper_model.name}, the hyper-model of {name}, is not in the WebUI's list of"
             " checkpoints, or another one answers to its name; refresh the list"
         )
-    return title, fitted.tags(run) if fitted else run.report.tags(row)
+    return title, tags

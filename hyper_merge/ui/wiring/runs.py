@@ -7,12 +7,10 @@ import functools
 from hyper_merge.ui import history, results
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import in_browser
-from hyper_merge.ui.wiring.wires import Wires
+from hyper_merge.ui.wiring.wires import REFRESH_STYLES, SELECT, Wires
 
 _COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
-_SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
-_REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _OPEN_MERGE = "() => { hyperMerge.openTab(0); return []; }"
 
 
@@ -21,7 +19,7 @@ def wire_result(wires: Wires) -> None:
     panel, shown, host = wires.result, wires.result.shown, wires.host
     in_browser(shown.checkpoint.change, _PROMPT, [shown.checkpoint, shown.prompts], [shown.prompt])
     in_browser(panel.copy.click, _COPY, [shown.prompt])
-    in_browser(panel.send.click, _SELECT, [shown.title])
+    in_browser(panel.send.click, SELECT, [shown.title])
     wires.on(panel.send.click, results.sent, [shown.run, shown.title], [shown.note], shown.note)
     host.connect_send(panel.send, shown.prompt)
     for button, handler in (
@@ -31,7 +29,7 @@ def wire_result(wires: Wires) -> None:
         done = wires.on(
             button.click, functools.partial(handler, host), [shown.run], [shown.note], shown.note
         )
-        in_browser(done.then, _REFRESH_STYLES)
+        in_browser(done.then, REFRESH_STYLES)
 
 
 def wire_history(wires: Wires) -> None:
@@ -67,5 +65,5 @@ def wire_deletion(wires: Wires) -> None:
     wires.on(panel.delete.click, ask, [panel.run], asking, panel.outcome)
     delete = functools.partial(history.delete, host, wires.jobs)
     deleted = wires.on(panel.confirm.click, delete, [panel.asked], asking, panel.outcome)
-    in_browser(wires.list_runs(deleted.then).then, _REFRESH_STYLES)
+    in_browser(wires.list_runs(deleted.then).then, REFRESH_STYLES)
     wires.on(panel.cancel.click, history.keep, [], asking, panel.outcome)

@@ -10,13 +10,11 @@ from hyper_merge.ui import merging, results, use_jobs, using
 from hyper_merge.ui.panels.use import FitPanel, MixPanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import in_browser
-from hyper_merge.ui.wiring.wires import Wires
+from hyper_merge.ui.wiring.wires import REFRESH_STYLES, SELECT, Wires
 
 _COPY = "(text) => { hyperMerge.copy(text, '%s'); return []; }"
-_SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _MIX = "() => { hyperMerge.mix('%s'); return []; }"
 _SHARES = "(run, _, name) => [run, hyperMerge.shares(), name]"
-_REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 
 
 def wire_use(wires: Wires) -> None:
@@ -42,7 +40,7 @@ def wire_use(wires: Wires) -> None:
     saved = wires.on(
         use.fit.save_style.click, save, [outcomes.fitted], [use.fit.note], use.fit.note
     )
-    in_browser(saved.then, _REFRESH_STYLES)
+    in_browser(saved.then, REFRESH_STYLES)
 
 
 def wire_use_jobs(wires: Wires) -> None:
@@ -77,7 +75,7 @@ def _prompt(
     """Tags that are copied, or sent; `sent` says what is left to do, of run and title."""
     say, shown = sent
     in_browser(panel.copy.click, _COPY % f"{name}_", [tags])
-    in_browser(panel.send.click, _SELECT, shown[1:])
+    in_browser(panel.send.click, SELECT, shown[1:])
     wires.on(panel.send.click, say, shown, [panel.note], panel.note)
     wires.host.connect_send(panel.send, tags)
 

@@ -26,6 +26,8 @@ Trigger = Callable[..., Any]
 """Such as `button.click`, or `event.then`."""
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
+SELECT = "(title) => { hyperMerge.select(title); return []; }"
+REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 _REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 

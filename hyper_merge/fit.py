@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyper_merge.added import Added
 from hyper_merge.analysis import Work, pass_costs
+from hyper_merge.assessment import part_losses
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.staging import require_free
 from hyper_merge.control import Control
@@ -22,7 +23,7 @@ from hyper_merge.fits import Fitted, paths_for, stage_fit
 from hyper_merge.folders import Folders
 from hyper_merge.labels import Source
 from hyper_merge.lineage import bytes_to_hash, hashed, now
-from hyper_merge.report import PARTS, CheckpointReport, Recovered, part_losses
+from hyper_merge.report import PARTS, CheckpointReport, Recovered
 from hyper_merge.runs import Run
 from hyper_merge.terms import require_own, shared_files
 from hyper_merge.topup import remove_earlier, require_free_topup, top_up

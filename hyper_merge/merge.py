@@ -13,6 +13,7 @@ from torch import Tensor
 from hyper_merge import analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
 from hyper_merge.analysis_cache import Analysis, new_analysis, open_analysis
+from hyper_merge.assessment import BlockChoice, fit, make_report
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.checkpoints.staging import require_free
@@ -41,7 +42,7 @@ from hyper_merge.merge_files import (
 from hyper_merge.preflight import Preflight, require_disks, resolve_device
 from hyper_merge.private import Shared, find_private, with_private
 from hyper_merge.recipe import AVERAGE
-from hyper_merge.report import BlockChoice, HostRounding, Report, fit, make_report
+from hyper_merge.report import HostRounding, Report
 from hyper_merge.rounding import rounded
 from hyper_merge.settle import solved_as_asked
 from hyper_merge.solution import find_blocks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge import __version__
+from hyper_merge.assessment import Fit, Sizes
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.prediction import config_beside, configuration_for
 from hyper_merge.checkpoints.staging import require_free
@@ -26,7 +27,7 @@ from hyper_merge.lora import write_lora
 from hyper_merge.preflight import Preflight
 from hyper_merge.private import Private
 from hyper_merge.prompts import companion_names, lora_names, prompt_word
-from hyper_merge.report import Fit, Recovered, Report, Sizes
+from hyper_merge.report import Recovered, Report
 from hyper_merge.report_text import text
 from hyper_merge.rounding import Rounded
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
+from hyper_merge.assessment import Fit
 from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.control import Control
 from hyper_merge.decomposition.contrasts import distances
@@ -19,7 +20,6 @@ from hyper_merge.decomposition.truncated import Truncated, truncated_svd
 from hyper_merge.float8 import float8_alpha
 from hyper_merge.lora import as_hosts_add, stored_factors
 from hyper_merge.recipe_values import Wish
-from hyper_merge.report import Fit
 from hyper_merge.rounding import Rounded
 from hyper_merge.workers import workers
 

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from hyper_merge.added import Added
+from hyper_merge.assessment import part_losses
 from hyper_merge.checkpoints.alike import check_alike
 from hyper_merge.checkpoints.header import Header
 from hyper_merge.checkpoints.layers import (
@@ -33,7 +34,7 @@ from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word
 from hyper_merge.recipe import FIELDS, SettingError
 from hyper_merge.recipe_values import describe as shown
-from hyper_merge.report import PartLoss, part_losses
+from hyper_merge.report import PartLoss
 from hyper_merge.restoring import Errors, write_restored
 from hyper_merge.runs import Run, load_run
 from hyper_merge.sizes import size_text

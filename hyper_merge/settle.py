@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
 from hyper_merge.analysis_cache import Analysis
+from hyper_merge.assessment import Fit
 from hyper_merge.control import Control
 from hyper_merge.errors import RecipeError
 from hyper_merge.preflight import Preflight
 from hyper_merge.prospects import Prospects, prospects
-from hyper_merge.report import Fit
 from hyper_merge.sizes import size_text
 
 _TRIES: Final = 4  # solves for one target

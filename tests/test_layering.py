@@ -43,6 +43,7 @@ TASKS = frozenset(
         "course",
         "pruning",
         "report",
+        "assessment",
         "rounding",
         "prospects",
         "private",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_family import layers_of, merge
 
-from hyper_merge.report import CheckpointReport, Fit, PartLoss, Report
+from hyper_merge.assessment import Fit
+from hyper_merge.report import CheckpointReport, PartLoss, Report
 from hyper_merge.report_text import text
 
 REPORT = Report(

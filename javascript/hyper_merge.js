@@ -34,7 +34,10 @@ window.hyperMerge = (() => {
     // it was last filled with.
     function select(title) {
         if (title && typeof selectCheckpoint === "function") {
-            press("#forge_refresh_checkpoint");
+            // One that came later would bring the old choice back.
+            if (!refreshNow()) {
+                press("#forge_refresh_checkpoint");
+            }
             selectCheckpoint(title);
         }
     }
@@ -55,8 +58,19 @@ window.hyperMerge = (() => {
         } else if (made && made !== refreshed[what]) {
             refreshed[what] = made;
             clearTimeout(refreshing); // once for a run and its files: gradio 3.41 loses a second press
-            refreshing = setTimeout(() => [...refreshers.styles, ...refreshers.lists].forEach(press), 500);
+            refreshing = setTimeout(refreshNow, 500);
         }
+    }
+
+    // Does what `refresh` has put off; says whether there was anything.
+    function refreshNow() {
+        const due = refreshing !== null;
+        if (due) {
+            clearTimeout(refreshing);
+            refreshing = null;
+            [...refreshers.styles, ...refreshers.lists].forEach(press);
+        }
+        return due;
     }
 
     function press(selector) {

@@ -31,15 +31,31 @@ window.hyperMerge = (() => {
     }
 
     // The WebUI's own way to change the checkpoint; the app has none. Forge's menu takes only what
-    // it was last filled with.
+    // it was last filled with, so it is filled first; a filling that came later would bring the old
+    // choice back.
     function select(title) {
         if (title && typeof selectCheckpoint === "function") {
-            // One that came later would bring the old choice back.
             if (!refreshNow()) {
                 press("#forge_refresh_checkpoint");
             }
-            selectCheckpoint(title);
+            if (find("#forge_refresh_checkpoint")) {
+                whenFilled("#setting_sd_model_checkpoint", () => selectCheckpoint(title));
+            } else {
+                selectCheckpoint(title);
+            }
         }
+    }
+
+    // Once gradio does not show that it works on the menu, or after ten seconds.
+    function whenFilled(menu, then, left = 100) {
+        setTimeout(() => {
+            const working = find(`${menu} [data-testid="status-tracker"]:not(.hide)`);
+            if (working && left > 0) {
+                whenFilled(menu, then, left - 1);
+            } else {
+                then();
+            }
+        }, 100);
     }
 
     // The WebUI's own buttons that read its lists anew: styles, cards, menu of checkpoints.

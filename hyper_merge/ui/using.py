@@ -20,7 +20,7 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import checkpoint_names
 from hyper_merge.ui import merging, results, use_views, views
-from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.jobs import Jobs, Standing
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
 
@@ -94,14 +94,20 @@ def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
     Status, Stop button and message of the tab "Merge", then of this one; then the panel with the
     button that was pressed, if the job is its.
     """
+    own: tuple[Any, ...]
+    is_followed = False  # in the panel
     for shown in merging.watch(jobs):
         now = jobs.last.standing if jobs.last else None
         own = () if panel is None else (gr.update(),)
+        is_here = now is not None and now.place == panel
         if now is not None and now.outcome == "running":
-            if own and now.place == panel:
-                own = (views.progress(now),)
+            if is_here:
+                own, is_followed = (views.progress(now),), True
             yield (*shown, *shown, *own)
         else:
+            # A page may follow a job twice, after a refusal, and only one of both shows its end then.
+            if now is not None and is_here and is_followed:
+                own = (_outcome(now).said,)
             is_ours = now is not None and now.place in _PANELS
             yield (*_if(not is_ours, shown), *_if(is_ours, shown), *own)
 
@@ -116,7 +122,7 @@ def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
     now = jobs.last.standing if jobs.last else None
     if now is None or now.place not in _PANELS or now.task == seen:
         return (gr.update(),) * (len(_PANELS) + 6)
-    outcome = now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
+    outcome = _outcome(now)
     said = [outcome.said if panel == now.place else gr.update() for panel in _PANELS]
     wrote = now.task if outcome.wrote else gr.update()
     if now.place != "fit":
@@ -171,6 +177,11 @@ def _offered(
         gr.update(choices=list(names), value=restored if restored in names else names[0]),
         gr.update(choices=own, value=[name for name in exported or () if name in own]),
     )
+
+
+def _outcome(now: Standing) -> Outcome:
+    """What a job gave; how it ended, if it gave nothing."""
+    return now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
 
 
 def _if(own: bool, shown: tuple[str, Any, Any]) -> tuple[str, Any, Any]:

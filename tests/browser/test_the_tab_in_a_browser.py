@@ -41,7 +41,7 @@ def test_a_wrong_number_and_a_taken_name_are_said_at_once(tab):
 
 
 def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
-    before = sorted(server.models.rglob("*.safetensors"))
+    before = _kept(server.models)
     tab.pick(*THREE)
     tab.type("name", "stopped")
     tab.type("ranks", "4, 2")
@@ -53,10 +53,12 @@ def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
     shot(tab.page, f"{server.host}-running")
     tab.click("stop")
     tab.until(lambda: "Stopped" in tab.text("status"), seconds=2)
-    assert (
-        sorted(path for path in server.models.rglob("*.safetensors") if "cache" not in path.parts)
-        == before
-    )
+    assert _kept(server.models) == before
+
+
+def _kept(models):
+    """Checkpoints and LoRAs; what is cached may stay."""
+    return sorted(path for path in models.rglob("*.safetensors") if "cache" not in path.parts)
 
 
 def test_from_picking_to_the_result_and_again(tab, server):

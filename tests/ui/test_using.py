@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from at_the_tab import EVIL, kinds, tags, unchanged, words
@@ -25,7 +26,8 @@ class One:
         self.standing = Standing("task(1)", "the fit of d", **standing)
 
     def wait(self, seconds):
-        raise AssertionError("it has ended")
+        assert self.standing.outcome == "running", "it has ended"
+        self.standing = replace(self.standing, outcome="done", result=Outcome("<p>here</p>"))
 
 
 @pytest.fixture
@@ -190,6 +192,16 @@ def test_progress_is_shown_in_both_tabs_and_in_the_panel_that_began_it():
         first, *_, own = next(iter(using.watch(One(place="fit"), panel)))
         assert "waiting for the queue" in words(first)
         assert (own == first) is shown
+
+
+def test_the_end_of_a_job_that_was_followed_is_what_it_gave():
+    """Two streams may follow it, and only after one of them the panel is asked what came of it."""
+    jobs = One(place="safe")
+    *running, ended = (row[-1] for row in using.watch(jobs, "safe"))
+    assert ["waiting for the queue" in words(text) for text in running] == [True]
+    assert ended == "<p>here</p>"
+    ((*_, later),) = using.watch(jobs, "safe")
+    assert unchanged(later)  # a refusal may stand there
 
 
 def test_a_style_of_a_fit_is_saved_and_one_of_none_is_refused(webui, run, fitted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,5 +83,5 @@ def _kept(
             down = torch.cat([down[:rank] for (_, down), rank in cut])
             batches.append(Batch(batch.slices[place][None], ranks[index], (index,)))
             factors.append(Factors(up[None], down[None]))
-    problem = Problem(tuple(batches), group.problem.energy, group.problem.each)
+    problem = replace(group.problem, batches=tuple(batches))
     return Group(group.name, problem, group.multipliers, tuple(factors), ())

@@ -4,6 +4,11 @@ Minimises  sum over layers of  sum_c || slices[c] - sum_r multipliers[c, r] * up
 the decomposition in rank-(L, L, 1) terms of De Lathauwer ("Decompositions of a higher-order tensor
 in block terms, part II", 2008), coupled over layers through the mode-3 factor: the multipliers.
 Every half-step of the alternating least squares (ALS) here is linear and lowers the loss.
+
+There may be no best blocks: large ones that nearly cancel each other come ever closer to the slices
+(de Silva and Lim, "Tensor rank and the ill-posedness of the best low-rank approximation problem",
+2008). A `ridge` adds that fraction of the blocks' own energies, ||multipliers[:, r]||^2 *
+||up_r @ down_r||^2, to what is minimised, which keeps them from it.
 """
 
 from __future__ import annotations
@@ -57,6 +62,7 @@ class Problem:
     batches: tuple[Batch, ...]
     energy: float  # sum of squares of all slices, in and outside of the cores
     each: Callable[..., Iterable[Any]] = map  # over batches; a parallel map gives the same
+    ridge: float = 0.0  # what the blocks' own energies count
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,6 +99,10 @@ class Statistics:
         error = self.energy - 2 * (lam * self.cross).sum() + ((lam @ self.gram) * lam).sum()
         return max(float(error), 0.0) / self.energy if self.energy > 0 else 0.0
 
+    def with_ridge(self, ridge: float) -> Statistics:
+        """The same with what the blocks' own energies count: its loss is what a sweep lowers."""
+        return Statistics(self.energy, self.cross, _with_ridge(self.gram, ridge))
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -113,7 +123,7 @@ class Stopping:
     """When to stop sweeping, and whom to tell."""
 
     sweeps: int
-    tolerance: float  # relative change of the loss in one sweep
+    tolerance: float  # relative change in one sweep of what is minimised
     on_sweep: Callable[[float], None] = lambda _loss: None  # may raise, to stop
 
 
@@ -123,13 +133,14 @@ def update_ups(
     multipliers: Tensor,  # (k, R)
     mixtures: Tensor | None = None,  # (b, R, p, q), if known
     inner: Tensor | None = None,  # (b, rho, rho), of the downs, if they reach beyond the core
+    ridge: float = 0.0,
 ) -> Factors:
     """The best ups for given downs and multipliers: normal equations of all blocks at once."""
     # Through mixtures of the slices the work does not grow with the number of checkpoints.
     mixtures = batch.mixtures(multipliers) if mixtures is None else mixtures
     parts = [mixtures[:, r] @ factors.down[:, s].mT for r, s in enumerate(batch.spans)]
     inner = factors.down @ factors.down.mT if inner is None else inner
-    gram = _mode3_gram(batch, multipliers) * inner
+    gram = _mode3_gram(batch, multipliers, ridge) * inner
     return Factors(solve_damped(torch.cat(parts, 2), gram, factors.up), factors.down)
 
 
@@ -138,11 +149,12 @@ def update_downs(
     factors: Factors,
     multipliers: Tensor,  # (k, R)
     mixtures: Tensor | None = None,  # (b, R, p, q), if known
+    ridge: float = 0.0,
 ) -> Factors:
     """The best downs for given ups and multipliers."""
     mixtures = batch.mixtures(multipliers) if mixtures is None else mixtures
     parts = [mixtures[:, r].mT @ factors.up[:, :, s] for r, s in enumerate(batch.spans)]
-    gram = _mode3_gram(batch, multipliers) * (factors.up.mT @ factors.up)
+    gram = _mode3_gram(batch, multipliers, ridge) * (factors.up.mT @ factors.up)
     return Factors(factors.up, solve_damped(torch.cat(parts, 2), gram, factors.down.mT).mT)
 
 
@@ -191,19 +203,19 @@ def sweep(
     problem: Problem,
     factors: Iterable[Factors],  # one per batch; may be lazy
     multipliers: Tensor,  # (k, R)
-) -> tuple[tuple[Factors, ...], Tensor, float]:
-    """Ups, downs, multipliers: each the best for the others. Returns the loss too."""
+) -> tuple[tuple[Factors, ...], Tensor, Statistics]:
+    """Ups, downs, multipliers: each the best for the others. Returns the statistics too."""
 
     def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
         mixtures = batch.mixtures(multipliers)
-        new = update_ups(batch, old, multipliers, mixtures)
-        new = update_downs(batch, new, multipliers, mixtures)
+        new = update_ups(batch, old, multipliers, mixtures, ridge=problem.ridge)
+        new = update_downs(batch, new, multipliers, mixtures, ridge=problem.ridge)
         return new, _batch_statistics(batch, new)
 
     results = list(problem.each(in_batch, problem.batches, factors))
     found = _summed(problem, [part for _, part in results])
-    fitted = fit_multipliers(found)
-    return tuple(new for new, _ in results), fitted, found.loss(fitted)
+    fitted = fit_multipliers(found.with_ridge(problem.ridge))
+    return tuple(new for new, _ in results), fitted, found
 
 
 def solve(
@@ -212,10 +224,10 @@ def solve(
     multipliers: Tensor,  # (k, R)
     stopping: Stopping,
 ) -> Solution:
-    """Sweeps from a start until the loss stands still; it never rises.
+    """Sweeps from a start until what is minimised, the loss and the ridge, stands still; it never rises.
 
-    Each sweep begins a step ahead, in the direction of the last one; where that does not lower the
-    loss it is taken back and the next sweep is a plain one. This gets through the long valleys
+    Each sweep begins a step ahead, in the direction of the last one; where that does not lower it, it
+    is taken back and the next sweep is a plain one. This gets through the long valleys
     ("swamps") of alternating least squares in a half to a third of the sweeps.
 
     Source: Mitchell, Ye and De Sterck, "Nesterov acceleration of alternating least squares for
@@ -226,20 +238,23 @@ def solve(
     current, before = Solution(tuple(factors), multipliers, ()), multipliers
     del factors  # a set of all layers' that only the first sweep needs
     older: deque[Factors] = deque()  # those of `before`, as far as they are still needed
+    values: list[float] = []  # of what is minimised
     step = 0
     for _ in range(stopping.sweeps):
         momentum = step / (step + 3)
         ahead = torch.lerp(before, current.multipliers, 1 + momentum)
-        found, fitted, loss = sweep(problem, _ahead(older, current, momentum), ahead)
-        stopping.on_sweep(loss)
-        if step and loss > current.loss:
+        found, fitted, sums = sweep(problem, _ahead(older, current, momentum), ahead)
+        value = sums.with_ridge(problem.ridge).loss(fitted)
+        stopping.on_sweep(value)
+        if step and value > values[-1]:
             step = 0
             continue
+        values.append(value)
         older, before = deque(current.factors), current.multipliers
-        current = Solution(found, fitted, (*current.losses, loss))
-        if _stands_still(current.losses, stopping.tolerance):
+        current = Solution(found, fitted, (*current.losses, sums.loss(fitted)))
+        if _stands_still(values, stopping.tolerance):
             break
-        step = step + 1 if len(current.losses) > 1 else 0  # the start itself is no direction
+        step = step + 1 if len(values) > 1 else 0  # the start itself is no direction
     return current
 
 
@@ -252,8 +267,8 @@ def blocks(
         yield factors.up[:, :, span], factors.down[:, span]
 
 
-def _stands_still(losses: Sequence[float], tolerance: float) -> bool:
-    return len(losses) > 1 and losses[-2] - losses[-1] <= tolerance * losses[-2]
+def _stands_still(values: Sequence[float], tolerance: float) -> bool:
+    return len(values) > 1 and values[-2] - values[-1] <= tolerance * values[-2]
 
 
 def _ahead(older: deque[Factors], current: Solution, momentum: float) -> Iterator[Factors]:
@@ -284,6 +299,10 @@ def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
     return cross, gram.cpu()
 
 
-def _mode3_gram(batch: Batch, multipliers: Tensor) -> Tensor:  # (rho, rho)
-    gram = (multipliers.mT @ multipliers).to(batch.slices)
+def _with_ridge(gram: Tensor, ridge: float) -> Tensor:  # (R, R)
+    return gram + ridge * torch.diag_embed(gram.diagonal())
+
+
+def _mode3_gram(batch: Batch, multipliers: Tensor, ridge: float) -> Tensor:  # (rho, rho)
+    gram = _with_ridge(multipliers.mT @ multipliers, ridge).to(batch.slices)
     return gram[batch.block_of][:, batch.block_of]

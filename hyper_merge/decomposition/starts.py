@@ -117,7 +117,7 @@ def pilot(problem: Problem) -> Problem:
         if chosen:
             layers = tuple(batch.layers[i] for i in chosen)
             batches.append(Batch(batch.slices[chosen], batch.ranks, layers))
-    return Problem(tuple(batches), float(energy[order[:count]].sum()), problem.each)
+    return Problem(tuple(batches), float(energy[order[:count]].sum()), problem.each, problem.ridge)
 
 
 def _pilot_sweeps(starts: int) -> float:

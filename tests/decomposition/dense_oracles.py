@@ -79,6 +79,15 @@ def dense_loss(problem: Problem, factors: Sequence[Factors], multipliers: Tensor
     return (error + problem.energy - inside) / problem.energy
 
 
+def dense_penalties(
+    problem: Problem, factors: Sequence[Factors], multipliers: Tensor
+) -> Tensor:  # (R,)
+    """What each block adds, in units of the energy, before it is times the ridge."""
+    blocks_of = zip(problem.batches, factors, strict=True)
+    sizes = sum(dense_blocks(batch, f).square().sum((0, 2, 3)) for batch, f in blocks_of)
+    return multipliers.double().square().sum(0) * sizes / problem.energy
+
+
 def truncated(matrix: Tensor, rank: int) -> Tensor:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]

@@ -30,6 +30,7 @@ from hyper_merge.decomposition.ll1 import (
     update_ups,
 )
 
+ridges = st.sampled_from([0.0, 0.01, 1.0])
 small_ranks = st.lists(st.integers(1, 3), min_size=1, max_size=3)
 
 
@@ -48,16 +49,26 @@ def mode3_rows(batch, multipliers):  # (k, rho): the multiplier of every column
     return multipliers.repeat_interleave(torch.tensor(batch.ranks), 1)
 
 
+def with_zeros(batch, multipliers, ridge):
+    """The ridge as least squares: each block, times the size of its multipliers, should be nothing."""
+    b, _, p, q = batch.slices.shape
+    rows = torch.diag(ridge**0.5 * multipliers.norm(dim=0))
+    zeros = batch.slices.new_zeros(b, len(rows), p, q)
+    slices = torch.cat([batch.slices, zeros], 1)
+    return Batch(slices, batch.ranks, batch.layers), torch.cat([multipliers, rows])
+
+
 def well_conditioned(design):
     """The damping, 2e-14 of the squares, moves a fit by less than 1e-7 of its target then."""
     return bool((torch.linalg.cond(design) < 1e3).all())
 
 
 @settings(deadline=None, max_examples=40)
-@given(batches())
-def test_ups_are_the_dense_least_squares_solution(drawn):
+@given(batches(), ridges)
+def test_ups_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, multipliers = drawn
-    found = update_ups(batch, factors, multipliers)
+    found = update_ups(batch, factors, multipliers, ridge=ridge)
+    batch, multipliers = with_zeros(batch, multipliers, ridge)
     weighted = torch.einsum("kc,bcq->bckq", mode3_rows(batch, multipliers), factors.down)
     design = weighted.flatten(2).mT  # (b, kq, rho)
     assume(well_conditioned(design))
@@ -68,10 +79,11 @@ def test_ups_are_the_dense_least_squares_solution(drawn):
 
 
 @settings(deadline=None, max_examples=40)
-@given(batches())
-def test_downs_are_the_dense_least_squares_solution(drawn):
+@given(batches(), ridges)
+def test_downs_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, multipliers = drawn
-    found = update_downs(batch, factors, multipliers)
+    found = update_downs(batch, factors, multipliers, ridge=ridge)
+    batch, multipliers = with_zeros(batch, multipliers, ridge)
     weighted = torch.einsum("kc,bpc->bkpc", mode3_rows(batch, multipliers), factors.up)
     design = weighted.flatten(1, 2)  # (b, kp, rho)
     assume(well_conditioned(design))
@@ -140,12 +152,15 @@ def test_the_loss_of_nothing_is_zero():
 
 
 @settings(deadline=None, max_examples=40)
-@given(batches())
-def test_multipliers_are_the_dense_least_squares_solution(drawn):
+@given(batches(), ridges)
+def test_multipliers_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, _ = drawn
-    found = fit_multipliers(statistics(problem_of((batch.slices, batch.ranks)), [factors]))
+    sums = statistics(problem_of((batch.slices, batch.ranks)), [factors])
+    found = fit_multipliers(sums.with_ridge(ridge))
     design = dense_blocks(batch, factors).transpose(0, 1).flatten(1).mT  # (bpq, R)
     target = batch.slices.transpose(0, 1).flatten(1).mT  # (bpq, k)
+    design = torch.cat([design, torch.diag(ridge**0.5 * design.norm(dim=0))])
+    target = torch.cat([target, target.new_zeros(len(batch.ranks), target.shape[1])])
     wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution.mT
     assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
@@ -193,8 +208,8 @@ def test_each_part_of_a_sweep_lowers_the_dense_loss(drawn):
         )
     ]
     assert all(b <= a + 1e-7 for a, b in itertools.pairwise(losses))
-    swept, lam, loss = sweep(problem, [factors], multipliers)
-    assert_close(loss, dense_loss(problem, swept, lam), rtol=0, atol=1e-6)
+    swept, lam, sums = sweep(problem, [factors], multipliers)
+    assert_close(sums.loss(lam), dense_loss(problem, swept, lam), rtol=0, atol=1e-6)
 
 
 def test_updates_change_none_of_their_arguments(rng):

@@ -1,5 +1,6 @@
 import itertools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from dense_oracles import (
     dense_approximation,
     dense_blocks,
     dense_loss,
+    dense_penalties,
     normal,
     orthogonal,
     problem_of,
@@ -155,29 +157,68 @@ def test_the_loss_never_rises_by_more_than_rounding_in_float32(seed):
     assert_close(found.loss, exact, rtol=1e-5, atol=0)
 
 
+def swamp(rng):  # (1, k, p, q)
+    """A tensor which two rank-one blocks come ever closer to, and only their limit reaches."""
+    up, down, checkpoint = orthogonal(rng, 6, 2), orthogonal(rng, 6, 2), orthogonal(rng, 3, 2)
+    return sum(
+        torch.einsum("k,p,q->kpq", checkpoint[:, c], up[:, a], down[:, b])
+        for c, a, b in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    )[None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_loss_never_rises_in_a_swamp(dtype, seed):
-    """Two rank-one blocks that come ever closer to a tensor which only their limit reaches.
-
-    The dense loss: the reported one is rounded like blocks that are large and nearly cancel.
-    """
+    """The dense loss: the reported one is rounded like blocks that are large and nearly cancel."""
     rng = seeded(seed)
-    up, down, checkpoint = orthogonal(rng, 6, 2), orthogonal(rng, 6, 2), orthogonal(rng, 3, 2)
-    slices = sum(
-        torch.einsum("k,p,q->kpq", checkpoint[:, c], up[:, a], down[:, b])
-        for c, a, b in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
-    )
-    problem = problem_of((slices[None].to(dtype), (1, 1)))
+    problem = problem_of((swamp(rng).to(dtype), (1, 1)))
     multipliers = normal(rng, 3, 2)
     factors = factors_from(problem, multipliers, rng)
     losses = []
     for _ in range(200):
-        factors, multipliers, reported = sweep(problem, factors, multipliers)
+        factors, multipliers, sums = sweep(problem, factors, multipliers)
         losses.append(dense_loss(problem, factors, multipliers))
-        assert abs(reported - losses[-1]) < (1e-9 if dtype == torch.float64 else 3e-5)
+        assert abs(sums.loss(multipliers) - losses[-1]) < (1e-9 if dtype == torch.float64 else 3e-5)
     assert losses[0] > losses[-1] > 0
     assert rises(losses) <= (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ridge_keeps_blocks_from_cancelling_each_other(seed):
+    rng = seeded(seed)
+    plain = problem_of((swamp(rng), (1, 1)))
+    start = normal(rng, 3, 2)
+    penalties, losses = [], []
+    for problem in (plain, replace(plain, ridge=0.01)):
+        told = []
+        stopping = Stopping(300, FOREVER, told.append)
+        found = solve(problem, factors_from(problem, start, seeded(seed)), start, stopping)
+        of_blocks = dense_penalties(problem, found.factors, found.multipliers)
+        penalties.append(float(of_blocks.sum()))
+        losses.append(found.loss)
+        dense = dense_loss(problem, found.factors, found.multipliers)
+        assert_close(found.loss, dense, rtol=0, atol=1e-9)
+        wanted = found.loss + problem.ridge * penalties[-1]
+        assert_close(min(told), wanted, rtol=0, atol=1e-9)
+    assert penalties[0] > 10
+    assert penalties[1] < 3
+    assert losses[1] < losses[0] + 0.05
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_minimised_with_a_ridge_never_rises(seed, ridge):
+    problem = replace(random_family(seed), ridge=ridge)
+    rng = seeded(seed)
+    multipliers = normal(rng, *problem.shape)
+    factors = factors_from(problem, multipliers, rng)
+    values = []
+    for _ in range(60):
+        factors, multipliers, _ = sweep(problem, factors, multipliers)
+        penalties = dense_penalties(problem, factors, multipliers)
+        values.append(dense_loss(problem, factors, multipliers) + ridge * float(penalties.sum()))
+    assert values[0] > values[-1]
+    assert rises(values) <= 1e-12
 
 
 def test_the_last_loss_is_the_dense_one():

@@ -29,7 +29,7 @@ from hyper_merge.decomposition.ll1 import (
 _RANDOM: Final = 6  # random starts beside the planned ones
 _ROUNDS: Final = ((4, 4), (6, 2), (10, 1))  # sweeps, how many go on
 _GREEDY_TURNS: Final = 6
-_PILOT_SHARE: Final = 0.03  # of the cores' entries
+_PILOT_SHARE: Final = 0.03  # of the work of a sweep
 _PILOT_ENTRIES: Final = 1_000_000  # problems smaller than this are searched whole
 _BEFORE: Final = 24  # sweeps over the pilot that take as long as what precedes the first of them
 
@@ -97,20 +97,25 @@ def search_cost(entries: float, starts: int) -> float:
 
 
 def pilot(problem: Problem) -> Problem:
-    """The layers with the most energy per entry of their cores, up to a small share of all."""
+    """The layers with the most energy per entry of their cores, up to a small share of the work."""
     sizes: list[int] = []
+    ranks: list[int] = []
     energies, places = [], []
     for b, (batch, energy) in enumerate(
         zip(problem.batches, problem.each(_energies, problem.batches), strict=True)
     ):
         sizes += [batch.slices[0, 0].numel()] * len(energy)
+        ranks += [sum(batch.ranks)] * len(energy)
         energies.append(energy)
         places += [(b, i) for i in range(len(energy))]
     size = torch.tensor(sizes, dtype=torch.float64)
     energy = torch.cat(energies)
-    budget = max(_PILOT_SHARE * float(size.sum()), _PILOT_ENTRIES)
+    # Where ranks are adaptive the layers with most energy have the largest, and a sweep over them
+    # takes by far more than one over as many entries of others.
+    work = size * torch.tensor(ranks)
+    share = max(_PILOT_SHARE, _PILOT_ENTRIES / float(size.sum()))
     order = (energy / size).argsort(descending=True, stable=True)
-    count = max(int((size[order].cumsum(0) <= budget).sum()), 1)
+    count = max(int((work[order].cumsum(0) <= share * float(work.sum())).sum()), 1)
     batches = []
     for b, batch in enumerate(problem.batches):
         chosen = sorted(i for at, i in (places[o] for o in order[:count].tolist()) if at == b)

@@ -268,6 +268,14 @@ def test_the_pilot_is_the_layers_of_the_most_energy_per_entry(rng, monkeypatch):
     assert_close(found.energy, float(slices[[1, 3]].square().sum()))
 
 
+def test_a_pilot_takes_its_share_of_the_work_where_ranks_differ(rng, monkeypatch):
+    monkeypatch.setattr("hyper_merge.decomposition.starts._PILOT_ENTRIES", 0)
+    monkeypatch.setattr("hyper_merge.decomposition.starts._PILOT_SHARE", 0.45)
+    large, small = 2 * normal(rng, 8, 2, 9, 9), normal(rng, 8, 2, 9, 9)
+    found = pilot(problem_of((large, (8,)), (small, (1,))))
+    assert [len(batch.layers) for batch in found.batches] == [4]  # of 72 columns 32
+
+
 def test_a_pilot_has_at_least_one_layer(rng, monkeypatch):
     monkeypatch.setattr("hyper_merge.decomposition.starts._PILOT_ENTRIES", 0)
     problem = problem_of((normal(rng, 2, 2, 5, 5), (1,)))

@@ -23,6 +23,7 @@ from hyper_merge.pruning import Allowance
 from hyper_merge.report import PARTS, CheckpointReport, PartLoss, Report
 from hyper_merge.rounding import Rounded
 from hyper_merge.solution import Ranks
+from hyper_merge.weighting import relative_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ def make_report(
     outside = analysis.not_carried
     gram = gram_of(analysis)
     groups = clusters(gram)
+    weights = relative_weights(analysis.weights, analysis.layers)
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
         name=names[0],
@@ -135,6 +137,10 @@ def make_report(
         groups=groups.groups if groups.are_apart else (),
         between_groups=groups.between,
         parts=part_losses(analysis.layers, found.energies, found.errors),
+        relative_loss=_share(
+            weights @ found.errors.sum(1),
+            weights @ found.energies.sum(1),
+        ),
     )
 
 

@@ -27,6 +27,7 @@ from hyper_merge.report import PARTS, CheckpointReport, Recovered
 from hyper_merge.runs import Run
 from hyper_merge.terms import require_own, shared_files
 from hyper_merge.topup import remove_earlier, require_free_topup, top_up
+from hyper_merge.weighting import relative_weights
 
 _HASHED: Final = 120.0  # for each byte, in the unit of `pass_costs`
 
@@ -123,9 +124,13 @@ def _checked(job: Job, folders: Folders, control: Control) -> Source:
 def _multipliers(job: Job, measured: Measured) -> dict[str, Tensor]:
     """By the layers' part: of every LoRA, then of every companion, which takes the UNet's."""
     report = job.run.report
-    relative = job.run.recipe.layer_weights == "relative"
+    layers = job.sources.layout.layers
+    weights = torch.ones(len(layers), dtype=torch.float64)
+    if job.run.recipe.layer_weights == "relative":  # as in the merge
+        sizes = torch.tensor([sums.size for sums in measured.layers], dtype=torch.float64)
+        weights = relative_weights(sizes, layers)
     found = {
-        part: measured.multipliers(members, len(report.loras), relative=relative)
+        part: measured.multipliers(members, len(report.loras), weights.tolist())
         for part, members in job.groups.items()
     }
     unet = found["unet"]

@@ -27,7 +27,6 @@ from hyper_merge.difference import LowRankLayer, low_rank_layer
 from hyper_merge.sources import Sources
 from hyper_merge.workers import Each, workers
 
-_TINY: Final = torch.finfo(torch.float64).tiny
 _EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix besides
 
 
@@ -72,21 +71,24 @@ class Measured:
         return sum(self.lefts(multipliers, layers))
 
     def multipliers(
-        self, members: Sequence[int], count: int, *, relative: bool
+        self,
+        members: Sequence[int],
+        count: int,
+        weights: Sequence[float],
     ) -> Tensor:  # (count,), float64
         """The best ones for some of the layers; zeros where nothing differs.
 
         Args:
             members: the layers.
             count: of the files that get one, the first ones.
-            relative: whether errors count against the size of each layer's weight, as in merges.
+            weights: of all layers' squared errors.
         """
         cross = torch.zeros(count, dtype=torch.float64)
         gram = torch.zeros(count, count, dtype=torch.float64)
-        for sums in (self.layers[index] for index in members):
-            scale = 1 / max(sums.size, _TINY) if relative else 1.0
-            cross += scale * sums.cross[:count]
-            gram += scale * sums.gram[:count, :count]
+        for index in members:
+            sums, weight = self.layers[index], weights[index]
+            cross += weight * sums.cross[:count]
+            gram += weight * sums.gram[:count, :count]
         return fit_multipliers(Statistics(self.energy, cross[None], gram))[0]
 
 

@@ -131,7 +131,7 @@ def outlook(path: Path, preflight: Preflight, control: Control) -> Outlook:
     seen, groups = _looked_at(path, preflight, control)
     least = sum(seen.costs) / 2
     step = (seen.largest / least) ** (1 / (_SIZES - 1))
-    sizes = [round(least * step**i) for i in range(_SIZES)]
+    sizes = [*(round(least * step**i) for i in range(_SIZES - 1)), seen.largest]
     shared, private = (rows.tolist() for rows in seen.curves(sizes))
     return Outlook(
         seen.names, tuple(sizes), tuple(map(tuple, shared)), tuple(map(tuple, private)), groups

@@ -39,6 +39,7 @@ class Prospects:
     private: tuple[tuple[Tensor, ...], ...]  # per layer and checkpoint, falling
     multipliers: tuple[Tensor, ...]  # per layer (k, d): of the directions
     energies: Tensor  # (k,), of all deviations in the layers
+    weights: Tensor  # (layers,): what an explained part counts where ranks are spread
     costs: tuple[int, ...]  # bytes of a rank, per layer
 
     @property
@@ -57,7 +58,7 @@ class Prospects:
         return self._shares(self._counts(budget))
 
     def of_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
-        """What private LoRAs of these bytes together explain of every checkpoint."""
+        """What private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
         lists = [values for layer in self.private for values in layer]
         counts = spread(lists, [cost for cost in self.costs for _ in range(k)], budget)
@@ -71,8 +72,8 @@ class Prospects:
         shared = torch.cat([layer.square().mT for layer in self.multipliers])
         own = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
         return (
-            self._curve(self.mixtures, shared, sizes),
-            self._curve(self.private, own, sizes),
+            self._curve(self.mixtures, shared, sizes, self.weights),
+            self._curve(self.private, own, sizes, torch.ones_like(self.weights)),
         )
 
     def ranks_for(self, budget: float) -> tuple[int, ...]:
@@ -100,12 +101,14 @@ class Prospects:
         spectra: Sequence[Sequence[Tensor]],  # per layer and list, falling
         parts: Tensor,  # (lists, k): of a list's gain for every checkpoint
         sizes: Sequence[int],
+        weights: Tensor,  # (layers,)
     ) -> Tensor:  # (sizes, k)
         lists = [values for layer in spectra for values in layer]
         owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(v) for v in lists]))
         price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
+        weight = weights.repeat_interleave(len(spectra[0]))[owner]
         gains = torch.cat(lists)
-        order = (gains / price).argsort(descending=True, stable=True)
+        order = (gains * weight / price).argsort(descending=True, stable=True)
         owner, spent = owner[order], price[order].cumsum(0)
         explained = (gains[order, None] * parts[owner]).cumsum(0)
         bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
@@ -115,7 +118,8 @@ class Prospects:
     def _counts(self, budget: float, blocks: int | None = None) -> list[list[int]]:
         """Ranks per layer and direction, of the first directions or of all."""
         count = blocks or self.directions
-        lists = [values for layer in self.mixtures for values in layer[:count]]
+        pairs = zip(self.mixtures, self.weights, strict=True)
+        lists = [values * weight for layer, weight in pairs for values in layer[:count]]
         flat = spread(lists, [cost for cost in self.costs for _ in range(count)], budget)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
@@ -143,6 +147,7 @@ def prospects(
     groups: Mapping[str, Sequence[int]],
     names: Sequence[str],
     costs: Sequence[int],
+    weights: Tensor,  # (layers,)
     control: Control,
 ) -> Prospects:
     """Spectra of all mixtures: seconds for four SD 1.x files.
@@ -152,6 +157,8 @@ def prospects(
         groups: the layers that share multipliers.
         names: of the checkpoints.
         costs: bytes of a rank, per layer.
+        weights: of the layers' squared errors, by which ranks are spread; what is explained counts
+            plainly all the same.
         control: progress and interrupt.
     """
     rotations = _rotations(analysis, groups)
@@ -169,6 +176,7 @@ def prospects(
         private=tuple(tuple(layer.private) for layer in spectra),
         multipliers=tuple(basis @ rotation for rotation in rotations),
         energies=energies(analysis.grams, analysis.contrasts).sum(0),
+        weights=weights,
         costs=tuple(costs),
     )
 

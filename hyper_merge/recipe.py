@@ -95,7 +95,8 @@ class Recipe:
             bring back most.
         multipliers: Whether the text encoder has `separate` ones, or one number is `shared`.
         fit_weights: How much each checkpoint counts in the fit, not normalised; None for equally.
-        layer_weights: Whether differences count `plain`, or `relative` to each layer's weight.
+        layer_weights: Whether differences count `relative` to each layer's weight, which is nearer to
+            what the network does with them, or `plain`.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: What companions of the LoRAs hold: `none`, the UNet's `norms`, or `all` (biases too).
     """
@@ -120,7 +121,7 @@ class Recipe:
     allocation: Literal["adaptive", "even"] = "adaptive"
     multipliers: Literal["separate", "shared"] = "separate"
     fit_weights: tuple[float, ...] | None = None
-    layer_weights: Literal["plain", "relative"] = "plain"
+    layer_weights: Literal["plain", "relative"] = "relative"
     vae: Literal["first", "average"] = "first"
     exact: Literal["none", "norms", "all"] = "none"
 

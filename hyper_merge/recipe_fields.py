@@ -132,8 +132,8 @@ FIELDS: tuple[Field, ...] = (
           choice("separate", "shared")),
     Field("fit_weights", "X,X,...", "how much each checkpoint counts in the fit", parse_weights,
           "many", show=_show_numbers),
-    Field("layer_weights", "HOW", "how differences count: plain, or relative to each layer's size",
-          choice("plain", "relative")),
+    Field("layer_weights", "HOW", "how differences count: relative to each layer's size, or plain",
+          choice("relative", "plain")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"

@@ -100,6 +100,7 @@ class Report:
     between_groups: float = 0.0  # share of all differences that an average for each would take away
 
     rounding: tuple[HostRounding, ...] = ()  # by the way in which hosts add LoRAs
+    relative_loss: float = 0.0  # the same, each layer's error against the size of its weight
 
     @property
     def costly_rounding(self) -> HostRounding | None:

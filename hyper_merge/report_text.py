@@ -62,6 +62,8 @@ def _comparison(report: Report) -> list[str]:
         ("shared LoRAs, as written", report.loss, _over_bound(report)),
         ("lower bound", report.bound, ""),
     ]
+    if report.relative_loss:
+        rows.append(("shared, relative to layers' sizes", report.relative_loss, ""))
     steps = "blocks" if report.method == "greedy" else "sweeps"
     trail = " ".join(f"{loss:.4f}" for loss in report.losses)
     return [

@@ -12,6 +12,7 @@ from hyper_merge.errors import RecipeError
 from hyper_merge.preflight import Preflight
 from hyper_merge.prospects import Prospects, prospects
 from hyper_merge.sizes import size_text
+from hyper_merge.weighting import layer_weights
 
 _TRIES: Final = 4  # solves for one target
 _NEAR: Final = 0.003  # above the target: near enough
@@ -28,7 +29,8 @@ _Solved = TypeVar("_Solved", bound=_HasFit)
 def look(analysis: Analysis, preflight: Preflight, control: Control) -> Prospects:
     """What could be had for how many bytes."""
     names = [header.stem for header in preflight.sources.headers]
-    return prospects(analysis, preflight.groups, names, preflight.rank_bytes, control)
+    weights = layer_weights(analysis, preflight.recipe)
+    return prospects(analysis, preflight.groups, names, preflight.rank_bytes, weights, control)
 
 
 def solved_as_asked(

@@ -312,5 +312,6 @@ def _together(groups: Sequence[Group]) -> tuple[float, ...]:
 
 def _name(recipe: Recipe) -> str:
     """Tells the solutions of one analysis apart."""
-    words = [", ".join(map(str, recipe.ranks)), recipe.allocation, recipe.multipliers]
+    ranks = ", ".join(map(str, recipe.ranks))
+    words = [ranks, recipe.allocation, recipe.multipliers, recipe.layer_weights]
     return "; ".join(words)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis_cache import Analysis
+from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.recipe import Recipe
+
+_LEAST_SIZE: Final = 0.05  # of a weight's entries, in units of all layers' usual one
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +62,26 @@ def weighting_of(analysis: Analysis, recipe: Recipe) -> Weighting:
 
 
 def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
-    """Factors of the layers' squared errors.
-
-    `relative`: each layer's error against the size of its weight, so that small layers count.
-    Scaled so that the weighted energy of everything is the plain one.
-    """
+    """Factors of the layers' squared errors, by which the weighted energy of everything is the plain one."""
     of = energies(analysis.grams, analysis.contrasts).sum(1)
     if recipe.layer_weights == "plain":
         return torch.ones_like(of)
-    factors = analysis.weights.clamp(min=torch.finfo(torch.float64).tiny).reciprocal()
+    factors = relative_weights(analysis.weights, analysis.layers)
     weighted = float((factors * of).sum())
     return factors * (float(of.sum()) / weighted) if weighted > 0 else torch.ones_like(of)
+
+
+def relative_weights(
+    sizes: Tensor,  # (layers,), float64: squared norms of the average's weights
+    layers: Sequence[Layer],
+) -> Tensor:  # (layers,), float64
+    """One over each layer's size: errors count against the weight that they change.
+
+    A layer of hardly any size, such as one that training began at zero, would count for everything; its
+    entries are taken as at least a small part of the usual ones.
+    """
+    entries = torch.tensor([layer.m * layer.n for layer in layers], dtype=torch.float64)
+    usual = float(sizes.sum() / entries.sum())
+    if not usual > 0:
+        return torch.ones_like(sizes)
+    return torch.maximum(sizes, _LEAST_SIZE**2 * usual * entries).reciprocal()

@@ -67,7 +67,7 @@ def file_bytes(merged):
 @pytest.mark.parametrize("ranks", [(1,), (4, 2), (2, 1, 1), (40, 40)], ids=str)
 def test_adaptive_ranks_take_no_more_bytes_and_bring_back_more(files, tmp_path, ranks):
     even, adaptive = (
-        merge(files, tmp_path, ranks=ranks, iterations=8, allocation=how)
+        merge(files, tmp_path, ranks=ranks, iterations=8, allocation=how, layer_weights="plain")
         for how in ("even", "adaptive")
     )
     assert even.place.hyper_model == adaptive.place.hyper_model
@@ -189,7 +189,14 @@ def test_prompts_have_a_number_of_the_text_encoders_own_only_if_it_has_one(
 @pytest.mark.parametrize("allocation", ["adaptive", "even"])
 def test_separate_multipliers_are_no_worse_than_shared_ones(files, tmp_path, allocation):
     separate, shared = (
-        merge(files, tmp_path, iterations=12, allocation=allocation, multipliers=which)
+        merge(
+            files,
+            tmp_path,
+            iterations=12,
+            allocation=allocation,
+            multipliers=which,
+            layer_weights="plain",
+        )
         for which in ("separate", "shared")
     )
     assert loss_of(files, separate) < loss_of(files, shared)

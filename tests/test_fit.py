@@ -146,7 +146,7 @@ def test_a_checkpoint_of_the_merge_has_the_merges_own_multipliers_and_share(file
     assert [term.multiplier for term in terms] == list(row.multipliers)  # the merge's come first
 
 
-@pytest.mark.parametrize("settings", [{"multipliers": "shared"}, {"layer_weights": "relative"}])
+@pytest.mark.parametrize("settings", [{"multipliers": "shared"}, {"layer_weights": "plain"}])
 def test_multipliers_are_fitted_as_the_merge_fits_them(files, tmp_path, settings):
     merged = merge(files, tmp_path, **settings)
     fitted = fit(Folders.under(tmp_path), files[1])

@@ -737,7 +737,8 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
     }
     modules = {key.partition(".")[0] for key in load_file(first.loras[0])}
     assert 200 < len(modules) <= 278 + 72  # a layer where other bytes bring back more has none
-    assert first.report.loss < first.report.private_loss
+    assert first.report.loss < 0.12
+    assert first.report.relative_loss < 0.13
     told.clear()
     second = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))
     assert second.report.loss == pytest.approx(first.report.loss, rel=0.02)  # starts from the first

@@ -179,7 +179,13 @@ def test_an_attention_of_one_tensor_is_in_a_lora_whole_or_not_at_all(tmp_path, n
         width, width, generator=torch.Generator().manual_seed(7)
     )
     even, adaptive = (
-        merge(files(tmp_path / how, first, second), tmp_path / how, ranks=(2, 1), allocation=how)
+        merge(
+            files(tmp_path / how, first, second),
+            tmp_path / how,
+            ranks=(2, 1),
+            allocation=how,
+            layer_weights="plain",
+        )
         for how in ("even", "adaptive")
     )
     prefix = next(y.module for y in layers_of(even.place.hyper_model) if y.key == fused)

@@ -152,7 +152,8 @@ def test_full_ranks_explain_everything_but_the_rounding(files, tmp_path):
 
 
 def test_two_checkpoints_get_opposite_multipliers_and_the_best_blocks(files, tmp_path):
-    report = merge(files[:2], tmp_path, ranks=(5,), iterations=40, tolerance=0).report
+    settings = {"ranks": (5,), "iterations": 40, "tolerance": 0, "layer_weights": "plain"}
+    report = merge(files[:2], tmp_path, **settings).report
     first, second = (row.multipliers for row in report.checkpoints)
     assert first[0] == pytest.approx(-second[0], abs=1e-3)
     assert report.loss == pytest.approx(report.bound, rel=2e-3)  # the truncated SVD of one matrix

@@ -31,8 +31,9 @@ def deviations_and_blocks(models, merged):
 
 @pytest.fixture(scope="module")
 def merged(files, tmp_path_factory):
-    """A merge with one number for all parts of a checkpoint, as the dense arithmetic here has."""
-    return merge(files, tmp_path_factory.mktemp("shared"), multipliers="shared")
+    """A merge with one number for all parts and layers alike, as the dense arithmetic here has."""
+    folder = tmp_path_factory.mktemp("shared")
+    return merge(files, folder, multipliers="shared", layer_weights="plain")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ def made_up(contrasts, seed=0, layers=3, size=40):
     grams = torch.zeros(layers, contrasts.dimensions + 1, contrasts.dimensions + 1).double()
     grams[:, :-1, :-1] = slices @ slices.mT
     weights = torch.arange(1.0, layers + 1, dtype=torch.float64) ** 2
-    return slices, SimpleNamespace(grams=grams, contrasts=contrasts, weights=weights)
+    shapes = [SimpleNamespace(m=5, n=size // 5)] * layers
+    return slices, SimpleNamespace(grams=grams, contrasts=contrasts, weights=weights, layers=shapes)
 
 
 def asked(fit_weights=None, layer_weights="plain"):
@@ -103,11 +104,15 @@ def test_without_differences_relative_layers_count_alike():
     assert weighting_of(analysis, asked(layer_weights="relative")).layers.tolist() == [1, 1, 1]
 
 
-def test_a_layer_of_zeros_does_not_divide_by_nothing():
+def test_a_layer_of_hardly_any_size_does_not_count_for_everything():
     _, analysis = made_up(around_mean([1.0, 1.0]))
-    analysis.weights[1] = 0.0
-    found = weighting_of(analysis, asked(layer_weights="relative"))
-    assert bool(found.layers.isfinite().all())
+    analysis.weights[:] = torch.tensor([4.0, 0.0, 1.0])
+    found = weighting_of(analysis, asked(layer_weights="relative")).layers
+    usual = 5 / 3  # entries are as many everywhere
+    assert_close(found / found[0], torch.tensor([1.0, 4 / (0.05**2 * usual), 4.0]).double())
+    analysis.weights[:] = 0
+    found = weighting_of(analysis, asked(layer_weights="relative")).layers
+    assert_close(found, torch.ones(3).double())
 
 
 # whole merges
@@ -135,15 +140,13 @@ def best_multipliers(models, merged, part, *, relative):
     return cross @ torch.linalg.inv(gram)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"layer_weights": "relative"}, {"fit_weights": (5, 1, 1)}, {}]
-)
+@pytest.mark.parametrize("settings", [{"layer_weights": "plain"}, {"fit_weights": (5, 1, 1)}, {}])
 def test_the_multipliers_are_the_best_for_the_loss_that_is_asked_for(files, tmp_path, settings):
     merged = merge(files, tmp_path, dtype="float32", **settings)
     for part in ("unet", "text_encoder"):
         rows = [row.multipliers_of(part) for row in merged.report.checkpoints]
         wanted, other = (
-            best_multipliers(files, merged, part, relative=relative) for relative in (False, True)
+            best_multipliers(files, merged, part, relative=relative) for relative in (True, False)
         )
         if "layer_weights" in settings:
             wanted, other = other, wanted
@@ -158,12 +161,14 @@ def losses(merged):
 def test_a_checkpoint_that_counts_more_comes_back_better(files, tmp_path, merged):
     first = merge(files, tmp_path, fit_weights=(8, 1, 1))
     assert losses(first)[0] < losses(merged)[0] - 0.01
+    plain = merge(files, tmp_path, name="plain", layer_weights="plain")
+    first = merge(files, tmp_path, name="first", layer_weights="plain", fit_weights=(8, 1, 1))
     energies = 0
-    for deviations, *_ in dense(files, merged):
+    for deviations, *_ in dense(files, plain):
         energies = energies + deviations.square().sum(1)
     weighted = torch.tensor([8.0, 1.0, 1.0]).double() * energies
-    assert (weighted * losses(first)).sum() < (weighted * losses(merged)).sum()
-    assert merged.report.loss < first.report.loss
+    assert (weighted * losses(first)).sum() < (weighted * losses(plain)).sum()
+    assert plain.report.loss < first.report.loss
 
 
 def test_a_checkpoint_that_does_not_count_leaves_the_ranks_to_the_others(files, tmp_path, merged):
@@ -173,15 +178,18 @@ def test_a_checkpoint_that_does_not_count_leaves_the_ranks_to_the_others(files, 
 
 
 def test_relative_layers_lower_the_relative_loss(files, tmp_path, merged):
-    found = merge(files, tmp_path, layer_weights="relative")
+    plain = merge(files, tmp_path, layer_weights="plain")
 
     def relative(of):
-        left = 0.0
+        left, all_of_it = 0.0, 0.0
         for deviations, blocks, part, size in dense(files, of):
             rows = [row.multipliers_of(part) for row in of.report.checkpoints]
             rest = deviations - torch.tensor(rows).double() @ blocks
             left += float(rest.square().sum()) / size
-        return left
+            all_of_it += float(deviations.square().sum()) / size
+        return left / all_of_it
 
-    assert relative(found) < 0.95 * relative(merged)
-    assert merged.report.loss < found.report.loss
+    assert relative(merged) < 0.95 * relative(plain)
+    assert plain.report.loss < merged.report.loss
+    for of in (merged, plain):
+        assert of.report.relative_loss == pytest.approx(relative(of), rel=1e-3)

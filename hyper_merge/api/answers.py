@@ -202,6 +202,10 @@ class Report(BaseModel):
         ..., description="share of all differences that an average for each group would take away"
     )
     rounding: list[HostRounding]
+    relative_loss: float = Field(
+        ...,
+        description="the loss with each layer's error against the size of its weight; 0: not known",
+    )
 
 
 class Run(BaseModel):

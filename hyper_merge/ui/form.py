@@ -26,8 +26,8 @@ ALLOCATION_CHOICES: Final = {
     "the same in every layer": "even",
 }
 DIFFERENCE_CHOICES: Final = {
-    "as they are": "plain",
     "relative to each layer's size": "relative",
+    "as they are": "plain",
 }
 _SPREAD: Final = next(iter(ALLOCATION_CHOICES))
 PRESETS: Final = {

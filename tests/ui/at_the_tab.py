@@ -26,7 +26,7 @@ FORM = Form(
     allocation="where they bring back most",
     separate=True,
     fit_weights="",
-    layer_weights="as they are",
+    layer_weights="relative to each layer's size",
     save_styles=True,
 )
 """That of the merge which the fixture `run` has made."""

@@ -45,9 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HyperMergeError as error:
         return _fail(str(error), REFUSED, options)
     except Exception as error:
+        if _follows_interrupt(error):
+            return _fail("stopped; no file was changed", INTERRUPTED, options)
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(message, UNEXPECTED, options)
     return SUCCESS
+
+
+def _follows_interrupt(error: BaseException) -> bool:
+    """Whether it was raised on the way out after Ctrl-C, such as by work that was called off."""
+    before = error.__cause__ or error.__context__
+    return before is not None and (
+        isinstance(before, KeyboardInterrupt) or _follows_interrupt(before)
+    )
 
 
 def _fail(message: str, code: int, options: argparse.Namespace) -> int:

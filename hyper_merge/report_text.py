@@ -63,7 +63,8 @@ def _comparison(report: Report) -> list[str]:
         ("lower bound", report.bound, ""),
     ]
     if report.relative_loss:
-        rows.append(("shared, relative to layers' sizes", report.relative_loss, ""))
+        note = "   each layer's differences in units of its own size"
+        rows.insert(3, ("shared LoRAs, relative", report.relative_loss, note))
     steps = "blocks" if report.method == "greedy" else "sweeps"
     trail = " ".join(f"{loss:.4f}" for loss in report.losses)
     return [

@@ -297,6 +297,20 @@ def test_exit_codes_and_one_message(files, tmp_path, run, monkeypatch, error, ou
     assert err[-1].startswith("hyper-merge: " + message)
 
 
+def test_what_breaks_on_the_way_out_after_ctrl_c_is_no_error_of_its_own(
+    files, tmp_path, run, monkeypatch
+):
+    def fail(*rest):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "run_merge", fail)
+    code, _, err = run("merge", *options(files, tmp_path))
+    assert (code, err) == (130, ["hyper-merge: stopped; no file was changed"])
+
+
 def test_a_terminal_shows_one_bar_with_phase_and_time_left_and_notes_above_it(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True

@@ -7,9 +7,10 @@ Makes each kind of `hyper_merge.synthetic_kinds` where it is not there yet, merg
 from one analysis, and prints a table from the runs' manifests, also kept in `FOLDER/narrow/families.md`.
 Seconds are those of the solve, starts and sweeps: by the clock and, less touched by what else the
 machine does, of all cores. Settings are options of `hyper-merge merge`; those after `--` go to
-all of them but greedy, which is always there. To compare two of them:
+all of them but greedy, which is always there. The loss is plain, so what is to be compared by it should
+weigh the layers plainly too:
 
-    python benchmarks/families.py --setting even="--allocation even" --setting adaptive="--allocation adaptive"
+    python benchmarks/families.py --setting even="--allocation even" --setting adaptive="" -- --layer_weights plain
 
 The runs stay in `FOLDER/narrow/KIND/out` for `function.py`. Half an hour on two cores; full-size
 families are 2.1 GB a checkpoint and take minutes and tens of gigabytes each.
@@ -77,9 +78,10 @@ GREEDY = Setting(  # as in the original project: the same ranks everywhere, one 
     (
         *("--method", "greedy", "--iterations", "6"),
         *("--allocation", "even", "--multipliers", "shared"),
+        *("--layer_weights", "plain"),
     ),
 )
-SETTINGS = (Setting("joint"),)
+SETTINGS = (Setting("joint", ("--layer_weights", "plain")),)
 """What is compared with greedy if nothing else is asked for."""
 
 

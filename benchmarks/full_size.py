@@ -49,7 +49,8 @@ def main() -> None:
     plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
     plain_file.unlink()
     job = ("--models", *map(str, paths), "--output", str(out))
-    spread = ("--allocation", options.allocation)
+    plainly = ("--layer_weights", "plain")  # as the losses below
+    spread = ("--allocation", options.allocation, *plainly)
     _row("plain job", plain, plain)
     average = _run("average", "--name", "alone", *job)
     _row("average", average, plain)
@@ -69,6 +70,7 @@ def main() -> None:
             "even",
             "--ranks",
             *RANKS,
+            *plainly,
         )
         _row("greedy", _run("merge", "--name", "greedy", *job, *greedy), plain)
         print(f"other ranks / merge: {again.seconds / first.seconds:.2f}")

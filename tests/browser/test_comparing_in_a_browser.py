@@ -19,24 +19,13 @@ def compare(tab, server):
         tab.merge()
     tab.to("Compare")
     tab.until(lambda: tab.find("compare_run").is_visible())
-    tab.until(lambda: is_chosen(tab, "twins"))
+    tab.page.wait_for_timeout(700)  # for the list, which is read anew
+    if tab.value("compare_run") != "twins":
+        tab.choose("compare_run", "twins")
     tokens = tab.find("compare_checkpoints").locator(".token")
     tab.until(lambda: sorted(map(str.strip, tokens.all_inner_texts())) == ["anime", "portrait"])
     tab.page.wait_for_timeout(1500)  # for late answers; and gradio 3.41 logs whoever leaves before
     return tab
-
-
-def is_chosen(tab, run):
-    """Chooses a run, if it is in the list already, which is read anew."""
-    tab.page.wait_for_timeout(700)
-    if tab.value("compare_run") != run:
-        tab.find("compare_run").locator("input").click()
-        tab.page.wait_for_timeout(300)
-        if not tab.option("compare_run", run).is_visible():
-            tab.page.keyboard.press("Escape")
-            return False
-        tab.option("compare_run", run).click()
-    return tab.value("compare_run") == run
 
 
 def fill(tab, **texts):

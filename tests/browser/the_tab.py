@@ -51,10 +51,25 @@ class Tab:
         self.until(lambda: all(name in self.text("checkpoints_table") for name in names))
 
     def choose(self, name, option):
-        """Chooses one entry of a dropdown."""
-        self.find(name).locator("input").click()
-        self.option(name, option).click()
+        """Chooses one entry of a dropdown.
+
+        A list that is filled anew while it is open shows only what is like the entry that was chosen
+        before: it is closed and opened again then.
+        """
+        self.until(lambda: self._chosen(name, option))
+
+    def _chosen(self, name, option):
+        from playwright.sync_api import TimeoutError as Timeout
+
+        box = self.find(name).locator("input")
+        box.click()
+        try:
+            self.option(name, option).click(timeout=3000)
+        except Timeout:
+            box.blur()
+            return False
         self.until(lambda: self.value(name) == option)
+        return True
 
     def option(self, name, text):
         del name  # the list hangs elsewhere in the page in some versions

@@ -31,31 +31,12 @@ window.hyperMerge = (() => {
     }
 
     // The WebUI's own way to change the checkpoint; the app has none. Forge's menu takes only what
-    // it was last filled with, so it is filled first; a filling that came later would bring the old
-    // choice back.
+    // it was last filled with.
     function select(title) {
         if (title && typeof selectCheckpoint === "function") {
-            if (!refreshNow()) {
-                press("#forge_refresh_checkpoint");
-            }
-            if (find("#forge_refresh_checkpoint")) {
-                whenFilled("#setting_sd_model_checkpoint", () => selectCheckpoint(title));
-            } else {
-                selectCheckpoint(title);
-            }
+            press("#forge_refresh_checkpoint");
+            selectCheckpoint(title);
         }
-    }
-
-    // Once gradio does not show that it works on the menu, or after ten seconds.
-    function whenFilled(menu, then, left = 100) {
-        setTimeout(() => {
-            const working = find(`${menu} [data-testid="status-tracker"]:not(.hide)`);
-            if (working && left > 0) {
-                whenFilled(menu, then, left - 1);
-            } else {
-                then();
-            }
-        }, 100);
     }
 
     // The WebUI's own buttons that read its lists anew: styles, cards, menu of checkpoints.
@@ -74,19 +55,8 @@ window.hyperMerge = (() => {
         } else if (made && made !== refreshed[what]) {
             refreshed[what] = made;
             clearTimeout(refreshing); // once for a run and its files: gradio 3.41 loses a second press
-            refreshing = setTimeout(refreshNow, 500);
+            refreshing = setTimeout(() => [...refreshers.styles, ...refreshers.lists].forEach(press), 500);
         }
-    }
-
-    // Does what `refresh` has put off; says whether there was anything.
-    function refreshNow() {
-        const due = refreshing !== null;
-        if (due) {
-            clearTimeout(refreshing);
-            refreshing = null;
-            [...refreshers.styles, ...refreshers.lists].forEach(press);
-        }
-        return due;
     }
 
     function press(selector) {

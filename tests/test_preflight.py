@@ -153,7 +153,8 @@ def test_one_file_is_described_without_an_estimate(files):
 
 
 def test_one_file_twice_is_refused_by_path_and_by_link(files, tmp_path):
-    a = files[0]
+    # A copy: a link to one that all tests share would change what its deletion frees.
+    a = Path(shutil.copy(files[0], tmp_path / "a.safetensors"))
     assert refused([a, files[1], a]) == f"{a} is given twice; choose every checkpoint once"
     for name in ("soft.safetensors", "hard.safetensors"):
         link = tmp_path / name

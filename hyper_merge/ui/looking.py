@@ -92,14 +92,16 @@ class _Question:
     changed: int
     costs: tuple[int, ...]
     separate: bool
+    layer_weights: str
     preflight: Preflight = field(compare=False)
     control: Control = field(compare=False)
 
 
 def _question(path: Path, preflight: Preflight, control: Control) -> _Question:
     separate = preflight.recipe.multipliers == "separate"
+    weights = preflight.recipe.layer_weights
     changed = path.stat().st_mtime_ns
-    return _Question(path, changed, preflight.rank_bytes, separate, preflight, control)
+    return _Question(path, changed, preflight.rank_bytes, separate, weights, preflight, control)
 
 
 @functools.lru_cache(maxsize=8)

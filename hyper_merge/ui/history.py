@@ -30,8 +30,8 @@ def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, A
     names = [run.name for run in found]
     return (
         views.runs(found, problems),
-        gr.update(choices=names, value=_kept(first, names, 0)),
-        gr.update(choices=names, value=_kept(second, names, 1)),
+        _refilled(names, first, 0),
+        _refilled(names, second, 1),
         views.hint(cache_text(folders)),
     )
 
@@ -110,11 +110,14 @@ def clear(host: Host, jobs: Jobs) -> str:
         return _refused(error)
 
 
-def _kept(name: str | None, names: Sequence[str], place: int) -> str | None:
-    """The name, or where it is gone the one in a place of the list."""
-    if name in names:
-        return name
-    return names[place] if len(names) > place else None
+def _refilled(names: Sequence[str], picked: str | None, place: int) -> Any:
+    """A picker's list; where what it showed is gone, the name in a place of it is picked.
+
+    Else nothing is said of what is picked: it may have changed since the page asked.
+    """
+    if picked in names:
+        return gr.update(choices=names)
+    return gr.update(choices=names, value=names[place] if len(names) > place else None)
 
 
 def _styles(host: Host, run: Run) -> set[str]:

@@ -72,7 +72,11 @@ def listing(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any,
         gr.update(choices=names, value=picked),
         json.dumps(names),
         *_offered(host, run, restored, exported),
-        *(gr.update(choices=listed, value=x if x in listed else None) for x in others),
+        # what is still there stays picked, or what was picked since the page asked
+        *(
+            gr.update(choices=listed) if x in listed else gr.update(choices=listed, value=None)
+            for x in others
+        ),
     )
 
 

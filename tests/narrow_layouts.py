@@ -1,5 +1,7 @@
 """Whole checkpoints of every family, narrow and of full size: keys and shapes, no tensors."""
 
+import re
+
 from hyper_merge.checkpoints.mmdit_layouts import FluxShape, JointShape
 from hyper_merge.checkpoints.synthetic_layout import (
     flux_layout,
@@ -78,6 +80,23 @@ FULL = {
     "flux_dev": flux_layout,
     "flux_schnell": lambda: flux_layout(FluxShape(guidance=False)),
 }
+
+
+# What `few` leaves out of a UNet and its text encoders: blocks of which others of the kind remain.
+REPEATED = re.compile(
+    r"model\.diffusion_model\."
+    r"(?!(time_embed|label_emb|input_blocks\.[0134]|middle_block|output_blocks\.(2\.0|11)|out)\.)"
+    r"(?!.*\.(norm1|op)\.bias$).*"
+    r"|.*_blocks\.\d+\.1\.transformer_blocks\.[1-8]\.(?!norm1\.bias).*"
+    r"|.*\.(layers\.([2-9]|10)|resblocks\.([5-9]|1\d|2[0-1]|2[4-9]|30))\..*"
+)
+
+
+def few(shapes):
+    """A few blocks of each kind, those by which a family is told among them: a merge takes a quarter."""
+    if not any("input_blocks." in key for key in shapes):
+        return shapes
+    return {key: shape for key, shape in shapes.items() if not REPEATED.fullmatch(key)}
 
 
 def renamed(shapes, old, new):

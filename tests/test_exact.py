@@ -1,14 +1,13 @@
 """Companions of the LoRAs: norms and biases with the same multipliers, and what they bring back."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from narrow_layouts import FULL, NARROW, UNET
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_family import TINY, examine, merge, recipe
+from tiny_family import examine, merge, recipe, write
 
 from hyper_merge.checkpoints.family import identify
 from hyper_merge.checkpoints.header import Header, TensorInfo
@@ -19,7 +18,6 @@ from hyper_merge.folders import Folders
 from hyper_merge.prompts import parse_tags
 from hyper_merge.report_text import text
 from hyper_merge.runs import delete_run, files_of, load_run
-from hyper_merge.synthetic import write_family
 
 NORM = UNET + "input_blocks.1.0.in_layers.0"
 # Of the UNet: biases, those of the norms included; the norms' scales; norms.
@@ -43,15 +41,10 @@ def metadata(path):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_family(tmp_path_factory.mktemp("models"), TINY)
-
-
-@pytest.fixture(scope="module")
-def merged(models, tmp_path_factory):
+def merged(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merged")
     return merge(
-        models, folder, exact="all", dtype="float32", ranks=(4, 2), iterations=2, allocation="even"
+        files, folder, exact="all", dtype="float32", ranks=(4, 2), iterations=2, allocation="even"
     )
 
 
@@ -98,8 +91,8 @@ def hosted(merged, key, row):
 
 
 @pytest.mark.parametrize("key", [NORM + ".weight", NORM + ".bias", UNET + "out.2.bias"])
-def test_two_loras_of_three_checkpoints_bring_norms_and_biases_back(models, merged, key):
-    for path, row in zip(models, merged.report.checkpoints, strict=True):
+def test_two_loras_of_three_checkpoints_bring_norms_and_biases_back(files, merged, key):
+    for path, row in zip(files, merged.report.checkpoints, strict=True):
         own = load_file(path)[key].double()
         torch.testing.assert_close(hosted(merged, key, row), own, atol=1e-5, rtol=0)
 
@@ -138,8 +131,8 @@ def test_a_companion_is_float32_and_says_what_it_is(merged):
     assert path.with_suffix(".png").exists()
 
 
-def test_norms_alone_load_in_a1111_too(models, tmp_path):
-    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
+def test_norms_alone_load_in_a1111_too(files, tmp_path):
+    merged = merge(files, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
     keys = set(load_file(merged.loras[1]))
     assert {key.rpartition(".")[2] for key in keys} == {"w_norm", "b_norm"}
     assert [each.kind for each in merged.report.recovered] == ["norms"]
@@ -147,9 +140,9 @@ def test_norms_alone_load_in_a1111_too(models, tmp_path):
     assert "they load in AUTOMATIC1111, Forge and ComfyUI" in text(merged.report)
 
 
-def test_with_fewer_loras_no_other_changes_would_bring_back_more(models, tmp_path):
+def test_with_fewer_loras_no_other_changes_would_bring_back_more(files, tmp_path):
     merged = merge(
-        models,
+        files,
         tmp_path,
         exact="norms",
         ranks=(2,),
@@ -159,7 +152,7 @@ def test_with_fewer_loras_no_other_changes_would_bring_back_more(models, tmp_pat
     )
     multipliers = torch.tensor([row.multipliers for row in merged.report.checkpoints]).double()
     average = load_file(merged.place.hyper_model)[NORM + ".weight"].double()
-    own = torch.stack([load_file(path)[NORM + ".weight"].double() for path in models]) - average
+    own = torch.stack([load_file(path)[NORM + ".weight"].double() for path in files]) - average
     name = "lora_unet_input_blocks_1_0_in_layers_0.w_norm"
     changes = load_file(merged.loras[1])[name].double()[None]
     left = own - multipliers @ changes
@@ -167,38 +160,38 @@ def test_with_fewer_loras_no_other_changes_would_bring_back_more(models, tmp_pat
     assert float((multipliers.T @ left).abs().max()) < 1e-6 * float(own.norm())
 
 
-def test_nothing_is_written_unless_asked_for(models, tmp_path):
-    merged = merge(models, tmp_path, ranks=(2,), iterations=1, allocation="even")
+def test_nothing_is_written_unless_asked_for(files, tmp_path):
+    merged = merge(files, tmp_path, ranks=(2,), iterations=1, allocation="even")
     assert [path.name for path in merged.loras] == ["mix_0-2.safetensors"]
     assert (merged.report.companions, merged.report.recovered) == ((), ())
     assert "companions" not in text(merged.report)
 
 
-def test_companions_belong_to_their_run(models, tmp_path):
-    merged = merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
+def test_companions_belong_to_their_run(files, tmp_path):
+    merged = merge(files, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
     folders = Folders.under(tmp_path)
     run = load_run(folders, "mix")
     assert (run.missing, run.loras) == ((), merged.loras)
     assert merged.loras[1] in files_of(run, folders)
-    again = merge(models, tmp_path, ranks=(2,), iterations=1, overwrite=True, allocation="even")
+    again = merge(files, tmp_path, ranks=(2,), iterations=1, overwrite=True, allocation="even")
     assert not merged.loras[1].exists()  # the replaced run's
     assert again.loras[0].exists()
     delete_run(load_run(folders, "mix"), folders)
     assert list((tmp_path / "Lora").iterdir()) == []
 
 
-def test_a_companions_place_that_is_taken_is_refused(models, tmp_path):
+def test_a_companions_place_that_is_taken_is_refused(files, tmp_path):
     (tmp_path / "Lora").mkdir()
     (tmp_path / "Lora" / "mix_0-2-exact.safetensors").write_text("mine")
     with pytest.raises(OutputError, match=r"mix_0-2-exact\.safetensors"):
-        merge(models, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
+        merge(files, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
 
 
-def test_the_estimate_counts_companions(models, tmp_path):
+def test_the_estimate_counts_companions(files, tmp_path):
     plain, exact = (
-        examine(recipe(models, tmp_path, exact=word)).estimate.loras for word in ("none", "all")
+        examine(recipe(files, tmp_path, exact=word)).estimate.loras for word in ("none", "all")
     )
-    sizes = [vector.size for vector in examine(recipe(models, tmp_path, exact="all")).vectors]
+    sizes = [vector.size for vector in examine(recipe(files, tmp_path, exact="all")).vectors]
     assert exact - plain == 2 * 4 * sum(sizes)
 
 
@@ -215,9 +208,8 @@ def test_a_family_without_such_norms_is_refused_in_words(tmp_path):
     assert examine(recipe(paths, tmp_path, exact="all")).vectors
 
 
-def test_differences_are_those_to_the_average_as_it_is_stored(tmp_path):
-    spec = replace(TINY, count=2, dtype=torch.float32)
-    models = write_family(tmp_path, spec)
+def test_differences_are_those_to_the_average_as_it_is_stored(tmp_path, state_of):
+    models = [write(tmp_path / f"{c}.safetensors", state_of(c, torch.float32)) for c in (0, 1)]
     merged = merge(
         models,
         tmp_path,

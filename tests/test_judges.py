@@ -145,7 +145,7 @@ def load_strictly(model, weights):
     return model.eval()
 
 
-CASES = [(SD1, "even"), (SD2, "even"), (SDXL, "even"), (SD1, "adaptive"), (SDXL, "adaptive")]
+CASES = [(SD1, "even"), (SD2, "even"), (SDXL, "even"), (SD2, "adaptive")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")

@@ -65,7 +65,7 @@ def browser():
 class Server:
     """The tab on a port of its own; its log is read at the end."""
 
-    def __init__(self, host: str, models: Path, pace: float) -> None:
+    def __init__(self, host: str, models: Path) -> None:
         self.host, self.models = host, models
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -74,14 +74,7 @@ class Server:
         self.log = models.parent / f"{host}-{self.port}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(HERE / "serve.py"),
-                    host,
-                    str(models),
-                    str(self.port),
-                    str(pace),
-                ],
+                [sys.executable, str(HERE / "serve.py"), host, str(models), str(self.port)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"},
@@ -120,10 +113,15 @@ _LEFT = re.compile(
     r"starlette\.websockets\.WebSocketDisconnect: 1001\n"
 )
 
-HOSTS = ["standalone", "forge" if int(gradio.__version__.split(".")[0]) >= 4 else "a1111"]
+# The host that has this gradio; marks what the app has not.
+WEBUI = "forge" if int(gradio.__version__.split(".")[0]) >= 4 else "a1111"
+IN_WEBUI = pytest.mark.parametrize("host_name", [WEBUI], indirect=True, scope="session")
+
+# Where all else is tried: in a WebUI by its own pins, in the app by ours.
+ANY_HOST = WEBUI if gradio.__version__ in ("3.41.2", "4.40.0") else "standalone"
 
 
-@pytest.fixture(scope="session", params=HOSTS)
+@pytest.fixture(scope="session", params=[ANY_HOST])
 def host_name(request) -> str:
     return request.param
 
@@ -182,12 +180,12 @@ def shot(page, name: str) -> None:
 
 @pytest.fixture(scope="session")
 def servers(files, tmp_path_factory):
-    """Every host with three checkpoints, one of them in a folder, and a file that is none.
+    """Hosts with three checkpoints each, one of them in a folder, and a file that is none.
 
     They start side by side, and once: what takes the time is loading torch and gradio.
     """
     found = {}
-    for host in HOSTS:
+    for host in dict.fromkeys((ANY_HOST, WEBUI)):
         models = tmp_path_factory.mktemp(host) / "models"
         folder = models / "Stable-diffusion"
         (folder / "sub").mkdir(parents=True)
@@ -195,7 +193,7 @@ def servers(files, tmp_path_factory):
             shutil.copy(path, folder / f"{place}.safetensors")
         (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
         (models / "Lora").mkdir()
-        found[host] = Server(host, models, pace=0.003)
+        found[host] = Server(host, models)
     yield found
     for server in found.values():
         server.close()
@@ -207,6 +205,15 @@ def server(host_name, servers):
     """The host of a test."""
     servers[host_name].wait()
     return servers[host_name]
+
+
+@pytest.fixture
+def _slowly(server) -> Iterator[None]:
+    """Runs take their time, so that they can be watched and stopped."""
+    flag = server.models.parent / "slowly"
+    flag.touch()
+    yield
+    flag.unlink()
 
 
 @pytest.fixture

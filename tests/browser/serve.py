@@ -1,7 +1,7 @@
 """Serves the real tab for the browser tests: as the app, or inside of a faked WebUI.
 
-Run as a program: `serve.py HOST MODELS PORT PACE`, HOST being standalone, a1111 or forge. PACE is the
-time in seconds that every step of a run is made to take at least, so that there is something to watch.
+Run as a program: `serve.py HOST MODELS PORT`, HOST being standalone, a1111 or forge. As long as there
+is a file "slowly" beside the models folder runs take their time, so that there is something to watch.
 """
 
 import logging
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PACE = 0.004  # seconds that every step takes at least, if it is to be watched
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_webui  # noqa: E402
@@ -20,12 +21,13 @@ from hyper_merge.control import Control  # noqa: E402
 from hyper_merge.decomposition import starts  # noqa: E402
 
 
-def slow_down(pace: float) -> None:
-    """Makes every step of a run take at least this many seconds."""
+def slow_down(flag: Path) -> None:
+    """Makes every step of a run take a while as long as there is this file."""
     step = Control.step
 
     def slow(control: Control, phase: str, fraction: float) -> None:
-        time.sleep(pace)
+        if flag.exists():
+            time.sleep(PACE)
         step(control, phase, fraction)
 
     Control.step = slow
@@ -46,9 +48,9 @@ def serve_webui(models: Path, flavour: str, port: int) -> None:
 
 
 def main() -> None:
-    host, models, port, pace = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    host, models, port = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     logging.basicConfig(level=logging.WARNING)
-    slow_down(pace)
+    slow_down(models.parent / "slowly")
     search_briefly()
     if host == "standalone":
         serve(build_app(models), Listening(port=port))

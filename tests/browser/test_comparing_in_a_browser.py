@@ -1,7 +1,7 @@
 """The tab Compare by mouse and keyboard: pictures drawn by the WebUI, and what the app says without any."""
 
 import pytest
-from browser.conftest import shot
+from browser.conftest import IN_WEBUI, shot
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -34,13 +34,7 @@ def fill(tab, **texts):
         tab.type(f"compare_{name}", text)
 
 
-@pytest.fixture
-def _in_webui(host_name):
-    if host_name == "standalone":
-        pytest.skip("the app draws by diffusers, on whole checkpoints")
-
-
-@pytest.mark.usefixtures("_in_webui")
+@IN_WEBUI  # the app draws by diffusers, on whole checkpoints
 def test_pictures_are_drawn_shown_and_saved(compare, server):
     fill(compare, prompts="a cat\na house by the sea", steps="3", width="128", height="128")
     fill(compare, seeds="1", negative="blurry")
@@ -64,7 +58,7 @@ def test_pictures_are_drawn_shown_and_saved(compare, server):
         assert "Sampler: DDIM" in grid.text["parameters"]
 
 
-@pytest.mark.usefixtures("_in_webui")
+@IN_WEBUI
 def test_they_stop_and_what_was_drawn_before_is_there(compare, server):
     fill(compare, prompts="a cat", steps="150", seeds="1, 2, 3, 4")
     compare.click("compare")

@@ -40,6 +40,7 @@ def test_a_wrong_number_and_a_taken_name_are_said_at_once(tab):
     tab.until(lambda: "path separator" in tab.text("plan"))
 
 
+@pytest.mark.usefixtures("_slowly")
 def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
     before = _kept(server.models)
     tab.pick(*THREE)
@@ -94,6 +95,7 @@ def test_the_prompt_is_copied(tab, server):
     tab.until(lambda: tab.text("copy") == "Copy")
 
 
+@pytest.mark.usefixtures("_slowly")
 def test_a_run_goes_on_while_the_page_is_closed(tab, server, browser):
     tab.pick(*THREE)
     tab.type("name", "long")

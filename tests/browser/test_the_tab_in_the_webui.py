@@ -3,17 +3,11 @@
 import re
 
 import pytest
-from browser.conftest import HOSTS, shot
+from browser.conftest import IN_WEBUI, shot
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, IN_WEBUI]
 
 TWO = ("anime.safetensors", "sub/portrait.safetensors")
-
-
-@pytest.fixture(scope="session", params=HOSTS[1:])
-def host_name(request):
-    """The WebUI whose gradio this is; the app has no WebUI around it."""
-    return request.param
 
 
 @pytest.fixture
@@ -55,6 +49,7 @@ def test_every_checkpoint_is_a_style_that_can_be_removed_again(merged, server):
     merged.until(lambda: "duo: portrait" in page.locator("ul.options").inner_text())
 
 
+@pytest.mark.usefixtures("_slowly")
 @pytest.mark.parametrize("button", ["#txt2img_interrupt", "#txt2img_skip"])
 def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
     tab.pick(*TWO)

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from browser.conftest import HOSTS, shot
+from browser.conftest import IN_WEBUI, shot
 
 from hyper_merge.folders import Folders
 from hyper_merge.runs import load_run
@@ -235,6 +235,7 @@ def test_the_tags_are_copied(use):
     assert use.page.evaluate("navigator.clipboard.readText()") == use.value("mix_prompt")
 
 
+@pytest.mark.usefixtures("_slowly")
 def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
     use.to("Use")
     before = sorted(server.models.rglob("*.safetensors"))
@@ -261,7 +262,7 @@ def test_why_a_second_one_is_refused_stays_in_place_of_the_first_outcome(use, se
     assert "Threshold: expected" in use.text("safe_outcome")
 
 
-@pytest.mark.parametrize("host_name", HOSTS[1:], indirect=True, scope="session")
+@IN_WEBUI
 def test_a_mixture_and_a_fit_are_sent_to_txt2img(use, server):
     page = use.page
     use.page.evaluate(SET, {"anime": 0.5})

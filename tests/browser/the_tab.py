@@ -102,10 +102,10 @@ class Tab:
         )
 
     def merge(self, seconds=60):
-        """Presses Merge and waits for the end."""
+        """Presses Merge and waits for the end of a run with another name than the last one's."""
+        before = self.text("status", visible=False)
         self.click("merge")
-        self.until(lambda: self.find("status").locator("[data-task]").count())
-        self.until(lambda: "Done" in self.text("status"), seconds)
+        self.until(lambda: "Done" in self.text("status").replace(before, "", 1), seconds)
         self.until(lambda: self.find("sentence").is_visible())
 
     def to(self, title):

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from modules import call_queue, errors, infotext_utils, progress, sd_models, shared
+from modules import call_queue, errors, infotext_utils, progress, shared
 from modules.styles import PromptStyle
 
 from hyper_merge.comparison import Studio
 from hyper_merge.control import Control
 from hyper_merge.errors import OutputError
 from hyper_merge.folders import Folders
-from hyper_merge.hosts import webui_pictures, webui_settings
+from hyper_merge.hosts import webui_list, webui_pictures, webui_settings
 from hyper_merge.hosts.host import Atelier, Defaults
 from hyper_merge.hosts.webui_room import is_forge, room
 
@@ -48,7 +48,7 @@ class WebUI:
 
     def refresh(self) -> None:
         """As the WebUI's own refresh buttons of checkpoints and LoRAs."""
-        sd_models.list_models()
+        webui_list.fill()
         # The built-in Lora extension, by the name it is loaded under; it may be switched off, and
         # other extensions have modules of that name.
         list_loras = getattr(sys.modules.get("networks"), "list_available_networks", None)
@@ -138,8 +138,7 @@ class WebUI:
         None too where Forge would take another one: it takes the first whose title holds the name,
         or is held by it.
         """
-        infos = sd_models.checkpoints_list.values()
-        for title, info in zip(sd_models.checkpoint_tiles(), infos, strict=True):
+        for title, info in webui_list.titled():
             if Path(info.filename).resolve() == path.resolve():
                 return str(title) if _selects(title, info) else None
         return None
@@ -160,13 +159,13 @@ class WebUI:
 def _selects(title: str, info: Any) -> bool:
     if not is_forge():
         return True
-    return sd_models.match_checkpoint_to_name(title) in (info.short_title, info.name)
+    return webui_list.name_selected_by(title) in (info.short_title, info.name)
 
 
 def _infos() -> dict[str, Any]:
     """The WebUI's entries by name: its titles change as soon as it knows a hash."""
     found: dict[str, Any] = {}
-    for info in sd_models.checkpoints_list.values():
+    for info in webui_list.entries():
         name = info.name.replace(os.sep, "/")
         # Two folders may hold the same name; the title is then the only difference that it shows.
         found[name if name not in found else info.title.replace(os.sep, "/")] = info

@@ -14,6 +14,7 @@ from PIL import Image
 
 from hyper_merge.control import Control
 from hyper_merge.errors import PictureError
+from hyper_merge.hosts import webui_list
 from hyper_merge.hosts.host import Atelier
 from hyper_merge.hosts.webui_room import is_forge
 from hyper_merge.picture_order import Draw, Picture
@@ -164,7 +165,7 @@ def _processing(picture: Picture, title: str) -> Any:
 
 def _title(picture: Picture) -> str:
     """By what the WebUI chooses the file; an unknown name it would pass over without a word."""
-    infos = sd_models.checkpoints_list.values()
+    infos = webui_list.entries()
     info = next((x for x in infos if _is_same(x.filename, picture)), None)
     if info is None or sd_models.checkpoint_aliases.get(info.title) is not info:
         raise PictureError(

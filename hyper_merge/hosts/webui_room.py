@@ -13,6 +13,8 @@ from typing import Any
 
 from modules import errors, sd_models, shared
 
+from hyper_merge.hosts import webui_list
+
 Stamp = tuple[int, int, int] | None  # of a file's content; None: there is no file
 
 
@@ -63,7 +65,7 @@ def _bring_back(model: Any, *, changed: bool) -> None:
         sd_models.send_model_to_device(model)
         return
     file, selected = _file(model), _selected()
-    sd_models.list_models()  # keeps what it has read of a file with the file's entry
+    webui_list.fill()  # keeps what it has read of a file with the file's entry
     sd_models.reload_model_weights(info=_info(file), forced_reload=True)
     _select(selected)
 
@@ -84,7 +86,7 @@ def _room_in_forge() -> Iterator[None]:
         if file and _stamp(file) not in (before, None):
             with _told("choosing the new file of the loaded checkpoint"):
                 selected = _selected()
-                sd_models.list_models()
+                webui_list.fill()
                 _select(selected)
                 main_entry.refresh_model_loading_parameters()
                 data.forge_hash = ""  # of name and part of the content: may not have changed
@@ -98,15 +100,13 @@ def _selected() -> str | None:
 
 def _select(file: str | None) -> None:
     """Keeps a file selected though its title changed with its hash; loads nothing."""
-    titles = zip(sd_models.checkpoint_tiles(), sd_models.checkpoints_list.values(), strict=True)
-    for title, info in titles:
+    for title, info in webui_list.titled():
         if info.filename == file:
             shared.opts.data["sd_model_checkpoint"] = title
 
 
 def _info(file: str) -> Any:
-    infos = sd_models.checkpoints_list.values()
-    return next((info for info in infos if info.filename == file), None)
+    return next((info for info in webui_list.entries() if info.filename == file), None)
 
 
 def _file(model: Any) -> str:

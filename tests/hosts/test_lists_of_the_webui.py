@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +39,41 @@ def test_a_hash_is_told_only_where_the_host_has_it(host, webui):
     assert len(known) == 10
     assert host.known_hash("photo.safetensors") == known
     assert host.known_hash("unknown.safetensors") is None
+
+
+def test_a_list_that_is_filled_anew_meanwhile_is_seen_whole(host, webui, monkeypatch):
+    names, path = list(host.checkpoints()), host.checkpoints()["photo.safetensors"]
+    fill, begun = webui.sd_models.list_models, threading.Event()
+
+    def slow():
+        webui.sd_models.checkpoints_list.clear()
+        begun.set()
+        time.sleep(0.2)
+        fill()
+
+    monkeypatch.setattr(webui.sd_models, "list_models", slow)
+    for read in (lambda: list(host.checkpoints()) == names, lambda: host.checkpoint_title(path)):
+        begun.clear()
+        other = threading.Thread(target=host.refresh)
+        other.start()
+        assert begun.wait(10)
+        assert read()
+        other.join()
+
+
+def test_titles_are_read_again_where_the_webui_itself_fills_its_list(host, webui, monkeypatch):
+    path, titles = host.checkpoints()["photo.safetensors"], webui.sd_models.checkpoint_tiles
+    answers = [RuntimeError("dictionary changed size during iteration"), titles()[:-1]]
+
+    def changing():
+        answer = answers.pop(0) if answers else titles()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(webui.sd_models, "checkpoint_tiles", changing)
+    assert host.checkpoint_title(path) == "photo.safetensors"
+    assert not answers
 
 
 def test_two_folders_with_a_file_of_one_name_are_both_listed(models, flavour, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis_cache import Analysis
+from hyper_merge.analysis_file import Analysis
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.decomposition.bounds import (
     best_private_losses,

@@ -11,7 +11,7 @@ from pathlib import Path
 from hyper_merge import __version__
 from hyper_merge.cli_after import add_commands
 from hyper_merge.cli_parts import finish, outcome, say
-from hyper_merge.control import Control
+from hyper_merge.control import STOPPED, Control
 from hyper_merge.demo import run_demo
 from hyper_merge.effort import duration_text
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
@@ -41,12 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(options)
     except (KeyboardInterrupt, InterruptedRun):
-        return _fail("stopped; no file was changed", INTERRUPTED, options)
+        return _fail(STOPPED, INTERRUPTED, options)
     except HyperMergeError as error:
         return _fail(str(error), REFUSED, options)
     except Exception as error:
         if _follows_interrupt(error):
-            return _fail("stopped; no file was changed", INTERRUPTED, options)
+            return _fail(STOPPED, INTERRUPTED, options)
         message = f"unexpected {type(error).__name__}: {error}; --debug shows where"
         return _fail(message, UNEXPECTED, options)
     return SUCCESS

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from hyper_merge.errors import InterruptedRun
+
+STOPPED: Final = "stopped; no file was changed"  # said of a run that the user ended
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Control:
             InterruptedRun: the user wants the run to end.
         """
         if self.should_stop():
-            raise InterruptedRun("stopped; no file was changed")
+            raise InterruptedRun(STOPPED)
 
     def step(self, phase: str, fraction: float) -> None:
         """Reports a step; errors as for `check`."""

@@ -21,7 +21,7 @@ from hyper_merge.folders import Folders, metadata_of
 from hyper_merge.labels import ALONE, CARD_SUFFIXES, LoraFile
 from hyper_merge.lora import lora_bytes, write_lora
 from hyper_merge.lora_reader import StoredLora
-from hyper_merge.preflight import require_disks
+from hyper_merge.machine import require_disks
 from hyper_merge.prompts import prompt_word, tag, tags
 from hyper_merge.recipe import SettingError
 from hyper_merge.recipe_values import LARGEST_RANK, nearest, whole

@@ -23,7 +23,8 @@ from hyper_merge.folders import Folders, require_no_source
 from hyper_merge.labels import CARD_SUFFIXES, Lineage, LoraFile, Source
 from hyper_merge.lineage import hashed, now
 from hyper_merge.lora import lora_bytes, write_lora
-from hyper_merge.preflight import common_layout, require_disks, resolve_device
+from hyper_merge.machine import require_disks, resolve_device
+from hyper_merge.preflight import common_layout
 from hyper_merge.prompts import prompt_word, tag
 from hyper_merge.recipe import FIELDS, SettingError, parse_settings
 from hyper_merge.recipe_values import LARGEST_RANK, parse_name, parse_path, whole

@@ -12,7 +12,8 @@ import torch
 from hyper_merge.analysis import Work
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.folders import Folders
-from hyper_merge.preflight import common_layout, resolve_device
+from hyper_merge.machine import resolve_device
+from hyper_merge.preflight import common_layout
 from hyper_merge.recipe import FIELDS, parse_settings
 from hyper_merge.recipe_values import (
     Wish,

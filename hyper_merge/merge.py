@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyper_merge import analysis_cache
 from hyper_merge.analysis import LayerAnalysis, Work, run_pass
-from hyper_merge.analysis_cache import Analysis, new_analysis, open_analysis
+from hyper_merge.analysis_file import Analysis, new_analysis, open_analysis
 from hyper_merge.assessment import BlockChoice, fit, make_report
 from hyper_merge.checkpoints.outputs import Outputs
 from hyper_merge.checkpoints.reader import Checkpoint
@@ -24,6 +24,7 @@ from hyper_merge.folders import Folders, Place, require_no_source
 from hyper_merge.host_rounding import host_rounding
 from hyper_merge.labels import Lineage, stage_checkpoint_card
 from hyper_merge.lineage import lineage_of
+from hyper_merge.machine import require_disks, resolve_device
 from hyper_merge.merge_files import (
     Solved,
     added_loras,
@@ -39,7 +40,7 @@ from hyper_merge.merge_files import (
     stage_topups,
     topups_of,
 )
-from hyper_merge.preflight import Preflight, require_disks, resolve_device
+from hyper_merge.preflight import Preflight
 from hyper_merge.private import Shared, find_private, with_private
 from hyper_merge.recipe import AVERAGE
 from hyper_merge.report import HostRounding, Report

@@ -11,12 +11,13 @@ from typing import Final
 
 from hyper_merge import analysis_cache
 from hyper_merge.analysis import run_pass
-from hyper_merge.analysis_cache import new_analysis, open_analysis
+from hyper_merge.analysis_file import new_analysis, open_analysis
 from hyper_merge.assessment import gram_of
 from hyper_merge.control import Control
 from hyper_merge.decomposition.clusters import Clusters, clusters
 from hyper_merge.folders import Folders
-from hyper_merge.preflight import Preflight, require_disks
+from hyper_merge.machine import require_disks
+from hyper_merge.preflight import Preflight
 from hyper_merge.prospects import Prospects
 from hyper_merge.settle import look
 from hyper_merge.widths import widths_for

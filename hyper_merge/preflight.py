@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Final
 
 import torch
 
 from hyper_merge.analysis import Work
-from hyper_merge.analysis_cache import analysis_bytes, file_identity, find, width_for
+from hyper_merge.analysis_cache import find, width_for
+from hyper_merge.analysis_file import analysis_bytes, file_identity
 from hyper_merge.checkpoints.alike import (
     check_alike,
     check_distinct,
@@ -32,10 +31,11 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.checkpoints.vectors import Vector
 from hyper_merge.costs import Costs, Existing, merge_costs
 from hyper_merge.decomposition.ranks import even_ranks
-from hyper_merge.errors import DeviceError, MismatchError, OutputError, RecipeError
+from hyper_merge.errors import MismatchError, RecipeError
 from hyper_merge.exact import companion_bytes, wanted_vectors
 from hyper_merge.folders import Folders, Place
 from hyper_merge.lora import lora_bytes
+from hyper_merge.machine import require_disks, resolve_device
 from hyper_merge.pruning import Allowance
 from hyper_merge.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.recipe_values import LARGEST_RANK
@@ -254,49 +254,6 @@ def common_layout(headers: Sequence[Header]) -> Layout:
     layouts = [layout_of(*pair) for pair in zip(headers, families, strict=True)]
     check_alike(headers, layouts)
     return layouts[0]
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one.
-
-    Raises:
-        DeviceError: CUDA is asked for and absent, or has no device of that number.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            has = (
-                f"this machine has {found} such devices" if found else "torch finds no CUDA device"
-            )
-            raise DeviceError(f"device {name} was asked for, but {has}; choose auto or cpu")
-    return device
-
-
-def require_disks(needed: Mapping[Path, int]) -> None:
-    """Returns if the disks of all folders, which need not exist yet, have room.
-
-    Args:
-        needed: bytes by folder; folders on one disk need room together.
-
-    Raises:
-        OutputError: too little is free; says how much of each.
-    """
-    total: dict[int, int] = {}
-    for folder, size in needed.items():
-        if not size:
-            continue
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        disk = existing.stat().st_dev
-        total[disk] = total.get(disk, 0) + size
-        free = shutil.disk_usage(existing).free
-        if free < total[disk]:
-            raise OutputError(
-                f"{folder} needs {size_text(total[disk])} but its disk has"
-                f" {size_text(free)} free; make room or choose another output folder"
-            )
 
 
 def _zeros_of_groups(layers: Sequence[Layer], costs: Sequence[int]) -> int:

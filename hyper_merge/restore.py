@@ -29,8 +29,8 @@ from hyper_merge.control import Control
 from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.folders import Folders, is_there, require_no_source
 from hyper_merge.labels import checkpoint_metadata
+from hyper_merge.machine import require_disks
 from hyper_merge.originals import find_originals
-from hyper_merge.preflight import require_disks
 from hyper_merge.prompts import prompt_word
 from hyper_merge.recipe import FIELDS, SettingError
 from hyper_merge.recipe_values import describe as shown

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis_cache import Analysis
+from hyper_merge.analysis_file import Analysis
 from hyper_merge.checkpoints.dtypes import FLOAT8
 from hyper_merge.control import Control
 from hyper_merge.decomposition.gauge import balanced, unit_scales

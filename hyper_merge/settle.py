@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
-from hyper_merge.analysis_cache import Analysis
+from hyper_merge.analysis_file import Analysis
 from hyper_merge.assessment import Fit
 from hyper_merge.control import Control
 from hyper_merge.errors import RecipeError

@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis_cache import Analysis, width_for
+from hyper_merge.analysis_cache import width_for
+from hyper_merge.analysis_file import Analysis
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.control import Control
 from hyper_merge.course import USUAL_SWEEPS, Course, by_block, by_sweep, counted_sweeps

@@ -18,7 +18,7 @@ from hyper_merge.fits import TopUp, paths_for
 from hyper_merge.folders import Folders
 from hyper_merge.labels import LoraFile, Source
 from hyper_merge.lora import lora_bytes, write_lora
-from hyper_merge.preflight import require_disks
+from hyper_merge.machine import require_disks
 from hyper_merge.prompts import prompt_word
 from hyper_merge.recipe_values import Wish
 from hyper_merge.terms import count, lineage_from

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis_cache import Analysis
+from hyper_merge.analysis_file import Analysis
 from hyper_merge.checkpoints.layers import Layer
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.recipe import Recipe

@@ -12,7 +12,7 @@ from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
 
 from hyper_merge import analysis, analysis_cache
 from hyper_merge.analysis import Work, pass_costs, run_pass, take_apart
-from hyper_merge.analysis_cache import new_analysis, open_analysis
+from hyper_merge.analysis_file import KINDS, analysis_bytes, new_analysis, open_analysis
 from hyper_merge.checkpoints.layers import Treatment
 from hyper_merge.checkpoints.reader import Checkpoint
 from hyper_merge.control import Control
@@ -158,7 +158,7 @@ def test_narrow_bases_keep_the_exact_projection_and_the_exact_energy(files):
 def test_what_no_lora_carries_is_counted_by_kind_and_checkpoint(files):
     sources = sources_of(files)
     averages, _, outside = read(sources)
-    assert set(outside) <= set(analysis_cache.KINDS)
+    assert set(outside) <= set(KINDS)
     expected = dict.fromkeys(outside, 0)
     for key, stack in stacks(files).items():
         how = sources.layout.treatments[key]
@@ -373,7 +373,7 @@ def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
             assert torch.equal(found.spectra[index].private, layer.spectra.private)
         for kind, energy in outside.items():
             assert torch.equal(found.not_carried[kind], energy)
-    expected = analysis_cache.analysis_bytes(sources, Work(CPU, 0, 6))
+    expected = analysis_bytes(sources, Work(CPU, 0, 6))
     assert expected < path.stat().st_size < expected + 100_000
 
 

@@ -17,7 +17,8 @@ from hyper_merge.checkpoints.writer import SafetensorsWriter
 from hyper_merge.decomposition import starts
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
 from hyper_merge.folders import Folders
-from hyper_merge.preflight import examine, require_disks, resolve_device
+from hyper_merge.machine import require_disks, resolve_device
+from hyper_merge.preflight import examine
 
 
 def checked(models, **settings):

@@ -17,7 +17,7 @@ from hyper_merge.cache_text import cache_text, clear_cache
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
-from hyper_merge.ui import views
+from hyper_merge.ui import views, views_runs
 from hyper_merge.ui.form import Form, form_of
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.results import styles_of
@@ -29,7 +29,7 @@ def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, A
     found, problems = list_runs(folders)
     names = [run.name for run in found]
     return (
-        views.runs(found, problems),
+        views_runs.runs(found, problems),
         _refilled(names, first, 0),
         _refilled(names, second, 1),
         views.hint(cache_text(folders)),
@@ -58,7 +58,7 @@ def compare(host: Host, first: str | None, second: str | None) -> str:
         one, other = (load_run(host.folders(), name or "") for name in (first, second))
     except HyperMergeError as error:
         return _refused(error)
-    return views.comparison(one, other)
+    return views_runs.comparison(one, other)
 
 
 def ask_to_delete(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
@@ -75,7 +75,7 @@ def ask_to_delete(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, A
     question = f"Deleting the run {run.name} removes these {len(files)} files"
     styles = len(_styles(host, run))
     question += f" and {styles} styles:" if styles else ":"
-    return (views.file_list(files, question), *_buttons(visible=True), run.name)
+    return (views_runs.file_list(files, question), *_buttons(visible=True), run.name)
 
 
 def delete(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, str]:

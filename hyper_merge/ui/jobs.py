@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from hyper_merge.control import Control
+from hyper_merge.control import STOPPED, Control
 from hyper_merge.errors import HyperMergeError, InterruptedRun
 
 _KNOWN: Final = 20  # jobs that can be looked at
@@ -114,7 +114,7 @@ class Job:
         with self._changed:
             self._update(stopping=True)
             if self._began is None:
-                self._end("stopped", "stopped; no file was changed")
+                self._end("stopped", STOPPED)
 
     def wait(self, seconds: float) -> None:
         """Returns when it has ended, or after so many seconds.

@@ -16,7 +16,7 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.fits import fits_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, load_run
-from hyper_merge.ui import views
+from hyper_merge.ui import views, views_runs
 from hyper_merge.ui.plots import explained_plot, parts_plot, similarity_plot
 
 NOTHING: Final = ("", *(gr.update(),) * 12)
@@ -34,8 +34,8 @@ def show(host: Host, name: str | None) -> tuple[Any, ...]:
     return (
         "",
         gr.update(visible=True),
-        views.result_sentence(run),
-        views.result_table(report),
+        views_runs.result_sentence(run),
+        views_runs.result_table(report),
         gr.update(choices=names, value=names[0]),
         prompts[names[0]],
         "",

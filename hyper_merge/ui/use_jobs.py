@@ -26,7 +26,7 @@ from hyper_merge.recipe_values import parse_name, parse_share, plain_value
 from hyper_merge.restore import RestoreOrder, run_restore
 from hyper_merge.runs import Run, load_run
 from hyper_merge.safe import find_safety
-from hyper_merge.ui import use_views, views
+from hyper_merge.ui import views, views_use
 from hyper_merge.ui.form import file_of
 from hyper_merge.ui.jobs import Jobs
 from hyper_merge.ui.using import SAME_PRECISION, Outcome, Panel
@@ -166,7 +166,7 @@ def _fit(host: Host, wanted: FitOrder, control: Control) -> Outcome:
     fitted = run_fit(wanted, host.folders(), control)
     run = load_run(host.folders(), wanted.run)
     tags = fitted.tags(run) if fitted.differs else ""
-    said = use_views.fitted(fitted, run)
+    said = views_use.fitted(fitted, run)
     title = host.checkpoint_title(run.hyper_model) or ""
     shown = (run.name, fitted.row.name)
     return Outcome(said, tags, shown, title, wrote=bool(fitted.topups))
@@ -178,22 +178,22 @@ def _absorb(host: Host, wanted: AbsorbOrder, control: Control) -> str:
 
 def _restore(host: Host, wanted: RestoreOrder, control: Control) -> Outcome:
     found = run_restore(wanted, host.folders(), control)
-    return Outcome(use_views.restored(found), wrote=True)
+    return Outcome(views_use.restored(found), wrote=True)
 
 
 def _export(host: Host, wanted: Export, control: Control) -> Outcome:
     exported = run_export(wanted, host.folders(), control)
-    return Outcome(use_views.exported(exported, wanted.rank), wrote=True)
+    return Outcome(views_use.exported(exported, wanted.rank), wrote=True)
 
 
 def _safe(host: Host, run: str, threshold: float, control: Control) -> Outcome:
     found = find_safety(run, threshold, host.folders(), control)
-    return Outcome(use_views.safety(found))
+    return Outcome(views_use.safety(found))
 
 
 def _extract(host: Host, wanted: Extraction, control: Control) -> Outcome:
     found = run_extract(wanted, control, host.folders())
-    return Outcome(use_views.extracted(found), wrote=True)
+    return Outcome(views_use.extracted(found), wrote=True)
 
 
 def _run(host: Host, name: str | None) -> Run:

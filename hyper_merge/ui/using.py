@@ -19,7 +19,7 @@ from hyper_merge.fits import fits_of
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import checkpoint_names
-from hyper_merge.ui import merging, results, use_views, views
+from hyper_merge.ui import merging, results, views, views_use
 from hyper_merge.ui.jobs import Jobs, Standing
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
@@ -172,11 +172,11 @@ def _offered(
     """About the run, sliders, title of the hyper-model, what can be restored and exported."""
     if run is None:
         empty = gr.update(choices=[], value=None)
-        return (use_views.about(None), "", "", empty, gr.update(choices=[], value=[]))
+        return (views_use.about(None), "", "", empty, gr.update(choices=[], value=[]))
     names, own = checkpoint_names(run), [row.name for row in run.report.checkpoints]
     return (
-        use_views.about(run),
-        use_views.sliders(run),
+        views_use.about(run),
+        views_use.sliders(run),
         host.checkpoint_title(run.hyper_model) or "",
         gr.update(choices=list(names), value=restored if restored in names else names[0]),
         gr.update(choices=own, value=[name for name in exported or () if name in own]),

@@ -13,7 +13,7 @@ from hyper_merge.fit import run_fit
 from hyper_merge.fit_job import FitOrder
 from hyper_merge.runs import load_run
 from hyper_merge.terms import mixture_tags
-from hyper_merge.ui import merging, results, use_views, using, views
+from hyper_merge.ui import merging, results, using, views, views_use
 from hyper_merge.ui.jobs import MERGE, Standing
 from hyper_merge.ui.using import Outcome
 
@@ -72,7 +72,7 @@ def test_a_run_has_a_slider_for_every_checkpoint_fitted_ones_too(host, run, fitt
 
 def test_what_goes_with_the_sliders_adds_up_to_the_tags(host, run, fitted):
     loaded = load_run(host.folders(), run)
-    terms = terms_in(use_views.sliders(loaded))
+    terms = terms_in(views_use.sliders(loaded))
     for name, prompt in results.prompts_of(loaded).items():
         assert mixture_tags(loaded, {name: 1.0}) == prompt
         said = [lora for lora, *_ in terms[name]]
@@ -88,9 +88,9 @@ def test_what_goes_with_the_sliders_adds_up_to_the_tags(host, run, fitted):
 
 
 def test_names_cannot_break_the_page(host, run, root, monkeypatch):
-    monkeypatch.setattr(use_views, "checkpoint_names", lambda run: ('"><img src=x>', "'"))
-    monkeypatch.setattr(use_views, "tag_rows", lambda run, name: ((EVIL, 1.0, None),))
-    sliders = use_views.sliders(load_run(host.folders(), run))
+    monkeypatch.setattr(views_use, "checkpoint_names", lambda run: ('"><img src=x>', "'"))
+    monkeypatch.setattr(views_use, "tag_rows", lambda run, name: ((EVIL, 1.0, None),))
+    sliders = views_use.sliders(load_run(host.folders(), run))
     assert "img" not in tags(sliders)
     assert terms_in(sliders)['"><img src=x>'] == [[EVIL, 1.0, None]]
 

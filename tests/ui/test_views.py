@@ -10,7 +10,7 @@ from hyper_merge.inspection import Row
 from hyper_merge.report import A1111, FORGE_AND_COMFYUI, HostRounding
 from hyper_merge.runs import load_run
 from hyper_merge.sizes import size_text
-from hyper_merge.ui import preparing, views
+from hyper_merge.ui import preparing, views, views_runs
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.jobs import Standing
 
@@ -53,12 +53,12 @@ def evil_standing(**changes):
         lambda run: views.progress(evil_standing(outcome="done", message="")),
         lambda run: views.progress(evil_standing(outcome="refused")),
         lambda run: views.progress(evil_standing(outcome="failed")),
-        views.result_sentence,
-        lambda run: views.result_table(run.report),
-        lambda run: views.runs([run], [EVIL]),
-        lambda run: views.comparison(run, run),
-        views.missing,
-        lambda run: views.file_list([Path(EVIL)], EVIL),
+        views_runs.result_sentence,
+        lambda run: views_runs.result_table(run.report),
+        lambda run: views_runs.runs([run], [EVIL]),
+        lambda run: views_runs.comparison(run, run),
+        views_runs.missing,
+        lambda run: views_runs.file_list([Path(EVIL)], EVIL),
     ],
 )
 def test_every_text_is_escaped(evil_run, view):
@@ -174,7 +174,7 @@ def test_notes_stand_below_progress_and_outcome():
 def test_a_merge_that_saves_nothing_says_so(host, run):
     found = load_run(host.folders(), run)
     larger = replace(found, report=replace(found.report, bytes_loras=10_000_000))
-    assert "9 MB more" in words(views.result_sentence(larger))
+    assert "9 MB more" in words(views_runs.result_sentence(larger))
 
 
 @pytest.mark.parametrize(("added", "told"), [(0.015, True), (1e-4, False)])
@@ -182,7 +182,7 @@ def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run,
     found = load_run(host.folders(), run)
     rounding = (HostRounding(A1111, added, added), HostRounding(FORGE_AND_COMFYUI, 0.5, 0.5))
     text = words(
-        views.result_sentence(replace(found, report=replace(found.report, rounding=rounding)))
+        views_runs.result_sentence(replace(found, report=replace(found.report, rounding=rounding)))
     )
     said = (
         "AUTOMATIC1111 rounds the weights after each of these LoRAs, which takes back 1.5 % of what"
@@ -197,7 +197,7 @@ def test_with_a_checkpoint_as_base_no_hyper_model_is_named(host, run):
     found = load_run(host.folders(), run)
     recipe = replace(found.recipe, base=str(found.sources[0].path))
     based = replace(found, recipe=recipe, hyper_model=found.sources[0].path)
-    assert "→ a.safetensors as base + 2 LoRAs" in words(views.result_sentence(based))
+    assert "→ a.safetensors as base + 2 LoRAs" in words(views_runs.result_sentence(based))
 
 
 def test_before_the_first_merge_the_place_of_the_result_says_what_there_will_be():

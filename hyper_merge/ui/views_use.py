@@ -18,7 +18,8 @@ from hyper_merge.runs import Run
 from hyper_merge.safe import Safety, Verdict
 from hyper_merge.sizes import size_text
 from hyper_merge.terms import checkpoint_names, tag_rows
-from hyper_merge.ui.views import hint, message, missing, percent, table
+from hyper_merge.ui.views import hint, message, percent, table
+from hyper_merge.ui.views_runs import missing
 
 LOWEST: Final = -0.5
 HIGHEST: Final = 1.5

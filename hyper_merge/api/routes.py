@@ -7,11 +7,13 @@ answer of 400, or of 404 for an unknown run or job and 409 while another job run
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 
 from hyper_merge.api import answering, answers, asking
 from hyper_merge.api.requests import FitRequest, InspectRequest, MergeRequest, PlanRequest
@@ -23,6 +25,8 @@ from hyper_merge.ui import jobs as work
 from hyper_merge.ui import looking, working
 
 PREFIX: Final = "/hyper-merge"
+
+_TOLD: Final = ("loc", "msg", "type")  # of a field that is wrong
 
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     400: {"model": answers.Refusal, "description": "Refused; says why, and what to do"},
@@ -40,7 +44,12 @@ def build_router(host: Host, jobs: work.Jobs, dependencies: Sequence[Any] = ()) 
         jobs: those of the process, which the tab shows too.
         dependencies: of every route, such as its authentication.
     """
-    router = APIRouter(prefix=PREFIX, tags=["Hyper-Merge"], dependencies=list(dependencies))
+    router = APIRouter(
+        prefix=PREFIX,
+        tags=["Hyper-Merge"],
+        dependencies=list(dependencies),
+        route_class=_Route,
+    )
     routes = _Routes(host, jobs)
     for method, path, answer, refusals, status in (
         ("GET", "/checkpoints", routes.checkpoints, (), 200),
@@ -64,6 +73,26 @@ def build_router(host: Host, jobs: work.Jobs, dependencies: Sequence[Any] = ()) 
             responses={code: _REFUSALS[code] for code in codes},
         )
     return router
+
+
+class _Route(APIRoute):
+    """Says of a request which field is wrong and why, but not what was sent.
+
+    A bare NaN is read as a number, but there is none in JSON to say it back with.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Source: FastAPI's documentation, "Custom Request and APIRoute class"."""
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                told = [{name: each[name] for name in _TOLD} for each in error.errors()]
+                raise HTTPException(422, told) from error
+
+        return handled
 
 
 class _Routes:

@@ -253,6 +253,15 @@ def test_numbers_that_are_none_are_refused(client):
     assert answer.json()["detail"].startswith("tolerance: expected a number from 0 to 1")
 
 
+@pytest.mark.parametrize("field", ["checkpoints", "ranks", "name"])
+def test_numbers_that_are_none_are_refused_where_no_number_belongs(client, field):
+    body = json.dumps({**ASKED, field: float("nan")})
+    headers = {"content-type": "application/json"}
+    answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert any(field in problem["loc"] for problem in answer.json()["detail"])
+
+
 def test_checkpoints_that_do_not_go_together_are_refused_in_our_words(client, root):
     (root / "Stable-diffusion" / "broken.safetensors").write_bytes(b"nothing")
     code, answer = client.post("/plan", {**ASKED, "checkpoints": [NAMES[0], "broken.safetensors"]})

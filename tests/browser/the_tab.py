@@ -42,13 +42,23 @@ class Tab:
 
     def pick(self, *names):
         """Chooses checkpoints by typing each one's name."""
-        box = self.find("checkpoints").locator("input")
         for name in names:
-            box.click()
-            box.fill(name)
-            self.option("checkpoints", name).click()
-        box.blur()
+            self.until(lambda name=name: self._picked(name))
+        self.find("checkpoints").locator("input").blur()
         self.until(lambda: all(name in self.text("checkpoints_table") for name in names))
+
+    def _picked(self, name):
+        from playwright.sync_api import TimeoutError as Timeout
+
+        box = self.find("checkpoints").locator("input")
+        box.click()
+        box.fill(name)
+        try:
+            self.option("checkpoints", name).click(timeout=3000)
+        except Timeout:  # as in `choose`
+            box.blur()
+            return False
+        return True
 
     def choose(self, name, option):
         """Chooses one entry of a dropdown.

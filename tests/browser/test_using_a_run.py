@@ -1,7 +1,6 @@
 """The tab "Use": sliders, fits, restored checkpoints, exports, what is safe to delete, extraction."""
 
 import shutil
-from contextlib import suppress
 
 import pytest
 from browser.conftest import IN_WEBUI, shot
@@ -46,8 +45,7 @@ def use(tab, server):
     tab.until(lambda: "pair" in tab.text("use_about"))
     tab.until(lambda: tab.page.locator("#hyper_merge_mix [data-run=pair]").count())
     # the last answer of those that a page waits for; gradio 3.41 complains of pages that go before
-    with suppress(AssertionError):
-        tab.until(lambda: any(tab.text(n, visible=False) for n in ("status", "use_status")), 20)
+    tab.until(lambda: any(tab.text(name, visible=False) for name in ("status", "use_status")))
     return tab
 
 

@@ -7,7 +7,6 @@ message; it never leaves as an error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +19,7 @@ from hyper_merge.runs import Run, delete_run, files_of, list_runs, load_run
 from hyper_merge.ui import views, views_runs
 from hyper_merge.ui.form import Form, form_of
 from hyper_merge.ui.jobs import Jobs
+from hyper_merge.ui.refilled import refilled
 from hyper_merge.ui.results import styles_of
 
 
@@ -30,8 +30,8 @@ def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, A
     names = [run.name for run in found]
     return (
         views_runs.runs(found, problems),
-        _refilled(names, first, 0),
-        _refilled(names, second, 1),
+        refilled(names, first, next(iter(names), None)),
+        refilled(names, second, next(iter(names[1:]), None)),
         views.hint(cache_text(folders)),
     )
 
@@ -108,16 +108,6 @@ def clear(host: Host, jobs: Jobs) -> str:
         return views.message("good", clear_cache(host.folders()))
     except HyperMergeError as error:
         return _refused(error)
-
-
-def _refilled(names: Sequence[str], picked: str | None, place: int) -> Any:
-    """A picker's list; where what it showed is gone, the name in a place of it is picked.
-
-    Else nothing is said of what is picked: it may have changed since the page asked.
-    """
-    if picked in names:
-        return gr.update(choices=names)
-    return gr.update(choices=names, value=names[place] if len(names) > place else None)
 
 
 def _styles(host: Host, run: Run) -> set[str]:

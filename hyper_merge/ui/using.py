@@ -21,6 +21,7 @@ from hyper_merge.runs import Run, list_runs, load_run
 from hyper_merge.terms import checkpoint_names
 from hyper_merge.ui import merging, results, views, views_use
 from hyper_merge.ui.jobs import Jobs, Standing
+from hyper_merge.ui.refilled import refilled
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
 
@@ -72,11 +73,7 @@ def listing(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any,
         gr.update(choices=names, value=picked),
         json.dumps(names),
         *_offered(host, run, restored, exported),
-        # what is still there stays picked, or what was picked since the page asked
-        *(
-            gr.update(choices=listed) if x in listed else gr.update(choices=listed, value=None)
-            for x in others
-        ),
+        *(refilled(listed, each) for each in others),
     )
 
 

@@ -41,24 +41,11 @@ class Tab:
         return self.find(name).locator("input, textarea").first.input_value()
 
     def pick(self, *names):
-        """Chooses checkpoints by typing each one's name."""
+        """Chooses checkpoints by typing each one's name; again as in `choose`."""
         for name in names:
-            self.until(lambda name=name: self._picked(name))
+            self.until(lambda name=name: self._clicked("checkpoints", name, typed=name))
         self.find("checkpoints").locator("input").blur()
         self.until(lambda: all(name in self.text("checkpoints_table") for name in names))
-
-    def _picked(self, name):
-        from playwright.sync_api import TimeoutError as Timeout
-
-        box = self.find("checkpoints").locator("input")
-        box.click()
-        box.fill(name)
-        try:
-            self.option("checkpoints", name).click(timeout=3000)
-        except Timeout:  # as in `choose`
-            box.blur()
-            return False
-        return True
 
     def choose(self, name, option):
         """Chooses one entry of a dropdown.
@@ -66,19 +53,21 @@ class Tab:
         A list that is filled anew while it is open shows only what is like the entry that was chosen
         before: it is closed and opened again then.
         """
-        self.until(lambda: self._chosen(name, option))
+        self.until(lambda: self._clicked(name, option))
+        self.until(lambda: self.value(name) == option)
 
-    def _chosen(self, name, option):
+    def _clicked(self, name, option, typed=None):
         from playwright.sync_api import TimeoutError as Timeout
 
         box = self.find(name).locator("input")
         box.click()
+        if typed:
+            box.fill(typed)
         try:
             self.option(name, option).click(timeout=3000)
         except Timeout:
             box.blur()
             return False
-        self.until(lambda: self.value(name) == option)
         return True
 
     def option(self, name, text):

@@ -25,13 +25,13 @@ from full_size import make_family
 from measure import measure
 from torch import Tensor
 
-from hyper_merge.checkpoints.layers import Layer
+from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.reader import Checkpoint, read_header
 from hyper_merge.decomposition.linalg import energy_of
-from hyper_merge.decomposition.truncated import Truncated, truncated_svd
-from hyper_merge.preflight import common_layout
-from hyper_merge.synthetic import NARROW, FamilySpec
-from hyper_merge.workers import workers
+from hyper_merge.decomposition.truncated_svd import Truncated, truncated_svd
+from hyper_merge.operations.merge.preflight import common_layout
+from hyper_merge.runtime.parallel import workers
+from hyper_merge.synthetic.writer import NARROW, FamilySpec
 
 FASTER, WORSE = 10.0, 1.001
 

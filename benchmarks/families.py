@@ -32,14 +32,14 @@ from typing import NamedTuple
 
 from tables import table
 
-from hyper_merge.control import Control
-from hyper_merge.folders import MANIFEST, Folders
-from hyper_merge.merge import run_merge
-from hyper_merge.preflight import examine
-from hyper_merge.recipe import recipe_from_options
-from hyper_merge.report import Report
-from hyper_merge.synthetic import FamilySpec, write_family
-from hyper_merge.synthetic_kinds import KINDS, narrow
+from hyper_merge.operations.merge.merge import run_merge
+from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.recipe.recipe import recipe_from_options
+from hyper_merge.runs.folders import MANIFEST, Folders
+from hyper_merge.runs.report import Report
+from hyper_merge.runtime.progress import Control
+from hyper_merge.synthetic.presets import KINDS, narrow
+from hyper_merge.synthetic.writer import FamilySpec, write_family
 
 RANKS = {"narrow": ("24", "12", "6", "3"), "full-size": ("128", "64", "32", "16")}
 READING, ROUNDING = "reading and analysing", "preparing the LoRAs"  # phases around the solve

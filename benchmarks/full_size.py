@@ -22,7 +22,7 @@ import torch
 from measure import Measured, measure
 
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.synthetic import FamilySpec, write_family
+from hyper_merge.synthetic.writer import FamilySpec, write_family
 
 RANKS = ("128", "64", "32", "16")
 OTHER_RANKS = ("96", "48", "24")

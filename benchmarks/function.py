@@ -33,14 +33,14 @@ from safetensors.torch import load_file
 from tables import table
 from torch import Tensor, nn
 
-from hyper_merge.checkpoints.family import require_supported
-from hyper_merge.checkpoints.layers import Layer, layout_of
+from hyper_merge.checkpoints.architectures.detection import require_supported
+from hyper_merge.checkpoints.architectures.layout import Layer, layout_of
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.checkpoints.synthetic_layout import UNET_PREFIX
-from hyper_merge.folders import MULTIPLIERS, Folders
-from hyper_merge.prompts import parse_tags
-from hyper_merge.recipe import AVERAGE
-from hyper_merge.runs import Run, list_runs, load_run
+from hyper_merge.loras.prompt_tags import parse_tags
+from hyper_merge.recipe.recipe import AVERAGE
+from hyper_merge.runs.folders import MULTIPLIERS, Folders
+from hyper_merge.runs.manifest import Run, list_runs, load_run
+from hyper_merge.synthetic.checkpoint_layouts import UNET_PREFIX
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries, on being imported

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from full_size import make_family
 
-from hyper_merge.control import Control
-from hyper_merge.demo import DEMO_RANKS
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.merge import run_merge
-from hyper_merge.preflight import examine
-from hyper_merge.recipe import Recipe
-from hyper_merge.synthetic import NARROW, FamilySpec
+from hyper_merge.operations.demo import DEMO_RANKS
+from hyper_merge.operations.merge.merge import run_merge
+from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runtime.progress import Control
+from hyper_merge.synthetic.writer import NARROW, FamilySpec
 
 LIMIT = 2.0  # seconds
 

@@ -2,10 +2,10 @@
 
 from modules import script_callbacks
 
-from hyper_merge.hosts.webui import WebUI
-from hyper_merge.hosts.webui_api import add_api
-from hyper_merge.hosts.webui_settings import add_settings
-from hyper_merge.hosts.webui_xyz import add_axis
+from hyper_merge.api.webui import add_api
+from hyper_merge.hosts.webui.host import WebUI
+from hyper_merge.hosts.webui.settings import add_settings
+from hyper_merge.hosts.webui.xyz_plot import add_axis
 from hyper_merge.ui.tab import build_tab
 
 

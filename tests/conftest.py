@@ -10,9 +10,9 @@ import torch
 from hypothesis import settings
 from tiny_family import KEPT, TINY, Exact, State, merge, write
 
-from hyper_merge.decomposition import starts
-from hyper_merge.merge import Merged
-from hyper_merge.synthetic import tensors
+from hyper_merge.decomposition import initialization as starts
+from hyper_merge.operations.merge.merge import Merged
+from hyper_merge.synthetic.writer import tensors
 
 # The gate draws the same examples every time; elsewhere each run looks for new ones. A busy machine
 # is no failure.

@@ -2,8 +2,7 @@
 
 import re
 
-from hyper_merge.checkpoints.mmdit_layouts import FluxShape, JointShape
-from hyper_merge.checkpoints.synthetic_layout import (
+from hyper_merge.synthetic.checkpoint_layouts import (
     flux_layout,
     refiner_layout,
     sd1_layout,
@@ -11,6 +10,7 @@ from hyper_merge.checkpoints.synthetic_layout import (
     sd3_layout,
     sdxl_layout,
 )
+from hyper_merge.synthetic.mmdit_layouts import FluxShape, JointShape
 
 UNET = "model.diffusion_model."
 JOINT = JointShape(blocks=3, head=4, context=8, labels=6, positions=4)

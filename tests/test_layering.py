@@ -1,4 +1,4 @@
-"""The house keeps its arrows (`design.md` section 3), and importing it changes nothing."""
+"""The rooms of the package, and which of them each may import."""
 
 import ast
 import graphlib
@@ -12,7 +12,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hyper_merge"
-SCREEN = {"api", "hosts", "ui", "app"}
+
+# Room -> the rooms that it builds on. It may import these and all that they build on, nothing else.
+ROOMS = {
+    "errors": (),
+    "runtime": ("errors",),
+    "recipe": ("errors",),
+    "decomposition": ("errors",),
+    "checkpoints": ("errors",),
+    "synthetic": ("checkpoints", "runtime"),
+    "loras": ("checkpoints", "decomposition", "runtime"),
+    "analysis": ("checkpoints", "decomposition", "recipe", "runtime"),
+    "runs": ("loras", "recipe"),
+    "solver": ("analysis", "loras"),
+    "operations": ("runs", "solver", "synthetic"),
+    "hosts": ("operations",),
+    "api": ("hosts",),
+    "ui": ("hosts",),
+    "cli": ("api", "ui"),
+}
+SCREENS = {"hosts", "api", "ui", "cli"}
 SCREEN_LIBRARIES = {
     "gradio",
     "fastapi",
@@ -23,146 +42,80 @@ SCREEN_LIBRARIES = {
     "matplotlib",
 }
 
-# Floors of the house: each may use what is below it and its own; no module may go in a circle.
-GROUND = frozenset(
-    {"errors", "control", "checkpoints", "decomposition", "recipe", "prompts", "sizes"}
-)
-TASKS = frozenset(
-    {
-        "sources",
-        "workers",
-        "analysis",
-        "analysis_cache",
-        "analysis_file",
-        "effort",
-        "lineage",
-        "costs",
-        "labels",
-        "lora",
-        "machine",
-        "preview",
-        "solution",
-        "course",
-        "pruning",
-        "report",
-        "assessment",
-        "rounding",
-        "prospects",
-        "private",
-        "exact",
-        "difference",
-        "lora_reader",
-        "weighted_sum",
-        "weighting",
-        "widths",
-        "float8",
-        "host_rounding",
-    }
-)
-JOBS = frozenset({"preflight", "folders", "settle", "plan", "merge"})
-VIEWS = frozenset({"cache_text", "inspection", "demo", "progress", "runs", "synthetic"})
-PICTURES = frozenset({"picture_order", "picture_difference", "picture_grid"})
-AFTER = frozenset({"comparison", "added", "fit_pass", "fits", "originals", "restoring", "terms"})
 
-# What each part may import of the package besides itself. A part that is not named here is an
-# orchestration: it may import anything but what stands above it.
-BELOW = {
-    **dict.fromkeys(TASKS, GROUND | TASKS),
-    **dict.fromkeys(JOBS, GROUND | TASKS | JOBS),
-    **dict.fromkeys(VIEWS, GROUND | TASKS | JOBS | VIEWS),
-    **dict.fromkeys(AFTER, GROUND | TASKS | JOBS | VIEWS | AFTER | PICTURES),
-    "errors": set(),
-    **dict.fromkeys(
-        ("checkpoints", "decomposition", "recipe", "prompts", "control"), frozenset({"errors"})
-    ),
-    "workers": set(),
-    "sizes": set(),
-    "preview": set(),
-    "picture_order": {"errors", "control"},
-    "picture_difference": set(),
-    "picture_grid": {"preview"},
-    "labels": {"checkpoints", "prompts", "preview"},
-    "lora": {"errors", "checkpoints", "labels", "preview"},
-    "lora_reader": {"errors", "checkpoints", "labels", "lora"},
-    "weighted_sum": {"checkpoints", "decomposition", "lora", "lora_reader"},
-    "cli_parts": {"merge", "report"},
-    "progress": {"control"},
-    "synthetic": {"errors", "checkpoints", "workers"},
-}
-ABOVE = {"cli", "cli_after", "__main__"} | SCREEN
-
-
-def modules():
-    """Dotted name and path of every module of the package."""
-    found = {}
+def find_modules():
+    """Returns the path of every module of the package by its dotted name."""
+    modules = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
-def imports(path, name):
-    """Dotted names that a module imports, anywhere in its text, in absolute form."""
-    is_package = path.name == "__init__.py"
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+MODULES = find_modules()
+
+
+def imported_names(module):
+    """Yields the dotted names that a module imports, anywhere in its text."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = name.split(".")[: len(name.split(".")) - node.level + is_package]
-                base = ".".join([*parents, *([base] if base else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            assert not node.level, f"{module} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def part(module):
-    """The part of the house that a dotted name lies in, or None; `recipe_yaml` lies in `recipe`."""
-    name = f"{module}.".split(".")[1]
-    exists = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()
-    if not module.startswith("hyper_merge.") or not exists:
-        return None
-    if name in BELOW:
-        return name
-    return next((known for known in BELOW if name.startswith(f"{known}_")), name)
+def imported_modules(module):
+    """Yields the package's modules that a module imports, as a whole or a name out of them."""
+    for name in imported_names(module):
+        owner = name if name in MODULES else name.rpartition(".")[0]
+        if owner in MODULES and owner not in ("hyper_merge", module):
+            yield owner
 
 
-MODULES = modules()
-CORE = {name: path for name, path in MODULES.items() if part(name) not in SCREEN}
+def room_of(module):
+    """Returns the room that a dotted name lies in; None for the root."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_what_stands_below_it(name):
-    own = part(name)
-    used = {part(imported) for imported in imports(MODULES[name], name)} - {None, own}
-    if own in BELOW:
-        assert used <= BELOW[own], f"{name} may import only {sorted(BELOW[own])} of the package"
-    elif own not in ABOVE:
-        assert not used & ABOVE, f"{name} imports what stands above it"
+def rooms_below(room):
+    """Returns all rooms that a room may import."""
+    return {room}.union(*(rooms_below(below) for below in ROOMS[room]))
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_the_core_names_no_screen_library(name):
-    roots = {imported.split(".")[0] for imported in imports(CORE[name], name)}
+IN_ROOMS = [name for name in MODULES if room_of(name) in ROOMS]
+CORE = [name for name in IN_ROOMS if room_of(name) not in SCREENS]
+
+
+def test_the_root_holds_nothing_but_rooms():
+    names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    rooms = {room if (PACKAGE / room).is_dir() else f"{room}.py" for room in ROOMS}
+    assert names == {"__init__.py", "__main__.py", "py.typed", *rooms}
+
+
+@pytest.mark.parametrize("module", IN_ROOMS)
+def test_a_module_imports_only_rooms_below_its_own(module):
+    room = room_of(module)
+    imported = {room_of(name) for name in imported_modules(module)} - {None}
+    assert imported <= rooms_below(room), f"{room} may import only {sorted(rooms_below(room))}"
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_only_screens_and_hosts_import_screen_libraries(module):
+    roots = {name.split(".")[0] for name in imported_names(module)}
     assert not roots & SCREEN_LIBRARIES
 
 
-@pytest.mark.parametrize("name", [name for name in CORE if part(name) == "decomposition"])
-def test_the_mathematics_knows_no_file_format(name):
-    roots = {imported.split(".")[0] for imported in imports(CORE[name], name)}
+@pytest.mark.parametrize("module", [name for name in CORE if room_of(name) == "decomposition"])
+def test_the_decomposition_imports_only_torch_and_numpy(module):
+    roots = {name.split(".")[0] for name in imported_names(module)}
     assert roots - sys.stdlib_module_names <= {"torch", "numpy", "hyper_merge"}
 
 
 def test_no_module_imports_itself_through_others():
-    graph = {name: {imported for imported in reach(name) if imported != name} for name in MODULES}
+    graph = {module: set(imported_modules(module)) for module in MODULES}
     graphlib.TopologicalSorter(graph).prepare()
-
-
-def reach(name):
-    """The package's modules that `name` imports, as a whole or a name out of them."""
-    for imported in imports(MODULES[name], name):
-        owner = imported if imported in MODULES else imported.rpartition(".")[0]
-        if owner in MODULES and owner != "hyper_merge":
-            yield owner
 
 
 def test_importing_the_core_is_silent_and_loads_no_screen_library(tmp_path):
@@ -170,8 +123,8 @@ def test_importing_the_core_is_silent_and_loads_no_screen_library(tmp_path):
 import importlib, sys
 for name in {sorted(CORE)!r}:
     importlib.import_module(name)
-found = sorted({SCREEN_LIBRARIES!r} & set(sys.modules))
-assert not found, found
+loaded = sorted({SCREEN_LIBRARIES!r} & set(sys.modules))
+assert not loaded, loaded
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

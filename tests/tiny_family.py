@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyper_merge.checkpoints.family import require_supported
-from hyper_merge.checkpoints.layers import layout_of
+from hyper_merge.checkpoints.architectures.detection import require_supported
+from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.control import Control
-from hyper_merge.merge import Merged, run_merge
-from hyper_merge.preflight import examine
-from hyper_merge.prompts import Tag
-from hyper_merge.recipe import Recipe
-from hyper_merge.synthetic import NARROW
+from hyper_merge.loras.prompt_tags import Tag
+from hyper_merge.operations.merge.merge import Merged, run_merge
+from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runtime.progress import Control
+from hyper_merge.synthetic.writer import NARROW
 
 TINY = replace(
     NARROW, count=3, width=16, context=24, vocabulary=20, vae_width=4, terms=12, vae_differs=True

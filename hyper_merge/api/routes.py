@@ -15,14 +15,16 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from hyper_merge.api import answering, answers, asking
-from hyper_merge.api.requests import FitRequest, InspectRequest, MergeRequest, PlanRequest
+from hyper_merge.api import deserialize as asking
+from hyper_merge.api import response_models as answers
+from hyper_merge.api import serialize as answering
+from hyper_merge.api.request_models import FitRequest, InspectRequest, MergeRequest, PlanRequest
 from hyper_merge.errors import HyperMergeError, UnknownRunError
-from hyper_merge.fit import prepared as prepared_fit
+from hyper_merge.hosts import job_queue as work
+from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
-from hyper_merge.runs import list_runs, load_run
-from hyper_merge.ui import jobs as work
-from hyper_merge.ui import looking, working
+from hyper_merge.operations.fit.fit import prepared as prepared_fit
+from hyper_merge.runs.manifest import list_runs, load_run
 
 PREFIX: Final = "/hyper-merge"
 
@@ -120,7 +122,7 @@ class _Routes:
         """What a merge would write and take, or why it cannot be made; nothing is written."""
         with _refusals():
             preflight, place = asking.prepared(asked, self._host)
-            found = looking.known_outlook(self._host, preflight)
+            found = working.known_outlook(self._host, preflight)
             return answering.plan(preflight, place, found)
 
     def look(self, asked: PlanRequest) -> answers.Job:
@@ -132,8 +134,8 @@ class _Routes:
             self._jobs.require_idle()
             asking.examined(asked, self._host)
             preflight = functools.partial(asking.examined, asked, self._host)
-            begin = functools.partial(looking.look, self._host, preflight)
-            return answering.job(self._jobs.start(looking.LOOK, begin, self._host.log))
+            begin = functools.partial(working.look, self._host, preflight)
+            return answering.job(self._jobs.start(working.LOOK, begin, self._host.log))
 
     def merge(self, asked: MergeRequest) -> answers.Job:
         """Starts a merge, or says why it cannot be made; its job says how far it is."""

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hyper_merge.checkpoints.dtypes import EIGHT_BIT_FLOATS
-from hyper_merge.checkpoints.header import Header, TensorInfo
-from hyper_merge.checkpoints.pickled import load_pickled
-from hyper_merge.checkpoints.safetensors_header import AGAIN, read_table
-from hyper_merge.checkpoints.spelling import usual
+from hyper_merge.checkpoints.architectures.key_conversion import usual
+from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
+from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.io.pickle_reader import load_pickled
+from hyper_merge.checkpoints.io.safetensors_header import AGAIN, read_table
 from hyper_merge.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Header", "TensorInfo", "fingerprint", "read_header"]

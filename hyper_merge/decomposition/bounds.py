@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.ranks import most_gain, spread
+from hyper_merge.decomposition.rank_allocation import most_gain, spread
 
 
 @dataclass(frozen=True, eq=False)

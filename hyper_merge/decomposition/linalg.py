@@ -159,3 +159,8 @@ def _cholesky_qr(columns: Tensor) -> tuple[Tensor, float]:
 
 def _tiny(like: Tensor) -> float:
     return torch.finfo(like.dtype).tiny
+
+
+def share(part: Tensor | float, whole: Tensor | float) -> float:
+    """Returns part / whole; 0 where the whole is 0."""
+    return float(part) / float(whole) if float(whole) > 0 else 0.0

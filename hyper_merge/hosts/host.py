@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hyper_merge.comparison import Studio
-from hyper_merge.control import Control
-from hyper_merge.folders import Folders
+from hyper_merge.errors import CheckpointError
+from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime.progress import Control
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,16 @@ class Host(Protocol):
 
     def log(self, error: BaseException) -> None:
         """Writes an unexpected error in full to the host's log."""
+
+
+def file_of(name: str, listed: Mapping[str, Path]) -> Path:
+    """The file of a name in the host's list.
+
+    Raises:
+        CheckpointError: the name is not in the list (any more), or its file is gone.
+    """
+    if name not in listed:
+        raise CheckpointError(f"{name} is no longer in the list; press Refresh and pick again")
+    if not listed[name].exists():
+        raise CheckpointError(f"{name} is no longer there; press Refresh and pick again")
+    return listed[name]

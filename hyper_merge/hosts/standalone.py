@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.comparison import Studio
-from hyper_merge.control import Control
-from hyper_merge.folders import Folders
-from hyper_merge.hosts import diffusers_pictures
+from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
 from hyper_merge.hosts.host import Atelier, Defaults
+from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime.progress import Control
 
 _SUFFIXES: Final = (".safetensors", ".ckpt")
 _NOT_CHECKPOINTS: Final = (".vae.safetensors", ".vae.ckpt")  # as the WebUIs see it

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.errors import CheckpointError, RecipeError
-from hyper_merge.folders import Folders
-from hyper_merge.recipe import AVERAGE, FIELDS, Recipe, SettingError
+from hyper_merge.errors import RecipeError
+from hyper_merge.hosts.host import file_of
+from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, SettingError
+from hyper_merge.runs.folders import Folders
 
 _SIZE: Final = re.compile(r"[\d.]+\s*([kmg]i?b?|b)", re.IGNORECASE)
 
@@ -93,19 +94,6 @@ def chosen(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
         CheckpointError: a name is not in the list (any more).
     """
     return tuple(file_of(name, listed) for name in form.checkpoints or [])
-
-
-def file_of(name: str, listed: Mapping[str, Path]) -> Path:
-    """The file of a name in the host's list.
-
-    Raises:
-        CheckpointError: the name is not in the list (any more), or its file is gone.
-    """
-    if name not in listed:
-        raise CheckpointError(f"{name} is no longer in the list; press Refresh and pick again")
-    if not listed[name].exists():
-        raise CheckpointError(f"{name} is no longer there; press Refresh and pick again")
-    return listed[name]
 
 
 def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:

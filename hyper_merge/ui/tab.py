@@ -8,9 +8,9 @@ import gradio as gr
 import torch
 
 from hyper_merge.hosts.host import Host
-from hyper_merge.ui import picking
+from hyper_merge.hosts.job_queue import Jobs, process_jobs
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.jobs import Jobs, process_jobs
+from hyper_merge.ui.handlers import picker as picking
 from hyper_merge.ui.panels.compare import build_compare
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
@@ -18,11 +18,11 @@ from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import build_form
 from hyper_merge.ui.panels.use import build_use
+from hyper_merge.ui.wiring.common import Wires
 from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
 from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
 from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
-from hyper_merge.ui.wiring.wires import Wires
 
 
 def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Blocks:

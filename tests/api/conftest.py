@@ -10,9 +10,9 @@ from fastapi import FastAPI
 
 from hyper_merge.api.routes import build_router
 from hyper_merge.errors import InterruptedRun
+from hyper_merge.hosts import tasks as working
+from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui import working
-from hyper_merge.ui.jobs import Jobs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # starlette's own, of a name that anyio has given up

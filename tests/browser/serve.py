@@ -16,9 +16,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_webui  # noqa: E402
 
-from hyper_merge.app import Listening, build_app, serve  # noqa: E402
-from hyper_merge.control import Control  # noqa: E402
-from hyper_merge.decomposition import starts  # noqa: E402
+from hyper_merge.cli.app import Listening, build_app, serve  # noqa: E402
+from hyper_merge.decomposition import initialization as starts  # noqa: E402
+from hyper_merge.runtime.progress import Control  # noqa: E402
 
 
 def slow_down(flag: Path) -> None:

@@ -5,9 +5,9 @@ import shutil
 import pytest
 from browser.conftest import IN_WEBUI, shot
 
-from hyper_merge.folders import Folders
-from hyper_merge.runs import load_run
-from hyper_merge.terms import mixture_tags
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.weighted_loras import mixture_tags
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hyper_merge.checkpoints.header import Header, TensorInfo
-from hyper_merge.checkpoints.synthetic_layout import sd1_layout
+from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
 MakeHeader = Callable[..., Header]
 WriteRaw = Callable[..., Path]

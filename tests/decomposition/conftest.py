@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hyper_merge.decomposition import starts
-from hyper_merge.workers import Each, workers
+from hyper_merge.decomposition import initialization as starts
+from hyper_merge.runtime.parallel import Each, workers
 
 _SHORTENED = ("_RANDOM", "_ROUNDS", "_GREEDY_TURNS", "_PILOT_ENTRIES")
 _SEARCH = {name: getattr(starts, name) for name in _SHORTENED}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hyper_merge.decomposition.core import compress, project
+from hyper_merge.decomposition.compression import compress, project
 
 
 def squeeze(slices, width, seed=0):

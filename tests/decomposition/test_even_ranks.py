@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyper_merge.decomposition.ranks import even_ranks
+from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import RankError
 
 shapes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=5)

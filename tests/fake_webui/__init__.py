@@ -24,7 +24,8 @@ from .styles import PromptStyle, StyleDatabase
 
 EXTENSION = Path(__file__).parents[2]
 ROOTS = ("modules", "modules_forge", "backend", "networks")
-OURS = "hyper_merge.hosts.webui"  # and what begins with it: bound to the modules it was loaded with
+# Our modules that are bound to the modules of the host that they were loaded with.
+OURS = ("hyper_merge.api.webui", "hyper_merge.hosts.webui")
 
 
 class FakeWebUI:
@@ -111,11 +112,11 @@ class FakeWebUI:
 
     def host(self):
         """Our host for it; our modules can be imported only now."""
-        return importlib.import_module(OURS).WebUI()
+        return importlib.import_module("hyper_merge.hosts.webui.host").WebUI()
 
     def settings(self):
         """Our module for its settings."""
-        return importlib.import_module(f"{OURS}_settings")
+        return importlib.import_module("hyper_merge.hosts.webui.settings")
 
     def load_scripts(self):
         """What starting does, and Reload UI again: callbacks cleared, the script executed anew.
@@ -226,9 +227,9 @@ def uninstall():
     for name in list(sys.modules):
         if name.split(".")[0] in ROOTS or name.startswith(OURS):
             del sys.modules[name]
-    hosts = sys.modules.get("hyper_merge.hosts")
-    for name in [name for name in vars(hosts or object) if name.startswith("webui")]:
-        delattr(hosts, name)
+    for name in ("hyper_merge.api", "hyper_merge.hosts"):
+        if hasattr(sys.modules.get(name), "webui"):
+            del sys.modules[name].webui
 
 
 @contextmanager

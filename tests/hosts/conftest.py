@@ -1,28 +1,10 @@
-"""A WebUI of either kind with three checkpoints; nothing of it stays after a test."""
+"""A queue of jobs."""
 
 import pytest
-from fake_webui import installed, put
+
+from hyper_merge.hosts.job_queue import Jobs
 
 
 @pytest.fixture
-def models(tmp_path):
-    folder = tmp_path / "webui" / "models"
-    for number, name in enumerate(("anime", "photo", "sub/portrait")):
-        put(folder / "Stable-diffusion" / f"{name}.safetensors", bytes([number]) * 16)
-    return folder
-
-
-@pytest.fixture(params=["a1111", "forge"])
-def flavour(request):
-    return request.param
-
-
-@pytest.fixture
-def webui(models, flavour):
-    with installed(models, flavour) as found:
-        yield found
-
-
-@pytest.fixture
-def host(webui):
-    return webui.host()
+def jobs():
+    return Jobs()

@@ -7,8 +7,8 @@ import threading
 import pytest
 from fake_webui import installed
 
+from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui.jobs import Jobs
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from at_the_tab import FORM, NAMES
 
 from hyper_merge.errors import CheckpointError, RecipeError
-from hyper_merge.recipe import FIELDS, Recipe
-from hyper_merge.recipe_values import Wish
+from hyper_merge.recipe.parsing import Wish
+from hyper_merge.recipe.recipe import FIELDS, Recipe
 from hyper_merge.ui.form import (
     BASE_AVERAGE,
     EXACT_CHOICES,

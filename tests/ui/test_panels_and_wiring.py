@@ -11,11 +11,16 @@ import pytest
 from at_the_tab import ended, values, words
 from fake_webui import EXTENSION, installed
 
+from hyper_merge.hosts.job_queue import BusyError, process_jobs
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui import history, looking, merging, picking, results
 from hyper_merge.ui.element_ids import PREFIX
 from hyper_merge.ui.form import PRESETS, Form
-from hyper_merge.ui.jobs import BusyError, process_jobs
+from hyper_merge.ui.handlers import forecast as looking
+from hyper_merge.ui.handlers import history
+from hyper_merge.ui.handlers import merge as merging
+from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers import result as results
+from hyper_merge.ui.handlers.picker import ALL_FOLDERS
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
@@ -23,7 +28,6 @@ from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import FormWidgets, build_form
 from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.picking import ALL_FOLDERS
 from hyper_merge.ui.tab import build_tab, devices
 
 UNEXPECTED = "An unexpected error; the log has all of it: MemoryError: no room for a table"

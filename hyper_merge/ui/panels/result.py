@@ -8,8 +8,8 @@ import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.html.common import introduction
 from hyper_merge.ui.panels.widgets import button, html, widget
-from hyper_merge.ui.views import introduction
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
-from hyper_merge.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
+from hyper_merge.recipe.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.form import (
     ALLOCATION_CHOICES,

@@ -9,8 +9,8 @@ import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.handlers.use import SAME_PRECISION
 from hyper_merge.ui.panels.widgets import button, html, widget
-from hyper_merge.ui.using import SAME_PRECISION
 
 
 @dataclass(frozen=True)

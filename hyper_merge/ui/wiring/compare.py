@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from hyper_merge.ui import comparing, merging
+from hyper_merge.ui.handlers import compare as comparing
+from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.common import Trigger, Wires
 from hyper_merge.ui.wiring.events import guarded_stream, in_python
-from hyper_merge.ui.wiring.wires import Trigger, Wires
 
 
 def wire_compare(page: gr.Blocks, wires: Wires) -> None:

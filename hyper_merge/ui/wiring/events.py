@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from hyper_merge.ui import views
 from hyper_merge.ui.compat import browser, quiet
+from hyper_merge.ui.html import common as views
 
 Log = Callable[[BaseException], None]
 

@@ -6,11 +6,13 @@ import functools
 
 import gradio as gr
 
-from hyper_merge.ui import looking, merging, picking
 from hyper_merge.ui.form import PRESETS
+from hyper_merge.ui.handlers import forecast as looking
+from hyper_merge.ui.handlers import merge as merging
+from hyper_merge.ui.handlers import picker as picking
 from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.common import REPLAN, Wires
 from hyper_merge.ui.wiring.events import in_browser
-from hyper_merge.ui.wiring.wires import REPLAN, Wires
 
 _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # what was said of the form before is over
 _PLANNED = "() => { hyperMerge.planned(); return []; }"

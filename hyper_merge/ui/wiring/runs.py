@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 
-from hyper_merge.ui import history, results
+from hyper_merge.ui.handlers import history
+from hyper_merge.ui.handlers import result as results
 from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.common import REFRESH_STYLES, SELECT, Wires
 from hyper_merge.ui.wiring.events import in_browser
-from hyper_merge.ui.wiring.wires import REFRESH_STYLES, SELECT, Wires
 
 _COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
 _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"

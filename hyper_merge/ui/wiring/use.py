@@ -6,11 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hyper_merge.ui import merging, results, use_jobs, using
+from hyper_merge.ui.handlers import merge as merging
+from hyper_merge.ui.handlers import result as results
+from hyper_merge.ui.handlers import use as using
+from hyper_merge.ui.handlers import use_actions as use_jobs
 from hyper_merge.ui.panels.use import FitPanel, MixPanel
 from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.common import REFRESH_STYLES, SELECT, Wires
 from hyper_merge.ui.wiring.events import in_browser
-from hyper_merge.ui.wiring.wires import REFRESH_STYLES, SELECT, Wires
 
 _COPY = "(text) => { hyperMerge.copy(text, '%s'); return []; }"
 _MIX = "() => { hyperMerge.mix('%s'); return []; }"

@@ -1,0 +1,1 @@
+"""From checkpoint files to their average and the compressed deviations of every layer."""

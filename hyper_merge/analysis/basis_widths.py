@@ -1,0 +1,90 @@
+"""How wide each layer's bases are: a glance at all files says where the differences are.
+
+Layers with more energy for the bytes of a rank want more ranks, and so wider bases. The products of
+the whole pass stay what they would be with one width for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.inputs import Sources
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.decomposition.contrasts import deviations
+from hyper_merge.runtime.progress import Control
+
+_PLACES: Final = 4  # in a tensor that are looked at
+_SAMPLE: Final = 2**13  # entries at each
+_LEAST: Final = 96  # columns, for lists of ranks that come later
+_STEP: Final = 32  # columns by which widths differ: fewer shapes, fuller batches
+_POWER: Final = 0.7  # ranks grow with energy per byte to the power of 1 / (2 alpha), alpha 0.5 to 1
+_HALVINGS: Final = 40  # of the search for the common factor
+
+
+def widths_for(sources: Sources, nominal: int, control: Control) -> tuple[int, ...]:
+    """Columns of every layer's bases at most, `nominal` in the mean.
+
+    Args:
+        sources: the files, of which a small part is read.
+        nominal: the width that all layers would have if all had one.
+        control: asked to stop between layers.
+
+    Raises:
+        CheckpointError: a file was changed or cannot be read.
+    """
+    return spread_widths(sources.layout.layers, sampled_energies(sources, control), nominal)
+
+
+def sampled_energies(sources: Sources, control: Control) -> list[float]:
+    """Squared norm of every layer's deviations, estimated from a few places of its tensor."""
+    energies = []
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
+        ]
+        for layer in sources.layout.layers:
+            control.check()
+            rows = slice(*layer.rows) if layer.rows else slice(None)
+            origin, *others = [_sample(file.tensor(layer.key)[rows].flatten()) for file in files]
+            found = deviations(origin, others, sources.contrasts, torch.float32, origin.numel())
+            trace = float(found.gram.diagonal()[:-1].sum())
+            energies.append(trace * layer.m * layer.n / origin.numel())
+    return energies
+
+
+def spread_widths(
+    layers: Sequence[Layer], energies: Sequence[float], nominal: int
+) -> tuple[int, ...]:
+    """Widths that follow the energy per byte and cost what the nominal width costs in all layers."""
+    sizes = torch.tensor([layer.m * layer.n for layer in layers], dtype=torch.float64)
+    limits = torch.tensor([max(layer.m, layer.n) for layer in layers], dtype=torch.float64)
+    sides = torch.tensor([layer.m + layer.n for layer in layers], dtype=torch.float64)
+    wanted = (torch.tensor(energies, dtype=torch.float64) / sides) ** _POWER
+    if not bool(wanted.isfinite().all()) or float(wanted.sum()) <= 0:
+        return tuple(int(limit.clamp(max=nominal)) for limit in limits)
+    budget = float((sizes * limits.clamp(max=nominal)).sum())
+    low = _LEAST / float(wanted.max())  # of the common factor: narrower bases are not made
+    high = max(float(limits.max() / wanted[wanted > 0].min()), low)
+    for _ in range(_HALVINGS):
+        middle = (low * high) ** 0.5  # energies differ by many orders of magnitude
+        affordable = float((sizes * _clamped(middle * wanted, limits)).sum()) <= budget
+        low, high = (middle, high) if affordable else (low, middle)
+    return tuple(int(width) for width in _clamped(low * wanted, limits))
+
+
+def _clamped(widths: Tensor, limits: Tensor) -> Tensor:  # both (layers,)
+    stepped = (widths / _STEP).round() * _STEP
+    return torch.minimum(stepped.clamp(min=_LEAST), limits)
+
+
+def _sample(values: Tensor) -> Tensor:  # (size,) -> (<= size,)
+    if values.numel() <= _PLACES * _SAMPLE:
+        return values
+    starts = torch.linspace(0, values.numel() - _SAMPLE, _PLACES).long().tolist()
+    return torch.cat([values[start : start + _SAMPLE] for start in starts])

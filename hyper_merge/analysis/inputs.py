@@ -1,0 +1,76 @@
+"""What a merge reads and how it treats it: all that averages and analyses depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from hyper_merge.checkpoints.architectures.layout import Layer, Layout, Treatment, output_tensors
+from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.decomposition.contrasts import Contrasts, around_base, around_mean
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of one merge with their common layout."""
+
+    headers: tuple[Header, ...]  # of the k checkpoints
+    base: Header | None  # of a given base; None for the average
+    layout: Layout
+    weights: tuple[float, ...]  # of the mean, one per checkpoint
+    dtype: torch.dtype  # of the written average
+    average_vae: bool = False  # instead of keeping the first checkpoint's
+
+    @cached_property
+    def contrasts(self) -> Contrasts:
+        """Coordinates of the layers' deviations."""
+        return around_base(len(self.headers)) if self.base else around_mean(self.weights)
+
+    @property
+    def read(self) -> tuple[Header, ...]:
+        """Every file that is read, the origin of the deviations first."""
+        return (self.base, *self.headers) if self.base else self.headers
+
+    def contrasts_of(self, treatment: Treatment) -> Contrasts:
+        """Coordinates for tensors of one treatment; keeping the first VAE is a mean of one."""
+        keeps_first = treatment is Treatment.VAE and not self.average_vae and not self.base
+        return self._around_first if keeps_first else self.contrasts
+
+    def outputs(self) -> dict[str, TensorInfo]:
+        """Keys, types and shapes of the written average."""
+        return output_tensors(self.headers[0], self.layout, self.dtype)
+
+    def pieces(self, key: str) -> list[tuple[slice, int | None]]:
+        """Rows in which a tensor is taken apart, with the layer's index: several if it is fused."""
+        return self._pieces.get(key) or [(slice(None), None)]
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[tuple[slice, int | None]]]:
+        """Those of every tensor that has layers."""
+        pieces: dict[str, list[tuple[slice, int | None]]] = {}
+        for index, layer in enumerate(self.layout.layers):
+            rows = slice(*layer.rows) if layer.rows else slice(None)
+            pieces.setdefault(layer.key, []).append((rows, index))
+        return pieces
+
+    @cached_property
+    def _around_first(self) -> Contrasts:
+        return around_mean([1.0] + [0.0] * (len(self.headers) - 1))
+
+
+def bases_width(layer: Layer, width: int) -> tuple[int, int]:
+    """Columns (p, q) of a layer's bases when they have `width` at most."""
+    return min(layer.m, width), min(layer.n, width)
+
+
+def groups_of(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
+    """The layers that share multipliers, by part; all of them are "unet" where nothing parts them."""
+    if not separate or len({layer.part for layer in layers}) == 1:
+        return {"unet": list(range(len(layers)))}
+    groups: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault(layer.part, []).append(index)
+    return groups

@@ -1,0 +1,87 @@
+"""How much each checkpoint and each layer counts in the fit; plainly, all differences count alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.store import Analysis
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.decomposition.contrasts import energies
+from hyper_merge.recipe.recipe import Recipe
+
+_LEAST_SIZE: Final = 0.05  # of a weight's entries, in units of all layers' usual one
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """Coordinates in which the weighted loss is a plain sum of squares.
+
+    With weights w of the checkpoints, sqrt(w) * deviations = Q R slices for orthonormal Q: the
+    solver works with R slices, and what it finds there becomes multipliers through `to_deviations`.
+    """
+
+    layers: Tensor  # (layers,), float64: factors of the squared errors, 1 in the energy's mean
+    mix: (
+        Tensor | None
+    )  # (d, d), float64: to weighted slices; None where all checkpoints count alike
+    to_deviations: Tensor  # (k, d), float64: from weighted slices
+    energies: Tensor  # (layers,), float64: weighted, of all deviations
+
+    def core(self, index: int, core: Tensor) -> Tensor:  # (d, p, q)
+        """A layer's core, or a part of it, in weighted slices."""
+        scale = float(self.layers[index]) ** 0.5
+        mixed = self.slices(core)
+        return mixed if scale == 1 else mixed * scale
+
+    def slices(self, core: Tensor) -> Tensor:  # (d, p, q)
+        """The weighted slices of a core, whatever the layer counts."""
+        return core if self.mix is None else (self.mix.to(core) @ core.flatten(1)).view(core.shape)
+
+    def energy(self, members: Sequence[int]) -> float:
+        """Weighted energy of some layers' deviations."""
+        return float(self.energies[list(members)].sum())
+
+
+def weighting_of(analysis: Analysis, recipe: Recipe) -> Weighting:
+    """What a recipe asks for."""
+    of = energies(analysis.grams, analysis.contrasts)  # (layers, k)
+    layers = layer_weights(analysis, recipe)
+    basis = analysis.contrasts.to_deviations
+    if recipe.fit_weights is None:
+        return Weighting(layers, None, basis, of.sum(1) * layers)
+    weights = torch.tensor(recipe.fit_weights, dtype=torch.float64)
+    weights = weights * len(weights) / weights.sum()
+    triangle = torch.linalg.qr(basis * weights.sqrt()[:, None])[1]
+    back = basis @ torch.linalg.pinv(triangle)
+    return Weighting(layers, triangle, back, (of * weights).sum(1) * layers)
+
+
+def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
+    """Factors of the layers' squared errors, by which the weighted energy of everything is the plain one."""
+    of = energies(analysis.grams, analysis.contrasts).sum(1)
+    if recipe.layer_weights == "plain":
+        return torch.ones_like(of)
+    factors = relative_weights(analysis.weights, analysis.layers)
+    weighted = float((factors * of).sum())
+    return factors * (float(of.sum()) / weighted) if weighted > 0 else torch.ones_like(of)
+
+
+def relative_weights(
+    sizes: Tensor,  # (layers,), float64: squared norms of the average's weights
+    layers: Sequence[Layer],
+) -> Tensor:  # (layers,), float64
+    """One over each layer's size: errors count against the weight that they change.
+
+    A layer of hardly any size, such as one that training began at zero, would count for everything; its
+    entries are taken as at least a small part of the usual ones.
+    """
+    entries = torch.tensor([layer.m * layer.n for layer in layers], dtype=torch.float64)
+    usual = float(sizes.sum() / entries.sum())
+    if not usual > 0:
+        return torch.ones_like(sizes)
+    return torch.maximum(sizes, _LEAST_SIZE**2 * usual * entries).reciprocal()

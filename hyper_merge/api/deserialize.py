@@ -1,0 +1,115 @@
+"""From requests to recipes and orders; only names of the host's list lead to files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from hyper_merge.api.request_models import FitRequest, PlanRequest
+from hyper_merge.errors import CheckpointError, RecipeError
+from hyper_merge.hosts.host import Host
+from hyper_merge.operations.fit.request import FitOrder
+from hyper_merge.operations.merge.naming import placed, suggested_name
+from hyper_merge.operations.merge.preflight import Preflight, examine
+from hyper_merge.recipe.parsing import nearest
+from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, SettingError
+from hyper_merge.runs.folders import Place
+
+_SIZES: Final = ("ranks", "budget", "target")
+_NAMES: Final = {"models": "checkpoints"}
+"""What the API calls a recipe's setting, where that is another word."""
+
+
+def recipe_of(asked: PlanRequest, name: str, host: Host) -> Recipe:
+    """The recipe that a client asks for, by the host's list as it is now.
+
+    Args:
+        asked: all but the name, which may be left out there.
+        name: of the hyper-model.
+        host: whose list is meant.
+
+    Raises:
+        RecipeError: a setting cannot be; the message begins with its name.
+        CheckpointError: a name is not in the host's list.
+    """
+    sizes = [name for name in _SIZES if getattr(asked, name) is not None]
+    if len(sizes) > 1:
+        raise RecipeError(f"{sizes[1]}: expected one of {', '.join(_SIZES)}, got {sizes}")
+    if len(asked.checkpoints) < 2:
+        raise RecipeError(
+            f"checkpoints: a merge takes two checkpoints or more, got {len(asked.checkpoints)}"
+        )
+    listed = host.checkpoints()
+    given: dict[str, Any] = {
+        field.name: getattr(asked, field.name)
+        for field in FIELDS
+        if getattr(asked, field.name, None) is not None
+    }
+    given["name"] = name
+    given["models"] = tuple(file_of(name, "checkpoints", listed) for name in asked.checkpoints)
+    given["base"] = AVERAGE if asked.base is None else str(file_of(asked.base, "base", listed))
+    try:
+        return Recipe(**given, output=host.folders().models.parent)
+    except SettingError as error:
+        raise _named(error) from None
+
+
+def examined(asked: PlanRequest, host: Host) -> Preflight:
+    """A merge held against the files alone.
+
+    Raises:
+        HyperMergeError: it cannot be made like this.
+    """
+    name = suggested_name(asked.checkpoints) if asked.name is None else asked.name
+    return examine(recipe_of(asked, name, host), host.folders())
+
+
+def prepared(asked: PlanRequest, host: Host) -> tuple[Preflight, Place]:
+    """A merge held against the files and the folders.
+
+    Raises:
+        HyperMergeError: it cannot be made like this.
+    """
+    return placed(examined(asked, host), host.folders(), named=asked.name is not None)
+
+
+def order_of(asked: FitRequest, host: Host) -> FitOrder:
+    """The fit that a client asks for, by the host's list as it is now.
+
+    Raises:
+        RecipeError: a setting cannot be; the message begins with its name.
+        CheckpointError: the name is not in the host's list.
+    """
+    names = ("name", "topup", "device", "seed", "overwrite")
+    given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    path = file_of(asked.checkpoint, "checkpoint", host.checkpoints())
+    try:
+        return FitOrder(run=asked.run, checkpoint=path, **given)
+    except SettingError as error:
+        raise _named(error) from None
+
+
+def file_of(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
+    """The file of a name; nothing but the host's list is ever looked up.
+
+    Args:
+        name: by which a client names it.
+        setting: where it stood, for the message.
+        listed: the host's list.
+
+    Raises:
+        CheckpointError: it is not in the list, or its file is gone.
+    """
+    if name not in listed:
+        raise CheckpointError(
+            f"{setting}: expected a name of the host's list, got {name!r:.200}"
+            f"{nearest(name, listed) or '; refresh the list if it is new'}"
+        )
+    if not listed[name].exists():
+        raise CheckpointError(f"{setting}: the file of {name} is no longer there")
+    return listed[name]
+
+
+def _named(error: SettingError) -> RecipeError:
+    return RecipeError(f"{_NAMES.get(error.key, error.key)}: {error.problem}")

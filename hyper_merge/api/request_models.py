@@ -1,0 +1,99 @@
+"""What a client may ask for, as FastAPI reads and describes it; for pydantic 1 and 2.
+
+Types are strict: 4.7 is no rank, and "yes" no truth. Whether a value makes sense is left to the
+recipe, whose refusals say what to do. Checkpoints are names of the host's list, never paths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from hyper_merge.recipe.recipe import FIELDS, option_help
+
+Number = StrictInt | StrictFloat
+
+_HELP: Final = {field.name: option_help(field) for field in FIELDS}
+_EXAMPLE: Final = ["anime.safetensors", "photo/portrait.safetensors"]
+
+
+def _setting(name: str) -> Any:
+    """A setting of the recipe that has its default unless it is given."""
+    return Field(None, description=_HELP[name])
+
+
+class _Request(BaseModel, extra="forbid"):
+    """A misspelt field is refused: it would be as if it had not been given."""
+
+
+class InspectRequest(_Request):
+    """Which checkpoints to look at."""
+
+    checkpoints: list[StrictStr] = Field(
+        ..., description=f"names of the host's list, such as {', '.join(_EXAMPLE)}"
+    )
+
+
+class PlanRequest(_Request):
+    """A merge: its checkpoints, and the recipe's settings."""
+
+    checkpoints: list[StrictStr] = Field(
+        ..., description="two or more names of the host's list; the first one's VAE is kept"
+    )
+    name: StrictStr | None = Field(
+        None,
+        description="name of the hyper-model and first part of its LoRAs' names; without one a free"
+        " name is made of the first checkpoint's",
+    )
+    ranks: list[StrictInt] | None = _setting("ranks")
+    budget: StrictInt | StrictStr | None = _setting("budget")
+    target: Number | StrictStr | None = _setting("target")
+    topup: StrictInt | StrictStr | None = _setting("topup")
+    weights: list[Number] | None = _setting("weights")
+    fit_weights: list[Number] | None = _setting("fit_weights")
+    layer_weights: StrictStr | None = _setting("layer_weights")
+    base: StrictStr | None = Field(
+        None,
+        description="name of the checkpoint that the LoRAs are added to; without one, the average",
+    )
+    allocation: StrictStr | None = _setting("allocation")
+    multipliers: StrictStr | None = _setting("multipliers")
+    method: StrictStr | None = _setting("method")
+    exact: StrictStr | None = _setting("exact")
+    vae: StrictStr | None = _setting("vae")
+    dtype: StrictStr | None = _setting("dtype")
+    lora_dtype: StrictStr | None = _setting("lora_dtype")
+    device: StrictStr | None = _setting("device")
+    iterations: StrictInt | None = _setting("iterations")
+    tolerance: Number | None = _setting("tolerance")
+    seed: StrictInt | None = _setting("seed")
+
+
+class MergeRequest(PlanRequest):
+    """A merge that is to be made."""
+
+    save_styles: StrictBool = Field(
+        False, description="save a prompt style per checkpoint, where the host has styles"
+    )
+
+
+class FitRequest(_Request):
+    """A checkpoint that is to be placed on the LoRAs of a run."""
+
+    run: StrictStr = Field(..., description="name of the run")
+    checkpoint: StrictStr = Field(..., description="a name of the host's list")
+    name: StrictStr | None = Field(
+        None, description="by which the run will know it; without one, the file's"
+    )
+    topup: StrictInt | StrictStr | None = Field(
+        None,
+        description="a private LoRA of what remains: a rank, or what is to be explained in all, such"
+        ' as "95%"',
+    )
+    device: StrictStr | None = _setting("device")
+    seed: StrictInt | None = _setting("seed")
+    overwrite: StrictBool = Field(False, description="replace an earlier fit of this name")
+    save_styles: StrictBool = Field(
+        False, description="save a prompt style for it, where the host has styles"
+    )

@@ -1,0 +1,1 @@
+"""What a checkpoint is: family, layout, names of its modules."""

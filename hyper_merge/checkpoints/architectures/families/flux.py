@@ -1,0 +1,59 @@
+"""Flux: double and single blocks, with or without text encoders and VAE; and what is made of it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VAE
+from hyper_merge.checkpoints.architectures.lora_modules import (
+    Module,
+    clip_text_model,
+    matching,
+    none,
+)
+from hyper_merge.checkpoints.architectures.signatures import UNET
+from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.io.header import Shape
+
+_DOUBLE: Final = UNET + "double_blocks.0.img_attn.norm.key_norm."
+_SINGLE: Final = UNET + "single_blocks.0.linear1."
+_GUIDANCE: Final = UNET + "guidance_in."
+_APPROXIMATOR: Final = UNET + "distilled_guidance_layer."
+_MODULES: Final = (
+    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02]|mod\.lin)"
+    r"|single_blocks\.\d+\.(linear[12]|modulation\.lin)"
+)
+
+
+def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
+    return matching(path, shape, _MODULES)
+
+
+def _family(version: str, signs: Signs) -> Family:
+    return Family(
+        name=f"flux_{version}",
+        title=f"Flux {version}",
+        signs=signs,
+        parts=(
+            Part("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
+            Part("text_encoder", "T5", T5, "lora_te3_", none),  # nobody trains it
+            Part("unet", "transformer", UNET, "lora_unet_", _modules),
+        ),
+        vae_prefixes=VAE,
+        in_a1111=False,
+        half=torch.bfloat16,
+        ss_base_model_version="flux1",
+        modelspec_architecture=f"flux-1-{version}",
+        modelspec_implementation="https://github.com/black-forest-labs/flux",
+        modelspec_resolution="1024x1024",
+        sd_version="Flux",
+    )
+
+
+FAMILIES: Final = (
+    Family("chroma", "Chroma", Signs((_APPROXIMATOR,))),
+    _family("dev", Signs((_DOUBLE, _SINGLE, _GUIDANCE))),
+    _family("schnell", Signs((_DOUBLE, _SINGLE), none_of=(_GUIDANCE,))),
+)

@@ -1,0 +1,60 @@
+"""Stable Diffusion 3 and 3.5: a transformer of joint blocks, with or without its text encoders."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VAE, second_encoder
+from hyper_merge.checkpoints.architectures.lora_modules import (
+    Module,
+    clip_text_model,
+    matching,
+    none,
+)
+from hyper_merge.checkpoints.architectures.signatures import UNET
+from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.io.header import Shape
+
+_BLOCK: Final = UNET + "joint_blocks.0.x_block."
+_SECOND_ATTENTION: Final = _BLOCK + "attn2."
+_NORM_OF_QUERIES: Final = _BLOCK + "attn.ln_q."
+_CLIP_G: Final = "text_encoders.clip_g.transformer."  # with the projection of its pooled output
+_MODULES: Final = (
+    r"joint_blocks\.\d+\.(x|context)_block\.(attn2?\.(qkv|proj)|mlp\.fc[12]|adaLN_modulation\.1)"
+)
+
+
+def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
+    return matching(path, shape, _MODULES)
+
+
+def _clip_g(path: str, shape: Shape) -> tuple[Module, ...]:
+    return clip_text_model(path.removeprefix("text_model."), shape)
+
+
+def _family(name: str, title: str, model_type: str, signs: Signs) -> Family:
+    return Family(
+        name=name,
+        title=f"Stable Diffusion {title}",
+        signs=signs,
+        parts=(
+            Part("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
+            Part("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
+            Part("text_encoder", "T5", T5, "lora_te3_", none),  # nobody trains it
+            Part("unet", "transformer", UNET, "lora_unet_", _modules),
+        ),
+        vae_prefixes=VAE,
+        ss_base_model_version=model_type,
+        modelspec_architecture=f"stable-diffusion-3-{model_type}",
+        modelspec_implementation="https://github.com/Stability-AI/generative-models",
+        modelspec_resolution="1024x1024",
+        sd_version="Unknown",  # hosts have no word for it, and show such LoRAs always
+        lora_alpha=False,  # A1111 refuses a whole SD 3 LoRA for one alpha
+    )
+
+
+FAMILIES: Final = (
+    _family("sd35_medium", "3.5 medium", "5-medium", Signs((_BLOCK, _SECOND_ATTENTION))),
+    _family("sd35_large", "3.5 large", "5-large", Signs((_BLOCK, _NORM_OF_QUERIES))),
+    _family("sd3_medium", "3 medium", "medium", Signs((_BLOCK,))),
+)

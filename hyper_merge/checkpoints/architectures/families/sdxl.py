@@ -1,0 +1,99 @@
+"""Stable Diffusion XL with two text encoders, its variants, and its refiner with the second alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from hyper_merge.checkpoints.architectures.families.shared import (
+    INPAINTING,
+    PIX2PIX,
+    VAE,
+    second_encoder,
+)
+from hyper_merge.checkpoints.architectures.families.v_prediction_configs import sdxl_v
+from hyper_merge.checkpoints.architectures.lora_modules import (
+    clip_text_model,
+    none,
+    open_clip,
+    unet_as_stored,
+)
+from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
+from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+
+_CLIP: Final = "conditioner.embedders.0.transformer.text_model."
+_OPEN_CLIP: Final = "conditioner.embedders.1.model."
+_REFINERS: Final = "conditioner.embedders.0.model."
+_SIGNS: Final = Signs(
+    all_of=(LABELS,), depths=(0, 2, 10, 10), input_channels=4, texts=(_OPEN_CLIP,), context=2048
+)
+_UNET: Final = Part("unet", "UNet", UNET, "lora_unet_", unet_as_stored)
+
+SDXL: Final = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    signs=_SIGNS,
+    parts=(
+        Part("text_encoder", "first text encoder", _CLIP, "lora_te1_", clip_text_model),
+        Part(
+            "text_encoder",
+            "second text encoder",
+            _OPEN_CLIP,
+            "lora_te2_",
+            open_clip,
+            second_encoder,
+        ),
+        _UNET,
+    ),
+    vae_prefixes=VAE,
+    ss_base_model_version="sdxl_base_v1-0",
+    modelspec_architecture="stable-diffusion-xl-v1-base",
+    modelspec_implementation="https://github.com/Stability-AI/generative-models",
+    modelspec_resolution="1024x1024",
+    modelspec_prediction_type="epsilon",
+    sd_version="SDXL",
+    v_words=(("modelspec_prediction_type", "v"),),
+    v_configuration=sdxl_v,
+)
+
+
+def _variant(name: str, title: str, input_channels: int) -> Family:
+    signs = replace(_SIGNS, input_channels=input_channels)
+    title = f"Stable Diffusion XL {title}"
+    return replace(SDXL, name=f"sdxl_{name}", title=title, signs=signs, v_words=())
+
+
+def _edm(name: str, noise: str, marker: str) -> Family:
+    """Trained for other noise, which a marker among the keys tells hosts."""
+    return replace(
+        SDXL,
+        name=f"sdxl_{name}",
+        title=f"Stable Diffusion XL with {noise}",
+        signs=replace(_SIGNS, all_of=(LABELS, marker)),
+        modelspec_prediction_type="",
+        v_words=(),
+    )
+
+
+FAMILIES: Final = (
+    _edm("edm", "EDM noise (Playground 2.5)", "edm_mean"),
+    _edm("edm_v", "EDM noise and v-prediction (CosXL)", "edm_vpred.sigma_max"),
+    SDXL,
+    _variant("inpainting", "inpainting", INPAINTING),
+    _variant("pix2pix", "instruct-pix2pix", PIX2PIX),
+    replace(
+        SDXL,
+        name="sdxl_refiner",
+        title="Stable Diffusion XL refiner",
+        signs=Signs((LABELS,), (), (0, 4, 4, 0, 4), 4, texts=(_REFINERS,), context=1280),
+        # A1111 knows no LoRA names for its text encoder.
+        parts=(Part("text_encoder", "text encoder", _REFINERS, "lora_te_", none), _UNET),
+        modelspec_architecture="stable-diffusion-xl-v1-refiner",
+        v_words=(),
+    ),
+    Family(
+        "sdxl_pruned",
+        "pruned Stable Diffusion XL (such as SSD-1B)",
+        Signs(texts=(_OPEN_CLIP,), input_channels=4, context=2048),
+    ),
+)

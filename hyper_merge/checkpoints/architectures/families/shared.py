@@ -1,0 +1,29 @@
+"""What several families have alike."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hyper_merge.checkpoints.architectures.sections import section_of
+
+INPAINTING: Final = 9
+"""Channels that an inpainting UNet reads: latent, masked latent, mask."""
+
+PIX2PIX: Final = 8
+"""Channels that an instruct-pix2pix UNet reads: latent, source latent."""
+
+VAE: Final = tuple(
+    prefix + part
+    for prefix in ("first_stage_model.", "vae.")
+    for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+)
+"""Keys of the VAE begin with one of these."""
+
+CLIP_L: Final = "text_encoders.clip_l.transformer.text_model."
+T5: Final = "text_encoders.t5xxl.transformer."
+"""Prefixes of the text encoders that stand in one file with a transformer."""
+
+
+def second_encoder(path: str) -> str:
+    """The section of a layer in the second of two text encoders."""
+    return section_of(path, encoder="TE2.")

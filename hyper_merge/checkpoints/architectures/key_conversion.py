@@ -1,0 +1,136 @@
+"""The same checkpoint in other spellings: usual keys and shapes, scaled 8-bit floats joined.
+
+What follows then sees one spelling, so that such files merge with others of their family, and what
+is written loads everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from hyper_merge.checkpoints.architectures.families import family_of
+from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, Structure
+from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
+
+_WEIGHT: Final = ".weight"
+_CLIP: Final = "cond_stage_model.transformer."
+_SGM: Final = "conditioner.embedders.0.model."
+_BARE: Final = ("input_blocks.0.0.", "double_blocks.0.img_attn.qkv.", "joint_blocks.0.x_block.")
+# Around the transformers of an LDM UNet: convolutions or matrices, by the family.
+_PROJECTIONS: Final = (".proj_in.weight", ".proj_out.weight")
+_MARKERS: Final = ("v_pred", "ztsnr", "edm_")
+_OTHERS: Final = (*TEXTS, *_MARKERS, "first_stage_model.", "vae.", "model_ema.")
+# ComfyUI's two names for the number that an 8-bit weight is multiplied by, and what goes with them:
+# the scale of the layer's input, marks of the whole network. Files without scales have none of it.
+_SCALES: Final = (".scale_weight", ".weight_scale")
+_SCALED: Final = (*_SCALES, "scaled_fp8")
+_SCALING: Final = (*_SCALED, ".scale_input", ".input_scale", ".comfy_quant")
+
+
+@dataclass(frozen=True)
+class _Rename:
+    """Prefixes that stand for others in some files."""
+
+    applies: Callable[[Structure], bool]
+    prefixes: tuple[tuple[str, str], ...]  # in the file, usual
+    but: tuple[str, ...] = ()  # keys that begin so stay
+
+
+_RENAMES: Final = (
+    # A network alone, as Flux and SD 3 are often given away.
+    _Rename(lambda s: s.has(*_BARE) and not s.has(UNET), (("", UNET),), but=_OTHERS),
+    # Files of 2022 that older tools saved.
+    _Rename(
+        lambda s: s.has(_CLIP + "encoder.layers."),
+        tuple(
+            (_CLIP + part, f"{_CLIP}text_model.{part}")
+            for part in ("encoder.", "embeddings.", "final_layer_norm.")
+        ),
+    ),
+    # SD 2 in the spelling of SDXL's repository: SD-Turbo.
+    _Rename(
+        lambda s: s.has(_SGM) and not s.has(LABELS, "conditioner.embedders.1."),
+        ((_SGM, "cond_stage_model.model."),),
+    ),
+)
+
+
+def usual(header: Header) -> Header:
+    """The header with the usual keys and shapes, its scales taken in; itself if that changes nothing.
+
+    A weight that has a scale is of float32 then; `Checkpoint.tensor` makes it so, and the shape.
+    """
+    structure = Structure.of(header)
+    header = _joined(header) if structure.mentions(*_SCALED) else header
+    for rename in _RENAMES:
+        if rename.applies(structure):
+            header = _renamed(header, rename)
+            structure = Structure.of(header)
+    shapes = dict(_shapes(header, structure))
+    return _reshaped(header, shapes) if shapes else header
+
+
+def _shapes(header: Header, structure: Structure) -> Iterator[tuple[str, Shape]]:
+    """The usual shape of every projection that some tool saved in the other one."""
+    family = family_of(structure)
+    projections = [key for key in header.tensors if key.endswith(_PROJECTIONS)]
+    for part in family.parts if family else ():
+        for key in projections:
+            if key.startswith(part.prefix):
+                stored = header.tensors[key].shape
+                path = key.removeprefix(part.prefix).removesuffix(_WEIGHT)
+                for module in part.modules(path, stored):
+                    if module.shape != stored and math.prod(module.shape) == math.prod(stored):
+                        yield key, module.shape
+
+
+def _reshaped(header: Header, shapes: Mapping[str, Shape]) -> Header:
+    changed = {key: replace(header.tensors[key], shape=shape) for key, shape in shapes.items()}
+    return replace(header, tensors={**header.tensors, **changed})
+
+
+def _renamed(header: Header, rename: _Rename) -> Header:
+    names = {key: _name(key, rename) for key in (*header.tensors, *header.unsupported)}
+    if len(set(names.values())) < len(names):
+        return header  # both spellings in one file: nothing is sure
+    stored = {name: header.stored.get(key, key) for key, name in names.items() if key != name}
+    return replace(
+        header,
+        tensors={names[key]: info for key, info in header.tensors.items()},
+        unsupported={names[key]: kind for key, kind in header.unsupported.items()},
+        stored={**header.stored, **stored},
+        scales={names[key]: scale for key, scale in header.scales.items()},
+    )
+
+
+def _name(key: str, rename: _Rename) -> str:
+    for old, new in rename.prefixes:
+        if key.startswith(old) and not key.startswith(rename.but):
+            return new + key.removeprefix(old)
+    return key
+
+
+def _joined(header: Header) -> Header:
+    scales = dict(_scales(header.tensors))
+    kept = {
+        key: info
+        for key, info in header.tensors.items()
+        if not key.endswith(_SCALING) or (key.endswith(_SCALES) and key not in scales.values())
+    }  # a scale of another kind stays, and is refused later
+    joined = {key: TensorInfo(torch.float32, kept[key].shape) for key in scales}
+    return replace(header, tensors={**kept, **joined}, scales=scales)
+
+
+def _scales(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
+    """Key of every weight with a scale for the whole of it or for each row, and the scale's key."""
+    for key in tensors:
+        end = next((end for end in _SCALES if key.endswith(end)), None)
+        weight = tensors.get(key.removesuffix(end) + _WEIGHT) if end else None
+        fits = weight and weight.dtype.is_floating_point and weight.shape
+        if end and weight and fits and tensors[key].numel in (1, weight.shape[0]):
+            yield key.removesuffix(end) + _WEIGHT, key

@@ -1,0 +1,192 @@
+"""What becomes of every tensor of a checkpoint: which are layers of LoRAs, averaged, copied, dropped."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.architectures.sections import OTHER
+from hyper_merge.checkpoints.architectures.spec import Family, Part, PartName
+from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
+from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
+
+_WEIGHT: Final = re.compile(r"(?P<path>.+)\.weight|(?P<fused>.+\.in_proj)_weight")
+_POSITION_IDS: Final = ".embeddings.position_ids"
+# Training leftovers that no program loads.
+_UNUSED: Final = ("model_ema.", "first_stage_model.model_ema.", "first_stage_model.loss.")
+_SCHEDULE: Final = re.compile(r"(alphas_cumprod|betas$|sqrt_|posterior_|log_|logvar$|lvlb_)[^.]*")
+_NORM: Final = re.compile(
+    r".*([._]norm\d?|[._]ln_\w+|\.in_layers\.0|\.out_layers\.0|\.out\.0)\.(weight|bias|scale)"
+)
+_EMBEDDING: Final = re.compile(
+    r".*((token|position|positional)_embedding|pos_embed|\.shared|embed_tokens)(\.weight)?"
+)
+
+
+class Treatment(Enum):
+    """What a merge does with a tensor."""
+
+    LAYER = "layer"  # averaged, and its deviations go into the LoRAs
+    AVERAGE = "average"  # averaged only: norms, biases, embeddings, the ends of the UNet
+    VAE = "vae"  # by the recipe's policy
+    COPY = "copy"  # from the first checkpoint: position ids, schedules, markers, idle weights, non-floats
+    DROP = "drop"  # left out: training averages
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tensor, or rows of one, that takes a LoRA; seen as a matrix (m, n) = (out, in*kh*kw)."""
+
+    key: str  # in the checkpoint
+    module: str  # in a LoRA file, without ".lora_up.weight"
+    part: PartName
+    shape: Shape  # of the weight in the LoRA's consumer, 2-D or 4-D
+    rows: tuple[int, int] | None = None  # of a fused tensor: first, end
+    together: str | None = None  # layers of one word are in a LoRA file all or none
+    section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
+
+    @property
+    def m(self) -> int:
+        """Rows of the matrix: outputs."""
+        return self.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Columns of the matrix: inputs, times the kernel's area."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def kernel(self) -> tuple[int, int] | None:
+        """Height and width of a convolution's kernel, None for a linear layer."""
+        return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else None
+
+    def up_shape(self, rank: int) -> Shape:
+        """Shape of `.lora_up.weight`."""
+        return (self.m, rank, 1, 1) if self.kernel else (self.m, rank)
+
+    def down_shape(self, rank: int) -> Shape:
+        """Shape of `.lora_down.weight`: the convolution's own kernel is here."""
+        return (rank, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of every tensor of one file."""
+
+    family: Family
+    layers: tuple[Layer, ...]  # in the order of the computation
+    treatments: Mapping[str, Treatment]  # of every key that torch can read
+
+
+def layout_of(header: Header, family: Family) -> Layout:
+    """The treatment of each tensor, and the layers: text encoder by number, then the UNet down to up."""
+    layers = tuple(layer for part in family.parts for layer in _layers(header, part))
+    keys = {layer.key for layer in layers}
+    treatments = {
+        key: Treatment.LAYER if key in keys else _treatment(key, info, family)
+        for key, info in header.tensors.items()
+    }
+    return Layout(family, layers, treatments)
+
+
+def kind_of(key: str, layout: Layout) -> str:
+    """A word for people: what a tensor that no LoRA carries is; "layers" for one that a LoRA does."""
+    treatment = layout.treatments[key]
+    if treatment is Treatment.VAE:
+        return "VAE"
+    if treatment is Treatment.LAYER:
+        return "layers"
+    if treatment is not Treatment.AVERAGE:
+        return "copied" if treatment is Treatment.COPY else "dropped"
+    if _NORM.fullmatch(key):
+        return "norms"
+    if _EMBEDDING.fullmatch(key):
+        return "embeddings"
+    return "biases" if key.endswith((".bias", "_bias")) else "other weights"
+
+
+def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """What the written average holds: the first checkpoint's keys, less what is dropped.
+
+    Args:
+        first: the first checkpoint's header.
+        layout: its layout.
+        dtype: of everything that is averaged, of the VAE, and of weights that nobody runs.
+
+    Returns:
+        Key to type and shape. Copied tensors keep their type, but 8-bit floats become float16 as
+        they are read, and position ids are always int64 (`position_ids` makes them); schedules in
+        less than float32 are left out, for loaders compute better ones.
+    """
+    tensors = {}
+    for key, info in first.tensors.items():
+        treatment = layout.treatments[key]
+        if treatment is Treatment.DROP or _is_spoilt_schedule(key, info):
+            continue
+        if treatment is not Treatment.COPY or key.startswith(layout.family.idle):
+            tensors[key] = TensorInfo(dtype, info.shape)
+        else:
+            tensors[key] = TensorInfo(_copied_dtype(key, info), info.shape)
+    return tensors
+
+
+def is_position_ids(key: str) -> bool:
+    """Whether the key holds a text encoder's position ids: to be made by `position_ids`, not copied."""
+    return key.endswith(_POSITION_IDS)
+
+
+def position_ids(shape: tuple[int, ...]) -> Tensor:
+    """0, 1, 2, ... along the last dimension: merges of the past have often spoilt the stored ones."""
+    return torch.arange(shape[-1]).expand(shape).contiguous()
+
+
+def _layers(header: Header, part: Part) -> Iterator[Layer]:
+    keys = (key for key in header.tensors if key.startswith(part.prefix))
+    for key in sorted(keys, key=_natural):
+        info = header.tensors[key]
+        match = _WEIGHT.fullmatch(key, len(part.prefix))
+        if match is None or not info.dtype.is_floating_point:
+            continue
+        path = match["path"] or match["fused"]
+        for module in part.modules(path, info.shape):
+            name = part.lora_prefix + module.path.replace(".", "_")
+            group = module.together and part.lora_prefix + module.together
+            section = part.section(path)
+            yield Layer(key, name, part.name, module.shape, module.rows, group, section)
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts numbers within names by value: block 2 before block 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in key.split(".")]
+
+
+def _treatment(key: str, info: TensorInfo, family: Family) -> Treatment:
+    if key.startswith(_UNUSED):
+        return Treatment.DROP
+    if is_position_ids(key) or key.endswith(".logit_scale") or key.startswith(family.idle):
+        return Treatment.COPY
+    if info.numel == 0 or not info.dtype.is_floating_point:
+        return Treatment.COPY
+    if key.startswith(family.vae_prefixes):
+        return Treatment.VAE
+    # What stands outside of every network says something by being there (v_pred, ztsnr, edm_mean,
+    # denoiser.sigmas, a schedule): averaged it would mean nothing.
+    averaged = any(key.startswith(part.prefix) for part in family.parts)
+    return Treatment.AVERAGE if averaged else Treatment.COPY
+
+
+def _copied_dtype(key: str, info: TensorInfo) -> torch.dtype:
+    if is_position_ids(key):
+        return torch.int64
+    return torch.float16 if info.dtype in EIGHT_BIT_FLOATS else info.dtype
+
+
+def _is_spoilt_schedule(key: str, info: TensorInfo) -> bool:
+    return bool(_SCHEDULE.fullmatch(key)) and info.dtype not in (torch.float32, torch.float64)

@@ -1,0 +1,60 @@
+"""Norms and biases of the UNet: what LoRA factors cannot hold, but hosts take from a LoRA file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from hyper_merge.checkpoints.architectures.layout import Layout, Treatment
+from hyper_merge.checkpoints.io.header import Header
+
+Kind = Literal["norms", "biases"]
+
+_WEIGHT: Final = ".weight"
+_BIAS: Final = ".bias"
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A tensor of one dimension and the key of its change in a LoRA file."""
+
+    key: str  # in the checkpoint
+    lora_key: str
+    kind: Kind
+    size: int
+
+
+def vectors_of(header: Header, layout: Layout, *, biases: bool) -> tuple[Vector, ...]:
+    """The norms of the UNet that have both scales and biases, and on demand the layers' biases.
+
+    Named by the checkpoint's own spelling, which A1111, Forge and ComfyUI all take for these.
+    A1111 refuses a file with half of a norm, or with the bias of a layer and nothing else of it.
+
+    Args:
+        header: of a checkpoint.
+        layout: of the same.
+        biases: whether the layers' biases are wanted too.
+    """
+    found = []
+    for part in layout.family.parts:
+        stems = {} if part.name != "unet" else _stems(header, layout, part.prefix)
+        for stem, weight_dimensions in stems.items():
+            name = part.lora_prefix + stem.removeprefix(part.prefix).replace(".", "_")
+            bias = header.tensors[stem + _BIAS]
+            if weight_dimensions == 1:
+                found.append(Vector(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
+                found.append(Vector(stem + _BIAS, name + ".b_norm", "norms", bias.numel))
+            elif biases:
+                found.append(Vector(stem + _BIAS, name + ".diff_b", "biases", bias.numel))
+    return tuple(found)
+
+
+def _stems(header: Header, layout: Layout, prefix: str) -> dict[str, int]:
+    """What has both a weight and an averaged bias, and how many dimensions the weight has."""
+    return {
+        stem: len(header.tensors[stem + _WEIGHT].shape)
+        for stem in (key.removesuffix(_BIAS) for key in header.tensors if key.endswith(_BIAS))
+        if stem.startswith(prefix)
+        and stem + _WEIGHT in header.tensors
+        and layout.treatments[stem + _BIAS] is Treatment.AVERAGE
+    }

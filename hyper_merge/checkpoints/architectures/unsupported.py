@@ -1,0 +1,113 @@
+"""Files that people choose by mistake: what they are, told from their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, Structure
+
+_VAE: Final = "first_stage_model."
+_CONTROL: Final = ("zero_convs.", "input_hint_block.")
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A kind of file that is not a checkpoint, or not one that can be averaged."""
+
+    title: str  # after "is"
+    matches: Callable[[Structure], bool]
+
+
+# Told before the families: these may contain a whole checkpoint's keys.
+DISGUISED: Final[tuple[Stranger, ...]] = (
+    Stranger(
+        "a 4-bit model (nf4 or fp4, bitsandbytes): use its fp16 version",
+        lambda s: s.mentions(".absmax", "quant_state", ".quant_map"),
+    ),
+    Stranger(
+        "an 8-bit model of whole numbers (bitsandbytes): use its fp16 version",
+        lambda s: s.mentions(".SCB"),
+    ),
+    Stranger(
+        "a quantised model (GPTQ, AWQ, SVDQuant): use its fp16 version",
+        lambda s: s.mentions(".qweight", ".qzeros", ".wscales", ".smooth_factor"),
+    ),
+    Stranger(
+        "a quantised model with scales by block (nvfp4, mxfp8): use its fp16 version",
+        lambda s: s.mentions(".scale_weight", ".weight_scale"),
+    ),
+    Stranger(
+        "a LoRA",
+        lambda s: (
+            s.any_match(r"^lora_(unet|te)|[._]lora[._](up|down|A|B|mid)\b")
+            if s.mentions("lora_", "lora.")
+            else s.mentions(".hada_", ".lokr_", ".oft_", ".dora_scale")
+        ),
+    ),
+    Stranger(
+        "a textual-inversion embedding",
+        lambda s: s.has("string_to_param", "emb_params", "<") or _only(s, "clip_l", "clip_g"),
+    ),
+    Stranger(
+        "a ControlNet",
+        lambda s: (
+            s.has("control_model.", "controlnet_", *_CONTROL)
+            or s.mentions(*("." + part for part in _CONTROL))
+        ),
+    ),
+)
+
+# Told after the families: parts of a checkpoint, and other networks.
+PARTIAL: Final[tuple[Stranger, ...]] = (
+    Stranger("an IP-Adapter", lambda s: s.has("image_proj.", "ip_adapter.")),
+    Stranger("an AnimateDiff motion module", lambda s: s.any_match(r"(^|\.)motion_modules\.")),
+    Stranger(
+        "a Stable Diffusion XL checkpoint without its second text encoder",
+        lambda s: s.has(LABELS) and s.has_text_encoder,
+    ),
+    Stranger("a video model", lambda s: s.any_match(r"\.time_stack\.|\.time_mixer\.")),
+    Stranger(
+        "a checkpoint with nothing but training averages (model_ema): use its other version",
+        lambda s: s.has("model_ema.") and not s.has(UNET),
+    ),
+    Stranger(
+        "a UNet alone of a kind that cannot be told",
+        lambda s: s.has(UNET) and not s.has_text_encoder,
+    ),
+    Stranger(
+        "a part of a diffusers model: save it as one .safetensors checkpoint first",
+        lambda s: s.any_match(
+            r"^(down|up|mid)_blocks?\.|^(en|de)coder\.(down|up|mid)_blocks?\."
+            r"|^(single_)?transformer_blocks\."
+        ),
+    ),
+    Stranger(
+        "a VAE alone",
+        lambda s: (
+            not s.has(UNET, *TEXTS)
+            and s.has(
+                *(p + c for p in ("", _VAE) for c in ("decoder.conv_in.", "encoder.conv_in."))
+            )
+        ),
+    ),
+    Stranger("a CLIP vision model", lambda s: s.has("vision_model.", "visual.")),
+    Stranger(
+        "a text encoder alone",
+        lambda s: (
+            not s.has(UNET)
+            and s.has(*TEXTS, "text_model.", "transformer.resblocks.", "encoder.block.")
+        ),
+    ),
+    Stranger(
+        "an upscaler",
+        lambda s: s.any_match(
+            r"^(params(_ema)?\.)?(model\.1\.sub\.|RRDB_trunk|conv_first\.|body\.0\.|layers\.0\.residual)"
+        ),
+    ),
+)
+
+
+def _only(structure: Structure, *keys: str) -> bool:
+    return bool(structure.shapes) and set(structure.shapes) <= set(keys)

@@ -1,0 +1,191 @@
+"""Whether checkpoints can be merged with one another: one family, the same keys and shapes, no twins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Final
+
+from hyper_merge.checkpoints.architectures.layout import Layout, Treatment
+from hyper_merge.checkpoints.architectures.spec import Family
+from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.reader import fingerprint, read_header
+from hyper_merge.errors import CheckpointError, MismatchError
+
+_ADVICE: Final = "choose checkpoints of one family"
+_FREE: Final = (Treatment.COPY, Treatment.DROP)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_alike(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
+    """Returns if all files are of one family and agree in every tensor that is averaged.
+
+    What is copied or dropped (position ids, schedules, markers, idle weights, training averages)
+    may differ.
+
+    Args:
+        headers: of all files; the first is what the others are held against.
+        layouts: of the same files.
+
+    Raises:
+        MismatchError: families are mixed; or a file lacks parts or keys, has more, or has other shapes.
+    """
+    check_families(headers, [layout.family for layout in layouts])
+    _check_parts(headers, layouts)
+    names = _names(headers)
+    first = _compared(headers[0], layouts[0])
+    for header, layout, name in zip(headers[1:], layouts[1:], names[1:], strict=True):
+        shapes = _compared(header, layout)
+        _require_keys(name, shapes, names[0], first)
+        _require_shapes(name, shapes, names[0], first)
+
+
+def check_families(headers: Sequence[Header], families: Sequence[Family]) -> None:
+    """Returns if all files are of one family.
+
+    Raises:
+        MismatchError: they are not; names the files of every family, the largest group first.
+    """
+    titles = [family.title for family in families]
+    _refuse_several(_names(headers), titles, ("is", "are"), _ADVICE)
+
+
+def check_distinct(paths: Sequence[Path]) -> list[str]:
+    """Warnings, one for each pair of files with the same content by `fingerprint`.
+
+    Raises:
+        MismatchError: one file is given twice, by its path or through a link.
+        CheckpointError: a file cannot be read.
+    """
+    headers = [read_header(path) for path in paths]
+    for first, second in combinations(headers, 2):
+        if _same_file(first.path, second.path):
+            raise MismatchError(_twice(first.path, second.path))
+    sizes = [header.size for header in headers]
+    prints = [
+        # Equal sizes only: most files need not be read at all.
+        fingerprint(header) if sizes.count(header.size) > 1 else str(index)
+        for index, header in enumerate(headers)
+    ]
+    names = _names(headers)
+    return [
+        f"{names[i]} and {names[j]} have the same content"
+        for i, j in combinations(range(len(headers)), 2)
+        if prints[i] == prints[j]
+    ]
+
+
+def incomplete(header: Header, layout: Layout) -> list[str]:
+    """A warning if a file that can be merged is no whole checkpoint: without text encoder or VAE."""
+    texts = tuple(part.prefix for part in layout.family.parts if part.name == "text_encoder")
+    needed = {"text encoder": texts, "VAE": layout.family.vae_prefixes}
+    lacking = [f"no {title}" for title, of in needed.items() if not _holds(header, of)]
+    if not lacking:
+        return []
+    return [f"the files hold {' and '.join(lacking)}: the hyper-model needs it from elsewhere"]
+
+
+def odd_markers(headers: Sequence[Header]) -> list[str]:
+    """Warnings, one for each file whose markers (such as ztsnr) are not those of the first."""
+    names = _names(headers)
+    first, *others = [
+        {key for key, info in header.tensors.items() if not info.numel} for header in headers
+    ]
+    return [
+        f"{name} and {names[0]} differ in {', '.join(sorted(marks ^ first))}; the hyper-model is"
+        f" marked as {names[0]} is"
+        for name, marks in zip(names[1:], others, strict=True)
+        if marks != first
+    ]
+
+
+def _check_parts(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
+    held = [_parts(header, layout) for header, layout in zip(headers, layouts, strict=True)]
+    _refuse_several(_names(headers), held, ("holds", "hold"), "choose files with the same parts")
+
+
+def _parts(header: Header, layout: Layout) -> str:
+    """Which parts of a checkpoint a file holds, for people."""
+    prefixes: dict[str, tuple[str, ...]] = {
+        part.title: (part.prefix,) for part in layout.family.parts
+    }
+    prefixes["VAE"] = layout.family.vae_prefixes
+    titles = [title for title, of in prefixes.items() if _holds(header, of)]
+    return " and ".join(filter(None, [", ".join(titles[:-1]), titles[-1]]))
+
+
+def _holds(header: Header, prefixes: tuple[str, ...]) -> bool:
+    return any(key.startswith(prefixes) for key in header.tensors)
+
+
+def _refuse_several(
+    names: Sequence[str], kinds: Sequence[str], verb: tuple[str, str], advice: str
+) -> None:
+    """Returns if all are of one kind; else counts and lists them, the largest group first."""
+    groups: dict[str, list[str]] = {}
+    for name, kind in zip(names, kinds, strict=True):
+        groups.setdefault(kind, []).append(name)
+    if len(groups) < 2:
+        return
+    falling = sorted(groups.items(), key=lambda group: -len(group[1]))
+    counts = ", ".join(f"{len(of)} {verb[len(of) > 1]} {kind}" for kind, of in falling)
+    files = " / ".join(", ".join(of) for _, of in falling)
+    raise MismatchError(f"{counts}: {files}; {advice}")
+
+
+def _twice(first: Path, second: Path) -> str:
+    if first == second:
+        return f"{first} is given twice; choose every checkpoint once"
+    return f"{first} and {second} are the same file; choose every checkpoint once"
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except OSError as error:
+        raise CheckpointError(f"{first} and {second} cannot be compared: {error}") from error
+
+
+def _names(headers: Sequence[Header]) -> list[str]:
+    """File names, with their folders where two are called the same."""
+    names = [header.name for header in headers]
+    return [str(header.path) if names.count(header.name) > 1 else header.name for header in headers]
+
+
+def _compared(header: Header, layout: Layout) -> Shapes:
+    return {
+        key: info.shape
+        for key, info in header.tensors.items()
+        if layout.treatments[key] not in _FREE
+    }
+
+
+def _require_keys(name: str, shapes: Shapes, other: str, expected: Shapes) -> None:
+    lacking = [key for key in expected if key not in shapes]
+    if lacking:
+        owner = other + ("'" if other.endswith("s") else "'s")
+        raise MismatchError(
+            f"{name} lacks {len(lacking)} of {owner} {len(expected)} keys (first: {lacking[0]});"
+            f" {_ADVICE}"
+        )
+    extra = [key for key in shapes if key not in expected]
+    if extra:
+        raise MismatchError(
+            f"{name} has {_keys(extra)} that {other} lacks (first: {extra[0]}); {_ADVICE}"
+        )
+
+
+def _require_shapes(name: str, shapes: Shapes, other: str, expected: Shapes) -> None:
+    differing = [key for key in expected if shapes[key] != expected[key]]
+    if differing:
+        key = differing[0]
+        raise MismatchError(
+            f"{name} and {other} differ in shape in {_keys(differing)} (first: {key}"
+            f" {list(shapes[key])} against {list(expected[key])}); {_ADVICE}"
+        )
+
+
+def _keys(keys: Sequence[str]) -> str:
+    return f"{len(keys)} key" + ("s" if len(keys) > 1 else "")

@@ -1,0 +1,1 @@
+"""Checkpoint files: headers, tensors in, tensors out, whole or not at all."""

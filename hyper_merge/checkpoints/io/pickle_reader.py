@@ -1,0 +1,106 @@
+"""Tensors of a .ckpt file (a pickle), loaded without ever running what it asks for.
+
+torch's `weights_only` loader accepts tensors and plain containers and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.io.safetensors_header import AGAIN, LENGTH_BYTES
+from hyper_merge.errors import CheckpointError
+
+_ZIP_MAGIC: Final = b"PK\x03\x04"
+_NESTED: Final = "state_dict"
+_FORBIDDEN: Final = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
+# What damaged bytes make torch's and pickle's readers raise; never caught around our own code.
+_LOAD_ERRORS: Final = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    OverflowError,
+    AssertionError,
+    ImportError,
+    MemoryError,  # a damaged length
+    struct.error,
+)
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """Key to tensor, mapped from the file where its format allows, a nested `state_dict` unwrapped.
+
+    Values that are no tensors are left out. Where no tensor stands at the top, those one level
+    deeper are taken as `outer.inner`, so that a textual-inversion embedding can be told by name.
+
+    Raises:
+        CheckpointError: the pickle asks for anything but tensors and plain containers, is damaged,
+            or holds no tensor.
+        OSError: the file cannot be read.
+    """
+    data = _load(path)
+    if not isinstance(data, Mapping):
+        kind = type(data).__name__
+        raise CheckpointError(f"{path.name} holds a {kind}, not a state dict of tensors by key")
+    nested = data.get(_NESTED)
+    tensors = _tensors(nested if isinstance(nested, Mapping) else data) or _one_deeper(data)
+    if not tensors:
+        raise CheckpointError(f"{path.name} holds no tensor; choose a full checkpoint")
+    return tensors
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as stream:
+        head = stream.read(LENGTH_BYTES + 2)
+    if head[LENGTH_BYTES:] == b'{"':
+        raise CheckpointError(f"{path.name} is a .safetensors file by its content; rename it so")
+    mapped = head.startswith(_ZIP_MAGIC)  # files of torch before 1.6 can't be mapped
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's notes to programmers; nothing to act upon
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+    except _LOAD_ERRORS as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    forbidden = _FORBIDDEN.search(str(error))
+    if forbidden:
+        return CheckpointError(
+            f"{path.name} is not loaded: its pickle asks for {forbidden[1]}, and pickles can run"
+            " any program; convert it to .safetensors with a tool that you trust"
+        )
+    reason = str(error).strip().split("\n", 1)[0][:200] or type(error).__name__
+    return CheckpointError(
+        f"{path.name} is damaged or not a .ckpt file of tensors ({reason}); {AGAIN},"
+        " or convert it to .safetensors with a tool that you trust"
+    )
+
+
+def _tensors(data: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {
+        key: value.detach()  # a Parameter would record gradients
+        for key, value in data.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+
+
+def _one_deeper(data: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {
+        f"{outer}.{inner}": tensor
+        for outer, value in data.items()
+        if isinstance(value, Mapping)
+        for inner, tensor in _tensors(value).items()
+    }

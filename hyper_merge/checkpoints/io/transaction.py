@@ -1,0 +1,173 @@
+"""Several files that appear and disappear together: all, or every existing file is as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+from safetensors import safe_open
+from torch import Tensor
+
+from hyper_merge.checkpoints.io.atomic_file import (
+    StagedFile,
+    StagedRemoval,
+    refusing,
+    require_free,
+    sync_folder,
+)
+from hyper_merge.checkpoints.io.header import TensorInfo
+from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
+
+_Bytes: TypeAlias = bytes  # the method `bytes` hides the name inside of the class
+_Path: TypeAlias = "str | os.PathLike[str]"
+
+
+class Outputs:
+    """Files staged one by one and put in place together when the block is left.
+
+        with Outputs() as outputs:
+            with outputs.safetensors(model, tensors, metadata) as writer:
+                writer.write(key, tensor)
+            outputs.text(folder / "multipliers.txt", lines)
+
+    An exception within the block (Ctrl-C too) removes everything staged and every folder made, and
+    so does a refusal while the files are put in place: those already replaced are brought back.
+    Only a kill in that last moment can leave some files new and some old, each of them whole.
+    """
+
+    def __init__(self, *, overwrite: bool = False) -> None:
+        """Starts with no files.
+
+        Args:
+            overwrite: whether existing files may be replaced.
+        """
+        self._overwrite = overwrite
+        self._parts: dict[Path, SafetensorsWriter | StagedFile] = {}  # in the order of staging
+        self._removals: dict[Path, StagedRemoval] = {}
+        self._folders: list[Path] = []
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def safetensors(
+        self, path: _Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+    ) -> SafetensorsWriter:
+        """A writer to be used in a `with` block within this one; missing folders are made.
+
+        Raises:
+            OutputError: the place is taken, or its folder cannot be made.
+            ValueError: the path is staged already.
+        """
+        path = self._prepare(path)
+        writer = SafetensorsWriter(
+            path, tensors, metadata, overwrite=self._overwrite, deferred=True
+        )
+        self._parts[path] = writer
+        return writer
+
+    def text(self, path: _Path, content: str) -> None:
+        """Stages a text file in UTF-8; errors as for `safetensors`."""
+        self.bytes(path, content.encode())
+
+    def bytes(self, path: _Path, content: _Bytes) -> None:
+        """Stages a file of any content; errors as for `safetensors`."""
+        path = self._prepare(path)
+        staged = StagedFile(path, overwrite=self._overwrite, size=len(content))
+        self._parts[path] = staged
+        staged.create()
+        staged.write_at(memoryview(content), 0)
+        staged.seal()
+
+    def remove(self, path: _Path) -> None:
+        """Stages the removal of an existing file; it goes when the new ones are in their places."""
+        path = Path(path)
+        if path in self._parts or path in self._removals:
+            raise ValueError(f"{path} is staged twice")
+        self._removals[path] = StagedRemoval(path)
+
+    def size_of(self, path: _Path) -> int:
+        """Bytes of a staged file."""
+        return self._parts[Path(path)].size
+
+    def metadata_of(self, path: _Path) -> Mapping[str, str]:
+        """What a staged .safetensors file will say of itself; nothing for any other file."""
+        part = self._parts[Path(path)]
+        return part.metadata if isinstance(part, SafetensorsWriter) else {}
+
+    @contextmanager
+    def reading(self, path: _Path) -> Iterator[Callable[[str], Tensor]]:
+        """Gives the tensors of a staged .safetensors file, whose own block is left, by their keys."""
+        with refusing(Path(path)):
+            file = safe_open(str(_staged(self._parts[Path(path)]).temporary), framework="pt")
+            with file as tensors:
+                yield tensors.get_tensor
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        except BaseException:
+            self._discard()
+            raise
+        if kind is not None:
+            self._discard()
+
+    def _prepare(self, path: _Path) -> Path:
+        """The path, free to be written to, in a folder that exists."""
+        path = Path(path)
+        if path in self._parts or path in self._removals:
+            raise ValueError(f"{path} is staged twice")
+        require_free(path, overwrite=self._overwrite)
+        with refusing(path):
+            missing = [folder for folder in path.parents if not folder.exists()]
+            for folder in reversed(missing):
+                folder.mkdir(exist_ok=True)
+                self._folders.append(folder)
+                sync_folder(folder.parent)
+        return path
+
+    def _commit(self) -> None:
+        files = self._finished()
+        steps: list[StagedFile | StagedRemoval] = [*files, *self._removals.values()]
+        try:
+            for file in files:
+                file.commit(reversible=True)
+            for removal in self._removals.values():
+                removal.commit()
+        except BaseException:
+            for step in reversed(steps):
+                step.revert()
+            raise
+        for step in steps:
+            step.forget_previous()
+
+    def _finished(self) -> list[StagedFile]:
+        """All staged files, whole, with their places still free."""
+        for part in self._parts.values():
+            if isinstance(part, SafetensorsWriter):
+                part.finish()
+        files = [_staged(part) for part in self._parts.values()]
+        for file in files:
+            require_free(file.path, overwrite=self._overwrite)  # all, before the first is placed
+        return files
+
+    def _discard(self) -> None:
+        for part in self._parts.values():
+            with suppress(ValueError):  # a writer that was never entered has nothing staged
+                _staged(part).discard()
+        for folder in reversed(self._folders):
+            with suppress(OSError):  # somebody else's file is in it by now
+                folder.rmdir()
+
+
+def _staged(part: SafetensorsWriter | StagedFile) -> StagedFile:
+    return part.staged if isinstance(part, SafetensorsWriter) else part

@@ -1,0 +1,218 @@
+"""Long work in a thread of its own: it outlives the page that began it, and can be looked at again."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from hyper_merge.errors import HyperMergeError, InterruptedRun
+from hyper_merge.runtime.progress import STOPPED, Control
+
+_KNOWN: Final = 20  # jobs that can be looked at
+
+Outcome = Literal["running", "done", "stopped", "refused", "failed"]
+MERGE: Final = "merge"
+"""Where a job is begun that makes a run; others are begun in a panel of the tab "Use"."""
+Work = Callable[[str, Control], object]
+"""Takes the task's id and a control; returns the name of the run that it made, what a panel is to
+show, or "".
+"""
+
+
+class BusyError(HyperMergeError):
+    """Something is running already."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is, at one moment.
+
+    Attributes:
+        task: Id by which the host knows it.
+        title: What is made.
+        phase: What is being done, in words.
+        fraction: Of the whole, 0..1.
+        elapsed: Seconds since the work itself began, without waiting for the host.
+        outcome: Whether it runs, or how it ended.
+        message: Why it ended, unless done.
+        notes: Warnings, each once.
+        result: Name of the run that was made, what a panel is to show, or "".
+        stopping: Whether it has been asked to stop.
+        place: The panel in which it was begun.
+    """
+
+    task: str
+    title: str
+    phase: str = "waiting for the queue"
+    fraction: float = 0.0
+    elapsed: float = 0.0
+    outcome: Outcome = "running"
+    message: str = ""
+    notes: tuple[str, ...] = ()
+    result: object = ""
+    stopping: bool = False
+    place: str = MERGE
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at the present pace; None as long as there is no telling."""
+        if self.fraction < 0.02 or self.elapsed < 1:
+            return None
+        return self.elapsed * (1 - self.fraction) / self.fraction
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+class Job:
+    """One run of some work, in a thread.
+
+    Attributes:
+        id: Tells it from all others.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        work: Work,
+        log: Callable[[BaseException], None],
+        place: str = MERGE,
+    ) -> None:
+        """Starts the work.
+
+        Args:
+            title: what is made, for people.
+            work: what is done.
+            log: takes an error that nobody expected.
+            place: the panel in which it is begun.
+        """
+        self.id = uuid.uuid4().hex[:12]
+        self._changed = threading.Condition()
+        self._standing = Standing(f"task(hyper-merge-{self.id})", title, place=place)
+        self._began: float | None = None
+        self._work, self._log = work, log
+        threading.Thread(target=self._run, name="hyper-merge", daemon=True).start()
+
+    @property
+    def standing(self) -> Standing:
+        """How far it is."""
+        with self._changed:
+            running = self._began is not None and self._standing.outcome == "running"
+            elapsed = time.monotonic() - (self._began or 0) if running else self._standing.elapsed
+            return replace(self._standing, elapsed=elapsed)
+
+    def stop(self) -> None:
+        """Asks it to end; one that still waits for the host ends at once."""
+        with self._changed:
+            self._update(stopping=True)
+            if self._began is None:
+                self._end("stopped", STOPPED)
+
+    def wait(self, seconds: float) -> None:
+        """Returns when it has ended, or after so many seconds.
+
+        Not at every step: a solve takes hundreds in a second, and a page that draws each of them
+        comes to lie minutes behind and no longer hears a click.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._standing.outcome != "running", seconds)
+
+    def _run(self) -> None:
+        try:
+            control = Control(self._on_progress, self._should_stop, self._on_warning)
+            self._end("done", "", self._work(self._standing.task, control))
+        except InterruptedRun as error:
+            self._end("stopped", str(error))
+        except HyperMergeError as error:
+            self._end("refused", str(error))
+        except Exception as error:
+            self._log(error)
+            self._end("failed", in_one_line(error))
+
+    def _on_progress(self, phase: str, fraction: float) -> None:
+        with self._changed:
+            if self._began is None:
+                self._began = time.monotonic()
+            self._update(phase=phase, fraction=fraction)
+
+    def _should_stop(self) -> bool:
+        return self._standing.stopping
+
+    def _on_warning(self, message: str) -> None:
+        with self._changed:
+            if message not in self._standing.notes:
+                self._update(notes=(*self._standing.notes, message))
+
+    def _end(self, outcome: Outcome, message: str, result: object = "") -> None:
+        elapsed = self.standing.elapsed
+        with self._changed:
+            if self._standing.outcome == "running":
+                self._update(outcome=outcome, message=message, result=result, elapsed=elapsed)
+
+    def _update(self, **changes: object) -> None:
+        with self._changed:
+            self._standing = replace(self._standing, **changes)  # type: ignore[arg-type]
+            self._changed.notify_all()
+
+
+class Jobs:
+    """One job at a time; the last ones stay to be looked at."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: deque[Job] = deque(maxlen=_KNOWN)
+
+    @property
+    def last(self) -> Job | None:
+        """The job that runs, or the one that ran last."""
+        known = self.known
+        return known[0] if known else None
+
+    @property
+    def known(self) -> tuple[Job, ...]:
+        """The last jobs, the newest first."""
+        return tuple(self._known)
+
+    def require_idle(self) -> None:
+        """Returns if no job runs.
+
+        Raises:
+            BusyError: one does.
+        """
+        now = self.last.standing if self.last else None
+        if now is not None and now.outcome == "running":
+            raise BusyError(
+                f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
+            )
+
+    def start(
+        self,
+        title: str,
+        work: Work,
+        log: Callable[[BaseException], None],
+        place: str = MERGE,
+    ) -> Job:
+        """Begins a job; arguments are those of `Job`.
+
+        Raises:
+            BusyError: one is running.
+        """
+        with self._lock:
+            self.require_idle()
+            job = Job(title, work, log, place)
+            self._known.appendleft(job)
+            return job
+
+
+@functools.cache
+def process_jobs() -> Jobs:
+    """The jobs of this process: they live on when the host builds its pages anew."""
+    return Jobs()

@@ -1,0 +1,248 @@
+"""AUTOMATIC1111's WebUI and Forge as a host; imported by `scripts/` only, inside the WebUI."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from modules import call_queue, errors, infotext_utils, progress, shared
+from modules.styles import PromptStyle
+
+from hyper_merge.errors import OutputError
+from hyper_merge.hosts.host import Atelier, Defaults
+from hyper_merge.hosts.webui import checkpoint_list as webui_list
+from hyper_merge.hosts.webui import settings as webui_settings
+from hyper_merge.hosts.webui import txt2img as webui_pictures
+from hyper_merge.hosts.webui.device_memory import is_forge, room
+from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime.progress import Control
+
+_STEPS: Final = 1000  # of the progress bar
+_LISTEN: Final = 0.02  # seconds between looks at the WebUI's buttons
+_TAG: Final = re.compile(r"<lora:[^>]*>")
+
+
+class WebUI:
+    """The WebUI around us; keeps nothing, for it outlives its own "Reload UI"."""
+
+    has_txt2img = True
+
+    @property
+    def title(self) -> str:
+        """The WebUI's name."""
+        return "Forge" if is_forge() else "AUTOMATIC1111"
+
+    def checkpoints(self) -> dict[str, Path]:
+        """The WebUI's list; empty with --ui-debug-mode in A1111 until it is refreshed."""
+        return {name: Path(info.filename).absolute() for name, info in _infos().items()}
+
+    def known_hash(self, name: str) -> str | None:
+        """What the WebUI shows in brackets."""
+        info = _infos().get(name)
+        return info.shorthash if info is not None else None
+
+    def refresh(self) -> None:
+        """As the WebUI's own refresh buttons of checkpoints and LoRAs."""
+        webui_list.fill()
+        # The built-in Lora extension, by the name it is loaded under; it may be switched off, and
+        # other extensions have modules of that name.
+        list_loras = getattr(sys.modules.get("networks"), "list_available_networks", None)
+        if list_loras is not None:
+            list_loras()
+
+    def folders(self) -> Folders:
+        """By --ckpt-dir, --lora-dir, --models-dir and the settings page."""
+        return webui_settings.folders()
+
+    def defaults(self) -> Defaults:
+        """From the settings page."""
+        return webui_settings.defaults()
+
+    @contextmanager
+    def running(self, task: str) -> Iterator[Control]:
+        """Waits for the queue lock, without a limit, as every generation does."""
+        progress.add_task_to_queue(task)
+        try:
+            with call_queue.queue_lock, _job(task) as control, room():
+                yield control
+        finally:
+            progress.pending_tasks.pop(task, None)  # the wait itself may have failed
+
+    def atelier(self) -> Atelier:
+        """The WebUI's samplers, as far as they are not hidden in its settings."""
+        return webui_pictures.atelier()
+
+    @contextmanager
+    def drawing(self, task: str) -> Iterator[tuple[Control, Studio]]:
+        """By the WebUI's own txt2img, without a limit to the wait for it."""
+        progress.add_task_to_queue(task)
+        try:
+            with call_queue.queue_lock, _job(task) as control, webui_pictures.studio() as draw:
+                yield (
+                    Control(_move_bar, control.should_stop),
+                    Studio(self.title, draw, self._refusal),
+                )
+        finally:
+            progress.pending_tasks.pop(task, None)
+
+    def _refusal(self, path: Path) -> str:
+        if self.checkpoint_title(path) is not None:
+            return ""
+        self.refresh()  # a file that came since, such as from the command line
+        if self.checkpoint_title(path) is not None:
+            return ""
+        return f"{self.title} has no {path.name} in its list of checkpoints, or another one answers to its name"
+
+    def styles(self) -> set[str]:
+        """All but the headings between the files of styles."""
+        found = shared.prompt_styles.styles
+        return {name for name, style in found.items() if style.path != "do_not_save"}
+
+    def save_styles(self, prompts: Mapping[str, str]) -> None:
+        """Into the WebUI's file of styles, of which it keeps a backup.
+
+        Raises:
+            OutputError: see `Host`.
+        """
+        known = shared.prompt_styles.styles
+        taken = [name for name in prompts if name in known and not _is_ours(known[name])]
+        if taken:
+            raise OutputError(
+                f"styles that are not Hyper-Merge's have these names: {', '.join(taken)}; "
+                "rename those in the WebUI, or give the merge another name"
+            )
+        paths = {name: known[name].path if name in known else None for name in prompts}
+        _change_styles(
+            {name: PromptStyle(name, text, "", paths[name]) for name, text in prompts.items()}
+        )
+
+    def remove_styles(self, names: Iterable[str]) -> None:
+        """From the WebUI's file of styles.
+
+        Raises:
+            OutputError: see `Host`.
+        """
+        known = shared.prompt_styles.styles
+        ours = [name for name in names if name in known and _is_ours(known[name])]
+        if ours:
+            _change_styles(dict.fromkeys(ours))
+
+    def checkpoint_title(self, path: Path) -> str | None:
+        """As in the WebUI's dropdown: with its hash in A1111, if known; without in Forge.
+
+        None too where Forge would take another one: it takes the first whose title holds the name,
+        or is held by it.
+        """
+        for title, info in webui_list.titled():
+            if Path(info.filename).resolve() == path.resolve():
+                return str(title) if _selects(title, info) else None
+        return None
+
+    def connect_send(self, button: Any, text: Any) -> None:
+        """To be called while the tab is built: the WebUI connects its buttons once, after that."""
+        infotext_utils.register_paste_params_button(
+            infotext_utils.ParamBinding(
+                paste_button=button, tabname="txt2img", source_text_component=text
+            )
+        )
+
+    def log(self, error: BaseException) -> None:
+        """To the WebUI's console and its list of errors."""
+        errors.display(error, "Hyper-Merge", full_traceback=True)
+
+
+def _selects(title: str, info: Any) -> bool:
+    if not is_forge():
+        return True
+    return webui_list.name_selected_by(title) in (info.short_title, info.name)
+
+
+def _infos() -> dict[str, Any]:
+    """The WebUI's entries by name: its titles change as soon as it knows a hash."""
+    found: dict[str, Any] = {}
+    for info in webui_list.entries():
+        name = info.name.replace(os.sep, "/")
+        # Two folders may hold the same name; the title is then the only difference that it shows.
+        found[name if name not in found else info.title.replace(os.sep, "/")] = info
+    return found
+
+
+@contextmanager
+def _job(task: str) -> Iterator[Control]:
+    """A job of the WebUI's, from the start of its progress bar to the end."""
+    state = shared.state
+    state.begin(job=task)
+    progress.start_task(task)
+    # One job: with more of them the first press of Interrupt would wait for "the current image".
+    stopped, ended = threading.Event(), threading.Event()
+
+    def on_progress(phase: str, fraction: float) -> None:
+        # All of it at every step: events that wait for no lock reset the state when they end.
+        state.job_count, state.sampling_steps = 1, _STEPS
+        state.textinfo = phase
+        state.sampling_step = round(_STEPS * min(max(fraction, 0.0), 1.0))
+
+    def should_stop() -> bool:
+        if state.interrupted or state.skipped or state.stopping_generation:
+            stopped.set()  # for the same reason
+        return stopped.is_set()
+
+    def listen() -> None:  # a step may take longer than a press of the button lasts
+        while not (ended.wait(_LISTEN) or should_stop()):
+            pass
+
+    on_progress("starting", 0.0)
+    listener = threading.Thread(target=listen, name="hyper-merge buttons", daemon=True)
+    listener.start()
+    try:
+        yield Control(on_progress, should_stop)
+    finally:
+        ended.set()
+        listener.join()
+        progress.finish_task(task)
+        state.textinfo, state.sampling_step, state.sampling_steps = None, 0, 0
+        state.interrupted = state.skipped = state.stopping_generation = False
+        state.end()
+
+
+def _move_bar(phase: str, fraction: float) -> None:
+    """Moves the WebUI's bar while it draws.
+
+    A picture counts its own steps within the present one of many small jobs, which hardly shows.
+    """
+    state = shared.state
+    state.job_count, state.job_no = _STEPS, round(_STEPS * min(max(fraction, 0.0), 1.0))
+    state.textinfo = phase
+
+
+def _is_ours(style: PromptStyle) -> bool:
+    """Whether a style holds LoRA tags and nothing else."""
+    rest = _TAG.sub("", style.prompt or "").replace("{prompt}", "")
+    return "<lora:" in (style.prompt or "") and not rest.strip() and not style.negative_prompt
+
+
+def _change_styles(changes: Mapping[str, PromptStyle | None]) -> None:
+    """Puts styles in and, where None is given, out; in memory and on disk, or nowhere."""
+    styles = shared.prompt_styles.styles
+    before = dict(styles)
+    for name, style in changes.items():
+        if style is None:
+            styles.pop(name)
+        else:
+            styles[name] = style
+    try:
+        shared.prompt_styles.save_styles()
+    except OSError as error:
+        styles.clear()
+        styles.update(before)
+        raise OutputError(
+            f"the WebUI's styles cannot be written ({error}); close other programs that have "
+            "styles.csv open and see that it is not read-only, then try again"
+        ) from error

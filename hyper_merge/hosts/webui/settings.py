@@ -1,0 +1,134 @@
+"""Our page of the WebUI's settings: what is on it, and what is read from it."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import gradio as gr
+from modules import call_queue, paths, sd_models, shared
+
+from hyper_merge.errors import HyperMergeError
+from hyper_merge.hosts.host import Defaults
+from hyper_merge.operations.cache import cache_text, clear_cache
+from hyper_merge.recipe.parsing import number, parse_flag, parse_ranks, parse_text
+from hyper_merge.runs.folders import SIZE_LIMIT, Folders
+from hyper_merge.runtime.formatting import GB
+
+SECTION: Final = ("hyper_merge", "Hyper-Merge")
+
+_RANKS: Final = "hyper_merge_ranks"
+_STYLES: Final = "hyper_merge_save_styles"
+_FOLDER: Final = "hyper_merge_folder"
+_CACHE: Final = "hyper_merge_cache_gb"
+_CLEAR: Final = "hyper_merge_clear_cache"
+
+_CACHE_GB: Final = SIZE_LIMIT // GB
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def add_settings() -> None:
+    """Puts our page into the settings; to be called by `on_ui_settings`."""
+    info = shared.OptionInfo
+    clear = info("Clear the analysis cache", "", _clear_button, section=SECTION)
+    clear.do_not_save = True
+    options = {
+        _RANKS: info(Defaults.ranks, "Ranks of a new merge", section=SECTION).info(
+            "one LoRA per rank, such as 128, 64"
+        ),
+        _STYLES: info(
+            Defaults.save_styles,
+            "Save a prompt style per checkpoint after a merge",
+            section=SECTION,
+        ),
+        _FOLDER: info(
+            "", "Folder of the runs and the cache", None, shared.hide_dirs, section=SECTION
+        ).info("empty: hyper-merge in the models folder"),
+        _CACHE: info(
+            _CACHE_GB, "Analysis cache: largest size in GB", gr.Number, section=SECTION
+        ).info("those used last stay; 0 keeps none"),
+        _CLEAR: clear,
+    }
+    for key, option in options.items():
+        shared.opts.add_option(key, option)
+
+
+def defaults() -> Defaults:
+    """What the page says of the form."""
+    ranks = _saved(_RANKS, _ranks_text, Defaults.ranks)
+    return Defaults(ranks, _saved(_STYLES, parse_flag, Defaults.save_styles))
+
+
+def folders() -> Folders:
+    """What the command line and the page say of folders."""
+    models = Path(paths.models_path)
+    checkpoints = getattr(shared.cmd_opts, "ckpt_dir", None) or sd_models.model_path
+    loras = getattr(shared.cmd_opts, "lora_dir", None) or models / "Lora"
+    runs = _saved(_FOLDER, _folder, models / "hyper-merge")
+    limit = _saved(_CACHE, number(0, 1e6), float(_CACHE_GB))
+    return Folders(Path(checkpoints), Path(loras), runs, runs / "cache", int(limit * GB))
+
+
+def _saved(key: str, parse: Callable[[Any], _T], default: _T) -> _T:
+    """A setting's value, or the default with a warning where it makes no sense."""
+    if key not in shared.opts.data:
+        return default
+    try:
+        return parse(shared.opts.data[key])
+    except (HyperMergeError, OSError) as error:
+        label = shared.opts.data_labels[key].label if key in shared.opts.data_labels else key
+        _log.warning("Settings, %s, %s: %s; using %s", SECTION[1], label, error, default)
+        return default
+
+
+def _ranks_text(value: Any) -> str:
+    text = parse_text(value)
+    parse_ranks(text)
+    return text
+
+
+def _folder(value: Any) -> Path:
+    """A folder, relative ones to the WebUI's data; it need not exist yet."""
+    if value == "":
+        return Path(paths.models_path) / "hyper-merge"
+    folder = Path(paths.data_path) / Path(parse_text(value)).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder, {folder} is a file")
+    return folder
+
+
+def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
+    """The button, with what the cache takes beside it, as read when the page is opened.
+
+    The WebUI takes one component per setting and writes the setting's value into it: the button's
+    text. `label` is empty.
+    """
+    del label
+    with gr.Row():
+        button = gr.Button(value, elem_id=elem_id)
+        size = gr.HTML(cache_html, elem_id=f"{elem_id}_size")
+    button.click(clear, inputs=[], outputs=[size])
+    return button
+
+
+def cache_html() -> str:
+    """HTML: what the cache takes, and where it is."""
+    return html.escape(f"{cache_text(folders())} It is in {folders().cache}.")
+
+
+def clear() -> str:
+    """Deletes all analyses, unless the WebUI is at work; HTML that says what came of it."""
+    if not call_queue.queue_lock.acquire(blocking=False):
+        return f"{cache_html()}<br>The WebUI is at work; clear the cache when that is done."
+    try:
+        outcome = clear_cache(folders())
+    except HyperMergeError as error:
+        outcome = str(error)
+    finally:
+        call_queue.queue_lock.release()
+    return f"{cache_html()}<br>{html.escape(outcome)}"

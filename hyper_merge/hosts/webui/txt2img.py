@@ -1,0 +1,215 @@
+"""Pictures by the WebUI's own txt2img: A1111 and Forge differ in how a checkpoint is chosen for one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from modules import errors, processing, sd_models, sd_samplers, shared
+from PIL import Image
+
+from hyper_merge.errors import PictureError
+from hyper_merge.hosts.host import Atelier
+from hyper_merge.hosts.webui import checkpoint_list as webui_list
+from hyper_merge.hosts.webui.device_memory import is_forge
+from hyper_merge.loras.prompt_tags import tag_names
+from hyper_merge.operations.compare.request import Draw, Picture
+from hyper_merge.runtime.progress import Control
+
+_SELECTED: Final = "sd_model_checkpoint"  # the setting that holds the checkpoint's title
+_COMPLAINTS: Final = ("Lora not found", "Networks with errors")  # A1111's
+_LISTEN: Final = 0.1  # seconds between looks at the progress, and at our own Stop
+
+
+def atelier() -> Atelier:
+    """The samplers that the WebUI's own menu shows."""
+    return Atelier(tuple(sd_samplers.visible_sampler_names()))
+
+
+@contextmanager
+def studio() -> Iterator[Draw]:
+    """What makes pictures, with the WebUI's queue lock held and its job begun.
+
+    At the end the checkpoint that was selected before is selected again and, if one was loaded,
+    loaded. One that the user selects meanwhile stays selected instead.
+    """
+    chosen = _Chosen()
+    try:
+        yield lambda picture, control: _draw(picture, control, chosen)
+    finally:
+        try:
+            chosen.put_back()
+        except (
+            Exception
+        ) as error:  # whatever a host's model code may raise; the WebUI loads it later
+            errors.display(error, "bringing the checkpoint back", full_traceback=True)
+        shared.total_tqdm.clear()  # the console's bar over all pictures
+
+
+class _Chosen:
+    """Which checkpoint is selected: by the user, and by us in the meantime."""
+
+    def __init__(self) -> None:
+        if is_forge() and not sd_models.model_data.forge_loading_parameters:
+            _refresh_forge()  # nothing was asked for since it started
+        self._users = self._ours = _selected()
+        # Never shared.sd_model, which loads one where none is. Forge's stand-in has no file.
+        model = sd_models.model_data.sd_model
+        self._was_loaded = hasattr(model, "filename") if is_forge() else model is not None
+
+    def before_picture(self) -> None:
+        """Notices what the user has selected since the last picture."""
+        if _selected() != self._ours:
+            self._users = _selected()
+
+    def after_picture(self) -> None:
+        """A title changes when its file is loaded, for then its hash is known."""
+        self._ours = _selected()
+
+    def put_back(self) -> None:
+        self.before_picture()
+        if is_forge():
+            self._put_back_in_forge()
+        else:
+            shared.opts.data[_SELECTED] = self._users
+            if self._was_loaded:
+                sd_models.reload_model_weights()
+
+    def _put_back_in_forge(self) -> None:
+        if _selected() != self._users:
+            shared.opts.data[_SELECTED] = self._users
+            _refresh_forge()
+            if self._was_loaded:
+                _in_model_thread(sd_models.forge_model_reload)
+
+
+def _refresh_forge() -> None:
+    """Has Forge load what is selected, the next time that it draws."""
+    from modules_forge import main_entry  # noqa: PLC0415 - Forge only
+
+    main_entry.refresh_model_loading_parameters()
+
+
+def _selected() -> Any:
+    return shared.opts.data.get(_SELECTED)
+
+
+def _draw(picture: Picture, control: Control, chosen: _Chosen) -> Image.Image:
+    title = _title(picture)
+    chosen.before_picture()
+    try:
+        with closing(_processing(picture, title)) as p, _heard(control):
+            made = _in_model_thread(processing.process_images, p)
+            complaints = [text for text in p.comments if text.startswith(_COMPLAINTS)]
+    except Exception as error:  # whatever a host's model code may raise
+        errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
+        raise PictureError(
+            f"the WebUI cannot draw with {picture.model.name} ({type(error).__name__}: {error}); its"
+            " console has all of it"
+        ) from error
+    finally:
+        chosen.after_picture()
+    control.check()  # an interrupted picture is half-done
+    if made is None or not made.images:
+        raise PictureError(f"{picture.model.name}: the WebUI made no picture; its console says why")
+    _require_loras(picture, complaints)
+    return made.images[made.index_of_first_image]
+
+
+def _require_loras(picture: Picture, complaints: list[str]) -> None:
+    """Returns if the picture was drawn with all LoRAs of its prompt: the WebUI goes on without.
+
+    Raises:
+        PictureError: it was not, for one is not found, fails, or the WebUI has no LoRAs at all.
+    """
+    # The built-in Lora extension, by the name it is loaded under; it may be switched off.
+    loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
+    absent = tag_names(picture.prompt) - {each.mentioned_name for each in loaded}
+    if absent or complaints:
+        names = f"it did not load {', '.join(sorted(absent))}" if absent else "; ".join(complaints)
+        raise PictureError(
+            f"the WebUI drew without all LoRAs ({names}); see that the extension Lora is switched on,"
+            " refresh its cards, and look at the console"
+        )
+
+
+def _processing(picture: Picture, title: str) -> Any:
+    """The WebUI's order for one picture; nothing is saved, and no script of the page takes part."""
+    settings = picture.settings
+    return processing.StableDiffusionProcessingTxt2Img(
+        # The property of this name gives the loaded model whatever it is set to; asking for the
+        # model here would load the selected one, only to be replaced.
+        sd_model=None,
+        prompt=picture.prompt,
+        negative_prompt=settings.negative,
+        seed=picture.seed,
+        sampler_name=settings.sampler,
+        steps=settings.steps,
+        cfg_scale=settings.cfg_scale,
+        width=settings.width,
+        height=settings.height,
+        batch_size=1,
+        n_iter=1,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+        override_settings={_SELECTED: title},
+        # Else A1111 and Forge would select the one before after every picture, and Forge would move
+        # the model off the device each time.
+        override_settings_restore_afterwards=False,
+    )
+
+
+def _title(picture: Picture) -> str:
+    """By what the WebUI chooses the file; an unknown name it would pass over without a word."""
+    infos = webui_list.entries()
+    info = next((x for x in infos if _is_same(x.filename, picture)), None)
+    if info is None or sd_models.checkpoint_aliases.get(info.title) is not info:
+        raise PictureError(
+            f"{picture.model.name} is not in the WebUI's list of checkpoints, or another one answers"
+            " to its name; press the refresh button beside the list"
+        )
+    return str(info.title)
+
+
+def _is_same(file: str, picture: Picture) -> bool:
+    return Path(file).resolve() == picture.model.resolve()
+
+
+@contextmanager
+def _heard(control: Control) -> Iterator[None]:
+    """While the WebUI draws: tells how far it is, and presses its Interrupt if we are to stop."""
+    state, ended = shared.state, threading.Event()
+
+    def listen() -> None:
+        furthest = 0.0  # it falls back to nought before the picture is handed over
+        while not ended.wait(_LISTEN):
+            if control.should_stop():
+                state.interrupt()
+            elif state.sampling_step > furthest * state.sampling_steps:
+                furthest = min(state.sampling_step / state.sampling_steps, 1.0)
+                control.on_progress("", furthest)
+
+    listener = threading.Thread(target=listen, name="hyper-merge pictures", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        listener.join()
+
+
+def _in_model_thread(work: Callable[..., Any], *values: Any) -> Any:
+    """The work's result; in Forge from the one thread that may touch models."""
+    if not is_forge():
+        return work(*values)
+    from modules_forge import main_thread  # noqa: PLC0415 - Forge only
+
+    main_thread.last_exception = None
+    result = main_thread.run_and_wait_result(work, *values)
+    if main_thread.last_exception is not None:  # it is kept there, not raised
+        raise main_thread.last_exception
+    return result

@@ -1,0 +1,220 @@
+"""Blocks as LoRA files in the profile that all hosts read.
+
+A module of a file adds up @ down * alpha / rank to its weight. One alpha holds for the whole file,
+for some loaders take it from one module; where a layer's rank is another, the factors make up for it.
+Files of some families hold no alpha, and a module then adds up @ down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.checkpoints.io.dtypes import FLOAT8
+from hyper_merge.checkpoints.io.header import TensorInfo
+from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
+from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.errors import NonFiniteError
+from hyper_merge.loras.card_images import lora_picture
+from hyper_merge.loras.cards import CARD_SUFFIXES, card
+from hyper_merge.loras.metadata import LoraFile, lora_metadata
+
+_LARGEST: Final = MappingProxyType(
+    {
+        torch.float16: 6e4,  # of 65504: hosts that scale a factor need room
+        FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 makes NaN of what is above
+    }
+)
+UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+"""Ends of a module's keys."""
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Module to up (m, r) and down (r, n); a module with rank 0 may be missing."""
+
+
+def lora_tensors(
+    layers: Sequence[Layer],
+    rank_of: Sequence[int],  # a rank per layer
+    dtype: torch.dtype,
+    alpha: float | None,
+) -> dict[str, TensorInfo]:
+    """The table of contents of a file with factors of this type; a layer of rank 0 is left out.
+
+    But not where others that must go with it are there: it then has rank 1, to be filled with zeros.
+    """
+    tensors = {}
+    for layer, rank in zip(layers, whole_groups(layers, rank_of), strict=True):
+        if rank:
+            tensors[layer.module + DOWN] = TensorInfo(dtype, layer.down_shape(rank))
+            tensors[layer.module + UP] = TensorInfo(dtype, layer.up_shape(rank))
+            if alpha is not None:
+                tensors[layer.module + ALPHA] = TensorInfo(_alpha_dtype(alpha, dtype), ())
+    return tensors
+
+
+def whole_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int]:
+    """The ranks, with 1 for a layer of rank 0 if another that must go with it has more.
+
+    A1111 changes an attention with one tensor for query, key and value only if the file has them
+    all, and the output.
+    """
+    pairs = list(zip(layers, rank_of, strict=True))
+    present = {layer.together for layer, rank in pairs if rank and layer.together}
+    return [max(rank, 1) if layer.together in present else rank for layer, rank in pairs]
+
+
+def lora_bytes(
+    layers: Sequence[Layer],
+    ranks: Sequence[tuple[int, ...]],  # per layer, a rank for each file
+    dtype: torch.dtype,
+    alphas: Sequence[float | None],  # of the files
+) -> int:
+    """Size of all files of a run, less their headers."""
+    tables = (
+        lora_tensors(layers, of_layers, dtype, alpha)
+        for alpha, of_layers in zip(alphas, zip(*ranks, strict=True), strict=True)
+    )
+    return sum(info.nbytes for table in tables for info in table.values())
+
+
+def as_lora_weights(
+    layer: Layer,
+    up: Tensor,  # (m, r)
+    down: Tensor,  # (r, n)
+    alpha: float | None,
+    dtype: torch.dtype = torch.float16,
+) -> dict[str, Tensor]:
+    """One layer's tensors as they are stored: up @ down is what hosts will add, up to rounding.
+
+    Args:
+        layer: whose weight it is for.
+        up: left factor; `r` is at least 1.
+        down: right factor.
+        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
+            for a file without alphas.
+        dtype: of the stored factors.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
+    """
+    return _named(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
+
+
+def stored_factors(
+    layer: Layer,
+    up: Tensor,  # (m, r)
+    down: Tensor,  # (r, n)
+    alpha: float | None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
+    """The factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
+    root = _root(up.shape[1], alpha)
+    return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
+
+
+def as_hosts_add(
+    up: Tensor,  # (m, r), as a file holds it
+    down: Tensor,  # (r, n)
+    alpha: float | None,
+) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
+    """Factors whose product is what a host adds in exact arithmetic.
+
+    Multipliers that are fitted to these are right for the file.
+    """
+    root = _root(up.shape[1], alpha)
+    return up.float() / root, down.float() / root
+
+
+def write_lora(
+    outputs: Outputs,
+    path: Path,
+    layers: Sequence[Layer],
+    factors: Factors,
+    file: LoraFile,
+    tick: Callable[[int], None] = lambda _count: None,
+) -> None:
+    """Stages one LoRA file with its metadata, and beside it text and picture of its card in WebUIs.
+
+    Args:
+        outputs: the merge's files; they appear together.
+        path: of the file; hosts call the LoRA by its stem.
+        layers: of the checkpoints.
+        factors: of the block, as `stored_factors` gives them for the file's alpha and type.
+        file: everything else.
+        tick: told the bytes of every tensor when it is hashed and when it is written; may raise,
+            to stop.
+
+    Raises:
+        OutputError: the place is taken.
+    """
+    ranks = whole_groups(layers, [_rank(layer, factors) for layer in layers])
+    alpha = file.alpha if file.lineage.family.lora_alpha else None
+    stored: dict[str, Tensor] = {}
+    for layer, rank in zip(layers, ranks, strict=True):
+        tick(0)
+        if rank:
+            pair = factors[layer.module] if _rank(layer, factors) else _zeros(layer, file.dtype)
+            stored |= _named(layer, pair, alpha)
+    declared = lora_tensors(layers, ranks, file.dtype, alpha)
+    model_hash = content_sha256(stored, declared, tick)
+    metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {0, file.rank})
+    with outputs.safetensors(path, declared, metadata) as writer:
+        for key, tensor in stored.items():
+            writer.write(key, tensor)
+            tick(declared[key].nbytes)
+    picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
+    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), card(file, path.stem))
+    outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
+
+
+def _rank(layer: Layer, factors: Factors) -> int:
+    return factors[layer.module][0].shape[1] if layer.module in factors else 0
+
+
+def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: float | None) -> dict[str, Tensor]:
+    up, down = stored
+    rank = up.shape[1]
+    tensors = {
+        layer.module + DOWN: down.reshape(layer.down_shape(rank)),
+        layer.module + UP: up.reshape(layer.up_shape(rank)),
+    }
+    if alpha is not None:
+        value = torch.tensor(alpha, dtype=_alpha_dtype(alpha, up.dtype))
+        tensors[layer.module + ALPHA] = value
+    return tensors
+
+
+def _zeros(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (m, 1), (1, n)
+    return torch.zeros(layer.m, 1, dtype=dtype), torch.zeros(1, layer.n, dtype=dtype)
+
+
+def _root(rank: int, alpha: float | None) -> float:
+    return 1.0 if alpha is None or rank == 0 else math.sqrt(rank / alpha)
+
+
+def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
+    """Kohya stores alpha like the factors; bfloat16 cannot hold every whole number above 256.
+
+    In 8 bits nobody can calculate with it.
+    """
+    exact = dtype != FLOAT8 and float(torch.tensor(alpha, dtype=dtype)) == alpha
+    return dtype if exact else torch.float32
+
+
+def _stored(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    peak = float(factor.abs().amax()) if factor.numel() else 0.0
+    if not math.isfinite(peak):
+        raise NonFiniteError(f"{layer.module}: a factor holds {peak}, nothing was written")
+    if peak > _LARGEST.get(dtype, math.inf):
+        raise NonFiniteError(
+            f"{layer.module}: a factor reaches {peak:.4g}, {str(dtype).removeprefix('torch.')} files hold at most"
+            f" {_LARGEST[dtype]:.0f}; choose lora_dtype bfloat16 or float32"
+        )
+    return factor.detach().to(device="cpu", dtype=dtype)

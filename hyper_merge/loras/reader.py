@@ -1,0 +1,95 @@
+"""LoRA files of ours, read back by what is in them: shapes, types and alphas as they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.checkpoints.architectures.spec import Family
+from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
+from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.errors import CheckpointError
+from hyper_merge.loras.lora_file import ALPHA, DOWN, UP
+
+
+class StoredLora:
+    """A LoRA file open for reading, module by module; use as a context manager."""
+
+    modules: Mapping[str, Layer] = MappingProxyType({})
+    """What each module is added to, by its name; known once the block is entered."""
+
+    ranks: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, path: Path, family: Family) -> None:
+        """Names the file; nothing is read before the block is entered."""
+        self.path = path
+        self._family = family
+        self._file = Checkpoint(path)
+
+    def __enter__(self) -> StoredLora:
+        self._file.__enter__()
+        try:
+            self._look(self._file.header)
+        except BaseException:
+            self._file.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its factors can be stored again: float16 for 8-bit floats."""
+        found = {self._file.header.tensors[module + UP].dtype for module in self.modules}
+        plain = {torch.float16 if dtype in EIGHT_BIT_FLOATS else dtype for dtype in found}
+        return plain.pop() if len(plain) == 1 else torch.float32
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float64
+        """What a host adds at multiplier 1, as `up @ down`: rounding and alpha are in it.
+
+        Raises:
+            CheckpointError: the file changed, or holds an alpha that is no positive number.
+        """
+        up = self._file.tensor(module + UP).double().flatten(1)
+        down = self._file.tensor(module + DOWN).double().flatten(1)
+        root = math.sqrt(self._scale(module))
+        return up * root, down * root
+
+    def _scale(self, module: str) -> float:
+        if module + ALPHA not in self._file.header.tensors:
+            return 1.0
+        alpha = float(self._file.tensor(module + ALPHA))
+        if not 0 < alpha < math.inf:
+            raise CheckpointError(
+                f"{self.path.name} has the alpha {alpha} in {module}; use another"
+            )
+        return alpha / self.ranks[module]
+
+    def _look(self, header: Header) -> None:
+        modules, ranks = {}, {}
+        for key, info in header.tensors.items():
+            if not key.endswith(DOWN):
+                continue
+            module = key.removesuffix(DOWN)
+            up = header.tensors.get(module + UP)
+            if up is None or len(up.shape) < 2 or up.shape[1] != info.shape[0]:
+                raise CheckpointError(
+                    f"{header.name} is no whole LoRA: {module} has half of its factors"
+                )
+            shape = (up.shape[0], *info.shape[1:])
+            modules[module] = Layer(module, module, self._family.part_of(module), shape)
+            ranks[module] = info.shape[0]
+        self.modules, self.ranks = modules, ranks

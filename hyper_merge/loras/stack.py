@@ -1,0 +1,76 @@
+"""What open LoRA files add to the tensors of a checkpoint: factors of its layers, and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.architectures.layout import Layer, Layout
+from hyper_merge.checkpoints.architectures.norms_and_biases import Vector, vectors_of
+from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.loras.reader import StoredLora
+
+
+class Added:
+    """LoRA files and companions, open for reading tensor by tensor; use as a context manager."""
+
+    def __init__(self, paths: Sequence[Path], header: Header, layout: Layout) -> None:
+        """Names the files; nothing is read before the block is entered.
+
+        Args:
+            paths: of LoRAs and companions.
+            header: of the checkpoint that they are added to.
+            layout: of the same.
+        """
+        self._vectors = {vector.key: vector for vector in vectors_of(header, layout, biases=True)}
+        self._loras = [StoredLora(path, layout.family) for path in paths]
+        self._files = [Checkpoint(path) for path in paths]
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Added:
+        with ExitStack() as stack:
+            for lora in self._loras:
+                stack.enter_context(lora)
+            for file in self._files:
+                stack.enter_context(file)
+            self._resources = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._resources.__exit__(kind, error, trace)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which factors like these can be stored; float32 if the files differ."""
+        found = {lora.dtype for lora in self._loras if lora.modules}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def factors(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n), float64
+        """What each file adds to a layer at multiplier 1, as `up @ down`; rank 0 where it has nothing."""
+        none = torch.zeros(layer.m, 0).double(), torch.zeros(0, layer.n).double()
+        return [
+            lora.factors(layer.module) if layer.module in lora.modules else none
+            for lora in self._loras
+        ]
+
+    def vectors(self, key: str) -> list[Tensor | None]:  # each (size,)
+        """What each file adds to a norm or bias at multiplier 1; None where it has nothing."""
+        vector = self._vectors.get(key)
+        return [_vector(file, vector) for file in self._files]
+
+
+def _vector(file: Checkpoint, vector: Vector | None) -> Tensor | None:
+    if vector is None or vector.lora_key not in file.header.tensors:
+        return None
+    return file.tensor(vector.lora_key)

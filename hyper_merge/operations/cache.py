@@ -1,0 +1,26 @@
+"""The analysis cache for people: what it holds, and clearing it; in words, without HTML."""
+
+from __future__ import annotations
+
+from hyper_merge.analysis import cache as analysis_cache
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime.formatting import size_text
+
+
+def cache_text(folders: Folders) -> str:
+    """How much the cache holds, and what it is for."""
+    held = size_text(analysis_cache.total_bytes(folders.cache))
+    return (
+        f"The cache holds {held} of at most {size_text(folders.cache_limit)}. With it another list of"
+        " ranks takes a fraction of the time. It is safe to clear."
+    )
+
+
+def clear_cache(folders: Folders) -> str:
+    """Deletes all analyses, and says what that freed; to be called while nothing is merged.
+
+    Raises:
+        CacheError: a file cannot be deleted; the others are.
+    """
+    freed = analysis_cache.clear(folders.cache)
+    return f"The cache is empty; {size_text(freed)} are free again."

@@ -1,0 +1,1 @@
+"""Compares pictures of a checkpoint with those of its reconstruction."""

@@ -1,0 +1,152 @@
+"""A comparison on disk: the grid as a PNG that holds its parameters, and all figures as JSON beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hyper_merge import __version__
+from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.errors import RunError
+from hyper_merge.operations.compare.request import PictureSettings, infotext
+from hyper_merge.runs.folders import PICTURES
+from hyper_merge.runs.manifest import Run
+from hyper_merge.runs.plain_data import read_plain
+
+COMPARISON_VERSION: Final = 1
+
+_NAME: Final = re.compile(r"comparison-(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How far the pictures of a pair are apart.
+
+    Attributes:
+        checkpoint: As the run calls it.
+        prompt: Without tags.
+        seed: Of the pair.
+        pixels: Mean absolute difference to the original's picture, 0..255, by what was drawn:
+            "restored" or "average"; empty where there is no original.
+        perceptual: The same in the eye's terms, where the host has them.
+    """
+
+    checkpoint: str
+    prompt: str
+    seed: int
+    pixels: Mapping[str, float]
+    perceptual: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison that was made.
+
+    Attributes:
+        run: Its name.
+        name: Of the comparison within the run, "comparison-1".
+        created: ISO 8601.
+        host: What drew the pictures.
+        hyper_model: Name of its file.
+        settings: Of all pictures.
+        tags: What the prompts got, by checkpoint.
+        originals: Names of files, by checkpoint, as far as they were drawn.
+        notes: What was left out and why.
+        figures: Of every pair.
+        measure: Name of the second figure; empty where there is none.
+    """
+
+    run: str
+    name: str
+    created: str
+    host: str
+    hyper_model: str
+    settings: PictureSettings
+    tags: Mapping[str, str]
+    originals: Mapping[str, str]
+    notes: tuple[str, ...]
+    figures: tuple[Figures, ...]
+    measure: str = ""
+
+
+def names_of(run: Run) -> list[str]:
+    """The comparisons of a run, the newest first."""
+    folder = run.folder / PICTURES
+    found = [path.stem for path in ([] if folder.is_symlink() else folder.glob("*.json"))]
+    return sorted(filter(_NAME.fullmatch, found), key=_number, reverse=True)
+
+
+def free_name(run: Run) -> str:
+    """One that no file of the run has."""
+    taken = [path.stem for path in (run.folder / PICTURES).glob("*")]
+    numbers = [_number(name) for name in taken if _NAME.fullmatch(name)]
+    return f"comparison-{max(numbers, default=0) + 1}"
+
+
+def paths_of(run: Run, name: str) -> tuple[Path, Path]:
+    """Where grid and figures of a comparison belong.
+
+    Raises:
+        RunError: that is no name of a comparison.
+    """
+    if not _NAME.fullmatch(name):
+        raise RunError(f"expected the name of a comparison, such as comparison-1, got {name!r}")
+    stem = run.folder / PICTURES / name
+    return stem.with_suffix(".png"), stem.with_suffix(".json")
+
+
+def save(run: Run, found: Compared, grid: Image.Image) -> Path:
+    """Writes both files, or none; nothing that exists is replaced.
+
+    Returns:
+        The grid's.
+
+    Raises:
+        OutputError: the place is taken or cannot be written.
+    """
+    picture, figures = paths_of(run, found.name)
+    record = {"version": COMPARISON_VERSION, "hyper_merge": __version__, **asdict(found)}
+    facts = json.dumps(record, ensure_ascii=False)
+    models = {"Hyper-model": found.hyper_model, "Hyper-Merge": __version__}
+    text = PngInfo()
+    text.add_itxt("parameters", infotext(found.settings, models))
+    text.add_itxt("hyper_merge.comparison", facts)
+    stream = BytesIO()
+    grid.save(stream, "PNG", pnginfo=text)
+    with Outputs() as outputs:
+        outputs.bytes(picture, stream.getvalue())
+        outputs.text(figures, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    return picture
+
+
+def load(run: Run, name: str) -> Compared:
+    """A comparison's figures.
+
+    Raises:
+        RunError: there is none of that name, or its file is damaged.
+    """
+    _, path = paths_of(run, name)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record.pop("version") if isinstance(record, dict) else None
+        known = record if version == COMPARISON_VERSION else {}
+        found: Compared = read_plain(Compared, known, "comparison")
+    except FileNotFoundError:
+        raise RunError(f"there is no {name} of the run {run.name}; look at the list anew") from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{name} of the run {run.name} cannot be read: {path} is damaged ({error}); compare again"
+        ) from error
+    return found
+
+
+def _number(name: str) -> int:
+    return int(name.partition("-")[2])

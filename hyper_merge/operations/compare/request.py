@@ -1,0 +1,194 @@
+"""Which pictures a comparison takes, and in which order; nothing is drawn here, no host is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from PIL import Image
+
+from hyper_merge.errors import PictureError
+from hyper_merge.runtime.progress import Control
+
+RowName = Literal["restored", "original", "average"]
+
+LARGEST_SEED: Final = 2**32 - 1  # that all hosts take
+_STEPS: Final = (1, 150)
+_CFG_SCALE: Final = (0.0, 30.0)
+_SIDE: Final = (64, 2048)  # pixels
+_SIDE_UNIT: Final = 8  # pixels of a picture to one of the latent image's
+_MOST_PICTURES: Final = 200  # in one grid, which is to be looked at
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """What all pictures of a comparison share.
+
+    Attributes:
+        prompts: One or more, without the run's LoRA tags.
+        negative: Negative prompt; may be empty.
+        sampler: By the host's name.
+        steps: Of sampling.
+        cfg_scale: How strictly the prompt is followed.
+        width: Pixels, a multiple of 8.
+        height: Pixels, a multiple of 8.
+        seeds: One or more; each prompt is drawn with each.
+    """
+
+    prompts: tuple[str, ...]
+    negative: str = ""
+    sampler: str = ""
+    steps: int = 20
+    cfg_scale: float = 7.0
+    width: int = 512
+    height: int = 512
+    seeds: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise PictureError("expected a prompt, one per line, got none; write one")
+        if not self.seeds:
+            raise PictureError("expected a seed, such as 1, or several, such as 1, 2, got none")
+        for name, value, (least, most) in (
+            ("steps", self.steps, _STEPS),
+            ("CFG scale", self.cfg_scale, _CFG_SCALE),
+            ("width", self.width, _SIDE),
+            ("height", self.height, _SIDE),
+            *(("seed", seed, (0, LARGEST_SEED)) for seed in self.seeds),
+        ):
+            if not least <= value <= most:
+                raise PictureError(f"{name}: expected {least:g} to {most:g}, got {value:g}")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side % _SIDE_UNIT:
+                raise PictureError(
+                    f"{name}: expected a multiple of {_SIDE_UNIT} pixels, got {side};"
+                    f" {side - side % _SIDE_UNIT} would do"
+                )
+
+    @property
+    def bands(self) -> tuple[tuple[str, int], ...]:
+        """Every prompt with every seed, each once."""
+        pairs = ((prompt, seed) for prompt in self.prompts for seed in self.seeds)
+        return tuple(dict.fromkeys(pairs))
+
+
+@dataclass(frozen=True)
+class ComparisonOrder:
+    """What the user asks for.
+
+    Attributes:
+        run: Its name.
+        checkpoints: Of the run, or fitted onto it later.
+        settings: Of all pictures.
+        average: Whether the hyper-model alone is drawn too.
+        difference: Whether the differences within each pair are drawn too.
+    """
+
+    run: str
+    checkpoints: tuple[str, ...]
+    settings: PictureSettings
+    average: bool = False
+    difference: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise PictureError("expected a checkpoint of the run, or several, got none; pick one")
+        count = len(self.settings.bands) * (2 * len(self.checkpoints) + self.average)
+        if count > _MOST_PICTURES:
+            raise PictureError(
+                f"that would be {count} pictures, more than {_MOST_PICTURES}; take fewer"
+                " checkpoints, prompts or seeds"
+            )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint that is compared.
+
+    Attributes:
+        name: As the run calls it.
+        tags: What makes the hyper-model this checkpoint in a prompt.
+        original: Its file; None where it cannot be drawn.
+        note: Why not, in words; empty where it can.
+    """
+
+    name: str
+    tags: str
+    original: Path | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, as a host is asked for it: `settings` are those of all, `prompt` is this one's."""
+
+    model: Path
+    prompt: str  # with all tags
+    seed: int
+    settings: PictureSettings
+
+
+class Key(NamedTuple):
+    """A picture's place in the grid."""
+
+    row: RowName
+    checkpoint: str  # empty for the average alone, which all of them share
+    prompt: str  # without tags
+    seed: int
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        what = {"restored": "hyper-model + LoRAs", "original": "original", "average": "average"}
+        parts = (self.checkpoint, what[self.row], f"seed {self.seed}")
+        return ", ".join(filter(None, parts))
+
+
+Draw: TypeAlias = "Callable[[Picture, Control], Image.Image]"
+"""Makes a picture; tells how far it is, 0..1; raises `InterruptedRun` when it is to stop."""
+
+
+def plan_of(
+    order: ComparisonOrder, hyper_model: Path, subjects: Sequence[Subject]
+) -> dict[Key, Picture]:
+    """All pictures in the order in which they are best made: each model is loaded once.
+
+    All of the hyper-model's come first, and of those the ones with the same LoRAs together.
+    """
+    plan: dict[Key, Picture] = {}
+
+    def add(row: RowName, checkpoint: str, model: Path, tags: str) -> None:
+        for prompt, seed in order.settings.bands:
+            whole = f"{prompt} {tags}".strip()
+            plan[Key(row, checkpoint, prompt, seed)] = Picture(model, whole, seed, order.settings)
+
+    if order.average:
+        add("average", "", hyper_model, "")
+    for subject in subjects:
+        add("restored", subject.name, hyper_model, subject.tags)
+    for subject in subjects:
+        if subject.original is not None:
+            add("original", subject.name, subject.original, "")
+    return plan
+
+
+def infotext(settings: PictureSettings, models: Mapping[str, str]) -> str:
+    """The settings in the words of WebUIs, which their PNG Info tab reads.
+
+    Args:
+        settings: of all pictures.
+        models: further facts by their names.
+    """
+    facts = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "CFG scale": f"{settings.cfg_scale:g}",
+        "Seed": settings.seeds[0],
+        "Size": f"{settings.width}x{settings.height}",
+        **models,
+    }
+    negative = [f"Negative prompt: {settings.negative}"] if settings.negative else []
+    last = ", ".join(f"{name}: {value}" for name, value in facts.items())
+    return "\n".join([*settings.prompts, *negative, last])

@@ -1,0 +1,269 @@
+"""One LoRA per checkpoint from an existing run: its shared LoRAs with the multipliers folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.checkpoints.architectures.spec import Family, PartName
+from hyper_merge.checkpoints.io.atomic_file import require_free
+from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.errors import ExtractionError, RecipeError, RunError
+from hyper_merge.loras.cards import CARD_SUFFIXES
+from hyper_merge.loras.lora_file import lora_bytes, write_lora
+from hyper_merge.loras.metadata import ALONE, LoraFile
+from hyper_merge.loras.prompt_tags import prompt_word, tag, tags
+from hyper_merge.loras.reader import StoredLora
+from hyper_merge.loras.weighted_sum import StoredSum, WeightedSum
+from hyper_merge.recipe.parsing import LARGEST_RANK, nearest, whole
+from hyper_merge.recipe.recipe import SettingError
+from hyper_merge.runs.folders import Folders, metadata_of
+from hyper_merge.runs.integrity import require_family, require_own
+from hyper_merge.runs.manifest import Run, load_run
+from hyper_merge.runs.report import CheckpointReport
+from hyper_merge.runs.weighted_loras import lineage_from
+from hyper_merge.runtime.disks import require_disks
+from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.parallel import workers
+from hyper_merge.runtime.progress import Control, count
+
+_LONGEST: Final = 60  # letters of a checkpoint's name within the LoRA's
+
+
+@dataclass(frozen=True)
+class Export:
+    """What the user asks for.
+
+    Attributes:
+        run: Its name.
+        checkpoints: Names of those wanted; None for all of the run.
+        rank: That each layer is cut down to; None to keep the whole sum.
+        overwrite: Whether an earlier export of the same may be replaced.
+    """
+
+    run: str
+    checkpoints: tuple[str, ...] | None = None
+    rank: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            _ = self.rank is None or whole(1, LARGEST_RANK)(self.rank)
+        except RecipeError as error:
+            raise SettingError("rank", str(error)) from None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One checkpoint's LoRA."""
+
+    path: Path
+    checkpoint: str
+    hyper_model: Path  # that it is added to
+    rank: int  # the most that a layer has
+    explained: float  # of the checkpoint's differences, by the run's LoRAs
+    lost: float  # of the sum's squared norm: by rounding, and by cutting ranks where that was asked
+    size: int  # bytes of the file
+    companions: str  # tags of the run's companions, which are still to be used besides; or nothing
+
+
+def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Exported, ...]:
+    """Writes the LoRAs, all or none; on any failure every existing file stays as it was.
+
+    Args:
+        wanted: what the user asks for.
+        folders: where the run is, and its LoRAs.
+        control: progress and interrupt.
+
+    Raises:
+        HyperMergeError: an unknown run or checkpoint, a LoRA of the run that is missing or not its
+            own, a name that is taken, a full disk, or the user's interrupt.
+    """
+    run = load_run(folders, wanted.run)
+    family = require_family(run)
+    rows = _rows(run, wanted.checkpoints)
+    paths = _paths(run, rows, folders, overwrite=wanted.overwrite)
+    checking, *each = control.split([1.0, *[3.0] * len(rows)])
+    shared = run.loras[: len(run.report.loras)]
+    own = {row.name: _topup(run, row) for row in rows}
+    require_own(run, (*shared, *(path for paths in own.values() for path in paths)), checking)
+    if run.hyper_model in run.missing:
+        control.warn(f"{run.hyper_model} is missing or another file; these LoRAs go with no other")
+    with Outputs(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
+        loras = [stack.enter_context(StoredLora(path, family)) for path in shared]
+        exported = tuple(
+            _export(
+                outputs,
+                paths[row.name],
+                (run, row, family),
+                WeightedSum(
+                    [*loras, *(stack.enter_context(StoredLora(p, family)) for p in own[row.name])],
+                    partial(multipliers_of, row),
+                    wanted.rank,
+                ),
+                part,
+            )
+            for row, part in zip(rows, each, strict=True)
+        )
+        control.step("putting the files in place", 1.0)
+    return exported
+
+
+def describe(exported: Sequence[Exported], rank: int | None) -> str:
+    """The outcome as plain text."""
+    width = max(len(each.path.stem) for each in exported)
+    lost = "lost by cutting" if rank else "lost by rounding"
+    lines = [f"{'LoRA':{width}}  rank       size  explained before  {lost}"]
+    lines += [
+        f"{each.path.stem:{width}}  {each.rank:4} {size_text(each.size):>10}  {each.explained:16.2%}"
+        f"  {each.lost:{len(lost)}.4%}"
+        for each in exported
+    ]
+    first = exported[0]
+    besides = f" {first.companions}" if first.companions else ""
+    lines += [
+        f"in {first.path.parent}",
+        "",
+        f"To get {first.checkpoint}, load {first.hyper_model.stem} and put this into the prompt:",
+        tag(first.path.stem, 1.0) + besides,
+    ]
+    return "\n".join(lines)
+
+
+def multipliers_of(row: CheckpointReport, part: PartName) -> tuple[float, ...]:
+    """What a checkpoint's LoRAs, its private one last, count in the layers of one part."""
+    return (*row.multipliers_of(part), *((1.0,) if row.topup else ()))
+
+
+def _topup(run: Run, row: CheckpointReport) -> tuple[Path, ...]:
+    return tuple(path for path in run.loras if row.topup and path.stem == row.topup)
+
+
+def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
+    known = {row.name: row for row in run.report.checkpoints}
+    found = []
+    for name in dict.fromkeys(known if names is None else names):
+        row = known.get(name) or known.get(name.removesuffix(".safetensors"))
+        if row is None:
+            raise RunError(
+                f"the run {run.name} has no checkpoint {name}{nearest(name, known) or '.'} It has"
+                f" {', '.join(known)}"
+            )
+        if not any(any(multipliers_of(row, part.name)) for part in require_family(run).parts):
+            raise ExtractionError(
+                f"all multipliers of {row.name} are 0: {run.hyper_model.name} is that checkpoint"
+                " already, as far as LoRAs go; there is nothing to export"
+            )
+        found.append(row)
+    return found
+
+
+def _paths(
+    run: Run, rows: Sequence[CheckpointReport], folders: Folders, *, overwrite: bool
+) -> dict[str, Path]:
+    """The files by checkpoint, free to be written."""
+    names = _names(run, folders)
+    paths = {row.name: folders.loras / f"{names[row.name]}.safetensors" for row in rows}
+    for path in paths.values():
+        for suffix in (".safetensors", *CARD_SUFFIXES):
+            require_free(path.with_suffix(suffix), overwrite=overwrite)
+    return paths
+
+
+def _names(run: Run, folders: Folders) -> dict[str, str]:
+    """A name for every checkpoint: the same each time, and that of nothing else."""
+    names: dict[str, str] = {}
+    for row in run.report.checkpoints:
+        plain = name = f"{run.name}_{prompt_word(row.name, _LONGEST)}"
+        number = 1
+        while name in names.values() or _is_taken(name, row.name, run, folders):
+            number += 1
+            name = f"{plain}-{number}"
+        names[row.name] = name
+    return names
+
+
+def _is_taken(name: str, checkpoint: str, run: Run, folders: Folders) -> bool:
+    """Whether a name belongs to anything but an export of this very checkpoint."""
+    path = folders.loras / f"{name}.safetensors"
+    if folders.owner_of(name) is not None:
+        return True
+    found = metadata_of(path)
+    own = [found.get(f"hyper_merge.{key}") for key in ("kind", "run", "checkpoint")]
+    return path.exists() and own != [ALONE, run.name, checkpoint]
+
+
+def _export(
+    outputs: Outputs,
+    path: Path,
+    of: tuple[Run, CheckpointReport, Family],
+    total: WeightedSum,
+    control: Control,
+) -> Exported:
+    run, row, family = of
+    layers, ranks = zip(*total.ranks().values(), strict=True)
+    file = _file(of, max(ranks), total)
+    alpha = family.alpha_for(file.rank)
+    size = lora_bytes(layers, [(rank,) for rank in ranks], file.dtype, (alpha,))
+    require_disks({path.parent: size})
+    folding, writing = control.split([1.0, 1.0])
+    sums = _fold(total, layers, (alpha, file.dtype), folding)
+    factors = {name: found.factors for name, found in sums.items()}
+    tally = writing.tally("writing the LoRA", {path: 2 * size})  # hashed and written
+    write_lora(outputs, path, layers, factors, file, partial(count, tally, path))
+    energy = sum(found.energy for found in sums.values())
+    companions = run.report.companions
+    return Exported(
+        path=path,
+        checkpoint=row.name,
+        hyper_model=run.hyper_model,
+        rank=file.rank,
+        explained=row.explained,
+        lost=sum(found.lost for found in sums.values()) / energy if energy > 0 else 0.0,
+        size=outputs.size_of(path),
+        companions=tags(companions, row.multipliers) if companions else "",
+    )
+
+
+def _fold(
+    total: WeightedSum,
+    layers: Sequence[Layer],
+    stored: tuple[int | None, torch.dtype],  # alpha, type
+    control: Control,
+) -> dict[str, StoredSum]:
+    """The sum in every layer, by module."""
+    costs = {layer.module: float(layer.m + layer.n) for layer in layers}
+    tally = control.tally("folding the multipliers in", costs)
+    sums: dict[str, StoredSum] = {}
+    with workers(torch.device("cpu"), tally.tell) as each, tally:
+        take = partial(_stored, total, stored)
+        for layer, found in zip(layers, each(take, layers), strict=True):
+            sums[layer.module] = found
+            tally.finish(layer.module)
+    return sums
+
+
+def _stored(total: WeightedSum, stored: tuple[int | None, torch.dtype], layer: Layer) -> StoredSum:
+    return total.stored(layer, *stored)
+
+
+def _file(of: tuple[Run, CheckpointReport, Family], rank: int, total: WeightedSum) -> LoraFile:
+    run, row, _ = of
+    return LoraFile(
+        lineage=lineage_from(run, run.hyper_model.stem),
+        run=run.name,
+        index=0,
+        count=1,
+        rank=rank,
+        multipliers={row.name: 1.0},
+        explained=None if total.rank else row.explained,
+        dtype=total.dtype,
+        alone=row.name,
+    )

@@ -1,0 +1,1 @@
+"""Extracts the difference of two checkpoints as a LoRA."""

@@ -1,0 +1,139 @@
+"""The one pass over two checkpoints: every layer's difference as low-rank factors, ready for a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.inputs import Sources
+from hyper_merge.analysis.streaming_pass import Work, pass_costs, refuse_non_finite, take_apart
+from hyper_merge.checkpoints.architectures.layout import Treatment, kind_of
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.decomposition.linalg import energy_of
+from hyper_merge.decomposition.truncated_svd import truncation_cost
+from hyper_merge.runtime.parallel import workers
+from hyper_merge.runtime.progress import Control
+from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """All layers that differ, and the energy of what else does, by kind."""
+
+    layers: tuple[LowRankLayer, ...]
+    outside: Mapping[str, float]
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """For `write_lora`."""
+        return {each.layer.module: (each.up, each.down) for each in self.layers}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all factors."""
+        return sum(each.up.nbytes + each.down.nbytes for each in self.layers)
+
+    def energy(self, part: str | None = None) -> float:
+        """Squared norm of the differences in the layers, of one part or all."""
+        return sum(each.energy for each in self.layers if part in (None, each.layer.part))
+
+    def explained(self, part: str | None = None) -> float:
+        """Share of that which the factors hold; 1 where there is none."""
+        energy = self.energy(part)
+        errors = sum(each.error for each in self.layers if part in (None, each.layer.part))
+        return 1 - errors / energy if energy > 0 else 1.0
+
+    def not_carried(self) -> dict[str, float]:
+        """Share of all differences that lies outside of the layers, by kind; 0 where there are none."""
+        everything = self.energy() + sum(self.outside.values())
+        return {kind: energy / (everything or 1.0) for kind, energy in self.outside.items()}
+
+
+def find_difference(sources: Sources, rank: int, work: Work, control: Control) -> Difference:
+    """Reads every tensor of both files once; memory holds few of them, and the factors.
+
+    Args:
+        sources: a base and one checkpoint.
+        rank: of the factors; capped in layers that are smaller.
+        work: device and seed.
+        control: progress and interrupt.
+
+    Raises:
+        NonFiniteError: a tensor holds NaN or infinity.
+        CheckpointError: a file was changed or cannot be read.
+    """
+    costs = pass_costs(sources, Work(work.device))
+    for layer in sources.layout.layers:
+        costs[layer.key] += truncation_cost(layer.m, layer.n, rank)
+    tally = control.tally("reading and extracting", costs)
+    layers: list[LowRankLayer] = []
+    outside: dict[str, float] = {}
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
+        ]
+        each = stack.enter_context(workers(work.device, tally.tell))
+        stack.enter_context(tally)
+
+        def take(key: str) -> tuple[list[LowRankLayer], float]:
+            tensors = [file.tensor(key) for file in files]
+            tick = partial(tally.add, key)
+            if sources.layout.treatments[key] is not Treatment.LAYER:
+                return [], float(
+                    take_apart(sources, key, tensors, Work(work.device), tick).energies
+                )
+            return _take_layers(sources, key, tensors, rank, work, tick), 0.0
+
+        for key, (found, energy) in zip(costs, each(take, costs), strict=True):
+            layers += found
+            if sources.layout.treatments[key] is not Treatment.LAYER:
+                kind = kind_of(key, sources.layout)
+                outside[kind] = outside.get(kind, 0.0) + energy
+            tally.finish(key)
+    return Difference(tuple(layers), outside)
+
+
+def _take_layers(
+    sources: Sources,
+    key: str,
+    tensors: Sequence[Tensor],
+    rank: int,
+    work: Work,
+    tick: Callable[[float], None],
+) -> list[LowRankLayer]:
+    """The layers of one tensor that differ; on the CPU where the device is too small."""
+    try:
+        return _found_layers(sources, key, tensors, rank, work, tick)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        on_cpu = replace(work, device=torch.device("cpu"))
+        return _found_layers(sources, key, tensors, rank, on_cpu, tick)
+
+
+def _found_layers(
+    sources: Sources,
+    key: str,
+    tensors: Sequence[Tensor],
+    rank: int,
+    work: Work,
+    tick: Callable[[float], None],
+) -> list[LowRankLayer]:
+    found = []
+    for rows, index in sources.pieces(key):
+        base, checkpoint = (tensor[rows].to(work.device).float() for tensor in tensors)
+        layer = sources.layout.layers[index or 0]
+        delta = (checkpoint - base).reshape(layer.m, layer.n)
+        energy = energy_of(delta)
+        if not math.isfinite(energy):
+            refuse_non_finite(sources, key, tensors)
+        if energy > 0:
+            alpha = sources.layout.family.alpha_for(rank)
+            stored = alpha, sources.dtype
+            found.append(low_rank_layer(layer, delta, rank, stored, work.seed, tick))
+    return found

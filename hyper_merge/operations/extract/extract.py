@@ -1,0 +1,245 @@
+"""Two checkpoints in, one LoRA out that turns the first into the second: the simplest case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from hyper_merge.analysis.inputs import Sources
+from hyper_merge.analysis.streaming_pass import Work
+from hyper_merge.checkpoints.compatibility import check_distinct
+from hyper_merge.checkpoints.io.atomic_file import require_free
+from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.decomposition.rank_allocation import even_ranks
+from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError
+from hyper_merge.loras.cards import CARD_SUFFIXES
+from hyper_merge.loras.lora_file import lora_bytes, write_lora
+from hyper_merge.loras.metadata import Lineage, LoraFile, Source
+from hyper_merge.loras.prompt_tags import prompt_word, tag
+from hyper_merge.operations.extract.difference import Difference, find_difference
+from hyper_merge.operations.merge.cost_model import extraction_costs
+from hyper_merge.operations.merge.preflight import common_layout
+from hyper_merge.recipe.parsing import LARGEST_RANK, parse_name, parse_path, whole
+from hyper_merge.recipe.recipe import FIELDS, SettingError, parse_settings
+from hyper_merge.runs.folders import Folders, require_no_source
+from hyper_merge.runs.hash_cache import hashed, now
+from hyper_merge.runs.report import PARTS
+from hyper_merge.runtime.devices import resolve_device
+from hyper_merge.runtime.disks import require_disks
+from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.progress import Control
+
+_PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
+    **{field.name: field.parse for field in FIELDS},
+    "base": parse_path,
+    "checkpoint": parse_path,
+    "rank": whole(1, LARGEST_RANK),
+    "name": lambda name: None if name is None else parse_name(name),
+}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What the user asks for.
+
+    Attributes:
+        base: The checkpoint that the LoRA is added to.
+        checkpoint: The one that comes of it.
+        rank: Of the LoRA; capped in layers that are smaller.
+        name: Of the LoRA; None for `<checkpoint>-from-<base>`.
+        output: A WebUI-shaped models folder, or the path of the .safetensors file.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: Of the written file.
+        overwrite: Whether existing files may be replaced.
+        seed: Of everything random.
+    """
+
+    base: Path
+    checkpoint: Path
+    rank: int = 64
+    name: str | None = None
+    output: Path = Path("models")
+    device: str = "auto"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    overwrite: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        parse_settings(self, _PARSERS)
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The LoRA, and how good it is; shares are of squared norms ("energy")."""
+
+    path: Path
+    base: str  # file names without suffix
+    checkpoint: str
+    rank: int
+    explained: float  # of all differences in the layers, by the file as written
+    parts: Mapping[
+        str, float
+    ]  # the same in the "unet" and the "text_encoder", as far as they differ
+    layers: int  # with a difference
+    not_carried: Mapping[str, float]  # kind -> share of all differences, layers included
+    size: int  # bytes of the file
+
+
+def run_extract(wanted: Extraction, control: Control, folders: Folders | None = None) -> Extracted:
+    """Writes the LoRA; on any failure every existing file stays as it was.
+
+    Args:
+        wanted: what the user asks for.
+        control: progress and interrupt.
+        folders: where the LoRA goes, for a host whose folders are not all in `output`.
+
+    Raises:
+        HyperMergeError: refused input, nothing to extract, a full disk, or the user's interrupt.
+    """
+    path, cache = _place(wanted, folders)
+    sources = _sources(wanted, control)
+    work = Work(resolve_device(wanted.device), wanted.seed)
+    _require_room(wanted, sources, path)
+    costs = extraction_costs(sources, wanted.rank, cache, work.device)
+    hashing, reading, writing = control.split(costs)
+    with Outputs(overwrite=wanted.overwrite) as outputs:
+        origins = hashed(sources.read, cache, hashing)
+        found = find_difference(sources, wanted.rank, work, reading)
+        _require_difference(found, sources)
+        file = _file(wanted, path, sources, origins, found.explained())
+        tally = writing.tally("writing the LoRA", {path: 2 * found.nbytes})  # hashed and written
+
+        def tick(count: int) -> None:
+            tally.add(path, count)
+            tally.tell()
+
+        write_lora(outputs, path, sources.layout.layers, found.factors, file, tick)
+        size = outputs.size_of(path)
+        control.step("putting the file in place", 1.0)
+    return Extracted(
+        path=path,
+        base=sources.read[0].stem,
+        checkpoint=sources.read[1].stem,
+        rank=wanted.rank,
+        explained=found.explained(),
+        parts={part: found.explained(part) for part in PARTS if found.energy(part) > 0},
+        layers=len(found.layers),
+        not_carried=found.not_carried(),
+        size=size,
+    )
+
+
+def describe(extracted: Extracted) -> str:
+    """The outcome as plain text."""
+    parts = ", ".join(f"{PARTS[part]} {share:.2%}" for part, share in extracted.parts.items())
+    outside = ", ".join(f"{kind} {share:.3%}" for kind, share in extracted.not_carried.items())
+    return (
+        f"{extracted.path.stem}: from {extracted.base} to {extracted.checkpoint},"
+        f" rank {extracted.rank} in {extracted.layers} layers, {size_text(extracted.size)}\n"
+        f"explained: {extracted.explained:.2%} of all differences in the layers ({parts})\n"
+        f"not carried by a LoRA, as a share of all differences: {outside or 'nothing'}\n"
+        f"LoRA: {extracted.path}\n\n"
+        f"To get {extracted.checkpoint}, load {extracted.base} and put this into the prompt:\n"
+        + tag(extracted.path.stem, 1.0)
+    )
+
+
+def _place(wanted: Extraction, folders: Folders | None) -> tuple[Path, Path | None]:
+    """The file, free to be written, and the folder that remembers hashes."""
+    if folders is None and wanted.output.suffix == ".safetensors":
+        path, cache = wanted.output, None
+        try:
+            parse_name(path.stem)
+        except RecipeError as error:
+            raise SettingError(
+                "output", f"{path.name} is the LoRA's name in prompts: {error}"
+            ) from None
+        if wanted.name not in (None, path.stem):
+            raise SettingError("name", f"{wanted.output} has a name already; give one of the two")
+    else:
+        folders = folders or Folders.under(wanted.output)
+        name = wanted.name or _name(wanted)
+        path, cache = folders.loras / f"{name}.safetensors", folders.cache
+        owner = folders.owner_of(name)
+        if owner is not None:
+            raise NameTakenError(f"{name} is a LoRA of the run {owner}; choose another name")
+    require_no_source(path, (wanted.base, wanted.checkpoint))
+    for suffix in (".safetensors", *CARD_SUFFIXES):
+        require_free(path.with_suffix(suffix), overwrite=wanted.overwrite)
+    return path, cache
+
+
+def _name(wanted: Extraction) -> str:
+    return prompt_word(f"{wanted.checkpoint.stem}-from-{wanted.base.stem}")
+
+
+def _sources(wanted: Extraction, control: Control) -> Sources:
+    paths = (wanted.base, wanted.checkpoint)
+    base, header = headers = [read_header(path) for path in paths]
+    layout = common_layout(headers)
+    if not layout.layers:
+        raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
+    for warning in check_distinct(paths):
+        control.warn(warning)
+    return Sources((header,), base, layout, (1.0,), getattr(torch, wanted.dtype))
+
+
+def _require_room(wanted: Extraction, sources: Sources, path: Path) -> None:
+    layers = sources.layout.layers
+    ranks = even_ranks((wanted.rank,), [(layer.m, layer.n) for layer in layers])
+    require_disks(
+        {
+            path.parent: lora_bytes(
+                layers, ranks, sources.dtype, (sources.layout.family.alpha_for(wanted.rank),)
+            )
+        }
+    )
+
+
+def _file(
+    wanted: Extraction,
+    path: Path,
+    sources: Sources,
+    origins: tuple[Source, ...],
+    explained: float,
+) -> LoraFile:
+    base, checkpoint = (header.stem for header in sources.read)
+    return LoraFile(
+        lineage=Lineage(base, sources.layout.family, _recipe(wanted), origins, now()),
+        run=path.stem,
+        index=0,
+        count=1,
+        rank=wanted.rank,
+        multipliers={checkpoint: 1.0},
+        explained=explained,
+        dtype=sources.dtype,
+        alone=checkpoint,
+    )
+
+
+def _recipe(wanted: Extraction) -> dict[str, str]:
+    return {
+        "type": "extraction",
+        "base": wanted.base.name,
+        "checkpoint": wanted.checkpoint.name,
+        "rank": str(wanted.rank),
+        "dtype": wanted.dtype,
+        "seed": str(wanted.seed),
+    }
+
+
+def _require_difference(found: Difference, sources: Sources) -> None:
+    if found.layers:
+        return
+    base, checkpoint = (header.name for header in sources.read)
+    elsewhere = [kind for kind, energy in found.outside.items() if energy > 0]
+    where = f", only in their {', '.join(elsewhere)}" if elsewhere else ""
+    raise ExtractionError(
+        f"{base} and {checkpoint} do not differ in any layer that a LoRA can hold{where}; there is"
+        " nothing to extract"
+    )

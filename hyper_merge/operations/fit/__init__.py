@@ -1,0 +1,1 @@
+"""Fits a further checkpoint to the LoRAs of a run."""

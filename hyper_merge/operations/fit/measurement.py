@@ -1,0 +1,283 @@
+"""Passes over one checkpoint and the hyper-model: multipliers by normal equations, and what they leave.
+
+Memory holds few tensors of both files, and of the LoRAs' factors for the same layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.inputs import Sources
+from hyper_merge.analysis.streaming_pass import Work, pass_costs, refuse_non_finite
+from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.decomposition.linalg import block_gram
+from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
+from hyper_merge.decomposition.truncated_svd import truncation_cost
+from hyper_merge.loras.stack import Added
+from hyper_merge.runtime.parallel import Each, workers
+from hyper_merge.runtime.progress import Control, Tally
+from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
+
+_EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix besides
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Inner products of one tensor's difference and of what the LoRAs add there."""
+
+    energy: float  # squared norm of the difference
+    cross: Tensor  # (R,), float64: <difference, block>
+    gram: Tensor  # (R, R), float64: <block, block>
+    size: float = 1.0  # squared norm of the hyper-model's own matrix
+
+    def left(
+        self,
+        multipliers: Tensor,  # (R,)
+    ) -> float:
+        """Squared norm of what stays of the difference, without dense work."""
+        explained = multipliers @ (2 * self.cross - self.gram @ multipliers)
+        return max(self.energy - float(explained), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """All that multipliers and shares need to know of the files."""
+
+    layers: tuple[Sums, ...]  # in the layout's order
+    outside: Mapping[str, float]  # kind -> squared norm of the differences outside of the layers
+    vectors: Mapping[str, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
+
+    @property
+    def energy(self) -> float:
+        """Squared norm of the differences in the layers."""
+        return sum(sums.energy for sums in self.layers)
+
+    def lefts(self, multipliers: Mapping[str, Tensor], layers: Sequence[Layer]) -> list[float]:
+        """Of every layer, squared norm of what multipliers, by the layers' part, leave."""
+        pairs = zip(self.layers, layers, strict=True)
+        return [sums.left(multipliers[layer.part]) for sums, layer in pairs]
+
+    def left(self, multipliers: Mapping[str, Tensor], layers: Sequence[Layer]) -> float:
+        """The same of all layers."""
+        return sum(self.lefts(multipliers, layers))
+
+    def multipliers(
+        self,
+        members: Sequence[int],
+        count: int,
+        weights: Sequence[float],
+    ) -> Tensor:  # (count,), float64
+        """The best ones for some of the layers; zeros where nothing differs.
+
+        Args:
+            members: the layers.
+            count: of the files that get one, the first ones.
+            weights: of all layers' squared errors.
+        """
+        cross = torch.zeros(count, dtype=torch.float64)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+        for index in members:
+            sums, weight = self.layers[index], weights[index]
+            cross += weight * sums.cross[:count]
+            gram += weight * sums.gram[:count, :count]
+        return fit_multipliers(Statistics(self.energy, cross[None], gram))[0]
+
+
+def measure(sources: Sources, added: Added, work: Work, control: Control) -> Measured:
+    """Reads every tensor of both files once.
+
+    Args:
+        sources: the hyper-model as the base, and one checkpoint.
+        added: the run's LoRAs and companions, open.
+        work: device.
+        control: progress and interrupt.
+
+    Raises:
+        NonFiniteError: a tensor holds NaN or infinity.
+        CheckpointError: a file was changed or cannot be read.
+    """
+    layers: dict[int, Sums] = {}
+    outside: dict[str, float] = {}
+    vectors: dict[str, list[Sums]] = {}
+    costs = pass_costs(sources, Work(work.device))
+    with _reading(sources, work, control.tally("fitting", costs)) as (files, each, tally):
+
+        def take(key: str) -> list[tuple[int | None, Sums]]:
+            tensors = [file.tensor(key) for file in files]
+            tally.add(key, costs[key] / 2)
+            return [
+                (index, replace(_sums(delta, index, key, sources, added), size=size))
+                for index, delta, size in _deltas(sources, key, tensors, work.device)
+            ]
+
+        for key, found in zip(costs, each(take, costs), strict=True):
+            kind = kind_of(key, sources.layout)
+            for index, sums in found:
+                if index is not None:
+                    layers[index] = sums
+                else:
+                    outside[kind] = outside.get(kind, 0.0) + sums.energy
+                    if sums.gram.any():
+                        vectors.setdefault(kind, []).append(sums)
+            tally.finish(key)
+    ordered = tuple(layers[index] for index in sorted(layers))
+    return Measured(ordered, outside, {kind: tuple(of) for kind, of in vectors.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """What the LoRAs with given multipliers leave of a checkpoint, layer by layer."""
+
+    sources: Sources  # the hyper-model as the base, and the checkpoint
+    added: Added
+    multipliers: Mapping[str, Tensor]  # by the layers' part: (R,)
+    work: Work
+
+    def spectra(self, control: Control) -> list[Tensor]:  # per layer (min(m, n),), float64, falling
+        """Squared singular values of every layer's rest."""
+        costs = {
+            layer.module: min(layer.m, layer.n) ** 2 * (max(layer.m, layer.n) + _EIGENVALUES)
+            for layer in self.sources.layout.layers
+        }
+
+        def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> Tensor:
+            tick(0)
+            wide = rest if layer.m <= layer.n else rest.mT
+            squares = torch.linalg.eigvalsh((wide @ wide.mT).double())
+            return squares.flip(0).clamp(min=0).cpu()
+
+        return self._map(take, "measuring what remains", costs, control)
+
+    def low_rank(
+        self,
+        ranks: Sequence[int],  # per layer; 0 for none
+        stored: tuple[int | None, torch.dtype],  # alpha of the file, type
+        control: Control,
+    ) -> list[LowRankLayer | None]:
+        """Every layer's rest as factors, as a file will hold them."""
+        rank_of = dict(zip(self.sources.layout.layers, ranks, strict=True))
+        costs = {
+            layer.module: truncation_cost(layer.m, layer.n, max(rank, 1))
+            for layer, rank in rank_of.items()
+        }
+
+        def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> LowRankLayer | None:
+            rank = rank_of[layer]
+            if not rank or not rest.any():
+                return None
+            return low_rank_layer(layer, rest, rank, stored, self.work.seed, tick)
+
+        return self._map(take, "making the top-up", costs, control)
+
+    def _map(
+        self,
+        function: Callable[[Layer, Tensor, Callable[[float], None]], Any],
+        phase: str,
+        costs: Mapping[str, float],
+        control: Control,
+    ) -> list[Any]:
+        """A function's results for the rest of every layer, in their order."""
+        layers = self.sources.layout.layers
+        keys = list(dict.fromkeys(layer.key for layer in layers))
+        found: dict[int, Any] = {}
+        tally = control.tally(phase, costs)
+        with _reading(self.sources, self.work, tally) as (files, each, _):
+
+            def take(key: str) -> list[tuple[int, Any]]:
+                tensors = [file.tensor(key) for file in files]
+                results = []
+                for index, delta, _ in _deltas(self.sources, key, tensors, self.work.device):
+                    layer = layers[index or 0]
+                    tick = partial(tally.add, layer.module)
+                    results.append((index or 0, function(layer, self._rest(layer, delta), tick)))
+                return results
+
+            for results in each(take, keys):
+                for index, result in results:
+                    found[index] = result
+                    tally.finish(layers[index].module)
+        return [found[index] for index in range(len(layers))]
+
+    def _rest(
+        self,
+        layer: Layer,
+        delta: Tensor,  # (m, n)
+    ) -> Tensor:  # (m, n)
+        pairs = zip(self.added.factors(layer), self.multipliers[layer.part].tolist(), strict=True)
+        ups, downs = zip(
+            *(((up * x).to(delta), down.to(delta)) for (up, down), x in pairs), strict=True
+        )
+        return torch.addmm(delta, torch.cat(ups, 1), torch.cat(downs), alpha=-1)
+
+
+@contextmanager
+def _reading(
+    sources: Sources, work: Work, tally: Tally
+) -> Iterator[tuple[list[Checkpoint], Each, Tally]]:
+    """Both files open, and a map that reads few tensors at a time."""
+    base, header = sources.read
+    with (
+        Checkpoint(base.path, expected=base) as first,
+        Checkpoint(header.path, expected=header) as second,
+        workers(work.device, tally.tell) as each,
+        tally,
+    ):
+        yield [first, second], each, tally
+
+
+def _deltas(
+    sources: Sources, key: str, tensors: Sequence[Tensor], device: torch.device
+) -> Iterator[tuple[int | None, Tensor, float]]:
+    """Each piece's layer, difference (float32, of a layer a matrix), and squared norm of the base.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    is_layer = sources.layout.treatments[key] is Treatment.LAYER
+    for rows, index in sources.pieces(key):
+        base, checkpoint = (tensor[rows].to(device).float() for tensor in tensors)
+        delta = checkpoint - base
+        if not math.isfinite(_squared(delta)):
+            refuse_non_finite(sources, key, tensors)
+        if is_layer and index is not None:
+            layer = sources.layout.layers[index]
+            yield index, delta.reshape(layer.m, layer.n), _squared(base)
+        else:
+            yield None, delta, _squared(base)
+
+
+def _sums(delta: Tensor, index: int | None, key: str, sources: Sources, added: Added) -> Sums:
+    energy = _squared(delta)
+    if index is None:
+        return _vector_sums(energy, delta, added.vectors(key))
+    factors = added.factors(sources.layout.layers[index])
+    cross = [
+        ((up.to(delta).mT @ delta) * down.to(delta)).sum(dtype=torch.float64).cpu()
+        for up, down in factors
+    ]
+    ups, downs = zip(*factors, strict=True)
+    return Sums(energy, torch.stack(cross), block_gram(ups, downs))
+
+
+def _squared(tensor: Tensor) -> float:
+    """Squared norm."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
+
+
+def _vector_sums(energy: float, delta: Tensor, vectors: Sequence[Tensor | None]) -> Sums:
+    flat = delta.flatten().double().cpu()
+    rows = [flat.new_zeros(len(flat)) if v is None else v.double().flatten() for v in vectors]
+    if all(each is None for each in vectors):
+        count = len(vectors)
+        return Sums(energy, flat.new_zeros(count), flat.new_zeros(count, count))
+    stack = torch.stack(rows)
+    return Sums(energy, stack @ flat, stack @ stack.mT)

@@ -1,0 +1,95 @@
+"""What the user asks of a fit, held against the run and the file; nothing is read but headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from hyper_merge.analysis.inputs import Sources, groups_of
+from hyper_merge.analysis.streaming_pass import Work
+from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.operations.merge.preflight import common_layout
+from hyper_merge.recipe.parsing import Wish, parse_name, parse_path, parse_topup
+from hyper_merge.recipe.recipe import FIELDS, parse_settings
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.integrity import require_family, require_hyper_model
+from hyper_merge.runs.manifest import Run, load_run
+from hyper_merge.runtime.devices import resolve_device
+
+
+@dataclass(frozen=True)
+class FitOrder:
+    """What the user asks for.
+
+    Attributes:
+        run: Its name.
+        checkpoint: The file that is to be fitted.
+        name: By which the run knows it; None for the file's.
+        topup: A private LoRA of what remains; text as `parse_topup` takes it is turned into it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        overwrite: Whether an earlier fit of this name may be replaced.
+        seed: Of everything random.
+    """
+
+    run: str
+    checkpoint: Path
+    name: str | None = None
+    topup: Wish | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        parse_settings(self, _PARSERS)
+
+
+_PARSERS: Final[Mapping[str, Any]] = {
+    **{field.name: field.parse for field in FIELDS},
+    "run": str,
+    "checkpoint": parse_path,
+    "name": lambda name: None if name is None else parse_name(name),
+    "topup": parse_topup,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is known before the first tensor is read."""
+
+    run: Run
+    name: str
+    sources: Sources  # the hyper-model as the base, and the checkpoint
+    work: Work
+    groups: Mapping[str, list[int]]  # layers by the part whose multipliers they share
+
+    @property
+    def layers_of(self) -> dict[str, list[int]]:
+        """Layers by their own part."""
+        return groups_of(self.sources.layout.layers, separate=True)
+
+
+def examined(wanted: FitOrder, folders: Folders) -> Job:
+    """The order with its run and its files.
+
+    Raises:
+        HyperMergeError: an unknown run, a hyper-model that is missing or was replaced, a file that
+            is no checkpoint or of another family, a device that is absent.
+    """
+    run = load_run(folders, wanted.run)
+    require_family(run)
+    hyper_model = read_header(require_hyper_model(run))
+    header = read_header(wanted.checkpoint)
+    layout = common_layout([hyper_model, header])
+    sources = Sources((header,), hyper_model, layout, (1.0,), torch.float32)
+    separate = any(row.text_multipliers for row in run.report.checkpoints)
+    return Job(
+        run=run,
+        name=wanted.name or header.stem,
+        sources=sources,
+        work=Work(resolve_device(wanted.device), wanted.seed),
+        groups=groups_of(layout.layers, separate=separate),
+    )

@@ -1,0 +1,1 @@
+"""Merges checkpoints into a hyper-model and shared LoRAs."""

@@ -1,0 +1,136 @@
+"""Companions of the LoRAs: norms and biases with the same multipliers, for hosts that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, get_args
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.inputs import Sources
+from hyper_merge.analysis.streaming_pass import Work, take_apart
+from hyper_merge.checkpoints.architectures.norms_and_biases import Kind, Vector, vectors_of
+from hyper_merge.checkpoints.io.header import TensorInfo
+from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
+from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.errors import RecipeError
+from hyper_merge.loras.card_images import lora_picture
+from hyper_merge.loras.cards import CARD_SUFFIXES, companion_card
+from hyper_merge.loras.metadata import LoraFile, lora_metadata
+from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runs.report import Recovered
+
+_DTYPE: Final = torch.float32  # A1111 rounds the norm itself to the type of its change
+
+
+@dataclass(frozen=True, eq=False)
+class Companions:
+    """What every LoRA's companion adds, and what all of them together bring back."""
+
+    tensors: tuple[dict[str, Tensor], ...]  # per block: key in the file -> (size,)
+    recovered: tuple[Recovered, ...]  # by kind
+
+
+def wanted_vectors(recipe: Recipe, sources: Sources) -> tuple[Vector, ...]:
+    """The tensors that the companions hold; none if none are asked for.
+
+    Raises:
+        RecipeError: companions are asked for that would be empty.
+    """
+    if recipe.exact == "none":
+        return ()
+    biases = recipe.exact == "all"
+    vectors = vectors_of(sources.headers[0], sources.layout, biases=biases)
+    if not vectors:
+        raise RecipeError(
+            f"{sources.layout.family.title} has no norms that hosts take from a LoRA file; choose"
+            " exact none or all"
+        )
+    return vectors
+
+
+def companion_bytes(vectors: Sequence[Vector]) -> int:
+    """Size of one companion, less its header."""
+    return sum(vector.size for vector in vectors) * _DTYPE.itemsize
+
+
+def find_companions(
+    sources: Sources,
+    vectors: Sequence[Vector],
+    multipliers: Tensor,  # (k, R), float64
+    check: Callable[[], None] = lambda: None,
+) -> Companions:
+    """The changes of norms and biases that fit the LoRAs' multipliers best, by least squares.
+
+    Args:
+        sources: the files.
+        vectors: which tensors.
+        multipliers: of the LoRAs.
+        check: called for every tensor; may raise, to stop.
+
+    Raises:
+        CheckpointError: a file was changed or cannot be read.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    solver = torch.linalg.pinv(multipliers)  # (R, k)
+    blocks: tuple[dict[str, Tensor], ...] = tuple({} for _ in range(multipliers.shape[1]))
+    sums: dict[str, list[float]] = {}  # kind -> energy, energy that is left
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
+        ]
+        for vector in vectors:
+            check()
+            deltas = _deltas(sources, vector.key, [file.tensor(vector.key) for file in files])
+            changes = (solver @ deltas).to(_DTYPE)
+            left = deltas - multipliers @ changes.double()
+            energy = sums.setdefault(vector.kind, [0.0, 0.0])
+            energy[0] += float(deltas.square().sum())
+            energy[1] += float(left.square().sum())
+            for block, change in zip(blocks, changes, strict=True):
+                block[vector.lora_key] = change
+    kinds = (kind for kind in get_args(Kind) if kind in sums)
+    recovered = tuple(Recovered(kind, _share(*sums[kind])) for kind in kinds)
+    return Companions(blocks, recovered)
+
+
+def write_companion(
+    outputs: Outputs, path: Path, tensors: dict[str, Tensor], file: LoraFile, exact: str
+) -> None:
+    """Stages one companion with its metadata and card.
+
+    Args:
+        outputs: the merge's files.
+        path: of the companion.
+        tensors: what it holds.
+        file: of the LoRA that it goes with.
+        exact: the recipe's word for what it holds.
+
+    Raises:
+        OutputError: the place is taken.
+    """
+    declared = {key: TensorInfo(_DTYPE, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    model_hash = content_sha256(tensors, declared)
+    metadata = lora_metadata(file, path.stem, model_hash, uniform=False)
+    with outputs.safetensors(path, declared, {**metadata, "hyper_merge.exact": exact}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
+    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), companion_card(file, path.stem, exact))
+    outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
+
+
+def _deltas(sources: Sources, key: str, tensors: Sequence[Tensor]) -> Tensor:  # (k, size), float64
+    """Every checkpoint's difference from the average as it is stored."""
+    average = take_apart(sources, key, tensors, Work(torch.device("cpu"))).average
+    own = tensors[1:] if sources.base else tensors
+    return torch.stack([tensor.double().flatten() for tensor in own]) - average.double().flatten()
+
+
+def _share(energy: float, left: float) -> float:
+    return 1 - left / energy if energy > 0 else 1.0

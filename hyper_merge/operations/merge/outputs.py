@@ -1,0 +1,285 @@
+"""What a merge writes: hyper-model, LoRAs, companions, texts; nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge import __version__
+from hyper_merge.checkpoints.io.atomic_file import require_free
+from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
+from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.prediction_type import config_beside, configuration_for
+from hyper_merge.loras.cards import CARD_SUFFIXES
+from hyper_merge.loras.lora_file import write_lora
+from hyper_merge.loras.metadata import Lineage, LoraFile, checkpoint_metadata
+from hyper_merge.loras.prompt_tags import companion_names, lora_names, prompt_word
+from hyper_merge.operations.merge.companions import find_companions, write_companion
+from hyper_merge.operations.merge.host_precision import AddedLora
+from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.operations.merge.report_builder import Sizes
+from hyper_merge.runs.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
+from hyper_merge.runs.manifest import MANIFEST_VERSION
+from hyper_merge.runs.report import Recovered, Report
+from hyper_merge.runs.report_text import text
+from hyper_merge.runtime.progress import Control
+from hyper_merge.solver.evaluation import Fit
+from hyper_merge.solver.private_loras import Private
+from hyper_merge.solver.quantization import Rounded
+
+_LONGEST: Final = 60  # letters of a checkpoint's name within that of its private LoRA
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What the files are made of."""
+
+    blocks: Rounded
+    found: Fit
+    losses: tuple[float, ...]
+    privates: tuple[Private, ...] = ()
+
+
+def added_loras(solved: Solved) -> list[AddedLora]:
+    """All LoRAs in the order of the prompt: shared ones, then each checkpoint's own."""
+    blocks, found = solved.blocks, solved.found.multipliers
+    shared = [
+        AddedLora(factors, alpha, {part: rows[:, block] for part, rows in found.items()})
+        for block, (factors, alpha) in enumerate(
+            zip(zip(*blocks.factors, strict=True), blocks.alphas, strict=True)
+        )
+    ]
+    once = torch.eye(len(found["unet"]))
+    own = [
+        AddedLora(each.factors, each.alpha, {"unet": once[each.checkpoint]})
+        for each in solved.privates
+    ]
+    return shared + own
+
+
+def names_of(preflight: Preflight, place: Place) -> tuple[str, ...]:
+    """Of the LoRAs and, after them, of their companions if there are any."""
+    names = lora_names(place.run, preflight.recipe.ranks)
+    return (*names, *companion_names(names)) if preflight.vectors else names
+
+
+def topups_of(preflight: Preflight, place: Place, solved: Solved) -> dict[str, Private]:
+    """The private LoRAs by name."""
+    stems = [header.stem for header in preflight.sources.headers]
+    return {
+        f"{place.run}_top-{prompt_word(stems[each.checkpoint], _LONGEST)}-{each.rank}": each
+        for each in solved.privates
+    }
+
+
+def average_writer(
+    outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
+) -> SafetensorsWriter:
+    """Stages the hyper-model, with the configuration that some hosts need beside it."""
+    metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
+    config = configuration_for(preflight.sources.headers[0], preflight.sources.layout.family)
+    if config is not None:
+        outputs.text(config_beside(path), config)
+    elif preflight.recipe.overwrite and config_beside(path).exists():
+        outputs.remove(config_beside(path))  # that of the file which is replaced
+    return outputs.safetensors(path, preflight.sources.outputs(), metadata)
+
+
+def lora_files(
+    preflight: Preflight, place: Place, lineage: Lineage, solved: Solved
+) -> dict[str, LoraFile]:
+    """What is written of every block besides its tensors, by name."""
+    recipe = preflight.recipe
+    stems = [header.stem for header in preflight.sources.headers]
+    names = lora_names(place.run, recipe.ranks)
+    text = solved.found.multipliers.get("text_encoder")
+    return {
+        name: LoraFile(
+            lineage=lineage,
+            run=place.run,
+            index=block,
+            count=len(names),
+            rank=recipe.ranks[block],
+            multipliers=_column(solved.found.multipliers["unet"], block, stems),
+            explained=1 - solved.found.loss,
+            dtype=preflight.lora_dtype,
+            text_multipliers=None if text is None else _column(text, block, stems),
+            own_alpha=solved.blocks.alphas[block],
+        )
+        for block, name in enumerate(names)
+    }
+
+
+def _column(multipliers: Tensor, block: int, stems: Sequence[str]) -> dict[str, float]:
+    return dict(zip(stems, multipliers[:, block].tolist(), strict=True))
+
+
+def stage_loras(
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    files: Mapping[str, LoraFile],
+    solved: Solved,
+    control: Control,
+) -> None:
+    """Stages the shared LoRAs."""
+    layers = preflight.sources.layout.layers
+    costs = {
+        name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
+        for name, factors in zip(files, zip(*solved.blocks.factors, strict=True), strict=True)
+    }
+    tally = control.tally("writing the LoRAs", costs)
+
+    def tick(name: str, count: int) -> None:
+        tally.add(name, count)
+        tally.tell()
+
+    for name, file in files.items():
+        factors = {
+            layer.module: solved.blocks.factors[index][file.index]
+            for index, layer in enumerate(layers)
+        }
+        path = place.loras / f"{name}.safetensors"
+        write_lora(outputs, path, layers, factors, file, partial(tick, name))
+        tally.finish(name)
+
+
+def stage_topups(
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    lineage: Lineage,
+    solved: Solved,
+) -> None:
+    """Stages the private LoRAs."""
+    layers = preflight.sources.layout.layers
+    explained = solved.found.explained().tolist()
+    for name, private in topups_of(preflight, place, solved).items():
+        stem = preflight.sources.headers[private.checkpoint].stem
+        file = LoraFile(
+            lineage=lineage,
+            run=place.run,
+            index=0,
+            count=1,
+            rank=private.rank,
+            multipliers={stem: 1.0},
+            explained=explained[private.checkpoint],
+            dtype=preflight.lora_dtype,
+            tops_up=stem,
+            own_alpha=private.alpha,
+        )
+        pairs = zip(layers, private.factors, strict=True)
+        factors = {layer.module: pair for layer, pair in pairs}
+        write_lora(outputs, place.loras / f"{name}.safetensors", layers, factors, file)
+
+
+def stage_companions(
+    outputs: Outputs,
+    preflight: Preflight,
+    place: Place,
+    files: Mapping[str, LoraFile],
+    found: Fit,
+    control: Control,
+) -> tuple[Recovered, ...]:
+    """Writes the companions if any are wanted; returns what they bring back."""
+    if not preflight.vectors:
+        return ()
+    vectors = preflight.vectors
+    companions = find_companions(
+        preflight.sources, vectors, found.multipliers["unet"], control.check
+    )
+    names = companion_names(tuple(files))
+    for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
+        path = place.loras / f"{name}.safetensors"
+        write_companion(outputs, path, tensors, file, preflight.recipe.exact)
+    return companions.recovered
+
+
+def stage_texts(
+    outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
+) -> None:
+    """Stages multipliers, report and manifest."""
+    lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
+    manifest = json.dumps(
+        {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
+        indent=1,
+    )
+    outputs.text(place.folder / MULTIPLIERS, "".join(lines))
+    outputs.text(place.folder / REPORT, text(report))
+    outputs.text(place.folder / MANIFEST, manifest + "\n")
+
+
+def _manifest(
+    preflight: Preflight, place: Place, lineage: Lineage, report: Report
+) -> dict[str, Any]:
+    """What later commands read: the run's files, sources and figures."""
+    paths = [str(header.path.absolute()) for header in preflight.sources.read]
+    return {
+        "version": MANIFEST_VERSION,
+        "hyper_merge": __version__,
+        "created": lineage.date,
+        "name": place.run,
+        "family": lineage.family.name,
+        "recipe": dict(lineage.recipe),
+        "settings": preflight.recipe.to_settings(),
+        "average_id": preflight.average_id,
+        "hyper_model": str(place.hyper_model.absolute()),
+        "sources": [
+            {
+                "path": path,
+                "name": each.name,
+                "sha256": each.sha256,
+                "legacy_hash": each.legacy_hash,
+            }
+            for path, each in zip(paths, lineage.sources, strict=True)
+        ],
+        "base_is_first_source": preflight.sources.base is not None,
+        "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
+        "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
+        "report": report.as_dict(),
+    }
+
+
+def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
+    """By the name of each LoRA and companion: SHA-256 of its tensors' bytes, as hosts know it."""
+    return {
+        name: outputs.metadata_of(place.loras / f"{name}.safetensors")["sshs_model_hash"]
+        for name in (*report.loras, *report.companions, *report.topups)
+    }
+
+
+def remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequence[str]) -> None:
+    """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
+    for path in folders.lora_files_of(run):
+        if path.stem not in names:
+            outputs.remove(path)
+    for path in folders.fit_files_of(run):
+        outputs.remove(path)
+
+
+def sizes_of(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence[str]) -> Sizes:
+    """Bytes of the checkpoints, and of what is written of them."""
+    model = place.hyper_model
+    return Sizes(
+        before=sum(header.size for header in preflight.sources.headers),
+        average=model.stat().st_size if place.exists else outputs.size_of(model),
+        loras=sum(outputs.size_of(place.loras / f"{name}.safetensors") for name in names),
+    )
+
+
+def require_free_names(place: Place, names: Sequence[str], *, overwrite: bool) -> None:
+    """Returns if no LoRA of these names is there, nor what is beside one.
+
+    Raises:
+        OutputError: one is, and may not be replaced.
+    """
+    for name in names:
+        for suffix in (".safetensors", *CARD_SUFFIXES):
+            require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)

@@ -1,0 +1,1 @@
+"""Restores a checkpoint from a hyper-model and LoRAs."""

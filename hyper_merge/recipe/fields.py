@@ -1,0 +1,142 @@
+"""The one table of settings: how each is called, explained, read and shown; no files.
+
+The YAML reader, the command line and the metadata of our files all walk `FIELDS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+from hyper_merge.recipe.parsing import (
+    Wish,
+    choice,
+    number,
+    parse_bytes,
+    parse_device,
+    parse_flag,
+    parse_models,
+    parse_name,
+    parse_path,
+    parse_ranks,
+    parse_share,
+    parse_text,
+    parse_topup,
+    parse_weights,
+    plain_value,
+    whole,
+)
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting.
+
+    Attributes:
+        name: The key in YAML; the option is `--name`.
+        metavar: What stands for the value in the command line's help.
+        help: What it decides, for the user.
+        parse: From a value as YAML has it to the value in `Recipe`; takes its own results too.
+        takes: How many words follow the option: one, several, or none.
+        literal: Whether an option's words are text even where they look like numbers.
+        show: The value as metadata, without folder names; None where metadata has no use for it.
+    """
+
+    name: str
+    metavar: str
+    help: str
+    parse: Callable[[object], object]
+    takes: Literal["one", "many", "flag"] = "one"
+    literal: bool = False
+    show: Callable[[Any], str] | None = str
+
+    @property
+    def option(self) -> str:
+        """The option's name on the command line."""
+        return f"--{self.name}"
+
+    def from_text(self, text: str | Sequence[str]) -> object:
+        """The value that YAML would have had for the words after the option."""
+        if self.literal and self.takes == "many":
+            return [text] if isinstance(text, str) else list(text)
+        word = text if isinstance(text, str) else " ".join(text)
+        return word if self.literal else plain_value(word)
+
+
+def _file_name(path: str | Path) -> str:
+    # a Windows path parses the separators of both systems
+    return PureWindowsPath(path).name
+
+
+def _show_models(paths: Sequence[Path]) -> str:
+    return json.dumps([_file_name(path) for path in paths], ensure_ascii=False)
+
+
+def _show_numbers(numbers: Sequence[float] | None) -> str:
+    return "equal" if numbers is None else ", ".join(map(repr, numbers))
+
+
+def _show_optional(value: float | None) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _show_topup(wish: Wish | None) -> str:
+    return "null" if wish is None else str(wish)
+
+
+def _show_base(base: str) -> str:
+    return base if base == AVERAGE else _file_name(base)
+
+
+FIELDS: tuple[Field, ...] = (
+    Field("name", "NAME", "name of the hyper-model and first part of its LoRAs' names", parse_name,
+          literal=True),
+    Field("models", "FILE", "the checkpoints to merge, two or more", parse_models, "many",
+          literal=True, show=_show_models),
+    Field("ranks", "R,R,...", "one LoRA of this rank each", parse_ranks, "many",
+          show=_show_numbers),
+    Field("budget", "SIZE", "in place of ranks: all LoRAs together are at most so large, as 300MB",
+          parse_bytes, show=_show_optional),
+    Field("target", "SHARE", "in place of ranks: so much comes back of every checkpoint, as 95%",
+          parse_share, show=_show_optional),
+    Field("topup", "RANK|SHARE", "a private LoRA for each checkpoint below the mean, of this rank,"
+          " or below this share, up to it", parse_topup, show=_show_topup),
+    Field("device", "DEVICE", "auto, cpu, cuda or cuda:N", parse_device),
+    Field("dtype", "DTYPE", "stored in the files: float16, bfloat16 or float32",
+          choice("float16", "bfloat16", "float32")),
+    Field("lora_dtype", "DTYPE", "stored in the LoRAs: same (as dtype), float16, bfloat16, float32,"
+          " or float8: half of float16's bytes (loads where torch is 2.1 or newer: A1111 1.8, Forge,"
+          " ComfyUI, kohya, diffusers; not on Apple's GPUs)",
+          choice("same", "float16", "bfloat16", "float32", "float8")),
+    Field("iterations", "N", "number of sweeps at most", whole(1, 10_000)),
+    Field("tolerance", "X", "stop when a sweep changes the loss by less than this fraction",
+          number(0.0, 1.0)),
+    Field("weights", "X,X,...", "weight of each checkpoint in the average", parse_weights, "many",
+          show=_show_numbers),
+    Field("base", "FILE", "what the LoRAs are added to: average, or a checkpoint's path",
+          parse_text, literal=True, show=_show_base),
+    Field("output", "FOLDER", "WebUI-shaped models folder that takes the files", parse_path,
+          literal=True, show=None),
+    Field("overwrite", "", "replace files that exist already", parse_flag, "flag", show=None),
+    Field("seed", "N", "seed of everything random", whole(0, 2**63 - 1)),
+    Field("method", "METHOD", "joint, or greedy as in the original project",
+          choice("joint", "greedy")),
+    Field("allocation", "HOW", "adaptive: the ranks' bytes go to the layers where they bring back"
+          " most; even: the same ranks in every layer", choice("adaptive", "even")),
+    Field("multipliers", "WHICH", "separate ones for text encoder and UNet, or shared: one number",
+          choice("separate", "shared")),
+    Field("fit_weights", "X,X,...", "how much each checkpoint counts in the fit", parse_weights,
+          "many", show=_show_numbers),
+    Field("layer_weights", "HOW", "how differences count: relative to each layer's size, or plain",
+          choice("relative", "plain")),
+    Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
+          choice("first", "average")),
+    Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"
+          " Forge, ComfyUI), or all: norms and biases (Forge and ComfyUI only)",
+          choice("none", "norms", "all")),
+)  # fmt: skip

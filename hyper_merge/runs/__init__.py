@@ -1,0 +1,1 @@
+"""A merge on disk: folders, manifest, report, records of later fits."""

@@ -1,0 +1,52 @@
+"""Reads dataclasses from the plain data of a JSON file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Final, get_args, get_origin, get_type_hints
+
+_WORDS: Final = {
+    float: "a finite number",
+    int: "a whole number",
+    str: "text",
+    bool: "yes or no",
+    tuple: "a list",
+}
+
+
+def read_plain(kind: Any, value: Any, where: str) -> Any:
+    """A value of plain data as the annotated kind: a dataclass, tuple, mapping, text or number.
+
+    Raises:
+        ValueError: it is missing or of another kind; says where.
+    """
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return _read_fields(kind, value, where)
+    (first, *_, last), origin = get_args(kind) or (None, None), get_origin(kind) or kind
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(read_plain(first, each, f"{where}[{i}]") for i, each in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {str(key): read_plain(last, each, f"{where}.{key}") for key, each in value.items()}
+    if origin is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if origin in (str, int, bool) and type(value) is origin:
+        return value
+    raise ValueError(
+        f"expected {_WORDS.get(origin, 'named figures')} in {where}, got {value!r:.60}"
+    )
+
+
+def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
+    kinds = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}
+    missing = [name for name, f in known.items() if name not in value and f.default is MISSING]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return kind(
+        **{
+            name: read_plain(kinds[name], value[name], f"{where}.{name}")
+            for name in known & value.keys()
+        }
+    )

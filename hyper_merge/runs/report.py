@@ -1,0 +1,168 @@
+"""What a merge achieved: losses of the written files by checkpoint and section, baselines, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.decomposition.linalg import share
+from hyper_merge.loras.prompt_tags import tags
+from hyper_merge.runs.plain_data import read_plain
+
+PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
+
+A1111: Final = "AUTOMATIC1111"
+FORGE_AND_COMFYUI: Final = "Forge and ComfyUI"
+
+_MUCH_OF_EXPLAINED: Final = 0.01  # that rounding takes back of what the LoRAs explain
+_MUCH_OF_LOSS: Final = 0.1  # that rounding adds to what they do not
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """One checkpoint's lines."""
+
+    name: str
+    explained: float  # share of its deviation, 0..1
+    explained_unet: float
+    explained_text_encoder: float
+    error: float  # norm of what is left, as a fraction of the deviation's norm
+    not_carried: float  # share of its whole deviation that lies in tensors that no LoRA carries
+    multipliers: tuple[float, ...]  # of the UNet, or of everything
+    text_multipliers: tuple[float, ...] = ()  # of the text encoder, where it has its own
+    topup: str = ""  # name of a private LoRA, to be used besides with multiplier 1
+
+    def multipliers_of(self, part: str) -> tuple[float, ...]:
+        """Those of the layers of a part, "unet" or "text_encoder"."""
+        return (part == "text_encoder" and self.text_multipliers) or self.multipliers
+
+
+@dataclass(frozen=True)
+class PartLoss:
+    """One section of the network: how much differs there, how much of that is lost."""
+
+    name: str  # "IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..
+    which: str  # "unet" or "text_encoder"
+    energy: float  # share of all differences in the layers that lies here
+    lost: float  # share of all differences in the layers that stays unexplained here
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What the LoRAs' companions bring back of one kind of tensor that LoRAs cannot hold."""
+
+    kind: str  # "norms", "biases"
+    share: float  # of these tensors' differences, 0..1
+
+
+@dataclass(frozen=True)
+class HostRounding:
+    """What rounding adds to the loss, nearly, in programs that hold the weights in half precision."""
+
+    hosts: str
+    added: float  # share of all differences in the layers
+    worst: float  # share of its own differences, of the checkpoint with the largest
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of a merge; fractions are of squared norms ("energy")."""
+
+    name: str
+    loras: tuple[str, ...]  # names in prompts
+    checkpoints: tuple[CheckpointReport, ...]
+    method: str
+    losses: tuple[float, ...]  # after each sweep, before rounding
+    loss: float  # of the written files
+    private_loss: float  # of private LoRAs of the same bytes
+    bound: float  # no LoRAs of these ranks go below
+    not_carried: Mapping[str, float]  # kind -> share of all deviations, layers included
+    bytes_before: int
+    bytes_average: int
+    bytes_loras: int
+    # Empty in reports of the first version.
+    curve: tuple[tuple[float, ...], ...] = ()  # (R + 1, k): explained with the first j LoRAs
+    similarity: tuple[tuple[float, ...], ...] = ()  # (k, k): cosines of the deviations
+    parts: tuple[PartLoss, ...] = ()  # in the network's order
+    companions: tuple[str, ...] = ()  # one per LoRA if any, to be used with its multipliers
+    recovered: tuple[Recovered, ...] = ()  # by these companions
+    groups: tuple[
+        tuple[int, ...], ...
+    ] = ()  # places of checkpoints, where they fall into unlike ones
+    between_groups: float = 0.0  # share of all differences that an average for each would take away
+
+    rounding: tuple[HostRounding, ...] = ()  # by the way in which hosts add LoRAs
+    relative_loss: float = 0.0  # the same, each layer's error against the size of its weight
+
+    @property
+    def costly_rounding(self) -> HostRounding | None:
+        """AUTOMATIC1111's, which rounds after every LoRA, where that adds enough to be told."""
+        most = min(_MUCH_OF_EXPLAINED * (1 - self.loss), _MUCH_OF_LOSS * self.loss)
+        return next((x for x in self.rounding if x.hosts == A1111 and x.added > most), None)
+
+    def tags(self, row: CheckpointReport) -> str:
+        """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
+        loras = tags(self.loras, row.multipliers, row.text_multipliers)
+        companions = tags(self.companions, row.multipliers) if self.companions else ""
+        own = tags([row.topup], [1.0]) if row.topup else ""
+        return " ".join(filter(None, (loras, companions, own)))
+
+    @property
+    def topups(self) -> tuple[str, ...]:
+        """Names of the private LoRAs."""
+        return tuple(row.topup for row in self.checkpoints if row.topup)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `as_dict` gave this, with or without a turn through JSON.
+
+        Raises:
+            ValueError: a figure is missing or of another kind, or there are more or fewer figures
+                than checkpoints and LoRAs; says where.
+        """
+        report: Report = read_plain(cls, data, "report")
+        k, blocks = len(report.checkpoints), len(report.loras)
+        for name, found, expected in (
+            ("multipliers", [row.multipliers for row in report.checkpoints], (k, blocks)),
+            (
+                "text_multipliers",
+                [row.text_multipliers for row in report.checkpoints if row.text_multipliers],
+                (k, blocks),
+            ),
+            ("curve", report.curve, (blocks + 1, k)),
+            ("similarity", report.similarity, (k, k)),
+        ):
+            if found and [len(row) for row in found] != [expected[1]] * expected[0]:
+                raise ValueError(
+                    f"expected {expected[0]} rows of {expected[1]} figures in report.{name}"
+                )
+        return report
+
+
+def part_losses(
+    layers: Sequence[Layer],
+    energies: Tensor,  # (layers, ...): squared norms of the deviations
+    errors: Tensor,  # the same of what is left
+) -> tuple[PartLoss, ...]:
+    """Sums over the layers of each section, in the order in which the sections begin."""
+    total = energies.sum()
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault((layer.section, layer.part), []).append(index)
+    return tuple(
+        PartLoss(
+            name=name,
+            which=which,
+            energy=share(energies[inside].sum(), total),
+            lost=share(errors[inside].sum(), total),
+        )
+        for (name, which), inside in groups.items()
+    )

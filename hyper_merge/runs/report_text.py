@@ -1,0 +1,128 @@
+"""A report as plain text, for the terminal and beside the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from hyper_merge.loras.metadata import COMPANIONS
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
+from hyper_merge.runtime.formatting import size_text
+
+_WORST: Final = 3  # sections that are named
+_TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
+
+
+def text(report: Report) -> str:
+    """The report as a table of plain text."""
+    width = max([len(row.name) for row in report.checkpoints] + [len("checkpoint")])
+    lines = [
+        f"{report.name}: {len(report.checkpoints)} checkpoints, {len(report.loras)} shared LoRAs",
+        "",
+        f"{'checkpoint':{width}}  explained    UNet  text enc.  rel. error   not carried",
+    ]
+    lines += [
+        f"{row.name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
+        f"{_of_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
+        for row in report.checkpoints
+    ]
+    lines += [
+        "",
+        *_comparison(report),
+        *_rounding(report),
+        *_details(report),
+        "",
+        *_carried(report),
+        "",
+        *_bytes(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def groups_text(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
+    """That checkpoints fall into unlike groups, and what an average for each would take away."""
+    words = " / ".join(", ".join(names[c] for c in group) for group in groups)
+    return (
+        f"these checkpoints fall into {len(groups)} unlike groups: {words}; a merge for each group"
+        f" would leave {1 - between:.0%} of the differences to its LoRAs"
+    )
+
+
+def _of_text_encoder(report: Report, row: CheckpointReport) -> str:
+    """A share, or a dash where the files have no text encoder that takes LoRAs."""
+    without = report.parts and all(part.which == "unet" for part in report.parts)
+    return "-" if without else f"{row.explained_text_encoder:.2%}"
+
+
+def _comparison(report: Report) -> list[str]:
+    alone = 1.0 if report.loss or report.private_loss else 0.0
+    rows = [
+        ("average alone", alone, ""),
+        ("private LoRAs of the same bytes", report.private_loss, ""),
+        ("shared LoRAs, as written", report.loss, _over_bound(report)),
+        ("lower bound", report.bound, ""),
+    ]
+    if report.relative_loss:
+        note = "   each layer's differences in units of its own size"
+        rows.insert(3, ("shared LoRAs, relative", report.relative_loss, note))
+    steps = "blocks" if report.method == "greedy" else "sweeps"
+    trail = " ".join(f"{loss:.4f}" for loss in report.losses)
+    return [
+        "loss: what stays unexplained, as a share of all differences in the layers",
+        *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
+        f"  by {steps}, before rounding: {trail}",
+    ]
+
+
+def _rounding(report: Report) -> list[str]:
+    """What hosts add to the loss by rounding, and what to do where that is much."""
+    if not report.rounding:
+        return []
+    lines = ["", "added to that by rounding, where a program holds the weights in half precision"]
+    lines += [
+        f"  {f'{each.hosts}, {_TURNS[each.hosts]}':36} {each.added:.2e}   worst {each.worst:.2e}"
+        for each in report.rounding
+    ]
+    if report.costly_rounding:
+        lines.append(f"  one LoRA per checkpoint is rounded once: hyper-merge export {report.name}")
+    return lines
+
+
+def _over_bound(report: Report) -> str:
+    return f"   {report.loss / report.bound:.2f} times the bound" if report.bound > 0 else ""
+
+
+def _details(report: Report) -> list[str]:
+    """How the first LoRAs do alone, where most is lost, and whether one average suits all."""
+    lines = []
+    if report.groups:
+        names = [row.name for row in report.checkpoints]
+        lines += ["", groups_text(names, report.groups, report.between_groups)]
+    if report.curve:
+        means = " ".join(f"{sum(row) / len(row):7.2%}" for row in report.curve[1:])
+        worst = " ".join(f"{min(row):7.2%}" for row in report.curve[1:])
+        lines += ["", "explained by the first LoRAs: 1, 2, ..."]
+        lines += [f"  mean  {means}", f"  worst {worst}"]
+    if report.parts and report.loss > 0:
+        most = sorted(report.parts, key=lambda part: part.lost, reverse=True)[:_WORST]
+        shares = ", ".join(f"{part.name} {part.lost / report.loss:.1%}" for part in most)
+        lines += ["", f"sections with the most of the loss: {shares}"]
+    return lines
+
+
+def _carried(report: Report) -> list[str]:
+    shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
+    lines = [f"not carried by LoRAs, as a share of all differences: {shares}"]
+    if report.recovered:
+        kinds = [each.kind for each in report.recovered]
+        where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
+        back = ", ".join(f"{each.kind} {each.share:.2%}" for each in report.recovered)
+        lines.append(f"brought back by the companions, in the UNet: {back}; they load in {where}")
+    return lines
+
+
+def _bytes(report: Report) -> list[str]:
+    average, loras = report.bytes_average, report.bytes_loras
+    after = size_text(average + loras)
+    parts = f"hyper-model {size_text(average)} + LoRAs {size_text(loras)}"
+    return [f"{size_text(report.bytes_before)} of checkpoints -> {parts} = {after}"]

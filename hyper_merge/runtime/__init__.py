@@ -1,0 +1,1 @@
+"""What a long job needs of the process and the machine."""

@@ -1,0 +1,34 @@
+"""Room on disks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from hyper_merge.errors import OutputError
+from hyper_merge.runtime.formatting import size_text
+
+
+def require_disks(needed: Mapping[Path, int]) -> None:
+    """Returns if the disks of all folders, which need not exist yet, have room.
+
+    Args:
+        needed: bytes by folder; folders on one disk need room together.
+
+    Raises:
+        OutputError: too little is free; says how much of each.
+    """
+    total: dict[int, int] = {}
+    for folder, size in needed.items():
+        if not size:
+            continue
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        disk = existing.stat().st_dev
+        total[disk] = total.get(disk, 0) + size
+        free = shutil.disk_usage(existing).free
+        if free < total[disk]:
+            raise OutputError(
+                f"{folder} needs {size_text(total[disk])} but its disk has"
+                f" {size_text(free)} free; make room or choose another output folder"
+            )

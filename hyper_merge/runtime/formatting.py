@@ -1,0 +1,33 @@
+"""How numbers of bytes are said: decimal units everywhere, as on the boxes of disks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+GB: Final = 10**9
+
+
+def size_text(count: float) -> str:
+    """Bytes for people.
+
+    >>> size_text(2_132_000_000), size_text(584_000_000), size_text(12_000)
+    ('2.13 GB', '584 MB', '12 kB')
+    """
+    if count >= 999.5e6:
+        return f"{count / GB:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 999.5e3 else f"{count / 1e3:.0f} kB"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as a person would say it beforehand.
+
+    >>> duration_text(268)
+    'about 4 minutes'
+    """
+    if seconds < 8:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {round(seconds / 10) * 10} seconds"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} minutes"
+    return f"about {round(seconds / 3600, 1):g} hours"

@@ -1,0 +1,1 @@
+"""From compressed deviations to LoRA factors as they are stored."""

@@ -1,0 +1,91 @@
+"""From blocks as they are written to a merge's report: multipliers, losses, baselines, similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.store import Analysis
+from hyper_merge.decomposition.contrasts import distances, energies
+from hyper_merge.decomposition.linalg import share
+from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
+from hyper_merge.solver.quantization import Rounded
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Multipliers for blocks as written, and what they leave unexplained."""
+
+    multipliers: Mapping[str, Tensor]  # by the layers' part: (k, R), float64
+    errors: Tensor  # (layers, k), float64: squared norms of what is left
+    energies: Tensor  # (layers, k), float64: squared norms of the deviations
+    curve: Tensor  # (R + 1, k), float64: explained shares with the first 0, 1, ..., R blocks
+
+    @property
+    def loss(self) -> float:
+        """Fraction of all deviations' energy that is not explained; 0 where there is none."""
+        return share(self.errors.sum(), self.energies.sum())
+
+    def explained(self, layers: Tensor | None = None) -> Tensor:  # (k,)
+        """Explained share by checkpoint, in chosen layers (a mask) or in all."""
+        errors, of = (
+            part if layers is None else part[layers] for part in (self.errors, self.energies)
+        )
+        left = torch.stack(
+            [torch.tensor(share(e, o)) for e, o in zip(errors.sum(0), of.sum(0), strict=True)]
+        )
+        return 1 - left
+
+
+def fit(
+    analysis: Analysis,
+    blocks: Rounded,
+    groups: Mapping[str, Sequence[int]],
+    weights: Tensor,  # (layers,)
+) -> Fit:
+    """The best multipliers for the blocks as they are written, and the exact loss with them.
+
+    Args:
+        analysis: of the checkpoints.
+        blocks: as the files hold them.
+        groups: the layers that share one set of multipliers, by the names of their parts.
+        weights: how much the layers' squared errors count.
+    """
+    of = energies(analysis.grams, analysis.contrasts)
+    cross = distances(analysis.contrasts) @ blocks.cross  # (layers, k, R)
+    errors, curve = torch.empty_like(of), torch.zeros(cross.shape[2] + 1, cross.shape[1]).double()
+    multipliers = {}
+    for name, members in groups.items():
+        inside = list(members)
+        inner, gram = cross[inside], blocks.gram[inside]
+        plain = Statistics(float(of[inside].sum()), inner.sum(0), gram.sum(0))
+        scale = weights[inside][:, None, None]
+        weighted = Statistics(plain.energy, (scale * inner).sum(0), (scale * gram).sum(0))
+        found = fit_multipliers(weighted)
+        squares = torch.einsum("kr,lrs,ks->lk", found, gram, found)
+        errors[inside] = of[inside] - 2 * (inner * found).sum(2) + squares
+        curve += _explained_energies(plain, weighted)
+        multipliers[name] = found
+    shares = torch.where(of.sum(0) > 0, curve / of.sum(0), 1.0).clamp(0, 1)
+    shares[0] = 0.0
+    return Fit(multipliers, errors.clamp(min=0), of, shares)
+
+
+def _explained_energies(
+    plain: Statistics,  # of the blocks as written, over the layers of one group
+    weighted: Statistics,
+) -> Tensor:  # (R + 1, k)
+    """What the first blocks explain of every checkpoint, the multipliers fitted for those."""
+    rows = [plain.cross.new_zeros(len(plain.cross))]
+    for count in range(1, len(plain.gram) + 1):
+        fitted = Statistics(
+            weighted.energy, weighted.cross[:, :count], weighted.gram[:count, :count]
+        )
+        found = fit_multipliers(fitted)
+        rows.append(
+            (found * (2 * plain.cross[:, :count] - found @ plain.gram[:count, :count])).sum(1)
+        )
+    return torch.stack(rows)

@@ -1,0 +1,112 @@
+"""What LoRAs in 8 bits need: an alpha that brings them into range, and a second fit after rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.checkpoints.io.dtypes import FLOAT8
+from hyper_merge.decomposition.linalg import inside, largest_value
+from hyper_merge.decomposition.ll1 import Batch, Factors, update_ups
+from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
+
+# Of what AUTOMATIC1111 forms in float16, which ends at 65504, before it scales by alpha / rank.
+_PRODUCT: Final = 2.0**15
+_LARGEST_PRODUCT: Final = 6e4
+
+_SIDES: Final[tuple[Literal["up", "down"], ...]] = ("up", "down", "up")
+
+Pair = tuple[Tensor, Tensor]  # (m, r), (r, n)
+
+
+def float8_alpha(size: float) -> float:
+    """The alpha that brings a file's factors into the range of float8.
+
+    A layer's stored factors are up and down times root(rank / alpha). With the largest singular value
+    s of up @ down their entries are at most root(s * rank / alpha), if that is shared evenly, and those
+    of their product at most s * rank / alpha. That is to be at most 2**15: half of what float16 holds,
+    and 181 in the factors, where float8 holds 448, and three bits of everything above 2**-6.
+
+    Args:
+        size: largest s * rank of all layers.
+
+    Returns:
+        A power of two: exact in every type.
+    """
+    if not 0 < size < math.inf:
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(size / _PRODUCT))
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What the blocks of a layer are to be near, with the multipliers that they have."""
+
+    slices: Tensor  # (d, p, q)
+    bases: tuple[Tensor, Tensor]  # (m, p), (n, q)
+    multipliers: Tensor  # (d, R)
+
+    @property
+    def transposed(self) -> Target:
+        """The same of the transposed layer."""
+        return Target(self.slices.mT, (self.bases[1], self.bases[0]), self.multipliers)
+
+
+def refitted(
+    target: Target,
+    layer: Layer,
+    stored: Sequence[Pair],  # per block, in float8
+    alphas: Sequence[float | None],
+    check: Callable[[], None] = lambda: None,
+) -> list[Pair]:
+    """The blocks with ups, downs, and ups again fitted to the other side as it is stored, and rounded.
+
+    Blocks that partly cancel each other have far more energy than what they bring together, and all
+    of it is rounded. A fit to what is rounded already takes some of that back, and lets the blocks
+    cancel less. Where one leaves the range of the type, the blocks stay as they were before it.
+    """
+    pairs = list(stored)
+    for side in _SIDES:
+        check()
+        added = [as_hosts_add(*pair, alpha) for pair, alpha in zip(pairs, alphas, strict=True)]
+        fitted = list(zip(_fitted(target, added, side), alphas, strict=True))
+        if not all(_is_in_range(pair, alpha) for pair, alpha in fitted):
+            break
+        pairs = [stored_factors(layer, *pair, alpha, FLOAT8) for pair, alpha in fitted]
+    return pairs
+
+
+def _fitted(target: Target, added: Sequence[Pair], side: Literal["up", "down"]) -> list[Pair]:
+    if side == "up":
+        ups = _best_ups(target, added)
+        return [(up, down) for up, (_, down) in zip(ups, added, strict=True)]
+    turned = _best_ups(target.transposed, [(down.mT, up.mT) for up, down in added])
+    return [(up, down.mT) for down, (up, _) in zip(turned, added, strict=True)]
+
+
+def _best_ups(target: Target, added: Sequence[Pair]) -> Sequence[Tensor]:  # R times (m, r)
+    """By least squares for the downs as they are, with what of them lies beyond the bases."""
+    left, right = target.bases
+    ranks = tuple(up.shape[1] for up, _ in added)
+    ups = torch.cat([up for up, _ in added], 1)
+    downs = torch.cat([down for _, down in added])
+    factors = Factors(inside(left, ups)[None], inside(right, downs.mT).mT[None])
+    batch = Batch(target.slices[None], ranks, (0,))
+    found = update_ups(batch, factors, target.multipliers, inner=(downs @ downs.mT)[None])
+    return torch.split(left @ found.up[0], list(ranks), 1)
+
+
+def _is_in_range(pair: Pair, alpha: float | None) -> bool:
+    up, down = pair
+    rank = up.shape[1]
+    if not rank or alpha is None:
+        return True
+    peak = max(float(up.abs().amax()), float(down.abs().amax()))
+    entries_fit = peak * math.sqrt(rank / alpha) <= torch.finfo(FLOAT8).max
+    return entries_fit and largest_value(up, down) * rank / alpha <= _LARGEST_PRODUCT

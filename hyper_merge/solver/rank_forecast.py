@@ -1,0 +1,199 @@
+"""What could be had for how many bytes, from the analysis alone: before anything is solved or written.
+
+Blocks along the eigenvectors of the checkpoints' Gram matrix have orthonormal multipliers, so each of
+them is the truncated SVD of its own mixture of deviations, and what any choice of ranks explains of
+all checkpoints together is a sum of squared singular values. The joint solve begins at about there
+and ends better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.store import Analysis
+from hyper_merge.decomposition.contrasts import energies
+from hyper_merge.decomposition.rank_allocation import spread
+from hyper_merge.runtime.parallel import workers
+from hyper_merge.runtime.progress import Control
+
+_WORTH: Final = 0.995  # of what all directions explain: further LoRAs are not worth a file
+_HALVINGS: Final = 24  # of the search for a budget
+
+
+@dataclass(frozen=True, eq=False)
+class Prospects:
+    """Squared singular values of every layer's mixtures and private deviations.
+
+    What is explained of a single checkpoint leaves out the inner products between what different
+    blocks lack, which cancel over all of them.
+    """
+
+    names: tuple[str, ...]  # of the checkpoints
+    mixtures: tuple[tuple[Tensor, ...], ...]  # per layer and direction, falling
+    private: tuple[tuple[Tensor, ...], ...]  # per layer and checkpoint, falling
+    multipliers: tuple[Tensor, ...]  # per layer (k, d): of the directions
+    energies: Tensor  # (k,), of all deviations in the layers
+    weights: Tensor  # (layers,): what an explained part counts where ranks are spread
+    costs: tuple[int, ...]  # bytes of a rank, per layer
+
+    @property
+    def directions(self) -> int:
+        """How many LoRAs there can be with multipliers of their own, d."""
+        return self.multipliers[0].shape[1]
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of all ranks that the bases hold."""
+        pairs = zip(self.mixtures, self.costs, strict=True)
+        return sum(len(values) * cost for layer, cost in pairs for values in layer)
+
+    def shared(self, budget: float) -> Tensor:  # (k,), shares 0..1
+        """What shared LoRAs of these bytes explain of every checkpoint, nearly."""
+        return self._shares(self._counts(budget))
+
+    def of_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
+        """What private LoRAs of these bytes together explain of every checkpoint, at most."""
+        k = len(self.energies)
+        lists = [values for layer in self.private for values in layer]
+        counts = spread(lists, [cost for cost in self.costs for _ in range(k)], budget)
+        explained = torch.zeros_like(self.energies)
+        for place, (values, count) in enumerate(zip(lists, counts, strict=True)):
+            explained[place % k] += values[:count].sum()
+        return self._of_all(explained)
+
+    def curves(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # (sizes, k) each, shares 0..1
+        """What `shared` and `of_private` say for many budgets, but for the last few ranks of each."""
+        shared = torch.cat([layer.square().mT for layer in self.multipliers])
+        own = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
+        return (
+            self._curve(self.mixtures, shared, sizes, self.weights),
+            self._curve(self.private, own, sizes, torch.ones_like(self.weights)),
+        )
+
+    def ranks_for(self, budget: float) -> tuple[int, ...]:
+        """How many LoRAs, and what ranks in the mean of the layers, make best use of these bytes."""
+        wanted = _WORTH * float(self._explained(self._counts(budget)).sum())
+        for blocks in range(1, self.directions):
+            counts = self._counts(budget, blocks)
+            if float(self._explained(counts).sum()) >= wanted:
+                return self._mean_ranks(counts, blocks)
+        return self._mean_ranks(self._counts(budget), self.directions)
+
+    def budget_for(self, target: float) -> int | None:
+        """The fewest bytes at which the worst checkpoint's share reaches a target; None if none do."""
+        if float(self.shared(self.largest).min()) < target:
+            return None
+        low, high = 0, self.largest
+        for _ in range(_HALVINGS):
+            middle = (low + high) // 2
+            enough = float(self.shared(middle).min()) >= target
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    def _curve(
+        self,
+        spectra: Sequence[Sequence[Tensor]],  # per layer and list, falling
+        parts: Tensor,  # (lists, k): of a list's gain for every checkpoint
+        sizes: Sequence[int],
+        weights: Tensor,  # (layers,)
+    ) -> Tensor:  # (sizes, k)
+        lists = [values for layer in spectra for values in layer]
+        owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(v) for v in lists]))
+        price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
+        weight = weights.repeat_interleave(len(spectra[0]))[owner]
+        gains = torch.cat(lists)
+        order = (gains * weight / price).argsort(descending=True, stable=True)
+        owner, spent = owner[order], price[order].cumsum(0)
+        explained = (gains[order, None] * parts[owner]).cumsum(0)
+        bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
+        nothing = explained.new_zeros(1, explained.shape[1])
+        return self._of_all(torch.cat([nothing, explained])[bought])
+
+    def _counts(self, budget: float, blocks: int | None = None) -> list[list[int]]:
+        """Ranks per layer and direction, of the first directions or of all."""
+        count = blocks or self.directions
+        pairs = zip(self.mixtures, self.weights, strict=True)
+        lists = [values * weight for layer, weight in pairs for values in layer[:count]]
+        flat = spread(lists, [cost for cost in self.costs for _ in range(count)], budget)
+        return [flat[start : start + count] for start in range(0, len(flat), count)]
+
+    def _explained(self, counts: Sequence[Sequence[int]]) -> Tensor:  # (k,)
+        explained = torch.zeros_like(self.energies)
+        for layer, values, ranks in zip(self.multipliers, self.mixtures, counts, strict=True):
+            kept = torch.stack([v[:n].sum() for v, n in zip(values, ranks, strict=False)])
+            explained += layer[:, : len(kept)].square() @ kept
+        return explained
+
+    def _shares(self, counts: Sequence[Sequence[int]]) -> Tensor:
+        return self._of_all(self._explained(counts))
+
+    def _of_all(self, explained: Tensor) -> Tensor:
+        return torch.where(self.energies > 0, explained / self.energies, 1.0).clamp(0, 1)
+
+    def _mean_ranks(self, counts: Sequence[Sequence[int]], blocks: int) -> tuple[int, ...]:
+        sizes = torch.tensor(counts, dtype=torch.float64).mT @ torch.tensor(self.costs).double()
+        ranks = (sizes[:blocks] / sum(self.costs)).round().clamp(min=1)
+        return tuple(sorted((int(rank) for rank in ranks), reverse=True))
+
+
+def prospects(
+    analysis: Analysis,
+    groups: Mapping[str, Sequence[int]],
+    names: Sequence[str],
+    costs: Sequence[int],
+    weights: Tensor,  # (layers,)
+    control: Control,
+) -> Prospects:
+    """Spectra of all mixtures: seconds for four SD 1.x files.
+
+    Args:
+        analysis: of the checkpoints.
+        groups: the layers that share multipliers.
+        names: of the checkpoints.
+        costs: bytes of a rank, per layer.
+        weights: of the layers' squared errors, by which ranks are spread; what is explained counts
+            plainly all the same.
+        control: progress and interrupt.
+    """
+    rotations = _rotations(analysis, groups)
+    spectra = analysis.spectra
+    found: list[tuple[Tensor, ...]] = []
+    with workers(torch.device("cpu"), control.check) as each:
+        indices = range(len(analysis.layers))
+        for values in each(lambda i: _squared_values(analysis.core(i), rotations[i]), indices):
+            found.append(values)
+            control.step("looking at what could be had", len(found) / len(analysis.layers))
+    basis = analysis.contrasts.to_deviations
+    return Prospects(
+        names=tuple(names),
+        mixtures=tuple(found),
+        private=tuple(tuple(layer.private) for layer in spectra),
+        multipliers=tuple(basis @ rotation for rotation in rotations),
+        energies=energies(analysis.grams, analysis.contrasts).sum(0),
+        weights=weights,
+        costs=tuple(costs),
+    )
+
+
+def _rotations(analysis: Analysis, groups: Mapping[str, Sequence[int]]) -> list[Tensor]:
+    """Per layer (d, d): eigenvectors of its group's Gram matrix, largest first."""
+    slices = analysis.grams[:, :-1, :-1]
+    rotations: dict[int, Tensor] = {}
+    for members in groups.values():
+        vectors = torch.linalg.eigh(slices[list(members)].sum(0))[1].flip(1)
+        rotations.update(dict.fromkeys(members, vectors))
+    return [rotations[index] for index in range(len(analysis.layers))]
+
+
+def _squared_values(core: Tensor, rotation: Tensor) -> tuple[Tensor, ...]:
+    """Of every mixture, falling."""
+    mixed = (rotation.mT.to(core) @ core.flatten(1)).view_as(core)
+    mixed = mixed.mT if core.shape[1] > core.shape[2] else mixed
+    values = torch.linalg.eigvalsh(mixed @ mixed.mT).flip(-1).clamp(min=0).double()
+    return tuple(values)

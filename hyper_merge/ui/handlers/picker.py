@@ -1,0 +1,176 @@
+"""Picking checkpoints, and what a merge of them would take.
+
+Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
+from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
+message; it never leaves as an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import gradio as gr
+
+from hyper_merge.errors import HyperMergeError, SameMergeError
+from hyper_merge.hosts.host import Host
+from hyper_merge.hosts.tasks import known_outlook
+from hyper_merge.operations.inspect import Row, look_at
+from hyper_merge.operations.merge.naming import placed, suggested_name
+from hyper_merge.operations.merge.plan import Outlook
+from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.runs.folders import average_id_of
+from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form
+from hyper_merge.ui.handlers.forecast import NO_CURVE, curve, group_buttons
+from hyper_merge.ui.handlers.merge_request import examined, is_named
+from hyper_merge.ui.html import common as views
+
+ALL_FOLDERS: Final = "all folders"
+TOP_FOLDER: Final = "without a folder"
+
+
+def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Choices of checkpoints, folders and bases from the host's list, and the demo's button.
+
+    Checkpoints that are gone stay picked: the table says so.
+    """
+    names = list(host.checkpoints())
+    gone = [name for name in picked or [] if name not in names]
+    folders = folders_in(names)
+    return (
+        gr.update(choices=[*names, *gone]),
+        gr.update(choices=folders, value=folders[0]),
+        gr.update(choices=[BASE_AVERAGE, *names]),
+        gr.update(visible=offers_demo(host)),
+    )
+
+
+def folders_in(names: Sequence[str]) -> list[str]:
+    """What can be added at once: all, those in no folder, and every folder."""
+    folders = sorted({_folder(name) for name in names} - {""})
+    if not folders:
+        return [ALL_FOLDERS]
+    top = [TOP_FOLDER] if any(not _folder(name) for name in names) else []
+    return [ALL_FOLDERS, *top, *folders]
+
+
+def add_folder(host: Host, picked: Sequence[str], folder: str) -> list[str]:
+    """The picked checkpoints and those of a folder, less the hyper-models that we made."""
+    wanted = "" if folder == TOP_FOLDER else folder
+    new = [
+        name
+        for name, path in host.checkpoints().items()
+        if (folder == ALL_FOLDERS or _folder(name) == wanted) and average_id_of(path) is None
+    ]
+    return list(dict.fromkeys([*(picked or []), *new]))
+
+
+def none_picked() -> list[str]:
+    """An empty selection."""
+    return []
+
+
+def preset(word: str) -> str:
+    """The ranks of one of the form's presets."""
+    return PRESETS[word]
+
+
+def offers_demo(host: Host) -> bool:
+    """Whether there is nothing to merge, and a place to make something in."""
+    return not host.has_txt2img and not host.checkpoints()
+
+
+def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
+    """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint.
+
+    And what could be had for which size, with a button for each of the unlike groups.
+
+    Args:
+        host: of the tab.
+        groups: those that have buttons now, as JSON.
+        values: of the form.
+    """
+    form = Form(*values)
+    listed = host.checkpoints()
+    rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
+    hashes = {name: host.known_hash(name) for name, _ in rows}
+    name = suggested_name(form.checkpoints) if rows else ""
+    table, hint = views.checkpoints(rows, hashes), gr.update(placeholder=name)
+    problem = _problem([row for _, row in rows])
+    if problem is not None:
+        buttons = group_buttons(form.checkpoints or [], None, groups)
+        return (table, problem, hint, *NO_CURVE, *buttons)
+    said, drawn, found = _looked_at(host, form)
+    return (table, said, hint, *drawn, *group_buttons(form.checkpoints, found, groups))
+
+
+def _problem(rows: Sequence[Row]) -> str | None:
+    """Why there is nothing to look at."""
+    if len(rows) < 2:
+        return views.message("info", "Pick one more checkpoint.") if rows else ""
+    if any(row.problem for row in rows):
+        return views.message("bad", "Not all of these can be merged; the table says why.")
+    return None
+
+
+def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], Outlook | None]:
+    """What a merge takes or why it cannot be; the curve; what could be had."""
+    try:
+        preflight = examined(host, form)
+    except HyperMergeError as error:
+        return views.message("bad", str(error)), *_without_size(host, form)
+    found = known_outlook(host, preflight)
+    asked = found.asked(preflight) if found else None
+    said = _plan(host, form, preflight, asked)
+    if found is not None:
+        said += views.outlook(found, preflight.recipe, asked)
+    return said, curve(found, asked), found
+
+
+def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], Outlook | None]:
+    """The curve alone, so that it stays while a size is half typed."""
+    try:
+        found = known_outlook(host, examined(host, replace(form, ranks="1")))
+    except HyperMergeError:
+        return NO_CURVE, None
+    return (NO_CURVE if found is None else curve(found, None)), found
+
+
+def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> str:
+    try:
+        preflight, place = placed(preflight, host.folders(), named=is_named(form))
+    except SameMergeError as error:
+        return views.message("info", str(error))
+    except HyperMergeError as error:
+        return views.message("bad", str(error))
+    return views.plan(preflight, place, asked)
+
+
+def _row(name: str, listed: Mapping[str, Path]) -> Row:
+    if name not in listed:
+        return _absent(name, "no longer in the list; press Refresh")
+    path = listed[name]
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return _absent(name, "no longer there; press Refresh")
+    except OSError:
+        return look_at(path)
+    return _row_of(path, status.st_size, status.st_mtime_ns)
+
+
+def _absent(name: str, problem: str) -> Row:
+    return Row(name, Path(name), None, 0, "", "", None, problem)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_of(path: Path, _size: int, _changed: int) -> Row:
+    """A look at a file, which is not repeated while the file stays the same."""
+    return look_at(path)
+
+
+def _folder(name: str) -> str:
+    return name.replace("\\", "/").rpartition("/")[0]

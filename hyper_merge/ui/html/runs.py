@@ -1,0 +1,154 @@
+"""What the tab says of runs, as HTML: what was made, tables, comparisons; every name is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from hyper_merge.recipe.recipe import AVERAGE
+from hyper_merge.runs.manifest import Run
+from hyper_merge.runs.report import CheckpointReport, Report
+from hyper_merge.runtime.formatting import size_text
+from hyper_merge.ui.form import size_of
+from hyper_merge.ui.html.common import counted, hint, message, percent, table, unlike_groups
+
+
+def result_sentence(run: Run) -> str:
+    """What was made of what, what it saves, and how near it comes."""
+    report = run.report
+    explained = [row.explained for row in report.checkpoints]
+    worst = min(report.checkpoints, key=lambda row: row.explained)
+    after = report.bytes_average + report.bytes_loras
+    saved = report.bytes_before - after
+    less = f"{size_text(saved)} less" if saved >= 0 else f"{size_text(-saved)} more"
+    file = _text(run.hyper_model.name)
+    made = f"hyper-model {file} ({size_text(report.bytes_average)})"
+    if run.recipe.base != AVERAGE:
+        made = f"{file} as base"
+    return (
+        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size_text(report.bytes_before)}) "
+        f"→ {made} + {counted(len(report.loras), 'LoRA')} ({size_text(report.bytes_loras)}), "
+        f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
+        f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
+        "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
+        "its LoRAs bring back.</p>" + _rounding_hint(run) + _groups_of(report) + missing(run)
+    )
+
+
+def _groups_of(report: Report) -> str:
+    names = [row.name for row in report.checkpoints]
+    return unlike_groups(names, report.groups, report.between_groups) if report.groups else ""
+
+
+def _rounding_hint(run: Run) -> str:
+    """Told only where it matters; the report file has all figures."""
+    found = run.report.costly_rounding
+    if found is None:
+        return ""
+    return hint(
+        f"{found.hosts} rounds the weights after each of these LoRAs, which takes back"
+        f" {percent(found.added)} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
+        f" once: under Use, or hyper-merge export {run.name}"
+    )
+
+
+def missing(run: Run) -> str:
+    """Which files of a run are gone."""
+    if not run.missing:
+        return ""
+    names = ", ".join(path.name for path in run.missing)
+    return message("bad", f"No longer there: {names}. Merge again to make this run anew.")
+
+
+def result_table(report: Report) -> str:
+    """Explained shares of every checkpoint, and its multiplier of each LoRA."""
+    blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
+    head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
+    rows = [_result_row(row) for row in report.checkpoints]
+    separate = any(row.text_multipliers for row in report.checkpoints)
+    note = hint("Multipliers, of the text encoder : of the UNet.") if separate else ""
+    return table(head, rows, numeric=range(1, len(head))) + note
+
+
+def runs(found: Sequence[Run], problems: Iterable[str]) -> str:
+    """Earlier runs, newest first."""
+    said = "".join(message("bad", problem) for problem in problems)
+    if not found:
+        return said + message("info", "No merge was made here yet.")
+    head = ("Run", "Made", "Checkpoints", "Ranks", "LoRAs", "Explained, average", "worst")
+    return said + table(head, [_run_row(run) for run in found], numeric=(2, 4, 5, 6))
+
+
+def comparison(first: Run, second: Run) -> str:
+    """Two runs side by side: settings that differ, sizes and explained shares."""
+    facts: list[tuple[str, ...]] = [
+        ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
+        ("Ranks", _ranks(first), _ranks(second)),
+        ("LoRAs", size_text(first.report.bytes_loras), size_text(second.report.bytes_loras)),
+        ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
+        ("Stored precision", first.recipe.dtype, second.recipe.dtype),
+        ("of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
+        ("Explained, average", percent(_mean(first)), percent(_mean(second))),
+    ]
+    explained = [
+        {row.name: row.explained for row in run.report.checkpoints} for run in (first, second)
+    ]
+    for name in dict.fromkeys([*explained[0], *explained[1]]):
+        shares = [percent(each[name]) if name in each else "not in it" for each in explained]
+        facts.append((f"Explained, {name}", *shares))
+    rows = [tuple(_text(cell) for cell in fact) for fact in facts]
+    return table(("", first.name, second.name), rows, numeric=(1, 2))
+
+
+def file_list(paths: Sequence[Path], question: str) -> str:
+    """Files with their folders, below a question."""
+    items = "".join(f"<li><code>{_text(str(path))}</code></li>" for path in paths)
+    return f'<div class="hm-message hm-info">{_text(question)}<ul>{items}</ul></div>'
+
+
+def _result_row(row: CheckpointReport) -> tuple[str, ...]:
+    shares = (row.explained, row.explained_unet, row.explained_text_encoder)
+    return (_text(row.name), *(percent(share) for share in shares), *_multipliers(row))
+
+
+def _multipliers(row: CheckpointReport) -> list[str]:
+    if not row.text_multipliers:
+        return [f"{x:.3f}" for x in row.multipliers]
+    pairs = zip(row.text_multipliers, row.multipliers, strict=True)
+    return [f"{text:.2f} : {unet:.2f}" for text, unet in pairs]
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    report = run.report
+    worst = min((row.explained for row in report.checkpoints), default=1.0)
+    gone = " <span class=hm-problem>files are gone</span>" if run.missing else ""
+    return (
+        _text(run.name) + gone,
+        _text(_local_time(run.created)),
+        str(len(report.checkpoints)),
+        _text(_ranks(run)),
+        size_text(report.bytes_loras),
+        percent(_mean(run)),
+        percent(worst),
+    )
+
+
+def _ranks(run: Run) -> str:
+    """Of a run's LoRAs, and what they were found for."""
+    ranks = ", ".join(map(str, run.recipe.ranks))
+    return f"{ranks} for {size_of(run.recipe)}" if run.recipe.finds_ranks else ranks
+
+
+def _mean(run: Run) -> float:
+    shares = [row.explained for row in run.report.checkpoints]
+    return sum(shares) / max(len(shares), 1)
+
+
+def _local_time(created: str) -> str:
+    return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

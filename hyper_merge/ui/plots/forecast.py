@@ -1,0 +1,86 @@
+"""What LoRAs of any size bring back, as a picture, before anything is written; no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
+
+from hyper_merge.operations.merge.plan import Outlook
+from hyper_merge.runtime.formatting import size_text
+from hyper_merge.ui.plots.canvas import GREY, STRONG, WORST, name_line, new_figure, spread_labels
+
+_FEWEST: Final = 2  # powers of two between ticks, where all would not fit side by side
+_FIT: Final = 8  # ticks side by side
+_MB: Final = 10**6
+
+
+def outlook_plot(outlook: Outlook, asked: int | None) -> Figure:
+    """Explained shares by the bytes of all LoRAs, in the mean and of the worst checkpoint.
+
+    Args:
+        outlook: what there is to be had.
+        asked: bytes that the form asks for, marked; None for no mark.
+    """
+    figure, axes = new_figure("What comes back, by the size of all LoRAs together", height=3.8)
+    ends = [
+        _draw(axes, outlook.sizes, rows, (word, colour))
+        for word, rows, colour in (
+            ("shared LoRAs", outlook.shared, STRONG),
+            ("private LoRAs", outlook.private, WORST),
+        )
+    ]
+    axes.axhline(0, color=GREY, linewidth=2, clip_on=False)
+    labels = [*ends[0], *ends[1], (0.0, "the average alone", GREY)]
+    places = spread_labels([height for height, *_ in labels])
+    for (height, label, colour), place in zip(labels, places, strict=True):
+        name_line(axes, (outlook.sizes[-1], height, place), label, colour)
+    _scale(axes, outlook.sizes)
+    _mark(axes, outlook, asked)
+    return figure
+
+
+def _draw(
+    axes: Axes,
+    sizes: Sequence[int],
+    rows: Sequence[Sequence[float]],  # (sizes, k)
+    named: tuple[str, str],  # what brings it back, and its colour
+) -> list[tuple[float, str, str]]:  # where each line ends, its label, its colour
+    word, colour = named
+    mean = [sum(row) / len(row) for row in rows]
+    worst = [min(row) for row in rows]
+    axes.plot(sizes, mean, color=colour, linewidth=2)
+    axes.plot(sizes, worst, color=colour, linewidth=1.2, linestyle=(0, (4, 2)))
+    return [(mean[-1], f"{word}, on average", colour), (worst[-1], f"{word}, at worst", colour)]
+
+
+def _scale(axes: Axes, sizes: Sequence[int]) -> None:
+    """Twice the bytes are one step; a tick for every power of two of a MB, or for some."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(sizes[0], sizes[-1])
+    axes.set_ylim(0, 1)
+    powers = [p for p in range(-10, 24) if sizes[0] <= 2.0**p * _MB <= sizes[-1]]
+    ticks = [2.0**p for p in powers if len(powers) <= _FIT or p % _FEWEST == 0]
+    axes.xaxis.set_major_locator(FixedLocator([tick * _MB for tick in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(lambda size, _: f"{round(size / _MB, 3):g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("size of all LoRAs, MB", color=GREY)
+    axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+
+
+def _mark(axes: Axes, outlook: Outlook, asked: int | None) -> None:
+    """A line at what is asked for, with its figures above the plot."""
+    if asked is None:
+        return
+    shares = outlook.at(asked)
+    mean, worst = sum(shares) / len(shares), min(shares)
+    place = min(max(asked, outlook.sizes[0]), outlook.sizes[-1])
+    axes.axvline(place, color=GREY, linewidth=1.2)
+    axes.plot([place, place], [mean, worst], "o", color=STRONG, markersize=6, clip_on=False)
+    text = f"{size_text(asked)}: about {mean:.1%} on average, {worst:.1%} at worst"
+    axes.set_title(text, loc="left", color=GREY, fontsize=9)

@@ -1,0 +1,148 @@
+"""The panels with host and jobs, and the answers that several events share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge.hosts.host import Host
+from hyper_merge.hosts.job_queue import Jobs
+from hyper_merge.ui.handlers import history
+from hyper_merge.ui.handlers import merge as merging
+from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers import use as using
+from hyper_merge.ui.panels.compare import ComparePanel
+from hyper_merge.ui.panels.history import HistoryPanel
+from hyper_merge.ui.panels.picker import PickerPanel
+from hyper_merge.ui.panels.result import ResultPanel
+from hyper_merge.ui.panels.run import RunPanel
+from hyper_merge.ui.panels.settings import FormWidgets
+from hyper_merge.ui.panels.use import UsePanel
+from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
+
+Trigger = Callable[..., Any]
+"""Such as `button.click`, or `event.then`."""
+
+REPLAN = "() => { hyperMerge.replan(); return []; }"
+SELECT = "(title) => { hyperMerge.select(title); return []; }"
+REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
+_REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
+_REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
+
+
+@dataclass(frozen=True)
+class Wires:
+    """What events need. Each method wires one answer to a trigger, and returns the event."""
+
+    host: Host
+    jobs: Jobs
+    picker: PickerPanel
+    form: FormWidgets
+    presets: list[gr.Button]
+    run: RunPanel
+    result: ResultPanel
+    history: HistoryPanel
+    use: UsePanel
+    compare: ComparePanel
+
+    def on(
+        self,
+        trigger: Trigger,
+        fn: Callable[..., Any],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        said: Any = None,
+        code: str = "",
+    ) -> Any:
+        """A quick answer.
+
+        Args:
+            trigger: what it answers.
+            fn: the handler; an error of its own is logged and said.
+            inputs: widgets.
+            outputs: widgets, one per value.
+            said: where an error is said; None for the message of the panel with the button.
+            code: as for `in_python`.
+        """
+        answer, widgets = guarded(fn, outputs, said or self.run.message, self.host.log)
+        return in_python(trigger, answer, inputs, widgets, code=code)
+
+    def list_checkpoints(self, trigger: Trigger) -> Any:
+        """The host's list as it is now."""
+        return self.on(
+            trigger,
+            functools.partial(picking.listing, self.host),
+            [self.form.checkpoints],
+            [self.form.checkpoints, self.picker.folder, self.form.base, self.picker.demo],
+        )
+
+    def plan(self, trigger: Trigger) -> Any:
+        """What is picked, and what a merge of it will take."""
+        run, groups = self.run, in_order(self.picker.groups)
+        return self.on(
+            trigger,
+            functools.partial(picking.plan, self.host),
+            [groups[0], *in_order(self.form)],
+            [self.picker.table, self.run.plan, self.form.name, run.curve, run.look, *groups],
+            said=run.plan,
+        )
+
+    def list_runs(self, trigger: Trigger) -> Any:
+        """Earlier runs, and the cache; the tab "Use" with what it offers of them."""
+        listed = in_order(self.use.listed)
+        self.on(
+            trigger,
+            functools.partial(using.listing, self.host),
+            [*listed[:2], *listed[5:]],
+            listed,
+            said=self.use.message,
+        )
+        panel = self.history
+        return self.on(
+            trigger,
+            functools.partial(history.runs, self.host),
+            [panel.run, panel.other],
+            [panel.table, panel.run, panel.other, panel.cache],
+            said=panel.outcome,
+        )
+
+    def show(self, trigger: Trigger, fn: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+        """A run in the result panel, from a handler that gives all that it shows."""
+        return self.on(
+            trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
+        )
+
+    def watch(self, trigger: Trigger, panel: using.Panel | None = None) -> Any:
+        """The job that runs, until it ends; in the panel too that began it."""
+        outputs = [
+            *(self.run.status, self.run.stop, self.run.message),
+            *(self.use.status, self.use.stop, self.use.message),
+            *([getattr(self.use.outcomes, panel)] if panel else ()),
+        ]
+        answers = guarded_stream(
+            functools.partial(using.watch, self.jobs, panel),
+            lambda text: (*(text, gr.update(), gr.update()) * 2, text)[: len(outputs)],
+            self.host.log,
+        )
+        return in_python(trigger, answers, [], outputs, queued=True)
+
+    def show_outcome(self, event: Any) -> Any:
+        """After a job: what it gave, all lists that hold something new, and the form looked at again."""
+        outcomes = self.use.outcomes
+        told = self.on(
+            event.then,
+            functools.partial(using.after, self.jobs),
+            [outcomes.seen],
+            in_order(outcomes),
+            said=self.use.message,
+        )
+        in_browser(told.then, _REFRESH_FILES, [outcomes.wrote])
+        shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
+        in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
+        listed = self.list_runs(shown.then)
+        return in_browser(listed.then, REPLAN)

@@ -1,0 +1,195 @@
+"""Checkpoints and layers that count more are fitted better, by exactly the loss that is asked for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_family import added, layers_of, load, merge
+from torch.testing import assert_close
+
+from hyper_merge.analysis.loss_weights import weighting_of
+from hyper_merge.decomposition.contrasts import around_base, around_mean
+
+
+def normal(seed, *shape):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def made_up(contrasts, seed=0, layers=3, size=40):
+    """Slices of some layers, and an analysis that knows their inner products."""
+    slices = normal(seed, layers, contrasts.dimensions, size)
+    grams = torch.zeros(layers, contrasts.dimensions + 1, contrasts.dimensions + 1).double()
+    grams[:, :-1, :-1] = slices @ slices.mT
+    weights = torch.arange(1.0, layers + 1, dtype=torch.float64) ** 2
+    shapes = [SimpleNamespace(m=5, n=size // 5)] * layers
+    return slices, SimpleNamespace(grams=grams, contrasts=contrasts, weights=weights, layers=shapes)
+
+
+def asked(fit_weights=None, layer_weights="plain"):
+    return SimpleNamespace(fit_weights=fit_weights, layer_weights=layer_weights)
+
+
+def test_plainly_nothing_is_changed():
+    slices, analysis = made_up(around_mean([1.0, 2.0, 3.0]))
+    found = weighting_of(analysis, asked())
+    core = slices[0].view(2, 5, 8)
+    assert found.core(0, core) is core
+    assert found.to_deviations is analysis.contrasts.to_deviations
+    assert found.layers.tolist() == [1, 1, 1]
+    assert found.energy([0, 2]) == pytest.approx(float(slices[[0, 2]].square().sum()))
+
+
+@given(
+    st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.booleans(), st.integers(0, 99),
+    st.sampled_from(["plain", "relative"]),
+)  # fmt: skip
+def test_the_plain_loss_in_weighted_slices_is_the_weighted_loss(weights, based, seed, layered):
+    k = len(weights)
+    contrasts = around_base(k) if based else around_mean(normal(seed, k).abs().tolist())
+    slices, analysis = made_up(contrasts, seed)
+    found = weighting_of(analysis, asked(tuple(weights), layered))
+    multipliers = normal(seed + 1, contrasts.dimensions, 2)  # as the solver finds them
+    share = torch.tensor(weights).double() * k / sum(weights)
+    for index, layer in enumerate(slices):
+        blocks = normal(seed + 2 + index, 2, layer.shape[1])
+        scale = found.layers[index]
+        core = found.core(index, layer.view(-1, 5, 8)).flatten(1)
+        inside = (core - multipliers @ blocks).square().sum()
+        own = blocks / scale.sqrt()
+        rests = contrasts.to_deviations @ layer - (found.to_deviations @ multipliers) @ own
+        dense = scale * (share * rests.square().sum(1)).sum()
+        assert_close(inside, dense, rtol=1e-6, atol=1e-9)
+        energy = scale * (share * (contrasts.to_deviations @ layer).square().sum(1)).sum()
+        assert found.energy([index]) == pytest.approx(float(energy), rel=1e-6)
+
+
+def test_equal_weights_are_none():
+    slices, analysis = made_up(around_mean([1.0, 2.0, 3.0]))
+    found = weighting_of(analysis, asked((4.0, 4.0, 4.0)))
+    core = found.core(0, slices[0].view(2, 5, 8)).flatten(1)
+    assert_close(core.mT @ core, slices[0].mT @ slices[0])
+    assert_close(found.energies, slices.square().sum((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.0, 1.0, 1.0, 2.0), (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.0, 1.0)]
+)
+def test_checkpoints_that_do_not_count_leave_finite_numbers(weights):
+    slices, analysis = made_up(around_mean([1.0] * 4))
+    found = weighting_of(analysis, asked(weights))
+    assert float(found.to_deviations.abs().max()) < 10
+    core = found.core(0, slices[0].view(3, 5, 8)).flatten(1)
+    assert float(core.square().sum()) == pytest.approx(found.energy([0]))
+    counting = [c for c, weight in enumerate(weights) if weight]
+    deviations = (analysis.contrasts.to_deviations @ slices[0])[counting]
+    assert_close((found.to_deviations @ core)[counting], deviations)
+
+
+def test_relative_layers_count_by_the_size_of_their_weights():
+    slices, analysis = made_up(around_mean([1.0, 1.0]))
+    found = weighting_of(analysis, asked(layer_weights="relative"))
+    assert_close(found.layers * analysis.weights, found.layers[:1].expand(3) * analysis.weights[0])
+    assert float(found.energies.sum()) == pytest.approx(float(slices.square().sum()))
+    core = found.core(1, slices[1].view(1, 5, 8))
+    assert_close(core, slices[1].view(1, 5, 8) * found.layers[1].sqrt())
+
+
+def test_without_differences_relative_layers_count_alike():
+    _, analysis = made_up(around_mean([1.0, 1.0]))
+    analysis.grams.zero_()
+    assert weighting_of(analysis, asked(layer_weights="relative")).layers.tolist() == [1, 1, 1]
+
+
+def test_a_layer_of_hardly_any_size_does_not_count_for_everything():
+    _, analysis = made_up(around_mean([1.0, 1.0]))
+    analysis.weights[:] = torch.tensor([4.0, 0.0, 1.0])
+    found = weighting_of(analysis, asked(layer_weights="relative")).layers
+    usual = 5 / 3  # entries are as many everywhere
+    assert_close(found / found[0], torch.tensor([1.0, 4 / (0.05**2 * usual), 4.0]).double())
+    analysis.weights[:] = 0
+    found = weighting_of(analysis, asked(layer_weights="relative")).layers
+    assert_close(found, torch.ones(3).double())
+
+
+# whole merges
+
+
+def dense(models, merged):
+    """Per layer: deviations (k, entries), blocks (R, entries), part, the average's squared norm."""
+    base, states = load(merged.place.hyper_model), [load(path) for path in models]
+    loras = [load_file(path) for path in merged.loras]
+    for layer in layers_of(models[0]):
+        weight = base[layer.key].double().flatten(1)
+        blocks = [added(lora, layer.module).expand_as(weight).flatten() for lora in loras]
+        deviations = [state[layer.key].double().flatten(1) - weight for state in states]
+        stack = torch.stack(deviations).flatten(1)
+        yield stack, torch.stack(blocks), layer.part, float(weight.square().sum())
+
+
+def best_multipliers(models, merged, part, *, relative):
+    """By normal equations in float64, from the files on disk."""
+    cross, gram = 0, 0
+    for deviations, blocks, of, size in dense(models, merged):
+        if of == part:
+            scale = 1 / size if relative else 1.0
+            cross, gram = cross + scale * deviations @ blocks.T, gram + scale * blocks @ blocks.T
+    return cross @ torch.linalg.inv(gram)
+
+
+@pytest.mark.parametrize("settings", [{"layer_weights": "plain"}, {"fit_weights": (5, 1, 1)}, {}])
+def test_the_multipliers_are_the_best_for_the_loss_that_is_asked_for(files, tmp_path, settings):
+    merged = merge(files, tmp_path, dtype="float32", **settings)
+    for part in ("unet", "text_encoder"):
+        rows = [row.multipliers_of(part) for row in merged.report.checkpoints]
+        wanted, other = (
+            best_multipliers(files, merged, part, relative=relative) for relative in (True, False)
+        )
+        if "layer_weights" in settings:
+            wanted, other = other, wanted
+        assert_close(torch.tensor(rows).double(), wanted, rtol=0, atol=2e-5)
+        assert float((wanted - other).abs().max()) > 1e-4
+
+
+def losses(merged):
+    return torch.tensor([1 - row.explained for row in merged.report.checkpoints]).double()
+
+
+def test_a_checkpoint_that_counts_more_comes_back_better(files, tmp_path, merged):
+    first = merge(files, tmp_path, fit_weights=(8, 1, 1))
+    assert losses(first)[0] < losses(merged)[0] - 0.01
+    plain = merge(files, tmp_path, name="plain", layer_weights="plain")
+    first = merge(files, tmp_path, name="first", layer_weights="plain", fit_weights=(8, 1, 1))
+    energies = 0
+    for deviations, *_ in dense(files, plain):
+        energies = energies + deviations.square().sum(1)
+    weighted = torch.tensor([8.0, 1.0, 1.0]).double() * energies
+    assert (weighted * losses(first)).sum() < (weighted * losses(plain)).sum()
+    assert plain.report.loss < first.report.loss
+
+
+def test_a_checkpoint_that_does_not_count_leaves_the_ranks_to_the_others(files, tmp_path, merged):
+    found = merge(files, tmp_path, fit_weights=(0, 1, 1))
+    assert losses(found)[0] > losses(merged)[0]
+    assert losses(found)[1:].sum() < losses(merged)[1:].sum()
+
+
+def test_relative_layers_lower_the_relative_loss(files, tmp_path, merged):
+    plain = merge(files, tmp_path, layer_weights="plain")
+
+    def relative(of):
+        left, all_of_it = 0.0, 0.0
+        for deviations, blocks, part, size in dense(files, of):
+            rows = [row.multipliers_of(part) for row in of.report.checkpoints]
+            rest = deviations - torch.tensor(rows).double() @ blocks
+            left += float(rest.square().sum()) / size
+            all_of_it += float(deviations.square().sum()) / size
+        return left / all_of_it
+
+    assert relative(merged) < 0.95 * relative(plain)
+    assert plain.report.loss < merged.report.loss
+    for of in (merged, plain):
+        assert of.report.relative_loss == pytest.approx(relative(of), rel=1e-3)

@@ -1,0 +1,376 @@
+"""What the API answers without a job: lists, looks, plans, refusals; by names alone."""
+
+import json
+
+import pytest
+from tiny_family import snapshot
+
+from hyper_merge.api.request_models import PlanRequest
+from hyper_merge.api.response_models import Report as ReportAnswer
+from hyper_merge.api.response_models import RunCheckpoint
+from hyper_merge.recipe.recipe import FIELDS
+from hyper_merge.runs.fit_records import fits_of
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.report import CheckpointReport, Report
+
+NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
+ASKED = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}
+ROUTES = {
+    ("get", "/hyper-merge/checkpoints"),
+    ("post", "/hyper-merge/inspect"),
+    ("post", "/hyper-merge/plan"),
+    ("post", "/hyper-merge/look"),
+    ("post", "/hyper-merge/merge"),
+    ("post", "/hyper-merge/fit"),
+    ("get", "/hyper-merge/jobs"),
+    ("get", "/hyper-merge/jobs/{job_id}"),
+    ("post", "/hyper-merge/jobs/{job_id}/cancel"),
+    ("get", "/hyper-merge/runs"),
+    ("get", "/hyper-merge/runs/{name}"),
+}
+
+
+def test_the_list_is_the_hosts_own(client, root):
+    code, answer = client.get("/checkpoints")
+    size = (root / "Stable-diffusion" / NAMES[0]).stat().st_size
+    assert code == 200
+    assert answer == {
+        "checkpoints": [{"name": name, "short_hash": None, "size": size} for name in NAMES]
+    }
+
+
+def test_a_look_says_what_checkpoints_are_and_what_is_wrong_with_them(client, root):
+    (root / "Stable-diffusion" / "broken.safetensors").write_bytes(b"nothing")
+    code, answer = client.post(
+        "/inspect", {"checkpoints": ["sub/c.safetensors", "broken.safetensors"]}
+    )
+    good, bad = answer["checkpoints"]
+    assert code == 200
+    assert (good["name"], good["family"]) == ("sub/c.safetensors", "Stable Diffusion 1.x")
+    assert (good["dtype"], good["problem"]) == ("fp16", None)
+    assert len(good["legacy_hash"]) == 8
+    assert "broken.safetensors" in bad["problem"]
+    assert (bad["family"], bad["size"]) == (None, 7)
+
+
+def test_a_plan_says_what_would_be_written_and_writes_nothing(client, root):
+    before = snapshot(root)
+    code, answer = client.post("/plan", {**ASKED, "name": "mine"})
+    assert code == 200
+    assert answer["name"] == "mine"
+    assert answer["loras"] == ["mine_0-4", "mine_1-2"]
+    assert answer["hyper_model"]["name"] == "mine.safetensors"
+    assert not answer["hyper_model"]["exists"]
+    assert answer["loras_size"] > 0
+    assert answer["seconds"] > 0
+    assert answer["expected"] is None
+    assert snapshot(root) == before
+    assert not (root / "hyper-merge").exists()
+
+
+def test_a_plan_without_a_name_has_a_free_one(client, root):
+    assert client.post("/plan", ASKED)[1]["name"] == "hyper-a-3"
+    (root / "Stable-diffusion" / "hyper-a-3.safetensors").write_bytes(b"mine")
+    assert client.post("/plan", ASKED)[1]["name"] == "hyper-a-3-b"
+
+
+def test_a_plan_of_the_same_checkpoints_uses_their_hyper_model_again(client, run):
+    code, answer = client.post("/plan", {**ASKED, "name": "mix", "ranks": [3]})
+    assert code == 200
+    assert answer["hyper_model"]["exists"]
+    assert (answer["name"], answer["loras"]) == ("mix-2", ["mix-2_0-3"])
+
+
+@pytest.mark.parametrize("size", [{"budget": "300 MB"}, {"budget": 300_000_000}])
+def test_a_budget_is_the_size_and_the_merge_finds_the_ranks(client, size):
+    asked = {key: value for key, value in ASKED.items() if key != "ranks"}
+    code, answer = client.post("/plan", {**asked, **size})
+    assert code == 200
+    assert (answer["loras"], answer["loras_size"]) == ([], 300_000_000)
+
+
+def test_of_a_share_nothing_is_known_before_the_files_were_looked_at(client):
+    asked = {key: value for key, value in ASKED.items() if key != "ranks"}
+    code, answer = client.post("/plan", {**asked, "target": "95%"})
+    assert code == 200
+    assert (answer["loras"], answer["loras_size"]) == ([], None)
+
+
+def test_another_base_is_named_by_the_list_too(client):
+    code, answer = client.post("/plan", {**ASKED, "checkpoints": NAMES[:2], "base": NAMES[2]})
+    assert code == 200
+    assert answer["hyper_model"] == {
+        **answer["hyper_model"],
+        "name": "c.safetensors",
+        "exists": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"checkpoints": ["a.safetensors"]},
+            "checkpoints: a merge takes two checkpoints or more, got 1",
+        ),
+        ({"checkpoints": []}, "checkpoints: a merge takes two checkpoints or more, got 0"),
+        ({"ranks": []}, "ranks: expected 1 to 64 ranks, one per LoRA, got none"),
+        (
+            {"ranks": [4, 0]},
+            "ranks: item 2: expected a whole number from 1 to 4096, got the number 0",
+        ),
+        ({"budget": "300MB"}, "budget: expected one of ranks, budget, target"),
+        ({"ranks": None, "budget": "1kB"}, "the budget of 1 kB is too small"),
+        ({"ranks": None, "target": 95}, 'target: expected a share, such as "95%"'),
+        ({"ranks": None, "target": 0.9, "allocation": "even"}, "target: goes with adaptive"),
+        ({"name": "../mine"}, 'name: the path separator "/" is not allowed'),
+        ({"name": ""}, "name: expected text"),
+        ({"name": "nul"}, "name: expected a name that is not reserved"),
+        (
+            {"dtype": "float61"},
+            'dtype: expected one of float16, bfloat16, float32, got "float61"; did',
+        ),
+        ({"device": "tpu"}, "device: expected auto, cpu, cuda or cuda:N"),
+        ({"weights": [1, 2]}, "weights: expected 3 numbers, one per checkpoint, got 2"),
+        ({"weights": [0, 0, 0.0]}, "weights: expected weights with a sum above 0"),
+        ({"topup": "100%"}, "topup: expected a rank from 1"),
+        ({"iterations": 0}, "iterations: expected a whole number from 1"),
+        ({"tolerance": 2}, "tolerance: expected a number from 0 to 1"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_and_nothing_begins(client, root, jobs, asked, words):
+    before = snapshot(root)
+    for path in ("/plan", "/merge", "/look"):
+        code, answer = client.post(path, {**ASKED, **asked})
+        assert code == 400
+        assert words in answer["detail"]
+    assert jobs.known == ()
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        "../../secret.safetensors",
+        "{root}/Stable-diffusion/a.safetensors",
+        "sub/../a.safetensors",
+        "Stable-diffusion/a.safetensors",
+        "sub\\c.safetensors",
+        "A.SAFETENSORS",
+        "a",
+        "",
+        "a.safetensors\0",
+        "http://localhost/a.safetensors",
+    ],
+)
+def test_what_is_no_name_of_the_list_is_never_looked_up(client, root, run, evil):
+    (root.parent / "secret.safetensors").write_bytes(b"secret")
+    evil = evil.format(root=root)
+    for path, asked in {
+        "/inspect": {"checkpoints": [evil]},
+        "/plan": {**ASKED, "checkpoints": [NAMES[0], evil]},
+        "/merge": {**ASKED, "checkpoints": [evil, NAMES[0]]},
+        "/fit": {"run": run, "checkpoint": evil},
+    }.items():
+        code, answer = client.post(path, asked)
+        assert code == 400
+        assert "expected a name of the host's list, got" in answer["detail"]
+    code, answer = client.post("/plan", {**ASKED, "base": evil})
+    assert code == 400
+    assert answer["detail"].startswith("base: expected a name of the host's list")
+
+
+def test_a_name_that_is_nearly_right_is_told_the_right_one(client):
+    _, answer = client.post("/inspect", {"checkpoints": ["sub/c.safetensor"]})
+    assert answer["detail"].endswith('did you mean "sub/c.safetensors"?')
+
+
+def test_a_file_that_has_gone_since_is_refused(client, root, host, monkeypatch):
+    listed = host.checkpoints()
+    monkeypatch.setattr(host, "checkpoints", lambda: listed)
+    (root / "Stable-diffusion" / NAMES[0]).unlink()
+    code, answer = client.post("/plan", ASKED)
+    assert code == 400
+    assert answer["detail"] == "checkpoints: the file of a.safetensors is no longer there"
+    assert client.get("/checkpoints")[1]["checkpoints"][0]["size"] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("checkpoints", "a.safetensors"),
+        ("checkpoints", [1]),
+        ("checkpoints", None),
+        ("ranks", "4, 2"),
+        ("ranks", [4.7]),
+        ("ranks", ["4"]),
+        ("ranks", [True]),
+        ("weights", ["1", 1, 1]),
+        ("iterations", 3.5),
+        ("iterations", "3"),
+        ("tolerance", True),
+        ("name", 5),
+        ("topup", [16]),
+        ("seed", {}),
+        ("save_styles", "yes"),
+        ("output", "/tmp"),
+        ("models", ["/tmp/a.safetensors"]),
+        ("overwrite", True),
+        ("rank", [4]),
+    ],
+)
+def test_what_is_of_the_wrong_type_or_unknown_is_refused_by_its_place(client, jobs, field, value):
+    code, answer = client.post("/merge", {**ASKED, field: value})
+    assert code == 422
+    assert any(field in problem["loc"] for problem in answer["detail"])
+    assert jobs.known == ()
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "null", "checkpoints"])
+def test_what_is_no_request_is_refused(client, body):
+    headers = {"content-type": "application/json"}
+    answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
+    assert answer.status_code == 422
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_what_a_page_of_another_site_could_send_starts_nothing(client, jobs, kind):
+    """Browsers send these kinds, and no JSON, to other sites without asking there first."""
+    answer = client.http.post(
+        "/hyper-merge/merge", content=json.dumps(ASKED), headers={"content-type": kind}
+    )
+    assert answer.status_code == 422
+    assert jobs.known == ()
+
+
+def test_numbers_that_are_none_are_refused(client):
+    body = json.dumps({**ASKED, "tolerance": float("nan")})
+    headers = {"content-type": "application/json"}
+    answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("tolerance: expected a number from 0 to 1")
+
+
+@pytest.mark.parametrize("field", ["checkpoints", "ranks", "name"])
+def test_numbers_that_are_none_are_refused_where_no_number_belongs(client, field):
+    body = json.dumps({**ASKED, field: float("nan")})
+    headers = {"content-type": "application/json"}
+    answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert any(field in problem["loc"] for problem in answer.json()["detail"])
+
+
+def test_checkpoints_that_do_not_go_together_are_refused_in_our_words(client, root):
+    (root / "Stable-diffusion" / "broken.safetensors").write_bytes(b"nothing")
+    code, answer = client.post("/plan", {**ASKED, "checkpoints": [NAMES[0], "broken.safetensors"]})
+    assert code == 400
+    assert "broken.safetensors" in answer["detail"]
+
+
+def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
+    (root / "hyper-merge" / "old").mkdir()
+    (root / "hyper-merge" / "old" / "manifest.json").write_text("{")
+    code, answer = client.get("/runs")
+    (found,) = answer["runs"]
+    assert code == 200
+    assert (found["name"], found["ranks"]) == ("mix", [4, 2])
+    assert found["checkpoints"] == ["a", "b", "c"]
+    assert found["missing"] == []
+    assert 0 < found["explained_worst"] <= found["explained"] < 1
+    assert "the run old cannot be read" in answer["problems"][0]
+
+
+def test_without_runs_the_list_is_empty(client):
+    assert client.get("/runs") == (200, {"runs": [], "problems": []})
+
+
+def test_a_run_has_its_report_and_its_prompts(client, root, run):
+    code, answer = client.get("/runs/mix")
+    report = load_run(Folders.under(root), run).report
+    assert code == 200
+    assert answer["hyper_model"] == "mix.safetensors"
+    assert answer["loras"] == list(report.loras)
+    assert answer["settings"]["ranks"] == "4, 2"
+    assert [row["name"] for row in answer["checkpoints"]] == ["a", "b", "c"]
+    for row, known in zip(answer["checkpoints"], report.checkpoints, strict=True):
+        assert row["prompt"] == report.tags(known)
+        assert row["multipliers"] == list(known.multipliers)
+        assert row["explained"] == known.explained
+    assert answer["report"]["loss"] == report.loss
+    assert len(answer["report"]["curve"]) == 3
+    assert answer["fits"] == []
+    assert fits_of(load_run(Folders.under(root), run)) == ((), ())
+
+
+def test_no_answer_has_a_folder_in_it(client, root, run):
+    asked = {"checkpoints": NAMES}
+    said = [client.get("/checkpoints"), client.get("/runs"), client.get("/runs/mix")]
+    said += [client.post("/inspect", asked), client.post("/plan", {**ASKED, "name": "new"})]
+    assert all(code == 200 for code, _ in said)
+    assert str(root) not in json.dumps(said)
+
+
+def test_lost_files_of_a_run_are_named(client, root, run):
+    (root / "Lora" / "mix_0-4.safetensors").unlink()
+    assert client.get("/runs/mix")[1]["missing"] == ["mix_0-4.safetensors"]
+    assert client.get("/runs")[1]["runs"][0]["missing"] == ["mix_0-4.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mxi", "..", "%2e%2e", "..%2f..%2fsecret", "cache", "mix%00", " "]
+)
+def test_a_run_that_is_unknown_is_not_found(client, root, run, name):
+    (root / "manifest.json").write_text("{}")
+    (root / "hyper-merge" / "cache").mkdir(exist_ok=True)
+    answer = client.http.get(f"/hyper-merge/runs/{name}")
+    assert answer.status_code == 404
+
+
+def test_an_unknown_run_is_told_the_nearest(client, run):
+    code, answer = client.get("/runs/mxi")
+    assert code == 404
+    assert 'did you mean "mix"?' in answer["detail"]
+
+
+def test_a_run_of_a_newer_version_is_refused_in_our_words(client, root, run):
+    path = root / "hyper-merge" / "mix" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "version": 99, "hyper_merge": "9.9"}))
+    code, answer = client.get("/runs/mix")
+    assert code == 400
+    assert "was made by Hyper-Merge 9.9" in answer["detail"]
+
+
+def test_the_schema_describes_every_route(app):
+    schema = app.openapi()
+    found = {(method, path) for path, methods in schema["paths"].items() for method in methods}
+    assert found == ROUTES
+    for method, path in ROUTES:
+        route = schema["paths"][path][method]
+        good = next(code for code in ("200", "202") if code in route["responses"])
+        content = route["responses"][good]["content"]["application/json"]["schema"]
+        name = content["$ref"].rpartition("/")[2]
+        assert schema["components"]["schemas"][name]["properties"], name
+        assert len(route["description"]) > 20
+        if method == "post" and "{" not in path:
+            body = route["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            asked = schema["components"]["schemas"][body.rpartition("/")[2]]
+            assert asked["additionalProperties"] is False
+            for field, words in asked["properties"].items():
+                assert words.get("description"), f"{body}.{field}"
+    json.dumps(schema)
+
+
+def test_every_setting_of_a_recipe_can_be_asked_for_but_where_things_go():
+    known = set(PlanRequest.__annotations__)
+    assert {field.name for field in FIELDS} - known == {"models", "output", "overwrite"}
+    assert known - {field.name for field in FIELDS} == {"checkpoints"}
+
+
+def test_a_runs_answer_has_every_figure_of_its_report():
+    elsewhere = {"name", "loras", "companions", "checkpoints"}
+    assert set(Report.__dataclass_fields__) - elsewhere == set(ReportAnswer.__annotations__)
+    row = set(CheckpointReport.__dataclass_fields__) - {"topup"} | {"prompt", "topups"}
+    assert row == set(RunCheckpoint.__annotations__)

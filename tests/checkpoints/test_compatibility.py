@@ -1,0 +1,145 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hyper_merge.checkpoints.architectures.detection import FAMILIES, identify
+from hyper_merge.checkpoints.architectures.layout import layout_of
+from hyper_merge.checkpoints.compatibility import (
+    check_alike,
+    check_distinct,
+    incomplete,
+    odd_markers,
+)
+from hyper_merge.errors import CheckpointError, MismatchError
+
+BIAS = "model.diffusion_model.out.2.bias"
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.fixture
+def check(make_header, narrow):
+    """Checks that checkpoints with these changes of the narrow layout are alike."""
+
+    def run(*changes, names="abcdef", families=None):
+        headers = []
+        for name, change in zip(names, changes, strict=False):
+            shapes = {k: v for k, v in {**narrow, **change}.items() if v is not None}
+            headers.append(make_header(shapes, name=f"{name}.safetensors"))
+        found = families or [identify(header) for header in headers]
+        check_alike(headers, [layout_of(h, f) for h, f in zip(headers, found, strict=True)])
+
+    return run
+
+
+def test_equal_layouts_are_alike(check):
+    check({}, {}, {})
+
+
+def test_copied_and_dropped_keys_may_differ(check):
+    ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    check({}, {"model_ema.decay": (), ids: None}, {"alphas_cumprod": (1000,), "v_pred": (0,)})
+
+
+def test_missing_keys_are_counted_and_both_files_named(check):
+    with pytest.raises(MismatchError) as refusal:
+        check({}, {}, {BIAS: None, FIRST.replace("weight", "bias"): None})
+    first = FIRST.replace("weight", "bias")
+    assert str(refusal.value) == (
+        f"c.safetensors lacks 2 of a.safetensors' 1130 keys (first: {first});"
+        " choose checkpoints of one family"
+    )
+
+
+def test_extra_keys_are_counted_and_both_files_named(check):
+    extra = {"model.diffusion_model.extra.weight": (4, 4)}
+    with pytest.raises(MismatchError, match=r"b.safetensors has 1 key that a.safetensors lacks \("):
+        check({}, extra)
+
+
+def test_other_shapes_are_told(check):
+    with pytest.raises(MismatchError) as refusal:
+        check({}, {BIAS: (8,)})
+    assert str(refusal.value) == (
+        f"b.safetensors and a.safetensors differ in shape in 1 key (first: {BIAS}"
+        " [8] against [4]); choose checkpoints of one family"
+    )
+
+
+def test_mixed_families_are_counted_and_listed(check):
+    named = {family.name: family for family in FAMILIES}
+    families = [named["sdxl"], named["sd1"], named["sdxl"], named["sdxl"]]
+    with pytest.raises(MismatchError) as refusal:
+        check({}, {}, {}, {}, families=families)
+    assert str(refusal.value) == (
+        "3 are Stable Diffusion XL, 1 is Stable Diffusion 1.x: a.safetensors, c.safetensors,"
+        " d.safetensors / b.safetensors; choose checkpoints of one family"
+    )
+
+
+def test_files_of_the_same_name_are_told_with_their_folders(check):
+    with pytest.raises(MismatchError, match=r"two/x.safetensors lacks 1 of one/x.safetensors' "):
+        check({}, {BIAS: None}, names=("one/x", "two/x"))
+
+
+def test_other_markers_than_the_firsts_are_told(make_header, narrow):
+    headers = [
+        make_header({**narrow, **dict.fromkeys(marks, (0,))}, name=f"{name}.safetensors")
+        for name, marks in {
+            "a": ["v_pred", "ztsnr"],
+            "b": ["v_pred"],
+            "c": ["v_pred", "ztsnr"],
+        }.items()
+    ]
+    assert odd_markers(headers) == [
+        "b.safetensors and a.safetensors differ in ztsnr; the hyper-model is marked as a.safetensors is"
+    ]
+    assert odd_markers(headers[::2]) == []
+
+
+def test_what_a_hyper_model_will_lack_is_told(make_header, narrow):
+    def said(*prefixes):
+        header = make_header({k: v for k, v in narrow.items() if k.startswith(prefixes)})
+        return incomplete(header, layout_of(header, named["sd1"]))
+
+    named = {family.name: family for family in FAMILIES}
+    unet, text, vae = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+    ending = ": the hyper-model needs it from elsewhere"
+    assert said(unet) == [f"the files hold no text encoder and no VAE{ending}"]
+    assert said(unet, vae) == [f"the files hold no text encoder{ending}"]
+    assert said(unet, text) == [f"the files hold no VAE{ending}"]
+    assert said(unet, text, vae) == []
+
+
+def save(path: Path, value: float) -> Path:
+    save_file({"x": torch.full((4,), value)}, path)
+    return path
+
+
+def test_different_files_are_distinct(tmp_path):
+    paths = [save(tmp_path / f"{value}.safetensors", value) for value in (1.0, 2.0)]
+    assert check_distinct(paths) == []
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_one_file_given_twice_is_refused(tmp_path, link):
+    path = save(tmp_path / "a.safetensors", 1.0)
+    other, text = path, "a.safetensors is given twice"
+    if link:
+        other, text = tmp_path / "b.safetensors", r"a.safetensors and .*b.safetensors are the same"
+        link(path, other)
+    with pytest.raises(MismatchError, match=text):
+        check_distinct([path, other])
+
+
+def test_equal_content_is_a_warning(tmp_path):
+    paths = [save(tmp_path / f"{name}.safetensors", 1.0) for name in "ab"]
+    paths.append(save(tmp_path / "c.safetensors", 2.0))
+    assert check_distinct(paths) == ["a.safetensors and b.safetensors have the same content"]
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        check_distinct([tmp_path / "a.safetensors"])

@@ -1,0 +1,238 @@
+"""Bytes go to the layers and blocks where they bring back most, and never beyond the budget."""
+
+import heapq
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hyper_merge.decomposition.rank_allocation import (
+    dealt,
+    even_ranks,
+    generous_ranks,
+    kept_ranks,
+    most_gain,
+    spread,
+)
+
+AMOUNTS = st.integers(0, 40)
+COSTS = st.integers(1, 6)
+
+
+@st.composite
+def shops(draw, lists=4, items=4):
+    """Falling gains per list, the cost of an item of each, and a budget."""
+    count = draw(st.integers(1, lists))
+    gains = [draw(st.lists(AMOUNTS, max_size=items)) for _ in range(count)]
+    costs = [draw(COSTS) for _ in range(count)]
+    gains = [torch.tensor(sorted(each, reverse=True), dtype=torch.float64) for each in gains]
+    return gains, costs, draw(st.integers(0, 60))
+
+
+def value(gains, counts):
+    return sum(float(each[:count].sum()) for each, count in zip(gains, counts, strict=True))
+
+
+def price(costs, counts):
+    return sum(cost * count for cost, count in zip(costs, counts, strict=True))
+
+
+def best(gains, costs, budget):
+    """Of all choices, by trying each."""
+    choices = product(*(range(len(each) + 1) for each in gains))
+    return max(value(gains, c) for c in choices if price(costs, c) <= budget)
+
+
+def bought_one_by_one(gains, costs, budget):
+    """The same rule with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
+    taken = [0] * len(gains)
+    heap = [
+        (-float(each[0]) / cost, index)
+        for index, (each, cost) in enumerate(zip(gains, costs, strict=True))
+        if len(each)
+    ]
+    heapq.heapify(heap)
+    while heap:
+        rate, index = heapq.heappop(heap)
+        if rate == 0 or costs[index] > budget:
+            continue
+        budget -= costs[index]
+        taken[index] += 1
+        if taken[index] < len(gains[index]):
+            heapq.heappush(heap, (-float(gains[index][taken[index]]) / costs[index], index))
+    return taken
+
+
+@settings(deadline=None, max_examples=200)
+@given(shops())
+def test_items_are_bought_as_from_a_heap(shop):
+    assert spread(*shop) == bought_one_by_one(*shop)
+
+
+@settings(deadline=None, max_examples=100)
+@given(shops(lists=3, items=3))
+def test_the_choice_is_at_most_one_item_from_the_best(shop):
+    gains, costs, budget = shop
+    found = spread(gains, costs, budget)
+    assert price(costs, found) <= budget
+    dearest = max((float(each.max()) for each in gains if len(each)), default=0.0)
+    exact = best(gains, costs, budget)
+    assert exact - dearest <= value(gains, found) <= exact
+    assert exact <= most_gain(gains, costs, budget) + 1e-9
+
+
+@settings(deadline=None, max_examples=100)
+@given(shops(), st.integers(1, 6))
+def test_of_items_of_one_cost_the_best_are_bought(shop, cost):
+    gains, _, budget = shop
+    costs = [cost] * len(gains)
+    largest = torch.cat(gains).sort(descending=True).values[: budget // cost]
+    assert value(gains, spread(gains, costs, budget)) == pytest.approx(float(largest.sum()))
+
+
+@settings(deadline=None, max_examples=100)
+@given(shops())
+def test_what_fits_to_the_last_byte_is_all_that_there_can_be(shop):
+    gains, costs, budget = shop
+    found = spread(gains, costs, budget)
+    spent = price(costs, found)
+    same = spread(gains, costs, spent)
+    # Up to a list that was closed the order is by gain per cost, so nothing beats it at its cost.
+    assume(same == found == bought_in_order(gains, costs, spent))
+    assert value(gains, found) == pytest.approx(most_gain(gains, costs, spent))
+
+
+def bought_in_order(gains, costs, budget):
+    """Stops at the first item that is too dear."""
+    rates = sorted(
+        (-float(gain) / cost, index)
+        for index, (each, cost) in enumerate(zip(gains, costs, strict=True))
+        for gain in each
+        if gain > 0
+    )
+    taken = [0] * len(gains)
+    for _, index in rates:
+        if costs[index] > budget:
+            break
+        budget -= costs[index]
+        taken[index] += 1
+    return taken
+
+
+@settings(deadline=None, max_examples=100)
+@given(shops())
+def test_nothing_is_left_that_would_buy_the_next_item_of_a_list(shop):
+    gains, costs, budget = shop
+    found = spread(gains, costs, budget)
+    left = budget - price(costs, found)
+    for each, cost, count in zip(gains, costs, found, strict=True):
+        assert count == len(each) or float(each[count]) == 0 or cost > left
+
+
+def test_what_is_left_goes_to_the_first_cheaper_item():
+    gains = [torch.tensor([9.0, 9.0]), torch.tensor([2.0, 1.0])]
+    assert spread(gains, [3, 1], 4) == [1, 1]
+    assert spread(gains, [3, 1], 5) == [1, 2]
+    assert spread(gains, [3, 1], 6) == [2, 0]
+
+
+def test_nothing_to_buy_costs_nothing():
+    none = torch.zeros(0)
+    assert spread([none, none], [1, 2], 9) == [0, 0]
+    assert spread([torch.zeros(3)], [1], 9) == [0]
+    assert spread([torch.ones(3)], [4], 3) == [0]
+    assert spread([], [], 9) == []
+    assert most_gain([none], [1], 9) == 0
+
+
+def test_the_last_item_of_the_bound_is_taken_in_part():
+    gains = [torch.tensor([6.0, 2.0]), torch.tensor([4.0])]
+    assert most_gain(gains, [2, 4], 4) == pytest.approx(8)
+    assert most_gain(gains, [2, 4], 5) == pytest.approx(9)
+    assert most_gain(gains, [2, 4], 3) == pytest.approx(7)
+    assert most_gain(gains, [2, 4], 99) == pytest.approx(12)
+
+
+@given(st.integers(0, 500), st.lists(st.integers(1, 200), min_size=1, max_size=6))
+def test_a_number_is_dealt_whole_and_in_proportion(total, shares):
+    parts = dealt(total, shares)
+    assert sum(parts) == total
+    for part, share in zip(parts, shares, strict=True):
+        assert abs(part - total * share / sum(shares)) < 1 + 1e-9
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6))
+def test_the_list_itself_is_dealt_as_it_is(ranks):
+    assert dealt(sum(ranks), ranks) == tuple(ranks)
+    assert dealt(1, ranks) == (1, *[0] * (len(ranks) - 1))
+
+
+def planted(*sizes):
+    """Gains of layers that have as many equal components and nothing more."""
+    return [torch.tensor([4.0] * size + [0.0] * (8 - size)) for size in sizes]
+
+
+def test_layers_of_known_ranks_get_just_these_when_the_bytes_suffice():
+    found = generous_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
+    assert found == [(1,), (5,), (0,)]
+
+
+def test_with_fewer_bytes_the_most_gain_per_byte_comes_first():
+    gains = [torch.tensor([8.0, 6.0, 1.0]), torch.tensor([9.0, 2.0])]
+    # Per byte 4, 3, 1/2 and 9/4, 1/2: in the order first, first, second.
+    assert generous_ranks(gains, [2, 4], [8, 8], [1], 4) == [(2,), (0,)]
+    assert generous_ranks(gains, [2, 4], [8, 8], [1], 8) == [(2,), (1,)]
+
+
+def test_a_layers_ranks_are_split_as_the_list_is_and_capped():
+    (found,) = generous_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
+    assert found == (6, 3, 3)
+    # Twice a block's limit in all, and no block above it.
+    (found,) = generous_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
+    assert found == (4, 2, 2)
+
+
+def test_the_components_of_most_energy_per_byte_are_kept():
+    energies = [
+        [torch.tensor([8.0, 1.0]), torch.tensor([6.0])],
+        [torch.tensor([9.0, 8.0]), torch.zeros(0)],
+    ]
+    # Per byte 4, 1/2 | 3 and 9/4, 2.
+    assert kept_ranks(energies, [2, 4], 4) == [(1, 1), (0, 0)]
+    assert kept_ranks(energies, [2, 4], 12) == [(1, 1), (2, 0)]
+    assert kept_ranks(energies, [2, 4], 14) == [(2, 1), (2, 0)]
+    assert kept_ranks([], [], 14) == []
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
+    even = even_ranks(ranks, shapes)
+    costs = [m + n for m, n in shapes]
+    budget = sum(cost * sum(rank) for cost, rank in zip(costs, even, strict=True))
+    rng = torch.Generator().manual_seed(seed)
+    energies = [
+        [torch.rand(min(shape), generator=rng).sort(descending=True).values for _ in ranks]
+        for shape in shapes
+    ]
+    kept = kept_ranks(energies, costs, budget)
+    assert price(costs, [sum(rank) for rank in kept]) <= budget
+    # They are kept from the front, and no other components of the same cost hold more.
+    best_of_all = most_gain(
+        [each for layer in energies for each in layer],
+        [cost for cost in costs for _ in ranks],
+        budget,
+    )
+    held = sum(
+        float(each[:count].double().sum())
+        for layer, counts in zip(energies, kept, strict=True)
+        for each, count in zip(layer, counts, strict=True)
+    )
+    assert_close(torch.tensor(min(held, best_of_all)), torch.tensor(held))

@@ -1,0 +1,138 @@
+"""Pictures by diffusers on narrow checkpoints, offline: the app's Compare from end to end."""
+
+import shutil
+import warnings
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+from tiny_diffusers import write_sd1_configuration
+from tiny_family import merge
+
+from hyper_merge.errors import InterruptedRun, PictureError
+from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.operations.compare.compare import run_comparison
+from hyper_merge.operations.compare.image_difference import mean_difference
+from hyper_merge.operations.compare.request import ComparisonOrder, Picture, PictureSettings
+from hyper_merge.operations.restore.restore import RestoreOrder, run_restore
+from hyper_merge.runs.manifest import load_run
+from hyper_merge.runtime.progress import Control
+from hyper_merge.synthetic.writer import NARROW, write_family
+
+absent = [name for name in diffusers_pictures.NEEDED if find_spec(name) is None]
+needs_diffusers = pytest.mark.skipif(bool(absent), reason=f"not installed here: {absent}")
+
+SPEC = replace(NARROW, count=2, width=16, context=24, vocabulary=60, vae_width=8, size=0.6, terms=6)
+SETTINGS = PictureSettings(("a cat",), "", "Euler", 3, 5.0, 64, 64, (1,))
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A models folder with two narrow checkpoints, their merge, and what diffusers would fetch."""
+    root = tmp_path_factory.mktemp("narrow")
+    files = write_family(root / "Stable-diffusion", SPEC, ["one", "two"])
+    merge(files, root, ranks=(6, 4), iterations=2, dtype="float32")
+    write_sd1_configuration(root / "hyper-merge/diffusers/sd1", SPEC)
+    return root
+
+
+@pytest.fixture
+def host(narrow):
+    return Standalone(narrow)
+
+
+@needs_diffusers
+def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narrow, tmp_path):
+    folders = host.folders()
+    run = load_run(folders, "mix")
+    row = run.report.checkpoints[1]
+    assert row.text_multipliers
+    order = RestoreOrder("mix", {row.name: 1.0}, tmp_path / "whole.safetensors", dtype="float32")
+    whole = run_restore(order, folders, Control()).path
+    with host.drawing("task(x)") as (control, studio):
+        tagged, plain, restored = (
+            studio.draw(Picture(model, prompt, 1, SETTINGS), control)
+            for model, prompt in (
+                (run.hyper_model, f"a cat {run.report.tags(row)}"),
+                (run.hyper_model, "a cat"),
+                (whole, "a cat"),
+            )
+        )
+    assert mean_difference(tagged, restored) < 1
+    assert mean_difference(plain, restored) > 5
+
+
+@needs_diffusers
+def test_a_comparison_is_drawn_and_saved(host, narrow):
+    phases = []
+    order = ComparisonOrder("mix", ("one", "two"), SETTINGS, average=True, difference=True)
+    with host.drawing("task(x)") as (_, studio):
+        control = Control(lambda phase, fraction: phases.append(fraction))
+        found = run_comparison(order, studio, host.folders(), control)
+    assert found.originals == {"one": "one.safetensors", "two": "two.safetensors"}
+    assert found.host == "diffusers"
+    assert all(each.pixels.keys() == {"restored", "average"} for each in found.figures)
+    assert phases == sorted(phases)
+    assert (narrow / "hyper-merge/mix/pictures/comparison-1.png").exists()
+
+
+@needs_diffusers
+def test_it_stops_between_two_steps(host, narrow):
+    heard = []
+    control = Control(lambda _, x: heard.append(x), lambda: len(heard) == 1)
+    order = Picture(load_run(host.folders(), "mix").hyper_model, "x", 1, SETTINGS)
+    with host.drawing("task(x)") as (_, studio), pytest.raises(InterruptedRun):
+        studio.draw(order, control)
+    assert heard == [pytest.approx(1 / 3)]
+
+
+@needs_diffusers
+def test_a_tag_of_no_lora_is_refused(host):
+    model = load_run(host.folders(), "mix").hyper_model
+    with host.drawing("task(x)") as (control, studio):
+        for name in ("gone", "../Lora/mix_0-6"):
+            with pytest.raises(PictureError, match="there is no LoRA"):
+                studio.draw(Picture(model, f"x <lora:{name}:1>", 1, SETTINGS), control)
+
+
+@needs_diffusers
+def test_without_the_network_it_says_what_to_put_where(narrow, tmp_path, monkeypatch):
+    root = tmp_path / "alone"
+    shutil.copytree(narrow, root)
+    shutil.rmtree(root / "hyper-merge/diffusers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    host = Standalone(root)
+    model = load_run(host.folders(), "mix").hyper_model
+    with (
+        host.drawing("task(x)") as (control, studio),
+        pytest.raises(PictureError, match=r"be online, or put them into .*diffusers.sd1"),
+    ):
+        studio.draw(Picture(model, "x", 1, SETTINGS), control)
+
+
+def test_without_diffusers_it_says_what_to_install(host, monkeypatch):
+    monkeypatch.setattr(diffusers_pictures, "NEEDED", ("diffusers_that_is_not_there",))
+    assert host.atelier().samplers == ()
+    assert "pip install 'hyper-merge[pictures]'" in host.atelier().problem
+    with pytest.raises(PictureError, match="install"), host.drawing("task(x)"):
+        pass
+
+
+def test_families_that_it_cannot_draw_with_are_told(narrow, tmp_path):
+    own = narrow / "Stable-diffusion/one.safetensors"
+    assert diffusers_pictures.refusal(own) == ""
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    assert "broken.safetensors" in diffusers_pictures.refusal(broken)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_sampler_is_one_of_diffusers(host):
+    diffusers = pytest.importorskip("diffusers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for sampler in diffusers_pictures._SAMPLERS.values():
+            kind = getattr(diffusers, sampler.kind)
+            assert kind.from_config({**kind().config, **sampler.settings})

@@ -1,0 +1,256 @@
+"""Long work in a thread: one at a time, followed, stopped, and remembered."""
+
+import threading
+import time
+
+import pytest
+from at_the_tab import ended, until
+
+from hyper_merge.errors import CheckpointError, InterruptedRun
+from hyper_merge.hosts import job_queue as jobs_module
+from hyper_merge.hosts.job_queue import BusyError, Standing, process_jobs
+
+
+@pytest.fixture
+def gate():
+    """Opened at the end at the latest, so that no thread stays."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def ignore(error):
+    raise AssertionError(error)
+
+
+def test_work_is_given_a_task_of_its_own_and_returns_the_name_of_what_it_made(jobs):
+    tasks = []
+
+    def work(task, control):
+        tasks.append(task)
+        return "mix-2"
+
+    for _ in range(2):
+        jobs.start("mix", work, ignore)
+        now = ended(jobs)
+        assert (now.title, now.outcome, now.result, now.message) == ("mix", "done", "mix-2", "")
+        assert now.task == tasks[-1]
+    assert len(set(tasks)) == 2
+    assert all(task.startswith("task(") and task.endswith(")") for task in tasks)
+
+
+def test_a_second_job_is_refused_while_one_runs_and_the_words_say_how_far_that_is(jobs, gate):
+    def work(task, control):
+        control.step("solving", 0.42)
+        gate.wait()
+        return ""
+
+    first = jobs.start("mix", work, ignore)
+    until(lambda: first.standing.fraction == 0.42)
+    with pytest.raises(BusyError, match=r"^mix is still being made \(42%\); wait for it, or stop"):
+        jobs.start("other", work, ignore)
+    assert jobs.last is first
+    gate.set()
+    ended(jobs)
+    assert jobs.start("other", work, ignore) is not first
+
+
+def test_of_many_clicks_at_once_one_begins_a_job(jobs, gate):
+    ready, outcomes = threading.Barrier(8), []
+
+    def click():
+        ready.wait()
+        try:
+            jobs.start("mix", lambda task, control: gate.wait() and "", ignore)
+            outcomes.append("begun")
+        except BusyError:
+            outcomes.append("busy")
+
+    threads = [threading.Thread(target=click) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(outcomes) == ["begun"] + ["busy"] * 7
+
+
+def test_the_last_job_is_kept_when_it_has_ended(jobs):
+    assert jobs.last is None
+    job = jobs.start("mix", lambda task, control: "mix", ignore)
+    ended(jobs)
+    assert jobs.last is job
+    assert jobs.last.standing.result == "mix"
+
+
+def test_all_pages_of_a_process_look_at_the_same_jobs():
+    assert process_jobs() is process_jobs()
+
+
+def test_a_job_that_runs_stops_at_its_next_step(jobs):
+    said = []
+
+    def work(task, control):
+        while True:
+            control.step("reading", 0.5)
+            said.append(1)
+            time.sleep(0.002)
+
+    job = jobs.start("mix", work, ignore)
+    until(lambda: said)
+    job.stop()
+    assert job.standing.stopping
+    now = ended(jobs)
+    assert (now.outcome, now.message) == ("stopped", "stopped; no file was changed")
+
+
+def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
+    def work(task, control):
+        while True:
+            control.step("solving", 0.5)
+            time.sleep(0.001)
+
+    job = jobs.start("mix", work, ignore)
+    until(lambda: job.standing.fraction == 0.5)
+    begun = time.monotonic()
+    job.wait(0.3)
+    assert time.monotonic() - begun >= 0.3
+    job.stop()
+    job.wait(10)
+    assert job.standing.outcome == "stopped"
+
+
+def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
+    begun = threading.Event()
+
+    def work(task, control):
+        control.step("writing", 0.9)
+        begun.set()
+        gate.wait()
+        control.check()
+        return "mix"
+
+    job = jobs.start("mix", work, ignore)
+    begun.wait(10)
+    job.stop()
+    assert (job.standing.outcome, job.standing.stopping) == ("running", True)
+    with pytest.raises(BusyError):
+        jobs.start("other", work, ignore)
+    gate.set()
+    assert ended(jobs).outcome == "stopped"
+
+
+def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, gate):
+    outcome = []
+
+    def waiting(task, control):
+        gate.wait()
+        try:
+            control.step("starting", 0.0)
+        except InterruptedRun:
+            outcome.append("never began")
+            raise
+
+    job = jobs.start("mix", waiting, ignore)
+    assert job.standing.phase == "waiting for the queue"
+    job.stop()
+    assert job.standing.outcome == "stopped"
+    jobs.start("other", lambda task, control: "other", ignore)
+    assert ended(jobs).result == "other"
+    gate.set()
+    until(lambda: outcome)
+    assert (job.standing.outcome, job.standing.result) == ("stopped", "")
+
+
+def test_what_is_done_stays_done_though_a_stop_came_too_late(jobs):
+    job = jobs.start("mix", lambda task, control: control.step("x", 1.0) or "mix", ignore)
+    ended(jobs)
+    job.stop()
+    assert (job.standing.outcome, job.standing.result) == ("done", "mix")
+
+
+def test_a_refusal_is_a_message_and_no_error_of_ours(jobs):
+    def work(task, control):
+        raise CheckpointError("a.safetensors is cut short; download it again")
+
+    jobs.start("mix", work, ignore)
+    now = ended(jobs)
+    assert (now.outcome, now.message) == (
+        "refused",
+        "a.safetensors is cut short; download it again",
+    )
+
+
+def test_an_unexpected_error_goes_to_the_log_and_its_first_line_is_shown(jobs):
+    error, log = RuntimeError("CUDA out of memory\nTried to allocate\n" + "x" * 999), []
+
+    def work(task, control):
+        raise error
+
+    jobs.start("mix", work, log.append)
+    now = ended(jobs)
+    assert (now.outcome, now.message) == ("failed", "RuntimeError: CUDA out of memory")
+    assert log == [error]
+    jobs.start("mix", lambda task, control: "mix", ignore)
+    assert ended(jobs).outcome == "done"
+
+
+def test_each_note_is_told_once_in_the_order_it_came(jobs):
+    def work(task, control):
+        for text in ("b", "a", "b", "a"):
+            control.warn(text)
+        return ""
+
+    jobs.start("mix", work, ignore)
+    assert ended(jobs).notes == ("b", "a")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "elapsed", "left"),
+    [(0.25, 30, 90), (0.5, 8, 8), (1.0, 8, 0), (0.019, 30, None), (0.5, 0.9, None), (0, 0, None)],
+)
+def test_the_time_left_is_told_by_the_pace_so_far_where_there_is_one(fraction, elapsed, left):
+    now = Standing("task(x)", "mix", fraction=fraction, elapsed=elapsed)
+    assert now.seconds_left == (None if left is None else pytest.approx(left))
+
+
+def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(jobs, gate, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(jobs_module.time, "monotonic", lambda: clock[0])
+    begin = threading.Event()
+
+    def work(task, control):
+        begin.wait(10)
+        control.step("reading", 0.0)
+        gate.wait()
+        return ""
+
+    job = jobs.start("mix", work, ignore)
+    clock[0] += 50
+    assert job.standing.elapsed == 0
+    begin.set()
+    while job.standing.phase != "reading":
+        time.sleep(0.002)
+    clock[0] += 7
+    assert job.standing.elapsed == 7
+    gate.set()
+    while job.standing.outcome == "running":
+        time.sleep(0.002)
+    clock[0] += 1000
+    assert job.standing.elapsed == 7
+
+
+def test_who_waits_is_woken_by_a_change(jobs, gate):
+    def work(task, control):
+        gate.wait()
+        control.step("solving", 0.5)
+        return ""
+
+    job = jobs.start("mix", work, ignore)
+    threading.Timer(0.02, gate.set).start()
+    start = time.monotonic()
+    job.wait(30)
+    assert time.monotonic() - start < 10
+    ended(jobs)
+    start = time.monotonic()
+    job.wait(30)
+    assert time.monotonic() - start < 10

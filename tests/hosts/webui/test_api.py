@@ -1,0 +1,139 @@
+"""Our API in the WebUI's app: on with the host's own, behind the host's passwords, once."""
+
+import json
+import urllib.error
+import urllib.request
+import warnings
+
+import pytest
+from fake_webui import installed
+
+from hyper_merge.hosts.job_queue import process_jobs
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # starlette's own, of a name that anyio has given up
+    from fastapi.testclient import TestClient
+
+OURS = "/hyper-merge/checkpoints"
+THEIRS = "/sdapi/v1/sd-models"
+
+
+@pytest.fixture
+def start(models, flavour):
+    """Starts a WebUI with its scripts loaded: it, and a client of its app without pages."""
+    opened = []
+
+    def start(**cmd_opts):
+        found = installed(models, flavour, **cmd_opts)
+        opened.append(found)
+        webui = found.__enter__()
+        webui.load_scripts()
+        return webui, TestClient(webui.api_only())
+
+    process_jobs()._known.clear()
+    yield start
+    for found in opened:
+        found.__exit__(None, None, None)
+
+
+def paths(app):
+    return [route.path for route in app.routes if route.path.startswith("/hyper-merge")]
+
+
+def test_it_is_off_unless_the_hosts_api_is_on(start):
+    webui, client = start()
+    assert client.get(OURS).status_code == 404
+    assert paths(client.app) == []
+    assert webui.errors.reports == []
+
+
+@pytest.mark.parametrize("option", ["api", "nowebui"])
+def test_it_is_on_with_the_hosts_api(start, option):
+    webui, client = start(**{option: True})
+    answer = client.get(OURS)
+    assert answer.status_code == 200
+    names = [each["name"] for each in answer.json()["checkpoints"]]
+    assert names == ["anime.safetensors", "photo.safetensors", "sub/portrait.safetensors"]
+    assert webui.errors.reports == []
+
+
+@pytest.mark.parametrize(
+    ("auth", "status"),
+    [
+        (None, 401),
+        (("ann", "wrong"), 401),
+        (("bob", "secret"), 401),
+        (("ann", "secret"), 200),
+        (("bob", "other"), 200),
+    ],
+)
+def test_it_takes_the_passwords_of_the_hosts_api_and_no_others(start, auth, status):
+    _, client = start(api=True, api_auth="ann:secret,bob:other")
+    for path in (OURS, THEIRS):
+        answer = client.get(path, **({"auth": auth} if auth else {}))
+        assert answer.status_code == status
+        assert "detail" in answer.json() or status == 200
+
+
+def test_a_refusal_keeps_its_words_in_the_hosts_form(start):
+    _, client = start(api=True)
+    answer = client.post("/hyper-merge/plan", json={"checkpoints": ["../x", "photo.safetensors"]})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("checkpoints: expected a name of the host's list")
+
+
+def test_reload_ui_serves_it_in_the_new_app_with_the_jobs_of_before(start):
+    webui, client = start(api=True)
+    job = process_jobs().start("mix", lambda task, control: "", webui.host().log)
+    job.wait(10)
+    webui.load_scripts()
+    again = TestClient(webui.api_only())
+    assert len(paths(again.app)) == len(set(paths(again.app))) == len(paths(client.app))
+    assert again.get("/hyper-merge/jobs").json()["jobs"][0]["id"] == job.id
+    assert webui.errors.reports == []
+
+
+def test_a_second_call_for_one_app_adds_nothing(start):
+    webui, client = start(api=True)
+    before = paths(client.app)
+    webui.script_callbacks.app_started_callback(None, client.app)
+    assert paths(client.app) == before
+
+
+def test_a_merge_through_it_is_a_task_of_the_hosts(start):
+    webui, client = start(api=True)
+    host = webui.host()
+
+    def work(task, control):
+        with host.running(task) as hosts:
+            both = control.joined(hosts)
+            both.step("solving", 0.5)
+            while True:
+                both.check()
+        return ""
+
+    job = process_jobs().start("mix", work, host.log)
+    while job.standing.phase != "solving":  # from then on it ends when its thread does
+        pass
+    assert webui.state.jobs == [f"task(hyper-merge-{job.id})"]
+    answer = client.post(f"/hyper-merge/jobs/{job.id}/cancel")
+    assert answer.json()["stopping"]
+    job.wait(10)
+    assert client.get(f"/hyper-merge/jobs/{job.id}").json()["outcome"] == "stopped"
+    assert not webui.queue_lock.held
+
+
+@pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
+def test_it_stands_beside_the_page_and_in_the_hosts_schema(models, flavour):
+    with installed(models, flavour, api=True, api_auth="ann:secret") as webui:
+        webui.load_scripts()
+        address = webui.launch(0).rstrip("/")
+        try:
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(address + OURS, timeout=10)
+            assert caught.value.code == 401
+            with urllib.request.urlopen(f"{address}/openapi.json", timeout=10) as answer:
+                known = json.load(answer)["paths"]
+        finally:
+            webui.close()
+    assert {OURS, "/hyper-merge/merge", THEIRS} <= known.keys()

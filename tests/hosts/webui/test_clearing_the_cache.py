@@ -1,0 +1,55 @@
+"""The cache among the earlier runs: what it holds, and when it may be cleared."""
+
+import threading
+
+import pytest
+
+from hyper_merge.hosts.job_queue import Jobs
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.ui.handlers import history
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Standalone(tmp_path)
+
+
+@pytest.fixture
+def analysis(host):
+    """A file as the cache of analyses has them."""
+    path = host.folders().cache / "0123-8.analysis.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(3_000_000))
+    return path
+
+
+def log(error):
+    raise error
+
+
+def test_the_cache_is_cleared_and_what_that_freed_is_said(host, analysis):
+    assert "The cache holds 3 MB of at most 20.00 GB." in history.runs(host, None, None)[3]
+    assert "The cache is empty; 3 MB are free again." in history.clear(host, Jobs())
+    assert not analysis.exists()
+    assert "The cache holds 0 kB of at most 20.00 GB." in history.runs(host, None, None)[3]
+
+
+def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
+    jobs, merged = Jobs(), threading.Event()
+
+    def work(task, control):
+        merged.wait(10)
+        return "mix"
+
+    job = jobs.start("mix", work, log)
+    try:
+        refused = history.clear(host, jobs)
+        assert "hm-bad" in refused
+        assert "mix is still being made (0%); wait for it, or stop it" in refused
+        assert analysis.exists()
+    finally:
+        merged.set()
+    while job.standing.outcome == "running":
+        job.wait(1)
+    assert "are free again" in history.clear(host, jobs)
+    assert not analysis.exists()

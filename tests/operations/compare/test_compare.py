@@ -1,0 +1,347 @@
+"""Pictures beside those of the originals: what is drawn in which order, how far apart, what is written."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from tiny_family import snapshot
+
+from hyper_merge.errors import InterruptedRun, PictureError, RunError
+from hyper_merge.operations.compare import compare as comparison
+from hyper_merge.operations.compare import image_difference as picture_difference
+from hyper_merge.operations.compare import records as comparison_files
+from hyper_merge.operations.compare.compare import Studio, caption, run_comparison
+from hyper_merge.operations.compare.grid import Band, Cell, draw_grid
+from hyper_merge.operations.compare.image_difference import difference_picture, mean_difference
+from hyper_merge.operations.compare.records import Figures, names_of
+from hyper_merge.operations.compare.request import (
+    ComparisonOrder,
+    Picture,
+    PictureSettings,
+    Subject,
+    plan_of,
+)
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import delete_run, files_of, load_run
+from hyper_merge.runtime.progress import Control
+
+SETTINGS = PictureSettings(("a cat", "a dog"), "blurry", "Euler", 4, 7.0, 64, 72, (1, 2))
+ORDER = ComparisonOrder("mix", ("a", "b"), SETTINGS)
+GREYS = {"mix": 100, "a": 110, "b": 96, "c": 60}
+
+
+def grey(value):
+    return Image.new("RGB", (64, 72), (value, value, value))
+
+
+class Painter:
+    """Draws each model in a grey of its own, two levels lighter with LoRAs."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def __call__(self, picture, control):
+        self.drawn.append(picture)
+        control.step("", 0.5)
+        tagged = 2 if "<lora:" in picture.prompt else 0
+        return grey(GREYS[picture.model.stem] + tagged)
+
+
+@pytest.fixture
+def folders(started, files):
+    """A merge of a, b and c, whose originals are elsewhere."""
+    return Folders.under(started)
+
+
+@pytest.fixture
+def painter():
+    return Painter()
+
+
+@pytest.fixture
+def compare(folders, painter):
+    def run(order=ORDER, control=None, refusal=lambda path: ""):
+        studio = Studio("a test", painter, refusal)
+        return run_comparison(order, studio, folders, control or Control())
+
+    return run
+
+
+def groups(items):
+    """Consecutive equal ones, once."""
+    return [x for i, x in enumerate(items) if i == 0 or items[i - 1] != x]
+
+
+def test_each_model_is_loaded_once_and_each_set_of_loras_too(compare, painter):
+    compare(replace(ORDER, average=True))
+    assert groups([picture.model.stem for picture in painter.drawn]) == ["mix", "a", "b"]
+    tags = [p.prompt.partition("<")[2] for p in painter.drawn if p.model.stem == "mix"]
+    assert len(groups(tags)) == 3
+    assert tags[0] == ""
+    assert len(painter.drawn) == 4 + 2 * 4 + 2 * 4
+
+
+def test_both_pictures_of_a_pair_have_one_prompt_seed_and_settings(compare, painter, folders):
+    compare()
+    report = load_run(folders, "mix").report
+    tags = report.tags(report.checkpoints[0])
+    own = [p for p in painter.drawn if p.model.stem == "a" or p.prompt.endswith(tags)]
+    pairs = [(p.prompt.removesuffix(tags).strip(), p.seed) for p in own]
+    assert pairs[:4] == pairs[4:] == [(x, s) for x in ("a cat", "a dog") for s in (1, 2)]
+    assert {id(p.settings) for p in painter.drawn} == {id(SETTINGS)}
+
+
+def test_the_average_alone_is_drawn_once_for_all_checkpoints(compare, painter):
+    compare(replace(ORDER, checkpoints=("a", "b", "c"), average=True))
+    plain = [p for p in painter.drawn if p.model.stem == "mix" and "<" not in p.prompt]
+    assert len(plain) == len(SETTINGS.bands)
+
+
+def test_a_checkpoint_named_twice_is_drawn_once(compare, painter):
+    found = compare(replace(ORDER, checkpoints=("a", "a.safetensors")))
+    assert list(found.tags) == ["a"]
+    assert len(painter.drawn) == 8
+
+
+def test_figures_are_the_mean_absolute_differences(compare):
+    found = compare(replace(ORDER, average=True))
+    by_name = {each.checkpoint: each.pixels for each in found.figures}
+    assert by_name == {
+        "a": {"restored": 8.0, "average": 10.0},
+        "b": {"restored": 6.0, "average": 4.0},
+    }
+    assert len(found.figures) == 2 * len(SETTINGS.bands)
+
+
+def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
+    one = Image.new("RGB", (2, 2), (10, 20, 30))
+    other = one.copy()
+    other.putpixel((0, 1), (13, 14, 30))
+    assert mean_difference(one, other) == pytest.approx((3 + 6) / 12, abs=1e-12)
+    assert mean_difference(other, one) == mean_difference(one, other)
+    drawn = difference_picture(one, other)
+    assert drawn.getpixel((0, 1)) == (12, 24, 0)
+    assert drawn.getpixel((1, 1)) == (0, 0, 0)
+    with pytest.raises(ValueError, match="of one size"):
+        mean_difference(one, Image.new("RGB", (3, 2)))
+
+
+def test_a_caption_says_levels_and_percent_and_where_there_is_one_the_other_figure():
+    figures = Figures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
+    assert caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
+    assert caption(figures, "average") == ""
+
+
+def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
+    assert compare().measure == ""
+    monkeypatch.setattr(comparison, "perceptual_distance", lambda size: lambda one, other: 0.125)
+    found = compare(replace(ORDER, average=True))
+    assert found.measure == "LPIPS"
+    assert found.figures[0].perceptual == {"restored": 0.125, "average": 0.125}
+
+
+def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
+    asked = []
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, one, other):
+            asked.extend([one, other])
+            return (one - other).abs().mean().view(1, 1, 1, 1)
+
+    assert picture_difference.perceptual_distance((64, 64)) is None
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    monkeypatch.setattr(picture_difference, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert picture_difference.perceptual_distance((64, 64)) is None  # its network is not here
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").touch()
+    assert picture_difference.perceptual_distance((56, 64)) is None
+    picture_difference._network.cache_clear()
+    distance = picture_difference.perceptual_distance((64, 72))
+    assert distance(grey(255), grey(0)) == pytest.approx(2.0, abs=1e-6)
+    picture_difference._network.cache_clear()
+    assert [tuple(x.shape) for x in asked] == [(1, 3, 72, 64)] * 2
+    assert (float(asked[0].max()), float(asked[1].min())) == (1.0, -1.0)
+
+
+def test_grid_and_figures_are_written_and_read_back(compare, folders):
+    found = compare(replace(ORDER, average=True, difference=True))
+    run = load_run(folders, "mix")
+    picture, figures = comparison_files.paths_of(run, "comparison-1")
+    assert comparison_files.load(run, "comparison-1") == found
+    with Image.open(picture) as grid:
+        assert json.loads(grid.text["hyper_merge.comparison"]) == json.loads(figures.read_text())
+        words = grid.text["parameters"].splitlines()
+        pixels = {pixel for _, pixel in grid.convert("RGB").getcolors(1 << 24)}
+    assert words[:3] == ["a cat", "a dog", "Negative prompt: blurry"]
+    assert words[3].startswith("Steps: 4, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x72")
+    # hyper-model with LoRAs, originals, hyper-model alone, four times the differences
+    for value in (102, 110, 96, 100, 32, 24, 40, 16):
+        assert (value, value, value) in pixels
+
+
+def test_no_comparison_replaces_another(compare, folders):
+    assert compare().name == "comparison-1"
+    assert compare().name == "comparison-2"
+    run = load_run(folders, "mix")
+    (run.folder / "pictures/comparison-7.png").write_bytes(b"somebody's")
+    assert compare().name == "comparison-8"
+    assert names_of(run) == ["comparison-8", "comparison-2", "comparison-1"]
+
+
+@pytest.mark.parametrize("case", ["missing", "changed", "refused"])
+def test_an_original_that_cannot_be_drawn_is_left_out_by_name(compare, painter, started, case):
+    shutil.rmtree(started / "hyper-merge/cache")  # it remembers where files of a hash were
+    manifest = started / "hyper-merge/mix/manifest.json"
+    text = manifest.read_text()
+    own = next(x for x in json.loads(text)["sources"] if x["name"] == "b.safetensors")
+    if case == "missing":
+        manifest.write_text(text.replace(own["path"], str(started / "gone/b.safetensors")))
+    elif case == "changed":
+        away = started / "b.safetensors"
+        away.write_bytes(b"something else")
+        manifest.write_text(text.replace(own["path"], str(away)))
+    refuse = (lambda path: "no" if path.stem == "b" else "") if case == "refused" else None
+    found = compare(**({"refusal": refuse} if refuse else {}))
+    reason = {"missing": "it is not there", "changed": "it was changed since", "refused": "no"}
+    assert found.notes == (f"b.safetensors is left out: {reason[case]}",)
+    assert found.originals == {"a": "a.safetensors"}
+    assert [p.model.stem for p in painter.drawn].count("b") == 0
+    assert len([p for p in painter.drawn if p.model.stem == "mix"]) == 8
+    assert [each.pixels for each in found.figures if each.checkpoint == "b"] == [{}] * 4
+
+
+def test_a_hyper_model_that_the_host_cannot_load_is_refused(compare, painter):
+    with pytest.raises(PictureError, match=r"mix\.safetensors cannot be drawn with: too new"):
+        compare(refusal=lambda path: "too new" if path.stem == "mix" else "")
+    assert painter.drawn == []
+
+
+def test_a_lora_that_is_missing_or_was_replaced_is_refused_before_anything_is_drawn(
+    compare, painter, started
+):
+    lora = started / "Lora/mix_0-4.safetensors"
+    other = (started / "Lora/mix_1-2.safetensors").read_bytes()
+    before = lora.read_bytes()
+    lora.write_bytes(other)
+    with pytest.raises(RunError, match=r"mix_0-4\.safetensors was edited or replaced"):
+        compare()
+    lora.unlink()
+    with pytest.raises(RunError, match=r"mix_0-4\.safetensors of the run mix is missing"):
+        compare()
+    lora.write_bytes(before)
+    assert painter.drawn == []
+    with pytest.raises(RunError, match="has no checkpoint d"):
+        compare(replace(ORDER, checkpoints=("a", "d")))
+
+
+def test_progress_names_every_picture_and_rises(compare):
+    told = []
+    compare(control=Control(lambda phase, fraction: told.append((phase, fraction))))
+    fractions = [fraction for _, fraction in told]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    phases = groups([phase for phase, _ in told])
+    assert "picture 1 of 16: a, hyper-model + LoRAs, seed 1" in phases
+    assert "picture 16 of 16: b, original, seed 2" in phases
+
+
+@pytest.mark.parametrize("after", [0, 3, 15])
+def test_an_interrupt_ends_it_with_nothing_written(compare, painter, started, after):
+    before = snapshot(started)
+    with pytest.raises(InterruptedRun):
+        compare(control=Control(should_stop=lambda: len(painter.drawn) > after))
+    assert len(painter.drawn) == after + 1
+    assert snapshot(started) == before
+
+
+def test_an_error_in_drawing_leaves_nothing_behind(folders, started):
+    def fail(picture, control):
+        raise PictureError("out of paint")
+
+    before = snapshot(started)
+    with pytest.raises(PictureError, match="out of paint"):
+        run_comparison(ORDER, Studio("a test", fail), folders, Control())
+    assert snapshot(started) == before
+
+
+def test_deleting_a_run_takes_its_comparisons_along_and_nothing_of_others(compare, folders):
+    compare()
+    run = load_run(folders, "mix")
+    own = [path.name for path in files_of(run, folders) if path.parent.name == "pictures"]
+    assert own == ["comparison-1.json", "comparison-1.png"]
+    notes = run.folder / "pictures/notes.txt"
+    notes.write_text("mine")
+    delete_run(run, folders)
+    assert [path.name for path in run.folder.rglob("*")] == ["pictures", "notes.txt"]
+
+
+def test_a_damaged_or_strange_comparison_is_named(compare, folders):
+    compare()
+    run = load_run(folders, "mix")
+    path = run.folder / "pictures/comparison-1.json"
+    record = json.loads(path.read_text())
+    for text in ("{", json.dumps({**record, "version": 2}), json.dumps({**record, "figures": 3})):
+        path.write_text(text)
+        with pytest.raises(RunError, match=r"comparison-1 of the run mix cannot be read"):
+            comparison_files.load(run, "comparison-1")
+    with pytest.raises(RunError, match="there is no comparison-2"):
+        comparison_files.load(run, "comparison-2")
+    for name in ("../../mix", "comparison-1/..", "", "manifest"):
+        with pytest.raises(RunError, match="expected the name of a comparison"):
+            comparison_files.load(run, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ()}, "expected a prompt"),
+        ({"prompts": ("a", " ")}, "expected a prompt"),
+        ({"seeds": ()}, "expected a seed"),
+        ({"seeds": (1, -1)}, "seed: expected 0 to"),
+        ({"steps": 0}, "steps: expected 1 to 150, got 0"),
+        ({"cfg_scale": float("nan")}, "CFG scale: expected 0 to 30, got nan"),
+        ({"width": 100}, "width: expected a multiple of 8 pixels, got 100; 96 would do"),
+        ({"height": 4096}, "height: expected 64 to 2048, got 4096"),
+    ],
+)
+def test_settings_that_no_host_could_draw_are_refused(changes, message):
+    with pytest.raises(PictureError, match=message):
+        replace(SETTINGS, **changes)
+
+
+def test_an_order_without_checkpoints_or_with_far_too_many_pictures_is_refused():
+    with pytest.raises(PictureError, match="expected a checkpoint"):
+        replace(ORDER, checkpoints=())
+    with pytest.raises(PictureError, match="would be 800 pictures, more than 200"):
+        replace(ORDER, settings=replace(SETTINGS, seeds=tuple(range(100))))
+
+
+def test_a_plan_without_an_original_draws_the_loras_alone():
+    subject = Subject("a", "<lora:x:1>", None, "gone")
+    plan = plan_of(ORDER, Path("mix.safetensors"), [subject])
+    assert {key.row for key in plan} == {"restored"}
+    assert next(iter(plan.values())) == Picture(
+        Path("mix.safetensors"), "a cat <lora:x:1>", 1, SETTINGS
+    )
+
+
+def test_pictures_keep_their_pixels_until_the_grid_would_be_too_large():
+    cells = [Cell(grey(value)) for value in (1, 2)]
+    small = draw_grid(["x"], ["a", "b"], [Band("", {"row": cells})], (64, 72))
+    count = {pixel: number for number, pixel in small.getcolors(1 << 24)}
+    assert count[1, 1, 1] == count[2, 2, 2] == 64 * 72
+    for columns, bands in ((40, 5), (1, 200)):
+        rows = {"row": [Cell(cells[0].picture, "", "caption")] * columns}
+        large = draw_grid(["x"], ["a"] * columns, [Band("", rows)] * bands, (2048, 2048))
+        assert large.width * large.height < Image.MAX_IMAGE_PIXELS

@@ -1,0 +1,312 @@
+"""What is known before the first tensor is read: refusals, warnings, sizes; quickly."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, write
+
+from hyper_merge.checkpoints.io.header import TensorInfo
+from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
+from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.decomposition import initialization as starts
+from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
+from hyper_merge.operations import inspect as inspection
+from hyper_merge.operations.merge import cost_model as costs
+from hyper_merge.operations.merge import preflight as preflight_module
+from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime import throughput as effort
+from hyper_merge.runtime.devices import resolve_device
+from hyper_merge.runtime.disks import require_disks
+from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
+
+
+def checked(models, **settings):
+    return examine(recipe(models, Path("nowhere"), **settings))
+
+
+def refused(models, **settings):
+    with pytest.raises(HyperMergeError) as caught:
+        checked(models, **settings)
+    return str(caught.value)
+
+
+@pytest.fixture
+def b(tmp_path, state_of):
+    """Writes b.safetensors from the state of b with some tensors changed, or left out (None)."""
+
+    def make(name="b.safetensors", **changes):
+        state = state_of(1) | {key.replace("/", "."): tensor for key, tensor in changes.items()}
+        return write(tmp_path / name, {key: t for key, t in state.items() if t is not None})
+
+    return make
+
+
+def test_no_tensor_is_read(files, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "__enter__", lambda self: pytest.fail("a file was opened"))
+    preflight = checked(files)
+    assert preflight.warnings == ()
+    assert len(preflight.ranks) == len(preflight.sources.layout.layers)
+
+
+def test_the_estimate_is_the_size_of_the_files(files, merged):
+    estimate = checked(files).estimate
+    assert checked(files, allocation="even").estimate.loras == estimate.loras
+    hyper_model = merged.place.hyper_model.stat().st_size
+    loras = sum(path.stat().st_size for path in merged.loras)
+    cache = merged.place.folder.parent / "cache"
+    analysis = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
+    assert estimate.average == pytest.approx(hyper_model, abs=40_000)  # less their headers
+    # Adaptive ranks take no more, and nearly all of it in layers of usual sizes.
+    assert 0.8 * estimate.loras < loras < estimate.loras + 60_000
+    assert estimate.analysis == pytest.approx(analysis, rel=0.1)  # widths follow the tensors
+    assert estimate.disk == estimate.average + estimate.loras + estimate.analysis
+    assert checked(files[1:], base=str(files[0])).estimate.average == 0
+
+
+def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
+    models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
+    monkeypatch.setattr(effort, "rate", lambda device: 125e9)  # as measured there
+    monkeypatch.setattr(starts, "_ROUNDS", ((4, 4), (6, 2), (10, 1)))  # other tests search less
+    settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
+    assert checked(models, **settings).estimate.seconds == pytest.approx(268, rel=0.05)
+    monkeypatch.setattr(preflight_module, "find", lambda *question: tmp_path)
+    monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
+    monkeypatch.setattr(costs, "bytes_to_hash", lambda *question: 0)
+    again = checked(models, **settings | {"ranks": (96, 48, 24)})
+    # Measured before the search for a start was cut to half its layers.
+    assert again.estimate.seconds == pytest.approx(61.5, rel=0.2)
+
+
+def test_what_the_cache_saves_is_not_expected(files, started):
+    def seconds(**settings):
+        return examine(recipe(files, started, **settings)).estimate.seconds
+
+    cached = seconds(ranks=(5,))
+    assert cached < seconds(ranks=(5,), vae="average")  # another average and analysis
+    (started / "Stable-diffusion/mix.safetensors").unlink()
+    averaging = seconds(ranks=(5,))
+    shutil.rmtree(started / "hyper-merge/cache")
+    analysing = seconds(ranks=(5,))
+    assert cached < averaging < analysing
+    elsewhere = examine(recipe(files, started, ranks=(5,)), Folders.under(started / "none"))
+    assert elsewhere.estimate.seconds == analysing
+
+
+def test_the_machine_is_measured_once():
+    assert effort.rate(torch.device("cpu")) == effort.rate(torch.device("cpu")) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "a few seconds"),
+        (12, "about 10 seconds"),
+        (86, "about 90 seconds"),
+        (91, "about 2 minutes"),
+        (268, "about 4 minutes"),
+        (3 * 3600 + 900, "about 3.2 hours"),
+        (7 * 3600, "about 7 hours"),
+    ],
+)
+def test_a_duration_is_said_as_a_person_would(seconds, words):
+    assert effort.duration_text(seconds) == words
+
+
+def full_size(path: Path, marker: str) -> Path:
+    """A header of the real layout before as many bytes of nothing: 2.1 GB that take no space."""
+    tensors = {
+        key: TensorInfo(torch.int64 if key.endswith("position_ids") else torch.float16, shape)
+        for key, shape in sd1_layout().items()
+    }
+    writer = SafetensorsWriter(path, tensors, {"marker": marker})
+    path.write_bytes(writer._header)
+    with path.open("r+b") as stream:
+        stream.truncate(writer.size)
+    return path
+
+
+def test_full_size_files_are_described_in_under_a_second_of_work_each(tmp_path):
+    models = [full_size(tmp_path / f"{name}.safetensors", name) for name in ("one", "two", "three")]
+    start = time.process_time()
+    found = inspection.describe(models)
+    assert time.process_time() - start < len(models)
+    lines = found.splitlines()
+    assert lines[0].split() == ["file", "family", "size", "hash", "VAE", "type"]
+    for line, path in zip(lines[1:4], models, strict=True):
+        assert line.startswith(f"{path.name:17}  Stable Diffusion 1.x")
+        assert "2.13 GB" in line
+        assert line.endswith("  fp16")
+    assert lines[5] == "350 layers: 278 in the UNet, 72 in the text encoder"
+    assert lines[6] == "VAE: the same in all files"
+    assert lines[-6] == "together, with ranks 128, 64, 32, 16 in float16:"
+    assert lines[-5] == "  hyper-model        2.13 GB"
+    names = [line.split("  ")[1].strip() for line in lines[-4:]]
+    assert names == ["LoRAs", "analysis on disk", "memory, about", "time"]
+    memory = checked(models, ranks=(128, 64, 32, 16)).estimate.memory
+    assert 2**30 < memory < 8 * 2**30
+
+
+def test_one_file_is_described_without_an_estimate(files):
+    found = inspection.describe(files[:1])
+    assert "together" not in found
+    assert found.splitlines()[1].startswith("a.safetensors  Stable Diffusion 1.x")
+
+
+def test_one_file_twice_is_refused_by_path_and_by_link(files, tmp_path):
+    # A copy: a link to one that all tests share would change what its deletion frees.
+    a = Path(shutil.copy(files[0], tmp_path / "a.safetensors"))
+    assert refused([a, files[1], a]) == f"{a} is given twice; choose every checkpoint once"
+    for name in ("soft.safetensors", "hard.safetensors"):
+        link = tmp_path / name
+        link.symlink_to(a) if name.startswith("soft") else link.hardlink_to(a)
+        assert (
+            refused([a, link]) == f"{a} and {link} are the same file; choose every checkpoint once"
+        )
+
+
+def test_the_same_content_twice_is_a_warning(files, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(files[0].read_bytes())
+    warnings = checked([files[0], copy, files[1]]).warnings
+    assert warnings == ("a.safetensors and copy.safetensors have the same content",)
+
+
+def test_two_files_of_one_name_are_refused_for_their_multipliers_would_mix(
+    files, tmp_path, state_of
+):
+    other = write(tmp_path / "a.ckpt", state_of(1))
+    assert refused([files[0], other]) == (
+        f"{files[0]} and {other} have the same name 'a', by which multipliers are listed;"
+        " rename one of them"
+    )
+
+
+def test_missing_keys_are_counted_and_both_files_named(files, b):
+    path = b(**{QUERY.replace(".", "/"): None, NORM.replace(".", "/"): None})
+    message = refused([files[0], path])
+    assert message.startswith("b.safetensors lacks 2 of a.safetensors' 1")
+    assert f"(first: {NORM})" in message or f"(first: {QUERY})" in message
+    assert message.endswith("; choose checkpoints of one family")
+
+
+def test_extra_keys_are_counted_and_both_files_named(files, b):
+    assert refused([files[0], b(**{f"{UNET}extra.weight": torch.ones(2)})]) == (
+        "b.safetensors has 1 key that a.safetensors lacks"
+        f" (first: {UNET}extra.weight); choose checkpoints of one family"
+    )
+
+
+def test_other_shapes_are_counted_and_both_files_named(files, b):
+    key = f"{TEXT}embeddings.token_embedding.weight"
+    assert refused([files[0], b(**{key: torch.zeros(22, 24)})]) == (
+        f"b.safetensors and a.safetensors differ in shape in 1 key (first: {key}"
+        " [22, 24] against [20, 24]); choose checkpoints of one family"
+    )
+
+
+def test_a_base_must_go_with_the_others(files, b):
+    base = b("base.safetensors", **{NORM: None})
+    assert "base.safetensors lacks 1 of a.safetensors'" in refused(files, base=str(base))
+
+
+def test_what_is_not_averaged_may_differ(files, b):
+    path = b(**{"model_ema.decay": torch.zeros(1), POSITION_IDS: torch.zeros(1, 77)})
+    assert checked([files[0], path]).warnings == ()
+
+
+def test_mixed_families_are_counted_and_named(files, b):
+    first = f"{UNET}input_blocks.0.0.weight"
+    path = b("paint.safetensors", **{first: torch.zeros(16, 9, 3, 3).half()})
+    assert refused([*files[:2], path]) == (
+        "2 are Stable Diffusion 1.x, 1 is Stable Diffusion 1.x inpainting: a.safetensors,"
+        " b.safetensors / paint.safetensors; choose checkpoints of one family"
+    )
+
+
+def test_a_family_that_cannot_be_merged_is_named(b):
+    first = f"{UNET}input_blocks.0.0.weight"
+    models = [b(f"{n}.safetensors", **{first: torch.zeros(16, 5, 3, 3).half()}) for n in "pq"]
+    with pytest.raises(FamilyError, match=r"p\.safetensors is of no architecture"):
+        checked(models)
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        ({"lora_unet_x.lora_up.weight": 1}, "a LoRA"),
+        ({"encoder.conv_in.weight": 1, "decoder.conv_in.weight": 1}, "a VAE alone"),
+        ({"emb_params": 1}, "a textual-inversion embedding"),
+        ({f"{UNET}input_blocks.0.0.weight": 1}, "a UNet alone of a kind that cannot be told"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_files_than_checkpoints_are_named(files, tmp_path, state, what):
+    tensors = {key: torch.zeros(4, 4, 3, 3) for key in state}
+    path = write(tmp_path / "odd.safetensors", tensors)
+    assert refused([files[0], path]) == (
+        f"odd.safetensors is {what}; choose checkpoints of Stable Diffusion 1.x, 2.x, XL, 3, 3.5"
+        " and Flux"
+    )
+
+
+def test_ranks_beyond_a_layer_are_capped_and_told_once(files, tmp_path):
+    assert checked(files, ranks=(40, 2)).warnings == ()  # adaptive ranks have no such meaning
+    preflight = checked(files, ranks=(40, 2), allocation="even")
+    assert len(preflight.warnings) == 1
+    assert preflight.warnings[0].startswith("rank 40 is capped in ")
+    layers = preflight.sources.layout.layers
+    for layer, ranks in zip(layers, preflight.ranks, strict=True):
+        assert ranks == (min(40, layer.m, layer.n), 2)
+    affected = sum(min(layer.m, layer.n) < 40 for layer in layers)
+    smallest = min(min(layer.m, layer.n) for layer in layers)
+    assert preflight.warnings[0].endswith(f" {affected} layers, the smallest has {smallest}")
+    assert checked(files, ranks=(smallest,), allocation="even").warnings == ()
+    assert merge(files, tmp_path, ranks=(40, 2)).report.loss < 0.5
+
+
+def test_cuda_is_refused_where_it_is_absent(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError) as caught:
+        checked(files, device="cuda")
+    assert str(caught.value) == (
+        "device cuda was asked for, but torch finds no CUDA device; choose auto or cpu"
+    )
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(DeviceError, match="cuda:1 was asked for, but this machine has 1 such"):
+        resolve_device("cuda:1")
+
+
+def test_the_disk_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_path):
+    require_disks({tmp_path / "not" / "there": 1})
+    with pytest.raises(HyperMergeError, match=r"needs 1125899\.91 GB but its disk has [0-9.]+ GB"):
+        require_disks({tmp_path / "not" / "there": 2**50})
+    require_disks({Path("relative/not/there"): 1})
+
+
+def test_the_same_average_has_the_same_id_and_another_one_another(files):
+    ids = [
+        checked(files, **settings).average_id
+        for settings in (
+            {},
+            {"ranks": (7,), "seed": 3, "name": "other"},
+            {"weights": (2, 2, 2)},
+            {"weights": (1, 2, 1)},
+            {"dtype": "float32"},
+            {"vae": "average"},
+        )
+    ] + [checked(files[::-1]).average_id, checked(files[1:], base=str(files[0])).average_id]
+    assert ids[0] == ids[1] == ids[2]
+    assert len(set(ids)) == len(ids) - 2
+
+
+def test_a_mismatch_is_its_own_kind_of_error(files, b):
+    with pytest.raises(MismatchError):
+        checked([files[0], b(**{QUERY: None})])

@@ -1,0 +1,259 @@
+"""What could be deleted is told, never done; a run grows into a new one and stays as it is."""
+
+import shutil
+
+import pytest
+import torch
+from tiny_family import load, merge, recipe, snapshot, write
+
+from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
+from hyper_merge.operations import deletable as safe
+from hyper_merge.operations import extend as absorbing
+from hyper_merge.operations.deletable import find_safety
+from hyper_merge.operations.extend import AbsorbOrder, run_absorb
+from hyper_merge.operations.fit.fit import run_fit
+from hyper_merge.operations.fit.request import FitOrder
+from hyper_merge.operations.merge.merge import run_merge
+from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import load_run
+from hyper_merge.runtime.progress import Control
+from hyper_merge.solver import solve as solution
+
+
+@pytest.fixture
+def own(files, tmp_path):
+    """Three checkpoints of one's own, merged."""
+    root = tmp_path / "models"
+    for path in files:
+        (root / "Stable-diffusion").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / "Stable-diffusion" / path.name)
+    merged = merge([root / "Stable-diffusion" / path.name for path in files], root)
+    return merged, Folders.under(root)
+
+
+@pytest.fixture
+def new(tmp_path, state_of):
+    """A fourth one: a mixture of two with something of its own."""
+    state, other = state_of(0, torch.float32), state_of(2, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.std()
+            state[key] = (1.5 * tensor - 0.5 * other[key] + 0.001 * noise).half()
+    return write(tmp_path / "new.safetensors", state)
+
+
+def safety(folders, threshold=0.99):
+    return find_safety("mix", threshold, folders, Control())
+
+
+def test_each_original_is_held_against_the_threshold_and_none_is_deleted(own):
+    merged, folders = own
+    before = snapshot(folders.models.parent)
+    rows = merged.report.checkpoints
+    everything = sorted(row.explained * (1 - row.not_carried) for row in rows)
+    found = safety(folders, everything[1])
+    assert [each.safe for each in found.verdicts] == [
+        row.explained * (1 - row.not_carried) >= everything[1] for row in rows
+    ]
+    sizes = {path.name: path.stat().st_size for path in folders.models.iterdir()}
+    assert [each.frees for each in found.verdicts] == [sizes[each.name] for each in found.verdicts]
+    assert found.frees == sum(sizes[each.name] for each in found.verdicts if each.safe) > 0
+    assert [each.explained for each in found.verdicts] == [row.explained for row in rows]
+    for each, row in zip(found.verdicts, rows, strict=True):
+        assert each.everything == pytest.approx(row.explained * (1 - row.not_carried))
+        assert each.everything < each.explained
+    assert [each.vae_differs for each in found.verdicts] == [False, True, True]
+    text = safe.text(found)
+    assert "nothing was deleted; that is up to you" in text
+    assert text.count("comes back)") == 1
+    assert snapshot(folders.models.parent) == before
+
+
+def test_what_is_not_there_any_more_or_was_changed_is_told(own):
+    _, folders = own
+    (folders.models / "a.safetensors").unlink()
+    shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
+    found = safety(folders, 0.01)
+    assert [each.safe for each in found.verdicts] == [False, True, False]
+    assert found.verdicts[0].reason == "it is not there any more"
+    assert found.verdicts[0].frees == 0
+    assert found.verdicts[2].reason.startswith("it was changed since the merge")
+    assert found.verdicts[2].frees == 0
+
+
+def test_one_that_was_moved_is_found(own):
+    _, folders = own
+    deeper = folders.models / "deeper"
+    deeper.mkdir()
+    (folders.models / "a.safetensors").rename(deeper / "a.safetensors")
+    assert not safety(folders, 0.01).verdicts[0].safe
+    new = load_run(folders, "mix")
+    run_fit(FitOrder("mix", deeper / "a.safetensors", name="x"), folders, Control())
+    found = safety(folders, 0.01).verdicts[0]
+    assert (found.safe, found.path) == (True, deeper / "a.safetensors")  # its hash is known now
+    assert new.name == "mix"
+
+
+@pytest.mark.parametrize("what", ["Lora/mix_1-2.safetensors", "Stable-diffusion/mix.safetensors"])
+def test_nothing_is_safe_where_the_run_is_not_whole(own, what):
+    _, folders = own
+    path = folders.models.parent / what
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    if "Stable" in what:
+        path.unlink()
+    found = safety(folders, 0.01)
+    assert found.problem
+    assert not any(each.safe for each in found.verdicts)
+    assert found.frees == 0
+    assert "nothing is safe to delete: " in safe.text(found)
+
+
+def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
+    _, folders = own
+    path = folders.runs / "mix/manifest.json"
+    text = path.read_text()
+    path.write_text(text.replace('"version": 1', '"version": 99', 1))
+    with pytest.raises(RunError, match=r"was made by Hyper-Merge .*; update"):
+        safety(folders)
+    path.write_text(text)
+    with pytest.raises(RunError, match='did you mean "mix"'):
+        find_safety("mxi", 0.99, folders, Control())
+
+
+def test_a_lora_that_was_edited_since_makes_nothing_safe(own):
+    merged, folders = own
+    content = bytearray(merged.loras[0].read_bytes())
+    content[-1] ^= 1
+    merged.loras[0].write_bytes(content)
+    found = safety(folders, 0.01)
+    assert "was edited or replaced since the run mix wrote it" in found.problem
+    assert not any(each.safe for each in found.verdicts)
+
+
+def test_the_base_of_another_run_is_not_safe(own, files):
+    _, folders = own
+    models = [folders.models / f"{name}.safetensors" for name in "bc"]
+    merge(models, folders.models.parent, name="based", base=str(folders.models / "a.safetensors"))
+    found = safety(folders, 0.01)
+    assert [each.safe for each in found.verdicts] == [False, True, True]
+    assert found.verdicts[0].reason == "it is the hyper-model of based"
+
+
+def test_a_link_frees_nothing(own):
+    _, folders = own
+    path = folders.models / "a.safetensors"
+    path.rename(folders.models / "real.safetensors")
+    path.symlink_to(folders.models / "real.safetensors")
+    found = safety(folders, 0.01)
+    assert found.verdicts[0].frees == 0
+    assert found.verdicts[1].frees > 0
+
+
+def test_fitted_checkpoints_are_held_against_it_too(own, new):
+    _, folders = own
+    fitted = run_fit(FitOrder("mix", new, topup="99%"), folders, Control())
+    found = safety(folders, 0.5).verdicts[-1]
+    assert (found.name, found.frees) == ("new.safetensors", new.stat().st_size)
+    assert found.explained == fitted.explained > 0.99
+    again = run_fit(FitOrder("mix", new, name="again", topup="1%"), folders, Control())
+    own_again = run_fit(
+        FitOrder("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
+        folders,
+        Control(),
+    )
+    found = safety(folders, 0.5)  # each file once, by what brings back most of it
+    assert [each.name[:-12] for each in found.verdicts] == ["a", "b", "c", "new"]
+    assert again.explained < fitted.explained == found.verdicts[-1].explained
+    assert found.verdicts[-1].restored_as == "new"
+    assert found.verdicts[0].explained == own_again.explained
+    assert "(restored as own)" in safe.text(found)
+    (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
+    assert "mix_fit-new" in safety(folders, 0.5).problem
+
+
+def absorb(folders, *paths, **settings):
+    return run_absorb(AbsorbOrder("mix", paths, **settings), folders, Control())
+
+
+def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
+    _, folders = own
+    before = snapshot(folders.models.parent)
+    fitted = run_fit(FitOrder("mix", new), folders, Control())
+    starts = []
+    run_merge = absorbing.run_merge
+
+    def told(preflight, control, folders, start):
+        starts.append(start)
+        return run_merge(preflight, control, folders, start)
+
+    monkeypatch.setattr(absorbing, "run_merge", told)
+    merged = absorb(folders, new)
+    assert merged.place.run == "mix+1"
+    assert [row.name for row in merged.report.checkpoints] == ["a", "b", "c", "new"]
+    after = snapshot(folders.models.parent)
+    assert {name: after[name] for name in before} == before
+    old = load_run(folders, "mix")
+    for part, rows in starts[0].items():
+        expected = [row.multipliers_of(part) for row in old.report.checkpoints]
+        expected.append(fitted.row.multipliers_of(part))
+        torch.testing.assert_close(rows, torch.tensor(expected).double())
+    mean = load(merged.place.hyper_model)
+    plain = merge([*old.recipe.models, new], folders.models.parent / "plain", name="plain")
+    for key, tensor in load(plain.place.hyper_model).items():
+        assert torch.equal(tensor, mean[key])
+    assert merged.report.loss <= plain.report.loss * 1.02
+
+
+def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
+    rows = torch.tensor([[1.0, 2], [-3, 0], [2, -2]], dtype=torch.float64)  # sums of 0
+    tried = []
+
+    def told(problem, planned, earlier, generator, tell, given):
+        tried.extend(given)
+        return best_start(problem, planned, earlier, generator, tell, given)
+
+    best_start = solution.best_start
+    monkeypatch.setattr(solution, "best_start", told)
+    preflight = examine(recipe(files, tmp_path, allocation="even"))
+    run_merge(preflight, Control(), start={"unet": rows})
+    (start,) = tried  # the text encoder has none
+    back = preflight.sources.contrasts.to_deviations @ start
+    torch.testing.assert_close(back, torch.nn.functional.normalize(rows, dim=0))
+
+
+def test_weights_are_extended_by_their_mean(files, new, tmp_path):
+    merge(files, tmp_path / "m", weights=(3, 1, 2), fit_weights=(1, 1, 4))
+    folders = Folders.under(tmp_path / "m")
+    merged = absorb(folders, new, name="more")
+    recipe = load_run(folders, merged.place.run).recipe
+    assert recipe.weights == (3, 1, 2, 2)
+    assert recipe.fit_weights == (1, 1, 4, 2)
+    assert merged.place.run == "more"
+
+
+def test_what_cannot_be_absorbed_is_refused_by_name_with_nothing_written(own, new, state_of):
+    _, folders = own
+    before = snapshot(folders.models.parent)
+    twin = shutil.copy(folders.models / "a.safetensors", new.with_name("twin.safetensors"))
+    with pytest.raises(RunError, match=r"twin.safetensors has the content of a.safetensors, which"):
+        absorb(folders, new.with_name("twin.safetensors"))
+    with pytest.raises(NameTakenError, match=r"mix.safetensors is the hyper-model|exists"):
+        absorb(folders, new, name="mix")
+    with pytest.raises(RecipeError, match="is not allowed"):
+        absorb(folders, new, name="a/b")
+    lacking = write(
+        new.with_name("lacking.safetensors"),
+        {key: tensor for key, tensor in state_of(0).items() if "first_stage" not in key},
+    )
+    with pytest.raises(MismatchError, match="VAE"):
+        absorb(folders, lacking)
+    assert snapshot(folders.models.parent) == before
+    assert twin
+    (folders.models / "b.safetensors").unlink()
+    shutil.copy(new, folders.models / "c.safetensors")
+    before = snapshot(folders.models.parent)
+    with pytest.raises(RunError, match=r"b.safetensors \(missing\), c.safetensors \(changed\)"):
+        absorb(folders, new)
+    assert snapshot(folders.models.parent) == before

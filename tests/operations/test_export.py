@@ -1,0 +1,482 @@
+"""Export: one LoRA that adds what a run's LoRAs add with one checkpoint's multipliers."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_family import RANKS, added, merge, snapshot, temporaries, write
+
+from hyper_merge.checkpoints.architectures.families.sd1 import SD1
+from hyper_merge.errors import (
+    CheckpointError,
+    ExtractionError,
+    InterruptedRun,
+    OutputError,
+    RecipeError,
+    RunError,
+)
+from hyper_merge.loras.lora_file import as_hosts_add
+from hyper_merge.loras.reader import StoredLora
+from hyper_merge.loras.weighted_sum import WeightedSum
+from hyper_merge.operations import export
+from hyper_merge.operations.export import Export, describe, multipliers_of, run_export
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import delete_run, load_run
+from hyper_merge.runtime.progress import Control
+
+LINEAR, POINT, CONV = "lora_te_text_model_a", "lora_unet_b", "lora_unet_c"
+
+
+def exported(folder, *checkpoints, run="mix", control=None, **settings):
+    wanted = Export(run, checkpoints or None, **settings)
+    return run_export(wanted, Folders.under(folder), control or Control())
+
+
+def sums(folder, row, run="mix"):
+    """By module: what the run's LoRAs add with a checkpoint's multipliers, dense."""
+    loras = [load_file(folder / "Lora" / f"{name}.safetensors") for name in names_of(folder, run)]
+    modules = {key.partition(".")[0] for lora in loras for key in lora}
+    return {
+        module: sum(
+            x * added(lora, module)
+            for x, lora in zip(row.multipliers_of(part_of(module)), loras, strict=True)
+            if f"{module}.alpha" in lora
+        )
+        for module in modules
+    }
+
+
+def part_of(module):
+    return "text_encoder" if module.startswith("lora_te_") else "unet"
+
+
+def names_of(folder, run="mix"):
+    return load_run(Folders.under(folder), run).report.loras
+
+
+def row_of(folder, checkpoint, run="mix"):
+    rows = load_run(Folders.under(folder), run).report.checkpoints
+    return next(row for row in rows if row.name == checkpoint)
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def manifest_path(folder, run="mix"):
+    return folder / "hyper-merge" / run / "manifest.json"
+
+
+def edit_manifest(folder, change, run="mix"):
+    path = manifest_path(folder, run)
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def in_float32(files, tmp_path_factory):
+    """A merge stored in float32; not to be changed."""
+    folder = tmp_path_factory.mktemp("in_float32")
+    merge(files, folder, dtype="float32")
+    return folder
+
+
+def test_an_export_in_float32_adds_exactly_what_the_run_adds(in_float32, tmp_path):
+    folder = shutil.copytree(in_float32, tmp_path / "models")
+    for each in exported(folder):
+        lora = load_file(each.path)
+        for module, total in sums(folder, row_of(folder, each.checkpoint)).items():
+            scale = float(total.abs().max())
+            torch.testing.assert_close(added(lora, module), total, rtol=0, atol=1e-6 * scale)
+        assert each.lost < 1e-12
+        assert {t.dtype for t in lora.values()} == {torch.float32}
+
+
+def test_an_export_in_float16_differs_by_rounding_and_says_how_much(started):
+    for each in exported(started):
+        lora, energy, lost = load_file(each.path), 0.0, 0.0
+        for module, total in sums(started, row_of(started, each.checkpoint)).items():
+            energy += float(total.square().sum())
+            lost += float((added(lora, module) - total).square().sum())
+        assert 1e-9 < lost / energy < 1e-6
+        assert each.lost == pytest.approx(lost / energy, rel=1e-3)
+
+
+def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started):
+    (one,) = exported(started, "b")
+    assert one.path == started / "Lora/mix_b.safetensors"
+    ranks = Counter()
+    for name in names_of(started):
+        for key, tensor in load_file(started / "Lora" / f"{name}.safetensors").items():
+            if key.endswith("lora_down.weight"):
+                ranks[key] += len(tensor)
+    lora = load_file(one.path)
+    sizes = {key: len(lora[key]) for key in ranks}
+    most = {key: min(added(lora, key.partition(".")[0]).shape) for key in ranks}
+    assert sizes == {key: min(rank, most[key]) for key, rank in ranks.items()}
+    assert one.rank == max(sizes.values()) > sum(RANKS)  # for ranks differ by layer
+    assert one.explained == row_of(started, "b").explained
+    assert one.size == one.path.stat().st_size
+    found = metadata(one.path)
+    assert found["hyper_merge.kind"] == "lora-alone"
+    assert (found["hyper_merge.run"], found["hyper_merge.checkpoint"]) == ("mix", "b")
+    assert (found["hyper_merge.name"], found["ss_output_name"]) == ("mix", "mix_b")
+    assert found["ss_network_alpha"] == f"{one.rank}.0"
+    assert float(found["hyper_merge.explained"]) == one.explained
+    sources = load_run(Folders.under(started), "mix").sources
+    lineage = json.loads(found["hyper_merge.lineage"])
+    assert [s["sha256"] for s in lineage] == [source.sha256 for source in sources]
+    card = json.loads(one.path.with_suffix(".json").read_text())
+    assert card["description"] == f"Turns mix into b, by itself; rank {one.rank}."
+    assert card["sd version"] == "SD1"
+    assert one.path.with_suffix(".png").exists()
+    said = describe([one], None)
+    assert said.endswith("To get b, load mix and put this into the prompt:\n<lora:mix_b:1.00000>")
+    assert exported(started, "a.safetensors")[0].checkpoint == "a"
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_cut_export_loses_the_singular_tail_and_says_how_much(in_float32, tmp_path, rank):
+    folder = shutil.copytree(in_float32, tmp_path / "models")
+    (one,) = exported(folder, "c", rank=rank)
+    lora, energy, tail = load_file(one.path), 0.0, 0.0
+    for module, total in sums(folder, row_of(folder, "c")).items():
+        values = torch.linalg.svdvals(total).square()
+        energy += float(values.sum())
+        tail += float(values[rank:].sum())
+        lost = float((added(lora, module) - total).square().sum())
+        assert lost == pytest.approx(float(values[rank:].sum()), rel=1e-4, abs=1e-9 * energy)
+    assert one.lost == pytest.approx(tail / energy, rel=1e-4, abs=1e-12)
+    assert one.rank == rank
+    # what it explains of the checkpoint is not known exactly
+    assert ("hyper_merge.explained" in metadata(one.path)) is False
+    assert "lost by cutting" in describe([one], rank)
+
+
+def test_companions_are_still_to_be_used_besides(files, tmp_path):
+    merge(files, tmp_path, exact="norms")
+    (one,) = exported(tmp_path, "a")
+    row = row_of(tmp_path, "a")
+    tags = load_run(Folders.under(tmp_path), "mix").report.tags(row).split()
+    assert one.companions.split() == tags[2:] != []
+    assert describe([one], None).endswith(f"\n<lora:mix_a:1.00000> {one.companions}")
+
+
+def lora_file(path, ranks, alpha, dtype=torch.float32, seed=0):
+    """A LoRA of one linear layer, one 1x1 and one 3x3 convolution with these ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    shapes = ((LINEAR, (6,), (5,)), (POINT, (4, 1, 1), (3, 1, 1)), (CONV, (7, 1, 1), (2, 3, 3)))
+    for (module, out, into), rank in zip(shapes, ranks, strict=True):
+        if rank:
+            up = torch.randn(out[0], rank, *out[1:], generator=generator)
+            down = torch.randn(rank, *into, generator=generator)
+            tensors[f"{module}.lora_up.weight"] = up.to(dtype)
+            tensors[f"{module}.lora_down.weight"] = down.to(dtype)
+            if alpha is not None:
+                tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, path)
+    return path
+
+
+def plain(path):
+    """The file's tensors in a type that can be calculated with, each with an alpha."""
+    tensors = {key: tensor.to(torch.float64) for key, tensor in load_file(path).items()}
+    for key in [key for key in tensors if key.endswith("lora_down.weight")]:
+        module = key.partition(".")[0]
+        tensors.setdefault(f"{module}.alpha", torch.tensor(float(len(tensors[key]))))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("dtype", "again"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("alpha", [None, 1, 8])
+def test_a_stored_lora_is_read_by_its_shapes_and_alphas(tmp_path, dtype, again, alpha):
+    path = lora_file(tmp_path / "x.safetensors", (4, 1, 3), alpha, dtype)
+    tensors = plain(path)
+    with StoredLora(path, SD1) as lora:
+        assert lora.ranks == {LINEAR: 4, POINT: 1, CONV: 3}
+        assert {name: layer.shape for name, layer in lora.modules.items()} == {
+            LINEAR: (6, 5),
+            POINT: (4, 3, 1, 1),
+            CONV: (7, 2, 3, 3),
+        }
+        assert [lora.modules[m].part for m in (LINEAR, POINT)] == ["text_encoder", "unet"]
+        assert lora.dtype == again
+        for module in lora.modules:
+            up, down = lora.factors(module)
+            torch.testing.assert_close(up @ down, added(tensors, module), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LINEAR}.lora_up.weight"), f"is no whole LoRA: {LINEAR} has half of its"),
+        (lambda t: t.update({f"{LINEAR}.alpha": torch.tensor(-1.0)}), f"has the alpha -1.0 in {LINEAR}"),
+    ],
+)  # fmt: skip
+def test_a_lora_that_cannot_be_meant_is_refused(tmp_path, change, message):
+    tensors = load_file(lora_file(tmp_path / "y.safetensors", (2, 2, 2), 2))
+    change(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with (
+        pytest.raises(CheckpointError, match=f"x.safetensors {message}"),
+        StoredLora(tmp_path / "x.safetensors", SD1) as lora,
+    ):
+        lora.factors(LINEAR)
+
+
+def weighted(stack, paths, multipliers, rank=None):
+    loras = [stack.enter_context(StoredLora(path, SD1)) for path in paths]
+    return WeightedSum(loras, lambda part: multipliers[part], rank)
+
+
+@pytest.fixture
+def stack():
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_ranks_that_differ_in_every_layer_add_up_to_the_dense_sum(tmp_path, stack):
+    paths = [
+        lora_file(tmp_path / "x.safetensors", (2, 1, 3), 4),
+        lora_file(tmp_path / "y.safetensors", (1, 0, 2), None, seed=1),
+    ]
+    multipliers = {"unet": (-0.7, 1.25), "text_encoder": (0.0, 0.5)}
+    total = weighted(stack, paths, multipliers)
+    assert {name: rank for name, (_, rank) in total.ranks().items()} == {
+        LINEAR: 1,
+        POINT: 1,
+        CONV: 5,
+    }
+    dense = [plain(path) for path in paths]
+    for module, (layer, _) in total.ranks().items():
+        expected = sum(
+            x * added(lora, module)
+            for x, lora in zip(multipliers[layer.part], dense, strict=True)
+            if f"{module}.alpha" in lora
+        )
+        for alpha in (None, 5):
+            found = total.stored(layer, alpha, torch.float32)
+            up, down = (factor.double() for factor in as_hosts_add(*found.factors, alpha))
+            torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-5)
+            assert found.energy == pytest.approx(float(expected.square().sum()), rel=1e-9)
+
+
+def test_more_ranks_than_a_layer_can_have_become_as_many_as_it_can(tmp_path, stack):
+    paths = [lora_file(tmp_path / f"{n}.safetensors", (3, 2, 1), 3, seed=n) for n in range(3)]
+    total = weighted(stack, paths, dict.fromkeys(("unet", "text_encoder"), (1.0, -1.0, 0.5)))
+    layer, rank = total.ranks()[LINEAR]
+    assert rank == 5
+    assert total.stored(layer, 9, torch.float32).lost < 1e-9
+
+
+def test_factors_that_half_precision_could_not_hold_are_evened_first(tmp_path, stack):
+    tensors = load_file(lora_file(tmp_path / "y.safetensors", (2, 1, 1), 2))
+    tensors[f"{LINEAR}.lora_up.weight"] *= 1e7
+    tensors[f"{LINEAR}.lora_down.weight"] *= 1e-7
+    save_file(tensors, tmp_path / "x.safetensors")
+    total = weighted(stack, [tmp_path / "x.safetensors"], {"text_encoder": (-3.0,), "unet": (1.0,)})
+    layer, _ = total.ranks()[LINEAR]
+    found = total.stored(layer, 2, torch.float16)
+    assert max(float(factor.abs().max()) for factor in found.factors) < 10
+    assert found.lost / found.energy < 1e-6
+
+
+def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started):
+    """A checkpoint called like a LoRA of the run, and a file of somebody else."""
+    lora = started / "Lora/mix_0-4.safetensors"
+    before = lora.read_bytes()
+    (started / "Lora/mix_b.safetensors").write_bytes(b"mine")
+
+    def rename(manifest):
+        rows = manifest["report"]["checkpoints"]
+        rows[0]["name"] = "0-4"
+
+    edit_manifest(started, rename)
+    found = exported(started, "0-4", "b", overwrite=True)
+    assert [each.path.name for each in found] == ["mix_0-4-2.safetensors", "mix_b-2.safetensors"]
+    assert lora.read_bytes() == before
+    assert (started / "Lora/mix_b.safetensors").read_bytes() == b"mine"
+    again = exported(started, "b", overwrite=True)
+    assert again[0].path.name == "mix_b-2.safetensors"
+
+
+def test_checkpoints_whose_names_become_alike_get_numbers_and_keep_them(started):
+    def rename(manifest):
+        rows = manifest["report"]["checkpoints"]
+        rows[0]["name"], rows[1]["name"] = "my [v1]", "my <v1>"
+
+    edit_manifest(started, rename)
+    (second,) = exported(started, "my <v1>")
+    assert second.path.name == "mix_my -v1-2.safetensors"
+    assert [each.path.name for each in exported(started, "my [v1]")] == ["mix_my -v1.safetensors"]
+
+
+def test_an_export_that_is_there_is_replaced_only_if_asked(started):
+    path = exported(started, "a")[0].path
+    before = snapshot(started)
+    with pytest.raises(OutputError, match=r"mix_a\.safetensors exists; choose another name, or"):
+        exported(started, "a", rank=2)
+    assert snapshot(started) == before
+    assert exported(started, "a", rank=2, overwrite=True)[0].path == path
+    assert path.read_bytes() != before["Lora/mix_a.safetensors"]
+
+
+def refusal(folder, *checkpoints, error=RunError, **settings):
+    """The message; nothing was written."""
+    before = snapshot(folder)
+    with pytest.raises(error) as caught:
+        exported(folder, *checkpoints, **settings)
+    assert snapshot(folder) == before
+    return str(caught.value)
+
+
+def test_an_unknown_run_or_checkpoint_is_refused_with_the_nearest_and_the_list(started):
+    assert refusal(started, "a", run="mux") == (
+        f'there is no run mux in {started / "hyper-merge"}; did you mean "mix"? There are mix'
+    )
+    edit_manifest(started, lambda m: m["report"]["checkpoints"][0].update(name="portrait"))
+    assert refusal(started, "portait") == (
+        'the run mix has no checkpoint portait; did you mean "portrait"? It has portrait, b, c'
+    )
+    assert refusal(started, "q") == "the run mix has no checkpoint q. It has portrait, b, c"
+
+
+def test_a_missing_lora_is_refused(started):
+    (started / "Lora/mix_1-2.safetensors").unlink()
+    assert refusal(started) == (
+        f"mix_1-2.safetensors of the run mix is missing in {started / 'Lora'}; bring it back from a"
+        " copy, or merge again into another name than mix"
+    )
+
+
+def test_a_missing_hyper_model_is_a_warning(started):
+    (started / "Stable-diffusion/mix.safetensors").unlink()
+    edit_manifest(
+        started, lambda m: m.update(hyper_model=str(started / "Stable-diffusion/mix.safetensors"))
+    )
+    told = []
+    assert exported(started, "a", control=Control(warn=told.append))
+    assert [message.partition(" is missing or another file;")[2] for message in told] == [
+        " these LoRAs go with no other"
+    ]
+
+
+@pytest.mark.parametrize("hashes", [True, False], ids=["manifest", "manifest of 0.1"])
+def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path, hashes):
+    if not hashes:
+        edit_manifest(started, lambda m: m.pop("files"))
+    assert len(exported(started)) == 3  # as they are all is well
+    path = started / "Lora/mix_0-4.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}  # not mapped
+    words, key = metadata(path), next(iter(tensors))
+    save_file({**tensors, key: tensors[key] + 1}, path, words)  # the old hash is still in it
+    message = (
+        "mix_0-4.safetensors was edited or replaced since the run mix wrote it; bring it back from a"
+        " copy, or merge again into another name than mix"
+    )
+    assert refusal(started, overwrite=True) == message
+    merge((files[0], files[2]), tmp_path / "other")
+    shutil.copy(tmp_path / "other/Lora/mix_0-4.safetensors", path)
+    assert refusal(started, overwrite=True) == message
+    save_file(tensors, path, {**words, "note": "mine"})  # words may be changed
+    assert len(exported(started, overwrite=True)) == 3
+
+
+def test_a_run_of_a_newer_version_or_an_unknown_family_is_refused(started):
+    edit_manifest(started, lambda m: m.update(family="sd9"))
+    assert refusal(started) == "the run mix is of the family sd9, unknown to this version"
+    edit_manifest(started, lambda m: m.update(version=99))
+    assert "update Hyper-Merge to open or delete it" in refusal(started)
+
+
+def test_a_checkpoint_that_is_the_hyper_model_has_nothing_to_export(tmp_path, state_of):
+    paths = [write(tmp_path / f"{n}.safetensors", state_of(0)) for n in "xy"]
+    merge(paths, tmp_path)
+    assert refusal(tmp_path, "x", error=ExtractionError) == (
+        "all multipliers of x are 0: mix.safetensors is that checkpoint already, as far as LoRAs go;"
+        " there is nothing to export"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, "4"])
+def test_an_impossible_rank_is_refused(started, rank):
+    assert 'key "rank": expected a whole number from 1 to 4096' in refusal(
+        started, error=RecipeError, rank=rank
+    )
+
+
+@pytest.mark.parametrize("phase", ["checking", "folding", "writing"])
+def test_an_interrupt_at_any_moment_leaves_nothing(started, phase):
+    told, before = [], snapshot(started)
+    control = Control(
+        lambda words, _fraction: told.append(words),
+        lambda: bool(told) and told[-1].startswith(phase),
+    )
+    with pytest.raises(InterruptedRun):
+        exported(started, control=control)
+    assert snapshot(started) == before
+    assert temporaries(started) == []
+
+
+def test_all_exports_appear_or_none(started, monkeypatch):
+    original, written = export.write_lora, []
+
+    def fails_at_last(*arguments):
+        if len(written) == 2:
+            raise OutputError("the disk is full")
+        written.append(arguments)
+        original(*arguments)
+
+    monkeypatch.setattr(export, "write_lora", fails_at_last)
+    assert refusal(started, error=OutputError) == "the disk is full"
+
+
+def test_progress_never_falls_and_ends_at_one(started):
+    fractions = []
+    exported(started, control=Control(lambda _phase, fraction: fractions.append(fraction)))
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+
+
+def test_deleting_the_run_leaves_exports_where_they_are(started):
+    path = exported(started, "a")[0].path
+    folders = Folders.under(started)
+    delete_run(load_run(folders, "mix"), folders)
+    assert path.exists()
+
+
+def test_the_manifest_knows_the_content_of_every_lora_and_companion(files, tmp_path):
+    merge(files, tmp_path, exact="norms")
+    run = load_run(Folders.under(tmp_path), "mix")
+    assert [*run.hashes] == [path.stem for path in run.loras]
+    for path in run.loras:
+        assert metadata(path)["sshs_model_hash"] == run.hashes[path.stem]
+    edit_manifest(tmp_path, lambda m: m.update(files={"mix_0-4": 3}))
+    with pytest.raises(RunError, match='"mix_0-4" is missing or of the wrong kind'):
+        load_run(Folders.under(tmp_path), "mix")
+
+
+def test_a_layers_multipliers_are_those_of_its_part(started):
+    row = replace(row_of(started, "a"), multipliers=(0.25, -1.0), text_multipliers=(0.5, 1.0))
+    assert multipliers_of(row, "unet") == (0.25, -1.0)
+    assert multipliers_of(row, "text_encoder") == (0.5, 1.0)
+    row = replace(row, text_multipliers=(), topup="mix_a-own")
+    assert multipliers_of(row, "text_encoder") == (0.25, -1.0, 1.0)

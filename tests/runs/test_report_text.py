@@ -1,0 +1,134 @@
+"""The report's figures are those of dense arithmetic, and its table is laid out for people."""
+
+import json
+import re
+
+import pytest
+import torch
+from sample_report import REPORT
+from tiny_family import layers_of, merge
+
+from hyper_merge.runs.report import Report
+from hyper_merge.runs.report_text import text
+from hyper_merge.solver.evaluation import Fit
+
+TABLE = """\
+mix: 2 checkpoints, 2 shared LoRAs
+
+checkpoint         explained    UNet  text enc.  rel. error   not carried
+anime                 81.25%  80.00%    91.25%      0.4330        1.230%
+a_long_checkpoint    100.00% 100.00%   100.00%      0.0000        0.000%
+
+loss: what stays unexplained, as a share of all differences in the layers
+  average alone                     1.0000
+  private LoRAs of the same bytes   0.2500
+  shared LoRAs, as written          0.1250   1.25 times the bound
+  lower bound                       0.1000
+  by sweeps, before rounding: 0.5000 0.2500 0.1235
+
+explained by the first LoRAs: 1, 2, ...
+  mean   37.50%  90.62%
+  worst  25.00%  81.25%
+
+sections with the most of the loss: OUT02 50.0%, IN01 40.0%, TE00 10.0%
+
+not carried by LoRAs, as a share of all differences: norms 0.500%, VAE 0.000%
+
+4.26 GB of checkpoints -> hyper-model 2.13 GB + LoRAs 53 MB = 2.19 GB
+"""
+
+
+def test_the_table_is_laid_out_for_people():
+    assert text(REPORT) == TABLE
+
+
+def test_the_greedy_method_counts_blocks_not_sweeps():
+    greedy = Report(**dict(vars(REPORT), method="greedy", losses=(0.5,)))
+    assert "\n  by blocks, before rounding: 0.5000\n" in text(greedy)
+
+
+def test_the_table_of_a_report_of_the_first_version_has_no_more_than_it_knew():
+    old = Report(**dict(vars(REPORT), curve=(), similarity=(), parts=()))
+    assert "the first LoRAs" not in text(old)
+    assert "sections" not in text(old)
+
+
+def test_a_report_comes_back_from_the_manifest():
+    data = REPORT.as_dict()
+    assert set(data) == set(vars(REPORT))
+    assert Report.from_dict(data) == REPORT
+    assert Report.from_dict(json.loads(json.dumps(data, allow_nan=False))) == REPORT
+
+
+def test_a_report_of_the_first_version_comes_back_without_the_new_figures():
+    data = {k: v for k, v in REPORT.as_dict().items() if k not in ("curve", "similarity", "parts")}
+    report = Report.from_dict(data)
+    assert (report.curve, report.similarity, report.parts) == ((), (), ())
+    assert report.checkpoints == REPORT.checkpoints
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "none"}, "expected a finite number in report.loss, got 'none'"),
+        ({"loss": float("nan")}, "expected a finite number in report.loss, got nan"),
+        ({"loss": True}, "expected a finite number in report.loss, got True"),
+        ({"name": 3}, "expected text in report.name, got 3"),
+        ({"bytes_loras": 0.5}, "expected a whole number in report.bytes_loras, got 0.5"),
+        ({"losses": "0.5"}, "expected a list in report.losses, got '0.5'"),
+        ({"losses": [0.5, None]}, "expected a finite number in report.losses[1], got None"),
+        ({"not_carried": [1]}, "expected named figures in report.not_carried, got [1]"),
+        ({"checkpoints": [4, 5]}, "expected named figures in report.checkpoints[0], got 4"),
+        ({"parts": [{"name": "MID"}]}, "report.parts[0] lacks which, energy, lost"),
+        ({"loras": ["a"]}, "expected 2 rows of 1 figures in report.multipliers"),
+        ({"curve": [[0, 0]]}, "expected 3 rows of 2 figures in report.curve"),
+        ({"similarity": [[1, 0], [0]]}, "expected 2 rows of 2 figures in report.similarity"),
+    ],
+)
+def test_a_malformed_report_is_refused_with_the_place(change, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Report.from_dict(REPORT.as_dict() | change)
+
+
+def test_a_report_without_a_figure_or_of_another_kind_is_refused():
+    data = REPORT.as_dict()
+    del data["loss"], data["bound"]
+    with pytest.raises(ValueError, match="report lacks loss, bound"):
+        Report.from_dict(data)
+    with pytest.raises(ValueError, match="expected named figures in report, got \\[\\]"):
+        Report.from_dict([])
+
+
+def test_shares_of_chosen_layers_and_of_nothing():
+    errors = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).double()
+    energies = torch.tensor([[4.0, 0.0], [6.0, 0.0]]).double()
+    nothing = torch.zeros(2, 2)
+    fit = Fit({"unet": torch.zeros(2, 1).double()}, errors, energies, nothing)
+    assert fit.loss == pytest.approx(0.4)
+    assert fit.explained().tolist() == pytest.approx([0.6, 1.0])
+    assert fit.explained(torch.tensor([True, False])).tolist() == pytest.approx([0.75, 1.0])
+    assert Fit({"unet": torch.zeros(2, 1)}, 0 * errors, 0 * energies, nothing).loss == 0
+
+
+def test_the_baselines_stand_in_their_order(merged):
+    report = merged.report
+    assert 0 < report.bound <= report.loss < 1
+    assert report.bound <= report.private_loss < 1
+    assert report.losses == tuple(sorted(report.losses, reverse=True))
+    assert sum(report.not_carried.values()) < 1
+
+
+def test_full_ranks_explain_everything_but_the_rounding(files, tmp_path):
+    largest = max(min(layer.m, layer.n) for layer in layers_of(files[0]))
+    report = merge(files, tmp_path, ranks=(largest, largest), dtype="float32", iterations=8).report
+    assert report.loss < 1e-5
+    assert report.bound < 1e-5
+    assert all(row.explained > 1 - 1e-5 for row in report.checkpoints)
+
+
+def test_two_checkpoints_get_opposite_multipliers_and_the_best_blocks(files, tmp_path):
+    settings = {"ranks": (5,), "iterations": 40, "tolerance": 0, "layer_weights": "plain"}
+    report = merge(files[:2], tmp_path, **settings).report
+    first, second = (row.multipliers for row in report.checkpoints)
+    assert first[0] == pytest.approx(-second[0], abs=1e-3)
+    assert report.loss == pytest.approx(report.bound, rel=2e-3)  # the truncated SVD of one matrix

@@ -1,0 +1,183 @@
+"""Factors in 8 bits: within range whatever they are, and fitted again to what rounding has left."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_family import merge
+
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.decomposition.linalg import largest_value
+from hyper_merge.decomposition.normalization import balanced
+from hyper_merge.errors import InterruptedRun
+from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
+from hyper_merge.solver import float8
+from hyper_merge.solver.float8 import Target, float8_alpha, refitted
+
+FLOAT8 = torch.float8_e4m3fn
+LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
+RANKS = (16, 12, 0, 8)
+
+
+def generator_of(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blocks_of(ranks=RANKS, seed=0):
+    generator = generator_of(seed)
+    return [
+        balanced(
+            torch.randn(60, rank, generator=generator), torch.randn(rank, 50, generator=generator)
+        )
+        if rank
+        else (torch.zeros(60, 0), torch.zeros(0, 50))
+        for rank in ranks
+    ]
+
+
+def alphas_of(pairs):
+    return [float8_alpha(up.shape[1] * largest_value(up, down)) for up, down in pairs]
+
+
+def dense_error(target, stored, alphas):
+    """Of the blocks as hosts add them, by their definition."""
+    left, right = (basis.double() for basis in target.bases)
+    total = 0.0
+    for core, row in zip(target.slices.double(), target.multipliers, strict=True):
+        rest = left @ core @ right.mT
+        for pair, alpha, x in zip(stored, alphas, row.tolist(), strict=True):
+            up, down = (part.double() for part in as_hosts_add(*pair, alpha))
+            rest = rest - x * up @ down
+        total += float(rest.square().sum())
+    return total
+
+
+def cancelling(seed=0):
+    """Two slices of four blocks that are ten times as large as what they bring together."""
+    pairs = blocks_of(seed=seed)
+    pairs[1] = (-pairs[0][0][:, :12].clone(), pairs[0][1][:12] + 0.3 * pairs[1][1])
+    multipliers = torch.tensor([[1.0, 0.9, 0.0, 0.2], [0.95, 1.0, 0.0, -0.3]]).double()
+    slices = sum(
+        x.float()[:, None, None] * (up @ down)
+        for x, (up, down) in zip(multipliers.mT, pairs, strict=True)
+    )
+    return Target(slices, (torch.eye(60), torch.eye(50)), multipliers), pairs
+
+
+def rounded_to_float8(pairs, alphas):
+    return [
+        stored_factors(LAYER, *pair, alpha, FLOAT8)
+        for pair, alpha in zip(pairs, alphas, strict=True)
+    ]
+
+
+@given(size=st.floats(1e-30, 1e30))
+def test_alpha_is_the_smallest_power_of_two_that_keeps_products_within_bounds(size):
+    alpha = float8_alpha(size)
+    assert size / alpha <= 2**15
+    assert size / (alpha / 2) > 2**15
+    assert math.frexp(alpha)[0] == 0.5
+
+
+@pytest.mark.parametrize("size", [0.0, math.inf, math.nan])
+def test_a_file_without_any_size_has_the_alpha_one(size):
+    assert float8_alpha(size) == 1.0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rank=st.integers(1, 40),
+    exponent=st.floats(-20, 10),
+    decay=st.floats(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_the_largest_singular_value_is_bounded_closely_from_above(rank, exponent, decay, seed):
+    values = 10.0**exponent * torch.arange(1, rank + 1).double() ** -decay
+    generator = generator_of(seed)
+    up = torch.linalg.qr(torch.randn(60, rank, generator=generator).double())[0]
+    down = torch.linalg.qr(torch.randn(50, rank, generator=generator).double())[0].mT
+    found = largest_value(up * values, down)
+    assert 0.999 * float(values[0]) < found < rank ** (1 / 16) * float(values[0]) * 1.001
+
+
+def test_nothing_has_no_largest_singular_value():
+    assert largest_value(torch.zeros(3, 2), torch.ones(2, 3)) == 0.0
+    assert largest_value(torch.zeros(3, 0), torch.zeros(0, 3)) == 0.0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(seed):
+    target, pairs = cancelling(seed)
+    alphas = alphas_of(pairs)
+    stored = rounded_to_float8(pairs, alphas)
+    again = refitted(target, LAYER, stored, alphas)
+    before, after = (dense_error(target, each, alphas) for each in (stored, again))
+    energy = float(target.slices.double().square().sum())
+    assert 1e-3 < before / energy < 0.1
+    assert 0 < after < 0.7 * before
+    assert {part.dtype for pair in again for part in pair} == {FLOAT8}
+    assert [up.shape[1] for up, _ in again] == list(RANKS)
+
+
+def test_ups_and_downs_are_those_of_dense_least_squares_beyond_the_bases_too(monkeypatch):
+    generator = generator_of(1)
+    bases = [torch.linalg.qr(torch.randn(n, 20, generator=generator))[0] for n in (60, 50)]
+    slices = torch.randn(2, 20, 20, generator=generator)
+    multipliers = torch.randn(2, len(RANKS), generator=generator).double()
+    target = Target(slices, tuple(bases), multipliers)
+    pairs = blocks_of(seed=2)  # not in the bases
+    dense = [(bases[0] @ core @ bases[1].mT).double() for core in slices]
+    downs = torch.cat([down for _, down in pairs]).double()
+    columns = multipliers.repeat_interleave(torch.tensor(RANKS), 1)  # (2, rho)
+    design = torch.cat([row[:, None] * downs for row in columns], 1)  # ups @ design
+    expected = torch.linalg.lstsq(design.mT, torch.cat(dense, 1).mT).solution.mT
+    found = torch.cat(float8._best_ups(target, pairs), 1).double()
+    # what a least-squares up has outside of the basis is nothing, for the slices are inside
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    turned = float8._best_ups(target.transposed, [(down.mT, up.mT) for up, down in pairs])
+    ups = torch.cat([up for up, _ in pairs], 1).double()
+    design = torch.cat([row[:, None] * ups.mT for row in columns], 1)
+    wide = torch.cat([each.mT for each in dense], 1)
+    expected = torch.linalg.lstsq(design.mT, wide.mT).solution.mT
+    torch.testing.assert_close(torch.cat(turned, 1).double(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_fit_that_leaves_the_range_is_not_made():
+    target, pairs = cancelling()
+    alphas = alphas_of(pairs)
+    stored = rounded_to_float8(pairs, alphas)
+    larger = Target(3 * target.slices, target.bases, target.multipliers)
+    again = refitted(larger, LAYER, stored, alphas)
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for one, two in zip(stored, again, strict=True)
+        for a, b in zip(one, two, strict=True)
+        if a.numel()
+    )
+
+
+def test_a_stop_is_heard_between_the_fits():
+    target, pairs = cancelling()
+    alphas, asked = alphas_of(pairs), []
+
+    def stop():
+        asked.append(1)
+        if len(asked) == 2:
+            raise InterruptedRun("stopped")
+
+    with pytest.raises(InterruptedRun):
+        refitted(target, LAYER, rounded_to_float8(pairs, alphas), alphas, stop)
+
+
+def test_the_second_fit_heeds_how_much_each_checkpoint_counts(files, tmp_path, monkeypatch):
+    def explained(**settings):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        settings = {"lora_dtype": "float8", "fit_weights": (1, 1, 100), **settings}
+        return merge(files, folder, iterations=12, **settings).report.checkpoints[2].explained
+
+    exact = explained(lora_dtype="float32")
+    assert explained() > exact - 0.003
+    monkeypatch.setattr(float8, "_SIDES", ())
+    assert explained() < exact

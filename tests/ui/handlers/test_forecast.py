@@ -1,0 +1,176 @@
+"""What could be had before a merge: the curve, its button, and unlike groups."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from at_the_tab import NAMES, ended, values, words
+from tiny_family import snapshot
+
+from hyper_merge.decomposition.clustering import Clusters, clusters
+from hyper_merge.hosts import tasks
+from hyper_merge.operations.merge.plan import Outlook, make_plan, outlook
+from hyper_merge.runtime.progress import Control
+from hyper_merge.ui.form import Form
+from hyper_merge.ui.handlers import forecast as looking
+from hyper_merge.ui.handlers import merge_request as preparing
+from hyper_merge.ui.handlers import picker as picking
+
+
+def examined(host, **changes):
+    return preparing.examined(host, Form(*values(name="new", **changes)))
+
+
+@pytest.fixture
+def looked(host, jobs):
+    """The files have been looked at."""
+    assert looking.start_look(host, jobs, *values(name="new")) == ""
+    assert ended(jobs).outcome == "done"
+
+
+def drawn(host, **changes):
+    """Text of the plan, plot, button."""
+    _, said, _, plot, button, *_ = picking.plan(host, "", *values(name="new", **changes))
+    return words(said), plot, button
+
+
+def test_a_button_stands_where_the_files_were_not_looked_at(host):
+    _, plot, button = drawn(host)
+    assert (plot["visible"], button["visible"]) == (False, True)
+
+
+def test_a_look_writes_nothing_but_the_cache(host, jobs, root):
+    before = snapshot(root)
+    looking.start_look(host, jobs, *values(name="new"))
+    assert ended(jobs).outcome == "done"
+    assert snapshot(root) == before
+    assert list((root / "hyper-merge/cache").glob("*.safetensors"))
+
+
+def test_a_look_at_one_checkpoint_is_refused(host, jobs):
+    said = looking.start_look(host, jobs, *values(checkpoints=NAMES[:1]))
+    assert "two checkpoints or more" in words(said)
+    assert jobs.last is None
+
+
+@pytest.mark.usefixtures("looked")
+def test_afterwards_the_curve_stands_there_and_its_mark_moves_with_the_ranks(host):
+    titles = []
+    for ranks in ("2", "4, 2"):
+        _, plot, button = drawn(host, ranks=ranks)
+        assert (plot["visible"], button["visible"]) == (True, False)
+        titles.append(plot["value"].axes[0].get_title(loc="left"))
+    assert titles[0] != titles[1]
+    assert all("at worst" in title for title in titles)
+
+
+@pytest.mark.usefixtures("looked")
+def test_the_curve_stays_without_a_mark_while_a_size_is_half_typed(host):
+    _, plot, _ = drawn(host, ranks="4, x")
+    assert plot["visible"] is True
+    assert plot["value"].axes[0].get_title(loc="left") == ""
+
+
+@pytest.mark.usefixtures("looked")
+def test_the_outlook_is_another_where_differences_count_otherwise(host):
+    plain, relative = (
+        tasks.known_outlook(host, examined(host, layer_weights=how)).shared
+        for how in ("as they are", "relative to each layer's size")
+    )
+    assert plain != relative
+
+
+@pytest.mark.usefixtures("looked")
+def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
+    preflight = examined(host, layer_weights="as they are")
+    found = tasks.known_outlook(host, preflight)
+    point = make_plan(preflight, Control(), host.folders()).asked
+    torch.testing.assert_close(
+        torch.tensor(found.at(point.size)), torch.tensor(point.shared), atol=0.02, rtol=0
+    )
+    assert [*found.sizes] == sorted(found.sizes)
+    for shares in (found.shared, found.private):
+        assert (torch.tensor(shares).diff(dim=0) >= -1e-12).all()
+
+
+@pytest.mark.usefixtures("looked")
+def test_the_size_for_a_share_lies_where_the_worst_reaches_it(host):
+    found = tasks.known_outlook(host, examined(host))
+    target = (min(found.shared[5]) + min(found.shared[6])) / 2
+    size = found.size_for(target)
+    assert found.sizes[5] < size < found.sizes[6]
+    assert min(found.at(size)) == pytest.approx(target, abs=0.02)
+    assert found.size_for(1.1) is None
+
+
+def test_an_analysis_that_is_gone_is_no_error(host, jobs, monkeypatch):
+    monkeypatch.setattr(tasks, "known_analysis", lambda *rest: host.folders().cache / "gone")
+    assert tasks.known_outlook(host, examined(host)) is None
+
+
+def two_groups(names):
+    parted = Clusters(((0, 2), (1, 3)), 0.9)
+    return Outlook(tuple(names), (1, 2), ((0.0,) * 4, (0.5,) * 4), ((0.0,) * 4,) * 2, parted)
+
+
+def test_each_unlike_group_has_a_button_that_stays_while_one_of_them_is_picked():
+    picked = ["a", "b", "c", "d"]
+    groups, *buttons = looking.group_buttons(picked, two_groups(picked), "")
+    assert json.loads(groups) == [["a", "c"], ["b", "d"]]
+    assert [button["visible"] for button in buttons] == [True, True, False, False]
+    assert looking.pick_group(1, groups) == ["b", "d"]
+    kept, *_ = looking.group_buttons(["c", "a"], None, groups)
+    assert kept == groups
+    gone, *buttons = looking.group_buttons(["a"], None, groups)
+    assert (gone, any(button["visible"] for button in buttons)) == ("[]", False)
+
+
+@pytest.mark.parametrize("groups", ["", "[]"])
+def test_a_group_that_has_gone_picks_nothing(groups):
+    assert looking.pick_group(0, groups) == []
+
+
+def test_alike_checkpoints_are_one_group():
+    picked = ["a", "b", "c", "d"]
+    alike = replace(two_groups(picked), groups=Clusters(((0, 1, 2, 3),), 0.0))
+    assert looking.group_buttons(picked, alike, "")[0] == "[]"
+
+
+def gram_of(rows):
+    rows = torch.tensor(rows, dtype=torch.float64)
+    return rows @ rows.T
+
+
+def test_two_trios_are_two_groups_with_the_share_that_lies_between_them():
+    rows = [[5, 0.1, 0], [5, -0.1, 0], [5, 0, 0.1], [-5, 0, 0.1], [-5, 0.1, 0], [-5, 0, -0.1]]
+    found = clusters(gram_of(rows))
+    assert found.groups == ((0, 1, 2), (3, 4, 5))
+    points = torch.tensor(rows, dtype=torch.float64)
+    within = sum(
+        float((points[i : i + 3] - points[i : i + 3].mean(0)).square().sum()) for i in (0, 3)
+    )
+    total = float((points - points.mean(0)).square().sum())
+    assert found.between == pytest.approx(1 - within / total)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_unrelated_or_equal_checkpoints_are_one_group(count):
+    assert not clusters(torch.eye(count, dtype=torch.float64)).are_apart
+    assert not clusters(torch.zeros(count, count, dtype=torch.float64)).are_apart
+
+
+def test_the_base_does_not_change_the_groups():
+    rows = [[5.0, 0.1], [5.0, -0.1], [-5.0, 0.1], [-5.0, -0.1]]
+    moved = [[x + 7, y - 3] for x, y in rows]
+    assert clusters(gram_of(rows)).groups == clusters(gram_of(moved)).groups == ((0, 1), (2, 3))
+
+
+def test_an_outlook_is_read_from_the_analysis(host, jobs):
+    preflight = examined(host)
+    looking.start_look(host, jobs, *values(name="new"))
+    ended(jobs)
+    path = tasks.known_analysis(preflight, host.folders())
+    found = outlook(path, preflight, Control())
+    assert found.names == ("a", "b", "c")
+    assert min(found.shared[-1]) > 0.99

@@ -1,0 +1,293 @@
+"""Picking checkpoints: lists, folders, names, and all that is refused before anything runs."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from at_the_tab import EVIL, NAMES, kinds, tags, values, words
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.operations.merge.naming import suggested_name
+from hyper_merge.recipe.parsing import parse_name
+from hyper_merge.ui.form import BASE_AVERAGE
+from hyper_merge.ui.handlers import merge_request as preparing
+from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers.picker import (
+    ALL_FOLDERS,
+    TOP_FOLDER,
+    add_folder,
+    folders_in,
+    listing,
+    none_picked,
+    offers_demo,
+    plan,
+    preset,
+)
+
+
+def told(host, **changes):
+    """Kind and words of what stands under the form."""
+    _, said, *_ = plan(host, "", *values(**changes))
+    return kinds(said), words(said)
+
+
+def test_the_plan_says_files_sizes_time_and_memory(host):
+    table, said, *_ = plan(host, "", *values())
+    assert kinds(said) == []
+    text = words(said)
+    assert "mix.safetensors" in text
+    assert "2 LoRAs mix_0-4" in text
+    assert "in place of 2 MB" in text
+    assert "of memory" in text
+    assert [name in words(table) for name in NAMES] == [True] * 3
+    assert "Stable Diffusion 1.x" in words(table)
+
+
+def test_an_empty_name_shows_what_it_stands_for(host):
+    assert plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
+    assert plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
+
+
+def test_nothing_is_written_by_a_plan(host, root):
+    before = sorted(root.rglob("*"))
+    plan(host, "", *values())
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("picked", [[], None])
+def test_where_none_is_picked_the_table_says_what_to_do(host, picked):
+    table, said, *_ = plan(host, "", *values(checkpoints=picked))
+    assert words(table).startswith("Pick two or more checkpoints")
+    assert said == ""
+
+
+def test_where_one_is_picked_one_more_is_asked_for(host):
+    assert told(host, checkpoints=NAMES[:1]) == (["info"], "Pick one more checkpoint.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": "many"}, 'Ranks: item 1: expected a whole number from 1 to 4096, got "many"'),
+        ({"ranks": ""}, "Ranks: expected a list of whole numbers"),
+        ({"weights": "1, 2"}, "Weights: expected 3 numbers, one per checkpoint, got 2"),
+        ({"name": "a/b"}, 'Name: the path separator "/" is not allowed'),
+        ({"iterations": None}, "Iterations: expected a whole number"),
+        ({"tolerance": -1}, "Tolerance: expected a number"),
+        ({"seed": 0.5}, "Seed: expected a whole number"),
+        ({"dtype": "half"}, "Stored precision: expected one of"),
+        ({"device": "cuda:99"}, "device cuda:99 was asked for, but"),
+        ({"vae": "mine"}, "VAE: expected one of"),
+        ({"base": "/etc/passwd"}, "/etc/passwd is no longer in the list; press Refresh"),
+        ({"base": EVIL, "checkpoints": NAMES}, f"{EVIL} is no longer in the list"),
+        ({"checkpoints": [NAMES[0], NAMES[0]]}, ""),
+    ],
+)
+def test_a_setting_that_cannot_be_is_said_calmly(host, changes, message):
+    found, text = told(host, **changes)
+    assert found == ["bad"]
+    assert text.startswith(message)
+
+
+@pytest.mark.parametrize("changes", [{"name": None}, {"ranks": None}, {"weights": None}])
+def test_a_field_that_sends_nothing_is_as_an_empty_one(host, changes):
+    (field,) = changes
+    assert told(host, **changes) == told(host, **{field: ""})
+
+
+@pytest.mark.parametrize("typed", ["/etc/passwd", "../../x.safetensors", "C:\\x.ckpt", "x\0.ckpt"])
+def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeypatch):
+    seen = []
+    monkeypatch.setattr(picking, "look_at", lambda *args: seen.append(args))
+    monkeypatch.setattr(preparing, "examine", lambda *args: seen.append(args))
+    picking._row_of.cache_clear()
+    table, said, *_ = plan(host, "", *values(checkpoints=[typed, typed]))
+    picking._row_of.cache_clear()
+    assert seen == []
+    assert "no longer in the list; press Refresh" in words(table)
+    assert kinds(said) == ["bad"]
+
+
+def test_the_path_of_a_checkpoint_elsewhere_is_refused_too(host, files):
+    table, said, *_ = plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
+    assert "no longer in the list" in words(table)
+    assert words(said) == "Not all of these can be merged; the table says why."
+
+
+def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, checkpoints):
+    (checkpoints / "b.safetensors").unlink()
+    table, said, *_ = plan(host, "", *values())
+    assert "b.safetensorsno longer in the list; press Refresh" in words(table)
+    assert kinds(said) == ["bad"]
+
+
+def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoints):
+    host = webui.host()
+    (checkpoints / "b.safetensors").unlink()
+    table, said, *_ = plan(host, "", *values())
+    assert "b.safetensorsno longer there; press Refresh" in words(table)
+    assert "hm-problem" in table
+    assert (kinds(said), "table says why" in words(said)) == (["bad"], True)
+    host.refresh()
+    assert "no longer in the list" in words(plan(host, "", *values())[0])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 4096, b"PK\3\4 not a pickle", b"<html>404</html>"]
+)
+def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content):
+    (checkpoints / "b.safetensors").write_bytes(content)
+    table, said, *_ = plan(host, "", *values())
+    assert table.count("hm-problem") == 1
+    assert words(said) == "Not all of these can be merged; the table says why."
+
+
+def test_a_file_cut_short_has_its_problem_in_the_table(host, checkpoints):
+    path = checkpoints / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    table, said, *_ = plan(host, "", *values())
+    assert "hm-problem" in table
+    assert kinds(said) == ["bad"]
+
+
+def test_a_file_is_looked_at_once_until_it_changes(host, checkpoints, monkeypatch):
+    looked = []
+    original = picking.look_at
+    monkeypatch.setattr(picking, "look_at", lambda path: looked.append(path.name) or original(path))
+    plan(host, "", *values())
+    plan(host, "", *values(ranks="8"))
+    assert looked == NAMES
+    (checkpoints / "b.safetensors").write_bytes(b"nothing")
+    plan(host, "", *values())
+    assert looked == [*NAMES, "b.safetensors"]
+
+
+def test_a_name_that_is_taken_is_said_and_an_empty_one_finds_its_way_around(host, checkpoints):
+    shutil.copy2(checkpoints / "c.safetensors", checkpoints / "mix.safetensors")
+    shutil.copy2(checkpoints / "c.safetensors", checkpoints / "hyper-a-3.safetensors")
+    found, text = told(host)
+    assert found == ["bad"]
+    assert "exists and is not the average of these checkpoints; choose another name" in text
+    found, text = told(host, name=" ")
+    assert found == []
+    assert "hyper-a-3-b.safetensors" in text
+
+
+def test_where_all_suggestions_are_taken_that_is_said(host, checkpoints):
+    for end in ("", *(f"-{letter}" for letter in "bcdefgh")):
+        shutil.copy2(checkpoints / "c.safetensors", checkpoints / f"hyper-a-3{end}.safetensors")
+    found, text = told(host, name="")
+    assert found == ["bad"]
+    assert "hyper-a-3.safetensors exists" in text
+
+
+def test_a_checkpoint_of_the_merge_is_not_replaced(host):
+    found, text = told(host, name="a")
+    assert found == ["bad"]
+    assert "choose another name" in text
+
+
+def test_the_same_merge_again_is_said_without_alarm(host, run):
+    assert told(host) == (
+        ["info"],
+        "the run mix is this very merge already; choose another name or other ranks",
+    )
+
+
+def test_other_ranks_use_the_hyper_model_that_is_there(host, run):
+    found, text = told(host, ranks="3")
+    assert found == []
+    assert "mix.safetensors" in text
+    assert "there already" in text
+    assert "1 LoRA mix-2_0-3" in text
+
+
+def test_checkpoints_of_the_same_file_name_are_refused(host, checkpoints):
+    (checkpoints / "sub").mkdir()
+    shutil.copy2(checkpoints / "c.safetensors", checkpoints / "sub" / "a.safetensors")
+    found, text = told(host, checkpoints=["a.safetensors", "sub/a.safetensors"])
+    assert found == ["bad"]
+    assert "rename one of them" in text
+
+
+def test_a_checkpoint_may_have_any_name(host, checkpoints):
+    (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
+    listed = [f"{EVIL}.safetensors", *NAMES[1:]]
+    table, said, *_ = plan(host, "", *values(checkpoints=listed, name=""))
+    assert kinds(said) == []
+    assert "hyper-img-src-x-3.safetensors" in words(said)
+    assert EVIL in words(table)
+    assert "img" not in tags(table) | tags(said)
+
+
+def test_the_hash_that_the_webui_knows_is_shown(webui):
+    host = webui.host()
+    info = webui.sd_models.get_closet_checkpoint_match("b.safetensors")
+    before, *_ = plan(host, "", *values())
+    known = info.calculate_shorthash()
+    after, *_ = plan(host, "", *values())
+    assert known not in before
+    assert f"<code>{known}</code>" in after
+
+
+def test_the_lists_are_the_hosts_and_what_is_picked_stays_though_it_is_gone(host):
+    picked, folder, base, demo = listing(host, ["b.safetensors", "gone.safetensors"])
+    assert picked["choices"] == [*NAMES, "gone.safetensors"]
+    assert "value" not in picked
+    assert (folder["choices"], folder["value"]) == ([ALL_FOLDERS], ALL_FOLDERS)
+    assert base["choices"] == [BASE_AVERAGE, *NAMES]
+    assert demo["visible"] is False
+    assert listing(host, None)[0]["choices"] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        ([], [ALL_FOLDERS]),
+        (["a.ckpt"], [ALL_FOLDERS]),
+        (["a.ckpt", "sd/a.ckpt"], [ALL_FOLDERS, TOP_FOLDER, "sd"]),
+        (["x/y/a.ckpt", "b\\a.ckpt"], [ALL_FOLDERS, "b", "x/y"]),
+    ],
+)
+def test_folders_are_those_of_the_names(names, folders):
+    assert folders_in(names) == folders
+
+
+def test_a_folder_is_added_to_what_is_picked_without_hyper_models(host, checkpoints, run):
+    (checkpoints / "sub").mkdir()
+    shutil.copy2(checkpoints / "c.safetensors", checkpoints / "sub" / "d.safetensors")
+    assert "mix.safetensors" in host.checkpoints()
+    assert add_folder(host, [], ALL_FOLDERS) == [*NAMES, "sub/d.safetensors"]
+    assert add_folder(host, None, TOP_FOLDER) == NAMES
+    assert add_folder(host, ["c.safetensors"], "sub") == ["c.safetensors", "sub/d.safetensors"]
+    assert add_folder(host, ["c.safetensors"], TOP_FOLDER) == [
+        "c.safetensors",
+        "a.safetensors",
+        "b.safetensors",
+    ]
+    assert add_folder(host, ["c.safetensors"], "nowhere") == ["c.safetensors"]
+    assert none_picked() == []
+
+
+def test_a_preset_is_its_ranks():
+    assert preset("medium") == "128, 64, 32, 16"
+
+
+def test_the_demo_is_offered_where_there_is_nothing_and_no_webui(tmp_path, host):
+    assert offers_demo(Standalone(tmp_path / "empty"))
+    assert listing(Standalone(tmp_path / "empty"), [])[3]["visible"] is True
+    assert not offers_demo(host)
+    assert not offers_demo(SimpleNamespace(has_txt2img=True, checkpoints=dict))
+
+
+@given(st.lists(st.text(), max_size=4))
+@example([])
+@example(["con.safetensors", "none"])
+@example(["__" * 30 + ".ckpt"])
+@example(["x" * 300])
+def test_the_suggested_name_is_always_a_name(picked):
+    name = suggested_name(picked)
+    assert parse_name(name) == name
+    assert name.endswith(f"-{len(picked)}")

@@ -1,0 +1,208 @@
+"""What people read: figures in words, and every name escaped wherever it is shown."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from at_the_tab import EVIL, kinds, tags, values, words
+
+from hyper_merge.hosts.job_queue import Standing
+from hyper_merge.operations.inspect import Row
+from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, HostRounding
+from hyper_merge.runtime.formatting import size_text
+from hyper_merge.ui.form import Form
+from hyper_merge.ui.handlers import merge_request as preparing
+from hyper_merge.ui.html import common as views
+from hyper_merge.ui.html import runs as views_runs
+
+OURS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "code", "span", "ul", "li"}
+
+
+@pytest.fixture
+def evil_run(host, run):
+    """A run all of whose texts are HTML."""
+    found = load_run(host.folders(), run)
+    rows = [replace(row, name=f"{row.name}{EVIL}") for row in found.report.checkpoints]
+    report = replace(found.report, loras=(f"x_{EVIL}", EVIL), checkpoints=tuple(rows))
+    return replace(
+        found,
+        name=EVIL,
+        report=report,
+        hyper_model=Path(EVIL),
+        missing=(Path(EVIL),),
+        family=EVIL,
+        recipe=replace(found.recipe, ranks=(4, 2)),
+    )
+
+
+def evil_row(**changes):
+    return replace(Row(EVIL, Path(EVIL), EVIL, 1, EVIL, EVIL, None, EVIL), **changes)
+
+
+def evil_standing(**changes):
+    return replace(Standing(f'"{EVIL}', EVIL, EVIL, notes=(EVIL,), message=EVIL), **changes)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda run: views.message("bad", EVIL),
+        lambda run: views.table([EVIL], []),
+        lambda run: views.checkpoints([(EVIL, evil_row())], {EVIL: EVIL}),
+        lambda run: views.checkpoints([(EVIL, evil_row())], {}),
+        lambda run: views.progress(evil_standing()),
+        lambda run: views.progress(evil_standing(outcome="done", message="")),
+        lambda run: views.progress(evil_standing(outcome="refused")),
+        lambda run: views.progress(evil_standing(outcome="failed")),
+        views_runs.result_sentence,
+        lambda run: views_runs.result_table(run.report),
+        lambda run: views_runs.runs([run], [EVIL]),
+        lambda run: views_runs.comparison(run, run),
+        views_runs.missing,
+        lambda run: views_runs.file_list([Path(EVIL)], EVIL),
+    ],
+)
+def test_every_text_is_escaped(evil_run, view):
+    html = view(evil_run)
+    assert EVIL in words(html)
+    assert tags(html) <= OURS
+    assert EVIL not in html
+
+
+def test_the_plan_escapes_its_warnings_and_names(host):
+    preflight, place = preparing.prepare(host, Form(*values()))
+    html = views.plan(
+        replace(preflight, warnings=(EVIL,)),
+        replace(place, run=EVIL, hyper_model=place.hyper_model.with_name(EVIL)),
+    )
+    assert words(html).count(EVIL) == 3
+    assert tags(html) <= OURS
+
+
+def test_a_task_cannot_leave_its_attribute():
+    html = views.progress(evil_standing())
+    assert 'data-task="&quot;&lt;img src=x&gt;"' in html
+
+
+def test_an_empty_message_is_no_box():
+    assert views.message("bad", "") == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 kB"),
+        (12_345, "12 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (999_499_999, "999 MB"),
+        (999_500_000, "1.00 GB"),
+        (2_132_000_000, "2.13 GB"),
+    ],
+)
+def test_bytes_in_words(count, text):
+    assert size_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0.0 %"),
+        (-1e-9, "0.0 %"),
+        (0.7536, "75.4 %"),
+        (0.99996, "99.9 %"),
+        (1, "100 %"),
+        (1.0000001, "100 %"),
+        (-0.034, "-3.4 %"),
+    ],
+)
+def test_a_share_is_never_rounded_up_to_a_whole(share, text):
+    assert views.percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("prints", "groups"),
+    [
+        (["x", "x"], ["same", "same"]),
+        (["x", "y", "x"], ["A", "B", "A"]),
+        (["x", None, "x"], ["same", "none", "same"]),
+        ([None, None], ["none", "none"]),
+        (["x", None, "y"], ["A", "none", "B"]),
+        ([], []),
+    ],
+)
+def test_vaes_are_told_apart_by_letters(prints, groups):
+    assert views.vae_groups([evil_row(vae=each) for each in prints]) == groups
+
+
+def test_many_vaes_are_told_apart_too():
+    groups = views.vae_groups([evil_row(vae=str(number)) for number in range(30)])
+    assert len(set(groups)) == 30
+
+
+@pytest.mark.parametrize(
+    ("now", "text"),
+    [
+        ({}, "mix: waiting for the queue, 0%"),
+        ({"phase": "solving", "fraction": 0.4, "elapsed": 80}, "mix: solving, 40%, about 2 minutes left"),
+        ({"phase": "solving", "fraction": 0.01, "elapsed": 80}, "mix: solving, 1%"),
+        ({"phase": "solving", "fraction": 0.5, "stopping": True}, "mix: stopping, 50%"),
+        ({"outcome": "done", "elapsed": 59.4}, "Done: mix, in 59 s"),
+        ({"outcome": "done", "elapsed": 59.6}, "Done: mix, in 1 min 0 s"),
+        ({"outcome": "stopped", "message": "stopped; no file was changed"}, "Stopped: no file was changed"),
+        ({"outcome": "refused", "message": "the disk is full"}, "Not made: the disk is full"),
+        ({"outcome": "failed", "message": "KeyError: 1"}, "An unexpected error ended it; the log has all of it: KeyError: 1"),
+    ],
+)  # fmt: skip
+def test_progress_in_words(now, text):
+    html = views.progress(replace(Standing("task(x)", "mix"), **now))
+    assert words(html) == text
+    assert ("hm-progress" in html) == (now.get("outcome") is None)
+
+
+def test_the_bar_is_as_long_as_the_work_done():
+    html = views.progress(Standing("task(x)", "mix", "solving", 0.425, 10))
+    assert '<div style="width:42.5%"></div>' in html
+
+
+def test_notes_stand_below_progress_and_outcome():
+    for outcome in ("running", "done"):
+        html = views.progress(Standing("t", "mix", outcome=outcome, notes=("rank 9 is capped",)))
+        assert kinds(html)[-1] == "info"
+        assert words(html).endswith("rank 9 is capped")
+
+
+def test_a_merge_that_saves_nothing_says_so(host, run):
+    found = load_run(host.folders(), run)
+    larger = replace(found, report=replace(found.report, bytes_loras=10_000_000))
+    assert "9 MB more" in words(views_runs.result_sentence(larger))
+
+
+@pytest.mark.parametrize(("added", "told"), [(0.015, True), (1e-4, False)])
+def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run, added, told):
+    found = load_run(host.folders(), run)
+    rounding = (HostRounding(A1111, added, added), HostRounding(FORGE_AND_COMFYUI, 0.5, 0.5))
+    text = words(
+        views_runs.result_sentence(replace(found, report=replace(found.report, rounding=rounding)))
+    )
+    said = (
+        "AUTOMATIC1111 rounds the weights after each of these LoRAs, which takes back 1.5 % of what"
+        " sets the checkpoints apart. One LoRA per checkpoint is rounded once: under Use, or"
+        " hyper-merge export mix"
+    )
+    assert (said in text) == told
+    assert ("rounds the weights" in text) == told
+
+
+def test_with_a_checkpoint_as_base_no_hyper_model_is_named(host, run):
+    found = load_run(host.folders(), run)
+    recipe = replace(found.recipe, base=str(found.sources[0].path))
+    based = replace(found, recipe=recipe, hyper_model=found.sources[0].path)
+    assert "→ a.safetensors as base + 2 LoRAs" in words(views_runs.result_sentence(based))
+
+
+def test_before_the_first_merge_the_place_of_the_result_says_what_there_will_be():
+    text = words(views.introduction())
+    assert "hyper-model" in text
+    assert "LoRAs" in text

@@ -26,11 +26,11 @@ from measure import measure
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.checkpoints.reader import Checkpoint, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.linalg import energy_of
-from hyper_merge.decomposition.truncated_svd import Truncated, truncated_svd
+from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
 from hyper_merge.operations.merge.preflight import common_layout
-from hyper_merge.runtime.parallel import workers
+from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.synthetic.writer import NARROW, FamilySpec
 
 FASTER, WORSE = 10.0, 1.001
@@ -119,13 +119,13 @@ class Timed:
 
 
 def _timed(way: Callable[[Tensor], Any], deltas: Sequence[Tensor]) -> Timed:
-    with workers(torch.device("cpu"), lambda: None) as each:
+    with parallel_map(torch.device("cpu"), lambda: None) as each:
         start, began = time.perf_counter(), time.process_time()
         results = list(each(way, deltas))
         return Timed(results, time.process_time() - began, time.perf_counter() - start)
 
 
-def _ours(delta: Tensor, rank: int) -> Truncated:
+def _ours(delta: Tensor, rank: int) -> TruncatedSvd:
     return truncated_svd(delta, rank, torch.Generator().manual_seed(0))
 
 
@@ -134,7 +134,7 @@ def _values(delta: Tensor) -> Tensor:
     return torch.linalg.svd(delta, full_matrices=False)[1]
 
 
-def _error(delta: Tensor, found: Truncated) -> float:
+def _error(delta: Tensor, found: TruncatedSvd) -> float:
     return energy_of(delta - found.up @ found.down)
 
 
@@ -142,7 +142,7 @@ def _delta(paths: Sequence[Path], layer: Layer) -> Tensor:  # (m, n)
     rows = slice(*layer.rows) if layer.rows else slice(None)
     weights = []
     for path in paths:
-        with Checkpoint(path) as file:
+        with CheckpointReader(path) as file:
             weights.append(file.tensor(layer.key)[rows].float())
     return (weights[1] - weights[0]).reshape(layer.m, layer.n)
 

@@ -33,11 +33,11 @@ from typing import NamedTuple
 from tables import table
 
 from hyper_merge.operations.merge.merge import run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import recipe_from_options
 from hyper_merge.runs.folders import MANIFEST, Folders
 from hyper_merge.runs.report import Report
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.presets import KINDS, narrow
 from hyper_merge.synthetic.writer import FamilySpec, write_family
 
@@ -168,8 +168,8 @@ def _merge(kind: str, models: Sequence[Path], setting: Setting, cache: Path) -> 
     words = {"name": [setting.name], "models": list(map(str, models)), "overwrite": ["true"]}
     recipe = recipe_from_options({**words, "output": [str(output)], **_words(setting.options)})
     watch, folders = Watch(), replace(Folders.under(recipe.output), cache=cache)
-    preflight, start = examine(recipe, folders), Time.now()
-    merged = run_merge(preflight, Control(watch.on_progress), folders)
+    preflight, start = run_preflight(recipe, folders), Time.now()
+    merged = run_merge(preflight, Progress(watch.on_progress), folders)
     manifest = json.loads((merged.place.folder / MANIFEST).read_text(encoding="utf-8"))
     report = Report.from_dict(manifest["report"])
     solving = watch.first[ROUNDING].since(watch.last.get(READING, start))

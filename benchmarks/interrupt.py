@@ -23,9 +23,9 @@ from full_size import make_family
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.operations.demo import DEMO_RANKS
 from hyper_merge.operations.merge.merge import run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import NARROW, FamilySpec
 
 LIMIT = 2.0  # seconds
@@ -58,9 +58,9 @@ class Watch:
         return last != self.phase and self.seen[last][0] < (self.wish or 0.0)
 
     @property
-    def control(self) -> Control:
+    def progress(self) -> Progress:
         """For the run."""
-        return Control(self.on_progress, self.should_stop)
+        return Progress(self.on_progress, self.should_stop)
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def main() -> int:
     )
     complete = Watch()
     start = time.perf_counter()
-    run_merge(examine(recipe), complete.control)
+    run_merge(run_preflight(recipe), complete.progress)
     begins = [start, *(times[-1] for times in complete.seen.values())]
     worst = 0.0
     phases = list(complete.seen.items())[:-1]  # the last one is told when all is done
@@ -103,9 +103,9 @@ def _trial(recipe: Recipe, watch: Watch) -> float:
         recipe = replace(recipe, weights=weights)  # which neither analysis nor hyper-model serves
         (recipe.output / "hyper-merge" / "cache" / "hashes.json").unlink(missing_ok=True)
     before = _snapshot(recipe.output)
-    preflight = examine(recipe)
+    preflight = run_preflight(recipe)
     try:
-        run_merge(preflight, watch.control)
+        run_merge(preflight, watch.progress)
     except InterruptedRun:
         late = time.perf_counter() - (watch.wish or 0.0)
     else:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from tiny_family import KEPT, TINY, Exact, State, merge, write
 
 from hyper_merge.decomposition import initialization as starts
-from hyper_merge.operations.merge.merge import Merged
+from hyper_merge.operations.merge.merge import MergeResult
 from hyper_merge.synthetic.writer import tensors
 
 # The gate draws the same examples every time; elsewhere each run looks for new ones. A busy machine
@@ -63,13 +63,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, state_of) -> tuple[Path, ...
 
 
 @pytest.fixture(scope="session")
-def merged(tmp_path_factory: pytest.TempPathFactory, files: tuple[Path, ...]) -> Merged:
+def merged(tmp_path_factory: pytest.TempPathFactory, files: tuple[Path, ...]) -> MergeResult:
     """The three files merged by the defaults of `recipe`; not to be changed."""
     return merge(files, tmp_path_factory.mktemp("merged"))
 
 
 @pytest.fixture
-def started(tmp_path: Path, merged: Merged) -> Path:
+def started(tmp_path: Path, merged: MergeResult) -> Path:
     """A models folder of one's own that holds this merge, its cache too."""
     root = merged.place.loras.parent
     return Path(shutil.copytree(root, tmp_path / "started"))

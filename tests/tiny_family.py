@@ -14,10 +14,10 @@ from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.loras.prompt_tags import Tag
-from hyper_merge.operations.merge.merge import Merged, run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.merge import MergeResult, run_merge
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import NARROW
 
 TINY = replace(
@@ -65,9 +65,9 @@ def recipe(models, output: Path, **settings: Any) -> Recipe:
     return Recipe(models=tuple(models), output=output, **values)
 
 
-def merge(models, output: Path, control: Control | None = None, **settings: Any) -> Merged:
+def merge(models, output: Path, progress: Progress | None = None, **settings: Any) -> MergeResult:
     """A small merge."""
-    return run_merge(examine(recipe(models, output, **settings)), control or Control())
+    return run_merge(run_preflight(recipe(models, output, **settings)), progress or Progress())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def layers_of(path: Path):
     return layout_of(header, require_supported(header)).layers
 
 
-def tags_of(merged: Merged) -> list[list[Tag]]:
+def tags_of(merged: MergeResult) -> list[list[Tag]]:
     """Every LoRA with the exact multipliers of each checkpoint, as its prompt has them."""
     names = [path.stem for path in merged.loras]
     return [

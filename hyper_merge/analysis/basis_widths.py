@@ -13,11 +13,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import Sources
+from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.checkpoints.reader import Checkpoint
-from hyper_merge.decomposition.contrasts import deviations
-from hyper_merge.runtime.progress import Control
+from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.contrasts import compute_deviations
+from hyper_merge.runtime.progress import Progress
 
 _PLACES: Final = 4  # in a tensor that are looked at
 _SAMPLE: Final = 2**13  # entries at each
@@ -27,38 +27,41 @@ _POWER: Final = 0.7  # ranks grow with energy per byte to the power of 1 / (2 al
 _HALVINGS: Final = 40  # of the search for the common factor
 
 
-def widths_for(sources: Sources, nominal: int, control: Control) -> tuple[int, ...]:
+def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tuple[int, ...]:
     """Columns of every layer's bases at most, `nominal` in the mean.
 
     Args:
-        sources: the files, of which a small part is read.
+        inputs: the files, of which a small part is read.
         nominal: the width that all layers would have if all had one.
-        control: asked to stop between layers.
+        progress: asked to stop between layers.
 
     Raises:
         CheckpointError: a file was changed or cannot be read.
     """
-    return spread_widths(sources.layout.layers, sampled_energies(sources, control), nominal)
+    return allocate_widths(inputs.layout.layers, sample_energies(inputs, progress), nominal)
 
 
-def sampled_energies(sources: Sources, control: Control) -> list[float]:
+def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
     """Squared norm of every layer's deviations, estimated from a few places of its tensor."""
     energies = []
     with ExitStack() as stack:
         files = [
-            stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
+            stack.enter_context(CheckpointReader(header.path, expected=header))
+            for header in inputs.read
         ]
-        for layer in sources.layout.layers:
-            control.check()
+        for layer in inputs.layout.layers:
+            progress.check()
             rows = slice(*layer.rows) if layer.rows else slice(None)
             origin, *others = [_sample(file.tensor(layer.key)[rows].flatten()) for file in files]
-            found = deviations(origin, others, sources.contrasts, torch.float32, origin.numel())
+            found = compute_deviations(
+                origin, others, inputs.contrasts, torch.float32, origin.numel()
+            )
             trace = float(found.gram.diagonal()[:-1].sum())
             energies.append(trace * layer.m * layer.n / origin.numel())
     return energies
 
 
-def spread_widths(
+def allocate_widths(
     layers: Sequence[Layer], energies: Sequence[float], nominal: int
 ) -> tuple[int, ...]:
     """Widths that follow the energy per byte and cost what the nominal width costs in all layers."""

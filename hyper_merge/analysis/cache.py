@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hyper_merge.analysis.inputs import Sources
-from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, identity, solutions_of
-from hyper_merge.analysis.streaming_pass import Work
-from hyper_merge.checkpoints.io.atomic_file import refusing
+from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, analysis_identity, solutions_path
+from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.checkpoints.io.atomic_file import as_output_error
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CacheError, CheckpointError
 
 
-def width_for(ranks: Sequence[int]) -> int:
+def required_width(ranks: Sequence[int]) -> int:
     """Columns of the bases of a new analysis: twice the ranks, and enough for most later lists."""
     return max(512, -(-2 * sum(ranks) // 256) * 256)
 
 
-def serves(width: int, ranks: Sequence[int]) -> bool:
+def is_wide_enough(width: int, ranks: Sequence[int]) -> bool:
     """Whether bases of this width are wide enough for a list of ranks.
 
     At 1.5 times the sum of the ranks the loss is under 1 % above that at twice the sum.
@@ -34,34 +34,38 @@ def serves(width: int, ranks: Sequence[int]) -> bool:
     return width >= 1.5 * sum(ranks)
 
 
-def path_for(folder: Path, sources: Sources, work: Work) -> Path:
+def analysis_path(folder: Path, inputs: MergeInputs, options: PassOptions) -> Path:
     """Where the analysis of these files, settings and width belongs."""
-    what = json.dumps(identity(sources, work.seed), sort_keys=True).encode()
-    return folder / f"{hashlib.sha256(what).hexdigest()[:20]}-{work.width}{SUFFIX}"
+    what = json.dumps(analysis_identity(inputs, options.seed), sort_keys=True).encode()
+    return folder / f"{hashlib.sha256(what).hexdigest()[:20]}-{options.width}{SUFFIX}"
 
 
-def find(folder: Path, sources: Sources, work: Work, ranks: Sequence[int]) -> Path | None:
+def find_analysis(
+    folder: Path, inputs: MergeInputs, options: PassOptions, ranks: Sequence[int]
+) -> Path | None:
     """The narrowest analysis of these files that serves the ranks; a damaged one is passed over."""
-    stem = path_for(folder, sources, work).name.partition("-")[0]
+    stem = analysis_path(folder, inputs, options).name.partition("-")[0]
     files = {_width(path): path for path in folder.glob(f"{stem}-*{SUFFIX}")}
     for width in sorted(files):
-        if (serves(width, ranks) or width >= (work.width or 0)) and _is_whole(files[width]):
+        if (is_wide_enough(width, ranks) or width >= (options.width or 0)) and _is_whole(
+            files[width]
+        ):
             return files[width]
     return None
 
 
 def mark_used(path: Path) -> None:
     """Makes an analysis the most recently used one, for `prune`."""
-    with refusing(path):
+    with as_output_error(path):
         os.utime(path)
 
 
-def total_bytes(folder: Path) -> int:
+def cache_bytes(folder: Path) -> int:
     """Bytes of all analyses in a cache folder, 0 if there is none; hashes of files do not count."""
     return sum(_size(path) for path in _files(folder))
 
 
-def clear(folder: Path) -> int:
+def clear_analyses(folder: Path) -> int:
     """Deletes all analyses; the remembered hashes stay, for they are small and slow to make again.
 
     Returns:
@@ -86,7 +90,7 @@ def clear(folder: Path) -> int:
     return freed
 
 
-def prune(folder: Path, limit: int) -> None:
+def prune_analyses(folder: Path, limit: int) -> None:
     """Deletes the analyses used longest ago until all together are at most `limit` bytes.
 
     One that is in use, or that may not be deleted, is left to the next time.
@@ -98,7 +102,7 @@ def prune(folder: Path, limit: int) -> None:
         if total > limit:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-                solutions_of(path).unlink(missing_ok=True)
+                solutions_path(path).unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:

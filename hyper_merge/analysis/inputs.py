@@ -14,7 +14,7 @@ from hyper_merge.decomposition.contrasts import Contrasts, around_base, around_m
 
 
 @dataclass(frozen=True)
-class Sources:
+class MergeInputs:
     """The files of one merge with their common layout."""
 
     headers: tuple[Header, ...]  # of the k checkpoints
@@ -61,12 +61,12 @@ class Sources:
         return around_mean([1.0] + [0.0] * (len(self.headers) - 1))
 
 
-def bases_width(layer: Layer, width: int) -> tuple[int, int]:
+def basis_columns(layer: Layer, width: int) -> tuple[int, int]:
     """Columns (p, q) of a layer's bases when they have `width` at most."""
     return min(layer.m, width), min(layer.n, width)
 
 
-def groups_of(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
+def multiplier_groups(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
     """The layers that share multipliers, by part; all of them are "unet" where nothing parts them."""
     if not separate or len({layer.part for layer in layers}) == 1:
         return {"unet": list(range(len(layers)))}

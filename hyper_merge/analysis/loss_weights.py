@@ -18,7 +18,7 @@ _LEAST_SIZE: Final = 0.05  # of a weight's entries, in units of all layers' usua
 
 
 @dataclass(frozen=True, eq=False)
-class Weighting:
+class LossWeights:
     """Coordinates in which the weighted loss is a plain sum of squares.
 
     With weights w of the checkpoints, sqrt(w) * deviations = Q R slices for orthonormal Q: the
@@ -47,18 +47,18 @@ class Weighting:
         return float(self.energies[list(members)].sum())
 
 
-def weighting_of(analysis: Analysis, recipe: Recipe) -> Weighting:
+def make_loss_weights(analysis: Analysis, recipe: Recipe) -> LossWeights:
     """What a recipe asks for."""
     of = energies(analysis.grams, analysis.contrasts)  # (layers, k)
     layers = layer_weights(analysis, recipe)
     basis = analysis.contrasts.to_deviations
     if recipe.fit_weights is None:
-        return Weighting(layers, None, basis, of.sum(1) * layers)
+        return LossWeights(layers, None, basis, of.sum(1) * layers)
     weights = torch.tensor(recipe.fit_weights, dtype=torch.float64)
     weights = weights * len(weights) / weights.sum()
     triangle = torch.linalg.qr(basis * weights.sqrt()[:, None])[1]
     back = basis @ torch.linalg.pinv(triangle)
-    return Weighting(layers, triangle, back, (of * weights).sum(1) * layers)
+    return LossWeights(layers, triangle, back, (of * weights).sum(1) * layers)
 
 
 def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64

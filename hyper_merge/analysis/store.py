@@ -11,13 +11,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import Sources, bases_width
-from hyper_merge.analysis.streaming_pass import LayerAnalysis, Work
-from hyper_merge.checkpoints.io.atomic_file import refusing
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
+from hyper_merge.checkpoints.io.atomic_file import as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.checkpoints.reader import Checkpoint, fingerprint
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint
 from hyper_merge.decomposition.bounds import Spectra
 
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
@@ -34,12 +34,12 @@ _ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float
 class Analysis:
     """An analysis in its open file: cores and bases stay mapped."""
 
-    def __init__(self, file: Checkpoint, sources: Sources) -> None:
+    def __init__(self, file: CheckpointReader, inputs: MergeInputs) -> None:
         """Takes the open file of `open_analysis`."""
-        self.layers = sources.layout.layers
-        self.contrasts = sources.contrasts
+        self.layers = inputs.layout.layers
+        self.contrasts = inputs.contrasts
         self._file = file
-        self._solutions = solutions_of(file.path)
+        self._solutions = solutions_path(file.path)
 
     @property
     def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
@@ -105,7 +105,7 @@ class Analysis:
         """Keeps a solution's multipliers for later settings; the first one for each of them."""
         solutions = self._remembered()
         solutions.setdefault(name, {group: rows.tolist() for group, rows in multipliers.items()})
-        with Outputs(overwrite=True) as outputs:
+        with FileTransaction(overwrite=True) as outputs:
             outputs.text(self._solutions, json.dumps(solutions))
 
     def _remembered(self) -> dict[str, dict[str, list[list[float]]]]:
@@ -123,22 +123,22 @@ class Analysis:
 
 
 @contextmanager
-def open_analysis(path: Path, sources: Sources) -> Iterator[Analysis]:
+def open_analysis(path: Path, inputs: MergeInputs) -> Iterator[Analysis]:
     """An analysis, open for reading within the block.
 
     Args:
-        path: of a file that `find` returned or `new_analysis` wrote.
-        sources: those it was made for.
+        path: of a file that `find` returned or `create_analysis` wrote.
+        inputs: those it was made for.
     """
-    with Checkpoint(path) as file:
-        yield Analysis(file, sources)
+    with CheckpointReader(path) as file:
+        yield Analysis(file, inputs)
 
 
 class AnalysisWriter:
     """Takes an analysis layer by layer during the pass."""
 
     def __init__(self, writer: SafetensorsWriter) -> None:
-        """Takes the open writer of `new_analysis`."""
+        """Takes the open writer of `create_analysis`."""
         self._grams: dict[int, Tensor] = {}
         self._weights: dict[int, float] = {}
         self._writer = writer
@@ -172,34 +172,36 @@ class AnalysisWriter:
 
 
 @contextmanager
-def new_analysis(path: Path, sources: Sources, work: Work) -> Iterator[AnalysisWriter]:
+def create_analysis(
+    path: Path, inputs: MergeInputs, options: PassOptions
+) -> Iterator[AnalysisWriter]:
     """An analysis to be written within the block; the file appears when that is left in peace."""
-    about = json.dumps({"width": work.width, **identity(sources, work.seed)})
-    with refusing(path):
+    about = json.dumps({"width": options.width, **analysis_identity(inputs, options.seed)})
+    with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(path, _tensors(sources, work), {_ABOUT: about}) as writer:
+    with SafetensorsWriter(path, _tensors(inputs, options), {_ABOUT: about}) as writer:
         yield AnalysisWriter(writer)
 
 
-def analysis_bytes(sources: Sources, work: Work) -> int:
+def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
     """Size of an analysis file, less its header."""
-    return sum(info.nbytes for info in _tensors(sources, work).values())
+    return sum(info.nbytes for info in _tensors(inputs, options).values())
 
 
-def solutions_of(analysis: Path) -> Path:
+def solutions_path(analysis: Path) -> Path:
     """Where multipliers that were found are remembered."""
     return analysis.with_name(analysis.name.removesuffix(SUFFIX) + SOLUTIONS)
 
 
-def identity(sources: Sources, seed: int) -> dict[str, object]:
+def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
     """All that decides an analysis but its width."""
     return {
         "version": _VERSION,
-        "files": [file_identity(header) for header in sources.read],
-        "base": sources.base is not None,
-        "weights": list(sources.contrasts.base_weights.tolist()),
-        "dtype": str(sources.dtype),
-        "average_vae": sources.average_vae,
+        "files": [file_identity(header) for header in inputs.read],
+        "base": inputs.base is not None,
+        "weights": list(inputs.contrasts.base_weights.tolist()),
+        "dtype": str(inputs.dtype),
+        "average_vae": inputs.average_vae,
         "seed": seed,
     }
 
@@ -209,16 +211,16 @@ def file_identity(header: Header) -> list[str | int]:
     return [fingerprint(header), header.size, header.mtime_ns]
 
 
-def _tensors(sources: Sources, work: Work) -> dict[str, TensorInfo]:
-    d, k = sources.contrasts.dimensions, sources.contrasts.count
-    count = len(sources.layout.layers)
+def _tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
+    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
+    count = len(inputs.layout.layers)
     tensors = {
         "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
         "weights": TensorInfo(torch.float64, (count,)),
         "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
     }
-    for index, layer in enumerate(sources.layout.layers):
-        p, q = bases_width(layer, work.width_of(index))
+    for index, layer in enumerate(inputs.layout.layers):
+        p, q = basis_columns(layer, options.width_of(index))
         tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
         tensors[f"{index}.rounding"] = TensorInfo(_ROUNDING_DTYPE, (p, q))
         tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.api.request_models import FitRequest, PlanRequest
+from hyper_merge.api.request_models import FitBody, PlanBody
 from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.operations.fit.request import FitOrder
-from hyper_merge.operations.merge.naming import placed, suggested_name
-from hyper_merge.operations.merge.preflight import Preflight, examine
-from hyper_merge.recipe.parsing import nearest
+from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.operations.merge.naming import suggest_name, with_free_name
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
+from hyper_merge.recipe.parsing import suggest_nearest
 from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, SettingError
 from hyper_merge.runs.folders import Place
 
@@ -21,7 +21,7 @@ _NAMES: Final = {"models": "checkpoints"}
 """What the API calls a recipe's setting, where that is another word."""
 
 
-def recipe_of(asked: PlanRequest, name: str, host: Host) -> Recipe:
+def recipe_of(asked: PlanBody, name: str, host: Host) -> Recipe:
     """The recipe that a client asks for, by the host's list as it is now.
 
     Args:
@@ -55,26 +55,26 @@ def recipe_of(asked: PlanRequest, name: str, host: Host) -> Recipe:
         raise _named(error) from None
 
 
-def examined(asked: PlanRequest, host: Host) -> Preflight:
+def examined(asked: PlanBody, host: Host) -> Preflight:
     """A merge held against the files alone.
 
     Raises:
         HyperMergeError: it cannot be made like this.
     """
-    name = suggested_name(asked.checkpoints) if asked.name is None else asked.name
-    return examine(recipe_of(asked, name, host), host.folders())
+    name = suggest_name(asked.checkpoints) if asked.name is None else asked.name
+    return run_preflight(recipe_of(asked, name, host), host.folders())
 
 
-def prepared(asked: PlanRequest, host: Host) -> tuple[Preflight, Place]:
+def prepared(asked: PlanBody, host: Host) -> tuple[Preflight, Place]:
     """A merge held against the files and the folders.
 
     Raises:
         HyperMergeError: it cannot be made like this.
     """
-    return placed(examined(asked, host), host.folders(), named=asked.name is not None)
+    return with_free_name(examined(asked, host), host.folders(), named=asked.name is not None)
 
 
-def order_of(asked: FitRequest, host: Host) -> FitOrder:
+def order_of(asked: FitBody, host: Host) -> FitRequest:
     """The fit that a client asks for, by the host's list as it is now.
 
     Raises:
@@ -85,7 +85,7 @@ def order_of(asked: FitRequest, host: Host) -> FitOrder:
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     path = file_of(asked.checkpoint, "checkpoint", host.checkpoints())
     try:
-        return FitOrder(run=asked.run, checkpoint=path, **given)
+        return FitRequest(run=asked.run, checkpoint=path, **given)
     except SettingError as error:
         raise _named(error) from None
 
@@ -104,7 +104,7 @@ def file_of(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
     if name not in listed:
         raise CheckpointError(
             f"{setting}: expected a name of the host's list, got {name!r:.200}"
-            f"{nearest(name, listed) or '; refresh the list if it is new'}"
+            f"{suggest_nearest(name, listed) or '; refresh the list if it is new'}"
         )
     if not listed[name].exists():
         raise CheckpointError(f"{setting}: the file of {name} is no longer there")

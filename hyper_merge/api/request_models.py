@@ -27,7 +27,7 @@ class _Request(BaseModel, extra="forbid"):
     """A misspelt field is refused: it would be as if it had not been given."""
 
 
-class InspectRequest(_Request):
+class InspectBody(_Request):
     """Which checkpoints to look at."""
 
     checkpoints: list[StrictStr] = Field(
@@ -35,7 +35,7 @@ class InspectRequest(_Request):
     )
 
 
-class PlanRequest(_Request):
+class PlanBody(_Request):
     """A merge: its checkpoints, and the recipe's settings."""
 
     checkpoints: list[StrictStr] = Field(
@@ -70,7 +70,7 @@ class PlanRequest(_Request):
     seed: StrictInt | None = _setting("seed")
 
 
-class MergeRequest(PlanRequest):
+class MergeBody(PlanBody):
     """A merge that is to be made."""
 
     save_styles: StrictBool = Field(
@@ -78,7 +78,7 @@ class MergeRequest(PlanRequest):
     )
 
 
-class FitRequest(_Request):
+class FitBody(_Request):
     """A checkpoint that is to be placed on the LoRAs of a run."""
 
     run: StrictStr = Field(..., description="name of the run")

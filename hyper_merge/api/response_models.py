@@ -10,13 +10,13 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 
-class Refusal(BaseModel):
+class RefusalResponse(BaseModel):
     """Why something was not done, for people."""
 
     detail: str
 
 
-class Checkpoint(BaseModel):
+class CheckpointResponse(BaseModel):
     """One of the host's list."""
 
     name: str = Field(..., description="by which requests name it")
@@ -26,13 +26,13 @@ class Checkpoint(BaseModel):
     size: int = Field(..., description="0 where its file has gone")
 
 
-class Checkpoints(BaseModel):
+class CheckpointsResponse(BaseModel):
     """The host's list as it is now."""
 
-    checkpoints: list[Checkpoint]
+    checkpoints: list[CheckpointResponse]
 
 
-class Look(BaseModel):
+class InspectedFileResponse(BaseModel):
     """What a checkpoint is, by its header."""
 
     name: str
@@ -47,13 +47,13 @@ class Look(BaseModel):
     problem: str | None = Field(..., description="why it cannot be merged, else null")
 
 
-class Inspection(BaseModel):
+class InspectionResponse(BaseModel):
     """What checkpoints are, in the order of the request."""
 
-    checkpoints: list[Look]
+    checkpoints: list[InspectedFileResponse]
 
 
-class HyperModel(BaseModel):
+class HyperModelResponse(BaseModel):
     """The file that the LoRAs are added to."""
 
     name: str = Field(..., description="of the file")
@@ -61,19 +61,19 @@ class HyperModel(BaseModel):
     size: int
 
 
-class Expected(BaseModel):
+class ExpectedResponse(BaseModel):
     """What is expected to come back of a checkpoint."""
 
     name: str
     explained: float = Field(..., description="share of its difference, nearly")
 
 
-class Plan(BaseModel):
+class PlanResponse(BaseModel):
     """What a merge would write and take."""
 
     name: str = Field(..., description="of the run, and first part of its LoRAs' names")
     family: str
-    hyper_model: HyperModel
+    hyper_model: HyperModelResponse
     loras: list[str] = Field(
         ..., description="names in prompts; empty where the merge finds the ranks"
     )
@@ -84,12 +84,12 @@ class Plan(BaseModel):
     memory: int = Field(..., description="at the peak, about")
     disk: int = Field(..., description="at most, with the analysis in the cache")
     warnings: list[str]
-    expected: list[Expected] | None = Field(
+    expected: list[ExpectedResponse] | None = Field(
         ..., description="known where these checkpoints have been looked at before, else null"
     )
 
 
-class Job(BaseModel):
+class JobResponse(BaseModel):
     """Long work, and how far it is."""
 
     id: str
@@ -105,13 +105,13 @@ class Job(BaseModel):
     run: str | None = Field(..., description="name of the run that it made or added to, once done")
 
 
-class Jobs(BaseModel):
+class JobsResponse(BaseModel):
     """The jobs of this process, the last one first."""
 
-    jobs: list[Job]
+    jobs: list[JobResponse]
 
 
-class RunSummary(BaseModel):
+class RunSummaryResponse(BaseModel):
     """An earlier merge in one line."""
 
     name: str
@@ -124,14 +124,14 @@ class RunSummary(BaseModel):
     missing: list[str] = Field(..., description="files that are gone or were replaced since")
 
 
-class Runs(BaseModel):
+class RunsResponse(BaseModel):
     """All runs, the newest first."""
 
-    runs: list[RunSummary]
+    runs: list[RunSummaryResponse]
     problems: list[str] = Field(..., description="what is wrong with runs that cannot be read")
 
 
-class RunCheckpoint(BaseModel):
+class RunCheckpointResponse(BaseModel):
     """One checkpoint of a run, or fitted onto it: its prompt, and how near it comes."""
 
     name: str
@@ -148,14 +148,14 @@ class RunCheckpoint(BaseModel):
     topups: list[str] = Field(..., description="private LoRAs, at most one, with multiplier 1")
 
 
-class Fit(RunCheckpoint):
+class FitResponse(RunCheckpointResponse):
     """A checkpoint that was fitted later."""
 
     explained_with_topups: float
     created: str = Field(..., description="ISO 8601")
 
 
-class Part(BaseModel):
+class PartResponse(BaseModel):
     """One section of the network."""
 
     name: str = Field(..., description='"IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..')
@@ -164,14 +164,14 @@ class Part(BaseModel):
     lost: float = Field(..., description="share of all differences that stays unexplained here")
 
 
-class Recovered(BaseModel):
+class CompanionGainResponse(BaseModel):
     """What the LoRAs' companions bring back of one kind of tensor."""
 
     kind: str
     share: float
 
 
-class HostRounding(BaseModel):
+class PrecisionLossResponse(BaseModel):
     """What rounding adds to the loss in programs that hold the weights in half precision."""
 
     hosts: str
@@ -179,7 +179,7 @@ class HostRounding(BaseModel):
     worst: float
 
 
-class Report(BaseModel):
+class ReportResponse(BaseModel):
     """The figures of a merge beside those of its checkpoints."""
 
     method: str
@@ -195,20 +195,20 @@ class Report(BaseModel):
         ..., description="explained with the first 0, 1, ... LoRAs, by checkpoint"
     )
     similarity: list[list[float]] = Field(..., description="cosines of the differences")
-    parts: list[Part]
-    recovered: list[Recovered]
+    parts: list[PartResponse]
+    recovered: list[CompanionGainResponse]
     groups: list[list[str]] = Field(..., description="unlike groups of checkpoints, if any")
     between_groups: float = Field(
         ..., description="share of all differences that an average for each group would take away"
     )
-    rounding: list[HostRounding]
+    rounding: list[PrecisionLossResponse]
     relative_loss: float = Field(
         ...,
         description="the loss with each layer's error against the size of its weight; 0: not known",
     )
 
 
-class Run(BaseModel):
+class RunResponse(BaseModel):
     """An earlier merge with its report and its prompts."""
 
     name: str
@@ -222,7 +222,7 @@ class Run(BaseModel):
     companions: list[str] = Field(..., description="names in prompts; empty without companions")
     missing: list[str] = Field(..., description="files that are gone or were replaced since")
     settings: dict[str, str] = Field(..., description="the recipe, as words")
-    checkpoints: list[RunCheckpoint]
-    report: Report
-    fits: list[Fit] = Field(..., description="checkpoints that were fitted later")
+    checkpoints: list[RunCheckpointResponse]
+    report: ReportResponse
+    fits: list[FitResponse] = Field(..., description="checkpoints that were fitted later")
     problems: list[str] = Field(..., description="what is wrong with fits that cannot be read")

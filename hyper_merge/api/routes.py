@@ -18,12 +18,12 @@ from fastapi.routing import APIRoute
 from hyper_merge.api import deserialize as asking
 from hyper_merge.api import response_models as answers
 from hyper_merge.api import serialize as answering
-from hyper_merge.api.request_models import FitRequest, InspectRequest, MergeRequest, PlanRequest
+from hyper_merge.api.request_models import FitBody, InspectBody, MergeBody, PlanBody
 from hyper_merge.errors import HyperMergeError, UnknownRunError
 from hyper_merge.hosts import job_queue as work
 from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
-from hyper_merge.operations.fit.fit import prepared as prepared_fit
+from hyper_merge.operations.fit.fit import prepare_fit as prepared_fit
 from hyper_merge.runs.manifest import list_runs, load_run
 
 PREFIX: Final = "/hyper-merge"
@@ -31,10 +31,10 @@ PREFIX: Final = "/hyper-merge"
 _TOLD: Final = ("loc", "msg", "type")  # of a field that is wrong
 
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
-    400: {"model": answers.Refusal, "description": "Refused; says why, and what to do"},
-    401: {"model": answers.Refusal, "description": "Name or password is missing or wrong"},
-    404: {"model": answers.Refusal, "description": "There is no such run or job"},
-    409: {"model": answers.Refusal, "description": "Another job runs"},
+    400: {"model": answers.RefusalResponse, "description": "Refused; says why, and what to do"},
+    401: {"model": answers.RefusalResponse, "description": "Name or password is missing or wrong"},
+    404: {"model": answers.RefusalResponse, "description": "There is no such run or job"},
+    409: {"model": answers.RefusalResponse, "description": "Another job runs"},
 }
 
 
@@ -104,28 +104,28 @@ class _Routes:
         self._host = host
         self._jobs = jobs
 
-    def checkpoints(self) -> answers.Checkpoints:
+    def checkpoints(self) -> answers.CheckpointsResponse:
         """The host's list of checkpoints, whose names all other requests use."""
         return answering.checkpoints(self._host)
 
-    def inspect(self, asked: InspectRequest) -> answers.Inspection:
+    def inspect(self, asked: InspectBody) -> answers.InspectionResponse:
         """What checkpoints are: family, type, hash, VAE, and what keeps them from being merged."""
         with _refusals():
             listed = self._host.checkpoints()
             names = asked.checkpoints
             found = [(name, asking.file_of(name, "checkpoints", listed)) for name in names]
-            return answers.Inspection(
+            return answers.InspectionResponse(
                 checkpoints=[answering.look(name, path, self._host) for name, path in found]
             )
 
-    def plan(self, asked: PlanRequest) -> answers.Plan:
+    def plan(self, asked: PlanBody) -> answers.PlanResponse:
         """What a merge would write and take, or why it cannot be made; nothing is written."""
         with _refusals():
             preflight, place = asking.prepared(asked, self._host)
-            found = working.known_outlook(self._host, preflight)
+            found = working.known_forecast(self._host, preflight)
             return answering.plan(preflight, place, found)
 
-    def look(self, asked: PlanRequest) -> answers.Job:
+    def look(self, asked: PlanBody) -> answers.JobResponse:
         """Starts a look at the checkpoints, after which their plan says what would come back of them.
 
         Writes nothing but the cache, which a merge of them uses again.
@@ -134,50 +134,52 @@ class _Routes:
             self._jobs.require_idle()
             asking.examined(asked, self._host)
             preflight = functools.partial(asking.examined, asked, self._host)
-            begin = functools.partial(working.look, self._host, preflight)
-            return answering.job(self._jobs.start(working.LOOK, begin, self._host.log))
+            begin = functools.partial(working.forecast_task, self._host, preflight)
+            return answering.job(self._jobs.start(working.FORECAST_TITLE, begin, self._host.log))
 
-    def merge(self, asked: MergeRequest) -> answers.Job:
+    def merge(self, asked: MergeBody) -> answers.JobResponse:
         """Starts a merge, or says why it cannot be made; its job says how far it is."""
         with _refusals():
             self._jobs.require_idle()
             preflight, _ = asking.prepared(asked, self._host)
             name = preflight.recipe.name
             recipe = functools.partial(asking.recipe_of, asked, name, self._host)
-            begin = functools.partial(working.merge, self._host, recipe, asked.save_styles)
+            begin = functools.partial(working.merge_task, self._host, recipe, asked.save_styles)
             return answering.job(self._jobs.start(name, begin, self._host.log))
 
-    def fit(self, asked: FitRequest) -> answers.Job:
+    def fit(self, asked: FitBody) -> answers.JobResponse:
         """Starts placing a checkpoint on the LoRAs of a run; its job says how far it is."""
         with _refusals():
             self._jobs.require_idle()
             job = prepared_fit(asking.order_of(asked, self._host), self._host.folders())
             order = functools.partial(asking.order_of, asked, self._host)
-            begin = functools.partial(working.fit, self._host, order, asked.save_styles)
+            begin = functools.partial(working.fit_task, self._host, order, asked.save_styles)
             title = f"the fit of {job.name} onto {job.run.name}"
             return answering.job(self._jobs.start(title, begin, self._host.log))
 
-    def jobs(self) -> answers.Jobs:
+    def jobs(self) -> answers.JobsResponse:
         """The last jobs of this process, those of the tab too, the newest first."""
-        return answers.Jobs(jobs=[answering.job(known) for known in self._jobs.known])
+        return answers.JobsResponse(jobs=[answering.job(known) for known in self._jobs.known])
 
-    def job(self, job_id: str) -> answers.Job:
+    def job(self, job_id: str) -> answers.JobResponse:
         """How far a job is, or how it ended."""
         return answering.job(self._known(job_id))
 
-    def cancel(self, job_id: str) -> answers.Job:
+    def cancel(self, job_id: str) -> answers.JobResponse:
         """Asks a job to end; it leaves nothing half-written. One that has ended stays as it is."""
         known = self._known(job_id)
         if known.standing.outcome == "running":
             known.stop()
         return answering.job(known)
 
-    def runs(self) -> answers.Runs:
+    def runs(self) -> answers.RunsResponse:
         """Earlier merges, the newest first."""
         found, problems = list_runs(self._host.folders())
-        return answers.Runs(runs=[answering.summary(run) for run in found], problems=problems)
+        return answers.RunsResponse(
+            runs=[answering.summary(run) for run in found], problems=problems
+        )
 
-    def run(self, name: str) -> answers.Run:
+    def run(self, name: str) -> answers.RunResponse:
         """One run with its report, its prompts and the checkpoints that were fitted later."""
         with _refusals():
             return answering.run(load_run(self._host.folders(), name), self._host)

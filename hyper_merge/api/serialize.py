@@ -10,10 +10,10 @@ from hyper_merge.api import response_models as answers
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Job
 from hyper_merge.loras.prompt_tags import lora_names
-from hyper_merge.operations.inspect import look_at, size_of
-from hyper_merge.operations.merge.plan import Outlook
+from hyper_merge.operations.inspect import checkpoint_size, inspect_files
+from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.runs.fit_records import Fitted, fits_of
+from hyper_merge.runs.fit_records import FitRecord, load_fits
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import CheckpointReport, Report
@@ -22,19 +22,21 @@ _ELSEWHERE: Final = {"name", "loras", "companions", "checkpoints", "groups"}
 """Of a report, what a run's answer has in another place or another form."""
 
 
-def checkpoints(host: Host) -> answers.Checkpoints:
+def checkpoints(host: Host) -> answers.CheckpointsResponse:
     """The host's list."""
     rows = [
-        answers.Checkpoint(name=name, short_hash=host.known_hash(name), size=size_of(path))
+        answers.CheckpointResponse(
+            name=name, short_hash=host.known_hash(name), size=checkpoint_size(path)
+        )
         for name, path in host.checkpoints().items()
     ]
-    return answers.Checkpoints(checkpoints=rows)
+    return answers.CheckpointsResponse(checkpoints=rows)
 
 
-def look(name: str, path: Path, host: Host) -> answers.Look:
+def look(name: str, path: Path, host: Host) -> answers.InspectedFileResponse:
     """What a listed checkpoint is."""
-    row = look_at(path)
-    return answers.Look(
+    row = inspect_files(path)
+    return answers.InspectedFileResponse(
         name=name,
         family=row.family,
         size=row.size,
@@ -46,7 +48,7 @@ def look(name: str, path: Path, host: Host) -> answers.Look:
     )
 
 
-def plan(preflight: Preflight, place: Place, found: Outlook | None) -> answers.Plan:
+def plan(preflight: Preflight, place: Place, found: ForecastCurve | None) -> answers.PlanResponse:
     """What a merge would write and take.
 
     Args:
@@ -57,10 +59,12 @@ def plan(preflight: Preflight, place: Place, found: Outlook | None) -> answers.P
     recipe, estimate = preflight.recipe, preflight.estimate
     asked = found.asked(preflight) if found else None
     size = place.hyper_model.stat().st_size if place.exists else estimate.average
-    return answers.Plan(
+    return answers.PlanResponse(
         name=place.run,
-        family=preflight.sources.layout.family.title,
-        hyper_model=answers.HyperModel(name=place.hyper_model.name, exists=place.exists, size=size),
+        family=preflight.inputs.layout.family.title,
+        hyper_model=answers.HyperModelResponse(
+            name=place.hyper_model.name, exists=place.exists, size=size
+        ),
         loras=[] if recipe.finds_ranks else list(lora_names(place.run, recipe.ranks)),
         loras_size=asked if recipe.target is not None else recipe.budget or estimate.loras,
         seconds=estimate.seconds,
@@ -71,10 +75,10 @@ def plan(preflight: Preflight, place: Place, found: Outlook | None) -> answers.P
     )
 
 
-def job(known: Job) -> answers.Job:
+def job(known: Job) -> answers.JobResponse:
     """How far a job is."""
     now = known.standing
-    return answers.Job(
+    return answers.JobResponse(
         id=known.id,
         title=now.title,
         outcome=now.outcome,
@@ -89,10 +93,10 @@ def job(known: Job) -> answers.Job:
     )
 
 
-def summary(run: Run) -> answers.RunSummary:
+def summary(run: Run) -> answers.RunSummaryResponse:
     """A run in one line."""
     rows = run.report.checkpoints
-    return answers.RunSummary(
+    return answers.RunSummaryResponse(
         name=run.name,
         created=run.created,
         family=run.family,
@@ -104,11 +108,11 @@ def summary(run: Run) -> answers.RunSummary:
     )
 
 
-def run(found: Run, host: Host) -> answers.Run:
+def run(found: Run, host: Host) -> answers.RunResponse:
     """A run with all that is known of it."""
-    fits, problems = fits_of(found)
+    fits, problems = load_fits(found)
     report = found.report
-    return answers.Run(
+    return answers.RunResponse(
         name=found.name,
         created=found.created,
         family=found.family,
@@ -119,7 +123,8 @@ def run(found: Run, host: Host) -> answers.Run:
         missing=[path.name for path in found.missing],
         settings=found.recipe.to_metadata(),
         checkpoints=[
-            answers.RunCheckpoint(**_row(row, report.tags(row))) for row in report.checkpoints
+            answers.RunCheckpointResponse(**_row(row, report.tags(row)))
+            for row in report.checkpoints
         ],
         report=_report(report),
         fits=[_fit(fitted, found) for fitted in fits],
@@ -127,9 +132,9 @@ def run(found: Run, host: Host) -> answers.Run:
     )
 
 
-def _expected(found: Outlook, size: int) -> list[answers.Expected]:
+def _expected(found: ForecastCurve, size: int) -> list[answers.ExpectedResponse]:
     pairs = zip(found.names, found.at(size), strict=True)
-    return [answers.Expected(name=name, explained=share) for name, share in pairs]
+    return [answers.ExpectedResponse(name=name, explained=share) for name, share in pairs]
 
 
 def _row(row: CheckpointReport, prompt: str) -> dict[str, Any]:
@@ -138,17 +143,17 @@ def _row(row: CheckpointReport, prompt: str) -> dict[str, Any]:
     return {**figures, "prompt": prompt, "topups": [topup] if topup else []}
 
 
-def _fit(fitted: Fitted, found: Run) -> answers.Fit:
+def _fit(fitted: FitRecord, found: Run) -> answers.FitResponse:
     figures = _row(fitted.row, fitted.tags(found))
-    return answers.Fit(
+    return answers.FitResponse(
         **{**figures, "topups": [each.name for each in fitted.topups]},
         explained_with_topups=fitted.explained,
         created=fitted.created,
     )
 
 
-def _report(report: Report) -> answers.Report:
+def _report(report: Report) -> answers.ReportResponse:
     names = [row.name for row in report.checkpoints]
     figures = {name: value for name, value in asdict(report).items() if name not in _ELSEWHERE}
     groups = [[names[place] for place in group] for group in report.groups]
-    return answers.Report(**figures, groups=groups)
+    return answers.ReportResponse(**figures, groups=groups)

@@ -19,7 +19,7 @@ _FREE: Final = (Treatment.COPY, Treatment.DROP)
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_alike(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
+def check_compatible(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
     """Returns if all files are of one family and agree in every tensor that is averaged.
 
     What is copied or dropped (position ids, schedules, markers, idle weights, training averages)
@@ -77,7 +77,7 @@ def check_distinct(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def incomplete(header: Header, layout: Layout) -> list[str]:
+def find_missing_parts(header: Header, layout: Layout) -> list[str]:
     """A warning if a file that can be merged is no whole checkpoint: without text encoder or VAE."""
     texts = tuple(part.prefix for part in layout.family.parts if part.name == "text_encoder")
     needed = {"text encoder": texts, "VAE": layout.family.vae_prefixes}
@@ -87,7 +87,7 @@ def incomplete(header: Header, layout: Layout) -> list[str]:
     return [f"the files hold {' and '.join(lacking)}: the hyper-model needs it from elsewhere"]
 
 
-def odd_markers(headers: Sequence[Header]) -> list[str]:
+def find_differing_markers(headers: Sequence[Header]) -> list[str]:
     """Warnings, one for each file whose markers (such as ztsnr) are not those of the first."""
     names = _names(headers)
     first, *others = [

@@ -12,13 +12,13 @@ import yaml
 
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 
 _MARK: Final = "v_pred"  # an empty tensor
 _SPREAD: Final = 0.09  # standard deviation; hosts ask the same tensor and number
 
 
-def with_prediction(header: Header, family: Family) -> Family:
+def with_prediction_type(header: Header, family: Family) -> Family:
     """The family, or its variant that predicts v if the file is of that.
 
     By the .yaml beside the file, as hosts have it; by a marker among the keys; by the file's
@@ -30,12 +30,12 @@ def with_prediction(header: Header, family: Family) -> Family:
     return family.predicting_v() if family.v_words and _predicts_v(header, family) else family
 
 
-def config_beside(path: Path) -> Path:
+def find_config_file(path: Path) -> Path:
     """Where hosts look for a checkpoint's own configuration."""
     return path.with_suffix(".yaml")
 
 
-def configuration_for(first: Header, family: Family) -> str | None:
+def v_prediction_config(first: Header, family: Family) -> str | None:
     """What is to stand beside an average that predicts v; None for any other.
 
     An average may look like the other kind by the spread of its values, and A1111 does not know
@@ -43,18 +43,18 @@ def configuration_for(first: Header, family: Family) -> str | None:
 
     Args:
         first: the first of the checkpoints; its own configuration is taken over.
-        family: of all of them, as `with_prediction` gives it.
+        family: of all of them, as `with_prediction_type` gives it.
     """
     if not family.predicts_v:
         return None
-    path = config_beside(first.path)
+    path = find_config_file(first.path)
     if _config(path) is not None:
         return path.read_text(encoding="utf-8")
     return family.v_configuration and yaml.safe_dump(family.v_configuration(), sort_keys=False)
 
 
 def _predicts_v(header: Header, family: Family) -> bool:
-    config = _config(config_beside(header.path))
+    config = _config(find_config_file(header.path))
     said = header.metadata.get("modelspec.prediction_type")
     if config is not None:
         return _says_v(config)
@@ -84,5 +84,5 @@ def _says_v(params: dict[str, Any]) -> bool:
 
 
 def _is_wide(header: Header, key: str) -> bool:
-    with Checkpoint(header.path, expected=header) as checkpoint:
+    with CheckpointReader(header.path, expected=header) as checkpoint:
         return float(checkpoint.tensor(key).float().std()) > _SPREAD

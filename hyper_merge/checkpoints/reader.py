@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hyper_merge.checkpoints.architectures.key_conversion import usual
+from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.pickle_reader import load_pickled
 from hyper_merge.checkpoints.io.safetensors_header import AGAIN, read_table
 from hyper_merge.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Header", "TensorInfo", "fingerprint", "read_header"]
+__all__ = ["CheckpointReader", "Header", "TensorInfo", "fingerprint", "read_header"]
 
 _PICKLED: Final = (".ckpt", ".pt", ".pth")
 _ACCEPTED: Final = "choose a .safetensors or .ckpt file"
@@ -47,15 +47,15 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     pickled = _is_pickled(path)
     try:
         if pickled:
-            return usual(_pickled_header(path, status, load_pickled(path)))
+            return to_usual_keys(_pickled_header(path, status, load_pickled(path)))
         table = read_table(path, status.st_size)
     except OSError as error:
         raise _unreadable(path, error) from error
     found = status.st_size, status.st_mtime_ns
-    return usual(Header(path, table.tensors, table.metadata, *found, table.unsupported))
+    return to_usual_keys(Header(path, table.tensors, table.metadata, *found, table.unsupported))
 
 
-class Checkpoint:
+class CheckpointReader:
     """A checkpoint file open for reading, tensor by tensor; use as a context manager.
 
         with Checkpoint(path) as checkpoint:
@@ -77,7 +77,7 @@ class Checkpoint:
         self._get: Callable[[str], Tensor] | None = None
         self._resources = ExitStack()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> CheckpointReader:
         header = self._header or read_header(self.path)
         try:
             self._get = self._open()

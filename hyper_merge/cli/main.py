@@ -9,22 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hyper_merge import __version__
-from hyper_merge.cli.output import finish, outcome, say
-from hyper_merge.cli.plan_text import plan_text
+from hyper_merge.cli.output import finish, format_outcome, say
+from hyper_merge.cli.plan_text import format_plan
 from hyper_merge.cli.progress_bar import progress_bar, say_above
 from hyper_merge.cli.run_commands import add_commands
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
 from hyper_merge.operations.demo import run_demo
-from hyper_merge.operations.inspect import describe
+from hyper_merge.operations.inspect import format_inspection
 from hyper_merge.operations.merge.merge import run_average, run_merge
 from hyper_merge.operations.merge.plan import make_plan
-from hyper_merge.operations.merge.preflight import Preflight, examine
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
-from hyper_merge.runs.fit_records import fits_of
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import Run, delete_run, files_of, list_runs, load_run
-from hyper_merge.runtime.formatting import duration_text, size_text
-from hyper_merge.runtime.progress import STOPPED, Control
+from hyper_merge.runtime.formatting import format_duration, format_size
+from hyper_merge.runtime.progress import STOPPED, Progress
 
 SUCCESS, UNEXPECTED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -151,36 +151,36 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    with progress_bar() as control:
-        preflight = _examined(_recipe(options), control)
+    with progress_bar() as progress:
+        preflight = _examined(_recipe(options), progress)
         takes = preflight.estimate
         say_above(
-            f"{len(preflight.sources.headers)} checkpoints; {duration_text(takes.seconds)},"
-            f" {size_text(takes.memory)} of memory and at most {size_text(takes.disk)} of disk"
+            f"{len(preflight.inputs.headers)} checkpoints; {format_duration(takes.seconds)},"
+            f" {format_size(takes.memory)} of memory and at most {format_size(takes.disk)} of disk"
         )
-        merged = run_merge(preflight, control)
-    say(outcome(merged))
+        merged = run_merge(preflight, progress)
+    say(format_outcome(merged))
 
 
 def _average(options: argparse.Namespace) -> None:
-    with progress_bar() as control:
-        path = run_average(_examined(_recipe(options), control), control)
+    with progress_bar() as progress:
+        path = run_average(_examined(_recipe(options), progress), progress)
     say(f"hyper-model: {path}")
 
 
 def _plan(options: argparse.Namespace) -> None:
-    with progress_bar() as control:
-        plan = make_plan(_examined(_recipe(options), control), control)
-    say(plan_text(plan))
+    with progress_bar() as progress:
+        plan = make_plan(_examined(_recipe(options), progress), progress)
+    say(format_plan(plan))
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    say(describe(options.files))
+    say(format_inspection(options.files))
 
 
 def _runs(options: argparse.Namespace) -> None:
     runs, problems = list_runs(Folders.under(options.output))
-    of_fits = (problem for run in runs for problem in fits_of(run)[1])
+    of_fits = (problem for run in runs for problem in load_fits(run)[1])
     for problem in (*problems, *of_fits):
         say(f"note: {problem}", sys.stderr)
     say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
@@ -190,7 +190,7 @@ def _run_line(run: Run) -> str:
     shares = [row.explained for row in run.report.checkpoints]
     ranks = ", ".join(map(str, run.recipe.ranks))
     lost = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
-    fits, _ = fits_of(run)
+    fits, _ = load_fits(run)
     fitted = ", ".join(f"{each.row.name} {each.explained:.0%}" for each in fits)
     later = f"; fitted: {fitted}" if fits else ""
     return (
@@ -217,9 +217,9 @@ def _agrees(question: str) -> bool:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    with progress_bar() as control:
-        merged = run_demo(options.folder, control)
-    say(outcome(merged))
+    with progress_bar() as progress:
+        merged = run_demo(options.folder, progress)
+    say(format_outcome(merged))
 
 
 def _app(options: argparse.Namespace) -> None:
@@ -245,8 +245,8 @@ def _app(options: argparse.Namespace) -> None:
     app.serve(page, listening, api)
 
 
-def _examined(recipe: Recipe, control: Control) -> Preflight:
-    preflight = examine(recipe)
+def _examined(recipe: Recipe, progress: Progress) -> Preflight:
+    preflight = run_preflight(recipe)
     for warning in preflight.warnings:
-        control.warn(warning)
+        progress.warn(warning)
     return preflight

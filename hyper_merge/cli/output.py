@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from hyper_merge.operations.merge.merge import Merged
-from hyper_merge.runs.report_text import text
+from hyper_merge.operations.merge.merge import MergeResult
+from hyper_merge.runs.report_text import format_report
 
 
 def say(message: str, stream: TextIO | None = None) -> None:
@@ -24,11 +24,11 @@ def finish(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespac
     parser.set_defaults(command=command)
 
 
-def outcome(merged: Merged) -> str:
+def format_outcome(merged: MergeResult) -> str:
     """A merge as plain text: its figures, where everything is, and how to use it."""
     report, place = merged.report, merged.place
     reused = " (it was there already)" if place.exists else ""
-    lines = [text(report), f"hyper-model: {place.hyper_model}{reused}"]
+    lines = [format_report(report), f"hyper-model: {place.hyper_model}{reused}"]
     lines += [f"LoRA:        {path}" for path in merged.loras]
     lines += [f"multipliers, manifest and report: {place.folder}", ""]
     row = report.checkpoints[0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hyper_merge.operations.merge.plan import Plan, Point
-from hyper_merge.runs.report_text import groups_text
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.operations.merge.plan import MergePlan, PlannedSize
+from hyper_merge.runs.report_text import format_groups
+from hyper_merge.runtime.formatting import format_size
 
 
-def plan_text(plan: Plan) -> str:
+def format_plan(plan: MergePlan) -> str:
     """The curve as a table, what is asked for by checkpoint, and the groups if there are any."""
     points = sorted({*plan.points, plan.asked}, key=lambda point: point.size)
     lines = [
@@ -17,7 +17,7 @@ def plan_text(plan: Plan) -> str:
         *(_line(point, asked=point == plan.asked) for point in points),
         f"{'0 kB':>9}  {0:12.2%} {0:7.2%}  {0:13.2%} {0:7.2%}  the average alone",
         "",
-        f"with {size_text(plan.asked.size)}:",
+        f"with {format_size(plan.asked.size)}:",
     ]
     width = max(len(name) for name in plan.names)
     shares = zip(plan.names, plan.asked.shared, plan.asked.private, strict=True)
@@ -25,16 +25,16 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*lines, *_groups(plan)]) + "\n"
 
 
-def _groups(plan: Plan) -> list[str]:
+def _groups(plan: MergePlan) -> list[str]:
     if not plan.groups.are_apart:
         return []
-    return ["", groups_text(plan.names, plan.groups.groups, plan.groups.between)]
+    return ["", format_groups(plan.names, plan.groups.groups, plan.groups.between)]
 
 
-def _line(point: Point, *, asked: bool) -> str:
+def _line(point: PlannedSize, *, asked: bool) -> str:
     shared, private = (
         f"{sum(of) / len(of):{width}.2%} {min(of):7.2%}"
         for of, width in ((point.shared, 12), (point.private, 13))
     )
     ranks = ", ".join(map(str, point.ranks))
-    return f"{size_text(point.size):>9}  {shared}  {private}  {ranks}{'   <- asked for' if asked else ''}"
+    return f"{format_size(point.size):>9}  {shared}  {private}  {ranks}{'   <- asked for' if asked else ''}"

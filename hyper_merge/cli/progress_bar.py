@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 
 @contextmanager
-def progress_bar() -> Iterator[Control]:
+def progress_bar() -> Iterator[Progress]:
     """A control that draws on the terminal; the bar goes away when the block is left."""
     told: set[str] = set()
     with tqdm(
@@ -32,7 +32,7 @@ def progress_bar() -> Iterator[Control]:
                 told.add(message)
                 bar.write(f"note: {message}", file=sys.stderr)
 
-        yield Control(on_progress, lambda: False, warn)
+        yield Progress(on_progress, lambda: False, warn)
 
 
 def say_above(message: str) -> None:

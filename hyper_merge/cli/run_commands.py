@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from hyper_merge.cli.output import finish, outcome, say
+from hyper_merge.cli.output import finish, format_outcome, say
 from hyper_merge.cli.progress_bar import progress_bar
 from hyper_merge.errors import RecipeError
 from hyper_merge.operations import deletable as safe
@@ -57,10 +57,10 @@ def _add_extract(parser: argparse.ArgumentParser) -> None:
 
 def _extract(options: argparse.Namespace) -> None:
     names = ("base", "checkpoint", "rank", "name", "output", "dtype", "device", "seed", "overwrite")
-    wanted = _asked(extract.Extraction, options, names)
-    with progress_bar() as control:
-        extracted = extract.run_extract(wanted, control)
-    say(extract.describe(extracted))
+    wanted = _asked(extract.ExtractRequest, options, names)
+    with progress_bar() as progress:
+        extracted = extract.run_extract(wanted, progress)
+    say(extract.format_extraction(extracted))
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +81,10 @@ def _export(options: argparse.Namespace) -> None:
             "expected the names of checkpoints, or else --all; hyper-merge runs lists the runs"
         )
     options.checkpoints = None if options.all else tuple(options.checkpoints)
-    wanted = _asked(export.Export, options, ("run", "checkpoints", "rank", "overwrite"))
-    with progress_bar() as control:
-        exported = export.run_export(wanted, Folders.under(options.output), control)
-    say(export.describe(exported, wanted.rank))
+    wanted = _asked(export.ExportRequest, options, ("run", "checkpoints", "rank", "overwrite"))
+    with progress_bar() as progress:
+        exported = export.run_export(wanted, Folders.under(options.output), progress)
+    say(export.format_export(exported, wanted.rank))
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
@@ -105,11 +105,11 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
 def _fit(options: argparse.Namespace) -> None:
     folders = Folders.under(options.output)
     names = ("run", "checkpoint", "name", "topup", "device", "overwrite", "seed")
-    wanted = _asked(fit_job.FitOrder, options, names)
-    with progress_bar() as control:
-        fitted = fit.run_fit(wanted, folders, control)
+    wanted = _asked(fit_job.FitRequest, options, names)
+    with progress_bar() as progress:
+        fitted = fit.run_fit(wanted, folders, progress)
     run = load_run(folders, options.run)
-    say(fits.text(fitted, run))
+    say(fits.format_fit(fitted, run))
     if options.style:
         say(fits.style_line(fitted, run))
 
@@ -130,10 +130,10 @@ def _add_absorb(parser: argparse.ArgumentParser) -> None:
 
 def _absorb(options: argparse.Namespace) -> None:
     options.checkpoints = tuple(options.checkpoints)
-    wanted = _asked(absorb.AbsorbOrder, options, ("run", "checkpoints", "name"))
-    with progress_bar() as control:
-        merged = absorb.run_absorb(wanted, Folders.under(options.output), control)
-    say(outcome(merged))
+    wanted = _asked(absorb.ExtendRequest, options, ("run", "checkpoints", "name"))
+    with progress_bar() as progress:
+        merged = absorb.run_extend(wanted, Folders.under(options.output), progress)
+    say(format_outcome(merged))
 
 
 def _add_restore(parser: argparse.ArgumentParser) -> None:
@@ -158,10 +158,10 @@ def _restore(options: argparse.Namespace) -> None:
         raise RecipeError("expected the name of a checkpoint, or else --mix with several")
     named = {options.checkpoint: 1.0}
     options.shares = restore.parse_mix(options.mix) if options.mix else named
-    wanted = _asked(restore.RestoreOrder, options, ("run", "shares", "to", "dtype", "overwrite"))
-    with progress_bar() as control:
-        restored = restore.run_restore(wanted, Folders.under(options.output), control)
-    say(restore.describe(restored))
+    wanted = _asked(restore.RestoreRequest, options, ("run", "shares", "to", "dtype", "overwrite"))
+    with progress_bar() as progress:
+        restored = restore.run_restore(wanted, Folders.under(options.output), progress)
+    say(restore.format_restore(restored))
 
 
 def _add_safe(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +181,11 @@ def _safe(options: argparse.Namespace) -> None:
         threshold = parse_share(options.threshold) or 1.0
     except RecipeError as error:
         raise RecipeError(f"option --threshold: {error}") from None
-    with progress_bar() as control:
-        safety = safe.find_safety(options.run, threshold, Folders.under(options.output), control)
-    say(safe.text(safety))
+    with progress_bar() as progress:
+        safety = safe.find_deletable(
+            options.run, threshold, Folders.under(options.output), progress
+        )
+    say(safe.format_deletion_report(safety))
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.rank_allocation import most_gain, spread
+from hyper_merge.decomposition.rank_allocation import maximize_gain, spread_ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Spectra:
         return torch.lerp(sums[below], sums[above], places - below).diff()
 
 
-def spectra(
+def compute_spectra(
     core: Tensor,  # (d, p, q)
     to_deviations: Tensor,  # (k, d)
 ) -> Spectra:
@@ -100,7 +100,9 @@ def budget_bound(
     As `lower_bound`, with the best choice of every layer's rank that the budget allows.
     """
     costs, budget = prices
-    return _at_least(most_gain([s.gains for s in layers], costs, budget), energies, grams, blocks)
+    return _at_least(
+        maximize_gain([s.gains for s in layers], costs, budget), energies, grams, blocks
+    )
 
 
 def private_losses(
@@ -131,7 +133,7 @@ def best_private_losses(
 ) -> Tensor:  # (k,), squared errors
     """The same with every layer's rank for every checkpoint where the budget explains most."""
     k = energies.shape[1]
-    counts = spread(
+    counts = spread_ranks(
         [own for layer in layers for own in layer.private],
         [cost for cost in costs for _ in range(k)],
         budget,

@@ -24,7 +24,7 @@ class Clusters:
         return len(self.groups) > 1
 
 
-def clusters(
+def find_clusters(
     gram: Tensor,  # (k, k), inner products of the deviations from any one base
 ) -> Clusters:
     """Groups by Ward's method, as many as stand out most clearly.

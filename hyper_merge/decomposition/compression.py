@@ -21,7 +21,7 @@ _NARROW: Final = 4.0  # times the multiply-adds: what products with few columns 
 
 
 @dataclass(frozen=True, eq=False)
-class Compressed:
+class CompressedLayer:
     """`slices[c]` is nearly `left @ core[c] @ right.T`; `core[c]` is exactly its projection."""
 
     left: Tensor  # (m, p), orthonormal columns
@@ -35,7 +35,7 @@ def compress(
     width: int,
     generator: torch.Generator,
     tick: Callable[[float], None] = lambda _cost: None,
-) -> Compressed:
+) -> CompressedLayer:
     """Bases of at most `width` columns that hold what low-rank blocks need, and the core.
 
     The slices are first rotated into the eigenvectors of their own k x k Gram matrix; then each
@@ -61,7 +61,7 @@ def compress(
     """
     k, m, n = slices.shape
     if m <= width and n <= width:
-        return Compressed(_identity(m, slices), _identity(n, slices), slices)
+        return CompressedLayer(_identity(m, slices), _identity(n, slices), slices)
     if k * min(m, n) <= width:  # all rows, or all columns, of the stack fit
         left, right = slices.transpose(0, 1).flatten(1), slices.flatten(0, 1).mT
         left, right = (_ordered(side) if len(side) > width else side for side in (left, right))
@@ -69,7 +69,7 @@ def compress(
         directions = _directions(slices, gram, width // 2)
         left, right = _subspaces(slices, directions, generator, tick)
     left, right = _basis(left, min(m, width)), _basis(right, min(n, width))
-    return Compressed(left, right, project(slices, left, right, tick))
+    return CompressedLayer(left, right, project(slices, left, right, tick))
 
 
 def project(

@@ -63,7 +63,7 @@ def around_base(count: int) -> Contrasts:
 
 
 @dataclass(frozen=True, eq=False)
-class Deviations:
+class TensorDeviations:
     """One tensor of all checkpoints, taken apart."""
 
     base: Tensor  # (size,), as it will be stored
@@ -72,14 +72,14 @@ class Deviations:
     gram: Tensor  # (d + 1, d + 1), float64, CPU: slices and, last, the base's rounding error
 
 
-def deviations(
+def compute_deviations(
     origin: Tensor,  # (size,)
     others: Sequence[Tensor],  # j of them, each (size,)
     contrasts: Contrasts,
     stored: torch.dtype,
     chunk: int,
     tick: Callable[[float], None] = lambda _entries: None,
-) -> Deviations:
+) -> TensorDeviations:
     """Base and slices of one tensor, in float32 with float64 sums, chunk by chunk.
 
     Args:
@@ -118,18 +118,18 @@ def deviations(
         for few in torch.split(rows, _SUMMED, 1):
             gram += (few @ few.mT).double()
         tick(part.stop - part.start)
-    return Deviations(base, slices, rounding, gram.cpu())
+    return TensorDeviations(base, slices, rounding, gram.cpu())
 
 
-def distances(contrasts: Contrasts) -> Tensor:  # (k, d + 1)
+def to_deviations_matrix(contrasts: Contrasts) -> Tensor:  # (k, d + 1)
     """From slices and the base's rounding error to checkpoint - base as stored."""
     return torch.cat([contrasts.to_deviations, -torch.ones(contrasts.count, 1).double()], 1)
 
 
 def energies(
-    gram: Tensor,  # (..., d + 1, d + 1), as in `Deviations`
+    gram: Tensor,  # (..., d + 1, d + 1), as in `TensorDeviations`
     contrasts: Contrasts,
 ) -> Tensor:  # (..., k)
     """Squared distance of every checkpoint from the base as stored."""
-    rows = distances(contrasts)
+    rows = to_deviations_matrix(contrasts)
     return ((rows @ gram) * rows).sum(-1).clamp(min=0)

@@ -18,17 +18,17 @@ from hyper_merge.decomposition.ll1 import (
     Factors,
     Problem,
     Solution,
-    Stopping,
-    factors_from,
+    StoppingCriterion,
+    compute_statistics,
     fit_multipliers,
-    statistics,
+    initial_factors,
 )
 
 
 def solve_greedy(
     problem: Problem,
     generator: torch.Generator,
-    stopping: Stopping,
+    stopping: StoppingCriterion,
 ) -> Solution:
     """All blocks by deflation: multipliers and one truncated SVD in turn, then the next block.
 
@@ -75,13 +75,13 @@ def _gram(batch: Batch) -> Tensor:  # (k, k), float64
 def _one_block(
     problem: Problem,
     generator: torch.Generator,
-    stopping: Stopping,
+    stopping: StoppingCriterion,
 ) -> tuple[tuple[Factors, ...], Tensor, float]:  # factors, (k, 1), fraction left over
     multipliers = leading_multipliers(problem)[:, :1]
     losses = [float("inf")]
     for _ in range(stopping.sweeps):
-        tried = factors_from(problem, multipliers, generator)
-        found = statistics(problem, tried)
+        tried = initial_factors(problem, multipliers, generator)
+        found = compute_statistics(problem, tried)
         fitted = fit_multipliers(found)
         losses.append(found.loss(fitted))
         if losses[-1] <= losses[-2]:  # subspace iteration is inexact: a turn may do harm

@@ -19,11 +19,11 @@ from hyper_merge.decomposition.ll1 import (
     Batch,
     Problem,
     Solution,
-    Stopping,
-    factors_from,
+    StoppingCriterion,
+    compute_statistics,
     fit_multipliers,
-    solve,
-    statistics,
+    initial_factors,
+    solve_ll1,
 )
 
 _RANDOM: Final = 6  # random starts beside the planned ones
@@ -66,21 +66,21 @@ def best_start(
         done.append(cost)
         tell(sum(done) / sweeps_in_all)
 
-    stopping = Stopping(_GREEDY_TURNS, 0.0, partial(on_sweep, _BEFORE / blocks))
+    stopping = StoppingCriterion(_GREEDY_TURNS, 0.0, partial(on_sweep, _BEFORE / blocks))
     greedy = solve_greedy(few, generator, stopping)
-    refitted = fit_multipliers(statistics(few, greedy.factors))
+    refitted = fit_multipliers(compute_statistics(few, greedy.factors))
     tried = [Solution(greedy.factors, refitted, greedy.losses)]
     tried += [
-        Solution(factors_from(few, multipliers, generator), multipliers, ())
+        Solution(initial_factors(few, multipliers, generator), multipliers, ())
         for multipliers in _directions(few, starts, generator)
     ]
     dice = torch.Generator().manual_seed(len(starts))
     tried += [
-        Solution(factors_from(few, multipliers, dice), multipliers, ()) for multipliers in given
+        Solution(initial_factors(few, multipliers, dice), multipliers, ()) for multipliers in given
     ]
     for sweeps, kept in _ROUNDS:
-        stopping = Stopping(sweeps, 0.0, partial(on_sweep, 1.0))
-        tried = [solve(few, start.factors, start.multipliers, stopping) for start in tried]
+        stopping = StoppingCriterion(sweeps, 0.0, partial(on_sweep, 1.0))
+        tried = [solve_ll1(few, start.factors, start.multipliers, stopping) for start in tried]
         tried = sorted(tried, key=lambda found: found.loss)[:kept]
     return tried[0].multipliers
 

@@ -110,7 +110,7 @@ def block_gram(
     return member.mT @ columns @ member
 
 
-def inside(
+def block_columns(
     basis: Tensor,  # (m, p)
     factor: Tensor,  # (m, r)
 ) -> Tensor:  # (p, r)

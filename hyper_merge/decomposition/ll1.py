@@ -119,7 +119,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Stopping:
+class StoppingCriterion:
     """When to stop sweeping, and whom to tell."""
 
     sweeps: int
@@ -158,7 +158,7 @@ def update_downs(
     return Factors(factors.up, solve_damped(torch.cat(parts, 2), gram, factors.down.mT).mT)
 
 
-def statistics(problem: Problem, factors: Sequence[Factors]) -> Statistics:
+def compute_statistics(problem: Problem, factors: Sequence[Factors]) -> Statistics:
     """The inner products of slices and blocks, summed over all layers in float64."""
     return _summed(problem, list(problem.each(_batch_statistics, problem.batches, factors)))
 
@@ -170,7 +170,7 @@ def fit_multipliers(statistics: Statistics) -> Tensor:  # (k, R), float64
     return (statistics.cross * norms) @ torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) * norms
 
 
-def factors_from(
+def initial_factors(
     problem: Problem,
     multipliers: Tensor,  # (k, R)
     generator: torch.Generator,
@@ -218,11 +218,11 @@ def sweep(
     return tuple(new for new, _ in results), fitted, found
 
 
-def solve(
+def solve_ll1(
     problem: Problem,
     factors: Sequence[Factors],
     multipliers: Tensor,  # (k, R)
-    stopping: Stopping,
+    stopping: StoppingCriterion,
 ) -> Solution:
     """Sweeps from a start until what is minimised, the loss and the ridge, stands still; it never rises.
 
@@ -264,7 +264,7 @@ def solve(
     return Solution(current.factors, free, (*current.losses[:-1], last.loss(free)))
 
 
-def blocks(
+def split_blocks(
     batch: Batch,
     factors: Factors,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (b, p, r), (b, r, q) per block
@@ -297,7 +297,7 @@ def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statist
 
 
 def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
-    products = torch.stack([(up @ down).flatten(1) for up, down in blocks(batch, factors)], 1)
+    products = torch.stack([(up @ down).flatten(1) for up, down in split_blocks(batch, factors)], 1)
     cross = (batch.slices.flatten(2) @ products.mT).double().sum(0).cpu()
     columns = (factors.up.mT @ factors.up) * (factors.down @ factors.down.mT)
     member = torch.nn.functional.one_hot(batch.block_of, len(batch.ranks)).double()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def balanced(
+def balance(
     up: Tensor,  # (..., p, r)
     down: Tensor,  # (..., r, q)
 ) -> tuple[Tensor, Tensor]:  # (..., p, r), (..., r, q)
@@ -22,7 +22,7 @@ def balanced(
     return left @ (u * root), (right @ (vh.mT * root)).mT
 
 
-def evened(
+def even_out(
     up: Tensor,  # (..., p, r)
     down: Tensor,  # (..., r, q)
 ) -> tuple[Tensor, Tensor]:  # (..., p, r), (..., r, q)

@@ -27,7 +27,7 @@ def even_ranks(
     return [tuple(min(rank, *shape) for rank in ranks) for shape in shapes]
 
 
-def spread(
+def spread_ranks(
     gains: Sequence[Tensor],  # each (any,), falling
     costs: Sequence[float],  # of one item of each list
     budget: float,
@@ -71,7 +71,7 @@ def ranks_within(
     return torch.bincount(owner[order[:taken]], minlength=len(spectra)).tolist()
 
 
-def most_gain(
+def maximize_gain(
     gains: Sequence[Tensor],  # each (any,), falling
     costs: Sequence[float],  # of one item of each list
     budget: float,
@@ -86,7 +86,7 @@ def most_gain(
     return float((value[order] * shares).sum())
 
 
-def dealt(total: int, shares: Sequence[int]) -> tuple[int, ...]:
+def deal_ranks(total: int, shares: Sequence[int]) -> tuple[int, ...]:
     """A whole number in parts in proportion to shares, the first ones getting what does not divide.
 
     >>> dealt(5, [128, 64, 32])
@@ -97,7 +97,7 @@ def dealt(total: int, shares: Sequence[int]) -> tuple[int, ...]:
     return tuple(end - start for start, end in pairwise(ends))
 
 
-def generous_ranks(
+def overcomplete_ranks(
     gains: Sequence[Tensor],  # per layer, falling: what a rank more can explain of its deviations
     costs: Sequence[float],  # of a rank, per layer
     limits: Sequence[int],  # of one block's rank, per layer
@@ -106,8 +106,8 @@ def generous_ranks(
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
     """Ranks where the deviations' own spectra promise most, in each layer split as the list is."""
     within = [layer[: int(_MOST * limit)] for layer, limit in zip(gains, limits, strict=True)]
-    totals = zip(spread(within, costs, budget), limits, strict=True)
-    return [tuple(min(part, limit) for part in dealt(total, ranks)) for total, limit in totals]
+    totals = zip(spread_ranks(within, costs, budget), limits, strict=True)
+    return [tuple(min(part, limit) for part in deal_ranks(total, ranks)) for total, limit in totals]
 
 
 def kept_ranks(
@@ -120,7 +120,7 @@ def kept_ranks(
         return []
     blocks = len(energies[0])
     flat = [each for layer in energies for each in layer]
-    counts = spread(flat, [cost for cost in costs for _ in range(blocks)], budget)
+    counts = spread_ranks(flat, [cost for cost in costs for _ in range(blocks)], budget)
     return [tuple(counts[start : start + blocks]) for start in range(0, len(counts), blocks)]
 
 

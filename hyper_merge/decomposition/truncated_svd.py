@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.linalg import energy_of, orthonormal, random_normal
-from hyper_merge.decomposition.normalization import balanced
+from hyper_merge.decomposition.normalization import balance
 
 TOLERANCE: Final = 5e-4
 """By how much a squared error may exceed the least possible one, as estimated: half of what is promised."""
@@ -36,7 +36,7 @@ _SQUARE: Final = 16.0
 
 
 @dataclass(frozen=True, eq=False)
-class Truncated:
+class TruncatedSvd:
     """The leading part of a matrix as `up @ down`, singular vectors in falling order."""
 
     up: Tensor  # (m, r), orthogonal columns; root of S on each side
@@ -49,7 +49,7 @@ def truncated_svd(
     rank: int,
     generator: torch.Generator,
     tick: Callable[[float], None] = lambda _cost: None,
-) -> Truncated:
+) -> TruncatedSvd:
     """The best approximation of a rank, its squared error at most 0.1 % above the least possible.
 
     A block Krylov space of the shorter side grows until the energy that it holds settles: every step
@@ -70,7 +70,7 @@ def truncated_svd(
     m, n = matrix.shape
     if m > n:
         turned = truncated_svd(matrix.mT, rank, generator, tick)
-        return Truncated(turned.down.mT, turned.up.mT, turned.energies)
+        return TruncatedSvd(turned.down.mT, turned.up.mT, turned.energies)
     space = None if _is_dense(m, rank) else _krylov(matrix, rank, generator, tick)
     if space is not None:
         return _leading(space, rank)
@@ -78,15 +78,15 @@ def truncated_svd(
     return _full(matrix, rank)
 
 
-def shortened(
+def truncate_factors(
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
     rank: int,
-) -> Truncated:
+) -> TruncatedSvd:
     """The best approximation of `up @ down` of a rank, through QR of both factors."""
-    up, down = balanced(up.double(), down.double())
+    up, down = balance(up.double(), down.double())
     up, down = up[:, :rank], down[:rank]
-    return Truncated(up, down, up.square().sum(0).square())
+    return TruncatedSvd(up, down, up.square().sum(0).square())
 
 
 def truncation_cost(m: int, n: int, rank: int) -> float:
@@ -106,12 +106,12 @@ class _Space:
     gram: Tensor  # (k, k), float64: rows @ rows.T
 
 
-def _full(matrix: Tensor, rank: int) -> Truncated:
+def _full(matrix: Tensor, rank: int) -> TruncatedSvd:
     # Upright: LAPACK takes three to five times as long for a matrix that lies.
     u, s, vh = torch.linalg.svd(matrix.mT, full_matrices=False)
     root = s[:rank].sqrt()
     energies = s[:rank].double().square()
-    return Truncated(vh.mT[:, :rank] * root, root[:, None] * u.mT[:rank], energies)
+    return TruncatedSvd(vh.mT[:, :rank] * root, root[:, None] * u.mT[:rank], energies)
 
 
 def _krylov(
@@ -186,13 +186,13 @@ def _to_come(
     return last * rate / (1 - rate)
 
 
-def _leading(space: _Space, rank: int) -> Truncated:
+def _leading(space: _Space, rank: int) -> TruncatedSvd:
     vectors = torch.linalg.eigh(space.gram)[1][:, -rank:].flip(1).to(space.basis)
     rows = vectors.mT @ space.rows
     sizes = rows.norm(dim=1)
     root = sizes.sqrt()
     down = torch.where(root > 0, 1 / root, root)[:, None] * rows
-    return Truncated(space.basis @ (vectors * root), down, sizes.double().square())
+    return TruncatedSvd(space.basis @ (vectors * root), down, sizes.double().square())
 
 
 def _is_dense(side: int, rank: int) -> bool:

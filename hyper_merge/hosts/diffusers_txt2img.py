@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from hyper_merge.checkpoints.architectures.detection import Family, require_supported
-from hyper_merge.checkpoints.prediction_type import with_prediction
+from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, HyperMergeError, PictureError
-from hyper_merge.hosts.host import Atelier
-from hyper_merge.loras.prompt_tags import Tag, parse_tags, without_tags
-from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.hosts.host import GeneratorInfo
+from hyper_merge.loras.prompt_tags import Tag, parse_tags, remove_tags
+from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.operations.compare.request import Picture
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 NEEDED: Final = ("diffusers", "transformers", "peft", "accelerate")
 CONFIGURATIONS: Final = "diffusers"
@@ -74,16 +74,18 @@ _KINDS: Final[Mapping[str, _Kind]] = {
 _log = logging.getLogger(__name__)
 
 
-def atelier() -> Atelier:
+def atelier() -> GeneratorInfo:
     """The samplers, or what is to be installed first."""
     absent = [name for name in NEEDED if find_spec(name) is None]
     if absent:
-        return Atelier(problem=f"Pictures need {', '.join(absent)}; install them with: {_EXTRA}")
-    return Atelier(tuple(_SAMPLERS))
+        return GeneratorInfo(
+            problem=f"Pictures need {', '.join(absent)}; install them with: {_EXTRA}"
+        )
+    return GeneratorInfo(tuple(_SAMPLERS))
 
 
 @contextmanager
-def studio(folders: Folders) -> Iterator[Studio]:
+def studio(folders: Folders) -> Iterator[ImageGenerator]:
     """What makes pictures; afterwards nothing is left in memory.
 
     Raises:
@@ -94,7 +96,7 @@ def studio(folders: Folders) -> Iterator[Studio]:
         raise PictureError(problem)
     painter = _Painter(folders)
     try:
-        yield Studio("diffusers", painter.draw, refusal)
+        yield ImageGenerator("diffusers", painter.draw, refusal)
     finally:
         painter.forget()
 
@@ -120,13 +122,13 @@ class _Painter:
         self._kind = _SD
         self._adapters: dict[str, str] = {}  # by the LoRA's name
 
-    def draw(self, picture: Picture, control: Control) -> Image.Image:
+    def draw(self, picture: Picture, progress: Progress) -> Image.Image:
         """The picture; between its steps it hears that it is to stop."""
         with _explained(picture.model, self._folders), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the libraries, on their own future
             self._load(picture.model)
             self._take(_tags(picture.prompt))
-            return self._run(picture, control)
+            return self._run(picture, progress)
 
     def forget(self) -> None:
         """Gives the memory back."""
@@ -180,7 +182,7 @@ class _Painter:
         elif self._adapters:
             self._pipeline.disable_lora()
 
-    def _run(self, picture: Picture, control: Control) -> Image.Image:
+    def _run(self, picture: Picture, progress: Progress) -> Image.Image:
         import diffusers  # noqa: PLC0415 - an extra
 
         settings = picture.settings
@@ -190,11 +192,11 @@ class _Painter:
         self._pipeline.scheduler = kind.from_config({**self._schedule, **sampler.settings})
 
         def on_step(_pipeline: Any, step: int, _time: Any, values: dict[str, Any]) -> Any:
-            control.step("", min((step + 1) / settings.steps, 1.0))
+            progress.report("", min((step + 1) / settings.steps, 1.0))
             return values
 
         made = self._pipeline(
-            prompt=without_tags(picture.prompt),
+            prompt=remove_tags(picture.prompt),
             negative_prompt=settings.negative,
             num_inference_steps=settings.steps,
             guidance_scale=settings.cfg_scale,
@@ -213,7 +215,7 @@ def configuration(folders: Folders, family: Family) -> Path:
 
 def _family(path: Path) -> Family:
     header = read_header(path)
-    return with_prediction(header, require_supported(header))
+    return with_prediction_type(header, require_supported(header))
 
 
 def _tags(prompt: str) -> list[Tag]:

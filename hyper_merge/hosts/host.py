@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hyper_merge.errors import CheckpointError
-from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Atelier:
+class GeneratorInfo:
     """What a host can draw with, before anything is drawn.
 
     Attributes:
@@ -61,7 +61,7 @@ class Host(Protocol):
     def defaults(self) -> Defaults:
         """What the form starts with."""
 
-    def running(self, task: str) -> AbstractContextManager[Control]:
+    def running(self, task: str) -> AbstractContextManager[Progress]:
         """A turn of the host's: waits for it, makes room on the device, puts all back at the end.
 
         Args:
@@ -71,10 +71,10 @@ class Host(Protocol):
             What a run is given: it drives the host's progress bar and hears its stop buttons.
         """
 
-    def atelier(self) -> Atelier:
+    def atelier(self) -> GeneratorInfo:
         """What there is to draw pictures with."""
 
-    def drawing(self, task: str) -> AbstractContextManager[tuple[Control, Studio]]:
+    def drawing(self, task: str) -> AbstractContextManager[tuple[Progress, ImageGenerator]]:
         """As `running`, with the loaded model left where it is, to draw pictures.
 
         Afterwards the checkpoint is loaded again that was loaded before, however it ended.

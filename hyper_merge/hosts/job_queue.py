@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from hyper_merge.errors import HyperMergeError, InterruptedRun
-from hyper_merge.runtime.progress import STOPPED, Control
+from hyper_merge.runtime.progress import STOPPED, Progress
 
 _KNOWN: Final = 20  # jobs that can be looked at
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
 MERGE: Final = "merge"
 """Where a job is begun that makes a run; others are begun in a panel of the tab "Use"."""
-Work = Callable[[str, Control], object]
+Work = Callable[[str, Progress], object]
 """Takes the task's id and a control; returns the name of the run that it made, what a panel is to
 show, or "".
 """
@@ -30,7 +30,7 @@ class BusyError(HyperMergeError):
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobStatus:
     """How far a job is, at one moment.
 
     Attributes:
@@ -96,13 +96,13 @@ class Job:
         """
         self.id = uuid.uuid4().hex[:12]
         self._changed = threading.Condition()
-        self._standing = Standing(f"task(hyper-merge-{self.id})", title, place=place)
+        self._standing = JobStatus(f"task(hyper-merge-{self.id})", title, place=place)
         self._began: float | None = None
         self._work, self._log = work, log
         threading.Thread(target=self._run, name="hyper-merge", daemon=True).start()
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> JobStatus:
         """How far it is."""
         with self._changed:
             running = self._began is not None and self._standing.outcome == "running"
@@ -127,8 +127,8 @@ class Job:
 
     def _run(self) -> None:
         try:
-            control = Control(self._on_progress, self._should_stop, self._on_warning)
-            self._end("done", "", self._work(self._standing.task, control))
+            progress = Progress(self._on_progress, self._should_stop, self._on_warning)
+            self._end("done", "", self._work(self._standing.task, progress))
         except InterruptedRun as error:
             self._end("stopped", str(error))
         except HyperMergeError as error:

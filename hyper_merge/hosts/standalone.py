@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
-from hyper_merge.hosts.host import Atelier, Defaults
-from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.hosts.host import Defaults, GeneratorInfo
+from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 _SUFFIXES: Final = (".safetensors", ".ckpt")
 _NOT_CHECKPOINTS: Final = (".vae.safetensors", ".vae.ckpt")  # as the WebUIs see it
@@ -57,19 +57,19 @@ class Standalone:
         return Defaults(save_styles=False)
 
     @contextmanager
-    def running(self, task: str) -> Iterator[Control]:  # noqa: ARG002 - the protocol's
+    def running(self, task: str) -> Iterator[Progress]:  # noqa: ARG002 - the protocol's
         """Begins at once: nothing else uses the device."""
-        yield Control()
+        yield Progress()
 
-    def atelier(self) -> Atelier:
+    def atelier(self) -> GeneratorInfo:
         """Those of diffusers, if it is installed."""
         return diffusers_pictures.atelier()
 
     @contextmanager
-    def drawing(self, task: str) -> Iterator[tuple[Control, Studio]]:  # noqa: ARG002 - the protocol's
+    def drawing(self, task: str) -> Iterator[tuple[Progress, ImageGenerator]]:  # noqa: ARG002 - the protocol's
         """Begins at once."""
         with diffusers_pictures.studio(self._folders) as studio:
-            yield Control(), studio
+            yield Progress(), studio
 
     def styles(self) -> set[str]:
         """None."""

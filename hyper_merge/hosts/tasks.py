@@ -15,35 +15,41 @@ from typing import Final
 from hyper_merge.errors import HyperMergeError, OutputError
 from hyper_merge.hosts.host import Host
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitOrder
+from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
-from hyper_merge.operations.merge.plan import LOOK_COSTS, Outlook, analysed, known_analysis, outlook
-from hyper_merge.operations.merge.preflight import Preflight, examine
+from hyper_merge.operations.merge.plan import (
+    FORECAST_COSTS,
+    ForecastCurve,
+    ensure_analysis,
+    find_known_analysis,
+    forecast_curve,
+)
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.manifest import load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
-LOOK: Final = "the look at the files"
+FORECAST_TITLE: Final = "the look at the files"
 """Its job's title."""
 
 
 @contextmanager
-def turn(host: Host, task: str, control: Control) -> Iterator[Control]:
+def host_turn(host: Host, task: str, progress: Progress) -> Iterator[Progress]:
     """A turn of the host's for a task; gives a control that tells host and job, and hears both."""
     with host.running(task) as hosts:
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
+        both = progress.joined(hosts)
+        both.report("starting", 0.0)
         yield both
 
 
-def merge(
-    host: Host, asked: Callable[[], Recipe], save_styles: bool, task: str, control: Control
+def merge_task(
+    host: Host, asked: Callable[[], Recipe], save_styles: bool, task: str, progress: Progress
 ) -> str:
     """Merges, and saves a style per checkpoint if that is wished; returns the run's name."""
-    with turn(host, task, control) as both:
+    with host_turn(host, task, progress) as both:
         folders = host.folders()
-        preflight = examine(asked(), folders)
+        preflight = run_preflight(asked(), folders)
         for warning in preflight.warnings:
             both.warn(warning)
         name = run_merge(preflight, both, folders).place.run
@@ -53,11 +59,11 @@ def merge(
     return name
 
 
-def fit(
-    host: Host, asked: Callable[[], FitOrder], save_styles: bool, task: str, control: Control
+def fit_task(
+    host: Host, asked: Callable[[], FitRequest], save_styles: bool, task: str, progress: Progress
 ) -> str:
     """Fits a checkpoint onto a run, and saves its style if that is wished; returns the run's name."""
-    with turn(host, task, control) as both:
+    with host_turn(host, task, progress) as both:
         folders = host.folders()
         fitted = run_fit(asked(), folders, both)
         if fitted.topups:
@@ -67,21 +73,21 @@ def fit(
     return fitted.run
 
 
-def _save(host: Host, styles: Mapping[str, str], what: str, control: Control) -> None:
+def _save(host: Host, styles: Mapping[str, str], what: str, progress: Progress) -> None:
     """Saves styles where the host has any; a refusal does not undo the work."""
     if not host.has_txt2img:
         return
     try:
         host.save_styles(styles)
     except OutputError as error:
-        control.warn(f"The {what} is done, but its styles are not saved: {error}")
+        progress.warn(f"The {what} is done, but its styles are not saved: {error}")
 
 
-def known_outlook(host: Host, preflight: Preflight) -> Outlook | None:
+def known_forecast(host: Host, preflight: Preflight) -> ForecastCurve | None:
     """What could be had, if the files have been looked at before."""
-    path = known_analysis(preflight, host.folders())
+    path = find_known_analysis(preflight, host.folders())
     try:
-        return None if path is None else _outlook(_question(path, preflight, Control()))
+        return None if path is None else _outlook(_question(path, preflight, Progress()))
     except (HyperMergeError, OSError):  # the cache was cleared just now
         return None
 
@@ -96,27 +102,27 @@ class _Question:
     separate: bool
     layer_weights: str
     preflight: Preflight = field(compare=False)
-    control: Control = field(compare=False)
+    progress: Progress = field(compare=False)
 
 
-def _question(path: Path, preflight: Preflight, control: Control) -> _Question:
+def _question(path: Path, preflight: Preflight, progress: Progress) -> _Question:
     separate = preflight.recipe.multipliers == "separate"
     weights = preflight.recipe.layer_weights
     changed = path.stat().st_mtime_ns
-    return _Question(path, changed, preflight.rank_bytes, separate, weights, preflight, control)
+    return _Question(path, changed, preflight.rank_bytes, separate, weights, preflight, progress)
 
 
 @functools.lru_cache(maxsize=8)
-def _outlook(question: _Question) -> Outlook:
+def _outlook(question: _Question) -> ForecastCurve:
     """What could be had, which takes seconds and is not found again while the analysis is the same."""
-    return outlook(question.path, question.preflight, question.control)
+    return forecast_curve(question.path, question.preflight, question.progress)
 
 
-def look(host: Host, asked: Callable[[], Preflight], task: str, control: Control) -> str:
-    """Looks at the files in a turn of the host's, so that `known_outlook` knows what could be had."""
-    with turn(host, task, control) as both:
+def forecast_task(host: Host, asked: Callable[[], Preflight], task: str, progress: Progress) -> str:
+    """Looks at the files in a turn of the host's, so that `known_forecast` knows what could be had."""
+    with host_turn(host, task, progress) as both:
         preflight = asked()
-        reading, looking = both.split(LOOK_COSTS)
-        path = analysed(preflight, host.folders(), reading)
+        reading, looking = both.split(FORECAST_COSTS)
+        path = ensure_analysis(preflight, host.folders(), reading)
         _outlook(_question(path, preflight, looking))
     return ""

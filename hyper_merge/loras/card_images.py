@@ -55,7 +55,7 @@ def lora_picture(
         _label(draw, _BODY + row * _ROW, checkpoint, f"{multiplier:+.2f}")
     if len(shown) < len(multipliers):
         rest = f"and {len(multipliers) - len(shown)} more"
-        write_line(draw, (_MARGIN, _BODY + len(shown) * _ROW), rest, _ROW_SIZE, _QUIET)
+        draw_text_line(draw, (_MARGIN, _BODY + len(shown) * _ROW), rest, _ROW_SIZE, _QUIET)
     return _png(image)
 
 
@@ -71,7 +71,7 @@ def hyper_model_picture(name: str, checkpoints: Sequence[str]) -> bytes:
     lines = list(checkpoints if fits else checkpoints[: _LINES - 1])
     lines += [] if fits else [f"and {len(checkpoints) - len(lines)} more"]
     for row, line in enumerate(lines):
-        write_line(draw, (_MARGIN, _BODY + row * _LINE), line, _ROW_SIZE, _QUIET)
+        draw_text_line(draw, (_MARGIN, _BODY + row * _LINE), line, _ROW_SIZE, _QUIET)
     return _png(image)
 
 
@@ -79,9 +79,9 @@ def _card(*lines: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """An empty card with a name and two lines at its top."""
     image = Image.new("RGB", _SIZE, _GROUND)
     draw = ImageDraw.Draw(image)
-    write_line(draw, (_MARGIN, 28), lines[0], _NAME_SIZE, _TEXT)
+    draw_text_line(draw, (_MARGIN, 28), lines[0], _NAME_SIZE, _TEXT)
     for row, line in enumerate(lines[1:]):
-        write_line(draw, (_MARGIN, 76 + 32 * row), line, _LINE_SIZE, _QUIET)
+        draw_text_line(draw, (_MARGIN, 76 + 32 * row), line, _LINE_SIZE, _QUIET)
     return image, draw
 
 
@@ -107,11 +107,11 @@ def _bar(draw: ImageDraw.ImageDraw, top: float, share: float) -> None:
 def _label(draw: ImageDraw.ImageDraw, top: float, name: str, number: str) -> None:
     width = _font(_ROW_SIZE, eastern=False).getlength(number)
     right = _SIZE[0] - _MARGIN - width
-    write_line(draw, (_MARGIN, top), name, _ROW_SIZE, _TEXT, right - _MARGIN - 12)
-    write_line(draw, (right, top), number, _ROW_SIZE, _QUIET)
+    draw_text_line(draw, (_MARGIN, top), name, _ROW_SIZE, _TEXT, right - _MARGIN - 12)
+    draw_text_line(draw, (right, top), number, _ROW_SIZE, _QUIET)
 
 
-def write_line(
+def draw_text_line(
     draw: ImageDraw.ImageDraw,
     place: tuple[float, float],
     text: str,

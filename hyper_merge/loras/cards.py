@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.loras.card_images import hyper_model_picture
 from hyper_merge.loras.metadata import COMPANIONS, Lineage, LoraFile
-from hyper_merge.loras.prompt_tags import tag
+from hyper_merge.loras.prompt_tags import format_tag
 
 CARD_SUFFIXES: Final = (".json", ".png")
 """Of the files beside a model that WebUIs make its card from: text and picture."""
 
 
-def card(file: LoraFile, stem: str) -> str:
+def format_card(file: LoraFile, stem: str) -> str:
     """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
     lines = [f"{checkpoint}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers]
     return _card(
@@ -31,10 +31,10 @@ def card(file: LoraFile, stem: str) -> str:
     )
 
 
-def companion_card(file: LoraFile, stem: str, exact: str) -> str:
+def format_companion_card(file: LoraFile, stem: str, exact: str) -> str:
     """The JSON text of a companion's sidecar; `exact` is the recipe's word for what it holds."""
     what, where = COMPANIONS[exact]
-    lines = [f"{checkpoint}: {tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
+    lines = [f"{checkpoint}: {format_tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
     return _card(
         {
             "description": f"{what.capitalize()} that go with LoRA {file.index + 1} of {file.count}"
@@ -49,7 +49,7 @@ def companion_card(file: LoraFile, stem: str, exact: str) -> str:
 
 
 def stage_checkpoint_card(
-    outputs: Outputs, path: Path, lineage: Lineage, *, overwrite: bool
+    outputs: FileTransaction, path: Path, lineage: Lineage, *, overwrite: bool
 ) -> None:
     """Stages text and picture of the hyper-model's card in WebUIs.
 

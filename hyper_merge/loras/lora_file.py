@@ -20,10 +20,10 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NonFiniteError
 from hyper_merge.loras.card_images import lora_picture
-from hyper_merge.loras.cards import CARD_SUFFIXES, card
+from hyper_merge.loras.cards import CARD_SUFFIXES, format_card
 from hyper_merge.loras.metadata import LoraFile, lora_metadata
 
 _LARGEST: Final = MappingProxyType(
@@ -50,7 +50,7 @@ def lora_tensors(
     But not where others that must go with it are there: it then has rank 1, to be filled with zeros.
     """
     tensors = {}
-    for layer, rank in zip(layers, whole_groups(layers, rank_of), strict=True):
+    for layer, rank in zip(layers, complete_groups(layers, rank_of), strict=True):
         if rank:
             tensors[layer.module + DOWN] = TensorInfo(dtype, layer.down_shape(rank))
             tensors[layer.module + UP] = TensorInfo(dtype, layer.up_shape(rank))
@@ -59,7 +59,7 @@ def lora_tensors(
     return tensors
 
 
-def whole_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int]:
+def complete_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int]:
     """The ranks, with 1 for a layer of rank 0 if another that must go with it has more.
 
     A1111 changes an attention with one tensor for query, key and value only if the file has them
@@ -119,7 +119,7 @@ def stored_factors(
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
 
-def as_hosts_add(
+def as_hosts_apply(
     up: Tensor,  # (m, r), as a file holds it
     down: Tensor,  # (r, n)
     alpha: float | None,
@@ -133,7 +133,7 @@ def as_hosts_add(
 
 
 def write_lora(
-    outputs: Outputs,
+    outputs: FileTransaction,
     path: Path,
     layers: Sequence[Layer],
     factors: Factors,
@@ -154,7 +154,7 @@ def write_lora(
     Raises:
         OutputError: the place is taken.
     """
-    ranks = whole_groups(layers, [_rank(layer, factors) for layer in layers])
+    ranks = complete_groups(layers, [_rank(layer, factors) for layer in layers])
     alpha = file.alpha if file.lineage.family.lora_alpha else None
     stored: dict[str, Tensor] = {}
     for layer, rank in zip(layers, ranks, strict=True):
@@ -170,7 +170,7 @@ def write_lora(
             writer.write(key, tensor)
             tick(declared[key].nbytes)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
-    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), card(file, path.stem))
+    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), format_card(file, path.stem))
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from hyper_merge import __version__
 from hyper_merge.checkpoints.architectures.spec import Family
-from hyper_merge.loras.prompt_tags import tag
+from hyper_merge.loras.prompt_tags import format_tag
 
 FORMAT_VERSION: Final = "1"
 """Of the `hyper_merge.*` metadata; readers refuse a higher one."""
@@ -26,14 +26,14 @@ COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 )
 """What companions hold and where they load, by the recipe's word."""
 
-ALONE: Final = "lora-alone"
+STANDALONE_KIND: Final = "lora-alone"
 """`hyper_merge.kind` of a LoRA that brings a checkpoint back without any other; "lora" needs others."""
 
 _OWN: Final = "hyper_merge."
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceRecord:
     """A checkpoint that went into a merge."""
 
     name: str  # of its file
@@ -49,7 +49,7 @@ class Lineage:
     name: str  # file stem of the hyper-model
     family: Family
     recipe: Mapping[str, str]  # as `Recipe.to_metadata` gives it
-    sources: tuple[Source, ...]
+    sources: tuple[SourceRecord, ...]
     date: str  # ISO 8601
 
 
@@ -78,7 +78,7 @@ class LoraFile:
     def tag(self, stem: str, checkpoint: str) -> str:
         """What adds a LoRA of this stem for a checkpoint."""
         own = self.text_multipliers
-        return tag(stem, self.multipliers[checkpoint], own[checkpoint] if own else None)
+        return format_tag(stem, self.multipliers[checkpoint], own[checkpoint] if own else None)
 
 
 def lora_metadata(
@@ -105,7 +105,7 @@ def lora_metadata(
         "ss_sd_model_name": f"{lineage.name}.safetensors",
         "sshs_model_hash": model_hash,
         **_modelspec(lineage, stem, "/lora"),
-        **_own(lineage, "lora" if file.alone is None else ALONE),
+        **_own(lineage, "lora" if file.alone is None else STANDALONE_KIND),
         _OWN + "index": str(file.index),
         _OWN + "rank": str(file.rank),
         _OWN + "multipliers": json_text(dict(file.multipliers)),

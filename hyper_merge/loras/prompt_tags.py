@@ -51,7 +51,7 @@ def companion_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name}-exact" for name in names)
 
 
-def tag(name: str, multiplier: float, text_multiplier: float | None = None) -> str:
+def format_tag(name: str, multiplier: float, text_multiplier: float | None = None) -> str:
     """What adds one LoRA in a prompt.
 
     Args:
@@ -73,7 +73,7 @@ def tag(name: str, multiplier: float, text_multiplier: float | None = None) -> s
     return f"<lora:{name}:{':'.join(_number(name, x) for x in numbers)}>"
 
 
-def tags(
+def format_tags(
     names: Sequence[str],
     multipliers: Iterable[float],
     text_multipliers: Iterable[float] = (),
@@ -90,7 +90,7 @@ def tags(
     """
     texts = list(text_multipliers)
     rows = zip(names, multipliers, texts or repeat(None, len(names)), strict=True)
-    return " ".join(tag(name, x, text) for name, x, text in rows)
+    return " ".join(format_tag(name, x, text) for name, x, text in rows)
 
 
 def parse_tags(text: str) -> list[Tag]:
@@ -111,7 +111,7 @@ def tag_names(text: str) -> set[str]:
     return {match[1].partition(":")[0] for match in _TAG.finditer(text)}
 
 
-def without_tags(text: str) -> str:
+def remove_tags(text: str) -> str:
     """A prompt without its LoRA tags.
 
     >>> without_tags("a cat <lora:mix_0-128:0.91235>")

@@ -14,12 +14,12 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
 from hyper_merge.loras.lora_file import ALPHA, DOWN, UP
 
 
-class StoredLora:
+class LoraReader:
     """A LoRA file open for reading, module by module; use as a context manager."""
 
     modules: Mapping[str, Layer] = MappingProxyType({})
@@ -31,9 +31,9 @@ class StoredLora:
         """Names the file; nothing is read before the block is entered."""
         self.path = path
         self._family = family
-        self._file = Checkpoint(path)
+        self._file = CheckpointReader(path)
 
-    def __enter__(self) -> StoredLora:
+    def __enter__(self) -> LoraReader:
         self._file.__enter__()
         try:
             self._look(self._file.header)

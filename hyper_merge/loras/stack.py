@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
-from hyper_merge.checkpoints.architectures.norms_and_biases import Vector, vectors_of
+from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias, norms_and_biases_of
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.reader import Checkpoint
-from hyper_merge.loras.reader import StoredLora
+from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.loras.reader import LoraReader
 
 
-class Added:
+class LoraStack:
     """LoRA files and companions, open for reading tensor by tensor; use as a context manager."""
 
     def __init__(self, paths: Sequence[Path], header: Header, layout: Layout) -> None:
@@ -28,12 +28,14 @@ class Added:
             header: of the checkpoint that they are added to.
             layout: of the same.
         """
-        self._vectors = {vector.key: vector for vector in vectors_of(header, layout, biases=True)}
-        self._loras = [StoredLora(path, layout.family) for path in paths]
-        self._files = [Checkpoint(path) for path in paths]
+        self._vectors = {
+            vector.key: vector for vector in norms_and_biases_of(header, layout, biases=True)
+        }
+        self._loras = [LoraReader(path, layout.family) for path in paths]
+        self._files = [CheckpointReader(path) for path in paths]
         self._resources = ExitStack()
 
-    def __enter__(self) -> Added:
+    def __enter__(self) -> LoraStack:
         with ExitStack() as stack:
             for lora in self._loras:
                 stack.enter_context(lora)
@@ -70,7 +72,7 @@ class Added:
         return [_vector(file, vector) for file in self._files]
 
 
-def _vector(file: Checkpoint, vector: Vector | None) -> Tensor | None:
+def _vector(file: CheckpointReader, vector: NormOrBias | None) -> Tensor | None:
     if vector is None or vector.lora_key not in file.header.tensors:
         return None
     return file.tensor(vector.lora_key)

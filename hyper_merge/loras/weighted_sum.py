@@ -11,10 +11,10 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.decomposition.linalg import product_energy
-from hyper_merge.decomposition.normalization import evened
-from hyper_merge.decomposition.truncated_svd import shortened
-from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
-from hyper_merge.loras.reader import StoredLora
+from hyper_merge.decomposition.normalization import even_out
+from hyper_merge.decomposition.truncated_svd import truncate_factors
+from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.loras.reader import LoraReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class WeightedSum:
         rank: Of every layer at most; None to keep whatever the sum has.
     """
 
-    loras: Sequence[StoredLora]
+    loras: Sequence[LoraReader]
     multipliers_of: Callable[[PartName], tuple[float, ...]]
     rank: int | None = None
 
@@ -62,7 +62,7 @@ class WeightedSum:
             up, down = lora.factors(layer.module)
             ups.append(up * multiplier)
             downs.append(down)
-        return evened(torch.cat(ups, 1), torch.cat(downs))
+        return even_out(torch.cat(ups, 1), torch.cat(downs))
 
     def stored(self, layer: Layer, alpha: int | None, dtype: torch.dtype) -> StoredSum:
         """The sum, cut to its rank where it has more, rounded once.
@@ -73,10 +73,10 @@ class WeightedSum:
         up, down = self.factors(layer)
         kept, rank = (up, down), self._rank(layer)
         if rank < up.shape[1]:
-            best = shortened(up, down, rank)
+            best = truncate_factors(up, down, rank)
             kept = best.up, best.down
         factors = stored_factors(layer, *kept, alpha, dtype)
-        rounded = as_hosts_add(*factors, alpha)
+        rounded = as_hosts_apply(*factors, alpha)
         difference = (
             torch.cat([up, -rounded[0].double()], 1),
             torch.cat([down, rounded[1].double()]),
@@ -91,6 +91,6 @@ class WeightedSum:
         everything = sum(lora.ranks[layer.module] for lora, _ in self._used(layer))
         return min(everything, layer.m, layer.n, self.rank or everything)
 
-    def _used(self, layer: Layer) -> list[tuple[StoredLora, float]]:
+    def _used(self, layer: Layer) -> list[tuple[LoraReader, float]]:
         pairs = zip(self.loras, self.multipliers_of(layer.part), strict=True)
         return [(lora, x) for lora, x in pairs if x and layer.module in lora.modules]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from hyper_merge.analysis import cache as analysis_cache
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 
 
-def cache_text(folders: Folders) -> str:
+def format_cache(folders: Folders) -> str:
     """How much the cache holds, and what it is for."""
-    held = size_text(analysis_cache.total_bytes(folders.cache))
+    held = format_size(analysis_cache.cache_bytes(folders.cache))
     return (
-        f"The cache holds {held} of at most {size_text(folders.cache_limit)}. With it another list of"
+        f"The cache holds {held} of at most {format_size(folders.cache_limit)}. With it another list of"
         " ranks takes a fraction of the time. It is safe to clear."
     )
 
@@ -22,5 +22,5 @@ def clear_cache(folders: Folders) -> str:
     Raises:
         CacheError: a file cannot be deleted; the others are.
     """
-    freed = analysis_cache.clear(folders.cache)
-    return f"The cache is empty; {size_text(freed)} are free again."
+    freed = analysis_cache.clear_analyses(folders.cache)
+    return f"The cache is empty; {format_size(freed)} are free again."

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyper_merge.errors import RunError
-from hyper_merge.operations.inspect import look_at
-from hyper_merge.runs.fit_records import fits_of
+from hyper_merge.operations.inspect import inspect_files
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders, same_place
 from hyper_merge.runs.integrity import require_hyper_model, require_own
 from hyper_merge.runs.manifest import Run, load_run
-from hyper_merge.runs.originals import Original, find_originals
+from hyper_merge.runs.originals import LocatedSource, locate_sources
 from hyper_merge.runs.report import CheckpointReport
-from hyper_merge.runtime.formatting import size_text
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DeletionVerdict:
     """One original."""
 
     name: str  # of its file
@@ -36,12 +36,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Safety:
+class DeletionReport:
     """All originals of a run against a threshold."""
 
     run: str
     threshold: float  # fraction 0..1
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[DeletionVerdict, ...]
     problem: str  # why the run cannot bring anything back as it is; empty where it can
 
     @property
@@ -50,39 +50,41 @@ class Safety:
         return sum(each.frees for each in self.verdicts if each.safe)
 
 
-def find_safety(name: str, threshold: float, folders: Folders, control: Control) -> Safety:
+def find_deletable(
+    name: str, threshold: float, folders: Folders, progress: Progress
+) -> DeletionReport:
     """Looks at every original of a run, and at the checkpoints that were fitted onto it.
 
     Args:
         name: of the run.
         threshold: share of all differences that must come back, 0..1.
         folders: where the run is, its files and the checkpoints.
-        control: progress and interrupt; files whose hashes are not known are read.
+        progress: progress and interrupt; files whose hashes are not known are read.
 
     Raises:
         RunError: there is no such run, or it cannot be read.
         InterruptedRun: the user's wish.
     """
     run = load_run(folders, name)
-    checking, finding = control.split([1.0, 4.0])
+    checking, finding = progress.split([1.0, 4.0])
     problem = _problem(run, checking)
-    fits, _ = fits_of(run)
+    fits, _ = load_fits(run)
     rows = [
         *run.report.checkpoints,
         *(replace(each.row, explained=each.explained) for each in fits),
     ]
     count = len(run.report.checkpoints)
     sources = [*run.sources[-count:], *(each.source for each in fits)]
-    originals = find_originals(sources, folders, finding)
-    vae = None if problem else look_at(run.hyper_model).vae
+    originals = locate_sources(sources, folders, finding)
+    vae = None if problem else inspect_files(run.hyper_model).vae
     verdicts = [
         _verdict(row, original, (threshold, problem or _needed(original.path, folders)), vae)
         for row, original in zip(rows, originals, strict=True)
     ]
-    return Safety(run.name, threshold, _once(verdicts), problem)
+    return DeletionReport(run.name, threshold, _once(verdicts), problem)
 
 
-def text(safety: Safety) -> str:
+def format_deletion_report(safety: DeletionReport) -> str:
     """The verdicts as plain text."""
     width = max(len("checkpoint"), *(len(each.name) for each in safety.verdicts))
     lines = [
@@ -91,7 +93,7 @@ def text(safety: Safety) -> str:
         f"{'checkpoint':{width}}  delete?      frees  layers  everything  not carried  VAE differs",
         *(_line(each, width) for each in safety.verdicts),
         "",
-        f"deleting what is safe to delete would free {size_text(safety.frees)}",
+        f"deleting what is safe to delete would free {format_size(safety.frees)}",
         "nothing was deleted; that is up to you",
     ]
     if safety.problem:
@@ -99,24 +101,24 @@ def text(safety: Safety) -> str:
     return "\n".join(lines)
 
 
-def _line(each: Verdict, width: int) -> str:
+def _line(each: DeletionVerdict, width: int) -> str:
     differs = {None: "not known", True: "yes", False: "no"}[each.vae_differs]
     answer = "yes" if each.safe else "no"
     why = "" if each.safe else f"  ({each.reason})"
     if each.restored_as != each.path.stem:
         why += f"  (restored as {each.restored_as})"
     return (
-        f"{each.name:{width}}  {answer:7}  {size_text(each.frees):>9}  {each.explained:6.2%}"
+        f"{each.name:{width}}  {answer:7}  {format_size(each.frees):>9}  {each.explained:6.2%}"
         f"  {each.everything:10.2%}  {each.not_carried:11.3%}  {differs}{why}"
     )
 
 
-def _problem(run: Run, control: Control) -> str:
+def _problem(run: Run, progress: Progress) -> str:
     try:
         require_hyper_model(run)
-        topups = [each.name for fitted in fits_of(run)[0] for each in fitted.topups]
+        topups = [each.name for fitted in load_fits(run)[0] for each in fitted.topups]
         beside = [run.loras[0].with_name(f"{name}.safetensors") for name in topups]
-        require_own(run, [*run.loras, *beside], control)
+        require_own(run, [*run.loras, *beside], progress)
     except RunError as error:
         return str(error)
     return ""
@@ -124,15 +126,15 @@ def _problem(run: Run, control: Control) -> str:
 
 def _verdict(
     row: CheckpointReport,
-    original: Original,
+    original: LocatedSource,
     against: tuple[float, str],  # threshold, and what forbids it whatever the shares
     vae: str | None,
-) -> Verdict:
+) -> DeletionVerdict:
     threshold, forbidden = against
     everything = row.explained * (1 - row.not_carried)
     reason = _reason(original, everything, threshold) or forbidden
     there = original.state == "there"
-    return Verdict(
+    return DeletionVerdict(
         name=original.source.name,
         path=original.path,
         restored_as=row.name,
@@ -142,11 +144,11 @@ def _verdict(
         explained=row.explained,
         everything=everything,
         not_carried=row.not_carried,
-        vae_differs=look_at(original.path).vae != vae if there and vae else None,
+        vae_differs=inspect_files(original.path).vae != vae if there and vae else None,
     )
 
 
-def _reason(original: Original, everything: float, threshold: float) -> str:
+def _reason(original: LocatedSource, everything: float, threshold: float) -> str:
     if original.state == "missing":
         return "it is not there any more"
     if original.state == "changed":
@@ -154,9 +156,9 @@ def _reason(original: Original, everything: float, threshold: float) -> str:
     return f"less than {100 * threshold:.4g}% comes back" if everything < threshold else ""
 
 
-def _once(verdicts: Sequence[Verdict]) -> tuple[Verdict, ...]:
+def _once(verdicts: Sequence[DeletionVerdict]) -> tuple[DeletionVerdict, ...]:
     """One verdict for each file: of several fits of it, that which brings back most."""
-    best: dict[str, Verdict] = {}
+    best: dict[str, DeletionVerdict] = {}
     for each in verdicts:
         place = os.path.realpath(each.path)
         if place not in best or each.everything > best[place].everything:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.operations.merge.merge import Merged, run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.merge import MergeResult, run_merge
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import FamilySpec, write_family
 
 _SPEC: Final = FamilySpec(
@@ -19,28 +19,28 @@ DEMO_RANKS: Final = (24, 12, 6, 3)
 """A list of ranks that suits the small layers."""
 
 
-def make_family(folder: Path, control: Control) -> tuple[Path, ...]:
+def make_family(folder: Path, progress: Progress) -> tuple[Path, ...]:
     """The family's files in a folder; made unless all are there.
 
     Args:
         folder: for checkpoints.
-        control: progress and interrupt.
+        progress: progress and interrupt.
     """
     paths = tuple(folder / f"{name}.safetensors" for name in _NAMES)
     if not all(path.exists() for path in paths):
         write_family(
-            folder, _SPEC, _NAMES, lambda done, total: control.step("making", done / total)
+            folder, _SPEC, _NAMES, lambda done, total: progress.report("making", done / total)
         )
     return paths
 
 
-def run_demo(folder: Path, control: Control) -> Merged:
+def run_demo(folder: Path, progress: Progress) -> MergeResult:
     """Makes the family where it is not there yet, and merges it; an earlier demo is replaced.
 
     Args:
         folder: the models folder; its checkpoints go to `Stable-diffusion` within.
-        control: progress and interrupt.
+        progress: progress and interrupt.
     """
-    paths = make_family(folder / "Stable-diffusion", control.part(0.0, 0.4))
+    paths = make_family(folder / "Stable-diffusion", progress.part(0.0, 0.4))
     recipe = Recipe(name="demo", models=paths, ranks=DEMO_RANKS, output=folder, overwrite=True)
-    return run_merge(examine(recipe), control.part(0.4, 1.0))
+    return run_merge(run_preflight(recipe), progress.part(0.4, 1.0))

@@ -14,31 +14,31 @@ import torch
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family, PartName
 from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import ExtractionError, RecipeError, RunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
-from hyper_merge.loras.metadata import ALONE, LoraFile
-from hyper_merge.loras.prompt_tags import prompt_word, tag, tags
-from hyper_merge.loras.reader import StoredLora
+from hyper_merge.loras.metadata import STANDALONE_KIND, LoraFile
+from hyper_merge.loras.prompt_tags import format_tag, format_tags, prompt_word
+from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import StoredSum, WeightedSum
-from hyper_merge.recipe.parsing import LARGEST_RANK, nearest, whole
+from hyper_merge.recipe.parsing import LARGEST_RANK, suggest_nearest, whole
 from hyper_merge.recipe.recipe import SettingError
 from hyper_merge.runs.folders import Folders, metadata_of
 from hyper_merge.runs.integrity import require_family, require_own
 from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.report import CheckpointReport
-from hyper_merge.runs.weighted_loras import lineage_from
+from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.formatting import size_text
-from hyper_merge.runtime.parallel import workers
-from hyper_merge.runtime.progress import Control, count
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress, count
 
 _LONGEST: Final = 60  # letters of a checkpoint's name within the LoRA's
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportRequest:
     """What the user asks for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """One checkpoint's LoRA."""
 
     path: Path
@@ -74,13 +74,15 @@ class Exported:
     companions: str  # tags of the run's companions, which are still to be used besides; or nothing
 
 
-def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Exported, ...]:
+def run_export(
+    wanted: ExportRequest, folders: Folders, progress: Progress
+) -> tuple[ExportResult, ...]:
     """Writes the LoRAs, all or none; on any failure every existing file stays as it was.
 
     Args:
         wanted: what the user asks for.
         folders: where the run is, and its LoRAs.
-        control: progress and interrupt.
+        progress: progress and interrupt.
 
     Raises:
         HyperMergeError: an unknown run or checkpoint, a LoRA of the run that is missing or not its
@@ -90,21 +92,21 @@ def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Expo
     family = require_family(run)
     rows = _rows(run, wanted.checkpoints)
     paths = _paths(run, rows, folders, overwrite=wanted.overwrite)
-    checking, *each = control.split([1.0, *[3.0] * len(rows)])
+    checking, *each = progress.split([1.0, *[3.0] * len(rows)])
     shared = run.loras[: len(run.report.loras)]
     own = {row.name: _topup(run, row) for row in rows}
     require_own(run, (*shared, *(path for paths in own.values() for path in paths)), checking)
     if run.hyper_model in run.missing:
-        control.warn(f"{run.hyper_model} is missing or another file; these LoRAs go with no other")
-    with Outputs(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
-        loras = [stack.enter_context(StoredLora(path, family)) for path in shared]
+        progress.warn(f"{run.hyper_model} is missing or another file; these LoRAs go with no other")
+    with FileTransaction(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
+        loras = [stack.enter_context(LoraReader(path, family)) for path in shared]
         exported = tuple(
             _export(
                 outputs,
                 paths[row.name],
                 (run, row, family),
                 WeightedSum(
-                    [*loras, *(stack.enter_context(StoredLora(p, family)) for p in own[row.name])],
+                    [*loras, *(stack.enter_context(LoraReader(p, family)) for p in own[row.name])],
                     partial(multipliers_of, row),
                     wanted.rank,
                 ),
@@ -112,17 +114,17 @@ def run_export(wanted: Export, folders: Folders, control: Control) -> tuple[Expo
             )
             for row, part in zip(rows, each, strict=True)
         )
-        control.step("putting the files in place", 1.0)
+        progress.report("putting the files in place", 1.0)
     return exported
 
 
-def describe(exported: Sequence[Exported], rank: int | None) -> str:
+def format_export(exported: Sequence[ExportResult], rank: int | None) -> str:
     """The outcome as plain text."""
     width = max(len(each.path.stem) for each in exported)
     lost = "lost by cutting" if rank else "lost by rounding"
     lines = [f"{'LoRA':{width}}  rank       size  explained before  {lost}"]
     lines += [
-        f"{each.path.stem:{width}}  {each.rank:4} {size_text(each.size):>10}  {each.explained:16.2%}"
+        f"{each.path.stem:{width}}  {each.rank:4} {format_size(each.size):>10}  {each.explained:16.2%}"
         f"  {each.lost:{len(lost)}.4%}"
         for each in exported
     ]
@@ -132,7 +134,7 @@ def describe(exported: Sequence[Exported], rank: int | None) -> str:
         f"in {first.path.parent}",
         "",
         f"To get {first.checkpoint}, load {first.hyper_model.stem} and put this into the prompt:",
-        tag(first.path.stem, 1.0) + besides,
+        format_tag(first.path.stem, 1.0) + besides,
     ]
     return "\n".join(lines)
 
@@ -153,7 +155,7 @@ def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
         row = known.get(name) or known.get(name.removesuffix(".safetensors"))
         if row is None:
             raise RunError(
-                f"the run {run.name} has no checkpoint {name}{nearest(name, known) or '.'} It has"
+                f"the run {run.name} has no checkpoint {name}{suggest_nearest(name, known) or '.'} It has"
                 f" {', '.join(known)}"
             )
         if not any(any(multipliers_of(row, part.name)) for part in require_family(run).parts):
@@ -197,30 +199,30 @@ def _is_taken(name: str, checkpoint: str, run: Run, folders: Folders) -> bool:
         return True
     found = metadata_of(path)
     own = [found.get(f"hyper_merge.{key}") for key in ("kind", "run", "checkpoint")]
-    return path.exists() and own != [ALONE, run.name, checkpoint]
+    return path.exists() and own != [STANDALONE_KIND, run.name, checkpoint]
 
 
 def _export(
-    outputs: Outputs,
+    outputs: FileTransaction,
     path: Path,
     of: tuple[Run, CheckpointReport, Family],
     total: WeightedSum,
-    control: Control,
-) -> Exported:
+    progress: Progress,
+) -> ExportResult:
     run, row, family = of
     layers, ranks = zip(*total.ranks().values(), strict=True)
     file = _file(of, max(ranks), total)
     alpha = family.alpha_for(file.rank)
     size = lora_bytes(layers, [(rank,) for rank in ranks], file.dtype, (alpha,))
     require_disks({path.parent: size})
-    folding, writing = control.split([1.0, 1.0])
+    folding, writing = progress.split([1.0, 1.0])
     sums = _fold(total, layers, (alpha, file.dtype), folding)
     factors = {name: found.factors for name, found in sums.items()}
-    tally = writing.tally("writing the LoRA", {path: 2 * size})  # hashed and written
-    write_lora(outputs, path, layers, factors, file, partial(count, tally, path))
+    counter = writing.counter("writing the LoRA", {path: 2 * size})  # hashed and written
+    write_lora(outputs, path, layers, factors, file, partial(count, counter, path))
     energy = sum(found.energy for found in sums.values())
     companions = run.report.companions
-    return Exported(
+    return ExportResult(
         path=path,
         checkpoint=row.name,
         hyper_model=run.hyper_model,
@@ -228,7 +230,7 @@ def _export(
         explained=row.explained,
         lost=sum(found.lost for found in sums.values()) / energy if energy > 0 else 0.0,
         size=outputs.size_of(path),
-        companions=tags(companions, row.multipliers) if companions else "",
+        companions=format_tags(companions, row.multipliers) if companions else "",
     )
 
 
@@ -236,17 +238,17 @@ def _fold(
     total: WeightedSum,
     layers: Sequence[Layer],
     stored: tuple[int | None, torch.dtype],  # alpha, type
-    control: Control,
+    progress: Progress,
 ) -> dict[str, StoredSum]:
     """The sum in every layer, by module."""
     costs = {layer.module: float(layer.m + layer.n) for layer in layers}
-    tally = control.tally("folding the multipliers in", costs)
+    counter = progress.counter("folding the multipliers in", costs)
     sums: dict[str, StoredSum] = {}
-    with workers(torch.device("cpu"), tally.tell) as each, tally:
+    with parallel_map(torch.device("cpu"), counter.tell) as each, counter:
         take = partial(_stored, total, stored)
         for layer, found in zip(layers, each(take, layers), strict=True):
             sums[layer.module] = found
-            tally.finish(layer.module)
+            counter.finish(layer.module)
     return sums
 
 
@@ -257,7 +259,7 @@ def _stored(total: WeightedSum, stored: tuple[int | None, torch.dtype], layer: L
 def _file(of: tuple[Run, CheckpointReport, Family], rank: int, total: WeightedSum) -> LoraFile:
     run, row, _ = of
     return LoraFile(
-        lineage=lineage_from(run, run.hyper_model.stem),
+        lineage=lineage_of_run(run, run.hyper_model.stem),
         run=run.name,
         index=0,
         count=1,

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from hyper_merge.errors import RecipeError, RunError
 from hyper_merge.operations.fit.fit import fit_onto
-from hyper_merge.operations.merge.merge import Merged, run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.merge import MergeResult, run_merge
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.recipe.recipe import AVERAGE, Recipe, SettingError
-from hyper_merge.runs.fit_records import Fitted
+from hyper_merge.runs.fit_records import FitRecord
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import Run, load_run
-from hyper_merge.runs.originals import find_originals
+from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PARTS
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class AbsorbOrder:
+class ExtendRequest:
     """What the user asks for.
 
     Attributes:
@@ -43,7 +43,7 @@ class AbsorbOrder:
             raise SettingError("name", str(error)) from None
 
 
-def run_absorb(wanted: AbsorbOrder, folders: Folders, control: Control) -> Merged:
+def run_extend(wanted: ExtendRequest, folders: Folders, progress: Progress) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.
 
     Everything is computed anew, for the average is another one and all deviations with it. The new
@@ -52,7 +52,7 @@ def run_absorb(wanted: AbsorbOrder, folders: Folders, control: Control) -> Merge
     Args:
         wanted: what the user asks for.
         folders: where the run is, and where the new one goes.
-        control: progress and interrupt.
+        progress: progress and interrupt.
 
     Raises:
         HyperMergeError: an original that is missing or was changed, a checkpoint that the run has
@@ -60,19 +60,19 @@ def run_absorb(wanted: AbsorbOrder, folders: Folders, control: Control) -> Merge
             interrupt.
     """
     run = load_run(folders, wanted.run)
-    finding, fitting, merging = control.split([1.0, len(wanted.checkpoints), 10.0])
+    finding, fitting, merging = progress.split([1.0, len(wanted.checkpoints), 10.0])
     models, base = _originals(run, folders, finding)
     fits = _fits(run, wanted, folders, fitting)
     recipe = _recipe(run, wanted, models, base)
-    preflight = examine(recipe, folders)
+    preflight = run_preflight(recipe, folders)
     for warning in preflight.warnings:
-        control.warn(warning)
+        progress.warn(warning)
     return run_merge(preflight, merging, folders, _start(run, fits))
 
 
-def _originals(run: Run, folders: Folders, control: Control) -> tuple[tuple[Path, ...], str]:
+def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:
     """Where the run's checkpoints are, and its base."""
-    found = find_originals(run.sources, folders, control)
+    found = locate_sources(run.sources, folders, progress)
     lost = [f"{each.source.name} ({each.state})" for each in found if each.state != "there"]
     if lost:
         raise RunError(
@@ -85,11 +85,11 @@ def _originals(run: Run, folders: Folders, control: Control) -> tuple[tuple[Path
     return paths[1:], str(paths[0])
 
 
-def _fits(run: Run, wanted: AbsorbOrder, folders: Folders, control: Control) -> list[Fitted]:
+def _fits(run: Run, wanted: ExtendRequest, folders: Folders, progress: Progress) -> list[FitRecord]:
     known = {source.sha256: source.name for source in run.sources}
     fits = []
     for path, part in zip(
-        wanted.checkpoints, control.split([1.0] * len(wanted.checkpoints)), strict=True
+        wanted.checkpoints, progress.split([1.0] * len(wanted.checkpoints)), strict=True
     ):
         fitted = fit_onto(run, path, folders, part)
         if fitted.sha256 in known:
@@ -102,7 +102,7 @@ def _fits(run: Run, wanted: AbsorbOrder, folders: Folders, control: Control) -> 
     return fits
 
 
-def _recipe(run: Run, wanted: AbsorbOrder, models: tuple[Path, ...], base: str) -> Recipe:
+def _recipe(run: Run, wanted: ExtendRequest, models: tuple[Path, ...], base: str) -> Recipe:
     """The run's with more checkpoints; where they had weights, new ones get the mean of these."""
     recipe, new = run.recipe, len(wanted.checkpoints)
     return replace(
@@ -120,7 +120,7 @@ def _extended(weights: tuple[float, ...] | None, new: int) -> tuple[float, ...] 
     return weights and (*weights, *[sum(weights) / len(weights)] * new)
 
 
-def _start(run: Run, fits: list[Fitted]) -> dict[str, Tensor]:  # each (k, R)
+def _start(run: Run, fits: list[FitRecord]) -> dict[str, Tensor]:  # each (k, R)
     """The multipliers of the run and of the fits, by the layers' part."""
     rows = [*run.report.checkpoints, *(each.row for each in fits)]
     return {

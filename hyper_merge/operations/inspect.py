@@ -11,16 +11,16 @@ from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.architectures.detection import identify, require_supported
+from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment, layout_of
 from hyper_merge.checkpoints.io.hashes import legacy_hash
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.prediction_type import with_prediction
-from hyper_merge.checkpoints.reader import Checkpoint, read_header
+from hyper_merge.checkpoints.prediction_type import with_prediction_type
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.errors import CheckpointError
-from hyper_merge.operations.merge.preflight import Preflight, examine
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.formatting import duration_text, size_text
+from hyper_merge.runtime.formatting import format_duration, format_size
 
 _SMALL: Final = 4096  # values of a tensor that a VAE's fingerprint takes in
 _SHORT: Final = {
@@ -32,7 +32,7 @@ _SHORT: Final = {
 
 
 @dataclass(frozen=True)
-class Row:
+class InspectedFile:
     """One file, as a table shows it."""
 
     name: str
@@ -45,20 +45,20 @@ class Row:
     problem: str | None = None  # why it cannot be merged, in words
 
 
-def look_at(path: Path) -> Row:
+def inspect_files(path: Path) -> InspectedFile:
     """What a file is; one that cannot be merged is no error, its row says why."""
-    row = Row(path.name, path, None, size_of(path), "", "", None)
+    row = InspectedFile(path.name, path, None, checkpoint_size(path), "", "", None)
     try:
         header = read_header(path)
         row = replace(row, dtype=_dtype(header), legacy_hash=legacy_hash(path))
-        row = replace(row, family=with_prediction(header, identify(header)).title)
+        row = replace(row, family=with_prediction_type(header, detect_family(header)).title)
         layout = layout_of(header, require_supported(header))
         return replace(row, dtype=_dtype(header, layout), vae=_vae(header, layout))
     except CheckpointError as error:
         return replace(row, problem=str(error))
 
 
-def vaes_text(rows: Sequence[Row]) -> str:
+def format_vaes(rows: Sequence[InspectedFile]) -> str:
     """Whether files have the same VAE, in a sentence."""
     names: dict[str | None, list[str]] = {}
     for row in rows:
@@ -69,30 +69,33 @@ def vaes_text(rows: Sequence[Row]) -> str:
     return f"VAE: not the same in all files: {groups}"
 
 
-def describe(paths: Sequence[Path]) -> str:
+def format_inspection(paths: Sequence[Path]) -> str:
     """A line per file, and for two or more that go together what a merge of them would take.
 
     Raises:
         HyperMergeError: a single file, or the set of files, that cannot be merged.
     """
-    rows = [look_at(path) for path in paths]
+    rows = [inspect_files(path) for path in paths]
     for row in rows:
         if row.problem:
             raise CheckpointError(row.problem)
     width = max(len(row.name) for row in rows)
     lines = [f"{'file':{width}}  {'family':22} {'size':>9}  {'hash':8}  {'VAE':8}  type"]
     lines += [
-        f"{row.name:{width}}  {row.family or '':22} {size_text(row.size):>9}"
+        f"{row.name:{width}}  {row.family or '':22} {format_size(row.size):>9}"
         f"  {row.legacy_hash:8}  {(row.vae or 'none')[:8]:8}  {row.dtype}"
         for row in rows
     ]
     lines += ["", _layers(paths[0])]
     if len(rows) > 1:
-        lines += [vaes_text(rows), *_together(examine(Recipe(name="inspect", models=tuple(paths))))]
+        lines += [
+            format_vaes(rows),
+            *_together(run_preflight(Recipe(name="inspect", models=tuple(paths)))),
+        ]
     return "\n".join(lines)
 
 
-def size_of(path: Path) -> int:
+def checkpoint_size(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     try:
         return path.stat().st_size
@@ -119,7 +122,7 @@ def _vae(header: Header, layout: Layout) -> str | None:
     if not small:
         return None
     digest = hashlib.sha256()
-    with Checkpoint(header.path, expected=header) as file:
+    with CheckpointReader(header.path, expected=header) as file:
         for key in small:
             digest.update(key.encode())
             digest.update(file.tensor(key).half().flatten().numpy().tobytes())
@@ -145,6 +148,6 @@ def _together(preflight: Preflight) -> list[str]:
     return [
         *(f"note: {warning}" for warning in preflight.warnings),
         f"together, with ranks {', '.join(map(str, recipe.ranks))} in {recipe.dtype}:",
-        *(f"  {name:16} {size_text(size):>9}" for name, size in sizes.items()),
-        f"  {'time':16} {duration_text(estimate.seconds)}",
+        *(f"  {name:16} {format_size(size):>9}" for name, size in sizes.items()),
+        f"  {'time':16} {format_duration(estimate.seconds)}",
     ]

@@ -12,7 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 from hyper_merge.recipe.parsing import (
-    Wish,
+    PrivateLoraTarget,
     choice,
     number,
     parse_bytes,
@@ -21,10 +21,10 @@ from hyper_merge.recipe.parsing import (
     parse_models,
     parse_name,
     parse_path,
+    parse_private_lora_target,
     parse_ranks,
     parse_share,
     parse_text,
-    parse_topup,
     parse_weights,
     plain_value,
     whole,
@@ -85,7 +85,7 @@ def _show_optional(value: float | None) -> str:
     return "null" if value is None else repr(value)
 
 
-def _show_topup(wish: Wish | None) -> str:
+def _show_topup(wish: PrivateLoraTarget | None) -> str:
     return "null" if wish is None else str(wish)
 
 
@@ -105,7 +105,7 @@ FIELDS: tuple[Field, ...] = (
     Field("target", "SHARE", "in place of ranks: so much comes back of every checkpoint, as 95%",
           parse_share, show=_show_optional),
     Field("topup", "RANK|SHARE", "a private LoRA for each checkpoint below the mean, of this rank,"
-          " or below this share, up to it", parse_topup, show=_show_topup),
+          " or below this share, up to it", parse_private_lora_target, show=_show_topup),
     Field("device", "DEVICE", "auto, cpu, cuda or cuda:N", parse_device),
     Field("dtype", "DTYPE", "stored in the files: float16, bfloat16 or float32",
           choice("float16", "bfloat16", "float32")),

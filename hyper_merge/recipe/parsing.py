@@ -36,7 +36,7 @@ _RESERVED = re.compile(r"none|(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IG
 
 
 @dataclass(frozen=True)
-class Wish:
+class PrivateLoraTarget:
     """How far a private LoRA is to go: a rank in all layers, or a share with what that takes.
 
     Attributes:
@@ -65,7 +65,7 @@ def plain_value(text: str) -> object:
     return float(word) if _NUMBER.fullmatch(word) else word
 
 
-def describe(value: object) -> str:
+def describe_value(value: object) -> str:
     """`value` in the user's words, for "expected ..., got ..."."""
     if value is None:
         return "nothing"
@@ -82,7 +82,7 @@ def describe(value: object) -> str:
     return '"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + '"'
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
+def suggest_nearest(word: object, known: Iterable[str]) -> str:
     """Advice with the known word nearest to `word`, after a semicolon; or nothing."""
     close = difflib.get_close_matches(str(word).lower(), list(known), n=1, cutoff=0.5)
     return f'; did you mean "{close[0]}"?' if close else ""
@@ -93,9 +93,9 @@ def parse_text(value: object) -> str:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, bool | int | float):
-        raise RecipeError(f"expected text, got {describe(value)}; put quotes around it")
+        raise RecipeError(f"expected text, got {describe_value(value)}; put quotes around it")
     if not isinstance(value, str):
-        raise RecipeError(f"expected text, got {describe(value)}")
+        raise RecipeError(f"expected text, got {describe_value(value)}")
     if not value.strip() or "\0" in value:
         raise RecipeError("expected text, got only blanks, or a zero byte in it")
     return value
@@ -117,12 +117,12 @@ def parse_name(value: object) -> str:
     if bad:
         kind = "path separator" if bad[0] in "/\\" else "character"
         raise RecipeError(
-            f"the {kind} {describe(bad[0])} is not allowed (character {bad.start() + 1} of "
-            f"{describe(name)}); allowed are A-Z a-z 0-9 . _ + - and blanks inside"
+            f"the {kind} {describe_value(bad[0])} is not allowed (character {bad.start() + 1} of "
+            f"{describe_value(name)}); allowed are A-Z a-z 0-9 . _ + - and blanks inside"
         )
     refusal = _name_refusal(name)
     if refusal:
-        raise RecipeError(f"{refusal}, got {describe(name)}; choose another name")
+        raise RecipeError(f"{refusal}, got {describe_value(name)}; choose another name")
     return name
 
 
@@ -143,7 +143,7 @@ def _name_refusal(name: str) -> str | None:
 def parse_models(value: object) -> tuple[Path, ...]:
     """The paths of two checkpoints or more."""
     if not isinstance(value, list | tuple):
-        raise RecipeError(f"expected a list of paths, got {describe(value)}")
+        raise RecipeError(f"expected a list of paths, got {describe_value(value)}")
     paths = _each(value, parse_path)
     if len(paths) < 2:
         raise RecipeError(
@@ -180,7 +180,9 @@ def parse_bytes(value: object) -> int | None:
     match = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
     size = round(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
     if size < 1:
-        raise RecipeError(f'expected a size, such as "300MB" or "1.5GB", got {describe(value)}')
+        raise RecipeError(
+            f'expected a size, such as "300MB" or "1.5GB", got {describe_value(value)}'
+        )
     return size
 
 
@@ -192,7 +194,7 @@ def parse_share(value: object) -> float | None:
     if match:
         value = float(match[1]) / 100
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise RecipeError(f'expected a share, such as "95%" or 0.95, got {describe(value)}')
+        raise RecipeError(f'expected a share, such as "95%" or 0.95, got {describe_value(value)}')
     return float(value)
 
 
@@ -205,7 +207,7 @@ def _listed(value: object, what: str) -> Sequence[object]:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [value]
-    raise RecipeError(f"expected a list of {what}, got {describe(value)}")
+    raise RecipeError(f"expected a list of {what}, got {describe_value(value)}")
 
 
 def _each(values: Sequence[object], parse: Callable[[object], T]) -> tuple[T, ...]:
@@ -222,15 +224,17 @@ def _item(position: int, value: object, parse: Callable[[object], T]) -> T:
 def parse_flag(value: object) -> bool:
     """True or false."""
     if not isinstance(value, bool):
-        raise RecipeError(f"expected true or false, got {describe(value)}")
+        raise RecipeError(f"expected true or false, got {describe_value(value)}")
     return value
 
 
 def parse_device(value: object) -> str:
     """`auto`, `cpu`, `cuda` or `cuda:N`; whether it is there is seen later."""
     if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
-        advice = nearest(value, ("auto", "cpu", "cuda"))
-        raise RecipeError(f"expected auto, cpu, cuda or cuda:N, got {describe(value)}{advice}")
+        advice = suggest_nearest(value, ("auto", "cpu", "cuda"))
+        raise RecipeError(
+            f"expected auto, cpu, cuda or cuda:N, got {describe_value(value)}{advice}"
+        )
     return value
 
 
@@ -241,7 +245,7 @@ def choice(*words: str) -> Callable[[object], str]:
         if not isinstance(value, str) or value not in words:
             known = ", ".join(words)
             raise RecipeError(
-                f"expected one of {known}, got {describe(value)}{nearest(value, words)}"
+                f"expected one of {known}, got {describe_value(value)}{suggest_nearest(value, words)}"
             )
         return value
 
@@ -255,7 +259,7 @@ def whole(low: int, high: int) -> Callable[[object], int]:
         # bool is an int to Python, not to the user
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise RecipeError(
-                f"expected a whole number from {low} to {high}, got {describe(value)}"
+                f"expected a whole number from {low} to {high}, got {describe_value(value)}"
             )
         return value
 
@@ -268,26 +272,26 @@ def number(low: float, high: float) -> Callable[[object], float]:
 
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"expected a number {span}, got {describe(value)}")
+            raise RecipeError(f"expected a number {span}, got {describe_value(value)}")
         if not math.isfinite(value) or not low <= value <= high:
-            raise RecipeError(f"expected a number {span}, got {describe(value)}")
+            raise RecipeError(f"expected a number {span}, got {describe_value(value)}")
         return float(value)
 
     return parse
 
 
-def parse_topup(value: object) -> Wish | None:
+def parse_private_lora_target(value: object) -> PrivateLoraTarget | None:
     """A rank such as `16`, or a share such as `95%`; None for nothing."""
-    if value is None or isinstance(value, Wish):
+    if value is None or isinstance(value, PrivateLoraTarget):
         return value
     try:
         if str(value).strip().endswith("%"):
             share = parse_share(value)
             if share is not None and share < 1:
-                return Wish(share=share)
-        return Wish(rank=whole(1, LARGEST_RANK)(plain_value(str(value))))
+                return PrivateLoraTarget(share=share)
+        return PrivateLoraTarget(rank=whole(1, LARGEST_RANK)(plain_value(str(value))))
     except RecipeError:
         raise RecipeError(
             f"expected a rank from 1 to {LARGEST_RANK}, or a share above 0% and below 100%, such as"
-            f" 16 or 95%, got {describe(value)}"
+            f" 16 or 95%, got {describe_value(value)}"
         ) from None

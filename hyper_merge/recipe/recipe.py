@@ -14,7 +14,7 @@ import yaml
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.fields import AVERAGE, FIELDS, Field
-from hyper_merge.recipe.parsing import Wish, nearest
+from hyper_merge.recipe.parsing import PrivateLoraTarget, suggest_nearest
 from hyper_merge.recipe.yaml_file import Setting, read_settings
 
 __all__ = [
@@ -106,7 +106,7 @@ class Recipe:
     ranks: tuple[int, ...] = DEFAULT_RANKS
     budget: int | None = None
     target: float | None = None
-    topup: Wish | None = None
+    topup: PrivateLoraTarget | None = None
     device: str = "auto"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     lora_dtype: Literal["same", "float16", "bfloat16", "float32", "float8"] = "same"
@@ -280,7 +280,7 @@ def _require_one_size(settings: Mapping[str, Setting]) -> None:
 
 def _unknown(where: str, key: str) -> RecipeError:
     names = [field.name for field in FIELDS]
-    advice = nearest(key, names) or "."
+    advice = suggest_nearest(key, names) or "."
     return RecipeError(f"{where}: unknown key{advice} Known keys are {', '.join(names)}")
 
 
@@ -304,7 +304,7 @@ def _plain(value: object) -> object:
     """What JSON can hold, from which the field's parser makes the value again."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, Wish):
+    if isinstance(value, PrivateLoraTarget):
         return str(value)
     return str(value.absolute()) if isinstance(value, Path) else value
 
@@ -319,7 +319,7 @@ def _yaml_value(value: object) -> str:
 
 
 def _yaml_scalar(value: object) -> str:
-    if isinstance(value, str | Path | Wish):
+    if isinstance(value, str | Path | PrivateLoraTarget):
         # always quoted: some names would read as numbers
         return yaml.safe_dump(str(value), default_style='"', width=float("inf")).strip()
     return "null" if value is None else str(value).lower()

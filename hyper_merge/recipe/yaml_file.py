@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from hyper_merge.errors import RecipeError
-from hyper_merge.recipe.parsing import describe, plain_value
+from hyper_merge.recipe.parsing import describe_value, plain_value
 
 LARGEST_FILE = 1 << 20  # bytes; no recipe comes near, and a checkpoint given by mistake is not read
 
@@ -73,7 +73,7 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
 def _settings(root: yaml.Node | None, path: Path) -> dict[str, Setting]:
     if not isinstance(root, yaml.MappingNode):
         place = "" if root is None else f", line {root.start_mark.line + 1}"
-        got = "an empty file" if root is None else describe(_value(root))
+        got = "an empty file" if root is None else describe_value(_value(root))
         raise RecipeError(
             f'{path}{place}: expected lines of the form "key: value", got {got}; '
             "start with name: and models:"
@@ -83,7 +83,7 @@ def _settings(root: yaml.Node | None, path: Path) -> dict[str, Setting]:
     for key_node, value_node in root.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            got = describe(_value(key_node))
+            got = describe_value(_value(key_node))
             raise RecipeError(f"{path}, line {line}: expected a word as key, got {got}")
         key = key_node.value
         where = f'{path}, line {line}, key "{key}"'

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Final
 
 from hyper_merge import __version__
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import RunError
-from hyper_merge.loras.prompt_tags import tag
+from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.runs.folders import FITS
 from hyper_merge.runs.manifest import Run, RunSource
 from hyper_merge.runs.plain_data import read_plain
-from hyper_merge.runs.report import PARTS, CheckpointReport, PartLoss, Recovered
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, PartLoss
+from hyper_merge.runtime.formatting import format_size
 
 FIT_VERSION: Final = 1
 
@@ -27,7 +27,7 @@ _WORST: Final = 3  # sections that are named
 
 
 @dataclass(frozen=True)
-class TopUp:
+class PrivateLoraRecord:
     """A private LoRA of what the shared ones leave of a fitted checkpoint; its multiplier is 1."""
 
     name: str  # in prompts
@@ -38,7 +38,7 @@ class TopUp:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitRecord:
     """A checkpoint outside of a merge in terms of its LoRAs; shares are of squared norms ("energy")."""
 
     run: str
@@ -51,8 +51,8 @@ class Fitted:
     differs: bool  # from the hyper-model, in any layer
     not_carried: Mapping[str, float]  # kind -> share of its whole deviation
     parts: tuple[PartLoss, ...]  # in the network's order, with the shared LoRAs alone
-    recovered: tuple[Recovered, ...] = ()  # by the LoRAs' companions
-    topups: tuple[TopUp, ...] = ()  # one at most
+    recovered: tuple[CompanionGain, ...] = ()  # by the LoRAs' companions
+    topups: tuple[PrivateLoraRecord, ...] = ()  # one at most
 
     @property
     def explained(self) -> float:
@@ -66,7 +66,7 @@ class Fitted:
 
     def tags(self, run: Run) -> str:
         """What makes the hyper-model this checkpoint in a prompt."""
-        own = [tag(each.name, 1.0) for each in self.topups]
+        own = [format_tag(each.name, 1.0) for each in self.topups]
         return " ".join([run.report.tags(self.row), *own])
 
     def style(self, run: Run) -> tuple[str, str]:
@@ -74,7 +74,7 @@ class Fitted:
         return f"{run.name}: {self.row.name}", self.tags(run)
 
 
-def style_line(fitted: Fitted, run: Run) -> str:
+def style_line(fitted: FitRecord, run: Run) -> str:
     """A fit as a line of the WebUI's styles.csv: name, prompt, negative prompt."""
     name, prompt = fitted.style(run)
     line = io.StringIO()
@@ -82,30 +82,30 @@ def style_line(fitted: Fitted, run: Run) -> str:
     return line.getvalue()
 
 
-def paths_for(run: Run, name: str) -> tuple[Path, Path]:
+def fit_record_paths(run: Run, name: str) -> tuple[Path, Path]:
     """Where the record and the text of a fit belong."""
     folder = run.folder / FITS
     return folder / f"{name}.json", folder / f"{name}.txt"
 
 
-def stage_fit(outputs: Outputs, run: Run, fitted: Fitted) -> None:
+def stage_fit(outputs: FileTransaction, run: Run, fitted: FitRecord) -> None:
     """Stages a fit's record and its text."""
     record = {"version": FIT_VERSION, "hyper_merge": __version__, "fit": asdict(fitted)}
-    path, words = paths_for(run, fitted.row.name)
+    path, words = fit_record_paths(run, fitted.row.name)
     outputs.text(path, json.dumps(record, indent=1) + "\n")
-    outputs.text(words, text(fitted, run))
+    outputs.text(words, format_fit(fitted, run))
 
 
-def fits_of(run: Run) -> tuple[tuple[Fitted, ...], tuple[str, ...]]:
+def load_fits(run: Run) -> tuple[tuple[FitRecord, ...], tuple[str, ...]]:
     """A run's fits by name, and in words what is wrong with those that cannot be used."""
     folder = run.folder / FITS
     paths = () if folder.is_symlink() else sorted(folder.glob("*.json"))
     found = [_loaded(path, run) for path in paths]
-    fits = tuple(each for each in found if isinstance(each, Fitted))
+    fits = tuple(each for each in found if isinstance(each, FitRecord))
     return fits, tuple(each for each in found if isinstance(each, str))
 
 
-def text(fitted: Fitted, run: Run) -> str:
+def format_fit(fitted: FitRecord, run: Run) -> str:
     """A fit as plain text."""
     row = fitted.row
     lines = [
@@ -121,7 +121,7 @@ def text(fitted: Fitted, run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _explained(fitted: Fitted) -> list[str]:
+def _explained(fitted: FitRecord) -> list[str]:
     row = fitted.row
     shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
     present = [part for part in PARTS if any(each.which == part for each in fitted.parts)]
@@ -140,7 +140,7 @@ def _nothing(run: Run) -> str:
     return f"explained: nothing; in all layers it is {name} itself, and all multipliers are 0"
 
 
-def _outside(fitted: Fitted) -> list[str]:
+def _outside(fitted: FitRecord) -> list[str]:
     shares = ", ".join(f"{kind} {share:.3%}" for kind, share in fitted.not_carried.items() if share)
     lines = [f"not carried by LoRAs, as a share of all its differences: {shares or 'nothing'}"]
     if fitted.recovered:
@@ -149,12 +149,12 @@ def _outside(fitted: Fitted) -> list[str]:
     return lines
 
 
-def _topped_up(topup: TopUp) -> str:
-    size = size_text(topup.size)
+def _topped_up(topup: PrivateLoraRecord) -> str:
+    size = format_size(topup.size)
     return f"with the top-up {topup.name} (rank {topup.rank}, {size}): {topup.explained:.2%}"
 
 
-def _loaded(path: Path, run: Run) -> Fitted | str:
+def _loaded(path: Path, run: Run) -> FitRecord | str:
     """The fit, or what is wrong with it."""
     try:
         return _load(path, run)
@@ -162,7 +162,7 @@ def _loaded(path: Path, run: Run) -> Fitted | str:
         return str(error)
 
 
-def _load(path: Path, run: Run) -> Fitted:
+def _load(path: Path, run: Run) -> FitRecord:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record.get("version") if isinstance(record, dict) else None
@@ -171,7 +171,7 @@ def _load(path: Path, run: Run) -> Fitted:
                 f"the fit {path.stem} of the run {run.name} was made by Hyper-Merge"
                 f" {record.get('hyper_merge')}, this is {__version__}; update Hyper-Merge to use it"
             )
-        fitted: Fitted = read_plain(Fitted, record["fit"], "fit")
+        fitted: FitRecord = read_plain(FitRecord, record["fit"], "fit")
         _check(fitted, path, run)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, RunError):
@@ -183,7 +183,7 @@ def _load(path: Path, run: Run) -> Fitted:
     return fitted
 
 
-def _check(fitted: Fitted, path: Path, run: Run) -> None:
+def _check(fitted: FitRecord, path: Path, run: Run) -> None:
     """Returns if a fit is of this run as it is now, and complete."""
     if (fitted.run, fitted.row.name) != (run.name, path.stem):
         raise ValueError("it is that of another run or checkpoint: was it renamed?")
@@ -203,7 +203,7 @@ def _check(fitted: Fitted, path: Path, run: Run) -> None:
 def prompts_of(run: Run) -> dict[str, str]:
     """The tags of every checkpoint of a run, and of those fitted later, by name."""
     report = run.report
-    later = {each.row.name: each.tags(run) for each in fits_of(run)[0]}
+    later = {each.row.name: each.tags(run) for each in load_fits(run)[0]}
     own = {row.name: report.tags(row) for row in report.checkpoints}
     return {**own, **later, **own}  # a fit of the same checkpoint tells nothing new
 

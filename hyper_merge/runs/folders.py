@@ -103,7 +103,7 @@ class Folders:
         """The file that a run's LoRAs are added to, also after everything was moved or copied."""
         recorded = Path(str(manifest.get("hyper_model")))
         here = self.models / recorded.name
-        is_here = average_id_of(here) == manifest.get("average_id") or not is_there(recorded)
+        is_here = average_id_of(here) == manifest.get("average_id") or not path_exists(recorded)
         return here if is_here else recorded
 
     def require_unused(self, path: Path, average_id: str, replaced: str | None = None) -> None:
@@ -222,7 +222,7 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(f"{path} is one of the checkpoints of this merge; choose another name")
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Whether a path that a manifest names leads to something."""
     try:
         return path.exists()

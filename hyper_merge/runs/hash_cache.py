@@ -13,10 +13,10 @@ import torch
 
 from hyper_merge.checkpoints.io.hashes import file_sha256, legacy_hash
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.loras.metadata import Source
-from hyper_merge.runtime.parallel import workers
-from hyper_merge.runtime.progress import Control
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.loras.metadata import SourceRecord
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
 
 _FILE: Final = "hashes.json"
 
@@ -27,45 +27,47 @@ def bytes_to_hash(headers: Iterable[Header], cache: Path | None) -> int:
     return sum(header.size for header in headers if _key(header) not in known)
 
 
-def hashed(headers: Sequence[Header], cache: Path | None, control: Control) -> tuple[Source, ...]:
+def hash_sources(
+    headers: Sequence[Header], cache: Path | None, progress: Progress
+) -> tuple[SourceRecord, ...]:
     """Names and hashes of files; those of unchanged files come from the cache folder.
 
     Args:
         headers: of the files.
         cache: folder where hashes are remembered; None to remember none.
-        control: progress and interrupt.
+        progress: progress and interrupt.
     """
     known = _known(cache)
     new = [header for header in headers if _key(header) not in known]
 
-    tally = control.tally("hashing the checkpoints", {_key(each): each.size for each in new})
+    counter = progress.counter("hashing the checkpoints", {_key(each): each.size for each in new})
 
     def sha256(header: Header) -> str:
-        return file_sha256(header.path, partial(tally.add, _key(header)))
+        return file_sha256(header.path, partial(counter.add, _key(header)))
 
-    with workers(torch.device("cpu"), tally.tell) as each, tally:
+    with parallel_map(torch.device("cpu"), counter.tell) as each, counter:
         for header, digest in zip(new, each(sha256, new), strict=True):
             known[_key(header)] = digest
-            tally.finish(_key(header))
+            counter.finish(_key(header))
     if new and cache:
-        with Outputs(overwrite=True) as outputs:
+        with FileTransaction(overwrite=True) as outputs:
             outputs.text(cache / _FILE, json.dumps(known, indent=1))
     return tuple(_source(header, known[_key(header)]) for header in headers)
 
 
-def remembered(sha256: str, cache: Path) -> list[Path]:
+def find_by_hash(sha256: str, cache: Path) -> list[Path]:
     """Where files with a hash were when it was found; they may be gone or changed since."""
     known = _known(cache).items()
     return [Path(key.rsplit("|", 2)[0]) for key, digest in known if digest == sha256]
 
 
-def now() -> str:
+def current_time() -> str:
     """The time in ISO 8601, as files and manifests have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _source(header: Header, sha256: str) -> Source:
-    return Source(header.name, sha256, legacy_hash(header.path), header.metadata)
+def _source(header: Header, sha256: str) -> SourceRecord:
+    return SourceRecord(header.name, sha256, legacy_hash(header.path), header.metadata)
 
 
 def _key(header: Header) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.hashes import tensor_data_sha256
 from hyper_merge.errors import RunError
-from hyper_merge.runs.fit_records import fits_of
-from hyper_merge.runs.folders import is_there, metadata_of
+from hyper_merge.runs.fit_records import load_fits
+from hyper_merge.runs.folders import metadata_of, path_exists
 from hyper_merge.runs.manifest import Run
-from hyper_merge.runtime.progress import Control, count
+from hyper_merge.runtime.progress import Progress, count
 
 
 def require_family(run: Run) -> Family:
@@ -35,7 +35,7 @@ def require_hyper_model(run: Run) -> Path:
     path = run.hyper_model
     if path not in run.missing:
         return path
-    if not is_there(path):
+    if not path_exists(path):
         raise RunError(
             f"{path}, the hyper-model of the run {run.name}, is missing; bring it back from a copy,"
             f" or merge the same checkpoints again"
@@ -46,39 +46,39 @@ def require_hyper_model(run: Run) -> Path:
     )
 
 
-def require_own(run: Run, paths: Sequence[Path], control: Control) -> None:
+def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     """Returns if LoRAs of a run are there, with the content that it wrote.
 
     Args:
         run: the run.
         paths: of its LoRAs, companions or top-ups.
-        control: progress and interrupt.
+        progress: progress and interrupt.
 
     Raises:
         RunError: some are missing, or one was edited or replaced.
     """
     advice = f"bring it back from a copy, or merge again into another name than {run.name}"
-    missing = [path.name for path in paths if not is_there(path)]
+    missing = [path.name for path in paths if not path_exists(path)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise RunError(
             f"{', '.join(missing)} of the run {run.name} {verb} missing in {paths[0].parent}; {advice}"
         )
     known = _hashes(run)
-    tally = control.tally("checking the LoRAs", {path: path.stat().st_size for path in paths})
-    with tally:
+    counter = progress.counter("checking the LoRAs", {path: path.stat().st_size for path in paths})
+    with counter:
         for path in paths:
-            found = tensor_data_sha256(path, partial(count, tally, path))
+            found = tensor_data_sha256(path, partial(count, counter, path))
             if found != known.get(path.stem, _recorded(path, run)):
                 raise RunError(
                     f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
                 )
-            tally.finish(path)
+            counter.finish(path)
 
 
 def _hashes(run: Run) -> dict[str, str]:
     """Of the run's files and of the top-ups of its fits, by name."""
-    fits, _ = fits_of(run)
+    fits, _ = load_fits(run)
     topups = {each.name: each.sha256 for fitted in fits for each in fitted.topups}
     return {**topups, **run.hashes}
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from hyper_merge import __version__
-from hyper_merge.checkpoints.architectures.families import named, title_of
+from hyper_merge.checkpoints.architectures.families import family_named, family_title
 from hyper_merge.checkpoints.architectures.spec import Family
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.checkpoints.prediction_type import config_beside
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.prediction_type import find_config_file
 from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
-from hyper_merge.recipe.parsing import nearest
+from hyper_merge.recipe.parsing import suggest_nearest
 from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
 from hyper_merge.runs.folders import (
     FITS,
@@ -29,7 +29,7 @@ from hyper_merge.runs.folders import (
     RUN_FILES,
     Folders,
     average_id_of,
-    is_there,
+    path_exists,
     same_place,
 )
 from hyper_merge.runs.report import Report
@@ -113,7 +113,7 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
     if _goes_with_its_run(run, manifest, folders):
         beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
-        beside.append(config_beside(run.hyper_model))
+        beside.append(find_config_file(run.hyper_model))
         files += [run.hyper_model, *filter(os.path.lexists, beside)]
     in_folder = [folders.runs / run.name / name for name in RUN_FILES]
     return [*files, *filter(os.path.lexists, in_folder)]
@@ -130,7 +130,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
         OutputError: a file cannot be removed; the others are as they were.
     """
     files = files_of(run, folders)
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         for path in files:
             outputs.remove(path)
     for name in (FITS, PICTURES, ""):
@@ -172,7 +172,7 @@ def _others(folders: Folders, name: str) -> str:
     known = sorted(path.parent.name for path in folders.runs.glob(f"*/{MANIFEST}"))
     if not known:
         return "; look at the list of runs"
-    return f"{nearest(name, known) or '.'} There are {', '.join(known)}"
+    return f"{suggest_nearest(name, known) or '.'} There are {', '.join(known)}"
 
 
 def _damaged(folders: Folders, name: str, reason: str) -> RunError:
@@ -199,14 +199,14 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     hyper_model = folders.hyper_model_of(manifest)
     written = (*names, *companions, *report.topups)
     loras = tuple(folders.loras / f"{lora}.safetensors" for lora in written)
-    missing = [path for path in (hyper_model, *loras) if not is_there(path)]
+    missing = [path for path in (hyper_model, *loras) if not path_exists(path)]
     if hyper_model not in missing and not _is_right(hyper_model, recipe, manifest):
         missing.insert(0, hyper_model)
     return Run(
         name=name,
         folder=folders.runs / name,
         created=_time(manifest, "created"),
-        family=title_of(_text(manifest, "family")),
+        family=family_title(_text(manifest, "family")),
         recipe=recipe,
         hyper_model=hyper_model,
         loras=loras,
@@ -214,7 +214,7 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
         report=report,
         missing=tuple(missing),
         hashes=_hashes(manifest),
-        architecture=named(_text(manifest, "family")),
+        architecture=family_named(_text(manifest, "family")),
     )
 
 

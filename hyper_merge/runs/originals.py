@@ -9,16 +9,16 @@ from typing import Literal
 
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError
-from hyper_merge.runs.folders import Folders, is_there
-from hyper_merge.runs.hash_cache import hashed, remembered
+from hyper_merge.runs.folders import Folders, path_exists
+from hyper_merge.runs.hash_cache import find_by_hash, hash_sources
 from hyper_merge.runs.manifest import RunSource
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 State = Literal["there", "changed", "missing"]
 
 
 @dataclass(frozen=True)
-class Original:
+class LocatedSource:
     """A checkpoint that went into a run, as it is found now."""
 
     source: RunSource
@@ -31,9 +31,9 @@ class Original:
         return Path(self.source.name).stem
 
 
-def find_originals(
-    sources: Sequence[RunSource], folders: Folders, control: Control
-) -> tuple[Original, ...]:
+def locate_sources(
+    sources: Sequence[RunSource], folders: Folders, progress: Progress
+) -> tuple[LocatedSource, ...]:
     """Checkpoints in their order, told by their hashes.
 
     One that was moved is found by its name among the checkpoints, or by a hash that is remembered.
@@ -41,22 +41,22 @@ def find_originals(
     Args:
         sources: of a run, or of its fits.
         folders: with the checkpoints, and the hashes of the cache.
-        control: progress and interrupt; files whose hashes are not known are read.
+        progress: progress and interrupt; files whose hashes are not known are read.
     """
-    parts = control.split([1.0] * len(sources))
+    parts = progress.split([1.0] * len(sources))
     return tuple(_find(source, folders, part) for source, part in zip(sources, parts, strict=True))
 
 
-def _find(source: RunSource, folders: Folders, control: Control) -> Original:
+def _find(source: RunSource, folders: Folders, progress: Progress) -> LocatedSource:
     for path in _places(source, folders):
         try:
             header = read_header(path)
-            (found,) = hashed([header], folders.cache, control)
+            (found,) = hash_sources([header], folders.cache, progress)
         except CheckpointError:
             continue  # not a checkpoint any more
         if found.sha256 == source.sha256:
-            return Original(source, "there", path)
-    return Original(source, "changed" if is_there(source.path) else "missing", source.path)
+            return LocatedSource(source, "there", path)
+    return LocatedSource(source, "changed" if path_exists(source.path) else "missing", source.path)
 
 
 def _places(source: RunSource, folders: Folders) -> Iterator[Path]:
@@ -64,6 +64,6 @@ def _places(source: RunSource, folders: Folders) -> Iterator[Path]:
     candidates = (
         source.path,
         folders.models / source.name,
-        *remembered(source.sha256, folders.cache),
+        *find_by_hash(source.sha256, folders.cache),
     )
-    yield from (path for path in dict.fromkeys(candidates) if is_there(path))
+    yield from (path for path in dict.fromkeys(candidates) if path_exists(path))

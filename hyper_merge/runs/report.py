@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import share
-from hyper_merge.loras.prompt_tags import tags
+from hyper_merge.loras.prompt_tags import format_tags
 from hyper_merge.runs.plain_data import read_plain
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
@@ -52,7 +52,7 @@ class PartLoss:
 
 
 @dataclass(frozen=True)
-class Recovered:
+class CompanionGain:
     """What the LoRAs' companions bring back of one kind of tensor that LoRAs cannot hold."""
 
     kind: str  # "norms", "biases"
@@ -60,7 +60,7 @@ class Recovered:
 
 
 @dataclass(frozen=True)
-class HostRounding:
+class PrecisionLoss:
     """What rounding adds to the loss, nearly, in programs that hold the weights in half precision."""
 
     hosts: str
@@ -89,26 +89,26 @@ class Report:
     similarity: tuple[tuple[float, ...], ...] = ()  # (k, k): cosines of the deviations
     parts: tuple[PartLoss, ...] = ()  # in the network's order
     companions: tuple[str, ...] = ()  # one per LoRA if any, to be used with its multipliers
-    recovered: tuple[Recovered, ...] = ()  # by these companions
+    recovered: tuple[CompanionGain, ...] = ()  # by these companions
     groups: tuple[
         tuple[int, ...], ...
     ] = ()  # places of checkpoints, where they fall into unlike ones
     between_groups: float = 0.0  # share of all differences that an average for each would take away
 
-    rounding: tuple[HostRounding, ...] = ()  # by the way in which hosts add LoRAs
+    rounding: tuple[PrecisionLoss, ...] = ()  # by the way in which hosts add LoRAs
     relative_loss: float = 0.0  # the same, each layer's error against the size of its weight
 
     @property
-    def costly_rounding(self) -> HostRounding | None:
+    def costly_rounding(self) -> PrecisionLoss | None:
         """AUTOMATIC1111's, which rounds after every LoRA, where that adds enough to be told."""
         most = min(_MUCH_OF_EXPLAINED * (1 - self.loss), _MUCH_OF_LOSS * self.loss)
         return next((x for x in self.rounding if x.hosts == A1111 and x.added > most), None)
 
     def tags(self, row: CheckpointReport) -> str:
         """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
-        loras = tags(self.loras, row.multipliers, row.text_multipliers)
-        companions = tags(self.companions, row.multipliers) if self.companions else ""
-        own = tags([row.topup], [1.0]) if row.topup else ""
+        loras = format_tags(self.loras, row.multipliers, row.text_multipliers)
+        companions = format_tags(self.companions, row.multipliers) if self.companions else ""
+        own = format_tags([row.topup], [1.0]) if row.topup else ""
         return " ".join(filter(None, (loras, companions, own)))
 
     @property

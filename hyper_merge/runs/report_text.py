@@ -7,13 +7,13 @@ from typing import Final
 
 from hyper_merge.loras.metadata import COMPANIONS
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 
 _WORST: Final = 3  # sections that are named
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 
-def text(report: Report) -> str:
+def format_report(report: Report) -> str:
     """The report as a table of plain text."""
     width = max([len(row.name) for row in report.checkpoints] + [len("checkpoint")])
     lines = [
@@ -39,7 +39,7 @@ def text(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def groups_text(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
+def format_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
     """That checkpoints fall into unlike groups, and what an average for each would take away."""
     words = " / ".join(", ".join(names[c] for c in group) for group in groups)
     return (
@@ -97,7 +97,7 @@ def _details(report: Report) -> list[str]:
     lines = []
     if report.groups:
         names = [row.name for row in report.checkpoints]
-        lines += ["", groups_text(names, report.groups, report.between_groups)]
+        lines += ["", format_groups(names, report.groups, report.between_groups)]
     if report.curve:
         means = " ".join(f"{sum(row) / len(row):7.2%}" for row in report.curve[1:])
         worst = " ".join(f"{min(row):7.2%}" for row in report.curve[1:])
@@ -123,6 +123,6 @@ def _carried(report: Report) -> list[str]:
 
 def _bytes(report: Report) -> list[str]:
     average, loras = report.bytes_average, report.bytes_loras
-    after = size_text(average + loras)
-    parts = f"hyper-model {size_text(average)} + LoRAs {size_text(loras)}"
-    return [f"{size_text(report.bytes_before)} of checkpoints -> {parts} = {after}"]
+    after = format_size(average + loras)
+    parts = f"hyper-model {format_size(average)} + LoRAs {format_size(loras)}"
+    return [f"{format_size(report.bytes_before)} of checkpoints -> {parts} = {after}"]

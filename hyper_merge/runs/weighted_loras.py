@@ -8,18 +8,18 @@ from pathlib import Path
 
 from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.errors import RunError
-from hyper_merge.loras.metadata import Lineage, Source
-from hyper_merge.loras.prompt_tags import tag
-from hyper_merge.recipe.parsing import nearest
-from hyper_merge.runs.fit_records import Fitted, fits_of
-from hyper_merge.runs.hash_cache import now
+from hyper_merge.loras.metadata import Lineage, SourceRecord
+from hyper_merge.loras.prompt_tags import format_tag
+from hyper_merge.recipe.parsing import suggest_nearest
+from hyper_merge.runs.fit_records import FitRecord, load_fits
+from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_family
 from hyper_merge.runs.manifest import Run, RunSource
 from hyper_merge.runs.report import CheckpointReport
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightedLora:
     """A LoRA file, or a companion of one, and what it is multiplied with."""
 
     path: Path
@@ -31,7 +31,7 @@ class Term:
         return self.text_multiplier if part == "text_encoder" else self.multiplier
 
 
-def terms_of(run: Run, checkpoint: str) -> tuple[Term, ...]:
+def weighted_loras_of(run: Run, checkpoint: str) -> tuple[WeightedLora, ...]:
     """What is added to the hyper-model to become a checkpoint: of the merge, or fitted later.
 
     Raises:
@@ -41,18 +41,18 @@ def terms_of(run: Run, checkpoint: str) -> tuple[Term, ...]:
     report, folder = run.report, run.loras[0].parent
     unet, encoder = row.multipliers_of("unet"), row.multipliers_of("text_encoder")
     terms = [
-        Term(folder / f"{name}.safetensors", *pair)
+        WeightedLora(folder / f"{name}.safetensors", *pair)
         for name, *pair in zip(report.loras, unet, encoder, strict=True)
     ]
     if report.companions:
         pairs = zip(report.companions, unet, strict=True)
-        terms += [Term(folder / f"{name}.safetensors", x, x) for name, x in pairs]
+        terms += [WeightedLora(folder / f"{name}.safetensors", x, x) for name, x in pairs]
     own = [each.name for each in fitted.topups] if fitted else []
     own += [row.topup] if row.topup else []
-    return (*terms, *(Term(folder / f"{name}.safetensors", 1.0, 1.0) for name in own))
+    return (*terms, *(WeightedLora(folder / f"{name}.safetensors", 1.0, 1.0) for name in own))
 
 
-def mixture_of(run: Run, shares: Mapping[str, float]) -> tuple[Term, ...]:
+def weighted_loras_of_mixture(run: Run, shares: Mapping[str, float]) -> tuple[WeightedLora, ...]:
     """The same for a mixture, each file once: multipliers mix as the checkpoints do.
 
     Shares need not add up to 1: as in prompts, the hyper-model has the rest.
@@ -66,10 +66,10 @@ def mixture_of(run: Run, shares: Mapping[str, float]) -> tuple[Term, ...]:
     """
     sums: dict[Path, tuple[float, float]] = {}
     for name, share in shares.items():
-        for term in terms_of(run, name):
+        for term in weighted_loras_of(run, name):
             x, y = sums.get(term.path, (0.0, 0.0))
             sums[term.path] = (x + share * term.multiplier, y + share * term.text_multiplier)
-    return tuple(Term(path, *pair) for path, pair in sums.items())
+    return tuple(WeightedLora(path, *pair) for path, pair in sums.items())
 
 
 def tag_rows(run: Run, checkpoint: str) -> tuple[tuple[str, float, float | None], ...]:
@@ -82,7 +82,7 @@ def tag_rows(run: Run, checkpoint: str) -> tuple[tuple[str, float, float | None]
     own = run.report.loras if row.text_multipliers else ()
     return tuple(
         (name, term.multiplier, term.text_multiplier if name in own else None)
-        for term in terms_of(run, checkpoint)
+        for term in weighted_loras_of(run, checkpoint)
         for name in (term.path.stem,)
     )
 
@@ -92,7 +92,7 @@ def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
 
     Args:
         run: the run.
-        shares: by checkpoint, as for `mixture_of`; those with a share of 0 are not there.
+        shares: by checkpoint, as for `weighted_loras_of_mixture`; those with a share of 0 are not there.
 
     Raises:
         RunError: the run knows none of a name; says the nearest.
@@ -101,15 +101,15 @@ def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
     rows = [row for name in present for row in tag_rows(run, name)]
     own = {name for name, _, text in rows if text is not None}
     return " ".join(
-        tag(name, term.multiplier, term.text_multiplier if name in own else None)
-        for term in mixture_of(run, present)
+        format_tag(name, term.multiplier, term.text_multiplier if name in own else None)
+        for term in weighted_loras_of_mixture(run, present)
         for name in (term.path.stem,)
     )
 
 
 def checkpoint_names(run: Run) -> tuple[str, ...]:
     """All that the run can become: its checkpoints, then those that were fitted later."""
-    fits, _ = fits_of(run)
+    fits, _ = load_fits(run)
     names = [row.name for row in run.report.checkpoints] + [each.row.name for each in fits]
     return tuple(dict.fromkeys(names))
 
@@ -119,27 +119,27 @@ def shared_files(run: Run) -> tuple[Path, ...]:
     return run.loras[: len(run.report.loras) + len(run.report.companions)]
 
 
-def find_row(run: Run, name: str) -> tuple[CheckpointReport, Fitted | None]:
+def find_row(run: Run, name: str) -> tuple[CheckpointReport, FitRecord | None]:
     """A checkpoint's multipliers by its name, and its fit if it was fitted later.
 
     Raises:
         RunError: the run knows none of that name; says the nearest.
     """
-    fits, _ = fits_of(run)
-    known: dict[str, tuple[CheckpointReport, Fitted | None]] = {
+    fits, _ = load_fits(run)
+    known: dict[str, tuple[CheckpointReport, FitRecord | None]] = {
         each.row.name: (each.row, each) for each in fits
     }
     known |= {row.name: (row, None) for row in run.report.checkpoints}
     found = known.get(name) or known.get(name.removesuffix(".safetensors"))
     if found is None:
         raise RunError(
-            f"the run {run.name} has no checkpoint {name}{nearest(name, known) or '.'} It has"
+            f"the run {run.name} has no checkpoint {name}{suggest_nearest(name, known) or '.'} It has"
             f" {', '.join(known)}"
         )
     return found
 
 
-def tags_of(run: Run, name: str) -> str:
+def prompt_tags_of(run: Run, name: str) -> str:
     """What makes the hyper-model a checkpoint of a run in a prompt, of the merge or fitted later.
 
     Raises:
@@ -168,7 +168,7 @@ def source_of(run: Run, name: str) -> RunSource:
     return own[-1]
 
 
-def lineage_from(run: Run, name: str, further: Iterable[Source] = ()) -> Lineage:
+def lineage_of_run(run: Run, name: str, further: Iterable[SourceRecord] = ()) -> Lineage:
     """What a file that is made of a run's says of where it comes from.
 
     Args:
@@ -176,5 +176,7 @@ def lineage_from(run: Run, name: str, further: Iterable[Source] = ()) -> Lineage
         name: of the checkpoint that the file is, or goes with.
         further: checkpoints that went into it besides the run's.
     """
-    own = tuple(Source(each.name, each.sha256, each.legacy_hash, {}) for each in run.sources)
-    return Lineage(name, require_family(run), run.recipe.to_metadata(), (*own, *further), now())
+    own = tuple(SourceRecord(each.name, each.sha256, each.legacy_hash, {}) for each in run.sources)
+    return Lineage(
+        name, require_family(run), run.recipe.to_metadata(), (*own, *further), current_time()
+    )

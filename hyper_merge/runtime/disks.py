@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hyper_merge.errors import OutputError
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 
 
 def require_disks(needed: Mapping[Path, int]) -> None:
@@ -29,6 +29,6 @@ def require_disks(needed: Mapping[Path, int]) -> None:
         free = shutil.disk_usage(existing).free
         if free < total[disk]:
             raise OutputError(
-                f"{folder} needs {size_text(total[disk])} but its disk has"
-                f" {size_text(free)} free; make room or choose another output folder"
+                f"{folder} needs {format_size(total[disk])} but its disk has"
+                f" {format_size(free)} free; make room or choose another output folder"
             )

@@ -7,7 +7,7 @@ from typing import Final
 GB: Final = 10**9
 
 
-def size_text(count: float) -> str:
+def format_size(count: float) -> str:
     """Bytes for people.
 
     >>> size_text(2_132_000_000), size_text(584_000_000), size_text(12_000)
@@ -18,7 +18,7 @@ def size_text(count: float) -> str:
     return f"{count / 1e6:.0f} MB" if count >= 999.5e3 else f"{count / 1e3:.0f} kB"
 
 
-def duration_text(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as a person would say it beforehand.
 
     >>> duration_text(268)

@@ -18,11 +18,11 @@ _MOST: Final = 4  # workers; each holds the deviations of one layer, so memory g
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
 _T = TypeVar("_T")
-Each = Callable[..., Iterator[Any]]  # as the built-in map
+ParallelMap = Callable[..., Iterator[Any]]  # as the built-in map
 
 
 @contextmanager
-def workers(device: torch.device, check: Callable[[], None]) -> Iterator[Each]:
+def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[ParallelMap]:
     """A `map` that keeps every core busy on a CPU, and does one item at a time on other devices.
 
     A worker with a thread of its own per core beats a layer at a time on all cores: factorisations
@@ -36,7 +36,7 @@ def workers(device: torch.device, check: Callable[[], None]) -> Iterator[Each]:
     if device.type != "cpu":
         yield partial(_one_by_one, check)
         return
-    before_threads()
+    import_numpy_in_torch()
     threads = torch.get_num_threads()
     count = min(threads, _MOST)
     own = threads // count
@@ -52,7 +52,7 @@ def workers(device: torch.device, check: Callable[[], None]) -> Iterator[Each]:
         return_memory()
 
 
-def before_threads() -> None:
+def import_numpy_in_torch() -> None:
     """Makes torch look for numpy once: up to 2.3 two threads that first do so together lock up."""
     torch.zeros(1).div_(1.0)
 

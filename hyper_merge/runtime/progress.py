@@ -14,7 +14,7 @@ STOPPED: Final = "stopped; no file was changed"  # said of a run that the user e
 
 
 @dataclass(frozen=True)
-class Control:
+class Progress:
     """What the caller of a run gives it: callables from outside.
 
     Attributes:
@@ -36,20 +36,20 @@ class Control:
         if self.should_stop():
             raise InterruptedRun(STOPPED)
 
-    def step(self, phase: str, fraction: float) -> None:
+    def report(self, phase: str, fraction: float) -> None:
         """Reports a step; errors as for `check`."""
         self.check()
         self.on_progress(phase, fraction)
 
-    def part(self, start: float, end: float) -> Control:
+    def part(self, start: float, end: float) -> Progress:
         """The control of a part of the run that takes fractions `start`..`end` of the whole."""
 
         def on_progress(phase: str, fraction: float) -> None:
             self.on_progress(phase, min(start + (end - start) * fraction, end))
 
-        return Control(on_progress, self.should_stop, self.warn)
+        return Progress(on_progress, self.should_stop, self.warn)
 
-    def joined(self, other: Control) -> Control:
+    def joined(self, other: Progress) -> Progress:
         """A control that tells both, and stops when either is to stop."""
 
         def on_progress(phase: str, fraction: float) -> None:
@@ -60,40 +60,40 @@ class Control:
             self.warn(message)
             other.warn(message)
 
-        return Control(on_progress, lambda: self.should_stop() or other.should_stop(), warn)
+        return Progress(on_progress, lambda: self.should_stop() or other.should_stop(), warn)
 
-    def split(self, costs: Sequence[float]) -> list[Control]:
+    def split(self, costs: Sequence[float]) -> list[Progress]:
         """Controls of consecutive parts that take time in proportion to their costs, 0 for none."""
         ends = [end / (sum(costs) or 1.0) for end in accumulate(costs, initial=0.0)]
         return [self.part(min(start, 1.0), min(end, 1.0)) for start, end in pairwise(ends)]
 
-    def tally(self, phase: str, costs: Mapping[Any, float]) -> Tally:
+    def counter(self, phase: str, costs: Mapping[Any, float]) -> ProgressCounter:
         """A count of the work on items of known costs, which are one phase of this control."""
-        return Tally(self, phase, costs)
+        return ProgressCounter(self, phase, costs)
 
 
-class Tally:
+class ProgressCounter:
     """How far a phase is: counted in any thread, told in the run's own. Use as a context manager.
 
     Whoever still counts when the block is left, which an error can cause too, is stopped.
     """
 
-    def __init__(self, control: Control, phase: str, costs: Mapping[Any, float]) -> None:
+    def __init__(self, progress: Progress, phase: str, costs: Mapping[Any, float]) -> None:
         """Nothing is done yet.
 
         Args:
-            control: is told and asked.
+            progress: is told and asked.
             phase: in words.
             costs: what each item takes, in any unit.
         """
-        self._control = control
+        self._control = progress
         self._phase = phase
         self._costs = dict(costs)
         self._done = dict.fromkeys(costs, 0.0)
         self._total = sum(costs.values()) or 1.0
         self._left = False
 
-    def __enter__(self) -> Tally:
+    def __enter__(self) -> ProgressCounter:
         return self
 
     def __exit__(
@@ -126,10 +126,10 @@ class Tally:
         Raises:
             InterruptedRun: the user wants the run to end.
         """
-        self._control.step(self._phase, min(sum(self._done.values()) / self._total, 1.0))
+        self._control.report(self._phase, min(sum(self._done.values()) / self._total, 1.0))
 
 
-def count(tally: Tally, item: object, size: int) -> None:
+def count(counter: ProgressCounter, item: object, size: int) -> None:
     """Counts bytes of an item, and tells."""
-    tally.add(item, size)
-    tally.tell()
+    counter.add(item, size)
+    counter.tell()

@@ -16,18 +16,18 @@ _SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the matrices by which the rate 
 _PRODUCTS: Final = 3  # of them, after one to warm up
 
 
-def seconds_of(cost: float, device: torch.device) -> float:
+def estimate_seconds(cost: float, device: torch.device) -> float:
     """How long work takes.
 
     Args:
         cost: in multiply-adds of large products, see `costs`.
         device: where it is done.
     """
-    return cost / (_COSTS * rate(device))
+    return cost / (_COSTS * measure_throughput(device))
 
 
 @functools.cache
-def rate(device: torch.device) -> float:
+def measure_throughput(device: torch.device) -> float:
     """Multiplications and additions in a second, measured once on products of large matrices."""
     side = _SIDE[device.type]
     matrix = torch.linspace(-1, 1, side * side, device=device).view(side, side)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
-from hyper_merge.decomposition.contrasts import distances, energies
+from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
-from hyper_merge.solver.quantization import Rounded
+from hyper_merge.solver.quantization import StoredFactors
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class Evaluation:
     """Multipliers for blocks as written, and what they leave unexplained."""
 
     multipliers: Mapping[str, Tensor]  # by the layers' part: (k, R), float64
@@ -40,12 +40,12 @@ class Fit:
         return 1 - left
 
 
-def fit(
+def evaluate(
     analysis: Analysis,
-    blocks: Rounded,
+    blocks: StoredFactors,
     groups: Mapping[str, Sequence[int]],
     weights: Tensor,  # (layers,)
-) -> Fit:
+) -> Evaluation:
     """The best multipliers for the blocks as they are written, and the exact loss with them.
 
     Args:
@@ -55,7 +55,7 @@ def fit(
         weights: how much the layers' squared errors count.
     """
     of = energies(analysis.grams, analysis.contrasts)
-    cross = distances(analysis.contrasts) @ blocks.cross  # (layers, k, R)
+    cross = to_deviations_matrix(analysis.contrasts) @ blocks.cross  # (layers, k, R)
     errors, curve = torch.empty_like(of), torch.zeros(cross.shape[2] + 1, cross.shape[1]).double()
     multipliers = {}
     for name, members in groups.items():
@@ -71,7 +71,7 @@ def fit(
         multipliers[name] = found
     shares = torch.where(of.sum(0) > 0, curve / of.sum(0), 1.0).clamp(0, 1)
     shares[0] = 0.0
-    return Fit(multipliers, errors.clamp(min=0), of, shares)
+    return Evaluation(multipliers, errors.clamp(min=0), of, shares)
 
 
 def _explained_energies(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import inside, largest_value
+from hyper_merge.decomposition.linalg import block_columns, largest_value
 from hyper_merge.decomposition.ll1 import Batch, Factors, update_ups
-from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
+from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 
 # Of what AUTOMATIC1111 forms in float16, which ends at 65504, before it scales by alpha / rank.
 _PRODUCT: Final = 2.0**15
@@ -45,7 +45,7 @@ def float8_alpha(size: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class RefitTarget:
     """What the blocks of a layer are to be near, with the multipliers that they have."""
 
     slices: Tensor  # (d, p, q)
@@ -53,13 +53,13 @@ class Target:
     multipliers: Tensor  # (d, R)
 
     @property
-    def transposed(self) -> Target:
+    def transposed(self) -> RefitTarget:
         """The same of the transposed layer."""
-        return Target(self.slices.mT, (self.bases[1], self.bases[0]), self.multipliers)
+        return RefitTarget(self.slices.mT, (self.bases[1], self.bases[0]), self.multipliers)
 
 
-def refitted(
-    target: Target,
+def refit(
+    target: RefitTarget,
     layer: Layer,
     stored: Sequence[Pair],  # per block, in float8
     alphas: Sequence[float | None],
@@ -74,7 +74,7 @@ def refitted(
     pairs = list(stored)
     for side in _SIDES:
         check()
-        added = [as_hosts_add(*pair, alpha) for pair, alpha in zip(pairs, alphas, strict=True)]
+        added = [as_hosts_apply(*pair, alpha) for pair, alpha in zip(pairs, alphas, strict=True)]
         fitted = list(zip(_fitted(target, added, side), alphas, strict=True))
         if not all(_is_in_range(pair, alpha) for pair, alpha in fitted):
             break
@@ -82,7 +82,7 @@ def refitted(
     return pairs
 
 
-def _fitted(target: Target, added: Sequence[Pair], side: Literal["up", "down"]) -> list[Pair]:
+def _fitted(target: RefitTarget, added: Sequence[Pair], side: Literal["up", "down"]) -> list[Pair]:
     if side == "up":
         ups = _best_ups(target, added)
         return [(up, down) for up, (_, down) in zip(ups, added, strict=True)]
@@ -90,13 +90,13 @@ def _fitted(target: Target, added: Sequence[Pair], side: Literal["up", "down"]) 
     return [(up, down.mT) for down, (up, _) in zip(turned, added, strict=True)]
 
 
-def _best_ups(target: Target, added: Sequence[Pair]) -> Sequence[Tensor]:  # R times (m, r)
+def _best_ups(target: RefitTarget, added: Sequence[Pair]) -> Sequence[Tensor]:  # R times (m, r)
     """By least squares for the downs as they are, with what of them lies beyond the bases."""
     left, right = target.bases
     ranks = tuple(up.shape[1] for up, _ in added)
     ups = torch.cat([up for up, _ in added], 1)
     downs = torch.cat([down for _, down in added])
-    factors = Factors(inside(left, ups)[None], inside(right, downs.mT).mT[None])
+    factors = Factors(block_columns(left, ups)[None], block_columns(right, downs.mT).mT[None])
     batch = Batch(target.slices[None], ranks, (0,))
     found = update_ups(batch, factors, target.multipliers, inner=(downs @ downs.mT)[None])
     return torch.split(left @ found.up[0], list(ranks), 1)

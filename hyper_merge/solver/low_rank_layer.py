@@ -12,7 +12,7 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import energy_of, product_energy
 from hyper_merge.decomposition.truncated_svd import truncated_svd
-from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
+from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ def low_rank_layer(
     best = truncated_svd(delta, rank, generator, tick)
     alpha, dtype = stored
     factors = stored_factors(layer, best.up, best.down, alpha, dtype)
-    up, down = as_hosts_add(*factors, alpha)
+    up, down = as_hosts_apply(*factors, alpha)
     energy, error = _left(delta, up.to(delta), down.to(delta))
     return LowRankLayer(layer, *factors, energy, error)
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.contrasts import distances
-from hyper_merge.decomposition.linalg import block_gram, inside
-from hyper_merge.decomposition.rank_allocation import ranks_within, spread
-from hyper_merge.decomposition.truncated_svd import Truncated, truncated_svd
-from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
-from hyper_merge.recipe.parsing import Wish
-from hyper_merge.runtime.parallel import workers
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.evaluation import Fit
+from hyper_merge.decomposition.contrasts import to_deviations_matrix
+from hyper_merge.decomposition.linalg import block_columns, block_gram
+from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
+from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
+from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.recipe.parsing import PrivateLoraTarget
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.float8 import float8_alpha
-from hyper_merge.solver.quantization import Rounded
+from hyper_merge.solver.quantization import StoredFactors
 
 _LEADING: Final = 3  # times the wished rank: what a layer can have of it
 _MOST: Final = 256  # rank of a layer for a wished share
@@ -29,7 +29,7 @@ _MARGIN: Final = 0.998  # of what may remain: rounding takes a little
 
 
 @dataclass(frozen=True, eq=False)
-class Private:
+class PrivateLora:
     """One checkpoint's own LoRA."""
 
     checkpoint: int  # place
@@ -45,38 +45,38 @@ class Private:
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
+class SharedLoras:
     """What the shared LoRAs bring, to which private ones are added."""
 
     analysis: Analysis
-    blocks: Rounded
-    found: Fit
+    blocks: StoredFactors
+    found: Evaluation
     groups: Mapping[str, Sequence[int]]  # the layers of each set of multipliers
     dtype: torch.dtype  # of the stored factors
 
 
-def find_private(
-    shared: Shared, wish: Wish, costs: Sequence[int], control: Control
-) -> tuple[Private, ...]:
+def find_private_loras(
+    shared: SharedLoras, wish: PrivateLoraTarget, costs: Sequence[int], progress: Progress
+) -> tuple[PrivateLora, ...]:
     """For a wished rank, LoRAs of the checkpoints below the mean; for a share, of those below that.
 
     Args:
         shared: what is there.
         wish: a rank in the mean of the layers, or a share of every checkpoint.
         costs: bytes of a rank, per layer.
-        control: progress and interrupt.
+        progress: progress and interrupt.
     """
     explained = shared.found.explained()
     least = float(explained.mean()) if wish.share is None else wish.share
     chosen = [c for c, share in enumerate(explained.tolist()) if share < least]
-    parts = control.split([1.0] * len(chosen))
+    parts = progress.split([1.0] * len(chosen))
     return tuple(
         _one(shared, checkpoint, wish, costs, part)
         for checkpoint, part in zip(chosen, parts, strict=True)
     )
 
 
-def with_private(found: Fit, privates: Sequence[Private]) -> Fit:
+def add_private_loras(found: Evaluation, privates: Sequence[PrivateLora]) -> Evaluation:
     """The fit with what private LoRAs bring back besides."""
     errors = found.errors.clone()
     for each in privates:
@@ -85,8 +85,12 @@ def with_private(found: Fit, privates: Sequence[Private]) -> Fit:
 
 
 def _one(
-    shared: Shared, checkpoint: int, wish: Wish, costs: Sequence[int], control: Control
-) -> Private:
+    shared: SharedLoras,
+    checkpoint: int,
+    wish: PrivateLoraTarget,
+    costs: Sequence[int],
+    progress: Progress,
+) -> PrivateLora:
     layers = shared.analysis.layers
     rows = {
         index: found[checkpoint]
@@ -95,16 +99,16 @@ def _one(
     }
     most = _LEADING * wish.rank if wish.rank is not None else _MOST
 
-    def leading(index: int) -> Truncated:
+    def leading(index: int) -> TruncatedSvd:
         rest = _rest(shared, index, rows[index], checkpoint)
         dice = torch.Generator().manual_seed(index)
         return truncated_svd(rest, min(most, *rest.shape), dice)
 
-    found: list[Truncated] = []
-    with workers(torch.device("cpu"), control.check) as each:
+    found: list[TruncatedSvd] = []
+    with parallel_map(torch.device("cpu"), progress.check) as each:
         for truncated in each(leading, range(len(layers))):
             found.append(truncated)
-            control.step("making private LoRAs", 0.8 * len(found) / len(layers))
+            progress.report("making private LoRAs", 0.8 * len(found) / len(layers))
     ranks = _ranks(shared, checkpoint, wish, costs, [each.energies for each in found])
     mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
     rank = max(round(mean), 1)
@@ -114,10 +118,12 @@ def _one(
         for index, (truncated, kept) in enumerate(zip(found, ranks, strict=True))
     ]
     factors, errors = zip(*written, strict=True)
-    return Private(checkpoint, rank, alpha, list(factors), torch.stack(errors))
+    return PrivateLora(checkpoint, rank, alpha, list(factors), torch.stack(errors))
 
 
-def _alpha(shared: Shared, rank: int, kept: Iterable[tuple[Truncated, int]]) -> float | None:
+def _alpha(
+    shared: SharedLoras, rank: int, kept: Iterable[tuple[TruncatedSvd, int]]
+) -> float | None:
     """Of the file: none for a family without, its rank, or what float8 wants."""
     if shared.blocks.alphas[0] is None:
         return None
@@ -128,46 +134,48 @@ def _alpha(shared: Shared, rank: int, kept: Iterable[tuple[Truncated, int]]) -> 
 
 
 def _ranks(
-    shared: Shared,
+    shared: SharedLoras,
     checkpoint: int,
-    wish: Wish,
+    wish: PrivateLoraTarget,
     costs: Sequence[int],
     energies: Sequence[Tensor],
 ) -> list[int]:
     if wish.rank is not None:
-        return spread(energies, costs, wish.rank * sum(costs))
+        return spread_ranks(energies, costs, wish.rank * sum(costs))
     errors, of = shared.found.errors[:, checkpoint].sum(), shared.found.energies[:, checkpoint]
     beyond = float(errors) - sum(float(each.sum()) for each in energies)
     allowed = _MARGIN * (1 - (wish.share or 0.0)) * float(of.sum())
     return ranks_within(energies, costs, max(allowed - beyond, 0.0))
 
 
-def _rest(shared: Shared, index: int, multipliers: Tensor, checkpoint: int) -> Tensor:  # (p, q)
+def _rest(
+    shared: SharedLoras, index: int, multipliers: Tensor, checkpoint: int
+) -> Tensor:  # (p, q)
     """What the shared LoRAs leave of a checkpoint in a layer, between its bases."""
     analysis = shared.analysis
     left, right = analysis.bases(index)
     rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]])
-    weights = distances(analysis.contrasts)[checkpoint].to(rows)
+    weights = to_deviations_matrix(analysis.contrasts)[checkpoint].to(rows)
     rest = (weights @ rows.flatten(1)).view(rows.shape[1:])
     for up, down, multiplier in _added(shared, index, multipliers):
-        rest = rest - multiplier * (inside(left, up) @ inside(right, down.mT).mT)
+        rest = rest - multiplier * (block_columns(left, up) @ block_columns(right, down.mT).mT)
     return rest
 
 
 def _added(
-    shared: Shared, index: int, multipliers: Tensor
+    shared: SharedLoras, index: int, multipliers: Tensor
 ) -> list[tuple[Tensor, Tensor, float]]:  # (m, r), (r, n), multiplier
     pairs = zip(
         shared.blocks.factors[index], shared.blocks.alphas, multipliers.tolist(), strict=True
     )
-    return [(*as_hosts_add(*factors, alpha), x) for factors, alpha, x in pairs]
+    return [(*as_hosts_apply(*factors, alpha), x) for factors, alpha, x in pairs]
 
 
 def _written(
-    shared: Shared,
+    shared: SharedLoras,
     place: tuple[int, int],  # layer, checkpoint
     multipliers: Tensor,
-    kept: tuple[Truncated, int],
+    kept: tuple[TruncatedSvd, int],
     alpha: float | None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """The factors as stored, and the squared error that is left with them."""
@@ -176,10 +184,10 @@ def _written(
     left, right = analysis.bases(index)
     up, down = left @ truncated.up[:, :rank], truncated.down[:rank] @ right.mT
     stored = stored_factors(layer, up, down, alpha, shared.dtype)
-    own = as_hosts_add(*stored, alpha)
+    own = as_hosts_apply(*stored, alpha)
     rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]]).flatten(1).double()
-    product = (inside(left, own[0]) @ inside(right, own[1].mT).mT).flatten().double()
-    cross = distances(analysis.contrasts)[checkpoint] @ (rows @ product)
+    product = (block_columns(left, own[0]) @ block_columns(right, own[1].mT).mT).flatten().double()
+    cross = to_deviations_matrix(analysis.contrasts)[checkpoint] @ (rows @ product)
     added = _added(shared, index, multipliers)
     gram = block_gram([*(u for u, _, _ in added), own[0]], [*(d for _, d, _ in added), own[1]])
     cross = cross - multipliers @ gram[:-1, -1]

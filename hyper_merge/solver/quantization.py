@@ -9,22 +9,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.loss_weights import Weighting
+from hyper_merge.analysis.loss_weights import LossWeights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import block_gram, inside, largest_value
-from hyper_merge.decomposition.normalization import balanced, unit_scales
-from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
-from hyper_merge.runtime.parallel import return_memory, workers
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.float8 import Pair, Target, float8_alpha, refitted
-from hyper_merge.solver.solve import Found
+from hyper_merge.decomposition.linalg import block_columns, block_gram, largest_value
+from hyper_merge.decomposition.normalization import balance, unit_scales
+from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.runtime.parallel import parallel_map, return_memory
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.float8 import Pair, RefitTarget, float8_alpha, refit
+from hyper_merge.solver.solve import LowRankSolution
 
 _LAYERS_PER_RETURN: Final = 50  # of memory to the system
 
 
 @dataclass(frozen=True, eq=False)
-class Rounded:
+class StoredFactors:
     """Blocks as the files will hold them, with all that multipliers and losses need."""
 
     factors: list[list[Pair]]  # per layer and block: (m, r), (r, n), as stored
@@ -38,14 +38,14 @@ class Rounded:
         return [tuple(up.shape[1] for up, _ in pairs) for pairs in self.factors]
 
 
-def rounded(
+def quantize(
     analysis: Analysis,
-    found: Found,
+    found: LowRankSolution,
     groups: Mapping[str, Sequence[int]],  # the layers of each set of multipliers
     stored: tuple[Sequence[float | None], torch.dtype],  # alphas of the R files, type
-    weighting: Weighting,
-    control: Control,
-) -> Rounded:
+    weighting: LossWeights,
+    progress: Progress,
+) -> StoredFactors:
     """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
 
     Each block is scaled so that its largest multiplier among the checkpoints is 1. Files of float8
@@ -58,25 +58,25 @@ def rounded(
         for index in members
     ]
     if stored[1] == FLOAT8:
-        stored = _float8_alphas(jobs, control), FLOAT8
+        stored = _float8_alphas(jobs, progress), FLOAT8
     sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
-    tally = control.tally("preparing the LoRAs", sizes)
+    counter = progress.counter("preparing the LoRAs", sizes)
 
     def job(index: int, pairs: list[Pair] | None, group: _Group) -> tuple[int, _RoundedLayer]:
         if pairs is None:
             return index, _nothing(analysis, index, len(stored[0]), stored[1])
         own = [(up.cpu(), down.cpu()) for up, down in pairs]
-        return index, _round_layer(analysis, index, own, group, stored, control.check)
+        return index, _round_layer(analysis, index, own, group, stored, progress.check)
 
     layers: dict[int, _RoundedLayer] = {}
-    with workers(torch.device("cpu"), control.check) as each:
+    with parallel_map(torch.device("cpu"), progress.check) as each:
         for index, layer in each(job, *zip(*jobs, strict=True)):
             layers[index] = layer
-            tally.finish(index)
+            counter.finish(index)
             if len(layers) % _LAYERS_PER_RETURN == 0:
                 return_memory()
     ordered = [layers[index] for index in sorted(layers)]
-    return Rounded(
+    return StoredFactors(
         factors=[layer.factors for layer in ordered],
         cross=torch.stack([layer.cross for layer in ordered]),
         gram=torch.stack([layer.gram for layer in ordered]),
@@ -90,12 +90,12 @@ class _Group:
 
     scales: Tensor  # (R,), of the blocks
     multipliers: Tensor  # (d, R), of the scaled blocks, for weighted slices
-    weighting: Weighting
+    weighting: LossWeights
 
 
 def _group(
     multipliers: Tensor,  # (k, R)
-    weighting: Weighting,
+    weighting: LossWeights,
 ) -> _Group:
     scales = unit_scales(multipliers)
     weighted = torch.linalg.pinv(weighting.to_deviations) @ multipliers.double()
@@ -124,13 +124,13 @@ def _round_layer(
         check()
         factors.append(stored_factors(layer, *_outside(bases, pair, scale), alpha, stored[1]))
     if stored[1] == FLOAT8:
-        target = Target(group.weighting.slices(core), bases, group.multipliers)
-        factors = refitted(target, layer, factors, stored[0], check)
+        target = RefitTarget(group.weighting.slices(core), bases, group.multipliers)
+        factors = refit(target, layer, factors, stored[0], check)
     products, ups, downs = [], [], []
     for stored_pair, alpha in zip(factors, stored[0], strict=True):
         check()
-        up, down = as_hosts_add(*stored_pair, alpha)
-        products.append((inside(left, up) @ inside(right, down.mT).mT).flatten())
+        up, down = as_hosts_apply(*stored_pair, alpha)
+        products.append((block_columns(left, up) @ block_columns(right, down.mT).mT).flatten())
         ups.append(up)
         downs.append(down)
     rows = torch.cat([core, analysis.rounding(index)[None]])
@@ -139,12 +139,12 @@ def _round_layer(
 
 
 def _float8_alphas(
-    jobs: Sequence[tuple[int, list[Pair] | None, _Group]], control: Control
+    jobs: Sequence[tuple[int, list[Pair] | None, _Group]], progress: Progress
 ) -> list[float]:
     """Of every block's file, by the largest of its layers."""
     sizes: list[list[float]] = []
     for _, pairs, group in jobs:
-        control.check()
+        progress.check()
         if pairs is not None:
             found = zip(pairs, group.scales.abs().tolist(), strict=True)
             sizes.append([up.shape[1] * x * largest_value(up, down) for (up, down), x in found])
@@ -162,7 +162,7 @@ def _outside(
     """A block in the layer's own coordinates."""
     up, down = pair
     if up.shape[1]:
-        up, down = balanced(up * scale, down)
+        up, down = balance(up * scale, down)
     return bases[0][:, : len(up)] @ up, down @ bases[1][:, : down.shape[1]].mT
 
 

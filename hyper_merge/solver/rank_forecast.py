@@ -18,16 +18,16 @@ from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.contrasts import energies
-from hyper_merge.decomposition.rank_allocation import spread
-from hyper_merge.runtime.parallel import workers
-from hyper_merge.runtime.progress import Control
+from hyper_merge.decomposition.rank_allocation import spread_ranks
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
 
 _WORTH: Final = 0.995  # of what all directions explain: further LoRAs are not worth a file
 _HALVINGS: Final = 24  # of the search for a budget
 
 
 @dataclass(frozen=True, eq=False)
-class Prospects:
+class RankForecast:
     """Squared singular values of every layer's mixtures and private deviations.
 
     What is explained of a single checkpoint leaves out the inner products between what different
@@ -61,7 +61,7 @@ class Prospects:
         """What private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
         lists = [values for layer in self.private for values in layer]
-        counts = spread(lists, [cost for cost in self.costs for _ in range(k)], budget)
+        counts = spread_ranks(lists, [cost for cost in self.costs for _ in range(k)], budget)
         explained = torch.zeros_like(self.energies)
         for place, (values, count) in enumerate(zip(lists, counts, strict=True)):
             explained[place % k] += values[:count].sum()
@@ -120,7 +120,7 @@ class Prospects:
         count = blocks or self.directions
         pairs = zip(self.mixtures, self.weights, strict=True)
         lists = [values * weight for layer, weight in pairs for values in layer[:count]]
-        flat = spread(lists, [cost for cost in self.costs for _ in range(count)], budget)
+        flat = spread_ranks(lists, [cost for cost in self.costs for _ in range(count)], budget)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
     def _explained(self, counts: Sequence[Sequence[int]]) -> Tensor:  # (k,)
@@ -142,14 +142,14 @@ class Prospects:
         return tuple(sorted((int(rank) for rank in ranks), reverse=True))
 
 
-def prospects(
+def forecast_ranks(
     analysis: Analysis,
     groups: Mapping[str, Sequence[int]],
     names: Sequence[str],
     costs: Sequence[int],
     weights: Tensor,  # (layers,)
-    control: Control,
-) -> Prospects:
+    progress: Progress,
+) -> RankForecast:
     """Spectra of all mixtures: seconds for four SD 1.x files.
 
     Args:
@@ -159,18 +159,18 @@ def prospects(
         costs: bytes of a rank, per layer.
         weights: of the layers' squared errors, by which ranks are spread; what is explained counts
             plainly all the same.
-        control: progress and interrupt.
+        progress: progress and interrupt.
     """
     rotations = _rotations(analysis, groups)
     spectra = analysis.spectra
     found: list[tuple[Tensor, ...]] = []
-    with workers(torch.device("cpu"), control.check) as each:
+    with parallel_map(torch.device("cpu"), progress.check) as each:
         indices = range(len(analysis.layers))
         for values in each(lambda i: _squared_values(analysis.core(i), rotations[i]), indices):
             found.append(values)
-            control.step("looking at what could be had", len(found) / len(analysis.layers))
+            progress.report("looking at what could be had", len(found) / len(analysis.layers))
     basis = analysis.contrasts.to_deviations
-    return Prospects(
+    return RankForecast(
         names=tuple(names),
         mixtures=tuple(found),
         private=tuple(tuple(layer.private) for layer in spectra),

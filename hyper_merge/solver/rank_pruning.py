@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, blocks
-from hyper_merge.decomposition.normalization import balanced
+from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, split_blocks
+from hyper_merge.decomposition.normalization import balance
 from hyper_merge.decomposition.rank_allocation import kept_ranks
-from hyper_merge.runtime.parallel import Each
+from hyper_merge.runtime.parallel import ParallelMap
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Allowance:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class GroupSolution:
     """The layers that share multipliers, as far as they are solved."""
 
     name: str
@@ -33,7 +33,9 @@ class Group:
     losses: tuple[float, ...]
 
 
-def pruned(groups: Sequence[Group], allowance: Allowance, each: Each) -> list[Group]:
+def prune_ranks(
+    groups: Sequence[GroupSolution], allowance: Allowance, each: ParallelMap
+) -> list[GroupSolution]:
     """The same with the components of most energy for their bytes, in all groups together.
 
     Args:
@@ -64,14 +66,16 @@ def pruned(groups: Sequence[Group], allowance: Allowance, each: Each) -> list[Gr
 
 def _in_order(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
     """The blocks with the components of each in falling order, roots of their values on each side."""
-    return batch, [balanced(*pair) if pair[0].shape[2] else pair for pair in blocks(batch, factors)]
+    return batch, [
+        balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)
+    ]
 
 
 def _kept(
-    group: Group,
+    group: GroupSolution,
     found: Mapping[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]],
     ranks: Mapping[int, tuple[int, ...]],
-) -> Group:
+) -> GroupSolution:
     batches, factors = [], []
     for before in group.problem.batches:
         for index in before.layers:
@@ -84,4 +88,4 @@ def _kept(
             batches.append(Batch(batch.slices[place][None], ranks[index], (index,)))
             factors.append(Factors(up[None], down[None]))
     problem = replace(group.problem, batches=tuple(batches))
-    return Group(group.name, problem, group.multipliers, tuple(factors), ())
+    return GroupSolution(group.name, problem, group.multipliers, tuple(factors), ())

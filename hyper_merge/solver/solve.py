@@ -11,19 +11,25 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.cache import width_for
-from hyper_merge.analysis.inputs import Sources, bases_width, groups_of
-from hyper_merge.analysis.loss_weights import weighting_of
+from hyper_merge.analysis.cache import required_width
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns, multiplier_groups
+from hyper_merge.analysis.loss_weights import make_loss_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.initialization import best_start, search_cost
-from hyper_merge.decomposition.ll1 import Batch, Problem, blocks, factors_from, solve
-from hyper_merge.decomposition.rank_allocation import generous_ranks
+from hyper_merge.decomposition.ll1 import Batch, Problem, initial_factors, solve_ll1, split_blocks
+from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.parallel import Each, return_memory, workers
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.rank_pruning import Allowance, Group, pruned
-from hyper_merge.solver.stopping import USUAL_SWEEPS, Course, by_block, by_sweep, counted_sweeps
+from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.rank_pruning import Allowance, GroupSolution, prune_ranks
+from hyper_merge.solver.stopping import (
+    USUAL_SWEEPS,
+    SolverProgress,
+    stop_after_sweeps,
+    stop_by_block,
+    stop_by_sweep,
+)
 
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 
@@ -51,7 +57,7 @@ Ranks = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class LowRankSolution:
     """Blocks between the bases, and the multipliers that they were found with."""
 
     factors: Mapping[int, list[tuple[Tensor, Tensor]]]  # by layer: per block (p, r), (r, q)
@@ -64,9 +70,9 @@ def find_blocks(
     recipe: Recipe,
     ranks: Ranks,
     allowance: Allowance | None,
-    work: tuple[torch.device, Control],
+    options: tuple[torch.device, Progress],
     start: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Found:
+) -> LowRankSolution:
     """Solves for blocks and multipliers on the cores; on the CPU where the device is too small.
 
     Args:
@@ -74,25 +80,25 @@ def find_blocks(
         recipe: what is asked for.
         ranks: even ones.
         allowance: what adaptive ranks may take in place of those; None to keep to the even ones.
-        work: where it is done; progress and interrupt.
+        options: where it is done; progress and interrupt.
         start: multipliers (k, R) that are worth a try besides the others, by group of layers.
     """
-    device, control = work
+    device, progress = options
     try:
-        return _Search(analysis, recipe, device, control, start).run(ranks, allowance)
+        return _Search(analysis, recipe, device, progress, start).run(ranks, allowance)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        control.warn(f"{device} has too little memory for the cores; the CPU takes them")
-        search = _Search(analysis, recipe, torch.device("cpu"), control, start)
+        progress.warn(f"{device} has too little memory for the cores; the CPU takes them")
+        search = _Search(analysis, recipe, torch.device("cpu"), progress, start)
         return search.run(ranks, allowance)
 
 
-def solve_costs(sources: Sources, recipe: Recipe, ranks: Ranks) -> tuple[float, float]:
+def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[float, float]:
     """What finding and rounding blocks takes, nearly, in multiply-adds of large products."""
-    width, slices = width_for(recipe.ranks), sources.contrasts.dimensions
+    width, slices = required_width(recipe.ranks), inputs.contrasts.dimensions
     entries, sweep, rounding = 0.0, 0.0, 0.0
-    for layer, rank in zip(sources.layout.layers, ranks, strict=True):
-        p, q = bases_width(layer, width)
+    for layer, rank in zip(inputs.layout.layers, ranks, strict=True):
+        p, q = basis_columns(layer, width)
         entries += p * q
         sweep += p * q * (3 * sum(rank) + 2 * slices * len(rank))
         rounding += (layer.m * p + layer.n * q) * sum(rank)
@@ -114,24 +120,24 @@ class _Search:
         analysis: Analysis,
         recipe: Recipe,
         device: torch.device,
-        control: Control,
+        progress: Progress,
         start: Mapping[str, Tensor],
     ) -> None:
         self._analysis, self._recipe = analysis, recipe
-        self._device, self._control, self._given = device, control, start
-        self._weighting = weighting_of(analysis, recipe)
+        self._device, self._control, self._given = device, progress, start
+        self._weighting = make_loss_weights(analysis, recipe)
         separate = recipe.multipliers == "separate"
-        self._groups = groups_of(analysis.layers, separate=separate)
+        self._groups = multiplier_groups(analysis.layers, separate=separate)
         self._generator = torch.Generator().manual_seed(recipe.seed)
 
-    def run(self, even: Ranks, allowance: Allowance | None) -> Found:
+    def run(self, even: Ranks, allowance: Allowance | None) -> LowRankSolution:
         recipe = self._recipe
         limits = [min(self._analysis.core_shape(index)) for index in range(len(even))]
         even = [
             tuple(min(rank, limit) for rank in of_layer)
             for of_layer, limit in zip(even, limits, strict=True)
         ]
-        with workers(self._device, self._control.check) as each:
+        with parallel_map(self._device, self._control.check) as each:
             if recipe.method == "greedy":
                 return self._found([self._greedy(*group) for group in self._begin(even, each, 1)])
             if allowance is None:
@@ -144,27 +150,27 @@ class _Search:
                 )
             ]
             budget = _GENEROUS * allowance.budget
-            ranks = generous_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
+            ranks = overcomplete_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
             generous = [self._generous(*group) for group in self._begin(ranks, each, 2)]
             return_memory()
-            kept = pruned(generous, allowance, each)
+            kept = prune_ranks(generous, allowance, each)
             final = zip(kept, self._parts(2)[len(kept) :], strict=True)
             return self._found([self._swept(group, part, each) for group, part in final])
 
     def _begin(
-        self, ranks: Ranks, each: Each, stages: int
-    ) -> Iterator[tuple[str, Problem, Course]]:
+        self, ranks: Ranks, each: ParallelMap, stages: int
+    ) -> Iterator[tuple[str, Problem, SolverProgress]]:
         """The problem of each group, one after the other, with its part of the course."""
         parts = self._parts(stages)
         for (name, members), part in zip(self._groups.items(), parts, strict=False):
             inside = [index for index in members if sum(ranks[index])]
             batches = self._batches(inside, ranks)
             energy = self._weighting.energy(members)
-            course = Course(part)
+            course = SolverProgress(part)
             counting = course.counting(each, len(batches))
             yield name, Problem(batches, energy, counting, _RIDGE), course
 
-    def _parts(self, stages: int) -> list[Control]:
+    def _parts(self, stages: int) -> list[Progress]:
         """Parts of the control: for every stage one for every group, by what they take."""
         shape = self._analysis.core_shape
         sizes = [
@@ -202,35 +208,39 @@ class _Search:
     def _core(self, index: int, p: int, q: int) -> Tensor:  # (d, p, q)
         return self._weighting.core(index, self._analysis.core(index)[:, :p, :q]).contiguous()
 
-    def _greedy(self, name: str, problem: Problem, course: Course) -> Group:
-        found = solve_greedy(problem, self._generator, by_block(self._recipe, course))
-        return Group(name, problem, found.multipliers, found.factors, found.losses)
+    def _greedy(self, name: str, problem: Problem, course: SolverProgress) -> GroupSolution:
+        found = solve_greedy(problem, self._generator, stop_by_block(self._recipe, course))
+        return GroupSolution(name, problem, found.multipliers, found.factors, found.losses)
 
-    def _joint(self, name: str, problem: Problem, course: Course) -> Group:
+    def _joint(self, name: str, problem: Problem, course: SolverProgress) -> GroupSolution:
         start, at = self._start(name, problem, course, self._recipe.iterations)
-        stopping = by_sweep(self._recipe, course, at)
+        stopping = stop_by_sweep(self._recipe, course, at)
         # No name for the factors here, which would keep a set of them in memory for all sweeps.
-        found = solve(problem, factors_from(problem, start, self._generator), start, stopping)
-        return Group(name, problem, found.multipliers, found.factors, found.losses)
+        found = solve_ll1(
+            problem, initial_factors(problem, start, self._generator), start, stopping
+        )
+        return GroupSolution(name, problem, found.multipliers, found.factors, found.losses)
 
-    def _generous(self, name: str, problem: Problem, course: Course) -> Group:
+    def _generous(self, name: str, problem: Problem, course: SolverProgress) -> GroupSolution:
         start, at = self._start(name, problem, course, _GENEROUS_SWEEPS)
         sweeps = min(_GENEROUS_SWEEPS, self._recipe.iterations)
-        stopping = counted_sweeps(course, at, sweeps)
-        found = solve(problem, factors_from(problem, start, self._generator), start, stopping)
-        return Group(name, problem, found.multipliers, found.factors, found.losses)
+        stopping = stop_after_sweeps(course, at, sweeps)
+        found = solve_ll1(
+            problem, initial_factors(problem, start, self._generator), start, stopping
+        )
+        return GroupSolution(name, problem, found.multipliers, found.factors, found.losses)
 
-    def _swept(self, group: Group, part: Control, each: Each) -> Group:
-        course = Course(part)
+    def _swept(self, group: GroupSolution, part: Progress, each: ParallelMap) -> GroupSolution:
+        course = SolverProgress(part)
         batches = group.problem.batches
         counting = course.counting(each, len(batches))
         problem = replace(group.problem, each=counting)
-        stopping = by_sweep(self._recipe, course, 0.0)
-        found = solve(problem, group.factors, group.multipliers, stopping)
-        return Group(group.name, problem, found.multipliers, found.factors, found.losses)
+        stopping = stop_by_sweep(self._recipe, course, 0.0)
+        found = solve_ll1(problem, group.factors, group.multipliers, stopping)
+        return GroupSolution(group.name, problem, found.multipliers, found.factors, found.losses)
 
     def _start(
-        self, name: str, problem: Problem, course: Course, sweeps: int
+        self, name: str, problem: Problem, course: SolverProgress, sweeps: int
     ) -> tuple[Tensor, float]:  # (d, R), and the fraction at which the sweeps begin
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
@@ -261,25 +271,25 @@ class _Search:
         start = torch.linalg.pinv(self._weighting.to_deviations) @ self._given[name].double()
         return [torch.nn.functional.normalize(start, dim=0)]
 
-    def _found(self, groups: Sequence[Group]) -> Found:
+    def _found(self, groups: Sequence[GroupSolution]) -> LowRankSolution:
         if self._recipe.method == "joint":
             solutions = {group.name: group.multipliers for group in groups}
             self._analysis.remember(_name(self._recipe), solutions)
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for group in groups:
             for batch, found in zip(group.problem.batches, group.factors, strict=True):
-                pairs = list(blocks(batch, found))
+                pairs = list(split_blocks(batch, found))
                 for place, index in enumerate(batch.layers):
                     scale = float(self._weighting.layers[index]) ** 0.5
                     factors[index] = [(up[place] / scale, down[place]) for up, down in pairs]
-        return Found(
+        return LowRankSolution(
             factors,
             {group.name: self._weighting.to_deviations @ group.multipliers for group in groups},
             _together(groups),
         )
 
 
-def _together(groups: Sequence[Group]) -> tuple[float, ...]:
+def _together(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
     """Losses of all groups together; one that is done earlier stays where it is."""
     total = sum(group.problem.energy for group in groups) or 1.0
     length = max(len(group.losses) for group in groups)

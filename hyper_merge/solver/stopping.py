@@ -7,27 +7,27 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
-from hyper_merge.decomposition.ll1 import Stopping
+from hyper_merge.decomposition.ll1 import StoppingCriterion
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.parallel import Each, return_memory
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.parallel import ParallelMap, return_memory
+from hyper_merge.runtime.progress import Progress
 
 USUAL_SWEEPS: Final = 12
 _GREEDY_MAPS: Final = 6  # over all layers for a block of greedy deflation
 _SWEEPS_PER_RETURN: Final = 3  # of memory to the system
 
 
-class Course:
+class SolverProgress:
     """Where the solve stands: between two places that are known it moves with every batch."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, progress: Progress) -> None:
         """Begins at the start.
 
         Args:
-            control: the solve's own part of the whole.
+            progress: the solve's own part of the whole.
         """
-        self.check = control.check
-        self._step = control.step
+        self.check = progress.check
+        self._step = progress.report
         self._at = 0.0
         self.reach("", 0.0, 0.0)
 
@@ -36,7 +36,7 @@ class Course:
         self._phase, self._at = phase, max(at, self._at)
         self._end, self._left = max(end, self._at), left
 
-    def counting(self, each: Each, batches: int) -> Each:
+    def counting(self, each: ParallelMap, batches: int) -> ParallelMap:
         """The same map, which tells of every batch that is done."""
 
         def counted(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
@@ -49,7 +49,7 @@ class Course:
         return counted
 
 
-def counted_sweeps(course: Course, at: float, sweeps: int) -> Stopping:
+def stop_after_sweeps(course: SolverProgress, at: float, sweeps: int) -> StoppingCriterion:
     """A fixed number of sweeps."""
     done: list[float] = []
 
@@ -58,10 +58,10 @@ def counted_sweeps(course: Course, at: float, sweeps: int) -> Stopping:
         course.reach("solving for the LoRAs", at, 1.0, max(sweeps - len(done), 1))
 
     course.reach("solving for the LoRAs", at, 1.0, sweeps)
-    return Stopping(sweeps, 0.0, on_sweep)
+    return StoppingCriterion(sweeps, 0.0, on_sweep)
 
 
-def by_sweep(recipe: Recipe, course: Course, at: float) -> Stopping:
+def stop_by_sweep(recipe: Recipe, course: SolverProgress, at: float) -> StoppingCriterion:
     """As many sweeps as bring something."""
     losses: list[float] = []
 
@@ -73,10 +73,10 @@ def by_sweep(recipe: Recipe, course: Course, at: float) -> Stopping:
             return_memory()
 
     course.reach("solving for the LoRAs", at, 1.0, _sweeps_left(losses, recipe) + 0.5)
-    return Stopping(recipe.iterations, recipe.tolerance, on_sweep)
+    return StoppingCriterion(recipe.iterations, recipe.tolerance, on_sweep)
 
 
-def by_block(recipe: Recipe, course: Course) -> Stopping:
+def stop_by_block(recipe: Recipe, course: SolverProgress) -> StoppingCriterion:
     """Turns for each block of greedy deflation."""
     losses: list[float] = []
 
@@ -90,7 +90,7 @@ def by_block(recipe: Recipe, course: Course) -> Stopping:
 
     count = len(recipe.ranks)
     reach()
-    return Stopping(recipe.iterations, recipe.tolerance, on_block)
+    return StoppingCriterion(recipe.iterations, recipe.tolerance, on_block)
 
 
 def _sweeps_left(losses: Sequence[float], recipe: Recipe) -> float:

@@ -15,7 +15,14 @@ from hyper_merge.synthetic.mmdit_layouts import (
     joint_transformer,
     t5,
 )
-from hyper_merge.synthetic.network_layouts import Entry, UNetShape, clip, open_clip, unet, vae
+from hyper_merge.synthetic.network_layouts import (
+    Entry,
+    UNetShape,
+    clip_layout,
+    open_clip_layout,
+    unet_layout,
+    vae_layout,
+)
 
 UNET_PREFIX = "model.diffusion_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
@@ -52,9 +59,11 @@ def sd1_layout(
         Full key (with the checkpoint's prefixes) to shape.
     """
     return {
-        **_under(TEXT_PREFIX, clip(context, 12, vocabulary)),
-        **_under(UNET_PREFIX, unet(UNetShape(width, context, input_channels=input_channels))),
-        **_under(VAE_PREFIX, vae(vae_width)),
+        **_under(TEXT_PREFIX, clip_layout(context, 12, vocabulary)),
+        **_under(
+            UNET_PREFIX, unet_layout(UNetShape(width, context, input_channels=input_channels))
+        ),
+        **_under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
@@ -68,9 +77,9 @@ def sd2_layout(
     """Every key of an SD 2.x checkpoint; arguments and result as for `sd1_layout`."""
     shape = UNetShape(width, context, input_channels=input_channels, matrices=True)
     return {
-        **_under(OPEN_CLIP_PREFIX, open_clip(context, 24, vocabulary)),
-        **_under(UNET_PREFIX, unet(shape)),
-        **_under(VAE_PREFIX, vae(vae_width)),
+        **_under(OPEN_CLIP_PREFIX, open_clip_layout(context, 24, vocabulary)),
+        **_under(UNET_PREFIX, unet_layout(shape)),
+        **_under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
@@ -93,10 +102,10 @@ def sdxl_layout(
         labels=contexts[1] + _SIZES,
     )
     return {
-        **_under(FIRST_TEXT_PREFIX, clip(contexts[0], 12, vocabulary)),
-        **_under(SECOND_TEXT_PREFIX, open_clip(contexts[1], 32, vocabulary)),
-        **_under(UNET_PREFIX, unet(shape)),
-        **_under(VAE_PREFIX, vae(vae_width)),
+        **_under(FIRST_TEXT_PREFIX, clip_layout(contexts[0], 12, vocabulary)),
+        **_under(SECOND_TEXT_PREFIX, open_clip_layout(contexts[1], 32, vocabulary)),
+        **_under(UNET_PREFIX, unet_layout(shape)),
+        **_under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
@@ -113,9 +122,9 @@ def refiner_layout(
         labels=context + _SCORES,
     )
     return {
-        **_under(REFINER_TEXT_PREFIX, open_clip(context, 32, vocabulary)),
-        **_under(UNET_PREFIX, unet(shape)),
-        **_under(VAE_PREFIX, vae(vae_width)),
+        **_under(REFINER_TEXT_PREFIX, open_clip_layout(context, 32, vocabulary)),
+        **_under(UNET_PREFIX, unet_layout(shape)),
+        **_under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
@@ -123,7 +132,7 @@ def sd3_layout(shape: JointShape | None = None, vae_width: int = 128) -> dict[st
     """The transformer and VAE of an SD 3 or 3.5 checkpoint, without text encoders."""
     return {
         **_under(UNET_PREFIX, joint_transformer(shape or JointShape())),
-        **_under(VAE_PREFIX, vae(vae_width, 16, quantised=False)),
+        **_under(VAE_PREFIX, vae_layout(vae_width, 16, quantised=False)),
     }
 
 
@@ -138,10 +147,12 @@ def text_encoders_layout(
     """The text encoders of an SD 3 or Flux checkpoint of these widths; 0 for one that it lacks."""
     start = "text_encoders."
     return {
-        **_under(f"{start}clip_l.transformer.text_model.", clip(clip_l, 12, vocabulary)),
+        **_under(f"{start}clip_l.transformer.text_model.", clip_layout(clip_l, 12, vocabulary)),
         **(
             {
-                **_under(f"{start}clip_g.transformer.text_model.", clip(clip_g, 32, vocabulary)),
+                **_under(
+                    f"{start}clip_g.transformer.text_model.", clip_layout(clip_g, 32, vocabulary)
+                ),
                 f"{start}clip_g.transformer.text_projection.weight": (clip_g, clip_g),
             }
             if clip_g

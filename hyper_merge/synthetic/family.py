@@ -101,7 +101,7 @@ NARROW: Final = FamilySpec(width=32, context=48, vocabulary=100, vae_width=16, t
 
 
 @dataclass(frozen=True)
-class Plan:
+class FamilyPlan:
     """A tensor to make."""
 
     key: str
@@ -132,7 +132,7 @@ def mixture(
 
 
 def weights(
-    spec: FamilySpec, plan: Plan
+    spec: FamilySpec, plan: FamilyPlan
 ) -> Iterator[Tensor]:  # count times (*shape), float32 or int64
     """One tensor of each checkpoint in turn: only one of them need be in memory."""
     shape = plan.info.shape
@@ -152,7 +152,7 @@ def weights(
             yield base
 
 
-def _moves(spec: FamilySpec, plan: Plan) -> bool:
+def _moves(spec: FamilySpec, plan: FamilyPlan) -> bool:
     """Whether a tensor differs between the checkpoints."""
     if plan.treatment is Treatment.VAE:
         return spec.vae_differs
@@ -164,7 +164,7 @@ def _scales(spec: FamilySpec) -> tuple[float, ...]:
 
 
 def _layer_weights(
-    spec: FamilySpec, plan: Plan, base: Tensor, generator: torch.Generator
+    spec: FamilySpec, plan: FamilyPlan, base: Tensor, generator: torch.Generator
 ) -> Iterator[Tensor]:  # count times (*shape)
     if spec.gain_spread:
         drawn = torch.randn((), generator=_generator(spec, f"gain {plan.key}"))

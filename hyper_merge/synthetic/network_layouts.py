@@ -49,7 +49,7 @@ def norm(name: str, width: int) -> Iterator[Entry]:
     yield f"{name}.bias", (width,)
 
 
-def clip(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
+def clip_layout(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
     """A CLIP text model in transformers' spelling, without its prefix `text_model.`."""
     yield "embeddings.position_ids", (1, TOKEN_POSITIONS)
     yield "embeddings.token_embedding.weight", (vocabulary, width)
@@ -65,7 +65,7 @@ def clip(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
     yield from norm("final_layer_norm", width)
 
 
-def open_clip(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
+def open_clip_layout(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
     """An OpenCLIP text model: its attention's query, key and value are one tensor."""
     yield "positional_embedding", (TOKEN_POSITIONS, width)
     yield "text_projection", (width, width)
@@ -83,7 +83,7 @@ def open_clip(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
     yield from norm("ln_final", width)
 
 
-def unet(shape: UNetShape) -> Iterator[Entry]:
+def unet_layout(shape: UNetShape) -> Iterator[Entry]:
     """An LDM UNet."""
     embedding = 4 * shape.width
     yield from linear("time_embed.0", shape.width, embedding)
@@ -171,7 +171,7 @@ def _transformer(block: str, width: int, context: int) -> Iterator[Entry]:
         yield from norm(f"{block}.norm{index}", width)
 
 
-def vae(
+def vae_layout(
     width: int, latent_channels: int = _LATENT_CHANNELS, *, quantised: bool = True
 ) -> Iterator[Entry]:
     """A VAE of the LDM kind; SD 3 and Flux have more channels and no quantising convolutions."""

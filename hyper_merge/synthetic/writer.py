@@ -15,14 +15,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.checkpoints.architectures.detection import identify
+from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.runtime.parallel import before_threads
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.runtime.parallel import import_numpy_in_torch
 from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sd2_layout, sdxl_layout
-from hyper_merge.synthetic.family import NARROW, FamilySpec, Plan, mixture, weights
+from hyper_merge.synthetic.family import NARROW, FamilyPlan, FamilySpec, mixture, weights
 
 __all__ = ["NARROW", "FamilySpec", "mixture", "tensors", "write_family"]
 
@@ -62,7 +62,7 @@ def write_family(
     paths = tuple(folder / f"{stem}.safetensors" for stem in stems)
     header = _header(spec)
     with ExitStack() as stack:
-        outputs = stack.enter_context(Outputs(overwrite=overwrite))
+        outputs = stack.enter_context(FileTransaction(overwrite=overwrite))
         writers = [
             stack.enter_context(outputs.safetensors(path, header.tensors, {})) for path in paths
         ]
@@ -99,9 +99,9 @@ def _shapes(spec: FamilySpec) -> dict[str, Shape]:
     return layouts[spec.architecture](spec.width, spec.context, *sizes)
 
 
-def _plans(header: Header) -> list[Plan]:
-    treatments = layout_of(header, identify(header)).treatments
-    return [Plan(key, info, treatments[key]) for key, info in header.tensors.items()]
+def _plans(header: Header) -> list[FamilyPlan]:
+    treatments = layout_of(header, detect_family(header)).treatments
+    return [FamilyPlan(key, info, treatments[key]) for key, info in header.tensors.items()]
 
 
 def _write_all(
@@ -110,7 +110,7 @@ def _write_all(
     writers: Sequence[SafetensorsWriter],
     on_progress: OnProgress | None,
 ) -> None:
-    def write(plan: Plan) -> int:
+    def write(plan: FamilyPlan) -> int:
         for writer, tensor in zip(writers, weights(spec, plan), strict=True):
             writer.write(plan.key, tensor)
         return plan.info.numel
@@ -118,7 +118,7 @@ def _write_all(
     # The largest first, or one thread ends alone with a large one.
     plans = sorted(_plans(header), key=lambda plan: -plan.info.numel)
     total = sum(plan.info.numel for plan in plans)
-    before_threads()
+    import_numpy_in_torch()
     with ThreadPoolExecutor(_THREADS) as pool:
         _drain(pool, [pool.submit(write, plan) for plan in plans], total, on_progress)
 

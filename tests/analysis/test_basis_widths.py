@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from tiny_family import load, recipe, snapshot
 
 from hyper_merge.analysis import basis_widths as widths
-from hyper_merge.analysis.basis_widths import sampled_energies, spread_widths, widths_for
+from hyper_merge.analysis.basis_widths import allocate_widths, choose_widths, sample_energies
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.operations.merge.preflight import examine
-from hyper_merge.runtime.progress import Control
+from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runtime.progress import Progress
 
 NOMINAL = 512
 
@@ -35,7 +35,7 @@ ENERGIES = st.floats(0, 1e9) | st.just(0.0)
 @given(st.lists(st.tuples(SIDES, SIDES, ENERGIES), min_size=1, max_size=8), st.integers(3, 40))
 def test_widths_cost_no_more_than_the_nominal_one_and_keep_limits_and_steps(layers, steps):
     shapes, energies, nominal = [row[:2] for row in layers], [row[2] for row in layers], 32 * steps
-    found = spread_widths(layers_of_shapes(shapes), energies, nominal)
+    found = allocate_widths(layers_of_shapes(shapes), energies, nominal)
     assert cost(shapes, found) <= nominal_cost(shapes, nominal)
     for width, shape in zip(found, shapes, strict=True):
         assert min(96, max(shape)) <= width <= max(shape)
@@ -44,7 +44,7 @@ def test_widths_cost_no_more_than_the_nominal_one_and_keep_limits_and_steps(laye
 
 def test_layers_with_more_energy_get_wider_bases_up_to_their_sides():
     shapes = [(1280, 1280)] * 5
-    found = spread_widths(layers_of_shapes(shapes), [1e-9, 0.1, 1.0, 10.0, 1e9], NOMINAL)
+    found = allocate_widths(layers_of_shapes(shapes), [1e-9, 0.1, 1.0, 10.0, 1e9], NOMINAL)
     assert found == tuple(sorted(found))
     assert (found[0], found[-1]) == (96, 1280)
     assert found[2] < found[3]
@@ -55,39 +55,39 @@ def test_layers_with_more_energy_get_wider_bases_up_to_their_sides():
 
 def test_small_layers_are_whole_and_leave_their_share_to_others():
     shapes = [(64, 64), (2000, 2000), (2000, 2000)]
-    found = spread_widths(layers_of_shapes(shapes), [1.0, 1.0, 1.0], NOMINAL)
+    found = allocate_widths(layers_of_shapes(shapes), [1.0, 1.0, 1.0], NOMINAL)
     assert found == (64, 512, 512)
 
 
 def test_equal_layers_have_the_nominal_width():
-    found = spread_widths(layers_of_shapes([(1280, 640)] * 7), [3.0] * 7, NOMINAL)
+    found = allocate_widths(layers_of_shapes([(1280, 640)] * 7), [3.0] * 7, NOMINAL)
     assert found == (NOMINAL,) * 7
 
 
 def test_a_rank_of_a_smaller_layer_is_cheaper_and_so_worth_more_columns():
-    small, large = spread_widths(layers_of_shapes([(640, 640), (2560, 2560)]), [1.0] * 2, NOMINAL)
+    small, large = allocate_widths(layers_of_shapes([(640, 640), (2560, 2560)]), [1.0] * 2, NOMINAL)
     assert large < small <= 640
 
 
 @pytest.mark.parametrize("energies", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
 def test_where_nothing_is_known_all_have_the_nominal_width(energies):
-    found = spread_widths(layers_of_shapes([(1280, 1280), (320, 300)]), energies, NOMINAL)
+    found = allocate_widths(layers_of_shapes([(1280, 1280), (320, 300)]), energies, NOMINAL)
     assert found == (NOMINAL, 320)
 
 
 @pytest.mark.parametrize("smallest", [0.0, 1e-300, 1e-30, 1e-16])
 def test_a_layer_of_next_to_nothing_leaves_the_others_as_they_are(smallest):
     layers = layers_of_shapes([(1280, 1280)] * 3)
-    first, second, third = spread_widths(layers, [1.0, 2.0, smallest], NOMINAL)
+    first, second, third = allocate_widths(layers, [1.0, 2.0, smallest], NOMINAL)
     assert third == 96
     assert 96 < first < second
     assert cost([(1280, 1280)] * 3, (first, second, third)) > 0.9 * 3 * 1280**2 * NOMINAL
 
 
-def true_energies(sources):
-    states = [load(header.path) for header in sources.headers]
+def true_energies(inputs):
+    states = [load(header.path) for header in inputs.headers]
     energies = []
-    for layer in sources.layout.layers:
+    for layer in inputs.layout.layers:
         stack = torch.stack([state[layer.key].double() for state in states])
         energies.append(float((stack - stack.mean(0)).square().sum()))
     return energies
@@ -95,15 +95,15 @@ def true_energies(sources):
 
 def test_tensors_that_fit_the_sample_are_measured_exactly(files, tmp_path, monkeypatch):
     monkeypatch.setattr(widths, "_SAMPLE", 2**20)
-    sources = examine(recipe(files, tmp_path)).sources
-    assert sampled_energies(sources, Control()) == pytest.approx(true_energies(sources), rel=1e-4)
+    inputs = run_preflight(recipe(files, tmp_path)).inputs
+    assert sample_energies(inputs, Progress()) == pytest.approx(true_energies(inputs), rel=1e-4)
 
 
 def test_a_few_places_of_a_tensor_tell_nearly_all_of_its_energy(files, tmp_path, monkeypatch):
     monkeypatch.setattr(widths, "_SAMPLE", 64)
-    sources = examine(recipe(files, tmp_path)).sources
-    found, true = sampled_energies(sources, Control()), true_energies(sources)
-    sampled = [m for m, layer in enumerate(sources.layout.layers) if layer.m * layer.n > 256]
+    inputs = run_preflight(recipe(files, tmp_path)).inputs
+    found, true = sample_energies(inputs, Progress()), true_energies(inputs)
+    sampled = [m for m, layer in enumerate(inputs.layout.layers) if layer.m * layer.n > 256]
     assert len(sampled) > 30
     ratios = torch.tensor([found[m] / true[m] for m in sampled])
     assert not torch.allclose(ratios, torch.ones(()), rtol=1e-3)
@@ -119,14 +119,14 @@ def test_the_samples_lie_from_the_first_to_the_last_entry(monkeypatch):
 
 
 def test_the_same_files_have_the_same_widths_and_stay_as_they_are(files, tmp_path):
-    sources = examine(recipe(files, tmp_path)).sources
+    inputs = run_preflight(recipe(files, tmp_path)).inputs
     before = snapshot(files[0].parent)
-    first, again = (widths_for(sources, NOMINAL, Control()) for _ in range(2))
+    first, again = (choose_widths(inputs, NOMINAL, Progress()) for _ in range(2))
     assert first == again
     assert snapshot(files[0].parent) == before
 
 
 def test_the_glance_at_the_files_can_be_interrupted(files, tmp_path):
-    sources = examine(recipe(files, tmp_path)).sources
+    inputs = run_preflight(recipe(files, tmp_path)).inputs
     with pytest.raises(InterruptedRun):
-        widths_for(sources, NOMINAL, Control(should_stop=lambda: True))
+        choose_widths(inputs, NOMINAL, Progress(should_stop=lambda: True))

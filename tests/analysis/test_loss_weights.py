@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_family import added, layers_of, load, merge
 from torch.testing import assert_close
 
-from hyper_merge.analysis.loss_weights import weighting_of
+from hyper_merge.analysis.loss_weights import make_loss_weights
 from hyper_merge.decomposition.contrasts import around_base, around_mean
 
 
@@ -35,7 +35,7 @@ def asked(fit_weights=None, layer_weights="plain"):
 
 def test_plainly_nothing_is_changed():
     slices, analysis = made_up(around_mean([1.0, 2.0, 3.0]))
-    found = weighting_of(analysis, asked())
+    found = make_loss_weights(analysis, asked())
     core = slices[0].view(2, 5, 8)
     assert found.core(0, core) is core
     assert found.to_deviations is analysis.contrasts.to_deviations
@@ -51,7 +51,7 @@ def test_the_plain_loss_in_weighted_slices_is_the_weighted_loss(weights, based, 
     k = len(weights)
     contrasts = around_base(k) if based else around_mean(normal(seed, k).abs().tolist())
     slices, analysis = made_up(contrasts, seed)
-    found = weighting_of(analysis, asked(tuple(weights), layered))
+    found = make_loss_weights(analysis, asked(tuple(weights), layered))
     multipliers = normal(seed + 1, contrasts.dimensions, 2)  # as the solver finds them
     share = torch.tensor(weights).double() * k / sum(weights)
     for index, layer in enumerate(slices):
@@ -69,7 +69,7 @@ def test_the_plain_loss_in_weighted_slices_is_the_weighted_loss(weights, based, 
 
 def test_equal_weights_are_none():
     slices, analysis = made_up(around_mean([1.0, 2.0, 3.0]))
-    found = weighting_of(analysis, asked((4.0, 4.0, 4.0)))
+    found = make_loss_weights(analysis, asked((4.0, 4.0, 4.0)))
     core = found.core(0, slices[0].view(2, 5, 8)).flatten(1)
     assert_close(core.mT @ core, slices[0].mT @ slices[0])
     assert_close(found.energies, slices.square().sum((1, 2)))
@@ -80,7 +80,7 @@ def test_equal_weights_are_none():
 )
 def test_checkpoints_that_do_not_count_leave_finite_numbers(weights):
     slices, analysis = made_up(around_mean([1.0] * 4))
-    found = weighting_of(analysis, asked(weights))
+    found = make_loss_weights(analysis, asked(weights))
     assert float(found.to_deviations.abs().max()) < 10
     core = found.core(0, slices[0].view(3, 5, 8)).flatten(1)
     assert float(core.square().sum()) == pytest.approx(found.energy([0]))
@@ -91,7 +91,7 @@ def test_checkpoints_that_do_not_count_leave_finite_numbers(weights):
 
 def test_relative_layers_count_by_the_size_of_their_weights():
     slices, analysis = made_up(around_mean([1.0, 1.0]))
-    found = weighting_of(analysis, asked(layer_weights="relative"))
+    found = make_loss_weights(analysis, asked(layer_weights="relative"))
     assert_close(found.layers * analysis.weights, found.layers[:1].expand(3) * analysis.weights[0])
     assert float(found.energies.sum()) == pytest.approx(float(slices.square().sum()))
     core = found.core(1, slices[1].view(1, 5, 8))
@@ -101,17 +101,17 @@ def test_relative_layers_count_by_the_size_of_their_weights():
 def test_without_differences_relative_layers_count_alike():
     _, analysis = made_up(around_mean([1.0, 1.0]))
     analysis.grams.zero_()
-    assert weighting_of(analysis, asked(layer_weights="relative")).layers.tolist() == [1, 1, 1]
+    assert make_loss_weights(analysis, asked(layer_weights="relative")).layers.tolist() == [1, 1, 1]
 
 
 def test_a_layer_of_hardly_any_size_does_not_count_for_everything():
     _, analysis = made_up(around_mean([1.0, 1.0]))
     analysis.weights[:] = torch.tensor([4.0, 0.0, 1.0])
-    found = weighting_of(analysis, asked(layer_weights="relative")).layers
+    found = make_loss_weights(analysis, asked(layer_weights="relative")).layers
     usual = 5 / 3  # entries are as many everywhere
     assert_close(found / found[0], torch.tensor([1.0, 4 / (0.05**2 * usual), 4.0]).double())
     analysis.weights[:] = 0
-    found = weighting_of(analysis, asked(layer_weights="relative")).layers
+    found = make_loss_weights(analysis, asked(layer_weights="relative")).layers
     assert_close(found, torch.ones(3).double())
 
 

@@ -12,10 +12,15 @@ from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
 
 from hyper_merge.analysis import cache as analysis_cache
 from hyper_merge.analysis import streaming_pass as analysis
-from hyper_merge.analysis.store import KINDS, analysis_bytes, new_analysis, open_analysis
-from hyper_merge.analysis.streaming_pass import Work, pass_costs, run_pass, take_apart
+from hyper_merge.analysis.store import KINDS, analysis_bytes, create_analysis, open_analysis
+from hyper_merge.analysis.streaming_pass import (
+    PassOptions,
+    analyze_tensor,
+    pass_costs,
+    stream_layers,
+)
 from hyper_merge.checkpoints.architectures.layout import Treatment
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import (
     CacheError,
@@ -24,8 +29,8 @@ from hyper_merge.errors import (
     NonFiniteError,
     RecipeError,
 )
-from hyper_merge.operations.merge.preflight import examine
-from hyper_merge.runtime.progress import Control
+from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runtime.progress import Progress
 
 CPU = torch.device("cpu")
 WIDE = "model.diffusion_model.output_blocks.2.0.in_layers.2.weight"
@@ -33,18 +38,18 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 def sources_of(models, **settings):
-    return examine(recipe(models, models[0].parent / "models", **settings)).sources
+    return run_preflight(recipe(models, models[0].parent / "models", **settings)).inputs
 
 
-def read(sources, width=512, control=None, device=CPU):
+def read(inputs, width=512, progress=None, device=CPU):
     """Averages and layers of a pass, with what LoRAs do not carry."""
     averages, layers = {}, {}
-    outside = run_pass(
-        sources,
-        Work(device, 0, width),
+    outside = stream_layers(
+        inputs,
+        PassOptions(device, 0, width),
         averages.__setitem__,
         lambda layer: layers.__setitem__(layer.index, layer),
-        control or Control(),
+        progress or Progress(),
     )
     return averages, layers, outside
 
@@ -79,19 +84,19 @@ def mixed(tmp_path, state_of):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_streamed_average_is_the_mean_in_memory(files, dtype):
-    sources = sources_of(files, dtype=dtype, vae="average")
-    averages, _, _ = read(sources, width=None)
+    inputs = sources_of(files, dtype=dtype, vae="average")
+    averages, _, _ = read(inputs, width=None)
     means = {key: stack.mean(0) for key, stack in stacks(files).items() if key != POSITION_IDS}
-    assert_average(averages, means, sources.dtype)
-    assert averages.keys() == sources.outputs().keys()
+    assert_average(averages, means, inputs.dtype)
+    assert averages.keys() == inputs.outputs().keys()
 
 
 def test_files_of_all_types_and_kinds_are_averaged_together(mixed):
-    sources = sources_of(mixed, dtype="float32", vae="average")
-    averages, layers, _ = read(sources)
+    inputs = sources_of(mixed, dtype="float32", vae="average")
+    averages, layers, _ = read(inputs)
     means = {key: stack.mean(0) for key, stack in stacks(mixed).items() if key != POSITION_IDS}
     assert_average(averages, means, torch.float32)
-    assert len(layers) == len(sources.layout.layers)
+    assert len(layers) == len(inputs.layout.layers)
 
 
 def test_weights_make_a_weighted_mean(files):
@@ -110,22 +115,22 @@ def test_weights_make_a_weighted_mean(files):
 def test_grams_and_cores_hold_the_deviations_of_the_files(files, base):
     models = files[1:] if base else files
     settings = {"base": str(files[0])} if base else {}
-    sources = sources_of(models, **settings)
-    averages, layers, _ = read(sources)
+    inputs = sources_of(models, **settings)
+    averages, layers, _ = read(inputs)
     dense = stacks(models)
-    for index, layer in enumerate(sources.layout.layers):
+    for index, layer in enumerate(inputs.layout.layers):
         stored = averages[layer.key].double()
         origin = load(files[0])[layer.key].double() if base else dense[layer.key].mean(0)
         found = layers[index]
         torch.testing.assert_close(
-            energies(found.gram, sources.contrasts),
+            energies(found.gram, inputs.contrasts),
             (dense[layer.key] - stored).flatten(1).square().sum(1),
             rtol=3e-5,
             atol=0,
         )
         left, right = found.compressed.left.double(), found.compressed.right.double()
         slices = left @ found.compressed.core.double() @ right.mT  # (d, m, n)
-        deviations = torch.tensordot(sources.contrasts.to_deviations, slices, 1)
+        deviations = torch.tensordot(inputs.contrasts.to_deviations, slices, 1)
         expected = (dense[layer.key] - origin).flatten(2 if stored.ndim == 4 else 1)
         expected = expected.reshape(len(models), layer.m, layer.n)
         error = (deviations - expected).norm() / expected.norm()
@@ -133,23 +138,23 @@ def test_grams_and_cores_hold_the_deviations_of_the_files(files, base):
 
 
 def test_narrow_bases_keep_the_exact_projection_and_the_exact_energy(files):
-    sources = sources_of(files)
-    averages, layers, _ = read(sources, width=6)
+    inputs = sources_of(files)
+    averages, layers, _ = read(inputs, width=6)
     dense = stacks(files)
-    for index, layer in enumerate(sources.layout.layers):
+    for index, layer in enumerate(inputs.layout.layers):
         found = layers[index]
         left, right = found.compressed.left.double(), found.compressed.right.double()
         assert left.shape[1] <= 6
         assert right.shape[1] <= 6
         mean = dense[layer.key].mean(0)
         deviations = (dense[layer.key] - mean).reshape(3, layer.m, layer.n)
-        slices = torch.tensordot(sources.contrasts.to_deviations.mT, deviations, 1)
+        slices = torch.tensordot(inputs.contrasts.to_deviations.mT, deviations, 1)
         expected = left.mT @ slices @ right
         error = (found.compressed.core.double() - expected).norm() / expected.norm()
         assert float(error) < 1e-4, layer.key
         assert float(expected.norm()) < (1 + 1e-3) * float(deviations.norm())
         torch.testing.assert_close(
-            energies(found.gram, sources.contrasts),
+            energies(found.gram, inputs.contrasts),
             (dense[layer.key] - averages[layer.key].double()).flatten(1).square().sum(1),
             rtol=3e-5,
             atol=0,
@@ -157,14 +162,14 @@ def test_narrow_bases_keep_the_exact_projection_and_the_exact_energy(files):
 
 
 def test_what_no_lora_carries_is_counted_by_kind_and_checkpoint(files):
-    sources = sources_of(files)
-    averages, _, outside = read(sources)
+    inputs = sources_of(files)
+    averages, _, outside = read(inputs)
     assert set(outside) <= set(KINDS)
     expected = dict.fromkeys(outside, 0)
     for key, stack in stacks(files).items():
-        how = sources.layout.treatments[key]
+        how = inputs.layout.treatments[key]
         if how in (Treatment.AVERAGE, Treatment.VAE):
-            kind = analysis.kind_of(key, sources.layout)
+            kind = analysis.kind_of_tensor(key, inputs.layout)
             distance = stack - averages[key].double()
             expected[kind] = expected[kind] + distance.flatten(1).square().sum(1)
     for kind, energy in expected.items():
@@ -185,8 +190,8 @@ def test_the_first_vae_is_kept_and_the_difference_reported(files):
 
 
 def test_with_a_base_everything_is_measured_from_it(files):
-    sources = sources_of(files[1:], base=str(files[0]))
-    averages, _, outside = read(sources)
+    inputs = sources_of(files[1:], base=str(files[0]))
+    averages, _, outside = read(inputs)
     for key in (QUERY, NORM, VAE):
         assert torch.equal(averages[key], load(files[0])[key])
     dense = stacks(files)
@@ -260,8 +265,8 @@ def test_an_average_beyond_float16_asks_for_a_wider_type(tmp_path, state_of):
 
 
 def test_a_device_without_memory_hands_single_layers_to_the_cpu(files, monkeypatch):
-    sources = sources_of(files)
-    expected = read(sources)
+    inputs = sources_of(files)
+    expected = read(inputs)
     real, failed, warnings = analysis.compress, [], []
 
     def compress(slices, *rest):
@@ -271,7 +276,7 @@ def test_a_device_without_memory_hands_single_layers_to_the_cpu(files, monkeypat
         return real(slices, *rest)
 
     monkeypatch.setattr(analysis, "compress", compress)
-    averages, layers, _ = read(sources, control=Control(warn=warnings.append))
+    averages, layers, _ = read(inputs, progress=Progress(warn=warnings.append))
     assert len(failed) == 3
     assert set(warnings) == {"cpu has too little memory for some layers; the CPU took them"}
     assert torch.equal(averages[QUERY], expected[0][QUERY])
@@ -281,12 +286,12 @@ def test_a_device_without_memory_hands_single_layers_to_the_cpu(files, monkeypat
 
 def test_the_pass_stops_between_tensors_and_tells_how_far_it_is(files):
     told = []
-    stopping = Control(lambda phase, x: told.append((phase, x)), lambda: len(told) == 5)
+    stopping = Progress(lambda phase, x: told.append((phase, x)), lambda: len(told) == 5)
     with pytest.raises(InterruptedRun):
-        read(sources_of(files), control=stopping)
+        read(sources_of(files), progress=stopping)
     assert len(told) == 5
     told.clear()
-    read(sources_of(files), control=Control(lambda phase, x: told.append((phase, x))))
+    read(sources_of(files), progress=Progress(lambda phase, x: told.append((phase, x))))
     assert [x for _, x in told] == sorted(x for _, x in told)
     assert told[-1] == ("reading and analysing", 1.0)
 
@@ -294,10 +299,10 @@ def test_the_pass_stops_between_tensors_and_tells_how_far_it_is(files):
 @pytest.mark.parametrize("key", [WIDE, QUERY, NORM])
 def test_what_a_tensor_costs_is_told_piece_by_piece(files, key, monkeypatch):
     monkeypatch.setattr(analysis, "_CHUNK", 50)
-    sources, told = sources_of(files), []
+    inputs, told = sources_of(files), []
     tensors = [load(path)[key] for path in files]
-    take_apart(sources, key, tensors, Work(CPU, 0, 4), told.append)
-    expected = pass_costs(sources, Work(CPU, 0, 4))[key]
+    analyze_tensor(inputs, key, tensors, PassOptions(CPU, 0, 4), told.append)
+    expected = pass_costs(inputs, PassOptions(CPU, 0, 4))[key]
     assert 0.5 * expected < sum(told) < 1.2 * expected
     if key != NORM:
         assert max(told) < 0.2 * expected
@@ -313,19 +318,19 @@ def test_an_interrupt_is_heard_within_a_tensor(files):
 
     done = []
     with pytest.raises(InterruptedRun):
-        read(sources_of(files), 4, Control(lambda _phase, x: done.append(x), should_stop))
+        read(sources_of(files), 4, Progress(lambda _phase, x: done.append(x), should_stop))
     assert done[-1] < 0.5
     assert len(asked) <= 20 + torch.get_num_threads() + 1  # once for each item that was submitted
 
 
 def test_threads_change_no_bit(files):
-    sources = sources_of(files)
+    inputs = sources_of(files)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(read(sources, width=8))
+            results.append(read(inputs, width=8))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
@@ -335,10 +340,12 @@ def test_threads_change_no_bit(files):
 
 
 def test_one_tensor_can_be_taken_apart_elsewhere(files):
-    sources = sources_of(files)
+    inputs = sources_of(files)
     tensors = [load(path)[QUERY] for path in files]
-    sent = pickle.loads(pickle.dumps((take_apart, sources, QUERY, tensors, Work(CPU, 0, 6))))
-    here = take_apart(sources, QUERY, tensors, Work(CPU, 0, 6))
+    sent = pickle.loads(
+        pickle.dumps((analyze_tensor, inputs, QUERY, tensors, PassOptions(CPU, 0, 6)))
+    )
+    here = analyze_tensor(inputs, QUERY, tensors, PassOptions(CPU, 0, 6))
     there = pickle.loads(pickle.dumps(sent[0](*sent[1:])))
     assert torch.equal(here.average, there.average)
     assert torch.equal(here.layers[0].compressed.core, there.layers[0].compressed.core)
@@ -346,25 +353,25 @@ def test_one_tensor_can_be_taken_apart_elsewhere(files):
 
 def test_a_file_that_changes_during_the_pass_is_refused(tmp_path, state_of):
     models = [write(tmp_path / f"{name}.safetensors", state_of(c)) for c, name in enumerate("ab")]
-    sources = sources_of(models)
+    inputs = sources_of(models)
     write(models[1], state_of(2) | {"extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"b\.safetensors was changed while being read"):
-        read(sources)
+        read(inputs)
 
 
-def write_analysis(folder, sources, work):
-    path = analysis_cache.path_for(folder, sources, work)
-    with new_analysis(path, sources, work) as writer:
-        outside = run_pass(sources, work, None, writer.keep, Control())
+def write_analysis(folder, inputs, options):
+    path = analysis_cache.analysis_path(folder, inputs, options)
+    with create_analysis(path, inputs, options) as writer:
+        outside = stream_layers(inputs, options, None, writer.keep, Progress())
         writer.close_with(outside)
     return path
 
 
 def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
-    sources, work = sources_of(files), Work(CPU, 0, 6)
-    path = write_analysis(tmp_path, sources, work)
-    _, layers, outside = read(sources, width=6)
-    with open_analysis(path, sources) as found:
+    inputs, options = sources_of(files), PassOptions(CPU, 0, 6)
+    path = write_analysis(tmp_path, inputs, options)
+    _, layers, outside = read(inputs, width=6)
+    with open_analysis(path, inputs) as found:
         for index, layer in layers.items():
             left, right = found.bases(index)
             assert torch.equal(found.core(index), layer.compressed.core)
@@ -374,25 +381,28 @@ def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
             assert torch.equal(found.spectra[index].private, layer.spectra.private)
         for kind, energy in outside.items():
             assert torch.equal(found.not_carried[kind], energy)
-    expected = analysis_bytes(sources, Work(CPU, 0, 6))
+    expected = analysis_bytes(inputs, PassOptions(CPU, 0, 6))
     assert expected < path.stat().st_size < expected + 100_000
 
 
 def test_an_analysis_is_found_for_the_same_question_only(tmp_path, files):
-    sources, work = sources_of(files), Work(CPU, 0, 9)
-    path = write_analysis(tmp_path, sources, work)
-    found = lambda which, of=work, ranks=(4, 2): analysis_cache.find(tmp_path, which, of, ranks)  # noqa: E731
-    assert found(sources) == path
-    assert found(sources, replace(work, width=512), (4, 2)) == path  # wide enough
-    assert found(sources, replace(work, width=512), (4, 3)) is None  # too narrow
-    assert found(sources, work, (40, 30)) == path  # a new one would be no wider
-    assert found(sources, replace(work, seed=1)) is None
+    inputs, options = sources_of(files), PassOptions(CPU, 0, 9)
+    path = write_analysis(tmp_path, inputs, options)
+
+    def found(which, of=options, ranks=(4, 2)):
+        return analysis_cache.find_analysis(tmp_path, which, of, ranks)
+
+    assert found(inputs) == path
+    assert found(inputs, replace(options, width=512), (4, 2)) == path  # wide enough
+    assert found(inputs, replace(options, width=512), (4, 3)) is None  # too narrow
+    assert found(inputs, options, (40, 30)) == path  # a new one would be no wider
+    assert found(inputs, replace(options, seed=1)) is None
     assert found(sources_of(files[::-1])) is None
     assert found(sources_of(files, weights=(1, 1, 2))) is None
     assert found(sources_of(files, dtype="bfloat16")) is None
     assert found(sources_of(files, vae="average")) is None
     path.write_bytes(path.read_bytes()[:-10])
-    assert found(sources) is None
+    assert found(inputs) is None
 
 
 def test_the_analyses_used_longest_ago_go_first(tmp_path):
@@ -402,9 +412,9 @@ def test_the_analyses_used_longest_ago_go_first(tmp_path):
         os.utime(path, (1000 - age, 1000 - age))
     other = tmp_path / "hashes.json"
     other.write_bytes(bytes(1000))
-    analysis_cache.prune(tmp_path, 300)
+    analysis_cache.prune_analyses(tmp_path, 300)
     assert all(path.exists() for path in paths)
-    analysis_cache.prune(tmp_path, 250)
+    analysis_cache.prune_analyses(tmp_path, 250)
     assert [path.exists() for path in paths] == [True, True, False]
     assert other.exists()
 
@@ -422,12 +432,12 @@ def cache(tmp_path):
 
 
 def test_the_cache_is_measured_and_cleared_without_its_hashes(cache):
-    assert analysis_cache.total_bytes(cache) == 207
-    assert analysis_cache.clear(cache) == 207
+    assert analysis_cache.cache_bytes(cache) == 207
+    assert analysis_cache.clear_analyses(cache) == 207
     assert {path.name for path in cache.iterdir()} == {"hashes.json", ".hyper-merge-00.tmp"}
-    assert analysis_cache.total_bytes(cache) == analysis_cache.clear(cache) == 0
+    assert analysis_cache.cache_bytes(cache) == analysis_cache.clear_analyses(cache) == 0
     nowhere = cache / "nowhere"
-    assert analysis_cache.total_bytes(nowhere) == analysis_cache.clear(nowhere) == 0
+    assert analysis_cache.cache_bytes(nowhere) == analysis_cache.clear_analyses(nowhere) == 0
 
 
 def test_what_cannot_be_cleared_is_named_and_the_rest_goes(cache, monkeypatch):
@@ -440,26 +450,26 @@ def test_what_cannot_be_cleared_is_named_and_the_rest_goes(cache, monkeypatch):
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(CacheError) as caught:
-        analysis_cache.clear(cache)
+        analysis_cache.clear_analyses(cache)
     assert str(caught.value) == (
         f"part of the cache cannot be deleted (first: {stuck}: in use); try again when no merge is"
         " running"
     )
-    assert analysis_cache.total_bytes(cache) == 100
-    analysis_cache.prune(cache, 0)  # an analysis in use is no reason to fail after a merge
+    assert analysis_cache.cache_bytes(cache) == 100
+    analysis_cache.prune_analyses(cache, 0)  # an analysis in use is no reason to fail after a merge
     assert stuck.exists()
 
 
 def test_a_limit_of_nothing_keeps_nothing(cache):
-    analysis_cache.prune(cache, 0)
-    assert analysis_cache.total_bytes(cache) == 0
+    analysis_cache.prune_analyses(cache, 0)
+    assert analysis_cache.cache_bytes(cache) == 0
 
 
 def test_reading_only_what_is_wanted_opens_each_file_once(files, monkeypatch):
     opened = []
-    enter = Checkpoint.__enter__
+    enter = CheckpointReader.__enter__
     monkeypatch.setattr(
-        Checkpoint, "__enter__", lambda self: (opened.append(self.path), enter(self))[1]
+        CheckpointReader, "__enter__", lambda self: (opened.append(self.path), enter(self))[1]
     )
     read(sources_of(files))
     assert opened == list(files)

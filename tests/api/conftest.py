@@ -76,9 +76,9 @@ def endless(monkeypatch):
     """Merges that go on until they are stopped."""
     over = threading.Event()
 
-    def run_merge(preflight, control, folders):
+    def run_merge(preflight, progress, folders):
         while not over.is_set():  # where a test failed before it stopped the merge
-            control.step("reading the checkpoints", 0.25)
+            progress.report("reading the checkpoints", 0.25)
             time.sleep(0.002)
         raise InterruptedRun("stopped; no file was changed")
 

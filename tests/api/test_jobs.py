@@ -21,9 +21,9 @@ def test_a_merge_is_made_and_its_prompts_can_be_read(client, root, monkeypatch):
     seen, begun = [], threading.Event()
     run_merge = working.run_merge
 
-    def slow(preflight, control, folders):
+    def slow(preflight, progress, folders):
         assert begun.wait(20)
-        return run_merge(preflight, control, folders)
+        return run_merge(preflight, progress, folders)
 
     monkeypatch.setattr(working, "run_merge", slow)
     code, job = client.post("/merge", ASKED)
@@ -71,14 +71,14 @@ def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monke
     before, run_merge = snapshot(root), working.run_merge
     reached, cancelled = threading.Event(), threading.Event()
 
-    def watched(preflight, control, folders):
+    def watched(preflight, progress, folders):
         def on_progress(phase, fraction):
             if fraction > 0.5:
                 reached.set()
                 assert cancelled.wait(20)
 
-        other = type(control)(on_progress)
-        return run_merge(preflight, control.joined(other), folders)
+        other = type(progress)(on_progress)
+        return run_merge(preflight, progress.joined(other), folders)
 
     monkeypatch.setattr(working, "run_merge", watched)
     _, job = client.post("/merge", ASKED)
@@ -91,7 +91,7 @@ def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monke
 
 
 def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
-    def full(preflight, control, folders):
+    def full(preflight, progress, folders):
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(working, "run_merge", full)
@@ -100,7 +100,7 @@ def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
 
 
 def test_an_error_that_nobody_expected_is_logged_and_said_in_a_line(client, host, monkeypatch):
-    def fail(preflight, control, folders):
+    def fail(preflight, progress, folders):
         raise RuntimeError("shapes\nat layer 7")
 
     logged = []
@@ -183,7 +183,7 @@ def test_the_tab_shows_the_apis_job_and_the_api_the_tabs(client, host, jobs, end
     assert next(merging.watch(jobs))[0]
     assert merging.stop(jobs) == ""
     assert client.ended(job)["outcome"] == "stopped"
-    jobs.start("of the tab", lambda task, control: "mix", host.log)
+    jobs.start("of the tab", lambda task, progress: "mix", host.log)
     newest, older = client.get("/jobs")[1]["jobs"]
     assert newest["title"] == "of the tab"
     assert older["id"] == job["id"]
@@ -191,7 +191,7 @@ def test_the_tab_shows_the_apis_job_and_the_api_the_tabs(client, host, jobs, end
 
 
 def test_cancelling_a_job_does_not_stop_the_next_one(client, host, jobs, endless):
-    first = jobs.start("first", lambda task, control: "", host.log)
+    first = jobs.start("first", lambda task, progress: "", host.log)
     client.ended({"id": first.id, "outcome": "running"})
     _, second = client.post("/merge", ASKED)
     assert client.post(f"/jobs/{first.id}/cancel")[1]["outcome"] == "done"
@@ -248,16 +248,16 @@ def test_a_job_that_is_unknown_is_not_found(client, name):
 
 def test_many_jobs_do_not_pile_up(client, host, jobs):
     for number in range(25):
-        jobs.start(f"job {number}", lambda task, control: "", host.log).wait(10)
+        jobs.start(f"job {number}", lambda task, progress: "", host.log).wait(10)
     titles = [job["title"] for job in client.get("/jobs")[1]["jobs"]]
     assert titles[0] == "job 24"
     assert len(titles) == 20
 
 
 def test_a_run_that_goes_while_its_fit_waits_is_said(client, root, run, monkeypatch):
-    def then(order, folders, control):
+    def then(order, folders, progress):
         shutil.rmtree(root / "hyper-merge" / "mix")
-        return run_fit(order, folders, control)
+        return run_fit(order, folders, progress)
 
     monkeypatch.setattr(working, "run_fit", then)
     job = client.post("/fit", {"run": run, "checkpoint": NAMES[1], "name": "later"})[1]

@@ -5,11 +5,11 @@ import json
 import pytest
 from tiny_family import snapshot
 
-from hyper_merge.api.request_models import PlanRequest
-from hyper_merge.api.response_models import Report as ReportAnswer
-from hyper_merge.api.response_models import RunCheckpoint
+from hyper_merge.api.request_models import PlanBody
+from hyper_merge.api.response_models import ReportResponse as ReportAnswer
+from hyper_merge.api.response_models import RunCheckpointResponse
 from hyper_merge.recipe.recipe import FIELDS
-from hyper_merge.runs.fit_records import fits_of
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import load_run
 from hyper_merge.runs.report import CheckpointReport, Report
@@ -301,7 +301,7 @@ def test_a_run_has_its_report_and_its_prompts(client, root, run):
     assert answer["report"]["loss"] == report.loss
     assert len(answer["report"]["curve"]) == 3
     assert answer["fits"] == []
-    assert fits_of(load_run(Folders.under(root), run)) == ((), ())
+    assert load_fits(load_run(Folders.under(root), run)) == ((), ())
 
 
 def test_no_answer_has_a_folder_in_it(client, root, run):
@@ -364,7 +364,7 @@ def test_the_schema_describes_every_route(app):
 
 
 def test_every_setting_of_a_recipe_can_be_asked_for_but_where_things_go():
-    known = set(PlanRequest.__annotations__)
+    known = set(PlanBody.__annotations__)
     assert {field.name for field in FIELDS} - known == {"models", "output", "overwrite"}
     assert known - {field.name for field in FIELDS} == {"checkpoints"}
 
@@ -373,4 +373,4 @@ def test_a_runs_answer_has_every_figure_of_its_report():
     elsewhere = {"name", "loras", "companions", "checkpoints"}
     assert set(Report.__dataclass_fields__) - elsewhere == set(ReportAnswer.__annotations__)
     row = set(CheckpointReport.__dataclass_fields__) - {"topup"} | {"prompt", "topups"}
-    assert row == set(RunCheckpoint.__annotations__)
+    assert row == set(RunCheckpointResponse.__annotations__)

@@ -18,19 +18,19 @@ import fake_webui  # noqa: E402
 
 from hyper_merge.cli.app import Listening, build_app, serve  # noqa: E402
 from hyper_merge.decomposition import initialization as starts  # noqa: E402
-from hyper_merge.runtime.progress import Control  # noqa: E402
+from hyper_merge.runtime.progress import Progress  # noqa: E402
 
 
 def slow_down(flag: Path) -> None:
     """Makes every step of a run take a while as long as there is this file."""
-    step = Control.step
+    step = Progress.report
 
-    def slow(control: Control, phase: str, fraction: float) -> None:
+    def slow(progress: Progress, phase: str, fraction: float) -> None:
         if flag.exists():
             time.sleep(PACE)
-        step(control, phase, fraction)
+        step(progress, phase, fraction)
 
-    Control.step = slow
+    Progress.report = slow
 
 
 def search_briefly() -> None:

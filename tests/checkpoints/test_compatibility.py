@@ -5,13 +5,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hyper_merge.checkpoints.architectures.detection import FAMILIES, identify
+from hyper_merge.checkpoints.architectures.detection import FAMILIES, detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.compatibility import (
-    check_alike,
+    check_compatible,
     check_distinct,
-    incomplete,
-    odd_markers,
+    find_differing_markers,
+    find_missing_parts,
 )
 from hyper_merge.errors import CheckpointError, MismatchError
 
@@ -28,8 +28,8 @@ def check(make_header, narrow):
         for name, change in zip(names, changes, strict=False):
             shapes = {k: v for k, v in {**narrow, **change}.items() if v is not None}
             headers.append(make_header(shapes, name=f"{name}.safetensors"))
-        found = families or [identify(header) for header in headers]
-        check_alike(headers, [layout_of(h, f) for h, f in zip(headers, found, strict=True)])
+        found = families or [detect_family(header) for header in headers]
+        check_compatible(headers, [layout_of(h, f) for h, f in zip(headers, found, strict=True)])
 
     return run
 
@@ -93,16 +93,16 @@ def test_other_markers_than_the_firsts_are_told(make_header, narrow):
             "c": ["v_pred", "ztsnr"],
         }.items()
     ]
-    assert odd_markers(headers) == [
+    assert find_differing_markers(headers) == [
         "b.safetensors and a.safetensors differ in ztsnr; the hyper-model is marked as a.safetensors is"
     ]
-    assert odd_markers(headers[::2]) == []
+    assert find_differing_markers(headers[::2]) == []
 
 
 def test_what_a_hyper_model_will_lack_is_told(make_header, narrow):
     def said(*prefixes):
         header = make_header({k: v for k, v in narrow.items() if k.startswith(prefixes)})
-        return incomplete(header, layout_of(header, named["sd1"]))
+        return find_missing_parts(header, layout_of(header, named["sd1"]))
 
     named = {family.name: family for family in FAMILIES}
     unet, text, vae = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS, TORCH_DTYPES
-from hyper_merge.checkpoints.reader import Checkpoint, TensorInfo, fingerprint, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, TensorInfo, fingerprint, read_header
 from hyper_merge.errors import CheckpointError
 
 
@@ -44,7 +44,7 @@ def test_header_tells_types_shapes_metadata_and_size(tmp_path):
 
 def test_tensors_are_those_that_the_library_wrote(tmp_path):
     tensors = save_small(tmp_path / "small.safetensors")
-    with Checkpoint(tmp_path / "small.safetensors") as checkpoint:
+    with CheckpointReader(tmp_path / "small.safetensors") as checkpoint:
         for key, tensor in tensors.items():
             torch.testing.assert_close(checkpoint.tensor(key), tensor, rtol=0, atol=0)
 
@@ -53,7 +53,7 @@ def test_every_type_is_read_as_it_is_and_8_bit_floats_exactly_as_float16(tmp_pat
     tensors = {name: torch.tensor([0, 1]).to(dtype) for name, dtype in TORCH_DTYPES.items()}
     path = tmp_path / "types.safetensors"
     save_file(tensors, path)
-    with Checkpoint(path) as checkpoint:
+    with CheckpointReader(path) as checkpoint:
         for name, dtype in TORCH_DTYPES.items():
             read = checkpoint.tensor(name)
             expected = tensors[name].half() if dtype in EIGHT_BIT_FLOATS else tensors[name]
@@ -63,7 +63,7 @@ def test_every_type_is_read_as_it_is_and_8_bit_floats_exactly_as_float16(tmp_pat
 
 def test_the_same_tensor_twice_is_one_piece_of_memory(tmp_path):
     save_small(tmp_path / "small.safetensors")
-    with Checkpoint(tmp_path / "small.safetensors") as checkpoint:
+    with CheckpointReader(tmp_path / "small.safetensors") as checkpoint:
         first, second = checkpoint.tensor("b.weight"), checkpoint.tensor("b.weight")
         assert first.data_ptr() == second.data_ptr()
 
@@ -80,7 +80,7 @@ def test_types_that_torch_does_not_know_are_named_and_not_read(write_raw):
     header = read_header(path)
     assert header.unsupported == {"x": "F4"}
     assert list(header.tensors) == ["y"]
-    checkpoint = Checkpoint(path, header)
+    checkpoint = CheckpointReader(path, header)
     checkpoint._get = lambda key: torch.zeros(0)  # the library may refuse the file
     with pytest.raises(CheckpointError, match=r"x in x.safetensors is stored as F4, unknown"):
         checkpoint.tensor("x")
@@ -94,7 +94,7 @@ def test_the_table_may_list_tensors_in_another_order_than_their_data(write_raw):
 def test_an_unknown_key_is_refused_by_name(tmp_path):
     save_small(tmp_path / "small.safetensors")
     with (
-        Checkpoint(tmp_path / "small.safetensors") as checkpoint,
+        CheckpointReader(tmp_path / "small.safetensors") as checkpoint,
         pytest.raises(CheckpointError, match=r"small.safetensors has no tensor 'nope'"),
     ):
         checkpoint.tensor("nope")
@@ -102,18 +102,18 @@ def test_an_unknown_key_is_refused_by_name(tmp_path):
 
 def test_a_closed_checkpoint_reads_no_more(tmp_path):
     save_small(tmp_path / "small.safetensors")
-    with Checkpoint(tmp_path / "small.safetensors") as checkpoint:
+    with CheckpointReader(tmp_path / "small.safetensors") as checkpoint:
         pass
     with pytest.raises(CheckpointError, match=r"small.safetensors is closed"):
         checkpoint.tensor("ids")
     with pytest.raises(CheckpointError, match="is not open"):
-        _ = Checkpoint(tmp_path / "small.safetensors").header
+        _ = CheckpointReader(tmp_path / "small.safetensors").header
 
 
 def test_a_file_that_changes_while_being_read_is_refused(tmp_path):
     path = tmp_path / "small.safetensors"
     save_small(path)
-    with Checkpoint(path) as checkpoint:
+    with CheckpointReader(path) as checkpoint:
         checkpoint.tensor("ids")
         os.utime(path, ns=(1, 1))
         with pytest.raises(
@@ -127,7 +127,7 @@ def test_a_file_that_changed_since_its_header_was_read_is_refused(tmp_path):
     save_small(path)
     header = read_header(path)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(CheckpointError, match="was changed"), Checkpoint(path, header):
+    with pytest.raises(CheckpointError, match="was changed"), CheckpointReader(path, header):
         pass
     with pytest.raises(CheckpointError, match="was changed"):
         fingerprint(header)

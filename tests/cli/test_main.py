@@ -316,12 +316,12 @@ def test_a_terminal_shows_one_bar_with_phase_and_time_left_and_notes_above_it(mo
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress_bar() as control:
-        control.step("reading", 0.0)
-        control.warn("rank 9 is capped")
-        control.warn("rank 9 is capped")
+    with progress_bar() as progress:
+        progress.report("reading", 0.0)
+        progress.warn("rank 9 is capped")
+        progress.warn("rank 9 is capped")
         time.sleep(0.15)  # it is drawn ten times a second at most
-        control.part(0.5, 1.0).step("solving", 0.5)
+        progress.part(0.5, 1.0).report("solving", 0.5)
     drawn = [line.strip() for line in re.split(r"[\r\n]+", terminal.getvalue())]
     assert drawn.count("note: rank 9 is capped") == 1
     assert re.fullmatch(r"solving +75% \|.*\| 00:00, 00:00 left", [d for d in drawn if d][-1])
@@ -352,11 +352,11 @@ SLOWLY = """
 import sys, time
 from hyper_merge.analysis import streaming_pass
 from hyper_merge.cli import main as cli
-quick = streaming_pass.take_apart
+quick = streaming_pass.analyze_tensor
 def slow(*arguments):
     time.sleep(0.1)
     return quick(*arguments)
-streaming_pass.take_apart = slow
+streaming_pass.analyze_tensor = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 

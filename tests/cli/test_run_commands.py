@@ -6,7 +6,7 @@ from tiny_family import snapshot, write
 
 from hyper_merge.cli import main as cli
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_what_is_safe_is_told_and_nothing_deleted(root, run, files):
     code, out, err = run("safe", "mix", "--output", root, "--threshold", "1%")
     assert (code, err) == (0, [])
     assert out.startswith("mix: safe to delete is what comes back to 1%\n")
-    assert f"would free {size_text(sum(path.stat().st_size for path in files))}\n" in out
+    assert f"would free {format_size(sum(path.stat().st_size for path in files))}\n" in out
     assert out.endswith("nothing was deleted; that is up to you\n")
     assert snapshot(root) == before
     assert all(path.exists() for path in files)

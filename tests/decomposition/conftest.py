@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyper_merge.decomposition import initialization as starts
-from hyper_merge.runtime.parallel import Each, workers
+from hyper_merge.runtime.parallel import ParallelMap, parallel_map
 
 _SHORTENED = ("_RANDOM", "_ROUNDS", "_GREEDY_TURNS", "_PILOT_ENTRIES")
 _SEARCH = {name: getattr(starts, name) for name in _SHORTENED}
@@ -25,11 +25,11 @@ def rng() -> torch.Generator:
 
 
 @pytest.fixture
-def parallel() -> Iterator[Each]:
+def parallel() -> Iterator[ParallelMap]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with workers(torch.device("cpu"), lambda: None) as each:
+        with parallel_map(torch.device("cpu"), lambda: None) as each:
             yield each
     finally:
         torch.set_num_threads(threads)

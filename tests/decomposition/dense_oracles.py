@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, blocks
+from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, split_blocks
 
 
 def normal(rng: torch.Generator, *shape: int) -> Tensor:
@@ -63,7 +63,9 @@ def random_factors(rng: torch.Generator, batch: Batch) -> Factors:
 
 
 def dense_blocks(batch: Batch, factors: Factors) -> Tensor:  # (b, R, p, q), float64
-    return torch.stack([up.double() @ down.double() for up, down in blocks(batch, factors)], 1)
+    return torch.stack(
+        [up.double() @ down.double() for up, down in split_blocks(batch, factors)], 1
+    )
 
 
 def dense_approximation(batch: Batch, factors: Factors, multipliers: Tensor) -> Tensor:

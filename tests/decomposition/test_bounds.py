@@ -8,14 +8,14 @@ from torch.testing import assert_close
 from hyper_merge.decomposition.bounds import (
     best_private_losses,
     budget_bound,
+    compute_spectra,
     lower_bound,
     private_losses,
-    spectra,
 )
 from hyper_merge.decomposition.contrasts import around_base, around_mean
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.initialization import best_start
-from hyper_merge.decomposition.ll1 import Stopping, factors_from, solve
+from hyper_merge.decomposition.ll1 import StoppingCriterion, initial_factors, solve_ll1
 
 
 def seeded(seed=0):
@@ -27,7 +27,7 @@ def bound_of(problem, outside=0.0):
     layers, energies, ranks, grams = [], [], [], []
     for batch in problem.batches:
         for core in batch.slices:
-            layers.append(spectra(core, around_base(len(core)).to_deviations))
+            layers.append(compute_spectra(core, around_base(len(core)).to_deviations))
             energies.append(float(core.square().sum()))
             ranks.append(batch.ranks)
             grams.append(core.flatten(1) @ core.flatten(1).mT)
@@ -37,13 +37,15 @@ def bound_of(problem, outside=0.0):
 
 def solved(problem, sweeps=40):
     start = best_start(problem, [], [], seeded(1))
-    return solve(problem, factors_from(problem, start, seeded(2)), start, Stopping(sweeps, 1e-9))
+    return solve_ll1(
+        problem, initial_factors(problem, start, seeded(2)), start, StoppingCriterion(sweeps, 1e-9)
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (1, 5, 5)])
 def test_spectra_are_dense_squared_singular_values(rng, shape):
     core, contrasts = normal(rng, *shape), around_mean([1.0, 2.0, 1.0, 3.0][: shape[0] + 1])
-    found = spectra(core, contrasts.to_deviations)
+    found = compute_spectra(core, contrasts.to_deviations)
     rows, columns = core.transpose(0, 1).flatten(1), core.flatten(0, 1).mT
     for values, unfolding in ((found.rows, rows), (found.columns, columns)):
         dense = torch.zeros(len(unfolding), dtype=torch.float64)
@@ -59,7 +61,7 @@ def test_no_solution_is_below_the_bound(seed):
     bound = bound_of(problem)
     assert bound > 0
     assert solved(problem).loss >= bound * (1 - 1e-9)
-    assert solve_greedy(problem, seeded(), Stopping(6, 0.0)).loss >= bound * (1 - 1e-9)
+    assert solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0)).loss >= bound * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 10, 8), (2, 1, 8, 10)])
@@ -89,7 +91,7 @@ def test_full_ranks_have_a_bound_of_zero(rng):
 
 def test_the_bound_of_nothing_is_zero():
     core = torch.zeros(2, 4, 4)
-    layer = spectra(core, around_mean([1.0] * 3).to_deviations)
+    layer = compute_spectra(core, around_mean([1.0] * 3).to_deviations)
     gram = torch.zeros(2, 2, dtype=torch.float64)
     assert lower_bound([layer], [0.0], [(1,)], [gram]) == 0.0
     assert lower_bound([], [], [], [gram]) == 0.0
@@ -101,7 +103,9 @@ def family(rng, shapes=((9, 8), (6, 10)), k=3):
     contrasts = around_mean([1.0] * k)
     dense = [stack_of(rng, 1, k, *shape, 0.7)[0] for shape in shapes]
     layers = [
-        spectra(torch.einsum("kd,kpq->dpq", contrasts.to_deviations, part), contrasts.to_deviations)
+        compute_spectra(
+            torch.einsum("kd,kpq->dpq", contrasts.to_deviations, part), contrasts.to_deviations
+        )
         for part in dense
     ]
     return dense, layers, torch.stack([part.square().sum((1, 2)) for part in dense])
@@ -150,7 +154,7 @@ def test_private_loras_of_full_rank_leave_nothing(rng, rank):
 
 
 def test_private_losses_of_equal_checkpoints_are_zero():
-    layer = spectra(torch.zeros(2, 4, 5), around_mean([1.0] * 3).to_deviations)
+    layer = compute_spectra(torch.zeros(2, 4, 5), around_mean([1.0] * 3).to_deviations)
     energies = torch.zeros(1, 3, dtype=torch.float64)
     assert private_losses([layer], energies, [(2,)]).tolist() == [0.0, 0.0, 0.0]
 
@@ -161,7 +165,7 @@ def test_private_losses_of_equal_checkpoints_are_zero():
 def figures_of(problem, costs):
     """Spectra, energies and Gram matrix of a problem whose slices are all deviations; costs by layer."""
     slices = [core for batch in problem.batches for core in batch.slices]
-    layers = [spectra(core, around_base(len(core)).to_deviations) for core in slices]
+    layers = [compute_spectra(core, around_base(len(core)).to_deviations) for core in slices]
     gram = sum(core.flatten(1) @ core.flatten(1).mT for core in slices)
     assert len(costs) == len(layers)
     return layers, [float(core.square().sum()) for core in slices], [gram]
@@ -180,7 +184,7 @@ def budget_bound_of(problem, costs, budget):
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (1, 5, 7), (4, 3, 20)])
 def test_gains_add_up_to_the_smaller_of_what_both_unfoldings_hold(rng, shape):
     core = normal(rng, *shape)
-    found = spectra(core, around_base(shape[0]).to_deviations).gains
+    found = compute_spectra(core, around_base(shape[0]).to_deviations).gains
     assert len(found) == max(shape[1:])
     rows = torch.linalg.svdvals(core.transpose(0, 1).flatten(1)).square()
     columns = torch.linalg.svdvals(core.flatten(0, 1)).square()
@@ -244,7 +248,7 @@ def test_with_layers_of_different_costs_two_checkpoints_come_near_it(rng, budget
 @pytest.mark.parametrize("shape", [(1, 6, 9), (1, 9, 6)])
 def test_the_promises_of_two_checkpoints_are_what_the_one_direction_holds(rng, shape):
     core, contrasts = normal(rng, *shape), around_mean([1.0, 1.0])
-    found = spectra(core, contrasts.to_deviations).promises(1)
+    found = compute_spectra(core, contrasts.to_deviations).promises(1)
     assert_close(found, torch.linalg.svdvals(core[0]).square())
 
 
@@ -253,7 +257,7 @@ def test_promises_fall_and_add_up_to_everything(rng, k):
     contrasts = around_mean([1.0] * k)
     core = stack_of(rng, 1, k - 1, 7, 9, 0.7)[0]
     core = normal(rng, *core.shape) if k == 2 else core
-    layer = spectra(core, contrasts.to_deviations)
+    layer = compute_spectra(core, contrasts.to_deviations)
     found = layer.promises(k - 1)
     assert len(found) == (k - 1) * 7
     assert bool((found >= -1e-12).all())
@@ -280,12 +284,12 @@ def test_best_private_losses_are_those_of_the_best_choice(rng):
 def test_private_loras_with_ranks_of_their_own_are_no_worse_than_even_ones(rng):
     dense, layers, energies = family(rng)
     basis = around_mean([1.0] * 3).to_deviations
-    layers[1] = spectra(5 * torch.einsum("kd,kpq->dpq", basis, dense[1]), basis)
+    layers[1] = compute_spectra(5 * torch.einsum("kd,kpq->dpq", basis, dense[1]), basis)
     energies[1] *= 25
     costs = [17.0, 16.0]
     even = private_losses(layers, energies, [(3, 2, 1)] * 2).sum()
     best = best_private_losses(layers, energies, costs, 6 * sum(costs)).sum()
     assert float(best) < float(even)
     nothing = torch.zeros(2, 3, dtype=torch.float64)
-    silent = [spectra(torch.zeros(2, 4, 5), around_mean([1.0] * 3).to_deviations)] * 2
+    silent = [compute_spectra(torch.zeros(2, 4, 5), around_mean([1.0] * 3).to_deviations)] * 2
     assert best_private_losses(silent, nothing, costs, 99.0).tolist() == [0, 0, 0]

@@ -5,7 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hyper_merge.decomposition.contrasts import around_base, around_mean, deviations, energies
+from hyper_merge.decomposition.contrasts import (
+    around_base,
+    around_mean,
+    compute_deviations,
+    energies,
+)
 
 counts = st.integers(2, 6)
 some_weights = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]), min_size=2, max_size=6).filter(
@@ -48,7 +53,7 @@ def test_contrasts_are_orthonormal_and_lose_nothing(weights):
 def test_deviations_are_those_from_the_dense_weighted_mean(weights, dtype):
     checkpoints = family(torch.Generator().manual_seed(2), len(weights), dtype=dtype)
     contrasts = around_mean(weights)
-    found = deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 64)
+    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 64)
     mean = dense_mean(checkpoints, weights)
     assert_close(found.base.double(), mean, rtol=1e-6, atol=1e-6)
     dense = torch.stack([checkpoint.double() for checkpoint in checkpoints]) - mean
@@ -58,7 +63,7 @@ def test_deviations_are_those_from_the_dense_weighted_mean(weights, dtype):
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_a_stored_mean_is_the_dense_one_rounded_once(rng, stored):
     checkpoints = family(rng, 3)
-    found = deviations(checkpoints[0], checkpoints[1:], around_mean([1, 1, 1]), stored, 64)
+    found = compute_deviations(checkpoints[0], checkpoints[1:], around_mean([1, 1, 1]), stored, 64)
     mean = dense_mean(checkpoints, [1, 1, 1])
     assert found.base.dtype == stored
     assert_close(found.base, mean.to(stored), rtol=torch.finfo(stored).eps, atol=1e-6)
@@ -72,7 +77,7 @@ def test_energies_are_dense_norms_with_the_rounding_of_the_stored_base(rng, stor
     base = normal(rng, 500)
     checkpoints = [(base + 1e-3 * normal(rng, 500)).float() for _ in weights]
     contrasts = around_mean(weights)
-    found = deviations(checkpoints[0], checkpoints[1:], contrasts, stored, 100)
+    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, stored, 100)
     assert found.gram.dtype == torch.float64
     dense = torch.stack([c.double() - found.base.double() for c in checkpoints])
     assert_close(energies(found.gram, contrasts), dense.square().sum(1), rtol=1e-3, atol=1e-7)
@@ -81,7 +86,7 @@ def test_energies_are_dense_norms_with_the_rounding_of_the_stored_base(rng, stor
 def test_a_gram_is_that_of_slices_and_rounding_error(rng):
     checkpoints = family(rng, 4)
     contrasts = around_mean([1.0] * 4)
-    found = deviations(checkpoints[0], checkpoints[1:], contrasts, torch.bfloat16, 50)
+    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.bfloat16, 50)
     error = found.base.double() - dense_mean(checkpoints, [1.0] * 4)
     rows = torch.cat([found.slices.double(), error[None]])
     assert_close(found.gram, rows @ rows.mT, rtol=1e-4, atol=1e-5)
@@ -93,7 +98,7 @@ def test_the_size_of_chunks_does_not_matter(chunk, count):
     checkpoints = family(torch.Generator().manual_seed(3), count)
     contrasts = around_mean([1.0] * count)
     whole, parts = (
-        deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float16, size)
+        compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float16, size)
         for size in (10**6, chunk)
     )
     assert_close(parts.base, whole.base, rtol=1e-3, atol=1e-6)
@@ -111,7 +116,7 @@ def test_equal_checkpoints_average_to_themselves_bit_for_bit(weights, dtype):
     same[5:8] *= -1
     same = torch.where(same == 0, same.abs(), same)
     contrasts = around_mean(weights)
-    found = deviations(same, [same.clone() for _ in weights[1:]], contrasts, dtype, 33)
+    found = compute_deviations(same, [same.clone() for _ in weights[1:]], contrasts, dtype, 33)
     assert torch.equal(bits(found.base), bits(same))
     assert found.slices.count_nonzero() == 0
     assert found.gram.count_nonzero() == 0
@@ -122,7 +127,7 @@ def test_equal_checkpoints_average_to_themselves_bit_for_bit(weights, dtype):
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_negative_zeros_average_to_themselves_too(dtype, count):
     same = torch.tensor([-0.0, 0.0, -0.0, 1.0] * 50).to(dtype)
-    found = deviations(same, [same] * (count - 1), around_mean([1.0] * count), dtype, 33)
+    found = compute_deviations(same, [same] * (count - 1), around_mean([1.0] * count), dtype, 33)
     assert torch.equal(bits(found.base), bits(same))
 
 
@@ -134,7 +139,7 @@ def test_checkpoints_of_different_types_are_compared_in_float32(rng):
         )
     ]
     contrasts = around_mean([1.0] * 3)
-    found = deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 1000)
+    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 1000)
     mean = dense_mean(checkpoints, [1.0] * 3)
     dense = torch.stack([checkpoint.double() for checkpoint in checkpoints]) - mean
     assert_close(contrasts.to_deviations @ found.slices.double(), dense, rtol=0, atol=2e-6)
@@ -145,7 +150,7 @@ def test_a_given_base_is_kept_and_deviations_are_differences_to_it(rng, count):
     base, *checkpoints = family(rng, count + 1, dtype=torch.float16)
     contrasts = around_base(count)
     assert (contrasts.count, contrasts.dimensions) == (count, count)
-    found = deviations(base, checkpoints, contrasts, torch.float16, 77)
+    found = compute_deviations(base, checkpoints, contrasts, torch.float16, 77)
     assert torch.equal(bits(found.base), bits(base))
     dense = torch.stack([checkpoint.double() - base.double() for checkpoint in checkpoints])
     assert_close(contrasts.to_deviations @ found.slices.double(), dense, rtol=0, atol=1e-6)
@@ -157,6 +162,6 @@ def test_energies_of_many_layers_are_those_of_each(rng):
     grams = []
     for _ in range(3):
         first, *others = family(rng, 3)
-        grams.append(deviations(first, others, contrasts, torch.float16, 64).gram)
+        grams.append(compute_deviations(first, others, contrasts, torch.float16, 64).gram)
     each = torch.stack([energies(gram, contrasts) for gram in grams])
     assert_close(energies(torch.stack(grams), contrasts), each)

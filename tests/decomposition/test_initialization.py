@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from hyper_merge.decomposition.greedy import leading_multipliers, solve_greedy
 from hyper_merge.decomposition.initialization import best_start, pilot
-from hyper_merge.decomposition.ll1 import Problem, Stopping, factors_from, solve
+from hyper_merge.decomposition.ll1 import Problem, StoppingCriterion, initial_factors, solve_ll1
 
 
 def seeded(seed=0):
@@ -25,7 +25,7 @@ def seeded(seed=0):
 def test_losses_of_the_greedy_method_are_those_of_dense_deflation(seed):
     problem = random_family(seed)
     before = [batch.slices.clone() for batch in problem.batches]
-    found = solve_greedy(problem, seeded(), Stopping(6, 0.0))
+    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
     left_over = [slices.clone() for slices in before]
     for r, loss in enumerate(found.losses):
         for slices, batch, factors in zip(left_over, problem.batches, found.factors, strict=True):
@@ -44,7 +44,7 @@ def test_the_first_greedy_block_is_a_truncated_svd_of_its_mixture(rng):
     column = normal(rng, 4)
     matrix = with_spectrum(rng, 9, 8, 0.5 ** torch.arange(8.0).double())
     problem = problem_of((torch.einsum("k,pq->kpq", column, matrix)[None], (3,)))
-    found = solve_greedy(problem, seeded(), Stopping(6, 0.0))
+    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
     best = tail(matrix, 3) / float(matrix.square().sum())
     assert best * (1 - 1e-9) <= found.loss <= 1.1 * best
     cosine = torch.nn.functional.cosine_similarity(found.multipliers[:, 0], column, dim=0)
@@ -54,13 +54,13 @@ def test_the_first_greedy_block_is_a_truncated_svd_of_its_mixture(rng):
 @pytest.mark.parametrize("seed", range(6))
 def test_more_turns_never_make_a_greedy_block_worse(seed):
     problem = problem_of((stack_of(seeded(seed), 2, 3, 9, 8, 2.0), (2,)))
-    losses = [solve_greedy(problem, seeded(), Stopping(n, 0.0)).loss for n in (1, 2, 6)]
+    losses = [solve_greedy(problem, seeded(), StoppingCriterion(n, 0.0)).loss for n in (1, 2, 6)]
     assert losses[0] >= losses[1] >= losses[2]
 
 
 def test_greedy_tells_the_loss_after_every_block():
     told = []
-    found = solve_greedy(random_family(1), seeded(), Stopping(3, 0.0, told.append))
+    found = solve_greedy(random_family(1), seeded(), StoppingCriterion(3, 0.0, told.append))
     assert tuple(told) == found.losses
 
 
@@ -68,14 +68,15 @@ def test_greedy_counts_energy_outside_of_the_cores(rng):
     slices = stack_of(rng, 1, 3, 8, 7, 0.7)
     inside, outside = (problem_of((slices, (2, 1)), outside=extra) for extra in (0.0, 5.0))
     losses = [
-        solve_greedy(p, seeded(), Stopping(4, 0.0)).loss * p.energy for p in (inside, outside)
+        solve_greedy(p, seeded(), StoppingCriterion(4, 0.0)).loss * p.energy
+        for p in (inside, outside)
     ]
     assert_close(losses[1], losses[0] + 5.0, rtol=1e-3, atol=0)
 
 
 def test_greedy_makes_zero_blocks_of_zero_deviations():
     problem = problem_of((torch.zeros(2, 3, 6, 5), (2, 1)))
-    found = solve_greedy(problem, seeded(), Stopping(6, 0.0))
+    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
     assert found.losses == (0.0, 0.0)
     assert found.multipliers.count_nonzero() == 0
     assert torch.isfinite(found.factors[0].up).all()
@@ -84,14 +85,14 @@ def test_greedy_makes_zero_blocks_of_zero_deviations():
 def test_greedy_explains_all_that_one_block_can(rng):
     block = normal(rng, 10, 3) @ normal(rng, 3, 9)
     problem = problem_of((torch.einsum("k,pq->kpq", normal(rng, 4), block)[None], (3, 2)))
-    found = solve_greedy(problem, seeded(), Stopping(6, 0.0))
+    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
     assert max(map(abs, found.losses)) < 1e-10
 
 
 def test_a_parallel_map_gives_the_same_greedy_blocks(parallel):
     plain = random_family(0)
     one, many = (
-        solve_greedy(problem, seeded(), Stopping(6, 0.0))
+        solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
         for problem in (plain, Problem(plain.batches, plain.energy, parallel))
     )
     assert_close(many.losses, one.losses, rtol=1e-9, atol=1e-12)
@@ -112,10 +113,10 @@ def test_leading_multipliers_are_eigenvectors_of_the_dense_gram():
 @pytest.mark.parametrize("seed", range(6))
 def test_the_joint_solution_is_never_above_the_greedy_one(seed):
     problem = random_family(seed)
-    greedy = solve_greedy(problem, seeded(seed), Stopping(20, 0.0))
+    greedy = solve_greedy(problem, seeded(seed), StoppingCriterion(20, 0.0))
     start = best_start(problem, [], [], seeded(seed))
-    factors = factors_from(problem, start, seeded(seed))
-    found = solve(problem, factors, start, Stopping(60, 1e-5))
+    factors = initial_factors(problem, start, seeded(seed))
+    found = solve_ll1(problem, factors, start, StoppingCriterion(60, 1e-5))
     assert found.loss <= greedy.loss
     assert dense_loss(problem, found.factors, found.multipliers) <= greedy.loss
 
@@ -142,9 +143,9 @@ def test_planned_and_earlier_starts_are_tried_and_earlier_ones_instead_of_random
 
     def record(few, multipliers, generator):
         tried.append(multipliers)
-        return factors_from(few, multipliers, generator)
+        return initial_factors(few, multipliers, generator)
 
-    monkeypatch.setattr("hyper_merge.decomposition.initialization.factors_from", record)
+    monkeypatch.setattr("hyper_merge.decomposition.initialization.initial_factors", record)
     best_start(problem, [planned], [earlier], seeded())
     wanted = [leading_multipliers(problem)[:, :2], planned, earlier]
     for found, start in zip(tried, wanted, strict=True):
@@ -234,9 +235,11 @@ def test_every_item_of_a_solve_goes_through_the_map(rng, method, monkeypatch):
 
     def run():
         if method == "greedy":
-            return solve_greedy(problem, seeded(), Stopping(3, 0.0))
+            return solve_greedy(problem, seeded(), StoppingCriterion(3, 0.0))
         start = best_start(problem, [], [], seeded())
-        return solve(problem, factors_from(problem, start, seeded()), start, Stopping(3, 0.0))
+        return solve_ll1(
+            problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(3, 0.0)
+        )
 
     stop_at = 0
     run()

@@ -29,11 +29,11 @@ from hyper_merge.decomposition.ll1 import (
     Batch,
     Factors,
     Problem,
-    Stopping,
-    factors_from,
+    StoppingCriterion,
+    compute_statistics,
     fit_multipliers,
-    solve,
-    statistics,
+    initial_factors,
+    solve_ll1,
     sweep,
 )
 
@@ -46,8 +46,8 @@ def seeded(seed=0):
 
 def solved(problem, sweeps=100, tolerance=1e-9):
     start = best_start(problem, [], [], seeded(1))
-    factors = factors_from(problem, start, seeded(2))
-    return solve(problem, factors, start, Stopping(sweeps, tolerance))
+    factors = initial_factors(problem, start, seeded(2))
+    return solve_ll1(problem, factors, start, StoppingCriterion(sweeps, tolerance))
 
 
 def rises(losses):
@@ -141,7 +141,9 @@ def test_the_loss_never_rises(seed):
     problem = random_family(seed)
     k, count = problem.shape
     start = normal(seeded(seed), k, count)
-    found = solve(problem, factors_from(problem, start, seeded()), start, Stopping(60, FOREVER))
+    found = solve_ll1(
+        problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(60, FOREVER)
+    )
     assert 30 <= len(found.losses) <= 60  # steps ahead that do not help are taken back
     assert rises(found.losses) <= 1e-12
 
@@ -151,7 +153,9 @@ def test_the_loss_never_rises_by_more_than_rounding_in_float32(seed):
     problem = random_family(seed, torch.float32)
     k, count = problem.shape
     start = normal(seeded(seed), k, count)
-    found = solve(problem, factors_from(problem, start, seeded()), start, Stopping(60, FOREVER))
+    found = solve_ll1(
+        problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(60, FOREVER)
+    )
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(found.losses))
     assert found.factors[0].up.dtype == torch.float32
     exact = dense_loss(problem, found.factors, found.multipliers)
@@ -174,7 +178,7 @@ def test_the_loss_never_rises_in_a_swamp(dtype, seed):
     rng = seeded(seed)
     problem = problem_of((swamp(rng).to(dtype), (1, 1)))
     multipliers = normal(rng, 3, 2)
-    factors = factors_from(problem, multipliers, rng)
+    factors = initial_factors(problem, multipliers, rng)
     losses = []
     for _ in range(200):
         factors, multipliers, sums = sweep(problem, factors, multipliers)
@@ -191,14 +195,14 @@ def test_a_ridge_keeps_blocks_from_cancelling_each_other(seed):
     start = normal(rng, 3, 2)
     penalties, losses = [], []
     for problem in (plain, replace(plain, ridge=0.01)):
-        stopping = Stopping(300, FOREVER)
-        found = solve(problem, factors_from(problem, start, seeded(seed)), start, stopping)
+        stopping = StoppingCriterion(300, FOREVER)
+        found = solve_ll1(problem, initial_factors(problem, start, seeded(seed)), start, stopping)
         of_blocks = dense_penalties(problem, found.factors, found.multipliers)
         penalties.append(float(of_blocks.sum()))
         losses.append(found.loss)
         dense = dense_loss(problem, found.factors, found.multipliers)
         assert_close(found.loss, dense, rtol=0, atol=1e-9)
-        free = fit_multipliers(statistics(problem, found.factors))
+        free = fit_multipliers(compute_statistics(problem, found.factors))
         assert_close(found.multipliers, free, rtol=1e-9, atol=1e-9)
     assert penalties[0] > 10
     assert penalties[1] < 3
@@ -211,7 +215,7 @@ def test_what_is_minimised_with_a_ridge_never_rises(seed, ridge):
     problem = replace(random_family(seed), ridge=ridge)
     rng = seeded(seed)
     multipliers = normal(rng, *problem.shape)
-    factors = factors_from(problem, multipliers, rng)
+    factors = initial_factors(problem, multipliers, rng)
     values = []
     for _ in range(60):
         factors, multipliers, _ = sweep(problem, factors, multipliers)
@@ -234,7 +238,9 @@ def test_energy_outside_of_the_cores_stays_unexplained(rng):
     inside, outside = problem_of((slices, (3,))), problem_of((slices, (3,)), outside=40.0)
     start = normal(rng, 3, 1)
     losses = [
-        solve(problem, factors_from(problem, start, seeded()), start, Stopping(9, FOREVER)).loss
+        solve_ll1(
+            problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(9, FOREVER)
+        ).loss
         for problem in (inside, outside)
     ]
     assert_close(losses[1] * outside.energy, losses[0] * inside.energy + 40.0)
@@ -244,7 +250,12 @@ def test_permuted_checkpoints_permute_the_rows_of_multipliers(rng):
     order = [2, 0, 3, 1]
     slices, start = stack_of(rng, 2, 4, 9, 8, 0.7), normal(rng, 4, 2)
     found, permuted = (
-        solve(problem, factors_from(problem, multipliers, seeded(3)), multipliers, Stopping(15, 0))
+        solve_ll1(
+            problem,
+            initial_factors(problem, multipliers, seeded(3)),
+            multipliers,
+            StoppingCriterion(15, 0),
+        )
         for problem, multipliers in (
             (problem_of((slices, (2, 2))), start),
             (problem_of((slices[:, order], (2, 2))), start[order]),
@@ -260,8 +271,8 @@ def test_layers_solve_alike_in_one_batch_and_in_several(rng):
     factors = random_factors(rng, together.batches[0])
     apart = problem_of(*((slices[i : i + 1], (2, 1)) for i in range(3)))
     pieces = [type(factors)(factors.up[i : i + 1], factors.down[i : i + 1]) for i in range(3)]
-    one = solve(together, [factors], start, Stopping(10, FOREVER))
-    many = solve(apart, pieces, start, Stopping(10, FOREVER))
+    one = solve_ll1(together, [factors], start, StoppingCriterion(10, FOREVER))
+    many = solve_ll1(apart, pieces, start, StoppingCriterion(10, FOREVER))
     assert_close(many.multipliers, one.multipliers, rtol=1e-7, atol=1e-9)
     assert_close(torch.cat([f.up for f in many.factors]), one.factors[0].up, rtol=1e-6, atol=1e-8)
 
@@ -304,7 +315,9 @@ def test_any_shapes_and_ranks_are_solved_with_an_honest_loss(ranks, k, p, q, see
     rng = seeded(seed)
     problem = problem_of((normal(rng, 2, k, p, q), ranks))
     start = normal(rng, k, len(ranks))
-    found = solve(problem, factors_from(problem, start, rng), start, Stopping(8, FOREVER))
+    found = solve_ll1(
+        problem, initial_factors(problem, start, rng), start, StoppingCriterion(8, FOREVER)
+    )
     assert found.multipliers.shape == (k, len(ranks))
     assert found.factors[0].up.shape == (2, p, sum(ranks))
     assert found.factors[0].down.shape == (2, sum(ranks), q)
@@ -316,8 +329,8 @@ def test_sweeps_stop_at_the_tolerance_and_are_told_one_by_one():
     problem = random_family(0)
     k, count = problem.shape
     start, told = normal(seeded(), k, count), []
-    factors = factors_from(problem, start, seeded())
-    found = solve(problem, factors, start, Stopping(500, 1e-3, told.append))
+    factors = initial_factors(problem, start, seeded())
+    found = solve_ll1(problem, factors, start, StoppingCriterion(500, 1e-3, told.append))
     taken_back = [loss for loss in told if loss not in found.losses]
     assert [loss for loss in told if loss in found.losses] == list(found.losses)
     assert all(loss > found.loss for loss in taken_back)
@@ -333,9 +346,9 @@ def test_whoever_is_told_may_stop_the_sweeps():
 
     problem = random_family(0)
     start = normal(seeded(), *problem.shape)
-    factors = factors_from(problem, start, seeded())
+    factors = initial_factors(problem, start, seeded())
     with pytest.raises(KeyboardInterrupt):
-        solve(problem, factors, start, Stopping(5, 0.0, stop))
+        solve_ll1(problem, factors, start, StoppingCriterion(5, 0.0, stop))
 
 
 def test_a_parallel_map_gives_the_same_solution(parallel):
@@ -344,9 +357,12 @@ def test_a_parallel_map_gives_the_same_solution(parallel):
     start = normal(seeded(), *plain.shape)
     results = []
     for problem in (plain, shared):
-        factors = factors_from(problem, start, seeded(3))
+        factors = initial_factors(problem, start, seeded(3))
         results.append(
-            (statistics(problem, factors), solve(problem, factors, start, Stopping(10, FOREVER)))
+            (
+                compute_statistics(problem, factors),
+                solve_ll1(problem, factors, start, StoppingCriterion(10, FOREVER)),
+            )
         )
     (dense, one), (other, many) = results
     assert_close(other.gram, dense.gram)
@@ -373,5 +389,7 @@ def test_a_solve_keeps_two_sets_of_factors_in_memory_and_no_third(rng, monkeypat
 
     monkeypatch.setattr(Factors, "__init__", counting)
     multipliers = torch.randn(3, 2, generator=rng).double()
-    solve(problem, factors_from(problem, multipliers, rng), multipliers, Stopping(10, 0.0))
+    solve_ll1(
+        problem, initial_factors(problem, multipliers, rng), multipliers, StoppingCriterion(10, 0.0)
+    )
     assert max(counts) < 2.3 * len(batches)

@@ -21,10 +21,10 @@ from hyper_merge.decomposition.ll1 import (
     Batch,
     Factors,
     Statistics,
-    blocks,
-    factors_from,
+    compute_statistics,
     fit_multipliers,
-    statistics,
+    initial_factors,
+    split_blocks,
     sweep,
     update_downs,
     update_ups,
@@ -111,7 +111,7 @@ def test_well_conditioned_updates_equal_lstsq_itself(rng):
 def test_the_loss_is_the_dense_residual(drawn, outside):
     batch, factors, multipliers = drawn
     problem = problem_of((batch.slices, batch.ranks), outside=outside)
-    found = statistics(problem, [factors]).loss(multipliers)
+    found = compute_statistics(problem, [factors]).loss(multipliers)
     assert_close(found, dense_loss(problem, [factors], multipliers), rtol=1e-10, atol=1e-10)
 
 
@@ -120,7 +120,7 @@ def test_statistics_are_inner_products_summed_over_all_layers(rng):
         (normal(rng, 2, 3, 6, 5), (2, 1)), (normal(rng, 1, 3, 4, 8), (1, 3)), outside=2.0
     )
     factors = [random_factors(rng, batch) for batch in problem.batches]
-    found = statistics(problem, factors)
+    found = compute_statistics(problem, factors)
     pairs = list(zip(problem.batches, factors, strict=True))
     products = [dense_blocks(batch, f) for batch, f in pairs]
     cross = sum(
@@ -136,7 +136,7 @@ def test_statistics_are_inner_products_summed_over_all_layers(rng):
 def test_the_statistics_of_float32_layers_are_float64(rng):
     problem = problem_of((normal(rng, 2, 3, 6, 5).float(), (2, 1)))
     factors = [random_factors(rng, problem.batches[0])]
-    found, multipliers = statistics(problem, factors), normal(rng, 3, 2)
+    found, multipliers = compute_statistics(problem, factors), normal(rng, 3, 2)
     assert found.cross.dtype == found.gram.dtype == torch.float64
     assert_close(
         found.loss(multipliers), dense_loss(problem, factors, multipliers), rtol=1e-5, atol=0
@@ -155,7 +155,7 @@ def test_the_loss_of_nothing_is_zero():
 @given(batches(), ridges)
 def test_multipliers_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, _ = drawn
-    sums = statistics(problem_of((batch.slices, batch.ranks)), [factors])
+    sums = compute_statistics(problem_of((batch.slices, batch.ranks)), [factors])
     found = fit_multipliers(sums.with_ridge(ridge))
     design = dense_blocks(batch, factors).transpose(0, 1).flatten(1).mT  # (bpq, R)
     target = batch.slices.transpose(0, 1).flatten(1).mT  # (bpq, k)
@@ -169,7 +169,7 @@ def test_equal_blocks_share_their_multiplier_evenly(rng):
     batch = Batch(normal(rng, 1, 3, 6, 5), (1, 1), (0,))
     one = random_factors(rng, batch)
     twice = Factors(one.up[..., [0, 0]], one.down[:, [0, 0]])
-    found = fit_multipliers(statistics(problem_of((batch.slices, (1, 1))), [twice]))
+    found = fit_multipliers(compute_statistics(problem_of((batch.slices, (1, 1))), [twice]))
     assert torch.isfinite(found).all()
     assert_close(found[:, 0], found[:, 1], rtol=1e-6, atol=1e-9)
 
@@ -182,7 +182,7 @@ def test_the_scale_of_one_block_does_not_change_the_fit(rng, scale):
     scales = torch.tensor([1.0, 1.0, scale], dtype=torch.float64)
     scaled = Factors(factors.up * scales, factors.down)
     plain, other = (
-        dense_approximation(batch, f, fit_multipliers(statistics(problem, [f])))
+        dense_approximation(batch, f, fit_multipliers(compute_statistics(problem, [f])))
         for f in (factors, scaled)
     )
     assert_close(other, plain, rtol=0, atol=1e-8)
@@ -194,9 +194,9 @@ def test_each_part_of_a_sweep_lowers_the_dense_loss(drawn):
     batch, factors, multipliers = drawn
     problem = problem_of((batch.slices, batch.ranks))
     ups = update_ups(batch, factors, multipliers)
-    fitted = fit_multipliers(statistics(problem, [ups]))
+    fitted = fit_multipliers(compute_statistics(problem, [ups]))
     downs = update_downs(batch, ups, fitted)
-    refitted = fit_multipliers(statistics(problem, [downs]))
+    refitted = fit_multipliers(compute_statistics(problem, [downs]))
     losses = [
         dense_loss(problem, [f], lam)
         for f, lam in (
@@ -238,7 +238,7 @@ def test_columns_belong_to_the_blocks_in_the_order_of_the_ranks(ranks):
         [i for i, at in enumerate(columns) if at == r] for r in range(len(ranks))
     ]
     up, down = torch.arange(sum(ranks)).expand(1, 9, -1), torch.zeros(1, sum(ranks), 9)
-    shapes = [(u.shape[2], d.shape[1]) for u, d in blocks(batch, Factors(up, down))]
+    shapes = [(u.shape[2], d.shape[1]) for u, d in split_blocks(batch, Factors(up, down))]
     assert shapes == [(rank, rank) for rank in ranks]
 
 
@@ -247,7 +247,7 @@ def test_blocks_of_orthogonal_multipliers_start_as_svds_of_their_mixtures(rng):
     mixtures = [with_spectrum(rng, 8, 8, spectrum) for _ in range(2)]
     turn = orthogonal(rng, 3, 2) * torch.tensor([2.0, 0.5], dtype=torch.float64)
     problem = problem_of((torch.einsum("kr,rpq->kpq", turn, torch.stack(mixtures))[None], (2, 3)))
-    (found,) = factors_from(problem, turn, rng)
+    (found,) = initial_factors(problem, turn, rng)
     products = dense_blocks(problem.batches[0], found)[0]
     for product, mixture, rank in zip(products, mixtures, (2, 3), strict=True):
         assert torch.linalg.matrix_rank(product) == rank
@@ -260,6 +260,6 @@ def test_blocks_of_equal_multipliers_start_as_one_svd_shared_out(rng):
     matrix = with_spectrum(rng, 8, 8, 0.2 ** torch.arange(8.0).double())
     problem = problem_of((matrix[None, None], (2, 1)))
     ones = torch.ones(1, 2, dtype=torch.float64)
-    (found,) = factors_from(problem, ones, rng)
+    (found,) = initial_factors(problem, ones, rng)
     error = float((matrix - dense_blocks(problem.batches[0], found)[0].sum(0)).square().sum())
     assert tail(matrix, 3) * (1 - 1e-9) <= error <= 1.1 * tail(matrix, 3)

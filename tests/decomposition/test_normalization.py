@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hyper_merge.decomposition.normalization import balanced, unit_scales
+from hyper_merge.decomposition.normalization import balance, unit_scales
 
 
 @settings(deadline=None, max_examples=40)
@@ -21,7 +21,7 @@ def test_balanced_factors_keep_the_product_and_share_falling_singular_values(
     rng = torch.Generator().manual_seed(seed)
     up = normal(rng, *batch, r + more_p, r) * 1e4
     down = normal(rng, *batch, r, r + more_q) * 1e-2
-    left, right = balanced(up, down)
+    left, right = balance(up, down)
     assert (left.shape, right.shape) == (up.shape, down.shape)
     assert_close(left @ right, up @ down, rtol=1e-9, atol=1e-9)
     singular = torch.linalg.svdvals(up @ down)[..., :r]
@@ -31,13 +31,13 @@ def test_balanced_factors_keep_the_product_and_share_falling_singular_values(
 
 
 def test_balanced_zeros_are_zeros():
-    left, right = balanced(torch.zeros(2, 5, 3), torch.zeros(2, 3, 4))
+    left, right = balance(torch.zeros(2, 5, 3), torch.zeros(2, 3, 4))
     assert left.count_nonzero() == right.count_nonzero() == 0
 
 
 def test_the_first_ranks_of_balanced_factors_are_the_best(rng):
     up, down = normal(rng, 9, 4), normal(rng, 4, 8)
-    left, right = balanced(up, down)
+    left, right = balance(up, down)
     error = (up @ down - left[:, :2] @ right[:2]).square().sum()
     assert_close(error, torch.linalg.svdvals(up @ down)[2:].square().sum())
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hyper_merge.decomposition.rank_allocation import (
-    dealt,
+    deal_ranks,
     even_ranks,
-    generous_ranks,
     kept_ranks,
-    most_gain,
-    spread,
+    maximize_gain,
+    overcomplete_ranks,
+    spread_ranks,
 )
 
 AMOUNTS = st.integers(0, 40)
@@ -69,19 +69,19 @@ def bought_one_by_one(gains, costs, budget):
 @settings(deadline=None, max_examples=200)
 @given(shops())
 def test_items_are_bought_as_from_a_heap(shop):
-    assert spread(*shop) == bought_one_by_one(*shop)
+    assert spread_ranks(*shop) == bought_one_by_one(*shop)
 
 
 @settings(deadline=None, max_examples=100)
 @given(shops(lists=3, items=3))
 def test_the_choice_is_at_most_one_item_from_the_best(shop):
     gains, costs, budget = shop
-    found = spread(gains, costs, budget)
+    found = spread_ranks(gains, costs, budget)
     assert price(costs, found) <= budget
     dearest = max((float(each.max()) for each in gains if len(each)), default=0.0)
     exact = best(gains, costs, budget)
     assert exact - dearest <= value(gains, found) <= exact
-    assert exact <= most_gain(gains, costs, budget) + 1e-9
+    assert exact <= maximize_gain(gains, costs, budget) + 1e-9
 
 
 @settings(deadline=None, max_examples=100)
@@ -90,19 +90,19 @@ def test_of_items_of_one_cost_the_best_are_bought(shop, cost):
     gains, _, budget = shop
     costs = [cost] * len(gains)
     largest = torch.cat(gains).sort(descending=True).values[: budget // cost]
-    assert value(gains, spread(gains, costs, budget)) == pytest.approx(float(largest.sum()))
+    assert value(gains, spread_ranks(gains, costs, budget)) == pytest.approx(float(largest.sum()))
 
 
 @settings(deadline=None, max_examples=100)
 @given(shops())
 def test_what_fits_to_the_last_byte_is_all_that_there_can_be(shop):
     gains, costs, budget = shop
-    found = spread(gains, costs, budget)
+    found = spread_ranks(gains, costs, budget)
     spent = price(costs, found)
-    same = spread(gains, costs, spent)
+    same = spread_ranks(gains, costs, spent)
     # Up to a list that was closed the order is by gain per cost, so nothing beats it at its cost.
     assume(same == found == bought_in_order(gains, costs, spent))
-    assert value(gains, found) == pytest.approx(most_gain(gains, costs, spent))
+    assert value(gains, found) == pytest.approx(maximize_gain(gains, costs, spent))
 
 
 def bought_in_order(gains, costs, budget):
@@ -126,7 +126,7 @@ def bought_in_order(gains, costs, budget):
 @given(shops())
 def test_nothing_is_left_that_would_buy_the_next_item_of_a_list(shop):
     gains, costs, budget = shop
-    found = spread(gains, costs, budget)
+    found = spread_ranks(gains, costs, budget)
     left = budget - price(costs, found)
     for each, cost, count in zip(gains, costs, found, strict=True):
         assert count == len(each) or float(each[count]) == 0 or cost > left
@@ -134,31 +134,31 @@ def test_nothing_is_left_that_would_buy_the_next_item_of_a_list(shop):
 
 def test_what_is_left_goes_to_the_first_cheaper_item():
     gains = [torch.tensor([9.0, 9.0]), torch.tensor([2.0, 1.0])]
-    assert spread(gains, [3, 1], 4) == [1, 1]
-    assert spread(gains, [3, 1], 5) == [1, 2]
-    assert spread(gains, [3, 1], 6) == [2, 0]
+    assert spread_ranks(gains, [3, 1], 4) == [1, 1]
+    assert spread_ranks(gains, [3, 1], 5) == [1, 2]
+    assert spread_ranks(gains, [3, 1], 6) == [2, 0]
 
 
 def test_nothing_to_buy_costs_nothing():
     none = torch.zeros(0)
-    assert spread([none, none], [1, 2], 9) == [0, 0]
-    assert spread([torch.zeros(3)], [1], 9) == [0]
-    assert spread([torch.ones(3)], [4], 3) == [0]
-    assert spread([], [], 9) == []
-    assert most_gain([none], [1], 9) == 0
+    assert spread_ranks([none, none], [1, 2], 9) == [0, 0]
+    assert spread_ranks([torch.zeros(3)], [1], 9) == [0]
+    assert spread_ranks([torch.ones(3)], [4], 3) == [0]
+    assert spread_ranks([], [], 9) == []
+    assert maximize_gain([none], [1], 9) == 0
 
 
 def test_the_last_item_of_the_bound_is_taken_in_part():
     gains = [torch.tensor([6.0, 2.0]), torch.tensor([4.0])]
-    assert most_gain(gains, [2, 4], 4) == pytest.approx(8)
-    assert most_gain(gains, [2, 4], 5) == pytest.approx(9)
-    assert most_gain(gains, [2, 4], 3) == pytest.approx(7)
-    assert most_gain(gains, [2, 4], 99) == pytest.approx(12)
+    assert maximize_gain(gains, [2, 4], 4) == pytest.approx(8)
+    assert maximize_gain(gains, [2, 4], 5) == pytest.approx(9)
+    assert maximize_gain(gains, [2, 4], 3) == pytest.approx(7)
+    assert maximize_gain(gains, [2, 4], 99) == pytest.approx(12)
 
 
 @given(st.integers(0, 500), st.lists(st.integers(1, 200), min_size=1, max_size=6))
 def test_a_number_is_dealt_whole_and_in_proportion(total, shares):
-    parts = dealt(total, shares)
+    parts = deal_ranks(total, shares)
     assert sum(parts) == total
     for part, share in zip(parts, shares, strict=True):
         assert abs(part - total * share / sum(shares)) < 1 + 1e-9
@@ -166,8 +166,8 @@ def test_a_number_is_dealt_whole_and_in_proportion(total, shares):
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6))
 def test_the_list_itself_is_dealt_as_it_is(ranks):
-    assert dealt(sum(ranks), ranks) == tuple(ranks)
-    assert dealt(1, ranks) == (1, *[0] * (len(ranks) - 1))
+    assert deal_ranks(sum(ranks), ranks) == tuple(ranks)
+    assert deal_ranks(1, ranks) == (1, *[0] * (len(ranks) - 1))
 
 
 def planted(*sizes):
@@ -176,22 +176,22 @@ def planted(*sizes):
 
 
 def test_layers_of_known_ranks_get_just_these_when_the_bytes_suffice():
-    found = generous_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
+    found = overcomplete_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
     assert found == [(1,), (5,), (0,)]
 
 
 def test_with_fewer_bytes_the_most_gain_per_byte_comes_first():
     gains = [torch.tensor([8.0, 6.0, 1.0]), torch.tensor([9.0, 2.0])]
     # Per byte 4, 3, 1/2 and 9/4, 1/2: in the order first, first, second.
-    assert generous_ranks(gains, [2, 4], [8, 8], [1], 4) == [(2,), (0,)]
-    assert generous_ranks(gains, [2, 4], [8, 8], [1], 8) == [(2,), (1,)]
+    assert overcomplete_ranks(gains, [2, 4], [8, 8], [1], 4) == [(2,), (0,)]
+    assert overcomplete_ranks(gains, [2, 4], [8, 8], [1], 8) == [(2,), (1,)]
 
 
 def test_a_layers_ranks_are_split_as_the_list_is_and_capped():
-    (found,) = generous_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
+    (found,) = overcomplete_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
     assert found == (6, 3, 3)
     # Twice a block's limit in all, and no block above it.
-    (found,) = generous_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
+    (found,) = overcomplete_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
     assert found == (4, 2, 2)
 
 
@@ -225,7 +225,7 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
     kept = kept_ranks(energies, costs, budget)
     assert price(costs, [sum(rank) for rank in kept]) <= budget
     # They are kept from the front, and no other components of the same cost hold more.
-    best_of_all = most_gain(
+    best_of_all = maximize_gain(
         [each for layer in energies for each in layer],
         [cost for cost in costs for _ in ranks],
         budget,

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from hyper_merge.decomposition import truncated_svd as truncated
 from hyper_merge.decomposition.linalg import product_energy
-from hyper_merge.decomposition.normalization import evened
-from hyper_merge.decomposition.truncated_svd import shortened, truncated_svd, truncation_cost
+from hyper_merge.decomposition.normalization import even_out
+from hyper_merge.decomposition.truncated_svd import truncate_factors, truncated_svd, truncation_cost
 
 COUNT = 150
 ORDER = torch.arange(1, COUNT + 1, dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_what_is_to_come_is_the_rest_of_a_geometric_series():
 @pytest.mark.parametrize("rank", [1, 4, 9, 30])
 def test_a_shortened_product_loses_exactly_the_singular_tail(rng, rank):
     up, down = normal(rng, 30, 9), normal(rng, 9, 20)
-    found = shortened(up, down, rank)
+    found = truncate_factors(up, down, rank)
     tail = least_error(up @ down, rank)
     assert error_of(up @ down, found) == pytest.approx(tail, rel=1e-9, abs=1e-20)
     assert float(found.energies.sum()) == pytest.approx(float((up @ down).square().sum()) - tail)
@@ -180,7 +180,7 @@ def test_a_shortened_product_loses_exactly_the_singular_tail(rng, rank):
 def test_even_factors_have_the_same_product_and_equal_lengths(m, r, n, seed):
     rng = torch.Generator().manual_seed(seed)
     up, down = 1e6 * normal(rng, m, r), 1e-6 * normal(rng, r, n)
-    one, other = evened(up, down)
+    one, other = even_out(up, down)
     assert_close(one @ other, up @ down)
     assert_close(one.norm(dim=0), other.norm(dim=1))
 
@@ -189,7 +189,7 @@ def test_factors_of_nothing_are_evened_to_nothing(rng):
     up, down = normal(rng, 4, 2), normal(rng, 2, 3)
     up[:, 0] = 0
     down[1] = 0
-    one, other = evened(up, down)
+    one, other = even_out(up, down)
     assert bool(one.isfinite().all() & other.isfinite().all())
     assert_close(one @ other, torch.zeros(4, 3).double(), rtol=0, atol=0)
 

@@ -14,10 +14,10 @@ from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.compare.compare import run_comparison
 from hyper_merge.operations.compare.image_difference import mean_difference
-from hyper_merge.operations.compare.request import ComparisonOrder, Picture, PictureSettings
-from hyper_merge.operations.restore.restore import RestoreOrder, run_restore
+from hyper_merge.operations.compare.request import CompareRequest, Picture, PictureSettings
+from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
 from hyper_merge.runs.manifest import load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import NARROW, write_family
 
 absent = [name for name in diffusers_pictures.NEEDED if find_spec(name) is None]
@@ -48,11 +48,11 @@ def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narr
     run = load_run(folders, "mix")
     row = run.report.checkpoints[1]
     assert row.text_multipliers
-    order = RestoreOrder("mix", {row.name: 1.0}, tmp_path / "whole.safetensors", dtype="float32")
-    whole = run_restore(order, folders, Control()).path
-    with host.drawing("task(x)") as (control, studio):
+    order = RestoreRequest("mix", {row.name: 1.0}, tmp_path / "whole.safetensors", dtype="float32")
+    whole = run_restore(order, folders, Progress()).path
+    with host.drawing("task(x)") as (progress, studio):
         tagged, plain, restored = (
-            studio.draw(Picture(model, prompt, 1, SETTINGS), control)
+            studio.draw(Picture(model, prompt, 1, SETTINGS), progress)
             for model, prompt in (
                 (run.hyper_model, f"a cat {run.report.tags(row)}"),
                 (run.hyper_model, "a cat"),
@@ -66,10 +66,10 @@ def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narr
 @needs_diffusers
 def test_a_comparison_is_drawn_and_saved(host, narrow):
     phases = []
-    order = ComparisonOrder("mix", ("one", "two"), SETTINGS, average=True, difference=True)
+    order = CompareRequest("mix", ("one", "two"), SETTINGS, average=True, difference=True)
     with host.drawing("task(x)") as (_, studio):
-        control = Control(lambda phase, fraction: phases.append(fraction))
-        found = run_comparison(order, studio, host.folders(), control)
+        progress = Progress(lambda phase, fraction: phases.append(fraction))
+        found = run_comparison(order, studio, host.folders(), progress)
     assert found.originals == {"one": "one.safetensors", "two": "two.safetensors"}
     assert found.host == "diffusers"
     assert all(each.pixels.keys() == {"restored", "average"} for each in found.figures)
@@ -80,20 +80,20 @@ def test_a_comparison_is_drawn_and_saved(host, narrow):
 @needs_diffusers
 def test_it_stops_between_two_steps(host, narrow):
     heard = []
-    control = Control(lambda _, x: heard.append(x), lambda: len(heard) == 1)
+    progress = Progress(lambda _, x: heard.append(x), lambda: len(heard) == 1)
     order = Picture(load_run(host.folders(), "mix").hyper_model, "x", 1, SETTINGS)
     with host.drawing("task(x)") as (_, studio), pytest.raises(InterruptedRun):
-        studio.draw(order, control)
+        studio.draw(order, progress)
     assert heard == [pytest.approx(1 / 3)]
 
 
 @needs_diffusers
 def test_a_tag_of_no_lora_is_refused(host):
     model = load_run(host.folders(), "mix").hyper_model
-    with host.drawing("task(x)") as (control, studio):
+    with host.drawing("task(x)") as (progress, studio):
         for name in ("gone", "../Lora/mix_0-6"):
             with pytest.raises(PictureError, match="there is no LoRA"):
-                studio.draw(Picture(model, f"x <lora:{name}:1>", 1, SETTINGS), control)
+                studio.draw(Picture(model, f"x <lora:{name}:1>", 1, SETTINGS), progress)
 
 
 @needs_diffusers
@@ -106,10 +106,10 @@ def test_without_the_network_it_says_what_to_put_where(narrow, tmp_path, monkeyp
     host = Standalone(root)
     model = load_run(host.folders(), "mix").hyper_model
     with (
-        host.drawing("task(x)") as (control, studio),
+        host.drawing("task(x)") as (progress, studio),
         pytest.raises(PictureError, match=r"be online, or put them into .*diffusers.sd1"),
     ):
-        studio.draw(Picture(model, "x", 1, SETTINGS), control)
+        studio.draw(Picture(model, "x", 1, SETTINGS), progress)
 
 
 def test_without_diffusers_it_says_what_to_install(host, monkeypatch):

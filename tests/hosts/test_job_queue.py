@@ -8,7 +8,7 @@ from at_the_tab import ended, until
 
 from hyper_merge.errors import CheckpointError, InterruptedRun
 from hyper_merge.hosts import job_queue as jobs_module
-from hyper_merge.hosts.job_queue import BusyError, Standing, process_jobs
+from hyper_merge.hosts.job_queue import BusyError, JobStatus, process_jobs
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def ignore(error):
 def test_work_is_given_a_task_of_its_own_and_returns_the_name_of_what_it_made(jobs):
     tasks = []
 
-    def work(task, control):
+    def work(task, progress):
         tasks.append(task)
         return "mix-2"
 
@@ -40,8 +40,8 @@ def test_work_is_given_a_task_of_its_own_and_returns_the_name_of_what_it_made(jo
 
 
 def test_a_second_job_is_refused_while_one_runs_and_the_words_say_how_far_that_is(jobs, gate):
-    def work(task, control):
-        control.step("solving", 0.42)
+    def work(task, progress):
+        progress.report("solving", 0.42)
         gate.wait()
         return ""
 
@@ -61,7 +61,7 @@ def test_of_many_clicks_at_once_one_begins_a_job(jobs, gate):
     def click():
         ready.wait()
         try:
-            jobs.start("mix", lambda task, control: gate.wait() and "", ignore)
+            jobs.start("mix", lambda task, progress: gate.wait() and "", ignore)
             outcomes.append("begun")
         except BusyError:
             outcomes.append("busy")
@@ -76,7 +76,7 @@ def test_of_many_clicks_at_once_one_begins_a_job(jobs, gate):
 
 def test_the_last_job_is_kept_when_it_has_ended(jobs):
     assert jobs.last is None
-    job = jobs.start("mix", lambda task, control: "mix", ignore)
+    job = jobs.start("mix", lambda task, progress: "mix", ignore)
     ended(jobs)
     assert jobs.last is job
     assert jobs.last.standing.result == "mix"
@@ -89,9 +89,9 @@ def test_all_pages_of_a_process_look_at_the_same_jobs():
 def test_a_job_that_runs_stops_at_its_next_step(jobs):
     said = []
 
-    def work(task, control):
+    def work(task, progress):
         while True:
-            control.step("reading", 0.5)
+            progress.report("reading", 0.5)
             said.append(1)
             time.sleep(0.002)
 
@@ -104,9 +104,9 @@ def test_a_job_that_runs_stops_at_its_next_step(jobs):
 
 
 def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
-    def work(task, control):
+    def work(task, progress):
         while True:
-            control.step("solving", 0.5)
+            progress.report("solving", 0.5)
             time.sleep(0.001)
 
     job = jobs.start("mix", work, ignore)
@@ -122,11 +122,11 @@ def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
 def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
     begun = threading.Event()
 
-    def work(task, control):
-        control.step("writing", 0.9)
+    def work(task, progress):
+        progress.report("writing", 0.9)
         begun.set()
         gate.wait()
-        control.check()
+        progress.check()
         return "mix"
 
     job = jobs.start("mix", work, ignore)
@@ -142,10 +142,10 @@ def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
 def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, gate):
     outcome = []
 
-    def waiting(task, control):
+    def waiting(task, progress):
         gate.wait()
         try:
-            control.step("starting", 0.0)
+            progress.report("starting", 0.0)
         except InterruptedRun:
             outcome.append("never began")
             raise
@@ -154,7 +154,7 @@ def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, 
     assert job.standing.phase == "waiting for the queue"
     job.stop()
     assert job.standing.outcome == "stopped"
-    jobs.start("other", lambda task, control: "other", ignore)
+    jobs.start("other", lambda task, progress: "other", ignore)
     assert ended(jobs).result == "other"
     gate.set()
     until(lambda: outcome)
@@ -162,14 +162,14 @@ def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, 
 
 
 def test_what_is_done_stays_done_though_a_stop_came_too_late(jobs):
-    job = jobs.start("mix", lambda task, control: control.step("x", 1.0) or "mix", ignore)
+    job = jobs.start("mix", lambda task, progress: progress.report("x", 1.0) or "mix", ignore)
     ended(jobs)
     job.stop()
     assert (job.standing.outcome, job.standing.result) == ("done", "mix")
 
 
 def test_a_refusal_is_a_message_and_no_error_of_ours(jobs):
-    def work(task, control):
+    def work(task, progress):
         raise CheckpointError("a.safetensors is cut short; download it again")
 
     jobs.start("mix", work, ignore)
@@ -183,21 +183,21 @@ def test_a_refusal_is_a_message_and_no_error_of_ours(jobs):
 def test_an_unexpected_error_goes_to_the_log_and_its_first_line_is_shown(jobs):
     error, log = RuntimeError("CUDA out of memory\nTried to allocate\n" + "x" * 999), []
 
-    def work(task, control):
+    def work(task, progress):
         raise error
 
     jobs.start("mix", work, log.append)
     now = ended(jobs)
     assert (now.outcome, now.message) == ("failed", "RuntimeError: CUDA out of memory")
     assert log == [error]
-    jobs.start("mix", lambda task, control: "mix", ignore)
+    jobs.start("mix", lambda task, progress: "mix", ignore)
     assert ended(jobs).outcome == "done"
 
 
 def test_each_note_is_told_once_in_the_order_it_came(jobs):
-    def work(task, control):
+    def work(task, progress):
         for text in ("b", "a", "b", "a"):
-            control.warn(text)
+            progress.warn(text)
         return ""
 
     jobs.start("mix", work, ignore)
@@ -209,7 +209,7 @@ def test_each_note_is_told_once_in_the_order_it_came(jobs):
     [(0.25, 30, 90), (0.5, 8, 8), (1.0, 8, 0), (0.019, 30, None), (0.5, 0.9, None), (0, 0, None)],
 )
 def test_the_time_left_is_told_by_the_pace_so_far_where_there_is_one(fraction, elapsed, left):
-    now = Standing("task(x)", "mix", fraction=fraction, elapsed=elapsed)
+    now = JobStatus("task(x)", "mix", fraction=fraction, elapsed=elapsed)
     assert now.seconds_left == (None if left is None else pytest.approx(left))
 
 
@@ -218,9 +218,9 @@ def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(jobs,
     monkeypatch.setattr(jobs_module.time, "monotonic", lambda: clock[0])
     begin = threading.Event()
 
-    def work(task, control):
+    def work(task, progress):
         begin.wait(10)
-        control.step("reading", 0.0)
+        progress.report("reading", 0.0)
         gate.wait()
         return ""
 
@@ -240,9 +240,9 @@ def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(jobs,
 
 
 def test_who_waits_is_woken_by_a_change(jobs, gate):
-    def work(task, control):
+    def work(task, progress):
         gate.wait()
-        control.step("solving", 0.5)
+        progress.report("solving", 0.5)
         return ""
 
     job = jobs.start("mix", work, ignore)

@@ -75,7 +75,7 @@ def test_folders_are_those_below_the_root(host, tmp_path):
 
 def test_a_run_begins_at_once_and_its_control_asks_for_nothing(host):
     with host.running("task(a)") as outer, host.running("task(b)"):
-        outer.step("reading", 0.5)
+        outer.report("reading", 0.5)
         assert not outer.should_stop()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from narrow_layouts import FULL, UNET
 
-from hyper_merge.checkpoints.architectures.detection import identify
+from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of, output_tensors
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 
@@ -44,7 +44,7 @@ def layout(shapes):
         0,
         0,
     )
-    return header, layout_of(header, identify(header))
+    return header, layout_of(header, detect_family(header))
 
 
 def on_meta(kind, **config):

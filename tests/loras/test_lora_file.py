@@ -16,18 +16,24 @@ from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.hashes import tensor_data_sha256
 from hyper_merge.checkpoints.io.header import TensorInfo
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NonFiniteError, OutputError
 from hyper_merge.loras.card_images import hyper_model_picture, lora_picture
-from hyper_merge.loras.cards import card, stage_checkpoint_card
+from hyper_merge.loras.cards import format_card, stage_checkpoint_card
 from hyper_merge.loras.lora_file import (
-    as_hosts_add,
+    as_hosts_apply,
     as_lora_weights,
     lora_tensors,
     stored_factors,
     write_lora,
 )
-from hyper_merge.loras.metadata import Lineage, LoraFile, Source, checkpoint_metadata, lora_metadata
+from hyper_merge.loras.metadata import (
+    Lineage,
+    LoraFile,
+    SourceRecord,
+    checkpoint_metadata,
+    lora_metadata,
+)
 
 LINEAR = Layer("te.weight", "lora_te_q_proj", "text_encoder", (6, 5))
 POINT = Layer("in.weight", "lora_unet_proj_in", "unet", (4, 3, 1, 1))
@@ -35,8 +41,8 @@ CONV = Layer("conv.weight", "lora_unet_conv1", "unet", (7, 2, 3, 3))
 LAYERS = (LINEAR, POINT, CONV)
 
 SOURCES = (
-    Source("a.safetensors", "a" * 64, "aaaaaaaa", {}),
-    Source(
+    SourceRecord("a.safetensors", "a" * 64, "aaaaaaaa", {}),
+    SourceRecord(
         "b.safetensors",
         "b" * 64,
         "bbbbbbbb",
@@ -86,7 +92,7 @@ def as_stored(layers, factors, file=FILE):
 
 
 def write(path, factors, file=FILE, **options):
-    with Outputs(**options) as outputs:
+    with FileTransaction(**options) as outputs:
         write_lora(outputs, path, LAYERS, as_stored(LAYERS, factors, file), file)
 
 
@@ -157,7 +163,7 @@ def test_the_ratio_of_rank_and_alpha_is_shared_by_both_factors():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_rounded_factors_multiply_to_what_hosts_add_and_round_to_themselves(layer):
     up, down = factors_of((3, 3, 3))[layer.module]
-    rounded = as_hosts_add(*stored_factors(layer, up, down, 128), 128)
+    rounded = as_hosts_apply(*stored_factors(layer, up, down, 128), 128)
     tensors = as_lora_weights(layer, up, down, 128)
     delta = host_delta(tensors, layer.module, layer.shape).reshape(layer.m, layer.n)
     torch.testing.assert_close(
@@ -300,7 +306,7 @@ def test_the_hyper_model_carries_its_lineage_on():
 @pytest.mark.parametrize("foreign", ["", "{", "[1]", "null", "3"])
 def test_a_source_with_unreadable_lineage_is_still_named(foreign):
     metadata = {"sd_merge_models": foreign, "sd_merge_recipe": foreign}
-    lineage = replace(LINEAGE, sources=(Source("d", "d" * 64, "d", metadata),))
+    lineage = replace(LINEAGE, sources=(SourceRecord("d", "d" * 64, "d", metadata),))
     models = json.loads(checkpoint_metadata(lineage)["sd_merge_models"])
     assert models == {"d" * 64: {"name": "d", "legacy_hash": "d", "sd_merge_recipe": None}}
 
@@ -309,7 +315,7 @@ def test_the_card_shows_the_version_and_each_checkpoints_tag(tmp_path):
     path = tmp_path / "mix_0-4.safetensors"
     write(path, factors_of((4, 4, 4)))
     text = (tmp_path / "mix_0-4.json").read_text(encoding="utf-8")
-    assert text == card(FILE, "mix_0-4")
+    assert text == format_card(FILE, "mix_0-4")
     content = json.loads(text)
     assert content == {
         "description": "LoRA 1 of 2 of mix, rank 4. Goes with mix and its other LoRAs;"
@@ -328,14 +334,14 @@ def test_multipliers_of_the_text_encoders_own_stand_in_the_metadata_and_on_the_c
         "a": 0.25,
         "b": 1.0,
     }
-    assert json.loads(card(file, "mix_0-4"))["notes"] == (
+    assert json.loads(format_card(file, "mix_0-4"))["notes"] == (
         "a: <lora:mix_0-4:0.25000:0.91230>\nb: <lora:mix_0-4:1.00000:-1.00000>"
     )
     assert "hyper_merge.text_multipliers" not in lora_metadata(FILE, "x", "")
 
 
 def test_the_only_lora_of_a_merge_needs_no_others():
-    description = json.loads(card(replace(FILE, count=1), "mix_0-4"))["description"]
+    description = json.loads(format_card(replace(FILE, count=1), "mix_0-4"))["description"]
     assert "other LoRAs" not in description
 
 
@@ -347,7 +353,7 @@ def test_the_cards_picture_lies_where_both_webuis_look_first(tmp_path):
 
 
 def test_the_hyper_models_card_names_its_checkpoints(tmp_path):
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         stage_checkpoint_card(outputs, tmp_path / "mix.safetensors", LINEAGE, overwrite=False)
     assert json.loads((tmp_path / "mix.json").read_text(encoding="utf-8")) == {
         "description": "Average of 2 checkpoints, which LoRAs of the same merge bring back.",
@@ -360,7 +366,7 @@ def test_a_card_of_the_users_own_stays_unless_overwriting_is_allowed(tmp_path):
     mine = tmp_path / "mix.png"
     mine.write_bytes(b"mine")
     for overwrite, stays in ((False, True), (True, False)):
-        with Outputs(overwrite=overwrite) as outputs:
+        with FileTransaction(overwrite=overwrite) as outputs:
             path = tmp_path / "mix.safetensors"
             stage_checkpoint_card(outputs, path, LINEAGE, overwrite=overwrite)
             (tmp_path / "mix.json").unlink(missing_ok=True)
@@ -394,7 +400,7 @@ def test_an_attention_that_hosts_change_only_whole_is_filled_with_zeros(tmp_path
     layers = (*ATTENTION, LINEAR)
     factors = {"te_k": (torch.ones(4, 2), torch.ones(2, 4)), "te_v": (torch.ones(4, 0),) * 2}
     path = tmp_path / "x.safetensors"
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         write_lora(outputs, path, layers, as_stored(layers, factors), FILE)
     tensors = load_file(path)
     ends = (".lora_up.weight", ".lora_down.weight", ".alpha")
@@ -420,7 +426,7 @@ def test_a_family_without_alphas_adds_the_plain_product(tmp_path):
     assert set(stored) == {"lora_te_q_proj.lora_up.weight", "lora_te_q_proj.lora_down.weight"}
     product = stored["lora_te_q_proj.lora_up.weight"] @ stored["lora_te_q_proj.lora_down.weight"]
     torch.testing.assert_close(product, up @ down)
-    found_up, found_down = as_hosts_add(
+    found_up, found_down = as_hosts_apply(
         *stored_factors(LINEAR, up, down, None, torch.float32), None
     )
     torch.testing.assert_close(found_up @ found_down, up @ down)

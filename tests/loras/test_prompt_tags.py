@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyper_merge.loras.prompt_tags import Tag, lora_names, parse_tags, prompt_word, tag, tags
+from hyper_merge.loras.prompt_tags import (
+    Tag,
+    format_tag,
+    format_tags,
+    lora_names,
+    parse_tags,
+    prompt_word,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}_[0-9]-[1-9][0-9]{0,2}", fullmatch=True)
 MULTIPLIERS = st.floats(-1e6, 1e6)
@@ -48,20 +55,26 @@ def test_loras_are_named_by_place_and_rank():
     ],
 )
 def test_a_tag_is_a_plain_decimal_number(multiplier, text):
-    assert tag("mix_0-128", multiplier) == f"<lora:mix_0-128:{text}>"
+    assert format_tag("mix_0-128", multiplier) == f"<lora:mix_0-128:{text}>"
 
 
 def test_the_text_encoders_own_number_stands_first():
-    assert tag("a", 0.5, -1) == "<lora:a:-1.00000:0.50000>"
+    assert format_tag("a", 0.5, -1) == "<lora:a:-1.00000:0.50000>"
     assert parse_tags("<lora:a:-1:.5>") == [Tag("a", multiplier=0.5, text_multiplier=-1.0)]
-    assert tags(["a", "b"], [1, 2], [3, 4]) == ("<lora:a:3.00000:1.00000> <lora:b:4.00000:2.00000>")
+    assert format_tags(["a", "b"], [1, 2], [3, 4]) == (
+        "<lora:a:3.00000:1.00000> <lora:b:4.00000:2.00000>"
+    )
 
 
 @settings(deadline=None)
 @given(st.dictionaries(NAMES, st.tuples(MULTIPLIERS, MULTIPLIERS), max_size=5), st.booleans())
 def test_tags_come_back_as_they_went(multipliers, separate):
     unet, text = ([pair[i] for pair in multipliers.values()] for i in (0, 1))
-    written = tags(list(multipliers), unet, text) if separate else tags(list(multipliers), unet)
+    written = (
+        format_tags(list(multipliers), unet, text)
+        if separate
+        else format_tags(list(multipliers), unet)
+    )
     prompt = f"a cat, (best:1.2) {written} [a:b:0.5]"
     found = parse_tags(prompt)
     assert [tag.name for tag in found] == list(multipliers)
@@ -74,12 +87,12 @@ def test_tags_come_back_as_they_went(multipliers, separate):
 @settings(deadline=None)
 @given(NAMES, MULTIPLIERS, MULTIPLIERS)
 def test_a_tag_that_was_read_is_written_the_same(name, multiplier, text_multiplier):
-    twice = tag(name, multiplier, text_multiplier)
-    assert tag(*parse_tags(twice)[0]) == twice
-    once = tag(name, multiplier)
+    twice = format_tag(name, multiplier, text_multiplier)
+    assert format_tag(*parse_tags(twice)[0]) == twice
+    once = format_tag(name, multiplier)
     read = parse_tags(once)[0]
     assert read.multiplier == read.text_multiplier
-    assert tag(*read[:2]) == once
+    assert format_tag(*read[:2]) == once
     assert "e" not in once.rpartition(":")[2]
     assert ":-0.00000>" not in once
 
@@ -101,22 +114,22 @@ def test_an_unreadable_tag_is_refused_as_it_stands(wrong):
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_a_multiplier_that_is_no_number_is_refused(wrong):
     with pytest.raises(ValueError, match=f"expected a finite multiplier for a, got {wrong}"):
-        tag("a", wrong)
+        format_tag("a", wrong)
     with pytest.raises(ValueError, match=f"expected a finite multiplier for a, got {wrong}"):
-        tag("a", 1.0, wrong)
+        format_tag("a", 1.0, wrong)
 
 
 @pytest.mark.parametrize("wrong", ["a:b", "a>", "<a", "a=b", "", "a\nb"])
 def test_a_name_that_would_end_the_tag_is_refused(wrong):
     with pytest.raises(ValueError, match="expected a name without : < > = and line breaks"):
-        tag(wrong, 1)
+        format_tag(wrong, 1)
 
 
 def test_each_lora_needs_its_multiplier():
     with pytest.raises(ValueError, match="zip"):
-        tags(["a", "b"], [1.0])
+        format_tags(["a", "b"], [1.0])
     with pytest.raises(ValueError, match="zip"):
-        tags(["a", "b"], [1.0, 2.0], [1.0])
+        format_tags(["a", "b"], [1.0, 2.0], [1.0])
 
 
 @settings(max_examples=200)
@@ -127,7 +140,7 @@ def test_any_text_becomes_a_word_that_prompts_and_file_systems_read_as_it_is(tex
     assert len(word) <= max(longest, len("checkpoint"))
     assert "__" not in word
     assert not word.endswith((" ", ".", "_"))
-    assert a1111(tag(f"mix_{word}", 1)) == [(f"mix_{word}", 1.0, 1.0)]
+    assert a1111(format_tag(f"mix_{word}", 1)) == [(f"mix_{word}", 1.0, 1.0)]
     assert prompt_word(word) == word
 
 

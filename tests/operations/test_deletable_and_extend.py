@@ -9,15 +9,15 @@ from tiny_family import load, merge, recipe, snapshot, write
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
 from hyper_merge.operations import deletable as safe
 from hyper_merge.operations import extend as absorbing
-from hyper_merge.operations.deletable import find_safety
-from hyper_merge.operations.extend import AbsorbOrder, run_absorb
+from hyper_merge.operations.deletable import find_deletable
+from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitOrder
+from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver import solve as solution
 
 
@@ -45,7 +45,7 @@ def new(tmp_path, state_of):
 
 
 def safety(folders, threshold=0.99):
-    return find_safety("mix", threshold, folders, Control())
+    return find_deletable("mix", threshold, folders, Progress())
 
 
 def test_each_original_is_held_against_the_threshold_and_none_is_deleted(own):
@@ -65,7 +65,7 @@ def test_each_original_is_held_against_the_threshold_and_none_is_deleted(own):
         assert each.everything == pytest.approx(row.explained * (1 - row.not_carried))
         assert each.everything < each.explained
     assert [each.vae_differs for each in found.verdicts] == [False, True, True]
-    text = safe.text(found)
+    text = safe.format_deletion_report(found)
     assert "nothing was deleted; that is up to you" in text
     assert text.count("comes back)") == 1
     assert snapshot(folders.models.parent) == before
@@ -90,7 +90,7 @@ def test_one_that_was_moved_is_found(own):
     (folders.models / "a.safetensors").rename(deeper / "a.safetensors")
     assert not safety(folders, 0.01).verdicts[0].safe
     new = load_run(folders, "mix")
-    run_fit(FitOrder("mix", deeper / "a.safetensors", name="x"), folders, Control())
+    run_fit(FitRequest("mix", deeper / "a.safetensors", name="x"), folders, Progress())
     found = safety(folders, 0.01).verdicts[0]
     assert (found.safe, found.path) == (True, deeper / "a.safetensors")  # its hash is known now
     assert new.name == "mix"
@@ -107,7 +107,7 @@ def test_nothing_is_safe_where_the_run_is_not_whole(own, what):
     assert found.problem
     assert not any(each.safe for each in found.verdicts)
     assert found.frees == 0
-    assert "nothing is safe to delete: " in safe.text(found)
+    assert "nothing is safe to delete: " in safe.format_deletion_report(found)
 
 
 def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
@@ -119,7 +119,7 @@ def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
         safety(folders)
     path.write_text(text)
     with pytest.raises(RunError, match='did you mean "mix"'):
-        find_safety("mxi", 0.99, folders, Control())
+        find_deletable("mxi", 0.99, folders, Progress())
 
 
 def test_a_lora_that_was_edited_since_makes_nothing_safe(own):
@@ -153,40 +153,40 @@ def test_a_link_frees_nothing(own):
 
 def test_fitted_checkpoints_are_held_against_it_too(own, new):
     _, folders = own
-    fitted = run_fit(FitOrder("mix", new, topup="99%"), folders, Control())
+    fitted = run_fit(FitRequest("mix", new, topup="99%"), folders, Progress())
     found = safety(folders, 0.5).verdicts[-1]
     assert (found.name, found.frees) == ("new.safetensors", new.stat().st_size)
     assert found.explained == fitted.explained > 0.99
-    again = run_fit(FitOrder("mix", new, name="again", topup="1%"), folders, Control())
+    again = run_fit(FitRequest("mix", new, name="again", topup="1%"), folders, Progress())
     own_again = run_fit(
-        FitOrder("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
+        FitRequest("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
         folders,
-        Control(),
+        Progress(),
     )
     found = safety(folders, 0.5)  # each file once, by what brings back most of it
     assert [each.name[:-12] for each in found.verdicts] == ["a", "b", "c", "new"]
     assert again.explained < fitted.explained == found.verdicts[-1].explained
     assert found.verdicts[-1].restored_as == "new"
     assert found.verdicts[0].explained == own_again.explained
-    assert "(restored as own)" in safe.text(found)
+    assert "(restored as own)" in safe.format_deletion_report(found)
     (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
     assert "mix_fit-new" in safety(folders, 0.5).problem
 
 
 def absorb(folders, *paths, **settings):
-    return run_absorb(AbsorbOrder("mix", paths, **settings), folders, Control())
+    return run_extend(ExtendRequest("mix", paths, **settings), folders, Progress())
 
 
 def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
     _, folders = own
     before = snapshot(folders.models.parent)
-    fitted = run_fit(FitOrder("mix", new), folders, Control())
+    fitted = run_fit(FitRequest("mix", new), folders, Progress())
     starts = []
     run_merge = absorbing.run_merge
 
-    def told(preflight, control, folders, start):
+    def told(preflight, progress, folders, start):
         starts.append(start)
-        return run_merge(preflight, control, folders, start)
+        return run_merge(preflight, progress, folders, start)
 
     monkeypatch.setattr(absorbing, "run_merge", told)
     merged = absorb(folders, new)
@@ -216,10 +216,10 @@ def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
 
     best_start = solution.best_start
     monkeypatch.setattr(solution, "best_start", told)
-    preflight = examine(recipe(files, tmp_path, allocation="even"))
-    run_merge(preflight, Control(), start={"unet": rows})
+    preflight = run_preflight(recipe(files, tmp_path, allocation="even"))
+    run_merge(preflight, Progress(), start={"unet": rows})
     (start,) = tried  # the text encoder has none
-    back = preflight.sources.contrasts.to_deviations @ start
+    back = preflight.inputs.contrasts.to_deviations @ start
     torch.testing.assert_close(back, torch.nn.functional.normalize(rows, dim=0))
 
 

@@ -20,21 +20,21 @@ from hyper_merge.errors import (
     RecipeError,
     RunError,
 )
-from hyper_merge.loras.lora_file import as_hosts_add
-from hyper_merge.loras.reader import StoredLora
+from hyper_merge.loras.lora_file import as_hosts_apply
+from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import WeightedSum
 from hyper_merge.operations import export
-from hyper_merge.operations.export import Export, describe, multipliers_of, run_export
+from hyper_merge.operations.export import ExportRequest, format_export, multipliers_of, run_export
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 LINEAR, POINT, CONV = "lora_te_text_model_a", "lora_unet_b", "lora_unet_c"
 
 
-def exported(folder, *checkpoints, run="mix", control=None, **settings):
-    wanted = Export(run, checkpoints or None, **settings)
-    return run_export(wanted, Folders.under(folder), control or Control())
+def exported(folder, *checkpoints, run="mix", progress=None, **settings):
+    wanted = ExportRequest(run, checkpoints or None, **settings)
+    return run_export(wanted, Folders.under(folder), progress or Progress())
 
 
 def sums(folder, row, run="mix"):
@@ -130,14 +130,14 @@ def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started
     assert (found["hyper_merge.name"], found["ss_output_name"]) == ("mix", "mix_b")
     assert found["ss_network_alpha"] == f"{one.rank}.0"
     assert float(found["hyper_merge.explained"]) == one.explained
-    sources = load_run(Folders.under(started), "mix").sources
+    inputs = load_run(Folders.under(started), "mix").inputs
     lineage = json.loads(found["hyper_merge.lineage"])
-    assert [s["sha256"] for s in lineage] == [source.sha256 for source in sources]
+    assert [s["sha256"] for s in lineage] == [source.sha256 for source in inputs]
     card = json.loads(one.path.with_suffix(".json").read_text())
     assert card["description"] == f"Turns mix into b, by itself; rank {one.rank}."
     assert card["sd version"] == "SD1"
     assert one.path.with_suffix(".png").exists()
-    said = describe([one], None)
+    said = format_export([one], None)
     assert said.endswith("To get b, load mix and put this into the prompt:\n<lora:mix_b:1.00000>")
     assert exported(started, "a.safetensors")[0].checkpoint == "a"
 
@@ -157,7 +157,7 @@ def test_a_cut_export_loses_the_singular_tail_and_says_how_much(in_float32, tmp_
     assert one.rank == rank
     # what it explains of the checkpoint is not known exactly
     assert ("hyper_merge.explained" in metadata(one.path)) is False
-    assert "lost by cutting" in describe([one], rank)
+    assert "lost by cutting" in format_export([one], rank)
 
 
 def test_companions_are_still_to_be_used_besides(files, tmp_path):
@@ -166,7 +166,7 @@ def test_companions_are_still_to_be_used_besides(files, tmp_path):
     row = row_of(tmp_path, "a")
     tags = load_run(Folders.under(tmp_path), "mix").report.tags(row).split()
     assert one.companions.split() == tags[2:] != []
-    assert describe([one], None).endswith(f"\n<lora:mix_a:1.00000> {one.companions}")
+    assert format_export([one], None).endswith(f"\n<lora:mix_a:1.00000> {one.companions}")
 
 
 def lora_file(path, ranks, alpha, dtype=torch.float32, seed=0):
@@ -208,7 +208,7 @@ def plain(path):
 def test_a_stored_lora_is_read_by_its_shapes_and_alphas(tmp_path, dtype, again, alpha):
     path = lora_file(tmp_path / "x.safetensors", (4, 1, 3), alpha, dtype)
     tensors = plain(path)
-    with StoredLora(path, SD1) as lora:
+    with LoraReader(path, SD1) as lora:
         assert lora.ranks == {LINEAR: 4, POINT: 1, CONV: 3}
         assert {name: layer.shape for name, layer in lora.modules.items()} == {
             LINEAR: (6, 5),
@@ -235,13 +235,13 @@ def test_a_lora_that_cannot_be_meant_is_refused(tmp_path, change, message):
     save_file(tensors, tmp_path / "x.safetensors")
     with (
         pytest.raises(CheckpointError, match=f"x.safetensors {message}"),
-        StoredLora(tmp_path / "x.safetensors", SD1) as lora,
+        LoraReader(tmp_path / "x.safetensors", SD1) as lora,
     ):
         lora.factors(LINEAR)
 
 
 def weighted(stack, paths, multipliers, rank=None):
-    loras = [stack.enter_context(StoredLora(path, SD1)) for path in paths]
+    loras = [stack.enter_context(LoraReader(path, SD1)) for path in paths]
     return WeightedSum(loras, lambda part: multipliers[part], rank)
 
 
@@ -274,7 +274,7 @@ def test_ranks_that_differ_in_every_layer_add_up_to_the_dense_sum(tmp_path, stac
         )
         for alpha in (None, 5):
             found = total.stored(layer, alpha, torch.float32)
-            up, down = (factor.double() for factor in as_hosts_add(*found.factors, alpha))
+            up, down = (factor.double() for factor in as_hosts_apply(*found.factors, alpha))
             torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-5)
             assert found.energy == pytest.approx(float(expected.square().sum()), rel=1e-9)
 
@@ -373,7 +373,7 @@ def test_a_missing_hyper_model_is_a_warning(started):
         started, lambda m: m.update(hyper_model=str(started / "Stable-diffusion/mix.safetensors"))
     )
     told = []
-    assert exported(started, "a", control=Control(warn=told.append))
+    assert exported(started, "a", progress=Progress(warn=told.append))
     assert [message.partition(" is missing or another file;")[2] for message in told] == [
         " these LoRAs go with no other"
     ]
@@ -426,12 +426,12 @@ def test_an_impossible_rank_is_refused(started, rank):
 @pytest.mark.parametrize("phase", ["checking", "folding", "writing"])
 def test_an_interrupt_at_any_moment_leaves_nothing(started, phase):
     told, before = [], snapshot(started)
-    control = Control(
+    progress = Progress(
         lambda words, _fraction: told.append(words),
         lambda: bool(told) and told[-1].startswith(phase),
     )
     with pytest.raises(InterruptedRun):
-        exported(started, control=control)
+        exported(started, progress=progress)
     assert snapshot(started) == before
     assert temporaries(started) == []
 
@@ -451,7 +451,7 @@ def test_all_exports_appear_or_none(started, monkeypatch):
 
 def test_progress_never_falls_and_ends_at_one(started):
     fractions = []
-    exported(started, control=Control(lambda _phase, fraction: fractions.append(fraction)))
+    exported(started, progress=Progress(lambda _phase, fraction: fractions.append(fraction)))
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_family import NORM, QUERY, UNET, VAE, write
 
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
-from hyper_merge.operations.inspect import describe, look_at, vaes_text
+from hyper_merge.operations.inspect import format_inspection, format_vaes, inspect_files
 
 
 def test_a_checkpoint_is_described(files):
-    row = look_at(files[0])
+    row = inspect_files(files[0])
     assert (row.name, row.path, row.problem) == ("a.safetensors", files[0], None)
     assert row.family == "Stable Diffusion 1.x"
     assert row.size == files[0].stat().st_size
@@ -25,40 +25,40 @@ def test_a_checkpoint_is_described(files):
 def test_one_vae_is_alike_in_every_type_and_kind_of_file(tmp_path, files, state_of, suffix):
     single = {key: tensor.float() for key, tensor in state_of(0).items()}  # exact
     copy = write(tmp_path / f"single.{suffix}", single)
-    assert look_at(copy).vae == look_at(files[0]).vae
+    assert inspect_files(copy).vae == inspect_files(files[0]).vae
     rounded = write(tmp_path / f"rounded.{suffix}", state_of(0, torch.float32))
-    assert look_at(rounded).vae == look_at(files[0]).vae
-    assert look_at(rounded).dtype == "fp32"
+    assert inspect_files(rounded).vae == inspect_files(files[0]).vae
+    assert inspect_files(rounded).dtype == "fp32"
 
 
 def test_another_vae_is_told_by_one_small_tensor(tmp_path, files, state_of):
     state = state_of(0)
     state[VAE] = state[VAE].clone()
     state[VAE].view(-1)[0] += 1
-    other = look_at(write(tmp_path / "other.safetensors", state))
-    first = look_at(files[0])
+    other = inspect_files(write(tmp_path / "other.safetensors", state))
+    first = inspect_files(files[0])
     assert other.vae != first.vae
-    assert vaes_text([first, first]) == "VAE: the same in all files"
-    assert vaes_text([first, other, first]) == (
+    assert format_vaes([first, first]) == "VAE: the same in all files"
+    assert format_vaes([first, other, first]) == (
         "VAE: not the same in all files: a.safetensors, a.safetensors / other.safetensors"
     )
 
 
 def test_a_checkpoint_without_vae_has_no_fingerprint(tmp_path, state_of):
     state = {k: t for k, t in state_of(0).items() if not k.startswith("first_stage_model.")}
-    row = look_at(write(tmp_path / "bare.safetensors", state))
+    row = inspect_files(write(tmp_path / "bare.safetensors", state))
     assert row.vae is None
-    assert vaes_text([row, row]) == "VAE: in none of the files"
+    assert format_vaes([row, row]) == "VAE: in none of the files"
 
 
 def test_only_the_vaes_small_tensors_are_read(tmp_path, state_of, monkeypatch):
     big = "first_stage_model.decoder.big.weight"
     path = write(tmp_path / "a.safetensors", state_of(0) | {big: torch.zeros(4097).half()})
-    read, tensor = [], Checkpoint.tensor
+    read, tensor = [], CheckpointReader.tensor
     monkeypatch.setattr(
-        Checkpoint, "tensor", lambda self, key: read.append(key) or tensor(self, key)
+        CheckpointReader, "tensor", lambda self, key: read.append(key) or tensor(self, key)
     )
-    look_at(path)
+    inspect_files(path)
     assert VAE in read
     assert big not in read
     assert all(key.startswith("first_stage_model.") for key in read)
@@ -69,8 +69,8 @@ def test_types_are_those_of_what_is_merged_most_values_first(tmp_path, state_of)
     mixed[NORM] = mixed[NORM].float()
     mixed["model_ema.decay"] = torch.zeros(3).double()
     mixed["betas"] = torch.zeros(1000).double()
-    assert look_at(write(tmp_path / "m.safetensors", mixed)).dtype == "mixed: fp16, fp32"
-    brain = look_at(write(tmp_path / "b.safetensors", state_of(0, torch.bfloat16)))
+    assert inspect_files(write(tmp_path / "m.safetensors", mixed)).dtype == "mixed: fp16, fp32"
+    brain = inspect_files(write(tmp_path / "b.safetensors", state_of(0, torch.bfloat16)))
     assert brain.dtype == "bf16"
 
 
@@ -78,7 +78,7 @@ def test_a_family_that_is_not_supported_has_its_name_and_a_problem(tmp_path):
     path = write(
         tmp_path / "f.safetensors", {f"{UNET}distilled_guidance_layer.x": torch.zeros(2, 2)}
     )
-    row = look_at(path)
+    row = inspect_files(path)
     assert row.problem.startswith("f.safetensors is a Chroma checkpoint, which cannot be merged;")
     assert (row.family, row.dtype, row.vae, len(row.legacy_hash)) == ("Chroma", "fp32", None, 8)
 
@@ -97,7 +97,7 @@ def test_a_bad_file_has_a_row_with_its_problem(tmp_path, name):
     content, words = BAD[name]
     path = tmp_path / name
     path.write_bytes(content)
-    row = look_at(path)
+    row = inspect_files(path)
     assert (row.name, row.size, row.family, row.dtype, row.vae) == (
         name,
         len(content),
@@ -107,36 +107,36 @@ def test_a_bad_file_has_a_row_with_its_problem(tmp_path, name):
     )
     assert words in row.problem
     with pytest.raises(CheckpointError) as caught:
-        describe([path])
+        format_inspection([path])
     assert str(caught.value) == row.problem
 
 
 def test_what_is_no_file_has_a_row_with_its_problem(tmp_path):
-    missing = look_at(tmp_path / "gone.safetensors")
+    missing = inspect_files(tmp_path / "gone.safetensors")
     assert (missing.size, missing.problem) == (0, f"{missing.path} does not exist; check the path")
-    assert "is a folder" in look_at(tmp_path).problem
-    assert "is not a path" in look_at(tmp_path / "a\0b.safetensors").problem
+    assert "is a folder" in inspect_files(tmp_path).problem
+    assert "is not a path" in inspect_files(tmp_path / "a\0b.safetensors").problem
     link = tmp_path / "loop.safetensors"
     link.symlink_to(link)
-    assert "cannot be read" in look_at(link).problem
+    assert "cannot be read" in inspect_files(link).problem
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
 def test_an_unreadable_file_has_a_row_with_its_problem(tmp_path, state_of):
     path = write(tmp_path / "b.safetensors", state_of(1))
     path.chmod(0)
-    assert "permission denied" in look_at(path).problem
+    assert "permission denied" in inspect_files(path).problem
 
 
 def test_a_lora_is_named(tmp_path):
     path = write(tmp_path / "l.safetensors", {"lora_unet_x.lora_up.weight": torch.zeros(4, 4)})
-    assert look_at(path).problem.startswith("l.safetensors is a LoRA; choose checkpoints of")
+    assert inspect_files(path).problem.startswith("l.safetensors is a LoRA; choose checkpoints of")
 
 
 def test_values_that_cannot_be_averaged_are_a_problem(tmp_path, state_of):
     path = write(
         tmp_path / "q.safetensors", state_of(0) | {QUERY: torch.zeros(16, 16).to(torch.int8)}
     )
-    row = look_at(path)
+    row = inspect_files(path)
     assert row.family == "Stable Diffusion 1.x"
     assert "in a type that cannot be averaged" in row.problem

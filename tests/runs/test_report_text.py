@@ -9,8 +9,8 @@ from sample_report import REPORT
 from tiny_family import layers_of, merge
 
 from hyper_merge.runs.report import Report
-from hyper_merge.runs.report_text import text
-from hyper_merge.solver.evaluation import Fit
+from hyper_merge.runs.report_text import format_report
+from hyper_merge.solver.evaluation import Evaluation
 
 TABLE = """\
 mix: 2 checkpoints, 2 shared LoRAs
@@ -39,18 +39,18 @@ not carried by LoRAs, as a share of all differences: norms 0.500%, VAE 0.000%
 
 
 def test_the_table_is_laid_out_for_people():
-    assert text(REPORT) == TABLE
+    assert format_report(REPORT) == TABLE
 
 
 def test_the_greedy_method_counts_blocks_not_sweeps():
     greedy = Report(**dict(vars(REPORT), method="greedy", losses=(0.5,)))
-    assert "\n  by blocks, before rounding: 0.5000\n" in text(greedy)
+    assert "\n  by blocks, before rounding: 0.5000\n" in format_report(greedy)
 
 
 def test_the_table_of_a_report_of_the_first_version_has_no_more_than_it_knew():
     old = Report(**dict(vars(REPORT), curve=(), similarity=(), parts=()))
-    assert "the first LoRAs" not in text(old)
-    assert "sections" not in text(old)
+    assert "the first LoRAs" not in format_report(old)
+    assert "sections" not in format_report(old)
 
 
 def test_a_report_comes_back_from_the_manifest():
@@ -103,11 +103,11 @@ def test_shares_of_chosen_layers_and_of_nothing():
     errors = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).double()
     energies = torch.tensor([[4.0, 0.0], [6.0, 0.0]]).double()
     nothing = torch.zeros(2, 2)
-    fit = Fit({"unet": torch.zeros(2, 1).double()}, errors, energies, nothing)
+    fit = Evaluation({"unet": torch.zeros(2, 1).double()}, errors, energies, nothing)
     assert fit.loss == pytest.approx(0.4)
     assert fit.explained().tolist() == pytest.approx([0.6, 1.0])
     assert fit.explained(torch.tensor([True, False])).tolist() == pytest.approx([0.75, 1.0])
-    assert Fit({"unet": torch.zeros(2, 1)}, 0 * errors, 0 * energies, nothing).loss == 0
+    assert Evaluation({"unet": torch.zeros(2, 1)}, 0 * errors, 0 * energies, nothing).loss == 0
 
 
 def test_the_baselines_stand_in_their_order(merged):

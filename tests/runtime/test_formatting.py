@@ -3,7 +3,7 @@
 import pytest
 
 from hyper_merge.runs.folders import SIZE_LIMIT
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ from hyper_merge.runtime.formatting import size_text
     ],
 )
 def test_a_size_is_said_in_decimal_units(count, words):
-    assert size_text(count) == words
+    assert format_size(count) == words

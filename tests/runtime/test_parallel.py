@@ -2,7 +2,7 @@
 
 import torch
 
-from hyper_merge.runtime.parallel import workers
+from hyper_merge.runtime.parallel import parallel_map
 
 
 def test_factorisations_are_the_same_bit_for_bit_whichever_worker_takes_them():
@@ -14,7 +14,7 @@ def test_factorisations_are_the_same_bit_for_bit_whichever_worker_takes_them():
     try:
         found = []
         for _ in range(30):  # each with workers of its own
-            with workers(torch.device("cpu"), lambda: None) as each:
+            with parallel_map(torch.device("cpu"), lambda: None) as each:
                 found.append(torch.stack([q for q, _ in each(torch.linalg.qr, matrices)]))
         assert all(torch.equal(other, found[0]) for other in found)
     finally:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.runtime.parallel import workers
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
 
 CPU = torch.device("cpu")
 
@@ -21,15 +21,15 @@ class Recorder:
         self.wish = False
 
     @property
-    def control(self):
-        return Control(lambda phase, x: self.told.append((phase, x)), lambda: self.wish)
+    def progress(self):
+        return Progress(lambda phase, x: self.told.append((phase, x)), lambda: self.wish)
 
 
 def test_parts_take_fractions_in_proportion_to_their_costs():
     recorder = Recorder()
-    for part in recorder.control.split([1, 0, 2, 7]):
-        part.step("begin", 0)
-        part.step("end", 1)
+    for part in recorder.progress.split([1, 0, 2, 7]):
+        part.report("begin", 0)
+        part.report("end", 1)
     assert [x for _, x in recorder.told] == pytest.approx([0, 0.1, 0.1, 0.1, 0.1, 0.3, 0.3, 1])
     assert recorder.told[-1][1] == 1
     assert [x for _, x in recorder.told] == sorted(x for _, x in recorder.told)
@@ -37,40 +37,40 @@ def test_parts_take_fractions_in_proportion_to_their_costs():
 
 def test_parts_without_any_cost_are_no_error():
     recorder = Recorder()
-    for part in recorder.control.split([0, 0]):
-        part.step("x", 1)
+    for part in recorder.progress.split([0, 0]):
+        part.report("x", 1)
     assert recorder.told == [("x", 0), ("x", 0)]
 
 
 def test_a_tally_tells_what_is_done_and_never_more_than_an_item_costs():
     recorder = Recorder()
-    tally = recorder.control.tally("work", {"a": 3, "b": 1})
-    tally.add("a", 1)
-    tally.tell()
-    tally.add("a", 100)
-    tally.tell()
-    tally.finish("b")
+    counter = recorder.progress.counter("work", {"a": 3, "b": 1})
+    counter.add("a", 1)
+    counter.tell()
+    counter.add("a", 100)
+    counter.tell()
+    counter.finish("b")
     assert recorder.told == [("work", 0.25), ("work", 0.75), ("work", 1.0)]
 
 
 def test_a_tally_without_cost_is_no_error():
     recorder = Recorder()
-    recorder.control.tally("work", {}).tell()
-    recorder.control.tally("work", {"a": 0.0}).finish("a")
+    recorder.progress.counter("work", {}).tell()
+    recorder.progress.counter("work", {"a": 0.0}).finish("a")
     assert recorder.told == [("work", 0.0)] * 2
 
 
 def test_who_counts_hears_the_wish_to_stop_and_that_the_block_was_left():
     recorder = Recorder()
-    with recorder.control.tally("work", {"a": 1}) as tally:
+    with recorder.progress.counter("work", {"a": 1}) as counter:
         recorder.wish = True
         with pytest.raises(InterruptedRun):
-            tally.add("a", 1)
+            counter.add("a", 1)
         with pytest.raises(InterruptedRun):
-            tally.tell()
+            counter.tell()
         recorder.wish = False
     with pytest.raises(InterruptedRun):
-        tally.add("a", 1)
+        counter.add("a", 1)
     assert recorder.told == []
 
 
@@ -84,7 +84,7 @@ def test_a_map_asks_for_every_item_and_begins_none_after_an_error(device):
             raise KeyboardInterrupt
 
     def run():
-        with workers(device, check) as each:
+        with parallel_map(device, check) as each:
             return list(each(begun.append, range(100)))
 
     with pytest.raises(KeyboardInterrupt):
@@ -103,24 +103,24 @@ def test_a_map_asks_while_it_waits_for_a_long_item():
         if len(asked) == 4:
             stop.set()
 
-    with workers(CPU, check) as each:
+    with parallel_map(CPU, check) as each:
         assert list(each(stop.wait, [30])) == [True]
     assert asked[-1] - asked[0] < 10
 
 
 def test_an_error_of_the_run_ends_an_item_that_counts():
     """As with Ctrl-C, which only the main thread hears."""
-    control, begun = Control(), threading.Event()
-    tally = control.tally("work", {"a": 1})
+    progress, begun = Progress(), threading.Event()
+    counter = progress.counter("work", {"a": 1})
 
     def endless(item):
         while True:
-            tally.add(item, 0.001)
+            counter.add(item, 0.001)
             begun.set()
 
     def check():
         if begun.is_set():
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), workers(CPU, check) as each, tally:
+    with pytest.raises(KeyboardInterrupt), parallel_map(CPU, check) as each, counter:
         list(each(endless, ["a"]))

@@ -10,11 +10,11 @@ from tiny_family import merge
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import largest_value
-from hyper_merge.decomposition.normalization import balanced
+from hyper_merge.decomposition.normalization import balance
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.loras.lora_file import as_hosts_add, stored_factors
+from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 from hyper_merge.solver import float8
-from hyper_merge.solver.float8 import Target, float8_alpha, refitted
+from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
 
 FLOAT8 = torch.float8_e4m3fn
 LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
@@ -28,7 +28,7 @@ def generator_of(seed=0):
 def blocks_of(ranks=RANKS, seed=0):
     generator = generator_of(seed)
     return [
-        balanced(
+        balance(
             torch.randn(60, rank, generator=generator), torch.randn(rank, 50, generator=generator)
         )
         if rank
@@ -48,7 +48,7 @@ def dense_error(target, stored, alphas):
     for core, row in zip(target.slices.double(), target.multipliers, strict=True):
         rest = left @ core @ right.mT
         for pair, alpha, x in zip(stored, alphas, row.tolist(), strict=True):
-            up, down = (part.double() for part in as_hosts_add(*pair, alpha))
+            up, down = (part.double() for part in as_hosts_apply(*pair, alpha))
             rest = rest - x * up @ down
         total += float(rest.square().sum())
     return total
@@ -63,7 +63,7 @@ def cancelling(seed=0):
         x.float()[:, None, None] * (up @ down)
         for x, (up, down) in zip(multipliers.mT, pairs, strict=True)
     )
-    return Target(slices, (torch.eye(60), torch.eye(50)), multipliers), pairs
+    return RefitTarget(slices, (torch.eye(60), torch.eye(50)), multipliers), pairs
 
 
 def rounded_to_float8(pairs, alphas):
@@ -112,7 +112,7 @@ def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(
     target, pairs = cancelling(seed)
     alphas = alphas_of(pairs)
     stored = rounded_to_float8(pairs, alphas)
-    again = refitted(target, LAYER, stored, alphas)
+    again = refit(target, LAYER, stored, alphas)
     before, after = (dense_error(target, each, alphas) for each in (stored, again))
     energy = float(target.slices.double().square().sum())
     assert 1e-3 < before / energy < 0.1
@@ -126,7 +126,7 @@ def test_ups_and_downs_are_those_of_dense_least_squares_beyond_the_bases_too(mon
     bases = [torch.linalg.qr(torch.randn(n, 20, generator=generator))[0] for n in (60, 50)]
     slices = torch.randn(2, 20, 20, generator=generator)
     multipliers = torch.randn(2, len(RANKS), generator=generator).double()
-    target = Target(slices, tuple(bases), multipliers)
+    target = RefitTarget(slices, tuple(bases), multipliers)
     pairs = blocks_of(seed=2)  # not in the bases
     dense = [(bases[0] @ core @ bases[1].mT).double() for core in slices]
     downs = torch.cat([down for _, down in pairs]).double()
@@ -148,8 +148,8 @@ def test_a_fit_that_leaves_the_range_is_not_made():
     target, pairs = cancelling()
     alphas = alphas_of(pairs)
     stored = rounded_to_float8(pairs, alphas)
-    larger = Target(3 * target.slices, target.bases, target.multipliers)
-    again = refitted(larger, LAYER, stored, alphas)
+    larger = RefitTarget(3 * target.slices, target.bases, target.multipliers)
+    again = refit(larger, LAYER, stored, alphas)
     assert all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         for one, two in zip(stored, again, strict=True)
@@ -168,7 +168,7 @@ def test_a_stop_is_heard_between_the_fits():
             raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):
-        refitted(target, LAYER, rounded_to_float8(pairs, alphas), alphas, stop)
+        refit(target, LAYER, rounded_to_float8(pairs, alphas), alphas, stop)
 
 
 def test_the_second_fit_heeds_how_much_each_checkpoint_counts(files, tmp_path, monkeypatch):

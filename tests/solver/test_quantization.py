@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import added, layers_of, load, merge, part_multiplier, recipe, tags_of
 
-from hyper_merge.analysis.loss_weights import Weighting
+from hyper_merge.analysis.loss_weights import LossWeights
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.decomposition.normalization import balanced
+from hyper_merge.decomposition.normalization import balance
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.loras.lora_file import (
-    as_hosts_add,
+    as_hosts_apply,
     as_lora_weights,
     lora_bytes,
     lora_tensors,
@@ -26,11 +26,11 @@ from hyper_merge.loras.lora_file import (
 )
 from hyper_merge.loras.metadata import Lineage, LoraFile, lora_metadata
 from hyper_merge.loras.prompt_tags import Tag
-from hyper_merge.operations.merge.preflight import examine
-from hyper_merge.runtime.progress import Control
+from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.float8 import float8_alpha
-from hyper_merge.solver.quantization import rounded
-from hyper_merge.solver.solve import Found
+from hyper_merge.solver.quantization import quantize
+from hyper_merge.solver.solve import LowRankSolution
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = ("float16", "bfloat16", "float32", "float8")
@@ -79,7 +79,7 @@ def factor_types(merged):
 def random_factors(size, rank, seed=0, layer=LAYER):
     """A balanced pair whose product has the largest singular value `size`."""
     generator = torch.Generator().manual_seed(seed)
-    up, down = balanced(
+    up, down = balance(
         torch.randn(layer.m, rank, generator=generator),
         torch.randn(rank, layer.n, generator=generator),
     )
@@ -175,7 +175,7 @@ def test_a_layer_far_smaller_than_the_files_largest_is_kept(share):
     alpha = float8_alpha(8 * 1.0)
     up, down = random_factors(share, 8)
     stored_up, stored_down = stored_factors(LAYER, up, down, alpha, FLOAT8)
-    found_up, found_down = as_hosts_add(stored_up, stored_down, alpha)
+    found_up, found_down = as_hosts_apply(stored_up, stored_down, alpha)
     error = float((found_up @ found_down - up @ down).norm() / (up @ down).norm())
     assert 0.005 < error < (0.06 if share > 1e-5 else 0.25)
 
@@ -238,15 +238,17 @@ def test_a_block_without_any_rank_in_a_layer_is_no_obstacle_in_float8():
         rounding=lambda index: torch.zeros(layers[index].m, layers[index].n),
         bases=lambda index: bases[index],
     )
-    found = Found({0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ())
+    found = LowRankSolution(
+        {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()
+    )
     ones = torch.ones(2).double()
-    weighting = Weighting(ones, None, torch.tensor([[2.0], [-1.0]]).double(), ones)
+    weighting = LossWeights(ones, None, torch.tensor([[2.0], [-1.0]]).double(), ones)
     stored = (5.0, 3.0), FLOAT8
-    blocks = rounded(analysis, found, {"unet": [0, 1]}, stored, weighting, Control())
+    blocks = quantize(analysis, found, {"unet": [0, 1]}, stored, weighting, Progress())
     assert blocks.ranks == [(5, 0), (0, 0)]
     assert blocks.alphas == (float8_alpha(2 * 5 * 3.0), 1.0)
     assert {t.dtype for pairs in blocks.factors for pair in pairs for t in pair} == {FLOAT8}
-    up, down = as_hosts_add(*blocks.factors[0][0], blocks.alphas[0])
+    up, down = as_hosts_apply(*blocks.factors[0][0], blocks.alphas[0])
     torch.testing.assert_close(up @ down, 2 * pairs[0][0] @ pairs[0][1], atol=0.05, rtol=0.1)
 
 
@@ -255,7 +257,7 @@ def test_float8_takes_half_of_the_bytes_of_float16(files, stored, tmp_path):
     for word in ("float16", "float8"):
         tensors = [t for path in stored[word].loras for t in load_file(path).items()]
         sizes[word] = sum(t.nbytes for key, t in tensors if not key.endswith(".alpha"))
-        estimate = examine(
+        estimate = run_preflight(
             recipe(files, tmp_path, dtype="float32", lora_dtype=word, allocation="even")
         ).estimate
         assert estimate.loras == sum(t.nbytes for _, t in tensors)
@@ -264,7 +266,7 @@ def test_float8_takes_half_of_the_bytes_of_float16(files, stored, tmp_path):
 
 def test_the_same_bytes_pay_for_twice_the_ranks(files, tmp_path):
     allowances = [
-        examine(recipe(files, tmp_path, lora_dtype=word, ranks=ranks)).allowance
+        run_preflight(recipe(files, tmp_path, lora_dtype=word, ranks=ranks)).allowance
         for word, ranks in (("float16", (4, 2)), ("float8", (8, 4)))
     ]
     assert [2 * cost for cost in allowances[1].costs] == list(allowances[0].costs)
@@ -298,8 +300,10 @@ def test_a_family_without_alphas_refuses_float8_before_any_work(tmp_path):
         " none; choose float16 or bfloat16"
     )
     with pytest.raises(RecipeError, match=message):
-        examine(recipe(models, tmp_path, lora_dtype="float8"))
-    assert examine(recipe(models, tmp_path, lora_dtype="bfloat16")).lora_dtype == torch.bfloat16
+        run_preflight(recipe(models, tmp_path, lora_dtype="float8"))
+    assert (
+        run_preflight(recipe(models, tmp_path, lora_dtype="bfloat16")).lora_dtype == torch.bfloat16
+    )
 
 
 def test_the_hyper_model_itself_is_never_of_8_bits(files, tmp_path):

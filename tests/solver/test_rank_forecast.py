@@ -3,13 +3,13 @@
 import torch
 from torch.testing import assert_close
 
-from hyper_merge.solver.rank_forecast import Prospects
+from hyper_merge.solver.rank_forecast import RankForecast
 
 
 def two_layers(weights):
     """Two checkpoints, one direction between them, and layers with energies 5 and 4."""
     values = (torch.tensor([4.0, 1.0]).double(), torch.tensor([3.0, 1.0]).double())
-    return Prospects(
+    return RankForecast(
         names=("a", "b"),
         mixtures=tuple((each,) for each in values),
         private=tuple((each / 2, each / 2) for each in values),

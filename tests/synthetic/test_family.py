@@ -8,7 +8,7 @@ from narrow_layouts import NARROW
 from safetensors.torch import load_file
 
 from hyper_merge.checkpoints.architectures.detection import require_supported
-from hyper_merge.checkpoints.prediction_type import with_prediction
+from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.synthetic.writer import NARROW as SPEC
 from hyper_merge.synthetic.writer import FamilySpec, write_family
@@ -26,7 +26,7 @@ SMALL = replace(SPEC, count=2, width=16, context=24, vocabulary=20, vae_width=4,
 def test_a_family_is_told_as_what_it_is_made_to_be(tmp_path, name, spec):
     paths = write_family(tmp_path, spec)
     header = read_header(paths[0])
-    assert with_prediction(header, require_supported(header)).name == name
+    assert with_prediction_type(header, require_supported(header)).name == name
     first, second = (load_file(path) for path in paths)
     assert {key: tuple(tensor.shape) for key, tensor in first.items()} == NARROW[name]()
     for key, tensor in first.items():

@@ -10,7 +10,7 @@ from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.synthetic.checkpoint_layouts import TEXT_PREFIX, UNET_PREFIX, sd1_layout
-from hyper_merge.synthetic.family import Plan, weights
+from hyper_merge.synthetic.family import FamilyPlan, weights
 from hyper_merge.synthetic.presets import KINDS, narrow
 from hyper_merge.synthetic.writer import NARROW, FamilySpec, mixture, tensors, write_family
 
@@ -49,7 +49,7 @@ def plans_of(spec):
     header = Header(Path("planned.safetensors"), infos, metadata={}, size=0, mtime_ns=0)
     layout = layout_of(header, require_supported(header))
     keys = [*(layer.key for layer in layout.layers[::9]), *OTHERS]
-    return [Plan(key, infos[key], layout.treatments[key]) for key in keys]
+    return [FamilyPlan(key, infos[key], layout.treatments[key]) for key in keys]
 
 
 def numbers(spec):  # key -> (k, *shape)

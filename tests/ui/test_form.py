@@ -7,7 +7,7 @@ import pytest
 from at_the_tab import FORM, NAMES
 
 from hyper_merge.errors import CheckpointError, RecipeError
-from hyper_merge.recipe.parsing import Wish
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe
 from hyper_merge.ui.form import (
     BASE_AVERAGE,
@@ -157,7 +157,7 @@ def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
         allocation="where they bring back most",
         layer_weights="relative to each layer's size",
     )
-    assert found.topup == Wish(share=0.95)
+    assert found.topup == PrivateLoraTarget(share=0.95)
     assert found.multipliers == "shared"
     assert found.fit_weights == (1.0, 2.0, 1.0)
     assert (found.allocation, found.layer_weights) == ("adaptive", "relative")

@@ -275,7 +275,7 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
     webui.load_scripts()
     webui.create_ui()
     process_jobs()._known.clear()
-    job = process_jobs().start("mix", lambda task, control: "", webui.host().log)
+    job = process_jobs().start("mix", lambda task, progress: "", webui.host().log)
     ended(process_jobs())
     webui.load_scripts()
     page = webui.create_ui()

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from hyper_merge.checkpoints.architectures.families import FAMILIES, KINDS, family_of
+from hyper_merge.checkpoints.architectures.families import FAMILIES, KINDS, match_family
 from hyper_merge.checkpoints.architectures.layout import is_position_ids
-from hyper_merge.checkpoints.architectures.signatures import Structure
-from hyper_merge.checkpoints.architectures.spec import Family, Part, PartName
-from hyper_merge.checkpoints.architectures.unsupported import DISGUISED, PARTIAL, Stranger
+from hyper_merge.checkpoints.architectures.signatures import KeySignature
+from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
+from hyper_merge.checkpoints.architectures.unsupported import DISGUISED, PARTIAL, UnsupportedModel
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.errors import FamilyError
 
-__all__ = ["FAMILIES", "Family", "Part", "PartName", "identify", "require_supported"]
+__all__ = ["FAMILIES", "Family", "NetworkPart", "PartName", "detect_family", "require_supported"]
 
 
-def identify(header: Header) -> Family:
+def detect_family(header: Header) -> Family:
     """The family of a checkpoint, supported or not.
 
     Raises:
         FamilyError: the file is no checkpoint (a LoRA, a VAE, ...), or of an unknown architecture.
     """
-    structure = Structure.of(header)
+    structure = KeySignature.of(header)
     _refuse(header, structure, DISGUISED)
-    family = family_of(structure)
+    family = match_family(structure)
     if family is not None:
         return family
     _refuse(header, structure, PARTIAL)
@@ -42,7 +42,7 @@ def require_supported(header: Header) -> Family:
         FamilyError: no checkpoint, of a family that is not supported, or stored in types that
             cannot be averaged.
     """
-    family = identify(header)
+    family = detect_family(header)
     if not family.supported:
         raise FamilyError(
             f"{header.name} is a {family.title} checkpoint, which cannot be merged;"
@@ -52,7 +52,7 @@ def require_supported(header: Header) -> Family:
     return family
 
 
-def _refuse(header: Header, structure: Structure, strangers: Iterable[Stranger]) -> None:
+def _refuse(header: Header, structure: KeySignature, strangers: Iterable[UnsupportedModel]) -> None:
     for stranger in strangers:
         if stranger.matches(structure):
             raise FamilyError(f"{header.name} is {stranger.title}; choose checkpoints of {KINDS}")

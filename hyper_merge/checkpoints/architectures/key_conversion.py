@@ -13,8 +13,8 @@ from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.architectures.families import family_of
-from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, Structure
+from hyper_merge.checkpoints.architectures.families import match_family
+from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, KeySignature
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 
 _WEIGHT: Final = ".weight"
@@ -36,7 +36,7 @@ _SCALING: Final = (*_SCALED, ".scale_input", ".input_scale", ".comfy_quant")
 class _Rename:
     """Prefixes that stand for others in some files."""
 
-    applies: Callable[[Structure], bool]
+    applies: Callable[[KeySignature], bool]
     prefixes: tuple[tuple[str, str], ...]  # in the file, usual
     but: tuple[str, ...] = ()  # keys that begin so stay
 
@@ -60,24 +60,24 @@ _RENAMES: Final = (
 )
 
 
-def usual(header: Header) -> Header:
+def to_usual_keys(header: Header) -> Header:
     """The header with the usual keys and shapes, its scales taken in; itself if that changes nothing.
 
     A weight that has a scale is of float32 then; `Checkpoint.tensor` makes it so, and the shape.
     """
-    structure = Structure.of(header)
+    structure = KeySignature.of(header)
     header = _joined(header) if structure.mentions(*_SCALED) else header
     for rename in _RENAMES:
         if rename.applies(structure):
             header = _renamed(header, rename)
-            structure = Structure.of(header)
+            structure = KeySignature.of(header)
     shapes = dict(_shapes(header, structure))
     return _reshaped(header, shapes) if shapes else header
 
 
-def _shapes(header: Header, structure: Structure) -> Iterator[tuple[str, Shape]]:
+def _shapes(header: Header, structure: KeySignature) -> Iterator[tuple[str, Shape]]:
     """The usual shape of every projection that some tool saved in the other one."""
-    family = family_of(structure)
+    family = match_family(structure)
     projections = [key for key in header.tensors if key.endswith(_PROJECTIONS)]
     for part in family.parts if family else ():
         for key in projections:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.sections import OTHER
-from hyper_merge.checkpoints.architectures.spec import Family, Part, PartName
+from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 
@@ -96,7 +96,7 @@ def layout_of(header: Header, family: Family) -> Layout:
     return Layout(family, layers, treatments)
 
 
-def kind_of(key: str, layout: Layout) -> str:
+def kind_of_tensor(key: str, layout: Layout) -> str:
     """A word for people: what a tensor that no LoRA carries is; "layers" for one that a LoRA does."""
     treatment = layout.treatments[key]
     if treatment is Treatment.VAE:
@@ -147,7 +147,7 @@ def position_ids(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[-1]).expand(shape).contiguous()
 
 
-def _layers(header: Header, part: Part) -> Iterator[Layer]:
+def _layers(header: Header, part: NetworkPart) -> Iterator[Layer]:
     keys = (key for key in header.tensors if key.startswith(part.prefix))
     for key in sorted(keys, key=_natural):
         info = header.tensors[key]

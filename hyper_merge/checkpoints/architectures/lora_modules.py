@@ -108,12 +108,12 @@ def open_clip(path: str, shape: Shape, layers: int | None = None) -> tuple[Modul
     )
 
 
-def matching(path: str, shape: Shape, names: str) -> tuple[Module, ...]:
+def modules_matching(path: str, shape: Shape, names: str) -> tuple[Module, ...]:
     """The matrices whose whole path matches a regular expression, in the checkpoint's spelling."""
     return (Module(path, shape),) if re.fullmatch(names, path) else ()
 
 
-def none(path: str, shape: Shape) -> tuple[Module, ...]:  # noqa: ARG001 - the form of a rule
+def no_modules(path: str, shape: Shape) -> tuple[Module, ...]:  # noqa: ARG001 - the form of a rule
     """A network that no loader knows LoRA modules of."""
     return ()
 

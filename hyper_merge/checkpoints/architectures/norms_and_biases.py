@@ -15,7 +15,7 @@ _BIAS: Final = ".bias"
 
 
 @dataclass(frozen=True)
-class Vector:
+class NormOrBias:
     """A tensor of one dimension and the key of its change in a LoRA file."""
 
     key: str  # in the checkpoint
@@ -24,7 +24,7 @@ class Vector:
     size: int
 
 
-def vectors_of(header: Header, layout: Layout, *, biases: bool) -> tuple[Vector, ...]:
+def norms_and_biases_of(header: Header, layout: Layout, *, biases: bool) -> tuple[NormOrBias, ...]:
     """The norms of the UNet that have both scales and biases, and on demand the layers' biases.
 
     Named by the checkpoint's own spelling, which A1111, Forge and ComfyUI all take for these.
@@ -42,10 +42,10 @@ def vectors_of(header: Header, layout: Layout, *, biases: bool) -> tuple[Vector,
             name = part.lora_prefix + stem.removeprefix(part.prefix).replace(".", "_")
             bias = header.tensors[stem + _BIAS]
             if weight_dimensions == 1:
-                found.append(Vector(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
-                found.append(Vector(stem + _BIAS, name + ".b_norm", "norms", bias.numel))
+                found.append(NormOrBias(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
+                found.append(NormOrBias(stem + _BIAS, name + ".b_norm", "norms", bias.numel))
             elif biases:
-                found.append(Vector(stem + _BIAS, name + ".diff_b", "biases", bias.numel))
+                found.append(NormOrBias(stem + _BIAS, name + ".diff_b", "biases", bias.numel))
     return tuple(found)
 
 

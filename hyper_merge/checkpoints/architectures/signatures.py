@@ -28,16 +28,16 @@ _PER_LEVEL: Final = 3  # two residual blocks and the downsampler
 
 
 @dataclass(frozen=True)
-class Structure:
+class KeySignature:
     """The keys of a file and their shapes."""
 
     shapes: Mapping[str, Shape | None]  # None: of a type that torch does not know
 
     @staticmethod
-    def of(header: Header) -> Structure:
+    def of(header: Header) -> KeySignature:
         """The structure of a file; tensors of unknown types count as keys."""
         known = {key: info.shape for key, info in header.tensors.items()}
-        return Structure({**known, **dict.fromkeys(header.unsupported)})
+        return KeySignature({**known, **dict.fromkeys(header.unsupported)})
 
     def has(self, *prefixes: str) -> bool:
         """Whether any key begins with one of `prefixes`."""

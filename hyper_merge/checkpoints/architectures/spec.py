@@ -10,14 +10,14 @@ import torch
 
 from hyper_merge.checkpoints.architectures.lora_modules import Module
 from hyper_merge.checkpoints.architectures.sections import section_of
-from hyper_merge.checkpoints.architectures.signatures import Structure
+from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.io.header import Shape
 
 PartName = Literal["unet", "text_encoder"]
 
 
 @dataclass(frozen=True)
-class Signs:
+class DetectionRule:
     """What a family is recognised by; each thing said must hold, what is not said may be anything.
 
     Data instead of a function, so that a family can be sent to another process.
@@ -30,7 +30,7 @@ class Signs:
     texts: tuple[str, ...] = ()  # keys of the text encoder begin with one of these, or ...
     context: int | None = None  # ... there is none, and the UNet reads features of this width
 
-    def match(self, structure: Structure) -> bool:
+    def match(self, structure: KeySignature) -> bool:
         """Whether a file of this structure bears the signs."""
         return (
             all(structure.has(prefix) for prefix in self.all_of)
@@ -40,7 +40,7 @@ class Signs:
             and self._reads(structure)
         )
 
-    def _reads(self, structure: Structure) -> bool:
+    def _reads(self, structure: KeySignature) -> bool:
         if not self.texts or structure.has(*self.texts):
             return True
         alone = self.context is not None and not structure.has_text_encoder
@@ -48,7 +48,7 @@ class Signs:
 
 
 @dataclass(frozen=True)
-class Part:
+class NetworkPart:
     """A network within a checkpoint whose layers take LoRAs."""
 
     name: PartName
@@ -65,8 +65,10 @@ class Family:
 
     name: str  # never changes: recipes and caches keep it
     title: str  # for people, after "is a"
-    signs: Signs
-    parts: tuple[Part, ...] = ()  # in the order of the computation; none: it cannot be merged
+    signs: DetectionRule
+    parts: tuple[
+        NetworkPart, ...
+    ] = ()  # in the order of the computation; none: it cannot be merged
     vae_prefixes: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()  # keys that begin so: weights that nobody runs
     lora_alpha: bool = True  # whether LoRA files of the family hold alphas

@@ -6,39 +6,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, Structure
+from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, KeySignature
 
 _VAE: Final = "first_stage_model."
 _CONTROL: Final = ("zero_convs.", "input_hint_block.")
 
 
 @dataclass(frozen=True)
-class Stranger:
+class UnsupportedModel:
     """A kind of file that is not a checkpoint, or not one that can be averaged."""
 
     title: str  # after "is"
-    matches: Callable[[Structure], bool]
+    matches: Callable[[KeySignature], bool]
 
 
 # Told before the families: these may contain a whole checkpoint's keys.
-DISGUISED: Final[tuple[Stranger, ...]] = (
-    Stranger(
+DISGUISED: Final[tuple[UnsupportedModel, ...]] = (
+    UnsupportedModel(
         "a 4-bit model (nf4 or fp4, bitsandbytes): use its fp16 version",
         lambda s: s.mentions(".absmax", "quant_state", ".quant_map"),
     ),
-    Stranger(
+    UnsupportedModel(
         "an 8-bit model of whole numbers (bitsandbytes): use its fp16 version",
         lambda s: s.mentions(".SCB"),
     ),
-    Stranger(
+    UnsupportedModel(
         "a quantised model (GPTQ, AWQ, SVDQuant): use its fp16 version",
         lambda s: s.mentions(".qweight", ".qzeros", ".wscales", ".smooth_factor"),
     ),
-    Stranger(
+    UnsupportedModel(
         "a quantised model with scales by block (nvfp4, mxfp8): use its fp16 version",
         lambda s: s.mentions(".scale_weight", ".weight_scale"),
     ),
-    Stranger(
+    UnsupportedModel(
         "a LoRA",
         lambda s: (
             s.any_match(r"^lora_(unet|te)|[._]lora[._](up|down|A|B|mid)\b")
@@ -46,11 +46,11 @@ DISGUISED: Final[tuple[Stranger, ...]] = (
             else s.mentions(".hada_", ".lokr_", ".oft_", ".dora_scale")
         ),
     ),
-    Stranger(
+    UnsupportedModel(
         "a textual-inversion embedding",
         lambda s: s.has("string_to_param", "emb_params", "<") or _only(s, "clip_l", "clip_g"),
     ),
-    Stranger(
+    UnsupportedModel(
         "a ControlNet",
         lambda s: (
             s.has("control_model.", "controlnet_", *_CONTROL)
@@ -60,30 +60,32 @@ DISGUISED: Final[tuple[Stranger, ...]] = (
 )
 
 # Told after the families: parts of a checkpoint, and other networks.
-PARTIAL: Final[tuple[Stranger, ...]] = (
-    Stranger("an IP-Adapter", lambda s: s.has("image_proj.", "ip_adapter.")),
-    Stranger("an AnimateDiff motion module", lambda s: s.any_match(r"(^|\.)motion_modules\.")),
-    Stranger(
+PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
+    UnsupportedModel("an IP-Adapter", lambda s: s.has("image_proj.", "ip_adapter.")),
+    UnsupportedModel(
+        "an AnimateDiff motion module", lambda s: s.any_match(r"(^|\.)motion_modules\.")
+    ),
+    UnsupportedModel(
         "a Stable Diffusion XL checkpoint without its second text encoder",
         lambda s: s.has(LABELS) and s.has_text_encoder,
     ),
-    Stranger("a video model", lambda s: s.any_match(r"\.time_stack\.|\.time_mixer\.")),
-    Stranger(
+    UnsupportedModel("a video model", lambda s: s.any_match(r"\.time_stack\.|\.time_mixer\.")),
+    UnsupportedModel(
         "a checkpoint with nothing but training averages (model_ema): use its other version",
         lambda s: s.has("model_ema.") and not s.has(UNET),
     ),
-    Stranger(
+    UnsupportedModel(
         "a UNet alone of a kind that cannot be told",
         lambda s: s.has(UNET) and not s.has_text_encoder,
     ),
-    Stranger(
+    UnsupportedModel(
         "a part of a diffusers model: save it as one .safetensors checkpoint first",
         lambda s: s.any_match(
             r"^(down|up|mid)_blocks?\.|^(en|de)coder\.(down|up|mid)_blocks?\."
             r"|^(single_)?transformer_blocks\."
         ),
     ),
-    Stranger(
+    UnsupportedModel(
         "a VAE alone",
         lambda s: (
             not s.has(UNET, *TEXTS)
@@ -92,15 +94,15 @@ PARTIAL: Final[tuple[Stranger, ...]] = (
             )
         ),
     ),
-    Stranger("a CLIP vision model", lambda s: s.has("vision_model.", "visual.")),
-    Stranger(
+    UnsupportedModel("a CLIP vision model", lambda s: s.has("vision_model.", "visual.")),
+    UnsupportedModel(
         "a text encoder alone",
         lambda s: (
             not s.has(UNET)
             and s.has(*TEXTS, "text_model.", "transformer.resblocks.", "encoder.block.")
         ),
     ),
-    Stranger(
+    UnsupportedModel(
         "an upscaler",
         lambda s: s.any_match(
             r"^(params(_ema)?\.)?(model\.1\.sub\.|RRDB_trunk|conv_first\.|body\.0\.|layers\.0\.residual)"
@@ -109,5 +111,5 @@ PARTIAL: Final[tuple[Stranger, ...]] = (
 )
 
 
-def _only(structure: Structure, *keys: str) -> bool:
+def _only(structure: KeySignature, *keys: str) -> bool:
     return bool(structure.shapes) and set(structure.shapes) <= set(keys)

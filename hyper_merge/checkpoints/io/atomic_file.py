@@ -67,7 +67,7 @@ class StagedFile:
         """
         require_free(self.path, overwrite=self.overwrite)
         try:
-            with refusing(self.path, self.size):
+            with as_output_error(self.path, self.size):
                 self._file = self.temporary.open("xb", buffering=0)
             self._reserve()
         except BaseException:
@@ -80,7 +80,7 @@ class StagedFile:
         Raises:
             OutputError: the disk is full or fails.
         """
-        with refusing(self.path, self.size):
+        with as_output_error(self.path, self.size):
             while data:
                 count = self._write_some(data, offset)
                 data, offset = data[count:], offset + count
@@ -89,7 +89,7 @@ class StagedFile:
         """Brings the bytes onto the disk and closes the temporary file; it can be read then."""
         if self._file.closed:
             return
-        with refusing(self.path, self.size):
+        with as_output_error(self.path, self.size):
             os.fsync(self._file.fileno())
             self._file.close()
 
@@ -104,7 +104,7 @@ class StagedFile:
             OutputError: the place was taken meanwhile, or the operating system refuses.
         """
         require_free(self.path, overwrite=self.overwrite)
-        with refusing(self.path, self.size):
+        with as_output_error(self.path, self.size):
             self._was_free = not os.path.lexists(self.path)
             if reversible and not self._was_free:
                 self._keep_previous()
@@ -146,7 +146,7 @@ class StagedFile:
     def _reserve(self) -> None:
         if not self.size:
             return
-        with refusing(self.path, self.size):
+        with as_output_error(self.path, self.size):
             if sys.platform != "win32" and hasattr(os, "posix_fallocate"):
                 try:
                     os.posix_fallocate(self._file.fileno(), 0, self.size)
@@ -209,7 +209,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         OutputError: a folder is there, a file that may not be replaced, or a file in place of its
             folder.
     """
-    with refusing(path):
+    with as_output_error(path):
         above = next(folder for folder in path.absolute().parents if folder.exists())
         if not above.is_dir():
             raise OutputError(f"cannot write {path}: {above} is a file; choose another place")
@@ -223,7 +223,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def refusing(path: Path, needed: int = 0) -> Iterator[None]:
+def as_output_error(path: Path, needed: int = 0) -> Iterator[None]:
     """Turns what the operating system refuses within into an `OutputError` about `path`.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hyper_merge.checkpoints.io.atomic_file import (
     StagedFile,
     StagedRemoval,
-    refusing,
+    as_output_error,
     require_free,
     sync_folder,
 )
@@ -26,7 +26,7 @@ _Bytes: TypeAlias = bytes  # the method `bytes` hides the name inside of the cla
 _Path: TypeAlias = "str | os.PathLike[str]"
 
 
-class Outputs:
+class FileTransaction:
     """Files staged one by one and put in place together when the block is left.
 
         with Outputs() as outputs:
@@ -50,7 +50,7 @@ class Outputs:
         self._removals: dict[Path, StagedRemoval] = {}
         self._folders: list[Path] = []
 
-    def __enter__(self) -> Outputs:
+    def __enter__(self) -> FileTransaction:
         return self
 
     def safetensors(
@@ -101,7 +101,7 @@ class Outputs:
     @contextmanager
     def reading(self, path: _Path) -> Iterator[Callable[[str], Tensor]]:
         """Gives the tensors of a staged .safetensors file, whose own block is left, by their keys."""
-        with refusing(Path(path)):
+        with as_output_error(Path(path)):
             file = safe_open(str(_staged(self._parts[Path(path)]).temporary), framework="pt")
             with file as tensors:
                 yield tensors.get_tensor
@@ -127,7 +127,7 @@ class Outputs:
         if path in self._parts or path in self._removals:
             raise ValueError(f"{path} is staged twice")
         require_free(path, overwrite=self._overwrite)
-        with refusing(path):
+        with as_output_error(path):
             missing = [folder for folder in path.parents if not folder.exists()]
             for folder in reversed(missing):
                 folder.mkdir(exist_ok=True)

@@ -23,7 +23,7 @@ def is_forge() -> bool:
     return hasattr(sd_models, "forge_model_reload")
 
 
-def room() -> AbstractContextManager[None]:
+def unloaded_model() -> AbstractContextManager[None]:
     """Without the loaded model on the device; to be used with the WebUI's queue lock held.
 
     If the file of the loaded checkpoint is another one afterwards, it is loaded again: neither host

@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from modules import call_queue, errors, infotext_utils, progress, shared
+from modules import call_queue, errors, infotext_utils, shared
+from modules import progress as host_progress
 from modules.styles import PromptStyle
 
 from hyper_merge.errors import OutputError
-from hyper_merge.hosts.host import Atelier, Defaults
+from hyper_merge.hosts.host import Defaults, GeneratorInfo
 from hyper_merge.hosts.webui import checkpoint_list as webui_list
 from hyper_merge.hosts.webui import settings as webui_settings
 from hyper_merge.hosts.webui import txt2img as webui_pictures
-from hyper_merge.hosts.webui.device_memory import is_forge, room
-from hyper_merge.operations.compare.compare import Studio
+from hyper_merge.hosts.webui.device_memory import is_forge, unloaded_model
+from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 _STEPS: Final = 1000  # of the progress bar
 _LISTEN: Final = 0.02  # seconds between looks at the WebUI's buttons
@@ -66,31 +67,31 @@ class WebUI:
         return webui_settings.defaults()
 
     @contextmanager
-    def running(self, task: str) -> Iterator[Control]:
+    def running(self, task: str) -> Iterator[Progress]:
         """Waits for the queue lock, without a limit, as every generation does."""
-        progress.add_task_to_queue(task)
+        host_progress.add_task_to_queue(task)
         try:
-            with call_queue.queue_lock, _job(task) as control, room():
-                yield control
+            with call_queue.queue_lock, _job(task) as progress, unloaded_model():
+                yield progress
         finally:
-            progress.pending_tasks.pop(task, None)  # the wait itself may have failed
+            host_progress.pending_tasks.pop(task, None)  # the wait itself may have failed
 
-    def atelier(self) -> Atelier:
+    def atelier(self) -> GeneratorInfo:
         """The WebUI's samplers, as far as they are not hidden in its settings."""
         return webui_pictures.atelier()
 
     @contextmanager
-    def drawing(self, task: str) -> Iterator[tuple[Control, Studio]]:
+    def drawing(self, task: str) -> Iterator[tuple[Progress, ImageGenerator]]:
         """By the WebUI's own txt2img, without a limit to the wait for it."""
-        progress.add_task_to_queue(task)
+        host_progress.add_task_to_queue(task)
         try:
-            with call_queue.queue_lock, _job(task) as control, webui_pictures.studio() as draw:
+            with call_queue.queue_lock, _job(task) as progress, webui_pictures.studio() as draw:
                 yield (
-                    Control(_move_bar, control.should_stop),
-                    Studio(self.title, draw, self._refusal),
+                    Progress(_move_bar, progress.should_stop),
+                    ImageGenerator(self.title, draw, self._refusal),
                 )
         finally:
-            progress.pending_tasks.pop(task, None)
+            host_progress.pending_tasks.pop(task, None)
 
     def _refusal(self, path: Path) -> str:
         if self.checkpoint_title(path) is not None:
@@ -175,11 +176,11 @@ def _infos() -> dict[str, Any]:
 
 
 @contextmanager
-def _job(task: str) -> Iterator[Control]:
+def _job(task: str) -> Iterator[Progress]:
     """A job of the WebUI's, from the start of its progress bar to the end."""
     state = shared.state
     state.begin(job=task)
-    progress.start_task(task)
+    host_progress.start_task(task)
     # One job: with more of them the first press of Interrupt would wait for "the current image".
     stopped, ended = threading.Event(), threading.Event()
 
@@ -202,11 +203,11 @@ def _job(task: str) -> Iterator[Control]:
     listener = threading.Thread(target=listen, name="hyper-merge buttons", daemon=True)
     listener.start()
     try:
-        yield Control(on_progress, should_stop)
+        yield Progress(on_progress, should_stop)
     finally:
         ended.set()
         listener.join()
-        progress.finish_task(task)
+        host_progress.finish_task(task)
         state.textinfo, state.sampling_step, state.sampling_steps = None, 0, 0
         state.interrupted = state.skipped = state.stopping_generation = False
         state.end()

@@ -13,7 +13,7 @@ from modules import call_queue, paths, sd_models, shared
 
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Defaults
-from hyper_merge.operations.cache import cache_text, clear_cache
+from hyper_merge.operations.cache import clear_cache, format_cache
 from hyper_merge.recipe.parsing import number, parse_flag, parse_ranks, parse_text
 from hyper_merge.runs.folders import SIZE_LIMIT, Folders
 from hyper_merge.runtime.formatting import GB
@@ -118,7 +118,7 @@ def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
 
 def cache_html() -> str:
     """HTML: what the cache takes, and where it is."""
-    return html.escape(f"{cache_text(folders())} It is in {folders().cache}.")
+    return html.escape(f"{format_cache(folders())} It is in {folders().cache}.")
 
 
 def clear() -> str:

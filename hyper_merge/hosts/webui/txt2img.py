@@ -13,21 +13,21 @@ from modules import errors, processing, sd_models, sd_samplers, shared
 from PIL import Image
 
 from hyper_merge.errors import PictureError
-from hyper_merge.hosts.host import Atelier
+from hyper_merge.hosts.host import GeneratorInfo
 from hyper_merge.hosts.webui import checkpoint_list as webui_list
 from hyper_merge.hosts.webui.device_memory import is_forge
 from hyper_merge.loras.prompt_tags import tag_names
 from hyper_merge.operations.compare.request import Draw, Picture
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 _SELECTED: Final = "sd_model_checkpoint"  # the setting that holds the checkpoint's title
 _COMPLAINTS: Final = ("Lora not found", "Networks with errors")  # A1111's
 _LISTEN: Final = 0.1  # seconds between looks at the progress, and at our own Stop
 
 
-def atelier() -> Atelier:
+def atelier() -> GeneratorInfo:
     """The samplers that the WebUI's own menu shows."""
-    return Atelier(tuple(sd_samplers.visible_sampler_names()))
+    return GeneratorInfo(tuple(sd_samplers.visible_sampler_names()))
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def studio() -> Iterator[Draw]:
     """
     chosen = _Chosen()
     try:
-        yield lambda picture, control: _draw(picture, control, chosen)
+        yield lambda picture, progress: _draw(picture, progress, chosen)
     finally:
         try:
             chosen.put_back()
@@ -98,11 +98,11 @@ def _selected() -> Any:
     return shared.opts.data.get(_SELECTED)
 
 
-def _draw(picture: Picture, control: Control, chosen: _Chosen) -> Image.Image:
+def _draw(picture: Picture, progress: Progress, chosen: _Chosen) -> Image.Image:
     title = _title(picture)
     chosen.before_picture()
     try:
-        with closing(_processing(picture, title)) as p, _heard(control):
+        with closing(_processing(picture, title)) as p, _heard(progress):
             made = _in_model_thread(processing.process_images, p)
             complaints = [text for text in p.comments if text.startswith(_COMPLAINTS)]
     except Exception as error:  # whatever a host's model code may raise
@@ -113,7 +113,7 @@ def _draw(picture: Picture, control: Control, chosen: _Chosen) -> Image.Image:
         ) from error
     finally:
         chosen.after_picture()
-    control.check()  # an interrupted picture is half-done
+    progress.check()  # an interrupted picture is half-done
     if made is None or not made.images:
         raise PictureError(f"{picture.model.name}: the WebUI made no picture; its console says why")
     _require_loras(picture, complaints)
@@ -180,18 +180,18 @@ def _is_same(file: str, picture: Picture) -> bool:
 
 
 @contextmanager
-def _heard(control: Control) -> Iterator[None]:
+def _heard(progress: Progress) -> Iterator[None]:
     """While the WebUI draws: tells how far it is, and presses its Interrupt if we are to stop."""
     state, ended = shared.state, threading.Event()
 
     def listen() -> None:
         furthest = 0.0  # it falls back to nought before the picture is handed over
         while not ended.wait(_LISTEN):
-            if control.should_stop():
+            if progress.should_stop():
                 state.interrupt()
             elif state.sampling_step > furthest * state.sampling_steps:
                 furthest = min(state.sampling_step / state.sampling_steps, 1.0)
-                control.on_progress("", furthest)
+                progress.on_progress("", furthest)
 
     listener = threading.Thread(target=listen, name="hyper-merge pictures", daemon=True)
     listener.start()

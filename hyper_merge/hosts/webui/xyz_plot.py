@@ -10,10 +10,10 @@ from modules import errors, scripts
 
 from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
-from hyper_merge.recipe.parsing import nearest
-from hyper_merge.runs.fit_records import fits_of
+from hyper_merge.recipe.parsing import suggest_nearest
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.manifest import Run, list_runs, load_run
-from hyper_merge.runs.weighted_loras import tags_of
+from hyper_merge.runs.weighted_loras import prompt_tags_of
 
 LABEL: Final = "Hyper-Merge: checkpoint"
 _SCRIPT: Final = "xyz_grid.py"
@@ -66,7 +66,7 @@ def choices(host: Host) -> list[str]:
 
 def _names(run: Run) -> list[str]:
     own = [row.name for row in run.report.checkpoints]
-    return [*own, *(each.row.name for each in fits_of(run)[0] if each.row.name not in own)]
+    return [*own, *(each.row.name for each in load_fits(run)[0] if each.row.name not in own)]
 
 
 def _applying(module: Any, host: Host) -> Callable[[Any, str, Any], None]:
@@ -87,11 +87,11 @@ def _found(host: Host, value: str) -> tuple[str, str]:
     name, _, checkpoint = value.partition("/")
     try:
         run = load_run(host.folders(), name)
-        tags = tags_of(run, checkpoint)
+        tags = prompt_tags_of(run, checkpoint)
     except HyperMergeError as error:
         known = choices(host)
         raise PictureError(
-            f"{LABEL}: expected run/checkpoint, got {value!r}{nearest(value, known)} ({error})"
+            f"{LABEL}: expected run/checkpoint, got {value!r}{suggest_nearest(value, known)} ({error})"
         ) from error
     title = host.checkpoint_title(run.hyper_model)
     if title is None:

@@ -20,15 +20,26 @@ from hyper_merge.operations.compare.image_difference import (
     mean_difference,
     perceptual_distance,
 )
-from hyper_merge.operations.compare.records import Compared, Figures, free_name, save
-from hyper_merge.operations.compare.request import ComparisonOrder, Draw, Key, Subject, plan_of
+from hyper_merge.operations.compare.records import (
+    ComparisonFigures,
+    ComparisonRecord,
+    free_comparison_name,
+    save_comparison,
+)
+from hyper_merge.operations.compare.request import (
+    CompareRequest,
+    Draw,
+    PictureKey,
+    Subject,
+    plan_pictures,
+)
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.hash_cache import now
+from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_hyper_model, require_own
 from hyper_merge.runs.manifest import Run, load_run
-from hyper_merge.runs.originals import find_originals
-from hyper_merge.runs.weighted_loras import find_row, source_of, tags_of, terms_of
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runs.originals import locate_sources
+from hyper_merge.runs.weighted_loras import find_row, prompt_tags_of, source_of, weighted_loras_of
+from hyper_merge.runtime.progress import Progress
 
 ROWS: Final[Mapping[str, str]] = {
     "restored": "hyper-model + LoRAs",
@@ -44,7 +55,7 @@ _DIFFERENCES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Studio:
+class ImageGenerator:
     """What draws the pictures.
 
     Attributes:
@@ -59,15 +70,15 @@ class Studio:
 
 
 def run_comparison(
-    order: ComparisonOrder, studio: Studio, folders: Folders, control: Control
-) -> Compared:
+    order: CompareRequest, studio: ImageGenerator, folders: Folders, progress: Progress
+) -> ComparisonRecord:
     """Draws all pictures and saves the grid; on any failure nothing is written.
 
     Args:
         order: what the user asks for.
         studio: what draws.
         folders: where the run is, its LoRAs, hyper-model and originals.
-        control: progress and interrupt.
+        progress: progress and interrupt.
 
     Raises:
         HyperMergeError: an unknown run or checkpoint, files that are missing or were changed, a
@@ -78,17 +89,17 @@ def run_comparison(
     problem = studio.refusal(hyper_model)
     if problem:
         raise PictureError(f"{hyper_model.name} cannot be drawn with: {problem}")
-    checking, finding, drawing = control.split([1.0, 1.0, 48.0])
-    files = {term.path: None for name in order.checkpoints for term in terms_of(run, name)}
+    checking, finding, drawing = progress.split([1.0, 1.0, 48.0])
+    files = {term.path: None for name in order.checkpoints for term in weighted_loras_of(run, name)}
     require_own(run, list(files), checking)
     subjects = _subjects(run, order, studio, folders, finding)
     pictures = _draw(order, hyper_model, subjects, studio, drawing)
     distance = perceptual_distance((order.settings.width, order.settings.height))
     figures = tuple(_figures(pictures, order, distance))
-    found = Compared(
+    found = ComparisonRecord(
         run=run.name,
-        name=free_name(run),
-        created=now(),
+        name=free_comparison_name(run),
+        created=current_time(),
         host=studio.host,
         hyper_model=hyper_model.name,
         settings=order.settings,
@@ -98,12 +109,12 @@ def run_comparison(
         figures=figures,
         measure=PERCEPTUAL if distance else "",
     )
-    control.step("saving the grid", 1.0)
-    save(run, found, _grid(found, order, subjects, pictures))
+    progress.report("saving the grid", 1.0)
+    save_comparison(run, found, _grid(found, order, subjects, pictures))
     return found
 
 
-def caption(figures: Figures, row: str) -> str:
+def caption(figures: ComparisonFigures, row: str) -> str:
     """What stands below a picture: how far it is from the original's; empty where there is none."""
     if row not in figures.pixels:
         return ""
@@ -115,13 +126,13 @@ def caption(figures: Figures, row: str) -> str:
 
 
 def _subjects(
-    run: Run, order: ComparisonOrder, studio: Studio, folders: Folders, control: Control
+    run: Run, order: CompareRequest, studio: ImageGenerator, folders: Folders, progress: Progress
 ) -> tuple[Subject, ...]:
     """The checkpoints, each once, with their originals as far as they can be drawn."""
     names = dict.fromkeys(find_row(run, name)[0].name for name in order.checkpoints)
     sources = [source_of(run, name) for name in names]
     found = []
-    for checkpoint, original in zip(names, find_originals(sources, folders, control), strict=True):
+    for checkpoint, original in zip(names, locate_sources(sources, folders, progress), strict=True):
         name = original.source.name
         note = {
             "there": studio.refusal(original.path) if original.state == "there" else "",
@@ -131,7 +142,7 @@ def _subjects(
         found.append(
             Subject(
                 checkpoint,
-                tags_of(run, checkpoint),
+                prompt_tags_of(run, checkpoint),
                 None if note else original.path,
                 f"{name} is left out: {note}" if note else "",
             )
@@ -140,36 +151,38 @@ def _subjects(
 
 
 def _draw(
-    order: ComparisonOrder,
+    order: CompareRequest,
     hyper_model: Path,
     subjects: Sequence[Subject],
-    studio: Studio,
-    control: Control,
-) -> dict[Key, Image.Image]:
-    plan = plan_of(order, hyper_model, subjects)
-    pictures: dict[Key, Image.Image] = {}
-    parts = control.split([1.0] * len(plan))
+    studio: ImageGenerator,
+    progress: Progress,
+) -> dict[PictureKey, Image.Image]:
+    plan = plan_pictures(order, hyper_model, subjects)
+    pictures: dict[PictureKey, Image.Image] = {}
+    parts = progress.split([1.0] * len(plan))
     for number, ((key, picture), part) in enumerate(zip(plan.items(), parts, strict=True), 1):
         phase = f"picture {number} of {len(plan)}: {key.words}"
-        part.step(phase, 0.0)
+        part.report(phase, 0.0)
         pictures[key] = studio.draw(picture, _saying(phase, part)).convert("RGB")
     return pictures
 
 
-def _saying(phase: str, control: Control) -> Control:
+def _saying(phase: str, progress: Progress) -> Progress:
     """The control with words of its own."""
-    return Control(
-        lambda _, fraction: control.on_progress(phase, fraction), control.should_stop, control.warn
+    return Progress(
+        lambda _, fraction: progress.on_progress(phase, fraction),
+        progress.should_stop,
+        progress.warn,
     )
 
 
 def _figures(
-    pictures: Mapping[Key, Image.Image], order: ComparisonOrder, distance: Distance | None
-) -> list[Figures]:
+    pictures: Mapping[PictureKey, Image.Image], order: CompareRequest, distance: Distance | None
+) -> list[ComparisonFigures]:
     found = []
     for name in dict.fromkeys(key.checkpoint for key in pictures if key.checkpoint):
         for prompt, seed in order.settings.bands:
-            original = pictures.get(Key("original", name, prompt, seed))
+            original = pictures.get(PictureKey("original", name, prompt, seed))
             drawn = {
                 row: pictures[key]
                 for row, key in _compared_with(name, prompt, seed).items()
@@ -183,23 +196,23 @@ def _figures(
                 for row, each in drawn.items()
                 if original and distance
             }
-            found.append(Figures(name, prompt, seed, pixels, seen))
+            found.append(ComparisonFigures(name, prompt, seed, pixels, seen))
     return found
 
 
-def _compared_with(name: str, prompt: str, seed: int) -> dict[str, Key]:
+def _compared_with(name: str, prompt: str, seed: int) -> dict[str, PictureKey]:
     """The pictures that are held against the original's."""
     return {
-        "restored": Key("restored", name, prompt, seed),
-        "average": Key("average", "", prompt, seed),
+        "restored": PictureKey("restored", name, prompt, seed),
+        "average": PictureKey("average", "", prompt, seed),
     }
 
 
 def _grid(
-    found: Compared,
-    order: ComparisonOrder,
+    found: ComparisonRecord,
+    order: CompareRequest,
     subjects: Sequence[Subject],
-    pictures: Mapping[Key, Image.Image],
+    pictures: Mapping[PictureKey, Image.Image],
 ) -> Image.Image:
     settings = order.settings
     figures = {(each.checkpoint, each.prompt, each.seed): each for each in found.figures}
@@ -221,10 +234,10 @@ def _grid(
 
 
 def _cells(
-    order: ComparisonOrder, own: Figures, pictures: Mapping[Key, Image.Image]
+    order: CompareRequest, own: ComparisonFigures, pictures: Mapping[PictureKey, Image.Image]
 ) -> dict[str, Cell]:
     """One column of a band, by the names of its rows: the pair first, its figures below it."""
-    original = pictures.get(Key("original", own.checkpoint, own.prompt, own.seed))
+    original = pictures.get(PictureKey("original", own.checkpoint, own.prompt, own.seed))
     keys = _compared_with(own.checkpoint, own.prompt, own.seed)
     cells = {
         ROWS["restored"]: Cell(pictures[keys["restored"]]),

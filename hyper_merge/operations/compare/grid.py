@@ -9,7 +9,7 @@ from typing import Final
 
 from PIL import Image, ImageDraw
 
-from hyper_merge.loras.card_images import write_line
+from hyper_merge.loras.card_images import draw_text_line
 
 _GROUND, _TEXT, _QUIET, _HOLE = "#1a2029", "#f2f4f6", "#a9b2bd", "#28303b"
 
@@ -99,7 +99,7 @@ class _Drawing:
     def write(
         self, left: float, top: float, text: str, colour: str, size: int, width: float
     ) -> None:
-        write_line(self._draw, (left, top), text, size, colour, width)
+        draw_text_line(self._draw, (left, top), text, size, colour, width)
 
     def add(self, band: Band) -> None:
         room = self.width - 2 * _MARGIN

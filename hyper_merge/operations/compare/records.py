@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hyper_merge import __version__
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import RunError
 from hyper_merge.operations.compare.request import PictureSettings, infotext
 from hyper_merge.runs.folders import PICTURES
@@ -27,7 +27,7 @@ _NAME: Final = re.compile(r"comparison-(\d{1,9})")
 
 
 @dataclass(frozen=True)
-class Figures:
+class ComparisonFigures:
     """How far the pictures of a pair are apart.
 
     Attributes:
@@ -47,7 +47,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonRecord:
     """A comparison that was made.
 
     Attributes:
@@ -73,25 +73,25 @@ class Compared:
     tags: Mapping[str, str]
     originals: Mapping[str, str]
     notes: tuple[str, ...]
-    figures: tuple[Figures, ...]
+    figures: tuple[ComparisonFigures, ...]
     measure: str = ""
 
 
-def names_of(run: Run) -> list[str]:
+def comparison_names(run: Run) -> list[str]:
     """The comparisons of a run, the newest first."""
     folder = run.folder / PICTURES
     found = [path.stem for path in ([] if folder.is_symlink() else folder.glob("*.json"))]
     return sorted(filter(_NAME.fullmatch, found), key=_number, reverse=True)
 
 
-def free_name(run: Run) -> str:
+def free_comparison_name(run: Run) -> str:
     """One that no file of the run has."""
     taken = [path.stem for path in (run.folder / PICTURES).glob("*")]
     numbers = [_number(name) for name in taken if _NAME.fullmatch(name)]
     return f"comparison-{max(numbers, default=0) + 1}"
 
 
-def paths_of(run: Run, name: str) -> tuple[Path, Path]:
+def comparison_paths(run: Run, name: str) -> tuple[Path, Path]:
     """Where grid and figures of a comparison belong.
 
     Raises:
@@ -103,7 +103,7 @@ def paths_of(run: Run, name: str) -> tuple[Path, Path]:
     return stem.with_suffix(".png"), stem.with_suffix(".json")
 
 
-def save(run: Run, found: Compared, grid: Image.Image) -> Path:
+def save_comparison(run: Run, found: ComparisonRecord, grid: Image.Image) -> Path:
     """Writes both files, or none; nothing that exists is replaced.
 
     Returns:
@@ -112,7 +112,7 @@ def save(run: Run, found: Compared, grid: Image.Image) -> Path:
     Raises:
         OutputError: the place is taken or cannot be written.
     """
-    picture, figures = paths_of(run, found.name)
+    picture, figures = comparison_paths(run, found.name)
     record = {"version": COMPARISON_VERSION, "hyper_merge": __version__, **asdict(found)}
     facts = json.dumps(record, ensure_ascii=False)
     models = {"Hyper-model": found.hyper_model, "Hyper-Merge": __version__}
@@ -121,24 +121,24 @@ def save(run: Run, found: Compared, grid: Image.Image) -> Path:
     text.add_itxt("hyper_merge.comparison", facts)
     stream = BytesIO()
     grid.save(stream, "PNG", pnginfo=text)
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         outputs.bytes(picture, stream.getvalue())
         outputs.text(figures, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return picture
 
 
-def load(run: Run, name: str) -> Compared:
+def load_comparison(run: Run, name: str) -> ComparisonRecord:
     """A comparison's figures.
 
     Raises:
         RunError: there is none of that name, or its file is damaged.
     """
-    _, path = paths_of(run, name)
+    _, path = comparison_paths(run, name)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record.pop("version") if isinstance(record, dict) else None
         known = record if version == COMPARISON_VERSION else {}
-        found: Compared = read_plain(Compared, known, "comparison")
+        found: ComparisonRecord = read_plain(ComparisonRecord, known, "comparison")
     except FileNotFoundError:
         raise RunError(f"there is no {name} of the run {run.name}; look at the list anew") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

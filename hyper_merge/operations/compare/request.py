@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from PIL import Image
 
 from hyper_merge.errors import PictureError
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 RowName = Literal["restored", "original", "average"]
 
@@ -75,7 +75,7 @@ class PictureSettings:
 
 
 @dataclass(frozen=True)
-class ComparisonOrder:
+class CompareRequest:
     """What the user asks for.
 
     Attributes:
@@ -130,7 +130,7 @@ class Picture:
     settings: PictureSettings
 
 
-class Key(NamedTuple):
+class PictureKey(NamedTuple):
     """A picture's place in the grid."""
 
     row: RowName
@@ -146,23 +146,25 @@ class Key(NamedTuple):
         return ", ".join(filter(None, parts))
 
 
-Draw: TypeAlias = "Callable[[Picture, Control], Image.Image]"
+Draw: TypeAlias = "Callable[[Picture, Progress], Image.Image]"
 """Makes a picture; tells how far it is, 0..1; raises `InterruptedRun` when it is to stop."""
 
 
-def plan_of(
-    order: ComparisonOrder, hyper_model: Path, subjects: Sequence[Subject]
-) -> dict[Key, Picture]:
+def plan_pictures(
+    order: CompareRequest, hyper_model: Path, subjects: Sequence[Subject]
+) -> dict[PictureKey, Picture]:
     """All pictures in the order in which they are best made: each model is loaded once.
 
     All of the hyper-model's come first, and of those the ones with the same LoRAs together.
     """
-    plan: dict[Key, Picture] = {}
+    plan: dict[PictureKey, Picture] = {}
 
     def add(row: RowName, checkpoint: str, model: Path, tags: str) -> None:
         for prompt, seed in order.settings.bands:
             whole = f"{prompt} {tags}".strip()
-            plan[Key(row, checkpoint, prompt, seed)] = Picture(model, whole, seed, order.settings)
+            plan[PictureKey(row, checkpoint, prompt, seed)] = Picture(
+                model, whole, seed, order.settings
+            )
 
     if order.average:
         add("average", "", hyper_model, "")

@@ -11,19 +11,24 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import Sources
-from hyper_merge.analysis.streaming_pass import Work, pass_costs, refuse_non_finite, take_apart
-from hyper_merge.checkpoints.architectures.layout import Treatment, kind_of
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.streaming_pass import (
+    PassOptions,
+    analyze_tensor,
+    pass_costs,
+    raise_non_finite,
+)
+from hyper_merge.checkpoints.architectures.layout import Treatment, kind_of_tensor
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import energy_of
 from hyper_merge.decomposition.truncated_svd import truncation_cost
-from hyper_merge.runtime.parallel import workers
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
 
 
 @dataclass(frozen=True, eq=False)
-class Difference:
+class LowRankDifference:
     """All layers that differ, and the energy of what else does, by kind."""
 
     layers: tuple[LowRankLayer, ...]
@@ -55,85 +60,88 @@ class Difference:
         return {kind: energy / (everything or 1.0) for kind, energy in self.outside.items()}
 
 
-def find_difference(sources: Sources, rank: int, work: Work, control: Control) -> Difference:
+def find_difference(
+    inputs: MergeInputs, rank: int, options: PassOptions, progress: Progress
+) -> LowRankDifference:
     """Reads every tensor of both files once; memory holds few of them, and the factors.
 
     Args:
-        sources: a base and one checkpoint.
+        inputs: a base and one checkpoint.
         rank: of the factors; capped in layers that are smaller.
-        work: device and seed.
-        control: progress and interrupt.
+        options: device and seed.
+        progress: progress and interrupt.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
         CheckpointError: a file was changed or cannot be read.
     """
-    costs = pass_costs(sources, Work(work.device))
-    for layer in sources.layout.layers:
+    costs = pass_costs(inputs, PassOptions(options.device))
+    for layer in inputs.layout.layers:
         costs[layer.key] += truncation_cost(layer.m, layer.n, rank)
-    tally = control.tally("reading and extracting", costs)
+    counter = progress.counter("reading and extracting", costs)
     layers: list[LowRankLayer] = []
     outside: dict[str, float] = {}
     with ExitStack() as stack:
         files = [
-            stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
+            stack.enter_context(CheckpointReader(header.path, expected=header))
+            for header in inputs.read
         ]
-        each = stack.enter_context(workers(work.device, tally.tell))
-        stack.enter_context(tally)
+        each = stack.enter_context(parallel_map(options.device, counter.tell))
+        stack.enter_context(counter)
 
         def take(key: str) -> tuple[list[LowRankLayer], float]:
             tensors = [file.tensor(key) for file in files]
-            tick = partial(tally.add, key)
-            if sources.layout.treatments[key] is not Treatment.LAYER:
+            tick = partial(counter.add, key)
+            if inputs.layout.treatments[key] is not Treatment.LAYER:
                 return [], float(
-                    take_apart(sources, key, tensors, Work(work.device), tick).energies
+                    analyze_tensor(inputs, key, tensors, PassOptions(options.device), tick).energies
                 )
-            return _take_layers(sources, key, tensors, rank, work, tick), 0.0
+            return _take_layers(inputs, key, tensors, rank, options, tick), 0.0
 
         for key, (found, energy) in zip(costs, each(take, costs), strict=True):
             layers += found
-            if sources.layout.treatments[key] is not Treatment.LAYER:
-                kind = kind_of(key, sources.layout)
+            if inputs.layout.treatments[key] is not Treatment.LAYER:
+                kind = kind_of_tensor(key, inputs.layout)
                 outside[kind] = outside.get(kind, 0.0) + energy
-            tally.finish(key)
-    return Difference(tuple(layers), outside)
+            counter.finish(key)
+    return LowRankDifference(tuple(layers), outside)
 
 
 def _take_layers(
-    sources: Sources,
+    inputs: MergeInputs,
     key: str,
     tensors: Sequence[Tensor],
     rank: int,
-    work: Work,
+    options: PassOptions,
     tick: Callable[[float], None],
 ) -> list[LowRankLayer]:
     """The layers of one tensor that differ; on the CPU where the device is too small."""
     try:
-        return _found_layers(sources, key, tensors, rank, work, tick)
+        return _found_layers(inputs, key, tensors, rank, options, tick)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        on_cpu = replace(work, device=torch.device("cpu"))
-        return _found_layers(sources, key, tensors, rank, on_cpu, tick)
+        on_cpu = replace(options, device=torch.device("cpu"))
+        return _found_layers(inputs, key, tensors, rank, on_cpu, tick)
 
 
 def _found_layers(
-    sources: Sources,
+    inputs: MergeInputs,
     key: str,
     tensors: Sequence[Tensor],
     rank: int,
-    work: Work,
+    options: PassOptions,
     tick: Callable[[float], None],
 ) -> list[LowRankLayer]:
     found = []
-    for rows, index in sources.pieces(key):
-        base, checkpoint = (tensor[rows].to(work.device).float() for tensor in tensors)
-        layer = sources.layout.layers[index or 0]
+    for rows, index in inputs.pieces(key):
+        base, checkpoint = (tensor[rows].to(options.device).float() for tensor in tensors)
+        layer = inputs.layout.layers[index or 0]
         delta = (checkpoint - base).reshape(layer.m, layer.n)
         energy = energy_of(delta)
         if not math.isfinite(energy):
-            refuse_non_finite(sources, key, tensors)
+            raise_non_finite(inputs, key, tensors)
         if energy > 0:
-            alpha = sources.layout.family.alpha_for(rank)
-            stored = alpha, sources.dtype
-            found.append(low_rank_layer(layer, delta, rank, stored, work.seed, tick))
+            alpha = inputs.layout.family.alpha_for(rank)
+            stored = alpha, inputs.dtype
+            found.append(low_rank_layer(layer, delta, rank, stored, options.seed, tick))
     return found

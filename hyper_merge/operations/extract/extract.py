@@ -9,30 +9,30 @@ from typing import Any, Final, Literal
 
 import torch
 
-from hyper_merge.analysis.inputs import Sources
-from hyper_merge.analysis.streaming_pass import Work
+from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.compatibility import check_distinct
 from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
-from hyper_merge.loras.metadata import Lineage, LoraFile, Source
-from hyper_merge.loras.prompt_tags import prompt_word, tag
-from hyper_merge.operations.extract.difference import Difference, find_difference
+from hyper_merge.loras.metadata import Lineage, LoraFile, SourceRecord
+from hyper_merge.loras.prompt_tags import format_tag, prompt_word
+from hyper_merge.operations.extract.difference import LowRankDifference, find_difference
 from hyper_merge.operations.merge.cost_model import extraction_costs
 from hyper_merge.operations.merge.preflight import common_layout
 from hyper_merge.recipe.parsing import LARGEST_RANK, parse_name, parse_path, whole
 from hyper_merge.recipe.recipe import FIELDS, SettingError, parse_settings
 from hyper_merge.runs.folders import Folders, require_no_source
-from hyper_merge.runs.hash_cache import hashed, now
+from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.formatting import size_text
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.progress import Progress
 
 _PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
     **{field.name: field.parse for field in FIELDS},
@@ -44,7 +44,7 @@ _PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
 
 
 @dataclass(frozen=True)
-class Extraction:
+class ExtractRequest:
     """What the user asks for.
 
     Attributes:
@@ -74,7 +74,7 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractResult:
     """The LoRA, and how good it is; shares are of squared norms ("energy")."""
 
     path: Path
@@ -90,41 +90,45 @@ class Extracted:
     size: int  # bytes of the file
 
 
-def run_extract(wanted: Extraction, control: Control, folders: Folders | None = None) -> Extracted:
+def run_extract(
+    wanted: ExtractRequest, progress: Progress, folders: Folders | None = None
+) -> ExtractResult:
     """Writes the LoRA; on any failure every existing file stays as it was.
 
     Args:
         wanted: what the user asks for.
-        control: progress and interrupt.
+        progress: progress and interrupt.
         folders: where the LoRA goes, for a host whose folders are not all in `output`.
 
     Raises:
         HyperMergeError: refused input, nothing to extract, a full disk, or the user's interrupt.
     """
     path, cache = _place(wanted, folders)
-    sources = _sources(wanted, control)
-    work = Work(resolve_device(wanted.device), wanted.seed)
-    _require_room(wanted, sources, path)
-    costs = extraction_costs(sources, wanted.rank, cache, work.device)
-    hashing, reading, writing = control.split(costs)
-    with Outputs(overwrite=wanted.overwrite) as outputs:
-        origins = hashed(sources.read, cache, hashing)
-        found = find_difference(sources, wanted.rank, work, reading)
-        _require_difference(found, sources)
-        file = _file(wanted, path, sources, origins, found.explained())
-        tally = writing.tally("writing the LoRA", {path: 2 * found.nbytes})  # hashed and written
+    inputs = _inputs(wanted, progress)
+    options = PassOptions(resolve_device(wanted.device), wanted.seed)
+    _require_room(wanted, inputs, path)
+    costs = extraction_costs(inputs, wanted.rank, cache, options.device)
+    hashing, reading, writing = progress.split(costs)
+    with FileTransaction(overwrite=wanted.overwrite) as outputs:
+        origins = hash_sources(inputs.read, cache, hashing)
+        found = find_difference(inputs, wanted.rank, options, reading)
+        _require_difference(found, inputs)
+        file = _file(wanted, path, inputs, origins, found.explained())
+        counter = writing.counter(
+            "writing the LoRA", {path: 2 * found.nbytes}
+        )  # hashed and written
 
         def tick(count: int) -> None:
-            tally.add(path, count)
-            tally.tell()
+            counter.add(path, count)
+            counter.tell()
 
-        write_lora(outputs, path, sources.layout.layers, found.factors, file, tick)
+        write_lora(outputs, path, inputs.layout.layers, found.factors, file, tick)
         size = outputs.size_of(path)
-        control.step("putting the file in place", 1.0)
-    return Extracted(
+        progress.report("putting the file in place", 1.0)
+    return ExtractResult(
         path=path,
-        base=sources.read[0].stem,
-        checkpoint=sources.read[1].stem,
+        base=inputs.read[0].stem,
+        checkpoint=inputs.read[1].stem,
         rank=wanted.rank,
         explained=found.explained(),
         parts={part: found.explained(part) for part in PARTS if found.energy(part) > 0},
@@ -134,22 +138,22 @@ def run_extract(wanted: Extraction, control: Control, folders: Folders | None = 
     )
 
 
-def describe(extracted: Extracted) -> str:
+def format_extraction(extracted: ExtractResult) -> str:
     """The outcome as plain text."""
     parts = ", ".join(f"{PARTS[part]} {share:.2%}" for part, share in extracted.parts.items())
     outside = ", ".join(f"{kind} {share:.3%}" for kind, share in extracted.not_carried.items())
     return (
         f"{extracted.path.stem}: from {extracted.base} to {extracted.checkpoint},"
-        f" rank {extracted.rank} in {extracted.layers} layers, {size_text(extracted.size)}\n"
+        f" rank {extracted.rank} in {extracted.layers} layers, {format_size(extracted.size)}\n"
         f"explained: {extracted.explained:.2%} of all differences in the layers ({parts})\n"
         f"not carried by a LoRA, as a share of all differences: {outside or 'nothing'}\n"
         f"LoRA: {extracted.path}\n\n"
         f"To get {extracted.checkpoint}, load {extracted.base} and put this into the prompt:\n"
-        + tag(extracted.path.stem, 1.0)
+        + format_tag(extracted.path.stem, 1.0)
     )
 
 
-def _place(wanted: Extraction, folders: Folders | None) -> tuple[Path, Path | None]:
+def _place(wanted: ExtractRequest, folders: Folders | None) -> tuple[Path, Path | None]:
     """The file, free to be written, and the folder that remembers hashes."""
     if folders is None and wanted.output.suffix == ".safetensors":
         path, cache = wanted.output, None
@@ -174,55 +178,55 @@ def _place(wanted: Extraction, folders: Folders | None) -> tuple[Path, Path | No
     return path, cache
 
 
-def _name(wanted: Extraction) -> str:
+def _name(wanted: ExtractRequest) -> str:
     return prompt_word(f"{wanted.checkpoint.stem}-from-{wanted.base.stem}")
 
 
-def _sources(wanted: Extraction, control: Control) -> Sources:
+def _inputs(wanted: ExtractRequest, progress: Progress) -> MergeInputs:
     paths = (wanted.base, wanted.checkpoint)
     base, header = headers = [read_header(path) for path in paths]
     layout = common_layout(headers)
     if not layout.layers:
         raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
     for warning in check_distinct(paths):
-        control.warn(warning)
-    return Sources((header,), base, layout, (1.0,), getattr(torch, wanted.dtype))
+        progress.warn(warning)
+    return MergeInputs((header,), base, layout, (1.0,), getattr(torch, wanted.dtype))
 
 
-def _require_room(wanted: Extraction, sources: Sources, path: Path) -> None:
-    layers = sources.layout.layers
+def _require_room(wanted: ExtractRequest, inputs: MergeInputs, path: Path) -> None:
+    layers = inputs.layout.layers
     ranks = even_ranks((wanted.rank,), [(layer.m, layer.n) for layer in layers])
     require_disks(
         {
             path.parent: lora_bytes(
-                layers, ranks, sources.dtype, (sources.layout.family.alpha_for(wanted.rank),)
+                layers, ranks, inputs.dtype, (inputs.layout.family.alpha_for(wanted.rank),)
             )
         }
     )
 
 
 def _file(
-    wanted: Extraction,
+    wanted: ExtractRequest,
     path: Path,
-    sources: Sources,
-    origins: tuple[Source, ...],
+    inputs: MergeInputs,
+    origins: tuple[SourceRecord, ...],
     explained: float,
 ) -> LoraFile:
-    base, checkpoint = (header.stem for header in sources.read)
+    base, checkpoint = (header.stem for header in inputs.read)
     return LoraFile(
-        lineage=Lineage(base, sources.layout.family, _recipe(wanted), origins, now()),
+        lineage=Lineage(base, inputs.layout.family, _recipe(wanted), origins, current_time()),
         run=path.stem,
         index=0,
         count=1,
         rank=wanted.rank,
         multipliers={checkpoint: 1.0},
         explained=explained,
-        dtype=sources.dtype,
+        dtype=inputs.dtype,
         alone=checkpoint,
     )
 
 
-def _recipe(wanted: Extraction) -> dict[str, str]:
+def _recipe(wanted: ExtractRequest) -> dict[str, str]:
     return {
         "type": "extraction",
         "base": wanted.base.name,
@@ -233,10 +237,10 @@ def _recipe(wanted: Extraction) -> dict[str, str]:
     }
 
 
-def _require_difference(found: Difference, sources: Sources) -> None:
+def _require_difference(found: LowRankDifference, inputs: MergeInputs) -> None:
     if found.layers:
         return
-    base, checkpoint = (header.name for header in sources.read)
+    base, checkpoint = (header.name for header in inputs.read)
     elsewhere = [kind for kind, energy in found.outside.items() if energy > 0]
     where = f", only in their {', '.join(elsewhere)}" if elsewhere else ""
     raise ExtractionError(

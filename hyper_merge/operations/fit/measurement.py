@@ -15,16 +15,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import Sources
-from hyper_merge.analysis.streaming_pass import Work, pass_costs, refuse_non_finite
-from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs, raise_non_finite
+from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of_tensor
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.decomposition.truncated_svd import truncation_cost
-from hyper_merge.loras.stack import Added
-from hyper_merge.runtime.parallel import Each, workers
-from hyper_merge.runtime.progress import Control, Tally
+from hyper_merge.loras.stack import LoraStack
+from hyper_merge.runtime.parallel import ParallelMap, parallel_map
+from hyper_merge.runtime.progress import Progress, ProgressCounter
 from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
 
 _EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix besides
@@ -49,7 +49,7 @@ class Sums:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Measurement:
     """All that multipliers and shares need to know of the files."""
 
     layers: tuple[Sums, ...]  # in the layout's order
@@ -92,14 +92,16 @@ class Measured:
         return fit_multipliers(Statistics(self.energy, cross[None], gram))[0]
 
 
-def measure(sources: Sources, added: Added, work: Work, control: Control) -> Measured:
+def measure(
+    inputs: MergeInputs, added: LoraStack, options: PassOptions, progress: Progress
+) -> Measurement:
     """Reads every tensor of both files once.
 
     Args:
-        sources: the hyper-model as the base, and one checkpoint.
+        inputs: the hyper-model as the base, and one checkpoint.
         added: the run's LoRAs and companions, open.
-        work: device.
-        control: progress and interrupt.
+        options: device.
+        progress: progress and interrupt.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
@@ -108,19 +110,19 @@ def measure(sources: Sources, added: Added, work: Work, control: Control) -> Mea
     layers: dict[int, Sums] = {}
     outside: dict[str, float] = {}
     vectors: dict[str, list[Sums]] = {}
-    costs = pass_costs(sources, Work(work.device))
-    with _reading(sources, work, control.tally("fitting", costs)) as (files, each, tally):
+    costs = pass_costs(inputs, PassOptions(options.device))
+    with _reading(inputs, options, progress.counter("fitting", costs)) as (files, each, counter):
 
         def take(key: str) -> list[tuple[int | None, Sums]]:
             tensors = [file.tensor(key) for file in files]
-            tally.add(key, costs[key] / 2)
+            counter.add(key, costs[key] / 2)
             return [
-                (index, replace(_sums(delta, index, key, sources, added), size=size))
-                for index, delta, size in _deltas(sources, key, tensors, work.device)
+                (index, replace(_sums(delta, index, key, inputs, added), size=size))
+                for index, delta, size in _deltas(inputs, key, tensors, options.device)
             ]
 
         for key, found in zip(costs, each(take, costs), strict=True):
-            kind = kind_of(key, sources.layout)
+            kind = kind_of_tensor(key, inputs.layout)
             for index, sums in found:
                 if index is not None:
                     layers[index] = sums
@@ -128,25 +130,27 @@ def measure(sources: Sources, added: Added, work: Work, control: Control) -> Mea
                     outside[kind] = outside.get(kind, 0.0) + sums.energy
                     if sums.gram.any():
                         vectors.setdefault(kind, []).append(sums)
-            tally.finish(key)
+            counter.finish(key)
     ordered = tuple(layers[index] for index in sorted(layers))
-    return Measured(ordered, outside, {kind: tuple(of) for kind, of in vectors.items()})
+    return Measurement(ordered, outside, {kind: tuple(of) for kind, of in vectors.items()})
 
 
 @dataclass(frozen=True, eq=False)
-class Rest:
+class Residual:
     """What the LoRAs with given multipliers leave of a checkpoint, layer by layer."""
 
-    sources: Sources  # the hyper-model as the base, and the checkpoint
-    added: Added
+    inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
+    added: LoraStack
     multipliers: Mapping[str, Tensor]  # by the layers' part: (R,)
-    work: Work
+    options: PassOptions
 
-    def spectra(self, control: Control) -> list[Tensor]:  # per layer (min(m, n),), float64, falling
+    def spectra(
+        self, progress: Progress
+    ) -> list[Tensor]:  # per layer (min(m, n),), float64, falling
         """Squared singular values of every layer's rest."""
         costs = {
             layer.module: min(layer.m, layer.n) ** 2 * (max(layer.m, layer.n) + _EIGENVALUES)
-            for layer in self.sources.layout.layers
+            for layer in self.inputs.layout.layers
         }
 
         def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> Tensor:
@@ -155,16 +159,16 @@ class Rest:
             squares = torch.linalg.eigvalsh((wide @ wide.mT).double())
             return squares.flip(0).clamp(min=0).cpu()
 
-        return self._map(take, "measuring what remains", costs, control)
+        return self._map(take, "measuring what remains", costs, progress)
 
     def low_rank(
         self,
         ranks: Sequence[int],  # per layer; 0 for none
         stored: tuple[int | None, torch.dtype],  # alpha of the file, type
-        control: Control,
+        progress: Progress,
     ) -> list[LowRankLayer | None]:
         """Every layer's rest as factors, as a file will hold them."""
-        rank_of = dict(zip(self.sources.layout.layers, ranks, strict=True))
+        rank_of = dict(zip(self.inputs.layout.layers, ranks, strict=True))
         costs = {
             layer.module: truncation_cost(layer.m, layer.n, max(rank, 1))
             for layer, rank in rank_of.items()
@@ -174,37 +178,37 @@ class Rest:
             rank = rank_of[layer]
             if not rank or not rest.any():
                 return None
-            return low_rank_layer(layer, rest, rank, stored, self.work.seed, tick)
+            return low_rank_layer(layer, rest, rank, stored, self.options.seed, tick)
 
-        return self._map(take, "making the top-up", costs, control)
+        return self._map(take, "making the top-up", costs, progress)
 
     def _map(
         self,
         function: Callable[[Layer, Tensor, Callable[[float], None]], Any],
         phase: str,
         costs: Mapping[str, float],
-        control: Control,
+        progress: Progress,
     ) -> list[Any]:
         """A function's results for the rest of every layer, in their order."""
-        layers = self.sources.layout.layers
+        layers = self.inputs.layout.layers
         keys = list(dict.fromkeys(layer.key for layer in layers))
         found: dict[int, Any] = {}
-        tally = control.tally(phase, costs)
-        with _reading(self.sources, self.work, tally) as (files, each, _):
+        counter = progress.counter(phase, costs)
+        with _reading(self.inputs, self.options, counter) as (files, each, _):
 
             def take(key: str) -> list[tuple[int, Any]]:
                 tensors = [file.tensor(key) for file in files]
                 results = []
-                for index, delta, _ in _deltas(self.sources, key, tensors, self.work.device):
+                for index, delta, _ in _deltas(self.inputs, key, tensors, self.options.device):
                     layer = layers[index or 0]
-                    tick = partial(tally.add, layer.module)
+                    tick = partial(counter.add, layer.module)
                     results.append((index or 0, function(layer, self._rest(layer, delta), tick)))
                 return results
 
             for results in each(take, keys):
                 for index, result in results:
                     found[index] = result
-                    tally.finish(layers[index].module)
+                    counter.finish(layers[index].module)
         return [found[index] for index in range(len(layers))]
 
     def _rest(
@@ -221,45 +225,47 @@ class Rest:
 
 @contextmanager
 def _reading(
-    sources: Sources, work: Work, tally: Tally
-) -> Iterator[tuple[list[Checkpoint], Each, Tally]]:
+    inputs: MergeInputs, options: PassOptions, counter: ProgressCounter
+) -> Iterator[tuple[list[CheckpointReader], ParallelMap, ProgressCounter]]:
     """Both files open, and a map that reads few tensors at a time."""
-    base, header = sources.read
+    base, header = inputs.read
     with (
-        Checkpoint(base.path, expected=base) as first,
-        Checkpoint(header.path, expected=header) as second,
-        workers(work.device, tally.tell) as each,
-        tally,
+        CheckpointReader(base.path, expected=base) as first,
+        CheckpointReader(header.path, expected=header) as second,
+        parallel_map(options.device, counter.tell) as each,
+        counter,
     ):
-        yield [first, second], each, tally
+        yield [first, second], each, counter
 
 
 def _deltas(
-    sources: Sources, key: str, tensors: Sequence[Tensor], device: torch.device
+    inputs: MergeInputs, key: str, tensors: Sequence[Tensor], device: torch.device
 ) -> Iterator[tuple[int | None, Tensor, float]]:
     """Each piece's layer, difference (float32, of a layer a matrix), and squared norm of the base.
 
     Raises:
         NonFiniteError: it holds NaN or infinity.
     """
-    is_layer = sources.layout.treatments[key] is Treatment.LAYER
-    for rows, index in sources.pieces(key):
+    is_layer = inputs.layout.treatments[key] is Treatment.LAYER
+    for rows, index in inputs.pieces(key):
         base, checkpoint = (tensor[rows].to(device).float() for tensor in tensors)
         delta = checkpoint - base
         if not math.isfinite(_squared(delta)):
-            refuse_non_finite(sources, key, tensors)
+            raise_non_finite(inputs, key, tensors)
         if is_layer and index is not None:
-            layer = sources.layout.layers[index]
+            layer = inputs.layout.layers[index]
             yield index, delta.reshape(layer.m, layer.n), _squared(base)
         else:
             yield None, delta, _squared(base)
 
 
-def _sums(delta: Tensor, index: int | None, key: str, sources: Sources, added: Added) -> Sums:
+def _sums(
+    delta: Tensor, index: int | None, key: str, inputs: MergeInputs, added: LoraStack
+) -> Sums:
     energy = _squared(delta)
     if index is None:
         return _vector_sums(energy, delta, added.vectors(key))
-    factors = added.factors(sources.layout.layers[index])
+    factors = added.factors(inputs.layout.layers[index])
     cross = [
         ((up.to(delta).mT @ delta) * down.to(delta)).sum(dtype=torch.float64).cpu()
         for up, down in factors

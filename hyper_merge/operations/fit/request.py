@@ -9,11 +9,16 @@ from typing import Any, Final
 
 import torch
 
-from hyper_merge.analysis.inputs import Sources, groups_of
-from hyper_merge.analysis.streaming_pass import Work
+from hyper_merge.analysis.inputs import MergeInputs, multiplier_groups
+from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.operations.merge.preflight import common_layout
-from hyper_merge.recipe.parsing import Wish, parse_name, parse_path, parse_topup
+from hyper_merge.recipe.parsing import (
+    PrivateLoraTarget,
+    parse_name,
+    parse_path,
+    parse_private_lora_target,
+)
 from hyper_merge.recipe.recipe import FIELDS, parse_settings
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.integrity import require_family, require_hyper_model
@@ -22,14 +27,14 @@ from hyper_merge.runtime.devices import resolve_device
 
 
 @dataclass(frozen=True)
-class FitOrder:
+class FitRequest:
     """What the user asks for.
 
     Attributes:
         run: Its name.
         checkpoint: The file that is to be fitted.
         name: By which the run knows it; None for the file's.
-        topup: A private LoRA of what remains; text as `parse_topup` takes it is turned into it.
+        topup: A private LoRA of what remains; text as `parse_private_lora_target` takes it is turned into it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: Whether an earlier fit of this name may be replaced.
         seed: Of everything random.
@@ -38,7 +43,7 @@ class FitOrder:
     run: str
     checkpoint: Path
     name: str | None = None
-    topup: Wish | None = None
+    topup: PrivateLoraTarget | None = None
     device: str = "auto"
     overwrite: bool = False
     seed: int = 0
@@ -52,27 +57,27 @@ _PARSERS: Final[Mapping[str, Any]] = {
     "run": str,
     "checkpoint": parse_path,
     "name": lambda name: None if name is None else parse_name(name),
-    "topup": parse_topup,
+    "topup": parse_private_lora_target,
 }
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class FitInputs:
     """What is known before the first tensor is read."""
 
     run: Run
     name: str
-    sources: Sources  # the hyper-model as the base, and the checkpoint
-    work: Work
+    inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
+    options: PassOptions
     groups: Mapping[str, list[int]]  # layers by the part whose multipliers they share
 
     @property
     def layers_of(self) -> dict[str, list[int]]:
         """Layers by their own part."""
-        return groups_of(self.sources.layout.layers, separate=True)
+        return multiplier_groups(self.inputs.layout.layers, separate=True)
 
 
-def examined(wanted: FitOrder, folders: Folders) -> Job:
+def validate_fit(wanted: FitRequest, folders: Folders) -> FitInputs:
     """The order with its run and its files.
 
     Raises:
@@ -84,12 +89,12 @@ def examined(wanted: FitOrder, folders: Folders) -> Job:
     hyper_model = read_header(require_hyper_model(run))
     header = read_header(wanted.checkpoint)
     layout = common_layout([hyper_model, header])
-    sources = Sources((header,), hyper_model, layout, (1.0,), torch.float32)
+    inputs = MergeInputs((header,), hyper_model, layout, (1.0,), torch.float32)
     separate = any(row.text_multipliers for row in run.report.checkpoints)
-    return Job(
+    return FitInputs(
         run=run,
         name=wanted.name or header.stem,
-        sources=sources,
-        work=Work(resolve_device(wanted.device), wanted.seed),
-        groups=groups_of(layout.layers, separate=separate),
+        inputs=inputs,
+        options=PassOptions(resolve_device(wanted.device), wanted.seed),
+        groups=multiplier_groups(layout.layers, separate=separate),
     )

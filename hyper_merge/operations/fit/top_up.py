@@ -8,31 +8,31 @@ from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.decomposition.rank_allocation import ranks_within, spread
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
-from hyper_merge.loras.metadata import LoraFile, Source
+from hyper_merge.loras.metadata import LoraFile, SourceRecord
 from hyper_merge.loras.prompt_tags import prompt_word
-from hyper_merge.operations.fit.measurement import Measured, Rest
-from hyper_merge.operations.fit.request import Job
-from hyper_merge.recipe.parsing import Wish
-from hyper_merge.runs.fit_records import TopUp, paths_for
+from hyper_merge.operations.fit.measurement import Measurement, Residual
+from hyper_merge.operations.fit.request import FitInputs
+from hyper_merge.recipe.parsing import PrivateLoraTarget
+from hyper_merge.runs.fit_records import PrivateLoraRecord, fit_record_paths
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.weighted_loras import lineage_from
+from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.progress import Control, count
+from hyper_merge.runtime.progress import Progress, count
 
 _LONGEST: Final = 60  # letters of a checkpoint's name within the top-up's
 _MARGIN: Final = 0.995  # of what may remain: rounding and the truncated SVD take a little
 
 
-def _topup_stem(job: Job) -> str:
+def _topup_stem(job: FitInputs) -> str:
     """Of the private LoRA's name, without the rank."""
     return f"{job.run.name}_fit-{prompt_word(job.name, _LONGEST)}"
 
 
-def require_free_topup(job: Job, folders: Folders, *, overwrite: bool) -> None:
+def require_free_topup(job: FitInputs, folders: Folders, *, overwrite: bool) -> None:
     """Returns if no private LoRA of this name is there, whatever its rank, but for what is replaced."""
     own = folders.fit_files_of(job.run.name, job.name) if overwrite else []
     for path in sorted(folders.loras.glob(f"{_topup_stem(job)}-*.safetensors")):
@@ -44,25 +44,29 @@ def require_free_topup(job: Job, folders: Folders, *, overwrite: bool) -> None:
             )
 
 
-def remove_earlier(outputs: Outputs, job: Job, folders: Folders, topups: Sequence[TopUp]) -> None:
+def remove_earlier(
+    outputs: FileTransaction, job: FitInputs, folders: Folders, topups: Sequence[PrivateLoraRecord]
+) -> None:
     """The private LoRA of an earlier fit goes with its replacement, unless it is replaced itself."""
-    written = {path.stem for path in paths_for(job.run, job.name)} | {each.name for each in topups}
+    written = {path.stem for path in fit_record_paths(job.run, job.name)} | {
+        each.name for each in topups
+    }
     for path in folders.fit_files_of(job.run.name, job.name):
         if path.stem not in written:
             outputs.remove(path)
 
 
 def top_up(
-    outputs: Outputs,
-    job: Job,
-    of: tuple[Rest, Measured, Source],
-    wish: Wish,
-    control: Control,
-) -> tuple[TopUp, ...]:
+    outputs: FileTransaction,
+    job: FitInputs,
+    of: tuple[Residual, Measurement, SourceRecord],
+    wish: PrivateLoraTarget,
+    progress: Progress,
+) -> tuple[PrivateLoraRecord, ...]:
     """Stages a private LoRA of what remains; none where the share is reached without."""
     rest, measured, origin = of
-    looking, making, writing = control.split([1.0, 1.0, 0.3])
-    layers = job.sources.layout.layers
+    looking, making, writing = progress.split([1.0, 1.0, 0.3])
+    layers = job.inputs.layout.layers
     costs = [layer.m + layer.n for layer in layers]
     ranks = _ranks(rest, measured, wish, costs, looking)
     if not any(ranks):
@@ -70,7 +74,7 @@ def top_up(
     mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
     rank = max(round(mean), 1)
     path = job.run.loras[0].parent / f"{_topup_stem(job)}-{rank}.safetensors"
-    alpha, dtype = job.sources.layout.family.alpha_for(rank), rest.added.dtype
+    alpha, dtype = job.inputs.layout.family.alpha_for(rank), rest.added.dtype
     size = lora_bytes(layers, [(each,) for each in ranks], dtype, (alpha,))
     require_disks({path.parent: size})
     found = [each for each in rest.low_rank(ranks, (alpha, dtype), making) if each]
@@ -78,29 +82,35 @@ def top_up(
     explained = 1 - (measured.left(rest.multipliers, layers) - gained) / measured.energy
     file = _file(job, origin, (rank, dtype), explained)
     factors = {each.layer.module: (each.up, each.down) for each in found}
-    tally = writing.tally("writing the top-up", {path: 2 * size})  # hashed and written
-    write_lora(outputs, path, layers, factors, file, partial(count, tally, path))
+    counter = writing.counter("writing the top-up", {path: 2 * size})  # hashed and written
+    write_lora(outputs, path, layers, factors, file, partial(count, counter, path))
     digest = outputs.metadata_of(path)["sshs_model_hash"]
-    return (TopUp(path.stem, rank, explained, outputs.size_of(path), digest),)
+    return (PrivateLoraRecord(path.stem, rank, explained, outputs.size_of(path), digest),)
 
 
 def _ranks(
-    rest: Rest, measured: Measured, wish: Wish, costs: Sequence[int], control: Control
+    rest: Residual,
+    measured: Measurement,
+    wish: PrivateLoraTarget,
+    costs: Sequence[int],
+    progress: Progress,
 ) -> list[int]:
     """Of the private LoRA in every layer, where they take away most; none if the share is reached."""
     left = (1 - (wish.share or 0.0)) * measured.energy
-    if wish.rank is None and measured.left(rest.multipliers, rest.sources.layout.layers) <= left:
+    if wish.rank is None and measured.left(rest.multipliers, rest.inputs.layout.layers) <= left:
         return []
-    spectra = rest.spectra(control)
+    spectra = rest.spectra(progress)
     if wish.rank is not None:
-        return spread(spectra, costs, wish.rank * sum(costs))
+        return spread_ranks(spectra, costs, wish.rank * sum(costs))
     return ranks_within(spectra, costs, _MARGIN * left)
 
 
-def _file(job: Job, origin: Source, stored: tuple[int, torch.dtype], explained: float) -> LoraFile:
+def _file(
+    job: FitInputs, origin: SourceRecord, stored: tuple[int, torch.dtype], explained: float
+) -> LoraFile:
     rank, dtype = stored
     return LoraFile(
-        lineage=lineage_from(job.run, job.run.hyper_model.stem, [origin]),
+        lineage=lineage_of_run(job.run, job.run.hyper_model.stem, [origin]),
         run=job.run.name,
         index=0,
         count=1,

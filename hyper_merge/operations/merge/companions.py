@@ -11,32 +11,36 @@ from typing import Final, get_args
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import Sources
-from hyper_merge.analysis.streaming_pass import Work, take_apart
-from hyper_merge.checkpoints.architectures.norms_and_biases import Kind, Vector, vectors_of
+from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.streaming_pass import PassOptions, analyze_tensor
+from hyper_merge.checkpoints.architectures.norms_and_biases import (
+    Kind,
+    NormOrBias,
+    norms_and_biases_of,
+)
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
-from hyper_merge.loras.cards import CARD_SUFFIXES, companion_card
+from hyper_merge.loras.cards import CARD_SUFFIXES, format_companion_card
 from hyper_merge.loras.metadata import LoraFile, lora_metadata
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runs.report import Recovered
+from hyper_merge.runs.report import CompanionGain
 
 _DTYPE: Final = torch.float32  # A1111 rounds the norm itself to the type of its change
 
 
 @dataclass(frozen=True, eq=False)
-class Companions:
+class NormBiasLoras:
     """What every LoRA's companion adds, and what all of them together bring back."""
 
     tensors: tuple[dict[str, Tensor], ...]  # per block: key in the file -> (size,)
-    recovered: tuple[Recovered, ...]  # by kind
+    recovered: tuple[CompanionGain, ...]  # by kind
 
 
-def wanted_vectors(recipe: Recipe, sources: Sources) -> tuple[Vector, ...]:
+def select_norms_and_biases(recipe: Recipe, inputs: MergeInputs) -> tuple[NormOrBias, ...]:
     """The tensors that the companions hold; none if none are asked for.
 
     Raises:
@@ -45,30 +49,30 @@ def wanted_vectors(recipe: Recipe, sources: Sources) -> tuple[Vector, ...]:
     if recipe.exact == "none":
         return ()
     biases = recipe.exact == "all"
-    vectors = vectors_of(sources.headers[0], sources.layout, biases=biases)
+    vectors = norms_and_biases_of(inputs.headers[0], inputs.layout, biases=biases)
     if not vectors:
         raise RecipeError(
-            f"{sources.layout.family.title} has no norms that hosts take from a LoRA file; choose"
+            f"{inputs.layout.family.title} has no norms that hosts take from a LoRA file; choose"
             " exact none or all"
         )
     return vectors
 
 
-def companion_bytes(vectors: Sequence[Vector]) -> int:
+def companion_bytes(vectors: Sequence[NormOrBias]) -> int:
     """Size of one companion, less its header."""
     return sum(vector.size for vector in vectors) * _DTYPE.itemsize
 
 
-def find_companions(
-    sources: Sources,
-    vectors: Sequence[Vector],
+def fit_companions(
+    inputs: MergeInputs,
+    vectors: Sequence[NormOrBias],
     multipliers: Tensor,  # (k, R), float64
     check: Callable[[], None] = lambda: None,
-) -> Companions:
+) -> NormBiasLoras:
     """The changes of norms and biases that fit the LoRAs' multipliers best, by least squares.
 
     Args:
-        sources: the files.
+        inputs: the files.
         vectors: which tensors.
         multipliers: of the LoRAs.
         check: called for every tensor; may raise, to stop.
@@ -82,11 +86,12 @@ def find_companions(
     sums: dict[str, list[float]] = {}  # kind -> energy, energy that is left
     with ExitStack() as stack:
         files = [
-            stack.enter_context(Checkpoint(header.path, expected=header)) for header in sources.read
+            stack.enter_context(CheckpointReader(header.path, expected=header))
+            for header in inputs.read
         ]
         for vector in vectors:
             check()
-            deltas = _deltas(sources, vector.key, [file.tensor(vector.key) for file in files])
+            deltas = _deltas(inputs, vector.key, [file.tensor(vector.key) for file in files])
             changes = (solver @ deltas).to(_DTYPE)
             left = deltas - multipliers @ changes.double()
             energy = sums.setdefault(vector.kind, [0.0, 0.0])
@@ -95,12 +100,12 @@ def find_companions(
             for block, change in zip(blocks, changes, strict=True):
                 block[vector.lora_key] = change
     kinds = (kind for kind in get_args(Kind) if kind in sums)
-    recovered = tuple(Recovered(kind, _share(*sums[kind])) for kind in kinds)
-    return Companions(blocks, recovered)
+    recovered = tuple(CompanionGain(kind, _share(*sums[kind])) for kind in kinds)
+    return NormBiasLoras(blocks, recovered)
 
 
 def write_companion(
-    outputs: Outputs, path: Path, tensors: dict[str, Tensor], file: LoraFile, exact: str
+    outputs: FileTransaction, path: Path, tensors: dict[str, Tensor], file: LoraFile, exact: str
 ) -> None:
     """Stages one companion with its metadata and card.
 
@@ -121,14 +126,16 @@ def write_companion(
         for key, tensor in tensors.items():
             writer.write(key, tensor)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
-    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), companion_card(file, path.stem, exact))
+    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), format_companion_card(file, path.stem, exact))
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
-def _deltas(sources: Sources, key: str, tensors: Sequence[Tensor]) -> Tensor:  # (k, size), float64
+def _deltas(
+    inputs: MergeInputs, key: str, tensors: Sequence[Tensor]
+) -> Tensor:  # (k, size), float64
     """Every checkpoint's difference from the average as it is stored."""
-    average = take_apart(sources, key, tensors, Work(torch.device("cpu"))).average
-    own = tensors[1:] if sources.base else tensors
+    average = analyze_tensor(inputs, key, tensors, PassOptions(torch.device("cpu"))).average
+    own = tensors[1:] if inputs.base else tensors
     return torch.stack([tensor.double().flatten() for tensor in own]) - average.double().flatten()
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, HostRounding
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 
 ROWS: Final = 8  # of every layer
 
 
 @dataclass(frozen=True, eq=False)
-class AddedLora:
+class HostLora:
     """A LoRA as its file holds it, and how much of it each checkpoint takes."""
 
     factors: Sequence[tuple[Tensor, Tensor]]  # per layer: (m, r), (r, n)
@@ -40,14 +40,14 @@ class _Block:
     multipliers: Tensor  # (k,), float32
 
 
-def host_rounding(
+def measure_precision_loss(
     average: Callable[[str], Tensor],
     layout: tuple[Family, Sequence[Layer]],
-    loras: Sequence[AddedLora],
+    loras: Sequence[HostLora],
     energies: Tensor,  # (k,)
     rows: int = ROWS,
     check: Callable[[], None] = lambda: None,
-) -> tuple[HostRounding, ...]:
+) -> tuple[PrecisionLoss, ...]:
     """What each way of adding the LoRAs adds to the loss, nearly.
 
     Args:
@@ -72,7 +72,7 @@ def host_rounding(
             added = add(weights, own, family.half).double() - exact
             errors[way] += added.square().sum((1, 2)) * (layer.m / len(rows_of_layer))
     return tuple(
-        HostRounding(
+        PrecisionLoss(
             hosts=hosts,
             added=_share(of.sum(), energies.sum()),
             worst=max(_share(one, whole) for one, whole in zip(of, energies, strict=True)),
@@ -117,7 +117,7 @@ def _sum(
     return weights
 
 
-def _blocks(lora: AddedLora, index: int, layer: Layer, chosen: slice) -> Iterator[_Block]:
+def _blocks(lora: HostLora, index: int, layer: Layer, chosen: slice) -> Iterator[_Block]:
     """A LoRA in one layer; nothing where it leaves the layer alone."""
     up, down = lora.factors[index]
     rank = up.shape[1]

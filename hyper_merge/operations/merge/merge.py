@@ -11,23 +11,23 @@ from pathlib import Path
 from torch import Tensor
 
 from hyper_merge.analysis import cache as analysis_cache
-from hyper_merge.analysis.basis_widths import widths_for
-from hyper_merge.analysis.loss_weights import weighting_of
-from hyper_merge.analysis.store import Analysis, new_analysis, open_analysis
-from hyper_merge.analysis.streaming_pass import LayerAnalysis, Work, run_pass
+from hyper_merge.analysis.basis_widths import choose_widths
+from hyper_merge.analysis.loss_weights import make_loss_weights
+from hyper_merge.analysis.store import Analysis, create_analysis, open_analysis
+from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions, stream_layers
 from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.loras.metadata import Lineage
-from hyper_merge.operations.merge.cost_model import Costs, Existing, average_costs
-from hyper_merge.operations.merge.host_precision import host_rounding
+from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, average_costs
+from hyper_merge.operations.merge.host_precision import measure_precision_loss
 from hyper_merge.operations.merge.lineage import lineage_of
 from hyper_merge.operations.merge.outputs import (
-    Solved,
-    added_loras,
+    SolvedMerge,
     average_writer,
+    host_loras,
     lora_files,
     names_of,
     remove_outdated,
@@ -40,22 +40,22 @@ from hyper_merge.operations.merge.outputs import (
     topups_of,
 )
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.operations.merge.rank_search import solved_as_asked
+from hyper_merge.operations.merge.rank_search import solve_with_rank_search
 from hyper_merge.operations.merge.report_builder import BlockChoice, make_report
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.folders import Folders, Place, require_no_source
-from hyper_merge.runs.report import HostRounding, Report
+from hyper_merge.runs.report import PrecisionLoss, Report
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.evaluation import fit
-from hyper_merge.solver.private_loras import Shared, find_private, with_private
-from hyper_merge.solver.quantization import rounded
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.evaluation import evaluate
+from hyper_merge.solver.private_loras import SharedLoras, add_private_loras, find_private_loras
+from hyper_merge.solver.quantization import quantize
 from hyper_merge.solver.solve import find_blocks
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """Where everything is, and how good it is."""
 
     report: Report
@@ -66,15 +66,15 @@ class Merged:
 
 def run_merge(
     preflight: Preflight,
-    control: Control,
+    progress: Progress,
     folders: Folders | None = None,
     start: Mapping[str, Tensor] | None = None,
-) -> Merged:
+) -> MergeResult:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
     Args:
         preflight: the examined recipe.
-        control: progress and interrupt.
+        progress: progress and interrupt.
         folders: where everything goes; None for those that the recipe was examined with.
         start: multipliers (k, R) that are worth a try besides the others, by the layers' part.
 
@@ -83,24 +83,24 @@ def run_merge(
     """
     if folders is not None:
         preflight = replace(preflight, folders=folders)
-    recipe, sources, folders = preflight.recipe, preflight.sources, preflight.folders
+    recipe, inputs, folders = preflight.recipe, preflight.inputs, preflight.folders
     place = folders.place(recipe, preflight.average_id)
     if not recipe.finds_ranks:
         require_free_names(place, names_of(preflight, place), overwrite=recipe.overwrite)
-    work = preflight.work
-    cached = analysis_cache.find(folders.cache, sources, work, recipe.ranks)
+    options = preflight.pass_options
+    cached = analysis_cache.find_analysis(folders.cache, inputs, options, recipe.ranks)
     preflight.require_room(place)
-    existing = Existing(folders.cache, average=place.exists, analysis=cached is not None)
+    existing = ExistingFiles(folders.cache, average=place.exists, analysis=cached is not None)
     costs = preflight.costs(existing)
-    hashing, reading, solving, writing = control.split(
+    hashing, reading, solving, writing = progress.split(
         (costs.hashing, costs.reading, costs.solving + costs.rounding, costs.writing)
     )
-    with Outputs(overwrite=recipe.overwrite) as outputs:
-        lineage = lineage_of(sources, recipe, folders.cache, hashing)
+    with FileTransaction(overwrite=recipe.overwrite) as outputs:
+        lineage = lineage_of(inputs, recipe, folders.cache, hashing)
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
             stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
-        path = cached or analysis_cache.path_for(folders.cache, sources, work)
+        path = cached or analysis_cache.analysis_path(folders.cache, inputs, options)
         if cached:
             analysis_cache.mark_used(cached)
         _read(
@@ -108,33 +108,33 @@ def run_merge(
             place,
             outputs,
             lineage,
-            (None if cached else path, work),
+            (None if cached else path, options),
             reading,
         )
-        with open_analysis(path, sources) as analysis:
-            preflight, solved = solved_as_asked(
+        with open_analysis(path, inputs) as analysis:
+            preflight, solved = solve_with_rank_search(
                 analysis, preflight, partial(_solve, analysis, (costs, start or {})), solving
             )
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             report, names = _stage(outputs, preflight, place, lineage, (analysis, solved, writing))
         stage_texts(outputs, preflight, place, lineage, report)
-        control.step("putting the files in place", 1.0)
-    analysis_cache.prune(folders.cache, folders.cache_limit)
+        progress.report("putting the files in place", 1.0)
+    analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
     paths = tuple(place.loras / f"{name}.safetensors" for name in names)
-    return Merged(report, place, paths, cached is not None)
+    return MergeResult(report, place, paths, cached is not None)
 
 
 def _stage(
-    outputs: Outputs,
+    outputs: FileTransaction,
     preflight: Preflight,
     place: Place,
     lineage: Lineage,
-    of: tuple[Analysis, Solved, Control],
+    of: tuple[Analysis, SolvedMerge, Progress],
 ) -> tuple[Report, tuple[str, ...]]:
     """Stages all LoRAs; returns the report, and their names."""
-    analysis, solved, control = of
+    analysis, solved, progress = of
     recipe = preflight.recipe
-    topping, writing = control.split((1.0 if recipe.topup else 0.0, 1.0))
+    topping, writing = progress.split((1.0 if recipe.topup else 0.0, 1.0))
     solved = _topped_up(analysis, preflight, solved, topping)
     topups = topups_of(preflight, place, solved)
     shared = names_of(preflight, place)
@@ -150,7 +150,7 @@ def _stage(
         analysis,
         solved.found,
         _choice(preflight, solved),
-        (place.run, tuple(files), [header.stem for header in preflight.sources.headers]),
+        (place.run, tuple(files), [header.stem for header in preflight.inputs.headers]),
         (recipe.method, solved.losses),
         sizes_of(preflight, place, outputs, names),
     )
@@ -167,29 +167,35 @@ def _stage(
 
 
 def _host_rounding(
-    outputs: Outputs, preflight: Preflight, place: Place, solved: Solved, control: Control
-) -> tuple[HostRounding, ...]:
+    outputs: FileTransaction,
+    preflight: Preflight,
+    place: Place,
+    solved: SolvedMerge,
+    progress: Progress,
+) -> tuple[PrecisionLoss, ...]:
     """What rounding adds to the loss where the files are used."""
-    layout, path = preflight.sources.layout, place.hyper_model
+    layout, path = preflight.inputs.layout, place.hyper_model
     of, energies = (layout.family, layout.layers), solved.found.energies.sum(0)
     with _tensors(path) if place.exists else outputs.reading(path) as average:
-        return host_rounding(average, of, added_loras(solved), energies, check=control.check)
+        return measure_precision_loss(
+            average, of, host_loras(solved), energies, check=progress.check
+        )
 
 
 @contextmanager
 def _tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
     """Those of an existing file, by key."""
-    with Checkpoint(path) as file:
+    with CheckpointReader(path) as file:
         yield file.tensor
 
 
-def run_average(preflight: Preflight, control: Control, folders: Folders | None = None) -> Path:
+def run_average(preflight: Preflight, progress: Progress, folders: Folders | None = None) -> Path:
     """Writes the hyper-model alone; arguments as for `run_merge`.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    recipe, sources = preflight.recipe, preflight.sources
+    recipe, inputs = preflight.recipe, preflight.inputs
     folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
@@ -198,81 +204,81 @@ def run_average(preflight: Preflight, control: Control, folders: Folders | None 
     require_free(path, overwrite=recipe.overwrite)
     folders.require_unused(path, preflight.average_id)
     require_disks({folders.models: preflight.estimate.average})
-    work = Work(resolve_device(recipe.device), recipe.seed)
-    with Outputs(overwrite=recipe.overwrite) as outputs:
-        hashing, reading = control.split(average_costs(sources, folders.cache))
-        lineage = lineage_of(sources, recipe, folders.cache, hashing)
+    options = PassOptions(resolve_device(recipe.device), recipe.seed)
+    with FileTransaction(overwrite=recipe.overwrite) as outputs:
+        hashing, reading = progress.split(average_costs(inputs, folders.cache))
+        lineage = lineage_of(inputs, recipe, folders.cache, hashing)
         with average_writer(outputs, path, preflight, lineage) as writer:
-            run_pass(sources, work, writer.write, _ignore, reading)
+            stream_layers(inputs, options, writer.write, _ignore, reading)
     return path
 
 
 def _read(
     preflight: Preflight,
     place: Place,
-    outputs: Outputs,
+    outputs: FileTransaction,
     lineage: Lineage,
-    wanted: tuple[Path | None, Work],  # where the analysis goes, if one is to be made
-    control: Control,
+    wanted: tuple[Path | None, PassOptions],  # where the analysis goes, if one is to be made
+    progress: Progress,
 ) -> None:
     """The pass over the files, for whatever is not there yet: average, analysis, both or neither."""
-    path, work = wanted
+    path, options = wanted
     if place.exists and path is None:
         return
     if path is None:
         with average_writer(outputs, place.hyper_model, preflight, lineage) as average:
-            work = Work(work.device, work.seed)
-            run_pass(preflight.sources, work, average.write, _ignore, control)
+            options = PassOptions(options.device, options.seed)
+            stream_layers(preflight.inputs, options, average.write, _ignore, progress)
         return
-    work = replace(work, widths=widths_for(preflight.sources, work.width or 0, control))
-    with new_analysis(path, preflight.sources, work) as analysis:
+    options = replace(options, widths=choose_widths(preflight.inputs, options.width or 0, progress))
+    with create_analysis(path, preflight.inputs, options) as analysis:
         if place.exists:
-            not_carried = run_pass(preflight.sources, work, None, analysis.keep, control)
+            not_carried = stream_layers(preflight.inputs, options, None, analysis.keep, progress)
         else:
             with average_writer(outputs, place.hyper_model, preflight, lineage) as average:
-                not_carried = run_pass(
-                    preflight.sources, work, average.write, analysis.keep, control
+                not_carried = stream_layers(
+                    preflight.inputs, options, average.write, analysis.keep, progress
                 )
         analysis.close_with(not_carried)
 
 
 def _solve(
     analysis: Analysis,
-    given: tuple[Costs, Mapping[str, Tensor]],  # and multipliers that are worth a try
+    given: tuple[MergeCosts, Mapping[str, Tensor]],  # and multipliers that are worth a try
     preflight: Preflight,
-    control: Control,
-) -> Solved:
+    progress: Progress,
+) -> SolvedMerge:
     costs, start = given
     recipe, allowance = preflight.recipe, preflight.allowance
-    solving, rounding = control.split((costs.solving, costs.rounding))
-    where = preflight.work.device, solving
+    solving, rounding = progress.split((costs.solving, costs.rounding))
+    where = preflight.pass_options.device, solving
     found = find_blocks(analysis, recipe, preflight.ranks, allowance, where, start)
     stored = preflight.alphas, preflight.lora_dtype
-    weighting = weighting_of(analysis, recipe)
-    blocks = rounded(analysis, found, preflight.groups, stored, weighting, rounding)
-    fitted = fit(analysis, blocks, preflight.groups, weighting.layers)
-    return Solved(blocks, fitted, found.losses)
+    weighting = make_loss_weights(analysis, recipe)
+    blocks = quantize(analysis, found, preflight.groups, stored, weighting, rounding)
+    fitted = evaluate(analysis, blocks, preflight.groups, weighting.layers)
+    return SolvedMerge(blocks, fitted, found.losses)
 
 
 def _topped_up(
-    analysis: Analysis, preflight: Preflight, solved: Solved, control: Control
-) -> Solved:
+    analysis: Analysis, preflight: Preflight, solved: SolvedMerge, progress: Progress
+) -> SolvedMerge:
     """The same with private LoRAs, if any are wished for."""
     wish = preflight.recipe.topup
     if wish is None:
         return solved
-    shared = Shared(
+    shared = SharedLoras(
         analysis,
         solved.blocks,
         solved.found,
         preflight.groups,
         preflight.lora_dtype,
     )
-    privates = find_private(shared, wish, preflight.rank_bytes, control)
-    return replace(solved, found=with_private(solved.found, privates), privates=privates)
+    privates = find_private_loras(shared, wish, preflight.rank_bytes, progress)
+    return replace(solved, found=add_private_loras(solved.found, privates), privates=privates)
 
 
-def _choice(preflight: Preflight, solved: Solved) -> BlockChoice:
+def _choice(preflight: Preflight, solved: SolvedMerge) -> BlockChoice:
     """The ranks of all LoRAs, and the bytes that they could have been spread over otherwise."""
     own = [each.ranks for each in solved.privates]
     ranks = [

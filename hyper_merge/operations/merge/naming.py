@@ -15,7 +15,9 @@ from hyper_merge.runs.folders import Folders, Place
 _ENDINGS: Final = ("", "-b", "-c", "-d", "-e", "-f", "-g", "-h")  # tried, one after another
 
 
-def placed(preflight: Preflight, folders: Folders, *, named: bool) -> tuple[Preflight, Place]:
+def with_free_name(
+    preflight: Preflight, folders: Folders, *, named: bool
+) -> tuple[Preflight, Place]:
     """With a place for its files; a name that is taken leads to another unless it was given.
 
     Raises:
@@ -33,7 +35,7 @@ def placed(preflight: Preflight, folders: Folders, *, named: bool) -> tuple[Pref
     return _in_place(preflight, folders)
 
 
-def suggested_name(picked: Sequence[str]) -> str:
+def suggest_name(picked: Sequence[str]) -> str:
     """A name for a merge of these checkpoints that prompts and file systems can hold.
 
     >>> suggested_name(["sd15/portrait v2.safetensors", "b.ckpt"])

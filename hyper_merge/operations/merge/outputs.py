@@ -15,50 +15,50 @@ from torch import Tensor
 from hyper_merge import __version__
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.checkpoints.prediction_type import config_beside, configuration_for
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import write_lora
 from hyper_merge.loras.metadata import Lineage, LoraFile, checkpoint_metadata
 from hyper_merge.loras.prompt_tags import companion_names, lora_names, prompt_word
-from hyper_merge.operations.merge.companions import find_companions, write_companion
-from hyper_merge.operations.merge.host_precision import AddedLora
+from hyper_merge.operations.merge.companions import fit_companions, write_companion
+from hyper_merge.operations.merge.host_precision import HostLora
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.report_builder import Sizes
 from hyper_merge.runs.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
 from hyper_merge.runs.manifest import MANIFEST_VERSION
-from hyper_merge.runs.report import Recovered, Report
-from hyper_merge.runs.report_text import text
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.evaluation import Fit
-from hyper_merge.solver.private_loras import Private
-from hyper_merge.solver.quantization import Rounded
+from hyper_merge.runs.report import CompanionGain, Report
+from hyper_merge.runs.report_text import format_report
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.evaluation import Evaluation
+from hyper_merge.solver.private_loras import PrivateLora
+from hyper_merge.solver.quantization import StoredFactors
 
 _LONGEST: Final = 60  # letters of a checkpoint's name within that of its private LoRA
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class SolvedMerge:
     """What the files are made of."""
 
-    blocks: Rounded
-    found: Fit
+    blocks: StoredFactors
+    found: Evaluation
     losses: tuple[float, ...]
-    privates: tuple[Private, ...] = ()
+    privates: tuple[PrivateLora, ...] = ()
 
 
-def added_loras(solved: Solved) -> list[AddedLora]:
+def host_loras(solved: SolvedMerge) -> list[HostLora]:
     """All LoRAs in the order of the prompt: shared ones, then each checkpoint's own."""
     blocks, found = solved.blocks, solved.found.multipliers
     shared = [
-        AddedLora(factors, alpha, {part: rows[:, block] for part, rows in found.items()})
+        HostLora(factors, alpha, {part: rows[:, block] for part, rows in found.items()})
         for block, (factors, alpha) in enumerate(
             zip(zip(*blocks.factors, strict=True), blocks.alphas, strict=True)
         )
     ]
     once = torch.eye(len(found["unet"]))
     own = [
-        AddedLora(each.factors, each.alpha, {"unet": once[each.checkpoint]})
+        HostLora(each.factors, each.alpha, {"unet": once[each.checkpoint]})
         for each in solved.privates
     ]
     return shared + own
@@ -70,9 +70,9 @@ def names_of(preflight: Preflight, place: Place) -> tuple[str, ...]:
     return (*names, *companion_names(names)) if preflight.vectors else names
 
 
-def topups_of(preflight: Preflight, place: Place, solved: Solved) -> dict[str, Private]:
+def topups_of(preflight: Preflight, place: Place, solved: SolvedMerge) -> dict[str, PrivateLora]:
     """The private LoRAs by name."""
-    stems = [header.stem for header in preflight.sources.headers]
+    stems = [header.stem for header in preflight.inputs.headers]
     return {
         f"{place.run}_top-{prompt_word(stems[each.checkpoint], _LONGEST)}-{each.rank}": each
         for each in solved.privates
@@ -80,24 +80,24 @@ def topups_of(preflight: Preflight, place: Place, solved: Solved) -> dict[str, P
 
 
 def average_writer(
-    outputs: Outputs, path: Path, preflight: Preflight, lineage: Lineage
+    outputs: FileTransaction, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
     """Stages the hyper-model, with the configuration that some hosts need beside it."""
     metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
-    config = configuration_for(preflight.sources.headers[0], preflight.sources.layout.family)
+    config = v_prediction_config(preflight.inputs.headers[0], preflight.inputs.layout.family)
     if config is not None:
-        outputs.text(config_beside(path), config)
-    elif preflight.recipe.overwrite and config_beside(path).exists():
-        outputs.remove(config_beside(path))  # that of the file which is replaced
-    return outputs.safetensors(path, preflight.sources.outputs(), metadata)
+        outputs.text(find_config_file(path), config)
+    elif preflight.recipe.overwrite and find_config_file(path).exists():
+        outputs.remove(find_config_file(path))  # that of the file which is replaced
+    return outputs.safetensors(path, preflight.inputs.outputs(), metadata)
 
 
 def lora_files(
-    preflight: Preflight, place: Place, lineage: Lineage, solved: Solved
+    preflight: Preflight, place: Place, lineage: Lineage, solved: SolvedMerge
 ) -> dict[str, LoraFile]:
     """What is written of every block besides its tensors, by name."""
     recipe = preflight.recipe
-    stems = [header.stem for header in preflight.sources.headers]
+    stems = [header.stem for header in preflight.inputs.headers]
     names = lora_names(place.run, recipe.ranks)
     text = solved.found.multipliers.get("text_encoder")
     return {
@@ -122,24 +122,24 @@ def _column(multipliers: Tensor, block: int, stems: Sequence[str]) -> dict[str, 
 
 
 def stage_loras(
-    outputs: Outputs,
+    outputs: FileTransaction,
     preflight: Preflight,
     place: Place,
     files: Mapping[str, LoraFile],
-    solved: Solved,
-    control: Control,
+    solved: SolvedMerge,
+    progress: Progress,
 ) -> None:
     """Stages the shared LoRAs."""
-    layers = preflight.sources.layout.layers
+    layers = preflight.inputs.layout.layers
     costs = {
         name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
         for name, factors in zip(files, zip(*solved.blocks.factors, strict=True), strict=True)
     }
-    tally = control.tally("writing the LoRAs", costs)
+    counter = progress.counter("writing the LoRAs", costs)
 
     def tick(name: str, count: int) -> None:
-        tally.add(name, count)
-        tally.tell()
+        counter.add(name, count)
+        counter.tell()
 
     for name, file in files.items():
         factors = {
@@ -148,21 +148,21 @@ def stage_loras(
         }
         path = place.loras / f"{name}.safetensors"
         write_lora(outputs, path, layers, factors, file, partial(tick, name))
-        tally.finish(name)
+        counter.finish(name)
 
 
 def stage_topups(
-    outputs: Outputs,
+    outputs: FileTransaction,
     preflight: Preflight,
     place: Place,
     lineage: Lineage,
-    solved: Solved,
+    solved: SolvedMerge,
 ) -> None:
     """Stages the private LoRAs."""
-    layers = preflight.sources.layout.layers
+    layers = preflight.inputs.layout.layers
     explained = solved.found.explained().tolist()
     for name, private in topups_of(preflight, place, solved).items():
-        stem = preflight.sources.headers[private.checkpoint].stem
+        stem = preflight.inputs.headers[private.checkpoint].stem
         file = LoraFile(
             lineage=lineage,
             run=place.run,
@@ -181,19 +181,19 @@ def stage_topups(
 
 
 def stage_companions(
-    outputs: Outputs,
+    outputs: FileTransaction,
     preflight: Preflight,
     place: Place,
     files: Mapping[str, LoraFile],
-    found: Fit,
-    control: Control,
-) -> tuple[Recovered, ...]:
+    found: Evaluation,
+    progress: Progress,
+) -> tuple[CompanionGain, ...]:
     """Writes the companions if any are wanted; returns what they bring back."""
     if not preflight.vectors:
         return ()
     vectors = preflight.vectors
-    companions = find_companions(
-        preflight.sources, vectors, found.multipliers["unet"], control.check
+    companions = fit_companions(
+        preflight.inputs, vectors, found.multipliers["unet"], progress.check
     )
     names = companion_names(tuple(files))
     for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
@@ -203,7 +203,7 @@ def stage_companions(
 
 
 def stage_texts(
-    outputs: Outputs, preflight: Preflight, place: Place, lineage: Lineage, report: Report
+    outputs: FileTransaction, preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> None:
     """Stages multipliers, report and manifest."""
     lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
@@ -212,7 +212,7 @@ def stage_texts(
         indent=1,
     )
     outputs.text(place.folder / MULTIPLIERS, "".join(lines))
-    outputs.text(place.folder / REPORT, text(report))
+    outputs.text(place.folder / REPORT, format_report(report))
     outputs.text(place.folder / MANIFEST, manifest + "\n")
 
 
@@ -220,7 +220,7 @@ def _manifest(
     preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> dict[str, Any]:
     """What later commands read: the run's files, sources and figures."""
-    paths = [str(header.path.absolute()) for header in preflight.sources.read]
+    paths = [str(header.path.absolute()) for header in preflight.inputs.read]
     return {
         "version": MANIFEST_VERSION,
         "hyper_merge": __version__,
@@ -240,14 +240,14 @@ def _manifest(
             }
             for path, each in zip(paths, lineage.sources, strict=True)
         ],
-        "base_is_first_source": preflight.sources.base is not None,
+        "base_is_first_source": preflight.inputs.base is not None,
         "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
         "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
         "report": report.as_dict(),
     }
 
 
-def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
+def _hashes(outputs: FileTransaction, place: Place, report: Report) -> dict[str, str]:
     """By the name of each LoRA and companion: SHA-256 of its tensors' bytes, as hosts know it."""
     return {
         name: outputs.metadata_of(place.loras / f"{name}.safetensors")["sshs_model_hash"]
@@ -255,7 +255,9 @@ def _hashes(outputs: Outputs, place: Place, report: Report) -> dict[str, str]:
     }
 
 
-def remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequence[str]) -> None:
+def remove_outdated(
+    outputs: FileTransaction, folders: Folders, run: str, names: Sequence[str]
+) -> None:
     """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
     for path in folders.lora_files_of(run):
         if path.stem not in names:
@@ -264,11 +266,13 @@ def remove_outdated(outputs: Outputs, folders: Folders, run: str, names: Sequenc
         outputs.remove(path)
 
 
-def sizes_of(preflight: Preflight, place: Place, outputs: Outputs, names: Sequence[str]) -> Sizes:
+def sizes_of(
+    preflight: Preflight, place: Place, outputs: FileTransaction, names: Sequence[str]
+) -> Sizes:
     """Bytes of the checkpoints, and of what is written of them."""
     model = place.hyper_model
     return Sizes(
-        before=sum(header.size for header in preflight.sources.headers),
+        before=sum(header.size for header in preflight.inputs.headers),
         average=model.stat().st_size if place.exists else outputs.size_of(model),
         loras=sum(outputs.size_of(place.loras / f"{name}.safetensors") for name in names),
     )

@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Final
 
 from hyper_merge.analysis import cache as analysis_cache
-from hyper_merge.analysis.basis_widths import widths_for
-from hyper_merge.analysis.store import new_analysis, open_analysis
-from hyper_merge.analysis.streaming_pass import run_pass
-from hyper_merge.decomposition.clustering import Clusters, clusters
+from hyper_merge.analysis.basis_widths import choose_widths
+from hyper_merge.analysis.store import create_analysis, open_analysis
+from hyper_merge.analysis.streaming_pass import stream_layers
+from hyper_merge.decomposition.clustering import Clusters, find_clusters
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.operations.merge.rank_search import look
+from hyper_merge.operations.merge.rank_search import forecast_ranks_for
 from hyper_merge.operations.merge.report_builder import gram_of
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.rank_forecast import Prospects
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.rank_forecast import RankForecast
 
-LOOK_COSTS: Final = (0.9, 0.1)  # of the pass over the files, and of the look at what it found
+FORECAST_COSTS: Final = (0.9, 0.1)  # of the pass over the files, and of the look at what it found
 _SIZES: Final = 49  # of an outlook
 _STEPS: Final = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the bytes that are asked for
 
 
 @dataclass(frozen=True)
-class Point:
+class PlannedSize:
     """What some bytes of LoRAs bring back."""
 
     size: int  # bytes of all LoRAs
@@ -38,17 +38,17 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """What could be had, and in what groups the checkpoints fall."""
 
     names: tuple[str, ...]  # of the checkpoints
-    points: tuple[Point, ...]  # by rising size
-    asked: Point  # what the recipe asks for
+    points: tuple[PlannedSize, ...]  # by rising size
+    asked: PlannedSize  # what the recipe asks for
     groups: Clusters
 
 
 @dataclass(frozen=True)
-class Outlook:
+class ForecastCurve:
     """What shared and private LoRAs bring back, for sizes of all kinds."""
 
     names: tuple[str, ...]  # of the checkpoints
@@ -81,67 +81,71 @@ class Outlook:
         return tuple((1 - part) * before + part * after for before, after in pairs)
 
 
-def make_plan(preflight: Preflight, control: Control, folders: Folders | None = None) -> Plan:
+def make_plan(
+    preflight: Preflight, progress: Progress, folders: Folders | None = None
+) -> MergePlan:
     """Looks at the checkpoints, or at what is remembered of them, and writes nothing but the cache.
 
     Args:
         preflight: the examined recipe.
-        control: progress and interrupt.
+        progress: progress and interrupt.
         folders: where the cache is; None for those that the recipe was examined with.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    reading, looking = control.split(LOOK_COSTS)
-    path = analysed(preflight, folders or preflight.folders, reading)
-    return plan_of(*_looked_at(path, preflight, looking), preflight)
+    reading, looking = progress.split(FORECAST_COSTS)
+    path = ensure_analysis(preflight, folders or preflight.folders, reading)
+    return make_plan_from(*_looked_at(path, preflight, looking), preflight)
 
 
-def plan_of(seen: Prospects, groups: Clusters, preflight: Preflight) -> Plan:
+def make_plan_from(seen: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
     """The plan from what was seen."""
     asked = _asked(preflight, seen.budget_for) or seen.largest
     sizes = [round(asked * step) for step in _STEPS]
     points = [_point(seen, size) for size in sizes if size <= seen.largest]
-    return Plan(seen.names, tuple(points), _point(seen, asked), groups)
+    return MergePlan(seen.names, tuple(points), _point(seen, asked), groups)
 
 
-def known_analysis(preflight: Preflight, folders: Folders) -> Path | None:
+def find_known_analysis(preflight: Preflight, folders: Folders) -> Path | None:
     """The analysis of the checkpoints, if it is in the cache."""
-    sources, ranks = preflight.sources, preflight.recipe.ranks
-    return analysis_cache.find(folders.cache, sources, preflight.work, ranks)
+    inputs, ranks = preflight.inputs, preflight.recipe.ranks
+    return analysis_cache.find_analysis(folders.cache, inputs, preflight.pass_options, ranks)
 
 
-def analysed(preflight: Preflight, folders: Folders, control: Control) -> Path:
+def ensure_analysis(preflight: Preflight, folders: Folders, progress: Progress) -> Path:
     """The analysis of the checkpoints in the cache; made if it is not there."""
-    sources, work = preflight.sources, preflight.work
-    found = known_analysis(preflight, folders)
+    inputs, options = preflight.inputs, preflight.pass_options
+    found = find_known_analysis(preflight, folders)
     if found is not None:
         analysis_cache.mark_used(found)
         return found
     require_disks({folders.cache: preflight.estimate.analysis})
-    path = analysis_cache.path_for(folders.cache, sources, work)
-    work = replace(work, widths=widths_for(sources, work.width or 0, control))
-    with new_analysis(path, sources, work) as analysis:
-        analysis.close_with(run_pass(sources, work, None, analysis.keep, control))
-    analysis_cache.prune(folders.cache, folders.cache_limit)
+    path = analysis_cache.analysis_path(folders.cache, inputs, options)
+    options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
+    with create_analysis(path, inputs, options) as analysis:
+        analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))
+    analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
     return path
 
 
-def outlook(path: Path, preflight: Preflight, control: Control) -> Outlook:
+def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> ForecastCurve:
     """The whole curve from an analysis: seconds for big files, nothing for what is asked of it."""
-    seen, groups = _looked_at(path, preflight, control)
+    seen, groups = _looked_at(path, preflight, progress)
     least = sum(seen.costs) / 2
     step = (seen.largest / least) ** (1 / (_SIZES - 1))
     sizes = [*(round(least * step**i) for i in range(_SIZES - 1)), seen.largest]
     shared, private = (rows.tolist() for rows in seen.curves(sizes))
-    return Outlook(
+    return ForecastCurve(
         seen.names, tuple(sizes), tuple(map(tuple, shared)), tuple(map(tuple, private)), groups
     )
 
 
-def _looked_at(path: Path, preflight: Preflight, control: Control) -> tuple[Prospects, Clusters]:
-    with open_analysis(path, preflight.sources) as analysis:
-        return look(analysis, preflight, control), clusters(gram_of(analysis))
+def _looked_at(
+    path: Path, preflight: Preflight, progress: Progress
+) -> tuple[RankForecast, Clusters]:
+    with open_analysis(path, preflight.inputs) as analysis:
+        return forecast_ranks_for(analysis, preflight, progress), find_clusters(gram_of(analysis))
 
 
 def _asked(preflight: Preflight, budget_for: Callable[[float], int | None]) -> int | None:
@@ -155,6 +159,6 @@ def _asked(preflight: Preflight, budget_for: Callable[[float], int | None]) -> i
     return sum(cost * sum(ranks) for cost, ranks in pairs)
 
 
-def _point(seen: Prospects, size: int) -> Point:
+def _point(seen: RankForecast, size: int) -> PlannedSize:
     shared, private = seen.shared(size), seen.of_private(size)
-    return Point(size, seen.ranks_for(size), tuple(shared.tolist()), tuple(private.tolist()))
+    return PlannedSize(size, seen.ranks_for(size), tuple(shared.tolist()), tuple(private.tolist()))

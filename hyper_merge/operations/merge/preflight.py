@@ -11,36 +11,36 @@ from typing import Final
 
 import torch
 
-from hyper_merge.analysis.cache import find, width_for
-from hyper_merge.analysis.inputs import Sources, bases_width, groups_of
+from hyper_merge.analysis.cache import find_analysis, required_width
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns, multiplier_groups
 from hyper_merge.analysis.store import analysis_bytes, file_identity
-from hyper_merge.analysis.streaming_pass import Work
-from hyper_merge.checkpoints.architectures.detection import identify, require_supported
+from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout, layout_of
-from hyper_merge.checkpoints.architectures.norms_and_biases import Vector
+from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.compatibility import (
-    check_alike,
+    check_compatible,
     check_distinct,
     check_families,
-    incomplete,
-    odd_markers,
+    find_differing_markers,
+    find_missing_parts,
 )
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD, FLOAT8
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.prediction_type import with_prediction
+from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import MismatchError, RecipeError
 from hyper_merge.loras.lora_file import lora_bytes
-from hyper_merge.operations.merge.companions import companion_bytes, wanted_vectors
-from hyper_merge.operations.merge.cost_model import Costs, Existing, merge_costs
+from hyper_merge.operations.merge.companions import companion_bytes, select_norms_and_biases
+from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.runs.folders import Folders, Place
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 from hyper_merge.solver.rank_pruning import Allowance
 
 _AT_ONCE: Final = 2  # layers in the pass
@@ -71,7 +71,7 @@ class Preflight:
     """A recipe that has been held against its files; nothing is written yet."""
 
     recipe: Recipe
-    sources: Sources
+    inputs: MergeInputs
     warnings: tuple[str, ...]
     folders: Folders  # where earlier work may lie that can be used again
     budget: int | None = None  # bytes of all factors, where a target asks for them
@@ -83,14 +83,14 @@ class Preflight:
     @cached_property
     def ranks(self) -> list[tuple[int, ...]]:
         """Of the blocks, per layer."""
-        layers = self.sources.layout.layers
+        layers = self.inputs.layout.layers
         return even_ranks(self.recipe.ranks, [(layer.m, layer.n) for layer in layers])
 
     @cached_property
     def groups(self) -> dict[str, list[int]]:
         """The layers that share multipliers."""
         separate = self.recipe.multipliers == "separate"
-        return groups_of(self.sources.layout.layers, separate=separate)
+        return multiplier_groups(self.inputs.layout.layers, separate=separate)
 
     @property
     def lora_dtype(self) -> torch.dtype:
@@ -101,12 +101,12 @@ class Preflight:
     def alphas(self) -> tuple[int | None, ...]:
         """Of the LoRA files; those of float8 files are found with their factors."""
         ranks = self.recipe.ranks
-        return ranks if self.sources.layout.family.lora_alpha else (None,) * len(ranks)
+        return ranks if self.inputs.layout.family.lora_alpha else (None,) * len(ranks)
 
     @cached_property
     def allowance(self) -> Allowance | None:
         """The bytes of the even ranks, to be spread over the layers; None where they stay even."""
-        recipe, layers = self.recipe, self.sources.layout.layers
+        recipe, layers = self.recipe, self.inputs.layout.layers
         if recipe.allocation == "even" or recipe.method == "greedy":
             return None
         costs = self.rank_bytes
@@ -121,50 +121,50 @@ class Preflight:
     def rank_bytes(self) -> tuple[int, ...]:
         """What a rank takes in each layer."""
         size = self.lora_dtype.itemsize
-        return tuple((layer.m + layer.n) * size for layer in self.sources.layout.layers)
+        return tuple((layer.m + layer.n) * size for layer in self.inputs.layout.layers)
 
     @property
     def _bytes_beside_factors(self) -> int:
         """Of all LoRA files at most: headers, which name every tensor, and what they say of themselves."""
-        names = sum(len(layer.module) for layer in self.sources.layout.layers)
-        of_layers = _HEADER_BYTES * len(self.sources.layout.layers) + 3 * names
-        of_checkpoints = _METADATA_BYTES * (len(self.sources.read) + 8)
+        names = sum(len(layer.module) for layer in self.inputs.layout.layers)
+        of_layers = _HEADER_BYTES * len(self.inputs.layout.layers) + 3 * names
+        of_checkpoints = _METADATA_BYTES * (len(self.inputs.read) + 8)
         return len(self.recipe.ranks) * (of_layers + of_checkpoints)
 
     @cached_property
-    def vectors(self) -> tuple[Vector, ...]:
+    def vectors(self) -> tuple[NormOrBias, ...]:
         """What the LoRAs' companions hold."""
-        return wanted_vectors(self.recipe, self.sources)
+        return select_norms_and_biases(self.recipe, self.inputs)
 
     @cached_property
-    def work(self) -> Work:
+    def pass_options(self) -> PassOptions:
         """What the pass over the files is to find."""
         recipe = self.recipe
-        return Work(resolve_device(recipe.device), recipe.seed, width_for(recipe.ranks))
+        return PassOptions(resolve_device(recipe.device), recipe.seed, required_width(recipe.ranks))
 
     @cached_property
     def average_id(self) -> str:
         """Tells the same average: equal for equal files, weights, VAE policy and type."""
-        sources = self.sources
+        inputs = self.inputs
         what = [
-            [file_identity(header) for header in sources.read],
-            sources.base is not None,
-            sources.contrasts.base_weights.tolist(),
-            sources.average_vae,
-            str(sources.dtype),
+            [file_identity(header) for header in inputs.read],
+            inputs.base is not None,
+            inputs.contrasts.base_weights.tolist(),
+            inputs.average_vae,
+            str(inputs.dtype),
         ]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @cached_property
     def estimate(self) -> Estimate:
         """Sizes of files and memory, and the time to expect."""
-        sources, recipe = self.sources, self.recipe
-        average = 0 if sources.base else sum(info.nbytes for info in sources.outputs().values())
-        loras = lora_bytes(sources.layout.layers, self.ranks, self.lora_dtype, self.alphas)
+        inputs, recipe = self.inputs, self.recipe
+        average = 0 if inputs.base else sum(info.nbytes for info in inputs.outputs().values())
+        loras = lora_bytes(inputs.layout.layers, self.ranks, self.lora_dtype, self.alphas)
         loras += len(recipe.ranks) * companion_bytes(self.vectors)
-        analysis = analysis_bytes(sources, self.work)
-        largest = max(layer.m * layer.n for layer in sources.layout.layers) * 4
-        in_flight = _AT_ONCE * (len(sources.headers) + 4) * largest
+        analysis = analysis_bytes(inputs, self.pass_options)
+        largest = max(layer.m * layer.n for layer in inputs.layout.layers) * 4
+        in_flight = _AT_ONCE * (len(inputs.headers) + 4) * largest
         memory = _OVERHEAD + max(in_flight, _SETS * self._factors(), 2 * loras)
         return Estimate(average, loras, analysis, memory, sum(self.costs(self._existing())))
 
@@ -183,27 +183,28 @@ class Preflight:
             }
         )
 
-    def costs(self, existing: Existing) -> Costs:
+    def costs(self, existing: ExistingFiles) -> MergeCosts:
         """Seconds of the merge's phases, with what the existing work saves."""
         device = resolve_device(self.recipe.device)
-        return merge_costs(self.sources, self.recipe, self.ranks, device, existing)
+        return merge_costs(self.inputs, self.recipe, self.ranks, device, existing)
 
-    def _existing(self) -> Existing:
+    def _existing(self) -> ExistingFiles:
         recipe, folders = self.recipe, self.folders
-        return Existing(
+        return ExistingFiles(
             folders.cache,
             average=folders.hyper_model_for(recipe, self.average_id) is not None,
-            analysis=find(folders.cache, self.sources, self.work, recipe.ranks) is not None,
+            analysis=find_analysis(folders.cache, self.inputs, self.pass_options, recipe.ranks)
+            is not None,
         )
 
     def _factors(self) -> int:
         """Bytes of all blocks between the bases, in float32."""
-        width = width_for(self.recipe.ranks)
-        sides = (sum(bases_width(layer, width)) for layer in self.sources.layout.layers)
+        width = required_width(self.recipe.ranks)
+        sides = (sum(basis_columns(layer, width)) for layer in self.inputs.layout.layers)
         return sum(4 * side * sum(ranks) for side, ranks in zip(sides, self.ranks, strict=True))
 
 
-def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
+def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     """Holds a recipe against its files, by their headers.
 
     Args:
@@ -224,7 +225,7 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     count = len(headers)
     _check_alphas(recipe, layout.family)
     recipe = _with_ranks(recipe, layout.layers)
-    sources = Sources(
+    inputs = MergeInputs(
         headers=tuple(headers),
         base=base,
         layout=layout,
@@ -232,13 +233,13 @@ def examine(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         dtype=DTYPES_BY_WORD[recipe.dtype],
         average_vae=recipe.vae == "average",
     )
-    wanted_vectors(recipe, sources)
+    select_norms_and_biases(recipe, inputs)
     warnings += [
-        *incomplete(headers[0], layout),
-        *odd_markers(headers),
-        *_capped(recipe, sources),
+        *find_missing_parts(headers[0], layout),
+        *find_differing_markers(headers),
+        *_capped(recipe, inputs),
     ]
-    return Preflight(recipe, sources, tuple(warnings), folders or Folders.under(recipe.output))
+    return Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))
 
 
 def common_layout(headers: Sequence[Header]) -> Layout:
@@ -247,12 +248,12 @@ def common_layout(headers: Sequence[Header]) -> Layout:
     Raises:
         CheckpointError: a file is not a checkpoint that can be merged, or unlike the others.
     """
-    families = [with_prediction(header, identify(header)) for header in headers]
+    families = [with_prediction_type(header, detect_family(header)) for header in headers]
     check_families(headers, families)
     for header in headers:
         require_supported(header)
     layouts = [layout_of(*pair) for pair in zip(headers, families, strict=True)]
-    check_alike(headers, layouts)
+    check_compatible(headers, layouts)
     return layouts[0]
 
 
@@ -271,8 +272,8 @@ def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     of_one = sum((layer.m + layer.n) * size for layer in layers)
     if recipe.budget < 2 * of_one:
         raise RecipeError(
-            f"the budget of {size_text(recipe.budget)} is too small: a LoRA of rank 1 takes"
-            f" {size_text(of_one)} for these checkpoints; give {size_text(2 * of_one)} or more"
+            f"the budget of {format_size(recipe.budget)} is too small: a LoRA of rank 1 takes"
+            f" {format_size(of_one)} for these checkpoints; give {format_size(2 * of_one)} or more"
         )
     return replace(recipe, ranks=(min(recipe.budget // of_one, LARGEST_RANK),))
 
@@ -298,9 +299,9 @@ def _check_stems(headers: Sequence[Header]) -> None:
             )
 
 
-def _capped(recipe: Recipe, sources: Sources) -> list[str]:
-    smallest = min(min(layer.m, layer.n) for layer in sources.layout.layers)
+def _capped(recipe: Recipe, inputs: MergeInputs) -> list[str]:
+    smallest = min(min(layer.m, layer.n) for layer in inputs.layout.layers)
     if recipe.allocation == "adaptive" or max(recipe.ranks) <= smallest:
         return []
-    affected = sum(min(layer.m, layer.n) < max(recipe.ranks) for layer in sources.layout.layers)
+    affected = sum(min(layer.m, layer.n) < max(recipe.ranks) for layer in inputs.layout.layers)
     return [f"rank {max(recipe.ranks)} is capped in {affected} layers, the smallest has {smallest}"]

@@ -9,10 +9,10 @@ from hyper_merge.analysis.loss_weights import layer_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.errors import RecipeError
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.runtime.formatting import size_text
-from hyper_merge.runtime.progress import Control
-from hyper_merge.solver.evaluation import Fit
-from hyper_merge.solver.rank_forecast import Prospects, prospects
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.evaluation import Evaluation
+from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
 
 _TRIES: Final = 4  # solves for one target
 _NEAR: Final = 0.003  # above the target: near enough
@@ -20,24 +20,28 @@ _NEAR: Final = 0.003  # above the target: near enough
 
 class _HasFit(Protocol):
     @property
-    def found(self) -> Fit: ...
+    def found(self) -> Evaluation: ...
 
 
 _Solved = TypeVar("_Solved", bound=_HasFit)
 
 
-def look(analysis: Analysis, preflight: Preflight, control: Control) -> Prospects:
+def forecast_ranks_for(
+    analysis: Analysis, preflight: Preflight, progress: Progress
+) -> RankForecast:
     """What could be had for how many bytes."""
-    names = [header.stem for header in preflight.sources.headers]
+    names = [header.stem for header in preflight.inputs.headers]
     weights = layer_weights(analysis, preflight.recipe)
-    return prospects(analysis, preflight.groups, names, preflight.rank_bytes, weights, control)
+    return forecast_ranks(
+        analysis, preflight.groups, names, preflight.rank_bytes, weights, progress
+    )
 
 
-def solved_as_asked(
+def solve_with_rank_search(
     analysis: Analysis,
     preflight: Preflight,
-    solve: Callable[[Preflight, Control], _Solved],
-    control: Control,
+    solve: Callable[[Preflight, Progress], _Solved],
+    progress: Progress,
 ) -> tuple[Preflight, _Solved]:
     """A solution with the ranks that the recipe gives, or with those that its size asks for.
 
@@ -45,16 +49,16 @@ def solved_as_asked(
         analysis: of the checkpoints.
         preflight: the examined recipe.
         solve: takes it with settled ranks.
-        control: progress and interrupt.
+        progress: progress and interrupt.
 
     Raises:
         RecipeError: the target cannot be reached; says what can.
     """
     recipe = preflight.recipe
     if not recipe.finds_ranks:
-        return preflight, solve(preflight, control)
-    looking, solving = control.split((0.1, 0.9))
-    seen = look(analysis, preflight, looking)
+        return preflight, solve(preflight, progress)
+    looking, solving = progress.split((0.1, 0.9))
+    seen = forecast_ranks_for(analysis, preflight, looking)
     if recipe.budget is not None:
         preflight = preflight.with_ranks(seen.ranks_for(recipe.budget))
         return preflight, solve(preflight, solving)
@@ -63,14 +67,14 @@ def solved_as_asked(
 
 def _solved_for(
     target: float,
-    seen: Prospects,
+    seen: RankForecast,
     preflight: Preflight,
-    solve: Callable[[Preflight, Control], _Solved],
-    control: Control,
+    solve: Callable[[Preflight, Progress], _Solved],
+    progress: Progress,
 ) -> tuple[Preflight, _Solved]:
     """The fewest bytes that were found with which every checkpoint reaches the target."""
     best: tuple[Preflight, _Solved] | None = None
-    nearest, wanted, parts = 0.0, target, control.split((1.0,) * _TRIES)
+    nearest, wanted, parts = 0.0, target, progress.split((1.0,) * _TRIES)
     for part in parts:
         budget = seen.budget_for(min(wanted, 1.0))
         if budget is None:
@@ -93,11 +97,11 @@ def _budget(preflight: Preflight) -> int:
     return preflight.budget or 0
 
 
-def _unreachable(target: float, seen: Prospects, reached: float) -> RecipeError:
+def _unreachable(target: float, seen: RankForecast, reached: float) -> RecipeError:
     shares = seen.shared(seen.largest)
     worst = int(shares.argmin())
     nearest = max(reached, float(shares[worst]))
     return RecipeError(
         f"the target of {target:.1%} cannot be reached: LoRAs bring back at most {nearest:.1%} of"
-        f" {seen.names[worst]}, with {size_text(seen.largest)}; choose {nearest - 5e-4:.1%} or less"
+        f" {seen.names[worst]}, with {format_size(seen.largest)}; choose {nearest - 5e-4:.1%} or less"
     )

@@ -16,11 +16,11 @@ from hyper_merge.decomposition.bounds import (
     lower_bound,
     private_losses,
 )
-from hyper_merge.decomposition.clustering import clusters
-from hyper_merge.decomposition.contrasts import distances
+from hyper_merge.decomposition.clustering import find_clusters
+from hyper_merge.decomposition.contrasts import to_deviations_matrix
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.runs.report import PARTS, CheckpointReport, Report, part_losses
-from hyper_merge.solver.evaluation import Fit
+from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.rank_pruning import Allowance
 from hyper_merge.solver.solve import Ranks
 
@@ -45,7 +45,7 @@ class Sizes:
 
 def make_report(
     analysis: Analysis,
-    found: Fit,
+    found: Evaluation,
     blocks: BlockChoice,
     names: tuple[str, Sequence[str], Sequence[str]],  # of the run, its LoRAs, the checkpoints
     solved: tuple[str, Sequence[float]],  # method, losses by sweep
@@ -56,7 +56,7 @@ def make_report(
     private, bound = _limits(analysis, found, blocks)
     outside = analysis.not_carried
     gram = gram_of(analysis)
-    groups = clusters(gram)
+    groups = find_clusters(gram)
     weights = relative_weights(analysis.weights, analysis.layers)
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
@@ -86,13 +86,13 @@ def make_report(
 
 def gram_of(analysis: Analysis) -> Tensor:  # (k, k)
     """Inner products of the deviations in all layers together."""
-    rows = distances(analysis.contrasts)
+    rows = to_deviations_matrix(analysis.contrasts)
     return rows @ analysis.grams.sum(0) @ rows.mT
 
 
 def _limits(
     analysis: Analysis,
-    found: Fit,
+    found: Evaluation,
     blocks: BlockChoice,
 ) -> tuple[Tensor, float]:
     """What private LoRAs of the same bytes leave of each checkpoint, and a bound of the loss."""
@@ -108,7 +108,9 @@ def _limits(
     return private, budget_bound(spectra, of_layers, prices, len(ranks[0]), grams)
 
 
-def _rows(analysis: Analysis, found: Fit, names: Sequence[str]) -> tuple[CheckpointReport, ...]:
+def _rows(
+    analysis: Analysis, found: Evaluation, names: Sequence[str]
+) -> tuple[CheckpointReport, ...]:
     parts = [layer.part for layer in analysis.layers]
     unet, encoder = (
         found.explained(torch.tensor([part == which for part in parts])).tolist() for which in PARTS

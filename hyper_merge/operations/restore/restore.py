@@ -13,31 +13,37 @@ from typing import Final
 
 import torch
 
-from hyper_merge.analysis.inputs import Sources
+from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.checkpoints.architectures.layout import layout_of
-from hyper_merge.checkpoints.compatibility import check_alike
+from hyper_merge.checkpoints.compatibility import check_compatible
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import Outputs
-from hyper_merge.checkpoints.prediction_type import config_beside, configuration_for
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.metadata import checkpoint_metadata
 from hyper_merge.loras.prompt_tags import prompt_word
-from hyper_merge.loras.stack import Added
-from hyper_merge.operations.restore.reconstruction import Errors, write_restored
-from hyper_merge.recipe.parsing import describe as shown
+from hyper_merge.loras.stack import LoraStack
+from hyper_merge.operations.restore.reconstruction import ReconstructionErrors, write_restored
+from hyper_merge.recipe.parsing import describe_value as shown
 from hyper_merge.recipe.recipe import FIELDS, SettingError
-from hyper_merge.runs.folders import Folders, is_there, require_no_source
+from hyper_merge.runs.folders import Folders, path_exists, require_no_source
 from hyper_merge.runs.integrity import require_family, require_hyper_model, require_own
 from hyper_merge.runs.manifest import Run, load_run
-from hyper_merge.runs.originals import find_originals
+from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PartLoss, part_losses
-from hyper_merge.runs.weighted_loras import Term, find_row, lineage_from, mixture_of, source_of
+from hyper_merge.runs.weighted_loras import (
+    WeightedLora,
+    find_row,
+    lineage_of_run,
+    source_of,
+    weighted_loras_of_mixture,
+)
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.formatting import size_text
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.progress import Progress
 
 _SHARE: Final = re.compile(r"\s*(?P<name>[^:]+?)\s*:\s*(?P<share>[-+]?(\d+\.?\d*|\.\d+))\s*(,|$)")
 _WORST: Final = 3  # sections that are named
@@ -46,7 +52,7 @@ _DTYPES: Final = next(field.parse for field in FIELDS if field.name == "dtype")
 
 
 @dataclass(frozen=True)
-class RestoreOrder:
+class RestoreRequest:
     """What the user asks for.
 
     Attributes:
@@ -73,7 +79,7 @@ class RestoreOrder:
 
 
 @dataclass(frozen=True)
-class Compared:
+class RestoreError:
     """How near a restored checkpoint is to its original; shares are of squared norms ("energy")."""
 
     explained: float  # of the original's differences from the hyper-model in the layers
@@ -83,7 +89,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoreResult:
     """The written file, and how near it is."""
 
     path: Path
@@ -92,7 +98,7 @@ class Restored:
     shares: Mapping[str, float]
     size: int  # bytes
     dtype: str
-    compared: Compared | None
+    compared: RestoreError | None
     problem: str  # why it could not be compared; empty where it was
 
 
@@ -126,8 +132,8 @@ class _Job:
     run: Run
     shares: Mapping[str, float]  # by the names in the run's report
     hashes: Mapping[str, str]  # SHA-256 of the originals, by the same names
-    terms: tuple[Term, ...]
-    sources: Sources  # the hyper-model alone
+    terms: tuple[WeightedLora, ...]
+    inputs: MergeInputs  # the hyper-model alone
     path: Path
 
     @property
@@ -137,42 +143,42 @@ class _Job:
         return first if share == 1.0 and not others else None
 
 
-def run_restore(wanted: RestoreOrder, folders: Folders, control: Control) -> Restored:
+def run_restore(wanted: RestoreRequest, folders: Folders, progress: Progress) -> RestoreResult:
     """Writes the checkpoint; on any failure every existing file stays as it was.
 
     Args:
         wanted: what the user asks for.
         folders: where the run is, its LoRAs and hyper-model.
-        control: progress and interrupt.
+        progress: progress and interrupt.
 
     Raises:
         HyperMergeError: an unknown run or checkpoint, one whose files are missing or were changed, a
             place that is taken, a full disk, or the user's interrupt.
     """
     job = _examined(wanted, folders)
-    checking, finding, adding = control.split([1.0, 1.0 if job.whole else 0.0, 6.0])
+    checking, finding, adding = progress.split([1.0, 1.0 if job.whole else 0.0, 6.0])
     require_own(job.run, [term.path for term in job.terms], checking)
     original, reported, problem = _original(job, folders, finding)
-    header = job.sources.headers[0]
-    with Outputs(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
+    header = job.inputs.headers[0]
+    with FileTransaction(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
         paths = [term.path for term in job.terms]
-        added = stack.enter_context(Added(paths, header, job.sources.layout))
+        added = stack.enter_context(LoraStack(paths, header, job.inputs.layout))
         writer = stack.enter_context(_writer(outputs, job, overwrite=wanted.overwrite))
-        errors = write_restored((job.sources, job.terms), added, writer, original, adding)
-        control.step("putting the file in place", 1.0)
-    return Restored(
+        errors = write_restored((job.inputs, job.terms), added, writer, original, adding)
+        progress.report("putting the file in place", 1.0)
+    return RestoreResult(
         path=job.path,
         run=job.run.name,
         hyper_model=job.run.hyper_model.name,
         shares=job.shares,
         size=job.path.stat().st_size,
-        dtype=str(job.sources.dtype).removeprefix("torch."),
+        dtype=str(job.inputs.dtype).removeprefix("torch."),
         compared=_compared(job, errors, reported) if original else None,
         problem=problem,
     )
 
 
-def describe(restored: Restored) -> str:
+def format_restore(restored: RestoreResult) -> str:
     """The outcome as plain text."""
     what = " + ".join(f"{share:g} {name}" for name, share in restored.shares.items())
     lines = [f"{restored.path.stem}: {what}, of the run {restored.run}"]
@@ -187,11 +193,11 @@ def describe(restored: Restored) -> str:
     lines.append(
         f"VAE, embeddings and all else that LoRAs do not carry are those of {restored.hyper_model}"
     )
-    lines.append(f"checkpoint: {restored.path} ({size_text(restored.size)}, {restored.dtype})")
+    lines.append(f"checkpoint: {restored.path} ({format_size(restored.size)}, {restored.dtype})")
     return "\n".join(lines)
 
 
-def _comparison(found: Compared) -> list[str]:
+def _comparison(found: RestoreError) -> list[str]:
     worst = sorted(found.parts, key=lambda part: -part.lost)[:_WORST]
     left = ", ".join(f"{part.name} {part.lost:.2%}" for part in worst if part.lost > 0)
     return [
@@ -202,7 +208,7 @@ def _comparison(found: Compared) -> list[str]:
     ]
 
 
-def _examined(wanted: RestoreOrder, folders: Folders) -> _Job:
+def _examined(wanted: RestoreRequest, folders: Folders) -> _Job:
     run = load_run(folders, wanted.run)
     family = require_family(run)
     shares = _known(run, wanted.shares)
@@ -212,18 +218,18 @@ def _examined(wanted: RestoreOrder, folders: Folders) -> _Job:
     if path.suffix != ".safetensors":
         raise OutputError(f"expected a path that ends with .safetensors, got {path}")
     needed = (run.hyper_model, *run.loras, *(each.path for each in run.sources))
-    require_no_source(path, filter(is_there, needed))
+    require_no_source(path, filter(path_exists, needed))
     folders.require_unused(path, "")
     require_free(path, overwrite=wanted.overwrite)
-    sources = Sources(
+    inputs = MergeInputs(
         headers=(header,),
         base=None,
         layout=layout_of(header, family),
         weights=(1.0,),
         dtype=getattr(torch, wanted.dtype or run.recipe.dtype),
     )
-    require_disks({path.parent: sum(info.nbytes for info in sources.outputs().values())})
-    return _Job(run, shares, hashes, mixture_of(run, shares), sources, path)
+    require_disks({path.parent: sum(info.nbytes for info in inputs.outputs().values())})
+    return _Job(run, shares, hashes, weighted_loras_of_mixture(run, shares), inputs, path)
 
 
 def _known(run: Run, shares: Mapping[str, float]) -> dict[str, float]:
@@ -242,30 +248,30 @@ def _stem(run: Run, shares: Mapping[str, float]) -> str:
     return prompt_word(f"{run.name}-" + "-".join(f"{name} {x:g}" for name, x in shares.items()))
 
 
-def _original(job: _Job, folders: Folders, control: Control) -> tuple[Header | None, float, str]:
+def _original(job: _Job, folders: Folders, progress: Progress) -> tuple[Header | None, float, str]:
     """The file that this should be, if it is there; what its report says; why it is not there."""
     if job.whole is None:
         return None, 0.0, "a mixture has no original"
     row, fitted = find_row(job.run, job.whole)
-    (found,) = find_originals([source_of(job.run, row.name)], folders, control)
+    (found,) = locate_sources([source_of(job.run, row.name)], folders, progress)
     if found.state != "there":
         gone = "was changed since" if found.state == "changed" else "is not there"
         return None, 0.0, f"{found.source.name} {gone}, only its hash is known"
     header = read_header(found.path)
-    layout = job.sources.layout
-    check_alike([job.sources.headers[0], header], [layout, layout_of(header, layout.family)])
+    layout = job.inputs.layout
+    check_compatible([job.inputs.headers[0], header], [layout, layout_of(header, layout.family)])
     return header, fitted.explained if fitted else row.explained, ""
 
 
-def _writer(outputs: Outputs, job: _Job, *, overwrite: bool) -> SafetensorsWriter:
-    header, family = job.sources.headers[0], job.sources.layout.family
-    beside = config_beside(job.path)
-    config = configuration_for(header, family)
+def _writer(outputs: FileTransaction, job: _Job, *, overwrite: bool) -> SafetensorsWriter:
+    header, family = job.inputs.headers[0], job.inputs.layout.family
+    beside = find_config_file(job.path)
+    config = v_prediction_config(header, family)
     if config is not None:
         outputs.text(beside, config)
     elif overwrite and beside.exists():
         outputs.remove(beside)  # that of the file which is replaced
-    return outputs.safetensors(job.path, job.sources.outputs(), _metadata(job))
+    return outputs.safetensors(job.path, job.inputs.outputs(), _metadata(job))
 
 
 def _metadata(job: _Job) -> dict[str, str]:
@@ -275,7 +281,7 @@ def _metadata(job: _Job) -> dict[str, str]:
         for name, share in job.shares.items()
     ]
     return {
-        **checkpoint_metadata(lineage_from(job.run, job.path.stem), "restored"),
+        **checkpoint_metadata(lineage_of_run(job.run, job.path.stem), "restored"),
         _OWN + "run": job.run.name,
         _OWN + "hyper_model": job.run.hyper_model.name,
         _OWN + "restores": json.dumps(restores, ensure_ascii=False),
@@ -283,16 +289,16 @@ def _metadata(job: _Job) -> dict[str, str]:
     }
 
 
-def _compared(job: _Job, errors: Errors, reported: float) -> Compared:
+def _compared(job: _Job, errors: ReconstructionErrors, reported: float) -> RestoreError:
     pairs = torch.tensor([errors.layers[i] for i in sorted(errors.layers)], dtype=torch.float64)
     energies, left = pairs.unbind(1)
     inside = (float(energies.sum()), float(left.sum()))
     everything = tuple(a + b for a, b in zip(inside, errors.outside, strict=True))
-    return Compared(
+    return RestoreError(
         explained=_share(*inside),
         everything=_share(*everything),
         reported=reported,
-        parts=part_losses(job.sources.layout.layers, energies, left),
+        parts=part_losses(job.inputs.layout.layers, energies, left),
     )
 
 

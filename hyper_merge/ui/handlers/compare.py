@@ -24,10 +24,10 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.compare import records as comparison_files
 from hyper_merge.operations.compare.compare import run_comparison
-from hyper_merge.operations.compare.request import ComparisonOrder, PictureSettings
+from hyper_merge.operations.compare.request import CompareRequest, PictureSettings
 from hyper_merge.runs.manifest import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.html import common as views
 from hyper_merge.ui.html import compare as views_compare
@@ -73,7 +73,7 @@ def list_comparisons(
         )
     known = list(checkpoint_names(chosen))
     kept = [name for name in checkpoints or () if name in known] if chosen.name == run else known
-    drawn = comparison_files.names_of(chosen)
+    drawn = comparison_files.comparison_names(chosen)
     is_shown = earlier in drawn and chosen.name == run
     value = earlier if is_shown else next(iter(drawn), None)
     return (
@@ -90,7 +90,7 @@ def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
         return (*_nothing(), views.refused(error) if name else "")
-    known, drawn = list(checkpoint_names(run)), comparison_files.names_of(run)
+    known, drawn = list(checkpoint_names(run)), comparison_files.comparison_names(run)
     value = next(iter(drawn), None)
     return (
         gr.update(choices=known, value=known),
@@ -99,7 +99,7 @@ def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
     )
 
 
-def order_of(form: CompareForm, samplers: Sequence[str]) -> ComparisonOrder:
+def order_of(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
     """What is asked for.
 
     Raises:
@@ -120,7 +120,7 @@ def order_of(form: CompareForm, samplers: Sequence[str]) -> ComparisonOrder:
     )
     if any(len(text) > _LETTERS for text in (*settings.prompts, settings.negative)):
         raise PictureError(f"expected prompts of at most {_LETTERS} letters; shorten them")
-    return ComparisonOrder(
+    return CompareRequest(
         form.run or "", tuple(form.checkpoints or ()), settings, form.average, form.difference
     )
 
@@ -179,10 +179,10 @@ def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
     return _shown(host, run, earlier)
 
 
-def _compare(host: Host, order: ComparisonOrder, task: str, control: Control) -> str:
+def _compare(host: Host, order: CompareRequest, task: str, progress: Progress) -> str:
     with host.drawing(task) as (hosts, studio):
-        both = control.joined(hosts)
-        both.step("starting", 0.0)
+        both = progress.joined(hosts)
+        both.report("starting", 0.0)
         run_comparison(order, studio, host.folders(), both)
     return ""  # no new run
 
@@ -192,8 +192,8 @@ def _shown(host: Host, run: Run, name: str | None) -> str:
     if not name:
         return views_compare.introduction() + views.message("info", host.atelier().problem)
     try:
-        found = comparison_files.load(run, name)
-        picture, _ = comparison_files.paths_of(run, name)
+        found = comparison_files.load_comparison(run, name)
+        picture, _ = comparison_files.comparison_paths(run, name)
         source = _source(picture)
     except HyperMergeError as error:
         return views.refused(error)

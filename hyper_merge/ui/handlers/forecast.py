@@ -17,8 +17,8 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.hosts.tasks import LOOK, look
-from hyper_merge.operations.merge.plan import Outlook
+from hyper_merge.hosts.tasks import FORECAST_TITLE, forecast_task
+from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers.merge_request import examined
 from hyper_merge.ui.html import common as views
@@ -35,8 +35,8 @@ def start_look(host: Host, jobs: Jobs, *values: Any) -> str:
     form = Form(*values)
     try:
         examined(host, form)
-        work = functools.partial(look, host, functools.partial(examined, host, form))
-        jobs.start(LOOK, work, host.log)
+        work = functools.partial(forecast_task, host, functools.partial(examined, host, form))
+        jobs.start(FORECAST_TITLE, work, host.log)
     except HyperMergeError as error:
         return views.refused(error)
     return ""
@@ -48,14 +48,16 @@ def pick_group(number: int, groups: str) -> list[str]:
     return list(known[number]) if number < len(known) else []
 
 
-def curve(found: Outlook | None, asked: int | None) -> tuple[Any, Any]:
+def curve(found: ForecastCurve | None, asked: int | None) -> tuple[Any, Any]:
     """The plot, or else the button that would fill it."""
     if found is None:
         return gr.update(visible=False), gr.update(visible=True)
     return gr.update(value=outlook_plot(found, asked), visible=True), gr.update(visible=False)
 
 
-def group_buttons(picked: Sequence[str], found: Outlook | None, before: str) -> tuple[Any, ...]:
+def group_buttons(
+    picked: Sequence[str], found: ForecastCurve | None, before: str
+) -> tuple[Any, ...]:
     """The unlike groups as JSON, and a button for each of the first ones.
 
     They stay while one of them is what is picked, so that the next can be picked after it.

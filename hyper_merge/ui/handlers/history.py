@@ -15,7 +15,7 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.operations.cache import cache_text, clear_cache
+from hyper_merge.operations.cache import clear_cache, format_cache
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.manifest import Run, delete_run, files_of, list_runs, load_run
 from hyper_merge.ui.form import Form, form_of
@@ -33,7 +33,7 @@ def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, A
         views_runs.runs(found, problems),
         refilled(names, first, next(iter(names), None)),
         refilled(names, second, next(iter(names[1:]), None)),
-        views.hint(cache_text(folders)),
+        views.hint(format_cache(folders)),
     )
 
 

@@ -17,10 +17,10 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
-from hyper_merge.hosts.job_queue import Jobs, Standing
+from hyper_merge.hosts.job_queue import Jobs, JobStatus
 from hyper_merge.operations.demo import DEMO_RANKS, make_family
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form, recipe_of
 from hyper_merge.ui.handlers import result as results
 from hyper_merge.ui.handlers.merge_request import prepare
@@ -39,7 +39,7 @@ def start(host: Host, jobs: Jobs, *values: Any) -> str:
         preflight, _ = prepare(host, form)
         form = replace(form, name=preflight.recipe.name)
         asked = functools.partial(_recipe_now, host, form)
-        work = functools.partial(working.merge, host, asked, form.save_styles)
+        work = functools.partial(working.merge_task, host, asked, form.save_styles)
         jobs.start(form.name, work, host.log)
     except HyperMergeError as error:
         return views.refused(error)
@@ -104,11 +104,11 @@ def _recipe_now(host: Host, form: Form) -> Recipe:
     return recipe_of(form, host.checkpoints(), host.folders())
 
 
-def _make_demo(host: Host, _task: str, control: Control) -> str:
-    make_family(host.folders().models, control)
+def _make_demo(host: Host, _task: str, progress: Progress) -> str:
+    make_family(host.folders().models, progress)
     host.refresh()
     return ""
 
 
-def _last(jobs: Jobs) -> Standing | None:
+def _last(jobs: Jobs) -> JobStatus | None:
     return jobs.last.standing if jobs.last else None

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.operations.merge.naming import placed, suggested_name
-from hyper_merge.operations.merge.preflight import Preflight, examine
+from hyper_merge.operations.merge.naming import suggest_name, with_free_name
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.runs.folders import Place
 from hyper_merge.ui.form import Form, recipe_of
 
@@ -18,7 +18,7 @@ def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:
     Raises:
         HyperMergeError: it cannot be merged like this.
     """
-    return placed(examined(host, form), host.folders(), named=is_named(form))
+    return with_free_name(examined(host, form), host.folders(), named=is_named(form))
 
 
 def examined(host: Host, form: Form) -> Preflight:
@@ -29,9 +29,9 @@ def examined(host: Host, form: Form) -> Preflight:
     """
     _require_two(form)
     if not is_named(form):
-        form = replace(form, name=suggested_name(form.checkpoints))
+        form = replace(form, name=suggest_name(form.checkpoints))
     folders = host.folders()
-    return examine(recipe_of(form, host.checkpoints(), folders), folders)
+    return run_preflight(recipe_of(form, host.checkpoints(), folders), folders)
 
 
 def is_named(form: Form) -> bool:

@@ -17,10 +17,10 @@ import gradio as gr
 
 from hyper_merge.errors import HyperMergeError, SameMergeError
 from hyper_merge.hosts.host import Host
-from hyper_merge.hosts.tasks import known_outlook
-from hyper_merge.operations.inspect import Row, look_at
-from hyper_merge.operations.merge.naming import placed, suggested_name
-from hyper_merge.operations.merge.plan import Outlook
+from hyper_merge.hosts.tasks import known_forecast
+from hyper_merge.operations.inspect import InspectedFile, inspect_files
+from hyper_merge.operations.merge.naming import suggest_name, with_free_name
+from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runs.folders import average_id_of
 from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form
@@ -97,7 +97,7 @@ def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
     listed = host.checkpoints()
     rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
     hashes = {name: host.known_hash(name) for name, _ in rows}
-    name = suggested_name(form.checkpoints) if rows else ""
+    name = suggest_name(form.checkpoints) if rows else ""
     table, hint = views.checkpoints(rows, hashes), gr.update(placeholder=name)
     problem = _problem([row for _, row in rows])
     if problem is not None:
@@ -107,7 +107,7 @@ def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
     return (table, said, hint, *drawn, *group_buttons(form.checkpoints, found, groups))
 
 
-def _problem(rows: Sequence[Row]) -> str | None:
+def _problem(rows: Sequence[InspectedFile]) -> str | None:
     """Why there is nothing to look at."""
     if len(rows) < 2:
         return views.message("info", "Pick one more checkpoint.") if rows else ""
@@ -116,13 +116,13 @@ def _problem(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], Outlook | None]:
+def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCurve | None]:
     """What a merge takes or why it cannot be; the curve; what could be had."""
     try:
         preflight = examined(host, form)
     except HyperMergeError as error:
         return views.message("bad", str(error)), *_without_size(host, form)
-    found = known_outlook(host, preflight)
+    found = known_forecast(host, preflight)
     asked = found.asked(preflight) if found else None
     said = _plan(host, form, preflight, asked)
     if found is not None:
@@ -130,10 +130,10 @@ def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], Outlook | 
     return said, curve(found, asked), found
 
 
-def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], Outlook | None]:
+def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
     """The curve alone, so that it stays while a size is half typed."""
     try:
-        found = known_outlook(host, examined(host, replace(form, ranks="1")))
+        found = known_forecast(host, examined(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
     return (NO_CURVE if found is None else curve(found, None)), found
@@ -141,7 +141,7 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], Outlook | No
 
 def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> str:
     try:
-        preflight, place = placed(preflight, host.folders(), named=is_named(form))
+        preflight, place = with_free_name(preflight, host.folders(), named=is_named(form))
     except SameMergeError as error:
         return views.message("info", str(error))
     except HyperMergeError as error:
@@ -149,7 +149,7 @@ def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> st
     return views.plan(preflight, place, asked)
 
 
-def _row(name: str, listed: Mapping[str, Path]) -> Row:
+def _row(name: str, listed: Mapping[str, Path]) -> InspectedFile:
     if name not in listed:
         return _absent(name, "no longer in the list; press Refresh")
     path = listed[name]
@@ -158,18 +158,18 @@ def _row(name: str, listed: Mapping[str, Path]) -> Row:
     except FileNotFoundError:
         return _absent(name, "no longer there; press Refresh")
     except OSError:
-        return look_at(path)
+        return inspect_files(path)
     return _row_of(path, status.st_size, status.st_mtime_ns)
 
 
-def _absent(name: str, problem: str) -> Row:
-    return Row(name, Path(name), None, 0, "", "", None, problem)
+def _absent(name: str, problem: str) -> InspectedFile:
+    return InspectedFile(name, Path(name), None, 0, "", "", None, problem)
 
 
 @functools.lru_cache(maxsize=256)
-def _row_of(path: Path, _size: int, _changed: int) -> Row:
+def _row_of(path: Path, _size: int, _changed: int) -> InspectedFile:
     """A look at a file, which is not repeated while the file stays the same."""
-    return look_at(path)
+    return inspect_files(path)
 
 
 def _folder(name: str) -> str:

@@ -16,8 +16,8 @@ import gradio as gr
 
 from hyper_merge.errors import HyperMergeError, RunError
 from hyper_merge.hosts.host import Host
-from hyper_merge.hosts.job_queue import Jobs, Standing
-from hyper_merge.runs.fit_records import fits_of
+from hyper_merge.hosts.job_queue import Jobs, JobStatus
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.manifest import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names
 from hyper_merge.ui.handlers import merge as merging
@@ -151,7 +151,7 @@ def save_style(host: Host, fitted: str) -> str:
     try:
         name, checkpoint = _pair(fitted)
         run = load_run(host.folders(), name)
-        found = next((each for each in fits_of(run)[0] if each.row.name == checkpoint), None)
+        found = next((each for each in load_fits(run)[0] if each.row.name == checkpoint), None)
         if found is None:
             raise RunError(f"{checkpoint} is no longer among the fits of the run {run.name}")
         style, prompt = found.style(run)
@@ -183,7 +183,7 @@ def _offered(
     )
 
 
-def _outcome(now: Standing) -> Outcome:
+def _outcome(now: JobStatus) -> Outcome:
     """What a job gave; how it ended, if it gave nothing."""
     return now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
 

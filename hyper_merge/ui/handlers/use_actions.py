@@ -16,18 +16,18 @@ from typing import Any, Final
 from hyper_merge.errors import HyperMergeError, RecipeError
 from hyper_merge.hosts.host import Host, file_of
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.hosts.tasks import turn
-from hyper_merge.operations.deletable import find_safety
-from hyper_merge.operations.export import Export, run_export
-from hyper_merge.operations.extend import AbsorbOrder, run_absorb
-from hyper_merge.operations.extract.extract import Extraction, run_extract
+from hyper_merge.hosts.tasks import host_turn
+from hyper_merge.operations.deletable import find_deletable
+from hyper_merge.operations.export import ExportRequest, run_export
+from hyper_merge.operations.extend import ExtendRequest, run_extend
+from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitOrder
-from hyper_merge.operations.restore.restore import RestoreOrder, run_restore
+from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
 from hyper_merge.recipe.parsing import parse_name, parse_share, plain_value
 from hyper_merge.recipe.recipe import SettingError
 from hyper_merge.runs.manifest import Run, load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.use import SAME_PRECISION, Outcome, Panel
 from hyper_merge.ui.html import common as views
 from hyper_merge.ui.html import use as views_use
@@ -39,7 +39,7 @@ _LABELS: Final = {
     "dtype": "Stored precision",
     "mix": "Mix",
 }
-_Do = Callable[[Control], object]
+_Do = Callable[[Progress], object]
 
 
 def start_fit(host: Host, jobs: Jobs, *asked: Any) -> str:
@@ -47,7 +47,7 @@ def start_fit(host: Host, jobs: Jobs, *asked: Any) -> str:
     run, checkpoint, topup, name, replace = asked
 
     def order() -> tuple[str, _Do]:
-        wanted = FitOrder(
+        wanted = FitRequest(
             run=_run(host, run).name,
             checkpoint=_file(host, checkpoint, "Checkpoint"),
             name=_words(name),
@@ -64,7 +64,7 @@ def start_absorb(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -
 
     def order() -> tuple[str, _Do]:
         path = _file(host, checkpoint, "Checkpoint")
-        wanted = AbsorbOrder(_run(host, run).name, (path,), _words(name))
+        wanted = ExtendRequest(_run(host, run).name, (path,), _words(name))
         return f"{run} with {checkpoint}", functools.partial(_absorb, host, wanted)
 
     return _start(host, jobs, "fit", order)
@@ -76,7 +76,7 @@ def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str,
     def order() -> tuple[str, _Do]:
         if not checkpoint:
             raise RecipeError("Pick the checkpoint that is to come back.")
-        wanted = RestoreOrder(
+        wanted = RestoreRequest(
             run=_run(host, run).name,
             shares={checkpoint: 1.0},
             to=_to(host, name),
@@ -91,7 +91,7 @@ def start_mix(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
     """Starts writing a mixture as a checkpoint."""
 
     def order() -> tuple[str, _Do]:
-        wanted = RestoreOrder(_run(host, run).name, _shares(shares), to=_to(host, name))
+        wanted = RestoreRequest(_run(host, run).name, _shares(shares), to=_to(host, name))
         return "the mixture", functools.partial(_restore, host, wanted)
 
     return _start(host, jobs, "mix", order)
@@ -103,7 +103,7 @@ def start_export(
     """Starts writing one LoRA per checkpoint."""
 
     def order() -> tuple[str, _Do]:
-        wanted = Export(
+        wanted = ExportRequest(
             run=_run(host, run).name,
             checkpoints=tuple(checkpoints or ()) or None,
             rank=_number(rank),
@@ -133,7 +133,7 @@ def start_extract(host: Host, jobs: Jobs, *asked: Any) -> str:
     base, checkpoint, rank, name = asked
 
     def order() -> tuple[str, _Do]:
-        wanted = Extraction(
+        wanted = ExtractRequest(
             base=_file(host, base, "From"),
             checkpoint=_file(host, checkpoint, "To"),
             rank=_number(rank),
@@ -155,15 +155,15 @@ def _start(host: Host, jobs: Jobs, panel: Panel, order: Callable[[], tuple[str, 
     return ""
 
 
-def _in_turn(host: Host, do: _Do, task: str, control: Control) -> object:
-    with turn(host, task, control) as both:
+def _in_turn(host: Host, do: _Do, task: str, progress: Progress) -> object:
+    with host_turn(host, task, progress) as both:
         found = do(both)
         host.refresh()
     return found
 
 
-def _fit(host: Host, wanted: FitOrder, control: Control) -> Outcome:
-    fitted = run_fit(wanted, host.folders(), control)
+def _fit(host: Host, wanted: FitRequest, progress: Progress) -> Outcome:
+    fitted = run_fit(wanted, host.folders(), progress)
     run = load_run(host.folders(), wanted.run)
     tags = fitted.tags(run) if fitted.differs else ""
     said = views_use.fitted(fitted, run)
@@ -172,27 +172,27 @@ def _fit(host: Host, wanted: FitOrder, control: Control) -> Outcome:
     return Outcome(said, tags, shown, title, wrote=bool(fitted.topups))
 
 
-def _absorb(host: Host, wanted: AbsorbOrder, control: Control) -> str:
-    return run_absorb(wanted, host.folders(), control).place.run
+def _absorb(host: Host, wanted: ExtendRequest, progress: Progress) -> str:
+    return run_extend(wanted, host.folders(), progress).place.run
 
 
-def _restore(host: Host, wanted: RestoreOrder, control: Control) -> Outcome:
-    found = run_restore(wanted, host.folders(), control)
+def _restore(host: Host, wanted: RestoreRequest, progress: Progress) -> Outcome:
+    found = run_restore(wanted, host.folders(), progress)
     return Outcome(views_use.restored(found), wrote=True)
 
 
-def _export(host: Host, wanted: Export, control: Control) -> Outcome:
-    exported = run_export(wanted, host.folders(), control)
+def _export(host: Host, wanted: ExportRequest, progress: Progress) -> Outcome:
+    exported = run_export(wanted, host.folders(), progress)
     return Outcome(views_use.exported(exported, wanted.rank), wrote=True)
 
 
-def _safe(host: Host, run: str, threshold: float, control: Control) -> Outcome:
-    found = find_safety(run, threshold, host.folders(), control)
+def _safe(host: Host, run: str, threshold: float, progress: Progress) -> Outcome:
+    found = find_deletable(run, threshold, host.folders(), progress)
     return Outcome(views_use.safety(found))
 
 
-def _extract(host: Host, wanted: Extraction, control: Control) -> Outcome:
-    found = run_extract(wanted, control, host.folders())
+def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> Outcome:
+    found = run_extract(wanted, progress, host.folders())
     return Outcome(views_use.extracted(found), wrote=True)
 
 

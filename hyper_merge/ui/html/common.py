@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 from hyper_merge.errors import HyperMergeError
-from hyper_merge.hosts.job_queue import BusyError, Standing, in_one_line
+from hyper_merge.hosts.job_queue import BusyError, JobStatus, in_one_line
 from hyper_merge.loras.prompt_tags import lora_names
-from hyper_merge.operations.inspect import Row
-from hyper_merge.operations.merge.plan import Outlook
+from hyper_merge.operations.inspect import InspectedFile
+from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Place
-from hyper_merge.runs.report_text import groups_text
-from hyper_merge.runtime.formatting import duration_text, size_text
+from hyper_merge.runs.report_text import format_groups
+from hyper_merge.runtime.formatting import format_duration, format_size
 
 Kind = Literal["info", "good", "bad"]
 
@@ -92,7 +92,7 @@ def table(
     )
 
 
-def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None]) -> str:
+def checkpoints(rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, str | None]) -> str:
     """What is known of the chosen checkpoints.
 
     Args:
@@ -106,7 +106,7 @@ def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None
         (
             _name_cell(name, row),
             _text(row.family or ""),
-            size_text(row.size),
+            format_size(row.size),
             _text(row.dtype),
             f"<code>{_text(hashes.get(name) or row.legacy_hash)}</code>",
             _text(vae),
@@ -119,7 +119,7 @@ def checkpoints(rows: Sequence[tuple[str, Row]], hashes: Mapping[str, str | None
     return table(head, cells, numeric=(2,)) + (hint(note) if differ else "")
 
 
-def vae_groups(rows: Sequence[Row]) -> list[str]:
+def vae_groups(rows: Sequence[InspectedFile]) -> list[str]:
     """Of every file: `same` if all have one VAE, else a letter for each different one."""
     prints = [row.vae for row in rows]
     known = list(dict.fromkeys(vae for vae in prints if vae is not None))
@@ -137,9 +137,9 @@ def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
         asked: bytes of the LoRAs by what is known of the files, where their size is to be found.
     """
     estimate, recipe = preflight.estimate, preflight.recipe
-    before = sum(header.size for header in preflight.sources.headers)
+    before = sum(header.size for header in preflight.inputs.headers)
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
-    hyper = f"{place.hyper_model.name} ({size_text(average)}{', there already' if place.exists else ''})"
+    hyper = f"{place.hyper_model.name} ({format_size(average)}{', there already' if place.exists else ''})"
     size = estimate.loras if recipe.target is None else asked or estimate.loras
     count = counted(len(recipe.ranks), "LoRA")
     loras = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …"
@@ -149,19 +149,19 @@ def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
         loras = "LoRAs, about" if asked else "LoRAs of a size that the merge finds, perhaps"
     lines = [
         (
-            f"<b>{_text(hyper)}</b> and {loras} (<b>{size_text(size)}</b>): "
-            f"{size_text(average + size)} in place of {size_text(before)}."
+            f"<b>{_text(hyper)}</b> and {loras} (<b>{format_size(size)}</b>): "
+            f"{format_size(average + size)} in place of {format_size(before)}."
         ),
         (
-            f"It takes <b>{duration_text(estimate.seconds)}</b>, {size_text(estimate.memory)} of memory and at most "
-            f"{size_text(estimate.disk)} of disk with the cache."
+            f"It takes <b>{format_duration(estimate.seconds)}</b>, {format_size(estimate.memory)} of memory and at most "
+            f"{format_size(estimate.disk)} of disk with the cache."
         ),
     ]
     notes = [message("info", warning) for warning in preflight.warnings]
     return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
 
 
-def outlook(found: Outlook, recipe: Recipe, asked: int | None) -> str:
+def outlook(found: ForecastCurve, recipe: Recipe, asked: int | None) -> str:
     """What the look at the files shows beside its curve: a share out of reach, unlike groups."""
     said = ""
     if asked is None and recipe.target is not None:
@@ -180,11 +180,11 @@ def outlook(found: Outlook, recipe: Recipe, asked: int | None) -> str:
 
 def unlike_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
     """That checkpoints fall into groups which share little."""
-    text = groups_text(names, groups, between)
+    text = format_groups(names, groups, between)
     return message("info", f"{text[0].upper()}{text[1:]}.")
 
 
-def progress(now: Standing) -> str:
+def progress(now: JobStatus) -> str:
     """A running job with phase, percentage, time left and bar, or how it ended.
 
     The element carries the task's id: where the host draws a bar of its own, a script puts it here
@@ -197,7 +197,7 @@ def progress(now: Standing) -> str:
         text = f"{word}: {said}" if said else f"{word}: {now.title}, in {_clock(now.elapsed)}"
         return message(kind, text) + notes
     left = now.seconds_left
-    time_left = "" if left is None else f", {duration_text(left)} left"
+    time_left = "" if left is None else f", {format_duration(left)} left"
     phase = "stopping" if now.stopping else now.phase
     words = f"{now.title}: {phase}"
     share = f", {now.fraction:.0%}{time_left}"
@@ -208,7 +208,7 @@ def progress(now: Standing) -> str:
     )
 
 
-def _name_cell(name: str, row: Row) -> str:
+def _name_cell(name: str, row: InspectedFile) -> str:
     problem = f"<div class=hm-problem>{_text(row.problem)}</div>" if row.problem else ""
     return _text(name) + problem
 

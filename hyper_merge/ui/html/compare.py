@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 
 from hyper_merge.operations.compare.image_difference import LEVELS
-from hyper_merge.operations.compare.records import Compared
+from hyper_merge.operations.compare.records import ComparisonRecord
 from hyper_merge.ui.html import common as views
 
 
@@ -19,7 +19,7 @@ def introduction() -> str:
     )
 
 
-def compared(found: Compared, path: Path, source: str) -> str:
+def compared(found: ComparisonRecord, path: Path, source: str) -> str:
     """A comparison.
 
     Args:
@@ -38,7 +38,7 @@ def compared(found: Compared, path: Path, source: str) -> str:
     )
 
 
-def _table(found: Compared) -> str:
+def _table(found: ComparisonRecord) -> str:
     """Means over prompts and seeds, one row per checkpoint."""
     rows = [
         each for each in ("restored", "average") if any(each in x.pixels for x in found.figures)
@@ -59,7 +59,7 @@ def _table(found: Compared) -> str:
     ) + views.table(head, body, numeric=range(1, len(head)))
 
 
-def _of(found: Compared, name: str, row: str, *, seen: bool = False) -> list[float]:
+def _of(found: ComparisonRecord, name: str, row: str, *, seen: bool = False) -> list[float]:
     figures = [each for each in found.figures if each.checkpoint == name]
     maps = [each.perceptual if seen else each.pixels for each in figures]
     return [each[row] for each in maps if row in each]

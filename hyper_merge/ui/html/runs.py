@@ -10,7 +10,7 @@ from pathlib import Path
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import CheckpointReport, Report
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import size_of
 from hyper_merge.ui.html.common import counted, hint, message, percent, table, unlike_groups
 
@@ -22,14 +22,14 @@ def result_sentence(run: Run) -> str:
     worst = min(report.checkpoints, key=lambda row: row.explained)
     after = report.bytes_average + report.bytes_loras
     saved = report.bytes_before - after
-    less = f"{size_text(saved)} less" if saved >= 0 else f"{size_text(-saved)} more"
+    less = f"{format_size(saved)} less" if saved >= 0 else f"{format_size(-saved)} more"
     file = _text(run.hyper_model.name)
-    made = f"hyper-model {file} ({size_text(report.bytes_average)})"
+    made = f"hyper-model {file} ({format_size(report.bytes_average)})"
     if run.recipe.base != AVERAGE:
         made = f"{file} as base"
     return (
-        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({size_text(report.bytes_before)}) "
-        f"→ {made} + {counted(len(report.loras), 'LoRA')} ({size_text(report.bytes_loras)}), "
+        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({format_size(report.bytes_before)}) "
+        f"→ {made} + {counted(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
         f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
         f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
         "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
@@ -86,7 +86,7 @@ def comparison(first: Run, second: Run) -> str:
     facts: list[tuple[str, ...]] = [
         ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
         ("Ranks", _ranks(first), _ranks(second)),
-        ("LoRAs", size_text(first.report.bytes_loras), size_text(second.report.bytes_loras)),
+        ("LoRAs", format_size(first.report.bytes_loras), format_size(second.report.bytes_loras)),
         ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
         ("Stored precision", first.recipe.dtype, second.recipe.dtype),
         ("of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
@@ -129,7 +129,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
         _text(_local_time(run.created)),
         str(len(report.checkpoints)),
         _text(_ranks(run)),
-        size_text(report.bytes_loras),
+        format_size(report.bytes_loras),
         percent(_mean(run)),
         percent(worst),
     )

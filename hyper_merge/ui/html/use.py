@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.loras.prompt_tags import tag
-from hyper_merge.operations.deletable import Safety, Verdict
-from hyper_merge.operations.export import Exported
-from hyper_merge.operations.extract.extract import Extracted
-from hyper_merge.operations.restore.restore import Restored
-from hyper_merge.runs.fit_records import Fitted, TopUp, fits_of
+from hyper_merge.loras.prompt_tags import format_tag
+from hyper_merge.operations.deletable import DeletionReport, DeletionVerdict
+from hyper_merge.operations.export import ExportResult
+from hyper_merge.operations.extract.extract import ExtractResult
+from hyper_merge.operations.restore.restore import RestoreResult
+from hyper_merge.runs.fit_records import FitRecord, PrivateLoraRecord, load_fits
 from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import PARTS, PartLoss
 from hyper_merge.runs.weighted_loras import checkpoint_names, tag_rows
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.html.common import hint, message, percent, table
 from hyper_merge.ui.html.runs import missing
 
@@ -34,7 +34,7 @@ def about(run: Run | None) -> str:
             "info",
             "No merge was made here yet. Of these panels only LoRA from two checkpoints works without.",
         )
-    fits, problems = fits_of(run)
+    fits, problems = load_fits(run)
     own = [row.name for row in run.report.checkpoints]
     text = f"With {run.hyper_model.name} loaded, the LoRAs make {', '.join(own)} of it"
     later = [each.row.name for each in fits if each.row.name not in own]
@@ -53,7 +53,7 @@ def sliders(run: Run) -> str:
     )
 
 
-def fitted(found: Fitted, run: Run) -> str:
+def fitted(found: FitRecord, run: Run) -> str:
     """How near the run's LoRAs come to a checkpoint that was not merged, and what remains where."""
     row, name = found.row, _text(found.row.name)
     if not found.differs:
@@ -72,7 +72,7 @@ def fitted(found: Fitted, run: Run) -> str:
     )
 
 
-def restored(found: Restored) -> str:
+def restored(found: RestoreResult) -> str:
     """The written file, and how near it is to its original."""
     said = message("good", f"Written: {_file(found.path, found.size)}, {found.dtype}.")
     rest = 1 - sum(found.shares.values())
@@ -93,14 +93,14 @@ def restored(found: Restored) -> str:
     )
 
 
-def exported(found: Sequence[Exported], rank: int | None) -> str:
+def exported(found: Sequence[ExportResult], rank: int | None) -> str:
     """The files, one for every checkpoint."""
     rows = [
         (
             _text(each.checkpoint),
-            f"<code>{_text(tag(each.path.stem, 1.0) + ' ' * bool(each.companions) + each.companions)}</code>",
+            f"<code>{_text(format_tag(each.path.stem, 1.0) + ' ' * bool(each.companions) + each.companions)}</code>",
             str(each.rank),
-            size_text(each.size),
+            format_size(each.size),
             percent(each.explained),
             _small(each.lost),
         )
@@ -118,7 +118,7 @@ def exported(found: Sequence[Exported], rank: int | None) -> str:
     )
 
 
-def safety(found: Safety) -> str:
+def safety(found: DeletionReport) -> str:
     """Yes or no for every original."""
     said = message("bad", f"Nothing is safe to delete: {found.problem}") if found.problem else ""
     head: tuple[str, ...] = ("Original", "Delete?", "Frees", "Layers", "Everything", "VAE", "")
@@ -130,13 +130,13 @@ def safety(found: Safety) -> str:
         + table(head, rows, numeric=(2, 3, 4))
         + hint(
             f"Yes: at least {100 * found.threshold:.4g} % of everything that sets it apart from the"
-            f" hyper-model comes back. Deleting all of these would free {size_text(found.frees)}."
+            f" hyper-model comes back. Deleting all of these would free {format_size(found.frees)}."
             " Nothing was deleted; that is up to you."
         )
     )
 
 
-def extracted(found: Extracted) -> str:
+def extracted(found: ExtractResult) -> str:
     """The LoRA that turns one checkpoint into another."""
     parts = ", ".join(f"{PARTS[part]} {percent(share)}" for part, share in found.parts.items())
     return (
@@ -144,7 +144,8 @@ def extracted(found: Extracted) -> str:
         + f"<p>It brings back <b>{percent(found.explained)}</b> of what sets "
         f"<b>{_text(found.checkpoint)}</b> apart from {_text(found.base)} ({parts}). Load "
         f"{_text(found.base)} and put this into the prompt:</p>"
-        f"<p><code>{_text(tag(found.path.stem, 1.0))}</code></p>" + _not_carried(found.not_carried)
+        f"<p><code>{_text(format_tag(found.path.stem, 1.0))}</code></p>"
+        + _not_carried(found.not_carried)
     )
 
 
@@ -170,14 +171,14 @@ def _not_carried(shares: Mapping[str, float]) -> str:
     return hint(f"Not carried by LoRAs, of all its differences: {words or 'nothing'}.")
 
 
-def _verdict(each: Verdict) -> tuple[str, ...]:
+def _verdict(each: DeletionVerdict) -> tuple[str, ...]:
     vae = {None: "not known", True: "differs", False: "same"}[each.vae_differs]
     answer = "<b>yes</b>" if each.safe else "no"
     why = each.reason or ("" if each.path.stem == each.restored_as else f"as {each.restored_as}")
     return (
         _text(each.name),
         answer,
-        size_text(each.frees),
+        format_size(each.frees),
         percent(each.explained),
         percent(each.everything),
         vae,
@@ -185,10 +186,10 @@ def _verdict(each: Verdict) -> tuple[str, ...]:
     )
 
 
-def _topped_up(topup: TopUp) -> str:
+def _topped_up(topup: PrivateLoraRecord) -> str:
     return (
         f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
-        f"{size_text(topup.size)}): <b>{percent(topup.explained)}</b>.</p>"
+        f"{format_size(topup.size)}): <b>{percent(topup.explained)}</b>.</p>"
     )
 
 
@@ -198,7 +199,7 @@ def _small(share: float) -> str:
 
 
 def _file(path: Path, size: int) -> str:
-    return f"{path.name} in {path.parent} ({size_text(size)})"
+    return f"{path.name} in {path.parent} ({format_size(size)})"
 
 
 def _count(count: int, noun: str) -> str:

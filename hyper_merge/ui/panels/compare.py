@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from hyper_merge.hosts.host import Atelier, Host
+from hyper_merge.hosts.host import GeneratorInfo, Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.panels.widgets import html, widget
 
@@ -80,7 +80,7 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
     return ComparePanel(opened, form, start, stop, message, status, earlier, shown)
 
 
-def _build_form(atelier: Atelier) -> CompareWidgets:
+def _build_form(atelier: GeneratorInfo) -> CompareWidgets:
     run = widget(gr.Dropdown, "compare_run", choices=[], label="Run")
     checkpoints = widget(
         gr.Dropdown,

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
 
-from hyper_merge.operations.merge.plan import Outlook
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.operations.merge.plan import ForecastCurve
+from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.plots.canvas import GREY, STRONG, WORST, name_line, new_figure, spread_labels
 
 _FEWEST: Final = 2  # powers of two between ticks, where all would not fit side by side
@@ -18,7 +18,7 @@ _FIT: Final = 8  # ticks side by side
 _MB: Final = 10**6
 
 
-def outlook_plot(outlook: Outlook, asked: int | None) -> Figure:
+def outlook_plot(outlook: ForecastCurve, asked: int | None) -> Figure:
     """Explained shares by the bytes of all LoRAs, in the mean and of the worst checkpoint.
 
     Args:
@@ -73,7 +73,7 @@ def _scale(axes: Axes, sizes: Sequence[int]) -> None:
     axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 
 
-def _mark(axes: Axes, outlook: Outlook, asked: int | None) -> None:
+def _mark(axes: Axes, outlook: ForecastCurve, asked: int | None) -> None:
     """A line at what is asked for, with its figures above the plot."""
     if asked is None:
         return
@@ -82,5 +82,5 @@ def _mark(axes: Axes, outlook: Outlook, asked: int | None) -> None:
     place = min(max(asked, outlook.sizes[0]), outlook.sizes[-1])
     axes.axvline(place, color=GREY, linewidth=1.2)
     axes.plot([place, place], [mean, worst], "o", color=STRONG, markersize=6, clip_on=False)
-    text = f"{size_text(asked)}: about {mean:.1%} on average, {worst:.1%} at worst"
+    text = f"{format_size(asked)}: about {mean:.1%} on average, {worst:.1%} at worst"
     axes.set_title(text, loc="left", color=GREY, fontsize=9)

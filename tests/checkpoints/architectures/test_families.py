@@ -7,8 +7,12 @@ import pytest
 import torch
 from narrow_layouts import FULL, NARROW, UNET, one, parts, renamed, two, without, xl
 
-from hyper_merge.checkpoints.architectures.detection import FAMILIES, identify, require_supported
-from hyper_merge.checkpoints.architectures.key_conversion import usual
+from hyper_merge.checkpoints.architectures.detection import (
+    FAMILIES,
+    detect_family,
+    require_supported,
+)
+from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
@@ -33,7 +37,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", {**NARROW, **UNSUPPORTED})
 def test_every_family_is_told_from_narrow_keys(make_header, name):
-    assert identify(make_header({**NARROW, **UNSUPPORTED}[name]())).name == name
+    assert detect_family(make_header({**NARROW, **UNSUPPORTED}[name]())).name == name
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -62,12 +66,12 @@ def test_a_network_alone_of_full_size_is_still_told(make_header, name):
     alone = parts(FULL[name](), UNET, "edm_")
     assert require_supported(make_header(alone)).name == name
     bare = make_header(renamed(alone, UNET, ""))
-    assert require_supported(usual(bare)).name == name
+    assert require_supported(to_usual_keys(bare)).name == name
 
 
 def test_a_pruned_network_alone_is_told_too(make_header):
     shapes = parts(without(FULL["sdxl"](), "middle_block.1", "transformer_blocks.4"), UNET)
-    assert identify(make_header(shapes)).name == "sdxl_pruned"
+    assert detect_family(make_header(shapes)).name == "sdxl_pruned"
 
 
 def test_a_checkpoint_without_position_ids_or_vae_is_sd1(make_header, narrow):
@@ -77,16 +81,16 @@ def test_a_checkpoint_without_position_ids_or_vae_is_sd1(make_header, narrow):
 
 
 def test_sd2_in_the_spelling_of_sgm_is_not_taken_for_the_refiner(make_header):
-    found = usual(make_header(renamed(two(), OPEN_CLIP, SGM)))
-    assert identify(found).name == "sd2"
+    found = to_usual_keys(make_header(renamed(two(), OPEN_CLIP, SGM)))
+    assert detect_family(found).name == "sd2"
     assert set(found.tensors) == set(two())
     refiner = make_header(NARROW["sdxl_refiner"]())
-    assert usual(refiner) == refiner
+    assert to_usual_keys(refiner) == refiner
 
 
 def test_old_text_encoder_keys_are_those_of_sd1(make_header, narrow):
-    found = usual(make_header(renamed(narrow, CLIP, CLIP.removesuffix("text_model."))))
-    assert identify(found).name == "sd1"
+    found = to_usual_keys(make_header(renamed(narrow, CLIP, CLIP.removesuffix("text_model."))))
+    assert detect_family(found).name == "sd1"
     assert set(found.tensors) == set(narrow)
 
 
@@ -188,7 +192,7 @@ STRANGERS = {
 def test_what_is_no_checkpoint_is_refused_by_name(make_header, kind):
     shapes, text = STRANGERS[kind]
     with pytest.raises(FamilyError, match=f"^y.safetensors is .*{text}"):
-        identify(make_header(shapes, name="y.safetensors"))
+        detect_family(make_header(shapes, name="y.safetensors"))
 
 
 def test_parts_of_a_checkpoint_are_refused_by_name(make_header, narrow):
@@ -206,7 +210,7 @@ def test_parts_of_a_checkpoint_are_refused_by_name(make_header, narrow):
         ({UNET + "input_blocks.1.1.time_stack.0.x": (4,), **vae}, "a video model"),
     ):
         with pytest.raises(FamilyError, match=text):
-            identify(make_header(shapes))
+            detect_family(make_header(shapes))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_parts_of_a_checkpoint_are_refused_by_name(make_header, narrow):
 def test_quantised_checkpoints_are_refused_by_their_kind(make_header, name, end, text):
     shapes = {**NARROW[name](), UNET + "somewhere" + end: (2, 2)}
     with pytest.raises(FamilyError, match=text):
-        identify(usual(make_header(shapes)))
+        detect_family(to_usual_keys(make_header(shapes)))
 
 
 def test_whole_numbers_and_unknown_types_are_refused(make_header, narrow):
@@ -246,7 +250,7 @@ def test_the_real_families_of_fp8_and_fp32_files_are_supported(make_header, narr
 @pytest.mark.parametrize("name", NARROW)
 def test_a_layout_can_be_sent_to_another_process(make_header, name):
     header = make_header(NARROW[name]())
-    layout = layout_of(header, identify(header))
+    layout = layout_of(header, detect_family(header))
     assert pickle.loads(pickle.dumps(layout)) == layout
 
 

@@ -6,8 +6,8 @@ from narrow_layouts import NARROW, UNET, one, other_way_round, renamed, two, wit
 from safetensors.torch import save_file
 
 from hyper_merge.checkpoints.architectures.detection import require_supported
-from hyper_merge.checkpoints.architectures.key_conversion import usual
-from hyper_merge.checkpoints.reader import Checkpoint, read_header
+from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.errors import FamilyError
 
 KEY = UNET + "double_blocks.0.img_attn.qkv.weight"
@@ -39,7 +39,7 @@ def test_tensors_are_found_under_the_usual_keys(tmp_path, name):
     usual_keys = {k: v.half() for k, v in state(layout).items()}
     other = {k.replace(*SPELLINGS[name], 1): t for k, t in usual_keys.items()}
     assert other.keys() != usual_keys.keys()
-    with Checkpoint(saved(tmp_path / "other.safetensors", other)) as checkpoint:
+    with CheckpointReader(saved(tmp_path / "other.safetensors", other)) as checkpoint:
         assert set(checkpoint.header.tensors) == set(layout)
         for key, tensor in usual_keys.items():
             assert torch.equal(checkpoint.tensor(key), tensor)
@@ -48,7 +48,7 @@ def test_tensors_are_found_under_the_usual_keys(tmp_path, name):
 def test_a_bare_network_keeps_the_keys_of_what_stands_beside_it(make_header):
     shapes = renamed(NARROW["flux_dev"](), UNET, "")
     beside = {"vae.decoder.conv_in.bias": (4,), "text_encoders.clip_l.transformer.x": (4,)}
-    assert set(usual(make_header({**shapes, **beside})).tensors) == {
+    assert set(to_usual_keys(make_header({**shapes, **beside})).tensors) == {
         *(UNET + key for key in shapes),
         *beside,
     }
@@ -56,13 +56,13 @@ def test_a_bare_network_keeps_the_keys_of_what_stands_beside_it(make_header):
 
 def test_a_file_with_both_spellings_stays_as_it_is(make_header):
     both = {**one(), **renamed(one(), "text_model.", "")}
-    assert set(usual(make_header(both)).tensors) == set(both)
+    assert set(to_usual_keys(make_header(both)).tensors) == set(both)
 
 
 @pytest.mark.parametrize("layout", [one, two])
 def test_a_usual_file_has_no_other_names(make_header, layout):
     header = make_header(layout())
-    assert usual(header) is header
+    assert to_usual_keys(header) is header
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -75,7 +75,7 @@ def test_a_weight_with_a_scale_is_their_product(tmp_path, dtype, end, prefix):
     marks = {UNET + "scaled_fp8": torch.zeros(0).to(FP8)}
     every = {key.replace(UNET, prefix): t for key, t in {**tensors, **scales, **marks}.items()}
     path = saved(tmp_path / "scaled.safetensors", every)
-    with Checkpoint(path) as checkpoint:
+    with CheckpointReader(path) as checkpoint:
         header = checkpoint.header
         assert set(header.tensors) == set(tensors)  # nothing of the scaling is left
         assert require_supported(header).name == "flux_dev"
@@ -87,7 +87,7 @@ def test_a_scale_for_each_row_is_that_of_its_row(tmp_path):
     tensors = state(NARROW["flux_dev"](), torch.bfloat16)
     rows = torch.arange(1.0, len(tensors[KEY]) + 1)
     every = {**tensors, KEY: tensors[KEY].to(FP8), STEM + "weight_scale": rows[:, None]}
-    with Checkpoint(saved(tmp_path / "rows.safetensors", every)) as checkpoint:
+    with CheckpointReader(saved(tmp_path / "rows.safetensors", every)) as checkpoint:
         expected = tensors[KEY].to(FP8).float() * rows[:, None]
         assert torch.equal(checkpoint.tensor(KEY), expected)
 
@@ -103,7 +103,7 @@ def test_a_scale_for_each_block_is_refused(tmp_path):
 
 def test_a_file_that_lacks_the_signs_of_a_spelling_is_not_touched(make_header):
     header = make_header(without(one(), "encoder.layers"))
-    assert usual(header) is header
+    assert to_usual_keys(header) is header
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
@@ -111,7 +111,7 @@ def test_projections_are_read_in_the_usual_shape_whichever_the_file_has(tmp_path
     layout = NARROW[name]()
     stored = state(other_way_round(layout))
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} != layout
-    with Checkpoint(saved(tmp_path / "other.safetensors", stored)) as checkpoint:
+    with CheckpointReader(saved(tmp_path / "other.safetensors", stored)) as checkpoint:
         for key, shape in layout.items():
             assert tuple(checkpoint.tensor(key).shape) == shape
             assert torch.equal(checkpoint.tensor(key).flatten(), stored[key].flatten())
@@ -120,5 +120,5 @@ def test_projections_are_read_in_the_usual_shape_whichever_the_file_has(tmp_path
 def test_a_network_alone_keeps_its_markers(make_header):
     markers = {"v_pred": (0,), "ztsnr": (0,)}
     bare = {**renamed(NARROW["sdxl_edm"](), UNET, ""), **markers}
-    shapes = usual(make_header(bare)).tensors
+    shapes = to_usual_keys(make_header(bare)).tensors
     assert {"v_pred", "ztsnr", "edm_mean"} < set(shapes)

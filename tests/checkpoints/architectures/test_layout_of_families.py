@@ -10,11 +10,11 @@ import pytest
 import torch
 from narrow_layouts import FULL, NARROW, UNET, other_way_round, parts, two, xl
 
-from hyper_merge.checkpoints.architectures.detection import identify
-from hyper_merge.checkpoints.architectures.key_conversion import usual
+from hyper_merge.checkpoints.architectures.detection import detect_family
+from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
-    kind_of,
+    kind_of_tensor,
     layout_of,
     output_tensors,
 )
@@ -64,7 +64,7 @@ BESIDE = {
 
 def layers_of(make_header, shapes):
     header = make_header(shapes)
-    return layout_of(header, identify(header)).layers
+    return layout_of(header, detect_family(header)).layers
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -145,7 +145,7 @@ def test_of_what_stands_beside_clip_only_its_projection_that_is_used_is_averaged
     for name, used in (("sd3_medium", ["g"]), ("flux_dev", [])):
         texts = text_encoders_layout(8, 16 * (name == "sd3_medium"), 64, 20)
         header = make_header({**NARROW[name](), **texts, **projections})
-        layout = layout_of(header, identify(header))
+        layout = layout_of(header, detect_family(header))
         averaged = [key[19] for key in projections if layout.treatments[key] is Treatment.AVERAGE]
         assert averaged == used
 
@@ -153,7 +153,7 @@ def test_of_what_stands_beside_clip_only_its_projection_that_is_used_is_averaged
 @pytest.mark.parametrize("layout", [two, xl])
 def test_a_fused_attention_is_three_layers_of_its_rows(make_header, layout):
     header = make_header(layout())
-    found = layout_of(header, identify(header))
+    found = layout_of(header, detect_family(header))
     fused = [key for key in layout() if key.endswith("in_proj_weight")]
     for key in fused:
         three = [layer for layer in found.layers if layer.key == key]
@@ -179,9 +179,9 @@ def test_projections_are_layers_of_the_loaders_shape_either_way_round(make_heade
     other = other_way_round(plain)
     assert other != plain
     header = make_header(other)
-    layout = layout_of(header, identify(header))
+    layout = layout_of(header, detect_family(header))
     assert layout.layers == layers_of(make_header, plain)
-    read = usual(header)
+    read = to_usual_keys(header)
     assert {key: info.shape for key, info in read.tensors.items()} == plain
     written = output_tensors(read, layout_of(read, layout.family), torch.float16)
     assert {key: info.shape for key, info in written.items()} == plain
@@ -192,15 +192,15 @@ def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
     beside = text_encoders_layout(8, 16 * name.startswith("sd3"), 64, 20)
     texts = beside if name.startswith(("sd3", "flux")) else {}
     header = make_header({**NARROW[name](), **texts})
-    layout = layout_of(header, identify(header))
-    other = {key for key in layout.treatments if kind_of(key, layout) == "other weights"}
+    layout = layout_of(header, detect_family(header))
+    other = {key for key in layout.treatments if kind_of_tensor(key, layout) == "other weights"}
     first = {UNET + end for end in ("input_blocks.0.0.weight", "out.2.weight")}
     text = ("text_projection", "text_projection.weight", "relative_attention_bias.weight")
     inside = ("T5", "t5xxl", "conditioner.embedders.0.model.")
     ends = ("time_embed", "label_emb", "_in.", "_embedder", "final_layer", "embedder.proj")
     for key in other - first:
         assert key.endswith(text) or any(part in key for part in (*inside, *ends)), key
-    copied = {key for key in layout.treatments if kind_of(key, layout) == "copied"}
+    copied = {key for key in layout.treatments if kind_of_tensor(key, layout) == "copied"}
     idle = (OPEN_CLIP + "transformer.resblocks.23.", OPEN_CLIP + "text_projection")
     assert copied == {
         key
@@ -212,7 +212,7 @@ def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
 def test_markers_of_v_prediction_are_kept(make_header):
     markers = {"v_pred": (0,), "ztsnr": (0,), "edm_mean": (1, 4, 1, 1), "denoiser.sigmas": (1000,)}
     header = make_header({**xl(), **markers}, dtype=torch.float32)
-    layout = layout_of(header, identify(header))
+    layout = layout_of(header, detect_family(header))
     written = output_tensors(header, layout, torch.float16)
     for key, shape in markers.items():
         assert layout.treatments[key] is Treatment.COPY
@@ -225,7 +225,7 @@ def test_copied_weights_are_no_8_bit_floats_and_idle_ones_have_the_outputs_type(
 ):
     beside = {"text_encoders.clip_l.transformer.text_projection.weight": (8, 8)}
     header = make_header({**two(), **beside}, dtype=stored)
-    written = output_tensors(header, layout_of(header, identify(header)), torch.bfloat16)
+    written = output_tensors(header, layout_of(header, detect_family(header)), torch.bfloat16)
     copied = torch.float16 if stored.itemsize == 1 else stored
     assert written.pop("text_encoders.clip_l.transformer.text_projection.weight").dtype == copied
     assert written.pop(OPEN_CLIP + "logit_scale").dtype == copied
@@ -235,7 +235,7 @@ def test_copied_weights_are_no_8_bit_floats_and_idle_ones_have_the_outputs_type(
 def test_every_tensor_of_a_depth_model_is_copied(make_header):
     shapes = {**NARROW["sd2_depth"](), "depth_model.model.scratch.weight": (4, 4)}
     header = make_header(shapes)
-    layout = layout_of(header, identify(header))
+    layout = layout_of(header, detect_family(header))
     assert layout.treatments["depth_model.model.scratch.weight"] is Treatment.COPY
     assert all(not layer.key.startswith("depth_model") for layer in layout.layers)
 

@@ -3,12 +3,12 @@ from collections import Counter
 import pytest
 import torch
 
-from hyper_merge.checkpoints.architectures.detection import identify
+from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import (
     Layer,
     Treatment,
     is_position_ids,
-    kind_of,
+    kind_of_tensor,
     layout_of,
     output_tensors,
     position_ids,
@@ -53,7 +53,7 @@ NAMES = {
 
 def layout_for(make_header, shapes, dtype=torch.float16):
     header = make_header(shapes, dtype=dtype)
-    return header, layout_of(header, identify(header))
+    return header, layout_of(header, detect_family(header))
 
 
 class DiffusersUNet:
@@ -233,7 +233,7 @@ def test_spoilt_position_ids_are_still_told_by_name(make_header, narrow):
     header = type(header)(
         header.path, {**header.tensors, IDS: TensorInfo(torch.float16, (1, 77))}, {}, 0, 0
     )
-    layout = layout_of(header, identify(header))
+    layout = layout_of(header, detect_family(header))
     assert layout.treatments[IDS] is Treatment.COPY
     assert output_tensors(header, layout, torch.float16)[IDS] == TensorInfo(torch.int64, (1, 77))
     assert is_position_ids(IDS)
@@ -244,7 +244,7 @@ def test_spoilt_position_ids_are_still_told_by_name(make_header, narrow):
 
 def test_every_averaged_tensor_has_a_kind(make_header, narrow):
     _, layout = layout_for(make_header, {**narrow, "model_ema.decay": ()})
-    kinds = Counter(kind_of(key, layout) for key in layout.treatments)
+    kinds = Counter(kind_of_tensor(key, layout) for key in layout.treatments)
     assert kinds == {
         "layers": 350,
         "norms": 2 * (109 + 25),
@@ -255,9 +255,9 @@ def test_every_averaged_tensor_has_a_kind(make_header, narrow):
         "copied": 1,
         "dropped": 1,
     }
-    assert kind_of(UNET + "out.0.weight", layout) == "norms"
+    assert kind_of_tensor(UNET + "out.0.weight", layout) == "norms"
     biased = UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.bias"
-    assert kind_of(biased, layout) == "biases"
+    assert kind_of_tensor(biased, layout) == "biases"
 
 
 def test_the_output_holds_floats_in_one_type_and_drops_what_nobody_loads(make_header, narrow):

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from hyper_merge.checkpoints.reader import Checkpoint, TensorInfo, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, TensorInfo, read_header
 from hyper_merge.errors import CheckpointError
 
 
@@ -34,7 +34,7 @@ def test_pickled_tensors_are_read_nested_or_not_mapped_or_not(tmp_path, suffix, 
     path, tensors = tmp_path / f"x{suffix}", weights()
     content = {"state_dict": tensors, "epoch": 3} if nested else {**tensors, "epoch": 3}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with Checkpoint(path) as checkpoint:
+    with CheckpointReader(path) as checkpoint:
         assert checkpoint.header.tensors == {
             "a.weight": TensorInfo(torch.float16, (3, 4)),
             "b.bias": TensorInfo(torch.float32, (4,)),

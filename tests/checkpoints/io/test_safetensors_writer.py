@@ -226,10 +226,10 @@ def test_without_overwrite_an_existing_file_is_refused_first_and_last(tmp_path):
 
 KILLED = """
 import os, signal, sys, torch
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import TensorInfo
 declared = {key: TensorInfo(torch.float32, (1000,)) for key in "ab"}
-with Outputs(overwrite=True) as outputs:
+with FileTransaction(overwrite=True) as outputs:
     outputs.text(sys.argv[2], "new")
     with outputs.safetensors(sys.argv[1], declared, {}) as writer:
         writer.write("a", torch.ones(1000))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.hashes import file_sha256
-from hyper_merge.checkpoints.io.transaction import Outputs
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import TensorInfo
 from hyper_merge.errors import OutputError
 
@@ -27,7 +27,7 @@ def stage_all(outputs, folder):
 
 def run(folder, then=lambda outputs: None, **options):
     """A transaction of the usual files with something happening before its end."""
-    with Outputs(**options) as outputs:
+    with FileTransaction(**options) as outputs:
         stage_all(outputs, folder)
         then(outputs)
 
@@ -48,7 +48,7 @@ def contents(folder):
 
 
 def test_a_staged_file_can_be_read_before_it_is_in_its_place(tmp_path):
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         stage_all(outputs, tmp_path)
         path = tmp_path / "Lora" / "deep" / "x.safetensors"
         with outputs.reading(path) as tensor:
@@ -58,7 +58,7 @@ def test_a_staged_file_can_be_read_before_it_is_in_its_place(tmp_path):
 
 
 def test_nothing_appears_before_the_end_and_everything_after_it(tmp_path):
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         stage_all(outputs, tmp_path)
         assert not (tmp_path / "multipliers.txt").exists()
         assert not (tmp_path / "Lora/deep/x.safetensors").exists()
@@ -75,7 +75,7 @@ def test_nothing_appears_before_the_end_and_everything_after_it(tmp_path):
 
 
 def test_a_staged_file_can_be_hashed_before_it_is_in_place(tmp_path):
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         writer = stage_all(outputs, tmp_path)
         digest = file_sha256(writer.staged.temporary)
     assert digest == file_sha256(tmp_path / "Lora/deep/x.safetensors")
@@ -134,7 +134,7 @@ def test_existing_files_are_refused_when_staged(tmp_path):
 
 def test_an_existing_checkpoint_is_refused_before_its_writer_is_made(tmp_path):
     (tmp_path / "x.safetensors").touch()
-    with Outputs() as outputs, pytest.raises(OutputError, match=r"x\.safetensors exists"):
+    with FileTransaction() as outputs, pytest.raises(OutputError, match=r"x\.safetensors exists"):
         outputs.safetensors(tmp_path / "x.safetensors", DECLARED, {})
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_appears_meanwhile_is_refused_before_any_is_placed(tmp_path,
 def test_with_overwrite_all_files_are_replaced(tmp_path):
     for name in ("raw", "multipliers.txt"):
         (tmp_path / name).write_text("old")
-    with Outputs(overwrite=True) as outputs:
+    with FileTransaction(overwrite=True) as outputs:
         stage_all(outputs, tmp_path)
     assert (tmp_path / "raw").read_bytes() == b"\0\1"
     assert (tmp_path / "multipliers.txt").read_text(encoding="utf-8") == "é\n"
@@ -200,7 +200,7 @@ def test_an_interrupt_while_a_file_is_created_leaves_nothing(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "open", interrupted)
-    with pytest.raises(KeyboardInterrupt), Outputs() as outputs:
+    with pytest.raises(KeyboardInterrupt), FileTransaction() as outputs:
         stage(outputs, tmp_path / "x.safetensors")
     assert everything(tmp_path) == []
 
@@ -214,7 +214,7 @@ def test_an_interrupt_right_after_a_file_was_created_leaves_nothing(tmp_path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(StagedFile, "create", interrupted)
-    with pytest.raises(KeyboardInterrupt), Outputs() as outputs:
+    with pytest.raises(KeyboardInterrupt), FileTransaction() as outputs:
         stage(outputs, tmp_path / "x.safetensors")
     assert everything(tmp_path) == []
 
@@ -233,14 +233,14 @@ def test_a_file_in_the_way_of_a_folder_is_told(tmp_path, place):
 
 
 def test_an_empty_text_is_a_file_too(tmp_path):
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         outputs.text(tmp_path / "empty.txt", "")
     assert (tmp_path / "empty.txt").read_bytes() == b""
 
 
 def test_the_file_has_the_rights_that_new_files_have(tmp_path):
     (tmp_path / "plain").touch()
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         outputs.text(tmp_path / "a.txt", "a")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -255,7 +255,7 @@ def test_a_removal_goes_with_the_new_files_and_comes_back_without_them(tmp_path,
         outputs.remove(old)
         outputs.remove(gone)
 
-    with suppress(KeyError), Outputs() as outputs:
+    with suppress(KeyError), FileTransaction() as outputs:
         stage(outputs)
         raise KeyError
     assert contents(tmp_path) == {"old": "old", "gone": "old"}
@@ -268,16 +268,16 @@ def test_a_removal_goes_with_the_new_files_and_comes_back_without_them(tmp_path,
 
     monkeypatch.setattr(Path, "rename", refuse)
     message = f"cannot remove {gone}: in use; close the programs that use it"
-    with pytest.raises(OutputError, match=re.escape(message)), Outputs() as outputs:
+    with pytest.raises(OutputError, match=re.escape(message)), FileTransaction() as outputs:
         stage(outputs)
     assert contents(tmp_path) == {"old": "old", "gone": "old"}
     monkeypatch.undo()
-    with Outputs() as outputs:
+    with FileTransaction() as outputs:
         stage(outputs)
         gone.unlink()  # by somebody else: not an error
         assert contents(tmp_path)["old"] == "old"
     assert contents(tmp_path) == {"new": "new"}
-    with Outputs(overwrite=True) as outputs:
+    with FileTransaction(overwrite=True) as outputs:
         outputs.remove(new)
         for again in (lambda: outputs.remove(new), lambda: outputs.text(new, "x")):
             with pytest.raises(ValueError, match="staged twice"):

@@ -84,7 +84,7 @@ def test_a_refusal_keeps_its_words_in_the_hosts_form(start):
 
 def test_reload_ui_serves_it_in_the_new_app_with_the_jobs_of_before(start):
     webui, client = start(api=True)
-    job = process_jobs().start("mix", lambda task, control: "", webui.host().log)
+    job = process_jobs().start("mix", lambda task, progress: "", webui.host().log)
     job.wait(10)
     webui.load_scripts()
     again = TestClient(webui.api_only())
@@ -104,10 +104,10 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
     webui, client = start(api=True)
     host = webui.host()
 
-    def work(task, control):
+    def work(task, progress):
         with host.running(task) as hosts:
-            both = control.joined(hosts)
-            both.step("solving", 0.5)
+            both = progress.joined(hosts)
+            both.report("solving", 0.5)
             while True:
                 both.check()
         return ""

@@ -37,7 +37,7 @@ def test_the_cache_is_cleared_and_what_that_freed_is_said(host, analysis):
 def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
     jobs, merged = Jobs(), threading.Event()
 
-    def work(task, control):
+    def work(task, progress):
         merged.wait(10)
         return "mix"
 

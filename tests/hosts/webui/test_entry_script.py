@@ -67,8 +67,8 @@ def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
         "before_ui": 1,
     }
     assert len(webui.infotext_utils.registered_param_bindings) == 1
-    with built[-1].running("task(again)") as control:
-        control.on_progress("solving", 0.5)
+    with built[-1].running("task(again)") as progress:
+        progress.on_progress("solving", 0.5)
         assert webui.progress.answer("task(again)")["progress"] == pytest.approx(0.5, abs=1e-3)
     assert webui.errors.reports == []
 

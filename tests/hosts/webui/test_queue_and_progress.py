@@ -50,8 +50,8 @@ def test_a_run_is_a_task_of_the_hosts_from_its_start_to_its_end(host, webui):
 
 
 def test_phase_and_fraction_reach_the_hosts_progress_bar(host, webui):
-    with host.running(TASK) as control:
-        control.on_progress("reading the checkpoints", 0.25)
+    with host.running(TASK) as progress:
+        progress.on_progress("reading the checkpoints", 0.25)
         answer = webui.progress.answer(TASK)
     assert answer["textinfo"] == "reading the checkpoints"
     assert answer["progress"] == pytest.approx(0.25, abs=1e-3)
@@ -60,25 +60,25 @@ def test_phase_and_fraction_reach_the_hosts_progress_bar(host, webui):
 
 @pytest.mark.parametrize(("fraction", "shown"), [(-0.1, 0), (0, 0), (1, 1), (1.001, 1)])
 def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, shown):
-    with host.running(TASK) as control:
-        control.on_progress("solving", fraction)
+    with host.running(TASK) as progress:
+        progress.on_progress("solving", fraction)
         assert webui.progress.answer(TASK)["progress"] == shown
 
 
 @pytest.mark.parametrize("button", ["interrupt", "skip", "stop_generating", "request_restart"])
 def test_each_of_the_hosts_ways_to_stop_is_heard(host, webui, button):
-    with host.running(TASK) as control:
-        assert not control.should_stop()
+    with host.running(TASK) as progress:
+        assert not progress.should_stop()
         getattr(webui.state, button)()
-        assert control.should_stop()
+        assert progress.should_stop()
     flags = webui.state.dict()
     assert not any(flags[name] for name in ("interrupted", "skipped", "stopping_generation"))
 
 
 def test_an_interrupt_of_an_earlier_job_does_not_stop_the_next(host, webui):
     webui.state.interrupt()
-    with host.running(TASK) as control:
-        assert not control.should_stop()
+    with host.running(TASK) as progress:
+        assert not progress.should_stop()
 
 
 def test_a_run_waits_for_the_hosts_work_and_says_so(host, webui):
@@ -108,8 +108,8 @@ def test_everything_is_put_back_after_an_error_which_goes_on(host, webui, error)
     model = load(webui)
 
     def run():
-        with host.running(TASK) as control:
-            control.on_progress("solving", 0.5)
+        with host.running(TASK) as progress:
+            progress.on_progress("solving", 0.5)
             webui.state.interrupt()
             raise error
 
@@ -241,20 +241,20 @@ def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):
 
 
 def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui):
-    with host.running("task(hyper)") as control:
+    with host.running("task(hyper)") as progress:
         webui.state.interrupt()
-        assert control.should_stop()
+        assert progress.should_stop()
         webui.state.interrupted = webui.state.stopping_generation = False
         webui.state.job_count = 0
-        assert control.should_stop()
-        control.on_progress("solving", 0.5)
+        assert progress.should_stop()
+        progress.on_progress("solving", 0.5)
         assert webui.state.job_count == 1
 
 
 def test_a_press_that_is_over_before_the_next_step_is_heard(host, webui):
-    with host.running("task(hyper)") as control:
+    with host.running("task(hyper)") as progress:
         webui.state.interrupt()
         time.sleep(0.3)
         webui.state.interrupted = False
-        assert control.should_stop()
+        assert progress.should_stop()
     assert not [thread for thread in threading.enumerate() if "buttons" in thread.name]

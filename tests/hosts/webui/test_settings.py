@@ -144,6 +144,6 @@ def test_a_cache_that_cannot_be_cleared_says_so(host, page, webui, monkeypatch):
     def fail(folder):
         raise CacheError("<1 file> cannot be deleted")
 
-    monkeypatch.setattr(analysis_cache, "clear", fail)
+    monkeypatch.setattr(analysis_cache, "clear_analyses", fail)
     assert webui.settings().clear().endswith("&lt;1 file&gt; cannot be deleted")
     assert not webui.queue_lock.held

@@ -10,7 +10,7 @@ from fake_webui.drawing import picture as drawn_by
 
 from hyper_merge.errors import InterruptedRun, PictureError
 from hyper_merge.operations.compare.request import Picture, PictureSettings
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 SETTINGS = PictureSettings(("x",), "bad", "Euler a", 4, 6.5, 64, 72, (7,))
 KEY = "sd_model_checkpoint"
@@ -49,8 +49,8 @@ def loaded_name(webui):
 def test_a_picture_is_what_the_webui_draws_with_that_checkpoint(loaded, host, order):
     put(loaded.models / "Lora/mix.safetensors")
     wanted = order("photo", "a cat <lora:mix:1>")
-    with host.drawing("task(x)") as (control, studio):
-        image = studio.draw(wanted, control)
+    with host.drawing("task(x)") as (progress, studio):
+        image = studio.draw(wanted, progress)
     content = wanted.model.read_bytes()
     assert image.tobytes() == drawn_by(content, "a cat <lora:mix:1>", 7, (64, 72)).tobytes()
     assert studio.host == host.title
@@ -62,8 +62,8 @@ def test_each_setting_reaches_the_webui_and_nothing_is_saved(loaded, host, order
     monkeypatch.setattr(
         loaded.processing, "process_images", lambda p: seen.append(vars(p).copy()) or process(p)
     )
-    with host.drawing("task(x)") as (control, studio):
-        studio.draw(order("photo"), control)
+    with host.drawing("task(x)") as (progress, studio):
+        studio.draw(order("photo"), progress)
     (asked,) = seen
     wanted = {
         "prompt": "a cat",
@@ -84,9 +84,9 @@ def test_each_setting_reaches_the_webui_and_nothing_is_saved(loaded, host, order
 
 
 def test_models_are_switched_once_each_and_the_one_before_comes_back(loaded, host, order):
-    with host.drawing("task(x)") as (control, studio):
+    with host.drawing("task(x)") as (progress, studio):
         for name in ("photo", "photo", "sub/portrait", "sub/portrait"):
-            studio.draw(order(name), control)
+            studio.draw(order(name), progress)
     loads = [path.rpartition("/")[2] for path in loaded.processing.loads]
     assert loads == ["photo.safetensors", "portrait.safetensors"]
     assert selected(loaded) == loaded_name(loaded) == "anime.safetensors"
@@ -97,13 +97,13 @@ def test_models_are_switched_once_each_and_the_one_before_comes_back(loaded, hos
 @pytest.mark.parametrize("kind", ["interrupt", "error", "unknown"])
 def test_the_checkpoint_comes_back_however_it_ends(loaded, host, order, kind):
     def draw():
-        with host.drawing("task(x)") as (control, studio):
-            studio.draw(order("photo"), control)
+        with host.drawing("task(x)") as (progress, studio):
+            studio.draw(order("photo"), progress)
             if kind == "interrupt":
                 loaded.processing.open_page = loaded.state.interrupt
             elif kind == "error":
                 loaded.processing.fails_with = "portrait.safetensors"
-            studio.draw(order("unknown" if kind == "unknown" else "sub/portrait"), control)
+            studio.draw(order("unknown" if kind == "unknown" else "sub/portrait"), progress)
 
     with pytest.raises(InterruptedRun if kind == "interrupt" else PictureError):
         draw()
@@ -116,41 +116,41 @@ def test_the_checkpoint_comes_back_however_it_ends(loaded, host, order, kind):
 def test_an_error_of_forges_model_thread_is_not_an_empty_picture(loaded, host, order):
     loaded.processing.fails_with = "photo.safetensors"
     wanted = r"cannot draw with photo\.safetensors \(RuntimeError: cannot load photo"
-    with host.drawing("task(x)") as (control, studio), pytest.raises(PictureError, match=wanted):
-        studio.draw(order("photo"), control)
+    with host.drawing("task(x)") as (progress, studio), pytest.raises(PictureError, match=wanted):
+        studio.draw(order("photo"), progress)
     assert "RuntimeError" in loaded.errors.reports[0]
 
 
 def test_only_forges_model_thread_touches_its_models(loaded, host, order):
-    with host.drawing("task(x)") as (control, studio):
-        studio.draw(order("photo"), control)
+    with host.drawing("task(x)") as (progress, studio):
+        studio.draw(order("photo"), progress)
     ((*_, thread),) = loaded.processing.drawn
     assert (thread == threading.current_thread().name) is (loaded.flavour == "a1111")
 
 
 def test_what_the_user_selects_meanwhile_stays_selected(loaded, host, order):
-    with host.drawing("task(x)") as (control, studio):
-        studio.draw(order("photo"), control)
+    with host.drawing("task(x)") as (progress, studio):
+        studio.draw(order("photo"), progress)
         loaded.opts.data[KEY] = "sub/portrait.safetensors"
-        studio.draw(order("photo"), control)
+        studio.draw(order("photo"), progress)
     assert selected(loaded) == "sub/portrait.safetensors"
     assert loaded_name(loaded) == "portrait.safetensors"
 
 
 def test_a_webui_that_had_loaded_nothing_only_gets_its_selection_back(webui, host, order):
     webui.opts.data[KEY] = "anime.safetensors"
-    with host.drawing("task(x)") as (control, studio):
-        studio.draw(order("photo"), control)
+    with host.drawing("task(x)") as (progress, studio):
+        studio.draw(order("photo"), progress)
     assert selected(webui) == "anime.safetensors"
     assert webui.processing.loads[-1].endswith("photo.safetensors")
 
 
 def test_the_bar_moves_and_the_page_sees_the_task(loaded, host, order):
-    with host.drawing("task(x)") as (control, studio):
+    with host.drawing("task(x)") as (progress, studio):
         assert loaded.progress.answer("task(x)")["active"] is True
-        control.on_progress("picture 1 of 2", 0.25)
+        progress.on_progress("picture 1 of 2", 0.25)
         before = loaded.progress.answer("task(x)")["progress"]
-        studio.draw(order("photo"), control)
+        studio.draw(order("photo"), progress)
         answer = loaded.progress.answer("task(x)")
     assert before == pytest.approx(0.25, abs=0.002)
     assert answer["progress"] == pytest.approx(0.25, abs=0.005)
@@ -161,8 +161,8 @@ def test_the_bar_moves_and_the_page_sees_the_task(loaded, host, order):
 def test_how_far_a_picture_is_is_told_while_it_is_drawn(loaded, host, order):
     loaded.processing.pace = 0.15
     told = []
-    with host.drawing("task(x)") as (control, studio):
-        own = Control(lambda phase, fraction: told.append(fraction), control.should_stop)
+    with host.drawing("task(x)") as (progress, studio):
+        own = Progress(lambda phase, fraction: told.append(fraction), progress.should_stop)
         studio.draw(order("photo"), own)
     assert told == sorted(told)
     assert 0 < max(told) < 1
@@ -171,12 +171,12 @@ def test_how_far_a_picture_is_is_told_while_it_is_drawn(loaded, host, order):
 def test_our_own_stop_presses_the_webuis_interrupt(loaded, host, order):
     loaded.processing.pace = 0.05
     stop = threading.Event()
-    own = Control(should_stop=stop.is_set)
+    own = Progress(should_stop=stop.is_set)
     slow = Picture(order("photo").model, "x", 1, PictureSettings(("x",), "", "DDIM", 150))
     threading.Timer(0.3, stop.set).start()
     began = time.monotonic()
-    with pytest.raises(InterruptedRun), host.drawing("task(x)") as (control, studio):
-        studio.draw(slow, control.joined(own))
+    with pytest.raises(InterruptedRun), host.drawing("task(x)") as (progress, studio):
+        studio.draw(slow, progress.joined(own))
     assert time.monotonic() - began < 3
     assert loaded_name(loaded) == "anime.safetensors"
 
@@ -185,8 +185,8 @@ def test_pictures_wait_for_their_turn_in_the_queue(loaded, host, order):
     done = threading.Event()
 
     def draw():
-        with host.drawing("task(x)") as (control, studio):
-            studio.draw(order("photo"), control)
+        with host.drawing("task(x)") as (progress, studio):
+            studio.draw(order("photo"), progress)
         done.set()
 
     with loaded.queue_lock:
@@ -210,27 +210,27 @@ def test_what_is_not_in_the_list_is_refused_by_name(loaded, host, order, models)
 
 def test_a_picture_without_its_loras_is_an_error(loaded, host, order):
     wanted = r"without all LoRAs \(it did not load gone\)"
-    with host.drawing("task(x)") as (control, studio):
+    with host.drawing("task(x)") as (progress, studio):
         with pytest.raises(PictureError, match=wanted):
-            studio.draw(order("photo", "x <lora:gone:1>"), control)
+            studio.draw(order("photo", "x <lora:gone:1>"), progress)
         loaded.processing.complaints = {"Networks with errors: mix (3)": 1, "Clip skip": 1}
         with pytest.raises(PictureError, match=r"without all LoRAs \(Networks with errors: mix"):
-            studio.draw(order("photo", "x"), control)
+            studio.draw(order("photo", "x"), progress)
 
 
 def test_a_webui_without_the_extension_lora_draws_no_pair(loaded, host, order, monkeypatch):
     monkeypatch.delitem(sys.modules, "networks")
     put(loaded.models / "Lora/mix.safetensors")
-    with host.drawing("task(x)") as (control, studio):
-        assert studio.draw(order("photo", "x"), control)
+    with host.drawing("task(x)") as (progress, studio):
+        assert studio.draw(order("photo", "x"), progress)
         with pytest.raises(PictureError, match="did not load mix"):
-            studio.draw(order("photo", "x <lora:mix:1>"), control)
+            studio.draw(order("photo", "x <lora:mix:1>"), progress)
 
 
 def test_the_selected_checkpoint_is_drawn_with_before_anything_was_loaded(webui, host, order):
     webui.opts.data[KEY] = "photo.safetensors"
-    with host.drawing("task(x)") as (control, studio):
-        assert studio.draw(order("photo"), control)
+    with host.drawing("task(x)") as (progress, studio):
+        assert studio.draw(order("photo"), progress)
     assert selected(webui) == "photo.safetensors"
 
 

@@ -16,23 +16,23 @@ from hyper_merge.errors import InterruptedRun, PictureError, RunError
 from hyper_merge.operations.compare import compare as comparison
 from hyper_merge.operations.compare import image_difference as picture_difference
 from hyper_merge.operations.compare import records as comparison_files
-from hyper_merge.operations.compare.compare import Studio, caption, run_comparison
+from hyper_merge.operations.compare.compare import ImageGenerator, caption, run_comparison
 from hyper_merge.operations.compare.grid import Band, Cell, draw_grid
 from hyper_merge.operations.compare.image_difference import difference_picture, mean_difference
-from hyper_merge.operations.compare.records import Figures, names_of
+from hyper_merge.operations.compare.records import ComparisonFigures, comparison_names
 from hyper_merge.operations.compare.request import (
-    ComparisonOrder,
+    CompareRequest,
     Picture,
     PictureSettings,
     Subject,
-    plan_of,
+    plan_pictures,
 )
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, files_of, load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 
 SETTINGS = PictureSettings(("a cat", "a dog"), "blurry", "Euler", 4, 7.0, 64, 72, (1, 2))
-ORDER = ComparisonOrder("mix", ("a", "b"), SETTINGS)
+ORDER = CompareRequest("mix", ("a", "b"), SETTINGS)
 GREYS = {"mix": 100, "a": 110, "b": 96, "c": 60}
 
 
@@ -46,9 +46,9 @@ class Painter:
     def __init__(self):
         self.drawn = []
 
-    def __call__(self, picture, control):
+    def __call__(self, picture, progress):
         self.drawn.append(picture)
-        control.step("", 0.5)
+        progress.report("", 0.5)
         tagged = 2 if "<lora:" in picture.prompt else 0
         return grey(GREYS[picture.model.stem] + tagged)
 
@@ -66,9 +66,9 @@ def painter():
 
 @pytest.fixture
 def compare(folders, painter):
-    def run(order=ORDER, control=None, refusal=lambda path: ""):
-        studio = Studio("a test", painter, refusal)
-        return run_comparison(order, studio, folders, control or Control())
+    def run(order=ORDER, progress=None, refusal=lambda path: ""):
+        studio = ImageGenerator("a test", painter, refusal)
+        return run_comparison(order, studio, folders, progress or Progress())
 
     return run
 
@@ -133,7 +133,7 @@ def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
 
 
 def test_a_caption_says_levels_and_percent_and_where_there_is_one_the_other_figure():
-    figures = Figures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
+    figures = ComparisonFigures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
     assert caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
     assert caption(figures, "average") == ""
 
@@ -177,8 +177,8 @@ def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path)
 def test_grid_and_figures_are_written_and_read_back(compare, folders):
     found = compare(replace(ORDER, average=True, difference=True))
     run = load_run(folders, "mix")
-    picture, figures = comparison_files.paths_of(run, "comparison-1")
-    assert comparison_files.load(run, "comparison-1") == found
+    picture, figures = comparison_files.comparison_paths(run, "comparison-1")
+    assert comparison_files.load_comparison(run, "comparison-1") == found
     with Image.open(picture) as grid:
         assert json.loads(grid.text["hyper_merge.comparison"]) == json.loads(figures.read_text())
         words = grid.text["parameters"].splitlines()
@@ -196,7 +196,7 @@ def test_no_comparison_replaces_another(compare, folders):
     run = load_run(folders, "mix")
     (run.folder / "pictures/comparison-7.png").write_bytes(b"somebody's")
     assert compare().name == "comparison-8"
-    assert names_of(run) == ["comparison-8", "comparison-2", "comparison-1"]
+    assert comparison_names(run) == ["comparison-8", "comparison-2", "comparison-1"]
 
 
 @pytest.mark.parametrize("case", ["missing", "changed", "refused"])
@@ -247,7 +247,7 @@ def test_a_lora_that_is_missing_or_was_replaced_is_refused_before_anything_is_dr
 
 def test_progress_names_every_picture_and_rises(compare):
     told = []
-    compare(control=Control(lambda phase, fraction: told.append((phase, fraction))))
+    compare(progress=Progress(lambda phase, fraction: told.append((phase, fraction))))
     fractions = [fraction for _, fraction in told]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
@@ -260,18 +260,18 @@ def test_progress_names_every_picture_and_rises(compare):
 def test_an_interrupt_ends_it_with_nothing_written(compare, painter, started, after):
     before = snapshot(started)
     with pytest.raises(InterruptedRun):
-        compare(control=Control(should_stop=lambda: len(painter.drawn) > after))
+        compare(progress=Progress(should_stop=lambda: len(painter.drawn) > after))
     assert len(painter.drawn) == after + 1
     assert snapshot(started) == before
 
 
 def test_an_error_in_drawing_leaves_nothing_behind(folders, started):
-    def fail(picture, control):
+    def fail(picture, progress):
         raise PictureError("out of paint")
 
     before = snapshot(started)
     with pytest.raises(PictureError, match="out of paint"):
-        run_comparison(ORDER, Studio("a test", fail), folders, Control())
+        run_comparison(ORDER, ImageGenerator("a test", fail), folders, Progress())
     assert snapshot(started) == before
 
 
@@ -294,12 +294,12 @@ def test_a_damaged_or_strange_comparison_is_named(compare, folders):
     for text in ("{", json.dumps({**record, "version": 2}), json.dumps({**record, "figures": 3})):
         path.write_text(text)
         with pytest.raises(RunError, match=r"comparison-1 of the run mix cannot be read"):
-            comparison_files.load(run, "comparison-1")
+            comparison_files.load_comparison(run, "comparison-1")
     with pytest.raises(RunError, match="there is no comparison-2"):
-        comparison_files.load(run, "comparison-2")
+        comparison_files.load_comparison(run, "comparison-2")
     for name in ("../../mix", "comparison-1/..", "", "manifest"):
         with pytest.raises(RunError, match="expected the name of a comparison"):
-            comparison_files.load(run, name)
+            comparison_files.load_comparison(run, name)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_an_order_without_checkpoints_or_with_far_too_many_pictures_is_refused()
 
 def test_a_plan_without_an_original_draws_the_loras_alone():
     subject = Subject("a", "<lora:x:1>", None, "gone")
-    plan = plan_of(ORDER, Path("mix.safetensors"), [subject])
+    plan = plan_pictures(ORDER, Path("mix.safetensors"), [subject])
     assert {key.row for key in plan} == {"restored"}
     assert next(iter(plan.values())) == Picture(
         Path("mix.safetensors"), "a cat <lora:x:1>", 1, SETTINGS

@@ -21,16 +21,16 @@ from hyper_merge.errors import (
     RecipeError,
 )
 from hyper_merge.operations.extract import difference
-from hyper_merge.operations.extract.extract import Extraction, describe, run_extract
-from hyper_merge.runtime.progress import Control
+from hyper_merge.operations.extract.extract import ExtractRequest, format_extraction, run_extract
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import write_family
 
 RANK = 5
 
 
-def extract(base, checkpoint, output, control=None, **settings):
-    wanted = Extraction(base, checkpoint, **{"rank": RANK, "output": output, **settings})
-    return run_extract(wanted, control or Control())
+def extract(base, checkpoint, output, progress=None, **settings):
+    wanted = ExtractRequest(base, checkpoint, **{"rank": RANK, "output": output, **settings})
+    return run_extract(wanted, progress or Progress())
 
 
 def weight(state, layer):
@@ -109,7 +109,7 @@ def test_what_is_not_carried_is_told_by_kind(files, extracted):
     vae = sum(e for key, e in energy.items() if key.startswith("first_stage_model."))
     assert outside["VAE"] == pytest.approx(vae / total, rel=1e-4)
     assert outside["norms"] > 0
-    said = describe(extracted["float16"])
+    said = format_extraction(extracted["float16"])
     assert f"VAE {outside['VAE']:.3%}" in said
     assert said.endswith("load a and put this into the prompt:\n<lora:b-from-a:1.00000>")
 
@@ -223,7 +223,7 @@ def test_checkpoints_that_do_not_differ_are_refused_with_nothing_written(files, 
         " nothing to extract"
     )
     with pytest.raises(ExtractionError, match=f"^{re.escape(message)}$"):
-        extract(files[0], same, tmp_path, Control(warn=warnings.append))
+        extract(files[0], same, tmp_path, Progress(warn=warnings.append))
     assert warnings == ["a.safetensors and same.safetensors have the same content"]
     other = write(tmp_path / "vae.safetensors", {**state_of(0), VAE: state_of(1)[VAE]})
     with pytest.raises(
@@ -320,9 +320,9 @@ def test_an_interrupt_at_any_moment_leaves_nothing(files, tmp_path, phase):
     def stop():
         return bool(told) and told[-1].startswith(phase)
 
-    control = Control(lambda words, _fraction: told.append(words), stop)
+    progress = Progress(lambda words, _fraction: told.append(words), stop)
     with pytest.raises(InterruptedRun):
-        extract(files[0], files[1], tmp_path, control)
+        extract(files[0], files[1], tmp_path, progress)
     assert snapshot(tmp_path) == {}
     assert not (tmp_path / "Lora").exists()
 
@@ -330,7 +330,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing(files, tmp_path, phase):
 def test_progress_never_falls_and_ends_at_one(files, tmp_path):
     fractions = []
     extract(
-        files[0], files[1], tmp_path, Control(lambda _phase, fraction: fractions.append(fraction))
+        files[0], files[1], tmp_path, Progress(lambda _phase, fraction: fractions.append(fraction))
     )
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
@@ -362,7 +362,7 @@ def test_a_file_in_place_of_a_folder_is_refused_before_anything_is_read(files, t
         pytest.fail(f"{phase} began")
 
     for output in ("file", "file/x.safetensors", "file/deep/x.safetensors"):
-        wanted = Extraction(*files[:2], rank=4, output=tmp_path / output, device="cpu")
+        wanted = ExtractRequest(*files[:2], rank=4, output=tmp_path / output, device="cpu")
         with pytest.raises(OutputError, match=r"cannot write .*file is a file; choose an"):
-            run_extract(wanted, Control(on_progress=reading))
+            run_extract(wanted, Progress(on_progress=reading))
     assert snapshot(tmp_path) == {"file": b"mine"}

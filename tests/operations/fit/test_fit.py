@@ -22,7 +22,7 @@ from tiny_family import (
     write,
 )
 
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.rank_allocation import ranks_within
 from hyper_merge.errors import (
     CheckpointError,
@@ -37,13 +37,13 @@ from hyper_merge.errors import (
 )
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitOrder
-from hyper_merge.recipe.parsing import Wish, parse_topup
-from hyper_merge.runs.fit_records import fits_of, style_line
+from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
+from hyper_merge.runs.fit_records import load_fits, style_line
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, load_run
-from hyper_merge.runs.weighted_loras import terms_of
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runs.weighted_loras import weighted_loras_of
+from hyper_merge.runtime.progress import Progress
 
 FIT = "hyper-merge/mix/fits"
 PLANTED = {"unet": (0.7, -1.3), "text_encoder": (-0.4, 2.1)}
@@ -113,8 +113,8 @@ def dense(path, hyper_model, terms):
     return torch.tensor(energies).double(), torch.tensor(errors).double()
 
 
-def fit(folders, path, control=None, **settings):
-    return run_fit(FitOrder("mix", path, **settings), folders, control or Control())
+def fit(folders, path, progress=None, **settings):
+    return run_fit(FitRequest("mix", path, **settings), folders, progress or Progress())
 
 
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_the_merge_has_the_merges_own_multipliers_and_share(file
     figures = ("explained", "explained_unet", "explained_text_encoder", "error", "not_carried")
     for name in figures:
         assert getattr(fitted.row, name) == pytest.approx(getattr(row, name), abs=1e-5), name
-    terms = terms_of(load_run(at, "mix"), row.name)
+    terms = weighted_loras_of(load_run(at, "mix"), row.name)
     assert [term.multiplier for term in terms] == list(row.multipliers)  # the merge's come first
 
 
@@ -160,7 +160,7 @@ def test_multipliers_are_fitted_as_the_merge_fits_them(files, tmp_path, settings
 def test_what_remains_is_that_of_the_files_on_disk(at, other):
     fitted = fit(at, other)
     run = load_run(at, "mix")
-    energies, errors = dense(other, run.hyper_model, terms_of(run, "new one"))
+    energies, errors = dense(other, run.hyper_model, weighted_loras_of(run, "new one"))
     assert fitted.row.explained == pytest.approx(1 - float(errors.sum() / energies.sum()), abs=1e-6)
     assert 0.2 < fitted.row.explained < 0.99
     total = sum(part.energy for part in fitted.parts), sum(part.lost for part in fitted.parts)
@@ -179,7 +179,7 @@ def test_what_remains_is_that_of_the_files_on_disk(at, other):
 def test_no_other_multipliers_explain_more(at, other):
     fit(at, other)
     run = load_run(at, "mix")
-    terms = terms_of(run, "new one")
+    terms = weighted_loras_of(run, "new one")
     best = dense(other, run.hyper_model, terms)[1].sum()
     for change in ({"multiplier": 0.01}, {"text_multiplier": -0.01}):
         (name, step) = next(iter(change.items()))
@@ -235,7 +235,7 @@ def test_a_fit_is_written_and_read_back(at, other, started):
     after = snapshot(started)
     assert {*after} - {*before} == {f"{FIT}/new one.json", f"{FIT}/new one.txt"}
     assert {name: after[name] for name in before} == before
-    assert fits_of(run) == ((fitted,), ())
+    assert load_fits(run) == ((fitted,), ())
     assert fitted.path == str(other)
     text = after[f"{FIT}/new one.txt"].decode()
     assert f"explained: {fitted.row.explained:.2%} of its difference in the layers" in text
@@ -252,7 +252,7 @@ def test_a_top_up_of_a_rank_is_better_than_the_best_of_that_rank_in_every_layer(
     beside = {f"Lora/{topup.name}.{end}" for end in ("json", "png", "safetensors")}
     assert written == beside | {f"{FIT}/new one.json", f"{FIT}/new one.txt"}
     run = load_run(at, "mix")
-    terms = terms_of(run, "new one")
+    terms = weighted_loras_of(run, "new one")
     assert [term.path.stem for term in terms] == ["mix_0-4", "mix_1-2", topup.name]
     energies, errors = dense(other, run.hyper_model, terms)
     assert topup.explained == pytest.approx(1 - float(errors.sum() / energies.sum()), abs=1e-6)
@@ -285,7 +285,7 @@ def test_a_top_up_of_a_rank_is_better_than_the_best_of_that_rank_in_every_layer(
 
 
 def load_metadata(path):
-    with Checkpoint(path) as file:
+    with CheckpointReader(path) as file:
         return file.header.metadata
 
 
@@ -315,16 +315,21 @@ def test_ranks_within_leave_no_more_than_allowed_and_hardly_less():
 
 @pytest.mark.parametrize(
     ("words", "wish"),
-    [("16", Wish(rank=16)), ("95%", Wish(share=0.95)), (" 0.5 %", Wish(share=0.005)), (None, None)],
+    [
+        ("16", PrivateLoraTarget(rank=16)),
+        ("95%", PrivateLoraTarget(share=0.95)),
+        (" 0.5 %", PrivateLoraTarget(share=0.005)),
+        (None, None),
+    ],
 )
 def test_a_top_up_is_a_rank_or_a_share(words, wish):
-    assert parse_topup(words) == wish
+    assert parse_private_lora_target(words) == wish
 
 
 @pytest.mark.parametrize("words", ["0", "-3", "1.5", "100%", "0%", "lots", "95 percent", "nan%"])
 def test_other_top_ups_are_refused(words):
     with pytest.raises(RecipeError, match="expected a rank from 1 to 4096, or a share above 0%"):
-        parse_topup(words)
+        parse_private_lora_target(words)
 
 
 def test_an_earlier_fit_stays_unless_it_may_be_replaced_with_its_top_up(at, other, started):
@@ -357,7 +362,7 @@ def test_somebody_elses_lora_of_the_top_ups_name_stays(at, other, started):
 def test_fits_go_with_their_run_and_with_its_replacement(at, other, files, started):
     fit(at, other, topup="3")
     merge(files, started, overwrite=True)
-    assert fits_of(load_run(at, "mix")) == ((), ())
+    assert load_fits(load_run(at, "mix")) == ((), ())
     assert [*started.glob("Lora/*fit*")] == []
     fit(at, other, topup="3")
     run = load_run(at, "mix")
@@ -427,7 +432,7 @@ def test_an_edited_lora_is_refused_also_where_the_manifest_knows_no_hashes(at, o
 def test_unknown_runs_and_files_are_refused(at, other, started, tmp_path):
     before = snapshot(started)
     with pytest.raises(RunError, match=r'there is no run mxi in .*did you mean "mix"'):
-        run_fit(FitOrder("mxi", other), at, Control())
+        run_fit(FitRequest("mxi", other), at, Progress())
     with pytest.raises(CheckpointError, match=r"nowhere.safetensors does not exist"):
         fit(at, tmp_path / "nowhere.safetensors")
     with pytest.raises(RecipeError, match=r"is not allowed"):
@@ -484,14 +489,14 @@ def test_a_fit_of_a_replaced_run_or_a_damaged_one_is_told_and_left_out(at, other
         ("[]", "is damaged"),
     ):
         record.write_text(text)
-        fits, problems = fits_of(load_run(at, "mix"))
+        fits, problems = load_fits(load_run(at, "mix"))
         assert fits == ()
         assert message in problems[0]
 
 
 def test_a_wish_to_stop_is_heard_everywhere_and_leaves_nothing(at, other, started):
     told = []
-    fit(at, other, Control(lambda phase, fraction: told.append(fraction)), topup="90%", name="x")
+    fit(at, other, Progress(lambda phase, fraction: told.append(fraction)), topup="90%", name="x")
     assert told == sorted(told)
     assert told[-1] == 1
     before = snapshot(started)
@@ -505,7 +510,7 @@ def test_a_wish_to_stop_is_heard_everywhere_and_leaves_nothing(at, other, starte
             return at_now[0] >= fraction
 
         with pytest.raises(InterruptedRun):
-            fit(at, other, Control(on_progress, should_stop), topup="90%")
+            fit(at, other, Progress(on_progress, should_stop), topup="90%")
         assert snapshot(started) == before
         assert temporaries(started) == []
 
@@ -524,7 +529,7 @@ def test_a_full_disk_leaves_nothing(at, other, started, monkeypatch):
 
 def test_few_tensors_are_in_memory_at_a_time(at, other, monkeypatch):
     alive, most = WeakSet(), [0]
-    tensor = Checkpoint.tensor
+    tensor = CheckpointReader.tensor
 
     def counted(self, key):
         found = tensor(self, key)
@@ -532,7 +537,7 @@ def test_few_tensors_are_in_memory_at_a_time(at, other, monkeypatch):
         most[0] = max(most[0], len(alive))
         return found
 
-    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    monkeypatch.setattr(CheckpointReader, "tensor", counted)
     fit(at, other, topup="2")
     assert 2 <= most[0] < 60  # of some hundreds
 
@@ -545,10 +550,10 @@ def test_private_loras_of_a_runs_checkpoints_have_no_part_in_a_fit(files, other,
     assert run.report.topups
     names = [tag.name for tag in parse_tags(fitted.tags(run))]
     assert names == list(run.report.loras)
-    energies, errors = dense(other, run.hyper_model, terms_of(run, "new one"))
+    energies, errors = dense(other, run.hyper_model, weighted_loras_of(run, "new one"))
     assert fitted.row.explained == pytest.approx(1 - float(errors.sum() / energies.sum()), abs=1e-6)
     for row, path in zip(merged.report.checkpoints, files, strict=True):
-        terms = terms_of(run, row.name)
+        terms = weighted_loras_of(run, row.name)
         assert [term.path.stem for term in terms][2:] == ([row.topup] if row.topup else [])
         energies, errors = dense(path, run.hyper_model, terms)
         share = 1 - float(errors.sum() / energies.sum())

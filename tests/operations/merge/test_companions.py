@@ -9,15 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import examine, merge, recipe, write
 
-from hyper_merge.checkpoints.architectures.detection import identify
+from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of
-from hyper_merge.checkpoints.architectures.norms_and_biases import vectors_of
+from hyper_merge.checkpoints.architectures.norms_and_biases import norms_and_biases_of
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, files_of, load_run
-from hyper_merge.runs.report_text import text
+from hyper_merge.runs.report_text import format_report
 
 NORM = UNET + "input_blocks.1.0.in_layers.0"
 # Of the UNet: biases, those of the norms included; the norms' scales; norms.
@@ -32,7 +32,7 @@ SIZES = {
 def vectors(shapes, *, biases=True):
     tensors = {key: TensorInfo(torch.float16, shape) for key, shape in shapes.items()}
     header = Header("x.safetensors", tensors, {}, 0, 0)
-    return vectors_of(header, layout_of(header, identify(header)), biases=biases)
+    return norms_and_biases_of(header, layout_of(header, detect_family(header)), biases=biases)
 
 
 def metadata(path):
@@ -104,7 +104,7 @@ def test_the_report_says_what_is_gained_and_where_it_loads(merged):
         "biases": pytest.approx(1, abs=1e-6),
     }
     assert report.companions == ("mix_0-4-exact", "mix_1-2-exact")
-    said = text(report)
+    said = format_report(report)
     assert "in the UNet: norms 100.00%, biases 100.00%" in said
     assert "they load in Forge and ComfyUI, not in AUTOMATIC1111" in said
     assert type(report).from_dict(json.loads(json.dumps(report.as_dict()))) == report
@@ -137,7 +137,7 @@ def test_norms_alone_load_in_a1111_too(files, tmp_path):
     assert {key.rpartition(".")[2] for key in keys} == {"w_norm", "b_norm"}
     assert [each.kind for each in merged.report.recovered] == ["norms"]
     assert 0 < merged.report.recovered[0].share < 1  # one LoRA for three checkpoints
-    assert "they load in AUTOMATIC1111, Forge and ComfyUI" in text(merged.report)
+    assert "they load in AUTOMATIC1111, Forge and ComfyUI" in format_report(merged.report)
 
 
 def test_with_fewer_loras_no_other_changes_would_bring_back_more(files, tmp_path):
@@ -164,7 +164,7 @@ def test_nothing_is_written_unless_asked_for(files, tmp_path):
     merged = merge(files, tmp_path, ranks=(2,), iterations=1, allocation="even")
     assert [path.name for path in merged.loras] == ["mix_0-2.safetensors"]
     assert (merged.report.companions, merged.report.recovered) == ((), ())
-    assert "companions" not in text(merged.report)
+    assert "companions" not in format_report(merged.report)
 
 
 def test_companions_belong_to_their_run(files, tmp_path):

@@ -13,9 +13,9 @@ from hyper_merge.checkpoints.architectures.families.flux import FAMILIES
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.operations.merge.host_precision import AddedLora, host_rounding
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, HostRounding, Report
-from hyper_merge.runs.report_text import text
+from hyper_merge.operations.merge.host_precision import HostLora, measure_precision_loss
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss, Report
+from hyper_merge.runs.report_text import format_report
 
 FLUX = next(family for family in FAMILIES if family.name == "flux_dev")
 ALL = 10**9
@@ -62,7 +62,7 @@ def dense(models, merged):
 
 
 def loras_of(merged, count):
-    """What `host_rounding` takes, read from the files on disk."""
+    """What `measure_precision_loss` takes, read from the files on disk."""
     layers = layers_of(merged.place.hyper_model)
     rows = merged.report.checkpoints
     for block, path in enumerate(merged.loras[:count]):
@@ -81,13 +81,15 @@ def loras_of(merged, count):
             for part in ("unet", "text_encoder")
         }
         alpha = next(t.item() for key, t in tensors.items() if key.endswith(".alpha"))
-        yield AddedLora(pairs, alpha, multipliers)
+        yield HostLora(pairs, alpha, multipliers)
 
 
 def estimated(merged, energies, rows):
     base = load_file(merged.place.hyper_model)
     layers = layers_of(merged.place.hyper_model)
-    return host_rounding(base.__getitem__, (SD1, layers), list(loras_of(merged, 9)), energies, rows)
+    return measure_precision_loss(
+        base.__getitem__, (SD1, layers), list(loras_of(merged, 9)), energies, rows
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +158,11 @@ def test_rows_of_a_tensor_for_several_layers_are_those_of_each():
         (torch.randn(4, 2, generator=generator), torch.randn(2, 5, generator=generator))
         for _ in layers
     ]
-    lora = AddedLora(pairs, 2.0, {"unet": torch.tensor([1.0, -0.5])})
+    lora = HostLora(pairs, 2.0, {"unet": torch.tensor([1.0, -0.5])})
     energies = torch.ones(2).double()
-    found = host_rounding({"in_proj": fused}.__getitem__, (FLUX, layers), [lora], energies, ALL)
+    found = measure_precision_loss(
+        {"in_proj": fused}.__getitem__, (FLUX, layers), [lora], energies, ALL
+    )
     exact = fused.double() + torch.tensor([1.0, -0.5]).double()[:, None, None] * torch.cat(
         [up.double() @ down.double() for up, down in pairs]
     )
@@ -182,9 +186,9 @@ def test_the_rows_that_are_looked_at_are_of_different_places_in_the_heads():
                 return torch.zeros(len(seen[-1]), 4)
             return self
 
-    lora = AddedLora([(torch.ones(320, 1), torch.ones(1, 4))], 1.0, {"unet": torch.ones(1)})
+    lora = HostLora([(torch.ones(320, 1), torch.ones(1, 4))], 1.0, {"unet": torch.ones(1)})
     layer = Layer("q", "q", "unet", (320, 4))
-    host_rounding(lambda _: Rows(), (SD1, [layer]), [lora], torch.ones(1), 8)
+    measure_precision_loss(lambda _: Rows(), (SD1, [layer]), [lora], torch.ones(1), 8)
     assert 7 <= len(seen[0]) <= 9
     assert len({row % 40 for row in seen[0]}) == len(seen[0])
 
@@ -192,20 +196,22 @@ def test_the_rows_that_are_looked_at_are_of_different_places_in_the_heads():
 def test_checkpoints_without_differences_lose_nothing_and_a_stop_is_heard():
     layer = Layer("q", "q", "unet", (3, 4))
     pairs = [(torch.zeros(3, 0), torch.zeros(0, 4))]
-    lora = AddedLora(pairs, 1.0, {"unet": torch.zeros(2)})
+    lora = HostLora(pairs, 1.0, {"unet": torch.zeros(2)})
     weight = {"q": torch.rand(3, 4)}.__getitem__
-    found = host_rounding(weight, (SD1, [layer]), [lora], torch.zeros(2))
-    assert found == tuple(HostRounding(hosts, 0.0, 0.0) for hosts in BOTH)
+    found = measure_precision_loss(weight, (SD1, [layer]), [lora], torch.zeros(2))
+    assert found == tuple(PrecisionLoss(hosts, 0.0, 0.0) for hosts in BOTH)
 
     def stop():
         raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):
-        host_rounding(weight, (SD1, [layer]), [lora], torch.zeros(2), check=stop)
+        measure_precision_loss(weight, (SD1, [layer]), [lora], torch.zeros(2), check=stop)
 
 
 def with_rounding(added_share, loss, hosts=A1111):
-    return replace(REPORT, loss=loss, rounding=(HostRounding(hosts, added_share, 2 * added_share),))
+    return replace(
+        REPORT, loss=loss, rounding=(PrecisionLoss(hosts, added_share, 2 * added_share),)
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def with_rounding(added_share, loss, hosts=A1111):
 def test_rounding_is_remarked_on_where_it_takes_much(share, loss, told):
     report = with_rounding(share, loss)
     assert (report.costly_rounding is not None) == told
-    assert ("one LoRA per checkpoint is rounded once" in text(report)) == told
+    assert ("one LoRA per checkpoint is rounded once" in format_report(report)) == told
     assert with_rounding(share, loss, FORGE_AND_COMFYUI).costly_rounding is None
 
 
@@ -229,15 +235,15 @@ def test_the_table_says_how_each_host_rounds():
     report = replace(
         REPORT,
         loss=0.3,
-        rounding=(HostRounding(A1111, 0.0123, 0.02), HostRounding(FORGE_AND_COMFYUI, 1e-4, 3e-4)),
+        rounding=(PrecisionLoss(A1111, 0.0123, 0.02), PrecisionLoss(FORGE_AND_COMFYUI, 1e-4, 3e-4)),
     )
     assert (
         "\nadded to that by rounding, where a program holds the weights in half precision\n"
         "  AUTOMATIC1111, at every LoRA         1.23e-02   worst 2.00e-02\n"
         "  Forge and ComfyUI, once              1.00e-04   worst 3.00e-04\n"
         f"  one LoRA per checkpoint is rounded once: hyper-merge export {report.name}\n"
-    ) in text(report)
-    assert "added to that" not in text(REPORT)
+    ) in format_report(report)
+    assert "added to that" not in format_report(REPORT)
 
 
 def test_a_manifest_from_before_is_read_without_these_figures():

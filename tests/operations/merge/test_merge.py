@@ -34,16 +34,16 @@ from tiny_family import (
 )
 
 from hyper_merge.checkpoints.io import atomic_file as staging
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import HyperMergeError, InterruptedRun, OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations import demo
 from hyper_merge.operations.merge.merge import run_average, run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import recipe_from_settings
 from hyper_merge.runs import hash_cache as lineage
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver import solve as solution
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +168,8 @@ def test_other_ranks_read_no_checkpoint_and_use_the_hyper_model_again(files, sta
         assert self.path not in files, f"{self.path} was opened"
         return enter(self)
 
-    enter = Checkpoint.__enter__
-    monkeypatch.setattr(Checkpoint, "__enter__", refuse)
+    enter = CheckpointReader.__enter__
+    monkeypatch.setattr(CheckpointReader, "__enter__", refuse)
     monkeypatch.setattr(lineage, "file_sha256", lambda *rest: pytest.fail("a file was hashed"))
     second = merge(files, started, ranks=(5,))
     assert second.reused_analysis
@@ -232,7 +232,7 @@ def test_a_shorter_list_of_ranks_takes_the_old_loras_away_with_the_replacement(f
     mine = started / "Lora" / "mix_2-9.safetensors"
     mine.write_text("mine")
     with pytest.raises(KeyboardInterrupt):
-        merge(files, started, Stop(1.0, "interrupt").control, ranks=(4,), overwrite=True)
+        merge(files, started, Stop(1.0, "interrupt").progress, ranks=(4,), overwrite=True)
     mine.unlink()
     assert snapshot(started) == before
     merge(files, started, ranks=(4,), overwrite=True)
@@ -272,7 +272,7 @@ def test_a_hyper_model_that_other_runs_need_is_not_replaced(files, started):
         merge(files[:2], started, overwrite=True)
     assert str(caught.value) == message.format("")
     with pytest.raises(OutputError) as caught:
-        run_average(examine(recipe(files[:2], started, overwrite=True)), Control())
+        run_average(run_preflight(recipe(files[:2], started, overwrite=True)), Progress())
     assert str(caught.value) == message.format("mix, ")  # whose LoRAs would stay
     assert snapshot(started) == before
     hyper_model = started / "Stable-diffusion/mix.safetensors"
@@ -281,7 +281,7 @@ def test_a_hyper_model_that_other_runs_need_is_not_replaced(files, started):
         merge(files[:2], started)
     (started / "moved.safetensors").rename(hyper_model)
     merge(files, started, overwrite=True, iterations=1)  # the same average: they all go with it
-    run_average(examine(recipe(files, started, overwrite=True)), Control())
+    run_average(run_preflight(recipe(files, started, overwrite=True)), Progress())
     assert load_file(hyper_model).keys() == load_file(files[0]).keys()
 
 
@@ -312,7 +312,7 @@ def test_a_name_taken_by_somebody_elses_file_is_refused_before_any_work(
     mine = tmp_path / place
     mine.parent.mkdir()
     mine.write_text("mine")
-    monkeypatch.setattr(Checkpoint, "__enter__", lambda self: pytest.fail("work was done"))
+    monkeypatch.setattr(CheckpointReader, "__enter__", lambda self: pytest.fail("work was done"))
     with pytest.raises(OutputError) as caught:
         merge(files, tmp_path)
     assert str(mine) in str(caught.value)
@@ -471,8 +471,8 @@ class Stop:
         return self.how == "stop" and self.reached >= self.at
 
     @property
-    def control(self):
-        return Control(self.on_progress, self.should_stop)
+    def progress(self):
+        return Progress(self.on_progress, self.should_stop)
 
 
 @pytest.mark.parametrize("how", ["stop", "interrupt"])
@@ -483,7 +483,7 @@ def test_an_interrupt_at_any_point_leaves_everything_as_it_was(files, started, h
         shutil.rmtree(started / "hyper-merge" / "cache", ignore_errors=True)
         stop = Stop(at, how)
         with pytest.raises((InterruptedRun, KeyboardInterrupt)):
-            merge(changed, started, stop.control, overwrite=True)
+            merge(changed, started, stop.progress, overwrite=True)
         assert stop.late == 0
         assert snapshot(started) == before, at
         assert temporaries(started) == [], at
@@ -494,7 +494,7 @@ def test_an_interrupt_at_any_point_leaves_everything_as_it_was(files, started, h
 
 def test_an_interrupt_of_a_first_run_leaves_the_cache_alone_behind(files, tmp_path):
     with pytest.raises(InterruptedRun, match="no file was changed"):
-        merge(files, tmp_path, Stop(0.9, "stop").control)
+        merge(files, tmp_path, Stop(0.9, "stop").progress)
     assert snapshot(tmp_path) == {}
     assert {path.name for path in tmp_path.iterdir()} == {"hyper-merge"}
     assert merge(files, tmp_path).reused_analysis
@@ -519,15 +519,15 @@ class Wish:
         return wished
 
     @property
-    def control(self):
-        return Control(self.on_progress, self.should_stop)
+    def progress(self):
+        return Progress(self.on_progress, self.should_stop)
 
 
 @pytest.mark.parametrize("method", ["joint", "greedy"])
 def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, method):
     root = tmp_path / "models"
     complete = Wish()
-    loras = merge(files, root, complete.control, method=method).loras
+    loras = merge(files, root, complete.progress, method=method).loras
     cache = root / "hyper-merge" / "cache"
     shutil.copytree(cache, tmp_path / "cache")
     before = snapshot(root)
@@ -546,7 +546,7 @@ def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, me
                 shutil.copytree(tmp_path / "cache", cache)
             wish = Wish(phase, at)
             with pytest.raises(InterruptedRun):
-                merge(files, root, wish.control, method=method, overwrite=True)
+                merge(files, root, wish.progress, method=method, overwrite=True)
             assert wish.late <= torch.get_num_threads() + 2, (
                 phase,
                 at,
@@ -558,9 +558,9 @@ def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, me
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.operations.merge.merge import run_merge
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import Recipe
 
 def on_progress(phase, fraction):
@@ -569,7 +569,7 @@ def on_progress(phase, fraction):
 
 recipe = Recipe(name="mix", models=tuple(map(Path, sys.argv[3:])), ranks=(4, 2), device="cpu",
                 output=Path(sys.argv[2]), overwrite=True, method="greedy")
-run_merge(examine(recipe), Control(on_progress))
+run_merge(run_preflight(recipe), Progress(on_progress))
 """
 
 
@@ -624,14 +624,14 @@ def test_too_small_a_disk_is_refused_before_any_work_with_free_and_needed(
 ):
     usage = types.SimpleNamespace(total=2**40, used=0, free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(Checkpoint, "__enter__", lambda self: pytest.fail("work was done"))
+    monkeypatch.setattr(CheckpointReader, "__enter__", lambda self: pytest.fail("work was done"))
     with pytest.raises(OutputError, match=r"needs \d+ MB but its disk has 1 MB free; make"):
         merge(files, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    preflight = examine(recipe(files, tmp_path))
+    preflight = run_preflight(recipe(files, tmp_path))
     usage.free = 2**10
     with pytest.raises(OutputError, match="its disk has"):
-        run_average(preflight, Control())
+        run_average(preflight, Progress())
 
 
 def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, merged, monkeypatch):
@@ -645,8 +645,8 @@ def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, mer
 
     monkeypatch.setattr(solution, "best_start", best_start)
     told = []
-    control = Control(lambda _phase, x: told.append(x), warn=warnings.append)
-    report = merge(files, tmp_path, control).report
+    progress = Progress(lambda _phase, x: told.append(x), warn=warnings.append)
+    report = merge(files, tmp_path, progress).report
     assert told == sorted(told)
     assert warnings == ["cpu has too little memory for the cores; the CPU takes them"]
     assert report == merged.report
@@ -654,7 +654,7 @@ def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, mer
 
 def test_the_whole_run_is_one_rising_progress(files, tmp_path):
     told = []
-    merge(files, tmp_path, Control(lambda phase, x: told.append((phase, x))))
+    merge(files, tmp_path, Progress(lambda phase, x: told.append((phase, x))))
     fractions = [x for _, x in told]
     assert fractions == sorted(fractions)
     assert fractions[0] >= 0
@@ -671,7 +671,7 @@ def test_the_whole_run_is_one_rising_progress(files, tmp_path):
 
 
 def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path, merged):
-    path = run_average(examine(recipe(files, tmp_path / "alone")), Control())
+    path = run_average(run_preflight(recipe(files, tmp_path / "alone")), Progress())
     alone, whole = load_file(path), load_file(merged.place.hyper_model)
     assert alone.keys() == whole.keys()
     assert all(torch.equal(alone[key], tensor) for key, tensor in whole.items())
@@ -682,15 +682,15 @@ def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path, merg
     with pytest.raises(
         OutputError, match=r"mix\.safetensors exists; choose another name, or --overwrite"
     ):
-        run_average(examine(recipe(files, tmp_path / "alone")), Control())
+        run_average(run_preflight(recipe(files, tmp_path / "alone")), Progress())
     assert snapshot(tmp_path / "alone") == before
 
 
 def test_the_average_alone_refuses_a_base_and_stops_without_a_trace(files, tmp_path):
     with pytest.raises(RecipeError, match="base"):
-        run_average(examine(recipe(files[1:], tmp_path, base=str(files[0]))), Control())
+        run_average(run_preflight(recipe(files[1:], tmp_path, base=str(files[0]))), Progress())
     with pytest.raises(InterruptedRun):
-        run_average(examine(recipe(files, tmp_path)), Stop(0.5, "stop").control)
+        run_average(run_preflight(recipe(files, tmp_path)), Stop(0.5, "stop").progress)
     assert snapshot(tmp_path) == {}
 
 
@@ -705,18 +705,18 @@ def test_a_place_that_cannot_be_written_is_named(files, tmp_path):
 def test_files_go_to_the_folders_of_the_host_whatever_the_recipes_output_is(files, tmp_path):
     names = ("checkpoints", "lora", "mine/runs", "elsewhere/cache")
     folders = Folders(*(tmp_path / name for name in names))
-    preflight = examine(recipe(files, tmp_path / "output"))
-    merged = run_merge(preflight, Control(), folders)
+    preflight = run_preflight(recipe(files, tmp_path / "output"))
+    merged = run_merge(preflight, Progress(), folders)
     assert merged.place.hyper_model == tmp_path / "checkpoints/mix.safetensors"
     assert merged.loras[0] == tmp_path / "lora/mix_0-4.safetensors"
     assert (tmp_path / "mine/runs/mix/manifest.json").is_file()
     assert list(folders.cache.glob("*.analysis.safetensors"))
     assert not (tmp_path / "output").exists()
-    again = examine(recipe(files, tmp_path / "output", ranks=(3,)))
-    assert run_merge(again, Control(), replace(folders, cache_limit=0)).reused_analysis
+    again = run_preflight(recipe(files, tmp_path / "output", ranks=(3,)))
+    assert run_merge(again, Progress(), replace(folders, cache_limit=0)).reused_analysis
     assert not list(folders.cache.glob("*.analysis.*"))
-    alone = examine(recipe(files, tmp_path / "output", name="alone"))
-    assert run_average(alone, Control(), folders) == tmp_path / "checkpoints/alone.safetensors"
+    alone = run_preflight(recipe(files, tmp_path / "output", name="alone"))
+    assert run_average(alone, Progress(), folders) == tmp_path / "checkpoints/alone.safetensors"
 
 
 @pytest.mark.slow
@@ -725,7 +725,7 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_SPEC", small)
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
     folder, told = tmp_path / "demo", []
-    first = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))
+    first = demo.run_demo(folder, Progress(lambda phase, x: told.append((phase, x))))
     assert told[0][0] == "making"
     assert [x for _, x in told] == sorted(x for _, x in told)
     assert {path.name for path in (folder / "Stable-diffusion").iterdir()} == {
@@ -742,7 +742,7 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
     assert first.report.loss < 0.12
     assert first.report.relative_loss < 0.13
     told.clear()
-    second = demo.run_demo(folder, Control(lambda phase, x: told.append((phase, x))))
+    second = demo.run_demo(folder, Progress(lambda phase, x: told.append((phase, x))))
     assert second.report.loss == pytest.approx(first.report.loss, rel=0.02)  # starts from the first
     assert second.reused_analysis
     assert "making" not in dict(told)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_family import examine, layers_of, merge, recipe
 
 from hyper_merge.errors import FamilyError, MismatchError
-from hyper_merge.runs.report_text import text
+from hyper_merge.runs.report_text import format_report
 from hyper_merge.synthetic.checkpoint_layouts import text_encoders_layout
 
 CLIP = "cond_stage_model.transformer.text_model."
@@ -153,7 +153,7 @@ def test_unets_alone_are_merged_as_unets(tmp_path, prefix):
     }
     (lora,) = merged.loras
     assert len(load_file(lora)) == 70 * 3
-    row = text(merged.report).splitlines()[3].split()
+    row = format_report(merged.report).splitlines()[3].split()
     assert (row[0], row[3]) == ("a", "-")  # nothing to explain in a text encoder
 
 
@@ -261,7 +261,7 @@ def test_training_averages_are_left_out_and_need_not_be_in_every_file(tmp_path):
     models = files(tmp_path, {**plain, **averages, **steps}, plain)
     assert len(load_file(models[0])) == len(plain) + 688
     preflight = examine(recipe(models, tmp_path / "models"))
-    assert set(preflight.sources.outputs()) == set(plain)
+    assert set(preflight.inputs.outputs()) == set(plain)
 
 
 def predicting(shapes, seed, spread):

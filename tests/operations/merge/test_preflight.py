@@ -10,13 +10,13 @@ from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, wr
 
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.reader import Checkpoint
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition import initialization as starts
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
 from hyper_merge.operations import inspect as inspection
 from hyper_merge.operations.merge import cost_model as costs
 from hyper_merge.operations.merge import preflight as preflight_module
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime import throughput as effort
 from hyper_merge.runtime.devices import resolve_device
@@ -25,7 +25,7 @@ from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
 
 def checked(models, **settings):
-    return examine(recipe(models, Path("nowhere"), **settings))
+    return run_preflight(recipe(models, Path("nowhere"), **settings))
 
 
 def refused(models, **settings):
@@ -46,10 +46,12 @@ def b(tmp_path, state_of):
 
 
 def test_no_tensor_is_read(files, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "__enter__", lambda self: pytest.fail("a file was opened"))
+    monkeypatch.setattr(
+        CheckpointReader, "__enter__", lambda self: pytest.fail("a file was opened")
+    )
     preflight = checked(files)
     assert preflight.warnings == ()
-    assert len(preflight.ranks) == len(preflight.sources.layout.layers)
+    assert len(preflight.ranks) == len(preflight.inputs.layout.layers)
 
 
 def test_the_estimate_is_the_size_of_the_files(files, merged):
@@ -69,11 +71,11 @@ def test_the_estimate_is_the_size_of_the_files(files, merged):
 
 def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
-    monkeypatch.setattr(effort, "rate", lambda device: 125e9)  # as measured there
+    monkeypatch.setattr(effort, "measure_throughput", lambda device: 125e9)  # as measured there
     monkeypatch.setattr(starts, "_ROUNDS", ((4, 4), (6, 2), (10, 1)))  # other tests search less
     settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
     assert checked(models, **settings).estimate.seconds == pytest.approx(268, rel=0.05)
-    monkeypatch.setattr(preflight_module, "find", lambda *question: tmp_path)
+    monkeypatch.setattr(preflight_module, "find_analysis", lambda *question: tmp_path)
     monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
     monkeypatch.setattr(costs, "bytes_to_hash", lambda *question: 0)
     again = checked(models, **settings | {"ranks": (96, 48, 24)})
@@ -83,7 +85,7 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
 
 def test_what_the_cache_saves_is_not_expected(files, started):
     def seconds(**settings):
-        return examine(recipe(files, started, **settings)).estimate.seconds
+        return run_preflight(recipe(files, started, **settings)).estimate.seconds
 
     cached = seconds(ranks=(5,))
     assert cached < seconds(ranks=(5,), vae="average")  # another average and analysis
@@ -92,12 +94,16 @@ def test_what_the_cache_saves_is_not_expected(files, started):
     shutil.rmtree(started / "hyper-merge/cache")
     analysing = seconds(ranks=(5,))
     assert cached < averaging < analysing
-    elsewhere = examine(recipe(files, started, ranks=(5,)), Folders.under(started / "none"))
+    elsewhere = run_preflight(recipe(files, started, ranks=(5,)), Folders.under(started / "none"))
     assert elsewhere.estimate.seconds == analysing
 
 
 def test_the_machine_is_measured_once():
-    assert effort.rate(torch.device("cpu")) == effort.rate(torch.device("cpu")) > 1e6
+    assert (
+        effort.measure_throughput(torch.device("cpu"))
+        == effort.measure_throughput(torch.device("cpu"))
+        > 1e6
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def full_size(path: Path, marker: str) -> Path:
 def test_full_size_files_are_described_in_under_a_second_of_work_each(tmp_path):
     models = [full_size(tmp_path / f"{name}.safetensors", name) for name in ("one", "two", "three")]
     start = time.process_time()
-    found = inspection.describe(models)
+    found = inspection.format_inspection(models)
     assert time.process_time() - start < len(models)
     lines = found.splitlines()
     assert lines[0].split() == ["file", "family", "size", "hash", "VAE", "type"]
@@ -151,7 +157,7 @@ def test_full_size_files_are_described_in_under_a_second_of_work_each(tmp_path):
 
 
 def test_one_file_is_described_without_an_estimate(files):
-    found = inspection.describe(files[:1])
+    found = inspection.format_inspection(files[:1])
     assert "together" not in found
     assert found.splitlines()[1].startswith("a.safetensors  Stable Diffusion 1.x")
 
@@ -258,7 +264,7 @@ def test_ranks_beyond_a_layer_are_capped_and_told_once(files, tmp_path):
     preflight = checked(files, ranks=(40, 2), allocation="even")
     assert len(preflight.warnings) == 1
     assert preflight.warnings[0].startswith("rank 40 is capped in ")
-    layers = preflight.sources.layout.layers
+    layers = preflight.inputs.layout.layers
     for layer, ranks in zip(layers, preflight.ranks, strict=True):
         assert ranks == (min(40, layer.m, layer.n), 2)
     affected = sum(min(layer.m, layer.n) < 40 for layer in layers)

@@ -20,7 +20,7 @@ from tiny_family import (
 from hyper_merge.analysis import basis_widths as widths
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.merge import preflight
-from hyper_merge.operations.merge.preflight import examine
+from hyper_merge.operations.merge.preflight import run_preflight
 
 
 def loss_of(models, merged):
@@ -105,7 +105,7 @@ def test_bases_narrower_than_a_rank_of_the_list_are_no_obstacle(
 ):
     monkeypatch.setattr(widths, "_LEAST", 4)
     monkeypatch.setattr(widths, "_STEP", 4)
-    monkeypatch.setattr(preflight, "width_for", lambda ranks: 14)
+    monkeypatch.setattr(preflight, "required_width", lambda ranks: 14)
     merged = merge(files, tmp_path, ranks=(10, 3), **settings)
     sides = {layer.module: min(layer.m, layer.n) for layer in layers_of(files[0])}
     capped = [m for m, rank in ranks_in(merged)[0].items() if rank < min(10, sides[m])]
@@ -211,8 +211,8 @@ def test_multipliers_of_both_parts_are_scaled_to_one(merged):
 
 
 def test_the_bytes_that_may_be_spread_are_those_of_the_even_ranks(files, tmp_path):
-    asked = examine(recipe(files, tmp_path, ranks=(4, 2)))
+    asked = run_preflight(recipe(files, tmp_path, ranks=(4, 2)))
     layers = layers_of(files[0])
     assert asked.allowance.budget == sum(2 * 6 * (layer.m + layer.n) for layer in layers)
-    assert examine(recipe(files, tmp_path, allocation="even")).allowance is None
-    assert examine(recipe(files, tmp_path, method="greedy")).allowance is None
+    assert run_preflight(recipe(files, tmp_path, allocation="even")).allowance is None
+    assert run_preflight(recipe(files, tmp_path, method="greedy")).allowance is None

@@ -21,7 +21,7 @@ from tiny_family import (
     write,
 )
 
-from hyper_merge.checkpoints.reader import Checkpoint, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.errors import (
     InterruptedRun,
     NameTakenError,
@@ -31,13 +31,18 @@ from hyper_merge.errors import (
     RunError,
 )
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitOrder
+from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore import restore as restoring_job
-from hyper_merge.operations.restore.restore import RestoreOrder, describe, parse_mix, run_restore
+from hyper_merge.operations.restore.restore import (
+    RestoreRequest,
+    format_restore,
+    parse_mix,
+    run_restore,
+)
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import load_run
-from hyper_merge.runs.weighted_loras import mixture_of, terms_of
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
+from hyper_merge.runtime.progress import Progress
 
 
 @pytest.fixture(scope="session")
@@ -71,16 +76,18 @@ def at(started, merged):
     return Folders.under(started)
 
 
-def restore(folders, shares, control=None, **settings):
-    wanted = RestoreOrder("mix", shares if isinstance(shares, dict) else {shares: 1.0}, **settings)
-    return run_restore(wanted, folders, control or Control())
+def restore(folders, shares, progress=None, **settings):
+    wanted = RestoreRequest(
+        "mix", shares if isinstance(shares, dict) else {shares: 1.0}, **settings
+    )
+    return run_restore(wanted, folders, progress or Progress())
 
 
 def exact(folders, shares):
     """What the file should be, from the files on disk in float64."""
     run = load_run(folders, "mix")
     state = {key: tensor.double() for key, tensor in load(run.hyper_model).items()}
-    for term in mixture_of(run, shares):
+    for term in weighted_loras_of_mixture(run, shares):
         lora = load_file(term.path)
         for layer in layers_of(run.hyper_model):
             rows = slice(*layer.rows) if layer.rows else slice(None)
@@ -157,7 +164,7 @@ def test_mixtures_are_linear_and_the_hyper_model_has_the_rest(single, tmp_path):
         expected = b + 0.5 * (one[key].double() - b) - 0.25 * (two[key].double() - b)
         torch.testing.assert_close(found[key].double(), expected, atol=2e-6, rtol=2e-6)
     assert restored.compared is None
-    text = describe(restored)
+    text = format_restore(restored)
     assert "the shares add up to 0.25; as in prompts, the hyper-model has the rest (0.75)" in text
     assert "the error cannot be measured: a mixture has no original\n" in text
 
@@ -173,7 +180,7 @@ def test_what_it_is_made_of_stands_in_its_metadata(single):
     (what,) = json.loads(metadata["hyper_merge.restores"])
     assert what == {"name": "a", "share": 1.0, "sha256": run.sources[0].sha256}
     rows = json.loads(metadata["hyper_merge.multipliers"])
-    terms = terms_of(run, "a")
+    terms = weighted_loras_of(run, "a")
     assert rows == {t.path.stem: [t.multiplier, t.text_multiplier] for t in terms}
     assert set(json.loads(metadata["sd_merge_models"])) == {each.sha256 for each in run.sources}
 
@@ -184,7 +191,7 @@ def test_a_fitted_checkpoint_comes_back_with_its_top_up(single, tmp_path, state_
         for key, tensor in state_of(1, torch.float32).items()
     }
     other = write(tmp_path / "later.safetensors", state)
-    fitted = run_fit(FitOrder("mix", other, topup="90%"), single.folders, Control())
+    fitted = run_fit(FitRequest("mix", other, topup="90%"), single.folders, Progress())
     restored = restore(single.folders, "later")
     assert fitted.explained >= 0.9
     assert restored.compared.explained == pytest.approx(fitted.explained, abs=1e-6)
@@ -223,11 +230,11 @@ def test_without_the_original_there_is_no_measured_error(originals, started, how
 
 
 def test_the_configuration_of_the_hyper_model_goes_with_it(started, at, monkeypatch):
-    monkeypatch.setattr(restoring_job, "configuration_for", lambda header, family: "model: v\n")
+    monkeypatch.setattr(restoring_job, "v_prediction_config", lambda header, family: "model: v\n")
     restored = restore(at, "a")
     beside = restored.path.with_suffix(".yaml")
     assert beside.read_text() == "model: v\n"
-    monkeypatch.setattr(restoring_job, "configuration_for", lambda header, family: None)
+    monkeypatch.setattr(restoring_job, "v_prediction_config", lambda header, family: None)
     restore(at, "a", overwrite=True)
     assert not beside.exists()  # that of the file which was replaced
 
@@ -335,26 +342,26 @@ def test_a_wish_to_stop_leaves_nothing(single):
     before = snapshot(single.root)
     for fraction in (0.0, 0.05, 0.2, 0.4, 0.7, 0.99):
         now = [0.0]
-        control = Control(
+        progress = Progress(
             lambda phase, at, now=now: now.__setitem__(0, at),
             lambda now=now, fraction=fraction: now[0] >= fraction,
         )
         with pytest.raises(InterruptedRun):
-            restore(single.folders, "a", control)
+            restore(single.folders, "a", progress)
         assert snapshot(single.root) == before
         assert temporaries(single.root) == []
 
 
 def test_progress_rises_to_its_end(single):
     told = []
-    restore(single.folders, "a", Control(lambda phase, fraction: told.append(fraction)))
+    restore(single.folders, "a", Progress(lambda phase, fraction: told.append(fraction)))
     assert told == sorted(told)
     assert told[-1] == 1
 
 
 def test_few_tensors_are_in_memory_at_a_time(single, monkeypatch):
     alive, most, count = WeakSet(), [0], [0]
-    tensor = Checkpoint.tensor
+    tensor = CheckpointReader.tensor
 
     def counted(self, key):
         found = tensor(self, key)
@@ -363,6 +370,6 @@ def test_few_tensors_are_in_memory_at_a_time(single, monkeypatch):
         most[0] = max(most[0], len(alive))
         return found
 
-    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    monkeypatch.setattr(CheckpointReader, "tensor", counted)
     restore(single.folders, "a")
     assert 2 <= most[0] < 60 < count[0]

@@ -8,7 +8,7 @@ import pytest
 from at_the_tab import EVIL, ended, kinds, tags, unchanged, until, words
 from PIL import Image
 
-from hyper_merge.hosts.host import Atelier
+from hyper_merge.hosts.host import GeneratorInfo
 from hyper_merge.operations.compare import records as comparison_files
 from hyper_merge.runs.manifest import load_run
 from hyper_merge.ui.handlers import compare as comparing
@@ -49,7 +49,7 @@ def drawn(webui, run, jobs):
 
 
 def grid_of(host, name="comparison-1"):
-    return comparison_files.paths_of(load_run(host.folders(), "mix"), name)
+    return comparison_files.comparison_paths(load_run(host.folders(), "mix"), name)
 
 
 def test_the_widgets_are_the_forms_fields_in_order():
@@ -84,7 +84,7 @@ def test_only_jobs_that_draw_are_followed_here(webui, run, jobs):
     host = webui.host()
     watch = functools.partial(comparing.watch, jobs, host, "mix")
     assert [values[0] for values in watch(begun=False)] == [""]
-    jobs.start("mix", lambda task, control: "mix", host.log)
+    jobs.start("mix", lambda task, progress: "mix", host.log)
     ended(jobs)
     assert [values[0] for values in watch(begun=True)] == [""]
     comparing.start_drawing(host, jobs, *values(prompts="x"))
@@ -210,7 +210,7 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
 
 
 def test_where_nothing_was_merged_or_drawn_it_says_what_this_is_for(host, run, monkeypatch):
-    monkeypatch.setattr(type(host), "atelier", lambda self: Atelier(problem="get a brush"))
+    monkeypatch.setattr(type(host), "atelier", lambda self: GeneratorInfo(problem="get a brush"))
     *_, shown = comparing.list_comparisons(host, *LISTS)
     assert "See what comes back" in words(shown)
     assert "get a brush" in words(shown)

@@ -8,10 +8,10 @@ import torch
 from at_the_tab import NAMES, ended, values, words
 from tiny_family import snapshot
 
-from hyper_merge.decomposition.clustering import Clusters, clusters
+from hyper_merge.decomposition.clustering import Clusters, find_clusters
 from hyper_merge.hosts import tasks
-from hyper_merge.operations.merge.plan import Outlook, make_plan, outlook
-from hyper_merge.runtime.progress import Control
+from hyper_merge.operations.merge.plan import ForecastCurve, forecast_curve, make_plan
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers import forecast as looking
 from hyper_merge.ui.handlers import merge_request as preparing
@@ -75,7 +75,7 @@ def test_the_curve_stays_without_a_mark_while_a_size_is_half_typed(host):
 @pytest.mark.usefixtures("looked")
 def test_the_outlook_is_another_where_differences_count_otherwise(host):
     plain, relative = (
-        tasks.known_outlook(host, examined(host, layer_weights=how)).shared
+        tasks.known_forecast(host, examined(host, layer_weights=how)).shared
         for how in ("as they are", "relative to each layer's size")
     )
     assert plain != relative
@@ -84,8 +84,8 @@ def test_the_outlook_is_another_where_differences_count_otherwise(host):
 @pytest.mark.usefixtures("looked")
 def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
     preflight = examined(host, layer_weights="as they are")
-    found = tasks.known_outlook(host, preflight)
-    point = make_plan(preflight, Control(), host.folders()).asked
+    found = tasks.known_forecast(host, preflight)
+    point = make_plan(preflight, Progress(), host.folders()).asked
     torch.testing.assert_close(
         torch.tensor(found.at(point.size)), torch.tensor(point.shared), atol=0.02, rtol=0
     )
@@ -96,7 +96,7 @@ def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
 
 @pytest.mark.usefixtures("looked")
 def test_the_size_for_a_share_lies_where_the_worst_reaches_it(host):
-    found = tasks.known_outlook(host, examined(host))
+    found = tasks.known_forecast(host, examined(host))
     target = (min(found.shared[5]) + min(found.shared[6])) / 2
     size = found.size_for(target)
     assert found.sizes[5] < size < found.sizes[6]
@@ -105,13 +105,13 @@ def test_the_size_for_a_share_lies_where_the_worst_reaches_it(host):
 
 
 def test_an_analysis_that_is_gone_is_no_error(host, jobs, monkeypatch):
-    monkeypatch.setattr(tasks, "known_analysis", lambda *rest: host.folders().cache / "gone")
-    assert tasks.known_outlook(host, examined(host)) is None
+    monkeypatch.setattr(tasks, "find_known_analysis", lambda *rest: host.folders().cache / "gone")
+    assert tasks.known_forecast(host, examined(host)) is None
 
 
 def two_groups(names):
     parted = Clusters(((0, 2), (1, 3)), 0.9)
-    return Outlook(tuple(names), (1, 2), ((0.0,) * 4, (0.5,) * 4), ((0.0,) * 4,) * 2, parted)
+    return ForecastCurve(tuple(names), (1, 2), ((0.0,) * 4, (0.5,) * 4), ((0.0,) * 4,) * 2, parted)
 
 
 def test_each_unlike_group_has_a_button_that_stays_while_one_of_them_is_picked():
@@ -144,7 +144,7 @@ def gram_of(rows):
 
 def test_two_trios_are_two_groups_with_the_share_that_lies_between_them():
     rows = [[5, 0.1, 0], [5, -0.1, 0], [5, 0, 0.1], [-5, 0, 0.1], [-5, 0.1, 0], [-5, 0, -0.1]]
-    found = clusters(gram_of(rows))
+    found = find_clusters(gram_of(rows))
     assert found.groups == ((0, 1, 2), (3, 4, 5))
     points = torch.tensor(rows, dtype=torch.float64)
     within = sum(
@@ -156,21 +156,25 @@ def test_two_trios_are_two_groups_with_the_share_that_lies_between_them():
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_unrelated_or_equal_checkpoints_are_one_group(count):
-    assert not clusters(torch.eye(count, dtype=torch.float64)).are_apart
-    assert not clusters(torch.zeros(count, count, dtype=torch.float64)).are_apart
+    assert not find_clusters(torch.eye(count, dtype=torch.float64)).are_apart
+    assert not find_clusters(torch.zeros(count, count, dtype=torch.float64)).are_apart
 
 
 def test_the_base_does_not_change_the_groups():
     rows = [[5.0, 0.1], [5.0, -0.1], [-5.0, 0.1], [-5.0, -0.1]]
     moved = [[x + 7, y - 3] for x, y in rows]
-    assert clusters(gram_of(rows)).groups == clusters(gram_of(moved)).groups == ((0, 1), (2, 3))
+    assert (
+        find_clusters(gram_of(rows)).groups
+        == find_clusters(gram_of(moved)).groups
+        == ((0, 1), (2, 3))
+    )
 
 
 def test_an_outlook_is_read_from_the_analysis(host, jobs):
     preflight = examined(host)
     looking.start_look(host, jobs, *values(name="new"))
     ended(jobs)
-    path = tasks.known_analysis(preflight, host.folders())
-    found = outlook(path, preflight, Control())
+    path = tasks.find_known_analysis(preflight, host.folders())
+    found = forecast_curve(path, preflight, Progress())
     assert found.names == ("a", "b", "c")
     assert min(found.shared[-1]) > 0.99

@@ -186,7 +186,7 @@ def test_styles_that_cannot_be_removed_are_said_beside_what_is_deleted(
 
 def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
     over = threading.Event()
-    jobs.start("mix-2", lambda task, control: over.wait(20) and "", host.log)
+    jobs.start("mix-2", lambda task, progress: over.wait(20) and "", host.log)
     before = snapshot(root)
     try:
         for handler in (history.ask_to_delete, history.delete):
@@ -200,12 +200,12 @@ def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
 
 
 def test_the_cache_is_cleared_and_says_what_that_freed(host, run, root):
-    held = analysis_cache.total_bytes(root / "hyper-merge/cache")
+    held = analysis_cache.cache_bytes(root / "hyper-merge/cache")
     assert held > 0
     said = history.clear(host, Jobs())
     assert kinds(said) == ["good"]
     assert f"{round(held / 1e6)} MB are free again" in words(said)
-    assert analysis_cache.total_bytes(root / "hyper-merge/cache") == 0
+    assert analysis_cache.cache_bytes(root / "hyper-merge/cache") == 0
     assert "The cache holds 0 kB of at most 20.00 GB" in words(history.runs(host, None, None)[3])
 
 
@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_be_cleared_is_said(host, monkeypatch):
     def refuse(folder):
         raise CacheError("part of the cache cannot be deleted; try again later")
 
-    monkeypatch.setattr(analysis_cache, "clear", refuse)
+    monkeypatch.setattr(analysis_cache, "clear_analyses", refuse)
     said = history.clear(host, Jobs())
     assert (kinds(said), words(said)) == (
         ["bad"],

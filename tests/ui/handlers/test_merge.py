@@ -15,12 +15,12 @@ from tiny_family import TINY, snapshot, temporaries
 
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.hosts import tasks as working
-from hyper_merge.hosts.job_queue import Standing
+from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations import demo
 from hyper_merge.operations.demo import DEMO_RANKS
 from hyper_merge.runs.manifest import load_run
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers import picker as picking
 
@@ -30,10 +30,10 @@ def endless(monkeypatch):
     """Merges that go on until they are stopped; how many have begun."""
     begun, over = [], threading.Event()
 
-    def run_merge(preflight, control, folders):
+    def run_merge(preflight, progress, folders):
         begun.append(preflight.recipe.name)
         while not over.is_set():  # where a test failed before it stopped the merge
-            control.step("reading the checkpoints", 0.25)
+            progress.report("reading the checkpoints", 0.25)
             time.sleep(0.002)
         raise InterruptedRun("stopped; no file was changed")
 
@@ -46,11 +46,11 @@ def endless(monkeypatch):
 def failing(monkeypatch):
     """Merges that meet an error which nobody expected."""
 
-    def run_merge(preflight, control, folders):
+    def run_merge(preflight, progress, folders):
         def deep_inside():
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nat layer 7")
 
-        control.step("solving", 0.5)
+        progress.report("solving", 0.5)
         deep_inside()
 
     monkeypatch.setattr(working, "run_merge", run_merge)
@@ -95,7 +95,7 @@ def test_other_ranks_make_a_run_of_their_own_with_the_same_hyper_model(
     def no_pass(*arguments):
         raise AssertionError("the checkpoints were read again")
 
-    monkeypatch.setattr("hyper_merge.operations.merge.merge.run_pass", no_pass)
+    monkeypatch.setattr("hyper_merge.operations.merge.merge.stream_layers", no_pass)
     before = (checkpoints / "mix.safetensors").stat().st_ino
     merging.start(host, jobs, *values(ranks="3, 2"))
     assert ended(jobs).message == ""
@@ -186,13 +186,13 @@ def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch)
 
 
 def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
-    examine, disk = working.examine, namedtuple("disk", "total used free")
+    examine, disk = working.run_preflight, namedtuple("disk", "total used free")
 
     def then_fill(*arguments):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
         return examine(*arguments)
 
-    monkeypatch.setattr(working, "examine", then_fill)
+    monkeypatch.setattr(working, "run_preflight", then_fill)
     before = snapshot(root)
     merging.start(host, jobs, *values())
     said = last_words(jobs)
@@ -212,7 +212,7 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
 def test_a_checkpoint_that_changes_while_it_is_read_is_said(
     host, jobs, checkpoints, change, message, monkeypatch
 ):
-    examine, path = working.examine, checkpoints / "b.safetensors"
+    examine, path = working.run_preflight, checkpoints / "b.safetensors"
 
     def then_change(*arguments):
         found = examine(*arguments)
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_said(
             path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
         return found
 
-    monkeypatch.setattr(working, "examine", then_change)
+    monkeypatch.setattr(working, "run_preflight", then_change)
     merging.start(host, jobs, *values())
     said = last_words(jobs)
     assert kinds(said) == ["bad"]
@@ -271,7 +271,7 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
 
 def test_where_nothing_runs_stop_says_so(host, jobs):
     assert words(merging.stop(jobs)) == "Nothing is running."
-    jobs.start("mix", lambda task, control: "", host.log)
+    jobs.start("mix", lambda task, progress: "", host.log)
     ended(jobs)
     assert words(merging.stop(jobs)) == "Nothing is running."
 
@@ -294,8 +294,8 @@ def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, j
 
 
 def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs, monkeypatch):
-    now = Standing("task(x)", "mix", "solving", 0.5, 8, stopping=True)
-    end = Standing("task(x)", "mix", outcome="stopped", message="stopped; no file was changed")
+    now = JobStatus("task(x)", "mix", "solving", 0.5, 8, stopping=True)
+    end = JobStatus("task(x)", "mix", outcome="stopped", message="stopped; no file was changed")
 
     standings = [now, end]
 
@@ -445,14 +445,14 @@ def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, 
 
 def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, monkeypatch):
     host, begun = Standalone(tmp_path / "empty"), []
-    step = Control.step
+    step = Progress.report
 
-    def slow(control, phase, fraction):
+    def slow(progress, phase, fraction):
         begun.append(fraction)
         time.sleep(0.002)
-        step(control, phase, fraction)
+        step(progress, phase, fraction)
 
-    monkeypatch.setattr(Control, "step", slow)
+    monkeypatch.setattr(Progress, "report", slow)
     merging.start_demo(host, jobs)
     until(lambda: begun)
     merging.stop(jobs)

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.operations.merge.naming import suggested_name
+from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.ui.form import BASE_AVERAGE
 from hyper_merge.ui.handlers import merge_request as preparing
@@ -100,8 +100,8 @@ def test_a_field_that_sends_nothing_is_as_an_empty_one(host, changes):
 @pytest.mark.parametrize("typed", ["/etc/passwd", "../../x.safetensors", "C:\\x.ckpt", "x\0.ckpt"])
 def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeypatch):
     seen = []
-    monkeypatch.setattr(picking, "look_at", lambda *args: seen.append(args))
-    monkeypatch.setattr(preparing, "examine", lambda *args: seen.append(args))
+    monkeypatch.setattr(picking, "inspect_files", lambda *args: seen.append(args))
+    monkeypatch.setattr(preparing, "run_preflight", lambda *args: seen.append(args))
     picking._row_of.cache_clear()
     table, said, *_ = plan(host, "", *values(checkpoints=[typed, typed]))
     picking._row_of.cache_clear()
@@ -154,8 +154,10 @@ def test_a_file_cut_short_has_its_problem_in_the_table(host, checkpoints):
 
 def test_a_file_is_looked_at_once_until_it_changes(host, checkpoints, monkeypatch):
     looked = []
-    original = picking.look_at
-    monkeypatch.setattr(picking, "look_at", lambda path: looked.append(path.name) or original(path))
+    original = picking.inspect_files
+    monkeypatch.setattr(
+        picking, "inspect_files", lambda path: looked.append(path.name) or original(path)
+    )
     plan(host, "", *values())
     plan(host, "", *values(ranks="8"))
     assert looked == NAMES
@@ -288,6 +290,6 @@ def test_the_demo_is_offered_where_there_is_nothing_and_no_webui(tmp_path, host)
 @example(["__" * 30 + ".ckpt"])
 @example(["x" * 300])
 def test_the_suggested_name_is_always_a_name(picked):
-    name = suggested_name(picked)
+    name = suggest_name(picked)
     assert parse_name(name) == name
     assert name.endswith(f"-{len(picked)}")

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from at_the_tab import EVIL, kinds, tags, unchanged, words
 
-from hyper_merge.hosts.job_queue import MERGE, Standing
+from hyper_merge.hosts.job_queue import MERGE, JobStatus
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitOrder
+from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.runs.manifest import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
-from hyper_merge.runtime.progress import Control
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers import result as results
 from hyper_merge.ui.handlers import use as using
@@ -27,7 +27,7 @@ class One:
 
     def __init__(self, **standing):
         self.last = self
-        self.standing = Standing("task(1)", "the fit of d", **standing)
+        self.standing = JobStatus("task(1)", "the fit of d", **standing)
 
     def wait(self, seconds):
         assert self.standing.outcome == "running", "it has ended"
@@ -37,8 +37,8 @@ class One:
 @pytest.fixture
 def fitted(host, run, files, tmp_path):
     """A checkpoint under another name, fitted onto the run."""
-    order = FitOrder(run, files[1], name="later", device="cpu", topup="1")
-    return run_fit(order, host.folders(), Control())
+    order = FitRequest(run, files[1], name="later", device="cpu", topup="1")
+    return run_fit(order, host.folders(), Progress())
 
 
 def terms_in(sliders):

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from at_the_tab import EVIL, kinds, tags, values, words
 
-from hyper_merge.hosts.job_queue import Standing
-from hyper_merge.operations.inspect import Row
+from hyper_merge.hosts.job_queue import JobStatus
+from hyper_merge.operations.inspect import InspectedFile
 from hyper_merge.runs.manifest import load_run
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, HostRounding
-from hyper_merge.runtime.formatting import size_text
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
+from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers import merge_request as preparing
 from hyper_merge.ui.html import common as views
@@ -37,11 +37,11 @@ def evil_run(host, run):
 
 
 def evil_row(**changes):
-    return replace(Row(EVIL, Path(EVIL), EVIL, 1, EVIL, EVIL, None, EVIL), **changes)
+    return replace(InspectedFile(EVIL, Path(EVIL), EVIL, 1, EVIL, EVIL, None, EVIL), **changes)
 
 
 def evil_standing(**changes):
-    return replace(Standing(f'"{EVIL}', EVIL, EVIL, notes=(EVIL,), message=EVIL), **changes)
+    return replace(JobStatus(f'"{EVIL}', EVIL, EVIL, notes=(EVIL,), message=EVIL), **changes)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_empty_message_is_no_box():
     ],
 )
 def test_bytes_in_words(count, text):
-    assert size_text(count) == text
+    assert format_size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -156,19 +156,19 @@ def test_many_vaes_are_told_apart_too():
     ],
 )  # fmt: skip
 def test_progress_in_words(now, text):
-    html = views.progress(replace(Standing("task(x)", "mix"), **now))
+    html = views.progress(replace(JobStatus("task(x)", "mix"), **now))
     assert words(html) == text
     assert ("hm-progress" in html) == (now.get("outcome") is None)
 
 
 def test_the_bar_is_as_long_as_the_work_done():
-    html = views.progress(Standing("task(x)", "mix", "solving", 0.425, 10))
+    html = views.progress(JobStatus("task(x)", "mix", "solving", 0.425, 10))
     assert '<div style="width:42.5%"></div>' in html
 
 
 def test_notes_stand_below_progress_and_outcome():
     for outcome in ("running", "done"):
-        html = views.progress(Standing("t", "mix", outcome=outcome, notes=("rank 9 is capped",)))
+        html = views.progress(JobStatus("t", "mix", outcome=outcome, notes=("rank 9 is capped",)))
         assert kinds(html)[-1] == "info"
         assert words(html).endswith("rank 9 is capped")
 
@@ -182,7 +182,7 @@ def test_a_merge_that_saves_nothing_says_so(host, run):
 @pytest.mark.parametrize(("added", "told"), [(0.015, True), (1e-4, False)])
 def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run, added, told):
     found = load_run(host.folders(), run)
-    rounding = (HostRounding(A1111, added, added), HostRounding(FORGE_AND_COMFYUI, 0.5, 0.5))
+    rounding = (PrecisionLoss(A1111, added, added), PrecisionLoss(FORGE_AND_COMFYUI, 0.5, 0.5))
     text = words(
         views_runs.result_sentence(replace(found, report=replace(found.report, rounding=rounding)))
     )

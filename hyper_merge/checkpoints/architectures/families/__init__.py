@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from hyper_merge.checkpoints.architectures.families import flux, sd1, sd2, sd3, sdxl
-from hyper_merge.checkpoints.architectures.signatures import Structure
+from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.architectures.spec import Family
 
 FAMILIES: Final[tuple[Family, ...]] = (
@@ -24,18 +24,18 @@ KINDS: Final = "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 and Flux"
 """What can be merged, in short."""
 
 
-def family_of(structure: Structure) -> Family | None:
+def match_family(structure: KeySignature) -> Family | None:
     """The family whose signs a file of this structure bears; None for none of them."""
     return next((family for family in FAMILIES if family.signs.match(structure)), None)
 
 
-def named(name: str) -> Family | None:
+def family_named(name: str) -> Family | None:
     """The family of a name; None for one that is not known."""
     variants = (family.predicting_v() for family in FAMILIES if family.v_words)
     return next((each for each in (*FAMILIES, *variants) if each.name == name), None)
 
 
-def title_of(name: str) -> str:
+def family_title(name: str) -> str:
     """The title of a family by its name; the name itself for one that is not known."""
-    family = named(name)
+    family = family_named(name)
     return family.title if family else name

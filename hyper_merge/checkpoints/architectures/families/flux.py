@@ -10,11 +10,11 @@ from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VA
 from hyper_merge.checkpoints.architectures.lora_modules import (
     Module,
     clip_text_model,
-    matching,
-    none,
+    modules_matching,
+    no_modules,
 )
 from hyper_merge.checkpoints.architectures.signatures import UNET
-from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 from hyper_merge.checkpoints.io.header import Shape
 
 _DOUBLE: Final = UNET + "double_blocks.0.img_attn.norm.key_norm."
@@ -28,18 +28,18 @@ _MODULES: Final = (
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
-    return matching(path, shape, _MODULES)
+    return modules_matching(path, shape, _MODULES)
 
 
-def _family(version: str, signs: Signs) -> Family:
+def _family(version: str, signs: DetectionRule) -> Family:
     return Family(
         name=f"flux_{version}",
         title=f"Flux {version}",
         signs=signs,
         parts=(
-            Part("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
-            Part("text_encoder", "T5", T5, "lora_te3_", none),  # nobody trains it
-            Part("unet", "transformer", UNET, "lora_unet_", _modules),
+            NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
+            NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
+            NetworkPart("unet", "transformer", UNET, "lora_unet_", _modules),
         ),
         vae_prefixes=VAE,
         in_a1111=False,
@@ -53,7 +53,7 @@ def _family(version: str, signs: Signs) -> Family:
 
 
 FAMILIES: Final = (
-    Family("chroma", "Chroma", Signs((_APPROXIMATOR,))),
-    _family("dev", Signs((_DOUBLE, _SINGLE, _GUIDANCE))),
-    _family("schnell", Signs((_DOUBLE, _SINGLE), none_of=(_GUIDANCE,))),
+    Family("chroma", "Chroma", DetectionRule((_APPROXIMATOR,))),
+    _family("dev", DetectionRule((_DOUBLE, _SINGLE, _GUIDANCE))),
+    _family("schnell", DetectionRule((_DOUBLE, _SINGLE), none_of=(_GUIDANCE,))),
 )

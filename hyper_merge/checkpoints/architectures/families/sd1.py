@@ -11,10 +11,10 @@ from hyper_merge.checkpoints.architectures.lora_modules import (
     unet_with_convolutions,
 )
 from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
-from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 
 _CLIP: Final = "cond_stage_model.transformer.text_model."
-_SIGNS: Final = Signs(
+_SIGNS: Final = DetectionRule(
     none_of=(LABELS,), depths=(1, 1, 1, 0, 1), input_channels=4, texts=(_CLIP,), context=768
 )
 
@@ -23,8 +23,8 @@ SD1: Final = Family(
     title="Stable Diffusion 1.x",
     signs=_SIGNS,
     parts=(
-        Part("text_encoder", "text encoder", _CLIP, "lora_te_", clip_text_model),
-        Part("unet", "UNet", UNET, "lora_unet_", unet_with_convolutions),
+        NetworkPart("text_encoder", "text encoder", _CLIP, "lora_te_", clip_text_model),
+        NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_with_convolutions),
     ),
     vae_prefixes=VAE,
     ss_base_model_version="sd_v1",
@@ -42,9 +42,11 @@ def _variant(name: str, title: str, input_channels: int) -> Family:
 
 
 FAMILIES: Final = (
-    Family("alt_diffusion", "AltDiffusion", Signs(texts=("cond_stage_model.roberta.",))),
+    Family("alt_diffusion", "AltDiffusion", DetectionRule(texts=("cond_stage_model.roberta.",))),
     SD1,
     _variant("inpainting", "inpainting", INPAINTING),
     _variant("pix2pix", "instruct-pix2pix", PIX2PIX),
-    Family("sd1_pruned", "pruned Stable Diffusion 1.x", Signs(texts=(_CLIP,), input_channels=4)),
+    Family(
+        "sd1_pruned", "pruned Stable Diffusion 1.x", DetectionRule(texts=(_CLIP,), input_channels=4)
+    ),
 )

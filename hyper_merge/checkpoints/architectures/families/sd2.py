@@ -9,7 +9,7 @@ from hyper_merge.checkpoints.architectures.families.shared import INPAINTING, VA
 from hyper_merge.checkpoints.architectures.families.v_prediction_configs import sd2_v
 from hyper_merge.checkpoints.architectures.lora_modules import Module, open_clip, unet_with_matrices
 from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
-from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 from hyper_merge.checkpoints.io.header import Shape
 
 _OPEN_CLIP: Final = "cond_stage_model.model."
@@ -26,7 +26,7 @@ def _text_modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return open_clip(path, shape, layers=_LAYERS)
 
 
-_SIGNS: Final = Signs(
+_SIGNS: Final = DetectionRule(
     none_of=(LABELS,), depths=(1, 1, 1, 0, 1), input_channels=4, texts=(_OPEN_CLIP,), context=1024
 )
 
@@ -35,14 +35,14 @@ SD2: Final = Family(
     title="Stable Diffusion 2.x",
     signs=_SIGNS,
     parts=(
-        Part(
+        NetworkPart(
             "text_encoder",
             "text encoder",
             _OPEN_CLIP,
             "lora_te_",
             _text_modules,
         ),
-        Part("unet", "UNet", UNET, "lora_unet_", unet_with_matrices),
+        NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_with_matrices),
     ),
     vae_prefixes=VAE,
     idle=_IDLE,
@@ -78,7 +78,7 @@ FAMILIES: Final = (
     Family(
         "sd2_unclip",
         "Stable Diffusion 2.x unCLIP",
-        Signs(all_of=(LABELS,), texts=(_OPEN_CLIP, "embedder."), depths=(1, 1, 1, 0, 1)),
+        DetectionRule(all_of=(LABELS,), texts=(_OPEN_CLIP, "embedder."), depths=(1, 1, 1, 0, 1)),
     ),
     SD2,
     _variant("inpainting", INPAINTING),
@@ -86,9 +86,11 @@ FAMILIES: Final = (
     Family(
         "sd2_upscaler",
         "Stable Diffusion x4 upscaler",
-        Signs(texts=(_OPEN_CLIP,), input_channels=_UPSCALER),
+        DetectionRule(texts=(_OPEN_CLIP,), input_channels=_UPSCALER),
     ),
     Family(
-        "sd2_pruned", "pruned Stable Diffusion 2.x", Signs(texts=(_OPEN_CLIP,), input_channels=4)
+        "sd2_pruned",
+        "pruned Stable Diffusion 2.x",
+        DetectionRule(texts=(_OPEN_CLIP,), input_channels=4),
     ),
 )

@@ -8,11 +8,11 @@ from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VA
 from hyper_merge.checkpoints.architectures.lora_modules import (
     Module,
     clip_text_model,
-    matching,
-    none,
+    modules_matching,
+    no_modules,
 )
 from hyper_merge.checkpoints.architectures.signatures import UNET
-from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 from hyper_merge.checkpoints.io.header import Shape
 
 _BLOCK: Final = UNET + "joint_blocks.0.x_block."
@@ -25,23 +25,23 @@ _MODULES: Final = (
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
-    return matching(path, shape, _MODULES)
+    return modules_matching(path, shape, _MODULES)
 
 
 def _clip_g(path: str, shape: Shape) -> tuple[Module, ...]:
     return clip_text_model(path.removeprefix("text_model."), shape)
 
 
-def _family(name: str, title: str, model_type: str, signs: Signs) -> Family:
+def _family(name: str, title: str, model_type: str, signs: DetectionRule) -> Family:
     return Family(
         name=name,
         title=f"Stable Diffusion {title}",
         signs=signs,
         parts=(
-            Part("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
-            Part("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
-            Part("text_encoder", "T5", T5, "lora_te3_", none),  # nobody trains it
-            Part("unet", "transformer", UNET, "lora_unet_", _modules),
+            NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
+            NetworkPart("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
+            NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
+            NetworkPart("unet", "transformer", UNET, "lora_unet_", _modules),
         ),
         vae_prefixes=VAE,
         ss_base_model_version=model_type,
@@ -54,7 +54,7 @@ def _family(name: str, title: str, model_type: str, signs: Signs) -> Family:
 
 
 FAMILIES: Final = (
-    _family("sd35_medium", "3.5 medium", "5-medium", Signs((_BLOCK, _SECOND_ATTENTION))),
-    _family("sd35_large", "3.5 large", "5-large", Signs((_BLOCK, _NORM_OF_QUERIES))),
-    _family("sd3_medium", "3 medium", "medium", Signs((_BLOCK,))),
+    _family("sd35_medium", "3.5 medium", "5-medium", DetectionRule((_BLOCK, _SECOND_ATTENTION))),
+    _family("sd35_large", "3.5 large", "5-large", DetectionRule((_BLOCK, _NORM_OF_QUERIES))),
+    _family("sd3_medium", "3 medium", "medium", DetectionRule((_BLOCK,))),
 )

@@ -14,28 +14,28 @@ from hyper_merge.checkpoints.architectures.families.shared import (
 from hyper_merge.checkpoints.architectures.families.v_prediction_configs import sdxl_v
 from hyper_merge.checkpoints.architectures.lora_modules import (
     clip_text_model,
-    none,
+    no_modules,
     open_clip,
     unet_as_stored,
 )
 from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
-from hyper_merge.checkpoints.architectures.spec import Family, Part, Signs
+from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 
 _CLIP: Final = "conditioner.embedders.0.transformer.text_model."
 _OPEN_CLIP: Final = "conditioner.embedders.1.model."
 _REFINERS: Final = "conditioner.embedders.0.model."
-_SIGNS: Final = Signs(
+_SIGNS: Final = DetectionRule(
     all_of=(LABELS,), depths=(0, 2, 10, 10), input_channels=4, texts=(_OPEN_CLIP,), context=2048
 )
-_UNET: Final = Part("unet", "UNet", UNET, "lora_unet_", unet_as_stored)
+_UNET: Final = NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_as_stored)
 
 SDXL: Final = Family(
     name="sdxl",
     title="Stable Diffusion XL",
     signs=_SIGNS,
     parts=(
-        Part("text_encoder", "first text encoder", _CLIP, "lora_te1_", clip_text_model),
-        Part(
+        NetworkPart("text_encoder", "first text encoder", _CLIP, "lora_te1_", clip_text_model),
+        NetworkPart(
             "text_encoder",
             "second text encoder",
             _OPEN_CLIP,
@@ -85,15 +85,18 @@ FAMILIES: Final = (
         SDXL,
         name="sdxl_refiner",
         title="Stable Diffusion XL refiner",
-        signs=Signs((LABELS,), (), (0, 4, 4, 0, 4), 4, texts=(_REFINERS,), context=1280),
+        signs=DetectionRule((LABELS,), (), (0, 4, 4, 0, 4), 4, texts=(_REFINERS,), context=1280),
         # A1111 knows no LoRA names for its text encoder.
-        parts=(Part("text_encoder", "text encoder", _REFINERS, "lora_te_", none), _UNET),
+        parts=(
+            NetworkPart("text_encoder", "text encoder", _REFINERS, "lora_te_", no_modules),
+            _UNET,
+        ),
         modelspec_architecture="stable-diffusion-xl-v1-refiner",
         v_words=(),
     ),
     Family(
         "sdxl_pruned",
         "pruned Stable Diffusion XL (such as SSD-1B)",
-        Signs(texts=(_OPEN_CLIP,), input_channels=4, context=2048),
+        DetectionRule(texts=(_OPEN_CLIP,), input_channels=4, context=2048),
     ),
 )

@@ -128,7 +128,7 @@ def run(found: Run, host: Host) -> answers.RunResponse:
         ],
         report=_report(report),
         fits=[_fit(fitted, found) for fitted in fits],
-        problems=list(problems),
+        problems=[*found.problems, *problems],
     )
 
 

@@ -180,8 +180,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _runs(options: argparse.Namespace) -> None:
     runs, problems = list_runs(Folders.under(options.output))
-    of_fits = (problem for run in runs for problem in load_fits(run)[1])
-    for problem in (*problems, *of_fits):
+    of_runs = (problem for run in runs for problem in (*run.problems, *load_fits(run)[1]))
+    for problem in (*problems, *of_runs):
         say(f"note: {problem}", sys.stderr)
     say("\n".join(map(_run_line, runs)) or f"no runs in {Folders.under(options.output).runs}")
 

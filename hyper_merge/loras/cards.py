@@ -11,6 +11,7 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.loras.card_images import hyper_model_picture
 from hyper_merge.loras.metadata import COMPANIONS, Lineage, LoraFile
 from hyper_merge.loras.prompt_tags import format_tag
+from hyper_merge.runtime.names import one_line
 
 CARD_SUFFIXES: Final = (".json", ".png")
 """Of the files beside a model that WebUIs make its card from: text and picture."""
@@ -18,7 +19,9 @@ CARD_SUFFIXES: Final = (".json", ".png")
 
 def format_card(file: LoraFile, stem: str) -> str:
     """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
-    lines = [f"{checkpoint}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers]
+    lines = [
+        f"{one_line(checkpoint)}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers
+    ]
     return _card(
         {
             "description": _description(file),
@@ -34,7 +37,10 @@ def format_card(file: LoraFile, stem: str) -> str:
 def format_companion_card(file: LoraFile, stem: str, exact: str) -> str:
     """The JSON text of a companion's sidecar; `exact` is the recipe's word for what it holds."""
     what, where = COMPANIONS[exact]
-    lines = [f"{checkpoint}: {format_tag(stem, x)}" for checkpoint, x in file.multipliers.items()]
+    lines = [
+        f"{one_line(checkpoint)}: {format_tag(stem, x)}"
+        for checkpoint, x in file.multipliers.items()
+    ]
     return _card(
         {
             "description": f"{what.capitalize()} that go with LoRA {file.index + 1} of {file.count}"
@@ -62,7 +68,7 @@ def stage_checkpoint_card(
     """
     stems = [Path(source.name).stem for source in lineage.sources]
     description = f"Average of {len(stems)} checkpoints, which LoRAs of the same merge bring back."
-    text = _card({"description": description, "notes": "\n".join(stems)})
+    text = _card({"description": description, "notes": "\n".join(map(one_line, stems))})
     contents = (text.encode(), hyper_model_picture(path.stem, stems))
     for suffix, content in zip(CARD_SUFFIXES, contents, strict=True):
         place = path.with_suffix(suffix)

@@ -30,6 +30,11 @@ STANDALONE_KIND: Final = "lora-alone"
 """`hyper_merge.kind` of a LoRA that brings a checkpoint back without any other; "lora" needs others."""
 
 _OWN: Final = "hyper_merge."
+KIND: Final = _OWN + "kind"
+RECIPE: Final = _OWN + "recipe"
+RUN: Final = _OWN + "run"
+CHECKPOINT: Final = _OWN + "checkpoint"
+"""Metadata of a LoRA that is of one checkpoint alone: its run, and the checkpoint's name."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def _known(file: LoraFile) -> dict[str, str]:
     known = {} if file.explained is None else {_OWN + "explained": repr(float(file.explained))}
     one = file.alone or file.tops_up
     if one is not None:
-        known |= {_OWN + "run": file.run, _OWN + "checkpoint": one}
+        known |= {RUN: file.run, CHECKPOINT: one}
     return known
 
 
@@ -172,9 +177,9 @@ def _own(lineage: Lineage, kind: str) -> dict[str, str]:
     return {
         _OWN + "format_version": FORMAT_VERSION,
         _OWN + "version": __version__,
-        _OWN + "kind": kind,
+        KIND: kind,
         _OWN + "name": lineage.name,
-        _OWN + "recipe": json_text(dict(lineage.recipe)),
+        RECIPE: json_text(dict(lineage.recipe)),
         _OWN + "lineage": json_text(sources),
     }
 

@@ -32,16 +32,6 @@ def lora_names(name: str, ranks: Sequence[int]) -> tuple[str, ...]:
     return tuple(f"{name}_{index}-{rank}" for index, rank in enumerate(ranks))
 
 
-def prompt_word(text: str, longest: int = 100) -> str:
-    """A text as part of a LoRA's name, with what prompts and file systems misread replaced.
-
-    >>> prompt_word("My Model [v2]__final")
-    'My Model -v2-_final'
-    """
-    plain = re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9._ +-]+", "-", text))
-    return plain[:longest].strip(" ._-") or "checkpoint"
-
-
 def companion_names(names: Sequence[str]) -> tuple[str, ...]:
     """File stems of the LoRAs' companions.
 

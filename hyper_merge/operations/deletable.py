@@ -16,6 +16,7 @@ from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import LocatedSource, locate_sources
 from hyper_merge.runs.report import CheckpointReport
 from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import one_line
 from hyper_merge.runtime.progress import Progress
 
 
@@ -81,12 +82,13 @@ def find_deletable(
         _verdict(row, original, (threshold, problem or _needed(original.path, folders)), vae)
         for row, original in zip(rows, originals, strict=True)
     ]
-    return DeletionReport(run.name, threshold, _once(verdicts), problem)
+    explained = [_with_loss(each, run) for each in _once(verdicts)]
+    return DeletionReport(run.name, threshold, tuple(explained), problem)
 
 
 def format_deletion_report(safety: DeletionReport) -> str:
     """The verdicts as plain text."""
-    width = max(len("checkpoint"), *(len(each.name) for each in safety.verdicts))
+    width = max(len("checkpoint"), *(len(one_line(each.name)) for each in safety.verdicts))
     lines = [
         f"{safety.run}: safe to delete is what comes back to {100 * safety.threshold:.4g}%",
         "",
@@ -108,7 +110,7 @@ def _line(each: DeletionVerdict, width: int) -> str:
     if each.restored_as != each.path.stem:
         why += f"  (restored as {each.restored_as})"
     return (
-        f"{each.name:{width}}  {answer:7}  {format_size(each.frees):>9}  {each.explained:6.2%}"
+        f"{one_line(each.name):{width}}  {answer:7}  {format_size(each.frees):>9}  {each.explained:6.2%}"
         f"  {each.everything:10.2%}  {each.not_carried:11.3%}  {differs}{why}"
     )
 
@@ -154,6 +156,13 @@ def _reason(original: LocatedSource, everything: float, threshold: float) -> str
     if original.state == "changed":
         return "it was changed since the merge, so the run has nothing of what it is now"
     return f"less than {100 * threshold:.4g}% comes back" if everything < threshold else ""
+
+
+def _with_loss(verdict: DeletionVerdict, run: Run) -> DeletionVerdict:
+    """The verdict with the reason for so small a share, where a private LoRA is not there."""
+    if verdict.safe or verdict.restored_as not in run.lost:
+        return verdict
+    return replace(verdict, reason=f"{verdict.reason}: its private LoRA is not there")
 
 
 def _once(verdicts: Sequence[DeletionVerdict]) -> tuple[DeletionVerdict, ...]:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import torch
 
@@ -18,8 +17,8 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import ExtractionError, RecipeError, RunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
-from hyper_merge.loras.metadata import STANDALONE_KIND, LoraFile
-from hyper_merge.loras.prompt_tags import format_tag, format_tags, prompt_word
+from hyper_merge.loras.metadata import CHECKPOINT, KIND, RUN, STANDALONE_KIND, LoraFile
+from hyper_merge.loras.prompt_tags import format_tag, format_tags
 from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import StoredSum, WeightedSum
 from hyper_merge.recipe.parsing import LARGEST_RANK, suggest_nearest, whole
@@ -31,10 +30,9 @@ from hyper_merge.runs.report import CheckpointReport
 from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import distinct_words, name_key, unique_name
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress, count
-
-_LONGEST: Final = 60  # letters of a checkpoint's name within the LoRA's
 
 
 @dataclass(frozen=True)
@@ -181,25 +179,26 @@ def _paths(
 
 def _names(run: Run, folders: Folders) -> dict[str, str]:
     """A name for every checkpoint: the same each time, and that of nothing else."""
+    rows = [row.name for row in run.report.checkpoints]
+    owners = folders.lora_owners()
     names: dict[str, str] = {}
-    for row in run.report.checkpoints:
-        plain = name = f"{run.name}_{prompt_word(row.name, _LONGEST)}"
-        number = 1
-        while name in names.values() or _is_taken(name, row.name, run, folders):
-            number += 1
-            name = f"{plain}-{number}"
-        names[row.name] = name
+    given: set[str] = set()
+
+    def is_taken(name: str, checkpoint: str) -> bool:
+        known = name_key(name) in owners or name_key(name) in given
+        return known or _is_of_another(folders.loras / f"{name}.safetensors", run, checkpoint)
+
+    for row, word in zip(rows, distinct_words(rows), strict=True):
+        names[row] = unique_name(f"{run.name}_{word}", partial(is_taken, checkpoint=row))
+        given.add(name_key(names[row]))
     return names
 
 
-def _is_taken(name: str, checkpoint: str, run: Run, folders: Folders) -> bool:
-    """Whether a name belongs to anything but an export of this very checkpoint."""
-    path = folders.loras / f"{name}.safetensors"
-    if folders.owner_of(name) is not None:
-        return True
+def _is_of_another(path: Path, run: Run, checkpoint: str) -> bool:
+    """Whether a file is there that is no export of this very checkpoint."""
     found = metadata_of(path)
-    own = [found.get(f"hyper_merge.{key}") for key in ("kind", "run", "checkpoint")]
-    return path.exists() and own != [STANDALONE_KIND, run.name, checkpoint]
+    own = (found.get(KIND), found.get(RUN), found.get(CHECKPOINT))
+    return path.exists() and own != (STANDALONE_KIND, run.name, checkpoint)
 
 
 def _export(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hyper_merge.errors import RecipeError
+from hyper_merge.runtime.names import is_reserved
 
 T = TypeVar("T")
 
@@ -32,7 +33,6 @@ _WORDS: tuple[tuple[frozenset[str], bool | None], ...] = (
     (frozenset({"true", "yes", "on"}), True),
     (frozenset({"false", "no", "off"}), False),
 )
-_RESERVED = re.compile(r"none|(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _name_refusal(name: str) -> str | None:
         return "expected a name without a dot at its start or end"
     if "__" in name or name.endswith("_"):
         return 'expected a name without "__" (a wildcard to prompts) and without "_" at its end'
-    if _RESERVED.fullmatch(name):
+    if name.lower() == "none" or is_reserved(name):
         return "expected a name that is not reserved by the hosts or by Windows"
     if len(name) > LONGEST_NAME:
         return f"expected a name of at most {LONGEST_NAME} characters ({len(name)} here)"

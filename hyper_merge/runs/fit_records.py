@@ -13,13 +13,15 @@ from typing import Final
 
 from hyper_merge import __version__
 from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.errors import RunError
+from hyper_merge.errors import NameTakenError, RunError
 from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.runs.folders import FITS
 from hyper_merge.runs.manifest import Run, RunSource
+from hyper_merge.runs.own_loras import is_own_lora
 from hyper_merge.runs.plain_data import read_plain
 from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, PartLoss
 from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import file_stem, name_key, one_line
 
 FIT_VERSION: Final = 1
 
@@ -71,7 +73,7 @@ class FitRecord:
 
     def style(self, run: Run) -> tuple[str, str]:
         """Name of a prompt style, and the prompt that it stands for, as for the run's checkpoints."""
-        return f"{run.name}: {self.row.name}", self.tags(run)
+        return f"{run.name}: {one_line(self.row.name)}", self.tags(run)
 
 
 def style_line(fitted: FitRecord, run: Run) -> str:
@@ -84,8 +86,33 @@ def style_line(fitted: FitRecord, run: Run) -> str:
 
 def fit_record_paths(run: Run, name: str) -> tuple[Path, Path]:
     """Where the record and the text of a fit belong."""
-    folder = run.folder / FITS
-    return folder / f"{name}.json", folder / f"{name}.txt"
+    folder, stem = run.folder / FITS, file_stem(name)
+    return folder / f"{stem}.json", folder / f"{stem}.txt"
+
+
+def require_own_record(run: Run, name: str) -> None:
+    """Returns if the record of a fit would replace that of no other checkpoint.
+
+    Raises:
+        NameTakenError: one has the same file name, on a file system that does not tell letters by
+            case.
+    """
+    path, _ = fit_record_paths(run, name)
+    for other in path.parent.glob("*.json"):
+        known = _recorded_name(other)
+        if known != name and name_key(other.stem) == name_key(path.stem):
+            raise NameTakenError(
+                f"the fit of {one_line(known)} is there already, and {one_line(name)} would have the"
+                f" same file ({other}) on Windows and macOS; give this one a name of its own"
+            )
+
+
+def _recorded_name(record: Path) -> str:
+    """The checkpoint that a record is of; by its file's name where it does not say."""
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["fit"]["row"]["name"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return record.stem
 
 
 def stage_fit(outputs: FileTransaction, run: Run, fitted: FitRecord) -> None:
@@ -97,25 +124,39 @@ def stage_fit(outputs: FileTransaction, run: Run, fitted: FitRecord) -> None:
 
 
 def load_fits(run: Run) -> tuple[tuple[FitRecord, ...], tuple[str, ...]]:
-    """A run's fits by name, and in words what is wrong with those that cannot be used."""
+    """A run's fits by name, and in words what is wrong with those that cannot be used as they are."""
     folder = run.folder / FITS
     paths = () if folder.is_symlink() else sorted(folder.glob("*.json"))
     found = [_loaded(path, run) for path in paths]
     fits = tuple(each for each in found if isinstance(each, FitRecord))
-    return fits, tuple(each for each in found if isinstance(each, str))
+    lost = (problem for each in fits if (problem := _lost(each, run)))
+    return fits, (*(each for each in found if isinstance(each, str)), *lost)
+
+
+def _lost(fitted: FitRecord, run: Run) -> str:
+    """In words, if the file that a fit's prompt names is not there, or is another one."""
+    for each in fitted.topups:
+        path = run.loras[0].with_name(f"{each.name}.safetensors")
+        if not is_own_lora(path, each.sha256, fitted.row.name):
+            return (
+                f"{path.name}, the private LoRA of the fit {one_line(fitted.row.name)} of the run"
+                f" {run.name}, is missing or another file; without it {fitted.row.explained:.2%} of"
+                " that checkpoint come back: bring it back from a copy, or fit the checkpoint again"
+            )
+    return ""
 
 
 def format_fit(fitted: FitRecord, run: Run) -> str:
     """A fit as plain text."""
     row = fitted.row
     lines = [
-        f"{row.name}, fitted onto the run {fitted.run}: {len(run.report.loras)} shared LoRAs",
+        f"{one_line(row.name)}, fitted onto the run {fitted.run}: {len(run.report.loras)} shared LoRAs",
         "",
         *(_explained(fitted) if fitted.differs else [_nothing(run)]),
         *_outside(fitted),
         *map(_topped_up, fitted.topups),
         "",
-        f"To get {row.name}, load {run.hyper_model.stem} and put this into the prompt:",
+        f"To get {one_line(row.name)}, load {run.hyper_model.stem} and put this into the prompt:",
         fitted.tags(run),
     ]
     return "\n".join(lines) + "\n"
@@ -185,7 +226,8 @@ def _load(path: Path, run: Run) -> FitRecord:
 
 def _check(fitted: FitRecord, path: Path, run: Run) -> None:
     """Returns if a fit is of this run as it is now, and complete."""
-    if (fitted.run, fitted.row.name) != (run.name, path.stem):
+    stems = (fitted.row.name, file_stem(fitted.row.name))  # as it is in older records
+    if fitted.run != run.name or path.stem not in stems:
         raise ValueError("it is that of another run or checkpoint: was it renamed?")
     if fitted.run_created != run.created:
         raise RunError(
@@ -210,4 +252,4 @@ def prompts_of(run: Run) -> dict[str, str]:
 
 def styles_of(run: Run) -> dict[str, str]:
     """One style per checkpoint: its name, and the prompt that it stands for."""
-    return {f"{run.name}: {name}": text for name, text in prompts_of(run).items()}
+    return {f"{run.name}: {one_line(name)}": text for name, text in prompts_of(run).items()}

@@ -18,8 +18,10 @@ from hyper_merge.errors import (
     SameMergeError,
 )
 from hyper_merge.loras.cards import CARD_SUFFIXES
+from hyper_merge.loras.metadata import KIND
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runtime.formatting import GB
+from hyper_merge.runtime.names import file_stem, name_key, unique_name
 
 SIZE_LIMIT: Final = 20 * GB  # bytes of all analyses; the least recently used go first
 AVERAGE_ID: Final = "hyper_merge.average_id"
@@ -35,7 +37,6 @@ PICTURES: Final = "pictures"
 """Folder within a run's: a grid and its figures for each comparison with the originals."""
 
 RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
-_KIND: Final = "hyper_merge.kind"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Folders:
                     " or --overwrite on the command line"
                 )
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
+        if recipe.overwrite:
+            self._require_same_case(recipe.name)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
         found = existing or new
         return Place(run, found, existing is not None, self.loras, self.runs / run)
@@ -160,7 +163,7 @@ class Folders:
         files: list[Path] = []
         for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
             names = _topup_names(path)
-            if names is not None and name in (None, path.stem):
+            if names is not None and (name is None or path.stem in (name, file_stem(name))):
                 words = path.with_name(path.stem + ".txt")
                 files += [path, *([words] if os.path.lexists(words) else [])]
                 files += self.lora_files(name for name in names if own.fullmatch(name))
@@ -173,12 +176,20 @@ class Folders:
         own = re.compile(r"comparison-\d+\.(png|json)")
         return [path for path in found if own.fullmatch(path.name)]
 
-    def owner_of(self, lora: str) -> str | None:
-        """The run that has a LoRA of this name, be the file there or not; None if none has."""
-        return next(
-            (folder.name for folder, manifest in self.manifests() if lora in _lora_names(manifest)),
-            None,
-        )
+    def lora_owners(self) -> dict[str, str]:
+        """The run of every LoRA of merges and fits, be its file there or not, by its `name_key`."""
+        return {
+            name_key(lora): folder.name
+            for folder, manifest in self.manifests()
+            for lora in (*_lora_names(manifest), *self.fitted_names(folder.name))
+        }
+
+    def fitted_names(self, run: str, but: str = "") -> list[str]:
+        """The private LoRAs of a run's fits, less those of one fit, as their records name them."""
+        folder = self.runs / run / FITS
+        records = () if folder.is_symlink() else sorted(folder.glob("*.json"))
+        others = (path for path in records if path.stem not in (but, file_stem(but)))
+        return [name for path in others for name in _topup_names(path) or ()]
 
     def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
         """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
@@ -190,6 +201,15 @@ class Folders:
                 candidates.append(self.models / Path(str(manifest.get("hyper_model"))).name)
         return next((path for path in candidates if average_id_of(path) == average_id), None)
 
+    def _require_same_case(self, run: str) -> None:
+        """Raises an `OutputError` if a run has this name in other letters of case."""
+        for folder, _ in self.manifests():
+            if folder.name != run and name_key(folder.name) == name_key(run):
+                raise NameTakenError(
+                    f"the run {folder.name} is there, and its name differs from {run} by case alone;"
+                    f" write {folder.name} to replace it, or choose another name"
+                )
+
     def _free_run(self, recipe: Recipe, average_id: str) -> str:
         """The recipe's name, or the first of name-2, name-3, ... that no other run has.
 
@@ -198,18 +218,18 @@ class Folders:
         """
         wanted = _deciding(recipe.to_metadata()), average_id
         taken = {
-            folder.name: (_deciding(manifest.get("recipe")), manifest.get("average_id"))
+            name_key(folder.name): (_deciding(manifest.get("recipe")), manifest.get("average_id"))
             for folder, manifest in self.manifests()
         }
-        number, run = 1, recipe.name
-        while run in taken or (self.runs / run).exists():
-            if taken.get(run) == wanted:
+
+        def is_taken(run: str) -> bool:
+            if taken.get(name_key(run)) == wanted:
                 raise SameMergeError(
                     f"the run {run} is this very merge already; choose another name or other ranks"
                 )
-            number += 1
-            run = f"{recipe.name}-{number}"
-        return run
+            return name_key(run) in taken or (self.runs / run).exists()
+
+        return unique_name(recipe.name, is_taken)
 
 
 def require_no_source(path: Path, sources: Iterable[Path]) -> None:
@@ -266,7 +286,7 @@ def _topup_names(record: Path) -> list[str] | None:
 def _is_foreign(lora: Path) -> bool:
     """Whether a file is there that is not a LoRA of ours by this name."""
     metadata = metadata_of(lora)
-    own = metadata.get(_KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
+    own = metadata.get(KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
     return os.path.lexists(lora) and not own
 
 

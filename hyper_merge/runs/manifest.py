@@ -32,7 +32,9 @@ from hyper_merge.runs.folders import (
     path_exists,
     same_place,
 )
+from hyper_merge.runs.own_loras import is_own_lora
 from hyper_merge.runs.report import Report
+from hyper_merge.runtime.names import one_line
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]*")  # a folder's name that leads nowhere
 
@@ -64,6 +66,18 @@ class Run:
     # SHA-256 of the tensors' bytes, by the LoRA's name; manifests of 0.1 have none.
     hashes: Mapping[str, str] = field(default_factory=dict)
     architecture: Family | None = None  # None for one that is not known here
+    lost: tuple[str, ...] = ()  # checkpoints whose private LoRA is not there; their shares say so
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with the files that its prompts name, in words."""
+        return tuple(
+            f"the private LoRA of {one_line(row.name)} in the run {self.name} is missing or another"
+            f" file, and {row.explained:.2%} of that checkpoint come back; bring the LoRA back from a"
+            " copy, or merge again"
+            for row in self.report.checkpoints
+            if row.name in self.lost
+        )
 
 
 def list_runs(folders: Folders) -> tuple[list[Run], list[str]]:
@@ -199,9 +213,15 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     hyper_model = folders.hyper_model_of(manifest)
     written = (*names, *companions, *report.topups)
     loras = tuple(folders.loras / f"{lora}.safetensors" for lora in written)
-    missing = [path for path in (hyper_model, *loras) if not path_exists(path)]
-    if hyper_model not in missing and not _is_right(hyper_model, recipe, manifest):
+    hashes = _hashes(manifest)
+    of = {row.topup: row.name for row in report.checkpoints if row.topup}
+    missing = [
+        path for path in loras if not is_own_lora(path, hashes.get(path.stem), of.get(path.stem))
+    ]
+    if not path_exists(hyper_model) or not _is_right(hyper_model, recipe, manifest):
         missing.insert(0, hyper_model)
+    rows = report.checkpoints
+    report = report.without_topups({p.stem for p in missing}, wished=recipe.topup is not None)
     return Run(
         name=name,
         folder=folders.runs / name,
@@ -213,8 +233,9 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
         sources=sources,
         report=report,
         missing=tuple(missing),
-        hashes=_hashes(manifest),
+        hashes=hashes,
         architecture=family_named(_text(manifest, "family")),
+        lost=tuple(row.name for row in rows if row not in report.checkpoints),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -20,6 +20,8 @@ FORGE_AND_COMFYUI: Final = "Forge and ComfyUI"
 
 _MUCH_OF_EXPLAINED: Final = 0.01  # that rounding takes back of what the LoRAs explain
 _MUCH_OF_LOSS: Final = 0.1  # that rounding adds to what they do not
+
+_ROUNDING: Final = 1e-3  # by which two ways to the same share may differ
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,24 @@ class Report:
         """Names of the private LoRAs."""
         return tuple(row.topup for row in self.checkpoints if row.topup)
 
+    def without_topups(self, lost: Container[str], *, wished: bool) -> Report:
+        """What the LoRAs bring back that the prompts name and that are there.
+
+        Args:
+            lost: names of LoRAs that are not there, or are another file.
+            wished: whether the merge was to make private LoRAs: earlier versions lost some whose
+                names became one word, and told what they would have brought.
+        """
+        if not self.curve or not wished:
+            return self
+        rows = tuple(
+            _without_topup(row, shared)
+            if row.explained > shared + _ROUNDING and (row.topup in lost or not row.topup)
+            else row
+            for row, shared in zip(self.checkpoints, self.curve[-1], strict=True)
+        )
+        return replace(self, checkpoints=rows)
+
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)
@@ -145,6 +165,17 @@ class Report:
                     f"expected {expected[0]} rows of {expected[1]} figures in report.{name}"
                 )
         return report
+
+
+def _without_topup(row: CheckpointReport, shared: float) -> CheckpointReport:
+    """The row with what the shared LoRAs alone explain; by part that is not known any more."""
+    return replace(
+        row,
+        explained=shared,
+        explained_unet=min(row.explained_unet, shared),
+        explained_text_encoder=min(row.explained_text_encoder, shared),
+        error=max(1 - shared, 0.0) ** 0.5,
+    )
 
 
 def part_losses(

@@ -8,6 +8,7 @@ from typing import Final
 from hyper_merge.loras.metadata import COMPANIONS
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
 from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import one_line
 
 _WORST: Final = 3  # sections that are named
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
@@ -15,16 +16,17 @@ _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 def format_report(report: Report) -> str:
     """The report as a table of plain text."""
-    width = max([len(row.name) for row in report.checkpoints] + [len("checkpoint")])
+    names = [one_line(row.name) for row in report.checkpoints]
+    width = max(map(len, [*names, "checkpoint"]))
     lines = [
         f"{report.name}: {len(report.checkpoints)} checkpoints, {len(report.loras)} shared LoRAs",
         "",
         f"{'checkpoint':{width}}  explained    UNet  text enc.  rel. error   not carried",
     ]
     lines += [
-        f"{row.name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
+        f"{name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
         f"{_of_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
-        for row in report.checkpoints
+        for name, row in zip(names, report.checkpoints, strict=True)
     ]
     lines += [
         "",
@@ -41,7 +43,7 @@ def format_report(report: Report) -> str:
 
 def format_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
     """That checkpoints fall into unlike groups, and what an average for each would take away."""
-    words = " / ".join(", ".join(names[c] for c in group) for group in groups)
+    words = " / ".join(", ".join(one_line(names[c]) for c in group) for group in groups)
     return (
         f"these checkpoints fall into {len(groups)} unlike groups: {words}; a merge for each group"
         f" would leave {1 - between:.0%} of the differences to its LoRAs"

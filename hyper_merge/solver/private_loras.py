@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
 from hyper_merge.decomposition.linalg import block_columns, block_gram
 from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
+from hyper_merge.errors import OutputError
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.loras.metadata import CHECKPOINT
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
@@ -82,6 +86,30 @@ def add_private_loras(found: Evaluation, privates: Sequence[PrivateLora]) -> Eva
     for each in privates:
         errors[:, each.checkpoint] = each.errors
     return replace(found, errors=errors)
+
+
+def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) -> dict[str, str]:
+    """The names of staged private LoRAs by the checkpoint that each file says it is of.
+
+    The report names these, and not what was meant to be written.
+
+    Args:
+        outputs: with the files.
+        loras: folder of all LoRAs.
+        names: of the private ones.
+
+    Raises:
+        OutputError: two files are of one checkpoint, so that another would go without its LoRA.
+    """
+    paths = {name: loras / f"{name}.safetensors" for name in names}
+    found = {outputs.metadata_of(path).get(CHECKPOINT, ""): name for name, path in paths.items()}
+    if len(found) != len(names):
+        raise OutputError(
+            f"expected a private LoRA for each of {len(names)} checkpoints, got files of"
+            f" {', '.join(found)} in {loras}; nothing is written: give the checkpoints' files names"
+            " that are less alike"
+        )
+    return found
 
 
 def _one(

@@ -7,14 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyper_merge.loras.prompt_tags import (
-    Tag,
-    format_tag,
-    format_tags,
-    lora_names,
-    parse_tags,
-    prompt_word,
-)
+from hyper_merge.loras.prompt_tags import Tag, format_tag, format_tags, lora_names, parse_tags
+from hyper_merge.runtime.names import prompt_word
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}_[0-9]-[1-9][0-9]{0,2}", fullmatch=True)
 MULTIPLIERS = st.floats(-1e6, 1e6)
@@ -136,8 +130,9 @@ def test_each_lora_needs_its_multiplier():
 @given(st.text(max_size=150), st.integers(1, 100))
 def test_any_text_becomes_a_word_that_prompts_and_file_systems_read_as_it_is(text, longest):
     word = prompt_word(text, longest)
-    assert re.fullmatch(r"[A-Za-z0-9+][A-Za-z0-9._ +-]*", word)
-    assert len(word) <= max(longest, len("checkpoint"))
+    assert not re.search(r"[^\w._ +-]", word, re.ASCII) or not word.isascii()
+    assert not set(word) & set('<>:"/\\|?*=#,{}[]()^\n')
+    assert len(word.encode()) <= max(longest, len("checkpoint")) + len("checkpoint-")
     assert "__" not in word
     assert not word.endswith((" ", ".", "_"))
     assert a1111(format_tag(f"mix_{word}", 1)) == [(f"mix_{word}", 1.0, 1.0)]
@@ -146,4 +141,5 @@ def test_any_text_becomes_a_word_that_prompts_and_file_systems_read_as_it_is(tex
 
 def test_a_plain_name_stays_as_it_is():
     assert prompt_word("photon_v1.5 + LCM-x") == "photon_v1.5 + LCM-x"
-    assert prompt_word("__ <日本> __") == "checkpoint"
+    assert prompt_word("__ <日本> __") == "日本"
+    assert prompt_word("__ <!> __") == "checkpoint"

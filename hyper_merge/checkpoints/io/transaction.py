@@ -21,6 +21,8 @@ from hyper_merge.checkpoints.io.atomic_file import (
 )
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
+from hyper_merge.errors import NameTakenError
+from hyper_merge.runtime.names import name_key
 
 _Bytes: TypeAlias = bytes  # the method `bytes` hides the name inside of the class
 _Path: TypeAlias = "str | os.PathLike[str]"
@@ -37,6 +39,8 @@ class FileTransaction:
     An exception within the block (Ctrl-C too) removes everything staged and every folder made, and
     so does a refusal while the files are put in place: those already replaced are brought back.
     Only a kill in that last moment can leave some files new and some old, each of them whole.
+    Two files of one block never have the same place, on no file system: names that differ by case
+    alone are refused, for on Windows and macOS one would silently replace the other.
     """
 
     def __init__(self, *, overwrite: bool = False) -> None:
@@ -48,6 +52,7 @@ class FileTransaction:
         self._overwrite = overwrite
         self._parts: dict[Path, SafetensorsWriter | StagedFile] = {}  # in the order of staging
         self._removals: dict[Path, StagedRemoval] = {}
+        self._written: dict[str, Path] = {}  # by what file systems tell places by
         self._folders: list[Path] = []
 
     def __enter__(self) -> FileTransaction:
@@ -59,7 +64,8 @@ class FileTransaction:
         """A writer to be used in a `with` block within this one; missing folders are made.
 
         Raises:
-            OutputError: the place is taken, or its folder cannot be made.
+            OutputError: the place is taken, also by another file of this block whose name differs
+                by case alone, or its folder cannot be made.
             ValueError: the path is staged already.
         """
         path = self._prepare(path)
@@ -87,6 +93,7 @@ class FileTransaction:
         path = Path(path)
         if path in self._parts or path in self._removals:
             raise ValueError(f"{path} is staged twice")
+        _require_apart(path, self._written.get(_place_key(path)))
         self._removals[path] = StagedRemoval(path)
 
     def size_of(self, path: _Path) -> int:
@@ -126,6 +133,9 @@ class FileTransaction:
         path = Path(path)
         if path in self._parts or path in self._removals:
             raise ValueError(f"{path} is staged twice")
+        removed = {_place_key(each): each for each in self._removals}
+        key = _place_key(path)
+        _require_apart(path, self._written.get(key, removed.get(key)))
         require_free(path, overwrite=self._overwrite)
         with as_output_error(path):
             missing = [folder for folder in path.parents if not folder.exists()]
@@ -133,6 +143,7 @@ class FileTransaction:
                 folder.mkdir(exist_ok=True)
                 self._folders.append(folder)
                 sync_folder(folder.parent)
+        self._written[key] = path
         return path
 
     def _commit(self) -> None:
@@ -171,3 +182,22 @@ class FileTransaction:
 
 def _staged(part: SafetensorsWriter | StagedFile) -> StagedFile:
     return part.staged if isinstance(part, SafetensorsWriter) else part
+
+
+def _place_key(path: Path) -> str:
+    """Equal for two paths where any file system has one file for both."""
+    with as_output_error(path):
+        return name_key(str(Path(os.path.realpath(path.parent)) / path.name))
+
+
+def _require_apart(path: Path, other: Path | None) -> None:
+    """Returns if no other file of the same block has the place.
+
+    Raises:
+        NameTakenError: one has, on a file system that does not tell letters by case.
+    """
+    if other is not None:
+        raise NameTakenError(
+            f"cannot write {path}: {other}, which is of the same work, is the same file on Windows"
+            " and macOS; give one of the two another name"
+        )

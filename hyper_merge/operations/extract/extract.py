@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,19 +20,27 @@ from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
-from hyper_merge.loras.metadata import Lineage, LoraFile, SourceRecord
-from hyper_merge.loras.prompt_tags import format_tag, prompt_word
+from hyper_merge.loras.metadata import (
+    KIND,
+    RECIPE,
+    STANDALONE_KIND,
+    Lineage,
+    LoraFile,
+    SourceRecord,
+)
+from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.operations.extract.difference import LowRankDifference, find_difference
 from hyper_merge.operations.merge.cost_model import extraction_costs
 from hyper_merge.operations.merge.preflight import common_layout
 from hyper_merge.recipe.parsing import LARGEST_RANK, parse_name, parse_path, whole
 from hyper_merge.recipe.recipe import FIELDS, SettingError, parse_settings
-from hyper_merge.runs.folders import Folders, require_no_source
+from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import name_key, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
 
 _PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
@@ -167,9 +176,10 @@ def _place(wanted: ExtractRequest, folders: Folders | None) -> tuple[Path, Path 
             raise SettingError("name", f"{wanted.output} has a name already; give one of the two")
     else:
         folders = folders or Folders.under(wanted.output)
-        name = wanted.name or _name(wanted)
+        owners = folders.lora_owners()
+        name = wanted.name or _free_name(wanted, folders, owners)
         path, cache = folders.loras / f"{name}.safetensors", folders.cache
-        owner = folders.owner_of(name)
+        owner = owners.get(name_key(name))
         if owner is not None:
             raise NameTakenError(f"{name} is a LoRA of the run {owner}; choose another name")
     require_no_source(path, (wanted.base, wanted.checkpoint))
@@ -178,8 +188,26 @@ def _place(wanted: ExtractRequest, folders: Folders | None) -> tuple[Path, Path 
     return path, cache
 
 
-def _name(wanted: ExtractRequest) -> str:
-    return prompt_word(f"{wanted.checkpoint.stem}-from-{wanted.base.stem}")
+def _free_name(wanted: ExtractRequest, folders: Folders, owners: Container[str]) -> str:
+    """A name for these two checkpoints: the same each time, and that of no other two."""
+
+    def is_taken(name: str) -> bool:
+        found = metadata_of(folders.loras / f"{name}.safetensors")
+        is_of_others = found.get(KIND) == STANDALONE_KIND and not _is_same(found, wanted)
+        return name_key(name) in owners or is_of_others
+
+    return unique_name(prompt_word(f"{wanted.checkpoint.stem}-from-{wanted.base.stem}"), is_taken)
+
+
+def _is_same(metadata: Mapping[str, str], wanted: ExtractRequest) -> bool:
+    """Whether a LoRA says that it was extracted from two files of these names."""
+    try:
+        recipe = json.loads(metadata.get(RECIPE, ""))
+        return bool(
+            (recipe["base"], recipe["checkpoint"]) == (wanted.base.name, wanted.checkpoint.name)
+        )
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _inputs(wanted: ExtractRequest, progress: Progress) -> MergeInputs:

@@ -19,8 +19,8 @@ from hyper_merge.loras.metadata import SourceRecord
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.fit.measurement import Measurement, Residual, measure
 from hyper_merge.operations.fit.request import FitInputs, FitRequest, validate_fit
-from hyper_merge.operations.fit.top_up import remove_earlier, require_free_topup, top_up
-from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, stage_fit
+from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
+from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
 from hyper_merge.runs.integrity import require_own
@@ -74,10 +74,11 @@ def prepare_fit(wanted: FitRequest, folders: Folders) -> FitInputs:
             f"{paths[0].parent} is a link, and links are not followed; put the folder itself there,"
             " or remove the link"
         )
+    require_own_record(job.run, job.name)
     for path in paths:
         require_free(path, overwrite=wanted.overwrite)
-    require_free_topup(job, folders, overwrite=wanted.overwrite)
-    return job
+    stem = topup_stem(job, folders, overwrite=wanted.overwrite)
+    return replace(job, topup_stem=stem)
 
 
 def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitRecord:

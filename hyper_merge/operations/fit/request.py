@@ -70,6 +70,7 @@ class FitInputs:
     inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
     options: PassOptions
     groups: Mapping[str, list[int]]  # layers by the part whose multipliers they share
+    topup_stem: str = ""  # its private LoRA's name without the rank, where one is wished for
 
     @property
     def layers_of(self) -> dict[str, list[int]]:

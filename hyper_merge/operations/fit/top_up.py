@@ -13,7 +13,6 @@ from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
 from hyper_merge.loras.metadata import LoraFile, SourceRecord
-from hyper_merge.loras.prompt_tags import prompt_word
 from hyper_merge.operations.fit.measurement import Measurement, Residual
 from hyper_merge.operations.fit.request import FitInputs
 from hyper_merge.recipe.parsing import PrivateLoraTarget
@@ -21,38 +20,41 @@ from hyper_merge.runs.fit_records import PrivateLoraRecord, fit_record_paths
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
+from hyper_merge.runtime.names import LONGEST_WORD, name_key, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress, count
 
-_LONGEST: Final = 60  # letters of a checkpoint's name within the top-up's
 _MARGIN: Final = 0.995  # of what may remain: rounding and the truncated SVD take a little
 
 
-def _topup_stem(job: FitInputs) -> str:
-    """Of the private LoRA's name, without the rank."""
-    return f"{job.run.name}_fit-{prompt_word(job.name, _LONGEST)}"
+def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
+    """The private LoRA's name without the rank: one that no other fit of the run has at any rank.
 
-
-def require_free_topup(job: FitInputs, folders: Folders, *, overwrite: bool) -> None:
-    """Returns if no private LoRA of this name is there, whatever its rank, but for what is replaced."""
+    Raises:
+        NameTakenError: a file of that name is there which no fit knows of.
+    """
+    of_others = folders.fitted_names(job.run.name, but=job.name)
+    taken = {name_key(name.rpartition("-")[0]) for name in of_others}
+    word = prompt_word(job.name, LONGEST_WORD)
+    stem = unique_name(f"{job.run.name}_fit-{word}", lambda name: name_key(name) in taken)
     own = folders.fit_files_of(job.run.name, job.name) if overwrite else []
-    for path in sorted(folders.loras.glob(f"{_topup_stem(job)}-*.safetensors")):
-        rank = path.stem.rpartition("-")[2]
-        if path.stem == f"{_topup_stem(job)}-{rank}" and rank.isdecimal() and path not in own:
+    for path in sorted(folders.loras.glob("*.safetensors")):
+        name, _, rank = path.stem.rpartition("-")
+        if name_key(name) == name_key(stem) and rank.isdecimal() and path not in own:
             raise NameTakenError(
                 f"{path} is there already; allow overwriting where it is of an earlier fit of"
                 f" {job.name}, or choose another name for this one"
             )
+    return stem
 
 
 def remove_earlier(
     outputs: FileTransaction, job: FitInputs, folders: Folders, topups: Sequence[PrivateLoraRecord]
 ) -> None:
     """The private LoRA of an earlier fit goes with its replacement, unless it is replaced itself."""
-    written = {path.stem for path in fit_record_paths(job.run, job.name)} | {
-        each.name for each in topups
-    }
+    records = {path.stem for path in fit_record_paths(job.run, job.name)}
+    written = {name_key(name) for name in (*records, *(each.name for each in topups))}
     for path in folders.fit_files_of(job.run.name, job.name):
-        if path.stem not in written:
+        if name_key(path.stem) not in written:
             outputs.remove(path)
 
 
@@ -73,7 +75,7 @@ def top_up(
         return ()
     mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
     rank = max(round(mean), 1)
-    path = job.run.loras[0].parent / f"{_topup_stem(job)}-{rank}.safetensors"
+    path = job.run.loras[0].parent / f"{job.topup_stem}-{rank}.safetensors"
     alpha, dtype = job.inputs.layout.family.alpha_for(rank), rest.added.dtype
     size = lora_bytes(layers, [(each,) for each in ranks], dtype, (alpha,))
     require_disks({path.parent: size})

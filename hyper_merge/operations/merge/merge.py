@@ -49,7 +49,12 @@ from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import evaluate
-from hyper_merge.solver.private_loras import SharedLoras, add_private_loras, find_private_loras
+from hyper_merge.solver.private_loras import (
+    SharedLoras,
+    add_private_loras,
+    find_private_loras,
+    named_topups,
+)
 from hyper_merge.solver.quantization import quantize
 from hyper_merge.solver.solve import find_blocks
 
@@ -86,7 +91,8 @@ def run_merge(
     recipe, inputs, folders = preflight.recipe, preflight.inputs, preflight.folders
     place = folders.place(recipe, preflight.average_id)
     if not recipe.finds_ranks:
-        require_free_names(place, names_of(preflight, place), overwrite=recipe.overwrite)
+        shared = names_of(preflight, place)
+        require_free_names(place, shared, folders, overwrite=recipe.overwrite)
     options = preflight.pass_options
     cached = analysis_cache.find_analysis(folders.cache, inputs, options, recipe.ranks)
     preflight.require_room(place)
@@ -139,7 +145,7 @@ def _stage(
     topups = topups_of(preflight, place, solved)
     shared = names_of(preflight, place)
     names = (*shared, *topups)
-    require_free_names(place, names, overwrite=recipe.overwrite)
+    require_free_names(place, names, preflight.folders, overwrite=recipe.overwrite)
     if recipe.overwrite:
         remove_outdated(outputs, preflight.folders, place.run, names)
     files = lora_files(preflight, place, lineage, solved)
@@ -154,8 +160,8 @@ def _stage(
         (recipe.method, solved.losses),
         sizes_of(preflight, place, outputs, names),
     )
-    own = {each.checkpoint: name for name, each in topups.items()}
-    rows = tuple(replace(row, topup=own.get(c, "")) for c, row in enumerate(report.checkpoints))
+    own = named_topups(outputs, place.loras, topups)
+    rows = tuple(replace(row, topup=own.get(row.name, "")) for row in report.checkpoints)
     report = replace(
         report,
         checkpoints=rows,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
+from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import write_lora
 from hyper_merge.loras.metadata import Lineage, LoraFile, checkpoint_metadata
-from hyper_merge.loras.prompt_tags import companion_names, lora_names, prompt_word
+from hyper_merge.loras.prompt_tags import companion_names, lora_names
 from hyper_merge.operations.merge.companions import fit_companions, write_companion
 from hyper_merge.operations.merge.host_precision import HostLora
 from hyper_merge.operations.merge.preflight import Preflight
@@ -29,12 +30,11 @@ from hyper_merge.runs.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, 
 from hyper_merge.runs.manifest import MANIFEST_VERSION
 from hyper_merge.runs.report import CompanionGain, Report
 from hyper_merge.runs.report_text import format_report
+from hyper_merge.runtime.names import distinct_words, name_key, one_line
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.private_loras import PrivateLora
 from hyper_merge.solver.quantization import StoredFactors
-
-_LONGEST: Final = 60  # letters of a checkpoint's name within that of its private LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,10 @@ def names_of(preflight: Preflight, place: Place) -> tuple[str, ...]:
 
 
 def topups_of(preflight: Preflight, place: Place, solved: SolvedMerge) -> dict[str, PrivateLora]:
-    """The private LoRAs by name."""
-    stems = [header.stem for header in preflight.inputs.headers]
+    """The private LoRAs by name, no two of which are equal, even without case."""
+    words = distinct_words([header.stem for header in preflight.inputs.headers])
     return {
-        f"{place.run}_top-{prompt_word(stems[each.checkpoint], _LONGEST)}-{each.rank}": each
-        for each in solved.privates
+        f"{place.run}_top-{words[each.checkpoint]}-{each.rank}": each for each in solved.privates
     }
 
 
@@ -206,7 +205,7 @@ def stage_texts(
     outputs: FileTransaction, preflight: Preflight, place: Place, lineage: Lineage, report: Report
 ) -> None:
     """Stages multipliers, report and manifest."""
-    lines = (f"{row.name}: {report.tags(row)}\n" for row in report.checkpoints)
+    lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
     manifest = json.dumps(
         {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
         indent=1,
@@ -259,8 +258,9 @@ def remove_outdated(
     outputs: FileTransaction, folders: Folders, run: str, names: Sequence[str]
 ) -> None:
     """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
+    kept = {name_key(name) for name in names}  # on some file systems these are the very files
     for path in folders.lora_files_of(run):
-        if path.stem not in names:
+        if name_key(path.stem) not in kept:
             outputs.remove(path)
     for path in folders.fit_files_of(run):
         outputs.remove(path)
@@ -278,12 +278,21 @@ def sizes_of(
     )
 
 
-def require_free_names(place: Place, names: Sequence[str], *, overwrite: bool) -> None:
+def require_free_names(
+    place: Place, names: Sequence[str], folders: Folders, *, overwrite: bool
+) -> None:
     """Returns if no LoRA of these names is there, nor what is beside one.
 
     Raises:
-        OutputError: one is, and may not be replaced.
+        OutputError: one is, and may not be replaced: never one of another run.
     """
+    owners = folders.lora_owners()
     for name in names:
+        owner = owners.get(name_key(name), place.run)
+        if owner != place.run:
+            raise NameTakenError(
+                f"{name} is a LoRA of the run {owner}; choose another name than {place.run}, or"
+                f" delete the run {owner} first"
+            )
         for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)

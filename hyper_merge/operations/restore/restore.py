@@ -23,13 +23,12 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import OutputError, RecipeError
-from hyper_merge.loras.metadata import checkpoint_metadata
-from hyper_merge.loras.prompt_tags import prompt_word
+from hyper_merge.loras.metadata import KIND, RUN, checkpoint_metadata
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.restore.reconstruction import ReconstructionErrors, write_restored
 from hyper_merge.recipe.parsing import describe_value as shown
 from hyper_merge.recipe.recipe import FIELDS, SettingError
-from hyper_merge.runs.folders import Folders, path_exists, require_no_source
+from hyper_merge.runs.folders import Folders, metadata_of, path_exists, require_no_source
 from hyper_merge.runs.integrity import require_family, require_hyper_model, require_own
 from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
@@ -43,11 +42,14 @@ from hyper_merge.runs.weighted_loras import (
 )
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import file_stem, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
 
 _SHARE: Final = re.compile(r"\s*(?P<name>[^:]+?)\s*:\s*(?P<share>[-+]?(\d+\.?\d*|\.\d+))\s*(,|$)")
 _WORST: Final = 3  # sections that are named
 _OWN: Final = "hyper_merge."
+_RESTORES: Final = _OWN + "restores"
+_RESTORED: Final = "restored"  # the kind of these files
 _DTYPES: Final = next(field.parse for field in FIELDS if field.name == "dtype")
 
 
@@ -214,7 +216,7 @@ def _examined(wanted: RestoreRequest, folders: Folders) -> _Job:
     shares = _known(run, wanted.shares)
     hashes = {name: source_of(run, name).sha256 for name in shares}
     header = read_header(require_hyper_model(run))
-    path = wanted.to or folders.models / f"{_stem(run, shares)}.safetensors"
+    path = wanted.to or folders.models / f"{_free_stem(run, shares, hashes, folders)}.safetensors"
     if path.suffix != ".safetensors":
         raise OutputError(f"expected a path that ends with .safetensors, got {path}")
     needed = (run.hyper_model, *run.loras, *(each.path for each in run.sources))
@@ -241,11 +243,33 @@ def _known(run: Run, shares: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+def _free_stem(
+    run: Run, shares: Mapping[str, float], hashes: Mapping[str, str], folders: Folders
+) -> str:
+    """A name for this restoration: the same each time, and that of no other one."""
+    own = _restores(shares, hashes)
+
+    def is_taken(stem: str) -> bool:
+        found = metadata_of(folders.models / f"{stem}.safetensors")
+        same = (found.get(RUN), found.get(_RESTORES)) == (run.name, own)
+        return found.get(KIND) == _RESTORED and not same
+
+    return unique_name(_stem(run, shares), is_taken)
+
+
 def _stem(run: Run, shares: Mapping[str, float]) -> str:
     (first, share), *others = shares.items()
     if share == 1.0 and not others:
-        return f"{first}-restored"
+        return f"{file_stem(first)}-restored"
     return prompt_word(f"{run.name}-" + "-".join(f"{name} {x:g}" for name, x in shares.items()))
+
+
+def _restores(shares: Mapping[str, float], hashes: Mapping[str, str]) -> str:
+    """What a restored checkpoint says that it is."""
+    parts = [
+        {"name": name, "share": share, "sha256": hashes[name]} for name, share in shares.items()
+    ]
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def _original(job: _Job, folders: Folders, progress: Progress) -> tuple[Header | None, float, str]:
@@ -276,15 +300,11 @@ def _writer(outputs: FileTransaction, job: _Job, *, overwrite: bool) -> Safetens
 
 def _metadata(job: _Job) -> dict[str, str]:
     rows = {term.path.stem: [term.multiplier, term.text_multiplier] for term in job.terms}
-    restores = [
-        {"name": name, "share": share, "sha256": job.hashes[name]}
-        for name, share in job.shares.items()
-    ]
     return {
-        **checkpoint_metadata(lineage_of_run(job.run, job.path.stem), "restored"),
-        _OWN + "run": job.run.name,
+        **checkpoint_metadata(lineage_of_run(job.run, job.path.stem), _RESTORED),
+        RUN: job.run.name,
         _OWN + "hyper_model": job.run.hyper_model.name,
-        _OWN + "restores": json.dumps(restores, ensure_ascii=False),
+        _RESTORES: _restores(job.shares, job.hashes),
         _OWN + "multipliers": json.dumps(rows, ensure_ascii=False),
     }
 

@@ -55,11 +55,12 @@ def _rounding_hint(run: Run) -> str:
 
 
 def missing(run: Run) -> str:
-    """Which files of a run are gone."""
+    """Which files of a run are gone, and what that takes away."""
+    said = "".join(message("bad", problem) for problem in run.problems)
     if not run.missing:
-        return ""
+        return said
     names = ", ".join(path.name for path in run.missing)
-    return message("bad", f"No longer there: {names}. Merge again to make this run anew.")
+    return said + message("bad", f"No longer there: {names}. Merge again to make this run anew.")
 
 
 def result_table(report: Report) -> str:

@@ -12,7 +12,7 @@ from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.hashes import file_sha256
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import TensorInfo
-from hyper_merge.errors import OutputError
+from hyper_merge.errors import NameTakenError, OutputError
 
 DECLARED = {"a": TensorInfo(torch.float32, (3,))}
 
@@ -282,3 +282,45 @@ def test_a_removal_goes_with_the_new_files_and_comes_back_without_them(tmp_path,
         for again in (lambda: outputs.remove(new), lambda: outputs.text(new, "x")):
             with pytest.raises(ValueError, match="staged twice"):
                 again()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("one", "other"), [("a.txt", "A.txt"), ("é", "e\u0301"), ("x/y.txt", "X/Y.txt"), ("n", "n. ")]
+)
+def test_two_files_that_some_system_takes_for_one_are_refused(tmp_path, one, other, overwrite):
+    def both():
+        with FileTransaction(overwrite=overwrite) as outputs:
+            outputs.text(tmp_path / one, "1")
+            outputs.text(tmp_path / other, "2")
+
+    with pytest.raises(NameTakenError, match="is the same file on Windows"):
+        both()
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("removed_first", [False, True])
+def test_a_file_is_not_removed_under_another_spelling_of_one_that_is_written(
+    tmp_path, removed_first
+):
+    old, new = tmp_path / "A.txt", tmp_path / "a.txt"
+    old.write_text("old")
+    steps = [lambda outputs: outputs.remove(old), lambda outputs: outputs.text(new, "new")]
+
+    def both():
+        with FileTransaction(overwrite=True) as outputs:
+            for step in steps if removed_first else steps[::-1]:
+                step(outputs)
+
+    with pytest.raises(NameTakenError):
+        both()
+    assert contents(tmp_path) == {"A.txt": "old"}
+
+
+def test_two_spellings_may_be_removed_together(tmp_path):
+    for name in ("a", "A"):
+        (tmp_path / name).write_text(name)
+    with FileTransaction() as outputs:
+        outputs.remove(tmp_path / "a")
+        outputs.remove(tmp_path / "A")
+    assert everything(tmp_path) == []

@@ -6,6 +6,8 @@ key, what to do. Anything that is not a `HyperMergeError` is a bug of ours.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class HyperMergeError(Exception):
     """Base of all refusals; `str(error)` is the whole message for the user."""
@@ -69,6 +71,24 @@ class PictureError(HyperMergeError, ValueError):
 
 class CacheError(HyperMergeError, OSError):
     """The cache of analyses cannot be cleared."""
+
+
+class DamagedCacheError(HyperMergeError, ValueError):
+    """A file of the cache is not what was written; whoever uses it sets it aside and makes it again.
+
+    Attributes:
+        path: Of the file.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        """Takes what the message is made of."""
+        super().__init__(
+            f"{path} is damaged ({reason}), and nothing was written; run again, and where this is"
+            " said again check the disk and the memory of this machine"
+        )
+        self.path = path
+        self.reason = reason
 
 
 class AppError(HyperMergeError, ValueError):

@@ -6,19 +6,24 @@ setting is never served an old one. Safe to delete at any time.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from hyper_merge.analysis.checksums import stem_of
 from hyper_merge.analysis.inputs import MergeInputs
-from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, analysis_identity, solutions_path
+from hyper_merge.analysis.store import (
+    SOLUTIONS,
+    SUFFIX,
+    analysis_identity,
+    fault_of,
+    solutions_path,
+)
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.io.atomic_file import as_output_error
-from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.errors import CacheError, CheckpointError
+from hyper_merge.errors import CacheError
+from hyper_merge.runtime.damaged_files import SET_ASIDE, DamagedFiles
 
 
 def required_width(ranks: Sequence[int]) -> int:
@@ -36,21 +41,50 @@ def is_wide_enough(width: int, ranks: Sequence[int]) -> bool:
 
 def analysis_path(folder: Path, inputs: MergeInputs, options: PassOptions) -> Path:
     """Where the analysis of these files, settings and width belongs."""
-    what = json.dumps(analysis_identity(inputs, options.seed), sort_keys=True).encode()
-    return folder / f"{hashlib.sha256(what).hexdigest()[:20]}-{options.width}{SUFFIX}"
+    return folder / f"{stem_of(analysis_identity(sources, work.seed))}-{options.width}{SUFFIX}"
+
+
+def place_for(
+    folder: Path, inputs: MergeInputs, options: PassOptions, damaged: DamagedFiles
+) -> Path:
+    """Where a new analysis can be written: `analysis_path`, or beside a damaged one that cannot be moved."""
+    path = analysis_path(folder, inputs, options)
+    stem, number = path.name.partition("-")[0], 1
+    while path in damaged and os.path.lexists(path):
+        number += 1
+        path = folder / f"{stem}-{number}-{options.width}{SUFFIX}"
+    return path
 
 
 def find_analysis(
-    folder: Path, inputs: MergeInputs, options: PassOptions, ranks: Sequence[int]
+    folder: Path,
+    inputs: MergeInputs,
+    options: PassOptions,
+    ranks: Sequence[int],
+    damaged: DamagedFiles | None = None,
 ) -> Path | None:
-    """The narrowest analysis of these files that serves the ranks; a damaged one is passed over."""
+    """The narrowest analysis of these files that serves the ranks.
+
+    Args:
+        folder: of the cache.
+        inputs: the files.
+        options: the settings; a wider analysis than theirs serves too.
+        ranks: the list that it is to serve.
+        damaged: takes those that are damaged and names those to pass over; None to pass over all
+            damaged ones and leave them where they are.
+    """
     stem = analysis_path(folder, inputs, options).name.partition("-")[0]
-    files = {_width(path): path for path in folder.glob(f"{stem}-*{SUFFIX}")}
-    for width in sorted(files):
-        if (is_wide_enough(width, ranks) or width >= (options.width or 0)) and _is_whole(
-            files[width]
-        ):
-            return files[width]
+    for path in sorted(folder.glob(f"{stem}-*{SUFFIX}"), key=lambda path: (_width(path), path)):
+        width = _width(path)
+        if not is_wide_enough(width, ranks) and width < (options.width or 1):
+            continue
+        if damaged is not None and path in damaged:
+            continue
+        fault = fault_of(path, inputs)
+        if fault is None:
+            return path
+        if damaged is not None:
+            damaged.take(path, fault)
     return None
 
 
@@ -95,7 +129,7 @@ def prune_analyses(folder: Path, limit: int) -> None:
 
     One that is in use, or that may not be deleted, is left to the next time.
     """
-    analyses = [path for path in _files(folder) if path.name.endswith(SUFFIX)]
+    analyses = [path for path in _files(folder) if path.name.endswith((SUFFIX, SET_ASIDE))]
     total = 0
     for path in sorted(analyses, key=_last_used, reverse=True):
         total += _size(path)
@@ -106,8 +140,9 @@ def prune_analyses(folder: Path, limit: int) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All analyses and what is remembered beside them."""
-    return [path for suffix in (SUFFIX, SOLUTIONS) for path in sorted(folder.glob(f"*{suffix}"))]
+    """All analyses, what is remembered beside them, and what was set aside because of damage."""
+    suffixes = (SUFFIX, SOLUTIONS, SET_ASIDE)
+    return [path for suffix in suffixes for path in sorted(folder.glob(f"*{suffix}"))]
 
 
 def _size(path: Path) -> int:
@@ -119,6 +154,8 @@ def _size(path: Path) -> int:
 
 
 def _last_used(path: Path) -> float:
+    if path.name.endswith(SET_ASIDE):
+        return 0.0  # of no use to anybody: it goes first
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -126,11 +163,6 @@ def _last_used(path: Path) -> float:
 
 
 def _width(path: Path) -> int:
-    return int(path.name.removesuffix(SUFFIX).rpartition("-")[2])
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return "not_carried" in read_header(path).tensors
-    except CheckpointError:
-        return False
+    """As its name says; 0 for a file of somebody else's."""
+    digits = path.name.removesuffix(SUFFIX).rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0

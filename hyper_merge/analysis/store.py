@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_named_after
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
 from hyper_merge.checkpoints.io.atomic_file import as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint
+from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint, read_header
 from hyper_merge.decomposition.bounds import Spectra
+from hyper_merge.errors import CheckpointError, DamagedCacheError
 
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SUFFIX: Final = ".analysis.safetensors"
@@ -32,50 +34,59 @@ _ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float
 
 
 class Analysis:
-    """An analysis in its open file: cores and bases stay mapped."""
+    """An analysis in its open file: cores and bases stay mapped.
 
-    def __init__(self, file: CheckpointReader, inputs: MergeInputs) -> None:
-        """Takes the open file of `open_analysis`."""
+    Every tensor is checked when it is first read; a damaged one is a `DamagedCacheError`.
+    """
+
+    def __init__(
+        self, file: CheckpointReader, inputs: MergeInputs, warn: Callable[[str], None]
+    ) -> None:
+        """Takes the open file of `open_analysis`, and who is told about damaged solutions."""
         self.layers = inputs.layout.layers
         self.contrasts = inputs.contrasts
         self._file = file
         self._solutions = solutions_path(file.path)
+        self._warn = warn
+        keys = file.header.tensors.keys()
+        checksums = file.tensor(CHECKSUMS) if CHECKSUMS in keys else None
+        self._integrity = Integrity(file.path, keys - {CHECKSUMS}, checksums)
 
     @property
     def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
         """Inner products of every layer's slices and, last, the base's rounding error."""
-        return self._file.tensor("grams")
+        return self._tensor("grams")
 
     @property
     def weights(self) -> Tensor:  # (layers,), float64
         """Squared norm of the average in every layer."""
-        return self._file.tensor("weights")
+        return self._tensor("weights")
 
     @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
         """Energies outside of all layers, by kind and checkpoint."""
-        return dict(zip(KINDS, self._file.tensor("not_carried"), strict=True))
+        return dict(zip(KINDS, self._tensor("not_carried"), strict=True))
 
     @property
     def spectra(self) -> list[Spectra]:
         """Of every layer."""
         names = ("rows", "columns", "private")
         return [
-            Spectra(*(self._file.tensor(f"{i}.{name}") for name in names))
+            Spectra(*(self._tensor(f"{i}.{name}") for name in names))
             for i in range(len(self.layers))
         ]
 
     def core(self, index: int) -> Tensor:  # (d, p, q), float32
         """A layer's core, a view of the file."""
-        return self._file.tensor(f"{index}.core")
+        return self._tensor(f"{index}.core")
 
     def rounding(self, index: int) -> Tensor:  # (p, q), float32
         """The average's rounding error in a layer's bases."""
-        return self._file.tensor(f"{index}.rounding").float()
+        return self._tensor(f"{index}.rounding").float()
 
     def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
         """A layer's bases."""
-        left, right = self._file.tensor(f"{index}.left"), self._file.tensor(f"{index}.right")
+        left, right = self._tensor(f"{index}.left"), self._tensor(f"{index}.right")
         return left.float(), right.float()
 
     def core_shape(self, index: int) -> tuple[int, int]:  # p, q
@@ -105,40 +116,68 @@ class Analysis:
         """Keeps a solution's multipliers for later settings; the first one for each of them."""
         solutions = self._remembered()
         solutions.setdefault(name, {group: rows.tolist() for group, rows in multipliers.items()})
-        with FileTransaction(overwrite=True) as outputs:
-            outputs.text(self._solutions, json.dumps(solutions))
+        write_solutions(self._solutions, solutions, self._warn)
 
-    def _remembered(self) -> dict[str, dict[str, list[list[float]]]]:
+    def _remembered(self) -> Solutions:
         """All solutions by their settings, oldest first; none where the file is missing or damaged."""
+        return read_solutions(self._solutions, self.contrasts.dimensions, self._warn)
+
+    def _tensor(self, key: str) -> Tensor:
+        """A tensor as it was written.
+
+        Raises:
+            DamagedCacheError: it is damaged, or the file is gone by now.
+        """
         try:
-            solutions = json.loads(self._solutions.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        d = self.contrasts.dimensions
-        fits = isinstance(solutions, dict) and all(
-            isinstance(groups, dict) and all(len(rows) == d for rows in groups.values())
-            for groups in solutions.values()
-        )
-        return solutions if fits else {}
+            tensor = self._file.tensor(key)
+        except CheckpointError as error:
+            if self._file.path.exists():
+                raise
+            raise DamagedCacheError(self._file.path, "it was removed") from error
+        self._integrity.require(key, tensor)
+        return tensor
 
 
 @contextmanager
-def open_analysis(path: Path, inputs: MergeInputs) -> Iterator[Analysis]:
+def open_analysis(
+    path: Path, inputs: MergeInputs, warn: Callable[[str], None] = lambda _message: None
+) -> Iterator[Analysis]:
     """An analysis, open for reading within the block.
 
     Args:
         path: of a file that `find` returned or `create_analysis` wrote.
         inputs: those it was made for.
+        warn: told about damaged solutions beside it.
+
+    Raises:
+        DamagedCacheError: the file cannot be read, or is no analysis of the sources.
     """
-    with CheckpointReader(path) as file:
-        yield Analysis(file, inputs)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(CheckpointReader(path))
+        except CheckpointError as error:
+            raise DamagedCacheError(path, str(error)) from error
+        fault = _fault(file.header, inputs)
+        if fault:
+            raise DamagedCacheError(path, fault)
+        yield Analysis(file, inputs, warn)
+
+
+def fault_of(path: Path, inputs: MergeInputs) -> str | None:
+    """What its header shows to be wrong with an analysis of the sources; None if nothing does."""
+    try:
+        return _fault(read_header(path), inputs)
+    except CheckpointError as error:
+        return str(error)
 
 
 class AnalysisWriter:
     """Takes an analysis layer by layer during the pass."""
 
-    def __init__(self, writer: SafetensorsWriter) -> None:
-        """Takes the open writer of `create_analysis`."""
+    def __init__(self, writer: SafetensorsWriter, tensors: Mapping[str, TensorInfo]) -> None:
+        """Takes the open writer of `create_analysis`, and what it was declared with."""
+        self._tensors = tensors
+        self._checksums: dict[str, int] = {}
         self._grams: dict[int, Tensor] = {}
         self._weights: dict[int, float] = {}
         self._writer = writer
@@ -158,17 +197,24 @@ class AnalysisWriter:
         }
         self._weights[layer.index] = layer.weight
         for name, tensor in parts.items():
-            self._writer.write(f"{layer.index}.{name}", tensor)
+            self._write(f"{layer.index}.{name}", tensor)
 
     def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
         """Takes what is known only after the last tensor."""
         order = sorted(self._grams)
         grams = torch.stack([self._grams[index] for index in order])
         weights = torch.tensor([self._weights[index] for index in order], dtype=torch.float64)
-        self._writer.write("weights", weights)
+        self._write("weights", weights)
         k = grams.new_zeros(next(iter(not_carried.values())).shape)
-        self._writer.write("grams", grams)
-        self._writer.write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
+        self._write("grams", grams)
+        self._write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
+        checksums = [self._checksums[key] for key in sorted(self._checksums)]
+        self._writer.write(CHECKSUMS, torch.tensor(checksums, dtype=torch.int64))
+
+    def _write(self, key: str, tensor: Tensor) -> None:
+        stored = tensor.detach().to("cpu", self._tensors[key].dtype)
+        self._checksums[key] = checksum(stored)
+        self._writer.write(key, stored)
 
 
 @contextmanager
@@ -179,8 +225,9 @@ def create_analysis(
     about = json.dumps({"width": options.width, **analysis_identity(inputs, options.seed)})
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(path, _tensors(inputs, options), {_ABOUT: about}) as writer:
-        yield AnalysisWriter(writer)
+    tensors = _tensors(inputs, options)
+    with SafetensorsWriter(path, tensors, {_ABOUT: about}) as writer:
+        yield AnalysisWriter(writer, tensors)
 
 
 def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
@@ -211,6 +258,23 @@ def file_identity(header: Header) -> list[str | int]:
     return [fingerprint(header), header.size, header.mtime_ns]
 
 
+def _fault(header: Header, inputs: MergeInputs) -> str | None:
+    """What is wrong with an analysis of the sources, as far as its header shows; None if nothing."""
+    sides = [
+        header.tensors.get(f"{index}.rounding", TensorInfo(_ROUNDING_DTYPE, ())).shape
+        for index in range(len(inputs.layout.layers))
+    ]
+    widths = tuple(max(shape, default=0) for shape in sides)
+    expected = _tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
+    found = {CHECKSUMS: expected[CHECKSUMS], **header.tensors}  # earlier versions have none
+    if found != expected:
+        wrong = next((key for key in expected if found.get(key) != expected[key]), None)
+        return f"its tensor {wrong} is missing or another" if wrong else "it has more tensors"
+    if not is_named_after(header.name, header.metadata.get(_ABOUT, "")):
+        return "it is the analysis of other files or settings"
+    return None
+
+
 def _tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
     d, k = inputs.contrasts.dimensions, inputs.contrasts.count
     count = len(inputs.layout.layers)
@@ -228,4 +292,5 @@ def _tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]
         tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
         tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
         tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
+    tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
     return tensors

@@ -28,6 +28,7 @@ from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.manifest import load_run
+from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
 
 FORECAST_TITLE: Final = "the look at the files"
@@ -123,6 +124,10 @@ def forecast_task(host: Host, asked: Callable[[], Preflight], task: str, progres
     with host_turn(host, task, progress) as both:
         preflight = asked()
         reading, looking = both.split(FORECAST_COSTS)
-        path = ensure_analysis(preflight, host.folders(), reading)
-        _outlook(_question(path, preflight, looking))
+
+        def seen(damaged: DamagedFiles) -> ForecastCurve:
+            path = ensure_analysis(preflight, host.folders(), reading, damaged)
+            return _outlook(_question(path, preflight, looking))
+
+        with_sound_cache(seen, both.warn)
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ MOST_BLOCKS = 64
 LARGEST_RANK = 4096
 LONGEST_NAME = 100
 
+_LARGEST = sys.float_info.max
 _WHOLE = re.compile(r"[-+]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmg]i?)?b?", re.IGNORECASE)
@@ -178,12 +180,12 @@ def parse_bytes(value: object) -> int | None:
     if value is None:
         return None
     match = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
-    size = round(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0.0
+    if not 0.5 < size <= _LARGEST:
         raise RecipeError(
             f'expected a size, such as "300MB" or "1.5GB", got {describe_value(value)}'
         )
-    return size
+    return round(size)
 
 
 def parse_share(value: object) -> float | None:
@@ -273,7 +275,8 @@ def number(low: float, high: float) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"expected a number {span}, got {describe_value(value)}")
-        if not math.isfinite(value) or not low <= value <= high:
+        # By comparison: a whole number of hundreds of digits is no float, not even infinity.
+        if not -_LARGEST <= value <= _LARGEST or not low <= value <= high:
             raise RecipeError(f"expected a number {span}, got {describe_value(value)}")
         return float(value)
 

@@ -270,7 +270,8 @@ def _lora_names(manifest: Mapping[str, Any]) -> list[str]:
         return []
     lists = [report.get(key) for key in ("loras", "companions")]
     rows = report.get("checkpoints")
-    lists.append([row.get("topup") for row in rows if isinstance(row, dict)] if rows else [])
+    rows = rows if isinstance(rows, list) else []
+    lists.append([row.get("topup") for row in rows if isinstance(row, dict)])
     return [str(name) for names in lists if isinstance(names, list) for name in names if name]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,15 @@ import torch
 from hyper_merge.checkpoints.io.hashes import file_sha256, legacy_hash
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.errors import OutputError
 from hyper_merge.loras.metadata import SourceRecord
+from hyper_merge.runtime.checked_json import read_sealed, sealed
+from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
 _FILE: Final = "hashes.json"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def bytes_to_hash(headers: Iterable[Header], cache: Path | None) -> int:
@@ -37,7 +41,7 @@ def hash_sources(
         cache: folder where hashes are remembered; None to remember none.
         progress: progress and interrupt.
     """
-    known = _known(cache)
+    known = _known(cache, progress.warn)
     new = [header for header in headers if _key(header) not in known]
 
     counter = progress.counter("hashing the checkpoints", {_key(each): each.size for each in new})
@@ -50,8 +54,7 @@ def hash_sources(
             known[_key(header)] = digest
             counter.finish(_key(header))
     if new and cache:
-        with FileTransaction(overwrite=True) as outputs:
-            outputs.text(cache / _FILE, json.dumps(known, indent=1))
+        _remember(known, cache / _FILE, progress.warn)
     return tuple(_source(header, known[_key(header)]) for header in headers)
 
 
@@ -74,11 +77,44 @@ def _key(header: Header) -> str:
     return f"{header.path.resolve()}|{header.size}|{header.mtime_ns}"
 
 
-def _known(cache: Path | None) -> dict[str, str]:
+def _known(cache: Path | None, warn: Callable[[str], None] | None = None) -> dict[str, str]:
+    """Hashes by the files' keys; none where there is no file or a damaged one.
+
+    Args:
+        cache: its folder; None for no file.
+        warn: told about a damaged file, which is set aside then; None to leave it where it is.
+    """
     if cache is None:
         return {}
     try:
-        known = json.loads((cache / _FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_sealed(cache / _FILE)
+        _require_hashes(found)
+    except OSError:
         return {}
-    return known if isinstance(known, dict) else {}
+    except ValueError as error:
+        if warn is not None:
+            DamagedFiles(warn).take(cache / _FILE, str(error))
+        return {}
+    return dict(found)
+
+
+def _remember(known: Mapping[str, str], path: Path, warn: Callable[[str], None]) -> None:
+    """Replaces the file; a run goes on where that is refused, and the next one hashes again."""
+    try:
+        with FileTransaction(overwrite=True) as outputs:
+            outputs.text(path, sealed(known))
+    except OutputError as error:
+        warn(f"the hashes of the checkpoints are not remembered: {error}")
+
+
+def _require_hashes(found: object) -> None:
+    """Returns if plain data are hashes by keys.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError("expected hashes by file")  # noqa: TRY004 - the file is wrong, not a type
+    for key, digest in found.items():
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ValueError(f"expected 64 hex digits for {key!r:.200}, got {digest!r:.80}")

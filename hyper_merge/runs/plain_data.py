@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
+
+_LARGEST: Final = sys.float_info.max
+
+
+_WHOLE_LIMIT: Final = 2**64  # of whole numbers: more than any file has bytes
+
 
 _WORDS: Final = {
     float: "a finite number",
@@ -29,9 +35,11 @@ def read_plain(kind: Any, value: Any, where: str) -> Any:
         return tuple(read_plain(first, each, f"{where}[{i}]") for i, each in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
         return {str(key): read_plain(last, each, f"{where}.{key}") for key, each in value.items()}
-    if origin is float and type(value) in (int, float) and math.isfinite(value):
+    if origin is float and type(value) in (int, float) and -_LARGEST <= value <= _LARGEST:
         return float(value)
-    if origin in (str, int, bool) and type(value) is origin:
+    if origin is int and type(value) is int and abs(value) < _WHOLE_LIMIT:
+        return value
+    if origin in (str, bool) and type(value) is origin:
         return value
     raise ValueError(
         f"expected {_WORDS.get(origin, 'named figures')} in {where}, got {value!r:.60}"

@@ -81,10 +81,9 @@ def _rounding(report: Report) -> list[str]:
     if not report.rounding:
         return []
     lines = ["", "added to that by rounding, where a program holds the weights in half precision"]
-    lines += [
-        f"  {f'{each.hosts}, {_TURNS[each.hosts]}':36} {each.added:.2e}   worst {each.worst:.2e}"
-        for each in report.rounding
-    ]
+    for each in report.rounding:
+        how = ", ".join(filter(None, (each.hosts, _TURNS.get(each.hosts))))
+        lines.append(f"  {how:36} {each.added:.2e}   worst {each.worst:.2e}")
     if report.costly_rounding:
         lines.append(f"  one LoRA per checkpoint is rounded once: hyper-merge export {report.name}")
     return lines

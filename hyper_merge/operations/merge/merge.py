@@ -45,6 +45,7 @@ from hyper_merge.operations.merge.report_builder import BlockChoice, make_report
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.folders import Folders, Place, require_no_source
 from hyper_merge.runs.report import PrecisionLoss, Report
+from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
@@ -88,13 +89,20 @@ def run_merge(
     """
     if folders is not None:
         preflight = replace(preflight, folders=folders)
+    return with_sound_cache(partial(_merged, preflight, progress, start or {}), progress.warn)
+
+
+def _merged(
+    preflight: Preflight, progress: Progress, start: Mapping[str, Tensor], damaged: DamagedFiles
+) -> MergeResult:
+    """Makes everything, with what the cache holds besides the damaged files."""
     recipe, inputs, folders = preflight.recipe, preflight.inputs, preflight.folders
     place = folders.place(recipe, preflight.average_id)
     if not recipe.finds_ranks:
         shared = names_of(preflight, place)
         require_free_names(place, shared, folders, overwrite=recipe.overwrite)
     options = preflight.pass_options
-    cached = analysis_cache.find_analysis(folders.cache, inputs, options, recipe.ranks)
+    cached = analysis_cache.find_analysis(folders.cache, inputs, options, recipe.ranks, damaged)
     preflight.require_room(place)
     existing = ExistingFiles(folders.cache, average=place.exists, analysis=cached is not None)
     costs = preflight.costs(existing)
@@ -106,7 +114,7 @@ def run_merge(
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
             stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
-        path = cached or analysis_cache.analysis_path(folders.cache, inputs, options)
+        path = cached or analysis_cache.place_for(folders.cache, inputs, options, damaged)
         if cached:
             analysis_cache.mark_used(cached)
         _read(
@@ -117,9 +125,9 @@ def run_merge(
             (None if cached else path, options),
             reading,
         )
-        with open_analysis(path, inputs) as analysis:
+        with open_analysis(path, inputs, progress.warn) as analysis:
             preflight, solved = solve_with_rank_search(
-                analysis, preflight, partial(_solve, analysis, (costs, start or {})), solving
+                analysis, preflight, partial(_solve, analysis, (costs, start)), solving
             )
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             report, names = _stage(outputs, preflight, place, lineage, (analysis, solved, writing))

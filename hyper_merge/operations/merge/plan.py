@@ -18,6 +18,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
 from hyper_merge.operations.merge.report_builder import gram_of
 from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.rank_forecast import RankForecast
@@ -95,8 +96,12 @@ def make_plan(
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     reading, looking = progress.split(FORECAST_COSTS)
-    path = ensure_analysis(preflight, folders or preflight.folders, reading)
-    return make_plan_from(*_looked_at(path, preflight, looking), preflight)
+
+    def seen(damaged: DamagedFiles) -> tuple[RankForecast, Clusters]:
+        path = ensure_analysis(preflight, folders or preflight.folders, reading, damaged)
+        return _looked_at(path, preflight, looking)
+
+    return make_plan_from(*with_sound_cache(seen, progress.warn), preflight)
 
 
 def make_plan_from(seen: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
@@ -113,15 +118,18 @@ def find_known_analysis(preflight: Preflight, folders: Folders) -> Path | None:
     return analysis_cache.find_analysis(folders.cache, inputs, preflight.pass_options, ranks)
 
 
-def ensure_analysis(preflight: Preflight, folders: Folders, progress: Progress) -> Path:
-    """The analysis of the checkpoints in the cache; made if it is not there."""
+def ensure_analysis(
+    preflight: Preflight, folders: Folders, progress: Progress, damaged: DamagedFiles
+) -> Path:
+    """The analysis of the checkpoints in the cache; made if it is not there, or damaged."""
     inputs, options = preflight.inputs, preflight.pass_options
-    found = find_known_analysis(preflight, folders)
+    ranks = preflight.recipe.ranks
+    found = analysis_cache.find_analysis(folders.cache, inputs, options, ranks, damaged)
     if found is not None:
         analysis_cache.mark_used(found)
         return found
     require_disks({folders.cache: preflight.estimate.analysis})
-    path = analysis_cache.analysis_path(folders.cache, inputs, options)
+    path = analysis_cache.place_for(folders.cache, inputs, options, damaged)
     options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
     with create_analysis(path, inputs, options) as analysis:
         analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))

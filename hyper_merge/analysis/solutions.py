@@ -1,0 +1,75 @@
+"""Multipliers that were found with earlier settings, on disk: good starts for later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.errors import OutputError
+from hyper_merge.runtime.checked_json import read_sealed, sealed
+from hyper_merge.runtime.damaged_files import DamagedFiles
+
+Solutions = dict[str, dict[str, list[list[float]]]]
+"""By settings, oldest first, and by group of layers: (d, R)."""
+
+_LARGEST: Final = 1e100  # can be squared and added up; real ones are near 1
+
+
+def read_solutions(path: Path, dimensions: int, warn: Callable[[str], None]) -> Solutions:
+    """All solutions; none where the file is missing, and a damaged one is set aside.
+
+    Args:
+        path: of the file.
+        dimensions: rows that every matrix of multipliers has.
+        warn: told about a damaged file.
+    """
+    try:
+        found = read_sealed(path)
+        _require_solutions(found, dimensions)
+    except OSError:
+        return {}
+    except ValueError as error:
+        DamagedFiles(warn).take(path, str(error))
+        return {}
+    return {name: dict(groups) for name, groups in found.items()}
+
+
+def write_solutions(path: Path, solutions: Solutions, warn: Callable[[str], None]) -> None:
+    """Replaces the file; a merge goes on where that is refused, for later starts alone suffer."""
+    try:
+        with FileTransaction(overwrite=True) as outputs:
+            outputs.text(path, sealed(solutions))
+    except OutputError as error:
+        warn(f"the multipliers that were found are not remembered: {error}")
+
+
+def _require_solutions(found: Any, dimensions: int) -> None:
+    """Returns if plain data are solutions.
+
+    Raises:
+        ValueError: they are not; says where.
+    """
+    if not isinstance(found, Mapping):
+        raise ValueError("expected solutions by their settings")  # noqa: TRY004 - the file is wrong
+    for name, groups in found.items():
+        if not isinstance(groups, Mapping):
+            raise ValueError(f"expected groups of layers in {name!r}")  # noqa: TRY004 - as above
+        for group, rows in groups.items():
+            if not _is_matrix(rows, dimensions):
+                raise ValueError(
+                    f"expected {dimensions} equal rows of finite numbers in {name!r}, {group!r}"
+                )
+
+
+def _is_matrix(rows: Any, dimensions: int) -> bool:
+    if not isinstance(rows, list) or len(rows) != dimensions:
+        return False
+    if not all(isinstance(row, list) for row in rows) or len({len(row) for row in rows}) != 1:
+        return False
+    return all(
+        type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
+        for row in rows
+        for value in row
+    )

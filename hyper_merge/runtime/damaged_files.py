@@ -1,0 +1,86 @@
+"""Damaged files of the cache: moved out of the way, named in a warning, and done without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, TypeVar
+
+from hyper_merge.errors import DamagedCacheError
+
+SET_ASIDE: Final = ".damaged"  # added to the name of a damaged file
+
+_T = TypeVar("_T")
+
+
+class DamagedFiles:
+    """The damaged files that one run has met, none of which it uses again."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """Starts with none.
+
+        Args:
+            warn: told about every file that is damaged.
+        """
+        self._warn = warn
+        self._met: set[Path] = set()
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._met
+
+    def take(self, path: Path, reason: str) -> None:
+        """Renames a damaged file and warns; the one of its kind that was set aside before goes.
+
+        A file that is gone by now, or that another program holds, ends no run: that of Windows
+        lets nobody rename a file in use.
+
+        Args:
+            path: of the file.
+            reason: what is wrong with it.
+        """
+        self._met.add(path)
+        if not os.path.lexists(path):
+            return
+        kept = path.with_name(path.name + SET_ASIDE)
+        try:
+            if not path.is_file():
+                raise IsADirectoryError(None, "it is not a file")
+            for earlier in path.parent.glob(f"*.{path.name.partition('.')[2]}{SET_ASIDE}"):
+                with suppress(OSError):
+                    earlier.unlink()
+            path.replace(kept)
+        except OSError as error:
+            self._warn(
+                f"{path} is damaged ({reason}) and cannot be set aside ({error.strerror or error});"
+                " this run does without it; delete it when no merge is running"
+            )
+        else:
+            self._warn(
+                f"{path} is damaged ({reason}); it is set aside as {kept.name}, and what it held is"
+                " made again"
+            )
+
+
+def with_sound_cache(attempt: Callable[[DamagedFiles], _T], warn: Callable[[str], None]) -> _T:
+    """What an attempt returns; it is made again without any file of the cache that proves damaged.
+
+    Args:
+        attempt: is given the files that are not to be used.
+        warn: told about every damaged file.
+
+    Raises:
+        DamagedCacheError: a file is damaged that was made only just now.
+    """
+    damaged = DamagedFiles(warn)
+    while True:
+        try:
+            return attempt(damaged)
+        except DamagedCacheError as error:
+            if error.path in damaged:
+                raise
+            path, reason = error.path, error.reason
+        # Not before the error and its frames are gone, whose tensors keep the file mapped: a mapped
+        # file cannot be renamed on Windows.
+        damaged.take(path, reason)

@@ -17,9 +17,9 @@ PACKAGE = ROOT / "hyper_merge"
 ROOMS = {
     "errors": (),
     "runtime": ("errors",),
-    "recipe": ("errors",),
+    "recipe": ("runtime",),
     "decomposition": ("errors",),
-    "checkpoints": ("errors",),
+    "checkpoints": ("runtime",),
     "synthetic": ("checkpoints", "runtime"),
     "loras": ("checkpoints", "decomposition", "runtime"),
     "analysis": ("checkpoints", "decomposition", "recipe", "runtime"),

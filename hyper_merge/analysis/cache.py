@@ -41,7 +41,7 @@ def is_wide_enough(width: int, ranks: Sequence[int]) -> bool:
 
 def analysis_path(folder: Path, inputs: MergeInputs, options: PassOptions) -> Path:
     """Where the analysis of these files, settings and width belongs."""
-    return folder / f"{stem_of(analysis_identity(sources, work.seed))}-{options.width}{SUFFIX}"
+    return folder / f"{stem_of(analysis_identity(inputs, options.seed))}-{options.width}{SUFFIX}"
 
 
 def place_for(

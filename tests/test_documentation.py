@@ -1,0 +1,114 @@
+"""README and the pages of `docs/` lead somewhere, and show commands and settings that exist."""
+
+import contextlib
+import functools
+import io
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(rf"{_FENCED.pattern}|`[^`\n]+`", _FENCED.flags)
+_TARGET = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+_COMMAND = re.compile(r"(?<![\w-])hyper-merge +([a-z][\w-]*)([^\n`#&|]*)")
+_OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
+_BENCHMARK = re.compile(r"benchmarks/\w+\.py")
+
+
+def page_text(page):
+    return page.read_text(encoding="utf-8")
+
+
+def page_names(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def anchors(page):
+    """The fragments by which the headings of a page can be linked, as GitHub makes them."""
+    headings = _HEADING.findall(_FENCED.sub("", page_text(page)))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def relative_targets(page):
+    """Paths and fragments of all links and pictures that stay within the repository."""
+    links = _TARGET.findall(_CODE.sub("", page_text(page)))
+    targets = [inline or attribute for inline, attribute in links]
+    return [target.partition("#")[::2] for target in targets if "://" not in target]
+
+
+def shown_commands(page):
+    """Command and remaining words of every `hyper-merge ...` in code."""
+    return [match for code in _CODE.findall(page_text(page)) for match in _COMMAND.findall(code)]
+
+
+@functools.cache
+def help_text(*arguments):
+    """What the command line says of itself or of a command; fails for one that does not exist."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr("sys.argv", ["hyper-merge", *arguments, "--help"])
+        patch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_module("hyper_merge", run_name="__main__")
+    assert exit_info.value.code == 0, f"hyper-merge {' '.join(arguments)} is no command"
+    return out.getvalue()
+
+
+def options_of(command):
+    return set(_OPTION.findall(help_text(command).replace("[", " ").replace("]", " ")))
+
+
+def recipe_keys():
+    """Every setting of a recipe: the options of a merge that are its own."""
+    return {option[2:] for option in options_of("merge")} - {"config", "debug", "help"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_names)
+def test_relative_links_and_pictures_exist(page):
+    targets = relative_targets(page)
+    assert targets
+    for path, fragment in targets:
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT), f"{path} leads out of the repository"
+        assert target.exists(), f"{path} does not exist"
+        assert not fragment or fragment in anchors(target), f"{path} has no heading #{fragment}"
+
+
+def test_the_readme_links_to_every_page():
+    linked = {path for path, _ in relative_targets(ROOT / "README.md")}
+    assert {page_names(page) for page in PAGES[1:]} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_names)
+def test_shown_commands_and_their_options_exist(page):
+    for command, words in shown_commands(page):
+        shown = set(_OPTION.findall(words))
+        missing = shown - options_of(command)
+        if command == "runs" and missing:
+            missing -= set(_OPTION.findall(help_text("runs", "delete").replace("[", " ")))
+        assert not missing, f"hyper-merge {command} has no {', '.join(sorted(missing))}"
+
+
+def test_every_command_is_shown_on_some_page():
+    shown = {command for page in PAGES for command, _ in shown_commands(page)}
+    known = set(re.findall(r"^    (\w+) ", help_text(), re.MULTILINE))
+    assert "merge" in known
+    assert shown == known
+
+
+def test_every_recipe_key_is_documented_as_a_row():
+    settings = page_text(ROOT / "docs" / "recipe.md").split("\n## ")[1]
+    assert settings.startswith("Settings")
+    rows = re.findall(r"^\| `(\w+)` \|", settings, re.MULTILINE)
+    assert sorted(rows) == sorted(recipe_keys())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_names)
+def test_shown_benchmarks_exist(page):
+    for path in _BENCHMARK.findall(page_text(page)):
+        assert (ROOT / path).exists(), f"{path} does not exist"

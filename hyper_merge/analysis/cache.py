@@ -6,9 +6,9 @@ setting is never served an old one. Safe to delete at any time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, analysis_identity, solutions_path
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.checkpoints.io.atomic_file import as_output_error
+from hyper_merge.analysis.use_markers import last_used, sweep, unused
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CacheError, CheckpointError
 
@@ -54,19 +54,13 @@ def find_analysis(
     return None
 
 
-def mark_used(path: Path) -> None:
-    """Makes an analysis the most recently used one, for `prune`."""
-    with as_output_error(path):
-        os.utime(path)
-
-
 def cache_bytes(folder: Path) -> int:
     """Bytes of all analyses in a cache folder, 0 if there is none; hashes of files do not count."""
     return sum(_size(path) for path in _files(folder))
 
 
 def clear_analyses(folder: Path) -> int:
-    """Deletes all analyses; the remembered hashes stay, for they are small and slow to make again.
+    """Deletes all analyses but those in use; the remembered hashes stay: small, slow to make again.
 
     Returns:
         The bytes that were freed.
@@ -78,7 +72,10 @@ def clear_analyses(folder: Path) -> int:
     for path in _files(folder):
         size = _size(path)
         try:
-            path.unlink(missing_ok=True)
+            with unused(path) as free:
+                if not free:
+                    raise PermissionError(errno.EACCES, "in use")
+                path.unlink(missing_ok=True)
             freed += size
         except OSError as error:
             stuck.append(f"{path}: {error.strerror or error}")
@@ -97,12 +94,14 @@ def prune_analyses(folder: Path, limit: int) -> None:
     """
     analyses = [path for path in _files(folder) if path.name.endswith(SUFFIX)]
     total = 0
-    for path in sorted(analyses, key=_last_used, reverse=True):
+    for path in sorted(analyses, key=last_used, reverse=True):
         total += _size(path)
         if total > limit:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-                solutions_path(path).unlink(missing_ok=True)
+            with suppress(OSError), unused(path) as free:
+                if free:
+                    path.unlink(missing_ok=True)
+                    solutions_path(path).unlink(missing_ok=True)
+    sweep(folder, SUFFIX)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -116,13 +115,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _width(path: Path) -> int:

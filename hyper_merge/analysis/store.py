@@ -13,12 +13,15 @@ from torch import Tensor
 
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
-from hyper_merge.checkpoints.io.atomic_file import as_output_error
+from hyper_merge.analysis.use_markers import in_use
+from hyper_merge.checkpoints.io.atomic_file import StagedFile, as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint
+from hyper_merge.checkpoints.io.shared_text import put_text
+from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint, read_header
 from hyper_merge.decomposition.bounds import Spectra
+from hyper_merge.errors import CheckpointError, OutputError
+from hyper_merge.runtime.file_lock import alone
 
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SUFFIX: Final = ".analysis.safetensors"
@@ -103,10 +106,12 @@ class Analysis:
         multipliers: Mapping[str, Tensor],  # by group of layers: (d, R)
     ) -> None:
         """Keeps a solution's multipliers for later settings; the first one for each of them."""
-        solutions = self._remembered()
-        solutions.setdefault(name, {group: rows.tolist() for group, rows in multipliers.items()})
-        with FileTransaction(overwrite=True) as outputs:
-            outputs.text(self._solutions, json.dumps(solutions))
+        with alone(self._solutions):
+            solutions = self._remembered()
+            solutions.setdefault(
+                name, {group: rows.tolist() for group, rows in multipliers.items()}
+            )
+            put_text(self._solutions, json.dumps(solutions))
 
     def _remembered(self) -> dict[str, dict[str, list[list[float]]]]:
         """All solutions by their settings, oldest first; none where the file is missing or damaged."""
@@ -130,7 +135,7 @@ def open_analysis(path: Path, inputs: MergeInputs) -> Iterator[Analysis]:
         path: of a file that `find` returned or `create_analysis` wrote.
         inputs: those it was made for.
     """
-    with CheckpointReader(path) as file:
+    with in_use(path), CheckpointReader(path, replaced_whole=True) as file:
         yield Analysis(file, inputs)
 
 
@@ -175,12 +180,36 @@ class AnalysisWriter:
 def create_analysis(
     path: Path, inputs: MergeInputs, options: PassOptions
 ) -> Iterator[AnalysisWriter]:
-    """An analysis to be written within the block; the file appears when that is left in peace."""
+    """An analysis to be written within the block; the file appears when that is left in peace.
+
+    Where another process has put the same one there meanwhile, that stays: it may be in use.
+    """
     about = json.dumps({"width": options.width, **analysis_identity(inputs, options.seed)})
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(path, _tensors(inputs, options), {_ABOUT: about}) as writer:
+    tensors = _tensors(inputs, options)
+    with SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True) as writer:
         yield AnalysisWriter(writer)
+    _put(writer.staged)
+
+
+def _put(staged: StagedFile) -> None:
+    try:
+        if not _is_there(staged.path):
+            staged.commit()
+    except OutputError:
+        if not _is_there(staged.path):
+            raise
+    finally:
+        staged.discard()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file is there that is whole by its header."""
+    try:
+        return bool(read_header(path).tensors)
+    except CheckpointError:
+        return False
 
 
 def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:

@@ -123,6 +123,6 @@ def forecast_task(host: Host, asked: Callable[[], Preflight], task: str, progres
     with host_turn(host, task, progress) as both:
         preflight = asked()
         reading, looking = both.split(FORECAST_COSTS)
-        path = ensure_analysis(preflight, host.folders(), reading)
-        _outlook(_question(path, preflight, looking))
+        with ensure_analysis(preflight, host.folders(), reading) as path:
+            _outlook(_question(path, preflight, looking))
     return ""

@@ -13,8 +13,9 @@ import torch
 
 from hyper_merge.checkpoints.io.hashes import file_sha256, legacy_hash
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.shared_text import put_text
 from hyper_merge.loras.metadata import SourceRecord
+from hyper_merge.runtime.file_lock import alone
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
@@ -50,8 +51,9 @@ def hash_sources(
             known[_key(header)] = digest
             counter.finish(_key(header))
     if new and cache:
-        with FileTransaction(overwrite=True) as outputs:
-            outputs.text(cache / _FILE, json.dumps(known, indent=1))
+        with alone(cache / _FILE):  # others have added theirs meanwhile
+            known = _known(cache) | known
+            put_text(cache / _FILE, json.dumps(known, indent=1))
     return tuple(_source(header, known[_key(header)]) for header in headers)
 
 

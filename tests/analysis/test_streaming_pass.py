@@ -388,10 +388,9 @@ def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
 def test_an_analysis_is_found_for_the_same_question_only(tmp_path, files):
     inputs, options = sources_of(files), PassOptions(CPU, 0, 9)
     path = write_analysis(tmp_path, inputs, options)
-
-    def found(which, of=options, ranks=(4, 2)):
-        return analysis_cache.find_analysis(tmp_path, which, of, ranks)
-
+    found = lambda which, of=options, ranks=(4, 2): analysis_cache.find_analysis(
+        tmp_path, which, of, ranks
+    )  # noqa: E731
     assert found(inputs) == path
     assert found(inputs, replace(options, width=512), (4, 2)) == path  # wide enough
     assert found(inputs, replace(options, width=512), (4, 3)) is None  # too narrow

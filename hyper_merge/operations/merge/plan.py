@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ from hyper_merge.analysis import cache as analysis_cache
 from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import stream_layers
+from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
@@ -95,8 +97,8 @@ def make_plan(
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     reading, looking = progress.split(FORECAST_COSTS)
-    path = ensure_analysis(preflight, folders or preflight.folders, reading)
-    return make_plan_from(*_looked_at(path, preflight, looking), preflight)
+    with ensure_analysis(preflight, folders or preflight.folders, reading) as path:
+        return make_plan_from(*_looked_at(path, preflight, looking), preflight)
 
 
 def make_plan_from(seen: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
@@ -113,20 +115,20 @@ def find_known_analysis(preflight: Preflight, folders: Folders) -> Path | None:
     return analysis_cache.find_analysis(folders.cache, inputs, preflight.pass_options, ranks)
 
 
-def ensure_analysis(preflight: Preflight, folders: Folders, progress: Progress) -> Path:
-    """The analysis of the checkpoints in the cache; made if it is not there."""
-    inputs, options = preflight.inputs, preflight.pass_options
-    found = find_known_analysis(preflight, folders)
-    if found is not None:
-        analysis_cache.mark_used(found)
-        return found
-    require_disks({folders.cache: preflight.estimate.analysis})
-    path = analysis_cache.analysis_path(folders.cache, inputs, options)
-    options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
-    with create_analysis(path, inputs, options) as analysis:
-        analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))
-    analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
-    return path
+@contextmanager
+def ensure_analysis(preflight: Preflight, folders: Folders, progress: Progress) -> Iterator[Path]:
+    """The analysis of the checkpoints in the cache, kept there within the block; made if need be."""
+    inputs, options, ranks = preflight.inputs, preflight.pass_options, preflight.recipe.ranks
+    with analysis_turn(folders.cache, inputs, options, ranks, progress) as turn:
+        if not turn.exists:
+            require_disks({folders.cache: preflight.estimate.analysis})
+            options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
+            with create_analysis(turn.path, inputs, options) as analysis:
+                analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))
+            turn.end_making()
+        yield turn.path
+    if not turn.exists:
+        analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
 
 
 def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> ForecastCurve:

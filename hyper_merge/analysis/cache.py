@@ -6,6 +6,7 @@ setting is never served an old one. Safe to delete at any time.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from hyper_merge.analysis.store import (
     solutions_path,
 )
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.checkpoints.io.atomic_file import as_output_error
+from hyper_merge.analysis.use_markers import last_used, sweep, unused
 from hyper_merge.errors import CacheError
 from hyper_merge.runtime.damaged_files import SET_ASIDE, DamagedFiles
 
@@ -88,19 +89,13 @@ def find_analysis(
     return None
 
 
-def mark_used(path: Path) -> None:
-    """Makes an analysis the most recently used one, for `prune`."""
-    with as_output_error(path):
-        os.utime(path)
-
-
 def cache_bytes(folder: Path) -> int:
     """Bytes of all analyses in a cache folder, 0 if there is none; hashes of files do not count."""
     return sum(_size(path) for path in _files(folder))
 
 
 def clear_analyses(folder: Path) -> int:
-    """Deletes all analyses; the remembered hashes stay, for they are small and slow to make again.
+    """Deletes all analyses but those in use; the remembered hashes stay: small, slow to make again.
 
     Returns:
         The bytes that were freed.
@@ -112,7 +107,10 @@ def clear_analyses(folder: Path) -> int:
     for path in _files(folder):
         size = _size(path)
         try:
-            path.unlink(missing_ok=True)
+            with unused(path) as free:
+                if not free:
+                    raise PermissionError(errno.EACCES, "in use")
+                path.unlink(missing_ok=True)
             freed += size
         except OSError as error:
             stuck.append(f"{path}: {error.strerror or error}")
@@ -131,12 +129,12 @@ def prune_analyses(folder: Path, limit: int) -> None:
     """
     analyses = [path for path in _files(folder) if path.name.endswith((SUFFIX, SET_ASIDE))]
     total = 0
-    for path in sorted(analyses, key=_last_used, reverse=True):
+    for path in sorted(analyses, key=_last_use, reverse=True):
         total += _size(path)
         if total > limit:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
-                solutions_path(path).unlink(missing_ok=True)
+                _delete(path)
+    sweep(folder, SUFFIX)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -153,13 +151,20 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _last_used(path: Path) -> float:
+def _last_use(path: Path) -> float:
+    """Seconds; a damaged file is of no use to anybody and goes first."""
+    return 0.0 if path.name.endswith(SET_ASIDE) else last_used(path)
+
+
+def _delete(path: Path) -> None:
+    """Deletes an analysis that nobody uses, with its solutions, or a damaged one."""
     if path.name.endswith(SET_ASIDE):
-        return 0.0  # of no use to anybody: it goes first
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+        path.unlink(missing_ok=True)
+        return
+    with unused(path) as free:
+        if free:
+            path.unlink(missing_ok=True)
+            solutions_path(path).unlink(missing_ok=True)
 
 
 def _width(path: Path) -> int:

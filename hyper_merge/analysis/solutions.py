@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.shared_text import put_text
 from hyper_merge.errors import OutputError
 from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
@@ -39,8 +39,7 @@ def read_solutions(path: Path, dimensions: int, warn: Callable[[str], None]) -> 
 def write_solutions(path: Path, solutions: Solutions, warn: Callable[[str], None]) -> None:
     """Replaces the file; a merge goes on where that is refused, for later starts alone suffer."""
     try:
-        with FileTransaction(overwrite=True) as outputs:
-            outputs.text(path, sealed(solutions))
+        put_text(path, sealed(solutions))
     except OutputError as error:
         warn(f"the multipliers that were found are not remembered: {error}")
 

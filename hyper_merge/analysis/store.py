@@ -15,12 +15,14 @@ from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_na
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
-from hyper_merge.checkpoints.io.atomic_file import as_output_error
+from hyper_merge.analysis.use_markers import in_use
+from hyper_merge.checkpoints.io.atomic_file import StagedFile, as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint, read_header
 from hyper_merge.decomposition.bounds import Spectra
-from hyper_merge.errors import CheckpointError, DamagedCacheError
+from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
+from hyper_merge.runtime.file_lock import alone
 
 KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SUFFIX: Final = ".analysis.safetensors"
@@ -114,9 +116,12 @@ class Analysis:
         multipliers: Mapping[str, Tensor],  # by group of layers: (d, R)
     ) -> None:
         """Keeps a solution's multipliers for later settings; the first one for each of them."""
-        solutions = self._remembered()
-        solutions.setdefault(name, {group: rows.tolist() for group, rows in multipliers.items()})
-        write_solutions(self._solutions, solutions, self._warn)
+        with alone(self._solutions):
+            solutions = self._remembered()
+            solutions.setdefault(
+                name, {group: rows.tolist() for group, rows in multipliers.items()}
+            )
+            write_solutions(self._solutions, solutions, self._warn)
 
     def _remembered(self) -> Solutions:
         """All solutions by their settings, oldest first; none where the file is missing or damaged."""
@@ -153,8 +158,9 @@ def open_analysis(
         DamagedCacheError: the file cannot be read, or is no analysis of the sources.
     """
     with ExitStack() as stack:
+        stack.enter_context(in_use(path))
         try:
-            file = stack.enter_context(CheckpointReader(path))
+            file = stack.enter_context(CheckpointReader(path, replaced_whole=True))
         except CheckpointError as error:
             raise DamagedCacheError(path, str(error)) from error
         fault = _fault(file.header, inputs)
@@ -221,13 +227,28 @@ class AnalysisWriter:
 def create_analysis(
     path: Path, inputs: MergeInputs, options: PassOptions
 ) -> Iterator[AnalysisWriter]:
-    """An analysis to be written within the block; the file appears when that is left in peace."""
+    """An analysis to be written within the block; the file appears when that is left in peace.
+
+    Where another process has put the same one there meanwhile, that stays: it may be in use.
+    """
     about = json.dumps({"width": options.width, **analysis_identity(inputs, options.seed)})
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(inputs, options)
-    with SafetensorsWriter(path, tensors, {_ABOUT: about}) as writer:
+    with SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True) as writer:
         yield AnalysisWriter(writer, tensors)
+    _put(writer.staged, inputs)
+
+
+def _put(staged: StagedFile, inputs: MergeInputs) -> None:
+    try:
+        if fault_of(staged.path, inputs) is not None:
+            staged.commit()
+    except OutputError:
+        if fault_of(staged.path, inputs) is not None:
+            raise
+    finally:
+        staged.discard()
 
 
 def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:

@@ -64,16 +64,25 @@ class CheckpointReader:
     Tensors are views of the mapped file: read-only by convention, usable until the block is left.
     """
 
-    def __init__(self, path: str | os.PathLike[str], expected: Header | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        expected: Header | None = None,
+        *,
+        replaced_whole: bool = False,
+    ) -> None:
         """Names the file; nothing is read before the block is entered.
 
         Args:
             path: the file.
             expected: the header as it was read earlier; saves reading it again, and a file that
                 changed since then is refused.
+            replaced_whole: nobody writes into the file, at most another one takes its place or it is
+                deleted: what is mapped stays what it was, whatever becomes of the path.
         """
         self.path = Path(path)
         self._header = expected
+        self._replaced_whole = replaced_whole
         self._get: Callable[[str], Tensor] | None = None
         self._resources = ExitStack()
 
@@ -126,7 +135,8 @@ class CheckpointReader:
             )
         if key not in header.tensors:
             raise CheckpointError(f"{self.path.name} has no tensor {key!r}")
-        require_unchanged(header)
+        if not self._replaced_whole:
+            require_unchanged(header)
         return _calculable(key, header, self._get)
 
     def _open(self) -> Callable[[str], Tensor]:

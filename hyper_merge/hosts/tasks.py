@@ -125,9 +125,9 @@ def forecast_task(host: Host, asked: Callable[[], Preflight], task: str, progres
         preflight = asked()
         reading, looking = both.split(FORECAST_COSTS)
 
-        def seen(damaged: DamagedFiles) -> ForecastCurve:
-            path = ensure_analysis(preflight, host.folders(), reading, damaged)
-            return _outlook(_question(path, preflight, looking))
+        def forecast(damaged: DamagedFiles) -> ForecastCurve:
+            with ensure_analysis(preflight, host.folders(), reading, damaged) as path:
+                return _outlook(_question(path, preflight, looking))
 
-        with_sound_cache(seen, both.warn)
+        with_sound_cache(forecast, both.warn)
     return ""

@@ -13,11 +13,12 @@ import torch
 
 from hyper_merge.checkpoints.io.hashes import file_sha256, legacy_hash
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.shared_text import put_text
 from hyper_merge.errors import OutputError
 from hyper_merge.loras.metadata import SourceRecord
 from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
+from hyper_merge.runtime.file_lock import alone
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
@@ -54,7 +55,9 @@ def hash_sources(
             known[_key(header)] = digest
             counter.finish(_key(header))
     if new and cache:
-        _remember(known, cache / _FILE, progress.warn)
+        with alone(cache / _FILE):  # others have added theirs meanwhile
+            known = _known(cache, progress.warn) | known
+            _remember(known, cache / _FILE, progress.warn)
     return tuple(_source(header, known[_key(header)]) for header in headers)
 
 
@@ -101,8 +104,7 @@ def _known(cache: Path | None, warn: Callable[[str], None] | None = None) -> dic
 def _remember(known: Mapping[str, str], path: Path, warn: Callable[[str], None]) -> None:
     """Replaces the file; a run goes on where that is refused, and the next one hashes again."""
     try:
-        with FileTransaction(overwrite=True) as outputs:
-            outputs.text(path, sealed(known))
+        put_text(path, sealed(known))
     except OutputError as error:
         warn(f"the hashes of the checkpoints are not remembered: {error}")
 

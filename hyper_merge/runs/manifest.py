@@ -32,6 +32,7 @@ from hyper_merge.runs.folders import (
     path_exists,
     same_place,
 )
+from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.own_loras import is_own_lora
 from hyper_merge.runs.report import Report
 from hyper_merge.runtime.names import one_line
@@ -141,12 +142,15 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
 
     Raises:
         RunError: as for `load_run`.
-        OutputError: a file cannot be removed; the others are as they were.
+        OutputError: a file cannot be removed, the others are as they were; or a job that is running
+            needs the run or its hyper-model.
     """
-    files = files_of(run, folders)
-    with FileTransaction() as outputs:
-        for path in files:
-            outputs.remove(path)
+    with held(folders.runs, Hold("run", run.name)):
+        files = files_of(run, folders)
+        of_model = [Hold("model", run.hyper_model.name)] if run.hyper_model in files else []
+        with held(folders.runs, *of_model), FileTransaction() as outputs:
+            for path in files:
+                outputs.remove(path)
     for name in (FITS, PICTURES, ""):
         with suppress(OSError):  # somebody's notes are in it
             (folders.runs / run.name / name).rmdir()

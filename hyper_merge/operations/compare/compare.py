@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -33,12 +33,13 @@ from hyper_merge.operations.compare.request import (
     Subject,
     plan_pictures,
 )
-from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.folders import PICTURES, Folders
 from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_hyper_model, require_own
 from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.weighted_loras import find_row, prompt_tags_of, source_of, weighted_loras_of
+from hyper_merge.runtime.file_lock import alone
 from hyper_merge.runtime.progress import Progress
 
 ROWS: Final[Mapping[str, str]] = {
@@ -98,7 +99,7 @@ def run_comparison(
     figures = tuple(_figures(pictures, order, distance))
     found = ComparisonRecord(
         run=run.name,
-        name=free_comparison_name(run),
+        name="",  # the next free one when it is saved
         created=current_time(),
         host=studio.host,
         hyper_model=hyper_model.name,
@@ -110,7 +111,9 @@ def run_comparison(
         measure=PERCEPTUAL if distance else "",
     )
     progress.report("saving the grid", 1.0)
-    save_comparison(run, found, _grid(found, order, subjects, pictures))
+    with alone(run.folder / PICTURES):  # nobody else takes the name meanwhile
+        found = replace(found, name=free_comparison_name(run))
+        save_comparison(run, found, _grid(found, order, subjects, pictures))
     return found
 
 

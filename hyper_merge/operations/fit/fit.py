@@ -25,6 +25,7 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
 from hyper_merge.runs.integrity import require_own
 from hyper_merge.runs.manifest import Run
+from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, part_losses
 from hyper_merge.runs.weighted_loras import shared_files
 from hyper_merge.runtime.progress import Progress
@@ -45,6 +46,23 @@ def run_fit(wanted: FitRequest, folders: Folders, progress: Progress) -> FitReco
             of another family, a name that is taken, a full disk, or the user's interrupt.
     """
     job = prepare_fit(wanted, folders)
+    with held(folders.runs, *_holds(job)):
+        job = _with_free_names(job, wanted, folders)  # after one that was running then
+        return _written(wanted, job, folders, progress)
+
+
+def _holds(job: FitInputs) -> tuple[Hold, ...]:
+    """What nobody may delete or replace meanwhile, and the fit that nobody else may write."""
+    run = job.run
+    return (
+        Hold("run", run.name, shared=True),
+        Hold("model", run.hyper_model.name, shared=True),
+        Hold("fit", f"{run.name} {job.name}"),
+    )
+
+
+def _written(wanted: FitRequest, job: FitInputs, folders: Folders, progress: Progress) -> FitRecord:
+    """Fits and writes, with all names held."""
     checking, fitting, topping = progress.split(_costs(job, folders, topup=bool(wanted.topup)))
     origin = _checked(job, folders, checking)
     with FileTransaction(overwrite=wanted.overwrite) as outputs, _opened(job) as added:
@@ -68,14 +86,18 @@ def prepare_fit(wanted: FitRequest, folders: Folders) -> FitInputs:
         HyperMergeError: as for `examined`, and a name that is taken.
     """
     job = validate_fit(wanted, folders)
-    paths = fit_record_paths(job.run, job.name)
-    if paths[0].parent.is_symlink():
+    folder = fit_record_paths(job.run, job.name)[0].parent
+    if folder.is_symlink():
         raise OutputError(
-            f"{paths[0].parent} is a link, and links are not followed; put the folder itself there,"
+            f"{folder} is a link, and links are not followed; put the folder itself there,"
             " or remove the link"
         )
+    return _with_free_names(job, wanted, folders)
+
+
+def _with_free_names(job: FitInputs, wanted: FitRequest, folders: Folders) -> FitInputs:
     require_own_record(job.run, job.name)
-    for path in paths:
+    for path in fit_record_paths(job.run, job.name):
         require_free(path, overwrite=wanted.overwrite)
     stem = topup_stem(job, folders, overwrite=wanted.overwrite)
     return replace(job, topup_stem=stem)

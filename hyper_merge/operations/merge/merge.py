@@ -15,6 +15,7 @@ from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.loss_weights import make_loss_weights
 from hyper_merge.analysis.store import Analysis, create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions, stream_layers
+from hyper_merge.analysis.turns import Turn, analysis_turn
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
@@ -44,6 +45,7 @@ from hyper_merge.operations.merge.rank_search import solve_with_rank_search
 from hyper_merge.operations.merge.report_builder import BlockChoice, make_report
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.folders import Folders, Place, require_no_source
+from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PrecisionLoss, Report
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.devices import resolve_device
@@ -95,17 +97,33 @@ def run_merge(
 def _merged(
     preflight: Preflight, progress: Progress, start: Mapping[str, Tensor], damaged: DamagedFiles
 ) -> MergeResult:
-    """Makes everything, with what the cache holds besides the damaged files."""
+    """Makes everything with all names held, from what the cache holds apart from damaged files."""
+    recipe, folders = preflight.recipe, preflight.folders
+    with held(folders.runs, Hold("merge", recipe.name)):
+        place = folders.place(recipe, preflight.average_id)
+        model = Hold("model", place.hyper_model.name, shared=place.exists)
+        with held(folders.runs, Hold("run", place.run), model):
+            if not recipe.finds_ranks:
+                shared = names_of(preflight, place)
+                require_free_names(place, shared, folders, overwrite=recipe.overwrite)
+            preflight.require_room(place)
+            inputs, options = preflight.inputs, preflight.pass_options
+            with analysis_turn(
+                folders.cache, inputs, options, recipe.ranks, damaged, progress
+            ) as turn:
+                merged = _written(preflight, place, turn, progress, start)
+    analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
+    return merged
+
+
+def _written(
+    preflight: Preflight, place: Place, turn: Turn, progress: Progress, start: Mapping[str, Tensor]
+) -> MergeResult:
+    """Writes everything, from an analysis that is there or to be made."""
     recipe, inputs, folders = preflight.recipe, preflight.inputs, preflight.folders
-    place = folders.place(recipe, preflight.average_id)
-    if not recipe.finds_ranks:
-        shared = names_of(preflight, place)
-        require_free_names(place, shared, folders, overwrite=recipe.overwrite)
-    options = preflight.pass_options
-    cached = analysis_cache.find_analysis(folders.cache, inputs, options, recipe.ranks, damaged)
-    preflight.require_room(place)
-    existing = ExistingFiles(folders.cache, average=place.exists, analysis=cached is not None)
-    costs = preflight.costs(existing)
+    costs = preflight.costs(
+        ExistingFiles(folders.cache, average=place.exists, analysis=turn.exists)
+    )
     hashing, reading, solving, writing = progress.split(
         (costs.hashing, costs.reading, costs.solving + costs.rounding, costs.writing)
     )
@@ -114,18 +132,10 @@ def _merged(
         lineage = replace(lineage, name=place.hyper_model.stem)  # it may be an earlier merge's
         if not place.exists:
             stage_checkpoint_card(outputs, place.hyper_model, lineage, overwrite=recipe.overwrite)
-        path = cached or analysis_cache.place_for(folders.cache, inputs, options, damaged)
-        if cached:
-            analysis_cache.mark_used(cached)
-        _read(
-            preflight,
-            place,
-            outputs,
-            lineage,
-            (None if cached else path, options),
-            reading,
-        )
-        with open_analysis(path, inputs, progress.warn) as analysis:
+        wanted = None if turn.exists else turn.path, preflight.pass_options
+        _read(preflight, place, outputs, lineage, wanted, reading)
+        turn.end_making()
+        with open_analysis(turn.path, inputs, progress.warn) as analysis:
             preflight, solved = solve_with_rank_search(
                 analysis, preflight, partial(_solve, analysis, (costs, start)), solving
             )
@@ -133,9 +143,8 @@ def _merged(
             report, names = _stage(outputs, preflight, place, lineage, (analysis, solved, writing))
         stage_texts(outputs, preflight, place, lineage, report)
         progress.report("putting the files in place", 1.0)
-    analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
     paths = tuple(place.loras / f"{name}.safetensors" for name in names)
-    return MergeResult(report, place, paths, cached is not None)
+    return MergeResult(report, place, paths, turn.exists)
 
 
 def _stage(
@@ -209,11 +218,17 @@ def run_average(preflight: Preflight, progress: Progress, folders: Folders | Non
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    recipe, inputs = preflight.recipe, preflight.inputs
-    folders = folders or preflight.folders
+    recipe, folders = preflight.recipe, folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
         raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
+    with held(folders.runs, Hold("merge", recipe.name), Hold("model", path.name)):
+        return _averaged(preflight, folders, path, progress)
+
+
+def _averaged(preflight: Preflight, folders: Folders, path: Path, progress: Progress) -> Path:
+    """Writes the hyper-model in its place, which nobody else takes."""
+    recipe, inputs = preflight.recipe, preflight.inputs
     require_no_source(path, recipe.models)
     require_free(path, overwrite=recipe.overwrite)
     folders.require_unused(path, preflight.average_id)

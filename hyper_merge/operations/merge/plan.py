@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ from hyper_merge.analysis import cache as analysis_cache
 from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import stream_layers
+from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
@@ -98,8 +100,8 @@ def make_plan(
     reading, looking = progress.split(FORECAST_COSTS)
 
     def seen(damaged: DamagedFiles) -> tuple[RankForecast, Clusters]:
-        path = ensure_analysis(preflight, folders or preflight.folders, reading, damaged)
-        return _looked_at(path, preflight, looking)
+        with ensure_analysis(preflight, folders or preflight.folders, reading, damaged) as path:
+            return _looked_at(path, preflight, looking)
 
     return make_plan_from(*with_sound_cache(seen, progress.warn), preflight)
 
@@ -118,23 +120,22 @@ def find_known_analysis(preflight: Preflight, folders: Folders) -> Path | None:
     return analysis_cache.find_analysis(folders.cache, inputs, preflight.pass_options, ranks)
 
 
+@contextmanager
 def ensure_analysis(
     preflight: Preflight, folders: Folders, progress: Progress, damaged: DamagedFiles
-) -> Path:
-    """The analysis of the checkpoints in the cache; made if it is not there, or damaged."""
-    inputs, options = preflight.inputs, preflight.pass_options
-    ranks = preflight.recipe.ranks
-    found = analysis_cache.find_analysis(folders.cache, inputs, options, ranks, damaged)
-    if found is not None:
-        analysis_cache.mark_used(found)
-        return found
-    require_disks({folders.cache: preflight.estimate.analysis})
-    path = analysis_cache.place_for(folders.cache, inputs, options, damaged)
-    options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
-    with create_analysis(path, inputs, options) as analysis:
-        analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))
-    analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
-    return path
+) -> Iterator[Path]:
+    """The analysis of the checkpoints in the cache, kept there within the block; made if need be."""
+    inputs, options, ranks = preflight.inputs, preflight.pass_options, preflight.recipe.ranks
+    with analysis_turn(folders.cache, inputs, options, ranks, damaged, progress) as turn:
+        if not turn.exists:
+            require_disks({folders.cache: preflight.estimate.analysis})
+            options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
+            with create_analysis(turn.path, inputs, options) as analysis:
+                analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))
+            turn.end_making()
+        yield turn.path
+    if not turn.exists:
+        analysis_cache.prune_analyses(folders.cache, folders.cache_limit)
 
 
 def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> ForecastCurve:

@@ -441,7 +441,7 @@ def test_one_of_each_kind_is_kept_and_goes_with_the_cache(tmp_path, told):
 
 def test_files_with_strange_names_are_passed_over(started, files, analysis):
     inputs = run_preflight(recipe(files, started)).inputs
-    options = replace(run_preflight(recipe(files, started)).options)
+    options = replace(run_preflight(recipe(files, started)).pass_options)
     for name in ("x", "-1", "1e3", "٣"):
         stem = analysis.name.partition("-")[0]
         (analysis.parent / f"{stem}-{name}.analysis.safetensors").write_bytes(b"?")

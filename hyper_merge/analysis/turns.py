@@ -1,0 +1,80 @@
+"""One analysis for all processes that need it at the same time: one makes it, the others wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyper_merge.analysis.cache import find_analysis, place_for
+from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.analysis.use_markers import in_use, making
+from hyper_merge.runtime.damaged_files import DamagedFiles
+from hyper_merge.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An analysis that nobody deletes, or the turn to make it."""
+
+    path: Path
+    exists: bool
+    end_making: Callable[[], None]  # when it is made: the others may have it
+
+
+@contextmanager
+def analysis_turn(
+    folder: Path,
+    inputs: MergeInputs,
+    options: PassOptions,
+    ranks: Sequence[int],
+    damaged: DamagedFiles,
+    progress: Progress,
+) -> Iterator[Turn]:
+    """The analysis that serves, kept from deletion within the block; else whoever asks makes it.
+
+    Args:
+        folder: of the cache.
+        inputs: the files.
+        options: what is wanted of them.
+        ranks: that it is to serve.
+        damaged: files that are not to be used.
+        progress: is told while another process makes the same analysis, and may end the wait.
+
+    Raises:
+        InterruptedRun: the user does not want to wait.
+    """
+    with ExitStack() as kept:
+        found = _kept(kept, folder, inputs, options, ranks, damaged)
+        if found is not None:
+            yield Turn(found, exists=True, end_making=lambda: None)
+            return
+        path = place_for(folder, inputs, options, damaged)
+        kept.enter_context(in_use(path))
+        with ExitStack() as turn:
+            turn.enter_context(making(path, progress))
+            found = _kept(
+                kept, folder, inputs, options, ranks, damaged
+            )  # another one made it meanwhile
+            if found is not None:
+                turn.close()
+            yield Turn(found or path, found is not None, turn.close)
+
+
+def _kept(
+    kept: ExitStack,
+    folder: Path,
+    inputs: MergeInputs,
+    options: PassOptions,
+    ranks: Sequence[int],
+    damaged: DamagedFiles,
+) -> Path | None:
+    """An analysis that serves and will stay; None if there is none."""
+    found = find_analysis(folder, inputs, options, ranks, damaged)
+    if found is not None:
+        kept.enter_context(in_use(found))
+        if not found.exists():  # it was deleted just before
+            return None
+    return found

@@ -1,0 +1,141 @@
+"""Which analyses of the cache are in use, and when each one was used last; the analyses stay untouched.
+
+Beside an analysis `x.analysis.safetensors` lies an empty file `x.used`, whose time of change is the
+last use. Who uses the analysis shares a lock of that file; who wants to delete it needs that lock
+alone. Where there are no locks the file is touched all the while, and a young one means "in use".
+Who makes the analysis holds a lock of `x.making`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, State
+from hyper_merge.runtime.progress import Progress
+
+USED: Final = ".used"
+
+_MAKING: Final = ".making"
+_WAITING: Final = "waiting for another merge of these files"
+_BEAT: Final = 60.0  # seconds between touches where there are no locks
+_PATIENCE: Final = 30.0
+_YOUNG: Final = 10 * _BEAT
+
+
+@contextmanager
+def in_use(analysis: Path) -> Iterator[None]:
+    """Keeps an analysis, there already or yet to be made, from being deleted within the block."""
+    lock = FileLock(_beside(analysis, USED))
+    end = time.monotonic() + _PATIENCE
+    while (state := lock.acquire(shared=True)) is State.TAKEN and time.monotonic() < end:
+        time.sleep(PAUSE)  # somebody deletes it, which takes a moment
+    mark_used(analysis)
+    over = threading.Event()
+    if state is not State.HELD:
+        threading.Thread(target=_touch, args=(analysis, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        lock.release()
+        _forget(lock, analysis)
+
+
+@contextmanager
+def making(analysis: Path, progress: Progress) -> Iterator[None]:
+    """Within the block nobody else makes this analysis; waits, with a word, while another one does.
+
+    Where there are no locks, nobody waits: it may be made twice.
+
+    Raises:
+        InterruptedRun: the user does not want to wait.
+    """
+    lock = FileLock(_beside(analysis, _MAKING))
+    while lock.acquire() is State.TAKEN:
+        progress.report(_WAITING, 0.0)
+        time.sleep(PAUSE)
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
+
+
+@contextmanager
+def unused(analysis: Path) -> Iterator[bool]:
+    """Whether an analysis may be deleted: nobody uses it, or begins to within the block."""
+    marker = _beside(analysis, USED)
+    known, young = marker.exists(), _is_young(marker)  # before the lock makes it
+    lock = FileLock(marker)
+    state = lock.acquire()
+    try:
+        yield state is State.HELD or (state is State.IMPOSSIBLE and not young)
+    finally:
+        gone = state is State.HELD and not analysis.exists()
+        lock.release(remove=state is not State.TAKEN and (gone or not known))
+
+
+def mark_used(analysis: Path) -> None:
+    """Makes an analysis the most recently used one; nothing where the folder cannot be written to."""
+    with suppress(OSError):
+        _beside(analysis, USED).touch()
+
+
+def last_used(analysis: Path) -> float:
+    """When an analysis was used last or made, in seconds; 0 for one that is gone by now."""
+    return max(_changed(_beside(analysis, USED)), _changed(analysis))
+
+
+def sweep(folder: Path, suffix: str) -> None:
+    """Removes what killed processes left of analyses that they were about to make.
+
+    Args:
+        folder: of the cache.
+        suffix: of an analysis' name.
+    """
+    for path in [*folder.glob(f"*{USED}"), *folder.glob(f"*{_MAKING}")]:
+        _forget(FileLock(path), _beside(path, suffix))
+
+
+def _forget(lock: FileLock, analysis: Path) -> None:
+    """Removes the lock's file where there is no analysis to it, and nobody is about to make one."""
+    if not analysis.exists() and lock.acquire() is not State.TAKEN:
+        lock.release(remove=not analysis.exists())
+
+
+def _touch(analysis: Path, over: threading.Event) -> None:
+    while not over.wait(_BEAT):
+        mark_used(analysis)
+
+
+def _is_young(marker: Path) -> bool:
+    """By the clock of the disk, which may be another machine's."""
+    return _now(marker.parent) - _changed(marker) < _YOUNG
+
+
+def _now(folder: Path) -> float:
+    probe = folder / f".hyper-merge-{secrets.token_hex(8)}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _beside(analysis: Path, suffix: str) -> Path:
+    return analysis.with_name(analysis.name.partition(".")[0] + suffix)

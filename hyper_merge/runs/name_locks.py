@@ -1,0 +1,78 @@
+"""Names that a running job holds: of runs and hyper-models that it writes, or reads for long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from hyper_merge.errors import NameTakenError
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, State
+
+_Kind = Literal["merge", "run", "model", "fit"]
+
+_WORDS: Final[Mapping[_Kind, str]] = {
+    "merge": "the name",
+    "run": "the run",
+    "model": "the hyper-model",
+    "fit": "the name of a fit",
+}
+_OTHER: Final = ", or choose another name"
+_ADVICE: Final[Mapping[_Kind, str]] = {"merge": _OTHER, "run": "", "model": "", "fit": _OTHER}
+_PATIENCE: Final = 1.0  # seconds: whoever ends may look for a moment whether others are there
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A name of a kind; names of different kinds have nothing to do with each other.
+
+    Attributes:
+        kind: Of what it is the name; `merge` for the one that the user gave, from which those of
+            run and hyper-model follow.
+        name: Whose letters' case does not count, as in the file systems of Windows and macOS.
+        shared: Whether others may hold it too who share it: it is read, not written.
+    """
+
+    kind: _Kind
+    name: str
+    shared: bool = False
+
+
+@contextmanager
+def held(folder: Path, *holds: Hold) -> Iterator[None]:
+    """Holds names within the block, as far as there are locks.
+
+    Args:
+        folder: of the runs.
+        holds: the names.
+
+    Raises:
+        NameTakenError: another job holds one of them.
+    """
+    with ExitStack() as stack:
+        for hold in holds:
+            stack.enter_context(_held(folder, hold))
+        yield
+
+
+@contextmanager
+def _held(folder: Path, hold: Hold) -> Iterator[None]:
+    lock = FileLock(folder / f".{hold.name.lower()}.{hold.kind}.lock")
+    end = time.monotonic() + _PATIENCE
+    while lock.acquire(shared=hold.shared) is State.TAKEN:
+        if time.monotonic() > end:
+            raise NameTakenError(
+                f"{_WORDS[hold.kind]} {hold.name} is in use by another Hyper-Merge that is running;"
+                f" try again when that is done{_ADVICE[hold.kind]}"
+            )
+        time.sleep(PAUSE)
+    try:
+        yield
+    finally:
+        if hold.shared:
+            lock.release()
+        if not hold.shared or lock.acquire() is not State.TAKEN:  # the last one who shared it
+            lock.release(remove=True)

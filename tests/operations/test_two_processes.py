@@ -1,0 +1,323 @@
+"""Processes that share a models folder, its runs and its cache: neither ends or spoils the other's work.
+
+HYPER_MERGE_ROUNDS=50 makes each of the races many times over.
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from other_processes import Other
+from tiny_family import merge, recipe, temporaries, write
+
+from hyper_merge.analysis import cache as analysis_cache
+from hyper_merge.analysis.store import open_analysis, solutions_path
+from hyper_merge.analysis.turns import analysis_turn
+from hyper_merge.analysis.use_markers import in_use, mark_used, unused
+from hyper_merge.errors import CacheError, InterruptedRun, NameTakenError
+from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import delete_run, list_runs, load_run
+from hyper_merge.runs.name_locks import Hold, held
+from hyper_merge.runtime.checked_json import read_sealed
+from hyper_merge.runtime.damaged_files import DamagedFiles
+from hyper_merge.runtime.file_lock import FileLock, State, alone
+from hyper_merge.runtime.progress import Progress
+
+ROUNDS = int(os.environ.get("HYPER_MERGE_ROUNDS", "1"))
+KINDS = [
+    "locks",
+    "no locks",
+    pytest.param(
+        "windows",
+        marks=pytest.mark.skipif(
+            not sys.platform.startswith("linux") or sys.version_info < (3, 11),
+            reason="what is open elsewhere is found in /proc",
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def others(request):
+    """Two processes on a file system of one kind, and that kind."""
+    environment = dict(os.environ)
+    with Other(request.param, environment) as one, Other(request.param, environment) as two:
+        yield one, two, request.param
+
+
+@pytest.fixture(params=range(ROUNDS))
+def root(request, tmp_path):
+    """A models folder for each round."""
+    return tmp_path / "models"
+
+
+def merging(files, root, name="mix", ranks="4,2", iterations=3):
+    """The command of a merge."""
+    words = ["merge", "--name", name, "--models", *files, "--output", root]
+    return [*words, "--ranks", ranks, "--iterations", str(iterations), "--device", "cpu"]
+
+
+def planning(files, root):
+    return ["plan", *merging(files, root)[1:]]
+
+
+def require_whole(root, *names):
+    """Every run is there with all its files, and nothing of what is only for a while."""
+    runs, problems = list_runs(Folders.under(root))
+    assert problems == []
+    assert sorted(run.name for run in runs) == sorted(names)
+    assert [run.missing for run in runs] == [()] * len(runs)
+    assert temporaries(root) == []
+    assert [*root.rglob("*.lock"), *root.rglob("*.making")] == []
+
+
+def until_it_ends(working, meanwhile):
+    """Lets a process end its command, while something is done again and again."""
+    outcome = []
+    waiting = threading.Thread(target=lambda: outcome.append(working.end()))
+    waiting.start()
+    while waiting.is_alive():
+        meanwhile()
+    return outcome[0]
+
+
+def test_plans_do_not_end_a_merge_of_the_same_files(others, files, root, merged):
+    one, two, _ = others
+    known = merged.place.folder.parent / "cache"
+    shutil.copytree(known, root / "hyper-merge/cache")
+    one.begin(*merging(files, root, iterations=5))
+    plans = []
+    ended = until_it_ends(one, lambda: plans.append(two.run(*planning(files, root))))
+    assert ended == (0, "")
+    assert set(plans) == {(0, "")}
+    require_whole(root, "mix")
+
+
+def test_two_first_merges_of_the_same_files_both_end_well(others, files, root):
+    one, two, _ = others
+    one.begin(*merging(files, root, "one"))
+    two.begin(*merging(files, root, "two", "3,2"))
+    assert [one.end(), two.end()] == [(0, ""), (0, "")]
+    require_whole(root, "one", "two")
+    (analysis,) = (root / "hyper-merge/cache").glob("*.analysis.safetensors")
+    solutions = read_sealed(solutions_path(analysis))
+    assert {name.partition(";")[0] for name in solutions} <= {"4, 2", "3, 2"}
+
+
+def test_two_merges_of_one_name_are_never_mixed(others, files, root):
+    one, two, kind = others
+    one.begin(*merging(files, root))
+    two.begin(*merging(files, root, ranks="3,2"))
+    ended = sorted([one.end(), two.end()])
+    assert ended[0] == (0, "")
+    if ended[1][0] == 0:  # it began when the other had ended
+        require_whole(root, "mix", "mix-2")
+        return
+    assert ended[1][0] == 2
+    words = "exists" if kind == "no locks" else "the name mix is in use by another Hyper-Merge"
+    assert words in ended[1][1]
+    require_whole(root, "mix")
+
+
+def test_a_merge_outlives_clearing_and_its_analysis_stays(others, files, root):
+    one, two, _ = others
+    one.begin(*merging(files, root, iterations=5))
+    cleared = []
+    assert until_it_ends(one, lambda: cleared.append(two.run("clear", root))) == (0, "")
+    assert all(code == 0 or "in use" in said for code, said in cleared)
+    require_whole(root, "mix")
+
+
+def test_no_hash_and_no_solution_is_lost(others, files, root, state_of, tmp_path):
+    one, two, kind = others
+    if kind == "no locks":
+        pytest.skip("one of them may be lost, and is found again")
+    more = [write(tmp_path / f"{name}.safetensors", state_of(c)) for c, name in enumerate("de")]
+    one.begin(*merging(files, root, "one"))
+    two.begin(*merging(more, root, "two"))
+    assert [one.end(), two.end()] == [(0, ""), (0, "")]
+    one.begin(*merging(files, root, "three", "3,2"))
+    two.begin(*merging(files, root, "four", "5,2"))
+    assert [one.end(), two.end()] == [(0, ""), (0, "")]
+    known = read_sealed(root / "hyper-merge/cache/hashes.json")
+    assert len(known) == 5
+    solutions = [read_sealed(path) for path in root.rglob("*.solutions.json")]
+    assert sorted(len(each) for each in solutions) == [1, 3]
+
+
+def test_a_killed_merge_locks_out_nobody(files, tmp_path):
+    root = tmp_path / "models"
+    with Other("locks", dict(os.environ)) as one, Other("locks", dict(os.environ)) as two:
+        one.begin(*merging(files, root, iterations=10_000))
+        end = time.monotonic() + 120
+        while not (begun := list(root.rglob("*.lock"))) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert begun
+        one.kill()
+        assert two.run(*merging(files, root)) == (0, "")
+    runs, _ = list_runs(Folders.under(root))
+    assert [run.name for run in runs] == ["mix"]
+    assert [*root.rglob("*.lock"), *root.rglob("*.making")] == []
+
+
+@pytest.fixture
+def asked(files, tmp_path):
+    """A merge that was asked for, and the analysis that it needs."""
+    preflight = run_preflight(recipe(files, tmp_path / "models"))
+    folder = preflight.folders.cache
+    return preflight, analysis_cache.analysis_path(folder, preflight.inputs, preflight.pass_options)
+
+
+def turn_of(preflight, progress):
+    folder, ranks = preflight.folders.cache, preflight.recipe.ranks
+    damaged = DamagedFiles(progress.warn)
+    return analysis_turn(folder, preflight.inputs, preflight.pass_options, ranks, damaged, progress)
+
+
+def test_whoever_waits_for_an_analysis_is_told_and_may_stop(asked):
+    preflight, path = asked
+    told = []
+
+    def stop():
+        return bool(told)
+
+    with turn_of(preflight, Progress()) as turn:
+        assert (turn.path, turn.exists) == (path, False)
+        waiting = Progress(lambda phase, _: told.append(phase), stop)
+        with pytest.raises(InterruptedRun), turn_of(preflight, waiting):
+            pass
+        assert told == ["waiting for another merge of these files"]
+        turn.end_making()
+        with turn_of(preflight, Progress()) as next_turn:
+            assert not next_turn.exists  # nothing came of the first
+    assert not preflight.folders.runs.exists()
+
+
+def test_the_mark_of_a_use_leaves_the_analysis_untouched(merged, started):
+    (path,) = started.rglob("*.analysis.safetensors")
+    before = path.stat()
+    with in_use(path):
+        mark_used(path)
+    after = path.stat()
+    assert (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+
+
+def test_an_analysis_in_use_is_neither_cleared_nor_pruned(started):
+    (path,) = started.rglob("*.analysis.safetensors")
+    with in_use(path), in_use(path):
+        with pytest.raises(CacheError, match=r"analysis\.safetensors: in use\); try again when"):
+            analysis_cache.clear_analyses(path.parent)
+        analysis_cache.prune_analyses(path.parent, 0)
+        assert path.exists()
+        assert solutions_path(path).exists()
+    analysis_cache.prune_analyses(path.parent, 0)
+    assert [each.name for each in path.parent.iterdir()] == ["hashes.json"]
+
+
+def test_without_locks_a_young_mark_says_in_use(started, monkeypatch):
+    (path,) = started.rglob("*.analysis.safetensors")
+    monkeypatch.setattr(
+        "hyper_merge.runtime.file_lock._lock", lambda file, *, shared: State.IMPOSSIBLE
+    )
+    with in_use(path), unused(path) as free:
+        assert not free
+    marker = path.with_name(path.name.partition(".")[0] + ".used")
+    os.utime(marker, (1, 1))
+    with unused(path) as free:
+        assert free
+    marker.unlink()
+    with unused(path) as free:
+        assert free
+    assert not marker.exists()
+
+
+def test_an_open_analysis_is_read_to_its_end_whatever_becomes_of_its_file(started, files):
+    (path,) = started.rglob("*.analysis.safetensors")
+    inputs = run_preflight(recipe(files, started)).inputs
+    with open_analysis(path, inputs) as analysis:
+        core = analysis.core(0).clone()
+        path.unlink()
+        assert bool((analysis.core(0) == core).all())
+
+
+def test_a_cache_that_cannot_be_written_ends_no_merge(files, tmp_path, monkeypatch):
+    replace, refused = Path.replace, []
+
+    def refuse(self, target):
+        if Path(target).suffix == ".json" and "cache" in Path(target).parts:
+            refused.append(Path(target).name)
+            raise PermissionError(13, "in use")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr("hyper_merge.runtime.file_lock._MOMENT", 0.1)
+    merge(files, tmp_path / "models")
+    assert refused.count("hashes.json") > 1  # it may be for a moment
+    assert len({*refused}) == 2
+    require_whole(tmp_path / "models", "mix")
+
+
+def test_a_lock_of_several_kinds(tmp_path):
+    one, two, three = (FileLock(tmp_path / "folder/x.lock") for _ in range(3))
+    assert one.acquire(shared=True) is State.HELD
+    assert two.acquire(shared=True) is State.HELD
+    assert three.acquire() is State.TAKEN
+    one.release()
+    two.release()
+    assert three.acquire() is State.HELD
+    assert one.acquire(shared=True) is State.TAKEN
+    three.release(remove=True)
+    assert one.acquire() is State.HELD
+    one.release(remove=True)
+    assert list(tmp_path.iterdir()) == []  # the folder was made for it
+
+
+def test_changes_of_many_threads_to_one_text_are_all_kept(tmp_path):
+    path = tmp_path / "numbers"
+    path.write_text("0")
+
+    def count():
+        for _ in range(20):
+            with alone(path):
+                path.write_text(str(int(path.read_text()) + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(5)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert path.read_text() == "100"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_in_use_is_not_deleted(started):
+    folders = Folders.under(started)
+    run = load_run(folders, "mix")
+    with (
+        held(folders.runs, Hold("model", run.hyper_model.name, shared=True)),
+        pytest.raises(NameTakenError, match=r"^the hyper-model mix\.safetensors is in use by"),
+    ):
+        delete_run(run, folders)
+    with (
+        held(folders.runs, Hold("run", "MIX", shared=True)),
+        pytest.raises(NameTakenError, match=r"^the run mix is in use by .*; try again when"),
+    ):
+        delete_run(run, folders)
+    assert load_run(folders, "mix").missing == ()
+    delete_run(run, folders)
+    assert list(folders.runs.iterdir()) == [folders.cache]
+
+
+def test_a_merge_of_a_name_that_is_held_ends_before_its_work(files, tmp_path):
+    folders = Folders.under(tmp_path / "models")
+    with (
+        held(folders.runs, Hold("merge", "mix")),
+        pytest.raises(NameTakenError, match=r"^the name mix is in use .*choose another name$"),
+    ):
+        merge(files, tmp_path / "models")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,142 @@
+"""Other processes that run commands beside one another, on file systems of several kinds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+ROOT = Path(__file__).parent.parent
+
+Kind = Literal["locks", "no locks", "windows"]
+
+PROGRAM = """
+import contextlib, io, json, os, sys
+from pathlib import Path
+
+kind = sys.argv[1]
+
+def opened_elsewhere(path):
+    try:
+        wanted = os.stat(path)
+    except OSError:
+        return False
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal():
+            continue
+        with contextlib.suppress(OSError):
+            for file in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(file.stat(), wanted):
+                        return True
+            maps = (process / "maps").read_text().splitlines()
+            if any(line.split()[4:5] == [str(wanted.st_ino)] for line in maps):
+                return True
+    return False
+
+def refusing(name, which):
+    act = getattr(os, name)
+    def guarded(*paths, **options):
+        if opened_elsewhere(paths[which]):
+            raise PermissionError(13, "in use", str(paths[which]))
+        return act(*paths, **options)
+    setattr(os, name, guarded)
+
+if kind == "windows":  # an open or mapped file can be neither replaced nor deleted
+    refusing("replace", 1), refusing("unlink", 0), refusing("rename", 0)
+
+from hyper_merge.cli import main as cli
+from hyper_merge.errors import HyperMergeError
+from hyper_merge.operations.cache import clear_cache
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime import file_lock
+
+def by_ranges(file, *, shared):
+    # What Windows has: a range of bytes belongs to one opened file alone.
+    place, length = (1 + secrets.randbelow(2**30), 1) if shared else (1, 2**30)
+    wish = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, length, 0)
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, wish)
+    except OSError:
+        return file_lock.State.TAKEN
+    return file_lock.State.HELD
+
+if kind == "no locks":
+    file_lock._lock = lambda file, *, shared: file_lock.State.IMPOSSIBLE
+if kind == "windows":
+    import fcntl, secrets, struct
+    file_lock._lock = by_ranges
+    file_lock._REMOVED_WHILE_OPEN = False
+
+from hyper_merge.decomposition import initialization as starts  # the search for a start has tests of its own
+starts._RANDOM, starts._ROUNDS, starts._GREEDY_TURNS = 1, ((1, 1),), 1
+starts._PILOT_ENTRIES = 20_000
+
+def clear(root):
+    try:
+        clear_cache(Folders.under(Path(root)))
+    except HyperMergeError as error:
+        sys.stderr.write(str(error))
+        return 2
+    return 0
+
+for line in sys.stdin:
+    words = json.loads(line)
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        code = clear(words[1]) if words[0] == "clear" else cli.main(words)
+    print(json.dumps([code, err.getvalue()]), flush=True)
+"""
+
+
+class Other:
+    """A process that runs one command after another; a context manager."""
+
+    def __init__(self, kind: Kind, environment: dict[str, str]) -> None:
+        """Starts it."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+
+    def __enter__(self) -> "Other":
+        return self
+
+    def begin(self, *words: object) -> None:
+        """Sends a command, whose end is not waited for."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+        self._process.stdin.flush()
+
+    def end(self) -> tuple[int, str]:
+        """Waits for the command; its exit code, and what it wrote on standard error."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the process ended with {self._process.wait()}"
+        code, err = json.loads(line)
+        return code, err
+
+    def run(self, *words: object) -> tuple[int, str]:
+        """Runs a command."""
+        self.begin(*words)
+        return self.end()
+
+    def kill(self) -> None:
+        """As the task manager or `kill -9` does."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()

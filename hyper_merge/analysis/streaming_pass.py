@@ -118,7 +118,7 @@ def stream_layers(
         ]
         if write_average:
             _copy(inputs, files[-len(inputs.headers)], write_average)
-        each = stack.enter_context(parallel_map(options.device, counter.tell))
+        each = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
         def take(key: str) -> TensorAnalysis:

@@ -46,16 +46,16 @@ def test_a_tally_tells_what_is_done_and_never_more_than_an_item_costs():
     recorder = Recorder()
     counter = recorder.progress.counter("work", {"a": 3, "b": 1})
     counter.add("a", 1)
-    counter.tell()
+    counter.report()
     counter.add("a", 100)
-    counter.tell()
+    counter.report()
     counter.finish("b")
     assert recorder.told == [("work", 0.25), ("work", 0.75), ("work", 1.0)]
 
 
 def test_a_tally_without_cost_is_no_error():
     recorder = Recorder()
-    recorder.progress.counter("work", {}).tell()
+    recorder.progress.counter("work", {}).report()
     recorder.progress.counter("work", {"a": 0.0}).finish("a")
     assert recorder.told == [("work", 0.0)] * 2
 
@@ -67,7 +67,7 @@ def test_who_counts_hears_the_wish_to_stop_and_that_the_block_was_left():
         with pytest.raises(InterruptedRun):
             counter.add("a", 1)
         with pytest.raises(InterruptedRun):
-            counter.tell()
+            counter.report()
         recorder.wish = False
     with pytest.raises(InterruptedRun):
         counter.add("a", 1)

@@ -138,7 +138,7 @@ def stage_loras(
 
     def tick(name: str, count: int) -> None:
         counter.add(name, count)
-        counter.tell()
+        counter.report()
 
     for name, file in files.items():
         factors = {

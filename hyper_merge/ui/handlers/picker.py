@@ -123,7 +123,7 @@ def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCu
     except HyperMergeError as error:
         return views.message("bad", str(error)), *_without_size(host, form)
     found = known_forecast(host, preflight)
-    asked = found.asked(preflight) if found else None
+    asked = found.requested_size(preflight) if found else None
     said = _plan(host, form, preflight, asked)
     if found is not None:
         said += views.outlook(found, preflight.recipe, asked)
@@ -141,7 +141,7 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurv
 
 def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> str:
     try:
-        preflight, place = with_free_name(preflight, host.folders(), named=is_named(form))
+        preflight, place = with_free_name(preflight, named=is_named(form))
     except SameMergeError as error:
         return views.message("info", str(error))
     except HyperMergeError as error:

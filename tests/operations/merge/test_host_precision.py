@@ -88,7 +88,7 @@ def estimated(merged, energies, rows):
     base = load_file(merged.place.hyper_model)
     layers = layers_of(merged.place.hyper_model)
     return measure_precision_loss(
-        base.__getitem__, (SD1, layers), list(loras_of(merged, 9)), energies, rows
+        base.__getitem__, SD1, layers, list(loras_of(merged, 9)), energies, rows
     )
 
 
@@ -161,7 +161,7 @@ def test_rows_of_a_tensor_for_several_layers_are_those_of_each():
     lora = HostLora(pairs, 2.0, {"unet": torch.tensor([1.0, -0.5])})
     energies = torch.ones(2).double()
     found = measure_precision_loss(
-        {"in_proj": fused}.__getitem__, (FLUX, layers), [lora], energies, ALL
+        {"in_proj": fused}.__getitem__, FLUX, layers, [lora], energies, ALL
     )
     exact = fused.double() + torch.tensor([1.0, -0.5]).double()[:, None, None] * torch.cat(
         [up.double() @ down.double() for up, down in pairs]
@@ -188,7 +188,7 @@ def test_the_rows_that_are_looked_at_are_of_different_places_in_the_heads():
 
     lora = HostLora([(torch.ones(320, 1), torch.ones(1, 4))], 1.0, {"unet": torch.ones(1)})
     layer = Layer("q", "q", "unet", (320, 4))
-    measure_precision_loss(lambda _: Rows(), (SD1, [layer]), [lora], torch.ones(1), 8)
+    measure_precision_loss(lambda _: Rows(), SD1, [layer], [lora], torch.ones(1), 8)
     assert 7 <= len(seen[0]) <= 9
     assert len({row % 40 for row in seen[0]}) == len(seen[0])
 
@@ -198,14 +198,14 @@ def test_checkpoints_without_differences_lose_nothing_and_a_stop_is_heard():
     pairs = [(torch.zeros(3, 0), torch.zeros(0, 4))]
     lora = HostLora(pairs, 1.0, {"unet": torch.zeros(2)})
     weight = {"q": torch.rand(3, 4)}.__getitem__
-    found = measure_precision_loss(weight, (SD1, [layer]), [lora], torch.zeros(2))
+    found = measure_precision_loss(weight, SD1, [layer], [lora], torch.zeros(2))
     assert found == tuple(PrecisionLoss(hosts, 0.0, 0.0) for hosts in BOTH)
 
     def stop():
         raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):
-        measure_precision_loss(weight, (SD1, [layer]), [lora], torch.zeros(2), check=stop)
+        measure_precision_loss(weight, SD1, [layer], [lora], torch.zeros(2), check=stop)
 
 
 def with_rounding(added_share, loss, hosts=A1111):

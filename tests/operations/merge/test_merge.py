@@ -38,7 +38,8 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import HyperMergeError, InterruptedRun, OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations import demo
-from hyper_merge.operations.merge.merge import run_average, run_merge
+from hyper_merge.operations.merge.average import run_average
+from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import recipe_from_settings
 from hyper_merge.runs import hash_cache as lineage
@@ -705,18 +706,19 @@ def test_a_place_that_cannot_be_written_is_named(files, tmp_path):
 def test_files_go_to_the_folders_of_the_host_whatever_the_recipes_output_is(files, tmp_path):
     names = ("checkpoints", "lora", "mine/runs", "elsewhere/cache")
     folders = Folders(*(tmp_path / name for name in names))
-    preflight = run_preflight(recipe(files, tmp_path / "output"))
-    merged = run_merge(preflight, Progress(), folders)
+    preflight = run_preflight(recipe(files, tmp_path / "output"), folders)
+    merged = run_merge(preflight, Progress())
     assert merged.place.hyper_model == tmp_path / "checkpoints/mix.safetensors"
     assert merged.loras[0] == tmp_path / "lora/mix_0-4.safetensors"
     assert (tmp_path / "mine/runs/mix/manifest.json").is_file()
     assert list(folders.cache.glob("*.analysis.safetensors"))
     assert not (tmp_path / "output").exists()
-    again = run_preflight(recipe(files, tmp_path / "output", ranks=(3,)))
-    assert run_merge(again, Progress(), replace(folders, cache_limit=0)).reused_analysis
+    small = replace(folders, cache_limit=0)
+    again = run_preflight(recipe(files, tmp_path / "output", ranks=(3,)), small)
+    assert run_merge(again, Progress()).reused_analysis
     assert not list(folders.cache.glob("*.analysis.*"))
-    alone = run_preflight(recipe(files, tmp_path / "output", name="alone"))
-    assert run_average(alone, Progress(), folders) == tmp_path / "checkpoints/alone.safetensors"
+    alone = run_preflight(recipe(files, tmp_path / "output", name="alone"), folders)
+    assert run_average(alone, Progress()) == tmp_path / "checkpoints/alone.safetensors"
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from hyper_merge.decomposition import initialization as starts
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
 from hyper_merge.operations import inspect as inspection
 from hyper_merge.operations.merge import cost_model as costs
-from hyper_merge.operations.merge import preflight as preflight_module
+from hyper_merge.operations.merge import estimate
+from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime import throughput as effort
 from hyper_merge.runtime.devices import resolve_device
@@ -26,6 +28,10 @@ from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
 def checked(models, **settings):
     return run_preflight(recipe(models, Path("nowhere"), **settings))
+
+
+def ranks_of(preflight):
+    return plan_ranks(preflight.recipe, preflight.inputs).layer_ranks
 
 
 def refused(models, **settings):
@@ -51,22 +57,22 @@ def test_no_tensor_is_read(files, monkeypatch):
     )
     preflight = checked(files)
     assert preflight.warnings == ()
-    assert len(preflight.ranks) == len(preflight.inputs.layout.layers)
+    assert len(ranks_of(preflight)) == len(preflight.inputs.layout.layers)
 
 
 def test_the_estimate_is_the_size_of_the_files(files, merged):
-    estimate = checked(files).estimate
-    assert checked(files, allocation="even").estimate.loras == estimate.loras
+    takes = estimate_merge(checked(files))
+    assert estimate_merge(checked(files, allocation="even")).loras == takes.loras
     hyper_model = merged.place.hyper_model.stat().st_size
     loras = sum(path.stat().st_size for path in merged.loras)
     cache = merged.place.folder.parent / "cache"
     analysis = sum(path.stat().st_size for path in cache.glob("*.safetensors"))
-    assert estimate.average == pytest.approx(hyper_model, abs=40_000)  # less their headers
+    assert takes.average == pytest.approx(hyper_model, abs=40_000)  # less their headers
     # Adaptive ranks take no more, and nearly all of it in layers of usual sizes.
-    assert 0.8 * estimate.loras < loras < estimate.loras + 60_000
-    assert estimate.analysis == pytest.approx(analysis, rel=0.1)  # widths follow the tensors
-    assert estimate.disk == estimate.average + estimate.loras + estimate.analysis
-    assert checked(files[1:], base=str(files[0])).estimate.average == 0
+    assert 0.8 * takes.loras < loras < takes.loras + 60_000
+    assert takes.analysis == pytest.approx(analysis, rel=0.1)  # widths follow the tensors
+    assert takes.disk == takes.average + takes.loras + takes.analysis
+    assert estimate_merge(checked(files[1:], base=str(files[0]))).average == 0
 
 
 def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
@@ -74,18 +80,18 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(effort, "measure_throughput", lambda device: 125e9)  # as measured there
     monkeypatch.setattr(starts, "_ROUNDS", ((4, 4), (6, 2), (10, 1)))  # other tests search less
     settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
-    assert checked(models, **settings).estimate.seconds == pytest.approx(268, rel=0.05)
-    monkeypatch.setattr(preflight_module, "find_analysis", lambda *question: tmp_path)
+    assert estimate_merge(checked(models, **settings)).seconds == pytest.approx(268, rel=0.05)
+    monkeypatch.setattr(estimate, "find_analysis", lambda *question: tmp_path)
     monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
     monkeypatch.setattr(costs, "bytes_to_hash", lambda *question: 0)
     again = checked(models, **settings | {"ranks": (96, 48, 24)})
     # Measured before the search for a start was cut to half its layers.
-    assert again.estimate.seconds == pytest.approx(61.5, rel=0.2)
+    assert estimate_merge(again).seconds == pytest.approx(61.5, rel=0.2)
 
 
 def test_what_the_cache_saves_is_not_expected(files, started):
     def seconds(**settings):
-        return run_preflight(recipe(files, started, **settings)).estimate.seconds
+        return estimate_merge(run_preflight(recipe(files, started, **settings))).seconds
 
     cached = seconds(ranks=(5,))
     assert cached < seconds(ranks=(5,), vae="average")  # another average and analysis
@@ -95,7 +101,7 @@ def test_what_the_cache_saves_is_not_expected(files, started):
     analysing = seconds(ranks=(5,))
     assert cached < averaging < analysing
     elsewhere = run_preflight(recipe(files, started, ranks=(5,)), Folders.under(started / "none"))
-    assert elsewhere.estimate.seconds == analysing
+    assert estimate_merge(elsewhere).seconds == analysing
 
 
 def test_the_machine_is_measured_once():
@@ -119,7 +125,7 @@ def test_the_machine_is_measured_once():
     ],
 )
 def test_a_duration_is_said_as_a_person_would(seconds, words):
-    assert effort.duration_text(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def full_size(path: Path, marker: str) -> Path:
@@ -152,7 +158,7 @@ def test_full_size_files_are_described_in_under_a_second_of_work_each(tmp_path):
     assert lines[-5] == "  hyper-model        2.13 GB"
     names = [line.split("  ")[1].strip() for line in lines[-4:]]
     assert names == ["LoRAs", "analysis on disk", "memory, about", "time"]
-    memory = checked(models, ranks=(128, 64, 32, 16)).estimate.memory
+    memory = estimate_merge(checked(models, ranks=(128, 64, 32, 16))).memory
     assert 2**30 < memory < 8 * 2**30
 
 
@@ -265,7 +271,7 @@ def test_ranks_beyond_a_layer_are_capped_and_told_once(files, tmp_path):
     assert len(preflight.warnings) == 1
     assert preflight.warnings[0].startswith("rank 40 is capped in ")
     layers = preflight.inputs.layout.layers
-    for layer, ranks in zip(layers, preflight.ranks, strict=True):
+    for layer, ranks in zip(layers, ranks_of(preflight), strict=True):
         assert ranks == (min(40, layer.m, layer.n), 2)
     affected = sum(min(layer.m, layer.n) < 40 for layer in layers)
     smallest = min(min(layer.m, layer.n) for layer in layers)

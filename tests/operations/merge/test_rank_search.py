@@ -21,6 +21,7 @@ from hyper_merge.analysis import basis_widths as widths
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.merge import preflight
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.rank_plan import plan_ranks
 
 
 def loss_of(models, merged):
@@ -211,8 +212,11 @@ def test_multipliers_of_both_parts_are_scaled_to_one(merged):
 
 
 def test_the_bytes_that_may_be_spread_are_those_of_the_even_ranks(files, tmp_path):
-    asked = run_preflight(recipe(files, tmp_path, ranks=(4, 2)))
+    def allowance(**settings):
+        preflight = run_preflight(recipe(files, tmp_path, **settings))
+        return plan_ranks(preflight.recipe, preflight.inputs).allowance
+
     layers = layers_of(files[0])
-    assert asked.allowance.budget == sum(2 * 6 * (layer.m + layer.n) for layer in layers)
-    assert run_preflight(recipe(files, tmp_path, allocation="even")).allowance is None
-    assert run_preflight(recipe(files, tmp_path, method="greedy")).allowance is None
+    assert allowance(ranks=(4, 2)).budget == sum(2 * 6 * (layer.m + layer.n) for layer in layers)
+    assert allowance(allocation="even") is None
+    assert allowance(method="greedy") is None

@@ -85,7 +85,7 @@ def test_the_outlook_is_another_where_differences_count_otherwise(host):
 def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
     preflight = examined(host, layer_weights="as they are")
     found = tasks.known_forecast(host, preflight)
-    point = make_plan(preflight, Progress(), host.folders()).asked
+    point = make_plan(preflight, Progress()).requested
     torch.testing.assert_close(
         torch.tensor(found.at(point.size)), torch.tensor(point.shared), atol=0.02, rtol=0
     )
@@ -174,7 +174,7 @@ def test_an_outlook_is_read_from_the_analysis(host, jobs):
     preflight = examined(host)
     looking.start_look(host, jobs, *values(name="new"))
     ended(jobs)
-    path = tasks.find_known_analysis(preflight, host.folders())
+    path = tasks.find_known_analysis(preflight)
     found = forecast_curve(path, preflight, Progress())
     assert found.names == ("a", "b", "c")
     assert min(found.shared[-1]) > 0.99

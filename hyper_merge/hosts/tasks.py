@@ -85,7 +85,7 @@ def _save(host: Host, styles: Mapping[str, str], what: str, progress: Progress) 
         progress.warn(f"The {what} is done, but its styles are not saved: {error}")
 
 
-def known_forecast(host: Host, preflight: Preflight) -> ForecastCurve | None:
+def known_forecast(preflight: Preflight) -> ForecastCurve | None:
     """What could be had, if the files have been looked at before."""
     path = find_known_analysis(preflight)
     try:

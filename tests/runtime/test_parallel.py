@@ -5,7 +5,7 @@ import torch
 from hyper_merge.runtime.parallel import parallel_map
 
 
-def test_factorisations_are_the_same_bit_for_bit_whichever_worker_takes_them():
+def test_factorisations_are_equal_in_every_worker():
     """With a thread too many in a new worker, LAPACK's last digits differ now and then."""
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(96, 24, generator=generator) for _ in range(8)]

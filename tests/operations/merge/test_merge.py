@@ -99,7 +99,7 @@ def stored(tmp_path_factory, files):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reported_loss_is_that_of_the_written_files(files, stored, dtype):
+def test_reported_loss_is_the_written_files_loss(files, stored, dtype):
     merged = stored[dtype]
     loss, _ = losses(files, merged, tags_of(merged))
     assert merged.report.loss == pytest.approx(loss, abs=1e-6)
@@ -111,13 +111,13 @@ def test_the_reported_loss_is_that_of_the_written_files(files, stored, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reported_shares_are_those_of_the_written_files(files, stored, dtype):
+def test_reported_shares_are_the_written_files_shares(files, stored, dtype):
     merged = stored[dtype]
     _, shares = losses(files, merged, tags_of(merged))
     torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-6, rtol=0)
 
 
-def test_the_loss_is_right_for_files_of_all_types_weights_and_a_ckpt(tmp_path, state_of):
+def test_loss_holds_for_mixed_types_and_weights(tmp_path, state_of):
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     names = ("half.safetensors", "brain.ckpt", "single.safetensors")
     models = [
@@ -141,13 +141,13 @@ def test_the_multipliers_as_printed_reach_the_reported_loss(files, merged):
     torch.testing.assert_close(reported_shares(merged), shares.float(), atol=1e-4, rtol=0)
 
 
-def test_the_largest_multiplier_of_every_lora_is_about_one(merged):
+def test_largest_multiplier_of_each_lora_is_one(merged):
     rows = torch.tensor([row.multipliers for row in merged.report.checkpoints])
     torch.testing.assert_close(rows.abs().amax(0), torch.ones(2), atol=1e-2, rtol=0)
     assert torch.equal(rows.amax(0), rows.abs().amax(0))
 
 
-def test_two_runs_with_one_seed_at_one_time_write_the_same_bytes(files, tmp_path, monkeypatch):
+def test_equal_seeds_write_equal_bytes(files, tmp_path, monkeypatch):
     class Clock:
         @staticmethod
         def now(zone):
@@ -162,7 +162,7 @@ def test_two_runs_with_one_seed_at_one_time_write_the_same_bytes(files, tmp_path
     assert manifests[0].replace(b"/one", b"/two") == manifests[1]
 
 
-def test_other_ranks_read_no_checkpoint_and_use_the_hyper_model_again(files, started, monkeypatch):
+def test_other_ranks_reuse_analysis_and_hyper_model(files, started, monkeypatch):
     before = snapshot(started)
 
     def refuse(self, *rest):
@@ -185,7 +185,7 @@ def test_other_ranks_read_no_checkpoint_and_use_the_hyper_model_again(files, sta
     assert merge(files, started, ranks=(6,)).place.run == "mix-3"
 
 
-def test_a_lost_hyper_model_is_made_again_without_another_analysis(files, started):
+def test_lost_hyper_model_is_remade_from_cache(files, started):
     hyper_model = started / "Stable-diffusion" / "mix.safetensors"
     before = load_file(hyper_model)
     content = hyper_model.read_bytes()
@@ -198,7 +198,7 @@ def test_a_lost_hyper_model_is_made_again_without_another_analysis(files, starte
     assert content[offset : offset + 90] in second.place.hyper_model.read_bytes()
 
 
-def test_without_the_cache_a_second_run_reads_the_files_again(files, started):
+def test_second_run_without_cache_reads_again(files, started):
     shutil.rmtree(started / "hyper-merge" / "cache")
     second = merge(files, started, ranks=(3,))
     assert not second.reused_analysis
@@ -207,7 +207,7 @@ def test_without_the_cache_a_second_run_reads_the_files_again(files, started):
     assert second.report.loss == pytest.approx(loss, abs=1e-6)
 
 
-def test_the_same_recipe_again_is_refused_and_overwriting_replaces(files, started):
+def test_repeated_recipe_is_refused_unless_overwriting(files, started):
     before = snapshot(started)
     with pytest.raises(OutputError, match="the run mix is this very merge already; choose another"):
         merge(files, started)
@@ -228,7 +228,7 @@ def test_overwriting_makes_the_average_of_other_checkpoints(files, tmp_path):
     assert merged.report.loss == pytest.approx(loss, abs=1e-6)
 
 
-def test_a_shorter_list_of_ranks_takes_the_old_loras_away_with_the_replacement(files, started):
+def test_overwriting_removes_the_replaced_runs_loras(files, started):
     before = snapshot(started)
     mine = started / "Lora" / "mix_2-9.safetensors"
     mine.write_text("mine")
@@ -242,7 +242,7 @@ def test_a_shorter_list_of_ranks_takes_the_old_loras_away_with_the_replacement(f
     assert temporaries(started) == []
 
 
-def test_replacing_removes_only_loras_that_are_hyper_merges_own(files, started):
+def test_overwriting_keeps_foreign_loras(files, started):
     manifest = started / "hyper-merge/mix/manifest.json"
     mine = [
         started / "Lora" / name for name in ("mix_1-2.safetensors", "mix_1-2.json", "mix_2-1.png")
@@ -261,7 +261,7 @@ def test_replacing_removes_only_loras_that_are_hyper_merges_own(files, started):
     assert not (started / "Lora/mix_0-4.safetensors").exists()
 
 
-def test_a_hyper_model_that_other_runs_need_is_not_replaced(files, started):
+def test_hyper_model_of_other_runs_is_kept(files, started):
     merge(files, started, ranks=(3,))
     merge(files, started, ranks=(3,), name="other")
     before = snapshot(started)
@@ -293,7 +293,7 @@ def test_the_base_of_another_run_is_not_replaced(files, started):
         merge(files[:2], started, overwrite=True)
 
 
-def test_a_merge_on_another_device_is_the_same_merge(files, started):
+def test_merge_on_another_device_is_the_same(files, started):
     with pytest.raises(OutputError, match="the run mix is this very merge already"):
         merge(files, started, device="auto")
 
@@ -307,9 +307,7 @@ def test_a_merge_on_another_device_is_the_same_merge(files, started):
         "Lora/mix_1-2.png",
     ],
 )
-def test_a_name_taken_by_somebody_elses_file_is_refused_before_any_work(
-    files, tmp_path, place, monkeypatch
-):
+def test_name_of_a_foreign_file_is_refused(files, tmp_path, place, monkeypatch):
     mine = tmp_path / place
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -323,7 +321,7 @@ def test_a_name_taken_by_somebody_elses_file_is_refused_before_any_work(
     assert mine.read_text() == "mine"
 
 
-def test_a_folder_of_the_runs_name_makes_room_for_another(files, tmp_path):
+def test_folder_of_the_runs_name_is_avoided(files, tmp_path):
     (tmp_path / "hyper-merge" / "mix").mkdir(parents=True)
     assert merge(files, tmp_path).place.run == "mix-2"
 
@@ -350,7 +348,7 @@ def test_with_a_base_no_hyper_model_is_written(files, tmp_path):
     assert merged.report.bytes_average == files[0].stat().st_size
 
 
-def test_other_checkpoints_of_the_same_names_are_another_merge(files, tmp_path):
+def test_other_checkpoints_of_equal_names_make_another_run(files, tmp_path):
     merge(files[1:], tmp_path / "models", base=str(files[0]))
     (tmp_path / "others").mkdir()
     others = [Path(shutil.copy(files[0], tmp_path / "others" / path.name)) for path in files[1:]]
@@ -359,7 +357,7 @@ def test_other_checkpoints_of_the_same_names_are_another_merge(files, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_equal_checkpoints_give_themselves_and_a_report_without_nan(tmp_path, state_of, count):
+def test_equal_checkpoints_give_a_report_without_nan(tmp_path, state_of, count):
     state = state_of(0)
     models = [write(tmp_path / f"{name}.safetensors", state) for name in "xyz"[:count]]
     merged = merge(models, tmp_path / "models")
@@ -376,7 +374,7 @@ def test_equal_checkpoints_give_themselves_and_a_report_without_nan(tmp_path, st
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
 
-def test_equal_wide_checkpoints_lose_only_the_rounding_of_the_average(tmp_path, state_of):
+def test_equal_wide_checkpoints_lose_only_rounding(tmp_path, state_of):
     state = state_of(0, torch.float32)
     models = [write(tmp_path / f"{name}.safetensors", state) for name in "xy"]
     report = merge(models, tmp_path / "models").report
@@ -412,7 +410,7 @@ def test_the_manifest_names_sources_files_and_figures(files, merged):
     assert (merged.place.folder / "report.txt").read_text().startswith("mix: 3 checkpoints, 2 ")
 
 
-def test_the_settings_in_the_manifest_make_an_equal_recipe(files, tmp_path, monkeypatch):
+def test_manifest_settings_make_an_equal_recipe(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files[0].parent)
     names = [path.name for path in files[1:]]
     settings = {"base": files[0].name, "weights": (1, 2.5), "overwrite": True, "seed": 2**60}
@@ -422,13 +420,13 @@ def test_the_settings_in_the_manifest_make_an_equal_recipe(files, tmp_path, monk
     assert manifest_of(merged)["hyper_model"] == str(files[0])
 
 
-def test_every_model_has_a_card_with_text_and_picture(merged):
+def test_every_model_has_a_card(merged):
     for model in (merged.place.hyper_model, *merged.loras):
         assert json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))["description"]
         assert model.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_users_own_card_of_a_lost_hyper_model_stays(files, started):
+def test_users_card_of_a_hyper_model_stays(files, started):
     hyper_model = started / "Stable-diffusion" / "mix.safetensors"
     hyper_model.unlink()
     hyper_model.with_suffix(".png").write_bytes(b"mine")
@@ -436,7 +434,7 @@ def test_the_users_own_card_of_a_lost_hyper_model_stays(files, started):
     assert hyper_model.with_suffix(".png").read_bytes() == b"mine"
 
 
-def test_the_loras_of_a_later_merge_name_the_hyper_model_that_they_are_for(files, tmp_path):
+def test_later_loras_name_their_hyper_model(files, tmp_path):
     merge(files, tmp_path, name="first")
     second = merge(files, tmp_path, name="second")
     with safe_open(str(second.loras[0]), "pt") as file:
@@ -446,7 +444,7 @@ def test_the_loras_of_a_later_merge_name_the_hyper_model_that_they_are_for(files
         assert file.metadata()["ss_sd_model_name"] == "a.safetensors"
 
 
-def test_the_sizes_in_the_report_are_those_of_the_files(files, merged):
+def test_reported_sizes_are_the_files_sizes(files, merged):
     report = merged.report
     size = merged.place.hyper_model.stat().st_size
     loras = sum(path.stat().st_size for path in merged.loras)
@@ -477,7 +475,7 @@ class Stop:
 
 
 @pytest.mark.parametrize("how", ["stop", "interrupt"])
-def test_an_interrupt_at_any_point_leaves_everything_as_it_was(files, started, how):
+def test_interrupted_merge_changes_no_file(files, started, how):
     before = snapshot(started)
     changed = [files[2], files[1]]  # another average under the same name
     for at in (0.001, 0.04, 0.3, 0.61, 0.9, 1.0 if how == "interrupt" else 0.96):
@@ -493,7 +491,7 @@ def test_an_interrupt_at_any_point_leaves_everything_as_it_was(files, started, h
     assert finished.report.loss == pytest.approx(loss, abs=1e-6)
 
 
-def test_an_interrupt_of_a_first_run_leaves_the_cache_alone_behind(files, tmp_path):
+def test_interrupted_first_run_leaves_only_the_cache(files, tmp_path):
     with pytest.raises(InterruptedRun, match="no file was changed"):
         merge(files, tmp_path, Stop(0.9, "stop").progress)
     assert snapshot(tmp_path) == {}
@@ -525,7 +523,7 @@ class Wish:
 
 
 @pytest.mark.parametrize("method", ["joint", "greedy"])
-def test_every_phase_hears_the_wish_to_stop_wherever_it_asks(files, tmp_path, method):
+def test_every_phase_stops_on_request(files, tmp_path, method):
     root = tmp_path / "models"
     complete = Wish()
     loras = merge(files, root, complete.progress, method=method).loras
@@ -576,7 +574,7 @@ run_merge(run_preflight(recipe), Progress(on_progress))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 @pytest.mark.parametrize("at", [0.3, 0.98])
-def test_a_killed_process_leaves_the_old_files_and_a_usable_cache(files, started, at):
+def test_killed_process_leaves_old_files_and_cache(files, started, at):
     shutil.rmtree(started / "hyper-merge" / "cache")
     before = snapshot(started)
     changed = [files[2], files[1]]
@@ -599,9 +597,7 @@ def test_a_killed_process_leaves_the_old_files_and_a_usable_cache(files, started
 
 
 @pytest.mark.parametrize("after", [0, 3, 150, 400])
-def test_a_disk_that_fills_up_is_told_and_leaves_everything_as_it_was(
-    files, started, after, monkeypatch
-):
+def test_full_disk_is_reported_and_changes_nothing(files, started, after, monkeypatch):
     before = snapshot(started)
     shutil.rmtree(started / "hyper-merge" / "cache")
     real, written = staging.StagedFile._write_some, []
@@ -620,9 +616,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_everything_as_it_was(
     assert temporaries(started) == []
 
 
-def test_too_small_a_disk_is_refused_before_any_work_with_free_and_needed(
-    files, tmp_path, monkeypatch
-):
+def test_too_small_disk_is_refused_before_work(files, tmp_path, monkeypatch):
     usage = types.SimpleNamespace(total=2**40, used=0, free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(CheckpointReader, "__enter__", lambda self: pytest.fail("work was done"))
@@ -635,7 +629,7 @@ def test_too_small_a_disk_is_refused_before_any_work_with_free_and_needed(
         run_average(preflight, Progress())
 
 
-def test_a_device_without_memory_hands_the_cores_to_the_cpu(files, tmp_path, merged, monkeypatch):
+def test_cpu_takes_cores_beyond_the_devices_memory(files, tmp_path, merged, monkeypatch):
     real, asked, warnings = solution.best_start, [], []
 
     def best_start(*rest):
@@ -671,7 +665,7 @@ def test_the_whole_run_is_one_rising_progress(files, tmp_path):
     ]
 
 
-def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path, merged):
+def test_average_alone_is_the_merges_hyper_model(files, tmp_path, merged):
     path = run_average(run_preflight(recipe(files, tmp_path / "alone")), Progress())
     alone, whole = load_file(path), load_file(merged.place.hyper_model)
     assert alone.keys() == whole.keys()
@@ -687,7 +681,7 @@ def test_the_average_alone_is_the_hyper_model_of_the_merge(files, tmp_path, merg
     assert snapshot(tmp_path / "alone") == before
 
 
-def test_the_average_alone_refuses_a_base_and_stops_without_a_trace(files, tmp_path):
+def test_average_alone_refuses_a_base_and_stops(files, tmp_path):
     with pytest.raises(RecipeError, match="base"):
         run_average(run_preflight(recipe(files[1:], tmp_path, base=str(files[0]))), Progress())
     with pytest.raises(InterruptedRun):
@@ -703,7 +697,7 @@ def test_a_place_that_cannot_be_written_is_named(files, tmp_path):
     assert blocked.read_text() == "a file"
 
 
-def test_files_go_to_the_folders_of_the_host_whatever_the_recipes_output_is(files, tmp_path):
+def test_files_go_to_the_hosts_folders(files, tmp_path):
     names = ("checkpoints", "lora", "mine/runs", "elsewhere/cache")
     folders = Folders(*(tmp_path / name for name in names))
     preflight = run_preflight(recipe(files, tmp_path / "output"), folders)
@@ -722,7 +716,7 @@ def test_files_go_to_the_folders_of_the_host_whatever_the_recipes_output_is(file
 
 
 @pytest.mark.slow
-def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
+def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     small = replace(TINY, count=4, width=8, context=16, terms=6)
     monkeypatch.setattr(demo, "_SPEC", small)
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))

@@ -114,3 +114,60 @@ def added(lora: State, module: str) -> Tensor:  # (m, n), float64; a single zero
     up = lora[f"{module}.lora_up.weight"].double().flatten(1)
     down = lora[f"{module}.lora_down.weight"].double().flatten(1)
     return up @ down * (lora[f"{module}.alpha"].double() / down.shape[0])
+
+
+def leftovers(models, hyper_model, loras, rows):
+    """Squared norms of deviations and of what stays, (layers, k) each, from the files on disk.
+
+    `rows` has a list of prompt tags per checkpoint.
+    """
+    base, checkpoints = load(hyper_model), [load(path) for path in models]
+    loras = {name: load_file(path) for name, path in loras.items()}
+    energies, errors = [], []
+    for layer in layers_of(models[0]):
+        weight = base[layer.key].double().flatten(1)
+        blocks = {name: added(lora, layer.module) for name, lora in loras.items()}
+        deviations = [c[layer.key].double().flatten(1) - weight for c in checkpoints]
+        rests = [
+            deviation - sum(part_multiplier(tag, layer.part) * blocks[tag.name] for tag in row)
+            for deviation, row in zip(deviations, rows, strict=True)
+        ]
+        energies.append([float(d.square().sum()) for d in deviations])
+        errors.append([float(r.square().sum()) for r in rests])
+    return torch.tensor(energies).double(), torch.tensor(errors).double()
+
+
+def losses(models, merged, rows):
+    """Loss, and explained shares by checkpoint in all layers, UNet, text encoder."""
+    loras = {path.stem: path for path in merged.loras}
+    energies, errors = leftovers(models, merged.place.hyper_model, loras, rows)
+    parts = [layer.part for layer in layers_of(models[0])]
+    masks = [torch.tensor([p in which for p in parts]) for which in (parts, "unet", "text_encoder")]
+    shares = [1 - errors[mask].sum(0) / energies[mask].sum(0) for mask in masks]
+    return float(errors.sum() / energies.sum()), torch.stack(shares, 1)
+
+
+def reported_shares(merged):
+    rows = merged.report.checkpoints
+    return torch.tensor([[r.explained, r.explained_unet, r.explained_text_encoder] for r in rows])
+
+
+class Stop:
+    """Ends a run at a fraction of its work, by should_stop or as Ctrl-C does."""
+
+    def __init__(self, at: float, how: str) -> None:
+        self.at, self.how, self.reached = at, how, 0.0
+        self.late = 0  # steps after the wish to stop
+
+    def on_progress(self, phase, fraction):
+        self.late += self.reached >= self.at
+        self.reached = fraction
+        if self.how == "interrupt" and fraction >= self.at:
+            raise KeyboardInterrupt
+
+    def should_stop(self):
+        return self.how == "stop" and self.reached >= self.at
+
+    @property
+    def progress(self):
+        return Progress(self.on_progress, self.should_stop)

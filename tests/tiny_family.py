@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.reader import read_header
@@ -171,3 +172,28 @@ class Stop:
     @property
     def progress(self):
         return Progress(self.on_progress, self.should_stop)
+
+
+def inputs_of(models, **settings):
+    return run_preflight(recipe(models, models[0].parent / "models", **settings)).inputs
+
+
+def run_pass(inputs, width=512, progress=None, device=None):
+    """Averages and layers of a pass, with what LoRAs do not carry."""
+    averages, layers = {}, {}
+    outside = stream_layers(
+        inputs,
+        PassOptions(device or torch.device("cpu"), 0, width),
+        averages.__setitem__,
+        lambda layer: layers.__setitem__(layer.index, layer),
+        progress or Progress(),
+    )
+    return averages, layers, outside
+
+
+class WarningLog:
+    """The warnings of a run."""
+
+    def __init__(self):
+        self.warnings = []
+        self.progress = Progress(warn=self.warnings.append)

@@ -1,63 +1,33 @@
 """The one pass: streamed equals in memory, and each kind of tensor is treated as it should be."""
 
-import os
 import pickle
 import threading
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
+from tiny_family import NORM, POSITION_IDS, QUERY, VAE, inputs_of, load, run_pass, write
 
 from hyper_merge.analysis import streaming_pass
-from hyper_merge.analysis.cache import (
-    analysis_path,
-    cache_bytes,
-    clear_analyses,
-    find_analysis,
-    prune_analyses,
-)
-from hyper_merge.analysis.store import KINDS, analysis_bytes, create_analysis, open_analysis
+from hyper_merge.analysis.store import KINDS
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
     analyze_tensor,
     pass_costs,
-    stream_layers,
 )
 from hyper_merge.checkpoints.architectures.layout import Treatment
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import (
-    CacheError,
     CheckpointError,
     InterruptedRun,
     NonFiniteError,
     RecipeError,
 )
-from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runtime.progress import Progress
 
 CPU = torch.device("cpu")
 WIDE = "model.diffusion_model.output_blocks.2.0.in_layers.2.weight"
 DTYPES = ("float16", "bfloat16", "float32")
-
-
-def inputs_of(models, **settings):
-    return run_preflight(recipe(models, models[0].parent / "models", **settings)).inputs
-
-
-def read(inputs, width=512, progress=None, device=CPU):
-    """Averages and layers of a pass, with what LoRAs do not carry."""
-    averages, layers = {}, {}
-    outside = stream_layers(
-        inputs,
-        PassOptions(device, 0, width),
-        averages.__setitem__,
-        lambda layer: layers.__setitem__(layer.index, layer),
-        progress or Progress(),
-    )
-    return averages, layers, outside
 
 
 def stacks(models):
@@ -91,7 +61,7 @@ def mixed(tmp_path, state_of):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_streamed_average_is_the_mean_in_memory(files, dtype):
     inputs = inputs_of(files, dtype=dtype, vae="average")
-    averages, _, _ = read(inputs, width=None)
+    averages, _, _ = run_pass(inputs, width=None)
     means = {key: stack.mean(0) for key, stack in stacks(files).items() if key != POSITION_IDS}
     assert_average(averages, means, inputs.dtype)
     assert averages.keys() == inputs.outputs().keys()
@@ -99,7 +69,7 @@ def test_the_streamed_average_is_the_mean_in_memory(files, dtype):
 
 def test_files_of_mixed_types_are_averaged(mixed):
     inputs = inputs_of(mixed, dtype="float32", vae="average")
-    averages, layers, _ = read(inputs)
+    averages, layers, _ = run_pass(inputs)
     means = {key: stack.mean(0) for key, stack in stacks(mixed).items() if key != POSITION_IDS}
     assert_average(averages, means, torch.float32)
     assert len(layers) == len(inputs.layout.layers)
@@ -107,7 +77,9 @@ def test_files_of_mixed_types_are_averaged(mixed):
 
 def test_weights_make_a_weighted_mean(files):
     weights = (1, 0, 3)
-    averages, _, _ = read(inputs_of(files, weights=weights, dtype="float32", vae="average"), None)
+    averages, _, _ = run_pass(
+        inputs_of(files, weights=weights, dtype="float32", vae="average"), None
+    )
     shares = torch.tensor(weights).double() / 4
     means = {
         key: torch.tensordot(shares, stack, 1)
@@ -122,7 +94,7 @@ def test_grams_and_cores_hold_the_deviations(files, base):
     models = files[1:] if base else files
     settings = {"base": str(files[0])} if base else {}
     inputs = inputs_of(models, **settings)
-    averages, layers, _ = read(inputs)
+    averages, layers, _ = run_pass(inputs)
     dense = stacks(models)
     for index, layer in enumerate(inputs.layout.layers):
         stored = averages[layer.key].double()
@@ -145,7 +117,7 @@ def test_grams_and_cores_hold_the_deviations(files, base):
 
 def test_narrow_bases_keep_projection_and_energy(files):
     inputs = inputs_of(files)
-    averages, layers, _ = read(inputs, width=6)
+    averages, layers, _ = run_pass(inputs, width=6)
     dense = stacks(files)
     for index, layer in enumerate(inputs.layout.layers):
         analysis = layers[index]
@@ -169,7 +141,7 @@ def test_narrow_bases_keep_projection_and_energy(files):
 
 def test_energy_outside_layers_is_counted_by_kind(files):
     inputs = inputs_of(files)
-    averages, _, outside = read(inputs)
+    averages, _, outside = run_pass(inputs)
     assert set(outside) <= set(KINDS)
     expected = dict.fromkeys(outside, 0)
     for key, stack in stacks(files).items():
@@ -183,7 +155,7 @@ def test_energy_outside_layers_is_counted_by_kind(files):
 
 
 def test_first_vae_is_kept_with_its_distances(files):
-    averages, _, outside = read(inputs_of(files), None)
+    averages, _, outside = run_pass(inputs_of(files), None)
     dense = stacks(files)
     assert torch.equal(averages[VAE], load(files[0])[VAE])
     distances = sum(
@@ -197,7 +169,7 @@ def test_first_vae_is_kept_with_its_distances(files):
 
 def test_with_a_base_everything_is_measured_from_it(files):
     inputs = inputs_of(files[1:], base=str(files[0]))
-    averages, _, outside = read(inputs)
+    averages, _, outside = run_pass(inputs)
     for key in (QUERY, NORM, VAE):
         assert torch.equal(averages[key], load(files[0])[key])
     dense = stacks(files)
@@ -215,7 +187,7 @@ def test_equal_checkpoints_average_to_themselves_bit_for_bit(tmp_path, state_of,
     models = [write(tmp_path / f"{name}.safetensors", state) for name in "xyz"]
     name = str(dtype).removeprefix("torch.")
     for weights in (None, (1, 2, 4)):
-        averages, layers, outside = read(inputs_of(models, dtype=name, weights=weights))
+        averages, layers, outside = run_pass(inputs_of(models, dtype=name, weights=weights))
         assert all(torch.equal(averages[key], tensor) for key, tensor in state.items())
         assert all(float(layer.gram.abs().max()) == 0 for layer in layers.values())
         assert all(float(layer.compressed.core.abs().max()) == 0 for layer in layers.values())
@@ -234,7 +206,7 @@ def test_position_ids_are_remade_and_leftovers_dropped(tmp_path, state_of):
             "v_pred": torch.empty(0),
         }
         models.append(write(tmp_path / f"{name}.safetensors", state))
-    averages, _, _ = read(inputs_of(models), None)
+    averages, _, _ = run_pass(inputs_of(models), None)
     ids = averages[POSITION_IDS]
     assert ids.dtype == torch.int64
     assert torch.equal(ids, torch.arange(77).expand(1, 77))
@@ -252,7 +224,7 @@ def test_tensor_with_nan_or_infinity_is_refused(tmp_path, files, state_of, bad, 
     state[key].view(-1)[3] = bad
     spoilt = write(tmp_path / "spoilt.safetensors", state)
     with pytest.raises(NonFiniteError) as caught:
-        read(inputs_of([files[0], spoilt]))
+        run_pass(inputs_of([files[0], spoilt]))
     assert str(caught.value) == (
         f"spoilt.safetensors holds NaN or infinity in 1 of {state[key].numel()} values of {key};"
         " use an undamaged copy of the file, or leave it out"
@@ -266,13 +238,13 @@ def test_average_beyond_float16_is_refused(tmp_path, state_of):
         state[NORM] = state[NORM] + 1e5
         models.append(write(tmp_path / f"{name}.safetensors", state))
     with pytest.raises(RecipeError, match="too large for float16; choose dtype bfloat16 or"):
-        read(inputs_of(models), None)
-    read(inputs_of(models, dtype="bfloat16"), None)
+        run_pass(inputs_of(models), None)
+    run_pass(inputs_of(models, dtype="bfloat16"), None)
 
 
 def test_cpu_takes_layers_beyond_the_devices_memory(files, monkeypatch):
     inputs = inputs_of(files)
-    expected = read(inputs)
+    expected = run_pass(inputs)
     real, failed, warnings = streaming_pass.compress, [], []
 
     def compress(slices, *rest):
@@ -282,7 +254,7 @@ def test_cpu_takes_layers_beyond_the_devices_memory(files, monkeypatch):
         return real(slices, *rest)
 
     monkeypatch.setattr(streaming_pass, "compress", compress)
-    averages, layers, _ = read(inputs, progress=Progress(warn=warnings.append))
+    averages, layers, _ = run_pass(inputs, progress=Progress(warn=warnings.append))
     assert len(failed) == 3
     assert set(warnings) == {"cpu has too little memory for some layers; the CPU took them"}
     assert torch.equal(averages[QUERY], expected[0][QUERY])
@@ -294,10 +266,10 @@ def test_pass_reports_progress_and_stops_between_tensors(files):
     reports = []
     stopping = Progress(lambda phase, x: reports.append((phase, x)), lambda: len(reports) == 5)
     with pytest.raises(InterruptedRun):
-        read(inputs_of(files), progress=stopping)
+        run_pass(inputs_of(files), progress=stopping)
     assert len(reports) == 5
     reports.clear()
-    read(inputs_of(files), progress=Progress(lambda phase, x: reports.append((phase, x))))
+    run_pass(inputs_of(files), progress=Progress(lambda phase, x: reports.append((phase, x))))
     assert [x for _, x in reports] == sorted(x for _, x in reports)
     assert reports[-1] == ("reading and analysing", 1.0)
 
@@ -324,7 +296,7 @@ def test_pass_stops_within_a_tensor(files):
 
     done = []
     with pytest.raises(InterruptedRun):
-        read(inputs_of(files), 4, Progress(lambda _phase, x: done.append(x), should_stop))
+        run_pass(inputs_of(files), 4, Progress(lambda _phase, x: done.append(x), should_stop))
     assert done[-1] < 0.5
     assert len(checks) <= 20 + torch.get_num_threads() + 1  # once for each item that was submitted
 
@@ -336,7 +308,7 @@ def test_threads_change_no_bit(files):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(read(inputs, width=8))
+            results.append(run_pass(inputs, width=8))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
@@ -362,113 +334,7 @@ def test_file_changed_during_the_pass_is_refused(tmp_path, state_of):
     inputs = inputs_of(models)
     write(models[1], state_of(2) | {"extra": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"b\.safetensors was changed while being read"):
-        read(inputs)
-
-
-def write_analysis(folder, inputs, options):
-    path = analysis_path(folder, inputs, options)
-    with create_analysis(path, inputs, options) as writer:
-        outside = stream_layers(inputs, options, None, writer.keep, Progress())
-        writer.close_with(outside)
-    return path
-
-
-def test_analysis_is_read_as_written(tmp_path, files):
-    inputs, options = inputs_of(files), PassOptions(CPU, 0, 6)
-    path = write_analysis(tmp_path, inputs, options)
-    _, layers, outside = read(inputs, width=6)
-    with open_analysis(path, inputs) as stored:
-        for index, layer in layers.items():
-            left, right = stored.bases(index)
-            assert torch.equal(stored.core(index), layer.compressed.core)
-            torch.testing.assert_close(left, layer.compressed.left, rtol=1e-3, atol=1e-7)
-            torch.testing.assert_close(right, layer.compressed.right, rtol=1e-3, atol=1e-7)
-            assert torch.equal(stored.grams[index], layer.gram)
-            assert torch.equal(stored.spectra[index].private, layer.spectra.private)
-        for kind, energy in outside.items():
-            assert torch.equal(stored.not_carried[kind], energy)
-    expected = analysis_bytes(inputs, PassOptions(CPU, 0, 6))
-    assert expected < path.stat().st_size < expected + 100_000
-
-
-def test_analysis_serves_only_equal_inputs_and_settings(tmp_path, files):
-    inputs, options = inputs_of(files), PassOptions(CPU, 0, 9)
-    path = write_analysis(tmp_path, inputs, options)
-
-    def find(inputs, options=options, ranks=(4, 2)):
-        return find_analysis(tmp_path, inputs, options, ranks)
-
-    assert find(inputs) == path
-    assert find(inputs, replace(options, width=512), (4, 2)) == path  # wide enough
-    assert find(inputs, replace(options, width=512), (4, 3)) is None  # too narrow
-    assert find(inputs, options, (40, 30)) == path  # a new one would be no wider
-    assert find(inputs, replace(options, seed=1)) is None
-    assert find(inputs_of(files[::-1])) is None
-    assert find(inputs_of(files, weights=(1, 1, 2))) is None
-    assert find(inputs_of(files, dtype="bfloat16")) is None
-    assert find(inputs_of(files, vae="average")) is None
-    path.write_bytes(path.read_bytes()[:-10])
-    assert find(inputs) is None
-
-
-def test_the_analyses_used_longest_ago_go_first(tmp_path):
-    paths = [tmp_path / f"{name}-512.analysis.safetensors" for name in "abc"]
-    for age, path in enumerate(paths):
-        path.write_bytes(bytes(100))
-        os.utime(path, (1000 - age, 1000 - age))
-    other = tmp_path / "hashes.json"
-    other.write_bytes(bytes(1000))
-    prune_analyses(tmp_path, 300)
-    assert all(path.exists() for path in paths)
-    prune_analyses(tmp_path, 250)
-    assert [path.exists() for path in paths] == [True, True, False]
-    assert other.exists()
-
-
-@pytest.fixture
-def cache(tmp_path):
-    """Two analyses of 100 bytes, what was remembered beside one of them, and hashes."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    sizes = {"a-512.analysis.safetensors": 100, "b-768.analysis.safetensors": 100}
-    sizes |= {"a-512.solutions.json": 7, "hashes.json": 1000, ".hyper-merge-00.tmp": 50}
-    for name, size in sizes.items():
-        (folder / name).write_bytes(bytes(size))
-    return folder
-
-
-def test_clearing_the_cache_keeps_its_hashes(cache):
-    assert cache_bytes(cache) == 207
-    assert clear_analyses(cache) == 207
-    assert {path.name for path in cache.iterdir()} == {"hashes.json", ".hyper-merge-00.tmp"}
-    assert cache_bytes(cache) == clear_analyses(cache) == 0
-    nowhere = cache / "nowhere"
-    assert cache_bytes(nowhere) == clear_analyses(nowhere) == 0
-
-
-def test_clearing_names_a_file_that_stays(cache, monkeypatch):
-    unlink, stuck = Path.unlink, cache / "a-512.analysis.safetensors"
-
-    def refuse(self, missing_ok=False):
-        if self == stuck:
-            raise PermissionError(13, "in use")
-        unlink(self, missing_ok=missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(CacheError) as caught:
-        clear_analyses(cache)
-    assert str(caught.value) == (
-        f"part of the cache cannot be deleted (first: {stuck}: in use); try again when no merge is"
-        " running"
-    )
-    assert cache_bytes(cache) == 100
-    prune_analyses(cache, 0)  # an analysis in use is no reason to fail after a merge
-    assert stuck.exists()
-
-
-def test_a_limit_of_nothing_keeps_nothing(cache):
-    prune_analyses(cache, 0)
-    assert cache_bytes(cache) == 0
+        run_pass(inputs)
 
 
 def test_pass_opens_each_file_once(files, monkeypatch):
@@ -477,5 +343,5 @@ def test_pass_opens_each_file_once(files, monkeypatch):
     monkeypatch.setattr(
         CheckpointReader, "__enter__", lambda self: (opened.append(self.path), enter(self))[1]
     )
-    read(inputs_of(files))
+    run_pass(inputs_of(files))
     assert opened == list(files)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import NESTED, TEXTS, changed, mutations, places
+from mutations import NESTED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import merge, recipe, snapshot
@@ -18,7 +18,6 @@ from hyper_merge.analysis.cache import (
     find_analysis,
     prune_analyses,
 )
-from hyper_merge.analysis.solutions import read_solutions
 from hyper_merge.analysis.store import open_analysis
 from hyper_merge.checkpoints.io.safetensors_header import read_table
 from hyper_merge.checkpoints.reader import read_header
@@ -26,25 +25,9 @@ from hyper_merge.errors import DamagedCacheError
 from hyper_merge.operations.merge import merge as merge_module
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.runs.hash_cache import hash_sources
-from hyper_merge.runtime.checked_json import read_sealed, sealed
+from hyper_merge.runtime.checked_json import read_sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.progress import Progress
-
-NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "1" + "0" * 400, "null", '"1"', "true"]
-
-
-class WarningLog:
-    """The warnings of a run."""
-
-    def __init__(self):
-        self.warnings = []
-        self.progress = Progress(warn=self.warnings.append)
-
-
-@pytest.fixture
-def log():
-    return WarningLog()
 
 
 def only(folder, suffix):
@@ -86,70 +69,6 @@ def same(one, other):
 def afresh(tmp_path_factory, files):
     """What a merge with other ranks comes to where nothing is remembered."""
     return loras_of(merge(files, tmp_path_factory.mktemp("afresh"), ranks=(5,)))
-
-
-@pytest.fixture(scope="session")
-def starts():
-    """Multipliers for two settings, as a file of an earlier version has them: no checksum."""
-    return {
-        "4, 2; equal": {"unet": [[1.0, 0.5], [-0.5, 1]], "text_encoder": [[1.0, 0.0], [0.0, 1.0]]},
-        "8; equal": {"unet": [[1.0], [0.25]]},
-    }
-
-
-def remembered(path, log):
-    """What is read of the solutions."""
-    return read_solutions(path, 2, log.warnings.append)
-
-
-def test_solutions_of_an_earlier_version_are_read(tmp_path, starts, log):
-    path = tmp_path / "x.solutions.json"
-    path.write_text(json.dumps(starts))
-    assert remembered(path, log) == starts
-    path.write_text(sealed(starts))
-    assert remembered(path, log) == starts
-    assert log.warnings == []
-
-
-def damaged_texts(starts):
-    yield from mutations(starts)
-    for at in places(starts):
-        for number in NUMBERS:
-            yield json.dumps(changed(starts, at, "HERE")).replace('"HERE"', number)
-    whole = sealed(starts)
-    for place in range(0, len(whole), 3):
-        yield whole[:place]
-        yield whole[:place] + chr(ord(whole[place]) ^ 1) + whole[place + 1 :]
-
-
-def test_damaged_solutions_are_never_given_as_starts(tmp_path, starts):
-    count = 0
-    for text in damaged_texts(starts):
-        path, log = tmp_path / "x.solutions.json", WarningLog()
-        path.write_bytes(text.encode())
-        solutions = remembered(path, log)
-        for groups in solutions.values():
-            for rows in groups.values():
-                tensor = torch.tensor(rows, dtype=torch.float64)
-                assert tensor.shape[0] == 2
-                assert bool(tensor.square().sum().isfinite())
-        if not solutions and text not in ("{}", sealed({})):
-            assert log.warnings
-            assert not path.exists()
-            assert [file.name for file in tmp_path.iterdir()] == ["x.solutions.json.damaged"]
-        count += 1
-    assert count > 400
-
-
-def test_one_changed_byte_of_sealed_solutions_is_noticed(tmp_path, starts):
-    whole = sealed(starts).encode()
-    path = tmp_path / "x.solutions.json"
-    for place in range(len(whole)):
-        log = WarningLog()
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
-        solutions = remembered(path, log)
-        assert solutions in ({}, starts)  # a blank may be another one
-        assert bool(log.warnings) == (solutions == {})
 
 
 @pytest.mark.parametrize(
@@ -446,29 +365,3 @@ def test_files_with_strange_names_are_passed_over(started, files, analysis):
     assert find_analysis(analysis.parent, inputs, options, (4, 2)) == analysis
     with open_analysis(analysis, inputs) as opened:
         assert opened.grams.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "text", [*TEXTS, '{"a|1|2": 3}', '{"a|1|2": "xyz"}', '{"a": ["b"]}'], ids=range(len(TEXTS) + 3)
-)
-def test_damaged_hashes_are_set_aside_and_made_again(started, files, cache, log, text):
-    headers = [read_header(path) for path in files]
-    expected = hash_sources(headers, cache, Progress())
-    path = cache / "hashes.json"
-    path.write_text(text)
-    assert hash_sources(headers, cache, log.progress) == expected
-    (warning,) = log.warnings
-    assert warning.startswith(f"{path} is damaged (")
-    assert hash_sources(headers, cache, log.progress) == expected
-    assert len(log.warnings) == 1
-
-
-def test_a_changed_digit_of_a_hash_is_noticed(started, files, cache, log):
-    headers = [read_header(path) for path in files]
-    expected = hash_sources(headers, cache, Progress())
-    path = cache / "hashes.json"
-    path.write_text(sealed(read_sealed(path)))
-    digest = expected[0].sha256
-    path.write_text(path.read_text().replace(digest, digest[::-1]))
-    assert hash_sources(headers, cache, log.progress) == expected
-    assert len(log.warnings) == 1

@@ -12,14 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from hyper_merge.analysis.checksums import stem_of
+from hyper_merge.analysis.file_layout import analysis_identity
 from hyper_merge.analysis.inputs import MergeInputs
-from hyper_merge.analysis.store import (
-    SOLUTIONS,
-    SUFFIX,
-    analysis_identity,
-    fault_of,
-    solutions_path,
-)
+from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, fault_of, solutions_path
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.io.atomic_file import as_output_error
 from hyper_merge.errors import CacheError

@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_named_after
-from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.file_layout import (
+    KINDS,
+    ROUNDING_DTYPE,
+    analysis_identity,
+    analysis_tensors,
+)
+from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
 from hyper_merge.checkpoints.io.atomic_file import as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.errors import CheckpointError, DamagedCacheError
 
-KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SUFFIX: Final = ".analysis.safetensors"
 SOLUTIONS: Final = ".solutions.json"  # of the file beside an analysis
 
-_VERSION: Final = 3  # of the files' content; another one is never read
 _NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
-_BASIS_DTYPE: Final = torch.float16
-_ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float16 does not have
 
 
 class Analysis:
@@ -245,14 +247,9 @@ def create_analysis(
     about = json.dumps({"width": options.width, **analysis_identity(inputs, options.seed)})
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(inputs, options)
+    tensors = analysis_tensors(inputs, options)
     with SafetensorsWriter(path, tensors, {_ABOUT: about}) as writer:
         yield AnalysisWriter(writer, tensors)
-
-
-def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
-    """Returns the bytes of an analysis file without its header."""
-    return sum(info.nbytes for info in _tensors(inputs, options).values())
 
 
 def solutions_path(analysis: Path) -> Path:
@@ -260,32 +257,14 @@ def solutions_path(analysis: Path) -> Path:
     return analysis.with_name(analysis.name.removesuffix(SUFFIX) + SOLUTIONS)
 
 
-def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
-    """Returns all that decides an analysis but its width."""
-    return {
-        "version": _VERSION,
-        "files": [file_identity(header) for header in inputs.read],
-        "base": inputs.base is not None,
-        "weights": list(inputs.contrasts.base_weights.tolist()),
-        "dtype": str(inputs.dtype),
-        "average_vae": inputs.average_vae,
-        "seed": seed,
-    }
-
-
-def file_identity(header: Header) -> list[str | int]:
-    """Returns an id of a file's content without reading the whole file."""
-    return [fingerprint(header), header.size, header.mtime_ns]
-
-
 def _fault(header: Header, inputs: MergeInputs) -> str | None:
     """Returns what is wrong with an analysis of the inputs by its header; None if nothing is."""
     sides = [
-        header.tensors.get(f"{index}.rounding", TensorInfo(_ROUNDING_DTYPE, ())).shape
+        header.tensors.get(f"{index}.rounding", TensorInfo(ROUNDING_DTYPE, ())).shape
         for index in range(len(inputs.layout.layers))
     ]
     widths = tuple(max(shape, default=0) for shape in sides)
-    expected = _tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
+    expected = analysis_tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
     tensors = {CHECKSUMS: expected[CHECKSUMS], **header.tensors}  # earlier versions have none
     if tensors != expected:
         wrong = next((key for key in expected if tensors.get(key) != expected[key]), None)
@@ -293,24 +272,3 @@ def _fault(header: Header, inputs: MergeInputs) -> str | None:
     if not is_named_after(header.name, header.metadata.get(_ABOUT, "")):
         return "it is the analysis of other files or settings"
     return None
-
-
-def _tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
-    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
-    count = len(inputs.layout.layers)
-    tensors = {
-        "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
-        "weights": TensorInfo(torch.float64, (count,)),
-        "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
-    }
-    for index, layer in enumerate(inputs.layout.layers):
-        p, q = basis_columns(layer, options.width_of(index))
-        tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
-        tensors[f"{index}.rounding"] = TensorInfo(_ROUNDING_DTYPE, (p, q))
-        tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
-        tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
-        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
-        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
-        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
-    tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
-    return tensors

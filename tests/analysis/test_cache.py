@@ -15,7 +15,8 @@ from hyper_merge.analysis.cache import (
     find_analysis,
     prune_analyses,
 )
-from hyper_merge.analysis.store import analysis_bytes, create_analysis, open_analysis
+from hyper_merge.analysis.file_layout import analysis_bytes
+from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
     stream_layers,

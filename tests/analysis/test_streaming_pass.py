@@ -8,7 +8,7 @@ import torch
 from tiny_family import NORM, POSITION_IDS, QUERY, VAE, inputs_of, load, run_pass, write
 
 from hyper_merge.analysis import streaming_pass
-from hyper_merge.analysis.store import KINDS
+from hyper_merge.analysis.file_layout import KINDS
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
     analyze_tensor,

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """A control's callables: what was told, and a wish that can be made."""
+    """The callables of a progress: its reports, and a stop that can be requested."""
 
     def __init__(self):
         self.reports = []

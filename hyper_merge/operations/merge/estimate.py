@@ -1,4 +1,4 @@
-"""What a merge will take: time, memory, and bytes on the disks."""
+"""Estimates the time, the memory and the disk space of a merge."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from hyper_merge.analysis.cache import find_analysis, required_width
+from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
-from hyper_merge.analysis.store import analysis_bytes
 from hyper_merge.loras.lora_file import lora_bytes
 from hyper_merge.operations.merge.companions import companion_bytes
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from hyper_merge.solver.solve import find_blocks
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the files of a merge are, and how good it is."""
+    """The files of a merge, and its report."""
 
     report: Report
     place: Place
@@ -125,28 +125,26 @@ def _stream(
         progress: progress and interrupt.
     """
     inputs, options, place = preflight.inputs, preflight.pass_options, outputs.place
-    writer = partial(
-        average_writer, outputs.transaction, place.hyper_model, preflight, outputs.lineage
-    )
-    if not place.exists:
-        overwrite = preflight.recipe.overwrite
-        stage_checkpoint_card(
-            outputs.transaction, place.hyper_model, outputs.lineage, overwrite=overwrite
-        )
-    if analysis_path is None:
-        if not place.exists:
-            options = PassOptions(options.device, options.seed)
-            with writer() as average:
-                stream_layers(inputs, options, average.write, None, progress)
+    transaction, lineage, model = outputs.transaction, outputs.lineage, place.hyper_model
+    if place.exists and analysis_path is None:
         return
-    options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
-    with create_analysis(analysis_path, inputs, options) as analysis:
-        if place.exists:
-            not_carried = stream_layers(inputs, options, None, analysis.keep, progress)
+    with ExitStack() as stack:
+        analysis = average = None
+        if analysis_path is None:
+            options = PassOptions(options.device, options.seed)
         else:
-            with writer() as average:
-                not_carried = stream_layers(inputs, options, average.write, analysis.keep, progress)
-        analysis.close_with(not_carried)
+            widths = choose_widths(inputs, options.width or 0, progress)
+            options = replace(options, widths=widths)
+            analysis = stack.enter_context(create_analysis(analysis_path, inputs, options))
+        if not place.exists:
+            overwrite = preflight.recipe.overwrite
+            stage_checkpoint_card(transaction, model, lineage, overwrite=overwrite)
+            average = stack.enter_context(average_writer(transaction, model, preflight, lineage))
+        write_average = average.write if average else None
+        keep_layer = analysis.keep if analysis else None
+        not_carried = stream_layers(inputs, options, write_average, keep_layer, progress)
+        if analysis:
+            analysis.close_with(not_carried)
 
 
 def _solve(

@@ -11,7 +11,8 @@ from typing import Final
 
 from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.cache import find_analysis, mark_used, new_analysis_path, prune_analyses
-from hyper_merge.analysis.store import analysis_bytes, create_analysis, open_analysis
+from hyper_merge.analysis.file_layout import analysis_bytes
+from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import stream_layers
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
 from hyper_merge.operations.merge.preflight import Preflight

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hyper_merge.analysis.cache import required_width
+from hyper_merge.analysis.file_layout import file_identity
 from hyper_merge.analysis.inputs import MergeInputs
-from hyper_merge.analysis.store import file_identity
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout, layout_of

@@ -59,23 +59,23 @@ def test_interrupted_first_run_leaves_only_the_cache(files, tmp_path):
     assert merge(files, tmp_path).reused_analysis
 
 
-class Wish:
-    """Counts how often each phase asks, and wishes to stop when one asks for the n-th time."""
+class StopRequest:
+    """Counts the checks of each phase, and requests a stop at the n-th check of one."""
 
     def __init__(self, phase=None, at=0):
         self.phase, self.at = phase, at
         self.now = "hashing the checkpoints"
-        self.asked = Counter()
+        self.checks = Counter()
         self.late = 0
 
     def on_progress(self, phase, fraction):
         self.now = phase
 
     def should_stop(self):
-        self.asked[self.now] += 1
-        wished = self.phase is not None and self.asked[self.phase] >= self.at
-        self.late += wished
-        return wished
+        self.checks[self.now] += 1
+        stops = self.phase is not None and self.checks[self.phase] >= self.at
+        self.late += stops
+        return stops
 
     @property
     def progress(self):
@@ -85,28 +85,28 @@ class Wish:
 @pytest.mark.parametrize("method", ["joint", "greedy"])
 def test_every_phase_stops_on_request(files, tmp_path, method):
     root = tmp_path / "models"
-    complete = Wish()
+    complete = StopRequest()
     loras = merge(files, root, complete.progress, method=method).loras
     cache = root / "hyper-merge" / "cache"
     shutil.copytree(cache, tmp_path / "cache")
     before = snapshot(root)
     layers = len(layers_of(files[0]))
-    assert complete.asked["reading and analysing"] > 5 * layers  # within them too
-    assert complete.asked["preparing the LoRAs"] >= layers
+    assert complete.checks["reading and analysing"] > 5 * layers  # within them too
+    assert complete.checks["preparing the LoRAs"] >= layers
     tensors = sum(len(load_file(path)) for path in loras)
-    assert complete.asked["writing the LoRAs"] > 4 * tensors  # to stage, hash and write them
-    assert complete.asked["solving for the LoRAs"] > 20
-    for phase, count in complete.asked.items():
+    assert complete.checks["writing the LoRAs"] > 4 * tensors  # to stage, hash and write them
+    assert complete.checks["solving for the LoRAs"] > 20
+    for phase, count in complete.checks.items():
         if phase == "putting the files in place" or (method == "greedy" and phase[:3] != "sol"):
             continue
         for at in {1, count // 2, count * 9 // 10} - {0}:  # how often varies with the threads
             shutil.rmtree(cache, ignore_errors=True)
             if phase not in ("hashing the checkpoints", "reading and analysing"):
                 shutil.copytree(tmp_path / "cache", cache)
-            wish = Wish(phase, at)
+            request = StopRequest(phase, at)
             with pytest.raises(InterruptedRun):
-                merge(files, root, wish.progress, method=method, overwrite=True)
-            assert wish.late <= torch.get_num_threads() + 2, (
+                merge(files, root, request.progress, method=method, overwrite=True)
+            assert request.late <= torch.get_num_threads() + 2, (
                 phase,
                 at,
             )  # once for each item submitted

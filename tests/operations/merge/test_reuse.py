@@ -97,31 +97,31 @@ def test_later_loras_name_their_hyper_model(files, tmp_path):
 
 
 def test_cpu_takes_cores_beyond_the_devices_memory(files, tmp_path, merged, monkeypatch):
-    real, asked, warnings = solution.best_start, [], []
+    real, calls, warnings = solution.best_start, [], []
 
     def best_start(*rest):
-        asked.append(rest)
-        if len(asked) == 1:
+        calls.append(rest)
+        if len(calls) == 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
         return real(*rest)
 
     monkeypatch.setattr(solution, "best_start", best_start)
-    told = []
-    progress = Progress(lambda _phase, x: told.append(x), warn=warnings.append)
+    reports = []
+    progress = Progress(lambda _phase, x: reports.append(x), warn=warnings.append)
     report = merge(files, tmp_path, progress).report
-    assert told == sorted(told)
+    assert reports == sorted(reports)
     assert warnings == ["cpu has too little memory for the cores; the CPU takes them"]
     assert report == merged.report
 
 
 def test_the_whole_run_is_one_rising_progress(files, tmp_path):
-    told = []
-    merge(files, tmp_path, Progress(lambda phase, x: told.append((phase, x))))
-    fractions = [x for _, x in told]
+    reports = []
+    merge(files, tmp_path, Progress(lambda phase, x: reports.append((phase, x))))
+    fractions = [x for _, x in reports]
     assert fractions == sorted(fractions)
     assert fractions[0] >= 0
     assert fractions[-1] == 1
-    assert list(dict.fromkeys(phase for phase, _ in told)) == [
+    assert list(dict.fromkeys(phase for phase, _ in reports)) == [
         "hashing the checkpoints",
         "reading and analysing",
         "searching for a start",

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_family import load, recipe, snapshot
 
-from hyper_merge.analysis import basis_widths as widths
+from hyper_merge.analysis import basis_widths
 from hyper_merge.analysis.basis_widths import allocate_widths, choose_widths, sample_energies
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.errors import InterruptedRun
@@ -94,13 +94,13 @@ def true_energies(inputs):
 
 
 def test_tensors_that_fit_the_sample_are_measured_exactly(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(widths, "_SAMPLE", 2**20)
+    monkeypatch.setattr(basis_widths, "_SAMPLE", 2**20)
     inputs = run_preflight(recipe(files, tmp_path)).inputs
     assert sample_energies(inputs, Progress()) == pytest.approx(true_energies(inputs), rel=1e-4)
 
 
 def test_samples_of_a_tensor_estimate_its_energy(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(widths, "_SAMPLE", 64)
+    monkeypatch.setattr(basis_widths, "_SAMPLE", 64)
     inputs = run_preflight(recipe(files, tmp_path)).inputs
     sampled_energies, true = sample_energies(inputs, Progress()), true_energies(inputs)
     sampled = [m for m, layer in enumerate(inputs.layout.layers) if layer.m * layer.n > 256]
@@ -113,8 +113,8 @@ def test_samples_of_a_tensor_estimate_its_energy(files, tmp_path, monkeypatch):
 
 
 def test_samples_span_the_whole_tensor(monkeypatch):
-    monkeypatch.setattr(widths, "_SAMPLE", 5)
-    sample = widths._sample(torch.arange(100))
+    monkeypatch.setattr(basis_widths, "_SAMPLE", 5)
+    sample = basis_widths._sample(torch.arange(100))
     assert sample.tolist() == [*range(5), *range(31, 36), *range(63, 68), *range(95, 100)]
 
 

@@ -24,7 +24,7 @@ from tiny_family import (
     temporaries,
 )
 
-from hyper_merge.checkpoints.io import atomic_file as staging
+from hyper_merge.checkpoints.io import atomic_file
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import InterruptedRun, OutputError
 from hyper_merge.operations.merge.average import run_average
@@ -160,7 +160,7 @@ def test_killed_process_leaves_old_files_and_cache(files, started, at):
 def test_full_disk_is_reported_and_changes_nothing(files, started, after, monkeypatch):
     before = snapshot(started)
     shutil.rmtree(started / "hyper-merge" / "cache")
-    real, written = staging.StagedFile._write_some, []
+    real, written = atomic_file.StagedFile._write_some, []
 
     def write_some(self, data, offset):
         written.append(offset)
@@ -168,7 +168,7 @@ def test_full_disk_is_reported_and_changes_nothing(files, started, after, monkey
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(self, data, offset)
 
-    monkeypatch.setattr(staging.StagedFile, "_write_some", write_some)
+    monkeypatch.setattr(atomic_file.StagedFile, "_write_some", write_some)
     with pytest.raises(OutputError, match=r"the disk is full; free some space") as caught:
         merge(files[::-1], started, overwrite=True)
     assert "bytes needed" in str(caught.value)

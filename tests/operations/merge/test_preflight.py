@@ -11,16 +11,15 @@ from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, wr
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition import initialization as starts
+from hyper_merge.decomposition import initialization
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
-from hyper_merge.operations import inspect as inspection
-from hyper_merge.operations.merge import cost_model as costs
-from hyper_merge.operations.merge import estimate
+from hyper_merge.operations.inspect import format_inspection
+from hyper_merge.operations.merge import cost_model, estimate
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime import throughput as effort
+from hyper_merge.runtime import throughput
 from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
 
@@ -75,13 +74,15 @@ def test_the_estimate_is_the_size_of_the_files(files, merged):
 
 def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
-    monkeypatch.setattr(effort, "measure_throughput", lambda device: 125e9)  # as measured there
-    monkeypatch.setattr(starts, "_ROUNDS", ((4, 4), (6, 2), (10, 1)))  # other tests search less
+    monkeypatch.setattr(throughput, "measure_throughput", lambda device: 125e9)  # as measured there
+    monkeypatch.setattr(
+        initialization, "_ROUNDS", ((4, 4), (6, 2), (10, 1))
+    )  # other tests search less
     settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
     assert estimate_merge(checked(models, **settings)).seconds == pytest.approx(268, rel=0.05)
     monkeypatch.setattr(estimate, "find_analysis", lambda *question: tmp_path)
     monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
-    monkeypatch.setattr(costs, "bytes_to_hash", lambda *question: 0)
+    monkeypatch.setattr(cost_model, "bytes_to_hash", lambda *question: 0)
     again = checked(models, **settings | {"ranks": (96, 48, 24)})
     # Measured before the search for a start was cut to half its layers.
     assert estimate_merge(again).seconds == pytest.approx(61.5, rel=0.2)
@@ -118,7 +119,7 @@ def full_size(path: Path, marker: str) -> Path:
 def test_inspection_of_full_size_files_is_quick(tmp_path):
     models = [full_size(tmp_path / f"{name}.safetensors", name) for name in ("one", "two", "three")]
     start = time.process_time()
-    text = inspection.format_inspection(models)
+    text = format_inspection(models)
     assert time.process_time() - start < len(models)
     lines = text.splitlines()
     assert lines[0].split() == ["file", "family", "size", "hash", "VAE", "type"]
@@ -137,7 +138,7 @@ def test_inspection_of_full_size_files_is_quick(tmp_path):
 
 
 def test_one_file_is_described_without_an_estimate(files):
-    text = inspection.format_inspection(files[:1])
+    text = format_inspection(files[:1])
     assert "together" not in text
     assert text.splitlines()[1].startswith("a.safetensors  Stable Diffusion 1.x")
 

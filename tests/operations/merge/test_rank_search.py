@@ -17,7 +17,7 @@ from tiny_family import (
     write,
 )
 
-from hyper_merge.analysis import basis_widths as widths
+from hyper_merge.analysis import basis_widths
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.merge import preflight
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -102,8 +102,8 @@ def test_adaptive_ranks_report_the_files_loss(files, tmp_path, dtype):
 
 @pytest.mark.parametrize("settings", [{}, {"allocation": "even"}, {"method": "greedy"}], ids=str)
 def test_ranks_beyond_narrow_bases_are_capped(files, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(widths, "_LEAST", 4)
-    monkeypatch.setattr(widths, "_STEP", 4)
+    monkeypatch.setattr(basis_widths, "_LEAST", 4)
+    monkeypatch.setattr(basis_widths, "_STEP", 4)
     monkeypatch.setattr(preflight, "required_width", lambda ranks: 14)
     merged = merge(files, tmp_path, ranks=(10, 3), **settings)
     sides = {layer.module: min(layer.m, layer.n) for layer in layers_of(files[0])}

@@ -20,10 +20,10 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.operations.merge.average import run_average
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.runs import hash_cache as lineage
+from hyper_merge.runs import hash_cache
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver import solve as solution
+from hyper_merge.solver import solve
 
 
 def test_equal_seeds_write_equal_bytes(files, tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_equal_seeds_write_equal_bytes(files, tmp_path, monkeypatch):
         def now(zone):
             return types.SimpleNamespace(isoformat=lambda timespec: "2025-01-02T03:04:05+00:00")
 
-    monkeypatch.setattr(lineage, "datetime", Clock)
+    monkeypatch.setattr(hash_cache, "datetime", Clock)
     merge(files, tmp_path / "one")
     merge(files, tmp_path / "two")
     one, two = (snapshot(tmp_path / name) for name in ("one", "two"))
@@ -50,7 +50,7 @@ def test_other_ranks_reuse_analysis_and_hyper_model(files, started, monkeypatch)
 
     enter = CheckpointReader.__enter__
     monkeypatch.setattr(CheckpointReader, "__enter__", refuse)
-    monkeypatch.setattr(lineage, "file_sha256", lambda *rest: pytest.fail("a file was hashed"))
+    monkeypatch.setattr(hash_cache, "file_sha256", lambda *rest: pytest.fail("a file was hashed"))
     second = merge(files, started, ranks=(5,))
     assert second.reused_analysis
     assert second.place.exists
@@ -97,7 +97,7 @@ def test_later_loras_name_their_hyper_model(files, tmp_path):
 
 
 def test_cpu_takes_cores_beyond_the_devices_memory(files, tmp_path, merged, monkeypatch):
-    real, calls, warnings = solution.best_start, [], []
+    real, calls, warnings = solve.best_start, [], []
 
     def best_start(*rest):
         calls.append(rest)
@@ -105,7 +105,7 @@ def test_cpu_takes_cores_beyond_the_devices_memory(files, tmp_path, merged, monk
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
         return real(*rest)
 
-    monkeypatch.setattr(solution, "best_start", best_start)
+    monkeypatch.setattr(solve, "best_start", best_start)
     reports = []
     progress = Progress(lambda _phase, x: reports.append(x), warn=warnings.append)
     report = merge(files, tmp_path, progress).report

@@ -4,75 +4,24 @@ import json
 
 import pytest
 import torch
-import yaml
 from narrow_layouts import NARROW, UNET, few, one, other_way_round, parts, renamed, two, xl
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from random_checkpoints import (
+    CLIP,
+    SPREAD,
+    added,
+    files,
+    merged_exactly,
+    metadata,
+    misses,
+    state,
+)
+from safetensors.torch import load_file
 from tiny_family import layers_of, merge, recipe
 
 from hyper_merge.errors import FamilyError, MismatchError
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.synthetic.checkpoint_layouts import text_encoders_layout
-
-CLIP = "cond_stage_model.transformer.text_model."
-SPREAD = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-NARROW_SPREAD = 0.05  # of a checkpoint that predicts noise
-WIDE = 64  # a rank that no layer of these files reaches
-
-
-def state(shapes, seed, step=0.1, dtype=torch.float32):
-    """Random numbers, those of each seed a step away from one base."""
-    common, individual = (torch.Generator().manual_seed(n) for n in (0, seed + 1))
-    tensors = {}
-    for key, shape in shapes.items():
-        values = torch.randn(shape, generator=common) + step * torch.randn(
-            shape, generator=individual
-        )
-        values *= NARROW_SPREAD if key == SPREAD else 1.0
-        tensors[key] = torch.arange(77)[None] if key.endswith("_ids") else values.to(dtype)
-    return tensors
-
-
-def files(folder, *states, names="abcdef"):
-    folder.mkdir(exist_ok=True, parents=True)
-    paths = [folder / f"{name}.safetensors" for name, _ in zip(names, states, strict=False)]
-    for path, tensors in zip(paths, states, strict=True):
-        save_file(tensors, path)
-    return paths
-
-
-def merged_exactly(models, folder, **settings):
-    """A merge of two whose one LoRA is wide enough to hold all of their difference."""
-    even = {"ranks": (WIDE,), "allocation": "even", "iterations": 1}
-    settings = {**even, "dtype": "float32", **settings}
-    return merge(models, folder / "models", **{"allocation": "even", **settings})
-
-
-def added(lora, module):
-    """What a host adds at multiplier 1; without an alpha, the plain product."""
-    up, down = (lora[f"{module}.lora_{end}.weight"].double().flatten(1) for end in ("up", "down"))
-    alpha = lora.get(f"{module}.alpha")
-    return up @ down * (1.0 if alpha is None else alpha.double() / len(down))
-
-
-def metadata(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
-def misses(merged, path, row):
-    """What the LoRAs of one row miss of a checkpoint's deviation, relative, by layer."""
-    average, checkpoint = load_file(merged.place.hyper_model), load_file(path)
-    loras = [load_file(lora) for lora in merged.loras]
-    for layer in layers_of(merged.place.hyper_model):
-        rows = slice(*layer.rows) if layer.rows else slice(None)
-        base, exact = (
-            state[layer.key][rows].double().flatten(1) for state in (average, checkpoint)
-        )
-        terms = zip(row.multipliers_of(layer.part), loras, strict=True)
-        delta = sum(x * added(lora, layer.module) for x, lora in terms)
-        yield float((base + delta - exact).norm() / (exact - base).norm())
 
 
 @pytest.mark.parametrize(
@@ -269,81 +218,6 @@ def test_training_averages_are_left_out(tmp_path):
     assert len(load_file(models[0])) == len(plain) + 688
     preflight = run_preflight(recipe(models, tmp_path / "models"))
     assert set(preflight.inputs.outputs()) == set(plain)
-
-
-def predicting(shapes, seed, spread):
-    """A checkpoint whose telling tensor spreads so far."""
-    tensors = state(shapes, seed, dtype=torch.float16)
-    values = torch.linspace(-1, 1, tensors[SPREAD].numel())
-    return {**tensors, SPREAD: (values * spread / values.std()).half()}
-
-
-def test_v_prediction_average_has_a_configuration(tmp_path):
-    models = files(tmp_path, *(predicting(few(two()), seed, 0.12) for seed in (1, 2)))
-    merged = merged_exactly(models, tmp_path, ranks=(2,), dtype="float16")
-    config = merged.place.hyper_model.with_suffix(".yaml")
-    params = yaml.safe_load(config.read_text())["model"]["params"]
-    assert params["parameterization"] == "v"
-    assert params["unet_config"]["params"]["context_dim"] == 1024
-    entries = metadata(merged.loras[0])
-    assert entries["ss_base_model_version"] == "sd_v2_v"
-    assert entries["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
-    assert (entries["modelspec.resolution"], entries["modelspec.prediction_type"]) == (
-        "768x768",
-        "v",
-    )
-    assert metadata(merged.place.hyper_model)["modelspec.prediction_type"] == "v"
-
-
-def test_an_average_that_predicts_noise_has_none(tmp_path):
-    models = files(tmp_path, *(predicting(few(two()), seed, 0.05) for seed in (1, 2)))
-    merged = merged_exactly(models, tmp_path, ranks=(2,), dtype="float16")
-    assert not merged.place.hyper_model.with_suffix(".yaml").exists()
-    assert metadata(merged.loras[0])["modelspec.prediction_type"] == "epsilon"
-
-
-def test_configuration_of_a_checkpoint_is_copied(tmp_path):
-    models = files(tmp_path, *(predicting(few(two()), seed, 0.05) for seed in (1, 2)))
-    configuration = "model: {params: {parameterization: v}}  # mine\n"
-    for path in models:
-        path.with_suffix(".yaml").write_text(configuration)
-    merged = merged_exactly(models, tmp_path, ranks=(2,), dtype="float16")
-    assert merged.place.hyper_model.with_suffix(".yaml").read_text() == configuration
-
-
-def test_mixed_prediction_types_are_refused(tmp_path):
-    spreads = (0.12, 0.12, 0.05)
-    models = files(
-        tmp_path, *(predicting(few(two()), n, spread) for n, spread in enumerate(spreads))
-    )
-    with pytest.raises(
-        MismatchError, match=r"^2 are Stable Diffusion 2.x with v-prediction, 1 is "
-    ):
-        merge(models, tmp_path / "models")
-
-
-def test_sdxl_markers_are_kept_and_configured(tmp_path):
-    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    models = files(
-        tmp_path, *({**state(few(xl()), n, dtype=torch.float16), **markers} for n in (1, 2))
-    )
-    merged = merged_exactly(models, tmp_path, ranks=(2,), dtype="float16")
-    assert markers.keys() <= load_file(merged.place.hyper_model).keys()
-    config = yaml.safe_load(merged.place.hyper_model.with_suffix(".yaml").read_text())
-    scaling = config["model"]["params"]["denoiser_config"]["params"]["scaling_config"]
-    assert scaling["target"].endswith(".VScaling")
-    assert metadata(merged.loras[0])["modelspec.prediction_type"] == "v"
-
-
-def test_existing_configuration_is_not_replaced(tmp_path):
-    models = files(tmp_path, *(predicting(few(two()), seed, 0.12) for seed in (1, 2)))
-    place = tmp_path / "models" / "Stable-diffusion"
-    place.mkdir(parents=True)
-    (place / "mix.yaml").write_text("mine")
-    with pytest.raises(OSError, match=r"mix\.yaml"):
-        merged_exactly(models, tmp_path, ranks=(2,), dtype="float16")
-    assert [path.name for path in place.iterdir()] == ["mix.yaml"]
-    assert (place / "mix.yaml").read_text() == "mine"
 
 
 def test_damaged_variant_is_refused_before_writing(tmp_path):

@@ -17,10 +17,10 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     small = replace(TINY, count=4, width=8, context=16, terms=6)
     monkeypatch.setattr(demo, "_SPEC", small)
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
-    folder, told = tmp_path / "demo", []
-    first = demo.run_demo(folder, Progress(lambda phase, x: told.append((phase, x))))
-    assert told[0][0] == "making"
-    assert [x for _, x in told] == sorted(x for _, x in told)
+    folder, reports = tmp_path / "demo", []
+    first = demo.run_demo(folder, Progress(lambda phase, x: reports.append((phase, x))))
+    assert reports[0][0] == "making"
+    assert [x for _, x in reports] == sorted(x for _, x in reports)
     assert {path.name for path in (folder / "Stable-diffusion").iterdir()} == {
         "portrait.safetensors",
         "landscape.safetensors",
@@ -34,8 +34,8 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     assert 200 < len(modules) <= 278 + 72  # a layer where other bytes bring back more has none
     assert first.report.loss < 0.12
     assert first.report.relative_loss < 0.13
-    told.clear()
-    second = demo.run_demo(folder, Progress(lambda phase, x: told.append((phase, x))))
+    reports.clear()
+    second = demo.run_demo(folder, Progress(lambda phase, x: reports.append((phase, x))))
     assert second.report.loss == pytest.approx(first.report.loss, rel=0.02)  # starts from the first
     assert second.reused_analysis
-    assert "making" not in dict(told)
+    assert "making" not in dict(reports)

@@ -86,8 +86,8 @@ def test_map_begins_no_item_after_an_error(device):
             raise KeyboardInterrupt
 
     def run():
-        with parallel_map(device, check) as each:
-            return list(each(begun.append, range(100)))
+        with parallel_map(device, check) as parallel:
+            return list(parallel(begun.append, range(100)))
 
     with pytest.raises(KeyboardInterrupt):
         run()
@@ -105,8 +105,8 @@ def test_map_checks_while_it_waits():
         if len(checks) == 4:
             stop.set()
 
-    with parallel_map(CPU, check) as each:
-        assert list(each(stop.wait, [30])) == [True]
+    with parallel_map(CPU, check) as parallel:
+        assert list(parallel(stop.wait, [30])) == [True]
     assert checks[-1] - checks[0] < 10
 
 
@@ -124,5 +124,5 @@ def test_error_elsewhere_ends_a_counting_item():
         if begun.is_set():
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), parallel_map(CPU, check) as each, counter:
-        list(each(endless, ["a"]))
+    with pytest.raises(KeyboardInterrupt), parallel_map(CPU, check) as parallel, counter:
+        list(parallel(endless, ["a"]))

@@ -153,8 +153,8 @@ def test_manifest_settings_make_an_equal_recipe(files, tmp_path, monkeypatch):
     names = [path.name for path in files[1:]]
     settings = {"base": files[0].name, "weights": (1, 2.5), "overwrite": True, "seed": 2**60}
     merged = merge(names, tmp_path, **settings)
-    found = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
-    assert found == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
+    rebuilt = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
+    assert rebuilt == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
     assert manifest_of(merged)["hyper_model"] == str(files[0])
 
 

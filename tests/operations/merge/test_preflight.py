@@ -220,7 +220,7 @@ def test_a_family_that_cannot_be_merged_is_named(b):
 
 
 @pytest.mark.parametrize(
-    ("state", "what"),
+    ("state", "kind"),
     [
         ({"lora_unet_x.lora_up.weight": 1}, "a LoRA"),
         ({"encoder.conv_in.weight": 1, "decoder.conv_in.weight": 1}, "a VAE alone"),
@@ -229,11 +229,11 @@ def test_a_family_that_cannot_be_merged_is_named(b):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_files_than_checkpoints_are_named(files, tmp_path, state, what):
+def test_other_files_than_checkpoints_are_named(files, tmp_path, state, kind):
     tensors = {key: torch.zeros(4, 4, 3, 3) for key in state}
     path = write(tmp_path / "odd.safetensors", tensors)
     assert refused([files[0], path]) == (
-        f"odd.safetensors is {what}; choose checkpoints of Stable Diffusion 1.x, 2.x, XL, 3, 3.5"
+        f"odd.safetensors is {kind}; choose checkpoints of Stable Diffusion 1.x, 2.x, XL, 3, 3.5"
         " and Flux"
     )
 

@@ -36,7 +36,7 @@ def test_equal_seeds_write_equal_bytes(files, tmp_path, monkeypatch):
     merge(files, tmp_path / "one")
     merge(files, tmp_path / "two")
     one, two = (snapshot(tmp_path / name) for name in ("one", "two"))
-    manifests = [each.pop("hyper-merge/mix/manifest.json") for each in (one, two)]
+    manifests = [contents.pop("hyper-merge/mix/manifest.json") for contents in (one, two)]
     assert one == two
     assert manifests[0].replace(b"/one", b"/two") == manifests[1]
 

@@ -192,7 +192,7 @@ def _write(
 ) -> tuple[Report, tuple[str, ...]]:
     """Stages all LoRAs; returns the report, and the names of the LoRAs."""
     recipe, folders, place = preflight.recipe, preflight.folders, outputs.place
-    private, shared = outputs.private_loras(preflight, solved), shared_names(preflight, place)
+    private, shared = outputs.named_private_loras(preflight, solved), shared_names(preflight, place)
     names = (*shared, *private)
     require_free_names(place, names, folders, overwrite=recipe.overwrite)
     if recipe.overwrite:

@@ -73,7 +73,7 @@ class MergeOutputs:
             for block, name in enumerate(names)
         }
 
-    def private_loras(self, preflight: Preflight, solved: SolvedMerge) -> dict[str, PrivateLora]:
+    def named_private_loras(self, preflight: Preflight, solved: SolvedMerge) -> dict[str, PrivateLora]:
         """Returns the private LoRAs by their names, which are distinct even without case."""
         words = distinct_words([header.stem for header in preflight.inputs.headers])
         return {
@@ -108,7 +108,7 @@ class MergeOutputs:
         """Stages the private LoRAs with their cards."""
         layers = preflight.inputs.layout.layers
         explained = solved.evaluation.explained().tolist()
-        for name, lora in self.private_loras(preflight, solved).items():
+        for name, lora in self.named_private_loras(preflight, solved).items():
             stem = preflight.inputs.headers[lora.checkpoint].stem
             file = LoraFile(
                 lineage=self.lineage,

@@ -99,12 +99,12 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
         path = ensure_analysis(preflight, reading, damaged)
         with open_analysis(path, preflight.inputs) as analysis:
             forecast = forecast_ranks_for(analysis, preflight, forecasting)
-            return make_plan_from(forecast, find_clusters(gram_of(analysis)), preflight)
+            return _plan_from(forecast, find_clusters(gram_of(analysis)), preflight)
 
     return with_sound_cache(attempt, progress.warn)
 
 
-def make_plan_from(forecast: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
+def _plan_from(forecast: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
     """Returns the plan that a forecast gives."""
     requested = _requested_size(preflight, forecast.budget_for) or forecast.largest
     sizes = [round(requested * step) for step in _STEPS]

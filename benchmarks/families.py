@@ -169,7 +169,7 @@ def _merge(kind: str, models: Sequence[Path], setting: Setting, cache: Path) -> 
     recipe = recipe_from_options({**words, "output": [str(output)], **_words(setting.options)})
     watch, folders = Watch(), replace(Folders.under(recipe.output), cache=cache)
     preflight, start = run_preflight(recipe, folders), Time.now()
-    merged = run_merge(preflight, Progress(watch.on_progress), folders)
+    merged = run_merge(preflight, Progress(watch.on_progress))
     manifest = json.loads((merged.place.folder / MANIFEST).read_text(encoding="utf-8"))
     report = Report.from_dict(manifest["report"])
     solving = watch.first[ROUNDING].since(watch.last.get(READING, start))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from tiny_family import KEPT, TINY, Exact, State, merge, write
+from tiny_family import KEPT, TINY, Exact, State, WarningLog, merge, write
 
 from hyper_merge.decomposition import initialization as starts
 from hyper_merge.operations.merge.merge import MergeResult
@@ -73,3 +73,9 @@ def started(tmp_path: Path, merged: MergeResult) -> Path:
     """A models folder of one's own that holds this merge, its cache too."""
     root = merged.place.loras.parent
     return Path(shutil.copytree(root, tmp_path / "started"))
+
+
+@pytest.fixture
+def log() -> WarningLog:
+    """The warnings of the test's run."""
+    return WarningLog()

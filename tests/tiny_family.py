@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.reader import read_header
@@ -31,7 +32,7 @@ NORM = UNET + "middle_block.1.norm.weight"
 VAE = "first_stage_model.quant_conv.weight"
 RANKS = (4, 2)
 
-# A few blocks of each kind: by these a file is told to be SD 1.x, and they have all kinds of layers.
+# A few blocks of each kind: they mark a file as SD 1.x, and have all kinds of layers.
 KEPT = re.compile(
     r"model\.diffusion_model\.(time_embed|input_blocks\.[013]|middle_block\.1|output_blocks\.2\.0|out)\..*"
     r"|.*\.input_blocks\.([47]\.1\.transformer_blocks\.0\.norm1\.bias|[69]\.0\.op\.bias)"
@@ -114,3 +115,85 @@ def added(lora: State, module: str) -> Tensor:  # (m, n), float64; a single zero
     up = lora[f"{module}.lora_up.weight"].double().flatten(1)
     down = lora[f"{module}.lora_down.weight"].double().flatten(1)
     return up @ down * (lora[f"{module}.alpha"].double() / down.shape[0])
+
+
+def leftovers(models, hyper_model, loras, rows):
+    """Squared norms of deviations and of what stays, (layers, k) each, from the files on disk.
+
+    `rows` has a list of prompt tags per checkpoint.
+    """
+    base, checkpoints = load(hyper_model), [load(path) for path in models]
+    loras = {name: load_file(path) for name, path in loras.items()}
+    energies, errors = [], []
+    for layer in layers_of(models[0]):
+        weight = base[layer.key].double().flatten(1)
+        blocks = {name: added(lora, layer.module) for name, lora in loras.items()}
+        deviations = [c[layer.key].double().flatten(1) - weight for c in checkpoints]
+        rests = [
+            deviation - sum(part_multiplier(tag, layer.part) * blocks[tag.name] for tag in row)
+            for deviation, row in zip(deviations, rows, strict=True)
+        ]
+        energies.append([float(d.square().sum()) for d in deviations])
+        errors.append([float(r.square().sum()) for r in rests])
+    return torch.tensor(energies).double(), torch.tensor(errors).double()
+
+
+def losses(models, merged, rows):
+    """Loss, and explained shares by checkpoint in all layers, UNet, text encoder."""
+    loras = {path.stem: path for path in merged.loras}
+    energies, errors = leftovers(models, merged.place.hyper_model, loras, rows)
+    parts = [layer.part for layer in layers_of(models[0])]
+    masks = [torch.tensor([p in which for p in parts]) for which in (parts, "unet", "text_encoder")]
+    shares = [1 - errors[mask].sum(0) / energies[mask].sum(0) for mask in masks]
+    return float(errors.sum() / energies.sum()), torch.stack(shares, 1)
+
+
+def reported_shares(merged):
+    rows = merged.report.checkpoints
+    return torch.tensor([[r.explained, r.explained_unet, r.explained_text_encoder] for r in rows])
+
+
+class Stop:
+    """Ends a run at a fraction of its work, by should_stop or as Ctrl-C does."""
+
+    def __init__(self, at: float, how: str) -> None:
+        self.at, self.how, self.reached = at, how, 0.0
+        self.late = 0  # reports after the request to stop
+
+    def on_progress(self, phase, fraction):
+        self.late += self.reached >= self.at
+        self.reached = fraction
+        if self.how == "interrupt" and fraction >= self.at:
+            raise KeyboardInterrupt
+
+    def should_stop(self):
+        return self.how == "stop" and self.reached >= self.at
+
+    @property
+    def progress(self):
+        return Progress(self.on_progress, self.should_stop)
+
+
+def inputs_of(models, **settings):
+    return run_preflight(recipe(models, models[0].parent / "models", **settings)).inputs
+
+
+def run_pass(inputs, width=512, progress=None, device=None):
+    """Averages and layers of a pass, with what LoRAs do not carry."""
+    averages, layers = {}, {}
+    outside = stream_layers(
+        inputs,
+        PassOptions(device or torch.device("cpu"), 0, width),
+        averages.__setitem__,
+        lambda layer: layers.__setitem__(layer.index, layer),
+        progress or Progress(),
+    )
+    return averages, layers, outside
+
+
+class WarningLog:
+    """The warnings of a run."""
+
+    def __init__(self):
+        self.warnings = []
+        self.progress = Progress(warn=self.warnings.append)

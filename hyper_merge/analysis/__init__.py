@@ -1,1 +1,1 @@
-"""From checkpoint files to their average and the compressed deviations of every layer."""
+"""Reads checkpoints into their average and the compressed deviations of every layer."""

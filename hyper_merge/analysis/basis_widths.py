@@ -1,7 +1,7 @@
-"""How wide each layer's bases are: a glance at all files says where the differences are.
+"""The width of each layer's bases, chosen by a sample of all files.
 
-Layers with more energy for the bytes of a rank want more ranks, and so wider bases. The products of
-the whole pass stay what they would be with one width for all.
+Layers with more energy for the bytes of a rank need more ranks, and so wider bases. The cost of the
+whole pass stays what it would be with one width for all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import compute_deviations
 from hyper_merge.runtime.progress import Progress
 
-_PLACES: Final = 4  # in a tensor that are looked at
+_PLACES: Final = 4  # of samples in a tensor
 _SAMPLE: Final = 2**13  # entries at each
 _LEAST: Final = 96  # columns, for lists of ranks that come later
 _STEP: Final = 32  # columns by which widths differ: fewer shapes, fuller batches
@@ -28,12 +28,12 @@ _HALVINGS: Final = 40  # of the search for the common factor
 
 
 def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tuple[int, ...]:
-    """Columns of every layer's bases at most, `nominal` in the mean.
+    """Returns the most columns that each layer's bases have, in the mean the nominal width.
 
     Args:
         inputs: the files, of which a small part is read.
-        nominal: the width that all layers would have if all had one.
-        progress: asked to stop between layers.
+        nominal: the width of all layers if they had the same.
+        progress: checked between layers.
 
     Raises:
         CheckpointError: a file was changed or cannot be read.
@@ -42,7 +42,7 @@ def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tupl
 
 
 def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
-    """Squared norm of every layer's deviations, estimated from a few places of its tensor."""
+    """Returns the squared norm of every layer's deviations, estimated from samples of its tensor."""
     energies = []
     with ExitStack() as stack:
         files = [
@@ -53,10 +53,10 @@ def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
             progress.check()
             rows = slice(*layer.rows) if layer.rows else slice(None)
             origin, *others = [_sample(file.tensor(layer.key)[rows].flatten()) for file in files]
-            found = compute_deviations(
+            deviations = compute_deviations(
                 origin, others, inputs.contrasts, torch.float32, origin.numel()
             )
-            trace = float(found.gram.diagonal()[:-1].sum())
+            trace = float(deviations.gram.diagonal()[:-1].sum())
             energies.append(trace * layer.m * layer.n / origin.numel())
     return energies
 
@@ -64,24 +64,24 @@ def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
 def allocate_widths(
     layers: Sequence[Layer], energies: Sequence[float], nominal: int
 ) -> tuple[int, ...]:
-    """Widths that follow the energy per byte and cost what the nominal width costs in all layers."""
+    """Returns widths that follow the energy per byte and cost as much as the nominal width."""
     sizes = torch.tensor([layer.m * layer.n for layer in layers], dtype=torch.float64)
     limits = torch.tensor([max(layer.m, layer.n) for layer in layers], dtype=torch.float64)
     sides = torch.tensor([layer.m + layer.n for layer in layers], dtype=torch.float64)
-    wanted = (torch.tensor(energies, dtype=torch.float64) / sides) ** _POWER
-    if not bool(wanted.isfinite().all()) or float(wanted.sum()) <= 0:
+    needs = (torch.tensor(energies, dtype=torch.float64) / sides) ** _POWER
+    if not bool(needs.isfinite().all()) or float(needs.sum()) <= 0:
         return tuple(int(limit.clamp(max=nominal)) for limit in limits)
     budget = float((sizes * limits.clamp(max=nominal)).sum())
-    low = _LEAST / float(wanted.max())  # of the common factor: narrower bases are not made
-    high = max(float(limits.max() / wanted[wanted > 0].min()), low)
+    low = _LEAST / float(needs.max())  # of the common factor: narrower bases are not made
+    high = max(float(limits.max() / needs[needs > 0].min()), low)
     for _ in range(_HALVINGS):
         middle = (low * high) ** 0.5  # energies differ by many orders of magnitude
-        affordable = float((sizes * _clamped(middle * wanted, limits)).sum()) <= budget
+        affordable = float((sizes * _clamped(middle * needs, limits)).sum()) <= budget
         low, high = (middle, high) if affordable else (low, middle)
-    return tuple(int(width) for width in _clamped(low * wanted, limits))
+    return tuple(int(width) for width in _clamped(low * needs, limits))
 
 
-def _clamped(widths: Tensor, limits: Tensor) -> Tensor:  # both (layers,)
+def _clamped(widths: Tensor, limits: Tensor) -> Tensor:  # all (layers,)
     stepped = (widths / _STEP).round() * _STEP
     return torch.minimum(stepped.clamp(min=_LEAST), limits)
 

@@ -1,7 +1,7 @@
-"""The folder of analyses: finding one that serves, and keeping them within bounds.
+"""The cache folder of analyses: finds one that can be used again, and limits their bytes.
 
-One file per analysis, named after a hash of all that decides it, so that a changed checkpoint or
-setting is never served an old one. Safe to delete at any time.
+The name of each file is a hash of all that decides the analysis, so that a changed checkpoint or
+setting never gets an old one. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,14 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from hyper_merge.analysis.checksums import stem_of
+from hyper_merge.analysis.file_layout import analysis_identity
 from hyper_merge.analysis.inputs import MergeInputs
-from hyper_merge.analysis.store import (
-    SOLUTIONS,
-    SUFFIX,
-    analysis_identity,
-    fault_of,
-    solutions_path,
-)
+from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, fault_of, solutions_path
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import last_used, sweep, unused
 from hyper_merge.errors import CacheError
@@ -28,12 +23,12 @@ from hyper_merge.runtime.damaged_files import SET_ASIDE, DamagedFiles
 
 
 def required_width(ranks: Sequence[int]) -> int:
-    """Columns of the bases of a new analysis: twice the ranks, and enough for most later lists."""
+    """Returns the width of a new analysis's bases: twice the ranks, and enough for most later lists."""
     return max(512, -(-2 * sum(ranks) // 256) * 256)
 
 
 def is_wide_enough(width: int, ranks: Sequence[int]) -> bool:
-    """Whether bases of this width are wide enough for a list of ranks.
+    """Returns whether bases of a width are wide enough for a list of ranks.
 
     At 1.5 times the sum of the ranks the loss is under 1 % above that at twice the sum.
     """
@@ -41,14 +36,14 @@ def is_wide_enough(width: int, ranks: Sequence[int]) -> bool:
 
 
 def analysis_path(folder: Path, inputs: MergeInputs, options: PassOptions) -> Path:
-    """Where the analysis of these files, settings and width belongs."""
+    """Returns the path of the analysis of files, with the seed and width of the options."""
     return folder / f"{stem_of(analysis_identity(inputs, options.seed))}-{options.width}{SUFFIX}"
 
 
-def place_for(
+def new_analysis_path(
     folder: Path, inputs: MergeInputs, options: PassOptions, damaged: DamagedFiles
 ) -> Path:
-    """Where a new analysis can be written: `analysis_path`, or beside a damaged one that cannot be moved."""
+    """Returns a path for a new analysis: `analysis_path`, or another if a damaged file holds that."""
     path = analysis_path(folder, inputs, options)
     stem, number = path.name.partition("-")[0], 1
     while path in damaged and os.path.lexists(path):
@@ -64,15 +59,15 @@ def find_analysis(
     ranks: Sequence[int],
     damaged: DamagedFiles | None = None,
 ) -> Path | None:
-    """The narrowest analysis of these files that serves the ranks.
+    """Returns the path of the narrowest analysis of files that serves a list of ranks, if any.
 
     Args:
-        folder: of the cache.
+        folder: the cache folder.
         inputs: the files.
         options: the settings; a wider analysis than theirs serves too.
-        ranks: the list that it is to serve.
-        damaged: takes those that are damaged and names those to pass over; None to pass over all
-            damaged ones and leave them where they are.
+        ranks: the ranks of the LoRAs.
+        damaged: takes damaged analyses, and names those to pass over; None to pass over all damaged
+            ones and leave them where they are.
     """
     stem = analysis_path(folder, inputs, options).name.partition("-")[0]
     for path in sorted(folder.glob(f"{stem}-*{SUFFIX}"), key=lambda path: (_width(path), path)):
@@ -90,12 +85,12 @@ def find_analysis(
 
 
 def cache_bytes(folder: Path) -> int:
-    """Bytes of all analyses in a cache folder, 0 if there is none; hashes of files do not count."""
+    """Returns the bytes of all analyses in a cache folder, without the hashes of checkpoints."""
     return sum(_size(path) for path in _files(folder))
 
 
 def clear_analyses(folder: Path) -> int:
-    """Deletes all analyses but those in use; the remembered hashes stay: small, slow to make again.
+    """Deletes all analyses that are not in use; the cached hashes stay, since they are small.
 
     Returns:
         The bytes that were freed.
@@ -125,7 +120,7 @@ def clear_analyses(folder: Path) -> int:
 def prune_analyses(folder: Path, limit: int) -> None:
     """Deletes the analyses used longest ago until all together are at most `limit` bytes.
 
-    One that is in use, or that may not be deleted, is left to the next time.
+    An analysis that is in use, or that may not be deleted, stays until the next time.
     """
     analyses = [path for path in _files(folder) if path.name.endswith((SUFFIX, SET_ASIDE))]
     total = 0
@@ -138,13 +133,13 @@ def prune_analyses(folder: Path, limit: int) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All analyses, what is remembered beside them, and what was set aside because of damage."""
+    """Returns all analyses, the solutions beside them, and files that were set aside as damaged."""
     suffixes = (SUFFIX, SOLUTIONS, SET_ASIDE)
     return [path for suffix in suffixes for path in sorted(folder.glob(f"*{suffix}"))]
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 for a file that is gone by now."""
+    """Returns the bytes of a file; 0 if it is gone by now."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -168,6 +163,6 @@ def _delete(path: Path) -> None:
 
 
 def _width(path: Path) -> int:
-    """As its name says; 0 for a file of somebody else's."""
+    """Returns the width in an analysis's name; 0 for a file of another program."""
     digits = path.name.removesuffix(SUFFIX).rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0

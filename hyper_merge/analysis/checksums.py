@@ -1,4 +1,4 @@
-"""Whether the tensors of an analysis come back from the disk as they were written."""
+"""Checks that the tensors of an analysis are read as they were written."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from hyper_merge.checkpoints.io.safetensors_writer import tensor_bytes
 from hyper_merge.errors import DamagedCacheError
 
 CHECKSUMS: Final = "checksums"
-"""Key of the tensor of all others' checksums, in the order of their keys; (tensors,), int64."""
+"""Key of the tensor that holds the checksums of all others, in the order of their keys; int64."""
 
 _BASES: Final = (".left", ".right")
 _NEAR_ONE: Final = 0.05  # for the squared norm of a basis vector in half precision
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes: several GB/s, so that every reading can afford it."""
+    """Returns the CRC-32 of a tensor's bytes, at several GB/s: cheap enough for every reading."""
     return zlib.crc32(tensor_bytes(tensor, tensor.dtype))
 
 
 def stem_of(identity: Mapping[str, object]) -> str:
-    """The beginning of the names of all analyses that one identity decides."""
+    """Returns the first part of the names of all analyses of one identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def is_named_after(name: str, about: str) -> bool:
-    """Whether an analysis has the name that belongs to what it says of itself.
+    """Returns whether the name of an analysis file belongs to the identity in its metadata.
 
     Args:
-        name: of its file.
-        about: JSON of its identity, and of its width.
+        name: name of the file.
+        about: JSON text of its identity and width.
     """
     try:
-        found = json.loads(about)
-        identity = {key: value for key, value in found.items() if key != "width"}
+        description = json.loads(about)
+        identity = {key: value for key, value in description.items() if key != "width"}
     except (ValueError, AttributeError, RecursionError):
         return False
     return stem_of(identity) == name.partition("-")[0]
 
 
 class Integrity:
-    """Holds each tensor of an open analysis against its checksum when it is first read."""
+    """Compares each tensor of an open analysis with its checksum when it is first read."""
 
     def __init__(self, path: Path, keys: Iterable[str], checksums: Tensor | None) -> None:
-        """Reads nothing.
+        """Reads nothing yet.
 
         Args:
-            path: of the analysis, for messages.
-            keys: of all its tensors but the checksums.
-            checksums: in the order of the keys; None for a file of an earlier version.
+            path: path of the analysis, for messages.
+            keys: keys of all its tensors but the checksums.
+            checksums: checksums in the order of the keys; None for a file of an earlier version.
         """
         self._path = path
         self._passed: set[str] = set()
@@ -65,10 +65,10 @@ class Integrity:
         )
 
     def require(self, key: str, tensor: Tensor) -> None:
-        """Returns if a tensor is what was written under its key; in any thread.
+        """Returns if a tensor is as it was written under its key; in any thread.
 
         Raises:
-            DamagedCacheError: it is not, or without checksums cannot be.
+            DamagedCacheError: it is not, or visibly is not where there is no checksum.
         """
         if key in self._passed:
             return
@@ -83,7 +83,7 @@ class Integrity:
 
 
 def _fault(key: str, tensor: Tensor) -> str | None:
-    """What shows in a tensor without a checksum that it is damaged; None if nothing does."""
+    """Returns the visible damage of a tensor without a checksum; None if there is none."""
     if not bool(tensor.isfinite().all()):
         return "holds NaN or infinity"
     if key.endswith(_BASES):

@@ -1,4 +1,4 @@
-"""What a merge reads and how it treats it: all that averages and analyses depend on."""
+"""The files that a merge reads, and all settings that averages and analyses depend on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MergeInputs:
     """The files of one merge with their common layout."""
 
     headers: tuple[Header, ...]  # of the k checkpoints
-    base: Header | None  # of a given base; None for the average
+    base: Header | None  # of a base that the user gave; None for the average
     layout: Layout
     weights: tuple[float, ...]  # of the mean, one per checkpoint
     dtype: torch.dtype  # of the written average
@@ -26,30 +26,30 @@ class MergeInputs:
 
     @cached_property
     def contrasts(self) -> Contrasts:
-        """Coordinates of the layers' deviations."""
+        """The coordinates of the layers' deviations."""
         return around_base(len(self.headers)) if self.base else around_mean(self.weights)
 
     @property
     def read(self) -> tuple[Header, ...]:
-        """Every file that is read, the origin of the deviations first."""
+        """The headers of all files, the origin of the deviations first."""
         return (self.base, *self.headers) if self.base else self.headers
 
     def contrasts_of(self, treatment: Treatment) -> Contrasts:
-        """Coordinates for tensors of one treatment; keeping the first VAE is a mean of one."""
+        """Returns the coordinates for tensors of one treatment; to keep the first VAE is a mean of one."""
         keeps_first = treatment is Treatment.VAE and not self.average_vae and not self.base
         return self._around_first if keeps_first else self.contrasts
 
     def outputs(self) -> dict[str, TensorInfo]:
-        """Keys, types and shapes of the written average."""
+        """Returns types and shapes of the written average's tensors, by key."""
         return output_tensors(self.headers[0], self.layout, self.dtype)
 
     def pieces(self, key: str) -> list[tuple[slice, int | None]]:
-        """Rows in which a tensor is taken apart, with the layer's index: several if it is fused."""
+        """Returns the rows of each layer in a tensor with the layer's index; several if it is fused."""
         return self._pieces.get(key) or [(slice(None), None)]
 
     @cached_property
     def _pieces(self) -> dict[str, list[tuple[slice, int | None]]]:
-        """Those of every tensor that has layers."""
+        """The pieces of every tensor that has layers, by key."""
         pieces: dict[str, list[tuple[slice, int | None]]] = {}
         for index, layer in enumerate(self.layout.layers):
             rows = slice(*layer.rows) if layer.rows else slice(None)
@@ -62,12 +62,12 @@ class MergeInputs:
 
 
 def basis_columns(layer: Layer, width: int) -> tuple[int, int]:
-    """Columns (p, q) of a layer's bases when they have `width` at most."""
+    """Returns the columns (p, q) of a layer's bases when they have `width` at most."""
     return min(layer.m, width), min(layer.n, width)
 
 
 def multiplier_groups(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:
-    """The layers that share multipliers, by part; all of them are "unet" where nothing parts them."""
+    """Returns the indices of layers that share multipliers, by part; one group is called "unet"."""
     if not separate or len({layer.part for layer in layers}) == 1:
         return {"unet": list(range(len(layers)))}
     groups: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""How much each checkpoint and each layer counts in the fit; plainly, all differences count alike."""
+"""Weights of checkpoints and layers in the loss; without any, all differences count alike."""
 
 from __future__ import annotations
 
@@ -22,63 +22,65 @@ class LossWeights:
     """Coordinates in which the weighted loss is a plain sum of squares.
 
     With weights w of the checkpoints, sqrt(w) * deviations = Q R slices for orthonormal Q: the
-    solver works with R slices, and what it finds there becomes multipliers through `to_deviations`.
+    solver works with R slices, and `to_deviations` turns its solution into multipliers.
     """
 
-    layers: Tensor  # (layers,), float64: factors of the squared errors, 1 in the energy's mean
-    mix: (
-        Tensor | None
-    )  # (d, d), float64: to weighted slices; None where all checkpoints count alike
-    to_deviations: Tensor  # (k, d), float64: from weighted slices
-    energies: Tensor  # (layers,), float64: weighted, of all deviations
+    # (layers,), float64: factors of the squared errors, 1 in the energy's mean
+    layers: Tensor
+    # (d, d), float64: to weighted slices; None where all checkpoints count alike
+    mix: Tensor | None
+    # (k, d), float64: from weighted slices
+    to_deviations: Tensor
+    # (layers,), float64: weighted, of all deviations
+    energies: Tensor
 
     def core(self, index: int, core: Tensor) -> Tensor:  # (d, p, q)
-        """A layer's core, or a part of it, in weighted slices."""
+        """Returns a layer's core, or a part of it, in weighted slices."""
         scale = float(self.layers[index]) ** 0.5
         mixed = self.slices(core)
         return mixed if scale == 1 else mixed * scale
 
     def slices(self, core: Tensor) -> Tensor:  # (d, p, q)
-        """The weighted slices of a core, whatever the layer counts."""
+        """Returns the weighted slices of a core, without the weight of its layer."""
         return core if self.mix is None else (self.mix.to(core) @ core.flatten(1)).view(core.shape)
 
     def energy(self, members: Sequence[int]) -> float:
-        """Weighted energy of some layers' deviations."""
+        """Returns the weighted energy of some layers' deviations."""
         return float(self.energies[list(members)].sum())
 
 
 def make_loss_weights(analysis: Analysis, recipe: Recipe) -> LossWeights:
-    """What a recipe asks for."""
-    of = energies(analysis.grams, analysis.contrasts)  # (layers, k)
+    """Returns the weights that a recipe asks for."""
+    squares = energies(analysis.grams, analysis.contrasts)  # (layers, k)
     layers = layer_weights(analysis, recipe)
     basis = analysis.contrasts.to_deviations
     if recipe.fit_weights is None:
-        return LossWeights(layers, None, basis, of.sum(1) * layers)
+        return LossWeights(layers, None, basis, squares.sum(1) * layers)
     weights = torch.tensor(recipe.fit_weights, dtype=torch.float64)
     weights = weights * len(weights) / weights.sum()
     triangle = torch.linalg.qr(basis * weights.sqrt()[:, None])[1]
     back = basis @ torch.linalg.pinv(triangle)
-    return LossWeights(layers, triangle, back, (of * weights).sum(1) * layers)
+    return LossWeights(layers, triangle, back, (squares * weights).sum(1) * layers)
 
 
 def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
-    """Factors of the layers' squared errors, by which the weighted energy of everything is the plain one."""
-    of = energies(analysis.grams, analysis.contrasts).sum(1)
+    """Returns factors of the layers' squared errors that leave the energy of everything as it is."""
+    squares = energies(analysis.grams, analysis.contrasts).sum(1)
     if recipe.layer_weights == "plain":
-        return torch.ones_like(of)
+        return torch.ones_like(squares)
     factors = relative_weights(analysis.weights, analysis.layers)
-    weighted = float((factors * of).sum())
-    return factors * (float(of.sum()) / weighted) if weighted > 0 else torch.ones_like(of)
+    weighted = float((factors * squares).sum())
+    return factors * (float(squares.sum()) / weighted) if weighted > 0 else torch.ones_like(squares)
 
 
 def relative_weights(
     sizes: Tensor,  # (layers,), float64: squared norms of the average's weights
     layers: Sequence[Layer],
 ) -> Tensor:  # (layers,), float64
-    """One over each layer's size: errors count against the weight that they change.
+    """Returns one over each layer's size, so that errors count relative to the weights they change.
 
-    A layer of hardly any size, such as one that training began at zero, would count for everything; its
-    entries are taken as at least a small part of the usual ones.
+    A layer of hardly any size, such as one that training began at zero, would outweigh all others; its
+    entries count as at least a small part of the usual ones.
     """
     entries = torch.tensor([layer.m * layer.n for layer in layers], dtype=torch.float64)
     usual = float(sizes.sum() / entries.sum())

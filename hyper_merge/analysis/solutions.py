@@ -1,4 +1,4 @@
-"""Multipliers that were found with earlier settings, on disk: good starts for later ones."""
+"""Multipliers that were solved for with earlier settings, on disk: good starts for later ones."""
 
 from __future__ import annotations
 
@@ -12,47 +12,53 @@ from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 
 Solutions = dict[str, dict[str, list[list[float]]]]
-"""By settings, oldest first, and by group of layers: (d, R)."""
+"""Multipliers (d, R) by settings, oldest first, and by group of layers."""
 
 _LARGEST: Final = 1e100  # can be squared and added up; real ones are near 1
 
 
 def read_solutions(path: Path, dimensions: int, warn: Callable[[str], None]) -> Solutions:
-    """All solutions; none where the file is missing, and a damaged one is set aside.
+    """Returns all solutions; none where the file is missing or damaged. A damaged one is set aside.
 
     Args:
-        path: of the file.
-        dimensions: rows that every matrix of multipliers has.
-        warn: told about a damaged file.
+        path: path of the file.
+        dimensions: number of rows of every matrix of multipliers.
+        warn: called with a message for a damaged file.
     """
     try:
-        found = read_sealed(path)
-        _require_solutions(found, dimensions)
+        solutions = read_sealed(path)
+        _require_solutions(solutions, dimensions)
     except OSError:
         return {}
     except ValueError as error:
         DamagedFiles(warn).take(path, str(error))
         return {}
-    return {name: dict(groups) for name, groups in found.items()}
+    return {name: dict(groups) for name, groups in solutions.items()}
 
 
 def write_solutions(path: Path, solutions: Solutions, warn: Callable[[str], None]) -> None:
-    """Replaces the file; a merge goes on where that is refused, for later starts alone suffer."""
+    """Replaces the file; where that fails it only warns, since nothing but later starts suffers.
+
+    Args:
+        path: path of the file.
+        solutions: all solutions.
+        warn: called with a message if the file cannot be written.
+    """
     try:
         put_text(path, sealed(solutions))
     except OutputError as error:
         warn(f"the multipliers that were found are not remembered: {error}")
 
 
-def _require_solutions(found: Any, dimensions: int) -> None:
+def _require_solutions(data: Any, dimensions: int) -> None:
     """Returns if plain data are solutions.
 
     Raises:
-        ValueError: they are not; says where.
+        ValueError: they are not; the message says where.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(data, Mapping):
         raise ValueError("expected solutions by their settings")  # noqa: TRY004 - the file is wrong
-    for name, groups in found.items():
+    for name, groups in data.items():
         if not isinstance(groups, Mapping):
             raise ValueError(f"expected groups of layers in {name!r}")  # noqa: TRY004 - as above
         for group, rows in groups.items():

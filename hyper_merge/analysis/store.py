@@ -1,4 +1,4 @@
-"""One analysis on disk: what later rank lists need in place of the checkpoints."""
+"""An analysis on disk, which later lists of ranks need in place of the checkpoints."""
 
 from __future__ import annotations
 
@@ -12,39 +12,47 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_named_after
-from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.file_layout import (
+    KINDS,
+    ROUNDING_DTYPE,
+    analysis_identity,
+    analysis_tensors,
+)
+from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
 from hyper_merge.analysis.use_markers import in_use
 from hyper_merge.checkpoints.io.atomic_file import StagedFile, as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.reader import CheckpointReader, fingerprint, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone
 
-KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 SUFFIX: Final = ".analysis.safetensors"
-SOLUTIONS: Final = ".solutions.json"  # beside it
+SOLUTIONS: Final = ".solutions.json"  # of the file beside an analysis
 
-_VERSION: Final = 3  # of the files' content; another one is never read
-_TRIED: Final = 4  # earlier solutions, the newest
+_NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
-_BASIS_DTYPE: Final = torch.float16
-_ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float16 does not have
 
 
 class Analysis:
     """An analysis in its open file: cores and bases stay mapped.
 
-    Every tensor is checked when it is first read; a damaged one is a `DamagedCacheError`.
+    Every tensor is checked when it is first read; a damaged one raises `DamagedCacheError`.
     """
 
     def __init__(
         self, file: CheckpointReader, inputs: MergeInputs, warn: Callable[[str], None]
     ) -> None:
-        """Takes the open file of `open_analysis`, and who is told about damaged solutions."""
+        """Takes the open file from `open_analysis`.
+
+        Args:
+            file: the open file.
+            inputs: the files that it is the analysis of.
+            warn: called with a message for damaged solutions.
+        """
         self.layers = inputs.layout.layers
         self.contrasts = inputs.contrasts
         self._file = file
@@ -56,22 +64,22 @@ class Analysis:
 
     @property
     def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
-        """Inner products of every layer's slices and, last, the base's rounding error."""
+        """The inner products of every layer's slices and, last, the base's rounding error."""
         return self._tensor("grams")
 
     @property
     def weights(self) -> Tensor:  # (layers,), float64
-        """Squared norm of the average in every layer."""
+        """The squared norm of the average in every layer."""
         return self._tensor("weights")
 
     @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
-        """Energies outside of all layers, by kind and checkpoint."""
+        """The energies outside of all layers, by kind and checkpoint."""
         return dict(zip(KINDS, self._tensor("not_carried"), strict=True))
 
     @property
     def spectra(self) -> list[Spectra]:
-        """Of every layer."""
+        """The spectra of every layer."""
         names = ("rows", "columns", "private")
         return [
             Spectra(*(self._tensor(f"{i}.{name}") for name in names))
@@ -79,56 +87,57 @@ class Analysis:
         ]
 
     def core(self, index: int) -> Tensor:  # (d, p, q), float32
-        """A layer's core, a view of the file."""
+        """Returns a layer's core, a view of the file."""
         return self._tensor(f"{index}.core")
 
     def rounding(self, index: int) -> Tensor:  # (p, q), float32
-        """The average's rounding error in a layer's bases."""
+        """Returns the average's rounding error in a layer's bases."""
         return self._tensor(f"{index}.rounding").float()
 
     def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
-        """A layer's bases."""
+        """Returns a layer's bases."""
         left, right = self._tensor(f"{index}.left"), self._tensor(f"{index}.right")
         return left.float(), right.float()
 
     def core_shape(self, index: int) -> tuple[int, int]:  # p, q
-        """Sides of a layer's core, without reading it."""
-        return self._file.header.tensors[f"{index}.rounding"].shape  # type: ignore[return-value]
+        """Returns the sides of a layer's core, without reading it."""
+        p, q = self._file.header.tensors[f"{index}.rounding"].shape
+        return p, q
 
     def earlier_solutions(self, name: str, group: str) -> list[Tensor]:  # each (d, R), float64
-        """Multipliers that were found with other settings, before these: good starts.
+        """Returns multipliers that were solved for with other settings before these: good starts.
 
         Later ones are left out, so that the same settings give the same result again.
 
         Args:
-            name: of the settings.
-            group: of the layers.
+            name: name of the settings.
+            group: name of the group of layers.
         """
-        solutions = list(self._remembered().items())
+        solutions = list(self._read_solutions().items())
         names = [known for known, _ in solutions]
         before = solutions[: names.index(name)] if name in names else solutions
-        found = [groups[group] for _, groups in before if group in groups]
-        return [torch.tensor(rows, dtype=torch.float64) for rows in found[-_TRIED:]]
+        matrices = [groups[group] for _, groups in before if group in groups]
+        return [torch.tensor(rows, dtype=torch.float64) for rows in matrices[-_NEWEST:]]
 
     def remember(
         self,
         name: str,
         multipliers: Mapping[str, Tensor],  # by group of layers: (d, R)
     ) -> None:
-        """Keeps a solution's multipliers for later settings; the first one for each of them."""
+        """Keeps the first solution's multipliers of these settings for later settings."""
         with alone(self._solutions):
-            solutions = self._remembered()
+            solutions = self._read_solutions()
             solutions.setdefault(
                 name, {group: rows.tolist() for group, rows in multipliers.items()}
             )
             write_solutions(self._solutions, solutions, self._warn)
 
-    def _remembered(self) -> Solutions:
-        """All solutions by their settings, oldest first; none where the file is missing or damaged."""
+    def _read_solutions(self) -> Solutions:
+        """Returns all solutions by their settings; none where the file is missing or damaged."""
         return read_solutions(self._solutions, self.contrasts.dimensions, self._warn)
 
     def _tensor(self, key: str) -> Tensor:
-        """A tensor as it was written.
+        """Returns a tensor as it was written.
 
         Raises:
             DamagedCacheError: it is damaged, or the file is gone by now.
@@ -147,15 +156,15 @@ class Analysis:
 def open_analysis(
     path: Path, inputs: MergeInputs, warn: Callable[[str], None] = lambda _message: None
 ) -> Iterator[Analysis]:
-    """An analysis, open for reading within the block.
+    """Opens an analysis for reading within the block.
 
     Args:
-        path: of a file that `find` returned or `create_analysis` wrote.
-        inputs: those it was made for.
-        warn: told about damaged solutions beside it.
+        path: a file that `find_analysis` returned or `create_analysis` wrote.
+        inputs: the files that it is the analysis of.
+        warn: called with a message for damaged solutions beside it.
 
     Raises:
-        DamagedCacheError: the file cannot be read, or is no analysis of the sources.
+        DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
     """
     with ExitStack() as stack:
         stack.enter_context(in_use(path))
@@ -170,7 +179,7 @@ def open_analysis(
 
 
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:
-    """What its header shows to be wrong with an analysis of the sources; None if nothing does."""
+    """Returns what is wrong with an analysis of the inputs by its header; None if nothing is."""
     try:
         return _fault(read_header(path), inputs)
     except CheckpointError as error:
@@ -178,10 +187,10 @@ def fault_of(path: Path, inputs: MergeInputs) -> str | None:
 
 
 class AnalysisWriter:
-    """Takes an analysis layer by layer during the pass."""
+    """Writes an analysis layer by layer during the pass."""
 
     def __init__(self, writer: SafetensorsWriter, tensors: Mapping[str, TensorInfo]) -> None:
-        """Takes the open writer of `create_analysis`, and what it was declared with."""
+        """Takes the open writer of `create_analysis`, and the tensors that it was declared with."""
         self._tensors = tensors
         self._checksums: dict[str, int] = {}
         self._grams: dict[int, Tensor] = {}
@@ -189,7 +198,7 @@ class AnalysisWriter:
         self._writer = writer
 
     def keep(self, layer: LayerAnalysis) -> None:
-        """Takes the analysis of one layer."""
+        """Writes the analysis of one layer."""
         self._grams[layer.index] = layer.gram
         compressed, spectra = layer.compressed, layer.spectra
         parts = {
@@ -206,14 +215,18 @@ class AnalysisWriter:
             self._write(f"{layer.index}.{name}", tensor)
 
     def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
-        """Takes what is known only after the last tensor."""
-        order = sorted(self._grams)
-        grams = torch.stack([self._grams[index] for index in order])
-        weights = torch.tensor([self._weights[index] for index in order], dtype=torch.float64)
+        """Writes what is known only after the last tensor.
+
+        Args:
+            not_carried: energies (k,) outside of all layers, by kind.
+        """
+        indices = sorted(self._grams)
+        grams = torch.stack([self._grams[index] for index in indices])
+        weights = torch.tensor([self._weights[index] for index in indices], dtype=torch.float64)
         self._write("weights", weights)
-        k = grams.new_zeros(next(iter(not_carried.values())).shape)
+        zeros = grams.new_zeros(next(iter(not_carried.values())).shape)
         self._write("grams", grams)
-        self._write("not_carried", torch.stack([not_carried.get(kind, k) for kind in KINDS]))
+        self._write("not_carried", torch.stack([not_carried.get(kind, zeros) for kind in KINDS]))
         checksums = [self._checksums[key] for key in sorted(self._checksums)]
         self._writer.write(CHECKSUMS, torch.tensor(checksums, dtype=torch.int64))
 
@@ -227,14 +240,22 @@ class AnalysisWriter:
 def create_analysis(
     path: Path, inputs: MergeInputs, options: PassOptions
 ) -> Iterator[AnalysisWriter]:
-    """An analysis to be written within the block; the file appears when that is left in peace.
+    """Opens a new analysis for writing; the file appears when the block is left without an error.
 
-    Where another process has put the same one there meanwhile, that stays: it may be in use.
+    Where another process has written the same analysis in the meantime, that one stays: it may be in use.
+
+    Args:
+        path: path of the file.
+        inputs: the files that it is the analysis of.
+        options: the options of the pass.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     about = json.dumps({"width": options.width, **analysis_identity(inputs, options.seed)})
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(inputs, options)
+    tensors = analysis_tensors(inputs, options)
     with SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True) as writer:
         yield AnalysisWriter(writer, tensors)
     _put(writer.staged, inputs)
@@ -251,67 +272,23 @@ def _put(staged: StagedFile, inputs: MergeInputs) -> None:
         staged.discard()
 
 
-def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
-    """Size of an analysis file, less its header."""
-    return sum(info.nbytes for info in _tensors(inputs, options).values())
-
-
 def solutions_path(analysis: Path) -> Path:
-    """Where multipliers that were found are remembered."""
+    """Returns the path of the solutions beside an analysis."""
     return analysis.with_name(analysis.name.removesuffix(SUFFIX) + SOLUTIONS)
 
 
-def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
-    """All that decides an analysis but its width."""
-    return {
-        "version": _VERSION,
-        "files": [file_identity(header) for header in inputs.read],
-        "base": inputs.base is not None,
-        "weights": list(inputs.contrasts.base_weights.tolist()),
-        "dtype": str(inputs.dtype),
-        "average_vae": inputs.average_vae,
-        "seed": seed,
-    }
-
-
-def file_identity(header: Header) -> list[str | int]:
-    """Tells the same file content without reading it whole."""
-    return [fingerprint(header), header.size, header.mtime_ns]
-
-
 def _fault(header: Header, inputs: MergeInputs) -> str | None:
-    """What is wrong with an analysis of the sources, as far as its header shows; None if nothing."""
+    """Returns what is wrong with an analysis of the inputs by its header; None if nothing is."""
     sides = [
-        header.tensors.get(f"{index}.rounding", TensorInfo(_ROUNDING_DTYPE, ())).shape
+        header.tensors.get(f"{index}.rounding", TensorInfo(ROUNDING_DTYPE, ())).shape
         for index in range(len(inputs.layout.layers))
     ]
     widths = tuple(max(shape, default=0) for shape in sides)
-    expected = _tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
-    found = {CHECKSUMS: expected[CHECKSUMS], **header.tensors}  # earlier versions have none
-    if found != expected:
-        wrong = next((key for key in expected if found.get(key) != expected[key]), None)
+    expected = analysis_tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
+    tensors = {CHECKSUMS: expected[CHECKSUMS], **header.tensors}  # earlier versions have none
+    if tensors != expected:
+        wrong = next((key for key in expected if tensors.get(key) != expected[key]), None)
         return f"its tensor {wrong} is missing or another" if wrong else "it has more tensors"
     if not is_named_after(header.name, header.metadata.get(_ABOUT, "")):
         return "it is the analysis of other files or settings"
     return None
-
-
-def _tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
-    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
-    count = len(inputs.layout.layers)
-    tensors = {
-        "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
-        "weights": TensorInfo(torch.float64, (count,)),
-        "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
-    }
-    for index, layer in enumerate(inputs.layout.layers):
-        p, q = basis_columns(layer, options.width_of(index))
-        tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
-        tensors[f"{index}.rounding"] = TensorInfo(_ROUNDING_DTYPE, (p, q))
-        tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
-        tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
-        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
-        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
-        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
-    tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
-    return tensors

@@ -1,7 +1,7 @@
 """The one pass over the checkpoints: averages out, compressed deviations in.
 
-Every tensor is read once from all files and taken apart by one pure function; the average goes to
-one sink, bases and cores of the layers to another. Memory holds few tensors of each checkpoint.
+Every tensor is read once from all files and analysed by one pure function; the average goes to one
+function, bases and cores of the layers to another. Memory holds few tensors of each checkpoint.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from hyper_merge.runtime.progress import Progress
 
 _CHUNK: Final = 2**17  # entries that a CPU's cache holds of several checkpoints at once
 
-# What an entry of a file, or of a symmetric matrix cubed, takes: in multiply-adds of large products.
+# Cost of an entry of a file, and of one of a symmetric matrix cubed: in multiply-adds of large products.
 _ENTRY: Final = 900.0
 _EIGENVALUES: Final = 6.0
 
 
 @dataclass(frozen=True)
 class PassOptions:
-    """How the pass works: place, dice, and sizes."""
+    """The device, the seed of random numbers, and the sizes of a pass."""
 
     device: torch.device
     seed: int = 0
@@ -58,13 +58,13 @@ class PassOptions:
     widths: tuple[int, ...] = ()  # per layer, where they differ: `width` is then about their mean
 
     def width_of(self, index: int) -> int:
-        """Columns of a layer's bases at most."""
+        """Returns the most columns that a layer's bases have."""
         return self.widths[index] if self.widths else self.width or 0
 
 
 @dataclass(frozen=True, eq=False)
 class LayerAnalysis:
-    """What the pass finds out about one layer."""
+    """The result of the pass for one layer."""
 
     index: int  # among the layout's layers
     gram: Tensor  # (d + 1, d + 1), float64, see `TensorDeviations`
@@ -76,7 +76,7 @@ class LayerAnalysis:
 
 @dataclass(frozen=True, eq=False)
 class TensorAnalysis:
-    """What the pass finds out about one tensor."""
+    """The result of the pass for one tensor."""
 
     average: Tensor  # as it will be stored
     energies: Tensor  # (k,): squared distances of the checkpoints from it
@@ -88,7 +88,7 @@ def stream_layers(
     inputs: MergeInputs,
     options: PassOptions,
     write_average: Callable[[str, Tensor], None] | None,
-    keep_layer: Callable[[LayerAnalysis], None],
+    keep_layer: Callable[[LayerAnalysis], None] | None,
     progress: Progress,
 ) -> dict[str, Tensor]:  # kind -> (k,), float64
     """Reads every tensor of all files once.
@@ -96,12 +96,12 @@ def stream_layers(
     Args:
         inputs: the files.
         options: width of the bases, device, seed.
-        write_average: takes each tensor of the average; None if it is not wanted.
-        keep_layer: takes the analysis of each layer; never called without a width.
-        progress: progress by what tensors cost; asked to stop between tensors and within them.
+        write_average: takes each tensor of the average; None if it is not needed.
+        keep_layer: takes the analysis of each layer; None if they are not needed.
+        progress: progress by the costs of the tensors; checked between tensors and within them.
 
     Returns:
-        The energy of what no LoRA carries, by kind ("norms", "VAE", ...) and checkpoint.
+        The energies (k,) of what no LoRA carries, by kind ("norms", "VAE", ...).
 
     Raises:
         NonFiniteError: a tensor that is to be averaged holds NaN or infinity.
@@ -117,35 +117,36 @@ def stream_layers(
             for header in inputs.read
         ]
         if write_average:
-            _copy(inputs, files[-len(inputs.headers)], write_average)
-        each = stack.enter_context(parallel_map(options.device, counter.tell))
+            _copy_tensors(inputs, files[-len(inputs.headers)], write_average)
+        parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
-        def take(key: str) -> TensorAnalysis:
+        def analyze(key: str) -> TensorAnalysis:
             tensors = [file.tensor(key) for file in files]
             return analyze_tensor(inputs, key, tensors, options, partial(counter.add, key))
 
-        for key, found in zip(costs, each(take, costs), strict=True):
+        for key, tensor in zip(costs, parallel(analyze, costs), strict=True):
             if write_average:
-                write_average(key, found.average)
-            for layer in found.layers:
-                keep_layer(layer)
+                write_average(key, tensor.average)
+            if keep_layer:
+                for layer in tensor.layers:
+                    keep_layer(layer)
             kind = kind_of_tensor(key, inputs.layout)
-            not_carried[kind] = not_carried.get(kind, 0) + found.energies
-            if found.warning:
-                progress.warn(found.warning)
+            not_carried[kind] = not_carried.get(kind, 0) + tensor.energies
+            if tensor.warning:
+                progress.warn(tensor.warning)
             counter.finish(key)
     not_carried.pop("layers", None)
     return not_carried
 
 
 def pass_costs(inputs: MergeInputs, options: PassOptions) -> dict[str, float]:
-    """What each tensor of the pass takes, in multiply-adds of large products, nearly."""
+    """Returns the approximate cost of each tensor of the pass, in multiply-adds of large products."""
     layout, count = inputs.layout, len(inputs.read)
     costs = {
         key: _ENTRY * count * inputs.headers[0].tensors[key].numel
-        for key, how in layout.treatments.items()
-        if _is_averaged(how)
+        for key, treatment in layout.treatments.items()
+        if _is_averaged(treatment)
     }
     if options.width is None:
         return costs
@@ -165,28 +166,32 @@ def analyze_tensor(
     options: PassOptions,
     tick: Callable[[float], None] = lambda _cost: None,
 ) -> TensorAnalysis:
-    """Everything about one tensor of all files: a pure function, picklable with its arguments.
+    """Averages and analyses one tensor of all files: a pure function, picklable with its arguments.
 
     Where the device has too little memory the CPU takes the tensor, and a warning says so.
 
     Args:
         inputs: the files; nothing is read here.
-        key: the tensor's name.
+        key: the tensor's key.
         tensors: the tensor in every file of `inputs.read`, on the CPU, as stored.
         options: width of the bases, device, seed.
-        tick: told what each step cost, all together about `pass_costs`; may raise, to stop.
+        tick: called with the cost of each step, together about `pass_costs`; may raise, to stop.
+
+    Raises:
+        NonFiniteError: a file holds NaN or infinity in the tensor.
+        RecipeError: the average is too large for its type.
     """
     try:
-        return _taken_apart(inputs, key, tensors, options, tick)
+        return _analyze(inputs, key, tensors, options, tick)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         work_on_cpu = replace(options, device=torch.device("cpu"))
-        found = _taken_apart(inputs, key, tensors, work_on_cpu, tick)
+        result = _analyze(inputs, key, tensors, work_on_cpu, tick)
         warning = f"{options.device} has too little memory for some layers; the CPU took them"
-        return replace(found, warning=warning)
+        return replace(result, warning=warning)
 
 
-def _taken_apart(
+def _analyze(
     inputs: MergeInputs,
     key: str,
     tensors: Sequence[Tensor],
@@ -198,11 +203,11 @@ def _taken_apart(
     total: Tensor | int = 0
     for rows, index in inputs.pieces(key):
         parts = [tensor[rows] for tensor in tensors]
-        found = _deviations(inputs, key, parts, contrasts, options, tick)
-        averages.append(found.base)
-        total = total + energies(found.gram, contrasts)
+        deviations = _deviations(inputs, key, parts, contrasts, options, tick)
+        averages.append(deviations.base)
+        total = total + energies(deviations.gram, contrasts)
         if index is not None and options.width is not None:
-            layers.append(_analysis(found, inputs, index, options, tick))
+            layers.append(_layer_analysis(deviations, inputs, index, options, tick))
     average = torch.cat(averages).view(tensors[0].shape)
     return TensorAnalysis(average, torch.as_tensor(total), tuple(layers))
 
@@ -211,7 +216,7 @@ def _is_averaged(treatment: Treatment) -> bool:
     return treatment in (Treatment.LAYER, Treatment.AVERAGE, Treatment.VAE)
 
 
-def _copy(
+def _copy_tensors(
     inputs: MergeInputs, first: CheckpointReader, write: Callable[[str, Tensor], None]
 ) -> None:
     for key, info in inputs.outputs().items():
@@ -229,22 +234,22 @@ def _deviations(
 ) -> TensorDeviations:
     origin, *others = [tensor.flatten().to(options.device, non_blocking=True) for tensor in tensors]
     chunk = _CHUNK if options.device.type == "cpu" else origin.numel()
-    stored = origin.dtype if inputs.base else inputs.dtype  # a given base stays as it is
+    dtype = origin.dtype if inputs.base else inputs.dtype  # a base of the user stays as it is
     cost = _ENTRY * len(tensors)
-    found = compute_deviations(
-        origin, others, contrasts, stored, chunk, lambda entries: tick(cost * entries)
+    deviations = compute_deviations(
+        origin, others, contrasts, dtype, chunk, lambda entries: tick(cost * entries)
     )
-    if not bool(found.gram.isfinite().all()):
+    if not bool(deviations.gram.isfinite().all()):
         raise_non_finite(inputs, key, tensors)
-    return found
+    return deviations
 
 
 def raise_non_finite(inputs: MergeInputs, key: str, tensors: Sequence[Tensor]) -> NoReturn:
-    """Says which of the files spoils a tensor whose sums are not finite.
+    """Raises the error that names the file which makes the sums of a tensor infinite or NaN.
 
     Raises:
         NonFiniteError: a file holds NaN or infinity there.
-        RecipeError: none does: the average is too large for its type.
+        RecipeError: no file does; the average is too large for its type.
     """
     for header, tensor in zip(inputs.read, tensors, strict=True):
         bad = int((~tensor.float().isfinite()).sum())
@@ -259,24 +264,26 @@ def raise_non_finite(inputs: MergeInputs, key: str, tensors: Sequence[Tensor]) -
     )
 
 
-def _analysis(
-    found: TensorDeviations,
+def _layer_analysis(
+    deviations: TensorDeviations,
     inputs: MergeInputs,
     index: int,  # of the layer
     options: PassOptions,
     tick: Callable[[float], None],
 ) -> LayerAnalysis:
     layer = inputs.layout.layers[index]
-    slices = found.slices.view(len(found.slices), layer.m, layer.n)
+    slices = deviations.slices.view(len(deviations.slices), layer.m, layer.n)
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(options.seed ^ zlib.crc32(layer.module.encode()))
-    compressed = compress(slices, found.gram[:-1, :-1], options.width_of(index), generator, tick)
-    error = found.rounding.view(1, layer.m, layer.n)
+    compressed = compress(
+        slices, deviations.gram[:-1, :-1], options.width_of(index), generator, tick
+    )
+    error = deviations.rounding.view(1, layer.m, layer.n)
     return LayerAnalysis(
         index=index,
-        gram=found.gram,
+        gram=deviations.gram,
         compressed=compressed,
         rounding=project(error, compressed.left, compressed.right, tick)[0],
         spectra=compute_spectra(compressed.core, inputs.contrasts.to_deviations),
-        weight=float(found.base.double().square().sum()),
+        weight=float(deviations.base.double().square().sum()),
     )

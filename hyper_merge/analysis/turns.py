@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyper_merge.analysis.cache import find_analysis, place_for
+from hyper_merge.analysis.cache import find_analysis, new_analysis_path
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import in_use, making
@@ -51,7 +51,7 @@ def analysis_turn(
         if found is not None:
             yield Turn(found, exists=True, end_making=lambda: None)
             return
-        path = place_for(folder, inputs, options, damaged)
+        path = new_analysis_path(folder, inputs, options, damaged)
         kept.enter_context(in_use(path))
         with ExitStack() as turn:
             turn.enter_context(making(path, progress))

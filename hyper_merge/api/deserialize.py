@@ -71,7 +71,7 @@ def prepared(asked: PlanBody, host: Host) -> tuple[Preflight, Place]:
     Raises:
         HyperMergeError: it cannot be made like this.
     """
-    return with_free_name(examined(asked, host), host.folders(), named=asked.name is not None)
+    return with_free_name(examined(asked, host), named=asked.name is not None)
 
 
 def order_of(asked: FitBody, host: Host) -> FitRequest:

@@ -122,7 +122,7 @@ class _Routes:
         """What a merge would write and take, or why it cannot be made; nothing is written."""
         with _refusals():
             preflight, place = asking.prepared(asked, self._host)
-            found = working.known_forecast(self._host, preflight)
+            found = working.known_forecast(preflight)
             return answering.plan(preflight, place, found)
 
     def look(self, asked: PlanBody) -> answers.JobResponse:

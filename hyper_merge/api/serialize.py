@@ -11,6 +11,7 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Job
 from hyper_merge.loras.prompt_tags import lora_names
 from hyper_merge.operations.inspect import checkpoint_size, inspect_files
+from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runs.fit_records import FitRecord, load_fits
@@ -56,8 +57,8 @@ def plan(preflight: Preflight, place: Place, found: ForecastCurve | None) -> ans
         place: where its files go.
         found: what could be had, where the files have been looked at.
     """
-    recipe, estimate = preflight.recipe, preflight.estimate
-    asked = found.asked(preflight) if found else None
+    recipe, estimate = preflight.recipe, estimate_merge(preflight)
+    asked = found.requested_size(preflight) if found else None
     size = place.hyper_model.stat().st_size if place.exists else estimate.average
     return answers.PlanResponse(
         name=place.run,

@@ -16,7 +16,9 @@ from hyper_merge.cli.run_commands import add_commands
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
 from hyper_merge.operations.demo import run_demo
 from hyper_merge.operations.inspect import format_inspection
-from hyper_merge.operations.merge.merge import run_average, run_merge
+from hyper_merge.operations.merge.average import run_average
+from hyper_merge.operations.merge.estimate import estimate_merge
+from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
@@ -153,7 +155,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _merge(options: argparse.Namespace) -> None:
     with progress_bar() as progress:
         preflight = _examined(_recipe(options), progress)
-        takes = preflight.estimate
+        takes = estimate_merge(preflight)
         say_above(
             f"{len(preflight.inputs.headers)} checkpoints; {format_duration(takes.seconds)},"
             f" {format_size(takes.memory)} of memory and at most {format_size(takes.disk)} of disk"

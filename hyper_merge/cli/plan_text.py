@@ -9,18 +9,18 @@ from hyper_merge.runtime.formatting import format_size
 
 def format_plan(plan: MergePlan) -> str:
     """The curve as a table, what is asked for by checkpoint, and the groups if there are any."""
-    points = sorted({*plan.points, plan.asked}, key=lambda point: point.size)
+    points = sorted({*plan.points, plan.requested}, key=lambda point: point.size)
     lines = [
         "explained, from the spectra alone (the merge itself comes out a little better):",
         "",
         f"{'LoRAs':>9}  {'shared: mean':>12} {'worst':>7}  {'private: mean':>13} {'worst':>7}  ranks",
-        *(_line(point, asked=point == plan.asked) for point in points),
+        *(_line(point, asked=point == plan.requested) for point in points),
         f"{'0 kB':>9}  {0:12.2%} {0:7.2%}  {0:13.2%} {0:7.2%}  the average alone",
         "",
-        f"with {format_size(plan.asked.size)}:",
+        f"with {format_size(plan.requested.size)}:",
     ]
     width = max(len(name) for name in plan.names)
-    shares = zip(plan.names, plan.asked.shared, plan.asked.private, strict=True)
+    shares = zip(plan.names, plan.requested.shared, plan.requested.private, strict=True)
     lines += [f"  {name:{width}}  {one:7.2%}   private {own:7.2%}" for name, one, own in shares]
     return "\n".join([*lines, *_groups(plan)]) + "\n"
 

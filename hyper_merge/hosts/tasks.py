@@ -25,6 +25,7 @@ from hyper_merge.operations.merge.plan import (
     forecast_curve,
 )
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
+from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.manifest import load_run
@@ -53,7 +54,7 @@ def merge_task(
         preflight = run_preflight(asked(), folders)
         for warning in preflight.warnings:
             both.warn(warning)
-        name = run_merge(preflight, both, folders).place.run
+        name = run_merge(preflight, both).place.run
         host.refresh()
         if save_styles:
             _save(host, styles_of(load_run(folders, name)), "merge", both)
@@ -84,9 +85,9 @@ def _save(host: Host, styles: Mapping[str, str], what: str, progress: Progress) 
         progress.warn(f"The {what} is done, but its styles are not saved: {error}")
 
 
-def known_forecast(host: Host, preflight: Preflight) -> ForecastCurve | None:
+def known_forecast(preflight: Preflight) -> ForecastCurve | None:
     """What could be had, if the files have been looked at before."""
-    path = find_known_analysis(preflight, host.folders())
+    path = find_known_analysis(preflight)
     try:
         return None if path is None else _outlook(_question(path, preflight, Progress()))
     except (HyperMergeError, OSError):  # the cache was cleared just now
@@ -110,7 +111,8 @@ def _question(path: Path, preflight: Preflight, progress: Progress) -> _Question
     separate = preflight.recipe.multipliers == "separate"
     weights = preflight.recipe.layer_weights
     changed = path.stat().st_mtime_ns
-    return _Question(path, changed, preflight.rank_bytes, separate, weights, preflight, progress)
+    costs = plan_ranks(preflight.recipe, preflight.inputs).rank_bytes
+    return _Question(path, changed, costs, separate, weights, preflight, progress)
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,7 +128,7 @@ def forecast_task(host: Host, asked: Callable[[], Preflight], task: str, progres
         reading, looking = both.split(FORECAST_COSTS)
 
         def forecast(damaged: DamagedFiles) -> ForecastCurve:
-            with ensure_analysis(preflight, host.folders(), reading, damaged) as path:
+            with ensure_analysis(preflight, reading, damaged) as path:
                 return _outlook(_question(path, preflight, looking))
 
         with_sound_cache(forecast, both.warn)

@@ -32,7 +32,7 @@ from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import distinct_words, name_key, unique_name
 from hyper_merge.runtime.parallel import parallel_map
-from hyper_merge.runtime.progress import Progress, count
+from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _export(
     sums = _fold(total, layers, (alpha, file.dtype), folding)
     factors = {name: found.factors for name, found in sums.items()}
     counter = writing.counter("writing the LoRA", {path: 2 * size})  # hashed and written
-    write_lora(outputs, path, layers, factors, file, partial(count, counter, path))
+    write_lora(outputs, path, layers, factors, file, partial(counter.advance, path))
     energy = sum(found.energy for found in sums.values())
     companions = run.report.companions
     return ExportResult(
@@ -243,7 +243,7 @@ def _fold(
     costs = {layer.module: float(layer.m + layer.n) for layer in layers}
     counter = progress.counter("folding the multipliers in", costs)
     sums: dict[str, StoredSum] = {}
-    with parallel_map(torch.device("cpu"), counter.tell) as each, counter:
+    with parallel_map(torch.device("cpu"), counter.report) as each, counter:
         take = partial(_stored, total, stored)
         for layer, found in zip(layers, each(take, layers), strict=True):
             sums[layer.module] = found

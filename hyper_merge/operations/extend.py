@@ -67,7 +67,7 @@ def run_extend(wanted: ExtendRequest, folders: Folders, progress: Progress) -> M
     preflight = run_preflight(recipe, folders)
     for warning in preflight.warnings:
         progress.warn(warning)
-    return run_merge(preflight, merging, folders, _start(run, fits))
+    return run_merge(preflight, merging, start=_start(run, fits))
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:

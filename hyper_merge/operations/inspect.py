@@ -18,6 +18,7 @@ from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.errors import CheckpointError
+from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.formatting import format_duration, format_size
@@ -137,7 +138,7 @@ def _layers(path: Path) -> str:
 
 
 def _together(preflight: Preflight) -> list[str]:
-    estimate = preflight.estimate
+    estimate = estimate_merge(preflight)
     recipe = preflight.recipe
     sizes = {
         "hyper-model": estimate.average,

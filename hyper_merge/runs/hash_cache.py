@@ -50,7 +50,7 @@ def hash_sources(
     def sha256(header: Header) -> str:
         return file_sha256(header.path, partial(counter.add, _key(header)))
 
-    with parallel_map(torch.device("cpu"), counter.tell) as each, counter:
+    with parallel_map(torch.device("cpu"), counter.report) as each, counter:
         for header, digest in zip(new, each(sha256, new), strict=True):
             known[_key(header)] = digest
             counter.finish(_key(header))

@@ -12,7 +12,7 @@ from hyper_merge.errors import RunError
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import metadata_of, path_exists
 from hyper_merge.runs.manifest import Run
-from hyper_merge.runtime.progress import Progress, count
+from hyper_merge.runtime.progress import Progress
 
 
 def require_family(run: Run) -> Family:
@@ -68,7 +68,7 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     counter = progress.counter("checking the LoRAs", {path: path.stat().st_size for path in paths})
     with counter:
         for path in paths:
-            found = tensor_data_sha256(path, partial(count, counter, path))
+            found = tensor_data_sha256(path, partial(counter.advance, path))
             if found != known.get(path.stem, _recorded(path, run)):
                 raise RunError(
                     f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"

@@ -1,1 +1,1 @@
-"""What a long job needs of the process and the machine."""
+"""Serves long jobs: progress, parallel work, devices, disks and names."""

@@ -1,4 +1,4 @@
-"""Damaged files of the cache: moved out of the way, named in a warning, and done without."""
+"""Damaged files of the cache: they are moved out of the way, named in a warning, and not used."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _T = TypeVar("_T")
 
 
 class DamagedFiles:
-    """The damaged files that one run has met, none of which it uses again."""
+    """The damaged files that one run has met and does not use again."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         """Starts with none.
 
         Args:
-            warn: told about every file that is damaged.
+            warn: called with a message for every damaged file.
         """
         self._warn = warn
         self._met: set[Path] = set()
@@ -31,26 +31,26 @@ class DamagedFiles:
         return path in self._met
 
     def take(self, path: Path, reason: str) -> None:
-        """Renames a damaged file and warns; the one of its kind that was set aside before goes.
+        """Renames a damaged file and warns; deletes the one of its kind that was set aside before.
 
-        A file that is gone by now, or that another program holds, ends no run: that of Windows
-        lets nobody rename a file in use.
+        A file that is gone by now, or that another program holds open (Windows lets nobody rename
+        it then), does not end the run.
 
         Args:
-            path: of the file.
-            reason: what is wrong with it.
+            path: the damaged file.
+            reason: what is wrong with it, for the warning.
         """
         self._met.add(path)
         if not os.path.lexists(path):
             return
-        kept = path.with_name(path.name + SET_ASIDE)
+        moved = path.with_name(path.name + SET_ASIDE)
         try:
             if not path.is_file():
                 raise IsADirectoryError(None, "it is not a file")
             for earlier in path.parent.glob(f"*.{path.name.partition('.')[2]}{SET_ASIDE}"):
                 with suppress(OSError):
                     earlier.unlink()
-            path.replace(kept)
+            path.replace(moved)
         except OSError as error:
             self._warn(
                 f"{path} is damaged ({reason}) and cannot be set aside ({error.strerror or error});"
@@ -58,17 +58,17 @@ class DamagedFiles:
             )
         else:
             self._warn(
-                f"{path} is damaged ({reason}); it is set aside as {kept.name}, and what it held is"
+                f"{path} is damaged ({reason}); it is set aside as {moved.name}, and what it held is"
                 " made again"
             )
 
 
 def with_sound_cache(attempt: Callable[[DamagedFiles], _T], warn: Callable[[str], None]) -> _T:
-    """What an attempt returns; it is made again without any file of the cache that proves damaged.
+    """Returns the result of an attempt, which is repeated without each cache file that proves damaged.
 
     Args:
-        attempt: is given the files that are not to be used.
-        warn: told about every damaged file.
+        attempt: takes the damaged files, which it must not use.
+        warn: called with a message for every damaged file.
 
     Raises:
         DamagedCacheError: a file is damaged that was made only just now.

@@ -1,4 +1,4 @@
-"""Room on disks."""
+"""Free space on disks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hyper_merge.runtime.formatting import format_size
 
 
 def require_disks(needed: Mapping[Path, int]) -> None:
-    """Returns if the disks of all folders, which need not exist yet, have room.
+    """Returns if the disks of all folders have enough free space; the folders need not exist yet.
 
     Args:
-        needed: bytes by folder; folders on one disk need room together.
+        needed: bytes by folder; the needs of folders on one disk add up.
 
     Raises:
-        OutputError: too little is free; says how much of each.
+        OutputError: too little is free; the message gives both numbers.
     """
     total: dict[int, int] = {}
     for folder, size in needed.items():

@@ -1,4 +1,4 @@
-"""How numbers of bytes are said: decimal units everywhere, as on the boxes of disks."""
+"""Sizes and durations as text; sizes in decimal units everywhere, as disks are sold."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ GB: Final = 10**9
 
 
 def format_size(count: float) -> str:
-    """Bytes for people.
+    """Returns a number of bytes as text.
 
-    >>> size_text(2_132_000_000), size_text(584_000_000), size_text(12_000)
+    >>> format_size(2_132_000_000), format_size(584_000_000), format_size(12_000)
     ('2.13 GB', '584 MB', '12 kB')
     """
     if count >= 999.5e6:
@@ -19,9 +19,9 @@ def format_size(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as a person would say it beforehand.
+    """Returns an expected duration as a person would put it.
 
-    >>> duration_text(268)
+    >>> format_duration(268)
     'about 4 minutes'
     """
     if seconds < 8:

@@ -1,7 +1,7 @@
-"""Names that are made of other names: what every file system takes, and none equal to another.
+"""Makes names from other names: valid on every file system, and distinct from one another.
 
-File systems of Windows and macOS do not tell `A` from `a`, nor two spellings of one accented letter;
-names are compared like that everywhere, for models folders are moved between systems.
+File systems of Windows and macOS do not distinguish `A` from `a`, nor two encodings of one accented
+letter; names are compared like that everywhere, since models folders move between systems.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RESERVED: Final = re.compile(
 
 
 def name_key(name: str) -> str:
-    """What two names have in common that some file system does not tell apart.
+    """Returns a key that is equal for names which some file system does not distinguish.
 
     >>> name_key("Mix.safetensors") == name_key("mix.SAFETENSORS. ")
     True
@@ -32,12 +32,16 @@ def name_key(name: str) -> str:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether Windows takes a name, with or without a suffix, for a device."""
+    """Returns whether Windows takes a name, with or without a suffix, for a device."""
     return _RESERVED.fullmatch(name) is not None
 
 
 def file_stem(text: str, longest: int = 200) -> str:
-    """A text as a file's name without its suffix on every system; `longest` is in bytes.
+    """Returns a text as a file name, without suffix, that every system takes.
+
+    Args:
+        text: any text.
+        longest: limit of the name in bytes.
 
     >>> file_stem("My Model [v2]: 1/2")
     'My Model [v2]- 1-2'
@@ -47,9 +51,13 @@ def file_stem(text: str, longest: int = 200) -> str:
 
 
 def prompt_word(text: str, longest: int = 100) -> str:
-    """A text as part of a LoRA's name, with what prompts and file systems misread replaced.
+    """Returns a text as part of a LoRA's name: characters that prompts or file systems misread go.
 
-    Letters of all scripts stay: every host takes them. `longest` is in bytes.
+    Letters of all scripts stay: every host takes them.
+
+    Args:
+        text: any text.
+        longest: limit of the word in bytes.
 
     >>> prompt_word("My Model [v2]__final")
     'My Model -v2-_final'
@@ -60,46 +68,46 @@ def prompt_word(text: str, longest: int = 100) -> str:
     return _whole(_cut(plain, longest).strip(" ._-"))
 
 
-def unique_name(wanted: str, is_taken: Callable[[str], bool]) -> str:
-    """The wanted name, or the first of name-2, name-3, ... that is not taken.
+def unique_name(name: str, is_taken: Callable[[str], bool]) -> str:
+    """Returns the name, or the first of name-2, name-3, ... that is not taken.
 
     >>> unique_name("a", {"a", "a-2"}.__contains__)
     'a-3'
     """
-    name, number = wanted, 1
-    while is_taken(name):
+    candidate, number = name, 1
+    while is_taken(candidate):
         number += 1
-        name = f"{wanted}-{number}"
-    return name
+        candidate = f"{name}-{number}"
+    return candidate
 
 
 def distinct_words(
     texts: Sequence[str], longest: int = LONGEST_WORD, taken: Container[str] = ()
 ) -> tuple[str, ...]:
-    """A word of prompts for each text, in the texts' order; no two are equal, even without case.
+    """Returns a distinct prompt word for each text, in the texts' order; letter case is ignored.
 
-    Texts that are such words themselves come first, so that it is the others that get a number.
+    Texts that are prompt words already keep them; the others get a number where two would be equal.
 
     Args:
-        texts: the names that words are made of.
-        longest: bytes of a word, but for its number.
-        taken: keys, by `name_key`, of words that belong to something else.
+        texts: the names that words are made from.
+        longest: limit of a word in bytes, without its number.
+        taken: keys, by `name_key`, of words that are in use elsewhere.
 
     >>> distinct_words(["v2 (new)", "v2 [new]", "v2 -new"])
     ('v2 -new-2', 'v2 -new-3', 'v2 -new')
     """
     words = [prompt_word(text, longest) for text in texts]
-    found: dict[int, str] = {}
-    given: set[str] = set()
+    distinct: dict[int, str] = {}
+    keys: set[str] = set()
     for place in sorted(range(len(texts)), key=lambda i: words[i] != texts[i]):
-        word = unique_name(words[place], lambda w: name_key(w) in given or name_key(w) in taken)
-        found[place] = word
-        given.add(name_key(word))
-    return tuple(found[place] for place in range(len(texts)))
+        word = unique_name(words[place], lambda w: name_key(w) in keys or name_key(w) in taken)
+        distinct[place] = word
+        keys.add(name_key(word))
+    return tuple(distinct[place] for place in range(len(texts)))
 
 
 def one_line(text: str) -> str:
-    """A name as lines of text can hold it: a letter that does not print is written as its code.
+    """Returns a name on one line of text: a character that does not print is written as its code.
 
     >>> one_line("a" + chr(9) + "b") == "a" + chr(92) + "tb"
     True
@@ -109,19 +117,19 @@ def one_line(text: str) -> str:
 
 
 def _is_plain(letter: str) -> bool:
-    """Whether a letter means nothing to prompts and file systems."""
+    """Returns whether a letter has no special meaning in prompts and file systems."""
     if letter.isascii():
         return letter.isalnum() or letter in "._ +-"
     return letter.isalnum() or unicodedata.category(letter).startswith("M")  # vowel signs, accents
 
 
 def _cut(text: str, longest: int) -> str:
-    """The beginning of a text: file systems count bytes."""
+    """Returns the beginning of a text, up to a number of bytes."""
     return text.encode(errors="ignore")[:longest].decode(errors="ignore")
 
 
 def _whole(name: str) -> str:
-    """The name, or one that says something and is not reserved."""
+    """Returns the name, or one that is neither empty nor reserved."""
     if not name:
         return _FALLBACK
     return f"{_FALLBACK}-{name}" if is_reserved(name) else name

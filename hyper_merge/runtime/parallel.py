@@ -1,4 +1,4 @@
-"""A parallel map over independent layers: ordered, lazy, a bounded number of them at a time."""
+"""A parallel map over independent items: in order, lazy, with a bounded number in progress."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-_MOST: Final = 4  # workers; each holds the deviations of one layer, so memory grows with them
+_MOST_WORKERS: Final = 4  # each holds the deviations of one layer, so memory grows with them
 
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
 _T = TypeVar("_T")
-ParallelMap = Callable[..., Iterator[Any]]  # as the built-in map
+ParallelMap = Callable[..., Iterator[Any]]
+"""A function that is called like the built-in `map`."""
 
 
 @contextmanager
 def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[ParallelMap]:
-    """A `map` that keeps every core busy on a CPU, and does one item at a time on other devices.
+    """Gives a `map` that keeps every core of a CPU busy, and does one item at a time on other devices.
 
-    A worker with a thread of its own per core beats a layer at a time on all cores: factorisations
+    One worker with one thread per core beats a layer at a time on all cores: factorisations
     of some hundred rows, conversions and page faults use one core whatever they are given.
 
     Args:
-        device: of the work.
+        device: the device that the work is done on.
         check: called in the caller's thread for every item, and ten times a second while it waits
-            for one; may raise, to stop: then no further item is begun.
+            for one; may raise, which ends the work: then no further item is begun.
     """
     if device.type != "cpu":
         yield partial(_one_by_one, check)
         return
     import_numpy_in_torch()
     threads = torch.get_num_threads()
-    count = min(threads, _MOST)
-    own = threads // count
-    torch.set_num_threads(own)
-    # Said in every worker too: until its first loop in torch it would give LAPACK more, and QR's last
-    # digits depend on that.
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(own,))
+    count = min(threads, _MOST_WORKERS)
+    threads_each = threads // count
+    torch.set_num_threads(threads_each)
+    # Set in every worker too: until its first loop in torch it would give LAPACK more threads, and the
+    # last digits of QR depend on their number.
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads_each,))
     try:
         yield partial(_in_order, pool, count + 1, check)
     finally:
@@ -53,14 +54,14 @@ def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[Pa
 
 
 def import_numpy_in_torch() -> None:
-    """Makes torch look for numpy once: up to 2.3 two threads that first do so together lock up."""
+    """Makes torch look for numpy once: up to 2.3, two threads that first do so together deadlock."""
     torch.zeros(1).div_(1.0)
 
 
 def return_memory() -> None:
-    """Gives freed memory back to the system, where C's allocator (glibc) can be asked to.
+    """Returns freed memory to the system, where C's allocator (glibc) can be asked to.
 
-    It keeps what small tensors between large ones have torn apart: 2 GB after a search for starts of
+    The allocator keeps memory that small tensors have fragmented: 2 GB after a search for starts, of
     which 0.2 GB are in use.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
@@ -71,9 +72,9 @@ def return_memory() -> None:
 def _one_by_one(
     check: Callable[[], None], function: Callable[..., _T], *arguments: Iterable[Any]
 ) -> Iterator[_T]:
-    for each in zip(*arguments, strict=True):
+    for item in zip(*arguments, strict=True):
         check()
-        yield function(*each)
+        yield function(*item)
 
 
 def _in_order(
@@ -85,8 +86,8 @@ def _in_order(
 ) -> Iterator[_T]:
     pending: deque[Future[_T]] = deque()
     try:
-        for each in zip(*arguments, strict=True):
-            pending.append(pool.submit(function, *each))
+        for item in zip(*arguments, strict=True):
+            pending.append(pool.submit(function, *item))
             if len(pending) > ahead:
                 yield _result(pending.popleft(), check)
         while pending:

@@ -1,26 +1,25 @@
-"""How a long run tells where it stands and hears that it should stop; no screen, no signals."""
+"""Reports how far a long run is, and stops it on request; knows no screen and no signals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from types import TracebackType
 from typing import Any, Final
 
 from hyper_merge.errors import InterruptedRun
 
-STOPPED: Final = "stopped; no file was changed"  # said of a run that the user ended
+STOPPED: Final = "stopped; no file was changed"  # the message of a run that the user ended
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the caller of a run gives it: callables from outside.
+    """The callables by which a run reports to its caller and learns that it should stop.
 
     Attributes:
-        on_progress: Called with the phase in words and the fraction of the whole run, 0..1.
-        should_stop: Asked between steps, in any thread; true ends the run with `InterruptedRun`.
-        warn: Called with a sentence that the user should see, once each.
+        on_progress: Called with the phase as text and the fraction of the whole run, 0..1.
+        should_stop: Called between steps, in any thread; true ends the run with `InterruptedRun`.
+        warn: Called once with each sentence that the user should see.
     """
 
     on_progress: Callable[[str, float], None] = lambda _phase, _fraction: None
@@ -31,7 +30,7 @@ class Progress:
         """Returns if the run may go on; in any thread.
 
         Raises:
-            InterruptedRun: the user wants the run to end.
+            InterruptedRun: the user asked for the run to end.
         """
         if self.should_stop():
             raise InterruptedRun(STOPPED)
@@ -42,7 +41,7 @@ class Progress:
         self.on_progress(phase, fraction)
 
     def part(self, start: float, end: float) -> Progress:
-        """The control of a part of the run that takes fractions `start`..`end` of the whole."""
+        """Returns the progress of the part of the run between two fractions of the whole."""
 
         def on_progress(phase: str, fraction: float) -> None:
             self.on_progress(phase, min(start + (end - start) * fraction, end))
@@ -50,7 +49,7 @@ class Progress:
         return Progress(on_progress, self.should_stop, self.warn)
 
     def joined(self, other: Progress) -> Progress:
-        """A control that tells both, and stops when either is to stop."""
+        """Returns a progress that reports to this one and another, and stops when either should."""
 
         def on_progress(phase: str, fraction: float) -> None:
             self.on_progress(phase, fraction)
@@ -63,30 +62,35 @@ class Progress:
         return Progress(on_progress, lambda: self.should_stop() or other.should_stop(), warn)
 
     def split(self, costs: Sequence[float]) -> list[Progress]:
-        """Controls of consecutive parts that take time in proportion to their costs, 0 for none."""
+        """Returns the progress of each of several consecutive parts, in proportion to their costs.
+
+        Args:
+            costs: expected time of each part, in any unit; all may be 0.
+        """
         ends = [end / (sum(costs) or 1.0) for end in accumulate(costs, initial=0.0)]
         return [self.part(min(start, 1.0), min(end, 1.0)) for start, end in pairwise(ends)]
 
     def counter(self, phase: str, costs: Mapping[Any, float]) -> ProgressCounter:
-        """A count of the work on items of known costs, which are one phase of this control."""
+        """Returns a counter of the work on items of known costs, which make up one phase."""
         return ProgressCounter(self, phase, costs)
 
 
 class ProgressCounter:
-    """How far a phase is: counted in any thread, told in the run's own. Use as a context manager.
+    """Counts how far a phase is, in any thread, and reports it in the run's own thread.
 
-    Whoever still counts when the block is left, which an error can cause too, is stopped.
+    Used as a context manager, it stops every thread that still counts when the block is left, which
+    an error can cause too.
     """
 
     def __init__(self, progress: Progress, phase: str, costs: Mapping[Any, float]) -> None:
-        """Nothing is done yet.
+        """Starts with nothing done.
 
         Args:
-            progress: is told and asked.
-            phase: in words.
-            costs: what each item takes, in any unit.
+            progress: reports the fractions, and says whether to stop.
+            phase: name of the phase, as text.
+            costs: expected time of each item, in any unit.
         """
-        self._control = progress
+        self._progress = progress
         self._phase = phase
         self._costs = dict(costs)
         self._done = dict.fromkeys(costs, 0.0)
@@ -96,40 +100,34 @@ class ProgressCounter:
     def __enter__(self) -> ProgressCounter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._left = True
 
     def add(self, item: Any, cost: float) -> None:
         """Counts a part of an item; never more than its whole cost, so estimates will do.
 
         Raises:
-            InterruptedRun: the user, or an error elsewhere, wants the run to end.
+            InterruptedRun: the user asked for the run to end, or an error elsewhere ended it.
         """
         if self._left:
             raise InterruptedRun("stopped by what happened elsewhere in this run")
-        self._control.check()
+        self._progress.check()
         self._done[item] = min(self._done[item] + cost, self._costs[item])
 
     def finish(self, item: Any) -> None:
-        """Counts an item as done, and tells; errors as for `tell`."""
+        """Counts an item as done, and reports; errors as for `report`."""
         self._done[item] = self._costs[item]
-        self.tell()
+        self.report()
 
-    def tell(self) -> None:
+    def advance(self, item: Any, cost: float) -> None:
+        """Counts a part of an item, and reports; errors as for `add`."""
+        self.add(item, cost)
+        self.report()
+
+    def report(self) -> None:
         """Reports how far the phase is.
 
         Raises:
-            InterruptedRun: the user wants the run to end.
+            InterruptedRun: the user asked for the run to end.
         """
-        self._control.report(self._phase, min(sum(self._done.values()) / self._total, 1.0))
-
-
-def count(counter: ProgressCounter, item: object, size: int) -> None:
-    """Counts bytes of an item, and tells."""
-    counter.add(item, size)
-    counter.tell()
+        self._progress.report(self._phase, min(sum(self._done.values()) / self._total, 1.0))

@@ -1,4 +1,4 @@
-"""How fast this machine is, and how a duration is said."""
+"""Measures how fast this machine is."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Final
 
 import torch
 
-# Costs (see `costs`) that are done in a second, for each multiplication or addition that the measured
-# rate counts. From full-size families of four SD 1.x checkpoints on two cores.
+# Units of cost (see `cost_model`) done in a second, for each operation that the measured rate counts.
+# From full-size families of four SD 1.x checkpoints on two cores.
 _COSTS: Final = 0.57
 
-_SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the matrices by which the rate is measured
-_PRODUCTS: Final = 3  # of them, after one to warm up
+_SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
+_PRODUCTS: Final = 3  # that are timed, after one to warm up
 
 
 def estimate_seconds(cost: float, device: torch.device) -> float:
-    """How long work takes.
+    """Returns how many seconds some work takes.
 
     Args:
-        cost: in multiply-adds of large products, see `costs`.
-        device: where it is done.
+        cost: in multiply-adds of large products, see `cost_model`.
+        device: the device that does the work.
     """
     return cost / (_COSTS * measure_throughput(device))
 
 
 @functools.cache
 def measure_throughput(device: torch.device) -> float:
-    """Multiplications and additions in a second, measured once on products of large matrices."""
+    """Returns multiplications and additions per second, measured once on products of large matrices."""
     side = _SIDE[device.type]
     matrix = torch.linspace(-1, 1, side * side, device=device).view(side, side)
     _multiply(matrix, 1)

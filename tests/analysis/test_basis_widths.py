@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_family import load, recipe, snapshot
 
-from hyper_merge.analysis import basis_widths as widths
+from hyper_merge.analysis import basis_widths
 from hyper_merge.analysis.basis_widths import allocate_widths, choose_widths, sample_energies
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.errors import InterruptedRun
@@ -20,8 +20,8 @@ def layers_of_shapes(shapes):
     return [Layer(f"{i}", f"{i}", "unet", shape) for i, shape in enumerate(shapes)]
 
 
-def cost(shapes, found):
-    return sum(m * n * width for (m, n), width in zip(shapes, found, strict=True))
+def cost(shapes, allocated):
+    return sum(m * n * width for (m, n), width in zip(shapes, allocated, strict=True))
 
 
 def nominal_cost(shapes, nominal):
@@ -33,50 +33,50 @@ ENERGIES = st.floats(0, 1e9) | st.just(0.0)
 
 
 @given(st.lists(st.tuples(SIDES, SIDES, ENERGIES), min_size=1, max_size=8), st.integers(3, 40))
-def test_widths_cost_no_more_than_the_nominal_one_and_keep_limits_and_steps(layers, steps):
+def test_widths_keep_cost_limits_and_steps(layers, steps):
     shapes, energies, nominal = [row[:2] for row in layers], [row[2] for row in layers], 32 * steps
-    found = allocate_widths(layers_of_shapes(shapes), energies, nominal)
-    assert cost(shapes, found) <= nominal_cost(shapes, nominal)
-    for width, shape in zip(found, shapes, strict=True):
+    allocated = allocate_widths(layers_of_shapes(shapes), energies, nominal)
+    assert cost(shapes, allocated) <= nominal_cost(shapes, nominal)
+    for width, shape in zip(allocated, shapes, strict=True):
         assert min(96, max(shape)) <= width <= max(shape)
         assert width % 32 == 0 or width == max(shape)
 
 
-def test_layers_with_more_energy_get_wider_bases_up_to_their_sides():
+def test_layers_with_more_energy_get_wider_bases():
     shapes = [(1280, 1280)] * 5
-    found = allocate_widths(layers_of_shapes(shapes), [1e-9, 0.1, 1.0, 10.0, 1e9], NOMINAL)
-    assert found == tuple(sorted(found))
-    assert (found[0], found[-1]) == (96, 1280)
-    assert found[2] < found[3]
-    ratio = found[3] / found[2]
+    allocated = allocate_widths(layers_of_shapes(shapes), [1e-9, 0.1, 1.0, 10.0, 1e9], NOMINAL)
+    assert allocated == tuple(sorted(allocated))
+    assert (allocated[0], allocated[-1]) == (96, 1280)
+    assert allocated[2] < allocated[3]
+    ratio = allocated[3] / allocated[2]
     assert ratio == pytest.approx(10**0.7, rel=0.25)  # steps of 32 columns
-    assert cost(shapes, found) > 0.9 * nominal_cost(shapes, NOMINAL)
+    assert cost(shapes, allocated) > 0.9 * nominal_cost(shapes, NOMINAL)
 
 
-def test_small_layers_are_whole_and_leave_their_share_to_others():
+def test_small_layers_are_whole():
     shapes = [(64, 64), (2000, 2000), (2000, 2000)]
-    found = allocate_widths(layers_of_shapes(shapes), [1.0, 1.0, 1.0], NOMINAL)
-    assert found == (64, 512, 512)
+    allocated = allocate_widths(layers_of_shapes(shapes), [1.0, 1.0, 1.0], NOMINAL)
+    assert allocated == (64, 512, 512)
 
 
 def test_equal_layers_have_the_nominal_width():
-    found = allocate_widths(layers_of_shapes([(1280, 640)] * 7), [3.0] * 7, NOMINAL)
-    assert found == (NOMINAL,) * 7
+    allocated = allocate_widths(layers_of_shapes([(1280, 640)] * 7), [3.0] * 7, NOMINAL)
+    assert allocated == (NOMINAL,) * 7
 
 
-def test_a_rank_of_a_smaller_layer_is_cheaper_and_so_worth_more_columns():
+def test_smaller_layers_get_more_columns():
     small, large = allocate_widths(layers_of_shapes([(640, 640), (2560, 2560)]), [1.0] * 2, NOMINAL)
     assert large < small <= 640
 
 
 @pytest.mark.parametrize("energies", [[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
-def test_where_nothing_is_known_all_have_the_nominal_width(energies):
-    found = allocate_widths(layers_of_shapes([(1280, 1280), (320, 300)]), energies, NOMINAL)
-    assert found == (NOMINAL, 320)
+def test_unknown_energies_give_the_nominal_width(energies):
+    allocated = allocate_widths(layers_of_shapes([(1280, 1280), (320, 300)]), energies, NOMINAL)
+    assert allocated == (NOMINAL, 320)
 
 
 @pytest.mark.parametrize("smallest", [0.0, 1e-300, 1e-30, 1e-16])
-def test_a_layer_of_next_to_nothing_leaves_the_others_as_they_are(smallest):
+def test_layer_of_no_energy_changes_no_other(smallest):
     layers = layers_of_shapes([(1280, 1280)] * 3)
     first, second, third = allocate_widths(layers, [1.0, 2.0, smallest], NOMINAL)
     assert third == 96
@@ -94,31 +94,31 @@ def true_energies(inputs):
 
 
 def test_tensors_that_fit_the_sample_are_measured_exactly(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(widths, "_SAMPLE", 2**20)
+    monkeypatch.setattr(basis_widths, "_SAMPLE", 2**20)
     inputs = run_preflight(recipe(files, tmp_path)).inputs
     assert sample_energies(inputs, Progress()) == pytest.approx(true_energies(inputs), rel=1e-4)
 
 
-def test_a_few_places_of_a_tensor_tell_nearly_all_of_its_energy(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(widths, "_SAMPLE", 64)
+def test_samples_of_a_tensor_estimate_its_energy(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(basis_widths, "_SAMPLE", 64)
     inputs = run_preflight(recipe(files, tmp_path)).inputs
-    found, true = sample_energies(inputs, Progress()), true_energies(inputs)
+    sampled_energies, true = sample_energies(inputs, Progress()), true_energies(inputs)
     sampled = [m for m, layer in enumerate(inputs.layout.layers) if layer.m * layer.n > 256]
     assert len(sampled) > 30
-    ratios = torch.tensor([found[m] / true[m] for m in sampled])
+    ratios = torch.tensor([sampled_energies[m] / true[m] for m in sampled])
     assert not torch.allclose(ratios, torch.ones(()), rtol=1e-3)
     assert float(ratios.log().abs().median()) < 0.3
     assert float(ratios.min()) > 0.3
     assert float(ratios.max()) < 3
 
 
-def test_the_samples_lie_from_the_first_to_the_last_entry(monkeypatch):
-    monkeypatch.setattr(widths, "_SAMPLE", 5)
-    found = widths._sample(torch.arange(100))
-    assert found.tolist() == [*range(5), *range(31, 36), *range(63, 68), *range(95, 100)]
+def test_samples_span_the_whole_tensor(monkeypatch):
+    monkeypatch.setattr(basis_widths, "_SAMPLE", 5)
+    sample = basis_widths._sample(torch.arange(100))
+    assert sample.tolist() == [*range(5), *range(31, 36), *range(63, 68), *range(95, 100)]
 
 
-def test_the_same_files_have_the_same_widths_and_stay_as_they_are(files, tmp_path):
+def test_equal_files_have_equal_widths(files, tmp_path):
     inputs = run_preflight(recipe(files, tmp_path)).inputs
     before = snapshot(files[0].parent)
     first, again = (choose_widths(inputs, NOMINAL, Progress()) for _ in range(2))

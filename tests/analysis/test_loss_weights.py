@@ -29,50 +29,53 @@ def made_up(contrasts, seed=0, layers=3, size=40):
     return slices, SimpleNamespace(grams=grams, contrasts=contrasts, weights=weights, layers=shapes)
 
 
-def asked(fit_weights=None, layer_weights="plain"):
+def recipe_with(fit_weights=None, layer_weights="plain"):
     return SimpleNamespace(fit_weights=fit_weights, layer_weights=layer_weights)
 
 
 def test_plainly_nothing_is_changed():
     slices, analysis = made_up(around_mean([1.0, 2.0, 3.0]))
-    found = make_loss_weights(analysis, asked())
+    loss_weights = make_loss_weights(analysis, recipe_with())
     core = slices[0].view(2, 5, 8)
-    assert found.core(0, core) is core
-    assert found.to_deviations is analysis.contrasts.to_deviations
-    assert found.layers.tolist() == [1, 1, 1]
-    assert found.energy([0, 2]) == pytest.approx(float(slices[[0, 2]].square().sum()))
+    assert loss_weights.core(0, core) is core
+    assert loss_weights.to_deviations is analysis.contrasts.to_deviations
+    assert loss_weights.layers.tolist() == [1, 1, 1]
+    assert loss_weights.energy([0, 2]) == pytest.approx(float(slices[[0, 2]].square().sum()))
 
 
 @given(
     st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.booleans(), st.integers(0, 99),
     st.sampled_from(["plain", "relative"]),
 )  # fmt: skip
-def test_the_plain_loss_in_weighted_slices_is_the_weighted_loss(weights, based, seed, layered):
+def test_loss_of_weighted_slices_is_the_weighted_loss(weights, based, seed, layered):
     k = len(weights)
     contrasts = around_base(k) if based else around_mean(normal(seed, k).abs().tolist())
     slices, analysis = made_up(contrasts, seed)
-    found = make_loss_weights(analysis, asked(tuple(weights), layered))
+    loss_weights = make_loss_weights(analysis, recipe_with(tuple(weights), layered))
     multipliers = normal(seed + 1, contrasts.dimensions, 2)  # as the solver finds them
     share = torch.tensor(weights).double() * k / sum(weights)
     for index, layer in enumerate(slices):
         blocks = normal(seed + 2 + index, 2, layer.shape[1])
-        scale = found.layers[index]
-        core = found.core(index, layer.view(-1, 5, 8)).flatten(1)
+        scale = loss_weights.layers[index]
+        core = loss_weights.core(index, layer.view(-1, 5, 8)).flatten(1)
         inside = (core - multipliers @ blocks).square().sum()
-        own = blocks / scale.sqrt()
-        rests = contrasts.to_deviations @ layer - (found.to_deviations @ multipliers) @ own
+        unweighted = blocks / scale.sqrt()
+        rests = (
+            contrasts.to_deviations @ layer
+            - (loss_weights.to_deviations @ multipliers) @ unweighted
+        )
         dense = scale * (share * rests.square().sum(1)).sum()
         assert_close(inside, dense, rtol=1e-6, atol=1e-9)
         energy = scale * (share * (contrasts.to_deviations @ layer).square().sum(1)).sum()
-        assert found.energy([index]) == pytest.approx(float(energy), rel=1e-6)
+        assert loss_weights.energy([index]) == pytest.approx(float(energy), rel=1e-6)
 
 
 def test_equal_weights_are_none():
     slices, analysis = made_up(around_mean([1.0, 2.0, 3.0]))
-    found = make_loss_weights(analysis, asked((4.0, 4.0, 4.0)))
-    core = found.core(0, slices[0].view(2, 5, 8)).flatten(1)
+    loss_weights = make_loss_weights(analysis, recipe_with((4.0, 4.0, 4.0)))
+    core = loss_weights.core(0, slices[0].view(2, 5, 8)).flatten(1)
     assert_close(core.mT @ core, slices[0].mT @ slices[0])
-    assert_close(found.energies, slices.square().sum((1, 2)))
+    assert_close(loss_weights.energies, slices.square().sum((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -80,39 +83,46 @@ def test_equal_weights_are_none():
 )
 def test_checkpoints_that_do_not_count_leave_finite_numbers(weights):
     slices, analysis = made_up(around_mean([1.0] * 4))
-    found = make_loss_weights(analysis, asked(weights))
-    assert float(found.to_deviations.abs().max()) < 10
-    core = found.core(0, slices[0].view(3, 5, 8)).flatten(1)
-    assert float(core.square().sum()) == pytest.approx(found.energy([0]))
+    loss_weights = make_loss_weights(analysis, recipe_with(weights))
+    assert float(loss_weights.to_deviations.abs().max()) < 10
+    core = loss_weights.core(0, slices[0].view(3, 5, 8)).flatten(1)
+    assert float(core.square().sum()) == pytest.approx(loss_weights.energy([0]))
     counting = [c for c, weight in enumerate(weights) if weight]
     deviations = (analysis.contrasts.to_deviations @ slices[0])[counting]
-    assert_close((found.to_deviations @ core)[counting], deviations)
+    assert_close((loss_weights.to_deviations @ core)[counting], deviations)
 
 
-def test_relative_layers_count_by_the_size_of_their_weights():
+def test_relative_layers_count_by_weight_size():
     slices, analysis = made_up(around_mean([1.0, 1.0]))
-    found = make_loss_weights(analysis, asked(layer_weights="relative"))
-    assert_close(found.layers * analysis.weights, found.layers[:1].expand(3) * analysis.weights[0])
-    assert float(found.energies.sum()) == pytest.approx(float(slices.square().sum()))
-    core = found.core(1, slices[1].view(1, 5, 8))
-    assert_close(core, slices[1].view(1, 5, 8) * found.layers[1].sqrt())
+    loss_weights = make_loss_weights(analysis, recipe_with(layer_weights="relative"))
+    assert_close(
+        loss_weights.layers * analysis.weights,
+        loss_weights.layers[:1].expand(3) * analysis.weights[0],
+    )
+    assert float(loss_weights.energies.sum()) == pytest.approx(float(slices.square().sum()))
+    core = loss_weights.core(1, slices[1].view(1, 5, 8))
+    assert_close(core, slices[1].view(1, 5, 8) * loss_weights.layers[1].sqrt())
 
 
 def test_without_differences_relative_layers_count_alike():
     _, analysis = made_up(around_mean([1.0, 1.0]))
     analysis.grams.zero_()
-    assert make_loss_weights(analysis, asked(layer_weights="relative")).layers.tolist() == [1, 1, 1]
+    assert make_loss_weights(analysis, recipe_with(layer_weights="relative")).layers.tolist() == [
+        1,
+        1,
+        1,
+    ]
 
 
-def test_a_layer_of_hardly_any_size_does_not_count_for_everything():
+def test_tiny_layer_does_not_outweigh_all_others():
     _, analysis = made_up(around_mean([1.0, 1.0]))
     analysis.weights[:] = torch.tensor([4.0, 0.0, 1.0])
-    found = make_loss_weights(analysis, asked(layer_weights="relative")).layers
+    factors = make_loss_weights(analysis, recipe_with(layer_weights="relative")).layers
     usual = 5 / 3  # entries are as many everywhere
-    assert_close(found / found[0], torch.tensor([1.0, 4 / (0.05**2 * usual), 4.0]).double())
+    assert_close(factors / factors[0], torch.tensor([1.0, 4 / (0.05**2 * usual), 4.0]).double())
     analysis.weights[:] = 0
-    found = make_loss_weights(analysis, asked(layer_weights="relative")).layers
-    assert_close(found, torch.ones(3).double())
+    factors = make_loss_weights(analysis, recipe_with(layer_weights="relative")).layers
+    assert_close(factors, torch.ones(3).double())
 
 
 # whole merges
@@ -133,25 +143,25 @@ def dense(models, merged):
 def best_multipliers(models, merged, part, *, relative):
     """By normal equations in float64, from the files on disk."""
     cross, gram = 0, 0
-    for deviations, blocks, of, size in dense(models, merged):
-        if of == part:
+    for deviations, blocks, layer_part, size in dense(models, merged):
+        if layer_part == part:
             scale = 1 / size if relative else 1.0
             cross, gram = cross + scale * deviations @ blocks.T, gram + scale * blocks @ blocks.T
     return cross @ torch.linalg.inv(gram)
 
 
 @pytest.mark.parametrize("settings", [{"layer_weights": "plain"}, {"fit_weights": (5, 1, 1)}, {}])
-def test_the_multipliers_are_the_best_for_the_loss_that_is_asked_for(files, tmp_path, settings):
+def test_multipliers_minimise_the_requested_loss(files, tmp_path, settings):
     merged = merge(files, tmp_path, dtype="float32", **settings)
     for part in ("unet", "text_encoder"):
         rows = [row.multipliers_of(part) for row in merged.report.checkpoints]
-        wanted, other = (
+        expected, other = (
             best_multipliers(files, merged, part, relative=relative) for relative in (True, False)
         )
         if "layer_weights" in settings:
-            wanted, other = other, wanted
-        assert_close(torch.tensor(rows).double(), wanted, rtol=0, atol=2e-5)
-        assert float((wanted - other).abs().max()) > 1e-4
+            expected, other = other, expected
+        assert_close(torch.tensor(rows).double(), expected, rtol=0, atol=2e-5)
+        assert float((expected - other).abs().max()) > 1e-4
 
 
 def losses(merged):
@@ -171,19 +181,19 @@ def test_a_checkpoint_that_counts_more_comes_back_better(files, tmp_path, merged
     assert plain.report.loss < first.report.loss
 
 
-def test_a_checkpoint_that_does_not_count_leaves_the_ranks_to_the_others(files, tmp_path, merged):
-    found = merge(files, tmp_path, fit_weights=(0, 1, 1))
-    assert losses(found)[0] > losses(merged)[0]
-    assert losses(found)[1:].sum() < losses(merged)[1:].sum()
+def test_checkpoint_of_no_weight_gets_no_ranks(files, tmp_path, merged):
+    without_first = merge(files, tmp_path, fit_weights=(0, 1, 1))
+    assert losses(without_first)[0] > losses(merged)[0]
+    assert losses(without_first)[1:].sum() < losses(merged)[1:].sum()
 
 
 def test_relative_layers_lower_the_relative_loss(files, tmp_path, merged):
     plain = merge(files, tmp_path, layer_weights="plain")
 
-    def relative(of):
+    def relative(result):
         left, all_of_it = 0.0, 0.0
-        for deviations, blocks, part, size in dense(files, of):
-            rows = [row.multipliers_of(part) for row in of.report.checkpoints]
+        for deviations, blocks, part, size in dense(files, result):
+            rows = [row.multipliers_of(part) for row in result.report.checkpoints]
             rest = deviations - torch.tensor(rows).double() @ blocks
             left += float(rest.square().sum()) / size
             all_of_it += float(deviations.square().sum()) / size
@@ -191,5 +201,5 @@ def test_relative_layers_lower_the_relative_loss(files, tmp_path, merged):
 
     assert relative(merged) < 0.95 * relative(plain)
     assert plain.report.loss < merged.report.loss
-    for of in (merged, plain):
-        assert of.report.relative_loss == pytest.approx(relative(of), rel=1e-3)
+    for result in (merged, plain):
+        assert result.report.relative_loss == pytest.approx(relative(result), rel=1e-3)

@@ -1,57 +1,19 @@
 """The one pass: streamed equals in memory, and each kind of tensor is treated as it should be."""
 
-import os
-import pickle
-import threading
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
-from tiny_family import NORM, POSITION_IDS, QUERY, VAE, load, recipe, write
+from tiny_family import NORM, POSITION_IDS, QUERY, VAE, inputs_of, load, run_pass, write
 
-from hyper_merge.analysis import cache as analysis_cache
-from hyper_merge.analysis import streaming_pass as analysis
-from hyper_merge.analysis.store import KINDS, analysis_bytes, create_analysis, open_analysis
-from hyper_merge.analysis.streaming_pass import (
-    PassOptions,
-    analyze_tensor,
-    pass_costs,
-    stream_layers,
-)
+from hyper_merge.analysis import streaming_pass
+from hyper_merge.analysis.file_layout import KINDS
 from hyper_merge.checkpoints.architectures.layout import Treatment
-from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import (
-    CacheError,
-    CheckpointError,
-    InterruptedRun,
     NonFiniteError,
     RecipeError,
 )
-from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.runtime.progress import Progress
 
-CPU = torch.device("cpu")
-WIDE = "model.diffusion_model.output_blocks.2.0.in_layers.2.weight"
 DTYPES = ("float16", "bfloat16", "float32")
-
-
-def sources_of(models, **settings):
-    return run_preflight(recipe(models, models[0].parent / "models", **settings)).inputs
-
-
-def read(inputs, width=512, progress=None, device=CPU):
-    """Averages and layers of a pass, with what LoRAs do not carry."""
-    averages, layers = {}, {}
-    outside = stream_layers(
-        inputs,
-        PassOptions(device, 0, width),
-        averages.__setitem__,
-        lambda layer: layers.__setitem__(layer.index, layer),
-        progress or Progress(),
-    )
-    return averages, layers, outside
 
 
 def stacks(models):
@@ -84,16 +46,16 @@ def mixed(tmp_path, state_of):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_streamed_average_is_the_mean_in_memory(files, dtype):
-    inputs = sources_of(files, dtype=dtype, vae="average")
-    averages, _, _ = read(inputs, width=None)
+    inputs = inputs_of(files, dtype=dtype, vae="average")
+    averages, _, _ = run_pass(inputs, width=None)
     means = {key: stack.mean(0) for key, stack in stacks(files).items() if key != POSITION_IDS}
     assert_average(averages, means, inputs.dtype)
     assert averages.keys() == inputs.outputs().keys()
 
 
-def test_files_of_all_types_and_kinds_are_averaged_together(mixed):
-    inputs = sources_of(mixed, dtype="float32", vae="average")
-    averages, layers, _ = read(inputs)
+def test_files_of_mixed_types_are_averaged(mixed):
+    inputs = inputs_of(mixed, dtype="float32", vae="average")
+    averages, layers, _ = run_pass(inputs)
     means = {key: stack.mean(0) for key, stack in stacks(mixed).items() if key != POSITION_IDS}
     assert_average(averages, means, torch.float32)
     assert len(layers) == len(inputs.layout.layers)
@@ -101,7 +63,9 @@ def test_files_of_all_types_and_kinds_are_averaged_together(mixed):
 
 def test_weights_make_a_weighted_mean(files):
     weights = (1, 0, 3)
-    averages, _, _ = read(sources_of(files, weights=weights, dtype="float32", vae="average"), None)
+    averages, _, _ = run_pass(
+        inputs_of(files, weights=weights, dtype="float32", vae="average"), None
+    )
     shares = torch.tensor(weights).double() / 4
     means = {
         key: torch.tensordot(shares, stack, 1)
@@ -112,24 +76,24 @@ def test_weights_make_a_weighted_mean(files):
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["average", "base"])
-def test_grams_and_cores_hold_the_deviations_of_the_files(files, base):
+def test_grams_and_cores_hold_the_deviations(files, base):
     models = files[1:] if base else files
     settings = {"base": str(files[0])} if base else {}
-    inputs = sources_of(models, **settings)
-    averages, layers, _ = read(inputs)
+    inputs = inputs_of(models, **settings)
+    averages, layers, _ = run_pass(inputs)
     dense = stacks(models)
     for index, layer in enumerate(inputs.layout.layers):
         stored = averages[layer.key].double()
         origin = load(files[0])[layer.key].double() if base else dense[layer.key].mean(0)
-        found = layers[index]
+        analysis = layers[index]
         torch.testing.assert_close(
-            energies(found.gram, inputs.contrasts),
+            energies(analysis.gram, inputs.contrasts),
             (dense[layer.key] - stored).flatten(1).square().sum(1),
             rtol=3e-5,
             atol=0,
         )
-        left, right = found.compressed.left.double(), found.compressed.right.double()
-        slices = left @ found.compressed.core.double() @ right.mT  # (d, m, n)
+        left, right = analysis.compressed.left.double(), analysis.compressed.right.double()
+        slices = left @ analysis.compressed.core.double() @ right.mT  # (d, m, n)
         deviations = torch.tensordot(inputs.contrasts.to_deviations, slices, 1)
         expected = (dense[layer.key] - origin).flatten(2 if stored.ndim == 4 else 1)
         expected = expected.reshape(len(models), layer.m, layer.n)
@@ -137,47 +101,47 @@ def test_grams_and_cores_hold_the_deviations_of_the_files(files, base):
         assert float(error) < 3e-4, layer.key  # wide bases are rounded to float16
 
 
-def test_narrow_bases_keep_the_exact_projection_and_the_exact_energy(files):
-    inputs = sources_of(files)
-    averages, layers, _ = read(inputs, width=6)
+def test_narrow_bases_keep_projection_and_energy(files):
+    inputs = inputs_of(files)
+    averages, layers, _ = run_pass(inputs, width=6)
     dense = stacks(files)
     for index, layer in enumerate(inputs.layout.layers):
-        found = layers[index]
-        left, right = found.compressed.left.double(), found.compressed.right.double()
+        analysis = layers[index]
+        left, right = analysis.compressed.left.double(), analysis.compressed.right.double()
         assert left.shape[1] <= 6
         assert right.shape[1] <= 6
         mean = dense[layer.key].mean(0)
         deviations = (dense[layer.key] - mean).reshape(3, layer.m, layer.n)
         slices = torch.tensordot(inputs.contrasts.to_deviations.mT, deviations, 1)
         expected = left.mT @ slices @ right
-        error = (found.compressed.core.double() - expected).norm() / expected.norm()
+        error = (analysis.compressed.core.double() - expected).norm() / expected.norm()
         assert float(error) < 1e-4, layer.key
         assert float(expected.norm()) < (1 + 1e-3) * float(deviations.norm())
         torch.testing.assert_close(
-            energies(found.gram, inputs.contrasts),
+            energies(analysis.gram, inputs.contrasts),
             (dense[layer.key] - averages[layer.key].double()).flatten(1).square().sum(1),
             rtol=3e-5,
             atol=0,
         )
 
 
-def test_what_no_lora_carries_is_counted_by_kind_and_checkpoint(files):
-    inputs = sources_of(files)
-    averages, _, outside = read(inputs)
+def test_energy_outside_layers_is_counted_by_kind(files):
+    inputs = inputs_of(files)
+    averages, _, outside = run_pass(inputs)
     assert set(outside) <= set(KINDS)
     expected = dict.fromkeys(outside, 0)
     for key, stack in stacks(files).items():
-        how = inputs.layout.treatments[key]
-        if how in (Treatment.AVERAGE, Treatment.VAE):
-            kind = analysis.kind_of_tensor(key, inputs.layout)
+        treatment = inputs.layout.treatments[key]
+        if treatment in (Treatment.AVERAGE, Treatment.VAE):
+            kind = streaming_pass.kind_of_tensor(key, inputs.layout)
             distance = stack - averages[key].double()
             expected[kind] = expected[kind] + distance.flatten(1).square().sum(1)
     for kind, energy in expected.items():
         torch.testing.assert_close(outside[kind], energy, rtol=1e-5, atol=1e-12)
 
 
-def test_the_first_vae_is_kept_and_the_difference_reported(files):
-    averages, _, outside = read(sources_of(files), None)
+def test_first_vae_is_kept_with_its_distances(files):
+    averages, _, outside = run_pass(inputs_of(files), None)
     dense = stacks(files)
     assert torch.equal(averages[VAE], load(files[0])[VAE])
     distances = sum(
@@ -190,8 +154,8 @@ def test_the_first_vae_is_kept_and_the_difference_reported(files):
 
 
 def test_with_a_base_everything_is_measured_from_it(files):
-    inputs = sources_of(files[1:], base=str(files[0]))
-    averages, _, outside = read(inputs)
+    inputs = inputs_of(files[1:], base=str(files[0]))
+    averages, _, outside = run_pass(inputs)
     for key in (QUERY, NORM, VAE):
         assert torch.equal(averages[key], load(files[0])[key])
     dense = stacks(files)
@@ -209,14 +173,14 @@ def test_equal_checkpoints_average_to_themselves_bit_for_bit(tmp_path, state_of,
     models = [write(tmp_path / f"{name}.safetensors", state) for name in "xyz"]
     name = str(dtype).removeprefix("torch.")
     for weights in (None, (1, 2, 4)):
-        averages, layers, outside = read(sources_of(models, dtype=name, weights=weights))
+        averages, layers, outside = run_pass(inputs_of(models, dtype=name, weights=weights))
         assert all(torch.equal(averages[key], tensor) for key, tensor in state.items())
         assert all(float(layer.gram.abs().max()) == 0 for layer in layers.values())
         assert all(float(layer.compressed.core.abs().max()) == 0 for layer in layers.values())
         assert all(float(energy.abs().max()) == 0 for energy in outside.values())
 
 
-def test_position_ids_are_made_anew_and_leftovers_and_spoilt_schedules_dropped(tmp_path, state_of):
+def test_position_ids_are_remade_and_leftovers_dropped(tmp_path, state_of):
     models = []
     for c, name in enumerate("ab"):
         state = state_of(c) | {
@@ -228,7 +192,7 @@ def test_position_ids_are_made_anew_and_leftovers_and_spoilt_schedules_dropped(t
             "v_pred": torch.empty(0),
         }
         models.append(write(tmp_path / f"{name}.safetensors", state))
-    averages, _, _ = read(sources_of(models), None)
+    averages, _, _ = run_pass(inputs_of(models), None)
     ids = averages[POSITION_IDS]
     assert ids.dtype == torch.int64
     assert torch.equal(ids, torch.arange(77).expand(1, 77))
@@ -240,236 +204,25 @@ def test_position_ids_are_made_anew_and_leftovers_and_spoilt_schedules_dropped(t
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("key", [QUERY, NORM, VAE])
-def test_what_is_not_finite_is_refused_by_file_and_key(tmp_path, files, state_of, bad, key):
+def test_tensor_with_nan_or_infinity_is_refused(tmp_path, files, state_of, bad, key):
     state = state_of(1)
     state[key] = state[key].clone()
     state[key].view(-1)[3] = bad
     spoilt = write(tmp_path / "spoilt.safetensors", state)
     with pytest.raises(NonFiniteError) as caught:
-        read(sources_of([files[0], spoilt]))
+        run_pass(inputs_of([files[0], spoilt]))
     assert str(caught.value) == (
         f"spoilt.safetensors holds NaN or infinity in 1 of {state[key].numel()} values of {key};"
         " use an undamaged copy of the file, or leave it out"
     )
 
 
-def test_an_average_beyond_float16_asks_for_a_wider_type(tmp_path, state_of):
+def test_average_beyond_float16_is_refused(tmp_path, state_of):
     models = []
     for c, name in enumerate("ab"):
         state = state_of(c, torch.float32)
         state[NORM] = state[NORM] + 1e5
         models.append(write(tmp_path / f"{name}.safetensors", state))
     with pytest.raises(RecipeError, match="too large for float16; choose dtype bfloat16 or"):
-        read(sources_of(models), None)
-    read(sources_of(models, dtype="bfloat16"), None)
-
-
-def test_a_device_without_memory_hands_single_layers_to_the_cpu(files, monkeypatch):
-    inputs = sources_of(files)
-    expected = read(inputs)
-    real, failed, warnings = analysis.compress, [], []
-
-    def compress(slices, *rest):
-        if slices.shape not in failed and len(failed) < 3:
-            failed.append(slices.shape)
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
-        return real(slices, *rest)
-
-    monkeypatch.setattr(analysis, "compress", compress)
-    averages, layers, _ = read(inputs, progress=Progress(warn=warnings.append))
-    assert len(failed) == 3
-    assert set(warnings) == {"cpu has too little memory for some layers; the CPU took them"}
-    assert torch.equal(averages[QUERY], expected[0][QUERY])
-    for index, layer in layers.items():
-        assert torch.equal(layer.compressed.core, expected[1][index].compressed.core)
-
-
-def test_the_pass_stops_between_tensors_and_tells_how_far_it_is(files):
-    told = []
-    stopping = Progress(lambda phase, x: told.append((phase, x)), lambda: len(told) == 5)
-    with pytest.raises(InterruptedRun):
-        read(sources_of(files), progress=stopping)
-    assert len(told) == 5
-    told.clear()
-    read(sources_of(files), progress=Progress(lambda phase, x: told.append((phase, x))))
-    assert [x for _, x in told] == sorted(x for _, x in told)
-    assert told[-1] == ("reading and analysing", 1.0)
-
-
-@pytest.mark.parametrize("key", [WIDE, QUERY, NORM])
-def test_what_a_tensor_costs_is_told_piece_by_piece(files, key, monkeypatch):
-    monkeypatch.setattr(analysis, "_CHUNK", 50)
-    inputs, told = sources_of(files), []
-    tensors = [load(path)[key] for path in files]
-    analyze_tensor(inputs, key, tensors, PassOptions(CPU, 0, 4), told.append)
-    expected = pass_costs(inputs, PassOptions(CPU, 0, 4))[key]
-    assert 0.5 * expected < sum(told) < 1.2 * expected
-    if key != NORM:
-        assert max(told) < 0.2 * expected
-
-
-def test_an_interrupt_is_heard_within_a_tensor(files):
-    asked = []
-
-    def should_stop():
-        if threading.current_thread() is not threading.main_thread():
-            asked.append(threading.get_ident())
-        return len(asked) >= 20
-
-    done = []
-    with pytest.raises(InterruptedRun):
-        read(sources_of(files), 4, Progress(lambda _phase, x: done.append(x), should_stop))
-    assert done[-1] < 0.5
-    assert len(asked) <= 20 + torch.get_num_threads() + 1  # once for each item that was submitted
-
-
-def test_threads_change_no_bit(files):
-    inputs = sources_of(files)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(read(inputs, width=8))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(threads)
-    (one, layers, _), (three, others, _) = results
-    assert all(torch.equal(one[key], three[key]) for key in one)
-    assert all(torch.equal(layers[i].compressed.core, others[i].compressed.core) for i in layers)
-
-
-def test_one_tensor_can_be_taken_apart_elsewhere(files):
-    inputs = sources_of(files)
-    tensors = [load(path)[QUERY] for path in files]
-    sent = pickle.loads(
-        pickle.dumps((analyze_tensor, inputs, QUERY, tensors, PassOptions(CPU, 0, 6)))
-    )
-    here = analyze_tensor(inputs, QUERY, tensors, PassOptions(CPU, 0, 6))
-    there = pickle.loads(pickle.dumps(sent[0](*sent[1:])))
-    assert torch.equal(here.average, there.average)
-    assert torch.equal(here.layers[0].compressed.core, there.layers[0].compressed.core)
-
-
-def test_a_file_that_changes_during_the_pass_is_refused(tmp_path, state_of):
-    models = [write(tmp_path / f"{name}.safetensors", state_of(c)) for c, name in enumerate("ab")]
-    inputs = sources_of(models)
-    write(models[1], state_of(2) | {"extra": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"b\.safetensors was changed while being read"):
-        read(inputs)
-
-
-def write_analysis(folder, inputs, options):
-    path = analysis_cache.analysis_path(folder, inputs, options)
-    with create_analysis(path, inputs, options) as writer:
-        outside = stream_layers(inputs, options, None, writer.keep, Progress())
-        writer.close_with(outside)
-    return path
-
-
-def test_an_analysis_read_back_is_the_one_that_was_written(tmp_path, files):
-    inputs, options = sources_of(files), PassOptions(CPU, 0, 6)
-    path = write_analysis(tmp_path, inputs, options)
-    _, layers, outside = read(inputs, width=6)
-    with open_analysis(path, inputs) as found:
-        for index, layer in layers.items():
-            left, right = found.bases(index)
-            assert torch.equal(found.core(index), layer.compressed.core)
-            torch.testing.assert_close(left, layer.compressed.left, rtol=1e-3, atol=1e-7)
-            torch.testing.assert_close(right, layer.compressed.right, rtol=1e-3, atol=1e-7)
-            assert torch.equal(found.grams[index], layer.gram)
-            assert torch.equal(found.spectra[index].private, layer.spectra.private)
-        for kind, energy in outside.items():
-            assert torch.equal(found.not_carried[kind], energy)
-    expected = analysis_bytes(inputs, PassOptions(CPU, 0, 6))
-    assert expected < path.stat().st_size < expected + 100_000
-
-
-def test_an_analysis_is_found_for_the_same_question_only(tmp_path, files):
-    inputs, options = sources_of(files), PassOptions(CPU, 0, 9)
-    path = write_analysis(tmp_path, inputs, options)
-
-    def found(which, of=options, ranks=(4, 2)):
-        return analysis_cache.find_analysis(tmp_path, which, of, ranks)
-
-    assert found(inputs) == path
-    assert found(inputs, replace(options, width=512), (4, 2)) == path  # wide enough
-    assert found(inputs, replace(options, width=512), (4, 3)) is None  # too narrow
-    assert found(inputs, options, (40, 30)) == path  # a new one would be no wider
-    assert found(inputs, replace(options, seed=1)) is None
-    assert found(sources_of(files[::-1])) is None
-    assert found(sources_of(files, weights=(1, 1, 2))) is None
-    assert found(sources_of(files, dtype="bfloat16")) is None
-    assert found(sources_of(files, vae="average")) is None
-    path.write_bytes(path.read_bytes()[:-10])
-    assert found(inputs) is None
-
-
-def test_the_analyses_used_longest_ago_go_first(tmp_path):
-    paths = [tmp_path / f"{name}-512.analysis.safetensors" for name in "abc"]
-    for age, path in enumerate(paths):
-        path.write_bytes(bytes(100))
-        os.utime(path, (1000 - age, 1000 - age))
-    other = tmp_path / "hashes.json"
-    other.write_bytes(bytes(1000))
-    analysis_cache.prune_analyses(tmp_path, 300)
-    assert all(path.exists() for path in paths)
-    analysis_cache.prune_analyses(tmp_path, 250)
-    assert [path.exists() for path in paths] == [True, True, False]
-    assert other.exists()
-
-
-@pytest.fixture
-def cache(tmp_path):
-    """Two analyses of 100 bytes, what was remembered beside one of them, and hashes."""
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    sizes = {"a-512.analysis.safetensors": 100, "b-768.analysis.safetensors": 100}
-    sizes |= {"a-512.solutions.json": 7, "hashes.json": 1000, ".hyper-merge-00.tmp": 50}
-    for name, size in sizes.items():
-        (folder / name).write_bytes(bytes(size))
-    return folder
-
-
-def test_the_cache_is_measured_and_cleared_without_its_hashes(cache):
-    assert analysis_cache.cache_bytes(cache) == 207
-    assert analysis_cache.clear_analyses(cache) == 207
-    assert {path.name for path in cache.iterdir()} == {"hashes.json", ".hyper-merge-00.tmp"}
-    assert analysis_cache.cache_bytes(cache) == analysis_cache.clear_analyses(cache) == 0
-    nowhere = cache / "nowhere"
-    assert analysis_cache.cache_bytes(nowhere) == analysis_cache.clear_analyses(nowhere) == 0
-
-
-def test_what_cannot_be_cleared_is_named_and_the_rest_goes(cache, monkeypatch):
-    unlink, stuck = Path.unlink, cache / "a-512.analysis.safetensors"
-
-    def refuse(self, missing_ok=False):
-        if self == stuck:
-            raise PermissionError(13, "in use")
-        unlink(self, missing_ok=missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(CacheError) as caught:
-        analysis_cache.clear_analyses(cache)
-    assert str(caught.value) == (
-        f"part of the cache cannot be deleted (first: {stuck}: in use); try again when no merge is"
-        " running"
-    )
-    assert analysis_cache.cache_bytes(cache) == 100
-    analysis_cache.prune_analyses(cache, 0)  # an analysis in use is no reason to fail after a merge
-    assert stuck.exists()
-
-
-def test_a_limit_of_nothing_keeps_nothing(cache):
-    analysis_cache.prune_analyses(cache, 0)
-    assert analysis_cache.cache_bytes(cache) == 0
-
-
-def test_reading_only_what_is_wanted_opens_each_file_once(files, monkeypatch):
-    opened = []
-    enter = CheckpointReader.__enter__
-    monkeypatch.setattr(
-        CheckpointReader, "__enter__", lambda self: (opened.append(self.path), enter(self))[1]
-    )
-    read(sources_of(files))
-    assert opened == list(files)
+        run_pass(inputs_of(models), None)
+    run_pass(inputs_of(models, dtype="bfloat16"), None)

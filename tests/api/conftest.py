@@ -76,7 +76,7 @@ def endless(monkeypatch):
     """Merges that go on until they are stopped."""
     over = threading.Event()
 
-    def run_merge(preflight, progress, folders):
+    def run_merge(preflight, progress):
         while not over.is_set():  # where a test failed before it stopped the merge
             progress.report("reading the checkpoints", 0.25)
             time.sleep(0.002)

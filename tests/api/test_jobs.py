@@ -21,9 +21,9 @@ def test_a_merge_is_made_and_its_prompts_can_be_read(client, root, monkeypatch):
     seen, begun = [], threading.Event()
     run_merge = working.run_merge
 
-    def slow(preflight, progress, folders):
+    def slow(preflight, progress):
         assert begun.wait(20)
-        return run_merge(preflight, progress, folders)
+        return run_merge(preflight, progress)
 
     monkeypatch.setattr(working, "run_merge", slow)
     code, job = client.post("/merge", ASKED)
@@ -71,14 +71,14 @@ def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monke
     before, run_merge = snapshot(root), working.run_merge
     reached, cancelled = threading.Event(), threading.Event()
 
-    def watched(preflight, progress, folders):
+    def watched(preflight, progress):
         def on_progress(phase, fraction):
             if fraction > 0.5:
                 reached.set()
                 assert cancelled.wait(20)
 
         other = type(progress)(on_progress)
-        return run_merge(preflight, progress.joined(other), folders)
+        return run_merge(preflight, progress.joined(other))
 
     monkeypatch.setattr(working, "run_merge", watched)
     _, job = client.post("/merge", ASKED)
@@ -91,7 +91,7 @@ def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monke
 
 
 def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
-    def full(preflight, progress, folders):
+    def full(preflight, progress):
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(working, "run_merge", full)
@@ -100,7 +100,7 @@ def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
 
 
 def test_an_error_that_nobody_expected_is_logged_and_said_in_a_line(client, host, monkeypatch):
-    def fail(preflight, progress, folders):
+    def fail(preflight, progress):
         raise RuntimeError("shapes\nat layer 7")
 
     logged = []

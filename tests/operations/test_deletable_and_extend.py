@@ -184,9 +184,9 @@ def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
     starts = []
     run_merge = absorbing.run_merge
 
-    def told(preflight, progress, folders, start):
+    def told(preflight, progress, *, start):
         starts.append(start)
-        return run_merge(preflight, progress, folders, start)
+        return run_merge(preflight, progress, start=start)
 
     monkeypatch.setattr(absorbing, "run_merge", told)
     merged = absorb(folders, new)

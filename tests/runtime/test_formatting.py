@@ -1,13 +1,13 @@
-"""Bytes as people read them: in one way everywhere, with decimal units."""
+"""Sizes and durations as text, in the same form everywhere."""
 
 import pytest
 
 from hyper_merge.runs.folders import SIZE_LIMIT
-from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.formatting import format_duration, format_size
 
 
 @pytest.mark.parametrize(
-    ("count", "words"),
+    ("count", "text"),
     [
         (0, "0 kB"),
         (12_000, "12 kB"),
@@ -20,5 +20,21 @@ from hyper_merge.runtime.formatting import format_size
         (SIZE_LIMIT, "20.00 GB"),
     ],
 )
-def test_a_size_is_said_in_decimal_units(count, words):
-    assert format_size(count) == words
+def test_a_size_is_in_decimal_units(count, text):
+    assert format_size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "a few seconds"),
+        (12, "about 10 seconds"),
+        (86, "about 90 seconds"),
+        (91, "about 2 minutes"),
+        (268, "about 4 minutes"),
+        (3 * 3600 + 900, "about 3.2 hours"),
+        (7 * 3600, "about 7 hours"),
+    ],
+)
+def test_a_duration_is_put_as_a_person_would(seconds, text):
+    assert format_duration(seconds) == text

@@ -55,7 +55,7 @@ def test_a_stem_is_a_file_on_every_system(text, longest):
         assert len(stem.encode()) <= longest + len("checkpoint-")
 
 
-def test_a_plain_name_keeps_its_word_whatever_stands_before_it():
+def test_plain_name_keeps_its_word_in_any_order():
     assert distinct_words(["v2!", "v2", "V2"]) == ("v2-3", "v2", "V2-2")
 
 
@@ -64,7 +64,7 @@ def test_letters_of_all_scripts_stay():
         assert prompt_word(name) == file_stem(name) == unicodedata.normalize("NFC", name)
 
 
-def test_a_long_name_of_wide_letters_leaves_room_in_the_file_name():
+def test_long_name_of_wide_letters_is_shortened():
     word = prompt_word("写" * 200, 60)
     assert word == "写" * 20
 
@@ -81,7 +81,7 @@ def test_names_of_windows_devices_are_known(name):
     assert not is_reserved(f"x{name}")
 
 
-def test_a_name_that_is_taken_gets_the_first_free_number():
+def test_taken_name_gets_the_first_free_number():
     taken = {"a", "a-2", "a-4"}
     assert unique_name("a", taken.__contains__) == "a-3"
     assert unique_name("b", taken.__contains__) == "b"

@@ -26,7 +26,9 @@ from hyper_merge.loras.lora_file import (
 )
 from hyper_merge.loras.metadata import Lineage, LoraFile, lora_metadata
 from hyper_merge.loras.prompt_tags import Tag
+from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.float8 import float8_alpha
 from hyper_merge.solver.quantization import quantize
@@ -257,16 +259,21 @@ def test_float8_takes_half_of_the_bytes_of_float16(files, stored, tmp_path):
     for word in ("float16", "float8"):
         tensors = [t for path in stored[word].loras for t in load_file(path).items()]
         sizes[word] = sum(t.nbytes for key, t in tensors if not key.endswith(".alpha"))
-        estimate = run_preflight(
-            recipe(files, tmp_path, dtype="float32", lora_dtype=word, allocation="even")
-        ).estimate
+        settings = {"dtype": "float32", "lora_dtype": word, "allocation": "even"}
+        estimate = estimate_merge(run_preflight(recipe(files, tmp_path, **settings)))
         assert estimate.loras == sum(t.nbytes for _, t in tensors)
     assert sizes["float8"] * 2 == sizes["float16"]
 
 
+def planned(settings):
+    """The rank plan of a recipe."""
+    preflight = run_preflight(settings)
+    return plan_ranks(preflight.recipe, preflight.inputs)
+
+
 def test_the_same_bytes_pay_for_twice_the_ranks(files, tmp_path):
     allowances = [
-        run_preflight(recipe(files, tmp_path, lora_dtype=word, ranks=ranks)).allowance
+        planned(recipe(files, tmp_path, lora_dtype=word, ranks=ranks)).allowance
         for word, ranks in (("float16", (4, 2)), ("float8", (8, 4)))
     ]
     assert [2 * cost for cost in allowances[1].costs] == list(allowances[0].costs)
@@ -301,9 +308,7 @@ def test_a_family_without_alphas_refuses_float8_before_any_work(tmp_path):
     )
     with pytest.raises(RecipeError, match=message):
         run_preflight(recipe(models, tmp_path, lora_dtype="float8"))
-    assert (
-        run_preflight(recipe(models, tmp_path, lora_dtype="bfloat16")).lora_dtype == torch.bfloat16
-    )
+    assert planned(recipe(models, tmp_path, lora_dtype="bfloat16")).dtype == torch.bfloat16
 
 
 def test_the_hyper_model_itself_is_never_of_8_bits(files, tmp_path):

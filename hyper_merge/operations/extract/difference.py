@@ -86,7 +86,7 @@ def find_difference(
             stack.enter_context(CheckpointReader(header.path, expected=header))
             for header in inputs.read
         ]
-        each = stack.enter_context(parallel_map(options.device, counter.tell))
+        each = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
         def take(key: str) -> tuple[list[LowRankLayer], float]:

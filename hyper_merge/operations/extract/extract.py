@@ -129,7 +129,7 @@ def run_extract(
 
         def tick(count: int) -> None:
             counter.add(path, count)
-            counter.tell()
+            counter.report()
 
         write_lora(outputs, path, inputs.layout.layers, found.factors, file, tick)
         size = outputs.size_of(path)

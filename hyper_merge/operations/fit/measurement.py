@@ -232,7 +232,7 @@ def _reading(
     with (
         CheckpointReader(base.path, expected=base) as first,
         CheckpointReader(header.path, expected=header) as second,
-        parallel_map(options.device, counter.tell) as each,
+        parallel_map(options.device, counter.report) as each,
         counter,
     ):
         yield [first, second], each, counter

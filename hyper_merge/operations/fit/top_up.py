@@ -21,7 +21,7 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.names import LONGEST_WORD, name_key, prompt_word, unique_name
-from hyper_merge.runtime.progress import Progress, count
+from hyper_merge.runtime.progress import Progress
 
 _MARGIN: Final = 0.995  # of what may remain: rounding and the truncated SVD take a little
 
@@ -85,7 +85,7 @@ def top_up(
     file = _file(job, origin, (rank, dtype), explained)
     factors = {each.layer.module: (each.up, each.down) for each in found}
     counter = writing.counter("writing the top-up", {path: 2 * size})  # hashed and written
-    write_lora(outputs, path, layers, factors, file, partial(count, counter, path))
+    write_lora(outputs, path, layers, factors, file, partial(counter.advance, path))
     digest = outputs.metadata_of(path)["sshs_model_hash"]
     return (PrivateLoraRecord(path.stem, rank, explained, outputs.size_of(path), digest),)
 

@@ -1,4 +1,4 @@
-"""Companions of the LoRAs: norms and biases with the same multipliers, for hosts that take them."""
+"""Companion files of the LoRAs: norms and biases with the same multipliers, for hosts that take them."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _DTYPE: Final = torch.float32  # A1111 rounds the norm itself to the type of its
 
 @dataclass(frozen=True, eq=False)
 class NormBiasLoras:
-    """What every LoRA's companion adds, and what all of them together bring back."""
+    """The tensors of every LoRA's companion, and the share that all of them together explain."""
 
     tensors: tuple[dict[str, Tensor], ...]  # per block: key in the file -> (size,)
     recovered: tuple[CompanionGain, ...]  # by kind
 
 
 def select_norms_and_biases(recipe: Recipe, inputs: MergeInputs) -> tuple[NormOrBias, ...]:
-    """The tensors that the companions hold; none if none are asked for.
+    """Returns the tensors that the companions hold; none if the recipe asks for none.
 
     Raises:
-        RecipeError: companions are asked for that would be empty.
+        RecipeError: the recipe asks for companions that would be empty.
     """
     if recipe.exact == "none":
         return ()
@@ -59,7 +59,7 @@ def select_norms_and_biases(recipe: Recipe, inputs: MergeInputs) -> tuple[NormOr
 
 
 def companion_bytes(vectors: Sequence[NormOrBias]) -> int:
-    """Size of one companion, less its header."""
+    """Returns the bytes of one companion without its header."""
     return sum(vector.size for vector in vectors) * _DTYPE.itemsize
 
 
@@ -69,12 +69,12 @@ def fit_companions(
     multipliers: Tensor,  # (k, R), float64
     check: Callable[[], None] = lambda: None,
 ) -> NormBiasLoras:
-    """The changes of norms and biases that fit the LoRAs' multipliers best, by least squares.
+    """Fits changes of norms and biases to the LoRAs' multipliers, by least squares.
 
     Args:
         inputs: the files.
-        vectors: which tensors.
-        multipliers: of the LoRAs.
+        vectors: the norms and biases.
+        multipliers: the LoRAs' multipliers.
         check: called for every tensor; may raise, to stop.
 
     Raises:
@@ -82,8 +82,8 @@ def fit_companions(
         NonFiniteError: a tensor holds NaN or infinity.
     """
     solver = torch.linalg.pinv(multipliers)  # (R, k)
-    blocks: tuple[dict[str, Tensor], ...] = tuple({} for _ in range(multipliers.shape[1]))
-    sums: dict[str, list[float]] = {}  # kind -> energy, energy that is left
+    companions: tuple[dict[str, Tensor], ...] = tuple({} for _ in range(multipliers.shape[1]))
+    sums: dict[str, list[float]] = {}  # kind -> energy, unexplained energy
     with ExitStack() as stack:
         files = [
             stack.enter_context(CheckpointReader(header.path, expected=header))
@@ -91,17 +91,19 @@ def fit_companions(
         ]
         for vector in vectors:
             check()
-            deltas = _deltas(inputs, vector.key, [file.tensor(vector.key) for file in files])
-            changes = (solver @ deltas).to(_DTYPE)
-            left = deltas - multipliers @ changes.double()
+            deviations = _deviations(
+                inputs, vector.key, [file.tensor(vector.key) for file in files]
+            )
+            changes = (solver @ deviations).to(_DTYPE)
+            rest = deviations - multipliers @ changes.double()
             energy = sums.setdefault(vector.kind, [0.0, 0.0])
-            energy[0] += float(deltas.square().sum())
-            energy[1] += float(left.square().sum())
-            for block, change in zip(blocks, changes, strict=True):
-                block[vector.lora_key] = change
+            energy[0] += float(deviations.square().sum())
+            energy[1] += float(rest.square().sum())
+            for companion, change in zip(companions, changes, strict=True):
+                companion[vector.lora_key] = change
     kinds = (kind for kind in get_args(Kind) if kind in sums)
-    recovered = tuple(CompanionGain(kind, _share(*sums[kind])) for kind in kinds)
-    return NormBiasLoras(blocks, recovered)
+    recovered = tuple(CompanionGain(kind, _explained_share(*sums[kind])) for kind in kinds)
+    return NormBiasLoras(companions, recovered)
 
 
 def write_companion(
@@ -111,10 +113,10 @@ def write_companion(
 
     Args:
         outputs: the merge's files.
-        path: of the companion.
-        tensors: what it holds.
-        file: of the LoRA that it goes with.
-        exact: the recipe's word for what it holds.
+        path: path of the companion.
+        tensors: its tensors by key.
+        file: the LoRA that it goes with.
+        exact: the recipe's word for what companions hold.
 
     Raises:
         OutputError: the place is taken.
@@ -130,14 +132,15 @@ def write_companion(
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
-def _deltas(
+def _deviations(
     inputs: MergeInputs, key: str, tensors: Sequence[Tensor]
 ) -> Tensor:  # (k, size), float64
-    """Every checkpoint's difference from the average as it is stored."""
+    """Returns every checkpoint's deviation from the average as it is stored."""
     average = analyze_tensor(inputs, key, tensors, PassOptions(torch.device("cpu"))).average
-    own = tensors[1:] if inputs.base else tensors
-    return torch.stack([tensor.double().flatten() for tensor in own]) - average.double().flatten()
+    checkpoints = tensors[1:] if inputs.base else tensors
+    rows = torch.stack([tensor.double().flatten() for tensor in checkpoints])
+    return rows - average.double().flatten()
 
 
-def _share(energy: float, left: float) -> float:
-    return 1 - left / energy if energy > 0 else 1.0
+def _explained_share(energy: float, rest: float) -> float:
+    return 1 - rest / energy if energy > 0 else 1.0

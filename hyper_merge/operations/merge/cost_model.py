@@ -1,8 +1,8 @@
-"""What the phases of a job take: the time that is told beforehand, and the shares of the progress.
+"""The costs of a merge's phases: for the time that is forecast, and the shares of the progress.
 
-Costs are counted in one unit, a multiply-add of the pass's large products. The constants here and in
-`analysis`, `solution` and `decomposition` were measured with four full-size files on two cores, where
-a second does 1e11 of them; how many another machine does is measured there.
+The unit of costs is a multiply-add of the pass's large products. The constants here and in
+`analysis`, `solver` and `decomposition` were measured with four full-size files on two cores, which
+do 1e11 of them in a second; how many another machine does is measured there.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from hyper_merge.runs.hash_cache import bytes_to_hash
 from hyper_merge.runtime.throughput import estimate_seconds
 from hyper_merge.solver.solve import solve_costs
 
-_HASHED: Final = 120.0  # for each byte
-_WRITTEN: Final = 200.0  # for each byte of the LoRAs: rounded, hashed, written and synchronised
+_HASHING: Final = 120.0  # for each byte
+_WRITING: Final = 200.0  # for each byte of the LoRAs: rounding, hashing, writing and synchronising
 
 _HOST: Final = torch.device("cpu")  # does what is no product of matrices, whatever the device
 
 
 @dataclass(frozen=True)
 class ExistingFiles:
-    """Earlier work that a merge uses again."""
+    """The earlier work that a merge uses again."""
 
     cache: Path  # folder with the known hashes
-    average: bool
-    analysis: bool
+    average: bool  # whether the hyper-model exists
+    analysis: bool  # whether the analysis exists
 
 
 class MergeCosts(NamedTuple):
-    """Seconds that each phase of a merge takes on this machine, nearly; 0 for what is there already."""
+    """Approximate seconds of each phase of a merge on this machine; 0 for what exists already."""
 
     hashing: float
     reading: float
@@ -58,46 +58,46 @@ def merge_costs(
     device: torch.device,
     existing: ExistingFiles,
 ) -> MergeCosts:
-    """What a merge takes that uses the existing work; measures the machine the first time."""
+    """Returns the costs of a merge that uses the existing work; measures the machine the first time."""
     solving, rounding = solve_costs(inputs, recipe, ranks)
     dtype = DTYPES_BY_WORD[recipe.factors_dtype]
-    written = _WRITTEN * lora_bytes(inputs.layout.layers, ranks, dtype, recipe.ranks)
+    writing = _WRITING * lora_bytes(inputs.layout.layers, ranks, dtype, recipe.ranks)
     return MergeCosts(
-        hashing=_hashing(inputs, existing.cache),
-        reading=_reading(inputs, recipe, device, existing),
+        hashing=_hashing_seconds(inputs, existing.cache),
+        reading=_reading_seconds(inputs, recipe, device, existing),
         solving=estimate_seconds(solving, device),
         rounding=estimate_seconds(rounding, _HOST),
-        writing=estimate_seconds(written, _HOST),
+        writing=estimate_seconds(writing, _HOST),
     )
 
 
 def average_costs(inputs: MergeInputs, cache: Path) -> tuple[float, float]:
-    """Seconds of hashing and of the pass over the files, for the average alone."""
-    return _hashing(inputs, cache), estimate_seconds(_entries(inputs), _HOST)
+    """Returns the seconds of hashing and of the pass over the files, for the average alone."""
+    return _hashing_seconds(inputs, cache), estimate_seconds(_entry_costs(inputs), _HOST)
 
 
 def extraction_costs(
     inputs: MergeInputs, rank: int, cache: Path | None, device: torch.device
 ) -> tuple[float, float, float]:
-    """Seconds of hashing, of the pass over both files, and of writing, for a LoRA from two checkpoints."""
+    """Returns the seconds of hashing, of the pass, and of writing, for a LoRA from two checkpoints."""
     layers = inputs.layout.layers
     products = sum(truncation_cost(layer.m, layer.n, rank) for layer in layers)
     ranks = even_ranks((rank,), [(layer.m, layer.n) for layer in layers])
-    written = _WRITTEN * lora_bytes(layers, ranks, inputs.dtype, (rank,))
-    reading = estimate_seconds(_entries(inputs), _HOST) + estimate_seconds(products, device)
-    return _hashing(inputs, cache), reading, estimate_seconds(written, _HOST)
+    writing = _WRITING * lora_bytes(layers, ranks, inputs.dtype, (rank,))
+    reading = estimate_seconds(_entry_costs(inputs), _HOST) + estimate_seconds(products, device)
+    return _hashing_seconds(inputs, cache), reading, estimate_seconds(writing, _HOST)
 
 
-def _hashing(inputs: MergeInputs, cache: Path | None) -> float:
-    return estimate_seconds(_HASHED * bytes_to_hash(inputs.read, cache), _HOST)
+def _hashing_seconds(inputs: MergeInputs, cache: Path | None) -> float:
+    return estimate_seconds(_HASHING * bytes_to_hash(inputs.read, cache), _HOST)
 
 
-def _reading(
+def _reading_seconds(
     inputs: MergeInputs, recipe: Recipe, device: torch.device, existing: ExistingFiles
 ) -> float:
     if existing.average and existing.analysis:
         return 0.0
-    entries = _entries(inputs)
+    entries = _entry_costs(inputs)
     if existing.analysis:
         return estimate_seconds(entries, _HOST)
     options = PassOptions(device, recipe.seed, required_width(recipe.ranks))
@@ -105,5 +105,5 @@ def _reading(
     return estimate_seconds(entries, _HOST) + estimate_seconds(products, device)
 
 
-def _entries(inputs: MergeInputs) -> float:
+def _entry_costs(inputs: MergeInputs) -> float:
     return sum(pass_costs(inputs, PassOptions(_HOST)).values())

@@ -1,7 +1,7 @@
-"""What rounding adds where programs hold the weights in half precision, estimated on a few rows.
+"""The loss that hosts add by rounding weights to half precision, estimated on a few rows.
 
 AUTOMATIC1111 adds LoRAs in the type of the weights, and rounds the weight again after each of them;
-Forge and ComfyUI add all of them in float32 and round once. Both are done here as they do it.
+Forge and ComfyUI add all of them in float32 and round once. Both ways are imitated here.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 
-ROWS: Final = 8  # of every layer
+ROWS: Final = 8  # of every layer that are looked at
 
 
 @dataclass(frozen=True, eq=False)
 class HostLora:
-    """A LoRA as its file holds it, and how much of it each checkpoint takes."""
+    """A LoRA as its file holds it, with its multiplier for each checkpoint."""
 
     factors: Sequence[tuple[Tensor, Tensor]]  # per layer: (m, r), (r, n)
-    alpha: float | None  # None for a file without
-    multipliers: Mapping[str, Tensor]  # by the layers' part: (k,); all of one where "unet" is alone
+    alpha: float | None  # None for a file without alphas
+    multipliers: Mapping[str, Tensor]  # by the layers' part: (k,); "unet" holds for all where alone
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One LoRA in some rows of one layer."""
+    """The factors of one LoRA in some rows of one layer."""
 
     up: Tensor  # (s, r), as the file holds it
     down: Tensor  # (r, n)
@@ -42,51 +42,57 @@ class _Block:
 
 def measure_precision_loss(
     average: Callable[[str], Tensor],
-    layout: tuple[Family, Sequence[Layer]],
+    family: Family,
+    layers: Sequence[Layer],
     loras: Sequence[HostLora],
     energies: Tensor,  # (k,)
     rows: int = ROWS,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[PrecisionLoss, ...]:
-    """What each way of adding the LoRAs adds to the loss, nearly.
+    """Returns the approximate loss that each group of hosts adds to that of the LoRAs.
 
     Args:
-        average: a tensor of the hyper-model by its key, as the file holds it.
-        layout: family and layers.
-        loras: in the order of the prompt.
-        energies: squared norms of the checkpoints' deviations, of which shares are told.
-        rows: about how many of each layer are looked at; the same ones every time.
+        average: returns a tensor of the hyper-model by its key, as the file holds it.
+        family: the checkpoints' family.
+        layers: the checkpoints' layers.
+        loras: all LoRAs in the order of the prompt.
+        energies: squared norms of the checkpoints' deviations, of which the losses are shares.
+        rows: approximate number of rows of each layer to look at; the same ones every time.
         check: called for every layer; may raise, to stop.
     """
-    family, layers = layout
-    ways = (((A1111, _one_by_one),) if family.in_a1111 else ()) + ((FORGE_AND_COMFYUI, _together),)
+    ways = (((A1111, _add_in_turn),) if family.in_a1111 else ()) + (
+        (FORGE_AND_COMFYUI, _add_at_once),
+    )
     errors = torch.zeros(len(ways), len(energies), dtype=torch.float64)
     for index, layer in enumerate(layers):
         check()
-        chosen = _chosen(layer, rows)
-        own = [block for lora in loras for block in _blocks(lora, index, layer, chosen)]
-        rows_of_layer = _matrix(layer, average(layer.key))[chosen]
-        weights = rows_of_layer.expand(len(energies), -1, -1)
-        exact = _sum(weights, own)
+        chosen = _choose_rows(layer, rows)
+        blocks = [block for lora in loras for block in _blocks(lora, index, layer, chosen)]
+        chosen_rows = _matrix(layer, average(layer.key))[chosen]
+        weights = chosen_rows.expand(len(energies), -1, -1)
+        exact = _sum(weights, blocks)
         for way, (_, add) in enumerate(ways):
-            added = add(weights, own, family.half).double() - exact
-            errors[way] += added.square().sum((1, 2)) * (layer.m / len(rows_of_layer))
+            error = add(weights, blocks, family.half).double() - exact
+            errors[way] += error.square().sum((1, 2)) * (layer.m / len(chosen_rows))
     return tuple(
         PrecisionLoss(
             hosts=hosts,
-            added=_share(of.sum(), energies.sum()),
-            worst=max(_share(one, whole) for one, whole in zip(of, energies, strict=True)),
+            added=_share(squares.sum(), energies.sum()),
+            worst=max(_share(part, whole) for part, whole in zip(squares, energies, strict=True)),
         )
-        for (hosts, _), of in zip(ways, errors, strict=True)
+        for (hosts, _), squares in zip(ways, errors, strict=True)
     )
 
 
-def _one_by_one(
+def _add_in_turn(
     weights: Tensor,  # (k, s, n)
     blocks: Sequence[_Block],
     half: torch.dtype,
 ) -> Tensor:  # (k, s, n)
-    """Every LoRA in turn, all results in half precision. Source: A1111's network_lora.py, networks.py."""
+    """Adds every LoRA in turn, with all results in half precision.
+
+    Source: A1111's network_lora.py, networks.py.
+    """
     weights = weights.to(half)
     for block in blocks:
         product = (block.up.to(half).float() @ block.down.to(half).float()).to(half)
@@ -96,20 +102,23 @@ def _one_by_one(
     return weights
 
 
-def _together(
+def _add_at_once(
     weights: Tensor,  # (k, s, n)
     blocks: Sequence[_Block],
     half: torch.dtype,
 ) -> Tensor:  # (k, s, n)
-    """All LoRAs in float32, then rounded. Source: Forge's backend/patcher/lora.py, ComfyUI's lora.py."""
+    """Adds all LoRAs in float32, and rounds the result once.
+
+    Source: Forge's backend/patcher/lora.py, ComfyUI's lora.py.
+    """
     return _sum(weights, blocks).to(half)
 
 
 def _sum(
     weights: Tensor,  # (k, s, n)
     blocks: Sequence[_Block],
-) -> Tensor:  # (k, s, n), float32: some thousand times finer than what is told of it
-    """The weights of every checkpoint as the LoRAs mean them."""
+) -> Tensor:  # (k, s, n), float32: some thousand times finer than what is reported
+    """Returns the weights of every checkpoint with all LoRAs, in float32."""
     weights = weights.float()
     for block in blocks:
         product = block.up.float() @ block.down.float()
@@ -118,7 +127,7 @@ def _sum(
 
 
 def _blocks(lora: HostLora, index: int, layer: Layer, chosen: slice) -> Iterator[_Block]:
-    """A LoRA in one layer; nothing where it leaves the layer alone."""
+    """Yields a LoRA's block in one layer, or nothing where it leaves the layer alone."""
     up, down = lora.factors[index]
     rank = up.shape[1]
     if rank:
@@ -127,13 +136,13 @@ def _blocks(lora: HostLora, index: int, layer: Layer, chosen: slice) -> Iterator
         yield _Block(up[chosen], down, scale, multipliers.float())
 
 
-def _chosen(layer: Layer, rows: int) -> slice:
-    """Evenly spaced rows; by an odd step, or they would be the same one of every attention's heads."""
+def _choose_rows(layer: Layer, rows: int) -> slice:
+    """Returns evenly spaced rows; by an odd step, or all would be of one place in the attention heads."""
     return slice(None, None, max(layer.m // rows, 1) | 1)
 
 
 def _matrix(layer: Layer, tensor: Tensor) -> Tensor:  # (m, n)
-    """A layer's own rows of a tensor that may hold several."""
+    """Returns the rows of one layer from a tensor that may hold several layers."""
     return tensor.flatten(1)[slice(*layer.rows) if layer.rows else slice(None)]
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.loras.metadata import Lineage
-from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runtime.progress import Progress
 
 
-def lineage_of(inputs: MergeInputs, recipe: Recipe, cache: Path, progress: Progress) -> Lineage:
-    """What the files of a merge have in common; arguments as for `hashed`."""
+def make_lineage(preflight: Preflight, name: str, progress: Progress) -> Lineage:
+    """Returns what the files of a merge have in common; hashes the checkpoints.
+
+    Args:
+        preflight: the validated recipe.
+        name: file stem of the hyper-model.
+        progress: progress and interrupt.
+    """
+    inputs, recipe = preflight.inputs, preflight.recipe
     return Lineage(
-        name=recipe.name,
+        name=name,
         family=inputs.layout.family,
         recipe=recipe.to_metadata(),
-        sources=hash_sources(inputs.read, cache, progress),
+        sources=hash_sources(inputs.read, preflight.folders.cache, progress),
         date=current_time(),
     )

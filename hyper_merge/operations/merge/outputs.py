@@ -1,4 +1,4 @@
-"""What a merge writes: hyper-model, LoRAs, companions, texts; nothing is computed here."""
+"""The files of a merge: LoRAs, companions and texts are staged here; nothing is computed."""
 
 from __future__ import annotations
 
@@ -9,210 +9,214 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hyper_merge import __version__
 from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import write_lora
-from hyper_merge.loras.metadata import Lineage, LoraFile, checkpoint_metadata
+from hyper_merge.loras.metadata import Lineage, LoraFile
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
 from hyper_merge.operations.merge.companions import fit_companions, write_companion
-from hyper_merge.operations.merge.host_precision import HostLora
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.operations.merge.report_builder import Sizes
-from hyper_merge.runs.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
+from hyper_merge.operations.merge.report_builder import FileSizes
+from hyper_merge.operations.merge.solved_merge import SolvedMerge
+from hyper_merge.runs.folders import MANIFEST, MULTIPLIERS, REPORT, Folders, Place
 from hyper_merge.runs.manifest import MANIFEST_VERSION
 from hyper_merge.runs.report import CompanionGain, Report
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runtime.names import distinct_words, name_key, one_line
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.private_loras import PrivateLora
-from hyper_merge.solver.quantization import StoredFactors
 
 
 @dataclass(frozen=True, eq=False)
-class SolvedMerge:
-    """What the files are made of."""
+class MergeOutputs:
+    """The files of one merge, staged in a transaction.
 
-    blocks: StoredFactors
-    found: Evaluation
-    losses: tuple[float, ...]
-    privates: tuple[PrivateLora, ...] = ()
+    Attributes:
+        transaction: Takes the files, which appear together.
+        place: Where they go.
+        lineage: What all of them say of their origin.
+    """
 
+    transaction: FileTransaction
+    place: Place
+    lineage: Lineage
 
-def host_loras(solved: SolvedMerge) -> list[HostLora]:
-    """All LoRAs in the order of the prompt: shared ones, then each checkpoint's own."""
-    blocks, found = solved.blocks, solved.found.multipliers
-    shared = [
-        HostLora(factors, alpha, {part: rows[:, block] for part, rows in found.items()})
-        for block, (factors, alpha) in enumerate(
-            zip(zip(*blocks.factors, strict=True), blocks.alphas, strict=True)
+    def lora_path(self, name: str) -> Path:
+        """Returns the path of a LoRA or companion."""
+        return self.place.loras / f"{name}.safetensors"
+
+    def lora_files(self, preflight: Preflight, solved: SolvedMerge) -> dict[str, LoraFile]:
+        """Returns the file of every shared LoRA by name: everything but its tensors."""
+        ranks = solved.plan.recipe.ranks
+        stems = [header.stem for header in preflight.inputs.headers]
+        names = lora_names(self.place.run, ranks)
+        multipliers = solved.evaluation.multipliers
+        text = multipliers.get("text_encoder")
+        return {
+            name: LoraFile(
+                lineage=self.lineage,
+                run=self.place.run,
+                index=block,
+                count=len(names),
+                rank=ranks[block],
+                multipliers=_column(multipliers["unet"], block, stems),
+                explained=1 - solved.evaluation.loss,
+                dtype=solved.plan.dtype,
+                text_multipliers=None if text is None else _column(text, block, stems),
+                own_alpha=solved.factors.alphas[block],
+            )
+            for block, name in enumerate(names)
+        }
+
+    def named_private_loras(
+        self, preflight: Preflight, solved: SolvedMerge
+    ) -> dict[str, PrivateLora]:
+        """Returns the private LoRAs by their names, which are distinct even without case."""
+        words = distinct_words([header.stem for header in preflight.inputs.headers])
+        return {
+            f"{self.place.run}_top-{words[lora.checkpoint]}-{lora.rank}": lora
+            for lora in solved.private_loras
+        }
+
+    def stage_loras(
+        self,
+        preflight: Preflight,
+        files: Mapping[str, LoraFile],
+        solved: SolvedMerge,
+        progress: Progress,
+    ) -> None:
+        """Stages the shared LoRAs with their cards."""
+        layers, factors = preflight.inputs.layout.layers, solved.factors.factors
+        costs = {
+            name: 2 * sum(up.nbytes + down.nbytes for up, down in pairs)  # hashed and written
+            for name, pairs in zip(files, zip(*factors, strict=True), strict=True)
+        }
+        counter = progress.counter("writing the LoRAs", costs)
+        for name, file in files.items():
+            by_module = {
+                layer.module: pairs[file.index]
+                for layer, pairs in zip(layers, factors, strict=True)
+            }
+            tick = partial(counter.advance, name)
+            write_lora(self.transaction, self.lora_path(name), layers, by_module, file, tick)
+            counter.finish(name)
+
+    def stage_private_loras(self, preflight: Preflight, solved: SolvedMerge) -> None:
+        """Stages the private LoRAs with their cards."""
+        layers = preflight.inputs.layout.layers
+        explained = solved.evaluation.explained().tolist()
+        for name, lora in self.named_private_loras(preflight, solved).items():
+            stem = preflight.inputs.headers[lora.checkpoint].stem
+            file = LoraFile(
+                lineage=self.lineage,
+                run=self.place.run,
+                index=0,
+                count=1,
+                rank=lora.rank,
+                multipliers={stem: 1.0},
+                explained=explained[lora.checkpoint],
+                dtype=solved.plan.dtype,
+                tops_up=stem,
+                own_alpha=lora.alpha,
+            )
+            pairs = zip(layers, lora.factors, strict=True)
+            by_module = {layer.module: pair for layer, pair in pairs}
+            write_lora(self.transaction, self.lora_path(name), layers, by_module, file)
+
+    def stage_companions(
+        self,
+        preflight: Preflight,
+        files: Mapping[str, LoraFile],
+        solved: SolvedMerge,
+        progress: Progress,
+    ) -> tuple[CompanionGain, ...]:
+        """Stages the companions if there are any; returns what they explain, by kind of tensor."""
+        vectors = preflight.norms_and_biases
+        if not vectors:
+            return ()
+        multipliers = solved.evaluation.multipliers["unet"]
+        companions = fit_companions(preflight.inputs, vectors, multipliers, progress.check)
+        names = companion_names(tuple(files))
+        for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
+            path = self.lora_path(name)
+            write_companion(self.transaction, path, tensors, file, preflight.recipe.exact)
+        return companions.recovered
+
+    def stage_texts(self, preflight: Preflight, report: Report) -> None:
+        """Stages multipliers, report and manifest."""
+        lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
+        manifest = json.dumps(
+            {
+                **_manifest(preflight, self.place, self.lineage, report),
+                "files": self._hashes(report),
+            },
+            indent=1,
         )
-    ]
-    once = torch.eye(len(found["unet"]))
-    own = [
-        HostLora(each.factors, each.alpha, {"unet": once[each.checkpoint]})
-        for each in solved.privates
-    ]
-    return shared + own
+        folder = self.place.folder
+        self.transaction.text(folder / MULTIPLIERS, "".join(lines))
+        self.transaction.text(folder / REPORT, format_report(report))
+        self.transaction.text(folder / MANIFEST, manifest + "\n")
+
+    def remove_outdated(self, folders: Folders, names: Sequence[str]) -> None:
+        """Removes a replaced run's fits, and its LoRAs whose names are not among those given."""
+        kept = {name_key(name) for name in names}  # on some file systems these are the very files
+        for path in folders.lora_files_of(self.place.run):
+            if name_key(path.stem) not in kept:
+                self.transaction.remove(path)
+        for path in folders.fit_files_of(self.place.run):
+            self.transaction.remove(path)
+
+    def file_sizes(self, preflight: Preflight, names: Sequence[str]) -> FileSizes:
+        """Returns the bytes of the checkpoints, and of the files that take their place."""
+        model = self.place.hyper_model
+        exists = self.place.exists
+        return FileSizes(
+            before=sum(header.size for header in preflight.inputs.headers),
+            average=model.stat().st_size if exists else self.transaction.size_of(model),
+            loras=sum(self.transaction.size_of(self.lora_path(name)) for name in names),
+        )
+
+    def _hashes(self, report: Report) -> dict[str, str]:
+        """Returns the SHA-256 of the tensors' bytes, as hosts know it, by LoRA and companion."""
+        return {
+            name: self.transaction.metadata_of(self.lora_path(name))["sshs_model_hash"]
+            for name in (*report.loras, *report.companions, *report.topups)
+        }
 
 
-def names_of(preflight: Preflight, place: Place) -> tuple[str, ...]:
-    """Of the LoRAs and, after them, of their companions if there are any."""
+def shared_names(preflight: Preflight, place: Place) -> tuple[str, ...]:
+    """Returns the names of the shared LoRAs and, after them, of their companions."""
     names = lora_names(place.run, preflight.recipe.ranks)
-    return (*names, *companion_names(names)) if preflight.vectors else names
+    return (*names, *companion_names(names)) if preflight.norms_and_biases else names
 
 
-def topups_of(preflight: Preflight, place: Place, solved: SolvedMerge) -> dict[str, PrivateLora]:
-    """The private LoRAs by name, no two of which are equal, even without case."""
-    words = distinct_words([header.stem for header in preflight.inputs.headers])
-    return {
-        f"{place.run}_top-{words[each.checkpoint]}-{each.rank}": each for each in solved.privates
-    }
+def require_free_names(
+    place: Place, names: Sequence[str], folders: Folders, *, overwrite: bool
+) -> None:
+    """Returns if neither a LoRA of these names exists, nor a card of one.
 
-
-def average_writer(
-    outputs: FileTransaction, path: Path, preflight: Preflight, lineage: Lineage
-) -> SafetensorsWriter:
-    """Stages the hyper-model, with the configuration that some hosts need beside it."""
-    metadata = {**checkpoint_metadata(lineage), AVERAGE_ID: preflight.average_id}
-    config = v_prediction_config(preflight.inputs.headers[0], preflight.inputs.layout.family)
-    if config is not None:
-        outputs.text(find_config_file(path), config)
-    elif preflight.recipe.overwrite and find_config_file(path).exists():
-        outputs.remove(find_config_file(path))  # that of the file which is replaced
-    return outputs.safetensors(path, preflight.inputs.outputs(), metadata)
-
-
-def lora_files(
-    preflight: Preflight, place: Place, lineage: Lineage, solved: SolvedMerge
-) -> dict[str, LoraFile]:
-    """What is written of every block besides its tensors, by name."""
-    recipe = preflight.recipe
-    stems = [header.stem for header in preflight.inputs.headers]
-    names = lora_names(place.run, recipe.ranks)
-    text = solved.found.multipliers.get("text_encoder")
-    return {
-        name: LoraFile(
-            lineage=lineage,
-            run=place.run,
-            index=block,
-            count=len(names),
-            rank=recipe.ranks[block],
-            multipliers=_column(solved.found.multipliers["unet"], block, stems),
-            explained=1 - solved.found.loss,
-            dtype=preflight.lora_dtype,
-            text_multipliers=None if text is None else _column(text, block, stems),
-            own_alpha=solved.blocks.alphas[block],
-        )
-        for block, name in enumerate(names)
-    }
+    Raises:
+        OutputError: one exists and may not be replaced, as is any LoRA of another run.
+    """
+    owners = folders.lora_owners()
+    for name in names:
+        owner = owners.get(name_key(name), place.run)
+        if owner != place.run:
+            raise NameTakenError(
+                f"{name} is a LoRA of the run {owner}; choose another name than {place.run}, or"
+                f" delete the run {owner} first"
+            )
+        for suffix in (".safetensors", *CARD_SUFFIXES):
+            require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)
 
 
 def _column(multipliers: Tensor, block: int, stems: Sequence[str]) -> dict[str, float]:
     return dict(zip(stems, multipliers[:, block].tolist(), strict=True))
-
-
-def stage_loras(
-    outputs: FileTransaction,
-    preflight: Preflight,
-    place: Place,
-    files: Mapping[str, LoraFile],
-    solved: SolvedMerge,
-    progress: Progress,
-) -> None:
-    """Stages the shared LoRAs."""
-    layers = preflight.inputs.layout.layers
-    costs = {
-        name: 2 * sum(up.nbytes + down.nbytes for up, down in factors)  # hashed and written
-        for name, factors in zip(files, zip(*solved.blocks.factors, strict=True), strict=True)
-    }
-    counter = progress.counter("writing the LoRAs", costs)
-
-    def tick(name: str, count: int) -> None:
-        counter.add(name, count)
-        counter.tell()
-
-    for name, file in files.items():
-        factors = {
-            layer.module: solved.blocks.factors[index][file.index]
-            for index, layer in enumerate(layers)
-        }
-        path = place.loras / f"{name}.safetensors"
-        write_lora(outputs, path, layers, factors, file, partial(tick, name))
-        counter.finish(name)
-
-
-def stage_topups(
-    outputs: FileTransaction,
-    preflight: Preflight,
-    place: Place,
-    lineage: Lineage,
-    solved: SolvedMerge,
-) -> None:
-    """Stages the private LoRAs."""
-    layers = preflight.inputs.layout.layers
-    explained = solved.found.explained().tolist()
-    for name, private in topups_of(preflight, place, solved).items():
-        stem = preflight.inputs.headers[private.checkpoint].stem
-        file = LoraFile(
-            lineage=lineage,
-            run=place.run,
-            index=0,
-            count=1,
-            rank=private.rank,
-            multipliers={stem: 1.0},
-            explained=explained[private.checkpoint],
-            dtype=preflight.lora_dtype,
-            tops_up=stem,
-            own_alpha=private.alpha,
-        )
-        pairs = zip(layers, private.factors, strict=True)
-        factors = {layer.module: pair for layer, pair in pairs}
-        write_lora(outputs, place.loras / f"{name}.safetensors", layers, factors, file)
-
-
-def stage_companions(
-    outputs: FileTransaction,
-    preflight: Preflight,
-    place: Place,
-    files: Mapping[str, LoraFile],
-    found: Evaluation,
-    progress: Progress,
-) -> tuple[CompanionGain, ...]:
-    """Writes the companions if any are wanted; returns what they bring back."""
-    if not preflight.vectors:
-        return ()
-    vectors = preflight.vectors
-    companions = fit_companions(
-        preflight.inputs, vectors, found.multipliers["unet"], progress.check
-    )
-    names = companion_names(tuple(files))
-    for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
-        path = place.loras / f"{name}.safetensors"
-        write_companion(outputs, path, tensors, file, preflight.recipe.exact)
-    return companions.recovered
-
-
-def stage_texts(
-    outputs: FileTransaction, preflight: Preflight, place: Place, lineage: Lineage, report: Report
-) -> None:
-    """Stages multipliers, report and manifest."""
-    lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
-    manifest = json.dumps(
-        {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
-        indent=1,
-    )
-    outputs.text(place.folder / MULTIPLIERS, "".join(lines))
-    outputs.text(place.folder / REPORT, format_report(report))
-    outputs.text(place.folder / MANIFEST, manifest + "\n")
 
 
 def _manifest(
@@ -244,55 +248,3 @@ def _manifest(
         "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
         "report": report.as_dict(),
     }
-
-
-def _hashes(outputs: FileTransaction, place: Place, report: Report) -> dict[str, str]:
-    """By the name of each LoRA and companion: SHA-256 of its tensors' bytes, as hosts know it."""
-    return {
-        name: outputs.metadata_of(place.loras / f"{name}.safetensors")["sshs_model_hash"]
-        for name in (*report.loras, *report.companions, *report.topups)
-    }
-
-
-def remove_outdated(
-    outputs: FileTransaction, folders: Folders, run: str, names: Sequence[str]
-) -> None:
-    """A replaced run's LoRAs whose names the new one has no use for, and its fits, go with it."""
-    kept = {name_key(name) for name in names}  # on some file systems these are the very files
-    for path in folders.lora_files_of(run):
-        if name_key(path.stem) not in kept:
-            outputs.remove(path)
-    for path in folders.fit_files_of(run):
-        outputs.remove(path)
-
-
-def sizes_of(
-    preflight: Preflight, place: Place, outputs: FileTransaction, names: Sequence[str]
-) -> Sizes:
-    """Bytes of the checkpoints, and of what is written of them."""
-    model = place.hyper_model
-    return Sizes(
-        before=sum(header.size for header in preflight.inputs.headers),
-        average=model.stat().st_size if place.exists else outputs.size_of(model),
-        loras=sum(outputs.size_of(place.loras / f"{name}.safetensors") for name in names),
-    )
-
-
-def require_free_names(
-    place: Place, names: Sequence[str], folders: Folders, *, overwrite: bool
-) -> None:
-    """Returns if no LoRA of these names is there, nor what is beside one.
-
-    Raises:
-        OutputError: one is, and may not be replaced: never one of another run.
-    """
-    owners = folders.lora_owners()
-    for name in names:
-        owner = owners.get(name_key(name), place.run)
-        if owner != place.run:
-            raise NameTakenError(
-                f"{name} is a LoRA of the run {owner}; choose another name than {place.run}, or"
-                f" delete the run {owner} first"
-            )
-        for suffix in (".safetensors", *CARD_SUFFIXES):
-            require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)

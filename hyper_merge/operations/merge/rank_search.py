@@ -1,107 +1,97 @@
-"""Ranks for a budget or a target: from the spectra first, then by what the solve really brings."""
+"""Ranks for a budget or a target: from the spectra first, then by the explained shares of a solve."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol, TypeVar
+from dataclasses import replace
+from typing import Final
 
 from hyper_merge.analysis.loss_weights import layer_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.errors import RecipeError
 from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
+from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
 
 _TRIES: Final = 4  # solves for one target
-_NEAR: Final = 0.003  # above the target: near enough
+_TOLERANCE: Final = 0.003  # above the target: near enough
 
-
-class _HasFit(Protocol):
-    @property
-    def found(self) -> Evaluation: ...
-
-
-_Solved = TypeVar("_Solved", bound=_HasFit)
+Solve = Callable[[RankPlan, Progress], SolvedMerge]
 
 
 def forecast_ranks_for(
     analysis: Analysis, preflight: Preflight, progress: Progress
 ) -> RankForecast:
-    """What could be had for how many bytes."""
+    """Returns the forecast of what LoRAs of any bytes explain."""
     names = [header.stem for header in preflight.inputs.headers]
     weights = layer_weights(analysis, preflight.recipe)
-    return forecast_ranks(
-        analysis, preflight.groups, names, preflight.rank_bytes, weights, progress
-    )
+    plan = plan_ranks(preflight.recipe, preflight.inputs)
+    return forecast_ranks(analysis, plan.groups, names, plan.rank_bytes, weights, progress)
 
 
 def solve_with_rank_search(
-    analysis: Analysis,
-    preflight: Preflight,
-    solve: Callable[[Preflight, Progress], _Solved],
-    progress: Progress,
-) -> tuple[Preflight, _Solved]:
-    """A solution with the ranks that the recipe gives, or with those that its size asks for.
+    analysis: Analysis, preflight: Preflight, solve: Solve, progress: Progress
+) -> SolvedMerge:
+    """Returns a solution with the ranks of the recipe, or with those that its size asks for.
 
     Args:
-        analysis: of the checkpoints.
-        preflight: the examined recipe.
-        solve: takes it with settled ranks.
+        analysis: the checkpoints' analysis.
+        preflight: the validated recipe.
+        solve: solves for the LoRAs of a plan of ranks.
         progress: progress and interrupt.
 
     Raises:
-        RecipeError: the target cannot be reached; says what can.
+        RecipeError: the target cannot be reached; the message names the largest possible one.
     """
-    recipe = preflight.recipe
+    recipe, inputs = preflight.recipe, preflight.inputs
     if not recipe.finds_ranks:
-        return preflight, solve(preflight, progress)
-    looking, solving = progress.split((0.1, 0.9))
-    seen = forecast_ranks_for(analysis, preflight, looking)
+        return solve(plan_ranks(recipe, inputs), progress)
+    forecasting, solving = progress.split((0.1, 0.9))
+    forecast = forecast_ranks_for(analysis, preflight, forecasting)
     if recipe.budget is not None:
-        preflight = preflight.with_ranks(seen.ranks_for(recipe.budget))
-        return preflight, solve(preflight, solving)
-    return _solved_for(recipe.target or 1.0, seen, preflight, solve, solving)
+        ranks = forecast.ranks_for(recipe.budget)
+        return solve(plan_ranks(replace(recipe, ranks=ranks), inputs), solving)
+    return _solve_for_target(recipe.target or 1.0, forecast, preflight, solve, solving)
 
 
-def _solved_for(
+def _solve_for_target(
     target: float,
-    seen: RankForecast,
+    forecast: RankForecast,
     preflight: Preflight,
-    solve: Callable[[Preflight, Progress], _Solved],
+    solve: Solve,
     progress: Progress,
-) -> tuple[Preflight, _Solved]:
-    """The fewest bytes that were found with which every checkpoint reaches the target."""
-    best: tuple[Preflight, _Solved] | None = None
-    nearest, wanted, parts = 0.0, target, progress.split((1.0,) * _TRIES)
-    for part in parts:
-        budget = seen.budget_for(min(wanted, 1.0))
-        if budget is None:
+) -> SolvedMerge:
+    """Returns the smallest solution, of a few, with which every checkpoint reaches the target."""
+    recipe, inputs = preflight.recipe, preflight.inputs
+    best: SolvedMerge | None = None
+    best_bytes, highest, aim = 0, 0.0, target
+    for part in progress.split((1.0,) * _TRIES):
+        factor_bytes = forecast.budget_for(min(aim, 1.0))
+        if factor_bytes is None:
             break
-        ready = preflight.with_ranks(seen.ranks_for(budget), budget)
-        solved = solve(ready, part)
-        worst = float(solved.found.explained().min())
-        nearest = max(nearest, worst)
-        if worst >= target and (best is None or budget < _budget(best[0])):
-            best = ready, solved
-        if target <= worst <= target + _NEAR:
+        ranks = forecast.ranks_for(factor_bytes)
+        solved = solve(plan_ranks(replace(recipe, ranks=ranks), inputs, factor_bytes), part)
+        worst = float(solved.evaluation.explained().min())
+        highest = max(highest, worst)
+        if worst >= target and (best is None or factor_bytes < best_bytes):
+            best, best_bytes = solved, factor_bytes
+        if target <= worst <= target + _TOLERANCE:
             break
-        wanted += target - worst + _NEAR / 3
+        aim += target - worst + _TOLERANCE / 3
     if best is None:
-        raise _unreachable(target, seen, nearest)
+        raise _unreachable(target, forecast, highest)
     return best
 
 
-def _budget(preflight: Preflight) -> int:
-    return preflight.budget or 0
-
-
-def _unreachable(target: float, seen: RankForecast, reached: float) -> RecipeError:
-    shares = seen.shared(seen.largest)
+def _unreachable(target: float, forecast: RankForecast, reached: float) -> RecipeError:
+    shares = forecast.shared(forecast.largest)
     worst = int(shares.argmin())
-    nearest = max(reached, float(shares[worst]))
+    highest = max(reached, float(shares[worst]))
     return RecipeError(
-        f"the target of {target:.1%} cannot be reached: LoRAs bring back at most {nearest:.1%} of"
-        f" {seen.names[worst]}, with {format_size(seen.largest)}; choose {nearest - 5e-4:.1%} or less"
+        f"the target of {target:.1%} cannot be reached: LoRAs explain at most {highest:.1%} of"
+        f" {forecast.names[worst]}, with {format_size(forecast.largest)};"
+        f" choose {highest - 5e-4:.1%} or less"
     )

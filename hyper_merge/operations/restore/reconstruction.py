@@ -54,7 +54,7 @@ def write_restored(
             if each
         ]
         _copy(inputs, files[0], writer)
-        each = stack.enter_context(parallel_map(torch.device("cpu"), counter.tell))
+        each = stack.enter_context(parallel_map(torch.device("cpu"), counter.report))
         stack.enter_context(counter)
         take = partial(_tensor, total, added, files)
         for key, (tensor, found) in zip(costs, each(take, costs), strict=True):

@@ -18,7 +18,7 @@ def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:
     Raises:
         HyperMergeError: it cannot be merged like this.
     """
-    return with_free_name(examined(host, form), host.folders(), named=is_named(form))
+    return with_free_name(examined(host, form), named=is_named(form))
 
 
 def examined(host: Host, form: Form) -> Preflight:

@@ -122,9 +122,9 @@ def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCu
         preflight = examined(host, form)
     except HyperMergeError as error:
         return views.message("bad", str(error)), *_without_size(host, form)
-    found = known_forecast(host, preflight)
-    asked = found.asked(preflight) if found else None
-    said = _plan(host, form, preflight, asked)
+    found = known_forecast(preflight)
+    asked = found.requested_size(preflight) if found else None
+    said = _plan(form, preflight, asked)
     if found is not None:
         said += views.outlook(found, preflight.recipe, asked)
     return said, curve(found, asked), found
@@ -133,15 +133,15 @@ def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCu
 def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
     """The curve alone, so that it stays while a size is half typed."""
     try:
-        found = known_forecast(host, examined(host, replace(form, ranks="1")))
+        found = known_forecast(examined(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
     return (NO_CURVE if found is None else curve(found, None)), found
 
 
-def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> str:
+def _plan(form: Form, preflight: Preflight, asked: int | None) -> str:
     try:
-        preflight, place = with_free_name(preflight, host.folders(), named=is_named(form))
+        preflight, place = with_free_name(preflight, named=is_named(form))
     except SameMergeError as error:
         return views.message("info", str(error))
     except HyperMergeError as error:

@@ -10,6 +10,7 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.job_queue import BusyError, JobStatus, in_one_line
 from hyper_merge.loras.prompt_tags import lora_names
 from hyper_merge.operations.inspect import InspectedFile
+from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.recipe.recipe import Recipe
@@ -136,7 +137,7 @@ def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
         place: where its files go.
         asked: bytes of the LoRAs by what is known of the files, where their size is to be found.
     """
-    estimate, recipe = preflight.estimate, preflight.recipe
+    estimate, recipe = estimate_merge(preflight), preflight.recipe
     before = sum(header.size for header in preflight.inputs.headers)
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
     hyper = f"{place.hyper_model.name} ({format_size(average)}{', there already' if place.exists else ''})"

@@ -1,4 +1,4 @@
-"""Companions of the LoRAs: norms and biases with the same multipliers, and what they bring back."""
+"""Companions of the LoRAs: norms and biases with the same multipliers, and what they restore."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from narrow_layouts import FULL, NARROW, UNET
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_family import examine, merge, recipe, write
+from tiny_family import merge, recipe, write
 
 from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of
@@ -15,6 +15,8 @@ from hyper_merge.checkpoints.architectures.norms_and_biases import norms_and_bia
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
+from hyper_merge.operations.merge.estimate import estimate_merge
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, files_of, load_run
 from hyper_merge.runs.report_text import format_report
@@ -49,17 +51,17 @@ def merged(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_all_norms_and_biases_of_the_unet_are_there_at_full_size(name):
-    found = vectors(FULL[name]())
-    biases = sum(vector.size for vector in found if vector.key.endswith(".bias"))
-    scales = sum(vector.size for vector in found if vector.key.endswith(".weight"))
+def test_full_size_unet_norms_and_biases_are_complete(name):
+    tensors = vectors(FULL[name]())
+    biases = sum(vector.size for vector in tensors if vector.key.endswith(".bias"))
+    scales = sum(vector.size for vector in tensors if vector.key.endswith(".weight"))
     assert (biases, scales) == SIZES[name][:2]
-    keys = [vector.lora_key for vector in found if vector.kind == "norms"]
+    keys = [vector.lora_key for vector in tensors if vector.kind == "norms"]
     assert len(keys) == 2 * SIZES[name][2] == len(set(keys))
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a1111_finds_both_halves_of_every_norm_and_nothing_else(name):
+def test_a1111_finds_both_halves_of_every_norm(name):
     keys = {vector.lora_key for vector in vectors(NARROW[name](), biases=False)}
     halves = {
         end: {k.removesuffix(end) for k in keys if k.endswith(end)}
@@ -91,22 +93,22 @@ def hosted(merged, key, row):
 
 
 @pytest.mark.parametrize("key", [NORM + ".weight", NORM + ".bias", UNET + "out.2.bias"])
-def test_two_loras_of_three_checkpoints_bring_norms_and_biases_back(files, merged, key):
+def test_two_loras_restore_norms_and_biases(files, merged, key):
     for path, row in zip(files, merged.report.checkpoints, strict=True):
-        own = load_file(path)[key].double()
-        torch.testing.assert_close(hosted(merged, key, row), own, atol=1e-5, rtol=0)
+        expected = load_file(path)[key].double()
+        torch.testing.assert_close(hosted(merged, key, row), expected, atol=1e-5, rtol=0)
 
 
-def test_the_report_says_what_is_gained_and_where_it_loads(merged):
+def test_report_names_companion_gains_and_hosts(merged):
     report = merged.report
-    assert {each.kind: each.share for each in report.recovered} == {
+    assert {gain.kind: gain.share for gain in report.recovered} == {
         "norms": pytest.approx(1, abs=1e-6),
         "biases": pytest.approx(1, abs=1e-6),
     }
     assert report.companions == ("mix_0-4-exact", "mix_1-2-exact")
-    said = format_report(report)
-    assert "in the UNet: norms 100.00%, biases 100.00%" in said
-    assert "they load in Forge and ComfyUI, not in AUTOMATIC1111" in said
+    text = format_report(report)
+    assert "in the UNet: norms 100.00%, biases 100.00%" in text
+    assert "they load in Forge and ComfyUI, not in AUTOMATIC1111" in text
     assert type(report).from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
@@ -121,11 +123,11 @@ def test_prompts_use_every_multiplier_for_lora_and_companion(merged):
     )
 
 
-def test_a_companion_is_float32_and_says_what_it_is(merged):
+def test_companion_is_float32_and_describes_itself(merged):
     path = merged.loras[2]
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
-    said = metadata(path)
-    assert (said["ss_output_name"], said["hyper_merge.exact"]) == ("mix_0-4-exact", "all")
+    entries = metadata(path)
+    assert (entries["ss_output_name"], entries["hyper_merge.exact"]) == ("mix_0-4-exact", "all")
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["description"].startswith("Norms and biases that go with LoRA 1 of 2 of mix")
     assert path.with_suffix(".png").exists()
@@ -135,12 +137,12 @@ def test_norms_alone_load_in_a1111_too(files, tmp_path):
     merged = merge(files, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
     keys = set(load_file(merged.loras[1]))
     assert {key.rpartition(".")[2] for key in keys} == {"w_norm", "b_norm"}
-    assert [each.kind for each in merged.report.recovered] == ["norms"]
+    assert [gain.kind for gain in merged.report.recovered] == ["norms"]
     assert 0 < merged.report.recovered[0].share < 1  # one LoRA for three checkpoints
     assert "they load in AUTOMATIC1111, Forge and ComfyUI" in format_report(merged.report)
 
 
-def test_with_fewer_loras_no_other_changes_would_bring_back_more(files, tmp_path):
+def test_companions_are_the_least_squares_fit(files, tmp_path):
     merged = merge(
         files,
         tmp_path,
@@ -152,12 +154,13 @@ def test_with_fewer_loras_no_other_changes_would_bring_back_more(files, tmp_path
     )
     multipliers = torch.tensor([row.multipliers for row in merged.report.checkpoints]).double()
     average = load_file(merged.place.hyper_model)[NORM + ".weight"].double()
-    own = torch.stack([load_file(path)[NORM + ".weight"].double() for path in files]) - average
+    norms = torch.stack([load_file(path)[NORM + ".weight"].double() for path in files])
+    deviations = norms - average
     name = "lora_unet_input_blocks_1_0_in_layers_0.w_norm"
     changes = load_file(merged.loras[1])[name].double()[None]
-    left = own - multipliers @ changes
+    rest = deviations - multipliers @ changes
     # The residual of least squares is orthogonal to all that the multipliers reach.
-    assert float((multipliers.T @ left).abs().max()) < 1e-6 * float(own.norm())
+    assert float((multipliers.T @ rest).abs().max()) < 1e-6 * float(deviations.norm())
 
 
 def test_nothing_is_written_unless_asked_for(files, tmp_path):
@@ -188,14 +191,12 @@ def test_a_companions_place_that_is_taken_is_refused(files, tmp_path):
 
 
 def test_the_estimate_counts_companions(files, tmp_path):
-    plain, exact = (
-        examine(recipe(files, tmp_path, exact=word)).estimate.loras for word in ("none", "all")
-    )
-    sizes = [vector.size for vector in examine(recipe(files, tmp_path, exact="all")).vectors]
-    assert exact - plain == 2 * 4 * sum(sizes)
+    plain, exact = (run_preflight(recipe(files, tmp_path, exact=word)) for word in ("none", "all"))
+    sizes = [vector.size for vector in exact.norms_and_biases]
+    assert estimate_merge(exact).loras - estimate_merge(plain).loras == 2 * 4 * sum(sizes)
 
 
-def test_a_family_without_such_norms_is_refused_in_words(tmp_path):
+def test_family_without_norms_is_refused(tmp_path):
     shapes = NARROW["flux_dev"]()
     paths = []
     for seed in (1, 2):
@@ -204,11 +205,11 @@ def test_a_family_without_such_norms_is_refused_in_words(tmp_path):
         paths.append(tmp_path / f"{seed}.safetensors")
         save_file(tensors, paths[-1])
     with pytest.raises(RecipeError, match=r"Flux dev has no norms that hosts take .* none or all"):
-        examine(recipe(paths, tmp_path, exact="norms"))
-    assert examine(recipe(paths, tmp_path, exact="all")).vectors
+        run_preflight(recipe(paths, tmp_path, exact="norms"))
+    assert run_preflight(recipe(paths, tmp_path, exact="all")).norms_and_biases
 
 
-def test_differences_are_those_to_the_average_as_it_is_stored(tmp_path, state_of):
+def test_companions_fit_the_average_as_stored(tmp_path, state_of):
     models = [write(tmp_path / f"{c}.safetensors", state_of(c, torch.float32)) for c in (0, 1)]
     merged = merge(
         models,
@@ -223,6 +224,6 @@ def test_differences_are_those_to_the_average_as_it_is_stored(tmp_path, state_of
     assert average.dtype == torch.float16
     change = load_file(merged.loras[1])["lora_unet_input_blocks_1_0_in_layers_0.w_norm"]
     multipliers = torch.tensor([row.multipliers for row in merged.report.checkpoints])
-    own = torch.stack([load_file(path)[NORM + ".weight"] for path in models])
-    expected = torch.linalg.pinv(multipliers) @ (own - average.float())
+    norms = torch.stack([load_file(path)[NORM + ".weight"] for path in models])
+    expected = torch.linalg.pinv(multipliers) @ (norms - average.float())
     torch.testing.assert_close(change[None], expected, atol=1e-6, rtol=0)

@@ -1,46 +1,29 @@
-"""Damaged files of the cache: a merge names them, makes them again, and comes to the same result."""
+"""A merge names damaged files of the cache, makes them again, and comes to the same result."""
 
-import json
-import math
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from mutations import NESTED, TEXTS, changed, mutations, places
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from damaged_analyses import DAMAGES, as_before, flipped
+from mutations import NESTED
+from safetensors.torch import load_file
 from tiny_family import merge, recipe, snapshot
 
-from hyper_merge.analysis import cache as analysis_cache
-from hyper_merge.analysis.solutions import read_solutions
+from hyper_merge.analysis.cache import (
+    cache_bytes,
+    clear_analyses,
+    find_analysis,
+    prune_analyses,
+)
 from hyper_merge.analysis.store import open_analysis
-from hyper_merge.checkpoints.io.safetensors_header import read_table
-from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import DamagedCacheError
-from hyper_merge.operations.merge import merge as module
+from hyper_merge.operations.merge import merge as merge_module
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.runs.hash_cache import hash_sources
-from hyper_merge.runtime import damaged_files as damaged
-from hyper_merge.runtime.checked_json import read_sealed, sealed
+from hyper_merge.runtime.checked_json import read_sealed
+from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.progress import Progress
-
-NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "1" + "0" * 400, "null", '"1"', "true"]
-
-
-class Told:
-    """A control that remembers what it warned of."""
-
-    def __init__(self):
-        self.warnings = []
-        self.progress = Progress(warn=self.warnings.append)
-
-
-@pytest.fixture
-def told():
-    return Told()
 
 
 def only(folder, suffix):
@@ -84,70 +67,6 @@ def afresh(tmp_path_factory, files):
     return loras_of(merge(files, tmp_path_factory.mktemp("afresh"), ranks=(5,)))
 
 
-@pytest.fixture(scope="session")
-def starts():
-    """Multipliers for two settings, as a file of an earlier version has them: no checksum."""
-    return {
-        "4, 2; equal": {"unet": [[1.0, 0.5], [-0.5, 1]], "text_encoder": [[1.0, 0.0], [0.0, 1.0]]},
-        "8; equal": {"unet": [[1.0], [0.25]]},
-    }
-
-
-def remembered(path, told):
-    """What is read of the solutions."""
-    return read_solutions(path, 2, told.warnings.append)
-
-
-def test_solutions_of_an_earlier_version_are_read(tmp_path, starts, told):
-    path = tmp_path / "x.solutions.json"
-    path.write_text(json.dumps(starts))
-    assert remembered(path, told) == starts
-    path.write_text(sealed(starts))
-    assert remembered(path, told) == starts
-    assert told.warnings == []
-
-
-def damaged_texts(starts):
-    yield from mutations(starts)
-    for at in places(starts):
-        for number in NUMBERS:
-            yield json.dumps(changed(starts, at, "HERE")).replace('"HERE"', number)
-    whole = sealed(starts)
-    for place in range(0, len(whole), 3):
-        yield whole[:place]
-        yield whole[:place] + chr(ord(whole[place]) ^ 1) + whole[place + 1 :]
-
-
-def test_damaged_solutions_are_never_given_as_starts(tmp_path, starts):
-    count = 0
-    for text in damaged_texts(starts):
-        path, told = tmp_path / "x.solutions.json", Told()
-        path.write_bytes(text.encode())
-        found = remembered(path, told)
-        for groups in found.values():
-            for rows in groups.values():
-                tensor = torch.tensor(rows, dtype=torch.float64)
-                assert tensor.shape[0] == 2
-                assert bool(tensor.square().sum().isfinite())
-        if not found and text not in ("{}", sealed({})):
-            assert told.warnings
-            assert not path.exists()
-            assert [each.name for each in tmp_path.iterdir()] == ["x.solutions.json.damaged"]
-        count += 1
-    assert count > 400
-
-
-def test_one_changed_byte_of_sealed_solutions_is_noticed(tmp_path, starts):
-    whole = sealed(starts).encode()
-    path = tmp_path / "x.solutions.json"
-    for place in range(len(whole)):
-        told = Told()
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
-        found = remembered(path, told)
-        assert found in ({}, starts)  # a blank may be another one
-        assert bool(told.warnings) == (found == {})
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -164,14 +83,12 @@ def test_one_changed_byte_of_sealed_solutions_is_noticed(tmp_path, starts):
     ],
     ids=range(10),
 )
-def test_a_merge_with_damaged_solutions_is_that_without_any(
-    started, files, solutions, afresh, told, text
-):
+def test_damaged_solutions_do_not_change_a_merge(started, files, solutions, afresh, log, text):
     solutions.write_text(text)
-    made = merge(files, started, told.progress, ranks=(5,), name="other")
+    made = merge(files, started, log.progress, ranks=(5,), name="other")
     same(loras_of(made), afresh)
     assert made.reused_analysis
-    (warning,) = told.warnings
+    (warning,) = log.warnings
     assert str(solutions) in warning
     assert f"set aside as {solutions.name}.damaged" in warning
     assert solutions.with_name(solutions.name + ".damaged").read_text() == text
@@ -179,146 +96,25 @@ def test_a_merge_with_damaged_solutions_is_that_without_any(
     assert first.startswith("5;")
 
 
-def test_a_folder_in_place_of_the_solutions_is_no_end(started, files, solutions, afresh, told):
+def test_folder_named_as_solutions_is_no_error(started, files, solutions, afresh, log):
     solutions.unlink()
     solutions.mkdir()
-    made = merge(files, started, told.progress, ranks=(5,), name="other")
+    made = merge(files, started, log.progress, ranks=(5,), name="other")
     same(loras_of(made), afresh)
-    (warning,) = told.warnings
+    (warning,) = log.warnings
     assert "are not remembered" in warning
 
 
-def spans(path):
-    """Key to first and last byte of every tensor in the file."""
-    size = path.stat().st_size
-    start = read_table(path, size).data_start
-    header = json.loads(path.read_bytes()[8:start])
-    header.pop("__metadata__")
-    return {key: [start + at for at in each["data_offsets"]] for key, each in header.items()}
-
-
-def overwritten(path, at, new):
-    with path.open("r+b") as stream:
-        stream.seek(at)
-        stream.write(new)
-
-
-def flip(path, at):
-    overwritten(path, at, bytes([path.read_bytes()[at] ^ 0x40]))
-
-
-def flipped(key):
-    def damage(path):
-        start, end = spans(path)[key]
-        flip(path, (start + end) // 2)
-
-    return damage
-
-
-def filled(key, value):
-    def damage(path):
-        start, end = spans(path)[key]
-        dtype = read_header(path).tensors[key].dtype
-        count = (end - start) // dtype.itemsize
-        content = torch.full((count,), value, dtype=dtype).view(torch.uint8).numpy().tobytes()
-        overwritten(path, start, content)
-
-    return damage
-
-
-def zero_tail(path):
-    size = path.stat().st_size
-    overwritten(path, size // 2, bytes(size - size // 2))
-
-
-def truncated(path):
-    os.truncate(path, path.stat().st_size - 100)
-
-
-def emptied(path):
-    path.write_bytes(b"")
-
-
-def other_kind(path):
-    path.write_bytes(b"<!doctype html>")
-
-
-def of_others(path):
-    """A good file that stands under the name of another analysis."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-    about = json.loads(metadata["hyper_merge.analysis"])
-    metadata["hyper_merge.analysis"] = json.dumps({**about, "seed": 99})
-    save_file(tensors, path, metadata)
-
-
-def rewritten(change):
-    def damage(path):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(path)
-        change(tensors)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-
-    return damage
-
-
-def without(key):
-    return rewritten(lambda tensors: tensors.pop(key))
-
-
-def narrower(tensors):
-    tensors["3.left"] = tensors["3.left"][:, :-1]
-
-
-def turned(tensors):
-    tensors["grams"] = tensors["grams"].float()
-
-
-def swapped(tensors):
-    cores = {}
-    for key in sorted(key for key in tensors if key.endswith(".core")):
-        other = cores.setdefault(tensors[key].shape, key)
-        if other != key:
-            tensors[key], tensors[other] = tensors[other], tensors[key]
-            return
-    raise AssertionError("no two layers are alike")
-
-
-def in_header(path):
-    flip(path, 300)
-
-
-DAMAGES = {
-    **{f"flipped {key}": flipped(key) for key in ("grams", "weights", "not_carried")},
-    **{f"flipped 3.{key}": flipped(f"3.{key}") for key in ("core", "rounding", "left", "right")},
-    **{f"flipped 3.{key}": flipped(f"3.{key}") for key in ("rows", "columns", "private")},
-    "other checksums": filled("checksums", 7),
-    "infinite bases": filled("3.left", math.inf),
-    "a core of NaN": filled("3.core", math.nan),
-    "zero bases": filled("3.right", 0.0),
-    **{each.__name__: each for each in (zero_tail, truncated, emptied, other_kind, of_others)},
-    "in the header": in_header,
-    **{f"without {key}": without(key) for key in ("3.core", "grams")},
-    "another width": rewritten(narrower),
-    "another type": rewritten(turned),
-    "another order": rewritten(swapped),
-}
-
-
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_analysis_is_set_aside_and_made_again(
-    started, files, analysis, afresh, told, how
-):
+def test_damaged_analysis_is_set_aside_and_remade(started, files, analysis, afresh, log, how):
     good = analysis.read_bytes()
     DAMAGES[how](analysis)
     bad = analysis.read_bytes()
     assert bad != good
-    made = merge(files, started, told.progress, ranks=(5,), name="other")
+    made = merge(files, started, log.progress, ranks=(5,), name="other")
     same(loras_of(made), afresh)
     assert not made.reused_analysis
-    (warning,) = told.warnings
+    (warning,) = log.warnings
     assert warning.startswith(f"{analysis} is damaged (")
     assert warning.endswith(
         f"; it is set aside as {analysis.name}.damaged, and what it held is made again"
@@ -327,45 +123,38 @@ def test_a_damaged_analysis_is_set_aside_and_made_again(
     assert analysis.exists()
 
 
-def as_before(path):
-    """The file as versions without checksums wrote it."""
-    without("checksums")(path)
-
-
-def test_an_analysis_of_an_earlier_version_serves(started, files, analysis, afresh, told):
+def test_an_analysis_of_an_earlier_version_serves(started, files, analysis, afresh, log):
     as_before(analysis)
-    made = merge(files, started, told.progress, ranks=(5,), name="other")
+    made = merge(files, started, log.progress, ranks=(5,), name="other")
     assert made.reused_analysis
     same(loras_of(made), afresh)
-    assert told.warnings == []
+    assert log.warnings == []
 
 
 @pytest.mark.parametrize(
     "how", ["infinite bases", "a core of NaN", "zero bases", "zero_tail", "without grams"]
 )
-def test_what_shows_in_an_analysis_of_an_earlier_version_is_noticed(
-    started, files, analysis, afresh, told, how
-):
+def test_visible_damage_of_old_analyses_is_noticed(started, files, analysis, afresh, log, how):
     as_before(analysis)
     DAMAGES[how](analysis)
-    made = merge(files, started, told.progress, ranks=(5,), name="other")
+    made = merge(files, started, log.progress, ranks=(5,), name="other")
     assert not made.reused_analysis
     same(loras_of(made), afresh)
-    assert len(told.warnings) == 1
+    assert len(log.warnings) == 1
 
 
-def test_a_plan_makes_a_damaged_analysis_again(started, files, analysis, told):
+def test_a_plan_makes_a_damaged_analysis_again(started, files, analysis, log):
     preflight = run_preflight(recipe(files, started, name="other"))
     good = make_plan(preflight, Progress())
     flipped("3.core")(analysis)
-    assert make_plan(preflight, told.progress) == good
-    assert len(told.warnings) == 1
-    assert make_plan(preflight, told.progress) == good
-    assert len(told.warnings) == 1
+    assert make_plan(preflight, log.progress) == good
+    assert len(log.warnings) == 1
+    assert make_plan(preflight, log.progress) == good
+    assert len(log.warnings) == 1
 
 
-def test_a_damaged_analysis_that_cannot_be_moved_is_passed_over(
-    started, files, analysis, afresh, told, monkeypatch
+def test_immovable_damaged_analysis_is_passed_over(
+    started, files, analysis, afresh, log, monkeypatch
 ):
     flipped("3.core")(analysis)
     move = Path.replace
@@ -377,32 +166,30 @@ def test_a_damaged_analysis_that_cannot_be_moved_is_passed_over(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", refuse)
-        made = merge(files, started, told.progress, ranks=(5,), name="other")
+        made = merge(files, started, log.progress, ranks=(5,), name="other")
         same(loras_of(made), afresh)
-    (warning,) = told.warnings
+    (warning,) = log.warnings
     assert "cannot be set aside (in use); this run does without it" in warning
     assert analysis.exists()
     beside = analysis.with_name(analysis.name.replace("-", "-2-"))
     assert beside.exists()
-    assert merge(files, started, told.progress, ranks=(3,), name="third").reused_analysis
+    assert merge(files, started, log.progress, ranks=(3,), name="third").reused_analysis
 
 
-def test_an_analysis_that_is_damaged_as_soon_as_it_is_made_ends_the_merge_with_a_message(
-    started, files, analysis, told, monkeypatch
-):
+def test_analysis_damaged_at_once_ends_the_merge(started, files, analysis, log, monkeypatch):
     analysis.unlink()
     before = snapshot(started)
     monkeypatch.setattr("hyper_merge.analysis.store.checksum", lambda tensor: 0)
     with pytest.raises(DamagedCacheError, match="check the disk and the memory"):
-        merge(files, started, told.progress, ranks=(5,), name="other")
-    assert len(told.warnings) == 1
+        merge(files, started, log.progress, ranks=(5,), name="other")
+    assert len(log.warnings) == 1
     assert snapshot(started) == before
 
 
-def test_an_analysis_that_another_process_sets_aside_is_made_again(
-    started, files, analysis, afresh, told, monkeypatch
+def test_analysis_removed_by_another_process_is_remade(
+    started, files, analysis, afresh, log, monkeypatch
 ):
-    solve = module.solve_with_rank_search
+    solve = merge_module.solve_with_rank_search
 
     def removed_meanwhile(*rest):
         if analysis.exists():
@@ -410,68 +197,41 @@ def test_an_analysis_that_another_process_sets_aside_is_made_again(
             monkeypatch.undo()
         return solve(*rest)
 
-    monkeypatch.setattr(module, "solve_with_rank_search", removed_meanwhile)
-    made = merge(files, started, told.progress, ranks=(5,), name="other")
+    monkeypatch.setattr(merge_module, "solve_with_rank_search", removed_meanwhile)
+    made = merge(files, started, log.progress, ranks=(5,), name="other")
     same(loras_of(made), afresh)
-    assert told.warnings == []
+    assert log.warnings == []
 
 
-def test_one_of_each_kind_is_kept_and_goes_with_the_cache(tmp_path, told):
-    kept = damaged.DamagedFiles(told.warnings.append)
+def test_one_damaged_file_of_each_kind_stays(tmp_path, log):
+    kept = DamagedFiles(log.warnings.append)
     names = [
-        f"{each}-512.{kind}"
-        for each in "abc"
+        f"{stem}-512.{kind}"
+        for stem in "abc"
         for kind in ("analysis.safetensors", "solutions.json")
     ]
     for name in names:
         (tmp_path / name).write_bytes(bytes(100))
         kept.take(tmp_path / name, "of a kind")
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found == {"c-512.analysis.safetensors.damaged", "c-512.solutions.json.damaged"}
-    assert analysis_cache.cache_bytes(tmp_path) == 200
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"c-512.analysis.safetensors.damaged", "c-512.solutions.json.damaged"}
+    assert cache_bytes(tmp_path) == 200
     new = tmp_path / "d-512.analysis.safetensors"
     new.write_bytes(bytes(100))
     os.utime(new, (1, 1))
-    analysis_cache.prune_analyses(tmp_path, 100)
+    prune_analyses(tmp_path, 100)
     assert [path.name for path in tmp_path.iterdir()] == [new.name]
     kept.take(new, "of a kind")
-    assert analysis_cache.clear_analyses(tmp_path) == 100
+    assert clear_analyses(tmp_path) == 100
     assert list(tmp_path.iterdir()) == []
 
 
 def test_files_with_strange_names_are_passed_over(started, files, analysis):
-    inputs = run_preflight(recipe(files, started)).inputs
-    options = replace(run_preflight(recipe(files, started)).pass_options)
+    preflight = run_preflight(recipe(files, started))
+    inputs, options = preflight.inputs, preflight.pass_options
     for name in ("x", "-1", "1e3", "٣"):
         stem = analysis.name.partition("-")[0]
         (analysis.parent / f"{stem}-{name}.analysis.safetensors").write_bytes(b"?")
-    found = analysis_cache.find_analysis(analysis.parent, inputs, options, (4, 2))
-    assert found == analysis
-    with open_analysis(found, inputs) as opened:
+    assert find_analysis(analysis.parent, inputs, options, (4, 2)) == analysis
+    with open_analysis(analysis, inputs) as opened:
         assert opened.grams.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "text", [*TEXTS, '{"a|1|2": 3}', '{"a|1|2": "xyz"}', '{"a": ["b"]}'], ids=range(len(TEXTS) + 3)
-)
-def test_damaged_hashes_are_set_aside_and_made_again(started, files, cache, told, text):
-    headers = [read_header(path) for path in files]
-    expected = hash_sources(headers, cache, Progress())
-    path = cache / "hashes.json"
-    path.write_text(text)
-    assert hash_sources(headers, cache, told.progress) == expected
-    (warning,) = told.warnings
-    assert warning.startswith(f"{path} is damaged (")
-    assert hash_sources(headers, cache, told.progress) == expected
-    assert len(told.warnings) == 1
-
-
-def test_a_changed_digit_of_a_hash_is_noticed(started, files, cache, told):
-    headers = [read_header(path) for path in files]
-    expected = hash_sources(headers, cache, Progress())
-    path = cache / "hashes.json"
-    path.write_text(sealed(read_sealed(path)))
-    digest = expected[0].sha256
-    path.write_text(path.read_text().replace(digest, digest[::-1]))
-    assert hash_sources(headers, cache, told.progress) == expected
-    assert len(told.warnings) == 1

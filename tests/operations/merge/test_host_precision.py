@@ -19,7 +19,7 @@ from hyper_merge.runs.report_text import format_report
 
 FLUX = next(family for family in FAMILIES if family.name == "flux_dev")
 ALL = 10**9
-BOTH = [A1111, FORGE_AND_COMFYUI]
+ALL_HOSTS = [A1111, FORGE_AND_COMFYUI]
 
 
 def after_a1111(base, row, loras, layer):
@@ -52,12 +52,12 @@ def dense(models, merged):
         for layer in layers_of(path):
             weight = base[layer.key].double().flatten(1)
             energies[c] += (checkpoint[layer.key].double().flatten(1) - weight).square().sum()
-            wanted = weight + sum(
+            exact = weight + sum(
                 part_multiplier(tag, layer.part) * added(loras[tag.name], layer.module)
                 for tag in row
             )
-            for way, found in enumerate((after_a1111(base, row, loras, layer), wanted.half())):
-                errors[way, c] += (found.double() - wanted).square().sum()
+            for way, rounded in enumerate((after_a1111(base, row, loras, layer), exact.half())):
+                errors[way, c] += (rounded.double() - exact).square().sum()
     return errors, energies
 
 
@@ -88,7 +88,7 @@ def estimated(merged, energies, rows):
     base = load_file(merged.place.hyper_model)
     layers = layers_of(merged.place.hyper_model)
     return measure_precision_loss(
-        base.__getitem__, (SD1, layers), list(loras_of(merged, 9)), energies, rows
+        base.__getitem__, SD1, layers, list(loras_of(merged, 9)), energies, rows
     )
 
 
@@ -103,51 +103,51 @@ def runs(tmp_path_factory, files, merged):
 
 
 @pytest.mark.parametrize("name", ["float16", "float8"])
-def test_with_all_rows_it_is_what_the_hosts_do(files, runs, name):
+def test_estimate_of_all_rows_is_exact(files, runs, name):
     errors, energies = dense(files, runs[name])
-    found = estimated(runs[name], energies, ALL)
-    assert [each.hosts for each in found] == BOTH
-    for each, of in zip(found, errors, strict=True):
-        assert each.added == pytest.approx(float(of.sum() / energies.sum()), rel=1e-3)
-        assert each.worst == pytest.approx(float((of / energies).max()), rel=1e-3)
+    losses = estimated(runs[name], energies, ALL)
+    assert [loss.hosts for loss in losses] == ALL_HOSTS
+    for loss, squares in zip(losses, errors, strict=True):
+        assert loss.added == pytest.approx(float(squares.sum() / energies.sum()), rel=1e-3)
+        assert loss.worst == pytest.approx(float((squares / energies).max()), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["float16", "float8"])
-def test_the_report_holds_the_estimate_of_a_few_rows_and_that_is_near(files, runs, name):
+def test_reported_estimate_of_few_rows_is_near(files, runs, name):
     errors, energies = dense(files, runs[name])
-    found = runs[name].report.rounding
-    for each, other in zip(found, estimated(runs[name], energies, 8), strict=True):
-        assert each.added == pytest.approx(other.added, rel=1e-4)
-    for each, of in zip(found, errors, strict=True):
-        assert each.added == pytest.approx(float(of.sum() / energies.sum()), rel=0.15)
-    one_by_one, once = found
+    losses = runs[name].report.rounding
+    for loss, other in zip(losses, estimated(runs[name], energies, 8), strict=True):
+        assert loss.added == pytest.approx(other.added, rel=1e-4)
+    for loss, squares in zip(losses, errors, strict=True):
+        assert loss.added == pytest.approx(float(squares.sum() / energies.sum()), rel=0.15)
+    one_by_one, once = losses
     assert one_by_one.added > 1.3 * once.added > 0
     assert one_by_one.worst >= one_by_one.added
 
 
-def test_a_hyper_model_that_is_there_already_is_read_from_its_place(files, started):
+def test_existing_hyper_model_is_read(files, started):
     again = merge(files, started, overwrite=True)
     assert again.place.exists
-    assert [each.hosts for each in again.report.rounding] == BOTH
-    assert all(each.added > 0 for each in again.report.rounding)
+    assert [loss.hosts for loss in again.report.rounding] == ALL_HOSTS
+    assert all(loss.added > 0 for loss in again.report.rounding)
 
 
-def test_a_checkpoint_as_base_is_read_from_its_place(files, tmp_path):
-    found = merge(files[1:], tmp_path, base=str(files[0])).report.rounding
-    assert all(0 < each.added < 1e-2 for each in found)
+def test_checkpoint_as_base_is_read(files, tmp_path):
+    losses = merge(files[1:], tmp_path, base=str(files[0])).report.rounding
+    assert all(0 < loss.added < 1e-2 for loss in losses)
 
 
-def test_a_private_lora_is_rounded_after_the_shared_ones(files, tmp_path):
+def test_private_lora_is_rounded_last(files, tmp_path):
     settings = {"ranks": (2,), "allocation": "even"}  # all layers have rank and are rounded
     plain = merge(files, tmp_path / "plain", **settings)
     topped = merge(files, tmp_path / "topped", **settings, topup="2")
     assert topped.report.topups
-    before, after = (of.report.rounding for of in (plain, topped))
+    before, after = (result.report.rounding for result in (plain, topped))
     assert after[0].added > 1.05 * before[0].added
     assert after[1].added == pytest.approx(before[1].added, rel=0.1)
 
 
-def test_rows_of_a_tensor_for_several_layers_are_those_of_each():
+def test_fused_tensor_gives_each_layer_its_rows():
     generator = torch.Generator().manual_seed(0)
     fused = torch.randn(12, 5, generator=generator).half()
     layers = [
@@ -160,20 +160,20 @@ def test_rows_of_a_tensor_for_several_layers_are_those_of_each():
     ]
     lora = HostLora(pairs, 2.0, {"unet": torch.tensor([1.0, -0.5])})
     energies = torch.ones(2).double()
-    found = measure_precision_loss(
-        {"in_proj": fused}.__getitem__, (FLUX, layers), [lora], energies, ALL
+    losses = measure_precision_loss(
+        {"in_proj": fused}.__getitem__, FLUX, layers, [lora], energies, ALL
     )
     exact = fused.double() + torch.tensor([1.0, -0.5]).double()[:, None, None] * torch.cat(
         [up.double() @ down.double() for up, down in pairs]
     )
     errors = (exact.bfloat16().double() - exact).square().sum((1, 2))
-    (only,) = found
+    (only,) = losses
     assert only.hosts == FORGE_AND_COMFYUI  # A1111 does not run Flux
     assert only.added == pytest.approx(float(errors.sum()) / 2, rel=1e-4)
     assert only.worst == pytest.approx(float(errors.max()), rel=1e-4)
 
 
-def test_the_rows_that_are_looked_at_are_of_different_places_in_the_heads():
+def test_chosen_rows_vary_within_attention_heads():
     seen = []
 
     class Rows:
@@ -188,24 +188,24 @@ def test_the_rows_that_are_looked_at_are_of_different_places_in_the_heads():
 
     lora = HostLora([(torch.ones(320, 1), torch.ones(1, 4))], 1.0, {"unet": torch.ones(1)})
     layer = Layer("q", "q", "unet", (320, 4))
-    measure_precision_loss(lambda _: Rows(), (SD1, [layer]), [lora], torch.ones(1), 8)
+    measure_precision_loss(lambda _: Rows(), SD1, [layer], [lora], torch.ones(1), 8)
     assert 7 <= len(seen[0]) <= 9
     assert len({row % 40 for row in seen[0]}) == len(seen[0])
 
 
-def test_checkpoints_without_differences_lose_nothing_and_a_stop_is_heard():
+def test_checkpoints_without_differences_lose_no_precision():
     layer = Layer("q", "q", "unet", (3, 4))
     pairs = [(torch.zeros(3, 0), torch.zeros(0, 4))]
     lora = HostLora(pairs, 1.0, {"unet": torch.zeros(2)})
     weight = {"q": torch.rand(3, 4)}.__getitem__
-    found = measure_precision_loss(weight, (SD1, [layer]), [lora], torch.zeros(2))
-    assert found == tuple(PrecisionLoss(hosts, 0.0, 0.0) for hosts in BOTH)
+    losses = measure_precision_loss(weight, SD1, [layer], [lora], torch.zeros(2))
+    assert losses == tuple(PrecisionLoss(hosts, 0.0, 0.0) for hosts in ALL_HOSTS)
 
     def stop():
         raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):
-        measure_precision_loss(weight, (SD1, [layer]), [lora], torch.zeros(2), check=stop)
+        measure_precision_loss(weight, SD1, [layer], [lora], torch.zeros(2), check=stop)
 
 
 def with_rounding(added_share, loss, hosts=A1111):
@@ -215,7 +215,7 @@ def with_rounding(added_share, loss, hosts=A1111):
 
 
 @pytest.mark.parametrize(
-    ("share", "loss", "told"),
+    ("share", "loss", "is_reported"),
     [
         (0.0081, 0.2, True),  # more than a hundredth of 0.8
         (0.0079, 0.2, False),
@@ -224,10 +224,10 @@ def with_rounding(added_share, loss, hosts=A1111):
         (0.0, 0.0, False),
     ],
 )
-def test_rounding_is_remarked_on_where_it_takes_much(share, loss, told):
+def test_rounding_is_remarked_on_where_it_takes_much(share, loss, is_reported):
     report = with_rounding(share, loss)
-    assert (report.costly_rounding is not None) == told
-    assert ("one LoRA per checkpoint is rounded once" in format_report(report)) == told
+    assert (report.costly_rounding is not None) == is_reported
+    assert ("one LoRA per checkpoint is rounded once" in format_report(report)) == is_reported
     assert with_rounding(share, loss, FORGE_AND_COMFYUI).costly_rounding is None
 
 
@@ -246,7 +246,7 @@ def test_the_table_says_how_each_host_rounds():
     assert "added to that" not in format_report(REPORT)
 
 
-def test_a_manifest_from_before_is_read_without_these_figures():
+def test_old_manifest_has_no_precision_figures():
     report = with_rounding(0.01, 0.2)
     data = json.loads(json.dumps(report.as_dict()))
     assert Report.from_dict(data) == report

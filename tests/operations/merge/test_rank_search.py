@@ -1,4 +1,4 @@
-"""The ranks' bytes go where they bring back most: never more of them, never for less."""
+"""Ranks go where they explain most for their bytes, and never take more bytes."""
 
 import re
 
@@ -17,10 +17,11 @@ from tiny_family import (
     write,
 )
 
-from hyper_merge.analysis import basis_widths as widths
+from hyper_merge.analysis import basis_widths
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.merge import preflight
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.rank_plan import plan_ranks
 
 
 def loss_of(models, merged):
@@ -66,7 +67,7 @@ def file_bytes(merged):
 
 
 @pytest.mark.parametrize("ranks", [(1,), (4, 2), (2, 1, 1), (40, 40)], ids=str)
-def test_adaptive_ranks_take_no_more_bytes_and_bring_back_more(files, tmp_path, ranks):
+def test_adaptive_ranks_explain_more_in_equal_bytes(files, tmp_path, ranks):
     even, adaptive = (
         merge(files, tmp_path, ranks=ranks, iterations=8, allocation=how, layer_weights="plain")
         for how in ("even", "adaptive")
@@ -82,13 +83,13 @@ def test_adaptive_ranks_take_no_more_bytes_and_bring_back_more(files, tmp_path, 
     assert adaptive.report.private_loss <= even.report.private_loss
 
 
-def test_at_full_rank_everything_comes_back_as_with_even_ranks(files, tmp_path):
+def test_adaptive_full_ranks_restore_everything(files, tmp_path):
     adaptive = merge(files, tmp_path, ranks=(100, 100), dtype="float32", iterations=8)
     assert loss_of(files, adaptive) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_with_ranks_of_all_kinds_the_reported_loss_is_that_of_the_files(files, tmp_path, dtype):
+def test_adaptive_ranks_report_the_files_loss(files, tmp_path, dtype):
     merged = merge(files, tmp_path, dtype=dtype)
     ranks = [set(of_file.values()) for of_file in ranks_in(merged)]
     assert all(len(kinds) > 2 for kinds in ranks)
@@ -100,11 +101,9 @@ def test_with_ranks_of_all_kinds_the_reported_loss_is_that_of_the_files(files, t
 
 
 @pytest.mark.parametrize("settings", [{}, {"allocation": "even"}, {"method": "greedy"}], ids=str)
-def test_bases_narrower_than_a_rank_of_the_list_are_no_obstacle(
-    files, tmp_path, monkeypatch, settings
-):
-    monkeypatch.setattr(widths, "_LEAST", 4)
-    monkeypatch.setattr(widths, "_STEP", 4)
+def test_ranks_beyond_narrow_bases_are_capped(files, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(basis_widths, "_LEAST", 4)
+    monkeypatch.setattr(basis_widths, "_STEP", 4)
     monkeypatch.setattr(preflight, "required_width", lambda ranks: 14)
     merged = merge(files, tmp_path, ranks=(10, 3), **settings)
     sides = {layer.module: min(layer.m, layer.n) for layer in layers_of(files[0])}
@@ -140,9 +139,7 @@ def frozen(tmp_path_factory, state_of):
 
 @pytest.mark.parametrize("allocation", ["adaptive", "even"])
 @pytest.mark.parametrize("multipliers", ["separate", "shared"])
-def test_a_text_encoder_that_nobody_trained_is_no_obstacle(
-    frozen, tmp_path, allocation, multipliers
-):
+def test_untrained_text_encoder_is_no_obstacle(frozen, tmp_path, allocation, multipliers):
     merged = merge(frozen, tmp_path, allocation=allocation, multipliers=multipliers)
     assert merged.report.loss == pytest.approx(loss_of(frozen, merged), abs=1e-6)
     assert merged.report.bound <= merged.report.loss < 0.6
@@ -155,7 +152,7 @@ def test_a_text_encoder_that_nobody_trained_is_no_obstacle(
     assert bool(encoder) == (allocation == "even")
 
 
-def test_checkpoints_that_agree_in_every_layer_have_loras_of_nothing(tmp_path, state_of):
+def test_checkpoints_without_differences_have_empty_loras(tmp_path, state_of):
     paths = [write(tmp_path / f"{name}.safetensors", state_of(0)) for name in "ab"]
     merged = merge(paths, tmp_path / "models")
     assert ranks_in(merged) == [{}, {}]
@@ -171,20 +168,18 @@ NUMBER = r"-?[0-9]+\.[0-9]{5}"
 @pytest.mark.parametrize(
     ("multipliers", "inner"), [("separate", f"{NUMBER}:{NUMBER}"), ("shared", NUMBER)]
 )
-def test_prompts_have_a_number_of_the_text_encoders_own_only_if_it_has_one(
-    files, tmp_path, multipliers, inner
-):
+def test_prompts_have_text_multipliers_only_if_separate(files, tmp_path, multipliers, inner):
     merged = merge(files, tmp_path, multipliers=multipliers)
     for row in merged.report.checkpoints:
         tags = merged.report.tags(row)
         assert re.fullmatch(f"<lora:mix_0-4:{inner}> <lora:mix_1-2:{inner}>", tags)
         assert bool(row.text_multipliers) == (multipliers == "separate")
         assert row.multipliers_of("unet") == row.multipliers
-        own = row.text_multipliers or row.multipliers
-        assert row.multipliers_of("text_encoder") == own
+        expected = row.text_multipliers or row.multipliers
+        assert row.multipliers_of("text_encoder") == expected
     with safe_open(merged.loras[0], "pt") as file:
-        own = "hyper_merge.text_multipliers" in file.metadata()
-    assert own == (multipliers == "separate")
+        has_text_multipliers = "hyper_merge.text_multipliers" in file.metadata()
+    assert has_text_multipliers == (multipliers == "separate")
 
 
 @pytest.mark.parametrize("allocation", ["adaptive", "even"])
@@ -210,9 +205,12 @@ def test_multipliers_of_both_parts_are_scaled_to_one(merged):
         torch.testing.assert_close(largest, torch.ones(2), atol=2e-2, rtol=0)
 
 
-def test_the_bytes_that_may_be_spread_are_those_of_the_even_ranks(files, tmp_path):
-    asked = run_preflight(recipe(files, tmp_path, ranks=(4, 2)))
+def test_allowance_is_the_bytes_of_even_ranks(files, tmp_path):
+    def allowance(**settings):
+        preflight = run_preflight(recipe(files, tmp_path, **settings))
+        return plan_ranks(preflight.recipe, preflight.inputs).allowance
+
     layers = layers_of(files[0])
-    assert asked.allowance.budget == sum(2 * 6 * (layer.m + layer.n) for layer in layers)
-    assert run_preflight(recipe(files, tmp_path, allocation="even")).allowance is None
-    assert run_preflight(recipe(files, tmp_path, method="greedy")).allowance is None
+    assert allowance(ranks=(4, 2)).budget == sum(2 * 6 * (layer.m + layer.n) for layer in layers)
+    assert allowance(allocation="even") is None
+    assert allowance(method="greedy") is None

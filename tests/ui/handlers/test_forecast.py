@@ -75,7 +75,7 @@ def test_the_curve_stays_without_a_mark_while_a_size_is_half_typed(host):
 @pytest.mark.usefixtures("looked")
 def test_the_outlook_is_another_where_differences_count_otherwise(host):
     plain, relative = (
-        tasks.known_forecast(host, examined(host, layer_weights=how)).shared
+        tasks.known_forecast(examined(host, layer_weights=how)).shared
         for how in ("as they are", "relative to each layer's size")
     )
     assert plain != relative
@@ -84,8 +84,8 @@ def test_the_outlook_is_another_where_differences_count_otherwise(host):
 @pytest.mark.usefixtures("looked")
 def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
     preflight = examined(host, layer_weights="as they are")
-    found = tasks.known_forecast(host, preflight)
-    point = make_plan(preflight, Progress(), host.folders()).asked
+    found = tasks.known_forecast(preflight)
+    point = make_plan(preflight, Progress()).requested
     torch.testing.assert_close(
         torch.tensor(found.at(point.size)), torch.tensor(point.shared), atol=0.02, rtol=0
     )
@@ -96,7 +96,7 @@ def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
 
 @pytest.mark.usefixtures("looked")
 def test_the_size_for_a_share_lies_where_the_worst_reaches_it(host):
-    found = tasks.known_forecast(host, examined(host))
+    found = tasks.known_forecast(examined(host))
     target = (min(found.shared[5]) + min(found.shared[6])) / 2
     size = found.size_for(target)
     assert found.sizes[5] < size < found.sizes[6]
@@ -106,7 +106,7 @@ def test_the_size_for_a_share_lies_where_the_worst_reaches_it(host):
 
 def test_an_analysis_that_is_gone_is_no_error(host, jobs, monkeypatch):
     monkeypatch.setattr(tasks, "find_known_analysis", lambda *rest: host.folders().cache / "gone")
-    assert tasks.known_forecast(host, examined(host)) is None
+    assert tasks.known_forecast(examined(host)) is None
 
 
 def two_groups(names):
@@ -174,7 +174,7 @@ def test_an_outlook_is_read_from_the_analysis(host, jobs):
     preflight = examined(host)
     looking.start_look(host, jobs, *values(name="new"))
     ended(jobs)
-    path = tasks.find_known_analysis(preflight, host.folders())
+    path = tasks.find_known_analysis(preflight)
     found = forecast_curve(path, preflight, Progress())
     assert found.names == ("a", "b", "c")
     assert min(found.shared[-1]) > 0.99

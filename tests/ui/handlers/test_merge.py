@@ -30,7 +30,7 @@ def endless(monkeypatch):
     """Merges that go on until they are stopped; how many have begun."""
     begun, over = [], threading.Event()
 
-    def run_merge(preflight, progress, folders):
+    def run_merge(preflight, progress):
         begun.append(preflight.recipe.name)
         while not over.is_set():  # where a test failed before it stopped the merge
             progress.report("reading the checkpoints", 0.25)
@@ -46,7 +46,7 @@ def endless(monkeypatch):
 def failing(monkeypatch):
     """Merges that meet an error which nobody expected."""
 
-    def run_merge(preflight, progress, folders):
+    def run_merge(preflight, progress):
         def deep_inside():
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nat layer 7")
 

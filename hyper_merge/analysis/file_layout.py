@@ -1,0 +1,65 @@
+"""The tensors of an analysis file, and the identity that its name is made of."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from hyper_merge.analysis.checksums import CHECKSUMS
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.reader import fingerprint
+
+KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
+"""The kinds of tensors that no LoRA carries."""
+
+_VERSION: Final = 3  # of the files' content; another one is never read
+_BASIS_DTYPE: Final = torch.float16
+ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float16 does not have
+
+
+def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
+    """Returns all that decides an analysis but its width."""
+    return {
+        "version": _VERSION,
+        "files": [file_identity(header) for header in inputs.read],
+        "base": inputs.base is not None,
+        "weights": list(inputs.contrasts.base_weights.tolist()),
+        "dtype": str(inputs.dtype),
+        "average_vae": inputs.average_vae,
+        "seed": seed,
+    }
+
+
+def file_identity(header: Header) -> list[str | int]:
+    """Returns an id of a file's content without reading the whole file."""
+    return [fingerprint(header), header.size, header.mtime_ns]
+
+
+def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
+    """Returns the bytes of an analysis file without its header."""
+    return sum(info.nbytes for info in analysis_tensors(inputs, options).values())
+
+
+def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
+    """Returns types and shapes of the tensors of an analysis file, by key."""
+    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
+    count = len(inputs.layout.layers)
+    tensors = {
+        "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
+        "weights": TensorInfo(torch.float64, (count,)),
+        "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
+    }
+    for index, layer in enumerate(inputs.layout.layers):
+        p, q = basis_columns(layer, options.width_of(index))
+        tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
+        tensors[f"{index}.rounding"] = TensorInfo(ROUNDING_DTYPE, (p, q))
+        tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
+        tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
+        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
+        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
+        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
+    tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
+    return tensors

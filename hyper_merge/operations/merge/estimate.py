@@ -1,0 +1,111 @@
+"""Estimates the time, the memory and the disk space of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from hyper_merge.analysis.cache import find_analysis, required_width
+from hyper_merge.analysis.file_layout import analysis_bytes
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.loras.lora_file import lora_bytes
+from hyper_merge.operations.merge.companions import companion_bytes
+from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs
+from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
+from hyper_merge.runs.folders import Place
+from hyper_merge.runtime.devices import resolve_device
+from hyper_merge.runtime.disks import require_disks
+
+_AT_ONCE: Final = 2  # layers in the pass
+_FACTOR_SETS: Final = 5  # during the solve: two, and the rest in the allocator's holes
+_OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The bytes and the time that a merge will take."""
+
+    average: int
+    loras: int
+    analysis: int  # the cache on disk
+    memory: int  # at the peak, without mapped files
+    seconds: float  # of the whole merge, with what the cache saves
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all files that are written."""
+        return self.average + self.loras + self.analysis
+
+
+def estimate_merge(preflight: Preflight) -> Estimate:
+    """Returns what a merge will take; measures the machine's speed the first time."""
+    inputs = preflight.inputs
+    plan = plan_ranks(preflight.recipe, inputs)
+    loras = _lora_bytes(preflight, plan)
+    largest = max(layer.m * layer.n for layer in inputs.layout.layers) * 4
+    in_flight = _AT_ONCE * (len(inputs.headers) + 4) * largest
+    factors = _FACTOR_SETS * _factor_bytes(inputs, plan.recipe.ranks, plan.layer_ranks)
+    return Estimate(
+        average=average_bytes(inputs),
+        loras=loras,
+        analysis=analysis_bytes(inputs, preflight.pass_options),
+        memory=_OVERHEAD + max(in_flight, factors, 2 * loras),
+        seconds=sum(estimate_costs(preflight, _existing_files(preflight))),
+    )
+
+
+def estimate_costs(preflight: Preflight, existing: ExistingFiles) -> MergeCosts:
+    """Returns the seconds of the merge's phases, with what the existing files save."""
+    recipe, inputs = preflight.recipe, preflight.inputs
+    layer_ranks = plan_ranks(recipe, inputs).layer_ranks
+    return merge_costs(inputs, recipe, layer_ranks, resolve_device(recipe.device), existing)
+
+
+def average_bytes(inputs: MergeInputs) -> int:
+    """Returns the bytes of the average's tensors; 0 where a given base takes its place."""
+    return 0 if inputs.base else sum(info.nbytes for info in inputs.outputs().values())
+
+
+def require_room(preflight: Preflight, place: Place) -> None:
+    """Returns if the disks have room for what a merge will write in a place.
+
+    Raises:
+        OutputError: too little is free.
+    """
+    inputs, folders = preflight.inputs, preflight.folders
+    cached = _existing_files(preflight).analysis
+    require_disks(
+        {
+            place.loras: _lora_bytes(preflight, plan_ranks(preflight.recipe, inputs)),
+            place.hyper_model.parent: 0 if place.exists else average_bytes(inputs),
+            folders.cache: 0 if cached else analysis_bytes(inputs, preflight.pass_options),
+        }
+    )
+
+
+def _existing_files(preflight: Preflight) -> ExistingFiles:
+    recipe, folders = preflight.recipe, preflight.folders
+    analysis = find_analysis(folders.cache, preflight.inputs, preflight.pass_options, recipe.ranks)
+    return ExistingFiles(
+        folders.cache,
+        average=folders.hyper_model_for(recipe, preflight.average_id) is not None,
+        analysis=analysis is not None,
+    )
+
+
+def _lora_bytes(preflight: Preflight, plan: RankPlan) -> int:
+    """Returns the bytes of all shared LoRAs and their companions."""
+    layers = preflight.inputs.layout.layers
+    loras = lora_bytes(layers, plan.layer_ranks, plan.dtype, plan.alphas)
+    return loras + len(plan.recipe.ranks) * companion_bytes(preflight.norms_and_biases)
+
+
+def _factor_bytes(
+    inputs: MergeInputs, ranks: Sequence[int], layer_ranks: Sequence[tuple[int, ...]]
+) -> int:
+    """Returns the bytes of all LoRAs' factors between the layers' bases, in float32."""
+    width = required_width(ranks)
+    sides = (sum(basis_columns(layer, width)) for layer in inputs.layout.layers)
+    return sum(4 * side * sum(ranks) for side, ranks in zip(sides, layer_ranks, strict=True))

@@ -73,7 +73,9 @@ class MergeOutputs:
             for block, name in enumerate(names)
         }
 
-    def named_private_loras(self, preflight: Preflight, solved: SolvedMerge) -> dict[str, PrivateLora]:
+    def named_private_loras(
+        self, preflight: Preflight, solved: SolvedMerge
+    ) -> dict[str, PrivateLora]:
         """Returns the private LoRAs by their names, which are distinct even without case."""
         words = distinct_words([header.stem for header in preflight.inputs.headers])
         return {

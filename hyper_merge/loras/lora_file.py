@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -35,8 +36,16 @@ _LARGEST: Final = MappingProxyType(
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 """Ends of a module's keys."""
 
-Factors = Mapping[str, tuple[Tensor, Tensor]]
+FactorsByModule = Mapping[str, tuple[Tensor, Tensor]]
 """Module to up (m, r) and down (r, n); a module with rank 0 may be missing."""
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How a LoRA file holds its factors."""
+
+    alpha: float | None  # of the file; None for one without
+    dtype: torch.dtype
 
 
 def lora_tensors(
@@ -136,7 +145,7 @@ def write_lora(
     outputs: FileTransaction,
     path: Path,
     layers: Sequence[Layer],
-    factors: Factors,
+    factors: FactorsByModule,
     file: LoraFile,
     tick: Callable[[int], None] = lambda _count: None,
 ) -> None:
@@ -174,7 +183,7 @@ def write_lora(
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
-def _rank(layer: Layer, factors: Factors) -> int:
+def _rank(layer: Layer, factors: FactorsByModule) -> int:
     return factors[layer.module][0].shape[1] if layer.module in factors else 0
 
 

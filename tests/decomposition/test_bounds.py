@@ -95,7 +95,7 @@ def test_the_bound_of_nothing_is_zero():
     gram = torch.zeros(2, 2, dtype=torch.float64)
     assert lower_bound([layer], [0.0], [(1,)], [gram]) == 0.0
     assert lower_bound([], [], [], [gram]) == 0.0
-    assert budget_bound([layer], [0.0], ([8.0], 8.0), 1, [gram]) == 0.0
+    assert budget_bound([layer], [0.0], [8.0], 8.0, 1, [gram]) == 0.0
 
 
 def family(rng, shapes=((9, 8), (6, 10)), k=3):
@@ -178,7 +178,7 @@ def even_price(problem, costs):
 
 def budget_bound_of(problem, costs, budget):
     layers, energies, grams = figures_of(problem, costs)
-    return budget_bound(layers, energies, (costs, budget), problem.shape[1], grams)
+    return budget_bound(layers, energies, costs, budget, problem.shape[1], grams)
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (1, 5, 7), (4, 3, 20)])

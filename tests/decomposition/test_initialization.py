@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from dense_oracles import (
@@ -13,7 +15,7 @@ from dense_oracles import (
 from torch.testing import assert_close
 
 from hyper_merge.decomposition.greedy import leading_multipliers, solve_greedy
-from hyper_merge.decomposition.initialization import best_start, pilot
+from hyper_merge.decomposition.initialization import SearchEffort, best_start, pilot
 from hyper_merge.decomposition.ll1 import Problem, StoppingCriterion, initial_factors, solve_ll1
 
 
@@ -160,14 +162,14 @@ def test_a_given_start_wins_if_it_is_the_best_and_changes_nothing_if_not(rng):
     multipliers = normal(rng, 5, 3)
     blocks = torch.stack([normal(rng, 14, 3) @ normal(rng, 3, 14) for _ in range(3)])
     problem = problem_of((torch.einsum("kr,rpq->kpq", multipliers, blocks)[None], (3, 3, 3)))
-    start = best_start(problem, [], [], seeded(), given=[multipliers])
+    start = best_start(problem, [], [], seeded(), user_starts=[multipliers])
     cosines = torch.nn.functional.normalize(start, dim=0).mT @ torch.nn.functional.normalize(
         multipliers, dim=0
     )
     assert_close(cosines.abs().amax(0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-2)
     useless = torch.zeros(5, 3, dtype=torch.float64)
     plain, dice = best_start(problem, [], [], seeded()), seeded()
-    assert torch.equal(best_start(problem, [], [], dice, given=[useless]), plain)
+    assert torch.equal(best_start(problem, [], [], dice, user_starts=[useless]), plain)
     other = seeded()
     best_start(problem, [], [], other)
     assert torch.equal(dice.get_state(), other.get_state())  # nor what follows
@@ -202,25 +204,22 @@ def test_the_search_for_a_start_may_be_stopped():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        best_start(random_family(0), [], [], seeded(), stop)
+        best_start(random_family(0), [], [], seeded(), on_progress=stop)
 
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_the_search_for_a_start_tells_how_far_it_is(rng, count):
     told = []
     problem = problem_of((stack_of(rng, 1, count, 6, 5, 0.7), (1, 1)))
-    best_start(problem, [normal(rng, count, 2)], [], seeded(), told.append)
+    best_start(problem, [normal(rng, count, 2)], [], seeded(), on_progress=told.append)
     assert told == sorted(told)
     assert 0.9 < told[-1] < 1 + 1e-9  # a start may be perfect before its last sweep
     assert max(b - a for a, b in zip([0, *told], told, strict=False)) < 0.2
 
 
 @pytest.mark.parametrize("method", ["greedy", "joint"])
-def test_every_item_of_a_solve_goes_through_the_map(rng, method, monkeypatch):
+def test_every_item_of_a_solve_goes_through_the_map(rng, method):
     """So that a map which counts and stops sees to progress and interrupts."""
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._ROUNDS", ((1, 1),))
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._RANDOM", 1)
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._GREEDY_TURNS", 1)
     asked = []
 
     def counting(function, *arguments):
@@ -236,7 +235,7 @@ def test_every_item_of_a_solve_goes_through_the_map(rng, method, monkeypatch):
     def run():
         if method == "greedy":
             return solve_greedy(problem, seeded(), StoppingCriterion(3, 0.0))
-        start = best_start(problem, [], [], seeded())
+        start = best_start(problem, [], [], seeded(), SearchEffort.QUICK)
         return solve_ll1(
             problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(3, 0.0)
         )
@@ -259,27 +258,28 @@ def test_a_small_problem_is_its_own_pilot():
     assert_close(found.energy, problem.energy)
 
 
-def test_the_pilot_is_the_layers_of_the_most_energy_per_entry(rng, monkeypatch):
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._PILOT_ENTRIES", 0)
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._PILOT_SHARE", 0.5)
+def pilot_of_share(share):
+    """Returns an effort whose pilot takes a share of the work, however small the problem is."""
+    return replace(SearchEffort.FULL, pilot_entries=0, pilot_share=share)
+
+
+def test_the_pilot_is_the_layers_of_the_most_energy_per_entry(rng):
     slices = normal(rng, 4, 2, 5, 5) * torch.tensor([1.0, 9.0, 2.0, 8.0])[:, None, None, None]
     tiny = normal(rng, 1, 2, 4, 5) * 1e-3
     problem = problem_of((slices, (1,)), (tiny, (1,)))
-    found = pilot(problem)
+    found = pilot(problem, pilot_of_share(0.5))
     assert [batch.layers for batch in found.batches] == [(1, 3)]
     assert torch.equal(found.batches[0].slices, slices[[1, 3]])
     assert_close(found.energy, float(slices[[1, 3]].square().sum()))
 
 
-def test_a_pilot_takes_its_share_of_the_work_where_ranks_differ(rng, monkeypatch):
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._PILOT_ENTRIES", 0)
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._PILOT_SHARE", 0.45)
+def test_a_pilot_takes_its_share_of_the_work_where_ranks_differ(rng):
     large, small = 2 * normal(rng, 8, 2, 9, 9), normal(rng, 8, 2, 9, 9)
-    found = pilot(problem_of((large, (8,)), (small, (1,))))
+    found = pilot(problem_of((large, (8,)), (small, (1,))), pilot_of_share(0.45))
     assert [len(batch.layers) for batch in found.batches] == [4]  # of 72 columns 32
 
 
-def test_a_pilot_has_at_least_one_layer(rng, monkeypatch):
-    monkeypatch.setattr("hyper_merge.decomposition.initialization._PILOT_ENTRIES", 0)
+def test_a_pilot_has_at_least_one_layer(rng):
     problem = problem_of((normal(rng, 2, 2, 5, 5), (1,)))
-    assert len(pilot(problem).batches[0].layers) == 1
+    small = replace(SearchEffort.FULL, pilot_entries=0)
+    assert len(pilot(problem, small).batches[0].layers) == 1

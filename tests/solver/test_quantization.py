@@ -243,8 +243,8 @@ def test_a_block_without_any_rank_in_a_layer_is_no_obstacle_in_float8():
     )
     ones = torch.ones(2).double()
     weighting = LossWeights(ones, None, torch.tensor([[2.0], [-1.0]]).double(), ones)
-    stored = (5.0, 3.0), FLOAT8
-    blocks = quantize(analysis, found, {"unet": [0, 1]}, stored, weighting, Progress())
+    groups = {"unet": [0, 1]}
+    blocks = quantize(analysis, found, groups, (5.0, 3.0), FLOAT8, weighting, Progress())
     assert blocks.ranks == [(5, 0), (0, 0)]
     assert blocks.alphas == (float8_alpha(2 * 5 * 3.0), 1.0)
     assert {t.dtype for pairs in blocks.factors for pair in pairs for t in pair} == {FLOAT8}

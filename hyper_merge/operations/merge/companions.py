@@ -22,6 +22,7 @@ from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
 from hyper_merge.loras.cards import CARD_SUFFIXES, format_companion_card
@@ -100,7 +101,9 @@ def fit_companions(
             for block, change in zip(blocks, changes, strict=True):
                 block[vector.lora_key] = change
     kinds = (kind for kind in get_args(Kind) if kind in sums)
-    recovered = tuple(CompanionGain(kind, _share(*sums[kind])) for kind in kinds)
+    recovered = tuple(
+        CompanionGain(kind, 1 - share(sums[kind][1], sums[kind][0])) for kind in kinds
+    )
     return NormBiasLoras(blocks, recovered)
 
 
@@ -137,7 +140,3 @@ def _deltas(
     average = analyze_tensor(inputs, key, tensors, PassOptions(torch.device("cpu"))).average
     own = tensors[1:] if inputs.base else tensors
     return torch.stack([tensor.double().flatten() for tensor in own]) - average.double().flatten()
-
-
-def _share(energy: float, left: float) -> float:
-    return 1 - left / energy if energy > 0 else 1.0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
+from hyper_merge.decomposition.linalg import share
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 
 ROWS: Final = 8  # of every layer
@@ -74,8 +75,8 @@ def measure_precision_loss(
     return tuple(
         PrecisionLoss(
             hosts=hosts,
-            added=_share(of.sum(), energies.sum()),
-            worst=max(_share(one, whole) for one, whole in zip(of, energies, strict=True)),
+            added=_finite_share(of.sum(), energies.sum()),
+            worst=max(_finite_share(one, whole) for one, whole in zip(of, energies, strict=True)),
         )
         for (hosts, _), of in zip(ways, errors, strict=True)
     )
@@ -137,6 +138,6 @@ def _matrix(layer: Layer, tensor: Tensor) -> Tensor:  # (m, n)
     return tensor.flatten(1)[slice(*layer.rows) if layer.rows else slice(None)]
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    share = float(part) / float(whole) if float(whole) > 0 else 0.0
-    return share if math.isfinite(share) else 1.0  # a host whose numbers overflow has nothing left
+def _finite_share(part: Tensor, whole: Tensor) -> float:
+    ratio = share(part, whole)
+    return ratio if math.isfinite(ratio) else 1.0  # a host whose numbers overflow has nothing left

@@ -18,6 +18,7 @@ from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions, stre
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.loras.metadata import Lineage
@@ -29,6 +30,7 @@ from hyper_merge.operations.merge.outputs import (
     average_writer,
     host_loras,
     lora_files,
+    named_topups,
     names_of,
     remove_outdated,
     require_free_names,
@@ -54,7 +56,6 @@ from hyper_merge.solver.private_loras import (
     SharedLoras,
     add_private_loras,
     find_private_loras,
-    named_topups,
 )
 from hyper_merge.solver.quantization import quantize
 from hyper_merge.solver.solve import find_blocks
@@ -75,6 +76,7 @@ def run_merge(
     progress: Progress,
     folders: Folders | None = None,
     start: Mapping[str, Tensor] | None = None,
+    effort: SearchEffort | None = None,
 ) -> MergeResult:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
@@ -82,18 +84,25 @@ def run_merge(
         preflight: the examined recipe.
         progress: progress and interrupt.
         folders: where everything goes; None for those that the recipe was examined with.
-        start: multipliers (k, R) that are worth a try besides the others, by the layers' part.
+        start: multipliers (k, R) to try in addition to the others, by the layers' part.
+        effort: how thorough the search for a start is; None for that which ships.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
     if folders is not None:
         preflight = replace(preflight, folders=folders)
-    return with_sound_cache(partial(_merged, preflight, progress, start or {}), progress.warn)
+    return with_sound_cache(
+        partial(_merged, preflight, progress, start or {}, effort), progress.warn
+    )
 
 
 def _merged(
-    preflight: Preflight, progress: Progress, start: Mapping[str, Tensor], damaged: DamagedFiles
+    preflight: Preflight,
+    progress: Progress,
+    start: Mapping[str, Tensor],
+    effort: SearchEffort | None,
+    damaged: DamagedFiles,
 ) -> MergeResult:
     """Makes everything, with what the cache holds besides the damaged files."""
     recipe, inputs, folders = preflight.recipe, preflight.inputs, preflight.folders
@@ -127,7 +136,7 @@ def _merged(
         )
         with open_analysis(path, inputs, progress.warn) as analysis:
             preflight, solved = solve_with_rank_search(
-                analysis, preflight, partial(_solve, analysis, (costs, start)), solving
+                analysis, preflight, partial(_solve, analysis, costs, start, effort), solving
             )
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             report, names = _stage(outputs, preflight, place, lineage, (analysis, solved, writing))
@@ -258,20 +267,23 @@ def _read(
 
 def _solve(
     analysis: Analysis,
-    given: tuple[MergeCosts, Mapping[str, Tensor]],  # and multipliers that are worth a try
+    costs: MergeCosts,
+    start: Mapping[str, Tensor],
+    effort: SearchEffort | None,
     preflight: Preflight,
     progress: Progress,
 ) -> SolvedMerge:
-    costs, start = given
     recipe, allowance = preflight.recipe, preflight.allowance
     solving, rounding = progress.split((costs.solving, costs.rounding))
-    where = preflight.pass_options.device, solving
-    found = find_blocks(analysis, recipe, preflight.ranks, allowance, where, start)
-    stored = preflight.alphas, preflight.lora_dtype
-    weighting = make_loss_weights(analysis, recipe)
-    blocks = quantize(analysis, found, preflight.groups, stored, weighting, rounding)
-    fitted = evaluate(analysis, blocks, preflight.groups, weighting.layers)
-    return SolvedMerge(blocks, fitted, found.losses)
+    device = preflight.pass_options.device
+    solution = find_blocks(
+        analysis, recipe, preflight.ranks, allowance, device, solving, start, effort
+    )
+    weights = make_loss_weights(analysis, recipe)
+    alphas, dtype = preflight.alphas, preflight.lora_dtype
+    blocks = quantize(analysis, solution, preflight.groups, alphas, dtype, weights, rounding)
+    evaluation = evaluate(analysis, blocks, preflight.groups, weights.layers)
+    return SolvedMerge(blocks, evaluation, solution.losses)
 
 
 def _topped_up(
@@ -288,7 +300,7 @@ def _topped_up(
         preflight.groups,
         preflight.lora_dtype,
     )
-    privates = find_private_loras(shared, wish, preflight.rank_bytes, progress)
+    privates = find_private_loras(shared, wish, progress)
     return replace(solved, found=add_private_loras(solved.found, privates), privates=privates)
 
 

@@ -20,9 +20,9 @@ from hyper_merge.decomposition.clustering import find_clusters
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.runs.report import PARTS, CheckpointReport, Report, part_losses
+from hyper_merge.solver.batching import Ranks
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.rank_pruning import Allowance
-from hyper_merge.solver.solve import Ranks
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def _limits(
     if allowance is None:
         private = private_losses(spectra, found.energies, ranks)
         return private, lower_bound(spectra, of_layers, ranks, grams)
-    prices = allowance.costs, allowance.budget
-    private = best_private_losses(spectra, found.energies, *prices)
-    return private, budget_bound(spectra, of_layers, prices, len(ranks[0]), grams)
+    costs, budget = allowance.costs, allowance.budget
+    private = best_private_losses(spectra, found.energies, costs, budget)
+    return private, budget_bound(spectra, of_layers, costs, budget, len(ranks[0]), grams)
 
 
 def _rows(

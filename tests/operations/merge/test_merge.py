@@ -35,6 +35,7 @@ from tiny_family import (
 
 from hyper_merge.checkpoints.io import atomic_file as staging
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import HyperMergeError, InterruptedRun, OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations import demo
@@ -706,14 +707,16 @@ def test_files_go_to_the_folders_of_the_host_whatever_the_recipes_output_is(file
     names = ("checkpoints", "lora", "mine/runs", "elsewhere/cache")
     folders = Folders(*(tmp_path / name for name in names))
     preflight = run_preflight(recipe(files, tmp_path / "output"))
-    merged = run_merge(preflight, Progress(), folders)
+    merged = run_merge(preflight, Progress(), folders, effort=SearchEffort.QUICK)
     assert merged.place.hyper_model == tmp_path / "checkpoints/mix.safetensors"
     assert merged.loras[0] == tmp_path / "lora/mix_0-4.safetensors"
     assert (tmp_path / "mine/runs/mix/manifest.json").is_file()
     assert list(folders.cache.glob("*.analysis.safetensors"))
     assert not (tmp_path / "output").exists()
     again = run_preflight(recipe(files, tmp_path / "output", ranks=(3,)))
-    assert run_merge(again, Progress(), replace(folders, cache_limit=0)).reused_analysis
+    without_cache = replace(folders, cache_limit=0)
+    merged = run_merge(again, Progress(), without_cache, effort=SearchEffort.QUICK)
+    assert merged.reused_analysis
     assert not list(folders.cache.glob("*.analysis.*"))
     alone = run_preflight(recipe(files, tmp_path / "output", name="alone"))
     assert run_average(alone, Progress(), folders) == tmp_path / "checkpoints/alone.safetensors"
@@ -725,7 +728,8 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_SPEC", small)
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
     folder, told = tmp_path / "demo", []
-    first = demo.run_demo(folder, Progress(lambda phase, x: told.append((phase, x))))
+    progress = Progress(lambda phase, x: told.append((phase, x)))
+    first = demo.run_demo(folder, progress, SearchEffort.QUICK)
     assert told[0][0] == "making"
     assert [x for _, x in told] == sorted(x for _, x in told)
     assert {path.name for path in (folder / "Stable-diffusion").iterdir()} == {
@@ -742,7 +746,8 @@ def test_the_demo_makes_a_family_once_and_merges_it(tmp_path, monkeypatch):
     assert first.report.loss < 0.12
     assert first.report.relative_loss < 0.13
     told.clear()
-    second = demo.run_demo(folder, Progress(lambda phase, x: told.append((phase, x))))
+    progress = Progress(lambda phase, x: told.append((phase, x)))
+    second = demo.run_demo(folder, progress, SearchEffort.QUICK)
     assert second.report.loss == pytest.approx(first.report.loss, rel=0.02)  # starts from the first
     assert second.reused_analysis
     assert "making" not in dict(told)

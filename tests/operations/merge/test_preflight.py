@@ -11,7 +11,6 @@ from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, wr
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition import initialization as starts
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
 from hyper_merge.operations import inspect as inspection
 from hyper_merge.operations.merge import cost_model as costs
@@ -72,7 +71,6 @@ def test_the_estimate_is_the_size_of_the_files(files, merged):
 def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
     monkeypatch.setattr(effort, "measure_throughput", lambda device: 125e9)  # as measured there
-    monkeypatch.setattr(starts, "_ROUNDS", ((4, 4), (6, 2), (10, 1)))  # other tests search less
     settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
     assert checked(models, **settings).estimate.seconds == pytest.approx(268, rel=0.05)
     monkeypatch.setattr(preflight_module, "find_analysis", lambda *question: tmp_path)

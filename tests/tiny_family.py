@@ -32,7 +32,7 @@ NORM = UNET + "middle_block.1.norm.weight"
 VAE = "first_stage_model.quant_conv.weight"
 RANKS = (4, 2)
 
-# A few blocks of each kind: by these a file is told to be SD 1.x, and they have all kinds of layers.
+# A few blocks of each kind: by these a file is recognised as SD 1.x; they have all kinds of layers.
 KEPT = re.compile(
     r"model\.diffusion_model\.(time_embed|input_blocks\.[013]|middle_block\.1|output_blocks\.2\.0|out)\..*"
     r"|.*\.input_blocks\.([47]\.1\.transformer_blocks\.0\.norm1\.bias|[69]\.0\.op\.bias)"

@@ -141,8 +141,8 @@ def _subspaces(
             tick(2 * _NARROW * m * n * size)
         triplets.append(_singular_vectors((left, right), earlier))
     lefts, rights, values = zip(*triplets, strict=True)
-    order = torch.cat(values).argsort(descending=True, stable=True)
-    return torch.cat(lefts, 1)[:, order], torch.cat(rights, 1)[:, order]
+    ranking = torch.cat(values).argsort(descending=True, stable=True)
+    return torch.cat(lefts, 1)[:, ranking], torch.cat(rights, 1)[:, ranking]
 
 
 def _singular_vectors(

@@ -157,16 +157,16 @@ def pilot(problem: Problem, effort: SearchEffort = SearchEffort.FULL) -> Problem
     # takes by far more than one over as many entries of others.
     work = size * torch.tensor(ranks)
     part = effort.pilot_part(float(size.sum()))
-    order = (energy / size).argsort(descending=True, stable=True)
-    count = max(int((work[order].cumsum(0) <= part * float(work.sum())).sum()), 1)
+    ranking = (energy / size).argsort(descending=True, stable=True)
+    count = max(int((work[ranking].cumsum(0) <= part * float(work.sum())).sum()), 1)
     batches = []
     for b, batch in enumerate(problem.batches):
-        chosen = sorted(i for at, i in (places[o] for o in order[:count].tolist()) if at == b)
+        chosen = sorted(i for at, i in (places[o] for o in ranking[:count].tolist()) if at == b)
         if chosen:
             layers = tuple(batch.layers[i] for i in chosen)
             batches.append(Batch(batch.slices[chosen], batch.ranks, layers))
     return Problem(
-        tuple(batches), float(energy[order[:count]].sum()), problem.parallel, problem.ridge
+        tuple(batches), float(energy[ranking[:count]].sum()), problem.parallel, problem.ridge
     )
 
 

@@ -5,7 +5,7 @@ the decomposition in rank-(L, L, 1) terms of De Lathauwer ("Decompositions of a 
 in block terms, part II", 2008), coupled over layers through the mode-3 factor: the multipliers.
 Every half-step of the alternating least squares (ALS) here is linear and lowers the loss.
 
-There may be no best blocks: large ones that nearly cancel each other come ever closer to the slices
+There may be no best blocks: large ones that almost cancel each other come ever closer to the slices
 (de Silva and Lim, "Tensor rank and the ill-posedness of the best low-rank approximation problem",
 2008). A `ridge` adds that fraction of the blocks' own energies, ||multipliers[:, r]||^2 *
 ||up_r @ down_r||^2, to what is minimised, which keeps them from it.

@@ -44,12 +44,12 @@ def spread_ranks(
     owner = torch.arange(len(gains)).repeat_interleave(counts)
     price = torch.tensor(costs, dtype=torch.float64)[owner]
     value = torch.cat([values.double().cpu() for values in gains])
-    order = (value / price).argsort(descending=True, stable=True)
-    order = order[value[order] > 0]
-    affordable = int((price[order].cumsum(0) <= budget).sum())
-    taken = torch.bincount(owner[order[:affordable]], minlength=len(gains))
-    left = budget - float(price[order[:affordable]].sum())
-    return _with_the_rest(taken.tolist(), owner[order[affordable:]].tolist(), costs, left)
+    ranking = (value / price).argsort(descending=True, stable=True)
+    ranking = ranking[value[ranking] > 0]
+    affordable = int((price[ranking].cumsum(0) <= budget).sum())
+    taken = torch.bincount(owner[ranking[:affordable]], minlength=len(gains))
+    left = budget - float(price[ranking[:affordable]].sum())
+    return _with_the_rest(taken.tolist(), owner[ranking[affordable:]].tolist(), costs, left)
 
 
 def ranks_within(
@@ -65,10 +65,10 @@ def ranks_within(
     owner = torch.arange(len(spectra)).repeat_interleave(counts)
     energy = torch.cat([values.double() for values in spectra])
     price = torch.tensor(costs, dtype=torch.float64)[owner]
-    order = (energy / price).argsort(descending=True, stable=True)
-    tails = energy.sum() - torch.cat([energy.new_zeros(1), energy[order].cumsum(0)])
+    ranking = (energy / price).argsort(descending=True, stable=True)
+    tails = energy.sum() - torch.cat([energy.new_zeros(1), energy[ranking].cumsum(0)])
     taken = int((tails[:-1] > left).sum())
-    return torch.bincount(owner[order[:taken]], minlength=len(spectra)).tolist()
+    return torch.bincount(owner[ranking[:taken]], minlength=len(spectra)).tolist()
 
 
 def maximize_gain(
@@ -80,10 +80,10 @@ def maximize_gain(
     counts = torch.tensor([len(values) for values in gains])
     value = torch.cat([values.double().cpu() for values in gains])
     price = torch.tensor(costs, dtype=torch.float64).repeat_interleave(counts)
-    order = (value / price).argsort(descending=True)
-    before = price[order].cumsum(0) - price[order]
-    shares = ((budget - before) / price[order]).clamp(0, 1)
-    return float((value[order] * shares).sum())
+    ranking = (value / price).argsort(descending=True)
+    before = price[ranking].cumsum(0) - price[ranking]
+    shares = ((budget - before) / price[ranking]).clamp(0, 1)
+    return float((value[ranking] * shares).sum())
 
 
 def deal_ranks(total: int, shares: Sequence[int]) -> tuple[int, ...]:

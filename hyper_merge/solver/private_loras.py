@@ -1,4 +1,4 @@
-"""Private LoRAs: what the shared ones leave of single checkpoints, as a LoRA of each one's own.
+"""Private LoRAs: each holds what the shared ones leave of one checkpoint.
 
 A merge makes them from its analysis, a later fit from the files themselves; both are residuals here.
 """

@@ -108,9 +108,9 @@ class RankForecast:
         price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
         weight = weights.repeat_interleave(len(spectra[0]))[owner]
         gains = torch.cat(lists)
-        order = (gains * weight / price).argsort(descending=True, stable=True)
-        owner, spent = owner[order], price[order].cumsum(0)
-        explained = (gains[order, None] * parts[owner]).cumsum(0)
+        ranking = (gains * weight / price).argsort(descending=True, stable=True)
+        owner, spent = owner[ranking], price[ranking].cumsum(0)
+        explained = (gains[ranking, None] * parts[owner]).cumsum(0)
         bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
         nothing = explained.new_zeros(1, explained.shape[1])
         return self._of_all(torch.cat([nothing, explained])[bought])
@@ -168,7 +168,7 @@ def forecast_ranks(
         indices = range(len(analysis.layers))
         for values in parallel(lambda i: _squared_values(analysis.core(i), rotations[i]), indices):
             mixtures.append(values)
-            progress.report("looking at what could be had", len(mixtures) / len(analysis.layers))
+            progress.report("forecasting what LoRAs explain", len(mixtures) / len(analysis.layers))
     basis = analysis.contrasts.to_deviations
     return RankForecast(
         names=tuple(names),

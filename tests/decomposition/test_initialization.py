@@ -27,17 +27,19 @@ def seeded(seed=0):
 def test_losses_of_the_greedy_method_are_those_of_dense_deflation(seed):
     problem = random_family(seed)
     before = [batch.slices.clone() for batch in problem.batches]
-    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
+    solution = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
     left_over = [slices.clone() for slices in before]
-    for r, loss in enumerate(found.losses):
-        for slices, batch, factors in zip(left_over, problem.batches, found.factors, strict=True):
+    for r, loss in enumerate(solution.losses):
+        for slices, batch, factors in zip(
+            left_over, problem.batches, solution.factors, strict=True
+        ):
             block = dense_blocks(batch, factors)[:, r]
-            slices.sub_(torch.einsum("k,bpq->bkpq", found.multipliers[:, r], block))
+            slices.sub_(torch.einsum("k,bpq->bkpq", solution.multipliers[:, r], block))
         dense = sum(float(slices.square().sum()) for slices in left_over) / problem.energy
         assert_close(loss, dense, rtol=1e-8, atol=1e-12)
-    assert list(found.losses) == sorted(found.losses, reverse=True)
-    assert len(found.losses) == problem.shape[1]
-    assert_close(found.loss, dense_loss(problem, found.factors, found.multipliers))
+    assert list(solution.losses) == sorted(solution.losses, reverse=True)
+    assert len(solution.losses) == problem.shape[1]
+    assert_close(solution.loss, dense_loss(problem, solution.factors, solution.multipliers))
     for batch, slices in zip(problem.batches, before, strict=True):
         assert torch.equal(batch.slices, slices)
 
@@ -46,10 +48,10 @@ def test_the_first_greedy_block_is_a_truncated_svd_of_its_mixture(rng):
     column = normal(rng, 4)
     matrix = with_spectrum(rng, 9, 8, 0.5 ** torch.arange(8.0).double())
     problem = problem_of((torch.einsum("k,pq->kpq", column, matrix)[None], (3,)))
-    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
+    solution = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
     best = tail(matrix, 3) / float(matrix.square().sum())
-    assert best * (1 - 1e-9) <= found.loss <= 1.1 * best
-    cosine = torch.nn.functional.cosine_similarity(found.multipliers[:, 0], column, dim=0)
+    assert best * (1 - 1e-9) <= solution.loss <= 1.1 * best
+    cosine = torch.nn.functional.cosine_similarity(solution.multipliers[:, 0], column, dim=0)
     assert_close(cosine.abs(), torch.ones_like(cosine))
 
 
@@ -61,9 +63,9 @@ def test_more_turns_never_make_a_greedy_block_worse(seed):
 
 
 def test_greedy_tells_the_loss_after_every_block():
-    told = []
-    found = solve_greedy(random_family(1), seeded(), StoppingCriterion(3, 0.0, told.append))
-    assert tuple(told) == found.losses
+    reports = []
+    solution = solve_greedy(random_family(1), seeded(), StoppingCriterion(3, 0.0, reports.append))
+    assert tuple(reports) == solution.losses
 
 
 def test_greedy_counts_energy_outside_of_the_cores(rng):
@@ -78,17 +80,17 @@ def test_greedy_counts_energy_outside_of_the_cores(rng):
 
 def test_greedy_makes_zero_blocks_of_zero_deviations():
     problem = problem_of((torch.zeros(2, 3, 6, 5), (2, 1)))
-    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
-    assert found.losses == (0.0, 0.0)
-    assert found.multipliers.count_nonzero() == 0
-    assert torch.isfinite(found.factors[0].up).all()
+    solution = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
+    assert solution.losses == (0.0, 0.0)
+    assert solution.multipliers.count_nonzero() == 0
+    assert torch.isfinite(solution.factors[0].up).all()
 
 
 def test_greedy_explains_all_that_one_block_can(rng):
     block = normal(rng, 10, 3) @ normal(rng, 3, 9)
     problem = problem_of((torch.einsum("k,pq->kpq", normal(rng, 4), block)[None], (3, 2)))
-    found = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
-    assert max(map(abs, found.losses)) < 1e-10
+    solution = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
+    assert max(map(abs, solution.losses)) < 1e-10
 
 
 def test_a_parallel_map_gives_the_same_greedy_blocks(parallel):
@@ -105,10 +107,10 @@ def test_leading_multipliers_are_eigenvectors_of_the_dense_gram():
     problem = random_family(1)
     flat = torch.cat([batch.slices.transpose(0, 1).flatten(1) for batch in problem.batches], 1)
     gram = flat @ flat.mT
-    found = leading_multipliers(problem)
-    values = (found.mT @ gram @ found).diagonal()
-    assert_close(found.mT @ found, torch.eye(len(gram), dtype=torch.float64))
-    assert_close(gram @ found, found * values, rtol=0, atol=1e-9)
+    leading = leading_multipliers(problem)
+    values = (leading.mT @ gram @ leading).diagonal()
+    assert_close(leading.mT @ leading, torch.eye(len(gram), dtype=torch.float64))
+    assert_close(gram @ leading, leading * values, rtol=0, atol=1e-9)
     assert values.tolist() == sorted(values.tolist(), reverse=True)
 
 
@@ -118,9 +120,9 @@ def test_the_joint_solution_is_never_above_the_greedy_one(seed):
     greedy = solve_greedy(problem, seeded(seed), StoppingCriterion(20, 0.0))
     start = best_start(problem, [], [], seeded(seed))
     factors = initial_factors(problem, start, seeded(seed))
-    found = solve_ll1(problem, factors, start, StoppingCriterion(60, 1e-5))
-    assert found.loss <= greedy.loss
-    assert dense_loss(problem, found.factors, found.multipliers) <= greedy.loss
+    solution = solve_ll1(problem, factors, start, StoppingCriterion(60, 1e-5))
+    assert solution.loss <= greedy.loss
+    assert dense_loss(problem, solution.factors, solution.multipliers) <= greedy.loss
 
 
 @pytest.mark.parametrize("kind", ["planned", "earlier"])
@@ -149,9 +151,9 @@ def test_planned_and_earlier_starts_are_tried_and_earlier_ones_instead_of_random
 
     monkeypatch.setattr("hyper_merge.decomposition.initialization.initial_factors", record)
     best_start(problem, [planned], [earlier], seeded())
-    wanted = [leading_multipliers(problem)[:, :2], planned, earlier]
-    for found, start in zip(tried, wanted, strict=True):
-        assert_close(found, torch.nn.functional.normalize(start, dim=0))
+    expected = [leading_multipliers(problem)[:, :2], planned, earlier]
+    for start_tried, start in zip(tried, expected, strict=True):
+        assert_close(start_tried, torch.nn.functional.normalize(start, dim=0))
     tried.clear()
     best_start(problem, [planned], [], seeded())
     assert len(tried) > 3
@@ -168,11 +170,11 @@ def test_a_given_start_wins_if_it_is_the_best_and_changes_nothing_if_not(rng):
     )
     assert_close(cosines.abs().amax(0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-2)
     useless = torch.zeros(5, 3, dtype=torch.float64)
-    plain, dice = best_start(problem, [], [], seeded()), seeded()
-    assert torch.equal(best_start(problem, [], [], dice, user_starts=[useless]), plain)
+    plain, generator = best_start(problem, [], [], seeded()), seeded()
+    assert torch.equal(best_start(problem, [], [], generator, user_starts=[useless]), plain)
     other = seeded()
     best_start(problem, [], [], other)
-    assert torch.equal(dice.get_state(), other.get_state())  # nor what follows
+    assert torch.equal(generator.get_state(), other.get_state())  # nor what follows
 
 
 @pytest.mark.parametrize("columns", [0, 1, 2, 7])
@@ -209,25 +211,25 @@ def test_the_search_for_a_start_may_be_stopped():
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_the_search_for_a_start_tells_how_far_it_is(rng, count):
-    told = []
+    reports = []
     problem = problem_of((stack_of(rng, 1, count, 6, 5, 0.7), (1, 1)))
-    best_start(problem, [normal(rng, count, 2)], [], seeded(), on_progress=told.append)
-    assert told == sorted(told)
-    assert 0.9 < told[-1] < 1 + 1e-9  # a start may be perfect before its last sweep
-    assert max(b - a for a, b in zip([0, *told], told, strict=False)) < 0.2
+    best_start(problem, [normal(rng, count, 2)], [], seeded(), on_progress=reports.append)
+    assert reports == sorted(reports)
+    assert 0.9 < reports[-1] < 1 + 1e-9  # a start may be perfect before its last sweep
+    assert max(b - a for a, b in zip([0, *reports], reports, strict=False)) < 0.2
 
 
 @pytest.mark.parametrize("method", ["greedy", "joint"])
 def test_every_item_of_a_solve_goes_through_the_map(rng, method):
     """So that a map which counts and stops sees to progress and interrupts."""
-    asked = []
+    calls = []
 
     def counting(function, *arguments):
-        for each in zip(*arguments, strict=True):
-            asked.append(function)
-            if len(asked) == stop_at:
+        for items in zip(*arguments, strict=True):
+            calls.append(function)
+            if len(calls) == stop_at:
                 raise KeyboardInterrupt
-            yield function(*each)
+            yield function(*items)
 
     plain = problem_of(*((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)) for _ in range(2)))
     problem = Problem(plain.batches, plain.energy, counting)
@@ -242,20 +244,20 @@ def test_every_item_of_a_solve_goes_through_the_map(rng, method):
 
     stop_at = 0
     run()
-    assert len(asked) % 2 == 0
-    count = len(asked)
+    assert len(calls) % 2 == 0
+    count = len(calls)
     for stop_at in (1, count // 3, count - 1):
-        asked.clear()
+        calls.clear()
         with pytest.raises(KeyboardInterrupt):
             run()
-        assert len(asked) == stop_at
+        assert len(calls) == stop_at
 
 
 def test_a_small_problem_is_its_own_pilot():
     problem = random_family(0)
-    found = pilot(problem)
-    assert [batch.layers for batch in found.batches] == [b.layers for b in problem.batches]
-    assert_close(found.energy, problem.energy)
+    chosen = pilot(problem)
+    assert [batch.layers for batch in chosen.batches] == [b.layers for b in problem.batches]
+    assert_close(chosen.energy, problem.energy)
 
 
 def pilot_of_share(share):
@@ -267,16 +269,16 @@ def test_the_pilot_is_the_layers_of_the_most_energy_per_entry(rng):
     slices = normal(rng, 4, 2, 5, 5) * torch.tensor([1.0, 9.0, 2.0, 8.0])[:, None, None, None]
     tiny = normal(rng, 1, 2, 4, 5) * 1e-3
     problem = problem_of((slices, (1,)), (tiny, (1,)))
-    found = pilot(problem, pilot_of_share(0.5))
-    assert [batch.layers for batch in found.batches] == [(1, 3)]
-    assert torch.equal(found.batches[0].slices, slices[[1, 3]])
-    assert_close(found.energy, float(slices[[1, 3]].square().sum()))
+    chosen = pilot(problem, pilot_of_share(0.5))
+    assert [batch.layers for batch in chosen.batches] == [(1, 3)]
+    assert torch.equal(chosen.batches[0].slices, slices[[1, 3]])
+    assert_close(chosen.energy, float(slices[[1, 3]].square().sum()))
 
 
 def test_a_pilot_takes_its_share_of_the_work_where_ranks_differ(rng):
     large, small = 2 * normal(rng, 8, 2, 9, 9), normal(rng, 8, 2, 9, 9)
-    found = pilot(problem_of((large, (8,)), (small, (1,))), pilot_of_share(0.45))
-    assert [len(batch.layers) for batch in found.batches] == [4]  # of 72 columns 32
+    chosen = pilot(problem_of((large, (8,)), (small, (1,))), pilot_of_share(0.45))
+    assert [len(batch.layers) for batch in chosen.batches] == [4]  # of 72 columns 32
 
 
 def test_a_pilot_has_at_least_one_layer(rng):

@@ -65,19 +65,19 @@ def test_a_damped_solution_solves_well_conditioned_equations(p, r, batch, seed):
     rng = torch.Generator().manual_seed(seed)
     root = normal(rng, batch, r, r)
     gram = root @ root.mT + torch.eye(r, dtype=torch.float64)
-    wanted = normal(rng, batch, p, r)
-    found = solve_damped(wanted @ gram, gram, normal(rng, batch, p, r))
-    assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+    expected = normal(rng, batch, p, r)
+    solution = solve_damped(expected @ gram, gram, normal(rng, batch, p, r))
+    assert_close(solution, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_damped_solution_stays_where_singular_equations_say_nothing(rng):
     basis = torch.linalg.qr(normal(rng, 5, 5))[0]
     known, free = basis[:, :3], basis[:, 3:]
-    gram, wanted, previous = known @ known.mT, normal(rng, 4, 5), normal(rng, 4, 5)
-    found = solve_damped(wanted @ gram, gram, previous)
+    gram, expected, previous = known @ known.mT, normal(rng, 4, 5), normal(rng, 4, 5)
+    solution = solve_damped(expected @ gram, gram, previous)
     # Rounding divided by the damping: a few per cent at most.
-    assert_close(found @ known, wanted @ known, rtol=0, atol=0.1)
-    assert_close(found @ free, previous @ free, rtol=0, atol=0.2)
+    assert_close(solution @ known, expected @ known, rtol=0, atol=0.1)
+    assert_close(solution @ free, previous @ free, rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,9 +85,9 @@ def test_what_solves_singular_equations_goes_on_solving_them(rng, dtype):
     """Or else the loss would rise from where blocks overlap."""
     known = torch.linalg.qr(normal(rng, 5, 3))[0].to(dtype)
     gram, previous = known @ known.mT, normal(rng, 4, 5).to(dtype)
-    found = solve_damped(previous @ gram, gram, previous)
+    solution = solve_damped(previous @ gram, gram, previous)
     # relative to rounding, not to rounding over damping
-    assert_close(found @ known, previous @ known, rtol=0, atol=100 * torch.finfo(dtype).eps)
+    assert_close(solution @ known, previous @ known, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
 def test_a_damped_solution_of_no_equations_is_the_previous_one(rng):

@@ -1,4 +1,4 @@
-"""Bytes go to the layers and blocks where they bring back most, and never beyond the budget."""
+"""Bytes go to the layers and blocks where they explain most, and never beyond the budget."""
 
 import heapq
 from itertools import product
@@ -28,12 +28,12 @@ def shops(draw, lists=4, items=4):
     count = draw(st.integers(1, lists))
     gains = [draw(st.lists(AMOUNTS, max_size=items)) for _ in range(count)]
     costs = [draw(COSTS) for _ in range(count)]
-    gains = [torch.tensor(sorted(each, reverse=True), dtype=torch.float64) for each in gains]
+    gains = [torch.tensor(sorted(values, reverse=True), dtype=torch.float64) for values in gains]
     return gains, costs, draw(st.integers(0, 60))
 
 
 def value(gains, counts):
-    return sum(float(each[:count].sum()) for each, count in zip(gains, counts, strict=True))
+    return sum(float(values[:count].sum()) for values, count in zip(gains, counts, strict=True))
 
 
 def price(costs, counts):
@@ -42,7 +42,7 @@ def price(costs, counts):
 
 def best(gains, costs, budget):
     """Of all choices, by trying each."""
-    choices = product(*(range(len(each) + 1) for each in gains))
+    choices = product(*(range(len(values) + 1) for values in gains))
     return max(value(gains, c) for c in choices if price(costs, c) <= budget)
 
 
@@ -50,9 +50,9 @@ def bought_one_by_one(gains, costs, budget):
     """The same rule with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
     taken = [0] * len(gains)
     heap = [
-        (-float(each[0]) / cost, index)
-        for index, (each, cost) in enumerate(zip(gains, costs, strict=True))
-        if len(each)
+        (-float(values[0]) / cost, index)
+        for index, (values, cost) in enumerate(zip(gains, costs, strict=True))
+        if len(values)
     ]
     heapq.heapify(heap)
     while heap:
@@ -76,11 +76,11 @@ def test_items_are_bought_as_from_a_heap(shop):
 @given(shops(lists=3, items=3))
 def test_the_choice_is_at_most_one_item_from_the_best(shop):
     gains, costs, budget = shop
-    found = spread_ranks(gains, costs, budget)
-    assert price(costs, found) <= budget
-    dearest = max((float(each.max()) for each in gains if len(each)), default=0.0)
+    counts = spread_ranks(gains, costs, budget)
+    assert price(costs, counts) <= budget
+    dearest = max((float(values.max()) for values in gains if len(values)), default=0.0)
     exact = best(gains, costs, budget)
-    assert exact - dearest <= value(gains, found) <= exact
+    assert exact - dearest <= value(gains, counts) <= exact
     assert exact <= maximize_gain(gains, costs, budget) + 1e-9
 
 
@@ -97,20 +97,20 @@ def test_of_items_of_one_cost_the_best_are_bought(shop, cost):
 @given(shops())
 def test_what_fits_to_the_last_byte_is_all_that_there_can_be(shop):
     gains, costs, budget = shop
-    found = spread_ranks(gains, costs, budget)
-    spent = price(costs, found)
+    counts = spread_ranks(gains, costs, budget)
+    spent = price(costs, counts)
     same = spread_ranks(gains, costs, spent)
     # Up to a list that was closed the order is by gain per cost, so nothing beats it at its cost.
-    assume(same == found == bought_in_order(gains, costs, spent))
-    assert value(gains, found) == pytest.approx(maximize_gain(gains, costs, spent))
+    assume(same == counts == bought_in_order(gains, costs, spent))
+    assert value(gains, counts) == pytest.approx(maximize_gain(gains, costs, spent))
 
 
 def bought_in_order(gains, costs, budget):
     """Stops at the first item that is too dear."""
     rates = sorted(
         (-float(gain) / cost, index)
-        for index, (each, cost) in enumerate(zip(gains, costs, strict=True))
-        for gain in each
+        for index, (values, cost) in enumerate(zip(gains, costs, strict=True))
+        for gain in values
         if gain > 0
     )
     taken = [0] * len(gains)
@@ -126,10 +126,10 @@ def bought_in_order(gains, costs, budget):
 @given(shops())
 def test_nothing_is_left_that_would_buy_the_next_item_of_a_list(shop):
     gains, costs, budget = shop
-    found = spread_ranks(gains, costs, budget)
-    left = budget - price(costs, found)
-    for each, cost, count in zip(gains, costs, found, strict=True):
-        assert count == len(each) or float(each[count]) == 0 or cost > left
+    counts = spread_ranks(gains, costs, budget)
+    left = budget - price(costs, counts)
+    for values, cost, count in zip(gains, costs, counts, strict=True):
+        assert count == len(values) or float(values[count]) == 0 or cost > left
 
 
 def test_what_is_left_goes_to_the_first_cheaper_item():
@@ -176,8 +176,8 @@ def planted(*sizes):
 
 
 def test_layers_of_known_ranks_get_just_these_when_the_bytes_suffice():
-    found = overcomplete_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
-    assert found == [(1,), (5,), (0,)]
+    ranks = overcomplete_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
+    assert ranks == [(1,), (5,), (0,)]
 
 
 def test_with_fewer_bytes_the_most_gain_per_byte_comes_first():
@@ -188,11 +188,11 @@ def test_with_fewer_bytes_the_most_gain_per_byte_comes_first():
 
 
 def test_a_layers_ranks_are_split_as_the_list_is_and_capped():
-    (found,) = overcomplete_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
-    assert found == (6, 3, 3)
+    (ranks,) = overcomplete_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
+    assert ranks == (6, 3, 3)
     # Twice a block's limit in all, and no block above it.
-    (found,) = overcomplete_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
-    assert found == (4, 2, 2)
+    (ranks,) = overcomplete_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
+    assert ranks == (4, 2, 2)
 
 
 def test_the_components_of_most_energy_per_byte_are_kept():
@@ -226,13 +226,13 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
     assert price(costs, [sum(rank) for rank in kept]) <= budget
     # They are kept from the front, and no other components of the same cost hold more.
     best_of_all = maximize_gain(
-        [each for layer in energies for each in layer],
+        [values for layer in energies for values in layer],
         [cost for cost in costs for _ in ranks],
         budget,
     )
     held = sum(
-        float(each[:count].double().sum())
+        float(values[:count].double().sum())
         for layer, counts in zip(energies, kept, strict=True)
-        for each, count in zip(layer, counts, strict=True)
+        for values, count in zip(layer, counts, strict=True)
     )
     assert_close(torch.tensor(min(held, best_of_all)), torch.tensor(held))

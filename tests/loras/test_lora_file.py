@@ -235,8 +235,8 @@ def test_a_bfloat16_file_with_a_wide_alpha_has_the_right_hash_too(tmp_path):
 def test_the_metadata_name_the_family_the_network_and_the_merge():
     metadata = lora_metadata(FILE, "mix_0-4", "f" * 64)
     assert all(isinstance(value, str) for value in metadata.values())
-    own = {key for key in metadata if key.startswith("hyper_merge.")}
-    assert {key: value for key, value in metadata.items() if key not in own} == {
+    own_keys = {key for key in metadata if key.startswith("hyper_merge.")}
+    assert {key: value for key, value in metadata.items() if key not in own_keys} == {
         "ss_base_model_version": "sd_v1",
         "ss_v2": "False",
         "ss_network_module": "networks.lora",

@@ -50,8 +50,8 @@ def test_the_curve_is_the_best_that_the_first_loras_can_do(dense, merged):
         multipliers = torch.linalg.lstsq(first.T, deviations.T).solution.T
         left = (deviations - multipliers @ first).square().sum(1)
         expected.append(1 - left / energies)
-    found = torch.tensor(merged.report.curve).double()
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
+    curve = torch.tensor(merged.report.curve).double()
+    torch.testing.assert_close(curve, torch.stack(expected), atol=1e-6, rtol=0)
 
 
 def test_the_curve_rises_from_nothing_to_what_is_explained(merged):
@@ -65,9 +65,9 @@ def test_the_curve_rises_from_nothing_to_what_is_explained(merged):
 def test_the_similarity_is_the_cosine_of_the_deviations(dense, merged):
     deviations, _, _ = dense
     unit = deviations / deviations.norm(dim=1, keepdim=True)
-    found = torch.tensor(merged.report.similarity).double()
-    torch.testing.assert_close(found, unit @ unit.T, atol=1e-6, rtol=0)
-    assert found.diagonal().tolist() == [1, 1, 1]
+    similarity = torch.tensor(merged.report.similarity).double()
+    torch.testing.assert_close(similarity, unit @ unit.T, atol=1e-6, rtol=0)
+    assert similarity.diagonal().tolist() == [1, 1, 1]
 
 
 def test_the_similarity_around_a_given_base_is_seen_from_that_base(files, tmp_path):

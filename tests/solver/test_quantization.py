@@ -193,8 +193,8 @@ def test_float8_rounds_to_the_nearest_and_ties_to_even():
         for sign in (1.0, -1.0):
             layer = Layer("x", "x", "unet", (len(given_values), 1))
             column = (sign * given_values).float()[:, None]
-            found, _ = stored_factors(layer, column, torch.ones(1, 1), 1.0, FLOAT8)
-            assert torch.equal(found.double()[:, 0], sign * expected)
+            stored, _ = stored_factors(layer, column, torch.ones(1, 1), 1.0, FLOAT8)
+            assert torch.equal(stored.double()[:, 0], sign * expected)
 
 
 @pytest.mark.parametrize("peak", [449.0, -1e6])
@@ -238,13 +238,13 @@ def test_a_block_without_any_rank_in_a_layer_is_no_obstacle_in_float8():
         rounding=lambda index: torch.zeros(layers[index].m, layers[index].n),
         bases=lambda index: bases[index],
     )
-    found = LowRankSolution(
+    solution = LowRankSolution(
         {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()
     )
     ones = torch.ones(2).double()
     weighting = LossWeights(ones, None, torch.tensor([[2.0], [-1.0]]).double(), ones)
     groups = {"unet": [0, 1]}
-    blocks = quantize(analysis, found, groups, (5.0, 3.0), FLOAT8, weighting, Progress())
+    blocks = quantize(analysis, solution, groups, (5.0, 3.0), FLOAT8, weighting, Progress())
     assert blocks.ranks == [(5, 0), (0, 0)]
     assert blocks.alphas == (float8_alpha(2 * 5 * 3.0), 1.0)
     assert {t.dtype for pairs in blocks.factors for pair in pairs for t in pair} == {FLOAT8}

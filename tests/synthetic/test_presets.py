@@ -70,9 +70,9 @@ def gram(layers):  # (k, k)
 
 
 def cosines(spec):
-    found = gram(layers_of(spec))
-    norms = found.diagonal().rsqrt()
-    return found * norms * norms[:, None]
+    products = gram(layers_of(spec))
+    norms = products.diagonal().rsqrt()
+    return products * norms * norms[:, None]
 
 
 def tiny(kind):
@@ -174,17 +174,17 @@ def test_uneven_layers_have_log_normal_norms_and_move_in_proportion():
 
 def test_a_text_encoder_may_be_mixed_by_numbers_of_its_own():
     spec = replace(SMALL, count=5, latents=1, own=0.0, noise=0.0)
-    own = replace(spec, encoder="own")
-    layers = layers_of(own)
+    apart = replace(spec, encoder="own")
+    layers = layers_of(apart)
     for in_encoder in (True, False):
         part = {k: x for k, x in layers.items() if k.startswith(UNET_PREFIX) != in_encoder}
         assert len(part) > 5
-        planted = centred(mixture(own, in_encoder=in_encoder).double()[:, 0])
-        found = torch.linalg.eigh(gram(part))[1][:, -1]
-        found = found * (found @ planted).sign()
-        torch.testing.assert_close(found, planted / planted.norm(), atol=1e-5, rtol=0)
-    assert torch.equal(mixture(own), mixture(spec))
-    assert not torch.equal(mixture(own, in_encoder=True), mixture(own))
+        planted = centred(mixture(apart, in_encoder=in_encoder).double()[:, 0])
+        vector = torch.linalg.eigh(gram(part))[1][:, -1]
+        vector = vector * (vector @ planted).sign()
+        torch.testing.assert_close(vector, planted / planted.norm(), atol=1e-5, rtol=0)
+    assert torch.equal(mixture(apart), mixture(spec))
+    assert not torch.equal(mixture(apart, in_encoder=True), mixture(apart))
     assert torch.equal(mixture(spec, in_encoder=True), mixture(spec))
 
 
@@ -210,9 +210,9 @@ def test_scales_multiply_what_sets_a_checkpoint_apart():
 
 def test_a_mixture_that_is_given_does_what_the_same_one_does_when_drawn(tmp_path):
     rows = tuple(tuple(row) for row in mixture(SMALL).tolist())
-    given = replace(SMALL, mix=rows, scales=(1.0, 1.0, 1.0))
+    copied = replace(SMALL, mix=rows, scales=(1.0, 1.0, 1.0))
     drawn, again = (
-        write_family(tmp_path / name, spec) for name, spec in (("drawn", SMALL), ("given", given))
+        write_family(tmp_path / name, spec) for name, spec in (("drawn", SMALL), ("given", copied))
     )
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in drawn]
 
@@ -220,8 +220,8 @@ def test_a_mixture_that_is_given_does_what_the_same_one_does_when_drawn(tmp_path
 def test_the_numbers_of_a_family_stay_what_they_were_before_there_were_kinds():
     exact = dict(tensors(SMALL))
     for key, values in PINNED.items():
-        found = exact[key].flatten(1)[:, :2].flatten().tolist()
-        assert found == pytest.approx(values, rel=1e-4), key
+        numbers = exact[key].flatten(1)[:, :2].flatten().tolist()
+        assert numbers == pytest.approx(values, rel=1e-4), key
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def test_without_noise_every_layer_mixes_the_latents_as_planned(layers):
 
 def test_one_latent_is_recovered_with_its_multipliers_from_the_gram_matrix(layers):
     spec = replace(SMALL, count=6, latents=1, own=0.0, noise=0.0)
-    found = torch.linalg.eigh(layer_grams(spec, layers).sum(0))[1][:, -1]
+    vector = torch.linalg.eigh(layer_grams(spec, layers).sum(0))[1][:, -1]
     planted = mixture(spec).double()[:, 0]
     planted -= planted.mean()
     planted /= planted.norm()
-    torch.testing.assert_close(found * (found @ planted).sign(), planted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vector * (vector @ planted).sign(), planted, atol=1e-6, rtol=0)
 
 
 def test_a_latent_has_the_planned_rank_and_a_falling_spectrum():

@@ -72,7 +72,7 @@ def test_two_checkpoints_attain_the_bound(rng, shape):
     assert_close(solved(problem, 300).loss, dense, rtol=1e-4, atol=0)
 
 
-def test_one_block_of_full_rank_attains_the_bound_along_the_checkpoints(rng):
+def test_one_full_rank_block_attains_the_checkpoint_bound(rng):
     problem = problem_of((normal(rng, 2, 3, 5, 5), (5,)))
     flat = problem.batches[0].slices.transpose(0, 1).flatten(1)
     assert_close(bound_of(problem), tail(flat, 1) / problem.energy)
@@ -121,7 +121,7 @@ def test_private_losses_are_those_of_dense_truncated_svds(rng, rank):
 
 
 @pytest.mark.parametrize("rank", [(1,), (2,), (3, 1), (4, 3, 1)])
-def test_ranks_that_do_not_divide_go_to_those_who_gain_most(rng, rank):
+def test_leftover_ranks_go_to_the_largest_gains(rng, rank):
     dense, layers, energies = family(rng)
     before = energies.clone()
     losses = private_losses(layers, energies, [rank] * 2)
@@ -182,7 +182,7 @@ def budget_bound_of(problem, costs, budget):
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (1, 5, 7), (4, 3, 20)])
-def test_gains_add_up_to_the_smaller_of_what_both_unfoldings_hold(rng, shape):
+def test_gains_sum_to_the_smaller_unfoldings_energy(rng, shape):
     core = normal(rng, *shape)
     gains = compute_spectra(core, around_base(shape[0]).to_deviations).gains
     assert len(gains) == max(shape[1:])
@@ -196,7 +196,7 @@ def test_gains_add_up_to_the_smaller_of_what_both_unfoldings_hold(rng, shape):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_solution_of_the_same_bytes_is_below_the_bound_of_the_budget(seed):
+def test_no_solution_is_below_the_budget_bound(seed):
     problem = random_family(seed)
     costs = [3.0, 2.0, 5.0]
     bound = budget_bound_of(problem, costs, even_price(problem, costs))
@@ -225,7 +225,7 @@ def best_of_all_ranks(slices, costs, budget):
 
 
 @pytest.mark.parametrize("budget", [2, 4, 8, 14, 18])
-def test_two_checkpoints_attain_the_bound_of_a_budget_with_layers_of_one_cost(rng, budget):
+def test_two_checkpoints_attain_the_budget_bound_at_equal_costs(rng, budget):
     problem = problem_of((normal(rng, 2, 1, 5, 4), (2,)), (3 * normal(rng, 1, 1, 4, 5), (2,)))
     slices = [core[0] for batch in problem.batches for core in batch.slices]
     costs = [2.0] * 3
@@ -234,7 +234,7 @@ def test_two_checkpoints_attain_the_bound_of_a_budget_with_layers_of_one_cost(rn
 
 
 @pytest.mark.parametrize("budget", range(0, 30, 3))
-def test_with_layers_of_different_costs_two_checkpoints_come_near_it(rng, budget):
+def test_two_checkpoints_approach_the_budget_bound_at_unequal_costs(rng, budget):
     problem = problem_of((normal(rng, 2, 1, 5, 4), (2,)), (3 * normal(rng, 1, 1, 4, 5), (2,)))
     slices = [core[0] for batch in problem.batches for core in batch.slices]
     costs = [1.0, 2.0, 3.0]
@@ -246,7 +246,7 @@ def test_with_layers_of_different_costs_two_checkpoints_come_near_it(rng, budget
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 9), (1, 9, 6)])
-def test_the_promises_of_two_checkpoints_are_what_the_one_direction_holds(rng, shape):
+def test_promises_of_two_checkpoints_are_their_directions_energies(rng, shape):
     core, contrasts = normal(rng, *shape), around_mean([1.0, 1.0])
     promises = compute_spectra(core, contrasts.to_deviations).promises(1)
     assert_close(promises, torch.linalg.svdvals(core[0]).square())
@@ -281,7 +281,7 @@ def test_best_private_losses_are_those_of_the_best_choice(rng):
     assert bool((losses <= energies.sum(0) + 1e-9).all())
 
 
-def test_private_loras_with_ranks_of_their_own_are_no_worse_than_even_ones(rng):
+def test_private_loras_with_chosen_ranks_beat_even_ones(rng):
     dense, layers, energies = family(rng)
     basis = around_mean([1.0] * 3).to_deviations
     layers[1] = compute_spectra(5 * torch.einsum("kd,kpq->dpq", basis, dense[1]), basis)

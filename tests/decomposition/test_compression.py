@@ -42,7 +42,7 @@ def test_bases_that_hold_every_row_or_column_are_exact(rng, shape):
     assert_close(restored(compressed), slices, rtol=0, atol=1e-11)
 
 
-def test_bases_that_hold_everything_lose_only_half_rounding_in_float32(rng):
+def test_complete_float32_bases_lose_only_half_rounding(rng):
     slices = normal(rng, 3, 5, 40).float()
     error = energy(restored(squeeze(slices, 15)) - slices) / energy(slices)
     assert error < 1e-6
@@ -65,7 +65,7 @@ def test_a_core_is_exactly_the_projection_of_its_slices(k, m, n, width, seed):
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 30), (3, 30, 40), (2, 60, 8), (2, 8, 60)])
-def test_a_float32_core_is_the_projection_on_bases_that_half_precision_holds(rng, shape):
+def test_a_float32_core_projects_on_half_precision_bases(rng, shape):
     slices = normal(rng, *shape).float()
     compressed = squeeze(slices, 12)
     assert compressed.core.dtype == torch.float32
@@ -94,7 +94,7 @@ def test_a_projection_is_two_matrix_products(k, m, n, data):
 
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize(("power", "share"), [(0.5, 0.82), (1.0, 0.92), (2.0, 0.99)])
-def test_bases_hold_nearly_as_much_as_the_best_of_their_width(rng, power, share, width):
+def test_bases_hold_almost_the_most_possible(rng, power, share, width):
     slices = power_law(rng, 3, 60, 50, power)
     left = torch.linalg.svd(slices.transpose(0, 1).flatten(1))[0][:, :width]
     rows = left.mT @ slices
@@ -143,7 +143,7 @@ def test_compression_follows_its_seed_alone(rng):
     assert not torch.equal(first.left, other.left)
 
 
-def test_the_order_of_slices_does_not_change_what_the_bases_span(rng):
+def test_the_order_of_slices_does_not_matter(rng):
     scale = torch.tensor([3.0, 1.0, 0.3], dtype=torch.float64)[:, None, None]
     slices = power_law(rng, 3, 40, 30) * scale
     permutation = [2, 0, 1]

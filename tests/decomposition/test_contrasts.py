@@ -74,7 +74,7 @@ def test_a_stored_mean_is_the_dense_one_rounded_once(rng, stored):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.0, 1.0), (1.0, 2.0, 3.0, 4.0)])
-def test_energies_are_dense_norms_with_the_rounding_of_the_stored_base(rng, stored, weights):
+def test_energies_include_the_stored_bases_rounding(rng, stored, weights):
     # Small deviations of large weights: the rounding error of the base is a good part of them.
     base = normal(rng, 500)
     checkpoints = [(base + 1e-3 * normal(rng, 500)).float() for _ in weights]
@@ -150,7 +150,7 @@ def test_checkpoints_of_different_types_are_compared_in_float32(rng):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_given_base_is_kept_and_deviations_are_differences_to_it(rng, count):
+def test_deviations_from_a_given_base_are_differences(rng, count):
     base, *checkpoints = family(rng, count + 1, dtype=torch.float16)
     contrasts = around_base(count)
     assert (contrasts.count, contrasts.dimensions) == (count, count)

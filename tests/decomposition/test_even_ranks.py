@@ -11,7 +11,7 @@ shapes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=5)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), shapes)
-def test_every_layer_gets_the_ranks_capped_at_what_it_can_have(ranks, layers):
+def test_even_ranks_are_capped_in_small_layers(ranks, layers):
     capped = even_ranks(ranks, layers)
     assert len(capped) == len(layers)
     for rank, (m, n) in zip(capped, layers, strict=True):

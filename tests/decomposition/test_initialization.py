@@ -24,7 +24,7 @@ def seeded(seed=0):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_losses_of_the_greedy_method_are_those_of_dense_deflation(seed):
+def test_greedy_losses_are_those_of_dense_deflation(seed):
     problem = random_family(seed)
     before = [batch.slices.clone() for batch in problem.batches]
     solution = solve_greedy(problem, seeded(), StoppingCriterion(6, 0.0))
@@ -44,7 +44,7 @@ def test_losses_of_the_greedy_method_are_those_of_dense_deflation(seed):
         assert torch.equal(batch.slices, slices)
 
 
-def test_the_first_greedy_block_is_a_truncated_svd_of_its_mixture(rng):
+def test_the_first_greedy_block_is_a_truncated_svd(rng):
     column = normal(rng, 4)
     matrix = with_spectrum(rng, 9, 8, 0.5 ** torch.arange(8.0).double())
     problem = problem_of((torch.einsum("k,pq->kpq", column, matrix)[None], (3,)))
@@ -62,7 +62,7 @@ def test_more_turns_never_make_a_greedy_block_worse(seed):
     assert losses[0] >= losses[1] >= losses[2]
 
 
-def test_greedy_tells_the_loss_after_every_block():
+def test_greedy_reports_the_loss_after_every_block():
     reports = []
     solution = solve_greedy(random_family(1), seeded(), StoppingCriterion(3, 0.0, reports.append))
     assert tuple(reports) == solution.losses
@@ -138,9 +138,7 @@ def test_a_planned_start_that_is_exact_wins(rng, kind):
     assert_close(cosines.abs().amax(0), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-2)
 
 
-def test_planned_and_earlier_starts_are_tried_and_earlier_ones_instead_of_random_ones(
-    rng, monkeypatch
-):
+def test_earlier_starts_replace_random_ones(rng, monkeypatch):
     problem = problem_of((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)))
     planned, earlier = normal(rng, 3, 2), normal(rng, 3, 2)
     tried = []
@@ -160,7 +158,7 @@ def test_planned_and_earlier_starts_are_tried_and_earlier_ones_instead_of_random
     assert_close(tried[1], torch.nn.functional.normalize(planned, dim=0))
 
 
-def test_a_given_start_wins_if_it_is_the_best_and_changes_nothing_if_not(rng):
+def test_a_users_start_wins_or_changes_nothing(rng):
     multipliers = normal(rng, 5, 3)
     blocks = torch.stack([normal(rng, 14, 3) @ normal(rng, 3, 14) for _ in range(3)])
     problem = problem_of((torch.einsum("kr,rpq->kpq", multipliers, blocks)[None], (3, 3, 3)))
@@ -178,7 +176,7 @@ def test_a_given_start_wins_if_it_is_the_best_and_changes_nothing_if_not(rng):
 
 
 @pytest.mark.parametrize("columns", [0, 1, 2, 7])
-def test_planned_starts_of_any_width_are_filled_up_or_cut(rng, columns):
+def test_planned_starts_of_any_width_fit_the_blocks(rng, columns):
     problem = problem_of((stack_of(rng, 1, 3, 6, 5, 0.7), (1, 1)))
     start = best_start(problem, [normal(rng, 3, columns).float()], [], seeded())
     assert start.shape == (3, 2)
@@ -210,7 +208,7 @@ def test_the_search_for_a_start_may_be_stopped():
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_the_search_for_a_start_tells_how_far_it_is(rng, count):
+def test_the_search_for_a_start_reports_its_progress(rng, count):
     reports = []
     problem = problem_of((stack_of(rng, 1, count, 6, 5, 0.7), (1, 1)))
     best_start(problem, [normal(rng, count, 2)], [], seeded(), on_progress=reports.append)
@@ -265,7 +263,7 @@ def pilot_of_share(share):
     return replace(SearchEffort.FULL, pilot_entries=0, pilot_share=share)
 
 
-def test_the_pilot_is_the_layers_of_the_most_energy_per_entry(rng):
+def test_the_pilot_has_the_layers_of_most_energy(rng):
     slices = normal(rng, 4, 2, 5, 5) * torch.tensor([1.0, 9.0, 2.0, 8.0])[:, None, None, None]
     tiny = normal(rng, 1, 2, 4, 5) * 1e-3
     problem = problem_of((slices, (1,)), (tiny, (1,)))
@@ -275,7 +273,7 @@ def test_the_pilot_is_the_layers_of_the_most_energy_per_entry(rng):
     assert_close(chosen.energy, float(slices[[1, 3]].square().sum()))
 
 
-def test_a_pilot_takes_its_share_of_the_work_where_ranks_differ(rng):
+def test_a_pilot_counts_work_by_the_layers_ranks(rng):
     large, small = 2 * normal(rng, 8, 2, 9, 9), normal(rng, 8, 2, 9, 9)
     chosen = pilot(problem_of((large, (8,)), (small, (1,))), pilot_of_share(0.45))
     assert [len(batch.layers) for batch in chosen.batches] == [4]  # of 72 columns 32

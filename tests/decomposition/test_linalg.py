@@ -32,7 +32,7 @@ def test_a_basis_is_orthonormal_and_holds_its_columns(batch, r, more, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("overlap", [1.0, 0.1, 1e-3, 1e-6, 0.0])
-def test_a_basis_of_nearly_dependent_columns_is_orthonormal(rng, dtype, overlap):
+def test_a_basis_of_almost_dependent_columns_is_orthonormal(rng, dtype, overlap):
     columns = normal(rng, 2, 20, 4).to(dtype)
     columns[..., 3] = columns[..., 0] + overlap * columns[..., 3]
     basis = orthonormal(columns)
@@ -70,7 +70,7 @@ def test_a_damped_solution_solves_well_conditioned_equations(p, r, batch, seed):
     assert_close(solution, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_a_damped_solution_stays_where_singular_equations_say_nothing(rng):
+def test_a_damped_solution_stays_along_singular_directions(rng):
     basis = torch.linalg.qr(normal(rng, 5, 5))[0]
     known, free = basis[:, :3], basis[:, 3:]
     gram, expected, previous = known @ known.mT, normal(rng, 4, 5), normal(rng, 4, 5)
@@ -81,7 +81,7 @@ def test_a_damped_solution_stays_where_singular_equations_say_nothing(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_solves_singular_equations_goes_on_solving_them(rng, dtype):
+def test_a_solution_of_singular_equations_stays_one(rng, dtype):
     """Or else the loss would rise from where blocks overlap."""
     known = torch.linalg.qr(normal(rng, 5, 3))[0].to(dtype)
     gram, previous = known @ known.mT, normal(rng, 4, 5).to(dtype)
@@ -90,13 +90,13 @@ def test_what_solves_singular_equations_goes_on_solving_them(rng, dtype):
     assert_close(solution @ known, previous @ known, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
-def test_a_damped_solution_of_no_equations_is_the_previous_one(rng):
+def test_a_damped_solution_without_equations_stays(rng):
     previous = normal(rng, 2, 4, 3)
     zero = torch.zeros(2, 3, 3, dtype=torch.float64)
     assert_close(solve_damped(torch.zeros_like(previous), zero, previous), previous)
 
 
-def test_leading_factors_are_nearly_the_truncated_svd(rng):
+def test_leading_factors_approximate_the_truncated_svd(rng):
     matrix = torch.stack(
         [with_spectrum(rng, 20, 14, 0.5 ** torch.arange(14.0).double()) for _ in range(3)]
     )

@@ -63,7 +63,7 @@ def halves(rng, decay=0.6):
     return contrasts, contrasts.to_slices * (second - first)[:, None], second - first
 
 
-def test_two_checkpoints_and_one_block_are_the_truncated_svd_of_half_their_difference(rng):
+def test_two_checkpoints_and_one_block_are_a_truncated_svd(rng):
     contrasts, slices, difference = halves(rng)
     problem = problem_of((slices, (3,)))
     solution = solved(problem)
@@ -90,7 +90,7 @@ def test_any_ranks_for_two_checkpoints_are_one_truncated_svd(decay, ranks):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_blocks_are_recovered_up_to_order_sign_and_scale(seed):
+def test_planted_blocks_are_recovered(seed):
     rng, ranks = seeded(seed), (3, 2, 1)
     multipliers = torch.eye(4, 3, dtype=torch.float64) + 0.1 * normal(rng, 4, 3)
     planted = [
@@ -111,7 +111,7 @@ def test_planted_blocks_are_recovered_up_to_order_sign_and_scale(seed):
         assert_close(solution.multipliers[:, r] * scale, multipliers[:, r], rtol=0, atol=1e-3)
 
 
-def test_planted_blocks_of_equal_rank_are_found_in_some_order(rng):
+def test_planted_blocks_of_equal_rank_are_recovered(rng):
     multipliers = torch.linalg.qr(normal(rng, 5, 3))[0] + 0.1 * normal(rng, 5, 3)
     planted = torch.stack([orthogonal(rng, 12, 2) @ orthogonal(rng, 12, 2).mT for _ in range(3)])
     problem = problem_of((torch.einsum("kr,rpq->kpq", multipliers, planted)[None], (2, 2, 2)))
@@ -149,7 +149,7 @@ def test_the_loss_never_rises(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_loss_never_rises_by_more_than_rounding_in_float32(seed):
+def test_a_float32_loss_rises_by_rounding_alone(seed):
     problem = random_family(seed, torch.float32)
     k, count = problem.shape
     start = normal(seeded(seed), k, count)
@@ -313,7 +313,7 @@ def test_checkpoints_that_agree_get_equal_multipliers(rng):
     st.integers(4, 8),
     st.integers(0, 99),
 )
-def test_any_shapes_and_ranks_are_solved_with_an_honest_loss(ranks, k, p, q, seed):
+def test_the_loss_is_honest_for_any_shape(ranks, k, p, q, seed):
     rng = seeded(seed)
     problem = problem_of((normal(rng, 2, k, p, q), ranks))
     start = normal(rng, k, len(ranks))
@@ -327,7 +327,7 @@ def test_any_shapes_and_ranks_are_solved_with_an_honest_loss(ranks, k, p, q, see
     assert_close(solution.loss, exact, rtol=0, atol=1e-6)
 
 
-def test_sweeps_stop_at_the_tolerance_and_are_told_one_by_one():
+def test_sweeps_are_reported_and_stop_at_the_tolerance():
     problem = random_family(0)
     k, count = problem.shape
     start, reports = normal(seeded(), k, count), []
@@ -342,7 +342,7 @@ def test_sweeps_stop_at_the_tolerance_and_are_told_one_by_one():
     assert min(changes[:-1]) > 1e-3
 
 
-def test_whoever_is_told_may_stop_the_sweeps():
+def test_a_callback_may_stop_the_sweeps():
     def stop(loss):
         raise KeyboardInterrupt
 
@@ -375,7 +375,7 @@ def test_a_parallel_map_gives_the_same_solution(parallel):
         assert_close(b.up @ b.down, a.up @ a.down, rtol=1e-7, atol=1e-8)
 
 
-def test_a_solve_keeps_two_sets_of_factors_in_memory_and_no_third(rng, monkeypatch):
+def test_a_solve_keeps_only_two_sets_of_factors(rng, monkeypatch):
     batches = tuple(
         Batch(torch.randn(1, 3, 20, 20, generator=rng), (4, 2), (index,)) for index in range(20)
     )

@@ -175,7 +175,7 @@ def test_equal_blocks_share_their_multiplier_evenly(rng):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
-def test_the_scale_of_one_block_does_not_change_the_fit(rng, scale):
+def test_the_multiplier_fit_ignores_block_scales(rng, scale):
     batch = Batch(normal(rng, 1, 3, 8, 8), (2, 1), (0,))
     problem = problem_of((batch.slices, batch.ranks))
     factors = random_factors(rng, batch)
@@ -230,7 +230,7 @@ def test_mixtures_are_weighted_sums_of_slices(rng):
 
 @settings(deadline=None, max_examples=20)
 @given(small_ranks)
-def test_columns_belong_to_the_blocks_in_the_order_of_the_ranks(ranks):
+def test_columns_follow_the_order_of_the_ranks(ranks):
     batch = Batch(torch.zeros(1, 2, 9, 9), tuple(ranks), (0,))
     columns = [r for r, rank in enumerate(ranks) for _ in range(rank)]
     assert batch.block_of.tolist() == columns
@@ -242,7 +242,7 @@ def test_columns_belong_to_the_blocks_in_the_order_of_the_ranks(ranks):
     assert shapes == [(rank, rank) for rank in ranks]
 
 
-def test_blocks_of_orthogonal_multipliers_start_as_svds_of_their_mixtures(rng):
+def test_orthogonal_multipliers_start_blocks_as_mixture_svds(rng):
     spectrum = 0.5 ** torch.arange(8.0).double()
     mixtures = [with_spectrum(rng, 8, 8, spectrum) for _ in range(2)]
     turn = orthogonal(rng, 3, 2) * torch.tensor([2.0, 0.5], dtype=torch.float64)
@@ -255,7 +255,7 @@ def test_blocks_of_orthogonal_multipliers_start_as_svds_of_their_mixtures(rng):
         assert best * (1 - 1e-9) <= error <= 1.1 * best
 
 
-def test_blocks_of_equal_multipliers_start_as_one_svd_shared_out(rng):
+def test_equal_multipliers_start_blocks_from_one_shared_svd(rng):
     """Starts that repeat each other leave equations singular: the loss once went to 1 from there."""
     matrix = with_spectrum(rng, 8, 8, 0.2 ** torch.arange(8.0).double())
     problem = problem_of((matrix[None, None], (2, 1)))

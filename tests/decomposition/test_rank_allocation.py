@@ -74,7 +74,7 @@ def test_items_are_bought_as_from_a_heap(shop):
 
 @settings(deadline=None, max_examples=100)
 @given(shops(lists=3, items=3))
-def test_the_choice_is_at_most_one_item_from_the_best(shop):
+def test_spread_ranks_are_one_item_from_the_best(shop):
     gains, costs, budget = shop
     counts = spread_ranks(gains, costs, budget)
     assert price(costs, counts) <= budget
@@ -95,7 +95,7 @@ def test_of_items_of_one_cost_the_best_are_bought(shop, cost):
 
 @settings(deadline=None, max_examples=100)
 @given(shops())
-def test_what_fits_to_the_last_byte_is_all_that_there_can_be(shop):
+def test_a_full_budget_is_spent_to_the_last_byte(shop):
     gains, costs, budget = shop
     counts = spread_ranks(gains, costs, budget)
     spent = price(costs, counts)
@@ -124,7 +124,7 @@ def bought_in_order(gains, costs, budget):
 
 @settings(deadline=None, max_examples=100)
 @given(shops())
-def test_nothing_is_left_that_would_buy_the_next_item_of_a_list(shop):
+def test_no_affordable_item_is_left_unbought(shop):
     gains, costs, budget = shop
     counts = spread_ranks(gains, costs, budget)
     left = budget - price(costs, counts)
@@ -148,7 +148,7 @@ def test_nothing_to_buy_costs_nothing():
     assert maximize_gain([none], [1], 9) == 0
 
 
-def test_the_last_item_of_the_bound_is_taken_in_part():
+def test_the_bound_takes_the_last_item_in_part():
     gains = [torch.tensor([6.0, 2.0]), torch.tensor([4.0])]
     assert maximize_gain(gains, [2, 4], 4) == pytest.approx(8)
     assert maximize_gain(gains, [2, 4], 5) == pytest.approx(9)
@@ -175,19 +175,19 @@ def planted(*sizes):
     return [torch.tensor([4.0] * size + [0.0] * (8 - size)) for size in sizes]
 
 
-def test_layers_of_known_ranks_get_just_these_when_the_bytes_suffice():
+def test_layers_of_known_ranks_get_exactly_these():
     ranks = overcomplete_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
     assert ranks == [(1,), (5,), (0,)]
 
 
-def test_with_fewer_bytes_the_most_gain_per_byte_comes_first():
+def test_few_bytes_go_to_the_best_gains():
     gains = [torch.tensor([8.0, 6.0, 1.0]), torch.tensor([9.0, 2.0])]
     # Per byte 4, 3, 1/2 and 9/4, 1/2: in the order first, first, second.
     assert overcomplete_ranks(gains, [2, 4], [8, 8], [1], 4) == [(2,), (0,)]
     assert overcomplete_ranks(gains, [2, 4], [8, 8], [1], 8) == [(2,), (1,)]
 
 
-def test_a_layers_ranks_are_split_as_the_list_is_and_capped():
+def test_a_layers_ranks_are_split_like_the_list():
     (ranks,) = overcomplete_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
     assert ranks == (6, 3, 3)
     # Twice a block's limit in all, and no block above it.

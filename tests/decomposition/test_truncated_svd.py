@@ -70,7 +70,7 @@ def no_gram(monkeypatch):
 @pytest.mark.parametrize("rank", [1, 4, 9, 25])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [*SPECTRA, "white", "shared and noise"])
-def test_the_error_is_at_most_a_thousandth_above_the_least(rng, name, shape, rank, dtype):
+def test_the_truncated_error_is_near_the_least(rng, name, shape, rank, dtype):
     makers = {"white": white, "shared and noise": shared_and_noise}
     matrix = (
         with_spectrum(rng, *shape, SPECTRA[name]) if name in SPECTRA else makers[name](rng, *shape)
@@ -85,7 +85,7 @@ def test_the_error_is_at_most_a_thousandth_above_the_least(rng, name, shape, ran
 
 
 @pytest.mark.parametrize("shape", [(110, 90), (90, 110)])
-def test_singular_vectors_come_in_falling_order_with_the_root_on_each_side(rng, no_gram, shape):
+def test_truncated_factors_are_balanced_in_falling_order(rng, no_gram, shape):
     matrix = with_spectrum(rng, *shape, SPECTRA["power"]).float()
     truncated = truncated_svd(matrix, 6, rng)
     assert (truncated.up.shape, truncated.down.shape) == ((shape[0], 6), (6, shape[1]))
@@ -97,7 +97,7 @@ def test_singular_vectors_come_in_falling_order_with_the_root_on_each_side(rng, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("planted", [3, 9])
-def test_a_matrix_of_the_rank_comes_back_and_no_step_is_wasted(rng, no_gram, planted, dtype):
+def test_a_low_rank_matrix_is_exact_without_wasted_steps(rng, no_gram, planted, dtype):
     matrix = (normal(rng, 120, planted) @ normal(rng, planted, 100)).to(dtype)
     costs = []
     truncated = truncated_svd(matrix, 9, rng, costs.append)
@@ -106,7 +106,7 @@ def test_a_matrix_of_the_rank_comes_back_and_no_step_is_wasted(rng, no_gram, pla
     assert len(costs) == 2  # the second finds nothing
 
 
-def test_equal_singular_values_which_stall_a_krylov_space_are_all_found(rng, no_gram):
+def test_equal_singular_values_are_all_captured(rng, no_gram):
     spectrum = torch.where(ORDER <= 25, 1.0, 0.0)
     matrix = with_spectrum(rng, 140, 140, spectrum).float()
     assert error_of(matrix, truncated_svd(matrix, 25, rng)) <= 1e-9 * 25
@@ -136,7 +136,7 @@ def test_zeros_stay_zeros(rng, side):
     assert float(truncated.energies.sum()) == 0
 
 
-def test_the_same_start_gives_the_same_and_the_matrix_is_left_alone(rng):
+def test_a_truncated_svd_is_repeatable_and_leaves_its_matrix(rng):
     matrix = normal(rng, 90, 100).float()
     before = matrix.clone()
     one, other = (truncated_svd(matrix, 8, torch.Generator().manual_seed(3)) for _ in range(2))
@@ -146,7 +146,7 @@ def test_the_same_start_gives_the_same_and_the_matrix_is_left_alone(rng):
 
 
 @pytest.mark.parametrize("side", [30, 140])
-def test_costs_are_told_and_an_exception_ends_the_work(rng, side):
+def test_costs_are_reported_and_an_exception_ends_the_work(rng, side):
     matrix = with_spectrum(rng, side, side, SPECTRA["slow"]).float()
     costs = []
     truncated_svd(matrix, 9, rng, costs.append)
@@ -159,7 +159,7 @@ def test_costs_are_told_and_an_exception_ends_the_work(rng, side):
         truncated_svd(matrix, 9, rng, stop)
 
 
-def test_what_is_to_come_is_the_rest_of_a_geometric_series():
+def test_the_expected_gain_is_a_geometric_series():
     gains = [0.5**step for step in range(60)]
     held = [math.fsum(gains[:count]) for count in (3, 4, 5)]
     assert truncated._to_come(held) == pytest.approx(math.fsum(gains) - held[-1], rel=1e-9)
@@ -196,6 +196,6 @@ def test_factors_of_nothing_are_evened_to_nothing(rng):
     assert_close(one @ other, torch.zeros(4, 3).double(), rtol=0, atol=0)
 
 
-def test_the_energy_of_a_product_is_that_of_the_dense_one(rng):
+def test_a_products_energy_is_the_dense_one(rng):
     up, down = normal(rng, 7, 3), normal(rng, 3, 5)
     assert product_energy(up, down) == pytest.approx(float((up @ down).square().sum()), rel=1e-12)

@@ -96,14 +96,14 @@ def test_names_and_shapes_are_those_of_diffusers_unet(name):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_the_hyper_model_converts_to_diffusers_unet_at_full_size(name):
+def test_a_full_size_unet_converts_to_diffusers(name):
     model = on_meta(diffusers.UNet2DConditionModel, **UNETS[name])
     converted = single_file_utils.convert_ldm_unet_checkpoint(written(name), {**model.config})
     assert shapes_of(converted) == shapes_of(model.state_dict())
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("flux_dev", True), ("flux_schnell", False)])
-def test_the_hyper_model_converts_to_diffusers_flux_at_full_size(name, guidance):
+def test_a_full_size_flux_model_converts_to_diffusers(name, guidance):
     model = on_meta(diffusers.FluxTransformer2DModel, guidance_embeds=guidance)
     converted = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(written(name))
     assert shapes_of(converted) == shapes_of(model.state_dict())
@@ -129,7 +129,7 @@ SD3 = {
 
 
 @pytest.mark.parametrize("name", SD3)
-def test_the_hyper_model_converts_to_diffusers_sd3_at_full_size(name):
+def test_a_full_size_sd3_model_converts_to_diffusers(name):
     settings = {"pos_embed_max_size": 192, **SD3[name]}
     model = on_meta(
         diffusers.SD3Transformer2DModel,
@@ -160,7 +160,7 @@ def flux_lora():
     return tensors
 
 
-def test_diffusers_finds_a_place_for_every_module_of_a_flux_lora(flux_lora):
+def test_diffusers_maps_every_module_of_flux_loras(flux_lora):
     converted = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(dict(flux_lora))
     model = on_meta(diffusers.FluxTransformer2DModel, guidance_embeds=True).state_dict()
     modules = {key.partition(".lora_")[0].removeprefix("transformer.") for key in converted}

@@ -130,7 +130,7 @@ def test_each_lora_needs_its_multiplier():
 
 @settings(max_examples=200)
 @given(st.text(max_size=150), st.integers(1, 100))
-def test_any_text_becomes_a_word_that_prompts_and_file_systems_read_as_it_is(text, longest):
+def test_any_text_becomes_a_safe_prompt_word(text, longest):
     word = prompt_word(text, longest)
     assert not re.search(r"[^\w._ +-]", word, re.ASCII) or not word.isascii()
     assert not set(word) & set('<>:"/\\|?*=#,{}[]()^\n')

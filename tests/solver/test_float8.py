@@ -74,7 +74,7 @@ def rounded_to_float8(pairs, alphas):
 
 
 @given(size=st.floats(1e-30, 1e30))
-def test_alpha_is_the_smallest_power_of_two_that_keeps_products_within_bounds(size):
+def test_alpha_is_the_smallest_sufficient_power_of_two(size):
     alpha = float8_alpha(size)
     assert size / alpha <= 2**15
     assert size / (alpha / 2) > 2**15
@@ -108,7 +108,7 @@ def test_nothing_has_no_largest_singular_value():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(seed):
+def test_a_refit_reduces_the_rounding_of_cancelling_blocks(seed):
     target, pairs = cancelling(seed)
     alphas = alphas_of(pairs)
     stored = rounded_to_float8(pairs, alphas)
@@ -121,7 +121,7 @@ def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(
     assert [up.shape[1] for up, _ in again] == list(RANKS)
 
 
-def test_ups_and_downs_are_those_of_dense_least_squares_beyond_the_bases_too(monkeypatch):
+def test_refitted_factors_are_dense_least_squares(monkeypatch):
     generator = generator_of(1)
     bases = [torch.linalg.qr(torch.randn(n, 20, generator=generator))[0] for n in (60, 50)]
     slices = torch.randn(2, 20, 20, generator=generator)
@@ -158,7 +158,7 @@ def test_a_fit_that_leaves_the_range_is_not_made():
     )
 
 
-def test_a_stop_is_heard_between_the_fits():
+def test_a_stop_is_checked_between_refits():
     target, pairs = cancelling()
     alphas, checks = alphas_of(pairs), []
 

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Factors,
-    Problem,
     Solution,
     StoppingCriterion,
     compute_statistics,
     fit_multipliers,
     initial_factors,
 )
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 
 def solve_greedy(

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from hyper_merge.decomposition.greedy import leading_multipliers, solve_greedy
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Problem,
     Solution,
     StoppingCriterion,
     compute_statistics,
@@ -26,6 +24,7 @@ from hyper_merge.decomposition.ll1 import (
     initial_factors,
     solve_ll1,
 )
+from hyper_merge.decomposition.problem import Batch, Problem
 
 _BEFORE: Final = 24  # sweeps over the pilot that take as long as what precedes the first of them
 

@@ -9,7 +9,7 @@ import torch
 
 from hyper_merge.analysis.loss_weights import LossWeights
 from hyper_merge.analysis.store import Analysis
-from hyper_merge.decomposition.ll1 import Batch
+from hyper_merge.decomposition.problem import Batch
 
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 _WORKED_COLUMNS: Final = 1.25  # of the bases, for each rank

@@ -13,7 +13,8 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import block_columns, largest_value
-from hyper_merge.decomposition.ll1 import Batch, Factors, update_ups
+from hyper_merge.decomposition.ll1 import update_ups
+from hyper_merge.decomposition.problem import Batch, Factors
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 
 # Of what AUTOMATIC1111 forms in float16, which ends at 65504, before it scales by alpha / rank.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, Solution, split_blocks
+from hyper_merge.decomposition.ll1 import Solution, split_blocks
 from hyper_merge.decomposition.normalization import balance
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 from hyper_merge.decomposition.rank_allocation import kept_ranks
 from hyper_merge.runtime.parallel import ParallelMap
 

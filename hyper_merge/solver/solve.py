@@ -16,7 +16,8 @@ from hyper_merge.analysis.loss_weights import make_loss_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.initialization import SearchEffort, best_start, search_cost
-from hyper_merge.decomposition.ll1 import Problem, initial_factors, solve_ll1, split_blocks
+from hyper_merge.decomposition.ll1 import initial_factors, solve_ll1, split_blocks
+from hyper_merge.decomposition.problem import Problem
 from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory

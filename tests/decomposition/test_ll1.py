@@ -26,9 +26,6 @@ from torch.testing import assert_close
 from hyper_merge.decomposition.contrasts import around_mean
 from hyper_merge.decomposition.initialization import best_start
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Factors,
-    Problem,
     StoppingCriterion,
     compute_statistics,
     fit_multipliers,
@@ -36,6 +33,7 @@ from hyper_merge.decomposition.ll1 import (
     solve_ll1,
     sweep,
 )
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 FOREVER = float("-inf")  # a tolerance that no sweep meets
 

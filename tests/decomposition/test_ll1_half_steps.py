@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Factors,
     Statistics,
     compute_statistics,
     fit_multipliers,
@@ -29,6 +27,7 @@ from hyper_merge.decomposition.ll1 import (
     update_downs,
     update_ups,
 )
+from hyper_merge.decomposition.problem import Batch, Factors
 
 ridges = st.sampled_from([0.0, 0.01, 1.0])
 small_ranks = st.lists(st.integers(1, 3), min_size=1, max_size=3)

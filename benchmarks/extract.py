@@ -79,20 +79,22 @@ def main() -> int:
         some = (
             alike if options.all else alike[:: max(len(alike) // options.each, 1)][: options.each]
         )
-        found = Sum()
+        shape_sum = Sum()
         for start in range(0, len(some), options.each):
             deltas = [_delta(paths, layer) for layer in some[start : start + options.each]]
-            found.add(_both(deltas, options.rank), 1.0)
-        worst = max(worst, found.error / found.least)
-        print(f"{shape[0]:6} x {shape[1]:6}: {len(some):3} of {len(alike):3}  {found}", flush=True)
-        total.add(found, len(alike) / len(some))
+            shape_sum.add(_compare_ways(deltas, options.rank), 1.0)
+        worst = max(worst, shape_sum.error / shape_sum.least)
+        print(
+            f"{shape[0]:6} x {shape[1]:6}: {len(some):3} of {len(alike):3}  {shape_sum}", flush=True
+        )
+        total.add(shape_sum, len(alike) / len(some))
     print(f"all {len(layers)} layers, rank {options.rank}:  {total}, worst shape {worst:.6f}")
     _whole(paths, options.rank)
     return int(total.full < FASTER * total.ours or worst > WORSE)
 
 
-def _both(deltas: Sequence[Tensor], rank: int) -> Sum:
-    """Each way has as many layers at once as the machine has cores."""
+def _compare_ways(deltas: Sequence[Tensor], rank: int) -> Sum:
+    """Times all ways; each has as many layers at once as the machine has cores."""
     ours = _timed(lambda delta: _ours(delta, rank), deltas)
     upright = _timed(
         lambda delta: _values(delta.mT if len(delta) < delta.shape[1] else delta), deltas
@@ -119,9 +121,9 @@ class Timed:
 
 
 def _timed(way: Callable[[Tensor], Any], deltas: Sequence[Tensor]) -> Timed:
-    with parallel_map(torch.device("cpu"), lambda: None) as each:
+    with parallel_map(torch.device("cpu"), lambda: None) as parallel:
         start, began = time.perf_counter(), time.process_time()
-        results = list(each(way, deltas))
+        results = list(parallel(way, deltas))
         return Timed(results, time.process_time() - began, time.perf_counter() - start)
 
 
@@ -130,12 +132,12 @@ def _ours(delta: Tensor, rank: int) -> TruncatedSvd:
 
 
 def _values(delta: Tensor) -> Tensor:
-    """Singular values of the full SVD: vectors are computed, too."""
+    """Returns singular values of the full SVD, which computes vectors, too."""
     return torch.linalg.svd(delta, full_matrices=False)[1]
 
 
-def _error(delta: Tensor, found: TruncatedSvd) -> float:
-    return energy_of(delta - found.up @ found.down)
+def _error(delta: Tensor, truncated: TruncatedSvd) -> float:
+    return energy_of(delta - truncated.up @ truncated.down)
 
 
 def _delta(paths: Sequence[Path], layer: Layer) -> Tensor:  # (m, n)

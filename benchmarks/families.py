@@ -57,11 +57,11 @@ class Time(NamedTuple):
 
     @classmethod
     def now(cls) -> Time:
-        """Since some moment."""
+        """Returns the time since some moment."""
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: Time) -> Time:
-        """What passed."""
+        """Returns the time that has passed."""
         return Time(self.clock - start.clock, self.cores - start.cores)
 
 
@@ -82,7 +82,7 @@ GREEDY = Setting(  # as in the original project: the same ranks everywhere, one 
     ),
 )
 SETTINGS = (Setting("joint", ("--layer_weights", "plain")),)
-"""What is compared with greedy if nothing else is asked for."""
+"""The settings that are compared with greedy by default."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class Result:
 
 @dataclass
 class Watch:
-    """Sees when the phases of a run are told."""
+    """Takes the times at which the phases of a run are reported."""
 
     first: dict[str, Time] = field(default_factory=dict)
     last: dict[str, Time] = field(default_factory=dict)
 
     def on_progress(self, phase: str, _fraction: float) -> None:
-        """Takes down the time."""
+        """Notes the time."""
         self.last[phase] = Time.now()
         self.first.setdefault(phase, self.last[phase])
 
@@ -132,7 +132,7 @@ def main() -> None:
     size = "full-size" if options.full_size else "narrow"
     folder = options.folder / size
     ranks = ("--ranks", *(options.ranks or RANKS[size]))
-    settings = (GREEDY, *(_with(options.rest, each) for each in options.setting or SETTINGS))
+    settings = (GREEDY, *(_with(options.rest, setting) for setting in options.setting or SETTINGS))
     results = []
     for kind in options.kinds:
         spec = KINDS[kind] if options.full_size else narrow(KINDS[kind])
@@ -140,18 +140,18 @@ def main() -> None:
         greedy = None
         with tempfile.TemporaryDirectory(dir=models[0].parent) as cache:
             for setting in settings:
-                asked = replace(setting, options=(*ranks, *setting.options))
-                result = _merge(kind, models, asked, Path(cache))
+                request = replace(setting, options=(*ranks, *setting.options))
+                result = _merge(kind, models, request, Path(cache))
                 greedy = greedy or result.report.loss
                 results.append(replace(result, greedy=greedy))
                 print("  ".join(results[-1].cells), file=sys.stderr, flush=True)
-        text = table(HEADS, [*(each.cells for each in results), *_means(results)])
+        text = table(HEADS, [*(result.cells for result in results), *_means(results)])
         (folder / "families.md").write_text(text + "\n")  # what there is, should this be stopped
     print(text)
 
 
 def make_kind(folder: Path, spec: FamilySpec) -> list[Path]:
-    """The checkpoints of a family in a folder of its own, written unless the same ones are there."""
+    """Returns the checkpoints of a family in its folder, written unless the same ones are there."""
     names = [f"{folder.name}_{index}" for index in range(spec.count)]
     paths = [folder / f"{name}.safetensors" for name in names]
     description = folder / "spec.txt"
@@ -163,7 +163,7 @@ def make_kind(folder: Path, spec: FamilySpec) -> list[Path]:
 
 
 def _merge(kind: str, models: Sequence[Path], setting: Setting, cache: Path) -> Result:
-    """One merge, from the analysis in the cache if there is one."""
+    """Runs one merge, from the analysis in the cache if there is one."""
     output = models[0].parent / "out"
     words = {"name": [setting.name], "models": list(map(str, models)), "overwrite": ["true"]}
     recipe = recipe_from_options({**words, "output": [str(output)], **_words(setting.options)})
@@ -178,24 +178,24 @@ def _merge(kind: str, models: Sequence[Path], setting: Setting, cache: Path) -> 
 
 def _words(options: Sequence[str]) -> dict[str, list[str]]:
     """Words of a command line by key, as `recipe_from_options` takes them; a flag is true."""
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for word in options:
         if word.startswith("--"):
-            words = found[word.removeprefix("--").replace("-", "_")] = []
+            words = values[word.removeprefix("--").replace("-", "_")] = []
         else:
             words.append(word)
-    return {key: words or ["true"] for key, words in found.items()}
+    return {key: words or ["true"] for key, words in values.items()}
 
 
 def _means(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The last rows: means of ratios and times of every setting, and the worst of its ratios."""
+    """Returns the last rows: means of ratios and times of every setting, and the worst of its ratios."""
     rows = []
     for name in dict.fromkeys(result.setting for result in results):
-        own = [result for result in results if result.setting == name]
-        ratios = list(zip(*(result.ratios for result in own), strict=True))
-        mean = fmean(result.report.loss for result in own)
-        times = map(fmean, zip(*(r.solving for r in own), strict=True))
-        rest = ("", "", *(f"{each:.1f}" for each in times))
+        own_results = [result for result in results if result.setting == name]
+        ratios = list(zip(*(result.ratios for result in own_results), strict=True))
+        mean = fmean(result.report.loss for result in own_results)
+        times = map(fmean, zip(*(r.solving for r in own_results), strict=True))
+        rest = ("", "", *(f"{seconds:.1f}" for seconds in times))
         rows.append(("mean", "", name, f"{mean:.4f}", *(f"{fmean(r):.3f}" for r in ratios), *rest))
         rows.append(("worst", "", name, "", *(f"{max(r):.3f}" for r in ratios), *[""] * 4))
     return rows
@@ -212,7 +212,7 @@ def _setting(text: str) -> Setting:
 
 def _options() -> argparse.Namespace:
     words = sys.argv[1:]
-    own = words.index("--") if "--" in words else len(words)
+    end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
@@ -225,8 +225,8 @@ def _options() -> argparse.Namespace:
         metavar='NAME="OPTIONS"',
         help="instead of joint",
     )
-    options = parser.parse_args(words[:own])
-    options.rest = words[own + 1 :]
+    options = parser.parse_args(words[:end])
+    options.rest = words[end + 1 :]
     return options
 
 

@@ -95,7 +95,7 @@ def _options() -> argparse.Namespace:
 
 
 def make_family(folder: Path, spec: FamilySpec, prefix: str = "synthetic") -> list[Path]:
-    """The paths of a family in a folder, written if they are not there."""
+    """Returns the paths of a family in a folder, written if they are not there."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{prefix}_{index}" for index in range(spec.count)]
     paths = [folder / f"{name}.safetensors" for name in names]

@@ -93,7 +93,7 @@ class Judge:
 
     @torch.no_grad()
     def outputs(self, state: Mapping[str, Tensor]) -> Tensor:  # (inputs, 4, latent, latent)
-        """What the UNet gives with these weights."""
+        """Returns the UNet's outputs with these weights."""
         self.unet.to("meta")  # lets go of the last weights
         floats = {key: tensor.float() for key, tensor in state.items()}
         weights = convert_ldm_unet_checkpoint(floats, dict(self.unet.config))
@@ -101,11 +101,11 @@ class Judge:
         return self.unet(self.latents, self.steps, self.texts).sample
 
     def watched_outputs(self, state: Mapping[str, Tensor]) -> tuple[Tensor, float, float]:
-        """The outputs, and least and greatest standard deviation of what the UNet's blocks give."""
-        found: list[float] = []
+        """Returns the outputs, and the range of standard deviations of the blocks' outputs."""
+        deviations: list[float] = []
 
         def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-            found.append(float((output[0] if isinstance(output, tuple) else output).std()))
+            deviations.append(float((output[0] if isinstance(output, tuple) else output).std()))
 
         unet = self.unet
         blocks = (unet.conv_in, *unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_out)
@@ -113,7 +113,7 @@ class Judge:
         outputs = self.outputs(state)
         for hook in hooks:
             hook.remove()
-        return outputs, min(found), max(found)
+        return outputs, min(deviations), max(deviations)
 
 
 def main() -> None:
@@ -132,18 +132,18 @@ def main() -> None:
     rows |= {run.name: Row(run.report.loss) for run in runs}
     for place, source in enumerate(runs[0].sources):
         original = unet_state(source.path)
-        wanted = judge.outputs(original)
-        rows["average alone"].errors.append(relative_error(plain, wanted))
+        expected = judge.outputs(original)
+        rows["average alone"].errors.append(relative_error(plain, expected))
         for name, state in _candidates(judge, average, original, runs, place):
             _weigh(rows[name], judge.layers, (state, average, original))
             if name != "average alone":
-                rows[name].errors.append(relative_error(judge.outputs(state), wanted))
+                rows[name].errors.append(relative_error(judge.outputs(state), expected))
         print(f"{source.name}: done", file=sys.stderr, flush=True)
     print(table(HEADS, [row.cells(name, rows["average alone"]) for name, row in rows.items()]))
 
 
 def unet_state(path: Path) -> State:
-    """The UNet of a checkpoint file, in the file's types."""
+    """Returns the UNet of a checkpoint file, in the file's types."""
     with safe_open(path, framework="pt") as file:
         keys = [key for key in file.keys() if key.startswith(UNET_PREFIX)]  # noqa: SIM118
         return {key: file.get_tensor(key) for key in keys}
@@ -152,7 +152,7 @@ def unet_state(path: Path) -> State:
 def reconstructed(
     average: State, run: Run, place: int, layers: Sequence[Layer]
 ) -> State:  # float32 where LoRAs reach
-    """The average and all LoRAs by the multipliers that the run gives a checkpoint, as hosts read them."""
+    """Returns the average with all LoRAs, by a checkpoint's multipliers as hosts read them."""
     line = (run.folder / MULTIPLIERS).read_text(encoding="utf-8").splitlines()[place]
     files = {path.stem: path for path in run.loras}
     loras = [(tag.multiplier, load_file(files[tag.name])) for tag in parse_tags(line)]
@@ -167,16 +167,18 @@ def reconstructed(
 
 
 def relative_error(
-    found: Tensor,  # (inputs, ...)
-    wanted: Tensor,  # (inputs, ...)
+    outputs: Tensor,  # (inputs, ...)
+    expected: Tensor,  # (inputs, ...)
 ) -> float:
-    """The mean over the inputs of |found - wanted| / |wanted|."""
-    differences, norms = (each.flatten(1).norm(dim=1) for each in (found - wanted, wanted))
+    """Returns the mean over the inputs of |outputs - expected| / |expected|."""
+    differences, norms = (
+        tensor.flatten(1).norm(dim=1) for tensor in (outputs - expected, expected)
+    )
     return float((differences / norms).mean())
 
 
 def _added(lora: Mapping[str, Tensor], module: str) -> Tensor:  # (m, n)
-    """What a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
+    """Returns what a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
     up = lora[f"{module}.lora_up.weight"].float().flatten(1)
     down = lora[f"{module}.lora_down.weight"].float().flatten(1)
     return up @ down * (float(lora[f"{module}.alpha"]) / len(down))
@@ -185,7 +187,7 @@ def _added(lora: Mapping[str, Tensor], module: str) -> Tensor:  # (m, n)
 def _candidates(
     judge: Judge, average: State, original: State, runs: Sequence[Run], place: int
 ) -> Iterator[tuple[str, State]]:
-    """All that stands for a checkpoint, by its name in the table; one of them in memory at a time."""
+    """Yields all that stands for a checkpoint, with its name in the table, one at a time."""
     yield "average alone", average
     yield "exact layers", {**average, **{layer.key: original[layer.key] for layer in judge.layers}}
     for run in runs:
@@ -195,18 +197,18 @@ def _candidates(
 def _weigh(row: Row, layers: Sequence[Layer], states: tuple[State, State, State]) -> None:
     """Adds one checkpoint's differences in weights."""
     for layer in layers:
-        state, average, original = (each[layer.key].float() for each in states)
-        lost, of, norm = (
+        state, average, original = (state[layer.key].float() for state in states)
+        lost, energy, norm = (
             float(x.square().sum()) for x in (original - state, original - average, average)
         )
         row.lost += torch.tensor([lost, lost / norm])
-        row.of += torch.tensor([of, of / norm])
+        row.of += torch.tensor([energy, energy / norm])
 
 
 def _inputs(
     options: argparse.Namespace, latent: int, context: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps, latents and text embeddings: every timestep with every text, latents of their own."""
+    """Returns timesteps, latents and text embeddings: every timestep with every text."""
     generator = torch.Generator().manual_seed(options.seed)
     texts = torch.randn(options.texts, 77, context, generator=generator)
     pairs = list(product(options.timesteps, range(options.texts)))
@@ -216,14 +218,14 @@ def _inputs(
 
 
 def _runs(folders: Folders, names: Sequence[str]) -> list[Run]:
-    """The runs of these names, or all, the oldest first; of the same checkpoints only."""
+    """Returns the runs of these names, or all, the oldest first; of the same checkpoints only."""
     runs = [load_run(folders, name) for name in names] or list_runs(folders)[0][::-1]
     if not runs:
         raise SystemExit(f"expected runs in {folders.runs}, found none; merge there first")
-    if len({(run.hyper_model, tuple(each.sha256 for each in run.sources)) for run in runs}) > 1:
+    if len({(run.hyper_model, tuple(source.sha256 for source in run.sources)) for run in runs}) > 1:
         raise SystemExit("expected runs of the same checkpoints, got several; name the runs")
     if any(run.recipe.base != AVERAGE for run in runs):
-        raise SystemExit("expected runs around the average, got one with a base of its own")
+        raise SystemExit("expected runs around the average, got one with another base")
     if missing := [str(path) for run in runs for path in run.missing]:
         raise SystemExit(f"missing: {', '.join(missing)}")
     return runs

@@ -1,4 +1,4 @@
-"""How long a full-size merge goes on after the wish to stop it, by phase.
+"""How long a full-size merge goes on after the request to stop it, by phase.
 
     python benchmarks/interrupt.py [--folder FOLDER] [--count 4] [--trials 3] [--seed 0] [--narrow]
 
@@ -33,40 +33,40 @@ LIMIT = 2.0  # seconds
 
 @dataclass
 class Watch:
-    """Sees the phases of a run, and may wish it to stop at a moment of one of them."""
+    """Notes the phases of a run, and may request a stop at a moment of one of them."""
 
     phase: str | None = None
     delay: float = 0.0  # seconds from the beginning of that phase
-    wish: float | None = None  # when, by the clock
-    seen: dict[str, list[float]] = field(default_factory=dict)  # phase -> when it was told
+    requested: float | None = None  # when, by the clock
+    seen: dict[str, list[float]] = field(default_factory=dict)  # phase -> times of its reports
 
     def on_progress(self, phase: str, _fraction: float) -> None:
-        """Takes down the time."""
+        """Notes the time."""
         now = time.perf_counter()
         self.seen.setdefault(phase, []).append(now)
-        if self.wish is None and phase == self.phase:
-            self.wish = now + self.delay
+        if self.requested is None and phase == self.phase:
+            self.requested = now + self.delay
 
     def should_stop(self) -> bool:
         """Whether the moment has come."""
-        return self.wish is not None and time.perf_counter() >= self.wish
+        return self.requested is not None and time.perf_counter() >= self.requested
 
     @property
     def missed(self) -> bool:
-        """Whether the wish came in another phase."""
+        """Whether the request came in another phase."""
         last = list(self.seen)[-1]
-        return last != self.phase and self.seen[last][0] < (self.wish or 0.0)
+        return last != self.phase and self.seen[last][0] < (self.requested or 0.0)
 
     @property
     def progress(self) -> Progress:
-        """For the run."""
+        """The progress for the run."""
         return Progress(self.on_progress, self.should_stop)
 
 
 def main() -> int:
     """Runs all trials and prints the table."""
     options = _options()
-    dice = random.Random(options.seed)
+    generator = random.Random(options.seed)
     out = options.folder / "out-interrupt"
     shutil.rmtree(out, ignore_errors=True)
     spec = replace(NARROW if options.narrow else FamilySpec(), count=options.count)
@@ -82,14 +82,16 @@ def main() -> int:
     run_merge(run_preflight(recipe), complete.progress)
     begins = [start, *(times[-1] for times in complete.seen.values())]
     worst = 0.0
-    phases = list(complete.seen.items())[:-1]  # the last one is told when all is done
-    for (phase, told), begin in zip(phases, begins, strict=False):
-        lasts = told[-1] - begin
-        gap = max(after - before for before, after in zip([begin, *told], told, strict=False))
-        late = [_trial(recipe, Watch(phase, dice.random() * lasts)) for _ in range(options.trials)]
+    phases = list(complete.seen.items())[:-1]  # the last one is reported when all is done
+    for (phase, reports), begin in zip(phases, begins, strict=False):
+        lasts = reports[-1] - begin
+        gap = max(after - before for before, after in zip([begin, *reports], reports, strict=False))
+        late = [
+            _trial(recipe, Watch(phase, generator.random() * lasts)) for _ in range(options.trials)
+        ]
         worst = max(worst, *late, 0.0)
         print(
-            f"{phase:26} {lasts:6.1f} s, told every {gap:4.2f} s at least; stopped within"
+            f"{phase:26} {lasts:6.1f} s, reported every {gap:4.2f} s at least; stopped within"
             f" {', '.join(f'{x:.2f}' for x in sorted(late))} s",
             flush=True,
         )
@@ -97,7 +99,7 @@ def main() -> int:
 
 
 def _trial(recipe: Recipe, watch: Watch) -> float:
-    """Seconds from the wish to the end of a run."""
+    """Returns the seconds from the request to the end of a run."""
     if watch.phase in {"hashing the checkpoints", "reading and analysing"}:
         weights = (2 + watch.delay, *[1.0] * (len(recipe.models) - 1))
         recipe = replace(recipe, weights=weights)  # which neither analysis nor hyper-model serves
@@ -107,7 +109,7 @@ def _trial(recipe: Recipe, watch: Watch) -> float:
     try:
         run_merge(preflight, watch.progress)
     except InterruptedRun:
-        late = time.perf_counter() - (watch.wish or 0.0)
+        late = time.perf_counter() - (watch.requested or 0.0)
     else:
         late = None
     if late is None or watch.missed:  # faster than the first run, which may have had company
@@ -118,7 +120,7 @@ def _trial(recipe: Recipe, watch: Watch) -> float:
 
 
 def _snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of every file; in the cache only size, and no hashes, which are kept."""
+    """Returns size and time of change of every file; only the size in the cache, and no hashes."""
     return {
         path: (path.stat().st_size, 0 if path.parent.name == "cache" else path.stat().st_mtime_ns)
         for path in folder.rglob("*")

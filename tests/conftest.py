@@ -10,8 +10,9 @@ import torch
 from hypothesis import settings
 from tiny_family import KEPT, TINY, Exact, State, WarningLog, merge, write
 
-from hyper_merge.decomposition import initialization as starts
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.operations.merge.merge import MergeResult
+from hyper_merge.solver import solve
 from hyper_merge.synthetic.writer import tensors
 
 # The gate draws the same examples every time; elsewhere each run looks for new ones. A busy machine
@@ -25,15 +26,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _short_search():
-    """The search for a start has tests of its own; here a glance is enough."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(starts, "_RANDOM", 1)
-        patch.setattr(starts, "_ROUNDS", ((1, 1),))
-        patch.setattr(starts, "_GREEDY_TURNS", 1)
-        patch.setattr(starts, "_PILOT_ENTRIES", 20_000)
-        yield
+SCREENS = {"api", "cli", "hosts", "ui"}  # rooms of tests
+
+
+@pytest.fixture(autouse=True)
+def _quick_search_of_screens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Shortens the search for a start where a screen begins a merge, and nowhere else.
+
+    Screens have no setting for the effort. All other tests pass `SearchEffort.QUICK` as an argument,
+    most of them through `tiny_family.merge`, or run the search that ships.
+    """
+    if request.path.relative_to(Path(__file__).parent).parts[0] in SCREENS:
+        monkeypatch.setattr(solve, "DEFAULT_EFFORT", SearchEffort.QUICK)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +74,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory, files: tuple[Path, ...]) ->
 
 @pytest.fixture
 def started(tmp_path: Path, merged: MergeResult) -> Path:
-    """A models folder of one's own that holds this merge, its cache too."""
+    """A copy of the models folder of this merge, its cache too."""
     root = merged.place.loras.parent
     return Path(shutil.copytree(root, tmp_path / "started"))
 

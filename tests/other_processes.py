@@ -69,9 +69,9 @@ if kind == "windows":
     file_lock._lock = by_ranges
     file_lock._REMOVED_WHILE_OPEN = False
 
-from hyper_merge.decomposition import initialization as starts  # the search for a start has tests of its own
-starts._RANDOM, starts._ROUNDS, starts._GREEDY_TURNS = 1, ((1, 1),), 1
-starts._PILOT_ENTRIES = 20_000
+from hyper_merge.decomposition.initialization import SearchEffort
+from hyper_merge.solver import solve
+solve.DEFAULT_EFFORT = SearchEffort.QUICK
 
 def clear(root):
     try:

@@ -14,6 +14,7 @@ from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.loras.prompt_tags import Tag
 from hyper_merge.operations.merge.merge import MergeResult, run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -66,9 +67,16 @@ def recipe(models, output: Path, **settings: Any) -> Recipe:
     return Recipe(models=tuple(models), output=output, **values)
 
 
-def merge(models, output: Path, progress: Progress | None = None, **settings: Any) -> MergeResult:
-    """A small merge."""
-    return run_merge(run_preflight(recipe(models, output, **settings)), progress or Progress())
+def merge(
+    models,
+    output: Path,
+    progress: Progress | None = None,
+    effort: SearchEffort = SearchEffort.QUICK,
+    **settings: Any,
+) -> MergeResult:
+    """Runs a small merge, with a short search for a start."""
+    preflight = run_preflight(recipe(models, output, **settings))
+    return run_merge(preflight, progress or Progress(), effort=effort)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""How good it can get: spectra of the cores, a lower bound of the loss, private LoRAs.
+"""Limits of the loss: spectra of the cores, a lower bound, private LoRAs of the same bytes.
 
 All figures are squared norms ("energies"), from the cores; what lies outside of the bases counts as
 not explained.
@@ -22,11 +22,11 @@ class Spectra:
 
     rows: Tensor  # (p,), of the unfolding of all slices along the rows
     columns: Tensor  # (q,), along the columns
-    private: Tensor  # (k, min(p, q)), of every checkpoint's own deviation
+    private: Tensor  # (k, min(p, q)), of every checkpoint's deviation
 
     @cached_property
     def gains(self) -> Tensor:  # (max(p, q),), falling
-        """What each further rank can add to the explained energy at most.
+        """The most that each further rank can add to the explained energy.
 
         A stack of slices whose sum of ranks is rho has at most rank rho in both unfoldings, so it
         explains no more than the rho largest squared singular values of either. The smaller of two
@@ -40,13 +40,13 @@ class Spectra:
         return torch.minimum(*sums).diff(prepend=torch.zeros(1, dtype=torch.float64)).clamp(min=0)
 
     def promises(self, dimensions: int) -> Tensor:  # (d * min(p, q),), falling
-        """What each further rank can be expected to add to the explained energy.
+        """Returns what each further rank can be expected to add to the explained energy.
 
         Private LoRAs of k checkpoints take k / d times the ranks that blocks along the d directions
         of their deviations take; exactly so for two checkpoints.
 
         Args:
-            dimensions: of the deviations, d.
+            dimensions: d, of the deviations.
         """
         values = self.private.flatten().sort(descending=True).values
         sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
@@ -61,13 +61,13 @@ def compute_spectra(
     core: Tensor,  # (d, p, q)
     to_deviations: Tensor,  # (k, d)
 ) -> Spectra:
-    """Squared singular values through Gram matrices: only their sums matter here."""
-    own = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
-    own = own.mT if core.shape[1] > core.shape[2] else own
+    """Computes squared singular values through Gram matrices, for only their sums matter here."""
+    deviations = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
+    deviations = deviations.mT if core.shape[1] > core.shape[2] else deviations
     return Spectra(
         rows=_squared_singular_values((core @ core.mT).sum(0)),
         columns=_squared_singular_values((core.mT @ core).sum(0)),
-        private=_squared_singular_values(own @ own.mT),
+        private=_squared_singular_values(deviations @ deviations.mT),
     )
 
 
@@ -75,9 +75,9 @@ def lower_bound(
     layers: Sequence[Spectra],
     energies: Sequence[float],  # of every layer, in and outside of its bases
     ranks: Sequence[tuple[int, ...]],  # of the blocks, per layer
-    grams: Sequence[Tensor],  # each (d, d), of the slices over the layers of one group
+    grams: Sequence[Tensor],  # (d, d) each, of the slices over the layers of one group
 ) -> float:
-    """A loss (fraction of all energy) that no shared LoRAs of these ranks can go below.
+    """Returns a loss (fraction of all energy) that no shared LoRAs of these ranks can go below.
 
     With rho = sum of its ranks, a layer's approximation has at most rank rho in every unfolding of
     the stack; and over the layers that share multipliers at most R dimensions along the checkpoints.
@@ -91,15 +91,15 @@ def lower_bound(
 def budget_bound(
     layers: Sequence[Spectra],
     energies: Sequence[float],  # of every layer, in and outside of its bases
-    prices: tuple[Sequence[float], float],  # of a rank in every layer, and the budget
+    costs: Sequence[float],  # of a rank, per layer
+    budget: float,
     blocks: int,
-    grams: Sequence[Tensor],  # each (d, d), of the slices over the layers of one group
+    grams: Sequence[Tensor],  # (d, d) each, of the slices over the layers of one group
 ) -> float:
-    """A loss (fraction of all energy) that no shared LoRAs within a budget can go below.
+    """Returns a loss (fraction of all energy) that no shared LoRAs within a budget can go below.
 
-    As `lower_bound`, with the best choice of every layer's rank that the budget allows.
+    It is the `lower_bound` of the best ranks that the budget allows.
     """
-    costs, budget = prices
     return _at_least(
         maximize_gain([s.gains for s in layers], costs, budget), energies, grams, blocks
     )
@@ -110,16 +110,16 @@ def private_losses(
     energies: Tensor,  # (layers, k), of every checkpoint's deviation
     ranks: Sequence[tuple[int, ...]],  # of the shared blocks, per layer
 ) -> Tensor:  # (k,), squared errors
-    """What stays unexplained if every checkpoint gets LoRAs of its own for the same bytes.
+    """Returns what stays unexplained if every checkpoint gets private LoRAs for the same bytes.
 
-    A layer's rho ranks are dealt out evenly, what does not divide to those who gain most.
+    A layer's rho ranks are dealt out evenly; what does not divide goes to those that gain most.
     """
     errors = energies.sum(0)
     for layer, rank in zip(layers, ranks, strict=True):
-        each, rest = divmod(sum(rank), len(layer.private))
-        errors = errors - layer.private[:, :each].sum(1)
-        if rest and each < layer.private.shape[1]:
-            following = layer.private[:, each]
+        even, rest = divmod(sum(rank), len(layer.private))
+        errors = errors - layer.private[:, :even].sum(1)
+        if rest and even < layer.private.shape[1]:
+            following = layer.private[:, even]
             gained = following.topk(rest).indices
             errors[gained] -= following[gained]
     return errors.clamp(min=0)
@@ -131,17 +131,17 @@ def best_private_losses(
     costs: Sequence[float],  # of a rank, per layer
     budget: float,
 ) -> Tensor:  # (k,), squared errors
-    """The same with every layer's rank for every checkpoint where the budget explains most."""
+    """Returns what stays unexplained with private LoRAs whose ranks lie where they explain most."""
     k = energies.shape[1]
     counts = spread_ranks(
-        [own for layer in layers for own in layer.private],
+        [values for layer in layers for values in layer.private],
         [cost for cost in costs for _ in range(k)],
         budget,
     )
     errors = energies.sum(0)
     for index, layer in enumerate(layers):
-        for c, own in enumerate(layer.private):
-            errors[c] -= own[: counts[index * k + c]].sum()
+        for c, values in enumerate(layer.private):
+            errors[c] -= values[: counts[index * k + c]].sum()
     return errors.clamp(min=0)
 
 

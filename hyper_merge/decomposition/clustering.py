@@ -27,7 +27,7 @@ class Clusters:
 def find_clusters(
     gram: Tensor,  # (k, k), inner products of the deviations from any one base
 ) -> Clusters:
-    """Groups by Ward's method, as many as stand out most clearly.
+    """Finds groups by Ward's method, as many as stand out most clearly.
 
     Two groupings are compared by the ratio of what lies between groups to what lies within, each per
     degree of freedom; unrelated checkpoints give about 1 whatever the number of groups.
@@ -53,7 +53,7 @@ def find_clusters(
 
 
 def _mergers(gram: Tensor) -> list[tuple[tuple[int, ...], ...]]:
-    """From single checkpoints to two groups: the two that add least to the spread are joined."""
+    """Returns the steps from single checkpoints to two groups; each joins the two nearest ones."""
     groups: list[tuple[int, ...]] = [(c,) for c in range(len(gram))]
     steps = []
     while len(groups) > 2:
@@ -72,6 +72,6 @@ def _within(gram: Tensor, groups: tuple[tuple[int, ...], ...]) -> float:
 
 
 def _spread(gram: Tensor, group: tuple[int, ...]) -> float:
-    """Sum of squared distances of a group's members from their mean."""
+    """Returns the sum of squared distances of a group's members from their mean."""
     part = gram[list(group)][:, list(group)]
     return max(float(part.diagonal().sum() - part.mean(dim=0).sum()), 0.0)

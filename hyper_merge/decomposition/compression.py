@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,11 +22,19 @@ _NARROW: Final = 4.0  # times the multiply-adds: what products with few columns 
 
 @dataclass(frozen=True, eq=False)
 class CompressedLayer:
-    """`slices[c]` is nearly `left @ core[c] @ right.T`; `core[c]` is exactly its projection."""
+    """`slices[c]` is approximately `left @ core[c] @ right.T`, and `core[c]` its exact projection."""
 
     left: Tensor  # (m, p), orthonormal columns
     right: Tensor  # (n, q), orthonormal columns
     core: Tensor  # (k, p, q)
+
+
+@dataclass(frozen=True, eq=False)
+class _Direction:
+    """A mixture of the slices, and the columns of the bases that are spent on it."""
+
+    weights: Tensor  # (k,)
+    columns: int
 
 
 def compress(
@@ -36,14 +44,14 @@ def compress(
     generator: torch.Generator,
     tick: Callable[[float], None] = lambda _cost: None,
 ) -> CompressedLayer:
-    """Bases of at most `width` columns that hold what low-rank blocks need, and the core.
+    """Computes bases of at most `width` columns that hold what low-rank blocks need, and the core.
 
-    The slices are first rotated into the eigenvectors of their own k x k Gram matrix; then each
+    The slices are first rotated into the eigenvectors of their k x k Gram matrix; then each
     direction, with a share of the width in proportion to its size, goes through a few subspace
-    iterations of its own. The last two iterates make the basis (a short Krylov space). Against
+    iterations. The last two iterates make the basis (a short Krylov space). Against
     bases of the whole stack from a randomised range finder this is k times cheaper per iteration,
     and at the same width what follows reaches a loss about 2 % lower. It depends on the slices
-    alone, not on the ranks that will be asked for.
+    alone, not on the ranks that are chosen later.
 
     The columns come in the order of what they hold, so the first of them are bases, and the leading
     part of the core is a core, of a smaller width; but a square basis is the identity.
@@ -53,8 +61,8 @@ def compress(
         gram: their inner products.
         width: columns of the bases at most.
         generator: for the starts of the iterations.
-        tick: told what every product cost, all together about `compression_cost`; may raise, to
-            stop.
+        tick: called with what every product cost, all together about `compression_cost`; may
+            raise, to stop.
 
     Source: block Krylov iteration, Musco and Musco, "Randomized block Krylov methods for stronger
     and faster approximate singular value decomposition", 2015.
@@ -78,7 +86,7 @@ def project(
     right: Tensor,  # (n, q)
     tick: Callable[[float], None] = lambda _cost: None,
 ) -> Tensor:  # (k, p, q)
-    """`left.T @ slices[c] @ right`; `tick` as for `compress`."""
+    """Returns `left.T @ slices[c] @ right`; `tick` as for `compress`."""
     if left.shape[1] == left.shape[0] and right.shape[1] == right.shape[0]:
         return slices
     core = slices.new_empty(len(slices), left.shape[1], right.shape[1])
@@ -89,7 +97,7 @@ def project(
 
 
 def compression_cost(shape: tuple[int, int, int], width: int) -> float:
-    """What `compress` takes of slices (k, m, n), in multiply-adds of large products."""
+    """Returns what `compress` takes for slices (k, m, n), in multiply-adds of large products."""
     k, m, n = shape
     if m <= width and n <= width:
         return 0.0
@@ -102,7 +110,7 @@ def _projected(
     left: Tensor,  # (m, p)
     right: Tensor,  # (n, q)
 ) -> Tensor:  # (p, q)
-    """The longer side first, for that leaves less to do."""
+    """Projects the longer side first, for that leaves less to do."""
     m, n = matrix.shape
     if m < n:
         half = matrix if right.shape[1] == n else matrix @ right
@@ -113,15 +121,16 @@ def _projected(
 
 def _subspaces(
     slices: Tensor,  # (k, m, n)
-    directions: list[tuple[Tensor, int]],  # [((k,), columns)]
+    directions: Sequence[_Direction],
     generator: torch.Generator,
     tick: Callable[[float], None],
 ) -> tuple[Tensor, Tensor]:  # (m, <= width), (n, <= width)
-    """Singular vectors of every direction, nearly, those of the largest values first."""
+    """Returns approximate singular vectors of every direction, largest values first."""
     k, m, n = slices.shape
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for weights, size in directions:
-        matrix = (weights @ slices.reshape(k, -1)).view(m, n)
+    triplets: list[tuple[Tensor, Tensor, Tensor]] = []
+    for direction in directions:
+        size = direction.columns
+        matrix = (direction.weights @ slices.reshape(k, -1)).view(m, n)
         left = orthonormal(matrix @ random_normal((n, size), matrix, generator))
         right = matrix.mT @ left
         tick(2 * _NARROW * m * n * size)
@@ -130,17 +139,17 @@ def _subspaces(
             left = orthonormal(matrix @ orthonormal(right))
             right = matrix.mT @ left
             tick(2 * _NARROW * m * n * size)
-        found.append(_singular_vectors((left, right), earlier))
-    lefts, rights, values = zip(*found, strict=True)
-    order = torch.cat(values).argsort(descending=True, stable=True)
-    return torch.cat(lefts, 1)[:, order], torch.cat(rights, 1)[:, order]
+        triplets.append(_singular_vectors((left, right), earlier))
+    lefts, rights, values = zip(*triplets, strict=True)
+    ranking = torch.cat(values).argsort(descending=True, stable=True)
+    return torch.cat(lefts, 1)[:, ranking], torch.cat(rights, 1)[:, ranking]
 
 
 def _singular_vectors(
     last: tuple[Tensor, Tensor],  # (m, s), orthonormal, and matrix.T times it, (n, s)
-    earlier: tuple[Tensor, Tensor],  # the same, of the iterate before
+    earlier: tuple[Tensor, Tensor],  # both of the iterate before
 ) -> tuple[Tensor, Tensor, Tensor]:  # (m, <= 2s), (n, <= 2s), (<= 2s,)
-    """Left and right singular vectors and values of the matrix between both iterates' spaces.
+    """Returns singular vectors and values of the matrix between both iterates' spaces.
 
     No product with the matrix itself: those of the earlier iterate less its part in the last one
     follow from what is known (the Rayleigh-Ritz step of block Krylov methods).
@@ -158,8 +167,8 @@ def _singular_vectors(
 
 def _ordered(
     columns: Tensor,  # (m, at most m)
-) -> Tensor:  # (m, the same)
-    """Columns of the same span, orthogonal, those that hold most first."""
+) -> Tensor:  # of the same shape
+    """Returns orthogonal columns of the same span, those that hold most first."""
     _, rotation = torch.linalg.eigh(columns.mT @ columns)
     return columns @ rotation.flip(1)
 
@@ -168,8 +177,8 @@ def _directions(
     slices: Tensor,  # (k, m, n)
     gram: Tensor,  # (k, k)
     total: int,
-) -> list[tuple[Tensor, int]]:  # [((k,), columns)]
-    """Eigenvectors of the slices' Gram matrix, each with its share of `total` columns."""
+) -> list[_Direction]:
+    """Returns eigenvectors of the slices' Gram matrix, each with its share of the columns."""
     energy, vectors = torch.linalg.eigh(gram.double().cpu())
     size = energy.clamp(min=0).sqrt().flip(0)
     shares = size / size.sum() if size.sum() > 0 else torch.full_like(size, 1 / len(size))
@@ -177,14 +186,14 @@ def _directions(
     ends = (shares.cumsum(0) * total).round().long().tolist()
     columns = [min(end - start, limit) for start, end in zip([0, *ends], ends, strict=False)]
     rows = vectors.mT.flip(0).to(slices)
-    return [(row, count) for row, count in zip(rows, columns, strict=True) if count > 0]
+    return [_Direction(*pair) for pair in zip(rows, columns, strict=True) if pair[1] > 0]
 
 
 def _basis(
     columns: Tensor,  # (m, any)
     width: int,
 ) -> Tensor:  # (m, width), orthonormal
-    """A basis of exactly `width` columns; the identity where it is square."""
+    """Returns a basis of exactly `width` columns; the identity where it is square."""
     size, count = columns.shape
     if width == size:
         return _identity(size, columns)

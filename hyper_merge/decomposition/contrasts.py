@@ -41,7 +41,7 @@ class Contrasts:
 
 
 def around_mean(weights: Sequence[float]) -> Contrasts:
-    """Deviations from the weighted mean, relative to the first checkpoint (d = k - 1).
+    """Returns coordinates of deviations from the weighted mean (d = k - 1).
 
     Differences to the first checkpoint are exactly zero where all agree, so equal checkpoints
     average to themselves, bit for bit.
@@ -57,14 +57,14 @@ def around_mean(weights: Sequence[float]) -> Contrasts:
 
 
 def around_base(count: int) -> Contrasts:
-    """Deviations of `count` checkpoints from a base that is not one of them (d = k)."""
+    """Returns coordinates of `count` checkpoints around a base that is not one of them (d = k)."""
     identity = torch.eye(count, dtype=torch.float64)
     return Contrasts(torch.zeros(count, dtype=torch.float64), identity, identity)
 
 
 @dataclass(frozen=True, eq=False)
 class TensorDeviations:
-    """One tensor of all checkpoints, taken apart."""
+    """One tensor of all checkpoints as its base and deviations."""
 
     base: Tensor  # (size,), as it will be stored
     slices: Tensor  # (d, size), float32
@@ -80,7 +80,7 @@ def compute_deviations(
     chunk: int,
     tick: Callable[[float], None] = lambda _entries: None,
 ) -> TensorDeviations:
-    """Base and slices of one tensor, in float32 with float64 sums, chunk by chunk.
+    """Computes base and slices of one tensor, in float32 with float64 sums, chunk by chunk.
 
     Args:
         origin: the first checkpoint's tensor (or the given base's) on the device of the work.
@@ -88,7 +88,7 @@ def compute_deviations(
         contrasts: the coordinates.
         stored: type in which the base will be written.
         chunk: entries at a time; on a CPU what its cache holds.
-        tick: told the entries of every chunk; may raise, to stop.
+        tick: called with the entries of every chunk; may raise, to stop.
     """
     size, device = origin.numel(), origin.device
     base = torch.empty(size, dtype=stored, device=device)
@@ -104,7 +104,7 @@ def compute_deviations(
     for start in range(0, size, chunk):
         part = slice(start, min(start + chunk, size))
         if part.stop - start < chunk:
-            differences, rows = (each[:, : part.stop - start] for each in (differences, rows))
+            differences, rows = (buffer[:, : part.stop - start] for buffer in (differences, rows))
         first = origin[part].float()
         for other, difference in zip(others, differences, strict=True):
             torch.sub(other[part], first, out=difference)
@@ -122,7 +122,7 @@ def compute_deviations(
 
 
 def to_deviations_matrix(contrasts: Contrasts) -> Tensor:  # (k, d + 1)
-    """From slices and the base's rounding error to checkpoint - base as stored."""
+    """Returns the map from slices and the base's rounding error to checkpoint - base as stored."""
     return torch.cat([contrasts.to_deviations, -torch.ones(contrasts.count, 1).double()], 1)
 
 
@@ -130,6 +130,6 @@ def energies(
     gram: Tensor,  # (..., d + 1, d + 1), as in `TensorDeviations`
     contrasts: Contrasts,
 ) -> Tensor:  # (..., k)
-    """Squared distance of every checkpoint from the base as stored."""
+    """Returns the squared distance of every checkpoint from the base as stored."""
     rows = to_deviations_matrix(contrasts)
     return ((rows @ gram) * rows).sum(-1).clamp(min=0)

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Factors,
-    Problem,
     Solution,
     StoppingCriterion,
     compute_statistics,
     fit_multipliers,
     initial_factors,
 )
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 
 def solve_greedy(
@@ -30,7 +28,7 @@ def solve_greedy(
     generator: torch.Generator,
     stopping: StoppingCriterion,
 ) -> Solution:
-    """All blocks by deflation: multipliers and one truncated SVD in turn, then the next block.
+    """Solves by deflation: multipliers and one truncated SVD in turn, then the next block.
 
     Args:
         problem: the layers.
@@ -40,16 +38,16 @@ def solve_greedy(
     Returns:
         The blocks, and the loss after each of them.
     """
-    left_over = list(problem.each(_copied, problem.batches))
+    left_over = list(problem.parallel(_copied, problem.batches))
     columns, parts, losses = [], [], [1.0]
     for r in range(problem.shape[1]):
         batches = tuple(
             Batch(slices, (batch.ranks[r],), batch.layers)
             for slices, batch in zip(left_over, problem.batches, strict=True)
         )
-        single = Problem(batches, losses[-1] * problem.energy, problem.each)
+        single = Problem(batches, losses[-1] * problem.energy, problem.parallel)
         factors, column, fraction = _one_block(single, generator, stopping)
-        list(problem.each(partial(_deflate_, column), left_over, factors))
+        list(problem.parallel(partial(_deflate_, column), left_over, factors))
         columns.append(column)
         parts.append(factors)
         losses.append(losses[-1] * fraction)
@@ -58,8 +56,8 @@ def solve_greedy(
 
 
 def leading_multipliers(problem: Problem) -> Tensor:  # (k, k), float64
-    """Eigenvectors of the slices' k x k Gram matrix over all layers, largest first, as columns."""
-    gram = torch.stack(list(problem.each(_gram, problem.batches))).sum(0)
+    """Returns eigenvectors of the slices' k x k Gram matrix as columns, largest first."""
+    gram = torch.stack(list(problem.parallel(_gram, problem.batches))).sum(0)
     return torch.linalg.eigh(gram)[1].flip(1)
 
 
@@ -80,12 +78,12 @@ def _one_block(
     multipliers = leading_multipliers(problem)[:, :1]
     losses = [float("inf")]
     for _ in range(stopping.sweeps):
-        tried = initial_factors(problem, multipliers, generator)
-        found = compute_statistics(problem, tried)
-        fitted = fit_multipliers(found)
-        losses.append(found.loss(fitted))
+        turn = initial_factors(problem, multipliers, generator)
+        statistics = compute_statistics(problem, turn)
+        fitted = fit_multipliers(statistics)
+        losses.append(statistics.loss(fitted))
         if losses[-1] <= losses[-2]:  # subspace iteration is inexact: a turn may do harm
-            factors, multipliers = tried, fitted
+            factors, multipliers = turn, fitted
         if losses[-2] - losses[-1] <= stopping.tolerance * losses[-1]:
             break
     return factors, multipliers, min(losses)

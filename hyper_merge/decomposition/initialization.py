@@ -8,16 +8,15 @@ hold most of the energy, by successive halving, and all layers join from the win
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.greedy import leading_multipliers, solve_greedy
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Problem,
     Solution,
     StoppingCriterion,
     compute_statistics,
@@ -25,84 +24,127 @@ from hyper_merge.decomposition.ll1 import (
     initial_factors,
     solve_ll1,
 )
+from hyper_merge.decomposition.problem import Batch, Problem
 
-_RANDOM: Final = 6  # random starts beside the planned ones
-_ROUNDS: Final = ((4, 4), (6, 2), (10, 1))  # sweeps, how many go on
-_GREEDY_TURNS: Final = 6
-_PILOT_SHARE: Final = 0.03  # of the work of a sweep
-_PILOT_ENTRIES: Final = 1_000_000  # problems smaller than this are searched whole
 _BEFORE: Final = 24  # sweeps over the pilot that take as long as what precedes the first of them
+
+
+@dataclass(frozen=True)
+class SearchEffort:
+    """How thorough the search for a start is.
+
+    Attributes:
+        random_starts: Random starts that are tried in addition to the planned ones.
+        rounds: Sweeps over the pilot layers in each round, and how many starts survive it.
+        greedy_turns: Turns for each block of the greedy start.
+        pilot_share: Work of a sweep over the pilot layers, as a share of one over all layers.
+        pilot_entries: Entries of the cores up to which a problem is searched whole.
+    """
+
+    random_starts: int
+    rounds: tuple[tuple[int, int], ...]
+    greedy_turns: int
+    pilot_share: float
+    pilot_entries: int
+
+    FULL: ClassVar[SearchEffort]
+    QUICK: ClassVar[SearchEffort]
+
+    def pilot_sweeps(self, starts: int) -> float:
+        """Returns what the search takes on the pilot layers, in sweeps over them."""
+        candidates, sweeps = starts + 2, float(_BEFORE)  # greedy deflation and eigenvectors too
+        for round_sweeps, survivors in self.rounds:
+            sweeps += candidates * round_sweeps
+            candidates = min(candidates, survivors)
+        return sweeps
+
+    def pilot_part(self, entries: float) -> float:
+        """Returns the share of a sweep's work that the pilot layers may take; may be above 1.
+
+        Args:
+            entries: of one slice of every layer's core, added up.
+        """
+        return max(self.pilot_share, self.pilot_entries / entries)
+
+
+SearchEffort.FULL = SearchEffort(6, ((4, 4), (6, 2), (10, 1)), 6, 0.03, 1_000_000)
+SearchEffort.QUICK = SearchEffort(1, ((1, 1),), 1, 0.03, 20_000)
 
 
 def best_start(
     problem: Problem,
-    planned: Sequence[Tensor],  # each (k, any), columns are directions
-    earlier: Sequence[Tensor],  # the same, of earlier solutions
+    planned: Sequence[Tensor],  # (k, any) per start, columns are directions
+    earlier: Sequence[Tensor],  # (k, any) per start
     generator: torch.Generator,
-    tell: Callable[[float], None] = lambda _fraction: None,
-    given: Sequence[Tensor] = (),  # each (k, R)
+    effort: SearchEffort = SearchEffort.FULL,
+    on_progress: Callable[[float], None] = lambda _fraction: None,
+    user_starts: Sequence[Tensor] = (),  # (k, R) per start
 ) -> Tensor:  # (k, R), float64
-    """Multipliers of the best solution found on the pilot layers.
+    """Returns the multipliers of the best solution on the pilot layers.
 
     Args:
         problem: all layers; few are chosen among them.
         planned: starts worth trying (private blocks), extended or cut to R.
         earlier: solutions for other ranks; they take the place of random starts.
         generator: for the random starts.
-        tell: called after every sweep with the fraction of the sweeps that is done; may raise, to
-            stop.
-        given: the user's own, tried besides all others, which stay the same.
+        effort: how thorough the search is.
+        on_progress: called after every sweep with the fraction of the sweeps that is done; may
+            raise, to stop.
+        user_starts: starts that the caller adds; the other starts stay the same with them.
     """
     slices, blocks = problem.shape
     if slices == 1:  # two checkpoints differ in one direction: there is nothing to choose
-        tell(1.0)
+        on_progress(1.0)
         return torch.ones((1, blocks), dtype=torch.float64)
-    few = pilot(problem)
-    starts = [*planned, *(earlier or [torch.zeros(slices, 0)] * _RANDOM)]
-    sweeps_in_all = _pilot_sweeps(len(starts) + len(given))
+    few = pilot(problem, effort)
+    starts = [*planned, *(earlier or [torch.zeros(slices, 0)] * effort.random_starts)]
+    all_sweeps = effort.pilot_sweeps(len(starts) + len(user_starts))
     done: list[float] = []
 
     def on_sweep(cost: float, _loss: float) -> None:
         done.append(cost)
-        tell(sum(done) / sweeps_in_all)
+        on_progress(sum(done) / all_sweeps)
 
-    stopping = StoppingCriterion(_GREEDY_TURNS, 0.0, partial(on_sweep, _BEFORE / blocks))
+    stopping = StoppingCriterion(effort.greedy_turns, 0.0, partial(on_sweep, _BEFORE / blocks))
     greedy = solve_greedy(few, generator, stopping)
     refitted = fit_multipliers(compute_statistics(few, greedy.factors))
-    tried = [Solution(greedy.factors, refitted, greedy.losses)]
-    tried += [
+    candidates = [Solution(greedy.factors, refitted, greedy.losses)]
+    candidates += [
         Solution(initial_factors(few, multipliers, generator), multipliers, ())
         for multipliers in _directions(few, starts, generator)
     ]
-    dice = torch.Generator().manual_seed(len(starts))
-    tried += [
-        Solution(initial_factors(few, multipliers, dice), multipliers, ()) for multipliers in given
+    # A stream of its own: the other starts and all that follows stay the same.
+    user_generator = torch.Generator().manual_seed(len(starts))
+    candidates += [
+        Solution(initial_factors(few, multipliers, user_generator), multipliers, ())
+        for multipliers in user_starts
     ]
-    for sweeps, kept in _ROUNDS:
+    for sweeps, survivors in effort.rounds:
         stopping = StoppingCriterion(sweeps, 0.0, partial(on_sweep, 1.0))
-        tried = [solve_ll1(few, start.factors, start.multipliers, stopping) for start in tried]
-        tried = sorted(tried, key=lambda found: found.loss)[:kept]
-    return tried[0].multipliers
+        candidates = [solve_ll1(few, c.factors, c.multipliers, stopping) for c in candidates]
+        candidates = sorted(candidates, key=lambda solution: solution.loss)[:survivors]
+    return candidates[0].multipliers
 
 
-def search_cost(entries: float, starts: int) -> float:
-    """What `best_start` takes, in sweeps over all layers.
+def search_cost(entries: float, starts: int, effort: SearchEffort = SearchEffort.FULL) -> float:
+    """Returns what `best_start` takes, in sweeps over all layers.
 
     Args:
         entries: of one slice of every layer's core, added up.
-        starts: planned, earlier or random, and given ones.
+        starts: number of planned, earlier or random, and user's starts.
+        effort: how thorough the search is.
     """
-    share = max(_PILOT_SHARE, _PILOT_ENTRIES / entries)
-    return 1.0 + min(share, 1.0) * _pilot_sweeps(starts)  # all cores are read once
+    part = min(effort.pilot_part(entries), 1.0)
+    return 1.0 + part * effort.pilot_sweeps(starts)  # all cores are read once
 
 
-def pilot(problem: Problem) -> Problem:
-    """The layers with the most energy per entry of their cores, up to a small share of the work."""
+def pilot(problem: Problem, effort: SearchEffort = SearchEffort.FULL) -> Problem:
+    """Returns the layers with the most energy per entry, up to the effort's share of the work."""
     sizes: list[int] = []
     ranks: list[int] = []
     energies, places = [], []
     for b, (batch, energy) in enumerate(
-        zip(problem.batches, problem.each(_energies, problem.batches), strict=True)
+        zip(problem.batches, problem.parallel(_energies, problem.batches), strict=True)
     ):
         sizes += [batch.slices[0, 0].numel()] * len(energy)
         ranks += [sum(batch.ranks)] * len(energy)
@@ -113,25 +155,18 @@ def pilot(problem: Problem) -> Problem:
     # Where ranks are adaptive the layers with most energy have the largest, and a sweep over them
     # takes by far more than one over as many entries of others.
     work = size * torch.tensor(ranks)
-    share = max(_PILOT_SHARE, _PILOT_ENTRIES / float(size.sum()))
-    order = (energy / size).argsort(descending=True, stable=True)
-    count = max(int((work[order].cumsum(0) <= share * float(work.sum())).sum()), 1)
+    part = effort.pilot_part(float(size.sum()))
+    ranking = (energy / size).argsort(descending=True, stable=True)
+    count = max(int((work[ranking].cumsum(0) <= part * float(work.sum())).sum()), 1)
     batches = []
     for b, batch in enumerate(problem.batches):
-        chosen = sorted(i for at, i in (places[o] for o in order[:count].tolist()) if at == b)
+        chosen = sorted(i for at, i in (places[o] for o in ranking[:count].tolist()) if at == b)
         if chosen:
             layers = tuple(batch.layers[i] for i in chosen)
             batches.append(Batch(batch.slices[chosen], batch.ranks, layers))
-    return Problem(tuple(batches), float(energy[order[:count]].sum()), problem.each, problem.ridge)
-
-
-def _pilot_sweeps(starts: int) -> float:
-    """What the search takes on the pilot layers, in sweeps over them."""
-    tried, sweeps = starts + 2, float(_BEFORE)  # greedy deflation and eigenvectors too
-    for each, kept in _ROUNDS:
-        sweeps += tried * each
-        tried = min(tried, kept)
-    return sweeps
+    return Problem(
+        tuple(batches), float(energy[ranking[:count]].sum()), problem.parallel, problem.ridge
+    )
 
 
 def _energies(batch: Batch) -> Tensor:  # (b,), float64, CPU
@@ -142,8 +177,8 @@ def _directions(
     problem: Problem,
     planned: Sequence[Tensor],
     generator: torch.Generator,
-) -> list[Tensor]:  # each (k, R)
-    """Planned and random multipliers, unit columns; random columns fill up short ones."""
+) -> list[Tensor]:  # (k, R) per start
+    """Returns planned and random multipliers, unit columns; random columns fill up short ones."""
     k, count = problem.shape
     eigenvectors = leading_multipliers(problem)
     filled = []

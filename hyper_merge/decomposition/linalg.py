@@ -21,11 +21,11 @@ _LEAST_PIVOT: Final = 3e-3
 def orthonormal(
     columns: Tensor,  # (..., m, r), r <= m
 ) -> Tensor:  # (..., m, r)
-    """An orthonormal basis that contains the span of `columns`.
+    """Returns an orthonormal basis that contains the span of `columns`.
 
     Cholesky QR: three to five times as fast as Householder's QR. Pivots tell how much the squared
     condition number costs: a second pass repairs a little, Householder takes over where columns are
-    nearly dependent.
+    almost dependent.
 
     Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
     """
@@ -43,7 +43,7 @@ def solve_damped(
     gram: Tensor,  # (..., r, r), symmetric, positive semidefinite
     previous: Tensor,  # (..., p, r)
 ) -> Tensor:  # (..., p, r)
-    """The X of X @ gram = right, drawn very slightly towards `previous`.
+    """Returns the X of X @ gram = right, drawn very slightly towards `previous`.
 
     Minimises the least-squares problem plus epsilon * ||X - previous||^2 (a proximal step), so that
     a singular Gram matrix is no obstacle and the loss never rises.
@@ -68,7 +68,7 @@ def leading_factors(
     generator: torch.Generator,
     iterations: int = 2,
 ) -> tuple[Tensor, Tensor]:  # (..., m, rank), (..., rank, n)
-    """Nearly the best `up @ down` of the given rank: a truncated SVD by subspace iteration.
+    """Returns almost the best `up @ down` of a rank: a truncated SVD by subspace iteration.
 
     Source: Halko, Martinsson and Tropp, "Finding structure with randomness", 2011, algorithm 4.4.
     """
@@ -84,7 +84,7 @@ def leading_factors(
 def energy_of(
     matrix: Tensor,  # (m, n)
 ) -> float:
-    """Squared norm: by rows in the matrix's own precision, over them in float64."""
+    """Returns the squared norm: by rows in the matrix's precision, over them in float64."""
     return float(matrix.norm(dim=1).double().square().sum())
 
 
@@ -92,15 +92,15 @@ def product_energy(
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
 ) -> float:
-    """Squared norm of `up @ down`, without a matrix of its size."""
+    """Returns the squared norm of `up @ down`, without a matrix of its size."""
     return float(((up.mT @ up) * (down @ down.mT)).sum(dtype=torch.float64))
 
 
 def block_gram(
-    ups: Sequence[Tensor],  # R of them, each (m, r)
+    ups: Sequence[Tensor],  # (m, r) each, R of them
     downs: Sequence[Tensor],  # (r, n)
 ) -> Tensor:  # (R, R), float64
-    """Inner products of the blocks `up @ down`, without a matrix of their size."""
+    """Returns inner products of the blocks `up @ down`, without a matrix of their size."""
     up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
     columns = ((up.mT @ up) * (down @ down.mT)).double()
     sizes = torch.tensor([part.shape[1] for part in ups])
@@ -114,7 +114,7 @@ def block_columns(
     basis: Tensor,  # (m, p)
     factor: Tensor,  # (m, r)
 ) -> Tensor:  # (p, r)
-    """The factor in the basis. That is rounded: one correction for its columns' inner products."""
+    """Returns the factor in a rounded basis, corrected for its columns' inner products."""
     first = basis.mT @ factor
     return first + basis.mT @ (factor - basis @ first)
 
@@ -123,7 +123,7 @@ def largest_value(
     up: Tensor,  # (p, r)
     down: Tensor,  # (r, q)
 ) -> float:
-    """The largest singular value s_1 of the product, or up to r ** (1 / 16) times that.
+    """Returns the largest singular value s_1 of the product, or up to r ** (1 / 16) times that.
 
     The Schatten norm (sum of s_i ** 16) ** (1 / 16): the product of the factors' Gram matrices has
     the eigenvalues s_i ** 2.
@@ -141,7 +141,7 @@ def random_normal(
     like: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Standard normal numbers of the given shape, with `like`'s dtype and device.
+    """Returns standard normal numbers of a shape, with the dtype and device of `like`.
 
     Drawn where the generator lives, so that a seed means the same numbers on every device.
     """
@@ -150,7 +150,7 @@ def random_normal(
 
 
 def _cholesky_qr(columns: Tensor) -> tuple[Tensor, float]:
-    """The basis and the smallest pivot, which is 1 for orthonormal and 0 for dependent columns."""
+    """Returns the basis and the smallest pivot: 1 for orthonormal, 0 for dependent columns."""
     factor, info = torch.linalg.cholesky_ex(columns.mT @ columns)
     pivots = torch.where(info > 0, 0.0, factor.diagonal(dim1=-2, dim2=-1).amin(-1))
     basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)

@@ -5,7 +5,7 @@ the decomposition in rank-(L, L, 1) terms of De Lathauwer ("Decompositions of a 
 in block terms, part II", 2008), coupled over layers through the mode-3 factor: the multipliers.
 Every half-step of the alternating least squares (ALS) here is linear and lowers the loss.
 
-There may be no best blocks: large ones that nearly cancel each other come ever closer to the slices
+There may be no best blocks: large ones that almost cancel each other come ever closer to the slices
 (de Silva and Lim, "Tensor rank and the ill-posedness of the best low-rank approximation problem",
 2008). A `ridge` adds that fraction of the blocks' own energies, ||multipliers[:, r]||^2 *
 ||up_r @ down_r||^2, to what is minimised, which keeps them from it.
@@ -16,72 +16,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.linalg import leading_factors, solve_damped
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Layers of one core shape and one list of ranks, stacked."""
-
-    slices: Tensor  # (b, k, p, q)
-    ranks: tuple[int, ...]  # of the R blocks, in these layers
-    layers: tuple[int, ...]  # which layers these are, b indices
-
-    @cached_property
-    def spans(self) -> tuple[slice, ...]:
-        """The columns of each block among all columns."""
-        ends = (0, *accumulate(self.ranks))
-        return tuple(slice(start, end) for start, end in pairwise(ends))
-
-    @cached_property
-    def block_of(self) -> Tensor:  # (rho,)
-        """The block to which each column belongs."""
-        blocks = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
-        return blocks.to(self.slices.device)
-
-    def mixtures(
-        self,
-        multipliers: Tensor,  # (k, R)
-    ) -> Tensor:  # (b, R, p, q)
-        """`sum_c multipliers[c, r] * slices[c]` for every block."""
-        flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
-        return flat.view(*flat.shape[:2], *self.slices.shape[2:])
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """All layers, and what the loss is a fraction of."""
-
-    batches: tuple[Batch, ...]
-    energy: float  # sum of squares of all slices, in and outside of the cores
-    each: Callable[..., Iterable[Any]] = map  # over batches; a parallel map gives the same
-    ridge: float = 0.0  # what the blocks' own energies count
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of slices k and of blocks R."""
-        first = self.batches[0]
-        return first.slices.shape[1], len(first.ranks)
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The blocks of one batch, side by side."""
-
-    up: Tensor  # (b, p, rho)
-    down: Tensor  # (b, rho, q)
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """All that multipliers and loss need to know of the factors; float64, on the CPU."""
+    """Inner products from which multipliers and loss follow; float64, on the CPU."""
 
     energy: float  # sum of squares of all slices, in and outside of the cores
     cross: Tensor  # (k, R), <slices[c], block_r> summed over layers
@@ -91,7 +36,7 @@ class Statistics:
         self,
         multipliers: Tensor,  # (k, R)
     ) -> float:
-        """Squared error as a fraction of the energy (0 for no energy), without dense work.
+        """Returns the squared error as a fraction of the energy (0 for no energy).
 
         ||X - Y||^2 = ||X||^2 - 2 <X, Y> + ||Y||^2.
         """
@@ -100,7 +45,7 @@ class Statistics:
         return max(float(error), 0.0) / self.energy if self.energy > 0 else 0.0
 
     def with_ridge(self, ridge: float) -> Statistics:
-        """The same with what the blocks' own energies count: its loss is what a sweep lowers."""
+        """Returns statistics that count the blocks' own energies: a sweep lowers their loss."""
         return Statistics(self.energy, self.cross, _with_ridge(self.gram, ridge))
 
 
@@ -120,7 +65,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class StoppingCriterion:
-    """When to stop sweeping, and whom to tell."""
+    """When to stop sweeping, and what to call after every sweep."""
 
     sweeps: int
     tolerance: float  # relative change in one sweep of what is minimised
@@ -135,7 +80,7 @@ def update_ups(
     inner: Tensor | None = None,  # (b, rho, rho), of the downs, if they reach beyond the core
     ridge: float = 0.0,
 ) -> Factors:
-    """The best ups for given downs and multipliers: normal equations of all blocks at once."""
+    """Returns the best ups for these downs and multipliers: normal equations of all blocks."""
     # Through mixtures of the slices the work does not grow with the number of checkpoints.
     mixtures = batch.mixtures(multipliers) if mixtures is None else mixtures
     parts = [mixtures[:, r] @ factors.down[:, s].mT for r, s in enumerate(batch.spans)]
@@ -151,7 +96,7 @@ def update_downs(
     mixtures: Tensor | None = None,  # (b, R, p, q), if known
     ridge: float = 0.0,
 ) -> Factors:
-    """The best downs for given ups and multipliers."""
+    """Returns the best downs for these ups and multipliers."""
     mixtures = batch.mixtures(multipliers) if mixtures is None else mixtures
     parts = [mixtures[:, r].mT @ factors.up[:, :, s] for r, s in enumerate(batch.spans)]
     gram = _mode3_gram(batch, multipliers, ridge) * (factors.up.mT @ factors.up)
@@ -159,12 +104,12 @@ def update_downs(
 
 
 def compute_statistics(problem: Problem, factors: Sequence[Factors]) -> Statistics:
-    """The inner products of slices and blocks, summed over all layers in float64."""
-    return _summed(problem, list(problem.each(_batch_statistics, problem.batches, factors)))
+    """Computes the inner products of slices and blocks, summed over all layers in float64."""
+    return _summed(problem, list(problem.parallel(_batch_statistics, problem.batches, factors)))
 
 
 def fit_multipliers(statistics: Statistics) -> Tensor:  # (k, R), float64
-    """The best multipliers for given blocks: R x R normal equations, least norm where singular."""
+    """Returns the best multipliers for these blocks: normal equations, least norm if singular."""
     norms = statistics.gram.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
     gram = statistics.gram * norms * norms[:, None]  # of unit blocks: their scale is free
     return (statistics.cross * norms) @ torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) * norms
@@ -175,12 +120,12 @@ def initial_factors(
     multipliers: Tensor,  # (k, R)
     generator: torch.Generator,
 ) -> tuple[Factors, ...]:
-    """A start: every block is the truncated SVD of its own mixture of deviations."""
+    """Makes a start: every block is the truncated SVD of its own mixture of deviations."""
     norms = multipliers.square().sum(0).clamp(min=torch.finfo(multipliers.dtype).tiny)
     seed = int(torch.randint(2**62, (), generator=generator))
 
     def start(index: int, batch: Batch) -> Factors:
-        dice = torch.Generator().manual_seed(seed + index)
+        batch_generator = torch.Generator().manual_seed(seed + index)
         mixtures = batch.mixtures(multipliers / norms)
         overlaps = multipliers.mT @ multipliers / norms[:, None]
         alike = overlaps * overlaps.mT > 0.99  # squared cosines
@@ -188,15 +133,15 @@ def initial_factors(
         downs: list[Tensor] = []
         for r, rank in enumerate(batch.ranks):
             rest = mixtures[:, r]
-            for s in range(r):  # blocks of nearly the same multipliers take what is left over
+            for s in range(r):  # blocks of almost equal multipliers take what is left over
                 if alike[r, s]:
                     rest = rest - float(overlaps[r, s]) * (ups[s] @ downs[s])
-            up, down = leading_factors(rest, rank, dice)
+            up, down = leading_factors(rest, rank, batch_generator)
             ups.append(up)
             downs.append(down)
         return Factors(torch.cat(ups, 2), torch.cat(downs, 1))
 
-    return tuple(problem.each(start, range(len(problem.batches)), problem.batches))
+    return tuple(problem.parallel(start, range(len(problem.batches)), problem.batches))
 
 
 def sweep(
@@ -204,7 +149,7 @@ def sweep(
     factors: Iterable[Factors],  # one per batch; may be lazy
     multipliers: Tensor,  # (k, R)
 ) -> tuple[tuple[Factors, ...], Tensor, Statistics]:
-    """Ups, downs, multipliers: each the best for the others. Returns the statistics too."""
+    """Fits ups, downs and multipliers, each to the others. Returns the statistics too."""
 
     def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
         mixtures = batch.mixtures(multipliers)
@@ -212,10 +157,10 @@ def sweep(
         new = update_downs(batch, new, multipliers, mixtures, ridge=problem.ridge)
         return new, _batch_statistics(batch, new)
 
-    results = list(problem.each(in_batch, problem.batches, factors))
-    found = _summed(problem, [part for _, part in results])
-    fitted = fit_multipliers(found.with_ridge(problem.ridge))
-    return tuple(new for new, _ in results), fitted, found
+    results = list(problem.parallel(in_batch, problem.batches, factors))
+    statistics = _summed(problem, [part for _, part in results])
+    fitted = fit_multipliers(statistics.with_ridge(problem.ridge))
+    return tuple(new for new, _ in results), fitted, statistics
 
 
 def solve_ll1(
@@ -224,7 +169,7 @@ def solve_ll1(
     multipliers: Tensor,  # (k, R)
     stopping: StoppingCriterion,
 ) -> Solution:
-    """Sweeps from a start until what is minimised, the loss and the ridge, stands still; it never rises.
+    """Sweeps from a start until what is minimised, loss and ridge, stands still; it never rises.
 
     Each sweep begins a step ahead, in the direction of the last one; where that does not lower it, it
     is taken back and the next sweep is a plain one. This gets through the long valleys
@@ -245,16 +190,16 @@ def solve_ll1(
     for _ in range(stopping.sweeps):
         momentum = step / (step + 3)
         ahead = torch.lerp(before, current.multipliers, 1 + momentum)
-        found, fitted, sums = sweep(problem, _ahead(older, current, momentum), ahead)
-        value = sums.with_ridge(problem.ridge).loss(fitted)
+        new, fitted, statistics = sweep(problem, _ahead(older, current, momentum), ahead)
+        value = statistics.with_ridge(problem.ridge).loss(fitted)
         stopping.on_sweep(value)
         if step and value > values[-1]:
             step = 0
             continue
         values.append(value)
-        last = sums
+        last = statistics
         older, before = deque(current.factors), current.multipliers
-        current = Solution(found, fitted, (*current.losses, sums.loss(fitted)))
+        current = Solution(new, fitted, (*current.losses, statistics.loss(fitted)))
         if _stands_still(values, stopping.tolerance):
             break
         step = step + 1 if len(values) > 1 else 0  # the start itself is no direction
@@ -268,7 +213,7 @@ def split_blocks(
     batch: Batch,
     factors: Factors,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (b, p, r), (b, r, q) per block
-    """The factors of each block."""
+    """Yields the factors of each block."""
     for span in batch.spans:
         yield factors.up[:, :, span], factors.down[:, span]
 
@@ -278,7 +223,7 @@ def _stands_still(values: Sequence[float], tolerance: float) -> bool:
 
 
 def _ahead(older: deque[Factors], current: Solution, momentum: float) -> Iterator[Factors]:
-    """The current factors, a step further in the direction in which they changed.
+    """Yields the current factors, a step further in the direction in which they changed.
 
     Lazily, and `older` gives its factors away: two sets of all layers' lie in memory, not four.
     """

@@ -1,4 +1,4 @@
-"""What the loss leaves open, fixed: order and sharing of singular values, scale and sign of blocks."""
+"""Fixes what the loss leaves open: order and sharing of singular values, scale and sign."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def balance(
     up: Tensor,  # (..., p, r)
     down: Tensor,  # (..., r, q)
 ) -> tuple[Tensor, Tensor]:  # (..., p, r), (..., r, q)
-    """The same product from singular vectors in falling order, root of S on each side.
+    """Returns factors of the same product: singular vectors in falling order, root of S each.
 
-    Neither factor then overflows in half precision, and a host that keeps the first ranks only keeps
-    the best ones. Through QR of both factors: no matrix of size p x q is formed.
+    Neither factor then overflows in half precision, and a host that keeps only the first ranks
+    keeps the best ones. Through QR of both factors: no matrix of size p x q is formed.
     """
     left, left_triangle = torch.linalg.qr(up)
     right, right_triangle = torch.linalg.qr(down.mT)
@@ -26,7 +26,7 @@ def even_out(
     up: Tensor,  # (..., p, r)
     down: Tensor,  # (..., r, q)
 ) -> tuple[Tensor, Tensor]:  # (..., p, r), (..., r, q)
-    """The same product, every column of `up` as long as the row of `down` that it goes with."""
+    """Returns factors of the same product, a column of `up` as long as its row of `down`."""
     sizes = up.norm(dim=-2), down.norm(dim=-1)
     ratio = torch.where(sizes[0] * sizes[1] > 0, (sizes[1] / sizes[0]).sqrt(), 1.0)
     return up * ratio[..., None, :], down / ratio[..., :, None]
@@ -35,7 +35,7 @@ def even_out(
 def unit_scales(
     multipliers: Tensor,  # (k, R)
 ) -> Tensor:  # (R,)
-    """By what to divide each column so that its largest entry by magnitude is 1; 1 for zeros."""
+    """Returns the divisor by which each column's largest entry in magnitude is 1; 1 for zeros."""
     largest = multipliers.abs().argmax(dim=0)
     scales = multipliers.gather(0, largest[None])[0]
     return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -1,4 +1,4 @@
-"""How the ranks that the user asks for become ranks of each block in each layer."""
+"""How the ranks that the user chooses become ranks of each block in each layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hyper_merge.errors import RankError
 
-_MOST = 2.0  # times a block's limit: a sweep over more columns costs much and brings little
+_MOST = 2.0  # times a block's limit: a sweep over more columns costs much and gains little
 
 
 def even_ranks(
     ranks: Sequence[int],
     shapes: Sequence[tuple[int, int]],  # (m, n) of every layer
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
-    """The plain meaning of a list of ranks: the same in every layer, capped at what it can have.
+    """Returns the same ranks in every layer, capped at what the layer can have.
 
     Raises:
         RankError: no ranks, or one below 1.
@@ -28,28 +28,28 @@ def even_ranks(
 
 
 def spread_ranks(
-    gains: Sequence[Tensor],  # each (any,), falling
+    gains: Sequence[Tensor],  # (any,) each, falling
     costs: Sequence[float],  # of one item of each list
     budget: float,
 ) -> list[int]:
-    """How many items of each list to buy: those with the most gain for their cost come first.
+    """Returns how many items of each list to buy: those of most gain for their cost come first.
 
     What is left when the next item is too dear goes to the first cheaper ones. As the gains of a
     list fall, its first items are always taken before the later ones; up to the last few items this
     is the best choice that there is.
     """
-    counts = torch.tensor([len(each) for each in gains])
+    counts = torch.tensor([len(values) for values in gains])
     if not int(counts.sum()):
         return [0] * len(gains)
     owner = torch.arange(len(gains)).repeat_interleave(counts)
     price = torch.tensor(costs, dtype=torch.float64)[owner]
-    value = torch.cat([each.double().cpu() for each in gains])
-    order = (value / price).argsort(descending=True, stable=True)
-    order = order[value[order] > 0]
-    affordable = int((price[order].cumsum(0) <= budget).sum())
-    taken = torch.bincount(owner[order[:affordable]], minlength=len(gains))
-    left = budget - float(price[order[:affordable]].sum())
-    return _with_the_rest(taken.tolist(), owner[order[affordable:]].tolist(), costs, left)
+    value = torch.cat([values.double().cpu() for values in gains])
+    ranking = (value / price).argsort(descending=True, stable=True)
+    ranking = ranking[value[ranking] > 0]
+    affordable = int((price[ranking].cumsum(0) <= budget).sum())
+    taken = torch.bincount(owner[ranking[:affordable]], minlength=len(gains))
+    left = budget - float(price[ranking[:affordable]].sum())
+    return _with_the_rest(taken.tolist(), owner[ranking[affordable:]].tolist(), costs, left)
 
 
 def ranks_within(
@@ -57,39 +57,39 @@ def ranks_within(
     costs: Sequence[float],  # of one rank in the layer, in any unit
     left: float,
 ) -> list[int]:
-    """The ranks that cost least among those by which the layers' tails add up to `left` at most.
+    """Returns the cheapest ranks with which the layers' tails add up to `left` at most.
 
-    Nearly: rank after rank goes to where it takes away most for its cost.
+    It is an approximation: rank after rank goes to where it takes away most for its cost.
     """
     counts = torch.tensor([len(values) for values in spectra])
     owner = torch.arange(len(spectra)).repeat_interleave(counts)
     energy = torch.cat([values.double() for values in spectra])
     price = torch.tensor(costs, dtype=torch.float64)[owner]
-    order = (energy / price).argsort(descending=True, stable=True)
-    tails = energy.sum() - torch.cat([energy.new_zeros(1), energy[order].cumsum(0)])
+    ranking = (energy / price).argsort(descending=True, stable=True)
+    tails = energy.sum() - torch.cat([energy.new_zeros(1), energy[ranking].cumsum(0)])
     taken = int((tails[:-1] > left).sum())
-    return torch.bincount(owner[order[:taken]], minlength=len(spectra)).tolist()
+    return torch.bincount(owner[ranking[:taken]], minlength=len(spectra)).tolist()
 
 
 def maximize_gain(
-    gains: Sequence[Tensor],  # each (any,), falling
+    gains: Sequence[Tensor],  # (any,) each, falling
     costs: Sequence[float],  # of one item of each list
     budget: float,
 ) -> float:
-    """What no choice within the budget can exceed: the last item may be taken in part."""
-    counts = torch.tensor([len(each) for each in gains])
-    value = torch.cat([each.double().cpu() for each in gains])
+    """Returns a gain that no choice within the budget can exceed: the last item may be divided."""
+    counts = torch.tensor([len(values) for values in gains])
+    value = torch.cat([values.double().cpu() for values in gains])
     price = torch.tensor(costs, dtype=torch.float64).repeat_interleave(counts)
-    order = (value / price).argsort(descending=True)
-    before = price[order].cumsum(0) - price[order]
-    shares = ((budget - before) / price[order]).clamp(0, 1)
-    return float((value[order] * shares).sum())
+    ranking = (value / price).argsort(descending=True)
+    before = price[ranking].cumsum(0) - price[ranking]
+    shares = ((budget - before) / price[ranking]).clamp(0, 1)
+    return float((value[ranking] * shares).sum())
 
 
 def deal_ranks(total: int, shares: Sequence[int]) -> tuple[int, ...]:
-    """A whole number in parts in proportion to shares, the first ones getting what does not divide.
+    """Divides a whole number in proportion to shares; the first ones get what does not divide.
 
-    >>> dealt(5, [128, 64, 32])
+    >>> deal_ranks(5, [128, 64, 32])
     (3, 2, 0)
     """
     # Rounded up: a layer of rank 1 goes to the first block, which is the largest.
@@ -104,7 +104,7 @@ def overcomplete_ranks(
     ranks: Sequence[int],  # of the list
     budget: float,
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
-    """Ranks where the deviations' own spectra promise most, in each layer split as the list is."""
+    """Returns ranks where the spectra promise most, in each layer split as the list is."""
     within = [layer[: int(_MOST * limit)] for layer, limit in zip(gains, limits, strict=True)]
     totals = zip(spread_ranks(within, costs, budget), limits, strict=True)
     return [tuple(min(part, limit) for part in deal_ranks(total, ranks)) for total, limit in totals]
@@ -115,11 +115,11 @@ def kept_ranks(
     costs: Sequence[float],  # of a rank, per layer
     budget: float,
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
-    """The components of blocks that were found with too many, of most energy per cost."""
+    """Returns the ranks of blocks that keep only their components of most energy per cost."""
     if not energies:
         return []
     blocks = len(energies[0])
-    flat = [each for layer in energies for each in layer]
+    flat = [values for layer in energies for values in layer]
     counts = spread_ranks(flat, [cost for cost in costs for _ in range(blocks)], budget)
     return [tuple(counts[start : start + blocks]) for start in range(0, len(counts), blocks)]
 
@@ -127,7 +127,7 @@ def kept_ranks(
 def _with_the_rest(
     taken: list[int], following: Sequence[int], costs: Sequence[float], left: float
 ) -> list[int]:
-    """Buys on, in the order of the lists' owners, what still fits; never past an item that does not."""
+    """Buys on, in the lists' order, what still fits; never past an item that does not."""
     cheapest = min(costs)
     closed: set[int] = set()
     for index in following:

@@ -13,7 +13,7 @@ from hyper_merge.decomposition.linalg import energy_of, orthonormal, random_norm
 from hyper_merge.decomposition.normalization import balance
 
 TOLERANCE: Final = 5e-4
-"""By how much a squared error may exceed the least possible one, as estimated: half of what is promised."""
+"""The estimate by which a squared error may exceed the least one: half of what is promised."""
 
 # Measured at rank 64 on layers of Stable Diffusion with flat, steep and mixed spectra.
 _DENSE: Final = 5  # times the rank: where the shorter side is no longer, a full SVD is as fast
@@ -50,7 +50,7 @@ def truncated_svd(
     generator: torch.Generator,
     tick: Callable[[float], None] = lambda _cost: None,
 ) -> TruncatedSvd:
-    """The best approximation of a rank, its squared error at most 0.1 % above the least possible.
+    """Returns an approximation of a rank, its squared error at most 0.1 % above the least one.
 
     A block Krylov space of the shorter side grows until the energy that it holds settles: every step
     gains less than the one before, and once what is still to come by that rate is a small part of the
@@ -61,7 +61,8 @@ def truncated_svd(
         matrix: float32 or float64, finite.
         rank: at least 1; capped at what the matrix can have.
         generator: for the start.
-        tick: told what every step cost, all together about `truncation_cost`; may raise, to stop.
+        tick: called with what every step cost, all together about `truncation_cost`; may raise,
+            to stop.
 
     Source: Golub, Luk and Overton, "A block Lanczos method for computing the singular values and
     corresponding singular vectors of a matrix", 1981; with reorthogonalisation of one side alone,
@@ -69,8 +70,8 @@ def truncated_svd(
     """
     m, n = matrix.shape
     if m > n:
-        turned = truncated_svd(matrix.mT, rank, generator, tick)
-        return TruncatedSvd(turned.down.mT, turned.up.mT, turned.energies)
+        transposed = truncated_svd(matrix.mT, rank, generator, tick)
+        return TruncatedSvd(transposed.down.mT, transposed.up.mT, transposed.energies)
     space = None if _is_dense(m, rank) else _krylov(matrix, rank, generator, tick)
     if space is not None:
         return _leading(space, rank)
@@ -83,14 +84,14 @@ def truncate_factors(
     down: Tensor,  # (r, n)
     rank: int,
 ) -> TruncatedSvd:
-    """The best approximation of `up @ down` of a rank, through QR of both factors."""
+    """Returns the best approximation of `up @ down` of a rank, through QR of both factors."""
     up, down = balance(up.double(), down.double())
     up, down = up[:, :rank], down[:rank]
     return TruncatedSvd(up, down, up.square().sum(0).square())
 
 
 def truncation_cost(m: int, n: int, rank: int) -> float:
-    """What `truncated_svd` usually takes, in multiply-adds of large products."""
+    """Returns what `truncated_svd` usually takes, in multiply-adds of large products."""
     side, rank = min(m, n), min(m, n, rank)
     if _is_dense(side, rank):
         return _dense_cost(side, max(m, n))
@@ -120,7 +121,7 @@ def _krylov(
     generator: torch.Generator,
     tick: Callable[[float], None],
 ) -> _Space | None:
-    """A space that holds nearly as much as the best one; None if it would be most of the side."""
+    """Returns a space that holds almost as much as the best one; None if it would be too large."""
     m, n = matrix.shape
     width = max(round(_BLOCK * rank), _LEAST)
     first = max(_FIRST * rank, rank + 2 * width)
@@ -147,7 +148,7 @@ def _grown(
     matrix: Tensor,  # (m, n)
     right: Tensor,  # (n, b)
 ) -> _Space:
-    """The space with the matrix's image of a block besides."""
+    """Returns the space enlarged by the matrix's image of a block."""
     columns = _apart(matrix @ right, space.basis)
     new = columns.mT @ matrix
     rows = torch.cat([space.rows, new])
@@ -161,7 +162,7 @@ def _apart(
     columns: Tensor,  # (m, b)
     basis: Tensor,  # (m, k), orthonormal columns
 ) -> Tensor:  # (m, b)
-    """Orthonormal columns, orthogonal to the basis: projected as often as rounding errors ask for."""
+    """Returns orthonormal columns orthogonal to the basis, projected as often as rounding needs."""
     columns = orthonormal(columns - basis @ (basis.mT @ columns))
     for _ in range(_PASSES):
         overlap = basis.mT @ columns
@@ -172,7 +173,7 @@ def _apart(
 
 
 def _held(space: _Space, rank: int, without: int = 0) -> float:
-    """The most energy that a matrix of the rank has in the space, less its last columns."""
+    """Returns the most energy that the rank can hold in the space without its last columns."""
     count = len(space.gram) - without
     return float(torch.linalg.eigvalsh(space.gram[:count, :count])[-rank:].sum())
 
@@ -180,7 +181,7 @@ def _held(space: _Space, rank: int, without: int = 0) -> float:
 def _to_come(
     held: list[float],  # after the last three steps
 ) -> float:
-    """What further steps would gain if their gains fell as these last ones; they fall faster."""
+    """Returns a bound of what further steps gain: as if their gains fell as the last ones did."""
     before, last = held[1] - held[0], held[2] - held[1]
     rate = min(max(last / before, 0.0), _SLOWEST) if before > 0 else 0.0
     return last * rate / (1 - rate)

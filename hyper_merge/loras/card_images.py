@@ -38,29 +38,29 @@ _EASTERN: Final = 0x2E80  # the first letter that needs one of those
 def lora_picture(
     name: str, index: int, count: int, rank: int, multipliers: Mapping[str, float]
 ) -> bytes:
-    """The PNG of a LoRA's card: whose it is, which one, and how much of it each checkpoint takes.
+    """Returns the PNG of a LoRA's card: its run, its place, and every checkpoint's multiplier.
 
     Args:
         name: of the run.
         index: place in the rank list, from 0.
         count: of the run's LoRAs.
-        rank: as asked for.
+        rank: in the run's list.
         multipliers: by checkpoint.
     """
     image, draw = _card(name, f"LoRA {index + 1} of {count}", f"rank {rank}")
-    shown = _most(multipliers)
+    rows = _most(multipliers)
     largest = max([1.0, *(abs(x) for x in multipliers.values())])
-    for row, (checkpoint, multiplier) in enumerate(shown.items()):
+    for row, (checkpoint, multiplier) in enumerate(rows.items()):
         _bar(draw, _BODY + row * _ROW, multiplier / largest)
         _label(draw, _BODY + row * _ROW, checkpoint, f"{multiplier:+.2f}")
-    if len(shown) < len(multipliers):
-        rest = f"and {len(multipliers) - len(shown)} more"
-        draw_text_line(draw, (_MARGIN, _BODY + len(shown) * _ROW), rest, _ROW_SIZE, _QUIET)
+    if len(rows) < len(multipliers):
+        rest = f"and {len(multipliers) - len(rows)} more"
+        draw_text_line(draw, (_MARGIN, _BODY + len(rows) * _ROW), rest, _ROW_SIZE, _QUIET)
     return _png(image)
 
 
 def hyper_model_picture(name: str, checkpoints: Sequence[str]) -> bytes:
-    """The PNG of a hyper-model's card: whose average it is.
+    """Returns the PNG of a hyper-model's card: the checkpoints of which it is the average.
 
     Args:
         name: of its file, without suffix.
@@ -76,7 +76,7 @@ def hyper_model_picture(name: str, checkpoints: Sequence[str]) -> bytes:
 
 
 def _card(*lines: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty card with a name and two lines at its top."""
+    """Returns an empty card with a name and two lines at its top."""
     image = Image.new("RGB", _SIZE, _GROUND)
     draw = ImageDraw.Draw(image)
     draw_text_line(draw, (_MARGIN, 28), lines[0], _NAME_SIZE, _TEXT)
@@ -86,7 +86,7 @@ def _card(*lines: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def _most(multipliers: Mapping[str, float]) -> Mapping[str, float]:
-    """All of them or, where they do not fit, the largest in size; in their own order."""
+    """Returns all multipliers or, where they do not fit, the largest in size; order stays."""
     if len(multipliers) <= _ROWS:
         return multipliers
     size = {checkpoint: abs(x) for checkpoint, x in multipliers.items()}
@@ -95,7 +95,7 @@ def _most(multipliers: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _bar(draw: ImageDraw.ImageDraw, top: float, share: float) -> None:
-    """A bar from the middle to the right, or to the left below 0, under a row's label."""
+    """Draws a bar from the middle to the right, or to the left below 0, under a row's label."""
     middle, reach = _SIZE[0] / 2, _SIZE[0] / 2 - _MARGIN
     axis = (_MARGIN, top + 32, _SIZE[0] - _MARGIN, top + 32)
     draw.line(axis, fill=_AXIS)
@@ -119,7 +119,7 @@ def draw_text_line(
     colour: str,
     width: float = _SIZE[0] - 2 * _MARGIN,
 ) -> None:
-    """One line, without its middle where it is too long.
+    """Draws one line, without its middle where it is too long.
 
     Args:
         draw: of the picture.
@@ -133,18 +133,18 @@ def draw_text_line(
     font = _font(size, eastern=any(ord(letter) >= _EASTERN for letter in text))
     if not isinstance(font, ImageFont.FreeTypeFont):
         text = text.encode("latin-1", "replace").decode("latin-1")  # it has no other letters
-    shown, kept = text, len(text)
-    while kept > 1 and font.getlength(shown) > width:
+    line, kept = text, len(text)
+    while kept > 1 and font.getlength(line) > width:
         kept -= 1
-        shown = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
-    draw.text(place, shown, fill=colour, font=font)
+        line = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+    draw.text(place, line, fill=colour, font=font)
 
 
 @cache
 def _font(size: int, *, eastern: bool) -> _Font:
-    """The first font that is here; at worst Pillow's own, which may have one small size only."""
+    """Returns the first font there is; at worst Pillow's, which may have one small size only."""
     names = (*(_EASTERN_FONTS if eastern else ()), *_FONTS, *_fonts_of_matplotlib())
-    font = next((found for name in names if (found := _opened(name, size))), None)
+    font = next((candidate for name in names if (candidate := _opened(name, size))), None)
     if font:
         return font
     try:
@@ -161,10 +161,12 @@ def _opened(name: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _fonts_of_matplotlib() -> tuple[str, ...]:
-    """Where its font would be: both WebUIs have it, and it need not be loaded for that."""
+    """Returns where matplotlib keeps its font: both WebUIs have it, and it is not loaded here."""
     spec = find_spec("matplotlib")
     folders = (spec and spec.submodule_search_locations) or ()
-    return tuple(str(Path(each, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")) for each in folders)
+    return tuple(
+        str(Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")) for folder in folders
+    )
 
 
 def _png(image: Image.Image) -> bytes:

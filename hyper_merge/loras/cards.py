@@ -14,11 +14,11 @@ from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.runtime.names import one_line
 
 CARD_SUFFIXES: Final = (".json", ".png")
-"""Of the files beside a model that WebUIs make its card from: text and picture."""
+"""Suffixes of the files beside a model from which WebUIs make its card: text and picture."""
 
 
 def format_card(file: LoraFile, stem: str) -> str:
-    """The JSON text of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
+    """Returns the JSON of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
     lines = [
         f"{one_line(checkpoint)}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers
     ]
@@ -35,16 +35,16 @@ def format_card(file: LoraFile, stem: str) -> str:
 
 
 def format_companion_card(file: LoraFile, stem: str, exact: str) -> str:
-    """The JSON text of a companion's sidecar; `exact` is the recipe's word for what it holds."""
-    what, where = COMPANIONS[exact]
+    """Returns the JSON of a companion's sidecar; `exact` is the recipe's word for its content."""
+    content, programs = COMPANIONS[exact]
     lines = [
         f"{one_line(checkpoint)}: {format_tag(stem, x)}"
         for checkpoint, x in file.multipliers.items()
     ]
     return _card(
         {
-            "description": f"{what.capitalize()} that go with LoRA {file.index + 1} of {file.count}"
-            f" of {file.run}: to be used with the same multiplier. Loads in {where}.",
+            "description": f"{content.capitalize()} that go with LoRA {file.index + 1} of {file.count}"
+            f" of {file.run}: to be used with the same multiplier. Loads in {programs}.",
             "sd version": file.lineage.family.sd_version,
             "activation text": "",
             "preferred weight": 1.0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -33,10 +34,18 @@ _LARGEST: Final = MappingProxyType(
     }
 )
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
-"""Ends of a module's keys."""
+"""The ends of a module's keys."""
 
-Factors = Mapping[str, tuple[Tensor, Tensor]]
+FactorsByModule = Mapping[str, tuple[Tensor, Tensor]]
 """Module to up (m, r) and down (r, n); a module with rank 0 may be missing."""
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How a LoRA file holds its factors."""
+
+    alpha: float | None  # of the file; None for one without
+    dtype: torch.dtype
 
 
 def lora_tensors(
@@ -45,9 +54,10 @@ def lora_tensors(
     dtype: torch.dtype,
     alpha: float | None,
 ) -> dict[str, TensorInfo]:
-    """The table of contents of a file with factors of this type; a layer of rank 0 is left out.
+    """Returns the table of contents of a file with factors of this type.
 
-    But not where others that must go with it are there: it then has rank 1, to be filled with zeros.
+    A layer of rank 0 is left out, unless others that must go with it are there: it then has rank 1,
+    to be filled with zeros.
     """
     tensors = {}
     for layer, rank in zip(layers, complete_groups(layers, rank_of), strict=True):
@@ -60,7 +70,7 @@ def lora_tensors(
 
 
 def complete_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int]:
-    """The ranks, with 1 for a layer of rank 0 if another that must go with it has more.
+    """Returns the ranks, with 1 for a layer of rank 0 if another that must go with it has more.
 
     A1111 changes an attention with one tensor for query, key and value only if the file has them
     all, and the output.
@@ -76,7 +86,7 @@ def lora_bytes(
     dtype: torch.dtype,
     alphas: Sequence[float | None],  # of the files
 ) -> int:
-    """Size of all files of a run, less their headers."""
+    """Returns the bytes of all files of a run, without their headers."""
     tables = (
         lora_tensors(layers, of_layers, dtype, alpha)
         for alpha, of_layers in zip(alphas, zip(*ranks, strict=True), strict=True)
@@ -91,7 +101,7 @@ def as_lora_weights(
     alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Tensor]:
-    """One layer's tensors as they are stored: up @ down is what hosts will add, up to rounding.
+    """Returns one layer's tensors as stored: hosts will add up @ down, up to rounding.
 
     Args:
         layer: whose weight it is for.
@@ -114,7 +124,7 @@ def stored_factors(
     alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
-    """The factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
+    """Returns the factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
     root = _root(up.shape[1], alpha)
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
@@ -124,7 +134,7 @@ def as_hosts_apply(
     down: Tensor,  # (r, n)
     alpha: float | None,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float32
-    """Factors whose product is what a host adds in exact arithmetic.
+    """Returns factors whose product is what a host adds in exact arithmetic.
 
     Multipliers that are fitted to these are right for the file.
     """
@@ -136,7 +146,7 @@ def write_lora(
     outputs: FileTransaction,
     path: Path,
     layers: Sequence[Layer],
-    factors: Factors,
+    factors: FactorsByModule,
     file: LoraFile,
     tick: Callable[[int], None] = lambda _count: None,
 ) -> None:
@@ -148,8 +158,8 @@ def write_lora(
         layers: of the checkpoints.
         factors: of the block, as `stored_factors` gives them for the file's alpha and type.
         file: everything else.
-        tick: told the bytes of every tensor when it is hashed and when it is written; may raise,
-            to stop.
+        tick: called with the bytes of every tensor when it is hashed and when it is written; may
+            raise, to stop.
 
     Raises:
         OutputError: the place is taken.
@@ -174,7 +184,7 @@ def write_lora(
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
-def _rank(layer: Layer, factors: Factors) -> int:
+def _rank(layer: Layer, factors: FactorsByModule) -> int:
     return factors[layer.module][0].shape[1] if layer.module in factors else 0
 
 
@@ -200,9 +210,9 @@ def _root(rank: int, alpha: float | None) -> float:
 
 
 def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
-    """Kohya stores alpha like the factors; bfloat16 cannot hold every whole number above 256.
+    """Returns the type of a stored alpha: that of the factors, as in Kohya's files, if exact.
 
-    In 8 bits nobody can calculate with it.
+    bfloat16 cannot hold every whole number above 256, and in 8 bits nobody can calculate with it.
     """
     exact = dtype != FLOAT8 and float(torch.tensor(alpha, dtype=dtype)) == alpha
     return dtype if exact else torch.float32

@@ -1,4 +1,4 @@
-"""What files say of themselves: metadata, and the cards that WebUIs make of the files beside them."""
+"""The metadata of LoRA files and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.loras.prompt_tags import format_tag
 
 FORMAT_VERSION: Final = "1"
-"""Of the `hyper_merge.*` metadata; readers refuse a higher one."""
+"""Version of the `hyper_merge.*` metadata; readers refuse a higher one."""
 
 
 COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
@@ -24,10 +24,10 @@ COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "all": ("norms and biases", "Forge and ComfyUI, not in AUTOMATIC1111"),
     }
 )
-"""What companions hold and where they load, by the recipe's word."""
+"""The content of companions and the programs that load them, by the recipe's word."""
 
 STANDALONE_KIND: Final = "lora-alone"
-"""`hyper_merge.kind` of a LoRA that brings a checkpoint back without any other; "lora" needs others."""
+"""`hyper_merge.kind` of a LoRA that restores a checkpoint alone; "lora" needs others."""
 
 _OWN: Final = "hyper_merge."
 KIND: Final = _OWN + "kind"
@@ -66,30 +66,30 @@ class LoraFile:
     run: str  # the first part of its name
     index: int  # place in the rank list, from 0
     count: int  # of the run's LoRAs
-    rank: int  # as asked for; small layers may have less
+    rank: int  # in the run's list; small layers may have less
     multipliers: Mapping[str, float]  # by the checkpoint's file stem
     explained: float | None  # fraction 0..1 of the deviations, by all blocks together, if known
     dtype: torch.dtype = torch.float16  # of the stored factors
-    alone: str | None = None  # the checkpoint that it brings back without any other
+    alone: str | None = None  # the checkpoint that it restores without any other
     tops_up: str | None = None  # the checkpoint that it is added to the shared LoRAs for
     text_multipliers: Mapping[str, float] | None = None  # the text encoder's, if it has its own
     own_alpha: float | None = None  # where the file's alpha is not its rank
 
     @property
     def alpha(self) -> float:
-        """Of all modules; files of some families leave it out."""
+        """The alpha of all modules; files of some families leave it out."""
         return float(self.rank) if self.own_alpha is None else self.own_alpha
 
     def tag(self, stem: str, checkpoint: str) -> str:
-        """What adds a LoRA of this stem for a checkpoint."""
-        own = self.text_multipliers
-        return format_tag(stem, self.multipliers[checkpoint], own[checkpoint] if own else None)
+        """Returns the prompt tag that adds a LoRA of this stem for a checkpoint."""
+        text = self.text_multipliers
+        return format_tag(stem, self.multipliers[checkpoint], text[checkpoint] if text else None)
 
 
 def lora_metadata(
     file: LoraFile, stem: str, model_hash: str, *, uniform: bool = True
 ) -> dict[str, str]:
-    """What a LoRA file says of itself.
+    """Returns the metadata of a LoRA file.
 
     Args:
         file: the block's.
@@ -120,7 +120,7 @@ def lora_metadata(
 
 
 def checkpoint_metadata(lineage: Lineage, kind: str = "hyper-model") -> dict[str, str]:
-    """What a written checkpoint says of itself: A1111's lineage keys with those of its sources, and ours."""
+    """Returns the metadata of a written checkpoint: A1111's lineage keys and ours."""
     ancestors: dict[str, Any] = {}
     for source in lineage.sources:
         ancestors |= _decoded(source.metadata.get("sd_merge_models")) or {}
@@ -141,7 +141,7 @@ def checkpoint_metadata(lineage: Lineage, kind: str = "hyper-model") -> dict[str
 
 
 def _known(file: LoraFile) -> dict[str, str]:
-    """What not every LoRA file can say of itself."""
+    """Returns the metadata that not every LoRA file has."""
     known = {} if file.explained is None else {_OWN + "explained": repr(float(file.explained))}
     one = file.alone or file.tops_up
     if one is not None:
@@ -150,8 +150,8 @@ def _known(file: LoraFile) -> dict[str, str]:
 
 
 def _text_multipliers(file: LoraFile) -> dict[str, str]:
-    own = file.text_multipliers
-    return {} if own is None else {_OWN + "text_multipliers": json_text(dict(own))}
+    multipliers = file.text_multipliers
+    return {} if multipliers is None else {_OWN + "text_multipliers": json_text(dict(multipliers))}
 
 
 def _modelspec(lineage: Lineage, title: str, suffix: str) -> dict[str, str]:
@@ -190,7 +190,7 @@ def json_text(value: object) -> str:
 
 
 def _decoded(text: str | None) -> dict[str, Any] | None:
-    """A JSON object of a foreign file's metadata; None for anything else, which is not ours to judge."""
+    """Returns a JSON object of a foreign file's metadata; None for anything else."""
     try:
         value = json.loads(text or "null")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Multipliers as prompt tags and back; text only, no files."""
+"""Formats multipliers as prompt tags, and parses them; text only, no files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tag(NamedTuple):
 
 
 def lora_names(name: str, ranks: Sequence[int]) -> tuple[str, ...]:
-    """File stems of the LoRAs, which are also their names in prompts.
+    """Returns the file stems of the LoRAs, which are also their names in prompts.
 
     >>> lora_names("mix", [128, 64])
     ('mix_0-128', 'mix_1-64')
@@ -33,7 +33,7 @@ def lora_names(name: str, ranks: Sequence[int]) -> tuple[str, ...]:
 
 
 def companion_names(names: Sequence[str]) -> tuple[str, ...]:
-    """File stems of the LoRAs' companions.
+    """Returns the file stems of the LoRAs' companions.
 
     >>> companion_names(["mix_0-128"])
     ('mix_0-128-exact',)
@@ -42,19 +42,19 @@ def companion_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def format_tag(name: str, multiplier: float, text_multiplier: float | None = None) -> str:
-    """What adds one LoRA in a prompt.
+    """Returns the tag that adds one LoRA in a prompt.
 
     Args:
         name: the LoRA's file stem.
         multiplier: any finite number.
-        text_multiplier: that of the text encoder, where it has one of its own.
+        text_multiplier: of the text encoder; None where it is the same.
 
     Raises:
         ValueError: a name that prompts cannot hold, or a multiplier that is not finite.
 
-    >>> tag("mix_0-128", 0.91234567)
+    >>> format_tag("mix_0-128", 0.91234567)
     '<lora:mix_0-128:0.91235>'
-    >>> tag("mix_0-128", 0.91234567, -0.5)
+    >>> format_tag("mix_0-128", 0.91234567, -0.5)
     '<lora:mix_0-128:-0.50000:0.91235>'
     """
     if not _NAME.fullmatch(name):
@@ -68,7 +68,9 @@ def format_tags(
     multipliers: Iterable[float],
     text_multipliers: Iterable[float] = (),
 ) -> str:
-    """What adds all LoRAs: one tag each, for a LoRA named twice counts differently in each host.
+    """Returns the tags that add all LoRAs.
+
+    There is one tag each, for a LoRA that is named twice counts differently in each host.
 
     Args:
         names: file stems of the LoRAs.
@@ -76,7 +78,7 @@ def format_tags(
         text_multipliers: the text encoder's, one per LoRA; none where it takes the same.
 
     Raises:
-        ValueError: as for `tag`, and for another number of multipliers than of names.
+        ValueError: as for `format_tag`, and for another number of multipliers than of names.
     """
     texts = list(text_multipliers)
     rows = zip(names, multipliers, texts or repeat(None, len(names)), strict=True)
@@ -84,7 +86,7 @@ def format_tags(
 
 
 def parse_tags(text: str) -> list[Tag]:
-    """All LoRA tags of a prompt, in its order; a multiplier is 1 where none is given.
+    """Returns all LoRA tags of a prompt, in its order; a missing multiplier is 1.
 
     Raises:
         ValueError: a tag with more than two multipliers, or one that is not a plain number.
@@ -93,7 +95,7 @@ def parse_tags(text: str) -> list[Tag]:
 
 
 def tag_names(text: str) -> set[str]:
-    """Names of the LoRAs in a prompt, in whatever way their multipliers are written.
+    """Returns the names of the LoRAs in a prompt, however their multipliers are written.
 
     >>> tag_names("a cat <lora:mix_0-128:unet=1>")
     {'mix_0-128'}
@@ -102,16 +104,16 @@ def tag_names(text: str) -> set[str]:
 
 
 def remove_tags(text: str) -> str:
-    """A prompt without its LoRA tags.
+    """Returns a prompt without its LoRA tags.
 
-    >>> without_tags("a cat <lora:mix_0-128:0.91235>")
+    >>> remove_tags("a cat <lora:mix_0-128:0.91235>")
     'a cat'
     """
     return _TAG.sub("", text).strip()
 
 
 def _number(name: str, multiplier: float) -> str:
-    """With a fixed number of decimals: not all hosts' buttons understand an exponent."""
+    """Returns a fixed number of decimals: not all hosts' buttons understand an exponent."""
     rounded = round(float(multiplier), DIGITS) + 0.0  # -0.0 + 0.0 is 0.0
     text = f"{rounded:.{DIGITS}f}"
     if not _NUMBER.fullmatch(text):

@@ -1,4 +1,4 @@
-"""LoRA files of ours, read back by what is in them: shapes, types and alphas as they come."""
+"""Reads LoRA files of ours, with whatever shapes, types and alphas they have."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from hyper_merge.loras.lora_file import ALPHA, DOWN, UP
 
 
 class LoraReader:
-    """A LoRA file open for reading, module by module; use as a context manager."""
+    """A LoRA file that is open for reading, module by module; use as a context manager."""
 
     modules: Mapping[str, Layer] = MappingProxyType({})
-    """What each module is added to, by its name; known once the block is entered."""
+    """The layer that each module is added to, by its name; known once the block is entered."""
 
     ranks: Mapping[str, int] = MappingProxyType({})
+    """The rank of each module; known once the block is entered."""
 
     def __init__(self, path: Path, family: Family) -> None:
         """Names the file; nothing is read before the block is entered."""
@@ -36,7 +37,7 @@ class LoraReader:
     def __enter__(self) -> LoraReader:
         self._file.__enter__()
         try:
-            self._look(self._file.header)
+            self._read_modules(self._file.header)
         except BaseException:
             self._file.__exit__(None, None, None)
             raise
@@ -52,13 +53,13 @@ class LoraReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which its factors can be stored again: float16 for 8-bit floats."""
-        found = {self._file.header.tensors[module + UP].dtype for module in self.modules}
-        plain = {torch.float16 if dtype in EIGHT_BIT_FLOATS else dtype for dtype in found}
+        """The type in which its factors can be stored again: float16 for 8-bit floats."""
+        dtypes = {self._file.header.tensors[module + UP].dtype for module in self.modules}
+        plain = {torch.float16 if dtype in EIGHT_BIT_FLOATS else dtype for dtype in dtypes}
         return plain.pop() if len(plain) == 1 else torch.float32
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float64
-        """What a host adds at multiplier 1, as `up @ down`: rounding and alpha are in it.
+        """Returns factors of what a host adds at multiplier 1: rounding and alpha are in them.
 
         Raises:
             CheckpointError: the file changed, or holds an alpha that is no positive number.
@@ -78,7 +79,7 @@ class LoraReader:
             )
         return alpha / self.ranks[module]
 
-    def _look(self, header: Header) -> None:
+    def _read_modules(self, header: Header) -> None:
         modules, ranks = {}, {}
         for key, info in header.tensors.items():
             if not key.endswith(DOWN):

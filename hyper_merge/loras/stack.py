@@ -1,4 +1,4 @@
-"""What open LoRA files add to the tensors of a checkpoint: factors of its layers, and vectors."""
+"""Open LoRA files, and what they add to the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hyper_merge.loras.reader import LoraReader
 
 
 class LoraStack:
-    """LoRA files and companions, open for reading tensor by tensor; use as a context manager."""
+    """LoRA files and companions that are open for reading; use as a context manager."""
 
     def __init__(self, paths: Sequence[Path], header: Header, layout: Layout) -> None:
         """Names the files; nothing is read before the block is entered.
@@ -26,7 +26,7 @@ class LoraStack:
         Args:
             paths: of LoRAs and companions.
             header: of the checkpoint that they are added to.
-            layout: of the same.
+            layout: of that checkpoint.
         """
         self._vectors = {
             vector.key: vector for vector in norms_and_biases_of(header, layout, biases=True)
@@ -54,12 +54,12 @@ class LoraStack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which factors like these can be stored; float32 if the files differ."""
-        found = {lora.dtype for lora in self._loras if lora.modules}
-        return found.pop() if len(found) == 1 else torch.float32
+        """The type in which factors like these can be stored; float32 if the files differ."""
+        dtypes = {lora.dtype for lora in self._loras if lora.modules}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factors(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n), float64
-        """What each file adds to a layer at multiplier 1, as `up @ down`; rank 0 where it has nothing."""
+        """Returns what each file adds to a layer at multiplier 1; rank 0 where it has nothing."""
         none = torch.zeros(layer.m, 0).double(), torch.zeros(0, layer.n).double()
         return [
             lora.factors(layer.module) if layer.module in lora.modules else none
@@ -67,7 +67,7 @@ class LoraStack:
         ]
 
     def vectors(self, key: str) -> list[Tensor | None]:  # each (size,)
-        """What each file adds to a norm or bias at multiplier 1; None where it has nothing."""
+        """Returns what each file adds to a norm or bias at multiplier 1; None for nothing."""
         vector = self._vectors.get(key)
         return [_vector(file, vector) for file in self._files]
 

@@ -1,4 +1,4 @@
-"""LoRA files times their multipliers, added up layer by layer: what one file would have to hold."""
+"""Adds up LoRA files times their multipliers, layer by layer, as one file would hold them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hyper_merge.loras.reader import LoraReader
 
 @dataclass(frozen=True, eq=False)
 class StoredSum:
-    """One layer's sum, as a file will hold it."""
+    """One layer's sum as a file will hold it."""
 
     factors: tuple[Tensor, Tensor]  # (m, r), (r, n)
     energy: float  # squared norm of the exact sum
@@ -41,22 +41,22 @@ class WeightedSum:
     rank: int | None = None
 
     def ranks(self) -> Mapping[str, tuple[Layer, int]]:
-        """The modules that have a share in the sum, each with its layer and its rank."""
+        """Returns the modules that are in the sum, each with its layer and its rank."""
         layers = {name: layer for lora in self.loras for name, layer in lora.modules.items()}
-        found = {name: (layer, self._rank(layer)) for name, layer in layers.items()}
-        return {name: (layer, rank) for name, (layer, rank) in found.items() if rank}
+        ranked = {name: (layer, self._rank(layer)) for name, layer in layers.items()}
+        return {name: (layer, rank) for name, (layer, rank) in ranked.items() if rank}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The LoRAs' own, in which the sum can be stored; float32 if they differ."""
-        found = {lora.dtype for lora in self.loras}
-        return found.pop() if len(found) == 1 else torch.float32
+        """The type in which the sum can be stored: the LoRAs' own, or float32 if they differ."""
+        dtypes = {lora.dtype for lora in self.loras}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factors(
         self,
         layer: Layer,
     ) -> tuple[Tensor, Tensor]:  # (m, rho), (rho, n), float64
-        """The exact sum, block beside block; both factors of a pair are of one length."""
+        """Returns the exact sum, block beside block; both factors of a pair are of one length."""
         ups, downs = [], []
         for lora, multiplier in self._used(layer):
             up, down = lora.factors(layer.module)
@@ -65,7 +65,7 @@ class WeightedSum:
         return even_out(torch.cat(ups, 1), torch.cat(downs))
 
     def stored(self, layer: Layer, alpha: int | None, dtype: torch.dtype) -> StoredSum:
-        """The sum, cut to its rank where it has more, rounded once.
+        """Returns the sum, cut to its rank where it has more, rounded once.
 
         Raises:
             NonFiniteError: the type cannot hold it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.operations.merge.merge import MergeResult, run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.recipe import Recipe
@@ -34,13 +35,14 @@ def make_family(folder: Path, progress: Progress) -> tuple[Path, ...]:
     return paths
 
 
-def run_demo(folder: Path, progress: Progress) -> MergeResult:
+def run_demo(folder: Path, progress: Progress, effort: SearchEffort | None = None) -> MergeResult:
     """Makes the family where it is not there yet, and merges it; an earlier demo is replaced.
 
     Args:
         folder: the models folder; its checkpoints go to `Stable-diffusion` within.
         progress: progress and interrupt.
+        effort: how thorough the search for a start is; None for that which ships.
     """
     paths = make_family(folder / "Stable-diffusion", progress.part(0.0, 0.4))
     recipe = Recipe(name="demo", models=paths, ranks=DEMO_RANKS, output=folder, overwrite=True)
-    return run_merge(run_preflight(recipe), progress.part(0.4, 1.0))
+    return run_merge(run_preflight(recipe), progress.part(0.4, 1.0), effort=effort)

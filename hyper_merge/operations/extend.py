@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import RecipeError, RunError
 from hyper_merge.operations.fit.fit import fit_onto
 from hyper_merge.operations.merge.merge import MergeResult, run_merge
@@ -43,7 +44,12 @@ class ExtendRequest:
             raise SettingError("name", str(error)) from None
 
 
-def run_extend(wanted: ExtendRequest, folders: Folders, progress: Progress) -> MergeResult:
+def run_extend(
+    wanted: ExtendRequest,
+    folders: Folders,
+    progress: Progress,
+    effort: SearchEffort | None = None,
+) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.
 
     Everything is computed anew, for the average is another one and all deviations with it. The new
@@ -53,6 +59,7 @@ def run_extend(wanted: ExtendRequest, folders: Folders, progress: Progress) -> M
         wanted: what the user asks for.
         folders: where the run is, and where the new one goes.
         progress: progress and interrupt.
+        effort: how thorough the search for a start is; None for that which ships.
 
     Raises:
         HyperMergeError: an original that is missing or was changed, a checkpoint that the run has
@@ -67,7 +74,7 @@ def run_extend(wanted: ExtendRequest, folders: Folders, progress: Progress) -> M
     preflight = run_preflight(recipe, folders)
     for warning in preflight.warnings:
         progress.warn(warning)
-    return run_merge(preflight, merging, start=_start(run, fits))
+    return run_merge(preflight, merging, start=_start(run, fits), effort=effort)
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:

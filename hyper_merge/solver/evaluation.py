@@ -1,4 +1,4 @@
-"""From blocks as they are written to a merge's report: multipliers, losses, baselines, similarity."""
+"""The best multipliers for blocks as they are written, and what they leave unexplained."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ class Evaluation:
         return share(self.errors.sum(), self.energies.sum())
 
     def explained(self, layers: Tensor | None = None) -> Tensor:  # (k,)
-        """Explained share by checkpoint, in chosen layers (a mask) or in all."""
-        errors, of = (
+        """Returns the explained share by checkpoint, in chosen layers (a mask) or in all."""
+        errors, energies = (
             part if layers is None else part[layers] for part in (self.errors, self.energies)
         )
-        left = torch.stack(
-            [torch.tensor(share(e, o)) for e, o in zip(errors.sum(0), of.sum(0), strict=True)]
-        )
-        return 1 - left
+        sums = zip(errors.sum(0), energies.sum(0), strict=True)
+        return 1 - torch.stack([torch.tensor(share(error, energy)) for error, energy in sums])
 
 
 def evaluate(
@@ -46,7 +44,7 @@ def evaluate(
     groups: Mapping[str, Sequence[int]],
     weights: Tensor,  # (layers,)
 ) -> Evaluation:
-    """The best multipliers for the blocks as they are written, and the exact loss with them.
+    """Returns the best multipliers for the blocks as they are written, and their exact loss.
 
     Args:
         analysis: of the checkpoints.
@@ -54,38 +52,40 @@ def evaluate(
         groups: the layers that share one set of multipliers, by the names of their parts.
         weights: how much the layers' squared errors count.
     """
-    of = energies(analysis.grams, analysis.contrasts)
+    deviations = energies(analysis.grams, analysis.contrasts)
     cross = to_deviations_matrix(analysis.contrasts) @ blocks.cross  # (layers, k, R)
-    errors, curve = torch.empty_like(of), torch.zeros(cross.shape[2] + 1, cross.shape[1]).double()
+    errors = torch.empty_like(deviations)
+    curve = torch.zeros(cross.shape[2] + 1, cross.shape[1]).double()
     multipliers = {}
     for name, members in groups.items():
         inside = list(members)
         inner, gram = cross[inside], blocks.gram[inside]
-        plain = Statistics(float(of[inside].sum()), inner.sum(0), gram.sum(0))
+        plain = Statistics(float(deviations[inside].sum()), inner.sum(0), gram.sum(0))
         scale = weights[inside][:, None, None]
         weighted = Statistics(plain.energy, (scale * inner).sum(0), (scale * gram).sum(0))
-        found = fit_multipliers(weighted)
-        squares = torch.einsum("kr,lrs,ks->lk", found, gram, found)
-        errors[inside] = of[inside] - 2 * (inner * found).sum(2) + squares
+        fitted = fit_multipliers(weighted)
+        squares = torch.einsum("kr,lrs,ks->lk", fitted, gram, fitted)
+        errors[inside] = deviations[inside] - 2 * (inner * fitted).sum(2) + squares
         curve += _explained_energies(plain, weighted)
-        multipliers[name] = found
-    shares = torch.where(of.sum(0) > 0, curve / of.sum(0), 1.0).clamp(0, 1)
+        multipliers[name] = fitted
+    total = deviations.sum(0)
+    shares = torch.where(total > 0, curve / total, 1.0).clamp(0, 1)
     shares[0] = 0.0
-    return Evaluation(multipliers, errors.clamp(min=0), of, shares)
+    return Evaluation(multipliers, errors.clamp(min=0), deviations, shares)
 
 
 def _explained_energies(
     plain: Statistics,  # of the blocks as written, over the layers of one group
     weighted: Statistics,
 ) -> Tensor:  # (R + 1, k)
-    """What the first blocks explain of every checkpoint, the multipliers fitted for those."""
+    """Returns what the first blocks explain of every checkpoint, with multipliers for them alone."""
     rows = [plain.cross.new_zeros(len(plain.cross))]
     for count in range(1, len(plain.gram) + 1):
-        fitted = Statistics(
+        first = Statistics(
             weighted.energy, weighted.cross[:, :count], weighted.gram[:count, :count]
         )
-        found = fit_multipliers(fitted)
+        fitted = fit_multipliers(first)
         rows.append(
-            (found * (2 * plain.cross[:, :count] - found @ plain.gram[:count, :count])).sum(1)
+            (fitted * (2 * plain.cross[:, :count] - fitted @ plain.gram[:count, :count])).sum(1)
         )
     return torch.stack(rows)

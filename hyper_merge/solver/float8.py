@@ -1,4 +1,4 @@
-"""What LoRAs in 8 bits need: an alpha that brings them into range, and a second fit after rounding."""
+"""What LoRAs in 8 bits need: an alpha that brings them into range, and a fit after rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import block_columns, largest_value
-from hyper_merge.decomposition.ll1 import Batch, Factors, update_ups
+from hyper_merge.decomposition.ll1 import update_ups
+from hyper_merge.decomposition.problem import Batch, Factors
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 
 # Of what AUTOMATIC1111 forms in float16, which ends at 65504, before it scales by alpha / rank.
@@ -22,11 +23,11 @@ _LARGEST_PRODUCT: Final = 6e4
 
 _SIDES: Final[tuple[Literal["up", "down"], ...]] = ("up", "down", "up")
 
-Pair = tuple[Tensor, Tensor]  # (m, r), (r, n)
+FactorPair = tuple[Tensor, Tensor]  # (m, r), (r, n)
 
 
 def float8_alpha(size: float) -> float:
-    """The alpha that brings a file's factors into the range of float8.
+    """Returns the alpha that brings a file's factors into the range of float8.
 
     A layer's stored factors are up and down times root(rank / alpha). With the largest singular value
     s of up @ down their entries are at most root(s * rank / alpha), if that is shared evenly, and those
@@ -46,7 +47,7 @@ def float8_alpha(size: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RefitTarget:
-    """What the blocks of a layer are to be near, with the multipliers that they have."""
+    """What the blocks of a layer approximate, with the multipliers that they have."""
 
     slices: Tensor  # (d, p, q)
     bases: tuple[Tensor, Tensor]  # (m, p), (n, q)
@@ -54,55 +55,66 @@ class RefitTarget:
 
     @property
     def transposed(self) -> RefitTarget:
-        """The same of the transposed layer."""
+        """The target of the transposed layer."""
         return RefitTarget(self.slices.mT, (self.bases[1], self.bases[0]), self.multipliers)
 
 
 def refit(
     target: RefitTarget,
     layer: Layer,
-    stored: Sequence[Pair],  # per block, in float8
+    stored: Sequence[FactorPair],  # per block, in float8
     alphas: Sequence[float | None],
     check: Callable[[], None] = lambda: None,
-) -> list[Pair]:
-    """The blocks with ups, downs, and ups again fitted to the other side as it is stored, and rounded.
+) -> list[FactorPair]:
+    """Fits ups, downs, and ups again to the other side as it is stored, and rounds each.
 
-    Blocks that partly cancel each other have far more energy than what they bring together, and all
-    of it is rounded. A fit to what is rounded already takes some of that back, and lets the blocks
-    cancel less. Where one leaves the range of the type, the blocks stay as they were before it.
+    Blocks that partly cancel each other have far more energy than their sum, and all of it is
+    rounded. A fit to the rounded side takes some of that error back, and lets the blocks cancel
+    less. Where a fit leaves the range of the type, the blocks stay as they were before it.
+
+    Args:
+        target: what the blocks approximate.
+        layer: whose blocks they are.
+        stored: the blocks in float8.
+        alphas: of the blocks' files.
+        check: called before every fit; may raise, to stop.
     """
     pairs = list(stored)
     for side in _SIDES:
         check()
-        added = [as_hosts_apply(*pair, alpha) for pair, alpha in zip(pairs, alphas, strict=True)]
-        fitted = list(zip(_fitted(target, added, side), alphas, strict=True))
+        applied = [as_hosts_apply(*pair, alpha) for pair, alpha in zip(pairs, alphas, strict=True)]
+        fitted = list(zip(_fitted(target, applied, side), alphas, strict=True))
         if not all(_is_in_range(pair, alpha) for pair, alpha in fitted):
             break
         pairs = [stored_factors(layer, *pair, alpha, FLOAT8) for pair, alpha in fitted]
     return pairs
 
 
-def _fitted(target: RefitTarget, added: Sequence[Pair], side: Literal["up", "down"]) -> list[Pair]:
+def _fitted(
+    target: RefitTarget, applied: Sequence[FactorPair], side: Literal["up", "down"]
+) -> list[FactorPair]:
     if side == "up":
-        ups = _best_ups(target, added)
-        return [(up, down) for up, (_, down) in zip(ups, added, strict=True)]
-    turned = _best_ups(target.transposed, [(down.mT, up.mT) for up, down in added])
-    return [(up, down.mT) for down, (up, _) in zip(turned, added, strict=True)]
+        ups = _best_ups(target, applied)
+        return [(up, down) for up, (_, down) in zip(ups, applied, strict=True)]
+    downs = _best_ups(target.transposed, [(down.mT, up.mT) for up, down in applied])
+    return [(up, down.mT) for down, (up, _) in zip(downs, applied, strict=True)]
 
 
-def _best_ups(target: RefitTarget, added: Sequence[Pair]) -> Sequence[Tensor]:  # R times (m, r)
-    """By least squares for the downs as they are, with what of them lies beyond the bases."""
+def _best_ups(
+    target: RefitTarget, applied: Sequence[FactorPair]
+) -> Sequence[Tensor]:  # R times (m, r)
+    """Returns the least-squares ups for these downs, whose parts beyond the bases count too."""
     left, right = target.bases
-    ranks = tuple(up.shape[1] for up, _ in added)
-    ups = torch.cat([up for up, _ in added], 1)
-    downs = torch.cat([down for _, down in added])
+    ranks = tuple(up.shape[1] for up, _ in applied)
+    ups = torch.cat([up for up, _ in applied], 1)
+    downs = torch.cat([down for _, down in applied])
     factors = Factors(block_columns(left, ups)[None], block_columns(right, downs.mT).mT[None])
     batch = Batch(target.slices[None], ranks, (0,))
-    found = update_ups(batch, factors, target.multipliers, inner=(downs @ downs.mT)[None])
-    return torch.split(left @ found.up[0], list(ranks), 1)
+    fitted = update_ups(batch, factors, target.multipliers, inner=(downs @ downs.mT)[None])
+    return torch.split(left @ fitted.up[0], list(ranks), 1)
 
 
-def _is_in_range(pair: Pair, alpha: float | None) -> bool:
+def _is_in_range(pair: FactorPair, alpha: float | None) -> bool:
     up, down = pair
     rank = up.shape[1]
     if not rank or alpha is None:

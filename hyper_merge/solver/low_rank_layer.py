@@ -12,45 +12,51 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import energy_of, product_energy
 from hyper_merge.decomposition.truncated_svd import truncated_svd
-from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankLayer:
-    """One layer's part of the file, as it will be stored."""
+    """One layer's factors, as a file will hold them."""
 
     layer: Layer
     up: Tensor  # (m, r)
     down: Tensor  # (r, n)
-    energy: float  # squared norm of the difference
-    error: float  # of what is left of it
+    energy: float  # squared norm of the delta
+    error: float  # squared norm of what the factors leave of it
 
 
 def low_rank_layer(
     layer: Layer,
     delta: Tensor,  # (m, n), float32
     rank: int,
-    stored: tuple[int | None, torch.dtype],  # alpha of the file, type
+    stored: StoredFormat,
     seed: int,
     tick: Callable[[float], None],
 ) -> LowRankLayer:
-    """A layer's difference as factors that are rounded as the file holds them, and what they leave."""
+    """Returns a layer's delta as factors, rounded as the file holds them, and what they leave."""
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(layer.module.encode()))
     best = truncated_svd(delta, rank, generator, tick)
-    alpha, dtype = stored
-    factors = stored_factors(layer, best.up, best.down, alpha, dtype)
-    up, down = as_hosts_apply(*factors, alpha)
-    energy, error = _left(delta, up.to(delta), down.to(delta))
+    factors = stored_factors(layer, best.up, best.down, stored.alpha, stored.dtype)
+    up, down = as_hosts_apply(*factors, stored.alpha)
+    energy, error = _energy_and_error(delta, up.to(delta), down.to(delta))
     return LowRankLayer(layer, *factors, energy, error)
 
 
-def _left(
+def empty_layer(layer: Layer, dtype: torch.dtype) -> LowRankLayer:
+    """Returns factors of rank 0, for a layer whose delta is zero or counts for nothing."""
+    # not zeros: up to torch 2.3 nothing of float8 can be filled without an entry
+    up, down = torch.empty(layer.m, 0, dtype=dtype), torch.empty(0, layer.n, dtype=dtype)
+    return LowRankLayer(layer, up, down, 0.0, 0.0)
+
+
+def _energy_and_error(
     delta: Tensor,  # (m, n)
     up: Tensor,  # (m, r)
     down: Tensor,  # (r, n)
 ) -> tuple[float, float]:
-    """Squared norms of a difference and of what the factors leave of it, without dense work.
+    """Returns squared norms of a delta and of what factors leave of it, without dense work.
 
     ||X - Y||^2 = ||X||^2 - 2 <X, Y> + ||Y||^2.
     """

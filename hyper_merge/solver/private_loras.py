@@ -1,223 +1,284 @@
-"""Private LoRAs of a merge: what the shared ones leave of the checkpoints that they serve worst."""
+"""Private LoRAs: each holds what the shared ones leave of one checkpoint.
+
+A merge makes them from its analysis, a later fit from the files themselves; both are residuals here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
+from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
 from hyper_merge.decomposition.linalg import block_columns, block_gram
 from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
-from hyper_merge.errors import OutputError
-from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
-from hyper_merge.loras.metadata import CHECKPOINT
+from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.float8 import float8_alpha
+from hyper_merge.solver.low_rank_layer import LowRankLayer
 from hyper_merge.solver.quantization import StoredFactors
 
-_LEADING: Final = 3  # times the wished rank: what a layer can have of it
-_MOST: Final = 256  # rank of a layer for a wished share
-_MARGIN: Final = 0.998  # of what may remain: rounding takes a little
+_LEADING: Final = 3  # times the target's rank: what a layer can have of it
+_MOST: Final = 256  # rank of a layer, where the target is a share
+_PLANNING, _MAKING = 0.8, 0.2  # of the time for a private LoRA of a merge
+
+
+class CheckpointResidual(Protocol):
+    """What the shared LoRAs leave of one checkpoint, layer by layer."""
+
+    @property
+    def checkpoint(self) -> int:
+        """Its place among the checkpoints."""
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """All layers."""
+
+    @property
+    def energy(self) -> float:
+        """Squared norm of the checkpoint's deviations in all layers."""
+
+    @property
+    def error(self) -> float:
+        """Squared norm of what the shared LoRAs leave of them."""
+
+    @property
+    def margin(self) -> float:
+        """Which part of the error that may remain is planned for: rounding takes the rest."""
+
+    def spectra(self, target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:
+        """Returns each layer's leading squared singular values, falling, float64, on the CPU."""
+
+    def unreachable(self, spectra: Sequence[Tensor]) -> float:
+        """Returns the part of the error that lies outside of these spectra."""
+
+    def low_rank(
+        self, ranks: Sequence[int], stored: StoredFormat, progress: Progress
+    ) -> list[LowRankLayer]:
+        """Returns every layer's factors of these ranks as a file will hold them."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrivateLora:
     """One checkpoint's own LoRA."""
 
-    checkpoint: int  # place
+    checkpoint: int  # its place among the checkpoints
     rank: int  # in the mean of the layers
     alpha: float | None  # of the file
-    factors: list[tuple[Tensor, Tensor]]  # per layer (m, r), (r, n), as stored
-    errors: Tensor  # (layers,), float64: squared norms of what is left with it
+    layers: Sequence[LowRankLayer]  # all of them, some with rank 0
 
     @property
     def ranks(self) -> list[int]:
-        """Per layer."""
-        return [up.shape[1] for up, _ in self.factors]
+        """The rank of every layer."""
+        return [layer.up.shape[1] for layer in self.layers]
+
+    @property
+    def factors(self) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n) per layer
+        """The factors of every layer as stored."""
+        return [(layer.up, layer.down) for layer in self.layers]
+
+    @property
+    def gain(self) -> float:
+        """Squared norm that it takes away from what the shared LoRAs leave."""
+        return sum(layer.energy - layer.error for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class PrivateLoraPlan:
+    """The size of a private LoRA, before its factors are made."""
+
+    rank: int  # in the mean of the layers
+    ranks: Sequence[int]  # per layer
+    stored: StoredFormat
+
+
+def plan_private_lora(
+    residual: CheckpointResidual,
+    target: PrivateLoraTarget,
+    dtype: torch.dtype,
+    progress: Progress,
+    *,
+    has_alpha: bool,
+) -> PrivateLoraPlan | None:
+    """Puts the ranks where they take away most; None if the target's share is reached without any.
+
+    Args:
+        residual: what the shared LoRAs leave of the checkpoint.
+        target: a rank in the mean of the layers, or a share of the checkpoint.
+        dtype: of the stored factors.
+        progress: progress and interrupt.
+        has_alpha: whether LoRA files of this family hold an alpha.
+    """
+    costs = [layer.m + layer.n for layer in residual.layers]
+    allowed = (1 - (target.share or 0.0)) * residual.energy
+    if target.rank is None and residual.error <= allowed:
+        return None
+    spectra = residual.spectra(target, progress)
+    if target.rank is not None:
+        ranks = spread_ranks(spectra, costs, target.rank * sum(costs))
+    else:
+        remaining = residual.margin * allowed - residual.unreachable(spectra)
+        ranks = ranks_within(spectra, costs, max(remaining, 0.0))
+    if not any(ranks):
+        return None
+    mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
+    rank = max(round(mean), 1)
+    alpha = _alpha(rank, ranks, spectra, dtype) if has_alpha else None
+    return PrivateLoraPlan(rank, ranks, StoredFormat(alpha, dtype))
+
+
+def make_private_lora(
+    residual: CheckpointResidual, plan: PrivateLoraPlan, progress: Progress
+) -> PrivateLora:
+    """Makes the factors that a plan asks for."""
+    layers = residual.low_rank(plan.ranks, plan.stored, progress)
+    return PrivateLora(residual.checkpoint, plan.rank, plan.stored.alpha, layers)
 
 
 @dataclass(frozen=True, eq=False)
 class SharedLoras:
-    """What the shared LoRAs bring, to which private ones are added."""
+    """The shared LoRAs of a merge, to which private ones are added."""
 
     analysis: Analysis
     blocks: StoredFactors
-    found: Evaluation
+    evaluation: Evaluation
     groups: Mapping[str, Sequence[int]]  # the layers of each set of multipliers
     dtype: torch.dtype  # of the stored factors
 
 
 def find_private_loras(
-    shared: SharedLoras, wish: PrivateLoraTarget, costs: Sequence[int], progress: Progress
+    shared: SharedLoras, target: PrivateLoraTarget, progress: Progress
 ) -> tuple[PrivateLora, ...]:
-    """For a wished rank, LoRAs of the checkpoints below the mean; for a share, of those below that.
+    """Makes LoRAs of the checkpoints below the mean, or below the target's share.
 
     Args:
-        shared: what is there.
-        wish: a rank in the mean of the layers, or a share of every checkpoint.
-        costs: bytes of a rank, per layer.
+        shared: the shared LoRAs.
+        target: a rank in the mean of the layers, or a share of every checkpoint.
         progress: progress and interrupt.
     """
-    explained = shared.found.explained()
-    least = float(explained.mean()) if wish.share is None else wish.share
+    explained = shared.evaluation.explained()
+    least = float(explained.mean()) if target.share is None else target.share
     chosen = [c for c, share in enumerate(explained.tolist()) if share < least]
-    parts = progress.split([1.0] * len(chosen))
-    return tuple(
-        _one(shared, checkpoint, wish, costs, part)
-        for checkpoint, part in zip(chosen, parts, strict=True)
-    )
+    has_alpha = shared.blocks.alphas[0] is not None
+    loras = []
+    for checkpoint, part in zip(chosen, progress.split([1.0] * len(chosen)), strict=True):
+        planning, making = part.split([_PLANNING, _MAKING])
+        residual = _CompressedResidual(shared, checkpoint)
+        plan = plan_private_lora(residual, target, shared.dtype, planning, has_alpha=has_alpha)
+        if plan is not None:
+            loras.append(make_private_lora(residual, plan, making))
+    return tuple(loras)
 
 
-def add_private_loras(found: Evaluation, privates: Sequence[PrivateLora]) -> Evaluation:
-    """The fit with what private LoRAs bring back besides."""
-    errors = found.errors.clone()
-    for each in privates:
-        errors[:, each.checkpoint] = each.errors
-    return replace(found, errors=errors)
-
-
-def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) -> dict[str, str]:
-    """The names of staged private LoRAs by the checkpoint that each file says it is of.
-
-    The report names these, and not what was meant to be written.
-
-    Args:
-        outputs: with the files.
-        loras: folder of all LoRAs.
-        names: of the private ones.
-
-    Raises:
-        OutputError: two files are of one checkpoint, so that another would go without its LoRA.
-    """
-    paths = {name: loras / f"{name}.safetensors" for name in names}
-    found = {outputs.metadata_of(path).get(CHECKPOINT, ""): name for name, path in paths.items()}
-    if len(found) != len(names):
-        raise OutputError(
-            f"expected a private LoRA for each of {len(names)} checkpoints, got files of"
-            f" {', '.join(found)} in {loras}; nothing is written: give the checkpoints' files names"
-            " that are less alike"
+def add_private_loras(evaluation: Evaluation, loras: Sequence[PrivateLora]) -> Evaluation:
+    """Returns the evaluation of the shared LoRAs together with private ones."""
+    errors = evaluation.errors.clone()
+    for lora in loras:
+        errors[:, lora.checkpoint] = torch.tensor(
+            [layer.error for layer in lora.layers], dtype=torch.float64
         )
-    return found
+    return replace(evaluation, errors=errors)
 
 
-def _one(
-    shared: SharedLoras,
-    checkpoint: int,
-    wish: PrivateLoraTarget,
-    costs: Sequence[int],
-    progress: Progress,
-) -> PrivateLora:
-    layers = shared.analysis.layers
-    rows = {
-        index: found[checkpoint]
-        for name, found in shared.found.multipliers.items()
-        for index in shared.groups[name]
-    }
-    most = _LEADING * wish.rank if wish.rank is not None else _MOST
-
-    def leading(index: int) -> TruncatedSvd:
-        rest = _rest(shared, index, rows[index], checkpoint)
-        dice = torch.Generator().manual_seed(index)
-        return truncated_svd(rest, min(most, *rest.shape), dice)
-
-    found: list[TruncatedSvd] = []
-    with parallel_map(torch.device("cpu"), progress.check) as each:
-        for truncated in each(leading, range(len(layers))):
-            found.append(truncated)
-            progress.report("making private LoRAs", 0.8 * len(found) / len(layers))
-    ranks = _ranks(shared, checkpoint, wish, costs, [each.energies for each in found])
-    mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
-    rank = max(round(mean), 1)
-    alpha = _alpha(shared, rank, zip(found, ranks, strict=True))
-    written = [
-        _written(shared, (index, checkpoint), rows[index], (truncated, kept), alpha)
-        for index, (truncated, kept) in enumerate(zip(found, ranks, strict=True))
-    ]
-    factors, errors = zip(*written, strict=True)
-    return PrivateLora(checkpoint, rank, alpha, list(factors), torch.stack(errors))
-
-
-def _alpha(
-    shared: SharedLoras, rank: int, kept: Iterable[tuple[TruncatedSvd, int]]
-) -> float | None:
-    """Of the file: none for a family without, its rank, or what float8 wants."""
-    if shared.blocks.alphas[0] is None:
-        return None
-    if shared.dtype != FLOAT8:
+def _alpha(rank: int, ranks: Sequence[int], spectra: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """Returns the file's alpha: its rank, or what brings the factors into the range of float8."""
+    if dtype != FLOAT8:
         return float(rank)
-    sizes = [count * float(each.energies[0]) ** 0.5 for each, count in kept if count]
-    return float8_alpha(max(sizes, default=0.0))
+    pairs = zip(spectra, ranks, strict=True)
+    return float8_alpha(max(count * float(values[0]) ** 0.5 for values, count in pairs if count))
 
 
-def _ranks(
-    shared: SharedLoras,
-    checkpoint: int,
-    wish: PrivateLoraTarget,
-    costs: Sequence[int],
-    energies: Sequence[Tensor],
-) -> list[int]:
-    if wish.rank is not None:
-        return spread_ranks(energies, costs, wish.rank * sum(costs))
-    errors, of = shared.found.errors[:, checkpoint].sum(), shared.found.energies[:, checkpoint]
-    beyond = float(errors) - sum(float(each.sum()) for each in energies)
-    allowed = _MARGIN * (1 - (wish.share or 0.0)) * float(of.sum())
-    return ranks_within(energies, costs, max(allowed - beyond, 0.0))
+class _CompressedResidual:
+    """What the shared LoRAs of a merge leave of a checkpoint, between the bases of its analysis."""
 
+    margin = 0.998
 
-def _rest(
-    shared: SharedLoras, index: int, multipliers: Tensor, checkpoint: int
-) -> Tensor:  # (p, q)
-    """What the shared LoRAs leave of a checkpoint in a layer, between its bases."""
-    analysis = shared.analysis
-    left, right = analysis.bases(index)
-    rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]])
-    weights = to_deviations_matrix(analysis.contrasts)[checkpoint].to(rows)
-    rest = (weights @ rows.flatten(1)).view(rows.shape[1:])
-    for up, down, multiplier in _added(shared, index, multipliers):
-        rest = rest - multiplier * (block_columns(left, up) @ block_columns(right, down.mT).mT)
-    return rest
+    def __init__(self, shared: SharedLoras, checkpoint: int) -> None:
+        self.checkpoint = checkpoint
+        self.layers = shared.analysis.layers
+        self._shared = shared
+        self._errors = shared.evaluation.errors[:, checkpoint]
+        self.energy = float(shared.evaluation.energies[:, checkpoint].sum())
+        self.error = float(self._errors.sum())
+        self._multipliers = {  # (R,) by layer
+            index: multipliers[checkpoint]
+            for name, multipliers in shared.evaluation.multipliers.items()
+            for index in shared.groups[name]
+        }
+        self._leading: list[TruncatedSvd] = []
 
+    def spectra(self, target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:
+        most = _LEADING * target.rank if target.rank is not None else _MOST
 
-def _added(
-    shared: SharedLoras, index: int, multipliers: Tensor
-) -> list[tuple[Tensor, Tensor, float]]:  # (m, r), (r, n), multiplier
-    pairs = zip(
-        shared.blocks.factors[index], shared.blocks.alphas, multipliers.tolist(), strict=True
-    )
-    return [(*as_hosts_apply(*factors, alpha), x) for factors, alpha, x in pairs]
+        def leading(index: int) -> TruncatedSvd:
+            rest = self._rest(index)
+            generator = torch.Generator().manual_seed(index)
+            return truncated_svd(rest, min(most, *rest.shape), generator)
 
+        with parallel_map(torch.device("cpu"), progress.check) as parallel:
+            for truncated in parallel(leading, range(len(self.layers))):
+                self._leading.append(truncated)
+                progress.report("making private LoRAs", len(self._leading) / len(self.layers))
+        return [truncated.energies for truncated in self._leading]
 
-def _written(
-    shared: SharedLoras,
-    place: tuple[int, int],  # layer, checkpoint
-    multipliers: Tensor,
-    kept: tuple[TruncatedSvd, int],
-    alpha: float | None,
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The factors as stored, and the squared error that is left with them."""
-    (index, checkpoint), (truncated, rank) = place, kept
-    analysis, layer = shared.analysis, shared.analysis.layers[index]
-    left, right = analysis.bases(index)
-    up, down = left @ truncated.up[:, :rank], truncated.down[:rank] @ right.mT
-    stored = stored_factors(layer, up, down, alpha, shared.dtype)
-    own = as_hosts_apply(*stored, alpha)
-    rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]]).flatten(1).double()
-    product = (block_columns(left, own[0]) @ block_columns(right, own[1].mT).mT).flatten().double()
-    cross = to_deviations_matrix(analysis.contrasts)[checkpoint] @ (rows @ product)
-    added = _added(shared, index, multipliers)
-    gram = block_gram([*(u for u, _, _ in added), own[0]], [*(d for _, d, _ in added), own[1]])
-    cross = cross - multipliers @ gram[:-1, -1]
-    error = shared.found.errors[index, checkpoint] - 2 * cross + gram[-1, -1]
-    return stored, error.clamp(min=0)
+    def unreachable(self, spectra: Sequence[Tensor]) -> float:
+        return self.error - sum(float(values.sum()) for values in spectra)
+
+    def low_rank(
+        self, ranks: Sequence[int], stored: StoredFormat, progress: Progress
+    ) -> list[LowRankLayer]:
+        layers = []
+        for index, rank in enumerate(ranks):
+            layers.append(self._stored(index, rank, stored))
+            progress.report("making private LoRAs", len(layers) / len(ranks))
+        return layers
+
+    def _rows(self, index: int) -> Tensor:  # (d + 1, p, q)
+        """Returns slices and, last, the average's rounding error."""
+        analysis = self._shared.analysis
+        return torch.cat([analysis.core(index), analysis.rounding(index)[None]])
+
+    def _rest(self, index: int) -> Tensor:  # (p, q)
+        """Returns what the shared LoRAs leave in a layer, between its bases."""
+        analysis = self._shared.analysis
+        left, right = analysis.bases(index)
+        rows = self._rows(index)
+        weights = to_deviations_matrix(analysis.contrasts)[self.checkpoint].to(rows)
+        rest = (weights @ rows.flatten(1)).view(rows.shape[1:])
+        factors = self._shared_factors(index)
+        for (up, down), x in zip(factors, self._multipliers[index].tolist(), strict=True):
+            rest = rest - x * (block_columns(left, up) @ block_columns(right, down.mT).mT)
+        return rest
+
+    def _shared_factors(self, index: int) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n)
+        """Returns what hosts add of each shared LoRA at multiplier 1."""
+        blocks = self._shared.blocks
+        pairs = zip(blocks.factors[index], blocks.alphas, strict=True)
+        return [as_hosts_apply(*factors, alpha) for factors, alpha in pairs]
+
+    def _stored(self, index: int, rank: int, stored: StoredFormat) -> LowRankLayer:
+        """Returns a layer's factors as stored, and the squared error that is left with them."""
+        analysis, layer = self._shared.analysis, self.layers[index]
+        left, right = analysis.bases(index)
+        truncated = self._leading[index]
+        up, down = left @ truncated.up[:, :rank], truncated.down[:rank] @ right.mT
+        factors = stored_factors(layer, up, down, stored.alpha, stored.dtype)
+        up, down = as_hosts_apply(*factors, stored.alpha)
+        rows = self._rows(index).flatten(1).double()
+        product = (block_columns(left, up) @ block_columns(right, down.mT).mT).flatten().double()
+        cross = to_deviations_matrix(analysis.contrasts)[self.checkpoint] @ (rows @ product)
+        shared = self._shared_factors(index)
+        gram = block_gram([*(u for u, _ in shared), up], [*(d for _, d in shared), down])
+        cross = cross - self._multipliers[index] @ gram[:-1, -1]
+        error = self._errors[index] - 2 * cross + gram[-1, -1]
+        return LowRankLayer(layer, *factors, float(self._errors[index]), float(error.clamp(min=0)))

@@ -1,4 +1,4 @@
-"""Blocks in the layers' own coordinates, rounded as the files hold them, with all sums that follow."""
+"""Blocks in the layers' coordinates, rounded as the files hold them, with all sums that follow."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hyper_merge.analysis.store import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import block_columns, block_gram, largest_value
 from hyper_merge.decomposition.normalization import balance, unit_scales
-from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
 from hyper_merge.runtime.parallel import parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver.float8 import Pair, RefitTarget, float8_alpha, refit
+from hyper_merge.solver.float8 import FactorPair, RefitTarget, float8_alpha, refit
+from hyper_merge.solver.low_rank_layer import empty_layer
 from hyper_merge.solver.solve import LowRankSolution
 
 _LAYERS_PER_RETURN: Final = 50  # of memory to the system
@@ -27,109 +28,134 @@ _LAYERS_PER_RETURN: Final = 50  # of memory to the system
 class StoredFactors:
     """Blocks as the files will hold them, with all that multipliers and losses need."""
 
-    factors: list[list[Pair]]  # per layer and block: (m, r), (r, n), as stored
+    factors: list[list[FactorPair]]  # per layer and block: (m, r), (r, n), as stored
     cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
     gram: Tensor  # (layers, R, R), float64: <block, block>
     alphas: tuple[float | None, ...]  # of the R files
 
     @property
     def ranks(self) -> list[tuple[int, ...]]:
-        """Of the R blocks, per layer."""
+        """The ranks of the R blocks, per layer."""
         return [tuple(up.shape[1] for up, _ in pairs) for pairs in self.factors]
 
 
 def quantize(
     analysis: Analysis,
-    found: LowRankSolution,
+    solution: LowRankSolution,
     groups: Mapping[str, Sequence[int]],  # the layers of each set of multipliers
-    stored: tuple[Sequence[float | None], torch.dtype],  # alphas of the R files, type
-    weighting: LossWeights,
+    alphas: Sequence[float | None],  # of the R files
+    dtype: torch.dtype,
+    weights: LossWeights,
     progress: Progress,
 ) -> StoredFactors:
-    """Blocks in the layers' coordinates, scaled, balanced and rounded as the files hold them.
+    """Brings blocks to the layers' coordinates, scaled, balanced and rounded as files hold them.
 
-    Each block is scaled so that its largest multiplier among the checkpoints is 1. Files of float8
-    get alphas of their own in place of the given ones, and their factors are fitted again.
+    Each block is scaled so that its largest multiplier among the checkpoints is 1.
+
+    Args:
+        analysis: of the checkpoints.
+        solution: the blocks between the layers' bases, and their multipliers.
+        groups: the layers of each set of multipliers, by name.
+        alphas: of the R files; those of float8 are chosen here instead, and their factors are
+            fitted again after rounding.
+        dtype: of the stored factors.
+        weights: how much the layers' squared errors count.
+        progress: progress and interrupt.
+
+    Raises:
+        NonFiniteError: the type cannot hold a factor.
     """
-    jobs = [
-        (index, found.factors.get(index), group)
+    layers = [
+        _SolvedLayer(index, solution.factors.get(index), group)
         for name, members in groups.items()
-        for group in [_group(found.multipliers[name], weighting)]
+        for group in [_scaled_group(solution.multipliers[name], weights)]
         for index in members
     ]
-    if stored[1] == FLOAT8:
-        stored = _float8_alphas(jobs, progress), FLOAT8
+    if dtype == FLOAT8:
+        alphas = _float8_alphas(layers, progress)
+    formats = [StoredFormat(alpha, dtype) for alpha in alphas]
     sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
     counter = progress.counter("preparing the LoRAs", sizes)
 
-    def job(index: int, pairs: list[Pair] | None, group: _Group) -> tuple[int, _RoundedLayer]:
-        if pairs is None:
-            return index, _nothing(analysis, index, len(stored[0]), stored[1])
-        own = [(up.cpu(), down.cpu()) for up, down in pairs]
-        return index, _round_layer(analysis, index, own, group, stored, progress.check)
+    def round_one(layer: _SolvedLayer) -> _RoundedLayer:
+        return _round_layer(analysis, layer, formats, progress.check)
 
-    layers: dict[int, _RoundedLayer] = {}
-    with parallel_map(torch.device("cpu"), progress.check) as each:
-        for index, layer in each(job, *zip(*jobs, strict=True)):
-            layers[index] = layer
-            counter.finish(index)
-            if len(layers) % _LAYERS_PER_RETURN == 0:
+    rounded: dict[int, _RoundedLayer] = {}
+    with parallel_map(torch.device("cpu"), progress.check) as parallel:
+        for layer, result in zip(layers, parallel(round_one, layers), strict=True):
+            rounded[layer.index] = result
+            counter.finish(layer.index)
+            if len(rounded) % _LAYERS_PER_RETURN == 0:
                 return_memory()
-    ordered = [layers[index] for index in sorted(layers)]
+    ordered = [rounded[index] for index in sorted(rounded)]
     return StoredFactors(
-        factors=[layer.factors for layer in ordered],
-        cross=torch.stack([layer.cross for layer in ordered]),
-        gram=torch.stack([layer.gram for layer in ordered]),
-        alphas=tuple(stored[0]),
+        factors=[result.factors for result in ordered],
+        cross=torch.stack([result.cross for result in ordered]),
+        gram=torch.stack([result.gram for result in ordered]),
+        alphas=tuple(alphas),
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class _ScaledGroup:
     """What the layers that share multipliers have in common."""
 
     scales: Tensor  # (R,), of the blocks
     multipliers: Tensor  # (d, R), of the scaled blocks, for weighted slices
-    weighting: LossWeights
+    weights: LossWeights
 
 
-def _group(
+def _scaled_group(
     multipliers: Tensor,  # (k, R)
-    weighting: LossWeights,
-) -> _Group:
+    weights: LossWeights,
+) -> _ScaledGroup:
     scales = unit_scales(multipliers)
-    weighted = torch.linalg.pinv(weighting.to_deviations) @ multipliers.double()
-    return _Group(scales, weighted / scales, weighting)
+    weighted = torch.linalg.pinv(weights.to_deviations) @ multipliers.double()
+    return _ScaledGroup(scales, weighted / scales, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class _SolvedLayer:
+    """One layer as the solver leaves it."""
+
+    index: int
+    pairs: list[FactorPair] | None  # per block (p, r), (r, q); None where no block has any rank
+    group: _ScaledGroup
 
 
 @dataclass(frozen=True, eq=False)
 class _RoundedLayer:
-    factors: list[Pair]  # per block (m, r), (r, n)
+    """One layer as files will hold it."""
+
+    factors: list[FactorPair]  # per block (m, r), (r, n)
     cross: Tensor  # (d + 1, R)
     gram: Tensor  # (R, R)
 
 
 def _round_layer(
     analysis: Analysis,
-    index: int,
-    pairs: Sequence[Pair],  # per block (p, r), (r, q)
-    group: _Group,
-    stored: tuple[Sequence[float | None], torch.dtype],
+    solved: _SolvedLayer,
+    formats: Sequence[StoredFormat],  # of the R files
     check: Callable[[], None],
 ) -> _RoundedLayer:
+    index, group = solved.index, solved.group
+    if solved.pairs is None:
+        return _empty_layer(analysis, index, formats)
     layer, core = analysis.layers[index], analysis.core(index)
     left, right = bases = analysis.bases(index)
-    factors: list[Pair] = []
-    for pair, scale, alpha in zip(pairs, group.scales.tolist(), stored[0], strict=True):
+    pairs = [(up.cpu(), down.cpu()) for up, down in solved.pairs]
+    factors: list[FactorPair] = []
+    for pair, scale, stored in zip(pairs, group.scales.tolist(), formats, strict=True):
         check()
-        factors.append(stored_factors(layer, *_outside(bases, pair, scale), alpha, stored[1]))
-    if stored[1] == FLOAT8:
-        target = RefitTarget(group.weighting.slices(core), bases, group.multipliers)
-        factors = refit(target, layer, factors, stored[0], check)
+        up, down = _in_layer(bases, pair, scale)
+        factors.append(stored_factors(layer, up, down, stored.alpha, stored.dtype))
+    if formats[0].dtype == FLOAT8:
+        target = RefitTarget(group.weights.slices(core), bases, group.multipliers)
+        factors = refit(target, layer, factors, [stored.alpha for stored in formats], check)
     products, ups, downs = [], [], []
-    for stored_pair, alpha in zip(factors, stored[0], strict=True):
+    for stored_pair, stored in zip(factors, formats, strict=True):
         check()
-        up, down = as_hosts_apply(*stored_pair, alpha)
+        up, down = as_hosts_apply(*stored_pair, stored.alpha)
         products.append((block_columns(left, up) @ block_columns(right, down.mT).mT).flatten())
         ups.append(up)
         downs.append(down)
@@ -138,39 +164,36 @@ def _round_layer(
     return _RoundedLayer(factors, cross, block_gram(ups, downs))
 
 
-def _float8_alphas(
-    jobs: Sequence[tuple[int, list[Pair] | None, _Group]], progress: Progress
-) -> list[float]:
-    """Of every block's file, by the largest of its layers."""
+def _float8_alphas(layers: Sequence[_SolvedLayer], progress: Progress) -> list[float]:
+    """Returns the alpha of every block's file, by the largest of its layers."""
     sizes: list[list[float]] = []
-    for _, pairs, group in jobs:
+    for layer in layers:
         progress.check()
-        if pairs is not None:
-            found = zip(pairs, group.scales.abs().tolist(), strict=True)
-            sizes.append([up.shape[1] * x * largest_value(up, down) for (up, down), x in found])
-    blocks = len(jobs[0][2].scales)
+        if layer.pairs is not None:
+            scaled = zip(layer.pairs, layer.group.scales.abs().tolist(), strict=True)
+            sizes.append([up.shape[1] * x * largest_value(up, down) for (up, down), x in scaled])
+    blocks = len(layers[0].group.scales)
     return [
         float8_alpha(max((row[block] for row in sizes), default=0.0)) for block in range(blocks)
     ]
 
 
-def _outside(
+def _in_layer(
     bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
-    pair: Pair,  # (p' <= p, r), (r, q' <= q): in the bases' first columns
+    pair: FactorPair,  # (p' <= p, r), (r, q' <= q): in the bases' first columns
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
-    """A block in the layer's own coordinates."""
+    """Returns a block in the layer's own coordinates."""
     up, down = pair
     if up.shape[1]:
         up, down = balance(up * scale, down)
     return bases[0][:, : len(up)] @ up, down @ bases[1][:, : down.shape[1]].mT
 
 
-def _nothing(analysis: Analysis, index: int, blocks: int, dtype: torch.dtype) -> _RoundedLayer:
-    """A layer in which no block has any rank."""
-    layer = analysis.layers[index]
+def _empty_layer(analysis: Analysis, index: int, formats: Sequence[StoredFormat]) -> _RoundedLayer:
+    """Returns a layer in which no block has any rank."""
+    layer, blocks, dtype = analysis.layers[index], len(formats), formats[0].dtype
     rows = analysis.contrasts.dimensions + 1
-    # not zeros: up to torch 2.3 nothing of float8 can be filled without an entry
-    pair = torch.empty(layer.m, 0, dtype=dtype), torch.empty(0, layer.n, dtype=dtype)
+    empty = empty_layer(layer, dtype)
     zeros = torch.zeros(rows + blocks, blocks, dtype=torch.float64)
-    return _RoundedLayer([pair] * blocks, zeros[:rows], zeros[rows:])
+    return _RoundedLayer([(empty.up, empty.down)] * blocks, zeros[:rows], zeros[rows:])

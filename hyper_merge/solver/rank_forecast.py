@@ -1,4 +1,4 @@
-"""What could be had for how many bytes, from the analysis alone: before anything is solved or written.
+"""A forecast of what bytes of LoRAs explain, from the analysis alone: before anything is solved.
 
 Blocks along the eigenvectors of the checkpoints' Gram matrix have orthonormal multipliers, so each of
 them is the truncated SVD of its own mixture of deviations, and what any choice of ranks explains of
@@ -44,21 +44,21 @@ class RankForecast:
 
     @property
     def directions(self) -> int:
-        """How many LoRAs there can be with multipliers of their own, d."""
+        """The number of LoRAs that can have different multipliers, d."""
         return self.multipliers[0].shape[1]
 
     @cached_property
     def largest(self) -> int:
-        """Bytes of all ranks that the bases hold."""
+        """The bytes of all ranks that the bases hold."""
         pairs = zip(self.mixtures, self.costs, strict=True)
         return sum(len(values) * cost for layer, cost in pairs for values in layer)
 
     def shared(self, budget: float) -> Tensor:  # (k,), shares 0..1
-        """What shared LoRAs of these bytes explain of every checkpoint, nearly."""
+        """Returns what shared LoRAs of these bytes explain of every checkpoint, approximately."""
         return self._shares(self._counts(budget))
 
     def of_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
-        """What private LoRAs of these bytes together explain of every checkpoint, at most."""
+        """Returns what private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
         lists = [values for layer in self.private for values in layer]
         counts = spread_ranks(lists, [cost for cost in self.costs for _ in range(k)], budget)
@@ -68,25 +68,25 @@ class RankForecast:
         return self._of_all(explained)
 
     def curves(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # (sizes, k) each, shares 0..1
-        """What `shared` and `of_private` say for many budgets, but for the last few ranks of each."""
+        """Returns `shared` and `of_private` for many budgets, up to the last few ranks of each."""
         shared = torch.cat([layer.square().mT for layer in self.multipliers])
-        own = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
+        private = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
         return (
             self._curve(self.mixtures, shared, sizes, self.weights),
-            self._curve(self.private, own, sizes, torch.ones_like(self.weights)),
+            self._curve(self.private, private, sizes, torch.ones_like(self.weights)),
         )
 
     def ranks_for(self, budget: float) -> tuple[int, ...]:
-        """How many LoRAs, and what ranks in the mean of the layers, make best use of these bytes."""
-        wanted = _WORTH * float(self._explained(self._counts(budget)).sum())
+        """Returns the ranks, one per LoRA and in the mean of the layers, that use these bytes best."""
+        enough = _WORTH * float(self._explained(self._counts(budget)).sum())
         for blocks in range(1, self.directions):
             counts = self._counts(budget, blocks)
-            if float(self._explained(counts).sum()) >= wanted:
+            if float(self._explained(counts).sum()) >= enough:
                 return self._mean_ranks(counts, blocks)
         return self._mean_ranks(self._counts(budget), self.directions)
 
     def budget_for(self, target: float) -> int | None:
-        """The fewest bytes at which the worst checkpoint's share reaches a target; None if none do."""
+        """Returns the fewest bytes at which the worst checkpoint reaches a target; None if none do."""
         if float(self.shared(self.largest).min()) < target:
             return None
         low, high = 0, self.largest
@@ -108,15 +108,15 @@ class RankForecast:
         price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
         weight = weights.repeat_interleave(len(spectra[0]))[owner]
         gains = torch.cat(lists)
-        order = (gains * weight / price).argsort(descending=True, stable=True)
-        owner, spent = owner[order], price[order].cumsum(0)
-        explained = (gains[order, None] * parts[owner]).cumsum(0)
+        ranking = (gains * weight / price).argsort(descending=True, stable=True)
+        owner, spent = owner[ranking], price[ranking].cumsum(0)
+        explained = (gains[ranking, None] * parts[owner]).cumsum(0)
         bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
         nothing = explained.new_zeros(1, explained.shape[1])
         return self._of_all(torch.cat([nothing, explained])[bought])
 
     def _counts(self, budget: float, blocks: int | None = None) -> list[list[int]]:
-        """Ranks per layer and direction, of the first directions or of all."""
+        """Returns ranks per layer and direction, of the first directions or of all."""
         count = blocks or self.directions
         pairs = zip(self.mixtures, self.weights, strict=True)
         lists = [values * weight for layer, weight in pairs for values in layer[:count]]
@@ -150,7 +150,7 @@ def forecast_ranks(
     weights: Tensor,  # (layers,)
     progress: Progress,
 ) -> RankForecast:
-    """Spectra of all mixtures: seconds for four SD 1.x files.
+    """Computes the spectra of all mixtures, which takes seconds for four SD 1.x files.
 
     Args:
         analysis: of the checkpoints.
@@ -163,16 +163,16 @@ def forecast_ranks(
     """
     rotations = _rotations(analysis, groups)
     spectra = analysis.spectra
-    found: list[tuple[Tensor, ...]] = []
-    with parallel_map(torch.device("cpu"), progress.check) as each:
+    mixtures: list[tuple[Tensor, ...]] = []
+    with parallel_map(torch.device("cpu"), progress.check) as parallel:
         indices = range(len(analysis.layers))
-        for values in each(lambda i: _squared_values(analysis.core(i), rotations[i]), indices):
-            found.append(values)
-            progress.report("looking at what could be had", len(found) / len(analysis.layers))
+        for values in parallel(lambda i: _squared_values(analysis.core(i), rotations[i]), indices):
+            mixtures.append(values)
+            progress.report("forecasting what LoRAs explain", len(mixtures) / len(analysis.layers))
     basis = analysis.contrasts.to_deviations
     return RankForecast(
         names=tuple(names),
-        mixtures=tuple(found),
+        mixtures=tuple(mixtures),
         private=tuple(tuple(layer.private) for layer in spectra),
         multipliers=tuple(basis @ rotation for rotation in rotations),
         energies=energies(analysis.grams, analysis.contrasts).sum(0),
@@ -182,7 +182,7 @@ def forecast_ranks(
 
 
 def _rotations(analysis: Analysis, groups: Mapping[str, Sequence[int]]) -> list[Tensor]:
-    """Per layer (d, d): eigenvectors of its group's Gram matrix, largest first."""
+    """Returns each layer's (d, d) eigenvectors of its group's Gram matrix, largest first."""
     slices = analysis.grams[:, :-1, :-1]
     rotations: dict[int, Tensor] = {}
     for members in groups.values():
@@ -192,7 +192,7 @@ def _rotations(analysis: Analysis, groups: Mapping[str, Sequence[int]]) -> list[
 
 
 def _squared_values(core: Tensor, rotation: Tensor) -> tuple[Tensor, ...]:
-    """Of every mixture, falling."""
+    """Returns the squared singular values of every mixture, falling."""
     mixed = (rotation.mT.to(core) @ core.flatten(1)).view_as(core)
     mixed = mixed.mT if core.shape[1] > core.shape[2] else mixed
     values = torch.linalg.eigvalsh(mixed @ mixed.mT).flip(-1).clamp(min=0).double()

@@ -1,4 +1,4 @@
-"""Adaptive ranks: blocks that were found with too many keep their best components."""
+"""Adaptive ranks: blocks that were fitted with too many ranks keep their best components."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, split_blocks
+from hyper_merge.decomposition.ll1 import Solution, split_blocks
 from hyper_merge.decomposition.normalization import balance
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 from hyper_merge.decomposition.rank_allocation import kept_ranks
 from hyper_merge.runtime.parallel import ParallelMap
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What ranks may take: bytes."""
+    """The bytes that ranks may take."""
 
     costs: tuple[int, ...]  # of a rank, per layer
     budget: int
@@ -28,52 +29,65 @@ class GroupSolution:
 
     name: str
     problem: Problem
-    multipliers: Tensor  # (d, R), in the weighting's coordinates
+    multipliers: Tensor  # (d, R), in the coordinates of the loss weights
     factors: tuple[Factors, ...]  # one per batch
     losses: tuple[float, ...]
 
+    @classmethod
+    def of(cls, name: str, problem: Problem, solution: Solution) -> GroupSolution:
+        """Returns a group with the solution of its problem."""
+        return cls(name, problem, solution.multipliers, solution.factors, solution.losses)
+
+
+@dataclass(frozen=True, eq=False)
+class _BalancedLayer:
+    """One layer's blocks, the components of each in falling order."""
+
+    slices: Tensor  # (1, d, p, q)
+    pairs: list[tuple[Tensor, Tensor]]  # per block (p, r), (r, q)
+
 
 def prune_ranks(
-    groups: Sequence[GroupSolution], allowance: Allowance, each: ParallelMap
+    groups: Sequence[GroupSolution], allowance: Allowance, parallel: ParallelMap
 ) -> list[GroupSolution]:
-    """The same with the components of most energy for their bytes, in all groups together.
+    """Returns the groups with the components of most energy for their bytes, across all groups.
 
     Args:
         groups: as far as they are solved.
-        allowance: what all of them may take.
-        each: a map over the batches.
+        allowance: what all of them may take together.
+        parallel: a map over the batches.
     """
-    found: dict[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]] = {}
+    layers: dict[int, _BalancedLayer] = {}
     energies: dict[int, list[Tensor]] = {}
     for group in groups:
         size = group.multipliers.square().sum(0)
-        places = zip(group.problem.batches, group.factors, strict=True)
-        for batch, pairs in each(_in_order, *zip(*places, strict=True)):
+        batches = zip(group.problem.batches, group.factors, strict=True)
+        for batch, pairs in parallel(_balanced, *zip(*batches, strict=True)):
             for place, index in enumerate(batch.layers):
-                own = [(up[place], down[place]) for up, down in pairs]
-                found[index] = batch, place, own
-                values = [up.square().sum(0).double().cpu() for up, _ in own]
+                layer_pairs = [(up[place], down[place]) for up, down in pairs]
+                layers[index] = _BalancedLayer(batch.slices[place][None], layer_pairs)
+                values = [up.square().sum(0).double().cpu() for up, _ in layer_pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
-    order = sorted(found)
+    indices = sorted(layers)
     kept = kept_ranks(
-        [energies[index] for index in order],
-        [allowance.costs[index] for index in order],
+        [energies[index] for index in indices],
+        [allowance.costs[index] for index in indices],
         allowance.budget,
     )
-    ranks = dict(zip(order, kept, strict=True))
-    return [_kept(group, found, ranks) for group in groups]
+    ranks = dict(zip(indices, kept, strict=True))
+    return [_pruned_group(group, layers, ranks) for group in groups]
 
 
-def _in_order(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
-    """The blocks with the components of each in falling order, roots of their values on each side."""
+def _balanced(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
+    """Returns the blocks with their components in falling order, roots of values on each side."""
     return batch, [
         balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)
     ]
 
 
-def _kept(
+def _pruned_group(
     group: GroupSolution,
-    found: Mapping[int, tuple[Batch, int, list[tuple[Tensor, Tensor]]]],
+    layers: Mapping[int, _BalancedLayer],
     ranks: Mapping[int, tuple[int, ...]],
 ) -> GroupSolution:
     batches, factors = [], []
@@ -81,11 +95,11 @@ def _kept(
         for index in before.layers:
             if not sum(ranks[index]):
                 continue
-            batch, place, pairs = found[index]
-            cut = list(zip(pairs, ranks[index], strict=True))
+            layer = layers[index]
+            cut = list(zip(layer.pairs, ranks[index], strict=True))
             up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
             down = torch.cat([down[:rank] for (_, down), rank in cut])
-            batches.append(Batch(batch.slices[place][None], ranks[index], (index,)))
+            batches.append(Batch(layer.slices, ranks[index], (index,)))
             factors.append(Factors(up[None], down[None]))
     problem = replace(group.problem, batches=tuple(batches))
     return GroupSolution(group.name, problem, group.multipliers, tuple(factors), ())

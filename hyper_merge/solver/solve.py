@@ -11,17 +11,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.cache import required_width
-from hyper_merge.analysis.inputs import MergeInputs, basis_columns, multiplier_groups
+from hyper_merge.analysis.inputs import multiplier_groups
 from hyper_merge.analysis.loss_weights import make_loss_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.greedy import solve_greedy
-from hyper_merge.decomposition.initialization import best_start, search_cost
-from hyper_merge.decomposition.ll1 import Batch, Problem, initial_factors, solve_ll1, split_blocks
+from hyper_merge.decomposition.initialization import SearchEffort, best_start, search_cost
+from hyper_merge.decomposition.ll1 import initial_factors, solve_ll1, split_blocks
+from hyper_merge.decomposition.problem import Problem
 from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.batching import Ranks, stack_cores
 from hyper_merge.solver.rank_pruning import Allowance, GroupSolution, prune_ranks
 from hyper_merge.solver.stopping import (
     USUAL_SWEEPS,
@@ -31,34 +32,29 @@ from hyper_merge.solver.stopping import (
     stop_by_sweep,
 )
 
-_BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
+DEFAULT_EFFORT = SearchEffort.FULL
+"""The effort of a search for which no caller names one: that which ships.
 
-# Blocks that nearly cancel each other are slow to find and say little one by one; this keeps them
-# apart, and the loss is nowhere higher for it.
-_RIDGE: Final = 0.01
+The command line, the tab and the API have no setting for it, so their tests replace this value by
+`SearchEffort.QUICK` (fixture `quick_search` of tests/conftest.py); all other tests pass an argument.
+"""
 
 # Adaptive ranks: blocks begin with more than their bytes, and the best components stay.
-_GENEROUS: Final = 1.5
-_GENEROUS_SWEEPS: Final = 2  # with four the end is the same
-_ROOM: Final = 1.25  # columns of the bases that are worked in, for each rank
-_LEAST_ROOM: Final = 64
-_ROOM_STEP: Final = 32
+OVERCOMPLETE: Final = 1.5
+OVERCOMPLETE_SWEEPS: Final = 2  # with four the result is the same
 
-# For the progress: what is usual, and times the multiply-adds that small products take.
-_USUAL_STARTS: Final = 7
-_START: Final = 1.2  # sweeps that a start in all layers takes
-_GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
-_IN_SWEEP: Final = 4.0
-_IN_ROUNDING: Final = 6.5
-_IN_FITS: Final = 12.0  # after rounding to float8
+# For the progress.
+USUAL_STARTS: Final = 7
+START_SWEEPS: Final = 1.2  # that a start in all layers takes
 
-Ranks = Sequence[tuple[int, ...]]
-"""Of the R blocks, per layer."""
+# Blocks that almost cancel each other are slow to find and say little one by one; this keeps them
+# apart, and the loss is nowhere higher for it.
+_RIDGE: Final = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankSolution:
-    """Blocks between the bases, and the multipliers that they were found with."""
+    """Blocks between the bases, and the multipliers that they were fitted with."""
 
     factors: Mapping[int, list[tuple[Tensor, Tensor]]]  # by layer: per block (p, r), (r, q)
     multipliers: Mapping[str, Tensor]  # by group of layers: (k, R), float64
@@ -70,49 +66,34 @@ def find_blocks(
     recipe: Recipe,
     ranks: Ranks,
     allowance: Allowance | None,
-    options: tuple[torch.device, Progress],
+    device: torch.device,
+    progress: Progress,
     start: Mapping[str, Tensor] = MappingProxyType({}),
+    effort: SearchEffort | None = None,
 ) -> LowRankSolution:
     """Solves for blocks and multipliers on the cores; on the CPU where the device is too small.
 
     Args:
         analysis: of the checkpoints.
-        recipe: what is asked for.
+        recipe: the user's settings.
         ranks: even ones.
         allowance: what adaptive ranks may take in place of those; None to keep to the even ones.
-        options: where it is done; progress and interrupt.
-        start: multipliers (k, R) that are worth a try besides the others, by group of layers.
+        device: on which the cores are worked on.
+        progress: progress and interrupt.
+        start: multipliers (k, R) to try in addition to the others, by group of layers.
+        effort: how thorough the search for a start is; None for `DEFAULT_EFFORT`.
     """
-    device, progress = options
+    effort = effort or DEFAULT_EFFORT
     try:
-        return _Search(analysis, recipe, device, progress, start).run(ranks, allowance)
+        return _Solver(analysis, recipe, device, progress, start, effort).run(ranks, allowance)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         progress.warn(f"{device} has too little memory for the cores; the CPU takes them")
-        search = _Search(analysis, recipe, torch.device("cpu"), progress, start)
-        return search.run(ranks, allowance)
+        solver = _Solver(analysis, recipe, torch.device("cpu"), progress, start, effort)
+        return solver.run(ranks, allowance)
 
 
-def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[float, float]:
-    """What finding and rounding blocks takes, nearly, in multiply-adds of large products."""
-    width, slices = required_width(recipe.ranks), inputs.contrasts.dimensions
-    entries, sweep, rounding = 0.0, 0.0, 0.0
-    for layer, rank in zip(inputs.layout.layers, ranks, strict=True):
-        p, q = basis_columns(layer, width)
-        entries += p * q
-        sweep += p * q * (3 * sum(rank) + 2 * slices * len(rank))
-        rounding += (layer.m * p + layer.n * q) * sum(rank)
-    if recipe.method == "greedy":
-        sweeps = float(_GREEDY_SWEEPS * len(recipe.ranks))
-    else:
-        sweeps = search_cost(entries, _USUAL_STARTS) + _START
-        sweeps += min(recipe.iterations, USUAL_SWEEPS)
-        sweeps += _GENEROUS * _GENEROUS_SWEEPS if recipe.allocation == "adaptive" else 0.0
-    fits = _IN_FITS if recipe.factors_dtype == "float8" else 0.0
-    return sweeps * sweep * _IN_SWEEP, rounding * (_IN_ROUNDING + fits)
-
-
-class _Search:
+class _Solver:
     """One solve, in its stages."""
 
     def __init__(
@@ -122,175 +103,163 @@ class _Search:
         device: torch.device,
         progress: Progress,
         start: Mapping[str, Tensor],
+        effort: SearchEffort,
     ) -> None:
         self._analysis, self._recipe = analysis, recipe
-        self._device, self._control, self._given = device, progress, start
-        self._weighting = make_loss_weights(analysis, recipe)
+        self._device, self._progress = device, progress
+        self._user_start, self._effort = start, effort
+        self._weights = make_loss_weights(analysis, recipe)
         separate = recipe.multipliers == "separate"
         self._groups = multiplier_groups(analysis.layers, separate=separate)
         self._generator = torch.Generator().manual_seed(recipe.seed)
 
     def run(self, even: Ranks, allowance: Allowance | None) -> LowRankSolution:
-        recipe = self._recipe
+        """Returns blocks of the even ranks, or of adaptive ones within the allowance."""
         limits = [min(self._analysis.core_shape(index)) for index in range(len(even))]
         even = [
-            tuple(min(rank, limit) for rank in of_layer)
-            for of_layer, limit in zip(even, limits, strict=True)
+            tuple(min(rank, limit) for rank in layer_ranks)
+            for layer_ranks, limit in zip(even, limits, strict=True)
         ]
-        with parallel_map(self._device, self._control.check) as each:
-            if recipe.method == "greedy":
-                return self._found([self._greedy(*group) for group in self._begin(even, each, 1)])
+        with parallel_map(self._device, self._progress.check) as parallel:
+            if self._recipe.method == "greedy":
+                problems = self._problems(even, parallel, 1)
+                return self._solution([self._greedy(*problem) for problem in problems])
             if allowance is None:
-                return self._found([self._joint(*group) for group in self._begin(even, each, 1)])
-            dimensions = self._analysis.contrasts.dimensions
-            gains = [
-                layer.promises(dimensions) * scale
-                for layer, scale in zip(
-                    self._analysis.spectra, self._weighting.layers.tolist(), strict=True
-                )
-            ]
-            budget = _GENEROUS * allowance.budget
-            ranks = overcomplete_ranks(gains, allowance.costs, limits, recipe.ranks, budget)
-            generous = [self._generous(*group) for group in self._begin(ranks, each, 2)]
+                problems = self._problems(even, parallel, 1)
+                return self._solution([self._joint(*problem) for problem in problems])
+            ranks = self._overcomplete_ranks(limits, allowance)
+            problems = self._problems(ranks, parallel, 2)
+            overcomplete = [self._overcomplete(*problem) for problem in problems]
             return_memory()
-            kept = prune_ranks(generous, allowance, each)
-            final = zip(kept, self._parts(2)[len(kept) :], strict=True)
-            return self._found([self._swept(group, part, each) for group, part in final])
+            pruned = prune_ranks(overcomplete, allowance, parallel)
+            stages = zip(pruned, self._parts(2)[len(pruned) :], strict=True)
+            return self._solution([self._refined(group, part, parallel) for group, part in stages])
 
-    def _begin(
-        self, ranks: Ranks, each: ParallelMap, stages: int
+    def _overcomplete_ranks(self, limits: Sequence[int], allowance: Allowance) -> Ranks:
+        """Returns ranks that take more than the allowance, where the spectra promise most."""
+        dimensions = self._analysis.contrasts.dimensions
+        gains = [
+            layer.promises(dimensions) * weight
+            for layer, weight in zip(
+                self._analysis.spectra, self._weights.layers.tolist(), strict=True
+            )
+        ]
+        budget = OVERCOMPLETE * allowance.budget
+        return overcomplete_ranks(gains, allowance.costs, limits, self._recipe.ranks, budget)
+
+    def _problems(
+        self, ranks: Ranks, parallel: ParallelMap, stages: int
     ) -> Iterator[tuple[str, Problem, SolverProgress]]:
-        """The problem of each group, one after the other, with its part of the course."""
+        """Yields the problem of each group, one after the other, with its part of the progress."""
         parts = self._parts(stages)
         for (name, members), part in zip(self._groups.items(), parts, strict=False):
-            inside = [index for index in members if sum(ranks[index])]
-            batches = self._batches(inside, ranks)
-            energy = self._weighting.energy(members)
-            course = SolverProgress(part)
-            counting = course.counting(each, len(batches))
-            yield name, Problem(batches, energy, counting, _RIDGE), course
+            nonempty = [index for index in members if sum(ranks[index])]
+            batches = stack_cores(
+                self._analysis, self._weights, nonempty, ranks, self._device, self._progress.check
+            )
+            energy = self._weights.energy(members)
+            progress = SolverProgress(part)
+            counting = progress.counting(parallel, len(batches))
+            yield name, Problem(batches, energy, counting, _RIDGE), progress
 
     def _parts(self, stages: int) -> list[Progress]:
-        """Parts of the control: for every stage one for every group, by what they take."""
+        """Returns parts of the progress: for every stage one for every group, by what they take."""
         shape = self._analysis.core_shape
         sizes = [
             float(sum(math.prod(shape(index)) for index in members))
             for members in self._groups.values()
         ]
-        return self._control.split(sizes * stages)
+        return self._progress.split(sizes * stages)
 
-    def _batches(self, indices: Sequence[int], ranks: Ranks) -> tuple[Batch, ...]:
-        """The cores, stacked where shape and ranks agree, in pieces that fit a cache or a GPU."""
-        groups: dict[tuple[tuple[int, int], tuple[int, ...]], list[int]] = {}
-        for index in indices:
-            room = self._room(index, sum(ranks[index]))
-            groups.setdefault((room, ranks[index]), []).append(index)
-        batches = []
-        d = self._analysis.contrasts.dimensions
-        for ((p, q), rank), members in groups.items():
-            length = max(_BATCH_ENTRIES[self._device.type] // (d * p * q), 1)
-            for start in range(0, len(members), length):
-                self._control.check()
-                part = tuple(members[start : start + length])
-                cores = [self._core(index, p, q) for index in part]
-                # A single core stays where it is, mapped: on a CPU that saves most of the memory.
-                stack = torch.stack(cores) if length > 1 else cores[0][None]
-                batches.append(Batch(stack.to(self._device), rank, part))
-        return tuple(batches)
+    def _greedy(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
+        solution = solve_greedy(problem, self._generator, stop_by_block(self._recipe, progress))
+        return GroupSolution.of(name, problem, solution)
 
-    def _room(self, index: int, rank: int) -> tuple[int, int]:
-        """How much of a core is worked in: its leading part, where its bases are in order."""
-        layer = self._analysis.layers[index]
-        wanted = max(-(-int(_ROOM * rank) // _ROOM_STEP) * _ROOM_STEP, _LEAST_ROOM)
-        p, q = self._analysis.core_shape(index)
-        return (p if p == layer.m else min(p, wanted), q if q == layer.n else min(q, wanted))
-
-    def _core(self, index: int, p: int, q: int) -> Tensor:  # (d, p, q)
-        return self._weighting.core(index, self._analysis.core(index)[:, :p, :q]).contiguous()
-
-    def _greedy(self, name: str, problem: Problem, course: SolverProgress) -> GroupSolution:
-        found = solve_greedy(problem, self._generator, stop_by_block(self._recipe, course))
-        return GroupSolution(name, problem, found.multipliers, found.factors, found.losses)
-
-    def _joint(self, name: str, problem: Problem, course: SolverProgress) -> GroupSolution:
-        start, at = self._start(name, problem, course, self._recipe.iterations)
-        stopping = stop_by_sweep(self._recipe, course, at)
+    def _joint(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
+        start, fraction = self._start(name, problem, progress, self._recipe.iterations)
+        stopping = stop_by_sweep(self._recipe, progress, fraction)
         # No name for the factors here, which would keep a set of them in memory for all sweeps.
-        found = solve_ll1(
+        solution = solve_ll1(
             problem, initial_factors(problem, start, self._generator), start, stopping
         )
-        return GroupSolution(name, problem, found.multipliers, found.factors, found.losses)
+        return GroupSolution.of(name, problem, solution)
 
-    def _generous(self, name: str, problem: Problem, course: SolverProgress) -> GroupSolution:
-        start, at = self._start(name, problem, course, _GENEROUS_SWEEPS)
-        sweeps = min(_GENEROUS_SWEEPS, self._recipe.iterations)
-        stopping = stop_after_sweeps(course, at, sweeps)
-        found = solve_ll1(
+    def _overcomplete(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
+        """Returns blocks of more ranks than the allowance has, which are pruned afterwards."""
+        start, fraction = self._start(name, problem, progress, OVERCOMPLETE_SWEEPS)
+        sweeps = min(OVERCOMPLETE_SWEEPS, self._recipe.iterations)
+        stopping = stop_after_sweeps(progress, fraction, sweeps)
+        solution = solve_ll1(
             problem, initial_factors(problem, start, self._generator), start, stopping
         )
-        return GroupSolution(name, problem, found.multipliers, found.factors, found.losses)
+        return GroupSolution.of(name, problem, solution)
 
-    def _swept(self, group: GroupSolution, part: Progress, each: ParallelMap) -> GroupSolution:
-        course = SolverProgress(part)
-        batches = group.problem.batches
-        counting = course.counting(each, len(batches))
-        problem = replace(group.problem, each=counting)
-        stopping = stop_by_sweep(self._recipe, course, 0.0)
-        found = solve_ll1(problem, group.factors, group.multipliers, stopping)
-        return GroupSolution(group.name, problem, found.multipliers, found.factors, found.losses)
+    def _refined(
+        self, group: GroupSolution, part: Progress, parallel: ParallelMap
+    ) -> GroupSolution:
+        """Returns a group's blocks after the sweeps that follow the pruning."""
+        progress = SolverProgress(part)
+        counting = progress.counting(parallel, len(group.problem.batches))
+        problem = replace(group.problem, parallel=counting)
+        stopping = stop_by_sweep(self._recipe, progress, 0.0)
+        solution = solve_ll1(problem, group.factors, group.multipliers, stopping)
+        return GroupSolution.of(group.name, problem, solution)
 
     def _start(
-        self, name: str, problem: Problem, course: SolverProgress, sweeps: int
+        self, name: str, problem: Problem, progress: SolverProgress, sweeps: int
     ) -> tuple[Tensor, float]:  # (d, R), and the fraction at which the sweeps begin
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
-        planned = [self._weighting.to_deviations.mT]
-        given = self._own_starts(name)
-        earlier = self._analysis.earlier_solutions(_name(self._recipe), name)
+        planned = [self._weights.to_deviations.mT]
+        user_starts = self._user_starts(name)
+        earlier = self._analysis.earlier_solutions(_solution_name(self._recipe), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
-        search = search_cost(
-            entries, len(planned) + len(given) + (len(earlier) or _USUAL_STARTS - 1)
+        starts = len(planned) + len(user_starts) + (len(earlier) or USUAL_STARTS - 1)
+        search = search_cost(entries, starts, self._effort)
+        total = search + START_SWEEPS + min(sweeps, USUAL_SWEEPS)
+
+        def on_progress(fraction: float) -> None:
+            position = (1 + (search - 1) * fraction) / total
+            progress.reach("searching for a start", position, position)
+
+        progress.reach("searching for a start", 0.0, 1 / total)  # to choose layers takes a sweep
+        start = best_start(
+            problem, planned, earlier, self._generator, self._effort, on_progress, user_starts
         )
-        whole = search + _START + min(sweeps, USUAL_SWEEPS)
-
-        def tell(fraction: float) -> None:
-            at = (1 + (search - 1) * fraction) / whole
-            course.reach("searching for a start", at, at)
-
-        course.reach("searching for a start", 0.0, 1 / whole)  # to choose layers takes a sweep
-        start = best_start(problem, planned, earlier, self._generator, tell, given)
         return_memory()
-        course.reach("solving for the LoRAs", search / whole, (search + _START) / whole)
-        return start, (search + _START) / whole
+        sweeps_begin = (search + START_SWEEPS) / total
+        progress.reach("solving for the LoRAs", search / total, sweeps_begin)
+        return start, sweeps_begin
 
-    def _own_starts(self, name: str) -> list[Tensor]:  # each (d, R), unit columns
-        """The user's start for a group of layers, if there is one."""
-        if name not in self._given:
+    def _user_starts(self, name: str) -> list[Tensor]:  # (d, R) each, unit columns
+        """Returns the caller's start for a group of layers, if there is one."""
+        if name not in self._user_start:
             return []
-        start = torch.linalg.pinv(self._weighting.to_deviations) @ self._given[name].double()
+        start = torch.linalg.pinv(self._weights.to_deviations) @ self._user_start[name].double()
         return [torch.nn.functional.normalize(start, dim=0)]
 
-    def _found(self, groups: Sequence[GroupSolution]) -> LowRankSolution:
+    def _solution(self, groups: Sequence[GroupSolution]) -> LowRankSolution:
+        """Puts the groups together, and remembers their multipliers for later solves."""
         if self._recipe.method == "joint":
             solutions = {group.name: group.multipliers for group in groups}
-            self._analysis.remember(_name(self._recipe), solutions)
+            self._analysis.remember(_solution_name(self._recipe), solutions)
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for group in groups:
-            for batch, found in zip(group.problem.batches, group.factors, strict=True):
-                pairs = list(split_blocks(batch, found))
+            for batch, batch_factors in zip(group.problem.batches, group.factors, strict=True):
+                pairs = list(split_blocks(batch, batch_factors))
                 for place, index in enumerate(batch.layers):
-                    scale = float(self._weighting.layers[index]) ** 0.5
+                    scale = float(self._weights.layers[index]) ** 0.5
                     factors[index] = [(up[place] / scale, down[place]) for up, down in pairs]
         return LowRankSolution(
             factors,
-            {group.name: self._weighting.to_deviations @ group.multipliers for group in groups},
-            _together(groups),
+            {group.name: self._weights.to_deviations @ group.multipliers for group in groups},
+            _joined_losses(groups),
         )
 
 
-def _together(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
-    """Losses of all groups together; one that is done earlier stays where it is."""
+def _joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
+    """Returns losses of all groups together; one that is done earlier stays where it is."""
     total = sum(group.problem.energy for group in groups) or 1.0
     length = max(len(group.losses) for group in groups)
     return tuple(
@@ -304,8 +273,8 @@ def _together(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
     )
 
 
-def _name(recipe: Recipe) -> str:
-    """Tells the solutions of one analysis apart."""
+def _solution_name(recipe: Recipe) -> str:
+    """Returns a name that tells the solutions of one analysis apart."""
     ranks = ", ".join(map(str, recipe.ranks))
     words = [ranks, recipe.allocation, recipe.multipliers, recipe.layer_weights]
     return "; ".join(words)

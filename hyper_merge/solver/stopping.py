@@ -1,4 +1,4 @@
-"""How far a solve is, told while it goes on, and when its sweeps end."""
+"""The progress of a solve, and when its sweeps end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SWEEPS_PER_RETURN: Final = 3  # of memory to the system
 
 
 class SolverProgress:
-    """Where the solve stands: between two places that are known it moves with every batch."""
+    """How far a solve is: between two known fractions it moves with every batch."""
 
     def __init__(self, progress: Progress) -> None:
         """Begins at the start.
@@ -27,62 +27,69 @@ class SolverProgress:
             progress: the solve's own part of the whole.
         """
         self.check = progress.check
-        self._step = progress.report
-        self._at = 0.0
+        self._report = progress.report
+        self._fraction = 0.0
         self.reach("", 0.0, 0.0)
 
-    def reach(self, phase: str, at: float, end: float, left: float = 1.0) -> None:
-        """Is at a fraction 0..1, never back; every map from now on takes 1 / left of the way to end."""
-        self._phase, self._at = phase, max(at, self._at)
-        self._end, self._left = max(end, self._at), left
+    def reach(self, phase: str, fraction: float, end: float, maps_left: float = 1.0) -> None:
+        """Moves to a fraction 0..1, never back.
 
-    def counting(self, each: ParallelMap, batches: int) -> ParallelMap:
-        """The same map, which tells of every batch that is done."""
+        Args:
+            phase: what is done from now on.
+            fraction: of the whole solve that is done.
+            end: fraction at the end of the phase.
+            maps_left: every map from now on takes 1 / maps_left of the way to the end.
+        """
+        self._phase, self._fraction = phase, max(fraction, self._fraction)
+        self._end, self._maps_left = max(end, self._fraction), maps_left
+
+    def counting(self, parallel: ParallelMap, batches: int) -> ParallelMap:
+        """Returns a map that works as another does and reports every batch that is done."""
 
         def counted(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-            start, step = self._at, (self._end - self._at) / self._left
-            for done, result in enumerate(each(function, *arguments), 1):
-                self._at = start + step * done / batches
-                self._step(self._phase, self._at)
+            start, step = self._fraction, (self._end - self._fraction) / self._maps_left
+            for done, result in enumerate(parallel(function, *arguments), 1):
+                self._fraction = start + step * done / batches
+                self._report(self._phase, self._fraction)
                 yield result
 
         return counted
 
 
-def stop_after_sweeps(course: SolverProgress, at: float, sweeps: int) -> StoppingCriterion:
-    """A fixed number of sweeps."""
+def stop_after_sweeps(progress: SolverProgress, begin: float, sweeps: int) -> StoppingCriterion:
+    """Returns a criterion of a fixed number of sweeps, which begin at a fraction of the solve."""
     done: list[float] = []
 
     def on_sweep(loss: float) -> None:
         done.append(loss)
-        course.reach("solving for the LoRAs", at, 1.0, max(sweeps - len(done), 1))
+        progress.reach("solving for the LoRAs", begin, 1.0, max(sweeps - len(done), 1))
 
-    course.reach("solving for the LoRAs", at, 1.0, sweeps)
+    progress.reach("solving for the LoRAs", begin, 1.0, sweeps)
     return StoppingCriterion(sweeps, 0.0, on_sweep)
 
 
-def stop_by_sweep(recipe: Recipe, course: SolverProgress, at: float) -> StoppingCriterion:
-    """As many sweeps as bring something."""
+def stop_by_sweep(recipe: Recipe, progress: SolverProgress, begin: float) -> StoppingCriterion:
+    """Returns the recipe's criterion for sweeps, which begin at a fraction of the solve."""
     losses: list[float] = []
 
     def on_sweep(loss: float) -> None:
         losses.append(loss)
         left = _sweeps_left(losses, recipe)
-        course.reach("solving for the LoRAs", at, 1.0, left + 0.5)
+        progress.reach("solving for the LoRAs", begin, 1.0, left + 0.5)
         if len(losses) % _SWEEPS_PER_RETURN == 0:
             return_memory()
 
-    course.reach("solving for the LoRAs", at, 1.0, _sweeps_left(losses, recipe) + 0.5)
+    progress.reach("solving for the LoRAs", begin, 1.0, _sweeps_left(losses, recipe) + 0.5)
     return StoppingCriterion(recipe.iterations, recipe.tolerance, on_sweep)
 
 
-def stop_by_block(recipe: Recipe, course: SolverProgress) -> StoppingCriterion:
-    """Turns for each block of greedy deflation."""
+def stop_by_block(recipe: Recipe, progress: SolverProgress) -> StoppingCriterion:
+    """Returns the recipe's criterion for the turns of each block of greedy deflation."""
     losses: list[float] = []
 
     def reach() -> None:
-        at, end = (min(len(losses) + ahead, count) / count for ahead in (0, 1))
-        course.reach("solving for the LoRAs", at, end, _GREEDY_MAPS)
+        begin, end = (min(len(losses) + ahead, count) / count for ahead in (0, 1))
+        progress.reach("solving for the LoRAs", begin, end, _GREEDY_MAPS)
 
     def on_block(loss: float) -> None:
         losses.append(loss)
@@ -94,7 +101,7 @@ def stop_by_block(recipe: Recipe, course: SolverProgress) -> StoppingCriterion:
 
 
 def _sweeps_left(losses: Sequence[float], recipe: Recipe) -> float:
-    """How many sweeps will follow: the change from one to the next falls as powers of a number do."""
+    """Returns how many sweeps will follow, for their changes fall as powers of a number do."""
     lows = list(accumulate(losses, min))
     changes = [1 - after / before for before, after in pairwise(lows) if after < before]
     most = max(recipe.iterations - len(losses), 1)

@@ -43,9 +43,10 @@ def sd1_layout(
     vae_width: int = 128,
     input_channels: int = 4,
 ) -> dict[str, Shape]:
-    """Every key of an SD 1.x checkpoint with its shape, in the order of the network; no schedules.
+    """Returns every key of an SD 1.x checkpoint with its shape, in the network's order.
 
-    At the defaults this is the real layout: UNet 686 keys, text encoder 197, VAE 248. The only
+    At the defaults this is the real layout: UNet 686 keys, text encoder 197, VAE 248; there are no
+    schedules. The only
     tensor that is not floating point is `...embeddings.position_ids` (int64).
 
     Args:
@@ -74,7 +75,7 @@ def sd2_layout(
     vae_width: int = 128,
     input_channels: int = 4,
 ) -> dict[str, Shape]:
-    """Every key of an SD 2.x checkpoint; arguments and result as for `sd1_layout`."""
+    """Returns every key of an SD 2.x checkpoint; arguments and result as for `sd1_layout`."""
     shape = UNetShape(width, context, input_channels=input_channels, matrices=True)
     return {
         **_under(OPEN_CLIP_PREFIX, open_clip_layout(context, 24, vocabulary)),
@@ -90,7 +91,7 @@ def sdxl_layout(
     vae_width: int = 128,
     input_channels: int = 4,
 ) -> dict[str, Shape]:
-    """Every key of an SDXL checkpoint; `contexts` are the widths of its two text encoders."""
+    """Returns every key of an SDXL checkpoint; `contexts` are the widths of its two text encoders."""
     shape = UNetShape(
         width,
         sum(contexts),
@@ -112,7 +113,7 @@ def sdxl_layout(
 def refiner_layout(
     width: int = 384, context: int = 1280, vocabulary: int = 49408, vae_width: int = 128
 ) -> dict[str, Shape]:
-    """Every key of an SDXL refiner checkpoint; arguments and result as for `sd1_layout`."""
+    """Returns every key of an SDXL refiner checkpoint; arguments and result as for `sd1_layout`."""
     shape = UNetShape(
         width,
         context,
@@ -129,7 +130,7 @@ def refiner_layout(
 
 
 def sd3_layout(shape: JointShape | None = None, vae_width: int = 128) -> dict[str, Shape]:
-    """The transformer and VAE of an SD 3 or 3.5 checkpoint, without text encoders."""
+    """Returns the transformer and VAE of an SD 3 or 3.5 checkpoint, without text encoders."""
     return {
         **_under(UNET_PREFIX, joint_transformer(shape or JointShape())),
         **_under(VAE_PREFIX, vae_layout(vae_width, 16, quantised=False)),
@@ -137,14 +138,14 @@ def sd3_layout(shape: JointShape | None = None, vae_width: int = 128) -> dict[st
 
 
 def flux_layout(shape: FluxShape | None = None) -> dict[str, Shape]:
-    """The transformer of Flux alone, with the usual prefix."""
+    """Returns the transformer of Flux alone, with the usual prefix."""
     return _under(UNET_PREFIX, flux_transformer(shape or FluxShape()))
 
 
 def text_encoders_layout(
     clip_l: int = 768, clip_g: int = 0, t5_width: int = 0, vocabulary: int = 49408
 ) -> dict[str, Shape]:
-    """The text encoders of an SD 3 or Flux checkpoint of these widths; 0 for one that it lacks."""
+    """Returns the text encoders of an SD 3 or Flux checkpoint; a width of 0 leaves one out."""
     start = "text_encoders."
     return {
         **_under(f"{start}clip_l.transformer.text_model.", clip_layout(clip_l, 12, vocabulary)),

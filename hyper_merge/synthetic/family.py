@@ -1,4 +1,4 @@
-"""What made-up checkpoints are: what a family is described by, and the numbers that follow from it.
+"""Made-up checkpoints: the description of a family, and the numbers that follow from it.
 
 Everything follows from the `FamilySpec`, tensor by tensor, whatever the order; no files.
 """
@@ -28,7 +28,7 @@ _QUIET: Final = 1 / 3  # norms, biases, embeddings move less than the layers
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """What decides a family; the defaults are the real sizes of SD 1.x and SDXL.
+    """The description of a family; the defaults are the real sizes of SD 1.x and SDXL.
 
     A layer `(m, n)` of checkpoint c is its base plus, in units of `size * norm of the base` times
     a log-normal amplitude per layer, times `scales[c]`,
@@ -49,13 +49,13 @@ class FamilySpec:
         vae_width: Channels of the VAE's first level.
         alpha: Exponent of the singular values.
         terms: Rank of a latent at most.
-        own: Norm of what a checkpoint has for itself.
+        own: Norm of the part that one checkpoint alone has.
         noise: Norm of its white noise.
         spread: Standard deviation of the logarithm of the layers' amplitudes.
         size: Norm of a deviation from the base, as a fraction of the base's, in the median layer.
         seed: Of everything random.
         dtype: Of the written files.
-        vae_differs: Whether each checkpoint has a VAE of its own.
+        vae_differs: Whether the checkpoints' VAEs differ.
         mix: How much of each latent each checkpoint has, (count, latents); None for normal random
             numbers.
         scales: Size of each checkpoint's deviation in units of `size`; None for 1 each.
@@ -87,8 +87,8 @@ class FamilySpec:
     gain_spread: float = 0.0
 
     def __post_init__(self) -> None:
-        wanted = [self.latents] * self.count
-        if self.mix is not None and [len(row) for row in self.mix] != wanted:
+        lengths = [self.latents] * self.count
+        if self.mix is not None and [len(row) for row in self.mix] != lengths:
             raise ValueError(f"mix: expected {self.count} rows of {self.latents}, got {self.mix}")
         if self.scales is not None and len(self.scales) != self.count:
             raise ValueError(f"scales: expected {self.count} numbers, got {self.scales}")
@@ -102,7 +102,7 @@ NARROW: Final = FamilySpec(width=32, context=48, vocabulary=100, vae_width=16, t
 
 @dataclass(frozen=True)
 class FamilyPlan:
-    """A tensor to make."""
+    """A tensor that is to be made."""
 
     key: str
     info: TensorInfo
@@ -119,11 +119,11 @@ def mixture(
     *,
     in_encoder: bool = False,
 ) -> Tensor:  # (count, latents)
-    """How much of each latent fine-tune each checkpoint has, in all layers of a part alike."""
-    own = in_encoder and spec.encoder == "own"
-    if spec.mix is not None and not own:
+    """Returns how much of each latent fine-tune each checkpoint has, in all layers of a part."""
+    has_own_mixture = in_encoder and spec.encoder == "own"
+    if spec.mix is not None and not has_own_mixture:
         return torch.tensor(spec.mix).view(spec.count, spec.latents)
-    name = "encoder mixture" if own else "mixture"
+    name = "encoder mixture" if has_own_mixture else "mixture"
     rows = [
         torch.randn(spec.latents, generator=_generator(spec, f"{name} {c}"))
         for c in range(spec.count)
@@ -134,7 +134,7 @@ def mixture(
 def weights(
     spec: FamilySpec, plan: FamilyPlan
 ) -> Iterator[Tensor]:  # count times (*shape), float32 or int64
-    """One tensor of each checkpoint in turn: only one of them need be in memory."""
+    """Yields one tensor of each checkpoint in turn: only one of them need be in memory."""
     shape = plan.info.shape
     generator = _generator(spec, plan.key)
     if not plan.info.dtype.is_floating_point:
@@ -153,7 +153,7 @@ def weights(
 
 
 def _moves(spec: FamilySpec, plan: FamilyPlan) -> bool:
-    """Whether a tensor differs between the checkpoints."""
+    """Returns whether a tensor differs between the checkpoints."""
     if plan.treatment is Treatment.VAE:
         return spec.vae_differs
     return not (plan.in_encoder and spec.encoder == "frozen")
@@ -210,6 +210,6 @@ def _base(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 
 
 def _generator(spec: FamilySpec, name: str) -> torch.Generator:
-    """A stream of random numbers that depends on the seed and the name alone."""
+    """Returns a stream of random numbers that depends on the seed and the name alone."""
     digest = hashlib.sha256(f"{spec.seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -26,7 +26,7 @@ class JointShape:
 
     @property
     def width(self) -> int:
-        """Of the hidden features."""
+        """The width of the hidden features."""
         return self.head * self.blocks
 
 
@@ -45,7 +45,7 @@ class FluxShape:
 
 
 def joint_transformer(shape: JointShape) -> Iterator[Entry]:
-    """The transformer of SD 3 or 3.5."""
+    """Yields the transformer of SD 3 or 3.5."""
     width = shape.width
     yield "pos_embed", (1, shape.positions**2, width)
     yield "x_embedder.proj.weight", (width, shape.channels, _PATCH, _PATCH)
@@ -85,7 +85,7 @@ def _joint_attention(name: str, shape: JointShape, *, last: bool) -> Iterator[En
 
 
 def flux_transformer(shape: FluxShape) -> Iterator[Entry]:
-    """The transformer of Flux."""
+    """Yields the transformer of Flux."""
     width = shape.width
     yield from linear("img_in", shape.channels, width)
     yield from linear("txt_in", shape.context, width)
@@ -119,7 +119,7 @@ def _flux_norms(name: str, shape: FluxShape) -> Iterator[Entry]:
 
 
 def t5(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
-    """A T5 encoder with gated MLPs, in transformers' spelling."""
+    """Yields a T5 encoder with gated MLPs, with the keys of transformers."""
     yield "shared.weight", (vocabulary, width)
     for index in range(layers):
         name = f"encoder.block.{index}.layer"

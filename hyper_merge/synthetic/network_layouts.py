@@ -20,7 +20,7 @@ _VAE_RES_BLOCKS = 2
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What tells one LDM UNet from another; the defaults are those of SD 1.x."""
+    """The hyper-parameters of an LDM UNet; the defaults are those of SD 1.x."""
 
     width: int = 320  # channels of the first level; the time embedding has four times as many
     context: int = 768  # of the text features that the cross-attention reads
@@ -29,11 +29,11 @@ class UNetShape:
     middle: int = 1  # transformers in the middle
     input_channels: int = 4
     matrices: bool = False  # around the transformers, instead of 1x1 convolutions
-    labels: int = 0  # width of the vector that conditions it besides; 0 for none
+    labels: int = 0  # width of the vector that conditions it in addition; 0 for none
 
 
 def linear(name: str, inputs: int, outputs: int) -> Iterator[Entry]:
-    """A matrix with its bias."""
+    """Yields a matrix with its bias."""
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)
 
@@ -44,13 +44,13 @@ def _conv(name: str, inputs: int, outputs: int, kernel: int = 3) -> Iterator[Ent
 
 
 def norm(name: str, width: int) -> Iterator[Entry]:
-    """A norm's scales and biases."""
+    """Yields a norm's scales and biases."""
     yield f"{name}.weight", (width,)
     yield f"{name}.bias", (width,)
 
 
 def clip_layout(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
-    """A CLIP text model in transformers' spelling, without its prefix `text_model.`."""
+    """Yields a CLIP text model with the keys of transformers, without the prefix `text_model.`."""
     yield "embeddings.position_ids", (1, TOKEN_POSITIONS)
     yield "embeddings.token_embedding.weight", (vocabulary, width)
     yield "embeddings.position_embedding.weight", (TOKEN_POSITIONS, width)
@@ -66,7 +66,7 @@ def clip_layout(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
 
 
 def open_clip_layout(width: int, layers: int, vocabulary: int) -> Iterator[Entry]:
-    """An OpenCLIP text model: its attention's query, key and value are one tensor."""
+    """Yields an OpenCLIP text model: its attention's query, key and value are one tensor."""
     yield "positional_embedding", (TOKEN_POSITIONS, width)
     yield "text_projection", (width, width)
     yield "logit_scale", ()
@@ -84,7 +84,7 @@ def open_clip_layout(width: int, layers: int, vocabulary: int) -> Iterator[Entry
 
 
 def unet_layout(shape: UNetShape) -> Iterator[Entry]:
-    """An LDM UNet."""
+    """Yields an LDM UNet."""
     embedding = 4 * shape.width
     yield from linear("time_embed.0", shape.width, embedding)
     yield from linear("time_embed.2", embedding, embedding)
@@ -104,7 +104,7 @@ def unet_layout(shape: UNetShape) -> Iterator[Entry]:
 
 
 def _unet_input(shape: UNetShape, skips: list[int]) -> Iterator[Entry]:
-    """The way down; appends the channels of every skip connection to `skips`."""
+    """Yields the way down; appends the channels of every skip connection to `skips`."""
     index = 0
     for level, multiple in enumerate(shape.multiples):
         channels = multiple * shape.width
@@ -122,7 +122,7 @@ def _unet_input(shape: UNetShape, skips: list[int]) -> Iterator[Entry]:
 
 
 def _unet_output(shape: UNetShape, skips: list[int]) -> Iterator[Entry]:
-    """The way up; takes the skip connections off the end of `skips`."""
+    """Yields the way up; takes the skip connections off the end of `skips`."""
     index, current = 0, skips[-1]
     for level in reversed(range(len(shape.multiples))):
         channels, depth = shape.multiples[level] * shape.width, shape.depths[level]
@@ -174,7 +174,7 @@ def _transformer(block: str, width: int, context: int) -> Iterator[Entry]:
 def vae_layout(
     width: int, latent_channels: int = _LATENT_CHANNELS, *, quantised: bool = True
 ) -> Iterator[Entry]:
-    """A VAE of the LDM kind; SD 3 and Flux have more channels and no quantising convolutions."""
+    """Yields a VAE of the LDM kind; SD 3 and Flux have more channels, no quantising layers."""
     top = _VAE_MULTIPLES[-1] * width
     moments = 2 * latent_channels  # mean and log-variance
     yield from _conv("encoder.conv_in", _IMAGE_CHANNELS, width)

@@ -13,10 +13,10 @@ from hyper_merge.synthetic.family import FamilySpec
 _NARROWER: Final = 5  # times
 
 KINDS: Final[dict[str, FamilySpec]] = {
-    # Three latents with a slow spectrum, something of each one's own, noise.
+    # Three latents with a slow spectrum, something that one checkpoint alone has, noise.
     "usual": FamilySpec(),
     "level": FamilySpec(spread=0.0, seed=1),
-    # The text encoder is a mixture of its own, as where it was trained apart from the UNet.
+    # The text encoder is another mixture, as where it was trained apart from the UNet.
     "apart": FamilySpec(encoder="own", seed=2),
     # Layers of the base are unlike in norm, as training leaves them.
     "uneven": FamilySpec(gain_spread=0.5, seed=3),
@@ -50,7 +50,7 @@ KINDS: Final[dict[str, FamilySpec]] = {
             *((0.0, 0.0, 1.1, 0.3), (0.0, 0.0, 0.7, -0.4)),
         ),
     ),
-    # Of three fine-tunes, without anything besides: two dimensions along the checkpoints.
+    # Merges of three fine-tunes and nothing else: two dimensions along the checkpoints.
     "merges": FamilySpec(
         count=6,
         own=0.0,
@@ -66,6 +66,6 @@ KINDS: Final[dict[str, FamilySpec]] = {
 
 
 def narrow(spec: FamilySpec) -> FamilySpec:
-    """The same structure in narrow layers of the real layout, about 75 MB a checkpoint."""
+    """Returns the structure in narrow layers of the real layout, about 75 MB a checkpoint."""
     sizes = replace(spec, width=64, context=160, vocabulary=100, vae_width=16)
     return replace(sizes, terms=spec.terms // _NARROWER)

@@ -1,7 +1,7 @@
 """Families of made-up checkpoints with known structure, for the demo, tests and benchmarks.
 
-Each family is a base, a few latent fine-tunes that all checkpoints mix, and something of each one's
-own. Everything follows from the `FamilySpec`, tensor by tensor, whatever the order or the threads.
+Each family is a base, a few latent fine-tunes that all checkpoints mix, and something that each one
+alone has. Everything follows from the `FamilySpec`, tensor by tensor, whatever the order or the threads.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def write_family(
         folder: of the files; made where it is missing.
         spec: the family.
         names: file stems, one per checkpoint; "synthetic_0", ... without them.
-        on_progress: told elements done and elements in all after each tensor, from this thread;
-            what it raises ends the work and nothing is left behind.
+        on_progress: called with elements done and elements in all after each tensor, from this
+            thread; what it raises ends the work and nothing is left behind.
         overwrite: whether existing files may be replaced.
 
     Returns:
@@ -73,7 +73,7 @@ def write_family(
 def tensors(
     spec: FamilySpec,
 ) -> Iterator[tuple[str, Tensor]]:  # key, (count, *shape)
-    """The exact numbers in float32 before they are rounded to the files' type, in the files' order.
+    """Yields the exact numbers in float32, before rounding to the files' type, in their order.
 
     Position ids are int64.
     """
@@ -82,7 +82,7 @@ def tensors(
 
 
 def _header(spec: FamilySpec) -> Header:
-    """What each file of the family will have for a header."""
+    """Returns the header that each file of the family will have."""
     shapes = _shapes(spec)
     infos = {
         key: TensorInfo(torch.int64 if key.endswith("position_ids") else spec.dtype, shape)

@@ -17,8 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fake_webui  # noqa: E402
 
 from hyper_merge.cli.app import Listening, build_app, serve  # noqa: E402
-from hyper_merge.decomposition import initialization as starts  # noqa: E402
+from hyper_merge.decomposition.initialization import SearchEffort  # noqa: E402
 from hyper_merge.runtime.progress import Progress  # noqa: E402
+from hyper_merge.solver import solve  # noqa: E402
 
 
 def slow_down(flag: Path) -> None:
@@ -31,11 +32,6 @@ def slow_down(flag: Path) -> None:
         step(progress, phase, fraction)
 
     Progress.report = slow
-
-
-def search_briefly() -> None:
-    """The search for a start has tests of its own, as in `conftest`."""
-    starts._RANDOM, starts._ROUNDS, starts._GREEDY_TURNS = 1, ((1, 2), (2, 1)), 2
 
 
 def serve_webui(models: Path, flavour: str, port: int) -> None:
@@ -51,7 +47,7 @@ def main() -> None:
     host, models, port = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     logging.basicConfig(level=logging.WARNING)
     slow_down(models.parent / "slowly")
-    search_briefly()
+    solve.DEFAULT_EFFORT = SearchEffort.QUICK  # a screen has no setting for it
     if host == "standalone":
         serve(build_app(models), Listening(port=port))
     else:

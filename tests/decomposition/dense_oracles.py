@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.ll1 import Batch, Factors, Problem, split_blocks
+from hyper_merge.decomposition.ll1 import split_blocks
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def normal(rng: torch.Generator, *shape: int) -> Tensor:

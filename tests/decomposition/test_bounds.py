@@ -45,14 +45,14 @@ def solved(problem, sweeps=40):
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (1, 5, 5)])
 def test_spectra_are_dense_squared_singular_values(rng, shape):
     core, contrasts = normal(rng, *shape), around_mean([1.0, 2.0, 1.0, 3.0][: shape[0] + 1])
-    found = compute_spectra(core, contrasts.to_deviations)
+    spectra = compute_spectra(core, contrasts.to_deviations)
     rows, columns = core.transpose(0, 1).flatten(1), core.flatten(0, 1).mT
-    for values, unfolding in ((found.rows, rows), (found.columns, columns)):
+    for values, unfolding in ((spectra.rows, rows), (spectra.columns, columns)):
         dense = torch.zeros(len(unfolding), dtype=torch.float64)
         dense[: min(unfolding.shape)] = torch.linalg.svdvals(unfolding).square()
         assert_close(values, dense, rtol=1e-9, atol=1e-9)
-    own = torch.einsum("kd,dpq->kpq", contrasts.to_deviations, core)
-    assert_close(found.private, torch.linalg.svdvals(own).square(), rtol=1e-9, atol=1e-9)
+    deviations = torch.einsum("kd,dpq->kpq", contrasts.to_deviations, core)
+    assert_close(spectra.private, torch.linalg.svdvals(deviations).square(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -72,7 +72,7 @@ def test_two_checkpoints_attain_the_bound(rng, shape):
     assert_close(solved(problem, 300).loss, dense, rtol=1e-4, atol=0)
 
 
-def test_one_block_of_full_rank_attains_the_bound_along_the_checkpoints(rng):
+def test_one_full_rank_block_attains_the_checkpoint_bound(rng):
     problem = problem_of((normal(rng, 2, 3, 5, 5), (5,)))
     flat = problem.batches[0].slices.transpose(0, 1).flatten(1)
     assert_close(bound_of(problem), tail(flat, 1) / problem.energy)
@@ -95,7 +95,7 @@ def test_the_bound_of_nothing_is_zero():
     gram = torch.zeros(2, 2, dtype=torch.float64)
     assert lower_bound([layer], [0.0], [(1,)], [gram]) == 0.0
     assert lower_bound([], [], [], [gram]) == 0.0
-    assert budget_bound([layer], [0.0], ([8.0], 8.0), 1, [gram]) == 0.0
+    assert budget_bound([layer], [0.0], [8.0], 8.0, 1, [gram]) == 0.0
 
 
 def family(rng, shapes=((9, 8), (6, 10)), k=3):
@@ -114,43 +114,43 @@ def family(rng, shapes=((9, 8), (6, 10)), k=3):
 @pytest.mark.parametrize("rank", [(3,), (3, 2, 1), (6, 3)])
 def test_private_losses_are_those_of_dense_truncated_svds(rng, rank):
     dense, layers, energies = family(rng)
-    found = private_losses(layers, energies, [rank] * 2)
-    each = sum(rank) // 3
-    wanted = sum((part - truncated(part, each)).square().sum((1, 2)) for part in dense)
-    assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    losses = private_losses(layers, energies, [rank] * 2)
+    even = sum(rank) // 3
+    expected = sum((part - truncated(part, even)).square().sum((1, 2)) for part in dense)
+    assert_close(losses, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [(1,), (2,), (3, 1), (4, 3, 1)])
-def test_ranks_that_do_not_divide_go_to_those_who_gain_most(rng, rank):
+def test_leftover_ranks_go_to_the_largest_gains(rng, rank):
     dense, layers, energies = family(rng)
     before = energies.clone()
-    found = private_losses(layers, energies, [rank] * 2)
-    each, rest = divmod(sum(rank), 3)
-    wanted = torch.zeros(3, dtype=torch.float64)
+    losses = private_losses(layers, energies, [rank] * 2)
+    even, rest = divmod(sum(rank), 3)
+    expected = torch.zeros(3, dtype=torch.float64)
     for part in dense:
         values = torch.linalg.svdvals(part).square()
-        order = sorted(range(3), key=lambda c: -float(values[c, each]))
-        for place, c in enumerate(order):
-            wanted[c] += values[c, each + (place < rest) :].sum()
-    assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        ranking = sorted(range(3), key=lambda c: -float(values[c, even]))
+        for place, c in enumerate(ranking):
+            expected[c] += values[c, even + (place < rest) :].sum()
+    assert_close(losses, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(energies, before)
 
 
 def test_ranks_may_differ_by_layer_in_private_losses(rng):
     dense, layers, energies = family(rng)
-    found = private_losses(layers, energies, [(3,), (6,)])
-    wanted = sum(
-        (part - truncated(part, each)).square().sum((1, 2))
-        for part, each in zip(dense, (1, 2), strict=True)
+    losses = private_losses(layers, energies, [(3,), (6,)])
+    expected = sum(
+        (part - truncated(part, rank)).square().sum((1, 2))
+        for part, rank in zip(dense, (1, 2), strict=True)
     )
-    assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert_close(losses, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [(24,), (25,), (90, 1)])
 def test_private_loras_of_full_rank_leave_nothing(rng, rank):
     _, layers, energies = family(rng, shapes=((9, 8),))
-    found = private_losses(layers, energies, [rank])
-    assert_close(found, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+    losses = private_losses(layers, energies, [rank])
+    assert_close(losses, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_private_losses_of_equal_checkpoints_are_zero():
@@ -178,25 +178,25 @@ def even_price(problem, costs):
 
 def budget_bound_of(problem, costs, budget):
     layers, energies, grams = figures_of(problem, costs)
-    return budget_bound(layers, energies, (costs, budget), problem.shape[1], grams)
+    return budget_bound(layers, energies, costs, budget, problem.shape[1], grams)
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 9), (3, 9, 6), (1, 5, 7), (4, 3, 20)])
-def test_gains_add_up_to_the_smaller_of_what_both_unfoldings_hold(rng, shape):
+def test_gains_sum_to_the_smaller_unfoldings_energy(rng, shape):
     core = normal(rng, *shape)
-    found = compute_spectra(core, around_base(shape[0]).to_deviations).gains
-    assert len(found) == max(shape[1:])
+    gains = compute_spectra(core, around_base(shape[0]).to_deviations).gains
+    assert len(gains) == max(shape[1:])
     rows = torch.linalg.svdvals(core.transpose(0, 1).flatten(1)).square()
     columns = torch.linalg.svdvals(core.flatten(0, 1)).square()
-    for rank in range(len(found) + 1):
+    for rank in range(len(gains) + 1):
         held = min(float(rows[:rank].sum()), float(columns[:rank].sum()))
-        assert float(found[:rank].sum()) == pytest.approx(held, rel=1e-9)
-    assert bool((found.diff() <= 1e-9).all())
-    assert bool((found >= 0).all())
+        assert float(gains[:rank].sum()) == pytest.approx(held, rel=1e-9)
+    assert bool((gains.diff() <= 1e-9).all())
+    assert bool((gains >= 0).all())
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_solution_of_the_same_bytes_is_below_the_bound_of_the_budget(seed):
+def test_no_solution_is_below_the_budget_bound(seed):
     problem = random_family(seed)
     costs = [3.0, 2.0, 5.0]
     bound = budget_bound_of(problem, costs, even_price(problem, costs))
@@ -225,7 +225,7 @@ def best_of_all_ranks(slices, costs, budget):
 
 
 @pytest.mark.parametrize("budget", [2, 4, 8, 14, 18])
-def test_two_checkpoints_attain_the_bound_of_a_budget_with_layers_of_one_cost(rng, budget):
+def test_two_checkpoints_attain_the_budget_bound_at_equal_costs(rng, budget):
     problem = problem_of((normal(rng, 2, 1, 5, 4), (2,)), (3 * normal(rng, 1, 1, 4, 5), (2,)))
     slices = [core[0] for batch in problem.batches for core in batch.slices]
     costs = [2.0] * 3
@@ -234,22 +234,22 @@ def test_two_checkpoints_attain_the_bound_of_a_budget_with_layers_of_one_cost(rn
 
 
 @pytest.mark.parametrize("budget", range(0, 30, 3))
-def test_with_layers_of_different_costs_two_checkpoints_come_near_it(rng, budget):
+def test_two_checkpoints_approach_the_budget_bound_at_unequal_costs(rng, budget):
     problem = problem_of((normal(rng, 2, 1, 5, 4), (2,)), (3 * normal(rng, 1, 1, 4, 5), (2,)))
     slices = [core[0] for batch in problem.batches for core in batch.slices]
     costs = [1.0, 2.0, 3.0]
     dense = best_of_all_ranks(slices, costs, budget)
-    found = budget_bound_of(problem, costs, budget)
+    bound = budget_bound_of(problem, costs, budget)
     largest = max(float(torch.linalg.svdvals(matrix)[0]) ** 2 for matrix in slices)
-    assert found <= dense + 1e-12
-    assert dense <= found + largest / problem.energy
+    assert bound <= dense + 1e-12
+    assert dense <= bound + largest / problem.energy
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 9), (1, 9, 6)])
-def test_the_promises_of_two_checkpoints_are_what_the_one_direction_holds(rng, shape):
+def test_promises_of_two_checkpoints_are_their_directions_energies(rng, shape):
     core, contrasts = normal(rng, *shape), around_mean([1.0, 1.0])
-    found = compute_spectra(core, contrasts.to_deviations).promises(1)
-    assert_close(found, torch.linalg.svdvals(core[0]).square())
+    promises = compute_spectra(core, contrasts.to_deviations).promises(1)
+    assert_close(promises, torch.linalg.svdvals(core[0]).square())
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -258,18 +258,18 @@ def test_promises_fall_and_add_up_to_everything(rng, k):
     core = stack_of(rng, 1, k - 1, 7, 9, 0.7)[0]
     core = normal(rng, *core.shape) if k == 2 else core
     layer = compute_spectra(core, contrasts.to_deviations)
-    found = layer.promises(k - 1)
-    assert len(found) == (k - 1) * 7
-    assert bool((found >= -1e-12).all())
-    assert bool((found.diff() <= 1e-9 * float(found[0])).all())
-    assert float(found.sum()) == pytest.approx(float(core.square().sum()))
+    promises = layer.promises(k - 1)
+    assert len(promises) == (k - 1) * 7
+    assert bool((promises >= -1e-12).all())
+    assert bool((promises.diff() <= 1e-9 * float(promises[0])).all())
+    assert float(promises.sum()) == pytest.approx(float(core.square().sum()))
 
 
 def test_best_private_losses_are_those_of_the_best_choice(rng):
     dense, layers, energies = family(rng, shapes=((3, 4), (4, 3)), k=2)
     costs, budget = [7.0, 7.0], 35.0
-    found = best_private_losses(layers, energies, costs, budget)
-    wanted = min(
+    losses = best_private_losses(layers, energies, costs, budget)
+    expected = min(
         sum(
             float(torch.linalg.svdvals(dense[i // 2][i % 2])[rank:].square().sum())
             for i, rank in enumerate(ranks)
@@ -277,11 +277,11 @@ def test_best_private_losses_are_those_of_the_best_choice(rng):
         for ranks in product(range(4), repeat=4)
         if 7 * sum(ranks) <= budget
     )
-    assert float(found.sum()) == pytest.approx(wanted)
-    assert bool((found <= energies.sum(0) + 1e-9).all())
+    assert float(losses.sum()) == pytest.approx(expected)
+    assert bool((losses <= energies.sum(0) + 1e-9).all())
 
 
-def test_private_loras_with_ranks_of_their_own_are_no_worse_than_even_ones(rng):
+def test_private_loras_with_chosen_ranks_beat_even_ones(rng):
     dense, layers, energies = family(rng)
     basis = around_mean([1.0] * 3).to_deviations
     layers[1] = compute_spectra(5 * torch.einsum("kd,kpq->dpq", basis, dense[1]), basis)

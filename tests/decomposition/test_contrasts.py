@@ -53,43 +53,45 @@ def test_contrasts_are_orthonormal_and_lose_nothing(weights):
 def test_deviations_are_those_from_the_dense_weighted_mean(weights, dtype):
     checkpoints = family(torch.Generator().manual_seed(2), len(weights), dtype=dtype)
     contrasts = around_mean(weights)
-    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 64)
+    deviations = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 64)
     mean = dense_mean(checkpoints, weights)
-    assert_close(found.base.double(), mean, rtol=1e-6, atol=1e-6)
+    assert_close(deviations.base.double(), mean, rtol=1e-6, atol=1e-6)
     dense = torch.stack([checkpoint.double() for checkpoint in checkpoints]) - mean
-    assert_close(contrasts.to_deviations @ found.slices.double(), dense, rtol=0, atol=2e-6)
+    assert_close(contrasts.to_deviations @ deviations.slices.double(), dense, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_a_stored_mean_is_the_dense_one_rounded_once(rng, stored):
     checkpoints = family(rng, 3)
-    found = compute_deviations(checkpoints[0], checkpoints[1:], around_mean([1, 1, 1]), stored, 64)
+    deviations = compute_deviations(
+        checkpoints[0], checkpoints[1:], around_mean([1, 1, 1]), stored, 64
+    )
     mean = dense_mean(checkpoints, [1, 1, 1])
-    assert found.base.dtype == stored
-    assert_close(found.base, mean.to(stored), rtol=torch.finfo(stored).eps, atol=1e-6)
-    assert (found.base == mean.to(stored)).double().mean() > 0.98
+    assert deviations.base.dtype == stored
+    assert_close(deviations.base, mean.to(stored), rtol=torch.finfo(stored).eps, atol=1e-6)
+    assert (deviations.base == mean.to(stored)).double().mean() > 0.98
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.0, 1.0), (1.0, 2.0, 3.0, 4.0)])
-def test_energies_are_dense_norms_with_the_rounding_of_the_stored_base(rng, stored, weights):
+def test_energies_include_the_stored_bases_rounding(rng, stored, weights):
     # Small deviations of large weights: the rounding error of the base is a good part of them.
     base = normal(rng, 500)
     checkpoints = [(base + 1e-3 * normal(rng, 500)).float() for _ in weights]
     contrasts = around_mean(weights)
-    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, stored, 100)
-    assert found.gram.dtype == torch.float64
-    dense = torch.stack([c.double() - found.base.double() for c in checkpoints])
-    assert_close(energies(found.gram, contrasts), dense.square().sum(1), rtol=1e-3, atol=1e-7)
+    deviations = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, stored, 100)
+    assert deviations.gram.dtype == torch.float64
+    dense = torch.stack([c.double() - deviations.base.double() for c in checkpoints])
+    assert_close(energies(deviations.gram, contrasts), dense.square().sum(1), rtol=1e-3, atol=1e-7)
 
 
 def test_a_gram_is_that_of_slices_and_rounding_error(rng):
     checkpoints = family(rng, 4)
     contrasts = around_mean([1.0] * 4)
-    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.bfloat16, 50)
-    error = found.base.double() - dense_mean(checkpoints, [1.0] * 4)
-    rows = torch.cat([found.slices.double(), error[None]])
-    assert_close(found.gram, rows @ rows.mT, rtol=1e-4, atol=1e-5)
+    deviations = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.bfloat16, 50)
+    error = deviations.base.double() - dense_mean(checkpoints, [1.0] * 4)
+    rows = torch.cat([deviations.slices.double(), error[None]])
+    assert_close(deviations.gram, rows @ rows.mT, rtol=1e-4, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=20)
@@ -116,19 +118,21 @@ def test_equal_checkpoints_average_to_themselves_bit_for_bit(weights, dtype):
     same[5:8] *= -1
     same = torch.where(same == 0, same.abs(), same)
     contrasts = around_mean(weights)
-    found = compute_deviations(same, [same.clone() for _ in weights[1:]], contrasts, dtype, 33)
-    assert torch.equal(bits(found.base), bits(same))
-    assert found.slices.count_nonzero() == 0
-    assert found.gram.count_nonzero() == 0
-    assert energies(found.gram, contrasts).count_nonzero() == 0
+    deviations = compute_deviations(same, [same.clone() for _ in weights[1:]], contrasts, dtype, 33)
+    assert torch.equal(bits(deviations.base), bits(same))
+    assert deviations.slices.count_nonzero() == 0
+    assert deviations.gram.count_nonzero() == 0
+    assert energies(deviations.gram, contrasts).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_negative_zeros_average_to_themselves_too(dtype, count):
     same = torch.tensor([-0.0, 0.0, -0.0, 1.0] * 50).to(dtype)
-    found = compute_deviations(same, [same] * (count - 1), around_mean([1.0] * count), dtype, 33)
-    assert torch.equal(bits(found.base), bits(same))
+    deviations = compute_deviations(
+        same, [same] * (count - 1), around_mean([1.0] * count), dtype, 33
+    )
+    assert torch.equal(bits(deviations.base), bits(same))
 
 
 def test_checkpoints_of_different_types_are_compared_in_float32(rng):
@@ -139,22 +143,22 @@ def test_checkpoints_of_different_types_are_compared_in_float32(rng):
         )
     ]
     contrasts = around_mean([1.0] * 3)
-    found = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 1000)
+    deviations = compute_deviations(checkpoints[0], checkpoints[1:], contrasts, torch.float32, 1000)
     mean = dense_mean(checkpoints, [1.0] * 3)
     dense = torch.stack([checkpoint.double() for checkpoint in checkpoints]) - mean
-    assert_close(contrasts.to_deviations @ found.slices.double(), dense, rtol=0, atol=2e-6)
+    assert_close(contrasts.to_deviations @ deviations.slices.double(), dense, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_given_base_is_kept_and_deviations_are_differences_to_it(rng, count):
+def test_deviations_from_a_given_base_are_differences(rng, count):
     base, *checkpoints = family(rng, count + 1, dtype=torch.float16)
     contrasts = around_base(count)
     assert (contrasts.count, contrasts.dimensions) == (count, count)
-    found = compute_deviations(base, checkpoints, contrasts, torch.float16, 77)
-    assert torch.equal(bits(found.base), bits(base))
+    deviations = compute_deviations(base, checkpoints, contrasts, torch.float16, 77)
+    assert torch.equal(bits(deviations.base), bits(base))
     dense = torch.stack([checkpoint.double() - base.double() for checkpoint in checkpoints])
-    assert_close(contrasts.to_deviations @ found.slices.double(), dense, rtol=0, atol=1e-6)
-    assert_close(energies(found.gram, contrasts), dense.square().sum(1), rtol=1e-5, atol=1e-6)
+    assert_close(contrasts.to_deviations @ deviations.slices.double(), dense, rtol=0, atol=1e-6)
+    assert_close(energies(deviations.gram, contrasts), dense.square().sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_energies_of_many_layers_are_those_of_each(rng):
@@ -163,5 +167,5 @@ def test_energies_of_many_layers_are_those_of_each(rng):
     for _ in range(3):
         first, *others = family(rng, 3)
         grams.append(compute_deviations(first, others, contrasts, torch.float16, 64).gram)
-    each = torch.stack([energies(gram, contrasts) for gram in grams])
-    assert_close(energies(torch.stack(grams), contrasts), each)
+    expected = torch.stack([energies(gram, contrasts) for gram in grams])
+    assert_close(energies(torch.stack(grams), contrasts), expected)

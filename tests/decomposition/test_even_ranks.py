@@ -11,10 +11,10 @@ shapes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=5)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), shapes)
-def test_every_layer_gets_the_ranks_capped_at_what_it_can_have(ranks, layers):
-    found = even_ranks(ranks, layers)
-    assert len(found) == len(layers)
-    for rank, (m, n) in zip(found, layers, strict=True):
+def test_even_ranks_are_capped_in_small_layers(ranks, layers):
+    capped = even_ranks(ranks, layers)
+    assert len(capped) == len(layers)
+    for rank, (m, n) in zip(capped, layers, strict=True):
         assert rank == tuple(r if r <= m and r <= n else min(m, n) for r in ranks)
 
 

@@ -32,7 +32,7 @@ def test_a_basis_is_orthonormal_and_holds_its_columns(batch, r, more, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("overlap", [1.0, 0.1, 1e-3, 1e-6, 0.0])
-def test_a_basis_of_nearly_dependent_columns_is_orthonormal(rng, dtype, overlap):
+def test_a_basis_of_almost_dependent_columns_is_orthonormal(rng, dtype, overlap):
     columns = normal(rng, 2, 20, 4).to(dtype)
     columns[..., 3] = columns[..., 0] + overlap * columns[..., 3]
     basis = orthonormal(columns)
@@ -65,38 +65,38 @@ def test_a_damped_solution_solves_well_conditioned_equations(p, r, batch, seed):
     rng = torch.Generator().manual_seed(seed)
     root = normal(rng, batch, r, r)
     gram = root @ root.mT + torch.eye(r, dtype=torch.float64)
-    wanted = normal(rng, batch, p, r)
-    found = solve_damped(wanted @ gram, gram, normal(rng, batch, p, r))
-    assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+    expected = normal(rng, batch, p, r)
+    solution = solve_damped(expected @ gram, gram, normal(rng, batch, p, r))
+    assert_close(solution, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_a_damped_solution_stays_where_singular_equations_say_nothing(rng):
+def test_a_damped_solution_stays_along_singular_directions(rng):
     basis = torch.linalg.qr(normal(rng, 5, 5))[0]
     known, free = basis[:, :3], basis[:, 3:]
-    gram, wanted, previous = known @ known.mT, normal(rng, 4, 5), normal(rng, 4, 5)
-    found = solve_damped(wanted @ gram, gram, previous)
+    gram, expected, previous = known @ known.mT, normal(rng, 4, 5), normal(rng, 4, 5)
+    solution = solve_damped(expected @ gram, gram, previous)
     # Rounding divided by the damping: a few per cent at most.
-    assert_close(found @ known, wanted @ known, rtol=0, atol=0.1)
-    assert_close(found @ free, previous @ free, rtol=0, atol=0.2)
+    assert_close(solution @ known, expected @ known, rtol=0, atol=0.1)
+    assert_close(solution @ free, previous @ free, rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_solves_singular_equations_goes_on_solving_them(rng, dtype):
+def test_a_solution_of_singular_equations_stays_one(rng, dtype):
     """Or else the loss would rise from where blocks overlap."""
     known = torch.linalg.qr(normal(rng, 5, 3))[0].to(dtype)
     gram, previous = known @ known.mT, normal(rng, 4, 5).to(dtype)
-    found = solve_damped(previous @ gram, gram, previous)
+    solution = solve_damped(previous @ gram, gram, previous)
     # relative to rounding, not to rounding over damping
-    assert_close(found @ known, previous @ known, rtol=0, atol=100 * torch.finfo(dtype).eps)
+    assert_close(solution @ known, previous @ known, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
-def test_a_damped_solution_of_no_equations_is_the_previous_one(rng):
+def test_a_damped_solution_without_equations_stays(rng):
     previous = normal(rng, 2, 4, 3)
     zero = torch.zeros(2, 3, 3, dtype=torch.float64)
     assert_close(solve_damped(torch.zeros_like(previous), zero, previous), previous)
 
 
-def test_leading_factors_are_nearly_the_truncated_svd(rng):
+def test_leading_factors_approximate_the_truncated_svd(rng):
     matrix = torch.stack(
         [with_spectrum(rng, 20, 14, 0.5 ** torch.arange(14.0).double()) for _ in range(3)]
     )

@@ -26,9 +26,6 @@ from torch.testing import assert_close
 from hyper_merge.decomposition.contrasts import around_mean
 from hyper_merge.decomposition.initialization import best_start
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Factors,
-    Problem,
     StoppingCriterion,
     compute_statistics,
     fit_multipliers,
@@ -36,6 +33,7 @@ from hyper_merge.decomposition.ll1 import (
     solve_ll1,
     sweep,
 )
+from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 FOREVER = float("-inf")  # a tolerance that no sweep meets
 
@@ -63,18 +61,18 @@ def halves(rng, decay=0.6):
     return contrasts, contrasts.to_slices * (second - first)[:, None], second - first
 
 
-def test_two_checkpoints_and_one_block_are_the_truncated_svd_of_half_their_difference(rng):
+def test_two_checkpoints_and_one_block_are_a_truncated_svd(rng):
     contrasts, slices, difference = halves(rng)
     problem = problem_of((slices, (3,)))
-    found = solved(problem)
+    solution = solved(problem)
     deviations = torch.einsum(
         "ks,bspq->bkpq",
         contrasts.to_deviations,
-        dense_approximation(problem.batches[0], found.factors[0], found.multipliers),
+        dense_approximation(problem.batches[0], solution.factors[0], solution.multipliers),
     )
     assert_close(deviations[:, 1], truncated(difference / 2, 3), rtol=0, atol=1e-5)
     assert_close(deviations[:, 0], -deviations[:, 1], rtol=0, atol=1e-12)
-    assert_close(found.loss, tail(slices, 3) / problem.energy, rtol=1e-6, atol=0)
+    assert_close(solution.loss, tail(slices, 3) / problem.energy, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("decay", [0.8, 0.5, 0.2])
@@ -90,7 +88,7 @@ def test_any_ranks_for_two_checkpoints_are_one_truncated_svd(decay, ranks):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_blocks_are_recovered_up_to_order_sign_and_scale(seed):
+def test_planted_blocks_are_recovered(seed):
     rng, ranks = seeded(seed), (3, 2, 1)
     multipliers = torch.eye(4, 3, dtype=torch.float64) + 0.1 * normal(rng, 4, 3)
     planted = [
@@ -101,29 +99,29 @@ def test_planted_blocks_are_recovered_up_to_order_sign_and_scale(seed):
     ]
     slices = torch.einsum("kr,rbpq->bkpq", multipliers, torch.stack(planted))
     problem = problem_of((slices, ranks))
-    found = solved(problem, sweeps=500, tolerance=0.0)
-    assert found.loss < 1e-8
-    assert dense_loss(problem, found.factors, found.multipliers) < 1e-8
-    blocks = dense_blocks(problem.batches[0], found.factors[0]).transpose(0, 1)  # (R, b, p, q)
+    solution = solved(problem, sweeps=500, tolerance=0.0)
+    assert solution.loss < 1e-8
+    assert dense_loss(problem, solution.factors, solution.multipliers) < 1e-8
+    blocks = dense_blocks(problem.batches[0], solution.factors[0]).transpose(0, 1)  # (R, b, p, q)
     for r, truth in enumerate(planted):  # ranks differ, so the order is theirs
         scale = float((blocks[r] * truth).sum() / truth.square().sum())
         assert_close(blocks[r] / scale, truth, rtol=0, atol=1e-3)
-        assert_close(found.multipliers[:, r] * scale, multipliers[:, r], rtol=0, atol=1e-3)
+        assert_close(solution.multipliers[:, r] * scale, multipliers[:, r], rtol=0, atol=1e-3)
 
 
-def test_planted_blocks_of_equal_rank_are_found_in_some_order(rng):
+def test_planted_blocks_of_equal_rank_are_recovered(rng):
     multipliers = torch.linalg.qr(normal(rng, 5, 3))[0] + 0.1 * normal(rng, 5, 3)
     planted = torch.stack([orthogonal(rng, 12, 2) @ orthogonal(rng, 12, 2).mT for _ in range(3)])
     problem = problem_of((torch.einsum("kr,rpq->kpq", multipliers, planted)[None], (2, 2, 2)))
-    found = solved(problem, sweeps=500, tolerance=0.0)
-    assert found.loss < 1e-8
-    flat = dense_blocks(problem.batches[0], found.factors[0])[0].flatten(1)
+    solution = solved(problem, sweeps=500, tolerance=0.0)
+    assert solution.loss < 1e-8
+    flat = dense_blocks(problem.batches[0], solution.factors[0])[0].flatten(1)
     cosines = (
         torch.nn.functional.normalize(flat) @ torch.nn.functional.normalize(planted.flatten(1)).mT
     )
     best = max(
-        min(float(cosines[r, order[r]].abs()) for r in range(3))
-        for order in itertools.permutations(range(3))
+        min(float(cosines[r, permutation[r]].abs()) for r in range(3))
+        for permutation in itertools.permutations(range(3))
     )
     assert best > 1 - 1e-6
 
@@ -131,9 +129,9 @@ def test_planted_blocks_of_equal_rank_are_found_in_some_order(rng):
 @pytest.mark.parametrize("ranks", [(6,) * 4, (6, 6, 6, 6, 2)])
 def test_full_rank_is_exact(rng, ranks):
     problem = problem_of((normal(rng, 2, 4, 6, 7), ranks))
-    found = solved(problem)
-    assert dense_loss(problem, found.factors, found.multipliers) < 1e-10
-    assert abs(found.loss) < 1e-6
+    solution = solved(problem)
+    assert dense_loss(problem, solution.factors, solution.multipliers) < 1e-10
+    assert abs(solution.loss) < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -141,25 +139,25 @@ def test_the_loss_never_rises(seed):
     problem = random_family(seed)
     k, count = problem.shape
     start = normal(seeded(seed), k, count)
-    found = solve_ll1(
+    solution = solve_ll1(
         problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(60, FOREVER)
     )
-    assert 30 <= len(found.losses) <= 60  # steps ahead that do not help are taken back
-    assert rises(found.losses) <= 1e-12
+    assert 30 <= len(solution.losses) <= 60  # steps ahead that do not help are taken back
+    assert rises(solution.losses) <= 1e-12
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_loss_never_rises_by_more_than_rounding_in_float32(seed):
+def test_a_float32_loss_rises_by_rounding_alone(seed):
     problem = random_family(seed, torch.float32)
     k, count = problem.shape
     start = normal(seeded(seed), k, count)
-    found = solve_ll1(
+    solution = solve_ll1(
         problem, initial_factors(problem, start, seeded()), start, StoppingCriterion(60, FOREVER)
     )
-    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(found.losses))
-    assert found.factors[0].up.dtype == torch.float32
-    exact = dense_loss(problem, found.factors, found.multipliers)
-    assert_close(found.loss, exact, rtol=1e-5, atol=0)
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(solution.losses))
+    assert solution.factors[0].up.dtype == torch.float32
+    exact = dense_loss(problem, solution.factors, solution.multipliers)
+    assert_close(solution.loss, exact, rtol=1e-5, atol=0)
 
 
 def swamp(rng):  # (1, k, p, q)
@@ -196,14 +194,16 @@ def test_a_ridge_keeps_blocks_from_cancelling_each_other(seed):
     penalties, losses = [], []
     for problem in (plain, replace(plain, ridge=0.01)):
         stopping = StoppingCriterion(300, FOREVER)
-        found = solve_ll1(problem, initial_factors(problem, start, seeded(seed)), start, stopping)
-        of_blocks = dense_penalties(problem, found.factors, found.multipliers)
+        solution = solve_ll1(
+            problem, initial_factors(problem, start, seeded(seed)), start, stopping
+        )
+        of_blocks = dense_penalties(problem, solution.factors, solution.multipliers)
         penalties.append(float(of_blocks.sum()))
-        losses.append(found.loss)
-        dense = dense_loss(problem, found.factors, found.multipliers)
-        assert_close(found.loss, dense, rtol=0, atol=1e-9)
-        free = fit_multipliers(compute_statistics(problem, found.factors))
-        assert_close(found.multipliers, free, rtol=1e-9, atol=1e-9)
+        losses.append(solution.loss)
+        dense = dense_loss(problem, solution.factors, solution.multipliers)
+        assert_close(solution.loss, dense, rtol=0, atol=1e-9)
+        free = fit_multipliers(compute_statistics(problem, solution.factors))
+        assert_close(solution.multipliers, free, rtol=1e-9, atol=1e-9)
     assert penalties[0] > 10
     assert penalties[1] < 3
     assert losses[1] < losses[0] + 0.05
@@ -227,10 +227,10 @@ def test_what_is_minimised_with_a_ridge_never_rises(seed, ridge):
 
 def test_the_last_loss_is_the_dense_one():
     problem = random_family(1)
-    found = solved(problem, sweeps=20)
-    assert found.loss == found.losses[-1]
-    exact = dense_loss(problem, found.factors, found.multipliers)
-    assert_close(found.loss, exact, rtol=1e-9, atol=0)
+    solution = solved(problem, sweeps=20)
+    assert solution.loss == solution.losses[-1]
+    exact = dense_loss(problem, solution.factors, solution.multipliers)
+    assert_close(solution.loss, exact, rtol=1e-9, atol=0)
 
 
 def test_energy_outside_of_the_cores_stays_unexplained(rng):
@@ -247,9 +247,9 @@ def test_energy_outside_of_the_cores_stays_unexplained(rng):
 
 
 def test_permuted_checkpoints_permute_the_rows_of_multipliers(rng):
-    order = [2, 0, 3, 1]
+    permutation = [2, 0, 3, 1]
     slices, start = stack_of(rng, 2, 4, 9, 8, 0.7), normal(rng, 4, 2)
-    found, permuted = (
+    solution, permuted = (
         solve_ll1(
             problem,
             initial_factors(problem, multipliers, seeded(3)),
@@ -258,11 +258,11 @@ def test_permuted_checkpoints_permute_the_rows_of_multipliers(rng):
         )
         for problem, multipliers in (
             (problem_of((slices, (2, 2))), start),
-            (problem_of((slices[:, order], (2, 2))), start[order]),
+            (problem_of((slices[:, permutation], (2, 2))), start[permutation]),
         )
     )
-    assert_close(permuted.multipliers, found.multipliers[order], rtol=1e-6, atol=1e-8)
-    assert_close(permuted.losses, found.losses, rtol=1e-8, atol=1e-10)
+    assert_close(permuted.multipliers, solution.multipliers[permutation], rtol=1e-6, atol=1e-8)
+    assert_close(permuted.losses, solution.losses, rtol=1e-8, atol=1e-10)
 
 
 def test_layers_solve_alike_in_one_batch_and_in_several(rng):
@@ -280,10 +280,10 @@ def test_layers_solve_alike_in_one_batch_and_in_several(rng):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_zero_deviations_are_solved_without_nan(dtype):
     problem = problem_of((torch.zeros(2, 3, 6, 5, dtype=dtype), (2, 1)))
-    found = solved(problem, sweeps=5)
-    assert found.loss == 0.0
-    assert torch.isfinite(found.multipliers).all()
-    for factors in found.factors:
+    solution = solved(problem, sweeps=5)
+    assert solution.loss == 0.0
+    assert torch.isfinite(solution.multipliers).all()
+    for factors in solution.factors:
         assert torch.isfinite(factors.up).all()
         assert torch.isfinite(factors.down).all()
 
@@ -292,15 +292,15 @@ def test_one_layer_of_zeros_among_others_gets_zero_blocks(rng):
     slices = stack_of(rng, 2, 3, 8, 7, 0.7)
     slices[0] = 0
     problem = problem_of((slices, (2, 1)))
-    found = solved(problem, sweeps=20)
-    zero = dense_approximation(problem.batches[0], found.factors[0], found.multipliers)[0]
+    solution = solved(problem, sweeps=20)
+    zero = dense_approximation(problem.batches[0], solution.factors[0], solution.multipliers)[0]
     assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-9)
 
 
 def test_checkpoints_that_agree_get_equal_multipliers(rng):
     slices = stack_of(rng, 1, 2, 8, 7, 0.7)[:, [0, 1, 1]]
-    found = solved(problem_of((slices, (2, 1))), sweeps=20)
-    assert_close(found.multipliers[1], found.multipliers[2], rtol=1e-9, atol=1e-9)
+    solution = solved(problem_of((slices, (2, 1))), sweeps=20)
+    assert_close(solution.multipliers[1], solution.multipliers[2], rtol=1e-9, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=25)
@@ -311,36 +311,36 @@ def test_checkpoints_that_agree_get_equal_multipliers(rng):
     st.integers(4, 8),
     st.integers(0, 99),
 )
-def test_any_shapes_and_ranks_are_solved_with_an_honest_loss(ranks, k, p, q, seed):
+def test_the_loss_is_honest_for_any_shape(ranks, k, p, q, seed):
     rng = seeded(seed)
     problem = problem_of((normal(rng, 2, k, p, q), ranks))
     start = normal(rng, k, len(ranks))
-    found = solve_ll1(
+    solution = solve_ll1(
         problem, initial_factors(problem, start, rng), start, StoppingCriterion(8, FOREVER)
     )
-    assert found.multipliers.shape == (k, len(ranks))
-    assert found.factors[0].up.shape == (2, p, sum(ranks))
-    assert found.factors[0].down.shape == (2, sum(ranks), q)
-    exact = dense_loss(problem, found.factors, found.multipliers)
-    assert_close(found.loss, exact, rtol=0, atol=1e-6)
+    assert solution.multipliers.shape == (k, len(ranks))
+    assert solution.factors[0].up.shape == (2, p, sum(ranks))
+    assert solution.factors[0].down.shape == (2, sum(ranks), q)
+    exact = dense_loss(problem, solution.factors, solution.multipliers)
+    assert_close(solution.loss, exact, rtol=0, atol=1e-6)
 
 
-def test_sweeps_stop_at_the_tolerance_and_are_told_one_by_one():
+def test_sweeps_are_reported_and_stop_at_the_tolerance():
     problem = random_family(0)
     k, count = problem.shape
-    start, told = normal(seeded(), k, count), []
+    start, reports = normal(seeded(), k, count), []
     factors = initial_factors(problem, start, seeded())
-    found = solve_ll1(problem, factors, start, StoppingCriterion(500, 1e-3, told.append))
-    taken_back = [loss for loss in told if loss not in found.losses]
-    assert [loss for loss in told if loss in found.losses] == list(found.losses)
-    assert all(loss > found.loss for loss in taken_back)
-    assert 2 < len(told) < 500
-    changes = [(a - b) / a for a, b in itertools.pairwise(found.losses)]
+    solution = solve_ll1(problem, factors, start, StoppingCriterion(500, 1e-3, reports.append))
+    taken_back = [loss for loss in reports if loss not in solution.losses]
+    assert [loss for loss in reports if loss in solution.losses] == list(solution.losses)
+    assert all(loss > solution.loss for loss in taken_back)
+    assert 2 < len(reports) < 500
+    changes = [(a - b) / a for a, b in itertools.pairwise(solution.losses)]
     assert changes[-1] <= 1e-3
     assert min(changes[:-1]) > 1e-3
 
 
-def test_whoever_is_told_may_stop_the_sweeps():
+def test_a_callback_may_stop_the_sweeps():
     def stop(loss):
         raise KeyboardInterrupt
 
@@ -373,7 +373,7 @@ def test_a_parallel_map_gives_the_same_solution(parallel):
         assert_close(b.up @ b.down, a.up @ a.down, rtol=1e-7, atol=1e-8)
 
 
-def test_a_solve_keeps_two_sets_of_factors_in_memory_and_no_third(rng, monkeypatch):
+def test_a_solve_keeps_only_two_sets_of_factors(rng, monkeypatch):
     batches = tuple(
         Batch(torch.randn(1, 3, 20, 20, generator=rng), (4, 2), (index,)) for index in range(20)
     )

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hyper_merge.decomposition.ll1 import (
-    Batch,
-    Factors,
     Statistics,
     compute_statistics,
     fit_multipliers,
@@ -29,6 +27,7 @@ from hyper_merge.decomposition.ll1 import (
     update_downs,
     update_ups,
 )
+from hyper_merge.decomposition.problem import Batch, Factors
 
 ridges = st.sampled_from([0.0, 0.01, 1.0])
 small_ranks = st.lists(st.integers(1, 3), min_size=1, max_size=3)
@@ -67,30 +66,30 @@ def well_conditioned(design):
 @given(batches(), ridges)
 def test_ups_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, multipliers = drawn
-    found = update_ups(batch, factors, multipliers, ridge=ridge)
+    updated = update_ups(batch, factors, multipliers, ridge=ridge)
     batch, multipliers = with_zeros(batch, multipliers, ridge)
     weighted = torch.einsum("kc,bcq->bckq", mode3_rows(batch, multipliers), factors.down)
     design = weighted.flatten(2).mT  # (b, kq, rho)
     assume(well_conditioned(design))
     target = batch.slices.transpose(1, 2).flatten(2).mT  # (b, kq, p)
-    wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution
-    assert_close(design @ found.up.mT, design @ wanted, rtol=0, atol=1e-6)
-    assert found.down is factors.down
+    expected = torch.linalg.lstsq(design, target, driver="gelsd").solution
+    assert_close(design @ updated.up.mT, design @ expected, rtol=0, atol=1e-6)
+    assert updated.down is factors.down
 
 
 @settings(deadline=None, max_examples=40)
 @given(batches(), ridges)
 def test_downs_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, multipliers = drawn
-    found = update_downs(batch, factors, multipliers, ridge=ridge)
+    updated = update_downs(batch, factors, multipliers, ridge=ridge)
     batch, multipliers = with_zeros(batch, multipliers, ridge)
     weighted = torch.einsum("kc,bpc->bkpc", mode3_rows(batch, multipliers), factors.up)
     design = weighted.flatten(1, 2)  # (b, kp, rho)
     assume(well_conditioned(design))
     target = batch.slices.flatten(1, 2)  # (b, kp, q)
-    wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution
-    assert_close(design @ found.down, design @ wanted, rtol=0, atol=1e-6)
-    assert found.up is factors.up
+    expected = torch.linalg.lstsq(design, target, driver="gelsd").solution
+    assert_close(design @ updated.down, design @ expected, rtol=0, atol=1e-6)
+    assert updated.up is factors.up
 
 
 def test_well_conditioned_updates_equal_lstsq_itself(rng):
@@ -99,11 +98,11 @@ def test_well_conditioned_updates_equal_lstsq_itself(rng):
     rows = mode3_rows(batch, multipliers)
     design = torch.einsum("kc,bcq->bckq", rows, factors.down).flatten(2).mT
     target = batch.slices.transpose(1, 2).flatten(2).mT
-    wanted = torch.linalg.lstsq(design, target).solution.mT
-    assert_close(update_ups(batch, factors, multipliers).up, wanted, rtol=1e-8, atol=1e-8)
+    expected = torch.linalg.lstsq(design, target).solution.mT
+    assert_close(update_ups(batch, factors, multipliers).up, expected, rtol=1e-8, atol=1e-8)
     design = torch.einsum("kc,bpc->bkpc", rows, factors.up).flatten(1, 2)
-    wanted = torch.linalg.lstsq(design, batch.slices.flatten(1, 2)).solution
-    assert_close(update_downs(batch, factors, multipliers).down, wanted, rtol=1e-8, atol=1e-8)
+    expected = torch.linalg.lstsq(design, batch.slices.flatten(1, 2)).solution
+    assert_close(update_downs(batch, factors, multipliers).down, expected, rtol=1e-8, atol=1e-8)
 
 
 @settings(deadline=None, max_examples=40)
@@ -111,8 +110,8 @@ def test_well_conditioned_updates_equal_lstsq_itself(rng):
 def test_the_loss_is_the_dense_residual(drawn, outside):
     batch, factors, multipliers = drawn
     problem = problem_of((batch.slices, batch.ranks), outside=outside)
-    found = compute_statistics(problem, [factors]).loss(multipliers)
-    assert_close(found, dense_loss(problem, [factors], multipliers), rtol=1e-10, atol=1e-10)
+    loss = compute_statistics(problem, [factors]).loss(multipliers)
+    assert_close(loss, dense_loss(problem, [factors], multipliers), rtol=1e-10, atol=1e-10)
 
 
 def test_statistics_are_inner_products_summed_over_all_layers(rng):
@@ -120,7 +119,7 @@ def test_statistics_are_inner_products_summed_over_all_layers(rng):
         (normal(rng, 2, 3, 6, 5), (2, 1)), (normal(rng, 1, 3, 4, 8), (1, 3)), outside=2.0
     )
     factors = [random_factors(rng, batch) for batch in problem.batches]
-    found = compute_statistics(problem, factors)
+    statistics = compute_statistics(problem, factors)
     pairs = list(zip(problem.batches, factors, strict=True))
     products = [dense_blocks(batch, f) for batch, f in pairs]
     cross = sum(
@@ -128,18 +127,18 @@ def test_statistics_are_inner_products_summed_over_all_layers(rng):
         for (batch, _), product in zip(pairs, products, strict=True)
     )
     gram = sum(torch.einsum("brpq,bspq->rs", product, product) for product in products)
-    assert found.energy == problem.energy
-    assert_close(found.cross, cross)
-    assert_close(found.gram, gram)
+    assert statistics.energy == problem.energy
+    assert_close(statistics.cross, cross)
+    assert_close(statistics.gram, gram)
 
 
 def test_the_statistics_of_float32_layers_are_float64(rng):
     problem = problem_of((normal(rng, 2, 3, 6, 5).float(), (2, 1)))
     factors = [random_factors(rng, problem.batches[0])]
-    found, multipliers = compute_statistics(problem, factors), normal(rng, 3, 2)
-    assert found.cross.dtype == found.gram.dtype == torch.float64
+    statistics, multipliers = compute_statistics(problem, factors), normal(rng, 3, 2)
+    assert statistics.cross.dtype == statistics.gram.dtype == torch.float64
     assert_close(
-        found.loss(multipliers), dense_loss(problem, factors, multipliers), rtol=1e-5, atol=0
+        statistics.loss(multipliers), dense_loss(problem, factors, multipliers), rtol=1e-5, atol=0
     )
 
 
@@ -156,26 +155,26 @@ def test_the_loss_of_nothing_is_zero():
 def test_multipliers_are_the_dense_least_squares_solution(drawn, ridge):
     batch, factors, _ = drawn
     sums = compute_statistics(problem_of((batch.slices, batch.ranks)), [factors])
-    found = fit_multipliers(sums.with_ridge(ridge))
+    fitted = fit_multipliers(sums.with_ridge(ridge))
     design = dense_blocks(batch, factors).transpose(0, 1).flatten(1).mT  # (bpq, R)
     target = batch.slices.transpose(0, 1).flatten(1).mT  # (bpq, k)
     design = torch.cat([design, torch.diag(ridge**0.5 * design.norm(dim=0))])
     target = torch.cat([target, target.new_zeros(len(batch.ranks), target.shape[1])])
-    wanted = torch.linalg.lstsq(design, target, driver="gelsd").solution.mT
-    assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    expected = torch.linalg.lstsq(design, target, driver="gelsd").solution.mT
+    assert_close(fitted, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_equal_blocks_share_their_multiplier_evenly(rng):
     batch = Batch(normal(rng, 1, 3, 6, 5), (1, 1), (0,))
     one = random_factors(rng, batch)
     twice = Factors(one.up[..., [0, 0]], one.down[:, [0, 0]])
-    found = fit_multipliers(compute_statistics(problem_of((batch.slices, (1, 1))), [twice]))
-    assert torch.isfinite(found).all()
-    assert_close(found[:, 0], found[:, 1], rtol=1e-6, atol=1e-9)
+    fitted = fit_multipliers(compute_statistics(problem_of((batch.slices, (1, 1))), [twice]))
+    assert torch.isfinite(fitted).all()
+    assert_close(fitted[:, 0], fitted[:, 1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
-def test_the_scale_of_one_block_does_not_change_the_fit(rng, scale):
+def test_the_multiplier_fit_ignores_block_scales(rng, scale):
     batch = Batch(normal(rng, 1, 3, 8, 8), (2, 1), (0,))
     problem = problem_of((batch.slices, batch.ranks))
     factors = random_factors(rng, batch)
@@ -224,13 +223,13 @@ def test_updates_change_none_of_their_arguments(rng):
 
 def test_mixtures_are_weighted_sums_of_slices(rng):
     batch, multipliers = Batch(normal(rng, 2, 3, 6, 5), (2, 1), (0, 1)), normal(rng, 3, 2)
-    wanted = torch.einsum("kr,bkpq->brpq", multipliers, batch.slices)
-    assert_close(batch.mixtures(multipliers), wanted)
+    expected = torch.einsum("kr,bkpq->brpq", multipliers, batch.slices)
+    assert_close(batch.mixtures(multipliers), expected)
 
 
 @settings(deadline=None, max_examples=20)
 @given(small_ranks)
-def test_columns_belong_to_the_blocks_in_the_order_of_the_ranks(ranks):
+def test_columns_follow_the_order_of_the_ranks(ranks):
     batch = Batch(torch.zeros(1, 2, 9, 9), tuple(ranks), (0,))
     columns = [r for r, rank in enumerate(ranks) for _ in range(rank)]
     assert batch.block_of.tolist() == columns
@@ -242,24 +241,24 @@ def test_columns_belong_to_the_blocks_in_the_order_of_the_ranks(ranks):
     assert shapes == [(rank, rank) for rank in ranks]
 
 
-def test_blocks_of_orthogonal_multipliers_start_as_svds_of_their_mixtures(rng):
+def test_orthogonal_multipliers_start_blocks_as_mixture_svds(rng):
     spectrum = 0.5 ** torch.arange(8.0).double()
     mixtures = [with_spectrum(rng, 8, 8, spectrum) for _ in range(2)]
     turn = orthogonal(rng, 3, 2) * torch.tensor([2.0, 0.5], dtype=torch.float64)
     problem = problem_of((torch.einsum("kr,rpq->kpq", turn, torch.stack(mixtures))[None], (2, 3)))
-    (found,) = initial_factors(problem, turn, rng)
-    products = dense_blocks(problem.batches[0], found)[0]
+    (factors,) = initial_factors(problem, turn, rng)
+    products = dense_blocks(problem.batches[0], factors)[0]
     for product, mixture, rank in zip(products, mixtures, (2, 3), strict=True):
         assert torch.linalg.matrix_rank(product) == rank
         error, best = float((mixture - product).square().sum()), tail(mixture, rank)
         assert best * (1 - 1e-9) <= error <= 1.1 * best
 
 
-def test_blocks_of_equal_multipliers_start_as_one_svd_shared_out(rng):
+def test_equal_multipliers_start_blocks_from_one_shared_svd(rng):
     """Starts that repeat each other leave equations singular: the loss once went to 1 from there."""
     matrix = with_spectrum(rng, 8, 8, 0.2 ** torch.arange(8.0).double())
     problem = problem_of((matrix[None, None], (2, 1)))
     ones = torch.ones(1, 2, dtype=torch.float64)
-    (found,) = initial_factors(problem, ones, rng)
-    error = float((matrix - dense_blocks(problem.batches[0], found)[0].sum(0)).square().sum())
+    (factors,) = initial_factors(problem, ones, rng)
+    error = float((matrix - dense_blocks(problem.batches[0], factors)[0].sum(0)).square().sum())
     assert tail(matrix, 3) * (1 - 1e-9) <= error <= 1.1 * tail(matrix, 3)

@@ -15,9 +15,7 @@ from hyper_merge.decomposition.normalization import balance, unit_scales
     st.integers(0, 4),
     st.integers(0, 99),
 )
-def test_balanced_factors_keep_the_product_and_share_falling_singular_values(
-    batch, r, more_p, more_q, seed
-):
+def test_balanced_factors_keep_product_and_singular_values(batch, r, more_p, more_q, seed):
     rng = torch.Generator().manual_seed(seed)
     up = normal(rng, *batch, r + more_p, r) * 1e4
     down = normal(rng, *batch, r, r + more_q) * 1e-2

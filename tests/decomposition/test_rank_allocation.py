@@ -1,4 +1,4 @@
-"""Bytes go to the layers and blocks where they bring back most, and never beyond the budget."""
+"""Bytes go to the layers and blocks where they explain most, and never beyond the budget."""
 
 import heapq
 from itertools import product
@@ -28,12 +28,12 @@ def shops(draw, lists=4, items=4):
     count = draw(st.integers(1, lists))
     gains = [draw(st.lists(AMOUNTS, max_size=items)) for _ in range(count)]
     costs = [draw(COSTS) for _ in range(count)]
-    gains = [torch.tensor(sorted(each, reverse=True), dtype=torch.float64) for each in gains]
+    gains = [torch.tensor(sorted(values, reverse=True), dtype=torch.float64) for values in gains]
     return gains, costs, draw(st.integers(0, 60))
 
 
 def value(gains, counts):
-    return sum(float(each[:count].sum()) for each, count in zip(gains, counts, strict=True))
+    return sum(float(values[:count].sum()) for values, count in zip(gains, counts, strict=True))
 
 
 def price(costs, counts):
@@ -42,7 +42,7 @@ def price(costs, counts):
 
 def best(gains, costs, budget):
     """Of all choices, by trying each."""
-    choices = product(*(range(len(each) + 1) for each in gains))
+    choices = product(*(range(len(values) + 1) for values in gains))
     return max(value(gains, c) for c in choices if price(costs, c) <= budget)
 
 
@@ -50,9 +50,9 @@ def bought_one_by_one(gains, costs, budget):
     """The same rule with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
     taken = [0] * len(gains)
     heap = [
-        (-float(each[0]) / cost, index)
-        for index, (each, cost) in enumerate(zip(gains, costs, strict=True))
-        if len(each)
+        (-float(values[0]) / cost, index)
+        for index, (values, cost) in enumerate(zip(gains, costs, strict=True))
+        if len(values)
     ]
     heapq.heapify(heap)
     while heap:
@@ -74,13 +74,13 @@ def test_items_are_bought_as_from_a_heap(shop):
 
 @settings(deadline=None, max_examples=100)
 @given(shops(lists=3, items=3))
-def test_the_choice_is_at_most_one_item_from_the_best(shop):
+def test_spread_ranks_are_one_item_from_the_best(shop):
     gains, costs, budget = shop
-    found = spread_ranks(gains, costs, budget)
-    assert price(costs, found) <= budget
-    dearest = max((float(each.max()) for each in gains if len(each)), default=0.0)
+    counts = spread_ranks(gains, costs, budget)
+    assert price(costs, counts) <= budget
+    dearest = max((float(values.max()) for values in gains if len(values)), default=0.0)
     exact = best(gains, costs, budget)
-    assert exact - dearest <= value(gains, found) <= exact
+    assert exact - dearest <= value(gains, counts) <= exact
     assert exact <= maximize_gain(gains, costs, budget) + 1e-9
 
 
@@ -95,22 +95,22 @@ def test_of_items_of_one_cost_the_best_are_bought(shop, cost):
 
 @settings(deadline=None, max_examples=100)
 @given(shops())
-def test_what_fits_to_the_last_byte_is_all_that_there_can_be(shop):
+def test_a_full_budget_is_spent_to_the_last_byte(shop):
     gains, costs, budget = shop
-    found = spread_ranks(gains, costs, budget)
-    spent = price(costs, found)
+    counts = spread_ranks(gains, costs, budget)
+    spent = price(costs, counts)
     same = spread_ranks(gains, costs, spent)
     # Up to a list that was closed the order is by gain per cost, so nothing beats it at its cost.
-    assume(same == found == bought_in_order(gains, costs, spent))
-    assert value(gains, found) == pytest.approx(maximize_gain(gains, costs, spent))
+    assume(same == counts == bought_in_order(gains, costs, spent))
+    assert value(gains, counts) == pytest.approx(maximize_gain(gains, costs, spent))
 
 
 def bought_in_order(gains, costs, budget):
     """Stops at the first item that is too dear."""
     rates = sorted(
         (-float(gain) / cost, index)
-        for index, (each, cost) in enumerate(zip(gains, costs, strict=True))
-        for gain in each
+        for index, (values, cost) in enumerate(zip(gains, costs, strict=True))
+        for gain in values
         if gain > 0
     )
     taken = [0] * len(gains)
@@ -124,12 +124,12 @@ def bought_in_order(gains, costs, budget):
 
 @settings(deadline=None, max_examples=100)
 @given(shops())
-def test_nothing_is_left_that_would_buy_the_next_item_of_a_list(shop):
+def test_no_affordable_item_is_left_unbought(shop):
     gains, costs, budget = shop
-    found = spread_ranks(gains, costs, budget)
-    left = budget - price(costs, found)
-    for each, cost, count in zip(gains, costs, found, strict=True):
-        assert count == len(each) or float(each[count]) == 0 or cost > left
+    counts = spread_ranks(gains, costs, budget)
+    left = budget - price(costs, counts)
+    for values, cost, count in zip(gains, costs, counts, strict=True):
+        assert count == len(values) or float(values[count]) == 0 or cost > left
 
 
 def test_what_is_left_goes_to_the_first_cheaper_item():
@@ -148,7 +148,7 @@ def test_nothing_to_buy_costs_nothing():
     assert maximize_gain([none], [1], 9) == 0
 
 
-def test_the_last_item_of_the_bound_is_taken_in_part():
+def test_the_bound_takes_the_last_item_in_part():
     gains = [torch.tensor([6.0, 2.0]), torch.tensor([4.0])]
     assert maximize_gain(gains, [2, 4], 4) == pytest.approx(8)
     assert maximize_gain(gains, [2, 4], 5) == pytest.approx(9)
@@ -175,24 +175,24 @@ def planted(*sizes):
     return [torch.tensor([4.0] * size + [0.0] * (8 - size)) for size in sizes]
 
 
-def test_layers_of_known_ranks_get_just_these_when_the_bytes_suffice():
-    found = overcomplete_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
-    assert found == [(1,), (5,), (0,)]
+def test_layers_of_known_ranks_get_exactly_these():
+    ranks = overcomplete_ranks(planted(1, 5, 0), [10, 20, 5], [8, 8, 8], [4], 1000)
+    assert ranks == [(1,), (5,), (0,)]
 
 
-def test_with_fewer_bytes_the_most_gain_per_byte_comes_first():
+def test_few_bytes_go_to_the_best_gains():
     gains = [torch.tensor([8.0, 6.0, 1.0]), torch.tensor([9.0, 2.0])]
     # Per byte 4, 3, 1/2 and 9/4, 1/2: in the order first, first, second.
     assert overcomplete_ranks(gains, [2, 4], [8, 8], [1], 4) == [(2,), (0,)]
     assert overcomplete_ranks(gains, [2, 4], [8, 8], [1], 8) == [(2,), (1,)]
 
 
-def test_a_layers_ranks_are_split_as_the_list_is_and_capped():
-    (found,) = overcomplete_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
-    assert found == (6, 3, 3)
+def test_a_layers_ranks_are_split_like_the_list():
+    (ranks,) = overcomplete_ranks([torch.ones(12)], [1], [6], [2, 1, 1], 12)
+    assert ranks == (6, 3, 3)
     # Twice a block's limit in all, and no block above it.
-    (found,) = overcomplete_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
-    assert found == (4, 2, 2)
+    (ranks,) = overcomplete_ranks([torch.ones(12)], [1], [4], [2, 1, 1], 12)
+    assert ranks == (4, 2, 2)
 
 
 def test_the_components_of_most_energy_per_byte_are_kept():
@@ -226,13 +226,13 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
     assert price(costs, [sum(rank) for rank in kept]) <= budget
     # They are kept from the front, and no other components of the same cost hold more.
     best_of_all = maximize_gain(
-        [each for layer in energies for each in layer],
+        [values for layer in energies for values in layer],
         [cost for cost in costs for _ in ranks],
         budget,
     )
     held = sum(
-        float(each[:count].double().sum())
+        float(values[:count].double().sum())
         for layer, counts in zip(energies, kept, strict=True)
-        for each, count in zip(layer, counts, strict=True)
+        for values, count in zip(layer, counts, strict=True)
     )
     assert_close(torch.tensor(min(held, best_of_all)), torch.tensor(held))

@@ -52,8 +52,8 @@ def white(rng, m, n):
     return normal(rng, m, n)
 
 
-def error_of(matrix, found):
-    return float((matrix.double() - found.up.double() @ found.down.double()).square().sum())
+def error_of(matrix, truncated):
+    return float((matrix.double() - truncated.up.double() @ truncated.down.double()).square().sum())
 
 
 def least_error(matrix, rank):
@@ -70,43 +70,43 @@ def no_gram(monkeypatch):
 @pytest.mark.parametrize("rank", [1, 4, 9, 25])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [*SPECTRA, "white", "shared and noise"])
-def test_the_error_is_at_most_a_thousandth_above_the_least(rng, name, shape, rank, dtype):
+def test_the_truncated_error_is_near_the_least(rng, name, shape, rank, dtype):
     makers = {"white": white, "shared and noise": shared_and_noise}
     matrix = (
         with_spectrum(rng, *shape, SPECTRA[name]) if name in SPECTRA else makers[name](rng, *shape)
     ).to(dtype)
-    found = truncated_svd(matrix, rank, rng)
+    truncated = truncated_svd(matrix, rank, rng)
     least, energy = least_error(matrix, rank), float(matrix.double().square().sum())
-    error = error_of(matrix, found)
+    error = error_of(matrix, truncated)
     # A step that finds 1e-10 of the energy has found rounding errors in float32.
     assert least * (1 - 1e-9) <= error + 1e-12 * energy
     assert error <= 1.001 * least + 1e-10 * energy
-    assert_close(float(found.energies.sum()) + error, energy, rtol=1e-5, atol=0)
+    assert_close(float(truncated.energies.sum()) + error, energy, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(110, 90), (90, 110)])
-def test_singular_vectors_come_in_falling_order_with_the_root_on_each_side(rng, no_gram, shape):
+def test_truncated_factors_are_balanced_in_falling_order(rng, no_gram, shape):
     matrix = with_spectrum(rng, *shape, SPECTRA["power"]).float()
-    found = truncated_svd(matrix, 6, rng)
-    assert (found.up.shape, found.down.shape) == ((shape[0], 6), (6, shape[1]))
-    values = found.energies.sqrt()
+    truncated = truncated_svd(matrix, 6, rng)
+    assert (truncated.up.shape, truncated.down.shape) == ((shape[0], 6), (6, shape[1]))
+    values = truncated.energies.sqrt()
     assert_close(values, SPECTRA["power"][:6], rtol=1e-3, atol=0)
-    for gram in (found.up.mT @ found.up, found.down @ found.down.mT):
+    for gram in (truncated.up.mT @ truncated.up, truncated.down @ truncated.down.mT):
         assert_close(gram.double(), torch.diag(values), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("planted", [3, 9])
-def test_a_matrix_of_the_rank_comes_back_and_no_step_is_wasted(rng, no_gram, planted, dtype):
+def test_a_low_rank_matrix_is_exact_without_wasted_steps(rng, no_gram, planted, dtype):
     matrix = (normal(rng, 120, planted) @ normal(rng, planted, 100)).to(dtype)
     costs = []
-    found = truncated_svd(matrix, 9, rng, costs.append)
+    truncated = truncated_svd(matrix, 9, rng, costs.append)
     scale = float(matrix.abs().max())
-    assert_close(found.up @ found.down, matrix, rtol=0, atol=2e-5 * scale)
+    assert_close(truncated.up @ truncated.down, matrix, rtol=0, atol=2e-5 * scale)
     assert len(costs) == 2  # the second finds nothing
 
 
-def test_equal_singular_values_which_stall_a_krylov_space_are_all_found(rng, no_gram):
+def test_equal_singular_values_are_all_captured(rng, no_gram):
     spectrum = torch.where(ORDER <= 25, 1.0, 0.0)
     matrix = with_spectrum(rng, 140, 140, spectrum).float()
     assert error_of(matrix, truncated_svd(matrix, 25, rng)) <= 1e-9 * 25
@@ -116,27 +116,27 @@ def test_the_space_stays_orthonormal_where_nothing_new_is_left(rng):
     matrix = (normal(rng, 120, 5) @ normal(rng, 5, 120)).float()
     basis = torch.linalg.qr(matrix[:, :60].double() + 1e-9 * normal(rng, 120, 60))[0].float()
     columns = truncated._apart(matrix[:, :20], basis)
-    both = torch.cat([basis, columns], 1)
-    assert_close(both.mT @ both, torch.eye(80), rtol=0, atol=2e-6)
+    joined = torch.cat([basis, columns], 1)
+    assert_close(joined.mT @ joined, torch.eye(80), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (100, 80)])
 @pytest.mark.parametrize("more", [0, 50])
 def test_full_rank_is_exact(rng, shape, more):
     matrix = normal(rng, *shape)
-    found = truncated_svd(matrix, min(shape) + more, rng)
-    assert found.up.shape == (shape[0], min(shape))
-    assert_close(found.up @ found.down, matrix, rtol=0, atol=1e-9)
+    truncated = truncated_svd(matrix, min(shape) + more, rng)
+    assert truncated.up.shape == (shape[0], min(shape))
+    assert_close(truncated.up @ truncated.down, matrix, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("side", [7, 100])
 def test_zeros_stay_zeros(rng, side):
-    found = truncated_svd(torch.zeros(side, side + 1), 4, rng)
-    assert_close(found.up @ found.down, torch.zeros(side, side + 1), rtol=0, atol=0)
-    assert float(found.energies.sum()) == 0
+    truncated = truncated_svd(torch.zeros(side, side + 1), 4, rng)
+    assert_close(truncated.up @ truncated.down, torch.zeros(side, side + 1), rtol=0, atol=0)
+    assert float(truncated.energies.sum()) == 0
 
 
-def test_the_same_start_gives_the_same_and_the_matrix_is_left_alone(rng):
+def test_a_truncated_svd_is_repeatable_and_leaves_its_matrix(rng):
     matrix = normal(rng, 90, 100).float()
     before = matrix.clone()
     one, other = (truncated_svd(matrix, 8, torch.Generator().manual_seed(3)) for _ in range(2))
@@ -146,7 +146,7 @@ def test_the_same_start_gives_the_same_and_the_matrix_is_left_alone(rng):
 
 
 @pytest.mark.parametrize("side", [30, 140])
-def test_costs_are_told_and_an_exception_ends_the_work(rng, side):
+def test_costs_are_reported_and_an_exception_ends_the_work(rng, side):
     matrix = with_spectrum(rng, side, side, SPECTRA["slow"]).float()
     costs = []
     truncated_svd(matrix, 9, rng, costs.append)
@@ -159,7 +159,7 @@ def test_costs_are_told_and_an_exception_ends_the_work(rng, side):
         truncated_svd(matrix, 9, rng, stop)
 
 
-def test_what_is_to_come_is_the_rest_of_a_geometric_series():
+def test_the_expected_gain_is_a_geometric_series():
     gains = [0.5**step for step in range(60)]
     held = [math.fsum(gains[:count]) for count in (3, 4, 5)]
     assert truncated._to_come(held) == pytest.approx(math.fsum(gains) - held[-1], rel=1e-9)
@@ -169,10 +169,12 @@ def test_what_is_to_come_is_the_rest_of_a_geometric_series():
 @pytest.mark.parametrize("rank", [1, 4, 9, 30])
 def test_a_shortened_product_loses_exactly_the_singular_tail(rng, rank):
     up, down = normal(rng, 30, 9), normal(rng, 9, 20)
-    found = truncate_factors(up, down, rank)
+    truncated = truncate_factors(up, down, rank)
     tail = least_error(up @ down, rank)
-    assert error_of(up @ down, found) == pytest.approx(tail, rel=1e-9, abs=1e-20)
-    assert float(found.energies.sum()) == pytest.approx(float((up @ down).square().sum()) - tail)
+    assert error_of(up @ down, truncated) == pytest.approx(tail, rel=1e-9, abs=1e-20)
+    assert float(truncated.energies.sum()) == pytest.approx(
+        float((up @ down).square().sum()) - tail
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -194,6 +196,6 @@ def test_factors_of_nothing_are_evened_to_nothing(rng):
     assert_close(one @ other, torch.zeros(4, 3).double(), rtol=0, atol=0)
 
 
-def test_the_energy_of_a_product_is_that_of_the_dense_one(rng):
+def test_a_products_energy_is_the_dense_one(rng):
     up, down = normal(rng, 7, 3), normal(rng, 3, 5)
     assert product_energy(up, down) == pytest.approx(float((up @ down).square().sum()), rel=1e-12)

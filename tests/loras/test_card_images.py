@@ -15,9 +15,9 @@ POSITIVE, NEGATIVE, GROUND = (0x5A, 0xA2, 0xDC), (0xE8, 0x91, 0x4A), (0x1A, 0x20
 
 
 def image(png):
-    found = Image.open(BytesIO(png))
-    assert (found.format, found.mode, found.size) == ("PNG", "RGB", (400, 600))
-    return found
+    picture = Image.open(BytesIO(png))
+    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (400, 600))
+    return picture
 
 
 def columns_of(picture, colour):
@@ -30,7 +30,7 @@ def is_empty(picture, box):
     return picture.crop(box).getcolors() == [((box[2] - box[0]) * (box[3] - box[1]), GROUND)]
 
 
-def test_a_bar_goes_right_above_zero_and_left_below_as_far_as_the_multiplier():
+def test_a_bar_shows_a_multipliers_sign_and_size():
     up = columns_of(image(lora_picture("mix", 0, 1, 8, {"a": 1.0, "b": 0.5})), POSITIVE)
     assert (min(up), max(up)) == (200, 368)
     half = columns_of(image(lora_picture("mix", 0, 1, 8, {"b": 0.5})), POSITIVE)
@@ -40,8 +40,8 @@ def test_a_bar_goes_right_above_zero_and_left_below_as_far_as_the_multiplier():
 
 
 def test_a_multiplier_above_one_stays_on_the_card():
-    both = image(lora_picture("mix", 0, 1, 8, {"a": 2.0, "b": 1.0}))
-    assert max(columns_of(both, POSITIVE)) == 368
+    picture = image(lora_picture("mix", 0, 1, 8, {"a": 2.0, "b": 1.0}))
+    assert max(columns_of(picture, POSITIVE)) == 368
 
 
 @pytest.mark.parametrize("names", [["a"], LONG[:6], LONG, ["模型" * 20, "Модель", "é" * 60, "😀"]])
@@ -56,15 +56,15 @@ def test_margins_and_what_the_card_covers_stay_empty(names):
         assert not is_empty(picture, (30, 0, 372, 150))
 
 
-def test_of_many_checkpoints_those_with_the_largest_multipliers_are_shown():
+def test_a_card_shows_the_largest_multipliers():
     multipliers = dict.fromkeys(LONG, 0.0)
-    shown = {LONG[i]: x for i, x in ((3, 0.2), (7, -1.0), (8, 0.5), (11, 0.3), (19, -0.4))}
-    assert list(preview._most(multipliers | shown).items()) == list(shown.items())
+    largest = {LONG[i]: x for i, x in ((3, 0.2), (7, -1.0), (8, 0.5), (11, 0.3), (19, -0.4))}
+    assert list(preview._most(multipliers | largest).items()) == list(largest.items())
     six = dict(list(multipliers.items())[:6])
     assert preview._most(six) == six
 
 
-def test_the_same_merge_gives_the_same_bytes_and_another_others():
+def test_card_bytes_follow_the_merge():
     first = lora_picture("mix", 0, 2, 8, {"a": 1.0, "b": -0.5})
     assert first == lora_picture("mix", 0, 2, 8, {"a": 1.0, "b": -0.5})
     others = [
@@ -89,7 +89,7 @@ def test_without_any_font_pillows_own_writes_what_it_can(no_fonts):
     assert image(lora_picture("模型", 0, 1, 8, {"Модель": 1.0, LONG[0]: 0.5}))
 
 
-def test_an_older_pillow_has_one_small_font_and_few_letters(no_fonts, monkeypatch):
+def test_an_older_pillow_has_one_small_font(no_fonts, monkeypatch):
     only = (
         ImageFont.load_default_imagefont
         if hasattr(ImageFont, "load_default_imagefont")

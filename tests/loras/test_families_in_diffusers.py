@@ -82,8 +82,8 @@ def test_names_and_shapes_are_those_of_diffusers_unet(name):
         lora[layer.module + ".lora_down.weight"] = torch.zeros(layer.down_shape(1), device="meta")
         lora[layer.module + ".lora_up.weight"] = torch.zeros(layer.up_shape(1), device="meta")
     mapped = lora_conversion_utils._maybe_map_sgm_blocks_to_diffusers(lora, model.config)
-    found, _ = lora_conversion_utils._convert_non_diffusers_lora_to_diffusers(mapped)
-    factors = {plain(key): tuple(tensor.shape) for key, tensor in found.items()}
+    converted, _ = lora_conversion_utils._convert_non_diffusers_lora_to_diffusers(mapped)
+    factors = {plain(key): tuple(tensor.shape) for key, tensor in converted.items()}
     modules = {
         key.removesuffix(".lora.down.weight"): (
             factors[key.replace("down.w", "up.w")][0],
@@ -96,17 +96,17 @@ def test_names_and_shapes_are_those_of_diffusers_unet(name):
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_the_hyper_model_converts_to_diffusers_unet_at_full_size(name):
+def test_a_full_size_unet_converts_to_diffusers(name):
     model = on_meta(diffusers.UNet2DConditionModel, **UNETS[name])
-    found = single_file_utils.convert_ldm_unet_checkpoint(written(name), {**model.config})
-    assert shapes_of(found) == shapes_of(model.state_dict())
+    converted = single_file_utils.convert_ldm_unet_checkpoint(written(name), {**model.config})
+    assert shapes_of(converted) == shapes_of(model.state_dict())
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("flux_dev", True), ("flux_schnell", False)])
-def test_the_hyper_model_converts_to_diffusers_flux_at_full_size(name, guidance):
+def test_a_full_size_flux_model_converts_to_diffusers(name, guidance):
     model = on_meta(diffusers.FluxTransformer2DModel, guidance_embeds=guidance)
-    found = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(written(name))
-    assert shapes_of(found) == shapes_of(model.state_dict())
+    converted = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(written(name))
+    assert shapes_of(converted) == shapes_of(model.state_dict())
 
 
 SD3 = {
@@ -129,7 +129,7 @@ SD3 = {
 
 
 @pytest.mark.parametrize("name", SD3)
-def test_the_hyper_model_converts_to_diffusers_sd3_at_full_size(name):
+def test_a_full_size_sd3_model_converts_to_diffusers(name):
     settings = {"pos_embed_max_size": 192, **SD3[name]}
     model = on_meta(
         diffusers.SD3Transformer2DModel,
@@ -141,11 +141,11 @@ def test_the_hyper_model_converts_to_diffusers_sd3_at_full_size(name):
         pooled_projection_dim=2048,
         **settings,
     )
-    found = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
+    converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
         {key: tensor for key, tensor in written(name).items() if key.startswith(UNET)}
     )
     expected = shapes_of(model.state_dict())
-    assert shapes_of(found) == expected
+    assert shapes_of(converted) == expected
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +160,12 @@ def flux_lora():
     return tensors
 
 
-def test_diffusers_finds_a_place_for_every_module_of_a_flux_lora(flux_lora):
-    found = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(dict(flux_lora))
+def test_diffusers_maps_every_module_of_flux_loras(flux_lora):
+    converted = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(dict(flux_lora))
     model = on_meta(diffusers.FluxTransformer2DModel, guidance_embeds=True).state_dict()
-    modules = {key.partition(".lora_")[0].removeprefix("transformer.") for key in found}
+    modules = {key.partition(".lora_")[0].removeprefix("transformer.") for key in converted}
     for module in modules:
-        up, down = (found[f"transformer.{module}.lora_{end}.weight"] for end in "BA")
+        up, down = (converted[f"transformer.{module}.lora_{end}.weight"] for end in "BA")
         assert (up.shape[0], down.shape[1]) == tuple(model[f"{module}.weight"].shape)
     expected = {
         key.removesuffix(".weight")
@@ -176,10 +176,10 @@ def test_diffusers_finds_a_place_for_every_module_of_a_flux_lora(flux_lora):
 
 
 def test_diffusers_splits_a_flux_attention_as_we_see_it(flux_lora):
-    found = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(dict(flux_lora))
+    converted = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(dict(flux_lora))
     ours = "lora_unet_double_blocks_3_img_attn_qkv"
     whole = flux_lora[f"{ours}.lora_up.weight"] @ flux_lora[f"{ours}.lora_down.weight"]
     for place, letter in enumerate("qkv"):
         name = f"transformer.transformer_blocks.3.attn.to_{letter}"
-        part = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+        part = converted[f"{name}.lora_B.weight"] @ converted[f"{name}.lora_A.weight"]
         torch.testing.assert_close(part, whole[place * 3072 : (place + 1) * 3072])

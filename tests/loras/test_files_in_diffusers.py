@@ -27,7 +27,7 @@ SMALL = replace(NARROW, count=2, width=16, context=24)
 
 
 def unet_model(spec, **settings):
-    """A UNet of the family's widths with weights of its own."""
+    """A UNet of the family's widths with random weights."""
     multiples = settings.pop("multiples", (1, 2, 4, 4))
     return diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -40,7 +40,7 @@ def unet_model(spec, **settings):
 
 
 def text_model(spec, width, layers, kind=transformers.CLIPTextModel):
-    """A text encoder with weights of its own."""
+    """A text encoder with random weights."""
     config = transformers.CLIPTextConfig(
         vocab_size=spec.vocabulary,
         hidden_size=width,
@@ -54,13 +54,13 @@ def text_model(spec, width, layers, kind=transformers.CLIPTextModel):
     return kind(config)
 
 
-def named_for(model, found):
+def named_for(model, weights):
     """Weights under transformers' names as this version of it has them."""
-    found.pop("text_model.embeddings.position_ids", None)
+    weights.pop("text_model.embeddings.position_ids", None)
     if "text_model.final_layer_norm.weight" not in model.state_dict():
         # transformers 5 dropped the prefix
-        found = {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
-    return found
+        weights = {key.removeprefix("text_model."): tensor for key, tensor in weights.items()}
+    return weights
 
 
 class SD1:
@@ -140,7 +140,7 @@ class SDXL(SD1):
 
 
 def load_strictly(model, weights):
-    """The model with these weights: every one of its own is among them, and none besides."""
+    """The model with these weights: all of its own are among them, and no others."""
     model.load_state_dict(weights, strict=True)
     return model.eval()
 
@@ -252,30 +252,32 @@ def test_fused_loras_are_the_average_plus_multipliers_times_loras(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         names = with_loras(pipeline, merged, row, family.layers)
-    said = [str(warning.message) for warning in warned]
-    assert [message for message in said if not message.startswith(SEVERAL)] == []
+    messages = [str(warning.message) for warning in warned]
+    assert [message for message in messages if not message.startswith(SEVERAL)] == []
     assert complaints == []
     modules = modules_of(merged, family.layers)
     counts = {part: len(set().union(*files)) for part, files in modules.items()}
     if allocation == "even":
         assert counts == dict(family.layers)
     for part, files in modules.items():
-        found = lora_layers(getattr(pipeline, part))
-        assert len(found) == counts[part]
-        for name, own in zip(names, files, strict=True):
-            assert sum(name in layer.lora_A for layer in found.values()) == len(own)
+        layers = lora_layers(getattr(pipeline, part))
+        assert len(layers) == counts[part]
+        for name, names_in_file in zip(names, files, strict=True):
+            assert sum(name in layer.lora_A for layer in layers.values()) == len(names_in_file)
     pipeline.fuse_lora(components=list(family.layers), adapter_names=names)
     pipeline.unload_lora_weights()
     expected = summed(models, merged, row)
     before = load_file(merged.place.hyper_model)
     for part, count in counts.items():
         model = getattr(pipeline, part)
-        found = model.state_dict()
-        wanted, average = (family.weights(state, part, model) for state in (expected, before))
-        assert found.keys() == wanted.keys()
-        for key, weight in wanted.items():
-            torch.testing.assert_close(found[key], weight, atol=1e-5, rtol=0, msg=key)
-        changed = [key for key in wanted if not torch.equal(found[key], average[key])]
+        fused = model.state_dict()
+        expected_weights, average = (
+            family.weights(state, part, model) for state in (expected, before)
+        )
+        assert fused.keys() == expected_weights.keys()
+        for key, weight in expected_weights.items():
+            torch.testing.assert_close(fused[key], weight, atol=1e-5, rtol=0, msg=key)
+        changed = [key for key in expected_weights if not torch.equal(fused[key], average[key])]
         # With adaptive ranks an attention's module may hold zeros for the sake of the others.
         assert len(changed) == count or (allocation == "adaptive" and 0 < len(changed) < count)
 

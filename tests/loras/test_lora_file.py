@@ -142,7 +142,7 @@ def test_alpha_is_stored_exactly(alpha, dtype, stored):
     alpha=st.integers(1, 128),
     seed=st.integers(0, 99),
 )
-def test_a_host_adds_up_times_down_whatever_rank_and_alpha(layer, rank, alpha, seed):
+def test_a_host_adds_the_product_whatever_the_alpha(layer, rank, alpha, seed):
     generator = torch.Generator().manual_seed(seed)
     up = torch.randn(layer.m, rank, generator=generator)
     down = torch.randn(rank, layer.n, generator=generator)
@@ -154,14 +154,14 @@ def test_a_host_adds_up_times_down_whatever_rank_and_alpha(layer, rank, alpha, s
     assert {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in tensors.items()} == declared
 
 
-def test_the_ratio_of_rank_and_alpha_is_shared_by_both_factors():
+def test_both_factors_share_the_rank_alpha_ratio():
     tensors = as_lora_weights(LINEAR, torch.ones(6, 1), torch.ones(1, 5), 4, torch.float32)
     assert torch.equal(tensors["lora_te_q_proj.lora_up.weight"], torch.full((6, 1), 0.5))
     assert torch.equal(tensors["lora_te_q_proj.lora_down.weight"], torch.full((1, 5), 0.5))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_rounded_factors_multiply_to_what_hosts_add_and_round_to_themselves(layer):
+def test_rounded_factors_are_what_hosts_add(layer):
     up, down = factors_of((3, 3, 3))[layer.module]
     rounded = as_hosts_apply(*stored_factors(layer, up, down, 128), 128)
     tensors = as_lora_weights(layer, up, down, 128)
@@ -215,7 +215,7 @@ def test_the_file_holds_one_alpha_and_the_planned_deltas(tmp_path):
         )
 
 
-def test_the_file_carries_the_hash_that_hosts_know_it_by(tmp_path):
+def test_the_file_has_the_hash_of_hosts(tmp_path):
     path = tmp_path / "mix_0-4.safetensors"
     write(path, factors_of((4, 3, 2)))
     content = path.read_bytes()
@@ -224,7 +224,7 @@ def test_the_file_carries_the_hash_that_hosts_know_it_by(tmp_path):
     assert metadata_of(path)["sshs_model_hash"] == expected == tensor_data_sha256(path)
 
 
-def test_a_bfloat16_file_with_a_wide_alpha_has_the_right_hash_too(tmp_path):
+def test_a_bfloat16_file_with_wide_alpha_hashes_right(tmp_path):
     path = tmp_path / "mix_0-301.safetensors"
     write(path, factors_of((4, 3, 2)), replace(FILE, rank=301, dtype=torch.bfloat16))
     assert metadata_of(path)["sshs_model_hash"] == tensor_data_sha256(path)
@@ -232,11 +232,11 @@ def test_a_bfloat16_file_with_a_wide_alpha_has_the_right_hash_too(tmp_path):
     assert types == {"alpha": torch.float32, "weight": torch.bfloat16}
 
 
-def test_the_metadata_name_the_family_the_network_and_the_merge():
+def test_the_metadata_name_family_network_and_merge():
     metadata = lora_metadata(FILE, "mix_0-4", "f" * 64)
     assert all(isinstance(value, str) for value in metadata.values())
-    own = {key for key in metadata if key.startswith("hyper_merge.")}
-    assert {key: value for key, value in metadata.items() if key not in own} == {
+    own_keys = {key for key in metadata if key.startswith("hyper_merge.")}
+    assert {key: value for key, value in metadata.items() if key not in own_keys} == {
         "ss_base_model_version": "sd_v1",
         "ss_v2": "False",
         "ss_network_module": "networks.lora",
@@ -328,7 +328,7 @@ def test_the_card_shows_the_version_and_each_checkpoints_tag(tmp_path):
     }
 
 
-def test_multipliers_of_the_text_encoders_own_stand_in_the_metadata_and_on_the_card():
+def test_text_multipliers_are_in_metadata_and_card():
     file = replace(FILE, text_multipliers={"a": 0.25, "b": 1.0})
     assert json.loads(lora_metadata(file, "x", "")["hyper_merge.text_multipliers"]) == {
         "a": 0.25,
@@ -362,7 +362,7 @@ def test_the_hyper_models_card_names_its_checkpoints(tmp_path):
     assert (tmp_path / "mix.png").read_bytes() == hyper_model_picture("mix", ["a", "b"])
 
 
-def test_a_card_of_the_users_own_stays_unless_overwriting_is_allowed(tmp_path):
+def test_the_users_card_stays_unless_overwriting(tmp_path):
     mine = tmp_path / "mix.png"
     mine.write_bytes(b"mine")
     for overwrite, stays in ((False, True), (True, False)):
@@ -374,7 +374,7 @@ def test_a_card_of_the_users_own_stays_unless_overwriting_is_allowed(tmp_path):
     assert (tmp_path / "mix.json").exists()
 
 
-def test_a_refused_lora_leaves_nothing_and_an_existing_one_as_it_was(tmp_path):
+def test_a_refused_lora_changes_no_file(tmp_path):
     factors = factors_of((4, 4, 4))
     factors[CONV.module][0][0, 0] = float("nan")
     with pytest.raises(NonFiniteError):
@@ -396,7 +396,7 @@ ATTENTION = (
 )
 
 
-def test_an_attention_that_hosts_change_only_whole_is_filled_with_zeros(tmp_path):
+def test_an_incomplete_attention_is_filled_with_zeros(tmp_path):
     layers = (*ATTENTION, LINEAR)
     factors = {"te_k": (torch.ones(4, 2), torch.ones(2, 4)), "te_v": (torch.ones(4, 0),) * 2}
     path = tmp_path / "x.safetensors"
@@ -436,7 +436,7 @@ def test_a_family_without_alphas_adds_the_plain_product(tmp_path):
     assert not [key for key in load_file(tmp_path / "x.safetensors") if "alpha" in key]
 
 
-def test_a_family_that_predicts_neither_noise_nor_v_says_nothing_of_it():
+def test_a_flow_familys_metadata_omit_the_prediction_type():
     family = replace(SD1, modelspec_prediction_type="")
     file = replace(FILE, lineage=replace(LINEAGE, family=family))
     assert "modelspec.prediction_type" not in lora_metadata(file, "x", "0" * 64)

@@ -19,15 +19,15 @@ def a1111(prompt):
 
     Source: A1111 modules/extra_networks.py:175-191, extensions-builtin/Lora/extra_networks_lora.py.
     """
-    found = []
+    tags = []
     for match in re.finditer(r"<(\w+):([^>]+)>", prompt):
         assert match[1] == "lora"
         positional = match[2].split(":")
         assert not any("=" in item for item in positional)
         te_multiplier = float(positional[1]) if len(positional) > 1 else 1.0
         unet_multiplier = float(positional[2]) if len(positional) > 2 else te_multiplier
-        found.append((positional[0], unet_multiplier, te_multiplier))
-    return found
+        tags.append((positional[0], unet_multiplier, te_multiplier))
+    return tags
 
 
 def test_loras_are_named_by_place_and_rank():
@@ -70,12 +70,14 @@ def test_tags_come_back_as_they_went(multipliers, separate):
         else format_tags(list(multipliers), unet)
     )
     prompt = f"a cat, (best:1.2) {written} [a:b:0.5]"
-    found = parse_tags(prompt)
-    assert [tag.name for tag in found] == list(multipliers)
-    for each, multiplier, own in zip(found, unet, text if separate else unet, strict=True):
-        assert each.multiplier == pytest.approx(multiplier, rel=1e-15, abs=5.0001e-6)
-        assert each.text_multiplier == pytest.approx(own, rel=1e-15, abs=5.0001e-6)
-    assert a1111(prompt) == found
+    tags = parse_tags(prompt)
+    assert [tag.name for tag in tags] == list(multipliers)
+    for parsed, multiplier, text_multiplier in zip(
+        tags, unet, text if separate else unet, strict=True
+    ):
+        assert parsed.multiplier == pytest.approx(multiplier, rel=1e-15, abs=5.0001e-6)
+        assert parsed.text_multiplier == pytest.approx(text_multiplier, rel=1e-15, abs=5.0001e-6)
+    assert a1111(prompt) == tags
 
 
 @settings(deadline=None)
@@ -128,7 +130,7 @@ def test_each_lora_needs_its_multiplier():
 
 @settings(max_examples=200)
 @given(st.text(max_size=150), st.integers(1, 100))
-def test_any_text_becomes_a_word_that_prompts_and_file_systems_read_as_it_is(text, longest):
+def test_any_text_becomes_a_safe_prompt_word(text, longest):
     word = prompt_word(text, longest)
     assert not re.search(r"[^\w._ +-]", word, re.ASCII) or not word.isascii()
     assert not set(word) & set('<>:"/\\|?*=#,{}[]()^\n')

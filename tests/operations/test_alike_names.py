@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_family import load, merge, recipe, write
 
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.prompt_tags import tag_names
 from hyper_merge.operations import deletable as safe
@@ -305,7 +306,7 @@ def test_runs_whose_names_differ_by_case_alone_are_kept_apart(family, root):
     assert second.place.run == "mix-2"
     order = recipe(files[:3], root, name="mIX", ranks=(1,), overwrite=True)
     with pytest.raises(NameTakenError, match="differs from mIX by case alone"):
-        run_merge(run_preflight(order), Progress())
+        run_merge(run_preflight(order), Progress(), effort=SearchEffort.QUICK)
 
 
 def test_overwriting_a_run_never_takes_another_runs_lora(family, root):
@@ -317,5 +318,5 @@ def test_overwriting_a_run_never_takes_another_runs_lora(family, root):
     before = path.read_bytes()
     order = recipe(files[1:], root, name="mix_fit-a", ranks=(2,), overwrite=True)
     with pytest.raises(NameTakenError, match="mix_fit-a_0-2 is a LoRA of the run mix"):
-        run_merge(run_preflight(replace(order)), Progress())
+        run_merge(run_preflight(replace(order)), Progress(), effort=SearchEffort.QUICK)
     assert path.read_bytes() == before

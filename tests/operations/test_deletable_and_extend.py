@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_family import load, merge, recipe, snapshot, write
 
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
 from hyper_merge.operations import deletable as safe
 from hyper_merge.operations import extend as absorbing
@@ -174,7 +175,8 @@ def test_fitted_checkpoints_are_held_against_it_too(own, new):
 
 
 def absorb(folders, *paths, **settings):
-    return run_extend(ExtendRequest("mix", paths, **settings), folders, Progress())
+    request = ExtendRequest("mix", paths, **settings)
+    return run_extend(request, folders, Progress(), SearchEffort.QUICK)
 
 
 def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
@@ -184,9 +186,9 @@ def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
     starts = []
     run_merge = absorbing.run_merge
 
-    def told(preflight, progress, *, start):
+    def told(preflight, progress, *, start, effort):
         starts.append(start)
-        return run_merge(preflight, progress, start=start)
+        return run_merge(preflight, progress, start=start, effort=effort)
 
     monkeypatch.setattr(absorbing, "run_merge", told)
     merged = absorb(folders, new)
@@ -210,14 +212,14 @@ def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
     rows = torch.tensor([[1.0, 2], [-3, 0], [2, -2]], dtype=torch.float64)  # sums of 0
     tried = []
 
-    def told(problem, planned, earlier, generator, tell, given):
-        tried.extend(given)
-        return best_start(problem, planned, earlier, generator, tell, given)
+    def told(problem, planned, earlier, generator, effort, on_progress, user_starts):
+        tried.extend(user_starts)
+        return best_start(problem, planned, earlier, generator, effort, on_progress, user_starts)
 
     best_start = solution.best_start
     monkeypatch.setattr(solution, "best_start", told)
     preflight = run_preflight(recipe(files, tmp_path, allocation="even"))
-    run_merge(preflight, Progress(), start={"unet": rows})
+    run_merge(preflight, Progress(), start={"unet": rows}, effort=SearchEffort.QUICK)
     (start,) = tried  # the text encoder has none
     back = preflight.inputs.contrasts.to_deviations @ start
     torch.testing.assert_close(back, torch.nn.functional.normalize(rows, dim=0))

@@ -8,6 +8,7 @@ from tiny_family import (
     TINY,
 )
 
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.operations import demo
 from hyper_merge.runtime.progress import Progress
 
@@ -18,7 +19,8 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_SPEC", small)
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
     folder, reports = tmp_path / "demo", []
-    first = demo.run_demo(folder, Progress(lambda phase, x: reports.append((phase, x))))
+    progress = Progress(lambda phase, x: reports.append((phase, x)))
+    first = demo.run_demo(folder, progress, SearchEffort.QUICK)
     assert reports[0][0] == "making"
     assert [x for _, x in reports] == sorted(x for _, x in reports)
     assert {path.name for path in (folder / "Stable-diffusion").iterdir()} == {
@@ -35,7 +37,7 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     assert first.report.loss < 0.12
     assert first.report.relative_loss < 0.13
     reports.clear()
-    second = demo.run_demo(folder, Progress(lambda phase, x: reports.append((phase, x))))
+    second = demo.run_demo(folder, progress, SearchEffort.QUICK)
     assert second.report.loss == pytest.approx(first.report.loss, rel=0.02)  # starts from the first
     assert second.reused_analysis
     assert "making" not in dict(reports)

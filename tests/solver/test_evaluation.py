@@ -41,7 +41,7 @@ def dense(files, merged):
     return deviations_and_blocks(files, merged)
 
 
-def test_the_curve_is_the_best_that_the_first_loras_can_do(dense, merged):
+def test_the_curve_refits_the_first_loras(dense, merged):
     deviations, blocks, _ = dense
     energies = deviations.square().sum(1)
     expected = [torch.zeros(len(deviations)).double()]
@@ -50,8 +50,8 @@ def test_the_curve_is_the_best_that_the_first_loras_can_do(dense, merged):
         multipliers = torch.linalg.lstsq(first.T, deviations.T).solution.T
         left = (deviations - multipliers @ first).square().sum(1)
         expected.append(1 - left / energies)
-    found = torch.tensor(merged.report.curve).double()
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-6, rtol=0)
+    curve = torch.tensor(merged.report.curve).double()
+    torch.testing.assert_close(curve, torch.stack(expected), atol=1e-6, rtol=0)
 
 
 def test_the_curve_rises_from_nothing_to_what_is_explained(merged):
@@ -65,19 +65,19 @@ def test_the_curve_rises_from_nothing_to_what_is_explained(merged):
 def test_the_similarity_is_the_cosine_of_the_deviations(dense, merged):
     deviations, _, _ = dense
     unit = deviations / deviations.norm(dim=1, keepdim=True)
-    found = torch.tensor(merged.report.similarity).double()
-    torch.testing.assert_close(found, unit @ unit.T, atol=1e-6, rtol=0)
-    assert found.diagonal().tolist() == [1, 1, 1]
+    similarity = torch.tensor(merged.report.similarity).double()
+    torch.testing.assert_close(similarity, unit @ unit.T, atol=1e-6, rtol=0)
+    assert similarity.diagonal().tolist() == [1, 1, 1]
 
 
-def test_the_similarity_around_a_given_base_is_seen_from_that_base(files, tmp_path):
+def test_the_similarity_is_relative_to_a_given_base(files, tmp_path):
     merged = merge(files[1:], tmp_path, base=str(files[0]))
     deviations, _, _ = deviations_and_blocks(files[1:], merged)
     expected = torch.nn.functional.cosine_similarity(*deviations, dim=0)
     assert merged.report.similarity[0][1] == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_each_section_has_its_share_of_the_differences_and_of_the_loss(files, dense, merged):
+def test_each_section_has_its_share_of_the_loss(files, dense, merged):
     deviations, blocks, layer_of = dense
     multipliers = torch.tensor([row.multipliers for row in merged.report.checkpoints]).double()
     left = (deviations - multipliers @ blocks).square().sum(0)
@@ -133,6 +133,6 @@ def test_a_layer_lies_in_the_section_that_people_name(path, section):
     assert section_of(path) == section
 
 
-def test_layers_of_several_text_encoders_lie_in_sections_of_their_own():
+def test_text_encoders_have_separate_sections():
     assert section_of("transformer.resblocks.23.mlp.c_fc", encoder="TE2.") == "TE2.23"
     assert section_of("middle_block.1.proj_in", encoder="TE2.") == "MID"

@@ -74,7 +74,7 @@ def rounded_to_float8(pairs, alphas):
 
 
 @given(size=st.floats(1e-30, 1e30))
-def test_alpha_is_the_smallest_power_of_two_that_keeps_products_within_bounds(size):
+def test_alpha_is_the_smallest_sufficient_power_of_two(size):
     alpha = float8_alpha(size)
     assert size / alpha <= 2**15
     assert size / (alpha / 2) > 2**15
@@ -98,8 +98,8 @@ def test_the_largest_singular_value_is_bounded_closely_from_above(rank, exponent
     generator = generator_of(seed)
     up = torch.linalg.qr(torch.randn(60, rank, generator=generator).double())[0]
     down = torch.linalg.qr(torch.randn(50, rank, generator=generator).double())[0].mT
-    found = largest_value(up * values, down)
-    assert 0.999 * float(values[0]) < found < rank ** (1 / 16) * float(values[0]) * 1.001
+    largest = largest_value(up * values, down)
+    assert 0.999 * float(values[0]) < largest < rank ** (1 / 16) * float(values[0]) * 1.001
 
 
 def test_nothing_has_no_largest_singular_value():
@@ -108,12 +108,12 @@ def test_nothing_has_no_largest_singular_value():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(seed):
+def test_a_refit_reduces_the_rounding_of_cancelling_blocks(seed):
     target, pairs = cancelling(seed)
     alphas = alphas_of(pairs)
     stored = rounded_to_float8(pairs, alphas)
     again = refit(target, LAYER, stored, alphas)
-    before, after = (dense_error(target, each, alphas) for each in (stored, again))
+    before, after = (dense_error(target, blocks, alphas) for blocks in (stored, again))
     energy = float(target.slices.double().square().sum())
     assert 1e-3 < before / energy < 0.1
     assert 0 < after < 0.7 * before
@@ -121,7 +121,7 @@ def test_a_second_fit_takes_back_part_of_what_rounding_costs_blocks_that_cancel(
     assert [up.shape[1] for up, _ in again] == list(RANKS)
 
 
-def test_ups_and_downs_are_those_of_dense_least_squares_beyond_the_bases_too(monkeypatch):
+def test_refitted_factors_are_dense_least_squares(monkeypatch):
     generator = generator_of(1)
     bases = [torch.linalg.qr(torch.randn(n, 20, generator=generator))[0] for n in (60, 50)]
     slices = torch.randn(2, 20, 20, generator=generator)
@@ -133,13 +133,13 @@ def test_ups_and_downs_are_those_of_dense_least_squares_beyond_the_bases_too(mon
     columns = multipliers.repeat_interleave(torch.tensor(RANKS), 1)  # (2, rho)
     design = torch.cat([row[:, None] * downs for row in columns], 1)  # ups @ design
     expected = torch.linalg.lstsq(design.mT, torch.cat(dense, 1).mT).solution.mT
-    found = torch.cat(float8._best_ups(target, pairs), 1).double()
+    fitted = torch.cat(float8._best_ups(target, pairs), 1).double()
     # what a least-squares up has outside of the basis is nothing, for the slices are inside
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(fitted, expected, atol=2e-3, rtol=2e-3)
     turned = float8._best_ups(target.transposed, [(down.mT, up.mT) for up, down in pairs])
     ups = torch.cat([up for up, _ in pairs], 1).double()
     design = torch.cat([row[:, None] * ups.mT for row in columns], 1)
-    wide = torch.cat([each.mT for each in dense], 1)
+    wide = torch.cat([block.mT for block in dense], 1)
     expected = torch.linalg.lstsq(design.mT, wide.mT).solution.mT
     torch.testing.assert_close(torch.cat(turned, 1).double(), expected, atol=2e-3, rtol=2e-3)
 
@@ -158,13 +158,13 @@ def test_a_fit_that_leaves_the_range_is_not_made():
     )
 
 
-def test_a_stop_is_heard_between_the_fits():
+def test_a_stop_is_checked_between_refits():
     target, pairs = cancelling()
-    alphas, asked = alphas_of(pairs), []
+    alphas, checks = alphas_of(pairs), []
 
     def stop():
-        asked.append(1)
-        if len(asked) == 2:
+        checks.append(1)
+        if len(checks) == 2:
             raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):

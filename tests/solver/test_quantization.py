@@ -98,7 +98,7 @@ def float8_values():
 
 
 @pytest.mark.parametrize("word", DTYPES)
-def test_the_reported_loss_is_that_of_the_loras_on_disk(files, stored, word):
+def test_the_reported_loss_holds_for_written_loras(files, stored, word):
     merged = stored[word]
     assert merged.report.loss == pytest.approx(dense_loss(files, merged), abs=1e-6)
     expected = FLOAT8 if word == "float8" else getattr(torch, word)
@@ -112,7 +112,7 @@ def test_adaptive_ranks_in_float8_lose_what_is_reported_too(files, tmp_path):
     assert merged.report.loss == pytest.approx(dense_loss(files, merged), abs=1e-6)
 
 
-def test_private_loras_are_in_float8_too_and_lose_what_is_reported(files, tmp_path):
+def test_private_loras_in_float8_lose_what_is_reported(files, tmp_path):
     merged = merge(files, tmp_path, lora_dtype="float8", ranks=(3,), topup="3")
     topups = [
         load_file(merged.place.loras / f"{name}.safetensors") for name in merged.report.topups
@@ -138,12 +138,12 @@ def test_rounding_costs_little_in_every_type(stored):
     assert stored["float8"].report.loss < loss + 0.0026 * (1 - loss)
 
 
-def test_loras_are_stored_like_the_hyper_model_unless_told(files, tmp_path):
+def test_loras_are_stored_like_the_hyper_model_by_default(files, tmp_path):
     merged = merge(files[:2], tmp_path, dtype="bfloat16", ranks=(2,))
     assert factor_types(merged) == {torch.bfloat16}
 
 
-def test_every_module_of_a_float8_file_has_one_alpha_that_the_file_names(stored):
+def test_a_float8_file_names_its_one_alpha(stored):
     for path in stored["float8"].loras:
         tensors = load_file(path)
         alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
@@ -157,7 +157,7 @@ def test_every_module_of_a_float8_file_has_one_alpha_that_the_file_names(stored)
         assert metadata["hyper_merge.rank"] == path.stem.rpartition("-")[2]
 
 
-def test_the_largest_product_of_a_float8_file_is_near_half_of_what_float16_holds(stored):
+def test_float8_products_reach_half_of_float16s_range(stored):
     for path in stored["float8"].loras:
         tensors = load_file(path)
         ups = {k: t.float().flatten(1) for k, t in tensors.items() if k.endswith("lora_up.weight")}
@@ -173,7 +173,7 @@ def test_the_largest_product_of_a_float8_file_is_near_half_of_what_float16_holds
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-6])
-def test_a_layer_far_smaller_than_the_files_largest_is_kept(share):
+def test_float8_keeps_a_far_smaller_layer(share):
     alpha = float8_alpha(8 * 1.0)
     up, down = random_factors(share, 8)
     stored_up, stored_down = stored_factors(LAYER, up, down, alpha, FLOAT8)
@@ -195,8 +195,8 @@ def test_float8_rounds_to_the_nearest_and_ties_to_even():
         for sign in (1.0, -1.0):
             layer = Layer("x", "x", "unet", (len(given_values), 1))
             column = (sign * given_values).float()[:, None]
-            found, _ = stored_factors(layer, column, torch.ones(1, 1), 1.0, FLOAT8)
-            assert torch.equal(found.double()[:, 0], sign * expected)
+            stored, _ = stored_factors(layer, column, torch.ones(1, 1), 1.0, FLOAT8)
+            assert torch.equal(stored.double()[:, 0], sign * expected)
 
 
 @pytest.mark.parametrize("peak", [449.0, -1e6])
@@ -219,7 +219,7 @@ def test_alphas_of_float8_files_are_never_of_8_bits():
     }
 
 
-def test_an_alpha_of_the_files_own_stands_in_the_metadata():
+def test_the_metadata_have_the_files_own_alpha():
     lineage = Lineage("mix", SD1, {}, (), "2025-05-06T07:08:09")
     file = LoraFile(lineage, "mix", 0, 1, 4, {"a": 1.0}, 0.75, FLOAT8, own_alpha=0.03125)
     metadata = lora_metadata(file, "mix_0-4", "")
@@ -228,7 +228,7 @@ def test_an_alpha_of_the_files_own_stands_in_the_metadata():
     assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "0.03125"}
 
 
-def test_a_block_without_any_rank_in_a_layer_is_no_obstacle_in_float8():
+def test_float8_accepts_a_block_without_rank():
     layers = (LAYER, Layer("x", "x", "unet", (40, 30)))
     pairs = [random_factors(3.0, 5), (torch.zeros(60, 0), torch.zeros(0, 50))]
     deviation = (pairs[0][0] @ pairs[0][1])[None]  # 2 and -1 times of which the checkpoints have
@@ -240,13 +240,13 @@ def test_a_block_without_any_rank_in_a_layer_is_no_obstacle_in_float8():
         rounding=lambda index: torch.zeros(layers[index].m, layers[index].n),
         bases=lambda index: bases[index],
     )
-    found = LowRankSolution(
+    solution = LowRankSolution(
         {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()
     )
     ones = torch.ones(2).double()
     weighting = LossWeights(ones, None, torch.tensor([[2.0], [-1.0]]).double(), ones)
-    stored = (5.0, 3.0), FLOAT8
-    blocks = quantize(analysis, found, {"unet": [0, 1]}, stored, weighting, Progress())
+    groups = {"unet": [0, 1]}
+    blocks = quantize(analysis, solution, groups, (5.0, 3.0), FLOAT8, weighting, Progress())
     assert blocks.ranks == [(5, 0), (0, 0)]
     assert blocks.alphas == (float8_alpha(2 * 5 * 3.0), 1.0)
     assert {t.dtype for pairs in blocks.factors for pair in pairs for t in pair} == {FLOAT8}
@@ -285,7 +285,7 @@ def test_the_same_bytes_pay_for_twice_the_ranks(files, tmp_path):
     assert sizes[0] + 2 * (4 - 2) == sizes[1]  # alphas in float32
 
 
-def test_the_file_says_float8_in_the_words_of_its_format(stored):
+def test_a_float8_file_names_its_dtype(stored):
     content = stored["float8"].loras[0].read_bytes()
     table = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     types = {key.rpartition(".")[2]: info["dtype"] for key, info in table.items() if key[0] != "_"}

@@ -20,7 +20,7 @@ def size(layout, prefix):
     )
 
 
-def test_the_full_layout_has_the_known_numbers_of_tensors_and_parameters():
+def test_the_full_layout_has_known_counts():
     layout = sd1_layout()
     assert [count(layout, p) for p in (UNET_PREFIX, TEXT_PREFIX, VAE_PREFIX)] == [686, 197, 248]
     assert size(layout, UNET_PREFIX) == 859_520_964  # as every model card says

@@ -23,7 +23,7 @@ SMALL = replace(SPEC, count=2, width=16, context=24, vocabulary=20, vae_width=4,
         ("sdxl", replace(SMALL, architecture="sdxl", context=8, second_context=16)),
     ],
 )
-def test_a_family_is_told_as_what_it_is_made_to_be(tmp_path, name, spec):
+def test_a_synthetic_family_is_detected_as_itself(tmp_path, name, spec):
     paths = write_family(tmp_path, spec)
     header = read_header(paths[0])
     assert with_prediction_type(header, require_supported(header)).name == name

@@ -70,16 +70,16 @@ def gram(layers):  # (k, k)
 
 
 def cosines(spec):
-    found = gram(layers_of(spec))
-    norms = found.diagonal().rsqrt()
-    return found * norms * norms[:, None]
+    products = gram(layers_of(spec))
+    norms = products.diagonal().rsqrt()
+    return products * norms * norms[:, None]
 
 
 def tiny(kind):
     return replace(KINDS[kind], **TINY)
 
 
-def test_there_are_kinds_of_two_to_twelve_checkpoints_each_with_its_own_seed():
+def test_kinds_differ_in_seed_and_size():
     assert {"two", "shared", "many", "unrelated", "flat", "steep", "level"} < KINDS.keys()
     assert {"near_duplicates", "outlier", "groups", "merges"} < KINDS.keys()
     assert {spec.count for spec in KINDS.values()} >= {2, 4, 5, 6, 8, 12}
@@ -92,13 +92,13 @@ def test_the_first_kind_is_the_family_of_the_readme():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_narrow_kind_differs_from_the_full_one_in_sizes_alone(kind):
+def test_a_narrow_kind_differs_in_sizes_alone(kind):
     full, small = KINDS[kind], narrow(KINDS[kind])
     assert (small.width, small.context, small.terms) == (64, 160, full.terms // 5)
     assert replace(small, **TINY) == replace(full, **TINY)
 
 
-def test_merges_of_three_have_two_dimensions_along_the_checkpoints_in_every_layer():
+def test_merges_of_three_have_two_dimensions():
     for stack in layers_of(tiny("merges")).values():
         values = torch.linalg.svdvals(centred(stack))
         assert values[2] < 1e-6 * stack.norm()  # float32's rounding
@@ -136,7 +136,7 @@ def test_many_have_most_of_their_differences_in_four_dimensions():
     assert float(shares[3] / shares[4]) > 3
 
 
-def test_steep_families_need_fewer_ranks_than_the_usual_and_flat_ones_more():
+def test_steep_families_need_fewer_ranks_than_flat_ones():
     key = UNET_PREFIX + "middle_block.1.proj_in.weight"
     shares = {}
     for kind in ("steep", "usual", "flat"):
@@ -149,7 +149,7 @@ def test_steep_families_need_fewer_ranks_than_the_usual_and_flat_ones_more():
     assert shares["steep"] > shares["usual"] + 0.1 > shares["flat"] + 0.2
 
 
-def test_a_level_family_moves_all_its_layers_by_the_same_share():
+def test_a_level_family_moves_all_layers_alike():
     spreads = {}
     for kind in ("usual", "level"):
         stacks = layers_of(tiny(kind)).values()
@@ -159,7 +159,7 @@ def test_a_level_family_moves_all_its_layers_by_the_same_share():
     assert spreads["level"] < 0.25
 
 
-def test_uneven_layers_have_log_normal_norms_and_move_in_proportion():
+def test_uneven_layers_have_log_normal_norms():
     even, uneven = (numbers(replace(SMALL, gain_spread=gain)) for gain in (0.0, 0.5))
     logs = []
     for key, stack in even.items():
@@ -172,23 +172,23 @@ def test_uneven_layers_have_log_normal_norms_and_move_in_proportion():
     assert float(torch.stack(logs).std()) == pytest.approx(0.5, rel=0.3)
 
 
-def test_a_text_encoder_may_be_mixed_by_numbers_of_its_own():
+def test_a_text_encoder_may_have_its_own_mixture():
     spec = replace(SMALL, count=5, latents=1, own=0.0, noise=0.0)
-    own = replace(spec, encoder="own")
-    layers = layers_of(own)
+    apart = replace(spec, encoder="own")
+    layers = layers_of(apart)
     for in_encoder in (True, False):
         part = {k: x for k, x in layers.items() if k.startswith(UNET_PREFIX) != in_encoder}
         assert len(part) > 5
-        planted = centred(mixture(own, in_encoder=in_encoder).double()[:, 0])
-        found = torch.linalg.eigh(gram(part))[1][:, -1]
-        found = found * (found @ planted).sign()
-        torch.testing.assert_close(found, planted / planted.norm(), atol=1e-5, rtol=0)
-    assert torch.equal(mixture(own), mixture(spec))
-    assert not torch.equal(mixture(own, in_encoder=True), mixture(own))
+        planted = centred(mixture(apart, in_encoder=in_encoder).double()[:, 0])
+        vector = torch.linalg.eigh(gram(part))[1][:, -1]
+        vector = vector * (vector @ planted).sign()
+        torch.testing.assert_close(vector, planted / planted.norm(), atol=1e-5, rtol=0)
+    assert torch.equal(mixture(apart), mixture(spec))
+    assert not torch.equal(mixture(apart, in_encoder=True), mixture(apart))
     assert torch.equal(mixture(spec, in_encoder=True), mixture(spec))
 
 
-def test_a_frozen_text_encoder_is_the_same_in_all_checkpoints():
+def test_a_frozen_text_encoder_never_differs():
     frozen, usual = numbers(replace(SMALL, encoder="frozen")), numbers(SMALL)
     for key, stack in frozen.items():
         if key.startswith(UNET_PREFIX):
@@ -208,20 +208,20 @@ def test_scales_multiply_what_sets_a_checkpoint_apart():
         assert torch.equal(scaled[key][0], usual[key][0])
 
 
-def test_a_mixture_that_is_given_does_what_the_same_one_does_when_drawn(tmp_path):
+def test_a_given_mixture_equals_a_drawn_one(tmp_path):
     rows = tuple(tuple(row) for row in mixture(SMALL).tolist())
-    given = replace(SMALL, mix=rows, scales=(1.0, 1.0, 1.0))
+    copied = replace(SMALL, mix=rows, scales=(1.0, 1.0, 1.0))
     drawn, again = (
-        write_family(tmp_path / name, spec) for name, spec in (("drawn", SMALL), ("given", given))
+        write_family(tmp_path / name, spec) for name, spec in (("drawn", SMALL), ("given", copied))
     )
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in drawn]
 
 
-def test_the_numbers_of_a_family_stay_what_they_were_before_there_were_kinds():
+def test_a_familys_numbers_stay_the_same():
     exact = dict(tensors(SMALL))
     for key, values in PINNED.items():
-        found = exact[key].flatten(1)[:, :2].flatten().tolist()
-        assert found == pytest.approx(values, rel=1e-4), key
+        numbers = exact[key].flatten(1)[:, :2].flatten().tolist()
+        assert numbers == pytest.approx(values, rel=1e-4), key
 
 
 @pytest.mark.parametrize(

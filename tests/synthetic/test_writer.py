@@ -40,7 +40,7 @@ def layer_grams(spec, layers):
     return torch.stack([centred(exact[key]) @ centred(exact[key]).T for key in layers])
 
 
-def test_the_files_are_whole_sd1_checkpoints_in_the_real_layout(family, layers):
+def test_synthetic_files_have_the_real_sd1_layout(family, layers):
     assert [path.name for path in family] == [f"synthetic_{c}.safetensors" for c in range(3)]
     for path in family:
         header = read_header(path)
@@ -60,7 +60,7 @@ def test_the_files_hold_the_exact_numbers_rounded_once(family):
         assert torch.equal(torch.stack([file[key] for file in files]), expected), key
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(family, tmp_path):
+def test_a_familys_bytes_follow_its_seed(family, tmp_path):
     again = write_family(tmp_path / "again", SMALL)
     other = write_family(tmp_path / "other", replace(SMALL, seed=1))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in family]
@@ -84,16 +84,16 @@ def test_without_noise_every_layer_mixes_the_latents_as_planned(layers):
     assert float((torch.linalg.eigvalsh(grams)[:, -2] / whole).min()) > 1e-3
 
 
-def test_one_latent_is_recovered_with_its_multipliers_from_the_gram_matrix(layers):
+def test_the_gram_matrix_reveals_one_latents_multipliers(layers):
     spec = replace(SMALL, count=6, latents=1, own=0.0, noise=0.0)
-    found = torch.linalg.eigh(layer_grams(spec, layers).sum(0))[1][:, -1]
+    vector = torch.linalg.eigh(layer_grams(spec, layers).sum(0))[1][:, -1]
     planted = mixture(spec).double()[:, 0]
     planted -= planted.mean()
     planted /= planted.norm()
-    torch.testing.assert_close(found * (found @ planted).sign(), planted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vector * (vector @ planted).sign(), planted, atol=1e-6, rtol=0)
 
 
-def test_a_latent_has_the_planned_rank_and_a_falling_spectrum():
+def test_a_latent_has_its_rank_and_spectrum():
     spec = replace(SMALL, count=2, latents=1, own=0.0, noise=0.0, alpha=1.0, terms=4)
     key = "model.diffusion_model.middle_block.1.proj_in.weight"
     stack = dict(tensors(spec))[key]
@@ -127,7 +127,7 @@ def test_the_amplitudes_of_the_layers_are_log_normal(layers):
     assert float(logs.std()) == pytest.approx(SMALL.spread, rel=0.15)
 
 
-def test_everything_else_moves_a_little_and_the_vae_only_when_asked():
+def test_the_vae_differs_only_on_request():
     same, different = dict(tensors(SMALL)), dict(tensors(replace(SMALL, vae_differs=True)))
     norm = "model.diffusion_model.out.0.weight"
     step = (same[norm] - same[norm].mean(0)).norm() / same[norm].norm()
@@ -161,7 +161,7 @@ def test_a_wrong_number_of_names_is_refused(tmp_path):
         write_family(tmp_path, SMALL, ["a", "b"])
 
 
-def test_existing_files_stay_unless_overwriting_is_asked_for(tmp_path):
+def test_existing_files_stay_unless_overwriting(tmp_path):
     (tmp_path / "b.safetensors").write_text("mine")
     with pytest.raises(OutputError):
         write_family(tmp_path, SMALL, ["a", "b", "c"])

@@ -20,8 +20,9 @@ from hyper_merge.analysis.streaming_pass import (
 )
 from hyper_merge.checkpoints.architectures.layout import Treatment, kind_of_tensor
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition.linalg import energy_of
+from hyper_merge.decomposition.linalg import energy_of, share
 from hyper_merge.decomposition.truncated_svd import truncation_cost
+from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
@@ -52,7 +53,7 @@ class LowRankDifference:
         """Share of that which the factors hold; 1 where there is none."""
         energy = self.energy(part)
         errors = sum(each.error for each in self.layers if part in (None, each.layer.part))
-        return 1 - errors / energy if energy > 0 else 1.0
+        return 1 - share(errors, energy)
 
     def not_carried(self) -> dict[str, float]:
         """Share of all differences that lies outside of the layers, by kind; 0 where there are none."""
@@ -142,6 +143,6 @@ def _found_layers(
             raise_non_finite(inputs, key, tensors)
         if energy > 0:
             alpha = inputs.layout.family.alpha_for(rank)
-            stored = alpha, inputs.dtype
+            stored = StoredFormat(alpha, inputs.dtype)
             found.append(low_rank_layer(layer, delta, rank, stored, options.seed, tick))
     return found

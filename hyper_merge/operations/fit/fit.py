@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from hyper_merge.analysis.loss_weights import relative_weights
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.loras.metadata import SourceRecord
 from hyper_merge.loras.stack import LoraStack
-from hyper_merge.operations.fit.measurement import Measurement, Residual, measure
+from hyper_merge.operations.fit.measurement import Measurement, StreamedResidual, Sums, measure
 from hyper_merge.operations.fit.request import FitInputs, FitRequest, validate_fit
 from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
 from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
@@ -69,8 +70,9 @@ def _written(wanted: FitRequest, job: FitInputs, folders: Folders, progress: Pro
         measured = measure(job.inputs, added, job.options, fitting)
         fitted = _fitted(job, measured, origin)
         if wanted.topup and fitted.differs:
-            rest = Residual(job.inputs, added, _multipliers(job, measured), job.options)
-            topups = top_up(outputs, job, (rest, measured, origin), wanted.topup, topping)
+            multipliers = _multipliers(job, measured)
+            residual = StreamedResidual(job.inputs, added, multipliers, job.options, measured)
+            topups = top_up(outputs, job, residual, origin, wanted.topup, topping)
             fitted = replace(fitted, topups=topups)
         if wanted.overwrite:
             remove_earlier(outputs, job, folders, fitted.topups)
@@ -181,7 +183,7 @@ def _fitted(job: FitInputs, measured: Measurement, origin: SourceRecord) -> FitR
         },
         parts=part_losses(layers, energies, errors),
         recovered=tuple(
-            CompanionGain(kind, _share(sums, multipliers["unet"]))
+            CompanionGain(kind, _recovered(sums, multipliers["unet"]))
             for kind, sums in measured.vectors.items()
         ),
     )
@@ -212,10 +214,9 @@ def _row(
 
 
 def _explained(energies: Tensor, errors: Tensor) -> float:
-    energy = float(energies.sum())
-    return 1 - float(errors.sum()) / energy if energy > 0 else 1.0
+    return 1 - share(errors.sum(), energies.sum())
 
 
-def _share(sums: Sequence[Any], multipliers: Tensor) -> float:
-    energy = sum(each.energy for each in sums)
-    return 1 - sum(each.left(multipliers) for each in sums) / energy if energy > 0 else 1.0
+def _recovered(sums: Sequence[Sums], multipliers: Tensor) -> float:
+    left = sum(tensor.left(multipliers) for tensor in sums)
+    return 1 - share(left, sum(tensor.energy for tensor in sums))

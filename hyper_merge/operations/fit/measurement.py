@@ -22,10 +22,12 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.decomposition.truncated_svd import truncation_cost
+from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.loras.stack import LoraStack
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map
 from hyper_merge.runtime.progress import Progress, ProgressCounter
-from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
+from hyper_merge.solver.low_rank_layer import LowRankLayer, empty_layer, low_rank_layer
 
 _EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix besides
 
@@ -136,18 +138,34 @@ def measure(
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
-    """What the LoRAs with given multipliers leave of a checkpoint, layer by layer."""
+class StreamedResidual:
+    """What the LoRAs with given multipliers leave of a checkpoint, read from the files."""
 
     inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
     added: LoraStack
     multipliers: Mapping[str, Tensor]  # by the layers' part: (R,)
     options: PassOptions
+    measured: Measurement
+    checkpoint: int = 0  # the only one
+    margin: float = 0.995  # rounding and the truncated SVD take a little
 
-    def spectra(
-        self, progress: Progress
-    ) -> list[Tensor]:  # per layer (min(m, n),), float64, falling
-        """Squared singular values of every layer's rest."""
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """All layers."""
+        return self.inputs.layout.layers
+
+    @property
+    def energy(self) -> float:
+        """Squared norm of the checkpoint's difference in the layers."""
+        return self.measured.energy
+
+    @property
+    def error(self) -> float:
+        """Squared norm of what the LoRAs leave of it."""
+        return self.measured.left(self.multipliers, self.layers)
+
+    def spectra(self, _target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:
+        """Returns all squared singular values of every layer, float64, falling."""
         costs = {
             layer.module: min(layer.m, layer.n) ** 2 * (max(layer.m, layer.n) + _EIGENVALUES)
             for layer in self.inputs.layout.layers
@@ -161,23 +179,24 @@ class Residual:
 
         return self._map(take, "measuring what remains", costs, progress)
 
+    def unreachable(self, _spectra: Sequence[Tensor]) -> float:
+        """Returns 0.0: the spectra hold all of the error."""
+        return 0.0
+
     def low_rank(
-        self,
-        ranks: Sequence[int],  # per layer; 0 for none
-        stored: tuple[int | None, torch.dtype],  # alpha of the file, type
-        progress: Progress,
-    ) -> list[LowRankLayer | None]:
-        """Every layer's rest as factors, as a file will hold them."""
+        self, ranks: Sequence[int], stored: StoredFormat, progress: Progress
+    ) -> list[LowRankLayer]:
+        """Returns every layer's factors of these ranks as a file will hold them."""
         rank_of = dict(zip(self.inputs.layout.layers, ranks, strict=True))
         costs = {
             layer.module: truncation_cost(layer.m, layer.n, max(rank, 1))
             for layer, rank in rank_of.items()
         }
 
-        def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> LowRankLayer | None:
+        def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> LowRankLayer:
             rank = rank_of[layer]
             if not rank or not rest.any():
-                return None
+                return empty_layer(layer, stored.dtype)
             return low_rank_layer(layer, rest, rank, stored, self.options.seed, tick)
 
         return self._map(take, "making the top-up", costs, progress)

@@ -22,6 +22,7 @@ from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
 from hyper_merge.loras.cards import CARD_SUFFIXES, format_companion_card
@@ -102,7 +103,9 @@ def fit_companions(
             for companion, change in zip(companions, changes, strict=True):
                 companion[vector.lora_key] = change
     kinds = (kind for kind in get_args(Kind) if kind in sums)
-    recovered = tuple(CompanionGain(kind, _explained_share(*sums[kind])) for kind in kinds)
+    recovered = tuple(
+        CompanionGain(kind, 1 - share(sums[kind][1], sums[kind][0])) for kind in kinds
+    )
     return NormBiasLoras(companions, recovered)
 
 
@@ -140,7 +143,3 @@ def _deviations(
     checkpoints = tensors[1:] if inputs.base else tensors
     rows = torch.stack([tensor.double().flatten() for tensor in checkpoints])
     return rows - average.double().flatten()
-
-
-def _explained_share(energy: float, rest: float) -> float:
-    return 1 - rest / energy if energy > 0 else 1.0

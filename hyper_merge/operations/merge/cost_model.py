@@ -24,7 +24,7 @@ from hyper_merge.loras.lora_file import lora_bytes
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.hash_cache import bytes_to_hash
 from hyper_merge.runtime.throughput import estimate_seconds
-from hyper_merge.solver.solve import solve_costs
+from hyper_merge.solver.costs import solve_costs
 
 _HASHING: Final = 120.0  # for each byte
 _WRITING: Final = 200.0  # for each byte of the LoRAs: rounding, hashing, writing and synchronising

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
+from hyper_merge.decomposition.linalg import share
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 
 ROWS: Final = 8  # of every layer that are looked at
@@ -77,8 +78,10 @@ def measure_precision_loss(
     return tuple(
         PrecisionLoss(
             hosts=hosts,
-            added=_share(squares.sum(), energies.sum()),
-            worst=max(_share(part, whole) for part, whole in zip(squares, energies, strict=True)),
+            added=_finite_share(squares.sum(), energies.sum()),
+            worst=max(
+                _finite_share(part, whole) for part, whole in zip(squares, energies, strict=True)
+            ),
         )
         for (hosts, _), squares in zip(ways, errors, strict=True)
     )
@@ -146,6 +149,6 @@ def _matrix(layer: Layer, tensor: Tensor) -> Tensor:  # (m, n)
     return tensor.flatten(1)[slice(*layer.rows) if layer.rows else slice(None)]
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    share = float(part) / float(whole) if float(whole) > 0 else 0.0
-    return share if math.isfinite(share) else 1.0  # a host whose numbers overflow has nothing left
+def _finite_share(part: Tensor, whole: Tensor) -> float:
+    ratio = share(part, whole)
+    return ratio if math.isfinite(ratio) else 1.0  # a host whose numbers overflow has nothing left

@@ -19,13 +19,19 @@ from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.analysis.turns import Turn, analysis_turn
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.operations.merge.average import average_writer
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts
 from hyper_merge.operations.merge.estimate import estimate_costs, require_room
 from hyper_merge.operations.merge.host_precision import measure_precision_loss
 from hyper_merge.operations.merge.lineage import make_lineage
-from hyper_merge.operations.merge.outputs import MergeOutputs, require_free_names, shared_names
+from hyper_merge.operations.merge.outputs import (
+    MergeOutputs,
+    named_topups,
+    require_free_names,
+    shared_names,
+)
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan
 from hyper_merge.operations.merge.rank_search import solve_with_rank_search
@@ -41,7 +47,6 @@ from hyper_merge.solver.private_loras import (
     SharedLoras,
     add_private_loras,
     find_private_loras,
-    named_topups,
 )
 from hyper_merge.solver.quantization import quantize
 from hyper_merge.solver.solve import find_blocks
@@ -62,6 +67,7 @@ def run_merge(
     progress: Progress,
     *,
     start: Mapping[str, Tensor] = MappingProxyType({}),
+    effort: SearchEffort | None = None,
 ) -> MergeResult:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
@@ -69,15 +75,20 @@ def run_merge(
         preflight: the validated recipe.
         progress: progress and interrupt.
         start: additional starting multipliers (k, R) for the search, by the layers' part.
+        effort: how thorough the search for a start is; None for the one that ships.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    return with_sound_cache(partial(_merge, preflight, progress, start), progress.warn)
+    return with_sound_cache(partial(_merge, preflight, progress, start, effort), progress.warn)
 
 
 def _merge(
-    preflight: Preflight, progress: Progress, start: Mapping[str, Tensor], damaged: DamagedFiles
+    preflight: Preflight,
+    progress: Progress,
+    start: Mapping[str, Tensor],
+    effort: SearchEffort | None,
+    damaged: DamagedFiles,
 ) -> MergeResult:
     """Runs a merge once with all its names held, without the damaged files of the cache."""
     recipe, folders = preflight.recipe, preflight.folders
@@ -93,13 +104,18 @@ def _merge(
             with analysis_turn(
                 folders.cache, inputs, options, recipe.ranks, damaged, progress
             ) as turn:
-                result = _make_files(preflight, place, turn, progress, start)
+                result = _make_files(preflight, place, turn, progress, start, effort)
     prune_analyses(folders.cache, folders.cache_limit)
     return result
 
 
 def _make_files(
-    preflight: Preflight, place: Place, turn: Turn, progress: Progress, start: Mapping[str, Tensor]
+    preflight: Preflight,
+    place: Place,
+    turn: Turn,
+    progress: Progress,
+    start: Mapping[str, Tensor],
+    effort: SearchEffort | None,
 ) -> MergeResult:
     """Makes all files, from an analysis that exists or is made on the way."""
     recipe = preflight.recipe
@@ -116,7 +132,7 @@ def _make_files(
         _stream(preflight, outputs, None if turn.exists else turn.path, reading)
         turn.end_making()
         with open_analysis(turn.path, preflight.inputs, progress.warn) as analysis:
-            solved = _solve(analysis, preflight, costs, start, solving)
+            solved = _solve(analysis, preflight, costs, start, effort, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
             solved = _add_private_loras(analysis, solved, adding)
             preflight = replace(preflight, recipe=solved.plan.recipe)
@@ -168,6 +184,7 @@ def _solve(
     preflight: Preflight,
     costs: MergeCosts,
     start: Mapping[str, Tensor],
+    effort: SearchEffort | None,
     progress: Progress,
 ) -> SolvedMerge:
     """Solves for the shared LoRAs, with a search for their ranks where the recipe gives none."""
@@ -176,11 +193,19 @@ def _solve(
     def solve(plan: RankPlan, part: Progress) -> SolvedMerge:
         solving, rounding = part.split((costs.solving, costs.rounding))
         solution = find_blocks(
-            analysis, plan.recipe, plan.layer_ranks, plan.allowance, (device, solving), start
+            analysis,
+            plan.recipe,
+            plan.layer_ranks,
+            plan.allowance,
+            device,
+            solving,
+            start,
+            effort,
         )
         weights = make_loss_weights(analysis, plan.recipe)
-        stored = plan.alphas, plan.dtype
-        factors = quantize(analysis, solution, plan.groups, stored, weights, rounding)
+        factors = quantize(
+            analysis, solution, plan.groups, plan.alphas, plan.dtype, weights, rounding
+        )
         evaluation = evaluate(analysis, factors, plan.groups, weights.layers)
         return SolvedMerge(plan, factors, evaluation, solution.losses)
 
@@ -194,7 +219,7 @@ def _add_private_loras(analysis: Analysis, solved: SolvedMerge, progress: Progre
     if target is None:
         return solved
     shared = SharedLoras(analysis, solved.factors, solved.evaluation, plan.groups, plan.dtype)
-    loras = find_private_loras(shared, target, plan.rank_bytes, progress)
+    loras = find_private_loras(shared, target, progress)
     evaluation = add_private_loras(solved.evaluation, loras)
     return replace(solved, evaluation=evaluation, private_loras=loras)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,10 @@ from torch import Tensor
 from hyper_merge import __version__
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.errors import NameTakenError
+from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import write_lora
-from hyper_merge.loras.metadata import Lineage, LoraFile
+from hyper_merge.loras.metadata import CHECKPOINT, Lineage, LoraFile
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
 from hyper_merge.operations.merge.companions import fit_companions, write_companion
 from hyper_merge.operations.merge.preflight import Preflight
@@ -248,3 +248,27 @@ def _manifest(
         "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
         "report": report.as_dict(),
     }
+
+
+def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) -> dict[str, str]:
+    """Returns the names of staged private LoRAs by the checkpoint that their metadata names.
+
+    The report names these, and not what was meant to be written.
+
+    Args:
+        outputs: with the files.
+        loras: folder of all LoRAs.
+        names: of the private ones.
+
+    Raises:
+        OutputError: two files are of one checkpoint, so that another would go without its LoRA.
+    """
+    paths = {name: loras / f"{name}.safetensors" for name in names}
+    named = {outputs.metadata_of(path).get(CHECKPOINT, ""): name for name, path in paths.items()}
+    if len(named) != len(names):
+        raise OutputError(
+            f"expected a private LoRA for each of {len(names)} checkpoints, got files of"
+            f" {', '.join(named)} in {loras}; nothing is written: give the checkpoints' files names"
+            " that are less alike"
+        )
+    return named

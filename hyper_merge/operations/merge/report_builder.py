@@ -100,9 +100,9 @@ def _limits(analysis: Analysis, solved: SolvedMerge) -> tuple[Tensor, float]:
     if allowance is None:
         private = private_losses(spectra, energies, ranks)
         return private, lower_bound(spectra, layer_energies, ranks, grams)
-    prices = allowance.costs, allowance.budget
-    private = best_private_losses(spectra, energies, *prices)
-    return private, budget_bound(spectra, layer_energies, prices, len(ranks[0]), grams)
+    costs, budget = allowance.costs, allowance.budget
+    private = best_private_losses(spectra, energies, costs, budget)
+    return private, budget_bound(spectra, layer_energies, costs, budget, len(ranks[0]), grams)
 
 
 def _checkpoint_reports(

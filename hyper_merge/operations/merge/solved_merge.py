@@ -8,11 +8,11 @@ import torch
 
 from hyper_merge.operations.merge.host_precision import HostLora
 from hyper_merge.operations.merge.rank_plan import RankPlan
+from hyper_merge.solver.batching import Ranks
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.private_loras import PrivateLora
 from hyper_merge.solver.quantization import StoredFactors
 from hyper_merge.solver.rank_pruning import Allowance
-from hyper_merge.solver.solve import Ranks
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.metadata import KIND, RUN, checkpoint_metadata
 from hyper_merge.loras.stack import LoraStack
@@ -237,9 +238,9 @@ def _examined(wanted: RestoreRequest, folders: Folders) -> _Job:
 def _known(run: Run, shares: Mapping[str, float]) -> dict[str, float]:
     """The same shares by the names of the run's report."""
     found: dict[str, float] = {}
-    for name, share in shares.items():
+    for name, part in shares.items():
         row, _ = find_row(run, name)
-        found[row.name] = found.get(row.name, 0.0) + share
+        found[row.name] = found.get(row.name, 0.0) + part
     return found
 
 
@@ -315,12 +316,8 @@ def _compared(job: _Job, errors: ReconstructionErrors, reported: float) -> Resto
     inside = (float(energies.sum()), float(left.sum()))
     everything = tuple(a + b for a, b in zip(inside, errors.outside, strict=True))
     return RestoreError(
-        explained=_share(*inside),
-        everything=_share(*everything),
+        explained=1 - share(inside[1], inside[0]),
+        everything=1 - share(everything[1], everything[0]),
         reported=reported,
         parts=part_losses(job.inputs.layout.layers, energies, left),
     )
-
-
-def _share(energy: float, left: float) -> float:
-    return 1 - left / energy if energy > 0 else 1.0

@@ -11,7 +11,6 @@ from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, wr
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition import initialization
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
 from hyper_merge.operations.inspect import format_inspection
 from hyper_merge.operations.merge import cost_model, estimate
@@ -75,9 +74,6 @@ def test_the_estimate_is_the_size_of_the_files(files, merged):
 def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
     monkeypatch.setattr(throughput, "measure_throughput", lambda device: 125e9)  # as measured there
-    monkeypatch.setattr(
-        initialization, "_ROUNDS", ((4, 4), (6, 2), (10, 1))
-    )  # other tests search less
     settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
     assert estimate_merge(checked(models, **settings)).seconds == pytest.approx(268, rel=0.05)
     monkeypatch.setattr(estimate, "find_analysis", lambda *question: tmp_path)

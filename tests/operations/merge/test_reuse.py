@@ -17,6 +17,7 @@ from tiny_family import (
 )
 
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.operations.merge.average import run_average
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -136,7 +137,7 @@ def test_files_go_to_the_hosts_folders(files, tmp_path):
     names = ("checkpoints", "lora", "mine/runs", "elsewhere/cache")
     folders = Folders(*(tmp_path / name for name in names))
     preflight = run_preflight(recipe(files, tmp_path / "output"), folders)
-    merged = run_merge(preflight, Progress())
+    merged = run_merge(preflight, Progress(), effort=SearchEffort.QUICK)
     assert merged.place.hyper_model == tmp_path / "checkpoints/mix.safetensors"
     assert merged.loras[0] == tmp_path / "lora/mix_0-4.safetensors"
     assert (tmp_path / "mine/runs/mix/manifest.json").is_file()
@@ -144,7 +145,7 @@ def test_files_go_to_the_hosts_folders(files, tmp_path):
     assert not (tmp_path / "output").exists()
     small = replace(folders, cache_limit=0)
     again = run_preflight(recipe(files, tmp_path / "output", ranks=(3,)), small)
-    assert run_merge(again, Progress()).reused_analysis
+    assert run_merge(again, Progress(), effort=SearchEffort.QUICK).reused_analysis
     assert not list(folders.cache.glob("*.analysis.*"))
     alone = run_preflight(recipe(files, tmp_path / "output", name="alone"), folders)
     assert run_average(alone, Progress()) == tmp_path / "checkpoints/alone.safetensors"

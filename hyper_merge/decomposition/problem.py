@@ -1,0 +1,65 @@
+"""The cores of all layers in batches, and the blocks that are fitted to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Layers of one core shape and one list of ranks, stacked."""
+
+    slices: Tensor  # (b, k, p, q)
+    ranks: tuple[int, ...]  # of the R blocks, in these layers
+    layers: tuple[int, ...]  # which layers these are, b indices
+
+    @cached_property
+    def spans(self) -> tuple[slice, ...]:
+        """The columns of each block, among all columns."""
+        ends = (0, *accumulate(self.ranks))
+        return tuple(slice(start, end) for start, end in pairwise(ends))
+
+    @cached_property
+    def block_of(self) -> Tensor:  # (rho,)
+        """The block to which each column belongs."""
+        blocks = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
+        return blocks.to(self.slices.device)
+
+    def mixtures(
+        self,
+        multipliers: Tensor,  # (k, R)
+    ) -> Tensor:  # (b, R, p, q)
+        """Returns `sum_c multipliers[c, r] * slices[c]` for every block."""
+        flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
+        return flat.view(*flat.shape[:2], *self.slices.shape[2:])
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """All layers, and what the loss is a fraction of."""
+
+    batches: tuple[Batch, ...]
+    energy: float  # sum of squares of all slices, in and outside of the cores
+    parallel: Callable[..., Iterable[Any]] = map  # over batches; the result does not depend on it
+    ridge: float = 0.0  # what the blocks' energies count in addition
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of slices k and of blocks R."""
+        first = self.batches[0]
+        return first.slices.shape[1], len(first.ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The blocks of one batch, side by side."""
+
+    up: Tensor  # (b, p, rho)
+    down: Tensor  # (b, rho, q)

@@ -1,0 +1,67 @@
+"""The cores of layers, stacked for the solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+
+from hyper_merge.analysis.loss_weights import LossWeights
+from hyper_merge.analysis.store import Analysis
+from hyper_merge.decomposition.problem import Batch
+
+_BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
+_WORKED_COLUMNS: Final = 1.25  # of the bases, for each rank
+_LEAST_COLUMNS: Final = 64
+_COLUMN_STEP: Final = 32
+
+Ranks = Sequence[tuple[int, ...]]
+"""Of the R blocks, per layer."""
+
+
+def stack_cores(
+    analysis: Analysis,
+    weights: LossWeights,
+    indices: Sequence[int],
+    ranks: Ranks,
+    device: torch.device,
+    check: Callable[[], None],
+) -> tuple[Batch, ...]:
+    """Stacks the cores of one shape and one list of ranks, in pieces that fit a cache or a GPU.
+
+    Args:
+        analysis: of the checkpoints.
+        weights: by which the cores are scaled.
+        indices: of the layers.
+        ranks: of all layers.
+        device: on which the stacks will lie.
+        check: called for every batch; may raise, to stop.
+    """
+    groups: dict[tuple[tuple[int, int], tuple[int, ...]], list[int]] = {}
+    for index in indices:
+        shape = _worked_shape(analysis, index, sum(ranks[index]))
+        groups.setdefault((shape, ranks[index]), []).append(index)
+    batches = []
+    d = analysis.contrasts.dimensions
+    for ((p, q), rank), members in groups.items():
+        length = max(_BATCH_ENTRIES[device.type] // (d * p * q), 1)
+        for first in range(0, len(members), length):
+            check()
+            part = tuple(members[first : first + length])
+            cores = [
+                weights.core(index, analysis.core(index)[:, :p, :q]).contiguous() for index in part
+            ]
+            # A single core stays where it is, mapped: on a CPU that saves most of the memory.
+            stack = torch.stack(cores) if length > 1 else cores[0][None]
+            batches.append(Batch(stack.to(device), rank, part))
+    return tuple(batches)
+
+
+def _worked_shape(analysis: Analysis, index: int, rank: int) -> tuple[int, int]:
+    """Returns how much of a core is worked on: its leading part, if its bases are ordered."""
+    layer = analysis.layers[index]
+    columns = -(-int(_WORKED_COLUMNS * rank) // _COLUMN_STEP) * _COLUMN_STEP
+    columns = max(columns, _LEAST_COLUMNS)
+    p, q = analysis.core_shape(index)
+    return (p if p == layer.m else min(p, columns), q if q == layer.n else min(q, columns))

@@ -21,7 +21,7 @@ from hyper_merge.recipe.parsing import parse_share, plain_value
 from hyper_merge.recipe.recipe import SettingError
 from hyper_merge.runs import fit_records as fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 
 _NUMBERS: Final = ("rank", "seed")  # the others are text, whatever they look like
 

@@ -12,9 +12,9 @@ from hyper_merge.operations.inspect import inspect_files
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders, same_place
 from hyper_merge.runs.integrity import require_hyper_model, require_own
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import LocatedSource, locate_sources
 from hyper_merge.runs.report import CheckpointReport
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
 from hyper_merge.runtime.progress import Progress
@@ -178,9 +178,7 @@ def _once(verdicts: Sequence[DeletionVerdict]) -> tuple[DeletionVerdict, ...]:
 def _needed(path: Path, folders: Folders) -> str:
     """What else needs a checkpoint: runs whose hyper-model it is."""
     users = [
-        folder.name
-        for folder, manifest in folders.manifests()
-        if same_place(folders.hyper_model_of(manifest), path)
+        run.name for run in folders.outlines() if same_place(folders.hyper_model_of(run), path)
     ]
     return f"it is the hyper-model of {', '.join(users)}" if users else ""
 

@@ -25,8 +25,8 @@ from hyper_merge.recipe.parsing import LARGEST_RANK, suggest_nearest, whole
 from hyper_merge.recipe.recipe import SettingError
 from hyper_merge.runs.folders import Folders, metadata_of
 from hyper_merge.runs.integrity import require_family, require_own
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.report import CheckpointReport
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size

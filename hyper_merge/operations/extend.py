@@ -16,9 +16,9 @@ from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.recipe.recipe import AVERAGE, Recipe, SettingError
 from hyper_merge.runs.fit_records import FitRecord
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PARTS
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
 
 
@@ -77,7 +77,7 @@ def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Pa
     if lost:
         raise RunError(
             f"a new average needs all checkpoints of the run {run.name}, and {', '.join(lost)} cannot"
-            " be had any more; bring them back from a copy, or fit the new one instead"
+            " be had any more; copy them back from a backup, or fit the new one instead"
         )
     paths = tuple(each.path for each in found)
     if run.recipe.base == AVERAGE:

@@ -16,10 +16,12 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NameTakenError, RunError
 from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.runs.folders import FITS
-from hyper_merge.runs.manifest import Run, RunSource
+from hyper_merge.runs.manifest import RunSource
 from hyper_merge.runs.own_loras import is_own_lora
 from hyper_merge.runs.plain_data import read_plain
 from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, PartLoss
+from hyper_merge.runs.run import Run
+from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import file_stem, name_key, one_line
 
@@ -110,8 +112,8 @@ def require_own_record(run: Run, name: str) -> None:
 def _recorded_name(record: Path) -> str:
     """The checkpoint that a record is of; by its file's name where it does not say."""
     try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["fit"]["row"]["name"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return str(read_json(record)["fit"]["row"]["name"])
+    except (OSError, ValueError, LookupError, TypeError):
         return record.stem
 
 
@@ -141,7 +143,7 @@ def _lost(fitted: FitRecord, run: Run) -> str:
             return (
                 f"{path.name}, the private LoRA of the fit {one_line(fitted.row.name)} of the run"
                 f" {run.name}, is missing or another file; without it {fitted.row.explained:.2%} of"
-                " that checkpoint come back: bring it back from a copy, or fit the checkpoint again"
+                " that checkpoint come back: copy it back from a backup, or fit the checkpoint again"
             )
     return ""
 
@@ -205,23 +207,27 @@ def _loaded(path: Path, run: Run) -> FitRecord | str:
 
 def _load(path: Path, run: Run) -> FitRecord:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record.get("version") if isinstance(record, dict) else None
-        if isinstance(version, int) and version > FIT_VERSION:
-            raise RunError(
-                f"the fit {path.stem} of the run {run.name} was made by Hyper-Merge"
-                f" {record.get('hyper_merge')}, this is {__version__}; update Hyper-Merge to use it"
-            )
+        record = read_json(path)
+        _require_readable_version(record, path, run)
         fitted: FitRecord = read_plain(FitRecord, record["fit"], "fit")
         _check(fitted, path, run)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        if isinstance(error, RunError):
-            raise
+    except RunError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunError(
             f"the fit {path.stem} of the run {run.name} cannot be read: {path} is damaged ({error});"
             " fit the checkpoint again"
         ) from error
     return fitted
+
+
+def _require_readable_version(record: object, path: Path, run: Run) -> None:
+    version = record.get("version") if isinstance(record, dict) else None
+    if isinstance(record, dict) and isinstance(version, int) and version > FIT_VERSION:
+        raise RunError(
+            f"the fit {path.stem} of the run {run.name} was made by Hyper-Merge"
+            f" {record.get('hyper_merge')}, this is {__version__}; update Hyper-Merge to use it"
+        )
 
 
 def _check(fitted: FitRecord, path: Path, run: Run) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import (
@@ -20,6 +19,8 @@ from hyper_merge.errors import (
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.metadata import KIND
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
+from hyper_merge.runs.manifest import RunOutline
+from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.formatting import GB
 from hyper_merge.runtime.names import file_stem, name_key, unique_name
 
@@ -89,24 +90,32 @@ class Folders:
         if recipe.overwrite:
             self._require_same_case(recipe.name)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
-        found = existing or new
-        return Place(run, found, existing is not None, self.loras, self.runs / run)
+        return Place(
+            run=run,
+            hyper_model=existing or new,
+            exists=existing is not None,
+            loras=self.loras,
+            folder=self.runs / run,
+        )
 
-    def manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every run's folder with its manifest; unreadable ones are passed over."""
-        for path in sorted(self.runs.glob(f"*/{MANIFEST}")):
-            try:
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
-                continue
-            if isinstance(manifest, dict):
-                yield path.parent, manifest
+    def outlines(self) -> Iterator[RunOutline]:
+        """Yields what every run's manifest says of its files; unreadable ones are passed over."""
+        outlines = map(RunOutline.read, sorted(self.runs.glob(f"*/{MANIFEST}")))
+        return (outline for outline in outlines if outline is not None)
 
-    def hyper_model_of(self, manifest: Mapping[str, Any]) -> Path:
-        """The file that a run's LoRAs are added to, also after everything was moved or copied."""
-        recorded = Path(str(manifest.get("hyper_model")))
+    def hyper_model_of(self, outline: RunOutline) -> Path:
+        """Returns the file that a run's LoRAs are added to, also after all was moved or copied."""
+        return self.find_hyper_model(outline.hyper_model, outline.average_id)
+
+    def find_hyper_model(self, recorded: Path, average_id: str | None) -> Path:
+        """Returns where a hyper-model is now.
+
+        Args:
+            recorded: where it was.
+            average_id: of the average that it holds; None where that is not known.
+        """
         here = self.models / recorded.name
-        is_here = average_id_of(here) == manifest.get("average_id") or not path_exists(recorded)
+        is_here = average_id_of(here) == average_id or not path_exists(recorded)
         return here if is_here else recorded
 
     def require_unused(self, path: Path, average_id: str, replaced: str | None = None) -> None:
@@ -121,17 +130,17 @@ class Folders:
             OutputError: some do; it names them.
         """
         users = [
-            folder.name
-            for folder, manifest in self.manifests()
-            if folder.name != replaced
-            and manifest.get("average_id") != average_id
-            and same_place(self.hyper_model_of(manifest), path)
+            run.name
+            for run in self.outlines()
+            if run.name != replaced
+            and run.average_id != average_id
+            and same_place(self.hyper_model_of(run), path)
         ]
         if users:
-            what = "run" if len(users) == 1 else "runs"
+            noun = "run" if len(users) == 1 else "runs"
             raise NameTakenError(
-                f"{path.name} is the hyper-model of the {what} {', '.join(users)}, and their LoRAs"
-                f" go with no other; choose another name, or delete the {what} first"
+                f"{path.name} is the hyper-model of the {noun} {', '.join(users)}, and their LoRAs"
+                f" go with no other; choose another name, or delete the {noun} first"
             )
 
     def lora_files(self, names: Iterable[str]) -> list[Path]:
@@ -151,10 +160,9 @@ class Folders:
 
     def lora_files_of(self, run: str) -> list[Path]:
         """The files of a run's LoRAs as its manifest names them; none where it says nothing."""
-        manifests = {folder.name: manifest for folder, manifest in self.manifests()}
-        own = re.compile(re.escape(run) + r"_(\d+-\d+(-exact)?|top-[^/\\]+)")  # nothing else
-        listed = _lora_names(manifests.get(run, {}))
-        return self.lora_files(name for name in listed if own.fullmatch(name))
+        listed = {outline.name: outline.loras for outline in self.outlines()}.get(run, ())
+        pattern = re.compile(re.escape(run) + r"_(\d+-\d+(-exact)?|top-[^/\\]+)")  # nothing else
+        return self.lora_files(name for name in listed if pattern.fullmatch(name))
 
     def fit_files_of(self, run: str, name: str | None = None) -> list[Path]:
         """The files of a run's fits, or of one: records, texts, and private LoRAs that are ours."""
@@ -162,7 +170,7 @@ class Folders:
         own = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
         files: list[Path] = []
         for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
-            names = _topup_names(path)
+            names = _private_lora_names(path)
             if names is not None and (name is None or path.stem in (name, file_stem(name))):
                 words = path.with_name(path.stem + ".txt")
                 files += [path, *([words] if os.path.lexists(words) else [])]
@@ -179,9 +187,9 @@ class Folders:
     def lora_owners(self) -> dict[str, str]:
         """The run of every LoRA of merges and fits, be its file there or not, by its `name_key`."""
         return {
-            name_key(lora): folder.name
-            for folder, manifest in self.manifests()
-            for lora in (*_lora_names(manifest), *self.fitted_names(folder.name))
+            name_key(lora): run.name
+            for run in self.outlines()
+            for lora in (*run.loras, *self.fitted_names(run.name))
         }
 
     def fitted_names(self, run: str, but: str = "") -> list[str]:
@@ -189,25 +197,27 @@ class Folders:
         folder = self.runs / run / FITS
         records = () if folder.is_symlink() else sorted(folder.glob("*.json"))
         others = (path for path in records if path.stem not in (but, file_stem(but)))
-        return [name for path in others for name in _topup_names(path) or ()]
+        return [name for path in others for name in _private_lora_names(path) or ()]
 
     def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
         """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
         if recipe.base != AVERAGE:
             return Path(recipe.base)
         candidates = [self.models / f"{recipe.name}.safetensors"]
-        for _, manifest in self.manifests():
-            if manifest.get("average_id") == average_id:
-                candidates.append(self.models / Path(str(manifest.get("hyper_model"))).name)
+        candidates += [
+            self.models / run.hyper_model.name
+            for run in self.outlines()
+            if run.average_id == average_id
+        ]
         return next((path for path in candidates if average_id_of(path) == average_id), None)
 
     def _require_same_case(self, run: str) -> None:
         """Raises an `OutputError` if a run has this name in other letters of case."""
-        for folder, _ in self.manifests():
-            if folder.name != run and name_key(folder.name) == name_key(run):
+        for other in self.outlines():
+            if other.name != run and name_key(other.name) == name_key(run):
                 raise NameTakenError(
-                    f"the run {folder.name} is there, and its name differs from {run} by case alone;"
-                    f" write {folder.name} to replace it, or choose another name"
+                    f"the run {other.name} is there, and its name differs from {run} by case alone;"
+                    f" write {other.name} to replace it, or choose another name"
                 )
 
     def _free_run(self, recipe: Recipe, average_id: str) -> str:
@@ -216,14 +226,13 @@ class Folders:
         Raises:
             OutputError: a run with this very recipe is there already.
         """
-        wanted = _deciding(recipe.to_metadata()), average_id
+        request = _deciding(recipe.to_metadata()), average_id
         taken = {
-            name_key(folder.name): (_deciding(manifest.get("recipe")), manifest.get("average_id"))
-            for folder, manifest in self.manifests()
+            name_key(run.name): (_deciding(run.recipe), run.average_id) for run in self.outlines()
         }
 
         def is_taken(run: str) -> bool:
-            if taken.get(name_key(run)) == wanted:
+            if taken.get(name_key(run)) == request:
                 raise SameMergeError(
                     f"the run {run} is this very merge already; choose another name or other ranks"
                 )
@@ -263,24 +272,11 @@ def average_id_of(path: Path) -> str | None:
     return metadata_of(path).get(AVERAGE_ID)
 
 
-def _lora_names(manifest: Mapping[str, Any]) -> list[str]:
-    """The LoRAs and companions of a run as its manifest names them."""
-    report = manifest.get("report")
-    if not isinstance(report, dict):
-        return []
-    lists = [report.get(key) for key in ("loras", "companions")]
-    rows = report.get("checkpoints")
-    rows = rows if isinstance(rows, list) else []
-    lists.append([row.get("topup") for row in rows if isinstance(row, dict)])
-    return [str(name) for names in lists if isinstance(names, list) for name in names if name]
-
-
-def _topup_names(record: Path) -> list[str] | None:
-    """The private LoRAs of a fit; None for a file that is no record of one."""
+def _private_lora_names(record: Path) -> list[str] | None:
+    """Returns the names of a fit's private LoRAs; None for a file that is no record of a fit."""
     try:
-        fit = json.loads(record.read_text(encoding="utf-8"))["fit"]
-        return [str(each["name"]) for each in fit["topups"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return [str(topup["name"]) for topup in read_json(record)["fit"]["topups"]]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

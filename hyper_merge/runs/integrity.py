@@ -11,7 +11,7 @@ from hyper_merge.checkpoints.io.hashes import tensor_data_sha256
 from hyper_merge.errors import RunError
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import metadata_of, path_exists
-from hyper_merge.runs.manifest import Run
+from hyper_merge.runs.run import Run
 from hyper_merge.runtime.progress import Progress, count
 
 
@@ -37,12 +37,12 @@ def require_hyper_model(run: Run) -> Path:
         return path
     if not path_exists(path):
         raise RunError(
-            f"{path}, the hyper-model of the run {run.name}, is missing; bring it back from a copy,"
+            f"{path}, the hyper-model of the run {run.name}, is missing; copy it back from a backup,"
             f" or merge the same checkpoints again"
         )
     raise RunError(
         f"{path} is not the hyper-model that the LoRAs of the run {run.name} go with: it was"
-        " replaced by another file; bring it back from a copy, or merge again"
+        " replaced by another file; copy it back from a backup, or merge again"
     )
 
 
@@ -57,7 +57,7 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     Raises:
         RunError: some are missing, or one was edited or replaced.
     """
-    advice = f"bring it back from a copy, or merge again into another name than {run.name}"
+    advice = f"copy it back from a backup, or merge again into another name than {run.name}"
     missing = [path.name for path in paths if not path_exists(path)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"

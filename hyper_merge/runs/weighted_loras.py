@@ -14,8 +14,9 @@ from hyper_merge.recipe.parsing import suggest_nearest
 from hyper_merge.runs.fit_records import FitRecord, load_fits
 from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_family
-from hyper_merge.runs.manifest import Run, RunSource
+from hyper_merge.runs.manifest import RunSource
 from hyper_merge.runs.report import CheckpointReport
+from hyper_merge.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def source_of(run: Run, name: str) -> RunSource:
     own = [each for each in run.sources if Path(each.name).stem == row.name]
     if not own:
         raise RunError(
-            f"the manifest of the run {run.name} does not say which file {row.name} was; bring it"
-            " back from a copy, or merge again"
+            f"the manifest of the run {run.name} does not say which file {row.name} was; copy it"
+            " back from a backup, or merge again"
         )
     return own[-1]
 

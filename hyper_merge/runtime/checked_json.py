@@ -1,4 +1,4 @@
-"""JSON files that carry a checksum of their content, so that damage is told from what was written."""
+"""JSON files as plain data, and such that carry a checksum of their content to reveal damage."""
 
 from __future__ import annotations
 
@@ -9,16 +9,41 @@ from typing import Any, Final
 
 _CHECKSUM: Final = "checksum"
 _CONTENT: Final = "content"
-_LIMIT: Final = 64 * 2**20  # bytes; what is kept like this is far smaller
+_LIMIT: Final = 64 * 2**20  # bytes; all files that are read like this are far smaller
+
+
+def parse_json(text: str) -> Any:
+    """Returns the plain data of a JSON text.
+
+    Raises:
+        ValueError: the text is no JSON, or nested too deeply; says where.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """Returns the plain data of a JSON file; the caller judges shape and values.
+
+    Raises:
+        ValueError: the file is damaged, or larger than 64 MiB; says how.
+        OSError: the file is missing or cannot be read.
+    """
+    size = path.stat().st_size
+    if size > _LIMIT:
+        raise ValueError(f"expected at most {_LIMIT:,} bytes, got {size:,}")
+    return parse_json(path.read_bytes().decode("utf-8"))
 
 
 def sealed(content: Any) -> str:
-    """The text of a file that holds plain data together with its checksum."""
+    """Returns the text of a file that holds plain data together with its checksum."""
     return json.dumps({_CHECKSUM: _checksum(content), _CONTENT: content}, indent=1)
 
 
 def read_sealed(path: Path) -> Any:
-    """The content of a file that `sealed` made, or all that one without a checksum holds.
+    """Returns the content of a file that `sealed` made, or all of a file without a checksum.
 
     Earlier versions wrote no checksum; the caller judges shape and values in either case.
 
@@ -26,19 +51,14 @@ def read_sealed(path: Path) -> Any:
         ValueError: the file is damaged; says how.
         OSError: the file is missing or cannot be read.
     """
-    if path.stat().st_size > _LIMIT:
-        raise ValueError(f"expected at most {_LIMIT:,} bytes, got {path.stat().st_size:,}")
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("its values are nested too deeply") from error
-    if not isinstance(found, dict) or found.keys() != {_CHECKSUM, _CONTENT}:
-        return found
-    if found[_CHECKSUM] != _checksum(found[_CONTENT]):
+    data = read_json(path)
+    if not isinstance(data, dict) or data.keys() != {_CHECKSUM, _CONTENT}:
+        return data
+    if data[_CHECKSUM] != _checksum(data[_CONTENT]):
         raise ValueError("its checksum is not that of its content")
-    return found[_CONTENT]
+    return data[_CONTENT]
 
 
 def _checksum(content: Any) -> str:
-    """Of the values, whatever blanks and order of keys they were written with."""
+    """Returns the SHA-256 of values, whatever blanks and order of keys they were written with."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -21,9 +21,10 @@ from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.names import name_key
 from hyper_merge.runtime.progress import Progress
 

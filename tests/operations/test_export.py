@@ -25,8 +25,9 @@ from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import WeightedSum
 from hyper_merge.operations import export
 from hyper_merge.operations.export import ExportRequest, format_export, multipliers_of, run_export
+from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 LINEAR, POINT, CONV = "lora_te_text_model_a", "lora_unet_b", "lora_unet_c"
@@ -362,7 +363,7 @@ def test_an_unknown_run_or_checkpoint_is_refused_with_the_nearest_and_the_list(s
 def test_a_missing_lora_is_refused(started):
     (started / "Lora/mix_1-2.safetensors").unlink()
     assert refusal(started) == (
-        f"mix_1-2.safetensors of the run mix is missing in {started / 'Lora'}; bring it back from a"
+        f"mix_1-2.safetensors of the run mix is missing in {started / 'Lora'}; copy it back from a"
         " copy, or merge again into another name than mix"
     )
 
@@ -389,7 +390,7 @@ def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path,
     words, key = metadata(path), next(iter(tensors))
     save_file({**tensors, key: tensors[key] + 1}, path, words)  # the old hash is still in it
     message = (
-        "mix_0-4.safetensors was edited or replaced since the run mix wrote it; bring it back from a"
+        "mix_0-4.safetensors was edited or replaced since the run mix wrote it; copy it back from a"
         " copy, or merge again into another name than mix"
     )
     assert refusal(started, overwrite=True) == message

@@ -13,11 +13,13 @@ from hyper_merge.errors import HyperMergeError, RunError
 from hyper_merge.operations.compare import records as comparison_files
 from hyper_merge.operations.compare.records import ComparisonFigures, ComparisonRecord
 from hyper_merge.operations.compare.request import PictureSettings
-from hyper_merge.operations.fit.fit import FitOrder, run_fit
+from hyper_merge.operations.fit.fit import run_fit
+from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.runs.deletion import files_of
 from hyper_merge.runs.fit_records import format_fit, load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import files_of, list_runs, load_run
 from hyper_merge.runs.report_text import format_report as report_text
+from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.progress import Progress
 
 TRIED = 120  # manifests; thousands were tried once
@@ -53,7 +55,7 @@ def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folde
         for run in runs:
             with_all_of_it(folders, run)
         folders.lora_files_of("mix")
-        folders.owner_of("x")
+        folders.lora_owners()
         with suppress(HyperMergeError):
             folders.place(wish, "an average")
     assert told > TRIED / 2
@@ -84,7 +86,7 @@ def test_checkpoints_that_are_no_list_stop_nobody_else(folders):
     manifest = json.loads(path.read_text())
     manifest["report"]["checkpoints"] = True
     path.write_text(json.dumps(manifest))
-    assert folders.owner_of("x") is None
+    assert "x" not in folders.lora_owners()
     assert folders.lora_files_of("mix") != []
 
 
@@ -98,7 +100,7 @@ def test_hosts_that_are_unknown_are_shown_by_their_name(folders):
 
 def test_a_damaged_fit_is_told_and_hides_no_other(files, folders):
     for name in ("one", "two"):
-        run_fit(FitOrder("mix", files[0], name=name), folders, Progress())
+        run_fit(FitRequest("mix", files[0], name=name), folders, Progress())
     run = load_run(folders, "mix")
     path = run.folder / "fits/one.json"
     for damaged in mutations(json.loads(path.read_text())):

@@ -10,8 +10,9 @@ import pytest
 from tiny_family import merge, recipe, snapshot, temporaries, write
 
 from hyper_merge.errors import OutputError, RunError
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, list_runs, load_run
+from hyper_merge.runs.run import list_runs, load_run
 
 
 @pytest.fixture
@@ -323,7 +324,7 @@ def test_a_manifest_that_is_none_is_named_and_the_others_are_listed(
         f"the run mix cannot be read: manifest.json in {folder} is damaged ("
     )
     assert problems[0].endswith(
-        "; bring it back from a copy, or delete that folder and the run's LoRAs by hand"
+        "; copy it back from a backup, or delete that folder and the run's LoRAs by hand"
     )
 
 

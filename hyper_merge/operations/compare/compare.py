@@ -36,8 +36,8 @@ from hyper_merge.operations.compare.request import (
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_hyper_model, require_own
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import find_row, prompt_tags_of, source_of, weighted_loras_of
 from hyper_merge.runtime.progress import Progress
 

@@ -18,8 +18,9 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import RunError
 from hyper_merge.operations.compare.request import PictureSettings, infotext
 from hyper_merge.runs.folders import PICTURES
-from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.plain_data import read_plain
+from hyper_merge.runs.run import Run
+from hyper_merge.runtime.checked_json import read_json
 
 COMPARISON_VERSION: Final = 1
 
@@ -135,13 +136,13 @@ def load_comparison(run: Run, name: str) -> ComparisonRecord:
     """
     _, path = comparison_paths(run, name)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         version = record.pop("version") if isinstance(record, dict) else None
         known = record if version == COMPARISON_VERSION else {}
         found: ComparisonRecord = read_plain(ComparisonRecord, known, "comparison")
     except FileNotFoundError:
         raise RunError(f"there is no {name} of the run {run.name}; look at the list anew") from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise RunError(
             f"{name} of the run {run.name} cannot be read: {path} is damaged ({error}); compare again"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from hyper_merge.recipe.recipe import FIELDS, SettingError, parse_settings
 from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
+from hyper_merge.runtime.checked_json import parse_json
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
@@ -202,11 +202,11 @@ def _free_name(wanted: ExtractRequest, folders: Folders, owners: Container[str])
 def _is_same(metadata: Mapping[str, str], wanted: ExtractRequest) -> bool:
     """Whether a LoRA says that it was extracted from two files of these names."""
     try:
-        recipe = json.loads(metadata.get(RECIPE, ""))
+        recipe = parse_json(metadata.get(RECIPE, ""))
         return bool(
             (recipe["base"], recipe["checkpoint"]) == (wanted.base.name, wanted.checkpoint.name)
         )
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return False
 
 

@@ -24,8 +24,8 @@ from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_ow
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
 from hyper_merge.runs.integrity import require_own
-from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, part_losses
+from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import shared_files
 from hyper_merge.runtime.progress import Progress
 

@@ -22,7 +22,7 @@ from hyper_merge.recipe.parsing import (
 from hyper_merge.recipe.recipe import FIELDS, parse_settings
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.integrity import require_family, require_hyper_model
-from hyper_merge.runs.manifest import Run, load_run
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.devices import resolve_device
 
 

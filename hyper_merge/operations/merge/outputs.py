@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyper_merge import __version__
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -27,7 +25,7 @@ from hyper_merge.operations.merge.host_precision import HostLora
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.report_builder import Sizes
 from hyper_merge.runs.folders import AVERAGE_ID, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
-from hyper_merge.runs.manifest import MANIFEST_VERSION
+from hyper_merge.runs.manifest import RunManifest, RunSource
 from hyper_merge.runs.report import CompanionGain, Report
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runtime.names import distinct_words, name_key, one_line
@@ -206,44 +204,37 @@ def stage_texts(
 ) -> None:
     """Stages multipliers, report and manifest."""
     lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
-    manifest = json.dumps(
-        {**_manifest(preflight, place, lineage, report), "files": _hashes(outputs, place, report)},
-        indent=1,
-    )
+    hashes = _hashes(outputs, place, report)
+    manifest = _manifest(preflight, place, lineage, report, hashes).to_json()
     outputs.text(place.folder / MULTIPLIERS, "".join(lines))
     outputs.text(place.folder / REPORT, format_report(report))
-    outputs.text(place.folder / MANIFEST, manifest + "\n")
+    outputs.text(place.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _manifest(
-    preflight: Preflight, place: Place, lineage: Lineage, report: Report
-) -> dict[str, Any]:
-    """What later commands read: the run's files, sources and figures."""
-    paths = [str(header.path.absolute()) for header in preflight.inputs.read]
-    return {
-        "version": MANIFEST_VERSION,
-        "hyper_merge": __version__,
-        "created": lineage.date,
-        "name": place.run,
-        "family": lineage.family.name,
-        "recipe": dict(lineage.recipe),
-        "settings": preflight.recipe.to_settings(),
-        "average_id": preflight.average_id,
-        "hyper_model": str(place.hyper_model.absolute()),
-        "sources": [
-            {
-                "path": path,
-                "name": each.name,
-                "sha256": each.sha256,
-                "legacy_hash": each.legacy_hash,
-            }
-            for path, each in zip(paths, lineage.sources, strict=True)
-        ],
-        "base_is_first_source": preflight.inputs.base is not None,
-        "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
-        "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
-        "report": report.as_dict(),
-    }
+    preflight: Preflight,
+    place: Place,
+    lineage: Lineage,
+    report: Report,
+    hashes: Mapping[str, str],
+) -> RunManifest:
+    headers = preflight.inputs.read
+    return RunManifest(
+        name=place.run,
+        created=lineage.date,
+        family=lineage.family.name,
+        recipe=lineage.recipe,
+        settings=preflight.recipe.to_settings(),
+        average_id=preflight.average_id,
+        hyper_model=place.hyper_model.absolute(),
+        sources=tuple(
+            RunSource(header.path.absolute(), source.name, source.sha256, source.legacy_hash)
+            for header, source in zip(headers, lineage.sources, strict=True)
+        ),
+        base_is_first_source=preflight.inputs.base is not None,
+        report=report,
+        hashes=hashes,
+    )
 
 
 def _hashes(outputs: FileTransaction, place: Place, report: Report) -> dict[str, str]:

@@ -30,9 +30,9 @@ from hyper_merge.recipe.parsing import describe_value as shown
 from hyper_merge.recipe.recipe import FIELDS, SettingError
 from hyper_merge.runs.folders import Folders, metadata_of, path_exists, require_no_source
 from hyper_merge.runs.integrity import require_family, require_hyper_model, require_own
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PartLoss, part_losses
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import (
     WeightedLora,
     find_row,

@@ -25,7 +25,7 @@ from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.compare import records as comparison_files
 from hyper_merge.operations.compare.compare import run_comparison
 from hyper_merge.operations.compare.request import CompareRequest, PictureSettings
-from hyper_merge.runs.manifest import Run, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging

@@ -27,8 +27,9 @@ from hyper_merge.operations.compare.request import (
     Subject,
     plan_pictures,
 )
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 SETTINGS = PictureSettings(("a cat", "a dog"), "blurry", "Euler", 4, 7.0, 64, 72, (1, 2))

@@ -39,9 +39,10 @@ from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
+from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.fit_records import load_fits, style_line
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of
 from hyper_merge.runtime.progress import Progress
 

@@ -40,7 +40,7 @@ from hyper_merge.operations.restore.restore import (
     run_restore,
 )
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
 from hyper_merge.runtime.progress import Progress
 

@@ -8,7 +8,7 @@ import pytest
 from at_the_tab import ended, kinds, words
 from tiny_family import snapshot, write
 
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers import use as using

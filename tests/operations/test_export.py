@@ -364,7 +364,7 @@ def test_a_missing_lora_is_refused(started):
     (started / "Lora/mix_1-2.safetensors").unlink()
     assert refusal(started) == (
         f"mix_1-2.safetensors of the run mix is missing in {started / 'Lora'}; copy it back from a"
-        " copy, or merge again into another name than mix"
+        " backup, or merge again into another name than mix"
     )
 
 
@@ -391,7 +391,7 @@ def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path,
     save_file({**tensors, key: tensors[key] + 1}, path, words)  # the old hash is still in it
     message = (
         "mix_0-4.safetensors was edited or replaced since the run mix wrote it; copy it back from a"
-        " copy, or merge again into another name than mix"
+        " backup, or merge again into another name than mix"
     )
     assert refusal(started, overwrite=True) == message
     merge((files[0], files[2]), tmp_path / "other")

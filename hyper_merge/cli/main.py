@@ -15,7 +15,7 @@ from hyper_merge.cli.progress_bar import progress_bar, say_above
 from hyper_merge.cli.run_commands import add_commands
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
 from hyper_merge.operations.demo import run_demo
-from hyper_merge.operations.inspect import format_inspection
+from hyper_merge.operations.inspect_text import format_inspection
 from hyper_merge.operations.merge.merge import run_average, run_merge
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight

@@ -1,4 +1,4 @@
-"""The folders of a host: where everything goes, what is there already, which names are free."""
+"""The folders of a host: where all files go, what is there already, which names are free."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where everything goes; none of the folders need exist yet."""
+    """The folders that all files go to; none of them need exist yet."""
 
     models: Path  # hyper-models
     loras: Path
@@ -63,15 +63,15 @@ class Folders:
 
     @classmethod
     def under(cls, root: Path) -> Folders:
-        """The folders of a WebUI-shaped models folder."""
+        """Returns the folders within a models folder that is laid out like a WebUI's."""
         runs = root / "hyper-merge"
         return cls(root / "Stable-diffusion", root / "Lora", runs, runs / "cache")
 
     def place(self, recipe: Recipe, average_id: str) -> Place:
-        """Where a recipe's files go.
+        """Returns where a recipe's files go.
 
-        A hyper-model of the same checkpoints is used again; another list of ranks then makes a run
-        of its own, `<name>-2`, for hosts cache LoRAs by path.
+        A hyper-model of the same checkpoints is used again; another list of ranks then makes a
+        separate run, `<name>-2`, for hosts cache LoRAs by path.
 
         Raises:
             OutputError: the name is taken by something else, by the same merge, or by a hyper-model
@@ -144,7 +144,7 @@ class Folders:
             )
 
     def lora_files(self, names: Iterable[str]) -> list[Path]:
-        """The files of LoRAs, as far as they are there, each with its card and picture.
+        """Returns the files of LoRAs, as far as they are there, with their cards and pictures.
 
         A LoRA of that name which Hyper-Merge did not write is left out with all that is beside it.
         """
@@ -159,33 +159,33 @@ class Folders:
         ]
 
     def lora_files_of(self, run: str) -> list[Path]:
-        """The files of a run's LoRAs as its manifest names them; none where it says nothing."""
+        """Returns the files of a run's LoRAs by its manifest; none where that is damaged."""
         listed = {outline.name: outline.loras for outline in self.outlines()}.get(run, ())
         pattern = re.compile(re.escape(run) + r"_(\d+-\d+(-exact)?|top-[^/\\]+)")  # nothing else
         return self.lora_files(name for name in listed if pattern.fullmatch(name))
 
     def fit_files_of(self, run: str, name: str | None = None) -> list[Path]:
-        """The files of a run's fits, or of one: records, texts, and private LoRAs that are ours."""
+        """Returns the files of a run's fits, or of one: records, texts, and private LoRAs."""
         folder = self.runs / run / FITS
-        own = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
+        pattern = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
         files: list[Path] = []
         for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
             names = _private_lora_names(path)
             if names is not None and (name is None or path.stem in (name, file_stem(name))):
-                words = path.with_name(path.stem + ".txt")
-                files += [path, *([words] if os.path.lexists(words) else [])]
-                files += self.lora_files(name for name in names if own.fullmatch(name))
+                text = path.with_name(path.stem + ".txt")
+                files += [path, *([text] if os.path.lexists(text) else [])]
+                files += self.lora_files(lora for lora in names if pattern.fullmatch(lora))
         return files
 
     def picture_files_of(self, run: str) -> list[Path]:
-        """Grids and figures of a run's comparisons; nothing that somebody else put there."""
+        """Returns grids and figures of a run's comparisons; nothing that somebody else put there."""
         folder = self.runs / run / PICTURES
-        found = [] if folder.is_symlink() else sorted(folder.glob("comparison-*"))
-        own = re.compile(r"comparison-\d+\.(png|json)")
-        return [path for path in found if own.fullmatch(path.name)]
+        paths = [] if folder.is_symlink() else sorted(folder.glob("comparison-*"))
+        pattern = re.compile(r"comparison-\d+\.(png|json)")
+        return [path for path in paths if pattern.fullmatch(path.name)]
 
     def lora_owners(self) -> dict[str, str]:
-        """The run of every LoRA of merges and fits, be its file there or not, by its `name_key`."""
+        """Returns the run of every LoRA, be its file there or not, by the LoRA's `name_key`."""
         return {
             name_key(lora): run.name
             for run in self.outlines()
@@ -193,14 +193,14 @@ class Folders:
         }
 
     def fitted_names(self, run: str, but: str = "") -> list[str]:
-        """The private LoRAs of a run's fits, less those of one fit, as their records name them."""
+        """Returns the names of the private LoRAs of a run's fits, except those of one fit."""
         folder = self.runs / run / FITS
         records = () if folder.is_symlink() else sorted(folder.glob("*.json"))
         others = (path for path in records if path.stem not in (but, file_stem(but)))
         return [name for path in others for name in _private_lora_names(path) or ()]
 
     def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
-        """An existing file that a recipe's LoRAs can be added to; None if it is to be made."""
+        """Returns an existing file that a recipe's LoRAs can be added to; None if there is none."""
         if recipe.base != AVERAGE:
             return Path(recipe.base)
         candidates = [self.models / f"{recipe.name}.safetensors"]
@@ -212,7 +212,11 @@ class Folders:
         return next((path for path in candidates if average_id_of(path) == average_id), None)
 
     def _require_same_case(self, run: str) -> None:
-        """Raises an `OutputError` if a run has this name in other letters of case."""
+        """Returns if no run has this name in other letters of case.
+
+        Raises:
+            OutputError: one has.
+        """
         for other in self.outlines():
             if other.name != run and name_key(other.name) == name_key(run):
                 raise NameTakenError(
@@ -221,7 +225,7 @@ class Folders:
                 )
 
     def _free_run(self, recipe: Recipe, average_id: str) -> str:
-        """The recipe's name, or the first of name-2, name-3, ... that no other run has.
+        """Returns the recipe's name, or the first of name-2, name-3, ... that no other run has.
 
         Raises:
             OutputError: a run with this very recipe is there already.
@@ -268,7 +272,7 @@ def same_place(one: Path, other: Path) -> bool:
 
 
 def average_id_of(path: Path) -> str | None:
-    """The average that a hyper-model holds; None for any other file, or none."""
+    """Returns the id of the average that a hyper-model holds; None for any other file, or none."""
     return metadata_of(path).get(AVERAGE_ID)
 
 
@@ -283,12 +287,12 @@ def _private_lora_names(record: Path) -> list[str] | None:
 def _is_foreign(lora: Path) -> bool:
     """Whether a file is there that is not a LoRA of ours by this name."""
     metadata = metadata_of(lora)
-    own = metadata.get(KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
-    return os.path.lexists(lora) and not own
+    is_ours = metadata.get(KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
+    return os.path.lexists(lora) and not is_ours
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """What a checkpoint or LoRA says of itself; nothing for any other file, or none."""
+    """Returns the metadata of a checkpoint or LoRA; nothing for any other file, or none."""
     try:
         return read_header(path).metadata
     except CheckpointError:
@@ -296,8 +300,8 @@ def metadata_of(path: Path) -> Mapping[str, str]:
 
 
 def _deciding(recipe: object) -> object:
-    """A recipe's metadata without the device, which decides nothing, and ranks that were found."""
+    """Returns a recipe's metadata without the device, which decides nothing, and searched ranks."""
     if not isinstance(recipe, dict):
         return None
-    found = {} if recipe.get("budget") == recipe.get("target") else {"ranks"}
-    return {name: text for name, text in recipe.items() if name not in {"device", *found}}
+    derived = {} if recipe.get("budget") == recipe.get("target") else {"ranks"}
+    return {name: text for name, text in recipe.items() if name not in {"device", *derived}}

@@ -16,7 +16,7 @@ from hyper_merge.runtime.progress import Progress, count
 
 
 def require_family(run: Run) -> Family:
-    """The run's architecture.
+    """Returns the run's architecture.
 
     Raises:
         RunError: this version does not know it.
@@ -27,7 +27,7 @@ def require_family(run: Run) -> Family:
 
 
 def require_hyper_model(run: Run) -> Path:
-    """The run's hyper-model.
+    """Returns the path of the run's hyper-model.
 
     Raises:
         RunError: it is gone, or another file is in its place.
@@ -47,11 +47,11 @@ def require_hyper_model(run: Run) -> Path:
 
 
 def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
-    """Returns if LoRAs of a run are there, with the content that it wrote.
+    """Returns if LoRAs of a run are there, with the content that the run wrote.
 
     Args:
         run: the run.
-        paths: of its LoRAs, companions or top-ups.
+        paths: of its LoRAs, companions or private LoRAs.
         progress: progress and interrupt.
 
     Raises:
@@ -68,8 +68,8 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     counter = progress.counter("checking the LoRAs", {path: path.stat().st_size for path in paths})
     with counter:
         for path in paths:
-            found = tensor_data_sha256(path, partial(count, counter, path))
-            if found != known.get(path.stem, _recorded(path, run)):
+            digest = tensor_data_sha256(path, partial(count, counter, path))
+            if digest != known.get(path.stem, _recorded_hash(path, run)):
                 raise RunError(
                     f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
                 )
@@ -77,15 +77,16 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
 
 
 def _hashes(run: Run) -> dict[str, str]:
-    """Of the run's files and of the top-ups of its fits, by name."""
+    """Returns the hashes of the run's LoRAs and of the private LoRAs of its fits, by name."""
     fits, _ = load_fits(run)
-    topups = {each.name: each.sha256 for fitted in fits for each in fitted.topups}
-    return {**topups, **run.hashes}
+    private = {lora.name: lora.sha256 for record in fits for lora in record.topups}
+    return {**private, **run.hashes}
 
 
-def _recorded(path: Path, run: Run) -> str | None:
-    """The hash that a LoRA itself records, if it is of this run; for manifests without hashes."""
-    found = metadata_of(path)
-    sources = all(source.sha256 in found.get("hyper_merge.lineage", "") for source in run.sources)
-    is_own = sources and found.get("ss_output_name") == path.stem
-    return found.get("sshs_model_hash") if is_own else None
+def _recorded_hash(path: Path, run: Run) -> str | None:
+    """Returns the hash in a LoRA's metadata if it is of this run; for manifests without hashes."""
+    metadata = metadata_of(path)
+    lineage = metadata.get("hyper_merge.lineage", "")
+    of_run = all(source.sha256 in lineage for source in run.sources)
+    is_own = of_run and metadata.get("ss_output_name") == path.stem
+    return metadata.get("sshs_model_hash") if is_own else None

@@ -234,7 +234,7 @@ def test_extractions_of_long_names_do_not_replace_each_other(states, tmp_path, r
     for name, state in zip(names, states, strict=False):
         path = write(tmp_path / f"{name}.safetensors", state)
         order = ExtractRequest(base, path, rank=1, output=root, device="cpu", overwrite=True)
-        found += [run_extract(order, Progress()).path, run_extract(order, Progress()).path]
+        found += [run_extract(order, None, Progress()).path for _ in range(2)]
     assert found[0] == found[1] != found[2] == found[3]
     assert [metadata(path)["hyper_merge.checkpoint"] for path in found[::2]] == names
 
@@ -256,7 +256,7 @@ def test_names_that_windows_keeps_for_itself_are_not_given(states, tmp_path, roo
     path = write(tmp_path / "con.tar.safetensors", states[0])
     base = write(tmp_path / "base.safetensors", states[1])
     made = run_extract(
-        ExtractRequest(base, path, rank=1, output=root, device="cpu"), Progress()
+        ExtractRequest(base, path, rank=1, output=root, device="cpu"), None, Progress()
     ).path
     assert made.name.partition(".")[0].lower() != "con"
 

@@ -24,7 +24,8 @@ from hyper_merge.loras.lora_file import as_hosts_apply
 from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import WeightedSum
 from hyper_merge.operations import export
-from hyper_merge.operations.export import ExportRequest, format_export, multipliers_of, run_export
+from hyper_merge.operations.export import ExportRequest, multipliers_of, run_export
+from hyper_merge.operations.export_text import format_export
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run

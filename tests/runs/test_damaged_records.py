@@ -15,8 +15,9 @@ from hyper_merge.operations.compare.records import ComparisonFigures, Comparison
 from hyper_merge.operations.compare.request import PictureSettings
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.operations.fit.text import format_fit
 from hyper_merge.runs.deletion import files_of
-from hyper_merge.runs.fit_records import format_fit, load_fits
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report_text import format_report as report_text
 from hyper_merge.runs.run import list_runs, load_run

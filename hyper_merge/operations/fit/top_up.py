@@ -27,10 +27,10 @@ _MARGIN: Final = 0.995  # of what may remain: rounding and the truncated SVD tak
 
 
 def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
-    """The private LoRA's name without the rank: one that no other fit of the run has at any rank.
+    """Returns the private LoRA's name without the rank, which no other fit of the run has.
 
     Raises:
-        NameTakenError: a file of that name is there which no fit knows of.
+        NameTakenError: a file of that name is there which is of no fit.
     """
     of_others = folders.fitted_names(job.run.name, but=job.name)
     taken = {name_key(name.rpartition("-")[0]) for name in of_others}
@@ -50,9 +50,9 @@ def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
 def remove_earlier(
     outputs: FileTransaction, job: FitInputs, folders: Folders, topups: Sequence[PrivateLoraRecord]
 ) -> None:
-    """The private LoRA of an earlier fit goes with its replacement, unless it is replaced itself."""
+    """Removes the files of an earlier fit of this checkpoint that are not replaced."""
     records = {path.stem for path in fit_record_paths(job.run, job.name)}
-    written = {name_key(name) for name in (*records, *(each.name for each in topups))}
+    written = {name_key(name) for name in (*records, *(lora.name for lora in topups))}
     for path in folders.fit_files_of(job.run.name, job.name):
         if name_key(path.stem) not in written:
             outputs.remove(path)
@@ -61,29 +61,31 @@ def remove_earlier(
 def top_up(
     outputs: FileTransaction,
     job: FitInputs,
-    of: tuple[Residual, Measurement, SourceRecord],
-    wish: PrivateLoraTarget,
+    residual: Residual,
+    measurement: Measurement,
+    source: SourceRecord,
+    target: PrivateLoraTarget,
     progress: Progress,
 ) -> tuple[PrivateLoraRecord, ...]:
     """Stages a private LoRA of what remains; none where the share is reached without."""
-    rest, measured, origin = of
     looking, making, writing = progress.split([1.0, 1.0, 0.3])
     layers = job.inputs.layout.layers
     costs = [layer.m + layer.n for layer in layers]
-    ranks = _ranks(rest, measured, wish, costs, looking)
+    ranks = _ranks(residual, measurement, target, costs, looking)
     if not any(ranks):
         return ()
     mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
     rank = max(round(mean), 1)
     path = job.run.loras[0].parent / f"{job.topup_stem}-{rank}.safetensors"
-    alpha, dtype = job.inputs.layout.family.alpha_for(rank), rest.added.dtype
-    size = lora_bytes(layers, [(each,) for each in ranks], dtype, (alpha,))
+    alpha, dtype = job.inputs.layout.family.alpha_for(rank), residual.added.dtype
+    size = lora_bytes(layers, [(rank,) for rank in ranks], dtype, (alpha,))
     require_disks({path.parent: size})
-    found = [each for each in rest.low_rank(ranks, (alpha, dtype), making) if each]
-    gained = sum(each.energy - each.error for each in found)
-    explained = 1 - (measured.left(rest.multipliers, layers) - gained) / measured.energy
-    file = _file(job, origin, (rank, dtype), explained)
-    factors = {each.layer.module: (each.up, each.down) for each in found}
+    parts = [part for part in residual.low_rank(ranks, (alpha, dtype), making) if part]
+    gained = sum(part.energy - part.error for part in parts)
+    left = measurement.left(residual.multipliers, layers) - gained
+    explained = 1 - left / measurement.energy
+    file = _file(job, source, rank, dtype, explained)
+    factors = {part.layer.module: (part.up, part.down) for part in parts}
     counter = writing.counter("writing the top-up", {path: 2 * size})  # hashed and written
     write_lora(outputs, path, layers, factors, file, partial(count, counter, path))
     digest = outputs.metadata_of(path)["sshs_model_hash"]
@@ -91,28 +93,28 @@ def top_up(
 
 
 def _ranks(
-    rest: Residual,
-    measured: Measurement,
-    wish: PrivateLoraTarget,
+    residual: Residual,
+    measurement: Measurement,
+    target: PrivateLoraTarget,
     costs: Sequence[int],
     progress: Progress,
 ) -> list[int]:
-    """Of the private LoRA in every layer, where they take away most; none if the share is reached."""
-    left = (1 - (wish.share or 0.0)) * measured.energy
-    if wish.rank is None and measured.left(rest.multipliers, rest.inputs.layout.layers) <= left:
+    """Returns the rank in every layer, spread by gain; an empty list if the share is reached."""
+    left = (1 - (target.share or 0.0)) * measurement.energy
+    layers = residual.inputs.layout.layers
+    if target.rank is None and measurement.left(residual.multipliers, layers) <= left:
         return []
-    spectra = rest.spectra(progress)
-    if wish.rank is not None:
-        return spread_ranks(spectra, costs, wish.rank * sum(costs))
+    spectra = residual.spectra(progress)
+    if target.rank is not None:
+        return spread_ranks(spectra, costs, target.rank * sum(costs))
     return ranks_within(spectra, costs, _MARGIN * left)
 
 
 def _file(
-    job: FitInputs, origin: SourceRecord, stored: tuple[int, torch.dtype], explained: float
+    job: FitInputs, source: SourceRecord, rank: int, dtype: torch.dtype, explained: float
 ) -> LoraFile:
-    rank, dtype = stored
     return LoraFile(
-        lineage=lineage_of_run(job.run, job.run.hyper_model.stem, [origin]),
+        lineage=lineage_of_run(job.run, job.run.hyper_model.stem, [source]),
         run=job.run.name,
         index=0,
         count=1,

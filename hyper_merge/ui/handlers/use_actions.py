@@ -192,7 +192,7 @@ def _safe(host: Host, run: str, threshold: float, progress: Progress) -> Outcome
 
 
 def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> Outcome:
-    found = run_extract(wanted, progress, host.folders())
+    found = run_extract(wanted, host.folders(), progress)
     return Outcome(views_use.extracted(found), wrote=True)
 
 

@@ -16,7 +16,7 @@ from hyper_merge.errors import InterruptedRun, PictureError, RunError
 from hyper_merge.operations.compare import compare as comparison
 from hyper_merge.operations.compare import image_difference as picture_difference
 from hyper_merge.operations.compare import records as comparison_files
-from hyper_merge.operations.compare.compare import ImageGenerator, caption, run_comparison
+from hyper_merge.operations.compare.compare import ImageGenerator, run_compare
 from hyper_merge.operations.compare.grid import Band, Cell, draw_grid
 from hyper_merge.operations.compare.image_difference import difference_picture, mean_difference
 from hyper_merge.operations.compare.records import ComparisonFigures, comparison_names
@@ -27,6 +27,7 @@ from hyper_merge.operations.compare.request import (
     Subject,
     plan_pictures,
 )
+from hyper_merge.operations.compare.text import format_caption
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
@@ -69,7 +70,7 @@ def painter():
 def compare(folders, painter):
     def run(order=ORDER, progress=None, refusal=lambda path: ""):
         studio = ImageGenerator("a test", painter, refusal)
-        return run_comparison(order, studio, folders, progress or Progress())
+        return run_compare(order, folders, progress or Progress(), studio)
 
     return run
 
@@ -135,8 +136,8 @@ def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
 
 def test_a_caption_says_levels_and_percent_and_where_there_is_one_the_other_figure():
     figures = ComparisonFigures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
-    assert caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
-    assert caption(figures, "average") == ""
+    assert format_caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
+    assert format_caption(figures, "average") == ""
 
 
 def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
@@ -272,7 +273,7 @@ def test_an_error_in_drawing_leaves_nothing_behind(folders, started):
 
     before = snapshot(started)
     with pytest.raises(PictureError, match="out of paint"):
-        run_comparison(ORDER, ImageGenerator("a test", fail), folders, Progress())
+        run_compare(ORDER, folders, Progress(), ImageGenerator("a test", fail))
     assert snapshot(started) == before
 
 

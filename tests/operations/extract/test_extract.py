@@ -21,7 +21,8 @@ from hyper_merge.errors import (
     RecipeError,
 )
 from hyper_merge.operations.extract import difference
-from hyper_merge.operations.extract.extract import ExtractRequest, format_extraction, run_extract
+from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
+from hyper_merge.operations.extract.text import format_extraction
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import write_family
 
@@ -30,7 +31,7 @@ RANK = 5
 
 def extract(base, checkpoint, output, progress=None, **settings):
     wanted = ExtractRequest(base, checkpoint, **{"rank": RANK, "output": output, **settings})
-    return run_extract(wanted, progress or Progress())
+    return run_extract(wanted, None, progress or Progress())
 
 
 def weight(state, layer):
@@ -339,7 +340,7 @@ def test_progress_never_falls_and_ends_at_one(files, tmp_path):
 def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
     files, tmp_path, monkeypatch, extracted
 ):
-    original, failed = difference._found_layers, []
+    original, failed = difference._differing_layers, []
 
     def fails_once(*arguments):
         if not failed:
@@ -347,7 +348,7 @@ def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
             raise torch.cuda.OutOfMemoryError
         return original(*arguments)
 
-    monkeypatch.setattr(difference, "_found_layers", fails_once)
+    monkeypatch.setattr(difference, "_differing_layers", fails_once)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found = load_file(extract(files[0], files[1], tmp_path).path)
     first = load_file(extracted["float16"].path)
@@ -364,5 +365,5 @@ def test_a_file_in_place_of_a_folder_is_refused_before_anything_is_read(files, t
     for output in ("file", "file/x.safetensors", "file/deep/x.safetensors"):
         wanted = ExtractRequest(*files[:2], rank=4, output=tmp_path / output, device="cpu")
         with pytest.raises(OutputError, match=r"cannot write .*file is a file; choose an"):
-            run_extract(wanted, Progress(on_progress=reading))
+            run_extract(wanted, None, Progress(on_progress=reading))
     assert snapshot(tmp_path) == {"file": b"mine"}

@@ -38,9 +38,10 @@ from hyper_merge.errors import (
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.operations.fit.text import format_style
 from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
 from hyper_merge.runs.deletion import delete_run
-from hyper_merge.runs.fit_records import load_fits, style_line
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of
@@ -241,7 +242,7 @@ def test_a_fit_is_written_and_read_back(at, other, started):
     text = after[f"{FIT}/new one.txt"].decode()
     assert f"explained: {fitted.row.explained:.2%} of its difference in the layers" in text
     assert text.endswith(fitted.tags(run) + "\n")
-    assert style_line(fitted, run) == f"mix: new one,{fitted.tags(run)},"
+    assert format_style(fitted, run) == f"mix: new one,{fitted.tags(run)},"
 
 
 def test_a_top_up_of_a_rank_is_better_than_the_best_of_that_rank_in_every_layer(at, other, started):

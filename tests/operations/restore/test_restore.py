@@ -33,12 +33,8 @@ from hyper_merge.errors import (
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore import restore as restoring_job
-from hyper_merge.operations.restore.restore import (
-    RestoreRequest,
-    format_restore,
-    parse_mix,
-    run_restore,
-)
+from hyper_merge.operations.restore.restore import RestoreRequest, parse_mix, run_restore
+from hyper_merge.operations.restore.text import format_restore
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture

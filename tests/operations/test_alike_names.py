@@ -12,8 +12,8 @@ from tiny_family import load, merge, recipe, write
 
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.prompt_tags import tag_names
-from hyper_merge.operations import deletable as safe
 from hyper_merge.operations.deletable import find_deletable
+from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.export import ExportRequest, run_export
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.fit.fit import run_fit
@@ -128,7 +128,7 @@ def lose(root, names):
 def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(family, root):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
-    assert all(each.safe for each in find_deletable("mix", 0.8, folders, Progress()).verdicts)
+    assert all(verdict.safe for verdict in find_deletable("mix", 0.8, folders, Progress()).verdicts)
     lose(root, FAR_EAST[:1])
     run = load_run(folders, "mix")
     assert run.lost == FAR_EAST[:1]
@@ -141,8 +141,8 @@ def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(famil
         run.report.checkpoints[0].explained, abs=2e-3
     )
     found = find_deletable("mix", 0.8, folders, Progress())
-    assert [each.safe for each in found.verdicts] == [False, True, True, True]
-    assert "its private LoRA is not there" in safe.format_deletion_report(found)
+    assert [verdict.safe for verdict in found.verdicts] == [False, True, True, True]
+    assert "its private LoRA is not there" in format_deletion_report(found)
 
 
 @pytest.mark.parametrize("what", ["gone", "of another checkpoint", "of another merge"])
@@ -161,7 +161,7 @@ def test_a_private_lora_that_is_not_what_the_prompt_names_is_told(family, root, 
     assert run.missing == (first,)
     assert run.lost == FAR_EAST[:1]
     found = find_deletable("mix", 0.8, folders, Progress())
-    assert not any(each.safe for each in found.verdicts)
+    assert not any(verdict.safe for verdict in found.verdicts)
     assert first.name in found.problem
 
 
@@ -288,7 +288,7 @@ def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, roo
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
     run_fit(FitRequest("mix", first, topup=1, device="cpu"), folders, Progress())
-    with pytest.raises(NameTakenError, match="give this one a name of its own"):
+    with pytest.raises(NameTakenError, match="choose another name for it"):
         run_fit(FitRequest("mix", second, device="cpu"), folders, Progress())
     run = load_run(folders, "mix")
     (fitted,), problems = load_fits(run)

@@ -7,9 +7,9 @@ import torch
 from tiny_family import load, merge, recipe, snapshot, write
 
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
-from hyper_merge.operations import deletable as safe
 from hyper_merge.operations import extend as absorbing
 from hyper_merge.operations.deletable import find_deletable
+from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
@@ -54,20 +54,20 @@ def test_each_original_is_held_against_the_threshold_and_none_is_deleted(own):
     rows = merged.report.checkpoints
     everything = sorted(row.explained * (1 - row.not_carried) for row in rows)
     found = safety(folders, everything[1])
-    assert [each.safe for each in found.verdicts] == [
+    assert [verdict.safe for verdict in found.verdicts] == [
         row.explained * (1 - row.not_carried) >= everything[1] for row in rows
     ]
     sizes = {path.name: path.stat().st_size for path in folders.models.iterdir()}
     assert [each.frees for each in found.verdicts] == [sizes[each.name] for each in found.verdicts]
-    assert found.frees == sum(sizes[each.name] for each in found.verdicts if each.safe) > 0
+    assert found.frees == sum(sizes[verdict.name] for verdict in found.verdicts if verdict.safe) > 0
     assert [each.explained for each in found.verdicts] == [row.explained for row in rows]
     for each, row in zip(found.verdicts, rows, strict=True):
         assert each.everything == pytest.approx(row.explained * (1 - row.not_carried))
         assert each.everything < each.explained
     assert [each.vae_differs for each in found.verdicts] == [False, True, True]
-    text = safe.format_deletion_report(found)
+    text = format_deletion_report(found)
     assert "nothing was deleted; that is up to you" in text
-    assert text.count("comes back)") == 1
+    assert text.count("is restored)") == 1
     assert snapshot(folders.models.parent) == before
 
 
@@ -76,7 +76,7 @@ def test_what_is_not_there_any_more_or_was_changed_is_told(own):
     (folders.models / "a.safetensors").unlink()
     shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
     found = safety(folders, 0.01)
-    assert [each.safe for each in found.verdicts] == [False, True, False]
+    assert [verdict.safe for verdict in found.verdicts] == [False, True, False]
     assert found.verdicts[0].reason == "it is not there any more"
     assert found.verdicts[0].frees == 0
     assert found.verdicts[2].reason.startswith("it was changed since the merge")
@@ -105,9 +105,9 @@ def test_nothing_is_safe_where_the_run_is_not_whole(own, what):
         path.unlink()
     found = safety(folders, 0.01)
     assert found.problem
-    assert not any(each.safe for each in found.verdicts)
+    assert not any(verdict.safe for verdict in found.verdicts)
     assert found.frees == 0
-    assert "nothing is safe to delete: " in safe.format_deletion_report(found)
+    assert "nothing is safe to delete: " in format_deletion_report(found)
 
 
 def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
@@ -129,7 +129,7 @@ def test_a_lora_that_was_edited_since_makes_nothing_safe(own):
     merged.loras[0].write_bytes(content)
     found = safety(folders, 0.01)
     assert "was edited or replaced since the run mix wrote it" in found.problem
-    assert not any(each.safe for each in found.verdicts)
+    assert not any(verdict.safe for verdict in found.verdicts)
 
 
 def test_the_base_of_another_run_is_not_safe(own, files):
@@ -137,7 +137,7 @@ def test_the_base_of_another_run_is_not_safe(own, files):
     models = [folders.models / f"{name}.safetensors" for name in "bc"]
     merge(models, folders.models.parent, name="based", base=str(folders.models / "a.safetensors"))
     found = safety(folders, 0.01)
-    assert [each.safe for each in found.verdicts] == [False, True, True]
+    assert [verdict.safe for verdict in found.verdicts] == [False, True, True]
     assert found.verdicts[0].reason == "it is the hyper-model of based"
 
 
@@ -168,7 +168,7 @@ def test_fitted_checkpoints_are_held_against_it_too(own, new):
     assert again.explained < fitted.explained == found.verdicts[-1].explained
     assert found.verdicts[-1].restored_as == "new"
     assert found.verdicts[0].explained == own_again.explained
-    assert "(restored as own)" in safe.format_deletion_report(found)
+    assert "(restored as own)" in format_deletion_report(found)
     (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
     assert "mix_fit-new" in safety(folders, 0.5).problem
 

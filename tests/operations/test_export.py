@@ -132,9 +132,9 @@ def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started
     assert (found["hyper_merge.name"], found["ss_output_name"]) == ("mix", "mix_b")
     assert found["ss_network_alpha"] == f"{one.rank}.0"
     assert float(found["hyper_merge.explained"]) == one.explained
-    inputs = load_run(Folders.under(started), "mix").inputs
+    sources = load_run(Folders.under(started), "mix").sources
     lineage = json.loads(found["hyper_merge.lineage"])
-    assert [s["sha256"] for s in lineage] == [source.sha256 for source in inputs]
+    assert [s["sha256"] for s in lineage] == [source.sha256 for source in sources]
     card = json.loads(one.path.with_suffix(".json").read_text())
     assert card["description"] == f"Turns mix into b, by itself; rank {one.rank}."
     assert card["sd version"] == "SD1"

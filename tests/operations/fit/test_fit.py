@@ -471,7 +471,7 @@ def test_another_file_of_a_merged_checkpoints_name_needs_one_of_its_own(at, othe
     other.rename(twin)
     before = snapshot(started)
     with pytest.raises(
-        NameTakenError, match="a is another checkpoint of the run mix; give this one"
+        NameTakenError, match="a is another checkpoint of the run mix; choose another"
     ):
         fit(at, twin)
     assert snapshot(started) == before

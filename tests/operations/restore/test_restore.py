@@ -285,7 +285,7 @@ def test_a_manifest_that_is_newer_or_does_not_say_which_file_it_was_is_refused(s
     path.write_text(json.dumps(manifest))
     before = snapshot(single.root)
     for shares in ("other", {"other": 0.5, "b": 0.5}):
-        with pytest.raises(RunError, match="does not say which file other was; bring it back"):
+        with pytest.raises(RunError, match="does not say which file other was; copy it back"):
             restore(single.folders, shares)
     assert snapshot(single.root) == before
     path.write_text(json.dumps(manifest | {"version": 99, "hyper_merge": "9.9"}))

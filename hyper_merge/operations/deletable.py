@@ -10,9 +10,10 @@ from pathlib import Path
 from hyper_merge.errors import RunError
 from hyper_merge.operations.inspect import inspect_files
 from hyper_merge.runs.fit_records import load_fits
-from hyper_merge.runs.folders import Folders, same_place
+from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.integrity import require_hyper_model, require_own
 from hyper_merge.runs.originals import LocatedSource, locate_sources
+from hyper_merge.runs.paths import same_place
 from hyper_merge.runs.report import CheckpointReport
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress

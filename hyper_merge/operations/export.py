@@ -36,7 +36,7 @@ from hyper_merge.runtime.progress import Progress, count
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the user asks for.
+    """The request for an export.
 
     Attributes:
         run: Its name.
@@ -77,7 +77,7 @@ def run_export(
     """Writes the LoRAs, all or none; on any failure every existing file stays as it was.
 
     Args:
-        request: what the user asks for.
+        request: run, files and options.
         folders: where the run is, and its LoRAs.
         progress: progress and interrupt.
 
@@ -177,7 +177,7 @@ def _names(run: Run, folders: Folders) -> dict[str, str]:
 
 
 def _is_of_another(path: Path, run: Run, checkpoint: str) -> bool:
-    """Whether a file is there that is no export of this very checkpoint."""
+    """Tells whether a file is there that is no export of this very checkpoint."""
     metadata = metadata_of(path)
     identity = (metadata.get(KIND), metadata.get(RUN), metadata.get(CHECKPOINT))
     return path.exists() and identity != (STANDALONE_KIND, run.name, checkpoint)

@@ -24,7 +24,7 @@ from hyper_merge.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class ExtendRequest:
-    """What the user asks for.
+    """The request for a run with further checkpoints.
 
     Attributes:
         run: Its name.
@@ -50,7 +50,7 @@ def run_extend(request: ExtendRequest, folders: Folders, progress: Progress) -> 
     checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
 
     Args:
-        request: what the user asks for.
+        request: run, files and options.
         folders: where the run is, and where the new one goes.
         progress: progress and interrupt.
 

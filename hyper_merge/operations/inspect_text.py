@@ -1,4 +1,4 @@
-"""What files are, and what a merge of them would take, as plain text."""
+"""The facts about files, and the estimate of a merge of them, as plain text."""
 
 from __future__ import annotations
 

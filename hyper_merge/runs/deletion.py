@@ -10,16 +10,9 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.folders import (
-    FITS,
-    MANIFEST,
-    PICTURES,
-    RUN_FILES,
-    Folders,
-    average_id_of,
-    same_place,
-)
+from hyper_merge.runs.folders import FITS, MANIFEST, PICTURES, RUN_FILES, Folders, average_id_of
 from hyper_merge.runs.manifest import RunOutline
+from hyper_merge.runs.paths import same_place
 from hyper_merge.runs.run import Run, read_manifest
 
 
@@ -65,7 +58,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
 
 
 def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
-    """Whether the hyper-model is Hyper-Merge's own and nothing else needs it."""
+    """Tells whether the hyper-model is Hyper-Merge's own and nothing else needs it."""
     path = run.hyper_model
     average_id = average_id_of(path)
     if run.recipe.base != AVERAGE or average_id is None or average_id != outline.average_id:
@@ -83,6 +76,6 @@ def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
 
 
 def _needs(outline: RunOutline, path: Path, folders: Folders) -> bool:
-    """Whether a run is based on a file, or was made of it."""
+    """Tells whether a run is based on a file, or was made of it."""
     paths = (folders.hyper_model_of(outline), *outline.source_paths)
     return any(same_place(path, other) for other in paths)

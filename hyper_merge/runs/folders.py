@@ -20,6 +20,7 @@ from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.metadata import KIND
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.manifest import RunOutline
+from hyper_merge.runs.paths import path_exists, same_place
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.formatting import GB
 from hyper_merge.runtime.names import file_stem, name_key, unique_name
@@ -42,7 +43,7 @@ RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
 
 @dataclass(frozen=True)
 class Place:
-    """Where one run's files go."""
+    """The paths of one run's files."""
 
     run: str  # name of the run and first part of its LoRAs' names
     hyper_model: Path  # to be used with the LoRAs
@@ -255,22 +256,6 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(f"{path} is one of the checkpoints of this merge; choose another name")
 
 
-def path_exists(path: Path) -> bool:
-    """Whether a path that a manifest names leads to something."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, or with a NUL character
-        return False
-
-
-def same_place(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one place, be there a file or not."""
-    try:
-        return os.path.realpath(one) == os.path.realpath(other)
-    except ValueError:  # a NUL character: no path at all
-        return False
-
-
 def average_id_of(path: Path) -> str | None:
     """Returns the id of the average that a hyper-model holds; None for any other file, or none."""
     return metadata_of(path).get(AVERAGE_ID)
@@ -285,7 +270,7 @@ def _private_lora_names(record: Path) -> list[str] | None:
 
 
 def _is_foreign(lora: Path) -> bool:
-    """Whether a file is there that is not a LoRA of ours by this name."""
+    """Tells whether a file is there that is not a LoRA of ours by this name."""
     metadata = metadata_of(lora)
     is_ours = metadata.get(KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
     return os.path.lexists(lora) and not is_ours

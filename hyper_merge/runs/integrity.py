@@ -10,7 +10,8 @@ from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.hashes import tensor_data_sha256
 from hyper_merge.errors import RunError
 from hyper_merge.runs.fit_records import load_fits
-from hyper_merge.runs.folders import metadata_of, path_exists
+from hyper_merge.runs.folders import metadata_of
+from hyper_merge.runs.paths import path_exists
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.progress import Progress, count
 

@@ -125,7 +125,7 @@ class RunManifest:
 
 @dataclass(frozen=True)
 class RunOutline:
-    """What a manifest says of the files that its run needs; nothing in it is checked."""
+    """The files that a run needs, as its manifest names them; nothing in it is checked."""
 
     folder: Path  # of the run
     recipe: object  # the recipe's metadata, text by name; anything where that is damaged

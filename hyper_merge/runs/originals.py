@@ -9,9 +9,10 @@ from typing import Literal
 
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError
-from hyper_merge.runs.folders import Folders, path_exists
+from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import find_by_hash, hash_sources
 from hyper_merge.runs.manifest import RunSource
+from hyper_merge.runs.paths import path_exists
 from hyper_merge.runtime.progress import Progress
 
 State = Literal["there", "changed", "missing"]

@@ -10,7 +10,7 @@ from hyper_merge.loras.metadata import CHECKPOINT
 
 
 def is_own_lora(path: Path, model_hash: str | None, checkpoint: str | None = None) -> bool:
-    """Whether a file is there, and is the LoRA that was written there.
+    """Tells whether a file is there, and is the LoRA that was written there.
 
     Where the header lacks these values (some editors of metadata drop them), the file passes: only
     its content could tell.

@@ -16,9 +16,10 @@ from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
 from hyper_merge.recipe.parsing import suggest_nearest
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
-from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of, path_exists, same_place
+from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of
 from hyper_merge.runs.manifest import RunManifest, RunSource, require_readable_version
 from hyper_merge.runs.own_loras import is_own_lora
+from hyper_merge.runs.paths import path_exists, same_place
 from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.names import one_line
@@ -190,5 +191,5 @@ def _replaced_loras(loras: tuple[Path, ...], manifest: RunManifest) -> list[Path
 
 
 def _is_right(hyper_model: Path, recipe: Recipe, manifest: RunManifest) -> bool:
-    """Whether a hyper-model is still the average that the run is based on."""
+    """Tells whether a hyper-model is still the average that the run is based on."""
     return recipe.base != AVERAGE or average_id_of(hyper_model) == manifest.average_id

@@ -67,7 +67,7 @@ def run_compare(
     """Draws all pictures and saves the grid; on any failure nothing is written.
 
     Args:
-        request: what the user asks for.
+        request: run, files and options.
         folders: where the run is, its LoRAs, hyper-model and originals.
         progress: progress and interrupt.
         generator: draws the pictures.

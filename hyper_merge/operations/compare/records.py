@@ -29,7 +29,7 @@ _NAME: Final = re.compile(r"comparison-(\d{1,9})")
 
 @dataclass(frozen=True)
 class ComparisonFigures:
-    """How far the pictures of a pair are apart.
+    """The distances between the pictures of a pair.
 
     Attributes:
         checkpoint: As the run calls it.

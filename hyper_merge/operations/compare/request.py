@@ -76,7 +76,7 @@ class PictureSettings:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What the user asks for.
+    """The request for a comparison.
 
     Attributes:
         run: Its name.

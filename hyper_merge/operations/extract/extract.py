@@ -53,7 +53,7 @@ _PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
 
 @dataclass(frozen=True)
 class ExtractRequest:
-    """What the user asks for.
+    """The request for an extraction.
 
     Attributes:
         base: The checkpoint that the LoRA is added to.
@@ -102,7 +102,7 @@ def run_extract(
     """Writes the LoRA; on any failure every existing file stays as it was.
 
     Args:
-        request: what the user asks for.
+        request: run, files and options.
         folders: where the LoRA goes, for a host whose folders are not all in `output`; else None.
         progress: progress and interrupt.
 
@@ -177,7 +177,7 @@ def _free_name(request: ExtractRequest, folders: Folders, owners: Container[str]
 
 
 def _is_same(metadata: Mapping[str, str], request: ExtractRequest) -> bool:
-    """Whether a LoRA says that it was extracted from two files of these names."""
+    """Tells whether a LoRA says that it was extracted from two files of these names."""
     try:
         recipe = parse_json(metadata.get(RECIPE, ""))
         return bool(

@@ -37,7 +37,7 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
     """Fits a checkpoint and writes record, text and perhaps a private LoRA, all or none.
 
     Args:
-        request: what the user asks for.
+        request: run, files and options.
         folders: where the run is, its LoRAs and hyper-model.
         progress: progress and interrupt.
 

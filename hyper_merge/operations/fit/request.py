@@ -28,7 +28,7 @@ from hyper_merge.runtime.devices import resolve_device
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What the user asks for.
+    """The request for a fit.
 
     Attributes:
         run: Its name.

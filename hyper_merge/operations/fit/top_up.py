@@ -36,10 +36,10 @@ def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
     taken = {name_key(name.rpartition("-")[0]) for name in of_others}
     word = prompt_word(job.name, LONGEST_WORD)
     stem = unique_name(f"{job.run.name}_fit-{word}", lambda name: name_key(name) in taken)
-    own = folders.fit_files_of(job.run.name, job.name) if overwrite else []
+    replaced = folders.fit_files_of(job.run.name, job.name) if overwrite else []
     for path in sorted(folders.loras.glob("*.safetensors")):
         name, _, rank = path.stem.rpartition("-")
-        if name_key(name) == name_key(stem) and rank.isdecimal() and path not in own:
+        if name_key(name) == name_key(stem) and rank.isdecimal() and path not in replaced:
             raise NameTakenError(
                 f"{path} is there already; allow overwriting where it is of an earlier fit of"
                 f" {job.name}, or choose another name for this one"

@@ -28,9 +28,10 @@ from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.restore.reconstruction import ReconstructionErrors, write_restored
 from hyper_merge.recipe.parsing import describe_value
 from hyper_merge.recipe.recipe import FIELDS, SettingError
-from hyper_merge.runs.folders import Folders, metadata_of, path_exists, require_no_source
+from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.integrity import require_family, require_hyper_model, require_own
 from hyper_merge.runs.originals import locate_sources
+from hyper_merge.runs.paths import path_exists
 from hyper_merge.runs.report import PartLoss, part_losses
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import (
@@ -53,7 +54,7 @@ _DTYPES: Final = next(field.parse for field in FIELDS if field.name == "dtype")
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """What the user asks for.
+    """The request for a restored checkpoint.
 
     Attributes:
         run: Its name.
@@ -80,7 +81,7 @@ class RestoreRequest:
 
 @dataclass(frozen=True)
 class RestoreError:
-    """How near a restored checkpoint is to its original; shares are of squared norms."""
+    """The distance of a restored checkpoint from its original; shares are of squared norms."""
 
     explained: float  # of the original's differences from the hyper-model in the layers
     everything: float  # the same of all its tensors
@@ -147,7 +148,7 @@ def run_restore(request: RestoreRequest, folders: Folders, progress: Progress) -
     """Writes the checkpoint; on any failure every existing file stays as it was.
 
     Args:
-        request: what the user asks for.
+        request: run, files and options.
         folders: where the run is, its LoRAs and hyper-model.
         progress: progress and interrupt.
 

@@ -17,6 +17,7 @@ from hyper_merge.recipe.recipe import load_recipe
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.manifest import RunManifest
 from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.progress import Progress
 
@@ -80,6 +81,12 @@ def test_the_run_is_listed_with_its_figures(webui, folders, manifest):
     assert dict(run.hashes) == manifest["files"]
     assert tuple(source.path for source in run.sources) == checkpoints(webui, "abc")
     assert run.recipe.to_settings() == manifest["settings"]
+
+
+def test_the_manifest_is_written_as_it_was(folders, manifest):
+    text = (folders.runs / "mix/manifest.json").read_text()
+    data = RunManifest.from_json(manifest).to_json() | {"hyper_merge": manifest["hyper_merge"]}
+    assert json.dumps(data, indent=1) + "\n" == text
 
 
 def test_the_fit_record_loads_with_its_private_lora(folders, fit):

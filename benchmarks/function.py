@@ -39,7 +39,7 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.folders import MULTIPLIERS, Folders
-from hyper_merge.runs.manifest import Run, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.synthetic.checkpoint_layouts import UNET_PREFIX
 
 with warnings.catch_warnings():

@@ -24,7 +24,7 @@ from hyper_merge.hosts import job_queue as work
 from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
 from hyper_merge.operations.fit.fit import prepare_fit as prepared_fit
-from hyper_merge.runs.manifest import list_runs, load_run
+from hyper_merge.runs.run import list_runs, load_run
 
 PREFIX: Final = "/hyper-merge"
 

@@ -16,8 +16,8 @@ from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runs.fit_records import FitRecord, load_fits
 from hyper_merge.runs.folders import Place
-from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import CheckpointReport, Report
+from hyper_merge.runs.run import Run
 
 _ELSEWHERE: Final = {"name", "loras", "companions", "checkpoints", "groups"}
 """Of a report, what a run's answer has in another place or another form."""

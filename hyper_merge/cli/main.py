@@ -15,16 +15,17 @@ from hyper_merge.cli.progress_bar import progress_bar, say_above
 from hyper_merge.cli.run_commands import add_commands
 from hyper_merge.errors import AppError, HyperMergeError, InterruptedRun, RecipeError, RunError
 from hyper_merge.operations.demo import run_demo
-from hyper_merge.operations.inspect import format_inspection
+from hyper_merge.operations.inspect_text import format_inspection
 from hyper_merge.operations.merge.average import run_average
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.recipe import FIELDS, Recipe, load_recipe, option_help, recipe_from_options
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import Run, delete_run, files_of, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runtime.formatting import format_duration, format_size
 from hyper_merge.runtime.progress import STOPPED, Progress
 

@@ -13,15 +13,19 @@ from hyper_merge.errors import RecipeError
 from hyper_merge.operations import deletable as safe
 from hyper_merge.operations import export
 from hyper_merge.operations import extend as absorb
+from hyper_merge.operations.deletable_text import format_deletion_report
+from hyper_merge.operations.export_text import format_export
 from hyper_merge.operations.extract import extract
+from hyper_merge.operations.extract.text import format_extraction
 from hyper_merge.operations.fit import fit
 from hyper_merge.operations.fit import request as fit_job
+from hyper_merge.operations.fit.text import format_fit, format_style
 from hyper_merge.operations.restore import restore
+from hyper_merge.operations.restore.text import format_restore
 from hyper_merge.recipe.parsing import parse_share, plain_value
 from hyper_merge.recipe.recipe import SettingError
-from hyper_merge.runs import fit_records as fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 
 _NUMBERS: Final = ("rank", "seed")  # the others are text, whatever they look like
 
@@ -59,8 +63,8 @@ def _extract(options: argparse.Namespace) -> None:
     names = ("base", "checkpoint", "rank", "name", "output", "dtype", "device", "seed", "overwrite")
     wanted = _asked(extract.ExtractRequest, options, names)
     with progress_bar() as progress:
-        extracted = extract.run_extract(wanted, progress)
-    say(extract.format_extraction(extracted))
+        extracted = extract.run_extract(wanted, None, progress)
+    say(format_extraction(extracted))
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +88,7 @@ def _export(options: argparse.Namespace) -> None:
     wanted = _asked(export.ExportRequest, options, ("run", "checkpoints", "rank", "overwrite"))
     with progress_bar() as progress:
         exported = export.run_export(wanted, Folders.under(options.output), progress)
-    say(export.format_export(exported, wanted.rank))
+    say(format_export(exported, wanted.rank))
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
@@ -109,9 +113,9 @@ def _fit(options: argparse.Namespace) -> None:
     with progress_bar() as progress:
         fitted = fit.run_fit(wanted, folders, progress)
     run = load_run(folders, options.run)
-    say(fits.format_fit(fitted, run))
+    say(format_fit(fitted, run))
     if options.style:
-        say(fits.style_line(fitted, run))
+        say(format_style(fitted, run))
 
 
 def _add_absorb(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +165,7 @@ def _restore(options: argparse.Namespace) -> None:
     wanted = _asked(restore.RestoreRequest, options, ("run", "shares", "to", "dtype", "overwrite"))
     with progress_bar() as progress:
         restored = restore.run_restore(wanted, Folders.under(options.output), progress)
-    say(restore.format_restore(restored))
+    say(format_restore(restored))
 
 
 def _add_safe(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +189,7 @@ def _safe(options: argparse.Namespace) -> None:
         safety = safe.find_deletable(
             options.run, threshold, Folders.under(options.output), progress
         )
-    say(safe.format_deletion_report(safety))
+    say(format_deletion_report(safety))
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

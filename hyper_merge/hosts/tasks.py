@@ -28,7 +28,7 @@ from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.fit_records import styles_of
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
 

@@ -1,15 +1,15 @@
-"""The analysis cache for people: what it holds, and clearing it; in words, without HTML."""
+"""The analysis cache for people: what it holds, and clearing it; as text, without HTML."""
 
 from __future__ import annotations
 
-from hyper_merge.analysis import cache as analysis_cache
+from hyper_merge.analysis.cache import cache_bytes, clear_analyses
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.formatting import format_size
 
 
 def format_cache(folders: Folders) -> str:
-    """How much the cache holds, and what it is for."""
-    held = format_size(analysis_cache.cache_bytes(folders.cache))
+    """Returns a sentence about how much the cache holds, and what it is for."""
+    held = format_size(cache_bytes(folders.cache))
     return (
         f"The cache holds {held} of at most {format_size(folders.cache_limit)}. With it another list of"
         " ranks takes a fraction of the time. It is safe to clear."
@@ -17,10 +17,12 @@ def format_cache(folders: Folders) -> str:
 
 
 def clear_cache(folders: Folders) -> str:
-    """Deletes all analyses, and says what that freed; to be called while nothing is merged.
+    """Deletes all analyses and returns a sentence about the bytes freed.
+
+    To be called while nothing is merged.
 
     Raises:
         CacheError: a file cannot be deleted; the others are.
     """
-    freed = analysis_cache.clear_analyses(folders.cache)
+    freed = clear_analyses(folders.cache)
     return f"The cache is empty; {format_size(freed)} are free again."

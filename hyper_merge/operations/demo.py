@@ -1,4 +1,4 @@
-"""A family of small synthetic checkpoints in a WebUI-shaped models folder, merged: a first try."""
+"""Merges a family of small synthetic checkpoints in a models folder, for a first try."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMO_RANKS: Final = (24, 12, 6, 3)
 
 
 def make_family(folder: Path, progress: Progress) -> tuple[Path, ...]:
-    """The family's files in a folder; made unless all are there.
+    """Returns the family's files in a folder; makes them unless all are there.
 
     Args:
         folder: for checkpoints.

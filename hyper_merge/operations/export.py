@@ -1,4 +1,4 @@
-"""One LoRA per checkpoint from an existing run: its shared LoRAs with the multipliers folded in."""
+"""Exports one LoRA per checkpoint of a run: its LoRAs with the multipliers folded in."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from pathlib import Path
 import torch
 
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.checkpoints.architectures.spec import Family, PartName
+from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import ExtractionError, RecipeError, RunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
 from hyper_merge.loras.metadata import CHECKPOINT, KIND, RUN, STANDALONE_KIND, LoraFile
-from hyper_merge.loras.prompt_tags import format_tag, format_tags
+from hyper_merge.loras.prompt_tags import format_tags
 from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import StoredSum, WeightedSum
 from hyper_merge.recipe.parsing import LARGEST_RANK, suggest_nearest, whole
 from hyper_merge.recipe.recipe import SettingError
 from hyper_merge.runs.folders import Folders, metadata_of
 from hyper_merge.runs.integrity import require_family, require_own
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.report import CheckpointReport
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import distinct_words, name_key, unique_name
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
@@ -37,11 +36,11 @@ from hyper_merge.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What the user asks for.
+    """The request for an export.
 
     Attributes:
         run: Its name.
-        checkpoints: Names of those wanted; None for all of the run.
+        checkpoints: Names of the checkpoints; None for all of the run.
         rank: That each layer is cut down to; None to keep the whole sum.
         overwrite: Whether an earlier export of the same may be replaced.
     """
@@ -60,25 +59,25 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One checkpoint's LoRA."""
+    """The LoRA of one checkpoint, and how good it is."""
 
     path: Path
     checkpoint: str
     hyper_model: Path  # that it is added to
     rank: int  # the most that a layer has
     explained: float  # of the checkpoint's differences, by the run's LoRAs
-    lost: float  # of the sum's squared norm: by rounding, and by cutting ranks where that was asked
+    lost: float  # of the sum's squared norm: by rounding, and by cutting ranks if requested
     size: int  # bytes of the file
-    companions: str  # tags of the run's companions, which are still to be used besides; or nothing
+    companions: str  # tags of the run's companions, which are still needed in addition; or nothing
 
 
 def run_export(
-    wanted: ExportRequest, folders: Folders, progress: Progress
+    request: ExportRequest, folders: Folders, progress: Progress
 ) -> tuple[ExportResult, ...]:
     """Writes the LoRAs, all or none; on any failure every existing file stays as it was.
 
     Args:
-        wanted: what the user asks for.
+        request: run, files and options.
         folders: where the run is, and its LoRAs.
         progress: progress and interrupt.
 
@@ -86,69 +85,52 @@ def run_export(
         HyperMergeError: an unknown run or checkpoint, a LoRA of the run that is missing or not its
             own, a name that is taken, a full disk, or the user's interrupt.
     """
-    run = load_run(folders, wanted.run)
+    run = load_run(folders, request.run)
     family = require_family(run)
-    rows = _rows(run, wanted.checkpoints)
-    paths = _paths(run, rows, folders, overwrite=wanted.overwrite)
-    checking, *each = progress.split([1.0, *[3.0] * len(rows)])
+    rows = _rows(run, request.checkpoints)
+    paths = _paths(run, rows, folders, overwrite=request.overwrite)
+    checking, *folding = progress.split([1.0, *[3.0] * len(rows)])
     shared = run.loras[: len(run.report.loras)]
-    own = {row.name: _topup(run, row) for row in rows}
-    require_own(run, (*shared, *(path for paths in own.values() for path in paths)), checking)
+    private = {row.name: _private_loras(run, row) for row in rows}
+    require_own(run, (*shared, *(path for row in rows for path in private[row.name])), checking)
     if run.hyper_model in run.missing:
         progress.warn(f"{run.hyper_model} is missing or another file; these LoRAs go with no other")
-    with FileTransaction(overwrite=wanted.overwrite) as outputs, ExitStack() as stack:
+    with FileTransaction(overwrite=request.overwrite) as outputs, ExitStack() as stack:
         loras = [stack.enter_context(LoraReader(path, family)) for path in shared]
         exported = tuple(
             _export(
                 outputs,
                 paths[row.name],
-                (run, row, family),
+                run,
+                row,
                 WeightedSum(
-                    [*loras, *(stack.enter_context(LoraReader(p, family)) for p in own[row.name])],
+                    [
+                        *loras,
+                        *(stack.enter_context(LoraReader(p, family)) for p in private[row.name]),
+                    ],
                     partial(multipliers_of, row),
-                    wanted.rank,
+                    request.rank,
                 ),
                 part,
             )
-            for row, part in zip(rows, each, strict=True)
+            for row, part in zip(rows, folding, strict=True)
         )
         progress.report("putting the files in place", 1.0)
     return exported
 
 
-def format_export(exported: Sequence[ExportResult], rank: int | None) -> str:
-    """The outcome as plain text."""
-    width = max(len(each.path.stem) for each in exported)
-    lost = "lost by cutting" if rank else "lost by rounding"
-    lines = [f"{'LoRA':{width}}  rank       size  explained before  {lost}"]
-    lines += [
-        f"{each.path.stem:{width}}  {each.rank:4} {format_size(each.size):>10}  {each.explained:16.2%}"
-        f"  {each.lost:{len(lost)}.4%}"
-        for each in exported
-    ]
-    first = exported[0]
-    besides = f" {first.companions}" if first.companions else ""
-    lines += [
-        f"in {first.path.parent}",
-        "",
-        f"To get {first.checkpoint}, load {first.hyper_model.stem} and put this into the prompt:",
-        format_tag(first.path.stem, 1.0) + besides,
-    ]
-    return "\n".join(lines)
-
-
 def multipliers_of(row: CheckpointReport, part: PartName) -> tuple[float, ...]:
-    """What a checkpoint's LoRAs, its private one last, count in the layers of one part."""
+    """Returns the multipliers of a checkpoint's LoRAs, its private one last, in one part's layers."""
     return (*row.multipliers_of(part), *((1.0,) if row.topup else ()))
 
 
-def _topup(run: Run, row: CheckpointReport) -> tuple[Path, ...]:
+def _private_loras(run: Run, row: CheckpointReport) -> tuple[Path, ...]:
     return tuple(path for path in run.loras if row.topup and path.stem == row.topup)
 
 
 def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
     known = {row.name: row for row in run.report.checkpoints}
-    found = []
+    rows = []
     for name in dict.fromkeys(known if names is None else names):
         row = known.get(name) or known.get(name.removesuffix(".safetensors"))
         if row is None:
@@ -161,14 +143,14 @@ def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
                 f"all multipliers of {row.name} are 0: {run.hyper_model.name} is that checkpoint"
                 " already, as far as LoRAs go; there is nothing to export"
             )
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _paths(
     run: Run, rows: Sequence[CheckpointReport], folders: Folders, *, overwrite: bool
 ) -> dict[str, Path]:
-    """The files by checkpoint, free to be written."""
+    """Returns the paths by checkpoint, free to be written."""
     names = _names(run, folders)
     paths = {row.name: folders.loras / f"{names[row.name]}.safetensors" for row in rows}
     for path in paths.values():
@@ -178,48 +160,48 @@ def _paths(
 
 
 def _names(run: Run, folders: Folders) -> dict[str, str]:
-    """A name for every checkpoint: the same each time, and that of nothing else."""
+    """Returns a name for every checkpoint: the same every time, and that of nothing else."""
     rows = [row.name for row in run.report.checkpoints]
     owners = folders.lora_owners()
     names: dict[str, str] = {}
-    given: set[str] = set()
+    chosen: set[str] = set()
 
     def is_taken(name: str, checkpoint: str) -> bool:
-        known = name_key(name) in owners or name_key(name) in given
+        known = name_key(name) in owners or name_key(name) in chosen
         return known or _is_of_another(folders.loras / f"{name}.safetensors", run, checkpoint)
 
     for row, word in zip(rows, distinct_words(rows), strict=True):
         names[row] = unique_name(f"{run.name}_{word}", partial(is_taken, checkpoint=row))
-        given.add(name_key(names[row]))
+        chosen.add(name_key(names[row]))
     return names
 
 
 def _is_of_another(path: Path, run: Run, checkpoint: str) -> bool:
-    """Whether a file is there that is no export of this very checkpoint."""
-    found = metadata_of(path)
-    own = (found.get(KIND), found.get(RUN), found.get(CHECKPOINT))
-    return path.exists() and own != (STANDALONE_KIND, run.name, checkpoint)
+    """Tells whether a file is there that is no export of this very checkpoint."""
+    metadata = metadata_of(path)
+    identity = (metadata.get(KIND), metadata.get(RUN), metadata.get(CHECKPOINT))
+    return path.exists() and identity != (STANDALONE_KIND, run.name, checkpoint)
 
 
 def _export(
     outputs: FileTransaction,
     path: Path,
-    of: tuple[Run, CheckpointReport, Family],
+    run: Run,
+    row: CheckpointReport,
     total: WeightedSum,
     progress: Progress,
 ) -> ExportResult:
-    run, row, family = of
     layers, ranks = zip(*total.ranks().values(), strict=True)
-    file = _file(of, max(ranks), total)
-    alpha = family.alpha_for(file.rank)
+    file = _file(run, row, max(ranks), total)
+    alpha = require_family(run).alpha_for(file.rank)
     size = lora_bytes(layers, [(rank,) for rank in ranks], file.dtype, (alpha,))
     require_disks({path.parent: size})
     folding, writing = progress.split([1.0, 1.0])
-    sums = _fold(total, layers, (alpha, file.dtype), folding)
-    factors = {name: found.factors for name, found in sums.items()}
+    sums = _fold(total, layers, alpha, file.dtype, folding)
+    factors = {module: stored.factors for module, stored in sums.items()}
     counter = writing.counter("writing the LoRA", {path: 2 * size})  # hashed and written
     write_lora(outputs, path, layers, factors, file, partial(counter.advance, path))
-    energy = sum(found.energy for found in sums.values())
+    energy = sum(stored.energy for stored in sums.values())
     companions = run.report.companions
     return ExportResult(
         path=path,
@@ -227,7 +209,7 @@ def _export(
         hyper_model=run.hyper_model,
         rank=file.rank,
         explained=row.explained,
-        lost=sum(found.lost for found in sums.values()) / energy if energy > 0 else 0.0,
+        lost=sum(stored.lost for stored in sums.values()) / energy if energy > 0 else 0.0,
         size=outputs.size_of(path),
         companions=format_tags(companions, row.multipliers) if companions else "",
     )
@@ -236,27 +218,23 @@ def _export(
 def _fold(
     total: WeightedSum,
     layers: Sequence[Layer],
-    stored: tuple[int | None, torch.dtype],  # alpha, type
+    alpha: int | None,  # of the file
+    dtype: torch.dtype,
     progress: Progress,
 ) -> dict[str, StoredSum]:
-    """The sum in every layer, by module."""
+    """Returns the sum in every layer, by module."""
     costs = {layer.module: float(layer.m + layer.n) for layer in layers}
     counter = progress.counter("folding the multipliers in", costs)
     sums: dict[str, StoredSum] = {}
-    with parallel_map(torch.device("cpu"), counter.report) as each, counter:
-        take = partial(_stored, total, stored)
-        for layer, found in zip(layers, each(take, layers), strict=True):
-            sums[layer.module] = found
+    with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
+        fold = partial(total.stored, alpha=alpha, dtype=dtype)
+        for layer, stored in zip(layers, parallel(fold, layers), strict=True):
+            sums[layer.module] = stored
             counter.finish(layer.module)
     return sums
 
 
-def _stored(total: WeightedSum, stored: tuple[int | None, torch.dtype], layer: Layer) -> StoredSum:
-    return total.stored(layer, *stored)
-
-
-def _file(of: tuple[Run, CheckpointReport, Family], rank: int, total: WeightedSum) -> LoraFile:
-    run, row, _ = of
+def _file(run: Run, row: CheckpointReport, rank: int, total: WeightedSum) -> LoraFile:
     return LoraFile(
         lineage=lineage_of_run(run, run.hyper_model.stem),
         run=run.name,

@@ -1,4 +1,4 @@
-"""A new run with further checkpoints added to those of an earlier one."""
+"""Makes a new run of the checkpoints of an earlier one and further ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.recipe.recipe import AVERAGE, Recipe, SettingError
 from hyper_merge.runs.fit_records import FitRecord
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PARTS
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
 class ExtendRequest:
-    """What the user asks for.
+    """The request for a run with further checkpoints.
 
     Attributes:
         run: Its name.
@@ -45,18 +45,18 @@ class ExtendRequest:
 
 
 def run_extend(
-    wanted: ExtendRequest,
+    request: ExtendRequest,
     folders: Folders,
     progress: Progress,
     effort: SearchEffort | None = None,
 ) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.
 
-    Everything is computed anew, for the average is another one and all deviations with it. The new
+    Everything is computed again, for the average changes and all deviations with it. The new
     checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
 
     Args:
-        wanted: what the user asks for.
+        request: run, files and options.
         folders: where the run is, and where the new one goes.
         progress: progress and interrupt.
         effort: how thorough the search for a start is; None for that which ships.
@@ -66,11 +66,11 @@ def run_extend(
             already or that does not go with it, a name that is taken, a full disk, or the user's
             interrupt.
     """
-    run = load_run(folders, wanted.run)
-    finding, fitting, merging = progress.split([1.0, len(wanted.checkpoints), 10.0])
+    run = load_run(folders, request.run)
+    finding, fitting, merging = progress.split([1.0, len(request.checkpoints), 10.0])
     models, base = _originals(run, folders, finding)
-    fits = _fits(run, wanted, folders, fitting)
-    recipe = _recipe(run, wanted, models, base)
+    fits = _fits(run, request, folders, fitting)
+    recipe = _recipe(run, request, models, base)
     preflight = run_preflight(recipe, folders)
     for warning in preflight.warnings:
         progress.warn(warning)
@@ -78,26 +78,27 @@ def run_extend(
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:
-    """Where the run's checkpoints are, and its base."""
-    found = locate_sources(run.sources, folders, progress)
-    lost = [f"{each.source.name} ({each.state})" for each in found if each.state != "there"]
+    """Returns where the run's checkpoints are, and its base."""
+    originals = locate_sources(run.sources, folders, progress)
+    lost = [f"{file.source.name} ({file.state})" for file in originals if file.state != "there"]
     if lost:
         raise RunError(
             f"a new average needs all checkpoints of the run {run.name}, and {', '.join(lost)} cannot"
-            " be had any more; bring them back from a copy, or fit the new one instead"
+            " be used any more; copy them back from a backup, or fit the new one instead"
         )
-    paths = tuple(each.path for each in found)
+    paths = tuple(file.path for file in originals)
     if run.recipe.base == AVERAGE:
         return paths, AVERAGE
     return paths[1:], str(paths[0])
 
 
-def _fits(run: Run, wanted: ExtendRequest, folders: Folders, progress: Progress) -> list[FitRecord]:
+def _fits(
+    run: Run, request: ExtendRequest, folders: Folders, progress: Progress
+) -> list[FitRecord]:
     known = {source.sha256: source.name for source in run.sources}
     fits = []
-    for path, part in zip(
-        wanted.checkpoints, progress.split([1.0] * len(wanted.checkpoints)), strict=True
-    ):
+    parts = progress.split([1.0] * len(request.checkpoints))
+    for path, part in zip(request.checkpoints, parts, strict=True):
         fitted = fit_onto(run, path, folders, part)
         if fitted.sha256 in known:
             raise RunError(
@@ -109,13 +110,13 @@ def _fits(run: Run, wanted: ExtendRequest, folders: Folders, progress: Progress)
     return fits
 
 
-def _recipe(run: Run, wanted: ExtendRequest, models: tuple[Path, ...], base: str) -> Recipe:
-    """The run's with more checkpoints; where they had weights, new ones get the mean of these."""
-    recipe, new = run.recipe, len(wanted.checkpoints)
+def _recipe(run: Run, request: ExtendRequest, models: tuple[Path, ...], base: str) -> Recipe:
+    """Returns the run's recipe with more checkpoints, which get the mean of the weights, if any."""
+    recipe, new = run.recipe, len(request.checkpoints)
     return replace(
         recipe,
-        name=wanted.name or f"{recipe.name}+{new}",
-        models=(*models, *wanted.checkpoints),
+        name=request.name or f"{recipe.name}+{new}",
+        models=(*models, *request.checkpoints),
         weights=_extended(recipe.weights, new),
         fit_weights=_extended(recipe.fit_weights, new),
         base=base,
@@ -128,8 +129,8 @@ def _extended(weights: tuple[float, ...] | None, new: int) -> tuple[float, ...] 
 
 
 def _start(run: Run, fits: list[FitRecord]) -> dict[str, Tensor]:  # each (k, R)
-    """The multipliers of the run and of the fits, by the layers' part."""
-    rows = [*run.report.checkpoints, *(each.row for each in fits)]
+    """Returns the multipliers of the run and of the fits, by the layers' part."""
+    rows = [*run.report.checkpoints, *(fit.row for fit in fits)]
     return {
         part: torch.tensor([row.multipliers_of(part) for row in rows], dtype=torch.float64)
         for part in PARTS

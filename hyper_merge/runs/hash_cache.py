@@ -1,4 +1,4 @@
-"""Hashes of the source files, which hosts know checkpoints by; remembered, for they take a while."""
+"""Hashes of checkpoints, which hosts know them by; remembered, for they take a while."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def bytes_to_hash(headers: Iterable[Header], cache: Path | None) -> int:
-    """Of the files whose hashes are not known yet."""
+    """Returns the bytes of the files whose hashes are not known yet."""
     known = _known(cache)
     return sum(header.size for header in headers if _key(header) not in known)
 
@@ -35,7 +35,7 @@ def bytes_to_hash(headers: Iterable[Header], cache: Path | None) -> int:
 def hash_sources(
     headers: Sequence[Header], cache: Path | None, progress: Progress
 ) -> tuple[SourceRecord, ...]:
-    """Names and hashes of files; those of unchanged files come from the cache folder.
+    """Returns names and hashes of files; those of unchanged files come from the cache folder.
 
     Args:
         headers: of the files.
@@ -45,13 +45,15 @@ def hash_sources(
     known = _known(cache, progress.warn)
     new = [header for header in headers if _key(header) not in known]
 
-    counter = progress.counter("hashing the checkpoints", {_key(each): each.size for each in new})
+    counter = progress.counter(
+        "hashing the checkpoints", {_key(header): header.size for header in new}
+    )
 
     def sha256(header: Header) -> str:
         return file_sha256(header.path, partial(counter.add, _key(header)))
 
-    with parallel_map(torch.device("cpu"), counter.report) as each, counter:
-        for header, digest in zip(new, each(sha256, new), strict=True):
+    with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
+        for header, digest in zip(new, parallel(sha256, new), strict=True):
             known[_key(header)] = digest
             counter.finish(_key(header))
     if new and cache:
@@ -62,13 +64,13 @@ def hash_sources(
 
 
 def find_by_hash(sha256: str, cache: Path) -> list[Path]:
-    """Where files with a hash were when it was found; they may be gone or changed since."""
+    """Returns where files with a hash were when it was computed; they may be gone by now."""
     known = _known(cache).items()
     return [Path(key.rsplit("|", 2)[0]) for key, digest in known if digest == sha256]
 
 
 def current_time() -> str:
-    """The time in ISO 8601, as files and manifests have it."""
+    """Returns the time in ISO 8601, UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -81,24 +83,25 @@ def _key(header: Header) -> str:
 
 
 def _known(cache: Path | None, warn: Callable[[str], None] | None = None) -> dict[str, str]:
-    """Hashes by the files' keys; none where there is no file or a damaged one.
+    """Returns hashes by the files' keys; none where there is no file or a damaged one.
 
     Args:
         cache: its folder; None for no file.
-        warn: told about a damaged file, which is set aside then; None to leave it where it is.
+        warn: called with a message about a damaged file, which is set aside then; None to leave it
+            where it is.
     """
     if cache is None:
         return {}
     try:
-        found = read_sealed(cache / _FILE)
-        _require_hashes(found)
+        known = read_sealed(cache / _FILE)
+        _require_hashes(known)
     except OSError:
         return {}
     except ValueError as error:
         if warn is not None:
             DamagedFiles(warn).take(cache / _FILE, str(error))
         return {}
-    return dict(found)
+    return dict(known)
 
 
 def _remember(known: Mapping[str, str], path: Path, warn: Callable[[str], None]) -> None:
@@ -109,14 +112,14 @@ def _remember(known: Mapping[str, str], path: Path, warn: Callable[[str], None])
         warn(f"the hashes of the checkpoints are not remembered: {error}")
 
 
-def _require_hashes(found: object) -> None:
+def _require_hashes(data: object) -> None:
     """Returns if plain data are hashes by keys.
 
     Raises:
         ValueError: they are not.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(data, Mapping):
         raise ValueError("expected hashes by file")  # noqa: TRY004 - the file is wrong, not a type
-    for key, digest in found.items():
+    for key, digest in data.items():
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise ValueError(f"expected 64 hex digits for {key!r:.200}, got {digest!r:.80}")

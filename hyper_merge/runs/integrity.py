@@ -10,13 +10,14 @@ from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.hashes import tensor_data_sha256
 from hyper_merge.errors import RunError
 from hyper_merge.runs.fit_records import load_fits
-from hyper_merge.runs.folders import metadata_of, path_exists
-from hyper_merge.runs.manifest import Run
+from hyper_merge.runs.folders import metadata_of
+from hyper_merge.runs.paths import path_exists
+from hyper_merge.runs.run import Run
 from hyper_merge.runtime.progress import Progress
 
 
 def require_family(run: Run) -> Family:
-    """The run's architecture.
+    """Returns the run's architecture.
 
     Raises:
         RunError: this version does not know it.
@@ -27,7 +28,7 @@ def require_family(run: Run) -> Family:
 
 
 def require_hyper_model(run: Run) -> Path:
-    """The run's hyper-model.
+    """Returns the path of the run's hyper-model.
 
     Raises:
         RunError: it is gone, or another file is in its place.
@@ -37,27 +38,27 @@ def require_hyper_model(run: Run) -> Path:
         return path
     if not path_exists(path):
         raise RunError(
-            f"{path}, the hyper-model of the run {run.name}, is missing; bring it back from a copy,"
+            f"{path}, the hyper-model of the run {run.name}, is missing; copy it back from a backup,"
             f" or merge the same checkpoints again"
         )
     raise RunError(
         f"{path} is not the hyper-model that the LoRAs of the run {run.name} go with: it was"
-        " replaced by another file; bring it back from a copy, or merge again"
+        " replaced by another file; copy it back from a backup, or merge again"
     )
 
 
 def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
-    """Returns if LoRAs of a run are there, with the content that it wrote.
+    """Returns if LoRAs of a run are there, with the content that the run wrote.
 
     Args:
         run: the run.
-        paths: of its LoRAs, companions or top-ups.
+        paths: of its LoRAs, companions or private LoRAs.
         progress: progress and interrupt.
 
     Raises:
         RunError: some are missing, or one was edited or replaced.
     """
-    advice = f"bring it back from a copy, or merge again into another name than {run.name}"
+    advice = f"copy it back from a backup, or merge again into another name than {run.name}"
     missing = [path.name for path in paths if not path_exists(path)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -68,8 +69,8 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     counter = progress.counter("checking the LoRAs", {path: path.stat().st_size for path in paths})
     with counter:
         for path in paths:
-            found = tensor_data_sha256(path, partial(counter.advance, path))
-            if found != known.get(path.stem, _recorded(path, run)):
+            digest = tensor_data_sha256(path, partial(counter.advance, path))
+            if digest != known.get(path.stem, _recorded_hash(path, run)):
                 raise RunError(
                     f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
                 )
@@ -77,15 +78,16 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
 
 
 def _hashes(run: Run) -> dict[str, str]:
-    """Of the run's files and of the top-ups of its fits, by name."""
+    """Returns the hashes of the run's LoRAs and of the private LoRAs of its fits, by name."""
     fits, _ = load_fits(run)
-    topups = {each.name: each.sha256 for fitted in fits for each in fitted.topups}
-    return {**topups, **run.hashes}
+    private = {lora.name: lora.sha256 for record in fits for lora in record.topups}
+    return {**private, **run.hashes}
 
 
-def _recorded(path: Path, run: Run) -> str | None:
-    """The hash that a LoRA itself records, if it is of this run; for manifests without hashes."""
-    found = metadata_of(path)
-    sources = all(source.sha256 in found.get("hyper_merge.lineage", "") for source in run.sources)
-    is_own = sources and found.get("ss_output_name") == path.stem
-    return found.get("sshs_model_hash") if is_own else None
+def _recorded_hash(path: Path, run: Run) -> str | None:
+    """Returns the hash in a LoRA's metadata if it is of this run; for manifests without hashes."""
+    metadata = metadata_of(path)
+    lineage = metadata.get("hyper_merge.lineage", "")
+    of_run = all(source.sha256 in lineage for source in run.sources)
+    is_own = of_run and metadata.get("ss_output_name") == path.stem
+    return metadata.get("sshs_model_hash") if is_own else None

@@ -1,4 +1,4 @@
-"""The checkpoints that a run was made of: whether they are still what they were, and where."""
+"""Finds the checkpoints that a run was made of, and tells whether they were changed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Literal
 
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError
-from hyper_merge.runs.folders import Folders, path_exists
+from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import find_by_hash, hash_sources
 from hyper_merge.runs.manifest import RunSource
+from hyper_merge.runs.paths import path_exists
 from hyper_merge.runtime.progress import Progress
 
 State = Literal["there", "changed", "missing"]
@@ -27,14 +28,14 @@ class LocatedSource:
 
     @property
     def stem(self) -> str:
-        """By which the run's multipliers are listed."""
+        """The name by which the run's multipliers are listed."""
         return Path(self.source.name).stem
 
 
 def locate_sources(
     sources: Sequence[RunSource], folders: Folders, progress: Progress
 ) -> tuple[LocatedSource, ...]:
-    """Checkpoints in their order, told by their hashes.
+    """Returns checkpoints in their order, recognized by their hashes.
 
     One that was moved is found by its name among the checkpoints, or by a hash that is remembered.
 
@@ -51,16 +52,16 @@ def _find(source: RunSource, folders: Folders, progress: Progress) -> LocatedSou
     for path in _places(source, folders):
         try:
             header = read_header(path)
-            (found,) = hash_sources([header], folders.cache, progress)
+            (record,) = hash_sources([header], folders.cache, progress)
         except CheckpointError:
             continue  # not a checkpoint any more
-        if found.sha256 == source.sha256:
+        if record.sha256 == source.sha256:
             return LocatedSource(source, "there", path)
     return LocatedSource(source, "changed" if path_exists(source.path) else "missing", source.path)
 
 
 def _places(source: RunSource, folders: Folders) -> Iterator[Path]:
-    """Where it may be, the likely ones first, each once."""
+    """Yields the paths where a checkpoint may be, the likely ones first, every path once."""
     candidates = (
         source.path,
         folders.models / source.name,

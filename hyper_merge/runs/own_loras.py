@@ -1,4 +1,4 @@
-"""Whether the LoRA files that prompts name are those that a run wrote, by what their headers say."""
+"""Tells by their headers whether the LoRA files that prompts name are those that a run wrote."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from hyper_merge.loras.metadata import CHECKPOINT
 
 
 def is_own_lora(path: Path, model_hash: str | None, checkpoint: str | None = None) -> bool:
-    """Whether a file is there, and is the LoRA that was written there.
+    """Tells whether a file is there, and is the LoRA that was written there.
 
-    What the header does not say (some editors of metadata leave it out) only its content can tell.
+    Where the header lacks these values (some editors of metadata drop them), the file passes: only
+    its content could tell.
 
     Args:
         path: of the file.
         model_hash: of the tensors' bytes; None where it is not known.
-        checkpoint: that a private LoRA is of; None for a shared one.
+        checkpoint: whose private LoRA it is; None for a shared one.
     """
     try:
-        said = read_header(path).metadata
+        metadata = read_header(path).metadata
     except CheckpointError:
         return False
-    wanted = (("sshs_model_hash", model_hash), (CHECKPOINT, checkpoint))
-    return all(value is None or said.get(key, value) == value for key, value in wanted)
+    expected = (("sshs_model_hash", model_hash), (CHECKPOINT, checkpoint))
+    return all(value is None or metadata.get(key, value) == value for key, value in expected)

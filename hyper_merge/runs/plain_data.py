@@ -8,10 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
 _LARGEST: Final = sys.float_info.max
-
-
 _WHOLE_LIMIT: Final = 2**64  # of whole numbers: more than any file has bytes
-
 
 _WORDS: Final = {
     float: "a finite number",
@@ -23,7 +20,12 @@ _WORDS: Final = {
 
 
 def read_plain(kind: Any, value: Any, where: str) -> Any:
-    """A value of plain data as the annotated kind: a dataclass, tuple, mapping, text or number.
+    """Returns a value of plain data as the annotated kind.
+
+    Args:
+        kind: a dataclass, tuple, mapping, text, number or truth value, as a field is annotated.
+        value: what JSON gave.
+        where: name of the value, for messages.
 
     Raises:
         ValueError: it is missing or of another kind; says where.
@@ -32,9 +34,9 @@ def read_plain(kind: Any, value: Any, where: str) -> Any:
         return _read_fields(kind, value, where)
     (first, *_, last), origin = get_args(kind) or (None, None), get_origin(kind) or kind
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(read_plain(first, each, f"{where}[{i}]") for i, each in enumerate(value))
+        return tuple(read_plain(first, item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
-        return {str(key): read_plain(last, each, f"{where}.{key}") for key, each in value.items()}
+        return {str(key): read_plain(last, item, f"{where}.{key}") for key, item in value.items()}
     if origin is float and type(value) in (int, float) and -_LARGEST <= value <= _LARGEST:
         return float(value)
     if origin is int and type(value) is int and abs(value) < _WHOLE_LIMIT:

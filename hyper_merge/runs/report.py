@@ -1,4 +1,4 @@
-"""What a merge achieved: losses of the written files by checkpoint and section, baselines, bytes."""
+"""The figures of a merge: losses of the written files by checkpoint and section, baselines, bytes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FORGE_AND_COMFYUI: Final = "Forge and ComfyUI"
 _MUCH_OF_EXPLAINED: Final = 0.01  # that rounding takes back of what the LoRAs explain
 _MUCH_OF_LOSS: Final = 0.1  # that rounding adds to what they do not
 
-_ROUNDING: Final = 1e-3  # by which two ways to the same share may differ
+_ROUNDING: Final = 1e-3  # by which two computations of a share may differ
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """One checkpoint's lines."""
+    """The figures of one checkpoint."""
 
     name: str
     explained: float  # share of its deviation, 0..1
@@ -36,16 +36,16 @@ class CheckpointReport:
     not_carried: float  # share of its whole deviation that lies in tensors that no LoRA carries
     multipliers: tuple[float, ...]  # of the UNet, or of everything
     text_multipliers: tuple[float, ...] = ()  # of the text encoder, where it has its own
-    topup: str = ""  # name of a private LoRA, to be used besides with multiplier 1
+    topup: str = ""  # name of a private LoRA, to be added with multiplier 1
 
     def multipliers_of(self, part: str) -> tuple[float, ...]:
-        """Those of the layers of a part, "unet" or "text_encoder"."""
+        """Returns the multipliers of the layers of a part, "unet" or "text_encoder"."""
         return (part == "text_encoder" and self.text_multipliers) or self.multipliers
 
 
 @dataclass(frozen=True)
 class PartLoss:
-    """One section of the network: how much differs there, how much of that is lost."""
+    """The differences within one section of the network, and what is lost of them."""
 
     name: str  # "IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..
     which: str  # "unet" or "text_encoder"
@@ -55,7 +55,7 @@ class PartLoss:
 
 @dataclass(frozen=True)
 class CompanionGain:
-    """What the LoRAs' companions bring back of one kind of tensor that LoRAs cannot hold."""
+    """The share of one kind of tensor, which LoRAs cannot hold, that their companions restore."""
 
     kind: str  # "norms", "biases"
     share: float  # of these tensors' differences, 0..1
@@ -63,7 +63,7 @@ class CompanionGain:
 
 @dataclass(frozen=True)
 class PrecisionLoss:
-    """What rounding adds to the loss, nearly, in programs that hold the weights in half precision."""
+    """An estimate of what rounding adds to the loss in programs that hold weights in half precision."""
 
     hosts: str
     added: float  # share of all differences in the layers
@@ -102,29 +102,29 @@ class Report:
 
     @property
     def costly_rounding(self) -> PrecisionLoss | None:
-        """AUTOMATIC1111's, which rounds after every LoRA, where that adds enough to be told."""
+        """The loss in AUTOMATIC1111, which rounds after every LoRA, if worth mentioning; else None."""
         most = min(_MUCH_OF_EXPLAINED * (1 - self.loss), _MUCH_OF_LOSS * self.loss)
         return next((x for x in self.rounding if x.hosts == A1111 and x.added > most), None)
 
     def tags(self, row: CheckpointReport) -> str:
-        """What brings a checkpoint back in a prompt: a tag for every LoRA and every companion."""
+        """Returns the prompt tags of a checkpoint, one for every LoRA and every companion."""
         loras = format_tags(self.loras, row.multipliers, row.text_multipliers)
         companions = format_tags(self.companions, row.multipliers) if self.companions else ""
-        own = format_tags([row.topup], [1.0]) if row.topup else ""
-        return " ".join(filter(None, (loras, companions, own)))
+        private = format_tags([row.topup], [1.0]) if row.topup else ""
+        return " ".join(filter(None, (loras, companions, private)))
 
     @property
     def topups(self) -> tuple[str, ...]:
-        """Names of the private LoRAs."""
+        """The names of the private LoRAs."""
         return tuple(row.topup for row in self.checkpoints if row.topup)
 
     def without_topups(self, lost: Container[str], *, wished: bool) -> Report:
-        """What the LoRAs bring back that the prompts name and that are there.
+        """Returns the report with the shares that the LoRAs explain that are there.
 
         Args:
             lost: names of LoRAs that are not there, or are another file.
             wished: whether the merge was to make private LoRAs: earlier versions lost some whose
-                names became one word, and told what they would have brought.
+                names became one word, and reported shares as if they were there.
         """
         if not self.curve or not wished:
             return self
@@ -137,12 +137,12 @@ class Report:
         return replace(self, checkpoints=rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Returns plain data for the manifest."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The report that `as_dict` gave this, with or without a turn through JSON.
+        """Returns the report that `as_dict` gave these data, also after a turn through JSON.
 
         Raises:
             ValueError: a figure is missing or of another kind, or there are more or fewer figures
@@ -150,7 +150,7 @@ class Report:
         """
         report: Report = read_plain(cls, data, "report")
         k, blocks = len(report.checkpoints), len(report.loras)
-        for name, found, expected in (
+        for name, rows, (count, length) in (
             ("multipliers", [row.multipliers for row in report.checkpoints], (k, blocks)),
             (
                 "text_multipliers",
@@ -160,15 +160,13 @@ class Report:
             ("curve", report.curve, (blocks + 1, k)),
             ("similarity", report.similarity, (k, k)),
         ):
-            if found and [len(row) for row in found] != [expected[1]] * expected[0]:
-                raise ValueError(
-                    f"expected {expected[0]} rows of {expected[1]} figures in report.{name}"
-                )
+            if rows and [len(row) for row in rows] != [length] * count:
+                raise ValueError(f"expected {count} rows of {length} figures in report.{name}")
         return report
 
 
 def _without_topup(row: CheckpointReport, shared: float) -> CheckpointReport:
-    """The row with what the shared LoRAs alone explain; by part that is not known any more."""
+    """Returns the row with what the shared LoRAs alone explain, for each part at most that much."""
     return replace(
         row,
         explained=shared,
@@ -181,9 +179,9 @@ def _without_topup(row: CheckpointReport, shared: float) -> CheckpointReport:
 def part_losses(
     layers: Sequence[Layer],
     energies: Tensor,  # (layers, ...): squared norms of the deviations
-    errors: Tensor,  # the same of what is left
+    errors: Tensor,  # (layers, ...): squared norms of what is left
 ) -> tuple[PartLoss, ...]:
-    """Sums over the layers of each section, in the order in which the sections begin."""
+    """Returns sums over the layers of each section, in the order in which the sections begin."""
     total = energies.sum()
     groups: dict[tuple[str, str], list[int]] = {}
     for index, layer in enumerate(layers):
@@ -192,8 +190,8 @@ def part_losses(
         PartLoss(
             name=name,
             which=which,
-            energy=share(energies[inside].sum(), total),
-            lost=share(errors[inside].sum(), total),
+            energy=share(energies[members].sum(), total),
+            lost=share(errors[members].sum(), total),
         )
-        for (name, which), inside in groups.items()
+        for (name, which), members in groups.items()
     )

@@ -15,7 +15,7 @@ _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 
 def format_report(report: Report) -> str:
-    """The report as a table of plain text."""
+    """Returns the report as a table of plain text."""
     names = [one_line(row.name) for row in report.checkpoints]
     width = max(map(len, [*names, "checkpoint"]))
     lines = [
@@ -25,24 +25,30 @@ def format_report(report: Report) -> str:
     ]
     lines += [
         f"{name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
-        f"{_of_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
+        f"{_format_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
         for name, row in zip(names, report.checkpoints, strict=True)
     ]
     lines += [
         "",
-        *_comparison(report),
-        *_rounding(report),
-        *_details(report),
+        *_format_losses(report),
+        *_format_rounding(report),
+        *_format_details(report),
         "",
-        *_carried(report),
+        *_format_not_carried(report),
         "",
-        *_bytes(report),
+        *_format_bytes(report),
     ]
     return "\n".join(lines) + "\n"
 
 
 def format_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
-    """That checkpoints fall into unlike groups, and what an average for each would take away."""
+    """Returns a sentence about groups of unlike checkpoints, and the gain by one average for each.
+
+    Args:
+        names: of the checkpoints.
+        groups: places of checkpoints.
+        between: share of all differences that an average for each group takes away, 0..1.
+    """
     words = " / ".join(", ".join(one_line(names[c]) for c in group) for group in groups)
     return (
         f"these checkpoints fall into {len(groups)} unlike groups: {words}; a merge for each group"
@@ -50,18 +56,18 @@ def format_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between
     )
 
 
-def _of_text_encoder(report: Report, row: CheckpointReport) -> str:
-    """A share, or a dash where the files have no text encoder that takes LoRAs."""
+def _format_text_encoder(report: Report, row: CheckpointReport) -> str:
+    """Returns a share, or a dash where the files have no text encoder that takes LoRAs."""
     without = report.parts and all(part.which == "unet" for part in report.parts)
     return "-" if without else f"{row.explained_text_encoder:.2%}"
 
 
-def _comparison(report: Report) -> list[str]:
+def _format_losses(report: Report) -> list[str]:
     alone = 1.0 if report.loss or report.private_loss else 0.0
     rows = [
         ("average alone", alone, ""),
         ("private LoRAs of the same bytes", report.private_loss, ""),
-        ("shared LoRAs, as written", report.loss, _over_bound(report)),
+        ("shared LoRAs, as written", report.loss, _format_over_bound(report)),
         ("lower bound", report.bound, ""),
     ]
     if report.relative_loss:
@@ -76,25 +82,25 @@ def _comparison(report: Report) -> list[str]:
     ]
 
 
-def _rounding(report: Report) -> list[str]:
-    """What hosts add to the loss by rounding, and what to do where that is much."""
+def _format_rounding(report: Report) -> list[str]:
+    """Returns what hosts add to the loss by rounding, and what to do where that is much."""
     if not report.rounding:
         return []
     lines = ["", "added to that by rounding, where a program holds the weights in half precision"]
-    for each in report.rounding:
-        how = ", ".join(filter(None, (each.hosts, _TURNS.get(each.hosts))))
-        lines.append(f"  {how:36} {each.added:.2e}   worst {each.worst:.2e}")
+    for loss in report.rounding:
+        hosts = ", ".join(filter(None, (loss.hosts, _TURNS.get(loss.hosts))))
+        lines.append(f"  {hosts:36} {loss.added:.2e}   worst {loss.worst:.2e}")
     if report.costly_rounding:
         lines.append(f"  one LoRA per checkpoint is rounded once: hyper-merge export {report.name}")
     return lines
 
 
-def _over_bound(report: Report) -> str:
+def _format_over_bound(report: Report) -> str:
     return f"   {report.loss / report.bound:.2f} times the bound" if report.bound > 0 else ""
 
 
-def _details(report: Report) -> list[str]:
-    """How the first LoRAs do alone, where most is lost, and whether one average suits all."""
+def _format_details(report: Report) -> list[str]:
+    """Returns lines about the first LoRAs alone, unlike groups, and where most is lost."""
     lines = []
     if report.groups:
         names = [row.name for row in report.checkpoints]
@@ -111,18 +117,18 @@ def _details(report: Report) -> list[str]:
     return lines
 
 
-def _carried(report: Report) -> list[str]:
+def _format_not_carried(report: Report) -> list[str]:
     shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
     lines = [f"not carried by LoRAs, as a share of all differences: {shares}"]
     if report.recovered:
-        kinds = [each.kind for each in report.recovered]
+        kinds = [gain.kind for gain in report.recovered]
         where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
-        back = ", ".join(f"{each.kind} {each.share:.2%}" for each in report.recovered)
-        lines.append(f"brought back by the companions, in the UNet: {back}; they load in {where}")
+        gains = ", ".join(f"{gain.kind} {gain.share:.2%}" for gain in report.recovered)
+        lines.append(f"restored by the companions, in the UNet: {gains}; they load in {where}")
     return lines
 
 
-def _bytes(report: Report) -> list[str]:
+def _format_bytes(report: Report) -> list[str]:
     average, loras = report.bytes_average, report.bytes_loras
     after = format_size(average + loras)
     parts = f"hyper-model {format_size(average)} + LoRAs {format_size(loras)}"

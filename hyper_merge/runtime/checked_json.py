@@ -1,4 +1,4 @@
-"""JSON files that carry a checksum of their content, so that damage is noticed."""
+"""JSON files as plain data, and files that carry a checksum of their content, so that damage is noticed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,32 @@ from typing import Any, Final
 
 _CHECKSUM: Final = "checksum"
 _CONTENT: Final = "content"
-_LIMIT: Final = 64 * 2**20  # bytes; real files are far smaller
+_LIMIT: Final = 64 * 2**20  # bytes; all files that are read like this are far smaller
+
+
+def parse_json(text: str) -> Any:
+    """Returns the plain data of a JSON text.
+
+    Raises:
+        ValueError: the text is no JSON, or nested too deeply; says where.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """Returns the plain data of a JSON file; the caller judges shape and values.
+
+    Raises:
+        ValueError: the file is damaged, or larger than 64 MiB; says how.
+        OSError: the file is missing or cannot be read.
+    """
+    size = path.stat().st_size
+    if size > _LIMIT:
+        raise ValueError(f"expected at most {_LIMIT:,} bytes, got {size:,}")
+    return parse_json(path.read_bytes().decode("utf-8"))
 
 
 def sealed(content: Any) -> str:
@@ -26,12 +51,7 @@ def read_sealed(path: Path) -> Any:
         ValueError: the file is damaged; the message says how.
         OSError: the file is missing or cannot be read.
     """
-    if path.stat().st_size > _LIMIT:
-        raise ValueError(f"expected at most {_LIMIT:,} bytes, got {path.stat().st_size:,}")
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("its values are nested too deeply") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.keys() != {_CHECKSUM, _CONTENT}:
         return data
     if data[_CHECKSUM] != _checksum(data[_CONTENT]):
@@ -40,5 +60,5 @@ def read_sealed(path: Path) -> Any:
 
 
 def _checksum(content: Any) -> str:
-    """Returns a checksum of the values that is independent of blanks and of the order of keys."""
+    """Returns the SHA-256 of values, whatever blanks and order of keys they were written with."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -11,8 +11,8 @@ from hyper_merge.api.response_models import RunCheckpointResponse
 from hyper_merge.recipe.recipe import FIELDS
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
 from hyper_merge.runs.report import CheckpointReport, Report
+from hyper_merge.runs.run import load_run
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 ASKED = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}

@@ -6,7 +6,7 @@ import pytest
 from browser.conftest import IN_WEBUI, shot
 
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 
 pytestmark = pytest.mark.slow

@@ -76,7 +76,7 @@ def test_what_is_safe_is_told_and_nothing_deleted(root, run, files):
     before = snapshot(root)
     code, out, err = run("safe", "mix", "--output", root, "--threshold", "1%")
     assert (code, err) == (0, [])
-    assert out.startswith("mix: safe to delete is what comes back to 1%\n")
+    assert out.startswith("mix: safe to delete is what is restored to 1%\n")
     assert f"would free {format_size(sum(path.stat().st_size for path in files))}\n" in out
     assert out.endswith("nothing was deleted; that is up to you\n")
     assert snapshot(root) == before

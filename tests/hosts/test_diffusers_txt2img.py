@@ -12,11 +12,11 @@ from tiny_family import merge
 from hyper_merge.errors import InterruptedRun, PictureError
 from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.operations.compare.compare import run_comparison
+from hyper_merge.operations.compare.compare import run_compare
 from hyper_merge.operations.compare.image_difference import mean_difference
 from hyper_merge.operations.compare.request import CompareRequest, Picture, PictureSettings
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import NARROW, write_family
 
@@ -69,7 +69,7 @@ def test_a_comparison_is_drawn_and_saved(host, narrow):
     order = CompareRequest("mix", ("one", "two"), SETTINGS, average=True, difference=True)
     with host.drawing("task(x)") as (_, studio):
         progress = Progress(lambda phase, fraction: phases.append(fraction))
-        found = run_comparison(order, studio, host.folders(), progress)
+        found = run_compare(order, host.folders(), progress, studio)
     assert found.originals == {"one": "one.safetensors", "two": "two.safetensors"}
     assert found.host == "diffusers"
     assert all(each.pixels.keys() == {"restored", "average"} for each in found.figures)

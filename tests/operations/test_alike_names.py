@@ -13,8 +13,8 @@ from tiny_family import load, merge, recipe, write
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.prompt_tags import tag_names
-from hyper_merge.operations import deletable as safe
 from hyper_merge.operations.deletable import find_deletable
+from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.export import ExportRequest, run_export
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.fit.fit import run_fit
@@ -22,9 +22,10 @@ from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.names import name_key
 from hyper_merge.runtime.progress import Progress
 
@@ -41,10 +42,10 @@ FAMILIES = {
 def states(state_of):
     """Four checkpoints that are unlike in the same measure."""
     average = {key: sum(state_of(c)[key].float() for c in range(3)) / 3 for key in state_of(0)}
-    found = []
+    results = []
     for c in range(4):
         dice = torch.Generator().manual_seed(c)
-        found.append(
+        results.append(
             {
                 key: (value + 0.1 * value.std() * torch.randn(value.shape, generator=dice)).half()
                 if state_of(0)[key].is_floating_point() and value.numel() > 1
@@ -52,7 +53,7 @@ def states(state_of):
                 for key, value in average.items()
             }
         )
-    return found
+    return results
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def lose(root, names):
 def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(family, root):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
-    assert all(each.safe for each in find_deletable("mix", 0.8, folders, Progress()).verdicts)
+    assert all(verdict.safe for verdict in find_deletable("mix", 0.8, folders, Progress()).verdicts)
     lose(root, FAR_EAST[:1])
     run = load_run(folders, "mix")
     assert run.lost == FAR_EAST[:1]
@@ -140,9 +141,9 @@ def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(famil
     assert restored.compared.explained == pytest.approx(
         run.report.checkpoints[0].explained, abs=2e-3
     )
-    found = find_deletable("mix", 0.8, folders, Progress())
-    assert [each.safe for each in found.verdicts] == [False, True, True, True]
-    assert "its private LoRA is not there" in safe.format_deletion_report(found)
+    results = find_deletable("mix", 0.8, folders, Progress())
+    assert [verdict.safe for verdict in results.verdicts] == [False, True, True, True]
+    assert "its private LoRA is not there" in format_deletion_report(results)
 
 
 @pytest.mark.parametrize("what", ["gone", "of another checkpoint", "of another merge"])
@@ -155,14 +156,14 @@ def test_a_private_lora_that_is_not_what_the_prompt_names_is_told(family, root, 
     elif what == "of another checkpoint":
         shutil.copy(second, first)
     else:
-        said = {**metadata(first), "sshs_model_hash": "0" * 64}
-        save_file(load(second), first, said)
+        text = {**metadata(first), "sshs_model_hash": "0" * 64}
+        save_file(load(second), first, text)
     run = load_run(folders, "mix")
     assert run.missing == (first,)
     assert run.lost == FAR_EAST[:1]
-    found = find_deletable("mix", 0.8, folders, Progress())
-    assert not any(each.safe for each in found.verdicts)
-    assert first.name in found.problem
+    results = find_deletable("mix", 0.8, folders, Progress())
+    assert not any(verdict.safe for verdict in results.verdicts)
+    assert first.name in results.problem
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -183,10 +184,10 @@ def test_fits_of_such_names_each_have_a_private_lora(family, root, kind, tmp_pat
     assert len({name_key(name) for name in names}) == 2
     fits, problems = load_fits(load_run(folders, "mix"))
     assert problems == ()
-    assert {each.topups[0].name for each in fits} == set(names)
-    for each in fits:
-        said = metadata(root / f"Lora/{each.topups[0].name}.safetensors")
-        assert said["hyper_merge.checkpoint"] == each.row.name
+    assert {item.topups[0].name for item in fits} == set(names)
+    for item in fits:
+        text = metadata(root / f"Lora/{item.topups[0].name}.safetensors")
+        assert text["hyper_merge.checkpoint"] == item.row.name
 
 
 def test_a_fit_whose_record_would_replace_another_is_refused(family, root):
@@ -195,9 +196,9 @@ def test_a_fit_whose_record_would_replace_another_is_refused(family, root):
     folders = Folders.under(root)
     run_fit(FitRequest("mix", first, device="cpu"), folders, Progress())
     for overwrite in (False, True):
-        order = FitRequest("mix", second, device="cpu", overwrite=overwrite)
+        extraction = FitRequest("mix", second, device="cpu", overwrite=overwrite)
         with pytest.raises(NameTakenError, match="the fit of model is there already, and Model"):
-            run_fit(order, folders, Progress())
+            run_fit(extraction, folders, Progress())
     run_fit(FitRequest("mix", second, name="other", device="cpu"), folders, Progress())
 
 
@@ -209,7 +210,7 @@ def test_a_fit_says_if_its_private_lora_is_another_file(family, root):
         run_fit(FitRequest("mix", path, topup=2, device="cpu"), folders, Progress())
         for path in (first, second)
     ]
-    one, other = (root / f"Lora/{each.topups[0].name}.safetensors" for each in fits)
+    one, other = (root / f"Lora/{item.topups[0].name}.safetensors" for item in fits)
     shutil.copy(other, one)
     _, (problem,) = load_fits(load_run(folders, "mix"))
     assert one.name in problem
@@ -220,23 +221,23 @@ def test_exports_are_apart_and_keep_their_names(family, root, kind):
     merge(family(FAMILIES[kind]), root, ranks=(1,))
     folders = Folders.under(root)
     exported = run_export(ExportRequest("mix"), folders, Progress())
-    names = [each.path.stem for each in exported]
+    names = [item.path.stem for item in exported]
     assert len({name_key(name) for name in names}) == 4
     assert not any("checkpoint" in name for name in names)
     again = run_export(ExportRequest("mix", overwrite=True), folders, Progress())
-    assert [each.path.stem for each in again] == names
+    assert [item.path.stem for item in again] == names
 
 
 def test_extractions_of_long_names_do_not_replace_each_other(states, tmp_path, root):
     names = ["x" * 110 + c for c in "ab"]
     base = write(tmp_path / "base.safetensors", states[2])
-    found = []
+    results = []
     for name, state in zip(names, states, strict=False):
         path = write(tmp_path / f"{name}.safetensors", state)
-        order = ExtractRequest(base, path, rank=1, output=root, device="cpu", overwrite=True)
-        found += [run_extract(order, Progress()).path, run_extract(order, Progress()).path]
-    assert found[0] == found[1] != found[2] == found[3]
-    assert [metadata(path)["hyper_merge.checkpoint"] for path in found[::2]] == names
+        extraction = ExtractRequest(base, path, rank=1, output=root, device="cpu", overwrite=True)
+        results += [run_extract(extraction, None, Progress()).path for _ in range(2)]
+    assert results[0] == results[1] != results[2] == results[3]
+    assert [metadata(path)["hyper_merge.checkpoint"] for path in results[::2]] == names
 
 
 def test_mixtures_of_long_names_do_not_replace_each_other(family, root):
@@ -245,8 +246,8 @@ def test_mixtures_of_long_names_do_not_replace_each_other(family, root):
     folders = Folders.under(root)
     shares = [{names[0]: 0.5, names[1]: 0.5}, {names[0]: 0.5, names[1]: 0.25}]
     paths = [
-        run_restore(RestoreRequest("mix", each, overwrite=True), folders, Progress()).path
-        for each in (*shares, *shares)
+        run_restore(RestoreRequest("mix", item, overwrite=True), folders, Progress()).path
+        for item in (*shares, *shares)
     ]
     assert paths[:2] == paths[2:]
     assert paths[0] != paths[1]
@@ -256,7 +257,7 @@ def test_names_that_windows_keeps_for_itself_are_not_given(states, tmp_path, roo
     path = write(tmp_path / "con.tar.safetensors", states[0])
     base = write(tmp_path / "base.safetensors", states[1])
     made = run_extract(
-        ExtractRequest(base, path, rank=1, output=root, device="cpu"), Progress()
+        ExtractRequest(base, path, rank=1, output=root, device="cpu"), None, Progress()
     ).path
     assert made.name.partition(".")[0].lower() != "con"
 
@@ -288,7 +289,7 @@ def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, roo
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
     run_fit(FitRequest("mix", first, topup=1, device="cpu"), folders, Progress())
-    with pytest.raises(NameTakenError, match="give this one a name of its own"):
+    with pytest.raises(NameTakenError, match="choose another name for it"):
         run_fit(FitRequest("mix", second, device="cpu"), folders, Progress())
     run = load_run(folders, "mix")
     (fitted,), problems = load_fits(run)
@@ -304,9 +305,9 @@ def test_runs_whose_names_differ_by_case_alone_are_kept_apart(family, root):
     merge(files[:2], root, name="Mix", ranks=(1,))
     second = merge(files[2:], root, name="mix", ranks=(1,))
     assert second.place.run == "mix-2"
-    order = recipe(files[:3], root, name="mIX", ranks=(1,), overwrite=True)
+    extraction = recipe(files[:3], root, name="mIX", ranks=(1,), overwrite=True)
     with pytest.raises(NameTakenError, match="differs from mIX by case alone"):
-        run_merge(run_preflight(order), Progress(), effort=SearchEffort.QUICK)
+        run_merge(run_preflight(extraction), Progress(), effort=SearchEffort.QUICK)
 
 
 def test_overwriting_a_run_never_takes_another_runs_lora(family, root):
@@ -316,7 +317,7 @@ def test_overwriting_a_run_never_takes_another_runs_lora(family, root):
     run_fit(FitRequest("mix", files[0], topup=2, device="cpu"), folders, Progress())
     path = root / "Lora/mix_fit-a_0-2.safetensors"
     before = path.read_bytes()
-    order = recipe(files[1:], root, name="mix_fit-a", ranks=(2,), overwrite=True)
+    extraction = recipe(files[1:], root, name="mix_fit-a", ranks=(2,), overwrite=True)
     with pytest.raises(NameTakenError, match="mix_fit-a_0-2 is a LoRA of the run mix"):
-        run_merge(run_preflight(replace(order)), Progress(), effort=SearchEffort.QUICK)
+        run_merge(run_preflight(replace(extraction)), Progress(), effort=SearchEffort.QUICK)
     assert path.read_bytes() == before

@@ -8,22 +8,22 @@ from tiny_family import load, merge, recipe, snapshot, write
 
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
-from hyper_merge.operations import deletable as safe
 from hyper_merge.operations import extend as absorbing
 from hyper_merge.operations.deletable import find_deletable
+from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver import solve as solution
 
 
 @pytest.fixture
-def own(files, tmp_path):
+def writable(files, tmp_path):
     """Three checkpoints of one's own, merged."""
     root = tmp_path / "models"
     for path in files:
@@ -49,70 +49,79 @@ def safety(folders, threshold=0.99):
     return find_deletable("mix", threshold, folders, Progress())
 
 
-def test_each_original_is_held_against_the_threshold_and_none_is_deleted(own):
-    merged, folders = own
+def test_each_original_is_held_against_the_threshold_and_none_is_deleted(writable):
+    merged, folders = writable
     before = snapshot(folders.models.parent)
     rows = merged.report.checkpoints
     everything = sorted(row.explained * (1 - row.not_carried) for row in rows)
-    found = safety(folders, everything[1])
-    assert [each.safe for each in found.verdicts] == [
+    deletion = safety(folders, everything[1])
+    assert [verdict.safe for verdict in deletion.verdicts] == [
         row.explained * (1 - row.not_carried) >= everything[1] for row in rows
     ]
     sizes = {path.name: path.stat().st_size for path in folders.models.iterdir()}
-    assert [each.frees for each in found.verdicts] == [sizes[each.name] for each in found.verdicts]
-    assert found.frees == sum(sizes[each.name] for each in found.verdicts if each.safe) > 0
-    assert [each.explained for each in found.verdicts] == [row.explained for row in rows]
-    for each, row in zip(found.verdicts, rows, strict=True):
-        assert each.everything == pytest.approx(row.explained * (1 - row.not_carried))
-        assert each.everything < each.explained
-    assert [each.vae_differs for each in found.verdicts] == [False, True, True]
-    text = safe.format_deletion_report(found)
+    assert [item.frees for item in deletion.verdicts] == [
+        sizes[item.name] for item in deletion.verdicts
+    ]
+    assert (
+        deletion.frees
+        == sum(sizes[verdict.name] for verdict in deletion.verdicts if verdict.safe)
+        > 0
+    )
+    assert [item.explained for item in deletion.verdicts] == [row.explained for row in rows]
+    for item, row in zip(deletion.verdicts, rows, strict=True):
+        assert item.everything == pytest.approx(row.explained * (1 - row.not_carried))
+        assert item.everything < item.explained
+    assert [item.vae_differs for item in deletion.verdicts] == [False, True, True]
+    text = format_deletion_report(deletion)
     assert "nothing was deleted; that is up to you" in text
-    assert text.count("comes back)") == 1
+    assert text.count("is restored)") == 1
     assert snapshot(folders.models.parent) == before
 
 
-def test_what_is_not_there_any_more_or_was_changed_is_told(own):
-    _, folders = own
+def test_what_is_not_there_any_more_or_was_changed_is_told(writable):
+    _, folders = writable
     (folders.models / "a.safetensors").unlink()
     shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
-    found = safety(folders, 0.01)
-    assert [each.safe for each in found.verdicts] == [False, True, False]
-    assert found.verdicts[0].reason == "it is not there any more"
-    assert found.verdicts[0].frees == 0
-    assert found.verdicts[2].reason.startswith("it was changed since the merge")
-    assert found.verdicts[2].frees == 0
+    deletion = safety(folders, 0.01)
+    assert [verdict.safe for verdict in deletion.verdicts] == [False, True, False]
+    assert deletion.verdicts[0].reason == "it is not there any more"
+    assert deletion.verdicts[0].frees == 0
+    assert deletion.verdicts[2].reason.startswith("it was changed since the merge")
+    assert deletion.verdicts[2].frees == 0
 
 
-def test_one_that_was_moved_is_found(own):
-    _, folders = own
+def test_one_that_was_moved_is_found(writable):
+    _, folders = writable
     deeper = folders.models / "deeper"
     deeper.mkdir()
     (folders.models / "a.safetensors").rename(deeper / "a.safetensors")
     assert not safety(folders, 0.01).verdicts[0].safe
     new = load_run(folders, "mix")
     run_fit(FitRequest("mix", deeper / "a.safetensors", name="x"), folders, Progress())
-    found = safety(folders, 0.01).verdicts[0]
-    assert (found.safe, found.path) == (True, deeper / "a.safetensors")  # its hash is known now
+    deletion = safety(folders, 0.01).verdicts[0]
+    assert (deletion.safe, deletion.path) == (
+        True,
+        deeper / "a.safetensors",
+    )  # its hash is known now
     assert new.name == "mix"
 
 
 @pytest.mark.parametrize("what", ["Lora/mix_1-2.safetensors", "Stable-diffusion/mix.safetensors"])
-def test_nothing_is_safe_where_the_run_is_not_whole(own, what):
-    _, folders = own
+def test_nothing_is_safe_where_the_run_is_not_whole(writable, what):
+    _, folders = writable
     path = folders.models.parent / what
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     if "Stable" in what:
         path.unlink()
-    found = safety(folders, 0.01)
-    assert found.problem
-    assert not any(each.safe for each in found.verdicts)
-    assert found.frees == 0
-    assert "nothing is safe to delete: " in safe.format_deletion_report(found)
+    deletion = safety(folders, 0.01)
+    assert deletion.problem
+    assert not any(verdict.safe for verdict in deletion.verdicts)
+    assert deletion.frees == 0
+    assert "nothing is safe to delete: " in format_deletion_report(deletion)
 
 
-def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
-    _, folders = own
+def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(writable):
+    _, folders = writable
     path = folders.runs / "mix/manifest.json"
     text = path.read_text()
     path.write_text(text.replace('"version": 1', '"version": 99', 1))
@@ -123,53 +132,53 @@ def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(own):
         find_deletable("mxi", 0.99, folders, Progress())
 
 
-def test_a_lora_that_was_edited_since_makes_nothing_safe(own):
-    merged, folders = own
+def test_a_lora_that_was_edited_since_makes_nothing_safe(writable):
+    merged, folders = writable
     content = bytearray(merged.loras[0].read_bytes())
     content[-1] ^= 1
     merged.loras[0].write_bytes(content)
-    found = safety(folders, 0.01)
-    assert "was edited or replaced since the run mix wrote it" in found.problem
-    assert not any(each.safe for each in found.verdicts)
+    deletion = safety(folders, 0.01)
+    assert "was edited or replaced since the run mix wrote it" in deletion.problem
+    assert not any(verdict.safe for verdict in deletion.verdicts)
 
 
-def test_the_base_of_another_run_is_not_safe(own, files):
-    _, folders = own
+def test_the_base_of_another_run_is_not_safe(writable, files):
+    _, folders = writable
     models = [folders.models / f"{name}.safetensors" for name in "bc"]
     merge(models, folders.models.parent, name="based", base=str(folders.models / "a.safetensors"))
-    found = safety(folders, 0.01)
-    assert [each.safe for each in found.verdicts] == [False, True, True]
-    assert found.verdicts[0].reason == "it is the hyper-model of based"
+    deletion = safety(folders, 0.01)
+    assert [verdict.safe for verdict in deletion.verdicts] == [False, True, True]
+    assert deletion.verdicts[0].reason == "it is the hyper-model of based"
 
 
-def test_a_link_frees_nothing(own):
-    _, folders = own
+def test_a_link_frees_nothing(writable):
+    _, folders = writable
     path = folders.models / "a.safetensors"
     path.rename(folders.models / "real.safetensors")
     path.symlink_to(folders.models / "real.safetensors")
-    found = safety(folders, 0.01)
-    assert found.verdicts[0].frees == 0
-    assert found.verdicts[1].frees > 0
+    deletion = safety(folders, 0.01)
+    assert deletion.verdicts[0].frees == 0
+    assert deletion.verdicts[1].frees > 0
 
 
-def test_fitted_checkpoints_are_held_against_it_too(own, new):
-    _, folders = own
+def test_fitted_checkpoints_are_held_against_it_too(writable, new):
+    _, folders = writable
     fitted = run_fit(FitRequest("mix", new, topup="99%"), folders, Progress())
-    found = safety(folders, 0.5).verdicts[-1]
-    assert (found.name, found.frees) == ("new.safetensors", new.stat().st_size)
-    assert found.explained == fitted.explained > 0.99
+    deletion = safety(folders, 0.5).verdicts[-1]
+    assert (deletion.name, deletion.frees) == ("new.safetensors", new.stat().st_size)
+    assert deletion.explained == fitted.explained > 0.99
     again = run_fit(FitRequest("mix", new, name="again", topup="1%"), folders, Progress())
     own_again = run_fit(
         FitRequest("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
         folders,
         Progress(),
     )
-    found = safety(folders, 0.5)  # each file once, by what brings back most of it
-    assert [each.name[:-12] for each in found.verdicts] == ["a", "b", "c", "new"]
-    assert again.explained < fitted.explained == found.verdicts[-1].explained
-    assert found.verdicts[-1].restored_as == "new"
-    assert found.verdicts[0].explained == own_again.explained
-    assert "(restored as own)" in safe.format_deletion_report(found)
+    deletion = safety(folders, 0.5)  # each file once, by what brings back most of it
+    assert [item.name[:-12] for item in deletion.verdicts] == ["a", "b", "c", "new"]
+    assert again.explained < fitted.explained == deletion.verdicts[-1].explained
+    assert deletion.verdicts[-1].restored_as == "new"
+    assert deletion.verdicts[0].explained == own_again.explained
+    assert "(restored as own)" in format_deletion_report(deletion)
     (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
     assert "mix_fit-new" in safety(folders, 0.5).problem
 
@@ -179,18 +188,18 @@ def absorb(folders, *paths, **settings):
     return run_extend(request, folders, Progress(), SearchEffort.QUICK)
 
 
-def test_a_run_absorbs_a_checkpoint_into_a_new_one(own, new, monkeypatch):
-    _, folders = own
+def test_a_run_absorbs_a_checkpoint_into_a_new_one(writable, new, monkeypatch):
+    _, folders = writable
     before = snapshot(folders.models.parent)
     fitted = run_fit(FitRequest("mix", new), folders, Progress())
     starts = []
     run_merge = absorbing.run_merge
 
-    def told(preflight, progress, *, start, effort):
+    def messages(preflight, progress, *, start, effort):
         starts.append(start)
         return run_merge(preflight, progress, start=start, effort=effort)
 
-    monkeypatch.setattr(absorbing, "run_merge", told)
+    monkeypatch.setattr(absorbing, "run_merge", messages)
     merged = absorb(folders, new)
     assert merged.place.run == "mix+1"
     assert [row.name for row in merged.report.checkpoints] == ["a", "b", "c", "new"]
@@ -212,12 +221,12 @@ def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
     rows = torch.tensor([[1.0, 2], [-3, 0], [2, -2]], dtype=torch.float64)  # sums of 0
     tried = []
 
-    def told(problem, planned, earlier, generator, effort, on_progress, user_starts):
+    def messages(problem, planned, earlier, generator, effort, on_progress, user_starts):
         tried.extend(user_starts)
         return best_start(problem, planned, earlier, generator, effort, on_progress, user_starts)
 
     best_start = solution.best_start
-    monkeypatch.setattr(solution, "best_start", told)
+    monkeypatch.setattr(solution, "best_start", messages)
     preflight = run_preflight(recipe(files, tmp_path, allocation="even"))
     run_merge(preflight, Progress(), start={"unet": rows}, effort=SearchEffort.QUICK)
     (start,) = tried  # the text encoder has none
@@ -235,8 +244,8 @@ def test_weights_are_extended_by_their_mean(files, new, tmp_path):
     assert merged.place.run == "more"
 
 
-def test_what_cannot_be_absorbed_is_refused_by_name_with_nothing_written(own, new, state_of):
-    _, folders = own
+def test_what_cannot_be_absorbed_is_refused_by_name_with_nothing_written(writable, new, state_of):
+    _, folders = writable
     before = snapshot(folders.models.parent)
     twin = shutil.copy(folders.models / "a.safetensors", new.with_name("twin.safetensors"))
     with pytest.raises(RunError, match=r"twin.safetensors has the content of a.safetensors, which"):

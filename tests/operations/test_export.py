@@ -24,17 +24,19 @@ from hyper_merge.loras.lora_file import as_hosts_apply
 from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import WeightedSum
 from hyper_merge.operations import export
-from hyper_merge.operations.export import ExportRequest, format_export, multipliers_of, run_export
+from hyper_merge.operations.export import ExportRequest, multipliers_of, run_export
+from hyper_merge.operations.export_text import format_export
+from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 LINEAR, POINT, CONV = "lora_te_text_model_a", "lora_unet_b", "lora_unet_c"
 
 
 def exported(folder, *checkpoints, run="mix", progress=None, **settings):
-    wanted = ExportRequest(run, checkpoints or None, **settings)
-    return run_export(wanted, Folders.under(folder), progress or Progress())
+    request = ExportRequest(run, checkpoints or None, **settings)
+    return run_export(request, Folders.under(folder), progress or Progress())
 
 
 def sums(folder, row, run="mix"):
@@ -90,23 +92,23 @@ def in_float32(files, tmp_path_factory):
 
 def test_an_export_in_float32_adds_exactly_what_the_run_adds(in_float32, tmp_path):
     folder = shutil.copytree(in_float32, tmp_path / "models")
-    for each in exported(folder):
-        lora = load_file(each.path)
-        for module, total in sums(folder, row_of(folder, each.checkpoint)).items():
+    for result in exported(folder):
+        lora = load_file(result.path)
+        for module, total in sums(folder, row_of(folder, result.checkpoint)).items():
             scale = float(total.abs().max())
             torch.testing.assert_close(added(lora, module), total, rtol=0, atol=1e-6 * scale)
-        assert each.lost < 1e-12
+        assert result.lost < 1e-12
         assert {t.dtype for t in lora.values()} == {torch.float32}
 
 
 def test_an_export_in_float16_differs_by_rounding_and_says_how_much(started):
-    for each in exported(started):
-        lora, energy, lost = load_file(each.path), 0.0, 0.0
-        for module, total in sums(started, row_of(started, each.checkpoint)).items():
+    for result in exported(started):
+        lora, energy, lost = load_file(result.path), 0.0, 0.0
+        for module, total in sums(started, row_of(started, result.checkpoint)).items():
             energy += float(total.square().sum())
             lost += float((added(lora, module) - total).square().sum())
         assert 1e-9 < lost / energy < 1e-6
-        assert each.lost == pytest.approx(lost / energy, rel=1e-3)
+        assert result.lost == pytest.approx(lost / energy, rel=1e-3)
 
 
 def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started):
@@ -124,21 +126,21 @@ def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started
     assert one.rank == max(sizes.values()) > sum(RANKS)  # for ranks differ by layer
     assert one.explained == row_of(started, "b").explained
     assert one.size == one.path.stat().st_size
-    found = metadata(one.path)
-    assert found["hyper_merge.kind"] == "lora-alone"
-    assert (found["hyper_merge.run"], found["hyper_merge.checkpoint"]) == ("mix", "b")
-    assert (found["hyper_merge.name"], found["ss_output_name"]) == ("mix", "mix_b")
-    assert found["ss_network_alpha"] == f"{one.rank}.0"
-    assert float(found["hyper_merge.explained"]) == one.explained
-    inputs = load_run(Folders.under(started), "mix").inputs
-    lineage = json.loads(found["hyper_merge.lineage"])
-    assert [s["sha256"] for s in lineage] == [source.sha256 for source in inputs]
+    details = metadata(one.path)
+    assert details["hyper_merge.kind"] == "lora-alone"
+    assert (details["hyper_merge.run"], details["hyper_merge.checkpoint"]) == ("mix", "b")
+    assert (details["hyper_merge.name"], details["ss_output_name"]) == ("mix", "mix_b")
+    assert details["ss_network_alpha"] == f"{one.rank}.0"
+    assert float(details["hyper_merge.explained"]) == one.explained
+    sources = load_run(Folders.under(started), "mix").sources
+    lineage = json.loads(details["hyper_merge.lineage"])
+    assert [s["sha256"] for s in lineage] == [source.sha256 for source in sources]
     card = json.loads(one.path.with_suffix(".json").read_text())
     assert card["description"] == f"Turns mix into b, by itself; rank {one.rank}."
     assert card["sd version"] == "SD1"
     assert one.path.with_suffix(".png").exists()
-    said = format_export([one], None)
-    assert said.endswith("To get b, load mix and put this into the prompt:\n<lora:mix_b:1.00000>")
+    text = format_export([one], None)
+    assert text.endswith("To get b, load mix and put this into the prompt:\n<lora:mix_b:1.00000>")
     assert exported(started, "a.safetensors")[0].checkpoint == "a"
 
 
@@ -273,10 +275,10 @@ def test_ranks_that_differ_in_every_layer_add_up_to_the_dense_sum(tmp_path, stac
             if f"{module}.alpha" in lora
         )
         for alpha in (None, 5):
-            found = total.stored(layer, alpha, torch.float32)
-            up, down = (factor.double() for factor in as_hosts_apply(*found.factors, alpha))
+            details = total.stored(layer, alpha, torch.float32)
+            up, down = (factor.double() for factor in as_hosts_apply(*details.factors, alpha))
             torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-5)
-            assert found.energy == pytest.approx(float(expected.square().sum()), rel=1e-9)
+            assert details.energy == pytest.approx(float(expected.square().sum()), rel=1e-9)
 
 
 def test_more_ranks_than_a_layer_can_have_become_as_many_as_it_can(tmp_path, stack):
@@ -294,9 +296,9 @@ def test_factors_that_half_precision_could_not_hold_are_evened_first(tmp_path, s
     save_file(tensors, tmp_path / "x.safetensors")
     total = weighted(stack, [tmp_path / "x.safetensors"], {"text_encoder": (-3.0,), "unet": (1.0,)})
     layer, _ = total.ranks()[LINEAR]
-    found = total.stored(layer, 2, torch.float16)
-    assert max(float(factor.abs().max()) for factor in found.factors) < 10
-    assert found.lost / found.energy < 1e-6
+    details = total.stored(layer, 2, torch.float16)
+    assert max(float(factor.abs().max()) for factor in details.factors) < 10
+    assert details.lost / details.energy < 1e-6
 
 
 def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started):
@@ -310,8 +312,11 @@ def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started)
         rows[0]["name"] = "0-4"
 
     edit_manifest(started, rename)
-    found = exported(started, "0-4", "b", overwrite=True)
-    assert [each.path.name for each in found] == ["mix_0-4-2.safetensors", "mix_b-2.safetensors"]
+    details = exported(started, "0-4", "b", overwrite=True)
+    assert [result.path.name for result in details] == [
+        "mix_0-4-2.safetensors",
+        "mix_b-2.safetensors",
+    ]
     assert lora.read_bytes() == before
     assert (started / "Lora/mix_b.safetensors").read_bytes() == b"mine"
     again = exported(started, "b", overwrite=True)
@@ -326,7 +331,9 @@ def test_checkpoints_whose_names_become_alike_get_numbers_and_keep_them(started)
     edit_manifest(started, rename)
     (second,) = exported(started, "my <v1>")
     assert second.path.name == "mix_my -v1-2.safetensors"
-    assert [each.path.name for each in exported(started, "my [v1]")] == ["mix_my -v1.safetensors"]
+    assert [result.path.name for result in exported(started, "my [v1]")] == [
+        "mix_my -v1.safetensors"
+    ]
 
 
 def test_an_export_that_is_there_is_replaced_only_if_asked(started):
@@ -362,8 +369,8 @@ def test_an_unknown_run_or_checkpoint_is_refused_with_the_nearest_and_the_list(s
 def test_a_missing_lora_is_refused(started):
     (started / "Lora/mix_1-2.safetensors").unlink()
     assert refusal(started) == (
-        f"mix_1-2.safetensors of the run mix is missing in {started / 'Lora'}; bring it back from a"
-        " copy, or merge again into another name than mix"
+        f"mix_1-2.safetensors of the run mix is missing in {started / 'Lora'}; copy it back from a"
+        " backup, or merge again into another name than mix"
     )
 
 
@@ -372,9 +379,9 @@ def test_a_missing_hyper_model_is_a_warning(started):
     edit_manifest(
         started, lambda m: m.update(hyper_model=str(started / "Stable-diffusion/mix.safetensors"))
     )
-    told = []
-    assert exported(started, "a", progress=Progress(warn=told.append))
-    assert [message.partition(" is missing or another file;")[2] for message in told] == [
+    messages = []
+    assert exported(started, "a", progress=Progress(warn=messages.append))
+    assert [message.partition(" is missing or another file;")[2] for message in messages] == [
         " these LoRAs go with no other"
     ]
 
@@ -389,8 +396,8 @@ def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path,
     words, key = metadata(path), next(iter(tensors))
     save_file({**tensors, key: tensors[key] + 1}, path, words)  # the old hash is still in it
     message = (
-        "mix_0-4.safetensors was edited or replaced since the run mix wrote it; bring it back from a"
-        " copy, or merge again into another name than mix"
+        "mix_0-4.safetensors was edited or replaced since the run mix wrote it; copy it back from a"
+        " backup, or merge again into another name than mix"
     )
     assert refusal(started, overwrite=True) == message
     merge((files[0], files[2]), tmp_path / "other")
@@ -425,10 +432,10 @@ def test_an_impossible_rank_is_refused(started, rank):
 
 @pytest.mark.parametrize("phase", ["checking", "folding", "writing"])
 def test_an_interrupt_at_any_moment_leaves_nothing(started, phase):
-    told, before = [], snapshot(started)
+    messages, before = [], snapshot(started)
     progress = Progress(
-        lambda words, _fraction: told.append(words),
-        lambda: bool(told) and told[-1].startswith(phase),
+        lambda words, _fraction: messages.append(words),
+        lambda: bool(messages) and messages[-1].startswith(phase),
     )
     with pytest.raises(InterruptedRun):
         exported(started, progress=progress)

@@ -8,7 +8,8 @@ from tiny_family import NORM, QUERY, UNET, VAE, write
 
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
-from hyper_merge.operations.inspect import format_inspection, format_vaes, inspect_files
+from hyper_merge.operations.inspect import inspect_files
+from hyper_merge.operations.inspect_text import format_inspection, format_vaes
 
 
 def test_a_checkpoint_is_described(files):

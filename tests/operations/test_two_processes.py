@@ -20,9 +20,10 @@ from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.analysis.use_markers import in_use, mark_used, unused
 from hyper_merge.errors import CacheError, InterruptedRun, NameTakenError
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, list_runs, load_run
 from hyper_merge.runs.name_locks import Hold, held
+from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.checked_json import read_sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.file_lock import FileLock, State, alone

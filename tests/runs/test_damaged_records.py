@@ -15,10 +15,12 @@ from hyper_merge.operations.compare.records import ComparisonFigures, Comparison
 from hyper_merge.operations.compare.request import PictureSettings
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.runs.fit_records import format_fit, load_fits
+from hyper_merge.operations.fit.text import format_fit
+from hyper_merge.runs.deletion import files_of
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import files_of, list_runs, load_run
 from hyper_merge.runs.report_text import format_report as report_text
+from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.progress import Progress
 
 TRIED = 120  # manifests; thousands were tried once
@@ -41,13 +43,13 @@ def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folde
     path, wish = folders.runs / "mix/manifest.json", recipe(files, started, name="new")
     texts = mutations(json.loads(path.read_text()))
     assert len(texts) > 2000
-    told = 0
+    messages = 0
     for damaged in random.Random(0).sample(texts, TRIED):
         path.write_text(damaged)
         runs, problems = list_runs(folders)
         assert "other" in [run.name for run in runs], damaged[:200]
         assert len(runs) + len(problems) == 2
-        told += len(problems)
+        messages += len(problems)
         for problem in problems:
             assert "the run mix" in problem
             assert str(path.parent) in problem
@@ -57,7 +59,7 @@ def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folde
         folders.lora_owners()
         with suppress(HyperMergeError):
             folders.place(wish, "an average")
-    assert told > TRIED / 2
+    assert messages > TRIED / 2
 
 
 @pytest.mark.parametrize(
@@ -105,11 +107,11 @@ def test_a_damaged_fit_is_told_and_hides_no_other(files, folders):
     for damaged in mutations(json.loads(path.read_text())):
         path.write_text(damaged)
         fits, problems = load_fits(run)
-        assert "two" in [each.row.name for each in fits]
+        assert "two" in [item.row.name for item in fits]
         assert len(fits) + len(problems) == 2
         assert all("the fit one " in problem for problem in problems)
-        for each in fits:
-            format_fit(each, run)
+        for item in fits:
+            format_fit(item, run)
         folders.fit_files_of("mix")
 
 
@@ -117,18 +119,18 @@ def test_a_damaged_comparison_is_told(folders):
     run = load_run(folders, "mix")
     settings = PictureSettings(("a cat",), seeds=(1, 2**32 - 1))
     figures = (ComparisonFigures("a", "a cat", 1, {"restored": 1.5}, {}),)
-    found = ComparisonRecord(
+    record = ComparisonRecord(
         "mix", "comparison-1", run.created, "a test", "mix", settings, {"a": "x"}, {}, (), figures
     )
-    comparison_files.save_comparison(run, found, Image.new("RGB", (8, 8)))
+    comparison_files.save_comparison(run, record, Image.new("RGB", (8, 8)))
     _, path = comparison_files.comparison_paths(run, "comparison-1")
-    assert comparison_files.load_comparison(run, "comparison-1") == found
-    told = []
+    assert comparison_files.load_comparison(run, "comparison-1") == record
+    messages = []
     for damaged in mutations(json.loads(path.read_text())):
         path.write_text(damaged)
         try:
             comparison_files.load_comparison(run, "comparison-1")
         except RunError as error:
-            told.append(str(error))
-    assert len(told) > 200
-    assert all(str(path) in each and each.endswith("; compare again") for each in told)
+            messages.append(str(error))
+    assert len(messages) > 200
+    assert all(str(path) in item and item.endswith("; compare again") for item in messages)

@@ -17,7 +17,7 @@ from hyper_merge.hosts.host import GeneratorInfo
 from hyper_merge.hosts.webui import checkpoint_list as webui_list
 from hyper_merge.hosts.webui.device_memory import is_forge
 from hyper_merge.loras.prompt_tags import tag_names
-from hyper_merge.operations.compare.request import Draw, Picture
+from hyper_merge.operations.compare.request import Picture, Txt2Img
 from hyper_merge.runtime.progress import Progress
 
 _SELECTED: Final = "sd_model_checkpoint"  # the setting that holds the checkpoint's title
@@ -31,7 +31,7 @@ def atelier() -> GeneratorInfo:
 
 
 @contextmanager
-def studio() -> Iterator[Draw]:
+def studio() -> Iterator[Txt2Img]:
     """What makes pictures, with the WebUI's queue lock held and its job begun.
 
     At the end the checkpoint that was selected before is selected again and, if one was loaded,

@@ -12,7 +12,7 @@ from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
 from hyper_merge.recipe.parsing import suggest_nearest
 from hyper_merge.runs.fit_records import load_fits
-from hyper_merge.runs.manifest import Run, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import prompt_tags_of
 
 LABEL: Final = "Hyper-Merge: checkpoint"

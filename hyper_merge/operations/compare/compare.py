@@ -1,19 +1,16 @@
-"""Pictures of checkpoints as hyper-model + LoRAs beside those of the originals: all of it but the drawing."""
+"""Compares pictures of checkpoints as hyper-model + LoRAs with those of the originals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from PIL import Image
 
 from hyper_merge.errors import PictureError
 from hyper_merge.operations.compare.grid import Band, Cell, draw_grid
 from hyper_merge.operations.compare.image_difference import (
-    AMPLIFIED,
-    LEVELS,
     PERCEPTUAL,
     Distance,
     difference_picture,
@@ -28,150 +25,141 @@ from hyper_merge.operations.compare.records import (
 )
 from hyper_merge.operations.compare.request import (
     CompareRequest,
-    Draw,
     PictureKey,
     Subject,
+    Txt2Img,
     plan_pictures,
+)
+from hyper_merge.operations.compare.text import (
+    DIFFERENCE_ROWS,
+    ROWS,
+    format_caption,
+    format_heading,
+    format_picture,
 )
 from hyper_merge.runs.folders import PICTURES, Folders
 from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_hyper_model, require_own
-from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runs.originals import locate_sources
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import find_row, prompt_tags_of, source_of, weighted_loras_of
 from hyper_merge.runtime.file_lock import alone
 from hyper_merge.runtime.progress import Progress
 
-ROWS: Final[Mapping[str, str]] = {
-    "restored": "hyper-model + LoRAs",
-    "original": "original",
-    "average": "hyper-model alone",
-}
-"""What the rows of the grid are called."""
-
-_DIFFERENCES: Final[Mapping[str, str]] = {
-    "restored": f"difference, {AMPLIFIED} times",
-    "average": f"alone, difference, {AMPLIFIED} times",
-}
-
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """What draws the pictures.
+    """The host's means of drawing pictures.
 
     Attributes:
         host: Its name, for people.
         draw: Makes a picture.
-        refusal: Why a checkpoint cannot be loaded there, in words; empty where it can.
+        refusal: Says why a checkpoint cannot be loaded there; empty where it can.
     """
 
     host: str
-    draw: Draw
+    draw: Txt2Img
     refusal: Callable[[Path], str] = lambda _path: ""
 
 
-def run_comparison(
-    order: CompareRequest, studio: ImageGenerator, folders: Folders, progress: Progress
+def run_compare(
+    request: CompareRequest, folders: Folders, progress: Progress, generator: ImageGenerator
 ) -> ComparisonRecord:
     """Draws all pictures and saves the grid; on any failure nothing is written.
 
     Args:
-        order: what the user asks for.
-        studio: what draws.
+        request: run, files and options.
         folders: where the run is, its LoRAs, hyper-model and originals.
         progress: progress and interrupt.
+        generator: draws the pictures.
 
     Raises:
         HyperMergeError: an unknown run or checkpoint, files that are missing or were changed, a
             hyper-model that the host cannot load, or the user's interrupt.
     """
-    run = load_run(folders, order.run)
+    run = load_run(folders, request.run)
     hyper_model = require_hyper_model(run)
-    problem = studio.refusal(hyper_model)
+    problem = generator.refusal(hyper_model)
     if problem:
         raise PictureError(f"{hyper_model.name} cannot be drawn with: {problem}")
     checking, finding, drawing = progress.split([1.0, 1.0, 48.0])
-    files = {term.path: None for name in order.checkpoints for term in weighted_loras_of(run, name)}
+    files = {
+        lora.path: None for name in request.checkpoints for lora in weighted_loras_of(run, name)
+    }
     require_own(run, list(files), checking)
-    subjects = _subjects(run, order, studio, folders, finding)
-    pictures = _draw(order, hyper_model, subjects, studio, drawing)
-    distance = perceptual_distance((order.settings.width, order.settings.height))
-    figures = tuple(_figures(pictures, order, distance))
-    found = ComparisonRecord(
+    subjects = _subjects(run, request, generator, folders, finding)
+    pictures = _draw(request, hyper_model, subjects, generator, drawing)
+    distance = perceptual_distance((request.settings.width, request.settings.height))
+    figures = tuple(_measure(pictures, request, distance))
+    record = ComparisonRecord(
         run=run.name,
         name="",  # the next free one when it is saved
         created=current_time(),
-        host=studio.host,
+        host=generator.host,
         hyper_model=hyper_model.name,
-        settings=order.settings,
+        settings=request.settings,
         tags={subject.name: subject.tags for subject in subjects},
-        originals={each.name: each.original.name for each in subjects if each.original},
+        originals={subject.name: subject.original.name for subject in subjects if subject.original},
         notes=tuple(subject.note for subject in subjects if subject.note),
         figures=figures,
         measure=PERCEPTUAL if distance else "",
     )
     progress.report("saving the grid", 1.0)
     with alone(run.folder / PICTURES):  # nobody else takes the name meanwhile
-        found = replace(found, name=free_comparison_name(run))
-        save_comparison(run, found, _grid(found, order, subjects, pictures))
-    return found
-
-
-def caption(figures: ComparisonFigures, row: str) -> str:
-    """What stands below a picture: how far it is from the original's; empty where there is none."""
-    if row not in figures.pixels:
-        return ""
-    found = figures.pixels[row]
-    text = f"{found:.2f} of {LEVELS} ({found / LEVELS:.1%})"
-    if row in figures.perceptual:
-        text += f", {PERCEPTUAL} {figures.perceptual[row]:.3f}"
-    return text
+        record = replace(record, name=free_comparison_name(run))
+        save_comparison(run, record, _draw_grid(record, request, subjects, pictures))
+    return record
 
 
 def _subjects(
-    run: Run, order: CompareRequest, studio: ImageGenerator, folders: Folders, progress: Progress
+    run: Run,
+    request: CompareRequest,
+    generator: ImageGenerator,
+    folders: Folders,
+    progress: Progress,
 ) -> tuple[Subject, ...]:
-    """The checkpoints, each once, with their originals as far as they can be drawn."""
-    names = dict.fromkeys(find_row(run, name)[0].name for name in order.checkpoints)
+    """Returns every checkpoint once, with its original if that can be drawn."""
+    names = dict.fromkeys(find_row(run, name)[0].name for name in request.checkpoints)
     sources = [source_of(run, name) for name in names]
-    found = []
-    for checkpoint, original in zip(names, locate_sources(sources, folders, progress), strict=True):
+    subjects = []
+    originals = locate_sources(sources, folders, progress)
+    for checkpoint, original in zip(names, originals, strict=True):
         name = original.source.name
         note = {
-            "there": studio.refusal(original.path) if original.state == "there" else "",
+            "there": generator.refusal(original.path) if original.state == "there" else "",
             "changed": "it was changed since",
             "missing": "it is not there",
         }[original.state]
-        found.append(
+        subjects.append(
             Subject(
-                checkpoint,
-                prompt_tags_of(run, checkpoint),
-                None if note else original.path,
-                f"{name} is left out: {note}" if note else "",
+                name=checkpoint,
+                tags=prompt_tags_of(run, checkpoint),
+                original=None if note else original.path,
+                note=f"{name} is left out: {note}" if note else "",
             )
         )
-    return tuple(found)
+    return tuple(subjects)
 
 
 def _draw(
-    order: CompareRequest,
+    request: CompareRequest,
     hyper_model: Path,
     subjects: Sequence[Subject],
-    studio: ImageGenerator,
+    generator: ImageGenerator,
     progress: Progress,
 ) -> dict[PictureKey, Image.Image]:
-    plan = plan_pictures(order, hyper_model, subjects)
+    plan = plan_pictures(request, hyper_model, subjects)
     pictures: dict[PictureKey, Image.Image] = {}
     parts = progress.split([1.0] * len(plan))
     for number, ((key, picture), part) in enumerate(zip(plan.items(), parts, strict=True), 1):
-        phase = f"picture {number} of {len(plan)}: {key.words}"
+        phase = f"picture {number} of {len(plan)}: {format_picture(key)}"
         part.report(phase, 0.0)
-        pictures[key] = studio.draw(picture, _saying(phase, part)).convert("RGB")
+        pictures[key] = generator.draw(picture, _with_phase(phase, part)).convert("RGB")
     return pictures
 
 
-def _saying(phase: str, progress: Progress) -> Progress:
-    """The control with words of its own."""
+def _with_phase(phase: str, progress: Progress) -> Progress:
+    """Returns the progress under a fixed name of its phase."""
     return Progress(
         lambda _, fraction: progress.on_progress(phase, fraction),
         progress.should_stop,
@@ -179,12 +167,12 @@ def _saying(phase: str, progress: Progress) -> Progress:
     )
 
 
-def _figures(
-    pictures: Mapping[PictureKey, Image.Image], order: CompareRequest, distance: Distance | None
+def _measure(
+    pictures: Mapping[PictureKey, Image.Image], request: CompareRequest, distance: Distance | None
 ) -> list[ComparisonFigures]:
-    found = []
+    figures = []
     for name in dict.fromkeys(key.checkpoint for key in pictures if key.checkpoint):
-        for prompt, seed in order.settings.bands:
+        for prompt, seed in request.settings.bands:
             original = pictures.get(PictureKey("original", name, prompt, seed))
             drawn = {
                 row: pictures[key]
@@ -192,65 +180,66 @@ def _figures(
                 if original is not None and key in pictures
             }
             pixels = {
-                row: mean_difference(each, original) for row, each in drawn.items() if original
+                row: mean_difference(picture, original)
+                for row, picture in drawn.items()
+                if original
             }
-            seen = {
-                row: distance(each, original)
-                for row, each in drawn.items()
+            perceptual = {
+                row: distance(picture, original)
+                for row, picture in drawn.items()
                 if original and distance
             }
-            found.append(ComparisonFigures(name, prompt, seed, pixels, seen))
-    return found
+            figures.append(ComparisonFigures(name, prompt, seed, pixels, perceptual))
+    return figures
 
 
 def _compared_with(name: str, prompt: str, seed: int) -> dict[str, PictureKey]:
-    """The pictures that are held against the original's."""
+    """Returns the pictures that are compared with the original's, by row."""
     return {
         "restored": PictureKey("restored", name, prompt, seed),
         "average": PictureKey("average", "", prompt, seed),
     }
 
 
-def _grid(
-    found: ComparisonRecord,
-    order: CompareRequest,
+def _draw_grid(
+    record: ComparisonRecord,
+    request: CompareRequest,
     subjects: Sequence[Subject],
     pictures: Mapping[PictureKey, Image.Image],
 ) -> Image.Image:
-    settings = order.settings
-    figures = {(each.checkpoint, each.prompt, each.seed): each for each in found.figures}
+    settings = request.settings
+    figures = {(pair.checkpoint, pair.prompt, pair.seed): pair for pair in record.figures}
     bands = []
     for prompt, seed in settings.bands:
         rows: dict[str, list[Cell]] = {}
         for subject in subjects:
-            own = figures[subject.name, prompt, seed]
-            for name, cell in _cells(order, own, pictures).items():
+            column = _cells(request, figures[subject.name, prompt, seed], pictures)
+            for name, cell in column.items():
                 rows.setdefault(name, []).append(cell)
         bands.append(Band(f"seed {seed}: {prompt}", rows))
-    facts = (
-        f"{found.run}: {settings.sampler}, {settings.steps} steps, CFG scale {settings.cfg_scale:g},"
-        f" {settings.width}x{settings.height}"
-    )
-    heading = (facts, "figures: mean difference from the original")
+    heading = format_heading(record.run, settings)
     names = [subject.name for subject in subjects]
     return draw_grid(heading, names, bands, (settings.width, settings.height))
 
 
 def _cells(
-    order: CompareRequest, own: ComparisonFigures, pictures: Mapping[PictureKey, Image.Image]
+    request: CompareRequest, figures: ComparisonFigures, pictures: Mapping[PictureKey, Image.Image]
 ) -> dict[str, Cell]:
-    """One column of a band, by the names of its rows: the pair first, its figures below it."""
-    original = pictures.get(PictureKey("original", own.checkpoint, own.prompt, own.seed))
-    keys = _compared_with(own.checkpoint, own.prompt, own.seed)
+    """Returns one column of a band by its rows: the pair first, with its figures below."""
+    place = (figures.checkpoint, figures.prompt, figures.seed)
+    original = pictures.get(PictureKey("original", *place))
+    keys = _compared_with(*place)
     cells = {
         ROWS["restored"]: Cell(pictures[keys["restored"]]),
-        ROWS["original"]: Cell(original, "not drawn", caption(own, "restored")),
+        ROWS["original"]: Cell(original, "not drawn", format_caption(figures, "restored")),
     }
-    if order.average:
-        cells[ROWS["average"]] = Cell(pictures[keys["average"]], "", caption(own, "average"))
-    if order.difference:
+    if request.average:
+        cells[ROWS["average"]] = Cell(
+            pictures[keys["average"]], "", format_caption(figures, "average")
+        )
+    if request.difference:
         for row, key in keys.items():
             if key in pictures:
                 drawn = difference_picture(pictures[key], original) if original else None
-                cells[_DIFFERENCES[row]] = Cell(drawn, "no original")
+                cells[DIFFERENCE_ROWS[row]] = Cell(drawn, "no original")
     return cells

@@ -1,4 +1,4 @@
-"""The grid of a comparison: pictures and captions in, one picture out; no files, no host."""
+"""Draws the grid of a comparison: pictures and captions in, one picture out; no files, no host."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _MOST_PIXELS: Final = 48_000_000  # of all pictures; viewers, and Pillow, refuse
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in a band.
+    """A cell of a band.
 
     Attributes:
-        picture: What is drawn there; None leaves it empty.
-        words: Why it is empty.
+        picture: Its content; None leaves it empty.
+        note: Why it is empty.
         caption: Below it; empty for none.
     """
 
     picture: Image.Image | None
-    words: str = ""
+    note: str = ""
     caption: str = ""
 
 
@@ -57,9 +57,9 @@ class Band:
 def draw_grid(
     heading: Sequence[str], columns: Sequence[str], bands: Sequence[Band], size: tuple[int, int]
 ) -> Image.Image:
-    """All bands below one another.
+    """Returns a picture with all bands below one another.
 
-    Pictures keep their pixels unless the whole became too large to be opened.
+    Pictures keep their pixels unless the whole would be too large to be opened.
 
     Args:
         heading: lines at the top.
@@ -83,7 +83,7 @@ def draw_grid(
 
 
 class _Drawing:
-    """The grid as far as it is drawn."""
+    """A grid that is being drawn."""
 
     def __init__(
         self, columns: Sequence[str], cell: tuple[int, int], top: int, height: int
@@ -127,12 +127,12 @@ class _Drawing:
                 (left, self._top, left + width - 1, self._top + height - 1), fill=_HOLE
             )
             middle = self._top + height / 2 - _SMALL
-            self.write(left + 6, middle, cell.words, _QUIET, _SMALL, self._step - _GAP - 12)
+            self.write(left + 6, middle, cell.note, _QUIET, _SMALL, self._step - _GAP - 12)
         else:
-            shown = cell.picture.convert("RGB")
-            if shown.size != self._cell:
-                shown = shown.resize(self._cell, Image.Resampling.LANCZOS)
-            self.image.paste(shown, (left, self._top))
+            picture = cell.picture.convert("RGB")
+            if picture.size != self._cell:
+                picture = picture.resize(self._cell, Image.Resampling.LANCZOS)
+            self.image.paste(picture, (left, self._top))
         below = self._top + height + 4
         self.write(left, below, cell.caption, _QUIET, _SMALL, self._step - _GAP)
 
@@ -141,5 +141,5 @@ class _Drawing:
 
 
 def _height(band: Band, cell: int) -> int:
-    captions = sum(any(each.caption for each in row) for row in band.rows.values())
+    captions = sum(any(column.caption for column in row) for row in band.rows.values())
     return _HEAD + _NAMES + len(band.rows) * (cell + _GAP) + captions * _CAPTION

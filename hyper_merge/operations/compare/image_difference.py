@@ -1,4 +1,4 @@
-"""How far two pictures are apart: in their pixels, and where the host can tell, to the eye."""
+"""Measures how far two pictures are apart: in their pixels, and where LPIPS is there, to the eye."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LEVELS: Final = 255
 """The largest difference of two pixels in one colour."""
 
 AMPLIFIED: Final = 4
-"""Times which a drawn difference is larger than it is, or it would hardly be seen."""
+"""The factor by which a drawn difference is amplified, or it would hardly be visible."""
 
 PERCEPTUAL: Final = "LPIPS"
-"""What the second figure is called: 0 for pictures that look the same."""
+"""The name of the second figure: 0 for pictures that look the same."""
 
 _BACKBONE: Final = "alexnet-owt-*.pth"  # in torch's own cache
 _LEAST_SIDE: Final = 64  # pixels: below, that network has nothing left to look at
@@ -28,7 +28,7 @@ Distance: TypeAlias = "Callable[[Image.Image, Image.Image], float]"
 
 
 def mean_difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean of the absolute differences over all pixels and the three colours, 0..255.
+    """Returns the mean absolute difference over all pixels and the three colours, 0..255.
 
     Raises:
         ValueError: the pictures are not of one size.
@@ -37,27 +37,27 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def difference_picture(one: Image.Image, other: Image.Image) -> Image.Image:
-    """Where two pictures differ: black where they are equal, four times the difference elsewhere.
+    """Returns a picture of four times the difference; it is black where two pictures are equal.
 
     Raises:
         ValueError: the pictures are not of one size.
     """
-    shown = (_difference(one, other) * AMPLIFIED).clip(0, LEVELS)
-    return Image.fromarray(shown.astype(np.uint8))
+    amplified = (_difference(one, other) * AMPLIFIED).clip(0, LEVELS)
+    return Image.fromarray(amplified.astype(np.uint8))
 
 
 def _difference(one: Image.Image, other: Image.Image) -> Any:  # (height, width, 3)
     if one.size != other.size:
         raise ValueError(f"expected pictures of one size, got {one.size} and {other.size}")
-    first, second = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (one, other))
+    first, second = (np.asarray(picture.convert("RGB"), dtype=np.int16) for picture in (one, other))
     return np.abs(first - second)
 
 
 def perceptual_distance(size: tuple[int, int]) -> Distance | None:
-    """LPIPS (Zhang et al., 2018) with AlexNet, where the package and its network are on this machine.
+    """Returns LPIPS (Zhang et al., 2018) with AlexNet, or None where it cannot be computed.
 
-    None where one of them is not, for nothing is downloaded for the sake of a figure; and for
-    pictures that are too small for it.
+    That is where the package or its network is not on this machine, for nothing is downloaded for
+    the sake of a figure; and for pictures that are too small for it.
 
     Args:
         size: width and height of the pictures in pixels.

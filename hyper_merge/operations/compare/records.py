@@ -18,8 +18,9 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import RunError
 from hyper_merge.operations.compare.request import PictureSettings, infotext
 from hyper_merge.runs.folders import PICTURES
-from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.plain_data import read_plain
+from hyper_merge.runs.run import Run
+from hyper_merge.runtime.checked_json import read_json
 
 COMPARISON_VERSION: Final = 1
 
@@ -28,7 +29,7 @@ _NAME: Final = re.compile(r"comparison-(\d{1,9})")
 
 @dataclass(frozen=True)
 class ComparisonFigures:
-    """How far the pictures of a pair are apart.
+    """The distances between the pictures of a pair.
 
     Attributes:
         checkpoint: As the run calls it.
@@ -36,7 +37,7 @@ class ComparisonFigures:
         seed: Of the pair.
         pixels: Mean absolute difference to the original's picture, 0..255, by what was drawn:
             "restored" or "average"; empty where there is no original.
-        perceptual: The same in the eye's terms, where the host has them.
+        perceptual: LPIPS distances by what was drawn, where the host can measure them.
     """
 
     checkpoint: str
@@ -57,7 +58,7 @@ class ComparisonRecord:
         host: What drew the pictures.
         hyper_model: Name of its file.
         settings: Of all pictures.
-        tags: What the prompts got, by checkpoint.
+        tags: The tags added to the prompts, by checkpoint.
         originals: Names of files, by checkpoint, as far as they were drawn.
         notes: What was left out and why.
         figures: Of every pair.
@@ -78,21 +79,21 @@ class ComparisonRecord:
 
 
 def comparison_names(run: Run) -> list[str]:
-    """The comparisons of a run, the newest first."""
+    """Returns the names of a run's comparisons, the newest first."""
     folder = run.folder / PICTURES
-    found = [path.stem for path in ([] if folder.is_symlink() else folder.glob("*.json"))]
-    return sorted(filter(_NAME.fullmatch, found), key=_number, reverse=True)
+    stems = [path.stem for path in ([] if folder.is_symlink() else folder.glob("*.json"))]
+    return sorted(filter(_NAME.fullmatch, stems), key=_number, reverse=True)
 
 
 def free_comparison_name(run: Run) -> str:
-    """One that no file of the run has."""
+    """Returns a name for a comparison that no file of the run has."""
     taken = [path.stem for path in (run.folder / PICTURES).glob("*")]
     numbers = [_number(name) for name in taken if _NAME.fullmatch(name)]
     return f"comparison-{max(numbers, default=0) + 1}"
 
 
 def comparison_paths(run: Run, name: str) -> tuple[Path, Path]:
-    """Where grid and figures of a comparison belong.
+    """Returns where grid and figures of a comparison belong.
 
     Raises:
         RunError: that is no name of a comparison.
@@ -103,49 +104,49 @@ def comparison_paths(run: Run, name: str) -> tuple[Path, Path]:
     return stem.with_suffix(".png"), stem.with_suffix(".json")
 
 
-def save_comparison(run: Run, found: ComparisonRecord, grid: Image.Image) -> Path:
+def save_comparison(run: Run, record: ComparisonRecord, grid: Image.Image) -> Path:
     """Writes both files, or none; nothing that exists is replaced.
 
     Returns:
-        The grid's.
+        The path of the grid.
 
     Raises:
         OutputError: the place is taken or cannot be written.
     """
-    picture, figures = comparison_paths(run, found.name)
-    record = {"version": COMPARISON_VERSION, "hyper_merge": __version__, **asdict(found)}
-    facts = json.dumps(record, ensure_ascii=False)
-    models = {"Hyper-model": found.hyper_model, "Hyper-Merge": __version__}
+    picture, figures = comparison_paths(run, record.name)
+    data = {"version": COMPARISON_VERSION, "hyper_merge": __version__, **asdict(record)}
+    facts = json.dumps(data, ensure_ascii=False)
+    models = {"Hyper-model": record.hyper_model, "Hyper-Merge": __version__}
     text = PngInfo()
-    text.add_itxt("parameters", infotext(found.settings, models))
+    text.add_itxt("parameters", infotext(record.settings, models))
     text.add_itxt("hyper_merge.comparison", facts)
     stream = BytesIO()
     grid.save(stream, "PNG", pnginfo=text)
     with FileTransaction() as outputs:
         outputs.bytes(picture, stream.getvalue())
-        outputs.text(figures, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        outputs.text(figures, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     return picture
 
 
 def load_comparison(run: Run, name: str) -> ComparisonRecord:
-    """A comparison's figures.
+    """Returns the figures of a comparison.
 
     Raises:
         RunError: there is none of that name, or its file is damaged.
     """
     _, path = comparison_paths(run, name)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record.pop("version") if isinstance(record, dict) else None
-        known = record if version == COMPARISON_VERSION else {}
-        found: ComparisonRecord = read_plain(ComparisonRecord, known, "comparison")
+        data = read_json(path)
+        version = data.pop("version") if isinstance(data, dict) else None
+        known = data if version == COMPARISON_VERSION else {}
+        record: ComparisonRecord = read_plain(ComparisonRecord, known, "comparison")
     except FileNotFoundError:
-        raise RunError(f"there is no {name} of the run {run.name}; look at the list anew") from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RunError(f"there is no {name} of the run {run.name}; reload the list") from None
+    except (OSError, ValueError, LookupError) as error:
         raise RunError(
             f"{name} of the run {run.name} cannot be read: {path} is damaged ({error}); compare again"
         ) from error
-    return found
+    return record
 
 
 def _number(name: str) -> int:

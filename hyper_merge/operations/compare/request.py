@@ -1,4 +1,4 @@
-"""Which pictures a comparison takes, and in which order; nothing is drawn here, no host is known."""
+"""The request for a comparison, and the pictures that it takes; nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MOST_PICTURES: Final = 200  # in one grid, which is to be looked at
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What all pictures of a comparison share.
+    """The settings that all pictures of a comparison share.
 
     Attributes:
         prompts: One or more, without the run's LoRA tags.
         negative: Negative prompt; may be empty.
-        sampler: By the host's name.
+        sampler: As the host names it.
         steps: Of sampling.
         cfg_scale: How strictly the prompt is followed.
         width: Pixels, a multiple of 8.
@@ -76,7 +76,7 @@ class PictureSettings:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What the user asks for.
+    """The request for a comparison.
 
     Attributes:
         run: Its name.
@@ -109,9 +109,9 @@ class Subject:
 
     Attributes:
         name: As the run calls it.
-        tags: What makes the hyper-model this checkpoint in a prompt.
+        tags: The prompt tags that turn the hyper-model into this checkpoint.
         original: Its file; None where it cannot be drawn.
-        note: Why not, in words; empty where it can.
+        note: Why not; empty where it can.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, as a host is asked for it: `settings` are those of all, `prompt` is this one's."""
+    """One picture that a host is to draw: `settings` are those of all, `prompt` is this one's."""
 
     model: Path
     prompt: str  # with all tags
@@ -138,35 +138,28 @@ class PictureKey(NamedTuple):
     prompt: str  # without tags
     seed: int
 
-    @property
-    def words(self) -> str:
-        """For people."""
-        what = {"restored": "hyper-model + LoRAs", "original": "original", "average": "average"}
-        parts = (self.checkpoint, what[self.row], f"seed {self.seed}")
-        return ", ".join(filter(None, parts))
 
-
-Draw: TypeAlias = "Callable[[Picture, Progress], Image.Image]"
-"""Makes a picture; tells how far it is, 0..1; raises `InterruptedRun` when it is to stop."""
+Txt2Img: TypeAlias = "Callable[[Picture, Progress], Image.Image]"
+"""Makes a picture; reports progress, 0..1; raises `InterruptedRun` when the user cancels."""
 
 
 def plan_pictures(
-    order: CompareRequest, hyper_model: Path, subjects: Sequence[Subject]
+    request: CompareRequest, hyper_model: Path, subjects: Sequence[Subject]
 ) -> dict[PictureKey, Picture]:
-    """All pictures in the order in which they are best made: each model is loaded once.
+    """Returns all pictures in the best order: every model is loaded once.
 
     All of the hyper-model's come first, and of those the ones with the same LoRAs together.
     """
     plan: dict[PictureKey, Picture] = {}
 
     def add(row: RowName, checkpoint: str, model: Path, tags: str) -> None:
-        for prompt, seed in order.settings.bands:
+        for prompt, seed in request.settings.bands:
             whole = f"{prompt} {tags}".strip()
             plan[PictureKey(row, checkpoint, prompt, seed)] = Picture(
-                model, whole, seed, order.settings
+                model, whole, seed, request.settings
             )
 
-    if order.average:
+    if request.average:
         add("average", "", hyper_model, "")
     for subject in subjects:
         add("restored", subject.name, hyper_model, subject.tags)
@@ -177,7 +170,7 @@ def plan_pictures(
 
 
 def infotext(settings: PictureSettings, models: Mapping[str, str]) -> str:
-    """The settings in the words of WebUIs, which their PNG Info tab reads.
+    """Returns the settings as WebUIs write them, which their PNG Info tab reads.
 
     Args:
         settings: of all pictures.

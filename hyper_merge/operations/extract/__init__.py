@@ -1,1 +1,5 @@
-"""Extracts the difference of two checkpoints as a LoRA."""
+"""Extracts a LoRA from two checkpoints."""
+
+from hyper_merge.operations.extract.extract import run_extract
+
+__all__ = ["run_extract"]

@@ -1,4 +1,4 @@
-"""The one pass over two checkpoints: every layer's difference as low-rank factors, ready for a file."""
+"""Computes every layer's difference of two checkpoints as low-rank factors, in one pass."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
 
 @dataclass(frozen=True, eq=False)
 class LowRankDifference:
-    """All layers that differ, and the energy of what else does, by kind."""
+    """The low-rank differences of all layers that differ, and the energy outside of them by kind."""
 
     layers: tuple[LowRankLayer, ...]
     outside: Mapping[str, float]
 
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For `write_lora`."""
-        return {each.layer.module: (each.up, each.down) for each in self.layers}
+        """The factors by module, (m, r) and (r, n), as `write_lora` takes them."""
+        return {part.layer.module: (part.up, part.down) for part in self.layers}
 
     @property
     def nbytes(self) -> int:
-        """Of all factors."""
-        return sum(each.up.nbytes + each.down.nbytes for each in self.layers)
+        """The bytes of all factors."""
+        return sum(part.up.nbytes + part.down.nbytes for part in self.layers)
 
     def energy(self, part: str | None = None) -> float:
-        """Squared norm of the differences in the layers, of one part or all."""
-        return sum(each.energy for each in self.layers if part in (None, each.layer.part))
+        """Returns the squared norm of the differences in the layers, of one part or all."""
+        return sum(low.energy for low in self.layers if part in (None, low.layer.part))
 
     def explained(self, part: str | None = None) -> float:
-        """Share of that which the factors hold; 1 where there is none."""
+        """Returns the share of the differences that the factors hold; 1 where nothing differs."""
         energy = self.energy(part)
-        errors = sum(each.error for each in self.layers if part in (None, each.layer.part))
+        errors = sum(low.error for low in self.layers if part in (None, low.layer.part))
         return 1 - share(errors, energy)
 
     def not_carried(self) -> dict[str, float]:
-        """Share of all differences that lies outside of the layers, by kind; 0 where there are none."""
+        """Returns the shares of all differences outside of the layers by kind; 0 if nothing differs."""
         everything = self.energy() + sum(self.outside.values())
         return {kind: energy / (everything or 1.0) for kind, energy in self.outside.items()}
 
@@ -64,7 +64,7 @@ class LowRankDifference:
 def find_difference(
     inputs: MergeInputs, rank: int, options: PassOptions, progress: Progress
 ) -> LowRankDifference:
-    """Reads every tensor of both files once; memory holds few of them, and the factors.
+    """Returns the differences after one pass; memory holds few tensors, and the factors.
 
     Args:
         inputs: a base and one checkpoint.
@@ -87,7 +87,7 @@ def find_difference(
             stack.enter_context(CheckpointReader(header.path, expected=header))
             for header in inputs.read
         ]
-        each = stack.enter_context(parallel_map(options.device, counter.report))
+        parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
         def take(key: str) -> tuple[list[LowRankLayer], float]:
@@ -99,8 +99,8 @@ def find_difference(
                 )
             return _take_layers(inputs, key, tensors, rank, options, tick), 0.0
 
-        for key, (found, energy) in zip(costs, each(take, costs), strict=True):
-            layers += found
+        for key, (factors, energy) in zip(costs, parallel(take, costs), strict=True):
+            layers += factors
             if inputs.layout.treatments[key] is not Treatment.LAYER:
                 kind = kind_of_tensor(key, inputs.layout)
                 outside[kind] = outside.get(kind, 0.0) + energy
@@ -116,16 +116,16 @@ def _take_layers(
     options: PassOptions,
     tick: Callable[[float], None],
 ) -> list[LowRankLayer]:
-    """The layers of one tensor that differ; on the CPU where the device is too small."""
+    """Returns the layers of one tensor that differ; on the CPU where the device is too small."""
     try:
-        return _found_layers(inputs, key, tensors, rank, options, tick)
+        return _differing_layers(inputs, key, tensors, rank, options, tick)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         on_cpu = replace(options, device=torch.device("cpu"))
-        return _found_layers(inputs, key, tensors, rank, on_cpu, tick)
+        return _differing_layers(inputs, key, tensors, rank, on_cpu, tick)
 
 
-def _found_layers(
+def _differing_layers(
     inputs: MergeInputs,
     key: str,
     tensors: Sequence[Tensor],
@@ -133,7 +133,7 @@ def _found_layers(
     options: PassOptions,
     tick: Callable[[float], None],
 ) -> list[LowRankLayer]:
-    found = []
+    layers = []
     for rows, index in inputs.pieces(key):
         base, checkpoint = (tensor[rows].to(options.device).float() for tensor in tensors)
         layer = inputs.layout.layers[index or 0]
@@ -144,5 +144,5 @@ def _found_layers(
         if energy > 0:
             alpha = inputs.layout.family.alpha_for(rank)
             stored = StoredFormat(alpha, inputs.dtype)
-            found.append(low_rank_layer(layer, delta, rank, stored, options.seed, tick))
-    return found
+            layers.append(low_rank_layer(layer, delta, rank, stored, options.seed, tick))
+    return layers

@@ -1,10 +1,10 @@
-"""Two checkpoints in, one LoRA out that turns the first into the second: the simplest case."""
+"""Extracts the LoRA that turns one checkpoint into another."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -28,7 +28,6 @@ from hyper_merge.loras.metadata import (
     LoraFile,
     SourceRecord,
 )
-from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.operations.extract.difference import LowRankDifference, find_difference
 from hyper_merge.operations.merge.cost_model import extraction_costs
 from hyper_merge.operations.merge.preflight import common_layout
@@ -37,9 +36,9 @@ from hyper_merge.recipe.recipe import FIELDS, SettingError, parse_settings
 from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
+from hyper_merge.runtime.checked_json import parse_json
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import name_key, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
 
@@ -54,11 +53,11 @@ _PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
 
 @dataclass(frozen=True)
 class ExtractRequest:
-    """What the user asks for.
+    """The request for an extraction.
 
     Attributes:
         base: The checkpoint that the LoRA is added to.
-        checkpoint: The one that comes of it.
+        checkpoint: The one that this gives.
         rank: Of the LoRA; capped in layers that are smaller.
         name: Of the LoRA; None for `<checkpoint>-from-<base>`.
         output: A WebUI-shaped models folder, or the path of the .safetensors file.
@@ -91,162 +90,135 @@ class ExtractResult:
     checkpoint: str
     rank: int
     explained: float  # of all differences in the layers, by the file as written
-    parts: Mapping[
-        str, float
-    ]  # the same in the "unet" and the "text_encoder", as far as they differ
+    parts: Mapping[str, float]  # the same by part, as far as they differ
     layers: int  # with a difference
     not_carried: Mapping[str, float]  # kind -> share of all differences, layers included
     size: int  # bytes of the file
 
 
 def run_extract(
-    wanted: ExtractRequest, progress: Progress, folders: Folders | None = None
+    request: ExtractRequest, folders: Folders | None, progress: Progress
 ) -> ExtractResult:
     """Writes the LoRA; on any failure every existing file stays as it was.
 
     Args:
-        wanted: what the user asks for.
+        request: run, files and options.
+        folders: where the LoRA goes, for a host whose folders are not all in `output`; else None.
         progress: progress and interrupt.
-        folders: where the LoRA goes, for a host whose folders are not all in `output`.
 
     Raises:
         HyperMergeError: refused input, nothing to extract, a full disk, or the user's interrupt.
     """
-    path, cache = _place(wanted, folders)
-    inputs = _inputs(wanted, progress)
-    options = PassOptions(resolve_device(wanted.device), wanted.seed)
-    _require_room(wanted, inputs, path)
-    costs = extraction_costs(inputs, wanted.rank, cache, options.device)
+    path, cache = _place(request, folders)
+    inputs = _inputs(request, progress)
+    options = PassOptions(resolve_device(request.device), request.seed)
+    _require_room(request, inputs, path)
+    costs = extraction_costs(inputs, request.rank, cache, options.device)
     hashing, reading, writing = progress.split(costs)
-    with FileTransaction(overwrite=wanted.overwrite) as outputs:
-        origins = hash_sources(inputs.read, cache, hashing)
-        found = find_difference(inputs, wanted.rank, options, reading)
-        _require_difference(found, inputs)
-        file = _file(wanted, path, inputs, origins, found.explained())
-        counter = writing.counter(
-            "writing the LoRA", {path: 2 * found.nbytes}
-        )  # hashed and written
-
-        def tick(count: int) -> None:
-            counter.add(path, count)
-            counter.report()
-
-        write_lora(outputs, path, inputs.layout.layers, found.factors, file, tick)
+    with FileTransaction(overwrite=request.overwrite) as outputs:
+        sources = hash_sources(inputs.read, cache, hashing)
+        difference = find_difference(inputs, request.rank, options, reading)
+        _require_difference(difference, inputs)
+        file = _file(request, path, inputs, sources, difference.explained())
+        hashed_and_written = 2 * difference.nbytes
+        counter = writing.counter("writing the LoRA", {path: hashed_and_written})
+        tick = partial(counter.advance, path)
+        write_lora(outputs, path, inputs.layout.layers, difference.factors, file, tick)
         size = outputs.size_of(path)
         progress.report("putting the file in place", 1.0)
     return ExtractResult(
         path=path,
         base=inputs.read[0].stem,
         checkpoint=inputs.read[1].stem,
-        rank=wanted.rank,
-        explained=found.explained(),
-        parts={part: found.explained(part) for part in PARTS if found.energy(part) > 0},
-        layers=len(found.layers),
-        not_carried=found.not_carried(),
+        rank=request.rank,
+        explained=difference.explained(),
+        parts={part: difference.explained(part) for part in PARTS if difference.energy(part) > 0},
+        layers=len(difference.layers),
+        not_carried=difference.not_carried(),
         size=size,
     )
 
 
-def format_extraction(extracted: ExtractResult) -> str:
-    """The outcome as plain text."""
-    parts = ", ".join(f"{PARTS[part]} {share:.2%}" for part, share in extracted.parts.items())
-    outside = ", ".join(f"{kind} {share:.3%}" for kind, share in extracted.not_carried.items())
-    return (
-        f"{extracted.path.stem}: from {extracted.base} to {extracted.checkpoint},"
-        f" rank {extracted.rank} in {extracted.layers} layers, {format_size(extracted.size)}\n"
-        f"explained: {extracted.explained:.2%} of all differences in the layers ({parts})\n"
-        f"not carried by a LoRA, as a share of all differences: {outside or 'nothing'}\n"
-        f"LoRA: {extracted.path}\n\n"
-        f"To get {extracted.checkpoint}, load {extracted.base} and put this into the prompt:\n"
-        + format_tag(extracted.path.stem, 1.0)
-    )
-
-
-def _place(wanted: ExtractRequest, folders: Folders | None) -> tuple[Path, Path | None]:
-    """The file, free to be written, and the folder that remembers hashes."""
-    if folders is None and wanted.output.suffix == ".safetensors":
-        path, cache = wanted.output, None
+def _place(request: ExtractRequest, folders: Folders | None) -> tuple[Path, Path | None]:
+    """Returns the file, free to be written, and the folder that remembers hashes."""
+    if folders is None and request.output.suffix == ".safetensors":
+        path, cache = request.output, None
         try:
             parse_name(path.stem)
         except RecipeError as error:
             raise SettingError(
                 "output", f"{path.name} is the LoRA's name in prompts: {error}"
             ) from None
-        if wanted.name not in (None, path.stem):
-            raise SettingError("name", f"{wanted.output} has a name already; give one of the two")
+        if request.name not in (None, path.stem):
+            raise SettingError("name", f"{request.output} has a name already; give one of the two")
     else:
-        folders = folders or Folders.under(wanted.output)
+        folders = folders or Folders.under(request.output)
         owners = folders.lora_owners()
-        name = wanted.name or _free_name(wanted, folders, owners)
+        name = request.name or _free_name(request, folders, owners)
         path, cache = folders.loras / f"{name}.safetensors", folders.cache
         owner = owners.get(name_key(name))
         if owner is not None:
             raise NameTakenError(f"{name} is a LoRA of the run {owner}; choose another name")
-    require_no_source(path, (wanted.base, wanted.checkpoint))
+    require_no_source(path, (request.base, request.checkpoint))
     for suffix in (".safetensors", *CARD_SUFFIXES):
-        require_free(path.with_suffix(suffix), overwrite=wanted.overwrite)
+        require_free(path.with_suffix(suffix), overwrite=request.overwrite)
     return path, cache
 
 
-def _free_name(wanted: ExtractRequest, folders: Folders, owners: Container[str]) -> str:
-    """A name for these two checkpoints: the same each time, and that of no other two."""
+def _free_name(request: ExtractRequest, folders: Folders, owners: Container[str]) -> str:
+    """Returns a name for these two checkpoints: the same every time, and that of no other two."""
 
     def is_taken(name: str) -> bool:
-        found = metadata_of(folders.loras / f"{name}.safetensors")
-        is_of_others = found.get(KIND) == STANDALONE_KIND and not _is_same(found, wanted)
+        metadata = metadata_of(folders.loras / f"{name}.safetensors")
+        is_of_others = metadata.get(KIND) == STANDALONE_KIND and not _is_same(metadata, request)
         return name_key(name) in owners or is_of_others
 
-    return unique_name(prompt_word(f"{wanted.checkpoint.stem}-from-{wanted.base.stem}"), is_taken)
+    return unique_name(prompt_word(f"{request.checkpoint.stem}-from-{request.base.stem}"), is_taken)
 
 
-def _is_same(metadata: Mapping[str, str], wanted: ExtractRequest) -> bool:
-    """Whether a LoRA says that it was extracted from two files of these names."""
+def _is_same(metadata: Mapping[str, str], request: ExtractRequest) -> bool:
+    """Tells whether a LoRA says that it was extracted from two files of these names."""
     try:
-        recipe = json.loads(metadata.get(RECIPE, ""))
+        recipe = parse_json(metadata.get(RECIPE, ""))
         return bool(
-            (recipe["base"], recipe["checkpoint"]) == (wanted.base.name, wanted.checkpoint.name)
+            (recipe["base"], recipe["checkpoint"]) == (request.base.name, request.checkpoint.name)
         )
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return False
 
 
-def _inputs(wanted: ExtractRequest, progress: Progress) -> MergeInputs:
-    paths = (wanted.base, wanted.checkpoint)
+def _inputs(request: ExtractRequest, progress: Progress) -> MergeInputs:
+    paths = (request.base, request.checkpoint)
     base, header = headers = [read_header(path) for path in paths]
     layout = common_layout(headers)
     if not layout.layers:
         raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
     for warning in check_distinct(paths):
         progress.warn(warning)
-    return MergeInputs((header,), base, layout, (1.0,), getattr(torch, wanted.dtype))
+    return MergeInputs((header,), base, layout, (1.0,), getattr(torch, request.dtype))
 
 
-def _require_room(wanted: ExtractRequest, inputs: MergeInputs, path: Path) -> None:
+def _require_room(request: ExtractRequest, inputs: MergeInputs, path: Path) -> None:
     layers = inputs.layout.layers
-    ranks = even_ranks((wanted.rank,), [(layer.m, layer.n) for layer in layers])
-    require_disks(
-        {
-            path.parent: lora_bytes(
-                layers, ranks, inputs.dtype, (inputs.layout.family.alpha_for(wanted.rank),)
-            )
-        }
-    )
+    ranks = even_ranks((request.rank,), [(layer.m, layer.n) for layer in layers])
+    alphas = (inputs.layout.family.alpha_for(request.rank),)
+    require_disks({path.parent: lora_bytes(layers, ranks, inputs.dtype, alphas)})
 
 
 def _file(
-    wanted: ExtractRequest,
+    request: ExtractRequest,
     path: Path,
     inputs: MergeInputs,
-    origins: tuple[SourceRecord, ...],
+    sources: tuple[SourceRecord, ...],
     explained: float,
 ) -> LoraFile:
     base, checkpoint = (header.stem for header in inputs.read)
     return LoraFile(
-        lineage=Lineage(base, inputs.layout.family, _recipe(wanted), origins, current_time()),
+        lineage=Lineage(base, inputs.layout.family, _recipe(request), sources, current_time()),
         run=path.stem,
         index=0,
         count=1,
-        rank=wanted.rank,
+        rank=request.rank,
         multipliers={checkpoint: 1.0},
         explained=explained,
         dtype=inputs.dtype,
@@ -254,22 +226,22 @@ def _file(
     )
 
 
-def _recipe(wanted: ExtractRequest) -> dict[str, str]:
+def _recipe(request: ExtractRequest) -> dict[str, str]:
     return {
         "type": "extraction",
-        "base": wanted.base.name,
-        "checkpoint": wanted.checkpoint.name,
-        "rank": str(wanted.rank),
-        "dtype": wanted.dtype,
-        "seed": str(wanted.seed),
+        "base": request.base.name,
+        "checkpoint": request.checkpoint.name,
+        "rank": str(request.rank),
+        "dtype": request.dtype,
+        "seed": str(request.seed),
     }
 
 
-def _require_difference(found: LowRankDifference, inputs: MergeInputs) -> None:
-    if found.layers:
+def _require_difference(difference: LowRankDifference, inputs: MergeInputs) -> None:
+    if difference.layers:
         return
     base, checkpoint = (header.name for header in inputs.read)
-    elsewhere = [kind for kind, energy in found.outside.items() if energy > 0]
+    elsewhere = [kind for kind, energy in difference.outside.items() if energy > 0]
     where = f", only in their {', '.join(elsewhere)}" if elsewhere else ""
     raise ExtractionError(
         f"{base} and {checkpoint} do not differ in any layer that a LoRA can hold{where}; there is"

@@ -1,4 +1,4 @@
-"""A checkpoint from outside of a merge, placed on its LoRAs: multipliers, what remains, a top-up."""
+"""Fits a checkpoint from outside of a merge onto its LoRAs: multipliers, error, a private LoRA."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from hyper_merge.loras.metadata import SourceRecord
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.fit.measurement import Measurement, StreamedResidual, Sums, measure
 from hyper_merge.operations.fit.request import FitInputs, FitRequest, validate_fit
+from hyper_merge.operations.fit.text import format_fit
 from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
 from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
 from hyper_merge.runs.integrity import require_own
-from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, part_losses
+from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import shared_files
 from hyper_merge.runtime.progress import Progress
 
 _HASHED: Final = 120.0  # for each byte, in the unit of `pass_costs`
 
 
-def run_fit(wanted: FitRequest, folders: Folders, progress: Progress) -> FitRecord:
+def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRecord:
     """Fits a checkpoint and writes record, text and perhaps a private LoRA, all or none.
 
     Args:
-        wanted: what the user asks for.
+        request: run, files and options.
         folders: where the run is, its LoRAs and hyper-model.
         progress: progress and interrupt.
 
@@ -46,14 +47,14 @@ def run_fit(wanted: FitRequest, folders: Folders, progress: Progress) -> FitReco
         HyperMergeError: an unknown run, one whose files are missing or were changed, a checkpoint
             of another family, a name that is taken, a full disk, or the user's interrupt.
     """
-    job = prepare_fit(wanted, folders)
+    job = prepare_fit(request, folders)
     with held(folders.runs, *_holds(job)):
-        job = _with_free_names(job, wanted, folders)  # after one that was running then
-        return _written(wanted, job, folders, progress)
+        job = _with_free_names(job, request, folders)  # after one that was running then
+        return _write_fit(request, job, folders, progress)
 
 
 def _holds(job: FitInputs) -> tuple[Hold, ...]:
-    """What nobody may delete or replace meanwhile, and the fit that nobody else may write."""
+    """Returns what nobody may delete or replace meanwhile, and the fit that nobody else may write."""
     run = job.run
     return (
         Hold("run", run.name, shared=True),
@@ -62,73 +63,79 @@ def _holds(job: FitInputs) -> tuple[Hold, ...]:
     )
 
 
-def _written(wanted: FitRequest, job: FitInputs, folders: Folders, progress: Progress) -> FitRecord:
-    """Fits and writes, with all names held."""
-    checking, fitting, topping = progress.split(_costs(job, folders, topup=bool(wanted.topup)))
-    origin = _checked(job, folders, checking)
-    with FileTransaction(overwrite=wanted.overwrite) as outputs, _opened(job) as added:
-        measured = measure(job.inputs, added, job.options, fitting)
-        fitted = _fitted(job, measured, origin)
-        if wanted.topup and fitted.differs:
-            multipliers = _multipliers(job, measured)
-            residual = StreamedResidual(job.inputs, added, multipliers, job.options, measured)
-            topups = top_up(outputs, job, residual, origin, wanted.topup, topping)
-            fitted = replace(fitted, topups=topups)
-        if wanted.overwrite:
-            remove_earlier(outputs, job, folders, fitted.topups)
-        stage_fit(outputs, job.run, fitted)
+def _write_fit(
+    request: FitRequest, job: FitInputs, folders: Folders, progress: Progress
+) -> FitRecord:
+    """Fits the checkpoint and writes everything, with all names held."""
+    checking, fitting, remaining = progress.split(_costs(job, folders, private=bool(request.topup)))
+    source = _check_sources(job, folders, checking)
+    with FileTransaction(overwrite=request.overwrite) as outputs, _open_loras(job) as stack:
+        measurement = measure(job.inputs, stack, job.options, fitting)
+        record = _record(job, measurement, source)
+        if request.topup and record.differs:
+            multipliers = _multipliers(job, measurement)
+            residual = StreamedResidual(job.inputs, stack, multipliers, job.options, measurement)
+            private = top_up(outputs, job, residual, source, request.topup, remaining)
+            record = replace(record, topups=private)
+        if request.overwrite:
+            remove_earlier(outputs, job, folders, record.topups)
+        stage_fit(outputs, job.run, record, format_fit(record, job.run))
         progress.report("putting the files in place", 1.0)
-    return fitted
+    return record
 
 
-def prepare_fit(wanted: FitRequest, folders: Folders) -> FitInputs:
-    """The order held against the run, the file and the names that it takes; nothing is written.
+def prepare_fit(request: FitRequest, folders: Folders) -> FitInputs:
+    """Returns the request with its run, files and free names; nothing is written.
 
     Raises:
-        HyperMergeError: as for `examined`, and a name that is taken.
+        HyperMergeError: as for `validate_fit`, and a name that is taken.
     """
-    job = validate_fit(wanted, folders)
+    job = validate_fit(request, folders)
     folder = fit_record_paths(job.run, job.name)[0].parent
     if folder.is_symlink():
         raise OutputError(
             f"{folder} is a link, and links are not followed; put the folder itself there,"
             " or remove the link"
         )
-    return _with_free_names(job, wanted, folders)
+    return _with_free_names(job, request, folders)
 
 
-def _with_free_names(job: FitInputs, wanted: FitRequest, folders: Folders) -> FitInputs:
+def _with_free_names(job: FitInputs, request: FitRequest, folders: Folders) -> FitInputs:
     require_own_record(job.run, job.name)
     for path in fit_record_paths(job.run, job.name):
-        require_free(path, overwrite=wanted.overwrite)
-    stem = topup_stem(job, folders, overwrite=wanted.overwrite)
+        require_free(path, overwrite=request.overwrite)
+    stem = topup_stem(job, folders, overwrite=request.overwrite)
     return replace(job, topup_stem=stem)
 
 
 def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitRecord:
-    """The same without writing anything: the multipliers of a checkpoint."""
+    """Returns the fit of a checkpoint onto the shared LoRAs of a run; nothing is written.
+
+    Raises:
+        HyperMergeError: as for `run_fit`.
+    """
     job = validate_fit(FitRequest(run.name, path), folders)
-    checking, fitting, _ = progress.split(_costs(job, folders, topup=False))
-    origin = _checked(job, folders, checking)
-    with _opened(job) as added:
-        return _fitted(job, measure(job.inputs, added, job.options, fitting), origin)
+    checking, fitting, _ = progress.split(_costs(job, folders, private=False))
+    source = _check_sources(job, folders, checking)
+    with _open_loras(job) as stack:
+        return _record(job, measure(job.inputs, stack, job.options, fitting), source)
 
 
-def _opened(job: FitInputs) -> LoraStack:
+def _open_loras(job: FitInputs) -> LoraStack:
     base, _ = job.inputs.read
     return LoraStack(shared_files(job.run), base, job.inputs.layout)
 
 
-def _costs(job: FitInputs, folders: Folders, *, topup: bool) -> tuple[float, float, float]:
-    """Of checking, fitting, and a private LoRA, in one unit."""
+def _costs(job: FitInputs, folders: Folders, *, private: bool) -> tuple[float, float, float]:
+    """Returns the costs of checking, fitting, and a private LoRA, in the unit of `pass_costs`."""
     entries = sum(pass_costs(job.inputs, PassOptions(job.options.device)).values())
     loras = sum(path.stat().st_size for path in shared_files(job.run) if path.exists())
     hashing = bytes_to_hash(job.inputs.headers, folders.cache)
-    return _HASHED * (loras + hashing), entries, 3 * entries if topup else 0.0
+    return _HASHED * (loras + hashing), entries, 3 * entries if private else 0.0
 
 
-def _checked(job: FitInputs, folders: Folders, progress: Progress) -> SourceRecord:
-    """The checkpoint's hashes, if the LoRAs are the run's own and its name is free.
+def _check_sources(job: FitInputs, folders: Folders, progress: Progress) -> SourceRecord:
+    """Returns the checkpoint's hashes if the LoRAs are the run's own and its name is free.
 
     Raises:
         RunError: a LoRA is missing, edited or replaced.
@@ -136,68 +143,74 @@ def _checked(job: FitInputs, folders: Folders, progress: Progress) -> SourceReco
     """
     checking, hashing = progress.split([1.0, 1.0])
     require_own(job.run, shared_files(job.run), checking)
-    (origin,) = hash_sources(job.inputs.headers, folders.cache, hashing)
+    (record,) = hash_sources(job.inputs.headers, folders.cache, hashing)
     for source in job.run.sources:
-        if Path(source.name).stem == job.name and source.sha256 != origin.sha256:
+        if Path(source.name).stem == job.name and source.sha256 != record.sha256:
             raise NameTakenError(
-                f"{job.name} is another checkpoint of the run {job.run.name}; give this one a name"
-                " of its own"
+                f"{job.name} is another checkpoint of the run {job.run.name}; choose another name"
+                " for this one"
             )
-    return origin
+    return record
 
 
-def _multipliers(job: FitInputs, measured: Measurement) -> dict[str, Tensor]:
-    """By the layers' part: of every LoRA, then of every companion, which takes the UNet's."""
+def _multipliers(job: FitInputs, measurement: Measurement) -> dict[str, Tensor]:
+    """Returns multipliers by the layers' part: of all LoRAs, then of all companions.
+
+    A companion takes the UNet's multiplier of its LoRA.
+    """
     report = job.run.report
     layers = job.inputs.layout.layers
     weights = torch.ones(len(layers), dtype=torch.float64)
     if job.run.recipe.layer_weights == "relative":  # as in the merge
-        sizes = torch.tensor([sums.size for sums in measured.layers], dtype=torch.float64)
+        sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
         weights = relative_weights(sizes, layers)
-    found = {
-        part: measured.multipliers(members, len(report.loras), weights.tolist())
+    solved = {
+        part: measurement.multipliers(members, len(report.loras), weights.tolist())
         for part, members in job.groups.items()
     }
-    unet = found["unet"]
-    beside = unet[: len(report.companions)]
-    return {part: torch.cat([found.get(part, unet), beside]) for part in PARTS}
+    unet = solved["unet"]
+    companions = unet[: len(report.companions)]
+    return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 
-def _fitted(job: FitInputs, measured: Measurement, origin: SourceRecord) -> FitRecord:
-    multipliers = _multipliers(job, measured)
+def _record(job: FitInputs, measurement: Measurement, source: SourceRecord) -> FitRecord:
+    multipliers = _multipliers(job, measurement)
     layers = job.inputs.layout.layers
-    energies = torch.tensor([sums.energy for sums in measured.layers], dtype=torch.float64)
-    errors = torch.tensor(measured.lefts(multipliers, layers), dtype=torch.float64)
-    inside, outside = float(energies.sum()), sum(measured.outside.values())
+    energies = torch.tensor([sums.energy for sums in measurement.layers], dtype=torch.float64)
+    errors = torch.tensor(measurement.lefts(multipliers, layers), dtype=torch.float64)
+    inside, outside = float(energies.sum()), sum(measurement.outside.values())
     return FitRecord(
         run=job.run.name,
         run_created=job.run.created,
         created=current_time(),
-        row=_row(job, multipliers, (energies, errors), outside),
+        row=_row(job, multipliers, energies, errors, outside),
         path=str(job.inputs.headers[0].path.absolute()),
-        sha256=origin.sha256,
-        legacy_hash=origin.legacy_hash,
+        sha256=source.sha256,
+        legacy_hash=source.legacy_hash,
         differs=inside > 0,
         not_carried={
-            kind: energy / (inside + outside or 1.0) for kind, energy in measured.outside.items()
+            kind: energy / (inside + outside or 1.0) for kind, energy in measurement.outside.items()
         },
         parts=part_losses(layers, energies, errors),
         recovered=tuple(
             CompanionGain(kind, _recovered(sums, multipliers["unet"]))
-            for kind, sums in measured.vectors.items()
+            for kind, sums in measurement.vectors.items()
         ),
     )
 
 
 def _row(
-    job: FitInputs, multipliers: Mapping[str, Tensor], found: tuple[Tensor, Tensor], outside: float
+    job: FitInputs,
+    multipliers: Mapping[str, Tensor],
+    energies: Tensor,  # (layers,), float64: squared norms of the differences
+    errors: Tensor,  # (layers,), float64: squared norms of what is left of them
+    outside: float,  # squared norm of the differences outside of the layers
 ) -> CheckpointReport:
-    energies, errors = found
     members = {"unet": [], "text_encoder": [], **job.layers_of}
     everything = list(range(len(energies)))
     whole_share, unet, encoder = (
-        _explained(energies[inside], errors[inside])
-        for inside in (everything, members["unet"], members["text_encoder"])
+        _explained(energies[places], errors[places])
+        for places in (everything, members["unet"], members["text_encoder"])
     )
     loras = len(job.run.report.loras)
     text = multipliers["text_encoder"] if "text_encoder" in job.groups else None

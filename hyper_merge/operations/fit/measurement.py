@@ -1,4 +1,4 @@
-"""Passes over one checkpoint and the hyper-model: multipliers by normal equations, and what they leave.
+"""Measures one checkpoint against the hyper-model: multipliers by normal equations, what is left.
 
 Memory holds few tensors of both files, and of the LoRAs' factors for the same layers.
 """
@@ -29,30 +29,30 @@ from hyper_merge.runtime.parallel import ParallelMap, parallel_map
 from hyper_merge.runtime.progress import Progress, ProgressCounter
 from hyper_merge.solver.low_rank_layer import LowRankLayer, empty_layer, low_rank_layer
 
-_EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix besides
+_EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix in addition
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Inner products of one tensor's difference and of what the LoRAs add there."""
+    """The inner products of one tensor's difference and of what the LoRAs add there."""
 
     energy: float  # squared norm of the difference
     cross: Tensor  # (R,), float64: <difference, block>
     gram: Tensor  # (R, R), float64: <block, block>
-    size: float = 1.0  # squared norm of the hyper-model's own matrix
+    size: float = 1.0  # squared norm of the hyper-model's matrix
 
     def left(
         self,
         multipliers: Tensor,  # (R,)
     ) -> float:
-        """Squared norm of what stays of the difference, without dense work."""
+        """Returns the squared norm of what is left of the difference, without dense work."""
         explained = multipliers @ (2 * self.cross - self.gram @ multipliers)
         return max(self.energy - float(explained), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """All that multipliers and shares need to know of the files."""
+    """The inner products of both files from which multipliers and shares follow."""
 
     layers: tuple[Sums, ...]  # in the layout's order
     outside: Mapping[str, float]  # kind -> squared norm of the differences outside of the layers
@@ -60,16 +60,16 @@ class Measurement:
 
     @property
     def energy(self) -> float:
-        """Squared norm of the differences in the layers."""
+        """The squared norm of the differences in the layers."""
         return sum(sums.energy for sums in self.layers)
 
     def lefts(self, multipliers: Mapping[str, Tensor], layers: Sequence[Layer]) -> list[float]:
-        """Of every layer, squared norm of what multipliers, by the layers' part, leave."""
+        """Returns for every layer the squared norm of what multipliers, by part, leave."""
         pairs = zip(self.layers, layers, strict=True)
         return [sums.left(multipliers[layer.part]) for sums, layer in pairs]
 
     def left(self, multipliers: Mapping[str, Tensor], layers: Sequence[Layer]) -> float:
-        """The same of all layers."""
+        """Returns the squared norm of what multipliers, by part, leave in all layers."""
         return sum(self.lefts(multipliers, layers))
 
     def multipliers(
@@ -78,7 +78,7 @@ class Measurement:
         count: int,
         weights: Sequence[float],
     ) -> Tensor:  # (count,), float64
-        """The best ones for some of the layers; zeros where nothing differs.
+        """Returns the best multipliers for some of the layers; zeros where nothing differs.
 
         Args:
             members: the layers.
@@ -95,13 +95,13 @@ class Measurement:
 
 
 def measure(
-    inputs: MergeInputs, added: LoraStack, options: PassOptions, progress: Progress
+    inputs: MergeInputs, stack: LoraStack, options: PassOptions, progress: Progress
 ) -> Measurement:
-    """Reads every tensor of both files once.
+    """Returns the inner products after one pass over both files.
 
     Args:
         inputs: the hyper-model as the base, and one checkpoint.
-        added: the run's LoRAs and companions, open.
+        stack: the run's LoRAs and companions, open.
         options: device.
         progress: progress and interrupt.
 
@@ -113,19 +113,23 @@ def measure(
     outside: dict[str, float] = {}
     vectors: dict[str, list[Sums]] = {}
     costs = pass_costs(inputs, PassOptions(options.device))
-    with _reading(inputs, options, progress.counter("fitting", costs)) as (files, each, counter):
+    with _reading(inputs, options, progress.counter("fitting", costs)) as (
+        files,
+        parallel,
+        counter,
+    ):
 
         def take(key: str) -> list[tuple[int | None, Sums]]:
             tensors = [file.tensor(key) for file in files]
             counter.add(key, costs[key] / 2)
             return [
-                (index, replace(_sums(delta, index, key, inputs, added), size=size))
+                (index, replace(_sums(delta, index, key, inputs, stack), size=size))
                 for index, delta, size in _deltas(inputs, key, tensors, options.device)
             ]
 
-        for key, found in zip(costs, each(take, costs), strict=True):
+        for key, pieces in zip(costs, parallel(take, costs), strict=True):
             kind = kind_of_tensor(key, inputs.layout)
-            for index, sums in found:
+            for index, sums in pieces:
                 if index is not None:
                     layers[index] = sums
                 else:
@@ -134,7 +138,7 @@ def measure(
                         vectors.setdefault(kind, []).append(sums)
             counter.finish(key)
     ordered = tuple(layers[index] for index in sorted(layers))
-    return Measurement(ordered, outside, {kind: tuple(of) for kind, of in vectors.items()})
+    return Measurement(ordered, outside, {kind: tuple(sums) for kind, sums in vectors.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,21 +250,21 @@ class StreamedResidual:
 def _reading(
     inputs: MergeInputs, options: PassOptions, counter: ProgressCounter
 ) -> Iterator[tuple[list[CheckpointReader], ParallelMap, ProgressCounter]]:
-    """Both files open, and a map that reads few tensors at a time."""
+    """Opens both files, and a map that reads few tensors at a time."""
     base, header = inputs.read
     with (
         CheckpointReader(base.path, expected=base) as first,
         CheckpointReader(header.path, expected=header) as second,
-        parallel_map(options.device, counter.report) as each,
+        parallel_map(options.device, counter.report) as parallel,
         counter,
     ):
-        yield [first, second], each, counter
+        yield [first, second], parallel, counter
 
 
 def _deltas(
     inputs: MergeInputs, key: str, tensors: Sequence[Tensor], device: torch.device
 ) -> Iterator[tuple[int | None, Tensor, float]]:
-    """Each piece's layer, difference (float32, of a layer a matrix), and squared norm of the base.
+    """Yields the layer, difference (float32, of a layer a matrix) and base's squared norm by piece.
 
     Raises:
         NonFiniteError: it holds NaN or infinity.
@@ -279,12 +283,12 @@ def _deltas(
 
 
 def _sums(
-    delta: Tensor, index: int | None, key: str, inputs: MergeInputs, added: LoraStack
+    delta: Tensor, index: int | None, key: str, inputs: MergeInputs, stack: LoraStack
 ) -> Sums:
     energy = _squared(delta)
     if index is None:
-        return _vector_sums(energy, delta, added.vectors(key))
-    factors = added.factors(inputs.layout.layers[index])
+        return _vector_sums(energy, delta, stack.vectors(key))
+    factors = stack.factors(inputs.layout.layers[index])
     cross = [
         ((up.to(delta).mT @ delta) * down.to(delta)).sum(dtype=torch.float64).cpu()
         for up, down in factors
@@ -294,15 +298,15 @@ def _sums(
 
 
 def _squared(tensor: Tensor) -> float:
-    """Squared norm."""
+    """Returns the squared norm."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
 
 
 def _vector_sums(energy: float, delta: Tensor, vectors: Sequence[Tensor | None]) -> Sums:
     flat = delta.flatten().double().cpu()
     rows = [flat.new_zeros(len(flat)) if v is None else v.double().flatten() for v in vectors]
-    if all(each is None for each in vectors):
+    if all(vector is None for vector in vectors):
         count = len(vectors)
         return Sums(energy, flat.new_zeros(count), flat.new_zeros(count, count))
-    stack = torch.stack(rows)
-    return Sums(energy, stack @ flat, stack @ stack.mT)
+    matrix = torch.stack(rows)
+    return Sums(energy, matrix @ flat, matrix @ matrix.mT)

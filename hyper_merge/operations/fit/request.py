@@ -1,4 +1,4 @@
-"""What the user asks of a fit, held against the run and the file; nothing is read but headers."""
+"""The request for a fit, and its validation against the run and the file by their headers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hyper_merge.recipe.parsing import (
 from hyper_merge.recipe.recipe import FIELDS, parse_settings
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.integrity import require_family, require_hyper_model
-from hyper_merge.runs.manifest import Run, load_run
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.devices import resolve_device
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What the user asks for.
+    """The request for a fit.
 
     Attributes:
         run: Its name.
@@ -63,39 +63,39 @@ _PARSERS: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class FitInputs:
-    """What is known before the first tensor is read."""
+    """The request's run and files, before the first tensor is read."""
 
     run: Run
     name: str
     inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
     options: PassOptions
     groups: Mapping[str, list[int]]  # layers by the part whose multipliers they share
-    topup_stem: str = ""  # its private LoRA's name without the rank, where one is wished for
+    topup_stem: str = ""  # its private LoRA's name without the rank, if one is requested
 
     @property
     def layers_of(self) -> dict[str, list[int]]:
-        """Layers by their own part."""
+        """The layers by their own part."""
         return multiplier_groups(self.inputs.layout.layers, separate=True)
 
 
-def validate_fit(wanted: FitRequest, folders: Folders) -> FitInputs:
-    """The order with its run and its files.
+def validate_fit(request: FitRequest, folders: Folders) -> FitInputs:
+    """Returns the request with its run and its files.
 
     Raises:
         HyperMergeError: an unknown run, a hyper-model that is missing or was replaced, a file that
             is no checkpoint or of another family, a device that is absent.
     """
-    run = load_run(folders, wanted.run)
+    run = load_run(folders, request.run)
     require_family(run)
     hyper_model = read_header(require_hyper_model(run))
-    header = read_header(wanted.checkpoint)
+    header = read_header(request.checkpoint)
     layout = common_layout([hyper_model, header])
     inputs = MergeInputs((header,), hyper_model, layout, (1.0,), torch.float32)
     separate = any(row.text_multipliers for row in run.report.checkpoints)
     return FitInputs(
         run=run,
-        name=wanted.name or header.stem,
+        name=request.name or header.stem,
         inputs=inputs,
-        options=PassOptions(resolve_device(wanted.device), wanted.seed),
+        options=PassOptions(resolve_device(request.device), request.seed),
         groups=multiplier_groups(layout.layers, separate=separate),
     )

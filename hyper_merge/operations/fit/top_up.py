@@ -22,19 +22,19 @@ from hyper_merge.solver.private_loras import make_private_lora, plan_private_lor
 
 
 def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
-    """The private LoRA's name without the rank: one that no other fit of the run has at any rank.
+    """Returns the private LoRA's name without the rank, which no other fit of the run has.
 
     Raises:
-        NameTakenError: a file of that name is there which no fit knows of.
+        NameTakenError: a file of that name is there which is of no fit.
     """
     of_others = folders.fitted_names(job.run.name, but=job.name)
     taken = {name_key(name.rpartition("-")[0]) for name in of_others}
     word = prompt_word(job.name, LONGEST_WORD)
     stem = unique_name(f"{job.run.name}_fit-{word}", lambda name: name_key(name) in taken)
-    own = folders.fit_files_of(job.run.name, job.name) if overwrite else []
+    replaced = folders.fit_files_of(job.run.name, job.name) if overwrite else []
     for path in sorted(folders.loras.glob("*.safetensors")):
         name, _, rank = path.stem.rpartition("-")
-        if name_key(name) == name_key(stem) and rank.isdecimal() and path not in own:
+        if name_key(name) == name_key(stem) and rank.isdecimal() and path not in replaced:
             raise NameTakenError(
                 f"{path} is there already; allow overwriting where it is of an earlier fit of"
                 f" {job.name}, or choose another name for this one"
@@ -45,9 +45,9 @@ def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
 def remove_earlier(
     outputs: FileTransaction, job: FitInputs, folders: Folders, topups: Sequence[PrivateLoraRecord]
 ) -> None:
-    """The private LoRA of an earlier fit goes with its replacement, unless it is replaced itself."""
+    """Removes the files of an earlier fit of this checkpoint that are not replaced."""
     records = {path.stem for path in fit_record_paths(job.run, job.name)}
-    written = {name_key(name) for name in (*records, *(each.name for each in topups))}
+    written = {name_key(name) for name in (*records, *(lora.name for lora in topups))}
     for path in folders.fit_files_of(job.run.name, job.name):
         if name_key(path.stem) not in written:
             outputs.remove(path)
@@ -57,7 +57,7 @@ def top_up(
     outputs: FileTransaction,
     job: FitInputs,
     residual: StreamedResidual,
-    origin: SourceRecord,
+    source: SourceRecord,
     target: PrivateLoraTarget,
     progress: Progress,
 ) -> tuple[PrivateLoraRecord, ...]:
@@ -67,7 +67,7 @@ def top_up(
         outputs: the fit's files.
         job: the fit.
         residual: what the shared LoRAs leave of the checkpoint.
-        origin: the checkpoint's file.
+        source: the checkpoint's file.
         target: a rank in the mean of the layers, or a share of the checkpoint.
         progress: progress and interrupt.
 
@@ -86,7 +86,7 @@ def top_up(
     lora = make_private_lora(residual, plan, making)
     explained = 1 - (residual.error - lora.gain) / residual.energy
     file = LoraFile(
-        lineage=lineage_of_run(job.run, job.run.hyper_model.stem, [origin]),
+        lineage=lineage_of_run(job.run, job.run.hyper_model.stem, [source]),
         run=job.run.name,
         index=0,
         count=1,

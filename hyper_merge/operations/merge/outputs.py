@@ -7,11 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from hyper_merge import __version__
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NameTakenError, OutputError
@@ -24,7 +22,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.report_builder import FileSizes
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runs.folders import MANIFEST, MULTIPLIERS, REPORT, Folders, Place
-from hyper_merge.runs.manifest import MANIFEST_VERSION
+from hyper_merge.runs.manifest import RunManifest, RunSource
 from hyper_merge.runs.report import CompanionGain, Report
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runtime.names import distinct_words, name_key, one_line
@@ -150,17 +148,11 @@ class MergeOutputs:
     def stage_texts(self, preflight: Preflight, report: Report) -> None:
         """Stages multipliers, report and manifest."""
         lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
-        manifest = json.dumps(
-            {
-                **_manifest(preflight, self.place, self.lineage, report),
-                "files": self._hashes(report),
-            },
-            indent=1,
-        )
+        manifest = _manifest(preflight, self.place, self.lineage, report, self._hashes(report))
         folder = self.place.folder
         self.transaction.text(folder / MULTIPLIERS, "".join(lines))
         self.transaction.text(folder / REPORT, format_report(report))
-        self.transaction.text(folder / MANIFEST, manifest + "\n")
+        self.transaction.text(folder / MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n")
 
     def remove_outdated(self, folders: Folders, names: Sequence[str]) -> None:
         """Removes a replaced run's fits, and its LoRAs whose names are not among those given."""
@@ -220,34 +212,29 @@ def _column(multipliers: Tensor, block: int, stems: Sequence[str]) -> dict[str, 
 
 
 def _manifest(
-    preflight: Preflight, place: Place, lineage: Lineage, report: Report
-) -> dict[str, Any]:
-    """What later commands read: the run's files, sources and figures."""
-    paths = [str(header.path.absolute()) for header in preflight.inputs.read]
-    return {
-        "version": MANIFEST_VERSION,
-        "hyper_merge": __version__,
-        "created": lineage.date,
-        "name": place.run,
-        "family": lineage.family.name,
-        "recipe": dict(lineage.recipe),
-        "settings": preflight.recipe.to_settings(),
-        "average_id": preflight.average_id,
-        "hyper_model": str(place.hyper_model.absolute()),
-        "sources": [
-            {
-                "path": path,
-                "name": each.name,
-                "sha256": each.sha256,
-                "legacy_hash": each.legacy_hash,
-            }
-            for path, each in zip(paths, lineage.sources, strict=True)
-        ],
-        "base_is_first_source": preflight.inputs.base is not None,
-        "multipliers": {row.name: list(row.multipliers) for row in report.checkpoints},
-        "text_multipliers": {row.name: list(row.text_multipliers) for row in report.checkpoints},
-        "report": report.as_dict(),
-    }
+    preflight: Preflight,
+    place: Place,
+    lineage: Lineage,
+    report: Report,
+    hashes: Mapping[str, str],
+) -> RunManifest:
+    headers = preflight.inputs.read
+    return RunManifest(
+        name=place.run,
+        created=lineage.date,
+        family=lineage.family.name,
+        recipe=lineage.recipe,
+        settings=preflight.recipe.to_settings(),
+        average_id=preflight.average_id,
+        hyper_model=place.hyper_model.absolute(),
+        sources=tuple(
+            RunSource(header.path.absolute(), source.name, source.sha256, source.legacy_hash)
+            for header, source in zip(headers, lineage.sources, strict=True)
+        ),
+        base_is_first_source=preflight.inputs.base is not None,
+        report=report,
+        hashes=hashes,
+    )
 
 
 def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) -> dict[str, str]:

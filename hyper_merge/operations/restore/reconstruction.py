@@ -1,4 +1,4 @@
-"""The pass that adds LoRAs to a hyper-model, tensor by tensor; the original is compared on the way."""
+"""Adds LoRAs to a hyper-model tensor by tensor, and compares with the original on the way."""
 
 from __future__ import annotations
 
@@ -27,39 +27,49 @@ from hyper_merge.runtime.progress import Progress
 class ReconstructionErrors:
     """Squared norms of the original's differences from the hyper-model, and from what was written."""
 
-    layers: Mapping[int, tuple[float, float]]
-    outside: tuple[float, float]
+    layers: Mapping[int, tuple[float, float]]  # by the layer's index
+    outside: tuple[float, float]  # of all other tensors
 
 
 def write_restored(
-    total: tuple[
-        MergeInputs, Sequence[WeightedLora]
-    ],  # the hyper-model alone, and what is added to it
-    added: LoraStack,
+    inputs: MergeInputs,
+    loras: Sequence[WeightedLora],
+    stack: LoraStack,
     writer: SafetensorsWriter,
     original: Header | None,
     progress: Progress,
 ) -> ReconstructionErrors:
-    """Writes every tensor, a few of them in memory, and compares with the original."""
-    inputs, _ = total
+    """Writes every tensor, a few of them in memory, and compares with the original.
+
+    Args:
+        inputs: the hyper-model alone.
+        loras: what is added to it.
+        stack: the files of these LoRAs, open, in the same order.
+        writer: of the new file.
+        original: the checkpoint that this should be; None to compare with nothing.
+        progress: progress and interrupt.
+
+    Raises:
+        NonFiniteError: the file's type cannot hold a value.
+    """
     header = inputs.headers[0]
     layers: dict[int, tuple[float, float]] = {}
     outside = torch.zeros(2, dtype=torch.float64)
     costs = pass_costs(inputs, PassOptions(torch.device("cpu")))
     counter = progress.counter("restoring", costs)
-    with ExitStack() as stack:
+    with ExitStack() as opened:
         files = [
-            stack.enter_context(CheckpointReader(each.path, expected=each))
-            for each in (header, original)
-            if each
+            opened.enter_context(CheckpointReader(file.path, expected=file))
+            for file in (header, original)
+            if file
         ]
         _copy(inputs, files[0], writer)
-        each = stack.enter_context(parallel_map(torch.device("cpu"), counter.report))
-        stack.enter_context(counter)
-        take = partial(_tensor, total, added, files)
-        for key, (tensor, found) in zip(costs, each(take, costs), strict=True):
+        parallel = opened.enter_context(parallel_map(torch.device("cpu"), counter.report))
+        opened.enter_context(counter)
+        take = partial(_restore_tensor, inputs, loras, stack, files)
+        for key, (tensor, errors) in zip(costs, parallel(take, costs), strict=True):
             writer.write(key, tensor)
-            for index, pair in found:
+            for index, pair in errors:
                 if index is None:
                     outside += torch.tensor(pair, dtype=torch.float64)
                 else:
@@ -77,25 +87,25 @@ def _copy(inputs: MergeInputs, file: CheckpointReader, writer: SafetensorsWriter
             )
 
 
-def _tensor(
-    what: tuple[MergeInputs, Sequence[WeightedLora]],
-    added: LoraStack,
+def _restore_tensor(
+    inputs: MergeInputs,
+    loras: Sequence[WeightedLora],
+    stack: LoraStack,
     files: Sequence[CheckpointReader],
     key: str,
 ) -> tuple[Tensor, list[tuple[int | None, tuple[float, float]]]]:
-    """One tensor in the file's type, and for each piece the two squared norms of `ReconstructionErrors`."""
-    inputs, terms = what
+    """Returns a tensor in the file's type, and by piece the norms of `ReconstructionErrors`."""
     base = files[0].tensor(key)
     total = base.float().clone()
     for rows, index in inputs.pieces(key):
         if index is None:
-            _add_vectors(total, added.vectors(key), terms)
+            _add_vectors(total, stack.vectors(key), loras)
         else:
             layer = inputs.layout.layers[index]
             matrix = total[rows].view(layer.m, layer.n)
-            pairs = zip(added.factors(layer), terms, strict=True)
-            for (up, down), term in pairs:
-                matrix.addmm_((up * term.times(layer.part)).float(), down.float())
+            pairs = zip(stack.factors(layer), loras, strict=True)
+            for (up, down), lora in pairs:
+                matrix.addmm_((up * lora.times(layer.part)).float(), down.float())
     stored = total.to(inputs.dtype)
     if not bool(stored.isfinite().all()):
         raise NonFiniteError(
@@ -105,22 +115,22 @@ def _tensor(
         )
     if len(files) == 1:
         return stored, []
-    wanted = files[1].tensor(key).float()
+    original = files[1].tensor(key).float()
     return stored, [
-        (index, (_distance(wanted[rows], base[rows]), _distance(wanted[rows], stored[rows])))
+        (index, (_distance(original[rows], base[rows]), _distance(original[rows], stored[rows])))
         for rows, index in inputs.pieces(key)
     ]
 
 
 def _add_vectors(
-    total: Tensor, vectors: Sequence[Tensor | None], terms: Sequence[WeightedLora]
+    total: Tensor, vectors: Sequence[Tensor | None], loras: Sequence[WeightedLora]
 ) -> None:
-    for vector, term in zip(vectors, terms, strict=True):
+    for vector, lora in zip(vectors, loras, strict=True):
         if vector is not None:
-            total += term.multiplier * vector.view(total.shape)
+            total += lora.multiplier * vector.view(total.shape)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Squared norm of the difference."""
+    """Returns the squared norm of the difference."""
     difference = one - other.float()
     return float(torch.linalg.vector_norm(difference, dtype=torch.float64).square())

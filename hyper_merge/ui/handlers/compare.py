@@ -23,9 +23,9 @@ from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.compare import records as comparison_files
-from hyper_merge.operations.compare.compare import run_comparison
+from hyper_merge.operations.compare.compare import run_compare
 from hyper_merge.operations.compare.request import CompareRequest, PictureSettings
-from hyper_merge.runs.manifest import Run, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging
@@ -183,7 +183,7 @@ def _compare(host: Host, order: CompareRequest, task: str, progress: Progress) -
     with host.drawing(task) as (hosts, studio):
         both = progress.joined(hosts)
         both.report("starting", 0.0)
-        run_comparison(order, studio, host.folders(), both)
+        run_compare(order, host.folders(), both, studio)
     return ""  # no new run
 
 

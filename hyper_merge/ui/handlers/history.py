@@ -16,8 +16,9 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.cache import clear_cache, format_cache
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import styles_of
-from hyper_merge.runs.manifest import Run, delete_run, files_of, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.ui.form import Form, form_of
 from hyper_merge.ui.handlers.dropdowns import refilled
 from hyper_merge.ui.html import common as views

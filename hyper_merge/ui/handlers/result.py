@@ -15,7 +15,7 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.ui.html import common as views
 from hyper_merge.ui.html import runs as views_runs
 from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot

@@ -18,7 +18,7 @@ from hyper_merge.errors import HyperMergeError, RunError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs, JobStatus
 from hyper_merge.runs.fit_records import load_fits
-from hyper_merge.runs.manifest import Run, list_runs, load_run
+from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers import result as results

@@ -26,7 +26,7 @@ from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
 from hyper_merge.recipe.parsing import parse_name, parse_share, plain_value
 from hyper_merge.recipe.recipe import SettingError
-from hyper_merge.runs.manifest import Run, load_run
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.use import SAME_PRECISION, Outcome, Panel
 from hyper_merge.ui.html import common as views
@@ -192,7 +192,7 @@ def _safe(host: Host, run: str, threshold: float, progress: Progress) -> Outcome
 
 
 def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> Outcome:
-    found = run_extract(wanted, progress, host.folders())
+    found = run_extract(wanted, host.folders(), progress)
     return Outcome(views_use.extracted(found), wrote=True)
 
 

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 
 from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import CheckpointReport, Report
+from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import size_of
 from hyper_merge.ui.html.common import counted, hint, message, percent, table, unlike_groups

@@ -9,7 +9,7 @@ from fake_webui.drawing import picture as drawn_by
 
 from hyper_merge.errors import PictureError
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 
 LABEL = "Hyper-Merge: checkpoint"
 

@@ -16,7 +16,7 @@ from hyper_merge.errors import InterruptedRun, PictureError, RunError
 from hyper_merge.operations.compare import compare as comparison
 from hyper_merge.operations.compare import image_difference as picture_difference
 from hyper_merge.operations.compare import records as comparison_files
-from hyper_merge.operations.compare.compare import ImageGenerator, caption, run_comparison
+from hyper_merge.operations.compare.compare import ImageGenerator, run_compare
 from hyper_merge.operations.compare.grid import Band, Cell, draw_grid
 from hyper_merge.operations.compare.image_difference import difference_picture, mean_difference
 from hyper_merge.operations.compare.records import ComparisonFigures, comparison_names
@@ -27,8 +27,10 @@ from hyper_merge.operations.compare.request import (
     Subject,
     plan_pictures,
 )
+from hyper_merge.operations.compare.text import format_caption
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 SETTINGS = PictureSettings(("a cat", "a dog"), "blurry", "Euler", 4, 7.0, 64, 72, (1, 2))
@@ -68,7 +70,7 @@ def painter():
 def compare(folders, painter):
     def run(order=ORDER, progress=None, refusal=lambda path: ""):
         studio = ImageGenerator("a test", painter, refusal)
-        return run_comparison(order, studio, folders, progress or Progress())
+        return run_compare(order, folders, progress or Progress(), studio)
 
     return run
 
@@ -91,8 +93,8 @@ def test_both_pictures_of_a_pair_have_one_prompt_seed_and_settings(compare, pain
     compare()
     report = load_run(folders, "mix").report
     tags = report.tags(report.checkpoints[0])
-    own = [p for p in painter.drawn if p.model.stem == "a" or p.prompt.endswith(tags)]
-    pairs = [(p.prompt.removesuffix(tags).strip(), p.seed) for p in own]
+    source = [p for p in painter.drawn if p.model.stem == "a" or p.prompt.endswith(tags)]
+    pairs = [(p.prompt.removesuffix(tags).strip(), p.seed) for p in source]
     assert pairs[:4] == pairs[4:] == [(x, s) for x in ("a cat", "a dog") for s in (1, 2)]
     assert {id(p.settings) for p in painter.drawn} == {id(SETTINGS)}
 
@@ -104,19 +106,19 @@ def test_the_average_alone_is_drawn_once_for_all_checkpoints(compare, painter):
 
 
 def test_a_checkpoint_named_twice_is_drawn_once(compare, painter):
-    found = compare(replace(ORDER, checkpoints=("a", "a.safetensors")))
-    assert list(found.tags) == ["a"]
+    result = compare(replace(ORDER, checkpoints=("a", "a.safetensors")))
+    assert list(result.tags) == ["a"]
     assert len(painter.drawn) == 8
 
 
 def test_figures_are_the_mean_absolute_differences(compare):
-    found = compare(replace(ORDER, average=True))
-    by_name = {each.checkpoint: each.pixels for each in found.figures}
+    result = compare(replace(ORDER, average=True))
+    by_name = {item.checkpoint: item.pixels for item in result.figures}
     assert by_name == {
         "a": {"restored": 8.0, "average": 10.0},
         "b": {"restored": 6.0, "average": 4.0},
     }
-    assert len(found.figures) == 2 * len(SETTINGS.bands)
+    assert len(result.figures) == 2 * len(SETTINGS.bands)
 
 
 def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
@@ -134,16 +136,16 @@ def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
 
 def test_a_caption_says_levels_and_percent_and_where_there_is_one_the_other_figure():
     figures = ComparisonFigures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
-    assert caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
-    assert caption(figures, "average") == ""
+    assert format_caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
+    assert format_caption(figures, "average") == ""
 
 
 def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
     assert compare().measure == ""
     monkeypatch.setattr(comparison, "perceptual_distance", lambda size: lambda one, other: 0.125)
-    found = compare(replace(ORDER, average=True))
-    assert found.measure == "LPIPS"
-    assert found.figures[0].perceptual == {"restored": 0.125, "average": 0.125}
+    result = compare(replace(ORDER, average=True))
+    assert result.measure == "LPIPS"
+    assert result.figures[0].perceptual == {"restored": 0.125, "average": 0.125}
 
 
 def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
@@ -175,10 +177,10 @@ def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path)
 
 
 def test_grid_and_figures_are_written_and_read_back(compare, folders):
-    found = compare(replace(ORDER, average=True, difference=True))
+    result = compare(replace(ORDER, average=True, difference=True))
     run = load_run(folders, "mix")
     picture, figures = comparison_files.comparison_paths(run, "comparison-1")
-    assert comparison_files.load_comparison(run, "comparison-1") == found
+    assert comparison_files.load_comparison(run, "comparison-1") == result
     with Image.open(picture) as grid:
         assert json.loads(grid.text["hyper_merge.comparison"]) == json.loads(figures.read_text())
         words = grid.text["parameters"].splitlines()
@@ -204,21 +206,21 @@ def test_an_original_that_cannot_be_drawn_is_left_out_by_name(compare, painter, 
     shutil.rmtree(started / "hyper-merge/cache")  # it remembers where files of a hash were
     manifest = started / "hyper-merge/mix/manifest.json"
     text = manifest.read_text()
-    own = next(x for x in json.loads(text)["sources"] if x["name"] == "b.safetensors")
+    source = next(x for x in json.loads(text)["sources"] if x["name"] == "b.safetensors")
     if case == "missing":
-        manifest.write_text(text.replace(own["path"], str(started / "gone/b.safetensors")))
+        manifest.write_text(text.replace(source["path"], str(started / "gone/b.safetensors")))
     elif case == "changed":
         away = started / "b.safetensors"
         away.write_bytes(b"something else")
-        manifest.write_text(text.replace(own["path"], str(away)))
+        manifest.write_text(text.replace(source["path"], str(away)))
     refuse = (lambda path: "no" if path.stem == "b" else "") if case == "refused" else None
-    found = compare(**({"refusal": refuse} if refuse else {}))
+    result = compare(**({"refusal": refuse} if refuse else {}))
     reason = {"missing": "it is not there", "changed": "it was changed since", "refused": "no"}
-    assert found.notes == (f"b.safetensors is left out: {reason[case]}",)
-    assert found.originals == {"a": "a.safetensors"}
+    assert result.notes == (f"b.safetensors is left out: {reason[case]}",)
+    assert result.originals == {"a": "a.safetensors"}
     assert [p.model.stem for p in painter.drawn].count("b") == 0
     assert len([p for p in painter.drawn if p.model.stem == "mix"]) == 8
-    assert [each.pixels for each in found.figures if each.checkpoint == "b"] == [{}] * 4
+    assert [item.pixels for item in result.figures if item.checkpoint == "b"] == [{}] * 4
 
 
 def test_a_hyper_model_that_the_host_cannot_load_is_refused(compare, painter):
@@ -246,12 +248,12 @@ def test_a_lora_that_is_missing_or_was_replaced_is_refused_before_anything_is_dr
 
 
 def test_progress_names_every_picture_and_rises(compare):
-    told = []
-    compare(progress=Progress(lambda phase, fraction: told.append((phase, fraction))))
-    fractions = [fraction for _, fraction in told]
+    messages = []
+    compare(progress=Progress(lambda phase, fraction: messages.append((phase, fraction))))
+    fractions = [fraction for _, fraction in messages]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
-    phases = groups([phase for phase, _ in told])
+    phases = groups([phase for phase, _ in messages])
     assert "picture 1 of 16: a, hyper-model + LoRAs, seed 1" in phases
     assert "picture 16 of 16: b, original, seed 2" in phases
 
@@ -271,15 +273,15 @@ def test_an_error_in_drawing_leaves_nothing_behind(folders, started):
 
     before = snapshot(started)
     with pytest.raises(PictureError, match="out of paint"):
-        run_comparison(ORDER, ImageGenerator("a test", fail), folders, Progress())
+        run_compare(ORDER, folders, Progress(), ImageGenerator("a test", fail))
     assert snapshot(started) == before
 
 
 def test_deleting_a_run_takes_its_comparisons_along_and_nothing_of_others(compare, folders):
     compare()
     run = load_run(folders, "mix")
-    own = [path.name for path in files_of(run, folders) if path.parent.name == "pictures"]
-    assert own == ["comparison-1.json", "comparison-1.png"]
+    source = [path.name for path in files_of(run, folders) if path.parent.name == "pictures"]
+    assert source == ["comparison-1.json", "comparison-1.png"]
     notes = run.folder / "pictures/notes.txt"
     notes.write_text("mine")
     delete_run(run, folders)

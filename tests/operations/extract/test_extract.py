@@ -21,7 +21,8 @@ from hyper_merge.errors import (
     RecipeError,
 )
 from hyper_merge.operations.extract import difference
-from hyper_merge.operations.extract.extract import ExtractRequest, format_extraction, run_extract
+from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
+from hyper_merge.operations.extract.text import format_extraction
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import write_family
 
@@ -29,8 +30,8 @@ RANK = 5
 
 
 def extract(base, checkpoint, output, progress=None, **settings):
-    wanted = ExtractRequest(base, checkpoint, **{"rank": RANK, "output": output, **settings})
-    return run_extract(wanted, progress or Progress())
+    request = ExtractRequest(base, checkpoint, **{"rank": RANK, "output": output, **settings})
+    return run_extract(request, None, progress or Progress())
 
 
 def weight(state, layer):
@@ -69,9 +70,9 @@ def extracted(files, tmp_path_factory):
 
 
 def test_base_and_lora_are_the_nearest_that_the_rank_allows_in_every_layer(files, extracted):
-    found = errors_of(*files[:2], load_file(extracted["float32"].path))
-    torch.testing.assert_close(found[:, 1], found[:, 2], rtol=1e-3, atol=1e-9)
-    assert bool((found[:, 2] > 0).any())
+    details = errors_of(*files[:2], load_file(extracted["float32"].path))
+    torch.testing.assert_close(details[:, 1], details[:, 2], rtol=1e-3, atol=1e-9)
+    assert bool((details[:, 2] > 0).any())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -79,16 +80,16 @@ def test_the_reported_shares_are_those_of_the_written_file(files, extracted, dty
     report = extracted[dtype]
     tensors = load_file(report.path)
     assert {t.dtype for key, t in tensors.items() if "alpha" not in key} == {getattr(torch, dtype)}
-    found = errors_of(*files[:2], tensors)
+    details = errors_of(*files[:2], tensors)
     parts = [layer.part for layer in layers_of(files[0])]
     for which, share in (
         ("unet", report.parts["unet"]),
         ("text_encoder", report.parts["text_encoder"]),
     ):
-        of = found[torch.tensor([part == which for part in parts])].sum(0)
+        of = details[torch.tensor([part == which for part in parts])].sum(0)
         assert share == pytest.approx(1 - float(of[1] / of[0]), abs=1e-6)
     assert report.explained == pytest.approx(
-        1 - float(found[:, 1].sum() / found[:, 0].sum()), abs=1e-6
+        1 - float(details[:, 1].sum() / details[:, 0].sum()), abs=1e-6
     )
     assert report.size == report.path.stat().st_size
     assert report.layers == len(parts)
@@ -109,9 +110,9 @@ def test_what_is_not_carried_is_told_by_kind(files, extracted):
     vae = sum(e for key, e in energy.items() if key.startswith("first_stage_model."))
     assert outside["VAE"] == pytest.approx(vae / total, rel=1e-4)
     assert outside["norms"] > 0
-    said = format_extraction(extracted["float16"])
-    assert f"VAE {outside['VAE']:.3%}" in said
-    assert said.endswith("load a and put this into the prompt:\n<lora:b-from-a:1.00000>")
+    line = format_extraction(extracted["float16"])
+    assert f"VAE {outside['VAE']:.3%}" in line
+    assert line.endswith("load a and put this into the prompt:\n<lora:b-from-a:1.00000>")
 
 
 def test_a_planted_difference_of_the_rank_comes_back_exactly(files, tmp_path, state_of):
@@ -152,9 +153,9 @@ def second_family(tmp_path_factory):
 
 def test_the_thirds_of_a_fused_attention_are_layers_of_their_own(second_family, tmp_path):
     report = extract(*second_family, tmp_path, dtype="float32")
-    found = errors_of(*second_family, load_file(report.path), fused=True)
-    assert len(found) == 3 * 23
-    torch.testing.assert_close(found[:, 1], found[:, 2], rtol=1e-3, atol=1e-9)
+    details = errors_of(*second_family, load_file(report.path), fused=True)
+    assert len(details) == 3 * 23
+    torch.testing.assert_close(details[:, 1], details[:, 2], rtol=1e-3, atol=1e-9)
 
 
 def test_a_fused_attention_is_in_the_file_all_or_none(second_family, tmp_path):
@@ -174,15 +175,15 @@ def test_a_fused_attention_is_in_the_file_all_or_none(second_family, tmp_path):
 def test_the_file_says_what_it_turns_into_what(files, extracted):
     path = extracted["float16"].path
     assert path.name == "b-from-a.safetensors"
-    found = metadata(path)
-    assert found["hyper_merge.kind"] == "lora-alone"
-    assert (found["hyper_merge.name"], found["hyper_merge.checkpoint"]) == ("a", "b")
-    assert found["ss_output_name"] == "b-from-a"
-    assert found["ss_sd_model_name"] == "a.safetensors"
-    assert (found["ss_network_dim"], found["ss_network_alpha"]) == (str(RANK), f"{RANK}.0")
-    assert json.loads(found["hyper_merge.multipliers"]) == {"b": 1.0}
-    assert float(found["hyper_merge.explained"]) == extracted["float16"].explained
-    assert [s["name"] for s in json.loads(found["hyper_merge.lineage"])] == [
+    details = metadata(path)
+    assert details["hyper_merge.kind"] == "lora-alone"
+    assert (details["hyper_merge.name"], details["hyper_merge.checkpoint"]) == ("a", "b")
+    assert details["ss_output_name"] == "b-from-a"
+    assert details["ss_sd_model_name"] == "a.safetensors"
+    assert (details["ss_network_dim"], details["ss_network_alpha"]) == (str(RANK), f"{RANK}.0")
+    assert json.loads(details["hyper_merge.multipliers"]) == {"b": 1.0}
+    assert float(details["hyper_merge.explained"]) == extracted["float16"].explained
+    assert [s["name"] for s in json.loads(details["hyper_merge.lineage"])] == [
         "a.safetensors",
         "b.safetensors",
     ]
@@ -315,12 +316,12 @@ def test_a_checkpoint_is_never_overwritten(tmp_path, state_of):
 
 @pytest.mark.parametrize("phase", ["hashing", "reading and extracting", "writing"])
 def test_an_interrupt_at_any_moment_leaves_nothing(files, tmp_path, phase):
-    told = []
+    messages = []
 
     def stop():
-        return bool(told) and told[-1].startswith(phase)
+        return bool(messages) and messages[-1].startswith(phase)
 
-    progress = Progress(lambda words, _fraction: told.append(words), stop)
+    progress = Progress(lambda words, _fraction: messages.append(words), stop)
     with pytest.raises(InterruptedRun):
         extract(files[0], files[1], tmp_path, progress)
     assert snapshot(tmp_path) == {}
@@ -339,7 +340,7 @@ def test_progress_never_falls_and_ends_at_one(files, tmp_path):
 def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
     files, tmp_path, monkeypatch, extracted
 ):
-    original, failed = difference._found_layers, []
+    original, failed = difference._differing_layers, []
 
     def fails_once(*arguments):
         if not failed:
@@ -347,12 +348,12 @@ def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
             raise torch.cuda.OutOfMemoryError
         return original(*arguments)
 
-    monkeypatch.setattr(difference, "_found_layers", fails_once)
+    monkeypatch.setattr(difference, "_differing_layers", fails_once)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    found = load_file(extract(files[0], files[1], tmp_path).path)
+    details = load_file(extract(files[0], files[1], tmp_path).path)
     first = load_file(extracted["float16"].path)
     assert failed
-    assert all(torch.equal(found[key], first[key]) for key in first)
+    assert all(torch.equal(details[key], first[key]) for key in first)
 
 
 def test_a_file_in_place_of_a_folder_is_refused_before_anything_is_read(files, tmp_path):
@@ -362,7 +363,7 @@ def test_a_file_in_place_of_a_folder_is_refused_before_anything_is_read(files, t
         pytest.fail(f"{phase} began")
 
     for output in ("file", "file/x.safetensors", "file/deep/x.safetensors"):
-        wanted = ExtractRequest(*files[:2], rank=4, output=tmp_path / output, device="cpu")
+        request = ExtractRequest(*files[:2], rank=4, output=tmp_path / output, device="cpu")
         with pytest.raises(OutputError, match=r"cannot write .*file is a file; choose an"):
-            run_extract(wanted, Progress(on_progress=reading))
+            run_extract(request, None, Progress(on_progress=reading))
     assert snapshot(tmp_path) == {"file": b"mine"}

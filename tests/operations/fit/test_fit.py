@@ -38,10 +38,12 @@ from hyper_merge.errors import (
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.operations.fit.text import format_style
 from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
-from hyper_merge.runs.fit_records import load_fits, style_line
+from hyper_merge.runs.deletion import delete_run
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of
 from hyper_merge.runtime.progress import Progress
 
@@ -120,9 +122,9 @@ def fit(folders, path, progress=None, **settings):
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):
     root = shutil.copytree(single.root, tmp_path / "models")
     fitted = fit(Folders.under(root), planted)
-    found = [fitted.row.multipliers_of(part) for part in PLANTED]
+    result = [fitted.row.multipliers_of(part) for part in PLANTED]
     expected = torch.tensor([*PLANTED.values()]).double()
-    torch.testing.assert_close(torch.tensor(found).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(result).double(), expected, atol=1e-5, rtol=0)
     assert fitted.row.explained == pytest.approx(1, abs=1e-6)
     assert fitted.row.not_carried == 0
     assert fitted.differs
@@ -153,8 +155,8 @@ def test_multipliers_are_fitted_as_the_merge_fits_them(files, tmp_path, settings
     row = merged.report.checkpoints[1]
     assert len(fitted.row.text_multipliers) == len(row.text_multipliers)
     for part in PLANTED:
-        found, expected = (each.multipliers_of(part) for each in (fitted.row, row))
-        assert found == pytest.approx(expected, abs=1e-4)
+        result, expected = (item.multipliers_of(part) for item in (fitted.row, row))
+        assert result == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_remains_is_that_of_the_files_on_disk(at, other):
@@ -195,7 +197,7 @@ def test_companions_take_the_multipliers_of_the_unet_and_what_they_bring_back_is
     fitted = fit(folders, single.models[2])
     run = load_run(folders, "mix")
     expected = single.merged.report.recovered
-    assert [each.kind for each in fitted.recovered] == [each.kind for each in expected]
+    assert [item.kind for item in fitted.recovered] == [item.kind for item in expected]
     tags = parse_tags(fitted.tags(run))
     assert [tag.name for tag in tags] == [path.stem for path in run.loras]
     assert [tag.multiplier for tag in tags[2:]] == [tag.multiplier for tag in tags[:2]]
@@ -240,7 +242,7 @@ def test_a_fit_is_written_and_read_back(at, other, started):
     text = after[f"{FIT}/new one.txt"].decode()
     assert f"explained: {fitted.row.explained:.2%} of its difference in the layers" in text
     assert text.endswith(fitted.tags(run) + "\n")
-    assert style_line(fitted, run) == f"mix: new one,{fitted.tags(run)},"
+    assert format_style(fitted, run) == f"mix: new one,{fitted.tags(run)},"
 
 
 def test_a_top_up_of_a_rank_is_better_than_the_best_of_that_rank_in_every_layer(at, other, started):
@@ -469,7 +471,7 @@ def test_another_file_of_a_merged_checkpoints_name_needs_one_of_its_own(at, othe
     other.rename(twin)
     before = snapshot(started)
     with pytest.raises(
-        NameTakenError, match="a is another checkpoint of the run mix; give this one"
+        NameTakenError, match="a is another checkpoint of the run mix; choose another"
     ):
         fit(at, twin)
     assert snapshot(started) == before
@@ -495,10 +497,16 @@ def test_a_fit_of_a_replaced_run_or_a_damaged_one_is_told_and_left_out(at, other
 
 
 def test_a_wish_to_stop_is_heard_everywhere_and_leaves_nothing(at, other, started):
-    told = []
-    fit(at, other, Progress(lambda phase, fraction: told.append(fraction)), topup="90%", name="x")
-    assert told == sorted(told)
-    assert told[-1] == 1
+    messages = []
+    fit(
+        at,
+        other,
+        Progress(lambda phase, fraction: messages.append(fraction)),
+        topup="90%",
+        name="x",
+    )
+    assert messages == sorted(messages)
+    assert messages[-1] == 1
     before = snapshot(started)
     for fraction in (0.0, 0.1, 0.3, 0.6, 0.8, 0.97):
         at_now = [0.0]
@@ -532,10 +540,10 @@ def test_few_tensors_are_in_memory_at_a_time(at, other, monkeypatch):
     tensor = CheckpointReader.tensor
 
     def counted(self, key):
-        found = tensor(self, key)
-        alive.add(found)
+        result = tensor(self, key)
+        alive.add(result)
         most[0] = max(most[0], len(alive))
-        return found
+        return result
 
     monkeypatch.setattr(CheckpointReader, "tensor", counted)
     fit(at, other, topup="2")

@@ -17,9 +17,10 @@ from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, load_run
 from hyper_merge.runs.report_text import format_report
+from hyper_merge.runs.run import load_run
 
 NORM = UNET + "input_blocks.1.0.in_layers.0"
 # Of the UNet: biases, those of the norms included; the norms' scales; norms.

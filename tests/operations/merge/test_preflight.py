@@ -12,7 +12,7 @@ from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
-from hyper_merge.operations.inspect import format_inspection
+from hyper_merge.operations.inspect_text import format_inspection
 from hyper_merge.operations.merge import cost_model, estimate
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight

@@ -33,14 +33,10 @@ from hyper_merge.errors import (
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore import restore as restoring_job
-from hyper_merge.operations.restore.restore import (
-    RestoreRequest,
-    format_restore,
-    parse_mix,
-    run_restore,
-)
+from hyper_merge.operations.restore.restore import RestoreRequest, parse_mix, run_restore
+from hyper_merge.operations.restore.text import format_restore
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
 from hyper_merge.runtime.progress import Progress
 
@@ -77,10 +73,10 @@ def at(started, merged):
 
 
 def restore(folders, shares, progress=None, **settings):
-    wanted = RestoreRequest(
+    target = RestoreRequest(
         "mix", shares if isinstance(shares, dict) else {shares: 1.0}, **settings
     )
-    return run_restore(wanted, folders, progress or Progress())
+    return run_restore(target, folders, progress or Progress())
 
 
 def exact(folders, shares):
@@ -97,8 +93,8 @@ def exact(folders, shares):
             stem, _, end = key.rpartition(".")
             name = "lora_unet_" + stem.removeprefix("model.diffusion_model.").replace(".", "_")
             ends = {"weight": ["w_norm"], "bias": ["b_norm", "diff_b"]}.get(end, [])
-            for found in (lora[f"{name}.{e}"] for e in ends if f"{name}.{e}" in lora):
-                state[key] += term.multiplier * found.double()
+            for result in (lora[f"{name}.{e}"] for e in ends if f"{name}.{e}" in lora):
+                state[key] += term.multiplier * result.double()
     return state
 
 
@@ -107,12 +103,12 @@ def test_every_checkpoint_comes_back_to_the_reported_loss(single, c):
     row = single.report.checkpoints[c]
     restored = restore(single.folders, row.name)
     assert restored.path == single.root / f"Stable-diffusion/{row.name}-restored.safetensors"
-    found, original = load(restored.path), load(single.models[c])
+    result, original = load(restored.path), load(single.models[c])
     base = load(single.root / "Stable-diffusion/mix.safetensors")
     energy = error = 0.0
     for key in {layer.key for layer in layers_of(single.models[c])}:
         energy += float((original[key].double() - base[key].double()).square().sum())
-        error += float((original[key].double() - found[key].double()).square().sum())
+        error += float((original[key].double() - result[key].double()).square().sum())
     assert 1 - error / energy == pytest.approx(row.explained, abs=1e-6)
     assert restored.compared.explained == pytest.approx(row.explained, abs=1e-6)
     assert restored.compared.reported == row.explained
@@ -120,10 +116,10 @@ def test_every_checkpoint_comes_back_to_the_reported_loss(single, c):
     everything = [
         sum(
             float((original[key].double() - state[key].double()).square().sum())
-            for key in found
+            for key in result
             if key != POSITION_IDS
         )
-        for state in (base, found)
+        for state in (base, result)
     ]
     share = 1 - everything[1] / everything[0]
     assert restored.compared.everything == pytest.approx(share, abs=1e-6)
@@ -131,14 +127,14 @@ def test_every_checkpoint_comes_back_to_the_reported_loss(single, c):
 
 def test_it_is_hyper_model_and_loras_added_up(single):
     restored = restore(single.folders, "b")
-    expected, found = exact(single.folders, {"b": 1.0}), load(restored.path)
+    expected, result = exact(single.folders, {"b": 1.0}), load(restored.path)
     base = load(single.root / "Stable-diffusion/mix.safetensors")
-    assert [*found] == [*base]
-    for key, tensor in found.items():
+    assert [*result] == [*base]
+    for key, tensor in result.items():
         torch.testing.assert_close(tensor.double(), expected[key], atol=2e-6, rtol=2e-6)
-    assert torch.equal(found[VAE], base[VAE])
-    assert torch.equal(found[POSITION_IDS], base[POSITION_IDS])
-    assert not torch.equal(found[NORM], base[NORM])  # the companions hold it
+    assert torch.equal(result[VAE], base[VAE])
+    assert torch.equal(result[POSITION_IDS], base[POSITION_IDS])
+    assert not torch.equal(result[NORM], base[NORM])  # the companions hold it
 
 
 def test_in_half_precision_it_is_the_rounding_of_the_exact_one(single, tmp_path):
@@ -158,11 +154,11 @@ def test_mixtures_are_linear_and_the_hyper_model_has_the_rest(single, tmp_path):
     shares = {"a": 0.5, "b": -0.25}
     restored = restore(single.folders, shares)
     assert restored.path.name == "mix-a 0.5-b -0.25.safetensors"
-    found = load(restored.path)
+    result = load(restored.path)
     for key in base:
         b = base[key].double()
         expected = b + 0.5 * (one[key].double() - b) - 0.25 * (two[key].double() - b)
-        torch.testing.assert_close(found[key].double(), expected, atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(result[key].double(), expected, atol=2e-6, rtol=2e-6)
     assert restored.compared is None
     text = format_restore(restored)
     assert "the shares add up to 0.25; as in prompts, the hyper-model has the rest (0.75)" in text
@@ -182,7 +178,7 @@ def test_what_it_is_made_of_stands_in_its_metadata(single):
     rows = json.loads(metadata["hyper_merge.multipliers"])
     terms = weighted_loras_of(run, "a")
     assert rows == {t.path.stem: [t.multiplier, t.text_multiplier] for t in terms}
-    assert set(json.loads(metadata["sd_merge_models"])) == {each.sha256 for each in run.sources}
+    assert set(json.loads(metadata["sd_merge_models"])) == {item.sha256 for item in run.sources}
 
 
 def test_a_fitted_checkpoint_comes_back_with_its_top_up(single, tmp_path, state_of):
@@ -289,7 +285,7 @@ def test_a_manifest_that_is_newer_or_does_not_say_which_file_it_was_is_refused(s
     path.write_text(json.dumps(manifest))
     before = snapshot(single.root)
     for shares in ("other", {"other": 0.5, "b": 0.5}):
-        with pytest.raises(RunError, match="does not say which file other was; bring it back"):
+        with pytest.raises(RunError, match="does not say which file other was; copy it back"):
             restore(single.folders, shares)
     assert snapshot(single.root) == before
     path.write_text(json.dumps(manifest | {"version": 99, "hyper_merge": "9.9"}))
@@ -353,10 +349,10 @@ def test_a_wish_to_stop_leaves_nothing(single):
 
 
 def test_progress_rises_to_its_end(single):
-    told = []
-    restore(single.folders, "a", Progress(lambda phase, fraction: told.append(fraction)))
-    assert told == sorted(told)
-    assert told[-1] == 1
+    messages = []
+    restore(single.folders, "a", Progress(lambda phase, fraction: messages.append(fraction)))
+    assert messages == sorted(messages)
+    assert messages[-1] == 1
 
 
 def test_few_tensors_are_in_memory_at_a_time(single, monkeypatch):
@@ -364,11 +360,11 @@ def test_few_tensors_are_in_memory_at_a_time(single, monkeypatch):
     tensor = CheckpointReader.tensor
 
     def counted(self, key):
-        found = tensor(self, key)
-        alive.add(found)
+        result = tensor(self, key)
+        alive.add(result)
         count[0] += 1
         most[0] = max(most[0], len(alive))
-        return found
+        return result
 
     monkeypatch.setattr(CheckpointReader, "tensor", counted)
     restore(single.folders, "a")

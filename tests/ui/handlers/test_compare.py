@@ -10,7 +10,7 @@ from PIL import Image
 
 from hyper_merge.hosts.host import GeneratorInfo
 from hyper_merge.operations.compare import records as comparison_files
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers import compare as comparing
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers.compare import CompareForm

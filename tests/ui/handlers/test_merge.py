@@ -19,7 +19,7 @@ from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations import demo
 from hyper_merge.operations.demo import DEMO_RANKS
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers import picker as picking

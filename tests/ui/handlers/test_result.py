@@ -8,7 +8,7 @@ from fake_webui.styles import PromptStyle
 from matplotlib.figure import Figure
 
 from hyper_merge.loras.prompt_tags import parse_tags
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers import result as results
 
 

@@ -11,7 +11,7 @@ from at_the_tab import EVIL, kinds, tags, unchanged, words
 from hyper_merge.hosts.job_queue import MERGE, JobStatus
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers import merge as merging

@@ -8,7 +8,7 @@ import pytest
 from at_the_tab import ended, kinds, words
 from tiny_family import snapshot, write
 
-from hyper_merge.runs.manifest import load_run
+from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.ui.handlers import merge as merging
 from hyper_merge.ui.handlers import use as using
@@ -193,7 +193,7 @@ def test_what_is_safe_to_delete_is_said_and_deletes_nothing(host, jobs, checkpoi
     assert "Nothing was deleted" in words(found.said)
     assert found.wrote is False
     strict = outcome(jobs, use_jobs.start_safe(host, jobs, "mix", ""))
-    assert "less than 99% comes back" in words(strict.said)
+    assert "less than 99% is restored" in words(strict.said)
     assert snapshot(checkpoints) == before
     assert words(use_jobs.start_safe(host, jobs, "mix", "200%")).startswith("Threshold: expected")
 

@@ -8,8 +8,8 @@ from at_the_tab import EVIL, kinds, tags, values, words
 
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.operations.inspect import InspectedFile
-from hyper_merge.runs.manifest import load_run
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers import merge_request as preparing

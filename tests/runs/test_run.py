@@ -10,8 +10,9 @@ import pytest
 from tiny_family import merge, recipe, snapshot, temporaries, write
 
 from hyper_merge.errors import OutputError, RunError
+from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.manifest import delete_run, files_of, list_runs, load_run
+from hyper_merge.runs.run import list_runs, load_run
 
 
 @pytest.fixture
@@ -116,9 +117,9 @@ def test_what_is_gone_is_missing_and_the_rest_can_still_be_deleted(started, fold
     run = load_run(folders, "mix")
     run.hyper_model.unlink()
     run.loras[1].unlink()
-    found = load_run(folders, "mix")
-    assert found.missing == (run.hyper_model, run.loras[1])
-    removed = delete_run(found, folders)
+    loaded = load_run(folders, "mix")
+    assert loaded.missing == (run.hyper_model, run.loras[1])
+    removed = delete_run(loaded, folders)
     assert names(removed, started) == [
         "Lora/mix_0-4.json",
         "Lora/mix_0-4.png",
@@ -130,7 +131,7 @@ def test_what_is_gone_is_missing_and_the_rest_can_still_be_deleted(started, fold
         "hyper-merge/mix/report.txt",
     ]
     assert [*snapshot(started)] == [f"Stable-diffusion/mix.{end}" for end in ("json", "png")]
-    assert not found.folder.exists()
+    assert not loaded.folder.exists()
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -140,9 +141,9 @@ def test_another_checkpoint_in_its_place_is_missing_and_never_deleted(
     run = load_run(folders, "mix")
     other = merge(files[:2], tmp_path / "other").place.hyper_model if own else files[0]
     shutil.copy(other, run.hyper_model)
-    found = load_run(folders, "mix")
-    assert found.missing == (run.hyper_model,)
-    delete_run(found, folders)
+    loaded = load_run(folders, "mix")
+    assert loaded.missing == (run.hyper_model,)
+    delete_run(loaded, folders)
     kept = [f"Stable-diffusion/mix.{end}" for end in ("json", "png", "safetensors")]
     assert [*snapshot(started)] == kept
 
@@ -158,7 +159,7 @@ def test_deleting_removes_every_file_of_the_run_and_nothing_else(files, started,
     assert before.keys() - after.keys() == {name for name in before if "mix" in name}
     assert len(listed) == len(before.keys() - after.keys())
     assert temporaries(started) == []
-    assert [found.name for found in list_runs(folders)[0]] == ["other"]
+    assert [loaded.name for loaded in list_runs(folders)[0]] == ["other"]
     assert other.place.hyper_model.exists()
     assert refusal(folders) == f"there is no run mix in {folders.runs}. There are other"
     with pytest.raises(RunError, match="there is no run mix"):
@@ -178,7 +179,7 @@ def test_a_hyper_model_stays_where_another_run_was_made_of_it(files, started, fo
     run = load_run(folders, "mix")
     merge([run.hyper_model, files[0]], started, name="of")
     assert run.hyper_model not in files_of(run, folders)
-    (of,) = (each for each in list_runs(folders)[0] if each.name == "of")
+    (of,) = (item for item in list_runs(folders)[0] if item.name == "of")
     assert "of.safetensors" in [path.name for path in delete_run(of, folders)]
     assert run.hyper_model in files_of(run, folders)
 
@@ -323,7 +324,7 @@ def test_a_manifest_that_is_none_is_named_and_the_others_are_listed(
         f"the run mix cannot be read: manifest.json in {folder} is damaged ("
     )
     assert problems[0].endswith(
-        "; bring it back from a copy, or delete that folder and the run's LoRAs by hand"
+        "; copy it back from a backup, or delete that folder and the run's LoRAs by hand"
     )
 
 

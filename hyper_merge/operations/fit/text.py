@@ -1,0 +1,72 @@
+"""A fit as plain text, for the terminal and beside its record."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Final
+
+from hyper_merge.runs.fit_records import FitRecord, PrivateLoraRecord
+from hyper_merge.runs.report import PARTS
+from hyper_merge.runs.run import Run
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.names import one_line
+
+_WORST: Final = 3  # sections that are named
+
+
+def format_style(record: FitRecord, run: Run) -> str:
+    """Returns a fit as a line of the WebUI's styles.csv: name, prompt, negative prompt."""
+    name, prompt = record.style(run)
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow([name, prompt, ""])
+    return line.getvalue()
+
+
+def format_fit(record: FitRecord, run: Run) -> str:
+    """Returns a fit as lines of plain text."""
+    name = one_line(record.row.name)
+    lines = [
+        f"{name}, fitted onto the run {record.run}: {len(run.report.loras)} shared LoRAs",
+        "",
+        *(_format_explained(record) if record.differs else [_format_equal(run)]),
+        *_format_not_carried(record),
+        *map(_format_private_lora, record.topups),
+        "",
+        f"To get {name}, load {run.hyper_model.stem} and put this into the prompt:",
+        record.tags(run),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _format_explained(record: FitRecord) -> list[str]:
+    row = record.row
+    shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
+    present = [part for part in PARTS if any(section.which == part for section in record.parts)]
+    parts = ", ".join(f"{PARTS[part]} {shares[part]:.2%}" for part in present)
+    worst = sorted(record.parts, key=lambda section: -section.lost)[:_WORST]
+    left = ", ".join(f"{section.name} {section.lost:.2%}" for section in worst if section.lost > 0)
+    return [
+        f"explained: {row.explained:.2%} of its difference in the layers ({parts})",
+        f"relative error: {row.error:.4f}",
+        f"what remains, by section: {left or 'nothing'}",
+    ]
+
+
+def _format_equal(run: Run) -> str:
+    name = run.hyper_model.name
+    return f"explained: nothing; in all layers it is {name} itself, and all multipliers are 0"
+
+
+def _format_not_carried(record: FitRecord) -> list[str]:
+    shares = ", ".join(f"{kind} {share:.3%}" for kind, share in record.not_carried.items() if share)
+    lines = [f"not carried by LoRAs, as a share of all its differences: {shares or 'nothing'}"]
+    if record.recovered:
+        gains = ", ".join(f"{gain.kind} {gain.share:.2%}" for gain in record.recovered)
+        lines.append(f"  of which the LoRAs' companions explain: {gains}")
+    return lines
+
+
+def _format_private_lora(lora: PrivateLoraRecord) -> str:
+    size = format_size(lora.size)
+    return f"with the top-up {lora.name} (rank {lora.rank}, {size}): {lora.explained:.2%}"

@@ -1,0 +1,85 @@
+"""Deletes a run with exactly what it wrote."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.prediction_type import find_config_file
+from hyper_merge.loras.cards import CARD_SUFFIXES
+from hyper_merge.recipe.recipe import AVERAGE
+from hyper_merge.runs.folders import FITS, MANIFEST, PICTURES, RUN_FILES, Folders, average_id_of
+from hyper_merge.runs.manifest import RunOutline
+from hyper_merge.runs.name_locks import Hold, held
+from hyper_merge.runs.paths import same_place
+from hyper_merge.runs.run import Run, read_manifest
+
+
+def files_of(run: Run, folders: Folders) -> list[Path]:
+    """Returns exactly what `delete_run` would remove, as far as it is there.
+
+    These are the LoRAs with text and picture of their cards; the hyper-model with its own, if
+    Hyper-Merge made it for this run and no other run needs it; the files of the run's folder. Never
+    a checkpoint that was merged, nor a file that somebody else put there.
+
+    Raises:
+        RunError: as for `load_run`.
+    """
+    outline = RunOutline.from_json(run.folder, read_manifest(folders, run.name))
+    files = folders.lora_files(path.stem for path in run.loras)
+    files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
+    if _goes_with_its_run(run, outline, folders):
+        beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
+        beside.append(find_config_file(run.hyper_model))
+        files += [run.hyper_model, *filter(os.path.lexists, beside)]
+    in_folder = [folders.runs / run.name / name for name in RUN_FILES]
+    return [*files, *filter(os.path.lexists, in_folder)]
+
+
+def delete_run(run: Run, folders: Folders) -> list[Path]:
+    """Removes a run's files, all of them or none, and its folder if nothing else is in it.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        RunError: as for `load_run`.
+        OutputError: a file cannot be removed, the others are as they were; or a running job needs
+            the run or its hyper-model.
+    """
+    with held(folders.runs, Hold("run", run.name)):
+        files = files_of(run, folders)
+        model = [Hold("model", run.hyper_model.name)] if run.hyper_model in files else []
+        with held(folders.runs, *model), FileTransaction() as outputs:
+            for path in files:
+                outputs.remove(path)
+    for name in (FITS, PICTURES, ""):
+        with suppress(OSError):  # somebody's notes are in it
+            (folders.runs / run.name / name).rmdir()
+    return files
+
+
+def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
+    """Tells whether the hyper-model is Hyper-Merge's own and nothing else needs it."""
+    path = run.hyper_model
+    average_id = average_id_of(path)
+    if run.recipe.base != AVERAGE or average_id is None or average_id != outline.average_id:
+        return False
+    if not same_place(path.parent, folders.models):
+        return False
+    if any(same_place(source.path, path) for source in run.sources):
+        return False
+    readable = {other.name: other for other in folders.outlines()}
+    names = {other.parent.name for other in folders.runs.glob(f"*/{MANIFEST}")} - {run.name}
+    # A run whose manifest cannot be read may well need it.
+    return names <= readable.keys() and not any(
+        _needs(readable[name], path, folders) for name in names
+    )
+
+
+def _needs(outline: RunOutline, path: Path, folders: Folders) -> bool:
+    """Tells whether a run is based on a file, or was made of it."""
+    paths = (folders.hyper_model_of(outline), *outline.source_paths)
+    return any(same_place(path, other) for other in paths)

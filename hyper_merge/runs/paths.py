@@ -1,0 +1,22 @@
+"""Paths that records name: whether they lead to something, and to the same place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def path_exists(path: Path) -> bool:
+    """Tells whether a path that a manifest names leads to something."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL character
+        return False
+
+
+def same_place(one: Path, other: Path) -> bool:
+    """Tells whether two paths lead to one place, be there a file or not."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # a NUL character: no path at all
+        return False

@@ -1,0 +1,195 @@
+"""An earlier merge, as its manifest and its files are found now."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from hyper_merge.checkpoints.architectures.families import family_named, family_title
+from hyper_merge.checkpoints.architectures.spec import Family
+from hyper_merge.errors import RunError, UnknownRunError
+from hyper_merge.loras.prompt_tags import companion_names, lora_names
+from hyper_merge.recipe.parsing import suggest_nearest
+from hyper_merge.recipe.recipe import AVERAGE, Recipe
+from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of
+from hyper_merge.runs.manifest import RunManifest, RunSource, require_readable_version
+from hyper_merge.runs.own_loras import is_own_lora
+from hyper_merge.runs.paths import path_exists, same_place
+from hyper_merge.runs.report import Report
+from hyper_merge.runtime.checked_json import read_json
+from hyper_merge.runtime.names import one_line
+
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]*")  # a folder's name that leads nowhere
+
+
+@dataclass(frozen=True)
+class Run:
+    """An earlier merge."""
+
+    name: str
+    folder: Path
+    created: str  # ISO 8601
+    family: str  # for people
+    recipe: Recipe
+    hyper_model: Path
+    loras: tuple[Path, ...]  # shared ones, companions, private ones
+    sources: tuple[RunSource, ...]  # a given base first
+    report: Report
+    missing: tuple[Path, ...]  # of hyper-model and LoRAs: gone since, or replaced by another file
+    # SHA-256 of the tensors' bytes, by the LoRA's name; manifests of 0.1 have none.
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    architecture: Family | None = None  # None for one that is not known here
+    lost: tuple[str, ...] = ()  # checkpoints whose private LoRA is not there; their shares say so
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Sentences about the files that the prompts name and that are not as they were."""
+        return tuple(
+            f"the private LoRA of {one_line(row.name)} in the run {self.name} is missing or another"
+            f" file, so that {row.explained:.2%} of that checkpoint is restored; copy the LoRA back"
+            " from a backup, or merge again"
+            for row in self.report.checkpoints
+            if row.name in self.lost
+        )
+
+
+def list_runs(folders: Folders) -> tuple[list[Run], list[str]]:
+    """Returns all runs, the newest first, and a sentence for each that cannot be read."""
+    runs: list[Run] = []
+    problems: list[str] = []
+    for path in sorted(folders.runs.glob(f"*/{MANIFEST}")):
+        name = path.parent.name
+        try:
+            runs.append(load_run(folders, name))
+        except RunError as error:
+            problems.append(str(error))
+    runs.sort(key=lambda run: datetime.fromisoformat(run.created).timestamp(), reverse=True)
+    return runs, problems
+
+
+def load_run(folders: Folders, name: str) -> Run:
+    """Returns one run.
+
+    Args:
+        folders: where runs are.
+        name: of the run, a plain folder name.
+
+    Raises:
+        RunError: there is no such run, its folder is a link, or its manifest is damaged or of a
+            newer version.
+    """
+    data = read_manifest(folders, name)
+    try:
+        return _load(folders, name, RunManifest.from_json(data))
+    except ValueError as error:
+        raise _damaged(folders, name, str(error)) from error
+
+
+def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
+    """Returns the JSON object of a run's manifest, of which only the version is checked.
+
+    Raises:
+        RunError: there is no such run, its folder is a link, or its manifest is no JSON object or
+            of a newer version.
+    """
+    folder = folders.runs / name
+    if not _PLAIN.fullmatch(name):
+        raise UnknownRunError(f"expected the name of a run, which is one of a folder, got {name!r}")
+    if folder.is_symlink() or not same_place(Path(os.path.realpath(folder)).parent, folders.runs):
+        raise RunError(
+            f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed; put the"
+            f" folder itself into {folders.runs}, or remove the link"
+        )
+    try:
+        return require_readable_version(name, read_json(folder / MANIFEST))
+    except RunError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnknownRunError(
+            f"there is no run {name} in {folders.runs}{_list_others(folders, name)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _damaged(folders, name, str(error)) from error
+
+
+def _list_others(folders: Folders, name: str) -> str:
+    """Returns advice that names the runs that there are."""
+    known = sorted(path.parent.name for path in folders.runs.glob(f"*/{MANIFEST}"))
+    if not known:
+        return "; look at the list of runs"
+    return f"{suggest_nearest(name, known) or '.'} There are {', '.join(known)}"
+
+
+def _damaged(folders: Folders, name: str, reason: str) -> RunError:
+    return RunError(
+        f"the run {name} cannot be read: {MANIFEST} in {folders.runs / name} is damaged ({reason});"
+        " copy it back from a backup, or delete that folder and the run's LoRAs by hand"
+    )
+
+
+def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
+    """Returns the run of a manifest; ValueError where its parts do not go together."""
+    if manifest.name != name:
+        raise ValueError(f"it is that of the run {manifest.name}: was the folder renamed?")
+    recipe = manifest.to_recipe(output=folders.runs.parent)
+    report = manifest.report
+    _require_parts(manifest, recipe)
+    hyper_model = folders.find_hyper_model(manifest.hyper_model, manifest.average_id)
+    written = (*report.loras, *report.companions, *report.topups)
+    loras = tuple(folders.loras / f"{lora}.safetensors" for lora in written)
+    missing = _replaced_loras(loras, manifest)
+    if not path_exists(hyper_model) or not _is_right(hyper_model, recipe, manifest):
+        missing.insert(0, hyper_model)
+    present = report.without_topups({p.stem for p in missing}, wished=recipe.topup is not None)
+    return Run(
+        name=name,
+        folder=folders.runs / name,
+        created=manifest.created,
+        family=family_title(manifest.family),
+        recipe=recipe,
+        hyper_model=hyper_model,
+        loras=loras,
+        sources=manifest.sources,
+        report=present,
+        missing=tuple(missing),
+        hashes=manifest.hashes,
+        architecture=family_named(manifest.family),
+        lost=tuple(row.name for row in report.checkpoints if row not in present.checkpoints),
+    )
+
+
+def _require_parts(manifest: RunManifest, recipe: Recipe) -> None:
+    """Returns if report and sources are those of a recipe.
+
+    Raises:
+        ValueError: they are not.
+    """
+    report = manifest.report
+    names = lora_names(manifest.name, recipe.ranks)
+    companions = companion_names(names) if recipe.exact != "none" else ()
+    recorded = (report.loras, report.companions, len(report.checkpoints))
+    if recorded != (names, companions, len(recipe.models)):
+        raise ValueError("its report is that of another run")
+    if len(manifest.sources) != len(recipe.models) + (recipe.base != AVERAGE):
+        raise ValueError("its sources are those of another run")
+
+
+def _replaced_loras(loras: tuple[Path, ...], manifest: RunManifest) -> list[Path]:
+    """Returns the LoRAs of a run that are gone, or are other files now."""
+    hashes = manifest.hashes
+    checkpoint_of = {row.topup: row.name for row in manifest.report.checkpoints if row.topup}
+    return [
+        path
+        for path in loras
+        if not is_own_lora(path, hashes.get(path.stem), checkpoint_of.get(path.stem))
+    ]
+
+
+def _is_right(hyper_model: Path, recipe: Recipe, manifest: RunManifest) -> bool:
+    """Tells whether a hyper-model is still the average that the run is based on."""
+    return recipe.base != AVERAGE or average_id_of(hyper_model) == manifest.average_id

@@ -28,6 +28,7 @@ def test_the_full_layout_has_known_counts():
     assert size(layout, VAE_PREFIX) == 83_653_863
 
 
-def test_a_narrow_layout_has_the_same_keys(narrow):
+def test_a_narrow_layout_has_the_same_keys():
+    narrow = sd1_layout(width=32, context=48, vocabulary=100, vae_width=16)
     assert list(narrow) == list(sd1_layout())
     assert all(len(narrow[key]) == len(shape) for key, shape in sd1_layout().items())

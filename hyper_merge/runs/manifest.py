@@ -20,8 +20,8 @@ from hyper_merge.checkpoints.prediction_type import find_config_file
 from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
-from hyper_merge.recipe.parsing import suggest_nearest
-from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
+from hyper_merge.recipe.plain_values import unknown_word
+from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.folders import (
     FITS,
     MANIFEST,
@@ -165,9 +165,7 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UnknownRunError(
-            f"there is no run {name} in {folders.runs}{_others(folders, name)}"
-        ) from None
+        raise _unknown(folders, name) from None
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folders, name, str(error)) from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
@@ -181,12 +179,13 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _others(folders: Folders, name: str) -> str:
-    """Advice with the runs that there are."""
+def _unknown(folders: Folders, name: str) -> UnknownRunError:
+    """Returns the refusal of a run that does not exist, with the runs that do."""
+    message = f"there is no run {name} in {folders.runs}"
     known = sorted(path.parent.name for path in folders.runs.glob(f"*/{MANIFEST}"))
     if not known:
-        return "; look at the list of runs"
-    return f"{suggest_nearest(name, known) or '.'} There are {', '.join(known)}"
+        return UnknownRunError(message, hint="look at the list of runs")
+    return unknown_word(UnknownRunError, message, name, known, "There are")
 
 
 def _damaged(folders: Folders, name: str, reason: str) -> RunError:
@@ -201,7 +200,7 @@ def _run(folders: Folders, name: str, manifest: Mapping[str, Any]) -> Run:
     if _text(manifest, "name") != name:
         raise ValueError(f"it is that of the run {manifest['name']}: was the folder renamed?")
     sources = tuple(_source(each) for each in _list(manifest, "sources"))
-    recipe = recipe_from_settings(_settings(folders, manifest, sources), "settings")
+    recipe = Recipe.from_settings(_settings(folders, manifest, sources), "settings")
     report = Report.from_dict(_mapping(manifest, "report"))
     names = lora_names(name, recipe.ranks)
     companions = companion_names(names) if recipe.exact != "none" else ()

@@ -13,14 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper_merge.errors import RecipeError
-from hyper_merge.recipe.recipe import (
-    FIELDS,
-    Recipe,
-    load_recipe,
-    option_help,
-    recipe_from_options,
-    recipe_from_settings,
-)
+from hyper_merge.recipe.loading import load_recipe, recipe_from_options
+from hyper_merge.recipe.parsing import PrivateLoraTarget
+from hyper_merge.recipe.recipe import FIELDS, Recipe, option_help
 
 BASE = "name: example\nmodels: [a.safetensors, b.safetensors]\n"
 MODELS = (Path("a.safetensors"), Path("b.safetensors"))
@@ -146,7 +141,7 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         name="123",
         models=(Path("1.5"), Path("b.safetensors")),
         ranks=(8, 4),
-        topup="90%",
+        topup=PrivateLoraTarget(share=0.9),
         device="cuda:1",
         dtype="float32",
         iterations=7,
@@ -260,7 +255,7 @@ def test_other_readers_of_yaml_agree(recipe):
 @given(recipe=RECIPES)
 def test_settings_survive_json(recipe):
     settings = json.loads(json.dumps(recipe.to_settings()))
-    read = recipe_from_settings(settings, "manifest")
+    read = Recipe.from_settings(settings, "manifest")
     absolute = {
         "models": tuple(path.absolute() for path in recipe.models),
         "output": recipe.output.absolute(),
@@ -280,7 +275,7 @@ def test_settings_survive_json(recipe):
 )
 def test_settings_that_are_none_are_refused_by_their_place(changes, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        recipe_from_settings(Recipe("x", MODELS).to_settings() | changes, "run mix")
+        Recipe.from_settings(Recipe("x", MODELS).to_settings() | changes, "run mix")
 
 
 @given(recipe=RECIPES)
@@ -296,7 +291,7 @@ def test_no_folder_leaks_into_metadata():
         (Path("/home/me/secret/a.safetensors"), Path("C:\\Users\\me\\secret\\b.ckpt")),
         base="/home/me/secret/base.safetensors",
         output=Path("/home/me/secret"),
-        weights=(1, 3),
+        weights=(1.0, 3.0),
     )
     metadata = recipe.to_metadata()
     assert json.loads(metadata["models"]) == ["a.safetensors", "b.ckpt"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hyper_merge.errors import HyperMergeError, RecipeError
-from hyper_merge.recipe.recipe import Recipe, load_recipe, recipe_from_options
+from hyper_merge.recipe.loading import load_recipe, recipe_from_options
+from hyper_merge.recipe.recipe import Recipe
 
 BASE = "name: example\nmodels: [a.safetensors, b.safetensors]\n"
 MODELS = (Path("a.safetensors"), Path("b.safetensors"))

@@ -40,7 +40,7 @@ from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations import demo
 from hyper_merge.operations.merge.merge import run_average, run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.recipe.recipe import recipe_from_settings
+from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs import hash_cache as lineage
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
@@ -416,7 +416,7 @@ def test_the_settings_in_the_manifest_make_an_equal_recipe(files, tmp_path, monk
     names = [path.name for path in files[1:]]
     settings = {"base": files[0].name, "weights": (1, 2.5), "overwrite": True, "seed": 2**60}
     merged = merge(names, tmp_path, **settings)
-    found = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
+    found = Recipe.from_settings(manifest_of(merged)["settings"], "manifest")
     assert found == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
     assert manifest_of(merged)["hyper_model"] == str(files[0])
 

@@ -39,6 +39,7 @@ from hyper_merge.operations.restore.restore import (
     parse_mix,
     run_restore,
 )
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
@@ -191,7 +192,9 @@ def test_a_fitted_checkpoint_comes_back_with_its_top_up(single, tmp_path, state_
         for key, tensor in state_of(1, torch.float32).items()
     }
     other = write(tmp_path / "later.safetensors", state)
-    fitted = run_fit(FitRequest("mix", other, topup="90%"), single.folders, Progress())
+    fitted = run_fit(
+        FitRequest("mix", other, topup=PrivateLoraTarget(share=0.9)), single.folders, Progress()
+    )
     restored = restore(single.folders, "later")
     assert fitted.explained >= 0.9
     assert restored.compared.explained == pytest.approx(fitted.explained, abs=1e-6)

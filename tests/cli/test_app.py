@@ -158,9 +158,9 @@ def test_a_password_without_a_name_serves_nothing(tmp_path, served, capsys):
 @pytest.mark.parametrize("package", ["gradio", "matplotlib"])
 def test_without_gradio_the_command_says_how_to_get_it(tmp_path, package, monkeypatch, capsys):
     for name in list(sys.modules):
-        if re.match(rf"hyper_merge\.(app|ui)\b|{package}\b", name):
+        if re.match(rf"hyper_merge\.(cli\.app|ui)\b|{package}\b", name):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(hyper_merge, "app")
+    monkeypatch.delattr(hyper_merge.cli, "app")
     monkeypatch.delattr(hyper_merge, "ui")
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["app", str(tmp_path)]) == 2

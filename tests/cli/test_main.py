@@ -15,8 +15,10 @@ from tiny_family import NORM, QUERY, snapshot, temporaries, write
 
 from hyper_merge import __version__
 from hyper_merge.cli import main as cli
+from hyper_merge.cli.commands import COMMANDS
 from hyper_merge.cli.progress_bar import progress_bar
 from hyper_merge.errors import InterruptedRun
+from hyper_merge.operations.merge import merge
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
@@ -288,7 +290,7 @@ def test_exit_codes_and_one_message(files, tmp_path, run, monkeypatch, error, ou
     def fail(*rest):
         raise error
 
-    monkeypatch.setattr(cli, "run_merge", fail)
+    monkeypatch.setattr(merge, "run_merge", fail)
     found, out, err = run("merge", *options(files, tmp_path))
     assert (found, without_estimate(out), len(err)) == (code, "", 1)
     assert err[0].startswith("hyper-merge: " + message)
@@ -307,7 +309,7 @@ def test_what_breaks_on_the_way_out_after_ctrl_c_is_no_error_of_its_own(
         finally:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "run_merge", fail)
+    monkeypatch.setattr(merge, "run_merge", fail)
     code, _, err = run("merge", *options(files, tmp_path))
     assert (code, err) == (130, ["hyper-merge: stopped; no file was changed"])
 
@@ -352,6 +354,7 @@ SLOWLY = """
 import sys, time
 from hyper_merge.analysis import streaming_pass
 from hyper_merge.cli import main as cli
+from hyper_merge.cli.commands import COMMANDS
 quick = streaming_pass.analyze_tensor
 def slow(*arguments):
     time.sleep(0.1)
@@ -400,18 +403,33 @@ def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, 
     assert temporaries(started) == []
 
 
-COMMANDS = (
-    *("merge", "average", "plan", "inspect", "runs", "demo", "app"),
-    *("extract", "export", "fit", "absorb", "restore", "safe"),
-)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert f"hyper-merge {command}" in capsys.readouterr().out
+
+
+HELP_OF_ALL = """
+import contextlib, io, sys
+from hyper_merge.cli.commands import COMMANDS
+from hyper_merge.cli.main import main
+for words in ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(words)
+    heavy = sorted({"torch", "numpy", "gradio", "fastapi"} & set(sys.modules))
+    print(words[0], "wrote" if out.getvalue() else "is silent", *heavy)
+"""
+
+
+def test_help_and_version_import_nothing_heavy():
+    process = program(code=HELP_OF_ALL)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert out.split("\n") == [f"{word} wrote" for word in ("--version", "--help", *COMMANDS)] + [
+        ""
+    ]
 
 
 def test_a_plan_is_printed_and_only_the_cache_is_written(files, tmp_path, run):

@@ -22,6 +22,7 @@ from hyper_merge.errors import (
 )
 from hyper_merge.operations.extract import difference
 from hyper_merge.operations.extract.extract import ExtractRequest, format_extraction, run_extract
+from hyper_merge.recipe.request import key_place
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import write_family
 
@@ -29,8 +30,9 @@ RANK = 5
 
 
 def extract(base, checkpoint, output, progress=None, **settings):
-    wanted = ExtractRequest(base, checkpoint, **{"rank": RANK, "output": output, **settings})
-    return run_extract(wanted, progress or Progress())
+    files = {"base": base, "checkpoint": checkpoint, "output": output}
+    request = ExtractRequest.parse({**files, "rank": RANK, **settings}, key_place)
+    return run_extract(request, progress or Progress())
 
 
 def weight(state, layer):

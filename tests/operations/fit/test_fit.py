@@ -39,6 +39,7 @@ from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
+from hyper_merge.recipe.request import key_place
 from hyper_merge.runs.fit_records import load_fits, style_line
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, load_run
@@ -114,7 +115,8 @@ def dense(path, hyper_model, terms):
 
 
 def fit(folders, path, progress=None, **settings):
-    return run_fit(FitRequest("mix", path, **settings), folders, progress or Progress())
+    request = FitRequest.parse({"run": "mix", "checkpoint": path, **settings}, key_place)
+    return run_fit(request, folders, progress or Progress())
 
 
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):

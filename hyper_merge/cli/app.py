@@ -80,7 +80,7 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
         AppError: the folder is a file.
     """
     if root.exists() and not root.is_dir():
-        raise AppError(f"expected a models folder, {root} is a file; choose a folder")
+        raise AppError(f"expected a models folder, {root} is a file", hint="choose a folder")
     page = build_tab(
         Standalone(root),
         jobs,
@@ -142,8 +142,9 @@ def serve(
         )
     except OSError as error:
         raise AppError(
-            f"nothing can listen on {listening.address} port {listening.port}: it is taken, or the"
-            " address is not this computer's; choose another --port or --listen"
+            f"nothing can listen on {listening.address} port {listening.port}: it is taken, or"
+            " the address is not this computer's",
+            hint="choose another --port or --listen",
         ) from error
 
 

@@ -259,7 +259,7 @@ def common_layout(headers: Sequence[Header]) -> Layout:
 
 def _zeros_of_groups(layers: Sequence[Layer], costs: Sequence[int]) -> int:
     """Bytes of rank 1 in all layers that a file has together or not at all: at most so many zeros."""
-    return sum(cost for layer, cost in zip(layers, costs, strict=True) if layer.together)
+    return sum(cost for layer, cost in zip(layers, costs, strict=True) if layer.bundle)
 
 
 def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:

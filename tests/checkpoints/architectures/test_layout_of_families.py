@@ -11,7 +11,7 @@ import torch
 from narrow_layouts import FULL, NARROW, UNET, other_way_round, parts, two, xl
 
 from hyper_merge.checkpoints.architectures.detection import detect_family
-from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
+from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
     kind_of_tensor,
@@ -168,7 +168,7 @@ def test_a_fused_attention_is_three_layers_of_its_rows(make_header, layout):
 
 
 def test_the_four_modules_of_an_open_clip_attention_go_together(make_header):
-    groups = Counter(layer.together for layer in layers_of(make_header, xl()) if layer.together)
+    groups = Counter(layer.bundle for layer in layers_of(make_header, xl()) if layer.bundle)
     assert set(groups.values()) == {4}
     assert set(groups) == {f"lora_te2_text_model.encoder.layers.{i}" for i in range(32)}
 
@@ -181,7 +181,7 @@ def test_projections_are_layers_of_the_loaders_shape_either_way_round(make_heade
     header = make_header(other)
     layout = layout_of(header, detect_family(header))
     assert layout.layers == layers_of(make_header, plain)
-    read = to_usual_keys(header)
+    read = with_standard_keys(header)
     assert {key: info.shape for key, info in read.tensors.items()} == plain
     written = output_tensors(read, layout_of(read, layout.family), torch.float16)
     assert {key: info.shape for key, info in written.items()} == plain

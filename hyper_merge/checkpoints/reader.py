@@ -51,6 +51,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         table = read_table(path, status.st_size)
     except OSError as error:
         raise _unreadable(path, error) from error
+    except CheckpointError as error:
+        error.file = path  # which is read by its name alone there
+        raise
     header = Header(
         path=path,
         tensors=table.tensors,
@@ -110,7 +113,9 @@ class CheckpointReader:
     def header(self) -> Header:
         """Keys, types, shapes and metadata; known once the block is entered."""
         if self._header is None:
-            raise CheckpointError(f"{self.path.name} is not open", hint="use it in a with block")
+            raise CheckpointError(
+                f"{self.path.name} is not open", hint="use it in a with block", file=self.path
+            )
         return self._header
 
     def tensor(self, key: str) -> Tensor:
@@ -124,7 +129,9 @@ class CheckpointReader:
         """
         if self._get is None:
             raise CheckpointError(
-                f"{self.path.name} is closed", hint="read tensors inside of its block"
+                f"{self.path.name} is closed",
+                hint="read tensors inside of its block",
+                file=self.path,
             )
         header = self.header
         if key in header.unsupported:
@@ -133,9 +140,13 @@ class CheckpointReader:
                 f"{key} in {self.path.name} is stored as {stored}, unknown to torch"
                 f" {torch.__version__}",
                 hint="use an fp16 or fp32 version of the file",
+                file=self.path,
+                key=key,
             )
         if key not in header.tensors:
-            raise CheckpointError(f"{self.path.name} has no tensor {key!r}")
+            raise CheckpointError(
+                f"{self.path.name} has no tensor {key!r}", file=self.path, key=key
+            )
         require_unchanged(header)
         return _computable(key, header, self._get)
 
@@ -146,7 +157,7 @@ class CheckpointReader:
             handle = self._resources.enter_context(safe_open(str(self.path), framework="pt"))
         except SafetensorError as error:
             raise CheckpointError(
-                f"{self.path.name} cannot be read ({error})", hint=COPY_AGAIN
+                f"{self.path.name} cannot be read ({error})", hint=COPY_AGAIN, file=self.path
             ) from error
         get: Callable[[str], Tensor] = handle.get_tensor
         return get
@@ -179,6 +190,7 @@ def require_unchanged(header: Header) -> None:
         raise CheckpointError(
             f"{header.name} was changed while being read",
             hint="run again when nothing writes to it",
+            file=header.path,
         )
 
 
@@ -211,13 +223,15 @@ def _status(path: Path) -> os.stat_result:
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:  # a NUL character
-        raise CheckpointError(f"{str(path)!r} is not a path: {error}") from error
+        raise CheckpointError(f"{str(path)!r} is not a path: {error}", file=path) from error
     if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{path} is a folder, not a checkpoint", hint=_ACCEPTED)
+        raise CheckpointError(f"{path} is a folder, not a checkpoint", hint=_ACCEPTED, file=path)
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is a device or pipe, not a checkpoint", hint=_ACCEPTED)
+        raise CheckpointError(
+            f"{path} is a device or pipe, not a checkpoint", hint=_ACCEPTED, file=path
+        )
     if status.st_size == 0:
-        raise CheckpointError(f"{path} is empty", hint=COPY_AGAIN)
+        raise CheckpointError(f"{path} is empty", hint=COPY_AGAIN, file=path)
     return status
 
 
@@ -225,23 +239,25 @@ def _is_pickled(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
         raise CheckpointError(
-            f"{path.name} is a quantised GGUF file, which cannot be merged", hint=_ACCEPTED
+            f"{path.name} is a quantised GGUF file, which cannot be merged",
+            hint=_ACCEPTED,
+            file=path,
         )
     if suffix != ".safetensors" and suffix not in _PICKLED:
         raise CheckpointError(
-            f"{path.name} has the suffix {suffix!r}, which is not read", hint=_ACCEPTED
+            f"{path.name} has the suffix {suffix!r}, which is not read", hint=_ACCEPTED, file=path
         )
     return suffix in _PICKLED
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return CheckpointError(f"{path} does not exist", hint="check the path")
+        return CheckpointError(f"{path} does not exist", hint="check the path", file=path)
     if isinstance(error, PermissionError):
         return CheckpointError(
-            f"{path} may not be read: permission denied", hint="check its rights"
+            f"{path} may not be read: permission denied", hint="check its rights", file=path
         )
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}", file=path)
 
 
 def _pickled_header(path: Path, status: os.stat_result, tensors: dict[str, Tensor]) -> Header:

@@ -32,6 +32,7 @@ def detect_family(header: Header) -> Family:
     raise FamilyError(
         f"{header.name} is of no architecture that Hyper-Merge knows (first keys: {first})",
         hint=f"choose checkpoints of {KINDS}",
+        file=header.path,
     )
 
 
@@ -47,6 +48,7 @@ def require_supported(header: Header) -> Family:
         raise FamilyError(
             f"{header.name} is a {family.title} checkpoint, which cannot be merged",
             hint=f"choose checkpoints of {KINDS}",
+            file=header.path,
         )
     _require_averageable(header, family)
     return family
@@ -56,7 +58,9 @@ def _refuse(header: Header, signature: KeySignature, models: Iterable[Unsupporte
     for model in models:
         if model.matches(signature):
             raise FamilyError(
-                f"{header.name} is {model.title}", hint=f"choose checkpoints of {KINDS}"
+                f"{header.name} is {model.title}",
+                hint=f"choose checkpoints of {KINDS}",
+                file=header.path,
             )
 
 
@@ -73,4 +77,5 @@ def _require_averageable(header: Header, family: Family) -> None:
             f"{header.name} stores {len(unusable)} tensors in a type that cannot be averaged (first:"
             f" {key} as {dtype})",
             hint="use its fp16 or fp32 version",
+            file=header.path,
         )

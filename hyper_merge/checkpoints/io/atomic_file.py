@@ -23,14 +23,21 @@ from hyper_merge.errors import OutputError
 
 # Errors by which a file system says that it cannot reserve space, though it may well have it.
 _CANNOT_RESERVE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+_ELSEWHERE: Final = "choose another folder"
 _REASONS: Final = {
-    errno.ENOSPC: "the disk is full; free some space or choose another folder",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
-    errno.EFBIG: "the file system cannot hold so large a file; choose another folder",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "permission denied, or another program uses the file; choose another folder",
-    errno.EPERM: "permission denied; choose another folder",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file system cannot hold so large a file",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied, or another program uses the file",
+    errno.EPERM: "permission denied",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+_HINTS: Final = {
+    **dict.fromkeys(_REASONS, _ELSEWHERE),
+    errno.ENOSPC: f"free some space or {_ELSEWHERE}",
+    errno.EDQUOT: f"free some space or {_ELSEWHERE}",
+    errno.ENAMETOOLONG: "choose a shorter one",
 }
 
 
@@ -188,6 +195,7 @@ class StagedRemoval:
             raise OutputError(
                 f"cannot remove {self.path}: {error.strerror or error}",
                 hint="close the programs that use it, or see to the rights of its folder",
+                file=self.path,
             ) from error
         sync_folder(self.path.parent)
 
@@ -213,14 +221,16 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         above = next(folder for folder in path.absolute().parents if folder.exists())
         if not above.is_dir():
             raise OutputError(
-                f"cannot write {path}: {above} is a file", hint="choose another place"
+                f"cannot write {path}: {above} is a file", hint="choose another place", file=path
             )
         if path.is_dir():
-            raise OutputError(f"{path} is a folder", hint="choose another name")
+            raise OutputError(f"{path} is a folder", hint="choose another name", file=path)
         # lexists: a dangling link is somebody's file too.
         if not overwrite and os.path.lexists(path):
             raise OutputError(
-                f"{path} exists", hint="choose another name, or --overwrite on the command line"
+                f"{path} exists",
+                hint="choose another name, or --overwrite on the command line",
+                file=path,
             )
 
 
@@ -238,12 +248,14 @@ def as_output_error(path: Path, needed: int = 0) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise OutputError(
-            f"cannot write {path}: its folder does not exist, or the temporary file was removed"
+            f"cannot write {path}: its folder does not exist, or the temporary file was removed",
+            file=path,
         ) from error
     except OSError as error:
-        raise OutputError(_message(path, needed, error)) from error
+        hint = _HINTS.get(error.errno or 0, "")
+        raise OutputError(_message(path, needed, error), hint=hint, file=path) from error
     except ValueError as error:  # a NUL character
-        raise OutputError(f"cannot write {str(path)!r}: {error}") from error
+        raise OutputError(f"cannot write {str(path)!r}: {error}", file=path) from error
 
 
 def sync_folder(folder: Path) -> None:

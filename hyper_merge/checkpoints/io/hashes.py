@@ -89,4 +89,4 @@ def _sha256_to_end(stream: BufferedReader, tick: Callable[[int], None]) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}", file=path)

@@ -54,11 +54,15 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     data = _load(path)
     if not isinstance(data, Mapping):
         kind = type(data).__name__
-        raise CheckpointError(f"{path.name} holds a {kind}, not a state dict of tensors by key")
+        raise CheckpointError(
+            f"{path.name} holds a {kind}, not a state dict of tensors by key", file=path
+        )
     nested = data.get(_NESTED)
     tensors = _tensors(nested if isinstance(nested, Mapping) else data) or _one_deeper(data)
     if not tensors:
-        raise CheckpointError(f"{path.name} holds no tensor", hint="choose a full checkpoint")
+        raise CheckpointError(
+            f"{path.name} holds no tensor", hint="choose a full checkpoint", file=path
+        )
     return tensors
 
 
@@ -67,7 +71,7 @@ def _load(path: Path) -> Any:
         head = stream.read(LENGTH_BYTES + 2)
     if head[LENGTH_BYTES:] == b'{"':
         raise CheckpointError(
-            f"{path.name} is a .safetensors file by its content", hint="rename it so"
+            f"{path.name} is a .safetensors file by its content", hint="rename it so", file=path
         )
     mapped = head.startswith(_ZIP_MAGIC)  # files of torch before 1.6 can't be mapped
     try:
@@ -85,11 +89,13 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
             f"{path.name} is not loaded: its pickle asks for {forbidden[1]}, and pickles can"
             " run any program",
             hint="convert it to .safetensors with a tool that you trust",
+            file=path,
         )
     reason = str(error).strip().split("\n", 1)[0][:200] or type(error).__name__
     return CheckpointError(
         f"{path.name} is damaged or not a .ckpt file of tensors ({reason})",
         hint=f"{COPY_AGAIN}, or convert it to .safetensors with a tool that you trust",
+        file=path,
     )
 
 

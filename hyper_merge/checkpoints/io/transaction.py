@@ -201,4 +201,5 @@ def _require_apart(path: Path, other: Path | None) -> None:
             f"cannot write {path}: {other}, which belongs to the same work, is the same file on"
             " Windows and macOS",
             hint="give one of the two another name",
+            file=path,
         )

@@ -69,7 +69,7 @@ def test_a_malicious_bare_pickle_is_refused_and_never_runs(tmp_path):
 def test_an_object_that_is_no_tensor_is_named(tmp_path):
     path = tmp_path / "trained.ckpt"
     torch.save({"state_dict": weights(), "callbacks": Callback()}, path)
-    with pytest.raises(CheckpointError, match=r"asks for test_reading_pickles\.Callback"):
+    with pytest.raises(CheckpointError, match=r"asks for [\w.]*test_pickle_reader\.Callback"):
         read_header(path)
 
 

@@ -1,4 +1,4 @@
-"""How the command line says something."""
+"""Messages of the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TextIO
 
 
 def say(message: str, stream: TextIO | None = None) -> None:
-    """Writes a message as a line of its own, to standard output unless another stream is given."""
+    """Writes a message as one line or more, to standard output unless another stream is given."""
     stream = stream or sys.stdout
     stream.write(message if message.endswith("\n") else message + "\n")
     stream.flush()

@@ -104,9 +104,9 @@ class Recipe:
             RecipeError: a setting is unknown, missing or impossible.
         """
         _require_known(values, where)
-        given = [key for key in _SIZES if values.get(key) not in (None, "")]
+        sizes = [key for key in _SIZES if values.get(key) not in (None, "")]
         with settings_placed(where):
-            _require_one_of_sizes(given)
+            _require_one_of_sizes(sizes)
         return parse_request(cls, values, FIELD_PARSERS, where)
 
     @classmethod

@@ -58,9 +58,9 @@ def test_every_parser_takes_its_own_results_unchanged():
         assert field.parse(value) == value
 
 
-def test_metadata_holds_all_settings_but_those_of_the_disk():
-    told = set(Recipe("x", MODELS).to_metadata())
-    assert {field.name for field in FIELDS} - told == {"output", "overwrite"}
+def test_metadata_holds_all_settings_but_paths_on_disk():
+    names = set(Recipe("x", MODELS).to_metadata())
+    assert {field.name for field in FIELDS} - names == {"output", "overwrite"}
 
 
 def test_every_option_is_explained_with_its_default():
@@ -110,8 +110,8 @@ def test_every_spelling_of_a_number_is_one(write, text):
     assert load_recipe(write(f"{BASE}tolerance: {text}\n")).tolerance == 5e-4
 
 
-def test_every_value_can_be_given_on_the_command_line_alone():
-    given_ = {
+def test_options_alone_can_give_every_value():
+    options = {
         "name": "123",
         "models": ["1.5", "b.safetensors"],
         "ranks": ["8,", "4"],
@@ -136,8 +136,8 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "exact": "norms",
         "lora_dtype": "float8",
     }
-    assert set(given_) == {field.name for field in FIELDS}
-    assert recipe_from_options(given_) == Recipe(
+    assert set(options) == {field.name for field in FIELDS}
+    assert recipe_from_options(options) == Recipe(
         name="123",
         models=(Path("1.5"), Path("b.safetensors")),
         ranks=(8, 4),
@@ -169,7 +169,7 @@ def test_the_command_line_wins_over_the_file(write):
     assert recipe.models == (Path("c"), Path("d"))
 
 
-def test_paths_are_of_the_current_folder_and_else_beside_the_file(write, tmp_path, monkeypatch):
+def test_paths_are_found_here_or_beside_the_file(write, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     for path in (here / "a.safetensors", tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
@@ -230,7 +230,7 @@ RECIPES = st.builds(
             max_size=len(recipe.models),
         )
         .map(lambda pairs: tuple(zip(*pairs, strict=True)))
-        .map(lambda both: dataclasses.replace(recipe, weights=both[0], fit_weights=both[1]))
+        .map(lambda lists: dataclasses.replace(recipe, weights=lists[0], fit_weights=lists[1]))
     )
 )
 
@@ -273,7 +273,7 @@ def test_settings_survive_json(recipe):
         ({"tolerance": float("nan")}, 'run mix, key "tolerance": expected a number'),
     ],
 )
-def test_settings_that_are_none_are_refused_by_their_place(changes, message):
+def test_impossible_json_settings_are_refused_by_place(changes, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         Recipe.from_settings(Recipe("x", MODELS).to_settings() | changes, "run mix")
 

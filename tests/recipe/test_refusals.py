@@ -86,7 +86,7 @@ def problem(**values):
         ("output:", "expected text, got nothing"),
     ],
 )  # fmt: skip
-def test_impossible_settings_are_refused_with_their_line(tmp_path, lines, message):
+def test_impossible_settings_are_refused_with_the_line(tmp_path, lines, message):
     assert message in refusal(tmp_path / "config.yaml", BASE + lines + "\n")
 
 
@@ -117,7 +117,7 @@ def test_impossible_settings_are_refused_with_their_line(tmp_path, lines, messag
         (b"\0" * (1 << 20) + b"\0", ": expected a YAML recipe, got 1048577 bytes; give checkpoints"),
     ],
 )  # fmt: skip
-def test_what_is_not_a_recipe_is_refused_with_its_line(tmp_path, text, message):
+def test_other_files_are_refused_with_the_line(tmp_path, text, message):
     assert message in refusal(tmp_path / "config.yaml", text)
 
 

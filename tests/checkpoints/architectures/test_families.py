@@ -51,7 +51,7 @@ def test_every_known_family_has_its_variant_here():
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_a_family_that_cannot_be_merged_is_refused_by_title(make_header, name):
+def test_an_unsupported_family_is_refused_by_title(make_header, name):
     (family,) = [family for family in FAMILIES if family.name == name]
     with pytest.raises(FamilyError) as refusal:
         require_supported(make_header(UNSUPPORTED[name](), name="X.safetensors"))
@@ -80,24 +80,24 @@ def test_a_checkpoint_without_position_ids_or_vae_is_sd1(make_header, narrow):
     assert require_supported(make_header(parts(shapes, UNET, CLIP))).name == "sd1"
 
 
-def test_sd2_in_the_spelling_of_sgm_is_not_taken_for_the_refiner(make_header):
-    found = with_standard_keys(make_header(renamed(two(), OPEN_CLIP, SGM)))
-    assert detect_family(found).name == "sd2"
-    assert set(found.tensors) == set(two())
+def test_sd2_in_the_spelling_of_sgm_is_no_refiner(make_header):
+    converted = with_standard_keys(make_header(renamed(two(), OPEN_CLIP, SGM)))
+    assert detect_family(converted).name == "sd2"
+    assert set(converted.tensors) == set(two())
     refiner = make_header(NARROW["sdxl_refiner"]())
     assert with_standard_keys(refiner) == refiner
 
 
 def test_old_text_encoder_keys_are_those_of_sd1(make_header, narrow):
-    found = with_standard_keys(make_header(renamed(narrow, CLIP, CLIP.removesuffix("text_model."))))
-    assert detect_family(found).name == "sd1"
-    assert set(found.tensors) == set(narrow)
+    converted = with_standard_keys(
+        make_header(renamed(narrow, CLIP, CLIP.removesuffix("text_model.")))
+    )
+    assert detect_family(converted).name == "sd1"
+    assert set(converted.tensors) == set(narrow)
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_telling_a_full_size_file_takes_under_50_ms_of_cpu_and_reads_its_header_only(
-    tmp_path, name, bytes_read
-):
+def test_detection_reads_the_header_only_within_50_ms(tmp_path, name, bytes_read):
     path = header_only(tmp_path / "x.safetensors", FULL[name]())
     took = [math.inf]
     while min(took) >= 0.05 and len(took) < 100:  # other programs may be at work
@@ -242,7 +242,7 @@ def test_whole_numbers_and_unknown_types_are_refused(make_header, narrow):
         require_supported(type(header)(header.path, header.tensors, {}, 0, 0, {"z": "F4"}))
 
 
-def test_the_real_families_of_fp8_and_fp32_files_are_supported(make_header, narrow):
+def test_fp8_and_fp32_files_are_supported(make_header, narrow):
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         assert require_supported(make_header(narrow, dtype=dtype)).name == "sd1"
 

@@ -31,7 +31,10 @@ from hyper_merge.recipe.parsing import (
 )
 from hyper_merge.recipe.plain_values import plain_value
 
-AVERAGE = "average"
+AVERAGE: Final = "average"
+
+SIZES: Final = ("ranks", "budget", "target")
+"""Settings of which one is given."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
-from hyper_merge.recipe.fields import AVERAGE, FIELDS
+from hyper_merge.recipe.fields import AVERAGE, FIELDS, SIZES
 from hyper_merge.recipe.recipe import Recipe, unknown_setting
 from hyper_merge.recipe.yaml_file import Setting, read_settings
 
 Options: TypeAlias = "Mapping[str, str | Sequence[str]]"
 """Words after the options of the command line, by key."""
-
-_SIZES: Final = {"ranks", "budget", "target"}  # an option takes the place of any in the file
 
 
 def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
@@ -35,8 +33,8 @@ def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
             value = _beside(settings[key].value, path.parent)
             settings[key] = Setting(value, settings[key].where)
     options = _option_settings(overrides or {})
-    if _SIZES & options.keys():
-        settings = {key: setting for key, setting in settings.items() if key not in _SIZES}
+    if options.keys() & SIZES:  # an option takes the place of any of these in the file
+        settings = {key: setting for key, setting in settings.items() if key not in SIZES}
     return _recipe({**settings, **options}, str(path))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from hyper_merge.errors import RecipeError, settings_placed
-from hyper_merge.recipe.fields import AVERAGE, FIELD_PARSERS, FIELDS, Field
+from hyper_merge.recipe.fields import AVERAGE, FIELD_PARSERS, FIELDS, SIZES, Field
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.recipe.request import PlaceOf, check_request, key_place, parse_request
@@ -23,7 +23,6 @@ DEFAULT_RANKS: Final = (128, 64, 32, 16)
 DEFAULT_ITERATIONS: Final = 30
 DEFAULT_TOLERANCE: Final = 2e-3
 
-_SIZES: Final = ("ranks", "budget", "target")  # of which one is given
 _REQUIRED: Final = ("name", "models")
 
 
@@ -104,7 +103,7 @@ class Recipe:
             RecipeError: a setting is unknown, missing or impossible.
         """
         _require_known(values, where)
-        sizes = [key for key in _SIZES if values.get(key) not in (None, "")]
+        sizes = [key for key in SIZES if values.get(key) not in (None, "")]
         with settings_placed(where):
             _require_one_of_sizes(sizes)
         return parse_request(cls, values, FIELD_PARSERS, where)
@@ -211,7 +210,7 @@ def _require_one_of_sizes(keys: Sequence[str]) -> None:
     """Returns if at most one of ranks, budget and target is given."""
     if len(keys) > 1:
         raise RecipeError(
-            f"expected one of {', '.join(_SIZES)}, got {' and '.join(keys)}",
+            f"expected one of {', '.join(SIZES)}, got {' and '.join(keys)}",
             hint=f"leave {'one' if len(keys) == 2 else 'two'} out",
             key=keys[1],
         )

@@ -34,7 +34,7 @@ from tables import table
 
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.recipe.recipe import recipe_from_options
+from hyper_merge.recipe.loading import recipe_from_options
 from hyper_merge.runs.folders import MANIFEST, Folders
 from hyper_merge.runs.report import Report
 from hyper_merge.runtime.progress import Progress

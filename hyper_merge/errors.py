@@ -1,16 +1,67 @@
 """Every way in which the user's input or machine can be refused; no imports of the package.
 
-Messages are written for the person at the keyboard: what was expected, what came, which file and
-key, what to do. Anything that is not a `HyperMergeError` is a bug of ours.
+A refusal is data: what was expected and what came, where, and what to do. Each screen says it in its
+own form; `str(error)` is the whole text. Anything that is not a `HyperMergeError` is a bug of ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class HyperMergeError(Exception):
-    """Base of all refusals; `str(error)` is the whole message for the user."""
+    """Base of all refusals; `str(error)` is the whole text for the user.
+
+    Attributes:
+        message: What was expected and what came; it names the file or the tensor that it is about.
+        hint: What to do; empty where the message leaves no doubt.
+        where: The place in the user's input, as people read it, such as "option --ranks"; it stands
+            before the message. Empty where the message is about no setting.
+        file: Path of the file in question; None where there is none.
+        key: Name of the setting, or of the tensor in `file`; None where there is none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        where: str = "",
+        file: Path | None = None,
+        key: str | None = None,
+    ) -> None:
+        """Takes the parts of the text; each can be changed while the error is on its way."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.where = where
+        self.file = file
+        self.key = key
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+@contextmanager
+def settings_placed(where: Callable[[str], str], key: str | None = None) -> Iterator[None]:
+    """Says of refusals within the block which setting they are about, and where it stands.
+
+    Blocks within one another: the outermost knows best where a setting stands, the innermost which.
+
+    Args:
+        where: returns the place of a setting by its key, as people read it.
+        key: the setting; None where the refusals within say it themselves.
+    """
+    try:
+        yield
+    except HyperMergeError as error:
+        error.key = error.key or key
+        if error.key is not None:
+            error.where = where(error.key)
+        raise
 
 
 class RecipeError(HyperMergeError, ValueError):
@@ -62,11 +113,11 @@ class UnknownRunError(RunError):
 
 
 class ExtractionError(HyperMergeError, ValueError):
-    """No LoRA can be made of this: checkpoints that do not differ, a run's LoRAs that are not its own."""
+    """No LoRA can be made: checkpoints that do not differ, or a run's LoRAs that were replaced."""
 
 
 class PictureError(HyperMergeError, ValueError):
-    """Pictures cannot be made like this, or not here."""
+    """Pictures cannot be made with these settings, or not by this host."""
 
 
 class CacheError(HyperMergeError, OSError):
@@ -77,23 +128,26 @@ class DamagedCacheError(HyperMergeError, ValueError):
     """A file of the cache is not what was written; whoever uses it sets it aside and makes it again.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
         reason: What is wrong with it.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
         """Takes what the message is made of."""
         super().__init__(
-            f"{path} is damaged ({reason}), and nothing was written; run again, and where this is"
-            " said again check the disk and the memory of this machine"
+            f"{path} is damaged ({reason}), and nothing was written",
+            hint="run again, and where this is said again check the disk and the memory of this"
+            " machine",
+            file=path,
         )
+        self.args = (path, reason)  # by which it is made again in another process
         self.path = path
         self.reason = reason
 
 
 class AppError(HyperMergeError, ValueError):
-    """The app cannot be served like this."""
+    """The app cannot be served with these options."""
 
 
-class InterruptedRun(HyperMergeError):  # noqa: N818 - the user's wish, not an error
+class InterruptedRun(HyperMergeError):  # noqa: N818 - a request, not an error
     """The user stopped the run; nothing half-written is left behind."""

@@ -87,18 +87,18 @@ def test_the_readme_links_to_every_page():
 @pytest.mark.parametrize("page", PAGES, ids=page_names)
 def test_shown_commands_and_their_options_exist(page):
     for command, words in shown_commands(page):
-        shown = set(_OPTION.findall(words))
-        missing = shown - options_of(command)
+        options = set(_OPTION.findall(words))
+        missing = options - options_of(command)
         if command == "runs" and missing:
             missing -= set(_OPTION.findall(help_text("runs", "delete").replace("[", " ")))
         assert not missing, f"hyper-merge {command} has no {', '.join(sorted(missing))}"
 
 
 def test_every_command_is_shown_on_some_page():
-    shown = {command for page in PAGES for command, _ in shown_commands(page)}
+    commands = {command for page in PAGES for command, _ in shown_commands(page)}
     known = set(re.findall(r"^    (\w+) ", help_text(), re.MULTILINE))
     assert "merge" in known
-    assert shown == known
+    assert commands == known
 
 
 def test_every_recipe_key_is_documented_as_a_row():

@@ -64,7 +64,7 @@ def load(path: Path) -> State:
 def recipe(models, output: Path, **settings: Any) -> Recipe:
     """A small merge's recipe."""
     values = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", **settings}
-    return Recipe(models=tuple(models), output=output, **values)
+    return Recipe.from_settings({**values, "models": tuple(models), "output": output}, "recipe")
 
 
 def merge(

@@ -12,11 +12,10 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.naming import suggest_name, with_free_name
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
-from hyper_merge.recipe.parsing import suggest_nearest
-from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, SettingError
+from hyper_merge.recipe.plain_values import suggest_nearest
+from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.folders import Place
 
-_SIZES: Final = ("ranks", "budget", "target")
 _NAMES: Final = {"models": "checkpoints"}
 """What the API calls a recipe's setting, where that is another word."""
 
@@ -33,12 +32,11 @@ def recipe_of(asked: PlanBody, name: str, host: Host) -> Recipe:
         RecipeError: a setting cannot be; the message begins with its name.
         CheckpointError: a name is not in the host's list.
     """
-    sizes = [name for name in _SIZES if getattr(asked, name) is not None]
-    if len(sizes) > 1:
-        raise RecipeError(f"{sizes[1]}: expected one of {', '.join(_SIZES)}, got {sizes}")
     if len(asked.checkpoints) < 2:
         raise RecipeError(
-            f"checkpoints: a merge takes two checkpoints or more, got {len(asked.checkpoints)}"
+            f"a merge takes two checkpoints or more, got {len(asked.checkpoints)}",
+            where="checkpoints",
+            key="models",
         )
     listed = host.checkpoints()
     given: dict[str, Any] = {
@@ -49,10 +47,8 @@ def recipe_of(asked: PlanBody, name: str, host: Host) -> Recipe:
     given["name"] = name
     given["models"] = tuple(file_of(name, "checkpoints", listed) for name in asked.checkpoints)
     given["base"] = AVERAGE if asked.base is None else str(file_of(asked.base, "base", listed))
-    try:
-        return Recipe(**given, output=host.folders().models.parent)
-    except SettingError as error:
-        raise _named(error) from None
+    given["output"] = host.folders().models.parent
+    return Recipe.parse(given, _place)
 
 
 def examined(asked: PlanBody, host: Host) -> Preflight:
@@ -84,10 +80,7 @@ def order_of(asked: FitBody, host: Host) -> FitRequest:
     names = ("name", "topup", "device", "seed", "overwrite")
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     path = file_of(asked.checkpoint, "checkpoint", host.checkpoints())
-    try:
-        return FitRequest(run=asked.run, checkpoint=path, **given)
-    except SettingError as error:
-        raise _named(error) from None
+    return FitRequest.parse({"run": asked.run, "checkpoint": path, **given}, _place)
 
 
 def file_of(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
@@ -103,13 +96,17 @@ def file_of(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
     """
     if name not in listed:
         raise CheckpointError(
-            f"{setting}: expected a name of the host's list, got {name!r:.200}"
-            f"{suggest_nearest(name, listed) or '; refresh the list if it is new'}"
+            f"expected a name of the host's list, got {name!r:.200}",
+            hint=suggest_nearest(name, listed) or "refresh the list if it is new",
+            where=setting,
         )
     if not listed[name].exists():
-        raise CheckpointError(f"{setting}: the file of {name} is no longer there")
+        raise CheckpointError(
+            f"the file of {name} is no longer there", where=setting, file=listed[name]
+        )
     return listed[name]
 
 
-def _named(error: SettingError) -> RecipeError:
-    return RecipeError(f"{_NAMES.get(error.key, error.key)}: {error.problem}")
+def _place(key: str) -> str:
+    """Returns what the API calls a recipe's setting."""
+    return _NAMES.get(key, key)

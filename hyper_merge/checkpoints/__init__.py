@@ -1,1 +1,1 @@
-"""Checkpoint files: reading, writing, telling them apart; no mathematics, no devices."""
+"""Checkpoint files: reading, writing and recognising them; no mathematics, no devices."""

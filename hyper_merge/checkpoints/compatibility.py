@@ -1,4 +1,4 @@
-"""Whether checkpoints can be merged with one another: one family, the same keys and shapes, no twins."""
+"""Checks that checkpoints can be merged: one family, the same keys and shapes, none given twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyper_merge.checkpoints.reader import fingerprint, read_header
 from hyper_merge.errors import CheckpointError, MismatchError
 
 _ADVICE: Final = "choose checkpoints of one family"
-_FREE: Final = (Treatment.COPY, Treatment.DROP)
+_UNCOMPARED: Final = (Treatment.COPY, Treatment.DROP)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,7 +26,7 @@ def check_compatible(headers: Sequence[Header], layouts: Sequence[Layout]) -> No
     may differ.
 
     Args:
-        headers: of all files; the first is what the others are held against.
+        headers: of all files; the others are compared with the first.
         layouts: of the same files.
 
     Raises:
@@ -53,7 +53,7 @@ def check_families(headers: Sequence[Header], families: Sequence[Family]) -> Non
 
 
 def check_distinct(paths: Sequence[Path]) -> list[str]:
-    """Warnings, one for each pair of files with the same content by `fingerprint`.
+    """Returns a warning for each pair of files with the same content by `fingerprint`.
 
     Raises:
         MismatchError: one file is given twice, by its path or through a link.
@@ -78,17 +78,17 @@ def check_distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def find_missing_parts(header: Header, layout: Layout) -> list[str]:
-    """A warning if a file that can be merged is no whole checkpoint: without text encoder or VAE."""
+    """Returns a warning if a file that can be merged lacks a text encoder or the VAE."""
     texts = tuple(part.prefix for part in layout.family.parts if part.name == "text_encoder")
     needed = {"text encoder": texts, "VAE": layout.family.vae_prefixes}
-    lacking = [f"no {title}" for title, of in needed.items() if not _holds(header, of)]
+    lacking = [f"no {title}" for title, keys in needed.items() if not _holds(header, keys)]
     if not lacking:
         return []
     return [f"the files hold {' and '.join(lacking)}: the hyper-model needs it from elsewhere"]
 
 
 def find_differing_markers(headers: Sequence[Header]) -> list[str]:
-    """Warnings, one for each file whose markers (such as ztsnr) are not those of the first."""
+    """Returns a warning for each file whose markers (such as ztsnr) are not those of the first."""
     names = _names(headers)
     first, *others = [
         {key for key, info in header.tensors.items() if not info.numel} for header in headers
@@ -102,17 +102,17 @@ def find_differing_markers(headers: Sequence[Header]) -> list[str]:
 
 
 def _check_parts(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:
-    held = [_parts(header, layout) for header, layout in zip(headers, layouts, strict=True)]
-    _refuse_several(_names(headers), held, ("holds", "hold"), "choose files with the same parts")
+    parts = [_parts(header, layout) for header, layout in zip(headers, layouts, strict=True)]
+    _refuse_several(_names(headers), parts, ("holds", "hold"), "choose files with the same parts")
 
 
 def _parts(header: Header, layout: Layout) -> str:
-    """Which parts of a checkpoint a file holds, for people."""
+    """Returns the parts of a checkpoint that a file holds, for people."""
     prefixes: dict[str, tuple[str, ...]] = {
         part.title: (part.prefix,) for part in layout.family.parts
     }
     prefixes["VAE"] = layout.family.vae_prefixes
-    titles = [title for title, of in prefixes.items() if _holds(header, of)]
+    titles = [title for title, keys in prefixes.items() if _holds(header, keys)]
     return " and ".join(filter(None, [", ".join(titles[:-1]), titles[-1]]))
 
 
@@ -130,9 +130,9 @@ def _refuse_several(
     if len(groups) < 2:
         return
     falling = sorted(groups.items(), key=lambda group: -len(group[1]))
-    counts = ", ".join(f"{len(of)} {verb[len(of) > 1]} {kind}" for kind, of in falling)
-    files = " / ".join(", ".join(of) for _, of in falling)
-    raise MismatchError(f"{counts}: {files}; {advice}")
+    counts = ", ".join(f"{len(files)} {verb[len(files) > 1]} {kind}" for kind, files in falling)
+    listing = " / ".join(", ".join(files) for _, files in falling)
+    raise MismatchError(f"{counts}: {listing}", hint=advice)
 
 
 def _twice(first: Path, second: Path) -> str:
@@ -149,7 +149,7 @@ def _same_file(first: Path, second: Path) -> bool:
 
 
 def _names(headers: Sequence[Header]) -> list[str]:
-    """File names, with their folders where two are called the same."""
+    """Returns the file names, with their folders where two are called the same."""
     names = [header.name for header in headers]
     return [str(header.path) if names.count(header.name) > 1 else header.name for header in headers]
 
@@ -158,7 +158,7 @@ def _compared(header: Header, layout: Layout) -> Shapes:
     return {
         key: info.shape
         for key, info in header.tensors.items()
-        if layout.treatments[key] not in _FREE
+        if layout.treatments[key] not in _UNCOMPARED
     }
 
 
@@ -167,13 +167,13 @@ def _require_keys(name: str, shapes: Shapes, other: str, expected: Shapes) -> No
     if lacking:
         owner = other + ("'" if other.endswith("s") else "'s")
         raise MismatchError(
-            f"{name} lacks {len(lacking)} of {owner} {len(expected)} keys (first: {lacking[0]});"
-            f" {_ADVICE}"
+            f"{name} lacks {len(lacking)} of {owner} {len(expected)} keys (first: {lacking[0]})",
+            hint=_ADVICE,
         )
     extra = [key for key in shapes if key not in expected]
     if extra:
         raise MismatchError(
-            f"{name} has {_keys(extra)} that {other} lacks (first: {extra[0]}); {_ADVICE}"
+            f"{name} has {_keys(extra)} that {other} lacks (first: {extra[0]})", hint=_ADVICE
         )
 
 
@@ -183,7 +183,8 @@ def _require_shapes(name: str, shapes: Shapes, other: str, expected: Shapes) -> 
         key = differing[0]
         raise MismatchError(
             f"{name} and {other} differ in shape in {_keys(differing)} (first: {key}"
-            f" {list(shapes[key])} against {list(expected[key])}); {_ADVICE}"
+            f" {list(shapes[key])} against {list(expected[key])})",
+            hint=_ADVICE,
         )
 
 

@@ -1,6 +1,6 @@
-"""Whether a checkpoint predicts noise or v, which keys and shapes alone do not always tell.
+"""Finds out whether a checkpoint predicts noise or v, which its keys and shapes do not always show.
 
-And the configuration (`.yaml`) beside a checkpoint of the second kind, by which hosts know it.
+Hosts know a checkpoint that predicts v by the configuration (`.yaml`) beside it.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ _SPREAD: Final = 0.09  # standard deviation; hosts ask the same tensor and numbe
 
 
 def with_prediction_type(header: Header, family: Family) -> Family:
-    """The family, or its variant that predicts v if the file is of that.
+    """Returns the family, or its variant that predicts v where the file does.
 
-    By the .yaml beside the file, as hosts have it; by a marker among the keys; by the file's
-    metadata; and for SD 2 by the spread of one short tensor, the only one that is read.
+    It decides by the .yaml beside the file, as hosts do; then by a marker among the keys; by the
+    file's metadata; and for SD 2 by the spread of one short tensor, the only one that is read.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    return family.predicting_v() if family.v_words and _predicts_v(header, family) else family
+    return family.predicting_v() if family.v_metadata and _predicts_v(header, family) else family
 
 
 def find_config_file(path: Path) -> Path:
-    """Where hosts look for a checkpoint's own configuration."""
+    """Returns the path at which hosts look for a checkpoint's configuration."""
     return path.with_suffix(".yaml")
 
 
 def v_prediction_config(first: Header, family: Family) -> str | None:
-    """What is to stand beside an average that predicts v; None for any other.
+    """Returns the text of the configuration beside an average that predicts v; None for any other.
 
     An average may look like the other kind by the spread of its values, and A1111 does not know
     the marker of SDXL.
 
     Args:
-        first: the first of the checkpoints; its own configuration is taken over.
+        first: the first of the checkpoints; its configuration is copied where it has one.
         family: of all of them, as `with_prediction_type` gives it.
     """
     if not family.predicts_v:
@@ -55,32 +55,32 @@ def v_prediction_config(first: Header, family: Family) -> str | None:
 
 def _predicts_v(header: Header, family: Family) -> bool:
     config = _config(find_config_file(header.path))
-    said = header.metadata.get("modelspec.prediction_type")
+    declared = header.metadata.get("modelspec.prediction_type")
     if config is not None:
-        return _says_v(config)
-    if _MARK in header.tensors or said:
-        return _MARK in header.tensors or said == "v"
+        return _declares_v(config)
+    if _MARK in header.tensors or declared:
+        return _MARK in header.tensors or declared == "v"
     return family.v_spread in header.tensors and _is_wide(header, family.v_spread)
 
 
 def _config(path: Path) -> dict[str, Any] | None:
-    """The parameters in a host's configuration; None if there is none that can be read."""
+    """Returns the parameters in a host's configuration; None if there is none that can be read."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         params = config["model"]["params"]
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return None  # the file is the host's; it will tell its own
+        return None  # the file is the host's, which will complain of it
     return params if isinstance(params, dict) else None
 
 
-def _says_v(params: dict[str, Any]) -> bool:
-    """Forge and A1111 read the two kinds of configuration so."""
+def _declares_v(params: dict[str, Any]) -> bool:
+    """Whether a configuration is of v-prediction, as Forge and A1111 read its two forms."""
     if params.get("parameterization") == "v":
         return True
-    found: Any = params
+    value: Any = params
     for key in ("denoiser_config", "params", "scaling_config", "target"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return isinstance(found, str) and found.endswith(".VScaling")
+        value = value.get(key) if isinstance(value, dict) else None
+    return isinstance(value, str) and value.endswith(".VScaling")
 
 
 def _is_wide(header: Header, key: str) -> bool:

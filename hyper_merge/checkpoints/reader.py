@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
+from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.pickle_reader import load_pickled
-from hyper_merge.checkpoints.io.safetensors_header import AGAIN, read_table
+from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, read_table
 from hyper_merge.errors import CheckpointError
 
 __all__ = ["CheckpointReader", "Header", "TensorInfo", "fingerprint", "read_header"]
@@ -33,10 +33,10 @@ _FINGERPRINT_SAMPLE: Final = 64 * 2**10  # bytes at each place
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Keys, types, shapes and metadata of a checkpoint file, without any tensor's data.
+    """Returns keys, types, shapes and metadata of a checkpoint file, without any tensor's data.
 
-    Keys are given in the usual spelling (`spelling.usual`), whichever of several the file has.
-    The kind of file is told by its suffix, in any case of letters: .safetensors; .ckpt, .pt, .pth.
+    Keys are the standard ones (`with_standard_keys`), whichever of several the file has. The suffix
+    decides the kind of file, in any case of letters: .safetensors; .ckpt, .pt, .pth.
 
     Raises:
         CheckpointError: the file is missing, not a file, empty, unreadable, damaged, or of a kind
@@ -47,18 +47,28 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     pickled = _is_pickled(path)
     try:
         if pickled:
-            return to_usual_keys(_pickled_header(path, status, load_pickled(path)))
+            return with_standard_keys(_pickled_header(path, status, load_pickled(path)))
         table = read_table(path, status.st_size)
     except OSError as error:
         raise _unreadable(path, error) from error
-    found = status.st_size, status.st_mtime_ns
-    return to_usual_keys(Header(path, table.tensors, table.metadata, *found, table.unsupported))
+    except CheckpointError as error:
+        error.file = path  # which is read by its name alone there
+        raise
+    header = Header(
+        path=path,
+        tensors=table.tensors,
+        metadata=table.metadata,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        unsupported=table.unsupported,
+    )
+    return with_standard_keys(header)
 
 
 class CheckpointReader:
     """A checkpoint file open for reading, tensor by tensor; use as a context manager.
 
-        with Checkpoint(path) as checkpoint:
+        with CheckpointReader(path) as checkpoint:
             weight = checkpoint.tensor("model.diffusion_model.out.2.weight")
 
     Tensors are views of the mapped file: read-only by convention, usable until the block is left.
@@ -112,32 +122,43 @@ class CheckpointReader:
     def header(self) -> Header:
         """Keys, types, shapes and metadata; known once the block is entered."""
         if self._header is None:
-            raise CheckpointError(f"{self.path.name} is not open; use it in a with block")
+            raise CheckpointError(
+                f"{self.path.name} is not open", hint="use it in a with block", file=self.path
+            )
         return self._header
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor in its stored type and the header's shape, a view of the mapped file.
+        """Returns a tensor in its stored type and the header's shape, a view of the mapped file.
 
-        8-bit floats come as float16, which holds them exactly, and weights with a scale as float32.
+        8-bit floats are returned as float16, which holds them exactly, weights with a scale as float32.
 
         Raises:
             CheckpointError: no such key, a type that torch does not know, the file changed since
                 its header was read, or it is closed.
         """
         if self._get is None:
-            raise CheckpointError(f"{self.path.name} is closed; read tensors inside of its block")
+            raise CheckpointError(
+                f"{self.path.name} is closed",
+                hint="read tensors inside of its block",
+                file=self.path,
+            )
         header = self.header
         if key in header.unsupported:
             stored = header.unsupported[key]
             raise CheckpointError(
                 f"{key} in {self.path.name} is stored as {stored}, unknown to torch"
-                f" {torch.__version__}; use an fp16 or fp32 version of the file"
+                f" {torch.__version__}",
+                hint="use an fp16 or fp32 version of the file",
+                file=self.path,
+                key=key,
             )
         if key not in header.tensors:
-            raise CheckpointError(f"{self.path.name} has no tensor {key!r}")
+            raise CheckpointError(
+                f"{self.path.name} has no tensor {key!r}", file=self.path, key=key
+            )
         if not self._replaced_whole:
             require_unchanged(header)
-        return _calculable(key, header, self._get)
+        return _computable(key, header, self._get)
 
     def _open(self) -> Callable[[str], Tensor]:
         if _is_pickled(self.path):
@@ -145,7 +166,9 @@ class CheckpointReader:
         try:
             handle = self._resources.enter_context(safe_open(str(self.path), framework="pt"))
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path.name} cannot be read ({error}); {AGAIN}") from error
+            raise CheckpointError(
+                f"{self.path.name} cannot be read ({error})", hint=COPY_AGAIN, file=self.path
+            ) from error
         get: Callable[[str], Tensor] = handle.get_tensor
         return get
 
@@ -154,7 +177,7 @@ class CheckpointReader:
         self._resources.close()
 
 
-def _calculable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tensor:
+def _computable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tensor:
     tensor = get(header.stored.get(key, key)).reshape(header.tensors[key].shape)
     if key in header.scales:
         scale = get(header.scales[key]).float()
@@ -175,14 +198,16 @@ def require_unchanged(header: Header) -> None:
         raise _unreadable(header.path, error) from error
     if (status.st_size, status.st_mtime_ns) != (header.size, header.mtime_ns):
         raise CheckpointError(
-            f"{header.name} was changed while being read; run again when nothing writes to it"
+            f"{header.name} was changed while being read",
+            hint="run again when nothing writes to it",
+            file=header.path,
         )
 
 
 def fingerprint(header: Header) -> str:
-    """SHA-256 (hex) of the file's size, its beginning and samples: the same for the same content.
+    """Returns the SHA-256 (hex) of the file's size, its beginning and samples.
 
-    Reads at most 5 MiB. Files that differ only between the sampled places look alike: where that
+    Equal files have equal fingerprints. Reads at most 5 MiB. Files that differ only between the sampled places look alike: where that
     matters, compare `mtime_ns` too.
 
     Raises:
@@ -202,19 +227,21 @@ def fingerprint(header: Header) -> str:
 
 
 def _status(path: Path) -> os.stat_result:
-    """Size and times of an existing, regular, non-empty file."""
+    """Returns size and times of an existing, regular, non-empty file."""
     try:
         status = path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:  # a NUL character
-        raise CheckpointError(f"{str(path)!r} is not a path: {error}") from error
+        raise CheckpointError(f"{str(path)!r} is not a path: {error}", file=path) from error
     if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{path} is a folder, not a checkpoint; {_ACCEPTED}")
+        raise CheckpointError(f"{path} is a folder, not a checkpoint", hint=_ACCEPTED, file=path)
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is a device or pipe, not a checkpoint; {_ACCEPTED}")
+        raise CheckpointError(
+            f"{path} is a device or pipe, not a checkpoint", hint=_ACCEPTED, file=path
+        )
     if status.st_size == 0:
-        raise CheckpointError(f"{path} is empty; {AGAIN}")
+        raise CheckpointError(f"{path} is empty", hint=COPY_AGAIN, file=path)
     return status
 
 
@@ -222,21 +249,25 @@ def _is_pickled(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
         raise CheckpointError(
-            f"{path.name} is a quantised GGUF file, which cannot be merged; {_ACCEPTED}"
+            f"{path.name} is a quantised GGUF file, which cannot be merged",
+            hint=_ACCEPTED,
+            file=path,
         )
     if suffix != ".safetensors" and suffix not in _PICKLED:
         raise CheckpointError(
-            f"{path.name} has the suffix {suffix!r}, which is not read; {_ACCEPTED}"
+            f"{path.name} has the suffix {suffix!r}, which is not read", hint=_ACCEPTED, file=path
         )
     return suffix in _PICKLED
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return CheckpointError(f"{path} does not exist; check the path")
+        return CheckpointError(f"{path} does not exist", hint="check the path", file=path)
     if isinstance(error, PermissionError):
-        return CheckpointError(f"{path} may not be read: permission denied; check its rights")
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+        return CheckpointError(
+            f"{path} may not be read: permission denied", hint="check its rights", file=path
+        )
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}", file=path)
 
 
 def _pickled_header(path: Path, status: os.stat_result, tensors: dict[str, Tensor]) -> Header:

@@ -1,4 +1,4 @@
-"""The tab on a server of its own, for a WebUI-shaped models folder."""
+"""The tab on a standalone server, for a WebUI-shaped models folder."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MONO: Final = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
 
 @dataclass(frozen=True)
 class Listening:
-    """Where the app listens, and for whom.
+    """The address at which the app listens, and the password that it takes.
 
     Attributes:
-        address: Of the network; others than this computer's own are open to the network.
-        port: Number.
+        address: Address of a network interface; all but the loopback are open to the network.
+        port: Number of the port.
         auth: Name and password that a browser must give, or None.
         open_browser: Whether to open the page on this machine.
     """
@@ -58,7 +58,7 @@ class Listening:
 
 
 def parse_auth(text: str) -> tuple[str, str]:
-    """Name and password from `name:password`.
+    """Returns name and password of the form `name:password`.
 
     Raises:
         AppError: one of them is missing.
@@ -70,17 +70,17 @@ def parse_auth(text: str) -> tuple[str, str]:
 
 
 def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
-    """The page for a models folder.
+    """Returns the page for a models folder.
 
     Args:
-        root: holds `Stable-diffusion` and `Lora`; made when something is written.
-        jobs: those to show and start; by default the process's.
+        root: folder with `Stable-diffusion` and `Lora`; made when something is written.
+        jobs: queue that the page shows and fills; by default the process's.
 
     Raises:
         AppError: the folder is a file.
     """
     if root.exists() and not root.is_dir():
-        raise AppError(f"expected a models folder, {root} is a file; choose a folder")
+        raise AppError(f"expected a models folder, {root} is a file", hint="choose a folder")
     page = build_tab(
         Standalone(root),
         jobs,
@@ -95,12 +95,12 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
 
 
 def build_api(root: Path, auth: tuple[str, str] | None, jobs: Jobs | None = None) -> APIRouter:
-    """The routes for a models folder.
+    """Returns the routes for a models folder.
 
     Args:
         root: as for `build_app`.
         auth: name and password that a client must give, or None.
-        jobs: those to show and start; by default the process's.
+        jobs: queue that the page shows and fills; by default the process's.
 
     Raises:
         AppError: name or password have letters that no client could give.
@@ -119,9 +119,9 @@ def serve(
     """Serves the page until Ctrl-C.
 
     Args:
-        page: of `build_app`.
-        listening: where.
-        api: of `build_api`, to be served too, with its description at /docs.
+        page: result of `build_app`.
+        listening: address and password.
+        api: result of `build_api`, which is served too, with its description at /docs.
         block: false returns once the server is up.
 
     Raises:
@@ -142,8 +142,9 @@ def serve(
         )
     except OSError as error:
         raise AppError(
-            f"nothing can listen on {listening.address} port {listening.port}: it is taken, or the"
-            " address is not this computer's; choose another --port or --listen"
+            f"nothing can listen on {listening.address} port {listening.port}: it is taken, or"
+            " the address is not this computer's",
+            hint="choose another --port or --listen",
         ) from error
 
 

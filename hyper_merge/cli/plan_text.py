@@ -8,20 +8,23 @@ from hyper_merge.runtime.formatting import format_size
 
 
 def format_plan(plan: MergePlan) -> str:
-    """The curve as a table, what is asked for by checkpoint, and the groups if there are any."""
+    """Returns the forecast as a table, the shares of the size asked for by checkpoint, and the groups."""
     points = sorted({*plan.points, plan.requested}, key=lambda point: point.size)
     lines = [
         "explained, from the spectra alone (the merge itself comes out a little better):",
         "",
         f"{'LoRAs':>9}  {'shared: mean':>12} {'worst':>7}  {'private: mean':>13} {'worst':>7}  ranks",
-        *(_line(point, asked=point == plan.requested) for point in points),
+        *(_line(point, is_requested=point == plan.requested) for point in points),
         f"{'0 kB':>9}  {0:12.2%} {0:7.2%}  {0:13.2%} {0:7.2%}  the average alone",
         "",
         f"with {format_size(plan.requested.size)}:",
     ]
     width = max(len(name) for name in plan.names)
     shares = zip(plan.names, plan.requested.shared, plan.requested.private, strict=True)
-    lines += [f"  {name:{width}}  {one:7.2%}   private {own:7.2%}" for name, one, own in shares]
+    lines += [
+        f"  {name:{width}}  {shared:7.2%}   private {private:7.2%}"
+        for name, shared, private in shares
+    ]
     return "\n".join([*lines, *_groups(plan)]) + "\n"
 
 
@@ -31,10 +34,10 @@ def _groups(plan: MergePlan) -> list[str]:
     return ["", format_groups(plan.names, plan.groups.groups, plan.groups.between)]
 
 
-def _line(point: PlannedSize, *, asked: bool) -> str:
+def _line(point: PlannedSize, *, is_requested: bool) -> str:
     shared, private = (
-        f"{sum(of) / len(of):{width}.2%} {min(of):7.2%}"
-        for of, width in ((point.shared, 12), (point.private, 13))
+        f"{sum(shares) / len(shares):{width}.2%} {min(shares):7.2%}"
+        for shares, width in ((point.shared, 12), (point.private, 13))
     )
     ranks = ", ".join(map(str, point.ranks))
-    return f"{format_size(point.size):>9}  {shared}  {private}  {ranks}{'   <- asked for' if asked else ''}"
+    return f"{format_size(point.size):>9}  {shared}  {private}  {ranks}{'   <- asked for' if is_requested else ''}"

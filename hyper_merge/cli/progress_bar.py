@@ -1,4 +1,4 @@
-"""The command line's view of a run: one bar with phase and time left, warnings above it."""
+"""A run on the terminal: one bar with phase and time left, warnings above it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hyper_merge.runtime.progress import Progress
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A control that draws on the terminal; the bar goes away when the block is left."""
-    told: set[str] = set()
+    """Gives a progress that draws on the terminal; the bar goes away when the block is left."""
+    warnings: set[str] = set()
     with tqdm(
         total=100.0,
         leave=False,
@@ -28,13 +28,13 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(max(100.0 * fraction - bar.n, 0.0))
 
         def warn(message: str) -> None:
-            if message not in told:
-                told.add(message)
+            if message not in warnings:
+                warnings.add(message)
                 bar.write(f"note: {message}", file=sys.stderr)
 
         yield Progress(on_progress, lambda: False, warn)
 
 
 def say_above(message: str) -> None:
-    """A line on standard output, above the bar where one is drawn."""
+    """Writes a line to standard output, above the bar where one is drawn."""
     tqdm.write(message, file=sys.stdout)

@@ -76,8 +76,8 @@ def complete_groups(layers: Sequence[Layer], rank_of: Sequence[int]) -> list[int
     all, and the output.
     """
     pairs = list(zip(layers, rank_of, strict=True))
-    present = {layer.together for layer, rank in pairs if rank and layer.together}
-    return [max(rank, 1) if layer.together in present else rank for layer, rank in pairs]
+    present = {layer.bundle for layer, rank in pairs if rank and layer.bundle}
+    return [max(rank, 1) if layer.bundle in present else rank for layer, rank in pairs]
 
 
 def lora_bytes(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -14,15 +15,22 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.errors import ExtractionError, RecipeError, RunError
+from hyper_merge.errors import ExtractionError, RunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
 from hyper_merge.loras.metadata import CHECKPOINT, KIND, RUN, STANDALONE_KIND, LoraFile
 from hyper_merge.loras.prompt_tags import format_tags
 from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import StoredSum, WeightedSum
-from hyper_merge.recipe.parsing import LARGEST_RANK, suggest_nearest, whole
-from hyper_merge.recipe.recipe import SettingError
+from hyper_merge.recipe.parsing import (
+    LARGEST_RANK,
+    optional,
+    parse_flag,
+    parse_words,
+    whole,
+)
+from hyper_merge.recipe.plain_values import unknown_word
+from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
 from hyper_merge.runs.folders import Folders, metadata_of
 from hyper_merge.runs.integrity import require_family, require_own
 from hyper_merge.runs.report import CheckpointReport
@@ -51,10 +59,24 @@ class ExportRequest:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            _ = self.rank is None or whole(1, LARGEST_RANK)(self.rank)
-        except RecipeError as error:
-            raise SettingError("rank", str(error)) from None
+        check_request(self, _PARSERS)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> ExportRequest:
+        """Returns the request that plain values describe; `where` gives the place of each.
+
+        Raises:
+            RecipeError: a value is refused.
+        """
+        return parse_request(cls, values, _PARSERS, where)
+
+
+_PARSERS: Final[Parsers] = {
+    "run": str,
+    "checkpoints": optional(parse_words),
+    "rank": optional(whole(1, LARGEST_RANK)),
+    "overwrite": parse_flag,
+}
 
 
 @dataclass(frozen=True)
@@ -134,10 +156,8 @@ def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
     for name in dict.fromkeys(known if names is None else names):
         row = known.get(name) or known.get(name.removesuffix(".safetensors"))
         if row is None:
-            raise RunError(
-                f"the run {run.name} has no checkpoint {name}{suggest_nearest(name, known) or '.'} It has"
-                f" {', '.join(known)}"
-            )
+            message = f"the run {run.name} has no checkpoint {name}"
+            raise unknown_word(RunError, message, name, known, "It has")
         if not any(any(multipliers_of(row, part.name)) for part in require_family(run).parts):
             raise ExtractionError(
                 f"all multipliers of {row.name} are 0: {run.hyper_model.name} is that checkpoint"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.initialization import SearchEffort
-from hyper_merge.errors import RecipeError, RunError
+from hyper_merge.errors import RunError
 from hyper_merge.operations.fit.fit import fit_onto
 from hyper_merge.operations.merge.merge import MergeResult, run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.recipe.parsing import parse_name
-from hyper_merge.recipe.recipe import AVERAGE, Recipe, SettingError
+from hyper_merge.recipe.parsing import optional, parse_name, parse_paths
+from hyper_merge.recipe.recipe import AVERAGE, Recipe
+from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
 from hyper_merge.runs.fit_records import FitRecord
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.originals import locate_sources
@@ -38,10 +41,23 @@ class ExtendRequest:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        try:
-            _ = self.name is None or parse_name(self.name)
-        except RecipeError as error:
-            raise SettingError("name", str(error)) from None
+        check_request(self, _PARSERS)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> ExtendRequest:
+        """Returns the request that plain values describe; `where` gives the place of each.
+
+        Raises:
+            RecipeError: a value is refused.
+        """
+        return parse_request(cls, values, _PARSERS, where)
+
+
+_PARSERS: Final[Parsers] = {
+    "run": str,
+    "checkpoints": parse_paths,
+    "name": optional(parse_name),
+}
 
 
 def run_extend(

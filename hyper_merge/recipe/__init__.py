@@ -1,1 +1,1 @@
-"""What the user asks for."""
+"""The recipe of a merge: its settings, their parsers, and files that hold them."""

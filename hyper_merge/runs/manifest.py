@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from hyper_merge import __version__
 from hyper_merge.errors import RunError
-from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, recipe_from_settings
+from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 
@@ -112,7 +112,7 @@ class RunManifest:
             RecipeError: a setting is unknown, missing or impossible.
         """
         if self.settings is not None:
-            return recipe_from_settings(self.settings, "settings")
+            return Recipe.from_settings(self.settings, "settings")
         texts = self.recipe
         settings = {f.name: f.from_text(texts[f.name]) for f in FIELDS if f.name in texts}
         if texts.get("weights") == "equal":
@@ -120,7 +120,7 @@ class RunManifest:
         paths = [str(source.path) for source in self.sources]
         base = paths[0] if self.base_is_first_source and paths else AVERAGE
         settings |= {"models": paths[self.base_is_first_source :], "base": base}
-        return recipe_from_settings({**settings, "output": str(output)}, "settings")
+        return Recipe.from_settings({**settings, "output": str(output)}, "settings")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hyper_merge.checkpoints.architectures.families import family_named, family_
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
-from hyper_merge.recipe.parsing import suggest_nearest
+from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of
 from hyper_merge.runs.manifest import RunManifest, RunSource, require_readable_version
@@ -110,19 +110,18 @@ def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
     except RunError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise UnknownRunError(
-            f"there is no run {name} in {folders.runs}{_list_others(folders, name)}"
-        ) from None
+        raise _unknown(folders, name) from None
     except (OSError, ValueError) as error:
         raise _damaged(folders, name, str(error)) from error
 
 
-def _list_others(folders: Folders, name: str) -> str:
-    """Returns advice that names the runs that there are."""
+def _unknown(folders: Folders, name: str) -> UnknownRunError:
+    """Returns the refusal of a run that does not exist, with the runs that do."""
+    message = f"there is no run {name} in {folders.runs}"
     known = sorted(path.parent.name for path in folders.runs.glob(f"*/{MANIFEST}"))
     if not known:
-        return "; look at the list of runs"
-    return f"{suggest_nearest(name, known) or '.'} There are {', '.join(known)}"
+        return UnknownRunError(message, hint="look at the list of runs")
+    return unknown_word(UnknownRunError, message, name, known, "There are")
 
 
 def _damaged(folders: Folders, name: str, reason: str) -> RunError:

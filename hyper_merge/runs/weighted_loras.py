@@ -10,7 +10,7 @@ from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.errors import RunError
 from hyper_merge.loras.metadata import Lineage, SourceRecord
 from hyper_merge.loras.prompt_tags import format_tag
-from hyper_merge.recipe.parsing import suggest_nearest
+from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.runs.fit_records import FitRecord, load_fits
 from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_family
@@ -134,10 +134,8 @@ def find_row(run: Run, name: str) -> tuple[CheckpointReport, FitRecord | None]:
     known |= {row.name: (row, None) for row in run.report.checkpoints}
     row = known.get(name) or known.get(name.removesuffix(".safetensors"))
     if row is None:
-        raise RunError(
-            f"the run {run.name} has no checkpoint {name}{suggest_nearest(name, known) or '.'} It has"
-            f" {', '.join(known)}"
-        )
+        message = f"the run {run.name} has no checkpoint {name}"
+        raise unknown_word(RunError, message, name, known, "It has")
     return row
 
 

@@ -6,30 +6,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.hosts.host import file_of
-from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, SettingError
+from hyper_merge.recipe.fields import AVERAGE, FIELD_TITLES, choice_labels
+from hyper_merge.recipe.plain_values import plain_value
+from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Folders
 
 _SIZE: Final = re.compile(r"[\d.]+\s*([kmg]i?b?|b)", re.IGNORECASE)
 
 BASE_AVERAGE: Final = "the average of the checkpoints"
-VAE_CHOICES: Final = {"of the first checkpoint": "first", "average of all": "average"}
-EXACT_CHOICES: Final = {
-    "no": "none",
-    "norms (A1111, Forge, ComfyUI)": "norms",
-    "norms and biases (Forge, ComfyUI)": "all",
-}
-ALLOCATION_CHOICES: Final = {
-    "where they bring back most": "adaptive",
-    "the same in every layer": "even",
-}
-DIFFERENCE_CHOICES: Final = {
-    "relative to each layer's size": "relative",
-    "as they are": "plain",
-}
+VAE_CHOICES: Final = choice_labels("vae")
+EXACT_CHOICES: Final = choice_labels("exact")
+ALLOCATION_CHOICES: Final = choice_labels("allocation")
+DIFFERENCE_CHOICES: Final = choice_labels("layer_weights")
 _SPREAD: Final = next(iter(ALLOCATION_CHOICES))
 PRESETS: Final = {
     "small": "64, 32, 16",
@@ -37,28 +29,7 @@ PRESETS: Final = {
     "large": "256, 128, 64, 32",
 }
 
-LABELS: Final = {
-    "name": "Name",
-    "models": "Checkpoints",
-    "ranks": "Ranks",
-    "weights": "Weights",
-    "base": "Base",
-    "dtype": "Stored precision",
-    "lora_dtype": "Stored precision of the LoRAs",
-    "device": "Device",
-    "iterations": "Iterations",
-    "tolerance": "Tolerance",
-    "seed": "Seed",
-    "vae": "VAE",
-    "exact": "Companion LoRAs",
-    "budget": "Ranks",
-    "target": "Ranks",
-    "topup": "Private LoRAs",
-    "allocation": "Ranks go",
-    "multipliers": "Separate multipliers for the text encoder",
-    "fit_weights": "Weights of the fit",
-    "layer_weights": "Differences count",
-}
+LABELS: Final = FIELD_TITLES
 """What the form calls a recipe's settings."""
 
 
@@ -103,44 +74,37 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
         RecipeError: a field cannot be; the message begins with its label.
         CheckpointError: a name is not in the host's list.
     """
-    texts = {
-        _size_key(form.ranks or ""): form.ranks,
-        "weights": form.weights,
-        "topup": form.topup,
-        "fit_weights": form.fit_weights,
-    }
-    words: dict[str, Any] = {
-        field.name: field.from_text(texts[field.name] or "")
-        for field in FIELDS
-        if field.name in texts
-    }
+    size = _size_key(form.ranks or "")
     models = chosen(form, listed)
-    if "ranks" not in words and form.allocation != _SPREAD:
+    if size != "ranks" and form.allocation != _SPREAD:
         raise RecipeError(
-            f"{LABELS['ranks']}: a size or a share needs ranks that go {_SPREAD}; choose that under"
-            " Advanced, or give ranks"
+            f"a size or a share needs ranks that go {_SPREAD}",
+            hint="choose that under Advanced, or give ranks",
+            where=LABELS["ranks"],
+            key=size,
         )
-    try:
-        return Recipe(
-            **words,
-            name=form.name,
-            models=models,
-            base=AVERAGE if form.base == BASE_AVERAGE else str(file_of(form.base, listed)),
-            dtype=form.dtype,  # type: ignore[arg-type]
-            lora_dtype=form.lora_dtype,  # type: ignore[arg-type]
-            device=form.device,
-            iterations=_whole(form.iterations),
-            tolerance=form.tolerance,  # type: ignore[arg-type]
-            seed=_whole(form.seed),
-            vae=VAE_CHOICES.get(form.vae, form.vae),  # type: ignore[arg-type]
-            exact=EXACT_CHOICES.get(form.exact, form.exact),  # type: ignore[arg-type]
-            allocation=ALLOCATION_CHOICES.get(form.allocation, form.allocation),  # type: ignore[arg-type]
-            multipliers="separate" if form.separate else "shared",
-            layer_weights=DIFFERENCE_CHOICES.get(form.layer_weights, form.layer_weights),  # type: ignore[arg-type]
-            output=folders.models.parent,
-        )
-    except SettingError as error:
-        raise RecipeError(f"{LABELS.get(error.key, error.key)}: {error.problem}") from None
+    values: dict[str, object] = {
+        size: plain_value(form.ranks or ""),
+        "weights": plain_value(form.weights or ""),
+        "topup": plain_value(form.topup or ""),
+        "fit_weights": plain_value(form.fit_weights or ""),
+        "name": form.name,
+        "models": models,
+        "base": AVERAGE if form.base == BASE_AVERAGE else str(file_of(form.base, listed)),
+        "dtype": form.dtype,
+        "lora_dtype": form.lora_dtype,
+        "device": form.device,
+        "iterations": _whole(form.iterations),
+        "tolerance": form.tolerance,
+        "seed": _whole(form.seed),
+        "vae": VAE_CHOICES.get(form.vae, form.vae),
+        "exact": EXACT_CHOICES.get(form.exact, form.exact),
+        "allocation": ALLOCATION_CHOICES.get(form.allocation, form.allocation),
+        "multipliers": "separate" if form.separate else "shared",
+        "layer_weights": DIFFERENCE_CHOICES.get(form.layer_weights, form.layer_weights),
+        "output": folders.models.parent,
+    }
+    return Recipe.parse(values, lambda key: LABELS.get(key, key))
 
 
 def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) -> Form:
@@ -197,6 +161,6 @@ def _numbers(values: Sequence[float] | None) -> str:
     return "" if values is None else ", ".join(f"{x:g}" for x in values)
 
 
-def _whole(value: float | None) -> Any:
+def _whole(value: float | None) -> float | None:
     """Browsers send whole numbers as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -28,8 +28,8 @@ def check(make_header, narrow):
         for name, change in zip(names, changes, strict=False):
             shapes = {k: v for k, v in {**narrow, **change}.items() if v is not None}
             headers.append(make_header(shapes, name=f"{name}.safetensors"))
-        found = families or [detect_family(header) for header in headers]
-        check_compatible(headers, [layout_of(h, f) for h, f in zip(headers, found, strict=True)])
+        detected = families or [detect_family(header) for header in headers]
+        check_compatible(headers, [layout_of(h, f) for h, f in zip(headers, detected, strict=True)])
 
     return run
 
@@ -79,7 +79,7 @@ def test_mixed_families_are_counted_and_listed(check):
     )
 
 
-def test_files_of_the_same_name_are_told_with_their_folders(check):
+def test_files_of_one_name_are_shown_with_folders(check):
     with pytest.raises(MismatchError, match=r"two/x.safetensors lacks 1 of one/x.safetensors' "):
         check({}, {BIAS: None}, names=("one/x", "two/x"))
 

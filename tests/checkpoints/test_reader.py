@@ -49,7 +49,7 @@ def test_tensors_are_those_that_the_library_wrote(tmp_path):
             torch.testing.assert_close(checkpoint.tensor(key), tensor, rtol=0, atol=0)
 
 
-def test_every_type_is_read_as_it_is_and_8_bit_floats_exactly_as_float16(tmp_path):
+def test_every_type_is_read_8_bit_floats_as_float16(tmp_path):
     tensors = {name: torch.tensor([0, 1]).to(dtype) for name, dtype in TORCH_DTYPES.items()}
     path = tmp_path / "types.safetensors"
     save_file(tensors, path)
@@ -74,7 +74,7 @@ def test_the_suffix_may_be_of_any_case(tmp_path):
     assert "ids" in read_header(path).tensors
 
 
-def test_types_that_torch_does_not_know_are_named_and_not_read(write_raw):
+def test_types_unknown_to_torch_are_named(write_raw):
     table = {"x": entry("F4", (4,), (0, 2)), "y": entry("F32", (1,), (2, 6))}
     path = write_raw(table, bytes(6))
     header = read_header(path)
@@ -86,7 +86,7 @@ def test_types_that_torch_does_not_know_are_named_and_not_read(write_raw):
         checkpoint.tensor("x")
 
 
-def test_the_table_may_list_tensors_in_another_order_than_their_data(write_raw):
+def test_the_table_may_list_tensors_in_any_order(write_raw):
     table = {"y": entry(offsets=(8, 16)), "x": entry(offsets=(0, 8))}
     assert list(read_header(write_raw(table, bytes(16))).tensors) == ["x", "y"]
 
@@ -122,7 +122,7 @@ def test_a_file_that_changes_while_being_read_is_refused(tmp_path):
             checkpoint.tensor("ids")
 
 
-def test_a_file_that_changed_since_its_header_was_read_is_refused(tmp_path):
+def test_a_file_changed_after_its_header_is_refused(tmp_path):
     path = tmp_path / "small.safetensors"
     save_small(path)
     header = read_header(path)
@@ -249,7 +249,7 @@ def test_fingerprint_is_of_the_content_not_the_name(tmp_path):
     assert len(a) == 64
 
 
-def test_fingerprint_sees_a_change_in_its_samples_beyond_the_beginning(tmp_path):
+def test_the_fingerprint_sees_changes_in_its_samples(tmp_path):
     path = tmp_path / "long.safetensors"
     save_file({"x": torch.zeros(6 * 2**20, dtype=torch.uint8)}, path)
     before = fingerprint(read_header(path))
@@ -272,7 +272,7 @@ WHOLE = save({"a": torch.ones(2, 3), "b": torch.ones(4).half(), "c": torch.zeros
     ),
     cut=st.integers(0, 20),
 )
-def test_a_damaged_file_is_refused_or_sound_to_the_library_too(tmp_path, changes, cut):
+def test_a_damaged_file_is_refused_as_by_the_library(tmp_path, changes, cut):
     content = bytearray(WHOLE)
     for place, value in changes:
         content[place] = value

@@ -61,7 +61,7 @@ def test_name_and_password_stand_around_the_first_colon(text, auth):
 
 
 @pytest.mark.parametrize("text", ["ann", "ann:", ":secret", ":", "", "secret"])
-def test_without_name_or_password_the_words_do_not_repeat_the_secret(text):
+def test_an_incomplete_password_is_not_repeated(text):
     with pytest.raises(AppError, match="expected NAME:PASSWORD") as caught:
         parse_auth(text)
     assert "secret" not in str(caught.value)
@@ -104,9 +104,7 @@ def test_where_nothing_can_listen_another_port_is_asked_for(tmp_path, taken, soc
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 @pytest.mark.parametrize("auth", [None, ("ann", "secret")])
-def test_the_page_is_served_with_its_script_and_no_file_beside_it(
-    tmp_path, auth, sockets, monkeypatch
-):
+def test_the_page_is_served_and_no_other_file(tmp_path, auth, sockets, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
@@ -158,9 +156,9 @@ def test_a_password_without_a_name_serves_nothing(tmp_path, served, capsys):
 @pytest.mark.parametrize("package", ["gradio", "matplotlib"])
 def test_without_gradio_the_command_says_how_to_get_it(tmp_path, package, monkeypatch, capsys):
     for name in list(sys.modules):
-        if re.match(rf"hyper_merge\.(app|ui)\b|{package}\b", name):
+        if re.match(rf"hyper_merge\.(cli\.app|ui)\b|{package}\b", name):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(hyper_merge, "app")
+    monkeypatch.delattr(hyper_merge.cli, "app")
     monkeypatch.delattr(hyper_merge, "ui")
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["app", str(tmp_path)]) == 2
@@ -177,7 +175,7 @@ def test_the_page_brings_style_and_script_with_it():
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 @pytest.mark.parametrize("auth", [None, ("ann", "secret")])
-def test_the_api_is_served_beside_the_page_for_those_whom_the_page_is_for(tmp_path, auth, sockets):
+def test_the_api_has_the_password_of_the_page(tmp_path, auth, sockets):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -186,14 +184,14 @@ def test_the_api_is_served_beside_the_page_for_those_whom_the_page_is_for(tmp_pa
     serve(page, Listening(port=port, auth=auth), api, block=False)
     try:
         url = f"http://127.0.0.1:{port}"
-        asked = urllib.request.Request(f"{url}/hyper-merge/checkpoints")
+        request = urllib.request.Request(f"{url}/hyper-merge/checkpoints")
         if auth:
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(asked, timeout=10)
+                urllib.request.urlopen(request, timeout=10)
             assert caught.value.code == 401
             word = base64.b64encode(":".join(auth).encode()).decode()
-            asked.add_header("Authorization", f"Basic {word}")
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+            request.add_header("Authorization", f"Basic {word}")
+        with urllib.request.urlopen(request, timeout=10) as answer:
             assert json.load(answer) == {"checkpoints": []}
         with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as answer:
             assert "/hyper-merge/merge" in json.load(answer)["paths"]
@@ -203,7 +201,7 @@ def test_the_api_is_served_beside_the_page_for_those_whom_the_page_is_for(tmp_pa
         page.close(verbose=False)
 
 
-def test_the_command_serves_the_api_where_it_is_asked_for(tmp_path, served, capsys):
+def test_the_option_api_serves_the_api(tmp_path, served, capsys):
     assert main(["app", str(tmp_path), "--api", "--auth", "ann:secret"]) == 0
     ((_page, _listening, api),) = served
     assert {"/hyper-merge/merge", "/hyper-merge/runs"} <= {route.path for route in api.routes}
@@ -211,7 +209,7 @@ def test_the_command_serves_the_api_where_it_is_asked_for(tmp_path, served, caps
     assert "secret" not in out + err
 
 
-def test_a_password_that_no_client_of_the_api_could_give_is_refused(tmp_path, served, capsys):
+def test_a_password_not_in_ascii_is_refused(tmp_path, served, capsys):
     assert main(["app", str(tmp_path), "--api", "--auth", "ann:gehäuse"]) == 2
     err = capsys.readouterr().err
     assert "expected letters of ASCII" in err

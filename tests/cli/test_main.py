@@ -15,8 +15,10 @@ from tiny_family import NORM, QUERY, snapshot, temporaries, write
 
 from hyper_merge import __version__
 from hyper_merge.cli import main as cli
+from hyper_merge.cli.commands import COMMANDS
 from hyper_merge.cli.progress_bar import progress_bar
 from hyper_merge.errors import InterruptedRun
+from hyper_merge.operations.merge import merge
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
@@ -98,9 +100,11 @@ def test_runs_are_listed_and_deleted_after_a_question(started, run, monkeypatch)
         r"mix: 20\d\d-\d\d-\d\d, Stable Diffusion 1.x, 3 checkpoints, ranks 4, 2, explained \d+% to"
     )
     assert re.match(expected, out)
-    before, asked = snapshot(started), []
+    before, questions = snapshot(started), []
     for answer in ("n", "", "never"):
-        monkeypatch.setattr("builtins.input", lambda text, say=answer: asked.append(text) or say)
+        monkeypatch.setattr(
+            "builtins.input", lambda text, say=answer: questions.append(text) or say
+        )
         code, out, err = run("runs", "delete", "mix", "--output", started)
         assert (code, err) == (
             2,
@@ -108,7 +112,7 @@ def test_runs_are_listed_and_deleted_after_a_question(started, run, monkeypatch)
         )
         assert str(started / "Lora/mix_0-4.safetensors") in out.splitlines()
         assert snapshot(started) == before
-    assert asked == ["delete these files? [y/N] "] * 3
+    assert questions == ["delete these files? [y/N] "] * 3
     monkeypatch.setattr("builtins.input", lambda text: "Y")
     listed = out.splitlines()
     code, out, err = run("runs", "--output", started, "delete", "mix")
@@ -118,7 +122,7 @@ def test_runs_are_listed_and_deleted_after_a_question(started, run, monkeypatch)
     assert (code, out, err) == (0, f"no runs in {started / 'hyper-merge'}\n", [])
 
 
-def test_deleting_asks_nothing_with_yes_and_takes_no_answer_for_a_no(started, run, monkeypatch):
+def test_deleting_needs_yes_as_option_or_answer(started, run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     code, _, err = run("runs", "delete", "mix", "--output", started)
     assert (code, len(err)) == (2, 1)
@@ -136,7 +140,7 @@ def test_deleting_asks_nothing_with_yes_and_takes_no_answer_for_a_no(started, ru
     assert err[0].startswith("hyper-merge: expected the name of a run")
 
 
-def test_a_run_that_cannot_be_read_is_a_note_beside_the_list(started, run):
+def test_an_unreadable_run_is_a_note(started, run):
     (started / "hyper-merge/bad").mkdir()
     (started / "hyper-merge/bad/manifest.json").write_text("{")
     (started / "Lora/mix_1-2.safetensors").unlink()
@@ -225,7 +229,7 @@ def test_a_yaml_error_is_refused_with_its_line(tmp_path, run):
     assert f'{config}, line 3, key "rank": unknown key; did you mean "ranks"?' in err[0]
 
 
-def test_nan_is_refused_by_file_and_key_and_leaves_nothing(files, tmp_path, state_of, run):
+def test_nan_is_refused_by_file_and_key(files, tmp_path, state_of, run):
     state = state_of(1)
     state[QUERY] = torch.full_like(state[QUERY], float("nan"))
     spoilt = write(tmp_path / "spoilt.safetensors", state)
@@ -288,31 +292,29 @@ def test_exit_codes_and_one_message(files, tmp_path, run, monkeypatch, error, ou
     def fail(*rest):
         raise error
 
-    monkeypatch.setattr(cli, "run_merge", fail)
-    found, out, err = run("merge", *options(files, tmp_path))
-    assert (found, without_estimate(out), len(err)) == (code, "", 1)
+    monkeypatch.setattr(merge, "run_merge", fail)
+    exit_code, out, err = run("merge", *options(files, tmp_path))
+    assert (exit_code, without_estimate(out), len(err)) == (code, "", 1)
     assert err[0].startswith("hyper-merge: " + message)
-    found, _, err = run("merge", *options(files, tmp_path), "--debug")
-    assert found == code
+    exit_code, _, err = run("merge", *options(files, tmp_path), "--debug")
+    assert exit_code == code
     assert err[0] == "Traceback (most recent call last):"
     assert err[-1].startswith("hyper-merge: " + message)
 
 
-def test_what_breaks_on_the_way_out_after_ctrl_c_is_no_error_of_its_own(
-    files, tmp_path, run, monkeypatch
-):
+def test_an_error_after_ctrl_c_counts_as_stopped(files, tmp_path, run, monkeypatch):
     def fail(*rest):
         try:
             raise KeyboardInterrupt
         finally:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "run_merge", fail)
+    monkeypatch.setattr(merge, "run_merge", fail)
     code, _, err = run("merge", *options(files, tmp_path))
     assert (code, err) == (130, ["hyper-merge: stopped; no file was changed"])
 
 
-def test_a_terminal_shows_one_bar_with_phase_and_time_left_and_notes_above_it(monkeypatch):
+def test_a_terminal_shows_one_bar_and_notes_above(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -352,6 +354,7 @@ SLOWLY = """
 import sys, time
 from hyper_merge.analysis import streaming_pass
 from hyper_merge.cli import main as cli
+from hyper_merge.cli.commands import COMMANDS
 quick = streaming_pass.analyze_tensor
 def slow(*arguments):
     time.sleep(0.1)
@@ -366,16 +369,16 @@ def listen_to_sigint():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def program(*arguments, code=None, **how):
-    what = ["-c", code] if code else ["-m", "hyper_merge"]
-    words = [sys.executable, *what, *map(str, arguments)]
+def program(*arguments, code=None, **settings):
+    source = ["-c", code] if code else ["-m", "hyper_merge"]
+    words = [sys.executable, *source, *map(str, arguments)]
     return subprocess.Popen(
         words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, **how,
+        stderr=subprocess.PIPE, text=True, **settings,
     )  # fmt: skip
 
 
-def test_as_a_program_a_refusal_is_code_2_and_one_line(files, tmp_path):
+def test_the_program_refuses_with_code_2(files, tmp_path):
     process = program("merge", *options([files[0], tmp_path / "no.safetensors"], tmp_path))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -384,7 +387,7 @@ def test_as_a_program_a_refusal_is_code_2_and_one_line(files, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one child")
-def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, started):
+def test_the_program_undoes_everything_after_ctrl_c(files, started):
     before = snapshot(started)
     words = options(files[:2], started, iterations="10000", tolerance="0")
     process = program("merge", *words, "--overwrite", code=SLOWLY, preexec_fn=listen_to_sigint)
@@ -400,12 +403,6 @@ def test_as_a_program_ctrl_c_is_code_130_and_leaves_everything_as_it_was(files, 
     assert temporaries(started) == []
 
 
-COMMANDS = (
-    *("merge", "average", "plan", "inspect", "runs", "demo", "app"),
-    *("extract", "export", "fit", "absorb", "restore", "safe"),
-)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -414,7 +411,28 @@ def test_every_command_explains_itself(command, capsys):
     assert f"hyper-merge {command}" in capsys.readouterr().out
 
 
-def test_a_plan_is_printed_and_only_the_cache_is_written(files, tmp_path, run):
+HELP_OF_ALL = """
+import contextlib, io, sys
+from hyper_merge.cli.commands import COMMANDS
+from hyper_merge.cli.main import main
+for words in ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(words)
+    heavy = sorted({"torch", "numpy", "gradio", "fastapi"} & set(sys.modules))
+    print(words[0], "wrote" if out.getvalue() else "is silent", *heavy)
+"""
+
+
+def test_help_and_version_import_nothing_heavy():
+    process = program(code=HELP_OF_ALL)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert out.split("\n") == [f"{word} wrote" for word in ("--version", "--help", *COMMANDS)] + [
+        ""
+    ]
+
+
+def test_a_plan_writes_only_the_cache(files, tmp_path, run):
     code, out, err = run(
         "plan", "--name", "mix", "--models", *files, "--output", tmp_path, "--ranks", "4", "2"
     )

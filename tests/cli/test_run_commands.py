@@ -40,7 +40,7 @@ def other(tmp_path, state_of):
     return write(tmp_path / "later.safetensors", state)
 
 
-def test_a_fit_prints_its_figures_tags_and_style_and_is_listed(root, other, run):
+def test_a_fit_is_printed_and_listed(root, other, run):
     code, out, err = run("fit", "mix", other, "--output", root, "--topup", "2", "--style")
     assert (code, err) == (0, [])
     text = (root / "hyper-merge/mix/fits/later.txt").read_text()

@@ -22,6 +22,7 @@ from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
@@ -175,10 +176,14 @@ def test_fits_of_such_names_each_have_a_private_lora(family, root, kind, tmp_pat
     folders = Folders.under(root)
     names = []
     for path in (first, second):
-        fitted = run_fit(FitRequest("mix", path, topup=2, device="cpu"), folders, Progress())
+        fitted = run_fit(
+            FitRequest("mix", path, topup=PrivateLoraTarget(2), device="cpu"), folders, Progress()
+        )
         names.append(fitted.topups[0].name)
     again = run_fit(
-        FitRequest("mix", second, topup=2, device="cpu", overwrite=True), folders, Progress()
+        FitRequest("mix", second, topup=PrivateLoraTarget(2), device="cpu", overwrite=True),
+        folders,
+        Progress(),
     )
     assert [again.topups[0].name] == names[1:]
     assert len({name_key(name) for name in names}) == 2
@@ -207,7 +212,9 @@ def test_a_fit_says_if_its_private_lora_is_another_file(family, root):
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
     fits = [
-        run_fit(FitRequest("mix", path, topup=2, device="cpu"), folders, Progress())
+        run_fit(
+            FitRequest("mix", path, topup=PrivateLoraTarget(2), device="cpu"), folders, Progress()
+        )
         for path in (first, second)
     ]
     one, other = (root / f"Lora/{item.topups[0].name}.safetensors" for item in fits)
@@ -288,7 +295,7 @@ def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, roo
     first, second, *others = family(("a\nb", "a:b", "c", "d"))
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
-    run_fit(FitRequest("mix", first, topup=1, device="cpu"), folders, Progress())
+    run_fit(FitRequest("mix", first, topup=PrivateLoraTarget(1), device="cpu"), folders, Progress())
     with pytest.raises(NameTakenError, match="choose another name for it"):
         run_fit(FitRequest("mix", second, device="cpu"), folders, Progress())
     run = load_run(folders, "mix")
@@ -314,7 +321,9 @@ def test_overwriting_a_run_never_takes_another_runs_lora(family, root):
     files = family(("a_0", "b", "c", "d"))
     merge(files[1:], root, ranks=(1,))
     folders = Folders.under(root)
-    run_fit(FitRequest("mix", files[0], topup=2, device="cpu"), folders, Progress())
+    run_fit(
+        FitRequest("mix", files[0], topup=PrivateLoraTarget(2), device="cpu"), folders, Progress()
+    )
     path = root / "Lora/mix_fit-a_0-2.safetensors"
     before = path.read_bytes()
     extraction = recipe(files[1:], root, name="mix_fit-a", ranks=(2,), overwrite=True)

@@ -16,6 +16,7 @@ from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
@@ -163,13 +164,24 @@ def test_a_link_frees_nothing(writable):
 
 def test_fitted_checkpoints_are_held_against_it_too(writable, new):
     _, folders = writable
-    fitted = run_fit(FitRequest("mix", new, topup="99%"), folders, Progress())
+    fitted = run_fit(
+        FitRequest("mix", new, topup=PrivateLoraTarget(share=0.99)), folders, Progress()
+    )
     deletion = safety(folders, 0.5).verdicts[-1]
     assert (deletion.name, deletion.frees) == ("new.safetensors", new.stat().st_size)
     assert deletion.explained == fitted.explained > 0.99
-    again = run_fit(FitRequest("mix", new, name="again", topup="1%"), folders, Progress())
+    again = run_fit(
+        FitRequest("mix", new, name="again", topup=PrivateLoraTarget(share=0.01)),
+        folders,
+        Progress(),
+    )
     own_again = run_fit(
-        FitRequest("mix", folders.models / "a.safetensors", name="own", topup="99.5%"),
+        FitRequest(
+            "mix",
+            folders.models / "a.safetensors",
+            name="own",
+            topup=PrivateLoraTarget(share=0.995),
+        ),
         folders,
         Progress(),
     )

@@ -12,8 +12,8 @@ from hyper_merge.operations.deletable import find_deletable
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.recipe.loading import load_recipe
 from hyper_merge.recipe.parsing import parse_private_lora_target
-from hyper_merge.recipe.recipe import load_recipe
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders

@@ -13,14 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyper_merge.errors import RecipeError
-from hyper_merge.recipe.recipe import (
-    FIELDS,
-    Recipe,
-    load_recipe,
-    option_help,
-    recipe_from_options,
-    recipe_from_settings,
-)
+from hyper_merge.recipe.loading import load_recipe, recipe_from_options
+from hyper_merge.recipe.parsing import PrivateLoraTarget
+from hyper_merge.recipe.recipe import FIELDS, Recipe, option_help
 
 BASE = "name: example\nmodels: [a.safetensors, b.safetensors]\n"
 MODELS = (Path("a.safetensors"), Path("b.safetensors"))
@@ -63,9 +58,9 @@ def test_every_parser_takes_its_own_results_unchanged():
         assert field.parse(value) == value
 
 
-def test_metadata_holds_all_settings_but_those_of_the_disk():
-    told = set(Recipe("x", MODELS).to_metadata())
-    assert {field.name for field in FIELDS} - told == {"output", "overwrite"}
+def test_metadata_holds_all_settings_but_paths_on_disk():
+    names = set(Recipe("x", MODELS).to_metadata())
+    assert {field.name for field in FIELDS} - names == {"output", "overwrite"}
 
 
 def test_every_option_is_explained_with_its_default():
@@ -115,8 +110,8 @@ def test_every_spelling_of_a_number_is_one(write, text):
     assert load_recipe(write(f"{BASE}tolerance: {text}\n")).tolerance == 5e-4
 
 
-def test_every_value_can_be_given_on_the_command_line_alone():
-    given_ = {
+def test_options_alone_can_give_every_value():
+    options = {
         "name": "123",
         "models": ["1.5", "b.safetensors"],
         "ranks": ["8,", "4"],
@@ -141,12 +136,12 @@ def test_every_value_can_be_given_on_the_command_line_alone():
         "exact": "norms",
         "lora_dtype": "float8",
     }
-    assert set(given_) == {field.name for field in FIELDS}
-    assert recipe_from_options(given_) == Recipe(
+    assert set(options) == {field.name for field in FIELDS}
+    assert recipe_from_options(options) == Recipe(
         name="123",
         models=(Path("1.5"), Path("b.safetensors")),
         ranks=(8, 4),
-        topup="90%",
+        topup=PrivateLoraTarget(share=0.9),
         device="cuda:1",
         dtype="float32",
         iterations=7,
@@ -174,7 +169,7 @@ def test_the_command_line_wins_over_the_file(write):
     assert recipe.models == (Path("c"), Path("d"))
 
 
-def test_paths_are_of_the_current_folder_and_else_beside_the_file(write, tmp_path, monkeypatch):
+def test_paths_are_found_here_or_beside_the_file(write, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     for path in (here / "a.safetensors", tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
@@ -235,7 +230,7 @@ RECIPES = st.builds(
             max_size=len(recipe.models),
         )
         .map(lambda pairs: tuple(zip(*pairs, strict=True)))
-        .map(lambda both: dataclasses.replace(recipe, weights=both[0], fit_weights=both[1]))
+        .map(lambda lists: dataclasses.replace(recipe, weights=lists[0], fit_weights=lists[1]))
     )
 )
 
@@ -260,7 +255,7 @@ def test_other_readers_of_yaml_agree(recipe):
 @given(recipe=RECIPES)
 def test_settings_survive_json(recipe):
     settings = json.loads(json.dumps(recipe.to_settings()))
-    read = recipe_from_settings(settings, "manifest")
+    read = Recipe.from_settings(settings, "manifest")
     absolute = {
         "models": tuple(path.absolute() for path in recipe.models),
         "output": recipe.output.absolute(),
@@ -278,9 +273,9 @@ def test_settings_survive_json(recipe):
         ({"tolerance": float("nan")}, 'run mix, key "tolerance": expected a number'),
     ],
 )
-def test_settings_that_are_none_are_refused_by_their_place(changes, message):
+def test_impossible_json_settings_are_refused_by_place(changes, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        recipe_from_settings(Recipe("x", MODELS).to_settings() | changes, "run mix")
+        Recipe.from_settings(Recipe("x", MODELS).to_settings() | changes, "run mix")
 
 
 @given(recipe=RECIPES)
@@ -296,7 +291,7 @@ def test_no_folder_leaks_into_metadata():
         (Path("/home/me/secret/a.safetensors"), Path("C:\\Users\\me\\secret\\b.ckpt")),
         base="/home/me/secret/base.safetensors",
         output=Path("/home/me/secret"),
-        weights=(1, 3),
+        weights=(1.0, 3.0),
     )
     metadata = recipe.to_metadata()
     assert json.loads(metadata["models"]) == ["a.safetensors", "b.ckpt"]

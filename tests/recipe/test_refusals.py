@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from hyper_merge.errors import HyperMergeError, RecipeError
-from hyper_merge.recipe.recipe import Recipe, load_recipe, recipe_from_options
+from hyper_merge.recipe.loading import load_recipe, recipe_from_options
+from hyper_merge.recipe.recipe import Recipe
 
 BASE = "name: example\nmodels: [a.safetensors, b.safetensors]\n"
 MODELS = (Path("a.safetensors"), Path("b.safetensors"))
@@ -85,7 +86,7 @@ def problem(**values):
         ("output:", "expected text, got nothing"),
     ],
 )  # fmt: skip
-def test_impossible_settings_are_refused_with_their_line(tmp_path, lines, message):
+def test_impossible_settings_are_refused_with_the_line(tmp_path, lines, message):
     assert message in refusal(tmp_path / "config.yaml", BASE + lines + "\n")
 
 
@@ -116,7 +117,7 @@ def test_impossible_settings_are_refused_with_their_line(tmp_path, lines, messag
         (b"\0" * (1 << 20) + b"\0", ": expected a YAML recipe, got 1048577 bytes; give checkpoints"),
     ],
 )  # fmt: skip
-def test_what_is_not_a_recipe_is_refused_with_its_line(tmp_path, text, message):
+def test_other_files_are_refused_with_the_line(tmp_path, text, message):
     assert message in refusal(tmp_path / "config.yaml", text)
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint is: family, layout, names of its modules."""
+"""Architectures of checkpoints: family, layout, names of the modules in LoRA files."""

@@ -1,11 +1,11 @@
-"""Which architecture and variant a file is, told from its header; or what it is instead."""
+"""Detects the architecture and variant of a file from its header, or names what it is instead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
 
-from hyper_merge.checkpoints.architectures.families import FAMILIES, KINDS, match_family
+from hyper_merge.checkpoints.architectures.families import FAMILIES, KINDS, find_family
 from hyper_merge.checkpoints.architectures.layout import is_position_ids
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
@@ -17,26 +17,27 @@ __all__ = ["FAMILIES", "Family", "NetworkPart", "PartName", "detect_family", "re
 
 
 def detect_family(header: Header) -> Family:
-    """The family of a checkpoint, supported or not.
+    """Returns the family of a checkpoint, supported or not.
 
     Raises:
         FamilyError: the file is no checkpoint (a LoRA, a VAE, ...), or of an unknown architecture.
     """
-    structure = KeySignature.of(header)
-    _refuse(header, structure, DISGUISED)
-    family = match_family(structure)
+    signature = KeySignature.from_header(header)
+    _refuse(header, signature, DISGUISED)
+    family = find_family(signature)
     if family is not None:
         return family
-    _refuse(header, structure, PARTIAL)
-    first = ", ".join(islice(structure.shapes, 3)) or "none"
+    _refuse(header, signature, PARTIAL)
+    first = ", ".join(islice(signature.shapes, 3)) or "none"
     raise FamilyError(
-        f"{header.name} is of no architecture that Hyper-Merge knows (first keys: {first});"
-        f" choose checkpoints of {KINDS}"
+        f"{header.name} is of no architecture that Hyper-Merge knows (first keys: {first})",
+        hint=f"choose checkpoints of {KINDS}",
+        file=header.path,
     )
 
 
 def require_supported(header: Header) -> Family:
-    """The family of a checkpoint that can be merged.
+    """Returns the family of a checkpoint that can be merged.
 
     Raises:
         FamilyError: no checkpoint, of a family that is not supported, or stored in types that
@@ -45,29 +46,36 @@ def require_supported(header: Header) -> Family:
     family = detect_family(header)
     if not family.supported:
         raise FamilyError(
-            f"{header.name} is a {family.title} checkpoint, which cannot be merged;"
-            f" choose checkpoints of {KINDS}"
+            f"{header.name} is a {family.title} checkpoint, which cannot be merged",
+            hint=f"choose checkpoints of {KINDS}",
+            file=header.path,
         )
     _require_averageable(header, family)
     return family
 
 
-def _refuse(header: Header, structure: KeySignature, strangers: Iterable[UnsupportedModel]) -> None:
-    for stranger in strangers:
-        if stranger.matches(structure):
-            raise FamilyError(f"{header.name} is {stranger.title}; choose checkpoints of {KINDS}")
+def _refuse(header: Header, signature: KeySignature, models: Iterable[UnsupportedModel]) -> None:
+    for model in models:
+        if model.matches(signature):
+            raise FamilyError(
+                f"{header.name} is {model.title}",
+                hint=f"choose checkpoints of {KINDS}",
+                file=header.path,
+            )
 
 
 def _require_averageable(header: Header, family: Family) -> None:
-    odd = dict(header.unsupported)
+    unusable = dict(header.unsupported)
     networks = tuple(part.prefix for part in family.parts)
     for key, info in header.tensors.items():
         is_weight = key.startswith(networks) and not is_position_ids(key) and info.numel
         if is_weight and not info.dtype.is_floating_point:
-            odd[key] = str(info.dtype).removeprefix("torch.")
-    if odd:
-        key, dtype = next(iter(odd.items()))
+            unusable[key] = str(info.dtype).removeprefix("torch.")
+    if unusable:
+        key, dtype = next(iter(unusable.items()))
         raise FamilyError(
-            f"{header.name} stores {len(odd)} tensors in a type that cannot be averaged (first:"
-            f" {key} as {dtype}); use its fp16 or fp32 version"
+            f"{header.name} stores {len(unusable)} tensors in a type that cannot be averaged (first:"
+            f" {key} as {dtype})",
+            hint="use its fp16 or fp32 version",
+            file=header.path,
         )

@@ -1,6 +1,6 @@
-"""The same checkpoint in other spellings: usual keys and shapes, scaled 8-bit floats joined.
+"""Converts headers of other spellings to the standard keys and shapes, and joins 8-bit floats' scales.
 
-What follows then sees one spelling, so that such files merge with others of their family, and what
+All other modules see one spelling, so that such files merge with others of their family, and what
 is written loads everywhere.
 """
 
@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.architectures.families import match_family
+from hyper_merge.checkpoints.architectures.families import find_family
 from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, KeySignature
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 
@@ -34,16 +34,16 @@ _SCALING: Final = (*_SCALED, ".scale_input", ".input_scale", ".comfy_quant")
 
 @dataclass(frozen=True)
 class _Rename:
-    """Prefixes that stand for others in some files."""
+    """Prefixes that stand for others in some files, and how such a file is recognised."""
 
     applies: Callable[[KeySignature], bool]
-    prefixes: tuple[tuple[str, str], ...]  # in the file, usual
-    but: tuple[str, ...] = ()  # keys that begin so stay
+    prefixes: tuple[tuple[str, str], ...]  # in the file, standard
+    exceptions: tuple[str, ...] = ()  # keys that begin so stay
 
 
 _RENAMES: Final = (
     # A network alone, as Flux and SD 3 are often given away.
-    _Rename(lambda s: s.has(*_BARE) and not s.has(UNET), (("", UNET),), but=_OTHERS),
+    _Rename(lambda s: s.has(*_BARE) and not s.has(UNET), (("", UNET),), exceptions=_OTHERS),
     # Files of 2022 that older tools saved.
     _Rename(
         lambda s: s.has(_CLIP + "encoder.layers."),
@@ -60,24 +60,25 @@ _RENAMES: Final = (
 )
 
 
-def to_usual_keys(header: Header) -> Header:
-    """The header with the usual keys and shapes, its scales taken in; itself if that changes nothing.
+def with_standard_keys(header: Header) -> Header:
+    """Returns the header with the standard keys and shapes; itself where it has them already.
 
-    A weight that has a scale is of float32 then; `Checkpoint.tensor` makes it so, and the shape.
+    Scales are no longer among its tensors: a weight that has one counts as float32, and
+    `CheckpointReader.tensor` multiplies and reshapes it.
     """
-    structure = KeySignature.of(header)
-    header = _joined(header) if structure.mentions(*_SCALED) else header
+    signature = KeySignature.from_header(header)
+    header = _joined(header) if signature.mentions(*_SCALED) else header
     for rename in _RENAMES:
-        if rename.applies(structure):
+        if rename.applies(signature):
             header = _renamed(header, rename)
-            structure = KeySignature.of(header)
-    shapes = dict(_shapes(header, structure))
+            signature = KeySignature.from_header(header)
+    shapes = dict(_shapes(header, signature))
     return _reshaped(header, shapes) if shapes else header
 
 
-def _shapes(header: Header, structure: KeySignature) -> Iterator[tuple[str, Shape]]:
-    """The usual shape of every projection that some tool saved in the other one."""
-    family = match_family(structure)
+def _shapes(header: Header, signature: KeySignature) -> Iterator[tuple[str, Shape]]:
+    """Yields key and standard shape of every projection that some tool saved in the other shape."""
+    family = find_family(signature)
     projections = [key for key in header.tensors if key.endswith(_PROJECTIONS)]
     for part in family.parts if family else ():
         for key in projections:
@@ -110,7 +111,7 @@ def _renamed(header: Header, rename: _Rename) -> Header:
 
 def _name(key: str, rename: _Rename) -> str:
     for old, new in rename.prefixes:
-        if key.startswith(old) and not key.startswith(rename.but):
+        if key.startswith(old) and not key.startswith(rename.exceptions):
             return new + key.removeprefix(old)
     return key
 
@@ -127,7 +128,7 @@ def _joined(header: Header) -> Header:
 
 
 def _scales(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
-    """Key of every weight with a scale for the whole of it or for each row, and the scale's key."""
+    """Yields the key of every weight that has a scale, or one for each row, and the scale's key."""
     for key in tensors:
         end = next((end for end in _SCALES if key.endswith(end)), None)
         weight = tensors.get(key.removesuffix(end) + _WEIGHT) if end else None

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a checkpoint: which are layers of LoRAs, averaged, copied, dropped."""
+"""The treatment of every tensor of a checkpoint: layer of the LoRAs, averaged, copied or dropped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EMBEDDING: Final = re.compile(
 
 
 class Treatment(Enum):
-    """What a merge does with a tensor."""
+    """The way in which a merge handles a tensor."""
 
     LAYER = "layer"  # averaged, and its deviations go into the LoRAs
     AVERAGE = "average"  # averaged only: norms, biases, embeddings, the ends of the UNet
@@ -49,17 +49,17 @@ class Layer:
     part: PartName
     shape: Shape  # of the weight in the LoRA's consumer, 2-D or 4-D
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
-    together: str | None = None  # layers of one word are in a LoRA file all or none
+    bundle: str | None = None  # layers of one bundle are in a LoRA file all or none
     section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
 
     @property
     def m(self) -> int:
-        """Rows of the matrix: outputs."""
+        """Number of rows of the matrix: outputs."""
         return self.shape[0]
 
     @property
     def n(self) -> int:
-        """Columns of the matrix: inputs, times the kernel's area."""
+        """Number of columns of the matrix: inputs, times the kernel's area."""
         return math.prod(self.shape[1:])
 
     @property
@@ -68,17 +68,17 @@ class Layer:
         return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else None
 
     def up_shape(self, rank: int) -> Shape:
-        """Shape of `.lora_up.weight`."""
+        """Returns the shape of `.lora_up.weight`."""
         return (self.m, rank, 1, 1) if self.kernel else (self.m, rank)
 
     def down_shape(self, rank: int) -> Shape:
-        """Shape of `.lora_down.weight`: the convolution's own kernel is here."""
+        """Returns the shape of `.lora_down.weight`, which has the convolution's kernel."""
         return (rank, *self.shape[1:])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What becomes of every tensor of one file."""
+    """The layers of one file, and the treatment of each of its tensors."""
 
     family: Family
     layers: tuple[Layer, ...]  # in the order of the computation
@@ -86,7 +86,7 @@ class Layout:
 
 
 def layout_of(header: Header, family: Family) -> Layout:
-    """The treatment of each tensor, and the layers: text encoder by number, then the UNet down to up."""
+    """Returns the treatment of each tensor, and the layers: text encoders, then the UNet down to up."""
     layers = tuple(layer for part in family.parts for layer in _layers(header, part))
     keys = {layer.key for layer in layers}
     treatments = {
@@ -97,7 +97,7 @@ def layout_of(header: Header, family: Family) -> Layout:
 
 
 def kind_of_tensor(key: str, layout: Layout) -> str:
-    """A word for people: what a tensor that no LoRA carries is; "layers" for one that a LoRA does."""
+    """Returns a word for people for a tensor's kind, such as "norms"; "layers" where LoRAs carry it."""
     treatment = layout.treatments[key]
     if treatment is Treatment.VAE:
         return "VAE"
@@ -113,7 +113,7 @@ def kind_of_tensor(key: str, layout: Layout) -> str:
 
 
 def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """What the written average holds: the first checkpoint's keys, less what is dropped.
+    """Returns type and shape of the tensors of the written average, by key.
 
     Args:
         first: the first checkpoint's header.
@@ -121,7 +121,7 @@ def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[st
         dtype: of everything that is averaged, of the VAE, and of weights that nobody runs.
 
     Returns:
-        Key to type and shape. Copied tensors keep their type, but 8-bit floats become float16 as
+        All keys of the first checkpoint but the dropped ones. Copied tensors keep their type, but 8-bit floats become float16 as
         they are read, and position ids are always int64 (`position_ids` makes them); schedules in
         less than float32 are left out, for loaders compute better ones.
     """
@@ -138,12 +138,12 @@ def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[st
 
 
 def is_position_ids(key: str) -> bool:
-    """Whether the key holds a text encoder's position ids: to be made by `position_ids`, not copied."""
+    """Whether a key holds a text encoder's position ids, which `position_ids` makes again."""
     return key.endswith(_POSITION_IDS)
 
 
 def position_ids(shape: tuple[int, ...]) -> Tensor:
-    """0, 1, 2, ... along the last dimension: merges of the past have often spoilt the stored ones."""
+    """Returns 0, 1, 2, ... along the last dimension; merges of the past often spoilt the stored ids."""
     return torch.arange(shape[-1]).expand(shape).contiguous()
 
 
@@ -157,13 +157,13 @@ def _layers(header: Header, part: NetworkPart) -> Iterator[Layer]:
         path = match["path"] or match["fused"]
         for module in part.modules(path, info.shape):
             name = part.lora_prefix + module.path.replace(".", "_")
-            group = module.together and part.lora_prefix + module.together
+            bundle = module.bundle and part.lora_prefix + module.bundle
             section = part.section(path)
-            yield Layer(key, name, part.name, module.shape, module.rows, group, section)
+            yield Layer(key, name, part.name, module.shape, module.rows, bundle, section)
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """Sorts numbers within names by value: block 2 before block 10."""
+    """Returns a key that sorts numbers within names by value: block 2 before block 10."""
     return [(int(word), "") if word.isdigit() else (-1, word) for word in key.split(".")]
 
 

@@ -1,4 +1,4 @@
-"""From a tensor's key to the module names that LoRA loaders know; rules, no lists of keys.
+"""Rules from a tensor's key to the module names that LoRA loaders know; no lists of keys.
 
 A rule takes the dotted path within its part of the checkpoint, without prefix and `.weight`, and
 the stored shape, and returns the modules that the tensor is the weight of: none, one, or several
@@ -53,33 +53,33 @@ class Module:
     path: str  # dotted, as the LoRA's consumer spells it
     shape: Shape  # of the consumer's own weight
     rows: tuple[int, int] | None = None  # the module's rows in a fused tensor
-    together: str | None = None  # modules of one word are in a LoRA file all or none
+    bundle: str | None = None  # modules of one bundle are in a LoRA file all or none
 
 
 def unet_with_convolutions(path: str, shape: Shape) -> tuple[Module, ...]:
-    """SD 1.x: diffusers' spelling, and 1x1 convolutions around the transformers."""
+    """Returns the modules of SD 1.x: diffusers' spelling, 1x1 convolutions around the transformers."""
     return _unet(diffusers_unet_path(path), path, shape, (1, 1))
 
 
 def unet_with_matrices(path: str, shape: Shape) -> tuple[Module, ...]:
-    """SD 2.x: diffusers' spelling, and matrices around the transformers."""
+    """Returns the modules of SD 2.x: diffusers' spelling, matrices around the transformers."""
     return _unet(diffusers_unet_path(path), path, shape, ())
 
 
 def unet_as_stored(path: str, shape: Shape) -> tuple[Module, ...]:
-    """SDXL and its refiner: the checkpoint's own spelling, and matrices around the transformers."""
+    """Returns the modules of SDXL and its refiner: their own spelling, no 1x1 convolutions."""
     return _unet(path if diffusers_unet_path(path) else None, path, shape, ())
 
 
 def clip_text_model(path: str, shape: Shape) -> tuple[Module, ...]:
-    """The attention and MLP matrices of a CLIP text model in transformers' spelling."""
+    """Returns the attention and MLP matrices of a CLIP text model in transformers' spelling."""
     if not _CLIP_LAYER.fullmatch(path):
         return ()
     return (Module(f"text_model.{path}", shape),)
 
 
 def open_clip(path: str, shape: Shape, layers: int | None = None) -> tuple[Module, ...]:
-    """The attention and MLP matrices of an OpenCLIP text model, under transformers' names.
+    """Returns the attention and MLP matrices of an OpenCLIP text model, under transformers' names.
 
     Query, key and value are stored as one tensor and are three modules. A1111 changes an attention
     only if all four of its modules are in the file.
@@ -95,7 +95,7 @@ def open_clip(path: str, shape: Shape, layers: int | None = None) -> tuple[Modul
     name, kind = f"text_model.encoder.layers.{match[1]}", match[2]
     attention = name if kind.startswith("attn") else None
     if kind != "attn.in_proj":
-        return (Module(f"{name}.{_OPEN_CLIP[kind]}", shape, together=attention),)
+        return (Module(f"{name}.{_OPEN_CLIP[kind]}", shape, bundle=attention),)
     width = shape[0] // 3
     return tuple(
         Module(
@@ -109,17 +109,17 @@ def open_clip(path: str, shape: Shape, layers: int | None = None) -> tuple[Modul
 
 
 def modules_matching(path: str, shape: Shape, names: str) -> tuple[Module, ...]:
-    """The matrices whose whole path matches a regular expression, in the checkpoint's spelling."""
+    """Returns the matrix if its whole path matches a regular expression, in the checkpoint's spelling."""
     return (Module(path, shape),) if re.fullmatch(names, path) else ()
 
 
 def no_modules(path: str, shape: Shape) -> tuple[Module, ...]:  # noqa: ARG001 - the form of a rule
-    """A network that no loader knows LoRA modules of."""
+    """Returns nothing: no loader knows LoRA modules of the network."""
     return ()
 
 
 def diffusers_unet_path(path: str) -> str | None:
-    """An LDM UNet path in diffusers' spelling, None for one that such a UNet does not have.
+    """Returns an LDM UNet path in diffusers' spelling; None for one that such a UNet does not have.
 
     >>> diffusers_unet_path("input_blocks.4.1.proj_in")
     'down_blocks.1.attentions.0.proj_in'
@@ -153,5 +153,5 @@ def _unet(name: str | None, path: str, shape: Shape, kernel: Shape) -> tuple[Mod
 
 
 def _block(side: str, kind: str, index: int, rest: str) -> str | None:
-    own = rest if kind == "attentions" else _RESNET.get(rest)
-    return own and f"{side}.{kind}.{index}.{own}"
+    module = rest if kind == "attentions" else _RESNET.get(rest)
+    return module and f"{side}.{kind}.{index}.{module}"

@@ -1,4 +1,4 @@
-"""Norms and biases of the UNet: what LoRA factors cannot hold, but hosts take from a LoRA file."""
+"""Norms and biases of the UNet, which LoRA factors cannot hold but hosts take from a LoRA file."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ class NormOrBias:
 
 
 def norms_and_biases_of(header: Header, layout: Layout, *, biases: bool) -> tuple[NormOrBias, ...]:
-    """The norms of the UNet that have both scales and biases, and on demand the layers' biases.
+    """Returns the norms of the UNet that have scales and biases, and on demand the layers' biases.
 
-    Named by the checkpoint's own spelling, which A1111, Forge and ComfyUI all take for these.
+    They are named by the checkpoint's own spelling, which A1111, Forge and ComfyUI all take for these.
     A1111 refuses a file with half of a norm, or with the bias of a layer and nothing else of it.
 
     Args:
         header: of a checkpoint.
         layout: of the same.
-        biases: whether the layers' biases are wanted too.
+        biases: whether the layers' biases are returned too.
     """
-    found = []
+    tensors = []
     for part in layout.family.parts:
         stems = {} if part.name != "unet" else _stems(header, layout, part.prefix)
         for stem, weight_dimensions in stems.items():
             name = part.lora_prefix + stem.removeprefix(part.prefix).replace(".", "_")
             bias = header.tensors[stem + _BIAS]
             if weight_dimensions == 1:
-                found.append(NormOrBias(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
-                found.append(NormOrBias(stem + _BIAS, name + ".b_norm", "norms", bias.numel))
+                tensors.append(NormOrBias(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
+                tensors.append(NormOrBias(stem + _BIAS, name + ".b_norm", "norms", bias.numel))
             elif biases:
-                found.append(NormOrBias(stem + _BIAS, name + ".diff_b", "biases", bias.numel))
-    return tuple(found)
+                tensors.append(NormOrBias(stem + _BIAS, name + ".diff_b", "biases", bias.numel))
+    return tuple(tensors)
 
 
 def _stems(header: Header, layout: Layout, prefix: str) -> dict[str, int]:
-    """What has both a weight and an averaged bias, and how many dimensions the weight has."""
+    """Returns the number of the weight's dimensions by stem, where there is an averaged bias too."""
     return {
         stem: len(header.tensors[stem + _WEIGHT].shape)
         for stem in (key.removesuffix(_BIAS) for key in header.tensors if key.endswith(_BIAS))

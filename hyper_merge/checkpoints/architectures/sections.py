@@ -1,4 +1,4 @@
-"""From a layer's path to the section of the network it lies in, as people who merge call them."""
+"""Sections of a network, as people who merge call them, by a layer's path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIDDLE: Final = re.compile(r"(?:^|.*\.)middle_block\..*")
 
 
 def section_of(path: str, encoder: str = "TE") -> str:
-    """IN00.., MID and OUT00.. of an LDM UNet, JOINT00.., DOUBLE00.., SINGLE00.. of a transformer.
+    """Returns IN00.., MID or OUT00.. in an LDM UNet, JOINT00.., DOUBLE00.. or SINGLE00.. in a transformer.
 
     Args:
         path: dotted, within its network.

@@ -1,4 +1,4 @@
-"""Questions about a file's keys by which families are told apart: structure, never widths."""
+"""Properties of a file's keys by which families are recognised: structure, never widths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS: Final = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
 """Keys of text encoders begin with one of these."""
 
 LABELS: Final = UNET + "label_emb."
-"""Of a UNet that is conditioned on a vector: SDXL, its refiner, unCLIP."""
+"""Prefix in a UNet that is conditioned on a vector: SDXL, its refiner, unCLIP."""
 
 _FIRST_CONVOLUTION: Final = UNET + "input_blocks.0.0.weight"
 _CONTEXT: Final = re.compile(r"model\.diffusion_model\..*\.attn2\.to_k\.weight")
@@ -34,8 +34,8 @@ class KeySignature:
     shapes: Mapping[str, Shape | None]  # None: of a type that torch does not know
 
     @staticmethod
-    def of(header: Header) -> KeySignature:
-        """The structure of a file; tensors of unknown types count as keys."""
+    def from_header(header: Header) -> KeySignature:
+        """Returns the signature of a file; tensors of unknown types count as keys."""
         known = {key: info.shape for key, info in header.tensors.items()}
         return KeySignature({**known, **dict.fromkeys(header.unsupported)})
 
@@ -52,7 +52,7 @@ class KeySignature:
         return re.search(pattern, self._text, re.MULTILINE) is not None
 
     def shape_where(self, pattern: re.Pattern[str]) -> Shape | None:
-        """Shape of the first tensor whose whole key matches, None if there is none."""
+        """Returns the shape of the first tensor whose whole key matches; None if there is none."""
         return next((shape for key, shape in self.shapes.items() if pattern.fullmatch(key)), None)
 
     @cached_property
@@ -62,7 +62,7 @@ class KeySignature:
 
     @property
     def input_channels(self) -> int | None:
-        """Channels that an LDM UNet reads: 4, inpainting 9, instruct-pix2pix 8; None if it is none."""
+        """Number of channels that an LDM UNet reads: 4, inpainting 9, instruct-pix2pix 8; None if it is none."""
         shape = self.shapes.get(_FIRST_CONVOLUTION)
         return shape[1] if shape is not None and len(shape) == 4 else None
 
@@ -74,7 +74,7 @@ class KeySignature:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """Transformers in each level of an LDM UNet, and in its middle: SD 1.x has 1, 1, 1, 0; 1.
+        """Number of transformers in each level of an LDM UNet, then in its middle: SD 1.x has 1, 1, 1, 0; 1.
 
         Empty if it is no such UNet, or one with other than two residual blocks a level.
         """

@@ -1,4 +1,4 @@
-"""How an architecture is declared: how it is recognised, where its parts are, what LoRAs call it."""
+"""Declaration of an architecture: how it is recognised, its parts, and its names in LoRA files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PartName = Literal["unet", "text_encoder"]
 
 @dataclass(frozen=True)
 class DetectionRule:
-    """What a family is recognised by; each thing said must hold, what is not said may be anything.
+    """Conditions by which a family is recognised; all that are given must hold.
 
     Data instead of a function, so that a family can be sent to another process.
     """
@@ -30,21 +30,21 @@ class DetectionRule:
     texts: tuple[str, ...] = ()  # keys of the text encoder begin with one of these, or ...
     context: int | None = None  # ... there is none, and the UNet reads features of this width
 
-    def match(self, structure: KeySignature) -> bool:
-        """Whether a file of this structure bears the signs."""
+    def matches(self, signature: KeySignature) -> bool:
+        """Whether a file of this signature fulfils all conditions."""
         return (
-            all(structure.has(prefix) for prefix in self.all_of)
-            and not structure.has(*self.none_of)
-            and self.depths in (None, structure.depths)
-            and self.input_channels in (None, structure.input_channels)
-            and self._reads(structure)
+            all(signature.has(prefix) for prefix in self.all_of)
+            and not signature.has(*self.none_of)
+            and self.depths in (None, signature.depths)
+            and self.input_channels in (None, signature.input_channels)
+            and self._reads(signature)
         )
 
-    def _reads(self, structure: KeySignature) -> bool:
-        if not self.texts or structure.has(*self.texts):
+    def _reads(self, signature: KeySignature) -> bool:
+        if not self.texts or signature.has(*self.texts):
             return True
-        alone = self.context is not None and not structure.has_text_encoder
-        return alone and structure.context == self.context
+        alone = self.context is not None and not signature.has_text_encoder
+        return alone and signature.context == self.context
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Family:
 
     name: str  # never changes: recipes and caches keep it
     title: str  # for people, after "is a"
-    signs: DetectionRule
+    rule: DetectionRule
     parts: tuple[
         NetworkPart, ...
     ] = ()  # in the order of the computation; none: it cannot be merged
@@ -74,7 +74,7 @@ class Family:
     lora_alpha: bool = True  # whether LoRA files of the family hold alphas
     in_a1111: bool = True  # whether AUTOMATIC1111 runs it
     half: torch.dtype = torch.float16  # in which hosts hold its weights
-    # What LoRA files of this family say of themselves, by the names of their metadata.
+    # Metadata of LoRA files of this family, by their names there.
     ss_base_model_version: str = ""
     ss_v2: str = "False"
     modelspec_architecture: str = ""  # without "/lora"
@@ -82,9 +82,9 @@ class Family:
     modelspec_resolution: str = ""
     modelspec_prediction_type: str = ""
     sd_version: str = ""  # of the WebUI's LoRA card
-    # Where files of the same keys may predict v instead of noise: what they say otherwise, the key
-    # of a tensor whose values spread wider then, and the configuration that tells hosts.
-    v_words: tuple[tuple[str, str], ...] = ()
+    # Where files of the same keys may predict v instead of noise: the metadata that differ, the key of
+    # a tensor whose values spread wider then, and the configuration by which hosts know.
+    v_metadata: tuple[tuple[str, str], ...] = ()
     v_spread: str = ""
     v_configuration: Callable[[], dict[str, Any]] | None = None
 
@@ -95,15 +95,15 @@ class Family:
 
     @property
     def predicts_v(self) -> bool:
-        """Whether it is such a variant."""
+        """Whether checkpoints of the family predict v instead of noise."""
         return self.modelspec_prediction_type == "v"
 
     def alpha_for(self, rank: int) -> int | None:
-        """The alpha of a LoRA file, by which a factor pair of this rank needs no scaling; None for none."""
+        """Returns the alpha by which a factor pair of this rank needs no scaling; None for no alpha."""
         return rank if self.lora_alpha else None
 
     def part_of(self, module: str) -> PartName:
-        """The part that a module of a LoRA file belongs to.
+        """Returns the part that a module of a LoRA file belongs to.
 
         Raises:
             ValueError: no module of this family is named so.
@@ -114,7 +114,7 @@ class Family:
         raise ValueError(f"{module} is no module of {self.title}")
 
     def predicting_v(self) -> Family:
-        """The variant of the same keys and shapes that predicts v."""
+        """Returns the variant of the same keys and shapes that predicts v."""
         name, title = f"{self.name}_v", f"{self.title} with v-prediction"
-        words: dict[str, Any] = dict(self.v_words)
-        return replace(self, name=name, title=title, v_words=(), **words)
+        metadata: dict[str, Any] = dict(self.v_metadata)
+        return replace(self, name=name, title=title, v_metadata=(), **metadata)

@@ -1,4 +1,4 @@
-"""Files that people choose by mistake: what they are, told from their keys."""
+"""Files that people choose by mistake, recognised by their keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class UnsupportedModel:
     matches: Callable[[KeySignature], bool]
 
 
-# Told before the families: these may contain a whole checkpoint's keys.
+# Checked before the families: these may contain a whole checkpoint's keys.
 DISGUISED: Final[tuple[UnsupportedModel, ...]] = (
     UnsupportedModel(
         "a 4-bit model (nf4 or fp4, bitsandbytes): use its fp16 version",
@@ -59,7 +59,7 @@ DISGUISED: Final[tuple[UnsupportedModel, ...]] = (
     ),
 )
 
-# Told after the families: parts of a checkpoint, and other networks.
+# Checked after the families: parts of a checkpoint, and other networks.
 PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
     UnsupportedModel("an IP-Adapter", lambda s: s.has("image_proj.", "ip_adapter.")),
     UnsupportedModel(
@@ -75,7 +75,7 @@ PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
         lambda s: s.has("model_ema.") and not s.has(UNET),
     ),
     UnsupportedModel(
-        "a UNet alone of a kind that cannot be told",
+        "a UNet alone of a kind that cannot be recognised",
         lambda s: s.has(UNET) and not s.has_text_encoder,
     ),
     UnsupportedModel(
@@ -111,5 +111,5 @@ PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
 )
 
 
-def _only(structure: KeySignature, *keys: str) -> bool:
-    return bool(structure.shapes) and set(structure.shapes) <= set(keys)
+def _only(signature: KeySignature, *keys: str) -> bool:
+    return bool(signature.shapes) and set(signature.shapes) <= set(keys)

@@ -1,1 +1,1 @@
-"""Checkpoint files: headers, tensors in, tensors out, whole or not at all."""
+"""Files of tensors: headers, reading and writing, whole or not at all."""

@@ -23,19 +23,26 @@ from hyper_merge.errors import OutputError
 
 # Errors by which a file system says that it cannot reserve space, though it may well have it.
 _CANNOT_RESERVE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
+_ELSEWHERE: Final = "choose another folder"
 _REASONS: Final = {
-    errno.ENOSPC: "the disk is full; free some space or choose another folder",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
-    errno.EFBIG: "the file system cannot hold so large a file; choose another folder",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "permission denied, or another program uses the file; choose another folder",
-    errno.EPERM: "permission denied; choose another folder",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file system cannot hold so large a file",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied, or another program uses the file",
+    errno.EPERM: "permission denied",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+_HINTS: Final = {
+    **dict.fromkeys(_REASONS, _ELSEWHERE),
+    errno.ENOSPC: f"free some space or {_ELSEWHERE}",
+    errno.EDQUOT: f"free some space or {_ELSEWHERE}",
+    errno.ENAMETOOLONG: "choose a shorter one",
 }
 
 
 class StagedFile:
-    """A file being written beside its place; `commit` puts it there, `discard` forgets it.
+    """A file being written beside its place; `commit` puts it there, `discard` removes it.
 
     Naming and creating it are two steps, so that an interrupt in between, or while it is created,
     finds somebody who knows what to discard.
@@ -86,7 +93,7 @@ class StagedFile:
                 data, offset = data[count:], offset + count
 
     def seal(self) -> None:
-        """Brings the bytes onto the disk and closes the temporary file; it can be read then."""
+        """Flushes the bytes to the disk and closes the temporary file; it can be read then."""
         if self._file.closed:
             return
         with as_output_error(self.path, self.size):
@@ -94,11 +101,11 @@ class StagedFile:
             self._file.close()
 
     def commit(self, *, reversible: bool = False) -> None:
-        """Puts the sealed file in its place, at once for every reader.
+        """Puts the sealed file in its place; every reader sees the old file or the new one, whole.
 
         Args:
-            reversible: keep a replaced file under a second name, so that `revert` can bring it
-                back; `forget_previous` must follow.
+            reversible: keep a replaced file under a second name, so that `revert` can
+                restore it; `forget_previous` must follow.
 
         Raises:
             OutputError: the place was taken meanwhile, or the operating system refuses.
@@ -112,7 +119,7 @@ class StagedFile:
             sync_folder(self.path.parent)
 
     def revert(self) -> None:
-        """Undoes a reversible commit: the former file is back, or nothing if there was none."""
+        """Undoes a reversible commit: restores the former file, or removes the new one."""
         if self.temporary.exists():
             return  # it never came to the replacement
         with suppress(OSError):
@@ -136,7 +143,7 @@ class StagedFile:
             self.temporary.unlink()
 
     def _write_some(self, data: memoryview, offset: int) -> int:
-        """Writes as much as the operating system likes; returns the number of bytes."""
+        """Writes as much as the operating system takes; returns the number of bytes."""
         if sys.platform != "win32":
             return os.pwrite(self._file.fileno(), data, offset)
         with self._lock:  # place and write are two steps there
@@ -159,7 +166,7 @@ class StagedFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep_previous(self) -> None:
-        """A second name instead of a move: the former file never disappears from its place."""
+        """Gives the former file a second name, and not another place: it never disappears from its own."""
         previous = self.temporary.with_suffix(".old")
         with suppress(OSError):  # no hard links here (FAT, some network folders): not reversible
             previous.hardlink_to(self.path)
@@ -167,15 +174,15 @@ class StagedFile:
 
 
 class StagedRemoval:
-    """An existing file about to disappear; `commit` takes it away, `revert` brings it back."""
+    """An existing file about to disappear; `commit` removes it, `revert` restores it."""
 
     def __init__(self, path: Path) -> None:
-        """Names the file; nothing happens yet."""
+        """Names the file; nothing happens to it."""
         self.path = path
         self._kept = path.with_name(f".hyper-merge-{secrets.token_hex(8)}.old")
 
     def commit(self) -> None:
-        """Takes the file away; one that is gone already is no error.
+        """Removes the file; one that is gone already is no error.
 
         Raises:
             OutputError: the operating system refuses.
@@ -186,18 +193,19 @@ class StagedRemoval:
             return
         except OSError as error:
             raise OutputError(
-                f"cannot remove {self.path}: {error.strerror or error}; close the programs that use"
-                " it, or see to the rights of its folder"
+                f"cannot remove {self.path}: {error.strerror or error}",
+                hint="close the programs that use it, or see to the rights of its folder",
+                file=self.path,
             ) from error
         sync_folder(self.path.parent)
 
     def revert(self) -> None:
-        """The file is back."""
+        """Restores the file."""
         with suppress(OSError):
             self._kept.rename(self.path)
 
     def forget_previous(self) -> None:
-        """Deletes it for good."""
+        """Deletes the file for good."""
         with suppress(OSError):
             self._kept.unlink()
 
@@ -212,19 +220,23 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     with as_output_error(path):
         above = next(folder for folder in path.absolute().parents if folder.exists())
         if not above.is_dir():
-            raise OutputError(f"cannot write {path}: {above} is a file; choose another place")
+            raise OutputError(
+                f"cannot write {path}: {above} is a file", hint="choose another place", file=path
+            )
         if path.is_dir():
-            raise OutputError(f"{path} is a folder; choose another name")
+            raise OutputError(f"{path} is a folder", hint="choose another name", file=path)
         # lexists: a dangling link is somebody's file too.
         if not overwrite and os.path.lexists(path):
             raise OutputError(
-                f"{path} exists; choose another name, or --overwrite on the command line"
+                f"{path} exists",
+                hint="choose another name, or --overwrite on the command line",
+                file=path,
             )
 
 
 @contextmanager
 def as_output_error(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns what the operating system refuses within into an `OutputError` about `path`.
+    """Turns refusals of the operating system within the block into an `OutputError` about `path`.
 
     Args:
         path: the file that was to be written.
@@ -236,16 +248,18 @@ def as_output_error(path: Path, needed: int = 0) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise OutputError(
-            f"cannot write {path}: its folder does not exist, or the temporary file was removed"
+            f"cannot write {path}: its folder does not exist, or the temporary file was removed",
+            file=path,
         ) from error
     except OSError as error:
-        raise OutputError(_message(path, needed, error)) from error
+        hint = _HINTS.get(error.errno or 0, "")
+        raise OutputError(_message(path, needed, error), hint=hint, file=path) from error
     except ValueError as error:  # a NUL character
-        raise OutputError(f"cannot write {str(path)!r}: {error}") from error
+        raise OutputError(f"cannot write {str(path)!r}: {error}", file=path) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's entries onto the disk, where the operating system can do so."""
+    """Flushes a folder's entries to the disk, where the operating system can do so."""
     if sys.platform == "win32":
         return
     with suppress(OSError):  # some network file systems cannot

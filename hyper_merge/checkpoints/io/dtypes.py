@@ -38,9 +38,9 @@ STORED_BITS: Final[Mapping[str, int]] = MappingProxyType({name: bits for name, b
 
 # The wider unsigned integers are no weights, and torch and the library disagree on them by version.
 TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {name: getattr(torch, own) for name, _, own in _STORED if own and hasattr(torch, own)}
+    {name: getattr(torch, word) for name, _, word in _STORED if word and hasattr(torch, word)}
 )
-"""torch's type by the type's name in the file, as far as the torch at hand has it."""
+"""torch's type by the type's name in the file, as far as the installed torch has it."""
 
 STORED_NAMES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
     {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -58,7 +58,7 @@ EIGHT_BIT_FLOATS: Final = tuple(
 """Types that torch stores but does not calculate with; float16 holds their values exactly."""
 
 FLOAT8: Final = torch.float8_e4m3fn
-"""The one of them that programs read LoRAs in: three bits of fraction, from 2**-9 to 448."""
+"""The 8-bit float that programs read LoRAs in: three bits of fraction, from 2**-9 to 448."""
 
 DTYPES_BY_WORD: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {
@@ -68,4 +68,4 @@ DTYPES_BY_WORD: Final[Mapping[str, torch.dtype]] = MappingProxyType(
         "float8": FLOAT8,
     }
 )
-"""torch's type by the word that users have for it."""
+"""torch's type by its name in recipes."""

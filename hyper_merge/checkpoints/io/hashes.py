@@ -1,4 +1,4 @@
-"""Hashes by which WebUIs and sites know a file; every one reads the file, none its meaning."""
+"""Hashes by which WebUIs and sites know a file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def file_sha256(
     path: str | os.PathLike[str],
     tick: Callable[[int], None] = lambda _count: None,
 ) -> str:
-    """SHA-256 of the whole file, 64 hex digits; the WebUI's short hash is its first 10.
+    """Returns the SHA-256 of the whole file, 64 hex digits; the WebUI's short hash is its first 10.
 
     Args:
         path: the file.
-        tick: told the bytes of every chunk of up to 4 MiB; may raise, to stop.
+        tick: receives the number of bytes of every chunk of up to 4 MiB; may raise, to stop.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -42,13 +42,13 @@ def tensor_data_sha256(
     path: str | os.PathLike[str],
     tick: Callable[[int], None] = lambda _count: None,
 ) -> str:
-    """SHA-256 of the tensors' bytes alone, 64 hex digits: kohya's `sshs_model_hash`.
+    """Returns the SHA-256 of the tensors' bytes alone, 64 hex digits: kohya's `sshs_model_hash`.
 
-    Also A1111's hash of a LoRA (its first 12 digits); edits of the metadata do not change it.
+    Its first 12 digits are A1111's hash of a LoRA; edits of the metadata do not change it.
 
     Args:
         path: a .safetensors file.
-        tick: told the bytes of every chunk of up to 4 MiB; may raise, to stop.
+        tick: receives the number of bytes of every chunk of up to 4 MiB; may raise, to stop.
 
     Raises:
         CheckpointError: the file cannot be read, or its header's length is impossible.
@@ -63,7 +63,7 @@ def tensor_data_sha256(
 
 
 def legacy_hash(path: str | os.PathLike[str]) -> str:
-    """A1111's old 8-digit model hash: SHA-256 of 64 KiB at 1 MiB into the file.
+    """Returns A1111's old 8-digit model hash: SHA-256 of 64 KiB at 1 MiB into the file.
 
     Different merges often share it; good for lineage metadata, never for identity.
 
@@ -89,4 +89,4 @@ def _sha256_to_end(stream: BufferedReader, tick: Callable[[int], None]) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}", file=path)

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint file before any tensor is read."""
+"""The header of a checkpoint file, known before any tensor is read."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's table of contents, and what tells whether the file is still the same.
+    """A file's table of contents, with size and time of change, by which a changed file is noticed.
 
-    Keys are those of the usual spelling; where the file has another one, `stored` tells it.
+    Keys are the standard ones; `stored` has the file's where it is another.
     """
 
     path: Path

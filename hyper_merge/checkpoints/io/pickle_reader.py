@@ -1,4 +1,4 @@
-"""Tensors of a .ckpt file (a pickle), loaded without ever running what it asks for.
+"""Reads the tensors of a .ckpt file (a pickle) without ever running what it asks for.
 
 torch's `weights_only` loader accepts tensors and plain containers and refuses everything else.
 """
@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hyper_merge.checkpoints.io.safetensors_header import AGAIN, LENGTH_BYTES
+from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, LENGTH_BYTES
 from hyper_merge.errors import CheckpointError
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
@@ -40,10 +40,11 @@ _LOAD_ERRORS: Final = (
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """Key to tensor, mapped from the file where its format allows, a nested `state_dict` unwrapped.
+    """Returns the tensors of a file by key, mapped from the file where its format allows.
 
-    Values that are no tensors are left out. Where no tensor stands at the top, those one level
-    deeper are taken as `outer.inner`, so that a textual-inversion embedding can be told by name.
+    A nested `state_dict` is unwrapped, and values that are no tensors are left out. Where no tensor
+    stands at the top, those one level deeper are named `outer.inner`, so that a textual-inversion
+    embedding is recognised by its keys.
 
     Raises:
         CheckpointError: the pickle asks for anything but tensors and plain containers, is damaged,
@@ -53,11 +54,15 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
     data = _load(path)
     if not isinstance(data, Mapping):
         kind = type(data).__name__
-        raise CheckpointError(f"{path.name} holds a {kind}, not a state dict of tensors by key")
+        raise CheckpointError(
+            f"{path.name} holds a {kind}, not a state dict of tensors by key", file=path
+        )
     nested = data.get(_NESTED)
     tensors = _tensors(nested if isinstance(nested, Mapping) else data) or _one_deeper(data)
     if not tensors:
-        raise CheckpointError(f"{path.name} holds no tensor; choose a full checkpoint")
+        raise CheckpointError(
+            f"{path.name} holds no tensor", hint="choose a full checkpoint", file=path
+        )
     return tensors
 
 
@@ -65,11 +70,13 @@ def _load(path: Path) -> Any:
     with path.open("rb") as stream:
         head = stream.read(LENGTH_BYTES + 2)
     if head[LENGTH_BYTES:] == b'{"':
-        raise CheckpointError(f"{path.name} is a .safetensors file by its content; rename it so")
+        raise CheckpointError(
+            f"{path.name} is a .safetensors file by its content", hint="rename it so", file=path
+        )
     mapped = head.startswith(_ZIP_MAGIC)  # files of torch before 1.6 can't be mapped
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's notes to programmers; nothing to act upon
+            warnings.simplefilter("ignore")  # torch's notes to programmers; nothing to do for users
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except _LOAD_ERRORS as error:
         raise _refusal(path, error) from error
@@ -79,13 +86,16 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
     forbidden = _FORBIDDEN.search(str(error))
     if forbidden:
         return CheckpointError(
-            f"{path.name} is not loaded: its pickle asks for {forbidden[1]}, and pickles can run"
-            " any program; convert it to .safetensors with a tool that you trust"
+            f"{path.name} is not loaded: its pickle asks for {forbidden[1]}, and pickles can"
+            " run any program",
+            hint="convert it to .safetensors with a tool that you trust",
+            file=path,
         )
     reason = str(error).strip().split("\n", 1)[0][:200] or type(error).__name__
     return CheckpointError(
-        f"{path.name} is damaged or not a .ckpt file of tensors ({reason}); {AGAIN},"
-        " or convert it to .safetensors with a tool that you trust"
+        f"{path.name} is damaged or not a .ckpt file of tensors ({reason})",
+        hint=f"{COPY_AGAIN}, or convert it to .safetensors with a tool that you trust",
+        file=path,
     )
 
 

@@ -1,6 +1,6 @@
-"""The table of contents of a .safetensors file, read and validated without the tensors' data.
+"""Reads and validates the table of contents of a .safetensors file, without the tensors' data.
 
-As strict as the library: tensors fill the file without gap or overlap. The format: 8 bytes length n
+It is as strict as the library: tensors fill the file without gap or overlap. The format: 8 bytes length n
 (little-endian), n bytes of JSON, the tensors' bytes.
 """
 
@@ -19,7 +19,7 @@ from hyper_merge.errors import CheckpointError
 
 LENGTH_BYTES: Final = 8
 METADATA_KEY: Final = "__metadata__"
-AGAIN: Final = "download or copy it again"
+COPY_AGAIN: Final = "download or copy it again"
 
 _MAX_HEADER_BYTES: Final = 100_000_000  # the library's own limit
 _MAX_DIMENSION: Final = 2**63 - 1
@@ -28,8 +28,8 @@ _IMPOSTORS: Final = (
     (b"PK\x03\x04", "a zip archive as torch.save writes; rename it to .ckpt"),
     (b"\x80", "a pickle as torch.save writes; rename it to .ckpt"),
     (b"GGUF", "a quantised GGUF file; use the fp16 .safetensors version"),
-    (b"<", f"a web page; {AGAIN}, logged in where the site asks for it"),
-    (b"version ", f"a Git LFS pointer; {AGAIN} with Git LFS"),
+    (b"<", f"a web page; {COPY_AGAIN}, logged in where the site asks for it"),
+    (b"version ", f"a Git LFS pointer; {COPY_AGAIN} with Git LFS"),
 )
 
 
@@ -52,7 +52,7 @@ class _Entry(NamedTuple):
 
 
 def read_table(path: Path, size: int) -> SafetensorsTable:
-    """The validated table of contents; reads nothing beyond the header.
+    """Returns the validated table of contents; reads nothing beyond the header.
 
     Args:
         path: the file.
@@ -79,7 +79,7 @@ def read_table(path: Path, size: int) -> SafetensorsTable:
 
 
 def read_header_bytes(stream: BinaryIO, name: str, size: int) -> tuple[int, bytes]:
-    """Where the tensors' bytes begin, and the header's JSON text; `stream` stands there after it.
+    """Returns the byte at which the tensors begin, where it leaves the stream, and the header's JSON text.
 
     Raises:
         CheckpointError: the length is impossible, or no JSON object follows.
@@ -108,13 +108,13 @@ def _plausible(first: bytes, size: int) -> bool:
 
 
 def _damaged(name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"{name} is damaged or not a .safetensors file: {why}; {AGAIN}")
+    return CheckpointError(f"{name} is damaged or not a .safetensors file: {why}", hint=COPY_AGAIN)
 
 
 def _truncated(name: str, expected: int, size: int) -> CheckpointError:
     return CheckpointError(
-        f"{name} is truncated: by its header it has {expected:,} bytes, there are {size:,};"
-        f" wait if it is still being written, else {AGAIN}"
+        f"{name} is truncated: by its header it has {expected:,} bytes, there are {size:,}",
+        hint=f"wait if it is still being written, else {COPY_AGAIN}",
     )
 
 
@@ -166,7 +166,7 @@ def _naturals(value: object) -> bool:
 def _require_size(entry: _Entry, name: str) -> None:
     bits = STORED_BITS.get(entry.dtype)
     if bits is None:
-        return  # a type of the future: told as unsupported, its size is not ours to judge
+        return  # a type of the future: it counts as unsupported, of any size
     expected = -(-math.prod(entry.shape) * bits // 8)
     if entry.end - entry.start != expected:
         raise _damaged(
@@ -177,7 +177,7 @@ def _require_size(entry: _Entry, name: str) -> None:
 
 
 def _require_filled(entries: Iterable[_Entry], start: int, size: int, name: str) -> None:
-    """The tensors follow each other without gap or overlap up to the end of the file."""
+    """Returns if the tensors follow each other without gap or overlap up to the end of the file."""
     end = 0
     for entry in entries:
         if entry.start != end:

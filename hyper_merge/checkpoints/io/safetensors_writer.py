@@ -1,4 +1,4 @@
-"""Streams a .safetensors file: its exact header first, then tensors in any order, whole or not at all."""
+"""Writes a .safetensors file: its exact header first, then tensors in any order, whole or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SafetensorsWriter:
             metadata: text by name; `"format": "pt"` is added.
             overwrite: whether an existing file may be replaced.
             deferred: leaving the block only finishes the temporary file; `staged.commit()` or
-                `Outputs` puts it in place.
+                `FileTransaction` puts it in place.
 
         Raises:
             TypeError: metadata that is not text.
@@ -143,7 +143,7 @@ class SafetensorsWriter:
 
 
 def tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    """The tensor's bytes in `dtype`, row by row; its own memory where nothing has to be changed."""
+    """Returns a tensor's bytes in `dtype`, row by row; a view of its memory where nothing changes."""
     flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -153,14 +153,14 @@ def content_sha256(
     declared: Mapping[str, TensorInfo],
     tick: Callable[[int], None] = lambda _count: None,
 ) -> str:
-    """What `tensor_data_sha256` will say of the file (64 hex digits), known before it is written.
+    """Returns the `tensor_data_sha256` of a file (64 hex digits) before it is written.
 
-    Lets a file carry the hash of its tensors in its own metadata.
+    It lets a file carry the hash of its tensors in its own metadata.
 
     Args:
         tensors: key to tensor, as they will be given to the writer.
         declared: key to type and shape, as the writer is made with.
-        tick: told the bytes of every tensor; may raise, to stop.
+        tick: receives the number of bytes of every tensor; may raise, to stop.
     """
     digest = hashlib.sha256()
     for key in _file_order(declared):
@@ -170,7 +170,7 @@ def content_sha256(
 
 
 def _file_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Keys in the library's order: widest type first, so that all data is aligned; then by name."""
+    """Returns the keys in the library's order: widest type first, so that data is aligned; then by name."""
     unknown = [key for key, info in tensors.items() if info.dtype not in ALIGNMENT_ORDER]
     if unknown:
         raise ValueError(f"{unknown[0]!r}: no .safetensors file holds {tensors[unknown[0]].dtype}")
@@ -178,7 +178,7 @@ def _file_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _offsets(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
-    """Key to first byte and end of its data, counted from the beginning of the data."""
+    """Returns first byte and end of the data by key, counted from the beginning of all data."""
     offsets, end = {}, 0
     for key in _file_order(tensors):
         start, end = end, end + tensors[key].nbytes
@@ -191,7 +191,7 @@ def _header_bytes(
     offsets: Mapping[str, tuple[int, int]],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """Length and JSON text, padded with blanks so that the data begins aligned."""
+    """Returns length and JSON text, padded with blanks so that the data begins aligned."""
     if METADATA_KEY in tensors:
         raise ValueError(f"no tensor can be named {METADATA_KEY}")
     for name, value in metadata.items():

@@ -31,13 +31,13 @@ _Path: TypeAlias = "str | os.PathLike[str]"
 class FileTransaction:
     """Files staged one by one and put in place together when the block is left.
 
-        with Outputs() as outputs:
+        with FileTransaction() as outputs:
             with outputs.safetensors(model, tensors, metadata) as writer:
                 writer.write(key, tensor)
             outputs.text(folder / "multipliers.txt", lines)
 
     An exception within the block (Ctrl-C too) removes everything staged and every folder made, and
-    so does a refusal while the files are put in place: those already replaced are brought back.
+    so does a refusal while the files are put in place: those already replaced are restored.
     Only a kill in that last moment can leave some files new and some old, each of them whole.
     Two files of one block never have the same place, on no file system: names that differ by case
     alone are refused, for on Windows and macOS one would silently replace the other.
@@ -52,7 +52,7 @@ class FileTransaction:
         self._overwrite = overwrite
         self._parts: dict[Path, SafetensorsWriter | StagedFile] = {}  # in the order of staging
         self._removals: dict[Path, StagedRemoval] = {}
-        self._written: dict[str, Path] = {}  # by what file systems tell places by
+        self._written: dict[str, Path] = {}  # by the key that no file system gives to two places
         self._folders: list[Path] = []
 
     def __enter__(self) -> FileTransaction:
@@ -61,7 +61,7 @@ class FileTransaction:
     def safetensors(
         self, path: _Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     ) -> SafetensorsWriter:
-        """A writer to be used in a `with` block within this one; missing folders are made.
+        """Returns a writer for a `with` block within this one; makes missing folders.
 
         Raises:
             OutputError: the place is taken, also by another file of this block whose name differs
@@ -97,11 +97,11 @@ class FileTransaction:
         self._removals[path] = StagedRemoval(path)
 
     def size_of(self, path: _Path) -> int:
-        """Bytes of a staged file."""
+        """Returns the size of a staged file in bytes."""
         return self._parts[Path(path)].size
 
     def metadata_of(self, path: _Path) -> Mapping[str, str]:
-        """What a staged .safetensors file will say of itself; nothing for any other file."""
+        """Returns the metadata of a staged .safetensors file; empty for any other file."""
         part = self._parts[Path(path)]
         return part.metadata if isinstance(part, SafetensorsWriter) else {}
 
@@ -129,11 +129,11 @@ class FileTransaction:
             self._discard()
 
     def _prepare(self, path: _Path) -> Path:
-        """The path, free to be written to, in a folder that exists."""
+        """Returns the path, free to be written to, in a folder that exists."""
         path = Path(path)
         if path in self._parts or path in self._removals:
             raise ValueError(f"{path} is staged twice")
-        removed = {_place_key(each): each for each in self._removals}
+        removed = {_place_key(removal): removal for removal in self._removals}
         key = _place_key(path)
         _require_apart(path, self._written.get(key, removed.get(key)))
         require_free(path, overwrite=self._overwrite)
@@ -162,7 +162,7 @@ class FileTransaction:
             step.forget_previous()
 
     def _finished(self) -> list[StagedFile]:
-        """All staged files, whole, with their places still free."""
+        """Returns all staged files, whole, with their places still free."""
         for part in self._parts.values():
             if isinstance(part, SafetensorsWriter):
                 part.finish()
@@ -185,7 +185,7 @@ def _staged(part: SafetensorsWriter | StagedFile) -> StagedFile:
 
 
 def _place_key(path: Path) -> str:
-    """Equal for two paths where any file system has one file for both."""
+    """Returns a text that is equal for two paths where any file system has one file for both."""
     with as_output_error(path):
         return name_key(str(Path(os.path.realpath(path.parent)) / path.name))
 
@@ -194,10 +194,12 @@ def _require_apart(path: Path, other: Path | None) -> None:
     """Returns if no other file of the same block has the place.
 
     Raises:
-        NameTakenError: one has, on a file system that does not tell letters by case.
+        NameTakenError: one has, on a file system that ignores the case of letters.
     """
     if other is not None:
         raise NameTakenError(
-            f"cannot write {path}: {other}, which is of the same work, is the same file on Windows"
-            " and macOS; give one of the two another name"
+            f"cannot write {path}: {other}, which belongs to the same work, is the same file on"
+            " Windows and macOS",
+            hint="give one of the two another name",
+            file=path,
         )

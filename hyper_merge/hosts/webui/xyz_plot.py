@@ -10,7 +10,7 @@ from modules import errors, scripts
 
 from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
-from hyper_merge.recipe.parsing import suggest_nearest
+from hyper_merge.recipe.plain_values import suggest_nearest
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import prompt_tags_of
@@ -91,7 +91,9 @@ def _found(host: Host, value: str) -> tuple[str, str]:
     except HyperMergeError as error:
         known = choices(host)
         raise PictureError(
-            f"{LABEL}: expected run/checkpoint, got {value!r}{suggest_nearest(value, known)} ({error})"
+            f"expected run/checkpoint, got {value!r} ({error})",
+            hint=suggest_nearest(value, known),
+            where=LABEL,
         ) from error
     title = host.checkpoint_title(run.hyper_model)
     if title is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.rank_allocation import even_ranks
-from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError
+from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError, settings_placed
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
 from hyper_merge.loras.metadata import (
@@ -31,8 +31,15 @@ from hyper_merge.loras.metadata import (
 from hyper_merge.operations.extract.difference import LowRankDifference, find_difference
 from hyper_merge.operations.merge.cost_model import extraction_costs
 from hyper_merge.operations.merge.preflight import common_layout
-from hyper_merge.recipe.parsing import LARGEST_RANK, parse_name, parse_path, whole
-from hyper_merge.recipe.recipe import FIELDS, SettingError, parse_settings
+from hyper_merge.recipe.fields import FIELD_PARSERS
+from hyper_merge.recipe.parsing import LARGEST_RANK, optional, parse_name, parse_path, whole
+from hyper_merge.recipe.request import (
+    Parsers,
+    PlaceOf,
+    check_request,
+    key_place,
+    parse_request,
+)
 from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
@@ -42,12 +49,12 @@ from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.names import name_key, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
 
-_PARSERS: Final[Mapping[str, Callable[[Any], object]]] = {
-    **{field.name: field.parse for field in FIELDS},
+_PARSERS: Final[Parsers] = {
+    **FIELD_PARSERS,
     "base": parse_path,
     "checkpoint": parse_path,
     "rank": whole(1, LARGEST_RANK),
-    "name": lambda name: None if name is None else parse_name(name),
+    "name": optional(parse_name),
 }
 
 
@@ -78,7 +85,36 @@ class ExtractRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parse_settings(self, _PARSERS)
+        check_request(self, _PARSERS)
+        if self.is_file:
+            with settings_placed(key_place):
+                self._require_name_of_file()
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> ExtractRequest:
+        """Returns the request that plain values describe; `where` gives the place of each.
+
+        Raises:
+            RecipeError: a value is refused.
+        """
+        return parse_request(cls, values, _PARSERS, where)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether `output` is the LoRA's own path, and not that of a models folder."""
+        return self.output.suffix == ".safetensors"
+
+    def _require_name_of_file(self) -> None:
+        try:
+            parse_name(self.output.stem)
+        except RecipeError as error:
+            error.message = f"{self.output.name} is the LoRA's name in prompts: {error.message}"
+            error.key = "output"
+            raise
+        if self.name not in (None, self.output.stem):
+            raise RecipeError(
+                f"{self.output} has a name already", hint="give one of the two", key="name"
+            )
 
 
 @dataclass(frozen=True)
@@ -141,16 +177,8 @@ def run_extract(
 
 def _place(request: ExtractRequest, folders: Folders | None) -> tuple[Path, Path | None]:
     """Returns the file, free to be written, and the folder that remembers hashes."""
-    if folders is None and request.output.suffix == ".safetensors":
+    if folders is None and request.is_file:
         path, cache = request.output, None
-        try:
-            parse_name(path.stem)
-        except RecipeError as error:
-            raise SettingError(
-                "output", f"{path.name} is the LoRA's name in prompts: {error}"
-            ) from None
-        if request.name not in (None, path.stem):
-            raise SettingError("name", f"{request.output} has a name already; give one of the two")
     else:
         folders = folders or Folders.under(request.output)
         owners = folders.lora_owners()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -13,13 +13,9 @@ from hyper_merge.analysis.inputs import MergeInputs, multiplier_groups
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.operations.merge.preflight import common_layout
-from hyper_merge.recipe.parsing import (
-    PrivateLoraTarget,
-    parse_name,
-    parse_path,
-    parse_private_lora_target,
-)
-from hyper_merge.recipe.recipe import FIELDS, parse_settings
+from hyper_merge.recipe.fields import FIELD_PARSERS
+from hyper_merge.recipe.parsing import PrivateLoraTarget, optional, parse_name, parse_path
+from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.integrity import require_family, require_hyper_model
 from hyper_merge.runs.run import Run, load_run
@@ -34,7 +30,7 @@ class FitRequest:
         run: Its name.
         checkpoint: The file that is to be fitted.
         name: By which the run knows it; None for the file's.
-        topup: A private LoRA of what remains; text as `parse_private_lora_target` takes it is turned into it.
+        topup: A private LoRA of what remains, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: Whether an earlier fit of this name may be replaced.
         seed: Of everything random.
@@ -49,15 +45,23 @@ class FitRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parse_settings(self, _PARSERS)
+        check_request(self, _PARSERS)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> FitRequest:
+        """Returns the request that plain values describe; `where` gives the place of each.
+
+        Raises:
+            RecipeError: a value is refused.
+        """
+        return parse_request(cls, values, _PARSERS, where)
 
 
-_PARSERS: Final[Mapping[str, Any]] = {
-    **{field.name: field.parse for field in FIELDS},
+_PARSERS: Final[Parsers] = {
+    **FIELD_PARSERS,
     "run": str,
     "checkpoint": parse_path,
-    "name": lambda name: None if name is None else parse_name(name),
-    "topup": parse_private_lora_target,
+    "name": optional(parse_name),
 }
 
 

@@ -93,5 +93,5 @@ def _allowance(
     if recipe.allocation == "even" or recipe.method == "greedy":
         return None
     # Layers that a file has together or not at all are filled up with zeros: at most rank 1 in each.
-    zeros = sum(size for layer, size in zip(layers, rank_bytes, strict=True) if layer.together)
+    zeros = sum(size for layer, size in zip(layers, rank_bytes, strict=True) if layer.bundle)
     return Allowance(rank_bytes, factor_bytes - len(recipe.ranks) * zeros)

@@ -27,8 +27,10 @@ from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.metadata import KIND, RUN, checkpoint_metadata
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.restore.reconstruction import ReconstructionErrors, write_restored
-from hyper_merge.recipe.parsing import describe_value
-from hyper_merge.recipe.recipe import FIELDS, SettingError
+from hyper_merge.recipe.fields import FIELD_PARSERS
+from hyper_merge.recipe.parsing import optional, parse_flag, parse_path
+from hyper_merge.recipe.plain_values import describe_value
+from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
 from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.integrity import require_family, require_hyper_model, require_own
 from hyper_merge.runs.originals import locate_sources
@@ -50,7 +52,6 @@ _SHARE: Final = re.compile(r"\s*(?P<name>[^:]+?)\s*:\s*(?P<share>[-+]?(\d+\.?\d*
 _OWN: Final = "hyper_merge."
 _RESTORES: Final = _OWN + "restores"
 _RESTORED: Final = "restored"  # the kind of these files
-_DTYPES: Final = next(field.parse for field in FIELDS if field.name == "dtype")
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,32 @@ class RestoreRequest:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            _ = self.dtype is None or _DTYPES(self.dtype)
-        except RecipeError as error:
-            raise SettingError("dtype", str(error)) from None
-        if not self.shares or not all(map(math.isfinite, self.shares.values())):
-            raise SettingError("mix", "expected one checkpoint or more, with finite shares")
+        check_request(self, _PARSERS)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> RestoreRequest:
+        """Returns the request that plain values describe; `where` gives the place of each.
+
+        Raises:
+            RecipeError: a value is refused.
+        """
+        return parse_request(cls, values, _PARSERS, where)
+
+
+def _parse_shares(value: object) -> dict[str, float]:
+    """Returns shares by checkpoint, one or more, all of them finite."""
+    if isinstance(value, Mapping) and value and all(map(math.isfinite, value.values())):
+        return dict(value)
+    raise RecipeError("expected one checkpoint or more, with finite shares", key="mix")
+
+
+_PARSERS: Final[Parsers] = {
+    "run": str,
+    "shares": _parse_shares,
+    "to": optional(parse_path),
+    "dtype": optional(FIELD_PARSERS["dtype"]),
+    "overwrite": parse_flag,
+}
 
 
 @dataclass(frozen=True)

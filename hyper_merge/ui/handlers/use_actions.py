@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.errors import HyperMergeError, RecipeError
+from hyper_merge.errors import HyperMergeError, RecipeError, settings_placed
 from hyper_merge.hosts.host import Host, file_of
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.tasks import host_turn
@@ -24,8 +24,8 @@ from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
-from hyper_merge.recipe.parsing import parse_name, parse_share, plain_value
-from hyper_merge.recipe.recipe import SettingError
+from hyper_merge.recipe.parsing import parse_name, parse_share
+from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.use import SAME_PRECISION, Outcome, Panel
@@ -38,6 +38,7 @@ _LABELS: Final = {
     "rank": "Rank",
     "dtype": "Stored precision",
     "mix": "Mix",
+    "threshold": "Threshold",
 }
 _Do = Callable[[Progress], object]
 
@@ -47,13 +48,14 @@ def start_fit(host: Host, jobs: Jobs, *asked: Any) -> str:
     run, checkpoint, topup, name, replace = asked
 
     def order() -> tuple[str, _Do]:
-        wanted = FitRequest(
-            run=_run(host, run).name,
-            checkpoint=_file(host, checkpoint, "Checkpoint"),
-            name=_words(name),
-            topup=_words(topup),  # type: ignore[arg-type]  # parsed by the order
-            overwrite=bool(replace),
-        )
+        values = {
+            "run": _run(host, run).name,
+            "checkpoint": _file(host, checkpoint, "Checkpoint"),
+            "name": _words(name),
+            "topup": _words(topup),
+            "overwrite": bool(replace),
+        }
+        wanted = FitRequest.parse(values, _label)
         return f"the fit of {checkpoint}", functools.partial(_fit, host, wanted)
 
     return _start(host, jobs, "fit", order)
@@ -64,7 +66,8 @@ def start_absorb(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -
 
     def order() -> tuple[str, _Do]:
         path = _file(host, checkpoint, "Checkpoint")
-        wanted = ExtendRequest(_run(host, run).name, (path,), _words(name))
+        values = {"run": _run(host, run).name, "checkpoints": (path,), "name": _words(name)}
+        wanted = ExtendRequest.parse(values, _label)
         return f"{run} with {checkpoint}", functools.partial(_absorb, host, wanted)
 
     return _start(host, jobs, "fit", order)
@@ -76,12 +79,13 @@ def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str,
     def order() -> tuple[str, _Do]:
         if not checkpoint:
             raise RecipeError("Pick the checkpoint that is to come back.")
-        wanted = RestoreRequest(
-            run=_run(host, run).name,
-            shares={checkpoint: 1.0},
-            to=_to(host, name),
-            dtype=None if dtype == SAME_PRECISION else dtype,
-        )
+        values = {
+            "run": _run(host, run).name,
+            "shares": {checkpoint: 1.0},
+            "to": _to(host, name),
+            "dtype": None if dtype == SAME_PRECISION else dtype,
+        }
+        wanted = RestoreRequest.parse(values, _label)
         return f"the checkpoint {checkpoint}", functools.partial(_restore, host, wanted)
 
     return _start(host, jobs, "restore", order)
@@ -91,7 +95,8 @@ def start_mix(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
     """Starts writing a mixture as a checkpoint."""
 
     def order() -> tuple[str, _Do]:
-        wanted = RestoreRequest(_run(host, run).name, _shares(shares), to=_to(host, name))
+        values = {"run": _run(host, run).name, "shares": _shares(shares), "to": _to(host, name)}
+        wanted = RestoreRequest.parse(values, _label)
         return "the mixture", functools.partial(_restore, host, wanted)
 
     return _start(host, jobs, "mix", order)
@@ -103,12 +108,13 @@ def start_export(
     """Starts writing one LoRA per checkpoint."""
 
     def order() -> tuple[str, _Do]:
-        wanted = ExportRequest(
-            run=_run(host, run).name,
-            checkpoints=tuple(checkpoints or ()) or None,
-            rank=_number(rank),
-            overwrite=bool(replace),
-        )
+        values = {
+            "run": _run(host, run).name,
+            "checkpoints": tuple(checkpoints or ()) or None,
+            "rank": _number(rank),
+            "overwrite": bool(replace),
+        }
+        wanted = ExportRequest.parse(values, _label)
         return "the LoRAs", functools.partial(_export, host, wanted)
 
     return _start(host, jobs, "export", order)
@@ -118,10 +124,8 @@ def start_safe(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
     """Starts looking what is safe to delete."""
 
     def order() -> tuple[str, _Do]:
-        try:
+        with settings_placed(_label, "threshold"):
             share = parse_share(_words(threshold) or "99%")
-        except RecipeError as error:
-            raise RecipeError(f"Threshold: {error}") from None
         name = _run(host, run).name
         return "the look at the originals", functools.partial(_safe, host, name, share or 1.0)
 
@@ -133,12 +137,13 @@ def start_extract(host: Host, jobs: Jobs, *asked: Any) -> str:
     base, checkpoint, rank, name = asked
 
     def order() -> tuple[str, _Do]:
-        wanted = ExtractRequest(
-            base=_file(host, base, "From"),
-            checkpoint=_file(host, checkpoint, "To"),
-            rank=_number(rank),
-            name=_words(name),
-        )
+        values = {
+            "base": _file(host, base, "From"),
+            "checkpoint": _file(host, checkpoint, "To"),
+            "rank": _number(rank),
+            "name": _words(name),
+        }
+        wanted = ExtractRequest.parse(values, _label)
         return f"the LoRA from {base} to {checkpoint}", functools.partial(_extract, host, wanted)
 
     return _start(host, jobs, "extract", order)
@@ -148,8 +153,6 @@ def _start(host: Host, jobs: Jobs, panel: Panel, order: Callable[[], tuple[str, 
     try:
         title, do = order()
         jobs.start(title, functools.partial(_in_turn, host, do), host.log, panel)
-    except SettingError as error:
-        return views.message("bad", f"{_LABELS.get(error.key, error.key)}: {error.problem}")
     except HyperMergeError as error:
         return views.refused(error)
     return ""
@@ -214,10 +217,8 @@ def _to(host: Host, name: str | None) -> Path | None:
     words = _words(name)
     if words is None:
         return None
-    try:
+    with settings_placed(_label, "name"):
         return host.folders().models / f"{parse_name(words)}.safetensors"
-    except RecipeError as error:
-        raise SettingError("name", str(error)) from None
 
 
 def _shares(text: str) -> dict[str, float]:
@@ -233,11 +234,16 @@ def _shares(text: str) -> dict[str, float]:
     return dict(present)
 
 
+def _label(key: str) -> str:
+    """Returns what the panel calls a setting."""
+    return _LABELS.get(key, key)
+
+
 def _words(text: str | None) -> str | None:
     return (text or "").strip() or None
 
 
-def _number(text: str | None) -> Any:
+def _number(text: str | None) -> object:
     """The number in a field, or what else stands there, which the order refuses; None for nothing."""
     words = _words(text)
     return None if words is None else plain_value(words)

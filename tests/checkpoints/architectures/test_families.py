@@ -12,7 +12,7 @@ from hyper_merge.checkpoints.architectures.detection import (
     detect_family,
     require_supported,
 )
-from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
+from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
@@ -51,7 +51,7 @@ def test_every_known_family_has_its_variant_here():
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_a_family_that_cannot_be_merged_is_refused_by_title(make_header, name):
+def test_an_unsupported_family_is_refused_by_title(make_header, name):
     (family,) = [family for family in FAMILIES if family.name == name]
     with pytest.raises(FamilyError) as refusal:
         require_supported(make_header(UNSUPPORTED[name](), name="X.safetensors"))
@@ -66,7 +66,7 @@ def test_a_network_alone_of_full_size_is_still_told(make_header, name):
     alone = parts(FULL[name](), UNET, "edm_")
     assert require_supported(make_header(alone)).name == name
     bare = make_header(renamed(alone, UNET, ""))
-    assert require_supported(to_usual_keys(bare)).name == name
+    assert require_supported(with_standard_keys(bare)).name == name
 
 
 def test_a_pruned_network_alone_is_told_too(make_header):
@@ -80,24 +80,24 @@ def test_a_checkpoint_without_position_ids_or_vae_is_sd1(make_header, narrow):
     assert require_supported(make_header(parts(shapes, UNET, CLIP))).name == "sd1"
 
 
-def test_sd2_in_the_spelling_of_sgm_is_not_taken_for_the_refiner(make_header):
-    found = to_usual_keys(make_header(renamed(two(), OPEN_CLIP, SGM)))
-    assert detect_family(found).name == "sd2"
-    assert set(found.tensors) == set(two())
+def test_sd2_in_the_spelling_of_sgm_is_no_refiner(make_header):
+    converted = with_standard_keys(make_header(renamed(two(), OPEN_CLIP, SGM)))
+    assert detect_family(converted).name == "sd2"
+    assert set(converted.tensors) == set(two())
     refiner = make_header(NARROW["sdxl_refiner"]())
-    assert to_usual_keys(refiner) == refiner
+    assert with_standard_keys(refiner) == refiner
 
 
 def test_old_text_encoder_keys_are_those_of_sd1(make_header, narrow):
-    found = to_usual_keys(make_header(renamed(narrow, CLIP, CLIP.removesuffix("text_model."))))
-    assert detect_family(found).name == "sd1"
-    assert set(found.tensors) == set(narrow)
+    converted = with_standard_keys(
+        make_header(renamed(narrow, CLIP, CLIP.removesuffix("text_model.")))
+    )
+    assert detect_family(converted).name == "sd1"
+    assert set(converted.tensors) == set(narrow)
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_telling_a_full_size_file_takes_under_50_ms_of_cpu_and_reads_its_header_only(
-    tmp_path, name, bytes_read
-):
+def test_detection_reads_the_header_only_within_50_ms(tmp_path, name, bytes_read):
     path = header_only(tmp_path / "x.safetensors", FULL[name]())
     took = [math.inf]
     while min(took) >= 0.05 and len(took) < 100:  # other programs may be at work
@@ -199,7 +199,7 @@ def test_parts_of_a_checkpoint_are_refused_by_name(make_header, narrow):
     vae = parts(narrow, "first_stage_model.")
     averages = renamed(parts(narrow, UNET), UNET, "model_ema.diffusion_model")
     for shapes, text in (
-        (parts(narrow, UNET), "a UNet alone of a kind that cannot be told"),
+        (parts(narrow, UNET), "a UNet alone of a kind that cannot be recognised"),
         (vae, "a VAE alone"),
         (renamed(vae, "first_stage_model.", ""), "a VAE alone"),
         (parts(narrow, CLIP), "a text encoder alone"),
@@ -229,7 +229,7 @@ def test_parts_of_a_checkpoint_are_refused_by_name(make_header, narrow):
 def test_quantised_checkpoints_are_refused_by_their_kind(make_header, name, end, text):
     shapes = {**NARROW[name](), UNET + "somewhere" + end: (2, 2)}
     with pytest.raises(FamilyError, match=text):
-        detect_family(to_usual_keys(make_header(shapes)))
+        detect_family(with_standard_keys(make_header(shapes)))
 
 
 def test_whole_numbers_and_unknown_types_are_refused(make_header, narrow):
@@ -242,7 +242,7 @@ def test_whole_numbers_and_unknown_types_are_refused(make_header, narrow):
         require_supported(type(header)(header.path, header.tensors, {}, 0, 0, {"z": "F4"}))
 
 
-def test_the_real_families_of_fp8_and_fp32_files_are_supported(make_header, narrow):
+def test_fp8_and_fp32_files_are_supported(make_header, narrow):
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         assert require_supported(make_header(narrow, dtype=dtype)).name == "sd1"
 

@@ -6,7 +6,7 @@ from narrow_layouts import NARROW, UNET, one, other_way_round, renamed, two, wit
 from safetensors.torch import save_file
 
 from hyper_merge.checkpoints.architectures.detection import require_supported
-from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
+from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.errors import FamilyError
 
@@ -45,24 +45,24 @@ def test_tensors_are_found_under_the_usual_keys(tmp_path, name):
             assert torch.equal(checkpoint.tensor(key), tensor)
 
 
-def test_a_bare_network_keeps_the_keys_of_what_stands_beside_it(make_header):
+def test_a_bare_network_keeps_the_other_keys(make_header):
     shapes = renamed(NARROW["flux_dev"](), UNET, "")
     beside = {"vae.decoder.conv_in.bias": (4,), "text_encoders.clip_l.transformer.x": (4,)}
-    assert set(to_usual_keys(make_header({**shapes, **beside})).tensors) == {
+    assert set(with_standard_keys(make_header({**shapes, **beside})).tensors) == {
         *(UNET + key for key in shapes),
         *beside,
     }
 
 
 def test_a_file_with_both_spellings_stays_as_it_is(make_header):
-    both = {**one(), **renamed(one(), "text_model.", "")}
-    assert set(to_usual_keys(make_header(both)).tensors) == set(both)
+    shapes = {**one(), **renamed(one(), "text_model.", "")}
+    assert set(with_standard_keys(make_header(shapes)).tensors) == set(shapes)
 
 
 @pytest.mark.parametrize("layout", [one, two])
 def test_a_usual_file_has_no_other_names(make_header, layout):
     header = make_header(layout())
-    assert to_usual_keys(header) is header
+    assert with_standard_keys(header) is header
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -83,7 +83,7 @@ def test_a_weight_with_a_scale_is_their_product(tmp_path, dtype, end, prefix):
         assert torch.equal(checkpoint.tensor(KEY), tensors[KEY].float() * 0.125)
 
 
-def test_a_scale_for_each_row_is_that_of_its_row(tmp_path):
+def test_every_row_has_its_scale(tmp_path):
     tensors = state(NARROW["flux_dev"](), torch.bfloat16)
     rows = torch.arange(1.0, len(tensors[KEY]) + 1)
     every = {**tensors, KEY: tensors[KEY].to(FP8), STEM + "weight_scale": rows[:, None]}
@@ -101,13 +101,13 @@ def test_a_scale_for_each_block_is_refused(tmp_path):
         require_supported(header)
 
 
-def test_a_file_that_lacks_the_signs_of_a_spelling_is_not_touched(make_header):
+def test_a_header_of_no_known_spelling_stays(make_header):
     header = make_header(without(one(), "encoder.layers"))
-    assert to_usual_keys(header) is header
+    assert with_standard_keys(header) is header
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
-def test_projections_are_read_in_the_usual_shape_whichever_the_file_has(tmp_path, name):
+def test_projections_are_read_in_the_standard_shape(tmp_path, name):
     layout = NARROW[name]()
     stored = state(other_way_round(layout))
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} != layout
@@ -120,5 +120,5 @@ def test_projections_are_read_in_the_usual_shape_whichever_the_file_has(tmp_path
 def test_a_network_alone_keeps_its_markers(make_header):
     markers = {"v_pred": (0,), "ztsnr": (0,)}
     bare = {**renamed(NARROW["sdxl_edm"](), UNET, ""), **markers}
-    shapes = to_usual_keys(make_header(bare)).tensors
+    shapes = with_standard_keys(make_header(bare)).tensors
     assert {"v_pred", "ztsnr", "edm_mean"} < set(shapes)

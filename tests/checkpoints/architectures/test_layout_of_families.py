@@ -11,7 +11,7 @@ import torch
 from narrow_layouts import FULL, NARROW, UNET, other_way_round, parts, two, xl
 
 from hyper_merge.checkpoints.architectures.detection import detect_family
-from hyper_merge.checkpoints.architectures.key_conversion import to_usual_keys
+from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
     kind_of_tensor,
@@ -68,7 +68,7 @@ def layers_of(make_header, shapes):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_every_family_has_its_number_of_layers_at_full_size(make_header, name):
+def test_every_family_has_its_number_of_layers(make_header, name):
     layers = layers_of(make_header, FULL[name]())
     unet = Counter(layer.kernel for layer in layers if layer.part == "unet")
     text = sum(layer.part == "text_encoder" for layer in layers)
@@ -83,7 +83,7 @@ def test_a_narrow_file_has_the_same_modules(make_header, name):
     if not name.startswith(("sd3", "flux")):  # these have fewer blocks here
         assert set(modules) == full
     same = re.compile(r"\d+")
-    kinds = [{same.sub("#", module) for module in of} for of in (modules, full)]
+    kinds = [{same.sub("#", module) for module in names} for names in (modules, full)]
     assert kinds[0] == kinds[1]
 
 
@@ -96,8 +96,8 @@ def test_sgm_modules_are_kohyas_targets_by_their_keys(make_header, name):
         for key, shape in shapes.items()
         if len(shape) > 1 and not key.startswith(ENDS)
     }
-    found = layers_of(make_header, FULL[name]())
-    assert {layer.module: layer.shape for layer in found if layer.part == "unet"} == expected
+    layers = layers_of(make_header, FULL[name]())
+    assert {layer.module: layer.shape for layer in layers if layer.part == "unet"} == expected
 
 
 def clip_modules(prefix, layers, width):
@@ -119,8 +119,8 @@ def test_text_modules_are_comfyuis_map(make_header, name):
     shapes = FULL[name]()
     if name in BESIDE:
         shapes |= text_encoders_layout(*BESIDE[name])
-    found = layers_of(make_header, shapes)
-    assert {layer.module: layer.shape for layer in found if layer.part != "unet"} == expected
+    layers = layers_of(make_header, shapes)
+    assert {layer.module: layer.shape for layer in layers if layer.part != "unet"} == expected
 
 
 @pytest.mark.parametrize("name", ["sd3_medium", "sd35_medium", "sd35_large", "flux_dev"])
@@ -132,12 +132,12 @@ def test_modules_of_transformers_are_kohyas_targets_by_their_keys(make_header, n
         for key, shape in FULL[name]().items()
         if key.startswith(blocks) and len(shape) == 2
     }
-    found = layers_of(make_header, FULL[name]())
-    assert {layer.module: layer.shape for layer in found} == expected
-    assert all(layer.part == "unet" for layer in found)
+    layers = layers_of(make_header, FULL[name]())
+    assert {layer.module: layer.shape for layer in layers} == expected
+    assert all(layer.part == "unet" for layer in layers)
 
 
-def test_of_what_stands_beside_clip_only_its_projection_that_is_used_is_averaged(make_header):
+def test_only_the_clip_projection_in_use_is_averaged(make_header):
     """SD 3 reads the second encoder's projected output; the first's is the identity everywhere."""
     projections = {
         f"text_encoders.clip_{letter}.transformer.text_projection.weight": (8, 8) for letter in "lg"
@@ -153,35 +153,35 @@ def test_of_what_stands_beside_clip_only_its_projection_that_is_used_is_averaged
 @pytest.mark.parametrize("layout", [two, xl])
 def test_a_fused_attention_is_three_layers_of_its_rows(make_header, layout):
     header = make_header(layout())
-    found = layout_of(header, detect_family(header))
+    file_layout = layout_of(header, detect_family(header))
     fused = [key for key in layout() if key.endswith("in_proj_weight")]
     for key in fused:
-        three = [layer for layer in found.layers if layer.key == key]
+        three = [layer for layer in file_layout.layers if layer.key == key]
         width = layout()[key][1]
         if layout is two and ".23." in key:  # it never runs
             assert three == []
-            assert found.treatments[key] is Treatment.COPY
+            assert file_layout.treatments[key] is Treatment.COPY
             continue
         assert [layer.rows for layer in three] == [(i * width, (i + 1) * width) for i in range(3)]
         assert [layer.module[-6:] for layer in three] == ["q_proj", "k_proj", "v_proj"]
         assert {layer.shape for layer in three} == {(width, width)}
 
 
-def test_the_four_modules_of_an_open_clip_attention_go_together(make_header):
-    groups = Counter(layer.together for layer in layers_of(make_header, xl()) if layer.together)
+def test_open_clip_attention_modules_are_one_bundle(make_header):
+    groups = Counter(layer.bundle for layer in layers_of(make_header, xl()) if layer.bundle)
     assert set(groups.values()) == {4}
     assert set(groups) == {f"lora_te2_text_model.encoder.layers.{i}" for i in range(32)}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl_refiner"])
-def test_projections_are_layers_of_the_loaders_shape_either_way_round(make_header, name):
+def test_projections_are_layers_of_the_loaders_shape(make_header, name):
     plain = NARROW[name]()
     other = other_way_round(plain)
     assert other != plain
     header = make_header(other)
     layout = layout_of(header, detect_family(header))
     assert layout.layers == layers_of(make_header, plain)
-    read = to_usual_keys(header)
+    read = with_standard_keys(header)
     assert {key: info.shape for key, info in read.tensors.items()} == plain
     written = output_tensors(read, layout_of(read, layout.family), torch.float16)
     assert {key: info.shape for key, info in written.items()} == plain
@@ -220,9 +220,7 @@ def test_markers_of_v_prediction_are_kept(make_header):
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float32])
-def test_copied_weights_are_no_8_bit_floats_and_idle_ones_have_the_outputs_type(
-    make_header, stored
-):
+def test_copied_and_idle_weights_have_types_that_load(make_header, stored):
     beside = {"text_encoders.clip_l.transformer.text_projection.weight": (8, 8)}
     header = make_header({**two(), **beside}, dtype=stored)
     written = output_tensors(header, layout_of(header, detect_family(header)), torch.bfloat16)
@@ -240,7 +238,7 @@ def test_every_tensor_of_a_depth_model_is_copied(make_header):
     assert all(not layer.key.startswith("depth_model") for layer in layout.layers)
 
 
-def test_files_without_vae_or_text_encoders_have_the_layers_that_they_hold(make_header):
+def test_partial_files_have_the_layers_that_they_hold(make_header):
     alone = layers_of(make_header, parts(FULL["sdxl"](), UNET))
     assert len(alone) == 788
     assert {layer.part for layer in alone} == {"unet"}
@@ -266,7 +264,7 @@ REAL = [
 
 @pytest.mark.skipif("HYPER_MERGE_LAYOUTS" not in os.environ, reason="needs lists of real keys")
 @pytest.mark.parametrize(("name", "part", "prefix"), REAL)
-def test_the_layouts_have_the_keys_and_shapes_of_real_checkpoints(name, part, prefix):
+def test_layouts_have_the_keys_of_real_checkpoints(name, part, prefix):
     """A folder with `key [shape]` lines as arenasys/stable-diffusion-webui-model-toolkit has them."""
     lines = (Path(os.environ["HYPER_MERGE_LAYOUTS"]) / f"{part}.txt").read_text().splitlines()
     pairs = (line.split(" ") for line in lines)

@@ -180,7 +180,7 @@ def test_layers_come_in_the_order_of_the_network(make_header, narrow):
     assert places == sorted(places)
 
 
-def test_a_layer_is_a_matrix_and_knows_its_factors_shapes():
+def test_a_layer_knows_the_shapes_of_its_factors():
     linear = Layer("k", "m", "unet", (6, 4))
     assert (linear.m, linear.n, linear.kernel) == (6, 4, None)
     assert (linear.up_shape(2), linear.down_shape(2)) == ((6, 2), (2, 4))
@@ -190,7 +190,7 @@ def test_a_layer_is_a_matrix_and_knows_its_factors_shapes():
     assert convolution.down_shape(2) == (2, 4, 3, 3)
 
 
-def test_projections_stored_as_matrices_are_layers_of_the_loaders_shape(make_header, narrow):
+def test_projections_stored_as_matrices_have_the_loaders_shape(make_header, narrow):
     key = UNET + "input_blocks.1.1.proj_in.weight"
     header, layout = layout_for(make_header, {**narrow, key: narrow[key][:2]})
     (layer,) = [layer for layer in layout.layers if layer.key == key]
@@ -260,7 +260,7 @@ def test_every_averaged_tensor_has_a_kind(make_header, narrow):
     assert kind_of_tensor(biased, layout) == "biases"
 
 
-def test_the_output_holds_floats_in_one_type_and_drops_what_nobody_loads(make_header, narrow):
+def test_the_output_has_one_type_and_no_leftovers(make_header, narrow):
     shapes = {**narrow, "model_ema.decay": (), "alphas_cumprod": (1000,), "v_pred": (0,)}
     header, layout = layout_for(make_header, shapes, dtype=torch.float32)
     tensors = output_tensors(header, layout, torch.bfloat16)

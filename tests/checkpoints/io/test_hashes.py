@@ -28,11 +28,11 @@ def test_legacy_hash_is_of_64_kib_at_1_mib(tmp_path):
     assert legacy_hash(tmp_path / "x") == hashlib.sha256(b"\1" * 2**16).hexdigest()[:8]
 
 
-def test_hashing_tells_of_every_chunk_and_may_be_stopped_there(tmp_path):
+def test_hashing_reports_chunks_and_can_be_stopped(tmp_path):
     (tmp_path / "x").write_bytes(bytes(10_000_000))
-    told = []
-    file_sha256(tmp_path / "x", told.append)
-    assert told == [2**22, 2**22, 10_000_000 - 2**23]
+    chunks = []
+    file_sha256(tmp_path / "x", chunks.append)
+    assert chunks == [2**22, 2**22, 10_000_000 - 2**23]
 
     def stop(count):
         raise KeyboardInterrupt

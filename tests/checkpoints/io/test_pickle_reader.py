@@ -30,7 +30,7 @@ def weights():
 @pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".pth"])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
-def test_pickled_tensors_are_read_nested_or_not_mapped_or_not(tmp_path, suffix, zipped, nested):
+def test_pickled_tensors_are_read_nested_or_flat(tmp_path, suffix, zipped, nested):
     path, tensors = tmp_path / f"x{suffix}", weights()
     content = {"state_dict": tensors, "epoch": 3} if nested else {**tensors, "epoch": 3}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -69,7 +69,7 @@ def test_a_malicious_bare_pickle_is_refused_and_never_runs(tmp_path):
 def test_an_object_that_is_no_tensor_is_named(tmp_path):
     path = tmp_path / "trained.ckpt"
     torch.save({"state_dict": weights(), "callbacks": Callback()}, path)
-    with pytest.raises(CheckpointError, match=r"asks for test_reading_pickles\.Callback"):
+    with pytest.raises(CheckpointError, match=r"asks for [\w.]*test_pickle_reader\.Callback"):
         read_header(path)
 
 

@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_library(tmp_path):
     assert (tmp_path / "x").read_bytes() == save(tensors, {"format": "pt"})
 
 
-def test_every_type_comes_back_through_the_library_in_its_order(tmp_path):
+def test_the_library_reads_every_written_type(tmp_path):
     tensors = {
         f"{i % 3}.{name}": torch.tensor([[0, 1, 1]]).to(dtype)
         for i, (name, dtype) in enumerate(TORCH_DTYPES.items())
@@ -68,8 +68,8 @@ def test_every_type_comes_back_through_the_library_in_its_order(tmp_path):
         assert read[key].dtype == tensor.dtype
         assert read[key].shape == tensor.shape
         assert bits(read[key]) == bits(tensor)
-    own, library = (tmp_path / "x").read_bytes(), save(tensors, {"format": "pt"})
-    assert header_order(own) == header_order(library)
+    written, library = (tmp_path / "x").read_bytes(), save(tensors, {"format": "pt"})
+    assert header_order(written) == header_order(library)
 
 
 def test_scalars_empty_and_transposed_tensors_come_back(tmp_path):
@@ -119,10 +119,10 @@ def test_any_tensors_in_any_order_come_back(tmp_path_factory, declared, metadata
     tensors = {
         key: torch.randint(0, 2, info.shape).to(info.dtype) for key, info in declared.items()
     }
-    order = list(tensors)
-    random.Random(seed).shuffle(order)
+    keys = list(tensors)
+    random.Random(seed).shuffle(keys)
     with SafetensorsWriter(path, declared, metadata) as writer:
-        for key in order:
+        for key in keys:
             writer.write(key, tensors[key])
     assert writer.size == path.stat().st_size
     header = read_header(path)
@@ -195,7 +195,7 @@ def fail_with(error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_midway_leaves_the_old_file_and_no_temporary(tmp_path, error):
+def test_an_exception_leaves_the_old_file_alone(tmp_path, error):
     path = tmp_path / "x"
     write(path, {"a": torch.zeros(3)})
     before = path.read_bytes()
@@ -213,7 +213,7 @@ def test_an_existing_file_is_replaced_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_without_overwrite_an_existing_file_is_refused_first_and_last(tmp_path):
+def test_an_existing_file_is_refused_first_and_last(tmp_path):
     path = tmp_path / "x"
     with pytest.raises(OutputError, match="x exists; choose another name, or --overwrite"):
         write_half(path, then=lambda: path.write_text("somebody else's"))
@@ -278,13 +278,13 @@ def test_a_failing_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, functi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_that_cannot_reserve_space_is_written_all_the_same(tmp_path, monkeypatch):
+def test_files_are_written_where_space_cannot_be_reserved(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EOPNOTSUPP))
     write(tmp_path / "x", {"a": torch.zeros(3)})
     assert list(load_file(tmp_path / "x")) == ["a"]
 
 
-def test_too_little_space_is_refused_where_it_cannot_be_reserved(tmp_path, monkeypatch):
+def test_too_little_unreserved_space_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", refuse(errno.EINVAL))
     declared = {"a": TensorInfo(torch.float32, (2**50,))}
     with (

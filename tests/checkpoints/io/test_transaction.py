@@ -47,7 +47,7 @@ def contents(folder):
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def test_a_staged_file_can_be_read_before_it_is_in_its_place(tmp_path):
+def test_a_staged_file_can_be_read(tmp_path):
     with FileTransaction() as outputs:
         stage_all(outputs, tmp_path)
         path = tmp_path / "Lora" / "deep" / "x.safetensors"
@@ -74,7 +74,7 @@ def test_nothing_appears_before_the_end_and_everything_after_it(tmp_path):
     assert load_file(tmp_path / "Lora/deep/x.safetensors")["a"].tolist() == [1, 1, 1]
 
 
-def test_a_staged_file_can_be_hashed_before_it_is_in_place(tmp_path):
+def test_a_staged_file_can_be_hashed(tmp_path):
     with FileTransaction() as outputs:
         writer = stage_all(outputs, tmp_path)
         digest = file_sha256(writer.staged.temporary)
@@ -100,7 +100,7 @@ def test_a_folder_that_somebody_else_uses_by_now_stays(tmp_path):
     assert everything(tmp_path) == ["Lora", "Lora/other"]
 
 
-def test_an_exception_within_a_writer_removes_the_other_files_too(tmp_path):
+def test_an_exception_in_a_writer_removes_all_files(tmp_path):
     def fail_while_writing(outputs):
         with outputs.safetensors(tmp_path / "y.safetensors", DECLARED, {}):
             raise ZeroDivisionError
@@ -132,13 +132,13 @@ def test_existing_files_are_refused_when_staged(tmp_path):
     assert (tmp_path / "raw").read_text() == "old"
 
 
-def test_an_existing_checkpoint_is_refused_before_its_writer_is_made(tmp_path):
+def test_an_existing_checkpoint_is_refused_before_writing(tmp_path):
     (tmp_path / "x.safetensors").touch()
     with FileTransaction() as outputs, pytest.raises(OutputError, match=r"x\.safetensors exists"):
         outputs.safetensors(tmp_path / "x.safetensors", DECLARED, {})
 
 
-def test_a_file_that_appears_meanwhile_is_refused_before_any_is_placed(tmp_path, monkeypatch):
+def test_a_file_that_appears_meanwhile_is_refused(tmp_path, monkeypatch):
     placed = []
     monkeypatch.setattr(StagedFile, "commit", lambda self, **options: placed.append(self.path))
     with pytest.raises(OutputError, match="raw exists"):
@@ -206,7 +206,7 @@ def test_an_interrupt_while_a_file_is_created_leaves_nothing(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("stage", [stage_text, stage_checkpoint])
-def test_an_interrupt_right_after_a_file_was_created_leaves_nothing(tmp_path, monkeypatch, stage):
+def test_an_interrupt_after_creation_leaves_nothing(tmp_path, monkeypatch, stage):
     create = StagedFile.create
 
     def interrupted(self):
@@ -225,7 +225,7 @@ def test_a_path_can_be_staged_only_once(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file/a.txt", "file/deep/a.txt"])
-def test_a_file_in_the_way_of_a_folder_is_told(tmp_path, place):
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=rf"cannot write .*{place}"):
         run(tmp_path, then=lambda outputs: outputs.text(tmp_path / place, "a"))
@@ -245,7 +245,7 @@ def test_the_file_has_the_rights_that_new_files_have(tmp_path):
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_removal_goes_with_the_new_files_and_comes_back_without_them(tmp_path, monkeypatch):
+def test_a_removal_is_undone_with_the_new_files(tmp_path, monkeypatch):
     old, gone, new = (tmp_path / name for name in ("old", "gone", "new"))
     for path in (old, gone):
         path.write_text("old")
@@ -288,7 +288,7 @@ def test_a_removal_goes_with_the_new_files_and_comes_back_without_them(tmp_path,
 @pytest.mark.parametrize(
     ("one", "other"), [("a.txt", "A.txt"), ("é", "e\u0301"), ("x/y.txt", "X/Y.txt"), ("n", "n. ")]
 )
-def test_two_files_that_some_system_takes_for_one_are_refused(tmp_path, one, other, overwrite):
+def test_two_names_of_one_file_are_refused(tmp_path, one, other, overwrite):
     def both():
         with FileTransaction(overwrite=overwrite) as outputs:
             outputs.text(tmp_path / one, "1")
@@ -300,9 +300,7 @@ def test_two_files_that_some_system_takes_for_one_are_refused(tmp_path, one, oth
 
 
 @pytest.mark.parametrize("removed_first", [False, True])
-def test_a_file_is_not_removed_under_another_spelling_of_one_that_is_written(
-    tmp_path, removed_first
-):
+def test_a_written_file_is_not_removed_by_another_spelling(tmp_path, removed_first):
     old, new = tmp_path / "A.txt", tmp_path / "a.txt"
     old.write_text("old")
     steps = [lambda outputs: outputs.remove(old), lambda outputs: outputs.text(new, "new")]

@@ -23,6 +23,7 @@ from hyper_merge.errors import (
 from hyper_merge.operations.extract import difference
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.extract.text import format_extraction
+from hyper_merge.recipe.request import key_place
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import write_family
 
@@ -30,7 +31,8 @@ RANK = 5
 
 
 def extract(base, checkpoint, output, progress=None, **settings):
-    request = ExtractRequest(base, checkpoint, **{"rank": RANK, "output": output, **settings})
+    files = {"base": base, "checkpoint": checkpoint, "output": output}
+    request = ExtractRequest.parse({**files, "rank": RANK, **settings}, key_place)
     return run_extract(request, None, progress or Progress())
 
 

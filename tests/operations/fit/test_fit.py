@@ -40,6 +40,7 @@ from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.fit.text import format_style
 from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
+from hyper_merge.recipe.request import key_place
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
@@ -116,7 +117,8 @@ def dense(path, hyper_model, terms):
 
 
 def fit(folders, path, progress=None, **settings):
-    return run_fit(FitRequest("mix", path, **settings), folders, progress or Progress())
+    request = FitRequest.parse({"run": "mix", "checkpoint": path, **settings}, key_place)
+    return run_fit(request, folders, progress or Progress())
 
 
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):

@@ -18,7 +18,7 @@ from tiny_family import (
 )
 
 from hyper_merge.loras.prompt_tags import parse_tags
-from hyper_merge.recipe.recipe import recipe_from_settings
+from hyper_merge.recipe.recipe import Recipe
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -153,7 +153,7 @@ def test_manifest_settings_make_an_equal_recipe(files, tmp_path, monkeypatch):
     names = [path.name for path in files[1:]]
     settings = {"base": files[0].name, "weights": (1, 2.5), "overwrite": True, "seed": 2**60}
     merged = merge(names, tmp_path, **settings)
-    rebuilt = recipe_from_settings(manifest_of(merged)["settings"], "manifest")
+    rebuilt = Recipe.from_settings(manifest_of(merged)["settings"], "manifest")
     assert rebuilt == recipe(files[1:], tmp_path, **{**settings, "base": str(files[0])})
     assert manifest_of(merged)["hyper_model"] == str(files[0])
 

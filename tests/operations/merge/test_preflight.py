@@ -221,7 +221,7 @@ def test_a_family_that_cannot_be_merged_is_named(b):
         ({"lora_unet_x.lora_up.weight": 1}, "a LoRA"),
         ({"encoder.conv_in.weight": 1, "decoder.conv_in.weight": 1}, "a VAE alone"),
         ({"emb_params": 1}, "a textual-inversion embedding"),
-        ({f"{UNET}input_blocks.0.0.weight": 1}, "a UNet alone of a kind that cannot be told"),
+        ({f"{UNET}input_blocks.0.0.weight": 1}, "a UNet alone of a kind that cannot be recognised"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -35,6 +35,7 @@ from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.restore import restore as restoring_job
 from hyper_merge.operations.restore.restore import RestoreRequest, parse_mix, run_restore
 from hyper_merge.operations.restore.text import format_restore
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
@@ -187,7 +188,9 @@ def test_a_fitted_checkpoint_comes_back_with_its_top_up(single, tmp_path, state_
         for key, tensor in state_of(1, torch.float32).items()
     }
     other = write(tmp_path / "later.safetensors", state)
-    fitted = run_fit(FitRequest("mix", other, topup="90%"), single.folders, Progress())
+    fitted = run_fit(
+        FitRequest("mix", other, topup=PrivateLoraTarget(share=0.9)), single.folders, Progress()
+    )
     restored = restore(single.folders, "later")
     assert fitted.explained >= 0.9
     assert restored.compared.explained == pytest.approx(fitted.explained, abs=1e-6)

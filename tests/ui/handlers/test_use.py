@@ -11,6 +11,7 @@ from at_the_tab import EVIL, kinds, tags, unchanged, words
 from hyper_merge.hosts.job_queue import MERGE, JobStatus
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.runtime.progress import Progress
@@ -37,7 +38,7 @@ class One:
 @pytest.fixture
 def fitted(host, run, files, tmp_path):
     """A checkpoint under another name, fitted onto the run."""
-    order = FitRequest(run, files[1], name="later", device="cpu", topup="1")
+    order = FitRequest(run, files[1], name="later", device="cpu", topup=PrivateLoraTarget(1))
     return run_fit(order, host.folders(), Progress())
 
 

@@ -1,7 +1,7 @@
-"""The table of known architectures; the first entry that matches a file's structure is its family.
+"""The table of known architectures; the first entry whose rule matches a file is its family.
 
-To add one: a file here with its declaration (signs, parts, words), its entry in the table, and a
-rule in `module_names` if its modules have new names. Nothing else changes.
+To add one: a file here with its declaration (rule, parts, metadata), its entry in the table, and a
+rule in `lora_modules` if its modules have new names. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ FAMILIES: Final[tuple[Family, ...]] = (
 )
 
 KINDS: Final = "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 and Flux"
-"""What can be merged, in short."""
+"""Short names of what can be merged, for messages."""
 
 
-def match_family(structure: KeySignature) -> Family | None:
-    """The family whose signs a file of this structure bears; None for none of them."""
-    return next((family for family in FAMILIES if family.signs.match(structure)), None)
+def find_family(signature: KeySignature) -> Family | None:
+    """Returns the first family whose rule matches; None if no rule does."""
+    return next((family for family in FAMILIES if family.rule.matches(signature)), None)
 
 
 def family_named(name: str) -> Family | None:
-    """The family of a name; None for one that is not known."""
-    variants = (family.predicting_v() for family in FAMILIES if family.v_words)
-    return next((each for each in (*FAMILIES, *variants) if each.name == name), None)
+    """Returns the family of a name; None for one that is not known."""
+    variants = [family.predicting_v() for family in FAMILIES if family.v_metadata]
+    return next((family for family in (*FAMILIES, *variants) if family.name == name), None)
 
 
 def family_title(name: str) -> str:
-    """The title of a family by its name; the name itself for one that is not known."""
+    """Returns the title of a family by its name; the name itself for one that is not known."""
     family = family_named(name)
     return family.title if family else name

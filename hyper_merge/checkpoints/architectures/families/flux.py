@@ -1,4 +1,4 @@
-"""Flux: double and single blocks, with or without text encoders and VAE; and what is made of it."""
+"""Flux: double and single blocks, with or without text encoders and VAE; and models made of it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
 
 
-def _family(version: str, signs: DetectionRule) -> Family:
+def _family(version: str, rule: DetectionRule) -> Family:
     return Family(
         name=f"flux_{version}",
         title=f"Flux {version}",
-        signs=signs,
+        rule=rule,
         parts=(
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and its variants, which differ in what the UNet reads."""
+"""Stable Diffusion 1.x and its variants, which differ in the channels that the UNet reads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 
 _CLIP: Final = "cond_stage_model.transformer.text_model."
-_SIGNS: Final = DetectionRule(
+_RULE: Final = DetectionRule(
     none_of=(LABELS,), depths=(1, 1, 1, 0, 1), input_channels=4, texts=(_CLIP,), context=768
 )
 
 SD1: Final = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
-    signs=_SIGNS,
+    rule=_RULE,
     parts=(
         NetworkPart("text_encoder", "text encoder", _CLIP, "lora_te_", clip_text_model),
         NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_with_convolutions),
@@ -37,8 +37,8 @@ SD1: Final = Family(
 
 
 def _variant(name: str, title: str, input_channels: int) -> Family:
-    signs = replace(_SIGNS, input_channels=input_channels)
-    return replace(SD1, name=f"sd1_{name}", title=f"Stable Diffusion 1.x {title}", signs=signs)
+    rule = replace(_RULE, input_channels=input_channels)
+    return replace(SD1, name=f"sd1_{name}", title=f"Stable Diffusion 1.x {title}", rule=rule)
 
 
 FAMILIES: Final = (

@@ -26,14 +26,14 @@ def _text_modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return open_clip(path, shape, layers=_LAYERS)
 
 
-_SIGNS: Final = DetectionRule(
+_RULE: Final = DetectionRule(
     none_of=(LABELS,), depths=(1, 1, 1, 0, 1), input_channels=4, texts=(_OPEN_CLIP,), context=1024
 )
 
 SD2: Final = Family(
     name="sd2",
     title="Stable Diffusion 2.x",
-    signs=_SIGNS,
+    rule=_RULE,
     parts=(
         NetworkPart(
             "text_encoder",
@@ -53,7 +53,7 @@ SD2: Final = Family(
     modelspec_resolution="512x512",
     modelspec_prediction_type="epsilon",
     sd_version="SD2",
-    v_words=(
+    v_metadata=(
         ("ss_base_model_version", "sd_v2_v"),
         ("modelspec_architecture", "stable-diffusion-v2-768-v"),
         ("modelspec_resolution", "768x768"),
@@ -69,8 +69,8 @@ def _variant(name: str, input_channels: int) -> Family:
         SD2,
         name=f"sd2_{name}",
         title=f"Stable Diffusion 2.x {name}",
-        signs=replace(_SIGNS, input_channels=input_channels),
-        v_words=(),
+        rule=replace(_RULE, input_channels=input_channels),
+        v_metadata=(),
     )
 
 

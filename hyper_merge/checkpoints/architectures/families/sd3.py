@@ -32,11 +32,11 @@ def _clip_g(path: str, shape: Shape) -> tuple[Module, ...]:
     return clip_text_model(path.removeprefix("text_model."), shape)
 
 
-def _family(name: str, title: str, model_type: str, signs: DetectionRule) -> Family:
+def _family(name: str, title: str, model_type: str, rule: DetectionRule) -> Family:
     return Family(
         name=name,
         title=f"Stable Diffusion {title}",
-        signs=signs,
+        rule=rule,
         parts=(
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),

@@ -24,7 +24,7 @@ from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, Ne
 _CLIP: Final = "conditioner.embedders.0.transformer.text_model."
 _OPEN_CLIP: Final = "conditioner.embedders.1.model."
 _REFINERS: Final = "conditioner.embedders.0.model."
-_SIGNS: Final = DetectionRule(
+_RULE: Final = DetectionRule(
     all_of=(LABELS,), depths=(0, 2, 10, 10), input_channels=4, texts=(_OPEN_CLIP,), context=2048
 )
 _UNET: Final = NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_as_stored)
@@ -32,7 +32,7 @@ _UNET: Final = NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_as_stored)
 SDXL: Final = Family(
     name="sdxl",
     title="Stable Diffusion XL",
-    signs=_SIGNS,
+    rule=_RULE,
     parts=(
         NetworkPart("text_encoder", "first text encoder", _CLIP, "lora_te1_", clip_text_model),
         NetworkPart(
@@ -52,26 +52,26 @@ SDXL: Final = Family(
     modelspec_resolution="1024x1024",
     modelspec_prediction_type="epsilon",
     sd_version="SDXL",
-    v_words=(("modelspec_prediction_type", "v"),),
+    v_metadata=(("modelspec_prediction_type", "v"),),
     v_configuration=sdxl_v,
 )
 
 
 def _variant(name: str, title: str, input_channels: int) -> Family:
-    signs = replace(_SIGNS, input_channels=input_channels)
+    rule = replace(_RULE, input_channels=input_channels)
     title = f"Stable Diffusion XL {title}"
-    return replace(SDXL, name=f"sdxl_{name}", title=title, signs=signs, v_words=())
+    return replace(SDXL, name=f"sdxl_{name}", title=title, rule=rule, v_metadata=())
 
 
 def _edm(name: str, noise: str, marker: str) -> Family:
-    """Trained for other noise, which a marker among the keys tells hosts."""
+    """Returns a family that was trained for other noise; hosts know it by a marker among the keys."""
     return replace(
         SDXL,
         name=f"sdxl_{name}",
         title=f"Stable Diffusion XL with {noise}",
-        signs=replace(_SIGNS, all_of=(LABELS, marker)),
+        rule=replace(_RULE, all_of=(LABELS, marker)),
         modelspec_prediction_type="",
-        v_words=(),
+        v_metadata=(),
     )
 
 
@@ -85,14 +85,14 @@ FAMILIES: Final = (
         SDXL,
         name="sdxl_refiner",
         title="Stable Diffusion XL refiner",
-        signs=DetectionRule((LABELS,), (), (0, 4, 4, 0, 4), 4, texts=(_REFINERS,), context=1280),
+        rule=DetectionRule((LABELS,), (), (0, 4, 4, 0, 4), 4, texts=(_REFINERS,), context=1280),
         # A1111 knows no LoRA names for its text encoder.
         parts=(
             NetworkPart("text_encoder", "text encoder", _REFINERS, "lora_te_", no_modules),
             _UNET,
         ),
         modelspec_architecture="stable-diffusion-xl-v1-refiner",
-        v_words=(),
+        v_metadata=(),
     ),
     Family(
         "sdxl_pruned",

@@ -1,4 +1,4 @@
-"""What several families have alike."""
+"""Prefixes, numbers and functions that several families share."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ T5: Final = "text_encoders.t5xxl.transformer."
 
 
 def second_encoder(path: str) -> str:
-    """The section of a layer in the second of two text encoders."""
+    """Returns the section of a layer in the second of two text encoders."""
     return section_of(path, encoder="TE2.")

@@ -1,4 +1,4 @@
-"""What hosts must be told of checkpoints that predict v, in the form that they read.
+"""Configurations by which hosts know that a checkpoint predicts v, in the form that they read.
 
 The hyper-parameters are those of the released models; the names of classes are the hosts' own.
 """
@@ -13,7 +13,7 @@ _DENOISER: Final = f"{_SGM}.diffusionmodules.denoiser"
 
 
 def sd2_v() -> dict[str, Any]:
-    """Stable Diffusion 2.x, 768 pixels."""
+    """Returns the configuration of Stable Diffusion 2.x for 768 pixels."""
     unet = {
         "use_checkpoint": True,
         "use_fp16": True,
@@ -40,15 +40,15 @@ def sd2_v() -> dict[str, Any]:
         "monitor": "val/loss_simple_ema",
         "scale_factor": 0.18215,
         "use_ema": False,
-        "unet_config": _of(f"{_LDM}.diffusionmodules.openaimodel.UNetModel", _unet() | unet),
-        "first_stage_config": _of("ldm.models.autoencoder.AutoencoderKL", _vae({})),
-        "cond_stage_config": _of(f"{_LDM}.encoders.modules.FrozenOpenCLIPEmbedder", text),
+        "unet_config": _component(f"{_LDM}.diffusionmodules.openaimodel.UNetModel", _unet() | unet),
+        "first_stage_config": _component("ldm.models.autoencoder.AutoencoderKL", _vae({})),
+        "cond_stage_config": _component(f"{_LDM}.encoders.modules.FrozenOpenCLIPEmbedder", text),
     }
-    return {"model": _of("ldm.models.diffusion.ddpm.LatentDiffusion", params)}
+    return {"model": _component("ldm.models.diffusion.ddpm.LatentDiffusion", params)}
 
 
 def sdxl_v() -> dict[str, Any]:
-    """Stable Diffusion XL."""
+    """Returns the configuration of Stable Diffusion XL."""
     unet = {
         "adm_in_channels": 2816,
         "num_classes": "sequential",
@@ -63,15 +63,19 @@ def sdxl_v() -> dict[str, Any]:
     params = {
         "scale_factor": 0.13025,
         "disable_first_stage_autocast": True,
-        "denoiser_config": _of(f"{_DENOISER}.DiscreteDenoiser", _v_denoiser()),
-        "network_config": _of(f"{_SGM}.diffusionmodules.openaimodel.UNetModel", _unet() | unet),
-        "conditioner_config": _of(f"{_SGM}.GeneralConditioner", {"emb_models": _sdxl_texts()}),
-        "first_stage_config": _of(vae, _vae({"attn_type": "vanilla-xformers"})),
+        "denoiser_config": _component(f"{_DENOISER}.DiscreteDenoiser", _v_denoiser()),
+        "network_config": _component(
+            f"{_SGM}.diffusionmodules.openaimodel.UNetModel", _unet() | unet
+        ),
+        "conditioner_config": _component(
+            f"{_SGM}.GeneralConditioner", {"emb_models": _sdxl_texts()}
+        ),
+        "first_stage_config": _component(vae, _vae({"attn_type": "vanilla-xformers"})),
     }
-    return {"model": _of("sgm.models.diffusion.DiffusionEngine", params)}
+    return {"model": _component("sgm.models.diffusion.DiffusionEngine", params)}
 
 
-def _of(target: str, params: dict[str, Any]) -> dict[str, Any]:
+def _component(target: str, params: dict[str, Any]) -> dict[str, Any]:
     return {"target": target, "params": params}
 
 
@@ -131,12 +135,15 @@ def _sdxl_texts() -> list[dict[str, Any]]:
     texts = (("FrozenCLIPEmbedder", first), ("FrozenOpenCLIPEmbedder2", second))
     sizes = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
     return [
-        *({"is_trainable": False, "input_key": "txt", **_of(f"{module}.{n}", p)} for n, p in texts),
+        *(
+            {"is_trainable": False, "input_key": "txt", **_component(f"{module}.{n}", p)}
+            for n, p in texts
+        ),
         *(
             {
                 "is_trainable": False,
                 "input_key": key,
-                **_of(f"{module}.ConcatTimestepEmbedderND", {"outdim": 256}),
+                **_component(f"{module}.ConcatTimestepEmbedderND", {"outdim": 256}),
             }
             for key in sizes
         ),

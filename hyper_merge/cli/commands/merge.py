@@ -1,0 +1,33 @@
+"""`hyper-merge merge`: makes the hyper-model, the LoRAs and the report."""
+
+from __future__ import annotations
+
+import argparse
+
+from hyper_merge.cli.output import say
+from hyper_merge.cli.progress_bar import progress_bar, say_above
+from hyper_merge.cli.recipe_options import add_recipe_arguments, preflight
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the recipe and its settings."""
+    parser.description = "Make the hyper-model, the LoRAs and the report."
+    add_recipe_arguments(parser)
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Merges, after saying what that will take."""
+    from hyper_merge.cli.merge_text import format_merge
+    from hyper_merge.operations.merge.estimate import estimate_merge
+    from hyper_merge.operations.merge.merge import run_merge
+    from hyper_merge.runtime.formatting import format_duration, format_size
+
+    with progress_bar() as progress:
+        validated = preflight(options, progress)
+        estimate = estimate_merge(validated)
+        say_above(
+            f"{len(validated.inputs.headers)} checkpoints; {format_duration(estimate.seconds)},"
+            f" {format_size(estimate.memory)} of memory and at most {format_size(estimate.disk)} of disk"
+        )
+        merged = run_merge(validated, progress)
+    say(format_merge(merged))

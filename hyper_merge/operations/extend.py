@@ -99,8 +99,9 @@ def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Pa
     lost = [f"{file.source.name} ({file.state})" for file in originals if file.state != "there"]
     if lost:
         raise RunError(
-            f"a new average needs all checkpoints of the run {run.name}, and {', '.join(lost)} cannot"
-            " be used any more; copy them back from a backup, or fit the new one instead"
+            f"a new average needs all checkpoints of the run {run.name}, and {', '.join(lost)}"
+            " cannot be used any more",
+            hint="copy them back from a backup, or fit the new one instead",
         )
     paths = tuple(file.path for file in originals)
     if run.recipe.base == AVERAGE:

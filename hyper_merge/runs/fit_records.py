@@ -91,8 +91,9 @@ def require_own_record(run: Run, name: str) -> None:
         known = _recorded_name(other)
         if known != name and name_key(other.stem) == name_key(path.stem):
             raise NameTakenError(
-                f"the fit of {one_line(known)} is there already, and {one_line(name)} would have the"
-                f" same file ({other}) on Windows and macOS; choose another name for it"
+                f"the fit of {one_line(known)} is there already, and {one_line(name)} would"
+                f" have the same file ({other}) on Windows and macOS",
+                hint="choose another name for it",
             )
 
 
@@ -154,8 +155,9 @@ def _load(path: Path, run: Run) -> FitRecord:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunError(
-            f"the fit {path.stem} of the run {run.name} cannot be read: {path} is damaged ({error});"
-            " fit the checkpoint again"
+            f"the fit {path.stem} of the run {run.name} cannot be read: {path} is damaged"
+            f" ({error})",
+            hint="fit the checkpoint again",
         ) from error
     return record
 
@@ -165,7 +167,8 @@ def _require_readable_version(data: object, path: Path, run: Run) -> None:
     if isinstance(data, dict) and isinstance(version, int) and version > FIT_VERSION:
         raise RunError(
             f"the fit {path.stem} of the run {run.name} was made by Hyper-Merge"
-            f" {data.get('hyper_merge')}, this is {__version__}; update Hyper-Merge to use it"
+            f" {data.get('hyper_merge')}, this is {__version__}",
+            hint="update Hyper-Merge to use it",
         )
 
 
@@ -181,8 +184,8 @@ def _require_complete(record: FitRecord, path: Path, run: Run) -> None:
         raise ValueError("it is that of another run or checkpoint: was it renamed?")
     if record.run_created != run.created:
         raise RunError(
-            f"the fit {path.stem} is of an earlier run {run.name}, which was replaced since; fit the"
-            " checkpoint again"
+            f"the fit {path.stem} is of an earlier run {run.name}, which was replaced since",
+            hint="fit the checkpoint again",
         )
     for rows in (record.row.multipliers, record.row.text_multipliers or record.row.multipliers):
         if len(rows) != len(run.report.loras):

@@ -38,12 +38,13 @@ def require_hyper_model(run: Run) -> Path:
         return path
     if not path_exists(path):
         raise RunError(
-            f"{path}, the hyper-model of the run {run.name}, is missing; copy it back from a backup,"
-            f" or merge the same checkpoints again"
+            f"{path}, the hyper-model of the run {run.name}, is missing",
+            hint="copy it back from a backup, or merge the same checkpoints again",
         )
     raise RunError(
         f"{path} is not the hyper-model that the LoRAs of the run {run.name} go with: it was"
-        " replaced by another file; copy it back from a backup, or merge again"
+        " replaced by another file",
+        hint="copy it back from a backup, or merge again",
     )
 
 
@@ -63,7 +64,8 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise RunError(
-            f"{', '.join(missing)} of the run {run.name} {verb} missing in {paths[0].parent}; {advice}"
+            f"{', '.join(missing)} of the run {run.name} {verb} missing in {paths[0].parent}",
+            hint=advice,
         )
     known = _hashes(run)
     counter = progress.counter("checking the LoRAs", {path: path.stat().st_size for path in paths})
@@ -72,7 +74,8 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
             digest = tensor_data_sha256(path, partial(counter.advance, path))
             if digest != known.get(path.stem, _recorded_hash(path, run)):
                 raise RunError(
-                    f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
+                    f"{path.name} was edited or replaced since the run {run.name} wrote it",
+                    hint=advice,
                 )
             counter.finish(path)
 

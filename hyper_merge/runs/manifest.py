@@ -176,7 +176,8 @@ def require_readable_version(name: str, manifest: object) -> dict[str, Any]:
     if version > MANIFEST_VERSION:
         raise RunError(
             f"the run {name} was made by Hyper-Merge {manifest.get('hyper_merge')}, this is"
-            f" {__version__}; update Hyper-Merge to open or delete it"
+            f" {__version__}",
+            hint="update Hyper-Merge to open or delete it",
         )
     return manifest
 

@@ -65,8 +65,8 @@ def _held(folder: Path, hold: Hold) -> Iterator[None]:
     while lock.acquire(shared=hold.shared) is State.TAKEN:
         if time.monotonic() > end:
             raise NameTakenError(
-                f"{_WORDS[hold.kind]} {hold.name} is in use by another Hyper-Merge that is running;"
-                f" try again when that is done{_ADVICE[hold.kind]}"
+                f"{_WORDS[hold.kind]} {hold.name} is in use by another Hyper-Merge that is running",
+                hint=f"try again when that is done{_ADVICE[hold.kind]}",
             )
         time.sleep(PAUSE)
     try:

@@ -102,8 +102,8 @@ def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
         raise UnknownRunError(f"expected the name of a run, which is one of a folder, got {name!r}")
     if folder.is_symlink() or not same_place(Path(os.path.realpath(folder)).parent, folders.runs):
         raise RunError(
-            f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed; put the"
-            f" folder itself into {folders.runs}, or remove the link"
+            f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed",
+            hint=f"put the folder itself into {folders.runs}, or remove the link",
         )
     try:
         return require_readable_version(name, read_json(folder / MANIFEST))
@@ -126,8 +126,8 @@ def _unknown(folders: Folders, name: str) -> UnknownRunError:
 
 def _damaged(folders: Folders, name: str, reason: str) -> RunError:
     return RunError(
-        f"the run {name} cannot be read: {MANIFEST} in {folders.runs / name} is damaged ({reason});"
-        " copy it back from a backup, or delete that folder and the run's LoRAs by hand"
+        f"the run {name} cannot be read: {MANIFEST} in {folders.runs / name} is damaged ({reason})",
+        hint="copy it back from a backup, or delete that folder and the run's LoRAs by hand",
     )
 
 

@@ -162,8 +162,8 @@ def source_of(run: Run, name: str) -> RunSource:
     sources = [source for source in run.sources if Path(source.name).stem == row.name]
     if not sources:
         raise RunError(
-            f"the manifest of the run {run.name} does not say which file {row.name} was; copy it"
-            " back from a backup, or merge again"
+            f"the manifest of the run {run.name} does not say which file {row.name} was",
+            hint="copy it back from a backup, or merge again",
         )
     return sources[-1]
 

@@ -22,5 +22,7 @@ def resolve_device(name: str) -> torch.device:
             reason = (
                 f"this machine has {count} such devices" if count else "torch finds no CUDA device"
             )
-            raise DeviceError(f"device {name} was asked for, but {reason}; choose auto or cpu")
+            raise DeviceError(
+                f"device {name} was asked for, but {reason}", hint="choose auto or cpu"
+            )
     return device

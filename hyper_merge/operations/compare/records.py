@@ -141,10 +141,13 @@ def load_comparison(run: Run, name: str) -> ComparisonRecord:
         known = data if version == COMPARISON_VERSION else {}
         record: ComparisonRecord = read_plain(ComparisonRecord, known, "comparison")
     except FileNotFoundError:
-        raise RunError(f"there is no {name} of the run {run.name}; reload the list") from None
+        raise RunError(
+            f"there is no {name} of the run {run.name}", hint="reload the list"
+        ) from None
     except (OSError, ValueError, LookupError) as error:
         raise RunError(
-            f"{name} of the run {run.name} cannot be read: {path} is damaged ({error}); compare again"
+            f"{name} of the run {run.name} cannot be read: {path} is damaged ({error})",
+            hint="compare again",
         ) from error
     return record
 

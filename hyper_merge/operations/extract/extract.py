@@ -186,7 +186,7 @@ def _place(request: ExtractRequest, folders: Folders | None) -> tuple[Path, Path
         path, cache = folders.loras / f"{name}.safetensors", folders.cache
         owner = owners.get(name_key(name))
         if owner is not None:
-            raise NameTakenError(f"{name} is a LoRA of the run {owner}; choose another name")
+            raise NameTakenError(f"{name} is a LoRA of the run {owner}", hint="choose another name")
     require_no_source(path, (request.base, request.checkpoint))
     for suffix in (".safetensors", *CARD_SUFFIXES):
         require_free(path.with_suffix(suffix), overwrite=request.overwrite)
@@ -272,6 +272,6 @@ def _require_difference(difference: LowRankDifference, inputs: MergeInputs) -> N
     elsewhere = [kind for kind, energy in difference.outside.items() if energy > 0]
     where = f", only in their {', '.join(elsewhere)}" if elsewhere else ""
     raise ExtractionError(
-        f"{base} and {checkpoint} do not differ in any layer that a LoRA can hold{where}; there is"
-        " nothing to extract"
+        f"{base} and {checkpoint} do not differ in any layer that a LoRA can hold{where}",
+        hint="there is nothing to extract",
     )

@@ -94,8 +94,8 @@ def prepare_fit(request: FitRequest, folders: Folders) -> FitInputs:
     folder = fit_record_paths(job.run, job.name)[0].parent
     if folder.is_symlink():
         raise OutputError(
-            f"{folder} is a link, and links are not followed; put the folder itself there,"
-            " or remove the link"
+            f"{folder} is a link, and links are not followed",
+            hint="put the folder itself there, or remove the link",
         )
     return _with_free_names(job, request, folders)
 
@@ -147,8 +147,8 @@ def _check_sources(job: FitInputs, folders: Folders, progress: Progress) -> Sour
     for source in job.run.sources:
         if Path(source.name).stem == job.name and source.sha256 != record.sha256:
             raise NameTakenError(
-                f"{job.name} is another checkpoint of the run {job.run.name}; choose another name"
-                " for this one"
+                f"{job.name} is another checkpoint of the run {job.run.name}",
+                hint="choose another name for this one",
             )
     return record
 

@@ -36,7 +36,7 @@ def run_average(preflight: Preflight, progress: Progress) -> Path:
     recipe, folders = preflight.recipe, preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
-        raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
+        raise RecipeError(f"the average has no use for the base {recipe.base}", hint="leave it out")
     with held(folders.runs, Hold("merge", recipe.name), Hold("model", path.name)):
         return _write_average(preflight, path, progress)
 

@@ -200,8 +200,8 @@ def require_free_names(
         owner = owners.get(name_key(name), place.run)
         if owner != place.run:
             raise NameTakenError(
-                f"{name} is a LoRA of the run {owner}; choose another name than {place.run}, or"
-                f" delete the run {owner} first"
+                f"{name} is a LoRA of the run {owner}",
+                hint=f"choose another name than {place.run}, or delete the run {owner} first",
             )
         for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)
@@ -255,7 +255,7 @@ def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) 
     if len(named) != len(names):
         raise OutputError(
             f"expected a private LoRA for each of {len(names)} checkpoints, got files of"
-            f" {', '.join(named)} in {loras}; nothing is written: give the checkpoints' files names"
-            " that are less alike"
+            f" {', '.join(named)} in {loras}",
+            hint="nothing is written: give the checkpoints' files names that are less alike",
         )
     return named

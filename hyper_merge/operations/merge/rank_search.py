@@ -92,6 +92,6 @@ def _unreachable(target: float, forecast: RankForecast, reached: float) -> Recip
     highest = max(reached, float(shares[worst]))
     return RecipeError(
         f"the target of {target:.1%} cannot be reached: LoRAs explain at most {highest:.1%} of"
-        f" {forecast.names[worst]}, with {format_size(forecast.largest)};"
-        f" choose {highest - 5e-4:.1%} or less"
+        f" {forecast.names[worst]}, with {format_size(forecast.largest)}",
+        hint=f"choose {highest - 0.0005:.1%} or less",
     )

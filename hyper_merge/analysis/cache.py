@@ -118,8 +118,8 @@ def clear_analyses(folder: Path) -> int:
             stuck.append(f"{path}: {error.strerror or error}")
     if stuck:
         raise CacheError(
-            f"part of the cache cannot be deleted (first: {stuck[0]}); try again when no merge is"
-            " running"
+            f"part of the cache cannot be deleted (first: {stuck[0]})",
+            hint="try again when no merge is running",
         )
     return freed
 

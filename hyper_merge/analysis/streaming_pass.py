@@ -250,12 +250,12 @@ def raise_non_finite(inputs: MergeInputs, key: str, tensors: Sequence[Tensor]) -
         bad = int((~tensor.float().isfinite()).sum())
         if bad:
             raise NonFiniteError(
-                f"{header.name} holds NaN or infinity in {bad} of {tensor.numel()} values of"
-                f" {key}; use an undamaged copy of the file, or leave it out"
+                f"{header.name} holds NaN or infinity in {bad} of {tensor.numel()} values of {key}",
+                hint="use an undamaged copy of the file, or leave it out",
             )
     raise RecipeError(
-        f"the average of {key} is too large for {str(inputs.dtype).removeprefix('torch.')};"
-        " choose dtype bfloat16 or float32"
+        f"the average of {key} is too large for {str(inputs.dtype).removeprefix('torch.')}",
+        hint="choose dtype bfloat16 or float32",
     )
 
 

@@ -222,13 +222,13 @@ def _tags(prompt: str) -> list[Tag]:
     try:
         return parse_tags(prompt)
     except ValueError as error:
-        raise PictureError(f"{error}; correct it in the prompt") from error
+        raise PictureError(f"{error}", hint="correct it in the prompt") from error
 
 
 def _lora(folders: Folders, name: str) -> Path:
     path = folders.loras / f"{name}.safetensors"
     if path.name != f"{name}.safetensors" or not path.is_file():
-        raise PictureError(f"there is no LoRA {name} in {folders.loras}; correct the prompt")
+        raise PictureError(f"there is no LoRA {name} in {folders.loras}", hint="correct the prompt")
     return path
 
 

@@ -121,7 +121,9 @@ def file_of(name: str, listed: Mapping[str, Path]) -> Path:
         CheckpointError: the name is not in the list (any more), or its file is gone.
     """
     if name not in listed:
-        raise CheckpointError(f"{name} is no longer in the list; press Refresh and pick again")
+        raise CheckpointError(
+            f"{name} is no longer in the list", hint="press Refresh and pick again"
+        )
     if not listed[name].exists():
-        raise CheckpointError(f"{name} is no longer there; press Refresh and pick again")
+        raise CheckpointError(f"{name} is no longer there", hint="press Refresh and pick again")
     return listed[name]

@@ -190,7 +190,8 @@ class Jobs:
         now = self.last.standing if self.last else None
         if now is not None and now.outcome == "running":
             raise BusyError(
-                f"{now.title} is still being made ({now.fraction:.0%}); wait for it, or stop it"
+                f"{now.title} is still being made ({now.fraction:.0%})",
+                hint="wait for it, or stop it",
             )
 
     def start(

@@ -214,7 +214,8 @@ def _stored(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
         raise NonFiniteError(f"{layer.module}: a factor holds {peak}, nothing was written")
     if peak > _LARGEST.get(dtype, math.inf):
         raise NonFiniteError(
-            f"{layer.module}: a factor reaches {peak:.4g}, {str(dtype).removeprefix('torch.')} files hold at most"
-            f" {_LARGEST[dtype]:.0f}; choose lora_dtype bfloat16 or float32"
+            f"{layer.module}: a factor reaches {peak:.4g}, {str(dtype).removeprefix('torch.')}"
+            f" files hold at most {_LARGEST[dtype]:.0f}",
+            hint="choose lora_dtype bfloat16 or float32",
         )
     return factor.detach().to(device="cpu", dtype=dtype)

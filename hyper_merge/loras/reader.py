@@ -74,7 +74,7 @@ class LoraReader:
         alpha = float(self._file.tensor(module + ALPHA))
         if not 0 < alpha < math.inf:
             raise CheckpointError(
-                f"{self.path.name} has the alpha {alpha} in {module}; use another"
+                f"{self.path.name} has the alpha {alpha} in {module}", hint="use another"
             )
         return alpha / self.ranks[module]
 

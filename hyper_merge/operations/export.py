@@ -178,8 +178,9 @@ def _rows(run: Run, names: Sequence[str] | None) -> list[CheckpointReport]:
             raise unknown_word(RunError, message, name, known, "It has")
         if not any(any(multipliers_of(row, part.name)) for part in require_family(run).parts):
             raise ExtractionError(
-                f"all multipliers of {row.name} are 0: {run.hyper_model.name} is that checkpoint"
-                " already, as far as LoRAs go; there is nothing to export"
+                f"all multipliers of {row.name} are 0: {run.hyper_model.name} is that"
+                " checkpoint already, as far as LoRAs go",
+                hint="there is nothing to export",
             )
         found.append(row)
     return found

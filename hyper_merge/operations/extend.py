@@ -92,8 +92,9 @@ def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Pa
     lost = [f"{each.source.name} ({each.state})" for each in found if each.state != "there"]
     if lost:
         raise RunError(
-            f"a new average needs all checkpoints of the run {run.name}, and {', '.join(lost)} cannot"
-            " be had any more; bring them back from a copy, or fit the new one instead"
+            f"a new average needs all checkpoints of the run {run.name}, and {', '.join(lost)}"
+            " cannot be had any more",
+            hint="bring them back from a copy, or fit the new one instead",
         )
     paths = tuple(each.path for each in found)
     if run.recipe.base == AVERAGE:

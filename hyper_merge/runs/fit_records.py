@@ -102,8 +102,9 @@ def require_own_record(run: Run, name: str) -> None:
         known = _recorded_name(other)
         if known != name and name_key(other.stem) == name_key(path.stem):
             raise NameTakenError(
-                f"the fit of {one_line(known)} is there already, and {one_line(name)} would have the"
-                f" same file ({other}) on Windows and macOS; give this one a name of its own"
+                f"the fit of {one_line(known)} is there already, and {one_line(name)} would"
+                f" have the same file ({other}) on Windows and macOS",
+                hint="give this one a name of its own",
             )
 
 
@@ -210,7 +211,8 @@ def _load(path: Path, run: Run) -> FitRecord:
         if isinstance(version, int) and version > FIT_VERSION:
             raise RunError(
                 f"the fit {path.stem} of the run {run.name} was made by Hyper-Merge"
-                f" {record.get('hyper_merge')}, this is {__version__}; update Hyper-Merge to use it"
+                f" {record.get('hyper_merge')}, this is {__version__}",
+                hint="update Hyper-Merge to use it",
             )
         fitted: FitRecord = read_plain(FitRecord, record["fit"], "fit")
         _check(fitted, path, run)
@@ -218,8 +220,9 @@ def _load(path: Path, run: Run) -> FitRecord:
         if isinstance(error, RunError):
             raise
         raise RunError(
-            f"the fit {path.stem} of the run {run.name} cannot be read: {path} is damaged ({error});"
-            " fit the checkpoint again"
+            f"the fit {path.stem} of the run {run.name} cannot be read: {path} is damaged"
+            f" ({error})",
+            hint="fit the checkpoint again",
         ) from error
     return fitted
 
@@ -231,8 +234,8 @@ def _check(fitted: FitRecord, path: Path, run: Run) -> None:
         raise ValueError("it is that of another run or checkpoint: was it renamed?")
     if fitted.run_created != run.created:
         raise RunError(
-            f"the fit {path.stem} is of an earlier run {run.name}, which was replaced since; fit the"
-            " checkpoint again"
+            f"the fit {path.stem} is of an earlier run {run.name}, which was replaced since",
+            hint="fit the checkpoint again",
         )
     for rows in (fitted.row.multipliers, fitted.row.text_multipliers or fitted.row.multipliers):
         if len(rows) != len(run.report.loras):

@@ -82,8 +82,8 @@ class Folders:
             require_no_source(new, recipe.models)
             if new.exists() and not recipe.overwrite:
                 raise NameTakenError(
-                    f"{new} exists and is not the average of these checkpoints; choose another name,"
-                    " or --overwrite on the command line"
+                    f"{new} exists and is not the average of these checkpoints",
+                    hint="choose another name, or --overwrite on the command line",
                 )
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
         if recipe.overwrite:
@@ -130,8 +130,9 @@ class Folders:
         if users:
             what = "run" if len(users) == 1 else "runs"
             raise NameTakenError(
-                f"{path.name} is the hyper-model of the {what} {', '.join(users)}, and their LoRAs"
-                f" go with no other; choose another name, or delete the {what} first"
+                f"{path.name} is the hyper-model of the {what} {', '.join(users)}, and their"
+                " LoRAs go with no other",
+                hint=f"choose another name, or delete the {what} first",
             )
 
     def lora_files(self, names: Iterable[str]) -> list[Path]:
@@ -206,8 +207,9 @@ class Folders:
         for folder, _ in self.manifests():
             if folder.name != run and name_key(folder.name) == name_key(run):
                 raise NameTakenError(
-                    f"the run {folder.name} is there, and its name differs from {run} by case alone;"
-                    f" write {folder.name} to replace it, or choose another name"
+                    f"the run {folder.name} is there, and its name differs from {run} by case"
+                    " alone",
+                    hint=f"write {folder.name} to replace it, or choose another name",
                 )
 
     def _free_run(self, recipe: Recipe, average_id: str) -> str:
@@ -225,7 +227,8 @@ class Folders:
         def is_taken(run: str) -> bool:
             if taken.get(name_key(run)) == wanted:
                 raise SameMergeError(
-                    f"the run {run} is this very merge already; choose another name or other ranks"
+                    f"the run {run} is this very merge already",
+                    hint="choose another name or other ranks",
                 )
             return name_key(run) in taken or (self.runs / run).exists()
 
@@ -239,7 +242,9 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         OutputError: it would.
     """
     if path.exists() and any(path.samefile(source) for source in sources):
-        raise OutputError(f"{path} is one of the checkpoints of this merge; choose another name")
+        raise OutputError(
+            f"{path} is one of the checkpoints of this merge", hint="choose another name"
+        )
 
 
 def path_exists(path: Path) -> bool:

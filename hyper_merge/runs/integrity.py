@@ -37,12 +37,13 @@ def require_hyper_model(run: Run) -> Path:
         return path
     if not path_exists(path):
         raise RunError(
-            f"{path}, the hyper-model of the run {run.name}, is missing; bring it back from a copy,"
-            f" or merge the same checkpoints again"
+            f"{path}, the hyper-model of the run {run.name}, is missing",
+            hint="bring it back from a copy, or merge the same checkpoints again",
         )
     raise RunError(
         f"{path} is not the hyper-model that the LoRAs of the run {run.name} go with: it was"
-        " replaced by another file; bring it back from a copy, or merge again"
+        " replaced by another file",
+        hint="bring it back from a copy, or merge again",
     )
 
 
@@ -62,7 +63,8 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise RunError(
-            f"{', '.join(missing)} of the run {run.name} {verb} missing in {paths[0].parent}; {advice}"
+            f"{', '.join(missing)} of the run {run.name} {verb} missing in {paths[0].parent}",
+            hint=advice,
         )
     known = _hashes(run)
     counter = progress.counter("checking the LoRAs", {path: path.stat().st_size for path in paths})
@@ -71,7 +73,8 @@ def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
             found = tensor_data_sha256(path, partial(count, counter, path))
             if found != known.get(path.stem, _recorded(path, run)):
                 raise RunError(
-                    f"{path.name} was edited or replaced since the run {run.name} wrote it; {advice}"
+                    f"{path.name} was edited or replaced since the run {run.name} wrote it",
+                    hint=advice,
                 )
             counter.finish(path)
 

@@ -159,8 +159,8 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
         raise UnknownRunError(f"expected the name of a run, which is one of a folder, got {name!r}")
     if folder.is_symlink() or not same_place(Path(os.path.realpath(folder)).parent, folders.runs):
         raise RunError(
-            f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed; put the"
-            f" folder itself into {folders.runs}, or remove the link"
+            f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed",
+            hint=f"put the folder itself into {folders.runs}, or remove the link",
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -174,7 +174,8 @@ def _manifest(folders: Folders, name: str) -> dict[str, Any]:
     if version > MANIFEST_VERSION:
         raise RunError(
             f"the run {name} was made by Hyper-Merge {manifest.get('hyper_merge')}, this is"
-            f" {__version__}; update Hyper-Merge to open or delete it"
+            f" {__version__}",
+            hint="update Hyper-Merge to open or delete it",
         )
     return dict(manifest)
 
@@ -190,8 +191,8 @@ def _unknown(folders: Folders, name: str) -> UnknownRunError:
 
 def _damaged(folders: Folders, name: str, reason: str) -> RunError:
     return RunError(
-        f"the run {name} cannot be read: {MANIFEST} in {folders.runs / name} is damaged ({reason});"
-        " bring it back from a copy, or delete that folder and the run's LoRAs by hand"
+        f"the run {name} cannot be read: {MANIFEST} in {folders.runs / name} is damaged ({reason})",
+        hint="bring it back from a copy, or delete that folder and the run's LoRAs by hand",
     )
 
 

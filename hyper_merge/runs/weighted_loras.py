@@ -160,8 +160,8 @@ def source_of(run: Run, name: str) -> RunSource:
     own = [each for each in run.sources if Path(each.name).stem == row.name]
     if not own:
         raise RunError(
-            f"the manifest of the run {run.name} does not say which file {row.name} was; bring it"
-            " back from a copy, or merge again"
+            f"the manifest of the run {run.name} does not say which file {row.name} was",
+            hint="bring it back from a copy, or merge again",
         )
     return own[-1]
 

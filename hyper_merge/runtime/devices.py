@@ -22,5 +22,5 @@ def resolve_device(name: str) -> torch.device:
             has = (
                 f"this machine has {found} such devices" if found else "torch finds no CUDA device"
             )
-            raise DeviceError(f"device {name} was asked for, but {has}; choose auto or cpu")
+            raise DeviceError(f"device {name} was asked for, but {has}", hint="choose auto or cpu")
     return device

@@ -30,5 +30,6 @@ def require_disks(needed: Mapping[Path, int]) -> None:
         if free < total[disk]:
             raise OutputError(
                 f"{folder} needs {format_size(total[disk])} but its disk has"
-                f" {format_size(free)} free; make room or choose another output folder"
+                f" {format_size(free)} free",
+                hint="make room or choose another output folder",
             )

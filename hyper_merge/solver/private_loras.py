@@ -106,8 +106,8 @@ def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) 
     if len(found) != len(names):
         raise OutputError(
             f"expected a private LoRA for each of {len(names)} checkpoints, got files of"
-            f" {', '.join(found)} in {loras}; nothing is written: give the checkpoints' files names"
-            " that are less alike"
+            f" {', '.join(found)} in {loras}",
+            hint="nothing is written: give the checkpoints' files names that are less alike",
         )
     return found
 

@@ -116,8 +116,8 @@ class WebUI:
         taken = [name for name in prompts if name in known and not _is_ours(known[name])]
         if taken:
             raise OutputError(
-                f"styles that are not Hyper-Merge's have these names: {', '.join(taken)}; "
-                "rename those in the WebUI, or give the merge another name"
+                f"styles that are not Hyper-Merge's have these names: {', '.join(taken)}",
+                hint="rename those in the WebUI, or give the merge another name",
             )
         paths = {name: known[name].path if name in known else None for name in prompts}
         _change_styles(
@@ -244,6 +244,7 @@ def _change_styles(changes: Mapping[str, PromptStyle | None]) -> None:
         styles.clear()
         styles.update(before)
         raise OutputError(
-            f"the WebUI's styles cannot be written ({error}); close other programs that have "
-            "styles.csv open and see that it is not read-only, then try again"
+            f"the WebUI's styles cannot be written ({error})",
+            hint="close other programs that have styles.csv open and see that it is not"
+            " read-only, then try again",
         ) from error

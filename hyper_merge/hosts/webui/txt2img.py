@@ -108,14 +108,16 @@ def _draw(picture: Picture, progress: Progress, chosen: _Chosen) -> Image.Image:
     except Exception as error:  # whatever a host's model code may raise
         errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
         raise PictureError(
-            f"the WebUI cannot draw with {picture.model.name} ({type(error).__name__}: {error}); its"
-            " console has all of it"
+            f"the WebUI cannot draw with {picture.model.name} ({type(error).__name__}: {error})",
+            hint="its console has all of it",
         ) from error
     finally:
         chosen.after_picture()
     progress.check()  # an interrupted picture is half-done
     if made is None or not made.images:
-        raise PictureError(f"{picture.model.name}: the WebUI made no picture; its console says why")
+        raise PictureError(
+            f"{picture.model.name}: the WebUI made no picture", hint="its console says why"
+        )
     _require_loras(picture, complaints)
     return made.images[made.index_of_first_image]
 
@@ -132,8 +134,9 @@ def _require_loras(picture: Picture, complaints: list[str]) -> None:
     if absent or complaints:
         names = f"it did not load {', '.join(sorted(absent))}" if absent else "; ".join(complaints)
         raise PictureError(
-            f"the WebUI drew without all LoRAs ({names}); see that the extension Lora is switched on,"
-            " refresh its cards, and look at the console"
+            f"the WebUI drew without all LoRAs ({names})",
+            hint="see that the extension Lora is switched on, refresh its cards, and look at"
+            " the console",
         )
 
 
@@ -169,8 +172,9 @@ def _title(picture: Picture) -> str:
     info = next((x for x in infos if _is_same(x.filename, picture)), None)
     if info is None or sd_models.checkpoint_aliases.get(info.title) is not info:
         raise PictureError(
-            f"{picture.model.name} is not in the WebUI's list of checkpoints, or another one answers"
-            " to its name; press the refresh button beside the list"
+            f"{picture.model.name} is not in the WebUI's list of checkpoints, or another one"
+            " answers to its name",
+            hint="press the refresh button beside the list",
         )
     return str(info.title)
 

@@ -98,7 +98,8 @@ def _found(host: Host, value: str) -> tuple[str, str]:
     title = host.checkpoint_title(run.hyper_model)
     if title is None:
         raise PictureError(
-            f"{LABEL}: {run.hyper_model.name}, the hyper-model of {name}, is not in the WebUI's list of"
-            " checkpoints, or another one answers to its name; refresh the list"
+            f"{LABEL}: {run.hyper_model.name}, the hyper-model of {name}, is not in the WebUI's"
+            " list of checkpoints, or another one answers to its name",
+            hint="refresh the list",
         )
     return title, tags

@@ -140,10 +140,13 @@ def load_comparison(run: Run, name: str) -> ComparisonRecord:
         known = record if version == COMPARISON_VERSION else {}
         found: ComparisonRecord = read_plain(ComparisonRecord, known, "comparison")
     except FileNotFoundError:
-        raise RunError(f"there is no {name} of the run {run.name}; look at the list anew") from None
+        raise RunError(
+            f"there is no {name} of the run {run.name}", hint="look at the list anew"
+        ) from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise RunError(
-            f"{name} of the run {run.name} cannot be read: {path} is damaged ({error}); compare again"
+            f"{name} of the run {run.name} cannot be read: {path} is damaged ({error})",
+            hint="compare again",
         ) from error
     return found
 

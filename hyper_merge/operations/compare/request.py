@@ -48,7 +48,7 @@ class PictureSettings:
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
-            raise PictureError("expected a prompt, one per line, got none; write one")
+            raise PictureError("expected a prompt, one per line, got none", hint="write one")
         if not self.seeds:
             raise PictureError("expected a seed, such as 1, or several, such as 1, 2, got none")
         for name, value, (least, most) in (
@@ -63,8 +63,8 @@ class PictureSettings:
         for name, side in (("width", self.width), ("height", self.height)):
             if side % _SIDE_UNIT:
                 raise PictureError(
-                    f"{name}: expected a multiple of {_SIDE_UNIT} pixels, got {side};"
-                    f" {side - side % _SIDE_UNIT} would do"
+                    f"{name}: expected a multiple of {_SIDE_UNIT} pixels, got {side}",
+                    hint=f"{side - side % _SIDE_UNIT} would do",
                 )
 
     @property
@@ -94,12 +94,14 @@ class CompareRequest:
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
-            raise PictureError("expected a checkpoint of the run, or several, got none; pick one")
+            raise PictureError(
+                "expected a checkpoint of the run, or several, got none", hint="pick one"
+            )
         count = len(self.settings.bands) * (2 * len(self.checkpoints) + self.average)
         if count > _MOST_PICTURES:
             raise PictureError(
-                f"that would be {count} pictures, more than {_MOST_PICTURES}; take fewer"
-                " checkpoints, prompts or seeds"
+                f"that would be {count} pictures, more than {_MOST_PICTURES}",
+                hint="take fewer checkpoints, prompts or seeds",
             )
 
 

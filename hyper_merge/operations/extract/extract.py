@@ -209,7 +209,7 @@ def _place(wanted: ExtractRequest, folders: Folders | None) -> tuple[Path, Path 
         path, cache = folders.loras / f"{name}.safetensors", folders.cache
         owner = owners.get(name_key(name))
         if owner is not None:
-            raise NameTakenError(f"{name} is a LoRA of the run {owner}; choose another name")
+            raise NameTakenError(f"{name} is a LoRA of the run {owner}", hint="choose another name")
     require_no_source(path, (wanted.base, wanted.checkpoint))
     for suffix in (".safetensors", *CARD_SUFFIXES):
         require_free(path.with_suffix(suffix), overwrite=wanted.overwrite)
@@ -300,6 +300,6 @@ def _require_difference(found: LowRankDifference, inputs: MergeInputs) -> None:
     elsewhere = [kind for kind, energy in found.outside.items() if energy > 0]
     where = f", only in their {', '.join(elsewhere)}" if elsewhere else ""
     raise ExtractionError(
-        f"{base} and {checkpoint} do not differ in any layer that a LoRA can hold{where}; there is"
-        " nothing to extract"
+        f"{base} and {checkpoint} do not differ in any layer that a LoRA can hold{where}",
+        hint="there is nothing to extract",
     )

@@ -71,8 +71,8 @@ def prepare_fit(wanted: FitRequest, folders: Folders) -> FitInputs:
     paths = fit_record_paths(job.run, job.name)
     if paths[0].parent.is_symlink():
         raise OutputError(
-            f"{paths[0].parent} is a link, and links are not followed; put the folder itself there,"
-            " or remove the link"
+            f"{paths[0].parent} is a link, and links are not followed",
+            hint="put the folder itself there, or remove the link",
         )
     require_own_record(job.run, job.name)
     for path in paths:
@@ -116,8 +116,8 @@ def _checked(job: FitInputs, folders: Folders, progress: Progress) -> SourceReco
     for source in job.run.sources:
         if Path(source.name).stem == job.name and source.sha256 != origin.sha256:
             raise NameTakenError(
-                f"{job.name} is another checkpoint of the run {job.run.name}; give this one a name"
-                " of its own"
+                f"{job.name} is another checkpoint of the run {job.run.name}",
+                hint="give this one a name of its own",
             )
     return origin
 

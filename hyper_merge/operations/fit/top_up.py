@@ -41,8 +41,9 @@ def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
         name, _, rank = path.stem.rpartition("-")
         if name_key(name) == name_key(stem) and rank.isdecimal() and path not in own:
             raise NameTakenError(
-                f"{path} is there already; allow overwriting where it is of an earlier fit of"
-                f" {job.name}, or choose another name for this one"
+                f"{path} is there already",
+                hint=f"allow overwriting where it is of an earlier fit of {job.name}, or choose"
+                " another name for this one",
             )
     return stem
 

@@ -52,8 +52,8 @@ def select_norms_and_biases(recipe: Recipe, inputs: MergeInputs) -> tuple[NormOr
     vectors = norms_and_biases_of(inputs.headers[0], inputs.layout, biases=biases)
     if not vectors:
         raise RecipeError(
-            f"{inputs.layout.family.title} has no norms that hosts take from a LoRA file; choose"
-            " exact none or all"
+            f"{inputs.layout.family.title} has no norms that hosts take from a LoRA file",
+            hint="choose exact none or all",
         )
     return vectors
 

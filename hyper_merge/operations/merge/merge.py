@@ -213,7 +213,7 @@ def run_average(preflight: Preflight, progress: Progress, folders: Folders | Non
     folders = folders or preflight.folders
     path = folders.models / f"{recipe.name}.safetensors"
     if recipe.base != AVERAGE:
-        raise RecipeError(f"the average has no use for the base {recipe.base}; leave it out")
+        raise RecipeError(f"the average has no use for the base {recipe.base}", hint="leave it out")
     require_no_source(path, recipe.models)
     require_free(path, overwrite=recipe.overwrite)
     folders.require_unused(path, preflight.average_id)

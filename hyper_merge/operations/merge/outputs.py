@@ -291,8 +291,8 @@ def require_free_names(
         owner = owners.get(name_key(name), place.run)
         if owner != place.run:
             raise NameTakenError(
-                f"{name} is a LoRA of the run {owner}; choose another name than {place.run}, or"
-                f" delete the run {owner} first"
+                f"{name} is a LoRA of the run {owner}",
+                hint=f"choose another name than {place.run}, or delete the run {owner} first",
             )
         for suffix in (".safetensors", *CARD_SUFFIXES):
             require_free(place.loras / f"{name}{suffix}", overwrite=overwrite)

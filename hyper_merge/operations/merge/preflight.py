@@ -273,7 +273,8 @@ def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     if recipe.budget < 2 * of_one:
         raise RecipeError(
             f"the budget of {format_size(recipe.budget)} is too small: a LoRA of rank 1 takes"
-            f" {format_size(of_one)} for these checkpoints; give {format_size(2 * of_one)} or more"
+            f" {format_size(of_one)} for these checkpoints",
+            hint=f"give {format_size(2 * of_one)} or more",
         )
     return replace(recipe, ranks=(min(recipe.budget // of_one, LARGEST_RANK),))
 
@@ -282,8 +283,9 @@ def _check_alphas(recipe: Recipe, family: Family) -> None:
     """Factors get into the range of float8 by their file's alpha."""
     if DTYPES_BY_WORD[recipe.factors_dtype] is FLOAT8 and not family.lora_alpha:
         raise RecipeError(
-            f"lora_dtype float8 needs LoRA files with alphas, and those of {family.title} hold none;"
-            " choose float16 or bfloat16"
+            f"lora_dtype float8 needs LoRA files with alphas, and those of {family.title} hold"
+            " none",
+            hint="choose float16 or bfloat16",
         )
 
 
@@ -295,7 +297,8 @@ def _check_stems(headers: Sequence[Header]) -> None:
         if other is not header:
             raise MismatchError(
                 f"{other.path} and {header.path} have the same name {header.stem!r}, by which"
-                " multipliers are listed; rename one of them"
+                " multipliers are listed",
+                hint="rename one of them",
             )
 
 

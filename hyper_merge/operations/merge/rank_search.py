@@ -102,6 +102,7 @@ def _unreachable(target: float, seen: RankForecast, reached: float) -> RecipeErr
     worst = int(shares.argmin())
     nearest = max(reached, float(shares[worst]))
     return RecipeError(
-        f"the target of {target:.1%} cannot be reached: LoRAs bring back at most {nearest:.1%} of"
-        f" {seen.names[worst]}, with {format_size(seen.largest)}; choose {nearest - 5e-4:.1%} or less"
+        f"the target of {target:.1%} cannot be reached: LoRAs bring back at most {nearest:.1%}"
+        f" of {seen.names[worst]}, with {format_size(seen.largest)}",
+        hint=f"choose {nearest - 0.0005:.1%} or less",
     )

@@ -100,8 +100,8 @@ def _tensor(
     if not bool(stored.isfinite().all()):
         raise NonFiniteError(
             f"{key} of the restored checkpoint is too large for"
-            f" {str(inputs.dtype).removeprefix('torch.')}; choose dtype"
-            " bfloat16 or float32"
+            f" {str(inputs.dtype).removeprefix('torch.')}",
+            hint="choose dtype bfloat16 or float32",
         )
     if len(files) == 1:
         return stored, []

@@ -119,7 +119,7 @@ def order_of(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
         seeds=_seeds(form.seeds),
     )
     if any(len(text) > _LETTERS for text in (*settings.prompts, settings.negative)):
-        raise PictureError(f"expected prompts of at most {_LETTERS} letters; shorten them")
+        raise PictureError(f"expected prompts of at most {_LETTERS} letters", hint="shorten them")
     return CompareRequest(
         form.run or "", tuple(form.checkpoints or ()), settings, form.average, form.difference
     )
@@ -207,7 +207,7 @@ def _source(path: Path) -> str:
             shown = picture.convert("RGB")
     except (OSError, ValueError) as error:
         raise PictureError(
-            f"{path} cannot be shown ({error}); compare again, or delete the file"
+            f"{path} cannot be shown ({error})", hint="compare again, or delete the file"
         ) from error
     shown.thumbnail(_SHOWN, Image.Resampling.LANCZOS)
     stream = BytesIO()

@@ -43,4 +43,4 @@ def _require_two(form: Form) -> None:
     count = len(form.checkpoints or [])
     if count < 2:
         picked = "one is picked" if count else "none is picked"
-        raise RecipeError(f"A merge takes two checkpoints or more; {picked}.")
+        raise RecipeError("A merge takes two checkpoints or more", hint=f"{picked}.")

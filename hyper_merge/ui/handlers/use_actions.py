@@ -201,7 +201,7 @@ def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> Outcome:
 
 def _run(host: Host, name: str | None) -> Run:
     if not name:
-        raise RecipeError("Pick a run; one is made under Merge.")
+        raise RecipeError("Pick a run", hint="one is made under Merge.")
     return load_run(host.folders(), name)
 
 

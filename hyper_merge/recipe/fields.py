@@ -290,9 +290,7 @@ FIELD_PARSERS: Final[Mapping[str, Callable[[object], object]]] = {
 }
 """Parser of every setting by its name."""
 
-FIELD_TITLES: Final[Mapping[str, str]] = {
-    setting.name: setting.title for setting in FIELDS if setting.title
-}
+FIELD_TITLES: Final = {setting.name: setting.title for setting in FIELDS if setting.title}
 """Label in the form of every setting that is there, by its name."""
 
 

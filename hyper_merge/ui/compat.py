@@ -9,12 +9,12 @@ import gradio as gr
 IS_GRADIO_4: Final = int(gr.__version__.split(".")[0]) >= 4
 
 
-def browser(code: str) -> dict[str, Any]:
+def browser_code(code: str) -> dict[str, Any]:
     """Arguments of an event that runs a JavaScript function in the browser first."""
     return {"js" if IS_GRADIO_4 else "_js": code}
 
 
-def quiet(*, queued: bool) -> dict[str, Any]:
+def quiet_event(*, queued: bool) -> dict[str, Any]:
     """Arguments of every event: no spinner over its outputs, no place in the public API.
 
     Args:

@@ -87,7 +87,7 @@ class Form:
     save_styles: bool
 
 
-def chosen(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
+def chosen_files(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     """Files of the chosen checkpoints; only names of the host's list are ever looked up.
 
     Raises:
@@ -114,7 +114,7 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
         for field in FIELDS
         if field.name in texts
     }
-    models = chosen(form, listed)
+    models = chosen_files(form, listed)
     if "ranks" not in words and form.allocation != _SPREAD:
         raise RecipeError(
             f"{LABELS['ranks']}: a size or a share needs ranks that go {_SPREAD}; choose that under"
@@ -153,7 +153,7 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
     return Form(
         checkpoints=[name for name in found if name is not None],
         name=recipe.name,
-        ranks=size_of(recipe),
+        ranks=format_requested_size(recipe),
         weights=_numbers(recipe.weights),
         base=base,
         dtype=recipe.dtype,
@@ -173,7 +173,7 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
     )
 
 
-def size_of(recipe: Recipe) -> str:
+def format_requested_size(recipe: Recipe) -> str:
     """What a recipe asks for: a list of ranks, a size, or a share."""
     if recipe.target is not None:
         return f"{recipe.target * 100:.12g} %"

@@ -15,11 +15,7 @@ from hyper_merge.hosts.job_queue import BusyError, process_jobs
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.ui.element_ids import PREFIX
 from hyper_merge.ui.form import PRESETS, Form
-from hyper_merge.ui.handlers import forecast as looking
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
-from hyper_merge.ui.handlers import result as results
 from hyper_merge.ui.handlers.picker import ALL_FOLDERS
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
@@ -28,22 +24,22 @@ from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import FormWidgets, build_form
 from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.tab import build_tab, devices
+from hyper_merge.ui.tab import build_tab, list_devices
 
 UNEXPECTED = "An unexpected error; the log has all of it: MemoryError: no room for a table"
 FAILING = {
-    "plan",
-    "start",
-    "start_look",
+    "show_plan",
+    "start_merge",
+    "start_forecast",
     "add_folder",
-    "runs",
-    "show",
+    "list_earlier_runs",
+    "show_run",
     "copy_settings",
-    "compare",
-    "ask_to_delete",
-    "save_styles",
+    "compare_runs",
+    "ask_to_delete_run",
+    "save_run_styles",
 }
-ARGUMENTS = {"plan": ["", *values()], "start_look": values(), "add_folder": [[], ALL_FOLDERS]}
+ARGUMENTS = {"show_plan": ["", *values()], "start_forecast": values(), "add_folder": [[], ALL_FOLDERS]}
 
 
 class Busy:
@@ -74,7 +70,7 @@ def built(some_host):
     names = list(some_host.checkpoints())
     with gr.Blocks():
         picker = build_picker(names, ["all folders"], demo=True)
-        form, presets = build_form(some_host, picker.checkpoints, devices())
+        form, presets = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
         use = build_use(some_host)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
@@ -171,7 +167,7 @@ def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run, strict):
     for fn, inputs, outputs in functions(page):
         fill(fn, inputs, outputs)
         checked.add(name_of(fn))
-    assert {"plan", "start", "watch", "after", "show", "copy_settings", "delete"} <= checked
+    assert {"show_plan", "start_merge", "watch_job_in_both_tabs", "show_merge_result", "show_run", "copy_settings", "delete_confirmed_run"} <= checked
     assert len(checked) >= 20
 
 
@@ -186,13 +182,13 @@ def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, r
         raise MemoryError("no room for a table\nof many rows")
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
-        for name in ("examined", "average_id_of"):
-            patch.setattr(picking, name, fail)
-        patch.setattr(looking, "examined", fail)
+        for name in ("preflight_form", "average_id_of"):
+            patch.setattr(f"hyper_merge.ui.handlers.picker.{name}", fail)
+        patch.setattr("hyper_merge.ui.handlers.forecast.preflight_form", fail)
         for name in ("list_runs", "load_run", "files_of"):
             patch.setattr(history, name, fail)
-        patch.setattr(merging, "prepare", fail)
-        patch.setattr(results, "load_run", fail)
+        patch.setattr("hyper_merge.ui.handlers.merge.prepare_merge", fail)
+        patch.setattr("hyper_merge.ui.handlers.result.load_run", fail)
         page = build_tab(Standalone(root), Busy())
         for fn, inputs, outputs in functions(page):
             if name_of(fn) in FAILING:
@@ -208,7 +204,7 @@ def test_a_run_is_shown_in_as_many_widgets_as_it_fills(root, run):
     (shown,) = [
         (fn, outputs)
         for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
-        if name_of(fn) == "show"
+        if name_of(fn) == "show_run"
     ]
     fn, outputs = shown
     values = fn("mix")
@@ -249,7 +245,7 @@ def test_only_what_follows_a_job_waits_in_gradios_queue(root):
         )
         if each["queue"] is not False
     ]
-    assert set(queued) == {"watch"}
+    assert set(queued) == {"watch_job_in_both_tabs", "watch_comparison"}
 
 
 def test_all_that_the_page_calls_in_the_browser_is_in_our_script(some_host):
@@ -279,7 +275,7 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
     ended(process_jobs())
     webui.load_scripts()
     page = webui.create_ui()
-    watched = [inspect.unwrap(fn).args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch"]
+    watched = [inspect.unwrap(fn).args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch_job_in_both_tabs"]
     assert watched
     assert all(jobs.last is job for jobs in watched)
     assert webui.errors.reports == []
@@ -288,6 +284,6 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
 def test_the_devices_are_auto_the_processor_and_what_torch_finds(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert devices() == ["auto", "cpu", "cuda:0", "cuda:1"]
+    assert list_devices() == ["auto", "cpu", "cuda:0", "cuda:1"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert devices() == ["auto", "cpu"]
+    assert list_devices() == ["auto", "cpu"]

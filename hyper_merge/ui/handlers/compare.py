@@ -22,15 +22,19 @@ from PIL import Image
 from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.operations.compare import records as comparison_files
 from hyper_merge.operations.compare.compare import run_comparison
+from hyper_merge.operations.compare.records import (
+    comparison_names,
+    comparison_paths,
+    load_comparison,
+)
 from hyper_merge.operations.compare.request import CompareRequest, PictureSettings
 from hyper_merge.runs.manifest import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import compare as views_compare
+from hyper_merge.ui.handlers.merge import watch_merge
+from hyper_merge.ui.html.common import format_message, format_refusal
+from hyper_merge.ui.html.compare import format_compare_introduction, format_comparison
 
 _SHOWN: Final = (1600, 16_000)  # pixels on the page at most; the file has all of them
 _QUALITY: Final = 92  # of the JPEG that the page gets
@@ -69,11 +73,11 @@ def list_comparisons(
         return (
             gr.update(choices=[], value=None),
             *_nothing(),
-            views_compare.introduction() + views.message("info", said),
+            format_compare_introduction() + format_message("info", said),
         )
     known = list(checkpoint_names(chosen))
     kept = [name for name in checkpoints or () if name in known] if chosen.name == run else known
-    drawn = comparison_files.comparison_names(chosen)
+    drawn = comparison_names(chosen)
     is_shown = earlier in drawn and chosen.name == run
     value = earlier if is_shown else next(iter(drawn), None)
     return (
@@ -84,13 +88,13 @@ def list_comparisons(
     )
 
 
-def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
+def choose_compared_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
     """Its checkpoints, all of them picked, its comparisons, and the newest of those."""
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return (*_nothing(), views.refused(error) if name else "")
-    known, drawn = list(checkpoint_names(run)), comparison_files.comparison_names(run)
+        return (*_nothing(), format_refusal(error) if name else "")
+    known, drawn = list(checkpoint_names(run)), comparison_names(run)
     value = next(iter(drawn), None)
     return (
         gr.update(choices=known, value=known),
@@ -99,7 +103,7 @@ def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
     )
 
 
-def order_of(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
+def compare_request(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
     """What is asked for.
 
     Raises:
@@ -125,7 +129,7 @@ def order_of(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
     )
 
 
-def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
+def start_comparison(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts drawing, or says why not; `watch` follows it."""
     form = CompareForm(*values)
     try:
@@ -133,20 +137,20 @@ def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
         if atelier.problem:
             raise PictureError(atelier.problem)
         run = load_run(host.folders(), form.run or "")
-        order = order_of(form, atelier.samplers)
+        order = compare_request(form, atelier.samplers)
         for name in order.checkpoints:
             find_row(run, name)
         work = functools.partial(_compare, host, order)
         jobs.start(f"{_TITLE}{run.name}", work, host.log, _PLACE)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
-def watch(
+def watch_comparison(
     jobs: Jobs, host: Host, name: str | None, *, begun: bool
 ) -> Iterator[tuple[str, Any, Any, Any]]:
-    """As `merging.watch`, of jobs that draw; others are followed where they were begun.
+    """As `watch`, of jobs that draw; others are followed where they were begun.
 
     Args:
         jobs: the process's.
@@ -163,11 +167,11 @@ def watch(
     job = jobs.last
     is_news = begun or job.standing.outcome == "running"
     shown: tuple[str, Any, Any] = ("", gr.update(), gr.update())
-    for shown in merging.watch(jobs):
+    for shown in watch_merge(jobs):
         yield (*shown, gr.update())
     now = job.standing
     if is_news and now.outcome == "done" and now.title == f"{_TITLE}{name}":
-        yield (*shown, choose_run(host, name)[1])
+        yield (*shown, choose_compared_run(host, name)[1])
 
 
 def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
@@ -175,7 +179,7 @@ def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return views.refused(error) if name else ""
+        return format_refusal(error) if name else ""
     return _shown(host, run, earlier)
 
 
@@ -190,14 +194,14 @@ def _compare(host: Host, order: CompareRequest, task: str, progress: Progress) -
 def _shown(host: Host, run: Run, name: str | None) -> str:
     """HTML of a comparison; of what can be done here, where there is none."""
     if not name:
-        return views_compare.introduction() + views.message("info", host.atelier().problem)
+        return format_compare_introduction() + format_message("info", host.atelier().problem)
     try:
-        found = comparison_files.load_comparison(run, name)
-        picture, _ = comparison_files.comparison_paths(run, name)
+        found = load_comparison(run, name)
+        picture, _ = comparison_paths(run, name)
         source = _source(picture)
     except HyperMergeError as error:
-        return views.refused(error)
-    return views_compare.compared(found, picture, source)
+        return format_refusal(error)
+    return format_comparison(found, picture, source)
 
 
 def _source(path: Path) -> str:

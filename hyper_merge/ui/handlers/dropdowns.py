@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 
-def refilled(names: Sequence[str], picked: str | None, otherwise: str | None = None) -> Any:
+def refill(names: Sequence[str], picked: str | None, otherwise: str | None = None) -> Any:
     """The list; where what was picked is gone, something else is picked.
 
     Else nothing is said of what is picked: it may have changed since the page asked.

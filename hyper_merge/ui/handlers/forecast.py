@@ -20,9 +20,9 @@ from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.tasks import FORECAST_TITLE, forecast_task
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.ui.form import Form
-from hyper_merge.ui.handlers.merge_request import examined
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.plots.forecast import outlook_plot
+from hyper_merge.ui.handlers.merge_request import preflight_form
+from hyper_merge.ui.html.common import format_refusal
+from hyper_merge.ui.plots.forecast import forecast_plot
 
 GROUPS: Final = 4  # that can be picked with a button each
 
@@ -30,15 +30,15 @@ NO_CURVE: Final = (gr.update(visible=False), gr.update(visible=False))
 """Values of the plot and of the button that would fill it."""
 
 
-def start_look(host: Host, jobs: Jobs, *values: Any) -> str:
+def start_forecast(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts the look at the files, or says why not; writes nothing but the cache."""
     form = Form(*values)
     try:
-        examined(host, form)
-        work = functools.partial(forecast_task, host, functools.partial(examined, host, form))
+        preflight_form(host, form)
+        work = functools.partial(forecast_task, host, functools.partial(preflight_form, host, form))
         jobs.start(FORECAST_TITLE, work, host.log)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
@@ -48,14 +48,14 @@ def pick_group(number: int, groups: str) -> list[str]:
     return list(known[number]) if number < len(known) else []
 
 
-def curve(found: ForecastCurve | None, asked: int | None) -> tuple[Any, Any]:
+def update_curve(found: ForecastCurve | None, asked: int | None) -> tuple[Any, Any]:
     """The plot, or else the button that would fill it."""
     if found is None:
         return gr.update(visible=False), gr.update(visible=True)
-    return gr.update(value=outlook_plot(found, asked), visible=True), gr.update(visible=False)
+    return gr.update(value=forecast_plot(found, asked), visible=True), gr.update(visible=False)
 
 
-def group_buttons(
+def update_group_buttons(
     picked: Sequence[str], found: ForecastCurve | None, before: str
 ) -> tuple[Any, ...]:
     """The unlike groups as JSON, and a button for each of the first ones.

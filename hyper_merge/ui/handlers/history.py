@@ -19,21 +19,23 @@ from hyper_merge.operations.cache import clear_cache, format_cache
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.manifest import Run, delete_run, files_of, list_runs, load_run
 from hyper_merge.ui.form import Form, form_of
-from hyper_merge.ui.handlers.dropdowns import refilled
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import runs as views_runs
+from hyper_merge.ui.handlers.dropdowns import refill
+from hyper_merge.ui.html.common import format_hint, format_message
+from hyper_merge.ui.html.runs import format_file_list, format_run_comparison, format_run_list
 
 
-def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, Any, str]:
+def list_earlier_runs(
+    host: Host, first: str | None, second: str | None
+) -> tuple[str, Any, Any, str]:
     """The table of runs, the two pickers with what they show if it is still there, the cache."""
     folders = host.folders()
     found, problems = list_runs(folders)
     names = [run.name for run in found]
     return (
-        views_runs.runs(found, problems),
-        refilled(names, first, next(iter(names), None)),
-        refilled(names, second, next(iter(names[1:]), None)),
-        views.hint(format_cache(folders)),
+        format_run_list(found, problems),
+        refill(names, first, next(iter(names), None)),
+        refill(names, second, next(iter(names[1:]), None)),
+        format_hint(format_cache(folders)),
     )
 
 
@@ -50,19 +52,19 @@ def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
     if gone:
         text += f" {gone} of its checkpoints are no longer in the list."
     values = (getattr(form, field.name) for field in fields(Form))
-    return (*values, views.message("info" if gone else "good", text))
+    return (*values, format_message("info" if gone else "good", text))
 
 
-def compare(host: Host, first: str | None, second: str | None) -> str:
+def compare_runs(host: Host, first: str | None, second: str | None) -> str:
     """Two runs side by side."""
     try:
         one, other = (load_run(host.folders(), name or "") for name in (first, second))
     except HyperMergeError as error:
         return _refused(error)
-    return views_runs.comparison(one, other)
+    return format_run_comparison(one, other)
 
 
-def ask_to_delete(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
+def ask_to_delete_run(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
     """The files and styles that would go, the two buttons, and the run that is asked about.
 
     Not while a merge runs, which may be adding LoRAs to the run's hyper-model.
@@ -76,10 +78,10 @@ def ask_to_delete(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, A
     question = f"Deleting the run {run.name} removes these {len(files)} files"
     styles = len(_styles(host, run))
     question += f" and {styles} styles:" if styles else ":"
-    return (views_runs.file_list(files, question), *_buttons(visible=True), run.name)
+    return (format_file_list(files, question), *_buttons(visible=True), run.name)
 
 
-def delete(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, str]:
+def delete_confirmed_run(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, str]:
     """Deletes the files and styles of the run that was asked about, and says what is gone."""
     try:
         jobs.require_idle()
@@ -89,7 +91,7 @@ def delete(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, st
     except HyperMergeError as error:
         return _answered(_refused(error))
     host.refresh()
-    said = views.message("good", f"{len(gone)} files of {asked} are deleted.")
+    said = format_message("good", f"{len(gone)} files of {asked} are deleted.")
     try:
         host.remove_styles(styles)
     except HyperMergeError as error:
@@ -97,16 +99,16 @@ def delete(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, st
     return _answered(said)
 
 
-def keep() -> tuple[str, Any, Any, str]:
+def cancel_deletion() -> tuple[str, Any, Any, str]:
     """Nothing is deleted."""
     return _answered("")
 
 
-def clear(host: Host, jobs: Jobs) -> str:
+def clear_idle_cache(host: Host, jobs: Jobs) -> str:
     """Empties the cache unless a merge runs, which may need it; says what that freed."""
     try:
         jobs.require_idle()
-        return views.message("good", clear_cache(host.folders()))
+        return format_message("good", clear_cache(host.folders()))
     except HyperMergeError as error:
         return _refused(error)
 
@@ -124,4 +126,4 @@ def _buttons(*, visible: bool) -> tuple[Any, Any]:
 
 
 def _refused(error: HyperMergeError) -> str:
-    return views.message("bad", str(error))
+    return format_message("bad", str(error))

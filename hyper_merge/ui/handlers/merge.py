@@ -15,34 +15,34 @@ from typing import Any, Final
 import gradio as gr
 
 from hyper_merge.errors import HyperMergeError
-from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs, JobStatus
+from hyper_merge.hosts.tasks import merge_task
 from hyper_merge.operations.demo import DEMO_RANKS, make_family
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form, recipe_of
-from hyper_merge.ui.handlers import result as results
-from hyper_merge.ui.handlers.merge_request import prepare
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.handlers.merge_request import prepare_merge
+from hyper_merge.ui.handlers.result import NOTHING, show_run
+from hyper_merge.ui.html.common import format_job_status, format_message, format_refusal
 
 _TICK: Final = 0.5  # seconds between looks at a job that runs
 
 
-def start(host: Host, jobs: Jobs, *values: Any) -> str:
+def start_merge(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts the merge, or says why not; `watch` follows it.
 
     Two handlers, for gradio keeps a second click waiting until the first one is answered.
     """
     form = Form(*values)
     try:
-        preflight, _ = prepare(host, form)
+        preflight, _ = prepare_merge(host, form)
         form = replace(form, name=preflight.recipe.name)
         asked = functools.partial(_recipe_now, host, form)
-        work = functools.partial(working.merge_task, host, asked, form.save_styles)
+        work = functools.partial(merge_task, host, asked, form.save_styles)
         jobs.start(form.name, work, host.log)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
@@ -51,11 +51,11 @@ def start_demo(host: Host, jobs: Jobs) -> str:
     try:
         jobs.start("the demo's checkpoints", functools.partial(_make_demo, host), host.log)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
-def watch(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
+def watch_merge(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
     """Follows the job that runs, or says how the last one ended: status, Stop button, message.
 
     A message that something was running goes when that has ended; others stay.
@@ -66,31 +66,31 @@ def watch(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
         return
     now = job.standing
     while now.outcome == "running":
-        yield views.progress(now), gr.update(interactive=not now.stopping), message
+        yield format_job_status(now), gr.update(interactive=not now.stopping), message
         job.wait(_TICK)
         now = job.standing
         if now.outcome != "running":
             message = ""
-    yield views.progress(now), gr.update(interactive=False), message
+    yield format_job_status(now), gr.update(interactive=False), message
 
 
-def stop(jobs: Jobs) -> str:
+def stop_job(jobs: Jobs) -> str:
     """Asks the job that runs to end."""
     if jobs.last is None or jobs.last.standing.outcome != "running":
-        return views.message("info", "Nothing is running.")
+        return format_message("info", "Nothing is running.")
     jobs.last.stop()
     return ""
 
 
-def after(host: Host, jobs: Jobs) -> tuple[Any, ...]:
+def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
     """What the result panel shows once a job has ended; nothing new unless it made a run."""
     now = _last(jobs)
     if now is None or now.outcome != "done" or not now.result or not isinstance(now.result, str):
-        return (gr.update(),) * len(results.NOTHING)
-    return results.show(host, now.result)
+        return (gr.update(),) * len(NOTHING)
+    return show_run(host, now.result)
 
 
-def after_demo(host: Host, jobs: Jobs) -> tuple[Any, Any]:
+def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:
     """The demo's checkpoints, picked, and ranks that become them."""
     now = _last(jobs)
     if now is None or now.outcome != "done":

@@ -12,29 +12,29 @@ from hyper_merge.runs.folders import Place
 from hyper_merge.ui.form import Form, recipe_of
 
 
-def prepare(host: Host, form: Form) -> tuple[Preflight, Place]:
+def prepare_merge(host: Host, form: Form) -> tuple[Preflight, Place]:
     """The form, held against the files and the folders.
 
     Raises:
         HyperMergeError: it cannot be merged like this.
     """
-    return with_free_name(examined(host, form), host.folders(), named=is_named(form))
+    return with_free_name(preflight_form(host, form), host.folders(), named=has_name(form))
 
 
-def examined(host: Host, form: Form) -> Preflight:
+def preflight_form(host: Host, form: Form) -> Preflight:
     """The form, held against the files alone; under the suggested name where it has none.
 
     Raises:
         HyperMergeError: it cannot be merged like this.
     """
     _require_two(form)
-    if not is_named(form):
+    if not has_name(form):
         form = replace(form, name=suggest_name(form.checkpoints))
     folders = host.folders()
     return run_preflight(recipe_of(form, host.checkpoints(), folders), folders)
 
 
-def is_named(form: Form) -> bool:
+def has_name(form: Form) -> bool:
     """Whether the form has a name of its own."""
     return bool((form.name or "").strip())
 

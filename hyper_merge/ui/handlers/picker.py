@@ -24,22 +24,27 @@ from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runs.folders import average_id_of
 from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form
-from hyper_merge.ui.handlers.forecast import NO_CURVE, curve, group_buttons
-from hyper_merge.ui.handlers.merge_request import examined, is_named
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.handlers.forecast import NO_CURVE, update_curve, update_group_buttons
+from hyper_merge.ui.handlers.merge_request import has_name, preflight_form
+from hyper_merge.ui.html.common import (
+    format_checkpoints,
+    format_forecast_notes,
+    format_merge_plan,
+    format_message,
+)
 
 ALL_FOLDERS: Final = "all folders"
 TOP_FOLDER: Final = "without a folder"
 
 
-def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+def list_checkpoints(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
     """Choices of checkpoints, folders and bases from the host's list, and the demo's button.
 
     Checkpoints that are gone stay picked: the table says so.
     """
     names = list(host.checkpoints())
     gone = [name for name in picked or [] if name not in names]
-    folders = folders_in(names)
+    folders = checkpoint_folders(names)
     return (
         gr.update(choices=[*names, *gone]),
         gr.update(choices=folders, value=folders[0]),
@@ -48,7 +53,7 @@ def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def folders_in(names: Sequence[str]) -> list[str]:
+def checkpoint_folders(names: Sequence[str]) -> list[str]:
     """What can be added at once: all, those in no folder, and every folder."""
     folders = sorted({_folder(name) for name in names} - {""})
     if not folders:
@@ -68,12 +73,12 @@ def add_folder(host: Host, picked: Sequence[str], folder: str) -> list[str]:
     return list(dict.fromkeys([*(picked or []), *new]))
 
 
-def none_picked() -> list[str]:
+def clear_selection() -> list[str]:
     """An empty selection."""
     return []
 
 
-def preset(word: str) -> str:
+def preset_ranks(word: str) -> str:
     """The ranks of one of the form's presets."""
     return PRESETS[word]
 
@@ -83,7 +88,7 @@ def offers_demo(host: Host) -> bool:
     return not host.has_txt2img and not host.checkpoints()
 
 
-def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
+def show_plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
     """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint.
 
     And what could be had for which size, with a button for each of the unlike groups.
@@ -98,55 +103,55 @@ def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
     rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
     hashes = {name: host.known_hash(name) for name, _ in rows}
     name = suggest_name(form.checkpoints) if rows else ""
-    table, hint = views.checkpoints(rows, hashes), gr.update(placeholder=name)
+    table, hint = format_checkpoints(rows, hashes), gr.update(placeholder=name)
     problem = _problem([row for _, row in rows])
     if problem is not None:
-        buttons = group_buttons(form.checkpoints or [], None, groups)
+        buttons = update_group_buttons(form.checkpoints or [], None, groups)
         return (table, problem, hint, *NO_CURVE, *buttons)
     said, drawn, found = _looked_at(host, form)
-    return (table, said, hint, *drawn, *group_buttons(form.checkpoints, found, groups))
+    return (table, said, hint, *drawn, *update_group_buttons(form.checkpoints, found, groups))
 
 
 def _problem(rows: Sequence[InspectedFile]) -> str | None:
     """Why there is nothing to look at."""
     if len(rows) < 2:
-        return views.message("info", "Pick one more checkpoint.") if rows else ""
+        return format_message("info", "Pick one more checkpoint.") if rows else ""
     if any(row.problem for row in rows):
-        return views.message("bad", "Not all of these can be merged; the table says why.")
+        return format_message("bad", "Not all of these can be merged; the table says why.")
     return None
 
 
 def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCurve | None]:
     """What a merge takes or why it cannot be; the curve; what could be had."""
     try:
-        preflight = examined(host, form)
+        preflight = preflight_form(host, form)
     except HyperMergeError as error:
-        return views.message("bad", str(error)), *_without_size(host, form)
+        return format_message("bad", str(error)), *_without_size(host, form)
     found = known_forecast(host, preflight)
     asked = found.asked(preflight) if found else None
     said = _plan(host, form, preflight, asked)
     if found is not None:
-        said += views.outlook(found, preflight.recipe, asked)
-    return said, curve(found, asked), found
+        said += format_forecast_notes(found, preflight.recipe, asked)
+    return said, update_curve(found, asked), found
 
 
 def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
     """The curve alone, so that it stays while a size is half typed."""
     try:
-        found = known_forecast(host, examined(host, replace(form, ranks="1")))
+        found = known_forecast(host, preflight_form(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
-    return (NO_CURVE if found is None else curve(found, None)), found
+    return (NO_CURVE if found is None else update_curve(found, None)), found
 
 
 def _plan(host: Host, form: Form, preflight: Preflight, asked: int | None) -> str:
     try:
-        preflight, place = with_free_name(preflight, host.folders(), named=is_named(form))
+        preflight, place = with_free_name(preflight, host.folders(), named=has_name(form))
     except SameMergeError as error:
-        return views.message("info", str(error))
+        return format_message("info", str(error))
     except HyperMergeError as error:
-        return views.message("bad", str(error))
-    return views.plan(preflight, place, asked)
+        return format_message("bad", str(error))
+    return format_merge_plan(preflight, place, asked)
 
 
 def _row(name: str, listed: Mapping[str, Path]) -> InspectedFile:

@@ -20,11 +20,11 @@ from hyper_merge.hosts.job_queue import Jobs, JobStatus
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.manifest import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import result as results
-from hyper_merge.ui.handlers.dropdowns import refilled
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import use as views_use
+from hyper_merge.ui.handlers.dropdowns import refill
+from hyper_merge.ui.handlers.merge import watch_merge
+from hyper_merge.ui.handlers.result import explain_sent_prompt
+from hyper_merge.ui.html.common import format_job_status, format_message
+from hyper_merge.ui.html.use import format_sliders, format_used_run
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
 
@@ -35,7 +35,7 @@ _PANELS: Final[tuple[Panel, ...]] = ("mix", "fit", "restore", "export", "safe", 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PanelOutcome:
     """What a job gave.
 
     Attributes:
@@ -53,7 +53,7 @@ class Outcome:
     wrote: bool = False
 
 
-def listing(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any, ...]:
+def list_usable_runs(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any, ...]:
     """The runs as they are now, what the picked one offers, and the host's checkpoints.
 
     A run that has come since is picked: it was just made.
@@ -76,11 +76,11 @@ def listing(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any,
         gr.update(choices=names, value=picked),
         json.dumps(names),
         *_offered(host, run, restored, exported),
-        *(refilled(listed, each) for each in others),
+        *(refill(listed, each) for each in others),
     )
 
 
-def pick(
+def choose_used_run(
     host: Host, name: str | None, restored: str | None, exported: Sequence[str]
 ) -> tuple[Any, ...]:
     """What a run offers, and nothing of what was said of another."""
@@ -88,11 +88,11 @@ def pick(
     try:
         offered = _offered(host, load_run(host.folders(), name or ""), restored, exported)
     except HyperMergeError as error:
-        offered = (views.message("bad", str(error)), *_offered(host, None, None, ())[1:])
+        offered = (format_message("bad", str(error)), *_offered(host, None, None, ())[1:])
     return (*offered, *said, gr.update(visible=False))
 
 
-def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
+def watch_job_in_both_tabs(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
     """Follows the job that runs in both tabs; how it ended says the one in which it was begun.
 
     Status, Stop button and message of the tab "Merge", then of this one; then the panel with the
@@ -100,13 +100,13 @@ def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
     """
     own: tuple[Any, ...]
     is_followed = False  # in the panel
-    for shown in merging.watch(jobs):
+    for shown in watch_merge(jobs):
         now = jobs.last.standing if jobs.last else None
         own = () if panel is None else (gr.update(),)
         is_here = now is not None and now.place == panel
         if now is not None and now.outcome == "running":
             if is_here:
-                own, is_followed = (views.progress(now),), True
+                own, is_followed = (format_job_status(now),), True
             yield (*shown, *shown, *own)
         else:
             # A page may follow a job twice, after a refusal, and only one of both shows its end then.
@@ -116,7 +116,7 @@ def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
             yield (*_if(not is_ours, shown), *_if(is_ours, shown), *own)
 
 
-def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
+def show_outcome(jobs: Jobs, seen: str) -> tuple[Any, ...]:
     """What the panels show once a job has ended; nothing new unless it was one of theirs.
 
     Args:
@@ -136,17 +136,17 @@ def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
     return (*said, group, outcome.tags, fitted, outcome.title, wrote, now.task)
 
 
-def hidden() -> Any:
+def hide_fit_tags() -> Any:
     """The tags of an earlier fit go."""
     return gr.update(visible=False)
 
 
-def sent(fitted: str, title: str) -> str:
+def explain_sent_fit(fitted: str, title: str) -> str:
     """What is left to do after the tags of a fit were sent."""
-    return results.sent(_pair(fitted)[0], title)
+    return explain_sent_prompt(_pair(fitted)[0], title)
 
 
-def save_style(host: Host, fitted: str) -> str:
+def save_fit_style(host: Host, fitted: str) -> str:
     """Saves the style of the fit that is shown."""
     try:
         name, checkpoint = _pair(fitted)
@@ -157,8 +157,8 @@ def save_style(host: Host, fitted: str) -> str:
         style, prompt = found.style(run)
         host.save_styles({style: prompt})
     except HyperMergeError as error:
-        return views.message("bad", str(error))
-    return views.message("good", f"The style {style} is saved. Pick it in txt2img.")
+        return format_message("bad", str(error))
+    return format_message("good", f"The style {style} is saved. Pick it in txt2img.")
 
 
 def _pair(fitted: str) -> tuple[str, str]:
@@ -172,20 +172,22 @@ def _offered(
     """About the run, sliders, title of the hyper-model, what can be restored and exported."""
     if run is None:
         empty = gr.update(choices=[], value=None)
-        return (views_use.about(None), "", "", empty, gr.update(choices=[], value=[]))
+        return (format_used_run(None), "", "", empty, gr.update(choices=[], value=[]))
     names, own = checkpoint_names(run), [row.name for row in run.report.checkpoints]
     return (
-        views_use.about(run),
-        views_use.sliders(run),
+        format_used_run(run),
+        format_sliders(run),
         host.checkpoint_title(run.hyper_model) or "",
         gr.update(choices=list(names), value=restored if restored in names else names[0]),
         gr.update(choices=own, value=[name for name in exported or () if name in own]),
     )
 
 
-def _outcome(now: JobStatus) -> Outcome:
+def _outcome(now: JobStatus) -> PanelOutcome:
     """What a job gave; how it ended, if it gave nothing."""
-    return now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
+    return (
+        now.result if isinstance(now.result, PanelOutcome) else PanelOutcome(format_job_status(now))
+    )
 
 
 def _if(own: bool, shown: tuple[str, Any, Any]) -> tuple[str, Any, Any]:

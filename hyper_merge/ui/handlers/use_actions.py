@@ -28,9 +28,15 @@ from hyper_merge.recipe.parsing import parse_name, parse_share, plain_value
 from hyper_merge.recipe.recipe import SettingError
 from hyper_merge.runs.manifest import Run, load_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers.use import SAME_PRECISION, Outcome, Panel
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import use as views_use
+from hyper_merge.ui.handlers.use import SAME_PRECISION, Panel, PanelOutcome
+from hyper_merge.ui.html.common import format_message, format_refusal
+from hyper_merge.ui.html.use import (
+    format_deletion_verdicts,
+    format_exported_loras,
+    format_extracted_lora,
+    format_fit_result,
+    format_restored_checkpoint,
+)
 
 _LABELS: Final = {
     "name": "Name",
@@ -59,7 +65,7 @@ def start_fit(host: Host, jobs: Jobs, *asked: Any) -> str:
     return _start(host, jobs, "fit", order)
 
 
-def start_absorb(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -> str:
+def start_extension(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -> str:
     """Starts a new run with one checkpoint more."""
 
     def order() -> tuple[str, _Do]:
@@ -87,7 +93,7 @@ def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str,
     return _start(host, jobs, "restore", order)
 
 
-def start_mix(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
+def start_mixture(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
     """Starts writing a mixture as a checkpoint."""
 
     def order() -> tuple[str, _Do]:
@@ -114,7 +120,7 @@ def start_export(
     return _start(host, jobs, "export", order)
 
 
-def start_safe(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
+def start_deletable_check(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
     """Starts looking what is safe to delete."""
 
     def order() -> tuple[str, _Do]:
@@ -128,7 +134,7 @@ def start_safe(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
     return _start(host, jobs, "safe", order)
 
 
-def start_extract(host: Host, jobs: Jobs, *asked: Any) -> str:
+def start_extraction(host: Host, jobs: Jobs, *asked: Any) -> str:
     """Starts an extraction: of base, checkpoint, rank, name."""
     base, checkpoint, rank, name = asked
 
@@ -149,9 +155,9 @@ def _start(host: Host, jobs: Jobs, panel: Panel, order: Callable[[], tuple[str, 
         title, do = order()
         jobs.start(title, functools.partial(_in_turn, host, do), host.log, panel)
     except SettingError as error:
-        return views.message("bad", f"{_LABELS.get(error.key, error.key)}: {error.problem}")
+        return format_message("bad", f"{_LABELS.get(error.key, error.key)}: {error.problem}")
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
@@ -162,38 +168,38 @@ def _in_turn(host: Host, do: _Do, task: str, progress: Progress) -> object:
     return found
 
 
-def _fit(host: Host, wanted: FitRequest, progress: Progress) -> Outcome:
+def _fit(host: Host, wanted: FitRequest, progress: Progress) -> PanelOutcome:
     fitted = run_fit(wanted, host.folders(), progress)
     run = load_run(host.folders(), wanted.run)
     tags = fitted.tags(run) if fitted.differs else ""
-    said = views_use.fitted(fitted, run)
+    said = format_fit_result(fitted, run)
     title = host.checkpoint_title(run.hyper_model) or ""
     shown = (run.name, fitted.row.name)
-    return Outcome(said, tags, shown, title, wrote=bool(fitted.topups))
+    return PanelOutcome(said, tags, shown, title, wrote=bool(fitted.topups))
 
 
 def _absorb(host: Host, wanted: ExtendRequest, progress: Progress) -> str:
     return run_extend(wanted, host.folders(), progress).place.run
 
 
-def _restore(host: Host, wanted: RestoreRequest, progress: Progress) -> Outcome:
+def _restore(host: Host, wanted: RestoreRequest, progress: Progress) -> PanelOutcome:
     found = run_restore(wanted, host.folders(), progress)
-    return Outcome(views_use.restored(found), wrote=True)
+    return PanelOutcome(format_restored_checkpoint(found), wrote=True)
 
 
-def _export(host: Host, wanted: ExportRequest, progress: Progress) -> Outcome:
+def _export(host: Host, wanted: ExportRequest, progress: Progress) -> PanelOutcome:
     exported = run_export(wanted, host.folders(), progress)
-    return Outcome(views_use.exported(exported, wanted.rank), wrote=True)
+    return PanelOutcome(format_exported_loras(exported, wanted.rank), wrote=True)
 
 
-def _safe(host: Host, run: str, threshold: float, progress: Progress) -> Outcome:
+def _safe(host: Host, run: str, threshold: float, progress: Progress) -> PanelOutcome:
     found = find_deletable(run, threshold, host.folders(), progress)
-    return Outcome(views_use.safety(found))
+    return PanelOutcome(format_deletion_verdicts(found))
 
 
-def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> Outcome:
+def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> PanelOutcome:
     found = run_extract(wanted, progress, host.folders())
-    return Outcome(views_use.extracted(found), wrote=True)
+    return PanelOutcome(format_extracted_lora(found), wrote=True)
 
 
 def _run(host: Host, name: str | None) -> Run:

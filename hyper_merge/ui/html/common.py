@@ -27,27 +27,29 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
 }
 
 
-def message(kind: Kind, text: str) -> str:
+def format_message(kind: Kind, text: str) -> str:
     """A calm box with one message; empty for no text."""
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
 
 
-def unexpected(error: BaseException) -> str:
+def format_unexpected_error(error: BaseException) -> str:
     """What is said of an error that nobody expected."""
-    return message("bad", f"An unexpected error; the log has all of it: {in_one_line(error)}")
+    return format_message(
+        "bad", f"An unexpected error; the log has all of it: {in_one_line(error)}"
+    )
 
 
-def refused(error: HyperMergeError) -> str:
+def format_refusal(error: HyperMergeError) -> str:
     """Why something was not begun; that something else runs is no fault."""
-    return message("info" if isinstance(error, BusyError) else "bad", str(error))
+    return format_message("info" if isinstance(error, BusyError) else "bad", str(error))
 
 
-def hint(text: str) -> str:
+def format_hint(text: str) -> str:
     """A quiet remark."""
     return f"<p class=hm-hint>{_text(text)}</p>"
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """A share 0..1 for people; never rounded up to a whole that it is not.
 
     >>> percent(0.7536), percent(0.99996), percent(1.0)
@@ -58,7 +60,7 @@ def percent(share: float) -> str:
     return f"{min(round(share * 100, 1), 99.9) + 0.0:.1f} %"  # + 0.0: no negative zero
 
 
-def introduction() -> str:
+def format_merge_introduction() -> str:
     """What stands where the result will be."""
     return (
         "<div class=hm-intro><h3>What you get</h3>"
@@ -70,7 +72,7 @@ def introduction() -> str:
     )
 
 
-def table(
+def format_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],  # cells in HTML
     numeric: Iterable[int] = (),  # columns to be aligned at the right
@@ -92,7 +94,9 @@ def table(
     )
 
 
-def checkpoints(rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, str | None]) -> str:
+def format_checkpoints(
+    rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, str | None]
+) -> str:
     """What is known of the chosen checkpoints.
 
     Args:
@@ -100,7 +104,9 @@ def checkpoints(rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, 
         hashes: short SHA-256 by that name, where the host knows it.
     """
     if not rows:
-        return message("info", "Pick two or more checkpoints; a table here says what they are.")
+        return format_message(
+            "info", "Pick two or more checkpoints; a table here says what they are."
+        )
     groups = vae_groups([row for _, row in rows])
     cells = [
         (
@@ -116,7 +122,7 @@ def checkpoints(rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, 
     head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
     differ = len({row.vae for _, row in rows if row.vae}) > 1
     note = "The VAEs differ; the hyper-model gets the one that is chosen under Advanced."
-    return table(head, cells, numeric=(2,)) + (hint(note) if differ else "")
+    return format_table(head, cells, numeric=(2,)) + (format_hint(note) if differ else "")
 
 
 def vae_groups(rows: Sequence[InspectedFile]) -> list[str]:
@@ -128,7 +134,7 @@ def vae_groups(rows: Sequence[InspectedFile]) -> list[str]:
     return ["none" if vae is None else _letter(known.index(vae)) for vae in prints]
 
 
-def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
+def format_merge_plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
     """What a merge will write and take.
 
     Args:
@@ -141,7 +147,7 @@ def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
     hyper = f"{place.hyper_model.name} ({format_size(average)}{', there already' if place.exists else ''})"
     size = estimate.loras if recipe.target is None else asked or estimate.loras
-    count = counted(len(recipe.ranks), "LoRA")
+    count = format_count(len(recipe.ranks), "LoRA")
     loras = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …"
     if recipe.budget is not None:
         loras = "LoRAs"
@@ -157,45 +163,49 @@ def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
             f"{format_size(estimate.disk)} of disk with the cache."
         ),
     ]
-    notes = [message("info", warning) for warning in preflight.warnings]
+    notes = [format_message("info", warning) for warning in preflight.warnings]
     return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
 
 
-def outlook(found: ForecastCurve, recipe: Recipe, asked: int | None) -> str:
+def format_forecast_notes(found: ForecastCurve, recipe: Recipe, asked: int | None) -> str:
     """What the look at the files shows beside its curve: a share out of reach, unlike groups."""
     said = ""
     if asked is None and recipe.target is not None:
         shares = found.shared[-1]
         worst = min(range(len(shares)), key=shares.__getitem__)
-        said += message(
+        said += format_message(
             "info",
-            f"{percent(recipe.target)} may be out of reach: LoRAs bring back about"
-            f" {percent(shares[worst])} of {found.names[worst]} at most.",
+            f"{format_percent(recipe.target)} may be out of reach: LoRAs bring back about"
+            f" {format_percent(shares[worst])} of {found.names[worst]} at most.",
         )
     groups = found.groups
     return said + (
-        unlike_groups(found.names, groups.groups, groups.between) if groups.are_apart else ""
+        format_dissimilar_groups(found.names, groups.groups, groups.between)
+        if groups.are_apart
+        else ""
     )
 
 
-def unlike_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
+def format_dissimilar_groups(
+    names: Sequence[str], groups: Sequence[Sequence[int]], between: float
+) -> str:
     """That checkpoints fall into groups which share little."""
     text = format_groups(names, groups, between)
-    return message("info", f"{text[0].upper()}{text[1:]}.")
+    return format_message("info", f"{text[0].upper()}{text[1:]}.")
 
 
-def progress(now: JobStatus) -> str:
+def format_job_status(now: JobStatus) -> str:
     """A running job with phase, percentage, time left and bar, or how it ended.
 
     The element carries the task's id: where the host draws a bar of its own, a script puts it here
     in place of ours, and of the percentage and the time, which that one says too.
     """
-    notes = "".join(message("info", note) for note in now.notes)
+    notes = "".join(format_message("info", note) for note in now.notes)
     if now.outcome != "running":
         kind, word = _ENDINGS[now.outcome]
         said = now.message.removeprefix("stopped; ")
         text = f"{word}: {said}" if said else f"{word}: {now.title}, in {_clock(now.elapsed)}"
-        return message(kind, text) + notes
+        return format_message(kind, text) + notes
     left = now.seconds_left
     time_left = "" if left is None else f", {format_duration(left)} left"
     phase = "stopping" if now.stopping else now.phase
@@ -213,7 +223,7 @@ def _name_cell(name: str, row: InspectedFile) -> str:
     return _text(name) + problem
 
 
-def counted(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A number of things in words."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from hyper_merge.operations.compare.image_difference import LEVELS
 from hyper_merge.operations.compare.records import ComparisonRecord
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.html.common import format_hint, format_message, format_table
 
 
-def introduction() -> str:
+def format_compare_introduction() -> str:
     """What stands where the pictures will be."""
     return (
         "<div class=hm-intro><h3>See what comes back</h3>"
@@ -19,7 +19,7 @@ def introduction() -> str:
     )
 
 
-def compared(found: ComparisonRecord, path: Path, source: str) -> str:
+def format_comparison(found: ComparisonRecord, path: Path, source: str) -> str:
     """A comparison.
 
     Args:
@@ -27,14 +27,14 @@ def compared(found: ComparisonRecord, path: Path, source: str) -> str:
         path: of the grid.
         source: the grid as a URL.
     """
-    notes = "".join(views.message("info", note) for note in found.notes)
+    notes = "".join(format_message("info", note) for note in found.notes)
     pairs = sum(bool(each.pixels) for each in found.figures)
     words = html.escape(f"{found.run}: {pairs} pairs, drawn by {found.host}")
     return (
         f"<p><b>{html.escape(found.name)}</b> of {words}.</p>{notes}"
         + (_table(found) if pairs else "")
         + f'<img class=hm-grid src="{source}" alt="{words}">'
-        + views.hint(f"Saved with its parameters: {path}")
+        + format_hint(f"Saved with its parameters: {path}")
     )
 
 
@@ -54,9 +54,9 @@ def _table(found: ComparisonRecord) -> str:
         if found.measure:
             cells += [f"{_mean(_of(found, name, row, seen=True)):.3f}" for row in rows]
         body.append(cells)
-    return views.hint(
+    return format_hint(
         f"Mean difference from the original's pictures, in levels of {LEVELS}; 0 is equal."
-    ) + views.table(head, body, numeric=range(1, len(head)))
+    ) + format_table(head, body, numeric=range(1, len(head)))
 
 
 def _of(found: ComparisonRecord, name: str, row: str, *, seen: bool = False) -> list[float]:

@@ -11,11 +11,18 @@ from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runtime.formatting import format_size
-from hyper_merge.ui.form import size_of
-from hyper_merge.ui.html.common import counted, hint, message, percent, table, unlike_groups
+from hyper_merge.ui.form import format_requested_size
+from hyper_merge.ui.html.common import (
+    format_count,
+    format_dissimilar_groups,
+    format_hint,
+    format_message,
+    format_percent,
+    format_table,
+)
 
 
-def result_sentence(run: Run) -> str:
+def format_run_summary(run: Run) -> str:
     """What was made of what, what it saves, and how near it comes."""
     report = run.report
     explained = [row.explained for row in report.checkpoints]
@@ -29,17 +36,24 @@ def result_sentence(run: Run) -> str:
         made = f"{file} as base"
     return (
         f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({format_size(report.bytes_before)}) "
-        f"→ {made} + {counted(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
-        f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
-        f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
+        f"→ {made} + {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
+        f"<b>{less}</b>. Explained: <b>{format_percent(sum(explained) / len(explained))}</b> on average, "
+        f"<b>{format_percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
         "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
-        "its LoRAs bring back.</p>" + _rounding_hint(run) + _groups_of(report) + missing(run)
+        "its LoRAs bring back.</p>"
+        + _rounding_hint(run)
+        + _groups_of(report)
+        + format_missing_files(run)
     )
 
 
 def _groups_of(report: Report) -> str:
     names = [row.name for row in report.checkpoints]
-    return unlike_groups(names, report.groups, report.between_groups) if report.groups else ""
+    return (
+        format_dissimilar_groups(names, report.groups, report.between_groups)
+        if report.groups
+        else ""
+    )
 
 
 def _rounding_hint(run: Run) -> str:
@@ -47,42 +61,44 @@ def _rounding_hint(run: Run) -> str:
     found = run.report.costly_rounding
     if found is None:
         return ""
-    return hint(
+    return format_hint(
         f"{found.hosts} rounds the weights after each of these LoRAs, which takes back"
-        f" {percent(found.added)} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
+        f" {format_percent(found.added)} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
         f" once: under Use, or hyper-merge export {run.name}"
     )
 
 
-def missing(run: Run) -> str:
+def format_missing_files(run: Run) -> str:
     """Which files of a run are gone, and what that takes away."""
-    said = "".join(message("bad", problem) for problem in run.problems)
+    said = "".join(format_message("bad", problem) for problem in run.problems)
     if not run.missing:
         return said
     names = ", ".join(path.name for path in run.missing)
-    return said + message("bad", f"No longer there: {names}. Merge again to make this run anew.")
+    return said + format_message(
+        "bad", f"No longer there: {names}. Merge again to make this run anew."
+    )
 
 
-def result_table(report: Report) -> str:
+def format_run_table(report: Report) -> str:
     """Explained shares of every checkpoint, and its multiplier of each LoRA."""
     blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
     separate = any(row.text_multipliers for row in report.checkpoints)
-    note = hint("Multipliers, of the text encoder : of the UNet.") if separate else ""
-    return table(head, rows, numeric=range(1, len(head))) + note
+    note = format_hint("Multipliers, of the text encoder : of the UNet.") if separate else ""
+    return format_table(head, rows, numeric=range(1, len(head))) + note
 
 
-def runs(found: Sequence[Run], problems: Iterable[str]) -> str:
+def format_run_list(found: Sequence[Run], problems: Iterable[str]) -> str:
     """Earlier runs, newest first."""
-    said = "".join(message("bad", problem) for problem in problems)
+    said = "".join(format_message("bad", problem) for problem in problems)
     if not found:
-        return said + message("info", "No merge was made here yet.")
+        return said + format_message("info", "No merge was made here yet.")
     head = ("Run", "Made", "Checkpoints", "Ranks", "LoRAs", "Explained, average", "worst")
-    return said + table(head, [_run_row(run) for run in found], numeric=(2, 4, 5, 6))
+    return said + format_table(head, [_run_row(run) for run in found], numeric=(2, 4, 5, 6))
 
 
-def comparison(first: Run, second: Run) -> str:
+def format_run_comparison(first: Run, second: Run) -> str:
     """Two runs side by side: settings that differ, sizes and explained shares."""
     facts: list[tuple[str, ...]] = [
         ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
@@ -91,19 +107,19 @@ def comparison(first: Run, second: Run) -> str:
         ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
         ("Stored precision", first.recipe.dtype, second.recipe.dtype),
         ("of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
-        ("Explained, average", percent(_mean(first)), percent(_mean(second))),
+        ("Explained, average", format_percent(_mean(first)), format_percent(_mean(second))),
     ]
     explained = [
         {row.name: row.explained for row in run.report.checkpoints} for run in (first, second)
     ]
     for name in dict.fromkeys([*explained[0], *explained[1]]):
-        shares = [percent(each[name]) if name in each else "not in it" for each in explained]
+        shares = [format_percent(each[name]) if name in each else "not in it" for each in explained]
         facts.append((f"Explained, {name}", *shares))
     rows = [tuple(_text(cell) for cell in fact) for fact in facts]
-    return table(("", first.name, second.name), rows, numeric=(1, 2))
+    return format_table(("", first.name, second.name), rows, numeric=(1, 2))
 
 
-def file_list(paths: Sequence[Path], question: str) -> str:
+def format_file_list(paths: Sequence[Path], question: str) -> str:
     """Files with their folders, below a question."""
     items = "".join(f"<li><code>{_text(str(path))}</code></li>" for path in paths)
     return f'<div class="hm-message hm-info">{_text(question)}<ul>{items}</ul></div>'
@@ -111,7 +127,7 @@ def file_list(paths: Sequence[Path], question: str) -> str:
 
 def _result_row(row: CheckpointReport) -> tuple[str, ...]:
     shares = (row.explained, row.explained_unet, row.explained_text_encoder)
-    return (_text(row.name), *(percent(share) for share in shares), *_multipliers(row))
+    return (_text(row.name), *(format_percent(share) for share in shares), *_multipliers(row))
 
 
 def _multipliers(row: CheckpointReport) -> list[str]:
@@ -131,15 +147,15 @@ def _run_row(run: Run) -> tuple[str, ...]:
         str(len(report.checkpoints)),
         _text(_ranks(run)),
         format_size(report.bytes_loras),
-        percent(_mean(run)),
-        percent(worst),
+        format_percent(_mean(run)),
+        format_percent(worst),
     )
 
 
 def _ranks(run: Run) -> str:
     """Of a run's LoRAs, and what they were found for."""
     ranks = ", ".join(map(str, run.recipe.ranks))
-    return f"{ranks} for {size_of(run.recipe)}" if run.recipe.finds_ranks else ranks
+    return f"{ranks} for {format_requested_size(run.recipe)}" if run.recipe.finds_ranks else ranks
 
 
 def _mean(run: Run) -> float:

@@ -18,8 +18,8 @@ from hyper_merge.runs.manifest import Run
 from hyper_merge.runs.report import PARTS, PartLoss
 from hyper_merge.runs.weighted_loras import checkpoint_names, tag_rows
 from hyper_merge.runtime.formatting import format_size
-from hyper_merge.ui.html.common import hint, message, percent, table
-from hyper_merge.ui.html.runs import missing
+from hyper_merge.ui.html.common import format_hint, format_message, format_percent, format_table
+from hyper_merge.ui.html.runs import format_missing_files
 
 LOWEST: Final = -0.5
 HIGHEST: Final = 1.5
@@ -27,10 +27,10 @@ HIGHEST: Final = 1.5
 _WORST: Final = 6  # sections that are named
 
 
-def about(run: Run | None) -> str:
+def format_used_run(run: Run | None) -> str:
     """What a run offers, in a line; what is wrong with it."""
     if run is None:
-        return message(
+        return format_message(
             "info",
             "No merge was made here yet. Of these panels only LoRA from two checkpoints works without.",
         )
@@ -39,10 +39,14 @@ def about(run: Run | None) -> str:
     text = f"With {run.hyper_model.name} loaded, the LoRAs make {', '.join(own)} of it"
     later = [each.row.name for each in fits if each.row.name not in own]
     text += f", and {', '.join(later)}, fitted later." if later else "."
-    return hint(text) + missing(run) + "".join(message("bad", problem) for problem in problems)
+    return (
+        format_hint(text)
+        + format_missing_files(run)
+        + "".join(format_message("bad", problem) for problem in problems)
+    )
 
 
-def sliders(run: Run) -> str:
+def format_sliders(run: Run) -> str:
     """A slider for every checkpoint; the script makes tags of them, from the multipliers beside."""
     names = checkpoint_names(run)
     terms = json.dumps({name: tag_rows(run, name) for name in names})
@@ -53,18 +57,18 @@ def sliders(run: Run) -> str:
     )
 
 
-def fitted(found: FitRecord, run: Run) -> str:
+def format_fit_result(found: FitRecord, run: Run) -> str:
     """How near the run's LoRAs come to a checkpoint that was not merged, and what remains where."""
     row, name = found.row, _text(found.row.name)
     if not found.differs:
         same = f"In all layers {row.name} is {run.hyper_model.name} itself; it needs no LoRA."
-        return message("info", same) + _not_carried(found.not_carried)
+        return format_message("info", same) + _not_carried(found.not_carried)
     shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
     present = [part for part in PARTS if any(each.which == part for each in found.parts)]
-    parts = ", ".join(f"{PARTS[part]} {percent(shares[part])}" for part in present)
+    parts = ", ".join(f"{PARTS[part]} {format_percent(shares[part])}" for part in present)
     topups = "".join(_topped_up(topup) for topup in found.topups)
     return (
-        f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} bring back <b>{percent(row.explained)}</b> "
+        f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} bring back <b>{format_percent(row.explained)}</b> "
         f"of what sets it apart from the hyper-model ({parts}).</p>"
         + _sections(found.parts)
         + _not_carried(found.not_carried)
@@ -72,28 +76,28 @@ def fitted(found: FitRecord, run: Run) -> str:
     )
 
 
-def restored(found: RestoreResult) -> str:
+def format_restored_checkpoint(found: RestoreResult) -> str:
     """The written file, and how near it is to its original."""
-    said = message("good", f"Written: {_file(found.path, found.size)}, {found.dtype}.")
+    said = format_message("good", f"Written: {_file(found.path, found.size)}, {found.dtype}.")
     rest = 1 - sum(found.shares.values())
     if abs(rest) > 1e-9:
-        said += hint(
+        said += format_hint(
             f"The shares add up to {1 - rest:.4g}; the hyper-model has the rest, {rest:.4g}."
         )
     if found.compared is None:
-        said += message("info", f"How near it is cannot be measured: {found.problem}.")
+        said += format_message("info", f"How near it is cannot be measured: {found.problem}.")
     else:
         said += (
-            f"<p>Measured against the original: <b>{percent(found.compared.explained)}</b> of what sets"
-            f" it apart is back in the layers (the report says {percent(found.compared.reported)}), "
-            f"{percent(found.compared.everything)} in everything.</p>"
+            f"<p>Measured against the original: <b>{format_percent(found.compared.explained)}</b> of what sets"
+            f" it apart is back in the layers (the report says {format_percent(found.compared.reported)}), "
+            f"{format_percent(found.compared.everything)} in everything.</p>"
         ) + _sections(found.compared.parts)
-    return said + hint(
+    return said + format_hint(
         f"VAE, embeddings and all else that LoRAs do not carry are those of {found.hyper_model}."
     )
 
 
-def exported(found: Sequence[ExportResult], rank: int | None) -> str:
+def format_exported_loras(found: Sequence[ExportResult], rank: int | None) -> str:
     """The files, one for every checkpoint."""
     rows = [
         (
@@ -101,7 +105,7 @@ def exported(found: Sequence[ExportResult], rank: int | None) -> str:
             f"<code>{_text(format_tag(each.path.stem, 1.0) + ' ' * bool(each.companions) + each.companions)}</code>",
             str(each.rank),
             format_size(each.size),
-            percent(each.explained),
+            format_percent(each.explained),
             _small(each.lost),
         )
         for each in found
@@ -109,26 +113,30 @@ def exported(found: Sequence[ExportResult], rank: int | None) -> str:
     head = ("Checkpoint", "Prompt tags", "Rank", "Size", "Explained", "Lost")
     lost, first = "cutting ranks" if rank else "rounding", found[0]
     return (
-        message("good", f"{_count(len(found), 'LoRA')} written into {first.path.parent}.")
-        + table(head, rows, numeric=(2, 3, 4, 5))
-        + hint(
+        format_message("good", f"{_count(len(found), 'LoRA')} written into {first.path.parent}.")
+        + format_table(head, rows, numeric=(2, 3, 4, 5))
+        + format_hint(
             f"Load {first.hyper_model.stem} and put one of these into the prompt, alone. Explained: by"
             f" the run's LoRAs. Lost: of that, by {lost}."
         )
     )
 
 
-def safety(found: DeletionReport) -> str:
+def format_deletion_verdicts(found: DeletionReport) -> str:
     """Yes or no for every original."""
-    said = message("bad", f"Nothing is safe to delete: {found.problem}") if found.problem else ""
+    said = (
+        format_message("bad", f"Nothing is safe to delete: {found.problem}")
+        if found.problem
+        else ""
+    )
     head: tuple[str, ...] = ("Original", "Delete?", "Frees", "Layers", "Everything", "VAE", "")
     rows = [_verdict(each) for each in found.verdicts]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return (
         said
-        + table(head, rows, numeric=(2, 3, 4))
-        + hint(
+        + format_table(head, rows, numeric=(2, 3, 4))
+        + format_hint(
             f"Yes: at least {100 * found.threshold:.4g} % of everything that sets it apart from the"
             f" hyper-model comes back. Deleting all of these would free {format_size(found.frees)}."
             " Nothing was deleted; that is up to you."
@@ -136,12 +144,14 @@ def safety(found: DeletionReport) -> str:
     )
 
 
-def extracted(found: ExtractResult) -> str:
+def format_extracted_lora(found: ExtractResult) -> str:
     """The LoRA that turns one checkpoint into another."""
-    parts = ", ".join(f"{PARTS[part]} {percent(share)}" for part, share in found.parts.items())
+    parts = ", ".join(
+        f"{PARTS[part]} {format_percent(share)}" for part, share in found.parts.items()
+    )
     return (
-        message("good", f"Written: {_file(found.path, found.size)}, rank {found.rank}.")
-        + f"<p>It brings back <b>{percent(found.explained)}</b> of what sets "
+        format_message("good", f"Written: {_file(found.path, found.size)}, rank {found.rank}.")
+        + f"<p>It brings back <b>{format_percent(found.explained)}</b> of what sets "
         f"<b>{_text(found.checkpoint)}</b> apart from {_text(found.base)} ({parts}). Load "
         f"{_text(found.base)} and put this into the prompt:</p>"
         f"<p><code>{_text(format_tag(found.path.stem, 1.0))}</code></p>"
@@ -161,14 +171,18 @@ def _slider(name: str) -> str:
 def _sections(parts: Sequence[PartLoss]) -> str:
     worst = [each for each in sorted(parts, key=lambda part: -part.lost) if each.lost > 0][:_WORST]
     if not worst:
-        return hint("Nothing remains in the layers.")
-    rows = [(_text(each.name), percent(each.energy), percent(each.lost)) for each in worst]
-    return table(("What remains most, by section", "Differs", "Remains"), rows, numeric=(1, 2))
+        return format_hint("Nothing remains in the layers.")
+    rows = [
+        (_text(each.name), format_percent(each.energy), format_percent(each.lost)) for each in worst
+    ]
+    return format_table(
+        ("What remains most, by section", "Differs", "Remains"), rows, numeric=(1, 2)
+    )
 
 
 def _not_carried(shares: Mapping[str, float]) -> str:
     words = ", ".join(f"{kind} {_small(share)}" for kind, share in shares.items() if share)
-    return hint(f"Not carried by LoRAs, of all its differences: {words or 'nothing'}.")
+    return format_hint(f"Not carried by LoRAs, of all its differences: {words or 'nothing'}.")
 
 
 def _verdict(each: DeletionVerdict) -> tuple[str, ...]:
@@ -179,8 +193,8 @@ def _verdict(each: DeletionVerdict) -> tuple[str, ...]:
         _text(each.name),
         answer,
         format_size(each.frees),
-        percent(each.explained),
-        percent(each.everything),
+        format_percent(each.explained),
+        format_percent(each.everything),
         vae,
         f"<span class=hm-why>{_text(why)}</span>" if why else "",
     )
@@ -189,7 +203,7 @@ def _verdict(each: DeletionVerdict) -> tuple[str, ...]:
 def _topped_up(topup: PrivateLoraRecord) -> str:
     return (
         f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
-        f"{format_size(topup.size)}): <b>{percent(topup.explained)}</b>.</p>"
+        f"{format_size(topup.size)}): <b>{format_percent(topup.explained)}</b>.</p>"
     )
 
 

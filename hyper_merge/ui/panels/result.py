@@ -8,7 +8,7 @@ import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.html.common import introduction
+from hyper_merge.ui.html.common import format_merge_introduction
 from hyper_merge.ui.panels.widgets import button, html, widget
 
 
@@ -44,7 +44,7 @@ class ResultPanel:
 
 def build_result(host: Host) -> ResultPanel:
     """Sentence, table, prompt, plots."""
-    empty = html("result_empty", introduction())
+    empty = html("result_empty", format_merge_introduction())
     with gr.Column(visible=False, elem_id=elem_id("result")) as group:
         sentence, table = html("sentence"), html("result_table")
         checkpoint = widget(

@@ -50,7 +50,7 @@ def name_line(axes: Axes, point: tuple[float, float, float], label: str, colour:
         color=colour,
         fontsize=9,
         va="center",
-        family=families(),
+        family=font_families(),
         arrowprops={
             "arrowstyle": "-",
             "color": colour,
@@ -77,7 +77,7 @@ def spread_labels(heights: Sequence[float]) -> list[float]:
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
-def short(name: str) -> str:
+def shorten_name(name: str) -> str:
     """The name, without its middle where it is too long; a box for a letter that no font has.
 
     Two dollar signs would make a formula of it for matplotlib.
@@ -91,7 +91,7 @@ def short(name: str) -> str:
 
 
 @cache
-def families() -> tuple[str, ...]:
+def font_families() -> tuple[str, ...]:
     """Fonts for names, in the order in which a letter is looked for."""
     known = set(fontManager.get_font_names())
     return ("DejaVu Sans", *(name for name in _FONTS if name in known))
@@ -100,5 +100,5 @@ def families() -> tuple[str, ...]:
 @cache
 def _letters() -> frozenset[int]:
     """Code points that some font has: matplotlib warns of each that none has."""
-    fonts = (FT2Font(findfont(FontProperties(family=name))) for name in families())
+    fonts = (FT2Font(findfont(FontProperties(family=name))) for name in font_families())
     return frozenset(code for font in fonts for code in font.get_charmap())

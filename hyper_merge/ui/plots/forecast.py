@@ -18,7 +18,7 @@ _FIT: Final = 8  # ticks side by side
 _MB: Final = 10**6
 
 
-def outlook_plot(outlook: ForecastCurve, asked: int | None) -> Figure:
+def forecast_plot(outlook: ForecastCurve, asked: int | None) -> Figure:
     """Explained shares by the bytes of all LoRAs, in the mean and of the worst checkpoint.
 
     Args:

@@ -19,10 +19,10 @@ from hyper_merge.ui.plots.canvas import (
     PALE,
     STRONG,
     WORST,
-    families,
+    font_families,
     name_line,
     new_figure,
-    short,
+    shorten_name,
     spread_labels,
 )
 
@@ -73,8 +73,8 @@ def similarity_plot(report: Report) -> Figure:
     axes.imshow(rows, cmap=_SIMILAR, vmin=-1, vmax=1)
     axes.set_anchor("W")
     axes.set_xticks(range(k), [str(number + 1) for number in range(k)])
-    names = [f"{short(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
-    axes.set_yticks(range(k), names, family=families())
+    names = [f"{shorten_name(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
+    axes.set_yticks(range(k), names, family=font_families())
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -143,7 +143,7 @@ def _lines(
         colour, width = shown.get(index, GREY), 2.0 if index in shown else 0.8
         marker = "o" if index in shown else None
         axes.plot(line, color=colour, linewidth=width, marker=marker, markersize=4, clip_on=False)
-    words = [f"{end:.1%}  {short(name)}" for end, name in zip(ends, names, strict=True)]
+    words = [f"{end:.1%}  {shorten_name(name)}" for end, name in zip(ends, names, strict=True)]
     return [(ends[index], words[index], colour) for index, colour in shown.items()]
 
 

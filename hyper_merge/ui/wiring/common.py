@@ -12,9 +12,14 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
-from hyper_merge.ui.handlers import use as using
+from hyper_merge.ui.handlers.merge import show_merge_result
+from hyper_merge.ui.handlers.picker import list_checkpoints, show_plan
+from hyper_merge.ui.handlers.use import (
+    Panel,
+    list_usable_runs,
+    show_outcome,
+    watch_job_in_both_tabs,
+)
 from hyper_merge.ui.panels.compare import ComparePanel
 from hyper_merge.ui.panels.history import HistoryPanel
 from hyper_merge.ui.panels.picker import PickerPanel
@@ -36,7 +41,7 @@ _REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 
 
 @dataclass(frozen=True)
-class Wires:
+class Wiring:
     """What events need. Each method wires one answer to a trigger, and returns the event."""
 
     host: Host
@@ -76,7 +81,7 @@ class Wires:
         """The host's list as it is now."""
         return self.on(
             trigger,
-            functools.partial(picking.listing, self.host),
+            functools.partial(list_checkpoints, self.host),
             [self.form.checkpoints],
             [self.form.checkpoints, self.picker.folder, self.form.base, self.picker.demo],
         )
@@ -86,7 +91,7 @@ class Wires:
         run, groups = self.run, in_order(self.picker.groups)
         return self.on(
             trigger,
-            functools.partial(picking.plan, self.host),
+            functools.partial(show_plan, self.host),
             [groups[0], *in_order(self.form)],
             [self.picker.table, self.run.plan, self.form.name, run.curve, run.look, *groups],
             said=run.plan,
@@ -97,7 +102,7 @@ class Wires:
         listed = in_order(self.use.listed)
         self.on(
             trigger,
-            functools.partial(using.listing, self.host),
+            functools.partial(list_usable_runs, self.host),
             [*listed[:2], *listed[5:]],
             listed,
             said=self.use.message,
@@ -105,7 +110,7 @@ class Wires:
         panel = self.history
         return self.on(
             trigger,
-            functools.partial(history.runs, self.host),
+            functools.partial(history.list_earlier_runs, self.host),
             [panel.run, panel.other],
             [panel.table, panel.run, panel.other, panel.cache],
             said=panel.outcome,
@@ -117,7 +122,7 @@ class Wires:
             trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
         )
 
-    def watch(self, trigger: Trigger, panel: using.Panel | None = None) -> Any:
+    def watch(self, trigger: Trigger, panel: Panel | None = None) -> Any:
         """The job that runs, until it ends; in the panel too that began it."""
         outputs = [
             *(self.run.status, self.run.stop, self.run.message),
@@ -125,7 +130,7 @@ class Wires:
             *([getattr(self.use.outcomes, panel)] if panel else ()),
         ]
         answers = guarded_stream(
-            functools.partial(using.watch, self.jobs, panel),
+            functools.partial(watch_job_in_both_tabs, self.jobs, panel),
             lambda text: (*(text, gr.update(), gr.update()) * 2, text)[: len(outputs)],
             self.host.log,
         )
@@ -136,13 +141,15 @@ class Wires:
         outcomes = self.use.outcomes
         told = self.on(
             event.then,
-            functools.partial(using.after, self.jobs),
+            functools.partial(show_outcome, self.jobs),
             [outcomes.seen],
             in_order(outcomes),
             said=self.use.message,
         )
         in_browser(told.then, _REFRESH_FILES, [outcomes.wrote])
-        shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
+        shown = self.show(
+            event.then, functools.partial(show_merge_result, self.host, self.jobs), []
+        )
         in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
         listed = self.list_runs(shown.then)
         return in_browser(listed.then, REPLAN)

@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from hyper_merge.ui.compat import browser, quiet
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.compat import browser_code, quiet_event
+from hyper_merge.ui.html.common import format_unexpected_error
 
 Log = Callable[[BaseException], None]
 
@@ -36,7 +36,7 @@ def guarded(
             given = fn(*values)
         except Exception as error:
             log(error)
-            text = views.unexpected(error)
+            text = format_unexpected_error(error)
             given = tuple(text if widget is said else gr.update() for widget in outputs)
             missing: tuple[Any, ...] = (text,)
         else:
@@ -58,7 +58,7 @@ def guarded_stream(
             yield from fn(*values)
         except Exception as error:
             log(error)
-            yield last(views.unexpected(error))
+            yield last(format_unexpected_error(error))
 
     return _like(fn, answers)
 
@@ -77,7 +77,7 @@ def in_browser(
         inputs: widgets; None for none.
         outputs: widgets; None for none.
     """
-    return trigger(None, inputs, outputs, **browser(code))
+    return trigger(None, inputs, outputs, **browser_code(code))
 
 
 def in_python(
@@ -100,8 +100,8 @@ def in_python(
         code: of a JavaScript function, which makes a list of inputs' values out of them first.
             Nothing can follow an event that only the browser answers.
     """
-    first = browser(code) if code else {}
-    return trigger(fn, list(inputs), list(outputs), **first, **quiet(queued=queued))
+    first = browser_code(code) if code else {}
+    return trigger(fn, list(inputs), list(outputs), **first, **quiet_event(queued=queued))
 
 
 def _like(fn: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,25 +13,25 @@ from hyper_merge.hosts import tasks
 from hyper_merge.operations.merge.plan import ForecastCurve, forecast_curve, make_plan
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form
-from hyper_merge.ui.handlers import forecast as looking
-from hyper_merge.ui.handlers import merge_request as preparing
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers.forecast import pick_group, start_forecast, update_group_buttons
+from hyper_merge.ui.handlers.merge_request import preflight_form
+from hyper_merge.ui.handlers.picker import show_plan
 
 
 def examined(host, **changes):
-    return preparing.examined(host, Form(*values(name="new", **changes)))
+    return preflight_form(host, Form(*values(name="new", **changes)))
 
 
 @pytest.fixture
 def looked(host, jobs):
     """The files have been looked at."""
-    assert looking.start_look(host, jobs, *values(name="new")) == ""
+    assert start_forecast(host, jobs, *values(name="new")) == ""
     assert ended(jobs).outcome == "done"
 
 
 def drawn(host, **changes):
     """Text of the plan, plot, button."""
-    _, said, _, plot, button, *_ = picking.plan(host, "", *values(name="new", **changes))
+    _, said, _, plot, button, *_ = show_plan(host, "", *values(name="new", **changes))
     return words(said), plot, button
 
 
@@ -42,14 +42,14 @@ def test_a_button_stands_where_the_files_were_not_looked_at(host):
 
 def test_a_look_writes_nothing_but_the_cache(host, jobs, root):
     before = snapshot(root)
-    looking.start_look(host, jobs, *values(name="new"))
+    start_forecast(host, jobs, *values(name="new"))
     assert ended(jobs).outcome == "done"
     assert snapshot(root) == before
     assert list((root / "hyper-merge/cache").glob("*.safetensors"))
 
 
 def test_a_look_at_one_checkpoint_is_refused(host, jobs):
-    said = looking.start_look(host, jobs, *values(checkpoints=NAMES[:1]))
+    said = start_forecast(host, jobs, *values(checkpoints=NAMES[:1]))
     assert "two checkpoints or more" in words(said)
     assert jobs.last is None
 
@@ -116,25 +116,25 @@ def two_groups(names):
 
 def test_each_unlike_group_has_a_button_that_stays_while_one_of_them_is_picked():
     picked = ["a", "b", "c", "d"]
-    groups, *buttons = looking.group_buttons(picked, two_groups(picked), "")
+    groups, *buttons = update_group_buttons(picked, two_groups(picked), "")
     assert json.loads(groups) == [["a", "c"], ["b", "d"]]
     assert [button["visible"] for button in buttons] == [True, True, False, False]
-    assert looking.pick_group(1, groups) == ["b", "d"]
-    kept, *_ = looking.group_buttons(["c", "a"], None, groups)
+    assert pick_group(1, groups) == ["b", "d"]
+    kept, *_ = update_group_buttons(["c", "a"], None, groups)
     assert kept == groups
-    gone, *buttons = looking.group_buttons(["a"], None, groups)
+    gone, *buttons = update_group_buttons(["a"], None, groups)
     assert (gone, any(button["visible"] for button in buttons)) == ("[]", False)
 
 
 @pytest.mark.parametrize("groups", ["", "[]"])
 def test_a_group_that_has_gone_picks_nothing(groups):
-    assert looking.pick_group(0, groups) == []
+    assert pick_group(0, groups) == []
 
 
 def test_alike_checkpoints_are_one_group():
     picked = ["a", "b", "c", "d"]
     alike = replace(two_groups(picked), groups=Clusters(((0, 1, 2, 3),), 0.0))
-    assert looking.group_buttons(picked, alike, "")[0] == "[]"
+    assert update_group_buttons(picked, alike, "")[0] == "[]"
 
 
 def gram_of(rows):
@@ -172,7 +172,7 @@ def test_the_base_does_not_change_the_groups():
 
 def test_an_outlook_is_read_from_the_analysis(host, jobs):
     preflight = examined(host)
-    looking.start_look(host, jobs, *values(name="new"))
+    start_forecast(host, jobs, *values(name="new"))
     ended(jobs)
     path = tasks.find_known_analysis(preflight, host.folders())
     found = forecast_curve(path, preflight, Progress())

@@ -14,15 +14,22 @@ from fake_webui.styles import PromptStyle
 from tiny_family import TINY, snapshot, temporaries
 
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.hosts.tasks import run_preflight
 from hyper_merge.operations import demo
 from hyper_merge.operations.demo import DEMO_RANKS
 from hyper_merge.runs.manifest import load_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers.merge import (
+    pick_demo_checkpoints,
+    show_merge_result,
+    start_demo,
+    start_merge,
+    stop_job,
+    watch_merge,
+)
+from hyper_merge.ui.handlers.picker import show_plan
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def endless(monkeypatch):
             time.sleep(0.002)
         raise InterruptedRun("stopped; no file was changed")
 
-    monkeypatch.setattr(working, "run_merge", run_merge)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_merge", run_merge)
     yield begun
     over.set()
 
@@ -53,7 +60,7 @@ def failing(monkeypatch):
         progress.report("solving", 0.5)
         deep_inside()
 
-    monkeypatch.setattr(working, "run_merge", run_merge)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_merge", run_merge)
 
 
 def no_thread():
@@ -63,18 +70,18 @@ def no_thread():
 
 def last_words(jobs):
     """What the page shows once the job has ended."""
-    status, button, _ = list(merging.watch(jobs))[-1]
+    status, button, _ = list(watch_merge(jobs))[-1]
     assert button["interactive"] is False
     return status
 
 
 def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
-    assert merging.start(host, jobs, *values()) == ""
-    seen = [status for status, *_ in merging.watch(jobs)]
+    assert start_merge(host, jobs, *values()) == ""
+    seen = [status for status, *_ in watch_merge(jobs)]
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
     assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
-    shown = merging.after(host, jobs)
+    shown = show_merge_result(host, jobs)
     assert shown[0] == ""
     assert shown[1]["visible"] is True
     assert "mix: 3 checkpoints" in words(shown[2])
@@ -84,9 +91,9 @@ def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
 
 
 def test_a_merge_without_a_name_has_the_suggested_one(host, jobs):
-    assert merging.start(host, jobs, *values(name="", checkpoints=NAMES[:2], ranks="2")) == ""
+    assert start_merge(host, jobs, *values(name="", checkpoints=NAMES[:2], ranks="2")) == ""
     assert ended(jobs).result == "hyper-a-2"
-    assert merging.after(host, jobs)[10] == "hyper-a-2"
+    assert show_merge_result(host, jobs)[10] == "hyper-a-2"
 
 
 def test_other_ranks_make_a_run_of_their_own_with_the_same_hyper_model(
@@ -97,9 +104,9 @@ def test_other_ranks_make_a_run_of_their_own_with_the_same_hyper_model(
 
     monkeypatch.setattr("hyper_merge.operations.merge.merge.stream_layers", no_pass)
     before = (checkpoints / "mix.safetensors").stat().st_ino
-    merging.start(host, jobs, *values(ranks="3, 2"))
+    start_merge(host, jobs, *values(ranks="3, 2"))
     assert ended(jobs).message == ""
-    shown = merging.after(host, jobs)
+    shown = show_merge_result(host, jobs)
     assert shown[10] == "mix-2"
     assert (checkpoints / "mix.safetensors").stat().st_ino == before
     models = sorted(path.name for path in checkpoints.glob("*.safetensors"))
@@ -111,9 +118,9 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
     (checkpoints / "b.safetensors").rename(checkpoints / "$x^$.safetensors")
     picked = [f"{EVIL}.safetensors", "$x^$.safetensors"]
-    merging.start(host, jobs, *values(checkpoints=picked, ranks="2"))
+    start_merge(host, jobs, *values(checkpoints=picked, ranks="2"))
     assert ended(jobs).message == ""
-    shown = merging.after(host, jobs)
+    shown = show_merge_result(host, jobs)
     assert shown[4]["choices"] == [EVIL, "$x^$"]
     texts = [text for text in shown[:-1] if isinstance(text, str)]  # the last is JSON, not HTML
     assert EVIL in words(shown[3])
@@ -139,35 +146,35 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     ],
 )
 def test_what_cannot_be_merged_is_said_and_nothing_begins(host, jobs, changes, message):
-    said = merging.start(host, jobs, *values(**changes))
+    said = start_merge(host, jobs, *values(**changes))
     assert kinds(said) == ["bad"]
     assert words(said).startswith(message)
     assert jobs.last is None
 
 
 def test_the_same_merge_again_is_refused(host, jobs, run):
-    said = merging.start(host, jobs, *values())
+    said = start_merge(host, jobs, *values())
     assert words(said).startswith("the run mix is this very merge already")
     assert jobs.last is None
 
 
 def test_a_name_that_is_taken_is_refused(host, jobs, checkpoints):
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "taken.safetensors")
-    said = merging.start(host, jobs, *values(name="taken"))
+    said = start_merge(host, jobs, *values(name="taken"))
     assert "choose another name" in words(said)
     assert jobs.last is None
 
 
 def test_a_damaged_file_is_refused(host, jobs, checkpoints):
     (checkpoints / "b.safetensors").write_bytes(b"<html>404</html>")
-    said = merging.start(host, jobs, *values())
+    said = start_merge(host, jobs, *values())
     assert kinds(said) == ["bad"]
     assert "b.safetensors" in words(said)
 
 
 def test_a_file_that_vanished_since_it_was_listed_is_refused(webui, jobs, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    said = merging.start(webui.host(), jobs, *values())
+    said = start_merge(webui.host(), jobs, *values())
     assert kinds(said) == ["bad"]
     assert words(said) == "b.safetensors is no longer there; press Refresh and pick again"
     assert jobs.last is None
@@ -177,24 +184,24 @@ def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch)
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
     before = snapshot(root)
-    said = merging.start(host, jobs, *values())
+    said = start_merge(host, jobs, *values())
     assert kinds(said) == ["bad"]
     assert "make room" in words(said)
     assert jobs.last is None
-    assert picking.plan(host, "", *values())[1] == said
+    assert show_plan(host, "", *values())[1] == said
     assert snapshot(root) == before
 
 
 def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
-    examine, disk = working.run_preflight, namedtuple("disk", "total used free")
+    examine, disk = run_preflight, namedtuple("disk", "total used free")
 
     def then_fill(*arguments):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
         return examine(*arguments)
 
-    monkeypatch.setattr(working, "run_preflight", then_fill)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_preflight", then_fill)
     before = snapshot(root)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     said = last_words(jobs)
     assert kinds(said) == ["bad"]
     assert words(said).startswith("Not made: ")
@@ -212,7 +219,7 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
 def test_a_checkpoint_that_changes_while_it_is_read_is_said(
     host, jobs, checkpoints, change, message, monkeypatch
 ):
-    examine, path = working.run_preflight, checkpoints / "b.safetensors"
+    examine, path = run_preflight, checkpoints / "b.safetensors"
 
     def then_change(*arguments):
         found = examine(*arguments)
@@ -222,8 +229,8 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_said(
             path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
         return found
 
-    monkeypatch.setattr(working, "run_preflight", then_change)
-    merging.start(host, jobs, *values())
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_preflight", then_change)
+    start_merge(host, jobs, *values())
     said = last_words(jobs)
     assert kinds(said) == ["bad"]
     assert words(said).startswith("Not made: ")
@@ -233,62 +240,62 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_said(
 
 
 def test_a_warning_is_shown_with_the_outcome(host, jobs):
-    merging.start(host, jobs, *values(ranks="40", allocation="the same in every layer"))
+    start_merge(host, jobs, *values(ranks="40", allocation="the same in every layer"))
     said = last_words(jobs)
     assert kinds(said) == ["good", "info"]
     assert "rank 40 is capped in " in words(said)
 
 
 def test_a_second_click_says_what_is_being_made(host, jobs, endless):
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
     for said in (
-        merging.start(host, jobs, *values(name="other")),
-        merging.start_demo(host, jobs),
+        start_merge(host, jobs, *values(name="other")),
+        start_demo(host, jobs),
     ):
         assert kinds(said) == ["info"]
         assert words(said).startswith("mix is still being made (")
-    merging.stop(jobs)
+    stop_job(jobs)
     ended(jobs)
 
 
 def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endless):
     before = snapshot(root)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
-    following = merging.watch(jobs)
+    following = watch_merge(jobs)
     status, button, message = next(following)
     assert unchanged(message)
     assert "mix: " in words(status)
     assert button["interactive"] is True
-    assert merging.stop(jobs) == ""
+    assert stop_job(jobs) == ""
     said, _, message = list(following)[-1]
     assert message == ""
     assert (kinds(said), words(said)) == (["info"], "Stopped: no file was changed")
     assert snapshot(root) == before
-    assert all(map(unchanged, merging.after(host, jobs)))
+    assert all(map(unchanged, show_merge_result(host, jobs)))
 
 
 def test_where_nothing_runs_stop_says_so(host, jobs):
-    assert words(merging.stop(jobs)) == "Nothing is running."
+    assert words(stop_job(jobs)) == "Nothing is running."
     jobs.start("mix", lambda task, progress: "", host.log)
     ended(jobs)
-    assert words(merging.stop(jobs)) == "Nothing is running."
+    assert words(stop_job(jobs)) == "Nothing is running."
 
 
 def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, jobs, endless):
-    ((status, button, message),) = merging.watch(jobs)
+    ((status, button, message),) = watch_merge(jobs)
     assert unchanged(message)
     assert (status, button["interactive"]) == ("", False)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
-    first, second = merging.watch(jobs), merging.watch(jobs)
+    first, second = watch_merge(jobs), watch_merge(jobs)
     assert next(first)[0].startswith('<div class="hm-progress"')
     assert next(second)[0].startswith('<div class="hm-progress"')
     first.close()
-    merging.stop(jobs)
+    stop_job(jobs)
     assert kinds(list(second)[-1][0]) == ["info"]
-    status, _, message = next(merging.watch(jobs))
+    status, _, message = next(watch_merge(jobs))
     assert kinds(status) == ["info"]
     assert unchanged(message)
 
@@ -304,7 +311,7 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         standing = property(lambda self: standings.pop(0))
 
     monkeypatch.setattr(jobs, "_known", [Job()])
-    (status, button, _), _ = merging.watch(jobs)
+    (status, button, _), _ = watch_merge(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False
 
@@ -313,7 +320,7 @@ def test_an_unexpected_error_shows_one_line_and_is_in_the_apps_log_in_full(
     host, jobs, failing, caplog
 ):
     with caplog.at_level(logging.ERROR):
-        merging.start(host, jobs, *values())
+        start_merge(host, jobs, *values())
         said = last_words(jobs)
     assert kinds(said) == ["bad"]
     assert words(said).endswith(
@@ -324,7 +331,7 @@ def test_an_unexpected_error_shows_one_line_and_is_in_the_apps_log_in_full(
 
 
 def test_an_unexpected_error_is_in_the_webuis_log_in_full_and_frees_its_queue(webui, jobs, failing):
-    merging.start(webui.host(), jobs, *values())
+    start_merge(webui.host(), jobs, *values())
     said = last_words(jobs)
     assert "Traceback" not in said
     assert "at layer 7" not in said
@@ -338,7 +345,7 @@ def test_an_unexpected_error_is_in_the_webuis_log_in_full_and_frees_its_queue(we
 @pytest.mark.parametrize("button", ["interrupt", "skip"])
 def test_the_webuis_own_buttons_stop_a_merge(webui, jobs, root, endless, button):
     host, before = webui.host(), snapshot(root)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
     task = jobs.last.standing.task
     until(lambda: (webui.progress.answer(task)["progress"] or 0) > 0.2)
@@ -352,34 +359,34 @@ def test_the_webuis_own_buttons_stop_a_merge(webui, jobs, root, endless, button)
 
 
 def test_the_stop_button_ends_a_merge_in_the_webui(webui, jobs, endless):
-    merging.start(webui.host(), jobs, *values())
+    start_merge(webui.host(), jobs, *values())
     until(lambda: endless)
-    merging.stop(jobs)
+    stop_job(jobs)
     assert words(last_words(jobs)) == "Stopped: no file was changed"
     until(lambda: not webui.queue_lock.held)
 
 
 def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
     with webui.queue_lock:
-        merging.start(webui.host(), jobs, *values())
+        start_merge(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        status, button, _ = next(merging.watch(jobs))
+        status, button, _ = next(watch_merge(jobs))
         assert "mix: waiting for the queue, 0%" in words(status)
         assert button["interactive"] is True
         assert endless == []
     until(lambda: endless)
-    merging.stop(jobs)
+    stop_job(jobs)
     ended(jobs)
 
 
 def test_stop_while_the_webui_works_ends_it_at_once_and_it_never_begins(webui, jobs, root, endless):
     before = snapshot(root)
     with webui.queue_lock:
-        merging.start(webui.host(), jobs, *values())
+        start_merge(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        merging.stop(jobs)
+        stop_job(jobs)
         assert words(last_words(jobs)) == "Stopped: no file was changed"
     until(no_thread)
     assert endless == []
@@ -393,12 +400,12 @@ def test_afterwards_the_webui_knows_the_hyper_model_the_loras_and_a_style_per_ch
     webui, jobs, checkpoints
 ):
     host = webui.host()
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     assert ended(jobs).message == ""
     assert "mix.safetensors" in host.checkpoints()
     assert set(webui.networks.available_networks) == {"mix_0-4", "mix_1-2"}
     assert host.styles() == {"mix: a", "mix: b", "mix: c"}
-    shown = merging.after(host, jobs)
+    shown = show_merge_result(host, jobs)
     assert shown[11] == host.checkpoint_title(checkpoints / "mix.safetensors") != ""
     assert webui.prompt_styles.styles["mix: a"].prompt == shown[5]
     assert shown[5].startswith("<lora:mix_0-4:")
@@ -408,7 +415,7 @@ def test_afterwards_the_webui_knows_the_hyper_model_the_loras_and_a_style_per_ch
 
 def test_where_the_tick_is_off_no_style_is_saved(webui, jobs, run):
     host = webui.host()
-    merging.start(host, jobs, *values(ranks="2", save_styles=False))
+    start_merge(host, jobs, *values(ranks="2", save_styles=False))
     assert ended(jobs).outcome == "done"
     assert host.styles() == set()
 
@@ -416,12 +423,12 @@ def test_where_the_tick_is_off_no_style_is_saved(webui, jobs, run):
 def test_styles_that_cannot_be_saved_are_a_note_for_the_merge_is_made(webui, jobs, run):
     host = webui.host()
     webui.prompt_styles.styles["mix-2: b"] = PromptStyle("mix-2: b", "my own words", "")
-    merging.start(host, jobs, *values(ranks="2"))
+    start_merge(host, jobs, *values(ranks="2"))
     said = last_words(jobs)
     assert kinds(said) == ["good", "info"]
     assert "mix-2: b" in words(said)
     assert webui.prompt_styles.styles["mix-2: b"].prompt == "my own words"
-    assert merging.after(host, jobs)[10] == "mix-2"
+    assert show_merge_result(host, jobs)[10] == "mix-2"
 
 
 @pytest.fixture
@@ -432,15 +439,15 @@ def small(monkeypatch):
 
 def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, jobs, small):
     host = Standalone(tmp_path / "empty")
-    assert merging.start_demo(host, jobs) == ""
+    assert start_demo(host, jobs) == ""
     assert ended(jobs).message == ""
-    picked, ranks = merging.after_demo(host, jobs)
+    picked, ranks = pick_demo_checkpoints(host, jobs)
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, said, *_ = picking.plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    _, said, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
     assert "in place of" in words(said)
-    assert all(map(unchanged, merging.after(host, jobs)))
+    assert all(map(unchanged, show_merge_result(host, jobs)))
 
 
 def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, monkeypatch):
@@ -453,16 +460,16 @@ def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, 
         step(progress, phase, fraction)
 
     monkeypatch.setattr(Progress, "report", slow)
-    merging.start_demo(host, jobs)
+    start_demo(host, jobs)
     until(lambda: begun)
-    merging.stop(jobs)
+    stop_job(jobs)
     assert words(last_words(jobs)) == "Stopped: no file was changed"
-    assert all(map(unchanged, merging.after_demo(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
     until(no_thread)
     assert host.checkpoints() == {}
     assert not temporaries(tmp_path)
 
 
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):
-    assert all(map(unchanged, merging.after(host, jobs)))
-    assert all(map(unchanged, merging.after_demo(host, jobs)))
+    assert all(map(unchanged, show_merge_result(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))

@@ -12,29 +12,29 @@ from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.ui.form import BASE_AVERAGE
-from hyper_merge.ui.handlers import merge_request as preparing
-from hyper_merge.ui.handlers import picker as picking
 from hyper_merge.ui.handlers.picker import (
     ALL_FOLDERS,
     TOP_FOLDER,
+    _row_of,
     add_folder,
-    folders_in,
-    listing,
-    none_picked,
+    checkpoint_folders,
+    clear_selection,
+    inspect_files,
+    list_checkpoints,
     offers_demo,
-    plan,
-    preset,
+    preset_ranks,
+    show_plan,
 )
 
 
 def told(host, **changes):
     """Kind and words of what stands under the form."""
-    _, said, *_ = plan(host, "", *values(**changes))
+    _, said, *_ = show_plan(host, "", *values(**changes))
     return kinds(said), words(said)
 
 
 def test_the_plan_says_files_sizes_time_and_memory(host):
-    table, said, *_ = plan(host, "", *values())
+    table, said, *_ = show_plan(host, "", *values())
     assert kinds(said) == []
     text = words(said)
     assert "mix.safetensors" in text
@@ -46,19 +46,19 @@ def test_the_plan_says_files_sizes_time_and_memory(host):
 
 
 def test_an_empty_name_shows_what_it_stands_for(host):
-    assert plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
-    assert plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
+    assert show_plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
+    assert show_plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
 
 
 def test_nothing_is_written_by_a_plan(host, root):
     before = sorted(root.rglob("*"))
-    plan(host, "", *values())
+    show_plan(host, "", *values())
     assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("picked", [[], None])
 def test_where_none_is_picked_the_table_says_what_to_do(host, picked):
-    table, said, *_ = plan(host, "", *values(checkpoints=picked))
+    table, said, *_ = show_plan(host, "", *values(checkpoints=picked))
     assert words(table).startswith("Pick two or more checkpoints")
     assert said == ""
 
@@ -100,25 +100,29 @@ def test_a_field_that_sends_nothing_is_as_an_empty_one(host, changes):
 @pytest.mark.parametrize("typed", ["/etc/passwd", "../../x.safetensors", "C:\\x.ckpt", "x\0.ckpt"])
 def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeypatch):
     seen = []
-    monkeypatch.setattr(picking, "inspect_files", lambda *args: seen.append(args))
-    monkeypatch.setattr(preparing, "run_preflight", lambda *args: seen.append(args))
-    picking._row_of.cache_clear()
-    table, said, *_ = plan(host, "", *values(checkpoints=[typed, typed]))
-    picking._row_of.cache_clear()
+    monkeypatch.setattr(
+        "hyper_merge.ui.handlers.picker.inspect_files", lambda *args: seen.append(args)
+    )
+    monkeypatch.setattr(
+        "hyper_merge.ui.handlers.merge_request.run_preflight", lambda *args: seen.append(args)
+    )
+    _row_of.cache_clear()
+    table, said, *_ = show_plan(host, "", *values(checkpoints=[typed, typed]))
+    _row_of.cache_clear()
     assert seen == []
     assert "no longer in the list; press Refresh" in words(table)
     assert kinds(said) == ["bad"]
 
 
 def test_the_path_of_a_checkpoint_elsewhere_is_refused_too(host, files):
-    table, said, *_ = plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
+    table, said, *_ = show_plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
     assert "no longer in the list" in words(table)
     assert words(said) == "Not all of these can be merged; the table says why."
 
 
 def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    table, said, *_ = plan(host, "", *values())
+    table, said, *_ = show_plan(host, "", *values())
     assert "b.safetensorsno longer in the list; press Refresh" in words(table)
     assert kinds(said) == ["bad"]
 
@@ -126,12 +130,12 @@ def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, chec
 def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoints):
     host = webui.host()
     (checkpoints / "b.safetensors").unlink()
-    table, said, *_ = plan(host, "", *values())
+    table, said, *_ = show_plan(host, "", *values())
     assert "b.safetensorsno longer there; press Refresh" in words(table)
     assert "hm-problem" in table
     assert (kinds(said), "table says why" in words(said)) == (["bad"], True)
     host.refresh()
-    assert "no longer in the list" in words(plan(host, "", *values())[0])
+    assert "no longer in the list" in words(show_plan(host, "", *values())[0])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoin
 )
 def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content):
     (checkpoints / "b.safetensors").write_bytes(content)
-    table, said, *_ = plan(host, "", *values())
+    table, said, *_ = show_plan(host, "", *values())
     assert table.count("hm-problem") == 1
     assert words(said) == "Not all of these can be merged; the table says why."
 
@@ -147,22 +151,25 @@ def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content)
 def test_a_file_cut_short_has_its_problem_in_the_table(host, checkpoints):
     path = checkpoints / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    table, said, *_ = plan(host, "", *values())
+    table, said, *_ = show_plan(host, "", *values())
     assert "hm-problem" in table
     assert kinds(said) == ["bad"]
 
 
 def test_a_file_is_looked_at_once_until_it_changes(host, checkpoints, monkeypatch):
     looked = []
-    original = picking.inspect_files
-    monkeypatch.setattr(
-        picking, "inspect_files", lambda path: looked.append(path.name) or original(path)
-    )
-    plan(host, "", *values())
-    plan(host, "", *values(ranks="8"))
+    original = inspect_files
+
+    def watched(path):
+        looked.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr("hyper_merge.ui.handlers.picker.inspect_files", watched)
+    show_plan(host, "", *values())
+    show_plan(host, "", *values(ranks="8"))
     assert looked == NAMES
     (checkpoints / "b.safetensors").write_bytes(b"nothing")
-    plan(host, "", *values())
+    show_plan(host, "", *values())
     assert looked == [*NAMES, "b.safetensors"]
 
 
@@ -217,7 +224,7 @@ def test_checkpoints_of_the_same_file_name_are_refused(host, checkpoints):
 def test_a_checkpoint_may_have_any_name(host, checkpoints):
     (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
     listed = [f"{EVIL}.safetensors", *NAMES[1:]]
-    table, said, *_ = plan(host, "", *values(checkpoints=listed, name=""))
+    table, said, *_ = show_plan(host, "", *values(checkpoints=listed, name=""))
     assert kinds(said) == []
     assert "hyper-img-src-x-3.safetensors" in words(said)
     assert EVIL in words(table)
@@ -227,21 +234,21 @@ def test_a_checkpoint_may_have_any_name(host, checkpoints):
 def test_the_hash_that_the_webui_knows_is_shown(webui):
     host = webui.host()
     info = webui.sd_models.get_closet_checkpoint_match("b.safetensors")
-    before, *_ = plan(host, "", *values())
+    before, *_ = show_plan(host, "", *values())
     known = info.calculate_shorthash()
-    after, *_ = plan(host, "", *values())
+    after, *_ = show_plan(host, "", *values())
     assert known not in before
     assert f"<code>{known}</code>" in after
 
 
 def test_the_lists_are_the_hosts_and_what_is_picked_stays_though_it_is_gone(host):
-    picked, folder, base, demo = listing(host, ["b.safetensors", "gone.safetensors"])
+    picked, folder, base, demo = list_checkpoints(host, ["b.safetensors", "gone.safetensors"])
     assert picked["choices"] == [*NAMES, "gone.safetensors"]
     assert "value" not in picked
     assert (folder["choices"], folder["value"]) == ([ALL_FOLDERS], ALL_FOLDERS)
     assert base["choices"] == [BASE_AVERAGE, *NAMES]
     assert demo["visible"] is False
-    assert listing(host, None)[0]["choices"] == NAMES
+    assert list_checkpoints(host, None)[0]["choices"] == NAMES
 
 
 @pytest.mark.parametrize(
@@ -254,7 +261,7 @@ def test_the_lists_are_the_hosts_and_what_is_picked_stays_though_it_is_gone(host
     ],
 )
 def test_folders_are_those_of_the_names(names, folders):
-    assert folders_in(names) == folders
+    assert checkpoint_folders(names) == folders
 
 
 def test_a_folder_is_added_to_what_is_picked_without_hyper_models(host, checkpoints, run):
@@ -270,16 +277,16 @@ def test_a_folder_is_added_to_what_is_picked_without_hyper_models(host, checkpoi
         "b.safetensors",
     ]
     assert add_folder(host, ["c.safetensors"], "nowhere") == ["c.safetensors"]
-    assert none_picked() == []
+    assert clear_selection() == []
 
 
 def test_a_preset_is_its_ranks():
-    assert preset("medium") == "128, 64, 32, 16"
+    assert preset_ranks("medium") == "128, 64, 32, 16"
 
 
 def test_the_demo_is_offered_where_there_is_nothing_and_no_webui(tmp_path, host):
     assert offers_demo(Standalone(tmp_path / "empty"))
-    assert listing(Standalone(tmp_path / "empty"), [])[3]["visible"] is True
+    assert list_checkpoints(Standalone(tmp_path / "empty"), [])[3]["visible"] is True
     assert not offers_demo(host)
     assert not offers_demo(SimpleNamespace(has_txt2img=True, checkpoints=dict))
 

@@ -10,10 +10,17 @@ from tiny_family import snapshot, write
 
 from hyper_merge.runs.manifest import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import use as using
-from hyper_merge.ui.handlers import use_actions as use_jobs
-from hyper_merge.ui.handlers.use import Outcome
+from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
+from hyper_merge.ui.handlers.use import PanelOutcome, show_outcome
+from hyper_merge.ui.handlers.use_actions import (
+    start_deletable_check,
+    start_export,
+    start_extension,
+    start_extraction,
+    start_fit,
+    start_mixture,
+    start_restore,
+)
 from hyper_merge.ui.panels.use import SAME_PRECISION
 
 FIT = {"run": "mix", "checkpoint": "new/d.safetensors", "topup": "", "name": "", "replace": False}
@@ -35,7 +42,7 @@ def outcome(jobs, said):
 
 
 def fit(host, jobs, **changes):
-    return use_jobs.start_fit(host, jobs, *(FIT | changes).values())
+    return start_fit(host, jobs, *(FIT | changes).values())
 
 
 def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
@@ -91,22 +98,22 @@ def test_a_lora_that_was_edited_is_refused_and_said_in_the_panel(host, jobs, roo
     before = snapshot(root / "hyper-merge/mix")
     assert fit(host, jobs) == ""
     assert ended(jobs).outcome == "refused"
-    assert "was edited or replaced" in words(using.after(jobs, "")[1])
+    assert "was edited or replaced" in words(show_outcome(jobs, "")[1])
     assert snapshot(root / "hyper-merge/mix") == before
 
 
 def test_a_new_run_with_one_more_opens_in_the_result(host, jobs, checkpoints, state_of):
     state = {k: v * 1.01 if v.is_floating_point() else v for k, v in state_of(2).items()}
     write(checkpoints / "e.safetensors", state)
-    made = outcome(jobs, use_jobs.start_absorb(host, jobs, "mix", "e.safetensors", ""))
+    made = outcome(jobs, start_extension(host, jobs, "mix", "e.safetensors", ""))
     assert made == "mix+1"
     assert [row.name for row in load_run(host.folders(), made).report.checkpoints] == list("abce")
-    assert merging.after(host, jobs)[10] == made
-    assert "Done: mix with e.safetensors" in words(using.after(jobs, "")[1])
+    assert show_merge_result(host, jobs)[10] == made
+    assert "Done: mix with e.safetensors" in words(show_outcome(jobs, "")[1])
 
 
 def test_a_checkpoint_comes_back_and_is_measured(host, jobs, checkpoints):
-    said = use_jobs.start_restore(host, jobs, "mix", "b", "float32", "")
+    said = start_restore(host, jobs, "mix", "b", "float32", "")
     found = outcome(jobs, said)
     assert "Written: b-restored.safetensors in " in words(found.said)
     assert "float32" in words(found.said)
@@ -119,7 +126,7 @@ def test_one_whose_original_is_gone_is_not_measured(host, jobs, checkpoints, roo
     for copy in ("b", "new/d"):
         (checkpoints / f"{copy}.safetensors").unlink()
     (root / "hyper-merge/cache/hashes.json").unlink()  # of the files elsewhere
-    said = use_jobs.start_restore(host, jobs, "mix", "b", SAME_PRECISION, "again")
+    said = start_restore(host, jobs, "mix", "b", SAME_PRECISION, "again")
     found = outcome(jobs, said)
     assert "cannot be measured: b.safetensors is not there" in words(found.said)
     assert (checkpoints / "again.safetensors").exists()
@@ -128,21 +135,21 @@ def test_one_whose_original_is_gone_is_not_measured(host, jobs, checkpoints, roo
 def test_no_file_is_replaced_by_a_restored_one(host, jobs, checkpoints):
     before = snapshot(checkpoints)
     for name in ("a", "mix"):
-        assert use_jobs.start_restore(host, jobs, "mix", "b", SAME_PRECISION, name) == ""
+        assert start_restore(host, jobs, "mix", "b", SAME_PRECISION, name) == ""
         assert ended(jobs).outcome == "refused"
-    said = use_jobs.start_restore(host, jobs, "mix", "b", SAME_PRECISION, "../out")
+    said = start_restore(host, jobs, "mix", "b", SAME_PRECISION, "../out")
     assert words(said).startswith("Name: the path separator")
-    said = use_jobs.start_restore(host, jobs, "mix", "b", "int8", "x")
+    said = start_restore(host, jobs, "mix", "b", "int8", "x")
     assert words(said).startswith("Stored precision: expected")
     assert "Pick the checkpoint" in words(
-        use_jobs.start_restore(host, jobs, "mix", None, SAME_PRECISION, "")
+        start_restore(host, jobs, "mix", None, SAME_PRECISION, "")
     )
     assert snapshot(checkpoints) == before
 
 
 def test_a_mixture_is_written(host, jobs, checkpoints):
     shares = json.dumps({"a": 0.5, "b": 0.25, "c": 0})
-    found = outcome(jobs, use_jobs.start_mix(host, jobs, "mix", shares, "half"))
+    found = outcome(jobs, start_mixture(host, jobs, "mix", shares, "half"))
     assert "The shares add up to 0.75; the hyper-model has the rest, 0.25." in words(found.said)
     assert "a mixture has no original" in words(found.said)
     assert (checkpoints / "half.safetensors").exists()
@@ -161,7 +168,7 @@ def test_a_mixture_is_written(host, jobs, checkpoints):
     ],
 )
 def test_a_mixture_of_nothing_is_refused(host, jobs, shares, message):
-    said = use_jobs.start_mix(host, jobs, "mix", shares, "")
+    said = start_mixture(host, jobs, "mix", shares, "")
     assert kinds(said) == ["bad"]
     assert words(said).startswith(message)
     assert jobs.last is None
@@ -169,38 +176,38 @@ def test_a_mixture_of_nothing_is_refused(host, jobs, shares, message):
 
 def test_a_mixture_of_unknown_names_is_refused(host, jobs, checkpoints):
     before = snapshot(checkpoints)
-    assert use_jobs.start_mix(host, jobs, "mix", '{"../a": 1}', "") == ""
+    assert start_mixture(host, jobs, "mix", '{"../a": 1}', "") == ""
     assert ended(jobs).outcome == "refused"
     assert "has no checkpoint ../a" in jobs.last.standing.message
     assert snapshot(checkpoints) == before
 
 
 def test_one_lora_for_each_checkpoint_or_for_some(host, jobs, root):
-    found = outcome(jobs, use_jobs.start_export(host, jobs, "mix", [], "", False))
+    found = outcome(jobs, start_export(host, jobs, "mix", [], "", False))
     assert "3 LoRAs written" in words(found.said)
     assert (root / "Lora/mix_c.safetensors").exists()
-    some = outcome(jobs, use_jobs.start_export(host, jobs, "mix", ["b"], "2", True))
+    some = outcome(jobs, start_export(host, jobs, "mix", ["b"], "2", True))
     assert "1 LoRA written" in words(some.said)
     assert "by cutting ranks" in words(some.said)
-    said = use_jobs.start_export(host, jobs, "mix", ["b"], "many", True)
+    said = start_export(host, jobs, "mix", ["b"], "many", True)
     assert words(said).startswith("Rank: expected a whole number")
 
 
 def test_what_is_safe_to_delete_is_said_and_deletes_nothing(host, jobs, checkpoints):
     before = snapshot(checkpoints)
-    found = outcome(jobs, use_jobs.start_safe(host, jobs, "mix", "1%"))
+    found = outcome(jobs, start_deletable_check(host, jobs, "mix", "1%"))
     assert "Yes: at least 1 %" in words(found.said)
     assert "Nothing was deleted" in words(found.said)
     assert found.wrote is False
-    strict = outcome(jobs, use_jobs.start_safe(host, jobs, "mix", ""))
+    strict = outcome(jobs, start_deletable_check(host, jobs, "mix", ""))
     assert "less than 99% comes back" in words(strict.said)
     assert snapshot(checkpoints) == before
-    assert words(use_jobs.start_safe(host, jobs, "mix", "200%")).startswith("Threshold: expected")
+    assert words(start_deletable_check(host, jobs, "mix", "200%")).startswith("Threshold: expected")
 
 
 def test_the_lora_from_two_checkpoints_goes_into_the_hosts_folder(webui, jobs, root):
     host = webui.host()
-    said = use_jobs.start_extract(host, jobs, "a.safetensors", "c.safetensors", "4", "")
+    said = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "")
     found = outcome(jobs, said)
     assert "Written: c-from-a.safetensors" in words(found.said)
     assert "<lora:c-from-a:1.00000>" in words(found.said)
@@ -218,14 +225,14 @@ def test_the_lora_from_two_checkpoints_goes_into_the_hosts_folder(webui, jobs, r
     ],
 )
 def test_an_extraction_of_what_is_not_there_is_refused(host, jobs, asked, message):
-    said = use_jobs.start_extract(host, jobs, *asked)
+    said = start_extraction(host, jobs, *asked)
     assert kinds(said) == ["bad"]
     assert words(said).startswith(message)
 
 
 def test_a_run_of_that_name_keeps_its_loras(host, jobs, root):
     before = snapshot(root / "Lora")
-    said = use_jobs.start_extract(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4")
+    said = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4")
     assert said == ""
     assert ended(jobs).outcome == "refused"
     assert "is a LoRA of the run mix" in jobs.last.standing.message
@@ -246,7 +253,7 @@ def test_a_fit_waits_for_the_webui_and_stops(webui, jobs, root):
     before = snapshot(root)
     with webui.queue_lock:
         assert fit(host, jobs) == ""
-        merging.stop(jobs)
+        stop_job(jobs)
         assert ended(jobs).outcome == "stopped"
     assert snapshot(root) == before
-    assert not isinstance(jobs.last.standing.result, Outcome)
+    assert not isinstance(jobs.last.standing.result, PanelOutcome)

@@ -1,4 +1,4 @@
-"""The tab as a whole: panels put together, and their events."""
+"""The tab as a whole: its panels and their events."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
 
 
 def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Blocks:
-    """The tab's page.
+    """Builds the tab's page.
 
     Args:
         host: the WebUI, or the folder of the app.
-        jobs: those to show and start; by default the process's.
-        settings: of the `gr.Blocks`, for a page of its own.
+        jobs: the jobs to show and start; by default those of the process.
+        settings: arguments of the `gr.Blocks`, for a standalone page.
     """
     with gr.Blocks(analytics_enabled=False, **settings) as page:
         with gr.Column(elem_id=elem_id("tab")):
@@ -46,13 +46,13 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
 
 
 def list_devices() -> list[str]:
-    """What can be computed on here."""
+    """Returns the names of the devices that can be chosen."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return ["auto", "cpu", *(f"cuda:{number}" for number in range(count))]
 
 
 def _build(host: Host, jobs: Jobs) -> Wiring:
-    """All panels, each where it stands on the page."""
+    """Builds all panels, each in its place on the page."""
     names = list(host.checkpoints())
     with gr.Tabs(elem_id=elem_id("tabs")):
         with gr.Tab("Merge", elem_id=elem_id("merge_tab")), gr.Row(elem_id=elem_id("columns")):

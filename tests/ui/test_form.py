@@ -9,16 +9,8 @@ from at_the_tab import FORM, NAMES
 from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe
-from hyper_merge.ui.form import (
-    BASE_AVERAGE,
-    EXACT_CHOICES,
-    LABELS,
-    PRESETS,
-    VAE_CHOICES,
-    Form,
-    form_of,
-    recipe_of,
-)
+from hyper_merge.ui.form import Form, form_of, recipe_of
+from hyper_merge.ui.form_fields import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
 
 
 @pytest.fixture
@@ -85,9 +77,9 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"tolerance": 5}, "Tolerance: expected a number from 0 to 1, got the number 5"),
         ({"seed": -1.0}, "Seed: expected a whole number from 0 to .*, got the number -1"),
         ({"seed": None}, "Seed: expected .* got nothing"),
-        ({"dtype": "float8"}, "Stored precision: expected one of float16, bfloat16, float32"),
-        ({"dtype": None}, "Stored precision: expected one of"),
-        ({"lora_dtype": "fp8"}, "Stored precision of the LoRAs: expected one of same, float16"),
+        ({"dtype": "float8"}, "Precision: expected one of float16, bfloat16, float32"),
+        ({"dtype": None}, "Precision: expected one of"),
+        ({"lora_dtype": "fp8"}, "Precision of the LoRAs: expected one of same, float16"),
         ({"device": "gpu"}, "Device: expected auto, cpu, cuda or cuda:N"),
         ({"device": None}, "Device: expected"),
         ({"vae": "none of them"}, 'VAE: expected one of first, average, got "none of them"'),
@@ -154,7 +146,7 @@ def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
         topup="95%",
         separate=False,
         fit_weights="1, 2, 1",
-        allocation="where they bring back most",
+        allocation="adaptive, where they explain most",
         layer_weights="relative to each layer's size",
     )
     assert found.topup == PrivateLoraTarget(share=0.95)

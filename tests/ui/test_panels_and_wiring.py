@@ -14,7 +14,8 @@ from fake_webui import EXTENSION, installed
 from hyper_merge.hosts.job_queue import BusyError, process_jobs
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.ui.element_ids import PREFIX
-from hyper_merge.ui.form import PRESETS, Form
+from hyper_merge.ui.form import Form
+from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.handlers.picker import ALL_FOLDERS
 from hyper_merge.ui.panels.history import build_history
@@ -26,7 +27,7 @@ from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.tab import build_tab, list_devices
 
-UNEXPECTED = "An unexpected error; the log has all of it: MemoryError: no room for a table"
+UNEXPECTED = "Unexpected error; see the log for details: MemoryError: no room for a table"
 FAILING = {
     "show_plan",
     "start_merge",
@@ -39,7 +40,11 @@ FAILING = {
     "ask_to_delete_run",
     "save_run_styles",
 }
-ARGUMENTS = {"show_plan": ["", *values()], "start_forecast": values(), "add_folder": [[], ALL_FOLDERS]}
+ARGUMENTS = {
+    "show_plan": ["", *values()],
+    "start_forecast": values(),
+    "add_folder": [[], ALL_FOLDERS],
+}
 
 
 class Busy:
@@ -167,7 +172,15 @@ def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run, strict):
     for fn, inputs, outputs in functions(page):
         fill(fn, inputs, outputs)
         checked.add(name_of(fn))
-    assert {"show_plan", "start_merge", "watch_job_in_both_tabs", "show_merge_result", "show_run", "copy_settings", "delete_confirmed_run"} <= checked
+    assert {
+        "show_plan",
+        "start_merge",
+        "watch_job_in_both_tabs",
+        "show_merge_result",
+        "show_run",
+        "copy_settings",
+        "delete_confirmed_run",
+    } <= checked
     assert len(checked) >= 20
 
 
@@ -226,7 +239,7 @@ def test_copied_settings_reach_the_widgets_of_their_names(root, run):
     assert by_id[f"{PREFIX}_name"] == "mix"
     assert by_id[f"{PREFIX}_ranks"] == "4, 2"
     assert by_id[f"{PREFIX}_iterations"] == 3
-    assert "are in the form" in by_id[f"{PREFIX}_run_outcome"]
+    assert "were copied to the form" in by_id[f"{PREFIX}_run_outcome"]
 
 
 def test_no_event_is_part_of_a_public_api_or_hides_what_it_changes(some_host):
@@ -275,7 +288,11 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
     ended(process_jobs())
     webui.load_scripts()
     page = webui.create_ui()
-    watched = [inspect.unwrap(fn).args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch_job_in_both_tabs"]
+    watched = [
+        inspect.unwrap(fn).args[0]
+        for fn, _, _ in functions(page)
+        if name_of(fn) == "watch_job_in_both_tabs"
+    ]
     assert watched
     assert all(jobs.last is job for jobs in watched)
     assert webui.errors.reports == []

@@ -1,4 +1,4 @@
-"""The form held against the files and the folders, and a name where it has none."""
+"""The form checked against files and folders, under a suggested name if it has none."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hyper_merge.ui.form import Form, recipe_of
 
 
 def prepare_merge(host: Host, form: Form) -> tuple[Preflight, Place]:
-    """The form, held against the files and the folders.
+    """Checks the form against files and folders, and finds a free name.
 
     Raises:
-        HyperMergeError: it cannot be merged like this.
+        HyperMergeError: these checkpoints cannot be merged with these settings.
     """
     return with_free_name(preflight_form(host, form), host.folders(), named=has_name(form))
 
 
 def preflight_form(host: Host, form: Form) -> Preflight:
-    """The form, held against the files alone; under the suggested name where it has none.
+    """Checks the form against the files alone, under the suggested name if it has none.
 
     Raises:
-        HyperMergeError: it cannot be merged like this.
+        HyperMergeError: these checkpoints cannot be merged with these settings.
     """
     _require_two(form)
     if not has_name(form):
@@ -35,12 +35,11 @@ def preflight_form(host: Host, form: Form) -> Preflight:
 
 
 def has_name(form: Form) -> bool:
-    """Whether the form has a name of its own."""
+    """Returns whether a name was entered."""
     return bool((form.name or "").strip())
 
 
 def _require_two(form: Form) -> None:
     count = len(form.checkpoints or [])
     if count < 2:
-        picked = "one is picked" if count else "none is picked"
-        raise RecipeError(f"A merge takes two checkpoints or more; {picked}.")
+        raise RecipeError(f"A merge needs two or more checkpoints; {count or 'none'} picked.")

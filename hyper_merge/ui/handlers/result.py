@@ -1,8 +1,8 @@
-"""Showing what a run made: figures, prompts, styles.
+"""Handlers of the panel that shows a run: figures, prompt tags, styles.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hyper_merge.ui.html.runs import format_run_summary, format_run_table
 from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot
 
 NOTHING: Final = ("", *(gr.update(),) * 12)
-"""Values of the panel's widgets that leave all but its message as they are."""
+"""Values that clear the panel's message and leave its other widgets as they are."""
 
 
 def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
-    """A run in the result panel: values of its widgets, in their order."""
+    """Returns the values of the panel's widgets, in their order, for a run."""
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
@@ -50,10 +50,12 @@ def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
 
 
 def explain_sent_prompt(name: str, title: str) -> str:
-    """What is left to do after the prompt was sent, where the host cannot select the hyper-model."""
+    """Returns what is left to do after sending the prompt, if the host cannot select the hyper-model."""
     if title:
         return ""
-    text = f"Select the hyper-model of {name} in the checkpoint menu yourself: by name it is not unique."
+    text = (
+        f"Please select the hyper-model of {name} in the checkpoint menu: its name is not unique."
+    )
     return format_message("info", text)
 
 
@@ -67,15 +69,17 @@ def save_run_styles(host: Host, name: str) -> str:
         return format_message("bad", str(error))
     return format_message(
         "good",
-        f"{len(styles)} styles are saved, {run.name}: … Pick one in txt2img.",
+        f"Saved {len(styles)} styles, named {run.name}: … Pick one in txt2img.",
     )
 
 
 def remove_run_styles(host: Host, name: str) -> str:
-    """Removes the styles of a run again."""
+    """Removes the styles of a run."""
     try:
         names = set(styles_of(load_run(host.folders(), name))) & host.styles()
         host.remove_styles(names)
     except HyperMergeError as error:
         return format_message("bad", str(error))
-    return format_message("good", f"{len(names)} styles are removed." if names else "No styles.")
+    return format_message(
+        "good", f"Removed {len(names)} styles." if names else "No styles to remove."
+    )

@@ -1,4 +1,4 @@
-"""The panels with host and jobs, and the answers that several events share."""
+"""The panels with host and jobs, and the events that several panels share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
 
 Trigger = Callable[..., Any]
-"""Such as `button.click`, or `event.then`."""
+"""A method such as `button.click` or `event.then`."""
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
 SELECT = "(title) => { hyperMerge.select(title); return []; }"
@@ -42,7 +42,7 @@ _REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 
 @dataclass(frozen=True)
 class Wiring:
-    """What events need. Each method wires one answer to a trigger, and returns the event."""
+    """Everything that events need. Each method wires a handler to a trigger and returns the event."""
 
     host: Host
     jobs: Jobs
@@ -61,24 +61,24 @@ class Wiring:
         fn: Callable[..., Any],
         inputs: Sequence[Any],
         outputs: Sequence[Any],
-        said: Any = None,
+        message: Any = None,
         code: str = "",
     ) -> Any:
-        """A quick answer.
+        """Wires a quick handler.
 
         Args:
-            trigger: what it answers.
-            fn: the handler; an error of its own is logged and said.
+            trigger: the event that it answers.
+            fn: the handler; an unexpected error in it is logged and shown.
             inputs: widgets.
             outputs: widgets, one per value.
-            said: where an error is said; None for the message of the panel with the button.
+            message: widget that shows an unexpected error; None for the message of the tab "Merge".
             code: as for `in_python`.
         """
-        answer, widgets = guarded(fn, outputs, said or self.run.message, self.host.log)
+        answer, widgets = guarded(fn, outputs, message or self.run.message, self.host.log)
         return in_python(trigger, answer, inputs, widgets, code=code)
 
     def list_checkpoints(self, trigger: Trigger) -> Any:
-        """The host's list as it is now."""
+        """Reads the host's list of checkpoints again."""
         return self.on(
             trigger,
             functools.partial(list_checkpoints, self.host),
@@ -87,25 +87,25 @@ class Wiring:
         )
 
     def plan(self, trigger: Trigger) -> Any:
-        """What is picked, and what a merge of it will take."""
+        """Describes the picked checkpoints and their merge."""
         run, groups = self.run, in_order(self.picker.groups)
         return self.on(
             trigger,
             functools.partial(show_plan, self.host),
             [groups[0], *in_order(self.form)],
-            [self.picker.table, self.run.plan, self.form.name, run.curve, run.look, *groups],
-            said=run.plan,
+            [self.picker.table, self.run.plan, self.form.name, run.curve, run.forecast, *groups],
+            message=run.plan,
         )
 
     def list_runs(self, trigger: Trigger) -> Any:
-        """Earlier runs, and the cache; the tab "Use" with what it offers of them."""
+        """Reads the list of runs again, in the tabs "Use" and "Runs", and the size of the cache."""
         listed = in_order(self.use.listed)
         self.on(
             trigger,
             functools.partial(list_usable_runs, self.host),
             [*listed[:2], *listed[5:]],
             listed,
-            said=self.use.message,
+            message=self.use.message,
         )
         panel = self.history
         return self.on(
@@ -113,17 +113,17 @@ class Wiring:
             functools.partial(history.list_earlier_runs, self.host),
             [panel.run, panel.other],
             [panel.table, panel.run, panel.other, panel.cache],
-            said=panel.outcome,
+            message=panel.outcome,
         )
 
     def show(self, trigger: Trigger, fn: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-        """A run in the result panel, from a handler that gives all that it shows."""
+        """Shows a run in the result panel, by a handler that returns all values of its widgets."""
         return self.on(
-            trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
+            trigger, fn, inputs, in_order(self.result.shown), message=self.result.shown.empty
         )
 
     def watch(self, trigger: Trigger, panel: Panel | None = None) -> Any:
-        """The job that runs, until it ends; in the panel too that began it."""
+        """Follows the running job until it ends, also in the panel that started it."""
         outputs = [
             *(self.run.status, self.run.stop, self.run.message),
             *(self.use.status, self.use.stop, self.use.message),
@@ -137,16 +137,16 @@ class Wiring:
         return in_python(trigger, answers, [], outputs, queued=True)
 
     def show_outcome(self, event: Any) -> Any:
-        """After a job: what it gave, all lists that hold something new, and the form looked at again."""
+        """Shows the result of a job, and reads all lists and the plan again."""
         outcomes = self.use.outcomes
-        told = self.on(
+        outcome = self.on(
             event.then,
             functools.partial(show_outcome, self.jobs),
             [outcomes.seen],
             in_order(outcomes),
-            said=self.use.message,
+            message=self.use.message,
         )
-        in_browser(told.then, _REFRESH_FILES, [outcomes.wrote])
+        in_browser(outcome.then, _REFRESH_FILES, [outcomes.wrote])
         shown = self.show(
             event.then, functools.partial(show_merge_result, self.host, self.jobs), []
         )

@@ -1,4 +1,4 @@
-"""Events of the form: picking, planning, merging; and what a page asks for when it opens."""
+"""Events of the tab "Merge": picking, planning, merging; and of a page that opens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import gradio as gr
 
-from hyper_merge.ui.form import PRESETS
+from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers.forecast import pick_group, start_forecast
 from hyper_merge.ui.handlers.merge import pick_demo_checkpoints, start_demo, start_merge, stop_job
 from hyper_merge.ui.handlers.picker import add_folder, clear_selection, preset_ranks
@@ -14,12 +14,12 @@ from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.common import REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
-_CHANGED = "() => { hyperMerge.replan(); return ''; }"  # what was said of the form before is over
+_CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message about the form before
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
 
 def wire_picker(wires: Wiring) -> None:
-    """The list, the form, and the plan after each of their changes."""
+    """Wires the list, the form, and the plan after each of their changes."""
     picker, form, host = wires.picker, wires.form, wires.host
     refreshed = wires.on(picker.refresh.click, host.refresh, [], [])
     in_browser(wires.list_checkpoints(refreshed.then).then, REPLAN)
@@ -43,14 +43,14 @@ def wire_picker(wires: Wiring) -> None:
 
 
 def wire_run(wires: Wiring) -> None:
-    """Merge, the look before it, Stop, and the demo's checkpoints."""
+    """Wires Merge, the forecast, Stop, and the demo's checkpoints."""
     run, form, host, jobs = wires.run, wires.form, wires.host, wires.jobs
     start = functools.partial(start_merge, host, jobs)
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
     wires.show_outcome(wires.watch(started.then))
-    look = functools.partial(start_forecast, host, jobs)
-    looked = wires.on(run.look.click, look, in_order(form), [run.message])
-    wires.show_outcome(wires.watch(looked.then))
+    forecast = functools.partial(start_forecast, host, jobs)
+    begun = wires.on(run.forecast.click, forecast, in_order(form), [run.message])
+    wires.show_outcome(wires.watch(begun.then))
     wires.on(run.stop.click, functools.partial(stop_job, jobs), [], [run.message])
     make = functools.partial(start_demo, host, jobs)
     begun = wires.on(wires.picker.demo.click, make, [], [run.message])
@@ -64,7 +64,7 @@ def wire_run(wires: Wiring) -> None:
 
 
 def wire_page(page: gr.Blocks, wires: Wiring) -> None:
-    """What a page asks for when it opens: the lists as they are now, and the job that runs."""
+    """Wires what a page asks for when it opens: current lists, and the running job."""
     wires.plan(wires.list_checkpoints(page.load).then)
     wires.list_runs(page.load)
     wires.show_outcome(wires.watch(page.load))

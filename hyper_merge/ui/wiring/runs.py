@@ -1,4 +1,4 @@
-"""Events of what was made: its prompts and styles; earlier runs, and the cache."""
+"""Events of the panel that shows a run, and of the tab "Runs"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPEN_MERGE = "() => { hyperMerge.openTab(0); return []; }"
 
 
 def wire_result(wires: Wiring) -> None:
-    """Prompts and styles of the run that is shown."""
+    """Wires the prompt tags and styles of the run that is shown."""
     panel, shown, host = wires.result, wires.result.shown, wires.host
     in_browser(shown.checkpoint.change, _PROMPT, [shown.checkpoint, shown.prompts], [shown.prompt])
     in_browser(panel.copy.click, _COPY, [shown.prompt])
@@ -41,7 +41,7 @@ def wire_result(wires: Wiring) -> None:
 
 
 def wire_history(wires: Wiring) -> None:
-    """Earlier runs: open, copy, compare, delete; and the cache."""
+    """Wires opening, copying and comparing earlier runs, and the cache."""
     panel, host = wires.history, wires.host
     wires.list_runs(panel.refresh.click)
     opened = wires.show(panel.open.click, functools.partial(show_run, host), [panel.run])
@@ -66,12 +66,12 @@ def wire_history(wires: Wiring) -> None:
 
 
 def wire_deletion(wires: Wiring) -> None:
-    """Deleting a run: asked first, and then the one that was asked about."""
+    """Wires deleting a run, which lists its files and asks first."""
     panel, host = wires.history, wires.host
-    asking = [panel.outcome, panel.confirm, panel.cancel, panel.asked]
+    asking = [panel.outcome, panel.confirm, panel.cancel, panel.to_delete]
     ask = functools.partial(history.ask_to_delete_run, host, wires.jobs)
     wires.on(panel.delete.click, ask, [panel.run], asking, panel.outcome)
     delete = functools.partial(history.delete_confirmed_run, host, wires.jobs)
-    deleted = wires.on(panel.confirm.click, delete, [panel.asked], asking, panel.outcome)
+    deleted = wires.on(panel.confirm.click, delete, [panel.to_delete], asking, panel.outcome)
     in_browser(wires.list_runs(deleted.then).then, REFRESH_STYLES)
     wires.on(panel.cancel.click, history.cancel_deletion, [], asking, panel.outcome)

@@ -1,4 +1,4 @@
-"""Events of the tab "Use": its run, its sliders, and the jobs that it begins."""
+"""Events of the tab "Use": its run, its sliders, and the jobs that it starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHARES = "(run, _, name) => [run, hyperMerge.shares(), name]"
 
 
 def wire_use(wires: Wiring) -> None:
-    """The run, and what needs no job."""
+    """Wires the run, and everything that needs no job."""
     use, host = wires.use, wires.host
     listed, outcomes = use.listed, use.outcomes
     refreshed = wires.on(use.refresh.click, host.refresh, [], [], use.message)
@@ -47,12 +47,12 @@ def wire_use(wires: Wiring) -> None:
         [*in_order(listed)[2:7], *in_order(outcomes)[:7]],
         use.message,
     )
-    for button, what in ((use.mix.equal, "equal"), (use.mix.reset, "reset")):
-        in_browser(button.click, _MIX % what)
-    shown = [listed.run, listed.title]
-    _prompt(wires, "mix", use.mix, use.mix.tags, (explain_sent_prompt, shown))
-    shown = [outcomes.fitted, outcomes.title]
-    _prompt(wires, "fit", use.fit, outcomes.tags, (explain_sent_fit, shown))
+    for button, mode in ((use.mix.equal, "equal"), (use.mix.reset, "reset")):
+        in_browser(button.click, _MIX % mode)
+    mix_run = [listed.run, listed.title]
+    _wire_tags(wires, "mix", use.mix, use.mix.tags, explain_sent_prompt, mix_run)
+    fit_run = [outcomes.fitted, outcomes.title]
+    _wire_tags(wires, "fit", use.fit, outcomes.tags, explain_sent_fit, fit_run)
     save = functools.partial(save_fit_style, host)
     saved = wires.on(
         use.fit.save_style.click, save, [outcomes.fitted], [use.fit.note], use.fit.note
@@ -61,43 +61,52 @@ def wire_use(wires: Wiring) -> None:
 
 
 def wire_use_jobs(wires: Wiring) -> None:
-    """What takes its time, and Stop."""
+    """Wires the jobs, and Stop."""
     use, more, run = wires.use, wires.use.more, wires.use.listed.run
     listed, mix, fit = use.listed, use.mix, use.fit
-    asked = [run, listed.fitted, fit.topup, fit.name, fit.replace]
-    _job(wires, "fit", fit.fit, start_fit, asked)
-    _job(wires, "fit", fit.absorb, start_extension, [run, listed.fitted, fit.name])
+    inputs = [run, listed.fitted, fit.topup, fit.name, fit.replace]
+    _wire_job(wires, "fit", fit.fit, start_fit, inputs)
+    _wire_job(wires, "fit", fit.absorb, start_extension, [run, listed.fitted, fit.name])
     for button in (fit.fit, fit.absorb):
         wires.on(button.click, hide_fit_tags, [], [use.outcomes.tags_group], use.message)
-    asked = [run, mix.shares, mix.name]
-    _job(wires, "mix", mix.write, start_mixture, asked, _SHARES)
-    asked = [run, listed.restored, more.restore_dtype, more.restore_name]
-    _job(wires, "restore", more.restore, start_restore, asked)
-    asked = [run, listed.exported, more.export_rank, more.export_replace]
-    _job(wires, "export", more.export, start_export, asked)
-    _job(wires, "safe", more.safe, start_deletable_check, [run, more.threshold])
-    asked = [listed.base, listed.turned, more.extract_rank, more.extract_name]
-    _job(wires, "extract", more.extract, start_extraction, asked)
+    inputs = [run, mix.shares, mix.name]
+    _wire_job(wires, "mix", mix.write, start_mixture, inputs, _SHARES)
+    inputs = [run, listed.restored, more.restore_dtype, more.restore_name]
+    _wire_job(wires, "restore", more.restore, start_restore, inputs)
+    inputs = [run, listed.exported, more.export_rank, more.export_replace]
+    _wire_job(wires, "export", more.export, start_export, inputs)
+    _wire_job(wires, "safe", more.safe, start_deletable_check, [run, more.threshold])
+    inputs = [listed.base, listed.target, more.extract_rank, more.extract_name]
+    _wire_job(wires, "extract", more.extract, start_extraction, inputs)
     stop = functools.partial(stop_job, wires.jobs)
     wires.on(use.stop.click, stop, [], [use.message], use.message)
 
 
-def _prompt(
+def _wire_tags(
     wires: Wiring,
     name: str,
     panel: MixPanel | FitPanel,
     tags: Any,
-    sent: tuple[Callable[..., str], list[Any]],
+    explain: Callable[..., str],
+    run: list[Any],
 ) -> None:
-    """Tags that are copied, or sent; `sent` says what is left to do, of run and title."""
-    say, shown = sent
+    """Wires the buttons that copy and send prompt tags.
+
+    Args:
+        wires: the tab.
+        name: first part of the ids of the panel's box and button.
+        panel: the panel with the buttons.
+        tags: the box of tags.
+        explain: says what is left to do after sending.
+        run: the widgets that hold the run and the title of its hyper-model.
+    """
     in_browser(panel.copy.click, _COPY % f"{name}_", [tags])
-    in_browser(panel.send.click, SELECT, shown[1:])
-    wires.on(panel.send.click, say, shown, [panel.note], panel.note)
+    in_browser(panel.send.click, SELECT, run[1:])
+    wires.on(panel.send.click, explain, run, [panel.note], panel.note)
     wires.host.connect_send(panel.send, tags)
 
 
-def _job(
+def _wire_job(
     wires: Wiring,
     panel: Panel,
     button: Any,
@@ -105,8 +114,8 @@ def _job(
     inputs: Sequence[Any],
     code: str = "",
 ) -> None:
-    """A button that begins a job: refusals, progress and outcome are said below it."""
-    said = getattr(wires.use.outcomes, panel)
+    """Wires a button that starts a job; refusals, progress and result appear below it."""
+    outcome = getattr(wires.use.outcomes, panel)
     begin = functools.partial(start, wires.host, wires.jobs)
-    started = wires.on(button.click, begin, inputs, [said], said, code)
+    started = wires.on(button.click, begin, inputs, [outcome], outcome, code)
     wires.show_outcome(wires.watch(started.then, panel))

@@ -134,9 +134,9 @@ def test_prompts_are_lines_and_seeds_are_numbers():
         ({"checkpoints": None}, "expected a checkpoint"),
         ({"checkpoints": ["a", "/etc/passwd"]}, "has no checkpoint /etc/passwd"),
         ({"prompts": " \n"}, "expected a prompt"),
-        ({"prompts": "x" * 3000}, "at most 2000 letters"),
-        ({"sampler": "Magic"}, "one of the samplers of the list, got 'Magic'"),
-        ({"sampler": None}, "one of the samplers of the list"),
+        ({"prompts": "x" * 3000}, "at most 2000 characters"),
+        ({"sampler": "Magic"}, "expected a sampler of the list, got 'Magic'"),
+        ({"sampler": None}, "expected a sampler of the list"),
         ({"steps": None}, "steps: expected a number, got nothing"),
         ({"width": 65}, "width: expected a multiple of 8"),
         ({"seeds": "one"}, 'seeds: expected whole numbers, such as "1, 2", got "one"'),
@@ -219,7 +219,7 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
 def test_where_nothing_was_merged_or_drawn_it_says_what_this_is_for(host, run, monkeypatch):
     monkeypatch.setattr(type(host), "atelier", lambda self: GeneratorInfo(problem="get a brush"))
     *_, shown = list_comparisons(host, *LISTS)
-    assert "See what comes back" in words(shown)
+    assert "Compare pictures" in words(shown)
     assert "get a brush" in words(shown)
     assert "get a brush" in words(start_comparison(host, None, *values()))
 
@@ -228,7 +228,7 @@ def test_no_runs_is_no_error(host):
     run, checkpoints, earlier, shown = list_comparisons(host, *LISTS)
     assert run["choices"] == checkpoints["choices"] == earlier["choices"] == []
     assert earlier["visible"] is False
-    assert "See what comes back" in words(shown)
+    assert "Compare pictures" in words(shown)
     assert choose_compared_run(host, None)[2] == ""
     assert show_comparison(host, None, None) == ""
 

@@ -50,7 +50,7 @@ def test_a_look_writes_nothing_but_the_cache(host, jobs, root):
 
 def test_a_look_at_one_checkpoint_is_refused(host, jobs):
     said = start_forecast(host, jobs, *values(checkpoints=NAMES[:1]))
-    assert "two checkpoints or more" in words(said)
+    assert "two or more checkpoints" in words(said)
     assert jobs.last is None
 
 
@@ -76,14 +76,14 @@ def test_the_curve_stays_without_a_mark_while_a_size_is_half_typed(host):
 def test_the_outlook_is_another_where_differences_count_otherwise(host):
     plain, relative = (
         tasks.known_forecast(host, examined(host, layer_weights=how)).shared
-        for how in ("as they are", "relative to each layer's size")
+        for how in ("unweighted", "relative to each layer's size")
     )
     assert plain != relative
 
 
 @pytest.mark.usefixtures("looked")
 def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
-    preflight = examined(host, layer_weights="as they are")
+    preflight = examined(host, layer_weights="unweighted")
     found = tasks.known_forecast(host, preflight)
     point = make_plan(preflight, Progress(), host.folders()).asked
     torch.testing.assert_close(

@@ -44,7 +44,7 @@ def test_what_is_picked_stays_unless_it_is_gone(host, two):
 
 def test_where_nothing_was_merged_the_list_says_so(host):
     table, run, other, _ = history.list_earlier_runs(host, "mix", None)
-    assert words(table) == "No merge was made here yet."
+    assert words(table) == "There are no runs yet."
     assert run["choices"] == []
     assert run["value"] is other["value"] is None
 
@@ -65,7 +65,7 @@ def test_a_damaged_run_is_named_among_the_others(host, two, root):
 def test_the_settings_of_a_run_come_back_into_the_form(host, jobs, run):
     *copied, said = history.copy_settings(host, run)
     assert copied == values(save_styles=False)  # the app has none
-    assert (kinds(said), words(said)) == (["good"], "The settings of mix are in the form.")
+    assert (kinds(said), words(said)) == (["good"], "The settings of mix were copied to the form.")
     again = start_merge(host, jobs, *copied)
     assert "this very merge" in words(again)
 
@@ -111,7 +111,7 @@ def test_checkpoints_of_one_run_only_are_said_to_be_so(host, run, jobs):
     start_merge(host, jobs, *values(name="two", checkpoints=NAMES[:2], ranks="2"))
     assert ended(jobs).message == ""
     text = words(history.compare_runs(host, "mix", "two"))
-    assert text.endswith("not in it")
+    assert text.endswith("not included")
     assert "Explained, c" in text
 
 
@@ -123,10 +123,10 @@ def test_deleting_asks_first_and_names_every_file(host, run, root, jobs):
     assert confirm["visible"] is cancel["visible"] is True
     gone = {name for name in before if "mix" in name}
     assert all(str(root / name) in words(said) for name in gone)
-    assert words(said).startswith(f"Deleting the run mix removes these {len(gone)} files:")
+    assert words(said).startswith(f"Deleting the run mix removes {len(gone)} files:")
     said, confirm, cancel, asked = history.delete_confirmed_run(host, jobs, asked)
     assert asked == ""
-    assert (kinds(said), words(said)) == (["good"], f"{len(gone)} files of mix are deleted.")
+    assert (kinds(said), words(said)) == (["good"], f"Deleted {len(gone)} files of mix.")
     assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root).keys() == before.keys() - gone
     assert list(host.checkpoints()) == NAMES
@@ -165,7 +165,7 @@ def test_a_runs_styles_go_with_it_and_others_stay(webui, run, jobs):
     save_run_styles(host, run)
     host.save_styles({"other: a": "{prompt} <lora:other_0-4:1.0>"})
     said, *_ = history.ask_to_delete_run(host, jobs, run)
-    assert " files and 3 styles:" in words(said)
+    assert " files and 3 prompt styles:" in words(said)
     assert len(host.styles()) == 4
     said, *_ = history.delete_confirmed_run(host, jobs, run)
     assert kinds(said) == ["good"]

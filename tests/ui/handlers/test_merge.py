@@ -27,7 +27,7 @@ from hyper_merge.ui.handlers.merge import (
     start_demo,
     start_merge,
     stop_job,
-    watch_merge,
+    watch_job,
 )
 from hyper_merge.ui.handlers.picker import show_plan
 
@@ -70,14 +70,14 @@ def no_thread():
 
 def last_words(jobs):
     """What the page shows once the job has ended."""
-    status, button, _ = list(watch_merge(jobs))[-1]
+    status, button, _ = list(watch_job(jobs))[-1]
     assert button["interactive"] is False
     return status
 
 
 def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     assert start_merge(host, jobs, *values()) == ""
-    seen = [status for status, *_ in watch_merge(jobs)]
+    seen = [status for status, *_ in watch_job(jobs)]
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
     assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
@@ -132,9 +132,9 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoints": []}, "A merge takes two checkpoints or more; none is picked."),
-        ({"checkpoints": None}, "A merge takes two checkpoints or more; none is picked."),
-        ({"checkpoints": NAMES[:1]}, "A merge takes two checkpoints or more; one is picked."),
+        ({"checkpoints": []}, "A merge needs two or more checkpoints; none picked."),
+        ({"checkpoints": None}, "A merge needs two or more checkpoints; none picked."),
+        ({"checkpoints": NAMES[:1]}, "A merge needs two or more checkpoints; 1 picked."),
         ({"checkpoints": ["/etc/passwd", NAMES[0]]}, "/etc/passwd is no longer in the list"),
         ({"ranks": "x"}, 'Ranks: item 1: expected a whole number from 1 to 4096, got "x"'),
         ({"ranks": ""}, "Ranks: expected a list of whole numbers"),
@@ -204,7 +204,7 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
     start_merge(host, jobs, *values())
     said = last_words(jobs)
     assert kinds(said) == ["bad"]
-    assert words(said).startswith("Not made: ")
+    assert words(said).startswith("Failed: ")
     assert "make room" in words(said)
     assert snapshot(root) == before
 
@@ -233,14 +233,14 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_said(
     start_merge(host, jobs, *values())
     said = last_words(jobs)
     assert kinds(said) == ["bad"]
-    assert words(said).startswith("Not made: ")
+    assert words(said).startswith("Failed: ")
     assert message in words(said)
     assert not (checkpoints / "mix.safetensors").exists()
     assert not temporaries(checkpoints.parent)
 
 
 def test_a_warning_is_shown_with_the_outcome(host, jobs):
-    start_merge(host, jobs, *values(ranks="40", allocation="the same in every layer"))
+    start_merge(host, jobs, *values(ranks="40", allocation="even, the same in every layer"))
     said = last_words(jobs)
     assert kinds(said) == ["good", "info"]
     assert "rank 40 is capped in " in words(said)
@@ -263,7 +263,7 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
     before = snapshot(root)
     start_merge(host, jobs, *values())
     until(lambda: endless)
-    following = watch_merge(jobs)
+    following = watch_job(jobs)
     status, button, message = next(following)
     assert unchanged(message)
     assert "mix: " in words(status)
@@ -284,18 +284,18 @@ def test_where_nothing_runs_stop_says_so(host, jobs):
 
 
 def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, jobs, endless):
-    ((status, button, message),) = watch_merge(jobs)
+    ((status, button, message),) = watch_job(jobs)
     assert unchanged(message)
     assert (status, button["interactive"]) == ("", False)
     start_merge(host, jobs, *values())
     until(lambda: endless)
-    first, second = watch_merge(jobs), watch_merge(jobs)
+    first, second = watch_job(jobs), watch_job(jobs)
     assert next(first)[0].startswith('<div class="hm-progress"')
     assert next(second)[0].startswith('<div class="hm-progress"')
     first.close()
     stop_job(jobs)
     assert kinds(list(second)[-1][0]) == ["info"]
-    status, _, message = next(watch_merge(jobs))
+    status, _, message = next(watch_job(jobs))
     assert kinds(status) == ["info"]
     assert unchanged(message)
 
@@ -311,7 +311,7 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         standing = property(lambda self: standings.pop(0))
 
     monkeypatch.setattr(jobs, "_known", [Job()])
-    (status, button, _), _ = watch_merge(jobs)
+    (status, button, _), _ = watch_job(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False
 
@@ -324,7 +324,7 @@ def test_an_unexpected_error_shows_one_line_and_is_in_the_apps_log_in_full(
         said = last_words(jobs)
     assert kinds(said) == ["bad"]
     assert words(said).endswith(
-        "the log has all of it: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+        "see the log for details: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
     )
     assert "in deep_inside" in caplog.text
     assert "at layer 7" in caplog.text
@@ -371,7 +371,7 @@ def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
         start_merge(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        status, button, _ = next(watch_merge(jobs))
+        status, button, _ = next(watch_job(jobs))
         assert "mix: waiting for the queue, 0%" in words(status)
         assert button["interactive"] is True
         assert endless == []
@@ -446,7 +446,7 @@ def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, 
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
     _, said, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
-    assert "in place of" in words(said)
+    assert "instead of" in words(said)
     assert all(map(unchanged, show_merge_result(host, jobs)))
 
 

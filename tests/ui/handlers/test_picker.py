@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
-from hyper_merge.ui.form import BASE_AVERAGE
+from hyper_merge.ui.form_fields import BASE_AVERAGE
 from hyper_merge.ui.handlers.picker import (
     ALL_FOLDERS,
     TOP_FOLDER,
-    _row_of,
+    _inspect_file,
     add_folder,
     checkpoint_folders,
     clear_selection,
@@ -39,7 +39,7 @@ def test_the_plan_says_files_sizes_time_and_memory(host):
     text = words(said)
     assert "mix.safetensors" in text
     assert "2 LoRAs mix_0-4" in text
-    assert "in place of 2 MB" in text
+    assert "instead of 2 MB" in text
     assert "of memory" in text
     assert [name in words(table) for name in NAMES] == [True] * 3
     assert "Stable Diffusion 1.x" in words(table)
@@ -77,7 +77,7 @@ def test_where_one_is_picked_one_more_is_asked_for(host):
         ({"iterations": None}, "Iterations: expected a whole number"),
         ({"tolerance": -1}, "Tolerance: expected a number"),
         ({"seed": 0.5}, "Seed: expected a whole number"),
-        ({"dtype": "half"}, "Stored precision: expected one of"),
+        ({"dtype": "half"}, "Precision: expected one of"),
         ({"device": "cuda:99"}, "device cuda:99 was asked for, but"),
         ({"vae": "mine"}, "VAE: expected one of"),
         ({"base": "/etc/passwd"}, "/etc/passwd is no longer in the list; press Refresh"),
@@ -106,9 +106,9 @@ def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeyp
     monkeypatch.setattr(
         "hyper_merge.ui.handlers.merge_request.run_preflight", lambda *args: seen.append(args)
     )
-    _row_of.cache_clear()
+    _inspect_file.cache_clear()
     table, said, *_ = show_plan(host, "", *values(checkpoints=[typed, typed]))
-    _row_of.cache_clear()
+    _inspect_file.cache_clear()
     assert seen == []
     assert "no longer in the list; press Refresh" in words(table)
     assert kinds(said) == ["bad"]
@@ -117,7 +117,7 @@ def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeyp
 def test_the_path_of_a_checkpoint_elsewhere_is_refused_too(host, files):
     table, said, *_ = show_plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
     assert "no longer in the list" in words(table)
-    assert words(said) == "Not all of these can be merged; the table says why."
+    assert words(said) == "Some of these checkpoints cannot be merged; the table says why."
 
 
 def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, checkpoints):
@@ -131,7 +131,7 @@ def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoin
     host = webui.host()
     (checkpoints / "b.safetensors").unlink()
     table, said, *_ = show_plan(host, "", *values())
-    assert "b.safetensorsno longer there; press Refresh" in words(table)
+    assert "b.safetensorsfile not found; press Refresh" in words(table)
     assert "hm-problem" in table
     assert (kinds(said), "table says why" in words(said)) == (["bad"], True)
     host.refresh()
@@ -145,7 +145,7 @@ def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content)
     (checkpoints / "b.safetensors").write_bytes(content)
     table, said, *_ = show_plan(host, "", *values())
     assert table.count("hm-problem") == 1
-    assert words(said) == "Not all of these can be merged; the table says why."
+    assert words(said) == "Some of these checkpoints cannot be merged; the table says why."
 
 
 def test_a_file_cut_short_has_its_problem_in_the_table(host, checkpoints):
@@ -209,7 +209,7 @@ def test_other_ranks_use_the_hyper_model_that_is_there(host, run):
     found, text = told(host, ranks="3")
     assert found == []
     assert "mix.safetensors" in text
-    assert "there already" in text
+    assert "exists already" in text
     assert "1 LoRA mix-2_0-3" in text
 
 

@@ -77,7 +77,7 @@ def test_files_that_are_gone_are_named(host, run, root):
     (root / "Lora/mix_1-2.safetensors").unlink()
     sentence = show_run(host, run)[2]
     assert kinds(sentence) == ["bad"]
-    assert "No longer there: mix_1-2.safetensors. Merge again" in words(sentence)
+    assert "Missing: mix_1-2.safetensors. Merge again" in words(sentence)
 
 
 def test_a_run_of_the_first_version_without_plots_data_is_shown(host, run, root):
@@ -100,7 +100,7 @@ def test_what_the_webui_cannot_select_is_left_to_the_user():
     assert explain_sent_prompt("mix", "mix.safetensors [0123456789]") == ""
     said = explain_sent_prompt("mix", "")
     assert kinds(said) == ["info"]
-    assert words(said).startswith("Select the hyper-model of mix in the checkpoint menu yourself")
+    assert words(said).startswith("Please select the hyper-model of mix in the checkpoint menu")
 
 
 def test_styles_are_saved_and_removed_again(webui, webui_host, run):
@@ -109,14 +109,14 @@ def test_styles_are_saved_and_removed_again(webui, webui_host, run):
     said = save_run_styles(webui_host, run)
     assert (kinds(said), words(said)) == (
         ["good"],
-        "3 styles are saved, mix: … Pick one in txt2img.",
+        "Saved 3 styles, named mix: … Pick one in txt2img.",
     )
     assert webui_host.styles() == {"cinematic", "mix: a", "mix: b", "mix: c"}
     made = webui.prompt_styles.apply_styles_to_prompt("a cat", ["mix: b"])
     assert made == f"a cat, {prompts_of(load_run(webui_host.folders(), run))['b']}"
-    assert words(remove_run_styles(webui_host, run)) == "3 styles are removed."
+    assert words(remove_run_styles(webui_host, run)) == "Removed 3 styles."
     assert webui_host.styles() == {"cinematic"}
-    assert words(remove_run_styles(webui_host, run)) == "No styles."
+    assert words(remove_run_styles(webui_host, run)) == "No styles to remove."
 
 
 def test_styles_of_the_users_own_by_these_names_are_left(webui, webui_host, run):

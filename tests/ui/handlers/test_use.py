@@ -65,7 +65,7 @@ def test_without_a_run_it_says_where_one_is_made(host):
     found = listing(host)
     assert found["run"]["choices"] == []
     assert found["run"]["value"] is None
-    assert "No merge was made here yet" in words(found["about"])
+    assert "There are no runs yet" in words(found["about"])
     assert found["sliders"] == ""
     assert found["fitted"]["choices"] == ["a.safetensors", "b.safetensors", "c.safetensors"]
 
@@ -79,7 +79,7 @@ def test_a_run_has_a_slider_for_every_checkpoint_fitted_ones_too(host, run, fitt
         "a",
     )
     assert found["exported"]["choices"] == ["a", "b", "c"]
-    assert "and later, fitted later" in words(found["about"])
+    assert "and later (fitted later)" in words(found["about"])
 
 
 def test_what_goes_with_the_sliders_adds_up_to_the_tags(host, run, fitted):
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
 
 def test_what_is_left_to_do_after_sending_names_the_run_of_the_fit():
     assert explain_sent_fit('["mix", "d"]', "mix [01]") == ""
-    assert "Select the hyper-model of mix" in words(explain_sent_fit('["mix", "d"]', ""))
+    assert "select the hyper-model of mix" in words(explain_sent_fit('["mix", "d"]', ""))
 
 
 def test_another_run_clears_what_was_said_of_the_last_one(host, run):

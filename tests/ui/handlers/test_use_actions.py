@@ -47,8 +47,8 @@ def fit(host, jobs, **changes):
 
 def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
     found = outcome(jobs, fit(host, jobs))
-    assert "d: the LoRAs of mix bring back" in words(found.said)
-    assert "What remains most, by section" in words(found.said)
+    assert "d: the LoRAs of mix explain" in words(found.html)
+    assert "Sections with the largest losses" in words(found.html)
     assert found.tags == mixture_tags(load_run(host.folders(), "mix"), {"d": 1.0})
     assert (found.fitted, found.wrote) == (("mix", "d"), False)
     assert jobs.last.standing.place == "fit"
@@ -57,7 +57,7 @@ def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
 
 def test_a_fit_with_a_private_lora_has_its_name_and_share(host, jobs, root):
     found = outcome(jobs, fit(host, jobs, topup="2", name="other"))
-    assert "With its private LoRA mix_fit-other-2 (rank 2" in words(found.said)
+    assert "With its private LoRA mix_fit-other-2 (rank 2" in words(found.html)
     assert found.wrote is True
     assert (root / "Lora/mix_fit-other-2.safetensors").exists()
 
@@ -115,9 +115,9 @@ def test_a_new_run_with_one_more_opens_in_the_result(host, jobs, checkpoints, st
 def test_a_checkpoint_comes_back_and_is_measured(host, jobs, checkpoints):
     said = start_restore(host, jobs, "mix", "b", "float32", "")
     found = outcome(jobs, said)
-    assert "Written: b-restored.safetensors in " in words(found.said)
-    assert "float32" in words(found.said)
-    assert "Measured against the original" in words(found.said)
+    assert "Written: b-restored.safetensors in " in words(found.html)
+    assert "float32" in words(found.html)
+    assert "Compared with the original" in words(found.html)
     assert (checkpoints / "b-restored.safetensors").exists()
     assert found.wrote is True
 
@@ -128,7 +128,7 @@ def test_one_whose_original_is_gone_is_not_measured(host, jobs, checkpoints, roo
     (root / "hyper-merge/cache/hashes.json").unlink()  # of the files elsewhere
     said = start_restore(host, jobs, "mix", "b", SAME_PRECISION, "again")
     found = outcome(jobs, said)
-    assert "cannot be measured: b.safetensors is not there" in words(found.said)
+    assert "Not compared with an original: b.safetensors is not there" in words(found.html)
     assert (checkpoints / "again.safetensors").exists()
 
 
@@ -140,7 +140,7 @@ def test_no_file_is_replaced_by_a_restored_one(host, jobs, checkpoints):
     said = start_restore(host, jobs, "mix", "b", SAME_PRECISION, "../out")
     assert words(said).startswith("Name: the path separator")
     said = start_restore(host, jobs, "mix", "b", "int8", "x")
-    assert words(said).startswith("Stored precision: expected")
+    assert words(said).startswith("Precision: expected")
     assert "Pick the checkpoint" in words(
         start_restore(host, jobs, "mix", None, SAME_PRECISION, "")
     )
@@ -150,8 +150,8 @@ def test_no_file_is_replaced_by_a_restored_one(host, jobs, checkpoints):
 def test_a_mixture_is_written(host, jobs, checkpoints):
     shares = json.dumps({"a": 0.5, "b": 0.25, "c": 0})
     found = outcome(jobs, start_mixture(host, jobs, "mix", shares, "half"))
-    assert "The shares add up to 0.75; the hyper-model has the rest, 0.25." in words(found.said)
-    assert "a mixture has no original" in words(found.said)
+    assert "The shares add up to 0.75; the hyper-model has the rest, 0.25." in words(found.html)
+    assert "a mixture has no original" in words(found.html)
     assert (checkpoints / "half.safetensors").exists()
     assert jobs.last.standing.place == "mix"
 
@@ -184,11 +184,11 @@ def test_a_mixture_of_unknown_names_is_refused(host, jobs, checkpoints):
 
 def test_one_lora_for_each_checkpoint_or_for_some(host, jobs, root):
     found = outcome(jobs, start_export(host, jobs, "mix", [], "", False))
-    assert "3 LoRAs written" in words(found.said)
+    assert "3 LoRAs written" in words(found.html)
     assert (root / "Lora/mix_c.safetensors").exists()
     some = outcome(jobs, start_export(host, jobs, "mix", ["b"], "2", True))
-    assert "1 LoRA written" in words(some.said)
-    assert "by cutting ranks" in words(some.said)
+    assert "1 LoRA written" in words(some.html)
+    assert "which cutting ranks costs" in words(some.html)
     said = start_export(host, jobs, "mix", ["b"], "many", True)
     assert words(said).startswith("Rank: expected a whole number")
 
@@ -196,11 +196,11 @@ def test_one_lora_for_each_checkpoint_or_for_some(host, jobs, root):
 def test_what_is_safe_to_delete_is_said_and_deletes_nothing(host, jobs, checkpoints):
     before = snapshot(checkpoints)
     found = outcome(jobs, start_deletable_check(host, jobs, "mix", "1%"))
-    assert "Yes: at least 1 %" in words(found.said)
-    assert "Nothing was deleted" in words(found.said)
+    assert "Yes: the run restores at least 1 %" in words(found.html)
+    assert "Nothing was deleted" in words(found.html)
     assert found.wrote is False
     strict = outcome(jobs, start_deletable_check(host, jobs, "mix", ""))
-    assert "less than 99% comes back" in words(strict.said)
+    assert "less than 99% comes back" in words(strict.html)
     assert snapshot(checkpoints) == before
     assert words(start_deletable_check(host, jobs, "mix", "200%")).startswith("Threshold: expected")
 
@@ -209,8 +209,8 @@ def test_the_lora_from_two_checkpoints_goes_into_the_hosts_folder(webui, jobs, r
     host = webui.host()
     said = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "")
     found = outcome(jobs, said)
-    assert "Written: c-from-a.safetensors" in words(found.said)
-    assert "<lora:c-from-a:1.00000>" in words(found.said)
+    assert "Written: c-from-a.safetensors" in words(found.html)
+    assert "<lora:c-from-a:1.00000>" in words(found.html)
     assert (host.folders().loras / "c-from-a.safetensors").exists()
     assert "c-from-a" in webui.networks.available_networks
 

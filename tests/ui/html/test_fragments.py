@@ -167,8 +167,8 @@ def test_many_vaes_are_told_apart_too():
         ({"outcome": "done", "elapsed": 59.4}, "Done: mix, in 59 s"),
         ({"outcome": "done", "elapsed": 59.6}, "Done: mix, in 1 min 0 s"),
         ({"outcome": "stopped", "message": "stopped; no file was changed"}, "Stopped: no file was changed"),
-        ({"outcome": "refused", "message": "the disk is full"}, "Not made: the disk is full"),
-        ({"outcome": "failed", "message": "KeyError: 1"}, "An unexpected error ended it; the log has all of it: KeyError: 1"),
+        ({"outcome": "refused", "message": "the disk is full"}, "Failed: the disk is full"),
+        ({"outcome": "failed", "message": "KeyError: 1"}, "Unexpected error; see the log for details: KeyError: 1"),
     ],
 )  # fmt: skip
 def test_progress_in_words(now, text):
@@ -205,8 +205,8 @@ def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run,
         format_run_summary(replace(found, report=replace(found.report, rounding=rounding)))
     )
     said = (
-        "AUTOMATIC1111 rounds the weights after each of these LoRAs, which takes back 1.5 % of what"
-        " sets the checkpoints apart. One LoRA per checkpoint is rounded once: under Use, or"
+        "AUTOMATIC1111 rounds the weights after every LoRA, which loses 1.5 % of the checkpoints'"
+        " differences. A single LoRA per checkpoint is rounded only once: make them under Use, or with"
         " hyper-merge export mix"
     )
     assert (said in text) == told

@@ -81,7 +81,7 @@ class PasteButtons:
         self.registered_param_bindings = []
 
     class ParamBinding(SimpleNamespace):
-        def __init__(  # noqa: PLR0917 - the original's order
+        def __init__(
             self,
             paste_button,
             tabname,

@@ -15,7 +15,7 @@ def script_data(webui):
 
 
 class AxisOption:
-    def __init__(  # noqa: PLR0917 - the original's order
+    def __init__(
         self,
         label,
         type,  # noqa: A002

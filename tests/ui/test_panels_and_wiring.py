@@ -79,7 +79,7 @@ def built(some_host):
         result = build_result(some_host)
         use = build_use(some_host)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
-        others = build_run(), result, result.shown, build_history(), use, *parts
+        others = build_run(), result, result.view, build_history(), use, *parts
     return picker, form, presets, *others
 
 
@@ -214,12 +214,11 @@ def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, r
 
 
 def test_a_run_is_shown_in_as_many_widgets_as_it_fills(root, run):
-    (shown,) = [
+    ((fn, outputs),) = [
         (fn, outputs)
         for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
         if name_of(fn) == "show_run"
     ]
-    fn, outputs = shown
     values = fn("mix")
     assert len(values) == len(outputs)
     by_id = {widget.elem_id: value for widget, value in zip(outputs, values, strict=True)}

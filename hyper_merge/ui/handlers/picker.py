@@ -103,24 +103,25 @@ def show_plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
     """
     form = Form(*values)
     listed = host.checkpoints()
-    rows = [(name, _inspect(name, listed)) for name in form.checkpoints or []]
-    hashes = {name: host.known_hash(name) for name, _ in rows}
-    name = suggest_name(form.checkpoints) if rows else ""
-    table, placeholder = format_checkpoints(rows, hashes), gr.update(placeholder=name)
-    problem = _problem([row for _, row in rows])
+    names = form.checkpoints or []
+    files = [_inspect(name, listed) for name in names]
+    hashes = {name: host.known_hash(name) for name in names}
+    name = suggest_name(names) if names else ""
+    table, placeholder = format_checkpoints(names, files, hashes), gr.update(placeholder=name)
+    problem = _problem(files)
     if problem is not None:
-        buttons = update_group_buttons(form.checkpoints or [], None, groups)
+        buttons = update_group_buttons(names, None, groups)
         return (table, problem, placeholder, *NO_CURVE, *buttons)
     plan, plot, forecast = _plan_and_forecast(host, form)
-    buttons = update_group_buttons(form.checkpoints, forecast, groups)
+    buttons = update_group_buttons(names, forecast, groups)
     return (table, plan, placeholder, *plot, *buttons)
 
 
-def _problem(rows: Sequence[InspectedFile]) -> str | None:
+def _problem(files: Sequence[InspectedFile]) -> str | None:
     """Returns why there is no plan; None if there can be one."""
-    if len(rows) < 2:
-        return format_message("info", "Pick one more checkpoint.") if rows else ""
-    if any(row.problem for row in rows):
+    if len(files) < 2:
+        return format_message("info", "Pick one more checkpoint.") if files else ""
+    if any(file.problem for file in files):
         return format_message(
             "bad", "Some of these checkpoints cannot be merged; the table says why."
         )

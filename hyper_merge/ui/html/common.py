@@ -96,37 +96,37 @@ def format_table(
 
 
 def format_checkpoints(
-    rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, str | None]
+    names: Sequence[str], files: Sequence[InspectedFile], hashes: Mapping[str, str | None]
 ) -> str:
     """Returns a table that describes the picked checkpoints.
 
     Args:
-        rows: name in the host's list, and the description of its file.
-        hashes: short SHA-256 by that name, where the host knows it.
+        names: the checkpoints' names in the host's list.
+        files: the descriptions of their files, in the same order.
+        hashes: short SHA-256 by name, where the host knows it.
     """
-    if not rows:
+    if not names:
         return format_message("info", "Pick two or more checkpoints. They are described here.")
-    groups = vae_groups([row for _, row in rows])
-    cells = [
+    rows = [
         (
-            _name_cell(name, row),
-            _text(row.family or ""),
-            format_size(row.size),
-            _text(row.dtype),
-            f"<code>{_text(hashes.get(name) or row.legacy_hash)}</code>",
+            _name_cell(name, file),
+            _text(file.family or ""),
+            format_size(file.size),
+            _text(file.dtype),
+            f"<code>{_text(hashes.get(name) or file.legacy_hash)}</code>",
             _text(vae),
         )
-        for (name, row), vae in zip(rows, groups, strict=True)
+        for name, file, vae in zip(names, files, vae_groups(files), strict=True)
     ]
     head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
-    differ = len({row.vae for _, row in rows if row.vae}) > 1
+    differ = len({file.vae for file in files if file.vae}) > 1
     note = "The VAEs differ. Under Advanced you can choose which one the hyper-model gets."
-    return format_table(head, cells, numeric=(2,)) + (format_hint(note) if differ else "")
+    return format_table(head, rows, numeric=(2,)) + (format_hint(note) if differ else "")
 
 
-def vae_groups(rows: Sequence[InspectedFile]) -> list[str]:
+def vae_groups(files: Sequence[InspectedFile]) -> list[str]:
     """Returns a word per file: `same` if all have one VAE, else a letter for each different one."""
-    vaes = [row.vae for row in rows]
+    vaes = [file.vae for file in files]
     known = list(dict.fromkeys(vae for vae in vaes if vae is not None))
     if len(known) == 1:
         return ["none" if vae is None else "same" for vae in vaes]

@@ -40,7 +40,7 @@ class ComparePanel:
     message: gr.HTML
     status: gr.HTML
     earlier: gr.Dropdown
-    shown: gr.HTML
+    comparison: gr.HTML
 
 
 def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
@@ -76,8 +76,8 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
                 info="Of this run, the newest first.",
                 visible=False,
             )
-            shown = html("compare_shown")
-    return ComparePanel(opened, form, start, stop, message, status, earlier, shown)
+            comparison = html("compare_shown")
+    return ComparePanel(opened, form, start, stop, message, status, earlier, comparison)
 
 
 def _build_form(generator: GeneratorInfo) -> CompareWidgets:

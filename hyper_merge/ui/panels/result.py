@@ -13,7 +13,7 @@ from hyper_merge.ui.panels.widgets import button, html, widget
 
 
 @dataclass(frozen=True)
-class ShownRun:
+class RunView:
     """The widgets that a run fills, in the order of `show_run`."""
 
     empty: gr.HTML
@@ -35,7 +35,7 @@ class ShownRun:
 class ResultPanel:
     """The widgets of a run, with the buttons that use its prompts."""
 
-    shown: ShownRun
+    view: RunView
     copy: gr.Button
     send: gr.Button
     save_styles: gr.Button
@@ -77,5 +77,5 @@ def build_result(host: Host) -> ResultPanel:
         widget(gr.Textbox, name, value="", visible=False)
         for name in ("shown_run", "hyper_title", "prompts")
     ]
-    shown = ShownRun(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
-    return ResultPanel(shown, copy, send, save, remove)
+    view = RunView(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
+    return ResultPanel(view, copy, send, save, remove)

@@ -30,7 +30,7 @@ def build_run() -> RunPanel:
     plan = html("plan")
     replan = button("replan", "Update the plan")
     curve = widget(gr.Plot, "outlook_plot", show_label=False, visible=False)
-    forecast = button("look", "Forecast quality by size", visible=False)
+    forecast = button("look", "Show forecast", visible=False)
     with gr.Row(elem_id=elem_id("run_row")):
         merge = widget(gr.Button, "merge", value="Merge", variant="primary", scale=3)
         stop = widget(gr.Button, "stop", value="Stop", interactive=False, scale=1, min_width=90)

@@ -39,20 +39,21 @@ def new_figure(title: str, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def name_line(axes: Axes, point: tuple[float, float, float], label: str, colour: str) -> None:
+def name_line(axes: Axes, x: float, y: float, label_y: float, label: str, colour: str) -> None:
     """Puts a label right of a line's end, connected by a thin line where it is not level with it.
 
     Args:
         axes: where to draw.
-        point: x and y of the line's end, and the height of the label as a part of the axis.
+        x: of the line's end.
+        y: of the line's end.
+        label_y: height of the label, as a part of the axis.
         label: its text.
         colour: of label and line.
     """
-    last, height, place = point
     axes.annotate(
         label,
-        xy=(last, height),
-        xytext=(1.03, place),
+        xy=(x, y),
+        xytext=(1.03, label_y),
         textcoords=axes.get_yaxis_transform(),
         color=colour,
         fontsize=9,

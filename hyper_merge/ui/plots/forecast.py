@@ -37,7 +37,7 @@ def forecast_plot(forecast: ForecastCurve, size: int | None) -> Figure:
     labels = [*ends[0], *ends[1], (0.0, "average alone", GREY)]
     places = spread_labels([height for height, *_ in labels])
     for (height, label, colour), place in zip(labels, places, strict=True):
-        name_line(axes, (forecast.sizes[-1], height, place), label, colour)
+        name_line(axes, forecast.sizes[-1], height, place, label, colour)
     _scale(axes, forecast.sizes)
     _mark(axes, forecast, size)
     return figure

@@ -50,7 +50,7 @@ def explained_plot(report: Report) -> Figure:
     labels = _lines(axes, lines, names)
     heights = spread_labels([height for height, _, _ in labels])
     for (height, label, colour), place in zip(labels, heights, strict=True):
-        name_line(axes, (last, height, place), label, colour)
+        name_line(axes, last, height, place, label, colour)
     axes.set_xlim(0, last)
     axes.set_ylim(0, 1)
     axes.set_xticks(range(last + 1))

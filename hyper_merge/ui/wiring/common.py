@@ -119,7 +119,7 @@ class Wiring:
     def show(self, trigger: Trigger, fn: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         """Shows a run in the result panel, by a handler that returns all values of its widgets."""
         return self.on(
-            trigger, fn, inputs, in_order(self.result.shown), message=self.result.shown.empty
+            trigger, fn, inputs, in_order(self.result.view), message=self.result.view.empty
         )
 
     def watch(self, trigger: Trigger, panel: Panel | None = None) -> Any:
@@ -147,9 +147,7 @@ class Wiring:
             message=self.use.message,
         )
         in_browser(outcome.then, _REFRESH_FILES, [outcomes.wrote])
-        shown = self.show(
-            event.then, functools.partial(show_merge_result, self.host, self.jobs), []
-        )
-        in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
-        listed = self.list_runs(shown.then)
+        view = self.show(event.then, functools.partial(show_merge_result, self.host, self.jobs), [])
+        in_browser(view.then, _REFRESH_ALL, [self.result.view.run])
+        listed = self.list_runs(view.then)
         return in_browser(listed.then, REPLAN)

@@ -24,7 +24,7 @@ def wire_compare(page: gr.Blocks, wires: Wiring) -> None:
     """Wires Compare, Stop, the lists, and pages that open while a comparison is drawn."""
     panel, host, jobs = wires.compare, wires.host, wires.jobs
     form, message = panel.form, panel.message
-    lists = [form.run, form.checkpoints, panel.earlier, panel.shown]
+    lists = [form.run, form.checkpoints, panel.earlier, panel.comparison]
 
     def refresh_lists(trigger: Trigger) -> Any:
         fn = functools.partial(list_comparisons, host)
@@ -43,7 +43,7 @@ def wire_compare(page: gr.Blocks, wires: Wiring) -> None:
     choose = functools.partial(choose_compared_run, host)
     wires.on(form.run.change, choose, [form.run], lists[1:], message)
     show = functools.partial(show_comparison, host)
-    wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.shown], message)
+    wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.comparison], message)
     start = functools.partial(start_comparison, host, jobs)
     started = wires.on(panel.start.click, start, in_order(form), [message], message)
     follow(started.then, begun=True)

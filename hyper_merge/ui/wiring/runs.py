@@ -22,20 +22,18 @@ _OPEN_MERGE = "() => { hyperMerge.openTab(0); return []; }"
 
 def wire_result(wires: Wiring) -> None:
     """Wires the prompt tags and styles of the run that is shown."""
-    panel, shown, host = wires.result, wires.result.shown, wires.host
-    in_browser(shown.checkpoint.change, _PROMPT, [shown.checkpoint, shown.prompts], [shown.prompt])
-    in_browser(panel.copy.click, _COPY, [shown.prompt])
-    in_browser(panel.send.click, SELECT, [shown.title])
-    wires.on(
-        panel.send.click, explain_sent_prompt, [shown.run, shown.title], [shown.note], shown.note
-    )
-    host.connect_send(panel.send, shown.prompt)
+    panel, view, host = wires.result, wires.result.view, wires.host
+    in_browser(view.checkpoint.change, _PROMPT, [view.checkpoint, view.prompts], [view.prompt])
+    in_browser(panel.copy.click, _COPY, [view.prompt])
+    in_browser(panel.send.click, SELECT, [view.title])
+    wires.on(panel.send.click, explain_sent_prompt, [view.run, view.title], [view.note], view.note)
+    host.connect_send(panel.send, view.prompt)
     for button, handler in (
         (panel.save_styles, save_run_styles),
         (panel.remove_styles, remove_run_styles),
     ):
         done = wires.on(
-            button.click, functools.partial(handler, host), [shown.run], [shown.note], shown.note
+            button.click, functools.partial(handler, host), [view.run], [view.note], view.note
         )
         in_browser(done.then, REFRESH_STYLES)
 

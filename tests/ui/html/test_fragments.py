@@ -65,8 +65,8 @@ def evil_standing(**changes):
     [
         lambda run: format_message("bad", EVIL),
         lambda run: format_table([EVIL], []),
-        lambda run: format_checkpoints([(EVIL, evil_row())], {EVIL: EVIL}),
-        lambda run: format_checkpoints([(EVIL, evil_row())], {}),
+        lambda run: format_checkpoints([EVIL], [evil_row()], {EVIL: EVIL}),
+        lambda run: format_checkpoints([EVIL], [evil_row()], {}),
         lambda run: format_job_status(evil_standing()),
         lambda run: format_job_status(evil_standing(outcome="done", message="")),
         lambda run: format_job_status(evil_standing(outcome="refused")),

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_args, get_type_hints
 from hyper_merge.recipe.fields import FIELDS
 from hyper_merge.recipe.recipe import Recipe
 
-BASE_AVERAGE: Final = "the average of the checkpoints"
+BASE_AVERAGE: Final = "average of the checkpoints"
 VAE_CHOICES: Final = {"from the first checkpoint": "first", "average of all": "average"}
 EXACT_CHOICES: Final = {
     "none": "none",
@@ -106,7 +106,8 @@ FORM_FIELDS: Final = (
     FormField("iterations", "Iterations", "number",
               "Maximum number of sweeps. More take longer and may explain slightly more."),
     FormField("tolerance", "Tolerance", "number"),
-    FormField("seed", "Seed", "number", "The same seed gives the same files."),
+    FormField("seed", "Seed", "number",
+              "Seed of all random numbers. The same seed gives the same files."),
     FormField("vae", "VAE", "radio", "Which VAE the hyper-model gets.", choices=VAE_CHOICES),
     FormField("exact", "Companion LoRAs", "radio",
               "Additional files for what ordinary LoRAs cannot carry, and the programs that load"

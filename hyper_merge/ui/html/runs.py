@@ -92,7 +92,15 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
     messages = "".join(format_message("bad", problem) for problem in problems)
     if not runs:
         return messages + format_message("info", "There are no runs yet.")
-    head = ("Run", "Created", "Checkpoints", "Ranks", "LoRAs", "Explained, average", "worst")
+    head = (
+        "Run",
+        "Created",
+        "Checkpoints",
+        "Ranks",
+        "LoRAs",
+        "Explained, average",
+        "Explained, worst",
+    )
     return messages + format_table(head, [_run_row(run) for run in runs], numeric=(2, 4, 5, 6))
 
 

@@ -187,7 +187,7 @@ def _format_sections(parts: Sequence[PartLoss]) -> str:
         (_text(part.name), format_percent(part.energy), format_percent(part.lost)) for part in worst
     ]
     return format_table(
-        ("Sections with the largest losses", "Difference", "Not explained"), rows, numeric=(1, 2)
+        ("Largest losses", "Difference", "Not explained"), rows, numeric=(1, 2)
     )
 
 

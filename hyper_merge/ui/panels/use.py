@@ -186,8 +186,8 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
             topup = _line(
                 "fit_topup",
                 "Private LoRA",
-                "Carries what the shared LoRAs do not explain: a rank, such as 16, or the total share to"
-                " explain, such as 95%. Leave empty for none.",
+                "For what the LoRAs do not explain: a rank, such as 16, or a total share, such as 95%."
+                " Empty for none.",
             )
             name = _line(
                 "fit_name",
@@ -270,7 +270,12 @@ def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTM
         base = _pick("extract_base", "From", "The checkpoint to which the LoRA is added.")
         target = _pick("extract_checkpoint", "To", "The checkpoint that results.")
         with gr.Row():
-            rank = _line("extract_rank", "Rank", "Rank of the LoRA.", "64")
+            rank = _line(
+                "extract_rank",
+                "Rank",
+                "Rank of the LoRA. A higher rank explains more and takes more space.",
+                "64",
+            )
             name = _line(
                 "extract_name", "Name", "Name of the LoRA. Leave empty for the suggested name."
             )

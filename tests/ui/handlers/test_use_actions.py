@@ -48,7 +48,7 @@ def fit(host, jobs, **changes):
 def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
     found = outcome(jobs, fit(host, jobs))
     assert "d: the LoRAs of mix explain" in words(found.html)
-    assert "Sections with the largest losses" in words(found.html)
+    assert "Largest losses" in words(found.html)
     assert found.tags == mixture_tags(load_run(host.folders(), "mix"), {"d": 1.0})
     assert (found.fitted, found.wrote) == (("mix", "d"), False)
     assert jobs.last.standing.place == "fit"

@@ -23,7 +23,7 @@ def recipe(host):
     return recipe
 
 
-def test_the_form_asks_for_the_recipe_that_its_words_say(recipe, checkpoints, root):
+def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
     assert recipe(weights="1, 2 0.5", seed=7.0, iterations=12.0, vae="average of all") == Recipe(
         name="mix",
         models=tuple(checkpoints / name for name in NAMES),
@@ -38,7 +38,7 @@ def test_the_form_asks_for_the_recipe_that_its_words_say(recipe, checkpoints, ro
     )
 
 
-def test_the_order_of_the_picks_is_that_of_the_models(recipe, checkpoints):
+def test_models_keep_the_order_of_picks(recipe, checkpoints):
     models = recipe(checkpoints=NAMES[::-1]).models
     assert models == tuple(checkpoints / name for name in NAMES[::-1])
 
@@ -89,7 +89,7 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"checkpoints": None}, "Checkpoints: Fewer than two checkpoints"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_the_label_of_its_field(recipe, changes, message):
+def test_invalid_values_are_refused_by_their_label(recipe, changes, message):
     with pytest.raises(RecipeError, match=f"^{message}"):
         recipe(**changes)
 
@@ -104,17 +104,17 @@ def test_only_names_of_the_list_are_ever_files(recipe, field, typed):
         recipe(**{field: value})
 
 
-def test_the_path_of_a_checkpoint_that_is_there_is_refused_as_well(recipe, files):
+def test_the_path_of_an_existing_checkpoint_is_refused(recipe, files):
     assert files[0].exists()
     for changes in ({"checkpoints": [NAMES[0], str(files[0])]}, {"base": str(files[0])}):
         with pytest.raises(CheckpointError, match="no longer in the list"):
             recipe(**changes)
 
 
-def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label():
-    own = {"checkpoints": {"models"}, "save_styles": set(), "separate": {"multipliers"}}
-    own["ranks"] = {"ranks", "budget", "target"}  # one field for all three
-    in_form = set().union(*(own.get(field.name, {field.name}) for field in fields(Form)))
+def test_every_setting_of_the_form_has_a_label():
+    special = {"checkpoints": {"models"}, "save_styles": set(), "separate": {"multipliers"}}
+    special["ranks"] = {"ranks", "budget", "target"}  # one field for all three
+    in_form = set().union(*(special.get(field.name, {field.name}) for field in fields(Form)))
     assert set(LABELS) == in_form
     assert in_form <= {field.name for field in FIELDS}
 
@@ -128,32 +128,32 @@ def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label()
         ("4, 2", {"ranks": (4, 2)}),
     ],
 )
-def test_the_field_of_ranks_takes_a_size_or_a_share(recipe, text, size):
-    found = recipe(ranks=text)
-    assert {key: getattr(found, key) for key in size} == size
-    assert found.finds_ranks == ("ranks" not in size)
-    again = recipe(ranks=form_of(found, {}, save_styles=False).ranks)
+def test_the_ranks_field_takes_size_or_share(recipe, text, size):
+    parsed = recipe(ranks=text)
+    assert {key: getattr(parsed, key) for key in size} == size
+    assert parsed.finds_ranks == ("ranks" not in size)
+    again = recipe(ranks=form_of(parsed, {}, save_styles=False).ranks)
     assert {key: getattr(again, key) for key in size} == size
 
 
-def test_a_share_above_all_is_refused_by_the_fields_label(recipe):
+def test_a_share_above_one_is_refused(recipe):
     with pytest.raises(RecipeError, match=r'Ranks: expected a share, such as "95%" or 0\.95, got'):
         recipe(ranks="120 %")
 
 
-def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
-    found = recipe(
+def test_advanced_fields_reach_the_recipe(recipe):
+    parsed = recipe(
         topup="95%",
         separate=False,
         fit_weights="1, 2, 1",
         allocation="adaptive, where they explain most",
         layer_weights="relative to each layer's size",
     )
-    assert found.topup == PrivateLoraTarget(share=0.95)
-    assert found.multipliers == "shared"
-    assert found.fit_weights == (1.0, 2.0, 1.0)
-    assert (found.allocation, found.layer_weights) == ("adaptive", "relative")
-    assert form_of(found, {}, save_styles=False).topup == "95%"
+    assert parsed.topup == PrivateLoraTarget(share=0.95)
+    assert parsed.multipliers == "shared"
+    assert parsed.fit_weights == (1.0, 2.0, 1.0)
+    assert (parsed.allocation, parsed.layer_weights) == ("adaptive", "relative")
+    assert form_of(parsed, {}, save_styles=False).topup == "95%"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_form_of_a_recipe_asks_for_it_again(recipe, host, changes):
     assert form_of(made, host.checkpoints(), save_styles=form.save_styles) == form
 
 
-def test_checkpoints_and_a_base_that_are_gone_are_left_out_of_the_form(recipe, host, checkpoints):
+def test_the_form_omits_missing_checkpoints_and_base(recipe, host, checkpoints):
     made = recipe(base="b.safetensors")
     (checkpoints / "b.safetensors").unlink()
     form = form_of(made, host.checkpoints(), save_styles=False)
@@ -182,7 +182,7 @@ def test_checkpoints_and_a_base_that_are_gone_are_left_out_of_the_form(recipe, h
     assert form.base == BASE_AVERAGE
 
 
-def test_a_checkpoint_is_found_again_by_another_way_to_its_file(recipe, host, root, tmp_path):
+def test_a_checkpoint_behind_a_link_is_recognised(recipe, host, root, tmp_path):
     os.symlink(root, tmp_path / "link")  # noqa: PTH211 - the shorter word
     made = replace(
         recipe(),

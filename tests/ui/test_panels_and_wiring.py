@@ -85,8 +85,8 @@ def built(some_host):
 
 def functions(page):
     """Every event's function, inputs and outputs, in both gradio versions."""
-    found = page.fns.values() if isinstance(page.fns, dict) else page.fns
-    return [(each.fn, each.inputs, each.outputs) for each in found if each.fn is not None]
+    events = page.fns.values() if isinstance(page.fns, dict) else page.fns
+    return [(event.fn, event.inputs, event.outputs) for event in events if event.fn is not None]
 
 
 def settings(page):
@@ -131,24 +131,24 @@ def test_each_widget_of_the_form_is_in_its_place(built):
     assert labels == [field.name for field in fields(Form)]
 
 
-def test_every_widget_has_our_id_and_is_not_kept_by_the_webui(built):
+def test_every_widget_has_our_id_and_is_unsaved(built):
     picker, form, presets, *others = built
-    found = [w for panel in (picker, form, *others) for w in in_order(panel)] + presets
-    found = [widget for widget in found if not is_dataclass(widget)]
-    for widget in found:
+    widgets = [w for panel in (picker, form, *others) for w in in_order(panel)] + presets
+    widgets = [widget for widget in widgets if not is_dataclass(widget)]
+    for widget in widgets:
         assert re.fullmatch(f"{PREFIX}_[a-z0-9_]+", widget.elem_id)
         if not isinstance(widget, gr.Column):
             assert widget.do_not_save_to_config is True
 
 
-def test_no_id_stands_twice_on_the_page_and_all_are_ours(some_host):
+def test_all_ids_are_ours_and_unique(some_host):
     page = build_tab(some_host, Busy())
     ids = [block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)]
     assert len(set(ids)) == len(ids)
     assert all(name.startswith(f"{PREFIX}_") for name in ids)
 
 
-def test_whoever_is_asked_for_a_value_is_labelled(built):
+def test_every_field_of_the_form_is_labelled(built):
     _, form, *_ = built
     assert all(widget.label for widget in in_order(form))
 
@@ -166,7 +166,7 @@ def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
     assert form.save_styles.value is some_host.has_txt2img
 
 
-def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run, strict):
+def test_every_handler_fits_its_wiring(root, run, strict):
     page = build_tab(Standalone(root), Busy())
     checked = set()
     for fn, inputs, outputs in functions(page):
@@ -190,7 +190,7 @@ def test_every_handler_fits_in_the_webui_too(webui, run):
     assert webui.errors.reports == []
 
 
-def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, run, caplog):
+def test_unexpected_errors_show_a_line_and_are_logged(root, run, caplog):
     def fail(*arguments):
         raise MemoryError("no room for a table\nof many rows")
 
@@ -205,15 +205,15 @@ def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, r
         page = build_tab(Standalone(root), Busy())
         for fn, inputs, outputs in functions(page):
             if name_of(fn) in FAILING:
-                given = fn(*ARGUMENTS.get(name_of(fn), [widget.value for widget in inputs]))
-                given = given if isinstance(given, tuple) else (given,)
-                assert len(given) == len(outputs)
-                said = [text for text in given if isinstance(text, str)]
-                assert [words(text) for text in said] == [UNEXPECTED], name_of(fn)
+                results = fn(*ARGUMENTS.get(name_of(fn), [widget.value for widget in inputs]))
+                results = results if isinstance(results, tuple) else (results,)
+                assert len(results) == len(outputs)
+                texts = [text for text in results if isinstance(text, str)]
+                assert [words(text) for text in texts] == [UNEXPECTED], name_of(fn)
     assert caplog.text.count("of many rows") >= len(FAILING)
 
 
-def test_a_run_is_shown_in_as_many_widgets_as_it_fills(root, run):
+def test_a_run_fills_all_its_widgets(root, run):
     ((fn, outputs),) = [
         (fn, outputs)
         for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
@@ -241,35 +241,35 @@ def test_copied_settings_reach_the_widgets_of_their_names(root, run):
     assert "were copied to the form" in by_id[f"{PREFIX}_run_outcome"]
 
 
-def test_no_event_is_part_of_a_public_api_or_hides_what_it_changes(some_host):
-    for each in settings(build_tab(some_host, Busy())):
-        if each["backend_fn"]:
-            assert each["api_name"] is False
-            assert each["show_progress"] == "hidden"
+def test_no_event_has_a_spinner_or_public_name(some_host):
+    for event in settings(build_tab(some_host, Busy())):
+        if event["backend_fn"]:
+            assert event["api_name"] is False
+            assert event["show_progress"] == "hidden"
 
 
 def test_only_what_follows_a_job_waits_in_gradios_queue(root):
     page = build_tab(Standalone(root), Busy())
     queued = [
         name_of(fn)
-        for (fn, *_), each in zip(
-            functions(page), [each for each in settings(page) if each["backend_fn"]], strict=True
+        for (fn, *_), event in zip(
+            functions(page), [event for event in settings(page) if event["backend_fn"]], strict=True
         )
-        if each["queue"] is not False
+        if event["queue"] is not False
     ]
     assert set(queued) == {"watch_job_in_both_tabs", "watch_comparison"}
 
 
-def test_all_that_the_page_calls_in_the_browser_is_in_our_script(some_host):
+def test_the_script_exports_every_called_function(some_host):
     script = (EXTENSION / "javascript/hyper_merge.js").read_text(encoding="utf-8")
     exported = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
     called = set()
-    for each in settings(build_tab(some_host, Busy())):
-        called |= set(re.findall(r"hyperMerge\.(\w+)", str(each["js"])))
+    for event in settings(build_tab(some_host, Busy())):
+        called |= set(re.findall(r"hyperMerge\.(\w+)", str(event["js"])))
     assert called == set(re.findall(r"\w+", exported))
 
 
-def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
+def test_send_buttons_are_registered_with_their_prompts(webui):
     build_tab(webui.host(), Busy())
     bindings = webui.infotext_utils.registered_param_bindings
     assert {binding.tabname for binding in bindings} == {"txt2img"}
@@ -279,7 +279,7 @@ def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
     ]
 
 
-def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkeypatch):
+def test_a_job_survives_reload_ui(webui, monkeypatch):
     webui.load_scripts()
     webui.create_ui()
     process_jobs()._known.clear()
@@ -297,7 +297,7 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
     assert webui.errors.reports == []
 
 
-def test_the_devices_are_auto_the_processor_and_what_torch_finds(monkeypatch):
+def test_devices_are_auto_cpu_and_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert list_devices() == ["auto", "cpu", "cuda:0", "cuda:1"]

@@ -69,18 +69,18 @@ def test_a_comparison_is_drawn_saved_and_shown(webui, drawn, jobs):
     assert picture.exists()
     assert figures.exists()
     *_, earlier = list(watch_comparison(jobs, drawn, "mix", begun=True))[-1]
-    shown = show_comparison(drawn, "mix", "comparison-1")
+    html = show_comparison(drawn, "mix", "comparison-1")
     assert (earlier["choices"], earlier["value"]) == (["comparison-1"], "comparison-1")
-    text = words(shown)
+    text = words(html)
     assert f"comparison-1 of mix: 8 pairs, drawn by {drawn.title}" in text
     assert "Hyper-model alone" in text
     assert str(picture) in text
-    assert 'src="data:image/jpeg;base64,' in shown
+    assert 'src="data:image/jpeg;base64,' in html
     loads = [path.rpartition("/")[2] for path in webui.processing.loads]
     assert loads == ["mix.safetensors", "a.safetensors", "b.safetensors"]
 
 
-def test_the_job_names_the_run_and_makes_no_new_one(drawn, jobs):
+def test_a_comparison_makes_no_new_run(drawn, jobs):
     now = jobs.last.standing
     assert now.title == "pictures of mix"
     assert now.result == ""
@@ -101,7 +101,7 @@ def test_only_jobs_that_draw_are_followed_here(webui, run, jobs):
     assert earlier["value"] == "comparison-1"
 
 
-def test_a_page_that_comes_later_gets_what_is_new_to_it_and_no_more(webui, run, jobs):
+def test_a_later_page_gets_only_new_comparisons(webui, run, jobs):
     webui.processing.pace = 0.02
     host = webui.host()
     start_comparison(host, jobs, *values(prompts="x"))
@@ -116,12 +116,12 @@ def test_a_page_that_comes_later_gets_what_is_new_to_it_and_no_more(webui, run, 
 
 
 def test_prompts_are_lines_and_seeds_are_numbers():
-    order = compare_request(FORM, ["Euler a"])
-    assert order.settings.prompts == ("a cat", "a dog")
-    assert order.settings.seeds == (1, 2)
+    request = compare_request(FORM, ["Euler a"])
+    assert request.settings.prompts == ("a cat", "a dog")
+    assert request.settings.seeds == (1, 2)
     again = compare_request(replace(FORM, seeds=" 3 4,3"), ["Euler a"])
     assert again.settings.seeds == (3, 4)
-    assert order.settings.cfg_scale == 7.0
+    assert request.settings.cfg_scale == 7.0
 
 
 @pytest.mark.parametrize(
@@ -144,30 +144,30 @@ def test_prompts_are_lines_and_seeds_are_numbers():
         ({"seeds": "99999999999"}, "seed: expected 0 to"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_begins(webui, run, jobs, changes, message):
-    said = start_comparison(webui.host(), jobs, *values(**changes))
-    assert kinds(said) == ["bad"]
-    assert message in words(said)
+def test_an_invalid_request_starts_nothing(webui, run, jobs, changes, message):
+    answer = start_comparison(webui.host(), jobs, *values(**changes))
+    assert kinds(answer) == ["bad"]
+    assert message in words(answer)
     assert jobs.last is None
 
 
 def test_names_are_text_to_the_page(webui, run, jobs):
-    said = start_comparison(webui.host(), jobs, *values(checkpoints=[EVIL]))
-    assert "img" not in tags(said)
+    answer = start_comparison(webui.host(), jobs, *values(checkpoints=[EVIL]))
+    assert "img" not in tags(answer)
 
 
 def test_two_at_a_time_are_refused(webui, run, jobs):
     webui.processing.pace = 0.05
     host = webui.host()
     start_comparison(host, jobs, *values())
-    said = start_comparison(host, jobs, *values())
-    assert "pictures of mix is still being made" in words(said)
-    assert kinds(said) == ["info"]
+    answer = start_comparison(host, jobs, *values())
+    assert "pictures of mix is still being made" in words(answer)
+    assert kinds(answer) == ["info"]
     jobs.last.stop()
     ended(jobs)
 
 
-def test_stop_ends_it_within_a_step_or_so_and_nothing_is_saved(webui, run, jobs):
+def test_stop_ends_a_comparison_and_saves_nothing(webui, run, jobs):
     webui.processing.pace = 0.1
     host = webui.host()
     start_comparison(host, jobs, *values(steps=150))
@@ -183,7 +183,7 @@ def test_stop_ends_it_within_a_step_or_so_and_nothing_is_saved(webui, run, jobs)
     assert webui.queue_lock.held is False
 
 
-def test_an_error_of_the_webui_is_a_message_that_names_the_checkpoint(webui, run, jobs):
+def test_an_error_of_the_webui_names_the_checkpoint(webui, run, jobs):
     webui.processing.fails_with = "b.safetensors"
     start_comparison(webui.host(), jobs, *values())
     now = ended(jobs)
@@ -191,23 +191,23 @@ def test_an_error_of_the_webui_is_a_message_that_names_the_checkpoint(webui, run
     assert "the WebUI cannot draw with b.safetensors" in now.message
 
 
-def test_a_checkpoint_that_is_gone_is_left_out_and_said(webui, run, jobs, root):
+def test_a_missing_checkpoint_is_left_out_and_named(webui, run, jobs, root):
     (root / "Stable-diffusion/b.safetensors").unlink()
     (root / "hyper-merge/cache").rename(root / "hyper-merge/no-cache")
     host = webui.host()
     start_comparison(host, jobs, *values(prompts="x", seeds="1"))
     assert ended(jobs).outcome == "done"
-    shown = show_comparison(host, "mix", "comparison-1")
-    assert "b.safetensors is left out: it is not there" in words(shown)
-    assert "1 pairs" in words(shown)
+    html = show_comparison(host, "mix", "comparison-1")
+    assert "b.safetensors is left out: it is not there" in words(html)
+    assert "1 pairs" in words(html)
 
 
 def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
-    run, checkpoints, earlier, shown = list_comparisons(drawn, *LISTS)
+    run, checkpoints, earlier, html = list_comparisons(drawn, *LISTS)
     assert (run["choices"], run["value"]) == (["mix"], "mix")
     assert checkpoints["choices"] == checkpoints["value"] == ["a", "b", "c"]
     assert earlier["value"] == "comparison-1"
-    assert "comparison-1 of mix" in words(shown)
+    assert "comparison-1 of mix" in words(html)
     kept = list_comparisons(drawn, "mix", ["b"], "comparison-1")
     assert kept[1]["value"] == ["b"]
     assert unchanged(kept[3])
@@ -216,42 +216,42 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
     assert other[2]["value"] == "comparison-1"
 
 
-def test_where_nothing_was_merged_or_drawn_it_says_what_this_is_for(host, run, monkeypatch):
+def test_an_introduction_stands_where_nothing_was_drawn(host, run, monkeypatch):
     monkeypatch.setattr(type(host), "atelier", lambda self: GeneratorInfo(problem="get a brush"))
-    *_, shown = list_comparisons(host, *LISTS)
-    assert "Compare pictures" in words(shown)
-    assert "get a brush" in words(shown)
+    *_, html = list_comparisons(host, *LISTS)
+    assert "Compare pictures" in words(html)
+    assert "get a brush" in words(html)
     assert "get a brush" in words(start_comparison(host, None, *values()))
 
 
 def test_no_runs_is_no_error(host):
-    run, checkpoints, earlier, shown = list_comparisons(host, *LISTS)
+    run, checkpoints, earlier, html = list_comparisons(host, *LISTS)
     assert run["choices"] == checkpoints["choices"] == earlier["choices"] == []
     assert earlier["visible"] is False
-    assert "Compare pictures" in words(shown)
+    assert "Compare pictures" in words(html)
     assert choose_compared_run(host, None)[2] == ""
     assert show_comparison(host, None, None) == ""
 
 
-def test_a_grid_that_is_gone_or_is_no_picture_is_said(drawn):
+def test_a_missing_or_damaged_grid_is_reported(drawn):
     picture, _ = grid_of(drawn)
     for content in (None, b"nothing"):
         picture.unlink(missing_ok=True)
         if content:
             picture.write_bytes(content)
-        shown = show_comparison(drawn, "mix", "comparison-1")
-        assert kinds(shown) == ["bad"]
-        assert "comparison-1.png cannot be shown" in words(shown)
+        html = show_comparison(drawn, "mix", "comparison-1")
+        assert kinds(html) == ["bad"]
+        assert "comparison-1.png cannot be shown" in words(html)
     for name in ("../../x", "comparison-9"):
         assert kinds(show_comparison(drawn, "mix", name)) == ["bad"]
 
 
-def test_a_large_grid_is_made_smaller_for_the_page_alone(drawn):
+def test_a_large_grid_is_scaled_for_the_page(drawn):
     picture, _ = grid_of(drawn)
     for size in ((4000, 100), (100, 70_000)):
         Image.new("RGB", size).save(picture)
         before = picture.read_bytes()
-        shown = show_comparison(drawn, "mix", "comparison-1")
-        assert 'src="data:image/jpeg;base64,' in shown
-        assert len(shown) < 50_000
+        html = show_comparison(drawn, "mix", "comparison-1")
+        assert 'src="data:image/jpeg;base64,' in html
+        assert len(html) < 50_000
         assert picture.read_bytes() == before

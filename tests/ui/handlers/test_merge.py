@@ -81,11 +81,11 @@ def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
     assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
-    shown = show_merge_result(host, jobs)
-    assert shown[0] == ""
-    assert shown[1]["visible"] is True
-    assert "mix: 3 checkpoints" in words(shown[2])
-    assert shown[10] == "mix"
+    panel = show_merge_result(host, jobs)
+    assert panel[0] == ""
+    assert panel[1]["visible"] is True
+    assert "mix: 3 checkpoints" in words(panel[2])
+    assert panel[10] == "mix"
     assert load_run(host.folders(), "mix").missing == ()
     assert not temporaries(root)
 
@@ -96,9 +96,7 @@ def test_a_merge_without_a_name_has_the_suggested_one(host, jobs):
     assert show_merge_result(host, jobs)[10] == "hyper-a-2"
 
 
-def test_other_ranks_make_a_run_of_their_own_with_the_same_hyper_model(
-    host, jobs, run, checkpoints, monkeypatch
-):
+def test_other_ranks_share_the_hyper_model(host, jobs, run, checkpoints, monkeypatch):
     def no_pass(*arguments):
         raise AssertionError("the checkpoints were read again")
 
@@ -106,8 +104,8 @@ def test_other_ranks_make_a_run_of_their_own_with_the_same_hyper_model(
     before = (checkpoints / "mix.safetensors").stat().st_ino
     start_merge(host, jobs, *values(ranks="3, 2"))
     assert ended(jobs).message == ""
-    shown = show_merge_result(host, jobs)
-    assert shown[10] == "mix-2"
+    panel = show_merge_result(host, jobs)
+    assert panel[10] == "mix-2"
     assert (checkpoints / "mix.safetensors").stat().st_ino == before
     models = sorted(path.name for path in checkpoints.glob("*.safetensors"))
     assert models == [*NAMES, "mix.safetensors"]
@@ -120,12 +118,12 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     picked = [f"{EVIL}.safetensors", "$x^$.safetensors"]
     start_merge(host, jobs, *values(checkpoints=picked, ranks="2"))
     assert ended(jobs).message == ""
-    shown = show_merge_result(host, jobs)
-    assert shown[4]["choices"] == [EVIL, "$x^$"]
-    texts = [text for text in shown[:-1] if isinstance(text, str)]  # the last is JSON, not HTML
-    assert EVIL in words(shown[3])
+    panel = show_merge_result(host, jobs)
+    assert panel[4]["choices"] == [EVIL, "$x^$"]
+    texts = [text for text in panel[:-1] if isinstance(text, str)]  # the last is JSON, not HTML
+    assert EVIL in words(panel[3])
     assert not any("img" in tags(text) for text in texts)
-    for figure in shown[7:10]:
+    for figure in panel[7:10]:
         figure.savefig(os.devnull, format="png")
 
 
@@ -146,37 +144,37 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     ],
 )
 def test_what_cannot_be_merged_is_said_and_nothing_begins(host, jobs, changes, message):
-    said = start_merge(host, jobs, *values(**changes))
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+    answer = start_merge(host, jobs, *values(**changes))
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
     assert jobs.last is None
 
 
 def test_the_same_merge_again_is_refused(host, jobs, run):
-    said = start_merge(host, jobs, *values())
-    assert words(said).startswith("the run mix is this very merge already")
+    answer = start_merge(host, jobs, *values())
+    assert words(answer).startswith("the run mix is this very merge already")
     assert jobs.last is None
 
 
 def test_a_name_that_is_taken_is_refused(host, jobs, checkpoints):
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "taken.safetensors")
-    said = start_merge(host, jobs, *values(name="taken"))
-    assert "choose another name" in words(said)
+    answer = start_merge(host, jobs, *values(name="taken"))
+    assert "choose another name" in words(answer)
     assert jobs.last is None
 
 
 def test_a_damaged_file_is_refused(host, jobs, checkpoints):
     (checkpoints / "b.safetensors").write_bytes(b"<html>404</html>")
-    said = start_merge(host, jobs, *values())
-    assert kinds(said) == ["bad"]
-    assert "b.safetensors" in words(said)
+    answer = start_merge(host, jobs, *values())
+    assert kinds(answer) == ["bad"]
+    assert "b.safetensors" in words(answer)
 
 
-def test_a_file_that_vanished_since_it_was_listed_is_refused(webui, jobs, checkpoints):
+def test_a_vanished_file_is_refused(webui, jobs, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    said = start_merge(webui.host(), jobs, *values())
-    assert kinds(said) == ["bad"]
-    assert words(said) == "b.safetensors is no longer there; press Refresh and pick again"
+    answer = start_merge(webui.host(), jobs, *values())
+    assert kinds(answer) == ["bad"]
+    assert words(answer) == "b.safetensors is no longer there; press Refresh and pick again"
     assert jobs.last is None
 
 
@@ -184,15 +182,15 @@ def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch)
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
     before = snapshot(root)
-    said = start_merge(host, jobs, *values())
-    assert kinds(said) == ["bad"]
-    assert "make room" in words(said)
+    answer = start_merge(host, jobs, *values())
+    assert kinds(answer) == ["bad"]
+    assert "make room" in words(answer)
     assert jobs.last is None
-    assert show_plan(host, "", *values())[1] == said
+    assert show_plan(host, "", *values())[1] == answer
     assert snapshot(root) == before
 
 
-def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
+def test_a_disk_that_fills_meanwhile_is_reported(host, jobs, root, monkeypatch):
     examine, disk = run_preflight, namedtuple("disk", "total used free")
 
     def then_fill(*arguments):
@@ -202,10 +200,10 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
     monkeypatch.setattr("hyper_merge.hosts.tasks.run_preflight", then_fill)
     before = snapshot(root)
     start_merge(host, jobs, *values())
-    said = last_words(jobs)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith("Failed: ")
-    assert "make room" in words(said)
+    answer = last_words(jobs)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith("Failed: ")
+    assert "make room" in words(answer)
     assert snapshot(root) == before
 
 
@@ -216,45 +214,45 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
         ("gone", "b.safetensors does not exist; check the path"),
     ],
 )
-def test_a_checkpoint_that_changes_while_it_is_read_is_said(
+def test_a_checkpoint_that_changes_is_reported(
     host, jobs, checkpoints, change, message, monkeypatch
 ):
     examine, path = run_preflight, checkpoints / "b.safetensors"
 
     def then_change(*arguments):
-        found = examine(*arguments)
+        preflight = examine(*arguments)
         if change == "gone":
             path.unlink()
         else:
             path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
-        return found
+        return preflight
 
     monkeypatch.setattr("hyper_merge.hosts.tasks.run_preflight", then_change)
     start_merge(host, jobs, *values())
-    said = last_words(jobs)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith("Failed: ")
-    assert message in words(said)
+    answer = last_words(jobs)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith("Failed: ")
+    assert message in words(answer)
     assert not (checkpoints / "mix.safetensors").exists()
     assert not temporaries(checkpoints.parent)
 
 
 def test_a_warning_is_shown_with_the_outcome(host, jobs):
     start_merge(host, jobs, *values(ranks="40", allocation="even, the same in every layer"))
-    said = last_words(jobs)
-    assert kinds(said) == ["good", "info"]
-    assert "rank 40 is capped in " in words(said)
+    answer = last_words(jobs)
+    assert kinds(answer) == ["good", "info"]
+    assert "rank 40 is capped in " in words(answer)
 
 
 def test_a_second_click_says_what_is_being_made(host, jobs, endless):
     start_merge(host, jobs, *values())
     until(lambda: endless)
-    for said in (
+    for answer in (
         start_merge(host, jobs, *values(name="other")),
         start_demo(host, jobs),
     ):
-        assert kinds(said) == ["info"]
-        assert words(said).startswith("mix is still being made (")
+        assert kinds(answer) == ["info"]
+        assert words(answer).startswith("mix is still being made (")
     stop_job(jobs)
     ended(jobs)
 
@@ -269,9 +267,9 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
     assert "mix: " in words(status)
     assert button["interactive"] is True
     assert stop_job(jobs) == ""
-    said, _, message = list(following)[-1]
+    answer, _, message = list(following)[-1]
     assert message == ""
-    assert (kinds(said), words(said)) == (["info"], "Stopped: no file was changed")
+    assert (kinds(answer), words(answer)) == (["info"], "Stopped: no file was changed")
     assert snapshot(root) == before
     assert all(map(unchanged, show_merge_result(host, jobs)))
 
@@ -283,7 +281,7 @@ def test_where_nothing_runs_stop_says_so(host, jobs):
     assert words(stop_job(jobs)) == "Nothing is running."
 
 
-def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, jobs, endless):
+def test_a_new_page_shows_the_running_or_last_job(host, jobs, endless):
     ((status, button, message),) = watch_job(jobs)
     assert unchanged(message)
     assert (status, button["interactive"]) == ("", False)
@@ -300,7 +298,7 @@ def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, j
     assert unchanged(message)
 
 
-def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs, monkeypatch):
+def test_a_stopping_job_disables_the_stop_button(jobs, monkeypatch):
     now = JobStatus("task(x)", "mix", "solving", 0.5, 8, stopping=True)
     end = JobStatus("task(x)", "mix", outcome="stopped", message="stopped; no file was changed")
 
@@ -316,25 +314,23 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
     assert button["interactive"] is False
 
 
-def test_an_unexpected_error_shows_one_line_and_is_in_the_apps_log_in_full(
-    host, jobs, failing, caplog
-):
+def test_an_unexpected_error_is_logged_by_the_app(host, jobs, failing, caplog):
     with caplog.at_level(logging.ERROR):
         start_merge(host, jobs, *values())
-        said = last_words(jobs)
-    assert kinds(said) == ["bad"]
-    assert words(said).endswith(
+        answer = last_words(jobs)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).endswith(
         "see the log for details: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
     )
     assert "in deep_inside" in caplog.text
     assert "at layer 7" in caplog.text
 
 
-def test_an_unexpected_error_is_in_the_webuis_log_in_full_and_frees_its_queue(webui, jobs, failing):
+def test_an_unexpected_error_frees_the_webuis_queue(webui, jobs, failing):
     start_merge(webui.host(), jobs, *values())
-    said = last_words(jobs)
-    assert "Traceback" not in said
-    assert "at layer 7" not in said
+    answer = last_words(jobs)
+    assert "Traceback" not in answer
+    assert "at layer 7" not in answer
     (report,) = webui.errors.reports
     assert "in deep_inside" in report
     assert "at layer 7" in report
@@ -351,8 +347,8 @@ def test_the_webuis_own_buttons_stop_a_merge(webui, jobs, root, endless, button)
     until(lambda: (webui.progress.answer(task)["progress"] or 0) > 0.2)
     assert webui.progress.answer(task)["textinfo"] == "reading the checkpoints"
     getattr(webui.state, button)()
-    said = last_words(jobs)
-    assert words(said) == "Stopped: no file was changed"
+    answer = last_words(jobs)
+    assert words(answer) == "Stopped: no file was changed"
     assert snapshot(root) == before
     assert host.styles() == set()
     until(lambda: not webui.queue_lock.held)
@@ -380,7 +376,7 @@ def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
     ended(jobs)
 
 
-def test_stop_while_the_webui_works_ends_it_at_once_and_it_never_begins(webui, jobs, root, endless):
+def test_stop_ends_a_waiting_merge_at_once(webui, jobs, root, endless):
     before = snapshot(root)
     with webui.queue_lock:
         start_merge(webui.host(), jobs, *values())
@@ -396,19 +392,17 @@ def test_stop_while_the_webui_works_ends_it_at_once_and_it_never_begins(webui, j
     assert snapshot(root) == before
 
 
-def test_afterwards_the_webui_knows_the_hyper_model_the_loras_and_a_style_per_checkpoint(
-    webui, jobs, checkpoints
-):
+def test_the_webui_lists_hyper_model_loras_and_styles(webui, jobs, checkpoints):
     host = webui.host()
     start_merge(host, jobs, *values())
     assert ended(jobs).message == ""
     assert "mix.safetensors" in host.checkpoints()
     assert set(webui.networks.available_networks) == {"mix_0-4", "mix_1-2"}
     assert host.styles() == {"mix: a", "mix: b", "mix: c"}
-    shown = show_merge_result(host, jobs)
-    assert shown[11] == host.checkpoint_title(checkpoints / "mix.safetensors") != ""
-    assert webui.prompt_styles.styles["mix: a"].prompt == shown[5]
-    assert shown[5].startswith("<lora:mix_0-4:")
+    panel = show_merge_result(host, jobs)
+    assert panel[11] == host.checkpoint_title(checkpoints / "mix.safetensors") != ""
+    assert webui.prompt_styles.styles["mix: a"].prompt == panel[5]
+    assert panel[5].startswith("<lora:mix_0-4:")
     assert not webui.queue_lock.held
     assert webui.errors.reports == []
 
@@ -420,13 +414,13 @@ def test_where_the_tick_is_off_no_style_is_saved(webui, jobs, run):
     assert host.styles() == set()
 
 
-def test_styles_that_cannot_be_saved_are_a_note_for_the_merge_is_made(webui, jobs, run):
+def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
     host = webui.host()
     webui.prompt_styles.styles["mix-2: b"] = PromptStyle("mix-2: b", "my own words", "")
     start_merge(host, jobs, *values(ranks="2"))
-    said = last_words(jobs)
-    assert kinds(said) == ["good", "info"]
-    assert "mix-2: b" in words(said)
+    answer = last_words(jobs)
+    assert kinds(answer) == ["good", "info"]
+    assert "mix-2: b" in words(answer)
     assert webui.prompt_styles.styles["mix-2: b"].prompt == "my own words"
     assert show_merge_result(host, jobs)[10] == "mix-2"
 
@@ -437,7 +431,7 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "_SPEC", replace(TINY, count=4))
 
 
-def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, jobs, small):
+def test_the_demo_makes_and_picks_checkpoints(tmp_path, jobs, small):
     host = Standalone(tmp_path / "empty")
     assert start_demo(host, jobs) == ""
     assert ended(jobs).message == ""
@@ -445,8 +439,8 @@ def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, 
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, said, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
-    assert "instead of" in words(said)
+    _, answer, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    assert "instead of" in words(answer)
     assert all(map(unchanged, show_merge_result(host, jobs)))
 
 

@@ -25,8 +25,8 @@ def webui_host(webui):
 
 
 def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
-    shown = show_run(host, run)
-    message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = shown
+    panel = show_run(host, run)
+    message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = panel
     assert (message, note, name, title) == ("", "", "mix", "")
     assert group["visible"] is True
     assert words(sentence).startswith("mix: 3 checkpoints (2 MB) → hyper-model mix.safetensors (")
@@ -42,9 +42,9 @@ def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
 def test_every_checkpoint_has_the_prompt_of_its_multipliers(host, run, merged):
     prompts = prompts_of(load_run(host.folders(), run))
     for row in merged.report.checkpoints:
-        found = parse_tags(prompts[row.name])
-        assert [tag.name for tag in found] == ["mix_0-4", "mix_1-2"]
-        assert [tag.multiplier for tag in found] == pytest.approx(row.multipliers, abs=1e-5)
+        tags = parse_tags(prompts[row.name])
+        assert [tag.name for tag in tags] == ["mix_0-4", "mix_1-2"]
+        assert [tag.multiplier for tag in tags] == pytest.approx(row.multipliers, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_every_checkpoint_has_the_prompt_of_its_multipliers(host, run, merged):
         ("../../etc", "expected the name of a run, which is one of a folder, got '../../etc'"),
     ],
 )
-def test_a_run_that_is_not_there_is_said_and_the_plots_stay(host, run, name, message):
-    said, group, *rest = show_run(host, name)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+def test_a_missing_run_is_refused_and_plots_stay(host, run, name, message):
+    answer, group, *rest = show_run(host, name)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
     assert group["visible"] is False
     assert len(rest) == 11
     assert all(map(unchanged, rest))
@@ -67,9 +67,9 @@ def test_a_run_that_is_not_there_is_said_and_the_plots_stay(host, run, name, mes
 
 def test_a_damaged_run_is_said(host, run, root):
     (root / "hyper-merge/mix/manifest.json").write_text('{"version": 1}')
-    said = show_run(host, run)[0]
-    assert kinds(said) == ["bad"]
-    assert "cannot be read" in words(said)
+    answer = show_run(host, run)[0]
+    assert kinds(answer) == ["bad"]
+    assert "cannot be read" in words(answer)
     assert kinds(save_run_styles(host, run)) == ["bad"]
 
 
@@ -80,7 +80,7 @@ def test_files_that_are_gone_are_named(host, run, root):
     assert "Missing: mix_1-2.safetensors. Merge again" in words(sentence)
 
 
-def test_a_run_of_the_first_version_without_plots_data_is_shown(host, run, root):
+def test_a_run_without_data_for_plots_is_shown(host, run, root):
     path = root / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     for key in ("curve", "similarity", "parts"):
@@ -96,18 +96,18 @@ def test_in_the_webui_the_hyper_model_has_its_title(webui_host, run, checkpoints
     assert title.startswith("mix")
 
 
-def test_what_the_webui_cannot_select_is_left_to_the_user():
+def test_an_ambiguous_hyper_model_is_left_to_the_user():
     assert explain_sent_prompt("mix", "mix.safetensors [0123456789]") == ""
-    said = explain_sent_prompt("mix", "")
-    assert kinds(said) == ["info"]
-    assert words(said).startswith("Please select the hyper-model of mix in the checkpoint menu")
+    answer = explain_sent_prompt("mix", "")
+    assert kinds(answer) == ["info"]
+    assert words(answer).startswith("Please select the hyper-model of mix in the checkpoint menu")
 
 
 def test_styles_are_saved_and_removed_again(webui, webui_host, run):
-    own = PromptStyle("cinematic", "film still", "blurry")
-    webui.prompt_styles.styles["cinematic"] = own
-    said = save_run_styles(webui_host, run)
-    assert (kinds(said), words(said)) == (
+    style = PromptStyle("cinematic", "film still", "blurry")
+    webui.prompt_styles.styles["cinematic"] = style
+    answer = save_run_styles(webui_host, run)
+    assert (kinds(answer), words(answer)) == (
         ["good"],
         "Saved 3 styles, named mix: … Pick one in txt2img.",
     )
@@ -119,11 +119,11 @@ def test_styles_are_saved_and_removed_again(webui, webui_host, run):
     assert words(remove_run_styles(webui_host, run)) == "No styles to remove."
 
 
-def test_styles_of_the_users_own_by_these_names_are_left(webui, webui_host, run):
+def test_styles_of_the_user_are_left(webui, webui_host, run):
     webui.prompt_styles.styles["mix: b"] = PromptStyle("mix: b", "my words", "")
-    said = save_run_styles(webui_host, run)
-    assert kinds(said) == ["bad"]
-    assert "styles that are not Hyper-Merge's have these names: mix: b" in words(said)
+    answer = save_run_styles(webui_host, run)
+    assert kinds(answer) == ["bad"]
+    assert "styles that are not Hyper-Merge's have these names: mix: b" in words(answer)
     assert webui_host.styles() == {"mix: b"}
 
 
@@ -135,9 +135,9 @@ def test_styles_that_cannot_be_written_are_said(webui, webui_host, run, handler,
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(webui.prompt_styles, "save_styles", refuse)
-    said = handler(webui_host, run)
-    assert kinds(said) == ["bad"]
-    assert "the WebUI's styles cannot be written" in words(said)
+    answer = handler(webui_host, run)
+    assert kinds(answer) == ["bad"]
+    assert "the WebUI's styles cannot be written" in words(answer)
 
 
 @pytest.mark.parametrize("handler", [save_run_styles, remove_run_styles])

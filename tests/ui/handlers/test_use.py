@@ -45,8 +45,8 @@ class One:
 @pytest.fixture
 def fitted(host, run, files, tmp_path):
     """A checkpoint under another name, fitted onto the run."""
-    order = FitRequest(run, files[1], name="later", device="cpu", topup="1")
-    return run_fit(order, host.folders(), Progress())
+    request = FitRequest(run, files[1], name="later", device="cpu", topup="1")
+    return run_fit(request, host.folders(), Progress())
 
 
 def terms_in(sliders):
@@ -56,39 +56,39 @@ def terms_in(sliders):
 
 def listing(host, name=None, known="", restored=None, exported=(), picks=(None,) * 3):
     names = ("run", "known", "about", "sliders", "title", "restored", "exported", "fitted")
-    found = list_usable_runs(host, name, known, restored, exported, *picks)
-    assert len(found) == 10
-    return dict(zip(names, found, strict=False))
+    updates = list_usable_runs(host, name, known, restored, exported, *picks)
+    assert len(updates) == 10
+    return dict(zip(names, updates, strict=False))
 
 
 def test_without_a_run_it_says_where_one_is_made(host):
-    found = listing(host)
-    assert found["run"]["choices"] == []
-    assert found["run"]["value"] is None
-    assert "There are no runs yet" in words(found["about"])
-    assert found["sliders"] == ""
-    assert found["fitted"]["choices"] == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    updates = listing(host)
+    assert updates["run"]["choices"] == []
+    assert updates["run"]["value"] is None
+    assert "There are no runs yet" in words(updates["about"])
+    assert updates["sliders"] == ""
+    assert updates["fitted"]["choices"] == ["a.safetensors", "b.safetensors", "c.safetensors"]
 
 
-def test_a_run_has_a_slider_for_every_checkpoint_fitted_ones_too(host, run, fitted):
-    found = listing(host, run)
-    assert found["run"]["value"] == run
-    assert re.findall('data-name="([^"]*)"', found["sliders"]) == ["a", "b", "c", "later"]
-    assert (found["restored"]["choices"], found["restored"]["value"]) == (
+def test_merged_and_fitted_checkpoints_have_sliders(host, run, fitted):
+    updates = listing(host, run)
+    assert updates["run"]["value"] == run
+    assert re.findall('data-name="([^"]*)"', updates["sliders"]) == ["a", "b", "c", "later"]
+    assert (updates["restored"]["choices"], updates["restored"]["value"]) == (
         ["a", "b", "c", "later"],
         "a",
     )
-    assert found["exported"]["choices"] == ["a", "b", "c"]
-    assert "and later (fitted later)" in words(found["about"])
+    assert updates["exported"]["choices"] == ["a", "b", "c"]
+    assert "and later (fitted later)" in words(updates["about"])
 
 
-def test_what_goes_with_the_sliders_adds_up_to_the_tags(host, run, fitted):
+def test_multipliers_of_sliders_add_up_to_tags(host, run, fitted):
     loaded = load_run(host.folders(), run)
     terms = terms_in(format_sliders(loaded))
     for name, prompt in prompts_of(loaded).items():
         assert mixture_tags(loaded, {name: 1.0}) == prompt
-        said = [lora for lora, *_ in terms[name]]
-        assert said == re.findall("<lora:([^:]*):", prompt)
+        loras = [lora for lora, *_ in terms[name]]
+        assert loras == re.findall("<lora:([^:]*):", prompt)
     assert terms["later"][-1] == [fitted.topups[0].name, 1.0, None]
     shares = {"a": 0.3, "later": -0.2, "b": 0}
     mixed = mixture_tags(loaded, shares)
@@ -109,16 +109,16 @@ def test_names_cannot_break_the_page(host, run, root, monkeypatch):
     assert terms_in(sliders)['"><img src=x>'] == [[EVIL, 1.0, None]]
 
 
-def test_a_run_that_has_come_since_is_picked_and_others_stay(host, run):
+def test_a_new_run_is_picked(host, run):
     assert listing(host, run, json.dumps([run]))["run"]["value"] == run
     assert listing(host, "gone", json.dumps(["gone", run]))["run"]["value"] == run
     assert listing(host, "old", json.dumps(["old"]))["run"]["value"] == run
 
 
-def test_what_was_picked_of_a_run_stays_if_it_is_there(host, run):
-    found = listing(host, run, "", "c", ["b", "gone"])
-    assert found["restored"]["value"] == "c"
-    assert found["exported"]["value"] == ["b"]
+def test_picked_checkpoints_of_a_run_stay_picked(host, run):
+    updates = listing(host, run, "", "c", ["b", "gone"])
+    assert updates["restored"]["value"] == "c"
+    assert updates["exported"]["value"] == ["b"]
 
 
 def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
@@ -127,12 +127,12 @@ def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
     assert two["value"] is three["value"] is None
 
 
-def test_what_is_left_to_do_after_sending_names_the_run_of_the_fit():
+def test_the_note_after_sending_names_the_run():
     assert explain_sent_fit('["mix", "d"]', "mix [01]") == ""
     assert "select the hyper-model of mix" in words(explain_sent_fit('["mix", "d"]', ""))
 
 
-def test_another_run_clears_what_was_said_of_the_last_one(host, run):
+def test_another_run_clears_earlier_results(host, run):
     about, sliders, *_, group = choose_used_run(host, run, None, [])
     assert "mix.safetensors" in words(about)
     assert sliders.startswith("<div class=hm-mix")
@@ -153,38 +153,38 @@ def test_a_fit_that_cannot_be_used_is_said(host, run, fitted, root):
     assert "later" not in listing(host, run)["sliders"]
 
 
-def test_an_outcome_is_shown_in_its_panel_alone_and_once():
+def test_an_outcome_is_shown_once_in_its_panel():
     jobs = One(outcome="done", result=PanelOutcome("<p>here</p>", wrote=True), place="export")
-    *said, group, shown, fitted, title, wrote, seen = show_outcome(jobs, "")
-    assert [text for text in said if not unchanged(text)] == ["<p>here</p>"]
-    assert said[3] == "<p>here</p>"
+    *texts, group, content, fitted, title, wrote, seen = show_outcome(jobs, "")
+    assert [text for text in texts if not unchanged(text)] == ["<p>here</p>"]
+    assert texts[3] == "<p>here</p>"
     assert (wrote, seen) == ("task(1)", "task(1)")
-    assert all(map(unchanged, (group, shown, fitted, title)))
+    assert all(map(unchanged, (group, content, fitted, title)))
     assert all(map(unchanged, show_outcome(jobs, "task(1)")))
 
 
-def test_a_fits_tags_are_shown_and_go_again_when_there_are_none():
+def test_tags_of_a_fit_are_shown_and_hidden():
     jobs = One(
         outcome="done",
         result=PanelOutcome("near", "<lora:x:1>", ("mix", "d"), "mix [01]"),
         place="fit",
     )
-    *_, group, shown, fitted, title, wrote, _ = show_outcome(jobs, "")
-    assert (group["visible"], shown, fitted) == (True, "<lora:x:1>", '["mix", "d"]')
+    *_, group, content, fitted, title, wrote, _ = show_outcome(jobs, "")
+    assert (group["visible"], content, fitted) == (True, "<lora:x:1>", '["mix", "d"]')
     assert title == "mix [01]"
     assert unchanged(wrote)
     refused = One(outcome="refused", message="it is of another family", place="fit")
-    said = show_outcome(refused, "")
-    assert kinds(said[1]) == ["bad"]
-    assert said[6]["visible"] is False
+    texts = show_outcome(refused, "")
+    assert kinds(texts[1]) == ["bad"]
+    assert texts[6]["visible"] is False
     assert hide_fit_tags()["visible"] is False
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "refused", "failed"])
 def test_how_a_job_ended_is_said_in_its_panel(outcome):
     jobs = One(outcome=outcome, message="why", place="safe")
-    said = show_outcome(jobs, "")
-    assert said[4] == format_job_status(jobs.standing)
+    texts = show_outcome(jobs, "")
+    assert texts[4] == format_job_status(jobs.standing)
 
 
 def test_the_end_of_such_a_job_opens_no_run(host):
@@ -204,14 +204,14 @@ def test_each_tab_says_how_its_own_jobs_ended():
     assert other == ""
 
 
-def test_progress_is_shown_in_both_tabs_and_in_the_panel_that_began_it():
-    for panel, shown in (("fit", True), ("safe", False)):
-        first, *_, own = next(iter(watch_job_in_both_tabs(One(place="fit"), panel)))
+def test_progress_is_shown_in_both_tabs_and_panel():
+    for panel, is_followed in (("fit", True), ("safe", False)):
+        first, *_, panel_text = next(iter(watch_job_in_both_tabs(One(place="fit"), panel)))
         assert "waiting for the queue" in words(first)
-        assert (own == first) is shown
+        assert (panel_text == first) is is_followed
 
 
-def test_the_end_of_a_job_that_was_followed_is_what_it_gave():
+def test_a_followed_job_ends_with_its_result():
     """Two streams may follow it, and only after one of them the panel is asked what came of it."""
     jobs = One(place="safe")
     *running, ended = (row[-1] for row in watch_job_in_both_tabs(jobs, "safe"))
@@ -221,15 +221,15 @@ def test_the_end_of_a_job_that_was_followed_is_what_it_gave():
     assert unchanged(later)  # a refusal may stand there
 
 
-def test_a_style_of_a_fit_is_saved_and_one_of_none_is_refused(webui, run, fitted):
+def test_the_style_of_a_fit_is_saved(webui, run, fitted):
     host = webui.host()
-    said = save_fit_style(host, json.dumps([run, "later"]))
-    assert (kinds(said), host.styles()) == (["good"], {"mix: later"})
+    texts = save_fit_style(host, json.dumps([run, "later"]))
+    assert (kinds(texts), host.styles()) == (["good"], {"mix: later"})
     for nothing in ("", json.dumps([run, "gone"]), json.dumps(["gone", "later"])):
         assert kinds(save_fit_style(host, nothing)) == ["bad"]
     assert host.styles() == {"mix: later"}
 
 
 def test_fitted_checkpoints_are_in_the_result_too(host, run, fitted):
-    shown = show_run(host, run)
-    assert shown[4]["choices"] == ["a", "b", "c", "later"]
+    content = show_run(host, run)
+    assert content[4]["choices"] == ["a", "b", "c", "later"]

@@ -38,17 +38,17 @@ OURS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "code", "s
 @pytest.fixture
 def evil_run(host, run):
     """A run all of whose texts are HTML."""
-    found = load_run(host.folders(), run)
-    rows = [replace(row, name=f"{row.name}{EVIL}") for row in found.report.checkpoints]
-    report = replace(found.report, loras=(f"x_{EVIL}", EVIL), checkpoints=tuple(rows))
+    loaded = load_run(host.folders(), run)
+    rows = [replace(row, name=f"{row.name}{EVIL}") for row in loaded.report.checkpoints]
+    report = replace(loaded.report, loras=(f"x_{EVIL}", EVIL), checkpoints=tuple(rows))
     return replace(
-        found,
+        loaded,
         name=EVIL,
         report=report,
         hyper_model=Path(EVIL),
         missing=(Path(EVIL),),
         family=EVIL,
-        recipe=replace(found.recipe, ranks=(4, 2)),
+        recipe=replace(loaded.recipe, ranks=(4, 2)),
     )
 
 
@@ -149,7 +149,7 @@ def test_a_share_is_never_rounded_up_to_a_whole(share, text):
     ],
 )
 def test_vaes_are_told_apart_by_letters(prints, groups):
-    assert vae_groups([evil_row(vae=each) for each in prints]) == groups
+    assert vae_groups([evil_row(vae=vae) for vae in prints]) == groups
 
 
 def test_many_vaes_are_told_apart_too():
@@ -192,35 +192,35 @@ def test_notes_stand_below_progress_and_outcome():
 
 
 def test_a_merge_that_saves_nothing_says_so(host, run):
-    found = load_run(host.folders(), run)
-    larger = replace(found, report=replace(found.report, bytes_loras=10_000_000))
+    loaded = load_run(host.folders(), run)
+    larger = replace(loaded, report=replace(loaded.report, bytes_loras=10_000_000))
     assert "9 MB more" in words(format_run_summary(larger))
 
 
-@pytest.mark.parametrize(("added", "told"), [(0.015, True), (1e-4, False)])
-def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run, added, told):
-    found = load_run(host.folders(), run)
+@pytest.mark.parametrize(("added", "expected"), [(0.015, True), (1e-4, False)])
+def test_costly_rounding_is_reported_with_advice(host, run, added, expected):
+    loaded = load_run(host.folders(), run)
     rounding = (PrecisionLoss(A1111, added, added), PrecisionLoss(FORGE_AND_COMFYUI, 0.5, 0.5))
     text = words(
-        format_run_summary(replace(found, report=replace(found.report, rounding=rounding)))
+        format_run_summary(replace(loaded, report=replace(loaded.report, rounding=rounding)))
     )
-    said = (
+    sentence = (
         "AUTOMATIC1111 rounds the weights after every LoRA, which loses 1.5 % of the checkpoints'"
         " differences. A single LoRA per checkpoint is rounded only once: make them under Use, or with"
         " hyper-merge export mix"
     )
-    assert (said in text) == told
-    assert ("rounds the weights" in text) == told
+    assert (sentence in text) == expected
+    assert ("rounds the weights" in text) == expected
 
 
-def test_with_a_checkpoint_as_base_no_hyper_model_is_named(host, run):
-    found = load_run(host.folders(), run)
-    recipe = replace(found.recipe, base=str(found.sources[0].path))
-    based = replace(found, recipe=recipe, hyper_model=found.sources[0].path)
+def test_a_base_checkpoint_replaces_the_hyper_model(host, run):
+    loaded = load_run(host.folders(), run)
+    recipe = replace(loaded.recipe, base=str(loaded.sources[0].path))
+    based = replace(loaded, recipe=recipe, hyper_model=loaded.sources[0].path)
     assert "→ a.safetensors as base + 2 LoRAs" in words(format_run_summary(based))
 
 
-def test_before_the_first_merge_the_place_of_the_result_says_what_there_will_be():
+def test_the_introduction_names_hyper_model_and_loras():
     text = words(format_merge_introduction())
     assert "hyper-model" in text
     assert "LoRAs" in text

@@ -58,7 +58,7 @@ def chosen_files(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     return tuple(file_of(name, listed) for name in form.checkpoints or [])
 
 
-def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
+def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
     """Returns the recipe that the form describes.
 
     Raises:
@@ -105,7 +105,7 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
         raise RecipeError(f"{LABELS.get(error.key, error.key)}: {error.problem}") from None
 
 
-def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) -> Form:
+def form_from_recipe(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) -> Form:
     """Returns the form that describes a recipe, without checkpoints that are no longer listed."""
     names = {path.resolve(): name for name, path in listed.items()}
     base = BASE_AVERAGE

@@ -9,7 +9,7 @@ from at_the_tab import FORM, NAMES
 from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe
-from hyper_merge.ui.form import Form, form_of, recipe_of
+from hyper_merge.ui.form import Form, form_from_recipe, recipe_from_form
 from hyper_merge.ui.form_fields import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
 
 
@@ -18,7 +18,7 @@ def recipe(host):
     """The recipe of the form with changes."""
 
     def recipe(**changes):
-        return recipe_of(replace(FORM, **changes), host.checkpoints(), host.folders())
+        return recipe_from_form(replace(FORM, **changes), host.checkpoints(), host.folders())
 
     return recipe
 
@@ -132,7 +132,7 @@ def test_the_ranks_field_takes_size_or_share(recipe, text, size):
     parsed = recipe(ranks=text)
     assert {key: getattr(parsed, key) for key in size} == size
     assert parsed.finds_ranks == ("ranks" not in size)
-    again = recipe(ranks=form_of(parsed, {}, save_styles=False).ranks)
+    again = recipe(ranks=form_from_recipe(parsed, {}, save_styles=False).ranks)
     assert {key: getattr(again, key) for key in size} == size
 
 
@@ -153,7 +153,7 @@ def test_advanced_fields_reach_the_recipe(recipe):
     assert parsed.multipliers == "shared"
     assert parsed.fit_weights == (1.0, 2.0, 1.0)
     assert (parsed.allocation, parsed.layer_weights) == ("adaptive", "relative")
-    assert form_of(parsed, {}, save_styles=False).topup == "95%"
+    assert form_from_recipe(parsed, {}, save_styles=False).topup == "95%"
 
 
 @pytest.mark.parametrize(
@@ -168,16 +168,16 @@ def test_advanced_fields_reach_the_recipe(recipe):
         {"exact": "norms (A1111, Forge, ComfyUI)"},
     ],
 )
-def test_the_form_of_a_recipe_asks_for_it_again(recipe, host, changes):
+def test_the_form_of_a_recipe_describes_it_again(recipe, host, changes):
     form = replace(FORM, **changes)
     made = recipe(**changes)
-    assert form_of(made, host.checkpoints(), save_styles=form.save_styles) == form
+    assert form_from_recipe(made, host.checkpoints(), save_styles=form.save_styles) == form
 
 
 def test_the_form_omits_missing_checkpoints_and_base(recipe, host, checkpoints):
     made = recipe(base="b.safetensors")
     (checkpoints / "b.safetensors").unlink()
-    form = form_of(made, host.checkpoints(), save_styles=False)
+    form = form_from_recipe(made, host.checkpoints(), save_styles=False)
     assert form.checkpoints == ["a.safetensors", "c.safetensors"]
     assert form.base == BASE_AVERAGE
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_behind_a_link_is_recognised(recipe, host, root, tmp_path):
         recipe(),
         models=tuple(tmp_path / "link" / "Stable-diffusion" / name for name in NAMES),
     )
-    assert form_of(made, host.checkpoints(), save_styles=False).checkpoints == NAMES
+    assert form_from_recipe(made, host.checkpoints(), save_styles=False).checkpoints == NAMES
 
 
 def test_every_vae_policy_has_words():

@@ -18,7 +18,7 @@ from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.cache import clear_cache, format_cache
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.manifest import Run, delete_run, files_of, list_runs, load_run
-from hyper_merge.ui.form import Form, form_of
+from hyper_merge.ui.form import Form, form_from_recipe
 from hyper_merge.ui.handlers.dropdowns import refill
 from hyper_merge.ui.html.common import format_hint, format_message
 from hyper_merge.ui.html.runs import format_file_list, format_run_comparison, format_run_list
@@ -46,7 +46,9 @@ def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
     except HyperMergeError as error:
         return (*(gr.update() for _ in fields(Form)), _format_error(error))
     listed = host.checkpoints()
-    form = form_of(recipe, listed, save_styles=host.defaults().save_styles and host.has_txt2img)
+    form = form_from_recipe(
+        recipe, listed, save_styles=host.defaults().save_styles and host.has_txt2img
+    )
     gone = len(recipe.models) - len(form.checkpoints)
     text = f"The settings of {name} were copied to the form."
     if gone:

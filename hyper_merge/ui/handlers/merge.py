@@ -21,7 +21,7 @@ from hyper_merge.hosts.tasks import merge_task
 from hyper_merge.operations.demo import DEMO_RANKS, make_family
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.form import Form, recipe_of
+from hyper_merge.ui.form import Form, recipe_from_form
 from hyper_merge.ui.handlers.merge_request import prepare_merge
 from hyper_merge.ui.handlers.result import NOTHING, show_run
 from hyper_merge.ui.html.common import format_job_status, format_message, format_refusal
@@ -105,7 +105,7 @@ def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:
 
 def _recipe_now(host: Host, form: Form) -> Recipe:
     """Returns the form's recipe, by the host's list as it is now."""
-    return recipe_of(form, host.checkpoints(), host.folders())
+    return recipe_from_form(form, host.checkpoints(), host.folders())
 
 
 def _make_demo(host: Host, _task: str, progress: Progress) -> str:

@@ -9,7 +9,7 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.operations.merge.naming import suggest_name, with_free_name
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.runs.folders import Place
-from hyper_merge.ui.form import Form, recipe_of
+from hyper_merge.ui.form import Form, recipe_from_form
 
 
 def prepare_merge(host: Host, form: Form) -> tuple[Preflight, Place]:
@@ -31,7 +31,7 @@ def preflight_form(host: Host, form: Form) -> Preflight:
     if not has_name(form):
         form = replace(form, name=suggest_name(form.checkpoints))
     folders = host.folders()
-    return run_preflight(recipe_of(form, host.checkpoints(), folders), folders)
+    return run_preflight(recipe_from_form(form, host.checkpoints(), folders), folders)
 
 
 def has_name(form: Form) -> bool:

@@ -62,7 +62,7 @@ def format_percent(share: float) -> str:
 
 
 def format_merge_introduction() -> str:
-    """Returns the text that stands in place of the first result."""
+    """Returns the text that is shown until there is a result."""
     return (
         "<div class=hm-intro><h3>What you get</h3>"
         "<p>One <b>hyper-model</b>, the average of the checkpoints, and a few <b>LoRAs</b> that all "
@@ -154,7 +154,7 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
         loras = (
             "LoRAs, about"
             if forecast_size
-            else "LoRAs of a size that the merge determines, perhaps"
+            else "LoRAs of a size that the merge determines, roughly"
         )
     lines = [
         (

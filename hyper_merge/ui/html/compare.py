@@ -14,7 +14,7 @@ _ROW_TITLES: Final = {"restored": "Hyper-model + LoRAs", "average": "Hyper-model
 
 
 def format_compare_introduction() -> str:
-    """Returns the text that stands in place of the first pictures."""
+    """Returns the text that is shown until there are pictures."""
     return (
         "<div class=hm-intro><h3>Compare pictures</h3>"
         "<p>Draws the same prompt, seed and settings twice: with the hyper-model and a checkpoint's "

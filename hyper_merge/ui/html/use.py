@@ -186,9 +186,7 @@ def _format_sections(parts: Sequence[PartLoss]) -> str:
     rows = [
         (_text(part.name), format_percent(part.energy), format_percent(part.lost)) for part in worst
     ]
-    return format_table(
-        ("Largest losses", "Difference", "Not explained"), rows, numeric=(1, 2)
-    )
+    return format_table(("Largest losses", "Difference", "Not explained"), rows, numeric=(1, 2))
 
 
 def _format_not_carried(shares: Mapping[str, float]) -> str:

@@ -123,7 +123,7 @@ def test_picked_checkpoints_of_a_run_stay_picked(host, run):
 
 def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
     *_, one, two, three = list_usable_runs(host, run, "", None, [], "a.safetensors", "gone", None)
-    assert "value" not in one, "it may have been picked anew since the page asked"
+    assert "value" not in one, "it may have changed since the page asked"
     assert two["value"] is three["value"] is None
 
 

@@ -1,4 +1,4 @@
-"""What people read: figures in words, and every name escaped wherever it is shown."""
+"""What people read: figures as text, and every name escaped wherever it is shown."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -120,14 +120,7 @@ def build_use(host: Host) -> UsePanel:
     about, message, status = html("use_about"), html("use_message"), html("use_status")
     known, title, *states = (
         widget(gr.Textbox, name, value="", visible=False)
-        for name in (
-            "use_known",
-            "use_title",
-            "fit_shown",
-            "fit_title",
-            "use_wrote",
-            "use_seen",
-        )
+        for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote", "use_seen")
     )
     with gr.Row(elem_id=elem_id("use_columns")):
         with gr.Column(scale=5, min_width=380):

@@ -1,11 +1,11 @@
-// Progress, copying, mixing, and when to look at the form again. Outside of the tab only the WebUI's own functions and buttons are used.
+// Progress, copying, mixing, and when to update the plan. Outside of the tab only the WebUI's own functions and buttons are used.
 "use strict";
 
 window.hyperMerge = (() => {
     const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
     const find = (selector) => root().querySelector(selector);
 
-    // Clipboard of its own accord only on secure pages; elsewhere a selection is copied.
+    // Only secure pages may write to the clipboard; elsewhere a selection is copied.
     // The panel's name begins the ids of its box and of its button.
     function copy(text, panel) {
         if (navigator.clipboard && window.isSecureContext) {
@@ -39,7 +39,7 @@ window.hyperMerge = (() => {
         }
     }
 
-    // The WebUI's own buttons that read its lists anew: styles, cards, menu of checkpoints.
+    // The WebUI's own buttons that read its lists again: styles, cards, menu of checkpoints.
     const refreshers = {
         styles: ["#refresh_txt2img_styles", "#refresh_img2img_styles"],
         lists: [
@@ -49,11 +49,11 @@ window.hyperMerge = (() => {
     };
     const refreshed = {};
     let refreshing = null;
-    function refresh(what, made) {
-        if (what === "styles") {
+    function refresh(kind, task) {
+        if (kind === "styles") {
             refreshers.styles.forEach(press);
-        } else if (made && made !== refreshed[what]) {
-            refreshed[what] = made;
+        } else if (task && task !== refreshed[kind]) {
+            refreshed[kind] = task;
             clearTimeout(refreshing); // once for a run and its files: gradio 3.41 loses a second press
             refreshing = setTimeout(() => [...refreshers.styles, ...refreshers.lists].forEach(press), 500);
         }
@@ -66,24 +66,24 @@ window.hyperMerge = (() => {
         }
     }
 
-    // After the last of several changes, and never while one is looked at: gradio 3.41 drops those.
-    let timer = null, asked = 0, again = false;
+    // After the last of several changes, and never while one is being answered: gradio 3.41 drops those.
+    let timer = null, requested = 0, again = false;
     function replan() {
         clearTimeout(timer);
         timer = setTimeout(ask, 150);
     }
 
     function ask() {
-        if (asked && Date.now() - asked < 20000) {
+        if (requested && Date.now() - requested < 20000) {
             again = true;
             return;
         }
-        asked = Date.now();
+        requested = Date.now();
         press("#hyper_merge_replan");
     }
 
     function planned() {
-        asked = 0;
+        requested = 0;
         if (again) {
             again = false;
             ask();
@@ -98,7 +98,7 @@ window.hyperMerge = (() => {
     }
 
     // A slider for each checkpoint. Multipliers mix as the checkpoints do, so the tags are sums; they
-    // are those of `mixture_tags` in Python. What was set is kept while the sliders are drawn anew.
+    // are those of `mixture_tags` in Python. Their values are kept when the sliders are drawn again.
     const kept = {};
     const sliders = () => [...root().querySelectorAll("#hyper_merge_mix input[type=range]")];
 
@@ -107,9 +107,9 @@ window.hyperMerge = (() => {
         return JSON.stringify(Object.fromEntries(moved.map((x) => [x.dataset.name, Number(x.value)])));
     }
 
-    function mix(how) {
+    function mix(mode) {
         const all = sliders();
-        all.forEach((slider) => { slider.value = how === "equal" ? 1 / all.length : 0; });
+        all.forEach((slider) => { slider.value = mode === "equal" ? 1 / all.length : 0; });
         mixed();
     }
 
@@ -136,16 +136,16 @@ window.hyperMerge = (() => {
         const sums = new Map();
         sliders().filter((slider) => Number(slider.value) !== 0).forEach((slider) => {
             terms[slider.dataset.name].forEach(([name, unet, text]) => {
-                const sum = sums.get(name) || {unet: 0, text: 0, own: false};
+                const sum = sums.get(name) || {unet: 0, text: 0, separate: false};
                 const share = Number(slider.value);
                 sum.unet += share * unet;
                 sum.text += share * (text === null ? unet : text);
-                sum.own = sum.own || text !== null;
+                sum.separate = sum.separate || text !== null;
                 sums.set(name, sum);
             });
         });
         return [...sums].map(([name, sum]) => {
-            const numbers = sum.own ? [sum.text, sum.unet] : [sum.unet];
+            const numbers = sum.separate ? [sum.text, sum.unet] : [sum.unet];
             return `<lora:${name}:${numbers.map(number).join(":")}>`;
         }).join(" ");
     }
@@ -177,7 +177,7 @@ window.hyperMerge = (() => {
         mixed();
     }
 
-    // Where the WebUI draws progress, its bar takes the place of ours.
+    // Where the WebUI draws progress, its bar replaces ours.
     const tasks = {};
     function follow() {
         ["#hyper_merge_status", "#hyper_merge_use_status"].forEach((place) => {

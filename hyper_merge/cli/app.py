@@ -16,7 +16,7 @@ from hyper_merge.api.routes import build_router
 from hyper_merge.errors import AppError
 from hyper_merge.hosts.job_queue import Jobs, process_jobs
 from hyper_merge.hosts.standalone import Standalone
-from hyper_merge.ui.compat import browser
+from hyper_merge.ui.compat import browser_code
 from hyper_merge.ui.tab import build_tab
 
 LOCAL: Final = "127.0.0.1"
@@ -90,7 +90,7 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
     )
     script = _asset("javascript/hyper_merge.js")
     with page:
-        page.load(None, None, None, **browser(f"() => {{\n{script}\nreturn []; }}"))
+        page.load(None, None, None, **browser_code(f"() => {{\n{script}\nreturn []; }}"))
     return page
 
 

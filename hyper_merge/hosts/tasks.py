@@ -32,7 +32,7 @@ from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
 
-FORECAST_TITLE: Final = "the look at the files"
+FORECAST_TITLE: Final = "the forecast"
 """Its job's title."""
 
 

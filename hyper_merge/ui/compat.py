@@ -1,4 +1,4 @@
-"""What differs between gradio 3.41 (AUTOMATIC1111) and gradio 4 (Forge, the app), in one place."""
+"""Differences between gradio 3.41 (AUTOMATIC1111) and gradio 4 (Forge, the app), in one place."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import gradio as gr
 IS_GRADIO_4: Final = int(gr.__version__.split(".")[0]) >= 4
 
 
-def browser(code: str) -> dict[str, Any]:
-    """Arguments of an event that runs a JavaScript function in the browser first."""
+def browser_code(code: str) -> dict[str, Any]:
+    """Returns the arguments of an event that first runs a JavaScript function in the browser."""
     return {"js" if IS_GRADIO_4 else "_js": code}
 
 
-def quiet(*, queued: bool) -> dict[str, Any]:
-    """Arguments of every event: no spinner over its outputs, no place in the public API.
+def quiet_event(*, queued: bool) -> dict[str, Any]:
+    """Returns the arguments of every event: no spinner over its outputs, no entry in the public API.
 
     Args:
-        queued: whether it may take long or sends several results; those need gradio's queue.
+        queued: whether it may take long or sends several results, which needs gradio's queue.
     """
     common: dict[str, Any] = {"show_progress": "hidden", "api_name": False, "queue": queued}
     if not IS_GRADIO_4:

@@ -1,8 +1,8 @@
-"""One prefix for every element of the tab, so that no style or script meets another's."""
+"""One prefix for every element of the tab, so that styles and scripts of others do not apply."""
 
 PREFIX = "hyper_merge"
 
 
 def elem_id(name: str) -> str:
-    """The element id of a widget of the tab."""
+    """Returns the element id of a widget of the tab."""
     return f"{PREFIX}_{name}"

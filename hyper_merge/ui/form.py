@@ -1,4 +1,4 @@
-"""The form's values, as a browser sends them, and the recipe that they ask for."""
+"""The form's values, as a browser sends them, and the recipe that they describe."""
 
 from __future__ import annotations
 
@@ -10,27 +10,20 @@ from typing import Final
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.hosts.host import file_of
-from hyper_merge.recipe.fields import AVERAGE, FIELD_TITLES, choice_labels
+from hyper_merge.recipe.fields import AVERAGE
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Folders
+from hyper_merge.ui.form_fields import (
+    ALLOCATION_CHOICES,
+    BASE_AVERAGE,
+    DIFFERENCE_CHOICES,
+    EXACT_CHOICES,
+    LABELS,
+    VAE_CHOICES,
+)
 
 _SIZE: Final = re.compile(r"[\d.]+\s*([kmg]i?b?|b)", re.IGNORECASE)
-
-BASE_AVERAGE: Final = "the average of the checkpoints"
-VAE_CHOICES: Final = choice_labels("vae")
-EXACT_CHOICES: Final = choice_labels("exact")
-ALLOCATION_CHOICES: Final = choice_labels("allocation")
-DIFFERENCE_CHOICES: Final = choice_labels("layer_weights")
-_SPREAD: Final = next(iter(ALLOCATION_CHOICES))
-PRESETS: Final = {
-    "small": "64, 32, 16",
-    "medium": "128, 64, 32, 16",
-    "large": "256, 128, 64, 32",
-}
-
-LABELS: Final = FIELD_TITLES
-"""What the form calls a recipe's settings."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +51,8 @@ class Form:
     save_styles: bool
 
 
-def chosen(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
-    """Files of the chosen checkpoints; only names of the host's list are ever looked up.
+def chosen_files(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
+    """Returns the files of the chosen checkpoints; looks up names of the host's list only.
 
     Raises:
         CheckpointError: a name is not in the list (any more).
@@ -67,19 +60,19 @@ def chosen(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     return tuple(file_of(name, listed) for name in form.checkpoints or [])
 
 
-def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
-    """The recipe that the form asks for.
+def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
+    """Returns the recipe that the form describes.
 
     Raises:
-        RecipeError: a field cannot be; the message begins with its label.
+        RecipeError: a field has no valid value; the message begins with its label.
         CheckpointError: a name is not in the host's list.
     """
     size = _size_key(form.ranks or "")
-    models = chosen(form, listed)
-    if size != "ranks" and form.allocation != _SPREAD:
+    models = chosen_files(form, listed)
+    if size != "ranks" and ALLOCATION_CHOICES.get(form.allocation) != "adaptive":
         raise RecipeError(
-            f"a size or a share needs ranks that go {_SPREAD}",
-            hint="choose that under Advanced, or give ranks",
+            "a size or a share requires adaptive rank allocation",
+            hint="choose it under Advanced, or enter ranks",
             where=LABELS["ranks"],
             key=size,
         )
@@ -107,18 +100,18 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
     return Recipe.parse(values, lambda key: LABELS.get(key, key))
 
 
-def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) -> Form:
-    """The form that asks for a recipe; checkpoints that are no longer listed are left out."""
+def form_from_recipe(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) -> Form:
+    """Returns the form that describes a recipe, without checkpoints that are no longer listed."""
     names = {path.resolve(): name for name, path in listed.items()}
     base = BASE_AVERAGE
     if recipe.base != AVERAGE:
         base = names.get(Path(recipe.base).resolve(), BASE_AVERAGE)
-    found = [names.get(path.resolve()) for path in recipe.models]
+    checkpoints = [names.get(path.resolve()) for path in recipe.models]
     return Form(
-        checkpoints=[name for name in found if name is not None],
+        checkpoints=[name for name in checkpoints if name is not None],
         name=recipe.name,
-        ranks=size_of(recipe),
-        weights=_numbers(recipe.weights),
+        ranks=format_requested_size(recipe),
+        weights=_format_numbers(recipe.weights),
         base=base,
         dtype=recipe.dtype,
         lora_dtype=recipe.lora_dtype,
@@ -126,19 +119,19 @@ def form_of(recipe: Recipe, listed: Mapping[str, Path], *, save_styles: bool) ->
         iterations=recipe.iterations,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
-        vae=_words(VAE_CHOICES, recipe.vae),
-        exact=_words(EXACT_CHOICES, recipe.exact),
+        vae=_choice_text(VAE_CHOICES, recipe.vae),
+        exact=_choice_text(EXACT_CHOICES, recipe.exact),
         topup="" if recipe.topup is None else str(recipe.topup),
-        allocation=_words(ALLOCATION_CHOICES, recipe.allocation),
+        allocation=_choice_text(ALLOCATION_CHOICES, recipe.allocation),
         separate=recipe.multipliers == "separate",
-        fit_weights=_numbers(recipe.fit_weights),
-        layer_weights=_words(DIFFERENCE_CHOICES, recipe.layer_weights),
+        fit_weights=_format_numbers(recipe.fit_weights),
+        layer_weights=_choice_text(DIFFERENCE_CHOICES, recipe.layer_weights),
         save_styles=save_styles,
     )
 
 
-def size_of(recipe: Recipe) -> str:
-    """What a recipe asks for: a list of ranks, a size, or a share."""
+def format_requested_size(recipe: Recipe) -> str:
+    """Returns the text of the field of ranks: a list of ranks, a size, or a share."""
     if recipe.target is not None:
         return f"{recipe.target * 100:.12g} %"
     if recipe.budget is not None:
@@ -147,20 +140,20 @@ def size_of(recipe: Recipe) -> str:
 
 
 def _size_key(text: str) -> str:
-    """The setting that the text in the field of ranks is meant for."""
+    """Returns the setting that the text in the field of ranks stands for."""
     if "%" in text:
         return "target"
     return "budget" if _SIZE.fullmatch(text.strip()) else "ranks"
 
 
-def _words(choices: Mapping[str, str], value: str) -> str:
-    return next(words for words, known in choices.items() if known == value)
+def _choice_text(choices: Mapping[str, str], value: str) -> str:
+    return next(text for text, choice in choices.items() if choice == value)
 
 
-def _numbers(values: Sequence[float] | None) -> str:
+def _format_numbers(values: Sequence[float] | None) -> str:
     return "" if values is None else ", ".join(f"{x:g}" for x in values)
 
 
 def _whole(value: float | None) -> float | None:
-    """Browsers send whole numbers as floats."""
+    """Returns a whole number as an int, since browsers send it as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""The tab as a whole: panels put together, and their events."""
+"""The tab as a whole: its panels and their events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs, process_jobs
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers.picker import checkpoint_folders, offers_demo
 from hyper_merge.ui.panels.compare import build_compare
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
@@ -18,7 +18,7 @@ from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import build_form
 from hyper_merge.ui.panels.use import build_use
-from hyper_merge.ui.wiring.common import Wires
+from hyper_merge.ui.wiring.common import Wiring
 from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
 from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
@@ -26,12 +26,12 @@ from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
 
 
 def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Blocks:
-    """The tab's page.
+    """Builds the tab's page.
 
     Args:
         host: the WebUI, or the folder of the app.
-        jobs: those to show and start; by default the process's.
-        settings: of the `gr.Blocks`, for a page of its own.
+        jobs: the jobs to show and start; by default those of the process.
+        settings: arguments of the `gr.Blocks`, for a standalone page.
     """
     with gr.Blocks(analytics_enabled=False, **settings) as page:
         with gr.Column(elem_id=elem_id("tab")):
@@ -45,22 +45,20 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
     return page
 
 
-def devices() -> list[str]:
-    """What can be computed on here."""
+def list_devices() -> list[str]:
+    """Returns the names of the devices that can be chosen."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return ["auto", "cpu", *(f"cuda:{number}" for number in range(count))]
 
 
-def _build(host: Host, jobs: Jobs) -> Wires:
-    """All panels, each where it stands on the page."""
+def _build(host: Host, jobs: Jobs) -> Wiring:
+    """Builds all panels, each in its place on the page."""
     names = list(host.checkpoints())
     with gr.Tabs(elem_id=elem_id("tabs")):
         with gr.Tab("Merge", elem_id=elem_id("merge_tab")), gr.Row(elem_id=elem_id("columns")):
             with gr.Column(scale=5, min_width=380):
-                picker = build_picker(
-                    names, picking.folders_in(names), demo=picking.offers_demo(host)
-                )
-                form, presets = build_form(host, picker.checkpoints, devices())
+                picker = build_picker(names, checkpoint_folders(names), demo=offers_demo(host))
+                form, presets = build_form(host, picker.checkpoints, list_devices())
                 run = build_run()
             with gr.Column(scale=6, min_width=420):
                 result = build_result(host)
@@ -70,4 +68,4 @@ def _build(host: Host, jobs: Jobs) -> Wires:
             compare = build_compare(host, opened)
         with gr.Tab("Runs", elem_id=elem_id("runs_tab")):
             earlier = build_history()
-    return Wires(host, jobs, picker, form, presets, run, result, earlier, use, compare)
+    return Wiring(host, jobs, picker, form, presets, run, result, earlier, use, compare)

@@ -11,7 +11,7 @@ from hyper_merge.errors import OutputError
 from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.job_queue import process_jobs
 from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.ui.handlers import merge as merging
+from hyper_merge.ui.handlers.merge import stop_job, watch_job
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 ASKED = {"checkpoints": NAMES, "name": "mine", "ranks": [4, 2], "device": "cpu", "iterations": 3}
@@ -180,8 +180,8 @@ def test_a_lora_that_was_edited_since_ends_a_fit_in_our_words(client, root, run)
 
 def test_the_tab_shows_the_apis_job_and_the_api_the_tabs(client, host, jobs, endless):
     _, job = client.post("/merge", ASKED)
-    assert next(merging.watch(jobs))[0]
-    assert merging.stop(jobs) == ""
+    assert next(watch_job(jobs))[0]
+    assert stop_job(jobs) == ""
     assert client.ended(job)["outcome"] == "stopped"
     jobs.start("of the tab", lambda task, progress: "mix", host.log)
     newest, older = client.get("/jobs")[1]["jobs"]

@@ -144,7 +144,7 @@ def page(context, request) -> Iterator:
     page = context.new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda entry: errors.append(entry.text) if entry.type == "error" else None)
     sockets = []
     page.on("websocket", lambda socket: sockets.extend([socket]))  # a built-in is refused
     yield page
@@ -184,7 +184,7 @@ def servers(files, tmp_path_factory):
 
     They start side by side, and once: what takes the time is loading torch and gradio.
     """
-    found = {}
+    running = {}
     for host in dict.fromkeys((ANY_HOST, WEBUI)):
         models = tmp_path_factory.mktemp(host) / "models"
         folder = models / "Stable-diffusion"
@@ -193,11 +193,11 @@ def servers(files, tmp_path_factory):
             shutil.copy(path, folder / f"{place}.safetensors")
         (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
         (models / "Lora").mkdir()
-        found[host] = Server(host, models)
-    yield found
-    for server in found.values():
+        running[host] = Server(host, models)
+    yield running
+    for server in running.values():
         server.close()
-    assert [line for server in found.values() for line in server.complaints] == []
+    assert [line for server in running.values() for line in server.complaints] == []
 
 
 @pytest.fixture(scope="session")

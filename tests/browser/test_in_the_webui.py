@@ -40,10 +40,10 @@ def test_every_checkpoint_is_a_style_that_can_be_removed_again(merged, server):
     styles = server.models.parent / "styles.csv"
     merged.until(lambda: "duo: anime" in styles.read_text(encoding="utf-8"))
     merged.click("styles_remove")
-    merged.until(lambda: "removed" in merged.text("result_note"))
+    merged.until(lambda: "Removed" in merged.text("result_note"))
     assert "duo: anime" not in styles.read_text(encoding="utf-8")
     merged.click("styles_save")
-    merged.until(lambda: "saved" in merged.text("result_note"))
+    merged.until(lambda: "Saved" in merged.text("result_note"))
     page.locator("#tabs button").first.click()
     page.locator("#txt2img_styles input").click()
     merged.until(lambda: "duo: portrait" in page.locator("ul.options").inner_text())
@@ -71,5 +71,5 @@ def test_the_settings_page_has_a_section_and_clears_the_cache(merged):
     ranks = page.locator("#setting_hyper_merge_ranks textarea, #setting_hyper_merge_ranks input")
     assert ranks.first.input_value() == "128, 64, 32, 16"
     page.locator("#setting_hyper_merge_clear_cache").first.click()
-    said = page.locator("#setting_hyper_merge_clear_cache_size").first
-    merged.until(lambda: "free again" in said.inner_text())
+    size = page.locator("#setting_hyper_merge_clear_cache_size").first
+    merged.until(lambda: "free again" in size.inner_text())

@@ -62,17 +62,17 @@ def folders(server):
     return Folders.under(server.models)
 
 
-def done(tab, what):
-    tab.until(lambda: f"Done: {what}" in tab.text("use_status"), 60)
+def done(tab, title):
+    tab.until(lambda: f"Done: {title}" in tab.text("use_status"), 60)
 
 
 def offers(tab, name, option):
     """Whether a dropdown has an entry."""
     box = tab.find(name).locator("input")
     box.click()
-    found = tab.option(name, option).count()
+    count = tab.option(name, option).count()
     box.blur()
-    return found
+    return count
 
 
 def open_panel(tab, name):
@@ -113,8 +113,8 @@ def test_numbers_are_rounded_as_python_rounds_them(use):
         1.000015,
         12.345675,
     ):
-        (said,) = use.page.evaluate(CALCULATED, [[["x", value, None]], 1]).split()
-        assert said == f"<lora:x:{round(value, 5) + 0.0:.5f}>"
+        (tag,) = use.page.evaluate(CALCULATED, [[["x", value, None]], 1]).split()
+        assert tag == f"<lora:x:{round(value, 5) + 0.0:.5f}>"
 
 
 def test_keys_move_a_slider_and_buttons_make_all_equal_or_none(use):
@@ -152,7 +152,7 @@ def test_a_fit_shows_its_tags_and_gets_a_slider(use, server, third):
     use.type("fit_topup", "2")
     use.click("fit")
     done(use, "the fit of third.safetensors")
-    use.until(lambda: "bring back" in use.text("fit_outcome"))
+    use.until(lambda: "explain" in use.text("fit_outcome"))
     expected = mixture_tags(load_run(folders(server), "pair"), {"third": 1.0})
     use.until(lambda: use.value("fit_prompt") == expected)
     use.until(lambda: use.page.locator("#hyper_merge_mix input").count() == 3)
@@ -164,13 +164,13 @@ def test_a_fit_shows_its_tags_and_gets_a_slider(use, server, third):
     shot(use.page, "use-fit")
 
 
-def test_a_checkpoint_is_brought_back_and_measured(use, server):
+def test_a_checkpoint_is_restored_and_compared(use, server):
     open_panel(use, "restore")
     use.choose("restore_checkpoint", "photo")
     use.click("restore")
     done(use, "the checkpoint photo")
     use.until(lambda: "photo-restored.safetensors" in use.text("restore_outcome"))
-    assert "Measured against the original" in use.text("restore_outcome")
+    assert "Compared with the original" in use.text("restore_outcome")
     use.click("restore")
     use.until(lambda: "photo-restored.safetensors exists; choose" in use.text("use_status"))
     assert (server.models / "Stable-diffusion/photo-restored.safetensors").exists()
@@ -197,7 +197,7 @@ def test_what_is_safe_to_delete_is_said_and_stays(use, server):
     use.until(lambda: "Threshold: expected a share" in use.text("safe_outcome"))
     use.type("safe_threshold", "1%")
     use.click("safe")
-    done(use, "the look at the originals")
+    done(use, "the check of the originals")
     use.until(lambda: "Nothing was deleted" in use.text("safe_outcome"))
     assert "yes" in use.text("safe_outcome")
     shot(use.page, "use-safe")
@@ -253,7 +253,7 @@ def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
 def test_why_a_second_one_is_refused_stays_in_place_of_the_first_outcome(use, server):
     open_panel(use, "safe")
     use.click("safe")
-    done(use, "the look at the originals")
+    done(use, "the check of the originals")
     use.until(lambda: "Nothing was deleted" in use.text("safe_outcome"))
     use.type("safe_threshold", "200%")
     use.click("safe")
@@ -278,7 +278,7 @@ def test_a_mixture_and_a_fit_are_sent_to_txt2img(use, server):
     done(use, "the fit of sub/portrait.safetensors")
     tags = use.until(lambda: use.value("fit_prompt"))
     use.click("fit_style")
-    use.until(lambda: "The style pair: portrait is saved" in use.text("fit_note"))
+    use.until(lambda: "Saved the style pair: portrait" in use.text("fit_note"))
     styles = (server.models.parent / "styles.csv").read_text(encoding="utf-8")
     assert f"pair: portrait,{tags}" in styles
     use.click("fit_send")

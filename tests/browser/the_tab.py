@@ -31,8 +31,8 @@ class Tab:
         self.find(name).click()
 
     def text(self, name, *, visible=True):
-        found = self.find(name)
-        return (found.inner_text() if visible else found.text_content() or "").strip()
+        element = self.find(name)
+        return (element.inner_text() if visible else element.text_content() or "").strip()
 
     def type(self, name, text):
         self.find(name).locator("input, textarea").first.fill(text)
@@ -50,7 +50,7 @@ class Tab:
     def choose(self, name, option):
         """Chooses one entry of a dropdown.
 
-        A list that is filled anew while it is open shows only what is like the entry that was chosen
+        A list that is filled again while it is open shows only what is like the entry that was chosen
         before: it is closed and opened again then.
         """
         self.until(lambda: self._clicked(name, option))
@@ -84,16 +84,16 @@ class Tab:
 
     def fraction(self):
         """Percent of the run as the status line says it; None where nothing runs."""
-        said = re.search(r"(\d+)\s?%", self.text("status", visible=False))
-        return int(said[1]) if said else None
+        match = re.search(r"(\d+)\s?%", self.text("status", visible=False))
+        return int(match[1]) if match else None
 
     def until(self, holds, seconds=60):
         """Waits for something to be true, and returns it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            found = holds()
-            if found:
-                return found
+            result = holds()
+            if result:
+                return result
             self.page.wait_for_timeout(50)
         raise AssertionError(
             f"not within {seconds} s; the status is {self.text('status')!r}, "

@@ -4,7 +4,8 @@ import time
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 
-from hyper_merge.ui.form import BASE_AVERAGE, Form
+from hyper_merge.ui.form import Form
+from hyper_merge.ui.form_fields import BASE_AVERAGE
 
 NAMES = ["a.safetensors", "b.safetensors", "c.safetensors"]
 EVIL = "<img src=x>"
@@ -20,10 +21,10 @@ FORM = Form(
     iterations=3,
     tolerance=2e-3,
     seed=0,
-    vae="of the first checkpoint",
-    exact="no",
+    vae="from the first checkpoint",
+    exact="none",
     topup="",
-    allocation="where they bring back most",
+    allocation="adaptive, where they explain most",
     separate=True,
     fit_weights="",
     layer_weights="relative to each layer's size",

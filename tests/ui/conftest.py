@@ -54,8 +54,8 @@ def flavour(request):
 @pytest.fixture
 def webui(root, flavour):
     """A WebUI with that models folder, in which no job is left running."""
-    with installed(root, flavour) as found:
-        yield found
+    with installed(root, flavour) as fake:
+        yield fake
         for thread in threading.enumerate():
             if thread.name == "hyper-merge":
                 thread.join(20)

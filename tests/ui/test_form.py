@@ -9,16 +9,8 @@ from at_the_tab import FORM, NAMES
 from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe
-from hyper_merge.ui.form import (
-    BASE_AVERAGE,
-    EXACT_CHOICES,
-    LABELS,
-    PRESETS,
-    VAE_CHOICES,
-    Form,
-    form_of,
-    recipe_of,
-)
+from hyper_merge.ui.form import Form, form_from_recipe, recipe_from_form
+from hyper_merge.ui.form_fields import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
 
 
 @pytest.fixture
@@ -26,12 +18,12 @@ def recipe(host):
     """The recipe of the form with changes."""
 
     def recipe(**changes):
-        return recipe_of(replace(FORM, **changes), host.checkpoints(), host.folders())
+        return recipe_from_form(replace(FORM, **changes), host.checkpoints(), host.folders())
 
     return recipe
 
 
-def test_the_form_asks_for_the_recipe_that_its_words_say(recipe, checkpoints, root):
+def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
     assert recipe(weights="1, 2 0.5", seed=7.0, iterations=12.0, vae="average of all") == Recipe(
         name="mix",
         models=tuple(checkpoints / name for name in NAMES),
@@ -46,7 +38,7 @@ def test_the_form_asks_for_the_recipe_that_its_words_say(recipe, checkpoints, ro
     )
 
 
-def test_the_order_of_the_picks_is_that_of_the_models(recipe, checkpoints):
+def test_models_keep_the_order_of_picks(recipe, checkpoints):
     models = recipe(checkpoints=NAMES[::-1]).models
     assert models == tuple(checkpoints / name for name in NAMES[::-1])
 
@@ -85,9 +77,9 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"tolerance": 5}, "Tolerance: expected a number from 0 to 1, got the number 5"),
         ({"seed": -1.0}, "Seed: expected a whole number from 0 to .*, got the number -1"),
         ({"seed": None}, "Seed: expected .* got nothing"),
-        ({"dtype": "float8"}, "Stored precision: expected one of float16, bfloat16, float32"),
-        ({"dtype": None}, "Stored precision: expected one of"),
-        ({"lora_dtype": "fp8"}, "Stored precision of the LoRAs: expected one of same, float16"),
+        ({"dtype": "float8"}, "Precision: expected one of float16, bfloat16, float32"),
+        ({"dtype": None}, "Precision: expected one of"),
+        ({"lora_dtype": "fp8"}, "Precision of the LoRAs: expected one of same, float16"),
         ({"device": "gpu"}, "Device: expected auto, cpu, cuda or cuda:N"),
         ({"device": None}, "Device: expected"),
         ({"vae": "none of them"}, 'VAE: expected one of first, average, got "none of them"'),
@@ -97,7 +89,7 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"checkpoints": None}, "Checkpoints: Fewer than two checkpoints"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_the_label_of_its_field(recipe, changes, message):
+def test_invalid_values_are_refused_by_their_label(recipe, changes, message):
     with pytest.raises(RecipeError, match=f"^{message}"):
         recipe(**changes)
 
@@ -112,17 +104,17 @@ def test_only_names_of_the_list_are_ever_files(recipe, field, typed):
         recipe(**{field: value})
 
 
-def test_the_path_of_a_checkpoint_that_is_there_is_refused_as_well(recipe, files):
+def test_the_path_of_an_existing_checkpoint_is_refused(recipe, files):
     assert files[0].exists()
     for changes in ({"checkpoints": [NAMES[0], str(files[0])]}, {"base": str(files[0])}):
         with pytest.raises(CheckpointError, match="no longer in the list"):
             recipe(**changes)
 
 
-def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label():
-    own = {"checkpoints": {"models"}, "save_styles": set(), "separate": {"multipliers"}}
-    own["ranks"] = {"ranks", "budget", "target"}  # one field for all three
-    in_form = set().union(*(own.get(field.name, {field.name}) for field in fields(Form)))
+def test_every_setting_of_the_form_has_a_label():
+    special = {"checkpoints": {"models"}, "save_styles": set(), "separate": {"multipliers"}}
+    special["ranks"] = {"ranks", "budget", "target"}  # one field for all three
+    in_form = set().union(*(special.get(field.name, {field.name}) for field in fields(Form)))
     assert set(LABELS) == in_form
     assert in_form <= {field.name for field in FIELDS}
 
@@ -136,32 +128,32 @@ def test_every_setting_of_a_recipe_that_the_form_has_can_be_named_by_its_label()
         ("4, 2", {"ranks": (4, 2)}),
     ],
 )
-def test_the_field_of_ranks_takes_a_size_or_a_share(recipe, text, size):
-    found = recipe(ranks=text)
-    assert {key: getattr(found, key) for key in size} == size
-    assert found.finds_ranks == ("ranks" not in size)
-    again = recipe(ranks=form_of(found, {}, save_styles=False).ranks)
+def test_the_ranks_field_takes_size_or_share(recipe, text, size):
+    parsed = recipe(ranks=text)
+    assert {key: getattr(parsed, key) for key in size} == size
+    assert parsed.finds_ranks == ("ranks" not in size)
+    again = recipe(ranks=form_from_recipe(parsed, {}, save_styles=False).ranks)
     assert {key: getattr(again, key) for key in size} == size
 
 
-def test_a_share_above_all_is_refused_by_the_fields_label(recipe):
+def test_a_share_above_one_is_refused(recipe):
     with pytest.raises(RecipeError, match=r'Ranks: expected a share, such as "95%" or 0\.95, got'):
         recipe(ranks="120 %")
 
 
-def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
-    found = recipe(
+def test_advanced_fields_reach_the_recipe(recipe):
+    parsed = recipe(
         topup="95%",
         separate=False,
         fit_weights="1, 2, 1",
-        allocation="where they bring back most",
+        allocation="adaptive, where they explain most",
         layer_weights="relative to each layer's size",
     )
-    assert found.topup == PrivateLoraTarget(share=0.95)
-    assert found.multipliers == "shared"
-    assert found.fit_weights == (1.0, 2.0, 1.0)
-    assert (found.allocation, found.layer_weights) == ("adaptive", "relative")
-    assert form_of(found, {}, save_styles=False).topup == "95%"
+    assert parsed.topup == PrivateLoraTarget(share=0.95)
+    assert parsed.multipliers == "shared"
+    assert parsed.fit_weights == (1.0, 2.0, 1.0)
+    assert (parsed.allocation, parsed.layer_weights) == ("adaptive", "relative")
+    assert form_from_recipe(parsed, {}, save_styles=False).topup == "95%"
 
 
 @pytest.mark.parametrize(
@@ -176,27 +168,27 @@ def test_private_loras_and_weights_of_the_fit_reach_the_recipe(recipe):
         {"exact": "norms (A1111, Forge, ComfyUI)"},
     ],
 )
-def test_the_form_of_a_recipe_asks_for_it_again(recipe, host, changes):
+def test_the_form_of_a_recipe_describes_it_again(recipe, host, changes):
     form = replace(FORM, **changes)
     made = recipe(**changes)
-    assert form_of(made, host.checkpoints(), save_styles=form.save_styles) == form
+    assert form_from_recipe(made, host.checkpoints(), save_styles=form.save_styles) == form
 
 
-def test_checkpoints_and_a_base_that_are_gone_are_left_out_of_the_form(recipe, host, checkpoints):
+def test_the_form_omits_missing_checkpoints_and_base(recipe, host, checkpoints):
     made = recipe(base="b.safetensors")
     (checkpoints / "b.safetensors").unlink()
-    form = form_of(made, host.checkpoints(), save_styles=False)
+    form = form_from_recipe(made, host.checkpoints(), save_styles=False)
     assert form.checkpoints == ["a.safetensors", "c.safetensors"]
     assert form.base == BASE_AVERAGE
 
 
-def test_a_checkpoint_is_found_again_by_another_way_to_its_file(recipe, host, root, tmp_path):
+def test_a_checkpoint_behind_a_link_is_recognised(recipe, host, root, tmp_path):
     os.symlink(root, tmp_path / "link")  # noqa: PTH211 - the shorter word
     made = replace(
         recipe(),
         models=tuple(tmp_path / "link" / "Stable-diffusion" / name for name in NAMES),
     )
-    assert form_of(made, host.checkpoints(), save_styles=False).checkpoints == NAMES
+    assert form_from_recipe(made, host.checkpoints(), save_styles=False).checkpoints == NAMES
 
 
 def test_every_vae_policy_has_words():

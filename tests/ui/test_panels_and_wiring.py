@@ -14,12 +14,9 @@ from fake_webui import EXTENSION, installed
 from hyper_merge.hosts.job_queue import BusyError, process_jobs
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.ui.element_ids import PREFIX
-from hyper_merge.ui.form import PRESETS, Form
-from hyper_merge.ui.handlers import forecast as looking
+from hyper_merge.ui.form import Form
+from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
-from hyper_merge.ui.handlers import result as results
 from hyper_merge.ui.handlers.picker import ALL_FOLDERS
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
@@ -28,22 +25,26 @@ from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import FormWidgets, build_form
 from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.tab import build_tab, devices
+from hyper_merge.ui.tab import build_tab, list_devices
 
-UNEXPECTED = "An unexpected error; the log has all of it: MemoryError: no room for a table"
+UNEXPECTED = "Unexpected error; see the log for details: MemoryError: no room for a table"
 FAILING = {
-    "plan",
-    "start",
-    "start_look",
+    "show_plan",
+    "start_merge",
+    "start_forecast",
     "add_folder",
-    "runs",
-    "show",
+    "list_earlier_runs",
+    "show_run",
     "copy_settings",
-    "compare",
-    "ask_to_delete",
-    "save_styles",
+    "compare_runs",
+    "ask_to_delete_run",
+    "save_run_styles",
 }
-ARGUMENTS = {"plan": ["", *values()], "start_look": values(), "add_folder": [[], ALL_FOLDERS]}
+ARGUMENTS = {
+    "show_plan": ["", *values()],
+    "start_forecast": values(),
+    "add_folder": [[], ALL_FOLDERS],
+}
 
 
 class Busy:
@@ -74,18 +75,18 @@ def built(some_host):
     names = list(some_host.checkpoints())
     with gr.Blocks():
         picker = build_picker(names, ["all folders"], demo=True)
-        form, presets = build_form(some_host, picker.checkpoints, devices())
+        form, presets = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
         use = build_use(some_host)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
-        others = build_run(), result, result.shown, build_history(), use, *parts
+        others = build_run(), result, result.view, build_history(), use, *parts
     return picker, form, presets, *others
 
 
 def functions(page):
     """Every event's function, inputs and outputs, in both gradio versions."""
-    found = page.fns.values() if isinstance(page.fns, dict) else page.fns
-    return [(each.fn, each.inputs, each.outputs) for each in found if each.fn is not None]
+    events = page.fns.values() if isinstance(page.fns, dict) else page.fns
+    return [(event.fn, event.inputs, event.outputs) for event in events if event.fn is not None]
 
 
 def settings(page):
@@ -130,24 +131,24 @@ def test_each_widget_of_the_form_is_in_its_place(built):
     assert labels == [field.name for field in fields(Form)]
 
 
-def test_every_widget_has_our_id_and_is_not_kept_by_the_webui(built):
+def test_every_widget_has_our_id_and_is_unsaved(built):
     picker, form, presets, *others = built
-    found = [w for panel in (picker, form, *others) for w in in_order(panel)] + presets
-    found = [widget for widget in found if not is_dataclass(widget)]
-    for widget in found:
+    widgets = [w for panel in (picker, form, *others) for w in in_order(panel)] + presets
+    widgets = [widget for widget in widgets if not is_dataclass(widget)]
+    for widget in widgets:
         assert re.fullmatch(f"{PREFIX}_[a-z0-9_]+", widget.elem_id)
         if not isinstance(widget, gr.Column):
             assert widget.do_not_save_to_config is True
 
 
-def test_no_id_stands_twice_on_the_page_and_all_are_ours(some_host):
+def test_all_ids_are_ours_and_unique(some_host):
     page = build_tab(some_host, Busy())
     ids = [block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)]
     assert len(set(ids)) == len(ids)
     assert all(name.startswith(f"{PREFIX}_") for name in ids)
 
 
-def test_whoever_is_asked_for_a_value_is_labelled(built):
+def test_every_field_of_the_form_is_labelled(built):
     _, form, *_ = built
     assert all(widget.label for widget in in_order(form))
 
@@ -165,13 +166,21 @@ def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
     assert form.save_styles.value is some_host.has_txt2img
 
 
-def test_every_handler_takes_and_gives_what_it_is_wired_to(root, run, strict):
+def test_every_handler_fits_its_wiring(root, run, strict):
     page = build_tab(Standalone(root), Busy())
     checked = set()
     for fn, inputs, outputs in functions(page):
         fill(fn, inputs, outputs)
         checked.add(name_of(fn))
-    assert {"plan", "start", "watch", "after", "show", "copy_settings", "delete"} <= checked
+    assert {
+        "show_plan",
+        "start_merge",
+        "watch_job_in_both_tabs",
+        "show_merge_result",
+        "show_run",
+        "copy_settings",
+        "delete_confirmed_run",
+    } <= checked
     assert len(checked) >= 20
 
 
@@ -181,36 +190,35 @@ def test_every_handler_fits_in_the_webui_too(webui, run):
     assert webui.errors.reports == []
 
 
-def test_an_error_nobody_expected_is_said_in_one_line_and_logged_in_full(root, run, caplog):
+def test_unexpected_errors_show_a_line_and_are_logged(root, run, caplog):
     def fail(*arguments):
         raise MemoryError("no room for a table\nof many rows")
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
-        for name in ("examined", "average_id_of"):
-            patch.setattr(picking, name, fail)
-        patch.setattr(looking, "examined", fail)
+        for name in ("preflight_form", "average_id_of"):
+            patch.setattr(f"hyper_merge.ui.handlers.picker.{name}", fail)
+        patch.setattr("hyper_merge.ui.handlers.forecast.preflight_form", fail)
         for name in ("list_runs", "load_run", "files_of"):
             patch.setattr(history, name, fail)
-        patch.setattr(merging, "prepare", fail)
-        patch.setattr(results, "load_run", fail)
+        patch.setattr("hyper_merge.ui.handlers.merge.prepare_merge", fail)
+        patch.setattr("hyper_merge.ui.handlers.result.load_run", fail)
         page = build_tab(Standalone(root), Busy())
         for fn, inputs, outputs in functions(page):
             if name_of(fn) in FAILING:
-                given = fn(*ARGUMENTS.get(name_of(fn), [widget.value for widget in inputs]))
-                given = given if isinstance(given, tuple) else (given,)
-                assert len(given) == len(outputs)
-                said = [text for text in given if isinstance(text, str)]
-                assert [words(text) for text in said] == [UNEXPECTED], name_of(fn)
+                results = fn(*ARGUMENTS.get(name_of(fn), [widget.value for widget in inputs]))
+                results = results if isinstance(results, tuple) else (results,)
+                assert len(results) == len(outputs)
+                texts = [text for text in results if isinstance(text, str)]
+                assert [words(text) for text in texts] == [UNEXPECTED], name_of(fn)
     assert caplog.text.count("of many rows") >= len(FAILING)
 
 
-def test_a_run_is_shown_in_as_many_widgets_as_it_fills(root, run):
-    (shown,) = [
+def test_a_run_fills_all_its_widgets(root, run):
+    ((fn, outputs),) = [
         (fn, outputs)
         for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
-        if name_of(fn) == "show"
+        if name_of(fn) == "show_run"
     ]
-    fn, outputs = shown
     values = fn("mix")
     assert len(values) == len(outputs)
     by_id = {widget.elem_id: value for widget, value in zip(outputs, values, strict=True)}
@@ -230,38 +238,38 @@ def test_copied_settings_reach_the_widgets_of_their_names(root, run):
     assert by_id[f"{PREFIX}_name"] == "mix"
     assert by_id[f"{PREFIX}_ranks"] == "4, 2"
     assert by_id[f"{PREFIX}_iterations"] == 3
-    assert "are in the form" in by_id[f"{PREFIX}_run_outcome"]
+    assert "were copied to the form" in by_id[f"{PREFIX}_run_outcome"]
 
 
-def test_no_event_is_part_of_a_public_api_or_hides_what_it_changes(some_host):
-    for each in settings(build_tab(some_host, Busy())):
-        if each["backend_fn"]:
-            assert each["api_name"] is False
-            assert each["show_progress"] == "hidden"
+def test_no_event_has_a_spinner_or_public_name(some_host):
+    for event in settings(build_tab(some_host, Busy())):
+        if event["backend_fn"]:
+            assert event["api_name"] is False
+            assert event["show_progress"] == "hidden"
 
 
 def test_only_what_follows_a_job_waits_in_gradios_queue(root):
     page = build_tab(Standalone(root), Busy())
     queued = [
         name_of(fn)
-        for (fn, *_), each in zip(
-            functions(page), [each for each in settings(page) if each["backend_fn"]], strict=True
+        for (fn, *_), event in zip(
+            functions(page), [event for event in settings(page) if event["backend_fn"]], strict=True
         )
-        if each["queue"] is not False
+        if event["queue"] is not False
     ]
-    assert set(queued) == {"watch"}
+    assert set(queued) == {"watch_job_in_both_tabs", "watch_comparison"}
 
 
-def test_all_that_the_page_calls_in_the_browser_is_in_our_script(some_host):
+def test_the_script_exports_every_called_function(some_host):
     script = (EXTENSION / "javascript/hyper_merge.js").read_text(encoding="utf-8")
     exported = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
     called = set()
-    for each in settings(build_tab(some_host, Busy())):
-        called |= set(re.findall(r"hyperMerge\.(\w+)", str(each["js"])))
+    for event in settings(build_tab(some_host, Busy())):
+        called |= set(re.findall(r"hyperMerge\.(\w+)", str(event["js"])))
     assert called == set(re.findall(r"\w+", exported))
 
 
-def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
+def test_send_buttons_are_registered_with_their_prompts(webui):
     build_tab(webui.host(), Busy())
     bindings = webui.infotext_utils.registered_param_bindings
     assert {binding.tabname for binding in bindings} == {"txt2img"}
@@ -271,7 +279,7 @@ def test_send_to_txt2img_is_given_to_the_webui_with_the_prompt(webui):
     ]
 
 
-def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkeypatch):
+def test_a_job_survives_reload_ui(webui, monkeypatch):
     webui.load_scripts()
     webui.create_ui()
     process_jobs()._known.clear()
@@ -279,15 +287,19 @@ def test_after_reload_ui_the_new_page_shows_the_job_of_the_old_one(webui, monkey
     ended(process_jobs())
     webui.load_scripts()
     page = webui.create_ui()
-    watched = [inspect.unwrap(fn).args[0] for fn, _, _ in functions(page) if name_of(fn) == "watch"]
+    watched = [
+        inspect.unwrap(fn).args[0]
+        for fn, _, _ in functions(page)
+        if name_of(fn) == "watch_job_in_both_tabs"
+    ]
     assert watched
     assert all(jobs.last is job for jobs in watched)
     assert webui.errors.reports == []
 
 
-def test_the_devices_are_auto_the_processor_and_what_torch_finds(monkeypatch):
+def test_devices_are_auto_cpu_and_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert devices() == ["auto", "cpu", "cuda:0", "cuda:1"]
+    assert list_devices() == ["auto", "cpu", "cuda:0", "cuda:1"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert devices() == ["auto", "cpu"]
+    assert list_devices() == ["auto", "cpu"]

@@ -1,1 +1,1 @@
-"""What the tab does with what was typed and pressed: plain values in and out."""
+"""Handlers: functions that answer the events of the tab, with plain values in and out."""

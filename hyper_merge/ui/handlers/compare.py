@@ -1,8 +1,8 @@
-"""Drawing checkpoints as hyper-model + LoRAs beside the originals, and looking at what was drawn.
+"""Handlers of the tab "Compare": draw with hyper-model + LoRAs and with the originals, show results.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ from PIL import Image
 from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.operations.compare import records as comparison_files
 from hyper_merge.operations.compare.compare import run_compare
+from hyper_merge.operations.compare.records import (
+    comparison_names,
+    comparison_paths,
+    load_comparison,
+)
 from hyper_merge.operations.compare.request import CompareRequest, PictureSettings
 from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import compare as views_compare
+from hyper_merge.ui.handlers.merge import watch_job
+from hyper_merge.ui.html.common import format_message, format_refusal
+from hyper_merge.ui.html.compare import format_compare_introduction, format_comparison
 
-_SHOWN: Final = (1600, 16_000)  # pixels on the page at most; the file has all of them
+_PAGE_SIZE: Final = (1600, 16_000)  # pixels on the page at most; the file has all of them
 _QUALITY: Final = 92  # of the JPEG that the page gets
-_LETTERS: Final = 2000  # of a prompt
-_TITLE: Final = "pictures of "  # of our jobs, before the run's name
-_PLACE: Final = "compare"  # where they are begun
+_MAX_CHARACTERS: Final = 2000  # of a prompt
+_TITLE: Final = "pictures of "  # of these jobs, before the run's name
+_PLACE: Final = "compare"  # the place that starts them
 
 
 @dataclass(frozen=True)
 class CompareForm:
-    """What the browser sends, in the order of the panel's widgets."""
+    """The values that the browser sends, in the order of the panel's widgets."""
 
     run: str | None
     checkpoints: Sequence[str] | None
@@ -60,54 +64,57 @@ class CompareForm:
 def list_comparisons(
     host: Host, run: str | None, checkpoints: Sequence[str] | None, earlier: str | None
 ) -> tuple[Any, ...]:
-    """Runs, the chosen one's checkpoints and comparisons, and what is shown; choices stay if they can."""
-    found, _ = list_runs(host.folders())
-    names = [each.name for each in found]
-    chosen = next((each for each in found if each.name == run), found[0] if found else None)
+    """Updates the lists of runs, checkpoints and comparisons, and the comparison that is shown.
+
+    What is chosen stays chosen if it is still there.
+    """
+    runs, _ = list_runs(host.folders())
+    names = [row.name for row in runs]
+    chosen = next((row for row in runs if row.name == run), runs[0] if runs else None)
     if chosen is None:
-        said = host.atelier().problem or "Merge first; then the checkpoints can be drawn here."
+        text = host.atelier().problem or "There are no runs yet; make one under Merge."
         return (
             gr.update(choices=[], value=None),
             *_nothing(),
-            views_compare.introduction() + views.message("info", said),
+            format_compare_introduction() + format_message("info", text),
         )
     known = list(checkpoint_names(chosen))
     kept = [name for name in checkpoints or () if name in known] if chosen.name == run else known
-    drawn = comparison_files.comparison_names(chosen)
-    is_shown = earlier in drawn and chosen.name == run
-    value = earlier if is_shown else next(iter(drawn), None)
+    drawn = comparison_names(chosen)
+    is_current = earlier in drawn and chosen.name == run
+    value = earlier if is_current else next(iter(drawn), None)
     return (
         gr.update(choices=names, value=chosen.name),
         gr.update(choices=known, value=kept),
         _comparisons(drawn, value),
-        gr.update() if is_shown else _shown(host, chosen, value),
+        gr.update() if is_current else _format_record(host, chosen, value),
     )
 
 
-def choose_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
-    """Its checkpoints, all of them picked, its comparisons, and the newest of those."""
+def choose_compared_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
+    """Updates the checkpoints, all of them picked, and the comparisons, and shows the newest one."""
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return (*_nothing(), views.refused(error) if name else "")
-    known, drawn = list(checkpoint_names(run)), comparison_files.comparison_names(run)
+        return (*_nothing(), format_refusal(error) if name else "")
+    known, drawn = list(checkpoint_names(run)), comparison_names(run)
     value = next(iter(drawn), None)
     return (
         gr.update(choices=known, value=known),
         _comparisons(drawn, value),
-        _shown(host, run, value),
+        _format_record(host, run, value),
     )
 
 
-def order_of(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
-    """What is asked for.
+def compare_request(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
+    """Returns the request that a form describes.
 
     Raises:
-        PictureError: a field holds something else than it should.
+        PictureError: a field has no valid value.
     """
     sampler = form.sampler or ""
     if sampler not in samplers:
-        raise PictureError(f"expected one of the samplers of the list, got {form.sampler!r}")
+        raise PictureError(f"expected a sampler of the list, got {form.sampler!r}; pick one")
     settings = PictureSettings(
         prompts=tuple(filter(None, (line.strip() for line in form.prompts.splitlines()))),
         negative=form.negative.strip(),
@@ -118,105 +125,107 @@ def order_of(form: CompareForm, samplers: Sequence[str]) -> CompareRequest:
         height=int(_number("height", form.height)),
         seeds=_seeds(form.seeds),
     )
-    if any(len(text) > _LETTERS for text in (*settings.prompts, settings.negative)):
-        raise PictureError(f"expected prompts of at most {_LETTERS} letters", hint="shorten them")
+    if any(len(text) > _MAX_CHARACTERS for text in (*settings.prompts, settings.negative)):
+        raise PictureError(
+            f"expected prompts of at most {_MAX_CHARACTERS} characters", hint="shorten them"
+        )
     return CompareRequest(
         form.run or "", tuple(form.checkpoints or ()), settings, form.average, form.difference
     )
 
 
-def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
-    """Starts drawing, or says why not; `watch` follows it."""
+def start_comparison(host: Host, jobs: Jobs, *values: Any) -> str:
+    """Starts a comparison; returns why not, or "" if it started. `watch_comparison` follows it."""
     form = CompareForm(*values)
     try:
-        atelier = host.atelier()
-        if atelier.problem:
-            raise PictureError(atelier.problem)
+        generator = host.atelier()
+        if generator.problem:
+            raise PictureError(generator.problem)
         run = load_run(host.folders(), form.run or "")
-        order = order_of(form, atelier.samplers)
-        for name in order.checkpoints:
+        request = compare_request(form, generator.samplers)
+        for name in request.checkpoints:
             find_row(run, name)
-        work = functools.partial(_compare, host, order)
+        work = functools.partial(_compare, host, request)
         jobs.start(f"{_TITLE}{run.name}", work, host.log, _PLACE)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
-def watch(
+def watch_comparison(
     jobs: Jobs, host: Host, name: str | None, *, begun: bool
 ) -> Iterator[tuple[str, Any, Any, Any]]:
-    """As `merging.watch`, of jobs that draw; others are followed where they were begun.
+    """Follows a job that draws, as `watch_job`; other jobs are followed where they were started.
 
     Args:
-        jobs: the process's.
-        host: where comparisons are.
-        name: of the run that is chosen.
-        begun: whether the job was begun just now; else one that has ended is no news.
+        jobs: the jobs of the process.
+        host: the program around the tab.
+        name: the chosen run.
+        begun: whether the job was started just now; otherwise one that has ended is no news.
 
     Yields:
-        Status, Stop button, message; the list of comparisons once there is a new one, which shows it.
+        Status, Stop button, message, and an update of the comparisons once there is a new one.
     """
     if jobs.last is None or jobs.last.standing.place != _PLACE:
         yield "", gr.update(interactive=False), gr.update(), gr.update()
         return
     job = jobs.last
     is_news = begun or job.standing.outcome == "running"
-    shown: tuple[str, Any, Any] = ("", gr.update(), gr.update())
-    for shown in merging.watch(jobs):
-        yield (*shown, gr.update())
-    now = job.standing
-    if is_news and now.outcome == "done" and now.title == f"{_TITLE}{name}":
-        yield (*shown, choose_run(host, name)[1])
+    updates: tuple[str, Any, Any] = ("", gr.update(), gr.update())
+    for updates in watch_job(jobs):
+        yield (*updates, gr.update())
+    status = job.standing
+    if is_news and status.outcome == "done" and status.title == f"{_TITLE}{name}":
+        yield (*updates, choose_compared_run(host, name)[1])
 
 
 def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
-    """An earlier comparison."""
+    """Returns an earlier comparison."""
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return views.refused(error) if name else ""
-    return _shown(host, run, earlier)
+        return format_refusal(error) if name else ""
+    return _format_record(host, run, earlier)
 
 
-def _compare(host: Host, order: CompareRequest, task: str, progress: Progress) -> str:
-    with host.drawing(task) as (hosts, studio):
-        both = progress.joined(hosts)
-        both.report("starting", 0.0)
-        run_compare(order, host.folders(), both, studio)
+def _compare(host: Host, request: CompareRequest, task: str, progress: Progress) -> str:
+    with host.drawing(task) as (host_progress, generator):
+        joined = progress.joined(host_progress)
+        joined.report("starting", 0.0)
+        run_compare(request, host.folders(), joined, generator)
     return ""  # no new run
 
 
-def _shown(host: Host, run: Run, name: str | None) -> str:
-    """HTML of a comparison; of what can be done here, where there is none."""
+def _format_record(host: Host, run: Run, name: str | None) -> str:
+    """Returns a comparison; an introduction if there is none."""
     if not name:
-        return views_compare.introduction() + views.message("info", host.atelier().problem)
+        return format_compare_introduction() + format_message("info", host.atelier().problem)
     try:
-        found = comparison_files.load_comparison(run, name)
-        picture, _ = comparison_files.comparison_paths(run, name)
-        source = _source(picture)
+        record = load_comparison(run, name)
+        grid, _ = comparison_paths(run, name)
+        source = _data_url(grid)
     except HyperMergeError as error:
-        return views.refused(error)
-    return views_compare.compared(found, picture, source)
+        return format_refusal(error)
+    return format_comparison(record, grid, source)
 
 
-def _source(path: Path) -> str:
-    """The grid for the page, as a data URL: there is no route to the host's folders."""
+def _data_url(path: Path) -> str:
+    """Returns the grid as a data URL, since no route leads to the host's folders."""
     try:
         with Image.open(path) as picture:
-            shown = picture.convert("RGB")
+            thumbnail = picture.convert("RGB")
     except (OSError, ValueError) as error:
         raise PictureError(
             f"{path} cannot be shown ({error})", hint="compare again, or delete the file"
         ) from error
-    shown.thumbnail(_SHOWN, Image.Resampling.LANCZOS)
+    thumbnail.thumbnail(_PAGE_SIZE, Image.Resampling.LANCZOS)
     stream = BytesIO()
-    shown.save(stream, "JPEG", quality=_QUALITY)
+    thumbnail.save(stream, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _comparisons(names: Sequence[str], value: str | None) -> Any:
-    """The list of comparisons; there is none to be seen where there are none."""
+    """Updates the list of comparisons, which is hidden while it is empty."""
     return gr.update(choices=list(names), value=value, visible=bool(names))
 
 

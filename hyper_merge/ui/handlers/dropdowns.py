@@ -1,4 +1,4 @@
-"""A dropdown's list that is filled anew while somebody may be choosing from it."""
+"""Dropdowns whose list is read again while somebody may be choosing from it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import gradio as gr
 
 
-def refilled(names: Sequence[str], picked: str | None, otherwise: str | None = None) -> Any:
-    """The list; where what was picked is gone, something else is picked.
+def refill(names: Sequence[str], picked: str | None, otherwise: str | None = None) -> Any:
+    """Returns an update of the list, which picks something else if the picked name is gone.
 
-    Else nothing is said of what is picked: it may have changed since the page asked.
+    Otherwise it leaves the value alone, which may have changed since the page asked.
     """
     if picked in names:
         return gr.update(choices=list(names))

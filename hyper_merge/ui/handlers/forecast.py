@@ -1,8 +1,8 @@
-"""What could be had for how many bytes, before anything is written: its curve, and unlike groups.
+"""The forecast before a merge: explained share by the LoRAs' size, and dissimilar groups.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -20,52 +20,65 @@ from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.tasks import FORECAST_TITLE, forecast_task
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.ui.form import Form
-from hyper_merge.ui.handlers.merge_request import examined
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.plots.forecast import outlook_plot
+from hyper_merge.ui.handlers.merge_request import preflight_form
+from hyper_merge.ui.html.common import format_refusal
+from hyper_merge.ui.plots.forecast import forecast_plot
 
-GROUPS: Final = 4  # that can be picked with a button each
+GROUPS: Final = 4  # with a button each
 
 NO_CURVE: Final = (gr.update(visible=False), gr.update(visible=False))
-"""Values of the plot and of the button that would fill it."""
+"""Values of the plot and of the button that fills it."""
 
 
-def start_look(host: Host, jobs: Jobs, *values: Any) -> str:
-    """Starts the look at the files, or says why not; writes nothing but the cache."""
+def start_forecast(host: Host, jobs: Jobs, *values: Any) -> str:
+    """Starts the forecast, which writes nothing but the cache; returns why not, or "" if it started."""
     form = Form(*values)
     try:
-        examined(host, form)
-        work = functools.partial(forecast_task, host, functools.partial(examined, host, form))
+        preflight_form(host, form)
+        work = functools.partial(forecast_task, host, functools.partial(preflight_form, host, form))
         jobs.start(FORECAST_TITLE, work, host.log)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
 def pick_group(number: int, groups: str) -> list[str]:
-    """The checkpoints of a group: 0 for the first one; none where it has gone."""
-    known = json.loads(groups or "[]")
-    return list(known[number]) if number < len(known) else []
+    """Returns the checkpoints of a group, 0 for the first one; none if there is no such group."""
+    members = json.loads(groups or "[]")
+    return list(members[number]) if number < len(members) else []
 
 
-def curve(found: ForecastCurve | None, asked: int | None) -> tuple[Any, Any]:
-    """The plot, or else the button that would fill it."""
-    if found is None:
+def update_curve(forecast: ForecastCurve | None, size: int | None) -> tuple[Any, Any]:
+    """Shows the plot, or the button that fills it.
+
+    Args:
+        forecast: the curve, if it is known.
+        size: bytes to be marked in the plot; None for no mark.
+    """
+    if forecast is None:
         return gr.update(visible=False), gr.update(visible=True)
-    return gr.update(value=outlook_plot(found, asked), visible=True), gr.update(visible=False)
+    return gr.update(value=forecast_plot(forecast, size), visible=True), gr.update(visible=False)
 
 
-def group_buttons(
-    picked: Sequence[str], found: ForecastCurve | None, before: str
+def update_group_buttons(
+    picked: Sequence[str], forecast: ForecastCurve | None, before: str
 ) -> tuple[Any, ...]:
-    """The unlike groups as JSON, and a button for each of the first ones.
+    """Shows a button for each of the first dissimilar groups.
 
-    They stay while one of them is what is picked, so that the next can be picked after it.
+    They stay while exactly one of them is picked, so that the next can be picked after it.
+
+    Args:
+        picked: the picked checkpoints.
+        forecast: their forecast, if it is known.
+        before: the groups that have buttons now, as JSON.
+
+    Returns:
+        The groups as JSON, and an update for each button.
     """
     groups: list[list[str]] = []
-    if found is not None and found.groups.are_apart:
-        groups = [[picked[place] for place in group] for group in found.groups.groups]
+    if forecast is not None and forecast.groups.are_apart:
+        groups = [[picked[place] for place in group] for group in forecast.groups.groups]
     elif sorted(picked) in [sorted(group) for group in json.loads(before or "[]")]:
         groups = json.loads(before)
-    shown = (gr.update(visible=number < len(groups)) for number in range(GROUPS))
-    return (json.dumps(groups), *shown)
+    buttons = (gr.update(visible=number < len(groups)) for number in range(GROUPS))
+    return (json.dumps(groups), *buttons)

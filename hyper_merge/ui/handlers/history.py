@@ -1,8 +1,8 @@
-"""Earlier runs: open, copy, compare, delete; and the cache.
+"""Handlers of the tab "Runs": list, copy, compare and delete earlier runs; clear the cache.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -19,110 +19,118 @@ from hyper_merge.operations.cache import clear_cache, format_cache
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.run import Run, list_runs, load_run
-from hyper_merge.ui.form import Form, form_of
-from hyper_merge.ui.handlers.dropdowns import refilled
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import runs as views_runs
+from hyper_merge.ui.form import Form, form_from_recipe
+from hyper_merge.ui.handlers.dropdowns import refill
+from hyper_merge.ui.html.common import format_hint, format_message
+from hyper_merge.ui.html.runs import format_file_list, format_run_comparison, format_run_list
 
 
-def runs(host: Host, first: str | None, second: str | None) -> tuple[str, Any, Any, str]:
-    """The table of runs, the two pickers with what they show if it is still there, the cache."""
+def list_earlier_runs(
+    host: Host, first: str | None, second: str | None
+) -> tuple[str, Any, Any, str]:
+    """Returns the table of runs, updates of both dropdowns, and the line about the cache."""
     folders = host.folders()
-    found, problems = list_runs(folders)
-    names = [run.name for run in found]
+    runs, problems = list_runs(folders)
+    names = [run.name for run in runs]
     return (
-        views_runs.runs(found, problems),
-        refilled(names, first, next(iter(names), None)),
-        refilled(names, second, next(iter(names[1:]), None)),
-        views.hint(format_cache(folders)),
+        format_run_list(runs, problems),
+        refill(names, first, next(iter(names), None)),
+        refill(names, second, next(iter(names[1:]), None)),
+        format_hint(format_cache(folders)),
     )
 
 
 def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
-    """The form's values for another merge like a run, and a message."""
+    """Returns the form's values for a merge with the settings of a run, and a message."""
     try:
         recipe = load_run(host.folders(), name or "").recipe
     except HyperMergeError as error:
-        return (*(gr.update() for _ in fields(Form)), _refused(error))
+        return (*(gr.update() for _ in fields(Form)), _format_error(error))
     listed = host.checkpoints()
-    form = form_of(recipe, listed, save_styles=host.defaults().save_styles and host.has_txt2img)
+    form = form_from_recipe(
+        recipe, listed, save_styles=host.defaults().save_styles and host.has_txt2img
+    )
     gone = len(recipe.models) - len(form.checkpoints)
-    text = f"The settings of {name} are in the form."
+    text = f"The settings of {name} were copied to the form."
     if gone:
         text += f" {gone} of its checkpoints are no longer in the list."
     values = (getattr(form, field.name) for field in fields(Form))
-    return (*values, views.message("info" if gone else "good", text))
+    return (*values, format_message("info" if gone else "good", text))
 
 
-def compare(host: Host, first: str | None, second: str | None) -> str:
-    """Two runs side by side."""
+def compare_runs(host: Host, first: str | None, second: str | None) -> str:
+    """Returns two runs side by side."""
     try:
         one, other = (load_run(host.folders(), name or "") for name in (first, second))
     except HyperMergeError as error:
-        return _refused(error)
-    return views_runs.comparison(one, other)
+        return _format_error(error)
+    return format_run_comparison(one, other)
 
 
-def ask_to_delete(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
-    """The files and styles that would go, the two buttons, and the run that is asked about.
+def ask_to_delete_run(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
+    """Lists what deleting a run removes, and shows the buttons that confirm or cancel it.
 
-    Not while a merge runs, which may be adding LoRAs to the run's hyper-model.
+    Refused while a merge runs, which may be adding LoRAs to the run's hyper-model.
+
+    Returns:
+        The list of files, updates of both buttons, and the name of the run.
     """
     try:
         jobs.require_idle()
         run = load_run(host.folders(), name or "")
         files = files_of(run, host.folders())
     except HyperMergeError as error:
-        return _answered(_refused(error))
-    question = f"Deleting the run {run.name} removes these {len(files)} files"
+        return _answered(_format_error(error))
+    question = f"Deleting the run {run.name} removes {len(files)} files"
     styles = len(_styles(host, run))
-    question += f" and {styles} styles:" if styles else ":"
-    return (views_runs.file_list(files, question), *_buttons(visible=True), run.name)
+    question += f" and {styles} prompt styles:" if styles else ":"
+    return (format_file_list(files, question), *_buttons(visible=True), run.name)
 
 
-def delete(host: Host, jobs: Jobs, asked: str | None) -> tuple[str, Any, Any, str]:
-    """Deletes the files and styles of the run that was asked about, and says what is gone."""
+def delete_confirmed_run(host: Host, jobs: Jobs, name: str | None) -> tuple[str, Any, Any, str]:
+    """Deletes the files and styles of the run whose files were listed."""
     try:
         jobs.require_idle()
-        run = load_run(host.folders(), asked or "")
+        run = load_run(host.folders(), name or "")
         styles = _styles(host, run)
         gone = delete_run(run, host.folders())
     except HyperMergeError as error:
-        return _answered(_refused(error))
+        return _answered(_format_error(error))
     host.refresh()
-    said = views.message("good", f"{len(gone)} files of {asked} are deleted.")
+    text = format_message("good", f"Deleted {len(gone)} files of {name}.")
     try:
         host.remove_styles(styles)
     except HyperMergeError as error:
-        said += _refused(error)
-    return _answered(said)
+        text += _format_error(error)
+    return _answered(text)
 
 
-def keep() -> tuple[str, Any, Any, str]:
-    """Nothing is deleted."""
+def cancel_deletion() -> tuple[str, Any, Any, str]:
+    """Hides the list of files and its buttons."""
     return _answered("")
 
 
-def clear(host: Host, jobs: Jobs) -> str:
-    """Empties the cache unless a merge runs, which may need it; says what that freed."""
+def clear_idle_cache(host: Host, jobs: Jobs) -> str:
+    """Empties the cache, unless a job runs that may need it; returns what that freed."""
     try:
         jobs.require_idle()
-        return views.message("good", clear_cache(host.folders()))
+        return format_message("good", clear_cache(host.folders()))
     except HyperMergeError as error:
-        return _refused(error)
+        return _format_error(error)
 
 
 def _styles(host: Host, run: Run) -> set[str]:
     return set(styles_of(run)) & host.styles()
 
 
-def _answered(said: str) -> tuple[str, Any, Any, str]:
-    return (said, *_buttons(visible=False), "")
+def _answered(text: str) -> tuple[str, Any, Any, str]:
+    """Returns a message without buttons."""
+    return (text, *_buttons(visible=False), "")
 
 
 def _buttons(*, visible: bool) -> tuple[Any, Any]:
     return gr.update(visible=visible), gr.update(visible=visible)
 
 
-def _refused(error: HyperMergeError) -> str:
-    return views.message("bad", str(error))
+def _format_error(error: HyperMergeError) -> str:
+    return format_message("bad", str(error))

@@ -1,8 +1,8 @@
-"""Starting a merge, following it, stopping it.
+"""Handlers of the tab "Merge": start a merge, follow it, stop it.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -15,93 +15,97 @@ from typing import Any, Final
 import gradio as gr
 
 from hyper_merge.errors import HyperMergeError
-from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs, JobStatus
+from hyper_merge.hosts.tasks import merge_task
 from hyper_merge.operations.demo import DEMO_RANKS, make_family
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.form import Form, recipe_of
-from hyper_merge.ui.handlers import result as results
-from hyper_merge.ui.handlers.merge_request import prepare
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.form import Form, recipe_from_form
+from hyper_merge.ui.handlers.merge_request import prepare_merge
+from hyper_merge.ui.handlers.result import NOTHING, show_run
+from hyper_merge.ui.html.common import format_job_status, format_message, format_refusal
 
 _TICK: Final = 0.5  # seconds between looks at a job that runs
 
 
-def start(host: Host, jobs: Jobs, *values: Any) -> str:
-    """Starts the merge, or says why not; `watch` follows it.
+def start_merge(host: Host, jobs: Jobs, *values: Any) -> str:
+    """Starts the merge; returns why not, or "" if it started. `watch_job` follows it.
 
-    Two handlers, for gradio keeps a second click waiting until the first one is answered.
+    These are two handlers since gradio keeps a second click waiting until the first one is answered.
     """
     form = Form(*values)
     try:
-        preflight, _ = prepare(host, form)
+        preflight, _ = prepare_merge(host, form)
         form = replace(form, name=preflight.recipe.name)
-        asked = functools.partial(_recipe_now, host, form)
-        work = functools.partial(working.merge_task, host, asked, form.save_styles)
+        recipe = functools.partial(_recipe_now, host, form)
+        work = functools.partial(merge_task, host, recipe, form.save_styles)
         jobs.start(form.name, work, host.log)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
 def start_demo(host: Host, jobs: Jobs) -> str:
-    """Starts making small checkpoints where there are none."""
+    """Starts making the demo's checkpoints; returns why not, or "" if it started."""
     try:
-        jobs.start("the demo's checkpoints", functools.partial(_make_demo, host), host.log)
+        jobs.start("demo checkpoints", functools.partial(_make_demo, host), host.log)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
-def watch(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
-    """Follows the job that runs, or says how the last one ended: status, Stop button, message.
+def watch_job(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
+    """Follows the running job, or shows how the last one ended.
 
-    A message that something was running goes when that has ended; others stay.
+    The message that a job was running is removed when that job has ended; others stay.
+
+    Yields:
+        Status, Stop button, message.
     """
     job, message = jobs.last, gr.update()
     if job is None:
         yield "", gr.update(interactive=False), message
         return
-    now = job.standing
-    while now.outcome == "running":
-        yield views.progress(now), gr.update(interactive=not now.stopping), message
+    status = job.standing
+    while status.outcome == "running":
+        yield format_job_status(status), gr.update(interactive=not status.stopping), message
         job.wait(_TICK)
-        now = job.standing
-        if now.outcome != "running":
+        status = job.standing
+        if status.outcome != "running":
             message = ""
-    yield views.progress(now), gr.update(interactive=False), message
+    yield format_job_status(status), gr.update(interactive=False), message
 
 
-def stop(jobs: Jobs) -> str:
-    """Asks the job that runs to end."""
+def stop_job(jobs: Jobs) -> str:
+    """Asks the running job to end."""
     if jobs.last is None or jobs.last.standing.outcome != "running":
-        return views.message("info", "Nothing is running.")
+        return format_message("info", "Nothing is running.")
     jobs.last.stop()
     return ""
 
 
-def after(host: Host, jobs: Jobs) -> tuple[Any, ...]:
-    """What the result panel shows once a job has ended; nothing new unless it made a run."""
-    now = _last(jobs)
-    if now is None or now.outcome != "done" or not now.result or not isinstance(now.result, str):
-        return (gr.update(),) * len(results.NOTHING)
-    return results.show(host, now.result)
+def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
+    """Shows the run that a job has made, once it has ended; leaves all as it is if it made none."""
+    status = _last_status(jobs)
+    name = status.result if status is not None and status.outcome == "done" else ""
+    if not isinstance(name, str) or not name:
+        return (gr.update(),) * len(NOTHING)
+    return show_run(host, name)
 
 
-def after_demo(host: Host, jobs: Jobs) -> tuple[Any, Any]:
-    """The demo's checkpoints, picked, and ranks that become them."""
-    now = _last(jobs)
-    if now is None or now.outcome != "done":
+def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:
+    """Picks the demo's checkpoints, and ranks that suit them."""
+    status = _last_status(jobs)
+    if status is None or status.outcome != "done":
         return gr.update(), gr.update()
     names = list(host.checkpoints())
     return gr.update(choices=names, value=names), ", ".join(map(str, DEMO_RANKS))
 
 
 def _recipe_now(host: Host, form: Form) -> Recipe:
-    """What the form asks for, by the host's list as it is now."""
-    return recipe_of(form, host.checkpoints(), host.folders())
+    """Returns the form's recipe, by the host's list as it is now."""
+    return recipe_from_form(form, host.checkpoints(), host.folders())
 
 
 def _make_demo(host: Host, _task: str, progress: Progress) -> str:
@@ -110,5 +114,5 @@ def _make_demo(host: Host, _task: str, progress: Progress) -> str:
     return ""
 
 
-def _last(jobs: Jobs) -> JobStatus | None:
+def _last_status(jobs: Jobs) -> JobStatus | None:
     return jobs.last.standing if jobs.last else None

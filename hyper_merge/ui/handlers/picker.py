@@ -1,8 +1,8 @@
-"""Picking checkpoints, and what a merge of them would take.
+"""Handlers of the picker: which checkpoints, and the plan of their merge.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -23,23 +23,29 @@ from hyper_merge.operations.merge.naming import suggest_name, with_free_name
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runs.folders import average_id_of
-from hyper_merge.ui.form import BASE_AVERAGE, PRESETS, Form
-from hyper_merge.ui.handlers.forecast import NO_CURVE, curve, group_buttons
-from hyper_merge.ui.handlers.merge_request import examined, is_named
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.form import Form
+from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS
+from hyper_merge.ui.handlers.forecast import NO_CURVE, update_curve, update_group_buttons
+from hyper_merge.ui.handlers.merge_request import has_name, preflight_form
+from hyper_merge.ui.html.common import (
+    format_checkpoints,
+    format_forecast_notes,
+    format_merge_plan,
+    format_message,
+)
 
 ALL_FOLDERS: Final = "all folders"
-TOP_FOLDER: Final = "without a folder"
+TOP_FOLDER: Final = "top folder only"
 
 
-def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
-    """Choices of checkpoints, folders and bases from the host's list, and the demo's button.
+def list_checkpoints(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Updates checkpoints, folders and bases from the host's list, and the demo's button.
 
-    Checkpoints that are gone stay picked: the table says so.
+    Checkpoints that are gone stay picked; the table says that they are gone.
     """
     names = list(host.checkpoints())
     gone = [name for name in picked or [] if name not in names]
-    folders = folders_in(names)
+    folders = checkpoint_folders(names)
     return (
         gr.update(choices=[*names, *gone]),
         gr.update(choices=folders, value=folders[0]),
@@ -48,8 +54,8 @@ def listing(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def folders_in(names: Sequence[str]) -> list[str]:
-    """What can be added at once: all, those in no folder, and every folder."""
+def checkpoint_folders(names: Sequence[str]) -> list[str]:
+    """Returns the folders to add from: all of them, the top folder, and each folder below it."""
     folders = sorted({_folder(name) for name in names} - {""})
     if not folders:
         return [ALL_FOLDERS]
@@ -58,108 +64,114 @@ def folders_in(names: Sequence[str]) -> list[str]:
 
 
 def add_folder(host: Host, picked: Sequence[str], folder: str) -> list[str]:
-    """The picked checkpoints and those of a folder, less the hyper-models that we made."""
-    wanted = "" if folder == TOP_FOLDER else folder
+    """Returns the picked checkpoints and those of a folder, without hyper-models of earlier merges."""
+    prefix = "" if folder == TOP_FOLDER else folder
     new = [
         name
         for name, path in host.checkpoints().items()
-        if (folder == ALL_FOLDERS or _folder(name) == wanted) and average_id_of(path) is None
+        if (folder == ALL_FOLDERS or _folder(name) == prefix) and average_id_of(path) is None
     ]
     return list(dict.fromkeys([*(picked or []), *new]))
 
 
-def none_picked() -> list[str]:
-    """An empty selection."""
+def clear_selection() -> list[str]:
+    """Returns an empty selection."""
     return []
 
 
-def preset(word: str) -> str:
-    """The ranks of one of the form's presets."""
+def preset_ranks(word: str) -> str:
+    """Returns the ranks of one of the form's presets."""
     return PRESETS[word]
 
 
 def offers_demo(host: Host) -> bool:
-    """Whether there is nothing to merge, and a place to make something in."""
+    """Returns whether to offer demo checkpoints: in the app, while its folder has none."""
     return not host.has_txt2img and not host.checkpoints()
 
 
-def plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
-    """The picked checkpoints' table, what a merge takes or why it cannot be, an empty name's hint.
-
-    And what could be had for which size, with a button for each of the unlike groups.
+def show_plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
+    """Describes the picked checkpoints and the merge that the form asks for.
 
     Args:
-        host: of the tab.
-        groups: those that have buttons now, as JSON.
-        values: of the form.
+        host: the program around the tab.
+        groups: the groups that have buttons now, as JSON.
+        values: the values of the form.
+
+    Returns:
+        The table of checkpoints, the plan or why there can be none, the suggested name, updates of
+        the forecast's plot and button, the dissimilar groups as JSON, updates of their buttons.
     """
     form = Form(*values)
     listed = host.checkpoints()
-    rows = [(name, _row(name, listed)) for name in form.checkpoints or []]
-    hashes = {name: host.known_hash(name) for name, _ in rows}
-    name = suggest_name(form.checkpoints) if rows else ""
-    table, hint = views.checkpoints(rows, hashes), gr.update(placeholder=name)
-    problem = _problem([row for _, row in rows])
+    names = form.checkpoints or []
+    files = [_inspect(name, listed) for name in names]
+    hashes = {name: host.known_hash(name) for name in names}
+    name = suggest_name(names) if names else ""
+    table, placeholder = format_checkpoints(names, files, hashes), gr.update(placeholder=name)
+    problem = _problem(files)
     if problem is not None:
-        buttons = group_buttons(form.checkpoints or [], None, groups)
-        return (table, problem, hint, *NO_CURVE, *buttons)
-    said, drawn, found = _looked_at(host, form)
-    return (table, said, hint, *drawn, *group_buttons(form.checkpoints, found, groups))
+        buttons = update_group_buttons(names, None, groups)
+        return (table, problem, placeholder, *NO_CURVE, *buttons)
+    plan, plot, forecast = _plan_and_forecast(host, form)
+    buttons = update_group_buttons(names, forecast, groups)
+    return (table, plan, placeholder, *plot, *buttons)
 
 
-def _problem(rows: Sequence[InspectedFile]) -> str | None:
-    """Why there is nothing to look at."""
-    if len(rows) < 2:
-        return views.message("info", "Pick one more checkpoint.") if rows else ""
-    if any(row.problem for row in rows):
-        return views.message("bad", "Not all of these can be merged; the table says why.")
+def _problem(files: Sequence[InspectedFile]) -> str | None:
+    """Returns why there is no plan; None if there can be one."""
+    if len(files) < 2:
+        return format_message("info", "Pick one more checkpoint.") if files else ""
+    if any(file.problem for file in files):
+        return format_message(
+            "bad", "Some of these checkpoints cannot be merged; the table says why."
+        )
     return None
 
 
-def _looked_at(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCurve | None]:
-    """What a merge takes or why it cannot be; the curve; what could be had."""
+def _plan_and_forecast(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCurve | None]:
+    """Returns the plan or why there is none, updates of plot and button, and the forecast."""
     try:
-        preflight = examined(host, form)
+        preflight = preflight_form(host, form)
     except HyperMergeError as error:
-        return views.message("bad", str(error)), *_without_size(host, form)
-    found = known_forecast(preflight)
-    asked = found.requested_size(preflight) if found else None
-    said = _plan(form, preflight, asked)
-    if found is not None:
-        said += views.outlook(found, preflight.recipe, asked)
-    return said, curve(found, asked), found
+        return format_message("bad", str(error)), *_without_size(host, form)
+    forecast = known_forecast(preflight)
+    size = forecast.requested_size(preflight) if forecast else None
+    plan = _plan(form, preflight, size)
+    if forecast is not None:
+        plan += format_forecast_notes(forecast, preflight.recipe, size)
+    return plan, update_curve(forecast, size), forecast
 
 
 def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
-    """The curve alone, so that it stays while a size is half typed."""
+    """Returns the curve without a mark, so that it stays while ranks are being typed."""
     try:
-        found = known_forecast(examined(host, replace(form, ranks="1")))
+        forecast = known_forecast(preflight_form(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
-    return (NO_CURVE if found is None else curve(found, None)), found
+    return (NO_CURVE if forecast is None else update_curve(forecast, None)), forecast
 
 
-def _plan(form: Form, preflight: Preflight, asked: int | None) -> str:
+def _plan(form: Form, preflight: Preflight, size: int | None) -> str:
     try:
-        preflight, place = with_free_name(preflight, named=is_named(form))
+        preflight, place = with_free_name(preflight, named=has_name(form))
     except SameMergeError as error:
-        return views.message("info", str(error))
+        return format_message("info", str(error))
     except HyperMergeError as error:
-        return views.message("bad", str(error))
-    return views.plan(preflight, place, asked)
+        return format_message("bad", str(error))
+    return format_merge_plan(preflight, place, size)
 
 
-def _row(name: str, listed: Mapping[str, Path]) -> InspectedFile:
+def _inspect(name: str, listed: Mapping[str, Path]) -> InspectedFile:
     if name not in listed:
         return _absent(name, "no longer in the list; press Refresh")
     path = listed[name]
     try:
         status = path.stat()
     except FileNotFoundError:
-        return _absent(name, "no longer there; press Refresh")
+        return _absent(name, "file not found; press Refresh")
     except OSError:
         return inspect_files(path)
-    return _row_of(path, status.st_size, status.st_mtime_ns)
+    return _inspect_file(path, status.st_size, status.st_mtime_ns)
 
 
 def _absent(name: str, problem: str) -> InspectedFile:
@@ -167,8 +179,8 @@ def _absent(name: str, problem: str) -> InspectedFile:
 
 
 @functools.lru_cache(maxsize=256)
-def _row_of(path: Path, _size: int, _changed: int) -> InspectedFile:
-    """A look at a file, which is not repeated while the file stays the same."""
+def _inspect_file(path: Path, _size: int, _changed: int) -> InspectedFile:
+    """Inspects a file once for as long as it stays the same."""
     return inspect_files(path)
 
 

@@ -1,8 +1,8 @@
-"""Showing what a run made: figures, prompts, styles.
+"""Handlers of the panel that shows a run: figures, prompt tags, styles.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
 from hyper_merge.runs.run import load_run
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import runs as views_runs
+from hyper_merge.ui.html.common import format_message
+from hyper_merge.ui.html.runs import format_run_summary, format_run_table
 from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot
 
 NOTHING: Final = ("", *(gr.update(),) * 12)
-"""Values of the panel's widgets that leave all but its message as they are."""
+"""Values that clear the panel's message and leave its other widgets as they are."""
 
 
-def show(host: Host, name: str | None) -> tuple[Any, ...]:
-    """A run in the result panel: values of its widgets, in their order."""
+def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
+    """Returns the values of the panel's widgets, in their order, for a run."""
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return (views.message("bad", str(error)), gr.update(visible=False), *NOTHING[2:])
+        return (format_message("bad", str(error)), gr.update(visible=False), *NOTHING[2:])
     report, prompts = run.report, prompts_of(run)
     names = list(prompts)
     return (
         "",
         gr.update(visible=True),
-        views_runs.result_sentence(run),
-        views_runs.result_table(report),
+        format_run_summary(run),
+        format_run_table(report),
         gr.update(choices=names, value=names[0]),
         prompts[names[0]],
         "",
@@ -49,33 +49,37 @@ def show(host: Host, name: str | None) -> tuple[Any, ...]:
     )
 
 
-def sent(name: str, title: str) -> str:
-    """What is left to do after the prompt was sent, where the host cannot select the hyper-model."""
+def explain_sent_prompt(name: str, title: str) -> str:
+    """Returns what is left to do after sending the prompt, if the host cannot select the hyper-model."""
     if title:
         return ""
-    text = f"Select the hyper-model of {name} in the checkpoint menu yourself: by name it is not unique."
-    return views.message("info", text)
+    text = (
+        f"Please select the hyper-model of {name} in the checkpoint menu: its name is not unique."
+    )
+    return format_message("info", text)
 
 
-def save_styles(host: Host, name: str) -> str:
+def save_run_styles(host: Host, name: str) -> str:
     """Saves a style for every checkpoint of a run."""
     try:
         run = load_run(host.folders(), name)
         styles = styles_of(run)
         host.save_styles(styles)
     except HyperMergeError as error:
-        return views.message("bad", str(error))
-    return views.message(
+        return format_message("bad", str(error))
+    return format_message(
         "good",
-        f"{len(styles)} styles are saved, {run.name}: … Pick one in txt2img.",
+        f"Saved {len(styles)} styles, named {run.name}: … Pick one in txt2img.",
     )
 
 
-def remove_styles(host: Host, name: str) -> str:
-    """Removes the styles of a run again."""
+def remove_run_styles(host: Host, name: str) -> str:
+    """Removes the styles of a run."""
     try:
         names = set(styles_of(load_run(host.folders(), name))) & host.styles()
         host.remove_styles(names)
     except HyperMergeError as error:
-        return views.message("bad", str(error))
-    return views.message("good", f"{len(names)} styles are removed." if names else "No styles.")
+        return format_message("bad", str(error))
+    return format_message(
+        "good", f"Removed {len(names)} styles." if names else "No styles to remove."
+    )

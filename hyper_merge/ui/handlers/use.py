@@ -1,8 +1,8 @@
-"""The tab "Use" between jobs: which run, what it offers, what a job has left to show.
+"""Handlers of the tab "Use" between jobs: which run, what it offers, the results of jobs.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
@@ -20,173 +20,174 @@ from hyper_merge.hosts.job_queue import Jobs, JobStatus
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import result as results
-from hyper_merge.ui.handlers.dropdowns import refilled
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import use as views_use
+from hyper_merge.ui.handlers.dropdowns import refill
+from hyper_merge.ui.handlers.merge import watch_job
+from hyper_merge.ui.handlers.result import explain_sent_prompt
+from hyper_merge.ui.html.common import format_job_status, format_message
+from hyper_merge.ui.html.use import format_sliders, format_used_run
 
 Panel = Literal["mix", "fit", "restore", "export", "safe", "extract"]
 
-SAME_PRECISION: Final = "as the hyper-model"
-"""Of a checkpoint that comes back; others are those of `RestoreOrder`."""
+SAME_PRECISION: Final = "same as the hyper-model"
+"""The precision of a restored checkpoint that is not changed."""
 
 _PANELS: Final[tuple[Panel, ...]] = ("mix", "fit", "restore", "export", "safe", "extract")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a job gave.
+class PanelOutcome:
+    """The result of a job that a panel of the tab "Use" started.
 
     Attributes:
-        said: HTML.
-        tags: Of a fit.
+        html: The text for the panel.
+        tags: Prompt tags of a fit.
         fitted: Run and name of a fit.
-        title: By what the host selects that run's hyper-model; empty where it cannot.
+        title: Title by which the host selects that run's hyper-model; empty if it cannot.
         wrote: Whether the host has new files to list.
     """
 
-    said: str
+    html: str
     tags: str = ""
     fitted: tuple[str, str] | None = None
     title: str = ""
     wrote: bool = False
 
 
-def listing(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any, ...]:
-    """The runs as they are now, what the picked one offers, and the host's checkpoints.
+def list_usable_runs(host: Host, name: str | None, known: str, *picks: Any) -> tuple[Any, ...]:
+    """Updates the list of runs, what the picked run offers, and the lists of checkpoints.
 
-    A run that has come since is picked: it was just made.
+    A run that is new since the last call was just made, and is picked.
 
     Args:
-        host: whose folders they are in.
-        name: of the run that is shown.
-        known: the runs that were listed before.
-        picks: what is picked to be restored and exported, then of the host's checkpoints.
+        host: the program around the tab.
+        name: the run that is shown.
+        known: the runs that were listed before, as JSON.
+        picks: the picked checkpoints to restore and to export, then those of the host's list.
     """
     restored, exported, *others = picks
-    found, _ = list_runs(host.folders())
-    names = [run.name for run in found]
+    runs = {run.name: run for run in list_runs(host.folders())[0]}
     before = json.loads(known or "[]")
-    new = [each for each in names if before and each not in before]
-    picked = next((each for each in (*new[:1], name) if each in names), next(iter(names), None))
-    run = next((each for each in found if each.name == picked), None)
-    listed = list(host.checkpoints())
+    new = [run for run in runs if before and run not in before]
+    candidates = (*new[:1], name, *runs)
+    picked = next((candidate for candidate in candidates if candidate in runs), None)
+    checkpoints = list(host.checkpoints())
     return (
-        gr.update(choices=names, value=picked),
-        json.dumps(names),
-        *_offered(host, run, restored, exported),
-        *(refilled(listed, each) for each in others),
+        gr.update(choices=list(runs), value=picked),
+        json.dumps(list(runs)),
+        *_offers(host, runs[picked] if picked else None, restored, exported),
+        *(refill(checkpoints, checkpoint) for checkpoint in others),
     )
 
 
-def pick(
+def choose_used_run(
     host: Host, name: str | None, restored: str | None, exported: Sequence[str]
 ) -> tuple[Any, ...]:
-    """What a run offers, and nothing of what was said of another."""
-    said = ("",) * len(_PANELS)
+    """Shows what a run offers, and clears the results of another one."""
+    results = ("",) * len(_PANELS)
     try:
-        offered = _offered(host, load_run(host.folders(), name or ""), restored, exported)
+        offers = _offers(host, load_run(host.folders(), name or ""), restored, exported)
     except HyperMergeError as error:
-        offered = (views.message("bad", str(error)), *_offered(host, None, None, ())[1:])
-    return (*offered, *said, gr.update(visible=False))
+        offers = (format_message("bad", str(error)), *_offers(host, None, None, ())[1:])
+    return (*offers, *results, gr.update(visible=False))
 
 
-def watch(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
-    """Follows the job that runs in both tabs; how it ended says the one in which it was begun.
+def watch_job_in_both_tabs(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
+    """Follows the running job in both tabs; only the tab that started it shows how it ended.
 
-    Status, Stop button and message of the tab "Merge", then of this one; then the panel with the
-    button that was pressed, if the job is its.
+    Yields:
+        Status, Stop button and message of the tab "Merge", then of the tab "Use"; then the text of
+        the panel whose button was pressed, if there is one.
     """
-    own: tuple[Any, ...]
+    panel_updates: tuple[Any, ...]
     is_followed = False  # in the panel
-    for shown in merging.watch(jobs):
-        now = jobs.last.standing if jobs.last else None
-        own = () if panel is None else (gr.update(),)
-        is_here = now is not None and now.place == panel
-        if now is not None and now.outcome == "running":
+    for updates in watch_job(jobs):
+        status = jobs.last.standing if jobs.last else None
+        panel_updates = () if panel is None else (gr.update(),)
+        is_here = status is not None and status.place == panel
+        if status is not None and status.outcome == "running":
             if is_here:
-                own, is_followed = (views.progress(now),), True
-            yield (*shown, *shown, *own)
+                panel_updates, is_followed = (format_job_status(status),), True
+            yield (*updates, *updates, *panel_updates)
         else:
-            # A page may follow a job twice, after a refusal, and only one of both shows its end then.
-            if now is not None and is_here and is_followed:
-                own = (_outcome(now).said,)
-            is_ours = now is not None and now.place in _PANELS
-            yield (*_if(not is_ours, shown), *_if(is_ours, shown), *own)
+            # A page may follow a job twice, after a refusal; then only one stream shows its end.
+            if status is not None and is_here and is_followed:
+                panel_updates = (_outcome(status).html,)
+            is_ours = status is not None and status.place in _PANELS
+            silent = ("", *updates[1:])
+            merge_updates, use_updates = (silent, updates) if is_ours else (updates, silent)
+            yield (*merge_updates, *use_updates, *panel_updates)
 
 
-def after(jobs: Jobs, seen: str) -> tuple[Any, ...]:
-    """What the panels show once a job has ended; nothing new unless it was one of theirs.
+def show_outcome(jobs: Jobs, seen: str) -> tuple[Any, ...]:
+    """Shows the result of a job that has ended in the panel that started it.
 
     Args:
-        jobs: the process's.
-        seen: the task that was shown last: why another one is refused stays in its place.
+        jobs: the jobs of the process.
+        seen: the task that was shown last; its panel may show by now why another job is refused.
     """
-    now = jobs.last.standing if jobs.last else None
-    if now is None or now.place not in _PANELS or now.task == seen:
+    status = jobs.last.standing if jobs.last else None
+    if status is None or status.place not in _PANELS or status.task == seen:
         return (gr.update(),) * (len(_PANELS) + 6)
-    outcome = _outcome(now)
-    said = [outcome.said if panel == now.place else gr.update() for panel in _PANELS]
-    wrote = now.task if outcome.wrote else gr.update()
-    if now.place != "fit":
-        return (*said, *(gr.update(),) * 4, wrote, now.task)
+    outcome = _outcome(status)
+    texts = [outcome.html if panel == status.place else gr.update() for panel in _PANELS]
+    wrote = status.task if outcome.wrote else gr.update()
+    if status.place != "fit":
+        return (*texts, *(gr.update(),) * 4, wrote, status.task)
     group = gr.update(visible=bool(outcome.tags))
     fitted = json.dumps(outcome.fitted or ["", ""])
-    return (*said, group, outcome.tags, fitted, outcome.title, wrote, now.task)
+    return (*texts, group, outcome.tags, fitted, outcome.title, wrote, status.task)
 
 
-def hidden() -> Any:
-    """The tags of an earlier fit go."""
+def hide_fit_tags() -> Any:
+    """Hides the tags of an earlier fit."""
     return gr.update(visible=False)
 
 
-def sent(fitted: str, title: str) -> str:
-    """What is left to do after the tags of a fit were sent."""
-    return results.sent(_pair(fitted)[0], title)
+def explain_sent_fit(fitted: str, title: str) -> str:
+    """Returns what is left to do after sending the tags of a fit."""
+    return explain_sent_prompt(_run_and_name(fitted)[0], title)
 
 
-def save_style(host: Host, fitted: str) -> str:
+def save_fit_style(host: Host, fitted: str) -> str:
     """Saves the style of the fit that is shown."""
     try:
-        name, checkpoint = _pair(fitted)
+        name, checkpoint = _run_and_name(fitted)
         run = load_run(host.folders(), name)
-        found = next((each for each in load_fits(run)[0] if each.row.name == checkpoint), None)
-        if found is None:
+        fit = next((fit for fit in load_fits(run)[0] if fit.row.name == checkpoint), None)
+        if fit is None:
             raise RunError(f"{checkpoint} is no longer among the fits of the run {run.name}")
-        style, prompt = found.style(run)
+        style, prompt = fit.style(run)
         host.save_styles({style: prompt})
     except HyperMergeError as error:
-        return views.message("bad", str(error))
-    return views.message("good", f"The style {style} is saved. Pick it in txt2img.")
+        return format_message("bad", str(error))
+    return format_message("good", f"Saved the style {style}. Pick it in txt2img.")
 
 
-def _pair(fitted: str) -> tuple[str, str]:
+def _run_and_name(fitted: str) -> tuple[str, str]:
     run, name = json.loads(fitted or '["", ""]')
     return str(run), str(name)
 
 
-def _offered(
+def _offers(
     host: Host, run: Run | None, restored: str | None, exported: Sequence[str]
 ) -> tuple[Any, ...]:
-    """About the run, sliders, title of the hyper-model, what can be restored and exported."""
+    """Returns text, sliders and title of a run, and updates of what can be restored and exported."""
     if run is None:
         empty = gr.update(choices=[], value=None)
-        return (views_use.about(None), "", "", empty, gr.update(choices=[], value=[]))
-    names, own = checkpoint_names(run), [row.name for row in run.report.checkpoints]
+        return (format_used_run(None), "", "", empty, gr.update(choices=[], value=[]))
+    names = checkpoint_names(run)
+    merged = [row.name for row in run.report.checkpoints]
     return (
-        views_use.about(run),
-        views_use.sliders(run),
+        format_used_run(run),
+        format_sliders(run),
         host.checkpoint_title(run.hyper_model) or "",
         gr.update(choices=list(names), value=restored if restored in names else names[0]),
-        gr.update(choices=own, value=[name for name in exported or () if name in own]),
+        gr.update(choices=merged, value=[name for name in exported or () if name in merged]),
     )
 
 
-def _outcome(now: JobStatus) -> Outcome:
-    """What a job gave; how it ended, if it gave nothing."""
-    return now.result if isinstance(now.result, Outcome) else Outcome(views.progress(now))
-
-
-def _if(own: bool, shown: tuple[str, Any, Any]) -> tuple[str, Any, Any]:
-    return shown if own else ("", *shown[1:])
+def _outcome(status: JobStatus) -> PanelOutcome:
+    """Returns the result of a job; how it ended, if it has none."""
+    if isinstance(status.result, PanelOutcome):
+        return status.result
+    return PanelOutcome(format_job_status(status))

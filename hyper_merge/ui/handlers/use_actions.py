@@ -1,17 +1,17 @@
-"""Starting what follows a merge: a fit, a new run, a checkpoint, LoRAs, a look at the originals.
+"""Handlers of the tab "Use" that start jobs: fits, new runs, checkpoints, LoRAs, checks.
 
-Handlers: plain values in, plain values or `gr.update(...)` out, no widgets. The first arguments come
-from the wiring (the host, the process's jobs), the rest from the browser. What is refused becomes a
-message; it never leaves as an error.
+Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
+wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
+error.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
 from hyper_merge.errors import HyperMergeError, RecipeError, settings_placed
 from hyper_merge.hosts.host import Host, file_of
@@ -28,210 +28,227 @@ from hyper_merge.recipe.parsing import parse_name, parse_share
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers.use import SAME_PRECISION, Outcome, Panel
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import use as views_use
+from hyper_merge.ui.handlers.use import SAME_PRECISION, Panel, PanelOutcome
+from hyper_merge.ui.html.common import format_refusal
+from hyper_merge.ui.html.use import (
+    format_deletion_verdicts,
+    format_exported_loras,
+    format_extracted_lora,
+    format_fit_result,
+    format_restored_checkpoint,
+)
 
 _LABELS: Final = {
     "name": "Name",
     "topup": "Private LoRA",
     "rank": "Rank",
-    "dtype": "Stored precision",
+    "dtype": "Precision",
     "mix": "Mix",
     "threshold": "Threshold",
 }
-_Do = Callable[[Progress], object]
+_Work = Callable[[Progress], object]
+_Value = TypeVar("_Value")
 
 
-def start_fit(host: Host, jobs: Jobs, *asked: Any) -> str:
-    """Starts a fit: of run, checkpoint, private LoRA, name, whether to replace."""
-    run, checkpoint, topup, name, replace = asked
+def start_fit(
+    host: Host,
+    jobs: Jobs,
+    run: str | None,
+    checkpoint: str | None,
+    topup: str | None,
+    name: str | None,
+    replace: bool,
+) -> str:
+    """Starts a fit; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
+    def prepare() -> _Work:
         values = {
             "run": _run(host, run).name,
             "checkpoint": _file(host, checkpoint, "Checkpoint"),
-            "name": _words(name),
-            "topup": _words(topup),
+            "name": _entered(name),
+            "topup": _entered(topup),
             "overwrite": bool(replace),
         }
-        wanted = FitRequest.parse(values, _label)
-        return f"the fit of {checkpoint}", functools.partial(_fit, host, wanted)
+        request = FitRequest.parse(values, _label)
+        return functools.partial(_fit, host, request)
 
-    return _start(host, jobs, "fit", order)
+    return _start(host, jobs, "fit", f"the fit of {checkpoint}", prepare)
 
 
-def start_absorb(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -> str:
-    """Starts a new run with one checkpoint more."""
+def start_extension(host: Host, jobs: Jobs, run: str, checkpoint: str, name: str) -> str:
+    """Starts a new run with one more checkpoint; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
+    def prepare() -> _Work:
         path = _file(host, checkpoint, "Checkpoint")
-        values = {"run": _run(host, run).name, "checkpoints": (path,), "name": _words(name)}
-        wanted = ExtendRequest.parse(values, _label)
-        return f"{run} with {checkpoint}", functools.partial(_absorb, host, wanted)
+        values = {"run": _run(host, run).name, "checkpoints": (path,), "name": _entered(name)}
+        request = ExtendRequest.parse(values, _label)
+        return functools.partial(_extend, host, request)
 
-    return _start(host, jobs, "fit", order)
+    return _start(host, jobs, "fit", f"{run} with {checkpoint}", prepare)
 
 
 def start_restore(host: Host, jobs: Jobs, run: str, checkpoint: str, dtype: str, name: str) -> str:
-    """Starts writing a checkpoint of the run."""
+    """Starts writing a checkpoint of the run; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
+    def prepare() -> _Work:
         if not checkpoint:
-            raise RecipeError("Pick the checkpoint that is to come back.")
+            raise RecipeError("Pick the checkpoint to restore.")
         values = {
             "run": _run(host, run).name,
             "shares": {checkpoint: 1.0},
-            "to": _to(host, name),
+            "to": _path(host, name),
             "dtype": None if dtype == SAME_PRECISION else dtype,
         }
-        wanted = RestoreRequest.parse(values, _label)
-        return f"the checkpoint {checkpoint}", functools.partial(_restore, host, wanted)
+        request = RestoreRequest.parse(values, _label)
+        return functools.partial(_restore, host, request)
 
-    return _start(host, jobs, "restore", order)
+    return _start(host, jobs, "restore", f"the checkpoint {checkpoint}", prepare)
 
 
-def start_mix(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
-    """Starts writing a mixture as a checkpoint."""
+def start_mixture(host: Host, jobs: Jobs, run: str, shares: str, name: str) -> str:
+    """Starts writing a mixture as a checkpoint; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
-        values = {"run": _run(host, run).name, "shares": _shares(shares), "to": _to(host, name)}
-        wanted = RestoreRequest.parse(values, _label)
-        return "the mixture", functools.partial(_restore, host, wanted)
+    def prepare() -> _Work:
+        values = {"run": _run(host, run).name, "shares": _shares(shares), "to": _path(host, name)}
+        request = RestoreRequest.parse(values, _label)
+        return functools.partial(_restore, host, request)
 
-    return _start(host, jobs, "mix", order)
+    return _start(host, jobs, "mix", "the mixture", prepare)
 
 
 def start_export(
     host: Host, jobs: Jobs, run: str, checkpoints: Sequence[str], rank: str, replace: bool
 ) -> str:
-    """Starts writing one LoRA per checkpoint."""
+    """Starts writing one LoRA per checkpoint; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
+    def prepare() -> _Work:
         values = {
             "run": _run(host, run).name,
             "checkpoints": tuple(checkpoints or ()) or None,
             "rank": _number(rank),
             "overwrite": bool(replace),
         }
-        wanted = ExportRequest.parse(values, _label)
-        return "the LoRAs", functools.partial(_export, host, wanted)
+        request = ExportRequest.parse(values, _label)
+        return functools.partial(_export, host, request)
 
-    return _start(host, jobs, "export", order)
+    return _start(host, jobs, "export", "the LoRAs", prepare)
 
 
-def start_safe(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
-    """Starts looking what is safe to delete."""
+def start_deletable_check(host: Host, jobs: Jobs, run: str, threshold: str) -> str:
+    """Starts checking which originals could be deleted; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
+    def prepare() -> _Work:
         with settings_placed(_label, "threshold"):
-            share = parse_share(_words(threshold) or "99%")
+            share = parse_share(_entered(threshold) or "99%")
         name = _run(host, run).name
-        return "the look at the originals", functools.partial(_safe, host, name, share or 1.0)
+        return functools.partial(_check_deletable, host, name, share or 1.0)
 
-    return _start(host, jobs, "safe", order)
+    return _start(host, jobs, "safe", "the check of the originals", prepare)
 
 
-def start_extract(host: Host, jobs: Jobs, *asked: Any) -> str:
-    """Starts an extraction: of base, checkpoint, rank, name."""
-    base, checkpoint, rank, name = asked
+def start_extraction(
+    host: Host, jobs: Jobs, base: str | None, checkpoint: str | None, rank: str, name: str
+) -> str:
+    """Starts making a LoRA from two checkpoints; returns why not, or "" if it started."""
 
-    def order() -> tuple[str, _Do]:
+    def prepare() -> _Work:
         values = {
             "base": _file(host, base, "From"),
             "checkpoint": _file(host, checkpoint, "To"),
             "rank": _number(rank),
-            "name": _words(name),
+            "name": _entered(name),
         }
-        wanted = ExtractRequest.parse(values, _label)
-        return f"the LoRA from {base} to {checkpoint}", functools.partial(_extract, host, wanted)
+        request = ExtractRequest.parse(values, _label)
+        return functools.partial(_extract, host, request)
 
-    return _start(host, jobs, "extract", order)
+    return _start(host, jobs, "extract", f"the LoRA from {base} to {checkpoint}", prepare)
 
 
-def _start(host: Host, jobs: Jobs, panel: Panel, order: Callable[[], tuple[str, _Do]]) -> str:
+def _start(host: Host, jobs: Jobs, panel: Panel, title: str, prepare: Callable[[], _Work]) -> str:
+    """Starts what `prepare` returns as a job; returns the refusal, if any."""
     try:
-        title, do = order()
-        jobs.start(title, functools.partial(_in_turn, host, do), host.log, panel)
+        work = prepare()
+        jobs.start(title, functools.partial(_in_turn, host, work), host.log, panel)
     except HyperMergeError as error:
-        return views.refused(error)
+        return format_refusal(error)
     return ""
 
 
-def _in_turn(host: Host, do: _Do, task: str, progress: Progress) -> object:
-    with host_turn(host, task, progress) as both:
-        found = do(both)
+def _in_turn(host: Host, work: _Work, task: str, progress: Progress) -> object:
+    with host_turn(host, task, progress) as joined:
+        outcome = work(joined)
         host.refresh()
-    return found
+    return outcome
 
 
-def _fit(host: Host, wanted: FitRequest, progress: Progress) -> Outcome:
-    fitted = run_fit(wanted, host.folders(), progress)
-    run = load_run(host.folders(), wanted.run)
-    tags = fitted.tags(run) if fitted.differs else ""
-    said = views_use.fitted(fitted, run)
-    title = host.checkpoint_title(run.hyper_model) or ""
-    shown = (run.name, fitted.row.name)
-    return Outcome(said, tags, shown, title, wrote=bool(fitted.topups))
+def _fit(host: Host, request: FitRequest, progress: Progress) -> PanelOutcome:
+    fit = run_fit(request, host.folders(), progress)
+    run = load_run(host.folders(), request.run)
+    return PanelOutcome(
+        format_fit_result(fit, run),
+        tags=fit.tags(run) if fit.differs else "",
+        fitted=(run.name, fit.row.name),
+        title=host.checkpoint_title(run.hyper_model) or "",
+        wrote=bool(fit.topups),
+    )
 
 
-def _absorb(host: Host, wanted: ExtendRequest, progress: Progress) -> str:
-    return run_extend(wanted, host.folders(), progress).place.run
+def _extend(host: Host, request: ExtendRequest, progress: Progress) -> str:
+    return run_extend(request, host.folders(), progress).place.run
 
 
-def _restore(host: Host, wanted: RestoreRequest, progress: Progress) -> Outcome:
-    found = run_restore(wanted, host.folders(), progress)
-    return Outcome(views_use.restored(found), wrote=True)
+def _restore(host: Host, request: RestoreRequest, progress: Progress) -> PanelOutcome:
+    restored = run_restore(request, host.folders(), progress)
+    return PanelOutcome(format_restored_checkpoint(restored), wrote=True)
 
 
-def _export(host: Host, wanted: ExportRequest, progress: Progress) -> Outcome:
-    exported = run_export(wanted, host.folders(), progress)
-    return Outcome(views_use.exported(exported, wanted.rank), wrote=True)
+def _export(host: Host, request: ExportRequest, progress: Progress) -> PanelOutcome:
+    loras = run_export(request, host.folders(), progress)
+    return PanelOutcome(format_exported_loras(loras, request.rank), wrote=True)
 
 
-def _safe(host: Host, run: str, threshold: float, progress: Progress) -> Outcome:
-    found = find_deletable(run, threshold, host.folders(), progress)
-    return Outcome(views_use.safety(found))
+def _check_deletable(host: Host, run: str, threshold: float, progress: Progress) -> PanelOutcome:
+    report = find_deletable(run, threshold, host.folders(), progress)
+    return PanelOutcome(format_deletion_verdicts(report))
 
 
-def _extract(host: Host, wanted: ExtractRequest, progress: Progress) -> Outcome:
-    found = run_extract(wanted, host.folders(), progress)
-    return Outcome(views_use.extracted(found), wrote=True)
+def _extract(host: Host, request: ExtractRequest, progress: Progress) -> PanelOutcome:
+    lora = run_extract(request, host.folders(), progress)
+    return PanelOutcome(format_extracted_lora(lora), wrote=True)
 
 
 def _run(host: Host, name: str | None) -> Run:
     if not name:
-        raise RecipeError("Pick a run", hint="one is made under Merge.")
+        raise RecipeError("Pick a run", hint="you can make one under Merge.")
     return load_run(host.folders(), name)
 
 
 def _file(host: Host, name: str | None, label: str) -> Path:
-    """The file of a name in the host's list."""
+    """Returns the file of a name in the host's list."""
     if not name:
         raise RecipeError(f"{label}: pick a checkpoint.")
     return file_of(name, host.checkpoints())
 
 
-def _to(host: Host, name: str | None) -> Path | None:
-    """Where a checkpoint of that name goes; None for the suggestion."""
-    words = _words(name)
-    if words is None:
+def _path(host: Host, name: str | None) -> Path | None:
+    """Returns the path of a new checkpoint; None for the suggested one."""
+    text = _entered(name)
+    if text is None:
         return None
     with settings_placed(_label, "name"):
-        return host.folders().models / f"{parse_name(words)}.safetensors"
+        return host.folders().models / f"{parse_name(text)}.safetensors"
 
 
 def _shares(text: str) -> dict[str, float]:
-    """By checkpoint, from the sliders."""
+    """Returns the sliders' values by checkpoint, without zeros."""
     try:
-        found = json.loads(text or "{}")
-        shares = {str(name): float(share) for name, share in found.items()}
+        shares = {str(name): float(share) for name, share in json.loads(text or "{}").items()}
     except (ValueError, TypeError, AttributeError):
         raise RecipeError("Mix: expected a number for each checkpoint") from None
-    present: Mapping[str, float] = {name: share for name, share in shares.items() if share}
-    if not present:
-        raise RecipeError("All sliders are at 0: that is the hyper-model itself. Move one.")
-    return dict(present)
+    shares = {name: share for name, share in shares.items() if share}
+    if not shares:
+        raise RecipeError("All sliders are at 0, which is the hyper-model itself. Move one.")
+    return shares
 
 
 def _label(key: str) -> str:
@@ -239,11 +256,12 @@ def _label(key: str) -> str:
     return _LABELS.get(key, key)
 
 
-def _words(text: str | None) -> str | None:
+def _entered(text: str | None) -> str | None:
+    """Returns what was entered in a field; None if it is empty."""
     return (text or "").strip() or None
 
 
 def _number(text: str | None) -> object:
-    """The number in a field, or what else stands there, which the order refuses; None for nothing."""
-    words = _words(text)
-    return None if words is None else plain_value(words)
+    """Returns the number in a field, or its text, which the request refuses; None if it is empty."""
+    entered = _entered(text)
+    return None if entered is None else plain_value(entered)

@@ -1,1 +1,1 @@
-"""Fragments of HTML."""
+"""Text of the tab as HTML: one file per screen, `format_*` functions of plain values."""

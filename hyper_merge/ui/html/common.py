@@ -1,4 +1,7 @@
-"""What the tab says, as HTML: tables, sentences, progress. Text in, text out; every name is escaped."""
+"""HTML of the tab "Merge", and what all screens share: messages, tables, progress.
+
+Functions take text and return HTML; every name is escaped.
+"""
 
 from __future__ import annotations
 
@@ -23,33 +26,33 @@ Kind = Literal["info", "good", "bad"]
 _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
     "done": ("good", "Done"),
     "stopped": ("info", "Stopped"),
-    "refused": ("bad", "Not made"),
-    "failed": ("bad", "An unexpected error ended it; the log has all of it"),
+    "refused": ("bad", "Failed"),
+    "failed": ("bad", "Unexpected error; see the log for details"),
 }
 
 
-def message(kind: Kind, text: str) -> str:
-    """A calm box with one message; empty for no text."""
+def format_message(kind: Kind, text: str) -> str:
+    """Returns a box with one message; nothing for an empty text."""
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
 
 
-def unexpected(error: BaseException) -> str:
-    """What is said of an error that nobody expected."""
-    return message("bad", f"An unexpected error; the log has all of it: {in_one_line(error)}")
+def format_unexpected_error(error: BaseException) -> str:
+    """Returns the message for an error that nobody expected."""
+    return format_message("bad", f"Unexpected error; see the log for details: {in_one_line(error)}")
 
 
-def refused(error: HyperMergeError) -> str:
-    """Why something was not begun; that something else runs is no fault."""
-    return message("info" if isinstance(error, BusyError) else "bad", str(error))
+def format_refusal(error: HyperMergeError) -> str:
+    """Returns the reason why something did not start; a job that still runs is no error."""
+    return format_message("info" if isinstance(error, BusyError) else "bad", str(error))
 
 
-def hint(text: str) -> str:
-    """A quiet remark."""
+def format_hint(text: str) -> str:
+    """Returns a remark in small grey letters."""
     return f"<p class=hm-hint>{_text(text)}</p>"
 
 
-def percent(share: float) -> str:
-    """A share 0..1 for people; never rounded up to a whole that it is not.
+def format_percent(share: float) -> str:
+    """Returns a share 0..1 in percent; only 1 and more become 100 %.
 
     >>> percent(0.7536), percent(0.99996), percent(1.0)
     ('75.4 %', '99.9 %', '100 %')
@@ -59,24 +62,24 @@ def percent(share: float) -> str:
     return f"{min(round(share * 100, 1), 99.9) + 0.0:.1f} %"  # + 0.0: no negative zero
 
 
-def introduction() -> str:
-    """What stands where the result will be."""
+def format_merge_introduction() -> str:
+    """Returns the text that is shown until there is a result."""
     return (
         "<div class=hm-intro><h3>What you get</h3>"
-        "<p>One <b>hyper-model</b>, the average of the checkpoints, and a few <b>LoRAs</b> that all of "
-        "them share. For every checkpoint there is one line for the prompt: with it the hyper-model "
-        "becomes nearly that checkpoint.</p>"
-        "<p>A report says how near, before you decide which files to keep. Nothing is ever deleted or "
-        "replaced by a merge.</p></div>"
+        "<p>One <b>hyper-model</b>, the average of the checkpoints, and a few <b>LoRAs</b> that all "
+        "checkpoints share. For every checkpoint you get one line of prompt tags that turns the "
+        "hyper-model into a close approximation of it.</p>"
+        "<p>A report shows how close, so that you can decide which files to keep. A merge never deletes "
+        "or replaces existing files.</p></div>"
     )
 
 
-def table(
+def format_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],  # cells in HTML
     numeric: Iterable[int] = (),  # columns to be aligned at the right
 ) -> str:
-    """A table; its cells are HTML already, its head is text."""
+    """Returns a table, from cells that are HTML and a head that is text."""
     right = set(numeric)
 
     def cells(tag: str, values: Sequence[str]) -> str:
@@ -93,119 +96,137 @@ def table(
     )
 
 
-def checkpoints(rows: Sequence[tuple[str, InspectedFile]], hashes: Mapping[str, str | None]) -> str:
-    """What is known of the chosen checkpoints.
+def format_checkpoints(
+    names: Sequence[str], files: Sequence[InspectedFile], hashes: Mapping[str, str | None]
+) -> str:
+    """Returns a table that describes the picked checkpoints.
 
     Args:
-        rows: name in the host's list, and what its file is.
-        hashes: short SHA-256 by that name, where the host knows it.
+        names: the checkpoints' names in the host's list.
+        files: the descriptions of their files, in the same order.
+        hashes: short SHA-256 by name, where the host knows it.
     """
-    if not rows:
-        return message("info", "Pick two or more checkpoints; a table here says what they are.")
-    groups = vae_groups([row for _, row in rows])
-    cells = [
+    if not names:
+        return format_message("info", "Pick two or more checkpoints. They are described here.")
+    rows = [
         (
-            _name_cell(name, row),
-            _text(row.family or ""),
-            format_size(row.size),
-            _text(row.dtype),
-            f"<code>{_text(hashes.get(name) or row.legacy_hash)}</code>",
+            _name_cell(name, file),
+            _text(file.family or ""),
+            format_size(file.size),
+            _text(file.dtype),
+            f"<code>{_text(hashes.get(name) or file.legacy_hash)}</code>",
             _text(vae),
         )
-        for (name, row), vae in zip(rows, groups, strict=True)
+        for name, file, vae in zip(names, files, vae_groups(files), strict=True)
     ]
     head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
-    differ = len({row.vae for _, row in rows if row.vae}) > 1
-    note = "The VAEs differ; the hyper-model gets the one that is chosen under Advanced."
-    return table(head, cells, numeric=(2,)) + (hint(note) if differ else "")
+    differ = len({file.vae for file in files if file.vae}) > 1
+    note = "The VAEs differ. Under Advanced you can choose which one the hyper-model gets."
+    return format_table(head, rows, numeric=(2,)) + (format_hint(note) if differ else "")
 
 
-def vae_groups(rows: Sequence[InspectedFile]) -> list[str]:
-    """Of every file: `same` if all have one VAE, else a letter for each different one."""
-    prints = [row.vae for row in rows]
-    known = list(dict.fromkeys(vae for vae in prints if vae is not None))
+def vae_groups(files: Sequence[InspectedFile]) -> list[str]:
+    """Returns a word per file: `same` if all have one VAE, else a letter for each different one."""
+    vaes = [file.vae for file in files]
+    known = list(dict.fromkeys(vae for vae in vaes if vae is not None))
     if len(known) == 1:
-        return ["none" if vae is None else "same" for vae in prints]
-    return ["none" if vae is None else _letter(known.index(vae)) for vae in prints]
+        return ["none" if vae is None else "same" for vae in vaes]
+    return ["none" if vae is None else _letter(known.index(vae)) for vae in vaes]
 
 
-def plan(preflight: Preflight, place: Place, asked: int | None = None) -> str:
-    """What a merge will write and take.
+def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | None = None) -> str:
+    """Returns the files that a merge will write, and the time and memory that it will take.
 
     Args:
-        preflight: the examined recipe.
+        preflight: the validated recipe.
         place: where its files go.
-        asked: bytes of the LoRAs by what is known of the files, where their size is to be found.
+        forecast_size: expected bytes of the LoRAs, where the recipe asks for a share.
     """
     estimate, recipe = estimate_merge(preflight), preflight.recipe
     before = sum(header.size for header in preflight.inputs.headers)
     average = place.hyper_model.stat().st_size if place.exists else estimate.average
-    hyper = f"{place.hyper_model.name} ({format_size(average)}{', there already' if place.exists else ''})"
-    size = estimate.loras if recipe.target is None else asked or estimate.loras
-    count = counted(len(recipe.ranks), "LoRA")
+    hyper = f"{place.hyper_model.name} ({format_size(average)}{', exists already' if place.exists else ''})"
+    size = estimate.loras if recipe.target is None else forecast_size or estimate.loras
+    count = format_count(len(recipe.ranks), "LoRA")
     loras = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …"
     if recipe.budget is not None:
         loras = "LoRAs"
     elif recipe.target is not None:
-        loras = "LoRAs, about" if asked else "LoRAs of a size that the merge finds, perhaps"
+        loras = (
+            "LoRAs, about"
+            if forecast_size
+            else "LoRAs of a size that the merge determines, roughly"
+        )
     lines = [
         (
             f"<b>{_text(hyper)}</b> and {loras} (<b>{format_size(size)}</b>): "
-            f"{format_size(average + size)} in place of {format_size(before)}."
+            f"{format_size(average + size)} instead of {format_size(before)}."
         ),
         (
-            f"It takes <b>{format_duration(estimate.seconds)}</b>, {format_size(estimate.memory)} of memory and at most "
-            f"{format_size(estimate.disk)} of disk with the cache."
+            f"It takes <b>{format_duration(estimate.seconds)}</b>, {format_size(estimate.memory)} of memory"
+            f" and at most {format_size(estimate.disk)} of disk space including the cache."
         ),
     ]
-    notes = [message("info", warning) for warning in preflight.warnings]
+    notes = [format_message("info", warning) for warning in preflight.warnings]
     return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
 
 
-def outlook(found: ForecastCurve, recipe: Recipe, asked: int | None) -> str:
-    """What the look at the files shows beside its curve: a share out of reach, unlike groups."""
-    said = ""
-    if asked is None and recipe.target is not None:
-        shares = found.shared[-1]
+def format_forecast_notes(
+    forecast: ForecastCurve, recipe: Recipe, forecast_size: int | None
+) -> str:
+    """Returns the messages below the curve: a share that is out of reach, dissimilar groups.
+
+    Args:
+        forecast: the curve.
+        recipe: what the form describes.
+        forecast_size: expected bytes of the LoRAs; None where its share cannot be reached.
+    """
+    text = ""
+    if forecast_size is None and recipe.target is not None:
+        shares = forecast.shared[-1]
         worst = min(range(len(shares)), key=shares.__getitem__)
-        said += message(
+        text += format_message(
             "info",
-            f"{percent(recipe.target)} may be out of reach: LoRAs bring back about"
-            f" {percent(shares[worst])} of {found.names[worst]} at most.",
+            f"{format_percent(recipe.target)} may be out of reach: for {forecast.names[worst]} LoRAs can"
+            f" explain about {format_percent(shares[worst])} at most.",
         )
-    groups = found.groups
-    return said + (
-        unlike_groups(found.names, groups.groups, groups.between) if groups.are_apart else ""
+    groups = forecast.groups
+    return text + (
+        format_dissimilar_groups(forecast.names, groups.groups, groups.between)
+        if groups.are_apart
+        else ""
     )
 
 
-def unlike_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between: float) -> str:
-    """That checkpoints fall into groups which share little."""
+def format_dissimilar_groups(
+    names: Sequence[str], groups: Sequence[Sequence[int]], between: float
+) -> str:
+    """Returns the message that checkpoints fall into groups with little in common."""
     text = format_groups(names, groups, between)
-    return message("info", f"{text[0].upper()}{text[1:]}.")
+    return format_message("info", f"{text[0].upper()}{text[1:]}.")
 
 
-def progress(now: JobStatus) -> str:
-    """A running job with phase, percentage, time left and bar, or how it ended.
+def format_job_status(status: JobStatus) -> str:
+    """Returns phase, percentage, time left and bar of a running job, or how it ended.
 
-    The element carries the task's id: where the host draws a bar of its own, a script puts it here
-    in place of ours, and of the percentage and the time, which that one says too.
+    The element carries the task's id: where the host draws its own bar, a script puts it here instead
+    of ours, which then hides the percentage and the time too.
     """
-    notes = "".join(message("info", note) for note in now.notes)
-    if now.outcome != "running":
-        kind, word = _ENDINGS[now.outcome]
-        said = now.message.removeprefix("stopped; ")
-        text = f"{word}: {said}" if said else f"{word}: {now.title}, in {_clock(now.elapsed)}"
-        return message(kind, text) + notes
-    left = now.seconds_left
+    notes = "".join(format_message("info", note) for note in status.notes)
+    if status.outcome != "running":
+        kind, word = _ENDINGS[status.outcome]
+        reason = status.message.removeprefix("stopped; ")
+        summary = reason or f"{status.title}, in {_format_clock(status.elapsed)}"
+        return format_message(kind, f"{word}: {summary}") + notes
+    left = status.seconds_left
     time_left = "" if left is None else f", {format_duration(left)} left"
-    phase = "stopping" if now.stopping else now.phase
-    words = f"{now.title}: {phase}"
-    share = f", {now.fraction:.0%}{time_left}"
+    phase = "stopping" if status.stopping else status.phase
+    title = f"{status.title}: {phase}"
+    share = f", {status.fraction:.0%}{time_left}"
     return (
-        f'<div class="hm-progress" data-task="{_text(now.task)}" role="status">'
-        f"<div class=hm-phase>{_text(words)}<span class=hm-share>{_text(share)}</span></div>"
-        f'<div class=hm-bar><div style="width:{now.fraction:.1%}"></div></div></div>{notes}'
+        f'<div class="hm-progress" data-task="{_text(status.task)}" role="status">'
+        f"<div class=hm-phase>{_text(title)}<span class=hm-share>{_text(share)}</span></div>"
+        f'<div class=hm-bar><div style="width:{status.fraction:.1%}"></div></div></div>{notes}'
     )
 
 
@@ -214,12 +235,12 @@ def _name_cell(name: str, row: InspectedFile) -> str:
     return _text(name) + problem
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things in words."""
+def format_count(count: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural unless it is 1."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _clock(seconds: float) -> str:
+def _format_clock(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
 

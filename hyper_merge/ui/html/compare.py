@@ -1,71 +1,76 @@
-"""What the tab says of pictures, as HTML; every name is escaped."""
+"""HTML of the tab "Compare"; every name is escaped."""
 
 from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Final
 
 from hyper_merge.operations.compare.image_difference import LEVELS
 from hyper_merge.operations.compare.records import ComparisonRecord
-from hyper_merge.ui.html import common as views
+from hyper_merge.ui.html.common import format_hint, format_message, format_table
+
+_ROW_TITLES: Final = {"restored": "Hyper-model + LoRAs", "average": "Hyper-model alone"}
 
 
-def introduction() -> str:
-    """What stands where the pictures will be."""
+def format_compare_introduction() -> str:
+    """Returns the text that is shown until there are pictures."""
     return (
-        "<div class=hm-intro><h3>See what comes back</h3>"
-        "<p>The same prompt, seed and settings twice: by the hyper-model with a checkpoint's LoRAs, "
-        "and by the original checkpoint. Below each pair stands how far the two are apart.</p></div>"
+        "<div class=hm-intro><h3>Compare pictures</h3>"
+        "<p>Draws the same prompt, seed and settings twice: with the hyper-model and a checkpoint's "
+        "LoRAs, and with the original checkpoint. The table shows how much the two differ.</p></div>"
     )
 
 
-def compared(found: ComparisonRecord, path: Path, source: str) -> str:
-    """A comparison.
+def format_comparison(record: ComparisonRecord, path: Path, source: str) -> str:
+    """Returns a comparison: its figures and its grid.
 
     Args:
-        found: its figures.
-        path: of the grid.
+        record: the figures.
+        path: of the grid's file.
         source: the grid as a URL.
     """
-    notes = "".join(views.message("info", note) for note in found.notes)
-    pairs = sum(bool(each.pixels) for each in found.figures)
-    words = html.escape(f"{found.run}: {pairs} pairs, drawn by {found.host}")
+    notes = "".join(format_message("info", note) for note in record.notes)
+    pairs = sum(bool(figure.pixels) for figure in record.figures)
+    title = html.escape(f"{record.run}: {pairs} pairs, drawn by {record.host}")
     return (
-        f"<p><b>{html.escape(found.name)}</b> of {words}.</p>{notes}"
-        + (_table(found) if pairs else "")
-        + f'<img class=hm-grid src="{source}" alt="{words}">'
-        + views.hint(f"Saved with its parameters: {path}")
+        f"<p><b>{html.escape(record.name)}</b> of {title}.</p>{notes}"
+        + (_format_differences(record) if pairs else "")
+        + f'<img class=hm-grid src="{source}" alt="{title}">'
+        + format_hint(f"Saved with its parameters: {path}")
     )
 
 
-def _table(found: ComparisonRecord) -> str:
-    """Means over prompts and seeds, one row per checkpoint."""
-    rows = [
-        each for each in ("restored", "average") if any(each in x.pixels for x in found.figures)
-    ]
-    titles = {"restored": "Hyper-model + LoRAs", "average": "Hyper-model alone"}
-    head = ["Checkpoint", *(titles[row] for row in rows)]
-    if found.measure:
-        head += [f"{titles[row]}, {found.measure}" for row in rows]
-    names = [name for name in found.tags if any(_of(found, name, row) for row in rows)]
+def _format_differences(record: ComparisonRecord) -> str:
+    """Returns the means over prompts and seeds, one row per checkpoint."""
+    rows = [row for row in _ROW_TITLES if any(row in figure.pixels for figure in record.figures)]
+    head = ["Checkpoint", *(_ROW_TITLES[row] for row in rows)]
+    if record.measure:
+        head += [f"{_ROW_TITLES[row]}, {record.measure}" for row in rows]
+    names = [name for name in record.tags if any(_differences(record, name, row) for row in rows)]
     body = []
     for name in names:
-        cells = [html.escape(name), *(_pixels(_of(found, name, row)) for row in rows)]
-        if found.measure:
-            cells += [f"{_mean(_of(found, name, row, seen=True)):.3f}" for row in rows]
+        cells = [html.escape(name)]
+        cells += [_format_pixels(_differences(record, name, row)) for row in rows]
+        if record.measure:
+            shares = [_differences(record, name, row, perceptual=True) for row in rows]
+            cells += [f"{_mean(values):.3f}" for values in shares]
         body.append(cells)
-    return views.hint(
-        f"Mean difference from the original's pictures, in levels of {LEVELS}; 0 is equal."
-    ) + views.table(head, body, numeric=range(1, len(head)))
+    return format_hint(
+        f"Mean difference from the original's pictures, on a scale of 0 (equal) to {LEVELS}."
+    ) + format_table(head, body, numeric=range(1, len(head)))
 
 
-def _of(found: ComparisonRecord, name: str, row: str, *, seen: bool = False) -> list[float]:
-    figures = [each for each in found.figures if each.checkpoint == name]
-    maps = [each.perceptual if seen else each.pixels for each in figures]
-    return [each[row] for each in maps if row in each]
+def _differences(
+    record: ComparisonRecord, name: str, row: str, *, perceptual: bool = False
+) -> list[float]:
+    """Returns a checkpoint's differences in a row of the grid, one per prompt and seed."""
+    figures = [figure for figure in record.figures if figure.checkpoint == name]
+    maps = [figure.perceptual if perceptual else figure.pixels for figure in figures]
+    return [by_row[row] for by_row in maps if row in by_row]
 
 
-def _pixels(values: list[float]) -> str:
+def _format_pixels(values: list[float]) -> str:
     return f"{_mean(values):.2f} ({_mean(values) / LEVELS:.1%})" if values else ""
 
 

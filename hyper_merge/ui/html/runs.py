@@ -1,4 +1,4 @@
-"""What the tab says of runs, as HTML: what was made, tables, comparisons; every name is escaped."""
+"""HTML that describes runs: summary, tables, comparisons; every name is escaped."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
-from hyper_merge.ui.form import size_of
-from hyper_merge.ui.html.common import counted, hint, message, percent, table, unlike_groups
+from hyper_merge.ui.form import format_requested_size
+from hyper_merge.ui.html.common import (
+    format_count,
+    format_dissimilar_groups,
+    format_hint,
+    format_message,
+    format_percent,
+    format_table,
+)
 
 
-def result_sentence(run: Run) -> str:
-    """What was made of what, what it saves, and how near it comes."""
+def format_run_summary(run: Run) -> str:
+    """Returns what a run made of which files, the bytes it saves, and the shares it explains."""
     report = run.report
     explained = [row.explained for row in report.checkpoints]
     worst = min(report.checkpoints, key=lambda row: row.explained)
@@ -29,89 +36,107 @@ def result_sentence(run: Run) -> str:
         made = f"{file} as base"
     return (
         f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({format_size(report.bytes_before)}) "
-        f"→ {made} + {counted(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
-        f"<b>{less}</b>. Explained: <b>{percent(sum(explained) / len(explained))}</b> on average, "
-        f"<b>{percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
-        "<p class=hm-hint>Explained: how much of what sets a checkpoint apart from the hyper-model "
-        "its LoRAs bring back.</p>" + _rounding_hint(run) + _groups_of(report) + missing(run)
+        f"→ {made} + {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
+        f"<b>{less}</b>. Explained: <b>{format_percent(sum(explained) / len(explained))}</b> on average, "
+        f"<b>{format_percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
+        "<p class=hm-hint>Explained: the share of a checkpoint's difference from the hyper-model that "
+        "the LoRAs reproduce.</p>"
+        + _format_rounding(run)
+        + _format_groups(report)
+        + format_missing_files(run)
     )
 
 
-def _groups_of(report: Report) -> str:
+def _format_groups(report: Report) -> str:
     names = [row.name for row in report.checkpoints]
-    return unlike_groups(names, report.groups, report.between_groups) if report.groups else ""
-
-
-def _rounding_hint(run: Run) -> str:
-    """Told only where it matters; the report file has all figures."""
-    found = run.report.costly_rounding
-    if found is None:
-        return ""
-    return hint(
-        f"{found.hosts} rounds the weights after each of these LoRAs, which takes back"
-        f" {percent(found.added)} of what sets the checkpoints apart. One LoRA per checkpoint is rounded"
-        f" once: under Use, or hyper-merge export {run.name}"
+    return (
+        format_dissimilar_groups(names, report.groups, report.between_groups)
+        if report.groups
+        else ""
     )
 
 
-def missing(run: Run) -> str:
-    """Which files of a run are gone, and what that takes away."""
-    said = "".join(message("bad", problem) for problem in run.problems)
+def _format_rounding(run: Run) -> str:
+    """Returns a hint where rounding costs much; the report file has all figures."""
+    rounding = run.report.costly_rounding
+    if rounding is None:
+        return ""
+    return format_hint(
+        f"{rounding.hosts} rounds the weights after every LoRA, which loses"
+        f" {format_percent(rounding.added)} of the checkpoints' differences. A single LoRA per checkpoint"
+        f" is rounded only once: make them under Use, or with hyper-merge export {run.name}"
+    )
+
+
+def format_missing_files(run: Run) -> str:
+    """Returns which files of a run are missing, and what no longer works without them."""
+    problems = "".join(format_message("bad", problem) for problem in run.problems)
     if not run.missing:
-        return said
+        return problems
     names = ", ".join(path.name for path in run.missing)
-    return said + message("bad", f"No longer there: {names}. Merge again to make this run anew.")
+    return problems + format_message("bad", f"Missing: {names}. Merge again to recreate this run.")
 
 
-def result_table(report: Report) -> str:
-    """Explained shares of every checkpoint, and its multiplier of each LoRA."""
+def format_run_table(report: Report) -> str:
+    """Returns the explained shares of every checkpoint, and its multiplier of each LoRA."""
     blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
     separate = any(row.text_multipliers for row in report.checkpoints)
-    note = hint("Multipliers, of the text encoder : of the UNet.") if separate else ""
-    return table(head, rows, numeric=range(1, len(head))) + note
+    note = format_hint("Multipliers: text encoder : UNet.") if separate else ""
+    return format_table(head, rows, numeric=range(1, len(head))) + note
 
 
-def runs(found: Sequence[Run], problems: Iterable[str]) -> str:
-    """Earlier runs, newest first."""
-    said = "".join(message("bad", problem) for problem in problems)
-    if not found:
-        return said + message("info", "No merge was made here yet.")
-    head = ("Run", "Made", "Checkpoints", "Ranks", "LoRAs", "Explained, average", "worst")
-    return said + table(head, [_run_row(run) for run in found], numeric=(2, 4, 5, 6))
+def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
+    """Returns the table of runs, and a message for each that cannot be read."""
+    messages = "".join(format_message("bad", problem) for problem in problems)
+    if not runs:
+        return messages + format_message("info", "There are no runs yet.")
+    head = (
+        "Run",
+        "Created",
+        "Checkpoints",
+        "Ranks",
+        "LoRAs",
+        "Explained, average",
+        "Explained, worst",
+    )
+    return messages + format_table(head, [_run_row(run) for run in runs], numeric=(2, 4, 5, 6))
 
 
-def comparison(first: Run, second: Run) -> str:
-    """Two runs side by side: settings that differ, sizes and explained shares."""
+def format_run_comparison(first: Run, second: Run) -> str:
+    """Returns two runs side by side: settings, sizes and explained shares."""
     facts: list[tuple[str, ...]] = [
         ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
         ("Ranks", _ranks(first), _ranks(second)),
         ("LoRAs", format_size(first.report.bytes_loras), format_size(second.report.bytes_loras)),
         ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
-        ("Stored precision", first.recipe.dtype, second.recipe.dtype),
-        ("of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
-        ("Explained, average", percent(_mean(first)), percent(_mean(second))),
+        ("Precision", first.recipe.dtype, second.recipe.dtype),
+        ("Precision of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
+        ("Explained, average", format_percent(_mean(first)), format_percent(_mean(second))),
     ]
     explained = [
         {row.name: row.explained for row in run.report.checkpoints} for run in (first, second)
     ]
     for name in dict.fromkeys([*explained[0], *explained[1]]):
-        shares = [percent(each[name]) if name in each else "not in it" for each in explained]
+        shares = [
+            format_percent(by_name[name]) if name in by_name else "not included"
+            for by_name in explained
+        ]
         facts.append((f"Explained, {name}", *shares))
     rows = [tuple(_text(cell) for cell in fact) for fact in facts]
-    return table(("", first.name, second.name), rows, numeric=(1, 2))
+    return format_table(("", first.name, second.name), rows, numeric=(1, 2))
 
 
-def file_list(paths: Sequence[Path], question: str) -> str:
-    """Files with their folders, below a question."""
+def format_file_list(paths: Sequence[Path], question: str) -> str:
+    """Returns files with their folders, below a question."""
     items = "".join(f"<li><code>{_text(str(path))}</code></li>" for path in paths)
     return f'<div class="hm-message hm-info">{_text(question)}<ul>{items}</ul></div>'
 
 
 def _result_row(row: CheckpointReport) -> tuple[str, ...]:
     shares = (row.explained, row.explained_unet, row.explained_text_encoder)
-    return (_text(row.name), *(percent(share) for share in shares), *_multipliers(row))
+    return (_text(row.name), *(format_percent(share) for share in shares), *_multipliers(row))
 
 
 def _multipliers(row: CheckpointReport) -> list[str]:
@@ -124,22 +149,22 @@ def _multipliers(row: CheckpointReport) -> list[str]:
 def _run_row(run: Run) -> tuple[str, ...]:
     report = run.report
     worst = min((row.explained for row in report.checkpoints), default=1.0)
-    gone = " <span class=hm-problem>files are gone</span>" if run.missing else ""
+    gone = " <span class=hm-problem>files are missing</span>" if run.missing else ""
     return (
         _text(run.name) + gone,
         _text(_local_time(run.created)),
         str(len(report.checkpoints)),
         _text(_ranks(run)),
         format_size(report.bytes_loras),
-        percent(_mean(run)),
-        percent(worst),
+        format_percent(_mean(run)),
+        format_percent(worst),
     )
 
 
 def _ranks(run: Run) -> str:
-    """Of a run's LoRAs, and what they were found for."""
+    """Returns the ranks of a run's LoRAs, and the size or share that they were chosen for."""
     ranks = ", ".join(map(str, run.recipe.ranks))
-    return f"{ranks} for {size_of(run.recipe)}" if run.recipe.finds_ranks else ranks
+    return f"{ranks} for {format_requested_size(run.recipe)}" if run.recipe.finds_ranks else ranks
 
 
 def _mean(run: Run) -> float:

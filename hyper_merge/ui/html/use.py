@@ -1,4 +1,4 @@
-"""What the tab "Use" says, as HTML; names and messages are escaped here and in `views`."""
+"""HTML of the tab "Use"; every name is escaped."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from hyper_merge.runs.report import PARTS, PartLoss
 from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import checkpoint_names, tag_rows
 from hyper_merge.runtime.formatting import format_size
-from hyper_merge.ui.html.common import hint, message, percent, table
-from hyper_merge.ui.html.runs import missing
+from hyper_merge.ui.html.common import (
+    format_count,
+    format_hint,
+    format_message,
+    format_percent,
+    format_table,
+)
+from hyper_merge.ui.html.runs import format_missing_files
 
 LOWEST: Final = -0.5
 HIGHEST: Final = 1.5
@@ -27,129 +33,144 @@ HIGHEST: Final = 1.5
 _WORST: Final = 6  # sections that are named
 
 
-def about(run: Run | None) -> str:
-    """What a run offers, in a line; what is wrong with it."""
+def format_used_run(run: Run | None) -> str:
+    """Returns a line about a run, with its problems."""
     if run is None:
-        return message(
+        return format_message(
             "info",
-            "No merge was made here yet. Of these panels only LoRA from two checkpoints works without.",
+            "There are no runs yet; make one under Merge. LoRA from two checkpoints works without a run.",
         )
     fits, problems = load_fits(run)
-    own = [row.name for row in run.report.checkpoints]
-    text = f"With {run.hyper_model.name} loaded, the LoRAs make {', '.join(own)} of it"
-    later = [each.row.name for each in fits if each.row.name not in own]
-    text += f", and {', '.join(later)}, fitted later." if later else "."
-    return hint(text) + missing(run) + "".join(message("bad", problem) for problem in problems)
+    merged = [row.name for row in run.report.checkpoints]
+    text = f"Load {run.hyper_model.name}; the LoRAs turn it into {', '.join(merged)}"
+    later = [fit.row.name for fit in fits if fit.row.name not in merged]
+    text += f", and {', '.join(later)} (fitted later)." if later else "."
+    return (
+        format_hint(text)
+        + format_missing_files(run)
+        + "".join(format_message("bad", problem) for problem in problems)
+    )
 
 
-def sliders(run: Run) -> str:
-    """A slider for every checkpoint; the script makes tags of them, from the multipliers beside."""
+def format_sliders(run: Run) -> str:
+    """Returns a slider per checkpoint, with the multipliers from which the script makes prompt tags."""
     names = checkpoint_names(run)
     terms = json.dumps({name: tag_rows(run, name) for name in names})
-    rows = "".join(_slider(name) for name in names)
+    rows = "".join(_format_slider(name) for name in names)
     return (
         f'<div class=hm-mix data-run="{_text(run.name)}" data-terms="{_text(terms)}">{rows}'
         "<p class=hm-hint data-rest>The hyper-model alone.</p></div>"
     )
 
 
-def fitted(found: FitRecord, run: Run) -> str:
-    """How near the run's LoRAs come to a checkpoint that was not merged, and what remains where."""
-    row, name = found.row, _text(found.row.name)
-    if not found.differs:
-        same = f"In all layers {row.name} is {run.hyper_model.name} itself; it needs no LoRA."
-        return message("info", same) + _not_carried(found.not_carried)
+def format_fit_result(fit: FitRecord, run: Run) -> str:
+    """Returns the share that a run's LoRAs explain of a fitted checkpoint, and where the rest lies."""
+    row, name = fit.row, _text(fit.row.name)
+    if not fit.differs:
+        same = f"{row.name} equals {run.hyper_model.name} in all layers; it needs no LoRA."
+        return format_message("info", same) + _format_not_carried(fit.not_carried)
     shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
-    present = [part for part in PARTS if any(each.which == part for each in found.parts)]
-    parts = ", ".join(f"{PARTS[part]} {percent(shares[part])}" for part in present)
-    topups = "".join(_topped_up(topup) for topup in found.topups)
+    present = [part for part in PARTS if any(section.which == part for section in fit.parts)]
+    parts = ", ".join(f"{PARTS[part]} {format_percent(shares[part])}" for part in present)
+    private = "".join(_format_private_lora(lora) for lora in fit.topups)
     return (
-        f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} bring back <b>{percent(row.explained)}</b> "
-        f"of what sets it apart from the hyper-model ({parts}).</p>"
-        + _sections(found.parts)
-        + _not_carried(found.not_carried)
-        + topups
+        f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} explain <b>{format_percent(row.explained)}</b> "
+        f"of its difference from the hyper-model ({parts}).</p>"
+        + _format_sections(fit.parts)
+        + _format_not_carried(fit.not_carried)
+        + private
     )
 
 
-def restored(found: RestoreResult) -> str:
-    """The written file, and how near it is to its original."""
-    said = message("good", f"Written: {_file(found.path, found.size)}, {found.dtype}.")
-    rest = 1 - sum(found.shares.values())
+def format_restored_checkpoint(restored: RestoreResult) -> str:
+    """Returns the written file, and how close it is to its original."""
+    text = format_message(
+        "good", f"Written: {_format_file(restored.path, restored.size)}, {restored.dtype}."
+    )
+    rest = 1 - sum(restored.shares.values())
     if abs(rest) > 1e-9:
-        said += hint(
+        text += format_hint(
             f"The shares add up to {1 - rest:.4g}; the hyper-model has the rest, {rest:.4g}."
         )
-    if found.compared is None:
-        said += message("info", f"How near it is cannot be measured: {found.problem}.")
+    measured = restored.compared
+    if measured is None:
+        text += format_message("info", f"Not compared with an original: {restored.problem}.")
     else:
-        said += (
-            f"<p>Measured against the original: <b>{percent(found.compared.explained)}</b> of what sets"
-            f" it apart is back in the layers (the report says {percent(found.compared.reported)}), "
-            f"{percent(found.compared.everything)} in everything.</p>"
-        ) + _sections(found.compared.parts)
-    return said + hint(
-        f"VAE, embeddings and all else that LoRAs do not carry are those of {found.hyper_model}."
+        text += (
+            f"<p>Compared with the original: <b>{format_percent(measured.explained)}</b> of its"
+            f" difference from the hyper-model is restored in the layers (the report says"
+            f" {format_percent(measured.reported)}), {format_percent(measured.everything)} in all"
+            " tensors.</p>"
+        ) + _format_sections(measured.parts)
+    return text + format_hint(
+        f"VAE, embeddings and everything else that LoRAs do not carry come from {restored.hyper_model}."
     )
 
 
-def exported(found: Sequence[ExportResult], rank: int | None) -> str:
-    """The files, one for every checkpoint."""
-    rows = [
-        (
-            _text(each.checkpoint),
-            f"<code>{_text(format_tag(each.path.stem, 1.0) + ' ' * bool(each.companions) + each.companions)}</code>",
-            str(each.rank),
-            format_size(each.size),
-            percent(each.explained),
-            _small(each.lost),
-        )
-        for each in found
-    ]
+def format_exported_loras(exported: Sequence[ExportResult], rank: int | None) -> str:
+    """Returns the table of written LoRAs, one per checkpoint."""
     head = ("Checkpoint", "Prompt tags", "Rank", "Size", "Explained", "Lost")
-    lost, first = "cutting ranks" if rank else "rounding", found[0]
+    lost, first = "cutting ranks" if rank else "rounding", exported[0]
     return (
-        message("good", f"{_count(len(found), 'LoRA')} written into {first.path.parent}.")
-        + table(head, rows, numeric=(2, 3, 4, 5))
-        + hint(
-            f"Load {first.hyper_model.stem} and put one of these into the prompt, alone. Explained: by"
-            f" the run's LoRAs. Lost: of that, by {lost}."
+        format_message(
+            "good", f"{format_count(len(exported), 'LoRA')} written to {first.path.parent}."
+        )
+        + format_table(head, [_export_row(lora) for lora in exported], numeric=(2, 3, 4, 5))
+        + format_hint(
+            f"Load {first.hyper_model.stem} and add exactly one of these to the prompt. Explained: by"
+            f" the run's LoRAs. Lost: the part of that which {lost} costs."
         )
     )
 
 
-def safety(found: DeletionReport) -> str:
-    """Yes or no for every original."""
-    said = message("bad", f"Nothing is safe to delete: {found.problem}") if found.problem else ""
-    head: tuple[str, ...] = ("Original", "Delete?", "Frees", "Layers", "Everything", "VAE", "")
-    rows = [_verdict(each) for each in found.verdicts]
+def _export_row(lora: ExportResult) -> tuple[str, ...]:
+    tags = " ".join(filter(None, (format_tag(lora.path.stem, 1.0), lora.companions)))
+    return (
+        _text(lora.checkpoint),
+        f"<code>{_text(tags)}</code>",
+        str(lora.rank),
+        format_size(lora.size),
+        format_percent(lora.explained),
+        _format_small_share(lora.lost),
+    )
+
+
+def format_deletion_verdicts(report: DeletionReport) -> str:
+    """Returns yes or no for every original."""
+    text = ""
+    if report.problem:
+        text = format_message("bad", f"Nothing is safe to delete: {report.problem}")
+    head: tuple[str, ...] = ("Original", "Delete?", "Frees", "Layers", "All tensors", "VAE", "")
+    rows = [_verdict_row(verdict) for verdict in report.verdicts]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return (
-        said
-        + table(head, rows, numeric=(2, 3, 4))
-        + hint(
-            f"Yes: at least {100 * found.threshold:.4g} % of everything that sets it apart from the"
-            f" hyper-model comes back. Deleting all of these would free {format_size(found.frees)}."
-            " Nothing was deleted; that is up to you."
+        text
+        + format_table(head, rows, numeric=(2, 3, 4))
+        + format_hint(
+            f"Yes: the run restores at least {100 * report.threshold:.4g} % of the original's"
+            " difference from the hyper-model, in all tensors. Deleting all of these would free"
+            f" {format_size(report.frees)}. Nothing was deleted; the decision is yours."
         )
     )
 
 
-def extracted(found: ExtractResult) -> str:
-    """The LoRA that turns one checkpoint into another."""
-    parts = ", ".join(f"{PARTS[part]} {percent(share)}" for part, share in found.parts.items())
+def format_extracted_lora(lora: ExtractResult) -> str:
+    """Returns the LoRA that turns one checkpoint into another, and the share that it explains."""
+    parts = ", ".join(
+        f"{PARTS[part]} {format_percent(share)}" for part, share in lora.parts.items()
+    )
     return (
-        message("good", f"Written: {_file(found.path, found.size)}, rank {found.rank}.")
-        + f"<p>It brings back <b>{percent(found.explained)}</b> of what sets "
-        f"<b>{_text(found.checkpoint)}</b> apart from {_text(found.base)} ({parts}). Load "
-        f"{_text(found.base)} and put this into the prompt:</p>"
-        f"<p><code>{_text(format_tag(found.path.stem, 1.0))}</code></p>"
-        + _not_carried(found.not_carried)
+        format_message("good", f"Written: {_format_file(lora.path, lora.size)}, rank {lora.rank}.")
+        + f"<p>It explains <b>{format_percent(lora.explained)}</b> of the difference between "
+        f"<b>{_text(lora.checkpoint)}</b> and {_text(lora.base)} ({parts}). Load {_text(lora.base)} and "
+        "add this to the prompt:</p>"
+        f"<p><code>{_text(format_tag(lora.path.stem, 1.0))}</code></p>"
+        + _format_not_carried(lora.not_carried)
     )
 
 
-def _slider(name: str) -> str:
+def _format_slider(name: str) -> str:
     text = _text(name)
     return (
         f"<label class=hm-slider><span>{text}</span>"
@@ -158,52 +179,54 @@ def _slider(name: str) -> str:
     )
 
 
-def _sections(parts: Sequence[PartLoss]) -> str:
-    worst = [each for each in sorted(parts, key=lambda part: -part.lost) if each.lost > 0][:_WORST]
+def _format_sections(parts: Sequence[PartLoss]) -> str:
+    worst = [part for part in sorted(parts, key=lambda part: -part.lost) if part.lost > 0][:_WORST]
     if not worst:
-        return hint("Nothing remains in the layers.")
-    rows = [(_text(each.name), percent(each.energy), percent(each.lost)) for each in worst]
-    return table(("What remains most, by section", "Differs", "Remains"), rows, numeric=(1, 2))
+        return format_hint("Nothing is missing in the layers.")
+    rows = [
+        (_text(part.name), format_percent(part.energy), format_percent(part.lost)) for part in worst
+    ]
+    return format_table(("Largest losses", "Difference", "Not explained"), rows, numeric=(1, 2))
 
 
-def _not_carried(shares: Mapping[str, float]) -> str:
-    words = ", ".join(f"{kind} {_small(share)}" for kind, share in shares.items() if share)
-    return hint(f"Not carried by LoRAs, of all its differences: {words or 'nothing'}.")
+def _format_not_carried(shares: Mapping[str, float]) -> str:
+    text = ", ".join(
+        f"{kind} {_format_small_share(share)}" for kind, share in shares.items() if share
+    )
+    return format_hint(f"Not carried by LoRAs, as a share of all differences: {text or 'nothing'}.")
 
 
-def _verdict(each: DeletionVerdict) -> tuple[str, ...]:
-    vae = {None: "not known", True: "differs", False: "same"}[each.vae_differs]
-    answer = "<b>yes</b>" if each.safe else "no"
-    why = each.reason or ("" if each.path.stem == each.restored_as else f"as {each.restored_as}")
+def _verdict_row(verdict: DeletionVerdict) -> tuple[str, ...]:
+    vae = {None: "unknown", True: "differs", False: "same"}[verdict.vae_differs]
+    answer = "<b>yes</b>" if verdict.safe else "no"
+    reason = verdict.reason
+    if not reason and verdict.path.stem != verdict.restored_as:
+        reason = f"as {verdict.restored_as}"
     return (
-        _text(each.name),
+        _text(verdict.name),
         answer,
-        format_size(each.frees),
-        percent(each.explained),
-        percent(each.everything),
+        format_size(verdict.frees),
+        format_percent(verdict.explained),
+        format_percent(verdict.everything),
         vae,
-        f"<span class=hm-why>{_text(why)}</span>" if why else "",
+        f"<span class=hm-why>{_text(reason)}</span>" if reason else "",
     )
 
 
-def _topped_up(topup: PrivateLoraRecord) -> str:
+def _format_private_lora(topup: PrivateLoraRecord) -> str:
     return (
         f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
-        f"{format_size(topup.size)}): <b>{percent(topup.explained)}</b>.</p>"
+        f"{format_size(topup.size)}): <b>{format_percent(topup.explained)}</b>.</p>"
     )
 
 
-def _small(share: float) -> str:
-    """A share that may be next to nothing."""
+def _format_small_share(share: float) -> str:
+    """Returns a share in percent, with a lower limit for what is shown."""
     return f"{100 * share:.2f} %" if share >= 1e-4 or share <= 0 else "< 0.01 %"
 
 
-def _file(path: Path, size: int) -> str:
+def _format_file(path: Path, size: int) -> str:
     return f"{path.name} in {path.parent} ({format_size(size)})"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _text(text: str) -> str:

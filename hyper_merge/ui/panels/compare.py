@@ -1,4 +1,4 @@
-"""Pictures of what LoRAs bring back, beside those of the originals."""
+"""The panel that compares pictures by the LoRAs with pictures by the originals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyper_merge.ui.panels.widgets import html, widget
 
 @dataclass(frozen=True)
 class CompareWidgets:
-    """What becomes a `CompareForm`: the same names in the same order."""
+    """The widgets that become a `CompareForm`: the same names in the same order."""
 
     run: gr.Dropdown
     checkpoints: gr.Dropdown
@@ -31,7 +31,7 @@ class CompareWidgets:
 
 @dataclass(frozen=True)
 class ComparePanel:
-    """The form, the buttons, and what was drawn."""
+    """The form, the buttons, and the comparison that is shown."""
 
     opened: gr.Tab
     form: CompareWidgets
@@ -40,15 +40,15 @@ class ComparePanel:
     message: gr.HTML
     status: gr.HTML
     earlier: gr.Dropdown
-    shown: gr.HTML
+    comparison: gr.HTML
 
 
 def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
-    """All of it, in the tab that is `opened` when its lists are to be read anew."""
-    atelier = host.atelier()
+    """Builds the panel in the tab `opened`, whose lists are read again when it is opened."""
+    generator = host.atelier()
     with gr.Row(elem_id=elem_id("compare_columns")):
         with gr.Column(scale=5, min_width=380):
-            form = _build_form(atelier)
+            form = _build_form(generator)
             with gr.Row(elem_id=elem_id("compare_row")):
                 start = widget(
                     gr.Button,
@@ -56,7 +56,7 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
                     value="Compare",
                     variant="primary",
                     scale=3,
-                    interactive=not atelier.problem,
+                    interactive=not generator.problem,
                 )
                 stop = widget(
                     gr.Button,
@@ -72,15 +72,15 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
                 gr.Dropdown,
                 "compare_earlier",
                 choices=[],
-                label="Comparisons of this run",
-                info="Drawn before, the newest first.",
+                label="Earlier comparisons",
+                info="Of this run, the newest first.",
                 visible=False,
             )
-            shown = html("compare_shown")
-    return ComparePanel(opened, form, start, stop, message, status, earlier, shown)
+            comparison = html("compare_shown")
+    return ComparePanel(opened, form, start, stop, message, status, earlier, comparison)
 
 
-def _build_form(atelier: GeneratorInfo) -> CompareWidgets:
+def _build_form(generator: GeneratorInfo) -> CompareWidgets:
     run = widget(gr.Dropdown, "compare_run", choices=[], label="Run")
     checkpoints = widget(
         gr.Dropdown,
@@ -89,7 +89,7 @@ def _build_form(atelier: GeneratorInfo) -> CompareWidgets:
         value=[],
         multiselect=True,
         label="Checkpoints",
-        info="Each is drawn twice: by the hyper-model with its LoRAs, and by the original.",
+        info="Each one is drawn twice: with the hyper-model and its LoRAs, and with the original.",
     )
     prompts = widget(
         gr.Textbox, "compare_prompts", label="Prompts", info="One per line.", lines=3, value=""
@@ -99,8 +99,8 @@ def _build_form(atelier: GeneratorInfo) -> CompareWidgets:
         sampler = widget(
             gr.Dropdown,
             "compare_sampler",
-            choices=list(atelier.samplers),
-            value=next(iter(atelier.samplers), None),
+            choices=list(generator.samplers),
+            value=next(iter(generator.samplers), None),
             label="Sampler",
         )
         steps = _number("compare_steps", "Steps", 20)
@@ -116,13 +116,13 @@ def _build_form(atelier: GeneratorInfo) -> CompareWidgets:
             gr.Checkbox,
             "compare_average",
             value=False,
-            label="Also the hyper-model alone",
+            label="Also draw the hyper-model alone",
         )
         difference = widget(
             gr.Checkbox,
             "compare_difference",
             value=False,
-            label="Also the differences",
+            label="Also show the differences",
         )
     return CompareWidgets(
         run, checkpoints, prompts, negative, sampler, steps, cfg_scale, width, height, seeds,

@@ -1,4 +1,4 @@
-"""Earlier runs, and the cache."""
+"""The panel of earlier runs and of the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyper_merge.ui.panels.widgets import button, html, widget
 
 @dataclass(frozen=True)
 class HistoryPanel:
-    """Earlier runs."""
+    """The widgets of earlier runs and of the cache."""
 
     table: gr.HTML
     run: gr.Dropdown
@@ -21,7 +21,7 @@ class HistoryPanel:
     copy: gr.Button
     compare: gr.Button
     delete: gr.Button
-    asked: gr.Textbox  # hidden: the run whose files are listed
+    to_delete: gr.Textbox  # hidden: the run whose files are listed
     confirm: gr.Button
     cancel: gr.Button
     refresh: gr.Button
@@ -31,28 +31,28 @@ class HistoryPanel:
 
 
 def build_history() -> HistoryPanel:
-    """Runs that were made before, and the cache."""
+    """Builds the list of earlier runs with its buttons, and the line about the cache."""
     table = html("runs_table")
     with gr.Row():
         run = widget(gr.Dropdown, "run", choices=[], label="Run")
         other = widget(gr.Dropdown, "other_run", choices=[], label="Compare with")
     with gr.Row(elem_id=elem_id("runs_row")):
         opened = button("run_open", "Open")
-        copied = button("run_copy", "Copy its settings to the form")
+        copied = button("run_copy", "Copy settings to the form")
         compare = button("run_compare", "Compare")
-        delete = button("run_delete", "Delete …")
+        delete = button("run_delete", "Delete…")
         refresh = button("runs_refresh", "Refresh")
     outcome = html("run_outcome")
-    asked = widget(gr.Textbox, "run_asked", value="", visible=False)
+    to_delete = widget(gr.Textbox, "run_asked", value="", visible=False)
     with gr.Row():
         confirm = widget(
             gr.Button, "run_confirm", value="Delete these files", variant="stop", visible=False
         )
-        cancel = button("run_cancel", "Keep them", visible=False)
+        cancel = button("run_cancel", "Cancel", visible=False)
     with gr.Row(elem_id=elem_id("cache_row")):
         cache = html("cache")
-        clear = button("cache_clear", "Clear the cache")
+        clear = button("cache_clear", "Clear cache")
     return HistoryPanel(
-        table, run, other, opened, copied, compare, delete, asked, confirm, cancel, refresh,
+        table, run, other, opened, copied, compare, delete, to_delete, confirm, cancel, refresh,
         outcome, cache, clear,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which checkpoints."""
+"""The panel in which checkpoints are picked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import gradio as gr
 
 from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.form_fields import form_field
 from hyper_merge.ui.panels.widgets import button, html, widget
 
 
 @dataclass(frozen=True)
 class GroupWidgets:
-    """Unlike groups of what is picked, in the order of `looking.group_buttons`."""
+    """Dissimilar groups of the picked checkpoints, in the order of `update_group_buttons`."""
 
     names: gr.Textbox  # hidden: the groups' checkpoints, as JSON
     first: gr.Button
@@ -24,7 +25,7 @@ class GroupWidgets:
 
 @dataclass(frozen=True)
 class PickerPanel:
-    """Which checkpoints."""
+    """The widgets in which checkpoints are picked."""
 
     checkpoints: gr.Dropdown
     folder: gr.Dropdown
@@ -37,7 +38,8 @@ class PickerPanel:
 
 
 def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) -> PickerPanel:
-    """Checkpoints, and what they are."""
+    """Builds the list of checkpoints, and the table that describes the picked ones."""
+    field = form_field("checkpoints")
     gr.HTML("<h3>1. Checkpoints</h3>")
     checkpoints = widget(
         gr.Dropdown,
@@ -45,8 +47,8 @@ def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) ->
         choices=list(names),
         value=[],
         multiselect=True,
-        label="Checkpoints",
-        info="Two or more of one family. Type to search.",
+        label=field.label,
+        info=field.info,
     )
     with gr.Row(elem_id=elem_id("picker_row")):
         folder = widget(
@@ -64,7 +66,7 @@ def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) ->
         refresh = button("refresh", "Refresh")
         clear = button("clear", "Clear")
     demo_button = widget(
-        gr.Button, "demo", value="Make four small checkpoints to try it with", visible=demo
+        gr.Button, "demo", value="Create four small demo checkpoints", visible=demo
     )
     table = html("checkpoints_table")
     return PickerPanel(checkpoints, folder, add, refresh, clear, demo_button, table, _groups())

@@ -1,4 +1,4 @@
-"""What was made."""
+"""The panel that shows a run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.html.common import introduction
+from hyper_merge.ui.html.common import format_merge_introduction
 from hyper_merge.ui.panels.widgets import button, html, widget
 
 
 @dataclass(frozen=True)
-class ShownRun:
-    """What a run fills, in the order of `results.show`."""
+class RunView:
+    """The widgets that a run fills, in the order of `show_run`."""
 
     empty: gr.HTML
     group: gr.Column
@@ -26,16 +26,16 @@ class ShownRun:
     explained: gr.Plot
     similarity: gr.Plot
     parts: gr.Plot
-    run: gr.Textbox  # hidden: the run that is shown
-    title: gr.Textbox  # hidden: by what the host selects the hyper-model
+    run: gr.Textbox  # hidden: name of the run that is shown
+    title: gr.Textbox  # hidden: title by which the host selects the hyper-model
     prompts: gr.Textbox  # hidden: tags by checkpoint, as JSON
 
 
 @dataclass(frozen=True)
 class ResultPanel:
-    """What was made, and what can be done with it."""
+    """The widgets of a run, with the buttons that use its prompts."""
 
-    shown: ShownRun
+    view: RunView
     copy: gr.Button
     send: gr.Button
     save_styles: gr.Button
@@ -43,8 +43,8 @@ class ResultPanel:
 
 
 def build_result(host: Host) -> ResultPanel:
-    """Sentence, table, prompt, plots."""
-    empty = html("result_empty", introduction())
+    """Builds summary, table, prompt tags and plots of a run."""
+    empty = html("result_empty", format_merge_introduction())
     with gr.Column(visible=False, elem_id=elem_id("result")) as group:
         sentence, table = html("sentence"), html("result_table")
         checkpoint = widget(
@@ -52,7 +52,7 @@ def build_result(host: Host) -> ResultPanel:
             "result_checkpoint",
             choices=[],
             label="Prompt for",
-            info="Load the hyper-model and put this into the prompt to get the checkpoint back.",
+            info="Load the hyper-model and add these tags to the prompt to reproduce the checkpoint.",
         )
         prompt = widget(
             gr.Textbox,
@@ -77,5 +77,5 @@ def build_result(host: Host) -> ResultPanel:
         widget(gr.Textbox, name, value="", visible=False)
         for name in ("shown_run", "hyper_title", "prompts")
     ]
-    shown = ShownRun(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
-    return ResultPanel(shown, copy, send, save, remove)
+    view = RunView(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
+    return ResultPanel(view, copy, send, save, remove)

@@ -1,4 +1,4 @@
-"""The button, and how far it is."""
+"""The panel that starts a merge and shows its progress."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hyper_merge.ui.panels.widgets import button, html, widget
 
 @dataclass(frozen=True)
 class RunPanel:
-    """The button, and how far it is."""
+    """The widgets that start a merge and show its progress."""
 
     plan: gr.HTML
     replan: gr.Button  # hidden by the style sheet: the scripts press it when the form has changed
     curve: gr.Plot
-    look: gr.Button
+    forecast: gr.Button
     merge: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -25,13 +25,13 @@ class RunPanel:
 
 
 def build_run() -> RunPanel:
-    """What it will take, the button, and progress."""
+    """Builds plan, forecast, buttons and progress."""
     gr.HTML("<h3>3. Merge</h3>")
     plan = html("plan")
-    replan = button("replan", "Look again")
+    replan = button("replan", "Update the plan")
     curve = widget(gr.Plot, "outlook_plot", show_label=False, visible=False)
-    look = button("look", "Look at the files first", visible=False)
+    forecast = button("look", "Show forecast", visible=False)
     with gr.Row(elem_id=elem_id("run_row")):
         merge = widget(gr.Button, "merge", value="Merge", variant="primary", scale=3)
         stop = widget(gr.Button, "stop", value="Stop", interactive=False, scale=1, min_width=90)
-    return RunPanel(plan, replan, curve, look, merge, stop, html("message"), html("status"))
+    return RunPanel(plan, replan, curve, forecast, merge, stop, html("message"), html("status"))

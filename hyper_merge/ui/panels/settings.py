@@ -1,31 +1,39 @@
-"""What to make: the form."""
+"""The panel of settings: the form."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
-from hyper_merge.recipe.recipe import DEFAULT_ITERATIONS, DEFAULT_TOLERANCE
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.form import (
-    ALLOCATION_CHOICES,
-    BASE_AVERAGE,
-    DIFFERENCE_CHOICES,
-    EXACT_CHOICES,
-    LABELS,
-    PRESETS,
-    VAE_CHOICES,
-)
+from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS, form_field
 from hyper_merge.ui.panels.widgets import button, widget
+
+_ADVANCED_ROWS: Final = (
+    ("weights",),
+    ("base",),
+    ("dtype",),
+    ("lora_dtype",),
+    ("device", "iterations"),
+    ("tolerance", "seed"),
+    ("vae",),
+    ("exact",),
+    ("topup",),
+    ("allocation",),
+    ("separate",),
+    ("fit_weights",),
+    ("layer_weights",),
+)
+"""Fields under "Advanced", by rows."""
 
 
 @dataclass(frozen=True)
 class FormWidgets:
-    """What becomes a `Form`: the same names in the same order."""
+    """The widgets that become a `Form`: the same names in the same order."""
 
     checkpoints: gr.Dropdown
     name: gr.Textbox
@@ -51,172 +59,64 @@ class FormWidgets:
 def build_form(
     host: Host, checkpoints: gr.Dropdown, devices: Sequence[str]
 ) -> tuple[FormWidgets, list[gr.Button]]:
-    """What to make, with the buttons that preset the ranks."""
+    """Builds the form, and the buttons that preset its ranks.
+
+    Args:
+        host: the program around the tab.
+        checkpoints: the picker's widget, which is the form's first field.
+        devices: names of the devices to choose from.
+    """
     defaults = host.defaults()
-    gr.HTML("<h3>2. What to make</h3>")
-    name = widget(
-        gr.Textbox,
-        "name",
-        label=LABELS["name"],
-        info="Of the hyper-model and its LoRAs. Leave it empty for the suggestion.",
-        max_lines=1,
-    )
-    ranks = widget(
-        gr.Textbox,
-        "ranks",
-        value=defaults.ranks,
-        label=LABELS["ranks"],
-        info="One LoRA each, such as 128, 64, 32; or a size for all of them, such as 300 MB; or what"
-        " is to come back of every checkpoint, such as 95 %.",
-        max_lines=1,
-    )
+    gr.HTML("<h3>2. Settings</h3>")
+    widgets = {"checkpoints": checkpoints, "name": _build_field("name")}
+    widgets["ranks"] = _build_field("ranks", value=defaults.ranks)
     with gr.Row(elem_id=elem_id("presets")):
         presets = [button(f"preset_{word}", text) for word, text in PRESETS.items()]
-    save_styles = widget(
+    widgets["save_styles"] = widget(
         gr.Checkbox,
         "save_styles",
         value=defaults.save_styles and host.has_txt2img,
-        label="Save a style for every checkpoint",
-        info="Pick the style in txt2img, and the hyper-model becomes that checkpoint.",
+        label="Save a prompt style for every checkpoint",
+        info="Pick the style in txt2img to turn the hyper-model into that checkpoint.",
         visible=host.has_txt2img,
     )
     with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
-        advanced = _build_advanced(devices)
-    return FormWidgets(*[checkpoints, name, ranks, *advanced, save_styles]), presets
+        widgets |= _build_advanced(devices)
+    return FormWidgets(**widgets), presets
 
 
-def _build_advanced(devices: Sequence[str]) -> list[Any]:
-    """The widgets from weights to differences, in the order of `FormWidgets`."""
-    return [*_build_base(), *_build_solver(devices), *_build_contents(), *_build_fit()]
+def _build_advanced(devices: Sequence[str]) -> dict[str, Any]:
+    """Builds the fields under "Advanced", by name."""
+    special: dict[str, dict[str, Any]] = {
+        "base": {"choices": [BASE_AVERAGE], "value": BASE_AVERAGE},
+        "device": {"choices": list(devices)},
+    }
+    widgets = {}
+    for names in _ADVANCED_ROWS:
+        if len(names) == 1:
+            widgets[names[0]] = _build_field(names[0], **special.get(names[0], {}))
+            continue
+        with gr.Row():
+            widgets |= {name: _build_field(name, **special.get(name, {})) for name in names}
+    return widgets
 
 
-def _build_base() -> list[Any]:
-    """Weights, base, stored precisions."""
-    weights = widget(
-        gr.Textbox,
-        "weights",
-        label=LABELS["weights"],
-        info="One number per checkpoint for the average, in the order picked; empty for equal.",
-        max_lines=1,
-    )
-    base = widget(
-        gr.Dropdown,
-        "base",
-        choices=[BASE_AVERAGE],
-        value=BASE_AVERAGE,
-        label=LABELS["base"],
-        info="What the LoRAs are added to. With a checkpoint as base no hyper-model is written.",
-    )
-    dtype = widget(
-        gr.Radio,
-        "dtype",
-        choices=["float16", "bfloat16", "float32"],
-        value="float16",
-        label=LABELS["dtype"],
-        info="Of the written files: 2, 2 or 4 bytes per number.",
-    )
-    lora_dtype = widget(
-        gr.Radio,
-        "lora_dtype",
-        choices=["same", "float16", "bfloat16", "float32", "float8"],
-        value="same",
-        label=LABELS["lora_dtype"],
-        info="The same, or their own. float8 takes half of the bytes and brings back a little less; it"
-        " needs torch 2.1 (A1111 1.8), and is not for Apple's graphics.",
-    )
-    return [weights, base, dtype, lora_dtype]
-
-
-def _build_solver(devices: Sequence[str]) -> list[Any]:
-    """Device, iterations, tolerance, seed."""
-    with gr.Row():
-        device = widget(
-            gr.Dropdown,
-            "device",
-            choices=list(devices),
-            value="auto",
-            label=LABELS["device"],
-            info="Where it is computed; auto takes a graphics card where there is one.",
-        )
-        iterations = widget(
-            gr.Number,
-            "iterations",
-            value=DEFAULT_ITERATIONS,
-            precision=0,
-            label=LABELS["iterations"],
-            info="Sweeps at most; more take longer and may bring back a little more.",
-        )
-    with gr.Row():
-        tolerance = widget(
-            gr.Number,
-            "tolerance",
-            value=DEFAULT_TOLERANCE,
-            label=LABELS["tolerance"],
-            info="The last sweep is the one that gains less than this share.",
-        )
-        seed = widget(
-            gr.Number,
-            "seed",
-            value=0,
-            precision=0,
-            label=LABELS["seed"],
-            info="The same seed gives the same files.",
-        )
-    return [device, iterations, tolerance, seed]
-
-
-def _build_contents() -> list[Any]:
-    """VAE, companions."""
-    vae = widget(
-        gr.Radio,
-        "vae",
-        choices=list(VAE_CHOICES),
-        value=next(iter(VAE_CHOICES)),
-        label=LABELS["vae"],
-        info="Which VAE the hyper-model gets.",
-    )
-    exact = widget(
-        gr.Radio,
-        "exact",
-        choices=list(EXACT_CHOICES),
-        value=next(iter(EXACT_CHOICES)),
-        label=LABELS["exact"],
-        info="Files beside the LoRAs with what those cannot hold, for the programs named.",
-    )
-    return [vae, exact]
-
-
-def _build_fit() -> list[Any]:
-    """Private LoRAs, where ranks go, separate multipliers, weights."""
-    topup = widget(
-        gr.Textbox,
-        "topup",
-        label=LABELS["topup"],
-        info="For the checkpoints that come back least: a rank, such as 16, or a share that all are"
-        " to reach, such as 95%. Empty for none.",
-        max_lines=1,
-    )
-    allocation = _choice("allocation", ALLOCATION_CHOICES, "The LoRAs' bytes are the same.")
-    separate = widget(
-        gr.Checkbox,
-        "separate",
-        value=True,
-        label=LABELS["multipliers"],
-        info="As <lora:name:text encoder:UNet>; brings back more.",
-    )
-    fit_weights = widget(
-        gr.Textbox,
-        "fit_weights",
-        label=LABELS["fit_weights"],
-        info="One number per checkpoint, in the order picked: whose differences count more.",
-        max_lines=1,
-    )
-    layer_weights = _choice(
-        "layer_weights", DIFFERENCE_CHOICES, "What is brought back first: large or telling ones."
-    )
-    return [topup, allocation, separate, fit_weights, layer_weights]
-
-
-def _choice(name: str, choices: Mapping[str, str], info: str) -> Any:
-    words = list(choices)
-    return widget(gr.Radio, name, choices=words, value=words[0], label=LABELS[name], info=info)
+def _build_field(name: str, **special: Any) -> Any:
+    """Builds the widget of a field; `special` replaces arguments that the tables give."""
+    field = form_field(name)
+    arguments: dict[str, Any] = {
+        "label": field.label,
+        "info": field.info,
+        "value": field.default,
+        **special,
+    }
+    if field.kind == "text":
+        return widget(gr.Textbox, name, max_lines=1, **arguments)
+    if field.kind == "number":
+        precision = 0 if isinstance(field.default, int) else None
+        return widget(gr.Number, name, precision=precision, **arguments)
+    if field.kind == "radio":
+        return widget(gr.Radio, name, choices=list(field.options), **arguments)
+    if field.kind == "menu":
+        return widget(gr.Dropdown, name, **arguments)
+    return widget(gr.Checkbox, name, **arguments)

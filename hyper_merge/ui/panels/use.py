@@ -1,4 +1,4 @@
-"""What can be done with a run: mix, fit, restore, export, look what is safe to delete, extract."""
+"""The panels of the tab "Use": mix, fit, restore, export, check what can be deleted, extract."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from hyper_merge.ui.panels.widgets import button, html, widget
 
 @dataclass(frozen=True)
 class ListedRun:
-    """What a run fills, in the order of `using.listing`."""
+    """The widgets that a run fills, in the order of `list_usable_runs`."""
 
     run: gr.Dropdown
     known: gr.Textbox  # hidden: the runs that were listed before, as JSON
     about: gr.HTML
     sliders: gr.HTML
-    title: gr.Textbox  # hidden: by what the host selects the hyper-model
+    title: gr.Textbox  # hidden: title by which the host selects the hyper-model
     restored: gr.Dropdown
     exported: gr.Dropdown
     fitted: gr.Dropdown
     base: gr.Dropdown
-    turned: gr.Dropdown
+    target: gr.Dropdown
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a job fills, in the order of `using.after`."""
+    """The widgets that a job fills, in the order of `show_outcome`."""
 
     mix: gr.HTML
     fit: gr.HTML
@@ -42,14 +42,14 @@ class Outcomes:
     tags_group: gr.Column
     tags: gr.Textbox
     fitted: gr.Textbox  # hidden: run and name of the fit whose tags are shown, as JSON
-    title: gr.Textbox  # hidden: by what the host selects its hyper-model
+    title: gr.Textbox  # hidden: title by which the host selects its hyper-model
     wrote: gr.Textbox  # hidden: the task that wrote files last
     seen: gr.Textbox  # hidden: the task that is shown
 
 
 @dataclass(frozen=True)
 class MixPanel:
-    """Sliders."""
+    """The widgets of the sliders."""
 
     tags: gr.Textbox
     equal: gr.Button
@@ -64,7 +64,7 @@ class MixPanel:
 
 @dataclass(frozen=True)
 class FitPanel:
-    """A checkpoint that was not merged."""
+    """The widgets that fit a checkpoint."""
 
     topup: gr.Textbox
     name: gr.Textbox
@@ -79,7 +79,7 @@ class FitPanel:
 
 @dataclass(frozen=True)
 class MorePanel:
-    """What is asked of the panels with few widgets."""
+    """The widgets of the panels that have few of them."""
 
     restore_dtype: gr.Radio
     restore_name: gr.Textbox
@@ -96,7 +96,7 @@ class MorePanel:
 
 @dataclass(frozen=True)
 class UsePanel:
-    """All of the tab "Use"."""
+    """All widgets of the tab "Use"."""
 
     refresh: gr.Button
     stop: gr.Button
@@ -110,7 +110,7 @@ class UsePanel:
 
 
 def build_use(host: Host) -> UsePanel:
-    """The run on top, with what is going on; sliders at the left, the others at the right."""
+    """Builds run and progress on top, the sliders on the left, the other panels on the right."""
     with gr.Row(elem_id=elem_id("use_row")):
         run = widget(gr.Dropdown, "use_run", choices=[], label="Run", scale=4)
         refresh = button("use_refresh", "Refresh")
@@ -120,32 +120,32 @@ def build_use(host: Host) -> UsePanel:
     about, message, status = html("use_about"), html("use_message"), html("use_status")
     known, title, *states = (
         widget(gr.Textbox, name, value="", visible=False)
-        for name in (
-            "use_known",
-            "use_title",
-            "fit_shown",
-            "fit_title",
-            "use_wrote",
-            "use_seen",
-        )
+        for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote", "use_seen")
     )
     with gr.Row(elem_id=elem_id("use_columns")):
         with gr.Column(scale=5, min_width=380):
-            sliders, mix, mix_said = _build_mix(host)
+            sliders, mix, mix_outcome = _build_mix(host)
         with gr.Column(scale=6, min_width=420):
-            fitted, fit, fit_said, (group, tags) = _build_fit(host)
-            restored, restore, restore_said = _build_restore()
-            exported, export, export_said = _build_export()
-            safe, safe_said = _build_safe()
-            pair, extract, extract_said = _build_extract()
-    said = (mix_said, fit_said, restore_said, export_said, safe_said, extract_said)
+            fitted, fit, fit_outcome, (group, tags) = _build_fit(host)
+            restored, restore, restore_outcome = _build_restore()
+            exported, export, export_outcome = _build_export()
+            safe, safe_outcome = _build_safe()
+            pair, extract, extract_outcome = _build_extract()
+    outcomes = (
+        mix_outcome,
+        fit_outcome,
+        restore_outcome,
+        export_outcome,
+        safe_outcome,
+        extract_outcome,
+    )
     return UsePanel(
         refresh,
         stop,
         message,
         status,
         ListedRun(run, known, about, sliders, title, restored, exported, fitted, *pair),
-        Outcomes(*said, group, tags, *states),
+        Outcomes(*outcomes, group, tags, *states),
         mix,
         fit,
         MorePanel(*restore, *export, *safe, *extract),
@@ -156,101 +156,125 @@ def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
     gr.HTML("<h3>Mix</h3>")
     sliders = html("mix")
     with gr.Row(elem_id=elem_id("mix_row")):
-        equal = button("mix_equal", "Equal")
+        equal = button("mix_equal", "Equal shares")
         reset = button("mix_reset", "Reset")
     tags = _tags("mix_prompt")
     with gr.Row(elem_id=elem_id("mix_prompt_row")):
         copy = button("mix_copy", "Copy")
         send = button("mix_send", "Send to txt2img", visible=host.has_txt2img)
     note = html("mix_note")
-    name = _line("mix_name", "Name", "Of the file. Empty for the suggestion.")
-    write = button("mix_write", "Write as a checkpoint")
+    name = _line("mix_name", "Name", "Name of the file. Leave empty for the suggested name.")
+    write = button("mix_write", "Save as checkpoint")
     shares = widget(gr.Textbox, "mix_shares", value="", visible=False)
-    said = html("mix_outcome")
-    return sliders, MixPanel(tags, equal, reset, copy, send, note, name, write, shares), said
+    outcome = html("mix_outcome")
+    return sliders, MixPanel(tags, equal, reset, copy, send, note, name, write, shares), outcome
 
 
 def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Column, gr.Textbox]]:
     with gr.Accordion("Fit another checkpoint", open=True, elem_id=elem_id("fit_panel")):
         picked = _pick(
-            "fit_checkpoint", "Checkpoint", "One that was not merged, of the same family."
+            "fit_checkpoint", "Checkpoint", "Of the same family, but not part of the run."
         )
         with gr.Row():
             topup = _line(
                 "fit_topup",
                 "Private LoRA",
-                "Of what remains: a rank, such as 16, or a share, such as 95%.",
+                "For what the LoRAs do not explain: a rank, such as 16, or a total share, such as 95%."
+                " Empty for none.",
             )
             name = _line(
-                "fit_name", "Name", "In this run, or of the new one. Empty for the suggestion."
+                "fit_name",
+                "Name",
+                "Name of the fit, or of the new run. Leave empty for the suggested name.",
             )
-        replace = widget(gr.Checkbox, "fit_replace", value=False, label="Replace an earlier fit")
+        replace = widget(
+            gr.Checkbox, "fit_replace", value=False, label="Replace an earlier fit of this name"
+        )
         with gr.Row(elem_id=elem_id("fit_row")):
             fit = button("fit", "Fit")
-            absorb = button("absorb", "Make a new run with it")
-        said = html("fit_outcome")
+            absorb = button("absorb", "Merge into a new run")
+        outcome = html("fit_outcome")
         with gr.Column(visible=False, elem_id=elem_id("fit_group")) as group:
             tags = _tags("fit_prompt")
             with gr.Row(elem_id=elem_id("fit_prompt_row")):
                 copy = button("fit_copy", "Copy")
                 send = button("fit_send", "Send to txt2img", visible=host.has_txt2img)
-                style = button("fit_style", "Save as a style", visible=host.has_txt2img)
+                style = button("fit_style", "Save style", visible=host.has_txt2img)
             note = html("fit_note")
     panel = FitPanel(topup, name, replace, fit, absorb, copy, send, style, note)
-    return picked, panel, said, (group, tags)
+    return picked, panel, outcome, (group, tags)
 
 
 def _build_restore() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
-    with gr.Accordion("Bring a checkpoint back", open=False, elem_id=elem_id("restore_panel")):
-        picked = _pick("restore_checkpoint", "Checkpoint", "Of the run, or fitted later.")
+    with gr.Accordion("Restore a checkpoint", open=False, elem_id=elem_id("restore_panel")):
+        picked = _pick(
+            "restore_checkpoint",
+            "Checkpoint",
+            "A checkpoint of the run, or one that was fitted later.",
+        )
         dtype = widget(
             gr.Radio,
             "restore_dtype",
             choices=[SAME_PRECISION, "float16", "bfloat16", "float32"],
             value=SAME_PRECISION,
-            label="Stored precision",
+            label="Precision",
         )
-        name = _line("restore_name", "Name", "Of the file. Empty for the suggestion.")
-        made = button("restore", "Write the checkpoint")
-        said = html("restore_outcome")
-    return picked, [dtype, name, made], said
+        name = _line(
+            "restore_name", "Name", "Name of the file. Leave empty for the suggested name."
+        )
+        write = button("restore", "Restore")
+        outcome = html("restore_outcome")
+    return picked, [dtype, name, write], outcome
 
 
 def _build_export() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
     with gr.Accordion("One LoRA per checkpoint", open=False, elem_id=elem_id("export_panel")):
         picked = _pick(
-            "export_checkpoints", "Checkpoints", "None for all of the run.", several=True
+            "export_checkpoints",
+            "Checkpoints",
+            "Leave empty for all checkpoints of the run.",
+            several=True,
         )
-        rank = _line("export_rank", "Rank", "To cut each LoRA down to. Empty to keep all.")
-        replace = widget(gr.Checkbox, "export_replace", value=False, label="Replace earlier ones")
-        made = button("export", "Write the LoRAs")
-        said = html("export_outcome")
-    return picked, [rank, replace, made], said
+        rank = _line(
+            "export_rank", "Rank", "Cut each LoRA down to this rank. Leave empty to keep all."
+        )
+        replace = widget(gr.Checkbox, "export_replace", value=False, label="Replace existing files")
+        write = button("export", "Export")
+        outcome = html("export_outcome")
+    return picked, [rank, replace, write], outcome
 
 
 def _build_safe() -> tuple[list[Any], gr.HTML]:
-    with gr.Accordion("Safe to delete?", open=False, elem_id=elem_id("safe_panel")):
+    with gr.Accordion("Which originals can be deleted?", open=False, elem_id=elem_id("safe_panel")):
         threshold = _line(
             "safe_threshold",
             "Threshold",
-            "What must come back of an original's differences. Nothing is ever deleted here.",
+            "Share of an original's difference from the hyper-model that the run must restore. Nothing is"
+            " deleted here.",
             "99%",
         )
-        made = button("safe", "Look")
-        said = html("safe_outcome")
-    return [threshold, made], said
+        write = button("safe", "Check")
+        outcome = html("safe_outcome")
+    return [threshold, write], outcome
 
 
 def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTML]:
     with gr.Accordion("LoRA from two checkpoints", open=False, elem_id=elem_id("extract_panel")):
-        base = _pick("extract_base", "From", "The checkpoint that the LoRA is added to.")
-        turned = _pick("extract_checkpoint", "To", "The checkpoint that comes of it.")
+        base = _pick("extract_base", "From", "The checkpoint to which the LoRA is added.")
+        target = _pick("extract_checkpoint", "To", "The checkpoint that results.")
         with gr.Row():
-            rank = _line("extract_rank", "Rank", "Of the LoRA.", "64")
-            name = _line("extract_name", "Name", "Of the LoRA. Empty for the suggestion.")
-        made = button("extract", "Write the LoRA")
-        said = html("extract_outcome")
-    return (base, turned), [rank, name, made], said
+            rank = _line(
+                "extract_rank",
+                "Rank",
+                "Rank of the LoRA. A higher rank explains more and takes more space.",
+                "64",
+            )
+            name = _line(
+                "extract_name", "Name", "Name of the LoRA. Leave empty for the suggested name."
+            )
+        write = button("extract", "Extract")
+        outcome = html("extract_outcome")
+    return (base, target), [rank, name, write], outcome
 
 
 def _line(name: str, label: str, info: str, value: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""What all panels are made of: widgets with our ids, which the WebUI does not keep."""
+"""Building blocks of all panels: widgets with our ids, whose values the WebUI does not save."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Widget = TypeVar("Widget")
 
 
 def in_order(panel: Any) -> list[Any]:
-    """The widgets of a panel, in the order of its fields."""
+    """Returns the widgets of a panel, in the order of its fields."""
     return [getattr(panel, field.name) for field in dataclasses.fields(panel)]
 
 
 def widget(kind: Callable[..., Widget], name: str, **settings: Any) -> Widget:
-    """A widget with our id, whose value the WebUI does not keep between starts."""
-    made = kind(elem_id=elem_id(name), **settings)
-    made.do_not_save_to_config = True  # type: ignore[attr-defined]
-    return made
+    """Makes a widget with our id, whose value the WebUI does not keep between starts."""
+    component = kind(elem_id=elem_id(name), **settings)
+    component.do_not_save_to_config = True  # type: ignore[attr-defined]
+    return component
 
 
 def button(name: str, text: str, *, visible: bool = True) -> gr.Button:
-    """A small button."""
+    """Makes a small button."""
     return widget(gr.Button, name, value=text, size="sm", min_width=90, visible=visible)
 
 
 def html(name: str, value: str = "") -> gr.HTML:
-    """A place for text of `views`."""
+    """Makes a place for a fragment of `ui.html`."""
     return widget(gr.HTML, name, value=value)

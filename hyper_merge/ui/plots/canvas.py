@@ -1,4 +1,4 @@
-"""What all plots are drawn on: a transparent page, colours for any ground, labels that stay apart."""
+"""Common parts of all plots: a transparent page, colours for any background, labels kept apart."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FONTS: Final = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanY
 
 
 def new_figure(title: str, height: float) -> tuple[Figure, Axes]:
-    """An empty page with a title, and its axes; height in inches."""
+    """Returns an empty page with a title, and its axes; `height` in inches."""
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="none")
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
     axes = figure.add_subplot(facecolor="none")
@@ -39,18 +39,26 @@ def new_figure(title: str, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def name_line(axes: Axes, point: tuple[float, float, float], label: str, colour: str) -> None:
-    """A label right of a line's end, level with it or with a thin line to where there was room."""
-    last, height, place = point
+def name_line(axes: Axes, x: float, y: float, label_y: float, label: str, colour: str) -> None:
+    """Puts a label right of a line's end, connected by a thin line where it is not level with it.
+
+    Args:
+        axes: where to draw.
+        x: of the line's end.
+        y: of the line's end.
+        label_y: height of the label, as a part of the axis.
+        label: its text.
+        colour: of label and line.
+    """
     axes.annotate(
         label,
-        xy=(last, height),
-        xytext=(1.03, place),
+        xy=(x, y),
+        xytext=(1.03, label_y),
         textcoords=axes.get_yaxis_transform(),
         color=colour,
         fontsize=9,
         va="center",
-        family=families(),
+        family=font_families(),
         arrowprops={
             "arrowstyle": "-",
             "color": colour,
@@ -64,41 +72,41 @@ def name_line(axes: Axes, point: tuple[float, float, float], label: str, colour:
 
 
 def spread_labels(heights: Sequence[float]) -> list[float]:
-    """Places near the heights, in their order, of which no two are nearer than a label's height."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i], reverse=True)
+    """Returns places near the heights, in their order, at least a label's height apart."""
+    by_height = sorted(range(len(heights)), key=lambda i: heights[i], reverse=True)
     places: list[float] = []
-    for index in order:
+    for index in by_height:
         highest = places[-1] - LABEL_GAP if places else 1.0
         places.append(min(heights[index], highest))
     lowest = 0.0
     for position in reversed(range(len(places))):
         places[position] = max(places[position], lowest)
         lowest = places[position] + LABEL_GAP
-    return [place for _, place in sorted(zip(order, places, strict=True))]
+    return [place for _, place in sorted(zip(by_height, places, strict=True))]
 
 
-def short(name: str) -> str:
-    """The name, without its middle where it is too long; a box for a letter that no font has.
+def shorten_name(name: str) -> str:
+    """Returns a name without its middle if it is too long, with a box for letters that no font has.
 
-    Two dollar signs would make a formula of it for matplotlib.
+    Dollar signs are escaped, since matplotlib takes text between two of them for a formula.
     """
     if len(name) > _LONGEST:
         half = (_LONGEST - 1) // 2
         name = f"{name[:half]}…{name[-half:]}"
     letters = _letters()
-    shown = "".join(letter if ord(letter) in letters else "□" for letter in name)
-    return shown.replace("$", r"\$")
+    printable = "".join(letter if ord(letter) in letters else "□" for letter in name)
+    return printable.replace("$", r"\$")
 
 
 @cache
-def families() -> tuple[str, ...]:
-    """Fonts for names, in the order in which a letter is looked for."""
-    known = set(fontManager.get_font_names())
-    return ("DejaVu Sans", *(name for name in _FONTS if name in known))
+def font_families() -> tuple[str, ...]:
+    """Returns fonts for names, in the order in which they are searched for a letter."""
+    installed = set(fontManager.get_font_names())
+    return ("DejaVu Sans", *(name for name in _FONTS if name in installed))
 
 
 @cache
 def _letters() -> frozenset[int]:
-    """Code points that some font has: matplotlib warns of each that none has."""
-    fonts = (FT2Font(findfont(FontProperties(family=name))) for name in families())
+    """Returns the code points of all fonts; matplotlib warns of each that none of them has."""
+    fonts = (FT2Font(findfont(FontProperties(family=name))) for name in font_families())
     return frozenset(code for font in fonts for code in font.get_charmap())

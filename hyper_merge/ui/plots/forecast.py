@@ -1,4 +1,4 @@
-"""What LoRAs of any size bring back, as a picture, before anything is written; no files."""
+"""Plot of the forecast: the share that LoRAs of each size would explain; no files."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _FIT: Final = 8  # ticks side by side
 _MB: Final = 10**6
 
 
-def outlook_plot(outlook: ForecastCurve, asked: int | None) -> Figure:
-    """Explained shares by the bytes of all LoRAs, in the mean and of the worst checkpoint.
+def forecast_plot(forecast: ForecastCurve, size: int | None) -> Figure:
+    """Draws explained shares by the size of all LoRAs: their mean, and that of the worst checkpoint.
 
     Args:
-        outlook: what there is to be had.
-        asked: bytes that the form asks for, marked; None for no mark.
+        forecast: the curve.
+        size: bytes of the LoRAs that the form describes, marked; None for no mark.
     """
-    figure, axes = new_figure("What comes back, by the size of all LoRAs together", height=3.8)
+    figure, axes = new_figure("Forecast: explained share by total size of the LoRAs", height=3.8)
     ends = [
-        _draw(axes, outlook.sizes, rows, (word, colour))
-        for word, rows, colour in (
-            ("shared LoRAs", outlook.shared, STRONG),
-            ("private LoRAs", outlook.private, WORST),
+        _draw(axes, forecast.sizes, rows, name, colour)
+        for name, rows, colour in (
+            ("shared LoRAs", forecast.shared, STRONG),
+            ("private LoRAs", forecast.private, WORST),
         )
     ]
     axes.axhline(0, color=GREY, linewidth=2, clip_on=False)
-    labels = [*ends[0], *ends[1], (0.0, "the average alone", GREY)]
+    labels = [*ends[0], *ends[1], (0.0, "average alone", GREY)]
     places = spread_labels([height for height, *_ in labels])
     for (height, label, colour), place in zip(labels, places, strict=True):
-        name_line(axes, (outlook.sizes[-1], height, place), label, colour)
-    _scale(axes, outlook.sizes)
-    _mark(axes, outlook, asked)
+        name_line(axes, forecast.sizes[-1], height, place, label, colour)
+    _scale(axes, forecast.sizes)
+    _mark(axes, forecast, size)
     return figure
 
 
@@ -47,18 +47,18 @@ def _draw(
     axes: Axes,
     sizes: Sequence[int],
     rows: Sequence[Sequence[float]],  # (sizes, k)
-    named: tuple[str, str],  # what brings it back, and its colour
+    name: str,  # of the kind of LoRAs
+    colour: str,
 ) -> list[tuple[float, str, str]]:  # where each line ends, its label, its colour
-    word, colour = named
     mean = [sum(row) / len(row) for row in rows]
     worst = [min(row) for row in rows]
     axes.plot(sizes, mean, color=colour, linewidth=2)
     axes.plot(sizes, worst, color=colour, linewidth=1.2, linestyle=(0, (4, 2)))
-    return [(mean[-1], f"{word}, on average", colour), (worst[-1], f"{word}, at worst", colour)]
+    return [(mean[-1], f"{name}, mean", colour), (worst[-1], f"{name}, worst", colour)]
 
 
 def _scale(axes: Axes, sizes: Sequence[int]) -> None:
-    """Twice the bytes are one step; a tick for every power of two of a MB, or for some."""
+    """Scales the axis of sizes by powers of two, with a tick for every one, or for some."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(sizes[0], sizes[-1])
     axes.set_ylim(0, 1)
@@ -69,18 +69,18 @@ def _scale(axes: Axes, sizes: Sequence[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(lambda size, _: f"{round(size / _MB, 3):g}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("size of all LoRAs, MB", color=GREY)
+    axes.set_xlabel("total size of the LoRAs, MB", color=GREY)
     axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
 
 
-def _mark(axes: Axes, outlook: ForecastCurve, asked: int | None) -> None:
-    """A line at what is asked for, with its figures above the plot."""
-    if asked is None:
+def _mark(axes: Axes, forecast: ForecastCurve, size: int | None) -> None:
+    """Marks a size by a line, with its figures above the plot."""
+    if size is None:
         return
-    shares = outlook.at(asked)
+    shares = forecast.at(size)
     mean, worst = sum(shares) / len(shares), min(shares)
-    place = min(max(asked, outlook.sizes[0]), outlook.sizes[-1])
+    place = min(max(size, forecast.sizes[0]), forecast.sizes[-1])
     axes.axvline(place, color=GREY, linewidth=1.2)
     axes.plot([place, place], [mean, worst], "o", color=STRONG, markersize=6, clip_on=False)
-    text = f"{format_size(asked)}: about {mean:.1%} on average, {worst:.1%} at worst"
+    text = f"{format_size(size)}: about {mean:.1%} on average, {worst:.1%} at worst"
     axes.set_title(text, loc="left", color=GREY, fontsize=9)

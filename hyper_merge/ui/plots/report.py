@@ -1,4 +1,4 @@
-"""A report's figures as pictures, legible on light and dark ground; no files, no global state."""
+"""Plots of a report, legible on light and dark backgrounds; no files, no global state."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hyper_merge.ui.plots.canvas import (
     PALE,
     STRONG,
     WORST,
-    families,
+    font_families,
     name_line,
     new_figure,
-    short,
+    shorten_name,
     spread_labels,
 )
 
@@ -37,11 +37,11 @@ _TICKS: Final = 40  # that fit side by side
 
 
 def explained_plot(report: Report) -> Figure:
-    """Each checkpoint's explained share with the first 0, 1, ... LoRAs, multipliers fitted to those.
+    """Draws each checkpoint's explained share with the first 0, 1, ... LoRAs, fitted to those.
 
-    Beyond six checkpoints, all are thin lines, of which the best and the worst are named.
+    More than six checkpoints are thin lines, of which only the best and the worst are named.
     """
-    figure, axes = new_figure("Explained share as LoRAs are added", height=4.2)
+    figure, axes = new_figure("Explained share by number of LoRAs", height=4.2)
     if not report.curve:
         return _without_figures(axes)
     lines = [list(line) for line in zip(*report.curve, strict=True)]
@@ -50,18 +50,18 @@ def explained_plot(report: Report) -> Figure:
     labels = _lines(axes, lines, names)
     heights = spread_labels([height for height, _, _ in labels])
     for (height, label, colour), place in zip(labels, heights, strict=True):
-        name_line(axes, (last, height, place), label, colour)
+        name_line(axes, last, height, place, label, colour)
     axes.set_xlim(0, last)
     axes.set_ylim(0, 1)
     axes.set_xticks(range(last + 1))
-    axes.set_xlabel("number of LoRAs, in their order (0: the average alone)", color=GREY)
+    axes.set_xlabel("number of LoRAs, in their order (0: average alone)", color=GREY)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
     return figure
 
 
 def similarity_plot(report: Report) -> Figure:
-    """Cosines of the checkpoints' deviations: 1 the same direction, 0 unrelated, -1 opposite."""
+    """Draws the cosines of the checkpoints' deviations: 1 same direction, 0 unrelated, -1 opposite."""
     k = len(report.checkpoints)
     figure, axes = new_figure("Similarity of the checkpoints' differences from the base", _side(k))
     if not report.similarity:
@@ -73,15 +73,15 @@ def similarity_plot(report: Report) -> Figure:
     axes.imshow(rows, cmap=_SIMILAR, vmin=-1, vmax=1)
     axes.set_anchor("W")
     axes.set_xticks(range(k), [str(number + 1) for number in range(k)])
-    names = [f"{short(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
-    axes.set_yticks(range(k), names, family=families())
+    names = [f"{shorten_name(row.name)}   {r + 1}" for r, row in enumerate(report.checkpoints)]
+    axes.set_yticks(range(k), names, family=font_families())
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if k <= _NUMBERED_CELLS:
         _number_cells(axes, rows)
     figure.supxlabel(
-        "blue: the same direction (+1)    grey: unrelated (0)    orange: opposite (-1)",
+        "blue: same direction (+1)    grey: unrelated (0)    orange: opposite (-1)",
         color=GREY,
         fontsize=9,
         x=0.01,
@@ -91,7 +91,7 @@ def similarity_plot(report: Report) -> Figure:
 
 
 def parts_plot(report: Report) -> Figure:
-    """How much of all differences lies in each section of the network, and how much is lost there."""
+    """Draws the share of all differences in each section of the network, and what is lost of it."""
     figure, axes = new_figure("Differences by section of the network", height=3.6)
     if not report.parts:
         return _without_figures(axes)
@@ -112,17 +112,17 @@ def parts_plot(report: Report) -> Figure:
     axes.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g}%")
     axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
     axes.set_axisbelow(True)
-    words = ["all differences in the layers", "what is lost of them"]
+    titles = ["all differences in the layers", "not explained"]
     figure.legend(
-        words, loc="outside lower left", frameon=False, labelcolor=GREY, fontsize=9, ncols=2
+        titles, loc="outside lower left", frameon=False, labelcolor=GREY, fontsize=9, ncols=2
     )
     return figure
 
 
 def _without_figures(axes: Axes) -> Figure:
-    """A note in place of the plot."""
+    """Shows a note instead of the plot."""
     axes.set_axis_off()
-    note = "not in this report, which an earlier version of Hyper-Merge wrote"
+    note = "not available: this report was written by an earlier version of Hyper-Merge"
     axes.text(0.5, 0.5, note, color=GREY, ha="center", va="center", transform=axes.transAxes)
     figure = axes.figure
     assert isinstance(figure, Figure)
@@ -136,19 +136,19 @@ def _lines(
 ) -> list[tuple[float, str, str]]:  # where each named line ends, its label, its colour
     ends = [line[-1] for line in lines]
     if len(lines) <= len(COLOURS):
-        shown = dict(zip(range(len(lines)), COLOURS, strict=False))
+        named = dict(zip(range(len(lines)), COLOURS, strict=False))
     else:
-        shown = {ends.index(max(ends)): STRONG, ends.index(min(ends)): WORST}
+        named = {ends.index(max(ends)): STRONG, ends.index(min(ends)): WORST}
     for index, line in enumerate(lines):
-        colour, width = shown.get(index, GREY), 2.0 if index in shown else 0.8
-        marker = "o" if index in shown else None
+        colour, width = named.get(index, GREY), 2.0 if index in named else 0.8
+        marker = "o" if index in named else None
         axes.plot(line, color=colour, linewidth=width, marker=marker, markersize=4, clip_on=False)
-    words = [f"{end:.1%}  {short(name)}" for end, name in zip(ends, names, strict=True)]
-    return [(ends[index], words[index], colour) for index, colour in shown.items()]
+    labels = [f"{end:.1%}  {shorten_name(name)}" for end, name in zip(ends, names, strict=True)]
+    return [(ends[index], labels[index], colour) for index, colour in named.items()]
 
 
 def _side(k: int) -> float:  # inches
-    """Height of a matrix of k rows."""
+    """Returns the height of a matrix of k rows."""
     return min(max(1.1 + 0.45 * k, 2.4), 5.7)
 
 
@@ -161,14 +161,14 @@ def _number_cells(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Word and number of a section: IN and 04, TE2 and 11."""
+    """Splits a section's name into word and number: IN and 04, TE2 and 11."""
     match = re.fullmatch(r"(.*?)\W*(\d*)", name)
     assert match is not None
     return match[1], match[2]
 
 
 def _places(groups: Sequence[tuple[str, str]]) -> list[float]:
-    """One place after the other, with a gap before each new group."""
+    """Returns one place after the other, with a gap before each new group."""
     places, place = [], 0.0
     for index, group in enumerate(groups):
         place += 1.0 if index and group == groups[index - 1] else 1.8 if index else 0.0

@@ -1,1 +1,1 @@
-"""Every event of the tab, a file for each panel; what is done on an event is in the handlers of `ui`."""
+"""Every event of the tab, one file per panel; `ui.handlers` says what is done on an event."""

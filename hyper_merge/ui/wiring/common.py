@@ -1,4 +1,4 @@
-"""The panels with host and jobs, and the answers that several events share."""
+"""The panels with host and jobs, and the events that several panels share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
-from hyper_merge.ui.handlers import use as using
+from hyper_merge.ui.handlers.merge import show_merge_result
+from hyper_merge.ui.handlers.picker import list_checkpoints, show_plan
+from hyper_merge.ui.handlers.use import (
+    Panel,
+    list_usable_runs,
+    show_outcome,
+    watch_job_in_both_tabs,
+)
 from hyper_merge.ui.panels.compare import ComparePanel
 from hyper_merge.ui.panels.history import HistoryPanel
 from hyper_merge.ui.panels.picker import PickerPanel
@@ -26,7 +31,7 @@ from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
 
 Trigger = Callable[..., Any]
-"""Such as `button.click`, or `event.then`."""
+"""A method such as `button.click` or `event.then`."""
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
 SELECT = "(title) => { hyperMerge.select(title); return []; }"
@@ -36,8 +41,8 @@ _REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 
 
 @dataclass(frozen=True)
-class Wires:
-    """What events need. Each method wires one answer to a trigger, and returns the event."""
+class Wiring:
+    """Everything that events need. Each method wires a handler to a trigger and returns the event."""
 
     host: Host
     jobs: Jobs
@@ -56,93 +61,93 @@ class Wires:
         fn: Callable[..., Any],
         inputs: Sequence[Any],
         outputs: Sequence[Any],
-        said: Any = None,
+        message: Any = None,
         code: str = "",
     ) -> Any:
-        """A quick answer.
+        """Wires a quick handler.
 
         Args:
-            trigger: what it answers.
-            fn: the handler; an error of its own is logged and said.
+            trigger: the event that it answers.
+            fn: the handler; an unexpected error in it is logged and shown.
             inputs: widgets.
             outputs: widgets, one per value.
-            said: where an error is said; None for the message of the panel with the button.
+            message: widget that shows an unexpected error; None for the message of the tab "Merge".
             code: as for `in_python`.
         """
-        answer, widgets = guarded(fn, outputs, said or self.run.message, self.host.log)
+        answer, widgets = guarded(fn, outputs, message or self.run.message, self.host.log)
         return in_python(trigger, answer, inputs, widgets, code=code)
 
     def list_checkpoints(self, trigger: Trigger) -> Any:
-        """The host's list as it is now."""
+        """Reads the host's list of checkpoints again."""
         return self.on(
             trigger,
-            functools.partial(picking.listing, self.host),
+            functools.partial(list_checkpoints, self.host),
             [self.form.checkpoints],
             [self.form.checkpoints, self.picker.folder, self.form.base, self.picker.demo],
         )
 
     def plan(self, trigger: Trigger) -> Any:
-        """What is picked, and what a merge of it will take."""
+        """Describes the picked checkpoints and their merge."""
         run, groups = self.run, in_order(self.picker.groups)
         return self.on(
             trigger,
-            functools.partial(picking.plan, self.host),
+            functools.partial(show_plan, self.host),
             [groups[0], *in_order(self.form)],
-            [self.picker.table, self.run.plan, self.form.name, run.curve, run.look, *groups],
-            said=run.plan,
+            [self.picker.table, self.run.plan, self.form.name, run.curve, run.forecast, *groups],
+            message=run.plan,
         )
 
     def list_runs(self, trigger: Trigger) -> Any:
-        """Earlier runs, and the cache; the tab "Use" with what it offers of them."""
+        """Reads the list of runs again, in the tabs "Use" and "Runs", and the size of the cache."""
         listed = in_order(self.use.listed)
         self.on(
             trigger,
-            functools.partial(using.listing, self.host),
+            functools.partial(list_usable_runs, self.host),
             [*listed[:2], *listed[5:]],
             listed,
-            said=self.use.message,
+            message=self.use.message,
         )
         panel = self.history
         return self.on(
             trigger,
-            functools.partial(history.runs, self.host),
+            functools.partial(history.list_earlier_runs, self.host),
             [panel.run, panel.other],
             [panel.table, panel.run, panel.other, panel.cache],
-            said=panel.outcome,
+            message=panel.outcome,
         )
 
     def show(self, trigger: Trigger, fn: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-        """A run in the result panel, from a handler that gives all that it shows."""
+        """Shows a run in the result panel, by a handler that returns all values of its widgets."""
         return self.on(
-            trigger, fn, inputs, in_order(self.result.shown), said=self.result.shown.empty
+            trigger, fn, inputs, in_order(self.result.view), message=self.result.view.empty
         )
 
-    def watch(self, trigger: Trigger, panel: using.Panel | None = None) -> Any:
-        """The job that runs, until it ends; in the panel too that began it."""
+    def watch(self, trigger: Trigger, panel: Panel | None = None) -> Any:
+        """Follows the running job until it ends, also in the panel that started it."""
         outputs = [
             *(self.run.status, self.run.stop, self.run.message),
             *(self.use.status, self.use.stop, self.use.message),
             *([getattr(self.use.outcomes, panel)] if panel else ()),
         ]
         answers = guarded_stream(
-            functools.partial(using.watch, self.jobs, panel),
+            functools.partial(watch_job_in_both_tabs, self.jobs, panel),
             lambda text: (*(text, gr.update(), gr.update()) * 2, text)[: len(outputs)],
             self.host.log,
         )
         return in_python(trigger, answers, [], outputs, queued=True)
 
     def show_outcome(self, event: Any) -> Any:
-        """After a job: what it gave, all lists that hold something new, and the form looked at again."""
+        """Shows the result of a job, and reads all lists and the plan again."""
         outcomes = self.use.outcomes
-        told = self.on(
+        outcome = self.on(
             event.then,
-            functools.partial(using.after, self.jobs),
+            functools.partial(show_outcome, self.jobs),
             [outcomes.seen],
             in_order(outcomes),
-            said=self.use.message,
+            message=self.use.message,
         )
-        in_browser(told.then, _REFRESH_FILES, [outcomes.wrote])
-        shown = self.show(event.then, functools.partial(merging.after, self.host, self.jobs), [])
-        in_browser(shown.then, _REFRESH_ALL, [self.result.shown.run])
-        listed = self.list_runs(shown.then)
+        in_browser(outcome.then, _REFRESH_FILES, [outcomes.wrote])
+        view = self.show(event.then, functools.partial(show_merge_result, self.host, self.jobs), [])
+        in_browser(view.then, _REFRESH_ALL, [self.result.view.run])
+        listed = self.list_runs(view.then)
         return in_browser(listed.then, REPLAN)

@@ -1,4 +1,4 @@
-"""Events of the pictures: what is drawn, how far it is, and what was drawn before."""
+"""Events of the tab "Compare": drawing, progress, earlier comparisons."""
 
 from __future__ import annotations
 
@@ -7,40 +7,46 @@ from typing import Any
 
 import gradio as gr
 
-from hyper_merge.ui.handlers import compare as comparing
-from hyper_merge.ui.handlers import merge as merging
+from hyper_merge.ui.handlers.compare import (
+    choose_compared_run,
+    list_comparisons,
+    show_comparison,
+    start_comparison,
+    watch_comparison,
+)
+from hyper_merge.ui.handlers.merge import stop_job
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import Trigger, Wires
+from hyper_merge.ui.wiring.common import Trigger, Wiring
 from hyper_merge.ui.wiring.events import guarded_stream, in_python
 
 
-def wire_compare(page: gr.Blocks, wires: Wires) -> None:
-    """Compare, Stop, the run that is chosen, and earlier comparisons; pages that open meanwhile."""
+def wire_compare(page: gr.Blocks, wires: Wiring) -> None:
+    """Wires Compare, Stop, the lists, and pages that open while a comparison is drawn."""
     panel, host, jobs = wires.compare, wires.host, wires.jobs
-    form, said = panel.form, panel.message
-    lists = [form.run, form.checkpoints, panel.earlier, panel.shown]
+    form, message = panel.form, panel.message
+    lists = [form.run, form.checkpoints, panel.earlier, panel.comparison]
 
-    def listed(trigger: Trigger) -> Any:
-        fn = functools.partial(comparing.list_comparisons, host)
-        return wires.on(trigger, fn, [form.run, form.checkpoints, panel.earlier], lists, said)
+    def refresh_lists(trigger: Trigger) -> Any:
+        fn = functools.partial(list_comparisons, host)
+        return wires.on(trigger, fn, [form.run, form.checkpoints, panel.earlier], lists, message)
 
-    def followed(trigger: Trigger, *, begun: bool) -> None:
+    def follow(trigger: Trigger, *, begun: bool) -> None:
         answers = guarded_stream(
-            functools.partial(comparing.watch, jobs, host, begun=begun),
+            functools.partial(watch_comparison, jobs, host, begun=begun),
             lambda text: (text, gr.update(), gr.update(), gr.update()),
             host.log,
         )
-        outputs = [panel.status, panel.stop, said, panel.earlier]
+        outputs = [panel.status, panel.stop, message, panel.earlier]
         in_python(trigger, answers, [form.run], outputs, queued=True)
 
-    listed(page.load)
-    chosen = functools.partial(comparing.choose_run, host)
-    wires.on(form.run.change, chosen, [form.run], lists[1:], said)
-    show = functools.partial(comparing.show_comparison, host)
-    wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.shown], said)
-    start = functools.partial(comparing.start_drawing, host, jobs)
-    started = wires.on(panel.start.click, start, in_order(form), [said], said)
-    followed(started.then, begun=True)
-    # Not when the page opens: whoever leaves it at once would end up in the server's log.
-    followed(listed(panel.opened.select).then, begun=False)
-    wires.on(panel.stop.click, functools.partial(merging.stop, jobs), [], [said], said)
+    refresh_lists(page.load)
+    choose = functools.partial(choose_compared_run, host)
+    wires.on(form.run.change, choose, [form.run], lists[1:], message)
+    show = functools.partial(show_comparison, host)
+    wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.comparison], message)
+    start = functools.partial(start_comparison, host, jobs)
+    started = wires.on(panel.start.click, start, in_order(form), [message], message)
+    follow(started.then, begun=True)
+    # Not when the page opens: gradio logs an error for every page that is closed at once.
+    follow(refresh_lists(panel.opened.select).then, begun=False)
+    wires.on(panel.stop.click, functools.partial(stop_job, jobs), [], [message], message)

@@ -1,4 +1,4 @@
-"""Events of the form: picking, planning, merging; and what a page asks for when it opens."""
+"""Events of the tab "Merge": picking, planning, merging; and of a page that opens."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import functools
 
 import gradio as gr
 
-from hyper_merge.ui.form import PRESETS
-from hyper_merge.ui.handlers import forecast as looking
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.form_fields import PRESETS
+from hyper_merge.ui.handlers.forecast import pick_group, start_forecast
+from hyper_merge.ui.handlers.merge import pick_demo_checkpoints, start_demo, start_merge, stop_job
+from hyper_merge.ui.handlers.picker import add_folder, clear_selection, preset_ranks
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import REPLAN, Wires
+from hyper_merge.ui.wiring.common import REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
-_CHANGED = "() => { hyperMerge.replan(); return ''; }"  # what was said of the form before is over
+_CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message about the form before
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
 
-def wire_picker(wires: Wires) -> None:
-    """The list, the form, and the plan after each of their changes."""
+def wire_picker(wires: Wiring) -> None:
+    """Wires the list, the form, and the plan after each of their changes."""
     picker, form, host = wires.picker, wires.form, wires.host
     refreshed = wires.on(picker.refresh.click, host.refresh, [], [])
     in_browser(wires.list_checkpoints(refreshed.then).then, REPLAN)
     wires.on(
         picker.add.click,
-        functools.partial(picking.add_folder, host),
+        functools.partial(add_folder, host),
         [form.checkpoints, picker.folder],
         [form.checkpoints],
     )
-    wires.on(picker.clear.click, picking.none_picked, [], [form.checkpoints])
+    wires.on(picker.clear.click, clear_selection, [], [form.checkpoints])
     for button, word in zip(wires.presets, PRESETS, strict=True):
-        wires.on(button.click, functools.partial(picking.preset, word), [], [form.ranks])
+        wires.on(button.click, functools.partial(preset_ranks, word), [], [form.ranks])
     for number, button in enumerate(in_order(picker.groups)[1:]):
-        pick = functools.partial(looking.pick_group, number)
+        pick = functools.partial(pick_group, number)
         wires.on(button.click, pick, [picker.groups.names], [form.checkpoints])
     # One event for all of them, so that no late answer to an earlier change comes last.
     for widget in in_order(form):
@@ -42,29 +42,29 @@ def wire_picker(wires: Wires) -> None:
     in_browser(wires.plan(wires.run.replan.click).then, _PLANNED)
 
 
-def wire_run(wires: Wires) -> None:
-    """Merge, the look before it, Stop, and the demo's checkpoints."""
+def wire_run(wires: Wiring) -> None:
+    """Wires Merge, the forecast, Stop, and the demo's checkpoints."""
     run, form, host, jobs = wires.run, wires.form, wires.host, wires.jobs
-    start = functools.partial(merging.start, host, jobs)
+    start = functools.partial(start_merge, host, jobs)
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
     wires.show_outcome(wires.watch(started.then))
-    look = functools.partial(looking.start_look, host, jobs)
-    looked = wires.on(run.look.click, look, in_order(form), [run.message])
-    wires.show_outcome(wires.watch(looked.then))
-    wires.on(run.stop.click, functools.partial(merging.stop, jobs), [], [run.message])
-    start_demo = functools.partial(merging.start_demo, host, jobs)
-    begun = wires.on(wires.picker.demo.click, start_demo, [], [run.message])
+    forecast = functools.partial(start_forecast, host, jobs)
+    begun = wires.on(run.forecast.click, forecast, in_order(form), [run.message])
+    wires.show_outcome(wires.watch(begun.then))
+    wires.on(run.stop.click, functools.partial(stop_job, jobs), [], [run.message])
+    make = functools.partial(start_demo, host, jobs)
+    begun = wires.on(wires.picker.demo.click, make, [], [run.message])
     listed = wires.list_checkpoints(wires.watch(begun.then).then)
     wires.on(
         listed.then,
-        functools.partial(merging.after_demo, host, jobs),
+        functools.partial(pick_demo_checkpoints, host, jobs),
         [],
         [form.checkpoints, form.ranks],
     )
 
 
-def wire_page(page: gr.Blocks, wires: Wires) -> None:
-    """What a page asks for when it opens: the lists as they are now, and the job that runs."""
+def wire_page(page: gr.Blocks, wires: Wiring) -> None:
+    """Wires what a page asks for when it opens: current lists, and the running job."""
     wires.plan(wires.list_checkpoints(page.load).then)
     wires.list_runs(page.load)
     wires.show_outcome(wires.watch(page.load))

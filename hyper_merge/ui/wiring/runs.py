@@ -1,13 +1,18 @@
-"""Events of what was made: its prompts and styles; earlier runs, and the cache."""
+"""Events of the panel that shows a run, and of the tab "Runs"."""
 
 from __future__ import annotations
 
 import functools
 
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers import result as results
+from hyper_merge.ui.handlers.result import (
+    explain_sent_prompt,
+    remove_run_styles,
+    save_run_styles,
+    show_run,
+)
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import REFRESH_STYLES, SELECT, Wires
+from hyper_merge.ui.wiring.common import REFRESH_STYLES, SELECT, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
@@ -15,29 +20,29 @@ _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
 _OPEN_MERGE = "() => { hyperMerge.openTab(0); return []; }"
 
 
-def wire_result(wires: Wires) -> None:
-    """Prompts and styles of the run that is shown."""
-    panel, shown, host = wires.result, wires.result.shown, wires.host
-    in_browser(shown.checkpoint.change, _PROMPT, [shown.checkpoint, shown.prompts], [shown.prompt])
-    in_browser(panel.copy.click, _COPY, [shown.prompt])
-    in_browser(panel.send.click, SELECT, [shown.title])
-    wires.on(panel.send.click, results.sent, [shown.run, shown.title], [shown.note], shown.note)
-    host.connect_send(panel.send, shown.prompt)
+def wire_result(wires: Wiring) -> None:
+    """Wires the prompt tags and styles of the run that is shown."""
+    panel, view, host = wires.result, wires.result.view, wires.host
+    in_browser(view.checkpoint.change, _PROMPT, [view.checkpoint, view.prompts], [view.prompt])
+    in_browser(panel.copy.click, _COPY, [view.prompt])
+    in_browser(panel.send.click, SELECT, [view.title])
+    wires.on(panel.send.click, explain_sent_prompt, [view.run, view.title], [view.note], view.note)
+    host.connect_send(panel.send, view.prompt)
     for button, handler in (
-        (panel.save_styles, results.save_styles),
-        (panel.remove_styles, results.remove_styles),
+        (panel.save_styles, save_run_styles),
+        (panel.remove_styles, remove_run_styles),
     ):
         done = wires.on(
-            button.click, functools.partial(handler, host), [shown.run], [shown.note], shown.note
+            button.click, functools.partial(handler, host), [view.run], [view.note], view.note
         )
         in_browser(done.then, REFRESH_STYLES)
 
 
-def wire_history(wires: Wires) -> None:
-    """Earlier runs: open, copy, compare, delete; and the cache."""
+def wire_history(wires: Wiring) -> None:
+    """Wires opening, copying and comparing earlier runs, and the cache."""
     panel, host = wires.history, wires.host
     wires.list_runs(panel.refresh.click)
-    opened = wires.show(panel.open.click, functools.partial(results.show, host), [panel.run])
+    opened = wires.show(panel.open.click, functools.partial(show_run, host), [panel.run])
     in_browser(opened.then, _OPEN_MERGE)
     wires.on(
         panel.copy.click,
@@ -48,23 +53,23 @@ def wire_history(wires: Wires) -> None:
     )
     wires.on(
         panel.compare.click,
-        functools.partial(history.compare, host),
+        functools.partial(history.compare_runs, host),
         [panel.run, panel.other],
         [panel.outcome],
         panel.outcome,
     )
-    clear = functools.partial(history.clear, host, wires.jobs)
+    clear = functools.partial(history.clear_idle_cache, host, wires.jobs)
     cleared = wires.on(panel.clear.click, clear, [], [panel.outcome], panel.outcome)
     wires.list_runs(cleared.then)
 
 
-def wire_deletion(wires: Wires) -> None:
-    """Deleting a run: asked first, and then the one that was asked about."""
+def wire_deletion(wires: Wiring) -> None:
+    """Wires deleting a run, which lists its files and asks first."""
     panel, host = wires.history, wires.host
-    asking = [panel.outcome, panel.confirm, panel.cancel, panel.asked]
-    ask = functools.partial(history.ask_to_delete, host, wires.jobs)
+    asking = [panel.outcome, panel.confirm, panel.cancel, panel.to_delete]
+    ask = functools.partial(history.ask_to_delete_run, host, wires.jobs)
     wires.on(panel.delete.click, ask, [panel.run], asking, panel.outcome)
-    delete = functools.partial(history.delete, host, wires.jobs)
-    deleted = wires.on(panel.confirm.click, delete, [panel.asked], asking, panel.outcome)
+    delete = functools.partial(history.delete_confirmed_run, host, wires.jobs)
+    deleted = wires.on(panel.confirm.click, delete, [panel.to_delete], asking, panel.outcome)
     in_browser(wires.list_runs(deleted.then).then, REFRESH_STYLES)
-    wires.on(panel.cancel.click, history.keep, [], asking, panel.outcome)
+    wires.on(panel.cancel.click, history.cancel_deletion, [], asking, panel.outcome)

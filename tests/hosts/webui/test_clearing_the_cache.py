@@ -28,10 +28,16 @@ def log(error):
 
 
 def test_the_cache_is_cleared_and_what_that_freed_is_said(host, analysis):
-    assert "The cache holds 3 MB of at most 20.00 GB." in history.runs(host, None, None)[3]
-    assert "The cache is empty; 3 MB are free again." in history.clear(host, Jobs())
+    assert (
+        "The cache holds 3 MB of at most 20.00 GB."
+        in history.list_earlier_runs(host, None, None)[3]
+    )
+    assert "The cache is empty; 3 MB are free again." in history.clear_idle_cache(host, Jobs())
     assert not analysis.exists()
-    assert "The cache holds 0 kB of at most 20.00 GB." in history.runs(host, None, None)[3]
+    assert (
+        "The cache holds 0 kB of at most 20.00 GB."
+        in history.list_earlier_runs(host, None, None)[3]
+    )
 
 
 def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
@@ -43,7 +49,7 @@ def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
 
     job = jobs.start("mix", work, log)
     try:
-        refused = history.clear(host, jobs)
+        refused = history.clear_idle_cache(host, jobs)
         assert "hm-bad" in refused
         assert "mix is still being made (0%); wait for it, or stop it" in refused
         assert analysis.exists()
@@ -51,5 +57,5 @@ def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
         merged.set()
     while job.standing.outcome == "running":
         job.wait(1)
-    assert "are free again" in history.clear(host, jobs)
+    assert "are free again" in history.clear_idle_cache(host, jobs)
     assert not analysis.exists()

@@ -9,11 +9,18 @@ from at_the_tab import EVIL, ended, kinds, tags, unchanged, until, words
 from PIL import Image
 
 from hyper_merge.hosts.host import GeneratorInfo
-from hyper_merge.operations.compare import records as comparison_files
+from hyper_merge.operations.compare.records import comparison_paths
 from hyper_merge.runs.run import load_run
-from hyper_merge.ui.handlers import compare as comparing
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers.compare import CompareForm
+from hyper_merge.ui.handlers.compare import (
+    CompareForm,
+    choose_compared_run,
+    compare_request,
+    list_comparisons,
+    show_comparison,
+    start_comparison,
+    watch_comparison,
+)
+from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
 from hyper_merge.ui.panels.compare import CompareWidgets
 
 FORM = CompareForm(
@@ -42,14 +49,14 @@ def values(**changes):
 def drawn(webui, run, jobs):
     """The WebUI after a comparison."""
     host = webui.host()
-    assert comparing.start_drawing(host, jobs, *values()) == ""
+    assert start_comparison(host, jobs, *values()) == ""
     now = ended(jobs)
     assert (now.outcome, now.message) == ("done", "")
     return host
 
 
 def grid_of(host, name="comparison-1"):
-    return comparison_files.comparison_paths(load_run(host.folders(), "mix"), name)
+    return comparison_paths(load_run(host.folders(), "mix"), name)
 
 
 def test_the_widgets_are_the_forms_fields_in_order():
@@ -61,60 +68,60 @@ def test_a_comparison_is_drawn_saved_and_shown(webui, drawn, jobs):
     picture, figures = grid_of(drawn)
     assert picture.exists()
     assert figures.exists()
-    *_, earlier = list(comparing.watch(jobs, drawn, "mix", begun=True))[-1]
-    shown = comparing.show_comparison(drawn, "mix", "comparison-1")
+    *_, earlier = list(watch_comparison(jobs, drawn, "mix", begun=True))[-1]
+    html = show_comparison(drawn, "mix", "comparison-1")
     assert (earlier["choices"], earlier["value"]) == (["comparison-1"], "comparison-1")
-    text = words(shown)
+    text = words(html)
     assert f"comparison-1 of mix: 8 pairs, drawn by {drawn.title}" in text
     assert "Hyper-model alone" in text
     assert str(picture) in text
-    assert 'src="data:image/jpeg;base64,' in shown
+    assert 'src="data:image/jpeg;base64,' in html
     loads = [path.rpartition("/")[2] for path in webui.processing.loads]
     assert loads == ["mix.safetensors", "a.safetensors", "b.safetensors"]
 
 
-def test_the_job_names_the_run_and_makes_no_new_one(drawn, jobs):
+def test_a_comparison_makes_no_new_run(drawn, jobs):
     now = jobs.last.standing
     assert now.title == "pictures of mix"
     assert now.result == ""
-    assert all(unchanged(value) for value in merging.after(drawn, jobs))
+    assert all(unchanged(value) for value in show_merge_result(drawn, jobs))
 
 
 def test_only_jobs_that_draw_are_followed_here(webui, run, jobs):
     host = webui.host()
-    watch = functools.partial(comparing.watch, jobs, host, "mix")
+    watch = functools.partial(watch_comparison, jobs, host, "mix")
     assert [values[0] for values in watch(begun=False)] == [""]
     jobs.start("mix", lambda task, progress: "mix", host.log)
     ended(jobs)
     assert [values[0] for values in watch(begun=True)] == [""]
-    comparing.start_drawing(host, jobs, *values(prompts="x"))
+    start_comparison(host, jobs, *values(prompts="x"))
     *_, (status, stop, _, earlier) = watch(begun=True)
     assert words(status).startswith("Done: pictures of mix")
     assert stop["interactive"] is False
     assert earlier["value"] == "comparison-1"
 
 
-def test_a_page_that_comes_later_gets_what_is_new_to_it_and_no_more(webui, run, jobs):
+def test_a_later_page_gets_only_new_comparisons(webui, run, jobs):
     webui.processing.pace = 0.02
     host = webui.host()
-    comparing.start_drawing(host, jobs, *values(prompts="x"))
+    start_comparison(host, jobs, *values(prompts="x"))
     until(lambda: webui.processing.drawn)
-    *running, (_, _, _, earlier) = comparing.watch(jobs, host, "mix", begun=False)
+    *running, (_, _, _, earlier) = watch_comparison(jobs, host, "mix", begun=False)
     assert earlier["value"] == "comparison-1"
     assert all(unchanged(values[3]) for values in running)
     for name, begun in (("mix", False), ("another", True)):
-        *_, (status, *_, earlier) = comparing.watch(jobs, host, name, begun=begun)
+        *_, (status, *_, earlier) = watch_comparison(jobs, host, name, begun=begun)
         assert words(status).startswith("Done: pictures of mix")
         assert unchanged(earlier)
 
 
 def test_prompts_are_lines_and_seeds_are_numbers():
-    order = comparing.order_of(FORM, ["Euler a"])
-    assert order.settings.prompts == ("a cat", "a dog")
-    assert order.settings.seeds == (1, 2)
-    again = comparing.order_of(replace(FORM, seeds=" 3 4,3"), ["Euler a"])
+    request = compare_request(FORM, ["Euler a"])
+    assert request.settings.prompts == ("a cat", "a dog")
+    assert request.settings.seeds == (1, 2)
+    again = compare_request(replace(FORM, seeds=" 3 4,3"), ["Euler a"])
     assert again.settings.seeds == (3, 4)
-    assert order.settings.cfg_scale == 7.0
+    assert request.settings.cfg_scale == 7.0
 
 
 @pytest.mark.parametrize(
@@ -127,9 +134,9 @@ def test_prompts_are_lines_and_seeds_are_numbers():
         ({"checkpoints": None}, "expected a checkpoint"),
         ({"checkpoints": ["a", "/etc/passwd"]}, "has no checkpoint /etc/passwd"),
         ({"prompts": " \n"}, "expected a prompt"),
-        ({"prompts": "x" * 3000}, "at most 2000 letters"),
-        ({"sampler": "Magic"}, "one of the samplers of the list, got 'Magic'"),
-        ({"sampler": None}, "one of the samplers of the list"),
+        ({"prompts": "x" * 3000}, "at most 2000 characters"),
+        ({"sampler": "Magic"}, "expected a sampler of the list, got 'Magic'"),
+        ({"sampler": None}, "expected a sampler of the list"),
         ({"steps": None}, "steps: expected a number, got nothing"),
         ({"width": 65}, "width: expected a multiple of 8"),
         ({"seeds": "one"}, 'seeds: expected whole numbers, such as "1, 2", got "one"'),
@@ -137,114 +144,114 @@ def test_prompts_are_lines_and_seeds_are_numbers():
         ({"seeds": "99999999999"}, "seed: expected 0 to"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_begins(webui, run, jobs, changes, message):
-    said = comparing.start_drawing(webui.host(), jobs, *values(**changes))
-    assert kinds(said) == ["bad"]
-    assert message in words(said)
+def test_an_invalid_request_starts_nothing(webui, run, jobs, changes, message):
+    answer = start_comparison(webui.host(), jobs, *values(**changes))
+    assert kinds(answer) == ["bad"]
+    assert message in words(answer)
     assert jobs.last is None
 
 
 def test_names_are_text_to_the_page(webui, run, jobs):
-    said = comparing.start_drawing(webui.host(), jobs, *values(checkpoints=[EVIL]))
-    assert "img" not in tags(said)
+    answer = start_comparison(webui.host(), jobs, *values(checkpoints=[EVIL]))
+    assert "img" not in tags(answer)
 
 
 def test_two_at_a_time_are_refused(webui, run, jobs):
     webui.processing.pace = 0.05
     host = webui.host()
-    comparing.start_drawing(host, jobs, *values())
-    said = comparing.start_drawing(host, jobs, *values())
-    assert "pictures of mix is still being made" in words(said)
-    assert kinds(said) == ["info"]
+    start_comparison(host, jobs, *values())
+    answer = start_comparison(host, jobs, *values())
+    assert "pictures of mix is still being made" in words(answer)
+    assert kinds(answer) == ["info"]
     jobs.last.stop()
     ended(jobs)
 
 
-def test_stop_ends_it_within_a_step_or_so_and_nothing_is_saved(webui, run, jobs):
+def test_stop_ends_a_comparison_and_saves_nothing(webui, run, jobs):
     webui.processing.pace = 0.1
     host = webui.host()
-    comparing.start_drawing(host, jobs, *values(steps=150))
+    start_comparison(host, jobs, *values(steps=150))
     until(lambda: webui.processing.drawn)
     began = time.monotonic()
-    merging.stop(jobs)
+    stop_job(jobs)
     assert ended(jobs).outcome == "stopped"
     assert time.monotonic() - began < 3
     assert not grid_of(host)[0].parent.exists()
-    *_, (status, _, _, earlier) = comparing.watch(jobs, host, "mix", begun=True)
+    *_, (status, _, _, earlier) = watch_comparison(jobs, host, "mix", begun=True)
     assert words(status) == "Stopped: no file was changed"
     assert unchanged(earlier)
     assert webui.queue_lock.held is False
 
 
-def test_an_error_of_the_webui_is_a_message_that_names_the_checkpoint(webui, run, jobs):
+def test_an_error_of_the_webui_names_the_checkpoint(webui, run, jobs):
     webui.processing.fails_with = "b.safetensors"
-    comparing.start_drawing(webui.host(), jobs, *values())
+    start_comparison(webui.host(), jobs, *values())
     now = ended(jobs)
     assert now.outcome == "refused"
     assert "the WebUI cannot draw with b.safetensors" in now.message
 
 
-def test_a_checkpoint_that_is_gone_is_left_out_and_said(webui, run, jobs, root):
+def test_a_missing_checkpoint_is_left_out_and_named(webui, run, jobs, root):
     (root / "Stable-diffusion/b.safetensors").unlink()
     (root / "hyper-merge/cache").rename(root / "hyper-merge/no-cache")
     host = webui.host()
-    comparing.start_drawing(host, jobs, *values(prompts="x", seeds="1"))
+    start_comparison(host, jobs, *values(prompts="x", seeds="1"))
     assert ended(jobs).outcome == "done"
-    shown = comparing.show_comparison(host, "mix", "comparison-1")
-    assert "b.safetensors is left out: it is not there" in words(shown)
-    assert "1 pairs" in words(shown)
+    html = show_comparison(host, "mix", "comparison-1")
+    assert "b.safetensors is left out: it is not there" in words(html)
+    assert "1 pairs" in words(html)
 
 
 def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
-    run, checkpoints, earlier, shown = comparing.list_comparisons(drawn, *LISTS)
+    run, checkpoints, earlier, html = list_comparisons(drawn, *LISTS)
     assert (run["choices"], run["value"]) == (["mix"], "mix")
     assert checkpoints["choices"] == checkpoints["value"] == ["a", "b", "c"]
     assert earlier["value"] == "comparison-1"
-    assert "comparison-1 of mix" in words(shown)
-    kept = comparing.list_comparisons(drawn, "mix", ["b"], "comparison-1")
+    assert "comparison-1 of mix" in words(html)
+    kept = list_comparisons(drawn, "mix", ["b"], "comparison-1")
     assert kept[1]["value"] == ["b"]
     assert unchanged(kept[3])
-    other = comparing.list_comparisons(drawn, "gone", ["x"], "comparison-9")
+    other = list_comparisons(drawn, "gone", ["x"], "comparison-9")
     assert other[1]["value"] == ["a", "b", "c"]
     assert other[2]["value"] == "comparison-1"
 
 
-def test_where_nothing_was_merged_or_drawn_it_says_what_this_is_for(host, run, monkeypatch):
+def test_an_introduction_stands_where_nothing_was_drawn(host, run, monkeypatch):
     monkeypatch.setattr(type(host), "atelier", lambda self: GeneratorInfo(problem="get a brush"))
-    *_, shown = comparing.list_comparisons(host, *LISTS)
-    assert "See what comes back" in words(shown)
-    assert "get a brush" in words(shown)
-    assert "get a brush" in words(comparing.start_drawing(host, None, *values()))
+    *_, html = list_comparisons(host, *LISTS)
+    assert "Compare pictures" in words(html)
+    assert "get a brush" in words(html)
+    assert "get a brush" in words(start_comparison(host, None, *values()))
 
 
 def test_no_runs_is_no_error(host):
-    run, checkpoints, earlier, shown = comparing.list_comparisons(host, *LISTS)
+    run, checkpoints, earlier, html = list_comparisons(host, *LISTS)
     assert run["choices"] == checkpoints["choices"] == earlier["choices"] == []
     assert earlier["visible"] is False
-    assert "See what comes back" in words(shown)
-    assert comparing.choose_run(host, None)[2] == ""
-    assert comparing.show_comparison(host, None, None) == ""
+    assert "Compare pictures" in words(html)
+    assert choose_compared_run(host, None)[2] == ""
+    assert show_comparison(host, None, None) == ""
 
 
-def test_a_grid_that_is_gone_or_is_no_picture_is_said(drawn):
+def test_a_missing_or_damaged_grid_is_reported(drawn):
     picture, _ = grid_of(drawn)
     for content in (None, b"nothing"):
         picture.unlink(missing_ok=True)
         if content:
             picture.write_bytes(content)
-        shown = comparing.show_comparison(drawn, "mix", "comparison-1")
-        assert kinds(shown) == ["bad"]
-        assert "comparison-1.png cannot be shown" in words(shown)
+        html = show_comparison(drawn, "mix", "comparison-1")
+        assert kinds(html) == ["bad"]
+        assert "comparison-1.png cannot be shown" in words(html)
     for name in ("../../x", "comparison-9"):
-        assert kinds(comparing.show_comparison(drawn, "mix", name)) == ["bad"]
+        assert kinds(show_comparison(drawn, "mix", name)) == ["bad"]
 
 
-def test_a_large_grid_is_made_smaller_for_the_page_alone(drawn):
+def test_a_large_grid_is_scaled_for_the_page(drawn):
     picture, _ = grid_of(drawn)
     for size in ((4000, 100), (100, 70_000)):
         Image.new("RGB", size).save(picture)
         before = picture.read_bytes()
-        shown = comparing.show_comparison(drawn, "mix", "comparison-1")
-        assert 'src="data:image/jpeg;base64,' in shown
-        assert len(shown) < 50_000
+        html = show_comparison(drawn, "mix", "comparison-1")
+        assert 'src="data:image/jpeg;base64,' in html
+        assert len(html) < 50_000
         assert picture.read_bytes() == before

@@ -1,4 +1,4 @@
-"""What could be had before a merge: the curve, its button, and unlike groups."""
+"""The forecast before a merge: the curve, its button, and dissimilar groups."""
 
 import json
 from dataclasses import replace
@@ -13,49 +13,49 @@ from hyper_merge.hosts import tasks
 from hyper_merge.operations.merge.plan import ForecastCurve, forecast_curve, make_plan
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form
-from hyper_merge.ui.handlers import forecast as looking
-from hyper_merge.ui.handlers import merge_request as preparing
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers.forecast import pick_group, start_forecast, update_group_buttons
+from hyper_merge.ui.handlers.merge_request import preflight_form
+from hyper_merge.ui.handlers.picker import show_plan
 
 
 def examined(host, **changes):
-    return preparing.examined(host, Form(*values(name="new", **changes)))
+    return preflight_form(host, Form(*values(name="new", **changes)))
 
 
 @pytest.fixture
 def looked(host, jobs):
-    """The files have been looked at."""
-    assert looking.start_look(host, jobs, *values(name="new")) == ""
+    """Makes the forecast of the files."""
+    assert start_forecast(host, jobs, *values(name="new")) == ""
     assert ended(jobs).outcome == "done"
 
 
 def drawn(host, **changes):
     """Text of the plan, plot, button."""
-    _, said, _, plot, button, *_ = picking.plan(host, "", *values(name="new", **changes))
-    return words(said), plot, button
+    _, answer, _, plot, button, *_ = show_plan(host, "", *values(name="new", **changes))
+    return words(answer), plot, button
 
 
-def test_a_button_stands_where_the_files_were_not_looked_at(host):
+def test_the_button_stands_in_place_of_a_forecast(host):
     _, plot, button = drawn(host)
     assert (plot["visible"], button["visible"]) == (False, True)
 
 
-def test_a_look_writes_nothing_but_the_cache(host, jobs, root):
+def test_a_forecast_writes_only_the_cache(host, jobs, root):
     before = snapshot(root)
-    looking.start_look(host, jobs, *values(name="new"))
+    start_forecast(host, jobs, *values(name="new"))
     assert ended(jobs).outcome == "done"
     assert snapshot(root) == before
     assert list((root / "hyper-merge/cache").glob("*.safetensors"))
 
 
-def test_a_look_at_one_checkpoint_is_refused(host, jobs):
-    said = looking.start_look(host, jobs, *values(checkpoints=NAMES[:1]))
-    assert "two checkpoints or more" in words(said)
+def test_a_forecast_of_one_checkpoint_is_refused(host, jobs):
+    answer = start_forecast(host, jobs, *values(checkpoints=NAMES[:1]))
+    assert "two or more checkpoints" in words(answer)
     assert jobs.last is None
 
 
 @pytest.mark.usefixtures("looked")
-def test_afterwards_the_curve_stands_there_and_its_mark_moves_with_the_ranks(host):
+def test_the_mark_in_the_curve_follows_the_ranks(host):
     titles = []
     for ranks in ("2", "4, 2"):
         _, plot, button = drawn(host, ranks=ranks)
@@ -66,42 +66,42 @@ def test_afterwards_the_curve_stands_there_and_its_mark_moves_with_the_ranks(hos
 
 
 @pytest.mark.usefixtures("looked")
-def test_the_curve_stays_without_a_mark_while_a_size_is_half_typed(host):
+def test_invalid_ranks_leave_the_curve_without_mark(host):
     _, plot, _ = drawn(host, ranks="4, x")
     assert plot["visible"] is True
     assert plot["value"].axes[0].get_title(loc="left") == ""
 
 
 @pytest.mark.usefixtures("looked")
-def test_the_outlook_is_another_where_differences_count_otherwise(host):
+def test_layer_weighting_changes_the_forecast(host):
     plain, relative = (
-        tasks.known_forecast(examined(host, layer_weights=how)).shared
-        for how in ("as they are", "relative to each layer's size")
+        tasks.known_forecast(examined(host, layer_weights=weighting)).shared
+        for weighting in ("unweighted", "relative to each layer's size")
     )
     assert plain != relative
 
 
 @pytest.mark.usefixtures("looked")
-def test_the_outlook_is_what_the_plan_says_of_the_same_bytes(host):
-    preflight = examined(host, layer_weights="as they are")
-    found = tasks.known_forecast(preflight)
+def test_the_forecast_agrees_with_the_plan(host):
+    preflight = examined(host, layer_weights="unweighted")
+    forecast = tasks.known_forecast(preflight)
     point = make_plan(preflight, Progress()).requested
     torch.testing.assert_close(
-        torch.tensor(found.at(point.size)), torch.tensor(point.shared), atol=0.02, rtol=0
+        torch.tensor(forecast.at(point.size)), torch.tensor(point.shared), atol=0.02, rtol=0
     )
-    assert [*found.sizes] == sorted(found.sizes)
-    for shares in (found.shared, found.private):
+    assert [*forecast.sizes] == sorted(forecast.sizes)
+    for shares in (forecast.shared, forecast.private):
         assert (torch.tensor(shares).diff(dim=0) >= -1e-12).all()
 
 
 @pytest.mark.usefixtures("looked")
-def test_the_size_for_a_share_lies_where_the_worst_reaches_it(host):
-    found = tasks.known_forecast(examined(host))
-    target = (min(found.shared[5]) + min(found.shared[6])) / 2
-    size = found.size_for(target)
-    assert found.sizes[5] < size < found.sizes[6]
-    assert min(found.at(size)) == pytest.approx(target, abs=0.02)
-    assert found.size_for(1.1) is None
+def test_the_size_for_a_share_serves_the_worst(host):
+    forecast = tasks.known_forecast(examined(host))
+    target = (min(forecast.shared[5]) + min(forecast.shared[6])) / 2
+    size = forecast.size_for(target)
+    assert forecast.sizes[5] < size < forecast.sizes[6]
+    assert min(forecast.at(size)) == pytest.approx(target, abs=0.02)
+    assert forecast.size_for(1.1) is None
 
 
 def test_an_analysis_that_is_gone_is_no_error(host, jobs, monkeypatch):
@@ -114,27 +114,27 @@ def two_groups(names):
     return ForecastCurve(tuple(names), (1, 2), ((0.0,) * 4, (0.5,) * 4), ((0.0,) * 4,) * 2, parted)
 
 
-def test_each_unlike_group_has_a_button_that_stays_while_one_of_them_is_picked():
+def test_dissimilar_groups_keep_their_buttons():
     picked = ["a", "b", "c", "d"]
-    groups, *buttons = looking.group_buttons(picked, two_groups(picked), "")
+    groups, *buttons = update_group_buttons(picked, two_groups(picked), "")
     assert json.loads(groups) == [["a", "c"], ["b", "d"]]
     assert [button["visible"] for button in buttons] == [True, True, False, False]
-    assert looking.pick_group(1, groups) == ["b", "d"]
-    kept, *_ = looking.group_buttons(["c", "a"], None, groups)
+    assert pick_group(1, groups) == ["b", "d"]
+    kept, *_ = update_group_buttons(["c", "a"], None, groups)
     assert kept == groups
-    gone, *buttons = looking.group_buttons(["a"], None, groups)
+    gone, *buttons = update_group_buttons(["a"], None, groups)
     assert (gone, any(button["visible"] for button in buttons)) == ("[]", False)
 
 
 @pytest.mark.parametrize("groups", ["", "[]"])
 def test_a_group_that_has_gone_picks_nothing(groups):
-    assert looking.pick_group(0, groups) == []
+    assert pick_group(0, groups) == []
 
 
 def test_alike_checkpoints_are_one_group():
     picked = ["a", "b", "c", "d"]
     alike = replace(two_groups(picked), groups=Clusters(((0, 1, 2, 3),), 0.0))
-    assert looking.group_buttons(picked, alike, "")[0] == "[]"
+    assert update_group_buttons(picked, alike, "")[0] == "[]"
 
 
 def gram_of(rows):
@@ -142,16 +142,16 @@ def gram_of(rows):
     return rows @ rows.T
 
 
-def test_two_trios_are_two_groups_with_the_share_that_lies_between_them():
+def test_two_trios_are_two_groups():
     rows = [[5, 0.1, 0], [5, -0.1, 0], [5, 0, 0.1], [-5, 0, 0.1], [-5, 0.1, 0], [-5, 0, -0.1]]
-    found = find_clusters(gram_of(rows))
-    assert found.groups == ((0, 1, 2), (3, 4, 5))
+    clusters = find_clusters(gram_of(rows))
+    assert clusters.groups == ((0, 1, 2), (3, 4, 5))
     points = torch.tensor(rows, dtype=torch.float64)
     within = sum(
         float((points[i : i + 3] - points[i : i + 3].mean(0)).square().sum()) for i in (0, 3)
     )
     total = float((points - points.mean(0)).square().sum())
-    assert found.between == pytest.approx(1 - within / total)
+    assert clusters.between == pytest.approx(1 - within / total)
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -170,11 +170,11 @@ def test_the_base_does_not_change_the_groups():
     )
 
 
-def test_an_outlook_is_read_from_the_analysis(host, jobs):
+def test_a_forecast_is_read_from_the_analysis(host, jobs):
     preflight = examined(host)
-    looking.start_look(host, jobs, *values(name="new"))
+    start_forecast(host, jobs, *values(name="new"))
     ended(jobs)
     path = tasks.find_known_analysis(preflight)
-    found = forecast_curve(path, preflight, Progress())
-    assert found.names == ("a", "b", "c")
-    assert min(found.shared[-1]) > 0.99
+    forecast = forecast_curve(path, preflight, Progress())
+    assert forecast.names == ("a", "b", "c")
+    assert min(forecast.shared[-1]) > 0.99

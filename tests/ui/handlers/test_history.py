@@ -7,13 +7,13 @@ import pytest
 from at_the_tab import NAMES, ended, kinds, unchanged, values, words
 from tiny_family import snapshot
 
-from hyper_merge.analysis import cache as analysis_cache
+from hyper_merge.analysis.cache import cache_bytes
 from hyper_merge.errors import CacheError, OutputError
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import result as results
+from hyper_merge.ui.handlers.merge import start_merge
+from hyper_merge.ui.handlers.result import save_run_styles
 
 COUNT = len(fields(Form))
 NO_RUNS = [None, "", "gone", "../mix", "/etc", "mix/../mix"]
@@ -22,13 +22,13 @@ NO_RUNS = [None, "", "gone", "../mix", "/etc", "mix/../mix"]
 @pytest.fixture
 def two(host, run, jobs):
     """Names of two runs."""
-    merging.start(host, jobs, *values(ranks="3"))
+    start_merge(host, jobs, *values(ranks="3"))
     assert ended(jobs).message == ""
     return "mix-2", "mix"
 
 
-def test_runs_are_listed_newest_first_with_the_first_two_to_compare(host, two):
-    table, run, other, cache = history.runs(host, None, None)
+def test_runs_are_listed_newest_first(host, two):
+    table, run, other, cache = history.list_earlier_runs(host, None, None)
     assert words(table).index("mix-2") < words(table).index("4, 2")
     assert run["choices"] == other["choices"] == ["mix-2", "mix"]
     assert (run["value"], other["value"]) == ("mix-2", "mix")
@@ -36,41 +36,44 @@ def test_runs_are_listed_newest_first_with_the_first_two_to_compare(host, two):
 
 
 def test_what_is_picked_stays_unless_it_is_gone(host, two):
-    _, run, other, _ = history.runs(host, "mix", "mix-2")
-    assert "value" not in {**run, **other}, "it may have been picked anew since the page asked"
-    _, run, other, _ = history.runs(host, "gone", "gone")
+    _, run, other, _ = history.list_earlier_runs(host, "mix", "mix-2")
+    assert "value" not in {**run, **other}, "it may have changed since the page asked"
+    _, run, other, _ = history.list_earlier_runs(host, "gone", "gone")
     assert (run["value"], other["value"]) == ("mix-2", "mix")
 
 
 def test_where_nothing_was_merged_the_list_says_so(host):
-    table, run, other, _ = history.runs(host, "mix", None)
-    assert words(table) == "No merge was made here yet."
+    table, run, other, _ = history.list_earlier_runs(host, "mix", None)
+    assert words(table) == "There are no runs yet."
     assert run["choices"] == []
     assert run["value"] is other["value"] is None
 
 
 def test_one_run_has_nothing_to_be_compared_with(host, run):
-    _, first, second, _ = history.runs(host, None, None)
+    _, first, second, _ = history.list_earlier_runs(host, None, None)
     assert (first["value"], second["value"]) == ("mix", None)
 
 
 def test_a_damaged_run_is_named_among_the_others(host, two, root):
     (root / "hyper-merge/mix/manifest.json").write_text("{")
-    table, run, _, _ = history.runs(host, None, None)
+    table, run, _, _ = history.list_earlier_runs(host, None, None)
     assert kinds(table) == ["bad"]
     assert "the run mix cannot be read" in words(table)
     assert run["choices"] == ["mix-2"]
 
 
-def test_the_settings_of_a_run_come_back_into_the_form(host, jobs, run):
-    *copied, said = history.copy_settings(host, run)
+def test_settings_of_a_run_are_copied(host, jobs, run):
+    *copied, answer = history.copy_settings(host, run)
     assert copied == values(save_styles=False)  # the app has none
-    assert (kinds(said), words(said)) == (["good"], "The settings of mix are in the form.")
-    again = merging.start(host, jobs, *copied)
+    assert (kinds(answer), words(answer)) == (
+        ["good"],
+        "The settings of mix were copied to the form.",
+    )
+    again = start_merge(host, jobs, *copied)
     assert "this very merge" in words(again)
 
 
-def test_in_the_webui_the_styles_are_as_its_settings_say(webui, run):
+def test_the_webuis_setting_decides_about_styles(webui, run):
     host = webui.host()
     assert history.copy_settings(host, run)[:COUNT] == tuple(values())
     webui.opts.data["hyper_merge_save_styles"] = False
@@ -79,54 +82,54 @@ def test_in_the_webui_the_styles_are_as_its_settings_say(webui, run):
 
 def test_checkpoints_that_are_gone_are_counted(host, run, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    *copied, said = history.copy_settings(host, run)
+    *copied, answer = history.copy_settings(host, run)
     assert copied[0] == ["a.safetensors", "c.safetensors"]
-    assert kinds(said) == ["info"]
-    assert words(said).endswith("1 of its checkpoints are no longer in the list.")
+    assert kinds(answer) == ["info"]
+    assert words(answer).endswith("1 of its checkpoints are no longer in the list.")
 
 
 @pytest.mark.parametrize("name", NO_RUNS)
-def test_of_no_run_nothing_is_copied_compared_asked_or_deleted(host, run, root, name, jobs):
+def test_nothing_is_done_without_a_run(host, run, root, name, jobs):
     before = snapshot(root)
-    *copied, said = history.copy_settings(host, name)
+    *copied, answer = history.copy_settings(host, name)
     assert len(copied) == COUNT
     assert all(map(unchanged, copied))
-    assert kinds(said) == ["bad"]
-    assert kinds(history.compare(host, "mix", name)) == ["bad"]
-    for handler in (history.ask_to_delete, history.delete):
-        said, confirm, cancel, asked = handler(host, jobs, name)
-        assert asked == ""
-        assert kinds(said) == ["bad"]
+    assert kinds(answer) == ["bad"]
+    assert kinds(history.compare_runs(host, "mix", name)) == ["bad"]
+    for handler in (history.ask_to_delete_run, history.delete_confirmed_run):
+        answer, confirm, cancel, to_delete = handler(host, jobs, name)
+        assert to_delete == ""
+        assert kinds(answer) == ["bad"]
         assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root) == before
 
 
 def test_two_runs_stand_side_by_side(host, two):
-    text = words(history.compare(host, *two))
+    text = words(history.compare_runs(host, *two))
     for word in ("mix-2", "4, 2", "Explained, a", "mix.safetensors"):
         assert word in text
 
 
-def test_checkpoints_of_one_run_only_are_said_to_be_so(host, run, jobs):
-    merging.start(host, jobs, *values(name="two", checkpoints=NAMES[:2], ranks="2"))
+def test_checkpoints_of_one_run_only_are_marked(host, run, jobs):
+    start_merge(host, jobs, *values(name="two", checkpoints=NAMES[:2], ranks="2"))
     assert ended(jobs).message == ""
-    text = words(history.compare(host, "mix", "two"))
-    assert text.endswith("not in it")
+    text = words(history.compare_runs(host, "mix", "two"))
+    assert text.endswith("not included")
     assert "Explained, c" in text
 
 
 def test_deleting_asks_first_and_names_every_file(host, run, root, jobs):
     before = snapshot(root)
-    said, confirm, cancel, asked = history.ask_to_delete(host, jobs, run)
-    assert asked == run
+    answer, confirm, cancel, to_delete = history.ask_to_delete_run(host, jobs, run)
+    assert to_delete == run
     assert snapshot(root) == before
     assert confirm["visible"] is cancel["visible"] is True
     gone = {name for name in before if "mix" in name}
-    assert all(str(root / name) in words(said) for name in gone)
-    assert words(said).startswith(f"Deleting the run mix removes these {len(gone)} files:")
-    said, confirm, cancel, asked = history.delete(host, jobs, asked)
-    assert asked == ""
-    assert (kinds(said), words(said)) == (["good"], f"{len(gone)} files of mix are deleted.")
+    assert all(str(root / name) in words(answer) for name in gone)
+    assert words(answer).startswith(f"Deleting the run mix removes {len(gone)} files:")
+    answer, confirm, cancel, to_delete = history.delete_confirmed_run(host, jobs, to_delete)
+    assert to_delete == ""
+    assert (kinds(answer), words(answer)) == (["good"], f"Deleted {len(gone)} files of mix.")
     assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root).keys() == before.keys() - gone
     assert list(host.checkpoints()) == NAMES
@@ -134,8 +137,8 @@ def test_deleting_asks_first_and_names_every_file(host, run, root, jobs):
 
 def test_keeping_them_deletes_nothing(host, run, root):
     before = snapshot(root)
-    said, confirm, cancel, asked = history.keep()
-    assert said == asked == ""
+    answer, confirm, cancel, to_delete = history.cancel_deletion()
+    assert answer == to_delete == ""
     assert confirm["visible"] is cancel["visible"] is False
     assert snapshot(root) == before
 
@@ -145,9 +148,9 @@ def test_a_run_that_cannot_be_deleted_is_said(host, run, jobs, monkeypatch):
         raise OutputError("mix_0-4.safetensors cannot be removed; close what has it open")
 
     monkeypatch.setattr(history, "delete_run", refuse)
-    said, confirm, *_ = history.delete(host, jobs, run)
-    assert kinds(said) == ["bad"]
-    assert words(said).endswith("close what has it open")
+    answer, confirm, *_ = history.delete_confirmed_run(host, jobs, run)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).endswith("close what has it open")
     assert confirm["visible"] is False
 
 
@@ -155,33 +158,31 @@ def test_after_deleting_the_webuis_lists_are_without_them(webui, run, jobs):
     host = webui.host()
     host.refresh()
     assert "mix.safetensors" in host.checkpoints()
-    history.delete(host, jobs, run)
+    history.delete_confirmed_run(host, jobs, run)
     assert "mix.safetensors" not in host.checkpoints()
     assert not webui.networks.available_networks
 
 
 def test_a_runs_styles_go_with_it_and_others_stay(webui, run, jobs):
     host = webui.host()
-    results.save_styles(host, run)
+    save_run_styles(host, run)
     host.save_styles({"other: a": "{prompt} <lora:other_0-4:1.0>"})
-    said, *_ = history.ask_to_delete(host, jobs, run)
-    assert " files and 3 styles:" in words(said)
+    answer, *_ = history.ask_to_delete_run(host, jobs, run)
+    assert " files and 3 prompt styles:" in words(answer)
     assert len(host.styles()) == 4
-    said, *_ = history.delete(host, jobs, run)
-    assert kinds(said) == ["good"]
+    answer, *_ = history.delete_confirmed_run(host, jobs, run)
+    assert kinds(answer) == ["good"]
     assert host.styles() == {"other: a"}
 
 
-def test_styles_that_cannot_be_removed_are_said_beside_what_is_deleted(
-    webui, run, jobs, monkeypatch
-):
+def test_styles_that_stay_are_reported_after_deletion(webui, run, jobs, monkeypatch):
     def refuse(self, names):
         raise OutputError("the WebUI's styles cannot be written")
 
     monkeypatch.setattr(type(webui.host()), "remove_styles", refuse)
-    said, *_ = history.delete(webui.host(), jobs, run)
-    assert kinds(said) == ["good", "bad"]
-    assert words(said).endswith("the WebUI's styles cannot be written")
+    answer, *_ = history.delete_confirmed_run(webui.host(), jobs, run)
+    assert kinds(answer) == ["good", "bad"]
+    assert words(answer).endswith("the WebUI's styles cannot be written")
 
 
 def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
@@ -189,33 +190,35 @@ def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
     jobs.start("mix-2", lambda task, progress: over.wait(20) and "", host.log)
     before = snapshot(root)
     try:
-        for handler in (history.ask_to_delete, history.delete):
-            said, *_ = handler(host, jobs, run)
-            assert words(said).startswith("mix-2 is still being made")
+        for handler in (history.ask_to_delete_run, history.delete_confirmed_run):
+            answer, *_ = handler(host, jobs, run)
+            assert words(answer).startswith("mix-2 is still being made")
     finally:
         over.set()
     assert ended(jobs).outcome == "done"
     assert snapshot(root) == before
-    assert kinds(history.delete(host, jobs, run)[0]) == ["good"]
+    assert kinds(history.delete_confirmed_run(host, jobs, run)[0]) == ["good"]
 
 
 def test_the_cache_is_cleared_and_says_what_that_freed(host, run, root):
-    held = analysis_cache.cache_bytes(root / "hyper-merge/cache")
+    held = cache_bytes(root / "hyper-merge/cache")
     assert held > 0
-    said = history.clear(host, Jobs())
-    assert kinds(said) == ["good"]
-    assert f"{round(held / 1e6)} MB are free again" in words(said)
-    assert analysis_cache.cache_bytes(root / "hyper-merge/cache") == 0
-    assert "The cache holds 0 kB of at most 20.00 GB" in words(history.runs(host, None, None)[3])
+    answer = history.clear_idle_cache(host, Jobs())
+    assert kinds(answer) == ["good"]
+    assert f"{round(held / 1e6)} MB are free again" in words(answer)
+    assert cache_bytes(root / "hyper-merge/cache") == 0
+    assert "The cache holds 0 kB of at most 20.00 GB" in words(
+        history.list_earlier_runs(host, None, None)[3]
+    )
 
 
 def test_a_cache_that_cannot_be_cleared_is_said(host, monkeypatch):
     def refuse(folder):
         raise CacheError("part of the cache cannot be deleted; try again later")
 
-    monkeypatch.setattr(analysis_cache, "clear_analyses", refuse)
-    said = history.clear(host, Jobs())
-    assert (kinds(said), words(said)) == (
+    monkeypatch.setattr("hyper_merge.analysis.cache.clear_analyses", refuse)
+    answer = history.clear_idle_cache(host, Jobs())
+    assert (kinds(answer), words(answer)) == (
         ["bad"],
         "part of the cache cannot be deleted; try again later",
     )

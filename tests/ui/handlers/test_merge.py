@@ -14,15 +14,22 @@ from fake_webui.styles import PromptStyle
 from tiny_family import TINY, snapshot, temporaries
 
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.hosts.tasks import run_preflight
 from hyper_merge.operations import demo
 from hyper_merge.operations.demo import DEMO_RANKS
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.handlers.merge import (
+    pick_demo_checkpoints,
+    show_merge_result,
+    start_demo,
+    start_merge,
+    stop_job,
+    watch_job,
+)
+from hyper_merge.ui.handlers.picker import show_plan
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def endless(monkeypatch):
             time.sleep(0.002)
         raise InterruptedRun("stopped; no file was changed")
 
-    monkeypatch.setattr(working, "run_merge", run_merge)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_merge", run_merge)
     yield begun
     over.set()
 
@@ -53,7 +60,7 @@ def failing(monkeypatch):
         progress.report("solving", 0.5)
         deep_inside()
 
-    monkeypatch.setattr(working, "run_merge", run_merge)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_merge", run_merge)
 
 
 def no_thread():
@@ -63,44 +70,42 @@ def no_thread():
 
 def last_words(jobs):
     """What the page shows once the job has ended."""
-    status, button, _ = list(merging.watch(jobs))[-1]
+    status, button, _ = list(watch_job(jobs))[-1]
     assert button["interactive"] is False
     return status
 
 
 def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
-    assert merging.start(host, jobs, *values()) == ""
-    seen = [status for status, *_ in merging.watch(jobs)]
+    assert start_merge(host, jobs, *values()) == ""
+    seen = [status for status, *_ in watch_job(jobs)]
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
     assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
-    shown = merging.after(host, jobs)
-    assert shown[0] == ""
-    assert shown[1]["visible"] is True
-    assert "mix: 3 checkpoints" in words(shown[2])
-    assert shown[10] == "mix"
+    panel = show_merge_result(host, jobs)
+    assert panel[0] == ""
+    assert panel[1]["visible"] is True
+    assert "mix: 3 checkpoints" in words(panel[2])
+    assert panel[10] == "mix"
     assert load_run(host.folders(), "mix").missing == ()
     assert not temporaries(root)
 
 
 def test_a_merge_without_a_name_has_the_suggested_one(host, jobs):
-    assert merging.start(host, jobs, *values(name="", checkpoints=NAMES[:2], ranks="2")) == ""
+    assert start_merge(host, jobs, *values(name="", checkpoints=NAMES[:2], ranks="2")) == ""
     assert ended(jobs).result == "hyper-a-2"
-    assert merging.after(host, jobs)[10] == "hyper-a-2"
+    assert show_merge_result(host, jobs)[10] == "hyper-a-2"
 
 
-def test_other_ranks_make_a_run_of_their_own_with_the_same_hyper_model(
-    host, jobs, run, checkpoints, monkeypatch
-):
+def test_other_ranks_share_the_hyper_model(host, jobs, run, checkpoints, monkeypatch):
     def no_pass(*arguments):
         raise AssertionError("the checkpoints were read again")
 
     monkeypatch.setattr("hyper_merge.operations.merge.merge.stream_layers", no_pass)
     before = (checkpoints / "mix.safetensors").stat().st_ino
-    merging.start(host, jobs, *values(ranks="3, 2"))
+    start_merge(host, jobs, *values(ranks="3, 2"))
     assert ended(jobs).message == ""
-    shown = merging.after(host, jobs)
-    assert shown[10] == "mix-2"
+    panel = show_merge_result(host, jobs)
+    assert panel[10] == "mix-2"
     assert (checkpoints / "mix.safetensors").stat().st_ino == before
     models = sorted(path.name for path in checkpoints.glob("*.safetensors"))
     assert models == [*NAMES, "mix.safetensors"]
@@ -111,23 +116,23 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
     (checkpoints / "b.safetensors").rename(checkpoints / "$x^$.safetensors")
     picked = [f"{EVIL}.safetensors", "$x^$.safetensors"]
-    merging.start(host, jobs, *values(checkpoints=picked, ranks="2"))
+    start_merge(host, jobs, *values(checkpoints=picked, ranks="2"))
     assert ended(jobs).message == ""
-    shown = merging.after(host, jobs)
-    assert shown[4]["choices"] == [EVIL, "$x^$"]
-    texts = [text for text in shown[:-1] if isinstance(text, str)]  # the last is JSON, not HTML
-    assert EVIL in words(shown[3])
+    panel = show_merge_result(host, jobs)
+    assert panel[4]["choices"] == [EVIL, "$x^$"]
+    texts = [text for text in panel[:-1] if isinstance(text, str)]  # the last is JSON, not HTML
+    assert EVIL in words(panel[3])
     assert not any("img" in tags(text) for text in texts)
-    for figure in shown[7:10]:
+    for figure in panel[7:10]:
         figure.savefig(os.devnull, format="png")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoints": []}, "A merge takes two checkpoints or more; none is picked."),
-        ({"checkpoints": None}, "A merge takes two checkpoints or more; none is picked."),
-        ({"checkpoints": NAMES[:1]}, "A merge takes two checkpoints or more; one is picked."),
+        ({"checkpoints": []}, "A merge needs two or more checkpoints; none picked."),
+        ({"checkpoints": None}, "A merge needs two or more checkpoints; none picked."),
+        ({"checkpoints": NAMES[:1]}, "A merge needs two or more checkpoints; 1 picked."),
         ({"checkpoints": ["/etc/passwd", NAMES[0]]}, "/etc/passwd is no longer in the list"),
         ({"ranks": "x"}, 'Ranks: item 1: expected a whole number from 1 to 4096, got "x"'),
         ({"ranks": ""}, "Ranks: expected a list of whole numbers"),
@@ -139,37 +144,37 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     ],
 )
 def test_what_cannot_be_merged_is_said_and_nothing_begins(host, jobs, changes, message):
-    said = merging.start(host, jobs, *values(**changes))
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+    answer = start_merge(host, jobs, *values(**changes))
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
     assert jobs.last is None
 
 
 def test_the_same_merge_again_is_refused(host, jobs, run):
-    said = merging.start(host, jobs, *values())
-    assert words(said).startswith("the run mix is this very merge already")
+    answer = start_merge(host, jobs, *values())
+    assert words(answer).startswith("the run mix is this very merge already")
     assert jobs.last is None
 
 
 def test_a_name_that_is_taken_is_refused(host, jobs, checkpoints):
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "taken.safetensors")
-    said = merging.start(host, jobs, *values(name="taken"))
-    assert "choose another name" in words(said)
+    answer = start_merge(host, jobs, *values(name="taken"))
+    assert "choose another name" in words(answer)
     assert jobs.last is None
 
 
 def test_a_damaged_file_is_refused(host, jobs, checkpoints):
     (checkpoints / "b.safetensors").write_bytes(b"<html>404</html>")
-    said = merging.start(host, jobs, *values())
-    assert kinds(said) == ["bad"]
-    assert "b.safetensors" in words(said)
+    answer = start_merge(host, jobs, *values())
+    assert kinds(answer) == ["bad"]
+    assert "b.safetensors" in words(answer)
 
 
-def test_a_file_that_vanished_since_it_was_listed_is_refused(webui, jobs, checkpoints):
+def test_a_vanished_file_is_refused(webui, jobs, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    said = merging.start(webui.host(), jobs, *values())
-    assert kinds(said) == ["bad"]
-    assert words(said) == "b.safetensors is no longer there; press Refresh and pick again"
+    answer = start_merge(webui.host(), jobs, *values())
+    assert kinds(answer) == ["bad"]
+    assert words(answer) == "b.safetensors is no longer there; press Refresh and pick again"
     assert jobs.last is None
 
 
@@ -177,28 +182,28 @@ def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch)
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
     before = snapshot(root)
-    said = merging.start(host, jobs, *values())
-    assert kinds(said) == ["bad"]
-    assert "make room" in words(said)
+    answer = start_merge(host, jobs, *values())
+    assert kinds(answer) == ["bad"]
+    assert "make room" in words(answer)
     assert jobs.last is None
-    assert picking.plan(host, "", *values())[1] == said
+    assert show_plan(host, "", *values())[1] == answer
     assert snapshot(root) == before
 
 
-def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monkeypatch):
-    examine, disk = working.run_preflight, namedtuple("disk", "total used free")
+def test_a_disk_that_fills_meanwhile_is_reported(host, jobs, root, monkeypatch):
+    examine, disk = run_preflight, namedtuple("disk", "total used free")
 
     def then_fill(*arguments):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
         return examine(*arguments)
 
-    monkeypatch.setattr(working, "run_preflight", then_fill)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_preflight", then_fill)
     before = snapshot(root)
-    merging.start(host, jobs, *values())
-    said = last_words(jobs)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith("Not made: ")
-    assert "make room" in words(said)
+    start_merge(host, jobs, *values())
+    answer = last_words(jobs)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith("Failed: ")
+    assert "make room" in words(answer)
     assert snapshot(root) == before
 
 
@@ -209,91 +214,91 @@ def test_a_disk_that_fills_while_the_merge_waits_is_said(host, jobs, root, monke
         ("gone", "b.safetensors does not exist; check the path"),
     ],
 )
-def test_a_checkpoint_that_changes_while_it_is_read_is_said(
+def test_a_checkpoint_that_changes_is_reported(
     host, jobs, checkpoints, change, message, monkeypatch
 ):
-    examine, path = working.run_preflight, checkpoints / "b.safetensors"
+    examine, path = run_preflight, checkpoints / "b.safetensors"
 
     def then_change(*arguments):
-        found = examine(*arguments)
+        preflight = examine(*arguments)
         if change == "gone":
             path.unlink()
         else:
             path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
-        return found
+        return preflight
 
-    monkeypatch.setattr(working, "run_preflight", then_change)
-    merging.start(host, jobs, *values())
-    said = last_words(jobs)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith("Not made: ")
-    assert message in words(said)
+    monkeypatch.setattr("hyper_merge.hosts.tasks.run_preflight", then_change)
+    start_merge(host, jobs, *values())
+    answer = last_words(jobs)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith("Failed: ")
+    assert message in words(answer)
     assert not (checkpoints / "mix.safetensors").exists()
     assert not temporaries(checkpoints.parent)
 
 
 def test_a_warning_is_shown_with_the_outcome(host, jobs):
-    merging.start(host, jobs, *values(ranks="40", allocation="the same in every layer"))
-    said = last_words(jobs)
-    assert kinds(said) == ["good", "info"]
-    assert "rank 40 is capped in " in words(said)
+    start_merge(host, jobs, *values(ranks="40", allocation="even, the same in every layer"))
+    answer = last_words(jobs)
+    assert kinds(answer) == ["good", "info"]
+    assert "rank 40 is capped in " in words(answer)
 
 
 def test_a_second_click_says_what_is_being_made(host, jobs, endless):
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
-    for said in (
-        merging.start(host, jobs, *values(name="other")),
-        merging.start_demo(host, jobs),
+    for answer in (
+        start_merge(host, jobs, *values(name="other")),
+        start_demo(host, jobs),
     ):
-        assert kinds(said) == ["info"]
-        assert words(said).startswith("mix is still being made (")
-    merging.stop(jobs)
+        assert kinds(answer) == ["info"]
+        assert words(answer).startswith("mix is still being made (")
+    stop_job(jobs)
     ended(jobs)
 
 
 def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endless):
     before = snapshot(root)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
-    following = merging.watch(jobs)
+    following = watch_job(jobs)
     status, button, message = next(following)
     assert unchanged(message)
     assert "mix: " in words(status)
     assert button["interactive"] is True
-    assert merging.stop(jobs) == ""
-    said, _, message = list(following)[-1]
+    assert stop_job(jobs) == ""
+    answer, _, message = list(following)[-1]
     assert message == ""
-    assert (kinds(said), words(said)) == (["info"], "Stopped: no file was changed")
+    assert (kinds(answer), words(answer)) == (["info"], "Stopped: no file was changed")
     assert snapshot(root) == before
-    assert all(map(unchanged, merging.after(host, jobs)))
+    assert all(map(unchanged, show_merge_result(host, jobs)))
 
 
 def test_where_nothing_runs_stop_says_so(host, jobs):
-    assert words(merging.stop(jobs)) == "Nothing is running."
+    assert words(stop_job(jobs)) == "Nothing is running."
     jobs.start("mix", lambda task, progress: "", host.log)
     ended(jobs)
-    assert words(merging.stop(jobs)) == "Nothing is running."
+    assert words(stop_job(jobs)) == "Nothing is running."
 
 
-def test_a_page_that_opens_shows_the_job_that_runs_and_the_last_ones_end(host, jobs, endless):
-    ((status, button, message),) = merging.watch(jobs)
+def test_a_new_page_shows_the_running_or_last_job(host, jobs, endless):
+    ((status, button, message),) = watch_job(jobs)
     assert unchanged(message)
     assert (status, button["interactive"]) == ("", False)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
-    first, second = merging.watch(jobs), merging.watch(jobs)
+    first, second = watch_job(jobs), watch_job(jobs)
     assert next(first)[0].startswith('<div class="hm-progress"')
     assert next(second)[0].startswith('<div class="hm-progress"')
     first.close()
-    merging.stop(jobs)
+    stop_job(jobs)
     assert kinds(list(second)[-1][0]) == ["info"]
-    status, _, message = next(merging.watch(jobs))
+    status, _, message = next(watch_job(jobs))
     assert kinds(status) == ["info"]
     assert unchanged(message)
 
 
-def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs, monkeypatch):
+def test_a_stopping_job_disables_the_stop_button(jobs, monkeypatch):
     now = JobStatus("task(x)", "mix", "solving", 0.5, 8, stopping=True)
     end = JobStatus("task(x)", "mix", outcome="stopped", message="stopped; no file was changed")
 
@@ -304,30 +309,28 @@ def test_until_a_stop_is_heard_the_page_says_stopping_and_the_button_rests(jobs,
         standing = property(lambda self: standings.pop(0))
 
     monkeypatch.setattr(jobs, "_known", [Job()])
-    (status, button, _), _ = merging.watch(jobs)
+    (status, button, _), _ = watch_job(jobs)
     assert words(status) == "mix: stopping, 50%, about 10 seconds left"
     assert button["interactive"] is False
 
 
-def test_an_unexpected_error_shows_one_line_and_is_in_the_apps_log_in_full(
-    host, jobs, failing, caplog
-):
+def test_an_unexpected_error_is_logged_by_the_app(host, jobs, failing, caplog):
     with caplog.at_level(logging.ERROR):
-        merging.start(host, jobs, *values())
-        said = last_words(jobs)
-    assert kinds(said) == ["bad"]
-    assert words(said).endswith(
-        "the log has all of it: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+        start_merge(host, jobs, *values())
+        answer = last_words(jobs)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).endswith(
+        "see the log for details: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
     )
     assert "in deep_inside" in caplog.text
     assert "at layer 7" in caplog.text
 
 
-def test_an_unexpected_error_is_in_the_webuis_log_in_full_and_frees_its_queue(webui, jobs, failing):
-    merging.start(webui.host(), jobs, *values())
-    said = last_words(jobs)
-    assert "Traceback" not in said
-    assert "at layer 7" not in said
+def test_an_unexpected_error_frees_the_webuis_queue(webui, jobs, failing):
+    start_merge(webui.host(), jobs, *values())
+    answer = last_words(jobs)
+    assert "Traceback" not in answer
+    assert "at layer 7" not in answer
     (report,) = webui.errors.reports
     assert "in deep_inside" in report
     assert "at layer 7" in report
@@ -338,48 +341,48 @@ def test_an_unexpected_error_is_in_the_webuis_log_in_full_and_frees_its_queue(we
 @pytest.mark.parametrize("button", ["interrupt", "skip"])
 def test_the_webuis_own_buttons_stop_a_merge(webui, jobs, root, endless, button):
     host, before = webui.host(), snapshot(root)
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     until(lambda: endless)
     task = jobs.last.standing.task
     until(lambda: (webui.progress.answer(task)["progress"] or 0) > 0.2)
     assert webui.progress.answer(task)["textinfo"] == "reading the checkpoints"
     getattr(webui.state, button)()
-    said = last_words(jobs)
-    assert words(said) == "Stopped: no file was changed"
+    answer = last_words(jobs)
+    assert words(answer) == "Stopped: no file was changed"
     assert snapshot(root) == before
     assert host.styles() == set()
     until(lambda: not webui.queue_lock.held)
 
 
 def test_the_stop_button_ends_a_merge_in_the_webui(webui, jobs, endless):
-    merging.start(webui.host(), jobs, *values())
+    start_merge(webui.host(), jobs, *values())
     until(lambda: endless)
-    merging.stop(jobs)
+    stop_job(jobs)
     assert words(last_words(jobs)) == "Stopped: no file was changed"
     until(lambda: not webui.queue_lock.held)
 
 
 def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
     with webui.queue_lock:
-        merging.start(webui.host(), jobs, *values())
+        start_merge(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        status, button, _ = next(merging.watch(jobs))
+        status, button, _ = next(watch_job(jobs))
         assert "mix: waiting for the queue, 0%" in words(status)
         assert button["interactive"] is True
         assert endless == []
     until(lambda: endless)
-    merging.stop(jobs)
+    stop_job(jobs)
     ended(jobs)
 
 
-def test_stop_while_the_webui_works_ends_it_at_once_and_it_never_begins(webui, jobs, root, endless):
+def test_stop_ends_a_waiting_merge_at_once(webui, jobs, root, endless):
     before = snapshot(root)
     with webui.queue_lock:
-        merging.start(webui.host(), jobs, *values())
+        start_merge(webui.host(), jobs, *values())
         task = jobs.last.standing.task
         until(lambda: webui.progress.answer(task)["queued"])
-        merging.stop(jobs)
+        stop_job(jobs)
         assert words(last_words(jobs)) == "Stopped: no file was changed"
     until(no_thread)
     assert endless == []
@@ -389,39 +392,37 @@ def test_stop_while_the_webui_works_ends_it_at_once_and_it_never_begins(webui, j
     assert snapshot(root) == before
 
 
-def test_afterwards_the_webui_knows_the_hyper_model_the_loras_and_a_style_per_checkpoint(
-    webui, jobs, checkpoints
-):
+def test_the_webui_lists_hyper_model_loras_and_styles(webui, jobs, checkpoints):
     host = webui.host()
-    merging.start(host, jobs, *values())
+    start_merge(host, jobs, *values())
     assert ended(jobs).message == ""
     assert "mix.safetensors" in host.checkpoints()
     assert set(webui.networks.available_networks) == {"mix_0-4", "mix_1-2"}
     assert host.styles() == {"mix: a", "mix: b", "mix: c"}
-    shown = merging.after(host, jobs)
-    assert shown[11] == host.checkpoint_title(checkpoints / "mix.safetensors") != ""
-    assert webui.prompt_styles.styles["mix: a"].prompt == shown[5]
-    assert shown[5].startswith("<lora:mix_0-4:")
+    panel = show_merge_result(host, jobs)
+    assert panel[11] == host.checkpoint_title(checkpoints / "mix.safetensors") != ""
+    assert webui.prompt_styles.styles["mix: a"].prompt == panel[5]
+    assert panel[5].startswith("<lora:mix_0-4:")
     assert not webui.queue_lock.held
     assert webui.errors.reports == []
 
 
 def test_where_the_tick_is_off_no_style_is_saved(webui, jobs, run):
     host = webui.host()
-    merging.start(host, jobs, *values(ranks="2", save_styles=False))
+    start_merge(host, jobs, *values(ranks="2", save_styles=False))
     assert ended(jobs).outcome == "done"
     assert host.styles() == set()
 
 
-def test_styles_that_cannot_be_saved_are_a_note_for_the_merge_is_made(webui, jobs, run):
+def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
     host = webui.host()
     webui.prompt_styles.styles["mix-2: b"] = PromptStyle("mix-2: b", "my own words", "")
-    merging.start(host, jobs, *values(ranks="2"))
-    said = last_words(jobs)
-    assert kinds(said) == ["good", "info"]
-    assert "mix-2: b" in words(said)
+    start_merge(host, jobs, *values(ranks="2"))
+    answer = last_words(jobs)
+    assert kinds(answer) == ["good", "info"]
+    assert "mix-2: b" in words(answer)
     assert webui.prompt_styles.styles["mix-2: b"].prompt == "my own words"
-    assert merging.after(host, jobs)[10] == "mix-2"
+    assert show_merge_result(host, jobs)[10] == "mix-2"
 
 
 @pytest.fixture
@@ -430,17 +431,17 @@ def small(monkeypatch):
     monkeypatch.setattr(demo, "_SPEC", replace(TINY, count=4))
 
 
-def test_the_demo_makes_checkpoints_in_an_empty_folder_and_picks_them(tmp_path, jobs, small):
+def test_the_demo_makes_and_picks_checkpoints(tmp_path, jobs, small):
     host = Standalone(tmp_path / "empty")
-    assert merging.start_demo(host, jobs) == ""
+    assert start_demo(host, jobs) == ""
     assert ended(jobs).message == ""
-    picked, ranks = merging.after_demo(host, jobs)
+    picked, ranks = pick_demo_checkpoints(host, jobs)
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, said, *_ = picking.plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
-    assert "in place of" in words(said)
-    assert all(map(unchanged, merging.after(host, jobs)))
+    _, answer, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    assert "instead of" in words(answer)
+    assert all(map(unchanged, show_merge_result(host, jobs)))
 
 
 def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, monkeypatch):
@@ -453,16 +454,16 @@ def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, 
         step(progress, phase, fraction)
 
     monkeypatch.setattr(Progress, "report", slow)
-    merging.start_demo(host, jobs)
+    start_demo(host, jobs)
     until(lambda: begun)
-    merging.stop(jobs)
+    stop_job(jobs)
     assert words(last_words(jobs)) == "Stopped: no file was changed"
-    assert all(map(unchanged, merging.after_demo(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
     until(no_thread)
     assert host.checkpoints() == {}
     assert not temporaries(tmp_path)
 
 
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):
-    assert all(map(unchanged, merging.after(host, jobs)))
-    assert all(map(unchanged, merging.after_demo(host, jobs)))
+    assert all(map(unchanged, show_merge_result(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))

@@ -11,60 +11,60 @@ from hypothesis import strategies as st
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
-from hyper_merge.ui.form import BASE_AVERAGE
-from hyper_merge.ui.handlers import merge_request as preparing
-from hyper_merge.ui.handlers import picker as picking
+from hyper_merge.ui.form_fields import BASE_AVERAGE
 from hyper_merge.ui.handlers.picker import (
     ALL_FOLDERS,
     TOP_FOLDER,
+    _inspect_file,
     add_folder,
-    folders_in,
-    listing,
-    none_picked,
+    checkpoint_folders,
+    clear_selection,
+    inspect_files,
+    list_checkpoints,
     offers_demo,
-    plan,
-    preset,
+    preset_ranks,
+    show_plan,
 )
 
 
-def told(host, **changes):
+def plan_message(host, **changes):
     """Kind and words of what stands under the form."""
-    _, said, *_ = plan(host, "", *values(**changes))
-    return kinds(said), words(said)
+    _, answer, *_ = show_plan(host, "", *values(**changes))
+    return kinds(answer), words(answer)
 
 
 def test_the_plan_says_files_sizes_time_and_memory(host):
-    table, said, *_ = plan(host, "", *values())
-    assert kinds(said) == []
-    text = words(said)
+    table, answer, *_ = show_plan(host, "", *values())
+    assert kinds(answer) == []
+    text = words(answer)
     assert "mix.safetensors" in text
     assert "2 LoRAs mix_0-4" in text
-    assert "in place of 2 MB" in text
+    assert "instead of 2 MB" in text
     assert "of memory" in text
     assert [name in words(table) for name in NAMES] == [True] * 3
     assert "Stable Diffusion 1.x" in words(table)
 
 
 def test_an_empty_name_shows_what_it_stands_for(host):
-    assert plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
-    assert plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
+    assert show_plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
+    assert show_plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
 
 
 def test_nothing_is_written_by_a_plan(host, root):
     before = sorted(root.rglob("*"))
-    plan(host, "", *values())
+    show_plan(host, "", *values())
     assert sorted(root.rglob("*")) == before
 
 
 @pytest.mark.parametrize("picked", [[], None])
-def test_where_none_is_picked_the_table_says_what_to_do(host, picked):
-    table, said, *_ = plan(host, "", *values(checkpoints=picked))
+def test_an_empty_table_says_what_to_do(host, picked):
+    table, answer, *_ = show_plan(host, "", *values(checkpoints=picked))
     assert words(table).startswith("Pick two or more checkpoints")
-    assert said == ""
+    assert answer == ""
 
 
 def test_where_one_is_picked_one_more_is_asked_for(host):
-    assert told(host, checkpoints=NAMES[:1]) == (["info"], "Pick one more checkpoint.")
+    assert plan_message(host, checkpoints=NAMES[:1]) == (["info"], "Pick one more checkpoint.")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_where_one_is_picked_one_more_is_asked_for(host):
         ({"iterations": None}, "Iterations: expected a whole number"),
         ({"tolerance": -1}, "Tolerance: expected a number"),
         ({"seed": 0.5}, "Seed: expected a whole number"),
-        ({"dtype": "half"}, "Stored precision: expected one of"),
+        ({"dtype": "half"}, "Precision: expected one of"),
         ({"device": "cuda:99"}, "device cuda:99 was asked for, but"),
         ({"vae": "mine"}, "VAE: expected one of"),
         ({"base": "/etc/passwd"}, "/etc/passwd is no longer in the list; press Refresh"),
@@ -86,52 +86,56 @@ def test_where_one_is_picked_one_more_is_asked_for(host):
     ],
 )
 def test_a_setting_that_cannot_be_is_said_calmly(host, changes, message):
-    found, text = told(host, **changes)
-    assert found == ["bad"]
+    kind, text = plan_message(host, **changes)
+    assert kind == ["bad"]
     assert text.startswith(message)
 
 
 @pytest.mark.parametrize("changes", [{"name": None}, {"ranks": None}, {"weights": None}])
-def test_a_field_that_sends_nothing_is_as_an_empty_one(host, changes):
+def test_a_missing_field_counts_as_empty(host, changes):
     (field,) = changes
-    assert told(host, **changes) == told(host, **{field: ""})
+    assert plan_message(host, **changes) == plan_message(host, **{field: ""})
 
 
 @pytest.mark.parametrize("typed", ["/etc/passwd", "../../x.safetensors", "C:\\x.ckpt", "x\0.ckpt"])
-def test_a_path_typed_in_place_of_a_name_is_never_looked_up(host, typed, monkeypatch):
+def test_a_typed_path_is_never_looked_up(host, typed, monkeypatch):
     seen = []
-    monkeypatch.setattr(picking, "inspect_files", lambda *args: seen.append(args))
-    monkeypatch.setattr(preparing, "run_preflight", lambda *args: seen.append(args))
-    picking._row_of.cache_clear()
-    table, said, *_ = plan(host, "", *values(checkpoints=[typed, typed]))
-    picking._row_of.cache_clear()
+    monkeypatch.setattr(
+        "hyper_merge.ui.handlers.picker.inspect_files", lambda *args: seen.append(args)
+    )
+    monkeypatch.setattr(
+        "hyper_merge.ui.handlers.merge_request.run_preflight", lambda *args: seen.append(args)
+    )
+    _inspect_file.cache_clear()
+    table, answer, *_ = show_plan(host, "", *values(checkpoints=[typed, typed]))
+    _inspect_file.cache_clear()
     assert seen == []
     assert "no longer in the list; press Refresh" in words(table)
-    assert kinds(said) == ["bad"]
+    assert kinds(answer) == ["bad"]
 
 
 def test_the_path_of_a_checkpoint_elsewhere_is_refused_too(host, files):
-    table, said, *_ = plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
+    table, answer, *_ = show_plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
     assert "no longer in the list" in words(table)
-    assert words(said) == "Not all of these can be merged; the table says why."
+    assert words(answer) == "Some of these checkpoints cannot be merged; the table says why."
 
 
-def test_a_file_that_is_gone_from_the_folder_is_no_longer_in_the_list(host, checkpoints):
+def test_a_deleted_file_leaves_the_list(host, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    table, said, *_ = plan(host, "", *values())
+    table, answer, *_ = show_plan(host, "", *values())
     assert "b.safetensorsno longer in the list; press Refresh" in words(table)
-    assert kinds(said) == ["bad"]
+    assert kinds(answer) == ["bad"]
 
 
-def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoints):
+def test_a_listed_file_that_vanished_is_reported(webui, checkpoints):
     host = webui.host()
     (checkpoints / "b.safetensors").unlink()
-    table, said, *_ = plan(host, "", *values())
-    assert "b.safetensorsno longer there; press Refresh" in words(table)
+    table, answer, *_ = show_plan(host, "", *values())
+    assert "b.safetensorsfile not found; press Refresh" in words(table)
     assert "hm-problem" in table
-    assert (kinds(said), "table says why" in words(said)) == (["bad"], True)
+    assert (kinds(answer), "table says why" in words(answer)) == (["bad"], True)
     host.refresh()
-    assert "no longer in the list" in words(plan(host, "", *values())[0])
+    assert "no longer in the list" in words(show_plan(host, "", *values())[0])
 
 
 @pytest.mark.parametrize(
@@ -139,109 +143,112 @@ def test_a_file_that_vanished_since_the_webui_listed_it_is_said(webui, checkpoin
 )
 def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content):
     (checkpoints / "b.safetensors").write_bytes(content)
-    table, said, *_ = plan(host, "", *values())
+    table, answer, *_ = show_plan(host, "", *values())
     assert table.count("hm-problem") == 1
-    assert words(said) == "Not all of these can be merged; the table says why."
+    assert words(answer) == "Some of these checkpoints cannot be merged; the table says why."
 
 
-def test_a_file_cut_short_has_its_problem_in_the_table(host, checkpoints):
+def test_a_truncated_file_has_its_problem_listed(host, checkpoints):
     path = checkpoints / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    table, said, *_ = plan(host, "", *values())
+    table, answer, *_ = show_plan(host, "", *values())
     assert "hm-problem" in table
-    assert kinds(said) == ["bad"]
+    assert kinds(answer) == ["bad"]
 
 
 def test_a_file_is_looked_at_once_until_it_changes(host, checkpoints, monkeypatch):
     looked = []
-    original = picking.inspect_files
-    monkeypatch.setattr(
-        picking, "inspect_files", lambda path: looked.append(path.name) or original(path)
-    )
-    plan(host, "", *values())
-    plan(host, "", *values(ranks="8"))
+    original = inspect_files
+
+    def watched(path):
+        looked.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr("hyper_merge.ui.handlers.picker.inspect_files", watched)
+    show_plan(host, "", *values())
+    show_plan(host, "", *values(ranks="8"))
     assert looked == NAMES
     (checkpoints / "b.safetensors").write_bytes(b"nothing")
-    plan(host, "", *values())
+    show_plan(host, "", *values())
     assert looked == [*NAMES, "b.safetensors"]
 
 
-def test_a_name_that_is_taken_is_said_and_an_empty_one_finds_its_way_around(host, checkpoints):
+def test_a_taken_name_is_refused_or_avoided(host, checkpoints):
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "mix.safetensors")
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "hyper-a-3.safetensors")
-    found, text = told(host)
-    assert found == ["bad"]
+    kind, text = plan_message(host)
+    assert kind == ["bad"]
     assert "exists and is not the average of these checkpoints; choose another name" in text
-    found, text = told(host, name=" ")
-    assert found == []
+    kind, text = plan_message(host, name=" ")
+    assert kind == []
     assert "hyper-a-3-b.safetensors" in text
 
 
 def test_where_all_suggestions_are_taken_that_is_said(host, checkpoints):
     for end in ("", *(f"-{letter}" for letter in "bcdefgh")):
         shutil.copy2(checkpoints / "c.safetensors", checkpoints / f"hyper-a-3{end}.safetensors")
-    found, text = told(host, name="")
-    assert found == ["bad"]
+    kind, text = plan_message(host, name="")
+    assert kind == ["bad"]
     assert "hyper-a-3.safetensors exists" in text
 
 
 def test_a_checkpoint_of_the_merge_is_not_replaced(host):
-    found, text = told(host, name="a")
-    assert found == ["bad"]
+    kind, text = plan_message(host, name="a")
+    assert kind == ["bad"]
     assert "choose another name" in text
 
 
 def test_the_same_merge_again_is_said_without_alarm(host, run):
-    assert told(host) == (
+    assert plan_message(host) == (
         ["info"],
         "the run mix is this very merge already; choose another name or other ranks",
     )
 
 
 def test_other_ranks_use_the_hyper_model_that_is_there(host, run):
-    found, text = told(host, ranks="3")
-    assert found == []
+    kind, text = plan_message(host, ranks="3")
+    assert kind == []
     assert "mix.safetensors" in text
-    assert "there already" in text
+    assert "exists already" in text
     assert "1 LoRA mix-2_0-3" in text
 
 
 def test_checkpoints_of_the_same_file_name_are_refused(host, checkpoints):
     (checkpoints / "sub").mkdir()
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "sub" / "a.safetensors")
-    found, text = told(host, checkpoints=["a.safetensors", "sub/a.safetensors"])
-    assert found == ["bad"]
+    kind, text = plan_message(host, checkpoints=["a.safetensors", "sub/a.safetensors"])
+    assert kind == ["bad"]
     assert "rename one of them" in text
 
 
 def test_a_checkpoint_may_have_any_name(host, checkpoints):
     (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
     listed = [f"{EVIL}.safetensors", *NAMES[1:]]
-    table, said, *_ = plan(host, "", *values(checkpoints=listed, name=""))
-    assert kinds(said) == []
-    assert "hyper-img-src-x-3.safetensors" in words(said)
+    table, answer, *_ = show_plan(host, "", *values(checkpoints=listed, name=""))
+    assert kinds(answer) == []
+    assert "hyper-img-src-x-3.safetensors" in words(answer)
     assert EVIL in words(table)
-    assert "img" not in tags(table) | tags(said)
+    assert "img" not in tags(table) | tags(answer)
 
 
 def test_the_hash_that_the_webui_knows_is_shown(webui):
     host = webui.host()
     info = webui.sd_models.get_closet_checkpoint_match("b.safetensors")
-    before, *_ = plan(host, "", *values())
+    before, *_ = show_plan(host, "", *values())
     known = info.calculate_shorthash()
-    after, *_ = plan(host, "", *values())
+    after, *_ = show_plan(host, "", *values())
     assert known not in before
     assert f"<code>{known}</code>" in after
 
 
-def test_the_lists_are_the_hosts_and_what_is_picked_stays_though_it_is_gone(host):
-    picked, folder, base, demo = listing(host, ["b.safetensors", "gone.safetensors"])
+def test_lists_keep_picked_checkpoints_that_are_gone(host):
+    picked, folder, base, demo = list_checkpoints(host, ["b.safetensors", "gone.safetensors"])
     assert picked["choices"] == [*NAMES, "gone.safetensors"]
     assert "value" not in picked
     assert (folder["choices"], folder["value"]) == ([ALL_FOLDERS], ALL_FOLDERS)
     assert base["choices"] == [BASE_AVERAGE, *NAMES]
     assert demo["visible"] is False
-    assert listing(host, None)[0]["choices"] == NAMES
+    assert list_checkpoints(host, None)[0]["choices"] == NAMES
 
 
 @pytest.mark.parametrize(
@@ -254,10 +261,10 @@ def test_the_lists_are_the_hosts_and_what_is_picked_stays_though_it_is_gone(host
     ],
 )
 def test_folders_are_those_of_the_names(names, folders):
-    assert folders_in(names) == folders
+    assert checkpoint_folders(names) == folders
 
 
-def test_a_folder_is_added_to_what_is_picked_without_hyper_models(host, checkpoints, run):
+def test_adding_a_folder_leaves_out_hyper_models(host, checkpoints, run):
     (checkpoints / "sub").mkdir()
     shutil.copy2(checkpoints / "c.safetensors", checkpoints / "sub" / "d.safetensors")
     assert "mix.safetensors" in host.checkpoints()
@@ -270,16 +277,16 @@ def test_a_folder_is_added_to_what_is_picked_without_hyper_models(host, checkpoi
         "b.safetensors",
     ]
     assert add_folder(host, ["c.safetensors"], "nowhere") == ["c.safetensors"]
-    assert none_picked() == []
+    assert clear_selection() == []
 
 
 def test_a_preset_is_its_ranks():
-    assert preset("medium") == "128, 64, 32, 16"
+    assert preset_ranks("medium") == "128, 64, 32, 16"
 
 
-def test_the_demo_is_offered_where_there_is_nothing_and_no_webui(tmp_path, host):
+def test_the_demo_is_offered_in_an_empty_app(tmp_path, host):
     assert offers_demo(Standalone(tmp_path / "empty"))
-    assert listing(Standalone(tmp_path / "empty"), [])[3]["visible"] is True
+    assert list_checkpoints(Standalone(tmp_path / "empty"), [])[3]["visible"] is True
     assert not offers_demo(host)
     assert not offers_demo(SimpleNamespace(has_txt2img=True, checkpoints=dict))
 

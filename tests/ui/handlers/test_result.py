@@ -9,7 +9,14 @@ from matplotlib.figure import Figure
 
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.runs.run import load_run
-from hyper_merge.ui.handlers import result as results
+from hyper_merge.ui.handlers.result import (
+    explain_sent_prompt,
+    prompts_of,
+    remove_run_styles,
+    save_run_styles,
+    show_run,
+    styles_of,
+)
 
 
 @pytest.fixture
@@ -18,8 +25,8 @@ def webui_host(webui):
 
 
 def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
-    shown = results.show(host, run)
-    message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = shown
+    panel = show_run(host, run)
+    message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = panel
     assert (message, note, name, title) == ("", "", "mix", "")
     assert group["visible"] is True
     assert words(sentence).startswith("mix: 3 checkpoints (2 MB) → hyper-model mix.safetensors (")
@@ -33,11 +40,11 @@ def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
 
 
 def test_every_checkpoint_has_the_prompt_of_its_multipliers(host, run, merged):
-    prompts = results.prompts_of(load_run(host.folders(), run))
+    prompts = prompts_of(load_run(host.folders(), run))
     for row in merged.report.checkpoints:
-        found = parse_tags(prompts[row.name])
-        assert [tag.name for tag in found] == ["mix_0-4", "mix_1-2"]
-        assert [tag.multiplier for tag in found] == pytest.approx(row.multipliers, abs=1e-5)
+        tags = parse_tags(prompts[row.name])
+        assert [tag.name for tag in tags] == ["mix_0-4", "mix_1-2"]
+        assert [tag.multiplier for tag in tags] == pytest.approx(row.multipliers, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -49,10 +56,10 @@ def test_every_checkpoint_has_the_prompt_of_its_multipliers(host, run, merged):
         ("../../etc", "expected the name of a run, which is one of a folder, got '../../etc'"),
     ],
 )
-def test_a_run_that_is_not_there_is_said_and_the_plots_stay(host, run, name, message):
-    said, group, *rest = results.show(host, name)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+def test_a_missing_run_is_refused_and_plots_stay(host, run, name, message):
+    answer, group, *rest = show_run(host, name)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
     assert group["visible"] is False
     assert len(rest) == 11
     assert all(map(unchanged, rest))
@@ -60,80 +67,80 @@ def test_a_run_that_is_not_there_is_said_and_the_plots_stay(host, run, name, mes
 
 def test_a_damaged_run_is_said(host, run, root):
     (root / "hyper-merge/mix/manifest.json").write_text('{"version": 1}')
-    said = results.show(host, run)[0]
-    assert kinds(said) == ["bad"]
-    assert "cannot be read" in words(said)
-    assert kinds(results.save_styles(host, run)) == ["bad"]
+    answer = show_run(host, run)[0]
+    assert kinds(answer) == ["bad"]
+    assert "cannot be read" in words(answer)
+    assert kinds(save_run_styles(host, run)) == ["bad"]
 
 
 def test_files_that_are_gone_are_named(host, run, root):
     (root / "Lora/mix_1-2.safetensors").unlink()
-    sentence = results.show(host, run)[2]
+    sentence = show_run(host, run)[2]
     assert kinds(sentence) == ["bad"]
-    assert "No longer there: mix_1-2.safetensors. Merge again" in words(sentence)
+    assert "Missing: mix_1-2.safetensors. Merge again" in words(sentence)
 
 
-def test_a_run_of_the_first_version_without_plots_data_is_shown(host, run, root):
+def test_a_run_without_data_for_plots_is_shown(host, run, root):
     path = root / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     for key in ("curve", "similarity", "parts"):
         del manifest["report"][key]
     path.write_text(json.dumps(manifest))
-    assert [type(plot) for plot in results.show(host, run)[7:10]] == [Figure] * 3
+    assert [type(plot) for plot in show_run(host, run)[7:10]] == [Figure] * 3
 
 
 def test_in_the_webui_the_hyper_model_has_its_title(webui_host, run, checkpoints):
     webui_host.refresh()
-    title = results.show(webui_host, run)[11]
+    title = show_run(webui_host, run)[11]
     assert title == webui_host.checkpoint_title(checkpoints / "mix.safetensors")
     assert title.startswith("mix")
 
 
-def test_what_the_webui_cannot_select_is_left_to_the_user():
-    assert results.sent("mix", "mix.safetensors [0123456789]") == ""
-    said = results.sent("mix", "")
-    assert kinds(said) == ["info"]
-    assert words(said).startswith("Select the hyper-model of mix in the checkpoint menu yourself")
+def test_an_ambiguous_hyper_model_is_left_to_the_user():
+    assert explain_sent_prompt("mix", "mix.safetensors [0123456789]") == ""
+    answer = explain_sent_prompt("mix", "")
+    assert kinds(answer) == ["info"]
+    assert words(answer).startswith("Please select the hyper-model of mix in the checkpoint menu")
 
 
 def test_styles_are_saved_and_removed_again(webui, webui_host, run):
-    own = PromptStyle("cinematic", "film still", "blurry")
-    webui.prompt_styles.styles["cinematic"] = own
-    said = results.save_styles(webui_host, run)
-    assert (kinds(said), words(said)) == (
+    style = PromptStyle("cinematic", "film still", "blurry")
+    webui.prompt_styles.styles["cinematic"] = style
+    answer = save_run_styles(webui_host, run)
+    assert (kinds(answer), words(answer)) == (
         ["good"],
-        "3 styles are saved, mix: … Pick one in txt2img.",
+        "Saved 3 styles, named mix: … Pick one in txt2img.",
     )
     assert webui_host.styles() == {"cinematic", "mix: a", "mix: b", "mix: c"}
     made = webui.prompt_styles.apply_styles_to_prompt("a cat", ["mix: b"])
-    assert made == f"a cat, {results.prompts_of(load_run(webui_host.folders(), run))['b']}"
-    assert words(results.remove_styles(webui_host, run)) == "3 styles are removed."
+    assert made == f"a cat, {prompts_of(load_run(webui_host.folders(), run))['b']}"
+    assert words(remove_run_styles(webui_host, run)) == "Removed 3 styles."
     assert webui_host.styles() == {"cinematic"}
-    assert words(results.remove_styles(webui_host, run)) == "No styles."
+    assert words(remove_run_styles(webui_host, run)) == "No styles to remove."
 
 
-def test_styles_of_the_users_own_by_these_names_are_left(webui, webui_host, run):
+def test_styles_of_the_user_are_left(webui, webui_host, run):
     webui.prompt_styles.styles["mix: b"] = PromptStyle("mix: b", "my words", "")
-    said = results.save_styles(webui_host, run)
-    assert kinds(said) == ["bad"]
-    assert "styles that are not Hyper-Merge's have these names: mix: b" in words(said)
+    answer = save_run_styles(webui_host, run)
+    assert kinds(answer) == ["bad"]
+    assert "styles that are not Hyper-Merge's have these names: mix: b" in words(answer)
     assert webui_host.styles() == {"mix: b"}
 
 
-@pytest.mark.parametrize("handler", [results.save_styles, results.remove_styles])
+@pytest.mark.parametrize("handler", [save_run_styles, remove_run_styles])
 def test_styles_that_cannot_be_written_are_said(webui, webui_host, run, handler, monkeypatch):
-    results.save_styles(webui_host, run)
+    save_run_styles(webui_host, run)
 
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(webui.prompt_styles, "save_styles", refuse)
-    said = handler(webui_host, run)
-    assert kinds(said) == ["bad"]
-    assert "the WebUI's styles cannot be written" in words(said)
+    answer = handler(webui_host, run)
+    assert kinds(answer) == ["bad"]
+    assert "the WebUI's styles cannot be written" in words(answer)
 
 
-@pytest.mark.parametrize("handler", [results.save_styles, results.remove_styles])
+@pytest.mark.parametrize("handler", [save_run_styles, remove_run_styles])
 @pytest.mark.parametrize("name", ["", "gone", "../mix"])
 def test_styles_of_no_run_are_refused(host, handler, name):
     assert kinds(handler(host, name)) == ["bad"]
@@ -141,6 +148,6 @@ def test_styles_of_no_run_are_refused(host, handler, name):
 
 def test_a_style_is_named_after_run_and_checkpoint(host, run):
     loaded = load_run(host.folders(), run)
-    styles = results.styles_of(loaded)
+    styles = styles_of(loaded)
     assert list(styles) == ["mix: a", "mix: b", "mix: c"]
-    assert styles["mix: a"] == results.prompts_of(loaded)["a"]
+    assert styles["mix: a"] == prompts_of(loaded)["a"]

@@ -15,12 +15,20 @@ from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import result as results
-from hyper_merge.ui.handlers import use as using
-from hyper_merge.ui.handlers.use import Outcome
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import use as views_use
+from hyper_merge.ui.handlers.merge import show_merge_result
+from hyper_merge.ui.handlers.result import prompts_of, show_run
+from hyper_merge.ui.handlers.use import (
+    PanelOutcome,
+    choose_used_run,
+    explain_sent_fit,
+    hide_fit_tags,
+    list_usable_runs,
+    save_fit_style,
+    show_outcome,
+    watch_job_in_both_tabs,
+)
+from hyper_merge.ui.html.common import format_job_status
+from hyper_merge.ui.html.use import format_sliders
 
 
 class One:
@@ -32,14 +40,14 @@ class One:
 
     def wait(self, seconds):
         assert self.standing.outcome == "running", "it has ended"
-        self.standing = replace(self.standing, outcome="done", result=Outcome("<p>here</p>"))
+        self.standing = replace(self.standing, outcome="done", result=PanelOutcome("<p>here</p>"))
 
 
 @pytest.fixture
 def fitted(host, run, files, tmp_path):
     """A checkpoint under another name, fitted onto the run."""
-    order = FitRequest(run, files[1], name="later", device="cpu", topup=PrivateLoraTarget(1))
-    return run_fit(order, host.folders(), Progress())
+    request = FitRequest(run, files[1], name="later", device="cpu", topup=PrivateLoraTarget(1))
+    return run_fit(request, host.folders(), Progress())
 
 
 def terms_in(sliders):
@@ -49,39 +57,39 @@ def terms_in(sliders):
 
 def listing(host, name=None, known="", restored=None, exported=(), picks=(None,) * 3):
     names = ("run", "known", "about", "sliders", "title", "restored", "exported", "fitted")
-    found = using.listing(host, name, known, restored, exported, *picks)
-    assert len(found) == 10
-    return dict(zip(names, found, strict=False))
+    updates = list_usable_runs(host, name, known, restored, exported, *picks)
+    assert len(updates) == 10
+    return dict(zip(names, updates, strict=False))
 
 
 def test_without_a_run_it_says_where_one_is_made(host):
-    found = listing(host)
-    assert found["run"]["choices"] == []
-    assert found["run"]["value"] is None
-    assert "No merge was made here yet" in words(found["about"])
-    assert found["sliders"] == ""
-    assert found["fitted"]["choices"] == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    updates = listing(host)
+    assert updates["run"]["choices"] == []
+    assert updates["run"]["value"] is None
+    assert "There are no runs yet" in words(updates["about"])
+    assert updates["sliders"] == ""
+    assert updates["fitted"]["choices"] == ["a.safetensors", "b.safetensors", "c.safetensors"]
 
 
-def test_a_run_has_a_slider_for_every_checkpoint_fitted_ones_too(host, run, fitted):
-    found = listing(host, run)
-    assert found["run"]["value"] == run
-    assert re.findall('data-name="([^"]*)"', found["sliders"]) == ["a", "b", "c", "later"]
-    assert (found["restored"]["choices"], found["restored"]["value"]) == (
+def test_merged_and_fitted_checkpoints_have_sliders(host, run, fitted):
+    updates = listing(host, run)
+    assert updates["run"]["value"] == run
+    assert re.findall('data-name="([^"]*)"', updates["sliders"]) == ["a", "b", "c", "later"]
+    assert (updates["restored"]["choices"], updates["restored"]["value"]) == (
         ["a", "b", "c", "later"],
         "a",
     )
-    assert found["exported"]["choices"] == ["a", "b", "c"]
-    assert "and later, fitted later" in words(found["about"])
+    assert updates["exported"]["choices"] == ["a", "b", "c"]
+    assert "and later (fitted later)" in words(updates["about"])
 
 
-def test_what_goes_with_the_sliders_adds_up_to_the_tags(host, run, fitted):
+def test_multipliers_of_sliders_add_up_to_tags(host, run, fitted):
     loaded = load_run(host.folders(), run)
-    terms = terms_in(views_use.sliders(loaded))
-    for name, prompt in results.prompts_of(loaded).items():
+    terms = terms_in(format_sliders(loaded))
+    for name, prompt in prompts_of(loaded).items():
         assert mixture_tags(loaded, {name: 1.0}) == prompt
-        said = [lora for lora, *_ in terms[name]]
-        assert said == re.findall("<lora:([^:]*):", prompt)
+        loras = [lora for lora, *_ in terms[name]]
+        assert loras == re.findall("<lora:([^:]*):", prompt)
     assert terms["later"][-1] == [fitted.topups[0].name, 1.0, None]
     shares = {"a": 0.3, "later": -0.2, "b": 0}
     mixed = mixture_tags(loaded, shares)
@@ -93,38 +101,40 @@ def test_what_goes_with_the_sliders_adds_up_to_the_tags(host, run, fitted):
 
 
 def test_names_cannot_break_the_page(host, run, root, monkeypatch):
-    monkeypatch.setattr(views_use, "checkpoint_names", lambda run: ('"><img src=x>', "'"))
-    monkeypatch.setattr(views_use, "tag_rows", lambda run, name: ((EVIL, 1.0, None),))
-    sliders = views_use.sliders(load_run(host.folders(), run))
+    monkeypatch.setattr(
+        "hyper_merge.ui.html.use.checkpoint_names", lambda run: ('"><img src=x>', "'")
+    )
+    monkeypatch.setattr("hyper_merge.ui.html.use.tag_rows", lambda run, name: ((EVIL, 1.0, None),))
+    sliders = format_sliders(load_run(host.folders(), run))
     assert "img" not in tags(sliders)
     assert terms_in(sliders)['"><img src=x>'] == [[EVIL, 1.0, None]]
 
 
-def test_a_run_that_has_come_since_is_picked_and_others_stay(host, run):
+def test_a_new_run_is_picked(host, run):
     assert listing(host, run, json.dumps([run]))["run"]["value"] == run
     assert listing(host, "gone", json.dumps(["gone", run]))["run"]["value"] == run
     assert listing(host, "old", json.dumps(["old"]))["run"]["value"] == run
 
 
-def test_what_was_picked_of_a_run_stays_if_it_is_there(host, run):
-    found = listing(host, run, "", "c", ["b", "gone"])
-    assert found["restored"]["value"] == "c"
-    assert found["exported"]["value"] == ["b"]
+def test_picked_checkpoints_of_a_run_stay_picked(host, run):
+    updates = listing(host, run, "", "c", ["b", "gone"])
+    assert updates["restored"]["value"] == "c"
+    assert updates["exported"]["value"] == ["b"]
 
 
 def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
-    *_, one, two, three = using.listing(host, run, "", None, [], "a.safetensors", "gone", None)
-    assert "value" not in one, "it may have been picked anew since the page asked"
+    *_, one, two, three = list_usable_runs(host, run, "", None, [], "a.safetensors", "gone", None)
+    assert "value" not in one, "it may have changed since the page asked"
     assert two["value"] is three["value"] is None
 
 
-def test_what_is_left_to_do_after_sending_names_the_run_of_the_fit():
-    assert using.sent('["mix", "d"]', "mix [01]") == ""
-    assert "Select the hyper-model of mix" in words(using.sent('["mix", "d"]', ""))
+def test_the_note_after_sending_names_the_run():
+    assert explain_sent_fit('["mix", "d"]', "mix [01]") == ""
+    assert "select the hyper-model of mix" in words(explain_sent_fit('["mix", "d"]', ""))
 
 
-def test_another_run_clears_what_was_said_of_the_last_one(host, run):
-    about, sliders, *_, group = using.pick(host, run, None, [])
+def test_another_run_clears_earlier_results(host, run):
+    about, sliders, *_, group = choose_used_run(host, run, None, [])
     assert "mix.safetensors" in words(about)
     assert sliders.startswith("<div class=hm-mix")
     assert group["visible"] is False
@@ -132,7 +142,7 @@ def test_another_run_clears_what_was_said_of_the_last_one(host, run):
 
 @pytest.mark.parametrize("name", [None, "gone", "../mix"])
 def test_a_run_that_is_not_there_is_said(host, run, name):
-    about, sliders, *rest = using.pick(host, name, None, [])
+    about, sliders, *rest = choose_used_run(host, name, None, [])
     assert kinds(about) == ["bad"]
     assert sliders == ""
     assert len(rest) == 10
@@ -144,81 +154,83 @@ def test_a_fit_that_cannot_be_used_is_said(host, run, fitted, root):
     assert "later" not in listing(host, run)["sliders"]
 
 
-def test_an_outcome_is_shown_in_its_panel_alone_and_once():
-    jobs = One(outcome="done", result=Outcome("<p>here</p>", wrote=True), place="export")
-    *said, group, shown, fitted, title, wrote, seen = using.after(jobs, "")
-    assert [text for text in said if not unchanged(text)] == ["<p>here</p>"]
-    assert said[3] == "<p>here</p>"
+def test_an_outcome_is_shown_once_in_its_panel():
+    jobs = One(outcome="done", result=PanelOutcome("<p>here</p>", wrote=True), place="export")
+    *texts, group, content, fitted, title, wrote, seen = show_outcome(jobs, "")
+    assert [text for text in texts if not unchanged(text)] == ["<p>here</p>"]
+    assert texts[3] == "<p>here</p>"
     assert (wrote, seen) == ("task(1)", "task(1)")
-    assert all(map(unchanged, (group, shown, fitted, title)))
-    assert all(map(unchanged, using.after(jobs, "task(1)")))
+    assert all(map(unchanged, (group, content, fitted, title)))
+    assert all(map(unchanged, show_outcome(jobs, "task(1)")))
 
 
-def test_a_fits_tags_are_shown_and_go_again_when_there_are_none():
+def test_tags_of_a_fit_are_shown_and_hidden():
     jobs = One(
-        outcome="done", result=Outcome("near", "<lora:x:1>", ("mix", "d"), "mix [01]"), place="fit"
+        outcome="done",
+        result=PanelOutcome("near", "<lora:x:1>", ("mix", "d"), "mix [01]"),
+        place="fit",
     )
-    *_, group, shown, fitted, title, wrote, _ = using.after(jobs, "")
-    assert (group["visible"], shown, fitted) == (True, "<lora:x:1>", '["mix", "d"]')
+    *_, group, content, fitted, title, wrote, _ = show_outcome(jobs, "")
+    assert (group["visible"], content, fitted) == (True, "<lora:x:1>", '["mix", "d"]')
     assert title == "mix [01]"
     assert unchanged(wrote)
     refused = One(outcome="refused", message="it is of another family", place="fit")
-    said = using.after(refused, "")
-    assert kinds(said[1]) == ["bad"]
-    assert said[6]["visible"] is False
-    assert using.hidden()["visible"] is False
+    texts = show_outcome(refused, "")
+    assert kinds(texts[1]) == ["bad"]
+    assert texts[6]["visible"] is False
+    assert hide_fit_tags()["visible"] is False
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "refused", "failed"])
 def test_how_a_job_ended_is_said_in_its_panel(outcome):
     jobs = One(outcome=outcome, message="why", place="safe")
-    said = using.after(jobs, "")
-    assert said[4] == views.progress(jobs.standing)
+    texts = show_outcome(jobs, "")
+    assert texts[4] == format_job_status(jobs.standing)
 
 
 def test_the_end_of_such_a_job_opens_no_run(host):
-    jobs = One(outcome="done", result=Outcome("near"), place="fit")
-    assert all(map(unchanged, merging.after(host, jobs)[1:]))
-    assert all(map(unchanged, using.after(One(outcome="done", result="mix"), "")))
+    jobs = One(outcome="done", result=PanelOutcome("near"), place="fit")
+    assert all(map(unchanged, show_merge_result(host, jobs)[1:]))
+    assert all(map(unchanged, show_outcome(One(outcome="done", result="mix"), "")))
 
 
 def test_each_tab_says_how_its_own_jobs_ended():
     fit = One(outcome="done", place="fit")
-    ((status, _, _, other, *_),) = using.watch(fit, None)
+    ((status, _, _, other, *_),) = watch_job_in_both_tabs(fit, None)
     assert status == ""
     assert "Done: the fit of d" in words(other)
     merge = One(outcome="done", place=MERGE)
-    ((status, _, _, other, *_),) = using.watch(merge, None)
+    ((status, _, _, other, *_),) = watch_job_in_both_tabs(merge, None)
     assert "Done" in words(status)
     assert other == ""
 
 
-def test_progress_is_shown_in_both_tabs_and_in_the_panel_that_began_it():
-    for panel, shown in (("fit", True), ("safe", False)):
-        first, *_, own = next(iter(using.watch(One(place="fit"), panel)))
+def test_progress_is_shown_in_both_tabs_and_panel():
+    for panel, is_followed in (("fit", True), ("safe", False)):
+        first, *_, panel_text = next(iter(watch_job_in_both_tabs(One(place="fit"), panel)))
         assert "waiting for the queue" in words(first)
-        assert (own == first) is shown
+        assert (panel_text == first) is is_followed
 
 
-def test_the_end_of_a_job_that_was_followed_is_what_it_gave():
+def test_a_followed_job_ends_with_its_result():
     """Two streams may follow it, and only after one of them the panel is asked what came of it."""
     jobs = One(place="safe")
-    *running, ended = (row[-1] for row in using.watch(jobs, "safe"))
+    *running, ended = (row[-1] for row in watch_job_in_both_tabs(jobs, "safe"))
     assert ["waiting for the queue" in words(text) for text in running] == [True]
     assert ended == "<p>here</p>"
-    ((*_, later),) = using.watch(jobs, "safe")
+    ((*_, later),) = watch_job_in_both_tabs(jobs, "safe")
     assert unchanged(later)  # a refusal may stand there
 
 
-def test_a_style_of_a_fit_is_saved_and_one_of_none_is_refused(webui, run, fitted):
+def test_the_style_of_a_fit_is_saved(webui, run, fitted):
     host = webui.host()
-    said = using.save_style(host, json.dumps([run, "later"]))
-    assert (kinds(said), host.styles()) == (["good"], {"mix: later"})
+    texts = save_fit_style(host, json.dumps([run, "later"]))
+    assert (kinds(texts), host.styles()) == (["good"], {"mix: later"})
     for nothing in ("", json.dumps([run, "gone"]), json.dumps(["gone", "later"])):
-        assert kinds(using.save_style(host, nothing)) == ["bad"]
+        assert kinds(save_fit_style(host, nothing)) == ["bad"]
     assert host.styles() == {"mix: later"}
 
 
 def test_fitted_checkpoints_are_in_the_result_too(host, run, fitted):
-    shown = results.show(host, run)
-    assert shown[4]["choices"] == ["a", "b", "c", "later"]
+    content = show_run(host, run)
+    assert content[4]["choices"] == ["a", "b", "c", "later"]

@@ -10,10 +10,17 @@ from tiny_family import snapshot, write
 
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
-from hyper_merge.ui.handlers import merge as merging
-from hyper_merge.ui.handlers import use as using
-from hyper_merge.ui.handlers import use_actions as use_jobs
-from hyper_merge.ui.handlers.use import Outcome
+from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
+from hyper_merge.ui.handlers.use import PanelOutcome, show_outcome
+from hyper_merge.ui.handlers.use_actions import (
+    start_deletable_check,
+    start_export,
+    start_extension,
+    start_extraction,
+    start_fit,
+    start_mixture,
+    start_restore,
+)
 from hyper_merge.ui.panels.use import SAME_PRECISION
 
 FIT = {"run": "mix", "checkpoint": "new/d.safetensors", "topup": "", "name": "", "replace": False}
@@ -26,36 +33,36 @@ def _new(checkpoints, run):
     shutil.copy(checkpoints / "b.safetensors", checkpoints / "new/d.safetensors")
 
 
-def outcome(jobs, said):
+def outcome(jobs, answer):
     """What a job gave that was begun."""
-    assert said == ""
+    assert answer == ""
     standing = ended(jobs)
     assert standing.outcome == "done", standing.message
     return standing.result
 
 
 def fit(host, jobs, **changes):
-    return use_jobs.start_fit(host, jobs, *(FIT | changes).values())
+    return start_fit(host, jobs, *(FIT | changes).values())
 
 
 def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
-    found = outcome(jobs, fit(host, jobs))
-    assert "d: the LoRAs of mix bring back" in words(found.said)
-    assert "What remains most, by section" in words(found.said)
-    assert found.tags == mixture_tags(load_run(host.folders(), "mix"), {"d": 1.0})
-    assert (found.fitted, found.wrote) == (("mix", "d"), False)
+    result = outcome(jobs, fit(host, jobs))
+    assert "d: the LoRAs of mix explain" in words(result.html)
+    assert "Largest losses" in words(result.html)
+    assert result.tags == mixture_tags(load_run(host.folders(), "mix"), {"d": 1.0})
+    assert (result.fitted, result.wrote) == (("mix", "d"), False)
     assert jobs.last.standing.place == "fit"
     assert (root / "hyper-merge/mix/fits/d.json").exists()
 
 
-def test_a_fit_with_a_private_lora_has_its_name_and_share(host, jobs, root):
-    found = outcome(jobs, fit(host, jobs, topup="2", name="other"))
-    assert "With its private LoRA mix_fit-other-2 (rank 2" in words(found.said)
-    assert found.wrote is True
+def test_a_fit_names_its_private_lora_and_share(host, jobs, root):
+    result = outcome(jobs, fit(host, jobs, topup="2", name="other"))
+    assert "With its private LoRA mix_fit-other-2 (rank 2" in words(result.html)
+    assert result.wrote is True
     assert (root / "Lora/mix_fit-other-2.safetensors").exists()
 
 
-def test_an_earlier_fit_is_replaced_only_when_that_is_wanted(host, jobs):
+def test_an_earlier_fit_is_replaced_on_request(host, jobs):
     outcome(jobs, fit(host, jobs))
     assert fit(host, jobs) == ""
     assert ended(jobs).outcome == "refused"
@@ -76,75 +83,75 @@ def test_an_earlier_fit_is_replaced_only_when_that_is_wanted(host, jobs):
         ({"name": "a/b"}, "Name: the path separator"),
     ],
 )
-def test_a_fit_of_what_is_not_there_is_refused_before_it_begins(host, jobs, root, changes, message):
+def test_a_fit_with_invalid_fields_is_refused(host, jobs, root, changes, message):
     before = snapshot(root)
-    said = fit(host, jobs, **changes)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+    answer = fit(host, jobs, **changes)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
     assert jobs.last is None
     assert snapshot(root) == before
 
 
-def test_a_lora_that_was_edited_is_refused_and_said_in_the_panel(host, jobs, root):
+def test_an_edited_lora_is_refused_in_the_panel(host, jobs, root):
     path = root / "Lora/mix_1-2.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\x01\x02")
     before = snapshot(root / "hyper-merge/mix")
     assert fit(host, jobs) == ""
     assert ended(jobs).outcome == "refused"
-    assert "was edited or replaced" in words(using.after(jobs, "")[1])
+    assert "was edited or replaced" in words(show_outcome(jobs, "")[1])
     assert snapshot(root / "hyper-merge/mix") == before
 
 
-def test_a_new_run_with_one_more_opens_in_the_result(host, jobs, checkpoints, state_of):
+def test_an_extended_run_opens_in_the_result(host, jobs, checkpoints, state_of):
     state = {k: v * 1.01 if v.is_floating_point() else v for k, v in state_of(2).items()}
     write(checkpoints / "e.safetensors", state)
-    made = outcome(jobs, use_jobs.start_absorb(host, jobs, "mix", "e.safetensors", ""))
+    made = outcome(jobs, start_extension(host, jobs, "mix", "e.safetensors", ""))
     assert made == "mix+1"
     assert [row.name for row in load_run(host.folders(), made).report.checkpoints] == list("abce")
-    assert merging.after(host, jobs)[10] == made
-    assert "Done: mix with e.safetensors" in words(using.after(jobs, "")[1])
+    assert show_merge_result(host, jobs)[10] == made
+    assert "Done: mix with e.safetensors" in words(show_outcome(jobs, "")[1])
 
 
-def test_a_checkpoint_comes_back_and_is_measured(host, jobs, checkpoints):
-    said = use_jobs.start_restore(host, jobs, "mix", "b", "float32", "")
-    found = outcome(jobs, said)
-    assert "Written: b-restored.safetensors in " in words(found.said)
-    assert "float32" in words(found.said)
-    assert "Measured against the original" in words(found.said)
+def test_a_checkpoint_is_restored_and_compared(host, jobs, checkpoints):
+    answer = start_restore(host, jobs, "mix", "b", "float32", "")
+    result = outcome(jobs, answer)
+    assert "Written: b-restored.safetensors in " in words(result.html)
+    assert "float32" in words(result.html)
+    assert "Compared with the original" in words(result.html)
     assert (checkpoints / "b-restored.safetensors").exists()
-    assert found.wrote is True
+    assert result.wrote is True
 
 
-def test_one_whose_original_is_gone_is_not_measured(host, jobs, checkpoints, root):
+def test_a_restored_checkpoint_without_original_is_not_compared(host, jobs, checkpoints, root):
     for copy in ("b", "new/d"):
         (checkpoints / f"{copy}.safetensors").unlink()
     (root / "hyper-merge/cache/hashes.json").unlink()  # of the files elsewhere
-    said = use_jobs.start_restore(host, jobs, "mix", "b", SAME_PRECISION, "again")
-    found = outcome(jobs, said)
-    assert "cannot be measured: b.safetensors is not there" in words(found.said)
+    answer = start_restore(host, jobs, "mix", "b", SAME_PRECISION, "again")
+    result = outcome(jobs, answer)
+    assert "Not compared with an original: b.safetensors is not there" in words(result.html)
     assert (checkpoints / "again.safetensors").exists()
 
 
 def test_no_file_is_replaced_by_a_restored_one(host, jobs, checkpoints):
     before = snapshot(checkpoints)
     for name in ("a", "mix"):
-        assert use_jobs.start_restore(host, jobs, "mix", "b", SAME_PRECISION, name) == ""
+        assert start_restore(host, jobs, "mix", "b", SAME_PRECISION, name) == ""
         assert ended(jobs).outcome == "refused"
-    said = use_jobs.start_restore(host, jobs, "mix", "b", SAME_PRECISION, "../out")
-    assert words(said).startswith("Name: the path separator")
-    said = use_jobs.start_restore(host, jobs, "mix", "b", "int8", "x")
-    assert words(said).startswith("Stored precision: expected")
+    answer = start_restore(host, jobs, "mix", "b", SAME_PRECISION, "../out")
+    assert words(answer).startswith("Name: the path separator")
+    answer = start_restore(host, jobs, "mix", "b", "int8", "x")
+    assert words(answer).startswith("Precision: expected")
     assert "Pick the checkpoint" in words(
-        use_jobs.start_restore(host, jobs, "mix", None, SAME_PRECISION, "")
+        start_restore(host, jobs, "mix", None, SAME_PRECISION, "")
     )
     assert snapshot(checkpoints) == before
 
 
 def test_a_mixture_is_written(host, jobs, checkpoints):
     shares = json.dumps({"a": 0.5, "b": 0.25, "c": 0})
-    found = outcome(jobs, use_jobs.start_mix(host, jobs, "mix", shares, "half"))
-    assert "The shares add up to 0.75; the hyper-model has the rest, 0.25." in words(found.said)
-    assert "a mixture has no original" in words(found.said)
+    result = outcome(jobs, start_mixture(host, jobs, "mix", shares, "half"))
+    assert "The shares add up to 0.75; the hyper-model has the rest, 0.25." in words(result.html)
+    assert "a mixture has no original" in words(result.html)
     assert (checkpoints / "half.safetensors").exists()
     assert jobs.last.standing.place == "mix"
 
@@ -161,55 +168,55 @@ def test_a_mixture_is_written(host, jobs, checkpoints):
     ],
 )
 def test_a_mixture_of_nothing_is_refused(host, jobs, shares, message):
-    said = use_jobs.start_mix(host, jobs, "mix", shares, "")
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+    answer = start_mixture(host, jobs, "mix", shares, "")
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
     assert jobs.last is None
 
 
 def test_a_mixture_of_unknown_names_is_refused(host, jobs, checkpoints):
     before = snapshot(checkpoints)
-    assert use_jobs.start_mix(host, jobs, "mix", '{"../a": 1}', "") == ""
+    assert start_mixture(host, jobs, "mix", '{"../a": 1}', "") == ""
     assert ended(jobs).outcome == "refused"
     assert "has no checkpoint ../a" in jobs.last.standing.message
     assert snapshot(checkpoints) == before
 
 
 def test_one_lora_for_each_checkpoint_or_for_some(host, jobs, root):
-    found = outcome(jobs, use_jobs.start_export(host, jobs, "mix", [], "", False))
-    assert "3 LoRAs written" in words(found.said)
+    result = outcome(jobs, start_export(host, jobs, "mix", [], "", False))
+    assert "3 LoRAs written" in words(result.html)
     assert (root / "Lora/mix_c.safetensors").exists()
-    some = outcome(jobs, use_jobs.start_export(host, jobs, "mix", ["b"], "2", True))
-    assert "1 LoRA written" in words(some.said)
-    assert "by cutting ranks" in words(some.said)
-    said = use_jobs.start_export(host, jobs, "mix", ["b"], "many", True)
-    assert words(said).startswith("Rank: expected a whole number")
+    some = outcome(jobs, start_export(host, jobs, "mix", ["b"], "2", True))
+    assert "1 LoRA written" in words(some.html)
+    assert "which cutting ranks costs" in words(some.html)
+    answer = start_export(host, jobs, "mix", ["b"], "many", True)
+    assert words(answer).startswith("Rank: expected a whole number")
 
 
-def test_what_is_safe_to_delete_is_said_and_deletes_nothing(host, jobs, checkpoints):
+def test_the_deletion_check_deletes_nothing(host, jobs, checkpoints):
     before = snapshot(checkpoints)
-    found = outcome(jobs, use_jobs.start_safe(host, jobs, "mix", "1%"))
-    assert "Yes: at least 1 %" in words(found.said)
-    assert "Nothing was deleted" in words(found.said)
-    assert found.wrote is False
-    strict = outcome(jobs, use_jobs.start_safe(host, jobs, "mix", ""))
-    assert "less than 99% is restored" in words(strict.said)
+    result = outcome(jobs, start_deletable_check(host, jobs, "mix", "1%"))
+    assert "Yes: the run restores at least 1 %" in words(result.html)
+    assert "Nothing was deleted" in words(result.html)
+    assert result.wrote is False
+    strict = outcome(jobs, start_deletable_check(host, jobs, "mix", ""))
+    assert "less than 99% is restored" in words(strict.html)
     assert snapshot(checkpoints) == before
-    assert words(use_jobs.start_safe(host, jobs, "mix", "200%")).startswith("Threshold: expected")
+    assert words(start_deletable_check(host, jobs, "mix", "200%")).startswith("Threshold: expected")
 
 
-def test_the_lora_from_two_checkpoints_goes_into_the_hosts_folder(webui, jobs, root):
+def test_an_extracted_lora_is_in_the_hosts_folder(webui, jobs, root):
     host = webui.host()
-    said = use_jobs.start_extract(host, jobs, "a.safetensors", "c.safetensors", "4", "")
-    found = outcome(jobs, said)
-    assert "Written: c-from-a.safetensors" in words(found.said)
-    assert "<lora:c-from-a:1.00000>" in words(found.said)
+    answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "")
+    result = outcome(jobs, answer)
+    assert "Written: c-from-a.safetensors" in words(result.html)
+    assert "<lora:c-from-a:1.00000>" in words(result.html)
     assert (host.folders().loras / "c-from-a.safetensors").exists()
     assert "c-from-a" in webui.networks.available_networks
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("fields", "message"),
     [
         ((None, "c.safetensors", "4", ""), "From: pick"),
         (("a.safetensors", "gone", "4", ""), "gone is no longer in the list"),
@@ -217,16 +224,16 @@ def test_the_lora_from_two_checkpoints_goes_into_the_hosts_folder(webui, jobs, r
         (("a.safetensors", "c.safetensors", "4", "a/b"), "Name: the path separator"),
     ],
 )
-def test_an_extraction_of_what_is_not_there_is_refused(host, jobs, asked, message):
-    said = use_jobs.start_extract(host, jobs, *asked)
-    assert kinds(said) == ["bad"]
-    assert words(said).startswith(message)
+def test_an_extraction_of_what_is_not_there_is_refused(host, jobs, fields, message):
+    answer = start_extraction(host, jobs, *fields)
+    assert kinds(answer) == ["bad"]
+    assert words(answer).startswith(message)
 
 
 def test_a_run_of_that_name_keeps_its_loras(host, jobs, root):
     before = snapshot(root / "Lora")
-    said = use_jobs.start_extract(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4")
-    assert said == ""
+    answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4")
+    assert answer == ""
     assert ended(jobs).outcome == "refused"
     assert "is a LoRA of the run mix" in jobs.last.standing.message
     assert snapshot(root / "Lora") == before
@@ -235,10 +242,10 @@ def test_a_run_of_that_name_keeps_its_loras(host, jobs, root):
 def test_one_job_at_a_time(host, jobs):
     over = threading.Event()
     jobs.start("mix", lambda task, progress: over.wait(20), host.log)
-    said = fit(host, jobs)
+    answer = fit(host, jobs)
     over.set()
-    assert kinds(said) == ["info"]
-    assert "mix is still being made" in words(said)
+    assert kinds(answer) == ["info"]
+    assert "mix is still being made" in words(answer)
 
 
 def test_a_fit_waits_for_the_webui_and_stops(webui, jobs, root):
@@ -246,7 +253,7 @@ def test_a_fit_waits_for_the_webui_and_stops(webui, jobs, root):
     before = snapshot(root)
     with webui.queue_lock:
         assert fit(host, jobs) == ""
-        merging.stop(jobs)
+        stop_job(jobs)
         assert ended(jobs).outcome == "stopped"
     assert snapshot(root) == before
-    assert not isinstance(jobs.last.standing.result, Outcome)
+    assert not isinstance(jobs.last.standing.result, PanelOutcome)

@@ -1,4 +1,4 @@
-"""What people read: figures in words, and every name escaped wherever it is shown."""
+"""What people read: figures as text, and every name escaped wherever it is shown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,25 @@ from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import Form
-from hyper_merge.ui.handlers import merge_request as preparing
-from hyper_merge.ui.html import common as views
-from hyper_merge.ui.html import runs as views_runs
+from hyper_merge.ui.handlers.merge_request import prepare_merge
+from hyper_merge.ui.html.common import (
+    format_checkpoints,
+    format_job_status,
+    format_merge_introduction,
+    format_merge_plan,
+    format_message,
+    format_percent,
+    format_table,
+    vae_groups,
+)
+from hyper_merge.ui.html.runs import (
+    format_file_list,
+    format_missing_files,
+    format_run_comparison,
+    format_run_list,
+    format_run_summary,
+    format_run_table,
+)
 
 OURS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "code", "span", "ul", "li"}
 
@@ -22,17 +38,17 @@ OURS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "code", "s
 @pytest.fixture
 def evil_run(host, run):
     """A run all of whose texts are HTML."""
-    found = load_run(host.folders(), run)
-    rows = [replace(row, name=f"{row.name}{EVIL}") for row in found.report.checkpoints]
-    report = replace(found.report, loras=(f"x_{EVIL}", EVIL), checkpoints=tuple(rows))
+    loaded = load_run(host.folders(), run)
+    rows = [replace(row, name=f"{row.name}{EVIL}") for row in loaded.report.checkpoints]
+    report = replace(loaded.report, loras=(f"x_{EVIL}", EVIL), checkpoints=tuple(rows))
     return replace(
-        found,
+        loaded,
         name=EVIL,
         report=report,
         hyper_model=Path(EVIL),
         missing=(Path(EVIL),),
         family=EVIL,
-        recipe=replace(found.recipe, ranks=(4, 2)),
+        recipe=replace(loaded.recipe, ranks=(4, 2)),
     )
 
 
@@ -47,20 +63,20 @@ def evil_standing(**changes):
 @pytest.mark.parametrize(
     "view",
     [
-        lambda run: views.message("bad", EVIL),
-        lambda run: views.table([EVIL], []),
-        lambda run: views.checkpoints([(EVIL, evil_row())], {EVIL: EVIL}),
-        lambda run: views.checkpoints([(EVIL, evil_row())], {}),
-        lambda run: views.progress(evil_standing()),
-        lambda run: views.progress(evil_standing(outcome="done", message="")),
-        lambda run: views.progress(evil_standing(outcome="refused")),
-        lambda run: views.progress(evil_standing(outcome="failed")),
-        views_runs.result_sentence,
-        lambda run: views_runs.result_table(run.report),
-        lambda run: views_runs.runs([run], [EVIL]),
-        lambda run: views_runs.comparison(run, run),
-        views_runs.missing,
-        lambda run: views_runs.file_list([Path(EVIL)], EVIL),
+        lambda run: format_message("bad", EVIL),
+        lambda run: format_table([EVIL], []),
+        lambda run: format_checkpoints([EVIL], [evil_row()], {EVIL: EVIL}),
+        lambda run: format_checkpoints([EVIL], [evil_row()], {}),
+        lambda run: format_job_status(evil_standing()),
+        lambda run: format_job_status(evil_standing(outcome="done", message="")),
+        lambda run: format_job_status(evil_standing(outcome="refused")),
+        lambda run: format_job_status(evil_standing(outcome="failed")),
+        format_run_summary,
+        lambda run: format_run_table(run.report),
+        lambda run: format_run_list([run], [EVIL]),
+        lambda run: format_run_comparison(run, run),
+        format_missing_files,
+        lambda run: format_file_list([Path(EVIL)], EVIL),
     ],
 )
 def test_every_text_is_escaped(evil_run, view):
@@ -71,8 +87,8 @@ def test_every_text_is_escaped(evil_run, view):
 
 
 def test_the_plan_escapes_its_warnings_and_names(host):
-    preflight, place = preparing.prepare(host, Form(*values()))
-    html = views.plan(
+    preflight, place = prepare_merge(host, Form(*values()))
+    html = format_merge_plan(
         replace(preflight, warnings=(EVIL,)),
         replace(place, run=EVIL, hyper_model=place.hyper_model.with_name(EVIL)),
     )
@@ -81,12 +97,12 @@ def test_the_plan_escapes_its_warnings_and_names(host):
 
 
 def test_a_task_cannot_leave_its_attribute():
-    html = views.progress(evil_standing())
+    html = format_job_status(evil_standing())
     assert 'data-task="&quot;&lt;img src=x&gt;"' in html
 
 
 def test_an_empty_message_is_no_box():
-    assert views.message("bad", "") == ""
+    assert format_message("bad", "") == ""
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,7 @@ def test_bytes_in_words(count, text):
     ],
 )
 def test_a_share_is_never_rounded_up_to_a_whole(share, text):
-    assert views.percent(share) == text
+    assert format_percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -133,11 +149,11 @@ def test_a_share_is_never_rounded_up_to_a_whole(share, text):
     ],
 )
 def test_vaes_are_told_apart_by_letters(prints, groups):
-    assert views.vae_groups([evil_row(vae=each) for each in prints]) == groups
+    assert vae_groups([evil_row(vae=vae) for vae in prints]) == groups
 
 
 def test_many_vaes_are_told_apart_too():
-    groups = views.vae_groups([evil_row(vae=str(number)) for number in range(30)])
+    groups = vae_groups([evil_row(vae=str(number)) for number in range(30)])
     assert len(set(groups)) == 30
 
 
@@ -151,58 +167,60 @@ def test_many_vaes_are_told_apart_too():
         ({"outcome": "done", "elapsed": 59.4}, "Done: mix, in 59 s"),
         ({"outcome": "done", "elapsed": 59.6}, "Done: mix, in 1 min 0 s"),
         ({"outcome": "stopped", "message": "stopped; no file was changed"}, "Stopped: no file was changed"),
-        ({"outcome": "refused", "message": "the disk is full"}, "Not made: the disk is full"),
-        ({"outcome": "failed", "message": "KeyError: 1"}, "An unexpected error ended it; the log has all of it: KeyError: 1"),
+        ({"outcome": "refused", "message": "the disk is full"}, "Failed: the disk is full"),
+        ({"outcome": "failed", "message": "KeyError: 1"}, "Unexpected error; see the log for details: KeyError: 1"),
     ],
 )  # fmt: skip
 def test_progress_in_words(now, text):
-    html = views.progress(replace(JobStatus("task(x)", "mix"), **now))
+    html = format_job_status(replace(JobStatus("task(x)", "mix"), **now))
     assert words(html) == text
     assert ("hm-progress" in html) == (now.get("outcome") is None)
 
 
 def test_the_bar_is_as_long_as_the_work_done():
-    html = views.progress(JobStatus("task(x)", "mix", "solving", 0.425, 10))
+    html = format_job_status(JobStatus("task(x)", "mix", "solving", 0.425, 10))
     assert '<div style="width:42.5%"></div>' in html
 
 
 def test_notes_stand_below_progress_and_outcome():
     for outcome in ("running", "done"):
-        html = views.progress(JobStatus("t", "mix", outcome=outcome, notes=("rank 9 is capped",)))
+        html = format_job_status(
+            JobStatus("t", "mix", outcome=outcome, notes=("rank 9 is capped",))
+        )
         assert kinds(html)[-1] == "info"
         assert words(html).endswith("rank 9 is capped")
 
 
 def test_a_merge_that_saves_nothing_says_so(host, run):
-    found = load_run(host.folders(), run)
-    larger = replace(found, report=replace(found.report, bytes_loras=10_000_000))
-    assert "9 MB more" in words(views_runs.result_sentence(larger))
+    loaded = load_run(host.folders(), run)
+    larger = replace(loaded, report=replace(loaded.report, bytes_loras=10_000_000))
+    assert "9 MB more" in words(format_run_summary(larger))
 
 
-@pytest.mark.parametrize(("added", "told"), [(0.015, True), (1e-4, False)])
-def test_much_that_rounding_takes_back_is_remarked_on_with_what_to_do(host, run, added, told):
-    found = load_run(host.folders(), run)
+@pytest.mark.parametrize(("added", "expected"), [(0.015, True), (1e-4, False)])
+def test_costly_rounding_is_reported_with_advice(host, run, added, expected):
+    loaded = load_run(host.folders(), run)
     rounding = (PrecisionLoss(A1111, added, added), PrecisionLoss(FORGE_AND_COMFYUI, 0.5, 0.5))
     text = words(
-        views_runs.result_sentence(replace(found, report=replace(found.report, rounding=rounding)))
+        format_run_summary(replace(loaded, report=replace(loaded.report, rounding=rounding)))
     )
-    said = (
-        "AUTOMATIC1111 rounds the weights after each of these LoRAs, which takes back 1.5 % of what"
-        " sets the checkpoints apart. One LoRA per checkpoint is rounded once: under Use, or"
+    sentence = (
+        "AUTOMATIC1111 rounds the weights after every LoRA, which loses 1.5 % of the checkpoints'"
+        " differences. A single LoRA per checkpoint is rounded only once: make them under Use, or with"
         " hyper-merge export mix"
     )
-    assert (said in text) == told
-    assert ("rounds the weights" in text) == told
+    assert (sentence in text) == expected
+    assert ("rounds the weights" in text) == expected
 
 
-def test_with_a_checkpoint_as_base_no_hyper_model_is_named(host, run):
-    found = load_run(host.folders(), run)
-    recipe = replace(found.recipe, base=str(found.sources[0].path))
-    based = replace(found, recipe=recipe, hyper_model=found.sources[0].path)
-    assert "→ a.safetensors as base + 2 LoRAs" in words(views_runs.result_sentence(based))
+def test_a_base_checkpoint_replaces_the_hyper_model(host, run):
+    loaded = load_run(host.folders(), run)
+    recipe = replace(loaded.recipe, base=str(loaded.sources[0].path))
+    based = replace(loaded, recipe=recipe, hyper_model=loaded.sources[0].path)
+    assert "→ a.safetensors as base + 2 LoRAs" in words(format_run_summary(based))
 
 
-def test_before_the_first_merge_the_place_of_the_result_says_what_there_will_be():
-    text = words(views.introduction())
+def test_the_introduction_names_hyper_model_and_loras():
+    text = words(format_merge_introduction())
     assert "hyper-model" in text
     assert "LoRAs" in text

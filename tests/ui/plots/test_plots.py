@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from hyper_merge.ui.plots import canvas
-from hyper_merge.ui.plots import report as plots
+from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot
 
 SECTIONS = [
     *((f"TE{n:02d}", "text_encoder") for n in range(12)),
@@ -27,7 +27,7 @@ SECTIONS = [
     ("MID", "unet"),
     *((f"OUT{n:02d}", "unet") for n in range(12)),
 ]
-PLOTS = (plots.explained_plot, plots.similarity_plot, plots.parts_plot)
+PLOTS = (explained_plot, similarity_plot, parts_plot)
 NAMES = {
     "two": ["a", "b"],
     "six alike": [f"checkpoint_{i}" for i in range(6)],
@@ -95,35 +95,35 @@ def test_the_ground_is_transparent(plot, names):
 
 
 def test_the_lines_are_the_curve():
-    of = report(NAMES["two"])
-    axes = plots.explained_plot(of).axes[0]
-    for line, values in zip(axes.lines, zip(*of.curve, strict=True), strict=True):
+    sample = report(NAMES["two"])
+    axes = explained_plot(sample).axes[0]
+    for line, values in zip(axes.lines, zip(*sample.curve, strict=True), strict=True):
         assert list(line.get_ydata()) == list(values)
     words = [text.get_text() for text in axes.texts]
     assert words == ["93.8%  a", "92.8%  b"]
 
 
-def test_of_many_checkpoints_the_best_and_the_worst_are_named():
-    axes = plots.explained_plot(report(NAMES["twenty long"])).axes[0]
+def test_many_lines_name_only_best_and_worst():
+    axes = explained_plot(report(NAMES["twenty long"])).axes[0]
     assert len(axes.lines) == 20
     assert [text.get_text().split()[0] for text in axes.texts] == ["93.8%", "75.9%"]
 
 
 def test_the_cells_are_the_similarity():
-    of = report(NAMES["six alike"])
-    axes = plots.similarity_plot(of).axes[0]
-    shown = axes.images[0].get_array()
+    sample = report(NAMES["six alike"])
+    axes = similarity_plot(sample).axes[0]
+    cells = axes.images[0].get_array()
     for r, c in itertools.product(range(6), repeat=2):
-        assert shown.mask[r, c] if r == c else shown[r, c] == of.similarity[r][c]
+        assert cells.mask[r, c] if r == c else cells[r, c] == sample.similarity[r][c]
     assert axes.texts[0].get_text() == "-0.17"
 
 
 def test_the_bars_are_the_shares_of_the_sections():
-    of = report(NAMES["two"])
-    axes = plots.parts_plot(of).axes[0]
+    sample = report(NAMES["two"])
+    axes = parts_plot(sample).axes[0]
     energies, lost = axes.containers
-    assert [bar.get_height() for bar in energies] == [part.energy for part in of.parts]
-    assert [bar.get_height() for bar in lost] == [part.lost for part in of.parts]
+    assert [bar.get_height() for bar in energies] == [part.energy for part in sample.parts]
+    assert [bar.get_height() for bar in lost] == [part.lost for part in sample.parts]
     assert [text.get_text() for text in axes.texts] == ["TE", "IN", "MID", "OUT"]
 
 
@@ -133,7 +133,7 @@ def test_each_text_encoder_has_a_group_of_its_own():
         for encoder, count in ((1, 12), (2, 32))
         for n in range(count)
     )
-    figure = plots.parts_plot(replace(REPORT, parts=parts))
+    figure = parts_plot(replace(REPORT, parts=parts))
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["TE1", "TE2"]
     numbers = [label.get_text() for label in axes.get_xticklabels()]

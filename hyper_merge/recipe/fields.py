@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, Final, Literal
 
@@ -43,25 +43,21 @@ class Field:
 
     Attributes:
         name: Key in YAML; the option is `--name`.
-        title: Label in the form; empty where the form has no such field.
         metavar: Placeholder for the value in the command line's help.
         help: Explanation for the user.
         parse: Returns the value in `Recipe` for a value as YAML has it; takes its own results too.
         takes: How many words follow the option: one, several, or none.
         literal: Whether an option's words are text even where they look like numbers.
-        choices: Label in the form by value, where one of several is chosen.
         to_metadata: Returns the text for a file's metadata, without names of folders; None where
             metadata has no use for the setting.
     """
 
     name: str
-    title: str
     metavar: str
     help: str
     parse: Callable[[object], object]
     takes: Literal["one", "many", "flag"] = "one"
     literal: bool = False
-    choices: Mapping[str, str] = field(default_factory=dict)
     to_metadata: Callable[[Any], str] | None = str
 
     @property
@@ -102,199 +98,56 @@ def _base_text(base: str) -> str:
     return base if base == AVERAGE else _file_name(base)
 
 
-def _choice(
-    name: str, title: str, metavar: str, explanation: str, choices: Mapping[str, str]
-) -> Field:
-    """Returns a setting that is one of several words; `choices` has the form's label of each."""
-    return Field(name, title, metavar, explanation, choice(*choices), choices=choices)
-
-
-_DTYPES: Final = {word: word for word in ("float16", "bfloat16", "float32")}
-
 FIELDS: Final[tuple[Field, ...]] = (
-    Field(
-        "name",
-        "Name",
-        "NAME",
-        "name of the hyper-model and first part of its LoRAs' names",
-        parse_name,
-        literal=True,
-    ),
-    Field(
-        "models",
-        "Checkpoints",
-        "FILE",
-        "the checkpoints to merge, two or more",
-        parse_models,
-        "many",
-        literal=True,
-        to_metadata=_models_text,
-    ),
-    Field(
-        "ranks",
-        "Ranks",
-        "R,R,...",
-        "one LoRA of this rank each",
-        parse_ranks,
-        "many",
-        to_metadata=_numbers_text,
-    ),
-    Field(
-        "budget",
-        "Ranks",
-        "SIZE",
-        "in place of ranks: all LoRAs together are at most so large, as 300MB",
-        parse_bytes,
-        to_metadata=_optional_text,
-    ),
-    Field(
-        "target",
-        "Ranks",
-        "SHARE",
-        "in place of ranks: so much comes back of every checkpoint, as 95%",
-        parse_share,
-        to_metadata=_optional_text,
-    ),
-    Field(
-        "topup",
-        "Private LoRAs",
-        "RANK|SHARE",
-        "a private LoRA for each checkpoint below the mean, of this rank,"
-        " or below this share, up to it",
-        parse_private_lora_target,
-        to_metadata=_target_text,
-    ),
-    Field("device", "Device", "DEVICE", "auto, cpu, cuda or cuda:N", parse_device),
-    _choice(
-        "dtype",
-        "Stored precision",
-        "DTYPE",
-        "stored in the files: float16, bfloat16 or float32",
-        _DTYPES,
-    ),
-    _choice(
-        "lora_dtype",
-        "Stored precision of the LoRAs",
-        "DTYPE",
-        "stored in the LoRAs: same (as dtype), float16, bfloat16, float32,"
-        " or float8: half of float16's bytes (loads where torch is 2.1 or newer: A1111 1.8, Forge,"
-        " ComfyUI, kohya, diffusers; not on Apple's GPUs)",
-        {"same": "same", **_DTYPES, "float8": "float8"},
-    ),
-    Field("iterations", "Iterations", "N", "number of sweeps at most", whole(1, 10_000)),
-    Field(
-        "tolerance",
-        "Tolerance",
-        "X",
-        "stop when a sweep changes the loss by less than this fraction",
-        number(0.0, 1.0),
-    ),
-    Field(
-        "weights",
-        "Weights",
-        "X,X,...",
-        "weight of each checkpoint in the average",
-        parse_weights,
-        "many",
-        to_metadata=_numbers_text,
-    ),
-    Field(
-        "base",
-        "Base",
-        "FILE",
-        "what the LoRAs are added to: average, or a checkpoint's path",
-        parse_text,
-        literal=True,
-        to_metadata=_base_text,
-    ),
-    Field(
-        "output",
-        "",
-        "FOLDER",
-        "WebUI-shaped models folder that takes the files",
-        parse_path,
-        literal=True,
-        to_metadata=None,
-    ),
-    Field(
-        "overwrite",
-        "",
-        "",
-        "replace files that exist already",
-        parse_flag,
-        "flag",
-        to_metadata=None,
-    ),
-    Field("seed", "Seed", "N", "seed of everything random", whole(0, 2**63 - 1)),
-    _choice(
-        "method",
-        "",
-        "METHOD",
-        "joint, or greedy as in the original project",
-        {"joint": "joint", "greedy": "greedy"},
-    ),
-    _choice(
-        "allocation",
-        "Ranks go",
-        "HOW",
-        "adaptive: the ranks' bytes go to the layers where they bring back"
-        " most; even: the same ranks in every layer",
-        {"adaptive": "where they bring back most", "even": "the same in every layer"},
-    ),
-    _choice(
-        "multipliers",
-        "Separate multipliers for the text encoder",
-        "WHICH",
-        "separate ones for text encoder and UNet, or shared: one number",
-        {"separate": "separate", "shared": "shared"},
-    ),
-    Field(
-        "fit_weights",
-        "Weights of the fit",
-        "X,X,...",
-        "how much each checkpoint counts in the fit",
-        parse_weights,
-        "many",
-        to_metadata=_numbers_text,
-    ),
-    _choice(
-        "layer_weights",
-        "Differences count",
-        "HOW",
-        "how differences count: relative to each layer's size, or plain",
-        {"relative": "relative to each layer's size", "plain": "as they are"},
-    ),
-    _choice(
-        "vae",
-        "VAE",
-        "VAE",
-        "whose VAE is kept: first (of the first checkpoint), or average",
-        {"first": "of the first checkpoint", "average": "average of all"},
-    ),
-    _choice(
-        "exact",
-        "Companion LoRAs",
-        "WHAT",
-        "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"
-        " Forge, ComfyUI), or all: norms and biases (Forge and ComfyUI only)",
-        {
-            "none": "no",
-            "norms": "norms (A1111, Forge, ComfyUI)",
-            "all": "norms and biases (Forge, ComfyUI)",
-        },
-    ),
-)
+    Field("name", "NAME", "name of the hyper-model and first part of its LoRAs' names", parse_name,
+          literal=True),
+    Field("models", "FILE", "the checkpoints to merge, two or more", parse_models, "many",
+          literal=True, to_metadata=_models_text),
+    Field("ranks", "R,R,...", "one LoRA of this rank each", parse_ranks, "many",
+          to_metadata=_numbers_text),
+    Field("budget", "SIZE", "instead of ranks: the largest size of all LoRAs together, such as 300MB",
+          parse_bytes, to_metadata=_optional_text),
+    Field("target", "SHARE", "instead of ranks: the share of every checkpoint's differences to"
+          " explain, such as 95%", parse_share, to_metadata=_optional_text),
+    Field("topup", "RANK|SHARE", "a private LoRA for each checkpoint below the mean, of this rank,"
+          " or below this share, up to it", parse_private_lora_target, to_metadata=_target_text),
+    Field("device", "DEVICE", "auto, cpu, cuda or cuda:N", parse_device),
+    Field("dtype", "DTYPE", "stored in the files: float16, bfloat16 or float32",
+          choice("float16", "bfloat16", "float32")),
+    Field("lora_dtype", "DTYPE", "stored in the LoRAs: same (as dtype), float16, bfloat16, float32,"
+          " or float8: half of float16's bytes (loads where torch is 2.1 or newer: A1111 1.8, Forge,"
+          " ComfyUI, kohya, diffusers; not on Apple's GPUs)",
+          choice("same", "float16", "bfloat16", "float32", "float8")),
+    Field("iterations", "N", "number of sweeps at most", whole(1, 10_000)),
+    Field("tolerance", "X", "stop when a sweep changes the loss by less than this fraction",
+          number(0.0, 1.0)),
+    Field("weights", "X,X,...", "weight of each checkpoint in the average", parse_weights, "many",
+          to_metadata=_numbers_text),
+    Field("base", "FILE", "what the LoRAs are added to: average, or a checkpoint's path",
+          parse_text, literal=True, to_metadata=_base_text),
+    Field("output", "FOLDER", "WebUI-shaped models folder that takes the files", parse_path,
+          literal=True, to_metadata=None),
+    Field("overwrite", "", "replace files that exist already", parse_flag, "flag",
+          to_metadata=None),
+    Field("seed", "N", "seed of everything random", whole(0, 2**63 - 1)),
+    Field("method", "METHOD", "joint, or greedy as in the original project",
+          choice("joint", "greedy")),
+    Field("allocation", "HOW", "adaptive: the ranks' bytes go to the layers where they explain most;"
+          " even: the same ranks in every layer", choice("adaptive", "even")),
+    Field("multipliers", "WHICH", "separate ones for text encoder and UNet, or shared: one number",
+          choice("separate", "shared")),
+    Field("fit_weights", "X,X,...", "how much each checkpoint counts in the fit", parse_weights,
+          "many", to_metadata=_numbers_text),
+    Field("layer_weights", "HOW", "how differences count: relative to each layer's size, or plain",
+          choice("relative", "plain")),
+    Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
+          choice("first", "average")),
+    Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"
+          " Forge, ComfyUI), or all: norms and biases (Forge and ComfyUI only)",
+          choice("none", "norms", "all")),
+)  # fmt: skip
 
 FIELD_PARSERS: Final[Mapping[str, Callable[[object], object]]] = {
     setting.name: setting.parse for setting in FIELDS
 }
 """Parser of every setting by its name."""
-
-FIELD_TITLES: Final = {setting.name: setting.title for setting in FIELDS if setting.title}
-"""Label in the form of every setting that is there, by its name."""
-
-
-def choice_labels(name: str) -> dict[str, str]:
-    """Returns the value of a setting by its label in the form."""
-    choices = next(setting.choices for setting in FIELDS if setting.name == name)
-    return {label: value for value, label in choices.items()}

@@ -50,7 +50,7 @@ def jobs():
         job.stop()
     for thread in threading.enumerate():
         if thread.name == "hyper-merge":
-            thread.join(20)
+            thread.join(60)
 
 
 @pytest.fixture

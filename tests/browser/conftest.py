@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from urllib.request import urlopen
 import gradio
 import pytest
 from browser.the_tab import Tab
+from free_port import find_free_port
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))
@@ -67,9 +67,7 @@ class Server:
 
     def __init__(self, host: str, models: Path) -> None:
         self.host, self.models = host, models
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = find_free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
         self.log = models.parent / f"{host}-{self.port}.log"
         with self.log.open("w") as log:
@@ -87,7 +85,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self.log.read_text()}")
             try:
-                urlopen(self.url, timeout=1).close()
+                urlopen(self.url, timeout=10).close()
             except OSError:
                 time.sleep(0.1)
             else:
@@ -96,7 +94,7 @@ class Server:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
 
     @property
     def complaints(self) -> list[str]:

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from free_port import find_free_port
 
 import hyper_merge
 from hyper_merge.cli import app
@@ -110,19 +111,17 @@ def test_the_page_is_served_with_its_script_and_no_file_beside_it(
     monkeypatch.chdir(Path(__file__).parents[2])
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     page = build_app(tmp_path, Jobs())
     serve(page, Listening(port=port, auth=auth), block=False)
     try:
         url = f"http://127.0.0.1:{port}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             text = answer.read().decode()
         assert ("hyper_merge_checkpoints" in text) is (auth is None)
         for path in (Path("pyproject.toml").absolute(), secret):
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(f"{url}/file={path}", timeout=10)
+                urllib.request.urlopen(f"{url}/file={path}", timeout=60)
             assert caught.value.code in {401, 403, 404}
     finally:
         page.close(verbose=False)
@@ -178,9 +177,7 @@ def test_the_page_brings_style_and_script_with_it():
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 @pytest.mark.parametrize("auth", [None, ("ann", "secret")])
 def test_the_api_is_served_beside_the_page_for_those_whom_the_page_is_for(tmp_path, auth, sockets):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     page = build_app(tmp_path, Jobs())
     api = build_api(tmp_path, auth, Jobs())
     serve(page, Listening(port=port, auth=auth), api, block=False)
@@ -189,15 +186,15 @@ def test_the_api_is_served_beside_the_page_for_those_whom_the_page_is_for(tmp_pa
         asked = urllib.request.Request(f"{url}/hyper-merge/checkpoints")
         if auth:
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(asked, timeout=10)
+                urllib.request.urlopen(asked, timeout=60)
             assert caught.value.code == 401
             word = base64.b64encode(":".join(auth).encode()).decode()
             asked.add_header("Authorization", f"Basic {word}")
-        with urllib.request.urlopen(asked, timeout=10) as answer:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
             assert json.load(answer) == {"checkpoints": []}
-        with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=60) as answer:
             assert "/hyper-merge/merge" in json.load(answer)["paths"]
-        with urllib.request.urlopen(f"{url}/docs", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/docs", timeout=60) as answer:
             assert answer.status == 200
     finally:
         page.close(verbose=False)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from free_port import find_free_port
+
 from . import api, page, xyz
 from .callbacks import Callbacks, Errors, PasteButtons
 from .drawing import Processing, samplers
@@ -146,17 +148,17 @@ class FakeWebUI:
         """The FastAPI app with --nowebui, in place of `launch`."""
         return api.api_only(self)
 
-    def launch(self, port, **options):
+    def launch(self, port=None, **options):
         """Serves `create_ui()` on 127.0.0.1, until `close()`.
 
         Args:
-            port: 0 for any that is free.
+            port: None for any that is free.
             options: for gradio's `launch`.
 
         Returns:
             The page's address.
         """
-        return page.launch(self, port or None, **options)
+        return page.launch(self, port or find_free_port(), **options)
 
     def close(self):
         """Ends the server."""

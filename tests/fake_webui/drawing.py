@@ -31,7 +31,7 @@ class Processing(ModuleType):
         self.fails_with = None  # file's name: an error that loading it raises
         self.complaints = {}  # of every picture
         self.closed = 0
-        self.open_page = None  # called in the middle of every picture
+        self.on_step = None  # called within every step of a picture
 
         @dataclass(repr=False)
         class StableDiffusionProcessingTxt2Img:
@@ -137,8 +137,8 @@ class Processing(ModuleType):
             for step in range(p.steps):
                 state.sampling_step = step
                 time.sleep(self.pace)
-                if self.open_page:
-                    self.open_page()
+                if self.on_step:
+                    self.on_step()
                 if state.interrupted or state.skipped:
                     break  # what there is of the picture is decoded all the same
             state.nextjob()

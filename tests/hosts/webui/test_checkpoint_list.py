@@ -56,7 +56,7 @@ def test_a_list_that_is_filled_anew_meanwhile_is_seen_whole(host, webui, monkeyp
         begun.clear()
         other = threading.Thread(target=host.refresh)
         other.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         assert read()
         other.join()
 

@@ -127,9 +127,9 @@ def test_our_settings_are_components_of_the_hosts_page(webui, built):
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 def test_the_page_of_the_webui_is_served(webui, built):
     webui.load_scripts()
-    address = webui.launch(0)
+    address = webui.launch()
     try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=60) as answer:
             page = answer.read().decode()
     finally:
         webui.close()

@@ -7,7 +7,7 @@ import torch
 from narrow_layouts import FULL, NARROW, UNET
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_family import examine, merge, recipe, write
+from tiny_family import merge, recipe, write
 
 from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of
@@ -15,6 +15,7 @@ from hyper_merge.checkpoints.architectures.norms_and_biases import norms_and_bia
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.errors import OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.manifest import delete_run, files_of, load_run
 from hyper_merge.runs.report_text import format_report
@@ -189,9 +190,10 @@ def test_a_companions_place_that_is_taken_is_refused(files, tmp_path):
 
 def test_the_estimate_counts_companions(files, tmp_path):
     plain, exact = (
-        examine(recipe(files, tmp_path, exact=word)).estimate.loras for word in ("none", "all")
+        run_preflight(recipe(files, tmp_path, exact=word)).estimate.loras
+        for word in ("none", "all")
     )
-    sizes = [vector.size for vector in examine(recipe(files, tmp_path, exact="all")).vectors]
+    sizes = [vector.size for vector in run_preflight(recipe(files, tmp_path, exact="all")).vectors]
     assert exact - plain == 2 * 4 * sum(sizes)
 
 
@@ -204,8 +206,8 @@ def test_a_family_without_such_norms_is_refused_in_words(tmp_path):
         paths.append(tmp_path / f"{seed}.safetensors")
         save_file(tensors, paths[-1])
     with pytest.raises(RecipeError, match=r"Flux dev has no norms that hosts take .* none or all"):
-        examine(recipe(paths, tmp_path, exact="norms"))
-    assert examine(recipe(paths, tmp_path, exact="all")).vectors
+        run_preflight(recipe(paths, tmp_path, exact="norms"))
+    assert run_preflight(recipe(paths, tmp_path, exact="all")).vectors
 
 
 def test_differences_are_those_to_the_average_as_it_is_stored(tmp_path, state_of):

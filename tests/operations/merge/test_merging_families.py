@@ -8,9 +8,10 @@ import yaml
 from narrow_layouts import NARROW, UNET, few, one, other_way_round, parts, renamed, two, xl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_family import examine, layers_of, merge, recipe
+from tiny_family import layers_of, merge, recipe
 
 from hyper_merge.errors import FamilyError, MismatchError
+from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.synthetic.checkpoint_layouts import text_encoders_layout
 
@@ -260,7 +261,7 @@ def test_training_averages_are_left_out_and_need_not_be_in_every_file(tmp_path):
     steps = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
     models = files(tmp_path, {**plain, **averages, **steps}, plain)
     assert len(load_file(models[0])) == len(plain) + 688
-    preflight = examine(recipe(models, tmp_path / "models"))
+    preflight = run_preflight(recipe(models, tmp_path / "models"))
     assert set(preflight.inputs.outputs()) == set(plain)
 
 

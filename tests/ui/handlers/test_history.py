@@ -186,7 +186,7 @@ def test_styles_that_cannot_be_removed_are_said_beside_what_is_deleted(
 
 def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
     over = threading.Event()
-    jobs.start("mix-2", lambda task, progress: over.wait(20) and "", host.log)
+    jobs.start("mix-2", lambda task, progress: over.wait(60) and "", host.log)
     before = snapshot(root)
     try:
         for handler in (history.ask_to_delete, history.delete):

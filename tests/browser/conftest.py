@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import gradio
 import pytest
-from browser.the_tab import Tab
+from browser.the_tab import Tab, Traffic
 from free_port import find_free_port
 
 HERE = Path(__file__).parent
@@ -128,7 +128,7 @@ def host_name(request) -> str:
 def context(browser):
     """One for all pages, so that gradio's scripts are read once."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
-    context.set_default_timeout(40_000)
+    context.set_default_timeout(60_000)
     # gradio asks for fonts and a script from elsewhere; nothing here depends on them
     context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.fulfill(body=""))
     yield context
@@ -143,30 +143,12 @@ def page(context, request) -> Iterator:
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    sockets = []
-    page.on("websocket", lambda socket: sockets.extend([socket]))  # a built-in is refused
     yield page
     if request.session.testsfailed > failed:
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
         shot(page, f"end-of-{name}")
-    _until_quiet(page, sockets)
     page.close()
     assert errors == []
-
-
-def _until_quiet(page, sockets) -> None:
-    """Waits until the page has asked all that it was about to, or two seconds.
-
-    gradio 3.41 writes errors into its log of a page that goes while it is being answered.
-    """
-    quiet = 0
-    for _ in range(40):
-        known = len(sockets)
-        page.wait_for_timeout(50)
-        is_quiet = known == len(sockets) and all(socket.is_closed() for socket in sockets)
-        quiet = quiet + 1 if is_quiet else 0
-        if quiet == 14:
-            return
 
 
 def shot(page, name: str) -> None:
@@ -206,14 +188,21 @@ def server(host_name, servers):
 
 
 @pytest.fixture
-def _slowly(server) -> Iterator[None]:
-    """Runs take their time, so that they can be watched and stopped."""
+def slow_runs(server) -> Iterator[Path]:
+    """Runs take their time, so that they can be watched and stopped, as long as there is this file."""
     flag = server.models.parent / "slowly"
     flag.touch()
-    yield
-    flag.unlink()
+    yield flag
+    flag.unlink(missing_ok=True)
 
 
 @pytest.fixture
-def tab(page, server):
-    return Tab(page).open(server)
+def tab(page, server) -> Iterator[Tab]:
+    """The tab on a page that is not closed while the server still answers it.
+
+    gradio 3.41 writes errors into its log of a page that goes while it is being answered.
+    """
+    tab = Tab(page, Traffic(page))
+    tab.open(server)
+    yield tab
+    tab.traffic.until_quiet(seconds=5)

@@ -235,7 +235,7 @@ def test_the_tags_are_copied(use):
     assert use.page.evaluate("navigator.clipboard.readText()") == use.value("mix_prompt")
 
 
-@pytest.mark.usefixtures("_slowly")
+@pytest.mark.usefixtures("slow_runs")
 def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
     use.to("Use")
     before = sorted(server.models.rglob("*.safetensors"))
@@ -258,7 +258,7 @@ def test_why_a_second_one_is_refused_stays_in_place_of_the_first_outcome(use, se
     use.type("safe_threshold", "200%")
     use.click("safe")
     use.until(lambda: "Threshold: expected" in use.text("safe_outcome"))
-    use.page.wait_for_timeout(1500)
+    use.settle()
     assert "Threshold: expected" in use.text("safe_outcome")
 
 

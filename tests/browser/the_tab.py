@@ -3,14 +3,52 @@
 import re
 import time
 
+import gradio
+
 PREFIX = "#hyper_merge_"
+PAUSE = 50  # milliseconds between two looks at the page
+# A page may ask for one thing after another; those of gradio 3 open a socket for each.
+QUIET = 14 if gradio.__version__.startswith("3.") else 6  # looks at a quiet page
+
+
+class Traffic:
+    """What a page has asked the server for and has not been answered yet."""
+
+    def __init__(self, page) -> None:
+        self.page, self.requests, self.sockets, self.count = page, set(), set(), 0
+        page.on("request", self._began)
+        page.on("requestfinished", self._ended)
+        page.on("requestfailed", self._ended)
+        page.on("websocket", self._connected)
+
+    def _began(self, request) -> None:
+        self.count += 1
+        if "/heartbeat/" not in request.url:  # of gradio 4, as long as the page is open
+            self.requests.add(request)
+
+    def _ended(self, request) -> None:
+        self.requests.discard(request)
+
+    def _connected(self, socket) -> None:
+        self.count += 1
+        self.sockets.add(socket)
+
+    def until_quiet(self, seconds):
+        """Waits until all is answered and nothing more is asked; returns whether it came to that."""
+        quiet, end = 0, time.monotonic() + seconds
+        while quiet < QUIET and time.monotonic() < end:
+            known = self.count
+            self.page.wait_for_timeout(PAUSE)
+            answered = not self.requests and all(socket.is_closed() for socket in self.sockets)
+            quiet = quiet + 1 if answered and known == self.count else 0
+        return quiet == QUIET
 
 
 class Tab:
     """The tab on a playwright page."""
 
-    def __init__(self, page) -> None:
-        self.page = page
+    def __init__(self, page, traffic) -> None:
+        self.page, self.traffic = page, traffic
 
     def find(self, name):
         return self.page.locator(PREFIX + name).first  # gradio 4 gives the id of HTML twice
@@ -94,11 +132,15 @@ class Tab:
             found = holds()
             if found:
                 return found
-            self.page.wait_for_timeout(50)
+            self.page.wait_for_timeout(PAUSE)
         raise AssertionError(
             f"not within {seconds} s; the status is {self.text('status')!r}, "
             f"the message {self.text('message')!r}"
         )
+
+    def settle(self):
+        """Waits for all answers, so that none of them changes the page later."""
+        assert self.traffic.until_quiet(60), [request.url for request in self.traffic.requests]
 
     def merge(self, seconds=60):
         """Presses Merge and waits for the end of a run with another name than the last one's."""

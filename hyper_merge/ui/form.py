@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hyper_merge.errors import RecipeError
-from hyper_merge.hosts.host import file_of
+from hyper_merge.hosts.host import require_listed_file
 from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe, SettingError
 from hyper_merge.runs.folders import Folders
 
@@ -93,7 +93,7 @@ def chosen(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     Raises:
         CheckpointError: a name is not in the list (any more).
     """
-    return tuple(file_of(name, listed) for name in form.checkpoints or [])
+    return tuple(require_listed_file(name, listed) for name in form.checkpoints or [])
 
 
 def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
@@ -125,7 +125,9 @@ def recipe_of(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recip
             **words,
             name=form.name,
             models=models,
-            base=AVERAGE if form.base == BASE_AVERAGE else str(file_of(form.base, listed)),
+            base=AVERAGE
+            if form.base == BASE_AVERAGE
+            else str(require_listed_file(form.base, listed)),
             dtype=form.dtype,  # type: ignore[arg-type]
             lora_dtype=form.lora_dtype,  # type: ignore[arg-type]
             device=form.device,

@@ -65,7 +65,9 @@ def list_comparisons(
     names = [each.name for each in found]
     chosen = next((each for each in found if each.name == run), found[0] if found else None)
     if chosen is None:
-        said = host.atelier().problem or "Merge first; then the checkpoints can be drawn here."
+        said = (
+            host.generator_info().problem or "Merge first; then the checkpoints can be drawn here."
+        )
         return (
             gr.update(choices=[], value=None),
             *_nothing(),
@@ -129,7 +131,7 @@ def start_drawing(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts drawing, or says why not; `watch` follows it."""
     form = CompareForm(*values)
     try:
-        atelier = host.atelier()
+        atelier = host.generator_info()
         if atelier.problem:
             raise PictureError(atelier.problem)
         run = load_run(host.folders(), form.run or "")
@@ -190,7 +192,7 @@ def _compare(host: Host, order: CompareRequest, task: str, progress: Progress) -
 def _shown(host: Host, run: Run, name: str | None) -> str:
     """HTML of a comparison; of what can be done here, where there is none."""
     if not name:
-        return views_compare.introduction() + views.message("info", host.atelier().problem)
+        return views_compare.introduction() + views.message("info", host.generator_info().problem)
     try:
         found = comparison_files.load_comparison(run, name)
         picture, _ = comparison_files.comparison_paths(run, name)

@@ -45,7 +45,7 @@ class ComparePanel:
 
 def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
     """All of it, in the tab that is `opened` when its lists are to be read anew."""
-    atelier = host.atelier()
+    atelier = host.generator_info()
     with gr.Row(elem_id=elem_id("compare_columns")):
         with gr.Column(scale=5, min_width=380):
             form = _build_form(atelier)

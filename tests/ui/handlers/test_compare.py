@@ -214,7 +214,9 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
 
 
 def test_where_nothing_was_merged_or_drawn_it_says_what_this_is_for(host, run, monkeypatch):
-    monkeypatch.setattr(type(host), "atelier", lambda self: GeneratorInfo(problem="get a brush"))
+    monkeypatch.setattr(
+        type(host), "generator_info", lambda self: GeneratorInfo(problem="get a brush")
+    )
     *_, shown = comparing.list_comparisons(host, *LISTS)
     assert "See what comes back" in words(shown)
     assert "get a brush" in words(shown)

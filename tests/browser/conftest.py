@@ -142,7 +142,9 @@ def page(context, request) -> Iterator:
     page = context.new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     yield page
     if request.session.testsfailed > failed:
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
@@ -164,7 +166,7 @@ def servers(files, tmp_path_factory):
 
     They start side by side, and once: what takes the time is loading torch and gradio.
     """
-    found = {}
+    servers = {}
     for host in dict.fromkeys((ANY_HOST, WEBUI)):
         models = tmp_path_factory.mktemp(host) / "models"
         folder = models / "Stable-diffusion"
@@ -173,11 +175,11 @@ def servers(files, tmp_path_factory):
             shutil.copy(path, folder / f"{place}.safetensors")
         (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
         (models / "Lora").mkdir()
-        found[host] = Server(host, models)
-    yield found
-    for server in found.values():
+        servers[host] = Server(host, models)
+    yield servers
+    for server in servers.values():
         server.close()
-    assert [line for server in found.values() for line in server.complaints] == []
+    assert [line for server in servers.values() for line in server.complaints] == []
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ def compare(tab, server):
         tab.merge()
     tab.to("Compare")
     tab.until(lambda: tab.find("compare_run").is_visible())
-    tab.settle()  # the list is read again
     if tab.value("compare_run") != "twins":
         tab.choose("compare_run", "twins")
     tokens = tab.find("compare_checkpoints").locator(".token")
@@ -57,9 +56,9 @@ def test_pictures_are_drawn_shown_and_saved(drawn, server):
     compare.until(lambda: compare.find("compare_shown").locator("img").count())
     image = compare.find("compare_shown").locator("img")
     compare.until(lambda: image.evaluate("image => image.naturalWidth") > 300)
-    said = compare.text("compare_shown")
-    assert "comparison-1 of twins: 4 pairs" in said
-    assert "Hyper-model alone" in said
+    text = compare.text("compare_shown")
+    assert "comparison-1 of twins: 4 pairs" in text
+    assert "Hyper-model alone" in text
     shot(compare.page, f"{server.host}-compare")
     compare.page.evaluate("document.body.classList.add('dark')")
     shot(compare.page, f"{server.host}-compare-dark")
@@ -113,6 +112,6 @@ def test_what_was_picked_stays_while_other_tabs_are_looked_at(compare):
     compare.to("Runs")
     compare.until(lambda: compare.find("runs_table").is_visible())
     compare.to("Compare")
-    compare.settle()  # the lists are read again
+    compare.settle()
     assert [text.strip() for text in tokens.all_inner_texts()] == ["photo"]
     assert compare.value("compare_prompts") == "a cat"

@@ -71,5 +71,5 @@ def test_the_settings_page_has_a_section_and_clears_the_cache(merged):
     ranks = page.locator("#setting_hyper_merge_ranks textarea, #setting_hyper_merge_ranks input")
     assert ranks.first.input_value() == "128, 64, 32, 16"
     page.locator("#setting_hyper_merge_clear_cache").first.click()
-    said = page.locator("#setting_hyper_merge_clear_cache_size").first
-    merged.until(lambda: "free again" in said.inner_text())
+    outcome = page.locator("#setting_hyper_merge_clear_cache_size").first
+    merged.until(lambda: "free again" in outcome.inner_text())

@@ -46,6 +46,7 @@ def use(tab, server):
     tab.until(lambda: tab.page.locator("#hyper_merge_mix [data-run=pair]").count())
     # the last answer of those that a page waits for; gradio 3.41 complains of pages that go before
     tab.until(lambda: any(tab.text(name, visible=False) for name in ("status", "use_status")))
+    tab.settle()
     return tab
 
 
@@ -62,17 +63,17 @@ def folders(server):
     return Folders.under(server.models)
 
 
-def done(tab, what):
-    tab.until(lambda: f"Done: {what}" in tab.text("use_status"), 60)
+def done(tab, title):
+    tab.until(lambda: f"Done: {title}" in tab.text("use_status"), 60)
 
 
 def offers(tab, name, option):
     """Whether a dropdown has an entry."""
     box = tab.find(name).locator("input")
     box.click()
-    found = tab.option(name, option).count()
+    count = tab.option(name, option).count()
     box.blur()
-    return found
+    return count
 
 
 def open_panel(tab, name):
@@ -113,8 +114,8 @@ def test_numbers_are_rounded_as_python_rounds_them(use):
         1.000015,
         12.345675,
     ):
-        (said,) = use.page.evaluate(CALCULATED, [[["x", value, None]], 1]).split()
-        assert said == f"<lora:x:{round(value, 5) + 0.0:.5f}>"
+        (tag,) = use.page.evaluate(CALCULATED, [[["x", value, None]], 1]).split()
+        assert tag == f"<lora:x:{round(value, 5) + 0.0:.5f}>"
 
 
 def test_keys_move_a_slider_and_buttons_make_all_equal_or_none(use):
@@ -147,6 +148,7 @@ def test_a_fit_shows_its_tags_and_gets_a_slider(use, server, third):
     use.click("fit")
     use.until(lambda: "pick a checkpoint" in use.text("fit_outcome"))
     use.click("use_refresh")
+    use.settle()
     use.until(lambda: offers(use, "fit_checkpoint", "third.safetensors"))
     use.choose("fit_checkpoint", "third.safetensors")
     use.type("fit_topup", "2")

@@ -69,8 +69,8 @@ class Tab:
         self.find(name).click()
 
     def text(self, name, *, visible=True):
-        found = self.find(name)
-        return (found.inner_text() if visible else found.text_content() or "").strip()
+        element = self.find(name)
+        return (element.inner_text() if visible else element.text_content() or "").strip()
 
     def type(self, name, text):
         self.find(name).locator("input, textarea").first.fill(text)
@@ -88,11 +88,17 @@ class Tab:
     def choose(self, name, option):
         """Chooses one entry of a dropdown.
 
-        A list that is filled anew while it is open shows only what is like the entry that was chosen
-        before: it is closed and opened again then.
+        A list that is filled again while it is open shows only what is like the entry that was chosen
+        before, and one that is filled later forgets its entry: it is opened again then.
         """
-        self.until(lambda: self._clicked(name, option))
-        self.until(lambda: self.value(name) == option)
+        self.until(lambda: self._clicked(name, option) and self._holds(name, option))
+
+    def _holds(self, name, option):
+        """Returns whether a dropdown has come to show an entry within three seconds."""
+        end = time.monotonic() + 3
+        while self.value(name) != option and time.monotonic() < end:
+            self.page.wait_for_timeout(PAUSE)
+        return self.value(name) == option
 
     def _clicked(self, name, option, typed=None):
         from playwright.sync_api import TimeoutError as Timeout
@@ -122,16 +128,16 @@ class Tab:
 
     def fraction(self):
         """Percent of the run as the status line says it; None where nothing runs."""
-        said = re.search(r"(\d+)\s?%", self.text("status", visible=False))
-        return int(said[1]) if said else None
+        percent = re.search(r"(\d+)\s?%", self.text("status", visible=False))
+        return int(percent[1]) if percent else None
 
     def until(self, holds, seconds=60):
         """Waits for something to be true, and returns it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            found = holds()
-            if found:
-                return found
+            result = holds()
+            if result:
+                return result
             self.page.wait_for_timeout(PAUSE)
         raise AssertionError(
             f"not within {seconds} s; the status is {self.text('status')!r}, "
@@ -150,6 +156,8 @@ class Tab:
         self.until(lambda: self.find("sentence").is_visible())
 
     def to(self, title):
+        """Goes to another tab, which reads its lists again."""
         self.page.get_by_role("tab", name=title, exact=True).or_(
             self.page.locator("#hyper_merge_tabs .tab-nav button", has_text=title)
         ).first.click()
+        self.traffic.until_quiet(seconds=10)

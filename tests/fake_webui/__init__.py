@@ -82,7 +82,7 @@ class FakeWebUI:
             "data_path": str(self.data),
             "script_path": str(self.data),
         }
-        found = {
+        modules = {
             "modules": package("modules"),
             "modules.call_queue": module("call_queue", queue_lock=self.queue_lock),
             "modules.devices": self.devices,
@@ -103,14 +103,14 @@ class FakeWebUI:
             "networks": self.networks,
         }
         if self.flavour == "forge":
-            found |= {
+            modules |= {
                 "modules_forge": package("modules_forge"),
                 "modules_forge.main_thread": self.main_thread,
                 "modules_forge.main_entry": self.sd_models.main_entry,
                 "backend": package("backend"),
                 "backend.memory_management": self.sd_models.memory_management,
             }
-        return found
+        return modules
 
     def host(self):
         """Our host for it; our modules can be imported only now."""
@@ -195,15 +195,15 @@ def put(path, content=b"a"):
 
 
 def package(name):
-    found = ModuleType(name)
-    found.__path__ = []
-    return found
+    new = ModuleType(name)
+    new.__path__ = []
+    return new
 
 
 def module(name, **attributes):
-    found = ModuleType(name)
-    vars(found).update(attributes)
-    return found
+    new = ModuleType(name)
+    vars(new).update(attributes)
+    return new
 
 
 def install(models, flavour, **options):
@@ -216,11 +216,11 @@ def install(models, flavour, **options):
     """
     uninstall()
     webui = FakeWebUI(models, flavour, **options)
-    for name, found in webui.modules().items():
-        sys.modules[name] = found
+    for name, new in webui.modules().items():
+        sys.modules[name] = new
         parent, _, child = name.rpartition(".")
         if parent:
-            setattr(sys.modules[parent], child, found)
+            setattr(sys.modules[parent], child, new)
     return webui
 
 

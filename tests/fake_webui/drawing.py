@@ -14,9 +14,9 @@ SAMPLERS = ("DPM++ 2M", "Euler a", "DDIM")
 
 
 def samplers():
-    found = ModuleType("sd_samplers")
-    found.visible_sampler_names = lambda: list(SAMPLERS)
-    return found
+    module = ModuleType("sd_samplers")
+    module.visible_sampler_names = lambda: list(SAMPLERS)
+    return module
 
 
 class Processing(ModuleType):
@@ -117,8 +117,8 @@ class Processing(ModuleType):
     def _load(self, load):
         data = self._webui.sd_models.model_data
         before = getattr(data.sd_model, "filename", None)
-        wanted = self._webui.sd_models.select_checkpoint().filename
-        if self.fails_with and wanted.endswith(self.fails_with):
+        selected = self._webui.sd_models.select_checkpoint().filename
+        if self.fails_with and selected.endswith(self.fails_with):
             raise RuntimeError(f"cannot load {self.fails_with}")
         load()
         if data.sd_model.filename != before:

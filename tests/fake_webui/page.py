@@ -165,9 +165,12 @@ def _quicksettings(gr, webui, demo, js):
         return gr.update(value=name, choices=tiles())
 
     refresh.click(refreshed, inputs=[], outputs=[dropdown])
-    wanted = "(shown) => { const name = desiredCheckpointName; desiredCheckpointName = null; "
+    chosen_name = "(shown) => { const name = desiredCheckpointName; desiredCheckpointName = null; "
     change.click(
-        chosen, inputs=[dropdown], outputs=[dropdown], **{js: wanted + "return name || shown; }"}
+        chosen,
+        inputs=[dropdown],
+        outputs=[dropdown],
+        **{js: chosen_name + "return name || shown; }"},
     )
     if forge:
         demo.load(refreshed, inputs=[], outputs=[dropdown], queue=False)

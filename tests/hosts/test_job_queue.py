@@ -88,16 +88,16 @@ def test_all_pages_of_a_process_look_at_the_same_jobs():
 
 
 def test_a_job_that_runs_stops_at_its_next_step(jobs):
-    said = []
+    steps = []
 
     def work(task, progress):
         while True:
             progress.report("reading", 0.5)
-            said.append(1)
+            steps.append(1)
             time.sleep(0.002)
 
     job = jobs.start("mix", work, ignore)
-    until(lambda: said)
+    until(lambda: steps)
     job.stop()
     assert job.standing.stopping
     now = ended(jobs)

@@ -25,16 +25,16 @@ def start(models, flavour):
     opened = []
 
     def start(**cmd_opts):
-        found = installed(models, flavour, **cmd_opts)
-        opened.append(found)
-        webui = found.__enter__()
+        context = installed(models, flavour, **cmd_opts)
+        opened.append(context)
+        webui = context.__enter__()
         webui.load_scripts()
         return webui, TestClient(webui.api_only())
 
     process_jobs()._known.clear()
     yield start
-    for found in opened:
-        found.__exit__(None, None, None)
+    for context in opened:
+        context.__exit__(None, None, None)
 
 
 def paths(app):
@@ -53,7 +53,7 @@ def test_it_is_on_with_the_hosts_api(start, option):
     webui, client = start(**{option: True})
     answer = client.get(OURS)
     assert answer.status_code == 200
-    names = [each["name"] for each in answer.json()["checkpoints"]]
+    names = [row["name"] for row in answer.json()["checkpoints"]]
     assert names == ["anime.safetensors", "photo.safetensors", "sub/portrait.safetensors"]
     assert webui.errors.reports == []
 
@@ -107,10 +107,10 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
 
     def work(task, progress):
         with host.running(task) as hosts:
-            both = progress.joined(hosts)
-            both.report("solving", 0.5)
+            joined = progress.joined(hosts)
+            joined.report("solving", 0.5)
             while True:
-                both.check()
+                joined.check()
         return ""
 
     job = process_jobs().start("mix", work, host.log)

@@ -226,8 +226,8 @@ def test_a_model_that_does_not_move_is_told_in_the_log_and_ends_nothing(host, we
     assert not webui.queue_lock.held
     assert webui.progress.answer(TASK)["completed"]
     assert webui.sd_models.model_data.sd_model is model
-    told = [*webui.errors.reports, str(webui.main_thread.last_exception)]
-    assert any("the device is gone" in text for text in told)
+    reports = [*webui.errors.reports, str(webui.main_thread.last_exception)]
+    assert any("the device is gone" in text for text in reports)
 
 
 def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):

@@ -58,7 +58,7 @@ def test_while_a_job_runs_another_is_refused_and_cancelling_leaves_nothing(clien
     code, answer = client.post(f"/jobs/{job['id']}/cancel")
     assert code == 200
     assert answer["stopping"]
-    job = client.job(answer)
+    job = client.ended(answer)
     assert job["outcome"] == "stopped"
     assert "no file was changed" in job["message"]
     assert job["run"] is None
@@ -85,7 +85,7 @@ def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monke
     assert reached.wait(60)
     assert client.post(f"/jobs/{job['id']}/cancel")[1]["stopping"]
     cancelled.set()
-    assert client.job(job)["outcome"] == "stopped"
+    assert client.ended(job)["outcome"] == "stopped"
     assert snapshot(root) == before
     assert not temporaries(root)
 
@@ -95,7 +95,7 @@ def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
         raise OutputError("the disk is full")
 
     monkeypatch.setattr(tasks, "run_merge", full)
-    job = client.job(client.post("/merge", BODY)[1])
+    job = client.ended(client.post("/merge", BODY)[1])
     assert (job["outcome"], job["message"]) == ("refused", "the disk is full")
 
 
@@ -106,7 +106,7 @@ def test_an_error_that_nobody_expected_is_logged_and_said_in_a_line(client, host
     logged = []
     monkeypatch.setattr(tasks, "run_merge", fail)
     monkeypatch.setattr(host, "log", logged.append)
-    job = client.job(client.post("/merge", BODY)[1])
+    job = client.ended(client.post("/merge", BODY)[1])
     assert (job["outcome"], job["message"]) == ("failed", "RuntimeError: shapes")
     assert len(logged) == 1
 
@@ -115,7 +115,7 @@ def test_a_look_tells_the_next_plan_what_would_come_back(client, root):
     before = snapshot(root)
     code, job = client.post("/look", BODY)
     assert code == 202
-    assert client.job(job)["outcome"] == "done"
+    assert client.ended(job)["outcome"] == "done"
     assert snapshot(root) == before
     plan = client.post("/plan", BODY)[1]
     assert [row["name"] for row in plan["expected"]] == ["a", "b", "c"]
@@ -130,7 +130,7 @@ def test_a_checkpoint_is_fitted_onto_a_run(client, root, run):
     )
     assert code == 202
     assert job["title"] == "the fit of later onto mix"
-    assert client.job(job)["run"] == "mix"
+    assert client.ended(job)["run"] == "mix"
     (fit,) = client.get("/runs/mix")[1]["fits"]
     assert fit["name"] == "later"
     assert fit["topups"] == ["mix_fit-later-2"]
@@ -141,7 +141,7 @@ def test_a_checkpoint_is_fitted_onto_a_run(client, root, run):
     assert code == 400
     assert "later.json exists" in answer["detail"]
     code, job = client.post("/fit", {**again, "overwrite": True})
-    assert client.job(job)["outcome"] == "done"
+    assert client.ended(job)["outcome"] == "done"
     (fit,) = client.get("/runs/mix")[1]["fits"]
     assert fit["topups"] == []
     assert not (root / "Lora" / "mix_fit-later-2.safetensors").exists()
@@ -172,7 +172,7 @@ def test_a_lora_that_was_edited_since_ends_a_fit_in_our_words(client, root, run)
     path = root / "Lora" / "mix_0-4.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
     job = client.post("/fit", {"run": run, "checkpoint": NAMES[1], "name": "later"})[1]
-    job = client.job(job)
+    job = client.ended(job)
     assert job["outcome"] == "refused"
     assert "mix_0-4.safetensors was edited or replaced" in job["message"]
     assert not (root / "hyper-merge" / "mix" / "fits").exists()
@@ -182,17 +182,17 @@ def test_the_tab_shows_the_apis_job_and_the_api_the_tabs(client, host, jobs, end
     _, job = client.post("/merge", BODY)
     assert next(merge.watch(jobs))[0]
     assert merge.stop(jobs) == ""
-    assert client.job(job)["outcome"] == "stopped"
+    assert client.ended(job)["outcome"] == "stopped"
     jobs.start("of the tab", lambda task, progress: "mix", host.log)
     newest, older = client.get("/jobs")[1]["jobs"]
     assert newest["title"] == "of the tab"
     assert older["id"] == job["id"]
-    assert client.job(newest)["run"] == "mix"
+    assert client.ended(newest)["run"] == "mix"
 
 
 def test_cancelling_a_job_does_not_stop_the_next_one(client, host, jobs, endless):
     first = jobs.start("first", lambda task, progress: "", host.log)
-    client.job({"id": first.id, "outcome": "running"})
+    client.ended({"id": first.id, "outcome": "running"})
     _, second = client.post("/merge", BODY)
     assert client.post(f"/jobs/{first.id}/cancel")[1]["outcome"] == "done"
     assert not client.get(f"/jobs/{second['id']}")[1]["stopping"]
@@ -207,7 +207,7 @@ def test_in_the_webui_a_merge_is_in_its_lists_and_styles_afterwards(root, flavou
         client.http.auth = ("ann", "secret")
         code, job = client.post("/merge", {**BODY, "save_styles": True})
         assert code == 202
-        assert client.job(job)["run"] == "mine"
+        assert client.ended(job)["run"] == "mine"
         assert "mine.safetensors" in {
             c["name"] for c in client.get("/checkpoints")[1]["checkpoints"]
         }
@@ -215,7 +215,7 @@ def test_in_the_webui_a_merge_is_in_its_lists_and_styles_afterwards(root, flavou
         assert run["hyper_model_title"].startswith("mine.safetensors")
         assert {f"mine: {name}" for name in "abc"} <= webui.host().styles()
         fit = {"run": "mine", "checkpoint": NAMES[0], "name": "later", "save_styles": True}
-        assert client.job(client.post("/fit", fit)[1])["outcome"] == "done"
+        assert client.ended(client.post("/fit", fit)[1])["outcome"] == "done"
         style = webui.shared.prompt_styles.styles["mine: later"]
         assert style.prompt == client.get("/runs/mine")[1]["fits"][0]["prompt"]
         assert webui.errors.reports == []
@@ -261,6 +261,6 @@ def test_a_run_that_goes_while_its_fit_waits_is_said(client, root, run, monkeypa
 
     monkeypatch.setattr(tasks, "run_fit", delete_first)
     job = client.post("/fit", {"run": run, "checkpoint": NAMES[1], "name": "later"})[1]
-    job = client.job(job)
+    job = client.ended(job)
     assert job["outcome"] == "refused"
     assert "there is no run mix" in job["message"]

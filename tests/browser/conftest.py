@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import gradio
 import pytest
 from browser.the_tab import Tab, Traffic
-from free_port import find_free_port
+from local_server import find_free_port
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))

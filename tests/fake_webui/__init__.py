@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from free_port import find_free_port
+from local_server import find_free_port
 
 from . import api, page, xyz
 from .callbacks import Callbacks, Errors, PasteButtons

@@ -34,9 +34,9 @@ def main() -> None:
             f"Hyper-Merge: expected {', '.join(absent)} in the WebUI's environment, found nothing; "
             "start the WebUI once without --skip-install, which brings its own versions"
         )
-    wanted = [requirement for module, requirement in OURS.items() if is_missing(module)]
-    if wanted:
-        install(wanted)
+    missing = [requirement for module, requirement in OURS.items() if is_missing(module)]
+    if missing:
+        install(missing)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ INSTALL = Path(__file__).parent.parent / "install.py"
 @pytest.fixture
 def commands(monkeypatch):
     """What the faked WebUI was asked to install."""
-    asked = []
+    installs = []
     launch = types.ModuleType("launch")
-    launch.run_pip = lambda command, desc=None: asked.append((command, desc))
+    launch.run_pip = lambda command, desc=None: installs.append((command, desc))
     monkeypatch.setitem(sys.modules, "launch", launch)
-    return asked
+    return installs
 
 
 def run_without(monkeypatch, *missing):

@@ -1,1 +1,1 @@
-"""The HTTP API: routes under `/hyper-merge` of whatever FastAPI app is around us."""
+"""The HTTP API: routes under `/hyper-merge`, for any FastAPI app."""

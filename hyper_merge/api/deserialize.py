@@ -1,4 +1,4 @@
-"""From requests to recipes and orders; only names of the host's list lead to files."""
+"""Makes recipes and fit requests from bodies; only names of the host's list lead to files."""
 
 from __future__ import annotations
 
@@ -17,77 +17,77 @@ from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.folders import Place
 
 _NAMES: Final = {"models": "checkpoints"}
-"""What the API calls a recipe's setting, where that is another word."""
+"""The API's names of the recipe's settings, where they differ."""
 
 
-def recipe_of(asked: PlanBody, name: str, host: Host) -> Recipe:
-    """The recipe that a client asks for, by the host's list as it is now.
+def parse_recipe(body: PlanBody, name: str, host: Host) -> Recipe:
+    """Returns the recipe of a body, by the host's list as it is now.
 
     Args:
-        asked: all but the name, which may be left out there.
+        body: all settings but the name, which may be left out there.
         name: of the hyper-model.
-        host: whose list is meant.
+        host: whose list the names are looked up in.
 
     Raises:
-        RecipeError: a setting cannot be; the message begins with its name.
+        RecipeError: a setting is not allowed; the message begins with its name.
         CheckpointError: a name is not in the host's list.
     """
-    if len(asked.checkpoints) < 2:
+    if len(body.checkpoints) < 2:
         raise RecipeError(
-            f"a merge takes two checkpoints or more, got {len(asked.checkpoints)}",
+            f"a merge takes two checkpoints or more, got {len(body.checkpoints)}",
             where="checkpoints",
             key="models",
         )
     listed = host.checkpoints()
-    given: dict[str, Any] = {
-        field.name: getattr(asked, field.name)
+    settings: dict[str, Any] = {
+        field.name: getattr(body, field.name)
         for field in FIELDS
-        if getattr(asked, field.name, None) is not None
+        if getattr(body, field.name, None) is not None
     }
-    given["name"] = name
-    given["models"] = tuple(file_of(name, "checkpoints", listed) for name in asked.checkpoints)
-    given["base"] = AVERAGE if asked.base is None else str(file_of(asked.base, "base", listed))
-    given["output"] = host.folders().models.parent
-    return Recipe.parse(given, _place)
+    settings["name"] = name
+    settings["models"] = tuple(find_file(name, "checkpoints", listed) for name in body.checkpoints)
+    settings["base"] = AVERAGE if body.base is None else str(find_file(body.base, "base", listed))
+    settings["output"] = host.folders().models.parent
+    return Recipe.parse(settings, _place)
 
 
-def examined(asked: PlanBody, host: Host) -> Preflight:
-    """A merge held against the files alone.
-
-    Raises:
-        HyperMergeError: it cannot be made like this.
-    """
-    name = suggest_name(asked.checkpoints) if asked.name is None else asked.name
-    return run_preflight(recipe_of(asked, name, host), host.folders())
-
-
-def prepared(asked: PlanBody, host: Host) -> tuple[Preflight, Place]:
-    """A merge held against the files and the folders.
+def check_merge(body: PlanBody, host: Host) -> Preflight:
+    """Checks a merge against its files, and returns the result.
 
     Raises:
         HyperMergeError: it cannot be made like this.
     """
-    return with_free_name(examined(asked, host), named=asked.name is not None)
+    name = suggest_name(body.checkpoints) if body.name is None else body.name
+    return run_preflight(parse_recipe(body, name, host), host.folders())
 
 
-def order_of(asked: FitBody, host: Host) -> FitRequest:
-    """The fit that a client asks for, by the host's list as it is now.
+def place_merge(body: PlanBody, host: Host) -> tuple[Preflight, Place]:
+    """Checks a merge against its files and the folders; returns the result and where it goes.
 
     Raises:
-        RecipeError: a setting cannot be; the message begins with its name.
+        HyperMergeError: it cannot be made like this.
+    """
+    return with_free_name(check_merge(body, host), named=body.name is not None)
+
+
+def parse_fit_request(body: FitBody, host: Host) -> FitRequest:
+    """Returns the fit request of a body, by the host's list as it is now.
+
+    Raises:
+        RecipeError: a setting is not allowed; the message begins with its name.
         CheckpointError: the name is not in the host's list.
     """
     names = ("name", "topup", "device", "seed", "overwrite")
-    given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
-    path = file_of(asked.checkpoint, "checkpoint", host.checkpoints())
-    return FitRequest.parse({"run": asked.run, "checkpoint": path, **given}, _place)
+    settings = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    path = find_file(body.checkpoint, "checkpoint", host.checkpoints())
+    return FitRequest.parse({"run": body.run, "checkpoint": path, **settings}, _place)
 
 
-def file_of(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
-    """The file of a name; nothing but the host's list is ever looked up.
+def find_file(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
+    """Returns the file of a name; it is looked up in the host's list and nowhere else.
 
     Args:
-        name: by which a client names it.
+        name: of a checkpoint, as a client sent it.
         setting: where it stood, for the message.
         listed: the host's list.
 

@@ -1,6 +1,6 @@
-"""What a client may ask for, as FastAPI reads and describes it; for pydantic 1 and 2.
+"""The bodies of requests, as FastAPI reads and describes them; for pydantic 1 and 2.
 
-Types are strict: 4.7 is no rank, and "yes" no truth. Whether a value makes sense is left to the
+Types are strict: 4.7 is no rank, and "yes" is no boolean. Whether a value makes sense is left to the
 recipe, whose refusals say what to do. Checkpoints are names of the host's list, never paths.
 """
 
@@ -19,16 +19,16 @@ _EXAMPLE: Final = ["anime.safetensors", "photo/portrait.safetensors"]
 
 
 def _setting(name: str) -> Any:
-    """A setting of the recipe that has its default unless it is given."""
+    """Returns the field of a recipe's setting, which may be left out for its default."""
     return Field(None, description=_HELP[name])
 
 
 class _Request(BaseModel, extra="forbid"):
-    """A misspelt field is refused: it would be as if it had not been given."""
+    """A body in which a misspelt field is refused: else it would be ignored."""
 
 
 class InspectBody(_Request):
-    """Which checkpoints to look at."""
+    """The checkpoints to inspect."""
 
     checkpoints: list[StrictStr] = Field(
         ..., description=f"names of the host's list, such as {', '.join(_EXAMPLE)}"
@@ -36,15 +36,15 @@ class InspectBody(_Request):
 
 
 class PlanBody(_Request):
-    """A merge: its checkpoints, and the recipe's settings."""
+    """The checkpoints of a merge, and the recipe's settings."""
 
     checkpoints: list[StrictStr] = Field(
         ..., description="two or more names of the host's list; the first one's VAE is kept"
     )
     name: StrictStr | None = Field(
         None,
-        description="name of the hyper-model and first part of its LoRAs' names; without one a free"
-        " name is made of the first checkpoint's",
+        description="name of the hyper-model and first part of its LoRAs' names; without one, a free"
+        " name is made from the first checkpoint's",
     )
     ranks: list[StrictInt] | None = _setting("ranks")
     budget: StrictInt | StrictStr | None = _setting("budget")
@@ -71,7 +71,7 @@ class PlanBody(_Request):
 
 
 class MergeBody(PlanBody):
-    """A merge that is to be made."""
+    """A request to merge."""
 
     save_styles: StrictBool = Field(
         False, description="save a prompt style per checkpoint, where the host has styles"
@@ -79,16 +79,16 @@ class MergeBody(PlanBody):
 
 
 class FitBody(_Request):
-    """A checkpoint that is to be placed on the LoRAs of a run."""
+    """A request to fit a checkpoint onto the LoRAs of a run."""
 
     run: StrictStr = Field(..., description="name of the run")
     checkpoint: StrictStr = Field(..., description="a name of the host's list")
     name: StrictStr | None = Field(
-        None, description="by which the run will know it; without one, the file's"
+        None, description="its name in the run; without one, the file's name"
     )
     topup: StrictInt | StrictStr | None = Field(
         None,
-        description="a private LoRA of what remains: a rank, or what is to be explained in all, such"
+        description="a private LoRA of what remains: a rank, or the share to be explained in all, such"
         ' as "95%"',
     )
     device: StrictStr | None = _setting("device")

@@ -1,6 +1,6 @@
-"""What a client gets, as FastAPI writes and describes it; for pydantic 1 and 2.
+"""The answers to requests, as FastAPI writes and describes them; for pydantic 1 and 2.
 
-Shares are fractions 0..1 of squared norms, sizes are bytes. Files are told by their names alone.
+Shares are fractions 0..1 of squared norms, sizes are bytes. Files are given by their names alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pydantic import BaseModel, Field
 
 
 class RefusalResponse(BaseModel):
-    """Why something was not done, for people."""
+    """The reason why something was not done, for people."""
 
     detail: str
 
 
 class CheckpointResponse(BaseModel):
-    """One of the host's list."""
+    """A checkpoint of the host's list."""
 
-    name: str = Field(..., description="by which requests name it")
+    name: str = Field(..., description="the name that requests use")
     short_hash: str | None = Field(
         ..., description="first 10 digits of its SHA-256, where the host has it"
     )
@@ -33,22 +33,22 @@ class CheckpointsResponse(BaseModel):
 
 
 class InspectedFileResponse(BaseModel):
-    """What a checkpoint is, by its header."""
+    """A checkpoint as its header describes it."""
 
     name: str
-    family: str | None = Field(..., description='such as "SD 1.x"; null where it cannot be told')
+    family: str | None = Field(..., description='such as "SD 1.x"; null where it is unknown')
     size: int
     dtype: str
     short_hash: str | None = Field(
         ..., description="first 10 digits of its SHA-256, where the host has it"
     )
     legacy_hash: str = Field(..., description="A1111's old 8 digits")
-    vae: str | None = Field(..., description="fingerprint of its VAE: alike in alike VAEs")
+    vae: str | None = Field(..., description="fingerprint of its VAE: equal for equal VAEs")
     problem: str | None = Field(..., description="why it cannot be merged, else null")
 
 
 class InspectionResponse(BaseModel):
-    """What checkpoints are, in the order of the request."""
+    """The inspected checkpoints, in the order of the request."""
 
     checkpoints: list[InspectedFileResponse]
 
@@ -62,14 +62,14 @@ class HyperModelResponse(BaseModel):
 
 
 class ExpectedResponse(BaseModel):
-    """What is expected to come back of a checkpoint."""
+    """The expected share of a checkpoint that the LoRAs explain."""
 
     name: str
-    explained: float = Field(..., description="share of its difference, nearly")
+    explained: float = Field(..., description="share of its difference, approximately")
 
 
 class PlanResponse(BaseModel):
-    """What a merge would write and take."""
+    """The files, time and memory that a merge would take."""
 
     name: str = Field(..., description="of the run, and first part of its LoRAs' names")
     family: str
@@ -80,8 +80,8 @@ class PlanResponse(BaseModel):
     loras_size: int | None = Field(
         ..., description="of all LoRAs; null where the merge finds it and nothing is known yet"
     )
-    seconds: float = Field(..., description="about, with what earlier work saves")
-    memory: int = Field(..., description="at the peak, about")
+    seconds: float = Field(..., description="approximately, less what earlier work saves")
+    memory: int = Field(..., description="at the peak, approximately")
     disk: int = Field(..., description="at most, with the analysis in the cache")
     warnings: list[str]
     expected: list[ExpectedResponse] | None = Field(
@@ -90,15 +90,17 @@ class PlanResponse(BaseModel):
 
 
 class JobResponse(BaseModel):
-    """Long work, and how far it is."""
+    """A job, and how far it is."""
 
     id: str
     title: str
     outcome: Literal["running", "done", "stopped", "refused", "failed"]
-    phase: str = Field(..., description="what is being done, in words")
+    phase: str = Field(..., description="what is being done, as text")
     fraction: float = Field(..., description="of the whole, 0..1")
     seconds: float = Field(..., description="since the work itself began")
-    seconds_left: float | None = Field(..., description="at the present pace, where it can be told")
+    seconds_left: float | None = Field(
+        ..., description="at the present pace; null while it is unknown"
+    )
     stopping: bool = Field(..., description="whether it has been asked to stop")
     message: str = Field(..., description="why it ended, unless done")
     warnings: list[str]
@@ -112,7 +114,7 @@ class JobsResponse(BaseModel):
 
 
 class RunSummaryResponse(BaseModel):
-    """An earlier merge in one line."""
+    """A summary of an earlier merge."""
 
     name: str
     created: str = Field(..., description="ISO 8601")
@@ -120,7 +122,7 @@ class RunSummaryResponse(BaseModel):
     checkpoints: list[str]
     ranks: list[int]
     explained: float = Field(..., description="of all differences in the layers")
-    explained_worst: float = Field(..., description="of the checkpoint that comes back least")
+    explained_worst: float = Field(..., description="of the checkpoint that is explained least")
     missing: list[str] = Field(..., description="files that are gone or were replaced since")
 
 
@@ -132,7 +134,7 @@ class RunsResponse(BaseModel):
 
 
 class RunCheckpointResponse(BaseModel):
-    """One checkpoint of a run, or fitted onto it: its prompt, and how near it comes."""
+    """A checkpoint of a run, or fitted onto it: its prompt, and how close that comes."""
 
     name: str
     prompt: str = Field(..., description="what makes the hyper-model this checkpoint")
@@ -156,7 +158,7 @@ class FitResponse(RunCheckpointResponse):
 
 
 class PartResponse(BaseModel):
-    """One section of the network."""
+    """A section of the network."""
 
     name: str = Field(..., description='"IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..')
     which: str = Field(..., description='"unet" or "text_encoder"')
@@ -165,14 +167,14 @@ class PartResponse(BaseModel):
 
 
 class CompanionGainResponse(BaseModel):
-    """What the LoRAs' companions bring back of one kind of tensor."""
+    """The share of a kind of tensor that the LoRAs' companions restore."""
 
     kind: str
     share: float
 
 
 class PrecisionLossResponse(BaseModel):
-    """What rounding adds to the loss in programs that hold the weights in half precision."""
+    """The loss that rounding adds in programs that hold the weights in half precision."""
 
     hosts: str
     added: float
@@ -204,7 +206,7 @@ class ReportResponse(BaseModel):
     rounding: list[PrecisionLossResponse]
     relative_loss: float = Field(
         ...,
-        description="the loss with each layer's error against the size of its weight; 0: not known",
+        description="the loss with each layer's error relative to the size of its weight; 0: unknown",
     )
 
 
@@ -221,7 +223,7 @@ class RunResponse(BaseModel):
     loras: list[str] = Field(..., description="names in prompts, in the order of the multipliers")
     companions: list[str] = Field(..., description="names in prompts; empty without companions")
     missing: list[str] = Field(..., description="files that are gone or were replaced since")
-    settings: dict[str, str] = Field(..., description="the recipe, as words")
+    settings: dict[str, str] = Field(..., description="the recipe, as text")
     checkpoints: list[RunCheckpointResponse]
     report: ReportResponse
     fits: list[FitResponse] = Field(..., description="checkpoints that were fitted later")

@@ -1,6 +1,6 @@
-"""The routes under `/hyper-merge`, for any FastAPI app; what they do is done elsewhere.
+"""The routes under `/hyper-merge`, for any FastAPI app.
 
-Plain functions, which FastAPI runs in threads: files are read here. A refusal of ours becomes an
+They are plain functions, which FastAPI runs in threads, for they read files. A refusal becomes an
 answer of 400, or of 404 for an unknown run or job and 409 while another job runs.
 """
 
@@ -15,34 +15,62 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
-from hyper_merge.api import deserialize as asking
-from hyper_merge.api import response_models as answers
-from hyper_merge.api import serialize as answering
+from hyper_merge.api.deserialize import (
+    check_merge,
+    find_file,
+    parse_fit_request,
+    parse_recipe,
+    place_merge,
+)
 from hyper_merge.api.request_models import FitBody, InspectBody, MergeBody, PlanBody
+from hyper_merge.api.response_models import (
+    CheckpointsResponse,
+    InspectionResponse,
+    JobResponse,
+    JobsResponse,
+    PlanResponse,
+    RefusalResponse,
+    RunResponse,
+    RunsResponse,
+)
+from hyper_merge.api.serialize import (
+    checkpoints_response,
+    inspected_response,
+    job_response,
+    plan_response,
+    run_response,
+    run_summary_response,
+)
 from hyper_merge.errors import HyperMergeError, UnknownRunError
-from hyper_merge.hosts import job_queue as work
-from hyper_merge.hosts import tasks as working
 from hyper_merge.hosts.host import Host
-from hyper_merge.operations.fit.fit import prepare_fit as prepared_fit
+from hyper_merge.hosts.job_queue import BusyError, Job, Jobs
+from hyper_merge.hosts.tasks import (
+    FORECAST_TITLE,
+    fit_task,
+    forecast_task,
+    known_forecast,
+    merge_task,
+)
+from hyper_merge.operations.fit.fit import prepare_fit
 from hyper_merge.runs.run import list_runs, load_run
 
 PREFIX: Final = "/hyper-merge"
 
-_TOLD: Final = ("loc", "msg", "type")  # of a field that is wrong
+_PROBLEM_FIELDS: Final = ("loc", "msg", "type")  # of a field that is wrong
 
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
-    400: {"model": answers.RefusalResponse, "description": "Refused; says why, and what to do"},
-    401: {"model": answers.RefusalResponse, "description": "Name or password is missing or wrong"},
-    404: {"model": answers.RefusalResponse, "description": "There is no such run or job"},
-    409: {"model": answers.RefusalResponse, "description": "Another job runs"},
+    400: {"model": RefusalResponse, "description": "Refused; says why, and what to do"},
+    401: {"model": RefusalResponse, "description": "Name or password is missing or wrong"},
+    404: {"model": RefusalResponse, "description": "There is no such run or job"},
+    409: {"model": RefusalResponse, "description": "Another job runs"},
 }
 
 
-def build_router(host: Host, jobs: work.Jobs, dependencies: Sequence[Any] = ()) -> APIRouter:
-    """All routes.
+def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> APIRouter:
+    """Returns all routes.
 
     Args:
-        host: whose checkpoints and folders are meant.
+        host: whose checkpoints and folders they serve.
         jobs: those of the process, which the tab shows too.
         dependencies: of every route, such as its authentication.
     """
@@ -78,122 +106,120 @@ def build_router(host: Host, jobs: work.Jobs, dependencies: Sequence[Any] = ()) 
 
 
 class _Route(APIRoute):
-    """Says of a request which field is wrong and why, but not what was sent.
+    """Answers a wrong request with its wrong fields and the reasons, without what was sent.
 
-    A bare NaN is read as a number, but there is none in JSON to say it back with.
+    A bare NaN is read as a number, but JSON has no number to answer it with.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Source: FastAPI's documentation, "Custom Request and APIRoute class"."""
+        """Wraps the handler; see FastAPI's documentation, "Custom Request and APIRoute class"."""
         handle = super().get_route_handler()
 
         async def handled(request: Request) -> Response:
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                told = [{name: each[name] for name in _TOLD} for each in error.errors()]
-                raise HTTPException(422, told) from error
+                problems = [
+                    {name: problem[name] for name in _PROBLEM_FIELDS} for problem in error.errors()
+                ]
+                raise HTTPException(422, problems) from error
 
         return handled
 
 
 class _Routes:
-    """What each route answers; its docstring is its description in the schema."""
+    """The functions of the routes; their docstrings are the descriptions in the schema."""
 
-    def __init__(self, host: Host, jobs: work.Jobs) -> None:
+    def __init__(self, host: Host, jobs: Jobs) -> None:
         self._host = host
         self._jobs = jobs
 
-    def checkpoints(self) -> answers.CheckpointsResponse:
+    def checkpoints(self) -> CheckpointsResponse:
         """The host's list of checkpoints, whose names all other requests use."""
-        return answering.checkpoints(self._host)
+        return checkpoints_response(self._host)
 
-    def inspect(self, asked: InspectBody) -> answers.InspectionResponse:
+    def inspect(self, body: InspectBody) -> InspectionResponse:
         """What checkpoints are: family, type, hash, VAE, and what keeps them from being merged."""
         with _refusals():
             listed = self._host.checkpoints()
-            names = asked.checkpoints
-            found = [(name, asking.file_of(name, "checkpoints", listed)) for name in names]
-            return answers.InspectionResponse(
-                checkpoints=[answering.look(name, path, self._host) for name, path in found]
+            files = [(name, find_file(name, "checkpoints", listed)) for name in body.checkpoints]
+            return InspectionResponse(
+                checkpoints=[inspected_response(name, path, self._host) for name, path in files]
             )
 
-    def plan(self, asked: PlanBody) -> answers.PlanResponse:
+    def plan(self, body: PlanBody) -> PlanResponse:
         """What a merge would write and take, or why it cannot be made; nothing is written."""
         with _refusals():
-            preflight, place = asking.prepared(asked, self._host)
-            found = working.known_forecast(preflight)
-            return answering.plan(preflight, place, found)
+            preflight, place = place_merge(body, self._host)
+            return plan_response(preflight, place, known_forecast(preflight))
 
-    def look(self, asked: PlanBody) -> answers.JobResponse:
-        """Starts a look at the checkpoints, after which their plan says what would come back of them.
+    def look(self, body: PlanBody) -> JobResponse:
+        """Starts an analysis of the checkpoints, after which their plan forecasts what is explained.
 
         Writes nothing but the cache, which a merge of them uses again.
         """
         with _refusals():
             self._jobs.require_idle()
-            asking.examined(asked, self._host)
-            preflight = functools.partial(asking.examined, asked, self._host)
-            begin = functools.partial(working.forecast_task, self._host, preflight)
-            return answering.job(self._jobs.start(working.FORECAST_TITLE, begin, self._host.log))
+            check_merge(body, self._host)
+            preflight = functools.partial(check_merge, body, self._host)
+            work = functools.partial(forecast_task, self._host, preflight)
+            return job_response(self._jobs.start(FORECAST_TITLE, work, self._host.log))
 
-    def merge(self, asked: MergeBody) -> answers.JobResponse:
+    def merge(self, body: MergeBody) -> JobResponse:
         """Starts a merge, or says why it cannot be made; its job says how far it is."""
         with _refusals():
             self._jobs.require_idle()
-            preflight, _ = asking.prepared(asked, self._host)
+            preflight, _ = place_merge(body, self._host)
             name = preflight.recipe.name
-            recipe = functools.partial(asking.recipe_of, asked, name, self._host)
-            begin = functools.partial(working.merge_task, self._host, recipe, asked.save_styles)
-            return answering.job(self._jobs.start(name, begin, self._host.log))
+            recipe = functools.partial(parse_recipe, body, name, self._host)
+            work = functools.partial(merge_task, self._host, recipe, body.save_styles)
+            return job_response(self._jobs.start(name, work, self._host.log))
 
-    def fit(self, asked: FitBody) -> answers.JobResponse:
-        """Starts placing a checkpoint on the LoRAs of a run; its job says how far it is."""
+    def fit(self, body: FitBody) -> JobResponse:
+        """Starts fitting a checkpoint onto the LoRAs of a run; its job says how far it is."""
         with _refusals():
             self._jobs.require_idle()
-            job = prepared_fit(asking.order_of(asked, self._host), self._host.folders())
-            order = functools.partial(asking.order_of, asked, self._host)
-            begin = functools.partial(working.fit_task, self._host, order, asked.save_styles)
-            title = f"the fit of {job.name} onto {job.run.name}"
-            return answering.job(self._jobs.start(title, begin, self._host.log))
+            fit = prepare_fit(parse_fit_request(body, self._host), self._host.folders())
+            request = functools.partial(parse_fit_request, body, self._host)
+            work = functools.partial(fit_task, self._host, request, body.save_styles)
+            title = f"the fit of {fit.name} onto {fit.run.name}"
+            return job_response(self._jobs.start(title, work, self._host.log))
 
-    def jobs(self) -> answers.JobsResponse:
+    def jobs(self) -> JobsResponse:
         """The last jobs of this process, those of the tab too, the newest first."""
-        return answers.JobsResponse(jobs=[answering.job(known) for known in self._jobs.known])
+        return JobsResponse(jobs=[job_response(job) for job in self._jobs.known])
 
-    def job(self, job_id: str) -> answers.JobResponse:
+    def job(self, job_id: str) -> JobResponse:
         """How far a job is, or how it ended."""
-        return answering.job(self._known(job_id))
+        return job_response(self._require_job(job_id))
 
-    def cancel(self, job_id: str) -> answers.JobResponse:
+    def cancel(self, job_id: str) -> JobResponse:
         """Asks a job to end; it leaves nothing half-written. One that has ended stays as it is."""
-        known = self._known(job_id)
-        if known.standing.outcome == "running":
-            known.stop()
-        return answering.job(known)
+        job = self._require_job(job_id)
+        if job.standing.outcome == "running":
+            job.stop()
+        return job_response(job)
 
-    def runs(self) -> answers.RunsResponse:
+    def runs(self) -> RunsResponse:
         """Earlier merges, the newest first."""
-        found, problems = list_runs(self._host.folders())
-        return answers.RunsResponse(
-            runs=[answering.summary(run) for run in found], problems=problems
-        )
+        runs, problems = list_runs(self._host.folders())
+        return RunsResponse(runs=[run_summary_response(run) for run in runs], problems=problems)
 
-    def run(self, name: str) -> answers.RunResponse:
+    def run(self, name: str) -> RunResponse:
         """One run with its report, its prompts and the checkpoints that were fitted later."""
         with _refusals():
-            return answering.run(load_run(self._host.folders(), name), self._host)
+            return run_response(load_run(self._host.folders(), name), self._host)
 
-    def _known(self, job_id: str) -> work.Job:
-        for known in self._jobs.known:
-            if known.id == job_id:
-                return known
+    def _require_job(self, job_id: str) -> Job:
+        for job in self._jobs.known:
+            if job.id == job_id:
+                return job
         raise HTTPException(404, f"expected the id of a job of this process, got {job_id!r:.80}")
 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turns our refusals into answers."""
+    """Turns refusals into answers."""
     try:
         yield
     except HyperMergeError as error:
@@ -201,6 +227,6 @@ def _refusals() -> Iterator[None]:
 
 
 def _status(error: HyperMergeError) -> int:
-    if isinstance(error, work.BusyError):
+    if isinstance(error, BusyError):
         return 409
     return 404 if isinstance(error, UnknownRunError) else 400

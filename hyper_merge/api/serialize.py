@@ -1,4 +1,4 @@
-"""From what we know to what a client gets; files by their names alone."""
+"""Makes the answers of the API; files are given by their names alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.api import response_models as answers
+from hyper_merge.api.response_models import (
+    CheckpointResponse,
+    CheckpointsResponse,
+    ExpectedResponse,
+    FitResponse,
+    HyperModelResponse,
+    InspectedFileResponse,
+    JobResponse,
+    PlanResponse,
+    ReportResponse,
+    RunCheckpointResponse,
+    RunResponse,
+    RunSummaryResponse,
+)
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Job
 from hyper_merge.loras.prompt_tags import lora_names
@@ -20,24 +33,22 @@ from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import Run
 
 _ELSEWHERE: Final = {"name", "loras", "companions", "checkpoints", "groups"}
-"""Of a report, what a run's answer has in another place or another form."""
+"""The fields of a report that a run's answer has in another place or another form."""
 
 
-def checkpoints(host: Host) -> answers.CheckpointsResponse:
-    """The host's list."""
+def checkpoints_response(host: Host) -> CheckpointsResponse:
+    """Returns the host's list."""
     rows = [
-        answers.CheckpointResponse(
-            name=name, short_hash=host.known_hash(name), size=checkpoint_size(path)
-        )
+        CheckpointResponse(name=name, short_hash=host.known_hash(name), size=checkpoint_size(path))
         for name, path in host.checkpoints().items()
     ]
-    return answers.CheckpointsResponse(checkpoints=rows)
+    return CheckpointsResponse(checkpoints=rows)
 
 
-def look(name: str, path: Path, host: Host) -> answers.InspectedFileResponse:
-    """What a listed checkpoint is."""
+def inspected_response(name: str, path: Path, host: Host) -> InspectedFileResponse:
+    """Returns a checkpoint of the list as its header describes it."""
     row = inspect_files(path)
-    return answers.InspectedFileResponse(
+    return InspectedFileResponse(
         name=name,
         family=row.family,
         size=row.size,
@@ -49,55 +60,55 @@ def look(name: str, path: Path, host: Host) -> answers.InspectedFileResponse:
     )
 
 
-def plan(preflight: Preflight, place: Place, found: ForecastCurve | None) -> answers.PlanResponse:
-    """What a merge would write and take.
+def plan_response(
+    preflight: Preflight, place: Place, forecast: ForecastCurve | None
+) -> PlanResponse:
+    """Returns the files, time and memory that a merge would take.
 
     Args:
-        preflight: the examined recipe.
+        preflight: the checked recipe.
         place: where its files go.
-        found: what could be had, where the files have been looked at.
+        forecast: known where the files have been analyzed, else None.
     """
     recipe, estimate = preflight.recipe, estimate_merge(preflight)
-    asked = found.requested_size(preflight) if found else None
+    loras_size = forecast.requested_size(preflight) if forecast else None
     size = place.hyper_model.stat().st_size if place.exists else estimate.average
-    return answers.PlanResponse(
+    return PlanResponse(
         name=place.run,
         family=preflight.inputs.layout.family.title,
-        hyper_model=answers.HyperModelResponse(
-            name=place.hyper_model.name, exists=place.exists, size=size
-        ),
+        hyper_model=HyperModelResponse(name=place.hyper_model.name, exists=place.exists, size=size),
         loras=[] if recipe.finds_ranks else list(lora_names(place.run, recipe.ranks)),
-        loras_size=asked if recipe.target is not None else recipe.budget or estimate.loras,
+        loras_size=loras_size if recipe.target is not None else recipe.budget or estimate.loras,
         seconds=estimate.seconds,
         memory=estimate.memory,
         disk=estimate.disk,
         warnings=list(preflight.warnings),
-        expected=_expected(found, asked) if found and asked else None,
+        expected=_expected(forecast, loras_size) if forecast and loras_size else None,
     )
 
 
-def job(known: Job) -> answers.JobResponse:
-    """How far a job is."""
-    now = known.standing
-    return answers.JobResponse(
-        id=known.id,
-        title=now.title,
-        outcome=now.outcome,
-        phase=now.phase,
-        fraction=now.fraction,
-        seconds=now.elapsed,
-        seconds_left=now.seconds_left if now.outcome == "running" else None,
-        stopping=now.stopping,
-        message=now.message,
-        warnings=list(now.notes),
-        run=now.result if isinstance(now.result, str) and now.result else None,
+def job_response(job: Job) -> JobResponse:
+    """Returns how far a job is."""
+    status = job.standing
+    return JobResponse(
+        id=job.id,
+        title=status.title,
+        outcome=status.outcome,
+        phase=status.phase,
+        fraction=status.fraction,
+        seconds=status.elapsed,
+        seconds_left=status.seconds_left if status.outcome == "running" else None,
+        stopping=status.stopping,
+        message=status.message,
+        warnings=list(status.notes),
+        run=status.result if isinstance(status.result, str) and status.result else None,
     )
 
 
-def summary(run: Run) -> answers.RunSummaryResponse:
-    """A run in one line."""
+def run_summary_response(run: Run) -> RunSummaryResponse:
+    """Returns a summary of a run."""
     rows = run.report.checkpoints
-    return answers.RunSummaryResponse(
+    return RunSummaryResponse(
         name=run.name,
         created=run.created,
         family=run.family,
@@ -109,52 +120,52 @@ def summary(run: Run) -> answers.RunSummaryResponse:
     )
 
 
-def run(found: Run, host: Host) -> answers.RunResponse:
-    """A run with all that is known of it."""
-    fits, problems = load_fits(found)
-    report = found.report
-    return answers.RunResponse(
-        name=found.name,
-        created=found.created,
-        family=found.family,
-        hyper_model=found.hyper_model.name,
-        hyper_model_title=host.checkpoint_title(found.hyper_model),
+def run_response(run: Run, host: Host) -> RunResponse:
+    """Returns a run with its report and its fits."""
+    fits, problems = load_fits(run)
+    report = run.report
+    return RunResponse(
+        name=run.name,
+        created=run.created,
+        family=run.family,
+        hyper_model=run.hyper_model.name,
+        hyper_model_title=host.checkpoint_title(run.hyper_model),
         loras=list(report.loras),
         companions=list(report.companions),
-        missing=[path.name for path in found.missing],
-        settings=found.recipe.to_metadata(),
+        missing=[path.name for path in run.missing],
+        settings=run.recipe.to_metadata(),
         checkpoints=[
-            answers.RunCheckpointResponse(**_row(row, report.tags(row)))
+            RunCheckpointResponse(**_checkpoint_fields(row, report.tags(row)))
             for row in report.checkpoints
         ],
-        report=_report(report),
-        fits=[_fit(fitted, found) for fitted in fits],
-        problems=[*found.problems, *problems],
+        report=_report_response(report),
+        fits=[_fit_response(fit, run) for fit in fits],
+        problems=[*run.problems, *problems],
     )
 
 
-def _expected(found: ForecastCurve, size: int) -> list[answers.ExpectedResponse]:
-    pairs = zip(found.names, found.at(size), strict=True)
-    return [answers.ExpectedResponse(name=name, explained=share) for name, share in pairs]
+def _expected(forecast: ForecastCurve, size: int) -> list[ExpectedResponse]:
+    pairs = zip(forecast.names, forecast.at(size), strict=True)
+    return [ExpectedResponse(name=name, explained=share) for name, share in pairs]
 
 
-def _row(row: CheckpointReport, prompt: str) -> dict[str, Any]:
-    figures = asdict(row)
-    topup = figures.pop("topup")
-    return {**figures, "prompt": prompt, "topups": [topup] if topup else []}
+def _checkpoint_fields(row: CheckpointReport, prompt: str) -> dict[str, Any]:
+    fields = asdict(row)
+    topup = fields.pop("topup")
+    return {**fields, "prompt": prompt, "topups": [topup] if topup else []}
 
 
-def _fit(fitted: FitRecord, found: Run) -> answers.FitResponse:
-    figures = _row(fitted.row, fitted.tags(found))
-    return answers.FitResponse(
-        **{**figures, "topups": [each.name for each in fitted.topups]},
-        explained_with_topups=fitted.explained,
-        created=fitted.created,
+def _fit_response(fit: FitRecord, run: Run) -> FitResponse:
+    fields = _checkpoint_fields(fit.row, fit.tags(run))
+    return FitResponse(
+        **{**fields, "topups": [topup.name for topup in fit.topups]},
+        explained_with_topups=fit.explained,
+        created=fit.created,
     )
 
 
-def _report(report: Report) -> answers.ReportResponse:
+def _report_response(report: Report) -> ReportResponse:
     names = [row.name for row in report.checkpoints]
-    figures = {name: value for name, value in asdict(report).items() if name not in _ELSEWHERE}
+    fields = {name: value for name, value in asdict(report).items() if name not in _ELSEWHERE}
     groups = [[names[place] for place in group] for group in report.groups]
-    return answers.ReportResponse(**figures, groups=groups)
+    return ReportResponse(**fields, groups=groups)

@@ -1,1 +1,1 @@
-"""Where Hyper-Merge runs: AUTOMATIC1111's WebUI, Forge, or a folder of its own."""
+"""The programs around Hyper-Merge: AUTOMATIC1111's WebUI, Forge, or the app without a WebUI."""

@@ -1,4 +1,4 @@
-"""Pictures by diffusers, for the app without a WebUI: one checkpoint at a time, its LoRAs beside it."""
+"""Draws by diffusers, for the app without a WebUI: one checkpoint at a time, with its LoRAs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from hyper_merge.operations.compare.request import Picture
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
 
-NEEDED: Final = ("diffusers", "transformers", "peft", "accelerate")
+PACKAGES: Final = ("diffusers", "transformers", "peft", "accelerate")
 CONFIGURATIONS: Final = "diffusers"
-"""Folder beside the runs: a family's configuration in diffusers' layout, where it cannot be fetched."""
+"""The folder beside the runs with configurations in diffusers' layout, for use without a network."""
 
 _EXTRA: Final = "pip install 'hyper-merge[pictures]'"
 
 
 class _Sampler(NamedTuple):
-    """Of diffusers, under the name that WebUIs have for it."""
+    """A scheduler of diffusers and its settings, for a sampler that WebUIs know by name."""
 
-    kind: str
+    scheduler: str
     settings: Mapping[str, Any]
 
 
@@ -48,8 +48,8 @@ _SAMPLERS: Final[Mapping[str, _Sampler]] = {
 }
 
 
-class _Kind(NamedTuple):
-    """How diffusers draws with a family."""
+class _PipelineKind(NamedTuple):
+    """The pipeline by which diffusers draws with a family, and its settings."""
 
     pipeline: str
     encoders: tuple[str, ...]  # components that take a LoRA's text half
@@ -61,9 +61,9 @@ _UNCHECKED: Final = {
     "feature_extractor": None,
     "requires_safety_checker": False,
 }
-_SD: Final = _Kind("StableDiffusionPipeline", ("text_encoder",), _UNCHECKED)
-_SDXL: Final = _Kind("StableDiffusionXLPipeline", ("text_encoder", "text_encoder_2"), {})
-_KINDS: Final[Mapping[str, _Kind]] = {
+_SD: Final = _PipelineKind("StableDiffusionPipeline", ("text_encoder",), _UNCHECKED)
+_SDXL: Final = _PipelineKind("StableDiffusionXLPipeline", ("text_encoder", "text_encoder_2"), {})
+_PIPELINES: Final[Mapping[str, _PipelineKind]] = {
     "sd1": _SD,
     "sd2": _SD,
     "sd2_v": _SD,
@@ -74,9 +74,9 @@ _KINDS: Final[Mapping[str, _Kind]] = {
 _log = logging.getLogger(__name__)
 
 
-def atelier() -> GeneratorInfo:
-    """The samplers, or what is to be installed first."""
-    absent = [name for name in NEEDED if find_spec(name) is None]
+def describe_diffusers() -> GeneratorInfo:
+    """Returns the samplers, or which packages must be installed first."""
+    absent = [name for name in PACKAGES if find_spec(name) is None]
     if absent:
         return GeneratorInfo(
             problem=f"Pictures need {', '.join(absent)}; install them with: {_EXTRA}"
@@ -85,34 +85,37 @@ def atelier() -> GeneratorInfo:
 
 
 @contextmanager
-def studio(folders: Folders) -> Iterator[ImageGenerator]:
-    """What makes pictures; afterwards nothing is left in memory.
+def open_diffusers(folders: Folders) -> Iterator[ImageGenerator]:
+    """Yields a generator that draws by diffusers; frees all its memory afterwards.
+
+    Args:
+        folders: where the LoRAs are that prompts name.
 
     Raises:
         PictureError: diffusers is not installed.
     """
-    problem = atelier().problem
+    problem = describe_diffusers().problem
     if problem:
         raise PictureError(problem)
-    painter = _Painter(folders)
+    pipeline = _Pipeline(folders)
     try:
-        yield ImageGenerator("diffusers", painter.draw, refusal)
+        yield ImageGenerator("diffusers", pipeline.draw, why_not_drawable)
     finally:
-        painter.forget()
+        pipeline.unload()
 
 
-def refusal(path: Path) -> str:
-    """Why a checkpoint cannot be loaded; empty where it can."""
+def why_not_drawable(path: Path) -> str:
+    """Returns why diffusers cannot draw with a checkpoint; empty where it can."""
     try:
-        family = _family(path)
+        family = _read_family(path)
     except CheckpointError as error:
         return str(error)
-    if family.name not in _KINDS:
+    if family.name not in _PIPELINES:
         return f"{path.name} is a {family.title} checkpoint, with which the app cannot draw"
     return ""
 
 
-class _Painter:
+class _Pipeline:
     """The pipeline of one checkpoint, and the LoRAs that it holds."""
 
     def __init__(self, folders: Folders) -> None:
@@ -123,15 +126,15 @@ class _Painter:
         self._adapters: dict[str, str] = {}  # by the LoRA's name
 
     def draw(self, picture: Picture, progress: Progress) -> Image.Image:
-        """The picture; between its steps it hears that it is to stop."""
-        with _explained(picture.model, self._folders), warnings.catch_warnings():
+        """Draws a picture; it can be stopped between two steps."""
+        with _errors_explained(picture.model, self._folders), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the libraries, on their own future
             self._load(picture.model)
-            self._take(_tags(picture.prompt))
+            self._apply_loras(_tags_of(picture.prompt))
             return self._run(picture, progress)
 
-    def forget(self) -> None:
-        """Gives the memory back."""
+    def unload(self) -> None:
+        """Frees the memory."""
         self._model = self._pipeline = None
         self._adapters = {}
         gc.collect()
@@ -141,15 +144,15 @@ class _Painter:
     def _load(self, model: Path) -> None:
         if model == self._model:
             return
-        self.forget()
+        self.unload()
         import diffusers  # noqa: PLC0415 - an extra, which takes seconds to load
 
         diffusers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
-        family = _family(model)
-        self._kind = _KINDS[family.name]
+        family = _read_family(model)
+        self._kind = _PIPELINES[family.name]
         # The configuration is fetched where it is not here; the weights never.
-        config = configuration(self._folders, family)
+        config = configuration_folder(self._folders, family)
         has_gpu = torch.cuda.is_available()
         self._pipeline = getattr(diffusers, self._kind.pipeline).from_single_file(
             str(model),
@@ -163,22 +166,21 @@ class _Painter:
         self._schedule = {**self._pipeline.scheduler.config, **prediction}
         self._model = model
 
-    def _take(self, tags: list[Tag]) -> None:
+    def _apply_loras(self, tags: list[Tag]) -> None:
         """Adds the LoRAs of these tags to the model, and takes all others away."""
-        for each in tags:
-            if each.name not in self._adapters:
+        for tag in tags:
+            if tag.name not in self._adapters:
                 adapter = f"lora_{len(self._adapters)}"  # a name may hold dots, an adapter's not
-                self._pipeline.load_lora_weights(
-                    str(_lora(self._folders, each.name)), adapter_name=adapter
-                )
-                self._adapters[each.name] = adapter
+                path = _find_lora(self._folders, tag.name)
+                self._pipeline.load_lora_weights(str(path), adapter_name=adapter)
+                self._adapters[tag.name] = adapter
         if tags:
             self._pipeline.enable_lora()
             scales = [
-                {"unet": each.multiplier} | dict.fromkeys(self._kind.encoders, each.text_multiplier)
-                for each in tags
+                {"unet": tag.multiplier} | dict.fromkeys(self._kind.encoders, tag.text_multiplier)
+                for tag in tags
             ]
-            self._pipeline.set_adapters([self._adapters[each.name] for each in tags], scales)
+            self._pipeline.set_adapters([self._adapters[tag.name] for tag in tags], scales)
         elif self._adapters:
             self._pipeline.disable_lora()
 
@@ -187,15 +189,15 @@ class _Painter:
 
         settings = picture.settings
         sampler = _SAMPLERS[settings.sampler]
-        kind = getattr(diffusers, sampler.kind)
-        # Anew for every picture: it keeps what it has seen.
-        self._pipeline.scheduler = kind.from_config({**self._schedule, **sampler.settings})
+        scheduler = getattr(diffusers, sampler.scheduler)
+        # A new one for every picture: it keeps a state.
+        self._pipeline.scheduler = scheduler.from_config({**self._schedule, **sampler.settings})
 
         def on_step(_pipeline: Any, step: int, _time: Any, values: dict[str, Any]) -> Any:
             progress.report("", min((step + 1) / settings.steps, 1.0))
             return values
 
-        made = self._pipeline(
+        output = self._pipeline(
             prompt=remove_tags(picture.prompt),
             negative_prompt=settings.negative,
             num_inference_steps=settings.steps,
@@ -205,27 +207,27 @@ class _Painter:
             generator=torch.Generator("cpu").manual_seed(picture.seed),
             callback_on_step_end=on_step,
         )
-        return made.images[0]
+        return output.images[0]
 
 
-def configuration(folders: Folders, family: Family) -> Path:
-    """Where a family's configuration and tokenizer are looked for before they are fetched."""
+def configuration_folder(folders: Folders, family: Family) -> Path:
+    """Returns where a family's configuration and tokenizer are looked for before they are fetched."""
     return folders.runs / CONFIGURATIONS / family.name
 
 
-def _family(path: Path) -> Family:
+def _read_family(path: Path) -> Family:
     header = read_header(path)
     return with_prediction_type(header, require_supported(header))
 
 
-def _tags(prompt: str) -> list[Tag]:
+def _tags_of(prompt: str) -> list[Tag]:
     try:
         return parse_tags(prompt)
     except ValueError as error:
         raise PictureError(f"{error}", hint="correct it in the prompt") from error
 
 
-def _lora(folders: Folders, name: str) -> Path:
+def _find_lora(folders: Folders, name: str) -> Path:
     path = folders.loras / f"{name}.safetensors"
     if path.name != f"{name}.safetensors" or not path.is_file():
         raise PictureError(f"there is no LoRA {name} in {folders.loras}", hint="correct the prompt")
@@ -233,17 +235,17 @@ def _lora(folders: Folders, name: str) -> Path:
 
 
 @contextmanager
-def _explained(model: Path, folders: Folders) -> Iterator[None]:
-    """What diffusers raises, as a message with what to do; in full in the log."""
+def _errors_explained(model: Path, folders: Folders) -> Iterator[None]:
+    """Turns whatever diffusers raises into a message with what to do; the log has it in full."""
     try:
         yield
     except HyperMergeError:
         raise
     except Exception as error:  # whatever the libraries may raise
         _log.exception("diffusers failed with %s", model.name)
-        first = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0]
         raise PictureError(
-            f"diffusers cannot draw with {model.name} ({type(error).__name__}: {first}). The first time"
+            f"diffusers cannot draw with {model.name} ({type(error).__name__}: {line}). The first time"
             " it fetches configuration and tokenizer from huggingface.co: be online, or put them into"
-            f" {configuration(folders, _family(model))}"
+            f" {configuration_folder(folders, _read_family(model))}"
         ) from error

@@ -1,4 +1,4 @@
-"""What the tab needs of the program around it; every difference between hosts is behind this."""
+"""The protocol of a host, the program around us; every difference between hosts is behind it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hyper_merge.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the form holds before the user touches it."""
+    """The values of the form before the user touches it."""
 
     ranks: str = "128, 64, 32, 16"
     save_styles: bool = True
@@ -24,10 +24,10 @@ class Defaults:
 
 @dataclass(frozen=True)
 class GeneratorInfo:
-    """What a host can draw with, before anything is drawn.
+    """The samplers of a host's image generator, or why it has none.
 
     Attributes:
-        samplers: Their names, the one to begin with first.
+        samplers: Their names; the first one is the default.
         problem: Why no picture can be made here, with what to do; empty where one can.
     """
 
@@ -40,54 +40,58 @@ class Host(Protocol):
 
     @property
     def title(self) -> str:
-        """For people: "AUTOMATIC1111", "Forge" or "Hyper-Merge"."""
+        """The host's name for people: "AUTOMATIC1111", "Forge" or "Hyper-Merge"."""
 
     @property
     def has_txt2img(self) -> bool:
-        """Whether prompts can be sent and styles be saved."""
+        """Whether prompts can be sent to it and styles be saved."""
 
     def checkpoints(self) -> dict[str, Path]:
-        """The host's own list as it is now: name without hash, `/` between folders -> file."""
+        """Returns the host's list as it is now: name without hash, `/` between folders -> file."""
 
     def known_hash(self, name: str) -> str | None:
-        """First 10 hex digits of a listed checkpoint's sha256 if the host has it; never hashes."""
+        """Returns the first 10 hex digits of a listed checkpoint's sha256 if the host knows it.
+
+        The file is never hashed for it.
+        """
 
     def refresh(self) -> None:
-        """Reads the lists of checkpoints and LoRAs anew from the disk."""
+        """Reads the lists of checkpoints and LoRAs from the disk again."""
 
     def folders(self) -> Folders:
-        """Where outputs go."""
+        """Returns where outputs go."""
 
     def defaults(self) -> Defaults:
-        """What the form starts with."""
+        """Returns what the form starts with."""
 
     def running(self, task: str) -> AbstractContextManager[Progress]:
-        """A turn of the host's: waits for it, makes room on the device, puts all back at the end.
+        """Waits for a turn of the host, frees its device memory, and restores all at the end.
 
         Args:
             task: the id by which the host shows the progress, "task(...)".
 
         Returns:
-            What a run is given: it drives the host's progress bar and hears its stop buttons.
+            A progress that drives the host's bar and obeys its stop buttons.
         """
 
-    def atelier(self) -> GeneratorInfo:
-        """What there is to draw pictures with."""
+    def generator_info(self) -> GeneratorInfo:
+        """Returns the samplers of the host's image generator, or why it has none."""
 
     def drawing(self, task: str) -> AbstractContextManager[tuple[Progress, ImageGenerator]]:
-        """As `running`, with the loaded model left where it is, to draw pictures.
+        """Waits for a turn as `running` does, and yields what draws pictures.
 
-        Afterwards the checkpoint is loaded again that was loaded before, however it ended.
+        The loaded model stays on the device; afterwards the checkpoint that was loaded before is
+        loaded again, however it ended.
 
         Raises:
             PictureError: no picture can be made here.
         """
 
     def styles(self) -> set[str]:
-        """Names of all prompt styles."""
+        """Returns the names of all prompt styles."""
 
     def save_styles(self, prompts: Mapping[str, str]) -> None:
-        """Adds prompt styles, or renews those of ours.
+        """Adds prompt styles; replaces those that Hyper-Merge has made.
 
         Args:
             prompts: name -> `{prompt}` and LoRA tags.
@@ -98,14 +102,14 @@ class Host(Protocol):
         """
 
     def remove_styles(self, names: Iterable[str]) -> None:
-        """Removes the styles of ours among `names`; others and unknown names are left.
+        """Removes the styles among `names` that Hyper-Merge has made; leaves all others.
 
         Raises:
             OutputError: the file cannot be written; no style has changed then.
         """
 
     def checkpoint_title(self, path: Path) -> str | None:
-        """By what the host selects this checkpoint; None if it is not in its list."""
+        """Returns the title by which the host selects a checkpoint; None if it is not in its list."""
 
     def connect_send(self, button: Any, text: Any) -> None:
         """Makes a gradio button put a gradio text into the prompt of txt2img."""
@@ -114,8 +118,8 @@ class Host(Protocol):
         """Writes an unexpected error in full to the host's log."""
 
 
-def file_of(name: str, listed: Mapping[str, Path]) -> Path:
-    """The file of a name in the host's list.
+def require_listed_file(name: str, listed: Mapping[str, Path]) -> Path:
+    """Returns the file of a name in the host's list.
 
     Raises:
         CheckpointError: the name is not in the list (any more), or its file is gone.

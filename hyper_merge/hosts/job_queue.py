@@ -1,4 +1,4 @@
-"""Long work in a thread of its own: it outlives the page that began it, and can be looked at again."""
+"""Runs long work in a thread: it outlives the page that began it, and can be followed from others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from hyper_merge.errors import HyperMergeError, InterruptedRun
 from hyper_merge.runtime.progress import STOPPED, Progress
@@ -18,15 +18,16 @@ _KNOWN: Final = 20  # jobs that can be looked at
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
 MERGE: Final = "merge"
-"""Where a job is begun that makes a run; others are begun in a panel of the tab "Use"."""
-Work = Callable[[str, Progress], object]
-"""Takes the task's id and a control; returns the name of the run that it made, what a panel is to
-show, or "".
+"""The place of jobs that make a run; others begin in a panel of the tab "Use"."""
+JobFunction = Callable[[str, Progress], object]
+"""The work of a job: takes the task's id and a progress to report to.
+
+Returns the name of the run that it made, an outcome for a panel, or "".
 """
 
 
 class BusyError(HyperMergeError):
-    """Something is running already."""
+    """A job is running already."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class JobStatus:
     Attributes:
         task: Id by which the host knows it.
         title: What is made.
-        phase: What is being done, in words.
+        phase: What is being done, as text.
         fraction: Of the whole, 0..1.
         elapsed: Seconds since the work itself began, without waiting for the host.
         outcome: Whether it runs, or how it ended.
         message: Why it ended, unless done.
         notes: Warnings, each once.
-        result: Name of the run that was made, what a panel is to show, or "".
+        result: Name of the run that was made, an outcome for a panel, or "".
         stopping: Whether it has been asked to stop.
         place: The panel in which it was begun.
     """
@@ -61,28 +62,28 @@ class JobStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the present pace; None as long as there is no telling."""
+        """Seconds until the end at the present pace; None while there is no pace yet."""
         if self.fraction < 0.02 or self.elapsed < 1:
             return None
         return self.elapsed * (1 - self.fraction) / self.fraction
 
 
 def in_one_line(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
+    """Returns an error's kind and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class Job:
-    """One run of some work, in a thread.
+    """A piece of work that runs in a thread.
 
     Attributes:
-        id: Tells it from all others.
+        id: Unique among all jobs.
     """
 
     def __init__(
         self,
         title: str,
-        work: Work,
+        work: JobFunction,
         log: Callable[[BaseException], None],
         place: str = MERGE,
     ) -> None:
@@ -90,8 +91,8 @@ class Job:
 
         Args:
             title: what is made, for people.
-            work: what is done.
-            log: takes an error that nobody expected.
+            work: runs in the thread.
+            log: takes an unexpected error.
             place: the panel in which it is begun.
         """
         self.id = uuid.uuid4().hex[:12]
@@ -103,24 +104,24 @@ class Job:
 
     @property
     def standing(self) -> JobStatus:
-        """How far it is."""
+        """How far the job is at this moment."""
         with self._changed:
             running = self._began is not None and self._standing.outcome == "running"
             elapsed = time.monotonic() - (self._began or 0) if running else self._standing.elapsed
             return replace(self._standing, elapsed=elapsed)
 
     def stop(self) -> None:
-        """Asks it to end; one that still waits for the host ends at once."""
+        """Asks the job to end; one that still waits for the host ends at once."""
         with self._changed:
             self._update(stopping=True)
             if self._began is None:
                 self._end("stopped", STOPPED)
 
     def wait(self, seconds: float) -> None:
-        """Returns when it has ended, or after so many seconds.
+        """Returns when the job has ended, or after so many seconds.
 
-        Not at every step: a solve takes hundreds in a second, and a page that draws each of them
-        comes to lie minutes behind and no longer hears a click.
+        It does not return at every step: a solve takes hundreds in a second, and a page that draws
+        each of them falls minutes behind and no longer answers a click.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._standing.outcome != "running", seconds)
@@ -157,14 +158,14 @@ class Job:
             if self._standing.outcome == "running":
                 self._update(outcome=outcome, message=message, result=result, elapsed=elapsed)
 
-    def _update(self, **changes: object) -> None:
+    def _update(self, **changes: Any) -> None:
         with self._changed:
-            self._standing = replace(self._standing, **changes)  # type: ignore[arg-type]
+            self._standing = replace(self._standing, **changes)
             self._changed.notify_all()
 
 
 class Jobs:
-    """One job at a time; the last ones stay to be looked at."""
+    """Runs one job at a time, and remembers the last ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -182,29 +183,29 @@ class Jobs:
         return tuple(self._known)
 
     def require_idle(self) -> None:
-        """Returns if no job runs.
+        """Returns if no job is running.
 
         Raises:
-            BusyError: one does.
+            BusyError: a job is running.
         """
-        now = self.last.standing if self.last else None
-        if now is not None and now.outcome == "running":
+        status = self.last.standing if self.last else None
+        if status is not None and status.outcome == "running":
             raise BusyError(
-                f"{now.title} is still being made ({now.fraction:.0%})",
+                f"{status.title} is still being made ({status.fraction:.0%})",
                 hint="wait for it, or stop it",
             )
 
     def start(
         self,
         title: str,
-        work: Work,
+        work: JobFunction,
         log: Callable[[BaseException], None],
         place: str = MERGE,
     ) -> Job:
-        """Begins a job; arguments are those of `Job`.
+        """Begins a job; the arguments are those of `Job`.
 
         Raises:
-            BusyError: one is running.
+            BusyError: another one is running.
         """
         with self._lock:
             self.require_idle()
@@ -215,5 +216,5 @@ class Jobs:
 
 @functools.cache
 def process_jobs() -> Jobs:
-    """The jobs of this process: they live on when the host builds its pages anew."""
+    """Returns the jobs of this process: they live on when the host builds its pages again."""
     return Jobs()

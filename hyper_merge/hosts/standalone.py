@@ -1,4 +1,4 @@
-"""A WebUI-shaped models folder without a WebUI."""
+"""The host without a WebUI: a models folder that is laid out as a WebUI's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
+from hyper_merge.hosts.diffusers_txt2img import describe_diffusers, open_diffusers
 from hyper_merge.hosts.host import Defaults, GeneratorInfo
 from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Standalone:
-    """The host of those who have none: folders, and nothing to send prompts to."""
+    """A host of folders alone, with nothing to send prompts to."""
 
     title = "Hyper-Merge"
     has_txt2img = False
@@ -36,24 +36,24 @@ class Standalone:
         self._folders = Folders.under(root)
 
     def checkpoints(self) -> dict[str, Path]:
-        """Files below `Stable-diffusion`, sorted: relative path with `/` -> file."""
+        """Returns the files below `Stable-diffusion`, sorted: relative path with `/` -> file."""
         folder = self._folders.models
-        found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-        return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+        files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+        return dict(sorted(files.items(), key=lambda item: item[0].lower()))
 
     def known_hash(self, name: str) -> str | None:  # noqa: ARG002 - the protocol's
-        """Unknown: nobody keeps them here."""
+        """Returns None: no hashes are kept here."""
         return None
 
     def refresh(self) -> None:
-        """Nothing to do: the folder is read whenever the list is asked for."""
+        """Does nothing: the folder is read whenever the list is asked for."""
 
     def folders(self) -> Folders:
-        """Those below the models folder."""
+        """Returns the folders below the models folder."""
         return self._folders
 
     def defaults(self) -> Defaults:
-        """Those of the program; there are no styles to save."""
+        """Returns the program's defaults, without styles, of which there are none."""
         return Defaults(save_styles=False)
 
     @contextmanager
@@ -61,40 +61,40 @@ class Standalone:
         """Begins at once: nothing else uses the device."""
         yield Progress()
 
-    def atelier(self) -> GeneratorInfo:
-        """Those of diffusers, if it is installed."""
-        return diffusers_pictures.atelier()
+    def generator_info(self) -> GeneratorInfo:
+        """Returns the samplers of diffusers, if it is installed."""
+        return describe_diffusers()
 
     @contextmanager
     def drawing(self, task: str) -> Iterator[tuple[Progress, ImageGenerator]]:  # noqa: ARG002 - the protocol's
-        """Begins at once."""
-        with diffusers_pictures.studio(self._folders) as studio:
-            yield Progress(), studio
+        """Draws by diffusers, and begins at once."""
+        with open_diffusers(self._folders) as generator:
+            yield Progress(), generator
 
     def styles(self) -> set[str]:
-        """None."""
+        """Returns no names: there are no styles."""
         return set()
 
     def save_styles(self, prompts: Mapping[str, str]) -> None:
-        """Nowhere to save them."""
+        """Does nothing: there are no styles."""
 
     def remove_styles(self, names: Iterable[str]) -> None:
-        """There are none."""
+        """Does nothing: there are no styles."""
 
     def checkpoint_title(self, path: Path) -> str | None:  # noqa: ARG002 - the protocol's
-        """Nothing to select it in."""
+        """Returns None: there is no list to select it in."""
         return None
 
     def connect_send(self, button: Any, text: Any) -> None:
-        """Nowhere to send it."""
+        """Does nothing: there is no prompt to fill."""
 
     def log(self, error: BaseException) -> None:
-        """To the program's log."""
+        """Writes an unexpected error to the program's log."""
         _log.error("unexpected error", exc_info=error)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Checkpoint files below a folder, through links as the WebUIs go, each folder once."""
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yields the checkpoint files below a folder; follows links as the WebUIs do, each folder once."""
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

@@ -1,6 +1,6 @@
-"""The long work of the tab and of the API: a merge, a fit, each in a turn of the host's.
+"""The long work of the tab and of the API: a merge, a fit, a forecast, each in its turn on the host.
 
-What is asked for is made anew when the turn comes: the host's list may have changed meanwhile.
+The request is made again when the turn comes: the host's list may have changed in the meantime.
 """
 
 from __future__ import annotations
@@ -33,103 +33,120 @@ from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
 
 FORECAST_TITLE: Final = "the forecast"
-"""Its job's title."""
+"""The title of the job that runs `forecast_task`."""
 
 
 @contextmanager
 def host_turn(host: Host, task: str, progress: Progress) -> Iterator[Progress]:
-    """A turn of the host's for a task; gives a control that tells host and job, and hears both."""
-    with host.running(task) as hosts:
-        both = progress.joined(hosts)
-        both.report("starting", 0.0)
-        yield both
+    """Waits for a turn of the host; yields a progress that reports to job and host, and obeys both."""
+    with host.running(task) as host_progress:
+        joined = progress.joined(host_progress)
+        joined.report("starting", 0.0)
+        yield joined
 
 
 def merge_task(
-    host: Host, asked: Callable[[], Recipe], save_styles: bool, task: str, progress: Progress
+    host: Host,
+    make_recipe: Callable[[], Recipe],
+    save_styles: bool,
+    task: str,
+    progress: Progress,
 ) -> str:
-    """Merges, and saves a style per checkpoint if that is wished; returns the run's name."""
-    with host_turn(host, task, progress) as both:
+    """Merges, and saves a style for each checkpoint if requested; returns the run's name."""
+    with host_turn(host, task, progress) as joined:
         folders = host.folders()
-        preflight = run_preflight(asked(), folders)
+        preflight = run_preflight(make_recipe(), folders)
         for warning in preflight.warnings:
-            both.warn(warning)
-        name = run_merge(preflight, both).place.run
+            joined.warn(warning)
+        name = run_merge(preflight, joined).place.run
         host.refresh()
         if save_styles:
-            _save(host, styles_of(load_run(folders, name)), "merge", both)
+            _save_styles(host, styles_of(load_run(folders, name)), "merge", joined)
     return name
 
 
 def fit_task(
-    host: Host, asked: Callable[[], FitRequest], save_styles: bool, task: str, progress: Progress
+    host: Host,
+    make_request: Callable[[], FitRequest],
+    save_styles: bool,
+    task: str,
+    progress: Progress,
 ) -> str:
-    """Fits a checkpoint onto a run, and saves its style if that is wished; returns the run's name."""
-    with host_turn(host, task, progress) as both:
+    """Fits a checkpoint onto a run, and saves its style if requested; returns the run's name."""
+    with host_turn(host, task, progress) as joined:
         folders = host.folders()
-        fitted = run_fit(asked(), folders, both)
+        fitted = run_fit(make_request(), folders, joined)
         if fitted.topups:
             host.refresh()
         if save_styles:
-            _save(host, dict([fitted.style(load_run(folders, fitted.run))]), "fit", both)
+            style = fitted.style(load_run(folders, fitted.run))
+            _save_styles(host, dict([style]), "fit", joined)
     return fitted.run
 
 
-def _save(host: Host, styles: Mapping[str, str], what: str, progress: Progress) -> None:
+def _save_styles(host: Host, styles: Mapping[str, str], work: str, progress: Progress) -> None:
     """Saves styles where the host has any; a refusal does not undo the work."""
     if not host.has_txt2img:
         return
     try:
         host.save_styles(styles)
     except OutputError as error:
-        progress.warn(f"The {what} is done, but its styles are not saved: {error}")
+        progress.warn(f"The {work} is done, but its styles are not saved: {error}")
 
 
 def known_forecast(preflight: Preflight) -> ForecastCurve | None:
-    """What could be had, if the files have been looked at before."""
+    """Returns the forecast for a merge, or None where its files have not been analyzed before."""
     path = find_known_analysis(preflight)
+    if path is None:
+        return None
     try:
-        return None if path is None else _outlook(_question(path, preflight, Progress()))
+        return _cached_forecast(_forecast_key(path, preflight, Progress()))
     except (HyperMergeError, OSError):  # the cache was cleared just now
         return None
 
 
 @dataclass(frozen=True)
-class _Question:
-    """All that decides an outlook, and what answers it."""
+class _ForecastKey:
+    """All that decides a forecast, and what computes it."""
 
     path: Path
-    changed: int
-    costs: tuple[int, ...]
+    changed: int  # of the analysis file: nanoseconds
+    rank_bytes: tuple[int, ...]
     separate: bool
     layer_weights: str
     preflight: Preflight = field(compare=False)
     progress: Progress = field(compare=False)
 
 
-def _question(path: Path, preflight: Preflight, progress: Progress) -> _Question:
-    separate = preflight.recipe.multipliers == "separate"
-    weights = preflight.recipe.layer_weights
-    changed = path.stat().st_mtime_ns
-    costs = plan_ranks(preflight.recipe, preflight.inputs).rank_bytes
-    return _Question(path, changed, costs, separate, weights, preflight, progress)
+def _forecast_key(path: Path, preflight: Preflight, progress: Progress) -> _ForecastKey:
+    return _ForecastKey(
+        path=path,
+        changed=path.stat().st_mtime_ns,
+        rank_bytes=plan_ranks(preflight.recipe, preflight.inputs).rank_bytes,
+        separate=preflight.recipe.multipliers == "separate",
+        layer_weights=preflight.recipe.layer_weights,
+        preflight=preflight,
+        progress=progress,
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _outlook(question: _Question) -> ForecastCurve:
-    """What could be had, which takes seconds and is not found again while the analysis is the same."""
-    return forecast_curve(question.path, question.preflight, question.progress)
+def _cached_forecast(key: _ForecastKey) -> ForecastCurve:
+    """Computes a forecast, which takes seconds, once for as long as the analysis is the same."""
+    return forecast_curve(key.path, key.preflight, key.progress)
 
 
-def forecast_task(host: Host, asked: Callable[[], Preflight], task: str, progress: Progress) -> str:
-    """Looks at the files in a turn of the host's, so that `known_forecast` knows what could be had."""
-    with host_turn(host, task, progress) as both:
-        preflight = asked()
-        reading, looking = both.split(FORECAST_COSTS)
+def forecast_task(
+    host: Host, make_preflight: Callable[[], Preflight], task: str, progress: Progress
+) -> str:
+    """Analyzes the files in a turn of the host, after which `known_forecast` has the forecast."""
+    with host_turn(host, task, progress) as joined:
+        preflight = make_preflight()
+        reading, forecasting = joined.split(FORECAST_COSTS)
 
         def forecast(damaged: DamagedFiles) -> ForecastCurve:
             with ensure_analysis(preflight, reading, damaged) as path:
-                return _outlook(_question(path, preflight, looking))
+                return _cached_forecast(_forecast_key(path, preflight, forecasting))
 
-        with_sound_cache(forecast, both.warn)
+        with_sound_cache(forecast, joined.warn)
     return ""

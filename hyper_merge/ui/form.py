@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from hyper_merge.errors import RecipeError
-from hyper_merge.hosts.host import file_of
+from hyper_merge.hosts.host import require_listed_file
 from hyper_merge.recipe.fields import AVERAGE
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.recipe.recipe import Recipe
@@ -57,7 +57,7 @@ def chosen_files(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     Raises:
         CheckpointError: a name is not in the list (any more).
     """
-    return tuple(file_of(name, listed) for name in form.checkpoints or [])
+    return tuple(require_listed_file(name, listed) for name in form.checkpoints or [])
 
 
 def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:
@@ -83,7 +83,9 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
         "fit_weights": plain_value(form.fit_weights or ""),
         "name": form.name,
         "models": models,
-        "base": AVERAGE if form.base == BASE_AVERAGE else str(file_of(form.base, listed)),
+        "base": AVERAGE
+        if form.base == BASE_AVERAGE
+        else str(require_listed_file(form.base, listed)),
         "dtype": form.dtype,
         "lora_dtype": form.lora_dtype,
         "device": form.device,

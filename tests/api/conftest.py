@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from hyper_merge.api.routes import build_router
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.hosts import tasks as working
+from hyper_merge.hosts import tasks
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.standalone import Standalone
 
@@ -43,21 +43,21 @@ def host(root):
 
 @pytest.fixture
 def jobs():
-    """In which nothing is left running."""
-    found = Jobs()
-    yield found
-    for job in found.known:
+    """A queue of jobs; none is left running."""
+    jobs = Jobs()
+    yield jobs
+    for job in jobs.known:
         job.stop()
     for thread in threading.enumerate():
         if thread.name == "hyper-merge":
-            thread.join(20)
+            thread.join(60)
 
 
 @pytest.fixture
 def app(host, jobs):
-    found = FastAPI()
-    found.include_router(build_router(host, jobs))
-    return found
+    app = FastAPI()
+    app.include_router(build_router(host, jobs))
+    return app
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def client(app):
 
 @pytest.fixture
 def open_client():
-    """Makes a client of another app."""
+    """Returns a function that makes a client of another app."""
     return lambda app, **options: Client(TestClient(app, **options))
 
 
@@ -82,13 +82,13 @@ def endless(monkeypatch):
             time.sleep(0.002)
         raise InterruptedRun("stopped; no file was changed")
 
-    monkeypatch.setattr(working, "run_merge", run_merge)
+    monkeypatch.setattr(tasks, "run_merge", run_merge)
     yield
     over.set()
 
 
 class Client:
-    """What tests ask, and the answers' status and content."""
+    """Asks the API, and returns the status and the content of its answers."""
 
     def __init__(self, client):
         self.http = client
@@ -97,12 +97,12 @@ class Client:
         answer = self.http.get(f"/hyper-merge{path}", **options)
         return answer.status_code, answer.json()
 
-    def post(self, path, asked=None, **options):
-        answer = self.http.post(f"/hyper-merge{path}", json=asked, **options)
+    def post(self, path, body=None, **options):
+        answer = self.http.post(f"/hyper-merge{path}", json=body, **options)
         return answer.status_code, answer.json()
 
     def ended(self, job):
-        """How a job ended, once it has."""
+        """Returns a job as it ended, once it has."""
         deadline = time.monotonic() + 60
         while job["outcome"] == "running":
             assert time.monotonic() < deadline, job

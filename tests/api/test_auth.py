@@ -3,7 +3,7 @@
 import pytest
 from fastapi import FastAPI
 
-from hyper_merge.api.auth import credentials_of, protected
+from hyper_merge.api.auth import parse_credentials, protected
 from hyper_merge.api.routes import build_router
 
 ROUTES = [
@@ -24,7 +24,7 @@ ROUTES = [
 @pytest.fixture
 def guarded(host, jobs, open_client):
     app = FastAPI()
-    app.include_router(build_router(host, jobs, protected(credentials_of("ann:secret,bob:b:2"))))
+    app.include_router(build_router(host, jobs, protected(parse_credentials("ann:secret,bob:b:2"))))
     return open_client(app)
 
 
@@ -34,9 +34,9 @@ def guarded(host, jobs, open_client):
 )
 def test_nothing_is_answered_without_name_and_password(guarded, jobs, auth):
     for method, path in ROUTES:
-        asked = None if method == "GET" else {"checkpoints": ["a.safetensors"]}
-        given = {"auth": auth} if auth else {}
-        answer = guarded.http.request(method, f"/hyper-merge{path}", json=asked, **given)
+        body = None if method == "GET" else {"checkpoints": ["a.safetensors"]}
+        options = {"auth": auth} if auth else {}
+        answer = guarded.http.request(method, f"/hyper-merge{path}", json=body, **options)
         assert answer.status_code == 401, path
         assert answer.headers["www-authenticate"] == "Basic"
         assert "detail" in answer.json()
@@ -53,10 +53,10 @@ def test_with_them_everything_is(guarded, auth):
 
 
 @pytest.mark.parametrize(
-    "given", ["Bearer abc", "Basic", "Basic !!", "Basic YW5u", "Basic w6Q6YQ=="]
+    "header", ["Bearer abc", "Basic", "Basic !!", "Basic YW5u", "Basic w6Q6YQ=="]
 )
-def test_other_headers_are_refused(guarded, given):
-    code, _ = guarded.get("/runs", headers={"authorization": given})
+def test_other_headers_are_refused(guarded, header):
+    code, _ = guarded.get("/runs", headers={"authorization": header})
     assert code == 401
 
 

@@ -6,8 +6,7 @@ import pytest
 from tiny_family import snapshot
 
 from hyper_merge.api.request_models import PlanBody
-from hyper_merge.api.response_models import ReportResponse as ReportAnswer
-from hyper_merge.api.response_models import RunCheckpointResponse
+from hyper_merge.api.response_models import ReportResponse, RunCheckpointResponse
 from hyper_merge.recipe.recipe import FIELDS
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
@@ -15,7 +14,7 @@ from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import load_run
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
-ASKED = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}
+BODY = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}
 ROUTES = {
     ("get", "/hyper-merge/checkpoints"),
     ("post", "/hyper-merge/inspect"),
@@ -56,7 +55,7 @@ def test_a_look_says_what_checkpoints_are_and_what_is_wrong_with_them(client, ro
 
 def test_a_plan_says_what_would_be_written_and_writes_nothing(client, root):
     before = snapshot(root)
-    code, answer = client.post("/plan", {**ASKED, "name": "mine"})
+    code, answer = client.post("/plan", {**BODY, "name": "mine"})
     assert code == 200
     assert answer["name"] == "mine"
     assert answer["loras"] == ["mine_0-4", "mine_1-2"]
@@ -70,13 +69,13 @@ def test_a_plan_says_what_would_be_written_and_writes_nothing(client, root):
 
 
 def test_a_plan_without_a_name_has_a_free_one(client, root):
-    assert client.post("/plan", ASKED)[1]["name"] == "hyper-a-3"
+    assert client.post("/plan", BODY)[1]["name"] == "hyper-a-3"
     (root / "Stable-diffusion" / "hyper-a-3.safetensors").write_bytes(b"mine")
-    assert client.post("/plan", ASKED)[1]["name"] == "hyper-a-3-b"
+    assert client.post("/plan", BODY)[1]["name"] == "hyper-a-3-b"
 
 
 def test_a_plan_of_the_same_checkpoints_uses_their_hyper_model_again(client, run):
-    code, answer = client.post("/plan", {**ASKED, "name": "mix", "ranks": [3]})
+    code, answer = client.post("/plan", {**BODY, "name": "mix", "ranks": [3]})
     assert code == 200
     assert answer["hyper_model"]["exists"]
     assert (answer["name"], answer["loras"]) == ("mix-2", ["mix-2_0-3"])
@@ -84,21 +83,21 @@ def test_a_plan_of_the_same_checkpoints_uses_their_hyper_model_again(client, run
 
 @pytest.mark.parametrize("size", [{"budget": "300 MB"}, {"budget": 300_000_000}])
 def test_a_budget_is_the_size_and_the_merge_finds_the_ranks(client, size):
-    asked = {key: value for key, value in ASKED.items() if key != "ranks"}
-    code, answer = client.post("/plan", {**asked, **size})
+    body = {key: value for key, value in BODY.items() if key != "ranks"}
+    code, answer = client.post("/plan", {**body, **size})
     assert code == 200
     assert (answer["loras"], answer["loras_size"]) == ([], 300_000_000)
 
 
 def test_of_a_share_nothing_is_known_before_the_files_were_looked_at(client):
-    asked = {key: value for key, value in ASKED.items() if key != "ranks"}
-    code, answer = client.post("/plan", {**asked, "target": "95%"})
+    body = {key: value for key, value in BODY.items() if key != "ranks"}
+    code, answer = client.post("/plan", {**body, "target": "95%"})
     assert code == 200
     assert (answer["loras"], answer["loras_size"]) == ([], None)
 
 
 def test_another_base_is_named_by_the_list_too(client):
-    code, answer = client.post("/plan", {**ASKED, "checkpoints": NAMES[:2], "base": NAMES[2]})
+    code, answer = client.post("/plan", {**BODY, "checkpoints": NAMES[:2], "base": NAMES[2]})
     assert code == 200
     assert answer["hyper_model"] == {
         **answer["hyper_model"],
@@ -108,7 +107,7 @@ def test_another_base_is_named_by_the_list_too(client):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("body", "words"),
     [
         (
             {"checkpoints": ["a.safetensors"]},
@@ -140,10 +139,10 @@ def test_another_base_is_named_by_the_list_too(client):
         ({"seed": -1}, "seed: expected a whole number from 0"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named_and_nothing_begins(client, root, jobs, asked, words):
+def test_a_setting_that_cannot_be_is_named_and_nothing_begins(client, root, jobs, body, words):
     before = snapshot(root)
     for path in ("/plan", "/merge", "/look"):
-        code, answer = client.post(path, {**ASKED, **asked})
+        code, answer = client.post(path, {**BODY, **body})
         assert code == 400
         assert words in answer["detail"]
     assert jobs.known == ()
@@ -168,16 +167,16 @@ def test_a_setting_that_cannot_be_is_named_and_nothing_begins(client, root, jobs
 def test_what_is_no_name_of_the_list_is_never_looked_up(client, root, run, evil):
     (root.parent / "secret.safetensors").write_bytes(b"secret")
     evil = evil.format(root=root)
-    for path, asked in {
+    for path, body in {
         "/inspect": {"checkpoints": [evil]},
-        "/plan": {**ASKED, "checkpoints": [NAMES[0], evil]},
-        "/merge": {**ASKED, "checkpoints": [evil, NAMES[0]]},
+        "/plan": {**BODY, "checkpoints": [NAMES[0], evil]},
+        "/merge": {**BODY, "checkpoints": [evil, NAMES[0]]},
         "/fit": {"run": run, "checkpoint": evil},
     }.items():
-        code, answer = client.post(path, asked)
+        code, answer = client.post(path, body)
         assert code == 400
         assert "expected a name of the host's list, got" in answer["detail"]
-    code, answer = client.post("/plan", {**ASKED, "base": evil})
+    code, answer = client.post("/plan", {**BODY, "base": evil})
     assert code == 400
     assert answer["detail"].startswith("base: expected a name of the host's list")
 
@@ -191,7 +190,7 @@ def test_a_file_that_has_gone_since_is_refused(client, root, host, monkeypatch):
     listed = host.checkpoints()
     monkeypatch.setattr(host, "checkpoints", lambda: listed)
     (root / "Stable-diffusion" / NAMES[0]).unlink()
-    code, answer = client.post("/plan", ASKED)
+    code, answer = client.post("/plan", BODY)
     assert code == 400
     assert answer["detail"] == "checkpoints: the file of a.safetensors is no longer there"
     assert client.get("/checkpoints")[1]["checkpoints"][0]["size"] == 0
@@ -222,7 +221,7 @@ def test_a_file_that_has_gone_since_is_refused(client, root, host, monkeypatch):
     ],
 )
 def test_what_is_of_the_wrong_type_or_unknown_is_refused_by_its_place(client, jobs, field, value):
-    code, answer = client.post("/merge", {**ASKED, field: value})
+    code, answer = client.post("/merge", {**BODY, field: value})
     assert code == 422
     assert any(field in problem["loc"] for problem in answer["detail"])
     assert jobs.known == ()
@@ -239,14 +238,14 @@ def test_what_is_no_request_is_refused(client, body):
 def test_what_a_page_of_another_site_could_send_starts_nothing(client, jobs, kind):
     """Browsers send these kinds, and no JSON, to other sites without asking there first."""
     answer = client.http.post(
-        "/hyper-merge/merge", content=json.dumps(ASKED), headers={"content-type": kind}
+        "/hyper-merge/merge", content=json.dumps(BODY), headers={"content-type": kind}
     )
     assert answer.status_code == 422
     assert jobs.known == ()
 
 
 def test_numbers_that_are_none_are_refused(client):
-    body = json.dumps({**ASKED, "tolerance": float("nan")})
+    body = json.dumps({**BODY, "tolerance": float("nan")})
     headers = {"content-type": "application/json"}
     answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
     assert answer.status_code == 400
@@ -255,7 +254,7 @@ def test_numbers_that_are_none_are_refused(client):
 
 @pytest.mark.parametrize("field", ["checkpoints", "ranks", "name"])
 def test_numbers_that_are_none_are_refused_where_no_number_belongs(client, field):
-    body = json.dumps({**ASKED, field: float("nan")})
+    body = json.dumps({**BODY, field: float("nan")})
     headers = {"content-type": "application/json"}
     answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
     assert answer.status_code == 422
@@ -264,7 +263,7 @@ def test_numbers_that_are_none_are_refused_where_no_number_belongs(client, field
 
 def test_checkpoints_that_do_not_go_together_are_refused_in_our_words(client, root):
     (root / "Stable-diffusion" / "broken.safetensors").write_bytes(b"nothing")
-    code, answer = client.post("/plan", {**ASKED, "checkpoints": [NAMES[0], "broken.safetensors"]})
+    code, answer = client.post("/plan", {**BODY, "checkpoints": [NAMES[0], "broken.safetensors"]})
     assert code == 400
     assert "broken.safetensors" in answer["detail"]
 
@@ -273,12 +272,12 @@ def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
     (root / "hyper-merge" / "old").mkdir()
     (root / "hyper-merge" / "old" / "manifest.json").write_text("{")
     code, answer = client.get("/runs")
-    (found,) = answer["runs"]
+    (run_summary,) = answer["runs"]
     assert code == 200
-    assert (found["name"], found["ranks"]) == ("mix", [4, 2])
-    assert found["checkpoints"] == ["a", "b", "c"]
-    assert found["missing"] == []
-    assert 0 < found["explained_worst"] <= found["explained"] < 1
+    assert (run_summary["name"], run_summary["ranks"]) == ("mix", [4, 2])
+    assert run_summary["checkpoints"] == ["a", "b", "c"]
+    assert run_summary["missing"] == []
+    assert 0 < run_summary["explained_worst"] <= run_summary["explained"] < 1
     assert "the run old cannot be read" in answer["problems"][0]
 
 
@@ -305,11 +304,11 @@ def test_a_run_has_its_report_and_its_prompts(client, root, run):
 
 
 def test_no_answer_has_a_folder_in_it(client, root, run):
-    asked = {"checkpoints": NAMES}
-    said = [client.get("/checkpoints"), client.get("/runs"), client.get("/runs/mix")]
-    said += [client.post("/inspect", asked), client.post("/plan", {**ASKED, "name": "new"})]
-    assert all(code == 200 for code, _ in said)
-    assert str(root) not in json.dumps(said)
+    body = {"checkpoints": NAMES}
+    answers = [client.get("/checkpoints"), client.get("/runs"), client.get("/runs/mix")]
+    answers += [client.post("/inspect", body), client.post("/plan", {**BODY, "name": "new"})]
+    assert all(code == 200 for code, _ in answers)
+    assert str(root) not in json.dumps(answers)
 
 
 def test_lost_files_of_a_run_are_named(client, root, run):
@@ -345,8 +344,8 @@ def test_a_run_of_a_newer_version_is_refused_in_our_words(client, root, run):
 
 def test_the_schema_describes_every_route(app):
     schema = app.openapi()
-    found = {(method, path) for path, methods in schema["paths"].items() for method in methods}
-    assert found == ROUTES
+    routes = {(method, path) for path, methods in schema["paths"].items() for method in methods}
+    assert routes == ROUTES
     for method, path in ROUTES:
         route = schema["paths"][path][method]
         good = next(code for code in ("200", "202") if code in route["responses"])
@@ -356,9 +355,9 @@ def test_the_schema_describes_every_route(app):
         assert len(route["description"]) > 20
         if method == "post" and "{" not in path:
             body = route["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-            asked = schema["components"]["schemas"][body.rpartition("/")[2]]
-            assert asked["additionalProperties"] is False
-            for field, words in asked["properties"].items():
+            body = schema["components"]["schemas"][body.rpartition("/")[2]]
+            assert body["additionalProperties"] is False
+            for field, words in body["properties"].items():
                 assert words.get("description"), f"{body}.{field}"
     json.dumps(schema)
 
@@ -371,6 +370,6 @@ def test_every_setting_of_a_recipe_can_be_asked_for_but_where_things_go():
 
 def test_a_runs_answer_has_every_figure_of_its_report():
     elsewhere = {"name", "loras", "companions", "checkpoints"}
-    assert set(Report.__dataclass_fields__) - elsewhere == set(ReportAnswer.__annotations__)
+    assert set(Report.__dataclass_fields__) - elsewhere == set(ReportResponse.__annotations__)
     row = set(CheckpointReport.__dataclass_fields__) - {"topup"} | {"prompt", "topups"}
     assert row == set(RunCheckpointResponse.__annotations__)

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from urllib.request import urlopen
 
 import gradio
 import pytest
-from browser.the_tab import Tab
+from browser.the_tab import Tab, Traffic
+from local_server import find_free_port
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))
@@ -67,9 +67,7 @@ class Server:
 
     def __init__(self, host: str, models: Path) -> None:
         self.host, self.models = host, models
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = find_free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
         self.log = models.parent / f"{host}-{self.port}.log"
         with self.log.open("w") as log:
@@ -87,7 +85,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self.log.read_text()}")
             try:
-                urlopen(self.url, timeout=1).close()
+                urlopen(self.url, timeout=10).close()
             except OSError:
                 time.sleep(0.1)
             else:
@@ -96,7 +94,7 @@ class Server:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
 
     @property
     def complaints(self) -> list[str]:
@@ -130,7 +128,7 @@ def host_name(request) -> str:
 def context(browser):
     """One for all pages, so that gradio's scripts are read once."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
-    context.set_default_timeout(40_000)
+    context.set_default_timeout(60_000)
     # gradio asks for fonts and a script from elsewhere; nothing here depends on them
     context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.fulfill(body=""))
     yield context
@@ -145,30 +143,12 @@ def page(context, request) -> Iterator:
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda entry: errors.append(entry.text) if entry.type == "error" else None)
-    sockets = []
-    page.on("websocket", lambda socket: sockets.extend([socket]))  # a built-in is refused
     yield page
     if request.session.testsfailed > failed:
         name = re.sub(r"\W+", "-", request.node.name).strip("-")
         shot(page, f"end-of-{name}")
-    _until_quiet(page, sockets)
     page.close()
     assert errors == []
-
-
-def _until_quiet(page, sockets) -> None:
-    """Waits until the page has asked all that it was about to, or two seconds.
-
-    gradio 3.41 writes errors into its log of a page that goes while it is being answered.
-    """
-    quiet = 0
-    for _ in range(40):
-        known = len(sockets)
-        page.wait_for_timeout(50)
-        is_quiet = known == len(sockets) and all(socket.is_closed() for socket in sockets)
-        quiet = quiet + 1 if is_quiet else 0
-        if quiet == 14:
-            return
 
 
 def shot(page, name: str) -> None:
@@ -184,7 +164,7 @@ def servers(files, tmp_path_factory):
 
     They start side by side, and once: what takes the time is loading torch and gradio.
     """
-    running = {}
+    servers = {}
     for host in dict.fromkeys((ANY_HOST, WEBUI)):
         models = tmp_path_factory.mktemp(host) / "models"
         folder = models / "Stable-diffusion"
@@ -193,11 +173,11 @@ def servers(files, tmp_path_factory):
             shutil.copy(path, folder / f"{place}.safetensors")
         (folder / "broken.safetensors").write_bytes(b"this is no checkpoint" * 9)
         (models / "Lora").mkdir()
-        running[host] = Server(host, models)
-    yield running
-    for server in running.values():
+        servers[host] = Server(host, models)
+    yield servers
+    for server in servers.values():
         server.close()
-    assert [line for server in running.values() for line in server.complaints] == []
+    assert [line for server in servers.values() for line in server.complaints] == []
 
 
 @pytest.fixture(scope="session")
@@ -208,14 +188,21 @@ def server(host_name, servers):
 
 
 @pytest.fixture
-def _slowly(server) -> Iterator[None]:
-    """Runs take their time, so that they can be watched and stopped."""
+def slow_runs(server) -> Iterator[Path]:
+    """Runs take their time, so that they can be watched and stopped, as long as there is this file."""
     flag = server.models.parent / "slowly"
     flag.touch()
-    yield
-    flag.unlink()
+    yield flag
+    flag.unlink(missing_ok=True)
 
 
 @pytest.fixture
-def tab(page, server):
-    return Tab(page).open(server)
+def tab(page, server) -> Iterator[Tab]:
+    """The tab on a page that is not closed while the server still answers it.
+
+    gradio 3.41 writes errors into its log of a page that goes while it is being answered.
+    """
+    tab = Tab(page, Traffic(page))
+    tab.open(server)
+    yield tab
+    tab.traffic.until_quiet(seconds=5)

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACE = 0.004  # seconds that every step takes at least, if it is to be watched
+PACE = 0.02  # seconds that every step takes at least, if it is to be watched: a merge has hundreds
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_webui  # noqa: E402
+import pytest  # noqa: E402
+from local_server import skip_self_check  # noqa: E402
 
 from hyper_merge.cli.app import Listening, build_app, serve  # noqa: E402
 from hyper_merge.decomposition.initialization import SearchEffort  # noqa: E402
@@ -46,6 +48,7 @@ def serve_webui(models: Path, flavour: str, port: int) -> None:
 def main() -> None:
     host, models, port = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     logging.basicConfig(level=logging.WARNING)
+    skip_self_check(pytest.MonkeyPatch())
     slow_down(models.parent / "slowly")
     solve.DEFAULT_EFFORT = SearchEffort.QUICK  # a screen has no setting for it
     if host == "standalone":

@@ -49,7 +49,7 @@ def test_every_checkpoint_is_a_style_that_can_be_removed_again(merged, server):
     merged.until(lambda: "duo: portrait" in page.locator("ul.options").inner_text())
 
 
-@pytest.mark.usefixtures("_slowly")
+@pytest.mark.usefixtures("slow_runs")
 @pytest.mark.parametrize("button", ["#txt2img_interrupt", "#txt2img_skip"])
 def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
     tab.pick(*TWO)
@@ -60,7 +60,7 @@ def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
     tab.until(lambda: tab.page.locator("#hyper_merge_tab.hm-host-bar").count())
     shot(tab.page, f"{server.host}-bar")
     tab.page.evaluate("(button) => gradioApp().querySelector(button).click()", button)
-    tab.until(lambda: "Stopped" in tab.text("status"), seconds=2)
+    tab.until(lambda: "Stopped" in tab.text("status"))
     tab.until(lambda: not tab.page.locator("#hyper_merge_tab.hm-host-bar").count())
     assert not list(server.models.rglob("never*"))
 

@@ -46,6 +46,7 @@ def use(tab, server):
     tab.until(lambda: tab.page.locator("#hyper_merge_mix [data-run=pair]").count())
     # the last answer of those that a page waits for; gradio 3.41 complains of pages that go before
     tab.until(lambda: any(tab.text(name, visible=False) for name in ("status", "use_status")))
+    tab.settle()
     return tab
 
 
@@ -147,6 +148,7 @@ def test_a_fit_shows_its_tags_and_gets_a_slider(use, server, third):
     use.click("fit")
     use.until(lambda: "pick a checkpoint" in use.text("fit_outcome"))
     use.click("use_refresh")
+    use.settle()
     use.until(lambda: offers(use, "fit_checkpoint", "third.safetensors"))
     use.choose("fit_checkpoint", "third.safetensors")
     use.type("fit_topup", "2")
@@ -235,7 +237,7 @@ def test_the_tags_are_copied(use):
     assert use.page.evaluate("navigator.clipboard.readText()") == use.value("mix_prompt")
 
 
-@pytest.mark.usefixtures("_slowly")
+@pytest.mark.usefixtures("slow_runs")
 def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
     use.to("Use")
     before = sorted(server.models.rglob("*.safetensors"))
@@ -258,7 +260,7 @@ def test_why_a_second_one_is_refused_stays_in_place_of_the_first_outcome(use, se
     use.type("safe_threshold", "200%")
     use.click("safe")
     use.until(lambda: "Threshold: expected" in use.text("safe_outcome"))
-    use.page.wait_for_timeout(1500)
+    use.settle()
     assert "Threshold: expected" in use.text("safe_outcome")
 
 

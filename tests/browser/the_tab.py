@@ -3,14 +3,52 @@
 import re
 import time
 
+import gradio
+
 PREFIX = "#hyper_merge_"
+PAUSE = 50  # milliseconds between two looks at the page
+# A page may ask for one thing after another; those of gradio 3 open a socket for each.
+QUIET = 14 if gradio.__version__.startswith("3.") else 6  # looks at a quiet page
+
+
+class Traffic:
+    """What a page has asked the server for and has not been answered yet."""
+
+    def __init__(self, page) -> None:
+        self.page, self.requests, self.sockets, self.count = page, set(), set(), 0
+        page.on("request", self._began)
+        page.on("requestfinished", self._ended)
+        page.on("requestfailed", self._ended)
+        page.on("websocket", self._connected)
+
+    def _began(self, request) -> None:
+        self.count += 1
+        if "/heartbeat/" not in request.url:  # of gradio 4, as long as the page is open
+            self.requests.add(request)
+
+    def _ended(self, request) -> None:
+        self.requests.discard(request)
+
+    def _connected(self, socket) -> None:
+        self.count += 1
+        self.sockets.add(socket)
+
+    def until_quiet(self, seconds):
+        """Waits until all is answered and nothing more is asked; returns whether it came to that."""
+        quiet, end = 0, time.monotonic() + seconds
+        while quiet < QUIET and time.monotonic() < end:
+            known = self.count
+            self.page.wait_for_timeout(PAUSE)
+            answered = not self.requests and all(socket.is_closed() for socket in self.sockets)
+            quiet = quiet + 1 if answered and known == self.count else 0
+        return quiet == QUIET
 
 
 class Tab:
     """The tab on a playwright page."""
 
-    def __init__(self, page) -> None:
-        self.page = page
+    def __init__(self, page, traffic) -> None:
+        self.page, self.traffic = page, traffic
 
     def find(self, name):
         return self.page.locator(PREFIX + name).first  # gradio 4 gives the id of HTML twice
@@ -51,10 +89,16 @@ class Tab:
         """Chooses one entry of a dropdown.
 
         A list that is filled again while it is open shows only what is like the entry that was chosen
-        before: it is closed and opened again then.
+        before, and one that is filled later forgets its entry: it is opened again then.
         """
-        self.until(lambda: self._clicked(name, option))
-        self.until(lambda: self.value(name) == option)
+        self.until(lambda: self._clicked(name, option) and self._holds(name, option))
+
+    def _holds(self, name, option):
+        """Returns whether a dropdown has come to show an entry within three seconds."""
+        end = time.monotonic() + 3
+        while self.value(name) != option and time.monotonic() < end:
+            self.page.wait_for_timeout(PAUSE)
+        return self.value(name) == option
 
     def _clicked(self, name, option, typed=None):
         from playwright.sync_api import TimeoutError as Timeout
@@ -94,11 +138,15 @@ class Tab:
             result = holds()
             if result:
                 return result
-            self.page.wait_for_timeout(50)
+            self.page.wait_for_timeout(PAUSE)
         raise AssertionError(
             f"not within {seconds} s; the status is {self.text('status')!r}, "
             f"the message {self.text('message')!r}"
         )
+
+    def settle(self):
+        """Waits for all answers, so that none of them changes the page later."""
+        assert self.traffic.until_quiet(60), [request.url for request in self.traffic.requests]
 
     def merge(self, seconds=60):
         """Presses Merge and waits for the end of a run with another name than the last one's."""
@@ -108,6 +156,8 @@ class Tab:
         self.until(lambda: self.find("sentence").is_visible())
 
     def to(self, title):
+        """Goes to another tab, which reads its lists again."""
         self.page.get_by_role("tab", name=title, exact=True).or_(
             self.page.locator("#hyper_merge_tabs .tab-nav button", has_text=title)
         ).first.click()
+        self.traffic.until_quiet(seconds=10)

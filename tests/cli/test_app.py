@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from local_server import find_free_port, skip_self_check
 
 import hyper_merge
 from hyper_merge.cli import app
@@ -82,8 +83,9 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path):
 
 
 @pytest.fixture
-def sockets():
+def sockets(monkeypatch):
     """Those that gradio leaves open are closed before the next test."""
+    skip_self_check(monkeypatch)
     yield
     gc.collect()
 
@@ -108,19 +110,17 @@ def test_the_page_is_served_and_no_other_file(tmp_path, auth, sockets, monkeypat
     monkeypatch.chdir(Path(__file__).parents[2])
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     page = build_app(tmp_path, Jobs())
     serve(page, Listening(port=port, auth=auth), block=False)
     try:
         url = f"http://127.0.0.1:{port}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             text = answer.read().decode()
         assert ("hyper_merge_checkpoints" in text) is (auth is None)
         for path in (Path("pyproject.toml").absolute(), secret):
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(f"{url}/file={path}", timeout=10)
+                urllib.request.urlopen(f"{url}/file={path}", timeout=60)
             assert caught.value.code in {401, 403, 404}
     finally:
         page.close(verbose=False)
@@ -176,9 +176,7 @@ def test_the_page_brings_style_and_script_with_it():
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 @pytest.mark.parametrize("auth", [None, ("ann", "secret")])
 def test_the_api_has_the_password_of_the_page(tmp_path, auth, sockets):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     page = build_app(tmp_path, Jobs())
     api = build_api(tmp_path, auth, Jobs())
     serve(page, Listening(port=port, auth=auth), api, block=False)
@@ -187,15 +185,15 @@ def test_the_api_has_the_password_of_the_page(tmp_path, auth, sockets):
         request = urllib.request.Request(f"{url}/hyper-merge/checkpoints")
         if auth:
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(request, timeout=10)
+                urllib.request.urlopen(request, timeout=60)
             assert caught.value.code == 401
             word = base64.b64encode(":".join(auth).encode()).decode()
             request.add_header("Authorization", f"Basic {word}")
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.load(answer) == {"checkpoints": []}
-        with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=60) as answer:
             assert "/hyper-merge/merge" in json.load(answer)["paths"]
-        with urllib.request.urlopen(f"{url}/docs", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/docs", timeout=60) as answer:
             assert answer.status == 200
     finally:
         page.close(verbose=False)

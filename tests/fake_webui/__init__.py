@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+from local_server import find_free_port
+
 from . import api, page, xyz
 from .callbacks import Callbacks, Errors, PasteButtons
 from .drawing import Processing, samplers
@@ -80,7 +82,7 @@ class FakeWebUI:
             "data_path": str(self.data),
             "script_path": str(self.data),
         }
-        found = {
+        modules = {
             "modules": package("modules"),
             "modules.call_queue": module("call_queue", queue_lock=self.queue_lock),
             "modules.devices": self.devices,
@@ -101,14 +103,14 @@ class FakeWebUI:
             "networks": self.networks,
         }
         if self.flavour == "forge":
-            found |= {
+            modules |= {
                 "modules_forge": package("modules_forge"),
                 "modules_forge.main_thread": self.main_thread,
                 "modules_forge.main_entry": self.sd_models.main_entry,
                 "backend": package("backend"),
                 "backend.memory_management": self.sd_models.memory_management,
             }
-        return found
+        return modules
 
     def host(self):
         """Our host for it; our modules can be imported only now."""
@@ -146,17 +148,17 @@ class FakeWebUI:
         """The FastAPI app with --nowebui, in place of `launch`."""
         return api.api_only(self)
 
-    def launch(self, port, **options):
+    def launch(self, port=None, **options):
         """Serves `create_ui()` on 127.0.0.1, until `close()`.
 
         Args:
-            port: 0 for any that is free.
+            port: None for any that is free.
             options: for gradio's `launch`.
 
         Returns:
             The page's address.
         """
-        return page.launch(self, port or None, **options)
+        return page.launch(self, port or find_free_port(), **options)
 
     def close(self):
         """Ends the server."""
@@ -193,15 +195,15 @@ def put(path, content=b"a"):
 
 
 def package(name):
-    found = ModuleType(name)
-    found.__path__ = []
-    return found
+    new = ModuleType(name)
+    new.__path__ = []
+    return new
 
 
 def module(name, **attributes):
-    found = ModuleType(name)
-    vars(found).update(attributes)
-    return found
+    new = ModuleType(name)
+    vars(new).update(attributes)
+    return new
 
 
 def install(models, flavour, **options):
@@ -214,11 +216,11 @@ def install(models, flavour, **options):
     """
     uninstall()
     webui = FakeWebUI(models, flavour, **options)
-    for name, found in webui.modules().items():
-        sys.modules[name] = found
+    for name, new in webui.modules().items():
+        sys.modules[name] = new
         parent, _, child = name.rpartition(".")
         if parent:
-            setattr(sys.modules[parent], child, found)
+            setattr(sys.modules[parent], child, new)
     return webui
 
 

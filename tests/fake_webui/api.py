@@ -43,10 +43,10 @@ def _answer_refusals(app):
 
     @app.exception_handler(HTTPException)
     async def handle(request: Request, error: HTTPException):
-        said = {
+        content = {
             "error": type(error).__name__,
             "detail": vars(error).get("detail", ""),
             "body": vars(error).get("body", ""),
             "errors": str(error),
         }
-        return JSONResponse(status_code=error.status_code, content=jsonable_encoder(said))
+        return JSONResponse(status_code=error.status_code, content=jsonable_encoder(content))

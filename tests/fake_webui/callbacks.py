@@ -52,13 +52,13 @@ class Callbacks:
         self._add("script_unloaded", callback)
 
     def _run(self, kind, *args):
-        found = []
+        results = []
         for callback in self.callback_map.get(kind, []):
             try:
-                found += callback(*args) or []
+                results += callback(*args) or []
             except Exception:  # noqa: PERF203 - each by itself
                 self._errors.report(f"Error executing callback {kind}", exc_info=True)
-        return found
+        return results
 
     def before_ui_callback(self):
         self._run("before_ui")

@@ -14,9 +14,9 @@ SAMPLERS = ("DPM++ 2M", "Euler a", "DDIM")
 
 
 def samplers():
-    found = ModuleType("sd_samplers")
-    found.visible_sampler_names = lambda: list(SAMPLERS)
-    return found
+    module = ModuleType("sd_samplers")
+    module.visible_sampler_names = lambda: list(SAMPLERS)
+    return module
 
 
 class Processing(ModuleType):
@@ -31,7 +31,7 @@ class Processing(ModuleType):
         self.fails_with = None  # file's name: an error that loading it raises
         self.complaints = {}  # of every picture
         self.closed = 0
-        self.open_page = None  # called in the middle of every picture
+        self.on_step = None  # called within every step of a picture
 
         @dataclass(repr=False)
         class StableDiffusionProcessingTxt2Img:
@@ -117,8 +117,8 @@ class Processing(ModuleType):
     def _load(self, load):
         data = self._webui.sd_models.model_data
         before = getattr(data.sd_model, "filename", None)
-        wanted = self._webui.sd_models.select_checkpoint().filename
-        if self.fails_with and wanted.endswith(self.fails_with):
+        selected = self._webui.sd_models.select_checkpoint().filename
+        if self.fails_with and selected.endswith(self.fails_with):
             raise RuntimeError(f"cannot load {self.fails_with}")
         load()
         if data.sd_model.filename != before:
@@ -137,8 +137,8 @@ class Processing(ModuleType):
             for step in range(p.steps):
                 state.sampling_step = step
                 time.sleep(self.pace)
-                if self.open_page:
-                    self.open_page()
+                if self.on_step:
+                    self.on_step()
                 if state.interrupted or state.skipped:
                     break  # what there is of the picture is decoded all the same
             state.nextjob()

@@ -138,8 +138,8 @@ class Progress:
         if not common["active"]:
             text = "Waiting..."
             if common["queued"]:
-                order = sorted(self.pending_tasks, key=self.pending_tasks.get)
-                text = f"In queue: {order.index(task) + 1}/{len(order)}"
+                queued = sorted(self.pending_tasks, key=self.pending_tasks.get)
+                text = f"In queue: {queued.index(task) + 1}/{len(queued)}"
             return {**common, "textinfo": text}
         state, done = self._state, 0.0
         if state.job_count > 0:

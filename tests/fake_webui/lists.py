@@ -98,16 +98,16 @@ class Checkpoints:
         return filename, stat.st_mtime_ns
 
     def checkpoint_tiles(self, use_short=False):
-        shown = "short_title" if use_short else "name" if self.forge else "title"
-        return [getattr(info, shown) for info in self.checkpoints_list.values()]
+        attribute = "short_title" if use_short else "name" if self.forge else "title"
+        return [getattr(info, attribute) for info in self.checkpoints_list.values()]
 
     def list_models(self):
         self.listed += 1
         self.checkpoints_list.clear()
         self.checkpoint_aliases.clear()
         suffixes = {".safetensors", ".ckpt"} | ({".gguf"} if self.forge else set())
-        found = [folder for folder in (self.cmd_opts.ckpt_dir, self.model_path) if folder]
-        for path in dict.fromkeys(path for folder in found for path in files(folder, suffixes)):
+        folders = [folder for folder in (self.cmd_opts.ckpt_dir, self.model_path) if folder]
+        for path in dict.fromkeys(path for folder in folders for path in files(folder, suffixes)):
             if not path.endswith((".vae.ckpt", ".vae.safetensors")):
                 CheckpointInfo(path, self).register()
 
@@ -125,9 +125,9 @@ class Checkpoints:
 
     def select_checkpoint(self):
         """The selected one, or the first: that is what a stale title leads to."""
-        found = self.checkpoint_aliases.get(self.opts.data.get("sd_model_checkpoint"))
-        if found is not None:
-            return found
+        info = self.checkpoint_aliases.get(self.opts.data.get("sd_model_checkpoint"))
+        if info is not None:
+            return info
         if not self.checkpoints_list and not self.forge:
             raise FileNotFoundError("No checkpoints found.")
         return next(iter(self.checkpoints_list.values()), None)
@@ -145,8 +145,8 @@ class Loras:
         """As for a picture: those that are not found are told and left out."""
         if any(name not in self.available_networks for name in names):
             self.list_available_networks()
-        found = [name for name in names if name in self.available_networks]
-        self.loaded_networks[:] = [SimpleNamespace(mentioned_name=name) for name in found]
+        known = [name for name in names if name in self.available_networks]
+        self.loaded_networks[:] = [SimpleNamespace(mentioned_name=name) for name in known]
 
     def list_available_networks(self):
         Path(self._cmd_opts.lora_dir).mkdir(parents=True, exist_ok=True)

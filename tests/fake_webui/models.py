@@ -161,13 +161,13 @@ class ForgeModels(Listed):
     def forge_model_reload(self):
         data = self.model_data
         info = data.forge_loading_parameters["checkpoint_info"]
-        wanted = str({"filename": info.filename, "hash": info.hash})
-        if data.forge_hash == wanted:
+        parameters = str({"filename": info.filename, "hash": info.hash})
+        if data.forge_hash == parameters:
             data.sd_model.device = "cuda"  # where it goes to make the picture
             return data.sd_model, False
         data.sd_model = Model(info)
         info.calculate_shorthash()
-        data.forge_hash = wanted
+        data.forge_hash = parameters
         return data.sd_model, True
 
 

@@ -7,7 +7,9 @@ requestProgress, switch_to_txt2img, selectCheckpoint.
 import re
 from pathlib import Path
 
+import pytest
 from fastapi import Body
+from local_server import skip_self_check
 
 from .api import create_api
 from .options import apply
@@ -165,9 +167,12 @@ def _quicksettings(gr, webui, demo, js):
         return gr.update(value=name, choices=tiles())
 
     refresh.click(refreshed, inputs=[], outputs=[dropdown])
-    wanted = "(shown) => { const name = desiredCheckpointName; desiredCheckpointName = null; "
+    chosen_name = "(shown) => { const name = desiredCheckpointName; desiredCheckpointName = null; "
     change.click(
-        chosen, inputs=[dropdown], outputs=[dropdown], **{js: wanted + "return name || shown; }"}
+        chosen,
+        inputs=[dropdown],
+        outputs=[dropdown],
+        **{js: chosen_name + "return name || shown; }"},
     )
     if forge:
         demo.load(refreshed, inputs=[], outputs=[dropdown], queue=False)
@@ -179,14 +184,16 @@ def launch(webui, port, **options):
     webui.shared.demo = demo
     demo.queue(64)
     with_head(head(Path(__file__).parents[2]))
-    app, address, _ = demo.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_api=False,
-        **options,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        skip_self_check(patch)
+        app, address, _ = demo.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_api=False,
+            **options,
+        )
     app.add_api_route("/internal/progress", progress_route(webui), methods=["POST"])
     if webui.cmd_opts.api:
         create_api(webui, app)

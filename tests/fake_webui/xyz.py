@@ -61,16 +61,16 @@ class Grid(ModuleType):
 
     def plot(self, p, label, values):
         """Pictures of one axis; an error of a cell leaves None there, as the host logs it."""
-        (option,) = [each for each in self.axis_options if each.label == label]
+        (option,) = [option for option in self.axis_options if option.label == label]
         values = [option.type(value) for value in values]
         if option.confirm:
             option.confirm(p, values)
         labels = [option.format_value(p, option, value) for value in values]
         images = []
         for value in values:
-            own = copy(p)
-            own.styles = own.styles[:]
-            option.apply(own, value, values)
-            images.append(self._webui.processing.process_images(own).images[0])
+            cell = copy(p)
+            cell.styles = cell.styles[:]
+            option.apply(cell, value, values)
+            images.append(self._webui.processing.process_images(cell).images[0])
         self._webui.sd_models.reload_model_weights()
         return labels, images

@@ -10,7 +10,7 @@ from tiny_diffusers import write_sd1_configuration
 from tiny_family import merge
 
 from hyper_merge.errors import InterruptedRun, PictureError
-from hyper_merge.hosts import diffusers_txt2img as diffusers_pictures
+from hyper_merge.hosts import diffusers_txt2img
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.compare.compare import run_compare
 from hyper_merge.operations.compare.image_difference import mean_difference
@@ -20,7 +20,7 @@ from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import NARROW, write_family
 
-absent = [name for name in diffusers_pictures.NEEDED if find_spec(name) is None]
+absent = [name for name in diffusers_txt2img.PACKAGES if find_spec(name) is None]
 needs_diffusers = pytest.mark.skipif(bool(absent), reason=f"not installed here: {absent}")
 
 SPEC = replace(NARROW, count=2, width=16, context=24, vocabulary=60, vae_width=8, size=0.6, terms=6)
@@ -48,11 +48,13 @@ def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narr
     run = load_run(folders, "mix")
     row = run.report.checkpoints[1]
     assert row.text_multipliers
-    order = RestoreRequest("mix", {row.name: 1.0}, tmp_path / "whole.safetensors", dtype="float32")
-    whole = run_restore(order, folders, Progress()).path
-    with host.drawing("task(x)") as (progress, studio):
+    request = RestoreRequest(
+        "mix", {row.name: 1.0}, tmp_path / "whole.safetensors", dtype="float32"
+    )
+    whole = run_restore(request, folders, Progress()).path
+    with host.drawing("task(x)") as (progress, generator):
         tagged, plain, restored = (
-            studio.draw(Picture(model, prompt, 1, SETTINGS), progress)
+            generator.draw(Picture(model, prompt, 1, SETTINGS), progress)
             for model, prompt in (
                 (run.hyper_model, f"a cat {run.report.tags(row)}"),
                 (run.hyper_model, "a cat"),
@@ -66,34 +68,34 @@ def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narr
 @needs_diffusers
 def test_a_comparison_is_drawn_and_saved(host, narrow):
     phases = []
-    order = CompareRequest("mix", ("one", "two"), SETTINGS, average=True, difference=True)
-    with host.drawing("task(x)") as (_, studio):
+    request = CompareRequest("mix", ("one", "two"), SETTINGS, average=True, difference=True)
+    with host.drawing("task(x)") as (_, generator):
         progress = Progress(lambda phase, fraction: phases.append(fraction))
-        found = run_compare(order, host.folders(), progress, studio)
-    assert found.originals == {"one": "one.safetensors", "two": "two.safetensors"}
-    assert found.host == "diffusers"
-    assert all(each.pixels.keys() == {"restored", "average"} for each in found.figures)
+        record = run_compare(request, host.folders(), progress, generator)
+    assert record.originals == {"one": "one.safetensors", "two": "two.safetensors"}
+    assert record.host == "diffusers"
+    assert all(row.pixels.keys() == {"restored", "average"} for row in record.figures)
     assert phases == sorted(phases)
     assert (narrow / "hyper-merge/mix/pictures/comparison-1.png").exists()
 
 
 @needs_diffusers
 def test_it_stops_between_two_steps(host, narrow):
-    heard = []
-    progress = Progress(lambda _, x: heard.append(x), lambda: len(heard) == 1)
-    order = Picture(load_run(host.folders(), "mix").hyper_model, "x", 1, SETTINGS)
-    with host.drawing("task(x)") as (_, studio), pytest.raises(InterruptedRun):
-        studio.draw(order, progress)
-    assert heard == [pytest.approx(1 / 3)]
+    fractions = []
+    progress = Progress(lambda _, x: fractions.append(x), lambda: len(fractions) == 1)
+    request = Picture(load_run(host.folders(), "mix").hyper_model, "x", 1, SETTINGS)
+    with host.drawing("task(x)") as (_, generator), pytest.raises(InterruptedRun):
+        generator.draw(request, progress)
+    assert fractions == [pytest.approx(1 / 3)]
 
 
 @needs_diffusers
 def test_a_tag_of_no_lora_is_refused(host):
     model = load_run(host.folders(), "mix").hyper_model
-    with host.drawing("task(x)") as (progress, studio):
+    with host.drawing("task(x)") as (progress, generator):
         for name in ("gone", "../Lora/mix_0-6"):
             with pytest.raises(PictureError, match="there is no LoRA"):
-                studio.draw(Picture(model, f"x <lora:{name}:1>", 1, SETTINGS), progress)
+                generator.draw(Picture(model, f"x <lora:{name}:1>", 1, SETTINGS), progress)
 
 
 @needs_diffusers
@@ -106,26 +108,26 @@ def test_without_the_network_it_says_what_to_put_where(narrow, tmp_path, monkeyp
     host = Standalone(root)
     model = load_run(host.folders(), "mix").hyper_model
     with (
-        host.drawing("task(x)") as (progress, studio),
+        host.drawing("task(x)") as (progress, generator),
         pytest.raises(PictureError, match=r"be online, or put them into .*diffusers.sd1"),
     ):
-        studio.draw(Picture(model, "x", 1, SETTINGS), progress)
+        generator.draw(Picture(model, "x", 1, SETTINGS), progress)
 
 
 def test_without_diffusers_it_says_what_to_install(host, monkeypatch):
-    monkeypatch.setattr(diffusers_pictures, "NEEDED", ("diffusers_that_is_not_there",))
-    assert host.atelier().samplers == ()
-    assert "pip install 'hyper-merge[pictures]'" in host.atelier().problem
+    monkeypatch.setattr(diffusers_txt2img, "PACKAGES", ("diffusers_that_is_not_there",))
+    assert host.generator_info().samplers == ()
+    assert "pip install 'hyper-merge[pictures]'" in host.generator_info().problem
     with pytest.raises(PictureError, match="install"), host.drawing("task(x)"):
         pass
 
 
-def test_families_that_it_cannot_draw_with_are_told(narrow, tmp_path):
-    own = narrow / "Stable-diffusion/one.safetensors"
-    assert diffusers_pictures.refusal(own) == ""
+def test_a_file_that_diffusers_cannot_draw_with_is_named(narrow, tmp_path):
+    checkpoint = narrow / "Stable-diffusion/one.safetensors"
+    assert diffusers_txt2img.why_not_drawable(checkpoint) == ""
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
-    assert "broken.safetensors" in diffusers_pictures.refusal(broken)
+    assert "broken.safetensors" in diffusers_txt2img.why_not_drawable(broken)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -133,6 +135,6 @@ def test_every_sampler_is_one_of_diffusers(host):
     diffusers = pytest.importorskip("diffusers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for sampler in diffusers_pictures._SAMPLERS.values():
+        for sampler in diffusers_txt2img._SAMPLERS.values():
             kind = getattr(diffusers, sampler.kind)
             assert kind.from_config({**kind().config, **sampler.settings})

@@ -92,7 +92,7 @@ def ended(jobs):
 
 def until(condition):
     """Returns once something is so."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)

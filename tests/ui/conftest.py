@@ -58,7 +58,7 @@ def webui(root, flavour):
         yield fake
         for thread in threading.enumerate():
             if thread.name == "hyper-merge":
-                thread.join(20)
+                thread.join(60)
 
 
 @pytest.fixture

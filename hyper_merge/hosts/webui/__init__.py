@@ -1,1 +1,1 @@
-"""AUTOMATIC1111's WebUI and its kin as hosts."""
+"""AUTOMATIC1111's WebUI and Forge as hosts."""

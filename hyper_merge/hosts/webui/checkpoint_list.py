@@ -1,4 +1,4 @@
-"""The WebUI's list of checkpoints, which any thread may fill anew while another one reads it."""
+"""The WebUI's list of checkpoints, which any thread may fill again while another one reads it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _TRIES: Final = 20
 _PAUSE: Final = 0.05  # seconds
 
 
-def fill() -> None:
-    """As the WebUI's own refresh button."""
+def refresh_list() -> None:
+    """Fills the list again, as the WebUI's own refresh button does."""
     with _FILLING:
         sd_models.list_models()
 
 
-def entries() -> tuple[Any, ...]:
-    """The WebUI's entries (`CheckpointInfo`), in its order."""
+def list_entries() -> tuple[Any, ...]:
+    """Returns the WebUI's entries (`CheckpointInfo`), in its order."""
     with _FILLING:
         return tuple(sd_models.checkpoints_list.values())  # in one step: no thread comes between
 
 
-def titled() -> tuple[tuple[str, Any], ...]:
-    """The entries with their titles as in the WebUI's menu: with a hash in A1111, without in Forge.
+def list_titled_entries() -> tuple[tuple[str, Any], ...]:
+    """Returns the entries with their titles in the WebUI's menu: in A1111 with a hash, in Forge without.
 
-    Nothing where the WebUI does not leave its list in peace for a second.
+    Returns nothing where the WebUI keeps changing its list for a second.
     """
     with _FILLING:
         for _ in range(_TRIES):
-            with suppress(RuntimeError, ValueError):  # filled anew during one, or between both
-                return tuple(zip(sd_models.checkpoint_tiles(), entries(), strict=True))
+            with suppress(RuntimeError, ValueError):  # filled again during one, or between the two
+                return tuple(zip(sd_models.checkpoint_tiles(), list_entries(), strict=True))
             time.sleep(_PAUSE)
     return ()
 
 
 def name_selected_by(title: str) -> str:
-    """What Forge takes for a title: the first that holds its name, or is held by it."""
+    """Returns the name that Forge takes for a title: the first that holds it, or is held by it."""
     with _FILLING:
         return str(sd_models.match_checkpoint_to_name(title))

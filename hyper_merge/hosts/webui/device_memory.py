@@ -1,7 +1,7 @@
-"""The WebUI's loaded model gives its device memory back for a while: A1111 and Forge differ here.
+"""Takes the WebUI's loaded model off the device for a while: A1111 and Forge differ here.
 
-A failure to make room, or to bring the model back, is told in the host's log and does not end or
-hide the run: the WebUI loads its model again when it needs it.
+A failure to unload the model, or to load it again, goes to the host's log and does not end or hide
+the run: the WebUI loads its model again when it needs it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from typing import Any
 
 from modules import errors, sd_models, shared
 
-from hyper_merge.hosts.webui import checkpoint_list as webui_list
+from hyper_merge.hosts.webui.checkpoint_list import (
+    list_entries,
+    list_titled_entries,
+    refresh_list,
+)
 
 Stamp = tuple[int, int, int] | None  # of a file's content; None: there is no file
 
@@ -24,23 +28,23 @@ def is_forge() -> bool:
 
 
 def unloaded_model() -> AbstractContextManager[None]:
-    """Without the loaded model on the device; to be used with the WebUI's queue lock held.
+    """Takes the loaded model off the device; to be used with the WebUI's queue lock held.
 
     If the file of the loaded checkpoint is another one afterwards, it is loaded again: neither host
     notices by itself (`contract.md` section 7).
     """
-    return _room_in_forge() if is_forge() else _room_in_a1111()
+    return _unloaded_in_forge() if is_forge() else _unloaded_in_a1111()
 
 
 @contextmanager
-def _room_in_a1111() -> Iterator[None]:
+def _unloaded_in_a1111() -> Iterator[None]:
     data = sd_models.model_data
     with data.lock:  # at its start the WebUI loads without the queue lock: let it finish
         current = data.sd_model  # never shared.sd_model, which loads one where none is
         loaded = [model for model in data.loaded_sd_models if model is not current]
     models = [current, *loaded] if current is not None else loaded
     stamps = [_stamp(_file(model)) for model in models]
-    with _told("making room for Hyper-Merge"):
+    with _errors_logged("unloading the checkpoint for Hyper-Merge"):
         for model in models:
             sd_models.unload_model_weights(model)
     try:
@@ -51,27 +55,29 @@ def _room_in_a1111() -> Iterator[None]:
             for model, before in zip(models, stamps, strict=True)
             if _stamp(_file(model)) not in (before, None)
         ]
-        with _told("bringing the checkpoint back (Settings, Actions: Load SD checkpoint to VRAM)"):
+        with _errors_logged(
+            "loading the checkpoint again (Settings, Actions: Load SD checkpoint to VRAM)"
+        ):
             for model in changed:
                 if model is not current:
                     data.loaded_sd_models.remove(model)
                     sd_models.send_model_to_trash(model)
             if current is not None and data.sd_model is current:
-                _bring_back(current, changed=current in changed)
+                _load_again(current, changed=current in changed)
 
 
-def _bring_back(model: Any, *, changed: bool) -> None:
+def _load_again(model: Any, *, changed: bool) -> None:
     if not changed:
         sd_models.send_model_to_device(model)
         return
     file, selected = _file(model), _selected()
-    webui_list.fill()  # keeps what it has read of a file with the file's entry
+    refresh_list()  # keeps what it has read of a file with the file's entry
     sd_models.reload_model_weights(info=_info(file), forced_reload=True)
     _select(selected)
 
 
 @contextmanager
-def _room_in_forge() -> Iterator[None]:
+def _unloaded_in_forge() -> Iterator[None]:
     from backend import memory_management  # noqa: PLC0415 - Forge only
     from modules_forge import main_entry, main_thread  # noqa: PLC0415 - Forge only
 
@@ -84,29 +90,29 @@ def _room_in_forge() -> Iterator[None]:
         yield
     finally:
         if file and _stamp(file) not in (before, None):
-            with _told("choosing the new file of the loaded checkpoint"):
+            with _errors_logged("choosing the new file of the loaded checkpoint"):
                 selected = _selected()
-                webui_list.fill()
+                refresh_list()
                 _select(selected)
                 main_entry.refresh_model_loading_parameters()
                 data.forge_hash = ""  # of name and part of the content: may not have changed
 
 
 def _selected() -> str | None:
-    """The file of the checkpoint that is selected in the WebUI."""
+    """Returns the file of the checkpoint that is selected in the WebUI."""
     info = sd_models.get_closet_checkpoint_match(shared.opts.data.get("sd_model_checkpoint"))
     return info.filename if info is not None else None
 
 
 def _select(file: str | None) -> None:
-    """Keeps a file selected though its title changed with its hash; loads nothing."""
-    for title, info in webui_list.titled():
+    """Selects a file, whose title may have changed with its hash; loads nothing."""
+    for title, info in list_titled_entries():
         if info.filename == file:
             shared.opts.data["sd_model_checkpoint"] = title
 
 
 def _info(file: str) -> Any:
-    return next((info for info in webui_list.entries() if info.filename == file), None)
+    return next((info for info in list_entries() if info.filename == file), None)
 
 
 def _file(model: Any) -> str:
@@ -122,7 +128,7 @@ def _stamp(file: str) -> Stamp:
 
 
 @contextmanager
-def _told(task: str) -> Iterator[None]:
+def _errors_logged(task: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a host's model code may raise

@@ -17,10 +17,15 @@ from modules.styles import PromptStyle
 
 from hyper_merge.errors import OutputError
 from hyper_merge.hosts.host import Defaults, GeneratorInfo
-from hyper_merge.hosts.webui import checkpoint_list as webui_list
-from hyper_merge.hosts.webui import settings as webui_settings
-from hyper_merge.hosts.webui import txt2img as webui_pictures
+from hyper_merge.hosts.webui import settings
+from hyper_merge.hosts.webui.checkpoint_list import (
+    list_entries,
+    list_titled_entries,
+    name_selected_by,
+    refresh_list,
+)
 from hyper_merge.hosts.webui.device_memory import is_forge, unloaded_model
+from hyper_merge.hosts.webui.txt2img import open_txt2img, visible_samplers
 from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
@@ -31,7 +36,7 @@ _TAG: Final = re.compile(r"<lora:[^>]*>")
 
 
 class WebUI:
-    """The WebUI around us; keeps nothing, for it outlives its own "Reload UI"."""
+    """The WebUI around us; holds no state, for it outlives the WebUI's "Reload UI"."""
 
     has_txt2img = True
 
@@ -41,17 +46,17 @@ class WebUI:
         return "Forge" if is_forge() else "AUTOMATIC1111"
 
     def checkpoints(self) -> dict[str, Path]:
-        """The WebUI's list; empty with --ui-debug-mode in A1111 until it is refreshed."""
+        """Returns the WebUI's list; in A1111 empty with --ui-debug-mode until it is refreshed."""
         return {name: Path(info.filename).absolute() for name, info in _infos().items()}
 
     def known_hash(self, name: str) -> str | None:
-        """What the WebUI shows in brackets."""
+        """Returns the hash that the WebUI shows in brackets."""
         info = _infos().get(name)
         return info.shorthash if info is not None else None
 
     def refresh(self) -> None:
-        """As the WebUI's own refresh buttons of checkpoints and LoRAs."""
-        webui_list.fill()
+        """Does what the WebUI's own refresh buttons of checkpoints and LoRAs do."""
+        refresh_list()
         # The built-in Lora extension, by the name it is loaded under; it may be switched off, and
         # other extensions have modules of that name.
         list_loras = getattr(sys.modules.get("networks"), "list_available_networks", None)
@@ -59,12 +64,12 @@ class WebUI:
             list_loras()
 
     def folders(self) -> Folders:
-        """By --ckpt-dir, --lora-dir, --models-dir and the settings page."""
-        return webui_settings.folders()
+        """Returns the folders by --ckpt-dir, --lora-dir, --models-dir and the settings page."""
+        return settings.read_folders()
 
     def defaults(self) -> Defaults:
-        """From the settings page."""
-        return webui_settings.defaults()
+        """Returns the defaults from the settings page."""
+        return settings.read_defaults()
 
     @contextmanager
     def running(self, task: str) -> Iterator[Progress]:
@@ -76,24 +81,24 @@ class WebUI:
         finally:
             host_progress.pending_tasks.pop(task, None)  # the wait itself may have failed
 
-    def atelier(self) -> GeneratorInfo:
-        """The WebUI's samplers, as far as they are not hidden in its settings."""
-        return webui_pictures.atelier()
+    def generator_info(self) -> GeneratorInfo:
+        """Returns the WebUI's samplers, without those that its settings hide."""
+        return GeneratorInfo(visible_samplers())
 
     @contextmanager
     def drawing(self, task: str) -> Iterator[tuple[Progress, ImageGenerator]]:
-        """By the WebUI's own txt2img, without a limit to the wait for it."""
+        """Draws by the WebUI's own txt2img; waits for it without a limit."""
         host_progress.add_task_to_queue(task)
         try:
-            with call_queue.queue_lock, _job(task) as progress, webui_pictures.studio() as draw:
+            with call_queue.queue_lock, _job(task) as progress, open_txt2img() as draw:
                 yield (
                     Progress(_move_bar, progress.should_stop),
-                    ImageGenerator(self.title, draw, self._refusal),
+                    ImageGenerator(self.title, draw, self._why_not_selectable),
                 )
         finally:
             host_progress.pending_tasks.pop(task, None)
 
-    def _refusal(self, path: Path) -> str:
+    def _why_not_selectable(self, path: Path) -> str:
         if self.checkpoint_title(path) is not None:
             return ""
         self.refresh()  # a file that came since, such as from the command line
@@ -102,12 +107,12 @@ class WebUI:
         return f"{self.title} has no {path.name} in its list of checkpoints, or another one answers to its name"
 
     def styles(self) -> set[str]:
-        """All but the headings between the files of styles."""
-        found = shared.prompt_styles.styles
-        return {name for name, style in found.items() if style.path != "do_not_save"}
+        """Returns the names of all styles; the headings between the files of styles are none."""
+        styles = shared.prompt_styles.styles
+        return {name for name, style in styles.items() if style.path != "do_not_save"}
 
     def save_styles(self, prompts: Mapping[str, str]) -> None:
-        """Into the WebUI's file of styles, of which it keeps a backup.
+        """Writes styles into the WebUI's file of styles, of which it keeps a backup.
 
         Raises:
             OutputError: see `Host`.
@@ -125,7 +130,7 @@ class WebUI:
         )
 
     def remove_styles(self, names: Iterable[str]) -> None:
-        """From the WebUI's file of styles.
+        """Removes styles from the WebUI's file of styles.
 
         Raises:
             OutputError: see `Host`.
@@ -136,18 +141,18 @@ class WebUI:
             _change_styles(dict.fromkeys(ours))
 
     def checkpoint_title(self, path: Path) -> str | None:
-        """As in the WebUI's dropdown: with its hash in A1111, if known; without in Forge.
+        """Returns the title in the WebUI's dropdown: in A1111 with its hash, if known; in Forge without.
 
-        None too where Forge would take another one: it takes the first whose title holds the name,
-        or is held by it.
+        Returns None where Forge would take another checkpoint: it takes the first whose title holds
+        the name, or is held by it.
         """
-        for title, info in webui_list.titled():
+        for title, info in list_titled_entries():
             if Path(info.filename).resolve() == path.resolve():
                 return str(title) if _selects(title, info) else None
         return None
 
     def connect_send(self, button: Any, text: Any) -> None:
-        """To be called while the tab is built: the WebUI connects its buttons once, after that."""
+        """Connects a button; to be called while the tab is built, before the WebUI connects its own."""
         infotext_utils.register_paste_params_button(
             infotext_utils.ParamBinding(
                 paste_button=button, tabname="txt2img", source_text_component=text
@@ -155,33 +160,33 @@ class WebUI:
         )
 
     def log(self, error: BaseException) -> None:
-        """To the WebUI's console and its list of errors."""
+        """Writes an unexpected error to the WebUI's console and its list of errors."""
         errors.display(error, "Hyper-Merge", full_traceback=True)
 
 
 def _selects(title: str, info: Any) -> bool:
     if not is_forge():
         return True
-    return webui_list.name_selected_by(title) in (info.short_title, info.name)
+    return name_selected_by(title) in (info.short_title, info.name)
 
 
 def _infos() -> dict[str, Any]:
-    """The WebUI's entries by name: its titles change as soon as it knows a hash."""
-    found: dict[str, Any] = {}
-    for info in webui_list.entries():
+    """Returns the WebUI's entries by name: its titles change as soon as it knows a hash."""
+    infos: dict[str, Any] = {}
+    for info in list_entries():
         name = info.name.replace(os.sep, "/")
         # Two folders may hold the same name; the title is then the only difference that it shows.
-        found[name if name not in found else info.title.replace(os.sep, "/")] = info
-    return found
+        infos[name if name not in infos else info.title.replace(os.sep, "/")] = info
+    return infos
 
 
 @contextmanager
 def _job(task: str) -> Iterator[Progress]:
-    """A job of the WebUI's, from the start of its progress bar to the end."""
+    """Runs a job of the WebUI's, from the start of its progress bar to the end."""
     state = shared.state
     state.begin(job=task)
     host_progress.start_task(task)
-    # One job: with more of them the first press of Interrupt would wait for "the current image".
+    # One job: with several the first press of Interrupt would wait for "the current image".
     stopped, ended = threading.Event(), threading.Event()
 
     def on_progress(phase: str, fraction: float) -> None:
@@ -224,13 +229,13 @@ def _move_bar(phase: str, fraction: float) -> None:
 
 
 def _is_ours(style: PromptStyle) -> bool:
-    """Whether a style holds LoRA tags and nothing else."""
+    """Returns whether a style holds LoRA tags and nothing else."""
     rest = _TAG.sub("", style.prompt or "").replace("{prompt}", "")
     return "<lora:" in (style.prompt or "") and not rest.strip() and not style.negative_prompt
 
 
 def _change_styles(changes: Mapping[str, PromptStyle | None]) -> None:
-    """Puts styles in and, where None is given, out; in memory and on disk, or nowhere."""
+    """Adds styles and, for None, removes them: in memory and on disk, or nowhere."""
     styles = shared.prompt_styles.styles
     before = dict(styles)
     for name, style in changes.items():

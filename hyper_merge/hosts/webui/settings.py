@@ -1,4 +1,4 @@
-"""Our page of the WebUI's settings: what is on it, and what is read from it."""
+"""Hyper-Merge's page of the WebUI's settings: its entries, and the values that are read from it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _T = TypeVar("_T")
 
 
 def add_settings() -> None:
-    """Puts our page into the settings; to be called by `on_ui_settings`."""
+    """Adds Hyper-Merge's page to the settings; to be called by `on_ui_settings`."""
     info = shared.OptionInfo
-    clear = info("Clear the analysis cache", "", _clear_button, section=SECTION)
-    clear.do_not_save = True
+    clear_button = info("Clear the analysis cache", "", _clear_button, section=SECTION)
+    clear_button.do_not_save = True
     options = {
         _RANKS: info(Defaults.ranks, "Ranks of a new merge", section=SECTION).info(
             "one LoRA per rank, such as 128, 64"
@@ -52,20 +52,20 @@ def add_settings() -> None:
         _CACHE: info(
             _CACHE_GB, "Analysis cache: largest size in GB", gr.Number, section=SECTION
         ).info("those used last stay; 0 keeps none"),
-        _CLEAR: clear,
+        _CLEAR: clear_button,
     }
     for key, option in options.items():
         shared.opts.add_option(key, option)
 
 
-def defaults() -> Defaults:
-    """What the page says of the form."""
+def read_defaults() -> Defaults:
+    """Returns the form's defaults by the page."""
     ranks = _saved(_RANKS, _ranks_text, Defaults.ranks)
     return Defaults(ranks, _saved(_STYLES, parse_flag, Defaults.save_styles))
 
 
-def folders() -> Folders:
-    """What the command line and the page say of folders."""
+def read_folders() -> Folders:
+    """Returns the folders by the WebUI's command line and the page."""
     models = Path(paths.models_path)
     checkpoints = getattr(shared.cmd_opts, "ckpt_dir", None) or sd_models.model_path
     loras = getattr(shared.cmd_opts, "lora_dir", None) or models / "Lora"
@@ -75,7 +75,7 @@ def folders() -> Folders:
 
 
 def _saved(key: str, parse: Callable[[Any], _T], default: _T) -> _T:
-    """A setting's value, or the default with a warning where it makes no sense."""
+    """Returns a setting's value, or the default with a warning where it makes no sense."""
     if key not in shared.opts.data:
         return default
     try:
@@ -93,7 +93,7 @@ def _ranks_text(value: Any) -> str:
 
 
 def _folder(value: Any) -> Path:
-    """A folder, relative ones to the WebUI's data; it need not exist yet."""
+    """Returns a folder, relative to the WebUI's data; it need not exist yet."""
     if value == "":
         return Path(paths.models_path) / "hyper-merge"
     folder = Path(paths.data_path) / Path(parse_text(value)).expanduser()
@@ -103,7 +103,7 @@ def _folder(value: Any) -> Path:
 
 
 def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
-    """The button, with what the cache takes beside it, as read when the page is opened.
+    """Builds the button, and beside it the size of the cache when the page is opened.
 
     The WebUI takes one component per setting and writes the setting's value into it: the button's
     text. `label` is empty.
@@ -112,21 +112,22 @@ def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
     with gr.Row():
         button = gr.Button(value, elem_id=elem_id)
         size = gr.HTML(cache_html, elem_id=f"{elem_id}_size")
-    button.click(clear, inputs=[], outputs=[size])
+    button.click(clear_cache_html, inputs=[], outputs=[size])
     return button
 
 
 def cache_html() -> str:
-    """HTML: what the cache takes, and where it is."""
-    return html.escape(f"{format_cache(folders())} It is in {folders().cache}.")
+    """Returns HTML with the size of the cache, and where it is."""
+    folders = read_folders()
+    return html.escape(f"{format_cache(folders)} It is in {folders.cache}.")
 
 
-def clear() -> str:
-    """Deletes all analyses, unless the WebUI is at work; HTML that says what came of it."""
+def clear_cache_html() -> str:
+    """Deletes all analyses, unless the WebUI is at work; returns the outcome as HTML."""
     if not call_queue.queue_lock.acquire(blocking=False):
         return f"{cache_html()}<br>The WebUI is at work; clear the cache when that is done."
     try:
-        outcome = clear_cache(folders())
+        outcome = clear_cache(read_folders())
     except HyperMergeError as error:
         outcome = str(error)
     finally:

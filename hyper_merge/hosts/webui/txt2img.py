@@ -1,4 +1,4 @@
-"""Pictures by the WebUI's own txt2img: A1111 and Forge differ in how a checkpoint is chosen for one."""
+"""Draws by the WebUI's own txt2img: A1111 and Forge differ in how a picture's checkpoint is chosen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from modules import errors, processing, sd_models, sd_samplers, shared
 from PIL import Image
 
 from hyper_merge.errors import PictureError
-from hyper_merge.hosts.host import GeneratorInfo
-from hyper_merge.hosts.webui import checkpoint_list as webui_list
+from hyper_merge.hosts.webui.checkpoint_list import list_entries
 from hyper_merge.hosts.webui.device_memory import is_forge
 from hyper_merge.loras.prompt_tags import tag_names
 from hyper_merge.operations.compare.request import Picture, Txt2Img
@@ -22,40 +21,40 @@ from hyper_merge.runtime.progress import Progress
 
 _SELECTED: Final = "sd_model_checkpoint"  # the setting that holds the checkpoint's title
 _COMPLAINTS: Final = ("Lora not found", "Networks with errors")  # A1111's
-_LISTEN: Final = 0.1  # seconds between looks at the progress, and at our own Stop
+_LISTEN: Final = 0.1  # seconds between looks at the progress, and at the job's own Stop
 
 
-def atelier() -> GeneratorInfo:
-    """The samplers that the WebUI's own menu shows."""
-    return GeneratorInfo(tuple(sd_samplers.visible_sampler_names()))
+def visible_samplers() -> tuple[str, ...]:
+    """Returns the names of the samplers that the WebUI's own menu shows."""
+    return tuple(sd_samplers.visible_sampler_names())
 
 
 @contextmanager
-def studio() -> Iterator[Txt2Img]:
-    """What makes pictures, with the WebUI's queue lock held and its job begun.
+def open_txt2img() -> Iterator[Txt2Img]:
+    """Yields what draws a picture; the WebUI's queue lock must be held and its job begun.
 
     At the end the checkpoint that was selected before is selected again and, if one was loaded,
-    loaded. One that the user selects meanwhile stays selected instead.
+    loaded. One that the user selects in the meantime stays selected instead.
     """
-    chosen = _Chosen()
+    selection = _Selection()
     try:
-        yield lambda picture, progress: _draw(picture, progress, chosen)
+        yield lambda picture, progress: _draw(picture, progress, selection)
     finally:
         try:
-            chosen.put_back()
+            selection.restore()
         except (
             Exception
         ) as error:  # whatever a host's model code may raise; the WebUI loads it later
-            errors.display(error, "bringing the checkpoint back", full_traceback=True)
+            errors.display(error, "loading the checkpoint again", full_traceback=True)
         shared.total_tqdm.clear()  # the console's bar over all pictures
 
 
-class _Chosen:
-    """Which checkpoint is selected: by the user, and by us in the meantime."""
+class _Selection:
+    """The checkpoint that the user has selected, and the one that a picture has in the meantime."""
 
     def __init__(self) -> None:
         if is_forge() and not sd_models.model_data.forge_loading_parameters:
-            _refresh_forge()  # nothing was asked for since it started
+            _refresh_forge()  # nothing was drawn since it started
         self._users = self._ours = _selected()
         # Never shared.sd_model, which loads one where none is. Forge's stand-in has no file.
         model = sd_models.model_data.sd_model
@@ -67,19 +66,19 @@ class _Chosen:
             self._users = _selected()
 
     def after_picture(self) -> None:
-        """A title changes when its file is loaded, for then its hash is known."""
+        """Remembers the title that is selected: it changes when a file is loaded and so hashed."""
         self._ours = _selected()
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         self.before_picture()
         if is_forge():
-            self._put_back_in_forge()
+            self._restore_in_forge()
         else:
             shared.opts.data[_SELECTED] = self._users
             if self._was_loaded:
                 sd_models.reload_model_weights()
 
-    def _put_back_in_forge(self) -> None:
+    def _restore_in_forge(self) -> None:
         if _selected() != self._users:
             shared.opts.data[_SELECTED] = self._users
             _refresh_forge()
@@ -88,7 +87,7 @@ class _Chosen:
 
 
 def _refresh_forge() -> None:
-    """Has Forge load what is selected, the next time that it draws."""
+    """Makes Forge load the selected checkpoint the next time that it draws."""
     from modules_forge import main_entry  # noqa: PLC0415 - Forge only
 
     main_entry.refresh_model_loading_parameters()
@@ -98,12 +97,12 @@ def _selected() -> Any:
     return shared.opts.data.get(_SELECTED)
 
 
-def _draw(picture: Picture, progress: Progress, chosen: _Chosen) -> Image.Image:
+def _draw(picture: Picture, progress: Progress, selection: _Selection) -> Image.Image:
     title = _title(picture)
-    chosen.before_picture()
+    selection.before_picture()
     try:
-        with closing(_processing(picture, title)) as p, _heard(progress):
-            made = _in_model_thread(processing.process_images, p)
+        with closing(_processing(picture, title)) as p, _joined(progress):
+            images = _in_model_thread(processing.process_images, p)
             complaints = [text for text in p.comments if text.startswith(_COMPLAINTS)]
     except Exception as error:  # whatever a host's model code may raise
         errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
@@ -112,25 +111,25 @@ def _draw(picture: Picture, progress: Progress, chosen: _Chosen) -> Image.Image:
             hint="its console has all of it",
         ) from error
     finally:
-        chosen.after_picture()
+        selection.after_picture()
     progress.check()  # an interrupted picture is half-done
-    if made is None or not made.images:
+    if images is None or not images.images:
         raise PictureError(
             f"{picture.model.name}: the WebUI made no picture", hint="its console says why"
         )
     _require_loras(picture, complaints)
-    return made.images[made.index_of_first_image]
+    return images.images[images.index_of_first_image]
 
 
 def _require_loras(picture: Picture, complaints: list[str]) -> None:
-    """Returns if the picture was drawn with all LoRAs of its prompt: the WebUI goes on without.
+    """Returns if the picture was drawn with all LoRAs of its prompt: the WebUI goes on without them.
 
     Raises:
-        PictureError: it was not, for one is not found, fails, or the WebUI has no LoRAs at all.
+        PictureError: a LoRA was not found or failed, or the WebUI has no LoRAs at all.
     """
     # The built-in Lora extension, by the name it is loaded under; it may be switched off.
     loaded = getattr(sys.modules.get("networks"), "loaded_networks", [])
-    absent = tag_names(picture.prompt) - {each.mentioned_name for each in loaded}
+    absent = tag_names(picture.prompt) - {lora.mentioned_name for lora in loaded}
     if absent or complaints:
         names = f"it did not load {', '.join(sorted(absent))}" if absent else "; ".join(complaints)
         raise PictureError(
@@ -141,7 +140,7 @@ def _require_loras(picture: Picture, complaints: list[str]) -> None:
 
 
 def _processing(picture: Picture, title: str) -> Any:
-    """The WebUI's order for one picture; nothing is saved, and no script of the page takes part."""
+    """Returns the WebUI's request for a picture; nothing is saved, no script of the page takes part."""
     settings = picture.settings
     return processing.StableDiffusionProcessingTxt2Img(
         # The property of this name gives the loaded model whatever it is set to; asking for the
@@ -167,9 +166,8 @@ def _processing(picture: Picture, title: str) -> Any:
 
 
 def _title(picture: Picture) -> str:
-    """By what the WebUI chooses the file; an unknown name it would pass over without a word."""
-    infos = webui_list.entries()
-    info = next((x for x in infos if _is_same(x.filename, picture)), None)
+    """Returns the title by which the WebUI selects the file; it would silently ignore an unknown one."""
+    info = next((info for info in list_entries() if _is_same(info.filename, picture)), None)
     if info is None or sd_models.checkpoint_aliases.get(info.title) is not info:
         raise PictureError(
             f"{picture.model.name} is not in the WebUI's list of checkpoints, or another one"
@@ -184,12 +182,12 @@ def _is_same(file: str, picture: Picture) -> bool:
 
 
 @contextmanager
-def _heard(progress: Progress) -> Iterator[None]:
-    """While the WebUI draws: tells how far it is, and presses its Interrupt if we are to stop."""
+def _joined(progress: Progress) -> Iterator[None]:
+    """Reports how far the WebUI is while it draws, and interrupts it if the job is to stop."""
     state, ended = shared.state, threading.Event()
 
     def listen() -> None:
-        furthest = 0.0  # it falls back to nought before the picture is handed over
+        furthest = 0.0  # it falls back to zero before the picture is handed over
         while not ended.wait(_LISTEN):
             if progress.should_stop():
                 state.interrupt()
@@ -207,7 +205,7 @@ def _heard(progress: Progress) -> Iterator[None]:
 
 
 def _in_model_thread(work: Callable[..., Any], *values: Any) -> Any:
-    """The work's result; in Forge from the one thread that may touch models."""
+    """Returns the work's result; in Forge it runs in the one thread that may touch models."""
     if not is_forge():
         return work(*values)
     from modules_forge import main_thread  # noqa: PLC0415 - Forge only

@@ -1,4 +1,4 @@
-"""An axis of the WebUI's X/Y/Z plot: hyper-model + LoRAs, by the checkpoint that they become."""
+"""An axis of the WebUI's X/Y/Z plot: the checkpoints that hyper-model and LoRAs become."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _NEEDED: Final = ("AxisOption", "axis_options", "apply_checkpoint")
 def add_axis(host: Host) -> None:
     """Adds the axis once; to be called by `on_before_ui`, when the WebUI's scripts are loaded.
 
-    Where there is no such script, or another one of its name, nothing is added and the WebUI's log
-    says so; the WebUI itself goes on.
+    Where there is no such script, or another one of its name, nothing is added, the WebUI's log
+    says so, and the WebUI itself goes on.
     """
     try:
         for module in _modules():
@@ -34,11 +34,10 @@ def add_axis(host: Host) -> None:
 
 
 def _modules() -> Iterator[Any]:
-    """Those of the script: some extensions bring their own copy of it."""
-    found = {id(data.module): data for data in scripts.scripts_data}
-    for data in found.values():
-        is_it = Path(data.path).name == _SCRIPT
-        if is_it and all(hasattr(data.module, name) for name in _NEEDED):
+    """Yields the script's modules: some extensions bring their own copy of it."""
+    for data in {id(data.module): data for data in scripts.scripts_data}.values():
+        is_script = Path(data.path).name == _SCRIPT
+        if is_script and all(hasattr(data.module, name) for name in _NEEDED):
             yield data.module
 
 
@@ -51,35 +50,36 @@ def _add(module: Any, host: Host) -> None:
             str,
             _applying(module, host),
             format_value=lambda _p, _option, value: value,
-            confirm=lambda _p, values: [_found(host, value) for value in values],
-            cost=1.0,  # as of the axis of checkpoints: the outermost loop
-            choices=lambda: choices(host),
+            confirm=lambda _p, values: [_title_and_tags(host, value) for value in values],
+            cost=1.0,  # that of the axis of checkpoints: the outermost loop
+            choices=lambda: run_checkpoints(host),
         )
     )
 
 
-def choices(host: Host) -> list[str]:
-    """Every checkpoint of every run, as "run/checkpoint"; the newest run first."""
+def run_checkpoints(host: Host) -> list[str]:
+    """Returns every checkpoint of every run as "run/checkpoint", the newest run first."""
     runs, _ = list_runs(host.folders())
     return [f"{run.name}/{name}" for run in runs for name in _names(run)]
 
 
 def _names(run: Run) -> list[str]:
-    own = [row.name for row in run.report.checkpoints]
-    return [*own, *(each.row.name for each in load_fits(run)[0] if each.row.name not in own)]
+    merged = [row.name for row in run.report.checkpoints]
+    fitted = [fit.row.name for fit in load_fits(run)[0]]
+    return [*merged, *(name for name in fitted if name not in merged)]
 
 
 def _applying(module: Any, host: Host) -> Callable[[Any, str, Any], None]:
     def apply(p: Any, value: str, values: Any) -> None:
-        title, tags = _found(host, value)
+        title, tags = _title_and_tags(host, value)
         module.apply_checkpoint(p, title, values)
         p.prompt = f"{p.prompt} {tags}"
 
     return apply
 
 
-def _found(host: Host, value: str) -> tuple[str, str]:
-    """By what the WebUI selects the hyper-model, and the tags.
+def _title_and_tags(host: Host, value: str) -> tuple[str, str]:
+    """Returns the title by which the WebUI selects the hyper-model, and the tags.
 
     Raises:
         PictureError: the value is no checkpoint of a run, or the hyper-model is not selectable.
@@ -89,10 +89,10 @@ def _found(host: Host, value: str) -> tuple[str, str]:
         run = load_run(host.folders(), name)
         tags = prompt_tags_of(run, checkpoint)
     except HyperMergeError as error:
-        known = choices(host)
+        nearest = suggest_nearest(value, run_checkpoints(host))
         raise PictureError(
             f"expected run/checkpoint, got {value!r} ({error})",
-            hint=suggest_nearest(value, known),
+            hint=nearest,
             where=LABEL,
         ) from error
     title = host.checkpoint_title(run.hyper_model)

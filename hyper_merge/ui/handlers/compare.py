@@ -72,7 +72,7 @@ def list_comparisons(
     names = [row.name for row in runs]
     chosen = next((row for row in runs if row.name == run), runs[0] if runs else None)
     if chosen is None:
-        text = host.atelier().problem or "There are no runs yet; make one under Merge."
+        text = host.generator_info().problem or "There are no runs yet; make one under Merge."
         return (
             gr.update(choices=[], value=None),
             *_nothing(),
@@ -138,7 +138,7 @@ def start_comparison(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts a comparison; returns why not, or "" if it started. `watch_comparison` follows it."""
     form = CompareForm(*values)
     try:
-        generator = host.atelier()
+        generator = host.generator_info()
         if generator.problem:
             raise PictureError(generator.problem)
         run = load_run(host.folders(), form.run or "")
@@ -199,7 +199,7 @@ def _compare(host: Host, request: CompareRequest, task: str, progress: Progress)
 def _format_record(host: Host, run: Run, name: str | None) -> str:
     """Returns a comparison; an introduction if there is none."""
     if not name:
-        return format_compare_introduction() + format_message("info", host.atelier().problem)
+        return format_compare_introduction() + format_message("info", host.generator_info().problem)
     try:
         record = load_comparison(run, name)
         grid, _ = comparison_paths(run, name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from hyper_merge.errors import HyperMergeError, RecipeError, settings_placed
-from hyper_merge.hosts.host import Host, file_of
+from hyper_merge.hosts.host import Host, require_listed_file
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.tasks import host_turn
 from hyper_merge.operations.deletable import find_deletable
@@ -227,7 +227,7 @@ def _file(host: Host, name: str | None, label: str) -> Path:
     """Returns the file of a name in the host's list."""
     if not name:
         raise RecipeError(f"{label}: pick a checkpoint.")
-    return file_of(name, host.checkpoints())
+    return require_listed_file(name, host.checkpoints())
 
 
 def _path(host: Host, name: str | None) -> Path | None:

@@ -45,7 +45,7 @@ class ComparePanel:
 
 def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
     """Builds the panel in the tab `opened`, whose lists are read again when it is opened."""
-    generator = host.atelier()
+    generator = host.generator_info()
     with gr.Row(elem_id=elem_id("compare_columns")):
         with gr.Column(scale=5, min_width=380):
             form = _build_form(generator)

@@ -247,7 +247,7 @@ def test_a_kill_midway_leaves_the_old_files(tmp_path):
         [sys.executable, "-c", KILLED, str(path), str(text)],
         check=False,
         env={**os.environ, "PYTHONPATH": str(root)},
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == -9
     assert hashlib.sha256(path.read_bytes()).digest() == before

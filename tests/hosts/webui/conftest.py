@@ -19,8 +19,8 @@ def flavour(request):
 
 @pytest.fixture
 def webui(models, flavour):
-    with installed(models, flavour) as found:
-        yield found
+    with installed(models, flavour) as webui:
+        yield webui
 
 
 @pytest.fixture

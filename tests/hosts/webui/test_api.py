@@ -6,6 +6,7 @@ import urllib.request
 import warnings
 
 import pytest
+from at_the_tab import until
 from fake_webui import installed
 
 from hyper_merge.hosts.job_queue import process_jobs
@@ -24,16 +25,16 @@ def start(models, flavour):
     opened = []
 
     def start(**cmd_opts):
-        found = installed(models, flavour, **cmd_opts)
-        opened.append(found)
-        webui = found.__enter__()
+        context = installed(models, flavour, **cmd_opts)
+        opened.append(context)
+        webui = context.__enter__()
         webui.load_scripts()
         return webui, TestClient(webui.api_only())
 
     process_jobs()._known.clear()
     yield start
-    for found in opened:
-        found.__exit__(None, None, None)
+    for context in opened:
+        context.__exit__(None, None, None)
 
 
 def paths(app):
@@ -52,7 +53,7 @@ def test_it_is_on_with_the_hosts_api(start, option):
     webui, client = start(**{option: True})
     answer = client.get(OURS)
     assert answer.status_code == 200
-    names = [each["name"] for each in answer.json()["checkpoints"]]
+    names = [row["name"] for row in answer.json()["checkpoints"]]
     assert names == ["anime.safetensors", "photo.safetensors", "sub/portrait.safetensors"]
     assert webui.errors.reports == []
 
@@ -85,7 +86,7 @@ def test_a_refusal_keeps_its_words_in_the_hosts_form(start):
 def test_reload_ui_serves_it_in_the_new_app_with_the_jobs_of_before(start):
     webui, client = start(api=True)
     job = process_jobs().start("mix", lambda task, progress: "", webui.host().log)
-    job.wait(10)
+    job.wait(60)
     webui.load_scripts()
     again = TestClient(webui.api_only())
     assert len(paths(again.app)) == len(set(paths(again.app))) == len(paths(client.app))
@@ -106,19 +107,18 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
 
     def work(task, progress):
         with host.running(task) as hosts:
-            both = progress.joined(hosts)
-            both.report("solving", 0.5)
+            joined = progress.joined(hosts)
+            joined.report("solving", 0.5)
             while True:
-                both.check()
+                joined.check()
         return ""
 
     job = process_jobs().start("mix", work, host.log)
-    while job.standing.phase != "solving":  # from then on it ends when its thread does
-        pass
+    until(lambda: job.standing.phase == "solving")  # from then on it ends when its thread does
     assert webui.state.jobs == [f"task(hyper-merge-{job.id})"]
     answer = client.post(f"/hyper-merge/jobs/{job.id}/cancel")
     assert answer.json()["stopping"]
-    job.wait(10)
+    job.wait(60)
     assert client.get(f"/hyper-merge/jobs/{job.id}").json()["outcome"] == "stopped"
     assert not webui.queue_lock.held
 
@@ -127,12 +127,12 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
 def test_it_stands_beside_the_page_and_in_the_hosts_schema(models, flavour):
     with installed(models, flavour, api=True, api_auth="ann:secret") as webui:
         webui.load_scripts()
-        address = webui.launch(0).rstrip("/")
+        address = webui.launch().rstrip("/")
         try:
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(address + OURS, timeout=10)
+                urllib.request.urlopen(address + OURS, timeout=60)
             assert caught.value.code == 401
-            with urllib.request.urlopen(f"{address}/openapi.json", timeout=10) as answer:
+            with urllib.request.urlopen(f"{address}/openapi.json", timeout=60) as answer:
                 known = json.load(answer)["paths"]
         finally:
             webui.close()

@@ -56,7 +56,7 @@ def test_a_list_that_is_filled_anew_meanwhile_is_seen_whole(host, webui, monkeyp
         begun.clear()
         other = threading.Thread(target=host.refresh)
         other.start()
-        assert begun.wait(10)
+        assert begun.wait(60)
         assert read()
         other.join()
 
@@ -82,9 +82,9 @@ def test_two_folders_with_a_file_of_one_name_are_both_listed(models, flavour, tm
         for info in list(webui.sd_models.checkpoints_list.values()):
             info.calculate_shorthash()
         webui.sd_models.list_models()
-        found = webui.host().checkpoints()
-    assert found["photo.safetensors"] == other
-    assert sorted(found.values()) == sorted([other, *models.glob("**/*.safetensors")])
+        listed = webui.host().checkpoints()
+    assert listed["photo.safetensors"] == other
+    assert sorted(listed.values()) == sorted([other, *models.glob("**/*.safetensors")])
 
 
 def test_in_debug_mode_the_list_of_a1111_is_empty_until_it_is_refreshed(models):
@@ -156,11 +156,11 @@ def test_outputs_go_to_the_models_folder(host, models):
 
 
 def test_folders_of_the_command_line_are_honoured(models, flavour, tmp_path):
-    given = {"ckpt_dir": str(tmp_path / "ckpt"), "lora_dir": str(tmp_path / "lora")}
-    with installed(models, flavour, **given) as webui:
+    folders_given = {"ckpt_dir": str(tmp_path / "ckpt"), "lora_dir": str(tmp_path / "lora")}
+    with installed(models, flavour, **folders_given) as webui:
         folders = webui.host().folders()
-    assert folders.models == Path(given["ckpt_dir"])
-    assert folders.loras == Path(given["lora_dir"])
+    assert folders.models == Path(folders_given["ckpt_dir"])
+    assert folders.loras == Path(folders_given["lora_dir"])
     assert folders.runs == models / "hyper-merge"
 
 

@@ -44,7 +44,7 @@ def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
     jobs, merged = Jobs(), threading.Event()
 
     def work(task, progress):
-        merged.wait(10)
+        merged.wait(60)
         return "mix"
 
     job = jobs.start("mix", work, log)

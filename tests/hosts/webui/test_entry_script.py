@@ -36,7 +36,7 @@ def test_the_script_registers_tab_settings_api_and_axis_and_nothing_else(webui, 
     webui.load_scripts()
     assert webui.errors.reports == []
     callbacks = webui.script_callbacks.callback_map
-    assert {name: len(found) for name, found in callbacks.items()} == {
+    assert {name: len(functions) for name, functions in callbacks.items()} == {
         "ui_tabs": 1,
         "ui_settings": 1,
         "app_started": 1,
@@ -60,7 +60,7 @@ def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
     webui.load_scripts()
     webui.create_ui()
     callbacks = webui.script_callbacks.callback_map
-    assert {name: len(found) for name, found in callbacks.items()} == {
+    assert {name: len(functions) for name, functions in callbacks.items()} == {
         "ui_tabs": 1,
         "ui_settings": 1,
         "app_started": 1,
@@ -127,9 +127,9 @@ def test_our_settings_are_components_of_the_hosts_page(webui, built):
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 def test_the_page_of_the_webui_is_served(webui, built):
     webui.load_scripts()
-    address = webui.launch(0)
+    address = webui.launch()
     try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=60) as answer:
             page = answer.read().decode()
     finally:
         webui.close()
@@ -139,14 +139,14 @@ def test_the_page_of_the_webui_is_served(webui, built):
 
 @pytest.mark.parametrize("kind", ["webui", "standalone"])
 def test_each_host_has_all_that_the_protocol_asks_for(webui, kind):
-    found = {"webui": type(webui.host()), "standalone": Standalone}[kind]
-    for name, asked in vars(Host).items():
+    host_class = {"webui": type(webui.host()), "standalone": Standalone}[kind]
+    for name, member in vars(Host).items():
         if name.startswith("_"):
             continue
-        assert hasattr(found, name)
-        if callable(asked):
-            wanted = list(inspect.signature(asked).parameters)
-            assert list(inspect.signature(getattr(found, name)).parameters) == wanted
+        assert hasattr(host_class, name)
+        if callable(member):
+            expected = list(inspect.signature(member).parameters)
+            assert list(inspect.signature(getattr(host_class, name)).parameters) == expected
 
 
 def test_the_webui_is_gone_from_memory_after_its_test(models, flavour):

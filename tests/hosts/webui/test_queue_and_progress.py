@@ -2,9 +2,9 @@
 
 import os
 import threading
-import time
 
 import pytest
+from at_the_tab import until
 
 from hyper_merge.errors import InterruptedRun
 
@@ -26,6 +26,11 @@ def picture(webui):
     if webui.flavour == "a1111":
         return webui.shared.sd_model
     return webui.sd_models.forge_model_reload()[0]
+
+
+def listeners():
+    """Threads that look at the WebUI's buttons for a run."""
+    return [thread for thread in threading.enumerate() if "buttons" in thread.name]
 
 
 def overwrite(path, content):
@@ -87,19 +92,18 @@ def test_a_run_waits_for_the_hosts_work_and_says_so(host, webui):
     def run():
         with host.running(TASK):
             entered.set()
-            left.wait(5)
+            left.wait(60)
 
     thread = threading.Thread(target=run)
     with webui.queue_lock:
         thread.start()
-        while TASK not in webui.progress.pending_tasks:
-            pass
+        until(lambda: TASK in webui.progress.pending_tasks)
         assert not entered.wait(0.1)
         assert webui.progress.answer(TASK)["textinfo"] == "In queue: 1/1"
-    assert entered.wait(5)
+    assert entered.wait(60)
     assert not webui.queue_lock.acquire(blocking=False)
     left.set()
-    thread.join(5)
+    thread.join(60)
     assert not webui.queue_lock.held
 
 
@@ -222,8 +226,8 @@ def test_a_model_that_does_not_move_is_told_in_the_log_and_ends_nothing(host, we
     assert not webui.queue_lock.held
     assert webui.progress.answer(TASK)["completed"]
     assert webui.sd_models.model_data.sd_model is model
-    told = [*webui.errors.reports, str(webui.main_thread.last_exception)]
-    assert any("the device is gone" in text for text in told)
+    reports = [*webui.errors.reports, str(webui.main_thread.last_exception)]
+    assert any("the device is gone" in text for text in reports)
 
 
 def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):
@@ -254,7 +258,7 @@ def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui
 def test_a_press_that_is_over_before_the_next_step_is_heard(host, webui):
     with host.running("task(hyper)") as progress:
         webui.state.interrupt()
-        time.sleep(0.3)
+        until(lambda: not listeners())
         webui.state.interrupted = False
         assert progress.should_stop()
-    assert not [thread for thread in threading.enumerate() if "buttons" in thread.name]
+    assert not listeners()

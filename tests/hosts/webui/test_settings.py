@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from fake_webui import installed
 
-from hyper_merge.analysis import cache as analysis_cache
+from hyper_merge.analysis import cache
 from hyper_merge.errors import CacheError
 from hyper_merge.hosts.host import Defaults
 from hyper_merge.runs.folders import SIZE_LIMIT
@@ -117,7 +117,7 @@ def test_the_caches_size_is_shown_and_the_button_clears_it(host, page, webui):
     held = settings.cache_html()
     assert held.startswith("The cache holds 3 MB of at most 20.00 GB.")
     assert held.endswith(f" {path.parent}.")
-    cleared = settings.clear()
+    cleared = settings.clear_cache_html()
     assert cleared.startswith("The cache holds 0 kB of at most 20.00 GB.")
     assert cleared.endswith(f" {path.parent}.<br>The cache is empty; 3 MB are free again.")
     assert not path.exists()
@@ -126,16 +126,16 @@ def test_the_caches_size_is_shown_and_the_button_clears_it(host, page, webui):
 def test_without_a_cache_there_is_nothing_to_show_or_to_clear(host, page, webui):
     settings = webui.settings()
     assert settings.cache_html().startswith("The cache holds 0 kB of ")
-    assert settings.clear().endswith("<br>The cache is empty; 0 kB are free again.")
+    assert settings.clear_cache_html().endswith("<br>The cache is empty; 0 kB are free again.")
     assert not host.folders().cache.exists()
 
 
 def test_the_cache_is_not_cleared_while_the_webui_works(host, page, webui):
     path = analysis(host.folders().cache, 100)
     with webui.queue_lock:
-        assert "at work" in webui.settings().clear()
+        assert "at work" in webui.settings().clear_cache_html()
         assert path.exists()
-    webui.settings().clear()
+    webui.settings().clear_cache_html()
     assert not path.exists()
     assert not webui.queue_lock.held
 
@@ -144,6 +144,6 @@ def test_a_cache_that_cannot_be_cleared_says_so(host, page, webui, monkeypatch):
     def fail(folder):
         raise CacheError("<1 file> cannot be deleted")
 
-    monkeypatch.setattr(analysis_cache, "clear_analyses", fail)
-    assert webui.settings().clear().endswith("&lt;1 file&gt; cannot be deleted")
+    monkeypatch.setattr(cache, "clear_analyses", fail)
+    assert webui.settings().clear_cache_html().endswith("&lt;1 file&gt; cannot be deleted")
     assert not webui.queue_lock.held

@@ -34,7 +34,7 @@ def grid(webui):
 
 
 def options(grid):
-    return [each for each in grid.axis_options if each.label == LABEL]
+    return [option for option in grid.axis_options if option.label == LABEL]
 
 
 def order(webui, prompt="a cat"):
@@ -58,8 +58,8 @@ def test_a_plot_draws_the_hyper_model_with_each_ones_tags(webui, grid, models):
     run = load_run(Folders.under(models), "mix")
     content = run.hyper_model.read_bytes()
     for image, row in zip(images, run.report.checkpoints, strict=False):
-        wanted = drawn_by(content, f"a cat {run.report.tags(row)}", 3, (64, 64))
-        assert image.tobytes() == wanted.tobytes()
+        expected = drawn_by(content, f"a cat {run.report.tags(row)}", 3, (64, 64))
+        assert image.tobytes() == expected.tobytes()
     assert labels == ["mix/a", "mix/b"]
     assert [path.rpartition("/")[2] for path in webui.processing.loads] == ["mix.safetensors"]
 
@@ -93,6 +93,6 @@ def test_a_webui_without_such_a_script_starts_all_the_same(models, flavour, case
         else:
             data[0].module.AxisOption = None
         webui.script_callbacks.before_ui_callback()
-        told = "".join(webui.errors.reports)
-        assert ("adding an axis to X/Y/Z plot" in told) is (case == "broken")
-        assert "Error executing callback" not in told
+        reports = "".join(webui.errors.reports)
+        assert ("adding an axis to X/Y/Z plot" in reports) is (case == "broken")
+        assert "Error executing callback" not in reports

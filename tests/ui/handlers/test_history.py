@@ -187,7 +187,7 @@ def test_styles_that_stay_are_reported_after_deletion(webui, run, jobs, monkeypa
 
 def test_while_a_merge_runs_no_run_is_deleted(host, run, root, jobs):
     over = threading.Event()
-    jobs.start("mix-2", lambda task, progress: over.wait(20) and "", host.log)
+    jobs.start("mix-2", lambda task, progress: over.wait(60) and "", host.log)
     before = snapshot(root)
     try:
         for handler in (history.ask_to_delete_run, history.delete_confirmed_run):

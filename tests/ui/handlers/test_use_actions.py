@@ -241,7 +241,7 @@ def test_a_run_of_that_name_keeps_its_loras(host, jobs, root):
 
 def test_one_job_at_a_time(host, jobs):
     over = threading.Event()
-    jobs.start("mix", lambda task, progress: over.wait(20), host.log)
+    jobs.start("mix", lambda task, progress: over.wait(60), host.log)
     answer = fit(host, jobs)
     over.set()
     assert kinds(answer) == ["info"]

@@ -196,7 +196,7 @@ class _Routes:
     def cancel(self, job_id: str) -> JobResponse:
         """Asks a job to end; it leaves nothing half-written. One that has ended stays as it is."""
         job = self._require_job(job_id)
-        if job.standing.outcome == "running":
+        if job.status.outcome == "running":
             job.stop()
         return job_response(job)
 

@@ -89,7 +89,7 @@ def plan_response(
 
 def job_response(job: Job) -> JobResponse:
     """Returns how far a job is."""
-    status = job.standing
+    status = job.status
     return JobResponse(
         id=job.id,
         title=status.title,

@@ -97,18 +97,18 @@ class Job:
         """
         self.id = uuid.uuid4().hex[:12]
         self._changed = threading.Condition()
-        self._standing = JobStatus(f"task(hyper-merge-{self.id})", title, place=place)
+        self._status = JobStatus(f"task(hyper-merge-{self.id})", title, place=place)
         self._began: float | None = None
         self._work, self._log = work, log
         threading.Thread(target=self._run, name="hyper-merge", daemon=True).start()
 
     @property
-    def standing(self) -> JobStatus:
+    def status(self) -> JobStatus:
         """How far the job is at this moment."""
         with self._changed:
-            running = self._began is not None and self._standing.outcome == "running"
-            elapsed = time.monotonic() - (self._began or 0) if running else self._standing.elapsed
-            return replace(self._standing, elapsed=elapsed)
+            running = self._began is not None and self._status.outcome == "running"
+            elapsed = time.monotonic() - (self._began or 0) if running else self._status.elapsed
+            return replace(self._status, elapsed=elapsed)
 
     def stop(self) -> None:
         """Asks the job to end; one that still waits for the host ends at once."""
@@ -124,12 +124,12 @@ class Job:
         each of them falls minutes behind and no longer answers a click.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._standing.outcome != "running", seconds)
+            self._changed.wait_for(lambda: self._status.outcome != "running", seconds)
 
     def _run(self) -> None:
         try:
             progress = Progress(self._on_progress, self._should_stop, self._on_warning)
-            self._end("done", "", self._work(self._standing.task, progress))
+            self._end("done", "", self._work(self._status.task, progress))
         except InterruptedRun as error:
             self._end("stopped", str(error))
         except HyperMergeError as error:
@@ -145,22 +145,22 @@ class Job:
             self._update(phase=phase, fraction=fraction)
 
     def _should_stop(self) -> bool:
-        return self._standing.stopping
+        return self._status.stopping
 
     def _on_warning(self, message: str) -> None:
         with self._changed:
-            if message not in self._standing.notes:
-                self._update(notes=(*self._standing.notes, message))
+            if message not in self._status.notes:
+                self._update(notes=(*self._status.notes, message))
 
     def _end(self, outcome: Outcome, message: str, result: object = "") -> None:
-        elapsed = self.standing.elapsed
+        elapsed = self.status.elapsed
         with self._changed:
-            if self._standing.outcome == "running":
+            if self._status.outcome == "running":
                 self._update(outcome=outcome, message=message, result=result, elapsed=elapsed)
 
     def _update(self, **changes: Any) -> None:
         with self._changed:
-            self._standing = replace(self._standing, **changes)
+            self._status = replace(self._status, **changes)
             self._changed.notify_all()
 
 
@@ -188,7 +188,7 @@ class Jobs:
         Raises:
             BusyError: a job is running.
         """
-        status = self.last.standing if self.last else None
+        status = self.last.status if self.last else None
         if status is not None and status.outcome == "running":
             raise BusyError(
                 f"{status.title} is still being made ({status.fraction:.0%})",

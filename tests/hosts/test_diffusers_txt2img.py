@@ -136,5 +136,5 @@ def test_every_sampler_is_one_of_diffusers(host):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for sampler in diffusers_txt2img._SAMPLERS.values():
-            kind = getattr(diffusers, sampler.kind)
+            kind = getattr(diffusers, sampler.scheduler)
             assert kind.from_config({**kind().config, **sampler.settings})

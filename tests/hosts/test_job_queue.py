@@ -47,7 +47,7 @@ def test_a_second_job_is_refused_while_one_runs_and_the_words_say_how_far_that_i
         return ""
 
     first = jobs.start("mix", work, ignore)
-    until(lambda: first.standing.fraction == 0.42)
+    until(lambda: first.status.fraction == 0.42)
     with pytest.raises(BusyError, match=r"^mix is still being made \(42%\); wait for it, or stop"):
         jobs.start("other", work, ignore)
     assert jobs.last is first
@@ -80,7 +80,7 @@ def test_the_last_job_is_kept_when_it_has_ended(jobs):
     job = jobs.start("mix", lambda task, progress: "mix", ignore)
     ended(jobs)
     assert jobs.last is job
-    assert jobs.last.standing.result == "mix"
+    assert jobs.last.status.result == "mix"
 
 
 def test_all_pages_of_a_process_look_at_the_same_jobs():
@@ -99,7 +99,7 @@ def test_a_job_that_runs_stops_at_its_next_step(jobs):
     job = jobs.start("mix", work, ignore)
     until(lambda: steps)
     job.stop()
-    assert job.standing.stopping
+    assert job.status.stopping
     now = ended(jobs)
     assert (now.outcome, now.message) == ("stopped", "stopped; no file was changed")
 
@@ -111,13 +111,13 @@ def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
             time.sleep(0.001)
 
     job = jobs.start("mix", work, ignore)
-    until(lambda: job.standing.fraction == 0.5)
+    until(lambda: job.status.fraction == 0.5)
     begun = time.monotonic()
     job.wait(0.3)
     assert time.monotonic() - begun >= 0.3
     job.stop()
     job.wait(60)
-    assert job.standing.outcome == "stopped"
+    assert job.status.outcome == "stopped"
 
 
 def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
@@ -133,7 +133,7 @@ def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
     job = jobs.start("mix", work, ignore)
     begun.wait(60)
     job.stop()
-    assert (job.standing.outcome, job.standing.stopping) == ("running", True)
+    assert (job.status.outcome, job.status.stopping) == ("running", True)
     with pytest.raises(BusyError):
         jobs.start("other", work, ignore)
     gate.set()
@@ -152,21 +152,21 @@ def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, 
             raise
 
     job = jobs.start("mix", waiting, ignore)
-    assert job.standing.phase == "waiting for the queue"
+    assert job.status.phase == "waiting for the queue"
     job.stop()
-    assert job.standing.outcome == "stopped"
+    assert job.status.outcome == "stopped"
     jobs.start("other", lambda task, progress: "other", ignore)
     assert ended(jobs).result == "other"
     gate.set()
     until(lambda: outcome)
-    assert (job.standing.outcome, job.standing.result) == ("stopped", "")
+    assert (job.status.outcome, job.status.result) == ("stopped", "")
 
 
 def test_what_is_done_stays_done_though_a_stop_came_too_late(jobs):
     job = jobs.start("mix", lambda task, progress: progress.report("x", 1.0) or "mix", ignore)
     ended(jobs)
     job.stop()
-    assert (job.standing.outcome, job.standing.result) == ("done", "mix")
+    assert (job.status.outcome, job.status.result) == ("done", "mix")
 
 
 def test_a_refusal_is_a_message_and_no_error_of_ours(jobs):
@@ -227,15 +227,15 @@ def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(jobs,
 
     job = jobs.start("mix", work, ignore)
     clock[0] += 50
-    assert job.standing.elapsed == 0
+    assert job.status.elapsed == 0
     begin.set()
-    until(lambda: job.standing.phase == "reading")
+    until(lambda: job.status.phase == "reading")
     clock[0] += 7
-    assert job.standing.elapsed == 7
+    assert job.status.elapsed == 7
     gate.set()
-    until(lambda: job.standing.outcome != "running")
+    until(lambda: job.status.outcome != "running")
     clock[0] += 1000
-    assert job.standing.elapsed == 7
+    assert job.status.elapsed == 7
 
 
 def test_who_waits_is_woken_by_a_change(jobs, gate):

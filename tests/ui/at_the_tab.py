@@ -84,10 +84,10 @@ def unchanged(update):
 def ended(jobs):
     """How the last job ended, once it has."""
     deadline = time.monotonic() + 60
-    while jobs.last.standing.outcome == "running":
-        assert time.monotonic() < deadline, jobs.last.standing
+    while jobs.last.status.outcome == "running":
+        assert time.monotonic() < deadline, jobs.last.status
         jobs.last.wait(0.1)
-    return jobs.last.standing
+    return jobs.last.status
 
 
 def until(condition):

@@ -166,15 +166,15 @@ def watch_comparison(
     Yields:
         Status, Stop button, message, and an update of the comparisons once there is a new one.
     """
-    if jobs.last is None or jobs.last.standing.place != _PLACE:
+    if jobs.last is None or jobs.last.status.place != _PLACE:
         yield "", gr.update(interactive=False), gr.update(), gr.update()
         return
     job = jobs.last
-    is_news = begun or job.standing.outcome == "running"
+    is_news = begun or job.status.outcome == "running"
     updates: tuple[str, Any, Any] = ("", gr.update(), gr.update())
     for updates in watch_job(jobs):
         yield (*updates, gr.update())
-    status = job.standing
+    status = job.status
     if is_news and status.outcome == "done" and status.title == f"{_TITLE}{name}":
         yield (*updates, choose_compared_run(host, name)[1])
 

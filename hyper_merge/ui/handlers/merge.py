@@ -67,11 +67,11 @@ def watch_job(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
     if job is None:
         yield "", gr.update(interactive=False), message
         return
-    status = job.standing
+    status = job.status
     while status.outcome == "running":
         yield format_job_status(status), gr.update(interactive=not status.stopping), message
         job.wait(_TICK)
-        status = job.standing
+        status = job.status
         if status.outcome != "running":
             message = ""
     yield format_job_status(status), gr.update(interactive=False), message
@@ -79,7 +79,7 @@ def watch_job(jobs: Jobs) -> Iterator[tuple[str, Any, Any]]:
 
 def stop_job(jobs: Jobs) -> str:
     """Asks the running job to end."""
-    if jobs.last is None or jobs.last.standing.outcome != "running":
+    if jobs.last is None or jobs.last.status.outcome != "running":
         return format_message("info", "Nothing is running.")
     jobs.last.stop()
     return ""
@@ -115,4 +115,4 @@ def _make_demo(host: Host, _task: str, progress: Progress) -> str:
 
 
 def _last_status(jobs: Jobs) -> JobStatus | None:
-    return jobs.last.standing if jobs.last else None
+    return jobs.last.status if jobs.last else None

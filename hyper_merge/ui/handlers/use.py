@@ -101,7 +101,7 @@ def watch_job_in_both_tabs(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[An
     panel_updates: tuple[Any, ...]
     is_followed = False  # in the panel
     for updates in watch_job(jobs):
-        status = jobs.last.standing if jobs.last else None
+        status = jobs.last.status if jobs.last else None
         panel_updates = () if panel is None else (gr.update(),)
         is_here = status is not None and status.place == panel
         if status is not None and status.outcome == "running":
@@ -125,7 +125,7 @@ def show_outcome(jobs: Jobs, seen: str) -> tuple[Any, ...]:
         jobs: the jobs of the process.
         seen: the task that was shown last; its panel may show by now why another job is refused.
     """
-    status = jobs.last.standing if jobs.last else None
+    status = jobs.last.status if jobs.last else None
     if status is None or status.place not in _PANELS or status.task == seen:
         return (gr.update(),) * (len(_PANELS) + 6)
     outcome = _outcome(status)

@@ -114,7 +114,7 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
         return ""
 
     job = process_jobs().start("mix", work, host.log)
-    until(lambda: job.standing.phase == "solving")  # from then on it ends when its thread does
+    until(lambda: job.status.phase == "solving")  # from then on it ends when its thread does
     assert webui.state.jobs == [f"task(hyper-merge-{job.id})"]
     answer = client.post(f"/hyper-merge/jobs/{job.id}/cancel")
     assert answer.json()["stopping"]

@@ -55,7 +55,7 @@ def test_the_cache_is_not_cleared_while_a_merge_runs(host, analysis):
         assert analysis.exists()
     finally:
         merged.set()
-    while job.standing.outcome == "running":
+    while job.status.outcome == "running":
         job.wait(1)
     assert "are free again" in history.clear_idle_cache(host, jobs)
     assert not analysis.exists()

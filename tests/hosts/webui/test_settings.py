@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from fake_webui import installed
 
-from hyper_merge.analysis import cache
 from hyper_merge.errors import CacheError
 from hyper_merge.hosts.host import Defaults
 from hyper_merge.runs.folders import SIZE_LIMIT
@@ -144,6 +143,6 @@ def test_a_cache_that_cannot_be_cleared_says_so(host, page, webui, monkeypatch):
     def fail(folder):
         raise CacheError("<1 file> cannot be deleted")
 
-    monkeypatch.setattr(cache, "clear_analyses", fail)
+    monkeypatch.setattr("hyper_merge.operations.cache.clear_analyses", fail)
     assert webui.settings().clear_cache_html().endswith("&lt;1 file&gt; cannot be deleted")
     assert not webui.queue_lock.held

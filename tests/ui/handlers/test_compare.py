@@ -80,7 +80,7 @@ def test_a_comparison_is_drawn_saved_and_shown(webui, drawn, jobs):
 
 
 def test_a_comparison_makes_no_new_run(drawn, jobs):
-    now = jobs.last.standing
+    now = jobs.last.status
     assert now.title == "pictures of mix"
     assert now.result == ""
     assert all(unchanged(value) for value in show_merge_result(drawn, jobs))

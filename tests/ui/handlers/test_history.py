@@ -216,7 +216,7 @@ def test_a_cache_that_cannot_be_cleared_is_said(host, monkeypatch):
     def refuse(folder):
         raise CacheError("part of the cache cannot be deleted; try again later")
 
-    monkeypatch.setattr("hyper_merge.analysis.cache.clear_analyses", refuse)
+    monkeypatch.setattr("hyper_merge.operations.cache.clear_analyses", refuse)
     answer = history.clear_idle_cache(host, Jobs())
     assert (kinds(answer), words(answer)) == (
         ["bad"],

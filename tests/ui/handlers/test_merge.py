@@ -80,7 +80,7 @@ def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     seen = [status for status, *_ in watch_job(jobs)]
     assert kinds(seen[-1]) == ["good"]
     assert words(seen[-1]).startswith("Done: mix, in ")
-    assert all(f'data-task="{jobs.last.standing.task}"' in status for status in seen[:-1])
+    assert all(f'data-task="{jobs.last.status.task}"' in status for status in seen[:-1])
     panel = show_merge_result(host, jobs)
     assert panel[0] == ""
     assert panel[1]["visible"] is True
@@ -302,11 +302,11 @@ def test_a_stopping_job_disables_the_stop_button(jobs, monkeypatch):
     now = JobStatus("task(x)", "mix", "solving", 0.5, 8, stopping=True)
     end = JobStatus("task(x)", "mix", outcome="stopped", message="stopped; no file was changed")
 
-    standings = [now, end]
+    statuses = [now, end]
 
     class Job:
         wait = staticmethod(lambda seconds: None)
-        standing = property(lambda self: standings.pop(0))
+        status = property(lambda self: statuses.pop(0))
 
     monkeypatch.setattr(jobs, "_known", [Job()])
     (status, button, _), _ = watch_job(jobs)
@@ -335,7 +335,7 @@ def test_an_unexpected_error_frees_the_webuis_queue(webui, jobs, failing):
     assert "in deep_inside" in report
     assert "at layer 7" in report
     assert not webui.queue_lock.held
-    assert webui.progress.answer(jobs.last.standing.task)["completed"]
+    assert webui.progress.answer(jobs.last.status.task)["completed"]
 
 
 @pytest.mark.parametrize("button", ["interrupt", "skip"])
@@ -343,7 +343,7 @@ def test_the_webuis_own_buttons_stop_a_merge(webui, jobs, root, endless, button)
     host, before = webui.host(), snapshot(root)
     start_merge(host, jobs, *values())
     until(lambda: endless)
-    task = jobs.last.standing.task
+    task = jobs.last.status.task
     until(lambda: (webui.progress.answer(task)["progress"] or 0) > 0.2)
     assert webui.progress.answer(task)["textinfo"] == "reading the checkpoints"
     getattr(webui.state, button)()
@@ -365,7 +365,7 @@ def test_the_stop_button_ends_a_merge_in_the_webui(webui, jobs, endless):
 def test_a_merge_waits_for_the_webuis_work(webui, jobs, endless):
     with webui.queue_lock:
         start_merge(webui.host(), jobs, *values())
-        task = jobs.last.standing.task
+        task = jobs.last.status.task
         until(lambda: webui.progress.answer(task)["queued"])
         status, button, _ = next(watch_job(jobs))
         assert "mix: waiting for the queue, 0%" in words(status)
@@ -380,7 +380,7 @@ def test_stop_ends_a_waiting_merge_at_once(webui, jobs, root, endless):
     before = snapshot(root)
     with webui.queue_lock:
         start_merge(webui.host(), jobs, *values())
-        task = jobs.last.standing.task
+        task = jobs.last.status.task
         until(lambda: webui.progress.answer(task)["queued"])
         stop_job(jobs)
         assert words(last_words(jobs)) == "Stopped: no file was changed"

@@ -32,15 +32,15 @@ from hyper_merge.ui.html.use import format_sliders
 
 
 class One:
-    """Jobs of which the last one has a given standing."""
+    """Jobs of which the last one has a given status."""
 
-    def __init__(self, **standing):
+    def __init__(self, **status):
         self.last = self
-        self.standing = JobStatus("task(1)", "the fit of d", **standing)
+        self.status = JobStatus("task(1)", "the fit of d", **status)
 
     def wait(self, seconds):
-        assert self.standing.outcome == "running", "it has ended"
-        self.standing = replace(self.standing, outcome="done", result=PanelOutcome("<p>here</p>"))
+        assert self.status.outcome == "running", "it has ended"
+        self.status = replace(self.status, outcome="done", result=PanelOutcome("<p>here</p>"))
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_tags_of_a_fit_are_shown_and_hidden():
 def test_how_a_job_ended_is_said_in_its_panel(outcome):
     jobs = One(outcome=outcome, message="why", place="safe")
     texts = show_outcome(jobs, "")
-    assert texts[4] == format_job_status(jobs.standing)
+    assert texts[4] == format_job_status(jobs.status)
 
 
 def test_the_end_of_such_a_job_opens_no_run(host):

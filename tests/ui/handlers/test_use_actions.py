@@ -36,9 +36,9 @@ def _new(checkpoints, run):
 def outcome(jobs, answer):
     """What a job gave that was begun."""
     assert answer == ""
-    standing = ended(jobs)
-    assert standing.outcome == "done", standing.message
-    return standing.result
+    status = ended(jobs)
+    assert status.outcome == "done", status.message
+    return status.result
 
 
 def fit(host, jobs, **changes):
@@ -51,7 +51,7 @@ def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
     assert "Largest losses" in words(result.html)
     assert result.tags == mixture_tags(load_run(host.folders(), "mix"), {"d": 1.0})
     assert (result.fitted, result.wrote) == (("mix", "d"), False)
-    assert jobs.last.standing.place == "fit"
+    assert jobs.last.status.place == "fit"
     assert (root / "hyper-merge/mix/fits/d.json").exists()
 
 
@@ -66,7 +66,7 @@ def test_an_earlier_fit_is_replaced_on_request(host, jobs):
     outcome(jobs, fit(host, jobs))
     assert fit(host, jobs) == ""
     assert ended(jobs).outcome == "refused"
-    assert "exists" in jobs.last.standing.message
+    assert "exists" in jobs.last.status.message
     outcome(jobs, fit(host, jobs, replace=True))
 
 
@@ -153,7 +153,7 @@ def test_a_mixture_is_written(host, jobs, checkpoints):
     assert "The shares add up to 0.75; the hyper-model has the rest, 0.25." in words(result.html)
     assert "a mixture has no original" in words(result.html)
     assert (checkpoints / "half.safetensors").exists()
-    assert jobs.last.standing.place == "mix"
+    assert jobs.last.status.place == "mix"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_mixture_of_unknown_names_is_refused(host, jobs, checkpoints):
     before = snapshot(checkpoints)
     assert start_mixture(host, jobs, "mix", '{"../a": 1}', "") == ""
     assert ended(jobs).outcome == "refused"
-    assert "has no checkpoint ../a" in jobs.last.standing.message
+    assert "has no checkpoint ../a" in jobs.last.status.message
     assert snapshot(checkpoints) == before
 
 
@@ -235,7 +235,7 @@ def test_a_run_of_that_name_keeps_its_loras(host, jobs, root):
     answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4")
     assert answer == ""
     assert ended(jobs).outcome == "refused"
-    assert "is a LoRA of the run mix" in jobs.last.standing.message
+    assert "is a LoRA of the run mix" in jobs.last.status.message
     assert snapshot(root / "Lora") == before
 
 
@@ -256,4 +256,4 @@ def test_a_fit_waits_for_the_webui_and_stops(webui, jobs, root):
         stop_job(jobs)
         assert ended(jobs).outcome == "stopped"
     assert snapshot(root) == before
-    assert not isinstance(jobs.last.standing.result, PanelOutcome)
+    assert not isinstance(jobs.last.status.result, PanelOutcome)

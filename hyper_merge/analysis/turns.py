@@ -47,20 +47,19 @@ def analysis_turn(
         InterruptedRun: the user does not want to wait.
     """
     with ExitStack() as kept:
-        found = _kept(kept, folder, inputs, options, ranks, damaged)
-        if found is not None:
-            yield Turn(found, exists=True, end_making=lambda: None)
+        path = _kept(kept, folder, inputs, options, ranks, damaged)
+        if path is not None:
+            yield Turn(path, exists=True, end_making=lambda: None)
             return
-        path = new_analysis_path(folder, inputs, options, damaged)
-        kept.enter_context(in_use(path))
+        new_path = new_analysis_path(folder, inputs, options, damaged)
+        kept.enter_context(in_use(new_path))
         with ExitStack() as turn:
-            turn.enter_context(making(path, progress))
-            found = _kept(
-                kept, folder, inputs, options, ranks, damaged
-            )  # another one made it meanwhile
-            if found is not None:
+            turn.enter_context(making(new_path, progress))
+            # another process may have made it in the meantime
+            path = _kept(kept, folder, inputs, options, ranks, damaged)
+            if path is not None:
                 turn.close()
-            yield Turn(found or path, found is not None, turn.close)
+            yield Turn(path or new_path, path is not None, turn.close)
 
 
 def _kept(
@@ -71,10 +70,10 @@ def _kept(
     ranks: Sequence[int],
     damaged: DamagedFiles,
 ) -> Path | None:
-    """An analysis that serves and will stay; None if there is none."""
-    found = find_analysis(folder, inputs, options, ranks, damaged)
-    if found is not None:
-        kept.enter_context(in_use(found))
-        if not found.exists():  # it was deleted just before
+    """Returns an analysis that serves and will stay; None if there is none."""
+    path = find_analysis(folder, inputs, options, ranks, damaged)
+    if path is not None:
+        kept.enter_context(in_use(path))
+        if not path.exists():  # it was deleted just before
             return None
-    return found
+    return path

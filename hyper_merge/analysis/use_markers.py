@@ -68,7 +68,7 @@ def making(analysis: Path, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def unused(analysis: Path) -> Iterator[bool]:
-    """Whether an analysis may be deleted: nobody uses it, or begins to within the block."""
+    """Tells whether an analysis may be deleted: nobody uses it, or begins to within the block."""
     marker = _beside(analysis, USED)
     known, young = marker.exists(), _is_young(marker)  # before the lock makes it
     lock = FileLock(marker)
@@ -91,7 +91,7 @@ def last_used(analysis: Path) -> float:
     return max(_changed(_beside(analysis, USED)), _changed(analysis))
 
 
-def sweep(folder: Path, suffix: str) -> None:
+def remove_leftovers(folder: Path, suffix: str) -> None:
     """Removes what killed processes left of analyses that they were about to make.
 
     Args:

@@ -74,7 +74,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 def _declares_v(params: dict[str, Any]) -> bool:
-    """Whether a configuration is of v-prediction, as Forge and A1111 read its two forms."""
+    """Tells whether a configuration is of v-prediction, as Forge and A1111 read its two forms."""
     if params.get("parameterization") == "v":
         return True
     value: Any = params

@@ -48,7 +48,7 @@ class Listening:
 
     @property
     def is_open(self) -> bool:
-        """Whether other machines can reach it without a password."""
+        """Tells whether other machines can reach it without a password."""
         if self.auth is not None or self.address == "localhost":
             return False
         try:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _follows_interrupt(error: BaseException) -> bool:
-    """Whether an error was raised on the way out after Ctrl-C, such as by work that was cancelled."""
+    """Tells whether an error was raised on the way out after Ctrl-C, such as by work that was cancelled."""
     before = error.__cause__ or error.__context__
     return before is not None and (
         isinstance(before, KeyboardInterrupt) or _follows_interrupt(before)

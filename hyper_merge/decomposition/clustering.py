@@ -1,4 +1,4 @@
-"""Whether checkpoints fall into unlike groups, which one average serves badly."""
+"""Tells whether checkpoints fall into unlike groups, which one average serves badly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Clusters:
 
     @property
     def are_apart(self) -> bool:
-        """Whether there is more than one group."""
+        """Tells whether there is more than one group."""
         return len(self.groups) > 1
 
 

@@ -44,7 +44,7 @@ class Host(Protocol):
 
     @property
     def has_txt2img(self) -> bool:
-        """Whether prompts can be sent to it and styles be saved."""
+        """Tells whether prompts can be sent to it and styles be saved."""
 
     def checkpoints(self) -> dict[str, Path]:
         """Returns the host's list as it is now: name without hash, `/` between folders -> file."""

@@ -128,7 +128,7 @@ class Recipe:
 
     @property
     def finds_ranks(self) -> bool:
-        """Whether the merge finds the ranks, by a budget or a target."""
+        """Tells whether the merge finds the ranks, by a budget or a target."""
         return self.budget is not None or self.target is not None
 
     @property

@@ -107,7 +107,7 @@ class FileLock:
         return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def _is_named(self, file: int) -> bool:
-        """Whether the file is still there by its name: a removed one locks out nobody."""
+        """Tells whether the file is still there by its name: a removed one locks out nobody."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(file), self.path.stat())
         return False

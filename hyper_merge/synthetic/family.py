@@ -110,7 +110,7 @@ class FamilyPlan:
 
     @property
     def in_encoder(self) -> bool:
-        """Whether it belongs to a text encoder."""
+        """Tells whether it belongs to a text encoder."""
         return self.treatment is not Treatment.VAE and not self.key.startswith(UNET_PREFIX)
 
 

@@ -138,7 +138,7 @@ def output_tensors(first: Header, layout: Layout, dtype: torch.dtype) -> dict[st
 
 
 def is_position_ids(key: str) -> bool:
-    """Whether a key holds a text encoder's position ids, which `position_ids` makes again."""
+    """Tells whether a key holds a text encoder's position ids, which `position_ids` makes again."""
     return key.endswith(_POSITION_IDS)
 
 

@@ -40,15 +40,15 @@ class KeySignature:
         return KeySignature({**known, **dict.fromkeys(header.unsupported)})
 
     def has(self, *prefixes: str) -> bool:
-        """Whether any key begins with one of `prefixes`."""
+        """Tells whether any key begins with one of `prefixes`."""
         return any(self._first_from(prefix).startswith(prefix) for prefix in prefixes)
 
     def mentions(self, *parts: str) -> bool:
-        """Whether any key has one of `parts` within it."""
+        """Tells whether any key has one of `parts` within it."""
         return any(part in self._text for part in parts)
 
     def any_match(self, pattern: str) -> bool:
-        """Whether the regular expression is found in any key."""
+        """Tells whether the regular expression is found in any key."""
         return re.search(pattern, self._text, re.MULTILINE) is not None
 
     def shape_where(self, pattern: re.Pattern[str]) -> Shape | None:
@@ -57,7 +57,7 @@ class KeySignature:
 
     @cached_property
     def has_text_encoder(self) -> bool:
-        """Whether any text encoder is in the file."""
+        """Tells whether any text encoder is in the file."""
         return self.has(*TEXTS)
 
     @property

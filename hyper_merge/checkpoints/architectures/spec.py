@@ -31,7 +31,7 @@ class DetectionRule:
     context: int | None = None  # ... there is none, and the UNet reads features of this width
 
     def matches(self, signature: KeySignature) -> bool:
-        """Whether a file of this signature fulfils all conditions."""
+        """Tells whether a file of this signature fulfils all conditions."""
         return (
             all(signature.has(prefix) for prefix in self.all_of)
             and not signature.has(*self.none_of)
@@ -90,12 +90,12 @@ class Family:
 
     @property
     def supported(self) -> bool:
-        """Whether checkpoints of the family can be merged."""
+        """Tells whether checkpoints of the family can be merged."""
         return bool(self.parts)
 
     @property
     def predicts_v(self) -> bool:
-        """Whether checkpoints of the family predict v instead of noise."""
+        """Tells whether checkpoints of the family predict v instead of noise."""
         return self.modelspec_prediction_type == "v"
 
     def alpha_for(self, rank: int) -> int | None:

@@ -102,7 +102,7 @@ def read_header_bytes(stream: BinaryIO, name: str, size: int) -> tuple[int, byte
 
 
 def _plausible(first: bytes, size: int) -> bool:
-    """Whether the first bytes can be a header's length: no magic number survives this in practice."""
+    """Tells whether the first bytes can be a header's length: no magic number survives this in practice."""
     length = int.from_bytes(first, "little")
     return len(first) == LENGTH_BYTES and length <= min(_MAX_HEADER_BYTES, size)
 

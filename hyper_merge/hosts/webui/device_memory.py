@@ -23,7 +23,7 @@ Stamp = tuple[int, int, int] | None  # of a file's content; None: there is no fi
 
 
 def is_forge() -> bool:
-    """Whether the WebUI is Forge, whose model loading is its own."""
+    """Tells whether the WebUI is Forge, whose model loading is its own."""
     return hasattr(sd_models, "forge_model_reload")
 
 

@@ -101,7 +101,7 @@ class ExtractRequest:
 
     @property
     def is_file(self) -> bool:
-        """Whether `output` is the LoRA's own path, and not that of a models folder."""
+        """Tells whether `output` is the LoRA's own path, and not that of a models folder."""
         return self.output.suffix == ".safetensors"
 
     def _require_name_of_file(self) -> None:

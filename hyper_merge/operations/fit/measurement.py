@@ -212,12 +212,12 @@ class StreamedResidual:
         costs: Mapping[str, float],
         progress: Progress,
     ) -> list[Any]:
-        """A function's results for the rest of every layer, in their order."""
+        """Returns a function's results for the rest of every layer, in their order."""
         layers = self.inputs.layout.layers
         keys = list(dict.fromkeys(layer.key for layer in layers))
-        found: dict[int, Any] = {}
+        by_layer: dict[int, Any] = {}
         counter = progress.counter(phase, costs)
-        with _reading(self.inputs, self.options, counter) as (files, each, _):
+        with _reading(self.inputs, self.options, counter) as (files, parallel, _):
 
             def take(key: str) -> list[tuple[int, Any]]:
                 tensors = [file.tensor(key) for file in files]
@@ -228,11 +228,11 @@ class StreamedResidual:
                     results.append((index or 0, function(layer, self._rest(layer, delta), tick)))
                 return results
 
-            for results in each(take, keys):
+            for results in parallel(take, keys):
                 for index, result in results:
-                    found[index] = result
+                    by_layer[index] = result
                     counter.finish(layers[index].module)
-        return [found[index] for index in range(len(layers))]
+        return [by_layer[index] for index in range(len(layers))]
 
     def _rest(
         self,

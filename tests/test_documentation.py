@@ -8,17 +8,25 @@ import runpy
 from pathlib import Path
 
 import pytest
+from test_layering import ROOMS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+PAGES_ABOUT_THE_SOURCE = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "adding-a-family.md"]
+ENVIRONMENT = {"HYPER_MERGE_LAYOUTS"}  # variables, which no module defines
+
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(rf"{_FENCED.pattern}|`[^`\n]+`", _FENCED.flags)
 _TARGET = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _COMMAND = re.compile(r"(?<![\w-])hyper-merge +([a-z][\w-]*)([^\n`#&|]*)")
 _OPTION = re.compile(r"(?<!\S)--[a-z][\w-]*")
 _BENCHMARK = re.compile(r"benchmarks/\w+\.py")
+_SOURCE_PATH = re.compile(r"`([\w./-]+(?:\.py|/))`")
+_SOURCE_NAME = re.compile(r"`((?:[A-Z]\w+|[a-z]\w*_\w+))`")
+_ROOM_ROW = re.compile(r"^\| (\d) \| `(\w+)(?:/|\.py)` \|.*\| ([^|]*) \|$", re.MULTILINE)
 
 
 def page_text(page):
@@ -112,3 +120,49 @@ def test_every_recipe_key_is_documented_as_a_row():
 def test_shown_benchmarks_exist(page):
     for path in _BENCHMARK.findall(page_text(page)):
         assert (ROOT / path).exists(), f"{path} does not exist"
+
+
+def source_files():
+    """The path of every file and folder of code in the repository, with a / before it."""
+    tops = [ROOT / name for name in ("hyper_merge", "tests", "benchmarks", "scripts", "javascript")]
+    below = [path for top in tops for path in (top, *top.rglob("*"))]
+    return ["/" + path.relative_to(ROOT).as_posix() for path in (*below, *ROOT.glob("*.py"))]
+
+
+@pytest.mark.parametrize("page", PAGES_ABOUT_THE_SOURCE, ids=page_names)
+def test_named_source_files_exist(page):
+    names = _SOURCE_PATH.findall(_FENCED.sub("", page_text(page)))
+    assert names
+    paths = source_files()
+    for name in names:
+        ending = "/" + name.rstrip("/")
+        assert any(path.endswith(ending) for path in paths), f"{name} does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES_ABOUT_THE_SOURCE, ids=page_names)
+def test_named_classes_and_functions_exist(page):
+    names = set(_SOURCE_NAME.findall(_FENCED.sub("", page_text(page)))) - ENVIRONMENT
+    assert names
+    sources = [ROOT / path[1:] for path in source_files() if path.endswith(".py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    for name in names:
+        defined = rf"^ *(?:class |def )?{name}\b[(:]|^ *{name} ="
+        assert re.search(defined, code, re.MULTILINE), f"{name} is not defined anywhere"
+
+
+def test_the_table_of_rooms_is_that_of_the_layering():
+    rows = _ROOM_ROW.findall(page_text(ROOT / "docs" / "architecture.md"))
+    levels = {room: int(level) for level, room, _ in rows}
+    assert {room: tuple(re.findall(r"`(\w+)`", below)) for _, room, below in rows} == ROOMS
+    assert levels == {room: level_of(room) for room in ROOMS}
+
+
+def level_of(room):
+    """One more than the highest level of the rooms that a room builds on."""
+    return 1 + max(map(level_of, ROOMS[room]), default=0)
+
+
+def test_the_shown_declaration_is_that_of_sd1():
+    (shown,) = _PYTHON.findall(page_text(ROOT / "docs" / "adding-a-family.md"))
+    families = ROOT / "hyper_merge" / "checkpoints" / "architectures" / "families"
+    assert shown in page_text(families / "sd1.py")

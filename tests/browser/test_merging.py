@@ -41,7 +41,7 @@ def test_what_is_picked_is_looked_at_before_anything_runs(tab):
     tab.until(lambda: "hyper-portrait-2.safetensors" in tab.text("plan"))
 
 
-def test_a_wrong_number_and_a_taken_name_are_said_at_once(tab):
+def test_a_wrong_number_or_taken_name_shows_at_once(tab):
     tab.pick(*THREE)
     tab.type("ranks", "4, many")
     tab.until(lambda: 'got "many"' in tab.text("plan"))

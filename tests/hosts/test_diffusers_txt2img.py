@@ -43,7 +43,7 @@ def host(narrow):
 
 
 @needs_diffusers
-def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narrow, tmp_path):
+def test_hyper_model_with_tags_draws_as_the_restored_checkpoint(host, narrow, tmp_path):
     folders = host.folders()
     run = load_run(folders, "mix")
     row = run.report.checkpoints[1]

@@ -127,7 +127,7 @@ def lose(root, names):
     path.write_text(json.dumps(manifest))
 
 
-def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(family, root):
+def test_a_lost_private_lora_lowers_the_prompts_reported_share(family, root):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     assert all(verdict.safe for verdict in find_deletable("mix", 0.8, folders, Progress()).verdicts)
@@ -148,7 +148,7 @@ def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(famil
 
 
 @pytest.mark.parametrize("what", ["gone", "of another checkpoint", "of another merge"])
-def test_a_private_lora_that_is_not_what_the_prompt_names_is_told(family, root, what):
+def test_a_private_lora_unlike_the_prompts_is_reported(family, root, what):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     first, second = (root / f"Lora/{name}.safetensors" for name in merged.report.topups[:2])
@@ -207,7 +207,7 @@ def test_a_fit_whose_record_would_replace_another_is_refused(family, root):
     run_fit(FitRequest("mix", second, name="other", device="cpu"), folders, Progress())
 
 
-def test_a_fit_says_if_its_private_lora_is_another_file(family, root):
+def test_a_fit_reports_a_replaced_private_lora(family, root):
     first, second, *others = family(FAR_EAST)
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
@@ -291,7 +291,7 @@ def test_a_line_break_in_a_name_breaks_no_line(family, root):
         assert not set(path.name) & set('<>:"/\\|?*\n')
 
 
-def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, root):
+def test_a_fit_of_a_non_portable_name_is_listed(family, root):
     first, second, *others = family(("a\nb", "a:b", "c", "d"))
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
@@ -307,7 +307,7 @@ def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, roo
     assert not (root / "hyper-merge/mix").exists()
 
 
-def test_runs_whose_names_differ_by_case_alone_are_kept_apart(family, root):
+def test_runs_differing_only_by_case_are_kept_apart(family, root):
     files = family(("a", "b", "c", "d"))
     merge(files[:2], root, name="Mix", ranks=(1,))
     second = merge(files[2:], root, name="mix", ranks=(1,))

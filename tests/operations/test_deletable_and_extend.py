@@ -50,7 +50,7 @@ def safety(folders, threshold=0.99):
     return find_deletable("mix", threshold, folders, Progress())
 
 
-def test_each_original_is_held_against_the_threshold_and_none_is_deleted(writable):
+def test_each_original_is_judged_by_threshold_and_none_deleted(writable):
     merged, folders = writable
     before = snapshot(folders.models.parent)
     rows = merged.report.checkpoints
@@ -79,7 +79,7 @@ def test_each_original_is_held_against_the_threshold_and_none_is_deleted(writabl
     assert snapshot(folders.models.parent) == before
 
 
-def test_what_is_not_there_any_more_or_was_changed_is_told(writable):
+def test_a_missing_or_changed_original_is_reported(writable):
     _, folders = writable
     (folders.models / "a.safetensors").unlink()
     shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
@@ -121,7 +121,7 @@ def test_nothing_is_safe_where_the_run_is_not_whole(writable, what):
     assert "nothing is safe to delete: " in format_deletion_report(deletion)
 
 
-def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(writable):
+def test_a_newer_manifest_or_unknown_run_is_refused(writable):
     _, folders = writable
     path = folders.runs / "mix/manifest.json"
     text = path.read_text()
@@ -256,7 +256,7 @@ def test_weights_are_extended_by_their_mean(files, new, tmp_path):
     assert merged.place.run == "more"
 
 
-def test_what_cannot_be_absorbed_is_refused_by_name_with_nothing_written(writable, new, state_of):
+def test_an_unsuitable_checkpoint_is_refused_with_nothing_written(writable, new, state_of):
     _, folders = writable
     before = snapshot(folders.models.parent)
     twin = shutil.copy(folders.models / "a.safetensors", new.with_name("twin.safetensors"))

@@ -90,7 +90,7 @@ def in_float32(files, tmp_path_factory):
     return folder
 
 
-def test_an_export_in_float32_adds_exactly_what_the_run_adds(in_float32, tmp_path):
+def test_an_export_in_float32_adds_exactly_the_runs_sum(in_float32, tmp_path):
     folder = shutil.copytree(in_float32, tmp_path / "models")
     for result in exported(folder):
         lora = load_file(result.path)
@@ -101,7 +101,7 @@ def test_an_export_in_float32_adds_exactly_what_the_run_adds(in_float32, tmp_pat
         assert {t.dtype for t in lora.values()} == {torch.float32}
 
 
-def test_an_export_in_float16_differs_by_rounding_and_says_how_much(started):
+def test_an_export_in_float16_reports_its_rounding_error(started):
     for result in exported(started):
         lora, energy, lost = load_file(result.path), 0.0, 0.0
         for module, total in sums(started, row_of(started, result.checkpoint)).items():
@@ -111,7 +111,7 @@ def test_an_export_in_float16_differs_by_rounding_and_says_how_much(started):
         assert result.lost == pytest.approx(lost / energy, rel=1e-3)
 
 
-def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started):
+def test_an_export_has_summed_ranks_and_both_names(started):
     (one,) = exported(started, "b")
     assert one.path == started / "Lora/mix_b.safetensors"
     ranks = Counter()
@@ -145,7 +145,7 @@ def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_a_cut_export_loses_the_singular_tail_and_says_how_much(in_float32, tmp_path, rank):
+def test_a_cut_export_reports_the_lost_singular_tail(in_float32, tmp_path, rank):
     folder = shutil.copytree(in_float32, tmp_path / "models")
     (one,) = exported(folder, "c", rank=rank)
     lora, energy, tail = load_file(one.path), 0.0, 0.0
@@ -162,7 +162,7 @@ def test_a_cut_export_loses_the_singular_tail_and_says_how_much(in_float32, tmp_
     assert "lost by cutting" in format_export([one], rank)
 
 
-def test_companions_are_still_to_be_used_besides(files, tmp_path):
+def test_companions_remain_in_the_prompt_of_an_export(files, tmp_path):
     merge(files, tmp_path, exact="norms")
     (one,) = exported(tmp_path, "a")
     row = row_of(tmp_path, "a")
@@ -207,7 +207,7 @@ def plain(path):
     ],
 )
 @pytest.mark.parametrize("alpha", [None, 1, 8])
-def test_a_stored_lora_is_read_by_its_shapes_and_alphas(tmp_path, dtype, again, alpha):
+def test_a_stored_lora_is_read_by_shapes_and_alphas(tmp_path, dtype, again, alpha):
     path = lora_file(tmp_path / "x.safetensors", (4, 1, 3), alpha, dtype)
     tensors = plain(path)
     with LoraReader(path, SD1) as lora:
@@ -255,7 +255,7 @@ def stack():
         yield stack
 
 
-def test_ranks_that_differ_in_every_layer_add_up_to_the_dense_sum(tmp_path, stack):
+def test_differing_ranks_add_up_to_the_dense_sum(tmp_path, stack):
     paths = [
         lora_file(tmp_path / "x.safetensors", (2, 1, 3), 4),
         lora_file(tmp_path / "y.safetensors", (1, 0, 2), None, seed=1),
@@ -281,7 +281,7 @@ def test_ranks_that_differ_in_every_layer_add_up_to_the_dense_sum(tmp_path, stac
             assert details.energy == pytest.approx(float(expected.square().sum()), rel=1e-9)
 
 
-def test_more_ranks_than_a_layer_can_have_become_as_many_as_it_can(tmp_path, stack):
+def test_ranks_beyond_a_layers_size_are_capped(tmp_path, stack):
     paths = [lora_file(tmp_path / f"{n}.safetensors", (3, 2, 1), 3, seed=n) for n in range(3)]
     total = weighted(stack, paths, dict.fromkeys(("unet", "text_encoder"), (1.0, -1.0, 0.5)))
     layer, rank = total.ranks()[LINEAR]
@@ -289,7 +289,7 @@ def test_more_ranks_than_a_layer_can_have_become_as_many_as_it_can(tmp_path, sta
     assert total.stored(layer, 9, torch.float32).lost < 1e-9
 
 
-def test_factors_that_half_precision_could_not_hold_are_evened_first(tmp_path, stack):
+def test_factors_too_large_for_half_precision_are_evened(tmp_path, stack):
     tensors = load_file(lora_file(tmp_path / "y.safetensors", (2, 1, 1), 2))
     tensors[f"{LINEAR}.lora_up.weight"] *= 1e7
     tensors[f"{LINEAR}.lora_down.weight"] *= 1e-7
@@ -301,7 +301,7 @@ def test_factors_that_half_precision_could_not_hold_are_evened_first(tmp_path, s
     assert details.lost / details.energy < 1e-6
 
 
-def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started):
+def test_an_export_of_a_taken_name_is_numbered(files, started):
     """A checkpoint called like a LoRA of the run, and a file of somebody else."""
     lora = started / "Lora/mix_0-4.safetensors"
     before = lora.read_bytes()
@@ -323,7 +323,7 @@ def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started)
     assert again[0].path.name == "mix_b-2.safetensors"
 
 
-def test_checkpoints_whose_names_become_alike_get_numbers_and_keep_them(started):
+def test_checkpoints_with_alike_names_get_lasting_numbers(started):
     def rename(manifest):
         rows = manifest["report"]["checkpoints"]
         rows[0]["name"], rows[1]["name"] = "my [v1]", "my <v1>"
@@ -336,7 +336,7 @@ def test_checkpoints_whose_names_become_alike_get_numbers_and_keep_them(started)
     ]
 
 
-def test_an_export_that_is_there_is_replaced_only_if_asked(started):
+def test_an_existing_export_is_replaced_only_on_request(started):
     path = exported(started, "a")[0].path
     before = snapshot(started)
     with pytest.raises(OutputError, match=r"mix_a\.safetensors exists; choose another name, or"):
@@ -355,7 +355,7 @@ def refusal(folder, *checkpoints, error=RunError, **settings):
     return str(caught.value)
 
 
-def test_an_unknown_run_or_checkpoint_is_refused_with_the_nearest_and_the_list(started):
+def test_an_unknown_run_or_checkpoint_is_refused_with_suggestions(started):
     assert refusal(started, "a", run="mux") == (
         f'there is no run mux in {started / "hyper-merge"}; did you mean "mix"? There are mix'
     )
@@ -407,14 +407,14 @@ def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path,
     assert len(exported(started, overwrite=True)) == 3
 
 
-def test_a_run_of_a_newer_version_or_an_unknown_family_is_refused(started):
+def test_a_newer_run_or_unknown_family_is_refused(started):
     edit_manifest(started, lambda m: m.update(family="sd9"))
     assert refusal(started) == "the run mix is of the family sd9, unknown to this version"
     edit_manifest(started, lambda m: m.update(version=99))
     assert "update Hyper-Merge to open or delete it" in refusal(started)
 
 
-def test_a_checkpoint_that_is_the_hyper_model_has_nothing_to_export(tmp_path, state_of):
+def test_a_checkpoint_equal_to_the_hyper_model_is_refused(tmp_path, state_of):
     paths = [write(tmp_path / f"{n}.safetensors", state_of(0)) for n in "xy"]
     merge(paths, tmp_path)
     assert refusal(tmp_path, "x", error=ExtractionError) == (
@@ -470,7 +470,7 @@ def test_deleting_the_run_leaves_exports_where_they_are(started):
     assert path.exists()
 
 
-def test_the_manifest_knows_the_content_of_every_lora_and_companion(files, tmp_path):
+def test_the_manifest_has_every_loras_and_companions_hash(files, tmp_path):
     merge(files, tmp_path, exact="norms")
     run = load_run(Folders.under(tmp_path), "mix")
     assert [*run.hashes] == [path.stem for path in run.loras]

@@ -23,7 +23,7 @@ def test_a_checkpoint_is_described(files):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_one_vae_is_alike_in_every_type_and_kind_of_file(tmp_path, files, state_of, suffix):
+def test_one_vae_is_alike_in_every_type_and_format(tmp_path, files, state_of, suffix):
     single = {key: tensor.float() for key, tensor in state_of(0).items()}  # exact
     copy = write(tmp_path / f"single.{suffix}", single)
     assert inspect_files(copy).vae == inspect_files(files[0]).vae
@@ -65,7 +65,7 @@ def test_only_the_vaes_small_tensors_are_read(tmp_path, state_of, monkeypatch):
     assert all(key.startswith("first_stage_model.") for key in read)
 
 
-def test_types_are_those_of_what_is_merged_most_values_first(tmp_path, state_of):
+def test_types_are_those_of_merged_values_by_count(tmp_path, state_of):
     mixed = state_of(0)
     mixed[NORM] = mixed[NORM].float()
     mixed["model_ema.decay"] = torch.zeros(3).double()
@@ -75,7 +75,7 @@ def test_types_are_those_of_what_is_merged_most_values_first(tmp_path, state_of)
     assert brain.dtype == "bf16"
 
 
-def test_a_family_that_is_not_supported_has_its_name_and_a_problem(tmp_path):
+def test_an_unsupported_family_has_its_name_and_a_problem(tmp_path):
     path = write(
         tmp_path / "f.safetensors", {f"{UNET}distilled_guidance_layer.x": torch.zeros(2, 2)}
     )
@@ -112,7 +112,7 @@ def test_a_bad_file_has_a_row_with_its_problem(tmp_path, name):
     assert str(caught.value) == row.problem
 
 
-def test_what_is_no_file_has_a_row_with_its_problem(tmp_path):
+def test_a_missing_file_has_a_row_with_its_problem(tmp_path):
     missing = inspect_files(tmp_path / "gone.safetensors")
     assert (missing.size, missing.problem) == (0, f"{missing.path} does not exist; check the path")
     assert "is a folder" in inspect_files(tmp_path).problem

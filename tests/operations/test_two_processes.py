@@ -87,7 +87,7 @@ def until_it_ends(working, meanwhile):
     return outcome[0]
 
 
-def test_plans_do_not_end_a_merge_of_the_same_files(others, files, root, merged):
+def test_plans_leave_a_merge_of_the_same_files_running(others, files, root, merged):
     one, two, _ = others
     known = merged.place.folder.parent / "cache"
     shutil.copytree(known, root / "hyper-merge/cache")
@@ -99,7 +99,7 @@ def test_plans_do_not_end_a_merge_of_the_same_files(others, files, root, merged)
     require_whole(root, "mix")
 
 
-def test_two_first_merges_of_the_same_files_both_end_well(others, files, root):
+def test_two_first_merges_of_the_same_files_succeed(others, files, root):
     one, two, _ = others
     one.begin(*merging(files, root, "one"))
     two.begin(*merging(files, root, "two", "3,2"))
@@ -180,7 +180,7 @@ def turn_of(preflight, progress):
     return analysis_turn(folder, preflight.inputs, preflight.pass_options, ranks, damaged, progress)
 
 
-def test_whoever_waits_for_an_analysis_is_told_and_may_stop(asked):
+def test_waiting_for_an_analysis_is_reported_and_can_stop(asked):
     preflight, path = asked
     told = []
 
@@ -237,7 +237,7 @@ def test_without_locks_a_young_mark_says_in_use(started, monkeypatch):
     assert not marker.exists()
 
 
-def test_an_open_analysis_is_read_to_its_end_whatever_becomes_of_its_file(started, files):
+def test_an_open_analysis_outlasts_its_file(started, files):
     (path,) = started.rglob("*.analysis.safetensors")
     inputs = run_preflight(recipe(files, started)).inputs
     with open_analysis(path, inputs) as analysis:
@@ -278,7 +278,7 @@ def test_a_lock_of_several_kinds(tmp_path):
     assert list(tmp_path.iterdir()) == []  # the folder was made for it
 
 
-def test_changes_of_many_threads_to_one_text_are_all_kept(tmp_path):
+def test_all_threads_changes_to_one_text_are_kept(tmp_path):
     path = tmp_path / "numbers"
     path.write_text("0")
 
@@ -314,7 +314,7 @@ def test_a_run_in_use_is_not_deleted(started):
     assert list(folders.runs.iterdir()) == [folders.cache]
 
 
-def test_a_merge_of_a_name_that_is_held_ends_before_its_work(files, tmp_path):
+def test_a_merge_of_a_locked_name_ends_before_working(files, tmp_path):
     folders = Folders.under(tmp_path / "models")
     with (
         held(folders.runs, Hold("merge", "mix")),

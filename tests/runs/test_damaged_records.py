@@ -38,7 +38,7 @@ def with_all_of_it(folders, run):
     load_fits(run)
 
 
-def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folders):
+def test_a_damaged_manifest_is_reported_and_hides_no_run(files, started, folders):
     merge(files, started, name="other", ranks=(3,))
     path, wish = folders.runs / "mix/manifest.json", recipe(files, started, name="new")
     texts = mutations(json.loads(path.read_text()))

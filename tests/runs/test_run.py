@@ -83,7 +83,7 @@ def test_where_nothing_was_merged_there_are_no_runs(tmp_path):
             load_run(Folders.under(tmp_path / folder), "mix")
 
 
-def test_a_run_with_a_base_names_it_and_its_own_sources(files, tmp_path):
+def test_a_run_names_its_base_and_sources(files, tmp_path):
     merge(files[1:], tmp_path, base=str(files[0]), weights=(1, 3))
     run = load_run(Folders.under(tmp_path), "mix")
     assert run.hyper_model == files[0]
@@ -93,9 +93,7 @@ def test_a_run_with_a_base_names_it_and_its_own_sources(files, tmp_path):
 
 
 @pytest.mark.parametrize("based", [False, True])
-def test_manifests_of_the_first_version_have_their_settings_as_texts(
-    files, tmp_path, based, monkeypatch
-):
+def test_first_version_manifests_have_settings_as_texts(files, tmp_path, based, monkeypatch):
     settings = {"base": str(files[0])} if based else {"weights": (1, 2, 4), "method": "greedy"}
     models = files[based:]
     merge(models, tmp_path, **settings)
@@ -113,7 +111,7 @@ def test_manifests_of_the_first_version_have_their_settings_as_texts(
     assert run.report.curve == ()
 
 
-def test_what_is_gone_is_missing_and_the_rest_can_still_be_deleted(started, folders):
+def test_missing_files_do_not_prevent_deleting_the_rest(started, folders):
     run = load_run(folders, "mix")
     run.hyper_model.unlink()
     run.loras[1].unlink()
@@ -135,7 +133,7 @@ def test_what_is_gone_is_missing_and_the_rest_can_still_be_deleted(started, fold
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_another_checkpoint_in_its_place_is_missing_and_never_deleted(
+def test_a_replaced_hyper_model_is_missing_and_never_deleted(
     started, folders, files, tmp_path, own
 ):
     run = load_run(folders, "mix")
@@ -148,7 +146,7 @@ def test_another_checkpoint_in_its_place_is_missing_and_never_deleted(
     assert [*snapshot(started)] == kept
 
 
-def test_deleting_removes_every_file_of_the_run_and_nothing_else(files, started, folders):
+def test_deleting_removes_exactly_the_files_of_the_run(files, started, folders):
     other = merge(files[:2], started, name="other")
     before = snapshot(started)
     run = load_run(folders, "mix")
@@ -166,7 +164,7 @@ def test_deleting_removes_every_file_of_the_run_and_nothing_else(files, started,
         delete_run(run, folders)
 
 
-def test_a_hyper_model_stays_while_another_run_is_based_on_it(files, started, folders):
+def test_a_hyper_model_stays_while_a_run_needs_it(files, started, folders):
     merge(files, started, ranks=(3,))
     first, second = (load_run(folders, name) for name in ("mix", "mix-2"))
     assert first.hyper_model == second.hyper_model
@@ -175,7 +173,7 @@ def test_a_hyper_model_stays_while_another_run_is_based_on_it(files, started, fo
     assert snapshot(started) == {}
 
 
-def test_a_hyper_model_stays_where_another_run_was_made_of_it(files, started, folders):
+def test_a_hyper_model_stays_while_it_is_a_source(files, started, folders):
     run = load_run(folders, "mix")
     merge([run.hyper_model, files[0]], started, name="of")
     assert run.hyper_model not in files_of(run, folders)
@@ -184,7 +182,7 @@ def test_a_hyper_model_stays_where_another_run_was_made_of_it(files, started, fo
     assert run.hyper_model in files_of(run, folders)
 
 
-def test_a_hyper_model_stays_while_a_run_cannot_be_read(files, started, folders):
+def test_a_hyper_model_stays_while_a_run_is_unreadable(files, started, folders):
     merge(files, started, ranks=(3,))
     (started / "hyper-merge/mix-2/manifest.json").write_text("{")
     run = load_run(folders, "mix")
@@ -225,7 +223,7 @@ def test_somebody_elses_files_stay(started, folders):
     }
 
 
-def test_a_file_that_cannot_be_removed_leaves_all_of_them(started, folders, monkeypatch):
+def test_a_file_that_cannot_be_removed_keeps_all(started, folders, monkeypatch):
     run, before, rename = load_run(folders, "mix"), snapshot(started), Path.rename
 
     def refuse(self, target):
@@ -272,9 +270,7 @@ def test_a_name_that_is_a_path_is_refused(folders, name):
     assert refusal(folders, name).startswith("expected the name of a run, which is one of a folder")
 
 
-def test_a_run_that_is_a_link_is_refused_and_what_it_leads_to_stays(
-    files, started, folders, tmp_path
-):
+def test_a_linked_run_is_refused_and_its_target_stays(files, started, folders, tmp_path):
     outside = tmp_path / "outside"
     (started / "hyper-merge/mix").rename(outside)
     link = started / "hyper-merge/mix"
@@ -296,7 +292,7 @@ def test_a_run_that_is_a_link_is_refused_and_what_it_leads_to_stays(
     assert "is a link" in refusal(folders)
 
 
-def test_a_runs_folder_that_is_a_link_as_a_whole_is_followed(started, folders, tmp_path):
+def test_a_linked_folder_of_all_runs_is_followed(started, folders, tmp_path):
     folders.runs.rename(tmp_path / "disk")
     folders.runs.symlink_to(tmp_path / "disk", target_is_directory=True)
     assert len(delete_run(load_run(folders, "mix"), folders)) == 12
@@ -311,9 +307,7 @@ def test_a_newer_manifest_is_named_and_not_touched(started, folders, edit):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"a": 1}', "\xff", "[" * 100_000])
-def test_a_manifest_that_is_none_is_named_and_the_others_are_listed(
-    files, started, folders, content
-):
+def test_an_invalid_manifest_is_named_and_hides_no_run(files, started, folders, content):
     merge(files, started, ranks=(3,))
     (started / "hyper-merge/mix/manifest.json").write_bytes(content.encode("latin-1"))
     runs, problems = list_runs(folders)

@@ -27,7 +27,7 @@ def log(error):
     raise error
 
 
-def test_the_cache_is_cleared_and_what_that_freed_is_said(host, analysis):
+def test_clearing_the_cache_reports_the_freed_space(host, analysis):
     assert (
         "The cache holds 3 MB of at most 20.00 GB."
         in history.list_earlier_runs(host, None, None)[3]

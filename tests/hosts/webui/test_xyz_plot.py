@@ -50,7 +50,7 @@ def test_the_axis_lists_the_checkpoints_of_all_runs(grid):
     assert axis.type("mix/a") == "mix/a"
 
 
-def test_a_plot_draws_the_hyper_model_with_each_ones_tags(webui, grid, models):
+def test_a_plot_draws_with_each_checkpoints_tags(webui, grid, models):
     if webui.flavour == "forge":  # it has something selected when it draws
         webui.opts.data["sd_model_checkpoint"] = "a.safetensors"
         webui.sd_models.main_entry.refresh_model_loading_parameters()
@@ -73,7 +73,7 @@ def test_an_unknown_value_is_refused_before_anything_is_drawn(webui, grid):
     assert webui.processing.drawn == []
 
 
-def test_reload_ui_has_the_axis_once_and_so_has_a_second_call(webui, grid):
+def test_reload_ui_and_a_second_call_keep_one_axis(webui, grid):
     webui.script_callbacks.before_ui_callback()
     assert len(options(grid)) == 1
     webui.load_scripts()
@@ -82,7 +82,7 @@ def test_reload_ui_has_the_axis_once_and_so_has_a_second_call(webui, grid):
 
 
 @pytest.mark.parametrize("case", ["none", "other", "broken"])
-def test_a_webui_without_such_a_script_starts_all_the_same(models, flavour, case):
+def test_a_webui_without_the_plot_script_still_starts(models, flavour, case):
     with installed(models, flavour) as webui:
         webui.load_scripts()
         data = webui.scripts.scripts_data

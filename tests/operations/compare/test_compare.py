@@ -80,7 +80,7 @@ def groups(items):
     return [x for i, x in enumerate(items) if i == 0 or items[i - 1] != x]
 
 
-def test_each_model_is_loaded_once_and_each_set_of_loras_too(compare, painter):
+def test_each_model_and_lora_set_is_loaded_once(compare, painter):
     compare(replace(ORDER, average=True))
     assert groups([picture.model.stem for picture in painter.drawn]) == ["mix", "a", "b"]
     tags = [p.prompt.partition("<")[2] for p in painter.drawn if p.model.stem == "mix"]
@@ -89,7 +89,7 @@ def test_each_model_is_loaded_once_and_each_set_of_loras_too(compare, painter):
     assert len(painter.drawn) == 4 + 2 * 4 + 2 * 4
 
 
-def test_both_pictures_of_a_pair_have_one_prompt_seed_and_settings(compare, painter, folders):
+def test_the_pictures_of_a_pair_share_prompt_and_settings(compare, painter, folders):
     compare()
     report = load_run(folders, "mix").report
     tags = report.tags(report.checkpoints[0])
@@ -121,7 +121,7 @@ def test_figures_are_the_mean_absolute_differences(compare):
     assert len(result.figures) == 2 * len(SETTINGS.bands)
 
 
-def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
+def test_a_difference_counts_all_pixels_colours_and_signs():
     one = Image.new("RGB", (2, 2), (10, 20, 30))
     other = one.copy()
     other.putpixel((0, 1), (13, 14, 30))
@@ -134,13 +134,13 @@ def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
         mean_difference(one, Image.new("RGB", (3, 2)))
 
 
-def test_a_caption_says_levels_and_percent_and_where_there_is_one_the_other_figure():
+def test_a_caption_gives_levels_percent_and_any_lpips():
     figures = ComparisonFigures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
     assert format_caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
     assert format_caption(figures, "average") == ""
 
 
-def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
+def test_lpips_is_recorded_where_the_host_has_it(compare, monkeypatch):
     assert compare().measure == ""
     monkeypatch.setattr(comparison, "perceptual_distance", lambda size: lambda one, other: 0.125)
     result = compare(replace(ORDER, average=True))
@@ -148,7 +148,7 @@ def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
     assert result.figures[0].perceptual == {"restored": 0.125, "average": 0.125}
 
 
-def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
+def test_lpips_gets_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
     asked = []
 
     class LPIPS(torch.nn.Module):
@@ -202,7 +202,7 @@ def test_no_comparison_replaces_another(compare, folders):
 
 
 @pytest.mark.parametrize("case", ["missing", "changed", "refused"])
-def test_an_original_that_cannot_be_drawn_is_left_out_by_name(compare, painter, started, case):
+def test_an_original_that_cannot_be_drawn_is_skipped(compare, painter, started, case):
     shutil.rmtree(started / "hyper-merge/cache")  # it remembers where files of a hash were
     manifest = started / "hyper-merge/mix/manifest.json"
     text = manifest.read_text()
@@ -223,15 +223,13 @@ def test_an_original_that_cannot_be_drawn_is_left_out_by_name(compare, painter, 
     assert [item.pixels for item in result.figures if item.checkpoint == "b"] == [{}] * 4
 
 
-def test_a_hyper_model_that_the_host_cannot_load_is_refused(compare, painter):
+def test_an_unloadable_hyper_model_is_refused(compare, painter):
     with pytest.raises(PictureError, match=r"mix\.safetensors cannot be drawn with: too new"):
         compare(refusal=lambda path: "too new" if path.stem == "mix" else "")
     assert painter.drawn == []
 
 
-def test_a_lora_that_is_missing_or_was_replaced_is_refused_before_anything_is_drawn(
-    compare, painter, started
-):
+def test_a_missing_or_replaced_lora_is_refused_before_drawing(compare, painter, started):
     lora = started / "Lora/mix_0-4.safetensors"
     other = (started / "Lora/mix_1-2.safetensors").read_bytes()
     before = lora.read_bytes()
@@ -277,7 +275,7 @@ def test_an_error_in_drawing_leaves_nothing_behind(folders, started):
     assert snapshot(started) == before
 
 
-def test_deleting_a_run_takes_its_comparisons_along_and_nothing_of_others(compare, folders):
+def test_deleting_a_run_deletes_only_its_own_comparisons(compare, folders):
     compare()
     run = load_run(folders, "mix")
     source = [path.name for path in files_of(run, folders) if path.parent.name == "pictures"]
@@ -322,7 +320,7 @@ def test_settings_that_no_host_could_draw_are_refused(changes, message):
         replace(SETTINGS, **changes)
 
 
-def test_an_order_without_checkpoints_or_with_far_too_many_pictures_is_refused():
+def test_a_request_without_or_with_excessive_pictures_is_refused():
     with pytest.raises(PictureError, match="expected a checkpoint"):
         replace(ORDER, checkpoints=())
     with pytest.raises(PictureError, match="would be 800 pictures, more than 200"):
@@ -338,7 +336,7 @@ def test_a_plan_without_an_original_draws_the_loras_alone():
     )
 
 
-def test_pictures_keep_their_pixels_until_the_grid_would_be_too_large():
+def test_pictures_shrink_only_where_the_grid_grows_too_large():
     cells = [Cell(grey(value)) for value in (1, 2)]
     small = draw_grid(["x"], ["a", "b"], [Band("", {"row": cells})], (64, 72))
     count = {pixel: number for number, pixel in small.getcolors(1 << 24)}

@@ -133,7 +133,7 @@ def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path)
 
 
 @pytest.mark.parametrize("c", range(3))
-def test_a_checkpoint_of_the_merge_has_the_merges_own_multipliers_and_share(files, at, merged, c):
+def test_a_merged_checkpoint_gets_the_merges_multipliers_and_share(files, at, merged, c):
     fitted = fit(at, files[c])
     row = merged.report.checkpoints[c]
     for part in PLANTED:
@@ -191,9 +191,7 @@ def test_no_other_multipliers_explain_more(at, other):
         assert dense(other, run.hyper_model, changed)[1].sum() > best
 
 
-def test_companions_take_the_multipliers_of_the_unet_and_what_they_bring_back_is_told(
-    single, tmp_path
-):
+def test_companions_take_the_unets_multipliers_and_report_their_share(single, tmp_path):
     root = shutil.copytree(single.root, tmp_path / "models")
     folders = Folders.under(root)
     fitted = fit(folders, single.models[2])
@@ -247,7 +245,7 @@ def test_a_fit_is_written_and_read_back(at, other, started):
     assert format_style(fitted, run) == f"mix: new one,{fitted.tags(run)},"
 
 
-def test_a_top_up_of_a_rank_is_better_than_the_best_of_that_rank_in_every_layer(at, other, started):
+def test_a_top_up_beats_one_rank_for_all_layers(at, other, started):
     before = snapshot(started)
     fitted = fit(at, other, topup="3")
     (topup,) = fitted.topups
@@ -293,21 +291,21 @@ def load_metadata(path):
         return file.header.metadata
 
 
-def test_a_top_up_to_a_share_reaches_it_and_hardly_more(at, other):
+def test_a_top_up_to_a_share_barely_exceeds_it(at, other):
     fitted = fit(at, other, topup="97%")
     (topup,) = fitted.topups
     assert fitted.row.explained < 0.97
     assert 0.97 <= topup.explained < 0.975
 
 
-def test_a_share_that_is_reached_already_needs_no_top_up(at, other, started):
+def test_a_share_already_reached_needs_no_top_up(at, other, started):
     before = snapshot(started)
     fitted = fit(at, other, topup="1%")
     assert fitted.topups == ()
     assert {*snapshot(started)} - {*before} == {f"{FIT}/new one.json", f"{FIT}/new one.txt"}
 
 
-def test_ranks_within_leave_no_more_than_allowed_and_hardly_less():
+def test_the_fewest_ranks_within_an_error_barely_meet_it():
     spectra = [torch.tensor(values).double() for values in ([8.0, 4, 2, 1], [5.0, 5, 0.5])]
     ranks = ranks_within(spectra, [1, 2], 4.0)
     tails = [float(values[rank:].sum()) for values, rank in zip(spectra, ranks, strict=True)]
@@ -336,7 +334,7 @@ def test_other_top_ups_are_refused(words):
         parse_private_lora_target(words)
 
 
-def test_an_earlier_fit_stays_unless_it_may_be_replaced_with_its_top_up(at, other, started):
+def test_an_earlier_fit_stays_unless_overwriting_is_allowed(at, other, started):
     fit(at, other, topup="3")
     fit(at, other, topup="2", name="new one-x")
     before = snapshot(started)
@@ -401,9 +399,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "act", "message"), REFUSED)
-def test_a_run_that_is_not_whole_is_refused_with_nothing_written(
-    at, other, started, name, act, message
-):
+def test_an_incomplete_run_is_refused_with_nothing_written(at, other, started, name, act, message):
     act(started / name)
     before = snapshot(started)
     with pytest.raises(RunError, match=message):
@@ -411,7 +407,7 @@ def test_a_run_that_is_not_whole_is_refused_with_nothing_written(
     assert snapshot(started) == before
 
 
-def test_a_link_in_place_of_the_folder_of_fits_is_not_followed(at, other, started, tmp_path):
+def test_a_link_instead_of_the_fits_is_refused(at, other, started, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (started / FIT).symlink_to(elsewhere, target_is_directory=True)
@@ -422,7 +418,7 @@ def test_a_link_in_place_of_the_folder_of_fits_is_not_followed(at, other, starte
     assert snapshot(started) == before
 
 
-def test_an_edited_lora_is_refused_also_where_the_manifest_knows_no_hashes(at, other, started):
+def test_an_edited_lora_is_refused_without_hashes_too(at, other, started):
     path = started / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["files"]
@@ -468,7 +464,7 @@ def test_a_spoilt_checkpoint_is_refused_by_key(at, started, tmp_path, state_of):
     assert snapshot(started) == before
 
 
-def test_another_file_of_a_merged_checkpoints_name_needs_one_of_its_own(at, other, started):
+def test_another_file_of_a_merged_name_is_refused(at, other, started):
     twin = other.with_name("a.safetensors")
     other.rename(twin)
     before = snapshot(started)
@@ -480,7 +476,7 @@ def test_another_file_of_a_merged_checkpoints_name_needs_one_of_its_own(at, othe
     assert fit(at, twin, name="mine").row.name == "mine"
 
 
-def test_a_fit_of_a_replaced_run_or_a_damaged_one_is_told_and_left_out(at, other, started):
+def test_a_damaged_or_outdated_fit_is_reported_and_skipped(at, other, started):
     fit(at, other)
     record = started / FIT / "new one.json"
     good = record.read_text()
@@ -498,7 +494,7 @@ def test_a_fit_of_a_replaced_run_or_a_damaged_one_is_told_and_left_out(at, other
         assert message in problems[0]
 
 
-def test_a_wish_to_stop_is_heard_everywhere_and_leaves_nothing(at, other, started):
+def test_a_cancel_at_any_step_leaves_nothing(at, other, started):
     messages = []
     fit(
         at,
@@ -552,7 +548,7 @@ def test_few_tensors_are_in_memory_at_a_time(at, other, monkeypatch):
     assert 2 <= most[0] < 60  # of some hundreds
 
 
-def test_private_loras_of_a_runs_checkpoints_have_no_part_in_a_fit(files, other, tmp_path):
+def test_private_loras_of_a_run_join_no_fit(files, other, tmp_path):
     merged = merge(files, tmp_path / "m", topup="2")
     folders = Folders.under(tmp_path / "m")
     fitted = fit(folders, other)

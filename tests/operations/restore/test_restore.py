@@ -138,7 +138,7 @@ def test_it_is_hyper_model_and_loras_added_up(single):
     assert not torch.equal(result[NORM], base[NORM])  # the companions hold it
 
 
-def test_in_half_precision_it_is_the_rounding_of_the_exact_one(single, tmp_path):
+def test_a_half_precision_restore_rounds_the_exact_one(single, tmp_path):
     wide = load(restore(single.folders, "c", to=tmp_path / "wide.safetensors").path)
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -149,7 +149,7 @@ def test_in_half_precision_it_is_the_rounding_of_the_exact_one(single, tmp_path)
             assert tensor.dtype == (torch.int64 if key == POSITION_IDS else dtype)
 
 
-def test_mixtures_are_linear_and_the_hyper_model_has_the_rest(single, tmp_path):
+def test_a_mixture_is_linear_with_the_hyper_models_rest(single, tmp_path):
     base = load(single.root / "Stable-diffusion/mix.safetensors")
     one, two = (load(restore(single.folders, name).path) for name in "ab")
     shares = {"a": 0.5, "b": -0.25}
@@ -273,7 +273,7 @@ def edit_tensor(path):
         ("Stable-diffusion/mix.safetensors", lambda path: path.unlink(), "hyper-model.* missing"),
     ],
 )
-def test_a_run_that_is_not_whole_is_refused_with_nothing_written(single, name, act, message):
+def test_an_incomplete_run_is_refused_with_nothing_written(single, name, act, message):
     act(single.root / name)
     before = snapshot(single.root)
     with pytest.raises(RunError, match=message):
@@ -281,7 +281,7 @@ def test_a_run_that_is_not_whole_is_refused_with_nothing_written(single, name, a
     assert snapshot(single.root) == before
 
 
-def test_a_manifest_that_is_newer_or_does_not_say_which_file_it_was_is_refused(single):
+def test_a_newer_or_incomplete_manifest_is_refused(single):
     path = single.root / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     manifest["report"]["checkpoints"][0]["name"] = "other"

@@ -16,11 +16,11 @@ def places(value: Any, at: Place = ()) -> Iterator[Place]:
     """Where there is something in plain data, the whole included; of a list the first two."""
     yield at
     if isinstance(value, dict):
-        for key, each in value.items():
-            yield from places(each, (*at, key))
+        for key, item in value.items():
+            yield from places(item, (*at, key))
     elif isinstance(value, list):
-        for index, each in enumerate(value[:2]):
-            yield from places(each, (*at, index))
+        for index, item in enumerate(value[:2]):
+            yield from places(item, (*at, index))
 
 
 def changed(value: Any, at: Place, new: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from at_the_tab import ended, until
 
 from hyper_merge.errors import CheckpointError, InterruptedRun
-from hyper_merge.hosts import job_queue as jobs_module
+from hyper_merge.hosts import job_queue
 from hyper_merge.hosts.job_queue import BusyError, JobStatus, process_jobs
 
 
@@ -216,7 +216,7 @@ def test_the_time_left_follows_from_the_pace_so_far(fraction, elapsed, left):
 
 def test_time_counts_from_the_first_step_to_the_end(jobs, gate, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(jobs_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(job_queue, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     begin = threading.Event()
 
     def work(task, progress):

@@ -147,14 +147,14 @@ def test_a_lost_private_lora_lowers_the_prompts_reported_share(family, root):
     assert "its private LoRA is not there" in format_deletion_report(results)
 
 
-@pytest.mark.parametrize("what", ["gone", "of another checkpoint", "of another merge"])
-def test_a_private_lora_unlike_the_prompts_is_reported(family, root, what):
+@pytest.mark.parametrize("state", ["gone", "of another checkpoint", "of another merge"])
+def test_a_private_lora_unlike_the_prompts_is_reported(family, root, state):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     first, second = (root / f"Lora/{name}.safetensors" for name in merged.report.topups[:2])
-    if what == "gone":
+    if state == "gone":
         first.unlink()
-    elif what == "of another checkpoint":
+    elif state == "of another checkpoint":
         shutil.copy(second, first)
     else:
         text = {**metadata(first), "sshs_model_hash": "0" * 64}

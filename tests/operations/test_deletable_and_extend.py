@@ -8,7 +8,7 @@ from tiny_family import load, merge, recipe, snapshot, write
 
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
-from hyper_merge.operations import extend as absorbing
+from hyper_merge.operations import extend
 from hyper_merge.operations.deletable import find_deletable
 from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.extend import ExtendRequest, run_extend
@@ -20,7 +20,7 @@ from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver import solve as solution
+from hyper_merge.solver import solve
 
 
 @pytest.fixture
@@ -107,12 +107,12 @@ def test_one_that_was_moved_is_found(writable):
     assert new.name == "mix"
 
 
-@pytest.mark.parametrize("what", ["Lora/mix_1-2.safetensors", "Stable-diffusion/mix.safetensors"])
-def test_nothing_is_safe_where_the_run_is_not_whole(writable, what):
+@pytest.mark.parametrize("name", ["Lora/mix_1-2.safetensors", "Stable-diffusion/mix.safetensors"])
+def test_nothing_is_safe_where_the_run_is_not_whole(writable, name):
     _, folders = writable
-    path = folders.models.parent / what
+    path = folders.models.parent / name
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    if "Stable" in what:
+    if "Stable" in name:
         path.unlink()
     deletion = safety(folders, 0.01)
     assert deletion.problem
@@ -205,13 +205,13 @@ def test_a_run_absorbs_a_checkpoint_into_a_new_one(writable, new, monkeypatch):
     before = snapshot(folders.models.parent)
     fitted = run_fit(FitRequest("mix", new), folders, Progress())
     starts = []
-    run_merge = absorbing.run_merge
+    run_merge = extend.run_merge
 
     def messages(preflight, progress, *, start, effort):
         starts.append(start)
         return run_merge(preflight, progress, start=start, effort=effort)
 
-    monkeypatch.setattr(absorbing, "run_merge", messages)
+    monkeypatch.setattr(extend, "run_merge", messages)
     merged = absorb(folders, new)
     assert merged.place.run == "mix+1"
     assert [row.name for row in merged.report.checkpoints] == ["a", "b", "c", "new"]
@@ -237,8 +237,8 @@ def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
         tried.extend(user_starts)
         return best_start(problem, planned, earlier, generator, effort, on_progress, user_starts)
 
-    best_start = solution.best_start
-    monkeypatch.setattr(solution, "best_start", messages)
+    best_start = solve.best_start
+    monkeypatch.setattr(solve, "best_start", messages)
     preflight = run_preflight(recipe(files, tmp_path, allocation="even"))
     run_merge(preflight, Progress(), start={"unet": rows}, effort=SearchEffort.QUICK)
     (start,) = tried  # the text encoder has none

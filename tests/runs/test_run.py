@@ -132,12 +132,12 @@ def test_missing_files_do_not_prevent_deleting_the_rest(started, folders):
     assert not loaded.folder.exists()
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
 def test_a_replaced_hyper_model_is_missing_and_never_deleted(
-    started, folders, files, tmp_path, own
+    started, folders, files, tmp_path, ours
 ):
     run = load_run(folders, "mix")
-    other = merge(files[:2], tmp_path / "other").place.hyper_model if own else files[0]
+    other = merge(files[:2], tmp_path / "other").place.hyper_model if ours else files[0]
     shutil.copy(other, run.hyper_model)
     loaded = load_run(folders, "mix")
     assert loaded.missing == (run.hyper_model,)

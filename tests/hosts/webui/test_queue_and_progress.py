@@ -63,11 +63,11 @@ def test_phase_and_fraction_reach_the_hosts_progress_bar(host, webui):
     assert answer["eta"] >= 0
 
 
-@pytest.mark.parametrize(("fraction", "shown"), [(-0.1, 0), (0, 0), (1, 1), (1.001, 1)])
-def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, shown):
+@pytest.mark.parametrize(("fraction", "expected"), [(-0.1, 0), (0, 0), (1, 1), (1.001, 1)])
+def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, expected):
     with host.running(TASK) as progress:
         progress.on_progress("solving", fraction)
-        assert webui.progress.answer(TASK)["progress"] == shown
+        assert webui.progress.answer(TASK)["progress"] == expected
 
 
 @pytest.mark.parametrize("button", ["interrupt", "skip", "stop_generating", "request_restart"])

@@ -6,7 +6,7 @@ import threading
 import pytest
 from at_the_tab import until
 from fake_webui import put
-from fake_webui.drawing import picture as drawn_by
+from fake_webui.drawing import picture
 
 from hyper_merge.errors import InterruptedRun, PictureError
 from hyper_merge.operations.compare.request import Picture, PictureSettings
@@ -52,7 +52,7 @@ def test_a_picture_is_the_webuis_with_that_checkpoint(loaded, host, picture_of):
     with host.drawing("task(x)") as (progress, generator):
         image = generator.draw(expected, progress)
     content = expected.model.read_bytes()
-    assert image.tobytes() == drawn_by(content, "a cat <lora:mix:1>", 7, (64, 72)).tobytes()
+    assert image.tobytes() == picture(content, "a cat <lora:mix:1>", 7, (64, 72)).tobytes()
     assert generator.host == host.title
 
 

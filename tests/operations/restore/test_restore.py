@@ -32,7 +32,6 @@ from hyper_merge.errors import (
 )
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore import restore as restoring_job
 from hyper_merge.operations.restore.restore import RestoreRequest, parse_mix, run_restore
 from hyper_merge.operations.restore.text import format_restore
 from hyper_merge.recipe.parsing import PrivateLoraTarget
@@ -40,6 +39,8 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
 from hyper_merge.runtime.progress import Progress
+
+MODULE = "hyper_merge.operations.restore.restore"
 
 
 @pytest.fixture(scope="session")
@@ -174,8 +175,8 @@ def test_what_it_is_made_of_stands_in_its_metadata(single):
     assert metadata["hyper_merge.run"] == "mix"
     assert metadata["modelspec.title"] == "a-restored"
     assert "hyper_merge.average_id" not in metadata
-    (what,) = json.loads(metadata["hyper_merge.restores"])
-    assert what == {"name": "a", "share": 1.0, "sha256": run.sources[0].sha256}
+    (source,) = json.loads(metadata["hyper_merge.restores"])
+    assert source == {"name": "a", "share": 1.0, "sha256": run.sources[0].sha256}
     rows = json.loads(metadata["hyper_merge.multipliers"])
     terms = weighted_loras_of(run, "a")
     assert rows == {t.path.stem: [t.multiplier, t.text_multiplier] for t in terms}
@@ -229,11 +230,11 @@ def test_without_the_original_there_is_no_measured_error(originals, started, how
 
 
 def test_the_configuration_of_the_hyper_model_goes_with_it(started, at, monkeypatch):
-    monkeypatch.setattr(restoring_job, "v_prediction_config", lambda header, family: "model: v\n")
+    monkeypatch.setattr(f"{MODULE}.v_prediction_config", lambda header, family: "model: v\n")
     restored = restore(at, "a")
     beside = restored.path.with_suffix(".yaml")
     assert beside.read_text() == "model: v\n"
-    monkeypatch.setattr(restoring_job, "v_prediction_config", lambda header, family: None)
+    monkeypatch.setattr(f"{MODULE}.v_prediction_config", lambda header, family: None)
     restore(at, "a", overwrite=True)
     assert not beside.exists()  # that of the file which was replaced
 

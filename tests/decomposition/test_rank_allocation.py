@@ -15,6 +15,7 @@ from hyper_merge.decomposition.rank_allocation import (
     kept_ranks,
     maximize_gain,
     overcomplete_ranks,
+    ranks_within,
     spread_ranks,
 )
 
@@ -236,3 +237,13 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
         for values, count in zip(layer, counts, strict=True)
     )
     assert_close(torch.tensor(min(held, best_of_all)), torch.tensor(held))
+
+
+def test_the_fewest_ranks_within_an_error_barely_meet_it():
+    spectra = [torch.tensor(values).double() for values in ([8.0, 4, 2, 1], [5.0, 5, 0.5])]
+    ranks = ranks_within(spectra, [1, 2], 4.0)
+    tails = [float(values[rank:].sum()) for values, rank in zip(spectra, ranks, strict=True)]
+    assert sum(tails) <= 4.0
+    assert ranks == [2, 2]
+    assert ranks_within(spectra, [1, 2], 25.5) == [0, 0]
+    assert ranks_within(spectra, [1, 2], 0.0) == [4, 3]

@@ -1,11 +1,13 @@
 """What a browser sends to the tab's handlers, and what people read in their answers."""
 
+import threading
 import time
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.form_fields import BASE_AVERAGE
+from hyper_merge.ui.handlers.merge import watch_job
 
 NAMES = ["a.safetensors", "b.safetensors", "c.safetensors"]
 EVIL = "<img src=x>"
@@ -96,3 +98,15 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def no_thread():
+    """Tells whether all jobs have gone, also those that ended before their work did."""
+    return not any(thread.name == "hyper-merge" for thread in threading.enumerate())
+
+
+def last_words(jobs):
+    """Returns the message that the page shows once the job has ended."""
+    status, button, _ = list(watch_job(jobs))[-1]
+    assert button["interactive"] is False
+    return status

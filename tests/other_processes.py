@@ -113,7 +113,7 @@ class Other:
         self._process.stdin.flush()
 
     def end(self) -> tuple[int, str]:
-        """Waits for the command; its exit code, and what it wrote on standard error."""
+        """Waits for the command; returns its exit code and what it wrote on standard error."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"the process ended with {self._process.wait()}"
@@ -126,7 +126,7 @@ class Other:
         return self.end()
 
     def kill(self) -> None:
-        """As the task manager or `kill -9` does."""
+        """Ends the process as the task manager or `kill -9` does."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -10,7 +10,7 @@ from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
 
 def full_size(path: Path, marker: str) -> Path:
-    """A header of the real layout before as many bytes of nothing: 2.1 GB that take no space."""
+    """Writes a header of the real layout before as many bytes of nothing: 2.1 GB that take no space."""
     tensors = {
         key: TensorInfo(torch.int64 if key.endswith("position_ids") else torch.float16, shape)
         for key, shape in sd1_layout().items()

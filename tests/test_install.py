@@ -14,7 +14,7 @@ INSTALL = Path(__file__).parent.parent / "install.py"
 
 @pytest.fixture
 def commands(monkeypatch):
-    """What the faked WebUI was asked to install."""
+    """The installations that the faked WebUI was asked for."""
     installs = []
     launch = types.ModuleType("launch")
     launch.run_pip = lambda command, desc=None: installs.append((command, desc))

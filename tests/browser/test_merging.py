@@ -73,7 +73,7 @@ def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
 
 
 def _kept(models):
-    """Checkpoints and LoRAs; what is cached may stay."""
+    """Returns the names of checkpoints and LoRAs; the cache may change."""
     return sorted(path for path in models.rglob("*.safetensors") if "cache" not in path.parts)
 
 

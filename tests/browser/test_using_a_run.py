@@ -68,7 +68,7 @@ def done(tab, title):
 
 
 def offers(tab, name, option):
-    """Whether a dropdown has an entry."""
+    """Tells whether a dropdown has an entry."""
     box = tab.find(name).locator("input")
     box.click()
     count = tab.option(name, option).count()

@@ -42,13 +42,13 @@ def price(costs, counts):
 
 
 def best(gains, costs, budget):
-    """Of all choices, by trying each."""
+    """Returns the best of all choices, by trying each."""
     choices = product(*(range(len(values) + 1) for values in gains))
     return max(value(gains, c) for c in choices if price(costs, c) <= budget)
 
 
 def bought_one_by_one(gains, costs, budget):
-    """The same rule with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
+    """Buys with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
     taken = [0] * len(gains)
     heap = [
         (-float(values[0]) / cost, index)

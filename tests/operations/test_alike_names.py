@@ -59,7 +59,7 @@ def states(state_of):
 
 @pytest.fixture
 def family(states, tmp_path):
-    """Writes checkpoints of these names among the others of a models folder of one's own."""
+    """Writes checkpoints of these names into a models folder of the test."""
 
     def files(names):
         models = tmp_path / "root/Stable-diffusion"
@@ -116,7 +116,7 @@ def test_letters_stay_and_plain_names_are_as_before(family, root):
 
 
 def lose(root, names):
-    """Makes of a run what an earlier version left where names became one word: one LoRA for all."""
+    """Turns a run into that of an earlier version, where names became one word: one LoRA for all."""
     path = root / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     for row in manifest["report"]["checkpoints"]:

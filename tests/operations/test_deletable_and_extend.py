@@ -25,7 +25,7 @@ from hyper_merge.solver import solve
 
 @pytest.fixture
 def writable(files, tmp_path):
-    """Three checkpoints of one's own, merged."""
+    """A merge of three copied checkpoints, which may be changed."""
     root = tmp_path / "models"
     for path in files:
         (root / "Stable-diffusion").mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def writable(files, tmp_path):
 
 @pytest.fixture
 def new(tmp_path, state_of):
-    """A fourth one: a mixture of two with something of its own."""
+    """A fourth checkpoint: a mixture of two with something of its own."""
     state, other = state_of(0, torch.float32), state_of(2, torch.float32)
     generator = torch.Generator().manual_seed(3)
     for key, tensor in state.items():

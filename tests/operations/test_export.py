@@ -33,7 +33,7 @@ def exported(folder, *checkpoints, run="mix", progress=None, **settings):
 
 
 def sums(folder, row, run="mix"):
-    """By module: what the run's LoRAs add with a checkpoint's multipliers, dense."""
+    """Returns by module what the run's LoRAs add with a checkpoint's multipliers, dense."""
     loras = [load_file(folder / "Lora" / f"{name}.safetensors") for name in names_of(folder, run)]
     modules = {key.partition(".")[0] for lora in loras for key in lora}
     return {
@@ -210,7 +210,7 @@ def test_an_existing_export_is_replaced_only_on_request(started):
 
 
 def refusal(folder, *checkpoints, error=RunError, **settings):
-    """The message; nothing was written."""
+    """Returns the message of a refusal that wrote nothing."""
     before = snapshot(folder)
     with pytest.raises(error) as caught:
         exported(folder, *checkpoints, **settings)

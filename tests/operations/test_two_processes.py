@@ -58,7 +58,7 @@ def root(request, tmp_path):
 
 
 def merging(files, root, name="mix", ranks="4,2", iterations=3):
-    """The command of a merge."""
+    """Returns the command of a merge."""
     words = ["merge", "--name", name, "--models", *files, "--output", root]
     return [*words, "--ranks", ranks, "--iterations", str(iterations), "--device", "cpu"]
 
@@ -68,7 +68,7 @@ def planning(files, root):
 
 
 def require_whole(root, *names):
-    """Every run is there with all its files, and nothing of what is only for a while."""
+    """Requires every run with all its files, and nothing temporary."""
     runs, problems = list_runs(Folders.under(root))
     assert problems == []
     assert sorted(run.name for run in runs) == sorted(names)
@@ -78,7 +78,7 @@ def require_whole(root, *names):
 
 
 def until_it_ends(working, meanwhile):
-    """Lets a process end its command, while something is done again and again."""
+    """Repeats something until the command of a process ends."""
     outcome = []
     waiting = threading.Thread(target=lambda: outcome.append(working.end()))
     waiting.start()
@@ -168,7 +168,7 @@ def test_a_killed_merge_locks_out_nobody(files, tmp_path):
 
 @pytest.fixture
 def planned(files, tmp_path):
-    """A merge that was asked for, and the analysis that it needs."""
+    """A requested merge, and the analysis that it needs."""
     preflight = run_preflight(recipe(files, tmp_path / "models"))
     folder = preflight.folders.cache
     return preflight, analysis_path(folder, preflight.inputs, preflight.pass_options)

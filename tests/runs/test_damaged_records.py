@@ -37,7 +37,7 @@ def folders(started):
 
 
 def with_all_of_it(folders, run):
-    """What lists and pages ask of a run that can be read."""
+    """Reads all that lists and pages take from a run."""
     files_of(run, folders)
     format_report(run.report)
     load_fits(run)

@@ -36,7 +36,7 @@ FORM = Form(
 
 
 def values(**changes):
-    """The form's values with changes, in the order of its widgets."""
+    """Returns the form's values with changes, in the order of its widgets."""
     form = replace(FORM, **changes)
     return [getattr(form, field.name) for field in fields(form)]
 
@@ -64,27 +64,27 @@ def _read(html):
 
 
 def kinds(html):
-    """Of the messages in it: info, good or bad."""
+    """Returns the kinds of the messages in it: info, good or bad."""
     return _read(html).kinds
 
 
 def words(html):
-    """What a person reads."""
+    """Returns the text that a person reads."""
     return "".join(_read(html).words)
 
 
 def tags(html):
-    """All elements in it."""
+    """Returns all elements in it."""
     return set(_read(html).tags)
 
 
 def unchanged(update):
-    """Whether a handler leaves a widget as it is."""
+    """Tells whether a handler leaves a widget as it is."""
     return isinstance(update, dict) and update.keys() <= {"__type__"}
 
 
 def ended(jobs):
-    """How the last job ended, once it has."""
+    """Returns how the last job ended, once it has."""
     deadline = time.monotonic() + 60
     while jobs.last.status.outcome == "running":
         assert time.monotonic() < deadline, jobs.last.status
@@ -93,7 +93,7 @@ def ended(jobs):
 
 
 def until(condition):
-    """Returns once something is so."""
+    """Returns once a condition holds."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline

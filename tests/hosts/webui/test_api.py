@@ -21,7 +21,7 @@ THEIRS = "/sdapi/v1/sd-models"
 
 @pytest.fixture
 def start(models, flavour):
-    """Starts a WebUI with its scripts loaded: it, and a client of its app without pages."""
+    """Starts a WebUI with its scripts and returns it and a client of its app without pages."""
     opened = []
 
     def start(**cmd_opts):

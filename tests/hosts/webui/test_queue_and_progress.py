@@ -12,7 +12,7 @@ TASK = "task(abc)"
 
 
 def load(webui, name="photo.safetensors"):
-    """The model that the WebUI has loaded after a picture was made with a checkpoint."""
+    """Loads a checkpoint by making a picture with it, and returns the model."""
     info = webui.sd_models.get_closet_checkpoint_match(name)
     webui.opts.data["sd_model_checkpoint"] = info.title
     if webui.flavour == "a1111":
@@ -22,14 +22,14 @@ def load(webui, name="photo.safetensors"):
 
 
 def picture(webui):
-    """Makes one: the model that it is made with."""
+    """Makes a picture and returns the model that made it."""
     if webui.flavour == "a1111":
         return webui.shared.sd_model
     return webui.sd_models.forge_model_reload()[0]
 
 
 def listeners():
-    """Threads that look at the WebUI's buttons for a run."""
+    """Returns the threads that look at the WebUI's buttons for a run."""
     return [thread for thread in threading.enumerate() if "buttons" in thread.name]
 
 

@@ -20,7 +20,7 @@ def page(webui):
 
 
 def analysis(folder, size):
-    """A file as the cache of analyses has them."""
+    """A file of the cache of analyses."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "0123-8.analysis.safetensors"
     path.write_bytes(bytes(size))

@@ -14,14 +14,14 @@ OURS = {
 
 
 def on_disk(webui):
-    """What the WebUI reads at its next start."""
+    """Returns the styles that the WebUI reads at its next start."""
     read = StyleDatabase(webui.prompt_styles.paths, webui.errors).styles
     return {name: style for name, style in read.items() if style.path != "do_not_save"}
 
 
 @pytest.fixture
 def mine(webui):
-    """Styles of the user's: one plain, one with a LoRA among words, one with a negative prompt."""
+    """Three styles of the user: one plain, one with a LoRA, one with a negative prompt."""
     mine = {
         "ink": PromptStyle("ink", "ink drawing, {prompt}", "colour", None),
         "mix: words": PromptStyle("mix: words", "{prompt} <lora:x:1>, sharp", "", None),

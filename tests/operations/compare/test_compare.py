@@ -46,7 +46,7 @@ def grey(value):
 
 
 class Painter:
-    """Draws each model in a grey of its own, two levels lighter with LoRAs."""
+    """A studio that draws each model in its own grey, two levels lighter with LoRAs."""
 
     def __init__(self):
         self.drawn = []
@@ -79,7 +79,7 @@ def compare(folders, painter):
 
 
 def groups(items):
-    """Consecutive equal ones, once."""
+    """Returns the items with consecutive equal ones once."""
     return [x for i, x in enumerate(items) if i == 0 or items[i - 1] != x]
 
 

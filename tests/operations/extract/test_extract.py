@@ -37,13 +37,13 @@ def extract(base, checkpoint, output, progress=None, **settings):
 
 
 def weight(state, layer):
-    """A layer of a checkpoint as a matrix."""
+    """Returns a layer of a checkpoint as a matrix."""
     rows = slice(*layer.rows) if layer.rows else slice(None)
     return state[layer.key][rows].double().reshape(layer.m, layer.n)
 
 
 def errors_of(base, checkpoint, lora, fused=None):
-    """By layer: squared norms of the difference and of what the LoRA leaves; and its singular tail."""
+    """Returns squared norms of difference and error, and the singular tail, by layer."""
     one, other = load(base), load(checkpoint)
     rows = []
     for layer in layers_of(base):
@@ -63,7 +63,7 @@ def metadata(path):
 
 @pytest.fixture(scope="module")
 def extracted(files, tmp_path_factory):
-    """From a to b in each type."""
+    """The extraction from a to b in each type."""
     folder = tmp_path_factory.mktemp("extracted")
     return {
         dtype: extract(files[0], files[1], folder / dtype, dtype=dtype)

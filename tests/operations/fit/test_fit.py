@@ -70,7 +70,7 @@ def planted(single):
 
 
 def dense(path, hyper_model, terms):
-    """Energies of the differences and of what LoRAs leave, by layer, from the files on disk."""
+    """Returns energies of the differences and of the LoRAs' errors, by layer, from the files on disk."""
     base, state = load(hyper_model), load(path)
     loras = [(term, load_file(term.path)) for term in terms]
     energies, errors = [], []

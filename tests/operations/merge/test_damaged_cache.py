@@ -49,7 +49,7 @@ def analysis(cache):
 
 
 def loras_of(merged):
-    """The tensors' bytes of all LoRAs, and the multipliers."""
+    """Returns the tensors' bytes of all LoRAs, and the multipliers."""
     rows = [row.multipliers for row in merged.report.checkpoints]
     return [load_file(path) for path in merged.loras], rows
 
@@ -63,7 +63,7 @@ def same(one, other):
 
 @pytest.fixture(scope="session")
 def afresh(tmp_path_factory, files):
-    """What a merge with other ranks comes to where nothing is remembered."""
+    """The LoRAs of a merge with other ranks where nothing is remembered."""
     return loras_of(merge(files, tmp_path_factory.mktemp("afresh"), ranks=(5,)))
 
 

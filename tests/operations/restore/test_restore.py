@@ -57,7 +57,7 @@ def session(tmp_path_factory, state_of):
 
 @pytest.fixture
 def single(session, tmp_path):
-    """The same in a folder of one's own."""
+    """A copy of the session's merge in a folder of its own."""
     root = shutil.copytree(session.root, tmp_path / "models")
     manifest = root / "hyper-merge/mix/manifest.json"
     manifest.write_text(manifest.read_text().replace(str(session.root), str(root)))
@@ -82,7 +82,7 @@ def restore(folders, shares, progress=None, **settings):
 
 
 def exact(folders, shares):
-    """What the file should be, from the files on disk in float64."""
+    """Returns the tensors that the file should have, from the files on disk in float64."""
     run = load_run(folders, "mix")
     state = {key: tensor.double() for key, tensor in load(run.hyper_model).items()}
     for term in weighted_loras_of_mixture(run, shares):
@@ -202,7 +202,7 @@ def test_a_fitted_checkpoint_comes_back_with_its_top_up(single, tmp_path, state_
 
 @pytest.fixture
 def originals(started, merged, files, tmp_path):
-    """A float16 merge whose checkpoints are copies of one's own, beside the models folder."""
+    """A float16 merge whose checkpoints are copies of the shared ones, beside the models folder."""
     manifest = started / "hyper-merge/mix/manifest.json"
     text = manifest.read_text().replace(str(merged.place.loras.parent), str(started))
     manifest.write_text(text.replace(str(files[0].parent), str(tmp_path)))

@@ -16,7 +16,7 @@ def host(tmp_path):
 
 @pytest.fixture
 def analysis(host):
-    """A file as the cache of analyses has them."""
+    """A file of the cache of analyses."""
     path = host.folders().cache / "0123-8.analysis.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(3_000_000))

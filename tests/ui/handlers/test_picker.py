@@ -28,7 +28,7 @@ from hyper_merge.ui.handlers.picker import (
 
 
 def plan_message(host, **changes):
-    """Kind and words of what stands under the form."""
+    """Returns kind and words of the message under the form."""
     _, answer, *_ = show_plan(host, "", *values(**changes))
     return kinds(answer), words(answer)
 

@@ -51,7 +51,7 @@ def fitted(host, run, files, tmp_path):
 
 
 def terms_in(sliders):
-    """The multipliers that go with the sliders."""
+    """Returns the multipliers that go with the sliders."""
     return json.loads(html.unescape(re.search('data-terms="([^"]*)"', sliders)[1]))
 
 

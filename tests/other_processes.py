@@ -19,7 +19,7 @@ kind = sys.argv[1]
 
 def opened_elsewhere(path):
     try:
-        wanted = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return False
     for process in Path("/proc").iterdir():
@@ -28,10 +28,10 @@ def opened_elsewhere(path):
         with contextlib.suppress(OSError):
             for file in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    if os.path.samestat(file.stat(), wanted):
+                    if os.path.samestat(file.stat(), status):
                         return True
             maps = (process / "maps").read_text().splitlines()
-            if any(line.split()[4:5] == [str(wanted.st_ino)] for line in maps):
+            if any(line.split()[4:5] == [str(status.st_ino)] for line in maps):
                 return True
     return False
 

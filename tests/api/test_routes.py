@@ -228,7 +228,7 @@ def test_a_mistyped_or_unknown_field_is_refused_by_place(client, jobs, field, va
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "null", "checkpoints"])
-def test_what_is_no_request_is_refused(client, body):
+def test_a_malformed_request_is_refused(client, body):
     headers = {"content-type": "application/json"}
     answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
     assert answer.status_code == 422
@@ -327,7 +327,7 @@ def test_a_run_that_is_unknown_is_not_found(client, root, run, name):
     assert answer.status_code == 404
 
 
-def test_an_unknown_run_is_told_the_nearest(client, run):
+def test_an_unknown_run_is_answered_with_the_nearest(client, run):
     code, answer = client.get("/runs/mxi")
     assert code == 404
     assert 'did you mean "mix"?' in answer["detail"]

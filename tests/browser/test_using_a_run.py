@@ -191,7 +191,7 @@ def test_one_lora_for_each_checkpoint(use, server):
     shot(use.page, "use-export")
 
 
-def test_what_is_safe_to_delete_is_said_and_stays(use, server):
+def test_deletable_originals_are_listed_and_stay(use, server):
     before = sorted((server.models / "Stable-diffusion").rglob("*"))
     open_panel(use, "safe")
     use.type("safe_threshold", "much")

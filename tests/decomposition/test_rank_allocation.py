@@ -133,7 +133,7 @@ def test_no_affordable_item_is_left_unbought(shop):
         assert count == len(values) or float(values[count]) == 0 or cost > left
 
 
-def test_what_is_left_goes_to_the_first_cheaper_item():
+def test_the_remaining_budget_goes_to_the_first_cheaper_item():
     gains = [torch.tensor([9.0, 9.0]), torch.tensor([2.0, 1.0])]
     assert spread_ranks(gains, [3, 1], 4) == [1, 1]
     assert spread_ranks(gains, [3, 1], 5) == [1, 2]

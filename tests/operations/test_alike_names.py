@@ -99,7 +99,7 @@ def test_each_checkpoint_has_a_private_lora_of_its_own(family, root, kind, topup
     assert run.report == merged.report
 
 
-def test_what_comes_back_is_what_the_report_says(family, root):
+def test_a_restored_checkpoint_has_the_reported_share(family, root):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     for row in merged.report.checkpoints:

@@ -37,7 +37,7 @@ def test_one_vae_is_alike_in_every_type_and_format(tmp_path, files, state_of, su
     assert inspect_files(rounded).dtype == "fp32"
 
 
-def test_another_vae_is_told_by_one_small_tensor(tmp_path, files, state_of):
+def test_another_vae_is_recognised_by_one_small_tensor(tmp_path, files, state_of):
     state = state_of(0)
     state[VAE] = state[VAE].clone()
     state[VAE].view(-1)[0] += 1

@@ -45,7 +45,7 @@ def with_all_of_it(folders, run):
 
 def test_a_damaged_manifest_is_reported_and_hides_no_run(files, started, folders):
     merge(files, started, name="other", ranks=(3,))
-    path, wish = folders.runs / "mix/manifest.json", recipe(files, started, name="new")
+    path, new = folders.runs / "mix/manifest.json", recipe(files, started, name="new")
     texts = mutations(json.loads(path.read_text()))
     assert len(texts) > 2000
     messages = 0
@@ -63,7 +63,7 @@ def test_a_damaged_manifest_is_reported_and_hides_no_run(files, started, folders
         folders.lora_files_of("mix")
         folders.lora_owners()
         with suppress(HyperMergeError):
-            folders.place(wish, "an average")
+            folders.place(new, "an average")
     assert messages > TRIED / 2
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_manifest_is_reported_and_hides_no_run(files, started, folders
         lambda manifest: manifest["settings"].update(budget="9" * 400 + " GB"),
     ],
 )
-def test_numbers_beyond_all_measure_are_told(folders, edit):
+def test_numbers_beyond_all_measure_are_reported(folders, edit):
     path = folders.runs / "mix/manifest.json"
     manifest = json.loads(path.read_text())
     edit(manifest)
@@ -104,7 +104,7 @@ def test_hosts_that_are_unknown_are_shown_by_their_name(folders):
     assert "  Another  " in format_report(load_run(folders, "mix").report)
 
 
-def test_a_damaged_fit_is_told_and_hides_no_other(files, folders):
+def test_a_damaged_fit_is_reported_and_hides_no_other(files, folders):
     for name in ("one", "two"):
         run_fit(FitRequest("mix", files[0], name=name), folders, Progress())
     run = load_run(folders, "mix")
@@ -120,7 +120,7 @@ def test_a_damaged_fit_is_told_and_hides_no_other(files, folders):
         folders.fit_files_of("mix")
 
 
-def test_a_damaged_comparison_is_told(folders):
+def test_a_damaged_comparison_is_reported(folders):
     run = load_run(folders, "mix")
     settings = PictureSettings(("a cat",), seeds=(1, 2**32 - 1))
     figures = (ComparisonFigures("a", "a cat", 1, {"restored": 1.5}, {}),)

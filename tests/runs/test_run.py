@@ -46,7 +46,7 @@ def test_runs_are_listed_newest_first(files, started, folders, edit):
     assert problems == []
 
 
-def test_where_nothing_was_merged_there_are_no_runs(tmp_path):
+def test_a_new_folder_has_no_runs(tmp_path):
     assert list_runs(Folders.under(tmp_path / "nowhere")) == ([], [])
     (tmp_path / "hyper-merge" / "empty").mkdir(parents=True)
     assert list_runs(Folders.under(tmp_path)) == ([], [])
@@ -193,7 +193,7 @@ def test_loras_that_are_not_the_runs_own_are_damage(folders, edit, merged):
     assert "is damaged (" in refusal(folders)
 
 
-def test_a_renamed_folder_is_told_from_its_run(started, folders):
+def test_a_renamed_folder_is_distinguished_from_its_run(started, folders):
     (started / "hyper-merge/mix").rename(started / "hyper-merge/mine")
     assert "it is that of the run mix: was the folder renamed?" in refusal(folders, "mine")
 

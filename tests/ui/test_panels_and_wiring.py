@@ -157,7 +157,7 @@ def test_each_preset_has_a_button_with_its_ranks(built):
     assert [button.value for button in built[2]] == list(PRESETS.values())
 
 
-def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
+def test_panels_of_pictures_are_shown_where_txt2img_exists(some_host, built):
     _, form, _, _, result, *_ = built
     *_, mix, fit, _ = built
     sends = (result.send, mix.send, fit.send, fit.save_style)

@@ -41,7 +41,7 @@ def paths(app):
     return [route.path for route in app.routes if route.path.startswith("/hyper-merge")]
 
 
-def test_it_is_off_unless_the_hosts_api_is_on(start):
+def test_the_api_is_off_unless_the_hosts_is_on(start):
     webui, client = start()
     assert client.get(OURS).status_code == 404
     assert paths(client.app) == []
@@ -49,7 +49,7 @@ def test_it_is_off_unless_the_hosts_api_is_on(start):
 
 
 @pytest.mark.parametrize("option", ["api", "nowebui"])
-def test_it_is_on_with_the_hosts_api(start, option):
+def test_the_api_is_on_with_the_hosts(start, option):
     webui, client = start(**{option: True})
     answer = client.get(OURS)
     assert answer.status_code == 200
@@ -76,7 +76,7 @@ def test_the_api_takes_only_the_hosts_passwords(start, auth, status):
         assert "detail" in answer.json() or status == 200
 
 
-def test_a_refusal_keeps_its_words_in_the_hosts_form(start):
+def test_a_refusal_keeps_its_message_in_the_hosts_form(start):
     _, client = start(api=True)
     answer = client.post("/hyper-merge/plan", json={"checkpoints": ["../x", "photo.safetensors"]})
     assert answer.status_code == 400

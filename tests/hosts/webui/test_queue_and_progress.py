@@ -71,7 +71,7 @@ def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, expected):
 
 
 @pytest.mark.parametrize("button", ["interrupt", "skip", "stop_generating", "request_restart"])
-def test_each_of_the_hosts_ways_to_stop_is_heard(host, webui, button):
+def test_each_of_the_hosts_ways_to_stop_works(host, webui, button):
     with host.running(TASK) as progress:
         assert not progress.should_stop()
         getattr(webui.state, button)()

@@ -131,7 +131,7 @@ def test_only_forges_model_thread_touches_its_models(loaded, host, picture_of):
     assert (thread == threading.current_thread().name) is (loaded.flavour == "a1111")
 
 
-def test_what_the_user_selects_meanwhile_stays_selected(loaded, host, picture_of):
+def test_a_checkpoint_selected_meanwhile_stays_selected(loaded, host, picture_of):
     with host.drawing("task(x)") as (progress, generator):
         generator.draw(picture_of("photo"), progress)
         loaded.opts.data[KEY] = "sub/portrait.safetensors"

@@ -97,7 +97,7 @@ def test_the_reported_shares_are_those_of_the_written_file(files, extracted, dty
     assert report.layers == len(parts)
 
 
-def test_what_is_not_carried_is_told_by_kind(files, extracted):
+def test_the_share_not_carried_is_reported_by_kind(files, extracted):
     one, other = load(files[0]), load(files[1])
     keys = {layer.key for layer in layers_of(files[0])}
     energy = {

@@ -124,7 +124,7 @@ def test_multipliers_are_fitted_as_the_merge_fits_them(files, tmp_path, settings
         assert result == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_remains_is_that_of_the_files_on_disk(at, other):
+def test_the_remainder_is_that_of_the_files_on_disk(at, other):
     fitted = fit(at, other)
     run = load_run(at, "mix")
     energies, errors = dense(other, run.hyper_model, weighted_loras_of(run, "new one"))

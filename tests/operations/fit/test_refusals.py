@@ -90,7 +90,7 @@ def test_unknown_runs_and_files_are_refused(at, other, started, tmp_path):
     assert snapshot(started) == before
 
 
-def test_another_family_is_refused_in_words(at, started, tmp_path, state_of):
+def test_another_family_is_refused(at, started, tmp_path, state_of):
     state = {key: tensor for key, tensor in state_of(0).items() if "first_stage" not in key}
     lacking = write(tmp_path / "lacking.safetensors", state)
     key = "model.diffusion_model.input_blocks.0.0.weight"

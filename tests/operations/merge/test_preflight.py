@@ -80,7 +80,7 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     assert estimate_merge(again).seconds == pytest.approx(61.5, rel=0.2)
 
 
-def test_what_the_cache_saves_is_not_expected(files, started):
+def test_the_estimate_omits_what_the_cache_saves(files, started):
     def seconds(**settings):
         return estimate_merge(run_preflight(recipe(files, started, **settings))).seconds
 
@@ -150,7 +150,7 @@ def test_a_base_must_go_with_the_others(files, b):
     assert "base.safetensors lacks 1 of a.safetensors'" in refused(files, base=str(base))
 
 
-def test_what_is_not_averaged_may_differ(files, b):
+def test_tensors_that_are_not_averaged_may_differ(files, b):
     path = b(**{"model_ema.decay": torch.zeros(1), POSITION_IDS: torch.zeros(1, 77)})
     assert checked([files[0], path]).warnings == ()
 

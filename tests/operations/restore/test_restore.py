@@ -127,7 +127,7 @@ def test_every_checkpoint_comes_back_to_the_reported_loss(single, c):
     assert restored.compared.everything == pytest.approx(share, abs=1e-6)
 
 
-def test_it_is_hyper_model_and_loras_added_up(single):
+def test_a_restored_checkpoint_is_hyper_model_plus_loras(single):
     restored = restore(single.folders, "b")
     expected, result = exact(single.folders, {"b": 1.0}), load(restored.path)
     base = load(single.root / "Stable-diffusion/mix.safetensors")
@@ -167,7 +167,7 @@ def test_a_mixture_is_linear_with_the_hyper_models_rest(single, tmp_path):
     assert "the error cannot be measured: a mixture has no original\n" in text
 
 
-def test_what_it_is_made_of_stands_in_its_metadata(single):
+def test_the_metadata_name_the_ingredients(single):
     restored = restore(single.folders, "a")
     metadata = read_header(restored.path).metadata
     run = load_run(single.folders, "mix")
@@ -331,7 +331,7 @@ def test_another_runs_hyper_model_is_never_replaced(single, started):
     assert snapshot(single.root) == before
 
 
-def test_what_float16_cannot_hold_is_refused(single):
+def test_a_value_beyond_float16_is_refused(single):
     before = snapshot(single.root)
     with pytest.raises(NonFiniteError, match="is too large for float16; choose dtype"):
         restore(single.folders, {"a": 1e9}, dtype="float16")

@@ -138,7 +138,7 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
         ({"base": "gone.ckpt"}, "gone.ckpt is no longer in the list"),
     ],
 )
-def test_what_cannot_be_merged_is_said_and_nothing_begins(host, jobs, changes, message):
+def test_an_impossible_merge_is_reported_and_nothing_begins(host, jobs, changes, message):
     answer = start_merge(host, jobs, *values(**changes))
     assert kinds(answer) == ["bad"]
     assert words(answer).startswith(message)
@@ -173,7 +173,7 @@ def test_a_vanished_file_is_refused(webui, jobs, checkpoints):
     assert jobs.last is None
 
 
-def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch):
+def test_a_full_disk_is_reported_with_the_missing_space(host, jobs, root, monkeypatch):
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
     before = snapshot(root)
@@ -269,7 +269,7 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
     assert all(map(unchanged, show_merge_result(host, jobs)))
 
 
-def test_where_nothing_runs_stop_says_so(host, jobs):
+def test_stop_says_that_nothing_runs(host, jobs):
     assert words(stop_job(jobs)) == "Nothing is running."
     jobs.start("mix", lambda task, progress: "", host.log)
     ended(jobs)
@@ -402,7 +402,7 @@ def test_the_webui_lists_hyper_model_loras_and_styles(webui, jobs, checkpoints):
     assert webui.errors.reports == []
 
 
-def test_where_the_tick_is_off_no_style_is_saved(webui, jobs, run):
+def test_no_style_is_saved_where_the_tick_is_off(webui, jobs, run):
     host = webui.host()
     start_merge(host, jobs, *values(ranks="2", save_styles=False))
     assert ended(jobs).outcome == "done"

@@ -13,7 +13,7 @@ from hyper_merge.checkpoints.reader import read_header
 
 
 def spans(path):
-    """Key to first and last byte of every tensor in the file."""
+    """Returns first and last byte of every tensor in the file, by key."""
     size = path.stat().st_size
     start = read_table(path, size).data_start
     header = json.loads(path.read_bytes()[8:start])
@@ -68,7 +68,7 @@ def other_kind(path):
 
 
 def of_others(path):
-    """A good file that stands under the name of another analysis."""
+    """Puts a good file under the name of another analysis."""
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
@@ -134,5 +134,5 @@ DAMAGES = {
 
 
 def as_before(path):
-    """The file as versions without checksums wrote it."""
+    """Makes the file as versions without checksums wrote it."""
     without("checksums")(path)

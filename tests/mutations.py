@@ -13,18 +13,18 @@ Place = tuple[str | int, ...]
 
 
 def places(value: Any, at: Place = ()) -> Iterator[Place]:
-    """Where there is something in plain data, the whole included; of a list the first two."""
+    """Yields every place in plain data, the whole included; of a list the first two."""
     yield at
     if isinstance(value, dict):
-        for key, each in value.items():
-            yield from places(each, (*at, key))
+        for key, item in value.items():
+            yield from places(item, (*at, key))
     elif isinstance(value, list):
-        for index, each in enumerate(value[:2]):
-            yield from places(each, (*at, index))
+        for index, item in enumerate(value[:2]):
+            yield from places(item, (*at, index))
 
 
 def changed(value: Any, at: Place, new: Any) -> Any:
-    """Plain data with something else in one place."""
+    """Returns plain data with something else in one place."""
     if not at:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -33,7 +33,7 @@ def changed(value: Any, at: Place, new: Any) -> Any:
 
 
 def removed(value: Any, at: Place) -> Any:
-    """Plain data without what is in one place."""
+    """Returns plain data without the item in one place."""
     copy = dict(value) if isinstance(value, dict) else list(value)
     if len(at) == 1:
         del copy[at[0]]
@@ -43,7 +43,7 @@ def removed(value: Any, at: Place) -> Any:
 
 
 def mutations(value: Any) -> list[str]:
-    """Texts that hold plain data with one thing changed, or none at all."""
+    """Yields texts that hold plain data with one thing changed, or none at all."""
     texts = list(TEXTS)
     for at in places(value):
         texts += [json.dumps(changed(value, at, new)) for new in VALUES]

@@ -93,7 +93,7 @@ REPEATED = re.compile(
 
 
 def few(shapes):
-    """A few blocks of each kind, those by which a family is told among them: a merge takes a quarter."""
+    """Keeps a few blocks of each kind and what identifies a family: a merge takes a quarter."""
     if not any("input_blocks." in key for key in shapes):
         return shapes
     return {key: shape for key, shape in shapes.items() if not REPEATED.fullmatch(key)}
@@ -112,7 +112,7 @@ def without(shapes, *fragments):
 
 
 def other_way_round(shapes):
-    """With matrices where the family has 1x1 convolutions around its transformers, or those there."""
+    """Swaps matrices and 1x1 convolutions around the transformers of the family."""
     projections = ("proj_in.weight", "proj_out.weight")
     return {
         key: (shape[:2] if len(shape) == 4 else (*shape, 1, 1))

@@ -19,7 +19,7 @@ kind = sys.argv[1]
 
 def opened_elsewhere(path):
     try:
-        wanted = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return False
     for process in Path("/proc").iterdir():
@@ -28,10 +28,10 @@ def opened_elsewhere(path):
         with contextlib.suppress(OSError):
             for file in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    if os.path.samestat(file.stat(), wanted):
+                    if os.path.samestat(file.stat(), status):
                         return True
             maps = (process / "maps").read_text().splitlines()
-            if any(line.split()[4:5] == [str(wanted.st_ino)] for line in maps):
+            if any(line.split()[4:5] == [str(status.st_ino)] for line in maps):
                 return True
     return False
 
@@ -46,7 +46,7 @@ def refusing(name, which):
 if kind == "windows":  # an open or mapped file can be neither replaced nor deleted
     refusing("replace", 1), refusing("unlink", 0), refusing("rename", 0)
 
-from hyper_merge.cli import main as cli
+from hyper_merge.cli.main import main
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.operations.cache import clear_cache
 from hyper_merge.runs.folders import Folders
@@ -55,9 +55,9 @@ from hyper_merge.runtime import file_lock
 def by_ranges(file, *, shared):
     # What Windows has: a range of bytes belongs to one opened file alone.
     place, length = (1 + secrets.randbelow(2**30), 1) if shared else (1, 2**30)
-    wish = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, length, 0)
+    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, length, 0)
     try:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, wish)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
     except OSError:
         return file_lock.State.TAKEN
     return file_lock.State.HELD
@@ -85,7 +85,7 @@ for line in sys.stdin:
     words = json.loads(line)
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        code = clear(words[1]) if words[0] == "clear" else cli.main(words)
+        code = clear(words[1]) if words[0] == "clear" else main(words)
     print(json.dumps([code, err.getvalue()]), flush=True)
 """
 
@@ -113,7 +113,7 @@ class Other:
         self._process.stdin.flush()
 
     def end(self) -> tuple[int, str]:
-        """Waits for the command; its exit code, and what it wrote on standard error."""
+        """Waits for the command; returns its exit code and what it wrote on standard error."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"the process ended with {self._process.wait()}"
@@ -126,7 +126,7 @@ class Other:
         return self.end()
 
     def kill(self) -> None:
-        """As the task manager or `kill -9` does."""
+        """Ends the process as the task manager or `kill -9` does."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

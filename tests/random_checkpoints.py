@@ -13,7 +13,7 @@ WIDE = 64  # a rank that no layer of these files reaches
 
 
 def state(shapes, seed, step=0.1, dtype=torch.float32):
-    """Random numbers, those of each seed a step away from one base."""
+    """Returns random numbers; those of each seed are a step away from one base."""
     common, individual = (torch.Generator().manual_seed(n) for n in (0, seed + 1))
     tensors = {}
     for key, shape in shapes.items():
@@ -41,7 +41,7 @@ def merged_exactly(models, folder, **settings):
 
 
 def added(lora, module):
-    """What a host adds at multiplier 1; without an alpha, the plain product."""
+    """Returns what a host adds at multiplier 1; without an alpha, the plain product."""
     up, down = (lora[f"{module}.lora_{end}.weight"].double().flatten(1) for end in ("up", "down"))
     alpha = lora.get(f"{module}.alpha")
     return up @ down * (1.0 if alpha is None else alpha.double() / len(down))
@@ -53,7 +53,7 @@ def metadata(path):
 
 
 def misses(merged, path, row):
-    """What the LoRAs of one row miss of a checkpoint's deviation, relative, by layer."""
+    """Returns by layer the relative error of one row's LoRAs on a checkpoint's deviation."""
     average, checkpoint = load_file(merged.place.hyper_model), load_file(path)
     loras = [load_file(lora) for lora in merged.loras]
     for layer in layers_of(merged.place.hyper_model):

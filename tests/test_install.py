@@ -14,7 +14,7 @@ INSTALL = Path(__file__).parent.parent / "install.py"
 
 @pytest.fixture
 def commands(monkeypatch):
-    """What the faked WebUI was asked to install."""
+    """The installations that the faked WebUI was asked for."""
     installs = []
     launch = types.ModuleType("launch")
     launch.run_pip = lambda command, desc=None: installs.append((command, desc))
@@ -32,7 +32,7 @@ def run_without(monkeypatch, *missing):
     runpy.run_path(str(INSTALL), run_name="__main__")
 
 
-def test_nothing_is_installed_or_said_when_all_is_there(monkeypatch, commands, capsys):
+def test_nothing_is_installed_or_printed_when_all_is_there(monkeypatch, commands, capsys):
     run_without(monkeypatch)
     assert commands == []
     assert capsys.readouterr() == ("", "")
@@ -49,7 +49,7 @@ def test_several_are_installed_with_one_command(monkeypatch, commands):
 
 
 @pytest.mark.parametrize("pinned", ["torch", "numpy", "safetensors", "PIL"])
-def test_what_the_host_pins_is_named_and_never_installed(pinned, monkeypatch, commands, capsys):
+def test_a_package_pinned_by_the_host_is_never_installed(pinned, monkeypatch, commands, capsys):
     run_without(monkeypatch, pinned)
     assert commands == []
     assert f"expected {pinned} in the WebUI's environment" in capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_outside_of_the_webui_the_command_is_shown(monkeypatch, capsys):
     assert 'python -m pip install "pyyaml>=6"' in capsys.readouterr().out
 
 
-def test_it_runs_from_another_folder_as_the_webui_does(tmp_path):
+def test_the_installer_runs_from_another_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, str(INSTALL)], cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -118,7 +118,7 @@ def test_no_module_imports_itself_through_others():
     graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_importing_the_core_is_silent_and_loads_no_screen_library(tmp_path):
+def test_importing_the_core_loads_no_screen_library_silently(tmp_path):
     program = f"""
 import importlib, sys
 for name in {sorted(CORE)!r}:

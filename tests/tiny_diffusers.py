@@ -7,7 +7,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz,"
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """CLIP's tokenizer for one letter at a time: no word of it is merged."""
+    """Writes CLIP's tokenizer for one letter at a time: no word of it is merged."""
     folder.mkdir(parents=True)
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     assert len(tokens) <= vocabulary - 2
@@ -28,7 +28,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def write_sd1_configuration(folder: Path, spec) -> Path:
-    """What `from_single_file` reads of a family of these widths, as it would fetch it."""
+    """Writes what `from_single_file` fetches for a family of these widths."""
     components = {
         "scheduler": ("diffusers", "PNDMScheduler"),
         "text_encoder": ("transformers", "CLIPTextModel"),

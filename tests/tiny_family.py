@@ -46,7 +46,7 @@ State = dict[str, Tensor]
 
 
 def write(path: Path, state: State) -> Path:
-    """A checkpoint file of the kind that its suffix says."""
+    """Writes a checkpoint file of the kind of its suffix."""
     if path.suffix == ".ckpt":
         torch.save({"state_dict": state, "epoch": 3}, path)
     else:
@@ -55,14 +55,14 @@ def write(path: Path, state: State) -> Path:
 
 
 def load(path: Path) -> State:
-    """All tensors of a checkpoint file."""
+    """Returns all tensors of a checkpoint file."""
     if path.suffix == ".ckpt":
         return torch.load(path, weights_only=True)["state_dict"]
     return load_file(path)
 
 
 def recipe(models, output: Path, **settings: Any) -> Recipe:
-    """A small merge's recipe."""
+    """Returns a small merge's recipe."""
     values = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", **settings}
     return Recipe.from_settings({**values, "models": tuple(models), "output": output}, "recipe")
 
@@ -80,7 +80,7 @@ def merge(
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Content by relative path of every file, hidden ones included, but for the cache."""
+    """Returns the content of every file by relative path, hidden ones included, but for the cache."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -89,18 +89,18 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    """What a run that ended should never leave behind."""
+    """Returns the files that a run which ended should never leave behind."""
     return [*folder.rglob("*.tmp"), *folder.rglob("*.old")]
 
 
 def layers_of(path: Path):
-    """The layers of a checkpoint file."""
+    """Returns the layers of a checkpoint file."""
     header = read_header(path)
     return layout_of(header, require_supported(header)).layers
 
 
 def tags_of(merged: MergeResult) -> list[list[Tag]]:
-    """Every LoRA with the exact multipliers of each checkpoint, as its prompt has them."""
+    """Returns every LoRA with the exact multipliers of each checkpoint, as its prompt has them."""
     names = [path.stem for path in merged.loras]
     return [
         [
@@ -112,12 +112,12 @@ def tags_of(merged: MergeResult) -> list[list[Tag]]:
 
 
 def part_multiplier(tag: Tag, part: str) -> float:
-    """What counts for a layer of that part."""
+    """Returns the multiplier that counts for a layer of that part."""
     return tag.text_multiplier if part == "text_encoder" else tag.multiplier
 
 
 def added(lora: State, module: str) -> Tensor:  # (m, n), float64; a single zero for no such module
-    """What a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
+    """Returns what a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
     if f"{module}.lora_up.weight" not in lora:
         return torch.zeros((), dtype=torch.float64)
     up = lora[f"{module}.lora_up.weight"].double().flatten(1)
@@ -126,7 +126,7 @@ def added(lora: State, module: str) -> Tensor:  # (m, n), float64; a single zero
 
 
 def leftovers(models, hyper_model, loras, rows):
-    """Squared norms of deviations and of what stays, (layers, k) each, from the files on disk.
+    """Returns squared norms of deviations and of errors, (layers, k) each, from the files on disk.
 
     `rows` has a list of prompt tags per checkpoint.
     """
@@ -147,7 +147,7 @@ def leftovers(models, hyper_model, loras, rows):
 
 
 def losses(models, merged, rows):
-    """Loss, and explained shares by checkpoint in all layers, UNet, text encoder."""
+    """Returns the loss, and explained shares by checkpoint in all layers, UNet, text encoder."""
     loras = {path.stem: path for path in merged.loras}
     energies, errors = leftovers(models, merged.place.hyper_model, loras, rows)
     parts = [layer.part for layer in layers_of(models[0])]
@@ -187,7 +187,7 @@ def inputs_of(models, **settings):
 
 
 def run_pass(inputs, width=512, progress=None, device=None):
-    """Averages and layers of a pass, with what LoRAs do not carry."""
+    """Returns averages and layers of a pass, with what LoRAs do not carry."""
     averages, layers = {}, {}
     outside = stream_layers(
         inputs,

@@ -91,7 +91,7 @@ def test_the_analyses_used_longest_ago_go_first(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path):
-    """Two analyses of 100 bytes, what was remembered beside one of them, and hashes."""
+    """A cache with two analyses of 100 bytes, solutions beside one of them, and hashes."""
     folder = tmp_path / "cache"
     folder.mkdir()
     sizes = {"a-512.analysis.safetensors": 100, "b-768.analysis.safetensors": 100}

@@ -20,7 +20,7 @@ def normal(seed, *shape):
 
 
 def made_up(contrasts, seed=0, layers=3, size=40):
-    """Slices of some layers, and an analysis that knows their inner products."""
+    """Returns slices of some layers, and an analysis that knows their inner products."""
     slices = normal(seed, layers, contrasts.dimensions, size)
     grams = torch.zeros(layers, contrasts.dimensions + 1, contrasts.dimensions + 1).double()
     grams[:, :-1, :-1] = slices @ slices.mT
@@ -129,7 +129,7 @@ def test_tiny_layer_does_not_outweigh_all_others():
 
 
 def dense(models, merged):
-    """Per layer: deviations (k, entries), blocks (R, entries), part, the average's squared norm."""
+    """Returns by layer deviations (k, entries), blocks (R, entries), part, the squared average."""
     base, states = load(merged.place.hyper_model), [load(path) for path in models]
     loras = [load_file(path) for path in merged.loras]
     for layer in layers_of(models[0]):
@@ -141,7 +141,7 @@ def dense(models, merged):
 
 
 def best_multipliers(models, merged, part, *, relative):
-    """By normal equations in float64, from the files on disk."""
+    """Solves the normal equations in float64, from the files on disk."""
     cross, gram = 0, 0
     for deviations, blocks, layer_part, size in dense(models, merged):
         if layer_part == part:

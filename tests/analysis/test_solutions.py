@@ -23,7 +23,7 @@ def starts():
 
 
 def remembered(path, log):
-    """What is read of the solutions."""
+    """Returns the solutions that are read back."""
     return read_solutions(path, 2, log.warnings.append)
 
 

@@ -23,7 +23,7 @@ def stacks(models):
 
 
 def assert_average(averages, expected, dtype):
-    """Within one rounding to float32 and one to the stored type."""
+    """Requires one rounding to float32 and one to the stored type at most."""
     for key, mean in expected.items():
         if mean.is_floating_point():
             eps = torch.finfo(dtype).eps

@@ -31,7 +31,7 @@ def root(tmp_path, files):
 
 @pytest.fixture
 def run(root, merged):
-    """Name of a merge that was made some time ago in the models folder."""
+    """The name of a merge that was made some time ago in the models folder."""
     shutil.copytree(merged.place.loras.parent, root, dirs_exist_ok=True)
     return "mix"
 

@@ -17,7 +17,7 @@ NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 BODY = {"checkpoints": NAMES, "name": "mine", "ranks": [4, 2], "device": "cpu", "iterations": 3}
 
 
-def test_a_merge_is_made_and_its_prompts_can_be_read(client, root, monkeypatch):
+def test_a_merge_is_made_and_has_prompts(client, root, monkeypatch):
     seen, begun = [], threading.Event()
     run_merge = tasks.run_merge
 
@@ -47,7 +47,7 @@ def test_a_merge_is_made_and_its_prompts_can_be_read(client, root, monkeypatch):
     assert "is this very merge already" in answer["detail"]
 
 
-def test_while_a_job_runs_another_is_refused_and_cancelling_leaves_nothing(client, root, endless):
+def test_a_second_job_is_refused_and_cancelling_leaves_nothing(client, root, endless):
     before = snapshot(root)
     _, job = client.post("/merge", BODY)
     for path in ("/merge", "/look"):
@@ -67,7 +67,7 @@ def test_while_a_job_runs_another_is_refused_and_cancelling_leaves_nothing(clien
     assert not temporaries(root)
 
 
-def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monkeypatch):
+def test_a_merge_cancelled_while_running_leaves_nothing(client, root, monkeypatch):
     before, run_merge = snapshot(root), tasks.run_merge
     reached, cancelled = threading.Event(), threading.Event()
 
@@ -90,7 +90,7 @@ def test_a_merge_that_is_cancelled_on_its_way_leaves_nothing(client, root, monke
     assert not temporaries(root)
 
 
-def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
+def test_a_job_refused_while_running_says_why(client, monkeypatch):
     def full(preflight, progress):
         raise OutputError("the disk is full")
 
@@ -99,7 +99,7 @@ def test_a_job_that_is_refused_on_its_way_says_why(client, monkeypatch):
     assert (job["outcome"], job["message"]) == ("refused", "the disk is full")
 
 
-def test_an_error_that_nobody_expected_is_logged_and_said_in_a_line(client, host, monkeypatch):
+def test_an_unexpected_error_is_logged_and_reported_in_short(client, host, monkeypatch):
     def fail(preflight, progress):
         raise RuntimeError("shapes\nat layer 7")
 
@@ -111,7 +111,7 @@ def test_an_error_that_nobody_expected_is_logged_and_said_in_a_line(client, host
     assert len(logged) == 1
 
 
-def test_a_look_tells_the_next_plan_what_would_come_back(client, root):
+def test_an_inspection_gives_the_next_plan_its_forecast(client, root):
     before = snapshot(root)
     code, job = client.post("/look", BODY)
     assert code == 202
@@ -168,7 +168,7 @@ def test_a_fit_that_cannot_be_is_refused_at_once(client, root, run, jobs, change
     assert snapshot(root) == before
 
 
-def test_a_lora_that_was_edited_since_ends_a_fit_in_our_words(client, root, run):
+def test_an_edited_lora_ends_a_fit_with_a_refusal(client, root, run):
     path = root / "Lora" / "mix_0-4.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
     job = client.post("/fit", {"run": run, "checkpoint": NAMES[1], "name": "later"})[1]
@@ -178,7 +178,7 @@ def test_a_lora_that_was_edited_since_ends_a_fit_in_our_words(client, root, run)
     assert not (root / "hyper-merge" / "mix" / "fits").exists()
 
 
-def test_the_tab_shows_the_apis_job_and_the_api_the_tabs(client, host, jobs, endless):
+def test_tab_and_api_show_each_others_jobs(client, host, jobs, endless):
     _, job = client.post("/merge", BODY)
     assert next(watch_job(jobs))[0]
     assert stop_job(jobs) == ""
@@ -199,7 +199,7 @@ def test_cancelling_a_job_does_not_stop_the_next_one(client, host, jobs, endless
 
 
 @pytest.mark.parametrize("flavour", ["a1111", "forge"])
-def test_in_the_webui_a_merge_is_in_its_lists_and_styles_afterwards(root, flavour, open_client):
+def test_a_merge_appears_in_the_webuis_lists_and_styles(root, flavour, open_client):
     process_jobs()._known.clear()
     with installed(root, flavour, api=True, api_auth="ann:secret") as webui:
         webui.load_scripts()
@@ -223,7 +223,7 @@ def test_in_the_webui_a_merge_is_in_its_lists_and_styles_afterwards(root, flavou
 
 
 @pytest.mark.parametrize("flavour", ["a1111", "forge"])
-def test_a_job_that_waits_for_the_webui_can_be_cancelled(root, flavour, open_client):
+def test_a_job_waiting_for_the_webui_can_be_cancelled(root, flavour, open_client):
     process_jobs()._known.clear()
     with installed(root, flavour, api=True) as webui:
         webui.load_scripts()
@@ -254,7 +254,7 @@ def test_many_jobs_do_not_pile_up(client, host, jobs):
     assert len(titles) == 20
 
 
-def test_a_run_that_goes_while_its_fit_waits_is_said(client, root, run, monkeypatch):
+def test_a_run_deleted_while_its_fit_waits_is_reported(client, root, run, monkeypatch):
     def delete_first(request, folders, progress):
         shutil.rmtree(root / "hyper-merge" / "mix")
         return run_fit(request, folders, progress)

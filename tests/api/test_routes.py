@@ -39,7 +39,7 @@ def test_the_list_is_the_hosts_own(client, root):
     }
 
 
-def test_a_look_says_what_checkpoints_are_and_what_is_wrong_with_them(client, root):
+def test_an_inspection_describes_checkpoints_and_their_problems(client, root):
     (root / "Stable-diffusion" / "broken.safetensors").write_bytes(b"nothing")
     code, answer = client.post(
         "/inspect", {"checkpoints": ["sub/c.safetensors", "broken.safetensors"]}
@@ -53,7 +53,7 @@ def test_a_look_says_what_checkpoints_are_and_what_is_wrong_with_them(client, ro
     assert (bad["family"], bad["size"]) == (None, 7)
 
 
-def test_a_plan_says_what_would_be_written_and_writes_nothing(client, root):
+def test_a_plan_lists_the_outputs_and_writes_nothing(client, root):
     before = snapshot(root)
     code, answer = client.post("/plan", {**BODY, "name": "mine"})
     assert code == 200
@@ -74,7 +74,7 @@ def test_a_plan_without_a_name_has_a_free_one(client, root):
     assert client.post("/plan", BODY)[1]["name"] == "hyper-a-3-b"
 
 
-def test_a_plan_of_the_same_checkpoints_uses_their_hyper_model_again(client, run):
+def test_a_plan_of_the_same_checkpoints_reuses_their_average(client, run):
     code, answer = client.post("/plan", {**BODY, "name": "mix", "ranks": [3]})
     assert code == 200
     assert answer["hyper_model"]["exists"]
@@ -82,14 +82,14 @@ def test_a_plan_of_the_same_checkpoints_uses_their_hyper_model_again(client, run
 
 
 @pytest.mark.parametrize("size", [{"budget": "300 MB"}, {"budget": 300_000_000}])
-def test_a_budget_is_the_size_and_the_merge_finds_the_ranks(client, size):
+def test_a_budget_sets_the_size_before_any_ranks(client, size):
     body = {key: value for key, value in BODY.items() if key != "ranks"}
     code, answer = client.post("/plan", {**body, **size})
     assert code == 200
     assert (answer["loras"], answer["loras_size"]) == ([], 300_000_000)
 
 
-def test_of_a_share_nothing_is_known_before_the_files_were_looked_at(client):
+def test_a_share_has_no_forecast_before_an_inspection(client):
     body = {key: value for key, value in BODY.items() if key != "ranks"}
     code, answer = client.post("/plan", {**body, "target": "95%"})
     assert code == 200
@@ -139,7 +139,7 @@ def test_another_base_is_named_by_the_list_too(client):
         ({"seed": -1}, "seed: expected a whole number from 0"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named_and_nothing_begins(client, root, jobs, body, words):
+def test_an_impossible_setting_is_named_and_nothing_begins(client, root, jobs, body, words):
     before = snapshot(root)
     for path in ("/plan", "/merge", "/look"):
         code, answer = client.post(path, {**BODY, **body})
@@ -164,7 +164,7 @@ def test_a_setting_that_cannot_be_is_named_and_nothing_begins(client, root, jobs
         "http://localhost/a.safetensors",
     ],
 )
-def test_what_is_no_name_of_the_list_is_never_looked_up(client, root, run, evil):
+def test_a_name_outside_the_list_is_never_looked_up(client, root, run, evil):
     (root.parent / "secret.safetensors").write_bytes(b"secret")
     evil = evil.format(root=root)
     for path, body in {
@@ -181,7 +181,7 @@ def test_what_is_no_name_of_the_list_is_never_looked_up(client, root, run, evil)
     assert answer["detail"].startswith("base: expected a name of the host's list")
 
 
-def test_a_name_that_is_nearly_right_is_told_the_right_one(client):
+def test_a_misspelt_name_is_answered_with_the_nearest(client):
     _, answer = client.post("/inspect", {"checkpoints": ["sub/c.safetensor"]})
     assert answer["detail"].endswith('did you mean "sub/c.safetensors"?')
 
@@ -220,7 +220,7 @@ def test_a_file_that_has_gone_since_is_refused(client, root, host, monkeypatch):
         ("rank", [4]),
     ],
 )
-def test_what_is_of_the_wrong_type_or_unknown_is_refused_by_its_place(client, jobs, field, value):
+def test_a_mistyped_or_unknown_field_is_refused_by_place(client, jobs, field, value):
     code, answer = client.post("/merge", {**BODY, field: value})
     assert code == 422
     assert any(field in problem["loc"] for problem in answer["detail"])
@@ -228,14 +228,14 @@ def test_what_is_of_the_wrong_type_or_unknown_is_refused_by_its_place(client, jo
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "null", "checkpoints"])
-def test_what_is_no_request_is_refused(client, body):
+def test_a_malformed_request_is_refused(client, body):
     headers = {"content-type": "application/json"}
     answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
     assert answer.status_code == 422
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
-def test_what_a_page_of_another_site_could_send_starts_nothing(client, jobs, kind):
+def test_a_request_from_another_site_starts_nothing(client, jobs, kind):
     """Browsers send these kinds, and no JSON, to other sites without asking there first."""
     answer = client.http.post(
         "/hyper-merge/merge", content=json.dumps(BODY), headers={"content-type": kind}
@@ -244,7 +244,7 @@ def test_what_a_page_of_another_site_could_send_starts_nothing(client, jobs, kin
     assert jobs.known == ()
 
 
-def test_numbers_that_are_none_are_refused(client):
+def test_nan_is_refused_in_a_number_field(client):
     body = json.dumps({**BODY, "tolerance": float("nan")})
     headers = {"content-type": "application/json"}
     answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
@@ -253,7 +253,7 @@ def test_numbers_that_are_none_are_refused(client):
 
 
 @pytest.mark.parametrize("field", ["checkpoints", "ranks", "name"])
-def test_numbers_that_are_none_are_refused_where_no_number_belongs(client, field):
+def test_nan_is_refused_in_fields_without_numbers(client, field):
     body = json.dumps({**BODY, field: float("nan")})
     headers = {"content-type": "application/json"}
     answer = client.http.post("/hyper-merge/plan", content=body, headers=headers)
@@ -261,7 +261,7 @@ def test_numbers_that_are_none_are_refused_where_no_number_belongs(client, field
     assert any(field in problem["loc"] for problem in answer.json()["detail"])
 
 
-def test_checkpoints_that_do_not_go_together_are_refused_in_our_words(client, root):
+def test_incompatible_checkpoints_are_refused_with_our_message(client, root):
     (root / "Stable-diffusion" / "broken.safetensors").write_bytes(b"nothing")
     code, answer = client.post("/plan", {**BODY, "checkpoints": [NAMES[0], "broken.safetensors"]})
     assert code == 400
@@ -327,13 +327,13 @@ def test_a_run_that_is_unknown_is_not_found(client, root, run, name):
     assert answer.status_code == 404
 
 
-def test_an_unknown_run_is_told_the_nearest(client, run):
+def test_an_unknown_run_is_answered_with_the_nearest(client, run):
     code, answer = client.get("/runs/mxi")
     assert code == 404
     assert 'did you mean "mix"?' in answer["detail"]
 
 
-def test_a_run_of_a_newer_version_is_refused_in_our_words(client, root, run):
+def test_a_run_of_a_newer_version_is_refused(client, root, run):
     path = root / "hyper-merge" / "mix" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "version": 99, "hyper_merge": "9.9"}))
@@ -362,7 +362,7 @@ def test_the_schema_describes_every_route(app):
     json.dumps(schema)
 
 
-def test_every_setting_of_a_recipe_can_be_asked_for_but_where_things_go():
+def test_every_recipe_setting_but_the_folders_can_be_requested():
     known = set(PlanBody.__annotations__)
     assert {field.name for field in FIELDS} - known == {"models", "output", "overwrite"}
     assert known - {field.name for field in FIELDS} == {"checkpoints"}

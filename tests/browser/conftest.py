@@ -29,7 +29,7 @@ FLAGS = [
 
 
 def missing() -> str | None:
-    """Why there can be no browser here."""
+    """Returns why no browser can be here."""
     if chromium() is None:
         return "no chromium found (Debian: apt-get install chromium)"
     try:
@@ -79,7 +79,7 @@ class Server:
             )
 
     def wait(self) -> None:
-        """Returns once it answers."""
+        """Returns once the server answers."""
         end = time.monotonic() + 240  # a busy machine takes long to load torch
         while time.monotonic() < end:
             if self.process.poll() is not None:
@@ -98,7 +98,7 @@ class Server:
 
     @property
     def complaints(self) -> list[str]:
-        """What no server should write, from its first such line on."""
+        """Returns what no server should write, from its first such line on."""
         lines = _LEFT.sub("", self.log.read_text()).splitlines()
         bad = re.compile(r"Traceback|Error|Exception|CRITICAL")
         first = next((place for place, line in enumerate(lines) if bad.search(line)), len(lines))
@@ -126,7 +126,7 @@ def host_name(request) -> str:
 
 @pytest.fixture(scope="session")
 def context(browser):
-    """One for all pages, so that gradio's scripts are read once."""
+    """A browser context for all pages, so that gradio's scripts are read once."""
     context = browser.new_context(viewport={"width": 1500, "height": 1000})
     context.set_default_timeout(60_000)
     # gradio asks for fonts and a script from elsewhere; nothing here depends on them

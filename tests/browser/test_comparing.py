@@ -91,7 +91,7 @@ def test_they_stop_and_what_was_drawn_before_is_there(drawn, server):
     compare.until(lambda: "comparison-1 of twins" in compare.text("compare_shown"))
 
 
-def test_what_is_wrong_is_said_beside_the_button(compare, server):
+def test_a_problem_is_shown_beside_the_button(compare, server):
     if server.host == "standalone" and not compare.find("compare").is_enabled():
         assert "pip install" in compare.text("compare_shown")
         return
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_said_beside_the_button(compare, server):
     shot(compare.page, f"{server.host}-compare-refused")
 
 
-def test_what_was_picked_stays_while_other_tabs_are_looked_at(compare):
+def test_the_picked_values_stay_while_other_tabs_are_open(compare):
     tokens = compare.find("compare_checkpoints").locator(".token")
     tokens.filter(has_text="portrait").locator(".token-remove").click()
     compare.until(lambda: tokens.count() == 1)

@@ -35,7 +35,7 @@ def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
     merged.until(lambda: menu.input_value().startswith("duo.safetensors"))
 
 
-def test_every_checkpoint_is_a_style_that_can_be_removed_again(merged, server):
+def test_every_checkpoint_becomes_a_removable_style(merged, server):
     page = merged.page
     styles = server.models.parent / "styles.csv"
     merged.until(lambda: "duo: anime" in styles.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
     assert not list(server.models.rglob("never*"))
 
 
-def test_the_settings_page_has_a_section_and_clears_the_cache(merged):
+def test_our_section_of_the_settings_clears_the_cache(merged):
     page = merged.page
     page.locator("#tabs button", has_text=re.compile(r"^\s*Settings\s*$")).click()
     ranks = page.locator("#setting_hyper_merge_ranks textarea, #setting_hyper_merge_ranks input")

@@ -24,7 +24,7 @@ def earlier_runs(server):
     return load_run(Folders.under(server.models), "old")
 
 
-def test_what_is_picked_is_looked_at_before_anything_runs(tab):
+def test_the_picked_files_are_inspected_before_anything_runs(tab):
     tab.until(lambda: "Pick two or more" in tab.text("checkpoints_table"))
     tab.pick("anime.safetensors")
     tab.until(lambda: "Pick one more" in tab.text("plan"))
@@ -41,7 +41,7 @@ def test_what_is_picked_is_looked_at_before_anything_runs(tab):
     tab.until(lambda: "hyper-portrait-2.safetensors" in tab.text("plan"))
 
 
-def test_a_wrong_number_and_a_taken_name_are_said_at_once(tab):
+def test_a_wrong_number_or_taken_name_shows_at_once(tab):
     tab.pick(*THREE)
     tab.type("ranks", "4, many")
     tab.until(lambda: 'got "many"' in tab.text("plan"))
@@ -73,7 +73,7 @@ def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
 
 
 def _kept(models):
-    """Checkpoints and LoRAs; what is cached may stay."""
+    """Returns the names of checkpoints and LoRAs; the cache may change."""
     return sorted(path for path in models.rglob("*.safetensors") if "cache" not in path.parts)
 
 
@@ -160,7 +160,7 @@ def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, tab, s
     assert sorted(tab.picked()) == sorted(THREE)
 
 
-def test_a_file_that_vanished_is_said_and_not_merged(tab, server):
+def test_a_vanished_file_is_reported_and_not_merged(tab, server):
     path = server.models / "Stable-diffusion" / "photo.safetensors"
     tab.pick(*THREE)
     away = path.rename(path.with_suffix(".away"))

@@ -68,7 +68,7 @@ def done(tab, title):
 
 
 def offers(tab, name, option):
-    """Whether a dropdown has an entry."""
+    """Tells whether a dropdown has an entry."""
     box = tab.find(name).locator("input")
     box.click()
     count = tab.option(name, option).count()
@@ -93,7 +93,7 @@ def open_panel(tab, name):
         {"photo": 0.07},
     ],
 )
-def test_a_moved_slider_changes_the_tags_to_what_python_says(use, server, shares):
+def test_a_moved_slider_changes_the_tags_as_python_does(use, server, shares):
     use.page.evaluate(SET, shares)
     expected = mixture_tags(load_run(folders(server), "pair"), shares)
     use.until(lambda: use.value("mix_prompt") == expected)
@@ -118,7 +118,7 @@ def test_numbers_are_rounded_as_python_rounds_them(use):
         assert tag == f"<lora:x:{round(value, 5) + 0.0:.5f}>"
 
 
-def test_keys_move_a_slider_and_buttons_make_all_equal_or_none(use):
+def test_keys_move_a_slider_and_buttons_set_all(use):
     use.click("mix_reset")
     use.until(lambda: not use.value("mix_prompt") and "hyper-model alone" in use.text("mix"))
     slider = use.page.locator("#hyper_merge_mix input").first
@@ -191,7 +191,7 @@ def test_one_lora_for_each_checkpoint(use, server):
     shot(use.page, "use-export")
 
 
-def test_what_is_safe_to_delete_is_said_and_stays(use, server):
+def test_deletable_originals_are_listed_and_stay(use, server):
     before = sorted((server.models / "Stable-diffusion").rglob("*"))
     open_panel(use, "safe")
     use.type("safe_threshold", "much")
@@ -217,7 +217,7 @@ def test_the_lora_from_two_checkpoints(use, server):
     assert (server.models / "Lora/photo-from-anime.safetensors").exists()
 
 
-def test_a_new_run_with_one_more_is_made_and_picked(use, server, third):
+def test_an_extended_run_is_made_and_picked(use, server, third):
     use.choose("fit_checkpoint", "third.safetensors")
     use.type("fit_name", "three")
     use.click("absorb")
@@ -252,7 +252,7 @@ def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
     assert sorted(server.models.rglob("*.safetensors")) == before
 
 
-def test_why_a_second_one_is_refused_stays_in_place_of_the_first_outcome(use, server):
+def test_a_second_checks_refusal_replaces_the_first_outcome(use, server):
     open_panel(use, "safe")
     use.click("safe")
     done(use, "the check of the originals")

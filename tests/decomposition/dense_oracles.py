@@ -89,7 +89,7 @@ def dense_loss(problem: Problem, factors: Sequence[Factors], multipliers: Tensor
 def dense_penalties(
     problem: Problem, factors: Sequence[Factors], multipliers: Tensor
 ) -> Tensor:  # (R,)
-    """What each block adds, in units of the energy, before it is times the ridge."""
+    """Returns each block's penalty in units of the energy, before it is times the ridge."""
     blocks_of = zip(problem.batches, factors, strict=True)
     sizes = sum(dense_blocks(batch, f).square().sum((0, 2, 3)) for batch, f in blocks_of)
     return multipliers.double().square().sum(0) * sizes / problem.energy
@@ -101,5 +101,5 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
 
 
 def tail(matrix: Tensor, rank: int) -> float:
-    """Squared norm that the best matrix of this rank leaves over, summed over leading dimensions."""
+    """Returns the squared norm beyond the best matrix of this rank, summed over leading dimensions."""
     return float(torch.linalg.svdvals(matrix.double())[..., rank:].square().sum())

@@ -154,7 +154,7 @@ def test_the_order_of_slices_does_not_matter(rng):
 
 
 def best_energy(slices, width):
-    """What bases of this width can hold: the sequentially truncated HOSVD."""
+    """Returns the energy in bases of this width by a sequentially truncated HOSVD."""
     left = torch.linalg.svd(slices.transpose(0, 1).flatten(1))[0][:, :width]
     rows = left.mT @ slices
     return energy(rows @ torch.linalg.svd(rows.flatten(0, 1))[2][:width].mT)

@@ -211,7 +211,7 @@ def test_a_ridge_keeps_blocks_from_cancelling_each_other(seed):
 
 @pytest.mark.parametrize("ridge", [0.01, 0.3])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_minimised_with_a_ridge_never_rises(seed, ridge):
+def test_the_objective_with_a_ridge_never_rises(seed, ridge):
     problem = replace(random_family(seed), ridge=ridge)
     rng = seeded(seed)
     multipliers = normal(rng, *problem.shape)

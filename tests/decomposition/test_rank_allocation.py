@@ -15,6 +15,7 @@ from hyper_merge.decomposition.rank_allocation import (
     kept_ranks,
     maximize_gain,
     overcomplete_ranks,
+    ranks_within,
     spread_ranks,
 )
 
@@ -41,13 +42,13 @@ def price(costs, counts):
 
 
 def best(gains, costs, budget):
-    """Of all choices, by trying each."""
+    """Returns the best of all choices, by trying each."""
     choices = product(*(range(len(values) + 1) for values in gains))
     return max(value(gains, c) for c in choices if price(costs, c) <= budget)
 
 
 def bought_one_by_one(gains, costs, budget):
-    """The same rule with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
+    """Buys with a plain heap: the dearest gain per cost next; a list that is too dear closes."""
     taken = [0] * len(gains)
     heap = [
         (-float(values[0]) / cost, index)
@@ -132,7 +133,7 @@ def test_no_affordable_item_is_left_unbought(shop):
         assert count == len(values) or float(values[count]) == 0 or cost > left
 
 
-def test_what_is_left_goes_to_the_first_cheaper_item():
+def test_the_remaining_budget_goes_to_the_first_cheaper_item():
     gains = [torch.tensor([9.0, 9.0]), torch.tensor([2.0, 1.0])]
     assert spread_ranks(gains, [3, 1], 4) == [1, 1]
     assert spread_ranks(gains, [3, 1], 5) == [1, 2]
@@ -236,3 +237,13 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
         for values, count in zip(layer, counts, strict=True)
     )
     assert_close(torch.tensor(min(held, best_of_all)), torch.tensor(held))
+
+
+def test_the_fewest_ranks_within_an_error_barely_meet_it():
+    spectra = [torch.tensor(values).double() for values in ([8.0, 4, 2, 1], [5.0, 5, 0.5])]
+    ranks = ranks_within(spectra, [1, 2], 4.0)
+    tails = [float(values[rank:].sum()) for values, rank in zip(spectra, ranks, strict=True)]
+    assert sum(tails) <= 4.0
+    assert ranks == [2, 2]
+    assert ranks_within(spectra, [1, 2], 25.5) == [0, 0]
+    assert ranks_within(spectra, [1, 2], 0.0) == [4, 3]

@@ -9,11 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hyper_merge.decomposition import truncated_svd as truncated
 from hyper_merge.decomposition.linalg import product_energy
 from hyper_merge.decomposition.normalization import even_out
-from hyper_merge.decomposition.truncated_svd import truncate_factors, truncated_svd, truncation_cost
+from hyper_merge.decomposition.truncated_svd import (
+    _apart,
+    _to_come,
+    truncate_factors,
+    truncated_svd,
+    truncation_cost,
+)
 
+MODULE = "hyper_merge.decomposition.truncated_svd"
 COUNT = 150
 ORDER = torch.arange(1, COUNT + 1, dtype=torch.float64)
 SPECTRA = {
@@ -38,7 +44,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _no_side_is_too_small(monkeypatch):
-    monkeypatch.setattr(truncated, "_SMALL", 0)
+    monkeypatch.setattr(f"{MODULE}._SMALL", 0)
 
 
 def shared_and_noise(rng, m, n):
@@ -63,7 +69,7 @@ def least_error(matrix, rank):
 @pytest.fixture
 def no_gram(monkeypatch):
     """Only the Krylov space may be used."""
-    monkeypatch.setattr(truncated, "_full", lambda *_: pytest.fail("the full SVD was taken"))
+    monkeypatch.setattr(f"{MODULE}._full", lambda *_: pytest.fail("the full SVD was taken"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,7 +121,7 @@ def test_equal_singular_values_are_all_captured(rng, no_gram):
 def test_the_space_stays_orthonormal_where_nothing_new_is_left(rng):
     matrix = (normal(rng, 120, 5) @ normal(rng, 5, 120)).float()
     basis = torch.linalg.qr(matrix[:, :60].double() + 1e-9 * normal(rng, 120, 60))[0].float()
-    columns = truncated._apart(matrix[:, :20], basis)
+    columns = _apart(matrix[:, :20], basis)
     joined = torch.cat([basis, columns], 1)
     assert_close(joined.mT @ joined, torch.eye(80), rtol=0, atol=2e-6)
 
@@ -162,8 +168,8 @@ def test_costs_are_reported_and_an_exception_ends_the_work(rng, side):
 def test_the_expected_gain_is_a_geometric_series():
     gains = [0.5**step for step in range(60)]
     held = [math.fsum(gains[:count]) for count in (3, 4, 5)]
-    assert truncated._to_come(held) == pytest.approx(math.fsum(gains) - held[-1], rel=1e-9)
-    assert truncated._to_come([1.0, 1.0, 1.0]) == 0
+    assert _to_come(held) == pytest.approx(math.fsum(gains) - held[-1], rel=1e-9)
+    assert _to_come([1.0, 1.0, 1.0]) == 0
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9, 30])

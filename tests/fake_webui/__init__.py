@@ -76,7 +76,7 @@ class FakeWebUI:
             self.networks.list_available_networks()
 
     def modules(self):
-        """What is imported by name."""
+        """Returns the modules that are imported by name."""
         paths = {
             "models_path": str(self.models),
             "data_path": str(self.data),
@@ -113,15 +113,15 @@ class FakeWebUI:
         return modules
 
     def host(self):
-        """Our host for it; our modules can be imported only now."""
+        """Returns our host for this WebUI; our modules can be imported only now."""
         return importlib.import_module("hyper_merge.hosts.webui.host").WebUI()
 
     def settings(self):
-        """Our module for its settings."""
+        """Returns our module for its settings."""
         return importlib.import_module("hyper_merge.hosts.webui.settings")
 
     def load_scripts(self):
-        """What starting does, and Reload UI again: callbacks cleared, the script executed anew.
+        """Clears callbacks and executes the script again, as a start and Reload UI do.
 
         The extension's folder is on `sys.path` meanwhile; packages stay cached. An error in the
         script is in `errors.reports`, as the WebUI has it on its console.
@@ -236,7 +236,7 @@ def uninstall():
 
 @contextmanager
 def installed(models, flavour, **options):
-    """`install` for the time of a `with` block."""
+    """Installs a WebUI for the time of a `with` block."""
     try:
         yield install(models, flavour, **options)
     finally:

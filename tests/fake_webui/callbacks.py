@@ -24,7 +24,7 @@ class Errors:
 
 
 class Callbacks:
-    """`modules.script_callbacks`: an error in one is told in the log, and the next goes on."""
+    """`modules.script_callbacks`: an error in one is logged, and the next goes on."""
 
     def __init__(self, errors):
         self._errors = errors

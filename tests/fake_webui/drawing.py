@@ -20,7 +20,7 @@ def samplers():
 
 
 class Processing(ModuleType):
-    """Both hosts' own; what tests look at is in `drawn` and `loads`."""
+    """The request for pictures in either host; tests look at `drawn` and `loads`."""
 
     def __init__(self, webui):
         super().__init__("processing")
@@ -147,7 +147,7 @@ class Processing(ModuleType):
 
 
 def picture(content, prompt, seed, size):
-    """The same for the same model, prompt and seed."""
+    """Returns an image that is equal for equal model, prompt and seed."""
     digest = hashlib.sha256(content + f"{prompt}\n{seed}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))

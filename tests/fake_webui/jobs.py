@@ -125,7 +125,7 @@ class Progress:
         self.recorded_results = [*self.recorded_results, (task, result)][-2:]
 
     def answer(self, task):
-        """Of POST /internal/progress for a task id."""
+        """Returns the answer of POST /internal/progress for a task id."""
         common = {
             "active": task == self.current_task,
             "queued": task in self.pending_tasks,

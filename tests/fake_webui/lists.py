@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 
 def files(folder, suffixes):
-    """As the hosts walk: through links, hidden folders left out."""
+    """Returns files as the hosts walk: through links, hidden folders left out."""
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         for name in sorted(names):
             if Path(name).suffix.lower() in suffixes and "/." not in place:
@@ -124,7 +124,7 @@ class Checkpoints:
         return None
 
     def select_checkpoint(self):
-        """The selected one, or the first: that is what a stale title leads to."""
+        """Returns the selected one, or the first, to which a stale title leads."""
         info = self.checkpoint_aliases.get(self.opts.data.get("sd_model_checkpoint"))
         if info is not None:
             return info
@@ -142,7 +142,7 @@ class Loras:
         self.loaded_networks = []
 
     def load_networks(self, names):
-        """As for a picture: those that are not found are told and left out."""
+        """Loads the LoRAs of a picture: those that are not found are logged and left out."""
         if any(name not in self.available_networks for name in names):
             self.list_available_networks()
         known = [name for name in names if name in self.available_networks]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 
 class Model:
-    """What was read from a checkpoint, on a device."""
+    """A model that was read from a checkpoint, on a device."""
 
     def __init__(self, info):
         self.lowvram = False
@@ -35,7 +35,7 @@ class Listed:
 
 
 class A1111Models(Listed):
-    """A1111's: the model stays in memory and moves between devices."""
+    """The models of A1111: the model stays in memory and moves between devices."""
 
     def __init__(self, checkpoints, opts, devices):
         super().__init__(checkpoints, opts)
@@ -82,7 +82,7 @@ class A1111Models(Listed):
 
 
 class A1111Data:
-    """Its `model_data`: asking for the model loads it, the first time."""
+    """The `model_data` of A1111: the first access to the model loads it."""
 
     def __init__(self, sd_models):
         self._sd_models = sd_models
@@ -106,7 +106,7 @@ class A1111Data:
 
 
 class ForgeModels(Listed):
-    """Forge's: the model is loaded by what is selected, when a picture is made."""
+    """The models of Forge: the selected one is loaded when a picture is made."""
 
     def __init__(self, checkpoints, opts, devices):
         super().__init__(checkpoints, opts)
@@ -119,7 +119,7 @@ class ForgeModels(Listed):
         )
 
     def match_checkpoint_to_name(self, name):
-        """What Forge selects for a name: the first whose title holds it, or that it holds."""
+        """Selects as Forge does: the first whose title holds the name, or that it holds."""
         name = name.split(" [")[0]
         for info in self.checkpoints_list.values():
             title = info.title.split(" [")[0]
@@ -131,16 +131,16 @@ class ForgeModels(Listed):
         self.memory_management.unload_all_models()
 
     def load_model(self, checkpoint_info=None, already_loaded_state_dict=None):
-        """A stub, as there."""
+        """Does nothing, as the stub of Forge."""
 
     def reload_model_weights(self, sd_model=None, info=None, forced_reload=False):
-        """A stub, as there."""
+        """Does nothing, as the stub of Forge."""
 
     def send_model_to_cpu(self, model):
-        """A stub, as there."""
+        """Does nothing, as the stub of Forge."""
 
     def send_model_to_device(self, model):
-        """A stub, as there."""
+        """Does nothing, as the stub of Forge."""
 
     def _unload_all(self):
         if isinstance(self.model_data.sd_model, Model):
@@ -172,7 +172,7 @@ class ForgeModels(Listed):
 
 
 class ForgeData:
-    """Its `model_data`: a stand-in before the first picture."""
+    """The `model_data` of Forge: a stand-in before the first picture."""
 
     def __init__(self):
         self.sd_model = SimpleNamespace(cond_stage_model=None)

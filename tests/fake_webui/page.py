@@ -144,7 +144,7 @@ def _setting(gr, opts, key):
 
 
 def _quicksettings(gr, webui, demo, js):
-    """The checkpoint dropdown, filled anew by its button and, in Forge, with each page."""
+    """The checkpoint dropdown, filled again by its button and, in Forge, with each page."""
     tiles = webui.sd_models.checkpoint_tiles
     forge = webui.flavour == "forge"
     with gr.Row(elem_id="quicksettings"):
@@ -179,7 +179,7 @@ def _quicksettings(gr, webui, demo, js):
 
 
 def launch(webui, port, **options):
-    """Starts the server in the background; the address of the page."""
+    """Starts the server in the background and returns the address of the page."""
     demo = create_ui(webui)
     webui.shared.demo = demo
     demo.queue(64)
@@ -219,7 +219,7 @@ def progress_route(webui):
 
 
 def head(extension):
-    """What the hosts put into the page: their scripts, then the extension's and its style."""
+    """Returns the head of the hosts' page: their scripts, then the extension's and its style."""
     scripts = [HOST_SCRIPT]
     scripts += [
         path.read_text(encoding="utf-8") for path in sorted((extension / "javascript").glob("*.js"))

@@ -9,7 +9,7 @@ ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedi
 
 
 def script_data(webui):
-    """The entry of `scripts.scripts_data`, with the module loaded anew."""
+    """Returns the entry of `scripts.scripts_data`, with the module loaded again."""
     path = Path(webui.data) / "scripts" / "xyz_grid.py"
     return ScriptClassData(object, str(path), str(webui.data), Grid(webui))
 
@@ -60,7 +60,7 @@ class Grid(ModuleType):
         webui.opts.data["sd_model_checkpoint"] = before
 
     def plot(self, p, label, values):
-        """Pictures of one axis; an error of a cell leaves None there, as the host logs it."""
+        """Draws the pictures of one axis; an error of a cell leaves None there, as the host logs it."""
         (option,) = [option for option in self.axis_options if option.label == label]
         values = [option.type(value) for value in values]
         if option.confirm:

@@ -43,7 +43,7 @@ def host(narrow):
 
 
 @needs_diffusers
-def test_hyper_model_and_tags_draw_what_the_restored_checkpoint_draws(host, narrow, tmp_path):
+def test_hyper_model_with_tags_draws_as_the_restored_checkpoint(host, narrow, tmp_path):
     folders = host.folders()
     run = load_run(folders, "mix")
     row = run.report.checkpoints[1]
@@ -80,7 +80,7 @@ def test_a_comparison_is_drawn_and_saved(host, narrow):
 
 
 @needs_diffusers
-def test_it_stops_between_two_steps(host, narrow):
+def test_drawing_stops_between_two_steps(host, narrow):
     fractions = []
     progress = Progress(lambda _, x: fractions.append(x), lambda: len(fractions) == 1)
     request = Picture(load_run(host.folders(), "mix").hyper_model, "x", 1, SETTINGS)
@@ -99,7 +99,7 @@ def test_a_tag_of_no_lora_is_refused(host):
 
 
 @needs_diffusers
-def test_without_the_network_it_says_what_to_put_where(narrow, tmp_path, monkeypatch):
+def test_a_missing_network_names_the_files_to_provide(narrow, tmp_path, monkeypatch):
     root = tmp_path / "alone"
     shutil.copytree(narrow, root)
     shutil.rmtree(root / "hyper-merge/diffusers")
@@ -114,7 +114,7 @@ def test_without_the_network_it_says_what_to_put_where(narrow, tmp_path, monkeyp
         generator.draw(Picture(model, "x", 1, SETTINGS), progress)
 
 
-def test_without_diffusers_it_says_what_to_install(host, monkeypatch):
+def test_missing_diffusers_names_what_to_install(host, monkeypatch):
     monkeypatch.setattr(diffusers_txt2img, "PACKAGES", ("diffusers_that_is_not_there",))
     assert host.generator_info().samplers == ()
     assert "pip install 'hyper-merge[pictures]'" in host.generator_info().problem

@@ -8,7 +8,7 @@ import pytest
 from at_the_tab import ended, until
 
 from hyper_merge.errors import CheckpointError, InterruptedRun
-from hyper_merge.hosts import job_queue as jobs_module
+from hyper_merge.hosts import job_queue
 from hyper_merge.hosts.job_queue import BusyError, JobStatus, process_jobs
 
 
@@ -24,7 +24,7 @@ def ignore(error):
     raise AssertionError(error)
 
 
-def test_work_is_given_a_task_of_its_own_and_returns_the_name_of_what_it_made(jobs):
+def test_work_gets_its_own_task_and_returns_a_name(jobs):
     tasks = []
 
     def work(task, progress):
@@ -40,7 +40,7 @@ def test_work_is_given_a_task_of_its_own_and_returns_the_name_of_what_it_made(jo
     assert all(task.startswith("task(") and task.endswith(")") for task in tasks)
 
 
-def test_a_second_job_is_refused_while_one_runs_and_the_words_say_how_far_that_is(jobs, gate):
+def test_a_second_job_is_refused_with_the_firsts_progress(jobs, gate):
     def work(task, progress):
         progress.report("solving", 0.42)
         gate.wait()
@@ -83,7 +83,7 @@ def test_the_last_job_is_kept_when_it_has_ended(jobs):
     assert jobs.last.status.result == "mix"
 
 
-def test_all_pages_of_a_process_look_at_the_same_jobs():
+def test_all_pages_of_a_process_share_the_jobs():
     assert process_jobs() is process_jobs()
 
 
@@ -104,7 +104,7 @@ def test_a_job_that_runs_stops_at_its_next_step(jobs):
     assert (now.outcome, now.message) == ("stopped", "stopped; no file was changed")
 
 
-def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
+def test_many_steps_of_a_job_wake_its_waiter_rarely(jobs):
     def work(task, progress):
         while True:
             progress.report("solving", 0.5)
@@ -120,7 +120,7 @@ def test_whoever_waits_for_a_job_is_not_woken_by_each_of_its_many_steps(jobs):
     assert job.status.outcome == "stopped"
 
 
-def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
+def test_a_cancelled_job_runs_until_its_next_check(jobs, gate):
     begun = threading.Event()
 
     def work(task, progress):
@@ -140,7 +140,7 @@ def test_one_that_is_asked_to_stop_runs_until_it_hears_it(jobs, gate):
     assert ended(jobs).outcome == "stopped"
 
 
-def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, gate):
+def test_a_cancelled_waiting_job_lets_the_next_begin(jobs, gate):
     outcome = []
 
     def waiting(task, progress):
@@ -162,14 +162,14 @@ def test_one_that_waits_for_the_host_ends_at_once_and_lets_the_next_begin(jobs, 
     assert (job.status.outcome, job.status.result) == ("stopped", "")
 
 
-def test_what_is_done_stays_done_though_a_stop_came_too_late(jobs):
+def test_a_late_cancel_leaves_a_finished_job_done(jobs):
     job = jobs.start("mix", lambda task, progress: progress.report("x", 1.0) or "mix", ignore)
     ended(jobs)
     job.stop()
     assert (job.status.outcome, job.status.result) == ("done", "mix")
 
 
-def test_a_refusal_is_a_message_and_no_error_of_ours(jobs):
+def test_a_refusal_is_a_message_and_no_error(jobs):
     def work(task, progress):
         raise CheckpointError("a.safetensors is cut short; download it again")
 
@@ -181,7 +181,7 @@ def test_a_refusal_is_a_message_and_no_error_of_ours(jobs):
     )
 
 
-def test_an_unexpected_error_goes_to_the_log_and_its_first_line_is_shown(jobs):
+def test_an_unexpected_error_is_logged_and_shown_in_short(jobs):
     error, log = RuntimeError("CUDA out of memory\nTried to allocate\n" + "x" * 999), []
 
     def work(task, progress):
@@ -195,7 +195,7 @@ def test_an_unexpected_error_goes_to_the_log_and_its_first_line_is_shown(jobs):
     assert ended(jobs).outcome == "done"
 
 
-def test_each_note_is_told_once_in_the_order_it_came(jobs):
+def test_each_note_is_delivered_once_and_in_order(jobs):
     def work(task, progress):
         for text in ("b", "a", "b", "a"):
             progress.warn(text)
@@ -209,14 +209,14 @@ def test_each_note_is_told_once_in_the_order_it_came(jobs):
     ("fraction", "elapsed", "left"),
     [(0.25, 30, 90), (0.5, 8, 8), (1.0, 8, 0), (0.019, 30, None), (0.5, 0.9, None), (0, 0, None)],
 )
-def test_the_time_left_is_told_by_the_pace_so_far_where_there_is_one(fraction, elapsed, left):
+def test_the_time_left_follows_from_the_pace_so_far(fraction, elapsed, left):
     now = JobStatus("task(x)", "mix", fraction=fraction, elapsed=elapsed)
     assert now.seconds_left == (None if left is None else pytest.approx(left))
 
 
-def test_time_counts_from_the_works_first_step_and_stands_still_at_its_end(jobs, gate, monkeypatch):
+def test_time_counts_from_the_first_step_to_the_end(jobs, gate, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(jobs_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(job_queue, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     begin = threading.Event()
 
     def work(task, progress):

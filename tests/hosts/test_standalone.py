@@ -20,7 +20,7 @@ def host(tmp_path):
     return Standalone(tmp_path)
 
 
-def test_checkpoints_are_the_files_below_the_folder_with_forward_slashes(host, folder):
+def test_checkpoint_names_are_paths_with_forward_slashes(host, folder):
     names = ["Anime.safetensors", "old.ckpt", "sub/deep/portrait.SAFETENSORS"]
     for name in names:
         put(folder / name)
@@ -56,7 +56,7 @@ def test_links_are_followed_and_each_folder_is_read_once(host, folder, tmp_path)
     assert list(host.checkpoints()) == ["disk/photo.safetensors"]
 
 
-def test_a_folder_that_is_not_there_has_no_checkpoints_and_is_not_made(host, folder):
+def test_a_missing_folder_has_no_checkpoints_and_stays_missing(host, folder):
     assert host.checkpoints() == {}
     assert not folder.exists()
 
@@ -73,7 +73,7 @@ def test_folders_are_those_below_the_root(host, tmp_path):
     assert host.folders() == Folders.under(tmp_path)
 
 
-def test_a_run_begins_at_once_and_its_control_asks_for_nothing(host):
+def test_a_run_begins_at_once_and_is_never_interrupted(host):
     with host.running("task(a)") as outer, host.running("task(b)"):
         outer.report("reading", 0.5)
         assert not outer.should_stop()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from hyper_merge.loras import card_images as preview
+from hyper_merge.loras import card_images
 from hyper_merge.loras.card_images import hyper_model_picture, lora_picture
 
 LONG = [f"aVeryLongCheckpointName_v{i}_with_a_tail_inpainting_fp16_pruned" for i in range(20)]
@@ -59,9 +59,9 @@ def test_margins_and_what_the_card_covers_stay_empty(names):
 def test_a_card_shows_the_largest_multipliers():
     multipliers = dict.fromkeys(LONG, 0.0)
     largest = {LONG[i]: x for i, x in ((3, 0.2), (7, -1.0), (8, 0.5), (11, 0.3), (19, -0.4))}
-    assert list(preview._most(multipliers | largest).items()) == list(largest.items())
+    assert list(card_images._most(multipliers | largest).items()) == list(largest.items())
     six = dict(list(multipliers.items())[:6])
-    assert preview._most(six) == six
+    assert card_images._most(six) == six
 
 
 def test_card_bytes_follow_the_merge():
@@ -79,10 +79,10 @@ def test_card_bytes_follow_the_merge():
 
 @pytest.fixture
 def no_fonts(monkeypatch):
-    monkeypatch.setattr(preview, "_opened", lambda name, size: None)
-    preview._font.cache_clear()
+    monkeypatch.setattr(card_images, "_opened", lambda name, size: None)
+    card_images._font.cache_clear()
     yield
-    preview._font.cache_clear()
+    card_images._font.cache_clear()
 
 
 def test_without_any_font_pillows_own_writes_what_it_can(no_fonts):

@@ -53,7 +53,7 @@ def on_meta(kind, **config):
 
 
 def written(name):
-    """What a hyper-model of the family holds at full size, without memory."""
+    """Returns the tensors of a family's hyper-model at full size, without memory."""
     tensors = output_tensors(*layout(FULL[name]()), torch.float16)
     return {k: torch.empty(info.shape, device="meta") for k, info in tensors.items()}
 
@@ -63,7 +63,7 @@ def shapes_of(tensors):
 
 
 def plain(key):
-    """diffusers' name of a factor without what it adds for its own attention processors."""
+    """Returns diffusers' name of a factor without its mark for attention processors."""
     key = key.removeprefix("unet.").replace(".processor.", ".").replace("_lora.", ".lora.")
     return key.replace(".to_out.lora", ".to_out.0.lora")
 

@@ -55,7 +55,7 @@ def text_model(spec, width, layers, kind=transformers.CLIPTextModel):
 
 
 def named_for(model, weights):
-    """Weights under transformers' names as this version of it has them."""
+    """Renames weights to the keys of this version of transformers."""
     weights.pop("text_model.embeddings.position_ids", None)
     if "text_model.final_layer_norm.weight" not in model.state_dict():
         # transformers 5 dropped the prefix
@@ -64,7 +64,7 @@ def named_for(model, weights):
 
 
 class SD1:
-    """How diffusers builds the family, by component of its pipeline: model, weights, LoRA modules."""
+    """The family in diffusers, by component of its pipeline: model, weights, LoRA modules."""
 
     spec = SMALL
     layers = MappingProxyType({"unet": 278, "text_encoder": 72})
@@ -140,7 +140,7 @@ class SDXL(SD1):
 
 
 def load_strictly(model, weights):
-    """The model with these weights: all of its own are among them, and no others."""
+    """Loads weights into the model: all of its own are among them, and no others."""
     model.load_state_dict(weights, strict=True)
     return model.eval()
 
@@ -174,7 +174,7 @@ def pipeline(judged):
 
 @pytest.fixture
 def complaints():
-    """What the libraries' loggers say that is more than information."""
+    """Returns the libraries' log messages that are more than information."""
     lines = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -198,7 +198,7 @@ def with_loras(pipe, merged, row, parts):
 
 
 def modules_of(merged, parts):
-    """Modules by the pipeline's component: in each LoRA file."""
+    """Returns the modules in each LoRA file, by the pipeline's component."""
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te", "text_encoder_2": "lora_te2_"}
     if "text_encoder_2" in parts:
         prefixes["text_encoder"] = "lora_te1_"
@@ -216,7 +216,7 @@ def lora_layers(model):
 
 
 def summed(models, merged, row):
-    """Average + sum of multiplier times LoRA, in the checkpoint's own layout."""
+    """Returns average + sum of multiplier times LoRA, in the checkpoint's own layout."""
     state = load_file(merged.place.hyper_model)
     loras = [load_file(path) for path in merged.loras]
     for layer in layers_of(models[0]):

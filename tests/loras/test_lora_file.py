@@ -58,7 +58,7 @@ FILE = LoraFile(LINEAGE, "mix", 0, 2, 4, {"a": 0.9123, "b": -1.0}, 0.75)
 
 
 def host_delta(tensors, module, shape):
-    """What a host adds at multiplier 1. Source: kohya networks/lora.py merge_to, A1111 network_lora."""
+    """Returns what a host adds at multiplier 1, as kohya networks/lora.py and A1111 network_lora."""
     up = tensors[f"{module}.lora_up.weight"].double()
     down = tensors[f"{module}.lora_down.weight"].double()
     scale = tensors[f"{module}.alpha"].item() / down.shape[0]

@@ -4,30 +4,14 @@ import re
 
 import pytest
 import torch
+from host_prompts import a1111
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyper_merge.loras.prompt_tags import Tag, format_tag, format_tags, lora_names, parse_tags
-from hyper_merge.runtime.names import prompt_word
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}_[0-9]-[1-9][0-9]{0,2}", fullmatch=True)
 MULTIPLIERS = st.floats(-1e6, 1e6)
-
-
-def a1111(prompt):
-    """The host's own parser: name, UNet's multiplier, text encoder's.
-
-    Source: A1111 modules/extra_networks.py:175-191, extensions-builtin/Lora/extra_networks_lora.py.
-    """
-    tags = []
-    for match in re.finditer(r"<(\w+):([^>]+)>", prompt):
-        assert match[1] == "lora"
-        positional = match[2].split(":")
-        assert not any("=" in item for item in positional)
-        te_multiplier = float(positional[1]) if len(positional) > 1 else 1.0
-        unet_multiplier = float(positional[2]) if len(positional) > 2 else te_multiplier
-        tags.append((positional[0], unet_multiplier, te_multiplier))
-    return tags
 
 
 def test_loras_are_named_by_place_and_rank():
@@ -126,22 +110,3 @@ def test_each_lora_needs_its_multiplier():
         format_tags(["a", "b"], [1.0])
     with pytest.raises(ValueError, match="zip"):
         format_tags(["a", "b"], [1.0, 2.0], [1.0])
-
-
-@settings(max_examples=200)
-@given(st.text(max_size=150), st.integers(1, 100))
-def test_any_text_becomes_a_safe_prompt_word(text, longest):
-    word = prompt_word(text, longest)
-    assert not re.search(r"[^\w._ +-]", word, re.ASCII) or not word.isascii()
-    assert not set(word) & set('<>:"/\\|?*=#,{}[]()^\n')
-    assert len(word.encode()) <= max(longest, len("checkpoint")) + len("checkpoint-")
-    assert "__" not in word
-    assert not word.endswith((" ", ".", "_"))
-    assert a1111(format_tag(f"mix_{word}", 1)) == [(f"mix_{word}", 1.0, 1.0)]
-    assert prompt_word(word) == word
-
-
-def test_a_plain_name_stays_as_it_is():
-    assert prompt_word("photon_v1.5 + LCM-x") == "photon_v1.5 + LCM-x"
-    assert prompt_word("__ <日本> __") == "日本"
-    assert prompt_word("__ <!> __") == "checkpoint"

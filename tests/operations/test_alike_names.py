@@ -59,7 +59,7 @@ def states(state_of):
 
 @pytest.fixture
 def family(states, tmp_path):
-    """Writes checkpoints of these names among the others of a models folder of one's own."""
+    """Writes checkpoints of these names into a models folder of the test."""
 
     def files(names):
         models = tmp_path / "root/Stable-diffusion"
@@ -99,7 +99,7 @@ def test_each_checkpoint_has_a_private_lora_of_its_own(family, root, kind, topup
     assert run.report == merged.report
 
 
-def test_what_comes_back_is_what_the_report_says(family, root):
+def test_a_restored_checkpoint_has_the_reported_share(family, root):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     for row in merged.report.checkpoints:
@@ -116,7 +116,7 @@ def test_letters_stay_and_plain_names_are_as_before(family, root):
 
 
 def lose(root, names):
-    """Makes of a run what an earlier version left where names became one word: one LoRA for all."""
+    """Turns a run into that of an earlier version, where names became one word: one LoRA for all."""
     path = root / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     for row in manifest["report"]["checkpoints"]:
@@ -127,7 +127,7 @@ def lose(root, names):
     path.write_text(json.dumps(manifest))
 
 
-def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(family, root):
+def test_a_lost_private_lora_lowers_the_prompts_reported_share(family, root):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     assert all(verdict.safe for verdict in find_deletable("mix", 0.8, folders, Progress()).verdicts)
@@ -147,14 +147,14 @@ def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(famil
     assert "its private LoRA is not there" in format_deletion_report(results)
 
 
-@pytest.mark.parametrize("what", ["gone", "of another checkpoint", "of another merge"])
-def test_a_private_lora_that_is_not_what_the_prompt_names_is_told(family, root, what):
+@pytest.mark.parametrize("state", ["gone", "of another checkpoint", "of another merge"])
+def test_a_private_lora_unlike_the_prompts_is_reported(family, root, state):
     merged = wished(family, root, FAR_EAST, "95%")
     folders = Folders.under(root)
     first, second = (root / f"Lora/{name}.safetensors" for name in merged.report.topups[:2])
-    if what == "gone":
+    if state == "gone":
         first.unlink()
-    elif what == "of another checkpoint":
+    elif state == "of another checkpoint":
         shutil.copy(second, first)
     else:
         text = {**metadata(first), "sshs_model_hash": "0" * 64}
@@ -207,7 +207,7 @@ def test_a_fit_whose_record_would_replace_another_is_refused(family, root):
     run_fit(FitRequest("mix", second, name="other", device="cpu"), folders, Progress())
 
 
-def test_a_fit_says_if_its_private_lora_is_another_file(family, root):
+def test_a_fit_reports_a_replaced_private_lora(family, root):
     first, second, *others = family(FAR_EAST)
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
@@ -291,7 +291,7 @@ def test_a_line_break_in_a_name_breaks_no_line(family, root):
         assert not set(path.name) & set('<>:"/\\|?*\n')
 
 
-def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, root):
+def test_a_fit_of_a_non_portable_name_is_listed(family, root):
     first, second, *others = family(("a\nb", "a:b", "c", "d"))
     merge(others, root, ranks=(1,))
     folders = Folders.under(root)
@@ -307,7 +307,7 @@ def test_a_fit_of_a_name_that_is_no_file_elsewhere_is_kept_and_found(family, roo
     assert not (root / "hyper-merge/mix").exists()
 
 
-def test_runs_whose_names_differ_by_case_alone_are_kept_apart(family, root):
+def test_runs_differing_only_by_case_are_kept_apart(family, root):
     files = family(("a", "b", "c", "d"))
     merge(files[:2], root, name="Mix", ranks=(1,))
     second = merge(files[2:], root, name="mix", ranks=(1,))

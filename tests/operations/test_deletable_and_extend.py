@@ -8,7 +8,7 @@ from tiny_family import load, merge, recipe, snapshot, write
 
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
-from hyper_merge.operations import extend as absorbing
+from hyper_merge.operations import extend
 from hyper_merge.operations.deletable import find_deletable
 from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.extend import ExtendRequest, run_extend
@@ -20,12 +20,12 @@ from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver import solve as solution
+from hyper_merge.solver import solve
 
 
 @pytest.fixture
 def writable(files, tmp_path):
-    """Three checkpoints of one's own, merged."""
+    """A merge of three copied checkpoints, which may be changed."""
     root = tmp_path / "models"
     for path in files:
         (root / "Stable-diffusion").mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def writable(files, tmp_path):
 
 @pytest.fixture
 def new(tmp_path, state_of):
-    """A fourth one: a mixture of two with something of its own."""
+    """A fourth checkpoint: a mixture of two with something of its own."""
     state, other = state_of(0, torch.float32), state_of(2, torch.float32)
     generator = torch.Generator().manual_seed(3)
     for key, tensor in state.items():
@@ -50,7 +50,7 @@ def safety(folders, threshold=0.99):
     return find_deletable("mix", threshold, folders, Progress())
 
 
-def test_each_original_is_held_against_the_threshold_and_none_is_deleted(writable):
+def test_each_original_is_judged_by_threshold_and_none_deleted(writable):
     merged, folders = writable
     before = snapshot(folders.models.parent)
     rows = merged.report.checkpoints
@@ -79,7 +79,7 @@ def test_each_original_is_held_against_the_threshold_and_none_is_deleted(writabl
     assert snapshot(folders.models.parent) == before
 
 
-def test_what_is_not_there_any_more_or_was_changed_is_told(writable):
+def test_a_missing_or_changed_original_is_reported(writable):
     _, folders = writable
     (folders.models / "a.safetensors").unlink()
     shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
@@ -107,12 +107,12 @@ def test_one_that_was_moved_is_found(writable):
     assert new.name == "mix"
 
 
-@pytest.mark.parametrize("what", ["Lora/mix_1-2.safetensors", "Stable-diffusion/mix.safetensors"])
-def test_nothing_is_safe_where_the_run_is_not_whole(writable, what):
+@pytest.mark.parametrize("name", ["Lora/mix_1-2.safetensors", "Stable-diffusion/mix.safetensors"])
+def test_nothing_is_safe_where_the_run_is_not_whole(writable, name):
     _, folders = writable
-    path = folders.models.parent / what
+    path = folders.models.parent / name
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
-    if "Stable" in what:
+    if "Stable" in name:
         path.unlink()
     deletion = safety(folders, 0.01)
     assert deletion.problem
@@ -121,7 +121,7 @@ def test_nothing_is_safe_where_the_run_is_not_whole(writable, what):
     assert "nothing is safe to delete: " in format_deletion_report(deletion)
 
 
-def test_a_newer_manifest_or_an_unknown_run_says_nothing_of_what_is_safe(writable):
+def test_a_newer_manifest_or_unknown_run_is_refused(writable):
     _, folders = writable
     path = folders.runs / "mix/manifest.json"
     text = path.read_text()
@@ -205,13 +205,13 @@ def test_a_run_absorbs_a_checkpoint_into_a_new_one(writable, new, monkeypatch):
     before = snapshot(folders.models.parent)
     fitted = run_fit(FitRequest("mix", new), folders, Progress())
     starts = []
-    run_merge = absorbing.run_merge
+    run_merge = extend.run_merge
 
     def messages(preflight, progress, *, start, effort):
         starts.append(start)
         return run_merge(preflight, progress, start=start, effort=effort)
 
-    monkeypatch.setattr(absorbing, "run_merge", messages)
+    monkeypatch.setattr(extend, "run_merge", messages)
     merged = absorb(folders, new)
     assert merged.place.run == "mix+1"
     assert [row.name for row in merged.report.checkpoints] == ["a", "b", "c", "new"]
@@ -237,8 +237,8 @@ def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
         tried.extend(user_starts)
         return best_start(problem, planned, earlier, generator, effort, on_progress, user_starts)
 
-    best_start = solution.best_start
-    monkeypatch.setattr(solution, "best_start", messages)
+    best_start = solve.best_start
+    monkeypatch.setattr(solve, "best_start", messages)
     preflight = run_preflight(recipe(files, tmp_path, allocation="even"))
     run_merge(preflight, Progress(), start={"unet": rows}, effort=SearchEffort.QUICK)
     (start,) = tried  # the text encoder has none
@@ -256,7 +256,7 @@ def test_weights_are_extended_by_their_mean(files, new, tmp_path):
     assert merged.place.run == "more"
 
 
-def test_what_cannot_be_absorbed_is_refused_by_name_with_nothing_written(writable, new, state_of):
+def test_an_unsuitable_checkpoint_is_refused_with_nothing_written(writable, new, state_of):
     _, folders = writable
     before = snapshot(folders.models.parent)
     twin = shutil.copy(folders.models / "a.safetensors", new.with_name("twin.safetensors"))

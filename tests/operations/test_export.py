@@ -11,18 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import RANKS, added, merge, snapshot, temporaries, write
 
-from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.errors import (
-    CheckpointError,
     ExtractionError,
     InterruptedRun,
     OutputError,
     RecipeError,
     RunError,
 )
-from hyper_merge.loras.lora_file import as_hosts_apply
-from hyper_merge.loras.reader import LoraReader
-from hyper_merge.loras.weighted_sum import WeightedSum
 from hyper_merge.operations import export
 from hyper_merge.operations.export import ExportRequest, multipliers_of, run_export
 from hyper_merge.operations.export_text import format_export
@@ -31,8 +26,6 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
-LINEAR, POINT, CONV = "lora_te_text_model_a", "lora_unet_b", "lora_unet_c"
-
 
 def exported(folder, *checkpoints, run="mix", progress=None, **settings):
     request = ExportRequest(run, checkpoints or None, **settings)
@@ -40,7 +33,7 @@ def exported(folder, *checkpoints, run="mix", progress=None, **settings):
 
 
 def sums(folder, row, run="mix"):
-    """By module: what the run's LoRAs add with a checkpoint's multipliers, dense."""
+    """Returns by module what the run's LoRAs add with a checkpoint's multipliers, dense."""
     loras = [load_file(folder / "Lora" / f"{name}.safetensors") for name in names_of(folder, run)]
     modules = {key.partition(".")[0] for lora in loras for key in lora}
     return {
@@ -90,7 +83,7 @@ def in_float32(files, tmp_path_factory):
     return folder
 
 
-def test_an_export_in_float32_adds_exactly_what_the_run_adds(in_float32, tmp_path):
+def test_an_export_in_float32_adds_exactly_the_runs_sum(in_float32, tmp_path):
     folder = shutil.copytree(in_float32, tmp_path / "models")
     for result in exported(folder):
         lora = load_file(result.path)
@@ -101,7 +94,7 @@ def test_an_export_in_float32_adds_exactly_what_the_run_adds(in_float32, tmp_pat
         assert {t.dtype for t in lora.values()} == {torch.float32}
 
 
-def test_an_export_in_float16_differs_by_rounding_and_says_how_much(started):
+def test_an_export_in_float16_reports_its_rounding_error(started):
     for result in exported(started):
         lora, energy, lost = load_file(result.path), 0.0, 0.0
         for module, total in sums(started, row_of(started, result.checkpoint)).items():
@@ -111,7 +104,7 @@ def test_an_export_in_float16_differs_by_rounding_and_says_how_much(started):
         assert result.lost == pytest.approx(lost / energy, rel=1e-3)
 
 
-def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started):
+def test_an_export_has_summed_ranks_and_both_names(started):
     (one,) = exported(started, "b")
     assert one.path == started / "Lora/mix_b.safetensors"
     ranks = Counter()
@@ -145,7 +138,7 @@ def test_its_rank_is_the_sum_of_ranks_and_its_name_is_run_and_checkpoint(started
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_a_cut_export_loses_the_singular_tail_and_says_how_much(in_float32, tmp_path, rank):
+def test_a_cut_export_reports_the_lost_singular_tail(in_float32, tmp_path, rank):
     folder = shutil.copytree(in_float32, tmp_path / "models")
     (one,) = exported(folder, "c", rank=rank)
     lora, energy, tail = load_file(one.path), 0.0, 0.0
@@ -162,7 +155,7 @@ def test_a_cut_export_loses_the_singular_tail_and_says_how_much(in_float32, tmp_
     assert "lost by cutting" in format_export([one], rank)
 
 
-def test_companions_are_still_to_be_used_besides(files, tmp_path):
+def test_companions_remain_in_the_prompt_of_an_export(files, tmp_path):
     merge(files, tmp_path, exact="norms")
     (one,) = exported(tmp_path, "a")
     row = row_of(tmp_path, "a")
@@ -171,137 +164,7 @@ def test_companions_are_still_to_be_used_besides(files, tmp_path):
     assert format_export([one], None).endswith(f"\n<lora:mix_a:1.00000> {one.companions}")
 
 
-def lora_file(path, ranks, alpha, dtype=torch.float32, seed=0):
-    """A LoRA of one linear layer, one 1x1 and one 3x3 convolution with these ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    shapes = ((LINEAR, (6,), (5,)), (POINT, (4, 1, 1), (3, 1, 1)), (CONV, (7, 1, 1), (2, 3, 3)))
-    for (module, out, into), rank in zip(shapes, ranks, strict=True):
-        if rank:
-            up = torch.randn(out[0], rank, *out[1:], generator=generator)
-            down = torch.randn(rank, *into, generator=generator)
-            tensors[f"{module}.lora_up.weight"] = up.to(dtype)
-            tensors[f"{module}.lora_down.weight"] = down.to(dtype)
-            if alpha is not None:
-                tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
-    save_file(tensors, path)
-    return path
-
-
-def plain(path):
-    """The file's tensors in a type that can be calculated with, each with an alpha."""
-    tensors = {key: tensor.to(torch.float64) for key, tensor in load_file(path).items()}
-    for key in [key for key in tensors if key.endswith("lora_down.weight")]:
-        module = key.partition(".")[0]
-        tensors.setdefault(f"{module}.alpha", torch.tensor(float(len(tensors[key]))))
-    return tensors
-
-
-@pytest.mark.parametrize(
-    ("dtype", "again"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float8_e4m3fn, torch.float16),
-    ],
-)
-@pytest.mark.parametrize("alpha", [None, 1, 8])
-def test_a_stored_lora_is_read_by_its_shapes_and_alphas(tmp_path, dtype, again, alpha):
-    path = lora_file(tmp_path / "x.safetensors", (4, 1, 3), alpha, dtype)
-    tensors = plain(path)
-    with LoraReader(path, SD1) as lora:
-        assert lora.ranks == {LINEAR: 4, POINT: 1, CONV: 3}
-        assert {name: layer.shape for name, layer in lora.modules.items()} == {
-            LINEAR: (6, 5),
-            POINT: (4, 3, 1, 1),
-            CONV: (7, 2, 3, 3),
-        }
-        assert [lora.modules[m].part for m in (LINEAR, POINT)] == ["text_encoder", "unet"]
-        assert lora.dtype == again
-        for module in lora.modules:
-            up, down = lora.factors(module)
-            torch.testing.assert_close(up @ down, added(tensors, module), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(f"{LINEAR}.lora_up.weight"), f"is no whole LoRA: {LINEAR} has half of its"),
-        (lambda t: t.update({f"{LINEAR}.alpha": torch.tensor(-1.0)}), f"has the alpha -1.0 in {LINEAR}"),
-    ],
-)  # fmt: skip
-def test_a_lora_that_cannot_be_meant_is_refused(tmp_path, change, message):
-    tensors = load_file(lora_file(tmp_path / "y.safetensors", (2, 2, 2), 2))
-    change(tensors)
-    save_file(tensors, tmp_path / "x.safetensors")
-    with (
-        pytest.raises(CheckpointError, match=f"x.safetensors {message}"),
-        LoraReader(tmp_path / "x.safetensors", SD1) as lora,
-    ):
-        lora.factors(LINEAR)
-
-
-def weighted(stack, paths, multipliers, rank=None):
-    loras = [stack.enter_context(LoraReader(path, SD1)) for path in paths]
-    return WeightedSum(loras, lambda part: multipliers[part], rank)
-
-
-@pytest.fixture
-def stack():
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        yield stack
-
-
-def test_ranks_that_differ_in_every_layer_add_up_to_the_dense_sum(tmp_path, stack):
-    paths = [
-        lora_file(tmp_path / "x.safetensors", (2, 1, 3), 4),
-        lora_file(tmp_path / "y.safetensors", (1, 0, 2), None, seed=1),
-    ]
-    multipliers = {"unet": (-0.7, 1.25), "text_encoder": (0.0, 0.5)}
-    total = weighted(stack, paths, multipliers)
-    assert {name: rank for name, (_, rank) in total.ranks().items()} == {
-        LINEAR: 1,
-        POINT: 1,
-        CONV: 5,
-    }
-    dense = [plain(path) for path in paths]
-    for module, (layer, _) in total.ranks().items():
-        expected = sum(
-            x * added(lora, module)
-            for x, lora in zip(multipliers[layer.part], dense, strict=True)
-            if f"{module}.alpha" in lora
-        )
-        for alpha in (None, 5):
-            details = total.stored(layer, alpha, torch.float32)
-            up, down = (factor.double() for factor in as_hosts_apply(*details.factors, alpha))
-            torch.testing.assert_close(up @ down, expected, rtol=1e-5, atol=1e-5)
-            assert details.energy == pytest.approx(float(expected.square().sum()), rel=1e-9)
-
-
-def test_more_ranks_than_a_layer_can_have_become_as_many_as_it_can(tmp_path, stack):
-    paths = [lora_file(tmp_path / f"{n}.safetensors", (3, 2, 1), 3, seed=n) for n in range(3)]
-    total = weighted(stack, paths, dict.fromkeys(("unet", "text_encoder"), (1.0, -1.0, 0.5)))
-    layer, rank = total.ranks()[LINEAR]
-    assert rank == 5
-    assert total.stored(layer, 9, torch.float32).lost < 1e-9
-
-
-def test_factors_that_half_precision_could_not_hold_are_evened_first(tmp_path, stack):
-    tensors = load_file(lora_file(tmp_path / "y.safetensors", (2, 1, 1), 2))
-    tensors[f"{LINEAR}.lora_up.weight"] *= 1e7
-    tensors[f"{LINEAR}.lora_down.weight"] *= 1e-7
-    save_file(tensors, tmp_path / "x.safetensors")
-    total = weighted(stack, [tmp_path / "x.safetensors"], {"text_encoder": (-3.0,), "unet": (1.0,)})
-    layer, _ = total.ranks()[LINEAR]
-    details = total.stored(layer, 2, torch.float16)
-    assert max(float(factor.abs().max()) for factor in details.factors) < 10
-    assert details.lost / details.energy < 1e-6
-
-
-def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started):
+def test_an_export_of_a_taken_name_is_numbered(files, started):
     """A checkpoint called like a LoRA of the run, and a file of somebody else."""
     lora = started / "Lora/mix_0-4.safetensors"
     before = lora.read_bytes()
@@ -323,7 +186,7 @@ def test_another_run_of_the_name_is_not_overwritten_but_numbered(files, started)
     assert again[0].path.name == "mix_b-2.safetensors"
 
 
-def test_checkpoints_whose_names_become_alike_get_numbers_and_keep_them(started):
+def test_checkpoints_with_alike_names_get_lasting_numbers(started):
     def rename(manifest):
         rows = manifest["report"]["checkpoints"]
         rows[0]["name"], rows[1]["name"] = "my [v1]", "my <v1>"
@@ -336,7 +199,7 @@ def test_checkpoints_whose_names_become_alike_get_numbers_and_keep_them(started)
     ]
 
 
-def test_an_export_that_is_there_is_replaced_only_if_asked(started):
+def test_an_existing_export_is_replaced_only_on_request(started):
     path = exported(started, "a")[0].path
     before = snapshot(started)
     with pytest.raises(OutputError, match=r"mix_a\.safetensors exists; choose another name, or"):
@@ -347,7 +210,7 @@ def test_an_export_that_is_there_is_replaced_only_if_asked(started):
 
 
 def refusal(folder, *checkpoints, error=RunError, **settings):
-    """The message; nothing was written."""
+    """Returns the message of a refusal that wrote nothing."""
     before = snapshot(folder)
     with pytest.raises(error) as caught:
         exported(folder, *checkpoints, **settings)
@@ -355,7 +218,7 @@ def refusal(folder, *checkpoints, error=RunError, **settings):
     return str(caught.value)
 
 
-def test_an_unknown_run_or_checkpoint_is_refused_with_the_nearest_and_the_list(started):
+def test_an_unknown_run_or_checkpoint_is_refused_with_suggestions(started):
     assert refusal(started, "a", run="mux") == (
         f'there is no run mux in {started / "hyper-merge"}; did you mean "mix"? There are mix'
     )
@@ -407,14 +270,14 @@ def test_a_lora_that_was_edited_or_replaced_is_refused(files, started, tmp_path,
     assert len(exported(started, overwrite=True)) == 3
 
 
-def test_a_run_of_a_newer_version_or_an_unknown_family_is_refused(started):
+def test_a_newer_run_or_unknown_family_is_refused(started):
     edit_manifest(started, lambda m: m.update(family="sd9"))
     assert refusal(started) == "the run mix is of the family sd9, unknown to this version"
     edit_manifest(started, lambda m: m.update(version=99))
     assert "update Hyper-Merge to open or delete it" in refusal(started)
 
 
-def test_a_checkpoint_that_is_the_hyper_model_has_nothing_to_export(tmp_path, state_of):
+def test_a_checkpoint_equal_to_the_hyper_model_is_refused(tmp_path, state_of):
     paths = [write(tmp_path / f"{n}.safetensors", state_of(0)) for n in "xy"]
     merge(paths, tmp_path)
     assert refusal(tmp_path, "x", error=ExtractionError) == (
@@ -470,7 +333,7 @@ def test_deleting_the_run_leaves_exports_where_they_are(started):
     assert path.exists()
 
 
-def test_the_manifest_knows_the_content_of_every_lora_and_companion(files, tmp_path):
+def test_the_manifest_has_every_loras_and_companions_hash(files, tmp_path):
     merge(files, tmp_path, exact="norms")
     run = load_run(Folders.under(tmp_path), "mix")
     assert [*run.hashes] == [path.stem for path in run.loras]

@@ -1,15 +1,20 @@
 """Every file has a row that says what it is, or why it cannot be merged; nothing large is read."""
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_family import NORM, QUERY, UNET, VAE, write
+from sparse_checkpoints import full_size
+from tiny_family import NORM, QUERY, UNET, VAE, recipe, write
 
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
 from hyper_merge.operations.inspect import inspect_files
 from hyper_merge.operations.inspect_text import format_inspection, format_vaes
+from hyper_merge.operations.merge.estimate import estimate_merge
+from hyper_merge.operations.merge.preflight import run_preflight
 
 
 def test_a_checkpoint_is_described(files):
@@ -23,7 +28,7 @@ def test_a_checkpoint_is_described(files):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_one_vae_is_alike_in_every_type_and_kind_of_file(tmp_path, files, state_of, suffix):
+def test_one_vae_is_alike_in_every_type_and_format(tmp_path, files, state_of, suffix):
     single = {key: tensor.float() for key, tensor in state_of(0).items()}  # exact
     copy = write(tmp_path / f"single.{suffix}", single)
     assert inspect_files(copy).vae == inspect_files(files[0]).vae
@@ -32,7 +37,7 @@ def test_one_vae_is_alike_in_every_type_and_kind_of_file(tmp_path, files, state_
     assert inspect_files(rounded).dtype == "fp32"
 
 
-def test_another_vae_is_told_by_one_small_tensor(tmp_path, files, state_of):
+def test_another_vae_is_recognised_by_one_small_tensor(tmp_path, files, state_of):
     state = state_of(0)
     state[VAE] = state[VAE].clone()
     state[VAE].view(-1)[0] += 1
@@ -65,7 +70,7 @@ def test_only_the_vaes_small_tensors_are_read(tmp_path, state_of, monkeypatch):
     assert all(key.startswith("first_stage_model.") for key in read)
 
 
-def test_types_are_those_of_what_is_merged_most_values_first(tmp_path, state_of):
+def test_types_are_those_of_merged_values_by_count(tmp_path, state_of):
     mixed = state_of(0)
     mixed[NORM] = mixed[NORM].float()
     mixed["model_ema.decay"] = torch.zeros(3).double()
@@ -75,7 +80,7 @@ def test_types_are_those_of_what_is_merged_most_values_first(tmp_path, state_of)
     assert brain.dtype == "bf16"
 
 
-def test_a_family_that_is_not_supported_has_its_name_and_a_problem(tmp_path):
+def test_an_unsupported_family_has_its_name_and_a_problem(tmp_path):
     path = write(
         tmp_path / "f.safetensors", {f"{UNET}distilled_guidance_layer.x": torch.zeros(2, 2)}
     )
@@ -112,7 +117,7 @@ def test_a_bad_file_has_a_row_with_its_problem(tmp_path, name):
     assert str(caught.value) == row.problem
 
 
-def test_what_is_no_file_has_a_row_with_its_problem(tmp_path):
+def test_a_missing_file_has_a_row_with_its_problem(tmp_path):
     missing = inspect_files(tmp_path / "gone.safetensors")
     assert (missing.size, missing.problem) == (0, f"{missing.path} does not exist; check the path")
     assert "is a folder" in inspect_files(tmp_path).problem
@@ -141,3 +146,31 @@ def test_values_that_cannot_be_averaged_are_a_problem(tmp_path, state_of):
     row = inspect_files(path)
     assert row.family == "Stable Diffusion 1.x"
     assert "in a type that cannot be averaged" in row.problem
+
+
+def test_inspection_of_full_size_files_is_quick(tmp_path):
+    models = [full_size(tmp_path / f"{name}.safetensors", name) for name in ("one", "two", "three")]
+    start = time.process_time()
+    text = format_inspection(models)
+    assert time.process_time() - start < len(models)
+    lines = text.splitlines()
+    assert lines[0].split() == ["file", "family", "size", "hash", "VAE", "type"]
+    for line, path in zip(lines[1:4], models, strict=True):
+        assert line.startswith(f"{path.name:17}  Stable Diffusion 1.x")
+        assert "2.13 GB" in line
+        assert line.endswith("  fp16")
+    assert lines[5] == "350 layers: 278 in the UNet, 72 in the text encoder"
+    assert lines[6] == "VAE: the same in all files"
+    assert lines[-6] == "together, with ranks 128, 64, 32, 16 in float16:"
+    assert lines[-5] == "  hyper-model        2.13 GB"
+    names = [line.split("  ")[1].strip() for line in lines[-4:]]
+    assert names == ["LoRAs", "analysis on disk", "memory, about", "time"]
+    preflight = run_preflight(recipe(models, Path("nowhere"), ranks=(128, 64, 32, 16)))
+    memory = estimate_merge(preflight).memory
+    assert 2**30 < memory < 8 * 2**30
+
+
+def test_one_file_is_described_without_an_estimate(files):
+    text = format_inspection(files[:1])
+    assert "together" not in text
+    assert text.splitlines()[1].startswith("a.safetensors  Stable Diffusion 1.x")

@@ -14,7 +14,7 @@ import pytest
 from other_processes import Other
 from tiny_family import merge, recipe, temporaries, write
 
-from hyper_merge.analysis import cache as analysis_cache
+from hyper_merge.analysis.cache import analysis_path, clear_analyses, prune_analyses
 from hyper_merge.analysis.store import open_analysis, solutions_path
 from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.analysis.use_markers import in_use, mark_used, unused
@@ -58,7 +58,7 @@ def root(request, tmp_path):
 
 
 def merging(files, root, name="mix", ranks="4,2", iterations=3):
-    """The command of a merge."""
+    """Returns the command of a merge."""
     words = ["merge", "--name", name, "--models", *files, "--output", root]
     return [*words, "--ranks", ranks, "--iterations", str(iterations), "--device", "cpu"]
 
@@ -68,7 +68,7 @@ def planning(files, root):
 
 
 def require_whole(root, *names):
-    """Every run is there with all its files, and nothing of what is only for a while."""
+    """Requires every run with all its files, and nothing temporary."""
     runs, problems = list_runs(Folders.under(root))
     assert problems == []
     assert sorted(run.name for run in runs) == sorted(names)
@@ -78,7 +78,7 @@ def require_whole(root, *names):
 
 
 def until_it_ends(working, meanwhile):
-    """Lets a process end its command, while something is done again and again."""
+    """Repeats something until the command of a process ends."""
     outcome = []
     waiting = threading.Thread(target=lambda: outcome.append(working.end()))
     waiting.start()
@@ -87,7 +87,7 @@ def until_it_ends(working, meanwhile):
     return outcome[0]
 
 
-def test_plans_do_not_end_a_merge_of_the_same_files(others, files, root, merged):
+def test_plans_leave_a_merge_of_the_same_files_running(others, files, root, merged):
     one, two, _ = others
     known = merged.place.folder.parent / "cache"
     shutil.copytree(known, root / "hyper-merge/cache")
@@ -99,7 +99,7 @@ def test_plans_do_not_end_a_merge_of_the_same_files(others, files, root, merged)
     require_whole(root, "mix")
 
 
-def test_two_first_merges_of_the_same_files_both_end_well(others, files, root):
+def test_two_first_merges_of_the_same_files_succeed(others, files, root):
     one, two, _ = others
     one.begin(*merging(files, root, "one"))
     two.begin(*merging(files, root, "two", "3,2"))
@@ -130,7 +130,7 @@ def test_a_merge_outlives_clearing_and_its_analysis_stays(others, files, root):
     one.begin(*merging(files, root, iterations=5))
     cleared = []
     assert until_it_ends(one, lambda: cleared.append(two.run("clear", root))) == (0, "")
-    assert all(code == 0 or "in use" in said for code, said in cleared)
+    assert all(code == 0 or "in use" in message for code, message in cleared)
     require_whole(root, "mix")
 
 
@@ -148,7 +148,7 @@ def test_no_hash_and_no_solution_is_lost(others, files, root, state_of, tmp_path
     known = read_sealed(root / "hyper-merge/cache/hashes.json")
     assert len(known) == 5
     solutions = [read_sealed(path) for path in root.rglob("*.solutions.json")]
-    assert sorted(len(each) for each in solutions) == [1, 3]
+    assert sorted(len(solution) for solution in solutions) == [1, 3]
 
 
 def test_a_killed_merge_locks_out_nobody(files, tmp_path):
@@ -167,11 +167,11 @@ def test_a_killed_merge_locks_out_nobody(files, tmp_path):
 
 
 @pytest.fixture
-def asked(files, tmp_path):
-    """A merge that was asked for, and the analysis that it needs."""
+def planned(files, tmp_path):
+    """A requested merge, and the analysis that it needs."""
     preflight = run_preflight(recipe(files, tmp_path / "models"))
     folder = preflight.folders.cache
-    return preflight, analysis_cache.analysis_path(folder, preflight.inputs, preflight.pass_options)
+    return preflight, analysis_path(folder, preflight.inputs, preflight.pass_options)
 
 
 def turn_of(preflight, progress):
@@ -180,19 +180,19 @@ def turn_of(preflight, progress):
     return analysis_turn(folder, preflight.inputs, preflight.pass_options, ranks, damaged, progress)
 
 
-def test_whoever_waits_for_an_analysis_is_told_and_may_stop(asked):
-    preflight, path = asked
-    told = []
+def test_waiting_for_an_analysis_is_reported_and_can_stop(planned):
+    preflight, path = planned
+    phases = []
 
     def stop():
-        return bool(told)
+        return bool(phases)
 
     with turn_of(preflight, Progress()) as turn:
         assert (turn.path, turn.exists) == (path, False)
-        waiting = Progress(lambda phase, _: told.append(phase), stop)
+        waiting = Progress(lambda phase, _: phases.append(phase), stop)
         with pytest.raises(InterruptedRun), turn_of(preflight, waiting):
             pass
-        assert told == ["waiting for another merge of these files"]
+        assert phases == ["waiting for another merge of these files"]
         turn.end_making()
         with turn_of(preflight, Progress()) as next_turn:
             assert not next_turn.exists  # nothing came of the first
@@ -212,12 +212,12 @@ def test_an_analysis_in_use_is_neither_cleared_nor_pruned(started):
     (path,) = started.rglob("*.analysis.safetensors")
     with in_use(path), in_use(path):
         with pytest.raises(CacheError, match=r"analysis\.safetensors: in use\); try again when"):
-            analysis_cache.clear_analyses(path.parent)
-        analysis_cache.prune_analyses(path.parent, 0)
+            clear_analyses(path.parent)
+        prune_analyses(path.parent, 0)
         assert path.exists()
         assert solutions_path(path).exists()
-    analysis_cache.prune_analyses(path.parent, 0)
-    assert [each.name for each in path.parent.iterdir()] == ["hashes.json"]
+    prune_analyses(path.parent, 0)
+    assert [file.name for file in path.parent.iterdir()] == ["hashes.json"]
 
 
 def test_without_locks_a_young_mark_says_in_use(started, monkeypatch):
@@ -237,7 +237,7 @@ def test_without_locks_a_young_mark_says_in_use(started, monkeypatch):
     assert not marker.exists()
 
 
-def test_an_open_analysis_is_read_to_its_end_whatever_becomes_of_its_file(started, files):
+def test_an_open_analysis_outlasts_its_file(started, files):
     (path,) = started.rglob("*.analysis.safetensors")
     inputs = run_preflight(recipe(files, started)).inputs
     with open_analysis(path, inputs) as analysis:
@@ -278,7 +278,7 @@ def test_a_lock_of_several_kinds(tmp_path):
     assert list(tmp_path.iterdir()) == []  # the folder was made for it
 
 
-def test_changes_of_many_threads_to_one_text_are_all_kept(tmp_path):
+def test_all_threads_changes_to_one_text_are_kept(tmp_path):
     path = tmp_path / "numbers"
     path.write_text("0")
 
@@ -288,10 +288,10 @@ def test_changes_of_many_threads_to_one_text_are_all_kept(tmp_path):
                 path.write_text(str(int(path.read_text()) + 1))
 
     threads = [threading.Thread(target=count) for _ in range(5)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert path.read_text() == "100"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -314,7 +314,7 @@ def test_a_run_in_use_is_not_deleted(started):
     assert list(folders.runs.iterdir()) == [folders.cache]
 
 
-def test_a_merge_of_a_name_that_is_held_ends_before_its_work(files, tmp_path):
+def test_a_merge_of_a_locked_name_ends_before_working(files, tmp_path):
     folders = Folders.under(tmp_path / "models")
     with (
         held(folders.runs, Hold("merge", "mix")),

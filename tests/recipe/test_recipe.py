@@ -86,7 +86,7 @@ def test_the_original_projects_file_is_read(write):
     )
 
 
-def test_what_is_not_given_has_the_documented_default(write):
+def test_an_omitted_setting_has_the_documented_default(write):
     recipe = load_recipe(write(BASE))
     assert recipe.ranks == (128, 64, 32, 16)
     assert (recipe.device, recipe.dtype, recipe.base) == ("auto", "float16", "average")

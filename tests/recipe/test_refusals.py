@@ -14,7 +14,7 @@ MODELS = (Path("a.safetensors"), Path("b.safetensors"))
 
 
 def refusal(path, text):
-    """The message about a file with `text`, without the file's path."""
+    """Returns the message about a file with `text`, without the file's path."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
@@ -24,7 +24,7 @@ def refusal(path, text):
 
 
 def problem(**values):
-    """The message about a recipe made in code."""
+    """Returns the message about a recipe made in code."""
     with pytest.raises(RecipeError) as caught:
         Recipe(**{"name": "x", "models": MODELS, **values})
     return str(caught.value)

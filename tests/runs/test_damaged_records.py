@@ -10,8 +10,13 @@ from PIL import Image
 from tiny_family import merge, recipe
 
 from hyper_merge.errors import HyperMergeError, RunError
-from hyper_merge.operations.compare import records as comparison_files
-from hyper_merge.operations.compare.records import ComparisonFigures, ComparisonRecord
+from hyper_merge.operations.compare.records import (
+    ComparisonFigures,
+    ComparisonRecord,
+    comparison_paths,
+    load_comparison,
+    save_comparison,
+)
 from hyper_merge.operations.compare.request import PictureSettings
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
@@ -19,7 +24,7 @@ from hyper_merge.operations.fit.text import format_fit
 from hyper_merge.runs.deletion import files_of
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.report_text import format_report as report_text
+from hyper_merge.runs.report_text import format_report
 from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.progress import Progress
 
@@ -32,15 +37,15 @@ def folders(started):
 
 
 def with_all_of_it(folders, run):
-    """What lists and pages ask of a run that can be read."""
+    """Reads all that lists and pages take from a run."""
     files_of(run, folders)
-    report_text(run.report)
+    format_report(run.report)
     load_fits(run)
 
 
-def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folders):
+def test_a_damaged_manifest_is_reported_and_hides_no_run(files, started, folders):
     merge(files, started, name="other", ranks=(3,))
-    path, wish = folders.runs / "mix/manifest.json", recipe(files, started, name="new")
+    path, new = folders.runs / "mix/manifest.json", recipe(files, started, name="new")
     texts = mutations(json.loads(path.read_text()))
     assert len(texts) > 2000
     messages = 0
@@ -58,7 +63,7 @@ def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folde
         folders.lora_files_of("mix")
         folders.lora_owners()
         with suppress(HyperMergeError):
-            folders.place(wish, "an average")
+            folders.place(new, "an average")
     assert messages > TRIED / 2
 
 
@@ -73,7 +78,7 @@ def test_a_damaged_manifest_is_told_and_hides_no_other_run(files, started, folde
         lambda manifest: manifest["settings"].update(budget="9" * 400 + " GB"),
     ],
 )
-def test_numbers_beyond_all_measure_are_told(folders, edit):
+def test_numbers_beyond_all_measure_are_reported(folders, edit):
     path = folders.runs / "mix/manifest.json"
     manifest = json.loads(path.read_text())
     edit(manifest)
@@ -96,10 +101,10 @@ def test_hosts_that_are_unknown_are_shown_by_their_name(folders):
     manifest = json.loads(path.read_text())
     manifest["report"]["rounding"][0]["hosts"] = "Another"
     path.write_text(json.dumps(manifest))
-    assert "  Another  " in report_text(load_run(folders, "mix").report)
+    assert "  Another  " in format_report(load_run(folders, "mix").report)
 
 
-def test_a_damaged_fit_is_told_and_hides_no_other(files, folders):
+def test_a_damaged_fit_is_reported_and_hides_no_other(files, folders):
     for name in ("one", "two"):
         run_fit(FitRequest("mix", files[0], name=name), folders, Progress())
     run = load_run(folders, "mix")
@@ -115,21 +120,21 @@ def test_a_damaged_fit_is_told_and_hides_no_other(files, folders):
         folders.fit_files_of("mix")
 
 
-def test_a_damaged_comparison_is_told(folders):
+def test_a_damaged_comparison_is_reported(folders):
     run = load_run(folders, "mix")
     settings = PictureSettings(("a cat",), seeds=(1, 2**32 - 1))
     figures = (ComparisonFigures("a", "a cat", 1, {"restored": 1.5}, {}),)
     record = ComparisonRecord(
         "mix", "comparison-1", run.created, "a test", "mix", settings, {"a": "x"}, {}, (), figures
     )
-    comparison_files.save_comparison(run, record, Image.new("RGB", (8, 8)))
-    _, path = comparison_files.comparison_paths(run, "comparison-1")
-    assert comparison_files.load_comparison(run, "comparison-1") == record
+    save_comparison(run, record, Image.new("RGB", (8, 8)))
+    _, path = comparison_paths(run, "comparison-1")
+    assert load_comparison(run, "comparison-1") == record
     messages = []
     for damaged in mutations(json.loads(path.read_text())):
         path.write_text(damaged)
         try:
-            comparison_files.load_comparison(run, "comparison-1")
+            load_comparison(run, "comparison-1")
         except RunError as error:
             messages.append(str(error))
     assert len(messages) > 200

@@ -47,7 +47,7 @@ def test_the_greedy_method_counts_blocks_not_sweeps():
     assert "\n  by blocks, before rounding: 0.5000\n" in format_report(greedy)
 
 
-def test_the_table_of_a_report_of_the_first_version_has_no_more_than_it_knew():
+def test_a_first_version_reports_table_has_only_its_figures():
     old = Report(**dict(vars(REPORT), curve=(), similarity=(), parts=()))
     assert "the first LoRAs" not in format_report(old)
     assert "sections" not in format_report(old)
@@ -60,7 +60,7 @@ def test_a_report_comes_back_from_the_manifest():
     assert Report.from_dict(json.loads(json.dumps(data, allow_nan=False))) == REPORT
 
 
-def test_a_report_of_the_first_version_comes_back_without_the_new_figures():
+def test_a_first_version_report_loads_without_new_figures():
     data = {k: v for k, v in REPORT.as_dict().items() if k not in ("curve", "similarity", "parts")}
     report = Report.from_dict(data)
     assert (report.curve, report.similarity, report.parts) == ((), (), ())
@@ -90,7 +90,7 @@ def test_a_malformed_report_is_refused_with_the_place(change, message):
         Report.from_dict(REPORT.as_dict() | change)
 
 
-def test_a_report_without_a_figure_or_of_another_kind_is_refused():
+def test_an_incomplete_or_foreign_report_is_refused():
     data = REPORT.as_dict()
     del data["loss"], data["bound"]
     with pytest.raises(ValueError, match="report lacks loss, bound"):

@@ -4,9 +4,11 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import example, given
+from host_prompts import a1111
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.runtime.names import (
     distinct_words,
     file_stem,
@@ -92,3 +94,22 @@ def test_taken_name_gets_the_first_free_number():
 def test_names_on_one_line_stay_apart(one, other):
     assert one_line(one).isprintable()
     assert (one_line(one) == one_line(other)) == (one == other)
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=150), st.integers(1, 100))
+def test_any_text_becomes_a_safe_prompt_word(text, longest):
+    word = prompt_word(text, longest)
+    assert not re.search(r"[^\w._ +-]", word, re.ASCII) or not word.isascii()
+    assert not set(word) & set('<>:"/\\|?*=#,{}[]()^\n')
+    assert len(word.encode()) <= max(longest, len("checkpoint")) + len("checkpoint-")
+    assert "__" not in word
+    assert not word.endswith((" ", ".", "_"))
+    assert a1111(format_tag(f"mix_{word}", 1)) == [(f"mix_{word}", 1.0, 1.0)]
+    assert prompt_word(word) == word
+
+
+def test_a_plain_name_stays_as_it_is():
+    assert prompt_word("photon_v1.5 + LCM-x") == "photon_v1.5 + LCM-x"
+    assert prompt_word("__ <日本> __") == "日本"
+    assert prompt_word("__ <!> __") == "checkpoint"

@@ -9,7 +9,7 @@ from hyper_merge.checkpoints.architectures.sections import section_of
 
 
 def deviations_and_blocks(models, merged):
-    """(k, all entries) and (R, all entries) in float64, and each entry's layer."""
+    """Returns (k, all entries) and (R, all entries) in float64, and each entry's layer."""
     base, checkpoints = load(merged.place.hyper_model), [load(path) for path in models]
     loras = [load_file(path) for path in merged.loras]
     layers = layers_of(models[0])

@@ -42,7 +42,7 @@ def alphas_of(pairs):
 
 
 def dense_error(target, stored, alphas):
-    """Of the blocks as hosts add them, by their definition."""
+    """Returns the error of the blocks as hosts add them, by its definition."""
     left, right = (basis.double() for basis in target.bases)
     total = 0.0
     for core, row in zip(target.slices.double(), target.multipliers, strict=True):
@@ -55,7 +55,7 @@ def dense_error(target, stored, alphas):
 
 
 def cancelling(seed=0):
-    """Two slices of four blocks that are ten times as large as what they bring together."""
+    """Two slices of four blocks that are ten times as large as their sum."""
     pairs = blocks_of(seed=seed)
     pairs[1] = (-pairs[0][0][:, :12].clone(), pairs[0][1][:12] + 0.3 * pairs[1][1])
     multipliers = torch.tensor([[1.0, 0.9, 0.0, 0.2], [0.95, 1.0, 0.0, -0.3]]).double()

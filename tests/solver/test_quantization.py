@@ -50,7 +50,7 @@ def stored(tmp_path_factory, files):
 
 
 def dense_loss(models, merged):
-    """From the files on disk, with the exact multipliers."""
+    """Returns the loss of the files on disk, with the exact multipliers."""
     base, loras = load(merged.place.hyper_model), {p.stem: load_file(p) for p in merged.loras}
     shared = replace(merged, loras=merged.loras[: len(merged.report.loras)])
     energy, error = 0.0, 0.0
@@ -79,7 +79,7 @@ def factor_types(merged):
 
 
 def random_factors(size, rank, seed=0, layer=LAYER):
-    """A balanced pair whose product has the largest singular value `size`."""
+    """Returns a balanced pair whose product has the largest singular value `size`."""
     generator = torch.Generator().manual_seed(seed)
     up, down = balance(
         torch.randn(layer.m, rank, generator=generator),
@@ -90,7 +90,7 @@ def random_factors(size, rank, seed=0, layer=LAYER):
 
 
 def float8_values():
-    """Those from 0 to 448 in rising order: 4 bits of exponent with a bias of 7, 3 of fraction."""
+    """Returns the values from 0 to 448, rising: 4 bits of exponent with a bias of 7, 3 of fraction."""
     return [
         (code & 7) / 8 * 2.0**-6 if code < 8 else (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7)
         for code in range(127)
@@ -266,7 +266,7 @@ def test_float8_takes_half_of_the_bytes_of_float16(files, stored, tmp_path):
 
 
 def planned(settings):
-    """The rank plan of a recipe."""
+    """Returns the rank plan of a recipe."""
     preflight = run_preflight(settings)
     return plan_ranks(preflight.recipe, preflight.inputs)
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.synthetic.writer import NARROW as SPEC
+from hyper_merge.synthetic import writer
 from hyper_merge.synthetic.writer import FamilySpec, write_family
 
-SMALL = replace(SPEC, count=2, width=16, context=24, vocabulary=20, vae_width=4, terms=4)
+SMALL = replace(writer.NARROW, count=2, width=16, context=24, vocabulary=20, vae_width=4, terms=4)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ PINNED = {  # the first two numbers of each checkpoint
 
 
 def plans_of(spec):
-    """Every ninth layer, and one of each other sort of tensor: enough to tell by, and quick."""
+    """Returns every ninth layer, and one of each other sort of tensor, which is quick."""
     shapes = sd1_layout(spec.width, spec.context, spec.vocabulary, spec.vae_width)
     infos = {
         key: TensorInfo(torch.int64 if key.endswith("position_ids") else spec.dtype, shape)

@@ -35,7 +35,7 @@ def centred(stack):
 
 
 def layer_grams(spec, layers):
-    """Inner products of the deviations from the mean, (layers, k, k)."""
+    """Returns inner products of the deviations from the mean, (layers, k, k)."""
     exact = dict(tensors(spec))
     return torch.stack([centred(exact[key]) @ centred(exact[key]).T for key in layers])
 

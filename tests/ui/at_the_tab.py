@@ -1,11 +1,13 @@
 """What a browser sends to the tab's handlers, and what people read in their answers."""
 
+import threading
 import time
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.form_fields import BASE_AVERAGE
+from hyper_merge.ui.handlers.merge import watch_job
 
 NAMES = ["a.safetensors", "b.safetensors", "c.safetensors"]
 EVIL = "<img src=x>"
@@ -34,7 +36,7 @@ FORM = Form(
 
 
 def values(**changes):
-    """The form's values with changes, in the order of its widgets."""
+    """Returns the form's values with changes, in the order of its widgets."""
     form = replace(FORM, **changes)
     return [getattr(form, field.name) for field in fields(form)]
 
@@ -62,27 +64,27 @@ def _read(html):
 
 
 def kinds(html):
-    """Of the messages in it: info, good or bad."""
+    """Returns the kinds of the messages in it: info, good or bad."""
     return _read(html).kinds
 
 
 def words(html):
-    """What a person reads."""
+    """Returns the text that a person reads."""
     return "".join(_read(html).words)
 
 
 def tags(html):
-    """All elements in it."""
+    """Returns all elements in it."""
     return set(_read(html).tags)
 
 
 def unchanged(update):
-    """Whether a handler leaves a widget as it is."""
+    """Tells whether a handler leaves a widget as it is."""
     return isinstance(update, dict) and update.keys() <= {"__type__"}
 
 
 def ended(jobs):
-    """How the last job ended, once it has."""
+    """Returns how the last job ended, once it has."""
     deadline = time.monotonic() + 60
     while jobs.last.status.outcome == "running":
         assert time.monotonic() < deadline, jobs.last.status
@@ -91,8 +93,20 @@ def ended(jobs):
 
 
 def until(condition):
-    """Returns once something is so."""
+    """Returns once a condition holds."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def no_thread():
+    """Tells whether all jobs have gone, also those that ended before their work did."""
+    return not any(thread.name == "hyper-merge" for thread in threading.enumerate())
+
+
+def last_words(jobs):
+    """Returns the message that the page shows once the job has ended."""
+    status, button, _ = list(watch_job(jobs))[-1]
+    assert button["interactive"] is False
+    return status

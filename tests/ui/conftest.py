@@ -29,7 +29,7 @@ def checkpoints(root):
 
 @pytest.fixture
 def run(root, files, merged):
-    """Name of a merge of the three, as if it had been made in the models folder some time ago."""
+    """The name of a merge of the three, as if it had been made in the models folder some time ago."""
     old = merged.place.loras.parent
     shutil.copytree(old, root, dirs_exist_ok=True)
     manifest = root / "hyper-merge/mix/manifest.json"
@@ -42,7 +42,7 @@ def run(root, files, merged):
 
 @pytest.fixture
 def host(root):
-    """The app's."""
+    """The host of the app."""
     return Standalone(root)
 
 

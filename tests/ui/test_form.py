@@ -15,7 +15,7 @@ from hyper_merge.ui.form_fields import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRES
 
 @pytest.fixture
 def recipe(host):
-    """The recipe of the form with changes."""
+    """Returns the recipe of the form with changes."""
 
     def recipe(**changes):
         return recipe_from_form(replace(FORM, **changes), host.checkpoints(), host.folders())

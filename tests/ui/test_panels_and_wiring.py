@@ -53,7 +53,7 @@ class Busy:
     last = None
 
     def require_idle(self):
-        """Nothing runs."""
+        """Requires that nothing runs."""
 
     def start(self, title, work, log, place="merge"):
         raise BusyError(f"{title} is not begun here")
@@ -84,13 +84,13 @@ def built(some_host):
 
 
 def functions(page):
-    """Every event's function, inputs and outputs, in both gradio versions."""
+    """Returns every event's function, inputs and outputs, in both gradio versions."""
     events = page.fns.values() if isinstance(page.fns, dict) else page.fns
     return [(event.fn, event.inputs, event.outputs) for event in events if event.fn is not None]
 
 
 def settings(page):
-    """Every event's settings, as a browser has them."""
+    """Returns every event's settings, as a browser has them."""
     return page.get_config_file()["dependencies"]
 
 
@@ -112,7 +112,7 @@ def fill(fn, inputs, outputs):
 
 @pytest.fixture
 def strict(monkeypatch):
-    """Handlers whose errors come out."""
+    """Makes handlers whose errors come out."""
 
     def raise_it(self, error):
         raise error
@@ -157,7 +157,7 @@ def test_each_preset_has_a_button_with_its_ranks(built):
     assert [button.value for button in built[2]] == list(PRESETS.values())
 
 
-def test_what_needs_txt2img_is_shown_where_there_is_one(some_host, built):
+def test_panels_of_pictures_are_shown_where_txt2img_exists(some_host, built):
     _, form, _, _, result, *_ = built
     *_, mix, fit, _ = built
     sends = (result.send, mix.send, fit.send, fit.save_style)

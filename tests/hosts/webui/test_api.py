@@ -21,7 +21,7 @@ THEIRS = "/sdapi/v1/sd-models"
 
 @pytest.fixture
 def start(models, flavour):
-    """Starts a WebUI with its scripts loaded: it, and a client of its app without pages."""
+    """Starts a WebUI with its scripts and returns it and a client of its app without pages."""
     opened = []
 
     def start(**cmd_opts):
@@ -41,7 +41,7 @@ def paths(app):
     return [route.path for route in app.routes if route.path.startswith("/hyper-merge")]
 
 
-def test_it_is_off_unless_the_hosts_api_is_on(start):
+def test_the_api_is_off_unless_the_hosts_is_on(start):
     webui, client = start()
     assert client.get(OURS).status_code == 404
     assert paths(client.app) == []
@@ -49,7 +49,7 @@ def test_it_is_off_unless_the_hosts_api_is_on(start):
 
 
 @pytest.mark.parametrize("option", ["api", "nowebui"])
-def test_it_is_on_with_the_hosts_api(start, option):
+def test_the_api_is_on_with_the_hosts(start, option):
     webui, client = start(**{option: True})
     answer = client.get(OURS)
     assert answer.status_code == 200
@@ -68,7 +68,7 @@ def test_it_is_on_with_the_hosts_api(start, option):
         (("bob", "other"), 200),
     ],
 )
-def test_it_takes_the_passwords_of_the_hosts_api_and_no_others(start, auth, status):
+def test_the_api_takes_only_the_hosts_passwords(start, auth, status):
     _, client = start(api=True, api_auth="ann:secret,bob:other")
     for path in (OURS, THEIRS):
         answer = client.get(path, **({"auth": auth} if auth else {}))
@@ -76,14 +76,14 @@ def test_it_takes_the_passwords_of_the_hosts_api_and_no_others(start, auth, stat
         assert "detail" in answer.json() or status == 200
 
 
-def test_a_refusal_keeps_its_words_in_the_hosts_form(start):
+def test_a_refusal_keeps_its_message_in_the_hosts_form(start):
     _, client = start(api=True)
     answer = client.post("/hyper-merge/plan", json={"checkpoints": ["../x", "photo.safetensors"]})
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("checkpoints: expected a name of the host's list")
 
 
-def test_reload_ui_serves_it_in_the_new_app_with_the_jobs_of_before(start):
+def test_reload_ui_serves_the_api_with_the_earlier_jobs(start):
     webui, client = start(api=True)
     job = process_jobs().start("mix", lambda task, progress: "", webui.host().log)
     job.wait(60)
@@ -101,7 +101,7 @@ def test_a_second_call_for_one_app_adds_nothing(start):
     assert paths(client.app) == before
 
 
-def test_a_merge_through_it_is_a_task_of_the_hosts(start):
+def test_a_merge_through_the_api_is_a_host_task(start):
     webui, client = start(api=True)
     host = webui.host()
 
@@ -124,7 +124,7 @@ def test_a_merge_through_it_is_a_task_of_the_hosts(start):
 
 
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
-def test_it_stands_beside_the_page_and_in_the_hosts_schema(models, flavour):
+def test_the_api_is_in_the_hosts_app_and_schema(models, flavour):
     with installed(models, flavour, api=True, api_auth="ann:secret") as webui:
         webui.load_scripts()
         address = webui.launch().rstrip("/")

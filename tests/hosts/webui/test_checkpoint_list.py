@@ -20,20 +20,20 @@ def test_the_host_is_called_by_its_name(host, flavour):
     assert host.has_txt2img
 
 
-def test_checkpoints_come_from_the_hosts_list_by_name_without_hash(host, models):
+def test_checkpoints_are_the_hosts_names_without_hash(host, models):
     folder = models / "Stable-diffusion"
     names = ["anime.safetensors", "photo.safetensors", "sub/portrait.safetensors"]
     assert host.checkpoints() == {name: folder / name for name in names}
 
 
-def test_a_name_stays_when_the_host_hashes_its_file_and_changes_the_title(host, webui):
+def test_a_name_stays_when_hashing_changes_the_title(host, webui):
     before = host.checkpoints()
     only(webui, "photo.safetensors").calculate_shorthash()
     assert any(title.endswith("]") for title in webui.sd_models.checkpoints_list)
     assert host.checkpoints() == before
 
 
-def test_a_hash_is_told_only_where_the_host_has_it(host, webui):
+def test_a_hash_is_given_only_if_already_known(host, webui):
     assert host.known_hash("photo.safetensors") is None
     known = only(webui, "photo.safetensors").calculate_shorthash()
     assert len(known) == 10
@@ -41,7 +41,7 @@ def test_a_hash_is_told_only_where_the_host_has_it(host, webui):
     assert host.known_hash("unknown.safetensors") is None
 
 
-def test_a_list_that_is_filled_anew_meanwhile_is_seen_whole(host, webui, monkeypatch):
+def test_a_list_refilled_meanwhile_is_read_whole(host, webui, monkeypatch):
     names, path = list(host.checkpoints()), host.checkpoints()["photo.safetensors"]
     fill, begun = webui.sd_models.list_models, threading.Event()
 
@@ -61,7 +61,7 @@ def test_a_list_that_is_filled_anew_meanwhile_is_seen_whole(host, webui, monkeyp
         other.join()
 
 
-def test_titles_are_read_again_where_the_webui_itself_fills_its_list(host, webui, monkeypatch):
+def test_titles_are_read_again_after_the_webuis_own_refresh(host, webui, monkeypatch):
     path, titles = host.checkpoints()["photo.safetensors"], webui.sd_models.checkpoint_tiles
     answers = [RuntimeError("dictionary changed size during iteration"), titles()[:-1]]
 
@@ -76,7 +76,7 @@ def test_titles_are_read_again_where_the_webui_itself_fills_its_list(host, webui
     assert not answers
 
 
-def test_two_folders_with_a_file_of_one_name_are_both_listed(models, flavour, tmp_path):
+def test_files_of_one_name_in_two_folders_are_listed(models, flavour, tmp_path):
     other = put(tmp_path / "other" / "photo.safetensors", b"other")
     with installed(models, flavour, ckpt_dir=str(tmp_path / "other")) as webui:
         for info in list(webui.sd_models.checkpoints_list.values()):
@@ -87,7 +87,7 @@ def test_two_folders_with_a_file_of_one_name_are_both_listed(models, flavour, tm
     assert sorted(listed.values()) == sorted([other, *models.glob("**/*.safetensors")])
 
 
-def test_in_debug_mode_the_list_of_a1111_is_empty_until_it_is_refreshed(models):
+def test_a1111_in_debug_mode_lists_nothing_before_a_refresh(models):
     with installed(models, "a1111", debug_mode=True) as webui:
         host = webui.host()
         assert host.checkpoints() == {}
@@ -122,7 +122,7 @@ def test_refresh_does_without_the_lora_extension(host, models, monkeypatch, netw
     assert "mix.safetensors" in host.checkpoints()
 
 
-def test_a_new_checkpoint_has_a_title_that_the_host_takes_after_a_refresh(host, webui, models):
+def test_a_new_checkpoint_has_a_title_after_a_refresh(host, webui, models):
     path = put(models / "Stable-diffusion" / "sub" / "mix.safetensors")
     assert host.checkpoint_title(path) is None
     host.refresh()
@@ -138,7 +138,7 @@ def test_a_title_has_its_hash_in_a1111_only(host, webui, flavour, models):
     assert host.checkpoint_title(path) == f"photo.safetensors{ending}"
 
 
-def test_the_title_is_that_of_the_file_not_of_one_with_a_similar_name(host, models):
+def test_the_title_is_not_that_of_a_similar_name(host, models):
     put(models / "Stable-diffusion" / "my photo.safetensors")
     host.refresh()
     path = models / "Stable-diffusion" / "photo.safetensors"
@@ -164,7 +164,7 @@ def test_folders_of_the_command_line_are_honoured(models, flavour, tmp_path):
     assert folders.runs == models / "hyper-merge"
 
 
-def test_without_a_lora_option_loras_go_below_the_models_folder(host, webui, models):
+def test_loras_go_below_the_models_folder_without_an_option(host, webui, models):
     del webui.cmd_opts.lora_dir
     assert host.folders().loras == models / "Lora"
 

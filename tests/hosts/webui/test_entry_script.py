@@ -32,7 +32,7 @@ def built(monkeypatch):
     return hosts
 
 
-def test_the_script_registers_tab_settings_api_and_axis_and_nothing_else(webui, built):
+def test_the_script_registers_only_tab_settings_api_and_axis(webui, built):
     webui.load_scripts()
     assert webui.errors.reports == []
     callbacks = webui.script_callbacks.callback_map
@@ -46,7 +46,7 @@ def test_the_script_registers_tab_settings_api_and_axis_and_nothing_else(webui, 
     assert webui.opts.data_labels == {}
 
 
-def test_the_tab_has_its_title_and_id_and_the_host_is_this_webui(webui, built):
+def test_the_tab_has_title_id_and_this_host(webui, built):
     webui.load_scripts()
     ((blocks, title, name),) = webui.script_callbacks.ui_tabs_callback()
     assert isinstance(blocks, gr.Blocks)
@@ -54,7 +54,7 @@ def test_the_tab_has_its_title_and_id_and_the_host_is_this_webui(webui, built):
     assert set(built[0].checkpoints()) >= {"anime.safetensors", "photo.safetensors"}
 
 
-def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
+def test_reload_ui_registers_once_and_the_new_tab_works(webui, built):
     webui.load_scripts()
     webui.create_ui()
     webui.load_scripts()
@@ -73,7 +73,7 @@ def test_reload_ui_registers_once_again_and_the_new_tab_works(webui, built):
     assert webui.errors.reports == []
 
 
-def test_a_tab_that_fails_to_build_is_told_in_the_hosts_log(webui, built, monkeypatch):
+def test_a_tab_that_fails_to_build_is_logged(webui, built, monkeypatch):
     def fail(host):
         raise RuntimeError("no tab today")
 
@@ -84,7 +84,7 @@ def test_a_tab_that_fails_to_build_is_told_in_the_hosts_log(webui, built, monkey
 
 
 @pytest.mark.parametrize("flavour", ["a1111"])
-def test_the_tab_is_built_in_debug_mode_and_without_any_checkpoint(tmp_path, built, flavour):
+def test_the_tab_is_built_without_checkpoints_in_debug_mode(tmp_path, built, flavour):
     with installed(tmp_path / "models", flavour, debug_mode=True) as webui:
         webui.load_scripts()
         webui.create_ui()

@@ -12,7 +12,7 @@ TASK = "task(abc)"
 
 
 def load(webui, name="photo.safetensors"):
-    """The model that the WebUI has loaded after a picture was made with a checkpoint."""
+    """Loads a checkpoint by making a picture with it, and returns the model."""
     info = webui.sd_models.get_closet_checkpoint_match(name)
     webui.opts.data["sd_model_checkpoint"] = info.title
     if webui.flavour == "a1111":
@@ -22,14 +22,14 @@ def load(webui, name="photo.safetensors"):
 
 
 def picture(webui):
-    """Makes one: the model that it is made with."""
+    """Makes a picture and returns the model that made it."""
     if webui.flavour == "a1111":
         return webui.shared.sd_model
     return webui.sd_models.forge_model_reload()[0]
 
 
 def listeners():
-    """Threads that look at the WebUI's buttons for a run."""
+    """Returns the threads that look at the WebUI's buttons for a run."""
     return [thread for thread in threading.enumerate() if "buttons" in thread.name]
 
 
@@ -39,7 +39,7 @@ def overwrite(path, content):
     os.replace(new, path)  # noqa: PTH105 - as the writer does
 
 
-def test_a_run_is_a_task_of_the_hosts_from_its_start_to_its_end(host, webui):
+def test_a_run_is_one_host_task_throughout(host, webui):
     with host.running(TASK):
         assert webui.queue_lock.held
         assert webui.state.jobs == [TASK]
@@ -63,15 +63,15 @@ def test_phase_and_fraction_reach_the_hosts_progress_bar(host, webui):
     assert answer["eta"] >= 0
 
 
-@pytest.mark.parametrize(("fraction", "shown"), [(-0.1, 0), (0, 0), (1, 1), (1.001, 1)])
-def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, shown):
+@pytest.mark.parametrize(("fraction", "expected"), [(-0.1, 0), (0, 0), (1, 1), (1.001, 1)])
+def test_the_bar_stays_between_nothing_and_all(host, webui, fraction, expected):
     with host.running(TASK) as progress:
         progress.on_progress("solving", fraction)
-        assert webui.progress.answer(TASK)["progress"] == shown
+        assert webui.progress.answer(TASK)["progress"] == expected
 
 
 @pytest.mark.parametrize("button", ["interrupt", "skip", "stop_generating", "request_restart"])
-def test_each_of_the_hosts_ways_to_stop_is_heard(host, webui, button):
+def test_each_of_the_hosts_ways_to_stop_works(host, webui, button):
     with host.running(TASK) as progress:
         assert not progress.should_stop()
         getattr(webui.state, button)()
@@ -80,13 +80,13 @@ def test_each_of_the_hosts_ways_to_stop_is_heard(host, webui, button):
     assert not any(flags[name] for name in ("interrupted", "skipped", "stopping_generation"))
 
 
-def test_an_interrupt_of_an_earlier_job_does_not_stop_the_next(host, webui):
+def test_an_earlier_interrupt_does_not_stop_the_next_job(host, webui):
     webui.state.interrupt()
     with host.running(TASK) as progress:
         assert not progress.should_stop()
 
 
-def test_a_run_waits_for_the_hosts_work_and_says_so(host, webui):
+def test_a_run_reports_that_it_waits_for_the_host(host, webui):
     entered, left = threading.Event(), threading.Event()
 
     def run():
@@ -108,7 +108,7 @@ def test_a_run_waits_for_the_hosts_work_and_says_so(host, webui):
 
 
 @pytest.mark.parametrize("error", [InterruptedRun("stopped"), RuntimeError("out of memory")])
-def test_everything_is_put_back_after_an_error_which_goes_on(host, webui, error):
+def test_an_error_propagates_after_everything_is_put_back(host, webui, error):
     model = load(webui)
 
     def run():
@@ -143,14 +143,14 @@ def test_forge_moves_its_models_in_its_own_thread_only(host, webui, flavour):
     assert webui.main_thread.calls == ([unload] if unload else [])
 
 
-def test_where_no_model_is_loaded_none_is_loaded_by_a_run(host, webui):
+def test_a_run_loads_no_model_where_none_was_loaded(host, webui):
     with host.running(TASK):
         pass
     assert not hasattr(webui.sd_models.model_data.sd_model, "content")
 
 
 @pytest.mark.parametrize("flavour", ["a1111"])  # the other keeps one model
-def test_all_models_that_a1111_keeps_make_room_and_the_current_comes_back(host, webui):
+def test_all_kept_models_make_room_and_the_current_returns(host, webui):
     first, second = load(webui, "anime.safetensors"), load(webui, "photo.safetensors")
     with host.running(TASK):
         assert (first.device, second.device) == ("cpu", "cpu")
@@ -208,7 +208,7 @@ def test_a_loaded_checkpoint_whose_file_is_gone_stays_loaded(host, webui, models
     assert webui.sd_models.model_data.sd_model is model
 
 
-def test_a_model_that_does_not_move_is_told_in_the_log_and_ends_nothing(host, webui, monkeypatch):
+def test_a_model_that_cannot_move_is_only_logged(host, webui, monkeypatch):
     model = load(webui)
 
     def fail(*args):
@@ -230,7 +230,7 @@ def test_a_model_that_does_not_move_is_told_in_the_log_and_ends_nothing(host, we
     assert any("the device is gone" in text for text in reports)
 
 
-def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):
+def test_an_unexpected_error_is_logged_in_full(host, webui):
     def deep():
         raise ValueError("what went wrong")
 
@@ -244,7 +244,7 @@ def test_an_unexpected_error_is_in_the_hosts_log_in_full(host, webui):
     assert "in deep" in report
 
 
-def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui):
+def test_a_stop_outlasts_a_reset_of_the_state(host, webui):
     with host.running("task(hyper)") as progress:
         webui.state.interrupt()
         assert progress.should_stop()
@@ -255,7 +255,7 @@ def test_a_stop_is_not_forgotten_when_another_event_resets_the_state(host, webui
         assert webui.state.job_count == 1
 
 
-def test_a_press_that_is_over_before_the_next_step_is_heard(host, webui):
+def test_an_interrupt_between_two_steps_is_noticed(host, webui):
     with host.running("task(hyper)") as progress:
         webui.state.interrupt()
         until(lambda: not listeners())

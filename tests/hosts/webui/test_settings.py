@@ -20,7 +20,7 @@ def page(webui):
 
 
 def analysis(folder, size):
-    """A file as the cache of analyses has them."""
+    """A file of the cache of analyses."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "0123-8.analysis.safetensors"
     path.write_bytes(bytes(size))
@@ -39,7 +39,7 @@ def test_before_the_page_is_registered_the_defaults_hold(host, models, caplog):
     assert not caplog.records
 
 
-def test_all_settings_are_on_one_page_under_names_of_our_own(webui, page):
+def test_all_settings_are_on_one_page_with_our_prefix(webui, page):
     assert {webui.opts.data_labels[key].section for key in page} == {("hyper_merge", "Hyper-Merge")}
     assert all(key.startswith("hyper_merge_") for key in page)
 
@@ -90,7 +90,7 @@ def test_a_senseless_value_gives_the_default_and_a_warning(host, page, webui, ca
     assert re.search("expected .*; using ", message)
 
 
-def test_a_bad_value_of_one_setting_leaves_the_others_alone(host, page, webui):
+def test_a_bad_value_leaves_the_other_settings_alone(host, page, webui):
     webui.opts.data["hyper_merge_ranks"] = "none"
     webui.opts.data["hyper_merge_save_styles"] = False
     webui.opts.data["hyper_merge_cache_gb"] = 0
@@ -98,7 +98,7 @@ def test_a_bad_value_of_one_setting_leaves_the_others_alone(host, page, webui):
     assert host.folders().cache_limit == 0
 
 
-def test_the_folder_is_hidden_where_the_host_hides_its_folders(models, flavour):
+def test_the_folder_is_hidden_where_the_host_hides_folders(models, flavour):
     with installed(models, flavour, hide_ui_dir_config=True) as webui:
         webui.settings().add_settings()
         assert not webui.opts.set("hyper_merge_folder", "/somewhere")
@@ -110,7 +110,7 @@ def test_the_button_is_not_kept_among_the_saved_settings(page, webui):
     assert "hyper_merge_clear_cache" not in webui.opts.data
 
 
-def test_the_caches_size_is_shown_and_the_button_clears_it(host, page, webui):
+def test_the_cache_has_its_size_and_a_clear_button(host, page, webui):
     settings = webui.settings()
     path = analysis(host.folders().cache, 3_000_000)
     held = settings.cache_html()
@@ -122,7 +122,7 @@ def test_the_caches_size_is_shown_and_the_button_clears_it(host, page, webui):
     assert not path.exists()
 
 
-def test_without_a_cache_there_is_nothing_to_show_or_to_clear(host, page, webui):
+def test_a_missing_cache_has_no_size_and_no_button(host, page, webui):
     settings = webui.settings()
     assert settings.cache_html().startswith("The cache holds 0 kB of ")
     assert settings.clear_cache_html().endswith("<br>The cache is empty; 0 kB are free again.")

@@ -14,14 +14,14 @@ OURS = {
 
 
 def on_disk(webui):
-    """What the WebUI reads at its next start."""
+    """Returns the styles that the WebUI reads at its next start."""
     read = StyleDatabase(webui.prompt_styles.paths, webui.errors).styles
     return {name: style for name, style in read.items() if style.path != "do_not_save"}
 
 
 @pytest.fixture
 def mine(webui):
-    """Styles of the user's: one plain, one with a LoRA among words, one with a negative prompt."""
+    """Three styles of the user: one plain, one with a LoRA, one with a negative prompt."""
     mine = {
         "ink": PromptStyle("ink", "ink drawing, {prompt}", "colour", None),
         "mix: words": PromptStyle("mix: words", "{prompt} <lora:x:1>, sharp", "", None),
@@ -32,7 +32,7 @@ def mine(webui):
     return mine
 
 
-def test_saved_styles_are_there_after_a_restart_and_picking_one_adds_the_tags(host, webui):
+def test_saved_styles_outlast_a_restart_and_add_the_tags(host, webui):
     host.save_styles(OURS)
     assert host.styles() >= set(OURS)
     assert set(on_disk(webui)) == set(OURS)
@@ -46,14 +46,14 @@ def test_headings_between_the_files_are_no_styles(host, webui):
     assert host.styles() == set(OURS)
 
 
-def test_saving_keeps_the_styles_of_the_user_and_a_backup(host, webui, mine):
+def test_saving_keeps_the_users_styles_and_a_backup(host, webui, mine):
     host.save_styles(OURS)
     saved = on_disk(webui)
     assert {name: saved[name][:3] for name in mine} == {n: style[:3] for n, style in mine.items()}
     assert Path(f"{webui.prompt_styles.default_path}.bak").exists()
 
 
-def test_our_own_style_is_renewed_in_the_file_where_it_is(host, webui):
+def test_our_style_is_renewed_in_its_own_file(host, webui):
     host.save_styles(OURS)
     second = str(webui.prompt_styles.paths[-1])
     styles = webui.prompt_styles.styles
@@ -63,7 +63,7 @@ def test_our_own_style_is_renewed_in_the_file_where_it_is(host, webui):
 
 
 @pytest.mark.parametrize("name", ["ink", "mix: words", "mix: negative"])
-def test_a_style_of_the_users_is_not_overwritten_and_nothing_else_is_saved(host, webui, mine, name):
+def test_a_users_style_of_the_name_prevents_saving(host, webui, mine, name):
     before = dict(webui.prompt_styles.styles)
     with pytest.raises(OutputError, match=rf"not Hyper-Merge's have these names: {name}; rename"):
         host.save_styles({**OURS, name: "{prompt} <lora:mix_0-8:1.0>"})
@@ -71,7 +71,7 @@ def test_a_style_of_the_users_is_not_overwritten_and_nothing_else_is_saved(host,
     assert set(on_disk(webui)) == set(mine)
 
 
-def test_removing_takes_ours_and_leaves_the_users_and_unknown_names(host, webui, mine):
+def test_removing_leaves_the_users_styles_and_unknown_names(host, webui, mine):
     host.save_styles(OURS)
     host.remove_styles([*OURS, *mine, "never saved"])
     assert host.styles() == set(mine)
@@ -86,9 +86,7 @@ def test_removing_nothing_writes_nothing(host, webui, mine):
 
 
 @pytest.mark.parametrize("action", ["save_styles", "remove_styles"])
-def test_styles_that_cannot_be_written_are_refused_and_stay_as_on_disk(
-    host, webui, monkeypatch, action
-):
+def test_unwritable_styles_are_refused_and_stay_unchanged(host, webui, monkeypatch, action):
     host.save_styles(OURS)
     before = dict(webui.prompt_styles.styles)
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 from at_the_tab import until
 from fake_webui import put
-from fake_webui.drawing import picture as drawn_by
+from fake_webui.drawing import picture
 
 from hyper_merge.errors import InterruptedRun, PictureError
 from hyper_merge.operations.compare.request import Picture, PictureSettings
@@ -46,13 +46,13 @@ def loaded_name(webui):
     return getattr(model, "filename", "/none").rpartition("/")[2]
 
 
-def test_a_picture_is_what_the_webui_draws_with_that_checkpoint(loaded, host, picture_of):
+def test_a_picture_is_the_webuis_with_that_checkpoint(loaded, host, picture_of):
     put(loaded.models / "Lora/mix.safetensors")
     expected = picture_of("photo", "a cat <lora:mix:1>")
     with host.drawing("task(x)") as (progress, generator):
         image = generator.draw(expected, progress)
     content = expected.model.read_bytes()
-    assert image.tobytes() == drawn_by(content, "a cat <lora:mix:1>", 7, (64, 72)).tobytes()
+    assert image.tobytes() == picture(content, "a cat <lora:mix:1>", 7, (64, 72)).tobytes()
     assert generator.host == host.title
 
 
@@ -83,7 +83,7 @@ def test_each_setting_reaches_the_webui_and_nothing_is_saved(loaded, host, pictu
     assert loaded.processing.closed == 1
 
 
-def test_models_are_switched_once_each_and_the_one_before_comes_back(loaded, host, picture_of):
+def test_each_model_loads_once_and_the_previous_returns(loaded, host, picture_of):
     with host.drawing("task(x)") as (progress, generator):
         for name in ("photo", "photo", "sub/portrait", "sub/portrait"):
             generator.draw(picture_of(name), progress)
@@ -113,7 +113,7 @@ def test_the_checkpoint_comes_back_however_it_ends(loaded, host, picture_of, kin
     assert loaded.progress.current_task is None
 
 
-def test_an_error_of_forges_model_thread_is_not_an_empty_picture(loaded, host, picture_of):
+def test_a_model_thread_error_is_not_an_empty_picture(loaded, host, picture_of):
     loaded.processing.fails_with = "photo.safetensors"
     expected = r"cannot draw with photo\.safetensors \(RuntimeError: cannot load photo"
     with (
@@ -131,7 +131,7 @@ def test_only_forges_model_thread_touches_its_models(loaded, host, picture_of):
     assert (thread == threading.current_thread().name) is (loaded.flavour == "a1111")
 
 
-def test_what_the_user_selects_meanwhile_stays_selected(loaded, host, picture_of):
+def test_a_checkpoint_selected_meanwhile_stays_selected(loaded, host, picture_of):
     with host.drawing("task(x)") as (progress, generator):
         generator.draw(picture_of("photo"), progress)
         loaded.opts.data[KEY] = "sub/portrait.safetensors"
@@ -140,7 +140,7 @@ def test_what_the_user_selects_meanwhile_stays_selected(loaded, host, picture_of
     assert loaded_name(loaded) == "portrait.safetensors"
 
 
-def test_a_webui_that_had_loaded_nothing_only_gets_its_selection_back(webui, host, picture_of):
+def test_a_webui_without_a_model_gets_its_selection_back(webui, host, picture_of):
     webui.opts.data[KEY] = "anime.safetensors"
     with host.drawing("task(x)") as (progress, generator):
         generator.draw(picture_of("photo"), progress)
@@ -161,7 +161,7 @@ def test_the_bar_moves_and_the_page_sees_the_task(loaded, host, picture_of):
     assert loaded.progress.answer("task(x)")["completed"] is True
 
 
-def test_progress_of_a_picture_is_reported_while_it_is_drawn(loaded, host, picture_of):
+def test_a_pictures_progress_is_reported_while_drawing(loaded, host, picture_of):
     fractions, state = [], loaded.state
     loaded.processing.on_step = lambda: until(lambda: fractions or state.sampling_step == 0)
     with host.drawing("task(x)") as (progress, generator):
@@ -206,7 +206,7 @@ def test_pictures_wait_for_their_turn_in_the_queue(loaded, host, picture_of):
     assert done.is_set()
 
 
-def test_what_is_not_in_the_list_is_refused_by_name(loaded, host, picture_of, models):
+def test_an_unlisted_checkpoint_is_refused_by_name(loaded, host, picture_of, models):
     with host.drawing("task(x)") as (_, generator):
         assert generator.refusal(picture_of("photo").model) == ""
         other = models / "Stable-diffusion/other.safetensors"
@@ -234,7 +234,7 @@ def test_a_webui_without_the_extension_lora_draws_no_pair(loaded, host, picture_
             generator.draw(picture_of("photo", "x <lora:mix:1>"), progress)
 
 
-def test_the_selected_checkpoint_is_drawn_with_before_anything_was_loaded(webui, host, picture_of):
+def test_the_selected_checkpoint_draws_before_any_model_is_loaded(webui, host, picture_of):
     webui.opts.data[KEY] = "photo.safetensors"
     with host.drawing("task(x)") as (progress, generator):
         assert generator.draw(picture_of("photo"), progress)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_webui import installed
-from fake_webui.drawing import picture as drawn_by
+from fake_webui.drawing import picture
 
 from hyper_merge.errors import PictureError
 from hyper_merge.runs.folders import Folders
@@ -37,7 +37,7 @@ def options(grid):
     return [option for option in grid.axis_options if option.label == LABEL]
 
 
-def order(webui, prompt="a cat"):
+def job(webui, prompt="a cat"):
     return webui.processing.StableDiffusionProcessingTxt2Img(
         prompt=prompt, seed=3, steps=1, width=64, height=64
     )
@@ -50,15 +50,15 @@ def test_the_axis_lists_the_checkpoints_of_all_runs(grid):
     assert axis.type("mix/a") == "mix/a"
 
 
-def test_a_plot_draws_the_hyper_model_with_each_ones_tags(webui, grid, models):
+def test_a_plot_draws_with_each_checkpoints_tags(webui, grid, models):
     if webui.flavour == "forge":  # it has something selected when it draws
         webui.opts.data["sd_model_checkpoint"] = "a.safetensors"
         webui.sd_models.main_entry.refresh_model_loading_parameters()
-    labels, images = grid.plot(order(webui), LABEL, ["mix/a", "mix/b"])
+    labels, images = grid.plot(job(webui), LABEL, ["mix/a", "mix/b"])
     run = load_run(Folders.under(models), "mix")
     content = run.hyper_model.read_bytes()
     for image, row in zip(images, run.report.checkpoints, strict=False):
-        expected = drawn_by(content, f"a cat {run.report.tags(row)}", 3, (64, 64))
+        expected = picture(content, f"a cat {run.report.tags(row)}", 3, (64, 64))
         assert image.tobytes() == expected.tobytes()
     assert labels == ["mix/a", "mix/b"]
     assert [path.rpartition("/")[2] for path in webui.processing.loads] == ["mix.safetensors"]
@@ -67,13 +67,13 @@ def test_a_plot_draws_the_hyper_model_with_each_ones_tags(webui, grid, models):
 def test_an_unknown_value_is_refused_before_anything_is_drawn(webui, grid):
     for value in ("mix/d", "gone/a", "mix", "../mix/a"):
         with pytest.raises(PictureError, match="expected run/checkpoint"):
-            grid.plot(order(webui), LABEL, ["mix/a", value])
+            grid.plot(job(webui), LABEL, ["mix/a", value])
     with pytest.raises(PictureError, match='did you mean "mix/a"'):
-        grid.plot(order(webui), LABEL, ["mix/aa"])
+        grid.plot(job(webui), LABEL, ["mix/aa"])
     assert webui.processing.drawn == []
 
 
-def test_reload_ui_has_the_axis_once_and_so_has_a_second_call(webui, grid):
+def test_reload_ui_and_a_second_call_keep_one_axis(webui, grid):
     webui.script_callbacks.before_ui_callback()
     assert len(options(grid)) == 1
     webui.load_scripts()
@@ -82,7 +82,7 @@ def test_reload_ui_has_the_axis_once_and_so_has_a_second_call(webui, grid):
 
 
 @pytest.mark.parametrize("case", ["none", "other", "broken"])
-def test_a_webui_without_such_a_script_starts_all_the_same(models, flavour, case):
+def test_a_webui_without_the_plot_script_still_starts(models, flavour, case):
     with installed(models, flavour) as webui:
         webui.load_scripts()
         data = webui.scripts.scripts_data

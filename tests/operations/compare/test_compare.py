@@ -13,13 +13,16 @@ from PIL import Image
 from tiny_family import snapshot
 
 from hyper_merge.errors import InterruptedRun, PictureError, RunError
-from hyper_merge.operations.compare import compare as comparison
-from hyper_merge.operations.compare import image_difference as picture_difference
-from hyper_merge.operations.compare import records as comparison_files
+from hyper_merge.operations.compare import image_difference
 from hyper_merge.operations.compare.compare import ImageGenerator, run_compare
 from hyper_merge.operations.compare.grid import Band, Cell, draw_grid
 from hyper_merge.operations.compare.image_difference import difference_picture, mean_difference
-from hyper_merge.operations.compare.records import ComparisonFigures, comparison_names
+from hyper_merge.operations.compare.records import (
+    ComparisonFigures,
+    comparison_names,
+    comparison_paths,
+    load_comparison,
+)
 from hyper_merge.operations.compare.request import (
     CompareRequest,
     Picture,
@@ -34,7 +37,7 @@ from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 SETTINGS = PictureSettings(("a cat", "a dog"), "blurry", "Euler", 4, 7.0, 64, 72, (1, 2))
-ORDER = CompareRequest("mix", ("a", "b"), SETTINGS)
+REQUEST = CompareRequest("mix", ("a", "b"), SETTINGS)
 GREYS = {"mix": 100, "a": 110, "b": 96, "c": 60}
 
 
@@ -43,7 +46,7 @@ def grey(value):
 
 
 class Painter:
-    """Draws each model in a grey of its own, two levels lighter with LoRAs."""
+    """A studio that draws each model in its own grey, two levels lighter with LoRAs."""
 
     def __init__(self):
         self.drawn = []
@@ -68,20 +71,20 @@ def painter():
 
 @pytest.fixture
 def compare(folders, painter):
-    def run(order=ORDER, progress=None, refusal=lambda path: ""):
+    def run(request=REQUEST, progress=None, refusal=lambda path: ""):
         studio = ImageGenerator("a test", painter, refusal)
-        return run_compare(order, folders, progress or Progress(), studio)
+        return run_compare(request, folders, progress or Progress(), studio)
 
     return run
 
 
 def groups(items):
-    """Consecutive equal ones, once."""
+    """Returns the items with consecutive equal ones once."""
     return [x for i, x in enumerate(items) if i == 0 or items[i - 1] != x]
 
 
-def test_each_model_is_loaded_once_and_each_set_of_loras_too(compare, painter):
-    compare(replace(ORDER, average=True))
+def test_each_model_and_lora_set_is_loaded_once(compare, painter):
+    compare(replace(REQUEST, average=True))
     assert groups([picture.model.stem for picture in painter.drawn]) == ["mix", "a", "b"]
     tags = [p.prompt.partition("<")[2] for p in painter.drawn if p.model.stem == "mix"]
     assert len(groups(tags)) == 3
@@ -89,7 +92,7 @@ def test_each_model_is_loaded_once_and_each_set_of_loras_too(compare, painter):
     assert len(painter.drawn) == 4 + 2 * 4 + 2 * 4
 
 
-def test_both_pictures_of_a_pair_have_one_prompt_seed_and_settings(compare, painter, folders):
+def test_the_pictures_of_a_pair_share_prompt_and_settings(compare, painter, folders):
     compare()
     report = load_run(folders, "mix").report
     tags = report.tags(report.checkpoints[0])
@@ -100,19 +103,19 @@ def test_both_pictures_of_a_pair_have_one_prompt_seed_and_settings(compare, pain
 
 
 def test_the_average_alone_is_drawn_once_for_all_checkpoints(compare, painter):
-    compare(replace(ORDER, checkpoints=("a", "b", "c"), average=True))
+    compare(replace(REQUEST, checkpoints=("a", "b", "c"), average=True))
     plain = [p for p in painter.drawn if p.model.stem == "mix" and "<" not in p.prompt]
     assert len(plain) == len(SETTINGS.bands)
 
 
 def test_a_checkpoint_named_twice_is_drawn_once(compare, painter):
-    result = compare(replace(ORDER, checkpoints=("a", "a.safetensors")))
+    result = compare(replace(REQUEST, checkpoints=("a", "a.safetensors")))
     assert list(result.tags) == ["a"]
     assert len(painter.drawn) == 8
 
 
 def test_figures_are_the_mean_absolute_differences(compare):
-    result = compare(replace(ORDER, average=True))
+    result = compare(replace(REQUEST, average=True))
     by_name = {item.checkpoint: item.pixels for item in result.figures}
     assert by_name == {
         "a": {"restored": 8.0, "average": 10.0},
@@ -121,7 +124,7 @@ def test_figures_are_the_mean_absolute_differences(compare):
     assert len(result.figures) == 2 * len(SETTINGS.bands)
 
 
-def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
+def test_a_difference_counts_all_pixels_colours_and_signs():
     one = Image.new("RGB", (2, 2), (10, 20, 30))
     other = one.copy()
     other.putpixel((0, 1), (13, 14, 30))
@@ -134,22 +137,25 @@ def test_a_difference_counts_every_pixel_and_colour_and_either_sign():
         mean_difference(one, Image.new("RGB", (3, 2)))
 
 
-def test_a_caption_says_levels_and_percent_and_where_there_is_one_the_other_figure():
+def test_a_caption_gives_levels_percent_and_any_lpips():
     figures = ComparisonFigures("a", "x", 1, {"restored": 5.1}, {"restored": 0.25})
     assert format_caption(figures, "restored") == "5.10 of 255 (2.0%), LPIPS 0.250"
     assert format_caption(figures, "average") == ""
 
 
-def test_the_eyes_figure_is_there_where_the_host_has_it(compare, monkeypatch):
+def test_lpips_is_recorded_where_the_host_has_it(compare, monkeypatch):
     assert compare().measure == ""
-    monkeypatch.setattr(comparison, "perceptual_distance", lambda size: lambda one, other: 0.125)
-    result = compare(replace(ORDER, average=True))
+    monkeypatch.setattr(
+        "hyper_merge.operations.compare.compare.perceptual_distance",
+        lambda size: lambda one, other: 0.125,
+    )
+    result = compare(replace(REQUEST, average=True))
     assert result.measure == "LPIPS"
     assert result.figures[0].perceptual == {"restored": 0.125, "average": 0.125}
 
 
-def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
-    asked = []
+def test_lpips_gets_numbers_from_minus_one_to_one(monkeypatch, tmp_path):
+    inputs = []
 
     class LPIPS(torch.nn.Module):
         def __init__(self, net, verbose):
@@ -157,30 +163,30 @@ def test_lpips_is_asked_for_numbers_from_minus_one_to_one(monkeypatch, tmp_path)
             assert net == "alex"
 
         def forward(self, one, other):
-            asked.extend([one, other])
+            inputs.extend([one, other])
             return (one - other).abs().mean().view(1, 1, 1, 1)
 
-    assert picture_difference.perceptual_distance((64, 64)) is None
+    assert image_difference.perceptual_distance((64, 64)) is None
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
-    monkeypatch.setattr(picture_difference, "find_spec", lambda name: name)
+    monkeypatch.setattr(image_difference, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert picture_difference.perceptual_distance((64, 64)) is None  # its network is not here
+    assert image_difference.perceptual_distance((64, 64)) is None  # its network is not here
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/alexnet-owt-7be5be79.pth").touch()
-    assert picture_difference.perceptual_distance((56, 64)) is None
-    picture_difference._network.cache_clear()
-    distance = picture_difference.perceptual_distance((64, 72))
+    assert image_difference.perceptual_distance((56, 64)) is None
+    image_difference._network.cache_clear()
+    distance = image_difference.perceptual_distance((64, 72))
     assert distance(grey(255), grey(0)) == pytest.approx(2.0, abs=1e-6)
-    picture_difference._network.cache_clear()
-    assert [tuple(x.shape) for x in asked] == [(1, 3, 72, 64)] * 2
-    assert (float(asked[0].max()), float(asked[1].min())) == (1.0, -1.0)
+    image_difference._network.cache_clear()
+    assert [tuple(x.shape) for x in inputs] == [(1, 3, 72, 64)] * 2
+    assert (float(inputs[0].max()), float(inputs[1].min())) == (1.0, -1.0)
 
 
 def test_grid_and_figures_are_written_and_read_back(compare, folders):
-    result = compare(replace(ORDER, average=True, difference=True))
+    result = compare(replace(REQUEST, average=True, difference=True))
     run = load_run(folders, "mix")
-    picture, figures = comparison_files.comparison_paths(run, "comparison-1")
-    assert comparison_files.load_comparison(run, "comparison-1") == result
+    picture, figures = comparison_paths(run, "comparison-1")
+    assert load_comparison(run, "comparison-1") == result
     with Image.open(picture) as grid:
         assert json.loads(grid.text["hyper_merge.comparison"]) == json.loads(figures.read_text())
         words = grid.text["parameters"].splitlines()
@@ -202,7 +208,7 @@ def test_no_comparison_replaces_another(compare, folders):
 
 
 @pytest.mark.parametrize("case", ["missing", "changed", "refused"])
-def test_an_original_that_cannot_be_drawn_is_left_out_by_name(compare, painter, started, case):
+def test_an_original_that_cannot_be_drawn_is_skipped(compare, painter, started, case):
     shutil.rmtree(started / "hyper-merge/cache")  # it remembers where files of a hash were
     manifest = started / "hyper-merge/mix/manifest.json"
     text = manifest.read_text()
@@ -223,15 +229,13 @@ def test_an_original_that_cannot_be_drawn_is_left_out_by_name(compare, painter, 
     assert [item.pixels for item in result.figures if item.checkpoint == "b"] == [{}] * 4
 
 
-def test_a_hyper_model_that_the_host_cannot_load_is_refused(compare, painter):
+def test_an_unloadable_hyper_model_is_refused(compare, painter):
     with pytest.raises(PictureError, match=r"mix\.safetensors cannot be drawn with: too new"):
         compare(refusal=lambda path: "too new" if path.stem == "mix" else "")
     assert painter.drawn == []
 
 
-def test_a_lora_that_is_missing_or_was_replaced_is_refused_before_anything_is_drawn(
-    compare, painter, started
-):
+def test_a_missing_or_replaced_lora_is_refused_before_drawing(compare, painter, started):
     lora = started / "Lora/mix_0-4.safetensors"
     other = (started / "Lora/mix_1-2.safetensors").read_bytes()
     before = lora.read_bytes()
@@ -244,7 +248,7 @@ def test_a_lora_that_is_missing_or_was_replaced_is_refused_before_anything_is_dr
     lora.write_bytes(before)
     assert painter.drawn == []
     with pytest.raises(RunError, match="has no checkpoint d"):
-        compare(replace(ORDER, checkpoints=("a", "d")))
+        compare(replace(REQUEST, checkpoints=("a", "d")))
 
 
 def test_progress_names_every_picture_and_rises(compare):
@@ -273,11 +277,11 @@ def test_an_error_in_drawing_leaves_nothing_behind(folders, started):
 
     before = snapshot(started)
     with pytest.raises(PictureError, match="out of paint"):
-        run_compare(ORDER, folders, Progress(), ImageGenerator("a test", fail))
+        run_compare(REQUEST, folders, Progress(), ImageGenerator("a test", fail))
     assert snapshot(started) == before
 
 
-def test_deleting_a_run_takes_its_comparisons_along_and_nothing_of_others(compare, folders):
+def test_deleting_a_run_deletes_only_its_own_comparisons(compare, folders):
     compare()
     run = load_run(folders, "mix")
     source = [path.name for path in files_of(run, folders) if path.parent.name == "pictures"]
@@ -296,12 +300,12 @@ def test_a_damaged_or_strange_comparison_is_named(compare, folders):
     for text in ("{", json.dumps({**record, "version": 2}), json.dumps({**record, "figures": 3})):
         path.write_text(text)
         with pytest.raises(RunError, match=r"comparison-1 of the run mix cannot be read"):
-            comparison_files.load_comparison(run, "comparison-1")
+            load_comparison(run, "comparison-1")
     with pytest.raises(RunError, match="there is no comparison-2"):
-        comparison_files.load_comparison(run, "comparison-2")
+        load_comparison(run, "comparison-2")
     for name in ("../../mix", "comparison-1/..", "", "manifest"):
         with pytest.raises(RunError, match="expected the name of a comparison"):
-            comparison_files.load_comparison(run, name)
+            load_comparison(run, name)
 
 
 @pytest.mark.parametrize(
@@ -322,23 +326,23 @@ def test_settings_that_no_host_could_draw_are_refused(changes, message):
         replace(SETTINGS, **changes)
 
 
-def test_an_order_without_checkpoints_or_with_far_too_many_pictures_is_refused():
+def test_a_request_without_or_with_excessive_pictures_is_refused():
     with pytest.raises(PictureError, match="expected a checkpoint"):
-        replace(ORDER, checkpoints=())
+        replace(REQUEST, checkpoints=())
     with pytest.raises(PictureError, match="would be 800 pictures, more than 200"):
-        replace(ORDER, settings=replace(SETTINGS, seeds=tuple(range(100))))
+        replace(REQUEST, settings=replace(SETTINGS, seeds=tuple(range(100))))
 
 
 def test_a_plan_without_an_original_draws_the_loras_alone():
     subject = Subject("a", "<lora:x:1>", None, "gone")
-    plan = plan_pictures(ORDER, Path("mix.safetensors"), [subject])
+    plan = plan_pictures(REQUEST, Path("mix.safetensors"), [subject])
     assert {key.row for key in plan} == {"restored"}
     assert next(iter(plan.values())) == Picture(
         Path("mix.safetensors"), "a cat <lora:x:1>", 1, SETTINGS
     )
 
 
-def test_pictures_keep_their_pixels_until_the_grid_would_be_too_large():
+def test_pictures_shrink_only_where_the_grid_grows_too_large():
     cells = [Cell(grey(value)) for value in (1, 2)]
     small = draw_grid(["x"], ["a", "b"], [Band("", {"row": cells})], (64, 72))
     count = {pixel: number for number, pixel in small.getcolors(1 << 24)}

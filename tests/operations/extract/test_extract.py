@@ -37,13 +37,13 @@ def extract(base, checkpoint, output, progress=None, **settings):
 
 
 def weight(state, layer):
-    """A layer of a checkpoint as a matrix."""
+    """Returns a layer of a checkpoint as a matrix."""
     rows = slice(*layer.rows) if layer.rows else slice(None)
     return state[layer.key][rows].double().reshape(layer.m, layer.n)
 
 
 def errors_of(base, checkpoint, lora, fused=None):
-    """By layer: squared norms of the difference and of what the LoRA leaves; and its singular tail."""
+    """Returns squared norms of difference and error, and the singular tail, by layer."""
     one, other = load(base), load(checkpoint)
     rows = []
     for layer in layers_of(base):
@@ -63,7 +63,7 @@ def metadata(path):
 
 @pytest.fixture(scope="module")
 def extracted(files, tmp_path_factory):
-    """From a to b in each type."""
+    """The extraction from a to b in each type."""
     folder = tmp_path_factory.mktemp("extracted")
     return {
         dtype: extract(files[0], files[1], folder / dtype, dtype=dtype)
@@ -71,7 +71,7 @@ def extracted(files, tmp_path_factory):
     }
 
 
-def test_base_and_lora_are_the_nearest_that_the_rank_allows_in_every_layer(files, extracted):
+def test_base_plus_lora_is_the_best_of_its_rank(files, extracted):
     details = errors_of(*files[:2], load_file(extracted["float32"].path))
     torch.testing.assert_close(details[:, 1], details[:, 2], rtol=1e-3, atol=1e-9)
     assert bool((details[:, 2] > 0).any())
@@ -97,7 +97,7 @@ def test_the_reported_shares_are_those_of_the_written_file(files, extracted, dty
     assert report.layers == len(parts)
 
 
-def test_what_is_not_carried_is_told_by_kind(files, extracted):
+def test_the_share_not_carried_is_reported_by_kind(files, extracted):
     one, other = load(files[0]), load(files[1])
     keys = {layer.key for layer in layers_of(files[0])}
     energy = {
@@ -153,14 +153,14 @@ def second_family(tmp_path_factory):
     return write_family(tmp_path_factory.mktemp("sd2"), spec, ("x", "y"))
 
 
-def test_the_thirds_of_a_fused_attention_are_layers_of_their_own(second_family, tmp_path):
+def test_the_thirds_of_a_fused_attention_are_separate_layers(second_family, tmp_path):
     report = extract(*second_family, tmp_path, dtype="float32")
     details = errors_of(*second_family, load_file(report.path), fused=True)
     assert len(details) == 3 * 23
     torch.testing.assert_close(details[:, 1], details[:, 2], rtol=1e-3, atol=1e-9)
 
 
-def test_a_fused_attention_is_in_the_file_all_or_none(second_family, tmp_path):
+def test_a_fused_attention_is_written_whole_or_never(second_family, tmp_path):
     base, other = load(second_family[0]), load(second_family[1])
     key = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
     changed = {**base, key: base[key].clone()}
@@ -201,7 +201,7 @@ def test_the_same_request_gives_the_same_tensors(files, extracted, tmp_path):
     assert all(torch.equal(again[key], first[key]) for key in first)
 
 
-def test_a_file_can_be_named_by_its_path_and_its_suffixes_kind_does_not_matter(tmp_path, state_of):
+def test_a_path_names_a_file_in_either_suffix_case(tmp_path, state_of):
     paths = [write(tmp_path / f"{n}.ckpt", state_of(c)) for c, n in enumerate(("one", "two"))]
     report = extract(*paths, tmp_path / "loras" / "mine.safetensors")
     assert report.path == tmp_path / "loras" / "mine.safetensors"
@@ -218,7 +218,7 @@ def test_letters_that_prompts_misread_are_replaced_in_the_name(tmp_path, state_o
     assert extract(*paths, tmp_path).path.name == "b_-x--from-a -1.safetensors"
 
 
-def test_checkpoints_that_do_not_differ_are_refused_with_nothing_written(files, tmp_path, state_of):
+def test_equal_checkpoints_are_refused_with_nothing_written(files, tmp_path, state_of):
     same = write(tmp_path / "same.safetensors", state_of(0))
     before, warnings = snapshot(tmp_path), []
     message = (
@@ -283,7 +283,7 @@ def test_an_absent_device_is_refused(files, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json", ".png"])
-def test_a_name_that_is_taken_is_refused_unless_overwriting_is_allowed(files, tmp_path, suffix):
+def test_a_taken_name_is_refused_unless_overwriting_is_allowed(files, tmp_path, suffix):
     place = tmp_path / "Lora" / f"b-from-a{suffix}"
     place.parent.mkdir()
     place.write_bytes(b"mine")
@@ -296,7 +296,7 @@ def test_a_name_that_is_taken_is_refused_unless_overwriting_is_allowed(files, tm
     assert place.read_bytes() != b"mine"
 
 
-def test_the_name_of_a_runs_lora_is_refused_even_where_the_file_is_gone(files, started):
+def test_the_name_of_a_runs_missing_lora_is_refused(files, started):
     (started / "Lora/mix_1-2.safetensors").unlink()
     with pytest.raises(
         NameTakenError, match="mix_1-2 is a LoRA of the run mix; choose another name"
@@ -339,9 +339,7 @@ def test_progress_never_falls_and_ends_at_one(files, tmp_path):
     assert fractions[-1] == 1
 
 
-def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
-    files, tmp_path, monkeypatch, extracted
-):
+def test_the_cpu_takes_layers_too_large_for_the_device(files, tmp_path, monkeypatch, extracted):
     original, failed = difference._differing_layers, []
 
     def fails_once(*arguments):
@@ -358,7 +356,7 @@ def test_where_the_device_is_too_small_the_cpu_takes_the_layer(
     assert all(torch.equal(details[key], first[key]) for key in first)
 
 
-def test_a_file_in_place_of_a_folder_is_refused_before_anything_is_read(files, tmp_path):
+def test_a_file_instead_of_a_folder_is_refused_first(files, tmp_path):
     (tmp_path / "file").write_text("mine")
 
     def reading(phase, fraction):

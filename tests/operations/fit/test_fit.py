@@ -8,10 +8,10 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from fitting import FIT, fit
 from safetensors.torch import load_file, save_file
 from tiny_family import (
     NORM,
-    QUERY,
     VAE,
     added,
     layers_of,
@@ -23,24 +23,14 @@ from tiny_family import (
 )
 
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition.rank_allocation import ranks_within
 from hyper_merge.errors import (
-    CheckpointError,
     HyperMergeError,
     InterruptedRun,
-    MismatchError,
     NameTakenError,
-    NonFiniteError,
     OutputError,
-    RecipeError,
-    RunError,
 )
 from hyper_merge.loras.prompt_tags import parse_tags
-from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.fit.text import format_style
-from hyper_merge.recipe.parsing import PrivateLoraTarget, parse_private_lora_target
-from hyper_merge.recipe.request import key_place
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
@@ -48,7 +38,6 @@ from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of
 from hyper_merge.runtime.progress import Progress
 
-FIT = "hyper-merge/mix/fits"
 PLANTED = {"unet": (0.7, -1.3), "text_encoder": (-0.4, 2.1)}
 
 
@@ -80,29 +69,8 @@ def planted(single):
     return write(single.root.parent / "planted.safetensors", state)
 
 
-@pytest.fixture
-def at(started, merged):
-    """The folders of a merge, with a manifest as if it had been made there."""
-    manifest, root = started / "hyper-merge/mix/manifest.json", merged.place.loras.parent
-    manifest.write_text(manifest.read_text().replace(str(root), str(started)))
-    return Folders.under(started)
-
-
-@pytest.fixture
-def other(tmp_path, state_of):
-    """A checkpoint of the family that is no other's: a mixture with something of its own."""
-    state = state_of(0, torch.float32)
-    second = state_of(1, torch.float32)
-    generator = torch.Generator().manual_seed(7)
-    for key, tensor in state.items():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator) * tensor.std().nan_to_num()
-            state[key] = (0.3 * tensor + 0.7 * second[key] + 0.002 * noise).half()
-    return write(tmp_path / "new one.safetensors", state)
-
-
 def dense(path, hyper_model, terms):
-    """Energies of the differences and of what LoRAs leave, by layer, from the files on disk."""
+    """Returns energies of the differences and of the LoRAs' errors, by layer, from the files on disk."""
     base, state = load(hyper_model), load(path)
     loras = [(term, load_file(term.path)) for term in terms]
     energies, errors = [], []
@@ -114,11 +82,6 @@ def dense(path, hyper_model, terms):
             rest = rest - term.times(layer.part) * added(lora, layer.module)
         errors.append(float(rest.square().sum()))
     return torch.tensor(energies).double(), torch.tensor(errors).double()
-
-
-def fit(folders, path, progress=None, **settings):
-    request = FitRequest.parse({"run": "mix", "checkpoint": path, **settings}, key_place)
-    return run_fit(request, folders, progress or Progress())
 
 
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):
@@ -133,7 +96,7 @@ def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path)
 
 
 @pytest.mark.parametrize("c", range(3))
-def test_a_checkpoint_of_the_merge_has_the_merges_own_multipliers_and_share(files, at, merged, c):
+def test_a_merged_checkpoint_gets_the_merges_multipliers_and_share(files, at, merged, c):
     fitted = fit(at, files[c])
     row = merged.report.checkpoints[c]
     for part in PLANTED:
@@ -161,7 +124,7 @@ def test_multipliers_are_fitted_as_the_merge_fits_them(files, tmp_path, settings
         assert result == pytest.approx(expected, abs=1e-4)
 
 
-def test_what_remains_is_that_of_the_files_on_disk(at, other):
+def test_the_remainder_is_that_of_the_files_on_disk(at, other):
     fitted = fit(at, other)
     run = load_run(at, "mix")
     energies, errors = dense(other, run.hyper_model, weighted_loras_of(run, "new one"))
@@ -191,9 +154,7 @@ def test_no_other_multipliers_explain_more(at, other):
         assert dense(other, run.hyper_model, changed)[1].sum() > best
 
 
-def test_companions_take_the_multipliers_of_the_unet_and_what_they_bring_back_is_told(
-    single, tmp_path
-):
+def test_companions_take_the_unets_multipliers_and_report_their_share(single, tmp_path):
     root = shutil.copytree(single.root, tmp_path / "models")
     folders = Folders.under(root)
     fitted = fit(folders, single.models[2])
@@ -247,7 +208,7 @@ def test_a_fit_is_written_and_read_back(at, other, started):
     assert format_style(fitted, run) == f"mix: new one,{fitted.tags(run)},"
 
 
-def test_a_top_up_of_a_rank_is_better_than_the_best_of_that_rank_in_every_layer(at, other, started):
+def test_a_top_up_beats_one_rank_for_all_layers(at, other, started):
     before = snapshot(started)
     fitted = fit(at, other, topup="3")
     (topup,) = fitted.topups
@@ -293,50 +254,21 @@ def load_metadata(path):
         return file.header.metadata
 
 
-def test_a_top_up_to_a_share_reaches_it_and_hardly_more(at, other):
+def test_a_top_up_to_a_share_barely_exceeds_it(at, other):
     fitted = fit(at, other, topup="97%")
     (topup,) = fitted.topups
     assert fitted.row.explained < 0.97
     assert 0.97 <= topup.explained < 0.975
 
 
-def test_a_share_that_is_reached_already_needs_no_top_up(at, other, started):
+def test_a_share_already_reached_needs_no_top_up(at, other, started):
     before = snapshot(started)
     fitted = fit(at, other, topup="1%")
     assert fitted.topups == ()
     assert {*snapshot(started)} - {*before} == {f"{FIT}/new one.json", f"{FIT}/new one.txt"}
 
 
-def test_ranks_within_leave_no_more_than_allowed_and_hardly_less():
-    spectra = [torch.tensor(values).double() for values in ([8.0, 4, 2, 1], [5.0, 5, 0.5])]
-    ranks = ranks_within(spectra, [1, 2], 4.0)
-    tails = [float(values[rank:].sum()) for values, rank in zip(spectra, ranks, strict=True)]
-    assert sum(tails) <= 4.0
-    assert ranks == [2, 2]
-    assert ranks_within(spectra, [1, 2], 25.5) == [0, 0]
-    assert ranks_within(spectra, [1, 2], 0.0) == [4, 3]
-
-
-@pytest.mark.parametrize(
-    ("words", "wish"),
-    [
-        ("16", PrivateLoraTarget(rank=16)),
-        ("95%", PrivateLoraTarget(share=0.95)),
-        (" 0.5 %", PrivateLoraTarget(share=0.005)),
-        (None, None),
-    ],
-)
-def test_a_top_up_is_a_rank_or_a_share(words, wish):
-    assert parse_private_lora_target(words) == wish
-
-
-@pytest.mark.parametrize("words", ["0", "-3", "1.5", "100%", "0%", "lots", "95 percent", "nan%"])
-def test_other_top_ups_are_refused(words):
-    with pytest.raises(RecipeError, match="expected a rank from 1 to 4096, or a share above 0%"):
-        parse_private_lora_target(words)
-
-
-def test_an_earlier_fit_stays_unless_it_may_be_replaced_with_its_top_up(at, other, started):
+def test_an_earlier_fit_stays_unless_overwriting_is_allowed(at, other, started):
     fit(at, other, topup="3")
     fit(at, other, topup="2", name="new one-x")
     before = snapshot(started)
@@ -375,112 +307,7 @@ def test_fits_go_with_their_run_and_with_its_replacement(at, other, files, start
     assert not run.folder.exists()
 
 
-def edit_tensor(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def newer(path):
-    path.write_text(path.read_text().replace('"version": 1', '"version": 99', 1))
-
-
-def replaced(path):
-    tensors = load_file(path)
-    save_file(tensors, path)  # the same tensors, without the metadata
-
-
-HYPER, LORA = "Stable-diffusion/mix.safetensors", "Lora/mix_1-2.safetensors"
-REFUSED = [
-    (HYPER, lambda path: path.unlink(), "the hyper-model of the run mix, is missing"),
-    (HYPER, replaced, "is not the hyper-model that the LoRAs of the run mix go with"),
-    (LORA, lambda path: path.unlink(), r"mix_1-2.safetensors of the run mix is missing"),
-    (LORA, edit_tensor, "mix_1-2.safetensors was edited or replaced since the run mix"),
-    ("hyper-merge/mix/manifest.json", newer, "was made by Hyper-Merge .*; update"),
-]
-
-
-@pytest.mark.parametrize(("name", "act", "message"), REFUSED)
-def test_a_run_that_is_not_whole_is_refused_with_nothing_written(
-    at, other, started, name, act, message
-):
-    act(started / name)
-    before = snapshot(started)
-    with pytest.raises(RunError, match=message):
-        fit(at, other, topup="3")
-    assert snapshot(started) == before
-
-
-def test_a_link_in_place_of_the_folder_of_fits_is_not_followed(at, other, started, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (started / FIT).symlink_to(elsewhere, target_is_directory=True)
-    before = snapshot(started)
-    with pytest.raises(OutputError, match="fits is a link, and links are not followed"):
-        fit(at, other, overwrite=True)
-    assert list(elsewhere.iterdir()) == []
-    assert snapshot(started) == before
-
-
-def test_an_edited_lora_is_refused_also_where_the_manifest_knows_no_hashes(at, other, started):
-    path = started / "hyper-merge/mix/manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["files"]
-    path.write_text(json.dumps(manifest))
-    fit(at, other)
-    edit_tensor(started / LORA)
-    with pytest.raises(RunError, match=r"mix_1-2\.safetensors was edited or replaced"):
-        fit(at, other, name="again")
-
-
-def test_unknown_runs_and_files_are_refused(at, other, started, tmp_path):
-    before = snapshot(started)
-    with pytest.raises(RunError, match=r'there is no run mxi in .*did you mean "mix"'):
-        run_fit(FitRequest("mxi", other), at, Progress())
-    with pytest.raises(CheckpointError, match=r"nowhere.safetensors does not exist"):
-        fit(at, tmp_path / "nowhere.safetensors")
-    with pytest.raises(RecipeError, match=r"is not allowed"):
-        fit(at, other, name="a/b")
-    assert snapshot(started) == before
-
-
-def test_another_family_is_refused_in_words(at, started, tmp_path, state_of):
-    state = {key: tensor for key, tensor in state_of(0).items() if "first_stage" not in key}
-    lacking = write(tmp_path / "lacking.safetensors", state)
-    key = "model.diffusion_model.input_blocks.0.0.weight"
-    wide = {**state_of(0), key: torch.zeros(state_of(0)[key].shape[0], 9, 3, 3).half()}
-    inpainting = write(tmp_path / "inpainting.safetensors", wide)
-    before = snapshot(started)
-    with pytest.raises(MismatchError, match=r"1 is Stable Diffusion 1.x.*inpainting"):
-        fit(at, inpainting)
-    with pytest.raises(MismatchError, match=r"VAE.*choose files with the same parts"):
-        fit(at, lacking)
-    assert snapshot(started) == before
-
-
-def test_a_spoilt_checkpoint_is_refused_by_key(at, started, tmp_path, state_of):
-    state = state_of(0)
-    state[QUERY] = state[QUERY].clone()
-    state[QUERY][0, 0] = float("nan")
-    before = snapshot(started)
-    with pytest.raises(NonFiniteError, match=r"spoilt.safetensors holds NaN or infinity in 1 of"):
-        fit(at, write(tmp_path / "spoilt.safetensors", state))
-    assert snapshot(started) == before
-
-
-def test_another_file_of_a_merged_checkpoints_name_needs_one_of_its_own(at, other, started):
-    twin = other.with_name("a.safetensors")
-    other.rename(twin)
-    before = snapshot(started)
-    with pytest.raises(
-        NameTakenError, match="a is another checkpoint of the run mix; choose another"
-    ):
-        fit(at, twin)
-    assert snapshot(started) == before
-    assert fit(at, twin, name="mine").row.name == "mine"
-
-
-def test_a_fit_of_a_replaced_run_or_a_damaged_one_is_told_and_left_out(at, other, started):
+def test_a_damaged_or_outdated_fit_is_reported_and_skipped(at, other, started):
     fit(at, other)
     record = started / FIT / "new one.json"
     good = record.read_text()
@@ -498,7 +325,7 @@ def test_a_fit_of_a_replaced_run_or_a_damaged_one_is_told_and_left_out(at, other
         assert message in problems[0]
 
 
-def test_a_wish_to_stop_is_heard_everywhere_and_leaves_nothing(at, other, started):
+def test_a_cancel_at_any_step_leaves_nothing(at, other, started):
     messages = []
     fit(
         at,
@@ -552,7 +379,7 @@ def test_few_tensors_are_in_memory_at_a_time(at, other, monkeypatch):
     assert 2 <= most[0] < 60  # of some hundreds
 
 
-def test_private_loras_of_a_runs_checkpoints_have_no_part_in_a_fit(files, other, tmp_path):
+def test_private_loras_of_a_run_join_no_fit(files, other, tmp_path):
     merged = merge(files, tmp_path / "m", topup="2")
     folders = Folders.under(tmp_path / "m")
     fitted = fit(folders, other)

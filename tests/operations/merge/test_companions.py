@@ -82,7 +82,7 @@ def test_names_are_comfyuis_by_the_checkpoints_own_keys():
 
 
 def hosted(merged, key, row):
-    """What a host makes of a vector: the average plus multiplier times change."""
+    """Returns what a host makes of a vector: the average plus multiplier times change."""
     value = load_file(merged.place.hyper_model)[key].double()
     for path, multiplier in zip(merged.loras[2:], row.multipliers, strict=True):
         kind = {True: {"weight": ".w_norm", "bias": ".b_norm"}, False: {"bias": ".diff_b"}}

@@ -18,9 +18,9 @@ from hyper_merge.analysis.cache import (
 )
 from hyper_merge.analysis.store import open_analysis
 from hyper_merge.errors import DamagedCacheError
-from hyper_merge.operations.merge import merge as merge_module
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.rank_search import solve_with_rank_search
 from hyper_merge.runtime.checked_json import read_sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.progress import Progress
@@ -49,7 +49,7 @@ def analysis(cache):
 
 
 def loras_of(merged):
-    """The tensors' bytes of all LoRAs, and the multipliers."""
+    """Returns the tensors' bytes of all LoRAs, and the multipliers."""
     rows = [row.multipliers for row in merged.report.checkpoints]
     return [load_file(path) for path in merged.loras], rows
 
@@ -63,7 +63,7 @@ def same(one, other):
 
 @pytest.fixture(scope="session")
 def afresh(tmp_path_factory, files):
-    """What a merge with other ranks comes to where nothing is remembered."""
+    """The LoRAs of a merge with other ranks where nothing is remembered."""
     return loras_of(merge(files, tmp_path_factory.mktemp("afresh"), ranks=(5,)))
 
 
@@ -189,15 +189,15 @@ def test_analysis_damaged_at_once_ends_the_merge(started, files, analysis, log, 
 def test_analysis_removed_by_another_process_is_remade(
     started, files, analysis, afresh, log, monkeypatch
 ):
-    solve = merge_module.solve_with_rank_search
-
     def removed_meanwhile(*rest):
         if analysis.exists():
             analysis.rename(analysis.with_name("elsewhere"))
             monkeypatch.undo()
-        return solve(*rest)
+        return solve_with_rank_search(*rest)
 
-    monkeypatch.setattr(merge_module, "solve_with_rank_search", removed_meanwhile)
+    monkeypatch.setattr(
+        "hyper_merge.operations.merge.merge.solve_with_rank_search", removed_meanwhile
+    )
     made = merge(files, started, log.progress, ranks=(5,), name="other")
     same(loras_of(made), afresh)
     assert log.warnings == []

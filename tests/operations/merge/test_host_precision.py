@@ -23,7 +23,7 @@ ALL_HOSTS = [A1111, FORGE_AND_COMFYUI]
 
 
 def after_a1111(base, row, loras, layer):
-    """The weight that A1111 v1.10.1 ends up with. Source: network_lora.py, network.py, networks.py.
+    """Returns the weight of A1111 v1.10.1, as network_lora.py, network.py, networks.py make it.
 
     A GPU multiplies halves by a number in float32 and rounds the product; `network_apply_weights`
     adds to the weight that the LoRA before has left.
@@ -44,7 +44,7 @@ def after_a1111(base, row, loras, layer):
 
 
 def dense(models, merged):
-    """Of both ways the squared errors by checkpoint; the energies by checkpoint. All in float64."""
+    """Returns the squared errors of both ways and the energies, by checkpoint, in float64."""
     base, loras = load(merged.place.hyper_model), {p.stem: load_file(p) for p in merged.loras}
     errors, energies = torch.zeros(2, len(models)).double(), torch.zeros(len(models)).double()
     for c, (path, row) in enumerate(zip(models, tags_of(merged), strict=True)):
@@ -62,7 +62,7 @@ def dense(models, merged):
 
 
 def loras_of(merged, count):
-    """What `measure_precision_loss` takes, read from the files on disk."""
+    """Returns the arguments of `measure_precision_loss`, read from the files on disk."""
     layers = layers_of(merged.place.hyper_model)
     rows = merged.report.checkpoints
     for block, path in enumerate(merged.loras[:count]):

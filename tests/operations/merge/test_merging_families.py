@@ -176,7 +176,7 @@ def test_files_with_differing_parts_are_refused(tmp_path):
     )
 
 
-def test_mixed_families_are_refused_in_words(tmp_path):
+def test_mixed_families_are_refused(tmp_path):
     shapes = [xl(), two(), xl(), NARROW["flux_dev"]()]
     models = files(tmp_path, *(state(layout, 1, dtype=torch.float16) for layout in shapes))
     with pytest.raises(

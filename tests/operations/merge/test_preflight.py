@@ -1,25 +1,21 @@
 """What is known before the first tensor is read: refusals, warnings, sizes; quickly."""
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from sparse_checkpoints import full_size
 from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, write
 
-from hyper_merge.checkpoints.io.header import TensorInfo
-from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
-from hyper_merge.operations.inspect_text import format_inspection
 from hyper_merge.operations.merge import cost_model, estimate
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime import throughput
-from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
 
 def checked(models, **settings):
@@ -84,7 +80,7 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     assert estimate_merge(again).seconds == pytest.approx(61.5, rel=0.2)
 
 
-def test_what_the_cache_saves_is_not_expected(files, started):
+def test_the_estimate_omits_what_the_cache_saves(files, started):
     def seconds(**settings):
         return estimate_merge(run_preflight(recipe(files, started, **settings))).seconds
 
@@ -97,46 +93,6 @@ def test_what_the_cache_saves_is_not_expected(files, started):
     assert cached < averaging < analysing
     elsewhere = run_preflight(recipe(files, started, ranks=(5,)), Folders.under(started / "none"))
     assert estimate_merge(elsewhere).seconds == analysing
-
-
-def full_size(path: Path, marker: str) -> Path:
-    """A header of the real layout before as many bytes of nothing: 2.1 GB that take no space."""
-    tensors = {
-        key: TensorInfo(torch.int64 if key.endswith("position_ids") else torch.float16, shape)
-        for key, shape in sd1_layout().items()
-    }
-    writer = SafetensorsWriter(path, tensors, {"marker": marker})
-    path.write_bytes(writer._header)
-    with path.open("r+b") as stream:
-        stream.truncate(writer.size)
-    return path
-
-
-def test_inspection_of_full_size_files_is_quick(tmp_path):
-    models = [full_size(tmp_path / f"{name}.safetensors", name) for name in ("one", "two", "three")]
-    start = time.process_time()
-    text = format_inspection(models)
-    assert time.process_time() - start < len(models)
-    lines = text.splitlines()
-    assert lines[0].split() == ["file", "family", "size", "hash", "VAE", "type"]
-    for line, path in zip(lines[1:4], models, strict=True):
-        assert line.startswith(f"{path.name:17}  Stable Diffusion 1.x")
-        assert "2.13 GB" in line
-        assert line.endswith("  fp16")
-    assert lines[5] == "350 layers: 278 in the UNet, 72 in the text encoder"
-    assert lines[6] == "VAE: the same in all files"
-    assert lines[-6] == "together, with ranks 128, 64, 32, 16 in float16:"
-    assert lines[-5] == "  hyper-model        2.13 GB"
-    names = [line.split("  ")[1].strip() for line in lines[-4:]]
-    assert names == ["LoRAs", "analysis on disk", "memory, about", "time"]
-    memory = estimate_merge(checked(models, ranks=(128, 64, 32, 16))).memory
-    assert 2**30 < memory < 8 * 2**30
-
-
-def test_one_file_is_described_without_an_estimate(files):
-    text = format_inspection(files[:1])
-    assert "together" not in text
-    assert text.splitlines()[1].startswith("a.safetensors  Stable Diffusion 1.x")
 
 
 def test_one_file_given_twice_is_refused(files, tmp_path):
@@ -194,7 +150,7 @@ def test_a_base_must_go_with_the_others(files, b):
     assert "base.safetensors lacks 1 of a.safetensors'" in refused(files, base=str(base))
 
 
-def test_what_is_not_averaged_may_differ(files, b):
+def test_tensors_that_are_not_averaged_may_differ(files, b):
     path = b(**{"model_ema.decay": torch.zeros(1), POSITION_IDS: torch.zeros(1, 77)})
     assert checked([files[0], path]).warnings == ()
 

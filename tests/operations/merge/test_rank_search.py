@@ -25,7 +25,7 @@ from hyper_merge.operations.merge.rank_plan import plan_ranks
 
 
 def loss_of(models, merged):
-    """Of the files on disk, in float64."""
+    """Returns the loss of the files on disk, in float64."""
     base, states = load(merged.place.hyper_model), [load(path) for path in models]
     loras = {path.stem: load_file(path) for path in merged.loras}
     energy, left = 0.0, 0.0
@@ -41,7 +41,7 @@ def loss_of(models, merged):
 
 
 def ranks_in(merged):
-    """Of every module that a file has, by file."""
+    """Returns the rank of every module that a file has, by file."""
     ending = ".lora_down.weight"
     return [
         {

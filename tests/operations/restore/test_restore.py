@@ -32,7 +32,6 @@ from hyper_merge.errors import (
 )
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore import restore as restoring_job
 from hyper_merge.operations.restore.restore import RestoreRequest, parse_mix, run_restore
 from hyper_merge.operations.restore.text import format_restore
 from hyper_merge.recipe.parsing import PrivateLoraTarget
@@ -40,6 +39,8 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import weighted_loras_of, weighted_loras_of_mixture
 from hyper_merge.runtime.progress import Progress
+
+MODULE = "hyper_merge.operations.restore.restore"
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def session(tmp_path_factory, state_of):
 
 @pytest.fixture
 def single(session, tmp_path):
-    """The same in a folder of one's own."""
+    """A copy of the session's merge in a folder of its own."""
     root = shutil.copytree(session.root, tmp_path / "models")
     manifest = root / "hyper-merge/mix/manifest.json"
     manifest.write_text(manifest.read_text().replace(str(session.root), str(root)))
@@ -81,7 +82,7 @@ def restore(folders, shares, progress=None, **settings):
 
 
 def exact(folders, shares):
-    """What the file should be, from the files on disk in float64."""
+    """Returns the tensors that the file should have, from the files on disk in float64."""
     run = load_run(folders, "mix")
     state = {key: tensor.double() for key, tensor in load(run.hyper_model).items()}
     for term in weighted_loras_of_mixture(run, shares):
@@ -126,7 +127,7 @@ def test_every_checkpoint_comes_back_to_the_reported_loss(single, c):
     assert restored.compared.everything == pytest.approx(share, abs=1e-6)
 
 
-def test_it_is_hyper_model_and_loras_added_up(single):
+def test_a_restored_checkpoint_is_hyper_model_plus_loras(single):
     restored = restore(single.folders, "b")
     expected, result = exact(single.folders, {"b": 1.0}), load(restored.path)
     base = load(single.root / "Stable-diffusion/mix.safetensors")
@@ -138,7 +139,7 @@ def test_it_is_hyper_model_and_loras_added_up(single):
     assert not torch.equal(result[NORM], base[NORM])  # the companions hold it
 
 
-def test_in_half_precision_it_is_the_rounding_of_the_exact_one(single, tmp_path):
+def test_a_half_precision_restore_rounds_the_exact_one(single, tmp_path):
     wide = load(restore(single.folders, "c", to=tmp_path / "wide.safetensors").path)
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -149,7 +150,7 @@ def test_in_half_precision_it_is_the_rounding_of_the_exact_one(single, tmp_path)
             assert tensor.dtype == (torch.int64 if key == POSITION_IDS else dtype)
 
 
-def test_mixtures_are_linear_and_the_hyper_model_has_the_rest(single, tmp_path):
+def test_a_mixture_is_linear_with_the_hyper_models_rest(single, tmp_path):
     base = load(single.root / "Stable-diffusion/mix.safetensors")
     one, two = (load(restore(single.folders, name).path) for name in "ab")
     shares = {"a": 0.5, "b": -0.25}
@@ -166,7 +167,7 @@ def test_mixtures_are_linear_and_the_hyper_model_has_the_rest(single, tmp_path):
     assert "the error cannot be measured: a mixture has no original\n" in text
 
 
-def test_what_it_is_made_of_stands_in_its_metadata(single):
+def test_the_metadata_name_the_ingredients(single):
     restored = restore(single.folders, "a")
     metadata = read_header(restored.path).metadata
     run = load_run(single.folders, "mix")
@@ -174,8 +175,8 @@ def test_what_it_is_made_of_stands_in_its_metadata(single):
     assert metadata["hyper_merge.run"] == "mix"
     assert metadata["modelspec.title"] == "a-restored"
     assert "hyper_merge.average_id" not in metadata
-    (what,) = json.loads(metadata["hyper_merge.restores"])
-    assert what == {"name": "a", "share": 1.0, "sha256": run.sources[0].sha256}
+    (source,) = json.loads(metadata["hyper_merge.restores"])
+    assert source == {"name": "a", "share": 1.0, "sha256": run.sources[0].sha256}
     rows = json.loads(metadata["hyper_merge.multipliers"])
     terms = weighted_loras_of(run, "a")
     assert rows == {t.path.stem: [t.multiplier, t.text_multiplier] for t in terms}
@@ -201,7 +202,7 @@ def test_a_fitted_checkpoint_comes_back_with_its_top_up(single, tmp_path, state_
 
 @pytest.fixture
 def originals(started, merged, files, tmp_path):
-    """A float16 merge whose checkpoints are copies of one's own, beside the models folder."""
+    """A float16 merge whose checkpoints are copies of the shared ones, beside the models folder."""
     manifest = started / "hyper-merge/mix/manifest.json"
     text = manifest.read_text().replace(str(merged.place.loras.parent), str(started))
     manifest.write_text(text.replace(str(files[0].parent), str(tmp_path)))
@@ -229,11 +230,11 @@ def test_without_the_original_there_is_no_measured_error(originals, started, how
 
 
 def test_the_configuration_of_the_hyper_model_goes_with_it(started, at, monkeypatch):
-    monkeypatch.setattr(restoring_job, "v_prediction_config", lambda header, family: "model: v\n")
+    monkeypatch.setattr(f"{MODULE}.v_prediction_config", lambda header, family: "model: v\n")
     restored = restore(at, "a")
     beside = restored.path.with_suffix(".yaml")
     assert beside.read_text() == "model: v\n"
-    monkeypatch.setattr(restoring_job, "v_prediction_config", lambda header, family: None)
+    monkeypatch.setattr(f"{MODULE}.v_prediction_config", lambda header, family: None)
     restore(at, "a", overwrite=True)
     assert not beside.exists()  # that of the file which was replaced
 
@@ -273,7 +274,7 @@ def edit_tensor(path):
         ("Stable-diffusion/mix.safetensors", lambda path: path.unlink(), "hyper-model.* missing"),
     ],
 )
-def test_a_run_that_is_not_whole_is_refused_with_nothing_written(single, name, act, message):
+def test_an_incomplete_run_is_refused_with_nothing_written(single, name, act, message):
     act(single.root / name)
     before = snapshot(single.root)
     with pytest.raises(RunError, match=message):
@@ -281,7 +282,7 @@ def test_a_run_that_is_not_whole_is_refused_with_nothing_written(single, name, a
     assert snapshot(single.root) == before
 
 
-def test_a_manifest_that_is_newer_or_does_not_say_which_file_it_was_is_refused(single):
+def test_a_newer_or_incomplete_manifest_is_refused(single):
     path = single.root / "hyper-merge/mix/manifest.json"
     manifest = json.loads(path.read_text())
     manifest["report"]["checkpoints"][0]["name"] = "other"
@@ -330,7 +331,7 @@ def test_another_runs_hyper_model_is_never_replaced(single, started):
     assert snapshot(single.root) == before
 
 
-def test_what_float16_cannot_hold_is_refused(single):
+def test_a_value_beyond_float16_is_refused(single):
     before = snapshot(single.root)
     with pytest.raises(NonFiniteError, match="is too large for float16; choose dtype"):
         restore(single.folders, {"a": 1e9}, dtype="float16")

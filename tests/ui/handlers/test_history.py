@@ -35,14 +35,14 @@ def test_runs_are_listed_newest_first(host, two):
     assert "The cache holds " in words(cache)
 
 
-def test_what_is_picked_stays_unless_it_is_gone(host, two):
+def test_the_picked_run_stays_unless_it_is_gone(host, two):
     _, run, other, _ = history.list_earlier_runs(host, "mix", "mix-2")
     assert "value" not in {**run, **other}, "it may have changed since the page asked"
     _, run, other, _ = history.list_earlier_runs(host, "gone", "gone")
     assert (run["value"], other["value"]) == ("mix-2", "mix")
 
 
-def test_where_nothing_was_merged_the_list_says_so(host):
+def test_an_empty_list_of_runs_says_so(host):
     table, run, other, _ = history.list_earlier_runs(host, "mix", None)
     assert words(table) == "There are no runs yet."
     assert run["choices"] == []
@@ -143,7 +143,7 @@ def test_keeping_them_deletes_nothing(host, run, root):
     assert snapshot(root) == before
 
 
-def test_a_run_that_cannot_be_deleted_is_said(host, run, jobs, monkeypatch):
+def test_a_run_that_cannot_be_deleted_is_reported(host, run, jobs, monkeypatch):
     def refuse(*arguments):
         raise OutputError("mix_0-4.safetensors cannot be removed; close what has it open")
 
@@ -212,7 +212,7 @@ def test_the_cache_is_cleared_and_says_what_that_freed(host, run, root):
     )
 
 
-def test_a_cache_that_cannot_be_cleared_is_said(host, monkeypatch):
+def test_a_cache_that_cannot_be_cleared_is_reported(host, monkeypatch):
     def refuse(folder):
         raise CacheError("part of the cache cannot be deleted; try again later")
 

@@ -6,21 +6,28 @@ import shutil
 import threading
 import time
 from collections import namedtuple
-from dataclasses import replace
 
 import pytest
-from at_the_tab import EVIL, NAMES, ended, kinds, tags, unchanged, until, values, words
+from at_the_tab import (
+    EVIL,
+    NAMES,
+    ended,
+    kinds,
+    last_words,
+    no_thread,
+    tags,
+    unchanged,
+    until,
+    values,
+    words,
+)
 from fake_webui.styles import PromptStyle
-from tiny_family import TINY, snapshot, temporaries
+from tiny_family import snapshot, temporaries
 
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.hosts.job_queue import JobStatus
-from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.hosts.tasks import run_preflight
-from hyper_merge.operations import demo
-from hyper_merge.operations.demo import DEMO_RANKS
 from hyper_merge.runs.run import load_run
-from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.merge import (
     pick_demo_checkpoints,
     show_merge_result,
@@ -61,18 +68,6 @@ def failing(monkeypatch):
         deep_inside()
 
     monkeypatch.setattr("hyper_merge.hosts.tasks.run_merge", run_merge)
-
-
-def no_thread():
-    """Whether all jobs have gone, also those that ended before their work did."""
-    return not any(thread.name == "hyper-merge" for thread in threading.enumerate())
-
-
-def last_words(jobs):
-    """What the page shows once the job has ended."""
-    status, button, _ = list(watch_job(jobs))[-1]
-    assert button["interactive"] is False
-    return status
 
 
 def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
@@ -143,7 +138,7 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
         ({"base": "gone.ckpt"}, "gone.ckpt is no longer in the list"),
     ],
 )
-def test_what_cannot_be_merged_is_said_and_nothing_begins(host, jobs, changes, message):
+def test_an_impossible_merge_is_reported_and_nothing_begins(host, jobs, changes, message):
     answer = start_merge(host, jobs, *values(**changes))
     assert kinds(answer) == ["bad"]
     assert words(answer).startswith(message)
@@ -178,7 +173,7 @@ def test_a_vanished_file_is_refused(webui, jobs, checkpoints):
     assert jobs.last is None
 
 
-def test_a_full_disk_is_said_with_what_is_missing(host, jobs, root, monkeypatch):
+def test_a_full_disk_is_reported_with_the_missing_space(host, jobs, root, monkeypatch):
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(10**9, 10**9 - 10, 10))
     before = snapshot(root)
@@ -274,7 +269,7 @@ def test_the_button_stops_a_merge_and_nothing_is_written(host, jobs, root, endle
     assert all(map(unchanged, show_merge_result(host, jobs)))
 
 
-def test_where_nothing_runs_stop_says_so(host, jobs):
+def test_stop_says_that_nothing_runs(host, jobs):
     assert words(stop_job(jobs)) == "Nothing is running."
     jobs.start("mix", lambda task, progress: "", host.log)
     ended(jobs)
@@ -407,7 +402,7 @@ def test_the_webui_lists_hyper_model_loras_and_styles(webui, jobs, checkpoints):
     assert webui.errors.reports == []
 
 
-def test_where_the_tick_is_off_no_style_is_saved(webui, jobs, run):
+def test_no_style_is_saved_where_the_tick_is_off(webui, jobs, run):
     host = webui.host()
     start_merge(host, jobs, *values(ranks="2", save_styles=False))
     assert ended(jobs).outcome == "done"
@@ -423,45 +418,6 @@ def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
     assert "mix-2: b" in words(answer)
     assert webui.prompt_styles.styles["mix-2: b"].prompt == "my own words"
     assert show_merge_result(host, jobs)[10] == "mix-2"
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """A demo of smaller layers."""
-    monkeypatch.setattr(demo, "_SPEC", replace(TINY, count=4))
-
-
-def test_the_demo_makes_and_picks_checkpoints(tmp_path, jobs, small):
-    host = Standalone(tmp_path / "empty")
-    assert start_demo(host, jobs) == ""
-    assert ended(jobs).message == ""
-    picked, ranks = pick_demo_checkpoints(host, jobs)
-    names = ["anime", "landscape", "portrait", "watercolour"]
-    assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
-    assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, answer, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
-    assert "instead of" in words(answer)
-    assert all(map(unchanged, show_merge_result(host, jobs)))
-
-
-def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, monkeypatch):
-    host, begun = Standalone(tmp_path / "empty"), []
-    step = Progress.report
-
-    def slow(progress, phase, fraction):
-        begun.append(fraction)
-        time.sleep(0.002)
-        step(progress, phase, fraction)
-
-    monkeypatch.setattr(Progress, "report", slow)
-    start_demo(host, jobs)
-    until(lambda: begun)
-    stop_job(jobs)
-    assert words(last_words(jobs)) == "Stopped: no file was changed"
-    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
-    until(no_thread)
-    assert host.checkpoints() == {}
-    assert not temporaries(tmp_path)
 
 
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):

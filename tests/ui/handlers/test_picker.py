@@ -28,7 +28,7 @@ from hyper_merge.ui.handlers.picker import (
 
 
 def plan_message(host, **changes):
-    """Kind and words of what stands under the form."""
+    """Returns kind and words of the message under the form."""
     _, answer, *_ = show_plan(host, "", *values(**changes))
     return kinds(answer), words(answer)
 
@@ -63,7 +63,7 @@ def test_an_empty_table_says_what_to_do(host, picked):
     assert answer == ""
 
 
-def test_where_one_is_picked_one_more_is_asked_for(host):
+def test_a_single_checkpoint_asks_for_one_more(host):
     assert plan_message(host, checkpoints=NAMES[:1]) == (["info"], "Pick one more checkpoint.")
 
 
@@ -85,7 +85,7 @@ def test_where_one_is_picked_one_more_is_asked_for(host):
         ({"checkpoints": [NAMES[0], NAMES[0]]}, ""),
     ],
 )
-def test_a_setting_that_cannot_be_is_said_calmly(host, changes, message):
+def test_an_impossible_setting_is_reported_calmly(host, changes, message):
     kind, text = plan_message(host, **changes)
     assert kind == ["bad"]
     assert text.startswith(message)
@@ -184,7 +184,7 @@ def test_a_taken_name_is_refused_or_avoided(host, checkpoints):
     assert "hyper-a-3-b.safetensors" in text
 
 
-def test_where_all_suggestions_are_taken_that_is_said(host, checkpoints):
+def test_taken_suggestions_are_reported(host, checkpoints):
     for end in ("", *(f"-{letter}" for letter in "bcdefgh")):
         shutil.copy2(checkpoints / "c.safetensors", checkpoints / f"hyper-a-3{end}.safetensors")
     kind, text = plan_message(host, name="")
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_the_merge_is_not_replaced(host):
     assert "choose another name" in text
 
 
-def test_the_same_merge_again_is_said_without_alarm(host, run):
+def test_a_repeated_merge_is_reported_without_alarm(host, run):
     assert plan_message(host) == (
         ["info"],
         "the run mix is this very merge already; choose another name or other ranks",

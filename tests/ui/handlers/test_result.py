@@ -65,7 +65,7 @@ def test_a_missing_run_is_refused_and_plots_stay(host, run, name, message):
     assert all(map(unchanged, rest))
 
 
-def test_a_damaged_run_is_said(host, run, root):
+def test_a_damaged_run_is_reported(host, run, root):
     (root / "hyper-merge/mix/manifest.json").write_text('{"version": 1}')
     answer = show_run(host, run)[0]
     assert kinds(answer) == ["bad"]
@@ -128,7 +128,7 @@ def test_styles_of_the_user_are_left(webui, webui_host, run):
 
 
 @pytest.mark.parametrize("handler", [save_run_styles, remove_run_styles])
-def test_styles_that_cannot_be_written_are_said(webui, webui_host, run, handler, monkeypatch):
+def test_unwritable_styles_are_reported(webui, webui_host, run, handler, monkeypatch):
     save_run_styles(webui_host, run)
 
     def refuse(*arguments):

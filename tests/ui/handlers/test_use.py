@@ -51,7 +51,7 @@ def fitted(host, run, files, tmp_path):
 
 
 def terms_in(sliders):
-    """The multipliers that go with the sliders."""
+    """Returns the multipliers that go with the sliders."""
     return json.loads(html.unescape(re.search('data-terms="([^"]*)"', sliders)[1]))
 
 
@@ -62,7 +62,7 @@ def listing(host, name=None, known="", restored=None, exported=(), picks=(None,)
     return dict(zip(names, updates, strict=False))
 
 
-def test_without_a_run_it_says_where_one_is_made(host):
+def test_a_missing_run_says_where_to_make_one(host):
     updates = listing(host)
     assert updates["run"]["choices"] == []
     assert updates["run"]["value"] is None
@@ -141,14 +141,14 @@ def test_another_run_clears_earlier_results(host, run):
 
 
 @pytest.mark.parametrize("name", [None, "gone", "../mix"])
-def test_a_run_that_is_not_there_is_said(host, run, name):
+def test_a_vanished_run_is_reported(host, run, name):
     about, sliders, *rest = choose_used_run(host, name, None, [])
     assert kinds(about) == ["bad"]
     assert sliders == ""
     assert len(rest) == 10
 
 
-def test_a_fit_that_cannot_be_used_is_said(host, run, fitted, root):
+def test_an_unusable_fit_is_reported(host, run, fitted, root):
     (root / "hyper-merge/mix/fits/later.json").write_text("{}")
     assert kinds(listing(host, run)["about"]) == ["bad"]
     assert "later" not in listing(host, run)["sliders"]
@@ -182,7 +182,7 @@ def test_tags_of_a_fit_are_shown_and_hidden():
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "refused", "failed"])
-def test_how_a_job_ended_is_said_in_its_panel(outcome):
+def test_the_outcome_of_a_job_is_in_its_panel(outcome):
     jobs = One(outcome=outcome, message="why", place="safe")
     texts = show_outcome(jobs, "")
     assert texts[4] == format_job_status(jobs.status)

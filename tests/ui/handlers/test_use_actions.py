@@ -28,13 +28,13 @@ FIT = {"run": "mix", "checkpoint": "new/d.safetensors", "topup": "", "name": "",
 
 @pytest.fixture(autouse=True)
 def _new(checkpoints, run):
-    """A checkpoint that is not in the run."""
+    """Returns a checkpoint that is not in the run."""
     (checkpoints / "new").mkdir()
     shutil.copy(checkpoints / "b.safetensors", checkpoints / "new/d.safetensors")
 
 
 def outcome(jobs, answer):
-    """What a job gave that was begun."""
+    """Returns the outcome of a job that was begun."""
     assert answer == ""
     status = ended(jobs)
     assert status.outcome == "done", status.message

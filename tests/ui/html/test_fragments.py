@@ -148,11 +148,11 @@ def test_a_share_is_never_rounded_up_to_a_whole(share, text):
         ([], []),
     ],
 )
-def test_vaes_are_told_apart_by_letters(prints, groups):
+def test_vaes_are_distinguished_by_letters(prints, groups):
     assert vae_groups([evil_row(vae=vae) for vae in prints]) == groups
 
 
-def test_many_vaes_are_told_apart_too():
+def test_many_vaes_are_distinguished_too():
     groups = vae_groups([evil_row(vae=str(number)) for number in range(30)])
     assert len(set(groups)) == 30
 

@@ -55,7 +55,7 @@ def report(names, blocks=4):
 
 
 def drawn(figure):
-    """The laid-out page, and the boxes of all words on it, in pixels."""
+    """Lays a page out and returns it with the boxes of all words on it, in pixels."""
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     texts = [*figure.texts, *axes.texts, axes.xaxis.label]

@@ -16,7 +16,7 @@ def host(tmp_path):
 
 @pytest.fixture
 def analysis(host):
-    """A file as the cache of analyses has them."""
+    """A file of the cache of analyses."""
     path = host.folders().cache / "0123-8.analysis.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(3_000_000))
@@ -27,7 +27,7 @@ def log(error):
     raise error
 
 
-def test_the_cache_is_cleared_and_what_that_freed_is_said(host, analysis):
+def test_clearing_the_cache_reports_the_freed_space(host, analysis):
     assert (
         "The cache holds 3 MB of at most 20.00 GB."
         in history.list_earlier_runs(host, None, None)[3]

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, State
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
 from hyper_merge.runtime.progress import Progress
 
 USED: Final = ".used"
@@ -33,11 +33,11 @@ def in_use(analysis: Path) -> Iterator[None]:
     """Keeps an analysis, there already or yet to be made, from being deleted within the block."""
     lock = FileLock(_beside(analysis, USED))
     end = time.monotonic() + _PATIENCE
-    while (state := lock.acquire(shared=True)) is State.TAKEN and time.monotonic() < end:
+    while (state := lock.acquire(shared=True)) is LockState.TAKEN and time.monotonic() < end:
         time.sleep(PAUSE)  # somebody deletes it, which takes a moment
     mark_used(analysis)
     over = threading.Event()
-    if state is not State.HELD:
+    if state is not LockState.HELD:
         threading.Thread(target=_touch, args=(analysis, over), daemon=True).start()
     try:
         yield
@@ -57,7 +57,7 @@ def making(analysis: Path, progress: Progress) -> Iterator[None]:
         InterruptedRun: the user does not want to wait.
     """
     lock = FileLock(_beside(analysis, _MAKING))
-    while lock.acquire() is State.TAKEN:
+    while lock.acquire() is LockState.TAKEN:
         progress.report(_WAITING, 0.0)
         time.sleep(PAUSE)
     try:
@@ -74,10 +74,10 @@ def unused(analysis: Path) -> Iterator[bool]:
     lock = FileLock(marker)
     state = lock.acquire()
     try:
-        yield state is State.HELD or (state is State.IMPOSSIBLE and not young)
+        yield state is LockState.HELD or (state is LockState.IMPOSSIBLE and not young)
     finally:
-        gone = state is State.HELD and not analysis.exists()
-        lock.release(remove=state is not State.TAKEN and (gone or not known))
+        gone = state is LockState.HELD and not analysis.exists()
+        lock.release(remove=state is not LockState.TAKEN and (gone or not known))
 
 
 def mark_used(analysis: Path) -> None:
@@ -104,7 +104,7 @@ def remove_leftovers(folder: Path, suffix: str) -> None:
 
 def _forget(lock: FileLock, analysis: Path) -> None:
     """Removes the lock's file where there is no analysis to it, and nobody is about to make one."""
-    if not analysis.exists() and lock.acquire() is not State.TAKEN:
+    if not analysis.exists() and lock.acquire() is not LockState.TAKEN:
         lock.release(remove=not analysis.exists())
 
 

@@ -1,4 +1,4 @@
-"""Deletes a run with exactly what it wrote."""
+"""Deletes a run with exactly the files that it wrote."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hyper_merge.runs.run import Run, read_manifest
 
 
 def files_of(run: Run, folders: Folders) -> list[Path]:
-    """Returns exactly what `delete_run` would remove, as far as it is there.
+    """Returns the existing files that `delete_run` would remove, exactly.
 
-    These are the LoRAs with text and picture of their cards; the hyper-model with its own, if
-    Hyper-Merge made it for this run and no other run needs it; the files of the run's folder. Never
-    a checkpoint that was merged, nor a file that somebody else put there.
+    These are the LoRAs with text and picture of their cards; the hyper-model with its card, if
+    Hyper-Merge made it for this run and no other run needs it; the files of the run's folder. A
+    checkpoint that was merged is never among them, nor a file that somebody else put there.
 
     Raises:
         RunError: as for `load_run`.
@@ -31,9 +31,9 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     files = folders.lora_files(path.stem for path in run.loras)
     files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
     if _goes_with_its_run(run, outline, folders):
-        beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
-        beside.append(find_config_file(run.hyper_model))
-        files += [run.hyper_model, *filter(os.path.lexists, beside)]
+        companions = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
+        companions.append(find_config_file(run.hyper_model))
+        files += [run.hyper_model, *filter(os.path.lexists, companions)]
     in_folder = [folders.runs / run.name / name for name in RUN_FILES]
     return [*files, *filter(os.path.lexists, in_folder)]
 
@@ -42,7 +42,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
     """Removes a run's files, all of them or none, and its folder if nothing else is in it.
 
     Returns:
-        What was removed.
+        The removed files.
 
     Raises:
         RunError: as for `load_run`.

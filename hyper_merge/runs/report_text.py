@@ -1,4 +1,4 @@
-"""A report as plain text, for the terminal and beside the manifest."""
+"""Formats a report as plain text, for the terminal and for the run's folder."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _format_losses(report: Report) -> list[str]:
 
 
 def _format_rounding(report: Report) -> list[str]:
-    """Returns what hosts add to the loss by rounding, and what to do where that is much."""
+    """Returns the loss that hosts add by rounding, and advice where it is large."""
     if not report.rounding:
         return []
     lines = ["", "added to that by rounding, where a program holds the weights in half precision"]

@@ -58,8 +58,8 @@ class DamagedFiles:
             )
         else:
             self._warn(
-                f"{path} is damaged ({reason}); it is set aside as {moved.name}, and what it held is"
-                " made again"
+                f"{path} is damaged ({reason}); it is set aside as {moved.name}, and its content is"
+                " computed again"
             )
 
 
@@ -71,7 +71,7 @@ def with_sound_cache(attempt: Callable[[DamagedFiles], _T], warn: Callable[[str]
         warn: called with a message for every damaged file.
 
     Raises:
-        DamagedCacheError: a file is damaged that was made only just now.
+        DamagedCacheError: a file that was written only just now is damaged.
     """
     damaged = DamagedFiles(warn)
     while True:

@@ -110,7 +110,7 @@ class ProgressCounter:
             InterruptedRun: the user asked for the run to end, or an error elsewhere ended it.
         """
         if self._left:
-            raise InterruptedRun("stopped by what happened elsewhere in this run")
+            raise InterruptedRun("stopped because another part of this run ended")
         self._progress.check()
         self._done[item] = min(self._done[item] + cost, self._costs[item])
 

@@ -23,7 +23,8 @@ from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.recipe.parsing import parse_name, parse_share
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.runs.run import Run, load_run

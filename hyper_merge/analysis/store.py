@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_named_after
 from hyper_merge.analysis.file_layout import (
-    KINDS,
     ROUNDING_DTYPE,
+    UNCARRIED_KINDS,
     analysis_identity,
     analysis_tensors,
 )
@@ -75,7 +75,7 @@ class Analysis:
     @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
         """The energies outside of all layers, by kind and checkpoint."""
-        return dict(zip(KINDS, self._tensor("not_carried"), strict=True))
+        return dict(zip(UNCARRIED_KINDS, self._tensor("not_carried"), strict=True))
 
     @property
     def spectra(self) -> list[Spectra]:
@@ -226,7 +226,9 @@ class AnalysisWriter:
         self._write("weights", weights)
         zeros = grams.new_zeros(next(iter(not_carried.values())).shape)
         self._write("grams", grams)
-        self._write("not_carried", torch.stack([not_carried.get(kind, zeros) for kind in KINDS]))
+        self._write(
+            "not_carried", torch.stack([not_carried.get(kind, zeros) for kind in UNCARRIED_KINDS])
+        )
         checksums = [self._checksums[key] for key in sorted(self._checksums)]
         self._writer.write(CHECKSUMS, torch.tensor(checksums, dtype=torch.int64))
 

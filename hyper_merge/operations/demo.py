@@ -41,7 +41,7 @@ def run_demo(folder: Path, progress: Progress, effort: SearchEffort | None = Non
     Args:
         folder: the models folder; its checkpoints go to `Stable-diffusion` within.
         progress: progress and interrupt.
-        effort: how thorough the search for a start is; None for that which ships.
+        effort: how thorough the search for a start is; None for the default.
     """
     paths = make_family(folder / "Stable-diffusion", progress.part(0.0, 0.4))
     recipe = Recipe(name="demo", models=paths, ranks=DEMO_RANKS, output=folder, overwrite=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from hyper_merge.loras.metadata import COMPANIONS
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, PartLoss, Report
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
 
@@ -54,6 +54,12 @@ def format_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between
         f"these checkpoints fall into {len(groups)} unlike groups: {words}; a merge for each group"
         f" would leave {1 - between:.0%} of the differences to its LoRAs"
     )
+
+
+def format_largest_losses(parts: Sequence[PartLoss]) -> str:
+    """Returns the sections of the network that lose most, with their shares; "nothing" for none."""
+    worst = sorted(parts, key=lambda part: -part.lost)[:_WORST]
+    return ", ".join(f"{part.name} {part.lost:.2%}" for part in worst if part.lost > 0) or "nothing"
 
 
 def _format_text_encoder(report: Report, row: CheckpointReport) -> str:

@@ -53,11 +53,11 @@ class RankForecast:
         pairs = zip(self.mixtures, self.costs, strict=True)
         return sum(len(values) * cost for layer, cost in pairs for values in layer)
 
-    def shared(self, budget: float) -> Tensor:  # (k,), shares 0..1
+    def explained_by_shared(self, budget: float) -> Tensor:  # (k,), shares 0..1
         """Returns what shared LoRAs of these bytes explain of every checkpoint, approximately."""
         return self._shares(self._counts(budget))
 
-    def of_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
+    def explained_by_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
         """Returns what private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
         lists = [values for layer in self.private for values in layer]
@@ -68,7 +68,7 @@ class RankForecast:
         return self._of_all(explained)
 
     def curves(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # (sizes, k) each, shares 0..1
-        """Returns `shared` and `of_private` for many budgets, up to the last few ranks of each."""
+        """Returns `explained_by_shared` and `explained_by_private` for many budgets, up to the last few ranks of each."""
         shared = torch.cat([layer.square().mT for layer in self.multipliers])
         private = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
         return (
@@ -87,12 +87,12 @@ class RankForecast:
 
     def budget_for(self, target: float) -> int | None:
         """Returns the fewest bytes at which the worst checkpoint reaches a target; None if none do."""
-        if float(self.shared(self.largest).min()) < target:
+        if float(self.explained_by_shared(self.largest).min()) < target:
             return None
         low, high = 0, self.largest
         for _ in range(_HALVINGS):
             middle = (low + high) // 2
-            enough = float(self.shared(middle).min()) >= target
+            enough = float(self.explained_by_shared(middle).min()) >= target
             low, high = (low, middle) if enough else (middle, high)
         return high
 

@@ -31,7 +31,7 @@ PRESETS: Final = {
     "large": "256, 128, 64, 32",
 }
 
-Kind = Literal["text", "number", "radio", "menu", "checkbox"]
+WidgetKind = Literal["text", "number", "radio", "menu", "checkbox"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FormField:
 
     name: str
     label: str
-    kind: Kind
+    kind: WidgetKind
     hint: str = ""
     settings: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)

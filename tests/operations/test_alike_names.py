@@ -145,7 +145,7 @@ def test_a_run_that_lost_a_private_lora_says_what_its_prompt_really_brings(famil
     )
     results = find_deletable("mix", 0.8, folders, Progress())
     assert [verdict.safe for verdict in results.verdicts] == [False, True, True, True]
-    assert "its private LoRA is not there" in format_deletion_report(results)
+    assert "its private LoRA is missing" in format_deletion_report(results)
 
 
 @pytest.mark.parametrize("what", ["gone", "of another checkpoint", "of another merge"])

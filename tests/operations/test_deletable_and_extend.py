@@ -85,7 +85,7 @@ def test_what_is_not_there_any_more_or_was_changed_is_told(writable):
     shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
     deletion = safety(folders, 0.01)
     assert [verdict.safe for verdict in deletion.verdicts] == [False, True, False]
-    assert deletion.verdicts[0].reason == "it is not there any more"
+    assert deletion.verdicts[0].reason == "it no longer exists"
     assert deletion.verdicts[0].frees == 0
     assert deletion.verdicts[2].reason.startswith("it was changed since the merge")
     assert deletion.verdicts[2].frees == 0

@@ -15,7 +15,7 @@ _GROUND, _TEXT, _QUIET, _HOLE = "#1a2029", "#f2f4f6", "#a9b2bd", "#28303b"
 
 _MARGIN: Final = 16  # pixels, all of these
 _GAP: Final = 8
-_NARROWEST: Final = 168  # a column, whose captions want room
+_NARROWEST: Final = 168  # a column, whose captions need room
 _LABELS: Final = 200  # the column with the rows' names
 _HEAD: Final = 40  # prompt and seed above a band
 _NAMES: Final = 28  # the checkpoints' names above their columns

@@ -1,11 +1,10 @@
-"""Fits a checkpoint from outside of a merge onto its LoRAs: multipliers, error, a private LoRA."""
+"""Fits a checkpoint that was not part of a merge onto its LoRAs: multipliers, error, private LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from hyper_merge.operations.fit.request import FitRequest, PreparedFit, validate
 from hyper_merge.operations.fit.streamed_residual import StreamedResidual
 from hyper_merge.operations.fit.text import format_fit
 from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
+from hyper_merge.operations.merge.cost_model import HASHING_COST
 from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
@@ -32,8 +32,6 @@ from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, part
 from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import shared_files
 from hyper_merge.runtime.progress import Progress
-
-_HASHED: Final = 120.0  # for each byte, in the unit of `pass_costs`
 
 
 def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRecord:
@@ -50,12 +48,12 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
     """
     fit = prepare_fit(request, folders)
     with held(folders.runs, *_holds(fit)):
-        fit = _with_free_names(fit, request, folders)  # after one that was running then
+        fit = _with_free_names(fit, request, folders)  # another fit may have taken them since
         return _write_fit(request, fit, folders, progress)
 
 
 def _holds(fit: PreparedFit) -> tuple[Hold, ...]:
-    """Returns what nobody may delete or replace meanwhile, and the fit that nobody else may write."""
+    """Returns the names that no other job may delete, replace or write while the fit runs."""
     run = fit.run
     return (
         Hold("run", run.name, shared=True),
@@ -132,7 +130,7 @@ def _costs(fit: PreparedFit, folders: Folders, *, private: bool) -> tuple[float,
     entries = sum(pass_costs(fit.inputs, PassOptions(fit.options.device)).values())
     loras = sum(path.stat().st_size for path in shared_files(fit.run) if path.exists())
     hashing = bytes_to_hash(fit.inputs.headers, folders.cache)
-    return _HASHED * (loras + hashing), entries, 3 * entries if private else 0.0
+    return HASHING_COST * (loras + hashing), entries, 3 * entries if private else 0.0
 
 
 def _check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> SourceRecord:

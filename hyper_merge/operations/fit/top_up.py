@@ -1,4 +1,4 @@
-"""Private LoRAs of what a run's shared ones leave of a fitted checkpoint."""
+"""Makes private LoRAs for what a run's shared ones leave of a fitted checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def topup_stem(fit: PreparedFit, folders: Folders, *, overwrite: bool) -> str:
     """Returns the private LoRA's name without the rank, which no other fit of the run has.
 
     Raises:
-        NameTakenError: a file of that name is there which is of no fit.
+        NameTakenError: a file of that name exists that belongs to no fit.
     """
     of_others = folders.fitted_names(fit.run.name, but=fit.name)
     taken = {name_key(name.rpartition("-")[0]) for name in of_others}
@@ -36,8 +36,8 @@ def topup_stem(fit: PreparedFit, folders: Folders, *, overwrite: bool) -> str:
         name, _, rank = path.stem.rpartition("-")
         if name_key(name) == name_key(stem) and rank.isdecimal() and path not in replaced:
             raise NameTakenError(
-                f"{path} is there already",
-                hint=f"allow overwriting where it is of an earlier fit of {fit.name}, or choose"
+                f"{path} exists already",
+                hint=f"allow overwriting if it belongs to an earlier fit of {fit.name}, or choose"
                 " another name for this one",
             )
     return stem
@@ -65,7 +65,7 @@ def top_up(
     target: PrivateLoraTarget,
     progress: Progress,
 ) -> tuple[PrivateLoraRecord, ...]:
-    """Stages a private LoRA of what remains; none where the share is reached without.
+    """Stages a private LoRA for what remains; none where the share is reached without one.
 
     Args:
         outputs: the fit's files.

@@ -1,4 +1,4 @@
-"""Companion files of the LoRAs: norms and biases with the same multipliers, for hosts that take them."""
+"""Makes the LoRAs' companion files: norms and biases with the same multipliers, for some hosts."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ def write_restored(
 
     Args:
         inputs: the hyper-model alone.
-        loras: what is added to it.
+        loras: the LoRAs that are added to it.
         stack: the files of these LoRAs, open, in the same order.
         writer: of the new file.
-        original: the checkpoint that this should be; None to compare with nothing.
+        original: the checkpoint that is restored; None to compare with nothing.
         progress: progress and interrupt.
 
     Raises:

@@ -60,7 +60,7 @@ class RestoreError:
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """The written file, and how near it is."""
+    """The written file, and how close it is to its original."""
 
     path: Path
     run: str
@@ -163,7 +163,7 @@ def _shares_by_report(run: Run, shares: Mapping[str, float]) -> dict[str, float]
 def _free_stem(
     run: Run, shares: Mapping[str, float], hashes: Mapping[str, str], folders: Folders
 ) -> str:
-    """Returns a name for this restoration: the same every time, and that of no other one."""
+    """Returns a name for this restoration: the same every time, and never that of another one."""
     identity = _restores(shares, hashes)
 
     def is_taken(stem: str) -> bool:
@@ -192,7 +192,7 @@ def _restores(shares: Mapping[str, float], hashes: Mapping[str, str]) -> str:
 def _find_original(
     restoration: _Restoration, folders: Folders, progress: Progress
 ) -> tuple[Header | None, float, str]:
-    """Returns the original or None, its reported share, and why the original is not there."""
+    """Returns the original or None, its reported share, and why the original is missing."""
     if restoration.whole is None:
         return None, 0.0, "a mixture has no original"
     row, fit = find_row(restoration.run, restoration.whole)

@@ -21,9 +21,9 @@ from hyper_merge.runs.folders import Place
 from hyper_merge.runs.report_text import format_groups
 from hyper_merge.runtime.formatting import format_duration, format_size
 
-Kind = Literal["info", "good", "bad"]
+MessageKind = Literal["info", "good", "bad"]
 
-_ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
+_ENDINGS: Final[Mapping[str, tuple[MessageKind, str]]] = {
     "done": ("good", "Done"),
     "stopped": ("info", "Stopped"),
     "refused": ("bad", "Failed"),
@@ -31,7 +31,7 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
 }
 
 
-def format_message(kind: Kind, text: str) -> str:
+def format_message(kind: MessageKind, text: str) -> str:
     """Returns a box with one message; nothing for an empty text."""
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
 

@@ -1,4 +1,4 @@
-"""The width of each layer's bases, chosen by a sample of all files.
+"""Chooses the width of each layer's bases from a sample of all files.
 
 Layers with more energy for the bytes of a rank need more ranks, and so wider bases. The cost of the
 whole pass stays what it would be with one width for all.

@@ -1,4 +1,4 @@
-"""The tensors of an analysis file, and the identity that its name is made of."""
+"""Lists the tensors of an analysis file, and the identity from which its name is made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float1
 
 
 def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
-    """Returns all that decides an analysis but its width."""
+    """Returns everything that decides an analysis except its width."""
     return {
         "version": _VERSION,
         "files": [file_identity(header) for header in inputs.read],

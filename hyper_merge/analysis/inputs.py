@@ -1,4 +1,4 @@
-"""The files that a merge reads, and all settings that averages and analyses depend on."""
+"""Describes the files that a merge reads, and the settings that averages and analyses depend on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ class MergeInputs:
         return (self.base, *self.headers) if self.base else self.headers
 
     def contrasts_of(self, treatment: Treatment) -> Contrasts:
-        """Returns the coordinates for tensors of one treatment; to keep the first VAE is a mean of one."""
+        """Returns the coordinates for tensors of one treatment.
+
+        Keeping the first checkpoint's VAE is an average of that checkpoint alone.
+        """
         keeps_first = treatment is Treatment.VAE and not self.average_vae and not self.base
         return self._around_first if keeps_first else self.contrasts
 

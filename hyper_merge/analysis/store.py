@@ -1,4 +1,4 @@
-"""An analysis on disk, which later lists of ranks need in place of the checkpoints."""
+"""Writes and reads an analysis on disk, which later lists of ranks use instead of the checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone
 
 SUFFIX: Final = ".analysis.safetensors"
-SOLUTIONS: Final = ".solutions.json"  # of the file beside an analysis
+SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
 
 _NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
@@ -161,7 +161,7 @@ def open_analysis(
     Args:
         path: a file that `find_analysis` returned or `create_analysis` wrote.
         inputs: the files that it is the analysis of.
-        warn: called with a message for damaged solutions beside it.
+        warn: called with a message if the analysis's solutions are damaged.
 
     Raises:
         DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
@@ -275,7 +275,7 @@ def _put(staged: StagedFile, inputs: MergeInputs) -> None:
 
 
 def solutions_path(analysis: Path) -> Path:
-    """Returns the path of the solutions beside an analysis."""
+    """Returns the path of an analysis's solutions."""
     return analysis.with_name(analysis.name.removesuffix(SUFFIX) + SOLUTIONS)
 
 

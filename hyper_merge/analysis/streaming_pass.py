@@ -1,4 +1,4 @@
-"""The one pass over the checkpoints: averages out, compressed deviations in.
+"""Passes once over the checkpoints for their average and their compressed deviations.
 
 Every tensor is read once from all files and analysed by one pure function; the average goes to one
 function, bases and cores of the layers to another. Memory holds few tensors of each checkpoint.

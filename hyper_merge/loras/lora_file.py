@@ -1,7 +1,7 @@
-"""Blocks as LoRA files in the profile that all hosts read.
+"""Writes blocks as LoRA files in the profile that all hosts read.
 
 A module of a file adds up @ down * alpha / rank to its weight. One alpha holds for the whole file,
-for some loaders take it from one module; where a layer's rank is another, the factors make up for it.
+since some loaders take it from one module; where a layer's rank differs, the factors make up for it.
 Files of some families hold no alpha, and a module then adds up @ down.
 """
 
@@ -30,7 +30,7 @@ from hyper_merge.loras.metadata import LoraFile, lora_metadata
 _LARGEST: Final = MappingProxyType(
     {
         torch.float16: 6e4,  # of 65504: hosts that scale a factor need room
-        FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 makes NaN of what is above
+        FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 turns larger values into NaN
     }
 )
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
@@ -124,7 +124,10 @@ def stored_factors(
     alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
-    """Returns the factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
+    """Returns the factors scaled and rounded as a file holds them.
+
+    Arguments and errors are those of `as_lora_weights`.
+    """
     root = _root(up.shape[1], alpha)
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
@@ -150,7 +153,7 @@ def write_lora(
     file: LoraFile,
     tick: Callable[[int], None] = lambda _count: None,
 ) -> None:
-    """Stages one LoRA file with its metadata, and beside it text and picture of its card in WebUIs.
+    """Stages one LoRA file with its metadata, and text and picture of its card in WebUIs.
 
     Args:
         outputs: the merge's files; they appear together.
@@ -158,8 +161,8 @@ def write_lora(
         layers: of the checkpoints.
         factors: of the block, as `stored_factors` gives them for the file's alpha and type.
         file: everything else.
-        tick: called with the bytes of every tensor when it is hashed and when it is written; may
-            raise, to stop.
+        tick: called with the bytes of every tensor, once for its hash and once when it is written;
+            may raise, to stop.
 
     Raises:
         OutputError: the place is taken.

@@ -70,7 +70,7 @@ def format_tags(
 ) -> str:
     """Returns the tags that add all LoRAs.
 
-    There is one tag each, for a LoRA that is named twice counts differently in each host.
+    There is one tag each, since hosts differ in how a LoRA that is named twice counts.
 
     Args:
         names: file stems of the LoRAs.

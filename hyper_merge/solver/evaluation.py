@@ -1,4 +1,4 @@
-"""The best multipliers for blocks as they are written, and what they leave unexplained."""
+"""Fits the best multipliers to blocks as they are written, and measures what stays unexplained."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _explained_energies(
     plain: Statistics,  # of the blocks as written, over the layers of one group
     weighted: Statistics,
 ) -> Tensor:  # (R + 1, k)
-    """Returns what the first blocks explain of every checkpoint, with multipliers for them alone."""
+    """Returns the energy that the first blocks explain, by checkpoint, with multipliers for them alone."""
     rows = [plain.cross.new_zeros(len(plain.cross))]
     for count in range(1, len(plain.gram) + 1):
         first = Statistics(

@@ -1,4 +1,4 @@
-"""The best factors of one layer's delta."""
+"""Computes the best factors of one layer's delta."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive ranks: blocks that were fitted with too many ranks keep their best components."""
+"""Adapts ranks: blocks that were fitted with too many ranks keep their best components."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def prune_ranks(
 
     Args:
         groups: as far as they are solved.
-        allowance: what all of them may take together.
+        allowance: the bytes that all of them may take together.
         parallel: a map over the batches.
     """
     layers: dict[int, _BalancedLayer] = {}

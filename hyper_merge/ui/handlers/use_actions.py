@@ -1,4 +1,4 @@
-"""Handlers of the tab "Use" that start jobs: fits, new runs, checkpoints, LoRAs, checks.
+"""Handles the buttons of the tab "Use" that start jobs: fits, new runs, checkpoints, LoRAs, checks.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -253,12 +253,12 @@ def _shares(text: str) -> dict[str, float]:
 
 
 def _label(key: str) -> str:
-    """Returns what the panel calls a setting."""
+    """Returns the panel's label of a setting."""
     return _LABELS.get(key, key)
 
 
 def _entered(text: str | None) -> str | None:
-    """Returns what was entered in a field; None if it is empty."""
+    """Returns the text that was entered in a field; None if it is empty."""
     return (text or "").strip() or None
 
 

@@ -1,4 +1,4 @@
-"""The panels with host and jobs, and the events that several panels share."""
+"""Holds the panels with host and jobs, and wires the events that several panels share."""
 
 from __future__ import annotations
 

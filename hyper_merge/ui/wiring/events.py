@@ -1,4 +1,4 @@
-"""Wires one event: quick or queued, in Python or in the browser; no error ever leaves a handler.
+"""Wires a single event: quick or queued, in Python or in the browser; no error leaves a handler.
 
 Handlers return refusals themselves. An unexpected error goes to the host's log in full, and as one line
 to a widget of the tab.
@@ -51,7 +51,7 @@ def guarded(
 def guarded_stream(
     fn: Callable[..., Iterator[Any]], last: Callable[[str], Any], log: Log
 ) -> Callable[..., Iterator[Any]]:
-    """Returns a generator that never raises; after an error it yields what `last` makes of its text."""
+    """Returns a generator that never raises; after an error it yields `last` of the error's text."""
 
     def answers(*values: Any) -> Iterator[Any]:
         try:

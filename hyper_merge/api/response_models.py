@@ -85,7 +85,7 @@ class PlanResponse(BaseModel):
     disk: int = Field(..., description="at most, with the analysis in the cache")
     warnings: list[str]
     expected: list[ExpectedResponse] | None = Field(
-        ..., description="known where these checkpoints have been looked at before, else null"
+        ..., description="known where these checkpoints have been analyzed before, else null"
     )
 
 

@@ -1,4 +1,4 @@
-"""One layer's deviations, compressed to a small core between two orthonormal bases."""
+"""Compresses one layer's deviations to a small core between two orthonormal bases."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class JobStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the present pace; None while there is no pace yet."""
+        """Seconds until the end at the present pace; None while that is unknown."""
         if self.fraction < 0.02 or self.elapsed < 1:
             return None
         return self.elapsed * (1 - self.fraction) / self.fraction
@@ -118,7 +118,7 @@ class Job:
                 self._end("stopped", STOPPED)
 
     def wait(self, seconds: float) -> None:
-        """Returns when the job has ended, or after so many seconds.
+        """Returns when the job has ended, or after that many seconds.
 
         It does not return at every step: a solve takes hundreds in a second, and a page that draws
         each of them falls minutes behind and no longer answers a click.

@@ -101,18 +101,9 @@ def as_lora_weights(
     alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Tensor]:
-    """Returns one layer's tensors as stored: hosts will add up @ down, up to rounding.
+    """Returns one layer's tensors by key, as stored: hosts will add up @ down, up to rounding.
 
-    Args:
-        layer: whose weight it is for.
-        up: left factor; `r` is at least 1.
-        down: right factor.
-        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
-            for a file without alphas.
-        dtype: of the stored factors.
-
-    Raises:
-        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
+    Arguments and errors are those of `stored_factors`.
     """
     return _named(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
 
@@ -126,7 +117,16 @@ def stored_factors(
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
     """Returns the factors scaled and rounded as a file holds them.
 
-    Arguments and errors are those of `as_lora_weights`.
+    Args:
+        layer: the layer that they are for.
+        up: left factor; `r` is at least 1.
+        down: right factor.
+        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
+            for a file without alphas.
+        dtype: of the stored factors.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
     """
     root = _root(up.shape[1], alpha)
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
@@ -215,7 +215,7 @@ def _root(rank: int, alpha: float | None) -> float:
 def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
     """Returns the type of a stored alpha: that of the factors, as in Kohya's files, if exact.
 
-    bfloat16 cannot hold every whole number above 256, and in 8 bits nobody can calculate with it.
+    bfloat16 cannot hold every whole number above 256, and hosts cannot calculate with 8 bits.
     """
     exact = dtype != FLOAT8 and float(torch.tensor(alpha, dtype=dtype)) == alpha
     return dtype if exact else torch.float32

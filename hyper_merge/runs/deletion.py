@@ -56,7 +56,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
             for path in files:
                 outputs.remove(path)
     for name in (FITS, PICTURES, ""):
-        with suppress(OSError):  # somebody's notes are in it
+        with suppress(OSError):  # the user has put files there
             (folders.runs / run.name / name).rmdir()
     return files
 
@@ -73,7 +73,7 @@ def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
         return False
     readable = {other.name: other for other in folders.outlines()}
     names = {other.parent.name for other in folders.runs.glob(f"*/{MANIFEST}")} - {run.name}
-    # A run whose manifest cannot be read may well need it.
+    # A run whose manifest cannot be read might need it.
     return names <= readable.keys() and not any(
         _needs(readable[name], path, folders) for name in names
     )

@@ -1,4 +1,4 @@
-"""The folders of a host: where files go, which files exist already, which names are free."""
+"""Describes the folders of a host: where files go, which exist already, which names are free."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Folders:
             )
 
     def lora_files(self, names: Iterable[str]) -> list[Path]:
-        """Returns the files of LoRAs, as far as they are there, with their cards and pictures.
+        """Returns the existing files of LoRAs, with their cards and pictures.
 
         A LoRA of that name which Hyper-Merge did not write is left out with its card and picture.
         """
@@ -180,7 +180,7 @@ class Folders:
         return files
 
     def picture_files_of(self, run: str) -> list[Path]:
-        """Returns grids and figures of a run's comparisons; nothing that somebody else put there."""
+        """Returns grids and figures of a run's comparisons, and no files of other origin."""
         folder = self.runs / run / PICTURES
         paths = [] if folder.is_symlink() else sorted(folder.glob("comparison-*"))
         pattern = re.compile(r"comparison-\d+\.(png|json)")

@@ -1,4 +1,4 @@
-"""The manifest of a run: the JSON file in its folder that later commands read."""
+"""Describes the manifest of a run, the JSON file in its folder that later commands read."""
 
 from __future__ import annotations
 

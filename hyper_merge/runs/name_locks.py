@@ -45,7 +45,7 @@ class Hold:
 
 @contextmanager
 def held(folder: Path, *holds: Hold) -> Iterator[None]:
-    """Holds names within the block, as far as there are locks.
+    """Holds names within the block, where the file system has locks.
 
     Args:
         folder: of the runs.

@@ -1,4 +1,4 @@
-"""The figures of a merge: losses of the written files by checkpoint and section, baselines, bytes."""
+"""Describes the figures of a merge: losses by checkpoint and section, baselines, bytes."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Report:
 
 
 def _without_topup(row: CheckpointReport, shared: float) -> CheckpointReport:
-    """Returns the row with what the shared LoRAs alone explain, for each part at most that much."""
+    """Returns the row with the shared LoRAs' explained share, which limits that of each part."""
     return replace(
         row,
         explained=shared,

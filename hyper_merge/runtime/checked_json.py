@@ -1,4 +1,4 @@
-"""JSON files as plain data, and files that carry a checksum of their content, so that damage is noticed."""
+"""Reads JSON files, and writes and reads files with a checksum that reveals damage."""
 
 from __future__ import annotations
 

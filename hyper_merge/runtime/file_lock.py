@@ -108,7 +108,7 @@ class FileLock:
         return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def _is_named(self, file: int) -> bool:
-        """Tells whether the file is still there by its name: a removed one locks out nobody."""
+        """Tells whether the file still exists by its name: a removed one excludes nobody."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(file), self.path.stat())
         return False
@@ -118,7 +118,7 @@ class FileLock:
             self.path.unlink()
 
     def _remove_folders(self) -> None:
-        with suppress(OSError):  # something is in it by now
+        with suppress(OSError):  # another process has put something into it
             while self._folders:
                 self._folders[-1].rmdir()
                 self._folders.pop()
@@ -141,7 +141,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def patiently(action: Callable[[], None]) -> None:
-    """Tries again, for some seconds, what Windows refuses while another process has the file open.
+    """Repeats an action for some seconds if Windows refuses it while another process has the file open.
 
     Raises:
         OSError: that of the last try.

@@ -1,4 +1,4 @@
-"""A parallel map over independent items: in order, lazy, with a bounded number in progress."""
+"""Maps over independent items in parallel: in order, lazily, with a bounded number in progress."""
 
 from __future__ import annotations
 

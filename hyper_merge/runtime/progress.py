@@ -27,7 +27,7 @@ class Progress:
     warn: Callable[[str], None] = lambda _message: None
 
     def check(self) -> None:
-        """Returns if the run may go on; in any thread.
+        """Returns if the run may continue; may be called in any thread.
 
         Raises:
             InterruptedRun: the user asked for the run to end.

@@ -17,7 +17,7 @@ from hyper_merge.solver.quantization import StoredFactors
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Multipliers for blocks as written, and what they leave unexplained."""
+    """The best multipliers for blocks as written, with the errors and energies of all layers."""
 
     multipliers: Mapping[str, Tensor]  # by the layers' part: (k, R), float64
     errors: Tensor  # (layers, k), float64: squared norms of what is left

@@ -34,7 +34,7 @@ _PLANNING, _MAKING = 0.8, 0.2  # of the time for a private LoRA of a merge
 
 
 class CheckpointResidual(Protocol):
-    """What the shared LoRAs leave of one checkpoint, layer by layer."""
+    """The rest of one checkpoint that the shared LoRAs leave, layer by layer."""
 
     @property
     def checkpoint(self) -> int:
@@ -50,7 +50,7 @@ class CheckpointResidual(Protocol):
 
     @property
     def error(self) -> float:
-        """Squared norm of what the shared LoRAs leave of them."""
+        """Squared norm of the rest that the shared LoRAs leave of them."""
 
     @property
     def margin(self) -> float:
@@ -199,7 +199,7 @@ def _alpha(rank: int, ranks: Sequence[int], spectra: Sequence[Tensor], dtype: to
 
 
 class _CompressedResidual:
-    """What the shared LoRAs of a merge leave of a checkpoint, between the bases of its analysis."""
+    """The rest of a checkpoint that a merge's shared LoRAs leave, between the bases of its analysis."""
 
     margin = 0.998
 
@@ -249,7 +249,7 @@ class _CompressedResidual:
         return torch.cat([analysis.core(index), analysis.rounding(index)[None]])
 
     def _rest(self, index: int) -> Tensor:  # (p, q)
-        """Returns what the shared LoRAs leave in a layer, between its bases."""
+        """Returns the rest that the shared LoRAs leave in a layer, between its bases."""
         analysis = self._shared.analysis
         left, right = analysis.bases(index)
         rows = self._rows(index)

@@ -36,7 +36,7 @@ _TAG: Final = re.compile(r"<lora:[^>]*>")
 
 
 class WebUI:
-    """The WebUI around us; holds no state, for it outlives the WebUI's "Reload UI"."""
+    """The WebUI around us; holds no state, since it outlives the WebUI's "Reload UI"."""
 
     has_txt2img = True
 

@@ -61,7 +61,7 @@ class _Selection:
         self._was_loaded = hasattr(model, "filename") if is_forge() else model is not None
 
     def before_picture(self) -> None:
-        """Notices what the user has selected since the last picture."""
+        """Notices a checkpoint that the user has selected since the last picture."""
         if _selected() != self._ours:
             self._users = _selected()
 
@@ -122,7 +122,7 @@ def _draw(picture: Picture, progress: Progress, selection: _Selection) -> Image.
 
 
 def _require_loras(picture: Picture, complaints: list[str]) -> None:
-    """Returns if the picture was drawn with all LoRAs of its prompt: the WebUI goes on without them.
+    """Returns if the picture was drawn with all LoRAs of its prompt, which the WebUI does not check.
 
     Raises:
         PictureError: a LoRA was not found or failed, or the WebUI has no LoRAs at all.

@@ -46,7 +46,7 @@ class Band:
     """One prompt with one seed: a row of pictures for each way of making them.
 
     Attributes:
-        title: Above all of it.
+        title: The text above it.
         rows: By their names; as many cells as the grid has columns.
     """
 

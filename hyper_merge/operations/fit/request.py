@@ -1,4 +1,4 @@
-"""The request for a fit, and its validation against the run and the file by their headers."""
+"""Describes the request for a fit, and validates it against the headers of the run and the file."""
 
 from __future__ import annotations
 

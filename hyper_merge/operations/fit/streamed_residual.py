@@ -29,7 +29,7 @@ _EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix in addit
 
 @dataclass(frozen=True, eq=False)
 class StreamedResidual:
-    """What the LoRAs with given multipliers leave of a checkpoint, read from the files."""
+    """The rest of a checkpoint that LoRAs with given multipliers leave, read from the files."""
 
     inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
     added: LoraStack
@@ -51,7 +51,7 @@ class StreamedResidual:
 
     @property
     def error(self) -> float:
-        """Squared norm of what the LoRAs leave of it."""
+        """Squared norm of the rest that the LoRAs leave."""
         return self.measured.left(self.multipliers, self.layers)
 
     def spectra(self, _target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:

@@ -19,7 +19,7 @@ from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 
-_ROWS: Final = 8  # of every layer that are looked at
+_ROWS: Final = 8  # of every layer in the sample
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,7 +133,7 @@ class MergeOutputs:
         solved: SolvedMerge,
         progress: Progress,
     ) -> tuple[CompanionGain, ...]:
-        """Stages the companions if there are any; returns what they explain, by kind of tensor."""
+        """Stages the companions if there are any; returns the shares they explain, by kind."""
         vectors = preflight.norms_and_biases
         if not vectors:
             return ()

@@ -1,4 +1,4 @@
-"""The request for a restored checkpoint, and the text of a mixture."""
+"""Describes the request for a restored checkpoint, and parses the text of a mixture."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hyper_merge.runtime.formatting import format_size
 
 
 def format_restore(result: RestoreResult) -> str:
-    """Returns what the file is, and how close it is to its original."""
+    """Returns lines about the restored file and its distance from the original."""
     mixture = " + ".join(f"{share:g} {name}" for name, share in result.shares.items())
     lines = [f"{result.path.stem}: {mixture}, of the run {result.run}"]
     rest = 1 - sum(result.shares.values())

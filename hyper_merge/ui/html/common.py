@@ -37,7 +37,7 @@ def format_message(kind: MessageKind, text: str) -> str:
 
 
 def format_unexpected_error(error: BaseException) -> str:
-    """Returns the message for an error that nobody expected."""
+    """Returns the message for an unexpected error."""
     return format_message("bad", f"Unexpected error; see the log for details: {in_one_line(error)}")
 
 

@@ -86,7 +86,7 @@ def project(
     right: Tensor,  # (n, q)
     tick: Callable[[float], None] = lambda _cost: None,
 ) -> Tensor:  # (k, p, q)
-    """Returns `left.T @ slices[c] @ right`; `tick` as for `compress`."""
+    """Returns `left.T @ slices[c] @ right`; `tick` is called with the cost of each step."""
     if left.shape[1] == left.shape[0] and right.shape[1] == right.shape[0]:
         return slices
     core = slices.new_empty(len(slices), left.shape[1], right.shape[1])

@@ -97,7 +97,7 @@ class Host(Protocol):
             prompts: name -> `{prompt}` and LoRA tags.
 
         Raises:
-            OutputError: a name belongs to a style of the user's, or the file cannot be written;
+            OutputError: a name belongs to one of the user's styles, or the file cannot be written;
                 no style has changed then.
         """
 

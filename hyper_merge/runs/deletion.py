@@ -25,7 +25,7 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     checkpoint that was merged is never among them, nor a file that somebody else put there.
 
     Raises:
-        RunError: as for `load_run`.
+        RunError: there is no such run, or its manifest is damaged or of a newer version.
     """
     outline = RunOutline.from_json(run.folder, read_manifest(folders, run.name))
     files = folders.lora_files(path.stem for path in run.loras)
@@ -45,7 +45,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
         The removed files.
 
     Raises:
-        RunError: as for `load_run`.
+        RunError: there is no such run, or its manifest is damaged or of a newer version.
         OutputError: a file cannot be removed, the others are as they were; or a running job needs
             the run or its hyper-model.
     """

@@ -94,7 +94,7 @@ def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
 
     Args:
         run: the run.
-        shares: by checkpoint, as for `weighted_loras_of_mixture`; a share of 0 leaves a checkpoint out.
+        shares: by checkpoint; they need not add up to 1, and a share of 0 leaves a checkpoint out.
 
     Raises:
         RunError: the run has no checkpoint of a name; suggests the nearest.

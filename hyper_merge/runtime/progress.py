@@ -36,7 +36,7 @@ class Progress:
             raise InterruptedRun(STOPPED)
 
     def report(self, phase: str, fraction: float) -> None:
-        """Reports a step; errors as for `check`."""
+        """Reports a step; raises the errors of `check`."""
         self.check()
         self.on_progress(phase, fraction)
 
@@ -115,12 +115,12 @@ class ProgressCounter:
         self._done[item] = min(self._done[item] + cost, self._costs[item])
 
     def finish(self, item: Any) -> None:
-        """Counts an item as done, and reports; errors as for `report`."""
+        """Counts an item as done, and reports; raises the errors of `report`."""
         self._done[item] = self._costs[item]
         self.report()
 
     def advance(self, item: Any, cost: float) -> None:
-        """Counts a part of an item, and reports; errors as for `add`."""
+        """Counts a part of an item, and reports; raises the errors of `add`."""
         self.add(item, cost)
         self.report()
 

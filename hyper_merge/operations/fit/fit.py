@@ -87,7 +87,7 @@ def prepare_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     """Returns the request with its run, files and free names; nothing is written.
 
     Raises:
-        HyperMergeError: as for `validate_fit`, and a name that is taken.
+        HyperMergeError: the request is refused by `validate_fit`, or a name is taken.
     """
     fit = validate_fit(request, folders)
     folder = fit_record_paths(fit.run, fit.name)[0].parent
@@ -111,7 +111,8 @@ def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitR
     """Returns the fit of a checkpoint onto the shared LoRAs of a run; nothing is written.
 
     Raises:
-        HyperMergeError: as for `run_fit`.
+        HyperMergeError: an unknown run, one whose files are missing or were changed, a checkpoint
+            of another family, a name that is taken, or the user's interrupt.
     """
     fit = validate_fit(FitRequest(run.name, path), folders)
     checking, fitting, _ = progress.split(_costs(fit, folders, private=False))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs, raise_non_finite
 from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of_tensor
 from hyper_merge.checkpoints.reader import CheckpointReader
@@ -138,14 +138,12 @@ def open_files(
     inputs: MergeInputs, options: PassOptions, counter: ProgressCounter
 ) -> Iterator[tuple[list[CheckpointReader], ParallelMap, ProgressCounter]]:
     """Opens both files, and a map that reads few tensors at a time."""
-    base, header = inputs.read
     with (
-        CheckpointReader(base.path, expected=base) as first,
-        CheckpointReader(header.path, expected=header) as second,
+        open_checkpoints(inputs.read) as files,
         parallel_map(options.device, counter.report) as parallel,
         counter,
     ):
-        yield [first, second], parallel, counter
+        yield files, parallel, counter
 
 
 def read_deltas(

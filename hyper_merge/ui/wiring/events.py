@@ -96,7 +96,7 @@ def in_python(
         fn: the handler.
         inputs: widgets.
         outputs: widgets.
-        queued: as for `quiet_event`.
+        queued: whether it may take long or sends several results, which needs gradio's queue.
         code: a JavaScript function, which first replaces the inputs' values by a list of its own.
             Nothing can follow an event that only the browser answers.
     """

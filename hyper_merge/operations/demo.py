@@ -35,7 +35,9 @@ def make_family(folder: Path, progress: Progress) -> tuple[Path, ...]:
     return paths
 
 
-def run_demo(folder: Path, progress: Progress, effort: SearchEffort | None = None) -> MergeResult:
+def run_demo(
+    folder: Path, progress: Progress, *, effort: SearchEffort | None = None
+) -> MergeResult:
     """Makes the family where it is not there yet, and merges it; an earlier demo is replaced.
 
     Args:

@@ -64,6 +64,7 @@ def run_extend(
     request: ExtendRequest,
     folders: Folders,
     progress: Progress,
+    *,
     effort: SearchEffort | None = None,
 ) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.

@@ -197,7 +197,7 @@ def test_fitted_checkpoints_are_held_against_it_too(writable, new):
 
 def absorb(folders, *paths, **settings):
     request = ExtendRequest("mix", paths, **settings)
-    return run_extend(request, folders, Progress(), SearchEffort.QUICK)
+    return run_extend(request, folders, Progress(), effort=SearchEffort.QUICK)
 
 
 def test_a_run_absorbs_a_checkpoint_into_a_new_one(writable, new, monkeypatch):

@@ -57,7 +57,7 @@ class HyperModelResponse(BaseModel):
     """The file that the LoRAs are added to."""
 
     name: str = Field(..., description="of the file")
-    exists: bool = Field(..., description="whether it is there already and will be used again")
+    exists: bool = Field(..., description="whether it exists already and will be used again")
     size: int
 
 

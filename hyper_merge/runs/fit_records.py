@@ -90,7 +90,7 @@ def require_own_record(run: Run, name: str) -> None:
         known = _recorded_name(other)
         if known != name and name_key(other.stem) == name_key(path.stem):
             raise NameTakenError(
-                f"the fit of {one_line(known)} is there already, and {one_line(name)} would"
+                f"the fit of {one_line(known)} exists already, and {one_line(name)} would"
                 f" have the same file ({other}) on Windows and macOS",
                 hint="choose another name for it",
             )

@@ -222,7 +222,7 @@ class Folders:
         for other in self.outlines():
             if other.name != run and name_key(other.name) == name_key(run):
                 raise NameTakenError(
-                    f"the run {other.name} is there, and its name differs from {run} by case alone",
+                    f"the run {other.name} exists, and its name differs from {run} by case alone",
                     hint=f"write {other.name} to replace it, or choose another name",
                 )
 

@@ -203,7 +203,7 @@ def test_a_fit_whose_record_would_replace_another_is_refused(family, root):
     run_fit(FitRequest("mix", first, device="cpu"), folders, Progress())
     for overwrite in (False, True):
         extraction = FitRequest("mix", second, device="cpu", overwrite=overwrite)
-        with pytest.raises(NameTakenError, match="the fit of model is there already, and Model"):
+        with pytest.raises(NameTakenError, match="the fit of model exists already, and Model"):
             run_fit(extraction, folders, Progress())
     run_fit(FitRequest("mix", second, name="other", device="cpu"), folders, Progress())
 

@@ -59,11 +59,11 @@ def by_ranges(file, *, shared):
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
     except OSError:
-        return file_lock.State.TAKEN
-    return file_lock.State.HELD
+        return file_lock.LockState.TAKEN
+    return file_lock.LockState.HELD
 
 if kind == "no locks":
-    file_lock._lock = lambda file, *, shared: file_lock.State.IMPOSSIBLE
+    file_lock._lock = lambda file, *, shared: file_lock.LockState.IMPOSSIBLE
 if kind == "windows":
     import fcntl, secrets, struct
     file_lock._lock = by_ranges

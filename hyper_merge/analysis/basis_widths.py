@@ -1,4 +1,4 @@
-"""The width of each layer's bases, chosen by a sample of all files.
+"""Chooses the width of each layer's bases from a sample of all files.
 
 Layers with more energy for the bytes of a rank need more ranks, and so wider bases. The cost of the
 whole pass stays what it would be with one width for all.
@@ -7,15 +7,13 @@ whole pass stays what it would be with one width for all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import compute_deviations
 from hyper_merge.runtime.progress import Progress
 
@@ -44,11 +42,7 @@ def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tupl
 def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
     """Returns the squared norm of every layer's deviations, estimated from samples of its tensor."""
     energies = []
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(CheckpointReader(header.path, expected=header))
-            for header in inputs.read
-        ]
+    with open_checkpoints(inputs.read) as files:
         for layer in inputs.layout.layers:
             progress.check()
             rows = slice(*layer.rows) if layer.rows else slice(None)

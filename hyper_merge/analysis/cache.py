@@ -1,7 +1,7 @@
-"""The cache folder of analyses: finds one that can be used again, and limits their bytes.
+"""Finds analyses in the cache folder that can be used again, and limits the folder's size.
 
-The name of each file is a hash of all that decides the analysis, so that a changed checkpoint or
-setting never gets an old one. The folder may be deleted at any time.
+The name of each file is a hash of everything that decides the analysis, so that a changed checkpoint
+or setting never gets an old one. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ def find_analysis(
     ranks: Sequence[int],
     damaged: DamagedFiles | None = None,
 ) -> Path | None:
-    """Returns the path of the narrowest analysis of files that serves a list of ranks, if any.
+    """Returns the path of the narrowest analysis of files that suits a list of ranks, if any.
 
     Args:
         folder: the cache folder.
         inputs: the files.
-        options: the settings; a wider analysis than theirs serves too.
+        options: the settings; an analysis that is wider than these is suitable too.
         ranks: the ranks of the LoRAs.
-        damaged: takes damaged analyses, and names those to pass over; None to pass over all damaged
-            ones and leave them where they are.
+        damaged: takes damaged analyses, and names those to skip; None to skip all damaged ones and
+            leave them where they are.
     """
     stem = analysis_path(folder, inputs, options).name.partition("-")[0]
     for path in sorted(folder.glob(f"{stem}-*{SUFFIX}"), key=lambda path: (_width(path), path)):
@@ -133,7 +133,7 @@ def prune_analyses(folder: Path, limit: int) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Returns all analyses, the solutions beside them, and files that were set aside as damaged."""
+    """Returns all analyses, their solutions, and files that were set aside as damaged."""
     suffixes = (SUFFIX, SOLUTIONS, SET_ASIDE)
     return [path for suffix in suffixes for path in sorted(folder.glob(f"*{suffix}"))]
 
@@ -147,7 +147,7 @@ def _size(path: Path) -> int:
 
 
 def _last_use(path: Path) -> float:
-    """Seconds; a damaged file is of no use to anybody and goes first."""
+    """Returns the time of last use in seconds; 0 for a damaged file, which is deleted first."""
     return 0.0 if path.name.endswith(SET_ASIDE) else last_used(path)
 
 

@@ -1,4 +1,4 @@
-"""The tensors of an analysis file, and the identity that its name is made of."""
+"""Lists the tensors of an analysis file, and the identity from which its name is made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.reader import fingerprint
 
-KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
+UNCARRIED_KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
 """The kinds of tensors that no LoRA carries."""
 
 _VERSION: Final = 3  # of the files' content; another one is never read
@@ -21,7 +21,7 @@ ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float1
 
 
 def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
-    """Returns all that decides an analysis but its width."""
+    """Returns everything that decides an analysis except its width."""
     return {
         "version": _VERSION,
         "files": [file_identity(header) for header in inputs.read],
@@ -50,7 +50,7 @@ def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, Ten
     tensors = {
         "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
         "weights": TensorInfo(torch.float64, (count,)),
-        "not_carried": TensorInfo(torch.float64, (len(KINDS), k)),
+        "not_carried": TensorInfo(torch.float64, (len(UNCARRIED_KINDS), k)),
     }
     for index, layer in enumerate(inputs.layout.layers):
         p, q = basis_columns(layer, options.width_of(index))

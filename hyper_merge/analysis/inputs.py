@@ -1,8 +1,9 @@
-"""The files that a merge reads, and all settings that averages and analyses depend on."""
+"""Describes and opens the files that a merge reads, with the settings that its average depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ import torch
 
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout, Treatment, output_tensors
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import Contrasts, around_base, around_mean
 
 
@@ -35,7 +37,10 @@ class MergeInputs:
         return (self.base, *self.headers) if self.base else self.headers
 
     def contrasts_of(self, treatment: Treatment) -> Contrasts:
-        """Returns the coordinates for tensors of one treatment; to keep the first VAE is a mean of one."""
+        """Returns the coordinates for tensors of one treatment.
+
+        Keeping the first checkpoint's VAE is an average of that checkpoint alone.
+        """
         keeps_first = treatment is Treatment.VAE and not self.average_vae and not self.base
         return self._around_first if keeps_first else self.contrasts
 
@@ -59,6 +64,20 @@ class MergeInputs:
     @cached_property
     def _around_first(self) -> Contrasts:
         return around_mean([1.0] + [0.0] * (len(self.headers) - 1))
+
+
+@contextmanager
+def open_checkpoints(headers: Iterable[Header]) -> Iterator[list[CheckpointReader]]:
+    """Opens files for reading within the block, in the order of their headers.
+
+    Raises:
+        CheckpointError: a file cannot be read, or was changed since its header was read.
+    """
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(CheckpointReader(header.path, expected=header))
+            for header in headers
+        ]
 
 
 def basis_columns(layer: Layer, width: int) -> tuple[int, int]:

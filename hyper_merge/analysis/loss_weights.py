@@ -1,4 +1,4 @@
-"""Weights of checkpoints and layers in the loss; without any, all differences count alike."""
+"""Weights checkpoints and layers in the loss; without weights, all differences count alike."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_loss_weights(analysis: Analysis, recipe: Recipe) -> LossWeights:
 
 
 def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
-    """Returns factors of the layers' squared errors that leave the energy of everything as it is."""
+    """Returns factors of the layers' squared errors that leave the total energy unchanged."""
     squares = energies(analysis.grams, analysis.contrasts).sum(1)
     if recipe.layer_weights == "plain":
         return torch.ones_like(squares)
@@ -79,8 +79,8 @@ def relative_weights(
 ) -> Tensor:  # (layers,), float64
     """Returns one over each layer's size, so that errors count relative to the weights they change.
 
-    A layer of hardly any size, such as one that training began at zero, would outweigh all others; its
-    entries count as at least a small part of the usual ones.
+    A layer with a tiny norm, such as one that training initialised at zero, would outweigh all others;
+    its entries count as at least a small fraction of the usual ones.
     """
     entries = torch.tensor([layer.m * layer.n for layer in layers], dtype=torch.float64)
     usual = float(sizes.sum() / entries.sum())

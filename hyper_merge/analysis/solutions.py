@@ -1,4 +1,4 @@
-"""Multipliers that were solved for with earlier settings, on disk: good starts for later ones."""
+"""Stores the multipliers that were found with earlier settings, as good starts for later ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_solutions(path: Path, dimensions: int, warn: Callable[[str], None]) -> 
 
 
 def write_solutions(path: Path, solutions: Solutions, warn: Callable[[str], None]) -> None:
-    """Replaces the file; where that fails it only warns, since nothing but later starts suffers.
+    """Replaces the file; where that fails it only warns, since only later starts get worse.
 
     Args:
         path: path of the file.

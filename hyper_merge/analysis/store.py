@@ -1,4 +1,4 @@
-"""An analysis on disk, which later lists of ranks need in place of the checkpoints."""
+"""Writes and reads an analysis on disk, which later lists of ranks use instead of the checkpoints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_named_after
 from hyper_merge.analysis.file_layout import (
-    KINDS,
     ROUNDING_DTYPE,
+    UNCARRIED_KINDS,
     analysis_identity,
     analysis_tensors,
 )
@@ -31,7 +31,7 @@ from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone
 
 SUFFIX: Final = ".analysis.safetensors"
-SOLUTIONS: Final = ".solutions.json"  # of the file beside an analysis
+SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
 
 _NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
@@ -75,7 +75,7 @@ class Analysis:
     @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
         """The energies outside of all layers, by kind and checkpoint."""
-        return dict(zip(KINDS, self._tensor("not_carried"), strict=True))
+        return dict(zip(UNCARRIED_KINDS, self._tensor("not_carried"), strict=True))
 
     @property
     def spectra(self) -> list[Spectra]:
@@ -161,7 +161,7 @@ def open_analysis(
     Args:
         path: a file that `find_analysis` returned or `create_analysis` wrote.
         inputs: the files that it is the analysis of.
-        warn: called with a message for damaged solutions beside it.
+        warn: called with a message if the analysis's solutions are damaged.
 
     Raises:
         DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
@@ -226,7 +226,9 @@ class AnalysisWriter:
         self._write("weights", weights)
         zeros = grams.new_zeros(next(iter(not_carried.values())).shape)
         self._write("grams", grams)
-        self._write("not_carried", torch.stack([not_carried.get(kind, zeros) for kind in KINDS]))
+        self._write(
+            "not_carried", torch.stack([not_carried.get(kind, zeros) for kind in UNCARRIED_KINDS])
+        )
         checksums = [self._checksums[key] for key in sorted(self._checksums)]
         self._writer.write(CHECKSUMS, torch.tensor(checksums, dtype=torch.int64))
 
@@ -273,7 +275,7 @@ def _put(staged: StagedFile, inputs: MergeInputs) -> None:
 
 
 def solutions_path(analysis: Path) -> Path:
-    """Returns the path of the solutions beside an analysis."""
+    """Returns the path of an analysis's solutions."""
     return analysis.with_name(analysis.name.removesuffix(SUFFIX) + SOLUTIONS)
 
 

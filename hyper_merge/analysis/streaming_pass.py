@@ -1,4 +1,4 @@
-"""The one pass over the checkpoints: averages out, compressed deviations in.
+"""Passes once over the checkpoints for their average and their compressed deviations.
 
 Every tensor is read once from all files and analysed by one pure function; the average goes to one
 function, bases and cores of the layers to another. Memory holds few tensors of each checkpoint.
@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
     is_position_ids,
@@ -112,10 +112,7 @@ def stream_layers(
     counter = progress.counter(phase, costs)
     not_carried: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(CheckpointReader(header.path, expected=header))
-            for header in inputs.read
-        ]
+        files = stack.enter_context(open_checkpoints(inputs.read))
         if write_average:
             _copy_tensors(inputs, files[-len(inputs.headers)], write_average)
         parallel = stack.enter_context(parallel_map(options.device, counter.report))

@@ -1,4 +1,4 @@
-"""One analysis for all processes that need it at the same time: one makes it, the others wait for it."""
+"""Lets one process make an analysis while the others that need it wait."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hyper_merge.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Turn:
-    """An analysis that nobody deletes, or the turn to make it."""
+    """An analysis that is kept from deletion, or the turn to make it."""
 
     path: Path
     exists: bool
-    end_making: Callable[[], None]  # when it is made: the others may have it
+    end_making: Callable[[], None]  # to be called once it is made, so that others may use it
 
 
 @contextmanager
@@ -33,18 +33,18 @@ def analysis_turn(
     damaged: DamagedFiles,
     progress: Progress,
 ) -> Iterator[Turn]:
-    """The analysis that serves, kept from deletion within the block; else whoever asks makes it.
+    """Gives a suitable analysis, kept from deletion within the block, or the turn to make one.
 
     Args:
         folder: of the cache.
         inputs: the files.
-        options: what is wanted of them.
-        ranks: that it is to serve.
+        options: the options of the pass.
+        ranks: the ranks that the analysis must suit.
         damaged: files that are not to be used.
-        progress: is told while another process makes the same analysis, and may end the wait.
+        progress: reports while another process makes the same analysis, and may end the wait.
 
     Raises:
-        InterruptedRun: the user does not want to wait.
+        InterruptedRun: the user ended the wait.
     """
     with ExitStack() as kept:
         path = _kept(kept, folder, inputs, options, ranks, damaged)
@@ -70,7 +70,7 @@ def _kept(
     ranks: Sequence[int],
     damaged: DamagedFiles,
 ) -> Path | None:
-    """Returns an analysis that serves and will stay; None if there is none."""
+    """Returns a suitable analysis that is kept from deletion; None if there is none."""
     path = find_analysis(folder, inputs, options, ranks, damaged)
     if path is not None:
         kept.enter_context(in_use(path))

@@ -1,9 +1,9 @@
-"""Which analyses of the cache are in use, and when each one was used last; the analyses stay untouched.
+"""Marks which analyses of the cache are in use, and when each was last used, without touching them.
 
-Beside an analysis `x.analysis.safetensors` lies an empty file `x.used`, whose time of change is the
-last use. Who uses the analysis shares a lock of that file; who wants to delete it needs that lock
-alone. Where there are no locks the file is touched all the while, and a young one means "in use".
-Who makes the analysis holds a lock of `x.making`.
+Next to an analysis `x.analysis.safetensors` is an empty file `x.used`, whose modification time is
+the last use. A process that uses the analysis shares a lock of that file; one that deletes it needs
+the lock exclusively. Where there are no locks, the file is touched again and again while the analysis
+is used, and a recent time means "in use". A process that makes the analysis holds a lock of `x.making`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, State
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
 from hyper_merge.runtime.progress import Progress
 
 USED: Final = ".used"
@@ -30,14 +30,14 @@ _YOUNG: Final = 10 * _BEAT
 
 @contextmanager
 def in_use(analysis: Path) -> Iterator[None]:
-    """Keeps an analysis, there already or yet to be made, from being deleted within the block."""
+    """Keeps an analysis, existing or about to be made, from being deleted within the block."""
     lock = FileLock(_beside(analysis, USED))
     end = time.monotonic() + _PATIENCE
-    while (state := lock.acquire(shared=True)) is State.TAKEN and time.monotonic() < end:
-        time.sleep(PAUSE)  # somebody deletes it, which takes a moment
+    while (state := lock.acquire(shared=True)) is LockState.TAKEN and time.monotonic() < end:
+        time.sleep(PAUSE)  # another process is deleting it, which takes a moment
     mark_used(analysis)
     over = threading.Event()
-    if state is not State.HELD:
+    if state is not LockState.HELD:
         threading.Thread(target=_touch, args=(analysis, over), daemon=True).start()
     try:
         yield
@@ -49,15 +49,15 @@ def in_use(analysis: Path) -> Iterator[None]:
 
 @contextmanager
 def making(analysis: Path, progress: Progress) -> Iterator[None]:
-    """Within the block nobody else makes this analysis; waits, with a word, while another one does.
+    """Keeps other processes from making this analysis within the block; waits while one does.
 
-    Where there are no locks, nobody waits: it may be made twice.
+    Where there are no locks, no process waits, and the analysis may be made twice.
 
     Raises:
-        InterruptedRun: the user does not want to wait.
+        InterruptedRun: the user ended the wait.
     """
     lock = FileLock(_beside(analysis, _MAKING))
-    while lock.acquire() is State.TAKEN:
+    while lock.acquire() is LockState.TAKEN:
         progress.report(_WAITING, 0.0)
         time.sleep(PAUSE)
     try:
@@ -74,25 +74,25 @@ def unused(analysis: Path) -> Iterator[bool]:
     lock = FileLock(marker)
     state = lock.acquire()
     try:
-        yield state is State.HELD or (state is State.IMPOSSIBLE and not young)
+        yield state is LockState.HELD or (state is LockState.IMPOSSIBLE and not young)
     finally:
-        gone = state is State.HELD and not analysis.exists()
-        lock.release(remove=state is not State.TAKEN and (gone or not known))
+        gone = state is LockState.HELD and not analysis.exists()
+        lock.release(remove=state is not LockState.TAKEN and (gone or not known))
 
 
 def mark_used(analysis: Path) -> None:
-    """Makes an analysis the most recently used one; nothing where the folder cannot be written to."""
+    """Makes an analysis the most recently used one, unless the folder cannot be written to."""
     with suppress(OSError):
         _beside(analysis, USED).touch()
 
 
 def last_used(analysis: Path) -> float:
-    """When an analysis was used last or made, in seconds; 0 for one that is gone by now."""
+    """Returns when an analysis was last used or made, in seconds; 0 for one that is gone."""
     return max(_changed(_beside(analysis, USED)), _changed(analysis))
 
 
 def remove_leftovers(folder: Path, suffix: str) -> None:
-    """Removes what killed processes left of analyses that they were about to make.
+    """Removes the markers that killed processes left of analyses that they were about to make.
 
     Args:
         folder: of the cache.
@@ -103,8 +103,8 @@ def remove_leftovers(folder: Path, suffix: str) -> None:
 
 
 def _forget(lock: FileLock, analysis: Path) -> None:
-    """Removes the lock's file where there is no analysis to it, and nobody is about to make one."""
-    if not analysis.exists() and lock.acquire() is not State.TAKEN:
+    """Removes the lock's file where its analysis does not exist and is not about to be made."""
+    if not analysis.exists() and lock.acquire() is not LockState.TAKEN:
         lock.release(remove=not analysis.exists())
 
 
@@ -114,7 +114,7 @@ def _touch(analysis: Path, over: threading.Event) -> None:
 
 
 def _is_young(marker: Path) -> bool:
-    """By the clock of the disk, which may be another machine's."""
+    """Tells whether a marker is recent, by the clock of the disk, which may be another machine's."""
     return _now(marker.parent) - _changed(marker) < _YOUNG
 
 

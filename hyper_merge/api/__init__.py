@@ -1,1 +1,1 @@
-"""The HTTP API: routes under `/hyper-merge`, for any FastAPI app."""
+"""Serves the HTTP API: routes under `/hyper-merge`, for any FastAPI app."""

@@ -1,4 +1,4 @@
-"""Names and passwords of HTTP Basic authentication, as the WebUI's own API asks for them."""
+"""Checks names and passwords by HTTP Basic authentication, as the WebUI's own API does."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def parse_credentials(text: str) -> dict[str, str]:
 
 
 def basic_auth(passwords: Mapping[str, str]) -> Callable[..., None]:
-    """Returns a dependency of routes that answers 401 without a known name and its password."""
+    """Returns a dependency of routes that refuses requests without a known name and its password."""
 
     def check(credentials: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
         known = passwords.get(credentials.username)
-        # The time of the comparison does not depend on the password; bytes, for texts must be ASCII.
+        # The time of the comparison does not depend on the password; texts would have to be ASCII.
         if known is None or not compare_digest(credentials.password.encode(), known.encode()):
             raise HTTPException(
                 401, "Incorrect username or password", headers={"WWW-Authenticate": "Basic"}
             )
 
-    # Written out: FastAPI cannot look up annotations that are texts in a function within a function.
+    # Set by hand: FastAPI cannot resolve annotations that are strings in a nested function.
     check.__annotations__ = {"credentials": HTTPBasicCredentials}
     return check
 

@@ -24,7 +24,7 @@ def parse_recipe(body: PlanBody, name: str, host: Host) -> Recipe:
     """Returns the recipe of a body, by the host's list as it is now.
 
     Args:
-        body: all settings but the name, which may be left out there.
+        body: all settings except the name, which the body may leave out.
         name: of the hyper-model.
         host: whose list the names are looked up in.
 
@@ -88,7 +88,7 @@ def find_file(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
 
     Args:
         name: of a checkpoint, as a client sent it.
-        setting: where it stood, for the message.
+        setting: the setting that held it, for the message.
         listed: the host's list.
 
     Raises:
@@ -108,5 +108,5 @@ def find_file(name: str, setting: str, listed: Mapping[str, Path]) -> Path:
 
 
 def _place(key: str) -> str:
-    """Returns what the API calls a recipe's setting."""
+    """Returns the API's name of a recipe's setting."""
     return _NAMES.get(key, key)

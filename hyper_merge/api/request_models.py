@@ -1,7 +1,7 @@
-"""The bodies of requests, as FastAPI reads and describes them; for pydantic 1 and 2.
+"""Describes the bodies of requests, as FastAPI reads and documents them; for pydantic 1 and 2.
 
-Types are strict: 4.7 is no rank, and "yes" is no boolean. Whether a value makes sense is left to the
-recipe, whose refusals say what to do. Checkpoints are names of the host's list, never paths.
+Types are strict: 4.7 is no rank, and "yes" is no boolean. The recipe decides whether a value makes
+sense, and its refusals give advice. Checkpoints are names of the host's list, never paths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The answers to requests, as FastAPI writes and describes them; for pydantic 1 and 2.
+"""Describes the answers to requests, as FastAPI writes and documents them; for pydantic 1 and 2.
 
 Shares are fractions 0..1 of squared norms, sizes are bytes. Files are given by their names alone.
 """
@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 
 class RefusalResponse(BaseModel):
-    """The reason why something was not done, for people."""
+    """The reason why something was not done, as text."""
 
     detail: str
 
@@ -57,7 +57,7 @@ class HyperModelResponse(BaseModel):
     """The file that the LoRAs are added to."""
 
     name: str = Field(..., description="of the file")
-    exists: bool = Field(..., description="whether it is there already and will be used again")
+    exists: bool = Field(..., description="whether it exists already and will be used again")
     size: int
 
 
@@ -85,7 +85,7 @@ class PlanResponse(BaseModel):
     disk: int = Field(..., description="at most, with the analysis in the cache")
     warnings: list[str]
     expected: list[ExpectedResponse] | None = Field(
-        ..., description="known where these checkpoints have been looked at before, else null"
+        ..., description="known where these checkpoints have been analyzed before, else null"
     )
 
 
@@ -182,7 +182,7 @@ class PrecisionLossResponse(BaseModel):
 
 
 class ReportResponse(BaseModel):
-    """The figures of a merge beside those of its checkpoints."""
+    """The figures of a merge, in addition to those of its checkpoints."""
 
     method: str
     losses: list[float] = Field(..., description="after each sweep, before rounding")

@@ -1,7 +1,7 @@
-"""The routes under `/hyper-merge`, for any FastAPI app.
+"""Builds the routes under `/hyper-merge`, for any FastAPI app.
 
-They are plain functions, which FastAPI runs in threads, for they read files. A refusal becomes an
-answer of 400, or of 404 for an unknown run or job and 409 while another job runs.
+They are plain functions, which FastAPI runs in threads, since they read files. A refusal becomes an
+answer with status 400, or 404 for an unknown run or job and 409 while another job runs.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> AP
     """Returns all routes.
 
     Args:
-        host: whose checkpoints and folders they serve.
-        jobs: those of the process, which the tab shows too.
+        host: the host with the checkpoints and folders.
+        jobs: the jobs of the process, which the tab shows too.
         dependencies: of every route, such as its authentication.
     """
     router = APIRouter(
@@ -106,7 +106,7 @@ def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> AP
 
 
 class _Route(APIRoute):
-    """Answers a wrong request with its wrong fields and the reasons, without what was sent.
+    """Answers an invalid request with the invalid fields and the reasons, without the sent values.
 
     A bare NaN is read as a number, but JSON has no number to answer it with.
     """
@@ -135,11 +135,11 @@ class _Routes:
         self._jobs = jobs
 
     def checkpoints(self) -> CheckpointsResponse:
-        """The host's list of checkpoints, whose names all other requests use."""
+        """Returns the host's list of checkpoints, whose names all other requests use."""
         return checkpoints_response(self._host)
 
     def inspect(self, body: InspectBody) -> InspectionResponse:
-        """What checkpoints are: family, type, hash, VAE, and what keeps them from being merged."""
+        """Returns family, type, hash and VAE of checkpoints, and why one cannot be merged."""
         with _refusals():
             listed = self._host.checkpoints()
             files = [(name, find_file(name, "checkpoints", listed)) for name in body.checkpoints]
@@ -148,15 +148,15 @@ class _Routes:
             )
 
     def plan(self, body: PlanBody) -> PlanResponse:
-        """What a merge would write and take, or why it cannot be made; nothing is written."""
+        """Returns the files, time and memory of a merge, or why it cannot be made; writes nothing."""
         with _refusals():
             preflight, place = place_merge(body, self._host)
             return plan_response(preflight, place, known_forecast(preflight))
 
     def look(self, body: PlanBody) -> JobResponse:
-        """Starts an analysis of the checkpoints, after which their plan forecasts what is explained.
+        """Starts an analysis of the checkpoints, after which their plan forecasts the explained shares.
 
-        Writes nothing but the cache, which a merge of them uses again.
+        It writes only to the cache, which a merge of them uses again.
         """
         with _refusals():
             self._jobs.require_idle()
@@ -166,7 +166,7 @@ class _Routes:
             return job_response(self._jobs.start(FORECAST_TITLE, work, self._host.log))
 
     def merge(self, body: MergeBody) -> JobResponse:
-        """Starts a merge, or says why it cannot be made; its job says how far it is."""
+        """Starts a merge, or says why it cannot be made; its job shows the progress."""
         with _refusals():
             self._jobs.require_idle()
             preflight, _ = place_merge(body, self._host)
@@ -176,7 +176,7 @@ class _Routes:
             return job_response(self._jobs.start(name, work, self._host.log))
 
     def fit(self, body: FitBody) -> JobResponse:
-        """Starts fitting a checkpoint onto the LoRAs of a run; its job says how far it is."""
+        """Starts fitting a checkpoint onto the LoRAs of a run; its job shows the progress."""
         with _refusals():
             self._jobs.require_idle()
             fit = prepare_fit(parse_fit_request(body, self._host), self._host.folders())
@@ -186,11 +186,11 @@ class _Routes:
             return job_response(self._jobs.start(title, work, self._host.log))
 
     def jobs(self) -> JobsResponse:
-        """The last jobs of this process, those of the tab too, the newest first."""
+        """Returns the last jobs of this process, including those of the tab, the newest first."""
         return JobsResponse(jobs=[job_response(job) for job in self._jobs.known])
 
     def job(self, job_id: str) -> JobResponse:
-        """How far a job is, or how it ended."""
+        """Returns the progress of a job, or how it ended."""
         return job_response(self._require_job(job_id))
 
     def cancel(self, job_id: str) -> JobResponse:
@@ -201,12 +201,12 @@ class _Routes:
         return job_response(job)
 
     def runs(self) -> RunsResponse:
-        """Earlier merges, the newest first."""
+        """Returns earlier merges, the newest first."""
         runs, problems = list_runs(self._host.folders())
         return RunsResponse(runs=[run_summary_response(run) for run in runs], problems=problems)
 
     def run(self, name: str) -> RunResponse:
-        """One run with its report, its prompts and the checkpoints that were fitted later."""
+        """Returns one run with its report, its prompts and the checkpoints that were fitted later."""
         with _refusals():
             return run_response(load_run(self._host.folders(), name), self._host)
 

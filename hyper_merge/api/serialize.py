@@ -1,4 +1,4 @@
-"""Makes the answers of the API; files are given by their names alone."""
+"""Makes the answers of the API; files are named without their folders."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def plan_response(
 
 
 def job_response(job: Job) -> JobResponse:
-    """Returns how far a job is."""
+    """Returns the progress of a job."""
     status = job.status
     return JobResponse(
         id=job.id,

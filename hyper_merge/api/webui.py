@@ -15,7 +15,7 @@ from hyper_merge.hosts.webui.host import WebUI
 def add_api(_demo: Any, app: Any) -> None:
     """Adds the routes if the WebUI's API is on; to be called by `on_app_started`.
 
-    "Reload UI" makes a new app and calls this again; the jobs are the process's and go on.
+    "Reload UI" makes a new app and calls this again; the jobs belong to the process and continue.
     """
     options = shared.cmd_opts
     if not (getattr(options, "api", False) or getattr(options, "nowebui", False)):

@@ -1,1 +1,1 @@
-"""The mathematics: tensors in, tensors out; no files and no devices of its own."""
+"""Contains the mathematics: tensors in, tensors out, no files and no devices of its own."""

@@ -1,4 +1,4 @@
-"""One layer's deviations, compressed to a small core between two orthonormal bases."""
+"""Compresses one layer's deviations to a small core between two orthonormal bases."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def project(
     right: Tensor,  # (n, q)
     tick: Callable[[float], None] = lambda _cost: None,
 ) -> Tensor:  # (k, p, q)
-    """Returns `left.T @ slices[c] @ right`; `tick` as for `compress`."""
+    """Returns `left.T @ slices[c] @ right`; `tick` is called with the cost of each step."""
     if left.shape[1] == left.shape[0] and right.shape[1] == right.shape[0]:
         return slices
     core = slices.new_empty(len(slices), left.shape[1], right.shape[1])

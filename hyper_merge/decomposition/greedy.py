@@ -1,4 +1,4 @@
-"""Greedy deflation: block after block, each fitted to what the ones before it left over.
+"""Solves by greedy deflation: one block after another is fitted to the rest that the others leave.
 
 The method of tfernd/hyper-merge, kept as one start of the joint solver and as the baseline of every
 comparison. Unlike the original, each block starts from the leading eigenvector of what is left:

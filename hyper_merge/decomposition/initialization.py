@@ -1,4 +1,4 @@
-"""Where the joint solver starts: many multipliers tried on few layers, the best kept.
+"""Finds a start for the joint solver: tries many multipliers on few layers and keeps the best.
 
 The loss has many local minima, and only the multipliers (k x R numbers) couple the layers: given
 them every layer is a problem of its own. So the search for a good basin runs on the few layers that

@@ -1,4 +1,4 @@
-"""Small pieces of linear algebra, batched over leading dimensions; device and dtype follow the input."""
+"""Provides small linear algebra, batched over leading dimensions; device and dtype follow the input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coupled block-term decomposition: shared blocks `up @ down` per layer, one multiplier matrix.
+"""Solves the coupled block-term decomposition: blocks `up @ down` per layer, one multiplier matrix.
 
 Minimises  sum over layers of  sum_c || slices[c] - sum_r multipliers[c, r] * up_r @ down_r ||^2,
 the decomposition in rank-(L, L, 1) terms of De Lathauwer ("Decompositions of a higher-order tensor

@@ -1,4 +1,4 @@
-"""The cores of all layers in batches, and the blocks that are fitted to them."""
+"""Describes the cores of all layers in batches, and the blocks that are fitted to them."""
 
 from __future__ import annotations
 

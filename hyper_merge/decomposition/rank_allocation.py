@@ -1,4 +1,4 @@
-"""How the ranks that the user chooses become ranks of each block in each layer."""
+"""Turns the ranks that the user chooses into ranks of each block in each layer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def ranks_within(
 ) -> list[int]:
     """Returns the cheapest ranks with which the layers' tails add up to `left` at most.
 
-    It is an approximation: rank after rank goes to where it takes away most for its cost.
+    It is an approximation: each rank goes where it reduces the error most for its cost.
     """
     counts = torch.tensor([len(values) for values in spectra])
     owner = torch.arange(len(spectra)).repeat_interleave(counts)

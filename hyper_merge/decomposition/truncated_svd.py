@@ -1,4 +1,4 @@
-"""One matrix's truncated SVD, many times as fast as a full one and as good to a fixed tolerance."""
+"""Computes a matrix's truncated SVD, much faster than a full one and as good to a fixed tolerance."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The programs around Hyper-Merge: AUTOMATIC1111's WebUI, Forge, or the app without a WebUI."""
+"""Adapts Hyper-Merge to its host: AUTOMATIC1111's WebUI, Forge, or the app without a WebUI."""

@@ -1,4 +1,4 @@
-"""Draws by diffusers, for the app without a WebUI: one checkpoint at a time, with its LoRAs."""
+"""Draws with diffusers for the app without a WebUI: one checkpoint at a time, with its LoRAs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from hyper_merge.runtime.progress import Progress
 
 PACKAGES: Final = ("diffusers", "transformers", "peft", "accelerate")
 CONFIGURATIONS: Final = "diffusers"
-"""The folder beside the runs with configurations in diffusers' layout, for use without a network."""
+"""The folder next to the runs with configurations in diffusers' layout, for use without a network."""
 
 _EXTRA: Final = "pip install 'hyper-merge[pictures]'"
 
 
 class _Sampler(NamedTuple):
-    """A scheduler of diffusers and its settings, for a sampler that WebUIs know by name."""
+    """The scheduler of diffusers, with its settings, for a sampler that WebUIs know by name."""
 
     scheduler: str
     settings: Mapping[str, Any]
@@ -86,7 +86,7 @@ def describe_diffusers() -> GeneratorInfo:
 
 @contextmanager
 def open_diffusers(folders: Folders) -> Iterator[ImageGenerator]:
-    """Yields a generator that draws by diffusers; frees all its memory afterwards.
+    """Yields a generator that draws with diffusers; frees all its memory afterwards.
 
     Args:
         folders: where the LoRAs are that prompts name.
@@ -128,7 +128,7 @@ class _Pipeline:
     def draw(self, picture: Picture, progress: Progress) -> Image.Image:
         """Draws a picture; it can be stopped between two steps."""
         with _errors_explained(picture.model, self._folders), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries, on their own future
+            warnings.simplefilter("ignore")  # deprecations within the libraries
             self._load(picture.model)
             self._apply_loras(_tags_of(picture.prompt))
             return self._run(picture, progress)
@@ -236,12 +236,12 @@ def _find_lora(folders: Folders, name: str) -> Path:
 
 @contextmanager
 def _errors_explained(model: Path, folders: Folders) -> Iterator[None]:
-    """Turns whatever diffusers raises into a message with what to do; the log has it in full."""
+    """Turns errors of diffusers into a message with advice; the log has them in full."""
     try:
         yield
     except HyperMergeError:
         raise
-    except Exception as error:  # whatever the libraries may raise
+    except Exception as error:  # the libraries may raise anything
         _log.exception("diffusers failed with %s", model.name)
         line = str(error).strip().partition("\n")[0]
         raise PictureError(

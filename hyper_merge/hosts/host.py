@@ -1,4 +1,4 @@
-"""The protocol of a host, the program around us; every difference between hosts is behind it."""
+"""Defines the protocol of a host, the program around us, which hides all differences between hosts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GeneratorInfo:
 
     Attributes:
         samplers: Their names; the first one is the default.
-        problem: Why no picture can be made here, with what to do; empty where one can.
+        problem: Why no picture can be made here, and advice; empty where one can be made.
     """
 
     samplers: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Host(Protocol):
 
     @property
     def title(self) -> str:
-        """The host's name for people: "AUTOMATIC1111", "Forge" or "Hyper-Merge"."""
+        """The host's display name: "AUTOMATIC1111", "Forge" or "Hyper-Merge"."""
 
     @property
     def has_txt2img(self) -> bool:
@@ -52,7 +52,7 @@ class Host(Protocol):
     def known_hash(self, name: str) -> str | None:
         """Returns the first 10 hex digits of a listed checkpoint's sha256 if the host knows it.
 
-        The file is never hashed for it.
+        This never reads the file to compute the hash.
         """
 
     def refresh(self) -> None:
@@ -62,7 +62,7 @@ class Host(Protocol):
         """Returns where outputs go."""
 
     def defaults(self) -> Defaults:
-        """Returns what the form starts with."""
+        """Returns the values that the form starts with."""
 
     def running(self, task: str) -> AbstractContextManager[Progress]:
         """Waits for a turn of the host, frees its device memory, and restores all at the end.
@@ -78,10 +78,10 @@ class Host(Protocol):
         """Returns the samplers of the host's image generator, or why it has none."""
 
     def drawing(self, task: str) -> AbstractContextManager[tuple[Progress, ImageGenerator]]:
-        """Waits for a turn as `running` does, and yields what draws pictures.
+        """Waits for a turn as `running` does, and yields a progress and a generator of pictures.
 
-        The loaded model stays on the device; afterwards the checkpoint that was loaded before is
-        loaded again, however it ended.
+        The loaded model stays on the device; afterwards, even after an error, the checkpoint that was
+        loaded before is loaded again.
 
         Raises:
             PictureError: no picture can be made here.
@@ -97,7 +97,7 @@ class Host(Protocol):
             prompts: name -> `{prompt}` and LoRA tags.
 
         Raises:
-            OutputError: a name belongs to a style of the user's, or the file cannot be written;
+            OutputError: a name belongs to one of the user's styles, or the file cannot be written;
                 no style has changed then.
         """
 
@@ -109,10 +109,10 @@ class Host(Protocol):
         """
 
     def checkpoint_title(self, path: Path) -> str | None:
-        """Returns the title by which the host selects a checkpoint; None if it is not in its list."""
+        """Returns the title by which the host selects a checkpoint; None if it is not in the list."""
 
     def connect_send(self, button: Any, text: Any) -> None:
-        """Makes a gradio button put a gradio text into the prompt of txt2img."""
+        """Connects a gradio button so that it copies a gradio text into the prompt of txt2img."""
 
     def log(self, error: BaseException) -> None:
         """Writes an unexpected error in full to the host's log."""

@@ -1,4 +1,4 @@
-"""Runs long work in a thread: it outlives the page that began it, and can be followed from others."""
+"""Runs long work in a thread, which outlives the page that began it and can be followed from others."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any, Final, Literal
 from hyper_merge.errors import HyperMergeError, InterruptedRun
 from hyper_merge.runtime.progress import STOPPED, Progress
 
-_KNOWN: Final = 20  # jobs that can be looked at
+_KNOWN: Final = 20  # jobs that are remembered
 
 Outcome = Literal["running", "done", "stopped", "refused", "failed"]
 MERGE: Final = "merge"
 """The place of jobs that make a run; others begin in a panel of the tab "Use"."""
 JobFunction = Callable[[str, Progress], object]
-"""The work of a job: takes the task's id and a progress to report to.
+"""The work of a job, which takes the task's id and a progress to report to.
 
-Returns the name of the run that it made, an outcome for a panel, or "".
+It returns the name of the run that it made, an outcome for a panel, or "".
 """
 
 
 class BusyError(HyperMergeError):
-    """A job is running already."""
+    """The refusal of a job because another one is running."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class JobStatus:
 
     Attributes:
         task: Id by which the host knows it.
-        title: What is made.
-        phase: What is being done, as text.
+        title: The thing that it makes, as text.
+        phase: The present step, as text.
         fraction: Of the whole, 0..1.
         elapsed: Seconds since the work itself began, without waiting for the host.
         outcome: Whether it runs, or how it ended.
@@ -62,7 +62,7 @@ class JobStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the present pace; None while there is no pace yet."""
+        """Seconds until the end at the present pace; None while that is unknown."""
         if self.fraction < 0.02 or self.elapsed < 1:
             return None
         return self.elapsed * (1 - self.fraction) / self.fraction
@@ -90,7 +90,7 @@ class Job:
         """Starts the work.
 
         Args:
-            title: what is made, for people.
+            title: the thing that it makes, as text.
             work: runs in the thread.
             log: takes an unexpected error.
             place: the panel in which it is begun.
@@ -118,7 +118,7 @@ class Job:
                 self._end("stopped", STOPPED)
 
     def wait(self, seconds: float) -> None:
-        """Returns when the job has ended, or after so many seconds.
+        """Returns when the job has ended, or after that many seconds.
 
         It does not return at every step: a solve takes hundreds in a second, and a page that draws
         each of them falls minutes behind and no longer answers a click.

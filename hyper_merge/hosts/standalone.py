@@ -1,4 +1,4 @@
-"""The host without a WebUI: a models folder that is laid out as a WebUI's."""
+"""Implements the host without a WebUI: a models folder that is laid out like a WebUI's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Standalone:
     has_txt2img = False
 
     def __init__(self, root: Path) -> None:
-        """Names the folders; makes none.
+        """Names the folders without creating them.
 
         Args:
             root: the models folder, with checkpoints in `Stable-diffusion` and LoRAs in `Lora`.
@@ -46,14 +46,14 @@ class Standalone:
         return None
 
     def refresh(self) -> None:
-        """Does nothing: the folder is read whenever the list is asked for."""
+        """Does nothing: the folder is read for every request of the list."""
 
     def folders(self) -> Folders:
         """Returns the folders below the models folder."""
         return self._folders
 
     def defaults(self) -> Defaults:
-        """Returns the program's defaults, without styles, of which there are none."""
+        """Returns the program's defaults; styles are off, since there are none."""
         return Defaults(save_styles=False)
 
     @contextmanager
@@ -67,7 +67,7 @@ class Standalone:
 
     @contextmanager
     def drawing(self, task: str) -> Iterator[tuple[Progress, ImageGenerator]]:  # noqa: ARG002 - the protocol's
-        """Draws by diffusers, and begins at once."""
+        """Draws with diffusers, and begins at once."""
         with open_diffusers(self._folders) as generator:
             yield Progress(), generator
 

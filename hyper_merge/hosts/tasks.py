@@ -1,4 +1,4 @@
-"""The long work of the tab and of the API: a merge, a fit, a forecast, each in its turn on the host.
+"""Runs the long work of the tab and of the API: a merge, a fit or a forecast, each in its turn.
 
 The request is made again when the turn comes: the host's list may have changed in the meantime.
 """
@@ -38,7 +38,7 @@ FORECAST_TITLE: Final = "the forecast"
 
 @contextmanager
 def host_turn(host: Host, task: str, progress: Progress) -> Iterator[Progress]:
-    """Waits for a turn of the host; yields a progress that reports to job and host, and obeys both."""
+    """Waits for a turn of the host; yields a progress that reports to job and host and obeys both."""
     with host.running(task) as host_progress:
         joined = progress.joined(host_progress)
         joined.report("starting", 0.0)
@@ -107,7 +107,7 @@ def known_forecast(preflight: Preflight) -> ForecastCurve | None:
 
 @dataclass(frozen=True)
 class _ForecastKey:
-    """All that decides a forecast, and what computes it."""
+    """The values that decide a forecast, and those that compute it, which are not compared."""
 
     path: Path
     changed: int  # of the analysis file: nanoseconds

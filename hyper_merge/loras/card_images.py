@@ -1,4 +1,4 @@
-"""Pictures for the cards of WebUIs: numbers in, PNG bytes out; no files but the system's fonts.
+"""Draws pictures for the cards of WebUIs: numbers in, PNG bytes out, no files but the system's fonts.
 
 A card shows the picture at two thirds of its size and lays the file's name over its lower third,
 which therefore stays empty.

@@ -1,4 +1,4 @@
-"""The cards that WebUIs show of a model, from the files beside it."""
+"""Writes the files from which WebUIs make the card of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.runtime.names import one_line
 
 CARD_SUFFIXES: Final = (".json", ".png")
-"""Suffixes of the files beside a model from which WebUIs make its card: text and picture."""
+"""Suffixes of the files next to a model from which WebUIs make its card: text and picture."""
 
 
 def format_card(file: LoraFile, stem: str) -> str:
@@ -63,8 +63,8 @@ def stage_checkpoint_card(
         outputs: the merge's files.
         path: of the hyper-model.
         lineage: of the merge.
-        overwrite: whether to replace a text or picture that is there; else it stays, for it may be
-            the user's own.
+        overwrite: whether to replace an existing text or picture; else it stays, since it may be the
+            user's own.
     """
     stems = [Path(source.name).stem for source in lineage.sources]
     description = f"Average of {len(stems)} checkpoints, which LoRAs of the same merge bring back."

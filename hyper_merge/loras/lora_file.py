@@ -1,7 +1,7 @@
-"""Blocks as LoRA files in the profile that all hosts read.
+"""Writes blocks as LoRA files in the profile that all hosts read.
 
 A module of a file adds up @ down * alpha / rank to its weight. One alpha holds for the whole file,
-for some loaders take it from one module; where a layer's rank is another, the factors make up for it.
+since some loaders take it from one module; where a layer's rank differs, the factors make up for it.
 Files of some families hold no alpha, and a module then adds up @ down.
 """
 
@@ -30,7 +30,7 @@ from hyper_merge.loras.metadata import LoraFile, lora_metadata
 _LARGEST: Final = MappingProxyType(
     {
         torch.float16: 6e4,  # of 65504: hosts that scale a factor need room
-        FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 makes NaN of what is above
+        FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 turns larger values into NaN
     }
 )
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
@@ -101,18 +101,9 @@ def as_lora_weights(
     alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> dict[str, Tensor]:
-    """Returns one layer's tensors as stored: hosts will add up @ down, up to rounding.
+    """Returns one layer's tensors by key, as stored: hosts will add up @ down, up to rounding.
 
-    Args:
-        layer: whose weight it is for.
-        up: left factor; `r` is at least 1.
-        down: right factor.
-        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
-            for a file without alphas.
-        dtype: of the stored factors.
-
-    Raises:
-        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
+    Arguments and errors are those of `stored_factors`.
     """
     return _named(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
 
@@ -124,7 +115,19 @@ def stored_factors(
     alpha: float | None,
     dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
-    """Returns the factors scaled and rounded as a file holds them; as for `as_lora_weights`."""
+    """Returns the factors scaled and rounded as a file holds them.
+
+    Args:
+        layer: the layer that they are for.
+        up: left factor; `r` is at least 1.
+        down: right factor.
+        alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
+            for a file without alphas.
+        dtype: of the stored factors.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
+    """
     root = _root(up.shape[1], alpha)
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
@@ -150,7 +153,7 @@ def write_lora(
     file: LoraFile,
     tick: Callable[[int], None] = lambda _count: None,
 ) -> None:
-    """Stages one LoRA file with its metadata, and beside it text and picture of its card in WebUIs.
+    """Stages one LoRA file with its metadata, and text and picture of its card in WebUIs.
 
     Args:
         outputs: the merge's files; they appear together.
@@ -158,8 +161,8 @@ def write_lora(
         layers: of the checkpoints.
         factors: of the block, as `stored_factors` gives them for the file's alpha and type.
         file: everything else.
-        tick: called with the bytes of every tensor when it is hashed and when it is written; may
-            raise, to stop.
+        tick: called with the bytes of every tensor, once for its hash and once when it is written;
+            may raise, to stop.
 
     Raises:
         OutputError: the place is taken.
@@ -212,7 +215,7 @@ def _root(rank: int, alpha: float | None) -> float:
 def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
     """Returns the type of a stored alpha: that of the factors, as in Kohya's files, if exact.
 
-    bfloat16 cannot hold every whole number above 256, and in 8 bits nobody can calculate with it.
+    bfloat16 cannot hold every whole number above 256, and hosts cannot calculate with 8 bits.
     """
     exact = dtype != FLOAT8 and float(torch.tensor(alpha, dtype=dtype)) == alpha
     return dtype if exact else torch.float32

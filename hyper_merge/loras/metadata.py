@@ -1,4 +1,4 @@
-"""The metadata of LoRA files and checkpoints."""
+"""Makes the metadata of LoRA files and checkpoints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What all files of one merge have in common."""
+    """The origin that all files of one merge record."""
 
     name: str  # file stem of the hyper-model
     family: Family

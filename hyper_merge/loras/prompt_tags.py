@@ -70,7 +70,7 @@ def format_tags(
 ) -> str:
     """Returns the tags that add all LoRAs.
 
-    There is one tag each, for a LoRA that is named twice counts differently in each host.
+    There is one tag each, since hosts differ in how a LoRA that is named twice counts.
 
     Args:
         names: file stems of the LoRAs.
@@ -78,7 +78,8 @@ def format_tags(
         text_multipliers: the text encoder's, one per LoRA; none where it takes the same.
 
     Raises:
-        ValueError: as for `format_tag`, and for another number of multipliers than of names.
+        ValueError: a name that prompts cannot hold, a multiplier that is not finite, or another
+            number of multipliers than of names.
     """
     texts = list(text_multipliers)
     rows = zip(names, multipliers, texts or repeat(None, len(names)), strict=True)

@@ -1,4 +1,4 @@
-"""Reads LoRA files of ours, with whatever shapes, types and alphas they have."""
+"""Reads the LoRA files that Hyper-Merge writes, with all their shapes, types and alphas."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LoraReader:
         return plain.pop() if len(plain) == 1 else torch.float32
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float64
-        """Returns factors of what a host adds at multiplier 1: rounding and alpha are in them.
+        """Returns factors of what a host adds at multiplier 1, with rounding and alpha included.
 
         Raises:
             CheckpointError: the file changed, or holds an alpha that is no positive number.

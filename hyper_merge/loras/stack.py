@@ -1,4 +1,4 @@
-"""Open LoRA files, and what they add to the tensors of a checkpoint."""
+"""Opens LoRA files together, and gives what they add to each tensor of a checkpoint."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class WeightedSum:
     Attributes:
         loras: Open for reading.
         multipliers_of: One per LoRA, for the layers of a part of the network.
-        rank: Of every layer at most; None to keep whatever the sum has.
+        rank: The largest rank of a layer; None to keep the rank of the sum.
     """
 
     loras: Sequence[LoraReader]
@@ -56,7 +56,7 @@ class WeightedSum:
         self,
         layer: Layer,
     ) -> tuple[Tensor, Tensor]:  # (m, rho), (rho, n), float64
-        """Returns the exact sum, block beside block; both factors of a pair are of one length."""
+        """Returns the exact sum; each column of the first factor is as long as its row of the second."""
         ups, downs = [], []
         for lora, multiplier in self._used(layer):
             up, down = lora.factors(layer.module)

@@ -1,1 +1,1 @@
-"""One use case each: a request in, files and a result out, without a screen."""
+"""Implements one use case per module: a request in, files and a result out, without a screen."""

@@ -1,4 +1,4 @@
-"""The analysis cache for people: what it holds, and clearing it; as text, without HTML."""
+"""Describes and clears the analysis cache; the results are plain text."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ def _judge(
     row: CheckpointReport,
     original: LocatedSource,
     threshold: float,
-    obstacle: str,  # what forbids deleting it whatever the shares; empty for nothing
-    vae: str | None,  # fingerprint of the hyper-model's
+    obstacle: str,  # what forbids deleting it, even if enough is restored; empty for nothing
+    vae: str | None,  # fingerprint of the hyper-model's VAE
 ) -> DeletionVerdict:
     everything = row.explained * (1 - row.not_carried)
     reason = _find_reason(original, everything, threshold) or obstacle
@@ -123,17 +123,17 @@ def _judge(
 
 def _find_reason(original: LocatedSource, everything: float, threshold: float) -> str:
     if original.state == "missing":
-        return "it is not there any more"
+        return "it no longer exists"
     if original.state == "changed":
-        return "it was changed since the merge, so the run has nothing of what it is now"
+        return "it was changed since the merge, so the run holds only its earlier content"
     return f"less than {100 * threshold:.4g}% is restored" if everything < threshold else ""
 
 
 def _with_loss(verdict: DeletionVerdict, run: Run) -> DeletionVerdict:
-    """Returns the verdict, which names a missing private LoRA as the reason for a small share."""
+    """Returns the verdict, with a missing private LoRA named as the reason for a small share."""
     if verdict.safe or verdict.restored_as not in run.lost:
         return verdict
-    return replace(verdict, reason=f"{verdict.reason}: its private LoRA is not there")
+    return replace(verdict, reason=f"{verdict.reason}: its private LoRA is missing")
 
 
 def _best_of_each_file(verdicts: Sequence[DeletionVerdict]) -> tuple[DeletionVerdict, ...]:

@@ -1,4 +1,4 @@
-"""A report on the originals of a run as plain text."""
+"""Formats the report on a run's originals as plain text."""
 
 from __future__ import annotations
 

@@ -35,13 +35,15 @@ def make_family(folder: Path, progress: Progress) -> tuple[Path, ...]:
     return paths
 
 
-def run_demo(folder: Path, progress: Progress, effort: SearchEffort | None = None) -> MergeResult:
+def run_demo(
+    folder: Path, progress: Progress, *, effort: SearchEffort | None = None
+) -> MergeResult:
     """Makes the family where it is not there yet, and merges it; an earlier demo is replaced.
 
     Args:
         folder: the models folder; its checkpoints go to `Stable-diffusion` within.
         progress: progress and interrupt.
-        effort: how thorough the search for a start is; None for that which ships.
+        effort: how thorough the search for a start is; None for the default.
     """
     paths = make_family(folder / "Stable-diffusion", progress.part(0.0, 0.4))
     recipe = Recipe(name="demo", models=paths, ranks=DEMO_RANKS, output=folder, overwrite=True)

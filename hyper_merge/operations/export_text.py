@@ -1,4 +1,4 @@
-"""An export as plain text."""
+"""Formats the result of an export as plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes a new run of the checkpoints of an earlier one and further ones."""
+"""Makes a new run from the checkpoints of an earlier one and further ones."""
 
 from __future__ import annotations
 
@@ -64,18 +64,19 @@ def run_extend(
     request: ExtendRequest,
     folders: Folders,
     progress: Progress,
+    *,
     effort: SearchEffort | None = None,
 ) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.
 
-    Everything is computed again, for the average changes and all deviations with it. The new
+    Everything is computed again, since the average changes and all deviations with it. The new
     checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
 
     Args:
         request: run, files and options.
         folders: where the run is, and where the new one goes.
         progress: progress and interrupt.
-        effort: how thorough the search for a start is; None for that which ships.
+        effort: how thorough the search for a start is; None for the default.
 
     Raises:
         HyperMergeError: an original that is missing or was changed, a checkpoint that the run has
@@ -94,7 +95,7 @@ def run_extend(
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:
-    """Returns where the run's checkpoints are, and its base."""
+    """Returns the paths of the run's checkpoints, and its base."""
     originals = locate_sources(run.sources, folders, progress)
     lost = [f"{file.source.name} ({file.state})" for file in originals if file.state != "there"]
     if lost:

@@ -1,4 +1,4 @@
-"""Tells family, size, type, hash, VAE and problems of files, from headers and small tensors."""
+"""Determines family, size, type, hash, VAE and problems of files from headers and small tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class InspectedFile:
 
     name: str
     path: Path
-    family: str | None  # for people; None where it cannot be told
+    family: str | None  # its title, "SD 1.x"; None where it is unknown
     size: int  # bytes; 0 where there is no file
     dtype: str  # "fp16", or "mixed: fp16, fp32", most values first; empty for an unreadable file
     legacy_hash: str  # A1111's 8 digits; empty for an unreadable file
@@ -42,7 +42,7 @@ class InspectedFile:
 
 
 def inspect_files(path: Path) -> InspectedFile:
-    """Returns the facts about a file; those of one that cannot be merged say why."""
+    """Returns the facts about a file; if it cannot be merged, its `problem` says why."""
     row = InspectedFile(path.name, path, None, checkpoint_size(path), "", "", None)
     try:
         header = read_header(path)

@@ -1,4 +1,4 @@
-"""The facts about files, and the estimate of a merge of them, as plain text."""
+"""Formats the facts about files, and the estimate of their merge, as plain text."""
 
 from __future__ import annotations
 

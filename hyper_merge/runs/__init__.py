@@ -1,1 +1,1 @@
-"""A merge on disk: folders, manifest, report, records of later fits."""
+"""Reads and writes a merge's record on disk: folders, manifest, report, records of later fits."""

@@ -1,4 +1,4 @@
-"""Deletes a run with exactly what it wrote."""
+"""Deletes a run with exactly the files that it wrote."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from hyper_merge.runs.run import Run, read_manifest
 
 
 def files_of(run: Run, folders: Folders) -> list[Path]:
-    """Returns exactly what `delete_run` would remove, as far as it is there.
+    """Returns the existing files that `delete_run` would remove, exactly.
 
-    These are the LoRAs with text and picture of their cards; the hyper-model with its own, if
-    Hyper-Merge made it for this run and no other run needs it; the files of the run's folder. Never
-    a checkpoint that was merged, nor a file that somebody else put there.
+    These are the LoRAs with text and picture of their cards; the hyper-model with its card, if
+    Hyper-Merge made it for this run and no other run needs it; the files of the run's folder. A
+    checkpoint that was merged is never among them, nor a file that somebody else put there.
 
     Raises:
-        RunError: as for `load_run`.
+        RunError: there is no such run, or its manifest is damaged or of a newer version.
     """
     outline = RunOutline.from_json(run.folder, read_manifest(folders, run.name))
     files = folders.lora_files(path.stem for path in run.loras)
     files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
     if _goes_with_its_run(run, outline, folders):
-        beside = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
-        beside.append(find_config_file(run.hyper_model))
-        files += [run.hyper_model, *filter(os.path.lexists, beside)]
+        companions = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
+        companions.append(find_config_file(run.hyper_model))
+        files += [run.hyper_model, *filter(os.path.lexists, companions)]
     in_folder = [folders.runs / run.name / name for name in RUN_FILES]
     return [*files, *filter(os.path.lexists, in_folder)]
 
@@ -42,10 +42,10 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
     """Removes a run's files, all of them or none, and its folder if nothing else is in it.
 
     Returns:
-        What was removed.
+        The removed files.
 
     Raises:
-        RunError: as for `load_run`.
+        RunError: there is no such run, or its manifest is damaged or of a newer version.
         OutputError: a file cannot be removed, the others are as they were; or a running job needs
             the run or its hyper-model.
     """
@@ -56,7 +56,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
             for path in files:
                 outputs.remove(path)
     for name in (FITS, PICTURES, ""):
-        with suppress(OSError):  # somebody's notes are in it
+        with suppress(OSError):  # the user has put files there
             (folders.runs / run.name / name).rmdir()
     return files
 
@@ -73,7 +73,7 @@ def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
         return False
     readable = {other.name: other for other in folders.outlines()}
     names = {other.parent.name for other in folders.runs.glob(f"*/{MANIFEST}")} - {run.name}
-    # A run whose manifest cannot be read may well need it.
+    # A run whose manifest cannot be read might need it.
     return names <= readable.keys() and not any(
         _needs(readable[name], path, folders) for name in names
     )

@@ -27,7 +27,7 @@ FIT_VERSION: Final = 1
 
 @dataclass(frozen=True)
 class PrivateLoraRecord:
-    """A private LoRA of what the shared ones leave of a fitted checkpoint; its multiplier is 1."""
+    """A private LoRA for what the shared ones leave of a fitted checkpoint; its multiplier is 1."""
 
     name: str  # in prompts
     rank: int  # in the mean of the layers
@@ -80,18 +80,17 @@ def fit_record_paths(run: Run, name: str) -> tuple[Path, Path]:
 
 
 def require_own_record(run: Run, name: str) -> None:
-    """Returns if the record of a fit would replace that of no other checkpoint.
+    """Returns if the record of a fit would replace no other checkpoint's record.
 
     Raises:
-        NameTakenError: one has the same file name, on a file system that does not tell letters by
-            case.
+        NameTakenError: another record has the same file name where letter case is ignored.
     """
     path, _ = fit_record_paths(run, name)
     for other in path.parent.glob("*.json"):
         known = _recorded_name(other)
         if known != name and name_key(other.stem) == name_key(path.stem):
             raise NameTakenError(
-                f"the fit of {one_line(known)} is there already, and {one_line(name)} would"
+                f"the fit of {one_line(known)} exists already, and {one_line(name)} would"
                 f" have the same file ({other}) on Windows and macOS",
                 hint="choose another name for it",
             )
@@ -106,7 +105,7 @@ def _recorded_name(record: Path) -> str:
 
 
 def stage_fit(outputs: FileTransaction, run: Run, record: FitRecord, text: str) -> None:
-    """Stages a fit's record, and the text that goes beside it."""
+    """Stages a fit's record, and its text in the same folder."""
     data = {"version": FIT_VERSION, "hyper_merge": __version__, "fit": asdict(record)}
     record_path, text_path = fit_record_paths(run, record.row.name)
     outputs.text(record_path, json.dumps(data, indent=1) + "\n")

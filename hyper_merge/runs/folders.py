@@ -1,4 +1,4 @@
-"""The folders of a host: where all files go, what is there already, which names are free."""
+"""Describes the folders of a host: where files go, which exist already, which names are free."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Place:
     run: str  # name of the run and first part of its LoRAs' names
     hyper_model: Path  # to be used with the LoRAs
     exists: bool  # the hyper-model is there already, and the right one
-    loras: Path  # folders
+    loras: Path  # folder of the LoRAs
     folder: Path  # of manifest, multipliers and report
 
 
@@ -72,7 +72,7 @@ class Folders:
         """Returns where a recipe's files go.
 
         A hyper-model of the same checkpoints is used again; another list of ranks then makes a
-        separate run, `<name>-2`, for hosts cache LoRAs by path.
+        separate run, `<name>-2`, since hosts cache LoRAs by path.
 
         Raises:
             OutputError: the name is taken by something else, by the same merge, or by a hyper-model
@@ -100,12 +100,12 @@ class Folders:
         )
 
     def outlines(self) -> Iterator[RunOutline]:
-        """Yields what every run's manifest says of its files; unreadable ones are passed over."""
+        """Yields the outline of every run's manifest; unreadable ones are skipped."""
         outlines = map(RunOutline.read, sorted(self.runs.glob(f"*/{MANIFEST}")))
         return (outline for outline in outlines if outline is not None)
 
     def hyper_model_of(self, outline: RunOutline) -> Path:
-        """Returns the file that a run's LoRAs are added to, also after all was moved or copied."""
+        """Returns the file that a run's LoRAs are added to, even after all files were moved."""
         return self.find_hyper_model(outline.hyper_model, outline.average_id)
 
     def find_hyper_model(self, recorded: Path, average_id: str | None) -> Path:
@@ -146,9 +146,9 @@ class Folders:
             )
 
     def lora_files(self, names: Iterable[str]) -> list[Path]:
-        """Returns the files of LoRAs, as far as they are there, with their cards and pictures.
+        """Returns the existing files of LoRAs, with their cards and pictures.
 
-        A LoRA of that name which Hyper-Merge did not write is left out with all that is beside it.
+        A LoRA of that name which Hyper-Merge did not write is left out with its card and picture.
         """
         return [
             path
@@ -180,14 +180,14 @@ class Folders:
         return files
 
     def picture_files_of(self, run: str) -> list[Path]:
-        """Returns grids and figures of a run's comparisons; nothing that somebody else put there."""
+        """Returns grids and figures of a run's comparisons, and no files of other origin."""
         folder = self.runs / run / PICTURES
         paths = [] if folder.is_symlink() else sorted(folder.glob("comparison-*"))
         pattern = re.compile(r"comparison-\d+\.(png|json)")
         return [path for path in paths if pattern.fullmatch(path.name)]
 
     def lora_owners(self) -> dict[str, str]:
-        """Returns the run of every LoRA, be its file there or not, by the LoRA's `name_key`."""
+        """Returns the run of every LoRA, whether its file exists or not, by the LoRA's `name_key`."""
         return {
             name_key(lora): run.name
             for run in self.outlines()
@@ -222,7 +222,7 @@ class Folders:
         for other in self.outlines():
             if other.name != run and name_key(other.name) == name_key(run):
                 raise NameTakenError(
-                    f"the run {other.name} is there, and its name differs from {run} by case alone",
+                    f"the run {other.name} exists, and its name differs from {run} by case alone",
                     hint=f"write {other.name} to replace it, or choose another name",
                 )
 
@@ -230,7 +230,7 @@ class Folders:
         """Returns the recipe's name, or the first of name-2, name-3, ... that no other run has.
 
         Raises:
-            OutputError: a run with this very recipe is there already.
+            OutputError: a run with this very recipe exists already.
         """
         request = _deciding(recipe.to_metadata()), average_id
         taken = {
@@ -261,7 +261,7 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
 
 
 def average_id_of(path: Path) -> str | None:
-    """Returns the id of the average that a hyper-model holds; None for any other file, or none."""
+    """Returns the id of the average that a hyper-model holds; None for any other or missing file."""
     return metadata_of(path).get(AVERAGE_ID)
 
 
@@ -274,14 +274,14 @@ def _private_lora_names(record: Path) -> list[str] | None:
 
 
 def _is_foreign(lora: Path) -> bool:
-    """Tells whether a file is there that is not a LoRA of ours by this name."""
+    """Tells whether a file of this name exists that is not one of our LoRAs."""
     metadata = metadata_of(lora)
     is_ours = metadata.get(KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
     return os.path.lexists(lora) and not is_ours
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:
-    """Returns the metadata of a checkpoint or LoRA; nothing for any other file, or none."""
+    """Returns the metadata of a checkpoint or LoRA; nothing for any other or missing file."""
     try:
         return read_header(path).metadata
     except CheckpointError:
@@ -289,7 +289,7 @@ def metadata_of(path: Path) -> Mapping[str, str]:
 
 
 def _deciding(recipe: object) -> object:
-    """Returns a recipe's metadata without the device, which decides nothing, and searched ranks."""
+    """Returns a recipe's metadata without the device and without ranks that were searched for."""
     if not isinstance(recipe, dict):
         return None
     derived = {} if recipe.get("budget") == recipe.get("target") else {"ranks"}

@@ -1,4 +1,4 @@
-"""Hashes of checkpoints, which hosts know them by; remembered, for they take a while."""
+"""Computes the hashes by which hosts know checkpoints, and remembers them, since it takes a while."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def hash_sources(
             known[_key(header)] = digest
             counter.finish(_key(header))
     if new and cache:
-        with alone(cache / _FILE):  # others have added theirs meanwhile
+        with alone(cache / _FILE):  # other processes may have added hashes since
             known = _known(cache, progress.warn) | known
             _remember(known, cache / _FILE, progress.warn)
     return tuple(_source(header, known[_key(header)]) for header in headers)
 
 
 def find_by_hash(sha256: str, cache: Path) -> list[Path]:
-    """Returns where files with a hash were when it was computed; they may be gone by now."""
+    """Returns the paths that files with a hash had when it was computed; they may be gone by now."""
     known = _known(cache).items()
     return [Path(key.rsplit("|", 2)[0]) for key, digest in known if digest == sha256]
 
@@ -105,7 +105,7 @@ def _known(cache: Path | None, warn: Callable[[str], None] | None = None) -> dic
 
 
 def _remember(known: Mapping[str, str], path: Path, warn: Callable[[str], None]) -> None:
-    """Replaces the file; a run goes on where that is refused, and the next one hashes again."""
+    """Replaces the file; where that is refused the run continues, and the next one hashes again."""
     try:
         put_text(path, sealed(known))
     except OutputError as error:

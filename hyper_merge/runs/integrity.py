@@ -49,7 +49,7 @@ def require_hyper_model(run: Run) -> Path:
 
 
 def require_own(run: Run, paths: Sequence[Path], progress: Progress) -> None:
-    """Returns if LoRAs of a run are there, with the content that the run wrote.
+    """Returns if LoRAs of a run exist with the content that the run wrote.
 
     Args:
         run: the run.

@@ -1,4 +1,4 @@
-"""The manifest of a run: the JSON file in its folder that later commands read."""
+"""Describes the manifest of a run, the JSON file in its folder that later commands read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANIFEST_VERSION: Final = 1
 
 @dataclass(frozen=True)
 class RunSource:
-    """A checkpoint that went into a run, as it was then."""
+    """A checkpoint that went into a run, as it was at that time."""
 
     path: Path
     name: str  # of its file
@@ -76,8 +76,8 @@ class RunManifest:
     def from_json(cls, data: Mapping[str, Any]) -> RunManifest:
         """Returns the manifest that `to_json` gave these data, or an earlier version did.
 
-        A hyper-model and an average that are damaged lead nowhere, but refuse nothing: the run's
-        LoRAs can still be listed and deleted.
+        Damaged entries for the hyper-model and the average are not refused: the run's LoRAs can
+        still be listed and deleted.
 
         Raises:
             ValueError: a value is missing or of the wrong kind; says which.
@@ -141,7 +141,7 @@ class RunOutline:
 
     @classmethod
     def from_json(cls, folder: Path, manifest: Mapping[str, Any]) -> RunOutline:
-        """Returns the outline of a manifest; what is damaged is left out."""
+        """Returns the outline of a manifest; damaged values are left out."""
         sources = _as_list(manifest.get("sources"))
         paths = [Path(str(source.get("path"))) for source in sources if isinstance(source, dict)]
         return cls(

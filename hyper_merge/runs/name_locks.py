@@ -1,4 +1,4 @@
-"""Names that a running job holds: of runs and hyper-models that it writes, or reads for long."""
+"""Locks the names of runs, fits and hyper-models that a running job writes, or reads for long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from hyper_merge.errors import NameTakenError
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, State
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
 
 _Kind = Literal["merge", "run", "model", "fit"]
 
@@ -22,7 +22,9 @@ _WORDS: Final[Mapping[_Kind, str]] = {
 }
 _OTHER: Final = ", or choose another name"
 _ADVICE: Final[Mapping[_Kind, str]] = {"merge": _OTHER, "run": "", "model": "", "fit": _OTHER}
-_PATIENCE: Final = 1.0  # seconds: whoever ends may look for a moment whether others are there
+_PATIENCE: Final = (
+    1.0  # seconds: a job that ends may hold the lock for a moment to see if it was the last
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class Hold:
     """A name of a kind; names of different kinds have nothing to do with each other.
 
     Attributes:
-        kind: Of what it is the name; `merge` for the one that the user gave, from which those of
-            run and hyper-model follow.
-        name: Whose letters' case does not count, as in the file systems of Windows and macOS.
-        shared: Whether others may hold it too who share it: it is read, not written.
+        kind: The kind of thing that has this name; `merge` for the name that the user gave, from
+            which those of run and hyper-model follow.
+        name: The name; letter case is ignored, as in the file systems of Windows and macOS.
+        shared: Whether other jobs may share it: it is read, not written.
     """
 
     kind: _Kind
@@ -43,7 +45,7 @@ class Hold:
 
 @contextmanager
 def held(folder: Path, *holds: Hold) -> Iterator[None]:
-    """Holds names within the block, as far as there are locks.
+    """Holds names within the block, where the file system has locks.
 
     Args:
         folder: of the runs.
@@ -62,7 +64,7 @@ def held(folder: Path, *holds: Hold) -> Iterator[None]:
 def _held(folder: Path, hold: Hold) -> Iterator[None]:
     lock = FileLock(folder / f".{hold.name.lower()}.{hold.kind}.lock")
     end = time.monotonic() + _PATIENCE
-    while lock.acquire(shared=hold.shared) is State.TAKEN:
+    while lock.acquire(shared=hold.shared) is LockState.TAKEN:
         if time.monotonic() > end:
             raise NameTakenError(
                 f"{_WORDS[hold.kind]} {hold.name} is in use by another Hyper-Merge that is running",
@@ -74,5 +76,5 @@ def _held(folder: Path, hold: Hold) -> Iterator[None]:
     finally:
         if hold.shared:
             lock.release()
-        if not hold.shared or lock.acquire() is not State.TAKEN:  # the last one who shared it
+        if not hold.shared or lock.acquire() is not LockState.TAKEN:  # the last one who shared it
             lock.release(remove=True)

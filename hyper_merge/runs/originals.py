@@ -15,7 +15,7 @@ from hyper_merge.runs.manifest import RunSource
 from hyper_merge.runs.paths import path_exists
 from hyper_merge.runtime.progress import Progress
 
-State = Literal["there", "changed", "missing"]
+SourceState = Literal["there", "changed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LocatedSource:
     """A checkpoint that went into a run, as it is found now."""
 
     source: RunSource
-    state: State
+    state: SourceState
     path: Path  # where it is, or was
 
     @property

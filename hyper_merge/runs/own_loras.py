@@ -1,4 +1,4 @@
-"""Tells by their headers whether the LoRA files that prompts name are those that a run wrote."""
+"""Tells by the headers whether LoRA files that prompts name are those that a run wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hyper_merge.loras.metadata import CHECKPOINT
 
 
 def is_own_lora(path: Path, model_hash: str | None, checkpoint: str | None = None) -> bool:
-    """Tells whether a file is there, and is the LoRA that was written there.
+    """Tells whether a file exists and is still the LoRA that was written there.
 
     Where the header lacks these values (some editors of metadata drop them), the file passes: only
     its content could tell.

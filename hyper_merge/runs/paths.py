@@ -1,4 +1,4 @@
-"""Paths that records name: whether they lead to something, and to the same place."""
+"""Tells whether paths from records exist, and whether two of them are the same place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def path_exists(path: Path) -> bool:
 
 
 def same_place(one: Path, other: Path) -> bool:
-    """Tells whether two paths lead to one place, be there a file or not."""
+    """Tells whether two paths lead to one place, whether a file exists there or not."""
     try:
         return os.path.realpath(one) == os.path.realpath(other)
     except ValueError:  # a NUL character: no path at all

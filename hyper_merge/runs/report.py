@@ -1,4 +1,4 @@
-"""The figures of a merge: losses of the written files by checkpoint and section, baselines, bytes."""
+"""Describes the figures of a merge: losses by checkpoint and section, baselines, bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
 A1111: Final = "AUTOMATIC1111"
 FORGE_AND_COMFYUI: Final = "Forge and ComfyUI"
 
-_MUCH_OF_EXPLAINED: Final = 0.01  # that rounding takes back of what the LoRAs explain
-_MUCH_OF_LOSS: Final = 0.1  # that rounding adds to what they do not
+_MUCH_OF_EXPLAINED: Final = 0.01  # of what the LoRAs explain, lost again by rounding
+_MUCH_OF_LOSS: Final = 0.1  # of what they do not explain, added by rounding
 
 _ROUNDING: Final = 1e-3  # by which two computations of a share may differ
 
@@ -118,15 +118,15 @@ class Report:
         """The names of the private LoRAs."""
         return tuple(row.topup for row in self.checkpoints if row.topup)
 
-    def without_topups(self, lost: Container[str], *, wished: bool) -> Report:
-        """Returns the report with the shares that the LoRAs explain that are there.
+    def without_topups(self, lost: Container[str], *, requested: bool) -> Report:
+        """Returns the report with the shares that the existing LoRAs explain.
 
         Args:
-            lost: names of LoRAs that are not there, or are another file.
-            wished: whether the merge was to make private LoRAs: earlier versions lost some whose
-                names became one word, and reported shares as if they were there.
+            lost: names of LoRAs that are missing, or are another file.
+            requested: whether the recipe asked for private LoRAs: earlier versions lost some whose
+                names became one word, and reported shares as if they existed.
         """
-        if not self.curve or not wished:
+        if not self.curve or not requested:
             return self
         rows = tuple(
             _without_topup(row, shared)
@@ -142,7 +142,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """Returns the report that `as_dict` gave these data, also after a turn through JSON.
+        """Returns the report that `as_dict` gave these data, also after a round trip through JSON.
 
         Raises:
             ValueError: a figure is missing or of another kind, or there are more or fewer figures
@@ -166,7 +166,7 @@ class Report:
 
 
 def _without_topup(row: CheckpointReport, shared: float) -> CheckpointReport:
-    """Returns the row with what the shared LoRAs alone explain, for each part at most that much."""
+    """Returns the row with the shared LoRAs' explained share, which limits that of each part."""
     return replace(
         row,
         explained=shared,

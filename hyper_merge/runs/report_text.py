@@ -1,4 +1,4 @@
-"""A report as plain text, for the terminal and beside the manifest."""
+"""Formats a report as plain text, for the terminal and for the run's folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from hyper_merge.loras.metadata import COMPANIONS
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, Report
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, PartLoss, Report
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
 
@@ -56,6 +56,12 @@ def format_groups(names: Sequence[str], groups: Sequence[Sequence[int]], between
     )
 
 
+def format_largest_losses(parts: Sequence[PartLoss]) -> str:
+    """Returns the sections of the network that lose most, with their shares; "nothing" for none."""
+    worst = sorted(parts, key=lambda part: -part.lost)[:_WORST]
+    return ", ".join(f"{part.name} {part.lost:.2%}" for part in worst if part.lost > 0) or "nothing"
+
+
 def _format_text_encoder(report: Report, row: CheckpointReport) -> str:
     """Returns a share, or a dash where the files have no text encoder that takes LoRAs."""
     without = report.parts and all(part.which == "unet" for part in report.parts)
@@ -83,7 +89,7 @@ def _format_losses(report: Report) -> list[str]:
 
 
 def _format_rounding(report: Report) -> list[str]:
-    """Returns what hosts add to the loss by rounding, and what to do where that is much."""
+    """Returns the loss that hosts add by rounding, and advice where it is large."""
     if not report.rounding:
         return []
     lines = ["", "added to that by rounding, where a program holds the weights in half precision"]

@@ -1,4 +1,4 @@
-"""An earlier merge, as its manifest and its files are found now."""
+"""Loads earlier merges from their manifests, and checks which of their files still exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.names import one_line
 
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]*")  # a folder's name that leads nowhere
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]*")  # a folder's name, not a path
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Run:
     name: str
     folder: Path
     created: str  # ISO 8601
-    family: str  # for people
+    family: str  # its title, "SD 1.x"
     recipe: Recipe
     hyper_model: Path
     loras: tuple[Path, ...]  # shared ones, companions, private ones
@@ -43,12 +43,12 @@ class Run:
     missing: tuple[Path, ...]  # of hyper-model and LoRAs: gone since, or replaced by another file
     # SHA-256 of the tensors' bytes, by the LoRA's name; manifests of 0.1 have none.
     hashes: Mapping[str, str] = field(default_factory=dict)
-    architecture: Family | None = None  # None for one that is not known here
-    lost: tuple[str, ...] = ()  # checkpoints whose private LoRA is not there; their shares say so
+    architecture: Family | None = None  # None for a family that this version does not know
+    lost: tuple[str, ...] = ()  # checkpoints without their private LoRA, with shares to match
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Sentences about the files that the prompts name and that are not as they were."""
+        """One sentence for each file that the prompts name and that is missing or was replaced."""
         return tuple(
             f"the private LoRA of {one_line(row.name)} in the run {self.name} is missing or another"
             f" file, so that {row.explained:.2%} of that checkpoint is restored; copy the LoRA back"
@@ -132,7 +132,11 @@ def _damaged(folders: Folders, name: str, reason: str) -> RunError:
 
 
 def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
-    """Returns the run of a manifest; ValueError where its parts do not go together."""
+    """Returns the run of a manifest.
+
+    Raises:
+        ValueError: the manifest's parts do not go together.
+    """
     if manifest.name != name:
         raise ValueError(f"it is that of the run {manifest.name}: was the folder renamed?")
     recipe = manifest.to_recipe(output=folders.runs.parent)
@@ -144,7 +148,7 @@ def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
     missing = _replaced_loras(loras, manifest)
     if not path_exists(hyper_model) or not _is_right(hyper_model, recipe, manifest):
         missing.insert(0, hyper_model)
-    present = report.without_topups({p.stem for p in missing}, wished=recipe.topup is not None)
+    present = report.without_topups({p.stem for p in missing}, requested=recipe.topup is not None)
     return Run(
         name=name,
         folder=folders.runs / name,

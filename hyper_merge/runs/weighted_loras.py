@@ -1,4 +1,4 @@
-"""The LoRA files, with their multipliers, that turn the hyper-model into a checkpoint of a run."""
+"""Finds the LoRA files, with multipliers, that turn the hyper-model into a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
 
     Args:
         run: the run.
-        shares: by checkpoint, as for `weighted_loras_of_mixture`; a share of 0 leaves a checkpoint out.
+        shares: by checkpoint; they need not add up to 1, and a share of 0 leaves a checkpoint out.
 
     Raises:
         RunError: the run has no checkpoint of a name; suggests the nearest.
@@ -153,7 +153,7 @@ def source_of(run: Run, name: str) -> RunSource:
     """Returns the file that a checkpoint of a run was, of the merge or fitted later.
 
     Raises:
-        RunError: the run knows none of that name, or its manifest does not say which file it was.
+        RunError: the run has none of that name, or its manifest does not say which file it was.
     """
     row, fit = find_row(run, name)
     if fit is not None:

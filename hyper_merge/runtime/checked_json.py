@@ -1,4 +1,4 @@
-"""JSON files as plain data, and files that carry a checksum of their content, so that damage is noticed."""
+"""Reads JSON files, and writes and reads files with a checksum that reveals damage."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def read_sealed(path: Path) -> Any:
 
 
 def _checksum(content: Any) -> str:
-    """Returns the SHA-256 of values, whatever blanks and order of keys they were written with."""
+    """Returns the SHA-256 of values, which does not depend on blanks and the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

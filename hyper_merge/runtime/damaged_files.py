@@ -1,4 +1,4 @@
-"""Damaged files of the cache: they are moved out of the way, named in a warning, and not used."""
+"""Sets damaged files of the cache aside, with a warning, so that they are not used."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class DamagedFiles:
     def take(self, path: Path, reason: str) -> None:
         """Renames a damaged file and warns; deletes the one of its kind that was set aside before.
 
-        A file that is gone by now, or that another program holds open (Windows lets nobody rename
-        it then), does not end the run.
+        A file that is gone, or that another program holds open (Windows does not rename it then),
+        does not end the run.
 
         Args:
             path: the damaged file.
@@ -58,8 +58,8 @@ class DamagedFiles:
             )
         else:
             self._warn(
-                f"{path} is damaged ({reason}); it is set aside as {moved.name}, and what it held is"
-                " made again"
+                f"{path} is damaged ({reason}); it is set aside as {moved.name}, and its content is"
+                " computed again"
             )
 
 
@@ -71,7 +71,7 @@ def with_sound_cache(attempt: Callable[[DamagedFiles], _T], warn: Callable[[str]
         warn: called with a message for every damaged file.
 
     Raises:
-        DamagedCacheError: a file is damaged that was made only just now.
+        DamagedCacheError: a file that was written only just now is damaged.
     """
     damaged = DamagedFiles(warn)
     while True:

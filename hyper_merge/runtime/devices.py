@@ -1,4 +1,4 @@
-"""The devices of this machine."""
+"""Finds the devices of this machine."""
 
 from __future__ import annotations
 

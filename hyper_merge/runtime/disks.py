@@ -1,4 +1,4 @@
-"""Free space on disks."""
+"""Checks the free space on disks."""
 
 from __future__ import annotations
 

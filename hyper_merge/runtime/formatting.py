@@ -1,4 +1,4 @@
-"""Sizes and durations as text; sizes in decimal units everywhere, as disks are sold."""
+"""Formats sizes and durations as text; sizes are in decimal units everywhere, as disks are sold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A parallel map over independent items: in order, lazy, with a bounded number in progress."""
+"""Maps over independent items in parallel: in order, lazily, with a bounded number in progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[Pa
     """Gives a `map` that keeps every core of a CPU busy, and does one item at a time on other devices.
 
     One worker with one thread per core beats a layer at a time on all cores: factorisations
-    of some hundred rows, conversions and page faults use one core whatever they are given.
+    of some hundred rows, conversions and page faults use one core, however many there are.
 
     Args:
         device: the device that the work is done on.

@@ -27,7 +27,7 @@ class Progress:
     warn: Callable[[str], None] = lambda _message: None
 
     def check(self) -> None:
-        """Returns if the run may go on; in any thread.
+        """Returns if the run may continue; may be called in any thread.
 
         Raises:
             InterruptedRun: the user asked for the run to end.
@@ -36,7 +36,7 @@ class Progress:
             raise InterruptedRun(STOPPED)
 
     def report(self, phase: str, fraction: float) -> None:
-        """Reports a step; errors as for `check`."""
+        """Reports a step; raises the errors of `check`."""
         self.check()
         self.on_progress(phase, fraction)
 
@@ -110,17 +110,17 @@ class ProgressCounter:
             InterruptedRun: the user asked for the run to end, or an error elsewhere ended it.
         """
         if self._left:
-            raise InterruptedRun("stopped by what happened elsewhere in this run")
+            raise InterruptedRun("stopped because another part of this run ended")
         self._progress.check()
         self._done[item] = min(self._done[item] + cost, self._costs[item])
 
     def finish(self, item: Any) -> None:
-        """Counts an item as done, and reports; errors as for `report`."""
+        """Counts an item as done, and reports; raises the errors of `report`."""
         self._done[item] = self._costs[item]
         self.report()
 
     def advance(self, item: Any, cost: float) -> None:
-        """Counts a part of an item, and reports; errors as for `add`."""
+        """Counts a part of an item, and reports; raises the errors of `add`."""
         self.add(item, cost)
         self.report()
 

@@ -1,1 +1,1 @@
-"""From compressed deviations to LoRA factors as they are stored."""
+"""Solves for LoRA factors, from compressed deviations to the numbers that files store."""

@@ -1,4 +1,4 @@
-"""The cores of layers, stacked for the solver."""
+"""Stacks the cores of layers for the solver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEAST_COLUMNS: Final = 64
 _COLUMN_STEP: Final = 32
 
 Ranks = Sequence[tuple[int, ...]]
-"""Of the R blocks, per layer."""
+"""The ranks of the R blocks, per layer."""
 
 
 def stack_cores(
@@ -59,7 +59,7 @@ def stack_cores(
 
 
 def _worked_shape(analysis: Analysis, index: int, rank: int) -> tuple[int, int]:
-    """Returns how much of a core is worked on: its leading part, if its bases are ordered."""
+    """Returns the shape of the part of a core that is used: the leading one if its bases are ordered."""
     layer = analysis.layers[index]
     columns = -(-int(_WORKED_COLUMNS * rank) // _COLUMN_STEP) * _COLUMN_STEP
     columns = max(columns, _LEAST_COLUMNS)

@@ -1,4 +1,4 @@
-"""What a solve takes, counted before it begins."""
+"""Estimates the cost of a solve before it begins."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hyper_merge.solver.stopping import USUAL_SWEEPS
 
 _GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
 
-# Times the multiply-adds of large products: what small ones take.
+# Factors for small products, which take longer per multiply-add than large ones.
 _IN_SWEEP: Final = 4.0
 _IN_ROUNDING: Final = 6.5
 _IN_REFIT: Final = 12.0  # after rounding to float8
 
 
 def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[float, float]:
-    """Returns what finding and what rounding blocks takes, in multiply-adds of large products.
+    """Returns the costs of finding and of rounding blocks, in multiply-adds of large products.
 
-    Both are estimates, for the search that ships.
+    Both are estimates, for the default search.
     """
     width, slices = required_width(recipe.ranks), inputs.contrasts.dimensions
     entries, sweep, rounding = 0.0, 0.0, 0.0

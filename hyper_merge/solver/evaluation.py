@@ -1,4 +1,4 @@
-"""The best multipliers for blocks as they are written, and what they leave unexplained."""
+"""Fits the best multipliers to blocks as they are written, and measures what stays unexplained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyper_merge.solver.quantization import StoredFactors
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Multipliers for blocks as written, and what they leave unexplained."""
+    """The best multipliers for blocks as written, with the errors and energies of all layers."""
 
     multipliers: Mapping[str, Tensor]  # by the layers' part: (k, R), float64
     errors: Tensor  # (layers, k), float64: squared norms of what is left
@@ -78,7 +78,7 @@ def _explained_energies(
     plain: Statistics,  # of the blocks as written, over the layers of one group
     weighted: Statistics,
 ) -> Tensor:  # (R + 1, k)
-    """Returns what the first blocks explain of every checkpoint, with multipliers for them alone."""
+    """Returns the energy that the first blocks explain, by checkpoint, with multipliers for them alone."""
     rows = [plain.cross.new_zeros(len(plain.cross))]
     for count in range(1, len(plain.gram) + 1):
         first = Statistics(

@@ -1,4 +1,4 @@
-"""What LoRAs in 8 bits need: an alpha that brings them into range, and a fit after rounding."""
+"""Prepares LoRAs for 8 bits: an alpha that brings them into range, and a fit after rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyper_merge.decomposition.ll1 import update_ups
 from hyper_merge.decomposition.problem import Batch, Factors
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 
-# Of what AUTOMATIC1111 forms in float16, which ends at 65504, before it scales by alpha / rank.
+# Limits of the product that AUTOMATIC1111 forms in float16, which ends at 65504, before it scales it.
 _PRODUCT: Final = 2.0**15
 _LARGEST_PRODUCT: Final = 6e4
 
@@ -47,7 +47,7 @@ def float8_alpha(size: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class RefitTarget:
-    """What the blocks of a layer approximate, with the multipliers that they have."""
+    """The slices that the blocks of a layer approximate, with the blocks' multipliers."""
 
     slices: Tensor  # (d, p, q)
     bases: tuple[Tensor, Tensor]  # (m, p), (n, q)
@@ -69,11 +69,11 @@ def refit(
     """Fits ups, downs, and ups again to the other side as it is stored, and rounds each.
 
     Blocks that partly cancel each other have far more energy than their sum, and all of it is
-    rounded. A fit to the rounded side takes some of that error back, and lets the blocks cancel
+    rounded. A fit to the rounded side removes some of that error, and lets the blocks cancel
     less. Where a fit leaves the range of the type, the blocks stay as they were before it.
 
     Args:
-        target: what the blocks approximate.
+        target: the slices that the blocks approximate.
         layer: whose blocks they are.
         stored: the blocks in float8.
         alphas: of the blocks' files.
@@ -103,7 +103,7 @@ def _fitted(
 def _best_ups(
     target: RefitTarget, applied: Sequence[FactorPair]
 ) -> Sequence[Tensor]:  # R times (m, r)
-    """Returns the least-squares ups for these downs, whose parts beyond the bases count too."""
+    """Returns the least-squares ups for these downs, including the downs' parts outside the bases."""
     left, right = target.bases
     ranks = tuple(up.shape[1] for up, _ in applied)
     ups = torch.cat([up for up, _ in applied], 1)

@@ -1,4 +1,4 @@
-"""The best factors of one layer's delta."""
+"""Computes the best factors of one layer's delta."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def low_rank_layer(
     seed: int,
     tick: Callable[[float], None],
 ) -> LowRankLayer:
-    """Returns a layer's delta as factors, rounded as the file holds them, and what they leave."""
+    """Returns a layer's delta as factors, rounded as the file holds them, with their error."""
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(layer.module.encode()))
     best = truncated_svd(delta, rank, generator, tick)
@@ -45,7 +45,7 @@ def low_rank_layer(
 
 
 def empty_layer(layer: Layer, dtype: torch.dtype) -> LowRankLayer:
-    """Returns factors of rank 0, for a layer whose delta is zero or counts for nothing."""
+    """Returns factors of rank 0, for a layer whose delta is zero or gets no rank."""
     # not zeros: up to torch 2.3 nothing of float8 can be filled without an entry
     up, down = torch.empty(layer.m, 0, dtype=dtype), torch.empty(0, layer.n, dtype=dtype)
     return LowRankLayer(layer, up, down, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Private LoRAs: each holds what the shared ones leave of one checkpoint.
+"""Plans and makes private LoRAs, each for what the shared ones leave of one checkpoint.
 
 A merge makes them from its analysis, a later fit from the files themselves; both are residuals here.
 """
@@ -28,13 +28,13 @@ from hyper_merge.solver.float8 import float8_alpha
 from hyper_merge.solver.low_rank_layer import LowRankLayer
 from hyper_merge.solver.quantization import StoredFactors
 
-_LEADING: Final = 3  # times the target's rank: what a layer can have of it
+_LEADING: Final = 3  # times the target's rank: the most that one layer can have
 _MOST: Final = 256  # rank of a layer, where the target is a share
 _PLANNING, _MAKING = 0.8, 0.2  # of the time for a private LoRA of a merge
 
 
 class CheckpointResidual(Protocol):
-    """What the shared LoRAs leave of one checkpoint, layer by layer."""
+    """The rest of one checkpoint that the shared LoRAs leave, layer by layer."""
 
     @property
     def checkpoint(self) -> int:
@@ -50,11 +50,11 @@ class CheckpointResidual(Protocol):
 
     @property
     def error(self) -> float:
-        """Squared norm of what the shared LoRAs leave of them."""
+        """Squared norm of the rest that the shared LoRAs leave of them."""
 
     @property
     def margin(self) -> float:
-        """Which part of the error that may remain is planned for: rounding takes the rest."""
+        """The fraction of the allowed error that is planned for; rounding takes the rest."""
 
     def spectra(self, target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:
         """Returns each layer's leading squared singular values, falling, float64, on the CPU."""
@@ -89,7 +89,7 @@ class PrivateLora:
 
     @property
     def gain(self) -> float:
-        """Squared norm that it takes away from what the shared LoRAs leave."""
+        """Squared norm by which it reduces what the shared LoRAs leave."""
         return sum(layer.energy - layer.error for layer in self.layers)
 
 
@@ -110,7 +110,7 @@ def plan_private_lora(
     *,
     has_alpha: bool,
 ) -> PrivateLoraPlan | None:
-    """Puts the ranks where they take away most; None if the target's share is reached without any.
+    """Spreads the ranks where they reduce the error most; None if the target needs none.
 
     Args:
         residual: what the shared LoRAs leave of the checkpoint.
@@ -159,7 +159,7 @@ class SharedLoras:
 def find_private_loras(
     shared: SharedLoras, target: PrivateLoraTarget, progress: Progress
 ) -> tuple[PrivateLora, ...]:
-    """Makes LoRAs of the checkpoints below the mean, or below the target's share.
+    """Makes LoRAs for the checkpoints below the mean, or below the target's share.
 
     Args:
         shared: the shared LoRAs.
@@ -191,7 +191,7 @@ def add_private_loras(evaluation: Evaluation, loras: Sequence[PrivateLora]) -> E
 
 
 def _alpha(rank: int, ranks: Sequence[int], spectra: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """Returns the file's alpha: its rank, or what brings the factors into the range of float8."""
+    """Returns the file's alpha: its rank, or a power of two that suits the range of float8."""
     if dtype != FLOAT8:
         return float(rank)
     pairs = zip(spectra, ranks, strict=True)
@@ -199,7 +199,7 @@ def _alpha(rank: int, ranks: Sequence[int], spectra: Sequence[Tensor], dtype: to
 
 
 class _CompressedResidual:
-    """What the shared LoRAs of a merge leave of a checkpoint, between the bases of its analysis."""
+    """The rest of a checkpoint that a merge's shared LoRAs leave, between the bases of its analysis."""
 
     margin = 0.998
 
@@ -249,7 +249,7 @@ class _CompressedResidual:
         return torch.cat([analysis.core(index), analysis.rounding(index)[None]])
 
     def _rest(self, index: int) -> Tensor:  # (p, q)
-        """Returns what the shared LoRAs leave in a layer, between its bases."""
+        """Returns the rest that the shared LoRAs leave in a layer, between its bases."""
         analysis = self._shared.analysis
         left, right = analysis.bases(index)
         rows = self._rows(index)
@@ -261,7 +261,7 @@ class _CompressedResidual:
         return rest
 
     def _shared_factors(self, index: int) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n)
-        """Returns what hosts add of each shared LoRA at multiplier 1."""
+        """Returns the factors of what hosts add for each shared LoRA at multiplier 1."""
         blocks = self._shared.blocks
         pairs = zip(blocks.factors[index], blocks.alphas, strict=True)
         return [as_hosts_apply(*factors, alpha) for factors, alpha in pairs]

@@ -1,4 +1,4 @@
-"""Blocks in the layers' coordinates, rounded as the files hold them, with all sums that follow."""
+"""Rounds blocks, in the layers' coordinates, as the files hold them, and computes their sums."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def quantize(
 
 @dataclass(frozen=True, eq=False)
 class _ScaledGroup:
-    """What the layers that share multipliers have in common."""
+    """The values that layers with shared multipliers have in common."""
 
     scales: Tensor  # (R,), of the blocks
     multipliers: Tensor  # (d, R), of the scaled blocks, for weighted slices

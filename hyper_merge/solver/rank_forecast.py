@@ -1,4 +1,4 @@
-"""A forecast of what bytes of LoRAs explain, from the analysis alone: before anything is solved.
+"""Forecasts the share that LoRAs of any size explain, from the analysis alone, before a solve.
 
 Blocks along the eigenvectors of the checkpoints' Gram matrix have orthonormal multipliers, so each of
 them is the truncated SVD of its own mixture of deviations, and what any choice of ranks explains of
@@ -22,7 +22,9 @@ from hyper_merge.decomposition.rank_allocation import spread_ranks
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
-_WORTH: Final = 0.995  # of what all directions explain: further LoRAs are not worth a file
+_WORTH: Final = (
+    0.995  # of what all directions explain: beyond that, more LoRAs are not worth a file
+)
 _HALVINGS: Final = 24  # of the search for a budget
 
 
@@ -30,8 +32,8 @@ _HALVINGS: Final = 24  # of the search for a budget
 class RankForecast:
     """Squared singular values of every layer's mixtures and private deviations.
 
-    What is explained of a single checkpoint leaves out the inner products between what different
-    blocks lack, which cancel over all of them.
+    The explained share of a single checkpoint leaves out the inner products between the errors of
+    different blocks, which cancel over all checkpoints.
     """
 
     names: tuple[str, ...]  # of the checkpoints
@@ -39,7 +41,7 @@ class RankForecast:
     private: tuple[tuple[Tensor, ...], ...]  # per layer and checkpoint, falling
     multipliers: tuple[Tensor, ...]  # per layer (k, d): of the directions
     energies: Tensor  # (k,), of all deviations in the layers
-    weights: Tensor  # (layers,): what an explained part counts where ranks are spread
+    weights: Tensor  # (layers,): by which an explained part counts where ranks are spread
     costs: tuple[int, ...]  # bytes of a rank, per layer
 
     @property
@@ -53,11 +55,11 @@ class RankForecast:
         pairs = zip(self.mixtures, self.costs, strict=True)
         return sum(len(values) * cost for layer, cost in pairs for values in layer)
 
-    def shared(self, budget: float) -> Tensor:  # (k,), shares 0..1
+    def explained_by_shared(self, budget: float) -> Tensor:  # (k,), shares 0..1
         """Returns what shared LoRAs of these bytes explain of every checkpoint, approximately."""
         return self._shares(self._counts(budget))
 
-    def of_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
+    def explained_by_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
         """Returns what private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
         lists = [values for layer in self.private for values in layer]
@@ -68,7 +70,7 @@ class RankForecast:
         return self._of_all(explained)
 
     def curves(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # (sizes, k) each, shares 0..1
-        """Returns `shared` and `of_private` for many budgets, up to the last few ranks of each."""
+        """Returns `explained_by_shared` and `explained_by_private` for many budgets, up to the last few ranks of each."""
         shared = torch.cat([layer.square().mT for layer in self.multipliers])
         private = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
         return (
@@ -87,12 +89,12 @@ class RankForecast:
 
     def budget_for(self, target: float) -> int | None:
         """Returns the fewest bytes at which the worst checkpoint reaches a target; None if none do."""
-        if float(self.shared(self.largest).min()) < target:
+        if float(self.explained_by_shared(self.largest).min()) < target:
             return None
         low, high = 0, self.largest
         for _ in range(_HALVINGS):
             middle = (low + high) // 2
-            enough = float(self.shared(middle).min()) >= target
+            enough = float(self.explained_by_shared(middle).min()) >= target
             low, high = (low, middle) if enough else (middle, high)
         return high
 
@@ -157,8 +159,8 @@ def forecast_ranks(
         groups: the layers that share multipliers.
         names: of the checkpoints.
         costs: bytes of a rank, per layer.
-        weights: of the layers' squared errors, by which ranks are spread; what is explained counts
-            plainly all the same.
+        weights: of the layers' squared errors, by which ranks are spread; explained shares do not
+            depend on them.
         progress: progress and interrupt.
     """
     rotations = _rotations(analysis, groups)

@@ -1,4 +1,4 @@
-"""Adaptive ranks: blocks that were fitted with too many ranks keep their best components."""
+"""Adapts ranks: blocks that were fitted with too many ranks keep their best components."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Allowance:
 
 @dataclass(frozen=True, eq=False)
 class GroupSolution:
-    """The layers that share multipliers, as far as they are solved."""
+    """The solution for layers that share multipliers, complete or at an intermediate stage."""
 
     name: str
     problem: Problem
@@ -53,8 +53,8 @@ def prune_ranks(
     """Returns the groups with the components of most energy for their bytes, across all groups.
 
     Args:
-        groups: as far as they are solved.
-        allowance: what all of them may take together.
+        groups: the groups' solutions with too many ranks.
+        allowance: the bytes that all of them may take together.
         parallel: a map over the batches.
     """
     layers: dict[int, _BalancedLayer] = {}

@@ -1,4 +1,4 @@
-"""From an analysis and a list of ranks to blocks between the layers' bases."""
+"""Solves for blocks between the layers' bases, from an analysis and a list of ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hyper_merge.solver.stopping import (
 )
 
 DEFAULT_EFFORT = SearchEffort.FULL
-"""The effort of a search for which no caller names one: that which ships.
+"""The effort of a search for which no caller names one.
 
 The command line, the tab and the API have no setting for it, so their tests replace this value by
 `SearchEffort.QUICK` (fixture `quick_search` of tests/conftest.py); all other tests pass an argument.
@@ -77,8 +77,8 @@ def find_blocks(
         analysis: of the checkpoints.
         recipe: the user's settings.
         ranks: even ones.
-        allowance: what adaptive ranks may take in place of those; None to keep to the even ones.
-        device: on which the cores are worked on.
+        allowance: the bytes that adaptive ranks may take instead; None to keep the even ranks.
+        device: that computes on the cores.
         progress: progress and interrupt.
         start: multipliers (k, R) to try in addition to the others, by group of layers.
         effort: how thorough the search for a start is; None for `DEFAULT_EFFORT`.
@@ -88,7 +88,7 @@ def find_blocks(
         return _Solver(analysis, recipe, device, progress, start, effort).run(ranks, allowance)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        progress.warn(f"{device} has too little memory for the cores; the CPU takes them")
+        progress.warn(f"{device} has too little memory for the cores; the CPU is used instead")
         solver = _Solver(analysis, recipe, torch.device("cpu"), progress, start, effort)
         return solver.run(ranks, allowance)
 
@@ -163,7 +163,7 @@ class _Solver:
             yield name, Problem(batches, energy, counting, _RIDGE), progress
 
     def _parts(self, stages: int) -> list[Progress]:
-        """Returns parts of the progress: for every stage one for every group, by what they take."""
+        """Returns a part of the progress for every stage of every group, in proportion to its cost."""
         shape = self._analysis.core_shape
         sizes = [
             float(sum(math.prod(shape(index)) for index in members))
@@ -259,7 +259,7 @@ class _Solver:
 
 
 def _joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
-    """Returns losses of all groups together; one that is done earlier stays where it is."""
+    """Returns losses of all groups together; a group that ends earlier keeps its last loss."""
     total = sum(group.problem.energy for group in groups) or 1.0
     length = max(len(group.losses) for group in groups)
     return tuple(

@@ -1,4 +1,4 @@
-"""The progress of a solve, and when its sweeps end."""
+"""Reports the progress of a solve, and decides when its sweeps end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SolverProgress:
     """How far a solve is: between two known fractions it moves with every batch."""
 
     def __init__(self, progress: Progress) -> None:
-        """Begins at the start.
+        """Begins at 0.
 
         Args:
             progress: the solve's own part of the whole.
@@ -35,7 +35,7 @@ class SolverProgress:
         """Moves to a fraction 0..1, never back.
 
         Args:
-            phase: what is done from now on.
+            phase: the work from now on, as text.
             fraction: of the whole solve that is done.
             end: fraction at the end of the phase.
             maps_left: every map from now on takes 1 / maps_left of the way to the end.
@@ -44,7 +44,7 @@ class SolverProgress:
         self._end, self._maps_left = max(end, self._fraction), maps_left
 
     def counting(self, parallel: ParallelMap, batches: int) -> ParallelMap:
-        """Returns a map that works as another does and reports every batch that is done."""
+        """Returns a map that works like another one and also reports every batch that is done."""
 
         def counted(function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
             start, step = self._fraction, (self._end - self._fraction) / self._maps_left
@@ -101,7 +101,7 @@ def stop_by_block(recipe: Recipe, progress: SolverProgress) -> StoppingCriterion
 
 
 def _sweeps_left(losses: Sequence[float], recipe: Recipe) -> float:
-    """Returns how many sweeps will follow, for their changes fall as powers of a number do."""
+    """Returns how many sweeps will follow, since their changes fall like powers of a number."""
     lows = list(accumulate(losses, min))
     changes = [1 - after / before for before, after in pairwise(lows) if after < before]
     most = max(recipe.iterations - len(losses), 1)

@@ -1,1 +1,1 @@
-"""Made-up checkpoints in the layouts of real ones, for the demo, tests and benchmarks."""
+"""Generates checkpoints in the layouts of real ones, for the demo, tests and benchmarks."""

@@ -1,4 +1,4 @@
-"""Made-up checkpoints: the description of a family, and the numbers that follow from it.
+"""Describes a family of generated checkpoints, and computes the numbers that follow from it.
 
 Everything follows from the `FamilySpec`, tensor by tensor, whatever the order; no files.
 """

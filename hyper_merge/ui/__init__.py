@@ -1,1 +1,1 @@
-"""The tab: panels, handlers, plots and their wiring; knows hosts by their protocol alone."""
+"""Builds the tab: panels, handlers, plots and their wiring; knows hosts by their protocol alone."""

@@ -1,4 +1,4 @@
-"""Differences between gradio 3.41 (AUTOMATIC1111) and gradio 4 (Forge, the app), in one place."""
+"""Handles all differences between gradio 3.41 (AUTOMATIC1111) and gradio 4 (Forge, the app)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prefix for every element of the tab, so that styles and scripts of others do not apply."""
+"""Prefixes the id of every element of the tab, so that others' styles and scripts do not apply."""
 
 PREFIX = "hyper_merge"
 

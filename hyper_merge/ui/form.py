@@ -1,4 +1,4 @@
-"""The form's values, as a browser sends them, and the recipe that they describe."""
+"""Converts the form's values, as a browser sends them, to a recipe and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the form shows the recipe's settings: labels, hints, kinds of widgets.
+"""Describes how the form shows the recipe's settings: labels, hints, kinds of widgets.
 
 Names, explanations, defaults and plain choices come from the recipe's own table.
 """
@@ -31,7 +31,7 @@ PRESETS: Final = {
     "large": "256, 128, 64, 32",
 }
 
-Kind = Literal["text", "number", "radio", "menu", "checkbox"]
+WidgetKind = Literal["text", "number", "radio", "menu", "checkbox"]
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class FormField:
 
     Attributes:
         name: Name of the field in `Form`, and of its widget.
-        label: What stands above it; error messages begin with it.
+        label: The text above it, with which error messages begin.
         kind: The kind of widget.
-        hint: What stands below the label; empty for the explanation of the recipe's table.
+        hint: The text below the label; empty for the explanation of the recipe's table.
         settings: The recipe's settings that it decides; empty for the one of the same name.
         choices: Text on the form -> value in the recipe; empty for the recipe's own values.
     """
 
     name: str
     label: str
-    kind: Kind
+    kind: WidgetKind
     hint: str = ""
     settings: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The tab as a whole: its panels and their events."""
+"""Builds the whole tab: its panels and their events."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import torch
 from tiny_family import NORM, POSITION_IDS, QUERY, VAE, inputs_of, load, run_pass, write
 
 from hyper_merge.analysis import streaming_pass
-from hyper_merge.analysis.file_layout import KINDS
+from hyper_merge.analysis.file_layout import UNCARRIED_KINDS
 from hyper_merge.checkpoints.architectures.layout import Treatment
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import (
@@ -128,7 +128,7 @@ def test_narrow_bases_keep_projection_and_energy(files):
 def test_energy_outside_layers_is_counted_by_kind(files):
     inputs = inputs_of(files)
     averages, _, outside = run_pass(inputs)
-    assert set(outside) <= set(KINDS)
+    assert set(outside) <= set(UNCARRIED_KINDS)
     expected = dict.fromkeys(outside, 0)
     for key, stack in stacks(files).items():
         treatment = inputs.layout.treatments[key]

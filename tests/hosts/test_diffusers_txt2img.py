@@ -15,7 +15,8 @@ from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.compare.compare import run_compare
 from hyper_merge.operations.compare.image_difference import mean_difference
 from hyper_merge.operations.compare.request import CompareRequest, Picture, PictureSettings
-from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.writer import NARROW, write_family

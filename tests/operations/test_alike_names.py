@@ -21,7 +21,8 @@ from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import load_fits
@@ -144,7 +145,7 @@ def test_a_lost_private_lora_lowers_the_prompts_reported_share(family, root):
     )
     results = find_deletable("mix", 0.8, folders, Progress())
     assert [verdict.safe for verdict in results.verdicts] == [False, True, True, True]
-    assert "its private LoRA is not there" in format_deletion_report(results)
+    assert "its private LoRA is missing" in format_deletion_report(results)
 
 
 @pytest.mark.parametrize("state", ["gone", "of another checkpoint", "of another merge"])
@@ -202,7 +203,7 @@ def test_a_fit_whose_record_would_replace_another_is_refused(family, root):
     run_fit(FitRequest("mix", first, device="cpu"), folders, Progress())
     for overwrite in (False, True):
         extraction = FitRequest("mix", second, device="cpu", overwrite=overwrite)
-        with pytest.raises(NameTakenError, match="the fit of model is there already, and Model"):
+        with pytest.raises(NameTakenError, match="the fit of model exists already, and Model"):
             run_fit(extraction, folders, Progress())
     run_fit(FitRequest("mix", second, name="other", device="cpu"), folders, Progress())
 

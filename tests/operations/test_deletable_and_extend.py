@@ -85,7 +85,7 @@ def test_a_missing_or_changed_original_is_reported(writable):
     shutil.copy(folders.models / "b.safetensors", folders.models / "c.safetensors")
     deletion = safety(folders, 0.01)
     assert [verdict.safe for verdict in deletion.verdicts] == [False, True, False]
-    assert deletion.verdicts[0].reason == "it is not there any more"
+    assert deletion.verdicts[0].reason == "it no longer exists"
     assert deletion.verdicts[0].frees == 0
     assert deletion.verdicts[2].reason.startswith("it was changed since the merge")
     assert deletion.verdicts[2].frees == 0
@@ -197,7 +197,7 @@ def test_fitted_checkpoints_are_held_against_it_too(writable, new):
 
 def absorb(folders, *paths, **settings):
     request = ExtendRequest("mix", paths, **settings)
-    return run_extend(request, folders, Progress(), SearchEffort.QUICK)
+    return run_extend(request, folders, Progress(), effort=SearchEffort.QUICK)
 
 
 def test_a_run_absorbs_a_checkpoint_into_a_new_one(writable, new, monkeypatch):

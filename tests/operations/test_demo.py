@@ -20,7 +20,7 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
     folder, reports = tmp_path / "demo", []
     progress = Progress(lambda phase, x: reports.append((phase, x)))
-    first = demo.run_demo(folder, progress, SearchEffort.QUICK)
+    first = demo.run_demo(folder, progress, effort=SearchEffort.QUICK)
     assert reports[0][0] == "making"
     assert [x for _, x in reports] == sorted(x for _, x in reports)
     assert {path.name for path in (folder / "Stable-diffusion").iterdir()} == {
@@ -37,7 +37,7 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     assert first.report.loss < 0.12
     assert first.report.relative_loss < 0.13
     reports.clear()
-    second = demo.run_demo(folder, progress, SearchEffort.QUICK)
+    second = demo.run_demo(folder, progress, effort=SearchEffort.QUICK)
     assert second.report.loss == pytest.approx(first.report.loss, rel=0.02)  # starts from the first
     assert second.reused_analysis
     assert "making" not in dict(reports)

@@ -11,7 +11,8 @@ from tiny_family import merge, snapshot
 from hyper_merge.operations.deletable import find_deletable
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.recipe.loading import load_recipe
 from hyper_merge.recipe.parsing import parse_private_lora_target
 from hyper_merge.runs.deletion import delete_run

@@ -26,7 +26,7 @@ from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.checked_json import read_sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
-from hyper_merge.runtime.file_lock import FileLock, State, alone
+from hyper_merge.runtime.file_lock import FileLock, LockState, alone
 from hyper_merge.runtime.progress import Progress
 
 ROUNDS = int(os.environ.get("HYPER_MERGE_ROUNDS", "1"))
@@ -223,7 +223,7 @@ def test_an_analysis_in_use_is_neither_cleared_nor_pruned(started):
 def test_without_locks_a_young_mark_says_in_use(started, monkeypatch):
     (path,) = started.rglob("*.analysis.safetensors")
     monkeypatch.setattr(
-        "hyper_merge.runtime.file_lock._lock", lambda file, *, shared: State.IMPOSSIBLE
+        "hyper_merge.runtime.file_lock._lock", lambda file, *, shared: LockState.IMPOSSIBLE
     )
     with in_use(path), unused(path) as free:
         assert not free
@@ -265,15 +265,15 @@ def test_a_cache_that_cannot_be_written_ends_no_merge(files, tmp_path, monkeypat
 
 def test_a_lock_of_several_kinds(tmp_path):
     one, two, three = (FileLock(tmp_path / "folder/x.lock") for _ in range(3))
-    assert one.acquire(shared=True) is State.HELD
-    assert two.acquire(shared=True) is State.HELD
-    assert three.acquire() is State.TAKEN
+    assert one.acquire(shared=True) is LockState.HELD
+    assert two.acquire(shared=True) is LockState.HELD
+    assert three.acquire() is LockState.TAKEN
     one.release()
     two.release()
-    assert three.acquire() is State.HELD
-    assert one.acquire(shared=True) is State.TAKEN
+    assert three.acquire() is LockState.HELD
+    assert one.acquire(shared=True) is LockState.TAKEN
     three.release(remove=True)
-    assert one.acquire() is State.HELD
+    assert one.acquire() is LockState.HELD
     one.release(remove=True)
     assert list(tmp_path.iterdir()) == []  # the folder was made for it
 

@@ -23,14 +23,14 @@ def two_layers(weights):
 def test_layer_weights_decide_where_ranks_go():
     plain, relative = two_layers([1.0, 1.0]), two_layers([1.0, 2.0])
     for forecast, first in ((plain, 4.0), (relative, 3.0)):
-        assert_close(forecast.shared(10), torch.full((2,), first / 9).double())
+        assert_close(forecast.explained_by_shared(10), torch.full((2,), first / 9).double())
         shared, _ = forecast.curves([9, 10, 40])
         assert_close(shared[:, 0], torch.tensor([0.0, first / 9, 1.0]).double())
 
 
 def test_layer_weights_do_not_change_private_forecasts():
     plain, relative = two_layers([1.0, 1.0]), two_layers([1.0, 9.0])
-    assert_close(relative.of_private(20), plain.of_private(20))
+    assert_close(relative.explained_by_private(20), plain.explained_by_private(20))
     assert_close(relative.curves([20])[1], plain.curves([20])[1])
 
 

@@ -37,11 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> None:
     """Writes the checkpoint and prints how near it is to the original."""
-    from hyper_merge.operations.restore.restore import (
-        RestoreRequest,
-        parse_mix,
-        run_restore,
-    )
+    from hyper_merge.operations.restore.request import RestoreRequest, parse_mix
+    from hyper_merge.operations.restore.restore import run_restore
     from hyper_merge.operations.restore.text import format_restore
     from hyper_merge.runs.folders import Folders
 

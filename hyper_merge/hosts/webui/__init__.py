@@ -1,1 +1,1 @@
-"""AUTOMATIC1111's WebUI and Forge as hosts."""
+"""Implements the hosts AUTOMATIC1111's WebUI and Forge."""

@@ -1,4 +1,4 @@
-"""The WebUI's list of checkpoints, which any thread may fill again while another one reads it."""
+"""Reads the WebUI's list of checkpoints, which any thread may refill while another one reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from modules import sd_models
 
-# For our own threads: none sees a list that another one has only half filled. The WebUI takes no lock.
+# Keeps our own threads from a list that another one has only half filled. The WebUI takes no lock.
 _FILLING: Final = threading.RLock()
 
 _TRIES: Final = 20

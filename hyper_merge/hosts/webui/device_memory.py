@@ -1,4 +1,4 @@
-"""Takes the WebUI's loaded model off the device for a while: A1111 and Forge differ here.
+"""Takes the WebUI's loaded model off the device for a while, in A1111 and in Forge.
 
 A failure to unload the model, or to load it again, goes to the host's log and does not end or hide
 the run: the WebUI loads its model again when it needs it.
@@ -19,7 +19,7 @@ from hyper_merge.hosts.webui.checkpoint_list import (
     refresh_list,
 )
 
-Stamp = tuple[int, int, int] | None  # of a file's content; None: there is no file
+Stamp = tuple[int, int, int] | None  # inode, size, time; None where there is no file
 
 
 def is_forge() -> bool:
@@ -131,5 +131,5 @@ def _stamp(file: str) -> Stamp:
 def _errors_logged(task: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a host's model code may raise
+    except Exception as error:  # a host's model code may raise anything
         errors.display(error, task, full_traceback=True)

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's WebUI and Forge as a host; imported by `scripts/` only, inside the WebUI."""
+"""Implements AUTOMATIC1111's WebUI and Forge as a host; imported by `scripts/` only, in the WebUI."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import modules.progress
 from modules import call_queue, errors, infotext_utils, shared
-from modules import progress as host_progress
 from modules.styles import PromptStyle
 
 from hyper_merge.errors import OutputError
@@ -36,7 +36,7 @@ _TAG: Final = re.compile(r"<lora:[^>]*>")
 
 
 class WebUI:
-    """The WebUI around us; holds no state, for it outlives the WebUI's "Reload UI"."""
+    """The WebUI around us; holds no state, since it outlives the WebUI's "Reload UI"."""
 
     has_txt2img = True
 
@@ -74,12 +74,12 @@ class WebUI:
     @contextmanager
     def running(self, task: str) -> Iterator[Progress]:
         """Waits for the queue lock, without a limit, as every generation does."""
-        host_progress.add_task_to_queue(task)
+        modules.progress.add_task_to_queue(task)
         try:
             with call_queue.queue_lock, _job(task) as progress, unloaded_model():
                 yield progress
         finally:
-            host_progress.pending_tasks.pop(task, None)  # the wait itself may have failed
+            modules.progress.pending_tasks.pop(task, None)  # the wait itself may have failed
 
     def generator_info(self) -> GeneratorInfo:
         """Returns the WebUI's samplers, without those that its settings hide."""
@@ -87,8 +87,8 @@ class WebUI:
 
     @contextmanager
     def drawing(self, task: str) -> Iterator[tuple[Progress, ImageGenerator]]:
-        """Draws by the WebUI's own txt2img; waits for it without a limit."""
-        host_progress.add_task_to_queue(task)
+        """Draws with the WebUI's own txt2img; waits for it without a limit."""
+        modules.progress.add_task_to_queue(task)
         try:
             with call_queue.queue_lock, _job(task) as progress, open_txt2img() as draw:
                 yield (
@@ -96,7 +96,7 @@ class WebUI:
                     ImageGenerator(self.title, draw, self._why_not_selectable),
                 )
         finally:
-            host_progress.pending_tasks.pop(task, None)
+            modules.progress.pending_tasks.pop(task, None)
 
     def _why_not_selectable(self, path: Path) -> str:
         if self.checkpoint_title(path) is not None:
@@ -107,7 +107,7 @@ class WebUI:
         return f"{self.title} has no {path.name} in its list of checkpoints, or another one answers to its name"
 
     def styles(self) -> set[str]:
-        """Returns the names of all styles; the headings between the files of styles are none."""
+        """Returns the names of all styles, without the headings between the files of styles."""
         styles = shared.prompt_styles.styles
         return {name for name, style in styles.items() if style.path != "do_not_save"}
 
@@ -182,15 +182,15 @@ def _infos() -> dict[str, Any]:
 
 @contextmanager
 def _job(task: str) -> Iterator[Progress]:
-    """Runs a job of the WebUI's, from the start of its progress bar to the end."""
+    """Runs a job of the WebUI, from the start of its progress bar to the end."""
     state = shared.state
     state.begin(job=task)
-    host_progress.start_task(task)
+    modules.progress.start_task(task)
     # One job: with several the first press of Interrupt would wait for "the current image".
     stopped, ended = threading.Event(), threading.Event()
 
     def on_progress(phase: str, fraction: float) -> None:
-        # All of it at every step: events that wait for no lock reset the state when they end.
+        # Everything at every step: events that wait for no lock reset the state when they end.
         state.job_count, state.sampling_steps = 1, _STEPS
         state.textinfo = phase
         state.sampling_step = round(_STEPS * min(max(fraction, 0.0), 1.0))
@@ -212,7 +212,7 @@ def _job(task: str) -> Iterator[Progress]:
     finally:
         ended.set()
         listener.join()
-        host_progress.finish_task(task)
+        modules.progress.finish_task(task)
         state.textinfo, state.sampling_step, state.sampling_steps = None, 0, 0
         state.interrupted = state.skipped = state.stopping_generation = False
         state.end()

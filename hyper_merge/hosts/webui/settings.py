@@ -1,4 +1,4 @@
-"""Hyper-Merge's page of the WebUI's settings: its entries, and the values that are read from it."""
+"""Adds Hyper-Merge's page to the WebUI's settings, and reads the values from it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _folder(value: Any) -> Path:
 
 
 def _clear_button(label: str, value: str, elem_id: str) -> gr.Button:
-    """Builds the button, and beside it the size of the cache when the page is opened.
+    """Builds the button, and next to it the size of the cache when the page is opened.
 
     The WebUI takes one component per setting and writes the setting's value into it: the button's
     text. `label` is empty.

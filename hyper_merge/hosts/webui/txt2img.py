@@ -1,4 +1,4 @@
-"""Draws by the WebUI's own txt2img: A1111 and Forge differ in how a picture's checkpoint is chosen."""
+"""Draws with the WebUI's txt2img; A1111 and Forge differ in how a picture's checkpoint is chosen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def visible_samplers() -> tuple[str, ...]:
 
 @contextmanager
 def open_txt2img() -> Iterator[Txt2Img]:
-    """Yields what draws a picture; the WebUI's queue lock must be held and its job begun.
+    """Yields a function that draws; the WebUI's queue lock must be held and its job begun.
 
     At the end the checkpoint that was selected before is selected again and, if one was loaded,
     loaded. One that the user selects in the meantime stays selected instead.
@@ -44,13 +44,13 @@ def open_txt2img() -> Iterator[Txt2Img]:
             selection.restore()
         except (
             Exception
-        ) as error:  # whatever a host's model code may raise; the WebUI loads it later
+        ) as error:  # a host's model code may raise anything; the WebUI loads it later
             errors.display(error, "loading the checkpoint again", full_traceback=True)
         shared.total_tqdm.clear()  # the console's bar over all pictures
 
 
 class _Selection:
-    """The checkpoint that the user has selected, and the one that a picture has in the meantime."""
+    """The checkpoint that the user has selected, and the one that is selected for a picture."""
 
     def __init__(self) -> None:
         if is_forge() and not sd_models.model_data.forge_loading_parameters:
@@ -61,12 +61,12 @@ class _Selection:
         self._was_loaded = hasattr(model, "filename") if is_forge() else model is not None
 
     def before_picture(self) -> None:
-        """Notices what the user has selected since the last picture."""
+        """Notices a checkpoint that the user has selected since the last picture."""
         if _selected() != self._ours:
             self._users = _selected()
 
     def after_picture(self) -> None:
-        """Remembers the title that is selected: it changes when a file is loaded and so hashed."""
+        """Remembers the title that is selected: it changes when the host loads and hashes a file."""
         self._ours = _selected()
 
     def restore(self) -> None:
@@ -104,11 +104,11 @@ def _draw(picture: Picture, progress: Progress, selection: _Selection) -> Image.
         with closing(_processing(picture, title)) as p, _joined(progress):
             images = _in_model_thread(processing.process_images, p)
             complaints = [text for text in p.comments if text.startswith(_COMPLAINTS)]
-    except Exception as error:  # whatever a host's model code may raise
+    except Exception as error:  # a host's model code may raise anything
         errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
         raise PictureError(
             f"the WebUI cannot draw with {picture.model.name} ({type(error).__name__}: {error})",
-            hint="its console has all of it",
+            hint="the WebUI's console has the details",
         ) from error
     finally:
         selection.after_picture()
@@ -122,7 +122,7 @@ def _draw(picture: Picture, progress: Progress, selection: _Selection) -> Image.
 
 
 def _require_loras(picture: Picture, complaints: list[str]) -> None:
-    """Returns if the picture was drawn with all LoRAs of its prompt: the WebUI goes on without them.
+    """Returns if the picture was drawn with all LoRAs of its prompt, which the WebUI does not check.
 
     Raises:
         PictureError: a LoRA was not found or failed, or the WebUI has no LoRAs at all.
@@ -143,8 +143,8 @@ def _processing(picture: Picture, title: str) -> Any:
     """Returns the WebUI's request for a picture; nothing is saved, no script of the page takes part."""
     settings = picture.settings
     return processing.StableDiffusionProcessingTxt2Img(
-        # The property of this name gives the loaded model whatever it is set to; asking for the
-        # model here would load the selected one, only to be replaced.
+        # The property of this name always gives the loaded model; asking for the model here would
+        # load the selected one, only to be replaced.
         sd_model=None,
         prompt=picture.prompt,
         negative_prompt=settings.negative,
@@ -172,7 +172,7 @@ def _title(picture: Picture) -> str:
         raise PictureError(
             f"{picture.model.name} is not in the WebUI's list of checkpoints, or another one"
             " answers to its name",
-            hint="press the refresh button beside the list",
+            hint="press the refresh button next to the list",
         )
     return str(info.title)
 
@@ -183,7 +183,7 @@ def _is_same(file: str, picture: Picture) -> bool:
 
 @contextmanager
 def _joined(progress: Progress) -> Iterator[None]:
-    """Reports how far the WebUI is while it draws, and interrupts it if the job is to stop."""
+    """Reports the WebUI's progress while it draws, and interrupts it if the job is to stop."""
     state, ended = shared.state, threading.Event()
 
     def listen() -> None:

@@ -1,4 +1,4 @@
-"""An axis of the WebUI's X/Y/Z plot: the checkpoints that hyper-model and LoRAs become."""
+"""Adds an axis to the WebUI's X/Y/Z plot: the checkpoints that hyper-model and LoRAs restore."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _NEEDED: Final = ("AxisOption", "axis_options", "apply_checkpoint")
 def add_axis(host: Host) -> None:
     """Adds the axis once; to be called by `on_before_ui`, when the WebUI's scripts are loaded.
 
-    Where there is no such script, or another one of its name, nothing is added, the WebUI's log
-    says so, and the WebUI itself goes on.
+    Where there is no such script, or another one of its name, nothing is added, and the WebUI starts
+    as usual; an error goes to its log.
     """
     try:
         for module in _modules():

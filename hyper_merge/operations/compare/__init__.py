@@ -1,4 +1,4 @@
-"""Compares pictures of a checkpoint with those of its reconstruction."""
+"""Compares pictures that a checkpoint draws with those of its reconstruction."""
 
 from hyper_merge.operations.compare.compare import run_compare
 

@@ -1,4 +1,4 @@
-"""Compares pictures of checkpoints as hyper-model + LoRAs with those of the originals."""
+"""Compares pictures drawn with hyper-model and LoRAs with pictures drawn with the originals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from hyper_merge.operations.compare.request import (
     plan_pictures,
 )
 from hyper_merge.operations.compare.text import (
-    DIFFERENCE_ROWS,
-    ROWS,
+    DIFFERENCE_TITLES,
+    ROW_TITLES,
     format_caption,
     format_heading,
     format_picture,
@@ -52,7 +52,7 @@ class ImageGenerator:
     """The host's means of drawing pictures.
 
     Attributes:
-        host: Its name, for people.
+        host: Its display name.
         draw: Makes a picture.
         refusal: Says why a checkpoint cannot be loaded there; empty where it can.
     """
@@ -93,7 +93,7 @@ def run_compare(
     figures = tuple(_measure(pictures, request, distance))
     record = ComparisonRecord(
         run=run.name,
-        name="",  # the next free one when it is saved
+        name="",  # chosen when it is saved
         created=current_time(),
         host=generator.host,
         hyper_model=hyper_model.name,
@@ -105,7 +105,7 @@ def run_compare(
         measure=PERCEPTUAL if distance else "",
     )
     progress.report("saving the grid", 1.0)
-    with alone(run.folder / PICTURES):  # nobody else takes the name meanwhile
+    with alone(run.folder / PICTURES):  # no other process takes the name before it is saved
         record = replace(record, name=free_comparison_name(run))
         save_comparison(run, record, _draw_grid(record, request, subjects, pictures))
     return record
@@ -128,7 +128,7 @@ def _subjects(
         note = {
             "there": generator.refusal(original.path) if original.state == "there" else "",
             "changed": "it was changed since",
-            "missing": "it is not there",
+            "missing": "it is missing",
         }[original.state]
         subjects.append(
             Subject(
@@ -230,16 +230,16 @@ def _cells(
     original = pictures.get(PictureKey("original", *place))
     keys = _compared_with(*place)
     cells = {
-        ROWS["restored"]: Cell(pictures[keys["restored"]]),
-        ROWS["original"]: Cell(original, "not drawn", format_caption(figures, "restored")),
+        ROW_TITLES["restored"]: Cell(pictures[keys["restored"]]),
+        ROW_TITLES["original"]: Cell(original, "not drawn", format_caption(figures, "restored")),
     }
     if request.average:
-        cells[ROWS["average"]] = Cell(
+        cells[ROW_TITLES["average"]] = Cell(
             pictures[keys["average"]], "", format_caption(figures, "average")
         )
     if request.difference:
         for row, key in keys.items():
             if key in pictures:
                 drawn = difference_picture(pictures[key], original) if original else None
-                cells[DIFFERENCE_ROWS[row]] = Cell(drawn, "no original")
+                cells[DIFFERENCE_TITLES[row]] = Cell(drawn, "no original")
     return cells

@@ -15,7 +15,7 @@ _GROUND, _TEXT, _QUIET, _HOLE = "#1a2029", "#f2f4f6", "#a9b2bd", "#28303b"
 
 _MARGIN: Final = 16  # pixels, all of these
 _GAP: Final = 8
-_NARROWEST: Final = 168  # a column, whose captions want room
+_NARROWEST: Final = 168  # a column, whose captions need room
 _LABELS: Final = 200  # the column with the rows' names
 _HEAD: Final = 40  # prompt and seed above a band
 _NAMES: Final = 28  # the checkpoints' names above their columns
@@ -46,7 +46,7 @@ class Band:
     """One prompt with one seed: a row of pictures for each way of making them.
 
     Attributes:
-        title: Above all of it.
+        title: The text above it.
         rows: By their names; as many cells as the grid has columns.
     """
 

@@ -1,4 +1,4 @@
-"""Measures how far two pictures are apart: in their pixels, and where LPIPS is there, to the eye."""
+"""Measures the difference of two pictures: in their pixels, and to the eye where LPIPS is installed."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _difference(one: Image.Image, other: Image.Image) -> Any:  # (height, width,
 def perceptual_distance(size: tuple[int, int]) -> Distance | None:
     """Returns LPIPS (Zhang et al., 2018) with AlexNet, or None where it cannot be computed.
 
-    That is where the package or its network is not on this machine, for nothing is downloaded for
-    the sake of a figure; and for pictures that are too small for it.
+    It cannot be computed where the package or its network is not on this machine, since nothing is
+    downloaded for the sake of a figure, nor for pictures that are too small for it.
 
     Args:
         size: width and height of the pictures in pixels.

@@ -1,4 +1,4 @@
-"""A comparison on disk: the grid as a PNG that holds its parameters, and all figures as JSON beside it."""
+"""Saves and loads comparisons: the grid as a PNG with its parameters, and all figures as JSON."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ComparisonRecord:
         settings: Of all pictures.
         tags: The tags added to the prompts, by checkpoint.
         originals: Names of files, by checkpoint, as far as they were drawn.
-        notes: What was left out and why.
+        notes: One sentence for each original that was left out.
         figures: Of every pair.
         measure: Name of the second figure; empty where there is none.
     """

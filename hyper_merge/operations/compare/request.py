@@ -1,4 +1,4 @@
-"""The request for a comparison, and the pictures that it takes; nothing is drawn here."""
+"""Describes the request for a comparison and plans its pictures; nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEPS: Final = (1, 150)
 _CFG_SCALE: Final = (0.0, 30.0)
 _SIDE: Final = (64, 2048)  # pixels
 _SIDE_UNIT: Final = 8  # pixels of a picture to one of the latent image's
-_MOST_PICTURES: Final = 200  # in one grid, which is to be looked at
+_MOST_PICTURES: Final = 200  # in one grid, which people will look at
 
 
 @dataclass(frozen=True)

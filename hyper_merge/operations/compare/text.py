@@ -1,4 +1,4 @@
-"""The texts of a comparison's grid."""
+"""Formats the texts of a comparison's grid."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hyper_merge.operations.compare.image_difference import AMPLIFIED, LEVELS, P
 from hyper_merge.operations.compare.records import ComparisonFigures
 from hyper_merge.operations.compare.request import PictureKey, PictureSettings
 
-ROWS: Final[Mapping[str, str]] = {
+ROW_TITLES: Final[Mapping[str, str]] = {
     "restored": "hyper-model + LoRAs",
     "original": "original",
     "average": "hyper-model alone",
 }
 """Titles of the grid's rows."""
 
-DIFFERENCE_ROWS: Final[Mapping[str, str]] = {
+DIFFERENCE_TITLES: Final[Mapping[str, str]] = {
     "restored": f"difference, {AMPLIFIED} times",
     "average": f"alone, difference, {AMPLIFIED} times",
 }
 """Titles of the rows with differences from the original, by what was drawn."""
 
-_NOUNS: Final[Mapping[str, str]] = {**ROWS, "average": "average"}
+_NOUNS: Final[Mapping[str, str]] = {**ROW_TITLES, "average": "average"}
 
 
 def format_caption(figures: ComparisonFigures, row: str) -> str:

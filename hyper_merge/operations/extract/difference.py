@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
     analyze_tensor,
@@ -19,7 +19,6 @@ from hyper_merge.analysis.streaming_pass import (
     raise_non_finite,
 )
 from hyper_merge.checkpoints.architectures.layout import Treatment, kind_of_tensor
-from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import energy_of, share
 from hyper_merge.decomposition.truncated_svd import truncation_cost
 from hyper_merge.loras.lora_file import StoredFormat
@@ -83,10 +82,7 @@ def find_difference(
     layers: list[LowRankLayer] = []
     outside: dict[str, float] = {}
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(CheckpointReader(header.path, expected=header))
-            for header in inputs.read
-        ]
+        files = stack.enter_context(open_checkpoints(inputs.read))
         parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 

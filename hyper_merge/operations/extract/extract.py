@@ -64,7 +64,7 @@ class ExtractRequest:
 
     Attributes:
         base: The checkpoint that the LoRA is added to.
-        checkpoint: The one that this gives.
+        checkpoint: The checkpoint that results.
         rank: Of the LoRA; capped in layers that are smaller.
         name: Of the LoRA; None for `<checkpoint>-from-<base>`.
         output: A WebUI-shaped models folder, or the path of the .safetensors file.
@@ -126,7 +126,7 @@ class ExtractResult:
     checkpoint: str
     rank: int
     explained: float  # of all differences in the layers, by the file as written
-    parts: Mapping[str, float]  # the same by part, as far as they differ
+    parts: Mapping[str, float]  # the explained share of each part that differs
     layers: int  # with a difference
     not_carried: Mapping[str, float]  # kind -> share of all differences, layers included
     size: int  # bytes of the file
@@ -138,7 +138,7 @@ def run_extract(
     """Writes the LoRA; on any failure every existing file stays as it was.
 
     Args:
-        request: run, files and options.
+        request: files and options.
         folders: where the LoRA goes, for a host whose folders are not all in `output`; else None.
         progress: progress and interrupt.
 
@@ -176,7 +176,7 @@ def run_extract(
 
 
 def _place(request: ExtractRequest, folders: Folders | None) -> tuple[Path, Path | None]:
-    """Returns the file, free to be written, and the folder that remembers hashes."""
+    """Returns the path of the LoRA, which may be written, and the folder that remembers hashes."""
     if folders is None and request.is_file:
         path, cache = request.output, None
     else:
@@ -194,7 +194,7 @@ def _place(request: ExtractRequest, folders: Folders | None) -> tuple[Path, Path
 
 
 def _free_name(request: ExtractRequest, folders: Folders, owners: Container[str]) -> str:
-    """Returns a name for these two checkpoints: the same every time, and that of no other two."""
+    """Returns a name for these two checkpoints: the same every time, and never that of two others."""
 
     def is_taken(name: str) -> bool:
         metadata = metadata_of(folders.loras / f"{name}.safetensors")

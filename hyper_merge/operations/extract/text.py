@@ -1,4 +1,4 @@
-"""An extraction as plain text."""
+"""Formats the result of an extraction as plain text."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Fits a checkpoint from outside of a merge onto its LoRAs: multipliers, error, a private LoRA."""
+"""Fits a checkpoint that was not part of a merge onto its LoRAs: multipliers, error, private LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,10 +17,12 @@ from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.loras.metadata import SourceRecord
 from hyper_merge.loras.stack import LoraStack
-from hyper_merge.operations.fit.measurement import Measurement, StreamedResidual, Sums, measure
-from hyper_merge.operations.fit.request import FitInputs, FitRequest, validate_fit
+from hyper_merge.operations.fit.measurement import Measurement, Sums, measure
+from hyper_merge.operations.fit.request import FitRequest, PreparedFit, validate_fit
+from hyper_merge.operations.fit.streamed_residual import StreamedResidual
 from hyper_merge.operations.fit.text import format_fit
 from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
+from hyper_merge.operations.merge.cost_model import HASHING_COST
 from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
@@ -31,8 +32,6 @@ from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, part
 from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import shared_files
 from hyper_merge.runtime.progress import Progress
-
-_HASHED: Final = 120.0  # for each byte, in the unit of `pass_costs`
 
 
 def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRecord:
@@ -47,94 +46,95 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
         HyperMergeError: an unknown run, one whose files are missing or were changed, a checkpoint
             of another family, a name that is taken, a full disk, or the user's interrupt.
     """
-    job = prepare_fit(request, folders)
-    with held(folders.runs, *_holds(job)):
-        job = _with_free_names(job, request, folders)  # after one that was running then
-        return _write_fit(request, job, folders, progress)
+    fit = prepare_fit(request, folders)
+    with held(folders.runs, *_holds(fit)):
+        fit = _with_free_names(fit, request, folders)  # another fit may have taken them since
+        return _write_fit(request, fit, folders, progress)
 
 
-def _holds(job: FitInputs) -> tuple[Hold, ...]:
-    """Returns what nobody may delete or replace meanwhile, and the fit that nobody else may write."""
-    run = job.run
+def _holds(fit: PreparedFit) -> tuple[Hold, ...]:
+    """Returns the names that no other job may delete, replace or write while the fit runs."""
+    run = fit.run
     return (
         Hold("run", run.name, shared=True),
         Hold("model", run.hyper_model.name, shared=True),
-        Hold("fit", f"{run.name} {job.name}"),
+        Hold("fit", f"{run.name} {fit.name}"),
     )
 
 
 def _write_fit(
-    request: FitRequest, job: FitInputs, folders: Folders, progress: Progress
+    request: FitRequest, fit: PreparedFit, folders: Folders, progress: Progress
 ) -> FitRecord:
     """Fits the checkpoint and writes everything, with all names held."""
-    checking, fitting, remaining = progress.split(_costs(job, folders, private=bool(request.topup)))
-    source = _check_sources(job, folders, checking)
-    with FileTransaction(overwrite=request.overwrite) as outputs, _open_loras(job) as stack:
-        measurement = measure(job.inputs, stack, job.options, fitting)
-        record = _record(job, measurement, source)
+    checking, fitting, remaining = progress.split(_costs(fit, folders, private=bool(request.topup)))
+    source = _check_sources(fit, folders, checking)
+    with FileTransaction(overwrite=request.overwrite) as outputs, _open_loras(fit) as stack:
+        measurement = measure(fit.inputs, stack, fit.options, fitting)
+        record = _record(fit, measurement, source)
         if request.topup and record.differs:
-            multipliers = _multipliers(job, measurement)
-            residual = StreamedResidual(job.inputs, stack, multipliers, job.options, measurement)
-            private = top_up(outputs, job, residual, source, request.topup, remaining)
+            multipliers = _multipliers(fit, measurement)
+            residual = StreamedResidual(fit.inputs, stack, multipliers, fit.options, measurement)
+            private = top_up(outputs, fit, residual, source, request.topup, remaining)
             record = replace(record, topups=private)
         if request.overwrite:
-            remove_earlier(outputs, job, folders, record.topups)
-        stage_fit(outputs, job.run, record, format_fit(record, job.run))
+            remove_earlier(outputs, fit, folders, record.topups)
+        stage_fit(outputs, fit.run, record, format_fit(record, fit.run))
         progress.report("putting the files in place", 1.0)
     return record
 
 
-def prepare_fit(request: FitRequest, folders: Folders) -> FitInputs:
+def prepare_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     """Returns the request with its run, files and free names; nothing is written.
 
     Raises:
-        HyperMergeError: as for `validate_fit`, and a name that is taken.
+        HyperMergeError: the request is refused by `validate_fit`, or a name is taken.
     """
-    job = validate_fit(request, folders)
-    folder = fit_record_paths(job.run, job.name)[0].parent
+    fit = validate_fit(request, folders)
+    folder = fit_record_paths(fit.run, fit.name)[0].parent
     if folder.is_symlink():
         raise OutputError(
             f"{folder} is a link, and links are not followed",
             hint="put the folder itself there, or remove the link",
         )
-    return _with_free_names(job, request, folders)
+    return _with_free_names(fit, request, folders)
 
 
-def _with_free_names(job: FitInputs, request: FitRequest, folders: Folders) -> FitInputs:
-    require_own_record(job.run, job.name)
-    for path in fit_record_paths(job.run, job.name):
+def _with_free_names(fit: PreparedFit, request: FitRequest, folders: Folders) -> PreparedFit:
+    require_own_record(fit.run, fit.name)
+    for path in fit_record_paths(fit.run, fit.name):
         require_free(path, overwrite=request.overwrite)
-    stem = topup_stem(job, folders, overwrite=request.overwrite)
-    return replace(job, topup_stem=stem)
+    stem = topup_stem(fit, folders, overwrite=request.overwrite)
+    return replace(fit, topup_stem=stem)
 
 
 def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitRecord:
     """Returns the fit of a checkpoint onto the shared LoRAs of a run; nothing is written.
 
     Raises:
-        HyperMergeError: as for `run_fit`.
+        HyperMergeError: an unknown run, one whose files are missing or were changed, a checkpoint
+            of another family, a name that is taken, or the user's interrupt.
     """
-    job = validate_fit(FitRequest(run.name, path), folders)
-    checking, fitting, _ = progress.split(_costs(job, folders, private=False))
-    source = _check_sources(job, folders, checking)
-    with _open_loras(job) as stack:
-        return _record(job, measure(job.inputs, stack, job.options, fitting), source)
+    fit = validate_fit(FitRequest(run.name, path), folders)
+    checking, fitting, _ = progress.split(_costs(fit, folders, private=False))
+    source = _check_sources(fit, folders, checking)
+    with _open_loras(fit) as stack:
+        return _record(fit, measure(fit.inputs, stack, fit.options, fitting), source)
 
 
-def _open_loras(job: FitInputs) -> LoraStack:
-    base, _ = job.inputs.read
-    return LoraStack(shared_files(job.run), base, job.inputs.layout)
+def _open_loras(fit: PreparedFit) -> LoraStack:
+    base, _ = fit.inputs.read
+    return LoraStack(shared_files(fit.run), base, fit.inputs.layout)
 
 
-def _costs(job: FitInputs, folders: Folders, *, private: bool) -> tuple[float, float, float]:
+def _costs(fit: PreparedFit, folders: Folders, *, private: bool) -> tuple[float, float, float]:
     """Returns the costs of checking, fitting, and a private LoRA, in the unit of `pass_costs`."""
-    entries = sum(pass_costs(job.inputs, PassOptions(job.options.device)).values())
-    loras = sum(path.stat().st_size for path in shared_files(job.run) if path.exists())
-    hashing = bytes_to_hash(job.inputs.headers, folders.cache)
-    return _HASHED * (loras + hashing), entries, 3 * entries if private else 0.0
+    entries = sum(pass_costs(fit.inputs, PassOptions(fit.options.device)).values())
+    loras = sum(path.stat().st_size for path in shared_files(fit.run) if path.exists())
+    hashing = bytes_to_hash(fit.inputs.headers, folders.cache)
+    return HASHING_COST * (loras + hashing), entries, 3 * entries if private else 0.0
 
 
-def _check_sources(job: FitInputs, folders: Folders, progress: Progress) -> SourceRecord:
+def _check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> SourceRecord:
     """Returns the checkpoint's hashes if the LoRAs are the run's own and its name is free.
 
     Raises:
@@ -142,49 +142,49 @@ def _check_sources(job: FitInputs, folders: Folders, progress: Progress) -> Sour
         NameTakenError: another checkpoint of the merge has the fit's name.
     """
     checking, hashing = progress.split([1.0, 1.0])
-    require_own(job.run, shared_files(job.run), checking)
-    (record,) = hash_sources(job.inputs.headers, folders.cache, hashing)
-    for source in job.run.sources:
-        if Path(source.name).stem == job.name and source.sha256 != record.sha256:
+    require_own(fit.run, shared_files(fit.run), checking)
+    (record,) = hash_sources(fit.inputs.headers, folders.cache, hashing)
+    for source in fit.run.sources:
+        if Path(source.name).stem == fit.name and source.sha256 != record.sha256:
             raise NameTakenError(
-                f"{job.name} is another checkpoint of the run {job.run.name}",
+                f"{fit.name} is another checkpoint of the run {fit.run.name}",
                 hint="choose another name for this one",
             )
     return record
 
 
-def _multipliers(job: FitInputs, measurement: Measurement) -> dict[str, Tensor]:
+def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor]:
     """Returns multipliers by the layers' part: of all LoRAs, then of all companions.
 
     A companion takes the UNet's multiplier of its LoRA.
     """
-    report = job.run.report
-    layers = job.inputs.layout.layers
+    report = fit.run.report
+    layers = fit.inputs.layout.layers
     weights = torch.ones(len(layers), dtype=torch.float64)
-    if job.run.recipe.layer_weights == "relative":  # as in the merge
+    if fit.run.recipe.layer_weights == "relative":  # as in the merge
         sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
         weights = relative_weights(sizes, layers)
     solved = {
         part: measurement.multipliers(members, len(report.loras), weights.tolist())
-        for part, members in job.groups.items()
+        for part, members in fit.groups.items()
     }
     unet = solved["unet"]
     companions = unet[: len(report.companions)]
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 
-def _record(job: FitInputs, measurement: Measurement, source: SourceRecord) -> FitRecord:
-    multipliers = _multipliers(job, measurement)
-    layers = job.inputs.layout.layers
+def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) -> FitRecord:
+    multipliers = _multipliers(fit, measurement)
+    layers = fit.inputs.layout.layers
     energies = torch.tensor([sums.energy for sums in measurement.layers], dtype=torch.float64)
     errors = torch.tensor(measurement.lefts(multipliers, layers), dtype=torch.float64)
     inside, outside = float(energies.sum()), sum(measurement.outside.values())
     return FitRecord(
-        run=job.run.name,
-        run_created=job.run.created,
+        run=fit.run.name,
+        run_created=fit.run.created,
         created=current_time(),
-        row=_row(job, multipliers, energies, errors, outside),
-        path=str(job.inputs.headers[0].path.absolute()),
+        row=_row(fit, multipliers, energies, errors, outside),
+        path=str(fit.inputs.headers[0].path.absolute()),
         sha256=source.sha256,
         legacy_hash=source.legacy_hash,
         differs=inside > 0,
@@ -200,22 +200,22 @@ def _record(job: FitInputs, measurement: Measurement, source: SourceRecord) -> F
 
 
 def _row(
-    job: FitInputs,
+    fit: PreparedFit,
     multipliers: Mapping[str, Tensor],
     energies: Tensor,  # (layers,), float64: squared norms of the differences
     errors: Tensor,  # (layers,), float64: squared norms of what is left of them
     outside: float,  # squared norm of the differences outside of the layers
 ) -> CheckpointReport:
-    members = {"unet": [], "text_encoder": [], **job.layers_of}
+    members = {"unet": [], "text_encoder": [], **fit.layers_of}
     everything = list(range(len(energies)))
     whole_share, unet, encoder = (
         _explained(energies[places], errors[places])
         for places in (everything, members["unet"], members["text_encoder"])
     )
-    loras = len(job.run.report.loras)
-    text = multipliers["text_encoder"] if "text_encoder" in job.groups else None
+    loras = len(fit.run.report.loras)
+    text = multipliers["text_encoder"] if "text_encoder" in fit.groups else None
     return CheckpointReport(
-        name=job.name,
+        name=fit.name,
         explained=whole_share,
         explained_unet=unet,
         explained_text_encoder=encoder,

@@ -1,4 +1,4 @@
-"""The request for a fit, and its validation against the run and the file by their headers."""
+"""Describes the request for a fit, and validates it against the headers of the run and the file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _PARSERS: Final[Parsers] = {
 
 
 @dataclass(frozen=True, eq=False)
-class FitInputs:
+class PreparedFit:
     """The request's run and files, before the first tensor is read."""
 
     run: Run
@@ -82,7 +82,7 @@ class FitInputs:
         return multiplier_groups(self.inputs.layout.layers, separate=True)
 
 
-def validate_fit(request: FitRequest, folders: Folders) -> FitInputs:
+def validate_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     """Returns the request with its run and its files.
 
     Raises:
@@ -96,7 +96,7 @@ def validate_fit(request: FitRequest, folders: Folders) -> FitInputs:
     layout = common_layout([hyper_model, header])
     inputs = MergeInputs((header,), hyper_model, layout, (1.0,), torch.float32)
     separate = any(row.text_multipliers for row in run.report.checkpoints)
-    return FitInputs(
+    return PreparedFit(
         run=run,
         name=request.name or header.stem,
         inputs=inputs,

@@ -1,18 +1,16 @@
-"""A fit as plain text, for the terminal and beside its record."""
+"""Formats a fit as plain text, for the terminal and for the file next to its record."""
 
 from __future__ import annotations
 
 import csv
 import io
-from typing import Final
 
 from hyper_merge.runs.fit_records import FitRecord, PrivateLoraRecord
 from hyper_merge.runs.report import PARTS
+from hyper_merge.runs.report_text import format_largest_losses
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
-
-_WORST: Final = 3  # sections that are named
 
 
 def format_style(record: FitRecord, run: Run) -> str:
@@ -44,12 +42,10 @@ def _format_explained(record: FitRecord) -> list[str]:
     shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
     present = [part for part in PARTS if any(section.which == part for section in record.parts)]
     parts = ", ".join(f"{PARTS[part]} {shares[part]:.2%}" for part in present)
-    worst = sorted(record.parts, key=lambda section: -section.lost)[:_WORST]
-    left = ", ".join(f"{section.name} {section.lost:.2%}" for section in worst if section.lost > 0)
     return [
         f"explained: {row.explained:.2%} of its difference in the layers ({parts})",
         f"relative error: {row.error:.4f}",
-        f"what remains, by section: {left or 'nothing'}",
+        f"what remains, by section: {format_largest_losses(record.parts)}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Private LoRAs of what a run's shared ones leave of a fitted checkpoint."""
+"""Makes private LoRAs for what a run's shared ones leave of a fitted checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
 from hyper_merge.loras.metadata import LoraFile, SourceRecord
-from hyper_merge.operations.fit.measurement import StreamedResidual
-from hyper_merge.operations.fit.request import FitInputs
+from hyper_merge.operations.fit.request import PreparedFit
+from hyper_merge.operations.fit.streamed_residual import StreamedResidual
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.fit_records import PrivateLoraRecord, fit_record_paths
 from hyper_merge.runs.folders import Folders
@@ -21,52 +21,55 @@ from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.private_loras import make_private_lora, plan_private_lora
 
 
-def topup_stem(job: FitInputs, folders: Folders, *, overwrite: bool) -> str:
+def topup_stem(fit: PreparedFit, folders: Folders, *, overwrite: bool) -> str:
     """Returns the private LoRA's name without the rank, which no other fit of the run has.
 
     Raises:
-        NameTakenError: a file of that name is there which is of no fit.
+        NameTakenError: a file of that name exists that belongs to no fit.
     """
-    of_others = folders.fitted_names(job.run.name, but=job.name)
+    of_others = folders.fitted_names(fit.run.name, but=fit.name)
     taken = {name_key(name.rpartition("-")[0]) for name in of_others}
-    word = prompt_word(job.name, LONGEST_WORD)
-    stem = unique_name(f"{job.run.name}_fit-{word}", lambda name: name_key(name) in taken)
-    replaced = folders.fit_files_of(job.run.name, job.name) if overwrite else []
+    word = prompt_word(fit.name, LONGEST_WORD)
+    stem = unique_name(f"{fit.run.name}_fit-{word}", lambda name: name_key(name) in taken)
+    replaced = folders.fit_files_of(fit.run.name, fit.name) if overwrite else []
     for path in sorted(folders.loras.glob("*.safetensors")):
         name, _, rank = path.stem.rpartition("-")
         if name_key(name) == name_key(stem) and rank.isdecimal() and path not in replaced:
             raise NameTakenError(
-                f"{path} is there already",
-                hint=f"allow overwriting where it is of an earlier fit of {job.name}, or choose"
+                f"{path} exists already",
+                hint=f"allow overwriting if it belongs to an earlier fit of {fit.name}, or choose"
                 " another name for this one",
             )
     return stem
 
 
 def remove_earlier(
-    outputs: FileTransaction, job: FitInputs, folders: Folders, topups: Sequence[PrivateLoraRecord]
+    outputs: FileTransaction,
+    fit: PreparedFit,
+    folders: Folders,
+    topups: Sequence[PrivateLoraRecord],
 ) -> None:
     """Removes the files of an earlier fit of this checkpoint that are not replaced."""
-    records = {path.stem for path in fit_record_paths(job.run, job.name)}
+    records = {path.stem for path in fit_record_paths(fit.run, fit.name)}
     written = {name_key(name) for name in (*records, *(lora.name for lora in topups))}
-    for path in folders.fit_files_of(job.run.name, job.name):
+    for path in folders.fit_files_of(fit.run.name, fit.name):
         if name_key(path.stem) not in written:
             outputs.remove(path)
 
 
 def top_up(
     outputs: FileTransaction,
-    job: FitInputs,
+    fit: PreparedFit,
     residual: StreamedResidual,
     source: SourceRecord,
     target: PrivateLoraTarget,
     progress: Progress,
 ) -> tuple[PrivateLoraRecord, ...]:
-    """Stages a private LoRA of what remains; none where the share is reached without.
+    """Stages a private LoRA for what remains; none where the share is reached without one.
 
     Args:
         outputs: the fit's files.
-        job: the fit.
+        fit: the fit.
         residual: what the shared LoRAs leave of the checkpoint.
         source: the checkpoint's file.
         target: a rank in the mean of the layers, or a share of the checkpoint.
@@ -77,25 +80,25 @@ def top_up(
     """
     planning, making, writing = progress.split([1.0, 1.0, 0.3])
     layers, dtype = residual.layers, residual.added.dtype
-    has_alpha = job.inputs.layout.family.lora_alpha
+    has_alpha = fit.inputs.layout.family.lora_alpha
     plan = plan_private_lora(residual, target, dtype, planning, has_alpha=has_alpha)
     if plan is None:
         return ()
-    path = job.run.loras[0].parent / f"{job.topup_stem}-{plan.rank}.safetensors"
+    path = fit.run.loras[0].parent / f"{fit.topup_stem}-{plan.rank}.safetensors"
     size = lora_bytes(layers, [(rank,) for rank in plan.ranks], dtype, (plan.stored.alpha,))
     require_disks({path.parent: size})
     lora = make_private_lora(residual, plan, making)
     explained = 1 - (residual.error - lora.gain) / residual.energy
     file = LoraFile(
-        lineage=lineage_of_run(job.run, job.run.hyper_model.stem, [source]),
-        run=job.run.name,
+        lineage=lineage_of_run(fit.run, fit.run.hyper_model.stem, [source]),
+        run=fit.run.name,
         index=0,
         count=1,
         rank=lora.rank,
-        multipliers={job.name: 1.0},
+        multipliers={fit.name: 1.0},
         explained=explained,
         dtype=dtype,
-        tops_up=job.name,
+        tops_up=fit.name,
     )
     factors = {layer.layer.module: (layer.up, layer.down) for layer in lora.layers}
     counter = writing.counter("writing the top-up", {path: 2 * size})  # hashed and written

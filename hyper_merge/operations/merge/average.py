@@ -1,4 +1,4 @@
-"""The hyper-model: the average of the checkpoints, written during the pass over them."""
+"""Writes the hyper-model, the average of the checkpoints, during the pass over them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_average(preflight: Preflight, progress: Progress) -> Path:
 
 
 def _write_average(preflight: Preflight, path: Path, progress: Progress) -> Path:
-    """Writes the hyper-model to a place whose name is held."""
+    """Writes the hyper-model to a path whose name is held."""
     recipe, inputs, folders = preflight.recipe, preflight.inputs, preflight.folders
     require_no_source(path, recipe.models)
     require_free(path, overwrite=recipe.overwrite)
@@ -60,7 +60,7 @@ def _write_average(preflight: Preflight, path: Path, progress: Progress) -> Path
 def average_writer(
     transaction: FileTransaction, path: Path, preflight: Preflight, lineage: Lineage
 ) -> SafetensorsWriter:
-    """Stages the hyper-model, with the configuration file that some hosts need beside it.
+    """Stages the hyper-model, with the configuration file that some hosts need next to it.
 
     Returns:
         The writer of its tensors, to be used as a context manager.

@@ -1,9 +1,8 @@
-"""Companion files of the LoRAs: norms and biases with the same multipliers, for hosts that take them."""
+"""Makes the LoRAs' companion files: norms and biases with the same multipliers, for some hosts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, get_args
@@ -11,7 +10,7 @@ from typing import Final, get_args
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import PassOptions, analyze_tensor
 from hyper_merge.checkpoints.architectures.norms_and_biases import (
     Kind,
@@ -21,7 +20,6 @@ from hyper_merge.checkpoints.architectures.norms_and_biases import (
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
 from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
@@ -85,11 +83,7 @@ def fit_companions(
     solver = torch.linalg.pinv(multipliers)  # (R, k)
     companions: tuple[dict[str, Tensor], ...] = tuple({} for _ in range(multipliers.shape[1]))
     sums: dict[str, list[float]] = {}  # kind -> energy, unexplained energy
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(CheckpointReader(header.path, expected=header))
-            for header in inputs.read
-        ]
+    with open_checkpoints(inputs.read) as files:
         for vector in vectors:
             check()
             deviations = _deviations(

@@ -1,8 +1,8 @@
-"""The costs of a merge's phases: for the time that is forecast, and the shares of the progress.
+"""Estimates the costs of a merge's phases, for the expected time and the shares of the progress.
 
 The unit of costs is a multiply-add of the pass's large products. The constants here and in
 `analysis`, `solver` and `decomposition` were measured with four full-size files on two cores, which
-do 1e11 of them in a second; how many another machine does is measured there.
+do 1e11 of them in a second; the speed of another machine is measured when it is needed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hyper_merge.runs.hash_cache import bytes_to_hash
 from hyper_merge.runtime.throughput import estimate_seconds
 from hyper_merge.solver.costs import solve_costs
 
-_HASHING: Final = 120.0  # for each byte
+HASHING_COST: Final = 120.0  # for each byte
 _WRITING: Final = 200.0  # for each byte of the LoRAs: rounding, hashing, writing and synchronising
 
-_HOST: Final = torch.device("cpu")  # does what is no product of matrices, whatever the device
+_HOST: Final = torch.device("cpu")  # does all work but products of matrices, for every device
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def extraction_costs(
 
 
 def _hashing_seconds(inputs: MergeInputs, cache: Path | None) -> float:
-    return estimate_seconds(_HASHING * bytes_to_hash(inputs.read, cache), _HOST)
+    return estimate_seconds(HASHING_COST * bytes_to_hash(inputs.read, cache), _HOST)
 
 
 def _reading_seconds(

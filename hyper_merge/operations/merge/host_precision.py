@@ -1,4 +1,4 @@
-"""The loss that hosts add by rounding weights to half precision, estimated on a few rows.
+"""Estimates, on a few rows, the loss that hosts add by rounding weights to half precision.
 
 AUTOMATIC1111 adds LoRAs in the type of the weights, and rounds the weight again after each of them;
 Forge and ComfyUI add all of them in float32 and round once. Both ways are imitated here.
@@ -19,7 +19,7 @@ from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 
-ROWS: Final = 8  # of every layer that are looked at
+_ROWS: Final = 8  # of every layer in the sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def measure_precision_loss(
     layers: Sequence[Layer],
     loras: Sequence[HostLora],
     energies: Tensor,  # (k,)
-    rows: int = ROWS,
+    rows: int = _ROWS,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[PrecisionLoss, ...]:
     """Returns the approximate loss that each group of hosts adds to that of the LoRAs.

@@ -1,4 +1,4 @@
-"""The lineage of a merge: its recipe, and its checkpoints with their hashes."""
+"""Makes the lineage of a merge: its recipe, and its checkpoints with their hashes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hyper_merge.runtime.progress import Progress
 
 
 def make_lineage(preflight: Preflight, name: str, progress: Progress) -> Lineage:
-    """Returns what the files of a merge have in common; hashes the checkpoints.
+    """Returns the origin that all files of a merge record; hashes the checkpoints.
 
     Args:
         preflight: the validated recipe.

@@ -1,4 +1,4 @@
-"""The main operation: a recipe in; hyper-model, LoRAs, multipliers and a report out."""
+"""Runs a merge: a recipe in; hyper-model, LoRAs, multipliers and a report out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run_merge(
         preflight: the validated recipe.
         progress: progress and interrupt.
         start: additional starting multipliers (k, R) for the search, by the layers' part.
-        effort: how thorough the search for a start is; None for the one that ships.
+        effort: how thorough the search for a start is; None for the default.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
@@ -260,7 +260,7 @@ def _write(
 def _host_precision(
     outputs: MergeOutputs, preflight: Preflight, solved: SolvedMerge, progress: Progress
 ) -> tuple[PrecisionLoss, ...]:
-    """Returns what rounding adds to the loss in the programs that use the files."""
+    """Returns the loss that rounding adds in the programs that use the files."""
     layout, place = preflight.inputs.layout, outputs.place
     path, energies = place.hyper_model, solved.evaluation.energies.sum(0)
     with _open_tensors(path) if place.exists else outputs.transaction.reading(path) as average:

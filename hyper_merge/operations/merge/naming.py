@@ -1,4 +1,4 @@
-"""Names for merges that the user gave none."""
+"""Chooses names for merges that the user did not name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a merge: LoRAs, companions and texts are staged here; nothing is computed."""
+"""Stages the files of a merge: LoRAs, companions and texts; nothing is computed here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MergeOutputs:
     Attributes:
         transaction: Takes the files, which appear together.
         place: Where they go.
-        lineage: What all of them say of their origin.
+        lineage: The origin that all of them record.
     """
 
     transaction: FileTransaction
@@ -133,7 +133,7 @@ class MergeOutputs:
         solved: SolvedMerge,
         progress: Progress,
     ) -> tuple[CompanionGain, ...]:
-        """Stages the companions if there are any; returns what they explain, by kind of tensor."""
+        """Stages the companions if there are any; returns the shares they explain, by kind."""
         vectors = preflight.norms_and_biases
         if not vectors:
             return ()
@@ -240,7 +240,7 @@ def _manifest(
 def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) -> dict[str, str]:
     """Returns the names of staged private LoRAs by the checkpoint that their metadata names.
 
-    The report names these, and not what was meant to be written.
+    The report names these, not the LoRAs that were planned.
 
     Args:
         outputs: with the files.
@@ -248,7 +248,7 @@ def named_topups(outputs: FileTransaction, loras: Path, names: Collection[str]) 
         names: of the private ones.
 
     Raises:
-        OutputError: two files are of one checkpoint, so that another would go without its LoRA.
+        OutputError: two files belong to one checkpoint, so that another would have no LoRA.
     """
     paths = {name: loras / f"{name}.safetensors" for name in names}
     named = {outputs.metadata_of(path).get(CHECKPOINT, ""): name for name, path in paths.items()}

@@ -1,4 +1,4 @@
-"""The forecast before a merge: explained shares against the bytes of shared and private LoRAs."""
+"""Forecasts before a merge which shares LoRAs of any size explain, shared and private ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hyper_merge.solver.rank_forecast import RankForecast
 
 FORECAST_COSTS: Final = (0.9, 0.1)  # of the pass over the files, and of the forecast
 _SIZES: Final = 49  # in a curve
-_STEPS: Final = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # times the bytes that are asked for
+_STEPS: Final = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # times the requested bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MergePlan:
 
     names: tuple[str, ...]  # of the checkpoints
     points: tuple[PlannedSize, ...]  # by rising size
-    requested: PlannedSize  # what the recipe asks for
+    requested: PlannedSize  # for the size that the recipe asks for
     groups: Clusters
 
 
@@ -192,6 +192,6 @@ def _planned_size(forecast: RankForecast, size: int) -> PlannedSize:
     return PlannedSize(
         size,
         forecast.ranks_for(size),
-        tuple(forecast.shared(size).tolist()),
-        tuple(forecast.of_private(size).tolist()),
+        tuple(forecast.explained_by_shared(size).tolist()),
+        tuple(forecast.explained_by_private(size).tolist()),
     )

@@ -82,9 +82,9 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     """Validates a recipe against its files, by their headers.
 
     Args:
-        recipe: what is to be merged.
-        folders: where the files go and earlier work is looked for; None for those of the recipe's
-            output folder.
+        recipe: the settings of the merge.
+        folders: where the files go and where earlier work is; None for those of the recipe's output
+            folder.
 
     Raises:
         CheckpointError: a file is missing, damaged, not a checkpoint, or does not match

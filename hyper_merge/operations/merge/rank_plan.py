@@ -1,4 +1,4 @@
-"""The ranks of a merge's shared LoRAs, and what follows from them: all that a rank search changes."""
+"""Plans the ranks of a merge's shared LoRAs, and the values that a rank search changes with them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _factor_bytes(
 
 
 def _bytes_without_factors(recipe: Recipe, inputs: MergeInputs) -> int:
-    """Returns a limit of what headers, which name every tensor, and metadata take in all files."""
+    """Returns the most bytes that headers, which name every tensor, and metadata take in all files."""
     layers = inputs.layout.layers
     header = _HEADER_BYTES * len(layers) + 3 * sum(len(layer.module) for layer in layers)
     metadata = _METADATA_BYTES * (len(inputs.read) + 8)

@@ -1,4 +1,4 @@
-"""Ranks for a budget or a target: from the spectra first, then by the explained shares of a solve."""
+"""Finds ranks for a budget or a target: from the spectra, then from the explained shares of solves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
 
 _TRIES: Final = 4  # solves for one target
-_TOLERANCE: Final = 0.003  # above the target: near enough
+_TOLERANCE: Final = 0.003  # above the target: close enough
 
 Solve = Callable[[RankPlan, Progress], SolvedMerge]
 
@@ -87,7 +87,7 @@ def _solve_for_target(
 
 
 def _unreachable(target: float, forecast: RankForecast, reached: float) -> RecipeError:
-    shares = forecast.shared(forecast.largest)
+    shares = forecast.explained_by_shared(forecast.largest)
     worst = int(shares.argmin())
     highest = max(reached, float(shares[worst]))
     return RecipeError(

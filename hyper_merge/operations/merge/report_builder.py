@@ -41,7 +41,7 @@ def make_report(
     checkpoints: Sequence[str],
     sizes: FileSizes,
 ) -> Report:
-    """Returns all figures of a merge, but for those of companions and of host precision.
+    """Returns all figures of a merge except those of companions and of host precision.
 
     Args:
         analysis: the checkpoints' analysis.

@@ -1,4 +1,4 @@
-"""The solution of a merge: what its files are made of."""
+"""Describes the solution of a merge, from which its files are made."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
 from hyper_merge.checkpoints.architectures.layout import Treatment, is_position_ids, position_ids
 from hyper_merge.checkpoints.io.header import Header
@@ -43,10 +43,10 @@ def write_restored(
 
     Args:
         inputs: the hyper-model alone.
-        loras: what is added to it.
+        loras: the LoRAs that are added to it.
         stack: the files of these LoRAs, open, in the same order.
         writer: of the new file.
-        original: the checkpoint that this should be; None to compare with nothing.
+        original: the checkpoint that is restored; None to compare with nothing.
         progress: progress and interrupt.
 
     Raises:
@@ -58,11 +58,8 @@ def write_restored(
     costs = pass_costs(inputs, PassOptions(torch.device("cpu")))
     counter = progress.counter("restoring", costs)
     with ExitStack() as opened:
-        files = [
-            opened.enter_context(CheckpointReader(file.path, expected=file))
-            for file in (header, original)
-            if file
-        ]
+        headers = [header, original] if original else [header]
+        files = opened.enter_context(open_checkpoints(headers))
         _copy(inputs, files[0], writer)
         parallel = opened.enter_context(parallel_map(torch.device("cpu"), counter.report))
         opened.enter_context(counter)

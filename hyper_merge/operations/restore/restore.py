@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,14 +21,11 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.linalg import share
-from hyper_merge.errors import OutputError, RecipeError
+from hyper_merge.errors import OutputError
 from hyper_merge.loras.metadata import KIND, RUN, checkpoint_metadata
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.restore.reconstruction import ReconstructionErrors, write_restored
-from hyper_merge.recipe.fields import FIELD_PARSERS
-from hyper_merge.recipe.parsing import optional, parse_flag, parse_path
-from hyper_merge.recipe.plain_values import describe_value
-from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
+from hyper_merge.operations.restore.request import RestoreRequest
 from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.integrity import require_family, require_hyper_model, require_own
 from hyper_merge.runs.originals import locate_sources
@@ -48,57 +43,9 @@ from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.names import file_stem, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
 
-_SHARE: Final = re.compile(r"\s*(?P<name>[^:]+?)\s*:\s*(?P<share>[-+]?(\d+\.?\d*|\.\d+))\s*(,|$)")
 _OWN: Final = "hyper_merge."
 _RESTORES: Final = _OWN + "restores"
 _RESTORED: Final = "restored"  # the kind of these files
-
-
-@dataclass(frozen=True)
-class RestoreRequest:
-    """The request for a restored checkpoint.
-
-    Attributes:
-        run: Its name.
-        shares: By checkpoint of the run; `{name: 1.0}` for that checkpoint itself.
-        to: Path of the file; None for one among the checkpoints, named after what it is.
-        dtype: Of the file; None for the run's.
-        overwrite: Whether an existing file may be replaced.
-    """
-
-    run: str
-    shares: Mapping[str, float]
-    to: Path | None = None
-    dtype: str | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        check_request(self, _PARSERS)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> RestoreRequest:
-        """Returns the request that plain values describe; `where` gives the place of each.
-
-        Raises:
-            RecipeError: a value is refused.
-        """
-        return parse_request(cls, values, _PARSERS, where)
-
-
-def _parse_shares(value: object) -> dict[str, float]:
-    """Returns shares by checkpoint, one or more, all of them finite."""
-    if isinstance(value, Mapping) and value and all(map(math.isfinite, value.values())):
-        return dict(value)
-    raise RecipeError("expected one checkpoint or more, with finite shares", key="mix")
-
-
-_PARSERS: Final[Parsers] = {
-    "run": str,
-    "shares": _parse_shares,
-    "to": optional(parse_path),
-    "dtype": optional(FIELD_PARSERS["dtype"]),
-    "overwrite": parse_flag,
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +60,7 @@ class RestoreError:
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """The written file, and how near it is."""
+    """The written file, and how close it is to its original."""
 
     path: Path
     run: str
@@ -125,31 +72,8 @@ class RestoreResult:
     problem: str  # why it could not be compared; empty where it was
 
 
-def parse_mix(text: str) -> dict[str, float]:
-    """Returns shares by checkpoint from a text such as `A:0.5, B:0.5`; a name may hold commas.
-
-    Raises:
-        RecipeError: the text is something else, or names a checkpoint twice.
-    """
-    shares: dict[str, float] = {}
-    place = 0
-    while place < len(text):
-        match = _SHARE.match(text, place)
-        if match is None or match["name"] in shares:
-            twice = " twice" if match else ""
-            raise RecipeError(
-                f'expected checkpoints with their shares, such as "A:0.5,B:0.5", got'
-                f" {describe_value(text[place:])}{twice}"
-            )
-        shares[match["name"]] = float(match["share"])
-        place = match.end()
-    if not shares:
-        raise RecipeError('expected checkpoints with their shares, such as "A:0.5,B:0.5"')
-    return shares
-
-
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _Restoration:
     """The request's run and files, before the first tensor is read."""
 
     run: Run
@@ -178,30 +102,32 @@ def run_restore(request: RestoreRequest, folders: Folders, progress: Progress) -
         HyperMergeError: an unknown run or checkpoint, one whose files are missing or were changed, a
             place that is taken, a full disk, or the user's interrupt.
     """
-    job = _prepare(request, folders)
-    checking, finding, adding = progress.split([1.0, 1.0 if job.whole else 0.0, 6.0])
-    paths = [lora.path for lora in job.loras]
-    require_own(job.run, paths, checking)
-    original, reported, problem = _find_original(job, folders, finding)
-    header = job.inputs.headers[0]
+    restoration = _prepare(request, folders)
+    checking, finding, adding = progress.split([1.0, 1.0 if restoration.whole else 0.0, 6.0])
+    paths = [lora.path for lora in restoration.loras]
+    require_own(restoration.run, paths, checking)
+    original, reported, problem = _find_original(restoration, folders, finding)
+    header = restoration.inputs.headers[0]
     with FileTransaction(overwrite=request.overwrite) as outputs, ExitStack() as stack:
-        loras = stack.enter_context(LoraStack(paths, header, job.inputs.layout))
-        writer = stack.enter_context(_writer(outputs, job, overwrite=request.overwrite))
-        errors = write_restored(job.inputs, job.loras, loras, writer, original, adding)
+        loras = stack.enter_context(LoraStack(paths, header, restoration.inputs.layout))
+        writer = stack.enter_context(_writer(outputs, restoration, overwrite=request.overwrite))
+        errors = write_restored(
+            restoration.inputs, restoration.loras, loras, writer, original, adding
+        )
         progress.report("putting the file in place", 1.0)
     return RestoreResult(
-        path=job.path,
-        run=job.run.name,
-        hyper_model=job.run.hyper_model.name,
-        shares=job.shares,
-        size=job.path.stat().st_size,
-        dtype=str(job.inputs.dtype).removeprefix("torch."),
-        compared=_restore_error(job, errors, reported) if original else None,
+        path=restoration.path,
+        run=restoration.run.name,
+        hyper_model=restoration.run.hyper_model.name,
+        shares=restoration.shares,
+        size=restoration.path.stat().st_size,
+        dtype=str(restoration.inputs.dtype).removeprefix("torch."),
+        compared=_restore_error(restoration, errors, reported) if original else None,
         problem=problem,
     )
 
 
-def _prepare(request: RestoreRequest, folders: Folders) -> _Job:
+def _prepare(request: RestoreRequest, folders: Folders) -> _Restoration:
     run = load_run(folders, request.run)
     family = require_family(run)
     shares = _shares_by_report(run, request.shares)
@@ -222,7 +148,7 @@ def _prepare(request: RestoreRequest, folders: Folders) -> _Job:
         dtype=getattr(torch, request.dtype or run.recipe.dtype),
     )
     require_disks({path.parent: sum(info.nbytes for info in inputs.outputs().values())})
-    return _Job(run, shares, hashes, weighted_loras_of_mixture(run, shares), inputs, path)
+    return _Restoration(run, shares, hashes, weighted_loras_of_mixture(run, shares), inputs, path)
 
 
 def _shares_by_report(run: Run, shares: Mapping[str, float]) -> dict[str, float]:
@@ -237,7 +163,7 @@ def _shares_by_report(run: Run, shares: Mapping[str, float]) -> dict[str, float]
 def _free_stem(
     run: Run, shares: Mapping[str, float], hashes: Mapping[str, str], folders: Folders
 ) -> str:
-    """Returns a name for this restoration: the same every time, and that of no other one."""
+    """Returns a name for this restoration: the same every time, and never that of another one."""
     identity = _restores(shares, hashes)
 
     def is_taken(stem: str) -> bool:
@@ -264,45 +190,53 @@ def _restores(shares: Mapping[str, float], hashes: Mapping[str, str]) -> str:
 
 
 def _find_original(
-    job: _Job, folders: Folders, progress: Progress
+    restoration: _Restoration, folders: Folders, progress: Progress
 ) -> tuple[Header | None, float, str]:
-    """Returns the original or None, its reported share, and why the original is not there."""
-    if job.whole is None:
+    """Returns the original or None, its reported share, and why the original is missing."""
+    if restoration.whole is None:
         return None, 0.0, "a mixture has no original"
-    row, fit = find_row(job.run, job.whole)
-    (located,) = locate_sources([source_of(job.run, row.name)], folders, progress)
+    row, fit = find_row(restoration.run, restoration.whole)
+    (located,) = locate_sources([source_of(restoration.run, row.name)], folders, progress)
     if located.state != "there":
         state = "was changed since" if located.state == "changed" else "is not there"
         return None, 0.0, f"{located.source.name} {state}, only its hash is known"
     header = read_header(located.path)
-    layout = job.inputs.layout
-    check_compatible([job.inputs.headers[0], header], [layout, layout_of(header, layout.family)])
+    layout = restoration.inputs.layout
+    check_compatible(
+        [restoration.inputs.headers[0], header], [layout, layout_of(header, layout.family)]
+    )
     return header, fit.explained if fit else row.explained, ""
 
 
-def _writer(outputs: FileTransaction, job: _Job, *, overwrite: bool) -> SafetensorsWriter:
-    header, family = job.inputs.headers[0], job.inputs.layout.family
-    beside = find_config_file(job.path)
+def _writer(
+    outputs: FileTransaction, restoration: _Restoration, *, overwrite: bool
+) -> SafetensorsWriter:
+    header, family = restoration.inputs.headers[0], restoration.inputs.layout.family
+    config_file = find_config_file(restoration.path)
     config = v_prediction_config(header, family)
     if config is not None:
-        outputs.text(beside, config)
-    elif overwrite and beside.exists():
-        outputs.remove(beside)  # that of the file which is replaced
-    return outputs.safetensors(job.path, job.inputs.outputs(), _metadata(job))
+        outputs.text(config_file, config)
+    elif overwrite and config_file.exists():
+        outputs.remove(config_file)  # it belongs to the file that is replaced
+    return outputs.safetensors(
+        restoration.path, restoration.inputs.outputs(), _metadata(restoration)
+    )
 
 
-def _metadata(job: _Job) -> dict[str, str]:
-    rows = {lora.path.stem: [lora.multiplier, lora.text_multiplier] for lora in job.loras}
+def _metadata(restoration: _Restoration) -> dict[str, str]:
+    rows = {lora.path.stem: [lora.multiplier, lora.text_multiplier] for lora in restoration.loras}
     return {
-        **checkpoint_metadata(lineage_of_run(job.run, job.path.stem), _RESTORED),
-        RUN: job.run.name,
-        _OWN + "hyper_model": job.run.hyper_model.name,
-        _RESTORES: _restores(job.shares, job.hashes),
+        **checkpoint_metadata(lineage_of_run(restoration.run, restoration.path.stem), _RESTORED),
+        RUN: restoration.run.name,
+        _OWN + "hyper_model": restoration.run.hyper_model.name,
+        _RESTORES: _restores(restoration.shares, restoration.hashes),
         _OWN + "multipliers": json.dumps(rows, ensure_ascii=False),
     }
 
 
-def _restore_error(job: _Job, errors: ReconstructionErrors, reported: float) -> RestoreError:
+def _restore_error(
+    restoration: _Restoration, errors: ReconstructionErrors, reported: float
+) -> RestoreError:
     pairs = torch.tensor([errors.layers[i] for i in sorted(errors.layers)], dtype=torch.float64)
     energies, left = pairs.unbind(1)
     inside = (float(energies.sum()), float(left.sum()))
@@ -311,5 +245,5 @@ def _restore_error(job: _Job, errors: ReconstructionErrors, reported: float) -> 
         explained=1 - share(inside[1], inside[0]),
         everything=1 - share(everything[1], everything[0]),
         reported=reported,
-        parts=part_losses(job.inputs.layout.layers, energies, left),
+        parts=part_losses(restoration.inputs.layout.layers, energies, left),
     )

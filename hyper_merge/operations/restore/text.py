@@ -1,17 +1,14 @@
-"""A restored checkpoint as plain text."""
+"""Formats the result of a restoration as plain text."""
 
 from __future__ import annotations
 
-from typing import Final
-
 from hyper_merge.operations.restore.restore import RestoreError, RestoreResult
+from hyper_merge.runs.report_text import format_largest_losses
 from hyper_merge.runtime.formatting import format_size
-
-_WORST: Final = 3  # sections that are named
 
 
 def format_restore(result: RestoreResult) -> str:
-    """Returns what the file is, and how near it is to its original."""
+    """Returns lines about the restored file and its distance from the original."""
     mixture = " + ".join(f"{share:g} {name}" for name, share in result.shares.items())
     lines = [f"{result.path.stem}: {mixture}, of the run {result.run}"]
     rest = 1 - sum(result.shares.values())
@@ -32,11 +29,9 @@ def format_restore(result: RestoreResult) -> str:
 
 
 def _format_error(error: RestoreError) -> list[str]:
-    worst = sorted(error.parts, key=lambda section: -section.lost)[:_WORST]
-    left = ", ".join(f"{section.name} {section.lost:.2%}" for section in worst if section.lost > 0)
     return [
         "measured against the original, of its differences from the hyper-model:",
         f"  in the layers {error.explained:.2%} is restored (the report says {error.reported:.2%})",
         f"  in all tensors {error.everything:.2%}",
-        f"  what remains, by section: {left or 'nothing'}",
+        f"  what remains, by section: {format_largest_losses(error.parts)}",
     ]

@@ -1,1 +1,1 @@
-"""Handlers: functions that answer the events of the tab, with plain values in and out."""
+"""Answers the events of the tab by functions, called handlers, with plain values in and out."""

@@ -1,4 +1,4 @@
-"""Handlers of the tab "Compare": draw with hyper-model + LoRAs and with the originals, show results.
+"""Handles the tab "Compare": draws with hyper-model + LoRAs and with the originals, shows results.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -40,7 +40,7 @@ _PAGE_SIZE: Final = (1600, 16_000)  # pixels on the page at most; the file has a
 _QUALITY: Final = 92  # of the JPEG that the page gets
 _MAX_CHARACTERS: Final = 2000  # of a prompt
 _TITLE: Final = "pictures of "  # of these jobs, before the run's name
-_PLACE: Final = "compare"  # the place that starts them
+_PLACE: Final = "compare"  # the panel that starts these jobs
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def list_comparisons(
 ) -> tuple[Any, ...]:
     """Updates the lists of runs, checkpoints and comparisons, and the comparison that is shown.
 
-    What is chosen stays chosen if it is still there.
+    The current choices stay if they still exist.
     """
     runs, _ = list_runs(host.folders())
     names = [row.name for row in runs]
@@ -114,7 +114,7 @@ def compare_request(form: CompareForm, samplers: Sequence[str]) -> CompareReques
     """
     sampler = form.sampler or ""
     if sampler not in samplers:
-        raise PictureError(f"expected a sampler of the list, got {form.sampler!r}; pick one")
+        raise PictureError(f"expected a sampler of the list, got {form.sampler!r}", hint="pick one")
     settings = PictureSettings(
         prompts=tuple(filter(None, (line.strip() for line in form.prompts.splitlines()))),
         negative=form.negative.strip(),
@@ -161,7 +161,7 @@ def watch_comparison(
         jobs: the jobs of the process.
         host: the program around the tab.
         name: the chosen run.
-        begun: whether the job was started just now; otherwise one that has ended is no news.
+        begun: whether the job was started just now; otherwise the end of a job is not reported again.
 
     Yields:
         Status, Stop button, message, and an update of the comparisons once there is a new one.
@@ -236,11 +236,12 @@ def _number(name: str, value: float | None) -> float:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    words = re.split(r"[,\s]+", text.strip())
-    if not all(re.fullmatch(r"\d{1,12}", word) for word in words):
+    seeds = re.split(r"[,\s]+", text.strip())
+    if not all(re.fullmatch(r"\d{1,12}", seed) for seed in seeds):
         raise PictureError(f'seeds: expected whole numbers, such as "1, 2", got "{text:.60}"')
-    return tuple(dict.fromkeys(map(int, words)))
+    return tuple(dict.fromkeys(map(int, seeds)))
 
 
 def _nothing() -> tuple[Any, Any]:
+    """Returns updates that empty the lists of checkpoints and comparisons."""
     return gr.update(choices=[], value=[]), _comparisons([], None)

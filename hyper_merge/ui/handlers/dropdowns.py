@@ -1,4 +1,4 @@
-"""Dropdowns whose list is read again while somebody may be choosing from it."""
+"""Updates dropdowns whose list is read again while somebody may be choosing from it."""
 
 from __future__ import annotations
 

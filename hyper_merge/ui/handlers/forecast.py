@@ -1,4 +1,4 @@
-"""The forecast before a merge: explained share by the LoRAs' size, and dissimilar groups.
+"""Handles the forecast before a merge: explained share by the LoRAs' size, and dissimilar groups.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an

@@ -1,4 +1,4 @@
-"""Handlers of the tab "Runs": list, copy, compare and delete earlier runs; clear the cache.
+"""Handles the tab "Runs": lists, copies, compares and deletes earlier runs; clears the cache.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an

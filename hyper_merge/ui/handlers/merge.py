@@ -1,4 +1,4 @@
-"""Handlers of the tab "Merge": start a merge, follow it, stop it.
+"""Handles the tab "Merge": starts a merge, follows it, stops it.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -86,7 +86,7 @@ def stop_job(jobs: Jobs) -> str:
 
 
 def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
-    """Shows the run that a job has made, once it has ended; leaves all as it is if it made none."""
+    """Shows the run that a job has made, once it has ended; changes nothing if it made none."""
     status = _last_status(jobs)
     name = status.result if status is not None and status.outcome == "done" else ""
     if not isinstance(name, str) or not name:

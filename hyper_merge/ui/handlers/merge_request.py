@@ -1,4 +1,4 @@
-"""The form checked against files and folders, under a suggested name if it has none."""
+"""Checks the form against files and folders, under a suggested name if it has none."""
 
 from __future__ import annotations
 

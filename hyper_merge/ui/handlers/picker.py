@@ -1,4 +1,4 @@
-"""Handlers of the picker: which checkpoints, and the plan of their merge.
+"""Handles the picker: lists checkpoints, describes the picked ones and the plan of their merge.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an

@@ -1,4 +1,4 @@
-"""Handlers of the panel that shows a run: figures, prompt tags, styles.
+"""Handles the panel that shows a run: figures, prompt tags, styles.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -50,7 +50,7 @@ def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
 
 
 def explain_sent_prompt(name: str, title: str) -> str:
-    """Returns what is left to do after sending the prompt, if the host cannot select the hyper-model."""
+    """Returns a request to the user after sending the prompt if the host cannot select the hyper-model."""
     if title:
         return ""
     text = (

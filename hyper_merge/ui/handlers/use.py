@@ -1,4 +1,4 @@
-"""Handlers of the tab "Use" between jobs: which run, what it offers, the results of jobs.
+"""Handles the tab "Use" between jobs: lists runs, shows what one offers, shows the results of jobs.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -123,7 +123,7 @@ def show_outcome(jobs: Jobs, seen: str) -> tuple[Any, ...]:
 
     Args:
         jobs: the jobs of the process.
-        seen: the task that was shown last; its panel may show by now why another job is refused.
+        seen: the task that was shown last; its panel may now show why another job was refused.
     """
     status = jobs.last.status if jobs.last else None
     if status is None or status.place not in _PANELS or status.task == seen:
@@ -144,7 +144,7 @@ def hide_fit_tags() -> Any:
 
 
 def explain_sent_fit(fitted: str, title: str) -> str:
-    """Returns what is left to do after sending the tags of a fit."""
+    """Returns a request to the user after sending the tags of a fit, if there is something to do."""
     return explain_sent_prompt(_run_and_name(fitted)[0], title)
 
 
@@ -187,7 +187,7 @@ def _offers(
 
 
 def _outcome(status: JobStatus) -> PanelOutcome:
-    """Returns the result of a job; how it ended, if it has none."""
+    """Returns the result of a job; its status if it has no result."""
     if isinstance(status.result, PanelOutcome):
         return status.result
     return PanelOutcome(format_job_status(status))

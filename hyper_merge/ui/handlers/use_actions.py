@@ -1,4 +1,4 @@
-"""Handlers of the tab "Use" that start jobs: fits, new runs, checkpoints, LoRAs, checks.
+"""Handles the buttons of the tab "Use" that start jobs: fits, new runs, checkpoints, LoRAs, checks.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -23,7 +23,8 @@ from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore.restore import RestoreRequest, run_restore
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.recipe.parsing import parse_name, parse_share
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.runs.run import Run, load_run
@@ -252,12 +253,12 @@ def _shares(text: str) -> dict[str, float]:
 
 
 def _label(key: str) -> str:
-    """Returns what the panel calls a setting."""
+    """Returns the panel's label of a setting."""
     return _LABELS.get(key, key)
 
 
 def _entered(text: str | None) -> str | None:
-    """Returns what was entered in a field; None if it is empty."""
+    """Returns the text that was entered in a field; None if it is empty."""
     return (text or "").strip() or None
 
 

@@ -1,4 +1,4 @@
-"""HTML of the tab "Merge", and what all screens share: messages, tables, progress.
+"""Formats the HTML of the tab "Merge", and of messages, tables and progress for all tabs.
 
 Functions take text and return HTML; every name is escaped.
 """
@@ -21,9 +21,9 @@ from hyper_merge.runs.folders import Place
 from hyper_merge.runs.report_text import format_groups
 from hyper_merge.runtime.formatting import format_duration, format_size
 
-Kind = Literal["info", "good", "bad"]
+MessageKind = Literal["info", "good", "bad"]
 
-_ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
+_ENDINGS: Final[Mapping[str, tuple[MessageKind, str]]] = {
     "done": ("good", "Done"),
     "stopped": ("info", "Stopped"),
     "refused": ("bad", "Failed"),
@@ -31,13 +31,13 @@ _ENDINGS: Final[Mapping[str, tuple[Kind, str]]] = {
 }
 
 
-def format_message(kind: Kind, text: str) -> str:
+def format_message(kind: MessageKind, text: str) -> str:
     """Returns a box with one message; nothing for an empty text."""
     return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
 
 
 def format_unexpected_error(error: BaseException) -> str:
-    """Returns the message for an error that nobody expected."""
+    """Returns the message for an unexpected error."""
     return format_message("bad", f"Unexpected error; see the log for details: {in_one_line(error)}")
 
 
@@ -54,7 +54,7 @@ def format_hint(text: str) -> str:
 def format_percent(share: float) -> str:
     """Returns a share 0..1 in percent; only 1 and more become 100 %.
 
-    >>> percent(0.7536), percent(0.99996), percent(1.0)
+    >>> format_percent(0.7536), format_percent(0.99996), format_percent(1.0)
     ('75.4 %', '99.9 %', '100 %')
     """
     if share >= 1:
@@ -210,7 +210,7 @@ def format_job_status(status: JobStatus) -> str:
     """Returns phase, percentage, time left and bar of a running job, or how it ended.
 
     The element carries the task's id: where the host draws its own bar, a script puts it here instead
-    of ours, which then hides the percentage and the time too.
+    ours, which then hides the percentage and the time too.
     """
     notes = "".join(format_message("info", note) for note in status.notes)
     if status.outcome != "running":

@@ -1,4 +1,4 @@
-"""HTML that describes runs: summary, tables, comparisons; every name is escaped."""
+"""Formats the HTML that describes runs: summary, tables, comparisons; every name is escaped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hyper_merge.ui.html.common import (
 
 
 def format_run_summary(run: Run) -> str:
-    """Returns what a run made of which files, the bytes it saves, and the shares it explains."""
+    """Returns the files that went into a run and came out, the saved bytes and the explained shares."""
     report = run.report
     explained = [row.explained for row in report.checkpoints]
     worst = min(report.checkpoints, key=lambda row: row.explained)
@@ -69,7 +69,7 @@ def _format_rounding(run: Run) -> str:
 
 
 def format_missing_files(run: Run) -> str:
-    """Returns which files of a run are missing, and what no longer works without them."""
+    """Returns messages about files of a run that are missing, and about the consequences."""
     problems = "".join(format_message("bad", problem) for problem in run.problems)
     if not run.missing:
         return problems

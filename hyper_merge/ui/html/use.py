@@ -1,4 +1,4 @@
-"""HTML of the tab "Use"; every name is escaped."""
+"""Formats the HTML of the tab "Use"; every name is escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The panel that compares pictures by the LoRAs with pictures by the originals."""
+"""Builds the panel that compares pictures by the LoRAs with pictures by the originals."""
 
 from __future__ import annotations
 

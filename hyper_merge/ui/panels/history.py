@@ -1,4 +1,4 @@
-"""The panel of earlier runs and of the cache."""
+"""Builds the panel of earlier runs and of the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The panel in which checkpoints are picked."""
+"""Builds the panel in which checkpoints are picked."""
 
 from __future__ import annotations
 

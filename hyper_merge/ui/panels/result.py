@@ -1,4 +1,4 @@
-"""The panel that shows a run."""
+"""Builds the panel that shows a run."""
 
 from __future__ import annotations
 

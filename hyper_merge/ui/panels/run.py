@@ -1,4 +1,4 @@
-"""The panel that starts a merge and shows its progress."""
+"""Builds the panel that starts a merge and shows its progress."""
 
 from __future__ import annotations
 

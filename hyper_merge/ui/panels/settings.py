@@ -1,4 +1,4 @@
-"""The panel of settings: the form."""
+"""Builds the panel of settings, which is the form."""
 
 from __future__ import annotations
 

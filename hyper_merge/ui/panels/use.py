@@ -1,4 +1,4 @@
-"""The panels of the tab "Use": mix, fit, restore, export, check what can be deleted, extract."""
+"""Builds the panels of the tab "Use": mix, fit, restore, export, check of originals, extract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building blocks of all panels: widgets with our ids, whose values the WebUI does not save."""
+"""Makes the widgets of all panels, with our ids and with values that the WebUI does not save."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Plots of the tab."""
+"""Draws the plots of the tab."""

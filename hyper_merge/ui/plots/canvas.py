@@ -1,4 +1,4 @@
-"""Common parts of all plots: a transparent page, colours for any background, labels kept apart."""
+"""Draws the common parts of all plots: a transparent page, colours for any background, labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 
-# Each of these stands out from white and from near-black by 3 to 1 at least; the pairs are told
-# apart by colour-blind eyes too.
+# Each of these stands out from white and from near-black by 3 to 1 at least; colour-blind eyes can
+# distinguish the pairs too.
 GREY: Final = "#828282"
 STRONG: Final = "#0079bd"
 COLOURS: Final = ("#0079bd", "#d55e00", "#009e73", "#b3669a", "#8a7a20", "#6a76c4")
@@ -23,7 +23,7 @@ LABEL_GAP: Final = 0.055  # between labels of lines, as a part of the axis
 _WIDTH: Final = 7.0  # inches
 _DPI: Final = 144
 _LONGEST: Final = 30  # characters of a name
-# Beside matplotlib's own, for names that it lacks the letters of.
+# In addition to matplotlib's own font, for names with letters that it lacks.
 _FONTS: Final = ("Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei")
 
 

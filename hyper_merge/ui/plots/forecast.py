@@ -1,4 +1,4 @@
-"""Plot of the forecast: the share that LoRAs of each size would explain; no files."""
+"""Plots the forecast: the share that LoRAs of each size would explain; no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots of a report, legible on light and dark backgrounds; no files, no global state."""
+"""Plots a report, legible on light and dark backgrounds; no files, no global state."""
 
 from __future__ import annotations
 

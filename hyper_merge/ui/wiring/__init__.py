@@ -1,1 +1,1 @@
-"""Every event of the tab, one file per panel; `ui.handlers` says what is done on an event."""
+"""Connects every event of the tab, one file per panel, to its handler in `ui.handlers`."""

@@ -1,4 +1,4 @@
-"""The panels with host and jobs, and the events that several panels share."""
+"""Holds the panels with host and jobs, and wires the events that several panels share."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Wiring:
             inputs: widgets.
             outputs: widgets, one per value.
             message: widget that shows an unexpected error; None for the message of the tab "Merge".
-            code: as for `in_python`.
+            code: a JavaScript function that first replaces the inputs' values; empty for none.
         """
         answer, widgets = guarded(fn, outputs, message or self.run.message, self.host.log)
         return in_python(trigger, answer, inputs, widgets, code=code)

@@ -1,4 +1,4 @@
-"""Events of the tab "Compare": drawing, progress, earlier comparisons."""
+"""Wires the events of the tab "Compare": drawing, progress, earlier comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wires one event: quick or queued, in Python or in the browser; no error ever leaves a handler.
+"""Wires a single event: quick or queued, in Python or in the browser; no error leaves a handler.
 
 Handlers return refusals themselves. An unexpected error goes to the host's log in full, and as one line
 to a widget of the tab.
@@ -51,7 +51,7 @@ def guarded(
 def guarded_stream(
     fn: Callable[..., Iterator[Any]], last: Callable[[str], Any], log: Log
 ) -> Callable[..., Iterator[Any]]:
-    """Returns a generator that never raises; after an error it yields what `last` makes of its text."""
+    """Returns a generator that never raises; after an error it yields `last` of the error's text."""
 
     def answers(*values: Any) -> Iterator[Any]:
         try:
@@ -96,7 +96,7 @@ def in_python(
         fn: the handler.
         inputs: widgets.
         outputs: widgets.
-        queued: as for `quiet_event`.
+        queued: whether it may take long or sends several results, which needs gradio's queue.
         code: a JavaScript function, which first replaces the inputs' values by a list of its own.
             Nothing can follow an event that only the browser answers.
     """

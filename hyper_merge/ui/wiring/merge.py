@@ -1,4 +1,4 @@
-"""Events of the tab "Merge": picking, planning, merging; and of a page that opens."""
+"""Wires the events of the tab "Merge" (picking, planning, merging), and of a page that opens."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def wire_run(wires: Wiring) -> None:
 
 
 def wire_page(page: gr.Blocks, wires: Wiring) -> None:
-    """Wires what a page asks for when it opens: current lists, and the running job."""
+    """Wires the loading of current lists and of the running job when a page opens."""
     wires.plan(wires.list_checkpoints(page.load).then)
     wires.list_runs(page.load)
     wires.show_outcome(wires.watch(page.load))

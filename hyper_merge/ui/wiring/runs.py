@@ -1,4 +1,4 @@
-"""Events of the panel that shows a run, and of the tab "Runs"."""
+"""Wires the events of the panel that shows a run, and of the tab "Runs"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events of the tab "Use": its run, its sliders, and the jobs that it starts."""
+"""Wires the events of the tab "Use": its run, its sliders, and the jobs that it starts."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _wire_tags(
         name: first part of the ids of the panel's box and button.
         panel: the panel with the buttons.
         tags: the box of tags.
-        explain: says what is left to do after sending.
+        explain: returns a request to the user after sending; empty if there is none.
         run: the widgets that hold the run and the title of its hyper-model.
     """
     in_browser(panel.copy.click, _COPY % f"{name}_", [tags])

@@ -221,7 +221,7 @@ def test_an_original_that_cannot_be_drawn_is_skipped(compare, painter, started, 
         manifest.write_text(text.replace(source["path"], str(away)))
     refuse = (lambda path: "no" if path.stem == "b" else "") if case == "refused" else None
     result = compare(**({"refusal": refuse} if refuse else {}))
-    reason = {"missing": "it is not there", "changed": "it was changed since", "refused": "no"}
+    reason = {"missing": "it is missing", "changed": "it was changed since", "refused": "no"}
     assert result.notes == (f"b.safetensors is left out: {reason[case]}",)
     assert result.originals == {"a": "a.safetensors"}
     assert [p.model.stem for p in painter.drawn].count("b") == 0

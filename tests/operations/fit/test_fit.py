@@ -288,9 +288,7 @@ def test_somebody_elses_lora_of_the_top_ups_name_stays(at, other, started):
     save_file({"x": torch.zeros(1)}, started / "Lora/mix_fit-new one-9.safetensors")
     before = snapshot(started)
     for overwrite in (False, True):
-        with pytest.raises(
-            NameTakenError, match=r"mix_fit-new one-9\.safetensors is there already"
-        ):
+        with pytest.raises(NameTakenError, match=r"mix_fit-new one-9\.safetensors exists already"):
             fit(at, other, topup="3", overwrite=overwrite)
         assert snapshot(started) == before
 

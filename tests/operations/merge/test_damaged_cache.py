@@ -117,7 +117,7 @@ def test_damaged_analysis_is_set_aside_and_remade(started, files, analysis, afre
     (warning,) = log.warnings
     assert warning.startswith(f"{analysis} is damaged (")
     assert warning.endswith(
-        f"; it is set aside as {analysis.name}.damaged, and what it held is made again"
+        f"; it is set aside as {analysis.name}.damaged, and its content is computed again"
     )
     assert analysis.with_name(analysis.name + ".damaged").read_bytes() == bad
     assert analysis.exists()

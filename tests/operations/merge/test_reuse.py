@@ -111,7 +111,7 @@ def test_cpu_takes_cores_beyond_the_devices_memory(files, tmp_path, merged, monk
     progress = Progress(lambda _phase, x: reports.append(x), warn=warnings.append)
     report = merge(files, tmp_path, progress).report
     assert reports == sorted(reports)
-    assert warnings == ["cpu has too little memory for the cores; the CPU takes them"]
+    assert warnings == ["cpu has too little memory for the cores; the CPU is used instead"]
     assert report == merged.report
 
 

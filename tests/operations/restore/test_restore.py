@@ -32,7 +32,8 @@ from hyper_merge.errors import (
 )
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore.restore import RestoreRequest, parse_mix, run_restore
+from hyper_merge.operations.restore.request import RestoreRequest, parse_mix
+from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.operations.restore.text import format_restore
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders

@@ -202,7 +202,7 @@ def test_a_missing_checkpoint_is_left_out_and_named(webui, run, jobs, root):
     start_comparison(host, jobs, *values(prompts="x", seeds="1"))
     assert ended(jobs).outcome == "done"
     html = show_comparison(host, "mix", "comparison-1")
-    assert "b.safetensors is left out: it is not there" in words(html)
+    assert "b.safetensors is left out: it is missing" in words(html)
     assert "1 pairs" in words(html)
 
 

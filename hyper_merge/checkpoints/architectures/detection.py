@@ -66,7 +66,7 @@ def _refuse(header: Header, signature: KeySignature, models: Iterable[Unsupporte
 
 def _require_averageable(header: Header, family: Family) -> None:
     unusable = dict(header.unsupported)
-    networks = tuple(part.prefix for part in family.parts)
+    networks = (*(part.prefix for part in family.parts), *family.vae_prefixes)
     for key, info in header.tensors.items():
         is_weight = key.startswith(networks) and not is_position_ids(key) and info.numel
         if is_weight and not info.dtype.is_floating_point:
@@ -78,4 +78,5 @@ def _require_averageable(header: Header, family: Family) -> None:
             f" {key} as {dtype})",
             hint="use its fp16 or fp32 version",
             file=header.path,
+            key=key,
         )

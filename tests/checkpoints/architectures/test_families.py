@@ -253,6 +253,16 @@ def test_whole_numbers_and_unknown_types_are_refused(make_header, narrow):
         require_supported(type(header)(header.path, header.tensors, {}, 0, 0, {"z": "F4"}))
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_a_vae_of_whole_numbers_is_refused(make_header, name):
+    key = "first_stage_model.decoder.conv_in.weight"
+    header = make_header(NARROW[name]())
+    tensors = {**header.tensors, key: TensorInfo(torch.int8, header.tensors[key].shape)}
+    with pytest.raises(FamilyError, match=rf"stores 1 tensors .*{key} as int8") as refusal:
+        require_supported(type(header)(header.path, tensors, {}, 0, 0))
+    assert refusal.value.key == key
+
+
 def test_fp8_and_fp32_files_are_supported(make_header, narrow):
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         assert require_supported(make_header(narrow, dtype=dtype)).name == "sd1"

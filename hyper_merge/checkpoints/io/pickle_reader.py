@@ -1,6 +1,7 @@
 """Reads the tensors of a .ckpt file (a pickle) without ever running what it asks for.
 
-torch's `weights_only` loader accepts tensors and plain containers and refuses everything else.
+torch's `weights_only` loader accepts tensors and plain containers; where it refuses a file, the restricted
+unpickler takes what training programs leave beside the weights for inert stand-ins.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import tarfile
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from hyper_merge.checkpoints.io.restricted_unpickler import RESTRICTED_PICKLE
 from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, LENGTH_BYTES
 from hyper_merge.errors import CheckpointError
 
@@ -77,9 +81,21 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes to programmers; nothing to do for users
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+            return _load_restricted(path, mapped=mapped)
     except _LOAD_ERRORS as error:
         raise _refusal(path, error) from error
+
+
+def _load_restricted(path: Path, *, mapped: bool) -> Any:
+    # Not `torch.load`: A1111 replaces it by a function that returns None for what it refuses.
+    load = partial(torch.serialization.load, str(path), map_location="cpu", mmap=mapped)
+    try:
+        return load(weights_only=True)
+    except pickle.UnpicklingError:
+        # Without `weights_only` torch would unpack an archive of its first years into a folder.
+        if not mapped and tarfile.is_tarfile(path):
+            raise
+        return load(weights_only=False, pickle_module=RESTRICTED_PICKLE)
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:

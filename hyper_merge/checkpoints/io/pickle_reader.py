@@ -24,7 +24,8 @@ from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, LENGTH_BYT
 from hyper_merge.errors import CheckpointError
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
-_NESTED: Final = "state_dict"
+_NESTED: Final = ("state_dict", "model", "module")  # under which training programs put the weights
+_DEEPEST: Final = 4  # wrappers around one another
 _FORBIDDEN: Final = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
 # What damaged bytes make torch's and pickle's readers raise; never caught around our own code.
 _LOAD_ERRORS: Final = (
@@ -46,7 +47,7 @@ _LOAD_ERRORS: Final = (
 def load_pickled(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a file by key, mapped from the file where its format allows.
 
-    A nested `state_dict` is unwrapped, and values that are no tensors are left out. Where no tensor
+    A nested `state_dict`, `model` or `module` is unwrapped, also within another, and values that are no tensors are left out. Where no tensor
     stands at the top, those one level deeper are named `outer.inner`, so that a textual-inversion
     embedding is recognised by its keys.
 
@@ -61,8 +62,7 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path.name} holds a {kind}, not a state dict of tensors by key", file=path
         )
-    nested = data.get(_NESTED)
-    tensors = _tensors(nested if isinstance(nested, Mapping) else data) or _one_deeper(data)
+    tensors = _tensors(_unwrapped(data)) or _one_deeper(data)
     if not tensors:
         raise CheckpointError(
             f"{path.name} holds no tensor", hint="choose a full checkpoint", file=path
@@ -113,6 +113,16 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
         hint=f"{COPY_AGAIN}, or convert it to .safetensors with a tool that you trust",
         file=path,
     )
+
+
+def _unwrapped(data: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Returns the innermost mapping that is wrapped as training programs do, or the mapping itself."""
+    for _ in range(_DEEPEST):
+        nested = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), None)
+        if nested is None:
+            break
+        data = nested
+    return data
 
 
 def _tensors(data: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -50,6 +50,35 @@ def test_pickled_tensors_are_read_nested_or_flat(tmp_path, suffix, zipped, neste
             torch.testing.assert_close(read, tensor.detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        ("model",),
+        ("module",),
+        ("model", "module"),
+        ("model", "state_dict"),
+        ("state_dict", "module"),
+        ("module", "model", "state_dict"),
+    ],
+    ids="-".join,
+)
+def test_tensors_within_wrappers_are_read(tmp_path, wrappers):
+    path, tensors = tmp_path / "x.ckpt", weights()
+    content = tensors
+    for wrapper in wrappers:
+        content = {wrapper: content, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(content, path)
+    assert_read(path, tensors)
+
+
+def test_wrappers_without_end_are_refused(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt holds no tensor"):
+        read_header(tmp_path / "x.ckpt")
+
+
 def test_a_malicious_pickle_is_refused_and_never_runs(tmp_path):
     marker = tmp_path / "ran"
     path = tmp_path / "evil.ckpt"

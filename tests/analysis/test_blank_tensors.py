@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_family import NORM, QUERY, WarningLog, inputs_of, load, merge, run_pass, snapshot
+from tiny_family import (
+    NORM,
+    QUERY,
+    WarningLog,
+    inputs_of,
+    load,
+    merge,
+    run_pass,
+    snapshot,
+    write_unfinished,
+)
 
 from hyper_merge.analysis.blank_tensors import BlankTensors, holds_one_value
 from hyper_merge.checkpoints.reader import read_header
@@ -32,18 +42,13 @@ def spoilt(tmp_path, files):
     return make
 
 
-def with_zeros_from(source, target, share):
-    """A copy of a file as an unfinished download leaves it: of its size, with zeros at its end."""
-    content = bytearray(source.read_bytes())
-    end = int(len(content) * share)
-    content[end:] = bytes(len(content) - end)
-    target.write_bytes(content)
-    return target
-
-
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_an_unfinished_download_is_refused(tmp_path, files, share):
-    models = [files[0], with_zeros_from(files[1], tmp_path / "spoilt.safetensors", share), files[2]]
+    models = [
+        files[0],
+        write_unfinished(tmp_path / "spoilt.safetensors", files[1], share),
+        files[2],
+    ]
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=REFUSAL) as refusal:
         merge(models, tmp_path / "out")
@@ -77,7 +82,7 @@ def test_few_matrices_are_named_in_a_warning(files, spoilt):
 
 
 def test_a_base_that_lacks_data_is_refused(files, tmp_path):
-    base = with_zeros_from(files[1], tmp_path / "spoilt.safetensors", 0.5)
+    base = write_unfinished(tmp_path / "spoilt.safetensors", files[1], 0.5)
     with pytest.raises(CheckpointError, match=REFUSAL):
         run_pass(inputs_of([files[0], files[2]], base=str(base)))
 

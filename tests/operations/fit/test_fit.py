@@ -20,6 +20,7 @@ from tiny_family import (
     snapshot,
     temporaries,
     write,
+    write_unfinished,
 )
 
 from hyper_merge.checkpoints.reader import CheckpointReader
@@ -465,6 +466,18 @@ def test_a_spoilt_checkpoint_is_refused_by_key(at, started, tmp_path, state_of):
     before = snapshot(started)
     with pytest.raises(NonFiniteError, match=r"spoilt.safetensors holds NaN or infinity in 1 of"):
         fit(at, write(tmp_path / "spoilt.safetensors", state))
+    assert snapshot(started) == before
+
+
+def test_an_unfinished_download_cannot_be_fitted(at, other, started, tmp_path):
+    spoilt = write_unfinished(tmp_path / "spoilt.safetensors", other, 0.6)
+    before = snapshot(started)
+    with pytest.raises(CheckpointError, match=r"spoilt\.safetensors lacks data"):
+        fit(at, spoilt)
+    sign = other.with_name(other.name + ".part")
+    sign.touch()
+    with pytest.raises(CheckpointError, match=r"the download of new one\.safetensors is not"):
+        fit(at, other)
     assert snapshot(started) == before
 
 

@@ -61,6 +61,14 @@ def load(path: Path) -> State:
     return load_file(path)
 
 
+def write_unfinished(path: Path, source: Path, share: float) -> Path:
+    """Writes a copy as an unfinished download leaves it: of the whole size, with zeros at its end."""
+    content = source.read_bytes()
+    end = int(len(content) * share)
+    path.write_bytes(content[:end] + bytes(len(content) - end))
+    return path
+
+
 def recipe(models, output: Path, **settings: Any) -> Recipe:
     """Returns a small merge's recipe."""
     values = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", **settings}

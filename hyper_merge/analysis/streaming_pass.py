@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.blank_tensors import BlankTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
@@ -105,12 +106,13 @@ def stream_layers(
 
     Raises:
         NonFiniteError: a tensor that is to be averaged holds NaN or infinity.
-        CheckpointError: a file was changed or cannot be read.
+        CheckpointError: a file was changed, cannot be read, or lacks data (`BlankTensors`).
     """
     phase = "averaging" if options.width is None else "reading and analysing"
     costs = pass_costs(inputs, options)
     counter = progress.counter(phase, costs)
     not_carried: dict[str, Tensor] = {}
+    blank = BlankTensors(inputs)
     with ExitStack() as stack:
         files = stack.enter_context(open_checkpoints(inputs.read))
         if write_average:
@@ -118,11 +120,13 @@ def stream_layers(
         parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
-        def analyze(key: str) -> TensorAnalysis:
+        def analyze(key: str) -> tuple[TensorAnalysis, tuple[int, ...]]:
             tensors = [file.tensor(key) for file in files]
-            return analyze_tensor(inputs, key, tensors, options, partial(counter.add, key))
+            tensor = analyze_tensor(inputs, key, tensors, options, partial(counter.add, key))
+            return tensor, blank.find(key, tensors)
 
-        for key, tensor in zip(costs, parallel(analyze, costs), strict=True):
+        for key, (tensor, places) in zip(costs, parallel(analyze, costs), strict=True):
+            blank.add(key, places)
             if write_average:
                 write_average(key, tensor.average)
             if keep_layer:
@@ -133,6 +137,7 @@ def stream_layers(
             if tensor.warning:
                 progress.warn(tensor.warning)
             counter.finish(key)
+    blank.report(progress.warn)
     not_carried.pop("layers", None)
     return not_carried
 

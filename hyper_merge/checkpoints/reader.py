@@ -178,12 +178,15 @@ class CheckpointReader:
 
 
 def _computable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tensor:
-    tensor = get(header.stored.get(key, key)).reshape(header.tensors[key].shape)
+    tensor = get(header.stored.get(key, key))
     if key in header.scales:
         scale = get(header.scales[key]).float()
         rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-        return (rows.float() * scale.reshape(-1, 1)).view(tensor.shape)
-    return tensor.half() if tensor.dtype in EIGHT_BIT_FLOATS else tensor
+        tensor = (rows.float() * scale.reshape(-1, 1)).view(tensor.shape)
+    elif tensor.dtype in EIGHT_BIT_FLOATS:
+        tensor = tensor.half()
+    tensor = tensor.mT.contiguous() if key in header.transposed else tensor
+    return tensor.reshape(header.tensors[key].shape)
 
 
 def require_unchanged(header: Header) -> None:

@@ -91,6 +91,13 @@ def test_the_table_may_list_tensors_in_any_order(write_raw):
     assert list(read_header(write_raw(table, bytes(16))).tensors) == ["x", "y"]
 
 
+def test_metadata_of_null_are_none(write_raw):
+    path = write_raw({"__metadata__": None, "x": entry(offsets=(0, 8))}, bytes(8))
+    assert read_header(path).metadata == {}
+    with CheckpointReader(path) as checkpoint:
+        assert checkpoint.tensor("x").tolist() == [0, 0]
+
+
 def test_an_unknown_key_is_refused_by_name(tmp_path):
     save_small(tmp_path / "small.safetensors")
     with (

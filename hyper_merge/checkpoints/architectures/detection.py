@@ -7,6 +7,7 @@ from itertools import islice
 
 from hyper_merge.checkpoints.architectures.families import FAMILIES, KINDS, find_family
 from hyper_merge.checkpoints.architectures.layout import is_position_ids
+from hyper_merge.checkpoints.architectures.shape_rules import require_consistent_shapes
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
 from hyper_merge.checkpoints.architectures.unsupported import DISGUISED, PARTIAL, UnsupportedModel
@@ -40,8 +41,8 @@ def require_supported(header: Header) -> Family:
     """Returns the family of a checkpoint that can be merged.
 
     Raises:
-        FamilyError: no checkpoint, of a family that is not supported, or stored in types that
-            cannot be averaged.
+        FamilyError: no checkpoint, of a family that is not supported, stored in types that
+            cannot be averaged, or with shapes that contradict each other.
     """
     family = detect_family(header)
     if not family.supported:
@@ -51,6 +52,7 @@ def require_supported(header: Header) -> Family:
             file=header.path,
         )
     _require_averageable(header, family)
+    require_consistent_shapes(header, family)
     return family
 
 
@@ -66,7 +68,7 @@ def _refuse(header: Header, signature: KeySignature, models: Iterable[Unsupporte
 
 def _require_averageable(header: Header, family: Family) -> None:
     unusable = dict(header.unsupported)
-    networks = tuple(part.prefix for part in family.parts)
+    networks = (*(part.prefix for part in family.parts), *family.vae_prefixes)
     for key, info in header.tensors.items():
         is_weight = key.startswith(networks) and not is_position_ids(key) and info.numel
         if is_weight and not info.dtype.is_floating_point:
@@ -78,4 +80,5 @@ def _require_averageable(header: Header, family: Family) -> None:
             f" {key} as {dtype})",
             hint="use its fp16 or fp32 version",
             file=header.path,
+            key=key,
         )

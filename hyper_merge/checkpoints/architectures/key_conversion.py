@@ -23,6 +23,10 @@ _SGM: Final = "conditioner.embedders.0.model."
 _BARE: Final = ("input_blocks.0.0.", "double_blocks.0.img_attn.qkv.", "joint_blocks.0.x_block.")
 # Around the transformers of an LDM UNet: convolutions or matrices, by the family.
 _PROJECTIONS: Final = (".proj_in.weight", ".proj_out.weight")
+# An OpenCLIP text encoder multiplies by this matrix from the right; diffusers' converter leaves it as the
+# weight of a linear layer, which is its transpose.
+_ENCODERS: Final = ("conditioner.embedders.1.model.", _SGM, "cond_stage_model.model.")
+_PROJECTION: Final = "text_projection"
 _MARKERS: Final = ("v_pred", "ztsnr", "edm_")
 _OTHERS: Final = (*TEXTS, *_MARKERS, "first_stage_model.", "vae.", "model_ema.")
 # ComfyUI's two names for the number that an 8-bit weight is multiplied by, and what goes with them:
@@ -72,6 +76,7 @@ def with_standard_keys(header: Header) -> Header:
         if rename.applies(signature):
             header = _renamed(header, rename)
             signature = KeySignature.from_header(header)
+    header = _with_usual_projection(header)
     shapes = dict(_shapes(header, signature))
     return _reshaped(header, shapes) if shapes else header
 
@@ -107,6 +112,21 @@ def _renamed(header: Header, rename: _Rename) -> Header:
         stored={**header.stored, **stored},
         scales={names[key]: scale for key, scale in header.scales.items()},
     )
+
+
+def _with_usual_projection(header: Header) -> Header:
+    """Returns the header with text projections under their usual keys, to be transposed when read."""
+    for encoder in _ENCODERS:
+        usual, linear = encoder + _PROJECTION, encoder + _PROJECTION + _WEIGHT
+        info = header.tensors.get(linear)
+        if info is not None and len(info.shape) == 2:
+            rename = _Rename(lambda _: True, ((linear, usual),))
+            renamed = _renamed(header, rename)
+            if renamed is not header:
+                turned = {usual: info.shape[::-1]}
+                keys = header.transposed | {usual}
+                header = replace(_reshaped(renamed, turned), transposed=keys)
+    return header
 
 
 def _name(key: str, rename: _Rename) -> str:

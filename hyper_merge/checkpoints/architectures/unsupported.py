@@ -9,6 +9,11 @@ from typing import Final
 from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, KeySignature
 
 _VAE: Final = "first_stage_model."
+# LyCORIS' kinds under names that no other part of the key tells: LoHa, LoKr, OFT, DoRA, GLoRA, IA3, norms.
+_ADAPTERS: Final = (
+    *(".hada_", ".lokr_", ".oft_", ".dora_scale"),
+    *(".a1.weight", ".b1.weight", ".on_input", ".w_norm"),
+)
 _CONTROL: Final = ("zero_convs.", "input_hint_block.")
 
 
@@ -41,9 +46,12 @@ DISGUISED: Final[tuple[UnsupportedModel, ...]] = (
     UnsupportedModel(
         "a LoRA",
         lambda s: (
-            s.any_match(r"^lora_(unet|te)|[._]lora[._](up|down|A|B|mid)\b")
-            if s.mentions("lora_", "lora.")
-            else s.mentions(".hada_", ".lokr_", ".oft_", ".dora_scale")
+            (
+                s.any_match(r"^(lora|lycoris)_|[._]lora[._](up|down|A|B|mid)\b")
+                if s.mentions("lora_", "lora.", "lycoris_")
+                else s.mentions(*_ADAPTERS) or s.any_match(r"\.diff(_b)?$")
+            )
+            or s.mentions("lora_linear_layer.", "lora_embedding_")
         ),
     ),
     UnsupportedModel(

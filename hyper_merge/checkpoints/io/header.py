@@ -45,6 +45,7 @@ class Header:
     unsupported: Mapping[str, str] = field(default_factory=dict)  # key -> type unknown to torch
     stored: Mapping[str, str] = field(default_factory=dict)  # key -> another one in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # key -> the file's, of its factor
+    transposed: frozenset[str] = frozenset()  # keys of matrices that the file has the other way
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
 """Reads the tensors of a .ckpt file (a pickle) without ever running what it asks for.
 
-torch's `weights_only` loader accepts tensors and plain containers and refuses everything else.
+torch's `weights_only` loader accepts tensors and plain containers; where it refuses a file, the restricted
+unpickler takes what training programs leave beside the weights for inert stand-ins.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import tarfile
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from hyper_merge.checkpoints.io.restricted_unpickler import RESTRICTED_PICKLE
 from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, LENGTH_BYTES
 from hyper_merge.errors import CheckpointError
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
-_NESTED: Final = "state_dict"
+_NESTED: Final = ("state_dict", "model", "module")  # under which training programs put the weights
+_DEEPEST: Final = 4  # wrappers around one another
 _FORBIDDEN: Final = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
 # What damaged bytes make torch's and pickle's readers raise; never caught around our own code.
 _LOAD_ERRORS: Final = (
@@ -42,7 +47,7 @@ _LOAD_ERRORS: Final = (
 def load_pickled(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a file by key, mapped from the file where its format allows.
 
-    A nested `state_dict` is unwrapped, and values that are no tensors are left out. Where no tensor
+    A nested `state_dict`, `model` or `module` is unwrapped, also within another, and values that are no tensors are left out. Where no tensor
     stands at the top, those one level deeper are named `outer.inner`, so that a textual-inversion
     embedding is recognised by its keys.
 
@@ -57,8 +62,7 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path.name} holds a {kind}, not a state dict of tensors by key", file=path
         )
-    nested = data.get(_NESTED)
-    tensors = _tensors(nested if isinstance(nested, Mapping) else data) or _one_deeper(data)
+    tensors = _tensors(_unwrapped(data)) or _one_deeper(data)
     if not tensors:
         raise CheckpointError(
             f"{path.name} holds no tensor", hint="choose a full checkpoint", file=path
@@ -77,9 +81,21 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes to programmers; nothing to do for users
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+            return _load_restricted(path, mapped=mapped)
     except _LOAD_ERRORS as error:
         raise _refusal(path, error) from error
+
+
+def _load_restricted(path: Path, *, mapped: bool) -> Any:
+    # Not `torch.load`: A1111 replaces it by a function that returns None for what it refuses.
+    load = partial(torch.serialization.load, str(path), map_location="cpu", mmap=mapped)
+    try:
+        return load(weights_only=True)
+    except pickle.UnpicklingError:
+        # Without `weights_only` torch would unpack an archive of its first years into a folder.
+        if not mapped and tarfile.is_tarfile(path):
+            raise
+        return load(weights_only=False, pickle_module=RESTRICTED_PICKLE)
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
@@ -97,6 +113,16 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
         hint=f"{COPY_AGAIN}, or convert it to .safetensors with a tool that you trust",
         file=path,
     )
+
+
+def _unwrapped(data: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Returns the innermost mapping that is wrapped as training programs do, or the mapping itself."""
+    for _ in range(_DEEPEST):
+        nested = next((data[key] for key in _NESTED if isinstance(data.get(key), Mapping)), None)
+        if nested is None:
+            break
+        data = nested
+    return data
 
 
 def _tensors(data: Mapping[Any, Any]) -> dict[str, Tensor]:

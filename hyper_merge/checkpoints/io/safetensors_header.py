@@ -138,6 +138,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(value: object, name: str) -> dict[str, str]:
+    if value is None:  # as some tools write "no metadata"; the library takes it too
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise _damaged(name, f"its {METADATA_KEY} holds something else than text")
     return value

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.blank_tensors import BlankTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs, raise_non_finite
 from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of_tensor
@@ -99,27 +100,30 @@ def measure(
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
-        CheckpointError: a file was changed or cannot be read.
+        CheckpointError: a file was changed, cannot be read, or lacks data (`BlankTensors`).
     """
     layers: dict[int, Sums] = {}
     outside: dict[str, float] = {}
     vectors: dict[str, list[Sums]] = {}
     costs = pass_costs(inputs, PassOptions(options.device))
+    blank = BlankTensors(inputs)
     with open_files(inputs, options, progress.counter("fitting", costs)) as (
         files,
         parallel,
         counter,
     ):
 
-        def take(key: str) -> list[tuple[int | None, Sums]]:
+        def take(key: str) -> tuple[list[tuple[int | None, Sums]], tuple[int, ...]]:
             tensors = [file.tensor(key) for file in files]
             counter.add(key, costs[key] / 2)
-            return [
+            pieces = [
                 (index, replace(_sums(delta, index, key, inputs, stack), size=size))
                 for index, delta, size in read_deltas(inputs, key, tensors, options.device)
             ]
+            return pieces, blank.find(key, tensors)
 
-        for key, pieces in zip(costs, parallel(take, costs), strict=True):
+        for key, (pieces, places) in zip(costs, parallel(take, costs), strict=True):
+            blank.add(key, places)
             kind = kind_of_tensor(key, inputs.layout)
             for index, sums in pieces:
                 if index is not None:
@@ -129,6 +133,7 @@ def measure(
                     if sums.gram.any():
                         vectors.setdefault(kind, []).append(sums)
             counter.finish(key)
+    blank.report(progress.warn)
     ordered = tuple(layers[index] for index in sorted(layers))
     return Measurement(ordered, outside, {kind: tuple(sums) for kind, sums in vectors.items()})
 

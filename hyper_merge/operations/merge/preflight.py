@@ -23,6 +23,7 @@ from hyper_merge.checkpoints.compatibility import (
     find_differing_markers,
     find_missing_parts,
 )
+from hyper_merge.checkpoints.io.downloads import require_downloaded
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD, FLOAT8
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.prediction_type import with_prediction_type
@@ -122,9 +123,11 @@ def common_layout(headers: Sequence[Header]) -> Layout:
     """Returns the layout that all files have in common.
 
     Raises:
-        CheckpointError: a file is not a checkpoint that can be merged, or does not
-            match the others.
+        CheckpointError: a file is still being downloaded, is not a checkpoint that can be merged,
+            or does not match the others.
     """
+    for header in headers:
+        require_downloaded(header.path)
     families = [with_prediction_type(header, detect_family(header)) for header in headers]
     check_families(headers, families)
     for header in headers:

@@ -159,6 +159,17 @@ STRANGERS = {
     "peft": ({"unet.a.lora_A.weight": (4, 8)}, "a LoRA"),
     "loha": ({"lora_unet_a.hada_w1_a": (4, 8)}, "a LoRA"),
     "diffusers lora": ({"unet.a.processor.to_q_lora.up.weight": (4, 8)}, "a LoRA"),
+    "kohya flux lora": ({"lora_transformer_a.alpha": ()}, "a LoRA"),
+    "flux lora": ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "a LoRA"),
+    "bfl lora": ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": (8, 4)}, "a LoRA"),
+    "bare lora": ({"double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "a LoRA"),
+    "old diffusers lora": ({"text.q_proj.lora_linear_layer.up.weight": (8, 4)}, "a LoRA"),
+    "embedding lora": ({"text.shared.lora_embedding_A": (4, 8)}, "a LoRA"),
+    "lycoris full": ({"lycoris_a.diff": (8, 8)}, "a LoRA"),
+    "flux full": ({"diffusion_model.a.diff": (8, 8), "diffusion_model.a.diff_b": (8,)}, "a LoRA"),
+    "glora": ({"diffusion_model.a.a1.weight": (4, 8)}, "a LoRA"),
+    "glora 2": ({"lycoris_a.b1.weight": (4, 8)}, "a LoRA"),
+    "ia3": ({"transformer.a.weight": (8,), "transformer.a.on_input": ()}, "a LoRA"),
     "embedding": ({"string_to_param.*": (4, 768)}, "a textual-inversion embedding"),
     "embedding 2": ({"emb_params": (4, 768)}, "a textual-inversion embedding"),
     "embedding xl": ({"clip_l": (4, 768), "clip_g": (4, 1280)}, "a textual-inversion embedding"),
@@ -240,6 +251,16 @@ def test_whole_numbers_and_unknown_types_are_refused(make_header, narrow):
         require_supported(type(header)(header.path, integers, {}, 0, 0))
     with pytest.raises(FamilyError, match=r"stores 1 tensors .*z as F4"):
         require_supported(type(header)(header.path, header.tensors, {}, 0, 0, {"z": "F4"}))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_a_vae_of_whole_numbers_is_refused(make_header, name):
+    key = "first_stage_model.decoder.conv_in.weight"
+    header = make_header(NARROW[name]())
+    tensors = {**header.tensors, key: TensorInfo(torch.int8, header.tensors[key].shape)}
+    with pytest.raises(FamilyError, match=rf"stores 1 tensors .*{key} as int8") as refusal:
+        require_supported(type(header)(header.path, tensors, {}, 0, 0))
+    assert refusal.value.key == key
 
 
 def test_fp8_and_fp32_files_are_supported(make_header, narrow):

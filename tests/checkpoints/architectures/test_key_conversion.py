@@ -106,6 +106,44 @@ def test_a_header_of_no_known_spelling_stays(make_header):
     assert with_standard_keys(header) is header
 
 
+PROJECTIONS = {
+    "sdxl": "conditioner.embedders.1.model.text_projection",
+    "sdxl_refiner": "conditioner.embedders.0.model.text_projection",
+    "sd2": "cond_stage_model.model.text_projection",
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_text_projection_of_diffusers_is_transposed(tmp_path, name):
+    key = PROJECTIONS[name]
+    usual = state(NARROW[name]())
+    usual[key] = torch.randn(6, 4).half()
+    linear = {k: t for k, t in usual.items() if k != key}
+    linear[key + ".weight"] = usual[key].mT.contiguous()
+    with CheckpointReader(saved(tmp_path / "linear.safetensors", linear)) as checkpoint:
+        header = checkpoint.header
+        assert require_supported(header).name == name
+        assert set(header.tensors) == set(usual)
+        assert header.tensors[key].shape == (6, 4)
+        for stored, tensor in usual.items():
+            assert torch.equal(checkpoint.tensor(stored), tensor)
+
+
+def test_a_transposed_projection_keeps_its_scales(tmp_path):
+    key = PROJECTIONS["sdxl"]
+    tensors = {k: t for k, t in state(NARROW["sdxl"]()).items() if k != key}
+    weight, rows = torch.randn(6, 4).to(FP8), torch.arange(1.0, 7)[:, None]
+    tensors |= {key + ".weight": weight, key + ".weight_scale": rows}
+    with CheckpointReader(saved(tmp_path / "scaled.safetensors", tensors)) as checkpoint:
+        assert torch.equal(checkpoint.tensor(key), (weight.float() * rows).mT)
+
+
+def test_both_text_projections_stay_as_they_are(make_header):
+    key = PROJECTIONS["sdxl"]
+    shapes = {**NARROW["sdxl"](), key: (4, 4), key + ".weight": (4, 4)}
+    assert set(with_standard_keys(make_header(shapes)).tensors) == set(shapes)
+
+
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
 def test_projections_are_read_in_the_standard_shape(tmp_path, name):
     layout = NARROW[name]()

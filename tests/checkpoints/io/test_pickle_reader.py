@@ -1,10 +1,15 @@
+import io
 import os
 import pickle
+import sys
+import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
+from hyper_merge.checkpoints.io.restricted_unpickler import RestrictedUnpickler
 from hyper_merge.checkpoints.reader import CheckpointReader, TensorInfo, read_header
 from hyper_merge.errors import CheckpointError
 
@@ -45,6 +50,35 @@ def test_pickled_tensors_are_read_nested_or_flat(tmp_path, suffix, zipped, neste
             torch.testing.assert_close(read, tensor.detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        ("model",),
+        ("module",),
+        ("model", "module"),
+        ("model", "state_dict"),
+        ("state_dict", "module"),
+        ("module", "model", "state_dict"),
+    ],
+    ids="-".join,
+)
+def test_tensors_within_wrappers_are_read(tmp_path, wrappers):
+    path, tensors = tmp_path / "x.ckpt", weights()
+    content = tensors
+    for wrapper in wrappers:
+        content = {wrapper: content, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(content, path)
+    assert_read(path, tensors)
+
+
+def test_wrappers_without_end_are_refused(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt holds no tensor"):
+        read_header(tmp_path / "x.ckpt")
+
+
 def test_a_malicious_pickle_is_refused_and_never_runs(tmp_path):
     marker = tmp_path / "ran"
     path = tmp_path / "evil.ckpt"
@@ -71,6 +105,115 @@ def test_an_object_that_is_no_tensor_is_named(tmp_path):
     torch.save({"state_dict": weights(), "callbacks": Callback()}, path)
     with pytest.raises(CheckpointError, match=r"asks for [\w.]*test_pickle_reader\.Callback"):
         read_header(path)
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """Makes a class of Lightning, and its modules for as long as the test runs."""
+
+    def make(name="ModelCheckpoint", module="pytorch_lightning.callbacks.model_checkpoint"):
+        kind = type(name, (), {"__module__": module})
+        for place in range(len(module.split("."))):
+            part = ".".join(module.split(".")[: place + 1])
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        monkeypatch.setattr(sys.modules[module], name, kind, raising=False)
+        return kind
+
+    return make
+
+
+def assert_read(path, tensors):
+    with CheckpointReader(path) as checkpoint:
+        assert set(checkpoint.header.tensors) == set(tensors)
+        for key, tensor in tensors.items():
+            assert torch.equal(checkpoint.tensor(key), tensor.detach())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_callbacks_of_lightning_stand_beside_tensors(tmp_path, lightning, monkeypatch, zipped):
+    path, tensors, kind = tmp_path / "trained.ckpt", weights(), lightning()
+    callback = kind()
+    callback.best = 3
+    content = {"state_dict": tensors, "callbacks": {kind: {"best": 1}}, "one": callback}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert_read(path, tensors)
+    assert not [name for name in sys.modules if name.startswith("pytorch_lightning")]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "value", [np.float64(0.5), np.int64(3), np.dtype("f4"), np.arange(6.0), {1, 2}, torch.float16]
+)
+def test_values_of_numpy_stand_beside_tensors(tmp_path, value, zipped):
+    path, tensors = tmp_path / "trained.ckpt", weights()
+    content = {"state_dict": tensors, "best": value}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert_read(path, tensors)
+
+
+class FromNumpy:
+    """A tensor as a Mac or a TPU saves it."""
+
+    def __init__(self, array, dtype):
+        self.arguments = (array, dtype, "cpu", False)
+
+    def __reduce__(self):
+        return torch._utils._rebuild_device_tensor_from_numpy, self.arguments
+
+
+@pytest.mark.parametrize("code", ["f2", "f4", "f8"])
+def test_tensors_saved_as_arrays_are_read(tmp_path, lightning, code):
+    array = np.arange(6.0).reshape(2, 3).astype(code)
+    content = {
+        "x": FromNumpy(array, torch.float32),
+        "none": FromNumpy(array[:0], torch.float32),
+        "y": lightning()(),
+    }
+    torch.save(content, tmp_path / "mac.ckpt")
+    tensor = torch.from_numpy(array).float()
+    assert_read(tmp_path / "mac.ckpt", {"x": tensor, "none": tensor[:0]})
+
+
+class Call:
+    """Has a function called with a value."""
+
+    def __init__(self, function, *values):
+        self.reduced = function, values
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [
+        (os.system, ("touch {marker}",)),
+        (eval, ("open('{marker}', 'w')",)),
+        (getattr, (os, "system")),
+        (torch.hub.load, ("{marker}", "x")),
+        (np.load, ("{marker}",)),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_runs_beside_a_callback(tmp_path, lightning, function, values, zipped):
+    marker, path = tmp_path / "ran", tmp_path / "evil.ckpt"
+    filled = [v.format(marker=marker) if isinstance(v, str) else v.__name__ for v in values]
+    content = {"state_dict": weights(), "a": lightning()(), "b": Call(function, *filled)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt is not loaded.*pickles can run any"):
+        read_header(path)
+    assert not marker.exists()
+
+
+def test_a_file_changes_no_function_of_ours(tmp_path):
+    """BUILD sets attributes of whatever stands on the stack: here of a function and of a class."""
+    for name in ("torch._utils _rebuild_parameter", "numpy dtype", "pytorch_lightning.x Y"):
+        target = b"c" + name.replace(" ", "\n").encode() + b"\n"
+        stream = io.BytesIO(b"\x80\x02" + target + b"N}X\x01\x00\x00\x00aK\x01s\x86b.")
+        with pytest.raises((pickle.UnpicklingError, TypeError)):
+            RestrictedUnpickler(stream).load()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_family import NORM, QUERY, TINY, VAE, added, layers_of, load, snapshot, write
+from tiny_family import (
+    NORM,
+    QUERY,
+    TINY,
+    VAE,
+    added,
+    layers_of,
+    load,
+    snapshot,
+    write,
+    write_unfinished,
+)
 
 from hyper_merge.errors import (
+    CheckpointError,
     DeviceError,
     ExtractionError,
     InterruptedRun,
@@ -243,6 +255,14 @@ def test_a_file_twice_or_another_family_is_refused(files, second_family, tmp_pat
     with pytest.raises(MismatchError, match=r"1 is Stable Diffusion 1\.x, 1 is Stable Diffusion 2"):
         extract(files[0], second_family[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_download_is_not_extracted(files, tmp_path):
+    spoilt = write_unfinished(tmp_path / "spoilt.safetensors", files[1], 0.6)
+    for pair in ((files[0], spoilt), (spoilt, files[0])):
+        with pytest.raises(CheckpointError, match=r"spoilt\.safetensors lacks data"):
+            extract(*pair, tmp_path / "models")
+    assert not (tmp_path / "models" / "Lora").exists()
 
 
 def test_nan_is_refused_by_file_and_key(files, tmp_path, state_of):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fitting import FIT, fit
 from safetensors.torch import load_file, save_file
-from tiny_family import QUERY, snapshot, write
+from tiny_family import QUERY, snapshot, write, write_unfinished
 
 from hyper_merge.errors import (
     CheckpointError,
@@ -124,3 +124,15 @@ def test_another_file_of_a_merged_name_is_refused(at, other, started):
         fit(at, twin)
     assert snapshot(started) == before
     assert fit(at, twin, name="mine").row.name == "mine"
+
+
+def test_an_unfinished_download_cannot_be_fitted(at, other, started, tmp_path):
+    spoilt = write_unfinished(tmp_path / "spoilt.safetensors", other, 0.6)
+    before = snapshot(started)
+    with pytest.raises(CheckpointError, match=r"spoilt\.safetensors lacks data"):
+        fit(at, spoilt)
+    sign = other.with_name(other.name + ".part")
+    sign.touch()
+    with pytest.raises(CheckpointError, match=r"the download of new one\.safetensors is not"):
+        fit(at, other)
+    assert snapshot(started) == before

@@ -9,7 +9,13 @@ from sparse_checkpoints import full_size
 from tiny_family import NORM, POSITION_IDS, QUERY, TEXT, UNET, merge, recipe, write
 
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.errors import DeviceError, FamilyError, HyperMergeError, MismatchError
+from hyper_merge.errors import (
+    CheckpointError,
+    DeviceError,
+    FamilyError,
+    HyperMergeError,
+    MismatchError,
+)
 from hyper_merge.operations.merge import cost_model, estimate
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -41,6 +47,30 @@ def b(tmp_path, state_of):
         return write(tmp_path / name, {key: t for key, t in state.items() if t is not None})
 
     return make
+
+
+@pytest.mark.parametrize("end", [".aria2", ".part", ".crdownload", ".!qB"])
+def test_a_download_in_progress_is_refused(tmp_path, files, b, end):
+    path = b()
+    sign = path.with_name(path.name + end)
+    sign.touch()
+    with pytest.raises(CheckpointError) as refusal:
+        checked([files[0], path])
+    assert str(refusal.value) == (
+        f"the download of b.safetensors is not finished: {sign.name} stands beside it; wait until it"
+        f" ends or begin it again; if b.safetensors is complete, delete {sign.name}"
+    )
+    assert refusal.value.file == path
+    with pytest.raises(CheckpointError, match=r"download of b\.safetensors is not"):
+        checked([files[0], files[2]], base=str(path))
+    sign.unlink()
+    checked([files[0], path])
+
+
+def test_a_file_shorter_than_its_header_says_is_refused(files, b):
+    path = b()
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "b.safetensors is truncated" in refused([files[0], path])
 
 
 def test_no_tensor_is_read(files, monkeypatch):

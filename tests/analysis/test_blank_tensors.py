@@ -1,0 +1,126 @@
+"""A file that lacks data is refused by name before anything is written; good files never are."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_family import (
+    NORM,
+    QUERY,
+    WarningLog,
+    inputs_of,
+    load,
+    merge,
+    run_pass,
+    snapshot,
+    write_unfinished,
+)
+
+from hyper_merge.analysis.blank_tensors import BlankTensors, holds_one_value
+from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.errors import CheckpointError
+
+REFUSAL = r"spoilt.safetensors lacks data: it holds one value throughout .*download it again"
+
+
+def matrices_of(path):
+    """Keys of all matrices in the order of their data."""
+    return [k for k, info in read_header(path).tensors.items() if len(info.shape) > 1]
+
+
+@pytest.fixture
+def spoilt(tmp_path, files):
+    """Writes a copy of b with some tensors of one value."""
+
+    def make(keys, value=0.0):
+        state = load(files[1])
+        state |= {key: torch.full_like(state[key], value) for key in keys}
+        save_file(state, tmp_path / "spoilt.safetensors")
+        return tmp_path / "spoilt.safetensors"
+
+    return make
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_an_unfinished_download_is_refused(tmp_path, files, share):
+    models = [
+        files[0],
+        write_unfinished(tmp_path / "spoilt.safetensors", files[1], share),
+        files[2],
+    ]
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=REFUSAL) as refusal:
+        merge(models, tmp_path / "out")
+    assert refusal.value.file == models[1]
+    assert refusal.value.key in read_header(models[1]).tensors
+    assert snapshot(tmp_path) == before
+
+
+def test_the_last_matrix_alone_is_refused(files, spoilt):
+    last = next(key for key in reversed(matrices_of(files[1])) if "position_ids" not in key)
+    with pytest.raises(CheckpointError, match=REFUSAL) as refusal:
+        run_pass(inputs_of([files[0], spoilt([last])]))
+    assert refusal.value.key == last
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_more_than_a_handful_of_matrices_is_refused(files, spoilt, value):
+    keys = [key for key in matrices_of(files[1]) if "attn" in key][:5]
+    with pytest.raises(CheckpointError, match=REFUSAL):
+        run_pass(inputs_of([files[0], spoilt(keys, value)]))
+
+
+def test_few_matrices_are_named_in_a_warning(files, spoilt):
+    log = WarningLog()
+    run_pass(inputs_of([files[0], spoilt([QUERY])]), progress=log.progress)
+    (warning,) = log.warnings
+    assert warning == (
+        f"spoilt.safetensors holds one value throughout {QUERY}, and the other files do not; compare it"
+        " with its source if nobody meant that"
+    )
+
+
+def test_a_base_that_lacks_data_is_refused(files, tmp_path):
+    base = write_unfinished(tmp_path / "spoilt.safetensors", files[1], 0.5)
+    with pytest.raises(CheckpointError, match=REFUSAL):
+        run_pass(inputs_of([files[0], files[2]], base=str(base)))
+
+
+def test_norms_and_biases_of_one_value_are_good(files, spoilt):
+    keys = [k for k, info in read_header(files[1]).tensors.items() if len(info.shape) == 1]
+    assert NORM in keys
+    log = WarningLog()
+    run_pass(inputs_of([files[0], spoilt(keys)]), progress=log.progress)
+    assert log.warnings == []
+
+
+def test_zeros_in_all_files_are_good(files, tmp_path):
+    models = []
+    for place, path in enumerate(files):
+        state = load(path)
+        state |= {key: torch.zeros_like(state[key]) for key in matrices_of(path) if "attn" in key}
+        models.append(tmp_path / f"{place}.safetensors")
+        save_file(state, models[-1])
+    log = WarningLog()
+    run_pass(inputs_of(models), progress=log.progress)
+    assert log.warnings == []
+
+
+def test_one_other_entry_makes_a_good_matrix():
+    tensor = torch.randn(2000, 2000)
+    assert not holds_one_value(tensor)
+    tensor[:] = 3.0
+    assert holds_one_value(tensor)
+    tensor[1234, 567] = 2.0
+    assert not holds_one_value(tensor)
+
+
+def test_the_order_is_that_of_each_file(files):
+    inputs = inputs_of(files)
+    header = inputs.headers[1]
+    turned = replace(header, tensors=dict(reversed(header.tensors.items())))
+    other = BlankTensors(replace(inputs, headers=(inputs.headers[0], turned)))
+    first = next(key for key in header.tensors if key in other._matrices)
+    with pytest.raises(CheckpointError, match="its last matrix"):
+        other.add(first, (1,))

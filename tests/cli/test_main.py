@@ -129,7 +129,8 @@ def test_runs_are_listed_and_deleted_after_a_question(started, run, monkeypatch)
     code, out, err = run("runs", "--output", started)
     assert (code, err) == (0, [])
     expected = (
-        r"mix: 20\d\d-\d\d-\d\d, Stable Diffusion 1.x, 3 checkpoints, ranks 4, 2, explained \d+% to"
+        r"mix: 20\d\d-\d\d-\d\d, Stable Diffusion 1.x, 3 checkpoints, ranks 4, 2,"
+        r" explained \d+% \(mean\), \d+% \(worst\)"
     )
     assert re.match(expected, out)
     before, questions = snapshot(started), []

@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hyper_merge.errors import OutputError, RecipeError
+from hyper_merge.cli.arguments import add_create_option, require_folder
+from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.fields import FIELDS
 from hyper_merge.recipe.loading import load_recipe, recipe_from_options
 from hyper_merge.recipe.recipe import Recipe, option_help
-from hyper_merge.runs.paths import path_exists
 from hyper_merge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, settings: Collection[s
         else:
             nargs = "+" if field.takes == "many" else None
             group.add_argument(field.option, nargs=nargs, metavar=field.metavar, help=text)
-    parser.add_argument(
-        "--create", action="store_true", help="make the models folder if it does not exist"
-    )
+    add_create_option(parser)
 
 
 def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
@@ -61,20 +59,10 @@ def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
 
     validated = run_preflight(_recipe(options))
     if not options.create:
-        _require_folder(validated.recipe.output)
+        require_folder(validated.recipe.output)
     for warning in validated.warnings:
         progress.warn(warning)
     return validated
-
-
-def _require_folder(output: Path) -> None:
-    """Returns if something is there, for a mistyped folder would be noticed after a long merge."""
-    if not path_exists(output):
-        raise OutputError(
-            f"the models folder {output} does not exist",
-            hint="give --output a folder that exists, such as the WebUI's models, or --create",
-            file=output,
-        )
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -105,6 +105,18 @@ def test_a_models_folder_that_is_missing_is_not_made(files, tmp_path, run, comma
     assert (tmp_path / "nosuch").is_dir()
 
 
+def test_extract_makes_a_models_folder_on_request_alone(files, tmp_path, run):
+    words = ["extract", files[0], files[1], "--rank", "1", "--output", tmp_path / "nosuch"]
+    code, out, err = run(*words)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert not (tmp_path / "nosuch").exists()
+    code, _, err = run(*words, "--create")
+    assert (code, err) == (0, [])
+    assert len(list((tmp_path / "nosuch/Lora").glob("*.safetensors"))) == 1
+    code, _, err = run(*words[:-1], tmp_path / "deep/one.safetensors")
+    assert (code, err) == (0, [])
+
+
 def test_the_help_of_the_average_lists_no_setting_of_loras(capsys):
     with pytest.raises(SystemExit):
         cli.main(["average", "--help"])

@@ -48,7 +48,7 @@ def main() -> None:
     plain_file = options.folder / "plain.safetensors"
     plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
     plain_file.unlink()
-    job = ("--models", *map(str, paths), "--output", str(out))
+    job = ("--models", *map(str, paths), "--output", str(out), "--create")
     plainly = ("--layer_weights", "plain")  # as the losses below
     spread = ("--allocation", options.allocation, *plainly)
     _row("plain job", plain, plain)

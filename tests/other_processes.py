@@ -73,6 +73,9 @@ from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.solver import solve
 solve.DEFAULT_EFFORT = SearchEffort.QUICK
 
+from hyper_merge.cli import progress_bar
+progress_bar.SECONDS_BETWEEN_LINES = 1e9
+
 def clear(root):
     try:
         clear_cache(Folders.under(Path(root)))

@@ -73,7 +73,7 @@ def options_of(command):
 
 def recipe_keys():
     """Every setting of a recipe: the options of a merge that are its own."""
-    return {option[2:] for option in options_of("merge")} - {"config", "debug", "help"}
+    return {option[2:] for option in options_of("merge")} - {"config", "create", "debug", "help"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_names)

@@ -121,7 +121,11 @@ class RunSummaryResponse(BaseModel):
     family: str
     checkpoints: list[str]
     ranks: list[int]
-    explained: float = Field(..., description="of all differences in the layers")
+    explained: float = Field(
+        ...,
+        description="mean over the checkpoints of their explained shares, as in the tab; the share of"
+        " all differences is 1 - loss of the run's report",
+    )
     explained_worst: float = Field(..., description="of the checkpoint that is explained least")
     missing: list[str] = Field(..., description="files that are gone or were replaced since")
 
@@ -186,7 +190,11 @@ class ReportResponse(BaseModel):
 
     method: str
     losses: list[float] = Field(..., description="after each sweep, before rounding")
-    loss: float = Field(..., description="of the written files")
+    loss: float = Field(
+        ...,
+        description="of the written files: share of all differences in the layers that the shared"
+        " LoRAs do not explain",
+    )
     private_loss: float = Field(..., description="of private LoRAs of the same bytes")
     bound: float = Field(..., description="no LoRAs of these ranks go below")
     not_carried: dict[str, float] = Field(..., description="share of all differences, by kind")

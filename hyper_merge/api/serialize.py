@@ -114,8 +114,8 @@ def run_summary_response(run: Run) -> RunSummaryResponse:
         family=run.family,
         checkpoints=[row.name for row in rows],
         ranks=list(run.recipe.ranks),
-        explained=1 - run.report.loss,
-        explained_worst=min(row.explained for row in rows),
+        explained=run.report.explained_mean,
+        explained_worst=run.report.worst.explained,
         missing=[path.name for path in run.missing],
     )
 

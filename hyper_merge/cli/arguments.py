@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from hyper_merge.errors import OutputError
 from hyper_merge.recipe.plain_values import plain_value
+from hyper_merge.runs.paths import path_exists
 
 OUTPUT_HELP: Final = "the models folder (default: models)"
 
@@ -19,6 +21,27 @@ def add_output_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("models"), metavar="FOLDER", help=OUTPUT_HELP
     )
+
+
+def add_create_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that makes the models folder."""
+    parser.add_argument(
+        "--create", action="store_true", help="make the models folder if it does not exist"
+    )
+
+
+def require_folder(output: Path) -> None:
+    """Returns if something is there: a mistyped folder would be noticed after long work.
+
+    Raises:
+        OutputError: nothing is there.
+    """
+    if not path_exists(output):
+        raise OutputError(
+            f"the models folder {output} does not exist",
+            hint="give --output a folder that exists, such as the WebUI's models, or --create",
+            file=output,
+        )
 
 
 def finish_parser(

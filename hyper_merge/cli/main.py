@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hyper_merge import __version__
 from hyper_merge.cli.arguments import finish_parser
 from hyper_merge.cli.commands import COMMANDS, load_command
-from hyper_merge.cli.output import say
+from hyper_merge.cli.output import escape_unknown_letters, say
 from hyper_merge.errors import HyperMergeError, InterruptedRun
 from hyper_merge.runtime.progress import STOPPED
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 2 for refused input, 130 after Ctrl-C, 1 for anything unexpected.
     """
+    escape_unknown_letters()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(arguments).parse_args(arguments)
     run_command: Callable[[argparse.Namespace], None] = options.run_command

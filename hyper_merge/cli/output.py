@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TextIO
+
+
+def escape_unknown_letters() -> None:
+    r"""Makes the standard streams write letters that their encoding lacks as codes, as in `\u6a21`.
+
+    Piped output has the system's encoding, on Windows one of few letters, while files may be called
+    anything; a message must not fail for a name in it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(message: str, stream: TextIO | None = None) -> None:

@@ -1,25 +1,33 @@
-"""A run on the terminal: one bar with phase and time left, warnings above it."""
+"""A run on the terminal: one bar with phase and time left, warnings above it; elsewhere a line at times."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from tqdm import tqdm
 
+from hyper_merge.cli.output import say
 from hyper_merge.runtime.progress import Progress
+
+SECONDS_BETWEEN_LINES: Final = 5.0  # where standard error is no terminal
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Gives a progress that draws on the terminal; the bar goes away when the block is left."""
+    """Gives a progress that draws on the terminal; the bar goes away when the block is left.
+
+    Where standard error is no terminal but a file or a pipe, a line every few seconds goes there.
+    """
     warnings: set[str] = set()
     with tqdm(
         total=100.0,
         leave=False,
         file=sys.stderr,
-        disable=None,  # where standard error is no terminal, only messages go there
+        disable=None,  # where standard error is no terminal
         bar_format="{desc:28} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left",
     ) as bar:
 
@@ -32,7 +40,26 @@ def progress_bar() -> Iterator[Progress]:
                 warnings.add(message)
                 bar.write(f"note: {message}", file=sys.stderr)
 
-        yield Progress(on_progress, lambda: False, warn)
+        yield Progress(_line_writer() if bar.disable else on_progress, lambda: False, warn)
+
+
+def _line_writer() -> Callable[[str, float], None]:
+    """Returns a function that writes phase and fraction as a line now and then, never at once."""
+    start = last = time.monotonic()
+
+    def on_progress(phase: str, fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS_BETWEEN_LINES:
+            return
+        last = now
+        elapsed = now - start
+        line = f"{phase}: {fraction:.0%}, {tqdm.format_interval(elapsed)} so far"
+        if 0.0 < fraction < 1.0:
+            line += f", {tqdm.format_interval(elapsed / fraction - elapsed)} left"
+        say(line, sys.stderr)
+
+    return on_progress
 
 
 def say_above(message: str) -> None:

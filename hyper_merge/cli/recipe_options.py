@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from hyper_merge.cli.arguments import add_create_option, require_folder
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.fields import FIELDS
 from hyper_merge.recipe.loading import load_recipe, recipe_from_options
@@ -16,18 +18,34 @@ if TYPE_CHECKING:
     from hyper_merge.operations.merge.preflight import Preflight
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the recipe file and an option for each setting."""
+AVERAGE_SETTINGS: Final = frozenset(
+    {"name", "models", "device", "dtype", "weights", "output", "overwrite", "vae"}
+)
+"""Names of the settings that have a say in the average; a recipe may have the others too."""
+
+_ALL: Final = frozenset(field.name for field in FIELDS)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, settings: Collection[str] = _ALL) -> None:
+    """Adds the recipe file, an option for each setting, and one that makes the models folder.
+
+    Args:
+        parser: the command's.
+        settings: names of the settings that the help lists; the others are taken as well.
+    """
     parser.add_argument("recipe", nargs="?", type=Path, metavar="CONFIG.yaml", help="a recipe file")
     parser.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="the same")
     group = parser.add_argument_group("settings (they win over the recipe file)")
     for field in FIELDS:
         text = option_help(field).replace("%", "%%")  # which argparse formats
+        if field.name not in settings:
+            text = argparse.SUPPRESS
         if field.takes == "flag":
             group.add_argument(field.option, action="store_const", const="true", help=text)
         else:
             nargs = "+" if field.takes == "many" else None
             group.add_argument(field.option, nargs=nargs, metavar=field.metavar, help=text)
+    add_create_option(parser)
 
 
 def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
@@ -35,10 +53,13 @@ def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
 
     Raises:
         HyperMergeError: it cannot be merged.
+        OutputError: the models folder does not exist, and is not to be made.
     """
     from hyper_merge.operations.merge.preflight import run_preflight
 
     validated = run_preflight(_recipe(options))
+    if not options.create:
+        require_folder(validated.recipe.output)
     for warning in validated.warnings:
         progress.warn(warning)
     return validated

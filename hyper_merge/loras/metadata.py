@@ -68,7 +68,9 @@ class LoraFile:
     count: int  # of the run's LoRAs
     rank: int  # in the run's list; small layers may have less
     multipliers: Mapping[str, float]  # by the checkpoint's file stem
-    explained: float | None  # fraction 0..1 of the deviations, by all blocks together, if known
+    explained: (
+        float | None
+    )  # share 0..1 of all differences by all shared LoRAs, or of one's, if known
     dtype: torch.dtype = torch.float16  # of the stored factors
     alone: str | None = None  # the checkpoint that it restores without any other
     tops_up: str | None = None  # the checkpoint that it is added to the shared LoRAs for

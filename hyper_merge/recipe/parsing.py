@@ -29,6 +29,7 @@ MOST_BLOCKS = 64
 LARGEST_RANK = 4096
 LONGEST_NAME = 100
 
+_SMALLEST = 1000  # bytes
 _LARGEST = sys.float_info.max
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmg]i?)?b?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -145,13 +146,19 @@ def parse_weights(value: object) -> tuple[float, ...] | None:
 
 
 def parse_bytes(value: object) -> int | None:
-    """Returns bytes, from a number or a text such as "300MB" or "1.5 GB"; None for nothing."""
+    """Returns bytes, from a number or a text such as "300MB" or "1.5 GB"; None for nothing.
+
+    A size below a kilobyte is refused: no LoRA is that small, and its unit was forgotten.
+    """
     if value is None:
         return None
     match = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
     size = float(match[1]) * _UNITS[(match[2] or "").lower()] if match else 0.0
     if not 0.5 < size <= _LARGEST:
         raise expected_error('a size, such as "300MB" or "1.5GB"', value)
+    if match and round(size) < _SMALLEST:
+        hint = "" if match[2] else f"did you mean {match[1]}MB?"
+        raise expected_error('a size of 1kB or more, such as "300MB"', value, hint=hint)
     return round(size)
 
 

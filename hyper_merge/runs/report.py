@@ -101,9 +101,28 @@ class Report:
     relative_loss: float = 0.0  # the same, each layer's error against the size of its weight
 
     @property
+    def explained_mean(self) -> float:
+        """Mean of the checkpoints' explained shares, 0..1: each counts as much as any other."""
+        return sum(row.explained for row in self.checkpoints) / max(len(self.checkpoints), 1)
+
+    @property
+    def worst(self) -> CheckpointReport:
+        """The checkpoint that is explained least."""
+        return min(self.checkpoints, key=lambda row: row.explained)
+
+    @property
+    def explained_of_all(self) -> float:
+        """Explained share of all differences in the layers, 0..1, by the shared LoRAs.
+
+        Checkpoints that differ more count more. It is what the loss leaves, so private LoRAs, which
+        have no part in the loss, have none here.
+        """
+        return 1.0 - self.loss
+
+    @property
     def costly_rounding(self) -> PrecisionLoss | None:
         """The loss in AUTOMATIC1111, which rounds after every LoRA, if worth mentioning; else None."""
-        most = min(_MUCH_OF_EXPLAINED * (1 - self.loss), _MUCH_OF_LOSS * self.loss)
+        most = min(_MUCH_OF_EXPLAINED * self.explained_of_all, _MUCH_OF_LOSS * self.loss)
         return next((x for x in self.rounding if x.hosts == A1111 and x.added > most), None)
 
     def tags(self, row: CheckpointReport) -> str:
@@ -150,6 +169,8 @@ class Report:
         """
         report: Report = read_plain(cls, data, "report")
         k, blocks = len(report.checkpoints), len(report.loras)
+        if not k:
+            raise ValueError("expected one checkpoint or more in report.checkpoints, got none")
         for name, rows, (count, length) in (
             ("multipliers", [row.multipliers for row in report.checkpoints], (k, blocks)),
             (

@@ -30,6 +30,8 @@ def format_report(report: Report) -> str:
     ]
     lines += [
         "",
+        _format_explained(report),
+        "",
         *_format_losses(report),
         *_format_rounding(report),
         *_format_details(report),
@@ -66,6 +68,14 @@ def _format_text_encoder(report: Report, row: CheckpointReport) -> str:
     """Returns a share, or a dash where the files have no text encoder that takes LoRAs."""
     without = report.parts and all(part.which == "unet" for part in report.parts)
     return "-" if without else f"{row.explained_text_encoder:.2%}"
+
+
+def _format_explained(report: Report) -> str:
+    return (
+        f"explained: {report.explained_mean:.2%} as the mean over checkpoints,"
+        f" {report.worst.explained:.2%} at worst;"
+        f" {report.explained_of_all:.2%} of all differences by the shared LoRAs (1 - loss)"
+    )
 
 
 def _format_losses(report: Report) -> list[str]:

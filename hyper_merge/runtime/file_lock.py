@@ -28,7 +28,7 @@ PAUSE: Final = 0.05  # seconds between attempts to take a lock that another proc
 _TRIES: Final = 20  # to open a lock's file, which others remove and create again
 _PATIENCE: Final = 30.0  # seconds; work under an exclusive lock takes a few milliseconds
 _BUSY: Final = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
-_MOMENT: Final = 2.0  # seconds for which a file may be open in another process
+_MOMENT: Final = 5.0  # seconds for which a file may be open in another process
 _REMOVED_WHILE_OPEN: Final = sys.platform != "win32"  # whether an open file can be removed
 _SHARES: Final = 2**30  # bytes of a Windows lock, beyond the file's end; each sharer takes one
 

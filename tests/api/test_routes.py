@@ -12,6 +12,8 @@ from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import load_run
+from hyper_merge.ui.html.common import format_percent
+from hyper_merge.ui.html.runs import format_run_summary
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 BODY = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}
@@ -278,6 +280,14 @@ def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
     assert run_summary["checkpoints"] == ["a", "b", "c"]
     assert run_summary["missing"] == []
     assert 0 < run_summary["explained_worst"] <= run_summary["explained"] < 1
+    rows = client.get("/runs/mix")[1]["checkpoints"]
+    assert run_summary["explained"] == sum(row["explained"] for row in rows) / len(rows)
+    loaded = load_run(Folders.under(root), "mix")
+    assert run_summary["explained"] == loaded.report.explained_mean
+    shown = (
+        f"Explained: <b>{format_percent(run_summary['explained'])}</b> as the mean over checkpoints"
+    )
+    assert shown in format_run_summary(loaded)
     assert "the run old cannot be read" in answer["problems"][0]
 
 

@@ -24,6 +24,12 @@ ROOT = Path(__file__).parents[2]
 FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def _no_progress_lines(monkeypatch):
+    """Keeps a busy machine from adding lines to standard error."""
+    monkeypatch.setattr("hyper_merge.cli.progress_bar.SECONDS_BETWEEN_LINES", 1e9)
+
+
 def without_estimate(out):
     """Standard output less the line that says beforehand what a merge will take."""
     return re.sub(r"^\d+ checkpoints; a.* seconds, [\d.]+ [GM]B of memory .* of disk\n", "", out)
@@ -52,7 +58,7 @@ def test_a_recipe_file_is_merged_and_the_outcome_printed(files, tmp_path, run):
     lines = ["name: mix", "device: cpu", "dtype: float16", "iterations: 2", "ranks: [4, 2]"]
     lines += ["models:", *(f"  - {path}" for path in files), f"output: {tmp_path / 'models'}"]
     config.write_text("\n".join(lines))
-    code, out, err = run("merge", config)
+    code, out, err = run("merge", config, "--create")
     assert (code, err) == (0, [])
     place = tmp_path / "models"
     assert out.startswith("3 checkpoints; a few seconds, 4")  # what it will take, before the bar
@@ -83,6 +89,44 @@ def test_the_average_alone_is_one_file(files, tmp_path, run):
     assert [*snapshot(tmp_path)] == ["Stable-diffusion/mix.safetensors"]
 
 
+@pytest.mark.parametrize("command", ["merge", "average", "plan"])
+def test_a_models_folder_that_is_missing_is_not_made(files, tmp_path, run, command):
+    words = [command, *options(files, tmp_path / "nosuch")]
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    (message,) = err
+    assert message.startswith(
+        f"hyper-merge: the models folder {tmp_path / 'nosuch'} does not exist; give --output"
+    )
+    assert message.endswith("or --create")
+    assert not (tmp_path / "nosuch").exists()
+    code, _, err = run(*words, "--create")
+    assert (code, err) == (0, [])
+    assert (tmp_path / "nosuch").is_dir()
+
+
+def test_extract_makes_a_models_folder_on_request_alone(files, tmp_path, run):
+    words = ["extract", files[0], files[1], "--rank", "1", "--output", tmp_path / "nosuch"]
+    code, out, err = run(*words)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert not (tmp_path / "nosuch").exists()
+    code, _, err = run(*words, "--create")
+    assert (code, err) == (0, [])
+    assert len(list((tmp_path / "nosuch/Lora").glob("*.safetensors"))) == 1
+    code, _, err = run(*words[:-1], tmp_path / "deep/one.safetensors")
+    assert (code, err) == (0, [])
+
+
+def test_the_help_of_the_average_lists_no_setting_of_loras(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["average", "--help"])
+    listed = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert listed == {
+        *("config", "create", "debug"),
+        *("name", "models", "device", "dtype", "weights", "output", "overwrite", "vae"),
+    }
+
+
 def test_inspect_prints_a_table(files, run):
     code, out, err = run("inspect", *files)
     assert (code, err) == (0, [])
@@ -97,7 +141,8 @@ def test_runs_are_listed_and_deleted_after_a_question(started, run, monkeypatch)
     code, out, err = run("runs", "--output", started)
     assert (code, err) == (0, [])
     expected = (
-        r"mix: 20\d\d-\d\d-\d\d, Stable Diffusion 1.x, 3 checkpoints, ranks 4, 2, explained \d+% to"
+        r"mix: 20\d\d-\d\d-\d\d, Stable Diffusion 1.x, 3 checkpoints, ranks 4, 2,"
+        r" explained \d+% \(mean\), \d+% \(worst\)"
     )
     assert re.match(expected, out)
     before, questions = snapshot(started), []
@@ -233,6 +278,7 @@ def test_nan_is_refused_by_file_and_key(files, tmp_path, state_of, run):
     state = state_of(1)
     state[QUERY] = torch.full_like(state[QUERY], float("nan"))
     spoilt = write(tmp_path / "spoilt.safetensors", state)
+    (tmp_path / "models").mkdir()
     code, out, err = run("merge", *options([files[0], spoilt], tmp_path / "models"))
     assert (code, without_estimate(out), len(err)) == (2, "", 1)
     assert err[0].startswith("hyper-merge: spoilt.safetensors holds NaN or infinity in ")
@@ -268,9 +314,7 @@ def test_warnings_are_notes_and_told_once(files, tmp_path, run):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(files[0].read_bytes())
     models = [files[0], copy]
-    code, _, err = run(
-        "merge", *options(models, tmp_path / "models", ranks="40", allocation="even")
-    )
+    code, _, err = run("merge", *options(models, tmp_path, ranks="40", allocation="even"))
     assert code == 0
     assert err[0] == "note: a.safetensors and copy.safetensors have the same content"
     assert err[1].startswith("note: rank 40 is capped in ")
@@ -330,6 +374,25 @@ def test_a_terminal_shows_one_bar_and_notes_above(monkeypatch):
     assert drawn[-1] == ""  # the bar is wiped out
 
 
+def test_without_a_terminal_a_line_comes_at_times(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("hyper_merge.cli.progress_bar.SECONDS_BETWEEN_LINES", 5.0)
+    with progress_bar() as progress:
+        for seconds, fraction in ((0, 0.0), (3, 0.1), (4, 0.2), (1, 0.25), (4, 0.3), (60, 0.5)):
+            now[0] += seconds
+            progress.report("reading", fraction)
+        progress.warn("rank 9 is capped")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "reading: 20%, 00:07 so far, 00:28 left",
+        "reading: 30%, 00:12 so far, 00:28 left",
+        "reading: 50%, 01:12 so far, 01:12 left",
+        "note: rank 9 is capped",
+    ]
+
+
 def test_debug_shows_where_a_refusal_came_from(run):
     code, _, err = run("inspect", "nowhere.safetensors", "--debug")
     assert code == 2
@@ -353,8 +416,9 @@ def test_misuse_of_the_options_is_refused_by_the_usage(capsys):
 SLOWLY = """
 import sys, time
 from hyper_merge.analysis import streaming_pass
-from hyper_merge.cli import main as cli
+from hyper_merge.cli import main as cli, progress_bar
 from hyper_merge.cli.commands import COMMANDS
+progress_bar.SECONDS_BETWEEN_LINES = 1e9
 quick = streaming_pass.analyze_tensor
 def slow(*arguments):
     time.sleep(0.1)

@@ -59,7 +59,7 @@ def root(request, tmp_path):
 
 def merging(files, root, name="mix", ranks="4,2", iterations=3):
     """Returns the command of a merge."""
-    words = ["merge", "--name", name, "--models", *files, "--output", root]
+    words = ["merge", "--name", name, "--models", *files, "--output", root, "--create"]
     return [*words, "--ranks", ranks, "--iterations", str(iterations), "--device", "cpu"]
 
 

@@ -1,15 +1,17 @@
 """One file written under a temporary name beside its place, then put there whole or not at all.
 
-The temporary name is `.hyper-merge-<16 hex digits>.tmp`. One that a killed process left behind is
-never read by anything and can be deleted; so can `.hyper-merge-<16 hex digits>.old`, a second name
-of a replaced file that exists for a moment while several files are put in place together.
+The temporary name is `.hyper-merge-<16 hex digits>.tmp`. A replaced file has a second name that ends
+with `.old` for a moment, while several files are put in place together. Neither is ever read;
+`leftovers` removes those that a killed process left behind.
+
+Windows refuses to replace a file while another program has it open, such as a virus scanner for a
+moment after it was written: that is tried again for some seconds.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import sys
 import threading
@@ -19,7 +21,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
+from hyper_merge.checkpoints.io.leftovers import PREVIOUS, TEMPORARY, temporary_path
 from hyper_merge.errors import OutputError
+from hyper_merge.runtime.file_lock import patiently
 
 # Errors by which a file system says that it cannot reserve space, though it may well have it.
 _CANNOT_RESERVE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV)
@@ -50,18 +54,21 @@ class StagedFile:
 
     _file: FileIO
 
-    def __init__(self, path: Path, *, overwrite: bool, size: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, overwrite: bool, size: int = 0, owner: str | None = None
+    ) -> None:
         """Names the temporary file; makes none.
 
         Args:
             path: where the file is to appear; its folder must exist.
             overwrite: whether a file there may be replaced.
             size: bytes that will be written, as far as known.
+            owner: digits of the transaction that it belongs to, if any.
         """
         self.path = path
         self.overwrite = overwrite
         self.size = size
-        self.temporary = path.with_name(f".hyper-merge-{secrets.token_hex(8)}.tmp")
+        self.temporary = temporary_path(path, TEMPORARY, owner)
         self._previous: Path | None = None
         self._was_free = False
         self._lock = threading.Lock()
@@ -115,22 +122,30 @@ class StagedFile:
             self._was_free = not os.path.lexists(self.path)
             if reversible and not self._was_free:
                 self._keep_previous()
-            self.temporary.replace(self.path)
+            patiently(lambda: _replace(self.temporary, self.path))
             sync_folder(self.path.parent)
 
-    def revert(self) -> None:
-        """Undoes a reversible commit: restores the former file, or removes the new one."""
-        if self.temporary.exists():
-            return  # it never came to the replacement
-        with suppress(OSError):
-            if self._previous is not None:
-                self._previous.replace(self.path)
-                self._previous.unlink()  # two names of one file survive a replacement
-            elif self._was_free:
-                self.path.unlink()
+    def revert(self) -> bool:
+        """Undoes a reversible commit: restores the former file, or removes the new one.
+
+        Returns:
+            False where the former file has its second name alone, for the system refuses.
+        """
+        previous = self._previous
+        if self.temporary.exists():  # it never came to the replacement
+            self.forget_previous()
+        elif previous is not None:
+            with suppress(OSError):
+                patiently(lambda: _replace(previous, self.path))
+                previous.unlink(missing_ok=True)  # two names of one file survive a replacement
+            return not previous.exists()
+        elif self._was_free:
+            with suppress(OSError):
+                patiently(self.path.unlink)
+        return True
 
     def forget_previous(self) -> None:
-        """Removes the second name of a replaced file; never after a failed commit."""
+        """Removes the second name of the former file; never where it is the only one."""
         if self._previous is not None:
             with suppress(OSError):
                 self._previous.unlink()
@@ -167,7 +182,7 @@ class StagedFile:
 
     def _keep_previous(self) -> None:
         """Gives the former file a second name, and not another place: it never disappears from its own."""
-        previous = self.temporary.with_suffix(".old")
+        previous = self.temporary.with_suffix(PREVIOUS)
         with suppress(OSError):  # no hard links here (FAT, some network folders): not reversible
             previous.hardlink_to(self.path)
             self._previous = previous
@@ -176,10 +191,15 @@ class StagedFile:
 class StagedRemoval:
     """An existing file about to disappear; `commit` removes it, `revert` restores it."""
 
-    def __init__(self, path: Path) -> None:
-        """Names the file; nothing happens to it."""
+    def __init__(self, path: Path, *, owner: str | None = None) -> None:
+        """Names the file; nothing happens to it.
+
+        Args:
+            path: the file.
+            owner: digits of the transaction that the removal belongs to, if any.
+        """
         self.path = path
-        self._kept = path.with_name(f".hyper-merge-{secrets.token_hex(8)}.old")
+        self._kept = temporary_path(path, PREVIOUS, owner)
 
     def commit(self) -> None:
         """Removes the file; one that is gone already is no error.
@@ -188,7 +208,7 @@ class StagedRemoval:
             OutputError: the operating system refuses.
         """
         try:
-            self.path.rename(self._kept)
+            patiently(lambda: _rename(self.path, self._kept))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -199,15 +219,25 @@ class StagedRemoval:
             ) from error
         sync_folder(self.path.parent)
 
-    def revert(self) -> None:
-        """Restores the file."""
-        with suppress(OSError):
-            self._kept.rename(self.path)
+    def revert(self) -> bool:
+        """Restores the file; returns False where the system refuses, and its last name stays."""
+        if self._kept.exists():
+            with suppress(OSError):
+                patiently(lambda: _rename(self._kept, self.path))
+        return not self._kept.exists()
 
     def forget_previous(self) -> None:
         """Deletes the file for good."""
         with suppress(OSError):
             self._kept.unlink()
+
+
+def _replace(source: Path, target: Path) -> None:
+    source.replace(target)
+
+
+def _rename(source: Path, target: Path) -> None:
+    source.rename(target)
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:

@@ -40,6 +40,7 @@ class SafetensorsWriter:
         *,
         overwrite: bool = True,
         deferred: bool = False,
+        owner: str | None = None,
     ) -> None:
         """Fixes the header; nothing is written before the block is entered.
 
@@ -50,6 +51,7 @@ class SafetensorsWriter:
             overwrite: whether an existing file may be replaced.
             deferred: leaving the block only finishes the temporary file; `staged.commit()` or
                 `FileTransaction` puts it in place.
+            owner: digits of the transaction that it belongs to, if any.
 
         Raises:
             TypeError: metadata that is not text.
@@ -60,6 +62,7 @@ class SafetensorsWriter:
         self._tensors = dict(tensors)
         self._overwrite = overwrite
         self._deferred = deferred
+        self._owner = owner
         self._offsets = _offsets(tensors)
         self._header = _header_bytes(tensors, self._offsets, metadata)
         self._pending = set(tensors)
@@ -83,7 +86,9 @@ class SafetensorsWriter:
         Raises:
             OutputError: the place is taken, the folder is missing or read-only, the disk is full.
         """
-        self._staged = StagedFile(self.path, overwrite=self._overwrite, size=self.size)
+        self._staged = StagedFile(
+            self.path, overwrite=self._overwrite, size=self.size, owner=self._owner
+        )
         try:
             self._staged.create()
             self._staged.write_at(memoryview(self._header), 0)

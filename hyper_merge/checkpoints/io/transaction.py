@@ -20,6 +20,7 @@ from hyper_merge.checkpoints.io.atomic_file import (
     sync_folder,
 )
 from hyper_merge.checkpoints.io.header import TensorInfo
+from hyper_merge.checkpoints.io.leftovers import ClaimedFolders
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.errors import NameTakenError
 from hyper_merge.runtime.names import name_key
@@ -39,6 +40,7 @@ class FileTransaction:
     An exception within the block (Ctrl-C too) removes everything staged and every folder made, and
     so does a refusal while the files are put in place: those already replaced are restored.
     Only a kill in that last moment can leave some files new and some old, each of them whole.
+    What a kill leaves over goes with the next transaction that writes to the same folder.
     Two files of one block never have the same place, on no file system: names that differ by case
     alone are refused, for on Windows and macOS one would silently replace the other.
     """
@@ -54,6 +56,8 @@ class FileTransaction:
         self._removals: dict[Path, StagedRemoval] = {}
         self._written: dict[str, Path] = {}  # by the key that no file system gives to two places
         self._folders: list[Path] = []
+        self._claimed = ClaimedFolders()
+        self._is_reverted = True  # but for a failure that could not be undone
 
     def __enter__(self) -> FileTransaction:
         return self
@@ -70,7 +74,12 @@ class FileTransaction:
         """
         path = self._prepare(path)
         writer = SafetensorsWriter(
-            path, tensors, metadata, overwrite=self._overwrite, deferred=True
+            path,
+            tensors,
+            metadata,
+            overwrite=self._overwrite,
+            deferred=True,
+            owner=self._claimed.owner,
         )
         self._parts[path] = writer
         return writer
@@ -82,7 +91,8 @@ class FileTransaction:
     def bytes(self, path: _Path, content: _Bytes) -> None:
         """Stages a file of any content; errors as for `safetensors`."""
         path = self._prepare(path)
-        staged = StagedFile(path, overwrite=self._overwrite, size=len(content))
+        owner = self._claimed.owner
+        staged = StagedFile(path, overwrite=self._overwrite, size=len(content), owner=owner)
         self._parts[path] = staged
         staged.create()
         staged.write_at(memoryview(content), 0)
@@ -94,7 +104,8 @@ class FileTransaction:
         if path in self._parts or path in self._removals:
             raise ValueError(f"{path} is staged twice")
         _require_apart(path, self._written.get(_place_key(path)))
-        self._removals[path] = StagedRemoval(path)
+        self._claimed.claim(path.parent)
+        self._removals[path] = StagedRemoval(path, owner=self._claimed.owner)
 
     def size_of(self, path: _Path) -> int:
         """Returns the size of a staged file in bytes."""
@@ -127,6 +138,7 @@ class FileTransaction:
             raise
         if kind is not None:
             self._discard()
+        self._claimed.release()
 
     def _prepare(self, path: _Path) -> Path:
         """Returns the path, free to be written to, in a folder that exists."""
@@ -143,6 +155,7 @@ class FileTransaction:
                 folder.mkdir(exist_ok=True)
                 self._folders.append(folder)
                 sync_folder(folder.parent)
+            self._claimed.claim(path.parent)
         self._written[key] = path
         return path
 
@@ -155,8 +168,8 @@ class FileTransaction:
             for removal in self._removals.values():
                 removal.commit()
         except BaseException:
-            for step in reversed(steps):
-                step.revert()
+            reverted = [step.revert() for step in reversed(steps)]
+            self._is_reverted = all(reverted)
             raise
         for step in steps:
             step.forget_previous()
@@ -175,6 +188,7 @@ class FileTransaction:
         for part in self._parts.values():
             with suppress(ValueError):  # a writer that was never entered has nothing staged
                 _staged(part).discard()
+        self._claimed.release(removable=self._is_reverted)
         for folder in reversed(self._folders):
             with suppress(OSError):  # somebody else's file is in it by now
                 folder.rmdir()

@@ -6,13 +6,13 @@ import argparse
 
 from hyper_merge.cli.output import say
 from hyper_merge.cli.progress_bar import progress_bar
-from hyper_merge.cli.recipe_options import add_recipe_arguments, preflight
+from hyper_merge.cli.recipe_options import AVERAGE_SETTINGS, add_recipe_arguments, preflight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the recipe and its settings."""
     parser.description = "Make the hyper-model alone."
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, AVERAGE_SETTINGS)
 
 
 def run_command(options: argparse.Namespace) -> None:

@@ -47,15 +47,16 @@ def run_command(options: argparse.Namespace) -> None:
 def _run_line(run: Run) -> str:
     from hyper_merge.runs.fit_records import load_fits
 
-    shares = [row.explained for row in run.report.checkpoints]
+    report = run.report
     ranks = ", ".join(map(str, run.recipe.ranks))
     missing = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
     fits, _ = load_fits(run)
     fitted = ", ".join(f"{record.row.name} {record.explained:.0%}" for record in fits)
     later = f"; fitted: {fitted}" if fits else ""
     return (
-        f"{run.name}: {run.created[:10]}, {run.family}, {len(shares)} checkpoints, ranks {ranks},"
-        f" explained {min(shares):.0%} to {max(shares):.0%}{later}{missing}"
+        f"{run.name}: {run.created[:10]}, {run.family}, {len(report.checkpoints)} checkpoints, ranks {ranks},"
+        f" explained {report.explained_mean:.0%} (mean), {report.worst.explained:.0%} (worst)"
+        f"{later}{missing}"
     )
 
 

@@ -63,7 +63,7 @@ class MergeOutputs:
                 count=len(names),
                 rank=ranks[block],
                 multipliers=_column(multipliers["unet"], block, stems),
-                explained=1 - solved.evaluation.loss,
+                explained=1 - solved.evaluation.loss,  # of all differences
                 dtype=solved.plan.dtype,
                 text_multipliers=None if text is None else _column(text, block, stems),
                 own_alpha=solved.factors.alphas[block],

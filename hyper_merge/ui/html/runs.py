@@ -25,8 +25,7 @@ from hyper_merge.ui.html.common import (
 def format_run_summary(run: Run) -> str:
     """Returns the files that went into a run and came out, the saved bytes and the explained shares."""
     report = run.report
-    explained = [row.explained for row in report.checkpoints]
-    worst = min(report.checkpoints, key=lambda row: row.explained)
+    worst = report.worst
     after = report.bytes_average + report.bytes_loras
     saved = report.bytes_before - after
     less = f"{format_size(saved)} less" if saved >= 0 else f"{format_size(-saved)} more"
@@ -35,9 +34,9 @@ def format_run_summary(run: Run) -> str:
     if run.recipe.base != AVERAGE:
         made = f"{file} as base"
     return (
-        f"<p><b>{_text(run.name)}</b>: {len(explained)} checkpoints ({format_size(report.bytes_before)}) "
+        f"<p><b>{_text(run.name)}</b>: {len(report.checkpoints)} checkpoints ({format_size(report.bytes_before)}) "
         f"→ {made} + {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
-        f"<b>{less}</b>. Explained: <b>{format_percent(sum(explained) / len(explained))}</b> on average, "
+        f"<b>{less}</b>. Explained: <b>{format_percent(report.explained_mean)}</b> as the mean over checkpoints, "
         f"<b>{format_percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
         "<p class=hm-hint>Explained: the share of a checkpoint's difference from the hyper-model that "
         "the LoRAs reproduce.</p>"
@@ -98,7 +97,7 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
         "Checkpoints",
         "Ranks",
         "LoRAs",
-        "Explained, average",
+        "Explained, mean",
         "Explained, worst",
     )
     return messages + format_table(head, [_run_row(run) for run in runs], numeric=(2, 4, 5, 6))
@@ -113,7 +112,11 @@ def format_run_comparison(first: Run, second: Run) -> str:
         ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
         ("Precision", first.recipe.dtype, second.recipe.dtype),
         ("Precision of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
-        ("Explained, average", format_percent(_mean(first)), format_percent(_mean(second))),
+        (
+            "Explained, mean",
+            format_percent(first.report.explained_mean),
+            format_percent(second.report.explained_mean),
+        ),
     ]
     explained = [
         {row.name: row.explained for row in run.report.checkpoints} for run in (first, second)
@@ -148,7 +151,6 @@ def _multipliers(row: CheckpointReport) -> list[str]:
 
 def _run_row(run: Run) -> tuple[str, ...]:
     report = run.report
-    worst = min((row.explained for row in report.checkpoints), default=1.0)
     gone = " <span class=hm-problem>files are missing</span>" if run.missing else ""
     return (
         _text(run.name) + gone,
@@ -156,8 +158,8 @@ def _run_row(run: Run) -> tuple[str, ...]:
         str(len(report.checkpoints)),
         _text(_ranks(run)),
         format_size(report.bytes_loras),
-        format_percent(_mean(run)),
-        format_percent(worst),
+        format_percent(report.explained_mean),
+        format_percent(report.worst.explained),
     )
 
 
@@ -165,11 +167,6 @@ def _ranks(run: Run) -> str:
     """Returns the ranks of a run's LoRAs, and the size or share that they were chosen for."""
     ranks = ", ".join(map(str, run.recipe.ranks))
     return f"{ranks} for {format_requested_size(run.recipe)}" if run.recipe.finds_ranks else ranks
-
-
-def _mean(run: Run) -> float:
-    shares = [row.explained for row in run.report.checkpoints]
-    return sum(shares) / max(len(shares), 1)
 
 
 def _local_time(created: str) -> str:

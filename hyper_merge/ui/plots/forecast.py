@@ -82,5 +82,7 @@ def _mark(axes: Axes, forecast: ForecastCurve, size: int | None) -> None:
     place = min(max(size, forecast.sizes[0]), forecast.sizes[-1])
     axes.axvline(place, color=GREY, linewidth=1.2)
     axes.plot([place, place], [mean, worst], "o", color=STRONG, markersize=6, clip_on=False)
-    text = f"{format_size(size)}: about {mean:.1%} on average, {worst:.1%} at worst"
+    text = (
+        f"{format_size(size)}: about {mean:.1%} as the mean over checkpoints, {worst:.1%} at worst"
+    )
     axes.set_title(text, loc="left", color=GREY, fontsize=9)

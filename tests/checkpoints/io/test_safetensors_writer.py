@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from hyper_merge.checkpoints.io.dtypes import TORCH_DTYPES
 from hyper_merge.checkpoints.io.hashes import tensor_data_sha256
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter, content_sha256
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import TensorInfo, read_header
 from hyper_merge.errors import OutputError
 
@@ -253,8 +254,11 @@ def test_a_kill_midway_leaves_the_old_files(tmp_path):
     assert hashlib.sha256(path.read_bytes()).digest() == before
     assert text.read_text() == "old"
     left = {file.name for file in tmp_path.iterdir()} - {path.name, text.name}
-    assert len(left) == 2
-    assert all(name.startswith(".hyper-merge-") and name.endswith(".tmp") for name in left)
+    assert all(name.startswith(".hyper-merge-") for name in left)
+    assert sorted(Path(name).suffix for name in left) == [".lock", ".tmp", ".tmp"]
+    with FileTransaction(overwrite=True) as outputs:
+        outputs.text(text, "new")
+    assert {*tmp_path.iterdir()} == {path, text}
 
 
 def refuse(code):

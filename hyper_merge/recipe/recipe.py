@@ -35,7 +35,7 @@ class Recipe:
         models: Paths of the checkpoints, two or more.
         ranks: One rank per LoRA; the merge finds them where a budget or a target is given.
         budget: Bytes of all LoRA files together, or None.
-        target: Share 0..1 that is to come back of every checkpoint, or None.
+        target: Share 0..1 of every checkpoint's differences to explain, or None.
         topup: Private LoRAs for the checkpoints that the shared ones serve worst, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of the numbers in the written files.
@@ -49,7 +49,7 @@ class Recipe:
         seed: Seed of everything random.
         method: `joint`, or `greedy` as in the original project.
         allocation: `even`: the ranks hold in every layer; `adaptive`: their bytes go where they
-            bring back most.
+            explain most.
         multipliers: Whether the text encoder has `separate` ones, or one number is `shared`.
         fit_weights: How much each checkpoint counts in the fit, not normalised; None for equally.
         layer_weights: Whether differences count `relative` to each layer's weight, which is nearer to

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.runtime.file_lock import FileLock, State
+from hyper_merge.runtime.file_lock import FileLock, LockState
 
 TEMPORARY: Final = ".tmp"
 """Suffix of a file that is being written."""
@@ -100,10 +100,10 @@ def _remove_ended(lock_path: Path, files: list[Path]) -> bool:
     """Removes the files of a transaction that has ended; returns whether its lock tells about that."""
     lock = FileLock(lock_path)
     state = lock.acquire()
-    if state is State.HELD:
+    if state is LockState.HELD:
         gone = [_remove(path) for path in files]
         lock.release(remove=all(gone))
-    return state is not State.IMPOSSIBLE
+    return state is not LockState.IMPOSSIBLE
 
 
 def _is_forgotten(path: Path) -> bool:

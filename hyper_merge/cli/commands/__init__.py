@@ -13,7 +13,7 @@ from typing import Final, Protocol, cast
 COMMANDS: Final[Mapping[str, str]] = {
     "merge": "make the hyper-model, the LoRAs and the report",
     "average": "make the hyper-model alone",
-    "plan": "say what LoRAs of which size would bring back; writes nothing but the cache",
+    "plan": "forecast what LoRAs of which size would explain; writes nothing but the cache",
     "inspect": "say what files are, from their headers",
     "runs": "list or delete what was merged earlier",
     "extract": "make the LoRA that turns A into B",

@@ -12,7 +12,7 @@ from hyper_merge.recipe.loading import option_place
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run, the checkpoint and the fit's options."""
-    parser.description = "Finds the multipliers by which a run's LoRAs come nearest to a checkpoint that was not merged."
+    parser.description = "Finds the multipliers with which a run's LoRAs approximate a checkpoint that was not merged."
     parser.add_argument("run", metavar="RUN", help="its name")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the file")
     parser.add_argument(

@@ -12,7 +12,7 @@ from hyper_merge.cli.recipe_options import add_recipe_arguments, preflight
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the recipe and its settings."""
     parser.description = (
-        "Say what LoRAs of which size would bring back; writes nothing but the cache."
+        "Forecasts what LoRAs of which size would explain; writes nothing but the cache."
     )
     add_recipe_arguments(parser)
 

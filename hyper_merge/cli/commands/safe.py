@@ -15,7 +15,7 @@ from hyper_merge.recipe.parsing import parse_share
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run and the threshold."""
     parser.description = (
-        "Says of every original of a run how much of it comes back, against a threshold, and what"
+        "Says of every original of a run how much of it is restored, against a threshold, and what"
         " deleting it would free. It never deletes anything."
     )
     parser.add_argument("run", metavar="RUN", help="its name")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         metavar="SHARE%",
         default="99%",
-        help="of all differences from the hyper-model, what must come back (default: 99%%)",
+        help="of all differences from the hyper-model, the share that must be restored (default: 99%%)",
     )
     add_output_folder(parser)
 

@@ -10,7 +10,7 @@ from hyper_merge.checkpoints.io.leftovers import remove_leftovers
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import OutputError
 from hyper_merge.runtime import file_lock
-from hyper_merge.runtime.file_lock import State
+from hyper_merge.runtime.file_lock import LockState
 
 HOUR = 3600.0
 
@@ -168,7 +168,7 @@ def test_files_of_others_stay(folder, monkeypatch):
 
 
 def test_without_locks_files_are_written_too(folder, monkeypatch):
-    monkeypatch.setattr(file_lock, "_lock", lambda file, *, shared: State.IMPOSSIBLE)
+    monkeypatch.setattr(file_lock, "_lock", lambda file, *, shared: LockState.IMPOSSIBLE)
     with FileTransaction(overwrite=True) as outputs:
         outputs.text(folder / "a", "first")
         replace(folder, "b")

@@ -23,6 +23,7 @@ settings.load_profile("gate" if os.environ.get("CI") else "search")
 
 # Several workers that each wait for threads of their own take half as long again.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
     torch.set_num_threads(1)
 
 

@@ -17,7 +17,7 @@ from hyper_merge.analysis.file_layout import analysis_identity
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, fault_of, solutions_path
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.analysis.use_markers import last_used, remove_leftovers, unused
+from hyper_merge.analysis.use_markers import last_used, remove_stale_markers, unused
 from hyper_merge.errors import CacheError
 from hyper_merge.runtime.damaged_files import SET_ASIDE, DamagedFiles
 
@@ -129,7 +129,7 @@ def prune_analyses(folder: Path, limit: int) -> None:
         if total > limit:
             with suppress(OSError):
                 _delete(path)
-    remove_leftovers(folder, SUFFIX)
+    remove_stale_markers(folder, SUFFIX)
 
 
 def _files(folder: Path) -> list[Path]:

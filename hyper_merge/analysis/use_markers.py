@@ -91,7 +91,7 @@ def last_used(analysis: Path) -> float:
     return max(_changed(_beside(analysis, USED)), _changed(analysis))
 
 
-def remove_leftovers(folder: Path, suffix: str) -> None:
+def remove_stale_markers(folder: Path, suffix: str) -> None:
     """Removes the markers that killed processes left of analyses that they were about to make.
 
     Args:

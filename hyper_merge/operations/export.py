@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import ClassVar
 
 import torch
 
@@ -30,7 +30,7 @@ from hyper_merge.recipe.parsing import (
     whole,
 )
 from hyper_merge.recipe.plain_values import unknown_word
-from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
+from hyper_merge.recipe.request import Parsers, Request
 from hyper_merge.runs.folders import Folders, metadata_of
 from hyper_merge.runs.integrity import require_family, require_own
 from hyper_merge.runs.report import CheckpointReport
@@ -43,7 +43,7 @@ from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class ExportRequest:
+class ExportRequest(Request):
     """The request for an export.
 
     Attributes:
@@ -58,25 +58,12 @@ class ExportRequest:
     rank: int | None = None
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        check_request(self, _PARSERS)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> ExportRequest:
-        """Returns the request that plain values describe; `where` gives the place of each.
-
-        Raises:
-            RecipeError: a value is refused.
-        """
-        return parse_request(cls, values, _PARSERS, where)
-
-
-_PARSERS: Final[Parsers] = {
-    "run": str,
-    "checkpoints": optional(parse_words),
-    "rank": optional(whole(1, LARGEST_RANK)),
-    "overwrite": parse_flag,
-}
+    PARSERS: ClassVar[Parsers] = {
+        "run": str,
+        "checkpoints": optional(parse_words),
+        "rank": optional(whole(1, LARGEST_RANK)),
+        "overwrite": parse_flag,
+    }
 
 
 @dataclass(frozen=True)

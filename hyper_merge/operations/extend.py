@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from hyper_merge.operations.merge.merge import MergeResult, run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.parsing import optional, parse_name, parse_paths
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
-from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
+from hyper_merge.recipe.request import Parsers, Request
 from hyper_merge.runs.fit_records import FitRecord
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.originals import locate_sources
@@ -27,7 +26,7 @@ from hyper_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class ExtendRequest:
+class ExtendRequest(Request):
     """The request for a run with further checkpoints.
 
     Attributes:
@@ -40,24 +39,11 @@ class ExtendRequest:
     checkpoints: tuple[Path, ...]
     name: str | None = None
 
-    def __post_init__(self) -> None:
-        check_request(self, _PARSERS)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> ExtendRequest:
-        """Returns the request that plain values describe; `where` gives the place of each.
-
-        Raises:
-            RecipeError: a value is refused.
-        """
-        return parse_request(cls, values, _PARSERS, where)
-
-
-_PARSERS: Final[Parsers] = {
-    "run": str,
-    "checkpoints": parse_paths,
-    "name": optional(parse_name),
-}
+    PARSERS: ClassVar[Parsers] = {
+        "run": str,
+        "checkpoints": parse_paths,
+        "name": optional(parse_name),
+    }
 
 
 def run_extend(

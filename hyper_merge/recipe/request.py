@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from hyper_merge.errors import settings_placed
 
@@ -19,6 +19,7 @@ PlaceOf: TypeAlias = "Callable[[str], str]"
 """Returns the place of a setting by its key, as people read it: 'option --rank'."""
 
 _Request = TypeVar("_Request")
+_Checked = TypeVar("_Checked", bound="Request")
 
 
 def parse_request(
@@ -62,3 +63,21 @@ def check_request(request: Any, parsers: Parsers) -> None:
 def key_place(key: str) -> str:
     """Returns the place of a setting in a request that is made by code."""
     return f'recipe, key "{key}"'
+
+
+class Request:
+    """Base of the frozen dataclasses that describe an operation; `PARSERS` has one for every field."""
+
+    PARSERS: ClassVar[Parsers]
+
+    def __post_init__(self) -> None:
+        check_request(self, self.PARSERS)
+
+    @classmethod
+    def parse(cls: type[_Checked], values: Mapping[str, object], where: PlaceOf) -> _Checked:
+        """Returns the request that plain values describe; `where` gives the place of each.
+
+        Raises:
+            RecipeError: a value is refused.
+        """
+        return parse_request(cls, values, cls.PARSERS, where)

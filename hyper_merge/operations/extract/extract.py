@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -33,13 +33,7 @@ from hyper_merge.operations.merge.cost_model import extraction_costs
 from hyper_merge.operations.merge.preflight import common_layout
 from hyper_merge.recipe.fields import FIELD_PARSERS
 from hyper_merge.recipe.parsing import LARGEST_RANK, optional, parse_name, parse_path, whole
-from hyper_merge.recipe.request import (
-    Parsers,
-    PlaceOf,
-    check_request,
-    key_place,
-    parse_request,
-)
+from hyper_merge.recipe.request import Parsers, Request, key_place
 from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
@@ -49,17 +43,9 @@ from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.names import name_key, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
 
-_PARSERS: Final[Parsers] = {
-    **FIELD_PARSERS,
-    "base": parse_path,
-    "checkpoint": parse_path,
-    "rank": whole(1, LARGEST_RANK),
-    "name": optional(parse_name),
-}
-
 
 @dataclass(frozen=True)
-class ExtractRequest:
+class ExtractRequest(Request):
     """The request for an extraction.
 
     Attributes:
@@ -84,20 +70,19 @@ class ExtractRequest:
     overwrite: bool = False
     seed: int = 0
 
+    PARSERS: ClassVar[Parsers] = {
+        **FIELD_PARSERS,
+        "base": parse_path,
+        "checkpoint": parse_path,
+        "rank": whole(1, LARGEST_RANK),
+        "name": optional(parse_name),
+    }
+
     def __post_init__(self) -> None:
-        check_request(self, _PARSERS)
+        super().__post_init__()
         if self.is_file:
             with settings_placed(key_place):
                 self._require_name_of_file()
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> ExtractRequest:
-        """Returns the request that plain values describe; `where` gives the place of each.
-
-        Raises:
-            RecipeError: a value is refused.
-        """
-        return parse_request(cls, values, _PARSERS, where)
 
     @property
     def is_file(self) -> bool:

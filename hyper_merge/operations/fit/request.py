@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar
 
 import torch
 
@@ -15,7 +15,7 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.operations.merge.preflight import common_layout
 from hyper_merge.recipe.fields import FIELD_PARSERS
 from hyper_merge.recipe.parsing import PrivateLoraTarget, optional, parse_name, parse_path
-from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
+from hyper_merge.recipe.request import Parsers, Request
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.integrity import require_family, require_hyper_model
 from hyper_merge.runs.run import Run, load_run
@@ -23,7 +23,7 @@ from hyper_merge.runtime.devices import resolve_device
 
 
 @dataclass(frozen=True)
-class FitRequest:
+class FitRequest(Request):
     """The request for a fit.
 
     Attributes:
@@ -44,25 +44,12 @@ class FitRequest:
     overwrite: bool = False
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_request(self, _PARSERS)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> FitRequest:
-        """Returns the request that plain values describe; `where` gives the place of each.
-
-        Raises:
-            RecipeError: a value is refused.
-        """
-        return parse_request(cls, values, _PARSERS, where)
-
-
-_PARSERS: Final[Parsers] = {
-    **FIELD_PARSERS,
-    "run": str,
-    "checkpoint": parse_path,
-    "name": optional(parse_name),
-}
+    PARSERS: ClassVar[Parsers] = {
+        **FIELD_PARSERS,
+        "run": str,
+        "checkpoint": parse_path,
+        "name": optional(parse_name),
+    }
 
 
 @dataclass(frozen=True, eq=False)

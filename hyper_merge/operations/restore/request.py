@@ -7,19 +7,26 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.fields import FIELD_PARSERS
 from hyper_merge.recipe.parsing import optional, parse_flag, parse_path
 from hyper_merge.recipe.plain_values import describe_value
-from hyper_merge.recipe.request import Parsers, PlaceOf, check_request, parse_request
+from hyper_merge.recipe.request import Parsers, Request
 
 _SHARE: Final = re.compile(r"\s*(?P<name>[^:]+?)\s*:\s*(?P<share>[-+]?(\d+\.?\d*|\.\d+))\s*(,|$)")
 
 
+def _parse_shares(value: object) -> dict[str, float]:
+    """Returns shares by checkpoint, one or more, all of them finite."""
+    if isinstance(value, Mapping) and value and all(map(math.isfinite, value.values())):
+        return dict(value)
+    raise RecipeError("expected one checkpoint or more, with finite shares", key="mix")
+
+
 @dataclass(frozen=True)
-class RestoreRequest:
+class RestoreRequest(Request):
     """The request for a restored checkpoint.
 
     Attributes:
@@ -36,33 +43,13 @@ class RestoreRequest:
     dtype: str | None = None
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        check_request(self, _PARSERS)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], where: PlaceOf) -> RestoreRequest:
-        """Returns the request that plain values describe; `where` gives the place of each.
-
-        Raises:
-            RecipeError: a value is refused.
-        """
-        return parse_request(cls, values, _PARSERS, where)
-
-
-def _parse_shares(value: object) -> dict[str, float]:
-    """Returns shares by checkpoint, one or more, all of them finite."""
-    if isinstance(value, Mapping) and value and all(map(math.isfinite, value.values())):
-        return dict(value)
-    raise RecipeError("expected one checkpoint or more, with finite shares", key="mix")
-
-
-_PARSERS: Final[Parsers] = {
-    "run": str,
-    "shares": _parse_shares,
-    "to": optional(parse_path),
-    "dtype": optional(FIELD_PARSERS["dtype"]),
-    "overwrite": parse_flag,
-}
+    PARSERS: ClassVar[Parsers] = {
+        "run": str,
+        "shares": _parse_shares,
+        "to": optional(parse_path),
+        "dtype": optional(FIELD_PARSERS["dtype"]),
+        "overwrite": parse_flag,
+    }
 
 
 def parse_mix(text: str) -> dict[str, float]:

@@ -149,10 +149,14 @@ class Tab:
         assert self.traffic.until_quiet(60), [request.url for request in self.traffic.requests]
 
     def merge(self, seconds=60):
-        """Presses Merge and waits for the end of a run with another name than the last one's."""
-        before = self.text("status", visible=False)
+        """Presses Merge and waits for the result of a run with another name than the last one's.
+
+        Its status may read like the last one's: two runs can take the same time.
+        """
+        before = self.text("sentence", visible=False)
         self.click("merge")
-        self.until(lambda: "Done" in self.text("status").replace(before, "", 1), seconds)
+        self.until(lambda: self.text("sentence", visible=False) != before, seconds)
+        self.until(lambda: "Done" in self.text("status"), seconds)
         self.until(lambda: self.find("sentence").is_visible())
 
     def to(self, title):

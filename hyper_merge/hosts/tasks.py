@@ -96,12 +96,10 @@ def _save_styles(host: Host, styles: Mapping[str, str], work: str, progress: Pro
 
 def known_forecast(preflight: Preflight) -> ForecastCurve | None:
     """Returns the forecast for a merge, or None where its files have not been analyzed before."""
-    path = find_known_analysis(preflight)
-    if path is None:
-        return None
     try:
-        return _cached_forecast(_forecast_key(path, preflight, Progress()))
-    except (HyperMergeError, OSError):  # the cache was cleared just now
+        path = find_known_analysis(preflight)
+        return _cached_forecast(_forecast_key(path, preflight, Progress())) if path else None
+    except (HyperMergeError, OSError):  # the cache was cleared just now, or a checkpoint removed
         return None
 
 

@@ -154,11 +154,11 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurv
 def _plan(form: Form, preflight: Preflight, size: int | None) -> str:
     try:
         preflight, place = with_free_name(preflight, named=has_name(form))
+        return format_merge_plan(preflight, place, size)
     except SameMergeError as error:
         return format_message("info", str(error))
-    except HyperMergeError as error:
+    except HyperMergeError as error:  # a checkpoint may have been removed just now
         return format_message("bad", str(error))
-    return format_merge_plan(preflight, place, size)
 
 
 def _inspect(name: str, listed: Mapping[str, Path]) -> InspectedFile:

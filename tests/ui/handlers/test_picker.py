@@ -12,6 +12,7 @@ from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.ui.form_fields import BASE_AVERAGE
+from hyper_merge.ui.handlers import picker
 from hyper_merge.ui.handlers.picker import (
     ALL_FOLDERS,
     TOP_FOLDER,
@@ -300,3 +301,17 @@ def test_the_suggested_name_is_always_a_name(picked):
     name = suggest_name(picked)
     assert parse_name(name) == name
     assert name.endswith(f"-{len(picked)}")
+
+
+def test_a_checkpoint_removed_during_the_plan_is_named(host, checkpoints, monkeypatch):
+    preflight_form = picker.preflight_form
+
+    def remove_after(*arguments):
+        preflight = preflight_form(*arguments)
+        (checkpoints / "b.safetensors").unlink(missing_ok=True)
+        return preflight
+
+    monkeypatch.setattr(picker, "preflight_form", remove_after)
+    kind, text = plan_message(host)
+    assert kind == ["bad"]
+    assert "b.safetensors does not exist" in text

@@ -7,12 +7,14 @@ whole pass stays what it would be with one width for all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
+from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.contrasts import compute_deviations
 from hyper_merge.runtime.progress import Progress
@@ -36,12 +38,32 @@ def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tupl
     Raises:
         CheckpointError: a file was changed or cannot be read.
     """
-    return allocate_widths(inputs.layout.layers, sample_energies(inputs, progress), nominal)
+    layers = inputs.layout.layers
+    samples = sample_layers(inputs, progress)
+    # Where ranks will go by default. The bases serve the other weightings too, a little less well.
+    factors = layer_factors("output", samples.sizes, layers, None)
+    return allocate_widths(layers, (samples.energies * factors).tolist(), nominal)
 
 
-def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
-    """Returns the squared norm of every layer's deviations, estimated from samples of its tensor."""
-    energies = []
+@dataclass(frozen=True, eq=False)
+class LayerSamples:
+    """Squared norms of all layers, estimated from samples of their tensors."""
+
+    energies: Tensor  # (layers,), float64: of the deviations
+    sizes: Tensor  # (layers,), float64: of the weights in the first file
+
+
+def sample_layers(inputs: MergeInputs, progress: Progress) -> LayerSamples:
+    """Estimates the squared norms of every layer's deviations and weights.
+
+    Args:
+        inputs: the files, of which a small part is read.
+        progress: checked between layers.
+
+    Raises:
+        CheckpointError: a file was changed or cannot be read.
+    """
+    energies, sizes = [], []
     with open_checkpoints(inputs.read) as files:
         for layer in inputs.layout.layers:
             progress.check()
@@ -51,8 +73,12 @@ def sample_energies(inputs: MergeInputs, progress: Progress) -> list[float]:
                 origin, others, inputs.contrasts, torch.float32, origin.numel()
             )
             trace = float(deviations.gram.diagonal()[:-1].sum())
-            energies.append(trace * layer.m * layer.n / origin.numel())
-    return energies
+            whole = layer.m * layer.n / origin.numel()
+            energies.append(trace * whole)
+            sizes.append(float(origin.double().square().sum()) * whole)
+    return LayerSamples(
+        torch.tensor(energies, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+    )
 
 
 def allocate_widths(

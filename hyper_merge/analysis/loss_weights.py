@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,11 +66,41 @@ def make_loss_weights(analysis: Analysis, recipe: Recipe) -> LossWeights:
 def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
     """Returns factors of the layers' squared errors that leave the total energy unchanged."""
     squares = energies(analysis.grams, analysis.contrasts).sum(1)
-    if recipe.layer_weights == "plain":
-        return torch.ones_like(squares)
-    factors = relative_weights(analysis.weights, analysis.layers)
+    factors = layer_factors(
+        recipe.layer_weights, analysis.weights, analysis.layers, analysis.sensitivities
+    )
     weighted = float((factors * squares).sum())
     return factors * (float(squares.sum()) / weighted) if weighted > 0 else torch.ones_like(squares)
+
+
+def layer_factors(
+    choice: str,
+    sizes: Tensor,  # (layers,), float64: squared norms of the average's weights
+    layers: Sequence[Layer],
+    sensitivities: Mapping[str, float] | None,  # by module, from a run of the network
+) -> Tensor:  # (layers,), float64
+    """Returns how much a squared error counts in each layer, in any common unit.
+
+    `output` estimates what the error does to the network's output: by the mean squared gradient of
+    the output where it was measured for every layer, else by the layout alone. A layer of which
+    every weight is off by the same fraction then counts by the number of positions at which it is
+    applied: errors at them add up like independent ones.
+
+    Args:
+        choice: the recipe's `layer_weights`.
+        sizes: from the analysis.
+        layers: of the checkpoints.
+        sensitivities: measured ones, if there are any.
+    """
+    if choice == "plain":
+        return torch.ones_like(sizes)
+    if choice == "output":
+        known = [(sensitivities or {}).get(layer.module) for layer in layers]
+        if all(value is not None for value in known):
+            return torch.tensor(known, dtype=torch.float64)
+        positions = torch.tensor([layer.positions for layer in layers], dtype=torch.float64)
+        return relative_weights(sizes, layers) * positions
+    return relative_weights(sizes, layers)
 
 
 def relative_weights(

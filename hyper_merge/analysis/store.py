@@ -44,7 +44,11 @@ class Analysis:
     """
 
     def __init__(
-        self, file: CheckpointReader, inputs: MergeInputs, warn: Callable[[str], None]
+        self,
+        file: CheckpointReader,
+        inputs: MergeInputs,
+        warn: Callable[[str], None],
+        sensitivities: Mapping[str, float] | None = None,
     ) -> None:
         """Takes the open file from `open_analysis`.
 
@@ -52,8 +56,10 @@ class Analysis:
             file: the open file.
             inputs: the files that it is the analysis of.
             warn: called with a message for damaged solutions.
+            sensitivities: the network's, by module, where a run of it measured them.
         """
         self.layers = inputs.layout.layers
+        self.sensitivities = sensitivities
         self.contrasts = inputs.contrasts
         self._file = file
         self._solutions = solutions_path(file.path)
@@ -154,7 +160,10 @@ class Analysis:
 
 @contextmanager
 def open_analysis(
-    path: Path, inputs: MergeInputs, warn: Callable[[str], None] = lambda _message: None
+    path: Path,
+    inputs: MergeInputs,
+    warn: Callable[[str], None] = lambda _message: None,
+    sensitivities: Mapping[str, float] | None = None,
 ) -> Iterator[Analysis]:
     """Opens an analysis for reading within the block.
 
@@ -162,6 +171,7 @@ def open_analysis(
         path: a file that `find_analysis` returned or `create_analysis` wrote.
         inputs: the files that it is the analysis of.
         warn: called with a message if the analysis's solutions are damaged.
+        sensitivities: the network's, by module, where a run of it measured them.
 
     Raises:
         DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
@@ -175,7 +185,7 @@ def open_analysis(
         fault = _fault(file.header, inputs)
         if fault:
             raise DamagedCacheError(path, fault)
-        yield Analysis(file, inputs, warn)
+        yield Analysis(file, inputs, warn, sensitivities)
 
 
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:

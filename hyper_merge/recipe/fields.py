@@ -138,8 +138,8 @@ FIELDS: Final[tuple[Field, ...]] = (
           choice("separate", "shared")),
     Field("fit_weights", "X,X,...", "how much each checkpoint counts in the fit", parse_weights,
           "many", to_metadata=_numbers_text),
-    Field("layer_weights", "HOW", "how differences count: relative to each layer's size, or plain",
-          choice("relative", "plain")),
+    Field("layer_weights", "HOW", "how differences count: by what they do to the network's output,"
+          " relative to each layer's size, or plain", choice("output", "relative", "plain")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"

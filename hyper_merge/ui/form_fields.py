@@ -24,7 +24,11 @@ ALLOCATION_CHOICES: Final = {
     "adaptive, where they explain most": "adaptive",
     "even, the same in every layer": "even",
 }
-DIFFERENCE_CHOICES: Final = {"relative to each layer's size": "relative", "unweighted": "plain"}
+DIFFERENCE_CHOICES: Final = {
+    "by their effect on the output": "output",
+    "relative to each layer's size": "relative",
+    "unweighted": "plain",
+}
 PRESETS: Final = {
     "small": "64, 32, 16",
     "medium": "128, 64, 32, 16",
@@ -124,8 +128,8 @@ FORM_FIELDS: Final = (
               "How much each checkpoint counts in the fit: one number per checkpoint, in the order"
               " they were picked. Leave empty for equal weights."),
     FormField("layer_weights", "Layer weighting", "radio",
-              "How much the differences in a layer count. Relative is usually closer to the effect"
-              " on pictures.", choices=DIFFERENCE_CHOICES),
+              "How much the differences in a layer count. The other two leave more of the difference"
+              " in pictures at the same size.", choices=DIFFERENCE_CHOICES),
 )  # fmt: skip
 
 LABELS: Final = {

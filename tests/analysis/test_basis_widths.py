@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_family import load, recipe, snapshot
 
 from hyper_merge.analysis import basis_widths
-from hyper_merge.analysis.basis_widths import allocate_widths, choose_widths, sample_energies
+from hyper_merge.analysis.basis_widths import allocate_widths, choose_widths, sample_layers
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -96,13 +96,15 @@ def true_energies(inputs):
 def test_tensors_that_fit_the_sample_are_measured_exactly(files, tmp_path, monkeypatch):
     monkeypatch.setattr(basis_widths, "_SAMPLE", 2**20)
     inputs = run_preflight(recipe(files, tmp_path)).inputs
-    assert sample_energies(inputs, Progress()) == pytest.approx(true_energies(inputs), rel=1e-4)
+    sampled = sample_layers(inputs, Progress()).energies.tolist()
+    assert sampled == pytest.approx(true_energies(inputs), rel=1e-4)
 
 
 def test_samples_of_a_tensor_estimate_its_energy(files, tmp_path, monkeypatch):
     monkeypatch.setattr(basis_widths, "_SAMPLE", 64)
     inputs = run_preflight(recipe(files, tmp_path)).inputs
-    sampled_energies, true = sample_energies(inputs, Progress()), true_energies(inputs)
+    sampled_energies = sample_layers(inputs, Progress()).energies.tolist()
+    true = true_energies(inputs)
     sampled = [m for m, layer in enumerate(inputs.layout.layers) if layer.m * layer.n > 256]
     assert len(sampled) > 30
     ratios = torch.tensor([sampled_energies[m] / true[m] for m in sampled])

@@ -25,8 +25,13 @@ def made_up(contrasts, seed=0, layers=3, size=40):
     grams = torch.zeros(layers, contrasts.dimensions + 1, contrasts.dimensions + 1).double()
     grams[:, :-1, :-1] = slices @ slices.mT
     weights = torch.arange(1.0, layers + 1, dtype=torch.float64) ** 2
-    shapes = [SimpleNamespace(m=5, n=size // 5)] * layers
-    return slices, SimpleNamespace(grams=grams, contrasts=contrasts, weights=weights, layers=shapes)
+    shapes = [
+        SimpleNamespace(m=5, n=size // 5, positions=4**place, module=f"{place}")
+        for place in range(layers)
+    ]
+    return slices, SimpleNamespace(
+        grams=grams, contrasts=contrasts, weights=weights, layers=shapes, sensitivities=None
+    )
 
 
 def recipe_with(fit_weights=None, layer_weights="plain"):
@@ -45,7 +50,7 @@ def test_plainly_nothing_is_changed():
 
 @given(
     st.lists(st.floats(0.01, 100), min_size=2, max_size=6), st.booleans(), st.integers(0, 99),
-    st.sampled_from(["plain", "relative"]),
+    st.sampled_from(["plain", "relative", "output"]),
 )  # fmt: skip
 def test_loss_of_weighted_slices_is_the_weighted_loss(weights, based, seed, layered):
     k = len(weights)
@@ -104,6 +109,27 @@ def test_relative_layers_count_by_weight_size():
     assert_close(core, slices[1].view(1, 5, 8) * loss_weights.layers[1].sqrt())
 
 
+def test_output_layers_count_by_positions_too():
+    _, analysis = made_up(around_mean([1.0, 1.0]))
+    relative, output = (
+        make_loss_weights(analysis, recipe_with(layer_weights=weighting)).layers
+        for weighting in ("relative", "output")
+    )
+    ratio = output / relative
+    assert_close(ratio / ratio[0], torch.tensor([1.0, 4.0, 16.0]).double())
+
+
+def test_output_layers_count_by_measured_sensitivities():
+    _, analysis = made_up(around_mean([1.0, 1.0]))
+    by_layout = make_loss_weights(analysis, recipe_with(layer_weights="output")).layers
+    analysis.sensitivities = {"0": 3.0, "1": 1.0, "2": 0.5, "of_another_layer": 9.0}
+    measured = make_loss_weights(analysis, recipe_with(layer_weights="output")).layers
+    assert_close(measured / measured[1], torch.tensor([3.0, 1.0, 0.5]).double())
+    del analysis.sensitivities["2"]  # of another version: it cannot be used
+    again = make_loss_weights(analysis, recipe_with(layer_weights="output")).layers
+    assert_close(again, by_layout)
+
+
 def test_without_differences_relative_layers_count_alike():
     _, analysis = made_up(around_mean([1.0, 1.0]))
     analysis.grams.zero_()
@@ -129,7 +155,7 @@ def test_tiny_layer_does_not_outweigh_all_others():
 
 
 def dense(models, merged):
-    """Returns by layer deviations (k, entries), blocks (R, entries), part, the squared average."""
+    """Returns by layer deviations (k, entries), blocks (R, entries), layer, the squared average."""
     base, states = load(merged.place.hyper_model), [load(path) for path in models]
     loras = [load_file(path) for path in merged.loras]
     for layer in layers_of(models[0]):
@@ -137,31 +163,39 @@ def dense(models, merged):
         blocks = [added(lora, layer.module).expand_as(weight).flatten() for lora in loras]
         deviations = [state[layer.key].double().flatten(1) - weight for state in states]
         stack = torch.stack(deviations).flatten(1)
-        yield stack, torch.stack(blocks), layer.part, float(weight.square().sum())
+        yield stack, torch.stack(blocks), layer, float(weight.square().sum())
 
 
-def best_multipliers(models, merged, part, *, relative):
+def scale_of(layer, size, weighting):
+    return {"plain": 1.0, "relative": 1 / size, "output": layer.positions / size}[weighting]
+
+
+def best_multipliers(models, merged, part, weighting):
     """Solves the normal equations in float64, from the files on disk."""
     cross, gram = 0, 0
-    for deviations, blocks, layer_part, size in dense(models, merged):
-        if layer_part == part:
-            scale = 1 / size if relative else 1.0
+    for deviations, blocks, layer, size in dense(models, merged):
+        if layer.part == part:
+            scale = scale_of(layer, size, weighting)
             cross, gram = cross + scale * deviations @ blocks.T, gram + scale * blocks @ blocks.T
     return cross @ torch.linalg.inv(gram)
 
 
-@pytest.mark.parametrize("settings", [{"layer_weights": "plain"}, {"fit_weights": (5, 1, 1)}, {}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"layer_weights": "plain"}, {"layer_weights": "relative"}, {"fit_weights": (5, 1, 1)}, {}],
+)
 def test_multipliers_minimise_the_requested_loss(files, tmp_path, settings):
     merged = merge(files, tmp_path, dtype="float32", **settings)
+    asked = settings.get("layer_weights", "output")
     for part in ("unet", "text_encoder"):
         rows = [row.multipliers_of(part) for row in merged.report.checkpoints]
-        expected, other = (
-            best_multipliers(files, merged, part, relative=relative) for relative in (True, False)
-        )
-        if "layer_weights" in settings:
-            expected, other = other, expected
+        expected = best_multipliers(files, merged, part, asked)
         assert_close(torch.tensor(rows).double(), expected, rtol=0, atol=2e-5)
-        assert float((expected - other).abs().max()) > 1e-4
+        for other in {"plain", "relative", "output"} - {asked}:
+            # all layers of a text encoder are applied to the same positions
+            if part == "unet" or "plain" in (asked, other):
+                another = best_multipliers(files, merged, part, other)
+                assert float((expected - another).abs().max()) > 1e-4
 
 
 def losses(merged):
@@ -187,13 +221,14 @@ def test_checkpoint_of_no_weight_gets_no_ranks(files, tmp_path, merged):
     assert losses(without_first)[1:].sum() < losses(merged)[1:].sum()
 
 
-def test_relative_layers_lower_the_relative_loss(files, tmp_path, merged):
+def test_relative_layers_lower_the_relative_loss(files, tmp_path):
+    merged = merge(files, tmp_path, name="relative", layer_weights="relative")
     plain = merge(files, tmp_path, layer_weights="plain")
 
     def relative(result):
         left, all_of_it = 0.0, 0.0
-        for deviations, blocks, part, size in dense(files, result):
-            rows = [row.multipliers_of(part) for row in result.report.checkpoints]
+        for deviations, blocks, layer, size in dense(files, result):
+            rows = [row.multipliers_of(layer.part) for row in result.report.checkpoints]
             rest = deviations - torch.tensor(rows).double() @ blocks
             left += float(rest.square().sum()) / size
             all_of_it += float(deviations.square().sum()) / size

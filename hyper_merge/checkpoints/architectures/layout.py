@@ -51,6 +51,7 @@ class Layer:
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
     bundle: str | None = None  # layers of one bundle are in a LoRA file all or none
     section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
+    positions: int = 1  # at which it is applied in one run of its network
 
     @property
     def m(self) -> int:
@@ -87,7 +88,9 @@ class Layout:
 
 def layout_of(header: Header, family: Family) -> Layout:
     """Returns the treatment of each tensor, and the layers: text encoders, then the UNet down to up."""
-    layers = tuple(layer for part in family.parts for layer in _layers(header, part))
+    layers = tuple(
+        layer for part in family.parts for layer in _layers(header, part, family.resolution)
+    )
     keys = {layer.key for layer in layers}
     treatments = {
         key: Treatment.LAYER if key in keys else _treatment(key, info, family)
@@ -147,7 +150,7 @@ def position_ids(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[-1]).expand(shape).contiguous()
 
 
-def _layers(header: Header, part: NetworkPart) -> Iterator[Layer]:
+def _layers(header: Header, part: NetworkPart, resolution: int) -> Iterator[Layer]:
     keys = (key for key in header.tensors if key.startswith(part.prefix))
     for key in sorted(keys, key=_natural):
         info = header.tensors[key]
@@ -155,11 +158,20 @@ def _layers(header: Header, part: NetworkPart) -> Iterator[Layer]:
         if match is None or not info.dtype.is_floating_point:
             continue
         path = match["path"] or match["fused"]
+        positions = part.positions(path, resolution)
         for module in part.modules(path, info.shape):
             name = part.lora_prefix + module.path.replace(".", "_")
             bundle = module.bundle and part.lora_prefix + module.bundle
-            section = part.section(path)
-            yield Layer(key, name, part.name, module.shape, module.rows, bundle, section)
+            yield Layer(
+                key=key,
+                module=name,
+                part=part.name,
+                shape=module.shape,
+                rows=module.rows,
+                bundle=bundle,
+                section=part.section(path),
+                positions=positions,
+            )
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

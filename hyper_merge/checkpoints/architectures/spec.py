@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from hyper_merge.checkpoints.architectures.lora_modules import Module
+from hyper_merge.checkpoints.architectures.positions import text_positions
 from hyper_merge.checkpoints.architectures.sections import section_of
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.io.header import Shape
+
+_RESOLUTION: Final = 512  # where nothing says another
 
 PartName = Literal["unet", "text_encoder"]
 
@@ -57,6 +60,8 @@ class NetworkPart:
     lora_prefix: str  # of its modules' names in a LoRA file
     modules: Callable[[str, Shape], tuple[Module, ...]]  # (dotted path, stored shape)
     section: Callable[[str], str] = section_of  # dotted path -> name for people: "IN04", "TE11"
+    # (dotted path, pixels of the pictures' side) -> how often the layer is applied in one run
+    positions: Callable[[str, int], int] = text_positions
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class Family:
     def predicts_v(self) -> bool:
         """Tells whether checkpoints of the family predict v instead of noise."""
         return self.modelspec_prediction_type == "v"
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels of the pictures that the family was trained on."""
+        return int(self.modelspec_resolution.partition("x")[0] or _RESOLUTION)
 
     def alpha_for(self, rank: int) -> int | None:
         """Returns the alpha by which a factor pair of this rank needs no scaling; None for no alpha."""

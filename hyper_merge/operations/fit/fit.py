@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.loss_weights import relative_weights
+from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
 from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -160,10 +160,8 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     """
     report = fit.run.report
     layers = fit.inputs.layout.layers
-    weights = torch.ones(len(layers), dtype=torch.float64)
-    if fit.run.recipe.layer_weights == "relative":  # as in the merge
-        sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
-        weights = relative_weights(sizes, layers)
+    sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
+    weights = layer_factors(fit.run.recipe.layer_weights, sizes, layers, None)  # as in the merge
     solved = {
         part: measurement.multipliers(members, len(report.loras), weights.tolist())
         for part, members in fit.groups.items()

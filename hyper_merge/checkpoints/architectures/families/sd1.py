@@ -10,6 +10,7 @@ from hyper_merge.checkpoints.architectures.lora_modules import (
     clip_text_model,
     unet_with_convolutions,
 )
+from hyper_merge.checkpoints.architectures.positions import positions_on_four_levels
 from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 
@@ -24,7 +25,14 @@ SD1: Final = Family(
     rule=_RULE,
     parts=(
         NetworkPart("text_encoder", "text encoder", _CLIP, "lora_te_", clip_text_model),
-        NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_with_convolutions),
+        NetworkPart(
+            "unet",
+            "UNet",
+            UNET,
+            "lora_unet_",
+            unet_with_convolutions,
+            positions=positions_on_four_levels,
+        ),
     ),
     vae_prefixes=VAE,
     ss_base_model_version="sd_v1",

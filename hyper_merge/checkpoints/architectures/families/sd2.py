@@ -8,6 +8,7 @@ from typing import Final
 from hyper_merge.checkpoints.architectures.families.shared import INPAINTING, VAE
 from hyper_merge.checkpoints.architectures.families.v_prediction_configs import sd2_v
 from hyper_merge.checkpoints.architectures.lora_modules import Module, open_clip, unet_with_matrices
+from hyper_merge.checkpoints.architectures.positions import positions_on_four_levels
 from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 from hyper_merge.checkpoints.io.header import Shape
@@ -42,7 +43,14 @@ SD2: Final = Family(
             "lora_te_",
             _text_modules,
         ),
-        NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_with_matrices),
+        NetworkPart(
+            "unet",
+            "UNet",
+            UNET,
+            "lora_unet_",
+            unet_with_matrices,
+            positions=positions_on_four_levels,
+        ),
     ),
     vae_prefixes=VAE,
     idle=_IDLE,

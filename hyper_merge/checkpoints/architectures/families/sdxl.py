@@ -18,6 +18,10 @@ from hyper_merge.checkpoints.architectures.lora_modules import (
     open_clip,
     unet_as_stored,
 )
+from hyper_merge.checkpoints.architectures.positions import (
+    positions_on_four_levels,
+    positions_on_three_levels,
+)
 from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 
@@ -27,7 +31,9 @@ _REFINERS: Final = "conditioner.embedders.0.model."
 _RULE: Final = DetectionRule(
     all_of=(LABELS,), depths=(0, 2, 10, 10), input_channels=4, texts=(_OPEN_CLIP,), context=2048
 )
-_UNET: Final = NetworkPart("unet", "UNet", UNET, "lora_unet_", unet_as_stored)
+_UNET: Final = NetworkPart(
+    "unet", "UNet", UNET, "lora_unet_", unet_as_stored, positions=positions_on_three_levels
+)
 
 SDXL: Final = Family(
     name="sdxl",
@@ -89,7 +95,7 @@ FAMILIES: Final = (
         # A1111 knows no LoRA names for its text encoder.
         parts=(
             NetworkPart("text_encoder", "text encoder", _REFINERS, "lora_te_", no_modules),
-            _UNET,
+            replace(_UNET, positions=positions_on_four_levels),
         ),
         modelspec_architecture="stable-diffusion-xl-v1-refiner",
         v_metadata=(),

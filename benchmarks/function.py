@@ -1,244 +1,241 @@
-"""What a loss in weights means in function: outputs of the real SD 1.x UNet, by diffusers.
+"""Fidelity of function: what the written files do in the network, on a family of `trained.py`.
 
-    python benchmarks/function.py FOLDER [RUN ...] [--latent N] [--timesteps T ...] [--texts 2]
+    python benchmarks/function.py FOLDER/16 [--budgets 5 10 20 40] [--setting NAME="KEY=VALUE ..." ...]
+        [--pictures] [--device DEVICE]
 
-FOLDER is a WebUI-shaped models folder with runs of one family of SD 1.x, full-size or narrow, as
-`families.py` leaves them (`benchmark-data/narrow/usual/out`); without names all of its runs are taken.
-Every checkpoint's UNet and its reconstruction (hyper-model + multipliers * LoRAs, from the written
-files, in float32) see the same random latents and text embeddings at several timesteps. The table
-has the mean over checkpoints, and the worst checkpoint, of |difference| / |output|, beside losses:
+Merges the family at sizes given in percent of one checkpoint's bytes, all files counted, and applies
+the written files as hosts do. Every checkpoint and its reconstruction see the same noisy pictures,
+timesteps and prompts, each with its own text encoder; the table has the mean over the checkpoints of
 
-    loss       of the report: all layers, text encoder too
-    UNet       the same over the layers of the UNet, measured here from the files
-    relative   over these layers, each deviation in units of the norm of its own weight
+    |output of the reconstruction - original's|^2 / |output of the average - original's|^2
 
-"Exact layers" has every layer right and only the rest averaged: no LoRAs go below it. Companions of
-LoRAs (`exact`) are left out. Latents have 32x32 entries, in narrow families 16x16.
+in squared norms, the worst checkpoint, and with `--pictures` the mean difference of pixels (25 DDIM
+steps, guidance 3, same seed) as a fraction of the average's. Settings are those of a
+recipe. Private LoRAs are solved here by dense SVD, in plain weights and in the metric of
+the default; "exact layers" is the floor of anything that LoRAs carry.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors import safe_open
+from networks import STEPS, Network, Size, State, Words, load_checkpoint
+from pictures import load_pictures
 from safetensors.torch import load_file
 from tables import table
-from torch import Tensor, nn
+from torch import Tensor
+from trained import CHECKPOINTS, FAMILY
 
+from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import Layer, layout_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.loras.prompt_tags import parse_tags
-from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.folders import MULTIPLIERS, Folders
-from hyper_merge.runs.run import Run, list_runs, load_run
-from hyper_merge.synthetic.checkpoint_layouts import UNET_PREFIX
+from hyper_merge.operations.merge.merge import MergeResult, run_merge
+from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.recipe.loading import recipe_from_options
+from hyper_merge.runs.folders import MULTIPLIERS
+from hyper_merge.runtime.progress import Progress
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of the libraries, on being imported
-    from diffusers import UNet2DConditionModel
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-HEADS = ("run", "loss", "UNet", "relative", "mean error", "worst", "/ average alone")
-SANE = (0.05, 20.0)  # standard deviation of whatever a block of the UNet gives
-
-State = dict[str, Tensor]  # of a checkpoint's UNet, by its own keys
+INPUTS = 256  # noisy pictures that all networks see
+DRAWN = 32  # prompts of which pictures are drawn
+GUIDANCE = 3.0
+DDIM_STEPS = 25
+SETTINGS = {
+    "default": "",
+    "relative": "layer_weights=relative",
+    "plain": "layer_weights=plain",
+}
 
 
 @dataclass
 class Row:
-    """What is known of one run, or of a yardstick."""
+    """How near reconstructions come to the originals, by checkpoint."""
 
-    loss: float  # of the report
-    lost: Tensor = field(default_factory=lambda: torch.zeros(2))  # by plain and relative weight
-    of: Tensor = field(default_factory=lambda: torch.zeros(2))  # the average's
-    errors: list[float] = field(default_factory=list)  # of outputs, by checkpoint
+    megabytes: float
+    losses: list[float] = field(default_factory=list)  # of function, fractions of the average's
+    pixels: list[float] = field(default_factory=list)  # fractions of the average's
 
-    def cells(self, name: str, average: Row) -> tuple[str, ...]:
+    def cells(self, name: str) -> tuple[str, ...]:
         """Its row of the table."""
-        plain, relative = (self.lost / self.of).tolist()
-        mean, other = fmean(self.errors), fmean(average.errors)
-        losses = (f"{x:.4f}" for x in (self.loss, plain, relative, mean, max(self.errors)))
-        return (name, *losses, f"{mean / other:.3f}")
+        shown = f"{fmean(self.pixels):.3f}" if self.pixels else ""
+        mean, worst = fmean(self.losses), max(self.losses)
+        return (name, f"{self.megabytes:.2f}", f"{mean:.4f}", f"{worst:.4f}", shown)
 
 
 class Judge:
-    """The UNet of one family, with the same inputs for all weights."""
+    """The network of a family, with the same inputs for all weights."""
 
-    def __init__(self, path: Path, options: argparse.Namespace) -> None:
-        header = read_header(path)
-        family = require_supported(header)
-        if family.name != "sd1":
-            raise SystemExit(f"expected checkpoints of SD 1.x, {path} is one of {family.title}")
-        layers = layout_of(header, family).layers
-        self.layers: list[Layer] = [layer for layer in layers if layer.part == "unet"]
-        shapes = {key.removeprefix(UNET_PREFIX): t.shape for key, t in header.tensors.items()}
-        width = shapes["input_blocks.0.0.weight"][0]
-        context = shapes["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"][1]
-        with torch.device("meta"):
-            self.unet = UNet2DConditionModel(
-                block_out_channels=tuple(width * factor for factor in (1, 2, 4, 4)),
-                cross_attention_dim=context,
-            ).eval()
-        latent = options.latent or (32 if width >= 320 else 16)
-        self.steps, self.latents, self.texts = _inputs(options, latent, context)
+    def __init__(self, folder: Path, device: str = "cpu", inputs: int = INPUTS) -> None:
+        family = json.loads((folder / FAMILY).read_text(encoding="utf-8"))
+        words = Words(family["prompts"])
+        self.paths = [folder / CHECKPOINTS / f"{name}.safetensors" for name in family["merged"]]
+        self.network = Network(Size(family["pixels"]), len(words)).to(device).eval()
+        pictures = load_pictures(folder.parent, family["pixels"])
+        generator = torch.Generator().manual_seed(1)
+        chosen = torch.randint(len(pictures.pixels), (inputs,), generator=generator)
+        noise = torch.randn((inputs, *pictures.pixels.shape[1:]), generator=generator)
+        self._steps = torch.linspace(5, STEPS - 5, inputs).long().to(device)
+        noisy = self.network.noisy(pictures.pixels[chosen], noise, self._steps.cpu())
+        self._noisy = noisy.to(device)
+        self._tokens = words.tokens([family["prompts"][i] for i in chosen.tolist()]).to(device)
+        self.vocabulary = len(words)
 
     @torch.no_grad()
-    def outputs(self, state: Mapping[str, Tensor]) -> Tensor:  # (inputs, 4, latent, latent)
-        """Returns the UNet's outputs with these weights."""
-        self.unet.to("meta")  # lets go of the last weights
-        floats = {key: tensor.float() for key, tensor in state.items()}
-        weights = convert_ldm_unet_checkpoint(floats, dict(self.unet.config))
-        self.unet.load_state_dict(weights, strict=True, assign=True)
-        return self.unet(self.latents, self.steps, self.texts).sample
+    def outputs(self, state: State) -> Tensor:  # (inputs, 4, size, size)
+        """Returns what the network with these weights predicts."""
+        self.network.load(state)
+        batches = zip(*(t.split(64) for t in (self._noisy, self._steps, self._tokens)), strict=True)
+        return torch.cat([self.network(*batch) for batch in batches])
 
-    def watched_outputs(self, state: Mapping[str, Tensor]) -> tuple[Tensor, float, float]:
-        """Returns the outputs, and the range of standard deviations of the blocks' outputs."""
-        deviations: list[float] = []
+    def drawn(self, state: State) -> Tensor:  # (prompts, 4, size, size)
+        """Returns pictures of the first prompts."""
+        self.network.load(state)
+        return self.network.draw(self._tokens[:DRAWN], DDIM_STEPS, GUIDANCE, seed=2)
 
-        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-            deviations.append(float((output[0] if isinstance(output, tuple) else output).std()))
 
-        unet = self.unet
-        blocks = (unet.conv_in, *unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_out)
-        hooks = [block.register_forward_hook(keep) for block in blocks]
-        outputs = self.outputs(state)
-        for hook in hooks:
-            hook.remove()
-        return outputs, min(deviations), max(deviations)
+class Bench:
+    """Original checkpoints, their average, and their outputs."""
+
+    def __init__(self, judge: Judge, *, pictures: bool) -> None:
+        self.judge = judge
+        self.states = [load_checkpoint(path) for path in judge.paths]
+        count = len(self.states)
+        self.average = {
+            key: sum(state[key] for state in self.states) / count for key in self.states[0]
+        }
+        self._outputs = [judge.outputs(state) for state in self.states]
+        plain = judge.outputs(self.average)
+        self._of_average = [_distance(plain, output) for output in self._outputs]
+        self._drawn = [judge.drawn(state) for state in self.states] if pictures else []
+        if pictures:
+            drawn = judge.drawn(self.average)
+            self._drawn_of_average = [float((drawn - own).abs().mean()) for own in self._drawn]
+        header = read_header(judge.paths[0])
+        self.layers = layout_of(header, require_supported(header)).layers
+        self.bytes = judge.paths[0].stat().st_size
+
+    def row(self, reconstructions: Iterator[State], megabytes: float = 0.0) -> Row:
+        """Returns how near reconstructions come, one of every checkpoint."""
+        row = Row(megabytes)
+        for place, state in enumerate(reconstructions):
+            distance = _distance(self.judge.outputs(state), self._outputs[place])
+            row.losses.append(distance / self._of_average[place])
+            if self._drawn:
+                pixels = (self.judge.drawn(state) - self._drawn[place]).abs().mean()
+                row.pixels.append(float(pixels) / self._drawn_of_average[place])
+        return row
+
+    def exact(self) -> Iterator[State]:
+        """Yields the average with every layer exact."""
+        for state in self.states:
+            yield {**self.average, **{layer.key: state[layer.key] for layer in self.layers}}
+
+    def private(self, budget: float, weighting: str) -> Iterator[State]:
+        """Yields the average with the best private LoRA of a share of the budget, by dense SVD."""
+        sizes = torch.stack([self.average[x.key].double().square().sum() for x in self.layers])
+        factors = layer_factors(weighting, sizes, self.layers, None)
+        svds = []
+        for state in self.states:
+            for layer, factor in zip(self.layers, factors.tolist(), strict=True):
+                delta = (state[layer.key] - self.average[layer.key]).flatten(1)
+                u, s, v = torch.linalg.svd(delta, full_matrices=False)
+                svds.append((layer, (u * s, v), s.double().square() * factor))
+        gains = torch.cat([gain / (x.m + x.n) for x, _, gain in svds])
+        prices = torch.cat([torch.full((len(gain),), 2.0 * (x.m + x.n)) for x, _, gain in svds])
+        ranking = gains.argsort(descending=True)
+        least = gains[ranking][int((prices[ranking].cumsum(0) <= budget).sum()) - 1]
+        for place in range(len(self.states)):
+            state = dict(self.average)
+            for layer, (up, down), gain in svds[place * len(self.layers) :][: len(self.layers)]:
+                rank = int((gain / (layer.m + layer.n) >= least).sum())
+                added = (up[:, :rank] @ down[:rank]).view_as(state[layer.key])
+                state[layer.key] = state[layer.key] + added
+            yield state
+
+
+def reconstructions(result: MergeResult, layers: Sequence[Layer]) -> Iterator[State]:
+    """Yields every checkpoint of a merge as a host makes it, from the written files."""
+    average = load_checkpoint(result.place.hyper_model)
+    files = {path.stem: load_file(path) for path in result.loras}
+    lines = (result.place.folder / MULTIPLIERS).read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        state = dict(average)
+        for tag in parse_tags(line):
+            for layer in layers:
+                factor = tag.text_multiplier if layer.part == "text_encoder" else tag.multiplier
+                added = _added(files[tag.name], layer.module)
+                if added is not None:
+                    weight = state[layer.key]
+                    state[layer.key] = weight + factor * added.view_as(weight)
+        yield state
+
+
+def _added(lora: Mapping[str, Tensor], module: str) -> Tensor | None:
+    """Returns what a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
+    if (diff := lora.get(f"{module}.diff")) is not None:
+        return diff.float()
+    if (up := lora.get(f"{module}.lora_up.weight")) is None:
+        return None
+    down = lora[f"{module}.lora_down.weight"].float().flatten(1)
+    return up.float().flatten(1) @ down * (float(lora[f"{module}.alpha"]) / len(down))
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).square().mean())
+
+
+def merge(bench: Bench, folder: Path, name: str, options: str) -> MergeResult:
+    """Merges the family with settings of a recipe, as `key=value key=value`."""
+    words = dict(word.split("=", 1) for word in options.split())
+    models = [str(path) for path in bench.judge.paths]
+    recipe = recipe_from_options({"name": name, "models": models, "output": str(folder), **words})
+    return run_merge(run_preflight(recipe), Progress())
 
 
 def main() -> None:
-    """Prints the table of all runs."""
+    """Prints the table."""
     options = _options()
-    runs = _runs(Folders.under(options.folder), options.runs)
-    judge = Judge(runs[0].hyper_model, options)
-    average = unet_state(runs[0].hyper_model)
-    plain, low, high = judge.watched_outputs(average)
-    print(
-        f"{len(judge.steps)} inputs; the blocks' outputs have deviations of {low:.2f} to {high:.2f}"
-    )
-    if not SANE[0] < low < high < SANE[1]:
-        raise SystemExit(f"activations vanish or explode: expected deviations within {SANE}")
-    rows = {"average alone": Row(1.0), "exact layers": Row(0.0)}
-    rows |= {run.name: Row(run.report.loss) for run in runs}
-    for place, source in enumerate(runs[0].sources):
-        original = unet_state(source.path)
-        expected = judge.outputs(original)
-        rows["average alone"].errors.append(relative_error(plain, expected))
-        for name, state in _candidates(judge, average, original, runs, place):
-            _weigh(rows[name], judge.layers, (state, average, original))
-            if name != "average alone":
-                rows[name].errors.append(relative_error(judge.outputs(state), expected))
-        print(f"{source.name}: done", file=sys.stderr, flush=True)
-    print(table(HEADS, [row.cells(name, rows["average alone"]) for name, row in rows.items()]))
-
-
-def unet_state(path: Path) -> State:
-    """Returns the UNet of a checkpoint file, in the file's types."""
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(UNET_PREFIX)]  # noqa: SIM118
-        return {key: file.get_tensor(key) for key in keys}
-
-
-def reconstructed(
-    average: State, run: Run, place: int, layers: Sequence[Layer]
-) -> State:  # float32 where LoRAs reach
-    """Returns the average with all LoRAs, by a checkpoint's multipliers as hosts read them."""
-    line = (run.folder / MULTIPLIERS).read_text(encoding="utf-8").splitlines()[place]
-    files = {path.stem: path for path in run.loras}
-    loras = [(tag.multiplier, load_file(files[tag.name])) for tag in parse_tags(line)]
-    state = dict(average)
-    for layer in layers:
-        weight = average[layer.key].float().flatten(1)
-        for multiplier, lora in loras:
-            if f"{layer.module}.lora_up.weight" in lora:
-                weight = weight + multiplier * _added(lora, layer.module)
-        state[layer.key] = weight.view(average[layer.key].shape)
-    return state
-
-
-def relative_error(
-    outputs: Tensor,  # (inputs, ...)
-    expected: Tensor,  # (inputs, ...)
-) -> float:
-    """Returns the mean over the inputs of |outputs - expected| / |expected|."""
-    differences, norms = (
-        tensor.flatten(1).norm(dim=1) for tensor in (outputs - expected, expected)
-    )
-    return float((differences / norms).mean())
-
-
-def _added(lora: Mapping[str, Tensor], module: str) -> Tensor:  # (m, n)
-    """Returns what a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
-    up = lora[f"{module}.lora_up.weight"].float().flatten(1)
-    down = lora[f"{module}.lora_down.weight"].float().flatten(1)
-    return up @ down * (float(lora[f"{module}.alpha"]) / len(down))
-
-
-def _candidates(
-    judge: Judge, average: State, original: State, runs: Sequence[Run], place: int
-) -> Iterator[tuple[str, State]]:
-    """Yields all that stands for a checkpoint, with its name in the table, one at a time."""
-    yield "average alone", average
-    yield "exact layers", {**average, **{layer.key: original[layer.key] for layer in judge.layers}}
-    for run in runs:
-        yield run.name, reconstructed(average, run, place, judge.layers)
-
-
-def _weigh(row: Row, layers: Sequence[Layer], states: tuple[State, State, State]) -> None:
-    """Adds one checkpoint's differences in weights."""
-    for layer in layers:
-        state, average, original = (state[layer.key].float() for state in states)
-        lost, energy, norm = (
-            float(x.square().sum()) for x in (original - state, original - average, average)
-        )
-        row.lost += torch.tensor([lost, lost / norm])
-        row.of += torch.tensor([energy, energy / norm])
-
-
-def _inputs(
-    options: argparse.Namespace, latent: int, context: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns timesteps, latents and text embeddings: every timestep with every text."""
-    generator = torch.Generator().manual_seed(options.seed)
-    texts = torch.randn(options.texts, 77, context, generator=generator)
-    pairs = list(product(options.timesteps, range(options.texts)))
-    latents = torch.randn(len(pairs), 4, latent, latent, generator=generator)
-    steps, chosen = torch.tensor(pairs).T
-    return steps, latents, texts[chosen]
-
-
-def _runs(folders: Folders, names: Sequence[str]) -> list[Run]:
-    """Returns the runs of these names, or all, the oldest first; of the same checkpoints only."""
-    runs = [load_run(folders, name) for name in names] or list_runs(folders)[0][::-1]
-    if not runs:
-        raise SystemExit(f"expected runs in {folders.runs}, found none; merge there first")
-    if len({(run.hyper_model, tuple(source.sha256 for source in run.sources)) for run in runs}) > 1:
-        raise SystemExit("expected runs of the same checkpoints, got several; name the runs")
-    if any(run.recipe.base != AVERAGE for run in runs):
-        raise SystemExit("expected runs around the average, got one with another base")
-    if missing := [str(path) for run in runs for path in run.missing]:
-        raise SystemExit(f"missing: {', '.join(missing)}")
-    return runs
+    settings = dict(text.split("=", 1) for text in options.setting) or SETTINGS
+    bench = Bench(Judge(options.folder, options.device), pictures=options.pictures)
+    rows = {
+        "average alone": bench.row(bench.average for _ in bench.states),
+        "exact layers": bench.row(bench.exact()),
+    }
+    for percent in options.budgets:
+        budget = percent / 100 * bench.bytes
+        for weighting in ("plain", "output"):
+            private = bench.row(bench.private(budget, weighting), budget / 1e6)
+            rows[f"{percent:g} % private, {weighting}"] = private
+        for name, words in settings.items():
+            out = options.folder / "runs" / f"{name}-{percent:g}"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            result = merge(bench, out, "merged", f"budget={int(budget)} {words}")
+            written = sum(path.stat().st_size for path in result.loras) / 1e6
+            rows[f"{percent:g} % {name}"] = bench.row(
+                reconstructions(result, bench.layers), written
+            )
+            print(f"{percent:g} % {name}: done", file=sys.stderr, flush=True)
+    heads = ("", "MB", "function", "worst", "pixels")
+    print(table(heads, [row.cells(name) for name, row in rows.items()]))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("runs", nargs="*", metavar="RUN")
-    parser.add_argument("--latent", type=int, help="height and width")
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[50, 300, 600, 900])
-    parser.add_argument("--texts", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[5, 10, 20, 40])
+    parser.add_argument("--setting", action="append", default=[], metavar="NAME=KEY=VALUE ...")
+    parser.add_argument("--pictures", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 

@@ -169,5 +169,7 @@ def _checkpoint_keys(network: Network, vocabulary: int) -> dict[str, str]:
         raise SystemExit(f"expected a key for every parameter; those differ: {sorted(missing)[:4]}")
     for name, key in names.items():
         if tuple(parameters[name].shape) != tuple(layout[key]):
-            raise SystemExit(f"{key}: expected the shape {layout[key]}, got {parameters[name].shape}")
+            raise SystemExit(
+                f"{key}: expected the shape {layout[key]}, got {parameters[name].shape}"
+            )
     return names

@@ -15,6 +15,8 @@ from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.recipe.recipe import Recipe
 
 _LEAST_SIZE: Final = 0.05  # of a weight's entries, in units of all layers' usual one
+# Of the largest: a layer that no output depends on counts next to nothing, but can be divided by.
+_LEAST_SENSITIVITY: Final = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,8 @@ def layer_factors(
     if choice == "output":
         known = [(sensitivities or {}).get(layer.module) for layer in layers]
         if all(value is not None for value in known):
-            return torch.tensor(known, dtype=torch.float64)
+            measured = torch.tensor(known, dtype=torch.float64)
+            return measured.clamp(min=_LEAST_SENSITIVITY * float(measured.max()))
         positions = torch.tensor([layer.positions for layer in layers], dtype=torch.float64)
         return relative_weights(sizes, layers) * positions
     return relative_weights(sizes, layers)

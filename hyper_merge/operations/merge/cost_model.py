@@ -17,6 +17,7 @@ import torch
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
+from hyper_merge.calibration.measure import measuring_cost
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.decomposition.truncated_svd import truncation_cost
@@ -39,6 +40,7 @@ class ExistingFiles:
     cache: Path  # folder with the known hashes
     average: bool  # whether the hyper-model exists
     analysis: bool  # whether the analysis exists
+    sensitivities: bool = True  # whether those of the layers are known, or none are needed
 
 
 class MergeCosts(NamedTuple):
@@ -46,6 +48,7 @@ class MergeCosts(NamedTuple):
 
     hashing: float
     reading: float
+    running: float  # of the average's network
     solving: float
     rounding: float
     writing: float
@@ -65,6 +68,7 @@ def merge_costs(
     return MergeCosts(
         hashing=_hashing_seconds(inputs, existing.cache),
         reading=_reading_seconds(inputs, recipe, device, existing),
+        running=_running_seconds(inputs, device, existing),
         solving=estimate_seconds(solving, device),
         rounding=estimate_seconds(rounding, _HOST),
         writing=estimate_seconds(writing, _HOST),
@@ -103,6 +107,12 @@ def _reading_seconds(
     options = PassOptions(device, recipe.seed, required_width(recipe.ranks))
     products = sum(pass_costs(inputs, options).values()) - entries
     return estimate_seconds(entries, _HOST) + estimate_seconds(products, device)
+
+
+def _running_seconds(inputs: MergeInputs, device: torch.device, existing: ExistingFiles) -> float:
+    if existing.sensitivities:
+        return 0.0
+    return estimate_seconds(measuring_cost(inputs.layout), device)
 
 
 def _entry_costs(inputs: MergeInputs) -> float:

@@ -14,6 +14,7 @@ from hyper_merge.operations.merge.companions import companion_bytes
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
+from hyper_merge.operations.merge.sensitivities import are_known
 from hyper_merge.runs.folders import Place
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
@@ -92,6 +93,7 @@ def _existing_files(preflight: Preflight) -> ExistingFiles:
         folders.cache,
         average=folders.hyper_model_for(recipe, preflight.average_id) is not None,
         analysis=analysis is not None,
+        sensitivities=are_known(preflight),
     )
 
 

@@ -36,6 +36,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan
 from hyper_merge.operations.merge.rank_search import solve_with_rank_search
 from hyper_merge.operations.merge.report_builder import make_report
+from hyper_merge.operations.merge.sensitivities import are_known, find_sensitivities
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.name_locks import Hold, held
@@ -121,17 +122,29 @@ def _make_files(
     recipe = preflight.recipe
     costs = estimate_costs(
         preflight,
-        ExistingFiles(preflight.folders.cache, average=place.exists, analysis=turn.exists),
+        ExistingFiles(
+            preflight.folders.cache,
+            average=place.exists,
+            analysis=turn.exists,
+            sensitivities=are_known(preflight),
+        ),
     )
-    hashing, reading, solving, writing = progress.split(
-        (costs.hashing, costs.reading, costs.solving + costs.rounding, costs.writing)
+    hashing, reading, running, solving, writing = progress.split(
+        (
+            costs.hashing,
+            costs.reading,
+            costs.running,
+            costs.solving + costs.rounding,
+            costs.writing,
+        )
     )
     with FileTransaction(overwrite=recipe.overwrite) as transaction:
         lineage = make_lineage(preflight, place.hyper_model.stem, hashing)
         outputs = MergeOutputs(transaction, place, lineage)
         _stream(preflight, outputs, None if turn.exists else turn.path, reading)
         turn.end_making()
-        with open_analysis(turn.path, preflight.inputs, progress.warn) as analysis:
+        sensitivities = _sensitivities(preflight, outputs, running)
+        with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as analysis:
             solved = _solve(analysis, preflight, costs, start, effort, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
             solved = _add_private_loras(analysis, solved, adding)
@@ -261,9 +274,8 @@ def _host_precision(
     outputs: MergeOutputs, preflight: Preflight, solved: SolvedMerge, progress: Progress
 ) -> tuple[PrecisionLoss, ...]:
     """Returns the loss that rounding adds in the programs that use the files."""
-    layout, place = preflight.inputs.layout, outputs.place
-    path, energies = place.hyper_model, solved.evaluation.energies.sum(0)
-    with _open_tensors(path) if place.exists else outputs.transaction.reading(path) as average:
+    layout, energies = preflight.inputs.layout, solved.evaluation.energies.sum(0)
+    with _average(outputs) as average:
         return measure_precision_loss(
             average,
             layout.family,
@@ -272,6 +284,22 @@ def _host_precision(
             energies,
             check=progress.check,
         )
+
+
+def _sensitivities(
+    preflight: Preflight, outputs: MergeOutputs, progress: Progress
+) -> Mapping[str, float] | None:
+    with _average(outputs) as average:
+        return find_sensitivities(preflight, average, progress)
+
+
+@contextmanager
+def _average(outputs: MergeOutputs) -> Iterator[Callable[[str], Tensor]]:
+    """Gives a function that returns the tensors of the hyper-model by key, also of a staged one."""
+    place = outputs.place
+    path = place.hyper_model
+    with _open_tensors(path) if place.exists else outputs.transaction.reading(path) as tensor:
+        yield tensor
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Measures how much the output of a checkpoint's network depends on each of its layers."""

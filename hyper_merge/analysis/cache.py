@@ -15,6 +15,7 @@ from pathlib import Path
 from hyper_merge.analysis.checksums import stem_of
 from hyper_merge.analysis.file_layout import analysis_identity
 from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.sensitivities import SENSITIVITIES
 from hyper_merge.analysis.store import SOLUTIONS, SUFFIX, fault_of, solutions_path
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import last_used, remove_stale_markers, unused
@@ -133,8 +134,8 @@ def prune_analyses(folder: Path, limit: int) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Returns all analyses, their solutions, and files that were set aside as damaged."""
-    suffixes = (SUFFIX, SOLUTIONS, SET_ASIDE)
+    """Returns all analyses, what belongs to them, and files that were set aside as damaged."""
+    suffixes = (SUFFIX, SOLUTIONS, SENSITIVITIES, SET_ASIDE)
     return [path for suffix in suffixes for path in sorted(folder.glob(f"*{suffix}"))]
 
 

@@ -16,6 +16,8 @@ from hyper_merge.runtime.checked_json import read_json
 
 MANIFEST_VERSION: Final = 1
 
+_LARGEST: Final = 1e100  # can be multiplied and added up
+
 
 @dataclass(frozen=True)
 class RunSource:
@@ -42,6 +44,8 @@ class RunManifest:
     base_is_first_source: bool
     report: Report
     hashes: Mapping[str, str]  # SHA-256 of the tensors' bytes by the LoRA's name; empty in 0.1
+    # How much the network's output depends on each layer, by module, where that was measured.
+    sensitivities: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data in the order in which the file has them."""
@@ -70,6 +74,7 @@ class RunManifest:
             "text_multipliers": {row.name: list(row.text_multipliers) for row in rows},
             "report": self.report.as_dict(),
             "files": dict(self.hashes),
+            "sensitivities": self.sensitivities and dict(self.sensitivities),
         }
 
     @classmethod
@@ -98,6 +103,7 @@ class RunManifest:
             base_is_first_source=data.get("base_is_first_source") is True,
             report=Report.from_dict(_mapping(data, "report")),
             hashes={lora: _text(hashes, lora) for lora in hashes},
+            sensitivities=_sensitivities(data),
         )
 
     def to_recipe(self, output: Path) -> Recipe:
@@ -207,6 +213,18 @@ def _text(manifest: Mapping[str, Any], key: str) -> str:
 
 def _list(manifest: Mapping[str, Any], key: str) -> list[Any]:
     return list(_value(manifest, key, list))
+
+
+def _sensitivities(data: Mapping[str, Any]) -> dict[str, float] | None:
+    """Returns the numbers by module, where there are any."""
+    numbers = data.get("sensitivities")
+    if numbers is None:
+        return None
+    values = _mapping(data, "sensitivities")
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
+            raise ValueError(f"expected a number of 0 or more in sensitivities, {name}")
+    return dict(values)
 
 
 def _mapping(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:

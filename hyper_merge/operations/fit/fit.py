@@ -161,7 +161,8 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     report = fit.run.report
     layers = fit.inputs.layout.layers
     sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
-    weights = layer_factors(fit.run.recipe.layer_weights, sizes, layers, None)  # as in the merge
+    run = fit.run  # as in the merge
+    weights = layer_factors(run.recipe.layer_weights, sizes, layers, run.sensitivities)
     solved = {
         part: measurement.multipliers(members, len(report.loras), weights.tolist())
         for part, members in fit.groups.items()

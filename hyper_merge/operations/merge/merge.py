@@ -152,7 +152,7 @@ def _make_files(
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             outputs = replace(outputs, lineage=lineage)  # with the ranks that a search has found
             report, names = _write(outputs, preflight, analysis, solved, writing)
-        outputs.stage_texts(preflight, report)
+        outputs.stage_texts(preflight, report, sensitivities)
         progress.report("putting the files in place", 1.0)
     paths = tuple(outputs.lora_path(name) for name in names)
     return MergeResult(report, place, paths, turn.exists)

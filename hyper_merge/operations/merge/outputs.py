@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -145,10 +145,18 @@ class MergeOutputs:
             write_companion(self.transaction, path, tensors, file, preflight.recipe.exact)
         return companions.recovered
 
-    def stage_texts(self, preflight: Preflight, report: Report) -> None:
+    def stage_texts(
+        self,
+        preflight: Preflight,
+        report: Report,
+        sensitivities: Mapping[str, float] | None,  # by module
+    ) -> None:
         """Stages multipliers, report and manifest."""
         lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
-        manifest = _manifest(preflight, self.place, self.lineage, report, self._hashes(report))
+        manifest = replace(
+            _manifest(preflight, self.place, self.lineage, report, self._hashes(report)),
+            sensitivities=sensitivities,
+        )
         folder = self.place.folder
         self.transaction.text(folder / MULTIPLIERS, "".join(lines))
         self.transaction.text(folder / REPORT, format_report(report))

@@ -21,6 +21,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
 from hyper_merge.operations.merge.report_builder import gram_of
+from hyper_merge.operations.merge.sensitivities import known_sensitivities
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
@@ -100,7 +101,9 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
     def attempt(damaged: DamagedFiles) -> MergePlan:
         with (
             ensure_analysis(preflight, reading, damaged) as path,
-            open_analysis(path, preflight.inputs) as analysis,
+            open_analysis(
+                path, preflight.inputs, sensitivities=known_sensitivities(preflight)
+            ) as analysis,
         ):
             forecast = forecast_ranks_for(analysis, preflight, forecasting)
             return _plan_from(forecast, find_clusters(gram_of(analysis)), preflight)
@@ -164,7 +167,8 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
         DamagedCacheError: the analysis is damaged.
         InterruptedRun: the user asked for the run to end.
     """
-    with open_analysis(path, preflight.inputs) as analysis:
+    sensitivities = known_sensitivities(preflight)
+    with open_analysis(path, preflight.inputs, sensitivities=sensitivities) as analysis:
         forecast = forecast_ranks_for(analysis, preflight, progress)
         groups = find_clusters(gram_of(analysis))
     least = sum(forecast.costs) / 2

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hyper_merge.calibration.measure import can_run, measure_sensitivities
-from hyper_merge.calibration.store import (
+from hyper_merge.analysis.sensitivities import (
     read_sensitivities,
     sensitivities_path,
     write_sensitivities,
 )
+from hyper_merge.calibration.measure import can_run, measure_sensitivities
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.progress import Progress

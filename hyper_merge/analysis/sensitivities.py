@@ -11,7 +11,7 @@ from hyper_merge.errors import OutputError
 from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 
-SUFFIX: Final = ".sensitivities.json"
+SENSITIVITIES: Final = ".sensitivities.json"  # suffix of the file with those of an average
 
 _VERSION: Final = 1  # of the numbers: another network, or other inputs, has another
 _LARGEST: Final = 1e100  # can be multiplied and added up
@@ -19,7 +19,7 @@ _LARGEST: Final = 1e100  # can be multiplied and added up
 
 def sensitivities_path(cache: Path, average_id: str) -> Path:
     """Returns the path of the sensitivities of an average."""
-    return cache / f"{average_id[:32]}-{_VERSION}{SUFFIX}"
+    return cache / f"{average_id[:32]}-{_VERSION}{SENSITIVITIES}"
 
 
 def read_sensitivities(path: Path, damaged: DamagedFiles | None = None) -> dict[str, float]:

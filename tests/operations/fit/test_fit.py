@@ -22,6 +22,7 @@ from tiny_family import (
     write,
 )
 
+from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import (
     HyperMergeError,
@@ -147,11 +148,14 @@ def test_no_other_multipliers_explain_more(at, other):
     fit(at, other)
     run = load_run(at, "mix")
     terms = weighted_loras_of(run, "new one")
-    best = dense(other, run.hyper_model, terms)[1].sum()
+    base = load(run.hyper_model)
+    sizes = torch.stack([base[layer.key].double().square().sum() for layer in layers_of(other)])
+    weights = layer_factors("output", sizes, layers_of(other), None)  # as in the merge
+    best = weights @ dense(other, run.hyper_model, terms)[1]
     for change in ({"multiplier": 0.01}, {"text_multiplier": -0.01}):
         (name, step) = next(iter(change.items()))
         changed = [replace(terms[0], **{name: getattr(terms[0], name) + step}), *terms[1:]]
-        assert dense(other, run.hyper_model, changed)[1].sum() > best
+        assert weights @ dense(other, run.hyper_model, changed)[1] > best
 
 
 def test_companions_take_the_unets_multipliers_and_report_their_share(single, tmp_path):

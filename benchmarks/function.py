@@ -51,6 +51,7 @@ GUIDANCE = 3.0
 DDIM_STEPS = 25
 SETTINGS = {
     "default": "",
+    "layout": "layer_weights=layout",
     "relative": "layer_weights=relative",
     "plain": "layer_weights=plain",
 }

@@ -83,10 +83,10 @@ def layer_factors(
 ) -> Tensor:  # (layers,), float64
     """Returns how much a squared error counts in each layer, in any common unit.
 
-    `output` estimates what the error does to the network's output: by the mean squared gradient of
-    the output where it was measured for every layer, else by the layout alone. A layer of which
-    every weight is off by the same fraction then counts by the number of positions at which it is
-    applied: errors at them add up like independent ones.
+    `output` stands for what the error does to the network's output: by the mean squared gradient
+    of the output where that was measured for every layer, else as `layout`: there a layer of which
+    every weight is off by the same fraction counts by the number of positions at which it is
+    applied, for errors at them add up like independent ones.
 
     Args:
         choice: the recipe's `layer_weights`.
@@ -96,11 +96,12 @@ def layer_factors(
     """
     if choice == "plain":
         return torch.ones_like(sizes)
-    if choice == "output":
-        known = [(sensitivities or {}).get(layer.module) for layer in layers]
+    if choice == "output" and sensitivities:
+        known = [sensitivities.get(layer.module) for layer in layers]
         if all(value is not None for value in known):
             measured = torch.tensor(known, dtype=torch.float64)
             return measured.clamp(min=_LEAST_SENSITIVITY * float(measured.max()))
+    if choice in ("output", "layout"):
         positions = torch.tensor([layer.positions for layer in layers], dtype=torch.float64)
         return relative_weights(sizes, layers) * positions
     return relative_weights(sizes, layers)

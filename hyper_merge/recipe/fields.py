@@ -139,7 +139,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("fit_weights", "X,X,...", "how much each checkpoint counts in the fit", parse_weights,
           "many", to_metadata=_numbers_text),
     Field("layer_weights", "HOW", "how differences count: by what they do to the network's output,"
-          " relative to each layer's size, or plain", choice("output", "relative", "plain")),
+          " measured by runs of the average, or estimated from the layout; relative to each layer's"
+          " size; or plain", choice("output", "layout", "relative", "plain")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"

@@ -53,7 +53,8 @@ class Recipe:
         multipliers: Whether the text encoder has `separate` ones, or one number is `shared`.
         fit_weights: How much each checkpoint counts in the fit, not normalised; None for equally.
         layer_weights: Whether a layer's differences count by what they do to the network's `output`,
-            `relative` to the size of its weight, or `plain`.
+            by an estimate of that from the `layout`, `relative` to the size of its weight, or
+            `plain`.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: Contents of the LoRAs' companions: `none`, the UNet's `norms`, or `all` (biases too).
 
@@ -81,7 +82,7 @@ class Recipe:
     allocation: Literal["adaptive", "even"] = "adaptive"
     multipliers: Literal["separate", "shared"] = "separate"
     fit_weights: tuple[float, ...] | None = None
-    layer_weights: Literal["output", "relative", "plain"] = "output"
+    layer_weights: Literal["output", "layout", "relative", "plain"] = "output"
     vae: Literal["first", "average"] = "first"
     exact: Literal["none", "norms", "all"] = "none"
 

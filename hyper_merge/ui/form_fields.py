@@ -26,6 +26,7 @@ ALLOCATION_CHOICES: Final = {
 }
 DIFFERENCE_CHOICES: Final = {
     "by their effect on the output": "output",
+    "by an estimate of that": "layout",
     "relative to each layer's size": "relative",
     "unweighted": "plain",
 }
@@ -128,7 +129,7 @@ FORM_FIELDS: Final = (
               "How much each checkpoint counts in the fit: one number per checkpoint, in the order"
               " they were picked. Leave empty for equal weights."),
     FormField("layer_weights", "Layer weighting", "radio",
-              "How much the differences in a layer count. The other two leave more of the difference"
+              "How much the differences in a layer count. The others leave more of the difference"
               " in pictures at the same size.", choices=DIFFERENCE_CHOICES),
 )  # fmt: skip
 

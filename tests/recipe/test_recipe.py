@@ -218,7 +218,7 @@ RECIPES = st.builds(
     seed=st.integers(0, 2**63 - 1),
     method=st.sampled_from(["joint", "greedy"]),
     allocation=st.sampled_from(["adaptive", "even"]),
-    layer_weights=st.sampled_from(["output", "relative", "plain"]),
+    layer_weights=st.sampled_from(["output", "layout", "relative", "plain"]),
     multipliers=st.sampled_from(["separate", "shared"]),
     vae=st.sampled_from(["first", "average"]),
 ).flatmap(

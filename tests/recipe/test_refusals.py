@@ -46,7 +46,7 @@ def problem(**values):
         ("method: gredy", 'expected one of joint, greedy, got "gredy"; did you mean "greedy"?'),
         ("allocation: adaptve", 'expected one of adaptive, even, got "adaptve"; did you mean "adaptive"?'),
         ("multipliers: both", 'expected one of separate, shared, got "both"'),
-        ("layer_weights: relativ", 'expected one of output, relative, plain, got "relativ"; did you mean "relative"?'),
+        ("layer_weights: relativ", 'expected one of output, layout, relative, plain, got "relativ"; did you mean "relative"?'),
         ("fit_weights: [1]", 'line 3, key "fit_weights": expected 2 numbers, one per checkpoint, got 1'),
         ("fit_weights: [0, 0]", 'key "fit_weights": expected weights with a sum above 0, got the sum 0'),
         ("fit_weights: [1, -1]", "item 2: expected a number of 0 or more, got the number -1"),

@@ -28,9 +28,7 @@ class LoraStack:
             header: of the checkpoint that they are added to.
             layout: of that checkpoint.
         """
-        self._vectors = {
-            vector.key: vector for vector in norms_and_biases_of(header, layout, biases=True)
-        }
+        self._vectors = {vector.key: vector for vector in norms_and_biases_of(header, layout)}
         self._loras = [LoraReader(path, layout.family) for path in paths]
         self._files = [CheckpointReader(path) for path in paths]
         self._resources = ExitStack()
@@ -55,7 +53,7 @@ class LoraStack:
     @property
     def dtype(self) -> torch.dtype:
         """The type in which factors like these can be stored; float32 if the files differ."""
-        dtypes = {lora.dtype for lora in self._loras if lora.modules}
+        dtypes = {dtype for lora in self._loras for dtype in lora.dtypes}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factors(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n), float64

@@ -164,12 +164,14 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     if fit.run.recipe.layer_weights == "relative":  # as in the merge
         sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
         weights = relative_weights(sizes, layers)
+    with_companions = report.companion_owners
+    owners = [*range(len(report.loras)), *with_companions]
     solved = {
-        part: measurement.multipliers(members, len(report.loras), weights.tolist())
+        part: measurement.multipliers(members, owners, weights.tolist())
         for part, members in fit.groups.items()
     }
     unet = solved["unet"]
-    companions = unet[: len(report.companions)]
+    companions = unet[list(with_companions)]
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 

@@ -68,22 +68,24 @@ class Measurement:
     def multipliers(
         self,
         members: Sequence[int],
-        count: int,
+        owners: Sequence[int],
         weights: Sequence[float],
-    ) -> Tensor:  # (count,), float64
+    ) -> Tensor:  # (LoRAs,), float64
         """Returns the best multipliers for some of the layers; zeros where nothing differs.
 
         Args:
             members: the layers.
-            count: of the files that get one, the first ones.
+            owners: for every file the place of the LoRA whose multiplier it has: itself, or for a
+                companion its LoRA.
             weights: of all layers' squared errors.
         """
-        cross = torch.zeros(count, dtype=torch.float64)
-        gram = torch.zeros(count, count, dtype=torch.float64)
+        shared = torch.nn.functional.one_hot(torch.tensor(owners)).double()  # (files, LoRAs)
+        cross = torch.zeros(shared.shape[1], dtype=torch.float64)
+        gram = torch.zeros(shared.shape[1], shared.shape[1], dtype=torch.float64)
         for index in members:
             sums, weight = self.layers[index], weights[index]
-            cross += weight * sums.cross[:count]
-            gram += weight * sums.gram[:count, :count]
+            cross += weight * (sums.cross @ shared)
+            gram += weight * (shared.mT @ sums.gram @ shared)
         return fit_multipliers(Statistics(self.energy, cross[None], gram))[0]
 
 

@@ -70,8 +70,9 @@ def write_unfinished(path: Path, source: Path, share: float) -> Path:
 
 
 def recipe(models, output: Path, **settings: Any) -> Recipe:
-    """Returns a small merge's recipe."""
-    values = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", **settings}
+    """Returns a small merge's recipe, without companions unless they are asked for."""
+    small = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", "exact": "none"}
+    values = {**small, **settings}
     return Recipe.from_settings({**values, "models": tuple(models), "output": output}, "recipe")
 
 
@@ -102,9 +103,9 @@ def temporaries(folder: Path) -> list[Path]:
 
 
 def layers_of(path: Path):
-    """Returns the layers of a checkpoint file."""
+    """Returns the layers of a checkpoint file without those at the ends, which LoRAs leave out."""
     header = read_header(path)
-    return layout_of(header, require_supported(header)).layers
+    return layout_of(header, require_supported(header)).without_ends().layers
 
 
 def tags_of(merged: MergeResult) -> list[list[Tag]]:

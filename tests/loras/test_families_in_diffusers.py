@@ -76,7 +76,8 @@ def test_names_and_shapes_are_those_of_diffusers_unet(name):
         for key, tensor in model.state_dict().items()
         if tensor.dim() > 1 and not key.startswith(ENDS)
     }
-    layers = [layer for layer in layout(FULL[name]())[1].layers if layer.part == "unet"]
+    layers = layout(FULL[name]())[1].without_ends().layers
+    layers = [layer for layer in layers if layer.part == "unet"]
     lora = {}
     for layer in layers:
         lora[layer.module + ".lora_down.weight"] = torch.zeros(layer.down_shape(1), device="meta")

@@ -12,8 +12,8 @@ has the mean over checkpoints, and the worst checkpoint, of |difference| / |outp
     UNet       the same over the layers of the UNet, measured here from the files
     relative   over these layers, each deviation in units of the norm of its own weight
 
-"Exact layers" has every layer right and only the rest averaged: no LoRAs go below it. Companions of
-LoRAs (`exact`) are left out. Latents have 32x32 entries, in narrow families 16x16.
+"Exact layers" has every layer right, end layers too, and only the rest averaged: no LoRAs go below it.
+Of companions (`exact`) the end layers are taken, norms and biases are left out. Latents have 32x32 entries, in narrow families 16x16.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def reconstructed(
     for layer in layers:
         weight = average[layer.key].float().flatten(1)
         for multiplier, lora in loras:
-            if f"{layer.module}.lora_up.weight" in lora:
+            if f"{layer.module}.diff" in lora:
+                weight = weight + multiplier * lora[f"{layer.module}.diff"].flatten(1)
+            elif f"{layer.module}.lora_up.weight" in lora:
                 weight = weight + multiplier * _added(lora, layer.module)
         state[layer.key] = weight.view(average[layer.key].shape)
     return state

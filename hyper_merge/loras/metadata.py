@@ -36,6 +36,7 @@ _OWN: Final = "hyper_merge."
 KIND: Final = _OWN + "kind"
 RECIPE: Final = _OWN + "recipe"
 RUN: Final = _OWN + "run"
+COMPANION_CONTENT: Final = _OWN + "exact"
 CHECKPOINT: Final = _OWN + "checkpoint"
 """Metadata of a LoRA that is of one checkpoint alone: its run, and the checkpoint's name."""
 

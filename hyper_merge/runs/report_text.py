@@ -143,26 +143,24 @@ def _format_details(report: Report) -> list[str]:
 def _format_not_carried(report: Report) -> list[str]:
     shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
     lines = [f"not carried by LoRAs, as a share of all differences: {shares}"]
-    kinds = [gain.kind for gain in report.recovered]
-    where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
     if report.ends:
-        lines.append(_format_ends(report, report.ends, where))
+        lines.append(_format_ends(report, report.ends))
     if report.recovered:
+        kinds = [gain.kind for gain in report.recovered]
+        where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
         gains = ", ".join(f"{gain.kind} {gain.share:.2%}" for gain in report.recovered)
         lines.append(f"restored by the companions, in the UNet: {gains}; they load in {where}")
     return lines
 
 
-def _format_ends(report: Report, ends: EndLayers, where: str) -> str:
-    """Returns a sentence about the layers at the ends of the UNet, which LoRAs alone leave averaged."""
-    part = (
-        f"end layers of the UNet hold {ends.share:.2%} of the differences, as the loss weighs them"
-    )
+def _format_ends(report: Report, ends: EndLayers) -> str:
+    """Returns a sentence about the layers at the ends of the network, which LoRAs leave averaged."""
+    part = f"end layers hold {ends.share:.2%} of the differences in layers, as the loss weighs them"
     if not ends.carried:
         return f"{part}, and are averaged only (exact ends would carry them)"
     if not report.companions:
         return f"{part}, too little for a companion"
-    return f"{part}, and are carried by the companions, which load in {where}"
+    return f"{part}, and are carried by the companions"
 
 
 def _format_bytes(report: Report) -> list[str]:

@@ -154,7 +154,7 @@ def flux_lora():
     """A LoRA of rank 2 for every layer of Flux dev at full size, as kohya stores them."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for layer in layout(FULL["flux_dev"]())[1].layers:
+    for layer in layout(FULL["flux_dev"]())[1].without_ends().layers:
         tensors[layer.module + ".lora_up.weight"] = torch.randn(layer.m, 2, generator=generator)
         tensors[layer.module + ".lora_down.weight"] = torch.randn(2, layer.n, generator=generator)
         tensors[layer.module + ".alpha"] = torch.tensor(2.0)

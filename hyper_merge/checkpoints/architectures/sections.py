@@ -16,7 +16,17 @@ _NUMBERED: Final = (
     (re.compile(r"(?:^|.*\.)single_blocks\.(\d+)\..*"), "SINGLE"),
 )
 _ENCODER: Final = re.compile(r"(?:^|.*\.)(?:layers|resblocks)\.(\d+)\..*")
-_ENDS: Final = {"time_embed": "TIME", "label_emb": "LABEL", "out": "OUT"}
+_ENDS: Final = {
+    "time_embed": "TIME",
+    "label_emb": "LABEL",
+    "out": "OUT",
+    "img_in": "IMG_IN",
+    "txt_in": "TXT_IN",
+    "time_in": "TIME",
+    "vector_in": "VECTOR",
+    "guidance_in": "GUIDANCE",
+    "final_layer": "FINAL",
+}
 _MIDDLE: Final = re.compile(r"(?:^|.*\.)middle_block\..*")
 
 

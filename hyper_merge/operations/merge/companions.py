@@ -30,7 +30,7 @@ from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
 from hyper_merge.loras.cards import CARD_SUFFIXES, format_companion_card
 from hyper_merge.loras.lora_file import WHOLE_DTYPE, named_tensors
-from hyper_merge.loras.metadata import LoraFile, lora_metadata
+from hyper_merge.loras.metadata import COMPANION_CONTENT, LoraFile, lora_metadata
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.report import CompanionGain, EndLayers
 from hyper_merge.solver.quantization import StoredFactors
@@ -198,7 +198,7 @@ def write_companion(
     model_hash = content_sha256(tensors, declared)
     metadata = lora_metadata(file, path.stem, model_hash, uniform=False)
     word = "ends" if exact == "auto" else exact
-    with outputs.safetensors(path, declared, {**metadata, "hyper_merge.exact": word}) as writer:
+    with outputs.safetensors(path, declared, {**metadata, COMPANION_CONTENT: word}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)

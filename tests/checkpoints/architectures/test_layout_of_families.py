@@ -101,8 +101,12 @@ def test_sgm_modules_are_kohyas_targets_by_their_keys(make_header, name):
 
 
 # Of the ends A1111, Forge and ComfyUI all take diffusers' names in SD 1.x and 2.x, and in SDXL the
-# checkpoint's own. Of conv_in they agree on four channels, as one tensor.
+# checkpoint's own. Of conv_in they agree on four channels, as one tensor. Forge and ComfyUI, which
+# run Flux, take every matrix of its transformer by its own name.
 EMBEDDING = ("time_embedding_linear_1", "time_embedding_linear_2")
+FLUX_ENDS = ("img_in", "txt_in", "final_layer_linear", "final_layer_adaLN_modulation_1")
+EMBEDDERS = ("time_in", "vector_in", "guidance_in")
+FLUX_ENDS += tuple(f"{name}_{side}_layer" for name in EMBEDDERS for side in ("in", "out"))
 SGM = ("time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2", "out_2")
 CONVOLUTIONS = {
     "sd1": ("conv_in", "conv_out"),
@@ -122,7 +126,9 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_ends_have_the_names_that_all_hosts_take(make_header, name):
-    linear = {"sd1": EMBEDDING, "sd2": EMBEDDING, "sdxl": SGM}.get(name.partition("_")[0], ())
+    linear = {"sd1": EMBEDDING, "sd2": EMBEDDING, "sdxl": SGM, "flux": FLUX_ENDS}.get(
+        name.partition("_")[0], ()
+    )
     ends = [layer for layer in layers_of(make_header, FULL[name]()) if layer.is_end]
     names = {layer.module.removeprefix("lora_unet_") for layer in ends}
     assert names == {*linear, *CONVOLUTIONS[name]}

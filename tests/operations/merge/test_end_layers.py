@@ -17,6 +17,7 @@ from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.restore.request import RestoreRequest
 from hyper_merge.operations.restore.restore import run_restore
+from hyper_merge.recipe.parsing import parse_private_lora_target
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runs.run import load_run
@@ -96,8 +97,9 @@ def test_report_prompt_and_run_know_the_companions(carried):
     assert report.ends.carried
     assert report.ends.share == pytest.approx(1)
     text = format_report(report)
-    assert "hold 100.00% of the differences" in text
-    assert "carried by the companions, which load in AUTOMATIC1111, Forge and ComfyUI" in text
+    assert "end layers hold 100.00% of the differences" in text
+    assert "and are carried by the companions\n" in text
+    assert "end biases 100.00%; they load in AUTOMATIC1111, Forge and ComfyUI" in text
     assert report.not_carried["other weights"] == 0
     tags = parse_tags(report.tags(report.checkpoints[1]))
     assert [tag.name for tag in tags] == [*report.loras, *report.companions]
@@ -187,9 +189,18 @@ def test_nine_channels_are_never_written(tmp_path):
     assert merged.report.not_carried["other weights"] > 0
 
 
+def test_flux_carries_its_ends_for_forge_and_comfyui(tmp_path):
+    merged = merge(written("flux_dev", tmp_path), tmp_path, exact="ends", ranks=(2,), iterations=1)
+    (tensors,) = companions(merged).values()
+    modules = {key.partition(".")[0].removeprefix("lora_unet_") for key in tensors}
+    assert {"img_in", "final_layer_linear"} & modules
+    card = json.loads(merged.loras[1].with_suffix(".json").read_text())
+    assert card["description"].endswith("Loads in Forge and ComfyUI.")
+
+
 def test_a_family_without_ends_is_refused(tmp_path):
-    models = written("flux_dev", tmp_path)
-    with pytest.raises(RecipeError, match=r"Flux dev has no end layers that hosts take"):
+    models = written("sd3_medium", tmp_path)
+    with pytest.raises(RecipeError, match=r"3 medium has no end layers that hosts take"):
         run_preflight(recipe(models, tmp_path, exact="ends"))
     estimate = [
         estimate_merge(run_preflight(recipe(models, tmp_path, exact=word))).loras
@@ -226,3 +237,16 @@ def test_float8_leaves_conv_in_as_it_is(files, tmp_path):
         RestoreRequest("mix", {"b": 1.0}, dtype="float32"), Folders.under(tmp_path), Progress()
     )
     assert restored.compared.explained == pytest.approx(restored.compared.reported, abs=1e-3)
+
+
+def test_a_later_fit_with_a_private_lora_uses_the_companions_too(files, tmp_path):
+    merged = merge(files[:2], tmp_path, exact="ends", ranks=(4,), iterations=2, dtype="float32")
+    folders = folders_of(merged)
+    fitted = run_fit(
+        FitRequest("mix", files[2], topup=parse_private_lora_target("2")), folders, Progress()
+    )
+    tensors = load_file(tmp_path / "Lora" / f"{fitted.topups[0].name}.safetensors")
+    assert not any(key.startswith(tuple(MODULES.values())) for key in tensors)
+    restored = run_restore(RestoreRequest("mix", {fitted.row.name: 1.0}), folders, Progress())
+    assert restored.compared.explained == pytest.approx(fitted.explained, abs=1e-4)
+    assert restored.compared.reported == fitted.explained

@@ -35,6 +35,7 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
         seed=7,
         vae="average",
         output=root,
+        exact="none",
     )
 
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
-from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias, norms_and_biases_of
+from hyper_merge.checkpoints.architectures.norms_and_biases import (
+    Kind,
+    NormOrBias,
+    norms_and_biases_of,
+)
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.loras.reader import LoraReader
@@ -63,6 +67,11 @@ class LoraStack:
             lora.factors(layer.module) if layer.module in lora.modules else none
             for lora in self._loras
         ]
+
+    def vector_kind(self, key: str) -> Kind | None:
+        """Returns the kind of a norm or bias that a file may add to; None for any other tensor."""
+        vector = self._vectors.get(key)
+        return vector.kind if vector else None
 
     def vectors(self, key: str) -> list[Tensor | None]:  # each (size,)
         """Returns what each file adds to a norm or bias at multiplier 1; None for nothing."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hyper_merge.analysis.blank_tensors import BlankTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs, raise_non_finite
 from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of_tensor
+from hyper_merge.checkpoints.architectures.norms_and_biases import Kind
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
@@ -49,7 +51,7 @@ class Measurement:
 
     layers: tuple[Sums, ...]  # in the layout's order
     outside: Mapping[str, float]  # kind -> squared norm of the differences outside of the layers
-    vectors: Mapping[str, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
+    vectors: Mapping[Kind, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
 
     @property
     def energy(self) -> float:
@@ -106,7 +108,7 @@ def measure(
     """
     layers: dict[int, Sums] = {}
     outside: dict[str, float] = {}
-    vectors: dict[str, list[Sums]] = {}
+    vectors: dict[Kind, list[Sums]] = {kind: [] for kind in get_args(Kind)}
     costs = pass_costs(inputs, PassOptions(options.device))
     blank = BlankTensors(inputs)
     with open_files(inputs, options, progress.counter("fitting", costs)) as (
@@ -132,12 +134,14 @@ def measure(
                     layers[index] = sums
                 else:
                     outside[kind] = outside.get(kind, 0.0) + sums.energy
-                    if sums.gram.any():
-                        vectors.setdefault(kind, []).append(sums)
+                    vector_kind = stack.vector_kind(key)
+                    if vector_kind and sums.gram.any():
+                        vectors[vector_kind].append(sums)
             counter.finish(key)
     blank.report(progress.warn)
     ordered = tuple(layers[index] for index in sorted(layers))
-    return Measurement(ordered, outside, {kind: tuple(sums) for kind, sums in vectors.items()})
+    reached = {kind: tuple(sums) for kind, sums in vectors.items() if sums}
+    return Measurement(ordered, outside, reached)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def main() -> int:
     options = _options()
     spec = replace(NARROW if options.narrow else FamilySpec(), count=2)
     paths = make_family(options.folder, spec, "narrow" if options.narrow else "synthetic")
-    layers = common_layout([read_header(path) for path in paths]).layers
+    layers = common_layout([read_header(path) for path in paths]).without_ends().layers
     shapes: dict[tuple[int, ...], list[Layer]] = {}
     for layer in layers:
         shapes.setdefault((layer.m, layer.n), []).append(layer)

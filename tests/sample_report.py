@@ -1,6 +1,6 @@
 """A report with figures that no two fields share."""
 
-from hyper_merge.runs.report import CheckpointReport, PartLoss, Report
+from hyper_merge.runs.report import CheckpointReport, EndLayers, PartLoss, Report
 
 REPORT = Report(
     name="mix",
@@ -26,4 +26,5 @@ REPORT = Report(
         PartLoss("MID", "unet", 0.25, 0.0),
         PartLoss("OUT02", "unet", 0.25, 0.0625),
     ),
+    ends=EndLayers(0.03, carried=False),
 )

@@ -70,8 +70,9 @@ def write_unfinished(path: Path, source: Path, share: float) -> Path:
 
 
 def recipe(models, output: Path, **settings: Any) -> Recipe:
-    """Returns a small merge's recipe."""
-    values = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", **settings}
+    """Returns a small merge's recipe, without companions unless they are asked for."""
+    small = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", "exact": "none"}
+    values = {**small, **settings}
     return Recipe.from_settings({**values, "models": tuple(models), "output": output}, "recipe")
 
 
@@ -101,10 +102,11 @@ def temporaries(folder: Path) -> list[Path]:
     return [*folder.rglob("*.tmp"), *folder.rglob("*.old")]
 
 
-def layers_of(path: Path):
-    """Returns the layers of a checkpoint file."""
+def layers_of(path: Path, *, ends: bool = False):
+    """Returns the layers of a checkpoint file, without end layers unless they are asked for."""
     header = read_header(path)
-    return layout_of(header, require_supported(header)).layers
+    layout = layout_of(header, require_supported(header))
+    return (layout if ends else layout.without_ends()).layers
 
 
 def tags_of(merged: MergeResult) -> list[list[Tag]]:
@@ -125,7 +127,12 @@ def part_multiplier(tag: Tag, part: str) -> float:
 
 
 def added(lora: State, module: str) -> Tensor:  # (m, n), float64; a single zero for no such module
-    """Returns what a host adds at multiplier 1. Source: kohya networks/lora.py merge_to."""
+    """Returns what a host adds at multiplier 1. Source: kohya networks/lora.py merge_to.
+
+    A1111, Forge and ComfyUI also take one whole tensor for a module.
+    """
+    if f"{module}.diff" in lora:
+        return lora[f"{module}.diff"].double().flatten(1)
     if f"{module}.lora_up.weight" not in lora:
         return torch.zeros((), dtype=torch.float64)
     up = lora[f"{module}.lora_up.weight"].double().flatten(1)

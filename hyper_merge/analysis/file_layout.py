@@ -12,10 +12,11 @@ from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.reader import fingerprint
 
-UNCARRIED_KINDS: Final = ("norms", "biases", "embeddings", "other weights", "VAE")
+OTHER_WEIGHTS: Final = "other weights"
+UNCARRIED_KINDS: Final = ("norms", "biases", "embeddings", OTHER_WEIGHTS, "VAE")
 """The kinds of tensors that no LoRA carries."""
 
-_VERSION: Final = 3  # of the files' content; another one is never read
+_VERSION: Final = 4  # of the files' content; another one is never read
 _BASIS_DTYPE: Final = torch.float16
 ROUNDING_DTYPE: Final = torch.bfloat16  # a small correction, whose range float16 does not have
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,8 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, checksum, is_named_after
+from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, is_named_after
 from hyper_merge.analysis.file_layout import (
+    OTHER_WEIGHTS,
     ROUNDING_DTYPE,
     UNCARRIED_KINDS,
     analysis_identity,
@@ -20,13 +22,15 @@ from hyper_merge.analysis.file_layout import (
 )
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
-from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
+from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import in_use
+from hyper_merge.analysis.writer import AnalysisWriter
 from hyper_merge.checkpoints.io.atomic_file import StagedFile, as_output_error
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.bounds import Spectra
+from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone
 
@@ -60,6 +64,7 @@ class Analysis:
         """
         self.layers = inputs.layout.layers
         self.sensitivities = sensitivities
+        self._places: list[int] = list(range(len(self.layers)))  # of the layers in the file
         self.contrasts = inputs.contrasts
         self._file = file
         self._solutions = solutions_path(file.path)
@@ -68,46 +73,57 @@ class Analysis:
         checksums = file.tensor(CHECKSUMS) if CHECKSUMS in keys else None
         self._integrity = Integrity(file.path, keys - {CHECKSUMS}, checksums)
 
+    def without_ends(self) -> Analysis:
+        """Returns the analysis of a layout whose layers at the ends are averaged only."""
+        view = copy.copy(self)
+        kept = [place for place, layer in enumerate(self.layers) if not layer.is_end]
+        view.layers = tuple(self.layers[place] for place in kept)
+        view._places = [self._places[place] for place in kept]
+        return view
+
     @property
     def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
         """The inner products of every layer's slices and, last, the base's rounding error."""
-        return self._tensor("grams")
+        return self._tensor("grams")[self._places]
 
     @property
     def weights(self) -> Tensor:  # (layers,), float64
         """The squared norm of the average in every layer."""
-        return self._tensor("weights")
+        return self._tensor("weights")[self._places]
 
     @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
         """The energies outside of all layers, by kind and checkpoint."""
-        return dict(zip(UNCARRIED_KINDS, self._tensor("not_carried"), strict=True))
+        outside = dict(zip(UNCARRIED_KINDS, self._tensor("not_carried"), strict=True))
+        everything = self._tensor("grams")
+        left_out = sorted(set(range(len(everything))) - set(self._places))
+        outside[OTHER_WEIGHTS] = outside[OTHER_WEIGHTS] + sum(
+            energies(everything[place], self.contrasts) for place in left_out
+        )
+        return outside
 
     @property
     def spectra(self) -> list[Spectra]:
         """The spectra of every layer."""
         names = ("rows", "columns", "private")
-        return [
-            Spectra(*(self._tensor(f"{i}.{name}") for name in names))
-            for i in range(len(self.layers))
-        ]
+        return [Spectra(*(self._tensor(f"{i}.{name}") for name in names)) for i in self._places]
 
     def core(self, index: int) -> Tensor:  # (d, p, q), float32
         """Returns a layer's core, a view of the file."""
-        return self._tensor(f"{index}.core")
+        return self._tensor(f"{self._places[index]}.core")
 
     def rounding(self, index: int) -> Tensor:  # (p, q), float32
         """Returns the average's rounding error in a layer's bases."""
-        return self._tensor(f"{index}.rounding").float()
+        return self._tensor(f"{self._places[index]}.rounding").float()
 
     def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
         """Returns a layer's bases."""
-        left, right = self._tensor(f"{index}.left"), self._tensor(f"{index}.right")
-        return left.float(), right.float()
+        place = self._places[index]
+        return self._tensor(f"{place}.left").float(), self._tensor(f"{place}.right").float()
 
     def core_shape(self, index: int) -> tuple[int, int]:  # p, q
         """Returns the sides of a layer's core, without reading it."""
-        p, q = self._file.header.tensors[f"{index}.rounding"].shape
+        p, q = self._file.header.tensors[f"{self._places[index]}.rounding"].shape
         return p, q
 
     def earlier_solutions(self, name: str, group: str) -> list[Tensor]:  # each (d, R), float64
@@ -194,58 +210,6 @@ def fault_of(path: Path, inputs: MergeInputs) -> str | None:
         return _fault(read_header(path), inputs)
     except CheckpointError as error:
         return str(error)
-
-
-class AnalysisWriter:
-    """Writes an analysis layer by layer during the pass."""
-
-    def __init__(self, writer: SafetensorsWriter, tensors: Mapping[str, TensorInfo]) -> None:
-        """Takes the open writer of `create_analysis`, and the tensors that it was declared with."""
-        self._tensors = tensors
-        self._checksums: dict[str, int] = {}
-        self._grams: dict[int, Tensor] = {}
-        self._weights: dict[int, float] = {}
-        self._writer = writer
-
-    def keep(self, layer: LayerAnalysis) -> None:
-        """Writes the analysis of one layer."""
-        self._grams[layer.index] = layer.gram
-        compressed, spectra = layer.compressed, layer.spectra
-        parts = {
-            "core": compressed.core,
-            "left": compressed.left,
-            "right": compressed.right,
-            "rounding": layer.rounding,
-            "rows": spectra.rows,
-            "columns": spectra.columns,
-            "private": spectra.private,
-        }
-        self._weights[layer.index] = layer.weight
-        for name, tensor in parts.items():
-            self._write(f"{layer.index}.{name}", tensor)
-
-    def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
-        """Writes what is known only after the last tensor.
-
-        Args:
-            not_carried: energies (k,) outside of all layers, by kind.
-        """
-        indices = sorted(self._grams)
-        grams = torch.stack([self._grams[index] for index in indices])
-        weights = torch.tensor([self._weights[index] for index in indices], dtype=torch.float64)
-        self._write("weights", weights)
-        zeros = grams.new_zeros(next(iter(not_carried.values())).shape)
-        self._write("grams", grams)
-        self._write(
-            "not_carried", torch.stack([not_carried.get(kind, zeros) for kind in UNCARRIED_KINDS])
-        )
-        checksums = [self._checksums[key] for key in sorted(self._checksums)]
-        self._writer.write(CHECKSUMS, torch.tensor(checksums, dtype=torch.int64))
-
-    def _write(self, key: str, tensor: Tensor) -> None:
-        stored = tensor.detach().to("cpu", self._tensors[key].dtype)
-        self._checksums[key] = checksum(stored)
-        self._writer.write(key, stored)
 
 
 @contextmanager

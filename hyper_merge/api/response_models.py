@@ -177,6 +177,13 @@ class CompanionGainResponse(BaseModel):
     share: float
 
 
+class EndLayersResponse(BaseModel):
+    """The layers at the ends of the network, which only companions can hold."""
+
+    share: float = Field(..., description="of all differences, as the loss weighs them")
+    carried: bool = Field(..., description="whether the companions hold them")
+
+
 class PrecisionLossResponse(BaseModel):
     """The loss that rounding adds in programs that hold the weights in half precision."""
 
@@ -215,6 +222,9 @@ class ReportResponse(BaseModel):
     relative_loss: float = Field(
         ...,
         description="the loss with each layer's error relative to the size of its weight; 0: unknown",
+    )
+    ends: EndLayersResponse | None = Field(
+        ..., description="null where hosts take none from a LoRA"
     )
 
 

@@ -18,6 +18,7 @@ from hyper_merge.checkpoints.architectures.detection import Family, require_supp
 from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, HyperMergeError, PictureError
+from hyper_merge.hosts.diffusers_companions import CompanionChanges, is_companion
 from hyper_merge.hosts.host import GeneratorInfo
 from hyper_merge.loras.prompt_tags import Tag, parse_tags, remove_tags
 from hyper_merge.operations.compare.compare import ImageGenerator
@@ -124,6 +125,7 @@ class _Pipeline:
         self._pipeline: Any = None
         self._kind = _SD
         self._adapters: dict[str, str] = {}  # by the LoRA's name
+        self._companions: CompanionChanges | None = None
 
     def draw(self, picture: Picture, progress: Progress) -> Image.Image:
         """Draws a picture; it can be stopped between two steps."""
@@ -135,7 +137,7 @@ class _Pipeline:
 
     def unload(self) -> None:
         """Frees the memory."""
-        self._model = self._pipeline = None
+        self._model = self._pipeline = self._companions = None
         self._adapters = {}
         gc.collect()
         if torch.cuda.is_available():
@@ -168,11 +170,13 @@ class _Pipeline:
 
     def _apply_loras(self, tags: list[Tag]) -> None:
         """Adds the LoRAs of these tags to the model, and takes all others away."""
+        paths = {tag.name: _find_lora(self._folders, tag.name) for tag in tags}
+        companions = [tag for tag in tags if is_companion(paths[tag.name])]
+        tags = [tag for tag in tags if tag not in companions]
         for tag in tags:
             if tag.name not in self._adapters:
                 adapter = f"lora_{len(self._adapters)}"  # a name may hold dots, an adapter's not
-                path = _find_lora(self._folders, tag.name)
-                self._pipeline.load_lora_weights(str(path), adapter_name=adapter)
+                self._pipeline.load_lora_weights(str(paths[tag.name]), adapter_name=adapter)
                 self._adapters[tag.name] = adapter
         if tags:
             self._pipeline.enable_lora()
@@ -183,6 +187,10 @@ class _Pipeline:
             self._pipeline.set_adapters([self._adapters[tag.name] for tag in tags], scales)
         elif self._adapters:
             self._pipeline.disable_lora()
+        if companions and self._companions is None and self._model is not None:
+            self._companions = CompanionChanges(self._pipeline.unet, self._model)
+        if self._companions is not None:
+            self._companions.apply([(paths[tag.name], tag.multiplier) for tag in companions])
 
     def _run(self, picture: Picture, progress: Progress) -> Image.Image:
         import diffusers  # noqa: PLC0415 - an extra

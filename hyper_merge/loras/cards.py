@@ -37,6 +37,8 @@ def format_card(file: LoraFile, stem: str) -> str:
 def format_companion_card(file: LoraFile, stem: str, exact: str) -> str:
     """Returns the JSON of a companion's sidecar; `exact` is the recipe's word for its content."""
     content, programs = COMPANIONS[exact]
+    if not file.lineage.family.in_a1111:
+        programs = "Forge and ComfyUI"
     lines = [
         f"{one_line(checkpoint)}: {format_tag(stem, x)}"
         for checkpoint, x in file.multipliers.items()

@@ -36,6 +36,11 @@ _LARGEST: Final = MappingProxyType(
 UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 """The ends of a module's keys."""
 
+WHOLE: Final = ".diff"
+"""The end of the key of a module that is one whole tensor."""
+
+WHOLE_DTYPE: Final = torch.float32  # A1111 rounds the weight itself to the type of its change
+
 FactorsByModule = Mapping[str, tuple[Tensor, Tensor]]
 """Module to up (m, r) and down (r, n); a module with rank 0 may be missing."""
 
@@ -61,7 +66,9 @@ def lora_tensors(
     """
     tensors = {}
     for layer, rank in zip(layers, complete_groups(layers, rank_of), strict=True):
-        if rank:
+        if rank and layer.whole:
+            tensors[layer.module + WHOLE] = TensorInfo(WHOLE_DTYPE, layer.shape)
+        elif rank:
             tensors[layer.module + DOWN] = TensorInfo(dtype, layer.down_shape(rank))
             tensors[layer.module + UP] = TensorInfo(dtype, layer.up_shape(rank))
             if alpha is not None:
@@ -105,7 +112,7 @@ def as_lora_weights(
 
     Arguments and errors are those of `stored_factors`.
     """
-    return _named(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
+    return named_tensors(layer, stored_factors(layer, up, down, alpha, dtype), alpha)
 
 
 def stored_factors(
@@ -123,12 +130,12 @@ def stored_factors(
         down: right factor.
         alpha: of the file; r / alpha goes into the factors, half of it (as a root) into each. None
             for a file without alphas.
-        dtype: of the stored factors.
+        dtype: of the stored factors; those of whole layers, which no file holds, stay float32.
 
     Raises:
         NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
     """
-    root = _root(up.shape[1], alpha)
+    root, dtype = _root(up.shape[1], alpha), WHOLE_DTYPE if layer.whole else dtype
     return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
 
 
@@ -174,7 +181,7 @@ def write_lora(
         tick(0)
         if rank:
             pair = factors[layer.module] if _rank(layer, factors) else _zeros(layer, file.dtype)
-            stored |= _named(layer, pair, alpha)
+            stored |= named_tensors(layer, pair, alpha)
     declared = lora_tensors(layers, ranks, file.dtype, alpha)
     model_hash = content_sha256(stored, declared, tick)
     metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {0, file.rank})
@@ -187,12 +194,16 @@ def write_lora(
     outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
-def _rank(layer: Layer, factors: FactorsByModule) -> int:
-    return factors[layer.module][0].shape[1] if layer.module in factors else 0
-
-
-def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: float | None) -> dict[str, Tensor]:
+def named_tensors(
+    layer: Layer,
+    stored: tuple[Tensor, Tensor],  # (m, r), (r, n), as `stored_factors` gives them
+    alpha: float | None,
+) -> dict[str, Tensor]:
+    """Returns one layer's tensors by key: factors with their alpha, or one whole tensor."""
     up, down = stored
+    if layer.whole:
+        left, right = as_hosts_apply(up, down, alpha)
+        return {layer.module + WHOLE: (left @ right).to(WHOLE_DTYPE).view(layer.shape)}
     rank = up.shape[1]
     tensors = {
         layer.module + DOWN: down.reshape(layer.down_shape(rank)),
@@ -202,6 +213,10 @@ def _named(layer: Layer, stored: tuple[Tensor, Tensor], alpha: float | None) -> 
         value = torch.tensor(alpha, dtype=_alpha_dtype(alpha, up.dtype))
         tensors[layer.module + ALPHA] = value
     return tensors
+
+
+def _rank(layer: Layer, factors: FactorsByModule) -> int:
+    return factors[layer.module][0].shape[1] if layer.module in factors else 0
 
 
 def _zeros(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (m, 1), (1, n)

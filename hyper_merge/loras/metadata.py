@@ -18,10 +18,13 @@ FORMAT_VERSION: Final = "1"
 """Version of the `hyper_merge.*` metadata; readers refuse a higher one."""
 
 
+_ALL_HOSTS: Final = "AUTOMATIC1111, Forge and ComfyUI"
 COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "norms": ("norms", "AUTOMATIC1111, Forge and ComfyUI"),
-        "all": ("norms and biases", "Forge and ComfyUI, not in AUTOMATIC1111"),
+        "auto": ("end layers", _ALL_HOSTS),
+        "ends": ("end layers", _ALL_HOSTS),
+        "norms": ("end layers and norms", _ALL_HOSTS),
+        "all": ("end layers, norms and biases", "Forge and ComfyUI, not in AUTOMATIC1111"),
     }
 )
 """The content of companions and the programs that load them, by the recipe's word."""
@@ -33,6 +36,7 @@ _OWN: Final = "hyper_merge."
 KIND: Final = _OWN + "kind"
 RECIPE: Final = _OWN + "recipe"
 RUN: Final = _OWN + "run"
+COMPANION_CONTENT: Final = _OWN + "exact"
 CHECKPOINT: Final = _OWN + "checkpoint"
 """Metadata of a LoRA that is of one checkpoint alone: its run, and the checkpoint's name."""
 

@@ -16,7 +16,7 @@ from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
-from hyper_merge.loras.lora_file import ALPHA, DOWN, UP
+from hyper_merge.loras.lora_file import ALPHA, DOWN, UP, WHOLE
 
 
 class LoraReader:
@@ -54,9 +54,15 @@ class LoraReader:
     @property
     def dtype(self) -> torch.dtype:
         """The type in which its factors can be stored again: float16 for 8-bit floats."""
-        dtypes = {self._file.header.tensors[module + UP].dtype for module in self.modules}
-        plain = {torch.float16 if dtype in EIGHT_BIT_FLOATS else dtype for dtype in dtypes}
-        return plain.pop() if len(plain) == 1 else torch.float32
+        dtypes = self.dtypes
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types in which its factors can be stored again; whole tensors have none."""
+        tensors = self._file.header.tensors
+        stored = {tensors[name + UP].dtype for name, m in self.modules.items() if not m.whole}
+        return {torch.float16 if dtype in EIGHT_BIT_FLOATS else dtype for dtype in stored}
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float64
         """Returns factors of what a host adds at multiplier 1, with rounding and alpha included.
@@ -64,6 +70,10 @@ class LoraReader:
         Raises:
             CheckpointError: the file changed, or holds an alpha that is no positive number.
         """
+        if self.modules[module].whole:
+            change = self._file.tensor(module + WHOLE).double().flatten(1)
+            m, n = change.shape
+            return (change, torch.eye(n).double()) if n <= m else (torch.eye(m).double(), change)
         up = self._file.tensor(module + UP).double().flatten(1)
         down = self._file.tensor(module + DOWN).double().flatten(1)
         root = math.sqrt(self._scale(module))
@@ -82,6 +92,11 @@ class LoraReader:
     def _read_modules(self, header: Header) -> None:
         modules, ranks = {}, {}
         for key, info in header.tensors.items():
+            if key.endswith(WHOLE):
+                module = key.removesuffix(WHOLE)
+                part = self._family.part_of(module)
+                modules[module] = layer = Layer(module, module, part, info.shape, whole=True)
+                ranks[module] = min(layer.m, layer.n)
             if not key.endswith(DOWN):
                 continue
             module = key.removesuffix(DOWN)

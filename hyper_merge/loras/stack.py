@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
-from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias, norms_and_biases_of
+from hyper_merge.checkpoints.architectures.norms_and_biases import (
+    Kind,
+    NormOrBias,
+    norms_and_biases_of,
+)
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.loras.reader import LoraReader
@@ -28,9 +32,7 @@ class LoraStack:
             header: of the checkpoint that they are added to.
             layout: of that checkpoint.
         """
-        self._vectors = {
-            vector.key: vector for vector in norms_and_biases_of(header, layout, biases=True)
-        }
+        self._vectors = {vector.key: vector for vector in norms_and_biases_of(header, layout)}
         self._loras = [LoraReader(path, layout.family) for path in paths]
         self._files = [CheckpointReader(path) for path in paths]
         self._resources = ExitStack()
@@ -55,7 +57,7 @@ class LoraStack:
     @property
     def dtype(self) -> torch.dtype:
         """The type in which factors like these can be stored; float32 if the files differ."""
-        dtypes = {lora.dtype for lora in self._loras if lora.modules}
+        dtypes = {dtype for lora in self._loras for dtype in lora.dtypes}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factors(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n), float64
@@ -65,6 +67,11 @@ class LoraStack:
             lora.factors(layer.module) if layer.module in lora.modules else none
             for lora in self._loras
         ]
+
+    def vector_kind(self, key: str) -> Kind | None:
+        """Returns the kind of a norm or bias that a file may add to; None for any other tensor."""
+        vector = self._vectors.get(key)
+        return vector.kind if vector else None
 
     def vectors(self, key: str) -> list[Tensor | None]:  # each (size,)
         """Returns what each file adds to a norm or bias at multiplier 1; None for nothing."""

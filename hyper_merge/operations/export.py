@@ -19,7 +19,7 @@ from hyper_merge.errors import ExtractionError, RunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
 from hyper_merge.loras.metadata import CHECKPOINT, KIND, RUN, STANDALONE_KIND, LoraFile
-from hyper_merge.loras.prompt_tags import format_tags
+from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.loras.reader import LoraReader
 from hyper_merge.loras.weighted_sum import StoredSum, WeightedSum
 from hyper_merge.recipe.parsing import (
@@ -210,7 +210,7 @@ def _export(
     counter = writing.counter("writing the LoRA", {path: 2 * size})  # hashed and written
     write_lora(outputs, path, layers, factors, file, partial(counter.advance, path))
     energy = sum(stored.energy for stored in sums.values())
-    companions = run.report.companions
+    companions = run.report.companion_multipliers(row)
     return ExportResult(
         path=path,
         checkpoint=row.name,
@@ -219,7 +219,7 @@ def _export(
         explained=row.explained,
         lost=sum(stored.lost for stored in sums.values()) / energy if energy > 0 else 0.0,
         size=outputs.size_of(path),
-        companions=format_tags(companions, row.multipliers) if companions else "",
+        companions=" ".join(format_tag(*pair) for pair in companions),
     )
 
 

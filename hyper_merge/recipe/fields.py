@@ -143,9 +143,10 @@ FIELDS: Final[tuple[Field, ...]] = (
           " size; or plain", choice("output", "layout", "relative", "plain")),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
-    Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none, norms (loads in A1111,"
-          " Forge, ComfyUI), or all: norms and biases (Forge and ComfyUI only)",
-          choice("none", "norms", "all")),
+    Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none; ends: the layers at the"
+          " UNet's ends; norms: these and the norms (all three load in A1111, Forge, ComfyUI); all:"
+          " the biases too (Forge and ComfyUI only); or auto: ends where they matter",
+          choice("auto", "none", "ends", "norms", "all")),
 )  # fmt: skip
 
 FIELD_PARSERS: Final[Mapping[str, Callable[[object], object]]] = {

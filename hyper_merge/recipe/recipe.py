@@ -56,7 +56,8 @@ class Recipe:
             by an estimate of that from the `layout`, `relative` to the size of its weight, or
             `plain`.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
-        exact: Contents of the LoRAs' companions: `none`, the UNet's `norms`, or `all` (biases too).
+        exact: Contents of the LoRAs' companions: `none`, the layers at the UNet's `ends`, its `norms`
+            too, or `all` (biases too); `auto` for the ends where they matter.
 
     Raises:
         RecipeError: a value is impossible, or contradicts another one.
@@ -84,7 +85,7 @@ class Recipe:
     fit_weights: tuple[float, ...] | None = None
     layer_weights: Literal["output", "layout", "relative", "plain"] = "output"
     vae: Literal["first", "average"] = "first"
-    exact: Literal["none", "norms", "all"] = "none"
+    exact: Literal["auto", "none", "ends", "norms", "all"] = "auto"
 
     def __post_init__(self) -> None:
         check_request(self, FIELD_PARSERS)

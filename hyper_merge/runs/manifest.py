@@ -15,6 +15,7 @@ from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 
 MANIFEST_VERSION: Final = 1
+_FIRST_SETTINGS: Final = {"exact": "none"}  # where 0.1 knew none, and the default has changed since
 
 _LARGEST: Final = 1e100  # can be multiplied and added up
 
@@ -125,6 +126,7 @@ class RunManifest:
             settings["weights"] = None
         paths = [str(source.path) for source in self.sources]
         base = paths[0] if self.base_is_first_source and paths else AVERAGE
+        settings = {**_FIRST_SETTINGS, **settings}
         settings |= {"models": paths[self.base_is_first_source :], "base": base}
         return Recipe.from_settings({**settings, "output": str(output)}, "settings")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
@@ -56,7 +57,14 @@ def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     return kind(
         **{
-            name: read_plain(kinds[name], value[name], f"{where}.{name}")
+            name: _read_optional(kinds[name], value[name], f"{where}.{name}")
             for name in known & value.keys()
         }
     )
+
+
+def _read_optional(kind: Any, value: Any, where: str) -> Any:
+    """Returns a value as a kind, or None where the kind is annotated with it."""
+    if get_origin(kind) is not types.UnionType:
+        return read_plain(kind, value, where)
+    return None if value is None else read_plain(get_args(kind)[0], value, where)

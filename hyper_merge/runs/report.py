@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import share
-from hyper_merge.loras.prompt_tags import format_tags
+from hyper_merge.loras.prompt_tags import companion_names, format_tag, format_tags
 from hyper_merge.runs.plain_data import read_plain
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
@@ -62,6 +62,14 @@ class CompanionGain:
 
 
 @dataclass(frozen=True)
+class EndLayers:
+    """The layers at the ends of the network, which only companions can hold."""
+
+    share: float  # of all differences in the layers, as the loss weighs them, 0..1
+    carried: bool  # whether they are among the layers of the other figures
+
+
+@dataclass(frozen=True)
 class PrecisionLoss:
     """An estimate of what rounding adds to the loss in programs that hold weights in half precision."""
 
@@ -90,7 +98,7 @@ class Report:
     curve: tuple[tuple[float, ...], ...] = ()  # (R + 1, k): explained with the first j LoRAs
     similarity: tuple[tuple[float, ...], ...] = ()  # (k, k): cosines of the deviations
     parts: tuple[PartLoss, ...] = ()  # in the network's order
-    companions: tuple[str, ...] = ()  # one per LoRA if any, to be used with its multipliers
+    companions: tuple[str, ...] = ()  # of some LoRAs or all, to be used with their multipliers
     recovered: tuple[CompanionGain, ...] = ()  # by these companions
     groups: tuple[
         tuple[int, ...], ...
@@ -99,6 +107,7 @@ class Report:
 
     rounding: tuple[PrecisionLoss, ...] = ()  # by the way in which hosts add LoRAs
     relative_loss: float = 0.0  # the same, each layer's error against the size of its weight
+    ends: EndLayers | None = None  # None before 0.3, and where hosts take none from a LoRA
 
     @property
     def explained_mean(self) -> float:
@@ -128,9 +137,25 @@ class Report:
     def tags(self, row: CheckpointReport) -> str:
         """Returns the prompt tags of a checkpoint, one for every LoRA and every companion."""
         loras = format_tags(self.loras, row.multipliers, row.text_multipliers)
-        companions = format_tags(self.companions, row.multipliers) if self.companions else ""
+        companions = " ".join(format_tag(*pair) for pair in self.companion_multipliers(row))
         private = format_tags([row.topup], [1.0]) if row.topup else ""
         return " ".join(filter(None, (loras, companions, private)))
+
+    def companion_multipliers(self, row: CheckpointReport) -> tuple[tuple[str, float], ...]:
+        """Returns every companion with a checkpoint's multiplier, which is that of its LoRA's UNet."""
+        owners = zip(self.companions, self.companion_owners, strict=True)
+        return tuple((name, row.multipliers[owner]) for name, owner in owners)
+
+    @property
+    def companion_owners(self) -> tuple[int, ...]:
+        """The places of the companions' LoRAs."""
+        names = companion_names(self.loras)
+        return tuple(names.index(name) for name in self.companions)
+
+    @property
+    def carries_ends(self) -> bool:
+        """Tells whether the layers at the ends of the network are among the layers."""
+        return self.ends is not None and self.ends.carried
 
     @property
     def topups(self) -> tuple[str, ...]:
@@ -157,7 +182,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for the manifest."""
-        return asdict(self)
+        data = asdict(self)
+        return data if self.ends else {name: x for name, x in data.items() if name != "ends"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
@@ -169,6 +195,8 @@ class Report:
         """
         report: Report = read_plain(cls, data, "report")
         k, blocks = len(report.checkpoints), len(report.loras)
+        if not set(report.companions) <= set(companion_names(report.loras)):
+            raise ValueError("expected a LoRA for every name in report.companions")
         if not k:
             raise ValueError("expected one checkpoint or more in report.checkpoints, got none")
         for name, rows, (count, length) in (

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from hyper_merge.loras.metadata import COMPANIONS
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, CheckpointReport, PartLoss, Report
+from hyper_merge.runs.report import (
+    A1111,
+    FORGE_AND_COMFYUI,
+    CheckpointReport,
+    EndLayers,
+    PartLoss,
+    Report,
+)
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
 
@@ -136,12 +143,24 @@ def _format_details(report: Report) -> list[str]:
 def _format_not_carried(report: Report) -> list[str]:
     shares = ", ".join(f"{kind} {share:.3%}" for kind, share in report.not_carried.items())
     lines = [f"not carried by LoRAs, as a share of all differences: {shares}"]
+    if report.ends:
+        lines.append(_format_ends(report, report.ends))
     if report.recovered:
         kinds = [gain.kind for gain in report.recovered]
         where = COMPANIONS["all" if "biases" in kinds else "norms"][1]
         gains = ", ".join(f"{gain.kind} {gain.share:.2%}" for gain in report.recovered)
         lines.append(f"restored by the companions, in the UNet: {gains}; they load in {where}")
     return lines
+
+
+def _format_ends(report: Report, ends: EndLayers) -> str:
+    """Returns a sentence about the layers at the ends of the network, which LoRAs leave averaged."""
+    part = f"end layers hold {ends.share:.2%} of the differences in layers, as the loss weighs them"
+    if not ends.carried:
+        return f"{part}, and are averaged only (exact ends would carry them)"
+    if not report.companions:
+        return f"{part}, too little for a companion"
+    return f"{part}, and are carried by the companions"
 
 
 def _format_bytes(report: Report) -> list[str]:

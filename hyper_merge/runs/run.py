@@ -177,7 +177,9 @@ def _require_parts(manifest: RunManifest, recipe: Recipe) -> None:
     """
     report = manifest.report
     names = lora_names(manifest.name, recipe.ranks)
-    companions = companion_names(names) if recipe.exact != "none" else ()
+    # A LoRA of which its companion would hold nothing has none.
+    possible = companion_names(names) if recipe.exact != "none" else ()
+    companions = tuple(name for name in possible if name in report.companions)
     recorded = (report.loras, report.companions, len(report.checkpoints))
     if recorded != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")

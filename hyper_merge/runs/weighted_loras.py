@@ -45,9 +45,10 @@ def weighted_loras_of(run: Run, checkpoint: str) -> tuple[WeightedLora, ...]:
         WeightedLora(folder / f"{name}.safetensors", *pair)
         for name, *pair in zip(report.loras, unet, encoder, strict=True)
     ]
-    if report.companions:
-        pairs = zip(report.companions, unet, strict=True)
-        loras += [WeightedLora(folder / f"{name}.safetensors", x, x) for name, x in pairs]
+    loras += [
+        WeightedLora(folder / f"{name}.safetensors", x, x)
+        for name, x in report.companion_multipliers(row)
+    ]
     private = [lora.name for lora in fit.topups] if fit else []
     private += [row.topup] if row.topup else []
     return (*loras, *(WeightedLora(folder / f"{name}.safetensors", 1.0, 1.0) for name in private))

@@ -198,6 +198,11 @@ def _alpha(rank: int, ranks: Sequence[int], spectra: Sequence[Tensor], dtype: to
     return float8_alpha(max(count * float(values[0]) ** 0.5 for values, count in pairs if count))
 
 
+def _no_components(p: int, q: int) -> TruncatedSvd:
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return TruncatedSvd(torch.zeros(p, 0), torch.zeros(0, q), nothing)
+
+
 class _CompressedResidual:
     """The rest of a checkpoint that a merge's shared LoRAs leave, between the bases of its analysis."""
 
@@ -221,6 +226,8 @@ class _CompressedResidual:
         most = _LEADING * target.rank if target.rank is not None else _MOST
 
         def leading(index: int) -> TruncatedSvd:
+            if self.layers[index].is_end:  # private LoRAs have no companions
+                return _no_components(*self._shared.analysis.core_shape(index))
             rest = self._rest(index)
             generator = torch.Generator().manual_seed(index)
             return truncated_svd(rest, min(most, *rest.shape), generator)

@@ -149,7 +149,7 @@ def _round_layer(
         check()
         up, down = _in_layer(bases, pair, scale)
         factors.append(stored_factors(layer, up, down, stored.alpha, stored.dtype))
-    if formats[0].dtype == FLOAT8:
+    if formats[0].dtype == FLOAT8 and not layer.whole:
         target = RefitTarget(group.weights.slices(core), bases, group.multipliers)
         factors = refit(target, layer, factors, [stored.alpha for stored in formats], check)
     products, ups, downs = [], [], []

@@ -213,7 +213,7 @@ class _Solver:
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
         planned = [self._weights.to_deviations.mT]
         user_starts = self._user_starts(name)
-        earlier = self._analysis.earlier_solutions(_solution_name(self._recipe), name)
+        earlier = self._analysis.earlier_solutions(self._solution_name(), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
         starts = len(planned) + len(user_starts) + (len(earlier) or USUAL_STARTS - 1)
         search = search_cost(entries, starts, self._effort)
@@ -239,11 +239,20 @@ class _Solver:
         start = torch.linalg.pinv(self._weights.to_deviations) @ self._user_start[name].double()
         return [torch.nn.functional.normalize(start, dim=0)]
 
+    def _solution_name(self) -> str:
+        """Returns a name that tells the solutions of one analysis apart."""
+        recipe = self._recipe
+        ranks = ", ".join(map(str, recipe.ranks))
+        ends = ["ends"] if any(layer.is_end for layer in self._analysis.layers) else []
+        return "; ".join(
+            [ranks, recipe.allocation, recipe.multipliers, recipe.layer_weights, *ends]
+        )
+
     def _solution(self, groups: Sequence[GroupSolution]) -> LowRankSolution:
         """Puts the groups together, and remembers their multipliers for later solves."""
         if self._recipe.method == "joint":
             solutions = {group.name: group.multipliers for group in groups}
-            self._analysis.remember(_solution_name(self._recipe), solutions)
+            self._analysis.remember(self._solution_name(), solutions)
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for group in groups:
             for batch, batch_factors in zip(group.problem.batches, group.factors, strict=True):
@@ -271,10 +280,3 @@ def _joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
         / total
         for place in range(length)
     )
-
-
-def _solution_name(recipe: Recipe) -> str:
-    """Returns a name that tells the solutions of one analysis apart."""
-    ranks = ", ".join(map(str, recipe.ranks))
-    words = [ranks, recipe.allocation, recipe.multipliers, recipe.layer_weights]
-    return "; ".join(words)

@@ -16,9 +16,11 @@ from hyper_merge.recipe.recipe import Recipe
 BASE_AVERAGE: Final = "average of the checkpoints"
 VAE_CHOICES: Final = {"from the first checkpoint": "first", "average of all": "average"}
 EXACT_CHOICES: Final = {
+    "automatic: end layers where they matter": "auto",
     "none": "none",
-    "norms (A1111, Forge, ComfyUI)": "norms",
-    "norms and biases (Forge, ComfyUI)": "all",
+    "end layers (A1111, Forge, ComfyUI)": "ends",
+    "end layers and norms (A1111, Forge, ComfyUI)": "norms",
+    "end layers, norms and biases (Forge, ComfyUI)": "all",
 }
 ALLOCATION_CHOICES: Final = {
     "adaptive, where they explain most": "adaptive",

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 from tiny_diffusers import write_sd1_configuration
-from tiny_family import merge
+from tiny_family import load, merge, write
 
 from hyper_merge.errors import InterruptedRun, PictureError
 from hyper_merge.hosts import diffusers_txt2img
@@ -64,6 +64,34 @@ def test_hyper_model_with_tags_draws_as_the_restored_checkpoint(host, narrow, tm
         )
     assert mean_difference(tagged, restored) < 1
     assert mean_difference(plain, restored) > 5
+
+
+@needs_diffusers
+def test_companions_are_added_and_taken_away_again(tmp_path):
+    one, two = (load(path) for path in write_family(tmp_path, SPEC, ["x", "y"]))
+    ends = ("input_blocks.0.0.weight", "time_embed.2.weight", "out.2.weight", "out.0.weight")
+    for key in one:
+        two[key] = (one[key] + 4 * (two[key] - one[key])) if key.endswith(ends) else one[key]
+    files = [write(tmp_path / f"{name}.safetensors", x) for name, x in (("1", one), ("2", two))]
+    root = tmp_path / "models"
+    settings = {"ranks": (64,), "allocation": "even", "exact": "norms", "dtype": "float32"}
+    merged = merge(files, root, **settings)
+    write_sd1_configuration(root / "hyper-merge/diffusers/sd1", SPEC)
+    model, report = merged.place.hyper_model, merged.report
+    tags = report.tags(report.checkpoints[1])
+    with Standalone(root).drawing("task(x)") as (progress, generator):
+        plain, tagged, again, original = (
+            generator.draw(Picture(path, prompt, 1, SETTINGS), progress)
+            for path, prompt in (
+                (model, "a cat"),
+                (model, f"a cat {tags}"),
+                (model, "a cat"),
+                (files[1], "a cat"),
+            )
+        )
+    assert mean_difference(plain, original) > 2
+    assert mean_difference(tagged, original) < 0.5
+    assert mean_difference(plain, again) == 0
 
 
 @needs_diffusers

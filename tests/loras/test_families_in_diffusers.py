@@ -76,7 +76,8 @@ def test_names_and_shapes_are_those_of_diffusers_unet(name):
         for key, tensor in model.state_dict().items()
         if tensor.dim() > 1 and not key.startswith(ENDS)
     }
-    layers = [layer for layer in layout(FULL[name]())[1].layers if layer.part == "unet"]
+    layers = layout(FULL[name]())[1].without_ends().layers
+    layers = [layer for layer in layers if layer.part == "unet"]
     lora = {}
     for layer in layers:
         lora[layer.module + ".lora_down.weight"] = torch.zeros(layer.down_shape(1), device="meta")
@@ -153,7 +154,7 @@ def flux_lora():
     """A LoRA of rank 2 for every layer of Flux dev at full size, as kohya stores them."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for layer in layout(FULL["flux_dev"]())[1].layers:
+    for layer in layout(FULL["flux_dev"]())[1].without_ends().layers:
         tensors[layer.module + ".lora_up.weight"] = torch.randn(layer.m, 2, generator=generator)
         tensors[layer.module + ".lora_down.weight"] = torch.randn(2, layer.n, generator=generator)
         tensors[layer.module + ".alpha"] = torch.tensor(2.0)

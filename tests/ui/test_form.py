@@ -35,6 +35,7 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
         seed=7,
         vae="average",
         output=root,
+        exact="none",
     )
 
 
@@ -165,7 +166,7 @@ def test_advanced_fields_reach_the_recipe(recipe):
         {"vae": "average of all", "seed": 12, "iterations": 100, "checkpoints": NAMES[1:]},
         {"save_styles": False},
         {"lora_dtype": "float8"},
-        {"exact": "norms (A1111, Forge, ComfyUI)"},
+        {"exact": "end layers and norms (A1111, Forge, ComfyUI)"},
     ],
 )
 def test_the_form_of_a_recipe_describes_it_again(recipe, host, changes):
@@ -198,4 +199,10 @@ def test_every_vae_policy_has_words():
 
 def test_every_kind_of_companions_has_words():
     parse = next(field.parse for field in FIELDS if field.name == "exact")
-    assert [parse(value) for value in EXACT_CHOICES.values()] == ["none", "norms", "all"]
+    assert [parse(value) for value in EXACT_CHOICES.values()] == [
+        "auto",
+        "none",
+        "ends",
+        "norms",
+        "all",
+    ]

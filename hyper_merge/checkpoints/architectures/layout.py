@@ -34,7 +34,7 @@ class Treatment(Enum):
     """The way in which a merge handles a tensor."""
 
     LAYER = "layer"  # averaged, and its deviations go into the LoRAs
-    AVERAGE = "average"  # averaged only: norms, biases, embeddings, the ends of the UNet
+    AVERAGE = "average"  # averaged only: norms, biases, embeddings, some ends of the network
     VAE = "vae"  # by the recipe's policy
     COPY = "copy"  # from the first checkpoint: position ids, schedules, markers, idle weights, non-floats
     DROP = "drop"  # left out: training averages
@@ -52,6 +52,9 @@ class Layer:
     bundle: str | None = None  # layers of one bundle are in a LoRA file all or none
     section: str = OTHER  # of the network, for people: "IN04", "MID", "TE11"
     positions: int = 1  # at which it is applied in one run of its network
+    # At an end of the network: in the LoRA's companion, for some programs choke on it in a LoRA.
+    is_end: bool = False
+    whole: bool = False  # in a file it is one tensor of its own shape in float32, not factors
 
     @property
     def m(self) -> int:
@@ -84,6 +87,18 @@ class Layout:
     family: Family
     layers: tuple[Layer, ...]  # in the order of the computation
     treatments: Mapping[str, Treatment]  # of every key that torch can read
+
+    @property
+    def has_ends(self) -> bool:
+        """Tells whether some of the layers are at the ends of the network."""
+        return any(layer.is_end for layer in self.layers)
+
+    def without_ends(self) -> Layout:
+        """Returns the layout in which the layers at the ends of the network are averaged only."""
+        ends = {layer.key for layer in self.layers if layer.is_end}
+        treatments = {**self.treatments, **dict.fromkeys(ends, Treatment.AVERAGE)}
+        layers = tuple(layer for layer in self.layers if not layer.is_end)
+        return Layout(self.family, layers, treatments)
 
 
 def layout_of(header: Header, family: Family) -> Layout:
@@ -171,6 +186,8 @@ def _layers(header: Header, part: NetworkPart, resolution: int) -> Iterator[Laye
                 bundle=bundle,
                 section=part.section(path),
                 positions=positions,
+                is_end=module.is_end,
+                whole=module.whole,
             )
 
 

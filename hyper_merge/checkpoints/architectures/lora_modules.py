@@ -27,6 +27,8 @@ _UNET_ENDS: Final = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
+_CONV_IN: Final = "input_blocks.0.0"
+_LATENT: Final = 4  # channels of a latent
 _RESNET: Final = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -54,6 +56,8 @@ class Module:
     shape: Shape  # of the consumer's own weight
     rows: tuple[int, int] | None = None  # the module's rows in a fused tensor
     bundle: str | None = None  # modules of one bundle are in a LoRA file all or none
+    is_end: bool = False  # at an end of the network: some loaders choke on a LoRA file with it
+    whole: bool = False  # loaders take its change as one tensor, not as factors
 
 
 def unet_with_convolutions(path: str, shape: Shape) -> tuple[Module, ...]:
@@ -145,11 +149,24 @@ def diffusers_unet_path(path: str) -> str | None:
 
 
 def _unet(name: str | None, path: str, shape: Shape, kernel: Shape) -> tuple[Module, ...]:
-    if name is None or len(shape) not in (2, 4) or path in _UNET_ENDS:
-        return ()  # loaders disagree about the ends of the network
+    if name is None or len(shape) not in (2, 4):
+        return ()
+    if path in _UNET_ENDS:
+        return _end(name, path, shape)
     # Files that other tools saved may hold these the other way; loaders want their own.
     projection = path.endswith((".proj_in", ".proj_out"))
     return (Module(name, (*shape[:2], *kernel) if projection else shape),)
+
+
+def _end(name: str, path: str, shape: Shape) -> tuple[Module, ...]:
+    """Returns a layer at an end of the UNet, which A1111, Forge and ComfyUI take.
+
+    Of the first convolution they agree on the change of one that reads a latent and nothing else, as
+    one tensor: Forge aborts on factors for another number of channels, A1111 pads all from 4 to 9.
+    """
+    if path != _CONV_IN:
+        return (Module(name, shape, is_end=True),)
+    return (Module(name, shape, is_end=True, whole=True),) if shape[1] == _LATENT else ()
 
 
 def _block(side: str, kind: str, index: int, rest: str) -> str | None:

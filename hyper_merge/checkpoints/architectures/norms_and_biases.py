@@ -8,7 +8,7 @@ from typing import Final, Literal
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment
 from hyper_merge.checkpoints.io.header import Header
 
-Kind = Literal["norms", "biases"]
+Kind = Literal["norms", "biases", "end biases"]
 
 _WEIGHT: Final = ".weight"
 _BIAS: Final = ".bias"
@@ -24,17 +24,18 @@ class NormOrBias:
     size: int
 
 
-def norms_and_biases_of(header: Header, layout: Layout, *, biases: bool) -> tuple[NormOrBias, ...]:
-    """Returns the norms of the UNet that have scales and biases, and on demand the layers' biases.
+def norms_and_biases_of(header: Header, layout: Layout) -> tuple[NormOrBias, ...]:
+    """Returns the norms of the UNet that have scales and biases, and the layers' biases.
 
     They are named by the checkpoint's own spelling, which A1111, Forge and ComfyUI all take for these.
-    A1111 refuses a file with half of a norm, or with the bias of a layer and nothing else of it.
+    A1111 refuses a file with half of a norm, or with the bias of a layer and nothing else of it. It
+    takes the bias of a layer at an end whose weight is one whole tensor under the same name.
 
     Args:
         header: of a checkpoint.
         layout: of the same.
-        biases: whether the layers' biases are returned too.
     """
+    whole = {layer.key: layer.module for layer in layout.layers if layer.whole}
     tensors = []
     for part in layout.family.parts:
         stems = {} if part.name != "unet" else _stems(header, layout, part.prefix)
@@ -44,7 +45,10 @@ def norms_and_biases_of(header: Header, layout: Layout, *, biases: bool) -> tupl
             if weight_dimensions == 1:
                 tensors.append(NormOrBias(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
                 tensors.append(NormOrBias(stem + _BIAS, name + ".b_norm", "norms", bias.numel))
-            elif biases:
+            elif stem + _WEIGHT in whole:
+                lora_key = whole[stem + _WEIGHT] + ".diff_b"
+                tensors.append(NormOrBias(stem + _BIAS, lora_key, "end biases", bias.numel))
+            else:
                 tensors.append(NormOrBias(stem + _BIAS, name + ".diff_b", "biases", bias.numel))
     return tuple(tensors)
 

@@ -16,11 +16,25 @@ _NUMBERED: Final = (
     (re.compile(r"(?:^|.*\.)single_blocks\.(\d+)\..*"), "SINGLE"),
 )
 _ENCODER: Final = re.compile(r"(?:^|.*\.)(?:layers|resblocks)\.(\d+)\..*")
+_ENDS: Final = {
+    "time_embed": "TIME",
+    "label_emb": "LABEL",
+    "out": "OUT",
+    "img_in": "IMG_IN",
+    "txt_in": "TXT_IN",
+    "time_in": "TIME",
+    "vector_in": "VECTOR",
+    "guidance_in": "GUIDANCE",
+    "final_layer": "FINAL",
+}
 _MIDDLE: Final = re.compile(r"(?:^|.*\.)middle_block\..*")
 
 
 def section_of(path: str, encoder: str = "TE") -> str:
-    """Returns IN00.., MID or OUT00.. in an LDM UNet, JOINT00.., DOUBLE00.. or SINGLE00.. in a transformer.
+    """Returns the section of a layer: IN00.., DOUBLE00.., TE00.. by the number of its block.
+
+    In an LDM UNet also MID, and TIME, LABEL and OUT at the ends; in a transformer JOINT00..,
+    DOUBLE00.. and SINGLE00...
 
     Args:
         path: dotted, within its network.
@@ -31,10 +45,12 @@ def section_of(path: str, encoder: str = "TE") -> str:
     'OUT05'
     >>> section_of("encoder.layers.11.mlp.fc1", "TE2.")
     'TE2.11'
+    >>> section_of("time_embed.0")
+    'TIME'
     """
     if _MIDDLE.fullmatch(path):
         return "MID"
     for pattern, word in (*_NUMBERED, (_ENCODER, encoder)):
         if match := pattern.fullmatch(path):
             return f"{word}{int(match[1]):02d}"
-    return OTHER
+    return _ENDS.get(path.partition(".")[0], OTHER)

@@ -203,7 +203,7 @@ def _is_same(metadata: Mapping[str, str], request: ExtractRequest) -> bool:
 def _inputs(request: ExtractRequest, progress: Progress) -> MergeInputs:
     paths = (request.base, request.checkpoint)
     base, header = headers = [read_header(path) for path in paths]
-    layout = common_layout(headers)
+    layout = common_layout(headers).without_ends()  # they go into no LoRA that all programs take
     if not layout.layers:
         raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
     for warning in check_distinct(paths):

@@ -163,12 +163,14 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
     run = fit.run  # as in the merge
     weights = layer_factors(run.recipe.layer_weights, sizes, layers, run.sensitivities)
+    with_companions = report.companion_owners
+    owners = [*range(len(report.loras)), *with_companions]
     solved = {
-        part: measurement.multipliers(members, len(report.loras), weights.tolist())
+        part: measurement.multipliers(members, owners, weights.tolist())
         for part, members in fit.groups.items()
     }
     unet = solved["unet"]
-    companions = unet[: len(report.companions)]
+    companions = unet[list(with_companions)]
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hyper_merge.analysis.blank_tensors import BlankTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs, raise_non_finite
 from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of_tensor
+from hyper_merge.checkpoints.architectures.norms_and_biases import Kind
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
@@ -49,7 +51,7 @@ class Measurement:
 
     layers: tuple[Sums, ...]  # in the layout's order
     outside: Mapping[str, float]  # kind -> squared norm of the differences outside of the layers
-    vectors: Mapping[str, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
+    vectors: Mapping[Kind, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
 
     @property
     def energy(self) -> float:
@@ -68,22 +70,24 @@ class Measurement:
     def multipliers(
         self,
         members: Sequence[int],
-        count: int,
+        owners: Sequence[int],
         weights: Sequence[float],
-    ) -> Tensor:  # (count,), float64
+    ) -> Tensor:  # (LoRAs,), float64
         """Returns the best multipliers for some of the layers; zeros where nothing differs.
 
         Args:
             members: the layers.
-            count: of the files that get one, the first ones.
+            owners: for every file the place of the LoRA whose multiplier it has: itself, or for a
+                companion its LoRA.
             weights: of all layers' squared errors.
         """
-        cross = torch.zeros(count, dtype=torch.float64)
-        gram = torch.zeros(count, count, dtype=torch.float64)
+        shared = torch.nn.functional.one_hot(torch.tensor(owners)).double()  # (files, LoRAs)
+        cross = torch.zeros(shared.shape[1], dtype=torch.float64)
+        gram = torch.zeros(shared.shape[1], shared.shape[1], dtype=torch.float64)
         for index in members:
             sums, weight = self.layers[index], weights[index]
-            cross += weight * sums.cross[:count]
-            gram += weight * sums.gram[:count, :count]
+            cross += weight * (sums.cross @ shared)
+            gram += weight * (shared.mT @ sums.gram @ shared)
         return fit_multipliers(Statistics(self.energy, cross[None], gram))[0]
 
 
@@ -104,7 +108,7 @@ def measure(
     """
     layers: dict[int, Sums] = {}
     outside: dict[str, float] = {}
-    vectors: dict[str, list[Sums]] = {}
+    vectors: dict[Kind, list[Sums]] = {kind: [] for kind in get_args(Kind)}
     costs = pass_costs(inputs, PassOptions(options.device))
     blank = BlankTensors(inputs)
     with open_files(inputs, options, progress.counter("fitting", costs)) as (
@@ -130,12 +134,14 @@ def measure(
                     layers[index] = sums
                 else:
                     outside[kind] = outside.get(kind, 0.0) + sums.energy
-                    if sums.gram.any():
-                        vectors.setdefault(kind, []).append(sums)
+                    vector_kind = stack.vector_kind(key)
+                    if vector_kind and sums.gram.any():
+                        vectors[vector_kind].append(sums)
             counter.finish(key)
     blank.report(progress.warn)
     ordered = tuple(layers[index] for index in sorted(layers))
-    return Measurement(ordered, outside, {kind: tuple(sums) for kind, sums in vectors.items()})
+    reached = {kind: tuple(sums) for kind, sums in vectors.items() if sums}
+    return Measurement(ordered, outside, reached)
 
 
 @contextmanager

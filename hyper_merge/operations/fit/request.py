@@ -81,6 +81,8 @@ def validate_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     hyper_model = read_header(require_hyper_model(run))
     header = read_header(request.checkpoint)
     layout = common_layout([hyper_model, header])
+    if not run.report.carries_ends:
+        layout = layout.without_ends()
     inputs = MergeInputs((header,), hyper_model, layout, (1.0,), torch.float32)
     separate = any(row.text_multipliers for row in run.report.checkpoints)
     return PreparedFit(

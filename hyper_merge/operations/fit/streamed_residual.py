@@ -55,7 +55,7 @@ class StreamedResidual:
         return self.measured.left(self.multipliers, self.layers)
 
     def spectra(self, _target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:
-        """Returns all squared singular values of every layer, float64, falling."""
+        """Returns all squared singular values of every layer that LoRAs reach, float64, falling."""
         costs = {
             layer.module: min(layer.m, layer.n) ** 2 * (max(layer.m, layer.n) + _EIGENVALUES)
             for layer in self.inputs.layout.layers
@@ -63,6 +63,8 @@ class StreamedResidual:
 
         def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> Tensor:
             tick(0)
+            if layer.is_end:  # private LoRAs have no companions
+                return torch.zeros(0, dtype=torch.float64)
             wide = rest if layer.m <= layer.n else rest.mT
             squares = torch.linalg.eigvalsh((wide @ wide.mT).double())
             return squares.flip(0).clamp(min=0).cpu()
@@ -70,8 +72,9 @@ class StreamedResidual:
         return self._map(take, "measuring what remains", costs, progress)
 
     def unreachable(self, _spectra: Sequence[Tensor]) -> float:
-        """Returns 0.0: the spectra hold all of the error."""
-        return 0.0
+        """Returns the error of the end layers: the spectra hold all of the other error."""
+        errors = self.measured.lefts(self.multipliers, self.layers)
+        return sum(x for layer, x in zip(self.layers, errors, strict=True) if layer.is_end)
 
     def low_rank(
         self, ranks: Sequence[int], stored: StoredFormat, progress: Progress

@@ -1,22 +1,27 @@
-"""Makes the LoRAs' companion files: norms and biases with the same multipliers, for some hosts."""
+"""Makes the LoRAs' companion files: end layers, norms and biases with the same multipliers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, get_args
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
+from hyper_merge.analysis.loss_weights import make_loss_weights
+from hyper_merge.analysis.store import Analysis
 from hyper_merge.analysis.streaming_pass import PassOptions, analyze_tensor
+from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.norms_and_biases import (
     Kind,
     NormOrBias,
     norms_and_biases_of,
 )
+from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -24,11 +29,25 @@ from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
 from hyper_merge.loras.cards import CARD_SUFFIXES, format_companion_card
-from hyper_merge.loras.metadata import LoraFile, lora_metadata
+from hyper_merge.loras.lora_file import WHOLE_DTYPE, named_tensors
+from hyper_merge.loras.metadata import COMPANION_CONTENT, LoraFile, lora_metadata
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runs.report import CompanionGain
+from hyper_merge.runs.report import CompanionGain, EndLayers
+from hyper_merge.solver.quantization import StoredFactors
 
+_MATTERS: Final = 0.01  # share of all weighted differences, from which end layers are carried
+_HEADER_BYTES: Final = 110  # of a tensor in a file, without its name
 _DTYPE: Final = torch.float32  # A1111 rounds the norm itself to the type of its change
+# The kinds that each word of the recipe asks for.
+_KINDS: Final[Mapping[str, tuple[Kind, ...]]] = MappingProxyType(
+    {
+        "none": (),
+        "auto": ("end biases",),
+        "ends": ("end biases",),
+        "norms": ("end biases", "norms"),
+        "all": ("end biases", "norms", "biases"),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,27 +58,84 @@ class NormBiasLoras:
     recovered: tuple[CompanionGain, ...]  # by kind
 
 
+def decide_on_ends(recipe: Recipe, analysis: Analysis) -> EndLayers | None:
+    """Returns whether the companions hold the end layers; None for a family without them.
+
+    The recipe decides, or for `auto` the part of the loss that the layers could not reduce.
+    """
+    places = [place for place, layer in enumerate(analysis.layers) if layer.is_end]
+    if not places:
+        return None
+    energies = make_loss_weights(analysis, recipe).energies
+    part = share(energies[places].sum(), energies.sum())
+    return EndLayers(part, recipe.exact != "none" and (recipe.exact != "auto" or part >= _MATTERS))
+
+
 def select_norms_and_biases(recipe: Recipe, inputs: MergeInputs) -> tuple[NormOrBias, ...]:
-    """Returns the tensors that the companions hold; none if the recipe asks for none.
+    """Returns the tensors that the companions hold besides end layers.
 
     Raises:
         RecipeError: the recipe asks for companions that would be empty.
     """
-    if recipe.exact == "none":
-        return ()
-    biases = recipe.exact == "all"
-    vectors = norms_and_biases_of(inputs.headers[0], inputs.layout, biases=biases)
-    if not vectors:
-        raise RecipeError(
-            f"{inputs.layout.family.title} has no norms that hosts take from a LoRA file",
-            hint="choose exact none or all",
-        )
-    return vectors
+    layout, kinds = inputs.layout, _KINDS[recipe.exact]
+    vectors = norms_and_biases_of(inputs.headers[0], layout)
+    chosen = tuple(vector for vector in vectors if vector.kind in kinds)
+    if recipe.exact == "ends" and not layout.has_ends:
+        raise _nothing_to_hold(layout.family, "end layers", "auto or all")
+    if recipe.exact == "norms" and not any(vector.kind == "norms" for vector in chosen):
+        raise _nothing_to_hold(layout.family, "norms", "auto or all")
+    return chosen
 
 
-def companion_bytes(vectors: Sequence[NormOrBias]) -> int:
-    """Returns the bytes of one companion without its header."""
+def _nothing_to_hold(family: Family, content: str, hint: str) -> RecipeError:
+    return RecipeError(
+        f"{family.title} has no {content} that hosts take from a LoRA file",
+        hint=f"choose exact {hint}",
+    )
+
+
+def vector_bytes(vectors: Sequence[NormOrBias]) -> int:
+    """Returns the bytes of the norms and biases in one companion."""
     return sum(vector.size for vector in vectors) * _DTYPE.itemsize
+
+
+def companion_bytes(layers: Sequence[Layer], vectors: Sequence[NormOrBias]) -> int:
+    """Returns the bytes of one companion without factors, their header and metadata."""
+    whole = sum(layer.m * layer.n for layer in layers if layer.whole) * WHOLE_DTYPE.itemsize
+    names = sum(len(vector.lora_key) + _HEADER_BYTES for vector in vectors)
+    return whole + vector_bytes(vectors) + names
+
+
+def companion_blocks(
+    layers: Sequence[Layer], factors: StoredFactors, vectors: Sequence[NormOrBias]
+) -> tuple[int, ...]:
+    """Returns the places of the LoRAs that have a companion: those for which it holds something."""
+    everywhere = any(vector.kind != "end biases" for vector in vectors)
+    ranks = [rank for layer, rank in zip(layers, factors.ranks, strict=True) if layer.is_end]
+    return tuple(
+        block
+        for block in range(len(factors.alphas))
+        if everywhere or any(of_blocks[block] for of_blocks in ranks)
+    )
+
+
+def end_tensors(
+    layers: Sequence[Layer],
+    factors: StoredFactors,
+    block: int,
+    *,
+    lora_alpha: bool,  # whether LoRA files of the family hold alphas
+) -> dict[str, Tensor]:
+    """Returns the end layers of one LoRA's companion by key.
+
+    Whole ones are there with rank 0 too: A1111 takes the bias of such a layer only beside it.
+    """
+    alpha = factors.alphas[block] if lora_alpha else None
+    tensors: dict[str, Tensor] = {}
+    for layer, pairs in zip(layers, factors.factors, strict=True):
+        if layer.is_end and (layer.whole or pairs[block][0].shape[1]):
+            tensors |= named_tensors(layer, pairs[block], alpha)
+    return tensors
 
 
 def fit_companions(
@@ -118,10 +194,11 @@ def write_companion(
     Raises:
         OutputError: the place is taken.
     """
-    declared = {key: TensorInfo(_DTYPE, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    declared = {key: TensorInfo(x.dtype, tuple(x.shape)) for key, x in tensors.items()}
     model_hash = content_sha256(tensors, declared)
     metadata = lora_metadata(file, path.stem, model_hash, uniform=False)
-    with outputs.safetensors(path, declared, {**metadata, "hyper_merge.exact": exact}) as writer:
+    word = "ends" if exact == "auto" else exact
+    with outputs.safetensors(path, declared, {**metadata, COMPANION_CONTENT: word}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)

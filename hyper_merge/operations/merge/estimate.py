@@ -10,7 +10,7 @@ from hyper_merge.analysis.cache import find_analysis, required_width
 from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.loras.lora_file import lora_bytes
-from hyper_merge.operations.merge.companions import companion_bytes
+from hyper_merge.operations.merge.companions import vector_bytes
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
@@ -101,7 +101,7 @@ def _lora_bytes(preflight: Preflight, plan: RankPlan) -> int:
     """Returns the bytes of all shared LoRAs and their companions."""
     layers = preflight.inputs.layout.layers
     loras = lora_bytes(layers, plan.layer_ranks, plan.dtype, plan.alphas)
-    return loras + len(plan.recipe.ranks) * companion_bytes(preflight.norms_and_biases)
+    return loras + len(plan.recipe.ranks) * vector_bytes(preflight.norms_and_biases)
 
 
 def _factor_bytes(

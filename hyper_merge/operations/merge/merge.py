@@ -22,6 +22,7 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.operations.merge.average import average_writer
+from hyper_merge.operations.merge.carried_layers import choose_layers
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts
 from hyper_merge.operations.merge.estimate import estimate_costs, require_room
 from hyper_merge.operations.merge.host_precision import measure_precision_loss
@@ -144,7 +145,8 @@ def _make_files(
         _stream(preflight, outputs, None if turn.exists else turn.path, reading)
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
-        with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as analysis:
+        with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
+            analysis, preflight = choose_layers(all_layers, preflight)
             solved = _solve(analysis, preflight, costs, start, effort, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
             solved = _add_private_loras(analysis, solved, adding)
@@ -246,7 +248,8 @@ def _write(
 ) -> tuple[Report, tuple[str, ...]]:
     """Stages all LoRAs; returns the report, and the names of the LoRAs."""
     recipe, folders, place = preflight.recipe, preflight.folders, outputs.place
-    private, shared = outputs.named_private_loras(preflight, solved), shared_names(preflight, place)
+    private = outputs.named_private_loras(preflight, solved)
+    shared = shared_names(preflight, place, solved)
     names = (*shared, *private)
     require_free_names(place, names, folders, overwrite=recipe.overwrite)
     if recipe.overwrite:
@@ -265,6 +268,7 @@ def _write(
         checkpoints=rows,
         companions=shared[len(files) :],
         recovered=recovered,
+        ends=preflight.ends,
         rounding=_host_precision(outputs, preflight, solved, progress),
     )
     return report, names

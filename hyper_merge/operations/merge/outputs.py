@@ -17,7 +17,12 @@ from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import write_lora
 from hyper_merge.loras.metadata import CHECKPOINT, Lineage, LoraFile
 from hyper_merge.loras.prompt_tags import companion_names, lora_names
-from hyper_merge.operations.merge.companions import fit_companions, write_companion
+from hyper_merge.operations.merge.companions import (
+    companion_blocks,
+    end_tensors,
+    fit_companions,
+    write_companion,
+)
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.report_builder import FileSizes
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
@@ -88,8 +93,9 @@ class MergeOutputs:
         solved: SolvedMerge,
         progress: Progress,
     ) -> None:
-        """Stages the shared LoRAs with their cards."""
+        """Stages the shared LoRAs, without end layers, with their cards."""
         layers, factors = preflight.inputs.layout.layers, solved.factors.factors
+        main = [layer for layer in layers if not layer.is_end]
         costs = {
             name: 2 * sum(up.nbytes + down.nbytes for up, down in pairs)  # hashed and written
             for name, pairs in zip(files, zip(*factors, strict=True), strict=True)
@@ -101,7 +107,7 @@ class MergeOutputs:
                 for layer, pairs in zip(layers, factors, strict=True)
             }
             tick = partial(counter.advance, name)
-            write_lora(self.transaction, self.lora_path(name), layers, by_module, file, tick)
+            write_lora(self.transaction, self.lora_path(name), main, by_module, file, tick)
             counter.finish(name)
 
     def stage_private_loras(self, preflight: Preflight, solved: SolvedMerge) -> None:
@@ -133,16 +139,20 @@ class MergeOutputs:
         solved: SolvedMerge,
         progress: Progress,
     ) -> tuple[CompanionGain, ...]:
-        """Stages the companions if there are any; returns the shares they explain, by kind."""
-        vectors = preflight.norms_and_biases
-        if not vectors:
+        """Stages the companions if there are any; returns the shares of norms and biases, by kind."""
+        inputs, vectors, factors = preflight.inputs, preflight.norms_and_biases, solved.factors
+        layers, lora_alpha = inputs.layout.layers, inputs.layout.family.lora_alpha
+        blocks = companion_blocks(layers, factors, vectors)
+        if not blocks:
             return ()
-        multipliers = solved.evaluation.multipliers["unet"]
-        companions = fit_companions(preflight.inputs, vectors, multipliers, progress.check)
-        names = companion_names(tuple(files))
-        for name, file, tensors in zip(names, files.values(), companions.tensors, strict=True):
-            path = self.lora_path(name)
-            write_companion(self.transaction, path, tensors, file, preflight.recipe.exact)
+        multipliers = solved.evaluation.multipliers["unet"][:, blocks]
+        companions = fit_companions(inputs, vectors, multipliers, progress.check)
+        for block, tensors in zip(blocks, companions.tensors, strict=True):
+            name, file = list(files.items())[block]
+            ends = end_tensors(layers, factors, block, lora_alpha=lora_alpha)
+            (path,) = map(self.lora_path, companion_names([name]))
+            exact = preflight.recipe.exact
+            write_companion(self.transaction, path, {**ends, **tensors}, file, exact)
         return companions.recovered
 
     def stage_texts(
@@ -189,10 +199,23 @@ class MergeOutputs:
         }
 
 
-def shared_names(preflight: Preflight, place: Place) -> tuple[str, ...]:
-    """Returns the names of the shared LoRAs and, after them, of their companions."""
+def shared_names(
+    preflight: Preflight, place: Place, solved: SolvedMerge | None = None
+) -> tuple[str, ...]:
+    """Returns the names of the shared LoRAs and, after them, of their companions.
+
+    Args:
+        preflight: the validated recipe.
+        place: where the files go.
+        solved: the solution; None before it is known, for all companions that there may be.
+    """
     names = lora_names(place.run, preflight.recipe.ranks)
-    return (*names, *companion_names(names)) if preflight.norms_and_biases else names
+    layout, vectors = preflight.inputs.layout, preflight.norms_and_biases
+    if solved is not None:
+        blocks = companion_blocks(layout.layers, solved.factors, vectors)
+        return (*names, *companion_names([names[block] for block in blocks]))
+    has_ends = preflight.recipe.exact != "none" and layout.has_ends
+    return (*names, *companion_names(names)) if has_ends or vectors else names
 
 
 def require_free_names(

@@ -17,6 +17,7 @@ from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import stream_layers
 from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
+from hyper_merge.operations.merge.carried_layers import choose_layers
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
@@ -105,8 +106,9 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
                 path, preflight.inputs, sensitivities=known_sensitivities(preflight)
             ) as analysis,
         ):
-            forecast = forecast_ranks_for(analysis, preflight, forecasting)
-            return _plan_from(forecast, find_clusters(gram_of(analysis)), preflight)
+            carried, chosen = choose_layers(analysis, preflight)
+            forecast = forecast_ranks_for(carried, chosen, forecasting)
+            return _plan_from(forecast, find_clusters(gram_of(carried)), chosen)
 
     return with_sound_cache(attempt, progress.warn)
 
@@ -168,7 +170,8 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
         InterruptedRun: the user asked for the run to end.
     """
     sensitivities = known_sensitivities(preflight)
-    with open_analysis(path, preflight.inputs, sensitivities=sensitivities) as analysis:
+    with open_analysis(path, preflight.inputs, sensitivities=sensitivities) as whole:
+        analysis, preflight = choose_layers(whole, preflight)
         forecast = forecast_ranks_for(analysis, preflight, progress)
         groups = find_clusters(gram_of(analysis))
     least = sum(forecast.costs) / 2

@@ -33,6 +33,7 @@ from hyper_merge.operations.merge.companions import select_norms_and_biases
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.runs.folders import Folders, Place
+from hyper_merge.runs.report import EndLayers
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.formatting import format_size
 
@@ -45,6 +46,7 @@ class Preflight:
     inputs: MergeInputs
     warnings: tuple[str, ...]
     folders: Folders  # of everything that the merge writes and of earlier work that it uses again
+    ends: EndLayers | None = None  # known with the analysis; where not carried, no layers any more
 
     @cached_property
     def norms_and_biases(self) -> tuple[NormOrBias, ...]:
@@ -179,8 +181,9 @@ def _check_stems(headers: Sequence[Header]) -> None:
 
 def _find_capped_ranks(recipe: Recipe, inputs: MergeInputs) -> list[str]:
     """Returns a warning where layers are too small for an even rank, else none."""
-    smallest = min(min(layer.m, layer.n) for layer in inputs.layout.layers)
+    sides = [min(layer.m, layer.n) for layer in inputs.layout.layers if not layer.is_end]
+    smallest = min(sides)
     if recipe.allocation == "adaptive" or max(recipe.ranks) <= smallest:
         return []
-    affected = sum(min(layer.m, layer.n) < max(recipe.ranks) for layer in inputs.layout.layers)
+    affected = sum(side < max(recipe.ranks) for side in sides)
     return [f"rank {max(recipe.ranks)} is capped in {affected} layers, the smallest has {smallest}"]

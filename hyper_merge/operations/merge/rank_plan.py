@@ -12,6 +12,7 @@ from hyper_merge.analysis.inputs import MergeInputs, multiplier_groups
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD
 from hyper_merge.decomposition.rank_allocation import even_ranks
+from hyper_merge.operations.merge.companions import companion_bytes, select_norms_and_biases
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.solver.rank_pruning import Allowance
 
@@ -52,8 +53,8 @@ def plan_ranks(recipe: Recipe, inputs: MergeInputs, factor_bytes: int | None = N
     """
     layers, ranks = inputs.layout.layers, recipe.ranks
     dtype = DTYPES_BY_WORD[recipe.factors_dtype]
-    layer_ranks = even_ranks(ranks, [(layer.m, layer.n) for layer in layers])
-    rank_bytes = tuple((layer.m + layer.n) * dtype.itemsize for layer in layers)
+    layer_ranks = _even_ranks(recipe, layers)
+    rank_bytes = tuple(_rank_bytes(layer, dtype) for layer in layers)
     if factor_bytes is None:
         factor_bytes = _factor_bytes(recipe, inputs, layer_ranks, rank_bytes)
     return RankPlan(
@@ -65,6 +66,22 @@ def plan_ranks(recipe: Recipe, inputs: MergeInputs, factor_bytes: int | None = N
         rank_bytes=rank_bytes,
         allowance=_allowance(recipe, layers, rank_bytes, factor_bytes),
     )
+
+
+def _even_ranks(recipe: Recipe, layers: Sequence[Layer]) -> list[tuple[int, ...]]:
+    """Returns every layer's even ranks; whole layers have all, end layers none without companions."""
+    even = even_ranks(recipe.ranks, [(layer.m, layer.n) for layer in layers])
+    for index, layer in enumerate(layers):
+        if layer.is_end and recipe.exact == "none":
+            even[index] = (0,) * len(recipe.ranks)
+        elif layer.whole:
+            even[index] = (min(layer.m, layer.n),) * len(recipe.ranks)
+    return even
+
+
+def _rank_bytes(layer: Layer, dtype: torch.dtype) -> int:
+    """Returns the bytes of a rank; next to none for a whole layer, whose bytes are set aside."""
+    return 1 if layer.whole else (layer.m + layer.n) * dtype.itemsize
 
 
 def _factor_bytes(
@@ -80,11 +97,15 @@ def _factor_bytes(
 
 
 def _bytes_without_factors(recipe: Recipe, inputs: MergeInputs) -> int:
-    """Returns the most bytes that headers, which name every tensor, and metadata take in all files."""
+    """Returns the most bytes that headers, metadata and the companions' tensors take in all files."""
     layers = inputs.layout.layers
     header = _HEADER_BYTES * len(layers) + 3 * sum(len(layer.module) for layer in layers)
     metadata = _METADATA_BYTES * (len(inputs.read) + 8)
-    return len(recipe.ranks) * (header + metadata)
+    vectors = select_norms_and_biases(recipe, inputs)
+    companion = 0
+    if vectors or (recipe.exact != "none" and inputs.layout.has_ends):
+        companion = companion_bytes(layers, vectors) + metadata
+    return len(recipe.ranks) * (header + metadata + companion)
 
 
 def _allowance(

@@ -140,10 +140,11 @@ def _prepare(request: RestoreRequest, folders: Folders) -> _Restoration:
     require_no_source(path, filter(path_exists, needed))
     folders.require_unused(path, "")
     require_free(path, overwrite=request.overwrite)
+    layout = layout_of(header, family)
     inputs = MergeInputs(
         headers=(header,),
         base=None,
-        layout=layout_of(header, family),
+        layout=layout if run.report.carries_ends else layout.without_ends(),
         weights=(1.0,),
         dtype=getattr(torch, request.dtype or run.recipe.dtype),
     )

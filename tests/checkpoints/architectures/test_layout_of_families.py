@@ -70,7 +70,7 @@ def layers_of(make_header, shapes):
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_family_has_its_number_of_layers(make_header, name):
     layers = layers_of(make_header, FULL[name]())
-    unet = Counter(layer.kernel for layer in layers if layer.part == "unet")
+    unet = Counter(layer.kernel for layer in layers if layer.part == "unet" and not layer.is_end)
     text = sum(layer.part == "text_encoder" for layer in layers)
     assert (unet[None], unet[1, 1], unet[3, 3], text) == COUNTS[name]
     assert len({layer.module for layer in layers}) == len(layers)
@@ -96,8 +96,46 @@ def test_sgm_modules_are_kohyas_targets_by_their_keys(make_header, name):
         for key, shape in shapes.items()
         if len(shape) > 1 and not key.startswith(ENDS)
     }
-    layers = layers_of(make_header, FULL[name]())
+    layers = [layer for layer in layers_of(make_header, FULL[name]()) if not layer.is_end]
     assert {layer.module: layer.shape for layer in layers if layer.part == "unet"} == expected
+
+
+# Of the ends A1111, Forge and ComfyUI all take diffusers' names in SD 1.x and 2.x, and in SDXL the
+# checkpoint's own. Of conv_in they agree on four channels, as one tensor. Forge and ComfyUI, which
+# run Flux, take every matrix of its transformer by its own name.
+EMBEDDING = ("time_embedding_linear_1", "time_embedding_linear_2")
+FLUX_ENDS = ("img_in", "txt_in", "final_layer_linear", "final_layer_adaLN_modulation_1")
+EMBEDDERS = ("time_in", "vector_in", "guidance_in")
+FLUX_ENDS += tuple(f"{name}_{side}_layer" for name in EMBEDDERS for side in ("in", "out"))
+SGM = ("time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2", "out_2")
+CONVOLUTIONS = {
+    "sd1": ("conv_in", "conv_out"),
+    "sd1_inpainting": ("conv_out",),
+    "sd1_pix2pix": ("conv_out",),
+    "sd2": ("conv_in", "conv_out"),
+    "sd2_inpainting": ("conv_out",),
+    "sd2_depth": ("conv_out",),
+    "sdxl": ("input_blocks_0_0",),
+    "sdxl_inpainting": (),
+    "sdxl_pix2pix": (),
+    "sdxl_refiner": ("input_blocks_0_0",),
+    "sd3_medium": (),
+    "flux_dev": (),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_ends_have_the_names_that_all_hosts_take(make_header, name):
+    linear = {"sd1": EMBEDDING, "sd2": EMBEDDING, "sdxl": SGM, "flux": FLUX_ENDS}.get(
+        name.partition("_")[0], ()
+    )
+    ends = [layer for layer in layers_of(make_header, FULL[name]()) if layer.is_end]
+    names = {layer.module.removeprefix("lora_unet_") for layer in ends}
+    assert names == {*linear, *CONVOLUTIONS[name]}
+    whole = {layer.module: layer.shape for layer in ends if layer.whole}
+    first = {"conv_in", "input_blocks_0_0"} & names
+    width = 384 if name == "sdxl_refiner" else 320
+    assert whole == {f"lora_unet_{module}": (width, 4, 3, 3) for module in first}
 
 
 def clip_modules(prefix, layers, width):
@@ -132,7 +170,7 @@ def test_modules_of_transformers_are_kohyas_targets_by_their_keys(make_header, n
         for key, shape in FULL[name]().items()
         if key.startswith(blocks) and len(shape) == 2
     }
-    layers = layers_of(make_header, FULL[name]())
+    layers = [layer for layer in layers_of(make_header, FULL[name]()) if not layer.is_end]
     assert {layer.module: layer.shape for layer in layers} == expected
     assert all(layer.part == "unet" for layer in layers)
 
@@ -240,7 +278,7 @@ def test_every_tensor_of_a_depth_model_is_copied(make_header):
 
 def test_partial_files_have_the_layers_that_they_hold(make_header):
     alone = layers_of(make_header, parts(FULL["sdxl"](), UNET))
-    assert len(alone) == 788
+    assert len(alone) == 788 + 6
     assert {layer.part for layer in alone} == {"unet"}
 
 

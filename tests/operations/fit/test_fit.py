@@ -58,8 +58,9 @@ def single(tmp_path_factory, state_of):
 def planted(single):
     """The hyper-model with known multiples of the LoRAs."""
     state = load(single.merged.place.hyper_model)
-    loras = [load_file(path) for path in single.merged.loras[:2]]
-    for layer in layers_of(single.models[0]):
+    files = [load_file(path) for path in single.merged.loras]
+    loras = [{**main, **companion} for main, companion in zip(files[:2], files[2:], strict=True)]
+    for layer in layers_of(single.models[0], ends=True):
         weight = state[layer.key].double()
         rows = slice(*layer.rows) if layer.rows else slice(None)
         for x, lora in zip(PLANTED[layer.part], loras, strict=True):

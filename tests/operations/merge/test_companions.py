@@ -32,10 +32,11 @@ SIZES = {
 }
 
 
-def vectors(shapes, *, biases=True):
+def vectors(shapes, *kinds):
     tensors = {key: TensorInfo(torch.float16, shape) for key, shape in shapes.items()}
     header = Header("x.safetensors", tensors, {}, 0, 0)
-    return norms_and_biases_of(header, layout_of(header, detect_family(header)), biases=biases)
+    known = norms_and_biases_of(header, layout_of(header, detect_family(header)))
+    return [vector for vector in known if not kinds or vector.kind in kinds]
 
 
 def metadata(path):
@@ -63,7 +64,7 @@ def test_full_size_unet_norms_and_biases_are_complete(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a1111_finds_both_halves_of_every_norm(name):
-    keys = {vector.lora_key for vector in vectors(NARROW[name](), biases=False)}
+    keys = {vector.lora_key for vector in vectors(NARROW[name](), "norms")}
     halves = {
         end: {k.removesuffix(end) for k in keys if k.endswith(end)}
         for end in (".w_norm", ".b_norm")
@@ -105,10 +106,11 @@ def test_report_names_companion_gains_and_hosts(merged):
     assert {gain.kind: gain.share for gain in report.recovered} == {
         "norms": pytest.approx(1, abs=1e-6),
         "biases": pytest.approx(1, abs=1e-6),
+        "end biases": pytest.approx(1, abs=1e-6),
     }
     assert report.companions == ("mix_0-4-exact", "mix_1-2-exact")
     text = format_report(report)
-    assert "in the UNet: norms 100.00%, biases 100.00%" in text
+    assert "in the UNet: norms 100.00%, biases 100.00%, end biases 100.00%" in text
     assert "they load in Forge and ComfyUI, not in AUTOMATIC1111" in text
     assert type(report).from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
@@ -130,15 +132,18 @@ def test_companion_is_float32_and_describes_itself(merged):
     entries = metadata(path)
     assert (entries["ss_output_name"], entries["hyper_merge.exact"]) == ("mix_0-4-exact", "all")
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["description"].startswith("Norms and biases that go with LoRA 1 of 2 of mix")
+    assert card["description"].startswith(
+        "End layers, norms and biases that go with LoRA 1 of 2 of mix"
+    )
     assert path.with_suffix(".png").exists()
 
 
 def test_norms_alone_load_in_a1111_too(files, tmp_path):
     merged = merge(files, tmp_path, exact="norms", ranks=(2,), iterations=1, allocation="even")
     keys = set(load_file(merged.loras[1]))
-    assert {key.rpartition(".")[2] for key in keys} == {"w_norm", "b_norm"}
-    assert [gain.kind for gain in merged.report.recovered] == ["norms"]
+    ends = {key for key in keys if "_conv_" in key or "_time_embedding_" in key}
+    assert {key.rpartition(".")[2] for key in keys - ends} == {"w_norm", "b_norm"}
+    assert [gain.kind for gain in merged.report.recovered] == ["norms", "end biases"]
     assert 0 < merged.report.recovered[0].share < 1  # one LoRA for three checkpoints
     assert "they load in AUTOMATIC1111, Forge and ComfyUI" in format_report(merged.report)
 
@@ -194,7 +199,15 @@ def test_a_companions_place_that_is_taken_is_refused(files, tmp_path):
 def test_the_estimate_counts_companions(files, tmp_path):
     plain, exact = (run_preflight(recipe(files, tmp_path, exact=word)) for word in ("none", "all"))
     sizes = [vector.size for vector in exact.norms_and_biases]
-    assert estimate_merge(exact).loras - estimate_merge(plain).loras == 2 * 4 * sum(sizes)
+    layers = {layer.module: layer for layer in exact.inputs.layout.layers if layer.is_end}
+    first = layers.pop("lora_unet_conv_in")
+    factors = [
+        (layer.m + layer.n) * min(rank, layer.m) + 1  # alpha
+        for layer in layers.values()
+        for rank in exact.recipe.ranks
+    ]
+    expected = 2 * 4 * (sum(sizes) + first.m * first.n) + 2 * sum(factors)
+    assert estimate_merge(exact).loras - estimate_merge(plain).loras == expected
 
 
 def test_family_without_norms_is_refused(tmp_path):
@@ -205,7 +218,7 @@ def test_family_without_norms_is_refused(tmp_path):
         tensors = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
         paths.append(tmp_path / f"{seed}.safetensors")
         save_file(tensors, paths[-1])
-    with pytest.raises(RecipeError, match=r"Flux dev has no norms that hosts take .* none or all"):
+    with pytest.raises(RecipeError, match=r"Flux dev has no norms that hosts take .* auto or all"):
         run_preflight(recipe(paths, tmp_path, exact="norms"))
     assert run_preflight(recipe(paths, tmp_path, exact="all")).norms_and_biases
 

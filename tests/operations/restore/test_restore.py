@@ -88,13 +88,14 @@ def exact(folders, shares):
     state = {key: tensor.double() for key, tensor in load(run.hyper_model).items()}
     for term in weighted_loras_of_mixture(run, shares):
         lora = load_file(term.path)
-        for layer in layers_of(run.hyper_model):
+        for layer in layers_of(run.hyper_model, ends=True):
             rows = slice(*layer.rows) if layer.rows else slice(None)
             delta = term.times(layer.part) * added(lora, layer.module).expand(layer.m, layer.n)
             state[layer.key][rows] += delta.reshape(state[layer.key][rows].shape)
         for key in state:
             stem, _, end = key.rpartition(".")
-            name = "lora_unet_" + stem.removeprefix("model.diffusion_model.").replace(".", "_")
+            path = stem.removeprefix("model.diffusion_model.")
+            name = "lora_unet_" + {"input_blocks.0.0": "conv_in"}.get(path, path.replace(".", "_"))
             ends = {"weight": ["w_norm"], "bias": ["b_norm", "diff_b"]}.get(end, [])
             for result in (lora[f"{name}.{e}"] for e in ends if f"{name}.{e}" in lora):
                 state[key] += term.multiplier * result.double()
@@ -109,7 +110,7 @@ def test_every_checkpoint_comes_back_to_the_reported_loss(single, c):
     result, original = load(restored.path), load(single.models[c])
     base = load(single.root / "Stable-diffusion/mix.safetensors")
     energy = error = 0.0
-    for key in {layer.key for layer in layers_of(single.models[c])}:
+    for key in {layer.key for layer in layers_of(single.models[c], ends=True)}:
         energy += float((original[key].double() - base[key].double()).square().sum())
         error += float((original[key].double() - result[key].double()).square().sum())
     assert 1 - error / energy == pytest.approx(row.explained, abs=1e-6)

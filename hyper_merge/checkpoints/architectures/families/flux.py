@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -26,10 +27,16 @@ _MODULES: Final = (
     r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02]|mod\.lin)"
     r"|single_blocks\.\d+\.(linear[12]|modulation\.lin)"
 )
+# Forge and ComfyUI know every matrix of the transformer by its own name; other loaders only the blocks.
+_ENDS: Final = (
+    r"(img|txt)_in|(time|vector|guidance)_in\.(in|out)_layer"
+    r"|final_layer\.(linear|adaLN_modulation\.1)"
+)
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
-    return modules_matching(path, shape, _MODULES)
+    ends = modules_matching(path, shape, _ENDS)
+    return modules_matching(path, shape, _MODULES) or tuple(replace(m, is_end=True) for m in ends)
 
 
 def _family(version: str, rule: DetectionRule) -> Family:

@@ -26,7 +26,7 @@ def made_up(contrasts, seed=0, layers=3, size=40):
     grams[:, :-1, :-1] = slices @ slices.mT
     weights = torch.arange(1.0, layers + 1, dtype=torch.float64) ** 2
     shapes = [
-        SimpleNamespace(m=5, n=size // 5, positions=4**place, module=f"{place}")
+        SimpleNamespace(m=5, n=size // 5, positions=4**place, module=f"{place}", is_end=False)
         for place in range(layers)
     ]
     return slices, SimpleNamespace(
@@ -124,7 +124,9 @@ def test_output_layers_count_by_measured_sensitivities():
     by_layout = make_loss_weights(analysis, recipe_with(layer_weights="output")).layers
     analysis.sensitivities = {"0": 3.0, "1": 1.0, "2": 0.5, "of_another_layer": 9.0}
     measured = make_loss_weights(analysis, recipe_with(layer_weights="output")).layers
-    assert_close(measured / measured[1], torch.tensor([3.0, 1.0, 0.5]).double())
+    relative = make_loss_weights(analysis, recipe_with(layer_weights="relative")).layers
+    expected = (torch.tensor([3.0, 1.0, 0.5]).double() * relative).sqrt()
+    assert_close(measured / measured[1], expected / expected[1])
     del analysis.sensitivities["2"]  # of another version: it cannot be used
     again = make_loss_weights(analysis, recipe_with(layer_weights="output")).layers
     assert_close(again, by_layout)

@@ -1,7 +1,8 @@
 """The number of positions at which a layer is applied in one run of its network, by the layer's path.
 
 A matrix or kernel is used once for every pixel of its level, token or patch, and once in all where it
-reads the time alone. Its change does as much more to the output.
+reads the time alone. Its change does as much more to the output. What is read at every level, as the
+time embedding is, counts as if it were used at every pixel.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ _PATCH: Final = 2  # height and width of a transformer's patch, in the latent
 _LATENT: Final = 8  # pixels for one of the latent, in height and width
 _PER_LEVEL: Final = 3  # blocks of a UNet's level, in both directions
 
-_ONCE: Final = re.compile(
-    r"(time_embed|label_emb|time_in|vector_in|guidance_in|[txy]_embedder)\..*"
-    r"|.*(\.emb_layers\.|modulation\.|_mod\.|adaLN_modulation\.).*"
-)
+_ONCE: Final = re.compile(r".*(\.emb_layers\.|modulation\.|_mod\.|adaLN_modulation\.).*")
 _OF_TEXT: Final = re.compile(r".*\.attn2\.to_[kv]")
 _SIDE: Final = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d)\.?(.*)")
 _CONTEXT: Final = re.compile(r"(joint_blocks\.\d+\.context_block|double_blocks\.\d+\.txt_\w+)\..*")

@@ -22,8 +22,9 @@ from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
 from hyper_merge.analysis.use_markers import in_use
-from hyper_merge.checkpoints.io.atomic_file import StagedFile, as_output_error
+from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.io.output_errors import as_output_error
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.bounds import Spectra

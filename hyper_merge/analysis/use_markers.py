@@ -8,7 +8,6 @@ is used, and a recent time means "in use". A process that makes the analysis hol
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from hyper_merge.runtime.disks import disk_time
 from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
 from hyper_merge.runtime.progress import Progress
 
@@ -115,19 +115,7 @@ def _touch(analysis: Path, over: threading.Event) -> None:
 
 def _is_young(marker: Path) -> bool:
     """Tells whether a marker is recent, by the clock of the disk, which may be another machine's."""
-    return _now(marker.parent) - _changed(marker) < _YOUNG
-
-
-def _now(folder: Path) -> float:
-    probe = folder / f".hyper-merge-{secrets.token_hex(8)}.tmp"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        with suppress(OSError):
-            probe.unlink()
+    return disk_time(marker.parent) - _changed(marker) < _YOUNG
 
 
 def _changed(path: Path) -> float:

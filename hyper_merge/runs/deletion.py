@@ -10,7 +10,7 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.folders import FITS, MANIFEST, PICTURES, RUN_FILES, Folders, average_id_of
+from hyper_merge.runs.folders import FITS, PICTURES, RUN_FILES, Folders, average_id_of
 from hyper_merge.runs.manifest import RunOutline
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.paths import same_place
@@ -72,7 +72,7 @@ def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
     if any(same_place(source.path, path) for source in run.sources):
         return False
     readable = {other.name: other for other in folders.outlines()}
-    names = {other.parent.name for other in folders.runs.glob(f"*/{MANIFEST}")} - {run.name}
+    names = {other.parent.name for other in folders.manifests()} - {run.name}
     # A run whose manifest cannot be read might need it.
     return names <= readable.keys() and not any(
         _needs(readable[name], path, folders) for name in names

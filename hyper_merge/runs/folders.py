@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from hyper_merge.checkpoints.io.leftovers import remove_leftovers
+from hyper_merge.checkpoints.io.temporary_names import JOURNALS, owner_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import (
     CheckpointError,
@@ -101,8 +103,19 @@ class Folders:
 
     def outlines(self) -> Iterator[RunOutline]:
         """Yields the outline of every run's manifest; unreadable ones are skipped."""
-        outlines = map(RunOutline.read, sorted(self.runs.glob(f"*/{MANIFEST}")))
+        outlines = map(RunOutline.read, self.manifests())
         return (outline for outline in outlines if outline is not None)
+
+    def manifests(self) -> list[Path]:
+        """Returns the paths of all runs' manifests, by the runs' names."""
+        self.undo_unfinished()
+        return sorted(self.runs.glob(f"*/{MANIFEST}"))
+
+    def undo_unfinished(self, run: str = "*") -> None:
+        """Undoes what a killed process has begun to change in a run, or in all, so that runs are whole."""
+        for part in ("", f"{FITS}/", f"{PICTURES}/"):
+            for journal in self.runs.glob(f"{run}/{part}{JOURNALS}"):
+                remove_leftovers(journal.parent)
 
     def hyper_model_of(self, outline: RunOutline) -> Path:
         """Returns the file that a run's LoRAs are added to, even after all files were moved."""
@@ -243,7 +256,7 @@ class Folders:
                     f"the run {run} is this very merge already",
                     hint="choose another name or other ranks",
                 )
-            return name_key(run) in taken or (self.runs / run).exists()
+            return name_key(run) in taken or _is_used(self.runs / run)
 
         return unique_name(recipe.name, is_taken)
 
@@ -258,6 +271,13 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         raise OutputError(
             f"{path} is one of the checkpoints of this merge", hint="choose another name"
         )
+
+
+def _is_used(folder: Path) -> bool:
+    """Tells whether there is anything in a folder but what a killed process has left of a run."""
+    if not folder.is_dir() or folder.is_symlink():
+        return os.path.lexists(folder)
+    return any(owner_of(path.name) is None for path in folder.iterdir())
 
 
 def average_id_of(path: Path) -> str | None:

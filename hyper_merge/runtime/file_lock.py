@@ -140,7 +140,7 @@ def alone(path: Path) -> Iterator[None]:
         lock.release(remove=True)
 
 
-def patiently(action: Callable[[], None]) -> None:
+def patiently(action: Callable[[], object]) -> None:
     """Repeats an action for some seconds if Windows refuses it while another process has the file open.
 
     Raises:
@@ -149,11 +149,13 @@ def patiently(action: Callable[[], None]) -> None:
     end = time.monotonic() + _MOMENT
     while True:
         try:
-            return action()
+            action()
         except OSError as error:
             cause = error.__cause__ or error
             if not isinstance(cause, PermissionError) or time.monotonic() >= end:
                 raise
+        else:
+            return
         time.sleep(PAUSE)
 
 

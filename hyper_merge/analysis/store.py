@@ -24,6 +24,7 @@ from hyper_merge.analysis.streaming_pass import LayerAnalysis, PassOptions
 from hyper_merge.analysis.use_markers import in_use
 from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.io.leftovers import claimed
 from hyper_merge.checkpoints.io.output_errors import as_output_error
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
@@ -259,9 +260,11 @@ def create_analysis(
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     tensors = analysis_tensors(inputs, options)
-    with SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True) as writer:
-        yield AnalysisWriter(writer, tensors)
-    _put(writer.staged, inputs)
+    with claimed(path.parent) as owner:
+        file = SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True, owner=owner)
+        with file as writer:
+            yield AnalysisWriter(writer, tensors)
+        _put(writer.staged, inputs)
 
 
 def _put(staged: StagedFile, inputs: MergeInputs) -> None:

@@ -78,3 +78,15 @@ def _held(folder: Path, hold: Hold) -> Iterator[None]:
             lock.release()
         if not hold.shared or lock.acquire() is not LockState.TAKEN:  # the last one who shared it
             lock.release(remove=True)
+
+
+def remove_unheld(folder: Path) -> None:
+    """Removes the locks' files of killed processes; never fails.
+
+    Args:
+        folder: of the runs.
+    """
+    for path in folder.glob(".*.lock"):
+        lock = FileLock(path)
+        if lock.acquire() is LockState.HELD:
+            lock.release(remove=True)

@@ -6,7 +6,7 @@ is the moment of the change: a process that ends before it leaves everything to 
 ends after it leaves names that nobody needs. This is the rollback journal of SQLite
 (https://www.sqlite.org/atomiccommit.html) with names in place of pages.
 
-The journal lies in one of the folders; in the others a file of its name says where. Whatever somebody
+The journal lies in one of the folders; in the others a file of its name says in which. Whatever somebody
 else has changed in the meantime is left alone: what was written is known by its size and time of change.
 """
 
@@ -32,7 +32,7 @@ from hyper_merge.errors import OutputError
 from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.file_lock import patiently
 
-_HOME: Final = "home"
+_FOLDERS: Final = "folders"
 _STEPS: Final = "steps"
 
 _Identity = tuple[int, int]  # bytes, and time of change in nanoseconds
@@ -169,8 +169,9 @@ class Journal:
         """
         home, *others = self._files
         for file in others:  # before the journal, whose presence says that all of them are there
-            _write(file, {_HOME: _relative(home.path, file.path.parent)})
-        _write(home, {_STEPS: [_plain(step, home.path.parent) for step in self._steps]})
+            _write(file, self._about(file.path.parent))
+        steps = [_plain(step, home.path.parent) for step in self._steps]
+        _write(home, {**self._about(home.path.parent), _STEPS: steps})
         for step in self._steps:
             step.apply(overwrite=self._overwrite)
         self._is_applied = True
@@ -196,6 +197,9 @@ class Journal:
             step.forget()
         self._remove()
 
+    def _about(self, folder: Path) -> dict[str, Any]:
+        return {_FOLDERS: [_relative(file.path.parent, folder) for file in self._files]}
+
     def _remove(self) -> None:
         for file in self._files:  # the journal first: without it the others say nothing
             file.discard()
@@ -204,15 +208,17 @@ class Journal:
 
 @dataclass(frozen=True)
 class JournalFile:
-    """A journal that is found in a folder, or the file that says where it is.
+    """A journal in a folder, or the file of its name in another folder of the transaction.
 
     Attributes:
-        home: Path of the journal.
-        steps: The changes; None in a file that only says where the journal is.
+        path: Of the file.
+        folders: All folders of the transaction; the journal lies in the first.
+        steps: The changes; none in a file that only says where the journal is.
     """
 
-    home: Path
-    steps: tuple[Step, ...] | None
+    path: Path
+    folders: tuple[Path, ...]
+    steps: tuple[Step, ...]
 
     @classmethod
     def read(cls, path: Path) -> JournalFile:
@@ -225,21 +231,31 @@ class JournalFile:
         data = read_sealed(path)
         if not isinstance(data, Mapping):
             raise ValueError("expected an object")  # noqa: TRY004 - the file is wrong, not a type
-        folder = Path(os.path.realpath(path.parent))
-        if _HOME in data:
-            return cls(Path(os.path.normpath(folder / _text(data, _HOME))), None)
-        steps = data.get(_STEPS)
-        if not isinstance(steps, list):
-            raise ValueError("expected a list of steps")  # noqa: TRY004 - as above
-        return cls(folder / path.name, tuple(_step(step, folder) for step in steps))
+        folders, steps = data.get(_FOLDERS), data.get(_STEPS, [])
+        if not folders or not isinstance(folders, list) or not isinstance(steps, list):
+            raise ValueError("expected a list of folders, and perhaps one of steps")
+        here = Path(os.path.realpath(path.parent))
+        places = (Path(os.path.normpath(here / str(folder))) for folder in folders)
+        return cls(path, tuple(places), tuple(_step(step, here) for step in steps))
+
+    @property
+    def is_journal(self) -> bool:
+        """Whether this is the journal itself."""
+        return bool(self.steps)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the journal is gone, and not only its disk."""
+        home = self.folders[0]
+        return home.is_dir() and not (home / self.path.name).exists()
 
     def undo(self) -> bool:
         """Restores all files and removes the journal; returns whether nothing of it is left to do."""
-        undone = [self._undo(step) for step in self.steps or ()]
+        undone = [self._undo(step) for step in self.steps]
         if not all(undone):
             return False
         with suppress(OSError):
-            self.home.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             return True
         return False
 
@@ -248,7 +264,7 @@ class JournalFile:
         folder = step.path.parent
         if not folder.is_dir():
             return False
-        if not (folder / self.home.name).exists():
+        if not (folder / self.path.name).exists():
             return True  # the folder was made again, or is another one
         return step.undo(_once)
 

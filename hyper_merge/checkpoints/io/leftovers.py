@@ -8,7 +8,8 @@ next transaction in the folder removes. If there is a journal among them, it und
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -55,6 +56,17 @@ class ClaimedFolders:
         self._locks.clear()
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[str]:
+    """Claims one folder within the block; gives the digits with which temporary names there begin."""
+    folders = ClaimedFolders()
+    try:
+        folders.claim(folder)
+        yield folders.owner
+    finally:
+        folders.release()
+
+
 def remove_leftovers(folder: Path) -> None:
     """Undoes what earlier transactions did not finish in a folder, and removes their files; never fails.
 
@@ -64,7 +76,17 @@ def remove_leftovers(folder: Path) -> None:
     be all that is left of it.
     """
     for owner in sorted({owner_of(path.name) or "" for path in own_files(folder)}):
-        _remove_of(owner, folder)
+        for place in _folders_of(owner, folder):
+            _remove_of(owner, place)
+
+
+def _folders_of(owner: str, folder: Path) -> list[Path]:
+    """Returns all folders of a transaction as far as they are known, the one with the journal first."""
+    for path in _files_of(owner, folder):
+        if path.suffix == JOURNAL:
+            with suppress(OSError, ValueError):
+                return [*JournalFile.read(path).folders]
+    return [folder]
 
 
 def _remove_of(owner: str, folder: Path) -> None:
@@ -102,15 +124,11 @@ def _remove_ended(files: list[Path]) -> bool:
     return all(gone)
 
 
-def _is_settled(journal: Path) -> bool:
+def _is_settled(path: Path) -> bool:
     """Undoes what a journal tells about; returns whether nothing of it is left to do."""
     try:
-        file = JournalFile.read(journal)
-        if file.steps is not None:
-            return file.undo()
-        if file.home.exists():
-            _remove_of(owner_of(file.home.name) or "", file.home.parent)
-        return file.home.parent.is_dir() and not file.home.exists()
+        file = JournalFile.read(path)
+        return file.undo() if file.is_journal else file.is_over
     except FileNotFoundError:  # another process has undone it
         return True
     except (OSError, ValueError):

@@ -30,7 +30,7 @@ from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
-from hyper_merge.runtime.file_lock import alone
+from hyper_merge.runtime.file_lock import alone, patiently
 
 SUFFIX: Final = ".analysis.safetensors"
 SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
@@ -171,7 +171,9 @@ def open_analysis(
     with ExitStack() as stack:
         stack.enter_context(in_use(path))
         try:
-            file = stack.enter_context(CheckpointReader(path, replaced_whole=True))
+            file = patiently(
+                lambda: stack.enter_context(CheckpointReader(path, replaced_whole=True))
+            )
         except CheckpointError as error:
             raise DamagedCacheError(path, str(error)) from error
         fault = _fault(file.header, inputs)
@@ -183,7 +185,7 @@ def open_analysis(
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:
     """Returns what is wrong with an analysis of the inputs by its header; None if nothing is."""
     try:
-        return _fault(read_header(path), inputs)
+        return _fault(patiently(lambda: read_header(path)), inputs)
     except CheckpointError as error:
         return str(error)
 

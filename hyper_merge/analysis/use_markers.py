@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from hyper_merge.runtime.disks import disk_time
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
+from hyper_merge.runtime.file_lock import LOCK_SUFFIX, PAUSE, FileLock, LockState, remove_unheld
 from hyper_merge.runtime.progress import Progress
 
 USED: Final = ".used"
@@ -92,14 +92,15 @@ def last_used(analysis: Path) -> float:
 
 
 def remove_stale_markers(folder: Path, suffix: str) -> None:
-    """Removes the markers that killed processes left of analyses that they were about to make.
+    """Removes the markers and locks that killed processes left.
 
     Args:
         folder: of the cache.
         suffix: of an analysis' name.
     """
-    for path in [*folder.glob(f"*{USED}"), *folder.glob(f"*{_MAKING}")]:
+    for path in folder.glob(f"*{USED}"):
         _forget(FileLock(path), _beside(path, suffix))
+    remove_unheld([*folder.glob(f"*{_MAKING}"), *folder.glob(f".*.json{LOCK_SUFFIX}")])
 
 
 def _forget(lock: FileLock, analysis: Path) -> None:

@@ -22,7 +22,7 @@ from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.metadata import KIND
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.manifest import RunOutline
-from hyper_merge.runs.name_locks import remove_unheld
+from hyper_merge.runs.name_locks import remove_unheld_names
 from hyper_merge.runs.paths import path_exists, same_place
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.formatting import GB
@@ -110,7 +110,7 @@ class Folders:
     def manifests(self) -> list[Path]:
         """Returns the paths of all runs' manifests, by the runs' names."""
         self.undo_unfinished()
-        remove_unheld(self.runs)
+        remove_unheld_names(self.runs)
         return sorted(self.runs.glob(f"*/{MANIFEST}"))
 
     def undo_unfinished(self, run: str = "*") -> None:

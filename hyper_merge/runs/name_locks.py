@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from hyper_merge.errors import NameTakenError
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState, remove_unheld
 
 _Kind = Literal["merge", "run", "model", "fit"]
 
@@ -80,13 +80,10 @@ def _held(folder: Path, hold: Hold) -> Iterator[None]:
             lock.release(remove=True)
 
 
-def remove_unheld(folder: Path) -> None:
-    """Removes the locks' files of killed processes; never fails.
+def remove_unheld_names(folder: Path) -> None:
+    """Removes the locks of names that killed processes have left; never fails.
 
     Args:
         folder: of the runs.
     """
-    for path in folder.glob(".*.lock"):
-        lock = FileLock(path)
-        if lock.acquire() is LockState.HELD:
-            lock.release(remove=True)
+    remove_unheld(path for kind in _WORDS for path in folder.glob(f".*.{kind}.lock"))

@@ -17,6 +17,7 @@ import torch
 from fault_injection import BROKEN, END, ERRORS, FULL, IN_USE, Fault, Outcome, attempt
 from tiny_family import TINY, merge, write
 
+from hyper_merge.analysis.cache import prune_analyses
 from hyper_merge.checkpoints.io.leftovers import remove_leftovers
 from hyper_merge.checkpoints.io.temporary_names import owner_of
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -185,8 +186,10 @@ def left_over(root: Path) -> list[Path]:
 
 
 def settle(root: Path) -> None:
-    """Does what the next start begins with, and the next transaction in each folder."""
-    list_runs(Folders.under(root))
+    """Does what the next start begins with, the next transaction in each folder, and the next merge."""
+    folders = Folders.under(root)
+    list_runs(folders)
+    prune_analyses(folders.cache, folders.cache_limit)
     for folder in [path for path in (root, *root.rglob("*")) if path.is_dir()]:
         remove_leftovers(folder)
 

@@ -94,7 +94,7 @@ class Step:
             _move(self.temporary, self.path, patiently)
             sync_folder(self.path.parent)
 
-    def undo(self, repeat: Callable[[Callable[[], object]], None]) -> bool:
+    def undo(self, repeat: Callable[[Callable[[], object]], object]) -> bool:
         """Restores the former file, however far the change came; returns whether it is restored.
 
         Args:
@@ -283,7 +283,7 @@ def _once(action: Callable[[], object]) -> None:
     action()
 
 
-def _move(source: Path, target: Path, repeat: Callable[[Callable[[], object]], None]) -> None:
+def _move(source: Path, target: Path, repeat: Callable[[Callable[[], object]], object]) -> None:
     repeat(lambda: source.replace(target))
 
 

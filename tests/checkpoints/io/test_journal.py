@@ -6,11 +6,11 @@ import shutil
 import time
 
 import pytest
+from killed_transactions import killed_after
 
 from hyper_merge.checkpoints.io import leftovers
-from hyper_merge.checkpoints.io.atomic_file import StagedFile
-from hyper_merge.checkpoints.io.journal import Journal, Step
-from hyper_merge.checkpoints.io.leftovers import ClaimedFolders, remove_leftovers
+from hyper_merge.checkpoints.io.journal import Journal
+from hyper_merge.checkpoints.io.leftovers import remove_leftovers
 from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.runtime import file_lock
 from hyper_merge.runtime.checked_json import sealed
@@ -18,10 +18,6 @@ from hyper_merge.runtime.file_lock import LockState
 
 OLD = {"one/a": "old", "two/b": "old", "two/gone": "old"}
 NEW = {"one/a": "newer", "two/b": "newer", "three/c": "newer"}
-
-
-class KilledError(BaseException):
-    """Stands for the end of the process."""
 
 
 @pytest.fixture
@@ -35,33 +31,14 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def kill(root, monkeypatch):
+def kill(root):
     """Changes all files, and ends the process after some of the four steps."""
 
     def kill(steps):
-        apply, applied = Step.apply, []
-
-        def apply_or_die(self, *, overwrite):
-            if len(applied) == steps:
-                raise KilledError
-            apply(self, overwrite=overwrite)
-            applied.append(self)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Step, "apply", apply_or_die)
-            patch.setattr(Journal, "undo", lambda self: None)
-            patch.setattr(StagedFile, "discard", lambda self: None)
-            patch.setattr(ClaimedFolders, "release", drop_locks)
-            with pytest.raises(KilledError):
-                change(root)
+        with killed_after(steps):
+            change(root)
 
     return kill
-
-
-def drop_locks(self):
-    """Gives the locks back as the system does, without removing anything."""
-    for lock in self._locks.values():
-        lock.release()
 
 
 def change(root):

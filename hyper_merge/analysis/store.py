@@ -25,14 +25,16 @@ from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solu
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import in_use
 from hyper_merge.analysis.writer import AnalysisWriter
-from hyper_merge.checkpoints.io.atomic_file import StagedFile, as_output_error
+from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.io.leftovers import claimed
+from hyper_merge.checkpoints.io.output_errors import as_output_error
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
-from hyper_merge.runtime.file_lock import alone
+from hyper_merge.runtime.file_lock import alone, patiently
 
 SUFFIX: Final = ".analysis.safetensors"
 SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
@@ -195,7 +197,9 @@ def open_analysis(
     with ExitStack() as stack:
         stack.enter_context(in_use(path))
         try:
-            file = stack.enter_context(CheckpointReader(path, replaced_whole=True))
+            file = patiently(
+                lambda: stack.enter_context(CheckpointReader(path, replaced_whole=True))
+            )
         except CheckpointError as error:
             raise DamagedCacheError(path, str(error)) from error
         fault = _fault(file.header, inputs)
@@ -207,7 +211,7 @@ def open_analysis(
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:
     """Returns what is wrong with an analysis of the inputs by its header; None if nothing is."""
     try:
-        return _fault(read_header(path), inputs)
+        return _fault(patiently(lambda: read_header(path)), inputs)
     except CheckpointError as error:
         return str(error)
 
@@ -232,9 +236,11 @@ def create_analysis(
     with as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     tensors = analysis_tensors(inputs, options)
-    with SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True) as writer:
-        yield AnalysisWriter(writer, tensors)
-    _put(writer.staged, inputs)
+    with claimed(path.parent) as owner:
+        file = SafetensorsWriter(path, tensors, {_ABOUT: about}, deferred=True, owner=owner)
+        with file as writer:
+            yield AnalysisWriter(writer, tensors)
+        _put(writer.staged, inputs)
 
 
 def _put(staged: StagedFile, inputs: MergeInputs) -> None:

@@ -8,7 +8,6 @@ is used, and a recent time means "in use". A process that makes the analysis hol
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
+from hyper_merge.runtime.disks import disk_time
+from hyper_merge.runtime.file_lock import LOCK_SUFFIX, PAUSE, FileLock, LockState, remove_unheld
 from hyper_merge.runtime.progress import Progress
 
 USED: Final = ".used"
@@ -92,14 +92,15 @@ def last_used(analysis: Path) -> float:
 
 
 def remove_stale_markers(folder: Path, suffix: str) -> None:
-    """Removes the markers that killed processes left of analyses that they were about to make.
+    """Removes the markers and locks that killed processes left.
 
     Args:
         folder: of the cache.
         suffix: of an analysis' name.
     """
-    for path in [*folder.glob(f"*{USED}"), *folder.glob(f"*{_MAKING}")]:
+    for path in folder.glob(f"*{USED}"):
         _forget(FileLock(path), _beside(path, suffix))
+    remove_unheld([*folder.glob(f"*{_MAKING}"), *folder.glob(f".*.json{LOCK_SUFFIX}")])
 
 
 def _forget(lock: FileLock, analysis: Path) -> None:
@@ -115,19 +116,7 @@ def _touch(analysis: Path, over: threading.Event) -> None:
 
 def _is_young(marker: Path) -> bool:
     """Tells whether a marker is recent, by the clock of the disk, which may be another machine's."""
-    return _now(marker.parent) - _changed(marker) < _YOUNG
-
-
-def _now(folder: Path) -> float:
-    probe = folder / f".hyper-merge-{secrets.token_hex(8)}.tmp"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        with suppress(OSError):
-            probe.unlink()
+    return disk_time(marker.parent) - _changed(marker) < _YOUNG
 
 
 def _changed(path: Path) -> float:

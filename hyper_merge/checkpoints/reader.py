@@ -134,7 +134,7 @@ class CheckpointReader:
 
         Raises:
             CheckpointError: no such key, a type that torch does not know, the file changed since
-                its header was read, or it is closed.
+                its header was read, cannot be read, or is closed.
         """
         if self._get is None:
             raise CheckpointError(
@@ -158,7 +158,10 @@ class CheckpointReader:
             )
         if not self._replaced_whole:
             require_unchanged(header)
-        return _computable(key, header, self._get)
+        try:
+            return _computable(key, header, self._get)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
     def _open(self) -> Callable[[str], Tensor]:
         if _is_pickled(self.path):

@@ -13,8 +13,7 @@ import torch
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import PartName
-from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.errors import ExtractionError, RunError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import lora_bytes, write_lora

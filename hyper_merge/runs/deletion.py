@@ -10,9 +10,10 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.prediction_type import find_config_file
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.folders import FITS, MANIFEST, PICTURES, RUN_FILES, Folders, average_id_of
+from hyper_merge.runs.folders import AVERAGE_ID, FITS, PICTURES, RUN_FILES, Folders
 from hyper_merge.runs.manifest import RunOutline
 from hyper_merge.runs.name_locks import Hold, held
+from hyper_merge.runs.ownership import known_metadata
 from hyper_merge.runs.paths import same_place
 from hyper_merge.runs.run import Run, read_manifest
 
@@ -46,8 +47,8 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
 
     Raises:
         RunError: there is no such run, or its manifest is damaged or of a newer version.
-        OutputError: a file cannot be removed, the others are as they were; or a running job needs
-            the run or its hyper-model.
+        OutputError: a file cannot be read or removed, the others are as they were; or a running
+            job needs the run or its hyper-model.
     """
     with held(folders.runs, Hold("run", run.name)):
         files = files_of(run, folders)
@@ -64,7 +65,7 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
 def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
     """Tells whether the hyper-model is Hyper-Merge's own and nothing else needs it."""
     path = run.hyper_model
-    average_id = average_id_of(path)
+    average_id = known_metadata(path).get(AVERAGE_ID)
     if run.recipe.base != AVERAGE or average_id is None or average_id != outline.average_id:
         return False
     if not same_place(path.parent, folders.models):
@@ -72,7 +73,7 @@ def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
     if any(same_place(source.path, path) for source in run.sources):
         return False
     readable = {other.name: other for other in folders.outlines()}
-    names = {other.parent.name for other in folders.runs.glob(f"*/{MANIFEST}")} - {run.name}
+    names = {other.parent.name for other in folders.manifests()} - {run.name}
     # A run whose manifest cannot be read might need it.
     return names <= readable.keys() and not any(
         _needs(readable[name], path, folders) for name in names

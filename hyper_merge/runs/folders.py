@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from hyper_merge.checkpoints.io.leftovers import remove_leftovers
+from hyper_merge.checkpoints.io.temporary_names import JOURNALS, owner_of
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import (
     CheckpointError,
@@ -17,11 +20,11 @@ from hyper_merge.errors import (
     SameMergeError,
 )
 from hyper_merge.loras.cards import CARD_SUFFIXES
-from hyper_merge.loras.metadata import KIND
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.manifest import RunOutline
+from hyper_merge.runs.name_locks import remove_unheld_names
+from hyper_merge.runs.ownership import is_foreign, known_json, private_lora_names
 from hyper_merge.runs.paths import path_exists, same_place
-from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.formatting import GB
 from hyper_merge.runtime.names import file_stem, name_key, unique_name
 
@@ -101,8 +104,20 @@ class Folders:
 
     def outlines(self) -> Iterator[RunOutline]:
         """Yields the outline of every run's manifest; unreadable ones are skipped."""
-        outlines = map(RunOutline.read, sorted(self.runs.glob(f"*/{MANIFEST}")))
+        outlines = map(RunOutline.read, self.manifests())
         return (outline for outline in outlines if outline is not None)
+
+    def manifests(self) -> list[Path]:
+        """Returns the paths of all runs' manifests, by the runs' names."""
+        self.undo_unfinished()
+        remove_unheld_names(self.runs)
+        return sorted(self.runs.glob(f"*/{MANIFEST}"))
+
+    def undo_unfinished(self, run: str = "*") -> None:
+        """Undoes what a killed process has begun to change in a run, or in all, so that runs are whole."""
+        for part in ("", f"{FITS}/", f"{PICTURES}/"):
+            for journal in self.runs.glob(f"{run}/{part}{JOURNALS}"):
+                remove_leftovers(journal.parent)
 
     def hyper_model_of(self, outline: RunOutline) -> Path:
         """Returns the file that a run's LoRAs are added to, even after all files were moved."""
@@ -149,11 +164,14 @@ class Folders:
         """Returns the existing files of LoRAs, with their cards and pictures.
 
         A LoRA of that name which Hyper-Merge did not write is left out with its card and picture.
+
+        Raises:
+            OutputError: a LoRA is there but cannot be read now.
         """
         return [
             path
             for name in names
-            if not _is_foreign(self.loras / f"{name}.safetensors")
+            if not is_foreign(self.loras / f"{name}.safetensors")
             for path in (
                 self.loras / f"{name}{suffix}" for suffix in (".safetensors", *CARD_SUFFIXES)
             )
@@ -161,18 +179,31 @@ class Folders:
         ]
 
     def lora_files_of(self, run: str) -> list[Path]:
-        """Returns the files of a run's LoRAs by its manifest; none where that is damaged."""
-        listed = {outline.name: outline.loras for outline in self.outlines()}.get(run, ())
+        """Returns the files of a run's LoRAs by its manifest; none where that is damaged.
+
+        Raises:
+            OutputError: the manifest or a LoRA is there but cannot be read now.
+        """
+        manifest = known_json(self.runs / run / MANIFEST)
+        listed = (
+            RunOutline.from_json(self.runs / run, manifest).loras
+            if isinstance(manifest, dict)
+            else ()
+        )
         pattern = re.compile(re.escape(run) + r"_(\d+-\d+(-exact)?|top-[^/\\]+)")  # nothing else
         return self.lora_files(name for name in listed if pattern.fullmatch(name))
 
     def fit_files_of(self, run: str, name: str | None = None) -> list[Path]:
-        """Returns the files of a run's fits, or of one: records, texts, and private LoRAs."""
+        """Returns the files of a run's fits, or of one: records, texts, and private LoRAs.
+
+        Raises:
+            OutputError: a record or a LoRA is there but cannot be read now.
+        """
         folder = self.runs / run / FITS
         pattern = re.compile(re.escape(run) + r"_fit-[^/\\]+")  # nothing that leads elsewhere
         files: list[Path] = []
         for path in () if folder.is_symlink() else sorted(folder.glob("*.json")):
-            names = _private_lora_names(path)
+            names = private_lora_names(path)
             if names is not None and (name is None or path.stem in (name, file_stem(name))):
                 text = path.with_name(path.stem + ".txt")
                 files += [path, *([text] if os.path.lexists(text) else [])]
@@ -195,11 +226,18 @@ class Folders:
         }
 
     def fitted_names(self, run: str, but: str = "") -> list[str]:
-        """Returns the names of the private LoRAs of a run's fits, except those of one fit."""
+        """Returns the names of the private LoRAs of a run's fits, except those of one fit.
+
+        Records that cannot be read are skipped.
+        """
         folder = self.runs / run / FITS
         records = () if folder.is_symlink() else sorted(folder.glob("*.json"))
         others = (path for path in records if path.stem not in (but, file_stem(but)))
-        return [name for path in others for name in _private_lora_names(path) or ()]
+        names: list[str] = []
+        for path in others:
+            with suppress(OutputError):
+                names += private_lora_names(path) or ()
+        return names
 
     def hyper_model_for(self, recipe: Recipe, average_id: str) -> Path | None:
         """Returns an existing file that a recipe's LoRAs can be added to; None if there is none."""
@@ -243,7 +281,7 @@ class Folders:
                     f"the run {run} is this very merge already",
                     hint="choose another name or other ranks",
                 )
-            return name_key(run) in taken or (self.runs / run).exists()
+            return name_key(run) in taken or _is_used(self.runs / run)
 
         return unique_name(recipe.name, is_taken)
 
@@ -260,24 +298,16 @@ def require_no_source(path: Path, sources: Iterable[Path]) -> None:
         )
 
 
+def _is_used(folder: Path) -> bool:
+    """Tells whether there is anything in a folder but what a killed process has left of a run."""
+    if not folder.is_dir() or folder.is_symlink():
+        return os.path.lexists(folder)
+    return any(owner_of(path.name) is None for path in folder.iterdir())
+
+
 def average_id_of(path: Path) -> str | None:
     """Returns the id of the average that a hyper-model holds; None for any other or missing file."""
     return metadata_of(path).get(AVERAGE_ID)
-
-
-def _private_lora_names(record: Path) -> list[str] | None:
-    """Returns the names of a fit's private LoRAs; None for a file that is no record of a fit."""
-    try:
-        return [str(topup["name"]) for topup in read_json(record)["fit"]["topups"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _is_foreign(lora: Path) -> bool:
-    """Tells whether a file of this name exists that is not one of our LoRAs."""
-    metadata = metadata_of(lora)
-    is_ours = metadata.get(KIND) == "lora" and metadata.get("ss_output_name") == lora.stem
-    return os.path.lexists(lora) and not is_ours
 
 
 def metadata_of(path: Path) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from hyper_merge.errors import NameTakenError
-from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState
+from hyper_merge.runtime.file_lock import PAUSE, FileLock, LockState, remove_unheld
 
 _Kind = Literal["merge", "run", "model", "fit"]
 
@@ -78,3 +78,12 @@ def _held(folder: Path, hold: Hold) -> Iterator[None]:
             lock.release()
         if not hold.shared or lock.acquire() is not LockState.TAKEN:  # the last one who shared it
             lock.release(remove=True)
+
+
+def remove_unheld_names(folder: Path) -> None:
+    """Removes the locks of names that killed processes have left; never fails.
+
+    Args:
+        folder: of the runs.
+    """
+    remove_unheld(path for kind in _WORDS for path in folder.glob(f".*.{kind}.lock"))

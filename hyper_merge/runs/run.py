@@ -64,7 +64,7 @@ def list_runs(folders: Folders) -> tuple[list[Run], list[str]]:
     """Returns all runs, the newest first, and a sentence for each that cannot be read."""
     runs: list[Run] = []
     problems: list[str] = []
-    for path in sorted(folders.runs.glob(f"*/{MANIFEST}")):
+    for path in folders.manifests():
         name = path.parent.name
         try:
             runs.append(load_run(folders, name))
@@ -107,6 +107,7 @@ def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
             f"the run {name} is a link to {os.path.realpath(folder)}, and links are not followed",
             hint=f"put the folder itself into {folders.runs}, or remove the link",
         )
+    folders.undo_unfinished(name)
     try:
         return require_readable_version(name, read_json(folder / MANIFEST))
     except RunError:
@@ -120,7 +121,7 @@ def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
 def _unknown(folders: Folders, name: str) -> UnknownRunError:
     """Returns the refusal of a run that does not exist, with the runs that do."""
     message = f"there is no run {name} in {folders.runs}"
-    known = sorted(path.parent.name for path in folders.runs.glob(f"*/{MANIFEST}"))
+    known = [path.parent.name for path in folders.manifests()]
     if not known:
         return UnknownRunError(message, hint="look at the list of runs")
     return unknown_word(UnknownRunError, message, name, known, "There are")

@@ -1,9 +1,12 @@
-"""Checks the free space on disks."""
+"""What disks say of themselves: their free space and their time."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from hyper_merge.errors import OutputError
@@ -33,3 +36,19 @@ def require_disks(needed: Mapping[Path, int]) -> None:
                 f" {format_size(free)} free",
                 hint="make room or choose another output folder",
             )
+
+
+def disk_time(folder: Path) -> float:
+    """Returns the time in seconds by the clock of a folder's disk, which may be another machine's.
+
+    Where nothing can be written there it is our own clock's.
+    """
+    probe = folder / f".hyper-merge-{secrets.token_hex(8)}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()

@@ -12,17 +12,20 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+
+from hyper_merge.errors import HyperMergeError
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
+LOCK_SUFFIX: Final = ".lock"
 PAUSE: Final = 0.05  # seconds between attempts to take a lock that another process holds
 
 _TRIES: Final = 20  # to open a lock's file, which others remove and create again
@@ -31,6 +34,9 @@ _BUSY: Final = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 _MOMENT: Final = 5.0  # seconds for which a file may be open in another process
 _REMOVED_WHILE_OPEN: Final = sys.platform != "win32"  # whether an open file can be removed
 _SHARES: Final = 2**30  # bytes of a Windows lock, beyond the file's end; each sharer takes one
+
+
+_T = TypeVar("_T")
 
 
 class LockState(Enum):
@@ -130,7 +136,7 @@ def alone(path: Path) -> Iterator[None]:
 
     Continues without a lock where there are none, or where the holder does not let go.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path.with_name(f".{path.name}{LOCK_SUFFIX}"))
     end = time.monotonic() + _PATIENCE
     while lock.acquire() is LockState.TAKEN and time.monotonic() < end:
         time.sleep(PAUSE / 2)
@@ -140,21 +146,32 @@ def alone(path: Path) -> Iterator[None]:
         lock.release(remove=True)
 
 
-def patiently(action: Callable[[], None]) -> None:
+def patiently(action: Callable[[], _T]) -> _T:
     """Repeats an action for some seconds if Windows refuses it while another process has the file open.
 
+    Returns:
+        What the action returns.
+
     Raises:
-        OSError: that of the last try.
+        OSError, HyperMergeError: that of the last try.
     """
     end = time.monotonic() + _MOMENT
     while True:
         try:
             return action()
-        except OSError as error:
+        except (OSError, HyperMergeError) as error:
             cause = error.__cause__ or error
             if not isinstance(cause, PermissionError) or time.monotonic() >= end:
                 raise
         time.sleep(PAUSE)
+
+
+def remove_unheld(paths: Iterable[Path]) -> None:
+    """Removes locks' files that nobody holds, as killed processes leave them; never fails."""
+    for path in paths:
+        lock = FileLock(path)
+        if lock.acquire() is LockState.HELD:
+            lock.release(remove=True)
 
 
 def _state_of(error: OSError) -> LockState:

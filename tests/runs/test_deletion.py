@@ -132,14 +132,14 @@ def test_somebody_elses_files_stay(started, folders):
 
 
 def test_a_file_that_cannot_be_removed_keeps_all(started, folders, monkeypatch):
-    run, before, rename = load_run(folders, "mix"), snapshot(started), Path.rename
+    run, before, replace = load_run(folders, "mix"), snapshot(started), Path.replace
 
     def refuse(self, target):
         if self.name == "report.txt":
             raise PermissionError(13, "used by another program")
-        return rename(self, target)
+        return replace(self, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OutputError, match=r"cannot remove .*report\.txt: used by another program;"):
         delete_run(run, folders)
     assert snapshot(started) == before

@@ -12,17 +12,14 @@ from typing import TypeAlias
 from safetensors import safe_open
 from torch import Tensor
 
-from hyper_merge.checkpoints.io.atomic_file import (
-    StagedFile,
-    StagedRemoval,
-    as_output_error,
-    require_free,
-    sync_folder,
-)
+from hyper_merge.checkpoints.io import output_errors
+from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.header import TensorInfo
-from hyper_merge.checkpoints.io.leftovers import ClaimedFolders
+from hyper_merge.checkpoints.io.journal import Journal, Step
+from hyper_merge.checkpoints.io.leftovers import ClaimedFolders, remove_leftovers
+from hyper_merge.checkpoints.io.output_errors import as_output_error, sync_folder
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.errors import NameTakenError
+from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.runtime.names import name_key
 
 _Bytes: TypeAlias = bytes  # the method `bytes` hides the name inside of the class
@@ -39,8 +36,8 @@ class FileTransaction:
 
     An exception within the block (Ctrl-C too) removes everything staged and every folder made, and
     so does a refusal while the files are put in place: those already replaced are restored.
-    Only a kill in that last moment can leave some files new and some old, each of them whole.
-    What a kill leaves over goes with the next transaction that writes to the same folder.
+    After a kill in that last moment the next transaction in one of the folders restores them, or
+    `remove_leftovers`, by a journal (`journal.py`). What a kill leaves over goes at the same time.
     Two files of one block never have the same place, on no file system: names that differ by case
     alone are refused, for on Windows and macOS one would silently replace the other.
     """
@@ -53,11 +50,10 @@ class FileTransaction:
         """
         self._overwrite = overwrite
         self._parts: dict[Path, SafetensorsWriter | StagedFile] = {}  # in the order of staging
-        self._removals: dict[Path, StagedRemoval] = {}
+        self._removals: list[Path] = []
         self._written: dict[str, Path] = {}  # by the key that no file system gives to two places
         self._folders: list[Path] = []
         self._claimed = ClaimedFolders()
-        self._is_reverted = True  # but for a failure that could not be undone
 
     def __enter__(self) -> FileTransaction:
         return self
@@ -105,7 +101,7 @@ class FileTransaction:
             raise ValueError(f"{path} is staged twice")
         _require_apart(path, self._written.get(_place_key(path)))
         self._claimed.claim(path.parent)
-        self._removals[path] = StagedRemoval(path, owner=self._claimed.owner)
+        self._removals.append(path)
 
     def size_of(self, path: _Path) -> int:
         """Returns the size of a staged file in bytes."""
@@ -161,18 +157,21 @@ class FileTransaction:
 
     def _commit(self) -> None:
         files = self._finished()
-        steps: list[StagedFile | StagedRemoval] = [*files, *self._removals.values()]
+        if len(files) == 1 and not self._removals:
+            files[0].commit()  # which is the change of all: there is nothing to undo
+            return
+        owner = self._claimed.owner
+        steps = [Step.write(file, owner) for file in files]
+        steps += [Step.remove(path, owner) for path in self._removals]
+        if not steps:
+            return
+        journal = Journal(steps, owner, overwrite=self._overwrite)
         try:
-            for file in files:
-                file.commit(reversible=True)
-            for removal in self._removals.values():
-                removal.commit()
+            journal.carry_out()
         except BaseException:
-            reverted = [step.revert() for step in reversed(steps)]
-            self._is_reverted = all(reverted)
+            journal.undo()
             raise
-        for step in steps:
-            step.forget_previous()
+        journal.forget()
 
     def _finished(self) -> list[StagedFile]:
         """Returns all staged files, whole, with their places still free."""
@@ -188,10 +187,24 @@ class FileTransaction:
         for part in self._parts.values():
             with suppress(ValueError):  # a writer that was never entered has nothing staged
                 _staged(part).discard()
-        self._claimed.release(removable=self._is_reverted)
+        self._claimed.release()
         for folder in reversed(self._folders):
             with suppress(OSError):  # somebody else's file is in it by now
                 folder.rmdir()
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Returns if a file may be written there, perhaps after what a kill has left there is undone.
+
+    Raises:
+        OutputError: a folder is there, a file that may not be replaced, or a file in place of its
+            folder.
+    """
+    try:
+        output_errors.require_free(path, overwrite=overwrite)
+    except OutputError:
+        remove_leftovers(path.parent)
+        output_errors.require_free(path, overwrite=overwrite)
 
 
 def _staged(part: SafetensorsWriter | StagedFile) -> StagedFile:

@@ -13,8 +13,7 @@ import torch
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.compatibility import check_distinct
-from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import ExtractionError, NameTakenError, RecipeError, settings_placed

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
-from hyper_merge.checkpoints.io.atomic_file import require_free
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.loras.metadata import SourceRecord

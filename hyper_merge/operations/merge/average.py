@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
-from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.metadata import Lineage, checkpoint_metadata

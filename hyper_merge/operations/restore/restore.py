@@ -14,10 +14,9 @@ import torch
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.compatibility import check_compatible
-from hyper_merge.checkpoints.io.atomic_file import require_free
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.checkpoints.prediction_type import find_config_file, v_prediction_config
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.linalg import share

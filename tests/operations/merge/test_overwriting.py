@@ -138,7 +138,9 @@ def test_name_of_a_foreign_file_is_refused(files, tmp_path, place, monkeypatch):
 
 
 def test_folder_of_the_runs_name_is_avoided(files, tmp_path):
-    (tmp_path / "hyper-merge" / "mix").mkdir(parents=True)
+    folder = tmp_path / "hyper-merge" / "mix"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
     assert merge(files, tmp_path).place.run == "mix-2"
 
 

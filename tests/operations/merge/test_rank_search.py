@@ -109,7 +109,7 @@ def test_ranks_beyond_narrow_bases_are_capped(files, tmp_path, monkeypatch, sett
     sides = {layer.module: min(layer.m, layer.n) for layer in layers_of(files[0])}
     capped = [m for m, rank in ranks_in(merged)[0].items() if rank < min(10, sides[m])]
     assert capped
-    assert merged.report.loss == pytest.approx(loss_of(files, merged), abs=1e-6)
+    assert merged.report.loss == pytest.approx(loss_of(files, merged), abs=3e-6)
     assert merged.report.loss < 0.7
 
 

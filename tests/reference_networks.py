@@ -1,11 +1,11 @@
 """The networks of checkpoints by diffusers and transformers, and narrow random weights for them."""
 
-import math
 import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
+from random_checkpoints import sane_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hyper_merge.calibration.text_encoders import TextEncoder
@@ -93,22 +93,7 @@ def narrow_shapes(kind):
 @cache
 def narrow_weights(kind):
     """Returns the weights of `narrow_shapes`; not to be changed."""
-    return random_weights(narrow_shapes(kind))
-
-
-def random_weights(shapes):
-    """Returns weights by which activations neither vanish nor explode."""
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, shape in shapes.items():
-        if key.endswith("position_ids"):
-            continue
-        values = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            state[key] = values / math.sqrt(math.prod(shape[1:]))
-        else:
-            state[key] = 0.2 * values + (0.0 if key.endswith("bias") else 1.0)
-    return state
+    return sane_weights(narrow_shapes(kind))
 
 
 def layout_for(shapes, family):

@@ -43,6 +43,8 @@ VOCABULARY = 20
 WIDE, WIDER = 64, 128  # of text encoders, so that one has two heads
 
 UNETS = {
+    # of two levels in place of four: cheap
+    "small": UNetShape(32, WIDE, multiples=(1, 2), depths=(1, 1)),
     "sd1": UNetShape(32, WIDE),
     "sd1_inpainting": UNetShape(32, WIDE, input_channels=9),
     "sd2": UNetShape(32, WIDER, matrices=True),
@@ -60,13 +62,19 @@ UNETS = {
     ),
 }
 FAMILY = {
+    "small": SD1,
     "sd1": SD1,
     "sd1_inpainting": SD1,
     "sd2": SD2,
     "sdxl": SDXL,
     "sdxl_refiner": REFINER,
 }
-CLIPS = {"sd1": TEXT_PREFIX, "sd1_inpainting": TEXT_PREFIX, "sdxl": FIRST_TEXT_PREFIX}
+CLIPS = {
+    "small": TEXT_PREFIX,
+    "sd1": TEXT_PREFIX,
+    "sd1_inpainting": TEXT_PREFIX,
+    "sdxl": FIRST_TEXT_PREFIX,
+}
 OPEN_CLIPS = {
     "sd2": OPEN_CLIP_PREFIX,
     "sdxl": SECOND_TEXT_PREFIX,

@@ -1,5 +1,7 @@
 """Small checkpoints of random numbers for every family, and merges of them."""
 
+import math
+
 import torch
 from narrow_layouts import UNET
 from safetensors import safe_open
@@ -23,6 +25,21 @@ def state(shapes, seed, step=0.1, dtype=torch.float32):
         values *= NARROW_SPREAD if key == SPREAD else 1.0
         tensors[key] = torch.arange(77)[None] if key.endswith("_ids") else values.to(dtype)
     return tensors
+
+
+def sane_weights(shapes):
+    """Returns weights by which activations neither vanish nor explode."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in shapes.items():
+        if key.endswith("position_ids"):
+            continue
+        values = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            state[key] = values / math.sqrt(math.prod(shape[1:]))
+        else:
+            state[key] = 0.2 * values + (0.0 if key.endswith("bias") else 1.0)
+    return state
 
 
 def files(folder, *states, names="abcdef"):

@@ -17,9 +17,9 @@ _VERSION: Final = 1  # of the numbers: another network, or other inputs, has ano
 _LARGEST: Final = 1e100  # can be multiplied and added up
 
 
-def sensitivities_path(cache: Path, average_id: str) -> Path:
-    """Returns the path of the sensitivities of an average."""
-    return cache / f"{average_id[:32]}-{_VERSION}{SENSITIVITIES}"
+def sensitivities_path(cache: Path, average_id: str, seed: int) -> Path:
+    """Returns the path of the sensitivities of an average, measured with inputs of a seed."""
+    return cache / f"{average_id[:32]}-{seed}-{_VERSION}{SENSITIVITIES}"
 
 
 def read_sensitivities(path: Path, damaged: DamagedFiles | None = None) -> dict[str, float]:

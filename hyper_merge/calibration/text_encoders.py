@@ -12,12 +12,23 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from hyper_merge.calibration.unet import Read, attend
+from hyper_merge.calibration.unet import (
+    Read,
+    attend,
+    block_numbers,
+    heads_of_size,
+    is_complete,
+    recomputed,
+)
 from hyper_merge.checkpoints.io.header import Shape
 
 _HEAD: Final = 64  # channels of a head, in all of them
+_CLIP_LAYER: Final = (
+    *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+)
+_OPEN_CLIP_LAYER: Final = ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,27 @@ class TextEncoder:
     normed: bool = True
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the file has all tensors of the encoder."""
+        layer = _OPEN_CLIP_LAYER if self._is_open_clip else _CLIP_LAYER
+        ends = (self._embedding, self._positions, f"{self._final}.weight")
+        return (
+            all(key in self.shapes for key in ends)
+            and self._numbers == set(range(self._count))
+            and is_complete(self.shapes, self.prefix, layer)
+        )
+
+    @property
+    def width(self) -> int:
+        """The channels of what the UNet reads."""
+        return self.shapes[self._embedding][1]
+
+    @property
+    def pools(self) -> bool:
+        """Whether it gives a pooled form too."""
+        return self._projection in self.shapes
+
+    @property
     def vocabulary(self) -> int:
         """The number of tokens that the encoder knows."""
         return self.shapes[self._embedding][0]
@@ -66,20 +98,19 @@ class TextEncoder:
         hidden = embedded + self.read(self._positions)[: tokens.shape[1]]
         hidden = hidden.detach().requires_grad_(torch.is_grad_enabled())
         layer = self._open_clip_layer if self._is_open_clip else self._clip_layer
-        count = self._layers
+        count = self._count
         outer = hidden
         for number in range(count):
             if number == count - self.skipped:
                 outer = hidden
-            hidden = checkpoint(layer, number, hidden, use_reentrant=True)
+            hidden = recomputed(layer, number, hidden)
         outer = outer if self.skipped else hidden
         outer = self._norm(self._final, outer) if self.normed else outer
-        projection = f"{self.prefix}text_projection"
-        if projection not in self.shapes:
+        if not self.pools:
             return Encoded(outer)
         last = self._norm(self._final, hidden)
         pooled = last[torch.arange(len(last), device=last.device), ends]
-        return Encoded(outer, pooled @ self.read(projection))
+        return Encoded(outer, pooled @ self.read(self._projection))
 
     def _clip_layer(self, number: int, hidden: Tensor) -> Tensor:
         name = f"{self.prefix}encoder.layers.{number}."
@@ -129,10 +160,20 @@ class TextEncoder:
         return f"{self.prefix}{'ln_final' if self._is_open_clip else 'final_layer_norm'}"
 
     @property
-    def _layers(self) -> int:
+    def _projection(self) -> str:
+        return f"{self.prefix}text_projection"
+
+    @property
+    def _numbers(self) -> set[int]:
+        side = "transformer.resblocks." if self._is_open_clip else "encoder.layers."
+        return block_numbers(self.shapes, f"{self.prefix}{side}")
+
+    @property
+    def _count(self) -> int:
+        """How many layers there are; the weights of query, key and value count, without biases."""
         end = "attn.in_proj_weight" if self._is_open_clip else "self_attn.q_proj.weight"
         return sum(key.startswith(self.prefix) and key.endswith(end) for key in self.shapes)
 
 
 def _heads(query: Tensor) -> int:
-    return max(query.shape[-1] // _HEAD, 1)
+    return heads_of_size(query.shape[-1], _HEAD)

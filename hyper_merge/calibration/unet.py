@@ -9,7 +9,8 @@ sgm/modules/diffusionmodules/openaimodel.py and sgm/modules/attention.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from itertools import count
 from typing import Final
 
@@ -26,6 +27,19 @@ Read = Callable[[str], Tensor]
 _GROUPS: Final = 32  # of every group norm
 _EPSILON, _EPSILON_OF_TRANSFORMERS = 1e-5, 1e-6
 _MAX_PERIOD: Final = 10_000.0
+
+
+_ENDS: Final = ("time_embed.0", "time_embed.2", "middle_block.0.in_layers.2", "out.0", "out.2")
+_TOGETHER: Final = (
+    ("label_emb.0.0", "label_emb.0.2"),
+    ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"),
+    ("norm", "proj_in", "proj_out"),
+    (
+        *(f"attn{number}.to_{part}" for number in (1, 2) for part in ("q", "k", "v", "out.0")),
+        *("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
+    ),
+)
+"""Weights that every network has, and those that a block has all or none of."""
 
 
 class UNet:
@@ -84,19 +98,26 @@ class UNet:
         for place in count():
             part = f"{name}.{place}"
             if self._has(f"{part}.in_layers.2"):
-                hidden = _recomputed(self._residual, part, hidden, embedding)
+                hidden = recomputed(self._residual, part, hidden, embedding)
             elif self._has(f"{part}.proj_in"):
                 hidden = self._transformer(part, hidden, context)
             elif self._has(f"{part}.op"):
-                hidden = self._convolution(f"{part}.op", hidden, stride=2)
+                hidden = recomputed(self._halved, f"{part}.op", hidden)
             elif self._has(f"{part}.conv"):
-                hidden = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
-                hidden = self._convolution(f"{part}.conv", hidden)
+                hidden = recomputed(self._doubled, f"{part}.conv", hidden)
             elif self._has(part):
                 hidden = self._convolution(part, hidden)
             else:
                 break
         return hidden
+
+    def _halved(self, name: str, hidden: Tensor) -> Tensor:
+        return self._convolution(name, hidden, stride=2)
+
+    def _doubled(self, name: str, hidden: Tensor) -> Tensor:
+        return self._convolution(
+            name, functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
+        )
 
     def _residual(self, name: str, hidden: Tensor, embedding: Tensor) -> Tensor:
         inner = functional.silu(self._group_norm(f"{name}.in_layers.0", hidden))
@@ -109,13 +130,13 @@ class UNet:
         return inner + (self._convolution(skip, hidden) if self._has(skip) else hidden)
 
     def _transformer(self, name: str, hidden: Tensor, context: Tensor) -> Tensor:
-        tokens = _recomputed(self._tokens, name, hidden)
+        tokens = recomputed(self._tokens, name, hidden)
         for place in count():
             block = f"{name}.transformer_blocks.{place}"
             if not self._has(f"{block}.attn1.to_q"):
                 break
-            tokens = _recomputed(self._transformer_block, block, tokens, context)
-        pixels = _recomputed(self._matrix, f"{name}.proj_out", tokens)
+            tokens = recomputed(self._transformer_block, block, tokens, context)
+        pixels = recomputed(self._matrix, f"{name}.proj_out", tokens)
         return hidden + pixels.mT.reshape(hidden.shape)
 
     def _tokens(self, name: str, hidden: Tensor) -> Tensor:  # (b, positions, channels)
@@ -174,15 +195,34 @@ class UNet:
         return self._shapes[f"{self._prefix}{name}.weight"]
 
     def _numbers(self, side: str) -> range:
-        return range(len(_block_numbers(self._shapes, f"{self._prefix}{side}.")))
+        return range(len(block_numbers(self._shapes, f"{self._prefix}{side}.")))
 
 
 def is_whole(shapes: Mapping[str, Shape], prefix: str) -> bool:
-    """Tells whether a checkpoint has every block of a UNet, in widths that its norms divide."""
+    """Tells whether a checkpoint has all tensors of a UNet, in widths that its norms divide."""
     sides = ("input_blocks", "output_blocks")
-    down, up = (_block_numbers(shapes, f"{prefix}{side}.") for side in sides)
+    down, up = (block_numbers(shapes, f"{prefix}{side}.") for side in sides)
     entrance = shapes.get(f"{prefix}input_blocks.0.0.weight", (1,))
-    return bool(down) and down == up == set(range(len(down))) and entrance[0] % _GROUPS == 0
+    return (
+        bool(down)
+        and down == up == set(range(len(down)))
+        and entrance[0] % _GROUPS == 0
+        and all(f"{prefix}{name}.weight" in shapes for name in _ENDS)
+        and all(is_complete(shapes, prefix, names) for names in _TOGETHER)
+    )
+
+
+def is_complete(shapes: Mapping[str, Shape], prefix: str, names: Collection[str]) -> bool:
+    """Tells whether each block that has any of these weights has them all."""
+    ends = tuple(f".{name}.weight" for name in names)
+    blocks = Counter(
+        key[: -len(end)]
+        for key in shapes
+        if key.startswith(prefix) and key.endswith(ends)
+        for end in ends
+        if key.endswith(end)
+    )
+    return all(count == len(ends) for count in blocks.values())
 
 
 def time_embedding(
@@ -212,14 +252,27 @@ def attend(
     return attended.transpose(1, 2).flatten(2)
 
 
-def _block_numbers(shapes: Mapping[str, Shape], start: str) -> set[int]:
+def heads_of_size(channels: int, size: int) -> int:
+    """Returns the number of heads of about so many channels each, which divides all of them."""
+    return next(n for n in range(max(channels // size, 1), 0, -1) if channels % n == 0)
+
+
+def block_numbers(shapes: Mapping[str, Shape], start: str) -> set[int]:
+    """Returns the numbers that follow the start of a key."""
     words = {key[len(start) :].partition(".")[0] for key in shapes if key.startswith(start)}
     return {int(word) for word in words if word.isdecimal()}
 
 
-def _recomputed(function: Callable[..., Tensor], name: str, *tensors: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], name: object, *tensors: Tensor) -> Tensor:
     """Runs a part of the network, and again in the backward pass, in place of keeping its graph.
 
     The reentrant way: only there the weights that are read again become leaves with gradients.
+
+    Args:
+        function: takes the name and the tensors, and reads its weights itself.
+        name: of the part.
+        tensors: its inputs, of which one at least needs a gradient if any weight does.
     """
-    return checkpoint(function, name, *tensors, use_reentrant=True)
+    if not torch.is_grad_enabled():
+        return function(name, *tensors)
+    return checkpoint(function, name, *tensors, use_reentrant=True, preserve_rng_state=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,8 +42,7 @@ def known_sensitivities(
     """
     if not are_measured(preflight):
         return None
-    path = sensitivities_path(preflight.folders.cache, preflight.average_id)
-    known = read_sensitivities(path, damaged)
+    known = read_sensitivities(_path(preflight), damaged)
     modules = {layer.module for layer in preflight.inputs.layout.layers}
     return known if modules <= known.keys() else None
 
@@ -70,8 +70,7 @@ def find_sensitivities(
             " positions"
         )
         return None
-    path = sensitivities_path(preflight.folders.cache, preflight.average_id)
-    write_sensitivities(path, measured, progress.warn)
+    write_sensitivities(_path(preflight), measured, progress.warn)
     return measured
 
 
@@ -84,13 +83,21 @@ def _measure(
     """Measures on the device, or on the CPU where that has too little memory."""
     layout, seed = preflight.inputs.layout, preflight.recipe.seed
     shapes = _shapes(preflight)
+    reached = [0.0]
+    watched = progress.joined(Progress(lambda _phase, fraction: reached.append(fraction)))
     try:
-        return measure_sensitivities(average, shapes, layout, device, progress, seed=seed)
+        return measure_sensitivities(average, shapes, layout, device, watched, seed=seed)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         progress.warn(f"{device} has too little memory to run the average; the CPU runs it")
-        cpu = torch.device("cpu")
-        return measure_sensitivities(average, shapes, layout, cpu, progress, seed=seed)
+        cpu, rest = torch.device("cpu"), progress.part(reached[-1], 1.0)
+        return measure_sensitivities(average, shapes, layout, cpu, rest, seed=seed)
+
+
+def _path(preflight: Preflight) -> Path:
+    """Returns the path of the sensitivities in the cache."""
+    seed = preflight.recipe.seed
+    return sensitivities_path(preflight.folders.cache, preflight.average_id, seed)
 
 
 def _shapes(preflight: Preflight) -> dict[str, tuple[int, ...]]:

@@ -105,6 +105,7 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "find_analysis", lambda *question: tmp_path)
     monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
     monkeypatch.setattr(cost_model, "bytes_to_hash", lambda *question: 0)
+    monkeypatch.setattr(estimate, "are_known", lambda *question: True)
     again = checked(models, **settings | {"ranks": (96, 48, 24)})
     # Measured before the search for a start was cut to half its layers.
     assert estimate_merge(again).seconds == pytest.approx(61.5, rel=0.2)

@@ -22,8 +22,9 @@ from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.allowance import Allowance
 from hyper_merge.solver.batching import Ranks, stack_cores
-from hyper_merge.solver.rank_pruning import Allowance, GroupSolution, prune_ranks
+from hyper_merge.solver.rank_pruning import GroupSolution, prune_ranks
 from hyper_merge.solver.stopping import (
     USUAL_SWEEPS,
     SolverProgress,

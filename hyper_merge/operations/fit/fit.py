@@ -73,7 +73,10 @@ def _write_fit(
         record = _record(fit, measurement, source)
         if request.topup and record.differs:
             multipliers = _multipliers(fit, measurement)
-            residual = StreamedResidual(fit.inputs, stack, multipliers, fit.options, measurement)
+            weights = _layer_weights(fit, measurement)
+            residual = StreamedResidual(
+                fit.inputs, stack, multipliers, fit.options, measurement, weights
+            )
             private = top_up(outputs, fit, residual, source, request.topup, remaining)
             record = replace(record, topups=private)
         if request.overwrite:
@@ -159,11 +162,7 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     A companion takes the UNet's multiplier of its LoRA.
     """
     report = fit.run.report
-    layers = fit.inputs.layout.layers
-    weights = torch.ones(len(layers), dtype=torch.float64)
-    if fit.run.recipe.layer_weights == "relative":  # as in the merge
-        sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
-        weights = relative_weights(sizes, layers)
+    weights = _layer_weights(fit, measurement)
     solved = {
         part: measurement.multipliers(members, len(report.loras), weights.tolist())
         for part, members in fit.groups.items()
@@ -173,17 +172,30 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 
+def _layer_weights(fit: PreparedFit, measurement: Measurement) -> Tensor:  # (layers,), float64
+    """Returns how much the layers' squared errors count, as in the merge."""
+    layers = fit.inputs.layout.layers
+    if fit.run.recipe.layer_weights == "relative":
+        sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
+        return relative_weights(sizes, layers)
+    return torch.ones(len(layers), dtype=torch.float64)
+
+
 def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) -> FitRecord:
     multipliers = _multipliers(fit, measurement)
     layers = fit.inputs.layout.layers
     energies = torch.tensor([sums.energy for sums in measurement.layers], dtype=torch.float64)
     errors = torch.tensor(measurement.lefts(multipliers, layers), dtype=torch.float64)
+    weights = _layer_weights(fit, measurement)
     inside, outside = float(energies.sum()), sum(measurement.outside.values())
     return FitRecord(
         run=fit.run.name,
         run_created=fit.run.created,
         created=current_time(),
-        row=_row(fit, multipliers, energies, errors, outside),
+        row=replace(
+            _row(fit, multipliers, energies, errors, outside),
+            explained_weighted=_explained(weights * energies, weights * errors),
+        ),
         path=str(fit.inputs.headers[0].path.absolute()),
         sha256=source.sha256,
         legacy_hash=source.legacy_hash,

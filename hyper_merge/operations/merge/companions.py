@@ -57,9 +57,20 @@ def select_norms_and_biases(recipe: Recipe, inputs: MergeInputs) -> tuple[NormOr
     return vectors
 
 
+def companion_tensors(vectors: Sequence[NormOrBias]) -> dict[str, TensorInfo]:
+    """Returns the table of contents of one companion."""
+    return {vector.lora_key: TensorInfo(_DTYPE, (vector.size,)) for vector in vectors}
+
+
 def companion_bytes(vectors: Sequence[NormOrBias]) -> int:
     """Returns the bytes of one companion without its header."""
-    return sum(vector.size for vector in vectors) * _DTYPE.itemsize
+    return sum(info.nbytes for info in companion_tensors(vectors).values())
+
+
+def companion_metadata(file: LoraFile, stem: str, model_hash: str, exact: str) -> dict[str, str]:
+    """Returns the metadata of one companion; arguments as for `lora_metadata` and `write_companion`."""
+    metadata = lora_metadata(file, stem, model_hash, uniform=False)
+    return {**metadata, "hyper_merge.exact": exact}
 
 
 def fit_companions(
@@ -120,8 +131,8 @@ def write_companion(
     """
     declared = {key: TensorInfo(_DTYPE, tuple(tensor.shape)) for key, tensor in tensors.items()}
     model_hash = content_sha256(tensors, declared)
-    metadata = lora_metadata(file, path.stem, model_hash, uniform=False)
-    with outputs.safetensors(path, declared, {**metadata, "hyper_merge.exact": exact}) as writer:
+    metadata = companion_metadata(file, path.stem, model_hash, exact)
+    with outputs.safetensors(path, declared, metadata) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)

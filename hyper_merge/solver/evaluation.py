@@ -32,6 +32,11 @@ class Evaluation:
         return share(self.errors.sum(), self.energies.sum())
 
     @property
+    def weighted_loss(self) -> float:
+        """The same, with the weights of the layers."""
+        return share((self.weights @ self.errors).sum(), (self.weights @ self.energies).sum())
+
+    @property
     def fidelity(self) -> Tensor:  # (k,), float64
         """Explained share by checkpoint, as the loss counts squared errors."""
         return _explained(self.errors, self.energies, self.weights)

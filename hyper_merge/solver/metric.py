@@ -10,6 +10,7 @@ from torch import Tensor
 from hyper_merge.analysis.loss_weights import LossWeights, make_loss_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.bounds import Spectra, compute_spectra
+from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.recipe.recipe import Recipe
 
 
@@ -34,12 +35,22 @@ class Metric:
             factors = torch.tensor(recipe.fit_weights, dtype=torch.float64)
         return cls(make_loss_weights(analysis, recipe), factors * len(factors) / factors.sum())
 
+    @property
+    def directions(self) -> Tensor:  # (d, k), float64
+        """The multipliers of private LoRAs, one for each checkpoint, for weighted slices."""
+        return (self.checkpoints.sqrt()[:, None] * self.weights.to_deviations).mT
+
+    def order(self, analysis: Analysis) -> list[int]:
+        """Returns the places of the checkpoints, those that differ most first."""
+        squares = self.weigh(energies(analysis.grams, analysis.contrasts)).sum(0)
+        return squares.argsort(descending=True, stable=True).tolist()
+
     def weigh(
         self,
-        energies: Tensor,  # (layers, k), squared norms
+        squares: Tensor,  # (layers, k), squared norms
     ) -> Tensor:  # (layers, k)
         """Returns squared norms as the loss counts them."""
-        return energies * self.weights.layers[:, None] * self.checkpoints
+        return squares * self.weights.layers[:, None] * self.checkpoints
 
     def spectra(self, analysis: Analysis) -> list[Spectra]:
         """Returns the spectra of every layer as the loss counts them.

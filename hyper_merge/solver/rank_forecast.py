@@ -9,7 +9,7 @@ and ends better.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -64,11 +64,10 @@ class RankForecast:
     def explained_by_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
         """Returns what private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
-        lists = [values for layer in self.private for values in layer]
-        counts = spread_ranks(lists, [cost for cost in self.costs for _ in range(k)], budget)
+        plain = replace(self, entries=(), file_bytes=0)
         explained = torch.zeros_like(self.energies)
-        for place, (values, count) in enumerate(zip(lists, counts, strict=True)):
-            explained[place % k] += values[:count].sum()
+        for layer, counts in zip(self.private, plain.private_counts(budget), strict=True):
+            explained += torch.stack([layer[c][: counts[c]].sum() for c in range(k)])
         return self._of_all(explained)
 
     def private_size(self, checkpoint: int, target: float) -> int:
@@ -96,8 +95,33 @@ class RankForecast:
             for blocks in range(1, self.directions + 1)
         ]
         gains = [float(self._explained(counts).sum()) for counts in choices]
+        if self.private_gain(budget) > max(gains):
+            return self.private_ranks_for(budget)
         blocks = next(place for place, gain in enumerate(gains, 1) if gain >= _WORTH * max(gains))
         return self._mean_ranks(choices[blocks - 1], blocks)
+
+    def private_ranks_for(self, budget: float) -> tuple[int, ...]:
+        """Returns the ranks of one LoRA for each checkpoint that use these bytes best."""
+        return self._mean_ranks(self.private_counts(budget), len(self.energies))
+
+    def private_gain(self, budget: float) -> float:
+        """Returns the energy that private LoRAs explain whose files take these bytes."""
+        return sum(
+            float(values[:count].sum())
+            for layer, counts in zip(self.private, self.private_counts(budget), strict=True)
+            for values, count in zip(layer, counts, strict=True)
+        )
+
+    def private_counts(self, budget: float) -> list[list[int]]:
+        """Returns ranks per layer and checkpoint."""
+        k = len(self.energies)
+        flat = spread_ranks(
+            [values for layer in self.private for values in layer],
+            [cost for cost in self.costs for _ in range(k)],
+            budget - k * self.file_bytes,
+            [entry for entry in self.entries for _ in range(k)],
+        )
+        return [flat[start : start + k] for start in range(0, len(flat), k)]
 
     def budget_for(self, target: float) -> int | None:
         """Returns the fewest bytes at which the worst checkpoint reaches a target; None if none do."""

@@ -64,6 +64,21 @@ def prune_ranks(
     return [_pruned_group(group, layers, ranks) for group in groups]
 
 
+def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
+    """Returns losses of all groups together; a group that ends earlier keeps its last loss."""
+    total = sum(group.problem.energy for group in groups) or 1.0
+    length = max(len(group.losses) for group in groups)
+    return tuple(
+        sum(
+            group.problem.energy * group.losses[min(place, len(group.losses) - 1)]
+            for group in groups
+            if group.losses
+        )
+        / total
+        for place in range(length)
+    )
+
+
 def _balanced(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
     """Returns the blocks with their components in falling order, roots of values on each side."""
     return batch, [

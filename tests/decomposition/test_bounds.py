@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from hyper_merge.decomposition.bounds import (
     best_private_ranks,
     budget_bound,
-    even_private_ranks,
     compute_spectra,
+    even_private_ranks,
     lower_bound,
     private_errors,
 )

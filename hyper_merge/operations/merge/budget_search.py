@@ -16,6 +16,7 @@ from hyper_merge.solver.private_loras import PrivateBudget, needy_checkpoints
 from hyper_merge.solver.rank_forecast import RankForecast
 
 _STEPS: Final = 20  # sizes of the shared LoRAs that are considered beside private ones
+_TINY: Final = 1e-300  # where nothing differs
 _LEAST: Final = 0.3  # part of a budget that shared LoRAs get in any case
 
 Solve = Callable[[RankPlan, Progress], SolvedMerge]
@@ -30,7 +31,8 @@ def solve_for_budget(
 ) -> SolvedMerge:
     """Returns the solution whose files, with companions and private LoRAs, fill a budget.
 
-    Where the recipe asks for private LoRAs, room is left for them; `private_budget` gives it away.
+    Where one LoRA for each checkpoint is forecast to be better than the solution with fewer, a
+    solution with as many is tried too. Where the recipe asks for private LoRAs, room is left for them; `private_budget` gives it away.
 
     Args:
         budget: bytes of all files.
@@ -40,20 +42,29 @@ def solve_for_budget(
         progress: progress and interrupt.
     """
 
-    def plan(total: int) -> RankPlan:
-        ranks = forecast.ranks_for(total)
+    def plan(total: int, ranks: tuple[int, ...]) -> RankPlan:
         formats, companions = overhead.formats(ranks), overhead.companions(ranks)
         recipe = replace(overhead.recipe, ranks=ranks)
         return plan_ranks(recipe, overhead.inputs, total - companions, formats)
 
+    def best(total: int, part: Progress) -> SolvedMerge:
+        first, second = part.split((0.9, 0.1))
+        ranks = forecast.ranks_for(total)
+        solved = solve(plan(total, ranks), first)
+        private = 1 - forecast.private_gain(total) / max(float(forecast.energies.sum()), _TINY)
+        if len(ranks) >= len(forecast.names) or solved.evaluation.weighted_loss <= private:
+            return solved
+        other = solve(plan(total, forecast.private_ranks_for(total)), second)
+        return min(solved, other, key=lambda solution: solution.evaluation.weighted_loss)
+
     target = overhead.recipe.topup
     if target is None:
-        return solve(plan(budget), progress)
+        return best(budget, progress)
     first, second = progress.split((0.9, 0.1))
-    solved = solve(plan(_shared_bytes(budget, target, forecast)), first)
+    solved = best(_shared_bytes(budget, target, forecast), first)
     if needy_checkpoints(solved.evaluation.fidelity, target):
         return solved
-    return solve(plan(budget), second)  # as it turns out, no private LoRA is needed
+    return best(budget, second)  # as it turns out, no private LoRA is needed
 
 
 def private_budget(solved: SolvedMerge, overhead: FileOverhead) -> PrivateBudget | None:

@@ -58,8 +58,8 @@ def make_report(
     metric = Metric.of(analysis, solved.plan.recipe)
     limits = _find_limits(analysis, solved, metric)
     outside = analysis.not_carried
-    gram = gram_of(analysis, metric.weights.layers)
-    clusters = find_clusters(gram)
+    gram = gram_of(analysis, torch.ones_like(metric.weights.layers))
+    clusters = find_clusters(gram_of(analysis, metric.weights.layers))
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
         name=run,

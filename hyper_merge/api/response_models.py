@@ -218,6 +218,10 @@ class ReportResponse(BaseModel):
     metric: str = Field(..., description="the recipe's layer_weights; empty: unknown")
     weighted_loss: float = Field(..., description="the loss with these weights; 0: unknown")
     weighted_private_loss: float = Field(..., description="the same of private LoRAs")
+    shared_fidelity: list[float] = Field(
+        ...,
+        description="by checkpoint: weighted share that the shared LoRAs explain; empty: unknown",
+    )
     weighted_bound: float = Field(..., description="the same of the bound")
 
 

@@ -44,6 +44,20 @@ def test_a_target_counts_explained_shares_with_weights():
     assert two_layers([1.0, 1.0]).budget_for(0.65) == 20
 
 
+def test_checkpoints_that_share_nothing_get_a_lora_each():
+    steep = torch.tensor([9.0, 1.0]).double()
+    forecast = RankForecast(
+        names=("a", "b", "c"),
+        mixtures=((torch.tensor([7.0, 6.0, 1.0]).double(), torch.tensor([7.0, 6.0]).double()),),
+        private=((steep, steep, 2 * steep),),
+        multipliers=(torch.eye(3, 2).double(),),
+        energies=torch.full((3,), 12.0).double(),
+        costs=(10,),
+    )
+    assert forecast.ranks_for(20) == (1, 1, 1)  # 18 + 9, and not 7 + 7
+    assert replace(forecast, file_bytes=5).ranks_for(20) == (1,)  # three files have no room
+
+
 def test_bytes_of_files_decide_how_many_loras_are_worth_it():
     both = torch.tensor([9.0]).double(), torch.tensor([8.0]).double()
     forecast = RankForecast(

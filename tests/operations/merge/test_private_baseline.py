@@ -97,3 +97,9 @@ def test_lists_of_a_lora_per_checkpoint_are_no_worse_than_private_ones(unlike, t
     merged = merge(unlike, tmp_path, ranks=(5, 4, 3), iterations=10)
     bytes_of_factors = factor_bytes(merged)
     assert merged.report.weighted_loss < private_loss(unlike, merged, (1, 1, 1), bytes_of_factors)
+
+
+def test_few_sweeps_are_no_worse_than_private_loras(unlike, tmp_path):
+    merged = merge(unlike, tmp_path, ranks=(1, 1, 1), iterations=1, multipliers="shared")
+    bytes_of_factors = factor_bytes(merged)
+    assert merged.report.weighted_loss < private_loss(unlike, merged, (1, 1, 1), bytes_of_factors)

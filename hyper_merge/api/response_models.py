@@ -143,6 +143,9 @@ class RunCheckpointResponse(BaseModel):
     name: str
     prompt: str = Field(..., description="what makes the hyper-model this checkpoint")
     explained: float = Field(..., description="share of its difference in the layers")
+    explained_weighted: float = Field(
+        ..., description="the same with the weights of the loss, by which it is judged; 0: unknown"
+    )
     explained_unet: float
     explained_text_encoder: float
     error: float = Field(..., description="norm of what is left, as a fraction of its difference's")
@@ -219,10 +222,14 @@ class ReportResponse(BaseModel):
         ..., description="share of all differences that an average for each group would take away"
     )
     rounding: list[PrecisionLossResponse]
-    relative_loss: float = Field(
+    metric: str = Field(..., description="the recipe's layer_weights; empty: unknown")
+    weighted_loss: float = Field(..., description="the loss with these weights; 0: unknown")
+    weighted_private_loss: float = Field(..., description="the same of private LoRAs")
+    shared_fidelity: list[float] = Field(
         ...,
-        description="the loss with each layer's error relative to the size of its weight; 0: unknown",
+        description="by checkpoint: weighted share that the shared LoRAs explain; empty: unknown",
     )
+    weighted_bound: float = Field(..., description="the same of the bound")
     ends: EndLayersResponse | None = Field(
         ..., description="null where hosts take none from a LoRA"
     )

@@ -105,43 +105,49 @@ def budget_bound(
     )
 
 
-def private_losses(
+def even_private_ranks(
     layers: Sequence[Spectra],
-    energies: Tensor,  # (layers, k), of every checkpoint's deviation
     ranks: Sequence[tuple[int, ...]],  # of the shared blocks, per layer
-) -> Tensor:  # (k,), squared errors
-    """Returns what stays unexplained if every checkpoint gets private LoRAs for the same bytes.
+) -> list[list[int]]:  # per layer and checkpoint
+    """Returns the ranks of private LoRAs of the same bytes, layer by layer.
 
     A layer's rho ranks are dealt out evenly; what does not divide goes to those that gain most.
     """
-    errors = energies.sum(0)
+    counts = []
     for layer, rank in zip(layers, ranks, strict=True):
         even, rest = divmod(sum(rank), len(layer.private))
-        errors = errors - layer.private[:, :even].sum(1)
+        counts.append([even] * len(layer.private))
         if rest and even < layer.private.shape[1]:
-            following = layer.private[:, even]
-            gained = following.topk(rest).indices
-            errors[gained] -= following[gained]
-    return errors.clamp(min=0)
+            for checkpoint in layer.private[:, even].topk(rest).indices.tolist():
+                counts[-1][checkpoint] += 1
+    return counts
 
 
-def best_private_losses(
+def best_private_ranks(
     layers: Sequence[Spectra],
-    energies: Tensor,  # (layers, k), of every checkpoint's deviation
     costs: Sequence[float],  # of a rank, per layer
     budget: float,
-) -> Tensor:  # (k,), squared errors
-    """Returns what stays unexplained with private LoRAs whose ranks lie where they explain most."""
-    k = energies.shape[1]
+) -> list[list[int]]:  # per layer and checkpoint
+    """Returns the ranks of private LoRAs that lie where they explain most."""
+    k = len(layers[0].private)
     counts = spread_ranks(
         [values for layer in layers for values in layer.private],
         [cost for cost in costs for _ in range(k)],
         budget,
     )
+    return [counts[start : start + k] for start in range(0, len(counts), k)]
+
+
+def private_errors(
+    layers: Sequence[Spectra],
+    energies: Tensor,  # (layers, k), of every checkpoint's deviation
+    ranks: Sequence[Sequence[int]],  # per layer and checkpoint
+) -> Tensor:  # (k,), squared errors
+    """Returns what stays unexplained of every checkpoint by private LoRAs of these ranks."""
     errors = energies.sum(0)
-    for index, layer in enumerate(layers):
-        for c, values in enumerate(layer.private):
-            errors[c] -= values[: counts[index * k + c]].sum()
+    for layer, counts in zip(layers, ranks, strict=True):
+        kept = [values[:count].sum() for values, count in zip(layer.private, counts, strict=True)]
+        errors = errors - torch.stack(kept)
     return errors.clamp(min=0)
 
 

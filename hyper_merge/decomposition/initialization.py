@@ -126,6 +126,27 @@ def best_start(
     return candidates[0].multipliers
 
 
+def mixed_start(
+    gram: Tensor,  # (d, d), float64, of the slices
+    private: Tensor,  # (d, k): directions of the single checkpoints
+    blocks: int,
+) -> Tensor:  # (d, R), unit columns
+    """Returns a start of both kinds: directions that all share, then single checkpoints.
+
+    The first half are the leading eigenvectors. The others are the checkpoints of which these leave
+    most.
+    """
+    count = min(blocks - blocks // 2, private.shape[1])
+    shared = torch.linalg.eigh(gram)[1].flip(1)[:, : blocks - count]
+    rest = private - shared @ (shared.mT @ private)
+    left = (rest * (gram @ rest)).sum(0)
+    chosen = left.argsort(descending=True, stable=True)[: blocks - shared.shape[1]]
+    start = torch.cat([shared, private[:, chosen]], 1)
+    filled = torch.zeros(len(gram), blocks, dtype=torch.float64)
+    filled[:, : start.shape[1]] = start
+    return torch.nn.functional.normalize(filled, dim=0)
+
+
 def search_cost(entries: float, starts: int, effort: SearchEffort = SearchEffort.FULL) -> float:
     """Returns what `best_start` takes, in sweeps over all layers.
 

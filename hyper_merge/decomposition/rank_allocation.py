@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def spread_ranks(
     gains: Sequence[Tensor],  # (any,) each, falling
     costs: Sequence[float],  # of one item of each list
     budget: float,
+    entries: Sequence[float] = (),  # what the first item of each list costs in addition
 ) -> list[int]:
     """Returns how many items of each list to buy: those of most gain for their cost come first.
 
@@ -38,18 +40,106 @@ def spread_ranks(
     list fall, its first items are always taken before the later ones; up to the last few items this
     is the best choice that there is.
     """
-    counts = torch.tensor([len(values) for values in gains])
-    if not int(counts.sum()):
-        return [0] * len(gains)
-    owner = torch.arange(len(gains)).repeat_interleave(counts)
+    entries = entries or [0.0] * len(gains)
+    ranking = _rank_items(gains, costs, entries)
+    affordable = int((ranking.price.cumsum(0) <= budget).sum())
+    taken = torch.bincount(ranking.owner[:affordable], minlength=len(gains)).tolist()
+    left = budget - float(ranking.price[:affordable].sum())
+
+    def price(index: int) -> float:
+        return costs[index] + (0.0 if taken[index] else entries[index])
+
+    closed: set[int] = set()
+    cheapest = min(costs, default=0.0)
+    for index in ranking.owner[affordable:].tolist():
+        if left < cheapest:
+            break
+        if index in closed:
+            continue
+        if price(index) <= left:
+            left -= price(index)
+            taken[index] += 1
+        else:
+            closed.add(index)
+    return taken
+
+
+def spread_to_fit(
+    gains: Sequence[Tensor],  # (any,) each, falling
+    costs: Sequence[int],  # the least that one item of each list costs
+    entries: Sequence[int],  # the least that the first item of each list costs in addition
+    budget: int,
+    size_of: Callable[[Sequence[int]], int],
+) -> list[int]:
+    """Returns what `spread_ranks` does where costs do not simply add up: no item more fits.
+
+    Args:
+        gains: of the items, by list.
+        costs: of one item of each list, without what it may cause elsewhere.
+        entries: of each list's first item, in addition.
+        budget: what all may cost together.
+        size_of: tells what numbers of items of every list cost, at least the sum of their costs.
+    """
+    ranking = _rank_items(gains, costs, entries)
+
+    def first(count: int) -> list[int]:
+        return torch.bincount(ranking.owner[:count], minlength=len(gains)).tolist()
+
+    low, high = 0, int((ranking.price.cumsum(0) <= budget).sum())
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size_of(first(middle)) <= budget else (low, middle - 1)
+    taken = first(low)
+    size = size_of(taken)
+    closed: set[int] = set()
+    cheapest = min(costs, default=0)
+    for index in ranking.owner[low:].tolist():
+        if size + cheapest > budget:
+            break
+        if index in closed:
+            continue
+        taken[index] += 1
+        least = size + costs[index] + (entries[index] if taken[index] == 1 else 0)
+        larger = size_of(taken) if least <= budget else budget + 1
+        if larger <= budget:
+            size = larger
+        else:
+            taken[index] -= 1
+            closed.add(index)
+    return taken
+
+
+class _Ranking(NamedTuple):
+    """The items of all lists, those of most gain for their cost first."""
+
+    owner: Tensor  # of each item: its list
+    price: Tensor  # float64, of each item
+
+
+def _rank_items(
+    gains: Sequence[Tensor], costs: Sequence[float], entries: Sequence[float]
+) -> _Ranking:
+    """Ranks items of any gain, each list's in their order.
+
+    The first items of a list that share the cost of its entry best count as one: they are ranked by
+    what they gain together for what they cost together.
+    """
+    values = [part.double().cpu() for part in gains]
+    counts = torch.tensor([len(part) for part in values], dtype=torch.int64)
+    owner = torch.arange(len(values)).repeat_interleave(counts)
     price = torch.tensor(costs, dtype=torch.float64)[owner]
-    value = torch.cat([values.double().cpu() for values in gains])
-    ranking = (value / price).argsort(descending=True, stable=True)
+    value = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+    rate = value / price
+    starts = (counts.cumsum(0) - counts).tolist()
+    for part, cost, entry, start in zip(values, costs, entries, starts, strict=True):
+        if entry and len(part):
+            together = part.cumsum(0) / (entry + cost * torch.arange(1, len(part) + 1))
+            best = int(together.argmax())
+            rate[start : start + best + 1] = together[best]
+            price[start] += entry
+    ranking = rate.argsort(descending=True, stable=True)
     ranking = ranking[value[ranking] > 0]
-    affordable = int((price[ranking].cumsum(0) <= budget).sum())
-    taken = torch.bincount(owner[ranking[:affordable]], minlength=len(gains))
-    left = budget - float(price[ranking[:affordable]].sum())
-    return _with_the_rest(taken.tolist(), owner[ranking[affordable:]].tolist(), costs, left)
+    return _Ranking(owner[ranking], price[ranking])
 
 
 def ranks_within(
@@ -112,32 +202,33 @@ def overcomplete_ranks(
 
 def kept_ranks(
     energies: Sequence[Sequence[Tensor]],  # per layer and block: of its components, falling
-    costs: Sequence[float],  # of a rank, per layer
-    budget: float,
+    costs: Sequence[int],  # the least that a rank costs, per layer
+    entries: Sequence[int],  # the least that a block's first rank costs in addition, per layer
+    budget: int,
+    size_of: Callable[[Sequence[tuple[int, ...]]], int],
 ) -> list[tuple[int, ...]]:  # ranks of the R blocks, per layer
-    """Returns the ranks of blocks that keep only their components of most energy per cost."""
+    """Returns the ranks of blocks that keep only their components of most energy per cost.
+
+    Args:
+        energies: of the blocks' components.
+        costs: of one rank.
+        entries: of a block's first rank, in addition.
+        budget: what all may cost together.
+        size_of: tells what ranks per layer and block cost.
+    """
     if not energies:
         return []
     blocks = len(energies[0])
-    flat = [values for layer in energies for values in layer]
-    counts = spread_ranks(flat, [cost for cost in costs for _ in range(blocks)], budget)
-    return [tuple(counts[start : start + blocks]) for start in range(0, len(counts), blocks)]
 
+    def by_layer(counts: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(counts[start : start + blocks]) for start in range(0, len(counts), blocks)]
 
-def _with_the_rest(
-    taken: list[int], following: Sequence[int], costs: Sequence[float], left: float
-) -> list[int]:
-    """Buys on, in the lists' order, what still fits; never past an item that does not."""
-    cheapest = min(costs)
-    closed: set[int] = set()
-    for index in following:
-        if left < cheapest:
-            break
-        if index in closed:
-            continue
-        if costs[index] <= left:
-            taken[index] += 1
-            left -= costs[index]
-        else:
-            closed.add(index)
-    return taken
+    return by_layer(
+        spread_to_fit(
+            [values for layer in energies for values in layer],
+            [cost for cost in costs for _ in range(blocks)],
+            [entry for entry in entries for _ in range(blocks)],
+            budget,
+            lambda counts: size_of(by_layer(counts)),
+        )
+    )

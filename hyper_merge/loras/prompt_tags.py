@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Final, NamedTuple
+
+from hyper_merge.runtime.names import distinct_words
 
 DIGITS: Final = 5
 """Decimals of a multiplier in a prompt: it is off by 5e-6 at most."""
@@ -39,6 +41,21 @@ def companion_names(names: Sequence[str]) -> tuple[str, ...]:
     ('mix_0-128-exact',)
     """
     return tuple(f"{name}-exact" for name in names)
+
+
+def private_names(name: str, checkpoints: Sequence[str], ranks: Mapping[int, int]) -> list[str]:
+    """Returns the file stems of private LoRAs, which are distinct even without case.
+
+    >>> private_names("mix", ["a", "b"], {1: 16})
+    ['mix_top-b-16']
+
+    Args:
+        name: first part of all names.
+        checkpoints: file stems of all checkpoints.
+        ranks: of the private LoRAs, by the checkpoint's place.
+    """
+    words = distinct_words(checkpoints)
+    return [f"{name}_top-{words[place]}-{rank}" for place, rank in ranks.items()]
 
 
 def format_tag(name: str, multiplier: float, text_multiplier: float | None = None) -> str:

@@ -29,7 +29,7 @@ class DeletionVerdict:
     safe: bool
     reason: str  # why it is not safe to delete; empty where it is
     frees: int  # bytes that deleting it would free; 0 where nothing is there
-    explained: float  # share of its differences in the layers, 0..1
+    explained: float  # share of its differences in the layers, as the merge counts them, 0..1
     everything: float  # share of all its differences, with what LoRAs do not carry
     not_carried: float  # share of these that no LoRA carries
     vae_differs: bool | None  # from the hyper-model's; None where it is not known
@@ -71,7 +71,10 @@ def find_deletable(
     fits, _ = load_fits(run)
     rows = [
         *run.report.checkpoints,
-        *(replace(fit.row, explained=fit.explained) for fit in fits),
+        *(
+            replace(fit.row, explained=fit.explained, explained_weighted=fit.fidelity)
+            for fit in fits
+        ),
     ]
     count = len(run.report.checkpoints)
     sources = [*run.sources[-count:], *(fit.source for fit in fits)]
@@ -104,7 +107,7 @@ def _judge(
     obstacle: str,  # what forbids deleting it, even if enough is restored; empty for nothing
     vae: str | None,  # fingerprint of the hyper-model's VAE
 ) -> DeletionVerdict:
-    everything = row.explained * (1 - row.not_carried)
+    everything = row.fidelity * (1 - row.not_carried)
     reason = _find_reason(original, everything, threshold) or obstacle
     there = original.state == "there"
     return DeletionVerdict(
@@ -114,7 +117,7 @@ def _judge(
         safe=not reason,
         reason=reason,
         frees=_freed_bytes(original.path) if there else 0,
-        explained=row.explained,
+        explained=row.fidelity,
         everything=everything,
         not_carried=row.not_carried,
         vae_differs=inspect_files(original.path).vae != vae if there and vae else None,

@@ -34,6 +34,7 @@ class PrivateLoraRecord:
     explained: float  # of the checkpoint's deviation, together with the shared LoRAs, 0..1
     size: int  # bytes of the file
     sha256: str  # of the tensors' bytes
+    explained_weighted: float = 0.0  # as the merge counts it; 0 in records of earlier versions
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class FitRecord:
     def explained(self) -> float:
         """The share of the deviation in the layers that all LoRAs together explain, 0..1."""
         return self.topups[-1].explained if self.topups else self.row.explained
+
+    @property
+    def fidelity(self) -> float:
+        """The same as the merge counts it, where it is known."""
+        if self.topups:
+            return self.topups[-1].explained_weighted or self.topups[-1].explained
+        return self.row.fidelity
 
     @property
     def source(self) -> RunSource:

@@ -37,6 +37,12 @@ class CheckpointReport:
     multipliers: tuple[float, ...]  # of the UNet, or of everything
     text_multipliers: tuple[float, ...] = ()  # of the text encoder, where it has its own
     topup: str = ""  # name of a private LoRA, to be added with multiplier 1
+    explained_weighted: float = 0.0  # as the loss counts it; 0 in reports of earlier versions
+
+    @property
+    def fidelity(self) -> float:
+        """The explained share by which all is judged: as the loss counts it, where it is known."""
+        return self.explained_weighted or self.explained
 
     def multipliers_of(self, part: str) -> tuple[float, ...]:
         """Returns the multipliers of the layers of a part, "unet" or "text_encoder"."""
@@ -106,7 +112,12 @@ class Report:
     between_groups: float = 0.0  # share of all differences that an average for each would take away
 
     rounding: tuple[PrecisionLoss, ...] = ()  # by the way in which hosts add LoRAs
-    relative_loss: float = 0.0  # the same, each layer's error against the size of its weight
+    # As the loss counts them, with the weights of layers and checkpoints; 0 where it is not known.
+    metric: str = ""  # the recipe's word for the layers' weights
+    weighted_loss: float = 0.0
+    weighted_private_loss: float = 0.0
+    weighted_bound: float = 0.0
+    shared_fidelity: tuple[float, ...] = ()  # (k,): of the shared LoRAs alone
     ends: EndLayers | None = None  # None before 0.3, and where hosts take none from a LoRA
 
     @property
@@ -172,11 +183,14 @@ class Report:
         """
         if not self.curve or not requested:
             return self
+        unknown = (0.0,) * len(self.checkpoints)
         rows = tuple(
-            _without_topup(row, shared)
+            _without_topup(row, shared, fidelity)
             if row.explained > shared + _ROUNDING and (row.topup in lost or not row.topup)
             else row
-            for row, shared in zip(self.checkpoints, self.curve[-1], strict=True)
+            for row, shared, fidelity in zip(
+                self.checkpoints, self.curve[-1], self.shared_fidelity or unknown, strict=True
+            )
         )
         return replace(self, checkpoints=rows)
 
@@ -193,6 +207,8 @@ class Report:
             ValueError: a figure is missing or of another kind, or there are more or fewer figures
                 than checkpoints and LoRAs; says where.
         """
+        if "relative_loss" in data:  # of an earlier version
+            data = {**data, "metric": "relative", "weighted_loss": data["relative_loss"]}
         report: Report = read_plain(cls, data, "report")
         k, blocks = len(report.checkpoints), len(report.loras)
         if not set(report.companions) <= set(companion_names(report.loras)):
@@ -208,20 +224,22 @@ class Report:
             ),
             ("curve", report.curve, (blocks + 1, k)),
             ("similarity", report.similarity, (k, k)),
+            ("shared_fidelity", [report.shared_fidelity] * bool(report.shared_fidelity), (1, k)),
         ):
             if rows and [len(row) for row in rows] != [length] * count:
                 raise ValueError(f"expected {count} rows of {length} figures in report.{name}")
         return report
 
 
-def _without_topup(row: CheckpointReport, shared: float) -> CheckpointReport:
-    """Returns the row with the shared LoRAs' explained share, which limits that of each part."""
+def _without_topup(row: CheckpointReport, shared: float, fidelity: float) -> CheckpointReport:
+    """Returns the row with the shared LoRAs' explained shares, which limit that of each part."""
     return replace(
         row,
         explained=shared,
         explained_unet=min(row.explained_unet, shared),
         explained_text_encoder=min(row.explained_text_encoder, shared),
         error=max(1 - shared, 0.0) ** 0.5,
+        explained_weighted=fidelity,
     )
 
 

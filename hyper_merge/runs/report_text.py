@@ -93,15 +93,27 @@ def _format_losses(report: Report) -> list[str]:
         ("shared LoRAs, as written", report.loss, _format_over_bound(report)),
         ("lower bound", report.bound, ""),
     ]
-    if report.relative_loss:
-        note = "   each layer's differences in units of its own size"
-        rows.insert(3, ("shared LoRAs, relative", report.relative_loss, note))
     steps = "blocks" if report.method == "greedy" else "sweeps"
     trail = " ".join(f"{loss:.4f}" for loss in report.losses)
     return [
+        *_format_weighted_losses(report),
         "loss: what stays unexplained, as a share of all differences in the layers",
         *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
         f"  by {steps}, before rounding: {trail}",
+    ]
+
+
+def _format_weighted_losses(report: Report) -> list[str]:
+    """Returns the losses as the merge counts them, by which it decides; none where all count alike."""
+    if not report.weighted_loss or abs(report.weighted_loss - report.loss) < 1e-12:
+        return []
+    rows = [("shared LoRAs, as written", report.weighted_loss)]
+    if report.weighted_private_loss or report.weighted_bound:
+        rows.insert(0, ("private LoRAs of the same bytes", report.weighted_private_loss))
+        rows.append(("lower bound", report.weighted_bound))
+    return [
+        f"weighted loss: the same with each layer's weight ({report.metric})",
+        *(f"  {name:33} {value:.4f}" for name, value in rows),
     ]
 
 

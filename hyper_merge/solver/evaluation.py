@@ -23,19 +23,28 @@ class Evaluation:
     errors: Tensor  # (layers, k), float64: squared norms of what is left
     energies: Tensor  # (layers, k), float64: squared norms of the deviations
     curve: Tensor  # (R + 1, k), float64: explained shares with the first 0, 1, ..., R blocks
+    weights: Tensor  # (layers,), float64: how much squared errors count
+    shared: Tensor  # (k,), float64: `fidelity` by these blocks alone
 
     @property
     def loss(self) -> float:
         """Fraction of all deviations' energy that is not explained; 0 where there is none."""
         return share(self.errors.sum(), self.energies.sum())
 
-    def explained(self, layers: Tensor | None = None) -> Tensor:  # (k,)
+    @property
+    def weighted_loss(self) -> float:
+        """The same, with the weights of the layers."""
+        return share((self.weights @ self.errors).sum(), (self.weights @ self.energies).sum())
+
+    @property
+    def fidelity(self) -> Tensor:  # (k,), float64
+        """Explained share by checkpoint, as the loss counts squared errors."""
+        return _explained(self.errors, self.energies, self.weights)
+
+    def explained(self, layers: Tensor | None = None) -> Tensor:  # (k,), float64
         """Returns the explained share by checkpoint, in chosen layers (a mask) or in all."""
-        errors, energies = (
-            part if layers is None else part[layers] for part in (self.errors, self.energies)
-        )
-        sums = zip(errors.sum(0), energies.sum(0), strict=True)
-        return 1 - torch.stack([torch.tensor(share(error, energy)) for error, energy in sums])
+        weights = torch.ones_like(self.weights) if layers is None else layers.to(self.weights)
+        return _explained(self.errors, self.energies, weights)
 
 
 def evaluate(
@@ -71,7 +80,18 @@ def evaluate(
     total = deviations.sum(0)
     shares = torch.where(total > 0, curve / total, 1.0).clamp(0, 1)
     shares[0] = 0.0
-    return Evaluation(multipliers, errors.clamp(min=0), deviations, shares)
+    errors = errors.clamp(min=0)
+    fidelity = _explained(errors, deviations, weights)
+    return Evaluation(multipliers, errors, deviations, shares, weights, fidelity)
+
+
+def _explained(
+    errors: Tensor,  # (layers, k), squared norms
+    energies: Tensor,  # (layers, k)
+    weights: Tensor,  # (layers,)
+) -> Tensor:  # (k,)
+    total = weights @ energies
+    return 1 - torch.where(total > 0, (weights @ errors) / total, 0.0)
 
 
 def _explained_energies(

@@ -9,7 +9,7 @@ and ends better.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.contrasts import energies
-from hyper_merge.decomposition.rank_allocation import spread_ranks
+from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
@@ -30,7 +30,7 @@ _HALVINGS: Final = 24  # of the search for a budget
 
 @dataclass(frozen=True, eq=False)
 class RankForecast:
-    """Squared singular values of every layer's mixtures and private deviations.
+    """Squared singular values of every layer's mixtures and private deviations, times its weight.
 
     The explained share of a single checkpoint leaves out the inner products between the errors of
     different blocks, which cancel over all checkpoints.
@@ -40,9 +40,11 @@ class RankForecast:
     mixtures: tuple[tuple[Tensor, ...], ...]  # per layer and direction, falling
     private: tuple[tuple[Tensor, ...], ...]  # per layer and checkpoint, falling
     multipliers: tuple[Tensor, ...]  # per layer (k, d): of the directions
-    energies: Tensor  # (k,), of all deviations in the layers
-    weights: Tensor  # (layers,): by which an explained part counts where ranks are spread
+    energies: Tensor  # (k,), of all deviations in the layers, times their weights
     costs: tuple[int, ...]  # bytes of a rank, per layer
+    # Bytes beside the factors, which only `ranks_for` counts.
+    entries: tuple[int, ...] = ()  # of a layer's first rank in a file, per layer
+    file_bytes: int = 0  # of a file
 
     @property
     def directions(self) -> int:
@@ -62,30 +64,64 @@ class RankForecast:
     def explained_by_private(self, budget: float) -> Tensor:  # (k,), shares 0..1
         """Returns what private LoRAs of these bytes together explain of every checkpoint, at most."""
         k = len(self.energies)
-        lists = [values for layer in self.private for values in layer]
-        counts = spread_ranks(lists, [cost for cost in self.costs for _ in range(k)], budget)
+        plain = replace(self, entries=(), file_bytes=0)
         explained = torch.zeros_like(self.energies)
-        for place, (values, count) in enumerate(zip(lists, counts, strict=True)):
-            explained[place % k] += values[:count].sum()
+        for layer, counts in zip(self.private, plain.private_counts(budget), strict=True):
+            explained += torch.stack([layer[c][: counts[c]].sum() for c in range(k)])
         return self._of_all(explained)
+
+    def private_size(self, checkpoint: int, target: float) -> int:
+        """Returns the bytes of factors with which a private LoRA alone reaches a share."""
+        spectra = [layer[checkpoint] for layer in self.private]
+        left = max(1 - target, 0.0) * float(self.energies[checkpoint])
+        inside = sum(float(values.sum()) for values in spectra)
+        outside = float(self.energies[checkpoint]) - inside
+        ranks = ranks_within(spectra, self.costs, max(left - outside, 0.0))
+        return sum(rank * cost for rank, cost in zip(ranks, self.costs, strict=True))
 
     def curves(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:  # (sizes, k) each, shares 0..1
         """Returns `explained_by_shared` and `explained_by_private` for many budgets, up to the last few ranks of each."""
         shared = torch.cat([layer.square().mT for layer in self.multipliers])
         private = torch.eye(len(self.energies), dtype=torch.float64).repeat(len(self.costs), 1)
         return (
-            self._curve(self.mixtures, shared, sizes, self.weights),
-            self._curve(self.private, private, sizes, torch.ones_like(self.weights)),
+            self._curve(self.mixtures, shared, sizes),
+            self._curve(self.private, private, sizes),
         )
 
     def ranks_for(self, budget: float) -> tuple[int, ...]:
         """Returns the ranks, one per LoRA and in the mean of the layers, that use these bytes best."""
-        enough = _WORTH * float(self._explained(self._counts(budget)).sum())
-        for blocks in range(1, self.directions):
-            counts = self._counts(budget, blocks)
-            if float(self._explained(counts).sum()) >= enough:
-                return self._mean_ranks(counts, blocks)
-        return self._mean_ranks(self._counts(budget), self.directions)
+        choices = [
+            self._counts(budget - blocks * self.file_bytes, blocks, self.entries)
+            for blocks in range(1, self.directions + 1)
+        ]
+        gains = [float(self._explained(counts).sum()) for counts in choices]
+        if self.private_gain(budget) > max(gains):
+            return self.private_ranks_for(budget)
+        blocks = next(place for place, gain in enumerate(gains, 1) if gain >= _WORTH * max(gains))
+        return self._mean_ranks(choices[blocks - 1], blocks)
+
+    def private_ranks_for(self, budget: float) -> tuple[int, ...]:
+        """Returns the ranks of one LoRA for each checkpoint that use these bytes best."""
+        return self._mean_ranks(self.private_counts(budget), len(self.energies))
+
+    def private_gain(self, budget: float) -> float:
+        """Returns the energy that private LoRAs explain whose files take these bytes."""
+        return sum(
+            float(values[:count].sum())
+            for layer, counts in zip(self.private, self.private_counts(budget), strict=True)
+            for values, count in zip(layer, counts, strict=True)
+        )
+
+    def private_counts(self, budget: float) -> list[list[int]]:
+        """Returns ranks per layer and checkpoint."""
+        k = len(self.energies)
+        flat = spread_ranks(
+            [values for layer in self.private for values in layer],
+            [cost for cost in self.costs for _ in range(k)],
+            budget - k * self.file_bytes,
+            [entry for entry in self.entries for _ in range(k)],
+        )
+        return [flat[start : start + k] for start in range(0, len(flat), k)]
 
     def budget_for(self, target: float) -> int | None:
         """Returns the fewest bytes at which the worst checkpoint reaches a target; None if none do."""
@@ -103,26 +139,26 @@ class RankForecast:
         spectra: Sequence[Sequence[Tensor]],  # per layer and list, falling
         parts: Tensor,  # (lists, k): of a list's gain for every checkpoint
         sizes: Sequence[int],
-        weights: Tensor,  # (layers,)
     ) -> Tensor:  # (sizes, k)
         lists = [values for layer in spectra for values in layer]
         owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(v) for v in lists]))
         price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
-        weight = weights.repeat_interleave(len(spectra[0]))[owner]
         gains = torch.cat(lists)
-        ranking = (gains * weight / price).argsort(descending=True, stable=True)
+        ranking = (gains / price).argsort(descending=True, stable=True)
         owner, spent = owner[ranking], price[ranking].cumsum(0)
         explained = (gains[ranking, None] * parts[owner]).cumsum(0)
         bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
         nothing = explained.new_zeros(1, explained.shape[1])
         return self._of_all(torch.cat([nothing, explained])[bought])
 
-    def _counts(self, budget: float, blocks: int | None = None) -> list[list[int]]:
+    def _counts(
+        self, budget: float, blocks: int | None = None, entries: Sequence[int] = ()
+    ) -> list[list[int]]:
         """Returns ranks per layer and direction, of the first directions or of all."""
         count = blocks or self.directions
-        pairs = zip(self.mixtures, self.weights, strict=True)
-        lists = [values * weight for layer, weight in pairs for values in layer[:count]]
-        flat = spread_ranks(lists, [cost for cost in self.costs for _ in range(count)], budget)
+        lists = [values for layer in self.mixtures for values in layer[:count]]
+        costs, firsts = ([x for x in part for _ in range(count)] for part in (self.costs, entries))
+        flat = spread_ranks(lists, costs, budget, firsts)
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
     def _explained(self, counts: Sequence[Sequence[int]]) -> Tensor:  # (k,)
@@ -159,33 +195,40 @@ def forecast_ranks(
         groups: the layers that share multipliers.
         names: of the checkpoints.
         costs: bytes of a rank, per layer.
-        weights: of the layers' squared errors, by which ranks are spread; explained shares do not
-            depend on them.
+        weights: how much the layers' squared errors count.
         progress: progress and interrupt.
     """
-    rotations = _rotations(analysis, groups)
-    spectra = analysis.spectra
+    factors = weights.tolist()
+    rotations = _rotations(analysis, groups, weights)
     mixtures: list[tuple[Tensor, ...]] = []
+
+    def mixtures_of(index: int) -> tuple[Tensor, ...]:
+        values = _squared_values(analysis.core(index), rotations[index])
+        return tuple(part * factors[index] for part in values)
+
     with parallel_map(torch.device("cpu"), progress.check) as parallel:
-        indices = range(len(analysis.layers))
-        for values in parallel(lambda i: _squared_values(analysis.core(i), rotations[i]), indices):
+        for values in parallel(mixtures_of, range(len(factors))):
             mixtures.append(values)
-            progress.report("forecasting what LoRAs explain", len(mixtures) / len(analysis.layers))
+            progress.report("forecasting what LoRAs explain", len(mixtures) / len(factors))
     basis = analysis.contrasts.to_deviations
     return RankForecast(
         names=tuple(names),
         mixtures=tuple(mixtures),
-        private=tuple(tuple(layer.private) for layer in spectra),
+        private=tuple(
+            tuple(layer.private * factor)
+            for layer, factor in zip(analysis.spectra, factors, strict=True)
+        ),
         multipliers=tuple(basis @ rotation for rotation in rotations),
-        energies=energies(analysis.grams, analysis.contrasts).sum(0),
-        weights=weights,
+        energies=weights @ energies(analysis.grams, analysis.contrasts),
         costs=tuple(costs),
     )
 
 
-def _rotations(analysis: Analysis, groups: Mapping[str, Sequence[int]]) -> list[Tensor]:
-    """Returns each layer's (d, d) eigenvectors of its group's Gram matrix, largest first."""
-    slices = analysis.grams[:, :-1, :-1]
+def _rotations(
+    analysis: Analysis, groups: Mapping[str, Sequence[int]], weights: Tensor
+) -> list[Tensor]:
+    """Returns each layer's (d, d) eigenvectors of its group's weighted Gram matrix, largest first."""
+    slices = analysis.grams[:, :-1, :-1] * weights[:, None, None]
     rotations: dict[int, Tensor] = {}
     for members in groups.values():
         vectors = torch.linalg.eigh(slices[list(members)].sum(0))[1].flip(1)

@@ -11,16 +11,8 @@ from torch import Tensor
 from hyper_merge.decomposition.ll1 import Solution, split_blocks
 from hyper_merge.decomposition.normalization import balance
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
-from hyper_merge.decomposition.rank_allocation import kept_ranks
 from hyper_merge.runtime.parallel import ParallelMap
-
-
-@dataclass(frozen=True)
-class Allowance:
-    """The bytes that ranks may take."""
-
-    costs: tuple[int, ...]  # of a rank, per layer
-    budget: int
+from hyper_merge.solver.allowance import Allowance
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +60,23 @@ def prune_ranks(
                 layers[index] = _BalancedLayer(batch.slices[place][None], layer_pairs)
                 values = [up.square().sum(0).double().cpu() for up, _ in layer_pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
-    indices = sorted(layers)
-    kept = kept_ranks(
-        [energies[index] for index in indices],
-        [allowance.costs[index] for index in indices],
-        allowance.budget,
-    )
-    ranks = dict(zip(indices, kept, strict=True))
+    ranks = allowance.keep(energies)
     return [_pruned_group(group, layers, ranks) for group in groups]
+
+
+def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
+    """Returns losses of all groups together; a group that ends earlier keeps its last loss."""
+    total = sum(group.problem.energy for group in groups) or 1.0
+    length = max(len(group.losses) for group in groups)
+    return tuple(
+        sum(
+            group.problem.energy * group.losses[min(place, len(group.losses) - 1)]
+            for group in groups
+            if group.losses
+        )
+        / total
+        for place in range(length)
+    )
 
 
 def _balanced(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:

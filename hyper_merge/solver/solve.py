@@ -12,18 +12,25 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.inputs import multiplier_groups
-from hyper_merge.analysis.loss_weights import make_loss_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.greedy import solve_greedy
-from hyper_merge.decomposition.initialization import SearchEffort, best_start, search_cost
+from hyper_merge.decomposition.initialization import (
+    SearchEffort,
+    best_start,
+    mixed_start,
+    search_cost,
+)
 from hyper_merge.decomposition.ll1 import initial_factors, solve_ll1, split_blocks
 from hyper_merge.decomposition.problem import Problem
 from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.allowance import Allowance
 from hyper_merge.solver.batching import Ranks, stack_cores
-from hyper_merge.solver.rank_pruning import Allowance, GroupSolution, prune_ranks
+from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.private_start import plan_private_start
+from hyper_merge.solver.rank_pruning import GroupSolution, joined_losses, prune_ranks
 from hyper_merge.solver.stopping import (
     USUAL_SWEEPS,
     SolverProgress,
@@ -108,7 +115,8 @@ class _Solver:
         self._analysis, self._recipe = analysis, recipe
         self._device, self._progress = device, progress
         self._user_start, self._effort = start, effort
-        self._weights = make_loss_weights(analysis, recipe)
+        self._metric = Metric.of(analysis, recipe)
+        self._weights = self._metric.weights
         separate = recipe.multipliers == "separate"
         self._groups = multiplier_groups(analysis.layers, separate=separate)
         self._generator = torch.Generator().manual_seed(recipe.seed)
@@ -132,8 +140,26 @@ class _Solver:
             overcomplete = [self._overcomplete(*problem) for problem in problems]
             return_memory()
             pruned = prune_ranks(overcomplete, allowance, parallel)
-            stages = zip(pruned, self._parts(2)[len(pruned) :], strict=True)
-            return self._solution([self._refined(group, part, parallel) for group, part in stages])
+            stages = list(zip(pruned, self._parts(2)[len(pruned) :], strict=True))
+            refined = [self._refined(group, part, parallel) for group, part in stages]
+            return self._solution(self._better_private(refined, allowance, parallel))
+
+    def _better_private(
+        self, groups: list[GroupSolution], allowance: Allowance, parallel: ParallelMap
+    ) -> list[GroupSolution]:
+        """Returns the groups, or what follows from private LoRAs where these alone are better."""
+        blocks = len(self._recipe.ranks)
+        private = plan_private_start(self._analysis, self._metric, blocks, allowance)
+        if private is None or private.loss >= joined_losses(groups)[-1]:
+            return groups
+        check = self._progress.check
+        refined = []
+        for name, members in self._groups.items():
+            start = private.group(name, self._analysis, self._metric, members, self._device, check)
+            quiet = Progress(should_stop=self._progress.should_stop)
+            refined.append(self._refined(start, quiet, parallel))
+        losses = [joined_losses(solution)[-1] for solution in (refined, groups)]
+        return refined if losses[0] < losses[1] else groups
 
     def _overcomplete_ranks(self, limits: Sequence[int], allowance: Allowance) -> Ranks:
         """Returns ranks that take more than the allowance, where the spectra promise most."""
@@ -211,8 +237,13 @@ class _Solver:
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
-        planned = [self._weights.to_deviations.mT]
+        private = self._metric.directions[:, self._metric.order(self._analysis)]
+        planned = [private]
         user_starts = self._user_starts(name)
+        blocks = len(self._recipe.ranks)
+        if blocks > 1:
+            gram = self._metric.grams(self._analysis)[list(self._groups[name])].sum(0)
+            user_starts.append(mixed_start(gram, private, blocks))
         earlier = self._analysis.earlier_solutions(self._solution_name(), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
         starts = len(planned) + len(user_starts) + (len(earlier) or USUAL_STARTS - 1)
@@ -263,20 +294,5 @@ class _Solver:
         return LowRankSolution(
             factors,
             {group.name: self._weights.to_deviations @ group.multipliers for group in groups},
-            _joined_losses(groups),
+            joined_losses(groups),
         )
-
-
-def _joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
-    """Returns losses of all groups together; a group that ends earlier keeps its last loss."""
-    total = sum(group.problem.energy for group in groups) or 1.0
-    length = max(len(group.losses) for group in groups)
-    return tuple(
-        sum(
-            group.problem.energy * group.losses[min(place, len(group.losses) - 1)]
-            for group in groups
-            if group.losses
-        )
-        / total
-        for place in range(length)
-    )

@@ -6,11 +6,12 @@ from dense_oracles import normal, problem_of, random_family, stack_of, tail, tru
 from torch.testing import assert_close
 
 from hyper_merge.decomposition.bounds import (
-    best_private_losses,
+    best_private_ranks,
     budget_bound,
     compute_spectra,
+    even_private_ranks,
     lower_bound,
-    private_losses,
+    private_errors,
 )
 from hyper_merge.decomposition.contrasts import around_base, around_mean
 from hyper_merge.decomposition.greedy import solve_greedy
@@ -109,6 +110,16 @@ def family(rng, shapes=((9, 8), (6, 10)), k=3):
         for part in dense
     ]
     return dense, layers, torch.stack([part.square().sum((1, 2)) for part in dense])
+
+
+def private_losses(layers, energies, ranks):
+    """Returns what private LoRAs of even ranks leave."""
+    return private_errors(layers, energies, even_private_ranks(layers, ranks))
+
+
+def best_private_losses(layers, energies, costs, budget):
+    """Returns what private LoRAs leave whose ranks lie where they explain most."""
+    return private_errors(layers, energies, best_private_ranks(layers, costs, budget))
 
 
 @pytest.mark.parametrize("rank", [(3,), (3, 2, 1), (6, 3)])

@@ -17,6 +17,7 @@ from hyper_merge.decomposition.rank_allocation import (
     overcomplete_ranks,
     ranks_within,
     spread_ranks,
+    spread_to_fit,
 )
 
 AMOUNTS = st.integers(0, 40)
@@ -196,16 +197,66 @@ def test_a_layers_ranks_are_split_like_the_list():
     assert ranks == (4, 2, 2)
 
 
+def with_entries(gains, costs, entries):
+    """Returns a function that tells what items cost, with entries and a fee that grows in steps of 8."""
+
+    def size_of(counts):
+        opened = sum(e for e, count in zip(entries, counts, strict=True) if count)
+        return -(-(price(costs, counts) + opened) // 8) * 8
+
+    return size_of
+
+
+@settings(deadline=None, max_examples=200)
+@given(shops(lists=3, items=3), st.lists(AMOUNTS, min_size=3, max_size=3))
+def test_no_item_more_fits_where_costs_do_not_add_up(shop, entries):
+    gains, costs, budget = shop
+    entries = entries[: len(gains)]
+    size_of = with_entries(gains, costs, entries)
+    counts = spread_to_fit(gains, costs, entries, budget, size_of)
+    assert size_of(counts) <= budget
+    for index, values in enumerate(gains):
+        more = [count + (place == index) for place, count in enumerate(counts)]
+        useful = counts[index] < len(values) and float(values[counts[index]]) > 0
+        assert not useful or size_of(more) > budget
+
+
+@settings(deadline=None, max_examples=100)
+@given(shops())
+def test_costs_that_add_up_are_spent_alike(shop):
+    gains, costs, budget = shop
+    nothing = [0] * len(gains)
+    fitted = spread_to_fit(gains, costs, nothing, budget, lambda counts: price(costs, counts))
+    assert fitted == spread_ranks(gains, costs, budget)
+
+
+def test_lists_that_are_dear_to_open_wait():
+    gains = [torch.tensor([5.0, 5.0, 5.0]), torch.tensor([8.0])]
+    assert spread_ranks(gains, [1, 1], 4, [0, 9]) == [3, 0]
+    assert spread_ranks(gains, [1, 1], 13, [0, 9]) == [3, 1]
+    together = [torch.tensor([5.0, 5.0, 5.0]), torch.tensor([3.0])]  # 15 for 6, 3 for 2
+    assert spread_ranks(together, [1, 2], 6, [3, 0]) == [3, 0]
+
+
+def kept(energies, costs, budget):
+    """Returns the ranks that are kept where only factors cost."""
+
+    def size_of(ranks):
+        return price(costs, map(sum, ranks))
+
+    return kept_ranks(energies, costs, [0] * len(costs), budget, size_of)
+
+
 def test_the_components_of_most_energy_per_byte_are_kept():
     energies = [
         [torch.tensor([8.0, 1.0]), torch.tensor([6.0])],
         [torch.tensor([9.0, 8.0]), torch.zeros(0)],
     ]
     # Per byte 4, 1/2 | 3 and 9/4, 2.
-    assert kept_ranks(energies, [2, 4], 4) == [(1, 1), (0, 0)]
-    assert kept_ranks(energies, [2, 4], 12) == [(1, 1), (2, 0)]
-    assert kept_ranks(energies, [2, 4], 14) == [(2, 1), (2, 0)]
-    assert kept_ranks([], [], 14) == []
+    assert kept(energies, [2, 4], 4) == [(1, 1), (0, 0)]
+    assert kept(energies, [2, 4], 12) == [(1, 1), (2, 0)]
+    assert kept(energies, [2, 4], 14) == [(2, 1), (2, 0)]
+    assert kept([], [], 14) == []
 
 
 @settings(deadline=None, max_examples=50)
@@ -223,8 +274,8 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
         [torch.rand(min(shape), generator=rng).sort(descending=True).values for _ in ranks]
         for shape in shapes
     ]
-    kept = kept_ranks(energies, costs, budget)
-    assert price(costs, [sum(rank) for rank in kept]) <= budget
+    chosen = kept(energies, costs, budget)
+    assert price(costs, [sum(rank) for rank in chosen]) <= budget
     # They are kept from the front, and no other components of the same cost hold more.
     best_of_all = maximize_gain(
         [values for layer in energies for values in layer],
@@ -233,7 +284,7 @@ def test_the_bytes_of_even_ranks_are_never_exceeded(ranks, shapes, seed):
     )
     held = sum(
         float(values[:count].double().sum())
-        for layer, counts in zip(energies, kept, strict=True)
+        for layer, counts in zip(energies, chosen, strict=True)
         for values, count in zip(layer, counts, strict=True)
     )
     assert_close(torch.tensor(min(held, best_of_all)), torch.tensor(held))

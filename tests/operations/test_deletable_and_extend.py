@@ -54,10 +54,10 @@ def test_each_original_is_judged_by_threshold_and_none_deleted(writable):
     merged, folders = writable
     before = snapshot(folders.models.parent)
     rows = merged.report.checkpoints
-    everything = sorted(row.explained * (1 - row.not_carried) for row in rows)
+    everything = sorted(row.fidelity * (1 - row.not_carried) for row in rows)
     deletion = safety(folders, everything[1])
     assert [verdict.safe for verdict in deletion.verdicts] == [
-        row.explained * (1 - row.not_carried) >= everything[1] for row in rows
+        row.fidelity * (1 - row.not_carried) >= everything[1] for row in rows
     ]
     sizes = {path.name: path.stat().st_size for path in folders.models.iterdir()}
     assert [item.frees for item in deletion.verdicts] == [
@@ -68,9 +68,9 @@ def test_each_original_is_judged_by_threshold_and_none_deleted(writable):
         == sum(sizes[verdict.name] for verdict in deletion.verdicts if verdict.safe)
         > 0
     )
-    assert [item.explained for item in deletion.verdicts] == [row.explained for row in rows]
+    assert [item.explained for item in deletion.verdicts] == [row.fidelity for row in rows]
     for item, row in zip(deletion.verdicts, rows, strict=True):
-        assert item.everything == pytest.approx(row.explained * (1 - row.not_carried))
+        assert item.everything == pytest.approx(row.fidelity * (1 - row.not_carried))
         assert item.everything < item.explained
     assert [item.vae_differs for item in deletion.verdicts] == [False, True, True]
     text = format_deletion_report(deletion)
@@ -169,7 +169,7 @@ def test_fitted_checkpoints_are_held_against_it_too(writable, new):
     )
     deletion = safety(folders, 0.5).verdicts[-1]
     assert (deletion.name, deletion.frees) == ("new.safetensors", new.stat().st_size)
-    assert deletion.explained == fitted.explained > 0.99
+    assert deletion.explained == fitted.fidelity > 0.99
     again = run_fit(
         FitRequest("mix", new, name="again", topup=PrivateLoraTarget(share=0.01)),
         folders,
@@ -187,9 +187,9 @@ def test_fitted_checkpoints_are_held_against_it_too(writable, new):
     )
     deletion = safety(folders, 0.5)  # each file once, by what brings back most of it
     assert [item.name[:-12] for item in deletion.verdicts] == ["a", "b", "c", "new"]
-    assert again.explained < fitted.explained == deletion.verdicts[-1].explained
+    assert again.fidelity < fitted.fidelity == deletion.verdicts[-1].explained
     assert deletion.verdicts[-1].restored_as == "new"
-    assert deletion.verdicts[0].explained == own_again.explained
+    assert deletion.verdicts[0].explained == own_again.fidelity
     assert "(restored as own)" in format_deletion_report(deletion)
     (folders.loras / f"{fitted.topups[0].name}.safetensors").unlink()
     assert "mix_fit-new" in safety(folders, 0.5).problem
@@ -241,7 +241,7 @@ def test_a_merge_tries_the_start_that_it_is_given(files, tmp_path, monkeypatch):
     monkeypatch.setattr(solve, "best_start", messages)
     preflight = run_preflight(recipe(files, tmp_path, allocation="even"))
     run_merge(preflight, Progress(), start={"unet": rows}, effort=SearchEffort.QUICK)
-    (start,) = tried  # the text encoder has none
+    _, start, _ = tried  # those of the solver besides: for the text encoder, and for the UNet
     back = preflight.inputs.contrasts.to_deviations @ start
     torch.testing.assert_close(back, torch.nn.functional.normalize(rows, dim=0))
 

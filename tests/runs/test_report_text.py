@@ -106,11 +106,13 @@ def test_shares_of_chosen_layers_and_of_nothing():
     errors = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).double()
     energies = torch.tensor([[4.0, 0.0], [6.0, 0.0]]).double()
     nothing = torch.zeros(2, 2)
-    fit = Evaluation({"unet": torch.zeros(2, 1).double()}, errors, energies, nothing)
+    weights, multipliers = torch.tensor([2.0, 1.0]).double(), {"unet": torch.zeros(2, 1).double()}
+    fit = Evaluation(multipliers, errors, energies, nothing, weights, torch.ones(2))
     assert fit.loss == pytest.approx(0.4)
     assert fit.explained().tolist() == pytest.approx([0.6, 1.0])
     assert fit.explained(torch.tensor([True, False])).tolist() == pytest.approx([0.75, 1.0])
-    assert Evaluation({"unet": torch.zeros(2, 1)}, 0 * errors, 0 * energies, nothing).loss == 0
+    assert fit.fidelity.tolist() == pytest.approx([1 - (2 * 1 + 3) / (2 * 4 + 6), 1.0])
+    assert Evaluation(multipliers, 0 * errors, 0 * energies, nothing, weights, nothing).loss == 0
 
 
 def test_the_baselines_stand_in_their_order(merged):

@@ -1,5 +1,7 @@
 """The forecast before anything is solved: ranks go where the merge will spread them."""
 
+from dataclasses import replace
+
 import torch
 from torch.testing import assert_close
 
@@ -7,34 +9,67 @@ from hyper_merge.solver.rank_forecast import RankForecast
 
 
 def two_layers(weights):
-    """Two checkpoints, one direction between them, and layers with energies 5 and 4."""
-    values = (torch.tensor([4.0, 1.0]).double(), torch.tensor([3.0, 1.0]).double())
+    """Two checkpoints, one direction between them, and layers with energies 5 and 4 before weights."""
+    first, second = torch.tensor(weights).double()
+    values = (
+        torch.tensor([4.0, 1.0]).double() * first,
+        torch.tensor([3.0, 1.0]).double() * second,
+    )
     return RankForecast(
         names=("a", "b"),
         mixtures=tuple((value,) for value in values),
         private=tuple((value / 2, value / 2) for value in values),
         multipliers=(torch.full((2, 1), 0.5**0.5).double(),) * 2,
-        energies=torch.full((2,), 4.5).double(),
-        weights=torch.tensor(weights).double(),
+        energies=torch.full((2,), float(5 * first + 4 * second) / 2).double(),
         costs=(10, 10),
     )
 
 
-def test_layer_weights_decide_where_ranks_go():
-    plain, relative = two_layers([1.0, 1.0]), two_layers([1.0, 2.0])
-    for forecast, first in ((plain, 4.0), (relative, 3.0)):
-        assert_close(forecast.explained_by_shared(10), torch.full((2,), first / 9).double())
+def test_layer_weights_decide_where_ranks_go_and_what_they_explain():
+    for weights, first in (([1.0, 1.0], 4 / 9), ([1.0, 2.0], 6 / 13)):
+        forecast = two_layers(weights)
+        assert_close(forecast.explained_by_shared(10), torch.full((2,), first).double())
         shared, _ = forecast.curves([9, 10, 40])
-        assert_close(shared[:, 0], torch.tensor([0.0, first / 9, 1.0]).double())
+        assert_close(shared[:, 0], torch.tensor([0.0, first, 1.0]).double())
 
 
-def test_layer_weights_do_not_change_private_forecasts():
-    plain, relative = two_layers([1.0, 1.0]), two_layers([1.0, 9.0])
-    assert_close(relative.explained_by_private(20), plain.explained_by_private(20))
-    assert_close(relative.curves([20])[1], plain.curves([20])[1])
-
-
-def test_a_target_counts_explained_shares_without_weights():
+def test_private_forecasts_count_layers_like_shared_ones():
     forecast = two_layers([1.0, 9.0])
-    assert forecast.budget_for(0.44) == 20  # 3 + 1 of the second layer
-    assert two_layers([1.0, 1.0]).budget_for(0.44) == 10
+    assert_close(forecast.explained_by_private(20), torch.full((2,), 27 / 41).double())
+    assert_close(forecast.curves([20])[1][0], torch.full((2,), 27 / 41).double())
+
+
+def test_a_target_counts_explained_shares_with_weights():
+    assert two_layers([1.0, 9.0]).budget_for(0.65) == 10  # 27 of 41, by the second layer
+    assert two_layers([1.0, 1.0]).budget_for(0.65) == 20
+
+
+def test_checkpoints_that_share_nothing_get_a_lora_each():
+    steep = torch.tensor([9.0, 1.0]).double()
+    forecast = RankForecast(
+        names=("a", "b", "c"),
+        mixtures=((torch.tensor([7.0, 6.0, 1.0]).double(), torch.tensor([7.0, 6.0]).double()),),
+        private=((steep, steep, 2 * steep),),
+        multipliers=(torch.eye(3, 2).double(),),
+        energies=torch.full((3,), 12.0).double(),
+        costs=(10,),
+    )
+    assert forecast.ranks_for(20) == (1, 1, 1)  # 18 + 9, and not 7 + 7
+    assert replace(forecast, file_bytes=5).ranks_for(20) == (1,)  # three files have no room
+
+
+def test_bytes_of_files_decide_how_many_loras_are_worth_it():
+    both = torch.tensor([9.0]).double(), torch.tensor([8.0]).double()
+    forecast = RankForecast(
+        names=("a", "b", "c"),
+        mixtures=(both,) * 2,
+        private=((torch.tensor([6.0]).double(),) * 3,) * 2,
+        multipliers=(torch.eye(3, 2).double(),) * 2,
+        energies=torch.full((3,), 12.0).double(),
+        costs=(10, 10),
+    )
+    assert forecast.ranks_for(40) == (1, 1)
+    entries = replace(forecast, entries=(5, 5))
+    assert entries.ranks_for(60) == (1, 1)
+    assert replace(entries, file_bytes=40).ranks_for(80) == (1,)
+    assert replace(entries, file_bytes=10).ranks_for(80) == (1, 1)

@@ -153,6 +153,12 @@ def tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def file_size(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> int:
+    """Returns the bytes of the whole file that a writer with this header makes."""
+    header = _header_bytes(tensors, _offsets(tensors), metadata)
+    return len(header) + sum(info.nbytes for info in tensors.values())
+
+
 def content_sha256(
     tensors: Mapping[str, Tensor],
     declared: Mapping[str, TensorInfo],

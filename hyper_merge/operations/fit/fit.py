@@ -72,7 +72,10 @@ def _write_fit(
         record = _record(fit, measurement, source)
         if request.topup and record.differs:
             multipliers = _multipliers(fit, measurement)
-            residual = StreamedResidual(fit.inputs, stack, multipliers, fit.options, measurement)
+            weights = _layer_weights(fit, measurement)
+            residual = StreamedResidual(
+                fit.inputs, stack, multipliers, fit.options, measurement, weights
+            )
             private = top_up(outputs, fit, residual, source, request.topup, remaining)
             record = replace(record, topups=private)
         if request.overwrite:
@@ -158,10 +161,7 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     A companion takes the UNet's multiplier of its LoRA.
     """
     report = fit.run.report
-    layers = fit.inputs.layout.layers
-    sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
-    run = fit.run  # as in the merge
-    weights = layer_factors(run.recipe.layer_weights, sizes, layers, run.sensitivities)
+    weights = _layer_weights(fit, measurement)
     with_companions = report.companion_owners
     owners = [*range(len(report.loras)), *with_companions]
     solved = {
@@ -173,17 +173,28 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 
+def _layer_weights(fit: PreparedFit, measurement: Measurement) -> Tensor:  # (layers,), float64
+    """Returns how much the layers' squared errors count, as in the merge."""
+    sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
+    recipe, layers = fit.run.recipe, fit.inputs.layout.layers
+    return layer_factors(recipe.layer_weights, sizes, layers, fit.run.sensitivities)
+
+
 def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) -> FitRecord:
     multipliers = _multipliers(fit, measurement)
     layers = fit.inputs.layout.layers
     energies = torch.tensor([sums.energy for sums in measurement.layers], dtype=torch.float64)
     errors = torch.tensor(measurement.lefts(multipliers, layers), dtype=torch.float64)
+    weights = _layer_weights(fit, measurement)
     inside, outside = float(energies.sum()), sum(measurement.outside.values())
     return FitRecord(
         run=fit.run.name,
         run_created=fit.run.created,
         created=current_time(),
-        row=_row(fit, multipliers, energies, errors, outside),
+        row=replace(
+            _row(fit, multipliers, energies, errors, outside),
+            explained_weighted=_explained(weights * energies, weights * errors),
+        ),
         path=str(fit.inputs.headers[0].path.absolute()),
         sha256=source.sha256,
         legacy_hash=source.legacy_hash,

@@ -20,7 +20,6 @@ from hyper_merge.decomposition.truncated_svd import truncation_cost
 from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.fit.measurement import Measurement, open_files, read_deltas
-from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, empty_layer, low_rank_layer
 
@@ -36,6 +35,7 @@ class StreamedResidual:
     multipliers: Mapping[str, Tensor]  # by the layers' part: (R,)
     options: PassOptions
     measured: Measurement
+    weights: Tensor  # (layers,), float64: how much the layers' squared errors count
     checkpoint: int = 0  # the only one
     margin: float = 0.995  # rounding and the truncated SVD take a little
 
@@ -46,15 +46,20 @@ class StreamedResidual:
 
     @property
     def energy(self) -> float:
-        """Squared norm of the checkpoint's difference in the layers."""
-        return self.measured.energy
+        """Weighted squared norm of the checkpoint's difference in the layers."""
+        return _weigh(self.weights, [sums.energy for sums in self.measured.layers])
 
     @property
     def error(self) -> float:
+        """Weighted squared norm of the rest that the LoRAs leave."""
+        return _weigh(self.weights, self.measured.lefts(self.multipliers, self.layers))
+
+    @property
+    def plain_error(self) -> float:
         """Squared norm of the rest that the LoRAs leave."""
         return self.measured.left(self.multipliers, self.layers)
 
-    def spectra(self, _target: PrivateLoraTarget, progress: Progress) -> list[Tensor]:
+    def spectra(self, _most: int, progress: Progress) -> list[Tensor]:
         """Returns all squared singular values of every layer that LoRAs reach, float64, falling."""
         costs = {
             layer.module: min(layer.m, layer.n) ** 2 * (max(layer.m, layer.n) + _EIGENVALUES)
@@ -133,3 +138,7 @@ class StreamedResidual:
             *(((up * x).to(delta), down.to(delta)) for (up, down), x in pairs), strict=True
         )
         return torch.addmm(delta, torch.cat(ups, 1), torch.cat(downs), alpha=-1)
+
+
+def _weigh(weights: Tensor, values: Sequence[float]) -> float:
+    return float(weights @ torch.tensor(values, dtype=torch.float64))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
@@ -88,7 +90,9 @@ def top_up(
     size = lora_bytes(layers, [(rank,) for rank in plan.ranks], dtype, (plan.stored.alpha,))
     require_disks({path.parent: size})
     lora = make_private_lora(residual, plan, making)
-    explained = 1 - (residual.error - lora.gain) / residual.energy
+    plain = torch.ones_like(residual.weights)
+    explained = 1 - (residual.plain_error - lora.gain(plain)) / residual.measured.energy
+    fidelity = 1 - (residual.error - lora.gain(residual.weights)) / residual.energy
     file = LoraFile(
         lineage=lineage_of_run(fit.run, fit.run.hyper_model.stem, [source]),
         run=fit.run.name,
@@ -104,4 +108,5 @@ def top_up(
     counter = writing.counter("writing the top-up", {path: 2 * size})  # hashed and written
     write_lora(outputs, path, layers, factors, file, partial(counter.advance, path))
     digest = outputs.metadata_of(path)["sshs_model_hash"]
-    return (PrivateLoraRecord(path.stem, lora.rank, explained, outputs.size_of(path), digest),)
+    size = outputs.size_of(path)
+    return (PrivateLoraRecord(path.stem, lora.rank, explained, size, digest, fidelity),)

@@ -29,7 +29,7 @@ from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import RecipeError
 from hyper_merge.loras.card_images import lora_picture
 from hyper_merge.loras.cards import CARD_SUFFIXES, format_companion_card
-from hyper_merge.loras.lora_file import WHOLE_DTYPE, named_tensors
+from hyper_merge.loras.lora_file import WHOLE, WHOLE_DTYPE, named_tensors
 from hyper_merge.loras.metadata import COMPANION_CONTENT, LoraFile, lora_metadata
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.report import CompanionGain, EndLayers
@@ -99,11 +99,21 @@ def vector_bytes(vectors: Sequence[NormOrBias]) -> int:
     return sum(vector.size for vector in vectors) * _DTYPE.itemsize
 
 
-def companion_bytes(layers: Sequence[Layer], vectors: Sequence[NormOrBias]) -> int:
-    """Returns the bytes of one companion without factors, their header and metadata."""
-    whole = sum(layer.m * layer.n for layer in layers if layer.whole) * WHOLE_DTYPE.itemsize
-    names = sum(len(vector.lora_key) + _HEADER_BYTES for vector in vectors)
-    return whole + vector_bytes(vectors) + names
+def companion_tensors(
+    layers: Sequence[Layer], vectors: Sequence[NormOrBias]
+) -> dict[str, TensorInfo]:
+    """Returns the table of contents of one companion, without factors."""
+    whole = {layer.module + WHOLE: layer.shape for layer in layers if layer.whole}
+    return {
+        **{key: TensorInfo(WHOLE_DTYPE, shape) for key, shape in whole.items()},
+        **{vector.lora_key: TensorInfo(_DTYPE, (vector.size,)) for vector in vectors},
+    }
+
+
+def companion_metadata(file: LoraFile, stem: str, model_hash: str, exact: str) -> dict[str, str]:
+    """Returns the metadata of one companion; arguments as for `lora_metadata` and `write_companion`."""
+    metadata = lora_metadata(file, stem, model_hash, uniform=False)
+    return {**metadata, COMPANION_CONTENT: "ends" if exact == "auto" else exact}
 
 
 def companion_blocks(
@@ -196,9 +206,8 @@ def write_companion(
     """
     declared = {key: TensorInfo(x.dtype, tuple(x.shape)) for key, x in tensors.items()}
     model_hash = content_sha256(tensors, declared)
-    metadata = lora_metadata(file, path.stem, model_hash, uniform=False)
-    word = "ends" if exact == "auto" else exact
-    with outputs.safetensors(path, declared, {**metadata, COMPANION_CONTENT: word}) as writer:
+    metadata = companion_metadata(file, path.stem, model_hash, exact)
+    with outputs.safetensors(path, declared, metadata) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
     picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)

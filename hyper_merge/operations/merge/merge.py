@@ -22,9 +22,11 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.operations.merge.average import average_writer
+from hyper_merge.operations.merge.budget_search import private_budget
 from hyper_merge.operations.merge.carried_layers import choose_layers
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts
 from hyper_merge.operations.merge.estimate import estimate_costs, require_room
+from hyper_merge.operations.merge.file_overhead import FileOverhead
 from hyper_merge.operations.merge.host_precision import measure_precision_loss
 from hyper_merge.operations.merge.lineage import make_lineage
 from hyper_merge.operations.merge.outputs import (
@@ -44,12 +46,9 @@ from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PrecisionLoss, Report
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.compressed_residual import SharedLoras
 from hyper_merge.solver.evaluation import evaluate
-from hyper_merge.solver.private_loras import (
-    SharedLoras,
-    add_private_loras,
-    find_private_loras,
-)
+from hyper_merge.solver.private_loras import add_private_loras, find_private_loras
 from hyper_merge.solver.quantization import quantize
 from hyper_merge.solver.solve import find_blocks
 
@@ -147,9 +146,12 @@ def _make_files(
         sensitivities = _sensitivities(preflight, outputs, running)
         with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
             analysis, preflight = choose_layers(all_layers, preflight)
-            solved = _solve(analysis, preflight, costs, start, effort, solving)
+            overhead = FileOverhead(
+                recipe, preflight.inputs, preflight.norms_and_biases, lineage, place.run
+            )
+            solved = _solve(analysis, preflight, overhead, costs, start, effort, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
-            solved = _add_private_loras(analysis, solved, adding)
+            solved = _add_private_loras(analysis, solved, overhead, adding)
             preflight = replace(preflight, recipe=solved.plan.recipe)
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             outputs = replace(outputs, lineage=lineage)  # with the ranks that a search has found
@@ -197,6 +199,7 @@ def _stream(
 def _solve(
     analysis: Analysis,
     preflight: Preflight,
+    overhead: FileOverhead,
     costs: MergeCosts,
     start: Mapping[str, Tensor],
     effort: SearchEffort | None,
@@ -224,17 +227,19 @@ def _solve(
         evaluation = evaluate(analysis, factors, plan.groups, weights.layers)
         return SolvedMerge(plan, factors, evaluation, solution.losses)
 
-    return solve_with_rank_search(analysis, preflight, solve, progress)
+    return solve_with_rank_search(analysis, preflight, overhead, solve, progress)
 
 
-def _add_private_loras(analysis: Analysis, solved: SolvedMerge, progress: Progress) -> SolvedMerge:
+def _add_private_loras(
+    analysis: Analysis, solved: SolvedMerge, overhead: FileOverhead, progress: Progress
+) -> SolvedMerge:
     """Adds private LoRAs for the checkpoints that are explained worst, if the recipe asks for them."""
     plan = solved.plan
     target = plan.recipe.topup
     if target is None:
         return solved
     shared = SharedLoras(analysis, solved.factors, solved.evaluation, plan.groups, plan.dtype)
-    loras = find_private_loras(shared, target, progress)
+    loras = find_private_loras(shared, target, progress, private_budget(solved, overhead))
     evaluation = add_private_loras(solved.evaluation, loras)
     return replace(solved, evaluation=evaluation, private_loras=loras)
 

@@ -15,7 +15,7 @@ from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.loras.lora_file import write_lora
 from hyper_merge.loras.metadata import CHECKPOINT, Lineage, LoraFile
-from hyper_merge.loras.prompt_tags import companion_names, lora_names
+from hyper_merge.loras.prompt_tags import companion_names, lora_names, private_names
 from hyper_merge.operations.merge.companions import (
     companion_blocks,
     end_tensors,
@@ -29,7 +29,7 @@ from hyper_merge.runs.folders import MANIFEST, MULTIPLIERS, REPORT, Folders, Pla
 from hyper_merge.runs.manifest import RunManifest, RunSource
 from hyper_merge.runs.report import CompanionGain, Report
 from hyper_merge.runs.report_text import format_report
-from hyper_merge.runtime.names import distinct_words, name_key, one_line
+from hyper_merge.runtime.names import name_key, one_line
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.private_loras import PrivateLora
 
@@ -79,11 +79,10 @@ class MergeOutputs:
         self, preflight: Preflight, solved: SolvedMerge
     ) -> dict[str, PrivateLora]:
         """Returns the private LoRAs by their names, which are distinct even without case."""
-        words = distinct_words([header.stem for header in preflight.inputs.headers])
-        return {
-            f"{self.place.run}_top-{words[lora.checkpoint]}-{lora.rank}": lora
-            for lora in solved.private_loras
-        }
+        stems = [header.stem for header in preflight.inputs.headers]
+        ranks = {lora.checkpoint: lora.rank for lora in solved.private_loras}
+        names = private_names(self.place.run, stems, ranks)
+        return dict(zip(names, solved.private_loras, strict=True))
 
     def stage_loras(
         self,

@@ -13,7 +13,8 @@ from typing import Final
 from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.cache import find_analysis, prune_analyses
 from hyper_merge.analysis.file_layout import analysis_bytes
-from hyper_merge.analysis.store import create_analysis, open_analysis
+from hyper_merge.analysis.loss_weights import layer_weights
+from hyper_merge.analysis.store import Analysis, create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import stream_layers
 from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
@@ -108,7 +109,7 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
         ):
             carried, chosen = choose_layers(analysis, preflight)
             forecast = forecast_ranks_for(carried, chosen, forecasting)
-            return _plan_from(forecast, find_clusters(gram_of(carried)), chosen)
+            return _plan_from(forecast, _find_groups(carried, chosen), chosen)
 
     return with_sound_cache(attempt, progress.warn)
 
@@ -173,7 +174,7 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
     with open_analysis(path, preflight.inputs, sensitivities=sensitivities) as whole:
         analysis, preflight = choose_layers(whole, preflight)
         forecast = forecast_ranks_for(analysis, preflight, progress)
-        groups = find_clusters(gram_of(analysis))
+        groups = _find_groups(analysis, preflight)
     least = sum(forecast.costs) / 2
     step = (forecast.largest / least) ** (1 / (_SIZES - 1))
     sizes = [*(round(least * step**i) for i in range(_SIZES - 1)), forecast.largest]
@@ -181,6 +182,10 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
     return ForecastCurve(
         forecast.names, tuple(sizes), tuple(map(tuple, shared)), tuple(map(tuple, private)), groups
     )
+
+
+def _find_groups(analysis: Analysis, preflight: Preflight) -> Clusters:
+    return find_clusters(gram_of(analysis, layer_weights(analysis, preflight.recipe)))
 
 
 def _requested_size(preflight: Preflight, budget_for: Callable[[float], int | None]) -> int | None:

@@ -13,7 +13,7 @@ from hyper_merge.analysis.file_layout import file_identity
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
-from hyper_merge.checkpoints.architectures.layout import Layer, Layout, layout_of
+from hyper_merge.checkpoints.architectures.layout import Layout, layout_of
 from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.compatibility import (
@@ -30,6 +30,7 @@ from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import MismatchError, RecipeError
 from hyper_merge.operations.merge.companions import select_norms_and_biases
+from hyper_merge.operations.merge.file_overhead import FileOverhead
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.runs.folders import Folders, Place
@@ -103,7 +104,6 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     _check_stems(headers)
     count = len(headers)
     _check_alphas(recipe, layout.family)
-    recipe = _with_ranks(recipe, layout.layers)
     inputs = MergeInputs(
         headers=tuple(headers),
         base=base,
@@ -113,6 +113,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         average_vae=recipe.vae == "average",
     )
     select_norms_and_biases(recipe, inputs)
+    recipe = _with_ranks(recipe, inputs)
     warnings += [
         *find_missing_parts(headers[0], layout),
         *find_differing_markers(headers),
@@ -139,21 +140,30 @@ def common_layout(headers: Sequence[Header]) -> Layout:
     return layouts[0]
 
 
-def _with_ranks(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+def _with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:
     """Returns the recipe with ranks for all estimates where the merge will search for its ranks."""
     if not recipe.finds_ranks:
         return recipe
     if recipe.budget is None:
         return replace(recipe, ranks=DEFAULT_RANKS)
     size = DTYPES_BY_WORD[recipe.factors_dtype].itemsize
-    rank_bytes = sum((layer.m + layer.n) * size for layer in layers)
-    if recipe.budget < 2 * rank_bytes:
+    rank_bytes = sum((layer.m + layer.n) * size for layer in inputs.layout.layers)
+    least = _least_bytes(recipe, inputs)
+    if recipe.budget < least:
         raise RecipeError(
             f"the budget of {format_size(recipe.budget)} is too small: a LoRA of rank 1 takes"
-            f" {format_size(rank_bytes)} for these checkpoints",
-            hint=f"give {format_size(2 * rank_bytes)} or more",
+            f" {format_size(least)} for these checkpoints",
+            hint=f"give {format_size(least)} or more",
         )
     return replace(recipe, ranks=(min(recipe.budget // rank_bytes, LARGEST_RANK),))
+
+
+def _least_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
+    """Returns the bytes of one LoRA of rank 1 with its companion, all files together."""
+    overhead = FileOverhead.of(recipe, inputs, select_norms_and_biases(recipe, inputs))
+    layers = inputs.layout.layers
+    (layout,) = overhead.formats((1,))
+    return layout.size(layers, [1] * len(layers)) + overhead.companions((1,))
 
 
 def _check_alphas(recipe: Recipe, family: Family) -> None:

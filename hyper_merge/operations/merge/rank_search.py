@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from hyper_merge.analysis.loss_weights import layer_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.errors import RecipeError
+from hyper_merge.operations.merge.budget_search import Solve, solve_for_budget
+from hyper_merge.operations.merge.file_overhead import FileOverhead
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
+from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.progress import Progress
@@ -19,27 +20,38 @@ from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
 _TRIES: Final = 4  # solves for one target
 _TOLERANCE: Final = 0.003  # above the target: close enough
 
-Solve = Callable[[RankPlan, Progress], SolvedMerge]
-
 
 def forecast_ranks_for(
     analysis: Analysis, preflight: Preflight, progress: Progress
 ) -> RankForecast:
     """Returns the forecast of what LoRAs of any bytes explain."""
-    names = [header.stem for header in preflight.inputs.headers]
-    weights = layer_weights(analysis, preflight.recipe)
-    plan = plan_ranks(preflight.recipe, preflight.inputs)
-    return forecast_ranks(analysis, plan.groups, names, plan.rank_bytes, weights, progress)
+    recipe, inputs = preflight.recipe, preflight.inputs
+    names = [header.stem for header in inputs.headers]
+    weights = layer_weights(analysis, recipe)
+    plan = plan_ranks(recipe, inputs)
+    forecast = forecast_ranks(analysis, plan.groups, names, plan.rank_bytes, weights, progress)
+    if recipe.budget is None:
+        return forecast
+    overhead = FileOverhead.of(recipe, inputs, preflight.norms_and_biases)
+    (layout,) = overhead.formats((1,))
+    empty = layout.size(inputs.layout.layers, [0] * len(plan.rank_bytes))
+    entries = tuple(layout.least_entry(layer) for layer in inputs.layout.layers)
+    return replace(forecast, entries=entries, file_bytes=empty + overhead.companions((1,)))
 
 
 def solve_with_rank_search(
-    analysis: Analysis, preflight: Preflight, solve: Solve, progress: Progress
+    analysis: Analysis,
+    preflight: Preflight,
+    overhead: FileOverhead,
+    solve: Solve,
+    progress: Progress,
 ) -> SolvedMerge:
     """Returns a solution with the ranks of the recipe, or with those that its size asks for.
 
     Args:
         analysis: the checkpoints' analysis.
         preflight: the validated recipe.
+        overhead: of the merge's files.
         solve: solves for the LoRAs of a plan of ranks.
         progress: progress and interrupt.
 
@@ -52,8 +64,7 @@ def solve_with_rank_search(
     forecasting, solving = progress.split((0.1, 0.9))
     forecast = forecast_ranks_for(analysis, preflight, forecasting)
     if recipe.budget is not None:
-        ranks = forecast.ranks_for(recipe.budget)
-        return solve(plan_ranks(replace(recipe, ranks=ranks), inputs), solving)
+        return solve_for_budget(recipe.budget, forecast, overhead, solve, solving)
     return _solve_for_target(recipe.target or 1.0, forecast, preflight, solve, solving)
 
 
@@ -74,7 +85,7 @@ def _solve_for_target(
             break
         ranks = forecast.ranks_for(factor_bytes)
         solved = solve(plan_ranks(replace(recipe, ranks=ranks), inputs, factor_bytes), part)
-        worst = float(solved.evaluation.explained().min())
+        worst = float(solved.evaluation.fidelity.min())
         highest = max(highest, worst)
         if worst >= target and (best is None or factor_bytes < best_bytes):
             best, best_bytes = solved, factor_bytes

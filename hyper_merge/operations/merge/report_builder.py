@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.loss_weights import relative_weights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.bounds import (
-    best_private_losses,
+    Spectra,
+    best_private_ranks,
     budget_bound,
+    even_private_ranks,
     lower_bound,
-    private_losses,
+    private_errors,
 )
 from hyper_merge.decomposition.clustering import find_clusters
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
@@ -22,6 +23,7 @@ from hyper_merge.decomposition.linalg import share
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runs.report import PARTS, CheckpointReport, Report, part_losses
 from hyper_merge.solver.evaluation import Evaluation
+from hyper_merge.solver.metric import Metric
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ def make_report(
     """
     evaluation = solved.evaluation
     total = float(evaluation.energies.sum())
-    private, bound = _limits(analysis, solved)
+    metric = Metric.of(analysis, solved.plan.recipe)
+    limits = _find_limits(analysis, solved, metric)
     outside = analysis.not_carried
-    gram = gram_of(analysis)
-    clusters = find_clusters(gram)
-    weights = relative_weights(analysis.weights, analysis.layers)
+    gram = gram_of(analysis, torch.ones_like(metric.weights.layers))
+    clusters = find_clusters(gram_of(analysis, metric.weights.layers))
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
         name=run,
@@ -66,8 +68,8 @@ def make_report(
         method=solved.plan.recipe.method,
         losses=tuple(solved.losses),
         loss=evaluation.loss,
-        private_loss=share(private.sum(), total),
-        bound=bound,
+        private_loss=limits.private_loss,
+        bound=limits.bound,
         not_carried={kind: share(part.sum(), everything) for kind, part in outside.items()},
         bytes_before=sizes.before,
         bytes_average=sizes.average,
@@ -77,32 +79,70 @@ def make_report(
         groups=clusters.groups if clusters.are_apart else (),
         between_groups=clusters.between,
         parts=part_losses(analysis.layers, evaluation.energies, evaluation.errors),
-        relative_loss=share(
-            weights @ evaluation.errors.sum(1),
-            weights @ evaluation.energies.sum(1),
+        metric=solved.plan.recipe.layer_weights,
+        weighted_loss=share(
+            metric.weigh(evaluation.errors).sum(), metric.weigh(evaluation.energies).sum()
         ),
+        weighted_private_loss=limits.weighted_private_loss,
+        weighted_bound=limits.weighted_bound,
+        shared_fidelity=tuple(evaluation.shared.tolist()),
     )
 
 
-def gram_of(analysis: Analysis) -> Tensor:  # (k, k)
-    """Returns the inner products of the checkpoints' deviations in all layers together."""
+def gram_of(
+    analysis: Analysis,
+    weights: Tensor,  # (layers,)
+) -> Tensor:  # (k, k)
+    """Returns the inner products of the checkpoints' deviations, summed over the layers."""
     rows = to_deviations_matrix(analysis.contrasts)
-    return rows @ analysis.grams.sum(0) @ rows.mT
+    return rows @ torch.einsum("l,lij->ij", weights, analysis.grams) @ rows.mT
 
 
-def _limits(analysis: Analysis, solved: SolvedMerge) -> tuple[Tensor, float]:
-    """Returns the energy of each checkpoint that private LoRAs of the same bytes leave, and a bound."""
-    ranks, allowance = solved.all_ranks(), solved.whole_allowance()
+@dataclass(frozen=True)
+class _Limits:
+    """What private LoRAs of the same bytes leave, and a bound, as shares of all energy."""
+
+    private_loss: float
+    bound: float
+    weighted_private_loss: float
+    weighted_bound: float
+
+
+def _find_limits(analysis: Analysis, solved: SolvedMerge, metric: Metric) -> _Limits:
+    """Returns the limits; the ranks of the private LoRAs are the best ones in the loss's metric."""
     energies = solved.evaluation.energies
-    spectra, layer_energies = analysis.spectra, energies.sum(1).tolist()
-    slices = analysis.grams[:, :-1, :-1]
-    grams = [slices[list(members)].sum(0) for members in solved.plan.groups.values()]
-    if allowance is None:
-        private = private_losses(spectra, energies, ranks)
-        return private, lower_bound(spectra, layer_energies, ranks, grams)
-    costs, budget = allowance.costs, allowance.budget
-    private = best_private_losses(spectra, energies, costs, budget)
-    return private, budget_bound(spectra, layer_energies, costs, budget, len(ranks[0]), grams)
+    weighted_energies = metric.weigh(energies)
+    weighted_spectra = metric.spectra(analysis)
+    ranks = _private_ranks(weighted_spectra, solved)
+    plain_grams = analysis.grams[:, :-1, :-1]
+    private = private_errors(analysis.spectra, energies, ranks)
+    weighted_private = private_errors(weighted_spectra, weighted_energies, ranks)
+    return _Limits(
+        share(private.sum(), energies.sum()),
+        _bound(analysis.spectra, energies, plain_grams, solved),
+        share(weighted_private.sum(), weighted_energies.sum()),
+        _bound(weighted_spectra, weighted_energies, metric.grams(analysis), solved),
+    )
+
+
+def _private_ranks(spectra: Sequence[Spectra], solved: SolvedMerge) -> list[list[int]]:
+    if solved.plan.allowance is None:
+        return even_private_ranks(spectra, solved.all_ranks())
+    return best_private_ranks(spectra, solved.plan.rank_bytes, solved.factor_bytes())
+
+
+def _bound(
+    spectra: Sequence[Spectra],
+    energies: Tensor,  # (layers, k)
+    grams: Tensor,  # (layers, d, d)
+    solved: SolvedMerge,
+) -> float:
+    ranks, by_layer = solved.all_ranks(), energies.sum(1).tolist()
+    by_group = [grams[list(members)].sum(0) for members in solved.plan.groups.values()]
+    if solved.plan.allowance is None:
+        return lower_bound(spectra, by_layer, ranks, by_group)
+    costs, budget = solved.plan.rank_bytes, solved.factor_bytes()
+    return budget_bound(spectra, by_layer, costs, budget, len(ranks[0]), by_group)
 
 
 def _checkpoint_reports(
@@ -126,6 +166,7 @@ def _checkpoint_reports(
             not_carried=share(outside[c], layers[c] + outside[c]),
             multipliers=tuple(evaluation.multipliers["unet"][c].tolist()),
             text_multipliers=tuple(text[c].tolist()) if text is not None else (),
+            explained_weighted=float(evaluation.fidelity[c]),
         )
         for c, (name, explained) in enumerate(
             zip(names, evaluation.explained().tolist(), strict=True)

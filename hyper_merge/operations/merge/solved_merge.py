@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +12,6 @@ from hyper_merge.solver.batching import Ranks
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.private_loras import PrivateLora
 from hyper_merge.solver.quantization import StoredFactors
-from hyper_merge.solver.rank_pruning import Allowance
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +32,10 @@ class SolvedMerge:
             for index, ranks in enumerate(self.factors.ranks)
         ]
 
-    def whole_allowance(self) -> Allowance | None:
-        """Returns the bytes that all LoRAs might spread over the layers; None for even ranks."""
-        allowance = self.plan.allowance
-        if allowance is None or not self.private_loras:
-            return allowance
-        private = [lora.ranks for lora in self.private_loras]
-        extra = sum(
-            cost * sum(ranks[index] for ranks in private)
-            for index, cost in enumerate(allowance.costs)
-        )
-        return replace(allowance, budget=allowance.budget + extra)
+    def factor_bytes(self) -> int:
+        """Returns the bytes of all LoRAs' factors, private ones included."""
+        pairs = zip(self.plan.rank_bytes, self.all_ranks(), strict=True)
+        return sum(size * sum(ranks) for size, ranks in pairs)
 
     def host_loras(self) -> list[HostLora]:
         """Returns all LoRAs in the order of the prompt: shared ones, then the private ones."""

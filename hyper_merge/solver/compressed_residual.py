@@ -1,0 +1,128 @@
+"""Gives what a merge's shared LoRAs leave of one checkpoint, between the bases of its analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyper_merge.analysis.store import Analysis
+from hyper_merge.decomposition.contrasts import to_deviations_matrix
+from hyper_merge.decomposition.linalg import block_columns, block_gram
+from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
+from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.evaluation import Evaluation
+from hyper_merge.solver.low_rank_layer import LowRankLayer
+from hyper_merge.solver.quantization import StoredFactors
+
+
+@dataclass(frozen=True, eq=False)
+class SharedLoras:
+    """The shared LoRAs of a merge, to which private ones are added."""
+
+    analysis: Analysis
+    blocks: StoredFactors
+    evaluation: Evaluation
+    groups: Mapping[str, Sequence[int]]  # the layers of each set of multipliers
+    dtype: torch.dtype  # of the stored factors
+
+
+class CompressedResidual:
+    """The rest of a checkpoint that a merge's shared LoRAs leave, between the bases of its analysis."""
+
+    margin = 0.998
+
+    def __init__(self, shared: SharedLoras, checkpoint: int) -> None:
+        self.checkpoint = checkpoint
+        self.layers = shared.analysis.layers
+        self._shared = shared
+        self._errors = shared.evaluation.errors[:, checkpoint]
+        self.weights = shared.evaluation.weights
+        self.energy = float(self.weights @ shared.evaluation.energies[:, checkpoint])
+        self.error = float(self.weights @ self._errors)
+        self._multipliers = {  # (R,) by layer
+            index: multipliers[checkpoint]
+            for name, multipliers in shared.evaluation.multipliers.items()
+            for index in shared.groups[name]
+        }
+        self._leading: list[TruncatedSvd] = []
+
+    def spectra(self, most: int, progress: Progress) -> list[Tensor]:
+        """Returns each layer's leading squared singular values, falling, float64, on the CPU."""
+
+        def leading(index: int) -> TruncatedSvd:
+            if self.layers[index].is_end:  # private LoRAs have no companions
+                return _no_components(*self._shared.analysis.core_shape(index))
+            rest = self._rest(index)
+            generator = torch.Generator().manual_seed(index)
+            return truncated_svd(rest, min(most, *rest.shape), generator)
+
+        with parallel_map(torch.device("cpu"), progress.check) as parallel:
+            for truncated in parallel(leading, range(len(self.layers))):
+                self._leading.append(truncated)
+                progress.report("making private LoRAs", len(self._leading) / len(self.layers))
+        return [truncated.energies for truncated in self._leading]
+
+    def unreachable(self, spectra: Sequence[Tensor]) -> float:
+        """Returns the weighted part of the error that lies outside of these spectra."""
+        inside = torch.stack([values.sum() for values in spectra])
+        return self.error - float(self.weights @ inside)
+
+    def low_rank(
+        self, ranks: Sequence[int], stored: StoredFormat, progress: Progress
+    ) -> list[LowRankLayer]:
+        """Returns every layer's factors of these ranks as a file will hold them."""
+        layers = []
+        for index, rank in enumerate(ranks):
+            layers.append(self._stored(index, rank, stored))
+            progress.report("making private LoRAs", len(layers) / len(ranks))
+        return layers
+
+    def _rows(self, index: int) -> Tensor:  # (d + 1, p, q)
+        """Returns slices and, last, the average's rounding error."""
+        analysis = self._shared.analysis
+        return torch.cat([analysis.core(index), analysis.rounding(index)[None]])
+
+    def _rest(self, index: int) -> Tensor:  # (p, q)
+        """Returns the rest that the shared LoRAs leave in a layer, between its bases."""
+        analysis = self._shared.analysis
+        left, right = analysis.bases(index)
+        rows = self._rows(index)
+        weights = to_deviations_matrix(analysis.contrasts)[self.checkpoint].to(rows)
+        rest = (weights @ rows.flatten(1)).view(rows.shape[1:])
+        factors = self._shared_factors(index)
+        for (up, down), x in zip(factors, self._multipliers[index].tolist(), strict=True):
+            rest = rest - x * (block_columns(left, up) @ block_columns(right, down.mT).mT)
+        return rest
+
+    def _shared_factors(self, index: int) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n)
+        """Returns the factors of what hosts add for each shared LoRA at multiplier 1."""
+        blocks = self._shared.blocks
+        pairs = zip(blocks.factors[index], blocks.alphas, strict=True)
+        return [as_hosts_apply(*factors, alpha) for factors, alpha in pairs]
+
+    def _stored(self, index: int, rank: int, stored: StoredFormat) -> LowRankLayer:
+        """Returns a layer's factors as stored, and the squared error that is left with them."""
+        analysis, layer = self._shared.analysis, self.layers[index]
+        left, right = analysis.bases(index)
+        truncated = self._leading[index]
+        up, down = left @ truncated.up[:, :rank], truncated.down[:rank] @ right.mT
+        factors = stored_factors(layer, up, down, stored.alpha, stored.dtype)
+        up, down = as_hosts_apply(*factors, stored.alpha)
+        rows = self._rows(index).flatten(1).double()
+        product = (block_columns(left, up) @ block_columns(right, down.mT).mT).flatten().double()
+        cross = to_deviations_matrix(analysis.contrasts)[self.checkpoint] @ (rows @ product)
+        shared = self._shared_factors(index)
+        gram = block_gram([*(u for u, _ in shared), up], [*(d for _, d in shared), down])
+        cross = cross - self._multipliers[index] @ gram[:-1, -1]
+        error = self._errors[index] - 2 * cross + gram[-1, -1]
+        return LowRankLayer(layer, *factors, float(self._errors[index]), float(error.clamp(min=0)))
+
+
+def _no_components(p: int, q: int) -> TruncatedSvd:
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return TruncatedSvd(torch.zeros(p, 0), torch.zeros(0, q), nothing)

@@ -34,7 +34,7 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     }
     modules = {key.partition(".")[0] for key in load_file(first.loras[0])}
     assert 200 < len(modules) <= 278 + 72  # a layer where other bytes bring back more has none
-    assert first.report.loss < 0.12
+    assert first.report.loss < 0.15
     assert first.report.weighted_loss < 0.13
     reports.clear()
     second = demo.run_demo(folder, progress, effort=SearchEffort.QUICK)

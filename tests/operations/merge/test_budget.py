@@ -18,7 +18,7 @@ def file_bytes(merged):
 
 def cheapest_rank(merged, models, dtype):
     """Returns the least bytes of one more rank, where a file has its layer already."""
-    sizes = {layer.module: layer.m + layer.n for layer in layers_of(models[0])}
+    sizes = {layer.module: layer.m + layer.n for layer in layers_of(models[0], ends=True)}
     present = {
         key.removesuffix(ENDING)
         for path in merged.loras
@@ -37,7 +37,7 @@ def cheapest_rank(merged, models, dtype):
         (200_000, {"lora_dtype": "float32", "multipliers": "shared"}),
         (60_000, {"topup": "1"}),
         (200_000, {"topup": "4"}),
-        (200_000, {"topup": "93%", "exact": "norms"}),
+        (200_000, {"topup": "99%", "exact": "norms"}),
         (200_000, {"topup": "1%"}),
         (400_000, {}),
     ],

@@ -57,7 +57,9 @@ def private_loss(models, merged, checkpoints, budget, entry=0.0):
 
 @pytest.mark.parametrize("checkpoints", [(1, 1, 1), (4, 2, 1)], ids=str)
 def test_private_loras_are_counted_as_the_loss_counts(files, tmp_path, checkpoints):
-    report = (merged := merge(files, tmp_path, fit_weights=checkpoints)).report
+    report = (
+        merged := merge(files, tmp_path, fit_weights=checkpoints, layer_weights="relative")
+    ).report
     expected = private_loss(files, merged, checkpoints, factor_bytes(merged))
     assert report.weighted_private_loss == pytest.approx(expected, rel=0.02)
     assert report.weighted_bound < min(report.weighted_loss, report.weighted_private_loss)

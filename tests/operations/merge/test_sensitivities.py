@@ -99,7 +99,7 @@ def multipliers(merged):
 def test_the_average_runs_once_for_all_merges(files, tmp_path, runner, find, log):
     first = find(log.progress)
     assert runner.devices == [torch.device("cpu")]
-    assert first.keys() == {layer.module for layer in layers_of(files[0])}
+    assert first.keys() == {layer.module for layer in layers_of(files[0], ends=True)}
     assert find(log.progress, ranks=(3,), name="other", fit_weights=(3, 1, 1)) == first
     assert len(runner.devices) == 1
     assert read_sensitivities(only(tmp_path)) == first
@@ -144,7 +144,7 @@ def test_sensitivities_of_other_layers_are_measured_again(files, tmp_path, runne
     runner.values = {"lora_unet_of_another_version": 1.0}
     find()
     runner.values = None
-    assert len(find(log.progress)) == len(layers_of(files[0]))
+    assert len(find(log.progress)) == len(layers_of(files[0], ends=True))
     assert len(runner.devices) == 2
     assert log.warnings == []
 
@@ -202,7 +202,7 @@ def test_measured_layers_change_plan_merge_and_manifest(files, tmp_path, merged,
 
 
 def test_average_without_outputs_counts_by_the_layout(files, tmp_path, merged, runner):
-    runner.values = {layer.module: math.nan for layer in layers_of(files[0])}
+    runner.values = {layer.module: math.nan for layer in layers_of(files[0], ends=True)}
     made = merge(files, tmp_path)
     assert multipliers(made) == multipliers(merged)
     assert manifest_of(made)["sensitivities"] is None

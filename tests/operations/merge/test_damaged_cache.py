@@ -179,7 +179,7 @@ def test_immovable_damaged_analysis_is_passed_over(
 def test_analysis_damaged_at_once_ends_the_merge(started, files, analysis, log, monkeypatch):
     analysis.unlink()
     before = snapshot(started)
-    monkeypatch.setattr("hyper_merge.analysis.store.checksum", lambda tensor: 0)
+    monkeypatch.setattr("hyper_merge.analysis.writer.checksum", lambda tensor: 0)
     with pytest.raises(DamagedCacheError, match="check the disk and the memory"):
         merge(files, started, log.progress, ranks=(5,), name="other")
     assert len(log.warnings) == 1

@@ -171,7 +171,11 @@ class _Solver:
             )
         ]
         budget = OVERCOMPLETE * allowance.budget
-        return overcomplete_ranks(gains, allowance.costs, limits, self._recipe.ranks, budget)
+        ranks = overcomplete_ranks(gains, allowance.costs, limits, self._recipe.ranks, budget)
+        for index, layer in enumerate(self._analysis.layers):
+            if layer.whole:  # any rank takes the same bytes
+                ranks[index] = (limits[index],) * len(self._recipe.ranks)
+        return ranks
 
     def _problems(
         self, ranks: Ranks, parallel: ParallelMap, stages: int

@@ -276,7 +276,9 @@ def test_the_same_bytes_pay_for_twice_the_ranks(files, tmp_path):
         planned(recipe(files, tmp_path, lora_dtype=word, ranks=ranks)).allowance
         for word, ranks in (("float16", (4, 2)), ("float8", (8, 4)))
     ]
-    assert [2 * cost for cost in allowances[1].costs] == list(allowances[0].costs)
+    # The first convolution's bytes are set aside: it is one whole tensor in float32.
+    half, quarter = ([cost for cost in x.costs if cost > 1] for x in allowances)
+    assert [2 * cost for cost in quarter] == half
     assert allowances[1].budget <= allowances[0].budget  # small layers hold no more than they have
     sizes = [
         lora_bytes([LAYER], [ranks], dtype, ranks)

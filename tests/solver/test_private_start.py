@@ -15,7 +15,7 @@ from hyper_merge.solver.private_start import plan_private_start
 
 
 def test_private_start_leaves_at_most_what_it_says(files, tmp_path):
-    settings = {"ranks": (3, 2, 1), "fit_weights": (3, 1, 1)}
+    settings = {"ranks": (3, 2, 1), "fit_weights": (1, 1, 3)}
     merge(files, tmp_path, **settings)
     preflight = run_preflight(recipe(files, tmp_path, **settings))
     plan = plan_ranks(preflight.recipe, preflight.inputs)

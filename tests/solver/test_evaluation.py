@@ -125,7 +125,7 @@ def test_equal_checkpoints_are_like_nothing_and_lose_nothing(tmp_path, state_of)
         ("joint_blocks.3.x_block.mlp.fc1", "JOINT03"),
         ("double_blocks.18.img_attn.qkv", "DOUBLE18"),
         ("single_blocks.37.linear1", "SINGLE37"),
-        ("final_layer.linear", "other"),
+        ("final_layer.linear", "FINAL"),
         ("in_layers.2.proj", "other"),
     ],
 )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, OutputError
 from hyper_merge.loras.metadata import KIND
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.file_lock import patiently
+
+_NO_NAMES: Final = frozenset({errno.ENAMETOOLONG, errno.EINVAL})  # EINVAL: Windows, as for "a?b"
+_WINDOWS_NO_NAMES: Final = frozenset({123, 161, 206})  # invalid name, bad path, name too long
 
 
 def private_lora_names(record: Path) -> list[str] | None:
@@ -67,10 +71,17 @@ def known_json(path: Path) -> Any:
 
 
 def _require_missing(path: Path, error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+    if not _means_missing(error):
         raise OutputError(
             f"{path} cannot be read now ({error.strerror or error}), and what belongs to it would"
             " stay behind",
             hint="nothing was changed: close the programs that use it, and try again",
             file=path,
         ) from error
+
+
+def _means_missing(error: OSError) -> bool:
+    """Tells whether no file is there, be it that none can have the name."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return True
+    return error.errno in _NO_NAMES or getattr(error, "winerror", None) in _WINDOWS_NO_NAMES

@@ -95,8 +95,8 @@ def test_the_run_is_listed_with_its_figures(webui, folders, manifest):
 
 def test_the_manifest_is_written_as_it_was(manifest):
     data = RunManifest.from_json(manifest).to_json() | {"hyper_merge": manifest["hyper_merge"]}
-    expected = {**manifest, "report": as_now(manifest["report"])}
-    assert list(data) == list(manifest)
+    expected = {**manifest, "report": as_now(manifest["report"]), "sensitivities": None}
+    assert list(data) == list(expected)
     assert plain(data) == expected
 
 
@@ -114,7 +114,8 @@ def test_the_recipe_file_is_that_of_the_run(webui, folders, monkeypatch):
     monkeypatch.chdir(webui)
     recipe = load_recipe(webui / "recipe.yaml")
     settings = load_run(folders, "mix").recipe.to_settings()
-    assert recipe.to_settings() == settings | {"exact": "auto"}  # today's default
+    assert (settings["exact"], settings["layer_weights"]) == ("none", "relative")
+    assert recipe.to_settings() == settings | {"exact": "auto", "layer_weights": "output"}  # now
 
 
 def test_other_ranks_use_the_old_hyper_model(webui, folders):

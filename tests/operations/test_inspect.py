@@ -159,7 +159,7 @@ def test_inspection_of_full_size_files_is_quick(tmp_path):
         assert line.startswith(f"{path.name:17}  Stable Diffusion 1.x")
         assert "2.13 GB" in line
         assert line.endswith("  fp16")
-    assert lines[5] == "350 layers: 278 in the UNet, 72 in the text encoder"
+    assert lines[5] == "354 layers: 282 in the UNet, 72 in the text encoder"
     assert lines[6] == "VAE: the same in all files"
     assert lines[-6] == "together, with ranks 128, 64, 32, 16 in float16:"
     assert lines[-5] == "  hyper-model        2.13 GB"

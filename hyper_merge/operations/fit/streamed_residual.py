@@ -77,9 +77,10 @@ class StreamedResidual:
         return self._map(take, "measuring what remains", costs, progress)
 
     def unreachable(self, _spectra: Sequence[Tensor]) -> float:
-        """Returns the error of the end layers: the spectra hold all of the other error."""
+        """Returns the weighted error of the end layers: the spectra hold all of the other error."""
         errors = self.measured.lefts(self.multipliers, self.layers)
-        return sum(x for layer, x in zip(self.layers, errors, strict=True) if layer.is_end)
+        pairs = zip(self.layers, errors, strict=True)
+        return _weigh(self.weights, [error if layer.is_end else 0.0 for layer, error in pairs])
 
     def low_rank(
         self, ranks: Sequence[int], stored: StoredFormat, progress: Progress

@@ -86,6 +86,13 @@ def dense(path, hyper_model, terms):
     return torch.tensor(energies).double(), torch.tensor(errors).double()
 
 
+def layer_weights(path, hyper_model):
+    """Returns how much the merge counts squared errors in each layer."""
+    base, layers = load(hyper_model), layers_of(path)
+    sizes = torch.stack([base[layer.key].double().square().sum() for layer in layers])
+    return layer_factors("output", sizes, layers, None)
+
+
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):
     root = shutil.copytree(single.root, tmp_path / "models")
     fitted = fit(Folders.under(root), planted)
@@ -149,9 +156,7 @@ def test_no_other_multipliers_explain_more(at, other):
     fit(at, other)
     run = load_run(at, "mix")
     terms = weighted_loras_of(run, "new one")
-    base = load(run.hyper_model)
-    sizes = torch.stack([base[layer.key].double().square().sum() for layer in layers_of(other)])
-    weights = layer_factors("output", sizes, layers_of(other), None)  # as in the merge
+    weights = layer_weights(other, run.hyper_model)
     best = weights @ dense(other, run.hyper_model, terms)[1]
     for change in ({"multiplier": 0.01}, {"text_multiplier": -0.01}):
         (name, step) = next(iter(change.items()))
@@ -230,20 +235,21 @@ def test_a_top_up_beats_one_rank_for_all_layers(at, other, started):
     loras = [(term, load_file(term.path)) for term in terms[:2]]
     lora, least, even = load_file(terms[-1].path), 0.0, 0.0
     values, cost = 0, 0
-    for layer in layers_of(other):
+    weights = layer_weights(other, run.hyper_model)
+    for layer, weight in zip(layers_of(other), weights.tolist(), strict=True):
         rows = slice(*layer.rows) if layer.rows else slice(None)
         rest = (state[layer.key][rows].double() - base[layer.key][rows].double()).flatten(1)
         rest = rest - sum(
             term.times(layer.part) * added(lora, layer.module) for term, lora in loras
         )
-        squares = torch.linalg.svdvals(rest).square()
+        squares = weight * torch.linalg.svdvals(rest).square()
         down = lora.get(f"{layer.module}.lora_down.weight")
         rank = 0 if down is None or not down.any() else len(down)
         least += float(squares[rank:].sum())
         even += float(squares[3:].sum())
         values += rank * (layer.m + layer.n)
         cost += 3 * (layer.m + layer.n)
-    assert least <= float(errors.sum()) <= 1.002 * least < even
+    assert least <= float(weights @ errors) <= 1.002 * least < even
     assert 0.95 * cost < values <= cost
     assert parse_tags(fitted.tags(run))[-1] == (topup.name, 1.0, 1.0)
     metadata = load_metadata(terms[-1].path)
@@ -334,7 +340,7 @@ def test_a_cancel_at_any_step_leaves_nothing(at, other, started):
         at,
         other,
         Progress(lambda phase, fraction: messages.append(fraction)),
-        topup="90%",
+        topup="3",
         name="x",
     )
     assert messages == sorted(messages)
@@ -350,7 +356,7 @@ def test_a_cancel_at_any_step_leaves_nothing(at, other, started):
             return at_now[0] >= fraction
 
         with pytest.raises(InterruptedRun):
-            fit(at, other, Progress(on_progress, should_stop), topup="90%")
+            fit(at, other, Progress(on_progress, should_stop), topup="3")
         assert snapshot(started) == before
         assert temporaries(started) == []
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 from browser.conftest import IN_WEBUI, shot
+from mixture_tags import mixture_tags
 
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
-from hyper_merge.runs.weighted_loras import mixture_tags
 
 pytestmark = pytest.mark.slow
 

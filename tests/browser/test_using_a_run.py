@@ -273,8 +273,10 @@ def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
 
 
 @IN_WEBUI
-def test_a_mixture_and_a_fit_are_sent_to_txt2img(use, server):
-    page = use.page
+def test_a_mixture_and_a_fit_are_sent_to_txt2img(unused, server):
+    use, page = unused, unused.page
+    use.click("use_refresh")  # the WebUI has not seen the merge
+    use.settle()
     use.page.evaluate(SET, {"anime": 0.5})
     tags = use.until(lambda: use.value("mix_prompt"))
     use.click("mix_send")

@@ -1,8 +1,10 @@
 """Tiny checkpoints of the real structure, and merges of them in a fraction of a second."""
 
+import gc
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,29 @@ def started(tmp_path: Path, merged: MergeResult) -> Path:
     """A copy of the models folder of this merge, its cache too."""
     root = merged.place.loras.parent
     return Path(shutil.copytree(root, tmp_path / "started"))
+
+
+@pytest.fixture
+def analysed(tmp_path: Path, merged: MergeResult) -> Path:
+    """A models folder with the analysis of the three files alone: a merge of them takes half as long."""
+    cache = "hyper-merge/cache"
+    solutions = shutil.ignore_patterns("*.solutions.json")
+    shutil.copytree(
+        merged.place.loras.parent / cache, tmp_path / "analysed" / cache, ignore=solutions
+    )
+    return tmp_path / "analysed"
+
+
+@pytest.fixture
+def gradio_leaves_sockets() -> Iterator[None]:
+    """Has the sockets that gradio's servers leave open collected before the next test, unheard.
+
+    For every test that starts one: else the garbage collector finds them in any later test.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
 
 
 @pytest.fixture

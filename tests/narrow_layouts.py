@@ -2,15 +2,10 @@
 
 import re
 
-from hyper_merge.synthetic.checkpoint_layouts import (
-    flux_layout,
-    refiner_layout,
-    sd1_layout,
-    sd2_layout,
-    sd3_layout,
-    sdxl_layout,
-)
-from hyper_merge.synthetic.mmdit_layouts import FluxShape, JointShape
+from family_layouts import flux_layout, refiner_layout, sd3_layout
+from mmdit_layouts import FluxShape, JointShape
+
+from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sd2_layout, sdxl_layout
 
 UNET = "model.diffusion_model."
 JOINT = JointShape(blocks=3, head=4, context=8, labels=6, positions=4)

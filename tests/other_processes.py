@@ -15,7 +15,7 @@ PROGRAM = """
 import contextlib, io, json, os, sys
 from pathlib import Path
 
-kind = sys.argv[1]
+kind = "locks"
 
 def opened_elsewhere(path):
     try:
@@ -38,12 +38,12 @@ def opened_elsewhere(path):
 def refusing(name, which):
     act = getattr(os, name)
     def guarded(*paths, **options):
-        if opened_elsewhere(paths[which]):
+        if kind == "windows" and opened_elsewhere(paths[which]):
             raise PermissionError(13, "in use", str(paths[which]))
         return act(*paths, **options)
     setattr(os, name, guarded)
 
-if kind == "windows":  # an open or mapped file can be neither replaced nor deleted
+if sys.platform == "linux":  # on Windows an open or mapped file can be neither replaced nor deleted
     refusing("replace", 1), refusing("unlink", 0), refusing("rename", 0)
 
 from hyper_merge.cli.main import main
@@ -53,6 +53,7 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime import file_lock
 
 def by_ranges(file, *, shared):
+    import fcntl, secrets, struct
     # What Windows has: a range of bytes belongs to one opened file alone.
     place, length = (1 + secrets.randbelow(2**30), 1) if shared else (1, 2**30)
     request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, length, 0)
@@ -62,12 +63,19 @@ def by_ranges(file, *, shared):
         return file_lock.LockState.TAKEN
     return file_lock.LockState.HELD
 
-if kind == "no locks":
-    file_lock._lock = lambda file, *, shared: file_lock.LockState.IMPOSSIBLE
-if kind == "windows":
-    import fcntl, secrets, struct
-    file_lock._lock = by_ranges
-    file_lock._REMOVED_WHILE_OPEN = False
+locks = {
+    "locks": file_lock._lock,
+    "no locks": lambda file, *, shared: file_lock.LockState.IMPOSSIBLE,
+    "windows": by_ranges,
+}
+removed_while_open = file_lock._REMOVED_WHILE_OPEN
+
+def become(new):
+    global kind
+    kind = new
+    file_lock._lock = locks[kind]
+    file_lock._REMOVED_WHILE_OPEN = removed_while_open and kind != "windows"
+    return 0
 
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.solver import solve
@@ -88,7 +96,8 @@ for line in sys.stdin:
     words = json.loads(line)
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        code = clear(words[1]) if words[0] == "clear" else main(words)
+        own = {"clear": clear, "become": become}.get(words[0])
+        code = own(words[1]) if own else main(words)
     print(json.dumps([code, err.getvalue()]), flush=True)
 """
 
@@ -96,10 +105,10 @@ for line in sys.stdin:
 class Other:
     """A process that runs one command after another; a context manager."""
 
-    def __init__(self, kind: Kind, environment: dict[str, str]) -> None:
-        """Starts it."""
+    def __init__(self, environment: dict[str, str]) -> None:
+        """Starts it, on a file system with locks."""
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, kind],
+            [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -108,6 +117,10 @@ class Other:
 
     def __enter__(self) -> "Other":
         return self
+
+    def become(self, kind: Kind) -> None:
+        """Goes on on a file system of another kind."""
+        assert self.run("become", kind) == (0, "")
 
     def begin(self, *words: object) -> None:
         """Sends a command, whose end is not waited for."""

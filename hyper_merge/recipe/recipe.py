@@ -15,7 +15,6 @@ from hyper_merge.recipe.fields import AVERAGE, FIELD_PARSERS, FIELDS, SIZES, Fie
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.recipe.request import PlaceOf, check_request, key_place, parse_request
-from hyper_merge.recipe.yaml_file import format_setting
 
 __all__ = ["AVERAGE", "FIELDS", "Field", "Recipe", "option_help"]
 
@@ -137,11 +136,6 @@ class Recipe:
     def factors_dtype(self) -> str:
         """Word for the type of the numbers in the LoRAs."""
         return self.dtype if self.lora_dtype == "same" else self.lora_dtype
-
-    def to_yaml(self) -> str:
-        """Returns the text of a YAML file that `load_recipe` reads as an equal recipe."""
-        names = [f.name for f in FIELDS if not (f.name == "ranks" and self.finds_ranks)]
-        return "".join(format_setting(name, getattr(self, name)) for name in names)
 
     def to_settings(self) -> dict[str, Any]:
         """Returns all fields as plain JSON values, paths absolute; see `from_settings`."""

@@ -1,4 +1,4 @@
-"""YAML files of settings, read with the line of each, and written; what they mean is not known here."""
+"""YAML files of settings, read with the line of each; what they mean is not known here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import yaml
 
 from hyper_merge.errors import RecipeError
-from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.plain_values import describe_value, plain_value
 
 LARGEST_FILE = 1 << 20  # bytes; no recipe comes near, and a checkpoint given by mistake is not read
@@ -32,16 +31,6 @@ def read_settings(path: Path) -> dict[str, Setting]:
     """
     with _about(path):
         return _settings(_compose(_read(path), path), path)
-
-
-def format_setting(key: str, value: object) -> str:
-    """Returns the lines of a setting in a YAML file; paths stand one a line."""
-    if not isinstance(value, tuple):
-        return f"{key}: {_scalar_text(value)}\n"
-    items = [_scalar_text(item) for item in value]
-    if isinstance(value[0], Path):
-        return f"{key}:" + "".join(f"\n  - {item}" for item in items) + "\n"
-    return f"{key}: [{', '.join(items)}]\n"
 
 
 @contextmanager
@@ -133,10 +122,3 @@ def _value(node: yaml.Node) -> object:
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) if isinstance(item, yaml.ScalarNode) else [] for item in node.value]
     return {}
-
-
-def _scalar_text(value: object) -> str:
-    if isinstance(value, str | Path | PrivateLoraTarget):
-        # always quoted: some names would read as numbers
-        return yaml.safe_dump(str(value), default_style='"', width=float("inf")).strip()
-    return "null" if value is None else str(value).lower()

@@ -8,13 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hyper_merge.checkpoints.io.header import Shape
-from hyper_merge.synthetic.mmdit_layouts import (
-    FluxShape,
-    JointShape,
-    flux_transformer,
-    joint_transformer,
-    t5,
-)
 from hyper_merge.synthetic.network_layouts import (
     Entry,
     UNetShape,
@@ -29,11 +22,9 @@ TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
 FIRST_TEXT_PREFIX = "conditioner.embedders.0.transformer.text_model."
 SECOND_TEXT_PREFIX = "conditioner.embedders.1.model."
-REFINER_TEXT_PREFIX = "conditioner.embedders.0.model."
 VAE_PREFIX = "first_stage_model."
 
 _SIZES = 6 * 256  # of SDXL's vector: height, width, crop and target size
-_SCORES = 5 * 256  # of the refiner's
 
 
 def sd1_layout(
@@ -60,11 +51,9 @@ def sd1_layout(
         Full key (with the checkpoint's prefixes) to shape.
     """
     return {
-        **_under(TEXT_PREFIX, clip_layout(context, 12, vocabulary)),
-        **_under(
-            UNET_PREFIX, unet_layout(UNetShape(width, context, input_channels=input_channels))
-        ),
-        **_under(VAE_PREFIX, vae_layout(vae_width)),
+        **under(TEXT_PREFIX, clip_layout(context, 12, vocabulary)),
+        **under(UNET_PREFIX, unet_layout(UNetShape(width, context, input_channels=input_channels))),
+        **under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
@@ -78,9 +67,9 @@ def sd2_layout(
     """Returns every key of an SD 2.x checkpoint; arguments and result as for `sd1_layout`."""
     shape = UNetShape(width, context, input_channels=input_channels, matrices=True)
     return {
-        **_under(OPEN_CLIP_PREFIX, open_clip_layout(context, 24, vocabulary)),
-        **_under(UNET_PREFIX, unet_layout(shape)),
-        **_under(VAE_PREFIX, vae_layout(vae_width)),
+        **under(OPEN_CLIP_PREFIX, open_clip_layout(context, 24, vocabulary)),
+        **under(UNET_PREFIX, unet_layout(shape)),
+        **under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
@@ -103,65 +92,13 @@ def sdxl_layout(
         labels=contexts[1] + _SIZES,
     )
     return {
-        **_under(FIRST_TEXT_PREFIX, clip_layout(contexts[0], 12, vocabulary)),
-        **_under(SECOND_TEXT_PREFIX, open_clip_layout(contexts[1], 32, vocabulary)),
-        **_under(UNET_PREFIX, unet_layout(shape)),
-        **_under(VAE_PREFIX, vae_layout(vae_width)),
+        **under(FIRST_TEXT_PREFIX, clip_layout(contexts[0], 12, vocabulary)),
+        **under(SECOND_TEXT_PREFIX, open_clip_layout(contexts[1], 32, vocabulary)),
+        **under(UNET_PREFIX, unet_layout(shape)),
+        **under(VAE_PREFIX, vae_layout(vae_width)),
     }
 
 
-def refiner_layout(
-    width: int = 384, context: int = 1280, vocabulary: int = 49408, vae_width: int = 128
-) -> dict[str, Shape]:
-    """Returns every key of an SDXL refiner checkpoint; arguments and result as for `sd1_layout`."""
-    shape = UNetShape(
-        width,
-        context,
-        depths=(0, 4, 4, 0),
-        middle=4,
-        matrices=True,
-        labels=context + _SCORES,
-    )
-    return {
-        **_under(REFINER_TEXT_PREFIX, open_clip_layout(context, 32, vocabulary)),
-        **_under(UNET_PREFIX, unet_layout(shape)),
-        **_under(VAE_PREFIX, vae_layout(vae_width)),
-    }
-
-
-def sd3_layout(shape: JointShape | None = None, vae_width: int = 128) -> dict[str, Shape]:
-    """Returns the transformer and VAE of an SD 3 or 3.5 checkpoint, without text encoders."""
-    return {
-        **_under(UNET_PREFIX, joint_transformer(shape or JointShape())),
-        **_under(VAE_PREFIX, vae_layout(vae_width, 16, quantised=False)),
-    }
-
-
-def flux_layout(shape: FluxShape | None = None) -> dict[str, Shape]:
-    """Returns the transformer of Flux alone, with the usual prefix."""
-    return _under(UNET_PREFIX, flux_transformer(shape or FluxShape()))
-
-
-def text_encoders_layout(
-    clip_l: int = 768, clip_g: int = 0, t5_width: int = 0, vocabulary: int = 49408
-) -> dict[str, Shape]:
-    """Returns the text encoders of an SD 3 or Flux checkpoint; a width of 0 leaves one out."""
-    start = "text_encoders."
-    return {
-        **_under(f"{start}clip_l.transformer.text_model.", clip_layout(clip_l, 12, vocabulary)),
-        **(
-            {
-                **_under(
-                    f"{start}clip_g.transformer.text_model.", clip_layout(clip_g, 32, vocabulary)
-                ),
-                f"{start}clip_g.transformer.text_projection.weight": (clip_g, clip_g),
-            }
-            if clip_g
-            else {}
-        ),
-        **(_under(f"{start}t5xxl.transformer.", t5(t5_width, 24, vocabulary)) if t5_width else {}),
-    }
-
-
-def _under(prefix: str, entries: Iterable[Entry]) -> dict[str, Shape]:
+def under(prefix: str, entries: Iterable[Entry]) -> dict[str, Shape]:
+    """Returns the entries with a prefix before each key."""
     return {prefix + key: shape for key, shape in entries}

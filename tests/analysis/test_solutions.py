@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from mutations import changed, mutations, places
+from mutations import NESTED, changed, mutations, places
 from tiny_family import WarningLog
 
 from hyper_merge.analysis.solutions import read_solutions
@@ -36,7 +36,19 @@ def test_solutions_of_an_earlier_version_are_read(tmp_path, starts, log):
     assert log.warnings == []
 
 
+TEXTS = [
+    "[[",
+    "null",
+    NESTED,
+    '{"4; a": []}',
+    '{"4; a": {"unet": 3}}',
+    '{"4; a": {"unet": [["x"], ["y"]]}}',
+    '{"4; a": {"unet": [[1, 2], [1]]}}',
+]
+
+
 def damaged_texts(starts):
+    yield from TEXTS
     yield from mutations(starts)
     for at in places(starts):
         for number in NUMBERS:

@@ -3,6 +3,7 @@
 import pytest
 from browser.conftest import IN_WEBUI, shot
 from PIL import Image
+from tiny_family import merge
 
 pytestmark = pytest.mark.slow
 
@@ -11,13 +12,20 @@ TWO = ("photo.safetensors", "sub/portrait.safetensors")
 
 
 @pytest.fixture
-def compare(tab, server):
-    """The tab Compare with a merge of its own; made by the first test that asks."""
+def twins(server):
+    """A merge of two of the checkpoints, made by the first test that asks."""
     if not (server.models / "Lora" / "twins_0-3.safetensors").exists():
-        tab.pick(*TWO)
-        tab.type("name", "twins")
-        tab.type("ranks", "3, 2")
-        tab.merge()
+        files = [server.models / "Stable-diffusion" / file for file in TWO]
+        merge(files, server.models, name="twins", ranks=(3, 2))
+
+
+@pytest.fixture
+def compare(twins, tab):
+    """The tab Compare with that merge in it, as the test before left it."""
+    return show_twins(tab)
+
+
+def show_twins(tab):
     tab.to("Compare")
     tab.until(lambda: tab.find("compare_run").is_visible())
     if tab.value("compare_run") != "twins":
@@ -62,6 +70,7 @@ def test_pictures_are_drawn_shown_and_saved(drawn, server):
     shot(compare.page, f"{server.host}-compare")
     compare.page.evaluate("document.body.classList.add('dark')")
     shot(compare.page, f"{server.host}-compare-dark")
+    compare.page.evaluate("document.body.classList.remove('dark')")
     picture = server.models / "hyper-merge/twins/pictures/comparison-1.png"
     with Image.open(picture) as grid:
         assert "Negative prompt: blurry" in grid.text["parameters"]
@@ -104,7 +113,8 @@ def test_a_problem_is_shown_beside_the_button(compare, server):
     shot(compare.page, f"{server.host}-compare-refused")
 
 
-def test_the_picked_values_stay_while_other_tabs_are_open(compare):
+def test_the_picked_values_stay_while_other_tabs_are_open(twins, new_tab):
+    compare = show_twins(new_tab)
     tokens = compare.find("compare_checkpoints").locator(".token")
     tokens.filter(has_text="portrait").locator(".token-remove").click()
     compare.until(lambda: tokens.count() == 1)

@@ -13,17 +13,29 @@ TWO = ("anime.safetensors", "sub/portrait.safetensors")
 @pytest.fixture
 def merged(tab, server):
     """The tab with a merge of its own in it; made by the first test that asks."""
-    tab.pick(*TWO)
-    tab.type("name", "duo")
-    tab.type("ranks", "3, 2")
     if not (server.models / "Lora" / "duo_0-3.safetensors").exists():
+        fill_in(tab, "duo", "3, 2")
         tab.merge()
-    else:
+    tab.to("Merge")
+    if not shows_duo(tab):
         tab.to("Runs")
         tab.choose("run", "duo")
         tab.click("run_open")
-    tab.until(lambda: tab.find("sentence").is_visible() and tab.text("sentence").startswith("duo"))
+    tab.until(lambda: shows_duo(tab))
     return tab
+
+
+def shows_duo(tab):
+    return tab.find("sentence").is_visible() and tab.text("sentence").startswith("duo")
+
+
+def fill_in(tab, name, ranks):
+    if tab.picked():
+        tab.click("clear")
+        tab.until(lambda: not tab.picked())
+    tab.pick(*TWO)
+    tab.type("name", name)
+    tab.type("ranks", ranks)
 
 
 def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
@@ -52,9 +64,8 @@ def test_every_checkpoint_becomes_a_removable_style(merged, server):
 @pytest.mark.usefixtures("slow_runs")
 @pytest.mark.parametrize("button", ["#txt2img_interrupt", "#txt2img_skip"])
 def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
-    tab.pick(*TWO)
-    tab.type("name", "never")
-    tab.type("ranks", "2")
+    tab.to("Merge")
+    fill_in(tab, "never", "2")
     tab.click("merge")
     tab.until(tab.fraction)
     tab.until(lambda: tab.page.locator("#hyper_merge_tab.hm-host-bar").count())

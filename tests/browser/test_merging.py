@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 
 
 THREE = ("anime.safetensors", "photo.safetensors", "sub/portrait.safetensors")
+FIRST_RANKS = "128, 64, 32, 16"
 
 
 @pytest.fixture
@@ -24,7 +25,20 @@ def earlier_runs(server):
     return load_run(Folders.under(server.models), "old")
 
 
-def test_the_picked_files_are_inspected_before_anything_runs(tab):
+@pytest.fixture
+def form(tab):
+    """The form of a merge with its first ranks, no checkpoint and no name."""
+    tab.to("Merge")
+    if tab.picked():
+        tab.click("clear")
+        tab.until(lambda: not tab.picked())
+    tab.type("name", "")
+    tab.type("ranks", FIRST_RANKS)
+    return tab
+
+
+def test_the_picked_files_are_inspected_before_anything_runs(form):
+    tab = form
     tab.until(lambda: "Pick two or more" in tab.text("checkpoints_table"))
     tab.pick("anime.safetensors")
     tab.until(lambda: "Pick one more" in tab.text("plan"))
@@ -41,7 +55,8 @@ def test_the_picked_files_are_inspected_before_anything_runs(tab):
     tab.until(lambda: "hyper-portrait-2.safetensors" in tab.text("plan"))
 
 
-def test_a_wrong_number_or_taken_name_shows_at_once(tab):
+def test_a_wrong_number_or_taken_name_shows_at_once(form):
+    tab = form
     tab.pick(*THREE)
     tab.type("ranks", "4, many")
     tab.until(lambda: 'got "many"' in tab.text("plan"))
@@ -56,8 +71,8 @@ def test_a_wrong_number_or_taken_name_shows_at_once(tab):
 
 
 @pytest.mark.usefixtures("slow_runs")
-def test_a_merge_moves_stops_and_leaves_nothing(tab, server):
-    before = _kept(server.models)
+def test_a_merge_moves_stops_and_leaves_nothing(form, server):
+    tab, before = form, _kept(server.models)
     tab.pick(*THREE)
     tab.type("name", "stopped")
     tab.type("ranks", "4, 2")
@@ -77,7 +92,8 @@ def _kept(models):
     return sorted(path for path in models.rglob("*.safetensors") if "cache" not in path.parts)
 
 
-def test_from_picking_to_the_result_and_again(tab, server):
+def test_from_picking_to_the_result_and_again(form, server):
+    tab = form
     tab.pick(*THREE)
     tab.type("name", "mix")
     tab.type("ranks", "4, 2")
@@ -85,8 +101,8 @@ def test_from_picking_to_the_result_and_again(tab, server):
     tab.merge()
     assert "3 checkpoints" in tab.text("sentence")
     assert (server.models / "Lora" / "mix_0-4.safetensors").exists()
+    tab.until(lambda: tab.value("prompt").startswith("<lora:mix_0-4:"))
     first = tab.value("prompt")
-    assert first.startswith("<lora:mix_0-4:")
     assert "<lora:mix_1-2:" in first
     tab.choose("result_checkpoint", "photo")
     tab.until(lambda: tab.value("prompt") != first)
@@ -104,16 +120,18 @@ def test_from_picking_to_the_result_and_again(tab, server):
 def test_the_prompt_is_copied(earlier_runs, tab):
     tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.to("Runs")
+    tab.click("runs_refresh")
     tab.choose("run", "old")
     tab.click("run_open")
-    tab.until(lambda: tab.find("prompt").is_visible())
+    tab.until(lambda: tab.find("prompt").is_visible() and tab.text("sentence").startswith("old:"))
     tab.click("copy")
     tab.until(lambda: tab.text("copy") == "Copied")
     assert tab.page.evaluate("navigator.clipboard.readText()") == tab.value("prompt")
     tab.until(lambda: tab.text("copy") == "Copy")
 
 
-def test_a_run_goes_on_while_the_page_is_closed(tab, server, slow_runs):
+def test_a_run_goes_on_while_the_page_is_closed(form, server, slow_runs):
+    tab = form
     tab.pick(*THREE)
     tab.type("name", "long")
     tab.type("ranks", "5, 4, 2")
@@ -127,7 +145,8 @@ def test_a_run_goes_on_while_the_page_is_closed(tab, server, slow_runs):
     tab.until(lambda: tab.text("sentence").startswith("long"))
 
 
-def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, tab, server):
+def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, new_tab, server):
+    tab = new_tab  # its form is compared with what the run is copied to
     tab.to("Runs")
     tab.until(lambda: "old-2" in tab.text("runs_table"))
     tab.choose("run", "old")
@@ -160,7 +179,8 @@ def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, tab, s
     assert sorted(tab.picked()) == sorted(THREE)
 
 
-def test_a_vanished_file_is_reported_and_not_merged(tab, server):
+def test_a_vanished_file_is_reported_and_not_merged(form, server):
+    tab = form
     path = server.models / "Stable-diffusion" / "photo.safetensors"
     tab.pick(*THREE)
     away = path.rename(path.with_suffix(".away"))
@@ -170,3 +190,4 @@ def test_a_vanished_file_is_reported_and_not_merged(tab, server):
         tab.until(lambda: "photo.safetensors is no longer" in tab.text("message"))
     finally:
         away.rename(path)
+    tab.click("refresh")

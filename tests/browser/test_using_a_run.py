@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 from browser.conftest import IN_WEBUI, shot
+from mixture_tags import mixture_tags
+from tiny_family import merge
 
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
-from hyper_merge.runs.weighted_loras import mixture_tags
 
 pytestmark = pytest.mark.slow
 
@@ -31,21 +32,33 @@ CALCULATED = """([terms, value]) => {
 
 
 @pytest.fixture
-def use(tab, server):
-    """The tab "Use" with a run of its own in it, made by the first test that asks."""
+def pair(server):
+    """A run of two of the checkpoints, made by the first test that asks."""
     if not (server.models / "hyper-merge/pair").exists():
-        tab.pick(*TWO)
-        tab.type("name", "pair")
-        tab.type("ranks", "3, 2")
-        tab.merge()
+        files = [server.models / "Stable-diffusion" / file for file in TWO]
+        merge(files, server.models, name="pair", ranks=(3, 2))
+    return load_run(folders(server), "pair")
+
+
+@pytest.fixture
+def use(pair, tab):
+    """The tab "Use" with that run in it, as the test before left it."""
+    return show_pair(tab)
+
+
+@pytest.fixture
+def unused(pair, new_tab):
+    """The tab "Use" with that run in it, with nothing chosen or typed."""
+    return show_pair(new_tab)
+
+
+def show_pair(tab):
     tab.to("Use")
     tab.until(lambda: tab.find("use_run").is_visible())
     if tab.value("use_run") != "pair":
         tab.choose("use_run", "pair")
     tab.until(lambda: "pair" in tab.text("use_about"))
     tab.until(lambda: tab.page.locator("#hyper_merge_mix [data-run=pair]").count())
-    # the last answer of those that a page waits for; gradio 3.41 complains of pages that go before
-    tab.until(lambda: any(tab.text(name, visible=False) for name in ("status", "use_status")))
     tab.settle()
     return tab
 
@@ -102,6 +115,7 @@ def test_a_moved_slider_changes_the_tags_as_python_does(use, server, shares):
 
 
 def test_numbers_are_rounded_as_python_rounds_them(use):
+    use.page.evaluate(SET, {})
     for value in (
         1 / 64,
         3 / 64,
@@ -144,7 +158,8 @@ def test_a_mixture_is_written_as_a_checkpoint(use, server):
     assert "0.25" in use.text("mix"), "the sliders stay as they were set"
 
 
-def test_a_fit_shows_its_tags_and_gets_a_slider(use, server, third):
+def test_a_fit_shows_its_tags_and_gets_a_slider(third, unused, server):
+    use = unused
     use.click("fit")
     use.until(lambda: "pick a checkpoint" in use.text("fit_outcome"))
     use.click("use_refresh")
@@ -191,7 +206,7 @@ def test_one_lora_for_each_checkpoint(use, server):
     shot(use.page, "use-export")
 
 
-def test_deletable_originals_are_listed_and_stay(use, server):
+def test_deletable_originals_are_listed_and_then_a_refusal(use, server):
     before = sorted((server.models / "Stable-diffusion").rglob("*"))
     open_panel(use, "safe")
     use.type("safe_threshold", "much")
@@ -204,6 +219,11 @@ def test_deletable_originals_are_listed_and_stay(use, server):
     assert "yes" in use.text("safe_outcome")
     shot(use.page, "use-safe")
     assert sorted((server.models / "Stable-diffusion").rglob("*")) == before
+    use.type("safe_threshold", "200%")
+    use.click("safe")
+    use.until(lambda: "Threshold: expected" in use.text("safe_outcome"))
+    use.settle()
+    assert "Threshold: expected" in use.text("safe_outcome"), "the first outcome came back"
 
 
 def test_the_lora_from_two_checkpoints(use, server):
@@ -217,7 +237,7 @@ def test_the_lora_from_two_checkpoints(use, server):
     assert (server.models / "Lora/photo-from-anime.safetensors").exists()
 
 
-def test_an_extended_run_is_made_and_picked(use, server, third):
+def test_an_extended_run_is_made_and_picked(third, use, server):
     use.choose("fit_checkpoint", "third.safetensors")
     use.type("fit_name", "three")
     use.click("absorb")
@@ -252,21 +272,11 @@ def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
     assert sorted(server.models.rglob("*.safetensors")) == before
 
 
-def test_a_second_checks_refusal_replaces_the_first_outcome(use, server):
-    open_panel(use, "safe")
-    use.click("safe")
-    done(use, "the check of the originals")
-    use.until(lambda: "Nothing was deleted" in use.text("safe_outcome"))
-    use.type("safe_threshold", "200%")
-    use.click("safe")
-    use.until(lambda: "Threshold: expected" in use.text("safe_outcome"))
-    use.settle()
-    assert "Threshold: expected" in use.text("safe_outcome")
-
-
 @IN_WEBUI
-def test_a_mixture_and_a_fit_are_sent_to_txt2img(use, server):
-    page = use.page
+def test_a_mixture_and_a_fit_are_sent_to_txt2img(unused, server):
+    use, page = unused, unused.page
+    use.click("use_refresh")  # the WebUI has not seen the merge
+    use.settle()
     use.page.evaluate(SET, {"anime": 0.5})
     tags = use.until(lambda: use.value("mix_prompt"))
     use.click("mix_send")

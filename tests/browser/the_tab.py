@@ -47,8 +47,19 @@ class Traffic:
 class Tab:
     """The tab on a playwright page."""
 
-    def __init__(self, page, traffic) -> None:
-        self.page, self.traffic = page, traffic
+    def __init__(self, page) -> None:
+        self.page, self.traffic, self.is_open, self._errors = page, Traffic(page), False, []
+        page.on("pageerror", lambda error: self._errors.append(str(error)))
+        page.on("console", self._read_console)
+
+    def _read_console(self, entry) -> None:
+        if entry.type == "error":
+            self._errors.append(entry.text)
+
+    def take_errors(self):
+        """Returns what the page has complained of since it was last asked."""
+        errors, self._errors = self._errors, []
+        return errors
 
     def find(self, name):
         return self.page.locator(PREFIX + name).first  # gradio 4 gives the id of HTML twice
@@ -56,14 +67,29 @@ class Tab:
     def open(self, server):
         self.page.goto(server.url)
         self.find("merge").wait_for(state="attached")
-        if server.host != "standalone":
-            # gradio 3.41 does not say of these buttons that they are tabs
-            self.page.locator("#tabs button", has_text="Hyper-Merge").first.click()
+        self.show()
         self.find("merge").wait_for()
         # each of these is the last answer of those that a page asks for when it opens
         for name in ("runs_table", "checkpoints_table"):
             self.until(lambda name=name: self.text(name, visible=False))
+        self.is_open = True
         return self
+
+    def show(self):
+        """Chooses the tab among those of a WebUI."""
+        # gradio 3.41 does not say of these buttons that they are tabs
+        button = self.page.locator("#tabs button", has_text="Hyper-Merge")
+        if button.count():
+            button.first.click()
+        return self
+
+    def close(self):
+        """Closes the page, not while the server still answers it.
+
+        gradio 3.41 writes errors into its log of a page that goes while it is being answered.
+        """
+        self.traffic.until_quiet(seconds=5)
+        self.page.close()
 
     def click(self, name):
         self.find(name).click()

@@ -1,7 +1,6 @@
 """The app: where it listens, for whom, on which folder, and what it says when it cannot."""
 
 import base64
-import gc
 import json
 import re
 import socket
@@ -83,16 +82,13 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path):
 
 
 @pytest.fixture
-def sockets(monkeypatch):
-    """Those that gradio leaves open are closed before the next test."""
+def can_serve(monkeypatch, gradio_leaves_sockets):
+    """Servers may be started."""
     skip_self_check(monkeypatch)
-    yield
-    gc.collect()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # gradio's own
 @pytest.mark.parametrize("taken", ["port", "address"])
-def test_where_nothing_can_listen_another_port_is_asked_for(tmp_path, taken, sockets):
+def test_where_nothing_can_listen_another_port_is_asked_for(tmp_path, taken, can_serve):
     page = build_app(tmp_path, Jobs())
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -103,10 +99,9 @@ def test_where_nothing_can_listen_another_port_is_asked_for(tmp_path, taken, soc
             serve(page, listening, block=False)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 @pytest.mark.parametrize("auth", [None, ("ann", "secret")])
-def test_the_page_is_served_and_no_other_file(tmp_path, auth, sockets, monkeypatch):
+def test_the_page_is_served_and_no_other_file(tmp_path, auth, can_serve, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
@@ -172,10 +167,9 @@ def test_the_page_brings_style_and_script_with_it():
     assert "hm-message" in app._asset("style.css")
 
 
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 @pytest.mark.parametrize("auth", [None, ("ann", "secret")])
-def test_the_api_has_the_password_of_the_page(tmp_path, auth, sockets):
+def test_the_api_has_the_password_of_the_page(tmp_path, auth, can_serve):
     port = find_free_port()
     page = build_app(tmp_path, Jobs())
     api = build_api(tmp_path, auth, Jobs())

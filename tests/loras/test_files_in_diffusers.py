@@ -148,12 +148,26 @@ def load_strictly(model, weights):
 CASES = [(SD1, "even"), (SD2, "even"), (SDXL, "even"), (SD2, "adaptive")]
 
 
+@pytest.fixture(scope="module")
+def models_of(tmp_path_factory):
+    """Returns two whole narrow checkpoints of a family."""
+    known = {}
+
+    def models(family):
+        name = type(family).__name__
+        if name not in known:
+            known[name] = write_family(tmp_path_factory.mktemp(name), family.spec)
+        return known[name]
+
+    return models
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
-def judged(request, tmp_path_factory):
+def judged(request, models_of):
     """A merge of two whole narrow checkpoints, stored in float32."""
-    folder = tmp_path_factory.mktemp("judged")
     family, allocation = request.param[0](), request.param[1]
-    models = write_family(folder, family.spec)
+    models = models_of(family)
+    folder = models[0].parent  # with the analysis of the merge before it
     settings = {"ranks": RANKS, "dtype": "float32", "iterations": 1, "allocation": allocation}
     return family, models, merge(models, folder / "models", **settings)
 
@@ -227,28 +241,11 @@ def summed(models, merged, row):
     return state
 
 
-def test_the_hyper_model_is_a_checkpoint_to_diffusers(judged):
+def test_the_average_and_fused_loras_are_what_our_files_say(judged, pipeline, complaints, request):
     family, models, merged = judged
-    state, first = load_file(merged.place.hyper_model), load_file(models[0])
-    assert {key: t.shape for key, t in state.items()} == {k: t.shape for k, t in first.items()}
-    loaded = {
-        name: load_strictly(model, family.weights(state, name, model))
-        for name, model in family.models().items()
-    }
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        out = loaded["unet"](noise, 7, **family.conditions()).sample
-    assert out.shape == noise.shape
-    assert bool(out.isfinite().all())
-
-
-@pytest.mark.parametrize("checkpoint", [1])
-def test_fused_loras_are_the_average_plus_multipliers_times_loras(
-    judged, pipeline, complaints, checkpoint, request
-):
-    family, models, merged = judged
+    require_checkpoint(family, models, merged, pipeline)
     allocation = "adaptive" if "adaptive" in request.node.name else "even"
-    row = merged.report.checkpoints[checkpoint]
+    row = merged.report.checkpoints[1]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         names = with_loras(pipeline, merged, row, family.layers)
@@ -280,6 +277,17 @@ def test_fused_loras_are_the_average_plus_multipliers_times_loras(
         changed = [key for key in expected_weights if not torch.equal(fused[key], average[key])]
         # With adaptive ranks an attention's module may hold zeros for the sake of the others.
         assert len(changed) == count or (allocation == "adaptive" and 0 < len(changed) < count)
+
+
+def require_checkpoint(family, models, merged, pipeline):
+    """Requires that the hyper-model is a whole checkpoint, and that its UNet computes numbers."""
+    state, first = load_file(merged.place.hyper_model), load_file(models[0])
+    assert {key: t.shape for key, t in state.items()} == {k: t.shape for k, t in first.items()}
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = pipeline.unet(noise, 7, **family.conditions()).sample
+    assert out.shape == noise.shape
+    assert bool(out.isfinite().all())
 
 
 @pytest.mark.parametrize("judged", CASES[:1], indirect=True)

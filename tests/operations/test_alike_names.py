@@ -59,16 +59,43 @@ def states(state_of):
 
 
 @pytest.fixture
-def family(states, tmp_path):
+def family(states, root):
     """Writes checkpoints of these names into a models folder of the test."""
+    return lambda names: write_all(root, names, states)
 
-    def files(names):
-        models = tmp_path / "root/Stable-diffusion"
-        models.mkdir(parents=True, exist_ok=True)
-        pairs = zip(names, states, strict=False)
-        return [write(models / f"{name}.safetensors", state) for name, state in pairs]
 
-    return files
+@pytest.fixture(scope="session")
+def wished_of(states, tmp_path_factory):
+    """Returns a merge of checkpoints of these names with private LoRAs; not to be changed."""
+    known = {}
+
+    def merged(kind):
+        if kind not in known:
+            root = tmp_path_factory.mktemp("wished") / "root"
+            files = write_all(root, FAMILIES[kind], states)
+            known[kind] = merge(files, root, ranks=(1,), topup="95%")
+        return known[kind]
+
+    return merged
+
+
+@pytest.fixture
+def wished(wished_of, root, request):
+    """A copy of that merge, of Far Eastern names if of no others, as if it had been made there."""
+    merged = wished_of(getattr(request, "param", "letters of other scripts"))
+    first = merged.place.loras.parent
+    shutil.copytree(first, root)
+    manifest = root / "hyper-merge/mix/manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(first), str(root)))
+    return merged
+
+
+def write_all(root, names, states):
+    """Writes checkpoints of these names into a models folder."""
+    models = root / "Stable-diffusion"
+    models.mkdir(parents=True, exist_ok=True)
+    pairs = zip(names, states, strict=False)
+    return [write(models / f"{name}.safetensors", state) for name, state in pairs]
 
 
 @pytest.fixture
@@ -81,14 +108,10 @@ def metadata(path):
         return file.metadata()
 
 
-def wished(family, root, names, topup="99%"):
-    return merge(family(names), root, ranks=(1,), topup=topup)
-
-
-@pytest.mark.parametrize("topup", ["95%", "99%"])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_each_checkpoint_has_a_private_lora_of_its_own(family, root, kind, topup):
-    merged = wished(family, root, FAMILIES[kind], topup)
+def test_each_checkpoint_has_a_private_lora_of_its_own(wished_of, kind):
+    merged = wished_of(kind)
+    root = merged.place.loras.parent
     topups = merged.report.topups
     assert len({name_key(name) for name in topups}) == 4
     for row in merged.report.checkpoints:
@@ -100,10 +123,9 @@ def test_each_checkpoint_has_a_private_lora_of_its_own(family, root, kind, topup
     assert run.report == merged.report
 
 
-def test_a_restored_checkpoint_has_the_reported_share(family, root):
-    merged = wished(family, root, FAR_EAST, "95%")
+def test_a_restored_checkpoint_has_the_reported_share(wished, root):
     folders = Folders.under(root)
-    for row in merged.report.checkpoints:
+    for row in wished.report.checkpoints:
         restored = run_restore(RestoreRequest("mix", {row.name: 1.0}), folders, Progress())
         assert restored.path.name == f"{row.name}-restored.safetensors"
         assert restored.compared.explained == pytest.approx(row.explained, abs=2e-3)
@@ -111,7 +133,8 @@ def test_a_restored_checkpoint_has_the_reported_share(family, root):
 
 
 def test_letters_stay_and_plain_names_are_as_before(family, root):
-    merged = wished(family, root, ("写实人像_v2", "plain_v1.5", "b", "c"))
+    names = ("写实人像_v2", "plain_v1.5", "b", "c")
+    merged = merge(family(names), root, ranks=(1,), topup="99%")
     words = [name.removeprefix("mix_top-").rpartition("-")[0] for name in merged.report.topups]
     assert words == ["写实人像_v2", "plain_v1.5", "b", "c"]
 
@@ -128,15 +151,14 @@ def lose(root, names):
     path.write_text(json.dumps(manifest))
 
 
-def test_a_lost_private_lora_lowers_the_prompts_reported_share(family, root):
-    merged = wished(family, root, FAR_EAST, "95%")
+def test_a_lost_private_lora_lowers_the_prompts_reported_share(wished, root):
     folders = Folders.under(root)
     assert all(verdict.safe for verdict in find_deletable("mix", 0.8, folders, Progress()).verdicts)
     lose(root, FAR_EAST[:1])
     run = load_run(folders, "mix")
     assert run.lost == FAR_EAST[:1]
     assert run.report.checkpoints[0].explained < 0.6
-    assert run.report.checkpoints[1:] == merged.report.checkpoints[1:]
+    assert run.report.checkpoints[1:] == wished.report.checkpoints[1:]
     (problem,) = run.problems
     assert FAR_EAST[0] in problem
     restored = run_restore(RestoreRequest("mix", {FAR_EAST[0]: 1.0}), folders, Progress())
@@ -149,10 +171,9 @@ def test_a_lost_private_lora_lowers_the_prompts_reported_share(family, root):
 
 
 @pytest.mark.parametrize("state", ["gone", "of another checkpoint", "of another merge"])
-def test_a_private_lora_unlike_the_prompts_is_reported(family, root, state):
-    merged = wished(family, root, FAR_EAST, "95%")
+def test_a_private_lora_unlike_the_prompts_is_reported(wished, root, state):
     folders = Folders.under(root)
-    first, second = (root / f"Lora/{name}.safetensors" for name in merged.report.topups[:2])
+    first, second = (root / f"Lora/{name}.safetensors" for name in wished.report.topups[:2])
     if state == "gone":
         first.unlink()
     elif state == "of another checkpoint":
@@ -224,9 +245,8 @@ def test_a_fit_reports_a_replaced_private_lora(family, root):
     assert one.name in problem
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_exports_are_apart_and_keep_their_names(family, root, kind):
-    merge(family(FAMILIES[kind]), root, ranks=(1,))
+@pytest.mark.parametrize("wished", FAMILIES, indirect=True)
+def test_exports_are_apart_and_keep_their_names(wished, root):
     folders = Folders.under(root)
     exported = run_export(ExportRequest("mix"), folders, Progress())
     names = [item.path.stem for item in exported]
@@ -272,7 +292,7 @@ def test_names_that_windows_keeps_for_itself_are_not_given(states, tmp_path, roo
 
 def test_a_line_break_in_a_name_breaks_no_line(family, root):
     names = ("a\nb", "c", "a:b", "tail ")
-    merged = wished(family, root, names)
+    merged = merge(family(names), root, ranks=(1,), topup="99%")
     lines = (root / "hyper-merge/mix/multipliers.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["a\\nb", "c", "a:b", "tail "]
     assert [line.partition(": ")[2] for line in lines] == [

@@ -1,11 +1,13 @@
 """What could be deleted is told, never done; a run grows into a new one and stays as it is."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_family import load, merge, recipe, snapshot, write
 
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError, RunError
 from hyper_merge.operations import extend
@@ -18,20 +20,25 @@ from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.hash_cache import hash_sources
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver import solve
 
 
 @pytest.fixture
-def writable(files, tmp_path):
-    """A merge of three copied checkpoints, which may be changed."""
-    root = tmp_path / "models"
-    for path in files:
-        (root / "Stable-diffusion").mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, root / "Stable-diffusion" / path.name)
-    merged = merge([root / "Stable-diffusion" / path.name for path in files], root)
-    return merged, Folders.under(root)
+def writable(files, merged, tmp_path):
+    """A merge of three copied checkpoints, which may be changed, as if it had been made there."""
+    old, root = merged.place.loras.parent, tmp_path / "models"
+    shutil.copytree(old, root)
+    copies = [shutil.copy(path, root / "Stable-diffusion" / path.name) for path in files]
+    (root / "hyper-merge/cache/hashes.json").unlink()  # those of the files at their first places
+    hash_sources([*map(read_header, copies)], root / "hyper-merge/cache", Progress())
+    manifest = root / "hyper-merge/mix/manifest.json"
+    text = manifest.read_text().replace(str(old), str(root))
+    manifest.write_text(text.replace(str(files[0].parent), str(root / "Stable-diffusion")))
+    loras = [root / "Lora" / path.name for path in merged.loras]
+    return SimpleNamespace(report=merged.report, loras=loras), Folders.under(root)
 
 
 @pytest.fixture

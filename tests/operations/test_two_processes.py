@@ -43,12 +43,19 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def others(request):
+@pytest.fixture(scope="module")
+def processes():
+    """Two processes; each takes seconds to start."""
+    with Other(dict(os.environ)) as one, Other(dict(os.environ)) as two:
+        yield one, two
+
+
+@pytest.fixture(params=KINDS)
+def others(request, processes):
     """Two processes on a file system of one kind, and that kind."""
-    environment = dict(os.environ)
-    with Other(request.param, environment) as one, Other(request.param, environment) as two:
-        yield one, two, request.param
+    for process in processes:
+        process.become(request.param)
+    return *processes, request.param
 
 
 @pytest.fixture(params=range(ROUNDS))
@@ -151,9 +158,10 @@ def test_no_hash_and_no_solution_is_lost(others, files, root, state_of, tmp_path
     assert sorted(len(solution) for solution in solutions) == [1, 3]
 
 
-def test_a_killed_merge_locks_out_nobody(files, tmp_path):
-    root = tmp_path / "models"
-    with Other("locks", dict(os.environ)) as one, Other("locks", dict(os.environ)) as two:
+def test_a_killed_merge_locks_out_nobody(files, processes, tmp_path):
+    root, two = tmp_path / "models", processes[1]
+    two.become("locks")
+    with Other(dict(os.environ)) as one:
         one.begin(*merging(files, root, iterations=10_000))
         end = time.monotonic() + 120
         while not (begun := list(root.rglob("*.lock"))) and time.monotonic() < end:

@@ -123,6 +123,7 @@ def test_a_merge_through_the_api_is_a_host_task(start):
     assert not webui.queue_lock.held
 
 
+@pytest.mark.usefixtures("gradio_leaves_sockets")
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 def test_the_api_is_in_the_hosts_app_and_schema(models, flavour):
     with installed(models, flavour, api=True, api_auth="ann:secret") as webui:

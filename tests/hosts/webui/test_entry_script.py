@@ -124,6 +124,7 @@ def test_our_settings_are_components_of_the_hosts_page(webui, built):
     assert "The cache holds 0 kB of at most 20.00 GB" in size.value
 
 
+@pytest.mark.usefixtures("gradio_leaves_sockets")
 @pytest.mark.filterwarnings("ignore:The `name` is not the first:DeprecationWarning")  # gradio's own
 def test_the_page_of_the_webui_is_served(webui, built):
     webui.load_scripts()

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[3]
 def test_interrupted_merge_changes_no_file(files, started, how):
     before = snapshot(started)
     changed = [files[2], files[1]]  # another average under the same name
-    for at in (0.001, 0.04, 0.3, 0.61, 0.9, 1.0 if how == "interrupt" else 0.96):
+    for at in (0.001, 0.04, 0.3, 0.61, 0.9, 1.0) if how == "interrupt" else (0.3, 0.96):
         shutil.rmtree(started / "hyper-merge" / "cache", ignore_errors=True)
         stop = Stop(at, how)
         with pytest.raises((InterruptedRun, KeyboardInterrupt)):

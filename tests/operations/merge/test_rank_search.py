@@ -67,9 +67,9 @@ def file_bytes(merged):
 
 
 @pytest.mark.parametrize("ranks", [(1,), (4, 2), (2, 1, 1), (40, 40)], ids=str)
-def test_adaptive_ranks_explain_more_in_equal_bytes(files, tmp_path, ranks):
+def test_adaptive_ranks_explain_more_in_equal_bytes(files, analysed, ranks):
     even, adaptive = (
-        merge(files, tmp_path, ranks=ranks, iterations=8, allocation=how, layer_weights="plain")
+        merge(files, analysed, ranks=ranks, iterations=8, allocation=how, layer_weights="plain")
         for how in ("even", "adaptive")
     )
     assert even.place.hyper_model == adaptive.place.hyper_model
@@ -83,14 +83,14 @@ def test_adaptive_ranks_explain_more_in_equal_bytes(files, tmp_path, ranks):
     assert adaptive.report.private_loss <= even.report.private_loss
 
 
-def test_adaptive_full_ranks_restore_everything(files, tmp_path):
-    adaptive = merge(files, tmp_path, ranks=(100, 100), dtype="float32", iterations=8)
+def test_adaptive_full_ranks_restore_everything(files, analysed):
+    adaptive = merge(files, analysed, ranks=(100, 100), dtype="float32", iterations=8)
     assert loss_of(files, adaptive) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_adaptive_ranks_report_the_files_loss(files, tmp_path, dtype):
-    merged = merge(files, tmp_path, dtype=dtype)
+def test_adaptive_ranks_report_the_files_loss(files, analysed, dtype):
+    merged = merge(files, analysed, dtype=dtype)
     ranks = [set(of_file.values()) for of_file in ranks_in(merged)]
     assert all(len(kinds) > 2 for kinds in ranks)
     assert max(map(max, ranks)) > 4 > min(map(min, ranks))
@@ -168,8 +168,8 @@ NUMBER = r"-?[0-9]+\.[0-9]{5}"
 @pytest.mark.parametrize(
     ("multipliers", "inner"), [("separate", f"{NUMBER}:{NUMBER}"), ("shared", NUMBER)]
 )
-def test_prompts_have_text_multipliers_only_if_separate(files, tmp_path, multipliers, inner):
-    merged = merge(files, tmp_path, multipliers=multipliers)
+def test_prompts_have_text_multipliers_only_if_separate(files, analysed, multipliers, inner):
+    merged = merge(files, analysed, multipliers=multipliers)
     for row in merged.report.checkpoints:
         tags = merged.report.tags(row)
         assert re.fullmatch(f"<lora:mix_0-4:{inner}> <lora:mix_1-2:{inner}>", tags)
@@ -183,11 +183,11 @@ def test_prompts_have_text_multipliers_only_if_separate(files, tmp_path, multipl
 
 
 @pytest.mark.parametrize("allocation", ["adaptive", "even"])
-def test_separate_multipliers_are_no_worse_than_shared_ones(files, tmp_path, allocation):
+def test_separate_multipliers_are_no_worse_than_shared_ones(files, analysed, allocation):
     separate, shared = (
         merge(
             files,
-            tmp_path,
+            analysed,
             iterations=12,
             allocation=allocation,
             multipliers=which,

@@ -14,8 +14,7 @@ from hyper_merge.loras.metadata import KIND
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.file_lock import patiently
 
-_NO_NAMES: Final = frozenset({errno.ENAMETOOLONG, errno.EINVAL})  # EINVAL: Windows, as for "a?b"
-_WINDOWS_NO_NAMES: Final = frozenset({123, 161, 206})  # invalid name, bad path, name too long
+_INVALID_NAME: Final = 123  # Windows, as for "a?b"; its other bad names are files not found
 
 
 def private_lora_names(record: Path) -> list[str] | None:
@@ -84,4 +83,4 @@ def _means_missing(error: OSError) -> bool:
     """Tells whether no file is there, be it that none can have the name."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return True
-    return error.errno in _NO_NAMES or getattr(error, "winerror", None) in _WINDOWS_NO_NAMES
+    return error.errno == errno.ENAMETOOLONG or getattr(error, "winerror", None) == _INVALID_NAME

@@ -130,6 +130,8 @@ def plan_private_lora(
         allowance: the bytes that the file takes in place of what the target asks for.
     """
     costs = [layer.m + layer.n for layer in residual.layers]
+    # Of rank 1 in all layers that private LoRAs hold.
+    even = sum(cost for layer, cost in zip(residual.layers, costs, strict=True) if not layer.is_end)
     allowed = (1 - (target.share or 0.0)) * residual.energy
     if target.rank is None and residual.error <= allowed:
         return None
@@ -139,13 +141,13 @@ def plan_private_lora(
         kept = allowance.keep({index: [values] for index, values in enumerate(weighted)})
         ranks = [kept[index][0] for index in range(len(costs))]
     elif target.rank is not None:
-        ranks = spread_ranks(weighted, costs, target.rank * sum(costs))
+        ranks = spread_ranks(weighted, costs, target.rank * even)
     else:
         remaining = residual.margin * allowed - residual.unreachable(spectra)
         ranks = ranks_within(weighted, costs, max(remaining, 0.0))
     if not any(ranks):
         return None
-    mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / sum(costs)
+    mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / even
     rank = max(round(mean), 1)
     alpha = _alpha(rank, ranks, spectra, dtype) if has_alpha else None
     return PrivateLoraPlan(rank, ranks, StoredFormat(alpha, dtype))

@@ -1,6 +1,7 @@
 """What a killed process has left of a run is undone at the next look; unreadable files end no run by halves."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_family import merge, snapshot
 
 from hyper_merge.checkpoints.io.temporary_names import temporary_path
 from hyper_merge.errors import OutputError
+from hyper_merge.runs import ownership
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.run import list_runs, load_run
@@ -74,3 +76,16 @@ def test_a_run_with_an_unreadable_file_is_deleted_by_no_halves(started, folders,
     assert snapshot(started) == before
     assert record in delete_run(run, folders)
     assert os.listdir(started / "Lora") == []  # noqa: PTH208
+
+
+@pytest.mark.parametrize(("code", "is_missing"), [(123, True), (362, False)])  # name; cloud folder
+def test_only_a_name_that_windows_refuses_means_no_file(tmp_path, monkeypatch, code, is_missing):
+    error = OSError(22, "refused")
+    error.winerror = code
+
+    def refuse(path):
+        raise error
+
+    monkeypatch.setattr(ownership, "read_json", refuse)
+    with nullcontext() if is_missing else pytest.raises(OutputError, match="cannot be read now"):
+        assert ownership.known_json(tmp_path / "a?b.json") is None

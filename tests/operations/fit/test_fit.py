@@ -272,6 +272,19 @@ def test_a_top_up_to_a_share_barely_exceeds_it(at, other):
     assert 0.97 <= topup.explained_weighted == fitted.fidelity < 0.975
 
 
+def test_a_top_up_holds_no_end_layers_but_counts_their_error(single, other, tmp_path):
+    folders = Folders.under(shutil.copytree(single.root, tmp_path / "models"))
+    assert fit(folders, other).fidelity < 0.932
+    fitted = fit(folders, other, topup="93.2%", overwrite=True)
+    assert 0.932 <= fitted.fidelity < 0.9325
+    fitted = fit(folders, other, topup="3", overwrite=True)
+    lora = load_file(folders.loras / f"{fitted.topups[0].name}.safetensors")
+    layers = layers_of(other)  # without ends
+    downs = {layer: lora.get(f"{layer.module}.lora_down.weight") for layer in layers}
+    values = sum(len(d) * (layer.m + layer.n) for layer, d in downs.items() if d is not None)
+    assert 2.9 < values / sum(layer.m + layer.n for layer in layers) <= 3
+
+
 def test_a_share_already_reached_needs_no_top_up(at, other, started):
     before = snapshot(started)
     fitted = fit(at, other, topup="1%")

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from family_layouts import REFINER_TEXT_PREFIX
 from random_checkpoints import sane_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -18,7 +19,6 @@ from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.synthetic.checkpoint_layouts import (
     FIRST_TEXT_PREFIX,
     OPEN_CLIP_PREFIX,
-    REFINER_TEXT_PREFIX,
     SECOND_TEXT_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,

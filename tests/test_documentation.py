@@ -14,7 +14,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 PAGES_ABOUT_THE_SOURCE = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "adding-a-family.md"]
-ENVIRONMENT = {"HYPER_MERGE_LAYOUTS"}  # variables, which no module defines
+ENVIRONMENT = {
+    "HYPER_MERGE_LAYOUTS",
+    "HYPER_MERGE_SCREENSHOTS",
+    "HYPER_MERGE_WEBUI",
+    "HYPER_MERGE_FAULTS",
+}  # variables, which no module defines
 
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

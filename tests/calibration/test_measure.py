@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_layouts import refiner_layout
 from narrow_layouts import NARROW, few, one, two, without, xl
 from reference_networks import (
     CLIPS,
@@ -38,7 +39,6 @@ from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.synthetic.checkpoint_layouts import refiner_layout
 
 FEW = Samples(passes=1, batch=2, side=8)
 CPU = torch.device("cpu")
@@ -180,7 +180,7 @@ def test_a_run_holds_the_weights_of_one_block(monkeypatch):
         if block := re.match(r"(.*transformer_blocks\.\d+|.*_blocks?\.\d+(\.\d+)?)\.", key):
             blocks[block[0]] += numel
     ends = sum(n for key, n in numels.items() if "time_embed" in key or "label_emb" in key)
-    assert max(peaks) < max(blocks.values()) + 1.05 * ends
+    assert max(peaks) < max(blocks.values()) + 1.1 * ends
     assert max(peaks) < 0.15 * sum(numels.values())
     assert not alive
 

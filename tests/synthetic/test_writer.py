@@ -48,7 +48,7 @@ def test_synthetic_files_have_the_real_sd1_layout(family, layers):
         assert len(header.tensors) == 1131
         types = {info.dtype for key, info in header.tensors.items() if "position_ids" not in key}
         assert types == {torch.float16}
-    assert len(layers) == 278 + 72
+    assert len(layers) == 278 + 4 + 72
 
 
 def test_the_files_hold_the_exact_numbers_rounded_once(family):

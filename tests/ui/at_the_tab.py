@@ -29,7 +29,7 @@ FORM = Form(
     allocation="adaptive, where they explain most",
     separate=True,
     fit_weights="",
-    layer_weights="relative to each layer's size",
+    layer_weights="by their effect on the output",
     save_styles=True,
 )
 """That of the merge which the fixture `run` has made."""

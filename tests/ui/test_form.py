@@ -148,12 +148,12 @@ def test_advanced_fields_reach_the_recipe(recipe):
         separate=False,
         fit_weights="1, 2, 1",
         allocation="adaptive, where they explain most",
-        layer_weights="relative to each layer's size",
+        layer_weights="by their effect on the output",
     )
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"
     assert parsed.fit_weights == (1.0, 2.0, 1.0)
-    assert (parsed.allocation, parsed.layer_weights) == ("adaptive", "relative")
+    assert (parsed.allocation, parsed.layer_weights) == ("adaptive", "output")
     assert form_from_recipe(parsed, {}, save_styles=False).topup == "95%"
 
 

@@ -78,4 +78,4 @@ def _level(path: str, levels: int) -> int:
     if side == "input_blocks":
         return -(-number // _PER_LEVEL) if within == "op" else max(number - 1, 0) // _PER_LEVEL
     upsampler = place > 0 and within == "conv"
-    return levels - 1 - number // _PER_LEVEL - upsampler
+    return max(levels - 1 - number // _PER_LEVEL - upsampler, 0)  # of unknown variants too

@@ -37,7 +37,7 @@ def cheapest_rank(merged, models, dtype):
         (200_000, {"lora_dtype": "float32", "multipliers": "shared"}),
         (60_000, {"topup": "1"}),
         (200_000, {"topup": "4"}),
-        (200_000, {"topup": "99%", "exact": "norms"}),
+        (200_000, {"topup": "99.9%", "exact": "norms"}),
         (200_000, {"topup": "1%"}),
         (400_000, {}),
     ],

@@ -78,11 +78,16 @@ def _format_text_encoder(report: Report, row: CheckpointReport) -> str:
 
 
 def _format_explained(report: Report) -> str:
-    return (
+    text = (
         f"explained: {report.explained_mean:.2%} as the mean over checkpoints,"
         f" {report.worst.explained:.2%} at worst;"
         f" {report.explained_of_all:.2%} of all differences by the shared LoRAs (1 - loss)"
     )
+    if not report.shared_fidelity:
+        return text
+    shares = [row.fidelity for row in report.checkpoints]
+    mean, worst = sum(shares) / len(shares), min(shares)
+    return f"{text}\nwith the weights of the layers: {mean:.2%} in the mean, {worst:.2%} at worst"
 
 
 def _format_losses(report: Report) -> list[str]:

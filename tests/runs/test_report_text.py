@@ -1,5 +1,6 @@
 """The report's figures are those of dense arithmetic, and its table is laid out for people."""
 
+import dataclasses
 import json
 import re
 
@@ -137,3 +138,15 @@ def test_two_checkpoints_get_opposite_multipliers_and_the_best_blocks(files, tmp
     first, second = (row.multipliers for row in report.checkpoints)
     assert first[0] == pytest.approx(-second[0], abs=1e-3)
     assert report.loss == pytest.approx(report.bound, rel=2e-3)  # the truncated SVD of one matrix
+
+
+def test_text_and_figures_have_the_share_by_which_all_is_judged(merged):
+    report = merged.report
+    shares = [row.fidelity for row in report.checkpoints]
+    assert shares == list(report.shared_fidelity) != [row.explained for row in report.checkpoints]
+    text = format_report(report)
+    assert f"layers: {sum(shares) / 3:.2%} in the mean, {min(shares):.2%} at worst" in text
+    assert f"private LoRAs of the same bytes   {report.weighted_private_loss:.4f}" in text
+    lost = dataclasses.replace(report, shared_fidelity=(0.1, 0.2, 0.3), curve=((0, 0, 0),) * 3)
+    rows = lost.without_topups((), requested=True).checkpoints
+    assert [row.fidelity for row in rows] == [0.1, 0.2, 0.3]

@@ -4,6 +4,7 @@ import pytest
 from browser.conftest import shot
 from tiny_family import merge
 
+from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 
@@ -115,6 +116,14 @@ def test_from_picking_to_the_result_and_again(form, server):
     tab.merge()
     tab.until(lambda: tab.value("prompt").startswith("<lora:mix-2_0-3:"))
     assert not (server.models / "Stable-diffusion" / "mix-2.safetensors").exists()
+    forget(server, "mix-2", "mix")
+
+
+def forget(server, *names):
+    """Deletes runs, so that no other test's merge of these checkpoints shares their hyper-model."""
+    folders = Folders.under(server.models)
+    for name in names:
+        delete_run(load_run(folders, name), folders)
 
 
 def test_the_prompt_is_copied(earlier_runs, tab):
@@ -143,6 +152,7 @@ def test_a_run_goes_on_while_the_page_is_closed(form, server, slow_runs):
     slow_runs.unlink()
     tab.until(lambda: "Done: long" in tab.text("status"), 60)
     tab.until(lambda: tab.text("sentence").startswith("long"))
+    forget(server, "long")
 
 
 def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, new_tab, server):

@@ -19,7 +19,7 @@ _LEAST_SIZE: Final = 0.05  # of a weight's entries, in units of all layers' usua
 _LEAST_SENSITIVITY: Final = 1e-12
 # What an end layer's change counts more than that of any other: the whole signal passes through it,
 # and through other layers a part, beside what skips them.
-_TRUNK: Final = 100.0
+_TRUNK: Final = 4.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,8 +123,8 @@ class RunSummaryResponse(BaseModel):
     ranks: list[int]
     explained: float = Field(
         ...,
-        description="mean over the checkpoints of their explained shares, as in the tab; the share of"
-        " all differences is 1 - loss of the run's report",
+        description="mean over the checkpoints of their explained_weighted, as in the tab; the share"
+        " of all differences in weights is 1 - loss of the run's report",
     )
     explained_worst: float = Field(..., description="of the checkpoint that is explained least")
     missing: list[str] = Field(..., description="files that are gone or were replaced since")
@@ -142,7 +142,7 @@ class RunCheckpointResponse(BaseModel):
 
     name: str
     prompt: str = Field(..., description="what makes the hyper-model this checkpoint")
-    explained: float = Field(..., description="share of its difference in the layers")
+    explained: float = Field(..., description="share of its difference in the layers, in weights")
     explained_weighted: float = Field(
         ..., description="the same with the weights of the loss, by which it is judged; 0: unknown"
     )

@@ -114,8 +114,8 @@ def run_summary_response(run: Run) -> RunSummaryResponse:
         family=run.family,
         checkpoints=[row.name for row in rows],
         ranks=list(run.recipe.ranks),
-        explained=run.report.explained_mean,
-        explained_worst=run.report.worst.explained,
+        explained=run.report.fidelity_mean,
+        explained_worst=run.report.worst.fidelity,
         missing=[path.name for path in run.missing],
     )
 

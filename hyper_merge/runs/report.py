@@ -113,7 +113,7 @@ class Report:
 
     rounding: tuple[PrecisionLoss, ...] = ()  # by the way in which hosts add LoRAs
     # As the loss counts them, with the weights of layers and checkpoints; 0 where it is not known.
-    metric: str = ""  # the recipe's word for the layers' weights
+    metric: str = ""  # the recipe's word for the layers' weights; "layout" where nothing was run
     weighted_loss: float = 0.0
     weighted_private_loss: float = 0.0
     weighted_bound: float = 0.0
@@ -127,8 +127,17 @@ class Report:
 
     @property
     def worst(self) -> CheckpointReport:
-        """The checkpoint that is explained least."""
-        return min(self.checkpoints, key=lambda row: row.explained)
+        """The checkpoint that is explained least, as the loss counts it."""
+        return min(self.checkpoints, key=lambda row: row.fidelity)
+
+    @property
+    def fidelity_mean(self) -> float:
+        """Mean of the checkpoints' explained shares as the loss counts them, 0..1.
+
+        By default that is an estimate of what the network does: on trained families what is lost of
+        the network's outputs is less than this says.
+        """
+        return sum(row.fidelity for row in self.checkpoints) / max(len(self.checkpoints), 1)
 
     @property
     def explained_of_all(self) -> float:

@@ -18,6 +18,12 @@ from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
 
 _WORST: Final = 3  # sections that are named
+_METRICS: Final = {
+    "output": "in what the network does, estimated by runs of the average",
+    "layout": "in what the network does, estimated from its layout",
+    "relative": "relative to the size of each layer",
+    "plain": "in weights",
+}
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 
@@ -28,10 +34,10 @@ def format_report(report: Report) -> str:
     lines = [
         f"{report.name}: {len(report.checkpoints)} checkpoints, {len(report.loras)} shared LoRAs",
         "",
-        f"{'checkpoint':{width}}  explained    UNet  text enc.  rel. error   not carried",
+        f"{'checkpoint':{width}}  explained  in weights    UNet  text enc.  rel. error   not carried",
     ]
     lines += [
-        f"{name:{width}}  {row.explained:9.2%} {row.explained_unet:7.2%} "
+        f"{name:{width}}  {row.fidelity:9.2%}  {row.explained:10.2%} {row.explained_unet:7.2%} "
         f"{_format_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
         for name, row in zip(names, report.checkpoints, strict=True)
     ]
@@ -78,16 +84,20 @@ def _format_text_encoder(report: Report, row: CheckpointReport) -> str:
 
 
 def _format_explained(report: Report) -> str:
-    text = (
-        f"explained: {report.explained_mean:.2%} as the mean over checkpoints,"
-        f" {report.worst.explained:.2%} at worst;"
+    weights = (
+        f"{report.explained_mean:.2%} as the mean over checkpoints,"
+        f" {min(row.explained for row in report.checkpoints):.2%} at worst;"
         f" {report.explained_of_all:.2%} of all differences by the shared LoRAs (1 - loss)"
     )
     if not report.shared_fidelity:
-        return text
-    shares = [row.fidelity for row in report.checkpoints]
-    mean, worst = sum(shares) / len(shares), min(shares)
-    return f"{text}\nwith the weights of the layers: {mean:.2%} in the mean, {worst:.2%} at worst"
+        return f"explained: {weights}"
+    left, worst = 1 - report.fidelity_mean, 1 - report.worst.fidelity
+    return (
+        f"of 100 parts of difference {_METRICS.get(report.metric, 'with these weights')},"
+        f" {100 * left:.1f} remain in the mean, {100 * worst:.1f} at worst"
+        f" ({one_line(report.worst.name)})\n"
+        f"explained in weights: {weights}"
+    )
 
 
 def _format_losses(report: Report) -> list[str]:

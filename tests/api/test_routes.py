@@ -281,9 +281,9 @@ def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
     assert run_summary["missing"] == []
     assert 0 < run_summary["explained_worst"] <= run_summary["explained"] < 1
     rows = client.get("/runs/mix")[1]["checkpoints"]
-    assert run_summary["explained"] == sum(row["explained"] for row in rows) / len(rows)
+    assert run_summary["explained"] == sum(row["explained_weighted"] for row in rows) / 3
     loaded = load_run(Folders.under(root), "mix")
-    assert run_summary["explained"] == loaded.report.explained_mean
+    assert run_summary["explained"] == loaded.report.fidelity_mean
     shown = (
         f"Explained: <b>{format_percent(run_summary['explained'])}</b> as the mean over checkpoints"
     )

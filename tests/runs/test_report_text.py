@@ -16,9 +16,9 @@ from hyper_merge.solver.evaluation import Evaluation
 TABLE = """\
 mix: 2 checkpoints, 2 shared LoRAs
 
-checkpoint         explained    UNet  text enc.  rel. error   not carried
-anime                 81.25%  80.00%    91.25%      0.4330        1.230%
-a_long_checkpoint    100.00% 100.00%   100.00%      0.0000        0.000%
+checkpoint         explained  in weights    UNet  text enc.  rel. error   not carried
+anime                 81.25%      81.25%  80.00%    91.25%      0.4330        1.230%
+a_long_checkpoint    100.00%     100.00% 100.00%   100.00%      0.0000        0.000%
 
 explained: 90.62% as the mean over checkpoints, 81.25% at worst; 87.50% of all differences by the shared LoRAs (1 - loss)
 
@@ -145,7 +145,9 @@ def test_text_and_figures_have_the_share_by_which_all_is_judged(merged):
     shares = [row.fidelity for row in report.checkpoints]
     assert shares == list(report.shared_fidelity) != [row.explained for row in report.checkpoints]
     text = format_report(report)
-    assert f"layers: {sum(shares) / 3:.2%} in the mean, {min(shares):.2%} at worst" in text
+    mean, worst = (100 * (1 - share) for share in (sum(shares) / 3, min(shares)))
+    assert f"{mean:.1f} remain in the mean, {worst:.1f} at worst ({report.worst.name})" in text
+    assert "in what the network does, estimated from its layout" in text
     assert f"private LoRAs of the same bytes   {report.weighted_private_loss:.4f}" in text
     lost = dataclasses.replace(report, shared_fidelity=(0.1, 0.2, 0.3), curve=((0, 0, 0),) * 3)
     rows = lost.without_topups((), requested=True).checkpoints

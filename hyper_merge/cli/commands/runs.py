@@ -51,11 +51,11 @@ def _run_line(run: Run) -> str:
     ranks = ", ".join(map(str, run.recipe.ranks))
     missing = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
     fits, _ = load_fits(run)
-    fitted = ", ".join(f"{record.row.name} {record.explained:.0%}" for record in fits)
+    fitted = ", ".join(f"{record.row.name} {record.fidelity:.0%}" for record in fits)
     later = f"; fitted: {fitted}" if fits else ""
     return (
         f"{run.name}: {run.created[:10]}, {run.family}, {len(report.checkpoints)} checkpoints, ranks {ranks},"
-        f" explained {report.explained_mean:.0%} (mean), {report.worst.explained:.0%} (worst)"
+        f" explained {report.fidelity_mean:.0%} (mean), {report.worst.fidelity:.0%} (worst)"
         f"{later}{missing}"
     )
 

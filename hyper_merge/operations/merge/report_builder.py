@@ -21,6 +21,7 @@ from hyper_merge.decomposition.clustering import find_clusters
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
+from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.report import PARTS, CheckpointReport, Report, part_losses
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.metric import Metric
@@ -79,7 +80,7 @@ def make_report(
         groups=clusters.groups if clusters.are_apart else (),
         between_groups=clusters.between,
         parts=part_losses(analysis.layers, evaluation.energies, evaluation.errors),
-        metric=solved.plan.recipe.layer_weights,
+        metric=_metric_word(analysis, solved.plan.recipe),
         weighted_loss=share(
             metric.weigh(evaluation.errors).sum(), metric.weigh(evaluation.energies).sum()
         ),
@@ -87,6 +88,12 @@ def make_report(
         weighted_bound=limits.weighted_bound,
         shared_fidelity=tuple(evaluation.shared.tolist()),
     )
+
+
+def _metric_word(analysis: Analysis, recipe: Recipe) -> str:
+    """Returns how layers were weighed: "layout" too where the network could not be run."""
+    by_layout = recipe.layer_weights == "output" and not analysis.sensitivities
+    return "layout" if by_layout else recipe.layer_weights
 
 
 def gram_of(

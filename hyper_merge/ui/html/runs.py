@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.report import CheckpointReport, Report
@@ -20,6 +21,15 @@ from hyper_merge.ui.html.common import (
     format_percent,
     format_table,
 )
+
+_DIFFERENCE: Final = "Explained: the share of a checkpoint's difference from the hyper-model that the LoRAs reproduce"
+_OF_OUTPUT: Final = f"{_DIFFERENCE}, counted by what it does to the network's output"
+_EXPLAINED: Final = {
+    "output": f"{_OF_OUTPUT}, as runs of the hyper-model measure it.",
+    "layout": f"{_OF_OUTPUT}, as the layout suggests.",
+    "relative": f"{_DIFFERENCE}, relative to the size of each layer.",
+    "plain": f"{_DIFFERENCE}.",
+}
 
 
 def format_run_summary(run: Run) -> str:
@@ -36,10 +46,9 @@ def format_run_summary(run: Run) -> str:
     return (
         f"<p><b>{_text(run.name)}</b>: {len(report.checkpoints)} checkpoints ({format_size(report.bytes_before)}) "
         f"→ {made} + {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
-        f"<b>{less}</b>. Explained: <b>{format_percent(report.explained_mean)}</b> as the mean over checkpoints, "
-        f"<b>{format_percent(worst.explained)}</b> at worst ({_text(worst.name)}).</p>"
-        "<p class=hm-hint>Explained: the share of a checkpoint's difference from the hyper-model that "
-        "the LoRAs reproduce.</p>"
+        f"<b>{less}</b>. Explained: <b>{format_percent(report.fidelity_mean)}</b> as the mean over checkpoints, "
+        f"<b>{format_percent(worst.fidelity)}</b> at worst ({_text(worst.name)}).</p>"
+        f"<p class=hm-hint>{_EXPLAINED.get(report.metric, _EXPLAINED['plain'])}</p>"
         + _format_rounding(run)
         + _format_groups(report)
         + format_missing_files(run)
@@ -79,7 +88,7 @@ def format_missing_files(run: Run) -> str:
 def format_run_table(report: Report) -> str:
     """Returns the explained shares of every checkpoint, and its multiplier of each LoRA."""
     blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
-    head = ("Checkpoint", "Explained", "UNet", "Text encoder", *blocks)
+    head = ("Checkpoint", "Explained", "In weights", "UNet", "Text encoder", *blocks)
     rows = [_result_row(row) for row in report.checkpoints]
     separate = any(row.text_multipliers for row in report.checkpoints)
     note = format_hint("Multipliers: text encoder : UNet.") if separate else ""
@@ -114,12 +123,12 @@ def format_run_comparison(first: Run, second: Run) -> str:
         ("Precision of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
         (
             "Explained, mean",
-            format_percent(first.report.explained_mean),
-            format_percent(second.report.explained_mean),
+            format_percent(first.report.fidelity_mean),
+            format_percent(second.report.fidelity_mean),
         ),
     ]
     explained = [
-        {row.name: row.explained for row in run.report.checkpoints} for run in (first, second)
+        {row.name: row.fidelity for row in run.report.checkpoints} for run in (first, second)
     ]
     for name in dict.fromkeys([*explained[0], *explained[1]]):
         shares = [
@@ -138,7 +147,7 @@ def format_file_list(paths: Sequence[Path], question: str) -> str:
 
 
 def _result_row(row: CheckpointReport) -> tuple[str, ...]:
-    shares = (row.explained, row.explained_unet, row.explained_text_encoder)
+    shares = (row.fidelity, row.explained, row.explained_unet, row.explained_text_encoder)
     return (_text(row.name), *(format_percent(share) for share in shares), *_multipliers(row))
 
 
@@ -158,8 +167,8 @@ def _run_row(run: Run) -> tuple[str, ...]:
         str(len(report.checkpoints)),
         _text(_ranks(run)),
         format_size(report.bytes_loras),
-        format_percent(report.explained_mean),
-        format_percent(report.worst.explained),
+        format_percent(report.fidelity_mean),
+        format_percent(report.worst.fidelity),
     )
 
 

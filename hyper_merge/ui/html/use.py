@@ -74,8 +74,8 @@ def format_fit_result(fit: FitRecord, run: Run) -> str:
     parts = ", ".join(f"{PARTS[part]} {format_percent(shares[part])}" for part in present)
     private = "".join(_format_private_lora(lora) for lora in fit.topups)
     return (
-        f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} explain <b>{format_percent(row.explained)}</b> "
-        f"of its difference from the hyper-model ({parts}).</p>"
+        f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} explain <b>{format_percent(row.fidelity)}</b> "
+        f"of its difference from the hyper-model (in weights: {parts}).</p>"
         + _format_sections(fit.parts)
         + _format_not_carried(fit.not_carried)
         + private

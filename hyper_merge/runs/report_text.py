@@ -127,7 +127,7 @@ def _format_weighted_losses(report: Report) -> list[str]:
         rows.insert(0, ("private LoRAs of the same bytes", report.weighted_private_loss))
         rows.append(("lower bound", report.weighted_bound))
     return [
-        f"weighted loss: the same with each layer's weight ({report.metric})",
+        f"weighted loss: what stays unexplained, layers weighed by {report.metric}",
         *(f"  {name:33} {value:.4f}" for name, value in rows),
     ]
 

@@ -24,12 +24,6 @@ ROOT = Path(__file__).parents[2]
 FAST = ["--ranks", "4,2", "--iterations", "2", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _no_progress_lines(monkeypatch):
-    """Keeps a busy machine from adding lines to standard error."""
-    monkeypatch.setattr("hyper_merge.cli.progress_bar.SECONDS_BETWEEN_LINES", 1e9)
-
-
 def without_estimate(out):
     """Standard output less the line that says beforehand what a merge will take."""
     return re.sub(r"^\d+ checkpoints; a.* seconds, [\d.]+ [GM]B of memory .* of disk\n", "", out)

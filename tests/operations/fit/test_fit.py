@@ -274,9 +274,9 @@ def test_a_top_up_to_a_share_barely_exceeds_it(at, other):
 
 def test_a_top_up_holds_no_end_layers_but_counts_their_error(single, other, tmp_path):
     folders = Folders.under(shutil.copytree(single.root, tmp_path / "models"))
-    wanted = round(fit(folders, other).fidelity + 0.0012, 4)
+    wanted = round(fit(folders, other).fidelity + 0.004, 4)
     fitted = fit(folders, other, topup=f"{wanted:.2%}", overwrite=True)
-    assert wanted <= fitted.fidelity < wanted + 0.0005
+    assert wanted <= fitted.fidelity < wanted + 0.002  # about a rank more
     fitted = fit(folders, other, topup="3", overwrite=True)
     lora = load_file(folders.loras / f"{fitted.topups[0].name}.safetensors")
     layers = layers_of(other)  # without ends

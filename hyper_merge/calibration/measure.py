@@ -94,7 +94,7 @@ def measure_sensitivities(
         # Every pass has steps of the whole schedule, and none twice.
         slots = torch.arange(samples.batch) * samples.passes + number + 0.5
         steps = slots * (STEPS / (samples.batch * samples.passes))
-        with torch.enable_grad():
+        with torch.inference_mode(mode=False), torch.enable_grad():  # a host may have set these
             output = network.run(steps.to(device), samples.side, generator)
             v = torch.randn(output.shape, generator=generator).to(output)
             torch.autograd.backward(output, v)

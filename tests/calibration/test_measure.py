@@ -361,3 +361,9 @@ def test_the_cost_is_that_of_all_passes():
     assert twice == pytest.approx(2 * cost)
     assert measuring_cost(layout, Samples(side=32)) > 1.5 * cost
     assert_close(torch.tensor(cost), torch.tensor(measuring_cost(layout, DEFAULT_SAMPLES)))
+
+
+def test_a_host_without_gradients_does_not_stop_the_run():
+    expected = measured("sd1")
+    with torch.inference_mode():
+        assert measured("sd1") == expected

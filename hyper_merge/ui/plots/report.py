@@ -41,7 +41,7 @@ def explained_plot(report: Report) -> Figure:
 
     More than six checkpoints are thin lines, of which only the best and the worst are named.
     """
-    figure, axes = new_figure("Explained share by number of LoRAs", height=4.2)
+    figure, axes = new_figure("Explained in weights, by number of LoRAs", height=4.2)
     if not report.curve:
         return _without_figures(axes)
     lines = [list(line) for line in zip(*report.curve, strict=True)]
@@ -92,7 +92,7 @@ def similarity_plot(report: Report) -> Figure:
 
 def parts_plot(report: Report) -> Figure:
     """Draws the share of all differences in each section of the network, and what is lost of it."""
-    figure, axes = new_figure("Differences by section of the network", height=3.6)
+    figure, axes = new_figure("Differences in weights, by section of the network", height=3.6)
     if not report.parts:
         return _without_figures(axes)
     split = [_split(part.name) for part in report.parts]

@@ -92,7 +92,7 @@ def layer_factors(
     neither, most of all in layers that hardly count; on trained families the mean leaves a quarter
     less of the function than the gradient alone. Else it is as `layout`: there a layer of which
     every weight is off by the same fraction counts by the number of positions at which it is
-    applied, for errors at them add up like independent ones. End layers count far more.
+    applied, for errors at them add up like independent ones. End layers count `_TRUNK` times as much.
 
     Args:
         choice: the recipe's `layer_weights`.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hyper_merge.checkpoints.io.shared_text import put_text
 from hyper_merge.errors import OutputError
-from hyper_merge.runtime.checked_json import read_sealed, sealed
+from hyper_merge.runtime.checked_json import read_sealed, require_amounts, sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 
 SENSITIVITIES: Final = ".sensitivities.json"  # suffix of the file with those of an average
 
 _VERSION: Final = 1  # of the numbers: another network, or other inputs, has another
-_LARGEST: Final = 1e100  # can be multiplied and added up
 
 
 def sensitivities_path(cache: Path, average_id: str, seed: int) -> Path:
@@ -30,15 +29,13 @@ def read_sensitivities(path: Path, damaged: DamagedFiles | None = None) -> dict[
         damaged: takes a damaged file; None to leave it where it is.
     """
     try:
-        numbers = read_sealed(path)
-        require_sensitivities(numbers)
+        return require_amounts(read_sealed(path), "sensitivities")
     except OSError:
         return {}
     except ValueError as error:
         if damaged is not None:
             damaged.take(path, str(error))
         return {}
-    return dict(numbers)
 
 
 def write_sensitivities(
@@ -55,16 +52,3 @@ def write_sensitivities(
         put_text(path, sealed(dict(sensitivities)))
     except OutputError as error:
         warn(f"the sensitivities of the layers are not remembered: {error}")
-
-
-def require_sensitivities(data: Any) -> None:
-    """Returns if plain data are sensitivities by module.
-
-    Raises:
-        ValueError: they are not; the message says where.
-    """
-    if not isinstance(data, Mapping):
-        raise ValueError("expected a number for every layer")  # noqa: TRY004 - the file is wrong
-    for name, value in data.items():
-        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
-            raise ValueError(f"{name}: expected a number of 0 or more, got {value!r}")

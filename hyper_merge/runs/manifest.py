@@ -12,12 +12,10 @@ from hyper_merge import __version__
 from hyper_merge.errors import RunError
 from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.report import Report
-from hyper_merge.runtime.checked_json import read_json
+from hyper_merge.runtime.checked_json import read_json, require_amounts
 
 MANIFEST_VERSION: Final = 1
 _FIRST_SETTINGS: Final = {"exact": "none"}  # where 0.1 knew none, and the default has changed since
-
-_LARGEST: Final = 1e100  # can be multiplied and added up
 
 
 @dataclass(frozen=True)
@@ -219,14 +217,9 @@ def _list(manifest: Mapping[str, Any], key: str) -> list[Any]:
 
 def _sensitivities(data: Mapping[str, Any]) -> dict[str, float] | None:
     """Returns the numbers by module, where there are any."""
-    numbers = data.get("sensitivities")
-    if numbers is None:
+    if data.get("sensitivities") is None:
         return None
-    values = _mapping(data, "sensitivities")
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
-            raise ValueError(f"expected a number of 0 or more in sensitivities, {name}")
-    return dict(values)
+    return require_amounts(_mapping(data, "sensitivities"), "sensitivities")
 
 
 def _mapping(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 _CHECKSUM: Final = "checksum"
 _CONTENT: Final = "content"
+_LARGEST: Final = 1e100  # of amounts
 _LIMIT: Final = 64 * 2**20  # bytes; all files that are read like this are far smaller
 
 
@@ -35,6 +36,24 @@ def read_json(path: Path) -> Any:
     if size > _LIMIT:
         raise ValueError(f"expected at most {_LIMIT:,} bytes, got {size:,}")
     return parse_json(path.read_bytes().decode("utf-8"))
+
+
+def require_amounts(data: Any, what: str) -> dict[str, float]:
+    """Returns plain data that are numbers of 0 or more by name, small enough to be multiplied and added.
+
+    Args:
+        data: of a JSON file.
+        what: names them in messages.
+
+    Raises:
+        ValueError: they are something else; the message says where.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"expected {what} by name")  # noqa: TRY004 - the file is wrong
+    for name, value in data.items():
+        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
+            raise ValueError(f"expected a number of 0 or more in {what}, {name}, got {value!r:.80}")
+    return dict(data)
 
 
 def sealed(content: Any) -> str:

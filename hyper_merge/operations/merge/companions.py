@@ -36,7 +36,6 @@ from hyper_merge.runs.report import CompanionGain, EndLayers
 from hyper_merge.solver.quantization import StoredFactors
 
 _MATTERS: Final = 0.01  # share of all weighted differences, from which end layers are carried
-_HEADER_BYTES: Final = 110  # of a tensor in a file, without its name
 _DTYPE: Final = torch.float32  # A1111 rounds the norm itself to the type of its change
 # The kinds that each word of the recipe asks for.
 _KINDS: Final[Mapping[str, tuple[Kind, ...]]] = MappingProxyType(

@@ -305,14 +305,10 @@ def _sensitivities(
 @contextmanager
 def _average(outputs: MergeOutputs) -> Iterator[Callable[[str], Tensor]]:
     """Gives a function that returns the tensors of the hyper-model by key, also of a staged one."""
-    place = outputs.place
-    path = place.hyper_model
-    with _open_tensors(path) if place.exists else outputs.transaction.reading(path) as tensor:
-        yield tensor
-
-
-@contextmanager
-def _open_tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Gives a function that returns the tensors of an existing file by key."""
+    path = outputs.place.hyper_model
+    if not outputs.place.exists:
+        with outputs.transaction.reading(path) as tensor:
+            yield tensor
+        return
     with CheckpointReader(path) as file:
         yield file.tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -161,10 +161,8 @@ class MergeOutputs:
     ) -> None:
         """Stages multipliers, report and manifest."""
         lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
-        manifest = replace(
-            _manifest(preflight, self.place, self.lineage, report, self._hashes(report)),
-            sensitivities=sensitivities,
-        )
+        hashes = self._hashes(report)
+        manifest = _manifest(preflight, self.place, self.lineage, report, hashes, sensitivities)
         folder = self.place.folder
         self.transaction.text(folder / MULTIPLIERS, "".join(lines))
         self.transaction.text(folder / REPORT, format_report(report))
@@ -246,6 +244,7 @@ def _manifest(
     lineage: Lineage,
     report: Report,
     hashes: Mapping[str, str],
+    sensitivities: Mapping[str, float] | None,
 ) -> RunManifest:
     headers = preflight.inputs.read
     return RunManifest(
@@ -263,6 +262,7 @@ def _manifest(
         base_is_first_source=preflight.inputs.base is not None,
         report=report,
         hashes=hashes,
+        sensitivities=sensitivities,
     )
 
 

@@ -7,14 +7,13 @@ from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VAE
+from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VAE, transformer_part
 from hyper_merge.checkpoints.architectures.lora_modules import (
     Module,
     clip_text_model,
     modules_matching,
     no_modules,
 )
-from hyper_merge.checkpoints.architectures.positions import transformer_positions
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 from hyper_merge.checkpoints.io.header import Shape
@@ -47,14 +46,7 @@ def _family(version: str, rule: DetectionRule) -> Family:
         parts=(
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
-            NetworkPart(
-                "unet",
-                "transformer",
-                UNET,
-                "lora_unet_",
-                _modules,
-                positions=transformer_positions,
-            ),
+            transformer_part(_modules),
         ),
         vae_prefixes=VAE,
         in_a1111=False,

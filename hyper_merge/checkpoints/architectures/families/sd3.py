@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VAE, second_encoder
+from hyper_merge.checkpoints.architectures.families.shared import (
+    CLIP_L,
+    T5,
+    VAE,
+    second_encoder,
+    transformer_part,
+)
 from hyper_merge.checkpoints.architectures.lora_modules import (
     Module,
     clip_text_model,
     modules_matching,
     no_modules,
 )
-from hyper_merge.checkpoints.architectures.positions import transformer_positions
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
 from hyper_merge.checkpoints.io.header import Shape
@@ -42,14 +47,7 @@ def _family(name: str, title: str, model_type: str, rule: DetectionRule) -> Fami
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
             NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
-            NetworkPart(
-                "unet",
-                "transformer",
-                UNET,
-                "lora_unet_",
-                _modules,
-                positions=transformer_positions,
-            ),
+            transformer_part(_modules),
         ),
         vae_prefixes=VAE,
         ss_base_model_version=model_type,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+from hyper_merge.checkpoints.architectures.lora_modules import Module
+from hyper_merge.checkpoints.architectures.positions import transformer_positions
 from hyper_merge.checkpoints.architectures.sections import section_of
+from hyper_merge.checkpoints.architectures.signatures import UNET
+from hyper_merge.checkpoints.architectures.spec import NetworkPart
+from hyper_merge.checkpoints.io.header import Shape
 
 INPAINTING: Final = 9
 """Channels that an inpainting UNet reads: latent, masked latent, mask."""
@@ -27,3 +33,14 @@ T5: Final = "text_encoders.t5xxl.transformer."
 def second_encoder(path: str) -> str:
     """Returns the section of a layer in the second of two text encoders."""
     return section_of(path, encoder="TE2.")
+
+
+def transformer_part(modules: Callable[[str, Shape], tuple[Module, ...]]) -> NetworkPart:
+    """Returns the denoiser of a family that is a transformer of patches.
+
+    Args:
+        modules: names the modules of a tensor, see `NetworkPart`.
+    """
+    return NetworkPart(
+        "unet", "transformer", UNET, "lora_unet_", modules, positions=transformer_positions
+    )

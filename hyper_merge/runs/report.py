@@ -118,7 +118,7 @@ class Report:
     weighted_private_loss: float = 0.0
     weighted_bound: float = 0.0
     shared_fidelity: tuple[float, ...] = ()  # (k,): of the shared LoRAs alone
-    ends: EndLayers | None = None  # None before 0.3, and where hosts take none from a LoRA
+    ends: EndLayers | None = None  # None in earlier versions, and where hosts take none from a LoRA
 
     @property
     def explained_mean(self) -> float:

@@ -42,7 +42,9 @@ class HyperMergeError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{text}; {self.hint}" if self.hint else text
+        text = f"{text}; {self.hint}" if self.hint else text
+        # Names of files may hold bytes that are no letters, which no screen and no log could show.
+        return text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager

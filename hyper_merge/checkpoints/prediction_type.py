@@ -15,6 +15,11 @@ from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
 
 _MARK: Final = "v_pred"  # an empty tensor
+_LARGEST_FILE: Final = 1 << 18  # bytes; more takes yaml seconds, and configurations are of few KB
+# What yaml's constructors raise for words that only look like dates and numbers, and for deep nesting.
+_DAMAGES: Final = (
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError),
+)
 _SPREAD: Final = 0.09  # standard deviation; hosts ask the same tensor and number
 
 
@@ -66,9 +71,11 @@ def _predicts_v(header: Header, family: Family) -> bool:
 def _config(path: Path) -> dict[str, Any] | None:
     """Returns the parameters in a host's configuration; None if there is none that can be read."""
     try:
+        if path.stat().st_size > _LARGEST_FILE:
+            return None
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         params = config["model"]["params"]
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, *_DAMAGES):
         return None  # the file is the host's, which will complain of it
     return params if isinstance(params, dict) else None
 

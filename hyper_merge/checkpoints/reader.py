@@ -235,6 +235,14 @@ def fingerprint(header: Header) -> str:
 def _status(path: Path) -> os.stat_result:
     """Returns size and times of an existing, regular, non-empty file."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # bytes that Python keeps as halves of surrogate pairs
+        raise CheckpointError(
+            f"{path} has a name that is not valid UTF-8, which no metadata can hold",
+            hint="rename the file or the folder",
+            file=path,
+        ) from error
+    try:
         status = path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error

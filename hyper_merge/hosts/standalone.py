@@ -109,4 +109,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _is_checkpoint(path: Path) -> bool:
     name = path.name.lower()
     listed = name.endswith(_SUFFIXES) and not name.endswith(_NOT_CHECKPOINTS)
-    return listed and not name.startswith(".") and path.is_file()
+    if not listed or name.startswith(".") or not path.is_file():
+        return False
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # neither a page nor an answer could hold the name
+        _log.warning("%s is left out: its name is not valid UTF-8; rename it", ascii(str(path)))
+        return False
+    return True

@@ -13,6 +13,7 @@ import torch
 from hyper_merge import __version__
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.loras.prompt_tags import format_tag
+from hyper_merge.runtime.checked_json import parse_json
 
 FORMAT_VERSION: Final = "1"
 """Version of the `hyper_merge.*` metadata; readers refuse a higher one."""
@@ -32,6 +33,7 @@ COMPANIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
 STANDALONE_KIND: Final = "lora-alone"
 """`hyper_merge.kind` of a LoRA that restores a checkpoint alone; "lora" needs others."""
 
+_LONGEST: Final = 2**22  # characters of a text of others that is carried on: headers have a limit
 _OWN: Final = "hyper_merge."
 KIND: Final = _OWN + "kind"
 RECIPE: Final = _OWN + "recipe"
@@ -196,9 +198,12 @@ def json_text(value: object) -> str:
 
 
 def _decoded(text: str | None) -> dict[str, Any] | None:
-    """Returns a JSON object of a foreign file's metadata; None for anything else."""
+    """Returns a JSON object of a foreign file's metadata; None for anything that cannot be written again."""
+    if text is None or len(text) > _LONGEST:
+        return None
     try:
-        value = json.loads(text or "null")
-    except ValueError:
+        value = parse_json(text)
+        json_text([[[[value]]]])  # it will stand that deep within others, or less
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

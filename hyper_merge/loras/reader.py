@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
-from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
 from hyper_merge.loras.lora_file import ALPHA, DOWN, UP, WHOLE
+
+_NOTHING: Final = TensorInfo(torch.float32, ())
 
 
 class LoraReader:
@@ -70,9 +73,10 @@ class LoraReader:
         Raises:
             CheckpointError: the file changed, or holds an alpha that is no positive number.
         """
-        if self.modules[module].whole:
-            change = self._file.tensor(module + WHOLE).double().flatten(1)
-            m, n = change.shape
+        layer = self.modules[module]
+        if layer.whole:
+            m, n = layer.m, layer.n
+            change = self._file.tensor(module + WHOLE).double().view(m, n)
             return (change, torch.eye(n).double()) if n <= m else (torch.eye(m).double(), change)
         up = self._file.tensor(module + UP).double().flatten(1)
         down = self._file.tensor(module + DOWN).double().flatten(1)
@@ -82,30 +86,78 @@ class LoraReader:
     def _scale(self, module: str) -> float:
         if module + ALPHA not in self._file.header.tensors:
             return 1.0
-        alpha = float(self._file.tensor(module + ALPHA))
+        tensor = self._file.tensor(module + ALPHA)
+        alpha = float(tensor) if tensor.numel() == 1 and tensor.is_floating_point() else math.nan
         if not 0 < alpha < math.inf:
             raise CheckpointError(
-                f"{self.path.name} has the alpha {alpha} in {module}", hint="use another"
+                f"{self.path.name} has the alpha {alpha} in {module}, expected a number above 0",
+                hint="use another",
             )
         return alpha / self.ranks[module]
+
+    def require_layer(self, layer: Layer) -> None:
+        """Returns if the module of a layer is of the layer's size, or the file has none.
+
+        Raises:
+            CheckpointError: it is the module of another network.
+        """
+        module = self.modules.get(layer.module)
+        if module and (module.m, module.n) != (layer.m, layer.n):
+            raise CheckpointError(
+                f"{layer.module} in {self.path.name} is {module.m} x {module.n}, expected"
+                f" {layer.m} x {layer.n}",
+                hint="use a LoRA of the same architecture",
+                file=self.path,
+                key=layer.module,
+            )
 
     def _read_modules(self, header: Header) -> None:
         modules, ranks = {}, {}
         for key, info in header.tensors.items():
             if key.endswith(WHOLE):
                 module = key.removesuffix(WHOLE)
-                part = self._family.part_of(module)
-                modules[module] = layer = Layer(module, module, part, info.shape, whole=True)
+                _require(bool(info.shape) and _is_float(info), header, module)
+                modules[module] = layer = self._layer(module, info.shape, whole=True)
                 ranks[module] = min(layer.m, layer.n)
             if not key.endswith(DOWN):
                 continue
             module = key.removesuffix(DOWN)
-            up = header.tensors.get(module + UP)
-            if up is None or len(up.shape) < 2 or up.shape[1] != info.shape[0]:
-                raise CheckpointError(
-                    f"{header.name} is no whole LoRA: {module} has half of its factors"
-                )
-            shape = (up.shape[0], *info.shape[1:])
-            modules[module] = Layer(module, module, self._family.part_of(module), shape)
+            up = header.tensors.get(module + UP, _NOTHING)
+            _require(_fit_together(up, info), header, module)
+            modules[module] = self._layer(module, (*up.shape[:1], *info.shape[1:]))
             ranks[module] = info.shape[0]
         self.modules, self.ranks = modules, ranks
+
+    def _layer(self, module: str, shape: Shape, *, whole: bool = False) -> Layer:
+        try:
+            part = self._family.part_of(module)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path.name}: {error}",
+                hint="use a LoRA of the same architecture",
+                file=self.path,
+                key=module,
+            ) from error
+        return Layer(module, module, part, shape, whole=whole)
+
+
+def _fit_together(up: TensorInfo, down: TensorInfo) -> bool:
+    """Tells whether factors can be multiplied: numbers (m, r, ...) with (r, ...), of a rank above 0."""
+    if len(up.shape) < 2 or len(down.shape) < 2 or not (_is_float(up) and _is_float(down)):
+        return False
+    return math.prod(up.shape[1:]) == down.shape[0] > 0
+
+
+def _is_float(info: TensorInfo) -> bool:
+    return info.dtype.is_floating_point
+
+
+def _require(is_sound: bool, header: Header, module: str) -> None:
+    if not is_sound:
+        raise CheckpointError(
+            f"{header.name} is no whole LoRA: {module} has half of its factors, or factors that do"
+            " not fit together or are no floating-point numbers",
+            hint="use another",
+            file=header.path,
+            key=module,
+        )

@@ -18,6 +18,7 @@ from hyper_merge.checkpoints.architectures.norms_and_biases import (
 )
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.errors import CheckpointError
 from hyper_merge.loras.reader import LoraReader
 
 
@@ -61,7 +62,13 @@ class LoraStack:
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factors(self, layer: Layer) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n), float64
-        """Returns what each file adds to a layer at multiplier 1; rank 0 where it has nothing."""
+        """Returns what each file adds to a layer at multiplier 1; rank 0 where it has nothing.
+
+        Raises:
+            CheckpointError: a file has factors of another size.
+        """
+        for lora in self._loras:
+            lora.require_layer(layer)
         none = torch.zeros(layer.m, 0).double(), torch.zeros(0, layer.n).double()
         return [
             lora.factors(layer.module) if layer.module in lora.modules else none
@@ -74,7 +81,11 @@ class LoraStack:
         return vector.kind if vector else None
 
     def vectors(self, key: str) -> list[Tensor | None]:  # each (size,)
-        """Returns what each file adds to a norm or bias at multiplier 1; None for nothing."""
+        """Returns what each file adds to a norm or bias at multiplier 1; None for nothing.
+
+        Raises:
+            CheckpointError: a file has a tensor of another size.
+        """
         vector = self._vectors.get(key)
         return [_vector(file, vector) for file in self._files]
 
@@ -82,4 +93,12 @@ class LoraStack:
 def _vector(file: CheckpointReader, vector: NormOrBias | None) -> Tensor | None:
     if vector is None or vector.lora_key not in file.header.tensors:
         return None
+    size = file.header.tensors[vector.lora_key].numel
+    if size != vector.size:
+        raise CheckpointError(
+            f"{vector.lora_key} in {file.path.name} has {size} numbers, expected {vector.size}",
+            hint="use a LoRA of the same architecture",
+            file=file.path,
+            key=vector.lora_key,
+        )
     return file.tensor(vector.lora_key)

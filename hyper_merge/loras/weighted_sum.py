@@ -93,4 +93,7 @@ class WeightedSum:
 
     def _used(self, layer: Layer) -> list[tuple[LoraReader, float]]:
         pairs = zip(self.loras, self.multipliers_of(layer.part), strict=True)
-        return [(lora, x) for lora, x in pairs if x and layer.module in lora.modules]
+        used = [(lora, x) for lora, x in pairs if x and layer.module in lora.modules]
+        for lora, _ in used:
+            lora.require_layer(layer)
+        return used

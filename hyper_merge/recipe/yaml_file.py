@@ -12,7 +12,7 @@ import yaml
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.plain_values import describe_value, plain_value
 
-LARGEST_FILE = 1 << 20  # bytes; no recipe comes near, and a checkpoint given by mistake is not read
+LARGEST_FILE = 1 << 18  # bytes; more takes yaml seconds, and no recipe comes near
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
         ) from error
     except RecursionError:
         raise RecipeError("not a recipe: brackets nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # a number of yaml's own beyond all measure
+        raise RecipeError(f"not valid YAML: {error}") from error
 
 
 def _settings(root: yaml.Node | None, path: Path) -> dict[str, Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ def read_plain(kind: Any, value: Any, where: str) -> Any:
 
 
 def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
-    kinds = get_type_hints(kind)
+    kinds = _annotations(kind)
     known = {field.name: field for field in fields(kind)}
     missing = [name for name, f in known.items() if name not in value and f.default is MISSING]
     if missing:
@@ -61,6 +62,12 @@ def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
             for name in known & value.keys()
         }
     )
+
+
+@functools.cache
+def _annotations(kind: type) -> dict[str, Any]:
+    """Returns the types of a class's fields; they are compiled from text, which takes its time."""
+    return get_type_hints(kind)
 
 
 def _read_optional(kind: Any, value: Any, where: str) -> Any:

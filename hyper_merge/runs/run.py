@@ -24,7 +24,7 @@ from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.names import one_line
 
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]*")  # a folder's name, not a path
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]{0,200}")  # a folder's name, no path
 
 
 @dataclass(frozen=True)

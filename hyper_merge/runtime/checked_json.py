@@ -10,32 +10,45 @@ from typing import Any, Final
 _CHECKSUM: Final = "checksum"
 _CONTENT: Final = "content"
 _LARGEST: Final = 1e100  # of amounts
-_LIMIT: Final = 64 * 2**20  # bytes; all files that are read like this are far smaller
+# Bytes: all files that are read like this are far smaller, and plain data take twenty times as much memory.
+_LIMIT: Final = 16 * 2**20
 
 
 def parse_json(text: str) -> Any:
     """Returns the plain data of a JSON text.
 
     Raises:
-        ValueError: the text is no JSON, or nested too deeply; says where.
+        ValueError: the text is no JSON, is nested too deeply, or holds half of a surrogate pair, which
+            could be neither shown nor written; says where.
     """
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its values are nested too deeply") from error
+    data = _parse(text)
+    if "\\u" in text:
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
 def read_json(path: Path) -> Any:
     """Returns the plain data of a JSON file; the caller judges shape and values.
 
     Raises:
-        ValueError: the file is damaged, or larger than 64 MiB; says how.
+        ValueError: the file is damaged, or larger than 16 MiB; says how.
         OSError: the file is missing or cannot be read.
     """
+    return parse_json(_read(path))
+
+
+def _read(path: Path) -> str:
     size = path.stat().st_size
     if size > _LIMIT:
         raise ValueError(f"expected at most {_LIMIT:,} bytes, got {size:,}")
-    return parse_json(path.read_bytes().decode("utf-8"))
+    return path.read_bytes().decode("utf-8")
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
 
 
 def require_amounts(data: Any, what: str) -> dict[str, float]:
@@ -52,7 +65,9 @@ def require_amounts(data: Any, what: str) -> dict[str, float]:
         raise ValueError(f"expected {what} by name")  # noqa: TRY004 - the file is wrong
     for name, value in data.items():
         if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
-            raise ValueError(f"expected a number of 0 or more in {what}, {name}, got {value!r:.80}")
+            raise ValueError(
+                f"expected a number of 0 or more in {what}, {name!r:.200}, got {value!r:.80}"
+            )
     return dict(data)
 
 
@@ -70,7 +85,7 @@ def read_sealed(path: Path) -> Any:
         ValueError: the file is damaged; the message says how.
         OSError: the file is missing or cannot be read.
     """
-    data = read_json(path)
+    data = _parse(_read(path))  # keys may be paths, and paths hold what UTF-8 has no letter for
     if not isinstance(data, dict) or data.keys() != {_CHECKSUM, _CONTENT}:
         return data
     if data[_CHECKSUM] != _checksum(data[_CONTENT]):

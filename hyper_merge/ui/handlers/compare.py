@@ -10,6 +10,8 @@ from __future__ import annotations
 import base64
 import functools
 import re
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -40,6 +42,8 @@ _PAGE_SIZE: Final = (1600, 16_000)  # pixels on the page at most; the file has a
 _QUALITY: Final = 92  # of the JPEG that the page gets
 _MAX_CHARACTERS: Final = 2000  # of a prompt
 _TITLE: Final = "pictures of "  # of these jobs, before the run's name
+# What damaged pictures make Pillow raise, and ones that say they are enormous.
+_DAMAGES: Final = (SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _PLACE: Final = "compare"  # the panel that starts these jobs
 
 
@@ -212,9 +216,9 @@ def _format_record(host: Host, run: Run, name: str | None) -> str:
 def _data_url(path: Path) -> str:
     """Returns the grid as a data URL, since no route leads to the host's folders."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             thumbnail = picture.convert("RGB")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *_DAMAGES) as error:
         raise PictureError(
             f"{path} cannot be shown ({error})", hint="compare again, or delete the file"
         ) from error

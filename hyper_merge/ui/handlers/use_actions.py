@@ -8,7 +8,6 @@ error.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -28,6 +27,7 @@ from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.recipe.parsing import parse_name, parse_share
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.runs.run import Run, load_run
+from hyper_merge.runtime.checked_json import parse_json
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.use import SAME_PRECISION, Panel, PanelOutcome
 from hyper_merge.ui.html.common import format_refusal
@@ -243,8 +243,8 @@ def _path(host: Host, name: str | None) -> Path | None:
 def _shares(text: str) -> dict[str, float]:
     """Returns the sliders' values by checkpoint, without zeros."""
     try:
-        shares = {str(name): float(share) for name, share in json.loads(text or "{}").items()}
-    except (ValueError, TypeError, AttributeError):
+        shares = {str(name): float(share) for name, share in parse_json(text or "{}").items()}
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise RecipeError("Mix: expected a number for each checkpoint") from None
     shares = {name: share for name, share in shares.items() if share}
     if not shares:

@@ -200,6 +200,8 @@ def _require_complete(record: FitRecord, path: Path, run: Run) -> None:
     names = [lora.name for lora in record.topups]
     if any(os.path.basename(name) != name for name in names):  # noqa: PTH119 - a name, not a path
         raise ValueError("a top-up has a folder in its name")
+    for name in names:
+        format_tag(name, 1.0)  # prompts can hold it
 
 
 def prompts_of(run: Run) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from hyper_merge.checkpoints.architectures.families import family_named, family_title
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.errors import RunError, UnknownRunError
-from hyper_merge.loras.prompt_tags import companion_names, lora_names
+from hyper_merge.loras.prompt_tags import companion_names, format_tag, lora_names
 from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of
@@ -184,6 +184,8 @@ def _require_parts(manifest: RunManifest, recipe: Recipe) -> None:
     recorded = (report.loras, report.companions, len(report.checkpoints))
     if recorded != (names, companions, len(recipe.models)):
         raise ValueError("its report is that of another run")
+    for topup in report.topups:
+        format_tag(topup, 1.0)  # prompts can hold it
     if len(manifest.sources) != len(recipe.models) + (recipe.base != AVERAGE):
         raise ValueError("its sources are those of another run")
 

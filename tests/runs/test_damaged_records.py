@@ -87,6 +87,25 @@ def test_numbers_beyond_all_measure_are_reported(folders, edit):
         load_run(folders, "mix")
 
 
+def test_a_private_lora_whose_name_no_prompt_can_hold_is_reported(files, folders):
+    run_fit(FitRequest("mix", files[0], name="one"), folders, Progress())
+    run = load_run(folders, "mix")
+    path = run.folder / "fits/one.json"
+    record = json.loads(path.read_text())
+    lora = {"name": "x<b>", "rank": 1, "explained": 1.0, "size": 1, "sha256": "0" * 64}
+    record["fit"]["topups"] = [lora]
+    path.write_text(json.dumps(record))
+    fits, problems = load_fits(run)
+    assert fits == ()
+    assert "expected a name without : < >" in problems[0]
+    path = run.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["report"]["checkpoints"][0]["topup"] = "x<b>"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="expected a name without : < >"):
+        load_run(folders, "mix")
+
+
 def test_checkpoints_that_are_no_list_stop_nobody_else(folders):
     path = folders.runs / "mix/manifest.json"
     manifest = json.loads(path.read_text())

@@ -93,7 +93,7 @@ def without(key):
 
 
 def narrower(tensors):
-    tensors["3.left"] = tensors["3.left"][:, :-1]
+    tensors["17.left"] = tensors["17.left"][:, :-1]
 
 
 def turned(tensors):
@@ -116,17 +116,17 @@ def in_header(path):
 
 DAMAGES = {
     **{f"flipped {key}": flipped(key) for key in ("grams", "weights", "not_carried")},
-    **{f"flipped 3.{key}": flipped(f"3.{key}") for key in ("core", "rounding", "left", "right")},
-    **{f"flipped 3.{key}": flipped(f"3.{key}") for key in ("rows", "columns", "private")},
+    **{f"flipped 17.{key}": flipped(f"17.{key}") for key in ("core", "rounding", "left", "right")},
+    **{f"flipped 17.{key}": flipped(f"17.{key}") for key in ("rows", "columns", "private")},
     "other checksums": filled("checksums", 7),
-    "infinite bases": filled("3.left", math.inf),
-    "a core of NaN": filled("3.core", math.nan),
-    "zero bases": filled("3.right", 0.0),
+    "infinite bases": filled("17.left", math.inf),
+    "a core of NaN": filled("17.core", math.nan),
+    "zero bases": filled("17.right", 0.0),
     **{
         damage.__name__: damage for damage in (zero_tail, truncated, emptied, other_kind, of_others)
     },
     "in the header": in_header,
-    **{f"without {key}": without(key) for key in ("3.core", "grams")},
+    **{f"without {key}": without(key) for key in ("17.core", "grams")},
     "another width": rewritten(narrower),
     "another type": rewritten(turned),
     "another order": rewritten(swapped),

@@ -51,8 +51,11 @@ def files(folder, *states, names="abcdef"):
 
 
 def merged_exactly(models, folder, **settings):
-    """A merge of two whose one LoRA is wide enough to hold all of their difference."""
-    even = {"ranks": (WIDE,), "allocation": "even", "iterations": 1}
+    """A merge of two whose one LoRA is wide enough to hold all of their difference.
+
+    Two checkpoints differ in one direction, so there is nothing that a joint search could find.
+    """
+    even = {"ranks": (WIDE,), "allocation": "even", "method": "greedy"}
     settings = {**even, "dtype": "float32", **settings}
     return merge(models, folder / "models", **{"allocation": "even", **settings})
 

@@ -33,11 +33,14 @@ NORM = UNET + "middle_block.1.norm.weight"
 VAE = "first_stage_model.quant_conv.weight"
 RANKS = (4, 2)
 
-# A few blocks of each kind: they mark a file as SD 1.x, and have all kinds of layers.
+# They mark a file as SD 1.x, and have every kind of layer once, of more than one width.
 KEPT = re.compile(
-    r"model\.diffusion_model\.(time_embed|input_blocks\.[013]|middle_block\.1|output_blocks\.2\.0|out)\..*"
+    r"model\.diffusion_model\.(time_embed|input_blocks\.(0|1\.0|3)|out)\..*"
+    r"|.*\.input_blocks\.1\.1\.(norm|proj|transformer_blocks\.0\.(attn2|ff|norm)).*"
+    r"|.*\.middle_block\.1\.(norm|transformer_blocks\.0\.(attn1|norm1)).*"
+    r"|.*\.output_blocks\.2\.0\.(in_layers|skip_connection)\..*"
     r"|.*\.input_blocks\.([47]\.1\.transformer_blocks\.0\.norm1\.bias|[69]\.0\.op\.bias)"
-    r"|.*text_model\.(embeddings|encoder\.layers\.[01]|final_layer_norm)\..*"
+    r"|.*text_model\.(embeddings|encoder\.layers\.0|final_layer_norm)\..*"
     r"|first_stage_model\.(quant_conv|post_quant_conv|encoder\.conv_in|decoder\.norm_out)\..*"
 )
 

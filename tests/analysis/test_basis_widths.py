@@ -106,7 +106,7 @@ def test_samples_of_a_tensor_estimate_its_energy(files, tmp_path, monkeypatch):
     sampled_energies = sample_layers(inputs, Progress()).energies.tolist()
     true = true_energies(inputs)
     sampled = [m for m, layer in enumerate(inputs.layout.layers) if layer.m * layer.n > 256]
-    assert len(sampled) > 30
+    assert len(sampled) > 20
     ratios = torch.tensor([sampled_energies[m] / true[m] for m in sampled])
     assert not torch.allclose(ratios, torch.ones(()), rtol=1e-3)
     assert float(ratios.log().abs().median()) < 0.3

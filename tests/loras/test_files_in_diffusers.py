@@ -168,7 +168,13 @@ def judged(request, models_of):
     family, allocation = request.param[0](), request.param[1]
     models = models_of(family)
     folder = models[0].parent  # with the analysis of the merge before it
-    settings = {"ranks": RANKS, "dtype": "float32", "iterations": 1, "allocation": allocation}
+    settings = {
+        "ranks": RANKS,
+        "dtype": "float32",
+        "method": "greedy",
+        "iterations": 1,
+        "allocation": allocation,
+    }
     return family, models, merge(models, folder / "models", **settings)
 
 

@@ -1,5 +1,6 @@
 """The demonstration: a family of made-up checkpoints, and its merge."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ def test_demo_makes_and_merges_a_family(tmp_path, monkeypatch):
     small = replace(TINY, count=4, width=8, context=16, terms=6)
     monkeypatch.setattr(demo, "_SPEC", small)
     monkeypatch.setattr(demo, "DEMO_RANKS", (3, 2, 1))
+    monkeypatch.setattr(demo, "Recipe", functools.partial(demo.Recipe, iterations=3))
     folder, reports = tmp_path / "demo", []
     progress = Progress(lambda phase, x: reports.append((phase, x)))
     first = demo.run_demo(folder, progress, effort=SearchEffort.QUICK)

@@ -85,12 +85,13 @@ def require_whole(root, *names):
 
 
 def until_it_ends(working, meanwhile):
-    """Repeats something until the command of a process ends."""
+    """Repeats something until the command of a process ends, with pauses that leave it the processor."""
     outcome = []
     waiting = threading.Thread(target=lambda: outcome.append(working.end()))
     waiting.start()
     while waiting.is_alive():
         meanwhile()
+        time.sleep(0.02)
     return outcome[0]
 
 

@@ -96,7 +96,6 @@ def test_each_section_has_its_share_of_the_loss(files, dense, merged):
 def test_the_sections_come_in_the_networks_order(merged):
     assert [(part.which, part.name) for part in merged.report.parts] == [
         ("text_encoder", "TE00"),
-        ("text_encoder", "TE01"),
         ("unet", "IN01"),
         ("unet", "IN03"),
         ("unet", "MID"),

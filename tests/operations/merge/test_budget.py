@@ -37,9 +37,9 @@ def cheapest_rank(merged, models, dtype):
         (200_000, {"lora_dtype": "float32", "multipliers": "shared"}),
         (60_000, {"topup": "1"}),
         (200_000, {"topup": "4"}),
-        (200_000, {"topup": "99.9%", "exact": "norms"}),
+        (60_000, {"topup": "99.9%", "exact": "norms"}),
         (200_000, {"topup": "1%"}),
-        (400_000, {}),
+        (160_000, {}),
     ],
     ids=str,
 )
@@ -65,4 +65,4 @@ def test_the_least_budget_is_that_of_a_lora_of_rank_one(files, tmp_path, word):
         run_preflight(recipe(files, tmp_path, budget=2_000, exact=word))
     one = merge(files, tmp_path, ranks=(1,), allocation="even", exact=word)
     least = float(refusal.value.hint.removeprefix("give ").split()[0]) * 1000
-    assert least == pytest.approx(file_bytes(one), rel=0.05)
+    assert least == pytest.approx(file_bytes(one), abs=2_000)  # in kB, numbers at their longest

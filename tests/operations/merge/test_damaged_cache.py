@@ -131,7 +131,7 @@ def test_visible_damage_of_old_analyses_is_noticed(analysis, inputs, how):
 
 
 # One for each place where a merge comes upon it: the header, the settings, the solver, the writing.
-@pytest.mark.parametrize("how", ["truncated", "of_others", "flipped 3.core", "flipped 3.left"])
+@pytest.mark.parametrize("how", ["truncated", "of_others", "flipped 17.core", "flipped 17.left"])
 def test_damaged_analysis_is_set_aside_and_remade(started, files, analysis, afresh, log, how):
     DAMAGES[how](analysis)
     bad = analysis.read_bytes()
@@ -167,7 +167,7 @@ def test_a_damaged_analysis_of_an_earlier_version_is_remade(started, files, anal
 def test_a_plan_makes_a_damaged_analysis_again(started, files, analysis, log):
     preflight = run_preflight(recipe(files, started, name="other"))
     good = make_plan(preflight, Progress())
-    flipped("3.core")(analysis)
+    flipped("17.core")(analysis)
     assert make_plan(preflight, log.progress) == good
     assert len(log.warnings) == 1
     assert make_plan(preflight, log.progress) == good
@@ -177,7 +177,7 @@ def test_a_plan_makes_a_damaged_analysis_again(started, files, analysis, log):
 def test_immovable_damaged_analysis_is_passed_over(
     started, files, analysis, afresh, log, monkeypatch
 ):
-    flipped("3.core")(analysis)
+    flipped("17.core")(analysis)
     move = Path.replace
 
     def refuse(self, target):

@@ -156,7 +156,7 @@ def test_killed_process_leaves_old_files_and_cache(files, started, at):
     assert finished.report.loss == pytest.approx(loss, abs=1e-6)
 
 
-@pytest.mark.parametrize("after", [0, 3, 150, 400])
+@pytest.mark.parametrize("after", [0, 3, 100, 250])
 def test_full_disk_is_reported_and_changes_nothing(files, started, after, monkeypatch):
     before = snapshot(started)
     shutil.rmtree(started / "hyper-merge" / "cache")

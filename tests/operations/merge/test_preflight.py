@@ -156,7 +156,7 @@ def test_two_files_of_one_name_are_refused(files, tmp_path, state_of):
 def test_missing_keys_are_counted_and_both_files_named(files, b):
     path = b(**{QUERY.replace(".", "/"): None, NORM.replace(".", "/"): None})
     message = refused([files[0], path])
-    assert message.startswith("b.safetensors lacks 2 of a.safetensors' 1")
+    assert message.startswith("b.safetensors lacks 2 of a.safetensors' 90 keys")
     assert f"(first: {NORM})" in message or f"(first: {QUERY})" in message
     assert message.endswith("; choose checkpoints of one family")
 

@@ -40,7 +40,7 @@ def test_the_plan_says_files_sizes_time_and_memory(host):
     text = words(answer)
     assert "mix.safetensors" in text
     assert "2 LoRAs mix_0-4" in text
-    assert "instead of 2 MB" in text
+    assert "instead of 808 kB" in text
     assert "of memory" in text
     assert [name in words(table) for name in NAMES] == [True] * 3
     assert "Stable Diffusion 1.x" in words(table)

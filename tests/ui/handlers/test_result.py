@@ -29,7 +29,7 @@ def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
     message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = panel
     assert (message, note, name, title) == ("", "", "mix", "")
     assert group["visible"] is True
-    assert words(sentence).startswith("mix: 3 checkpoints (2 MB) → hyper-model mix.safetensors (")
+    assert words(sentence).startswith("mix: 3 checkpoints (808 kB) → hyper-model mix.safetensors (")
     assert "at worst" in words(sentence)
     for row in merged.report.checkpoints:
         for x in row.multipliers:

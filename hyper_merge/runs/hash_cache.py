@@ -71,10 +71,10 @@ def find_by_hash(sha256: str, cache: Path) -> list[Path]:
 
 def _unchanged(key: str) -> Path | None:
     """Returns the path of a file's key if the file is still the one of that key; else None."""
-    path, size, mtime_ns = key.rsplit("|", 2)
     try:
+        path, size, mtime_ns = key.rsplit("|", 2)
         status = Path(path).stat()
-    except OSError:
+    except (OSError, ValueError):  # gone, or never a key of ours
         return None
     return (
         Path(path) if (str(status.st_size), str(status.st_mtime_ns)) == (size, mtime_ns) else None

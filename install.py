@@ -1,12 +1,12 @@
 """Run by the WebUI at every start, in its environment: sees that our imports are there.
 
-The WebUI pins torch, numpy, safetensors and Pillow; those are never installed or changed from here. Imports
+The WebUI pins torch, numpy and Pillow; those are never installed or changed from here. Imports
 nothing of the package, which needs what may be missing.
 """
 
 import importlib.util
 
-PINNED_BY_HOST = ("torch", "numpy", "safetensors", "PIL")
+PINNED_BY_HOST = ("torch", "numpy", "PIL")
 OURS = {"yaml": "pyyaml>=6", "tqdm": "tqdm>=4.65"}
 
 

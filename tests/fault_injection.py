@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import safe_open
+from torch import Tensor
 
+from hyper_merge.checkpoints.io.mapped_tensors import MappedTensors
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.runtime import file_lock
 
@@ -94,9 +95,7 @@ class Injector:
         sys.addaudithook(self._audit)
         for name in _WRITES:
             self._watch_writes(name)
-        for module in list(sys.modules.values()):
-            if module.__name__.startswith("hyper_merge.") and hasattr(module, "safe_open"):
-                module.safe_open = self._open_mapped
+        self._watch_mapped_reads()
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS:
@@ -115,9 +114,14 @@ class Injector:
 
         setattr(os, name, watched)
 
-    def _open_mapped(self, path: str, **options: Any) -> Any:
-        self._count(_MAPPED, [path])
-        return _MappedFile(safe_open(path, **options), lambda: self._count(_MAPPED, [path]))
+    def _watch_mapped_reads(self) -> None:
+        act = MappedTensors.get
+
+        def watched(file: MappedTensors, key: str) -> Tensor:
+            self._count(_MAPPED, [_path(file.path)])
+            return act(file, key)
+
+        MappedTensors.get = watched  # type: ignore[method-assign]
 
     def _count(self, use: str, paths: list[str], half: Callable[[], None] = lambda: None) -> None:
         """Counts a use, and does what the fault does to it.
@@ -146,27 +150,6 @@ class Injector:
         if fault.kind == IN_USE:
             return use not in _READS and bool(self._refused.intersection(paths))
         return fault.kind == FULL and use in _WRITES
-
-
-class _MappedFile:
-    """A mapped file whose reads are counted."""
-
-    def __init__(self, file: Any, count: Callable[[], None]) -> None:
-        self._file, self._count = file, count
-
-    def __enter__(self) -> _MappedFile:
-        self._file.__enter__()
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        self._file.__exit__(*rest)
-
-    def get_tensor(self, key: str) -> Any:
-        self._count()
-        return self._file.get_tensor(key)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def _path(argument: object) -> str:

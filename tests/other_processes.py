@@ -1,6 +1,7 @@
 """Other processes that run commands beside one another, on file systems of several kinds."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,34 +18,9 @@ from pathlib import Path
 
 kind = "locks"
 
-def opened_elsewhere(path):
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    for process in Path("/proc").iterdir():
-        if not process.name.isdecimal():
-            continue
-        with contextlib.suppress(OSError):
-            for file in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(file.stat(), status):
-                        return True
-            maps = (process / "maps").read_text().splitlines()
-            if any(line.split()[4:5] == [str(status.st_ino)] for line in maps):
-                return True
-    return False
-
-def refusing(name, which):
-    act = getattr(os, name)
-    def guarded(*paths, **options):
-        if kind == "windows" and opened_elsewhere(paths[which]):
-            raise PermissionError(13, "in use", str(paths[which]))
-        return act(*paths, **options)
-    setattr(os, name, guarded)
-
-if sys.platform == "linux":  # on Windows an open or mapped file can be neither replaced nor deleted
-    refusing("replace", 1), refusing("unlink", 0), refusing("rename", 0)
+if sys.platform == "linux":
+    from windows_files import keep_open_files
+    keep_open_files(setattr, lambda: kind == "windows")
 
 from hyper_merge.cli.main import main
 from hyper_merge.errors import HyperMergeError
@@ -112,7 +88,11 @@ class Other:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={
+                **environment,
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+                "OMP_NUM_THREADS": "1",
+            },
         )
 
     def __enter__(self) -> "Other":

@@ -41,6 +41,12 @@ def test_versions_that_break_the_app_are_left_out(extra, package, version):
     assert not requirement.specifier.contains(version)
 
 
+def test_the_app_has_audioop_where_python_dropped_it():
+    (requirement,) = (one for one in extras()["app"] if one.name == "audioop-lts")
+    assert requirement.marker.evaluate({"python_version": "3.13"})
+    assert not requirement.marker.evaluate({"python_version": "3.12"})
+
+
 def test_the_tested_versions_satisfy_every_extra():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))

@@ -4,7 +4,7 @@ An unfinished download or a damaged copy holds zeros where data are missing. Leg
 tensors of one value: norms and biases as they were initialised, a layer that someone switched off. So only
 matrices and convolutions count that hold one value in some files and not in all; a file is refused where
 its last one is such, for downloads end there, or where there are more than a handful of them. Fewer are
-named in a warning.
+named in a warning, and so is every file where the merge accepts damaged ones.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class BlankTensors:
     def __init__(self, inputs: MergeInputs) -> None:
         """Takes the files; nothing is read."""
         self._files = inputs.read
+        self._accepts = inputs.accepts_damaged
         self._matrices = {
             key
             for key, treatment in inputs.layout.treatments.items()
@@ -57,11 +58,13 @@ class BlankTensors:
         """Takes what `find` returned for a tensor.
 
         Raises:
-            CheckpointError: a file lacks data; names the file and the tensor.
+            CheckpointError: a file lacks data, and is not accepted so; names file and tensor.
         """
         for place in places:
             keys = self._keys[place]
             keys.append(key)
+            if self._accepts:
+                continue
             if key == self._last[place]:
                 raise _refusal(self._files[place], key, "its last matrix")
             if len(keys) > _HANDFUL:
@@ -71,8 +74,10 @@ class BlankTensors:
         """Warns of each file with few such matrices; to be called after the last tensor."""
         for header, keys in zip(self._files, self._keys, strict=True):
             if keys:
+                more = f" and {len(keys) - _HANDFUL} others" if len(keys) > _HANDFUL else ""
+                named = ", ".join(keys[:_HANDFUL]) + more
                 warn(
-                    f"{header.name} holds one value throughout {', '.join(keys)}, and the other files"
+                    f"{header.name} holds one value throughout {named}, and the other files"
                     " do not; compare it with its source if nobody meant that"
                 )
 
@@ -100,7 +105,7 @@ def _refusal(header: Header, key: str, place: str) -> CheckpointError:
         f"{header.name} lacks data: it holds one value throughout {key} ({place}), where the other"
         " files do not",
         hint="its download was not finished or the copy is damaged: download it again, or leave it"
-        " out",
+        " out; if it is as it should be, set damaged to accept",
         file=header.path,
         key=key,
     )

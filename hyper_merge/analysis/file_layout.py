@@ -31,6 +31,8 @@ def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
         "dtype": str(inputs.dtype),
         "average_vae": inputs.average_vae,
         "seed": seed,
+        # A merge that refuses damaged files never finds what one has made that accepts them.
+        **({"accepts_damaged": True} if inputs.accepts_damaged else {}),
     }
 
 

@@ -25,6 +25,7 @@ class MergeInputs:
     weights: tuple[float, ...]  # of the mean, one per checkpoint
     dtype: torch.dtype  # of the written average
     average_vae: bool = False  # instead of keeping the first checkpoint's
+    accepts_damaged: bool = False  # files that look so are named in warnings instead of refused
 
     @cached_property
     def contrasts(self) -> Contrasts:

@@ -77,7 +77,7 @@ def parse_fit_request(body: FitBody, host: Host) -> FitRequest:
         RecipeError: a setting is not allowed; the message begins with its name.
         CheckpointError: the name is not in the host's list.
     """
-    names = ("name", "topup", "device", "seed", "overwrite")
+    names = ("name", "topup", "device", "seed", "overwrite", "damaged")
     settings = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     path = find_file(body.checkpoint, "checkpoint", host.checkpoints())
     return FitRequest.parse({"run": body.run, "checkpoint": path, **settings}, _place)

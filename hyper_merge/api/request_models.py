@@ -68,6 +68,7 @@ class PlanBody(_Request):
     iterations: StrictInt | None = _setting("iterations")
     tolerance: Number | None = _setting("tolerance")
     seed: StrictInt | None = _setting("seed")
+    damaged: StrictStr | None = _setting("damaged")
 
 
 class MergeBody(PlanBody):
@@ -93,6 +94,7 @@ class FitBody(_Request):
     )
     device: StrictStr | None = _setting("device")
     seed: StrictInt | None = _setting("seed")
+    damaged: StrictStr | None = _setting("damaged")
     overwrite: StrictBool = Field(False, description="replace an earlier fit of this name")
     save_styles: StrictBool = Field(
         False, description="save a prompt style for it, where the host has styles"

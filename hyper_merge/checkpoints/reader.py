@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
+from hyper_merge.checkpoints.io.mapped_tensors import MappedTensors
 from hyper_merge.checkpoints.io.pickle_reader import load_pickled
 from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, read_table
 from hyper_merge.errors import CheckpointError
@@ -71,7 +71,8 @@ class CheckpointReader:
         with CheckpointReader(path) as checkpoint:
             weight = checkpoint.tensor("model.diffusion_model.out.2.weight")
 
-    Tensors are views of the mapped file: read-only by convention, usable until the block is left.
+    Tensors are views of the mapped file: nothing may be written into them, which would end the
+    process. They stay usable when the block is left, and keep the file mapped until then.
     """
 
     def __init__(
@@ -166,14 +167,7 @@ class CheckpointReader:
     def _open(self) -> Callable[[str], Tensor]:
         if _is_pickled(self.path):
             return load_pickled(self.path).__getitem__
-        try:
-            handle = self._resources.enter_context(safe_open(str(self.path), framework="pt"))
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path.name} cannot be read ({error})", hint=COPY_AGAIN, file=self.path
-            ) from error
-        get: Callable[[str], Tensor] = handle.get_tensor
-        return get
+        return self._resources.enter_context(MappedTensors(self.path)).get
 
     def _close(self) -> None:
         self._get = None

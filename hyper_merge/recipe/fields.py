@@ -147,6 +147,8 @@ FIELDS: Final[tuple[Field, ...]] = (
           " UNet's ends; norms: these and the norms (all three load in A1111, Forge, ComfyUI); all:"
           " the biases too (Forge and ComfyUI only); or auto: ends where they matter",
           choice("auto", "none", "ends", "norms", "all")),
+    Field("damaged", "HOW", "files that look damaged or like unfinished downloads: refuse, or accept"
+          " with a warning", choice("refuse", "accept"), to_metadata=None),
 )  # fmt: skip
 
 FIELD_PARSERS: Final[Mapping[str, Callable[[object], object]]] = {

@@ -57,6 +57,7 @@ class Recipe:
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: Contents of the LoRAs' companions: `none`, the layers at the UNet's `ends`, its `norms`
             too, or `all` (biases too); `auto` for the ends where they matter.
+        damaged: Whether to `refuse` files that look damaged or unfinished, or to `accept` them.
 
     Raises:
         RecipeError: a value is impossible, or contradicts another one.
@@ -85,6 +86,7 @@ class Recipe:
     layer_weights: Literal["output", "layout", "relative", "plain"] = "output"
     vae: Literal["first", "average"] = "first"
     exact: Literal["auto", "none", "ends", "norms", "all"] = "auto"
+    damaged: Literal["refuse", "accept"] = "refuse"
 
     def __post_init__(self) -> None:
         check_request(self, FIELD_PARSERS)

@@ -14,7 +14,7 @@ from hyper_merge.runs.folders import AVERAGE_ID, FITS, PICTURES, RUN_FILES, Fold
 from hyper_merge.runs.manifest import RunOutline
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.ownership import known_metadata
-from hyper_merge.runs.paths import same_place
+from hyper_merge.runs.paths import find_moved, same_place
 from hyper_merge.runs.run import Run, read_manifest
 
 
@@ -82,5 +82,7 @@ def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:
 
 def _needs(outline: RunOutline, path: Path, folders: Folders) -> bool:
     """Tells whether a run is based on a file, or was made of it."""
-    paths = (folders.hyper_model_of(outline), *outline.source_paths)
+    before = outline.hyper_model.parent  # if the models folder was moved since
+    sources = [find_moved(path, before, folders.models) for path in outline.source_paths]
+    paths = (folders.hyper_model_of(outline), *sources)
     return any(same_place(path, other) for other in paths)

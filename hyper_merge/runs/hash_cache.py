@@ -64,9 +64,21 @@ def hash_sources(
 
 
 def find_by_hash(sha256: str, cache: Path) -> list[Path]:
-    """Returns the paths that files with a hash had when it was computed; they may be gone by now."""
-    known = _known(cache).items()
-    return [Path(key.rsplit("|", 2)[0]) for key, digest in known if digest == sha256]
+    """Returns the files of a hash that is remembered, as far as they did not change since."""
+    keys = [key for key, digest in _known(cache).items() if digest == sha256]
+    return [path for key in keys if (path := _unchanged(key))]
+
+
+def _unchanged(key: str) -> Path | None:
+    """Returns the path of a file's key if the file is still the one of that key; else None."""
+    try:
+        path, size, mtime_ns = key.rsplit("|", 2)
+        status = Path(path).stat()
+    except (OSError, ValueError):  # gone, or never a key of ours
+        return None
+    return (
+        Path(path) if (str(status.st_size), str(status.st_mtime_ns)) == (size, mtime_ns) else None
+    )
 
 
 def current_time() -> str:

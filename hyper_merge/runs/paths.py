@@ -14,6 +14,20 @@ def path_exists(path: Path) -> bool:
         return False
 
 
+def find_moved(path: Path, before: Path, now: Path) -> Path:
+    """Returns where a file is now whose folder may have been moved; where it was if it is not there.
+
+    Args:
+        path: where the file was.
+        before: where a folder was; only files in it or below it are looked for.
+        now: where the folder is.
+    """
+    if path_exists(path) or not path.is_relative_to(before):
+        return path
+    moved = now / path.relative_to(before)
+    return moved if path_exists(moved) else path
+
+
 def same_place(one: Path, other: Path) -> bool:
     """Tells whether two paths lead to one place, whether a file exists there or not."""
     try:

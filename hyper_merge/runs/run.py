@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of
 from hyper_merge.runs.manifest import RunManifest, RunSource, require_readable_version
 from hyper_merge.runs.own_loras import is_own_lora
-from hyper_merge.runs.paths import path_exists, same_place
+from hyper_merge.runs.paths import find_moved, path_exists, same_place
 from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.names import one_line
@@ -142,7 +142,7 @@ def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
     """
     if manifest.name != name:
         raise ValueError(f"it is that of the run {manifest.name}: was the folder renamed?")
-    recipe = manifest.to_recipe(output=folders.runs.parent)
+    recipe = _with_moved_files(manifest.to_recipe(output=folders.runs.parent), manifest, folders)
     report = manifest.report
     _require_parts(manifest, recipe)
     hyper_model = folders.find_hyper_model(manifest.hyper_model, manifest.average_id)
@@ -160,7 +160,10 @@ def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
         recipe=recipe,
         hyper_model=hyper_model,
         loras=loras,
-        sources=manifest.sources,
+        sources=tuple(
+            replace(source, path=_find_moved(source.path, manifest, folders))
+            for source in manifest.sources
+        ),
         report=present,
         missing=tuple(missing),
         hashes=manifest.hashes,
@@ -168,6 +171,20 @@ def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
         architecture=family_named(manifest.family),
         lost=tuple(row.name for row in report.checkpoints if row not in present.checkpoints),
     )
+
+
+def _with_moved_files(recipe: Recipe, manifest: RunManifest, folders: Folders) -> Recipe:
+    """Returns a run's recipe with the checkpoints where they are now if the models folder was moved."""
+    models = tuple(_find_moved(path, manifest, folders) for path in recipe.models)
+    base = recipe.base
+    if base != AVERAGE:
+        base = str(_find_moved(Path(base), manifest, folders))
+    return replace(recipe, models=models, base=base)
+
+
+def _find_moved(path: Path, manifest: RunManifest, folders: Folders) -> Path:
+    # The hyper-model stood in the folder of checkpoints, whichever that was.
+    return find_moved(path, manifest.hyper_model.parent, folders.models)
 
 
 def _require_parts(manifest: RunManifest, recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.ui.form_fields import (
     ALLOCATION_CHOICES,
     BASE_AVERAGE,
+    DAMAGED_CHOICES,
     DIFFERENCE_CHOICES,
     EXACT_CHOICES,
     LABELS,
@@ -48,6 +49,7 @@ class Form:
     separate: bool
     fit_weights: str
     layer_weights: str
+    damaged: str
     save_styles: bool
 
 
@@ -97,6 +99,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
         "allocation": ALLOCATION_CHOICES.get(form.allocation, form.allocation),
         "multipliers": "separate" if form.separate else "shared",
         "layer_weights": DIFFERENCE_CHOICES.get(form.layer_weights, form.layer_weights),
+        "damaged": DAMAGED_CHOICES.get(form.damaged, form.damaged),
         "output": folders.models.parent,
     }
     return Recipe.parse(values, lambda key: LABELS.get(key, key))
@@ -128,6 +131,7 @@ def form_from_recipe(recipe: Recipe, listed: Mapping[str, Path], *, save_styles:
         separate=recipe.multipliers == "separate",
         fit_weights=_format_numbers(recipe.fit_weights),
         layer_weights=_choice_text(DIFFERENCE_CHOICES, recipe.layer_weights),
+        damaged=_choice_text(DAMAGED_CHOICES, recipe.damaged),
         save_styles=save_styles,
     )
 

@@ -32,6 +32,7 @@ DIFFERENCE_CHOICES: Final = {
     "relative to each layer's size": "relative",
     "unweighted": "plain",
 }
+DAMAGED_CHOICES: Final = {"are refused": "refuse", "are merged, with a warning": "accept"}
 PRESETS: Final = {
     "small": "64, 32, 16",
     "medium": "128, 64, 32, 16",
@@ -133,6 +134,8 @@ FORM_FIELDS: Final = (
     FormField("layer_weights", "Layer weighting", "radio",
               "How much the differences in a layer count. The others leave more of the difference"
               " in pictures at the same size.", choices=DIFFERENCE_CHOICES),
+    FormField("damaged", "Damaged files", "radio",
+              "Files that look damaged, or like downloads that did not end.", choices=DAMAGED_CHOICES),
 )  # fmt: skip
 
 LABELS: Final = {

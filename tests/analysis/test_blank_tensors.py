@@ -81,6 +81,21 @@ def test_few_matrices_are_named_in_a_warning(files, spoilt):
     )
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_an_unfinished_download_is_merged_where_the_user_accepts_it(tmp_path, files, share):
+    models = [files[0], write_unfinished(tmp_path / "spoilt.safetensors", files[1], share)]
+    accepted, log = WarningLog(), WarningLog()
+    merged = merge(models, tmp_path / "out", progress=accepted.progress, damaged="accept")
+    assert load(merged.place.hyper_model)
+    (warning,) = (text for text in accepted.warnings if "holds one value" in text)
+    assert warning.startswith("spoilt.safetensors holds one value throughout ")
+    assert (" others, and the other files do not" in warning) == (share == 0.3)
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=REFUSAL):  # in spite of the analysis that is there
+        merge(models, tmp_path / "out", progress=log.progress, name="again")
+    assert snapshot(tmp_path) == before
+
+
 def test_a_base_that_lacks_data_is_refused(files, tmp_path):
     base = write_unfinished(tmp_path / "spoilt.safetensors", files[1], 0.5)
     with pytest.raises(CheckpointError, match=REFUSAL):

@@ -165,6 +165,17 @@ class FakeWebUI:
         page.close(self)
 
 
+class TotalBar:
+    """The console's bar over all pictures."""
+
+    def __init__(self, state):
+        self._state = state
+        self.shown = []  # steps in all, whenever it moves
+
+    def update(self):
+        self.shown.append(self._state.job_count * self._state.sampling_steps)
+
+
 class Shared:
     """`modules.shared`: reading its `sd_model` loads one where none was, in A1111."""
 
@@ -180,7 +191,7 @@ class Shared:
         self.config_filename = webui.config_filename
         self.hide_dirs = {"visible": not webui.cmd_opts.hide_ui_dir_config}
         self.demo = None
-        self.total_tqdm = SimpleNamespace(clear=lambda: None)
+        self.total_tqdm = TotalBar(webui.state)
 
     @property
     def sd_model(self):

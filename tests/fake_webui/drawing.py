@@ -137,6 +137,7 @@ class Processing(ModuleType):
             for step in range(p.steps):
                 state.sampling_step = step
                 time.sleep(self.pace)
+                self._webui.shared.total_tqdm.update()
                 if self.on_step:
                     self.on_step()
                 if state.interrupted or state.skipped:

@@ -90,7 +90,7 @@ def test_the_run_is_listed_with_its_figures(webui, folders, manifest):
     assert [path.name for path in run.loras] == ["mix_0-4.safetensors", "mix_1-2.safetensors"]
     assert dict(run.hashes) == manifest["files"]
     assert tuple(source.path for source in run.sources) == checkpoints(webui, "abc")
-    assert run.recipe.to_settings() == manifest["settings"]
+    assert run.recipe.to_settings() == manifest["settings"] | {"damaged": "refuse"}
 
 
 def test_the_manifest_is_written_as_it_was(manifest):
@@ -115,7 +115,11 @@ def test_the_recipe_file_is_that_of_the_run(webui, folders, monkeypatch):
     recipe = load_recipe(webui / "recipe.yaml")
     settings = load_run(folders, "mix").recipe.to_settings()
     assert (settings["exact"], settings["layer_weights"]) == ("none", "relative")
-    assert recipe.to_settings() == settings | {"exact": "auto", "layer_weights": "output"}  # now
+    assert recipe.to_settings() == settings | {
+        "exact": "auto",
+        "layer_weights": "output",
+        "damaged": "refuse",
+    }  # now
 
 
 def test_other_ranks_use_the_old_hyper_model(webui, folders):

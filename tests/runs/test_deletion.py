@@ -90,6 +90,18 @@ def test_a_hyper_model_stays_while_it_is_a_source(files, started, folders):
     assert run.hyper_model in files_of(run, folders)
 
 
+def test_a_hyper_model_stays_while_it_is_a_source_in_a_moved_folder(
+    files, started, folders, tmp_path
+):
+    merge([load_run(folders, "mix").hyper_model, files[0]], started, name="of")
+    there = Folders.under(started.rename(tmp_path / "moved"))
+    run = load_run(there, "mix")
+    assert run.hyper_model not in files_of(run, there)
+    assert load_run(there, "of").sources[0].path == there.models / "mix.safetensors"
+    delete_run(load_run(there, "of"), there)
+    assert run.hyper_model in files_of(run, there)
+
+
 def test_a_hyper_model_stays_while_a_run_is_unreadable(files, started, folders):
     merge(files, started, ranks=(3,))
     (started / "hyper-merge/mix-2/manifest.json").write_text("{")

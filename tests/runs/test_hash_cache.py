@@ -4,7 +4,7 @@ import pytest
 from mutations import TEXTS
 
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.runs.hash_cache import hash_sources
+from hyper_merge.runs.hash_cache import find_by_hash, hash_sources
 from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.progress import Progress
 
@@ -38,3 +38,17 @@ def test_a_changed_digit_of_a_hash_is_noticed(started, files, cache, log):
     path.write_text(path.read_text().replace(digest, digest[::-1]))
     assert hash_sources(headers, cache, log.progress) == expected
     assert len(log.warnings) == 1
+
+
+def test_files_are_found_by_their_hash_as_long_as_they_do_not_change(started, cache):
+    model = started / "Stable-diffusion/mix.safetensors"
+    (record,) = hash_sources([read_header(model)], cache, Progress())
+    assert find_by_hash(record.sha256, cache) == [model.resolve()]
+    model.write_bytes(model.read_bytes() + b"x")
+    assert find_by_hash(record.sha256, cache) == []
+
+
+@pytest.mark.parametrize("key", ["a", "a|1", "a\0|1|2", "nowhere|1|2"])
+def test_entries_that_lead_nowhere_find_no_file(tmp_path, key):
+    (tmp_path / "hashes.json").write_text(sealed({key: "0" * 64}))
+    assert find_by_hash("0" * 64, tmp_path) == []

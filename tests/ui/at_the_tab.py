@@ -30,6 +30,7 @@ FORM = Form(
     separate=True,
     fit_weights="",
     layer_weights="by their effect on the output",
+    damaged="are refused",
     save_styles=True,
 )
 """That of the merge which the fixture `run` has made."""

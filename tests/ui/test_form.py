@@ -149,6 +149,7 @@ def test_advanced_fields_reach_the_recipe(recipe):
         fit_weights="1, 2, 1",
         allocation="adaptive, where they explain most",
         layer_weights="by their effect on the output",
+        damaged="are refused",
     )
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"

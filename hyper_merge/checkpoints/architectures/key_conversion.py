@@ -38,10 +38,11 @@ _SCALING: Final = (*_SCALED, ".scale_input", ".input_scale", ".comfy_quant")
 
 @dataclass(frozen=True)
 class _Rename:
-    """Prefixes that stand for others in some files, and how such a file is recognised."""
+    """Parts of keys that stand for others in some files, and how such a file is recognised."""
 
     applies: Callable[[KeySignature], bool]
-    prefixes: tuple[tuple[str, str], ...]  # in the file, standard
+    prefixes: tuple[tuple[str, str], ...] = ()  # in the file, standard
+    suffixes: tuple[tuple[str, str], ...] = ()
     exceptions: tuple[str, ...] = ()  # keys that begin so stay
 
 
@@ -54,6 +55,13 @@ _RENAMES: Final = (
         tuple(
             (_CLIP + part, f"{_CLIP}text_model.{part}")
             for part in ("encoder.", "embeddings.", "final_layer_norm.")
+        ),
+    ),
+    # Flux as ComfyUI saves it, whose norms of queries and keys are torch's own.
+    _Rename(
+        lambda s: s.has(UNET + "double_blocks.0."),
+        suffixes=tuple(
+            (f".{part}_norm{_WEIGHT}", f".{part}_norm.scale") for part in ("query", "key")
         ),
     ),
     # SD 2 in the spelling of SDXL's repository: SD-Turbo.
@@ -104,6 +112,8 @@ def _renamed(header: Header, rename: _Rename) -> Header:
     names = {key: _name(key, rename) for key in (*header.tensors, *header.unsupported)}
     if len(set(names.values())) < len(names):
         return header  # both spellings in one file: nothing is sure
+    if all(key == name for key, name in names.items()):
+        return header
     stored = {name: header.stored.get(key, key) for key, name in names.items() if key != name}
     return replace(
         header,
@@ -133,6 +143,9 @@ def _name(key: str, rename: _Rename) -> str:
     for old, new in rename.prefixes:
         if key.startswith(old) and not key.startswith(rename.exceptions):
             return new + key.removeprefix(old)
+    for old, new in rename.suffixes:
+        if key.endswith(old):
+            return key.removesuffix(old) + new
     return key
 
 

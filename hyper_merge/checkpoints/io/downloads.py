@@ -15,6 +15,12 @@ _UNFINISHED: Final = (
 )
 
 
+def sign_of_download(path: Path) -> Path | None:
+    """Returns the file beside another that says that it is still being downloaded; None for none."""
+    signs = (path.with_name(path.name + suffix) for suffix in _UNFINISHED)
+    return next((sign for sign in signs if sign.exists()), None)
+
+
 def require_downloaded(path: Path) -> None:
     """Returns if nothing beside a file says that it is still being downloaded.
 
@@ -23,12 +29,11 @@ def require_downloaded(path: Path) -> None:
     Raises:
         CheckpointError: there is such a sign; names it.
     """
-    for suffix in _UNFINISHED:
-        sign = path.with_name(path.name + suffix)
-        if sign.exists():
-            raise CheckpointError(
-                f"the download of {path.name} is not finished: {sign.name} stands beside it",
-                hint=f"wait until it ends or begin it again; if {path.name} is complete, delete"
-                f" {sign.name}",
-                file=path,
-            )
+    sign = sign_of_download(path)
+    if sign is not None:
+        raise CheckpointError(
+            f"the download of {path.name} is not finished: {sign.name} stands beside it",
+            hint=f"wait until it ends or begin it again; if {path.name} is complete, delete"
+            f" {sign.name} or set damaged to accept",
+            file=path,
+        )

@@ -38,6 +38,7 @@ class SafetensorsTable:
     """The tensors and metadata of a .safetensors file and where the tensors' bytes begin."""
 
     tensors: dict[str, TensorInfo]
+    starts: dict[str, int]  # key -> first byte, from the beginning of the file
     unsupported: dict[str, str]  # key -> stored type that torch here does not know
     metadata: dict[str, str]
     data_start: int  # bytes from the beginning of the file
@@ -63,15 +64,21 @@ def read_table(path: Path, size: int) -> SafetensorsTable:
         OSError: the file cannot be read.
     """
     with path.open("rb") as stream:
-        start, text = read_header_bytes(stream, path.name, size)
-    table = _parse(text, path.name)
-    metadata = _metadata(table.pop(METADATA_KEY, {}), path.name)
-    entries = [_entry(key, value, path.name) for key, value in table.items()]
+        return read_table_from(stream, path.name, size)
+
+
+def read_table_from(stream: BinaryIO, name: str, size: int) -> SafetensorsTable:
+    """Does what `read_table` does for an open file, from its beginning."""
+    start, text = read_header_bytes(stream, name, size)
+    table = _parse(text, name)
+    metadata = _metadata(table.pop(METADATA_KEY, {}), name)
+    entries = [_entry(key, value, name) for key, value in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.end))
-    _require_filled(entries, start, size, path.name)
-    known = (entry for entry in entries if entry.dtype in TORCH_DTYPES)
+    _require_filled(entries, start, size, name)
+    known = [entry for entry in entries if entry.dtype in TORCH_DTYPES]
     return SafetensorsTable(
         tensors={e.key: TensorInfo(TORCH_DTYPES[e.dtype], e.shape) for e in known},
+        starts={e.key: start + e.start for e in known},
         unsupported={e.key: e.dtype for e in entries if e.dtype not in TORCH_DTYPES},
         metadata=metadata,
         data_start=start,

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
-from safetensors import safe_open
 from torch import Tensor
 
 from hyper_merge.checkpoints.io import output_errors
@@ -17,6 +16,7 @@ from hyper_merge.checkpoints.io.atomic_file import StagedFile
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.journal import Journal, Step
 from hyper_merge.checkpoints.io.leftovers import ClaimedFolders, remove_leftovers
+from hyper_merge.checkpoints.io.mapped_tensors import MappedTensors
 from hyper_merge.checkpoints.io.output_errors import as_output_error, sync_folder
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.errors import NameTakenError, OutputError
@@ -115,10 +115,9 @@ class FileTransaction:
     @contextmanager
     def reading(self, path: _Path) -> Iterator[Callable[[str], Tensor]]:
         """Gives the tensors of a staged .safetensors file, whose own block is left, by their keys."""
-        with as_output_error(Path(path)):
-            file = safe_open(str(_staged(self._parts[Path(path)]).temporary), framework="pt")
-            with file as tensors:
-                yield tensors.get_tensor
+        staged = _staged(self._parts[Path(path)])
+        with as_output_error(Path(path)), MappedTensors(staged.temporary) as tensors:
+            yield tensors.get
 
     def __exit__(
         self,

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", default="0", help="of everything random")
     add_output_folder(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier fit")
+    parser.add_argument(
+        "--damaged",
+        metavar="HOW",
+        default="refuse",
+        help="a file that looks damaged or like an unfinished download: refuse, or accept",
+    )
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -37,7 +43,7 @@ def run_command(options: argparse.Namespace) -> None:
     from hyper_merge.runs.run import load_run
 
     folders = Folders.under(options.output)
-    names = ("run", "checkpoint", "name", "topup", "device", "overwrite", "seed")
+    names = ("run", "checkpoint", "name", "topup", "device", "overwrite", "seed", "damaged")
     request = FitRequest.parse(option_values(options, *names), option_place)
     with progress_bar() as progress:
         fitted = run_fit(request, folders, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -114,6 +115,8 @@ class WebUI:
     def save_styles(self, prompts: Mapping[str, str]) -> None:
         """Writes styles into the WebUI's file of styles, of which it keeps a backup.
 
+        Ours that another file has are renewed there.
+
         Raises:
             OutputError: see `Host`.
         """
@@ -124,7 +127,8 @@ class WebUI:
                 f"styles that are not Hyper-Merge's have these names: {', '.join(taken)}",
                 hint="rename those in the WebUI, or give the merge another name",
             )
-        paths = {name: known[name].path if name in known else None for name in prompts}
+        default = str(shared.prompt_styles.default_path)
+        paths = {name: known[name].path if name in known else default for name in prompts}
         _change_styles(
             {name: PromptStyle(name, text, "", paths[name]) for name, text in prompts.items()}
         )
@@ -243,8 +247,10 @@ def _change_styles(changes: Mapping[str, PromptStyle | None]) -> None:
             styles.pop(name)
         else:
             styles[name] = style
+    touched = [known[name] for known in (before, styles) for name in changes if name in known]
     try:
-        shared.prompt_styles.save_styles()
+        for path in sorted({_file_of(style) for style in touched}):
+            _save_styles_of(path)
     except OSError as error:
         styles.clear()
         styles.update(before)
@@ -253,3 +259,19 @@ def _change_styles(changes: Mapping[str, PromptStyle | None]) -> None:
             hint="close other programs that have styles.csv open and see that it is not"
             " read-only, then try again",
         ) from error
+
+
+def _save_styles_of(path: str) -> None:
+    """Lets the WebUI write one file of styles; by itself it writes all, also those of others."""
+    one = copy.copy(shared.prompt_styles)
+    one.default_path = Path(path)
+    one.styles = {
+        name: style
+        for name, style in shared.prompt_styles.styles.items()
+        if _file_of(style) == path
+    }
+    one.save_styles()
+
+
+def _file_of(style: PromptStyle) -> str:
+    return str(style.path or shared.prompt_styles.default_path)

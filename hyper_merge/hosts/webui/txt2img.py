@@ -38,7 +38,8 @@ def open_txt2img() -> Iterator[Txt2Img]:
     """
     selection = _Selection()
     try:
-        yield lambda picture, progress: _draw(picture, progress, selection)
+        with _without_total_bar():
+            yield lambda picture, progress: _draw(picture, progress, selection)
     finally:
         try:
             selection.restore()
@@ -46,7 +47,17 @@ def open_txt2img() -> Iterator[Txt2Img]:
             Exception
         ) as error:  # a host's model code may raise anything; the WebUI loads it later
             errors.display(error, "loading the checkpoint again", full_traceback=True)
-        shared.total_tqdm.clear()  # the console's bar over all pictures
+
+
+@contextmanager
+def _without_total_bar() -> Iterator[None]:
+    """Keeps the console's bar over all pictures away, which takes the steps of our job for pictures."""
+    bar = shared.total_tqdm
+    bar.update = lambda: None
+    try:
+        yield
+    finally:
+        del bar.update
 
 
 class _Selection:

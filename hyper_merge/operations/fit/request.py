@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -34,6 +34,7 @@ class FitRequest(Request):
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: Whether an earlier fit of this name may be replaced.
         seed: Of everything random.
+        damaged: Whether to `refuse` a file that looks damaged or unfinished, or to `accept` it.
     """
 
     run: str
@@ -43,6 +44,7 @@ class FitRequest(Request):
     device: str = "auto"
     overwrite: bool = False
     seed: int = 0
+    damaged: Literal["refuse", "accept"] = "refuse"
 
     PARSERS: ClassVar[Parsers] = {
         **FIELD_PARSERS,
@@ -80,10 +82,12 @@ def validate_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     require_family(run)
     hyper_model = read_header(require_hyper_model(run))
     header = read_header(request.checkpoint)
-    layout = common_layout([hyper_model, header])
+    accepts_damaged = request.damaged == "accept"
+    layout = common_layout([hyper_model, header], accepts_damaged=accepts_damaged)
     if not run.report.carries_ends:
         layout = layout.without_ends()
     inputs = MergeInputs((header,), hyper_model, layout, (1.0,), torch.float32)
+    inputs = replace(inputs, accepts_damaged=accepts_damaged)
     separate = any(row.text_multipliers for row in run.report.checkpoints)
     return PreparedFit(
         run=run,

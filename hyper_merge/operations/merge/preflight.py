@@ -23,7 +23,7 @@ from hyper_merge.checkpoints.compatibility import (
     find_differing_markers,
     find_missing_parts,
 )
-from hyper_merge.checkpoints.io.downloads import require_downloaded
+from hyper_merge.checkpoints.io.downloads import require_downloaded, sign_of_download
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD, FLOAT8
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.prediction_type import with_prediction_type
@@ -70,6 +70,7 @@ class Preflight:
             inputs.contrasts.base_weights.tolist(),
             inputs.average_vae,
             str(inputs.dtype),
+            *(["accepts damaged"] if inputs.accepts_damaged else []),
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -99,8 +100,11 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     resolve_device(recipe.device)
     headers = [read_header(path) for path in recipe.models]
     base = None if recipe.base == AVERAGE else read_header(recipe.base)
-    layout = common_layout([*headers, base] if base else headers)
+    accepts_damaged = recipe.damaged == "accept"
+    files = [*headers, base] if base else headers
+    layout = common_layout(files, accepts_damaged=accepts_damaged)
     warnings = check_distinct([header.path for header in headers])
+    warnings += find_unfinished(files) if accepts_damaged else []
     _check_stems(headers)
     count = len(headers)
     _check_alphas(recipe, layout.family)
@@ -111,6 +115,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         weights=recipe.weights or (1.0,) * count,
         dtype=DTYPES_BY_WORD[recipe.dtype],
         average_vae=recipe.vae == "average",
+        accepts_damaged=accepts_damaged,
     )
     select_norms_and_biases(recipe, inputs)
     recipe = _with_ranks(recipe, inputs)
@@ -122,14 +127,18 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     return Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))
 
 
-def common_layout(headers: Sequence[Header]) -> Layout:
+def common_layout(headers: Sequence[Header], *, accepts_damaged: bool = False) -> Layout:
     """Returns the layout that all files have in common.
+
+    Args:
+        headers: those of the files.
+        accepts_damaged: whether files may be among them that are still being downloaded.
 
     Raises:
         CheckpointError: a file is still being downloaded, is not a checkpoint that can be merged,
             or does not match the others.
     """
-    for header in headers:
+    for header in headers if not accepts_damaged else ():
         require_downloaded(header.path)
     families = [with_prediction_type(header, detect_family(header)) for header in headers]
     check_families(headers, families)
@@ -138,6 +147,16 @@ def common_layout(headers: Sequence[Header]) -> Layout:
     layouts = [layout_of(*pair) for pair in zip(headers, families, strict=True)]
     check_compatible(headers, layouts)
     return layouts[0]
+
+
+def find_unfinished(headers: Sequence[Header]) -> list[str]:
+    """Returns a warning for each file that is still being downloaded by what stands beside it."""
+    signs = [(header, sign_of_download(header.path)) for header in headers]
+    return [
+        f"the download of {header.name} is not finished: {sign.name} stands beside it"
+        for header, sign in signs
+        if sign
+    ]
 
 
 def _with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:

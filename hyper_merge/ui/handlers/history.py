@@ -7,7 +7,9 @@ error.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -16,8 +18,10 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.cache import clear_cache, format_cache
+from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import styles_of
+from hyper_merge.runs.hash_cache import find_by_hash
 from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.ui.form import Form, form_from_recipe
 from hyper_merge.ui.handlers.dropdowns import refill
@@ -43,10 +47,11 @@ def list_earlier_runs(
 def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
     """Returns the form's values for a merge with the settings of a run, and a message."""
     try:
-        recipe = load_run(host.folders(), name or "").recipe
+        run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
         return (*(gr.update() for _ in fields(Form)), _format_error(error))
     listed = host.checkpoints()
+    recipe = _with_renamed_files(run, host.folders().cache, listed)
     form = form_from_recipe(
         recipe, listed, save_styles=host.defaults().save_styles and host.has_txt2img
     )
@@ -56,6 +61,20 @@ def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
         text += f" {gone} of its checkpoints are no longer in the list."
     values = (getattr(form, field.name) for field in fields(Form))
     return (*values, format_message("info" if gone else "good", text))
+
+
+def _with_renamed_files(run: Run, cache: Path, listed: Mapping[str, Path]) -> Recipe:
+    """Returns a run's recipe, in which checkpoints that were renamed are found by remembered hashes."""
+    known = {path.resolve() for path in listed.values()}
+    sources = run.sources[-len(run.recipe.models) :]  # without a given base
+
+    def find(path: Path, sha256: str) -> Path:
+        if path.resolve() in known:
+            return path
+        return next((p for p in find_by_hash(sha256, cache) if p.resolve() in known), path)
+
+    pairs = zip(run.recipe.models, sources, strict=True)
+    return replace(run.recipe, models=tuple(find(p, source.sha256) for p, source in pairs))
 
 
 def compare_runs(host: Host, first: str | None, second: str | None) -> str:

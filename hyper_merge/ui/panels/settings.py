@@ -27,6 +27,7 @@ _ADVANCED_ROWS: Final = (
     ("separate",),
     ("fit_weights",),
     ("layer_weights",),
+    ("damaged",),
 )
 """Fields under "Advanced", by rows."""
 
@@ -53,6 +54,7 @@ class FormWidgets:
     separate: gr.Checkbox
     fit_weights: gr.Textbox
     layer_weights: gr.Radio
+    damaged: gr.Radio
     save_styles: gr.Checkbox
 
 

@@ -137,7 +137,7 @@ def bytes_read(monkeypatch):
         return Spy(stream) if mode == "rb" else stream
 
     monkeypatch.setattr("hyper_merge.checkpoints.io.safetensors_header.Path.open", spied)
-    monkeypatch.setattr("hyper_merge.checkpoints.reader.safe_open", forbidden)
+    monkeypatch.setattr("hyper_merge.checkpoints.reader.MappedTensors", forbidden)
     return sizes
 
 

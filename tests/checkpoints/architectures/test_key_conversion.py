@@ -45,6 +45,26 @@ def test_tensors_are_found_under_the_usual_keys(tmp_path, name):
             assert torch.equal(checkpoint.tensor(key), tensor)
 
 
+@pytest.mark.parametrize("name", ["flux_dev", "flux_schnell"])
+@pytest.mark.parametrize("prefix", [UNET, ""])
+def test_flux_as_comfyui_saves_it_is_read_under_the_usual_keys(tmp_path, name, prefix):
+    usual = state(NARROW[name](), torch.bfloat16)
+    other = {
+        k.replace("_norm.scale", "_norm.weight").replace(UNET, prefix): t for k, t in usual.items()
+    }
+    assert len(other.keys() - usual.keys()) >= 6
+    with CheckpointReader(saved(tmp_path / "other.safetensors", other)) as checkpoint:
+        assert require_supported(checkpoint.header).name == name
+        assert set(checkpoint.header.tensors) == set(usual)
+        for key, tensor in usual.items():
+            assert torch.equal(checkpoint.tensor(key), tensor)
+
+
+def test_norms_of_other_networks_keep_their_keys(make_header):
+    layout = {**NARROW["flux_dev"](), "text_encoders.t5xxl.layer_norm.weight": (4,)}
+    assert set(with_standard_keys(make_header(layout)).tensors) == set(layout)
+
+
 def test_a_bare_network_keeps_the_other_keys(make_header):
     shapes = renamed(NARROW["flux_dev"](), UNET, "")
     beside = {"vae.decoder.conv_in.bias": (4,), "text_encoders.clip_l.transformer.x": (4,)}

@@ -62,6 +62,32 @@ def test_our_style_is_renewed_in_its_own_file(host, webui):
     assert on_disk(webui)["mix: photo"][1:] == ("{prompt} <lora:mix_0-8:0.75>", "", second)
 
 
+@pytest.mark.parametrize("flavour", ["forge"])  # where the fake has two files
+def test_files_of_other_styles_are_not_touched(host, webui):
+    other = Path(webui.prompt_styles.paths[-1])
+    other.write_text("name,prompt,negative_prompt,author\n# mine,,,\nsea,the sea,,me\n")
+    webui.prompt_styles.reload()
+    before = other.read_bytes()
+    host.save_styles(OURS)
+    host.remove_styles(["mix: photo"])
+    assert other.read_bytes() == before
+    assert not other.with_name(other.name + ".bak").exists()
+    assert set(on_disk(webui)) == {"sea", "mix: anime"}
+
+
+@pytest.mark.parametrize("flavour", ["forge"])
+def test_a_style_in_another_file_is_removed_there_alone(host, webui, mine):
+    first, second = map(Path, webui.prompt_styles.paths)
+    host.save_styles(OURS)
+    styles = webui.prompt_styles.styles
+    styles["mix: photo"] = styles["mix: photo"]._replace(path=str(second))
+    webui.prompt_styles.save_styles()
+    before = first.read_bytes()
+    host.remove_styles(["mix: photo"])
+    assert first.read_bytes() == before
+    assert set(on_disk(webui)) == {*mine, "mix: anime"}
+
+
 @pytest.mark.parametrize("name", ["ink", "mix: words", "mix: negative"])
 def test_a_users_style_of_the_name_prevents_saving(host, webui, mine, name):
     before = dict(webui.prompt_styles.styles)

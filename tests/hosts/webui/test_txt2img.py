@@ -56,6 +56,18 @@ def test_a_picture_is_the_webuis_with_that_checkpoint(loaded, host, picture_of):
     assert generator.host == host.title
 
 
+def test_the_console_shows_no_bar_over_all_steps_of_our_job(loaded, host, picture_of):
+    bar = loaded.shared.total_tqdm
+    bar.shown.clear()
+    with host.drawing("task(x)") as (progress, generator):
+        progress.report("drawing", 0.5)
+        generator.draw(picture_of("photo"), progress)
+    assert bar.shown == []
+    own = loaded.processing.StableDiffusionProcessingTxt2Img(prompt="own", steps=2)
+    loaded.processing.process_images(own)
+    assert len(bar.shown) == 2
+
+
 def test_each_setting_reaches_the_webui_and_nothing_is_saved(loaded, host, picture_of, monkeypatch):
     seen = []
     process = loaded.processing.process_images

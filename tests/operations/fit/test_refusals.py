@@ -136,3 +136,5 @@ def test_an_unfinished_download_cannot_be_fitted(at, other, started, tmp_path):
     with pytest.raises(CheckpointError, match=r"the download of new one\.safetensors is not"):
         fit(at, other)
     assert snapshot(started) == before
+    assert fit(at, other, damaged="accept").row.name == other.stem
+    assert fit(at, spoilt, damaged="accept").row.name == "spoilt"

@@ -85,6 +85,17 @@ def test_scaled_8_bit_floats_are_averaged_unscaled(tmp_path):
     torch.testing.assert_close(average[key], expected)
 
 
+def test_flux_as_comfyui_saves_it_merges_with_the_usual_one(tmp_path):
+    usual, other = (state(NARROW["flux_dev"](), seed) for seed in (1, 2))
+    spelt = {key.replace("_norm.scale", "_norm.weight"): t for key, t in other.items()}
+    assert spelt.keys() != usual.keys()
+    merged = merged_exactly(files(tmp_path, spelt, usual), tmp_path)
+    average = load_file(merged.place.hyper_model)
+    assert set(average) == set(usual)
+    for key in average:
+        torch.testing.assert_close(average[key], (usual[key] + other[key]) / 2)
+
+
 def test_old_text_encoder_keys_merge_with_new_ones(tmp_path):
     new, old = (state(few(one()), seed, dtype=torch.float16) for seed in (1, 2))
     spelt = renamed(old, CLIP, CLIP.removesuffix("text_model."))

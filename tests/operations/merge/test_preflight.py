@@ -58,11 +58,16 @@ def test_a_download_in_progress_is_refused(tmp_path, files, b, end):
         checked([files[0], path])
     assert str(refusal.value) == (
         f"the download of b.safetensors is not finished: {sign.name} stands beside it; wait until it"
-        f" ends or begin it again; if b.safetensors is complete, delete {sign.name}"
+        f" ends or begin it again; if b.safetensors is complete, delete {sign.name} or set"
+        " damaged to accept"
     )
     assert refusal.value.file == path
     with pytest.raises(CheckpointError, match=r"download of b\.safetensors is not"):
         checked([files[0], files[2]], base=str(path))
+    accepted = checked([files[0], path], damaged="accept")
+    assert f"the download of b.safetensors is not finished: {sign.name} stands beside it" in (
+        accepted.warnings
+    )
     sign.unlink()
     checked([files[0], path])
 

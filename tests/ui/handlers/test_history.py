@@ -8,8 +8,12 @@ from at_the_tab import NAMES, ended, kinds, unchanged, values, words
 from tiny_family import snapshot
 
 from hyper_merge.analysis.cache import cache_bytes
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CacheError, OutputError
 from hyper_merge.hosts.job_queue import Jobs
+from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.runs.hash_cache import hash_sources
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.handlers.merge import start_merge
@@ -17,6 +21,15 @@ from hyper_merge.ui.handlers.result import save_run_styles
 
 COUNT = len(fields(Form))
 NO_RUNS = [None, "", "gone", "../mix", "/etc", "mix/../mix"]
+
+
+def move_checkpoint(root, name, to):
+    """Moves a checkpoint within a models folder, before its run is made."""
+    folder = root / "Stable-diffusion"
+    (folder / name).rename(folder / to)
+    manifest = root / "hyper-merge/mix/manifest.json"
+    text = manifest.read_text().replace(str(folder / name), str(folder / to))
+    manifest.write_text(text)
 
 
 @pytest.fixture
@@ -71,6 +84,29 @@ def test_settings_of_a_run_are_copied(host, jobs, run):
     )
     again = start_merge(host, jobs, *copied)
     assert "this very merge" in words(again)
+
+
+def test_settings_are_copied_after_the_models_folder_was_moved(host, run, root, tmp_path):
+    (root / "Stable-diffusion/sub").mkdir()
+    move_checkpoint(root, "b.safetensors", "sub/b.safetensors")
+    elsewhere = root.rename(tmp_path / "elsewhere")
+    *copied, answer = history.copy_settings(Standalone(elsewhere), run)
+    assert copied[0] == ["a.safetensors", "sub/b.safetensors", "c.safetensors"]
+    assert kinds(answer) == ["good"]
+
+
+def test_a_renamed_checkpoint_is_found_by_its_content(host, run, checkpoints):
+    renamed = checkpoints / "other.safetensors"
+    (checkpoints / "b.safetensors").rename(renamed)
+    *copied, answer = history.copy_settings(host, run)
+    assert kinds(answer) == ["info"], "nobody knows what it holds"
+    hash_sources([read_header(renamed)], host.folders().cache, Progress())
+    *copied, answer = history.copy_settings(host, run)
+    assert copied[0] == ["a.safetensors", "other.safetensors", "c.safetensors"]
+    assert kinds(answer) == ["good"]
+    renamed.write_bytes(renamed.read_bytes() + b"x")
+    *copied, answer = history.copy_settings(host, run)
+    assert copied[0] == ["a.safetensors", "c.safetensors"]
 
 
 def test_the_webuis_setting_decides_about_styles(webui, run):

@@ -1,0 +1,80 @@
+"""Reads the tensors of a .safetensors file through a read-only mapping.
+
+The library maps every file privately, as if it were to be written to: Windows then sets memory aside
+for the whole of it (error 1455 where there is none left), Linux refuses files larger than its memory.
+"""
+
+from __future__ import annotations
+
+import os
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyper_merge.checkpoints.io.safetensors_header import SafetensorsTable, read_table_from
+
+_CLOSED: Final = SafetensorsTable({}, {}, {}, {}, 0)
+_NOTHING: Final = np.empty(0, np.uint8)
+
+
+class MappedTensors:
+    """The tensors of a file that stays mapped, by their keys; use as a context manager.
+
+    A tensor is a view of the file and keeps it mapped: it stays valid when the block is left. The
+    mapping ends with the last of block and tensors, and until then Windows lets nobody replace or
+    delete the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Names the file; nothing is read before the block is entered."""
+        self.path = path
+        self._bytes: np.ndarray[Any, np.dtype[np.uint8]] = _NOTHING
+        self._table = _CLOSED
+
+    def __enter__(self) -> MappedTensors:
+        """Maps the file.
+
+        Raises:
+            CheckpointError: the file is no .safetensors file, damaged or truncated.
+            OSError: the file cannot be read or mapped.
+        """
+        with self.path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            self._table = read_table_from(stream, self.path.name, size)
+            self._bytes = np.asarray(_Bytes(mmap(stream.fileno(), size, access=ACCESS_READ)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The mapping ends by itself: never below a tensor that is in use.
+        self._table, self._bytes = _CLOSED, _NOTHING
+
+    def get(self, key: str) -> Tensor:
+        """Returns a tensor in its stored type; nothing may be written into it.
+
+        Raises:
+            KeyError: the file has no such tensor of a type that torch knows.
+        """
+        info, start = self._table.tensors[key], self._table.starts[key]
+        stored = torch.from_numpy(self._bytes[start : start + info.nbytes])
+        if start % info.dtype.itemsize:  # not every program pads its header
+            stored = stored.clone()
+        return stored.view(info.dtype).reshape(info.shape)
+
+
+class _Bytes:
+    """A mapping for numpy, as if it could be written to: torch has no other tensors, and would warn."""
+
+    def __init__(self, mapping: mmap) -> None:
+        self._read_only = np.frombuffer(mapping, np.uint8)
+        interface = self._read_only.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}

@@ -39,6 +39,38 @@ window.hyperMerge = (() => {
         }
     }
 
+    // Prompt and picked styles of the WebUI's txt2img, as Python takes them; "" where it has none.
+    const picked = () => [...root().querySelectorAll("#txt2img_styles .token")];
+    const label = (token) => token.querySelector("span").textContent;
+    function txt2img() {
+        const box = find("#txt2img_prompt textarea");
+        return box ? JSON.stringify({prompt: box.value, styles: picked().map(label)}) : "";
+    }
+
+    // Everything else on that page stays as it is: negative prompt, settings, the user's own styles.
+    function send(sent) {
+        if (!sent) {
+            return;
+        }
+        const {prompt, styles} = JSON.parse(sent);
+        const box = find("#txt2img_prompt textarea");
+        box.value = prompt;
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+        unpick(styles, styles.length);
+        if (typeof switch_to_txt2img === "function") {
+            switch_to_txt2img();
+        }
+    }
+
+    // One at a time: the menu draws itself again after each.
+    function unpick(styles, rest) {
+        const token = picked().find((x) => styles.includes(label(x)));
+        if (token && rest > 0) {
+            token.querySelector(".token-remove").click();
+            setTimeout(() => unpick(styles, rest - 1), 50);
+        }
+    }
+
     // The WebUI's own buttons that read its lists again: styles, cards, menu of checkpoints.
     const refreshers = {
         styles: ["#refresh_txt2img_styles", "#refresh_img2img_styles"],
@@ -206,5 +238,5 @@ window.hyperMerge = (() => {
     }
     watch();
 
-    return {copy, select, refresh, replan, planned, openTab, mix, shares};
+    return {copy, select, txt2img, send, refresh, replan, planned, openTab, mix, shares};
 })();

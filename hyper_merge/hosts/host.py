@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from hyper_merge.errors import CheckpointError
 from hyper_merge.operations.compare.compare import ImageGenerator
@@ -87,8 +87,8 @@ class Host(Protocol):
             PictureError: no picture can be made here.
         """
 
-    def styles(self) -> set[str]:
-        """Returns the names of all prompt styles."""
+    def styles(self) -> dict[str, str]:
+        """Returns the prompts of all prompt styles by their names."""
 
     def save_styles(self, prompts: Mapping[str, str]) -> None:
         """Adds prompt styles; replaces those that Hyper-Merge has made.
@@ -110,9 +110,6 @@ class Host(Protocol):
 
     def checkpoint_title(self, path: Path) -> str | None:
         """Returns the title by which the host selects a checkpoint; None if it is not in the list."""
-
-    def connect_send(self, button: Any, text: Any) -> None:
-        """Connects a gradio button so that it copies a gradio text into the prompt of txt2img."""
 
     def log(self, error: BaseException) -> None:
         """Writes an unexpected error in full to the host's log."""

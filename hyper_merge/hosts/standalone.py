@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from hyper_merge.hosts.diffusers_txt2img import describe_diffusers, open_diffusers
 from hyper_merge.hosts.host import Defaults, GeneratorInfo
@@ -71,9 +71,9 @@ class Standalone:
         with open_diffusers(self._folders) as generator:
             yield Progress(), generator
 
-    def styles(self) -> set[str]:
-        """Returns no names: there are no styles."""
-        return set()
+    def styles(self) -> dict[str, str]:
+        """Returns nothing: there are no styles."""
+        return {}
 
     def save_styles(self, prompts: Mapping[str, str]) -> None:
         """Does nothing: there are no styles."""
@@ -84,9 +84,6 @@ class Standalone:
     def checkpoint_title(self, path: Path) -> str | None:  # noqa: ARG002 - the protocol's
         """Returns None: there is no list to select it in."""
         return None
-
-    def connect_send(self, button: Any, text: Any) -> None:
-        """Does nothing: there is no prompt to fill."""
 
     def log(self, error: BaseException) -> None:
         """Writes an unexpected error to the program's log."""

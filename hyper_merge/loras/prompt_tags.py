@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Final, NamedTuple
 
@@ -13,6 +13,7 @@ DIGITS: Final = 5
 """Decimals of a multiplier in a prompt: it is off by 5e-6 at most."""
 
 _TAG: Final = re.compile(r"<lora:([^>]*)>")
+_SPACED_TAG: Final = re.compile(r"[ \t]*<lora:([^>]*)>")
 _NAME: Final = re.compile(r"[^:<>=\n]+")  # what a host's parser takes for one name
 _NUMBER: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
 
@@ -119,6 +120,17 @@ def tag_names(text: str) -> set[str]:
     {'mix_0-128'}
     """
     return {match[1].partition(":")[0] for match in _TAG.finditer(text)}
+
+
+def without_loras(text: str, names: Container[str]) -> str:
+    """Returns a prompt without the tags of some LoRAs, and otherwise as it is.
+
+    >>> without_loras("a cat <lora:mix_0-128:0.91235>, <lora:ink:1>", {"mix_0-128"})
+    'a cat, <lora:ink:1>'
+    """
+    return _SPACED_TAG.sub(
+        lambda match: "" if match[1].partition(":")[0] in names else match[0], text
+    ).strip()
 
 
 def remove_tags(text: str) -> str:

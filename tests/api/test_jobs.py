@@ -213,7 +213,7 @@ def test_a_merge_appears_in_the_webuis_lists_and_styles(root, flavour, open_clie
         }
         run = client.get("/runs/mine")[1]
         assert run["hyper_model_title"].startswith("mine.safetensors")
-        assert {f"mine: {name}" for name in "abc"} <= webui.host().styles()
+        assert {f"mine: {name}" for name in "abc"} <= webui.host().styles().keys()
         fit = {"run": "mine", "checkpoint": NAMES[0], "name": "later", "save_styles": True}
         assert client.ended(client.post("/fit", fit)[1])["outcome"] == "done"
         style = webui.shared.prompt_styles.styles["mine: later"]

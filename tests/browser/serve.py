@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_webui  # noqa: E402
 import pytest  # noqa: E402
+from fake_webui.styles import PromptStyle  # noqa: E402
 from local_server import skip_self_check  # noqa: E402
 
 from hyper_merge.cli.app import Listening, build_app, serve  # noqa: E402
@@ -40,6 +41,7 @@ def serve_webui(models: Path, flavour: str, port: int) -> None:
     """Serves a faked WebUI with our script in it, until the process is ended."""
     with fake_webui.installed(models, flavour) as webui:
         webui.processing.pace = 0.01  # of a picture's step, for the same reason
+        webui.prompt_styles.styles["mine"] = PromptStyle("mine", "{prompt}, ink drawing", "")
         webui.load_scripts()
         webui.launch(port)
         threading.Event().wait()

@@ -41,10 +41,30 @@ def fill_in(tab, name, ranks):
 def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
     page = merged.page
     tags = merged.value("prompt")
+    prompt, negative = (page.locator(f"#txt2img_{x}prompt textarea") for x in ("", "neg_"))
+    page.locator("#tabs button").first.click()
+    prompt.fill("a cat in a garden")
+    negative.fill("blurry")
+    page.locator("#refresh_txt2img_styles").click()
+    merged.settle()
+    for style in ("mine", "duo: anime", "duo: portrait"):
+        page.locator("#txt2img_styles input").click()
+        merged.option("styles", style).click()
+    merged.show()
     merged.click("send")
-    merged.until(lambda: page.locator("#txt2img_prompt textarea").input_value() == tags)
+    merged.until(lambda: prompt.input_value() == f"a cat in a garden {tags}")
+    tokens = page.locator("#txt2img_styles .token")
+    merged.until(lambda: [x.strip() for x in tokens.all_inner_texts()] == ["mine"])
+    assert negative.input_value() == "blurry"
     menu = page.locator("#setting_sd_model_checkpoint input")
     merged.until(lambda: menu.input_value().startswith("duo.safetensors"))
+    merged.show()
+    merged.click("send")
+    merged.until(lambda: prompt.input_value() == f"a cat in a garden {tags}")
+    merged.show()
+    assert "Took out 2 earlier tags." in merged.text("result_note")
+    page.locator("#tabs button").first.click()
+    page.locator("#txt2img_styles .token-remove").first.click()
 
 
 def test_every_checkpoint_becomes_a_removable_style(merged, server):

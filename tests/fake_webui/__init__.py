@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 from local_server import find_free_port
 
 from . import api, page, xyz
-from .callbacks import Callbacks, Errors, PasteButtons
+from .callbacks import Callbacks, Errors
 from .drawing import Processing, samplers
 from .jobs import Devices, FifoLock, MainThread, Progress, State
 from .lists import Checkpoints, Loras
@@ -58,7 +58,6 @@ class FakeWebUI:
         self.progress = Progress(self.state)
         self.queue_lock = FifoLock()
         self.script_callbacks = Callbacks(self.errors)
-        self.infotext_utils = PasteButtons()
         self.checkpoints = Checkpoints(models, self.cmd_opts, self.opts, flavour)
         kind = {"a1111": A1111Models, "forge": ForgeModels}[flavour]
         self.sd_models = kind(self.checkpoints, self.opts, self.devices)
@@ -87,7 +86,6 @@ class FakeWebUI:
             "modules.call_queue": module("call_queue", queue_lock=self.queue_lock),
             "modules.devices": self.devices,
             "modules.errors": self.errors,
-            "modules.infotext_utils": self.infotext_utils,
             "modules.paths": module("paths", **paths),
             "modules.paths_internal": module("paths_internal", **paths),
             "modules.processing": self.processing,
@@ -127,7 +125,6 @@ class FakeWebUI:
         script is in `errors.reports`, as the WebUI has it on its console.
         """
         self.script_callbacks.clear_callbacks()
-        self.infotext_utils.reset()
         self.scripts.scripts_data[:] = [xyz.script_data(self)]
         path = EXTENSION / "scripts" / "hyper_merge_tab.py"
         before = sys.path

@@ -2,7 +2,6 @@
 
 import sys
 import traceback
-from types import SimpleNamespace
 
 
 class Errors:
@@ -71,45 +70,3 @@ class Callbacks:
 
     def app_started_callback(self, demo, app):
         self._run("app_started", demo, app)
-
-
-class PasteButtons:
-    """`modules.infotext_utils`: send-to buttons, connected once, after the tabs are built."""
-
-    def __init__(self):
-        self.paste_fields = {}
-        self.registered_param_bindings = []
-
-    class ParamBinding(SimpleNamespace):
-        def __init__(
-            self,
-            paste_button,
-            tabname,
-            source_text_component=None,
-            source_image_component=None,
-            source_tabname=None,
-            override_settings_component=None,
-            paste_field_names=None,
-        ):
-            super().__init__(
-                paste_button=paste_button,
-                tabname=tabname,
-                source_text_component=source_text_component,
-            )
-
-    def reset(self):
-        self.paste_fields.clear()
-        self.registered_param_bindings.clear()
-
-    def register_paste_params_button(self, binding):
-        self.registered_param_bindings.append(binding)
-
-    def connect_paste_params_buttons(self, js):
-        """Fills the tab's prompt and goes to it; `js` names gradio's argument for browser code."""
-        for binding in self.registered_param_bindings:
-            prompt = self.paste_fields[binding.tabname]
-            binding.paste_button.click(
-                lambda text: text, inputs=[binding.source_text_component], outputs=[prompt]
-            )
-            code = {js: f"() => switch_to_{binding.tabname}()"}
-            binding.paste_button.click(None, inputs=None, outputs=None, **code)

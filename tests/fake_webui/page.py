@@ -63,7 +63,7 @@ function selectCheckpoint(name) {
 
 
 def create_ui(webui):
-    """Everything on one page, in the hosts' order: settings, tabs, then the send-to buttons."""
+    """Everything on one page, in the hosts' order: settings, then tabs."""
     import gradio as gr
 
     webui.script_callbacks.before_ui_callback()  # called by `webui.py` just before
@@ -77,7 +77,6 @@ def create_ui(webui):
     theme = gr.themes.Base(font=["sans-serif"], font_mono=["monospace"])  # none from elsewhere
     with gr.Blocks(analytics_enabled=False, title="Stable Diffusion", theme=theme) as demo:
         _quicksettings(gr, webui, demo, js)
-        webui.infotext_utils.connect_paste_params_buttons(js)
         with gr.Tabs(elem_id="tabs"):
             for blocks, label, name in interfaces:
                 with gr.TabItem(label, id=name, elem_id=f"tab_{name}"):
@@ -93,7 +92,8 @@ def create_ui(webui):
 
 def _txt2img(gr, webui):
     with gr.Blocks(analytics_enabled=False) as blocks:
-        prompt = gr.Textbox(label="Prompt", elem_id="txt2img_prompt", lines=3)
+        gr.Textbox(label="Prompt", elem_id="txt2img_prompt", lines=3)
+        gr.Textbox(label="Negative prompt", elem_id="txt2img_neg_prompt", lines=3)
         styles = gr.Dropdown(
             label="Styles",
             elem_id="txt2img_styles",
@@ -111,7 +111,6 @@ def _txt2img(gr, webui):
         )
         interrupt.click(webui.state.interrupt, inputs=[], outputs=[])
         skip.click(webui.state.skip, inputs=[], outputs=[])
-    webui.infotext_utils.paste_fields["txt2img"] = prompt
     return blocks
 
 

@@ -86,10 +86,9 @@ def test_there_is_no_txt2img_and_there_are_no_styles(host, folder):
     assert host.defaults() == Defaults(save_styles=False)
     host.save_styles({"mix: a": "{prompt} <lora:mix_0-8:1.0>"})
     host.remove_styles(["mix: a"])
-    assert host.styles() == set()
+    assert host.styles() == {}
     assert host.checkpoint_title(path) is None
     assert host.known_hash("a.ckpt") is None
-    assert host.connect_send(None, None) is None
 
 
 def test_an_unexpected_error_is_logged_with_its_trace(host, caplog):

@@ -269,16 +269,6 @@ def test_the_script_exports_every_called_function(some_host):
     assert called == set(re.findall(r"\w+", exported))
 
 
-def test_send_buttons_are_registered_with_their_prompts(webui):
-    build_tab(webui.host(), Busy())
-    bindings = webui.infotext_utils.registered_param_bindings
-    assert {binding.tabname for binding in bindings} == {"txt2img"}
-    pairs = [(x.paste_button.elem_id, x.source_text_component.elem_id) for x in bindings]
-    assert pairs == [
-        (f"{PREFIX}_{name}send", f"{PREFIX}_{name}prompt") for name in ("", "mix_", "fit_")
-    ]
-
-
 def test_a_job_survives_reload_ui(webui, monkeypatch):
     webui.load_scripts()
     webui.create_ui()

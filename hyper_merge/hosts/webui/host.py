@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import modules.progress
-from modules import call_queue, errors, infotext_utils, shared
+from modules import call_queue, errors, shared
 from modules.styles import PromptStyle
 
 from hyper_merge.errors import OutputError
@@ -107,10 +107,10 @@ class WebUI:
             return ""
         return f"{self.title} has no {path.name} in its list of checkpoints, or another one answers to its name"
 
-    def styles(self) -> set[str]:
-        """Returns the names of all styles, without the headings between the files of styles."""
-        styles = shared.prompt_styles.styles
-        return {name for name, style in styles.items() if style.path != "do_not_save"}
+    def styles(self) -> dict[str, str]:
+        """Returns the prompts of all styles, without the headings between the files of styles."""
+        styles = shared.prompt_styles.styles.items()
+        return {name: style.prompt or "" for name, style in styles if style.path != "do_not_save"}
 
     def save_styles(self, prompts: Mapping[str, str]) -> None:
         """Writes styles into the WebUI's file of styles, of which it keeps a backup.
@@ -154,14 +154,6 @@ class WebUI:
             if Path(info.filename).resolve() == path.resolve():
                 return str(title) if _selects(title, info) else None
         return None
-
-    def connect_send(self, button: Any, text: Any) -> None:
-        """Connects a button; to be called while the tab is built, before the WebUI connects its own."""
-        infotext_utils.register_paste_params_button(
-            infotext_utils.ParamBinding(
-                paste_button=button, tabname="txt2img", source_text_component=text
-            )
-        )
 
     def log(self, error: BaseException) -> None:
         """Writes an unexpected error to the WebUI's console and its list of errors."""

@@ -139,7 +139,7 @@ def clear_idle_cache(host: Host, jobs: Jobs) -> str:
 
 
 def _styles(host: Host, run: Run) -> set[str]:
-    return set(styles_of(run)) & host.styles()
+    return styles_of(run).keys() & host.styles().keys()
 
 
 def _answered(text: str) -> tuple[str, Any, Any, str]:

@@ -49,16 +49,6 @@ def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
     )
 
 
-def explain_sent_prompt(name: str, title: str) -> str:
-    """Returns a request to the user after sending the prompt if the host cannot select the hyper-model."""
-    if title:
-        return ""
-    text = (
-        f"Please select the hyper-model of {name} in the checkpoint menu: its name is not unique."
-    )
-    return format_message("info", text)
-
-
 def save_run_styles(host: Host, name: str) -> str:
     """Saves a style for every checkpoint of a run."""
     try:
@@ -76,7 +66,7 @@ def save_run_styles(host: Host, name: str) -> str:
 def remove_run_styles(host: Host, name: str) -> str:
     """Removes the styles of a run."""
     try:
-        names = set(styles_of(load_run(host.folders(), name))) & host.styles()
+        names = styles_of(load_run(host.folders(), name)).keys() & host.styles().keys()
         host.remove_styles(names)
     except HyperMergeError as error:
         return format_message("bad", str(error))

@@ -22,7 +22,6 @@ from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names
 from hyper_merge.ui.handlers.dropdowns import refill
 from hyper_merge.ui.handlers.merge import watch_job
-from hyper_merge.ui.handlers.result import explain_sent_prompt
 from hyper_merge.ui.html.common import format_job_status, format_message
 from hyper_merge.ui.html.use import format_sliders, format_used_run
 
@@ -141,11 +140,6 @@ def show_outcome(jobs: Jobs, seen: str) -> tuple[Any, ...]:
 def hide_fit_tags() -> Any:
     """Hides the tags of an earlier fit."""
     return gr.update(visible=False)
-
-
-def explain_sent_fit(fitted: str, title: str) -> str:
-    """Returns a request to the user after sending the tags of a fit, if there is something to do."""
-    return explain_sent_prompt(_run_and_name(fitted)[0], title)
 
 
 def save_fit_style(host: Host, fitted: str) -> str:

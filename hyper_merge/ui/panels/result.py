@@ -9,7 +9,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.html.common import format_merge_introduction
-from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class ResultPanel:
     send: gr.Button
     save_styles: gr.Button
     remove_styles: gr.Button
+    sent: gr.Textbox  # hidden: what was sent last, as JSON
 
 
 def build_result(host: Host) -> ResultPanel:
@@ -73,9 +74,6 @@ def build_result(host: Host) -> ResultPanel:
             widget(gr.Plot, name, show_label=False)
             for name in ("explained_plot", "similarity_plot", "parts_plot")
         ]
-    hidden = [
-        widget(gr.Textbox, name, value="", visible=False)
-        for name in ("shown_run", "hyper_title", "prompts")
-    ]
+    hidden = [hidden_text(name) for name in ("shown_run", "hyper_title", "prompts")]
     view = RunView(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
-    return ResultPanel(view, copy, send, save, remove)
+    return ResultPanel(view, copy, send, save, remove, hidden_text("sent"))

@@ -10,7 +10,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.handlers.use import SAME_PRECISION
-from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class MixPanel:
     name: gr.Textbox
     write: gr.Button
     shares: gr.Textbox  # hidden: by checkpoint, as JSON
+    sent: gr.Textbox  # hidden: what was sent last, as JSON
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class FitPanel:
     send: gr.Button
     save_style: gr.Button
     note: gr.HTML
+    sent: gr.Textbox  # hidden: what was sent last, as JSON
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def build_use(host: Host) -> UsePanel:
         )
     about, message, status = html("use_about"), html("use_message"), html("use_status")
     known, title, *states = (
-        widget(gr.Textbox, name, value="", visible=False)
+        hidden_text(name)
         for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote", "use_seen")
     )
     with gr.Row(elem_id=elem_id("use_columns")):
@@ -165,9 +167,9 @@ def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
     note = html("mix_note")
     name = _line("mix_name", "Name", "Name of the file. Leave empty for the suggested name.")
     write = button("mix_write", "Save as checkpoint")
-    shares = widget(gr.Textbox, "mix_shares", value="", visible=False)
+    hidden = [hidden_text(text) for text in ("mix_shares", "mix_sent")]
     outcome = html("mix_outcome")
-    return sliders, MixPanel(tags, equal, reset, copy, send, note, name, write, shares), outcome
+    return sliders, MixPanel(tags, equal, reset, copy, send, note, name, write, *hidden), outcome
 
 
 def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Column, gr.Textbox]]:
@@ -200,8 +202,8 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
                 copy = button("fit_copy", "Copy")
                 send = button("fit_send", "Send to txt2img", visible=host.has_txt2img)
                 style = button("fit_style", "Save style", visible=host.has_txt2img)
-            note = html("fit_note")
-    panel = FitPanel(topup, name, replace, fit, absorb, copy, send, style, note)
+            note, sent = html("fit_note"), hidden_text("fit_sent")
+    panel = FitPanel(topup, name, replace, fit, absorb, copy, send, style, note, sent)
     return picked, panel, outcome, (group, tags)
 
 

@@ -34,7 +34,9 @@ Trigger = Callable[..., Any]
 """A method such as `button.click` or `event.then`."""
 
 REPLAN = "() => { hyperMerge.replan(); return []; }"
-SELECT = "(title) => { hyperMerge.select(title); return []; }"
+_SELECT = "(title) => { hyperMerge.select(title); return []; }"
+_TXT2IMG = "(tags, run, title, _) => [tags, run, title, hyperMerge.txt2img()]"
+_SEND = "(sent) => { hyperMerge.send(sent); return []; }"
 REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 _REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
@@ -121,6 +123,26 @@ class Wiring:
         return self.on(
             trigger, fn, inputs, in_order(self.result.view), message=self.result.view.empty
         )
+
+    def send(
+        self, button: Any, fn: Callable[..., Any], tags: Any, run: Any, title: Any, panel: Any
+    ) -> None:
+        """Wires a button that selects a hyper-model and puts tags into the prompt of txt2img.
+
+        Args:
+            button: the button.
+            fn: `send_tags`, or a handler like it.
+            tags: the box of tags.
+            run: the widget that holds the run, as the handler takes it.
+            title: the widget that holds the title of its hyper-model.
+            panel: the panel, whose `note` says what was done and whose `sent` holds it.
+        """
+        in_browser(button.click, _SELECT, [title])
+        note = self.result.view.note if panel is self.result else panel.note
+        handler = functools.partial(fn, self.host)
+        inputs, outputs = [tags, run, title, panel.sent], [panel.sent, note]
+        sent = self.on(button.click, handler, inputs, outputs, note, _TXT2IMG)
+        in_browser(sent.then, _SEND, [panel.sent])
 
     def watch(self, trigger: Trigger, panel: Panel | None = None) -> Any:
         """Follows the running job until it ends, also in the panel that started it."""

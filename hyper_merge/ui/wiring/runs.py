@@ -6,13 +6,13 @@ import functools
 
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.handlers.result import (
-    explain_sent_prompt,
     remove_run_styles,
     save_run_styles,
     show_run,
 )
+from hyper_merge.ui.handlers.send import send_tags
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import REFRESH_STYLES, SELECT, Wiring
+from hyper_merge.ui.wiring.common import REFRESH_STYLES, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
@@ -25,9 +25,7 @@ def wire_result(wires: Wiring) -> None:
     panel, view, host = wires.result, wires.result.view, wires.host
     in_browser(view.checkpoint.change, _PROMPT, [view.checkpoint, view.prompts], [view.prompt])
     in_browser(panel.copy.click, _COPY, [view.prompt])
-    in_browser(panel.send.click, SELECT, [view.title])
-    wires.on(panel.send.click, explain_sent_prompt, [view.run, view.title], [view.note], view.note)
-    host.connect_send(panel.send, view.prompt)
+    wires.send(panel.send, send_tags, view.prompt, view.run, view.title, panel)
     for button, handler in (
         (panel.save_styles, save_run_styles),
         (panel.remove_styles, remove_run_styles),

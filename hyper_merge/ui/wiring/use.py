@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hyper_merge.ui.handlers.merge import stop_job
-from hyper_merge.ui.handlers.result import explain_sent_prompt
+from hyper_merge.ui.handlers.send import send_fit_tags, send_tags
 from hyper_merge.ui.handlers.use import (
     Panel,
     choose_used_run,
-    explain_sent_fit,
     hide_fit_tags,
     save_fit_style,
 )
@@ -24,9 +23,8 @@ from hyper_merge.ui.handlers.use_actions import (
     start_mixture,
     start_restore,
 )
-from hyper_merge.ui.panels.use import FitPanel, MixPanel
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import REFRESH_STYLES, SELECT, Wiring
+from hyper_merge.ui.wiring.common import REFRESH_STYLES, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _COPY = "(text) => { hyperMerge.copy(text, '%s'); return []; }"
@@ -49,14 +47,13 @@ def wire_use(wires: Wiring) -> None:
     )
     for button, mode in ((use.mix.equal, "equal"), (use.mix.reset, "reset")):
         in_browser(button.click, _MIX % mode)
-    mix_run = [listed.run, listed.title]
-    _wire_tags(wires, "mix", use.mix, use.mix.tags, explain_sent_prompt, mix_run)
-    fit_run = [outcomes.fitted, outcomes.title]
-    _wire_tags(wires, "fit", use.fit, outcomes.tags, explain_sent_fit, fit_run)
+    mix, fit = use.mix, use.fit
+    in_browser(mix.copy.click, _COPY % "mix_", [mix.tags])
+    wires.send(mix.send, send_tags, mix.tags, listed.run, listed.title, mix)
+    in_browser(fit.copy.click, _COPY % "fit_", [outcomes.tags])
+    wires.send(fit.send, send_fit_tags, outcomes.tags, outcomes.fitted, outcomes.title, fit)
     save = functools.partial(save_fit_style, host)
-    saved = wires.on(
-        use.fit.save_style.click, save, [outcomes.fitted], [use.fit.note], use.fit.note
-    )
+    saved = wires.on(fit.save_style.click, save, [outcomes.fitted], [fit.note], fit.note)
     in_browser(saved.then, REFRESH_STYLES)
 
 
@@ -80,30 +77,6 @@ def wire_use_jobs(wires: Wiring) -> None:
     _wire_job(wires, "extract", more.extract, start_extraction, inputs)
     stop = functools.partial(stop_job, wires.jobs)
     wires.on(use.stop.click, stop, [], [use.message], use.message)
-
-
-def _wire_tags(
-    wires: Wiring,
-    name: str,
-    panel: MixPanel | FitPanel,
-    tags: Any,
-    explain: Callable[..., str],
-    run: list[Any],
-) -> None:
-    """Wires the buttons that copy and send prompt tags.
-
-    Args:
-        wires: the tab.
-        name: first part of the ids of the panel's box and button.
-        panel: the panel with the buttons.
-        tags: the box of tags.
-        explain: returns a request to the user after sending; empty if there is none.
-        run: the widgets that hold the run and the title of its hyper-model.
-    """
-    in_browser(panel.copy.click, _COPY % f"{name}_", [tags])
-    in_browser(panel.send.click, SELECT, run[1:])
-    wires.on(panel.send.click, explain, run, [panel.note], panel.note)
-    wires.host.connect_send(panel.send, tags)
 
 
 def _wire_job(

@@ -22,9 +22,7 @@ def built(monkeypatch):
     def build_tab(host):
         hosts.append(host)
         with gr.Blocks() as blocks:
-            text = gr.Textbox("<lora:mix_0-8:1.0>", elem_id="hyper_merge_tags")
-            button = gr.Button("Send to txt2img", elem_id="hyper_merge_send")
-            host.connect_send(button, text)
+            gr.Button("Send to txt2img", elem_id="hyper_merge_send")
         return blocks
 
     monkeypatch.setitem(sys.modules, "hyper_merge.ui.tab", ModuleType("hyper_merge.ui.tab"))
@@ -66,7 +64,6 @@ def test_reload_ui_registers_once_and_the_new_tab_works(webui, built):
         "app_started": 1,
         "before_ui": 1,
     }
-    assert len(webui.infotext_utils.registered_param_bindings) == 1
     with built[-1].running("task(again)") as progress:
         progress.on_progress("solving", 0.5)
         assert webui.progress.answer("task(again)")["progress"] == pytest.approx(0.5, abs=1e-3)
@@ -94,17 +91,6 @@ def test_the_tab_is_built_without_checkpoints_in_debug_mode(tmp_path, built, fla
 
 def components(demo, elem_id):
     return [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == elem_id]
-
-
-def test_send_fills_the_prompt_of_txt2img(webui, built):
-    webui.load_scripts()
-    demo = webui.create_ui()
-    (binding,) = webui.infotext_utils.registered_param_bindings
-    (button,), (prompt,) = components(demo, "hyper_merge_send"), components(demo, "txt2img_prompt")
-    assert binding.paste_button is button
-    assert binding.tabname == "txt2img"
-    assert binding.source_text_component is components(demo, "hyper_merge_tags")[0]
-    assert webui.infotext_utils.paste_fields == {"txt2img": prompt}
 
 
 def test_our_settings_are_components_of_the_hosts_page(webui, built):

@@ -34,7 +34,7 @@ def mine(webui):
 
 def test_saved_styles_outlast_a_restart_and_add_the_tags(host, webui):
     host.save_styles(OURS)
-    assert host.styles() >= set(OURS)
+    assert set(host.styles()) >= set(OURS)
     assert set(on_disk(webui)) == set(OURS)
     text = webui.prompt_styles.apply_styles_to_prompt("a cat", ["mix: photo"])
     assert text == "a cat <lora:mix_0-8:0.5> <lora:mix_1-4:-0.25>"
@@ -43,7 +43,7 @@ def test_saved_styles_outlast_a_restart_and_add_the_tags(host, webui):
 def test_headings_between_the_files_are_no_styles(host, webui):
     host.save_styles(OURS)
     webui.prompt_styles.reload()
-    assert host.styles() == set(OURS)
+    assert set(host.styles()) == set(OURS)
 
 
 def test_saving_keeps_the_users_styles_and_a_backup(host, webui, mine):
@@ -100,7 +100,7 @@ def test_a_users_style_of_the_name_prevents_saving(host, webui, mine, name):
 def test_removing_leaves_the_users_styles_and_unknown_names(host, webui, mine):
     host.save_styles(OURS)
     host.remove_styles([*OURS, *mine, "never saved"])
-    assert host.styles() == set(mine)
+    assert set(host.styles()) == set(mine)
     assert set(on_disk(webui)) == set(mine)
 
 

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers.result import (
-    explain_sent_prompt,
     prompts_of,
     remove_run_styles,
     save_run_styles,
@@ -96,13 +95,6 @@ def test_in_the_webui_the_hyper_model_has_its_title(webui_host, run, checkpoints
     assert title.startswith("mix")
 
 
-def test_an_ambiguous_hyper_model_is_left_to_the_user():
-    assert explain_sent_prompt("mix", "mix.safetensors [0123456789]") == ""
-    answer = explain_sent_prompt("mix", "")
-    assert kinds(answer) == ["info"]
-    assert words(answer).startswith("Please select the hyper-model of mix in the checkpoint menu")
-
-
 def test_styles_are_saved_and_removed_again(webui, webui_host, run):
     style = PromptStyle("cinematic", "film still", "blurry")
     webui.prompt_styles.styles["cinematic"] = style
@@ -111,11 +103,11 @@ def test_styles_are_saved_and_removed_again(webui, webui_host, run):
         ["good"],
         "Saved 3 styles, named mix: … Pick one in txt2img.",
     )
-    assert webui_host.styles() == {"cinematic", "mix: a", "mix: b", "mix: c"}
+    assert set(webui_host.styles()) == {"cinematic", "mix: a", "mix: b", "mix: c"}
     made = webui.prompt_styles.apply_styles_to_prompt("a cat", ["mix: b"])
     assert made == f"a cat, {prompts_of(load_run(webui_host.folders(), run))['b']}"
     assert words(remove_run_styles(webui_host, run)) == "Removed 3 styles."
-    assert webui_host.styles() == {"cinematic"}
+    assert set(webui_host.styles()) == {"cinematic"}
     assert words(remove_run_styles(webui_host, run)) == "No styles to remove."
 
 
@@ -124,7 +116,7 @@ def test_styles_of_the_user_are_left(webui, webui_host, run):
     answer = save_run_styles(webui_host, run)
     assert kinds(answer) == ["bad"]
     assert "styles that are not Hyper-Merge's have these names: mix: b" in words(answer)
-    assert webui_host.styles() == {"mix: b"}
+    assert set(webui_host.styles()) == {"mix: b"}
 
 
 @pytest.mark.parametrize("handler", [save_run_styles, remove_run_styles])

@@ -93,5 +93,5 @@ def test_every_route_answers_as_it_describes(app):
                     detail = answer.json()["detail"]
                     assert isinstance(detail, list if answer.status_code == 422 else str), case
                 tried += 1
-    assert tried == INPUTS * 11
+    assert tried == INPUTS * 19
     assert json.dumps(client.get("/hyper-merge/jobs").json())

@@ -1,20 +1,49 @@
-"""Makes recipes and fit requests from bodies; only names of the host's list lead to files."""
+"""Makes requests from bodies, and answers from refusals; only names of the host's list lead to files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from hyper_merge.api.request_models import FitBody, PlanBody
-from hyper_merge.errors import CheckpointError, RecipeError
+from fastapi import HTTPException
+
+from hyper_merge.api.request_models import (
+    AbsorbBody,
+    AverageBody,
+    CompareBody,
+    ExportBody,
+    ExtractBody,
+    FitBody,
+    PlanBody,
+    RestoreBody,
+    SafeBody,
+)
+from hyper_merge.errors import (
+    CheckpointError,
+    HyperMergeError,
+    PictureError,
+    RecipeError,
+    UnknownRunError,
+    settings_placed,
+)
 from hyper_merge.hosts.host import Host
+from hyper_merge.hosts.job_queue import BusyError
+from hyper_merge.operations.compare.request import CompareRequest, PictureSettings
+from hyper_merge.operations.export import ExportRequest
+from hyper_merge.operations.extend import ExtendRequest
+from hyper_merge.operations.extract.extract import ExtractRequest
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.naming import suggest_name, with_free_name
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.recipe.parsing import parse_name, parse_share
 from hyper_merge.recipe.plain_values import suggest_nearest
 from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.folders import Place
+from hyper_merge.runs.run import load_run
+from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 
 _NAMES: Final = {"models": "checkpoints"}
 """The API's names of the recipe's settings, where they differ."""
@@ -81,6 +110,116 @@ def parse_fit_request(body: FitBody, host: Host) -> FitRequest:
     settings = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     path = find_file(body.checkpoint, "checkpoint", host.checkpoints())
     return FitRequest.parse({"run": body.run, "checkpoint": path, **settings}, _place)
+
+
+def parse_average(body: AverageBody, host: Host) -> Recipe:
+    """Returns the recipe of an average, by the host's list as it is now."""
+    settings = {name: getattr(body, name) for name in ("weights", "vae", "dtype", "device")}
+    return parse_recipe(PlanBody(checkpoints=body.checkpoints, **settings), body.name, host)
+
+
+def parse_absorb(body: AbsorbBody, host: Host) -> ExtendRequest:
+    """Returns the request for a run with further checkpoints."""
+    listed = host.checkpoints()
+    files = tuple(find_file(name, "checkpoints", listed) for name in body.checkpoints)
+    values = {"run": body.run, "checkpoints": files, "name": body.name}
+    return ExtendRequest.parse(values, str)
+
+
+def parse_restore(body: RestoreBody, host: Host) -> RestoreRequest:
+    """Returns the request for a restored checkpoint."""
+    values: dict[str, object] = {
+        "run": body.run,
+        "shares": {name: _float(share, "shares") for name, share in body.shares.items()},
+        "dtype": body.dtype,
+        "overwrite": body.overwrite,
+    }
+    if body.name is not None:
+        with settings_placed(str, "name"):
+            values["to"] = host.folders().models / f"{parse_name(body.name)}.safetensors"
+    return RestoreRequest.parse(values, lambda key: "shares" if key == "mix" else key)
+
+
+def parse_export(body: ExportBody, _host: Host) -> ExportRequest:
+    """Returns the request for one LoRA per checkpoint."""
+    names = None if body.checkpoints is None else tuple(body.checkpoints)
+    values = {"run": body.run, "checkpoints": names, "rank": body.rank, "overwrite": body.overwrite}
+    return ExportRequest.parse(values, str)
+
+
+def parse_extraction(body: ExtractBody, host: Host) -> ExtractRequest:
+    """Returns the request for the LoRA from one checkpoint to another."""
+    listed = host.checkpoints()
+    names = ("rank", "name", "device", "seed", "overwrite")
+    settings = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    files = {name: find_file(getattr(body, name), name, listed) for name in ("base", "checkpoint")}
+    return ExtractRequest.parse({**files, **settings}, str)
+
+
+def parse_threshold(body: SafeBody, _host: Host) -> float:
+    """Returns the share of an original's differences that a run must restore."""
+    with settings_placed(str, "threshold"):
+        return parse_share(body.threshold) or 1.0
+
+
+def parse_comparison(body: CompareBody, host: Host) -> CompareRequest:
+    """Returns the request for a comparison.
+
+    Raises:
+        PictureError: a setting is not allowed, or no picture can be made here.
+    """
+    generator = host.generator_info()
+    if generator.problem:
+        raise PictureError(generator.problem)
+    run = load_run(host.folders(), body.run)
+    sampler = generator.samplers[0] if body.sampler is None else body.sampler
+    if sampler not in generator.samplers:
+        raise PictureError(
+            f"expected a sampler of the host, got {sampler!r:.80}",
+            hint=suggest_nearest(sampler, generator.samplers),
+            where="sampler",
+        )
+    settings = PictureSettings(
+        prompts=tuple(body.prompts),
+        negative=body.negative,
+        sampler=sampler,
+        steps=body.steps,
+        cfg_scale=_float(body.cfg_scale, "cfg_scale"),
+        width=body.width,
+        height=body.height,
+        seeds=tuple(body.seeds),
+    )
+    names = checkpoint_names(run) if body.checkpoints is None else body.checkpoints
+    for name in names:
+        find_row(run, name)
+    return CompareRequest(body.run, tuple(names), settings, body.average, body.difference)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns refusals into answers."""
+    try:
+        yield
+    except HyperMergeError as error:
+        raise HTTPException(_status(error), str(error)) from error
+
+
+def _status(error: HyperMergeError) -> int:
+    if isinstance(error, BusyError):
+        return 409
+    return 404 if isinstance(error, UnknownRunError) else 400
+
+
+def _float(number: float, setting: str) -> float:
+    """Returns a number of any size as a float.
+
+    Raises:
+        RecipeError: it is too large for one.
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        raise RecipeError("expected a number below 1e308", where=setting, key=setting) from None
 
 
 def find_file(name: str, setting: str, listed: Mapping[str, Path]) -> Path:

@@ -99,3 +99,93 @@ class FitBody(_Request):
     save_styles: StrictBool = Field(
         False, description="save a prompt style for it, where the host has styles"
     )
+
+
+class AverageBody(_Request):
+    """A request for the hyper-model alone."""
+
+    checkpoints: list[StrictStr] = Field(..., description="two or more names of the host's list")
+    name: StrictStr = Field(..., description="name of the hyper-model")
+    weights: list[Number] | None = _setting("weights")
+    vae: StrictStr | None = _setting("vae")
+    dtype: StrictStr | None = _setting("dtype")
+    device: StrictStr | None = _setting("device")
+
+
+class AbsorbBody(_Request):
+    """A request for a new run of a run's checkpoints and further ones."""
+
+    run: StrictStr = Field(..., description="name of the run, which stays as it is")
+    checkpoints: list[StrictStr] = Field(..., description="names of the host's list")
+    name: StrictStr | None = Field(None, description="of the new run; without one, a free name")
+
+
+class RestoreBody(_Request):
+    """A request to write a checkpoint of a run, or a mixture of several."""
+
+    run: StrictStr = Field(..., description="name of the run")
+    shares: dict[StrictStr, Number] = Field(
+        ...,
+        description='share of each checkpoint: {"anime": 1} for that one itself; the hyper-model'
+        " has the rest",
+    )
+    name: StrictStr | None = Field(None, description="of the file; without one, a free name")
+    dtype: StrictStr | None = Field(None, description="of the file; without one, the run's")
+    overwrite: StrictBool = Field(False, description="replace an existing file")
+
+
+class ExportBody(_Request):
+    """A request for one LoRA per checkpoint."""
+
+    run: StrictStr = Field(..., description="name of the run")
+    checkpoints: list[StrictStr] | None = Field(
+        None, description="names of checkpoints of the run; without them, all"
+    )
+    rank: StrictInt | None = Field(
+        None, description="to cut each LoRA to; without one, all is kept"
+    )
+    overwrite: StrictBool = Field(False, description="replace an earlier export of the same")
+
+
+class ExtractBody(_Request):
+    """A request for the LoRA that turns one checkpoint into another."""
+
+    base: StrictStr = Field(
+        ..., description="a name of the host's list, which the LoRA is added to"
+    )
+    checkpoint: StrictStr = Field(..., description="a name of the host's list, which results")
+    rank: StrictInt | None = Field(None, description="of the LoRA; without one, 64")
+    name: StrictStr | None = Field(None, description="of the LoRA; without one, a free name")
+    device: StrictStr | None = _setting("device")
+    seed: StrictInt | None = _setting("seed")
+    overwrite: StrictBool = Field(False, description="replace existing files")
+
+
+class SafeBody(_Request):
+    """A request to say which originals a run can replace."""
+
+    run: StrictStr = Field(..., description="name of the run")
+    threshold: Number | StrictStr = Field(
+        "99%", description="share of an original's differences that must be restored"
+    )
+
+
+class CompareBody(_Request):
+    """A request for pictures by hyper-model and LoRAs beside those by the originals."""
+
+    run: StrictStr = Field(..., description="name of the run")
+    checkpoints: list[StrictStr] | None = Field(
+        None, description="names of checkpoints of the run; without them, all"
+    )
+    prompts: list[StrictStr] = Field(..., description="one or more, without the run's tags")
+    negative: StrictStr = Field("", description="negative prompt")
+    sampler: StrictStr | None = Field(
+        None, description="as the host names it; without one, the host's first"
+    )
+    steps: StrictInt = Field(20, description="of sampling")
+    cfg_scale: Number = Field(7.0, description="how strictly the prompt is followed")
+    width: StrictInt = Field(512, description="pixels, a multiple of 8")
+    height: StrictInt = Field(512, description="pixels, a multiple of 8")
+    seeds: list[StrictInt] = Field([1], description="each prompt is drawn with each of them")
+    average: StrictBool = Field(False, description="draw the hyper-model alone too")
+    difference: StrictBool = Field(False, description="draw the differences within each pair too")

@@ -5,7 +5,7 @@ Shares are fractions 0..1 of squared norms, sizes are bytes. Files are given by 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -105,6 +105,11 @@ class JobResponse(BaseModel):
     message: str = Field(..., description="why it ended, unless done")
     warnings: list[str]
     run: str | None = Field(..., description="name of the run that it made or added to, once done")
+    result: dict[str, Any] | None = Field(
+        ...,
+        description="files and figures of restore, export, extract, safe, compare and average, once"
+        " done; what they are is said with these routes",
+    )
 
 
 class JobsResponse(BaseModel):
@@ -135,6 +140,13 @@ class RunsResponse(BaseModel):
 
     runs: list[RunSummaryResponse]
     problems: list[str] = Field(..., description="what is wrong with runs that cannot be read")
+
+
+class DeletionResponse(BaseModel):
+    """The files of a deleted run."""
+
+    files: list[str] = Field(..., description="names of the files that are gone")
+    problems: list[str] = Field(..., description="what could not be removed in addition: styles")
 
 
 class RunCheckpointResponse(BaseModel):

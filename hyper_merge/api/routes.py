@@ -7,8 +7,7 @@ answer with status 400, or 404 for an unknown run or job and 409 while another j
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -21,6 +20,7 @@ from hyper_merge.api.deserialize import (
     parse_fit_request,
     parse_recipe,
     place_merge,
+    refusals,
 )
 from hyper_merge.api.request_models import FitBody, InspectBody, MergeBody, PlanBody
 from hyper_merge.api.response_models import (
@@ -33,6 +33,7 @@ from hyper_merge.api.response_models import (
     RunResponse,
     RunsResponse,
 )
+from hyper_merge.api.run_routes import RunRoutes
 from hyper_merge.api.serialize import (
     checkpoints_response,
     inspected_response,
@@ -41,9 +42,8 @@ from hyper_merge.api.serialize import (
     run_response,
     run_summary_response,
 )
-from hyper_merge.errors import HyperMergeError, UnknownRunError
 from hyper_merge.hosts.host import Host
-from hyper_merge.hosts.job_queue import BusyError, Job, Jobs
+from hyper_merge.hosts.job_queue import Job, Jobs
 from hyper_merge.hosts.tasks import (
     FORECAST_TITLE,
     fit_task,
@@ -80,21 +80,29 @@ def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> AP
         dependencies=list(dependencies),
         route_class=_Route,
     )
-    routes = _Routes(host, jobs)
-    for method, path, answer, refusals, status in (
+    routes, run_routes = _Routes(host, jobs), RunRoutes(host, jobs)
+    for method, path, answer, refused, status in (
         ("GET", "/checkpoints", routes.checkpoints, (), 200),
         ("POST", "/inspect", routes.inspect, (400,), 200),
         ("POST", "/plan", routes.plan, (400,), 200),
         ("POST", "/look", routes.look, (400, 409), 202),
         ("POST", "/merge", routes.merge, (400, 409), 202),
         ("POST", "/fit", routes.fit, (400, 404, 409), 202),
+        ("POST", "/average", run_routes.average, (400, 409), 202),
+        ("POST", "/absorb", run_routes.absorb, (400, 404, 409), 202),
+        ("POST", "/restore", run_routes.restore, (400, 404, 409), 202),
+        ("POST", "/export", run_routes.export, (400, 404, 409), 202),
+        ("POST", "/extract", run_routes.extract, (400, 409), 202),
+        ("POST", "/safe", run_routes.safe, (400, 404, 409), 202),
+        ("POST", "/compare", run_routes.compare, (400, 404, 409), 202),
         ("GET", "/jobs", routes.jobs, (), 200),
         ("GET", "/jobs/{job_id}", routes.job, (404,), 200),
         ("POST", "/jobs/{job_id}/cancel", routes.cancel, (404,), 200),
         ("GET", "/runs", routes.runs, (), 200),
         ("GET", "/runs/{name}", routes.run, (400, 404), 200),
+        ("DELETE", "/runs/{name}", run_routes.delete, (400, 404, 409), 200),
     ):
-        codes = [*refusals, *([401] if dependencies else [])]
+        codes = [*refused, *([401] if dependencies else [])]
         router.add_api_route(
             path,
             answer,
@@ -140,7 +148,7 @@ class _Routes:
 
     def inspect(self, body: InspectBody) -> InspectionResponse:
         """Returns family, type, hash and VAE of checkpoints, and why one cannot be merged."""
-        with _refusals():
+        with refusals():
             listed = self._host.checkpoints()
             files = [(name, find_file(name, "checkpoints", listed)) for name in body.checkpoints]
             return InspectionResponse(
@@ -149,7 +157,7 @@ class _Routes:
 
     def plan(self, body: PlanBody) -> PlanResponse:
         """Returns the files, time and memory of a merge, or why it cannot be made; writes nothing."""
-        with _refusals():
+        with refusals():
             preflight, place = place_merge(body, self._host)
             return plan_response(preflight, place, known_forecast(preflight))
 
@@ -158,7 +166,7 @@ class _Routes:
 
         It writes only to the cache, which a merge of them uses again.
         """
-        with _refusals():
+        with refusals():
             self._jobs.require_idle()
             check_merge(body, self._host)
             preflight = functools.partial(check_merge, body, self._host)
@@ -167,17 +175,17 @@ class _Routes:
 
     def merge(self, body: MergeBody) -> JobResponse:
         """Starts a merge, or says why it cannot be made; its job shows the progress."""
-        with _refusals():
+        with refusals():
             self._jobs.require_idle()
-            preflight, _ = place_merge(body, self._host)
+            preflight, place = place_merge(body, self._host)
             name = preflight.recipe.name
             recipe = functools.partial(parse_recipe, body, name, self._host)
             work = functools.partial(merge_task, self._host, recipe, body.save_styles)
-            return job_response(self._jobs.start(name, work, self._host.log))
+            return job_response(self._jobs.start(place.run, work, self._host.log))
 
     def fit(self, body: FitBody) -> JobResponse:
         """Starts fitting a checkpoint onto the LoRAs of a run; its job shows the progress."""
-        with _refusals():
+        with refusals():
             self._jobs.require_idle()
             fit = prepare_fit(parse_fit_request(body, self._host), self._host.folders())
             request = functools.partial(parse_fit_request, body, self._host)
@@ -207,7 +215,7 @@ class _Routes:
 
     def run(self, name: str) -> RunResponse:
         """Returns one run with its report, its prompts and the checkpoints that were fitted later."""
-        with _refusals():
+        with refusals():
             return run_response(load_run(self._host.folders(), name), self._host)
 
     def _require_job(self, job_id: str) -> Job:
@@ -215,18 +223,3 @@ class _Routes:
             if job.id == job_id:
                 return job
         raise HTTPException(404, f"expected the id of a job of this process, got {job_id!r:.80}")
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns refusals into answers."""
-    try:
-        yield
-    except HyperMergeError as error:
-        raise HTTPException(_status(error), str(error)) from error
-
-
-def _status(error: HyperMergeError) -> int:
-    if isinstance(error, BusyError):
-        return 409
-    return 404 if isinstance(error, UnknownRunError) else 400

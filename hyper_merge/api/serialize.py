@@ -102,6 +102,7 @@ def job_response(job: Job) -> JobResponse:
         message=status.message,
         warnings=list(status.notes),
         run=status.result if isinstance(status.result, str) and status.result else None,
+        result=status.result if isinstance(status.result, dict) else None,
     )
 
 

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from hyper_merge.errors import HyperMergeError, OutputError
 from hyper_merge.hosts.host import Host
+from hyper_merge.operations.compare.compare import run_compare
+from hyper_merge.operations.compare.records import ComparisonRecord
+from hyper_merge.operations.compare.request import CompareRequest
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.merge import run_merge
@@ -33,6 +36,8 @@ from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
 
+_Result = TypeVar("_Result")
+
 FORECAST_TITLE: Final = "the forecast"
 """The title of the job that runs `forecast_task`."""
 
@@ -44,6 +49,26 @@ def host_turn(host: Host, task: str, progress: Progress) -> Iterator[Progress]:
         joined = progress.joined(host_progress)
         joined.report("starting", 0.0)
         yield joined
+
+
+def turn_task(
+    host: Host, work: Callable[[Progress], _Result], task: str, progress: Progress
+) -> _Result:
+    """Does some work in a turn of the host, which then lists the new files; returns its result."""
+    with host_turn(host, task, progress) as joined:
+        result = work(joined)
+        host.refresh()
+    return result
+
+
+def compare_task(
+    host: Host, request: CompareRequest, task: str, progress: Progress
+) -> ComparisonRecord:
+    """Draws a comparison in a turn of the host."""
+    with host.drawing(task) as (host_progress, generator):
+        joined = progress.joined(host_progress)
+        joined.report("starting", 0.0)
+        return run_compare(request, host.folders(), joined, generator)
 
 
 def merge_task(

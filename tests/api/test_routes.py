@@ -29,6 +29,11 @@ ROUTES = {
     ("post", "/hyper-merge/jobs/{job_id}/cancel"),
     ("get", "/hyper-merge/runs"),
     ("get", "/hyper-merge/runs/{name}"),
+    ("delete", "/hyper-merge/runs/{name}"),
+    *(
+        ("post", f"/hyper-merge/{name}")
+        for name in ("average", "absorb", "restore", "export", "extract", "safe", "compare")
+    ),
 }
 
 

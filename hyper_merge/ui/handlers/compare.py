@@ -24,7 +24,7 @@ from PIL import Image
 from hyper_merge.errors import HyperMergeError, PictureError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.operations.compare.compare import run_compare
+from hyper_merge.hosts.tasks import compare_task
 from hyper_merge.operations.compare.records import (
     comparison_names,
     comparison_paths,
@@ -193,10 +193,7 @@ def show_comparison(host: Host, name: str | None, earlier: str | None) -> str:
 
 
 def _compare(host: Host, request: CompareRequest, task: str, progress: Progress) -> str:
-    with host.drawing(task) as (host_progress, generator):
-        joined = progress.joined(host_progress)
-        joined.report("starting", 0.0)
-        run_compare(request, host.folders(), joined, generator)
+    compare_task(host, request, task, progress)
     return ""  # no new run
 
 

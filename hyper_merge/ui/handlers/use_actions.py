@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 from hyper_merge.errors import HyperMergeError, RecipeError, settings_placed
 from hyper_merge.hosts.host import Host, require_listed_file
 from hyper_merge.hosts.job_queue import Jobs
-from hyper_merge.hosts.tasks import host_turn
+from hyper_merge.hosts.tasks import turn_task
 from hyper_merge.operations.deletable import find_deletable
 from hyper_merge.operations.export import ExportRequest, run_export
 from hyper_merge.operations.extend import ExtendRequest, run_extend
@@ -169,17 +169,10 @@ def _start(host: Host, jobs: Jobs, panel: Panel, title: str, prepare: Callable[[
     """Starts what `prepare` returns as a job; returns the refusal, if any."""
     try:
         work = prepare()
-        jobs.start(title, functools.partial(_in_turn, host, work), host.log, panel)
+        jobs.start(title, functools.partial(turn_task, host, work), host.log, panel)
     except HyperMergeError as error:
         return format_refusal(error)
     return ""
-
-
-def _in_turn(host: Host, work: _Work, task: str, progress: Progress) -> object:
-    with host_turn(host, task, progress) as joined:
-        outcome = work(joined)
-        host.refresh()
-    return outcome
 
 
 def _fit(host: Host, request: FitRequest, progress: Progress) -> PanelOutcome:

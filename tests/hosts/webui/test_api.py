@@ -38,7 +38,9 @@ def start(models, flavour):
 
 
 def paths(app):
-    return [route.path for route in app.routes if route.path.startswith("/hyper-merge")]
+    """Returns paths and methods of our routes."""
+    ours = [route for route in app.routes if route.path.startswith("/hyper-merge")]
+    return [(route.path, *route.methods) for route in ours]
 
 
 def test_the_api_is_off_unless_the_hosts_is_on(start):

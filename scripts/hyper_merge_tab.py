@@ -2,19 +2,29 @@
 
 from modules import script_callbacks
 
-from hyper_merge.api.webui import add_api
-from hyper_merge.hosts.webui.host import WebUI
-from hyper_merge.hosts.webui.settings import add_settings
-from hyper_merge.hosts.webui.xyz_plot import add_axis
-from hyper_merge.ui.tab import build_tab
+from hyper_merge.hosts.webui.support import explain_missing, missing_names
 
 
-def tabs() -> list[tuple]:
-    """What `on_ui_tabs` asks for: blocks, title and id."""
-    return [(build_tab(WebUI()), "Hyper-Merge", "hyper_merge")]
+def register() -> None:
+    """Registers everything; these modules can be imported only where the WebUI has all names."""
+    from hyper_merge.api.webui import add_api  # noqa: PLC0415
+    from hyper_merge.hosts.webui.host import WebUI  # noqa: PLC0415
+    from hyper_merge.hosts.webui.settings import add_settings  # noqa: PLC0415
+    from hyper_merge.hosts.webui.xyz_plot import add_axis  # noqa: PLC0415
+    from hyper_merge.ui.tab import build_tab  # noqa: PLC0415
+
+    def tabs() -> list[tuple]:
+        """What `on_ui_tabs` asks for: blocks, title and id."""
+        return [(build_tab(WebUI()), "Hyper-Merge", "hyper_merge")]
+
+    script_callbacks.on_ui_tabs(tabs)
+    script_callbacks.on_ui_settings(add_settings)
+    script_callbacks.on_app_started(add_api)
+    script_callbacks.on_before_ui(lambda: add_axis(WebUI()))
 
 
-script_callbacks.on_ui_tabs(tabs)
-script_callbacks.on_ui_settings(add_settings)
-script_callbacks.on_app_started(add_api)
-script_callbacks.on_before_ui(lambda: add_axis(WebUI()))
+missing = missing_names()
+if missing:
+    print(explain_missing(missing))  # noqa: T201 - where the WebUI says everything at its start
+else:
+    register()

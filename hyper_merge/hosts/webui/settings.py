@@ -20,6 +20,7 @@ from hyper_merge.runtime.formatting import GB
 
 SECTION: Final = ("hyper_merge", "Hyper-Merge")
 
+_CATEGORY: Final = "system"  # else the page stands under "Uncategorized", below all others
 _RANKS: Final = "hyper_merge_ranks"
 _STYLES: Final = "hyper_merge_save_styles"
 _FOLDER: Final = "hyper_merge_folder"
@@ -55,6 +56,7 @@ def add_settings() -> None:
         _CLEAR: clear_button,
     }
     for key, option in options.items():
+        option.category_id = _CATEGORY
         shared.opts.add_option(key, option)
 
 
@@ -67,11 +69,18 @@ def read_defaults() -> Defaults:
 def read_folders() -> Folders:
     """Returns the folders by the WebUI's command line and the page."""
     models = Path(paths.models_path)
-    checkpoints = getattr(shared.cmd_opts, "ckpt_dir", None) or sd_models.model_path
-    loras = getattr(shared.cmd_opts, "lora_dir", None) or models / "Lora"
+    checkpoints = _option("ckpt_dir") or sd_models.model_path
+    loras = _option("lora_dir") or models / "Lora"
     runs = _saved(_FOLDER, _folder, models / "hyper-merge")
     limit = _saved(_CACHE, number(0, 1e6), float(_CACHE_GB))
     return Folders(Path(checkpoints), Path(loras), runs, runs / "cache", int(limit * GB))
+
+
+def _option(name: str) -> Any:
+    """Returns a folder of the command line; of Forge Neo's several, `--ckpt-dirs`, the first."""
+    options = shared.cmd_opts
+    folders = [getattr(options, name, None), *(getattr(options, f"{name}s", None) or ())]
+    return next(filter(None, folders), None)
 
 
 def _saved(key: str, parse: Callable[[Any], _T], default: _T) -> _T:

@@ -118,7 +118,7 @@ def _draw(picture: Picture, progress: Progress, selection: _Selection) -> Image.
     except Exception as error:  # a host's model code may raise anything
         errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
         raise PictureError(
-            f"the WebUI cannot draw with {picture.model.name} ({type(error).__name__}: {error})",
+            f"the WebUI cannot draw with {picture.model.name} ({error or 'no reason given'})",
             hint="the WebUI's console has the details",
         ) from error
     finally:
@@ -223,6 +223,9 @@ def _in_model_thread(work: Callable[..., Any], *values: Any) -> Any:
 
     main_thread.last_exception = None
     result = main_thread.run_and_wait_result(work, *values)
-    if main_thread.last_exception is not None:  # it is kept there, not raised
-        raise main_thread.last_exception
+    error = main_thread.last_exception  # it is kept there, not raised
+    if isinstance(error, BaseException):
+        raise error
+    if error:  # Forge Neo keeps its text alone
+        raise RuntimeError(str(error))
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +20,14 @@ LABEL: Final = "Hyper-Merge: checkpoint"
 _SCRIPT: Final = "xyz_grid.py"
 _NEEDED: Final = ("AxisOption", "axis_options", "apply_checkpoint")
 
+_log = logging.getLogger(__name__)
+
 
 def add_axis(host: Host) -> None:
     """Adds the axis once; to be called by `on_before_ui`, when the WebUI's scripts are loaded.
 
-    Where there is no such script, or another one of its name, nothing is added, and the WebUI starts
-    as usual; an error goes to its log.
+    Where there is no such script, or another one of its name, as in Forge Classic, nothing is added,
+    the log says so, and the WebUI starts as usual; an error goes to its log.
     """
     try:
         for module in _modules():
@@ -36,8 +39,16 @@ def add_axis(host: Host) -> None:
 def _modules() -> Iterator[Any]:
     """Yields the script's modules: some extensions bring their own copy of it."""
     for data in {id(data.module): data for data in scripts.scripts_data}.values():
-        is_script = Path(data.path).name == _SCRIPT
-        if is_script and all(hasattr(data.module, name) for name in _NEEDED):
+        if Path(data.path).name != _SCRIPT:
+            continue
+        missing = [name for name in _NEEDED if not hasattr(data.module, name)]
+        if missing:
+            _log.warning(
+                "Hyper-Merge adds no axis to the X/Y/Z plot of %s: it lacks %s",
+                data.path,
+                ", ".join(missing),
+            )
+        else:
             yield data.module
 
 

@@ -80,6 +80,17 @@ def test_a_tab_that_fails_to_build_is_logged(webui, built, monkeypatch):
     assert "no tab today" in webui.errors.reports[0]
 
 
+def test_a_webui_that_lacks_something_gets_a_sentence_and_no_tab(webui, built, monkeypatch, capsys):
+    monkeypatch.delattr(sys.modules["modules.styles"], "PromptStyle")  # as in SD.Next
+    monkeypatch.delitem(sys.modules, "modules.progress")
+    monkeypatch.delattr(sys.modules["modules"], "progress")
+    webui.load_scripts()
+    assert (webui.errors.reports, webui.script_callbacks.callback_map) == ([], {})
+    said = capsys.readouterr().out
+    assert said.startswith("Hyper-Merge is not loaded: it runs in AUTOMATIC1111's WebUI, Forge")
+    assert "modules.styles.PromptStyle, modules.progress.add_task_to_queue" in said
+
+
 @pytest.mark.parametrize("flavour", ["a1111"])
 def test_the_tab_is_built_without_checkpoints_in_debug_mode(tmp_path, built, flavour):
     with installed(tmp_path / "models", flavour, debug_mode=True) as webui:

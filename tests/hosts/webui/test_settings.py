@@ -146,3 +146,21 @@ def test_a_cache_that_cannot_be_cleared_says_so(host, page, webui, monkeypatch):
     monkeypatch.setattr("hyper_merge.operations.cache.clear_analyses", fail)
     assert webui.settings().clear_cache_html().endswith("&lt;1 file&gt; cannot be deleted")
     assert not webui.queue_lock.held
+
+
+def test_the_page_stands_in_a_category_of_the_webui(webui, page):
+    ours = {key: info for key, info in webui.opts.data_labels.items() if "hyper_merge" in key}
+    assert {info.category_id for info in ours.values()} == {"system"}
+
+
+def test_the_first_of_several_folders_is_taken(models, flavour, tmp_path):
+    """Forge Neo has --ckpt-dirs and --lora-dirs, which may be given more than once."""
+    dirs = [str(tmp_path / "first"), str(tmp_path / "second")]
+    with installed(models, flavour) as webui:
+        del webui.cmd_opts.ckpt_dir, webui.cmd_opts.lora_dir
+        webui.cmd_opts.ckpt_dirs, webui.cmd_opts.lora_dirs = dirs, dirs[::-1]
+        folders = webui.host().folders()
+        assert [str(folders.models), str(folders.loras)] == dirs
+        webui.cmd_opts.ckpt_dirs = webui.cmd_opts.lora_dirs = []
+        folders = webui.host().folders()
+    assert (folders.models, folders.loras) == (models / "Stable-diffusion", models / "Lora")

@@ -127,13 +127,30 @@ def test_the_checkpoint_comes_back_however_it_ends(loaded, host, picture_of, kin
 
 def test_a_model_thread_error_is_not_an_empty_picture(loaded, host, picture_of):
     loaded.processing.fails_with = "photo.safetensors"
-    expected = r"cannot draw with photo\.safetensors \(RuntimeError: cannot load photo"
+    expected = r"cannot draw with photo\.safetensors \(cannot load photo"
     with (
         host.drawing("task(x)") as (progress, generator),
         pytest.raises(PictureError, match=expected),
     ):
         generator.draw(picture_of("photo"), progress)
     assert "RuntimeError" in loaded.errors.reports[0]
+
+
+@pytest.mark.parametrize("flavour", ["forge"])
+def test_a_model_thread_error_may_be_a_text(loaded, host, picture_of, monkeypatch):
+    """In Forge Neo."""
+    main_thread = loaded.main_thread
+
+    def run(func, *args):
+        main_thread.last_exception = "CUDA out of memory"
+
+    monkeypatch.setattr(main_thread, "run_and_wait_result", run)
+    expected = r"cannot draw with photo\.safetensors \(CUDA out of memory\)"
+    with (
+        host.drawing("task(x)") as (progress, generator),
+        pytest.raises(PictureError, match=expected),
+    ):
+        generator.draw(picture_of("photo"), progress)
 
 
 def test_only_forges_model_thread_touches_its_models(loaded, host, picture_of):

@@ -82,7 +82,7 @@ def test_reload_ui_and_a_second_call_keep_one_axis(webui, grid):
 
 
 @pytest.mark.parametrize("case", ["none", "other", "broken"])
-def test_a_webui_without_the_plot_script_still_starts(models, flavour, case):
+def test_a_webui_without_the_plot_script_still_starts(models, flavour, case, caplog):
     with installed(models, flavour) as webui:
         webui.load_scripts()
         data = webui.scripts.scripts_data
@@ -96,3 +96,5 @@ def test_a_webui_without_the_plot_script_still_starts(models, flavour, case):
         reports = "".join(webui.errors.reports)
         assert ("adding an axis to X/Y/Z plot" in reports) is (case == "broken")
         assert "Error executing callback" not in reports
+        lacking = "xyz_grid.py: it lacks AxisOption, apply_checkpoint"  # as in Forge Classic
+        assert (lacking in caplog.text) is (case == "other")

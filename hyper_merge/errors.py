@@ -99,7 +99,16 @@ class NameTakenError(OutputError):
 
 
 class SameMergeError(OutputError):
-    """This very merge is there already."""
+    """This very merge is there already.
+
+    Attributes:
+        run: Name of the run that it is.
+    """
+
+    def __init__(self, message: str, *, run: str, hint: str = "") -> None:
+        """Takes the run besides the parts of the text."""
+        super().__init__(message, hint=hint)
+        self.run = run
 
 
 class DeviceError(HyperMergeError, RuntimeError):

@@ -280,6 +280,7 @@ class Folders:
                 raise SameMergeError(
                     f"the run {run} is this very merge already",
                     hint="choose another name or other ranks",
+                    run=run,
                 )
             return name_key(run) in taken or _is_used(self.runs / run)
 

@@ -156,7 +156,10 @@ def _plan(form: Form, preflight: Preflight, size: int | None) -> str:
         preflight, place = with_free_name(preflight, named=has_name(form))
         return format_merge_plan(preflight, place, size)
     except SameMergeError as error:
-        return format_message("info", str(error))
+        text = (
+            f"Made already: this is the run {error.run}. Change settings or name for another one."
+        )
+        return format_message("good", text)
     except HyperMergeError as error:  # a checkpoint may have been removed just now
         return format_message("bad", str(error))
 

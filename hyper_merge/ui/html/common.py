@@ -9,7 +9,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
-from hyper_merge.errors import HyperMergeError
+from hyper_merge.errors import HyperMergeError, SameMergeError
 from hyper_merge.hosts.job_queue import BusyError, JobStatus, in_one_line
 from hyper_merge.loras.prompt_tags import lora_names
 from hyper_merge.operations.inspect import InspectedFile
@@ -42,8 +42,9 @@ def format_unexpected_error(error: BaseException) -> str:
 
 
 def format_refusal(error: HyperMergeError) -> str:
-    """Returns the reason why something did not start; a job that still runs is no error."""
-    return format_message("info" if isinstance(error, BusyError) else "bad", str(error))
+    """Returns the reason why something did not start; what runs or is made already is no error."""
+    is_harmless = isinstance(error, BusyError | SameMergeError)
+    return format_message("info" if is_harmless else "bad", str(error))
 
 
 def format_hint(text: str) -> str:
@@ -108,18 +109,20 @@ def format_checkpoints(
     """
     if not names:
         return format_message("info", "Pick two or more checkpoints. They are described here.")
+    is_hashed = any(hashes.get(name) for name in names)
     rows = [
         (
             _name_cell(name, file),
             _text(file.family or ""),
             format_size(file.size),
             _text(file.dtype),
-            f"<code>{_text(hashes.get(name) or file.legacy_hash)}</code>",
+            *([f"<code>{_text(hashes.get(name) or '')}</code>"] if is_hashed else []),
             _text(vae),
         )
         for name, file, vae in zip(names, files, vae_groups(files), strict=True)
     ]
-    head = ("Checkpoint", "Family", "Size", "Precision", "Short hash", "VAE")
+    hash_head = ["Short hash"] if is_hashed else []
+    head = ("Checkpoint", "Family", "Size", "Precision", *hash_head, "VAE")
     differ = len({file.vae for file in files if file.vae}) > 1
     note = "The VAEs differ. Under Advanced you can choose which one the hyper-model gets."
     return format_table(head, rows, numeric=(2,)) + (format_hint(note) if differ else "")

@@ -201,8 +201,8 @@ def test_a_checkpoint_of_the_merge_is_not_replaced(host):
 
 def test_a_repeated_merge_is_reported_without_alarm(host, run):
     assert plan_message(host) == (
-        ["info"],
-        "the run mix is this very merge already; choose another name or other ranks",
+        ["good"],
+        "Made already: this is the run mix. Change settings or name for another one.",
     )
 
 
@@ -238,8 +238,10 @@ def test_the_hash_that_the_webui_knows_is_shown(webui):
     before, *_ = show_plan(host, "", *values())
     known = info.calculate_shorthash()
     after, *_ = show_plan(host, "", *values())
-    assert known not in before
+    assert "Short hash" not in before
+    assert "<code>" not in before, "another kind of hash would only seem to change"
     assert f"<code>{known}</code>" in after
+    assert after.count("<code></code>") == 2
 
 
 def test_lists_keep_picked_checkpoints_that_are_gone(host):

@@ -33,6 +33,7 @@ from hyper_merge.runtime.progress import Progress
 
 _STEPS: Final = 1000  # of the progress bar
 _LISTEN: Final = 0.02  # seconds between looks at the WebUI's buttons
+_STOP_HINT: Final = "only Stop in the tab Hyper-Merge ends this while a generation waits"
 _TAG: Final = re.compile(r"<lora:[^>]*>")
 
 
@@ -77,7 +78,11 @@ class WebUI:
         """Waits for the queue lock, without a limit, as every generation does."""
         modules.progress.add_task_to_queue(task)
         try:
-            with call_queue.queue_lock, _job(task) as progress, unloaded_model():
+            with (
+                call_queue.queue_lock,
+                _job(task, shares_buttons=True) as progress,
+                unloaded_model(),
+            ):
                 yield progress
         finally:
             modules.progress.pending_tasks.pop(task, None)  # the wait itself may have failed
@@ -177,23 +182,33 @@ def _infos() -> dict[str, Any]:
 
 
 @contextmanager
-def _job(task: str) -> Iterator[Progress]:
-    """Runs a job of the WebUI, from the start of its progress bar to the end."""
+def _job(task: str, *, shares_buttons: bool = False) -> Iterator[Progress]:
+    """Runs a job of the WebUI, from the start of its progress bar to the end.
+
+    Args:
+        task: the id by which the WebUI knows it.
+        shares_buttons: whether Interrupt and Skip are left to a generation that waits for its turn:
+            whoever presses them there means that one, not hours of work in another tab.
+    """
     state = shared.state
     state.begin(job=task)
     modules.progress.start_task(task)
     # One job: with several the first press of Interrupt would wait for "the current image".
-    stopped, ended = threading.Event(), threading.Event()
+    stopped, spared, ended = threading.Event(), threading.Event(), threading.Event()
 
     def on_progress(phase: str, fraction: float) -> None:
         # Everything at every step: events that wait for no lock reset the state when they end.
         state.job_count, state.sampling_steps = 1, _STEPS
-        state.textinfo = phase
+        state.textinfo = f"{phase}; {_STOP_HINT}" if spared.is_set() else phase
         state.sampling_step = round(_STEPS * min(max(fraction, 0.0), 1.0))
 
     def should_stop() -> bool:
         if state.interrupted or state.skipped or state.stopping_generation:
-            stopped.set()  # for the same reason
+            if shares_buttons and modules.progress.pending_tasks:
+                spared.set()
+                _release_buttons()
+            else:
+                stopped.set()  # for the same reason
         return stopped.is_set()
 
     def listen() -> None:  # a step may take longer than a press of the button lasts
@@ -210,8 +225,14 @@ def _job(task: str) -> Iterator[Progress]:
         listener.join()
         modules.progress.finish_task(task)
         state.textinfo, state.sampling_step, state.sampling_steps = None, 0, 0
-        state.interrupted = state.skipped = state.stopping_generation = False
+        _release_buttons()
         state.end()
+
+
+def _release_buttons() -> None:
+    """Takes back the presses of Interrupt and Skip."""
+    state = shared.state
+    state.interrupted = state.skipped = state.stopping_generation = False
 
 
 def _move_bar(phase: str, fraction: float) -> None:

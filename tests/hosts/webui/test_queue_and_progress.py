@@ -262,3 +262,26 @@ def test_an_interrupt_between_two_steps_is_noticed(host, webui):
         webui.state.interrupted = False
         assert progress.should_stop()
     assert not listeners()
+
+
+@pytest.mark.parametrize("button", ["interrupt", "skip", "stop_generating"])
+def test_a_button_pressed_for_a_waiting_generation_spares_the_run(host, webui, button):
+    with host.running(TASK) as progress:
+        webui.progress.add_task_to_queue("task(picture)")
+        getattr(webui.state, button)()
+        progress.report("solving", 0.5)
+        assert "only Stop in the tab Hyper-Merge ends this" in webui.state.textinfo
+        assert not any((webui.state.interrupted, webui.state.skipped))
+        webui.progress.pending_tasks.pop("task(picture)")
+        getattr(webui.state, button)()
+        with pytest.raises(InterruptedRun):
+            progress.report("solving", 0.6)
+
+
+def test_a_button_stops_pictures_though_another_generation_waits(host, webui):
+    with host.drawing(TASK) as (progress, _):
+        webui.progress.add_task_to_queue("task(picture)")
+        webui.state.interrupt()
+        with pytest.raises(InterruptedRun):
+            progress.report("drawing", 0.5)
+    webui.progress.pending_tasks.clear()

@@ -17,7 +17,9 @@ def format_deletion_report(report: DeletionReport) -> str:
         f"{'checkpoint':{width}}  delete?      frees  layers  everything  not carried  VAE differs",
         *(_format_verdict(verdict, width) for verdict in report.verdicts),
         "",
-        f"deleting what is safe to delete would free {format_size(report.frees)}",
+        f"deleting what is safe to delete would free {format_size(report.frees)}"
+        if any(verdict.safe for verdict in report.verdicts)
+        else "none of these is safe to delete",
         "nothing was deleted; that is up to you",
     ]
     if report.problem:

@@ -16,7 +16,7 @@ import gradio as gr
 
 from hyper_merge.errors import HyperMergeError, RunError
 from hyper_merge.hosts.host import Host
-from hyper_merge.hosts.job_queue import Jobs, JobStatus
+from hyper_merge.hosts.job_queue import MERGE, Jobs, JobStatus
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names
@@ -111,9 +111,10 @@ def watch_job_in_both_tabs(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[An
             # A page may follow a job twice, after a refusal; then only one stream shows its end.
             if status is not None and is_here and is_followed:
                 panel_updates = (_outcome(status).html,)
-            is_ours = status is not None and status.place in _PANELS
+            place = MERGE if status is None else status.place
             silent = ("", *updates[1:])
-            merge_updates, use_updates = (silent, updates) if is_ours else (updates, silent)
+            merge_updates = updates if place == MERGE else silent
+            use_updates = updates if place in _PANELS else silent
             yield (*merge_updates, *use_updates, *panel_updates)
 
 

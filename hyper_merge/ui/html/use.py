@@ -144,13 +144,16 @@ def format_deletion_verdicts(report: DeletionReport) -> str:
     rows = [_verdict_row(verdict) for verdict in report.verdicts]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
+    freed = f"Deleting all of these would free {format_size(report.frees)}."
+    if not any(verdict.safe for verdict in report.verdicts):
+        freed = "There is none here."
     return (
         text
         + format_table(head, rows, numeric=(2, 3, 4))
         + format_hint(
             f"Yes: the run restores at least {100 * report.threshold:.4g} % of the original's"
-            " difference from the hyper-model, in all tensors. Deleting all of these would free"
-            f" {format_size(report.frees)}. Nothing was deleted; the decision is yours."
+            f" difference from the hyper-model, in all tensors. {freed} Nothing was deleted; the"
+            " decision is yours."
         )
     )
 

@@ -66,10 +66,7 @@ def similarity_plot(report: Report) -> Figure:
     figure, axes = new_figure("Similarity of the checkpoints' differences from the base", _side(k))
     if not report.similarity:
         return _without_figures(axes)
-    rows = [
-        [float("nan") if r == c else value for c, value in enumerate(row)]
-        for r, row in enumerate(report.similarity)
-    ]
+    rows = report.similarity
     axes.imshow(rows, cmap=_SIMILAR, vmin=-1, vmax=1)
     axes.set_anchor("W")
     axes.set_xticks(range(k), [str(number + 1) for number in range(k)])
@@ -155,9 +152,9 @@ def _side(k: int) -> float:  # inches
 def _number_cells(axes: Axes, rows: Sequence[Sequence[float]]) -> None:
     for r, row in enumerate(rows):
         for c, value in enumerate(row):
-            if r != c:
-                ink = _LIGHT_INK if abs(value) > 0.75 else _DARK_INK
-                axes.text(c, r, f"{value:+.2f}", color=ink, ha="center", va="center", fontsize=8)
+            ink = _LIGHT_INK if abs(value) > 0.75 else _DARK_INK
+            text = f"{value:+.2f}" if r != c else "1"  # each with itself
+            axes.text(c, r, text, color=ink, ha="center", va="center", fontsize=8)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -197,6 +197,9 @@ def test_each_tab_says_how_its_own_jobs_ended():
     ((status, _, _, other, *_),) = watch_job_in_both_tabs(merge, None)
     assert "Done" in words(status)
     assert other == ""
+    pictures = One(outcome="refused", message="no sampler", place="compare")
+    ((status, _, _, other, *_),) = watch_job_in_both_tabs(pictures, None)
+    assert (status, other) == ("", ""), "the tab Compare says it"
 
 
 def test_progress_is_shown_in_both_tabs_and_panel():

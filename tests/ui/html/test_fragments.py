@@ -7,6 +7,8 @@ import pytest
 from at_the_tab import EVIL, kinds, tags, values, words
 
 from hyper_merge.hosts.job_queue import JobStatus
+from hyper_merge.operations.deletable import DeletionReport, DeletionVerdict
+from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.inspect import InspectedFile
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 from hyper_merge.runs.run import load_run
@@ -31,6 +33,7 @@ from hyper_merge.ui.html.runs import (
     format_run_summary,
     format_run_table,
 )
+from hyper_merge.ui.html.use import format_deletion_verdicts
 
 OURS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "code", "span", "ul", "li"}
 
@@ -224,3 +227,24 @@ def test_the_introduction_names_hyper_model_and_loras():
     text = words(format_merge_introduction())
     assert "hyper-model" in text
     assert "LoRAs" in text
+
+
+@pytest.mark.parametrize(("safe", "said"), [(True, "would free 2 MB"), (False, "none here")])
+def test_bytes_are_freed_only_where_something_is_safe_to_delete(safe, said):
+    verdict = DeletionVerdict(
+        name="a.safetensors",
+        path=Path("a.safetensors"),
+        restored_as="a",
+        safe=safe,
+        reason="" if safe else "too far off",
+        frees=2_000_000,
+        explained=0.5,
+        everything=0.5,
+        not_carried=0.0,
+        vae_differs=False,
+    )
+    report = DeletionReport("mix", 0.99, (verdict,), "")
+    screen, console = words(format_deletion_verdicts(report)), format_deletion_report(report)
+    assert said in screen
+    assert ("would free" in screen) is ("would free" in console) is safe
+    assert ("none of these is safe to delete" in console) is not safe

@@ -129,6 +129,14 @@ window.hyperMerge = (() => {
         }
     }
 
+    // The result of a merge that was begun on this page, which may be far from its button.
+    function reveal() {
+        const result = find("#hyper_merge_result");
+        if (result && find("#hyper_merge_status .hm-good") && !find("#hyper_merge_message .hm-message")) {
+            setTimeout(() => result.scrollIntoView({behavior: "smooth", block: "start"}), 300);
+        }
+    }
+
     // A slider for each checkpoint. Multipliers mix as the checkpoints do, so the tags are sums; they
     // are those of `mixture_tags` in Python. Their values are kept when the sliders are drawn again.
     const kept = {};
@@ -209,20 +217,26 @@ window.hyperMerge = (() => {
         mixed();
     }
 
-    // Where the WebUI draws progress, its bar replaces ours.
+    // Where the WebUI draws progress, its bar replaces ours. It draws none that can be seen where its
+    // settings say so, or as long as it has not read them, as on a page that has just been opened.
+    const places = ["#hyper_merge_status", "#hyper_merge_use_status"];
+    const isSeen = (bar) => bar.style.display !== "none";
+    function showOneBar() {
+        const bars = [...root().querySelectorAll("#hyper_merge_tab .progressDiv")];
+        find("#hyper_merge_tab").classList.toggle("hm-host-bar", bars.some(isSeen));
+    }
+
     const tasks = {};
     function follow() {
-        ["#hyper_merge_status", "#hyper_merge_use_status"].forEach((place) => {
+        places.forEach((place) => {
             const element = find(`${place} [data-task]`);
             if (!element || element.dataset.task === tasks[place] || typeof requestProgress !== "function") {
                 return;
             }
             tasks[place] = element.dataset.task;
-            find("#hyper_merge_tab").classList.add("hm-host-bar");
-            requestProgress(tasks[place], find(place), null, () => {
-                find("#hyper_merge_tab").classList.remove("hm-host-bar");
-            });
+            requestProgress(tasks[place], find(place), null, showOneBar);
         });
+        showOneBar();
     }
 
     function watch() {
@@ -238,5 +252,5 @@ window.hyperMerge = (() => {
     }
     watch();
 
-    return {copy, select, txt2img, send, refresh, replan, planned, openTab, mix, shares};
+    return {copy, select, txt2img, send, refresh, replan, planned, openTab, reveal, mix, shares};
 })();

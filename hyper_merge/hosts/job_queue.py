@@ -78,6 +78,8 @@ class Job:
 
     Attributes:
         id: Unique among all jobs.
+        form: What a screen's form held when it was begun, for a page that comes later; None where
+            it was begun elsewhere.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Job:
         work: JobFunction,
         log: Callable[[BaseException], None],
         place: str = MERGE,
+        form: object = None,
     ) -> None:
         """Starts the work.
 
@@ -94,7 +97,9 @@ class Job:
             work: runs in the thread.
             log: takes an unexpected error.
             place: the panel in which it is begun.
+            form: what a screen's form holds.
         """
+        self.form = form
         self.id = uuid.uuid4().hex[:12]
         self._changed = threading.Condition()
         self._status = JobStatus(f"task(hyper-merge-{self.id})", title, place=place)
@@ -201,6 +206,7 @@ class Jobs:
         work: JobFunction,
         log: Callable[[BaseException], None],
         place: str = MERGE,
+        form: object = None,
     ) -> Job:
         """Begins a job; the arguments are those of `Job`.
 
@@ -209,7 +215,7 @@ class Jobs:
         """
         with self._lock:
             self.require_idle()
-            job = Job(title, work, log, place)
+            job = Job(title, work, log, place, form)
             self._known.appendleft(job)
             return job
 

@@ -62,10 +62,10 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
                 run = build_run()
             with gr.Column(scale=6, min_width=420):
                 result = build_result(host)
-        with gr.Tab("Use", elem_id=elem_id("use_tab")):
-            use = build_use(host)
+        with gr.Tab("Use", elem_id=elem_id("use_tab")) as opened:
+            use = build_use(host, opened)
         with gr.Tab("Compare", elem_id=elem_id("compare_tab")) as opened:
             compare = build_compare(host, opened)
-        with gr.Tab("Runs", elem_id=elem_id("runs_tab")):
-            earlier = build_history()
+        with gr.Tab("Runs", elem_id=elem_id("runs_tab")) as opened:
+            earlier = build_history(opened)
     return Wiring(host, jobs, picker, form, presets, run, result, earlier, use, compare)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from browser.conftest import IN_WEBUI, shot
+from browser.the_tab import Tab
 
 pytestmark = [pytest.mark.slow, IN_WEBUI]
 
@@ -94,6 +95,26 @@ def test_the_webuis_own_buttons_stop_a_merge(tab, server, button):
     tab.until(lambda: "Stopped" in tab.text("status"))
     tab.until(lambda: not tab.page.locator("#hyper_merge_tab.hm-host-bar").count())
     assert not list(server.models.rglob("never*"))
+
+
+@pytest.mark.usefixtures("slow_runs")
+def test_a_page_that_comes_back_shows_form_and_progress(context, server, tab):
+    """The WebUI draws no bar that can be seen until its page has read the settings."""
+    tab.to("Merge")
+    fill_in(tab, "back", "2")
+    tab.click("merge")
+    tab.until(tab.fraction)
+    later = Tab(context.new_page())
+    later.page.goto(server.url)
+    later.find("merge").wait_for(state="attached")
+    later.show()
+    later.until(lambda: later.find("status").locator(".hm-bar").is_visible())
+    assert later.find("status").locator(".hm-share").is_visible()
+    later.until(lambda: [name.strip() for name in later.picked()] == list(TWO))
+    assert (later.value("name"), later.value("ranks")) == ("back", "2")
+    later.click("stop")
+    later.until(lambda: "Stopped" in later.text("status"))
+    later.close()
 
 
 def test_our_section_of_the_settings_clears_the_cache(merged):

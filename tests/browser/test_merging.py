@@ -101,6 +101,7 @@ def test_from_picking_to_the_result_and_again(form, server):
     tab.until(lambda: "mix.safetensors" in tab.text("plan"))
     tab.merge()
     assert "3 checkpoints" in tab.text("sentence")
+    tab.until(lambda: in_view(tab, "sentence"))
     assert (server.models / "Lora" / "mix_0-4.safetensors").exists()
     tab.until(lambda: tab.value("prompt").startswith("<lora:mix_0-4:"))
     first = tab.value("prompt")
@@ -110,13 +111,19 @@ def test_from_picking_to_the_result_and_again(form, server):
     tab.until(lambda: tab.find("parts_plot").locator("img").count())
     shot(tab.page, f"{server.host}-result")
 
-    tab.until(lambda: "mix is this very merge already" in tab.text("plan"))
+    tab.until(lambda: "Made already: this is the run mix" in tab.text("plan"))
     tab.type("ranks", "3")
     tab.until(lambda: "exists already" in tab.text("plan"))
     tab.merge()
     tab.until(lambda: tab.value("prompt").startswith("<lora:mix-2_0-3:"))
     assert not (server.models / "Stable-diffusion" / "mix-2.safetensors").exists()
     forget(server, "mix-2", "mix")
+
+
+def in_view(tab, name):
+    """Tells whether a widget is within the window."""
+    box = tab.find(name).bounding_box()
+    return 0 <= box["y"] < tab.page.viewport_size["height"]
 
 
 def forget(server, *names):

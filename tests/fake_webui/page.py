@@ -14,6 +14,7 @@ from local_server import skip_self_check
 from .api import create_api
 from .options import apply
 
+OPTIONS_DELAY = 3000  # milliseconds until a page has the settings that its scripts depend on
 ELSEWHERE = re.compile(
     rb"""<link[^>]*["']https://[^>]*>|<script[^>]*["']https://[^>]*>\s*</script>"""
 )
@@ -35,7 +36,13 @@ function randomId() {
     const part = () => Math.random().toString(36).slice(2, 9);
     return 'task(' + part() + part() + ')';
 }
+let opts = {};
+onUiLoaded(() => setTimeout(() => { opts = {show_progressbar: true}; }, OPTIONS_DELAY));
 function requestProgress(id, container, gallery, atEnd, onProgress) {
+    const bar = document.createElement('div');
+    bar.className = 'progressDiv';
+    bar.style.display = opts.show_progressbar ? 'block' : 'none';
+    container.parentNode.insertBefore(bar, container);
     const timer = setInterval(async() => {
         const answer = await fetch('./internal/progress', {
             method: 'POST',
@@ -46,6 +53,7 @@ function requestProgress(id, container, gallery, atEnd, onProgress) {
         if (onProgress) onProgress(state);
         if (state.completed) {
             clearInterval(timer);
+            bar.remove();
             if (atEnd) atEnd();
         }
     }, 200);
@@ -219,7 +227,7 @@ def progress_route(webui):
 
 def head(extension):
     """Returns the head of the hosts' page: their scripts, then the extension's and its style."""
-    scripts = [HOST_SCRIPT]
+    scripts = [HOST_SCRIPT.replace("OPTIONS_DELAY", str(OPTIONS_DELAY))]
     scripts += [
         path.read_text(encoding="utf-8") for path in sorted((extension / "javascript").glob("*.js"))
     ]

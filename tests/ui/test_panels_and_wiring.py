@@ -50,7 +50,7 @@ ARGUMENTS = {
 class Busy:
     """Jobs that begin none."""
 
-    last = None
+    last, known = None, ()
 
     def require_idle(self):
         """Requires that nothing runs."""
@@ -77,9 +77,10 @@ def built(some_host):
         picker = build_picker(names, ["all folders"], demo=True)
         form, presets = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
-        use = build_use(some_host)
+        with gr.Tab("Use", elem_id=f"{PREFIX}_use_tab") as opened:
+            use = build_use(some_host, opened)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
-        others = build_run(), result, result.view, build_history(), use, *parts
+        others = build_run(), result, result.view, build_history(opened), use, *parts
     return picker, form, presets, *others
 
 
@@ -137,7 +138,7 @@ def test_every_widget_has_our_id_and_is_unsaved(built):
     widgets = [widget for widget in widgets if not is_dataclass(widget)]
     for widget in widgets:
         assert re.fullmatch(f"{PREFIX}_[a-z0-9_]+", widget.elem_id)
-        if not isinstance(widget, gr.Column):
+        if not isinstance(widget, gr.Column | gr.Tab):
             assert widget.do_not_save_to_config is True
 
 

@@ -36,7 +36,7 @@ def start_forecast(host: Host, jobs: Jobs, *values: Any) -> str:
     try:
         preflight_form(host, form)
         work = functools.partial(forecast_task, host, functools.partial(preflight_form, host, form))
-        jobs.start(FORECAST_TITLE, work, host.log)
+        jobs.start(FORECAST_TITLE, work, host.log, form=form)
     except HyperMergeError as error:
         return format_refusal(error)
     return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Final
 
 import gradio as gr
@@ -36,11 +36,10 @@ def start_merge(host: Host, jobs: Jobs, *values: Any) -> str:
     """
     form = Form(*values)
     try:
-        preflight, _ = prepare_merge(host, form)
-        form = replace(form, name=preflight.recipe.name)
-        recipe = functools.partial(_recipe_now, host, form)
+        preflight, place = prepare_merge(host, form)
+        recipe = functools.partial(_recipe_now, host, replace(form, name=preflight.recipe.name))
         work = functools.partial(merge_task, host, recipe, form.save_styles)
-        jobs.start(form.name, work, host.log)
+        jobs.start(place.run, work, host.log, form=form)
     except HyperMergeError as error:
         return format_refusal(error)
     return ""
@@ -92,6 +91,15 @@ def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
     if not isinstance(name, str) or not name:
         return (gr.update(),) * len(NOTHING)
     return show_run(host, name)
+
+
+def restore_form(jobs: Jobs) -> tuple[Any, ...]:
+    """Returns the form's values as the last job was asked for, on a page that was not there then."""
+    forms = (job.form for job in jobs.known if isinstance(job.form, Form))
+    form = next(forms, None)
+    if form is None:
+        return tuple(gr.update() for _ in fields(Form))
+    return tuple(getattr(form, field.name) for field in fields(form))
 
 
 def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:

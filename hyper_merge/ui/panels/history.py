@@ -12,8 +12,9 @@ from hyper_merge.ui.panels.widgets import button, html, widget
 
 @dataclass(frozen=True)
 class HistoryPanel:
-    """The widgets of earlier runs and of the cache."""
+    """The widgets of earlier runs and of the cache, in a tab that reads them when it is opened."""
 
+    opened: gr.Tab
     table: gr.HTML
     run: gr.Dropdown
     other: gr.Dropdown
@@ -30,8 +31,8 @@ class HistoryPanel:
     clear: gr.Button
 
 
-def build_history() -> HistoryPanel:
-    """Builds the list of earlier runs with its buttons, and the line about the cache."""
+def build_history(tab: gr.Tab) -> HistoryPanel:
+    """Builds the list of earlier runs with its buttons, and the line about the cache, in a tab."""
     table = html("runs_table")
     with gr.Row():
         run = widget(gr.Dropdown, "run", choices=[], label="Run")
@@ -53,6 +54,6 @@ def build_history() -> HistoryPanel:
         cache = html("cache")
         clear = button("cache_clear", "Clear cache")
     return HistoryPanel(
-        table, run, other, opened, copied, compare, delete, to_delete, confirm, cancel, refresh,
+        tab, table, run, other, opened, copied, compare, delete, to_delete, confirm, cancel, refresh,
         outcome, cache, clear,
     )  # fmt: skip

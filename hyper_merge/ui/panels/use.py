@@ -98,8 +98,9 @@ class MorePanel:
 
 @dataclass(frozen=True)
 class UsePanel:
-    """All widgets of the tab "Use"."""
+    """All widgets of the tab "Use", whose lists are read again when it is opened."""
 
+    opened: gr.Tab
     refresh: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -111,7 +112,7 @@ class UsePanel:
     more: MorePanel
 
 
-def build_use(host: Host) -> UsePanel:
+def build_use(host: Host, opened: gr.Tab) -> UsePanel:
     """Builds run and progress on top, the sliders on the left, the other panels on the right."""
     with gr.Row(elem_id=elem_id("use_row")):
         run = widget(gr.Dropdown, "use_run", choices=[], label="Run", scale=4)
@@ -142,6 +143,7 @@ def build_use(host: Host) -> UsePanel:
         extract_outcome,
     )
     return UsePanel(
+        opened,
         refresh,
         stop,
         message,

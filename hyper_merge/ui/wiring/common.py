@@ -159,7 +159,7 @@ class Wiring:
         return in_python(trigger, answers, [], outputs, queued=True)
 
     def show_outcome(self, event: Any) -> Any:
-        """Shows the result of a job, and reads all lists and the plan again."""
+        """Shows the result of a job, reads all lists and the plan again; returns the result's event."""
         outcomes = self.use.outcomes
         outcome = self.on(
             event.then,
@@ -171,5 +171,5 @@ class Wiring:
         in_browser(outcome.then, _REFRESH_FILES, [outcomes.wrote])
         view = self.show(event.then, functools.partial(show_merge_result, self.host, self.jobs), [])
         in_browser(view.then, _REFRESH_ALL, [self.result.view.run])
-        listed = self.list_runs(view.then)
-        return in_browser(listed.then, REPLAN)
+        in_browser(self.list_runs(view.then).then, REPLAN)
+        return view

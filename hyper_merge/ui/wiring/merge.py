@@ -8,13 +8,20 @@ import gradio as gr
 
 from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers.forecast import pick_group, start_forecast
-from hyper_merge.ui.handlers.merge import pick_demo_checkpoints, start_demo, start_merge, stop_job
+from hyper_merge.ui.handlers.merge import (
+    pick_demo_checkpoints,
+    restore_form,
+    start_demo,
+    start_merge,
+    stop_job,
+)
 from hyper_merge.ui.handlers.picker import add_folder, clear_selection, preset_ranks
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.common import REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message about the form before
+_REVEAL = "() => { hyperMerge.reveal(); return []; }"
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
 
@@ -47,7 +54,8 @@ def wire_run(wires: Wiring) -> None:
     run, form, host, jobs = wires.run, wires.form, wires.host, wires.jobs
     start = functools.partial(start_merge, host, jobs)
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
-    wires.show_outcome(wires.watch(started.then))
+    shown = wires.show_outcome(wires.watch(started.then))
+    in_browser(shown.then, _REVEAL)
     forecast = functools.partial(start_forecast, host, jobs)
     begun = wires.on(run.forecast.click, forecast, in_order(form), [run.message])
     wires.show_outcome(wires.watch(begun.then))
@@ -64,7 +72,10 @@ def wire_run(wires: Wiring) -> None:
 
 
 def wire_page(page: gr.Blocks, wires: Wiring) -> None:
-    """Wires the loading of current lists and of the running job when a page opens."""
-    wires.plan(wires.list_checkpoints(page.load).then)
+    """Wires the loading of lists, form, progress and result when a page opens."""
+    listed = wires.list_checkpoints(page.load)
+    form = in_order(wires.form)
+    restored = wires.on(listed.then, functools.partial(restore_form, wires.jobs), [], form)
+    wires.plan(restored.then)
     wires.list_runs(page.load)
     wires.show_outcome(wires.watch(page.load))

@@ -39,7 +39,8 @@ def wire_result(wires: Wiring) -> None:
 def wire_history(wires: Wiring) -> None:
     """Wires opening, copying and comparing earlier runs, and the cache."""
     panel, host = wires.history, wires.host
-    wires.list_runs(panel.refresh.click)
+    for trigger in (panel.refresh.click, panel.opened.select, wires.use.opened.select):
+        wires.list_runs(trigger)  # another page may have made or deleted some
     opened = wires.show(panel.open.click, functools.partial(show_run, host), [panel.run])
     in_browser(opened.then, _OPEN_MERGE)
     wires.on(

@@ -14,6 +14,7 @@ from hyper_merge.operations.merge.plan import ForecastCurve, forecast_curve, mak
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers.forecast import pick_group, start_forecast, update_group_buttons
+from hyper_merge.ui.handlers.merge import restore_form
 from hyper_merge.ui.handlers.merge_request import preflight_form
 from hyper_merge.ui.handlers.picker import show_plan
 
@@ -46,6 +47,7 @@ def test_a_forecast_writes_only_the_cache(host, jobs, root):
     assert ended(jobs).outcome == "done"
     assert snapshot(root) == before
     assert list((root / "hyper-merge/cache").glob("*.safetensors"))
+    assert restore_form(jobs) == tuple(values(name="new")), "for a page that comes later"
 
 
 def test_a_forecast_of_one_checkpoint_is_refused(host, jobs):

@@ -30,6 +30,7 @@ from hyper_merge.hosts.tasks import run_preflight
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers.merge import (
     pick_demo_checkpoints,
+    restore_form,
     show_merge_result,
     start_demo,
     start_merge,
@@ -147,6 +148,7 @@ def test_an_impossible_merge_is_reported_and_nothing_begins(host, jobs, changes,
 
 def test_the_same_merge_again_is_refused(host, jobs, run):
     answer = start_merge(host, jobs, *values())
+    assert kinds(answer) == ["info"]
     assert words(answer).startswith("the run mix is this very merge already")
     assert jobs.last is None
 
@@ -423,3 +425,19 @@ def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):
     assert all(map(unchanged, show_merge_result(host, jobs)))
     assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
+
+
+def test_a_page_that_comes_later_gets_the_form_of_the_job(host, jobs, root):
+    assert all(map(unchanged, restore_form(jobs)))
+    form = values(name="", ranks="3", topup="1")
+    assert start_merge(host, jobs, *form) == ""
+    assert restore_form(jobs) == tuple(form)
+    assert ended(jobs).outcome == "done"
+    jobs.start("another job, without a form", lambda task, progress: "", host.log)
+    assert restore_form(jobs) == tuple(form)
+
+
+def test_the_status_names_the_run_that_is_made(host, jobs, run):
+    assert start_merge(host, jobs, *values(ranks="3")) == ""
+    assert ended(jobs).outcome == "done"
+    assert words(last_words(jobs)).startswith("Done: mix-2, in ")

@@ -39,6 +39,24 @@ def fill_in(tab, name, ranks):
     tab.type("ranks", ranks)
 
 
+def picked_styles(tab):
+    tokens = tab.page.locator("#txt2img_styles .token").all_inner_texts()
+    return [token.strip() for token in tokens]
+
+
+def pick_style(tab, name):
+    """Clicks on a style in the list; tells whether it is picked, which takes a moment."""
+    if name in picked_styles(tab):
+        return True
+    box = tab.page.locator("#txt2img_styles input")
+    box.click()
+    if tab.option("styles", name).is_visible():
+        tab.option("styles", name).click()
+    box.blur()
+    tab.page.wait_for_timeout(500)
+    return False
+
+
 def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
     page = merged.page
     tags = merged.value("prompt")
@@ -47,15 +65,12 @@ def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
     prompt.fill("a cat in a garden")
     negative.fill("blurry")
     page.locator("#refresh_txt2img_styles").click()
-    merged.settle()
     for style in ("mine", "duo: anime", "duo: portrait"):
-        page.locator("#txt2img_styles input").click()
-        merged.option("styles", style).click()
+        merged.until(lambda style=style: pick_style(merged, style))
     merged.show()
     merged.click("send")
     merged.until(lambda: prompt.input_value() == f"a cat in a garden {tags}")
-    tokens = page.locator("#txt2img_styles .token")
-    merged.until(lambda: [x.strip() for x in tokens.all_inner_texts()] == ["mine"])
+    merged.until(lambda: picked_styles(merged) == ["mine"])
     assert negative.input_value() == "blurry"
     menu = page.locator("#setting_sd_model_checkpoint input")
     merged.until(lambda: menu.input_value().startswith("duo.safetensors"))

@@ -78,7 +78,7 @@ def test_a_prompt_is_sent_and_the_hyper_model_selected(merged):
     merged.click("send")
     merged.until(lambda: prompt.input_value() == f"a cat in a garden {tags}")
     merged.show()
-    assert "Took out 2 earlier tags." in merged.text("result_note")
+    assert "Took out 4 earlier tags." in merged.text("result_note")
     page.locator("#tabs button").first.click()
     page.locator("#txt2img_styles .token-remove").first.click()
 

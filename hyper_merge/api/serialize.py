@@ -72,7 +72,7 @@ def plan_response(
     """
     recipe, estimate = preflight.recipe, estimate_merge(preflight)
     loras_size = forecast.requested_size(preflight) if forecast else None
-    size = place.hyper_model.stat().st_size if place.exists else estimate.average
+    size = place.size_of_hyper_model(estimate.average)
     return PlanResponse(
         name=place.run,
         family=preflight.inputs.layout.family.title,

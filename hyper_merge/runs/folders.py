@@ -54,6 +54,12 @@ class Place:
     loras: Path  # folder of the LoRAs
     folder: Path  # of manifest, multipliers and report
 
+    def size_of_hyper_model(self, estimate: int) -> int:
+        """Returns the bytes of the hyper-model, or the estimate where it is not there (any more)."""
+        with suppress(FileNotFoundError):  # it may have been deleted just now
+            return self.hyper_model.stat().st_size if self.exists else estimate
+        return estimate
+
 
 @dataclass(frozen=True)
 class Folders:

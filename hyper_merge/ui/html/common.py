@@ -147,7 +147,7 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
     """
     estimate, recipe = estimate_merge(preflight), preflight.recipe
     before = sum(header.size for header in preflight.inputs.headers)
-    average = place.hyper_model.stat().st_size if place.exists else estimate.average
+    average = place.size_of_hyper_model(estimate.average)
     hyper = f"{place.hyper_model.name} ({format_size(average)}{', exists already' if place.exists else ''})"
     size = estimate.loras if recipe.target is None else forecast_size or estimate.loras
     count = format_count(len(recipe.ranks), "LoRA")

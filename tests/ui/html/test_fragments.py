@@ -248,3 +248,10 @@ def test_bytes_are_freed_only_where_something_is_safe_to_delete(safe, said):
     assert said in screen
     assert ("would free" in screen) is ("would free" in console) is safe
     assert ("none of these is safe to delete" in console) is not safe
+
+
+def test_a_plan_survives_a_hyper_model_that_was_just_deleted(host, run):
+    preflight, place = prepare_merge(host, Form(*values(ranks="3")))
+    assert place.exists
+    place.hyper_model.unlink()
+    assert "mix.safetensors" in words(format_merge_plan(preflight, place))

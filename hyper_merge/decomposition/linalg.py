@@ -33,9 +33,9 @@ def orthonormal(
         return columns
     scaled = columns / columns.norm(dim=-2, keepdim=True).clamp(min=_tiny(columns))
     basis, pivot = _cholesky_qr(scaled)
-    if not pivot > _LEAST_PIVOT:  # also for NaN
-        return torch.linalg.qr(scaled)[0]
-    return basis if pivot > _GOOD_PIVOT else _cholesky_qr(basis)[0]
+    if _LEAST_PIVOT < pivot <= _GOOD_PIVOT:
+        basis, pivot = _cholesky_qr(basis)  # where rounding hid a dependent column it fails
+    return basis if pivot > _GOOD_PIVOT else torch.linalg.qr(scaled)[0]  # also for NaN
 
 
 def solve_damped(

@@ -131,3 +131,13 @@ def test_random_numbers_follow_the_seed_and_not_the_type():
     assert [draw.dtype for draw in draws] == [torch.float32, torch.float64]
     assert torch.equal(draws[0].double(), draws[1])
     assert_close(draws[0], torch.randn(3, 4, generator=torch.Generator().manual_seed(5)))
+
+
+def test_dependent_columns_that_rounding_hides_give_an_orthonormal_basis():
+    """Of five columns in four dimensions one depends on the others, at times by a pivot above the least."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        columns = torch.zeros(8, 5)
+        columns[:4] = torch.randn(4, 5, generator=generator)
+        basis = orthonormal(columns)
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(5), atol=1e-4, rtol=0)

@@ -1,8 +1,8 @@
 """Finds a start for the joint solver: tries many multipliers on few layers and keeps the best.
 
 The loss has many local minima, and only the multipliers (k x R numbers) couple the layers: given
-them every layer is a problem of its own. So the search for a good basin runs on the few layers that
-hold most of the energy, by successive halving, and all layers join from the winner.
+them every layer is a problem of its own. So the search for a good basin runs on few layers, and of
+each on its leading rows and columns alone, by successive halving; all layers join from the winner.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.greedy import leading_multipliers, solve_greedy
+from hyper_merge.decomposition.linalg import leading_factors
 from hyper_merge.decomposition.ll1 import (
     Solution,
     StoppingCriterion,
@@ -27,6 +28,8 @@ from hyper_merge.decomposition.ll1 import (
 from hyper_merge.decomposition.problem import Batch, Problem
 
 _BEFORE: Final = 24  # sweeps over the pilot that take as long as what precedes the first of them
+_COLUMNS_PER_RANK: Final = 1.6  # of the reduced cores: so near are ranks and cores in a real merge
+_PARTS: Final = 4  # batches of the pilot, for a parallel map
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,15 @@ class SearchEffort:
         random_starts: Random starts that are tried in addition to the planned ones.
         rounds: Sweeps over the pilot layers in each round, and how many starts survive it.
         greedy_turns: Turns for each block of the greedy start.
-        pilot_share: Work of a sweep over the pilot layers, as a share of one over all layers.
-        pilot_entries: Entries of the cores up to which a problem is searched whole.
+        layers: Pilot layers.
+        side: Rows and columns of each that are searched.
     """
 
     random_starts: int
     rounds: tuple[tuple[int, int], ...]
     greedy_turns: int
-    pilot_share: float
-    pilot_entries: int
+    layers: int
+    side: int
 
     FULL: ClassVar[SearchEffort]
     QUICK: ClassVar[SearchEffort]
@@ -59,16 +62,16 @@ class SearchEffort:
         return sweeps
 
     def pilot_part(self, entries: float) -> float:
-        """Returns the share of a sweep's work that the pilot layers may take; may be above 1.
+        """Returns about which part of a sweep over all layers one over the pilot layers takes.
 
         Args:
             entries: of one slice of every layer's core, added up.
         """
-        return max(self.pilot_share, self.pilot_entries / entries)
+        return min(self.layers * self.side**2 / entries, 1.0)
 
 
-SearchEffort.FULL = SearchEffort(6, ((4, 4), (6, 2), (10, 1)), 6, 0.03, 1_000_000)
-SearchEffort.QUICK = SearchEffort(1, ((1, 1),), 1, 0.03, 20_000)
+SearchEffort.FULL = SearchEffort(8, ((6, 4), (12, 2), (20, 1)), 6, layers=48, side=48)
+SearchEffort.QUICK = SearchEffort(1, ((1, 1),), 1, layers=8, side=16)
 
 
 def best_start(
@@ -96,7 +99,7 @@ def best_start(
     if slices == 1:  # two checkpoints differ in one direction: there is nothing to choose
         on_progress(1.0)
         return torch.ones((1, blocks), dtype=torch.float64)
-    few = pilot(problem, effort)
+    few = pilot(problem, generator, effort)
     starts = [*planned, *(earlier or [torch.zeros(slices, 0)] * effort.random_starts)]
     all_sweeps = effort.pilot_sweeps(len(starts) + len(user_starts))
     done: list[float] = []
@@ -123,6 +126,7 @@ def best_start(
         stopping = StoppingCriterion(sweeps, 0.0, partial(on_sweep, 1.0))
         candidates = [solve_ll1(few, c.factors, c.multipliers, stopping) for c in candidates]
         candidates = sorted(candidates, key=lambda solution: solution.loss)[:survivors]
+    on_progress(1.0)  # a start may be perfect before its last sweep
     return candidates[0].multipliers
 
 
@@ -155,39 +159,66 @@ def search_cost(entries: float, starts: int, effort: SearchEffort = SearchEffort
         starts: number of planned, earlier or random, and user's starts.
         effort: how thorough the search is.
     """
-    part = min(effort.pilot_part(entries), 1.0)
-    return 1.0 + part * effort.pilot_sweeps(starts)  # all cores are read once
+    return 1.0 + effort.pilot_part(entries) * effort.pilot_sweeps(starts)  # all cores are read once
 
 
-def pilot(problem: Problem, effort: SearchEffort = SearchEffort.FULL) -> Problem:
-    """Returns the layers with the most energy per entry, up to the effort's share of the work."""
-    sizes: list[int] = []
-    ranks: list[int] = []
-    energies, places = [], []
-    for b, (batch, energy) in enumerate(
-        zip(problem.batches, problem.parallel(_energies, problem.batches), strict=True)
-    ):
-        sizes += [batch.slices[0, 0].numel()] * len(energy)
-        ranks += [sum(batch.ranks)] * len(energy)
-        energies.append(energy)
-        places += [(b, i) for i in range(len(energy))]
-    size = torch.tensor(sizes, dtype=torch.float64)
-    energy = torch.cat(energies)
-    # Where ranks are adaptive the layers with most energy have the largest, and a sweep over them
-    # takes by far more than one over as many entries of others.
-    work = size * torch.tensor(ranks)
-    part = effort.pilot_part(float(size.sum()))
-    ranking = (energy / size).argsort(descending=True, stable=True)
-    count = max(int((work[ranking].cumsum(0) <= part * float(work.sum())).sum()), 1)
-    batches = []
-    for b, batch in enumerate(problem.batches):
-        chosen = sorted(i for at, i in (places[o] for o in ranking[:count].tolist()) if at == b)
-        if chosen:
-            layers = tuple(batch.layers[i] for i in chosen)
-            batches.append(Batch(batch.slices[chosen], batch.ranks, layers))
-    return Problem(
-        tuple(batches), float(energy[ranking[:count]].sum()), problem.parallel, problem.ridge
-    )
+def pilot(
+    problem: Problem, generator: torch.Generator, effort: SearchEffort = SearchEffort.FULL
+) -> Problem:
+    """Returns few layers, reduced to their leading rows and columns, with smaller ranks to match.
+
+    Half of them are those of most energy, and half are drawn by energy from the others, for these too
+    have a say in the whole.
+    """
+    energies = torch.cat(list(problem.parallel(_energies, problem.batches)))
+    places = [(b, i) for b, batch in enumerate(problem.batches) for i in range(len(batch.layers))]
+    chosen = [places[place] for place in _drawn(energies, effort.layers, generator)]
+    seed = int(torch.randint(2**62, (), generator=generator))
+
+    def reduced(b: int, i: int) -> Tensor:
+        return _leading_part(problem.batches[b].slices[i], effort.side, seed + i)
+
+    layers = list(problem.parallel(reduced, *zip(*chosen, strict=True)))
+    side = max(max(layer.shape[1:]) for layer in layers)
+    layers = [
+        torch.nn.functional.pad(layer, (0, side - layer.shape[2], 0, side - layer.shape[1]))
+        for layer in layers
+    ]
+    total = torch.tensor([problem.batches[b].ranks for b, _ in chosen]).double().mean(0)
+    scale = min(side / _COLUMNS_PER_RANK / float(total.sum()), 1.0)
+    ranks = tuple(max(round(scale * rank), 1) for rank in total.tolist())
+    length = -(-len(layers) // _PARTS)
+    batches = [
+        Batch(torch.stack(layers[at : at + length]), ranks, tuple(range(at, at + length)))
+        for at in range(0, len(layers), length)
+    ]
+    energy = sum(float(_energies(batch).sum()) for batch in batches)
+    return Problem(tuple(batches), energy, problem.parallel, problem.ridge)
+
+
+def _drawn(energies: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """Returns places in rising order, half of them of the largest energies, half drawn by energy."""
+    if len(energies) <= count:
+        return list(range(len(energies)))
+    largest = energies.topk(count - count // 2).indices
+    rest = energies.clone()
+    rest[largest] = 0
+    rest += torch.finfo(rest.dtype).tiny  # where fewer have any
+    rest[largest] = 0
+    drawn = torch.multinomial(rest, count // 2, generator=generator)
+    return sorted([*largest.tolist(), *drawn.tolist()])
+
+
+def _leading_part(slices: Tensor, side: int, seed: int) -> Tensor:  # (k, <= side, <= side)
+    """Returns slices (k, p, q) between the leading directions of their rows and of their columns."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):  # rows, then columns
+        rows = slices.transpose(0, 1).flatten(1)  # (p, k q)
+        if len(rows) > side:
+            basis, _ = leading_factors(rows, side, generator)
+            slices = basis.mT @ slices
+        slices = slices.mT
+    return slices
 
 
 def _energies(batch: Batch) -> Tensor:  # (b,), float64, CPU

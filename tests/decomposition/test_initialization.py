@@ -155,35 +155,58 @@ def test_every_item_of_a_solve_goes_through_the_map(rng, method):
         assert len(calls) == stop_at
 
 
-def test_a_small_problem_is_its_own_pilot():
+def small_effort(**changes):
+    return replace(SearchEffort.FULL, **changes)
+
+
+def test_a_pilot_of_few_small_layers_has_them_all():
     problem = random_family(0)
-    chosen = pilot(problem)
-    assert [batch.layers for batch in chosen.batches] == [b.layers for b in problem.batches]
-    assert_close(chosen.energy, problem.energy)
+    chosen = pilot(problem, seeded())
+    assert sum(len(batch.layers) for batch in chosen.batches) == sum(
+        len(batch.layers) for batch in problem.batches
+    )
+    assert chosen.energy == pytest.approx(
+        sum(float(batch.slices.double().square().sum()) for batch in problem.batches), rel=1e-5
+    )
+    assert chosen.ridge == problem.ridge
 
 
-def pilot_of_share(share):
-    """Returns an effort whose pilot takes a share of the work, however small the problem is."""
-    return replace(SearchEffort.FULL, pilot_entries=0, pilot_share=share)
+def test_half_of_the_pilot_layers_have_the_most_energy_and_half_are_drawn(rng):
+    sizes = torch.tensor([1.0, 9.0, 2.0, 8.0, 3.0, 0.0, 2.0, 1.0])
+    slices = normal(rng, 8, 2, 5, 5) * sizes[:, None, None, None]
+    energies = slices.square().sum((1, 2, 3))
+    drawn = set()
+    for seed in range(40):
+        chosen = pilot(problem_of((slices, (1,))), seeded(seed), small_effort(layers=4))
+        layers = torch.cat([batch.slices for batch in chosen.batches])
+        found = {int((energies - x).abs().argmin()) for x in layers.square().sum((1, 2, 3))}
+        assert len(found) == 4
+        assert {1, 3} <= found
+        drawn |= found
+    assert drawn == {0, 1, 2, 3, 4, 6, 7}  # all that have any energy
 
 
-def test_the_pilot_has_the_layers_of_most_energy(rng):
-    slices = normal(rng, 4, 2, 5, 5) * torch.tensor([1.0, 9.0, 2.0, 8.0])[:, None, None, None]
-    tiny = normal(rng, 1, 2, 4, 5) * 1e-3
-    problem = problem_of((slices, (1,)), (tiny, (1,)))
-    chosen = pilot(problem, pilot_of_share(0.5))
-    assert [batch.layers for batch in chosen.batches] == [(1, 3)]
-    assert torch.equal(chosen.batches[0].slices, slices[[1, 3]])
-    assert_close(chosen.energy, float(slices[[1, 3]].square().sum()))
+def test_pilot_layers_keep_their_leading_directions(rng):
+    strong = 10 * normal(rng, 30, 4) @ normal(rng, 3, 4, 4) @ normal(rng, 4, 50)
+    layer = strong + 0.01 * normal(rng, 3, 30, 50)
+    chosen = pilot(problem_of((layer[None], (3,))), seeded(), small_effort(side=8))
+    (batch,) = chosen.batches
+    assert batch.slices.shape == (1, 3, 8, 8)
+    flat, expected = batch.slices[0].flatten(1), layer.flatten(1)
+    assert_close(flat @ flat.mT, expected @ expected.mT, rtol=1e-3, atol=1.0)  # of 10,000
 
 
-def test_a_pilot_counts_work_by_the_layers_ranks(rng):
-    large, small = 2 * normal(rng, 8, 2, 9, 9), normal(rng, 8, 2, 9, 9)
-    chosen = pilot(problem_of((large, (8,)), (small, (1,))), pilot_of_share(0.45))
-    assert [len(batch.layers) for batch in chosen.batches] == [4]  # of 72 columns 32
+def test_pilot_layers_of_unlike_sizes_stand_side_by_side(rng):
+    problem = problem_of((normal(rng, 2, 2, 5, 9), (4, 2)), (normal(rng, 1, 2, 12, 3), (2, 0)))
+    chosen = pilot(problem, seeded())
+    (shape,) = {batch.slices.shape[1:] for batch in chosen.batches}
+    assert shape == (2, 12, 12)
+    (ranks,) = {batch.ranks for batch in chosen.batches}
+    assert ranks == (3, 1)  # the mean of all layers', which these sizes have room for
+    many = pilot(problem_of((normal(rng, 1, 2, 40, 40), (60, 20))), seeded(), small_effort(side=16))
+    assert many.batches[0].ranks == (8, 2)  # in their proportion
 
 
-def test_a_pilot_has_at_least_one_layer(rng):
-    problem = problem_of((normal(rng, 2, 2, 5, 5), (1,)))
-    small = replace(SearchEffort.FULL, pilot_entries=0)
-    assert len(pilot(problem, small).batches[0].layers) == 1
+def test_a_pilot_is_searched_by_all_workers(rng):
+    chosen = pilot(problem_of((normal(rng, 60, 2, 5, 5), (1,))), seeded())
+    assert [len(batch.layers) for batch in chosen.batches] == [12, 12, 12, 12]

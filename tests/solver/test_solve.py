@@ -11,7 +11,7 @@ from hyper_merge.solver import solve
 def test_the_search_that_ships_is_the_full_one():
     assert solve.DEFAULT_EFFORT is SearchEffort.FULL
     assert inspect.signature(best_start).parameters["effort"].default is SearchEffort.FULL
-    assert SearchEffort(6, ((4, 4), (6, 2), (10, 1)), 6, 0.03, 1_000_000) == SearchEffort.FULL
+    assert SearchEffort(8, ((6, 4), (12, 2), (20, 1)), 6, 48, 48) == SearchEffort.FULL
 
 
 def test_the_full_search_beats_greedy_and_the_average(files, tmp_path):

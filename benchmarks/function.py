@@ -1,11 +1,12 @@
 """Fidelity of function: what the written files do in the network, on a family of `trained.py`.
 
-    python benchmarks/function.py FOLDER/16 [--budgets 5 10 20 40] [--setting NAME="KEY=VALUE ..." ...]
-        [--pictures] [--device DEVICE]
+    python benchmarks/function.py FAMILY [--budgets 5 10 20 40] [--setting NAME="KEY=VALUE ..." ...]
+        [--inputs N] [--pictures] [--device DEVICE]
 
-Merges the family at sizes given in percent of one checkpoint's bytes, all files counted, and applies
-the written files as hosts do. Every checkpoint and its reconstruction see the same noisy pictures,
-timesteps and prompts, each with its own text encoder; the table has the mean over the checkpoints of
+FAMILY is a folder that `trained.py` wrote, such as FOLDER/16 or FOLDER/sdxl-16. Merges it at sizes
+given in percent of one checkpoint's bytes, all files counted, and applies the written files as hosts
+do. Every checkpoint and its reconstruction see the same noisy pictures, timesteps and prompts, each
+with its own text encoders; the table has the mean over the checkpoints of
 
     |output of the reconstruction - original's|^2 / |output of the average - original's|^2
 
@@ -27,7 +28,8 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from networks import STEPS, Network, Size, State, Words, load_checkpoint
+from checkpoint_keys import load_checkpoint
+from networks import NETWORKS, STEPS, State
 from pictures import load_pictures
 from safetensors.torch import load_file
 from tables import table
@@ -77,9 +79,9 @@ class Judge:
 
     def __init__(self, folder: Path, device: str = "cpu", inputs: int = INPUTS) -> None:
         family = json.loads((folder / FAMILY).read_text(encoding="utf-8"))
-        words = Words(family["prompts"])
         self.paths = [folder / CHECKPOINTS / f"{name}.safetensors" for name in family["merged"]]
-        self.network = Network(Size(family["pixels"]), len(words)).to(device).eval()
+        make = NETWORKS[family.get("layout", "sd1")]  # early families do not say
+        self.network = make(family["pixels"], family["prompts"]).to(device).eval()
         pictures = load_pictures(folder.parent, family["pixels"])
         generator = torch.Generator().manual_seed(1)
         chosen = torch.randint(len(pictures.pixels), (inputs,), generator=generator)
@@ -87,8 +89,8 @@ class Judge:
         self._steps = torch.linspace(5, STEPS - 5, inputs).long().to(device)
         noisy = self.network.noisy(pictures.pixels[chosen], noise, self._steps.cpu())
         self._noisy = noisy.to(device)
-        self._tokens = words.tokens([family["prompts"][i] for i in chosen.tolist()]).to(device)
-        self.vocabulary = len(words)
+        prompts = [family["prompts"][i] for i in chosen.tolist()]
+        self._tokens = self.network.words.tokens(prompts).to(device)
 
     @torch.no_grad()
     def outputs(self, state: State) -> Tensor:  # (inputs, 4, size, size)
@@ -142,24 +144,24 @@ class Bench:
 
     def private(self, budget: float, weighting: str) -> Iterator[State]:
         """Yields the average with the best private LoRA of a share of the budget, by dense SVD."""
-        sizes = torch.stack([self.average[x.key].double().square().sum() for x in self.layers])
-        factors = layer_factors(weighting, sizes, self.layers, None)
+        sizes = torch.stack([_weight(self.average, x).double().square().sum() for x in self.layers])
+        factors = layer_factors(weighting, sizes, self.layers)
         svds = []
         for state in self.states:
             for layer, factor in zip(self.layers, factors.tolist(), strict=True):
-                delta = (state[layer.key] - self.average[layer.key]).flatten(1)
-                u, s, v = torch.linalg.svd(delta, full_matrices=False)
+                delta = _weight(state, layer) - _weight(self.average, layer)
+                u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
                 svds.append((layer, (u * s, v), s.double().square() * factor))
         gains = torch.cat([gain / (x.m + x.n) for x, _, gain in svds])
         prices = torch.cat([torch.full((len(gain),), 2.0 * (x.m + x.n)) for x, _, gain in svds])
         ranking = gains.argsort(descending=True)
         least = gains[ranking][int((prices[ranking].cumsum(0) <= budget).sum()) - 1]
         for place in range(len(self.states)):
-            state = dict(self.average)
+            state = {key: tensor.clone() for key, tensor in self.average.items()}
             for layer, (up, down), gain in svds[place * len(self.layers) :][: len(self.layers)]:
                 rank = int((gain / (layer.m + layer.n) >= least).sum())
-                added = (up[:, :rank] @ down[:rank]).view_as(state[layer.key])
-                state[layer.key] = state[layer.key] + added
+                weight = _weight(state, layer)
+                weight += (up[:, :rank] @ down[:rank]).view_as(weight)
             yield state
 
 
@@ -169,15 +171,21 @@ def reconstructions(result: MergeResult, layers: Sequence[Layer]) -> Iterator[St
     files = {path.stem: load_file(path) for path in result.loras}
     lines = (result.place.folder / MULTIPLIERS).read_text(encoding="utf-8").splitlines()
     for line in lines:
-        state = dict(average)
+        state = {key: tensor.clone() for key, tensor in average.items()}
         for tag in parse_tags(line):
             for layer in layers:
                 factor = tag.text_multiplier if layer.part == "text_encoder" else tag.multiplier
                 added = _added(files[tag.name], layer.module)
                 if added is not None:
-                    weight = state[layer.key]
-                    state[layer.key] = weight + factor * added.view_as(weight)
+                    weight = _weight(state, layer)
+                    weight += factor * added.view_as(weight)
         yield state
+
+
+def _weight(state: State, layer: Layer) -> Tensor:
+    """Returns a layer's weight in a checkpoint: a tensor, or rows of one."""
+    weight = state[layer.key]
+    return weight[slice(*layer.rows)] if layer.rows else weight
 
 
 def _added(lora: Mapping[str, Tensor], module: str) -> Tensor | None:
@@ -206,26 +214,27 @@ def main() -> None:
     """Prints the table."""
     options = _options()
     settings = dict(text.split("=", 1) for text in options.setting) or SETTINGS
-    bench = Bench(Judge(options.folder, options.device), pictures=options.pictures)
-    rows = {
-        "average alone": bench.row(bench.average for _ in bench.states),
-        "exact layers": bench.row(bench.exact()),
-    }
+    bench = Bench(Judge(options.folder, options.device, options.inputs), pictures=options.pictures)
+    rows: dict[str, Row] = {}
+
+    def add(name: str, reconstructions: Iterator[State], written: float = 0.0) -> None:
+        rows[name] = bench.row(reconstructions, written)
+        print(*rows[name].cells(name), sep="  ", file=sys.stderr, flush=True)
+
+    add("average alone", (bench.average for _ in bench.states))
+    add("exact layers", bench.exact())
     for percent in options.budgets:
         budget = percent / 100 * bench.bytes
-        for weighting in ("plain", "output"):
-            private = bench.row(bench.private(budget, weighting), budget / 1e6)
-            rows[f"{percent:g} % private, {weighting}"] = private
         for name, words in settings.items():
             out = options.folder / "runs" / f"{name}-{percent:g}"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             result = merge(bench, out, "merged", f"budget={int(budget)} {words}")
             written = sum(path.stat().st_size for path in result.loras) / 1e6
-            rows[f"{percent:g} % {name}"] = bench.row(
-                reconstructions(result, bench.layers), written
-            )
-            print(f"{percent:g} % {name}: done", file=sys.stderr, flush=True)
+            add(f"{percent:g} % {name}", reconstructions(result, bench.layers), written)
+        for weighting in ("plain", "output"):
+            private = bench.private(budget, weighting)
+            add(f"{percent:g} % private, {weighting}", private, budget / 1e6)
     heads = ("", "MB", "function", "worst", "pixels")
     print(table(heads, [row.cells(name) for name, row in rows.items()]))
 
@@ -235,6 +244,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--budgets", type=float, nargs="+", default=[5, 10, 20, 40])
     parser.add_argument("--setting", action="append", default=[], metavar="NAME=KEY=VALUE ...")
+    parser.add_argument("--inputs", type=int, default=INPUTS)
     parser.add_argument("--pictures", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()

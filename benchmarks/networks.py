@@ -1,61 +1,66 @@
-"""A narrow Stable Diffusion 1.x that can be trained on a CPU: denoiser, text encoder, schedule.
+"""Narrow networks of Stable Diffusion that can be trained on a CPU: denoiser, text encoders, schedule.
 
-diffusers' UNet and transformers' CLIP text encoder, saved under the keys of real SD 1.x checkpoints.
-Its "latents" are small RGBA pictures, so there is no VAE.
+diffusers' UNet and transformers' CLIP text encoders, in the layouts of SD 1.x and of SDXL; see
+`checkpoint_keys.py` for their files. Their "latents" are small RGBA pictures, so there is no VAE.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoint_keys import Place, clip_places, open_clip_places, unet_places
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hyper_merge.synthetic.checkpoint_layouts import TEXT_PREFIX, UNET_PREFIX, sd1_layout
+from hyper_merge.checkpoints.io.header import Shape
+from hyper_merge.synthetic.checkpoint_layouts import (
+    FIRST_TEXT_PREFIX,
+    SECOND_TEXT_PREFIX,
+    TEXT_PREFIX,
+    sd1_layout,
+    sdxl_layout,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the library, on being imported
     from diffusers import DDIMScheduler, UNet2DConditionModel
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 TOKENS = 24  # of a prompt
-HEADS = 2  # of the UNet's attention; the real ones have 8, of ten times as many channels
 STEPS = 1000  # of the schedule
-_BEGIN, _END, _FIRST_WORD = 0, 1, 2
+WIDTH = 32  # channels of the UNet's first level
+_SDXL_PIXELS = 1024.0  # of the pictures that SDXL is told it draws
 
 State = Mapping[str, Tensor]  # of a checkpoint, by its own keys
 
 
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a narrow network."""
+class Conditions(NamedTuple):
+    """What a denoiser reads of the prompts."""
 
-    pixels: int  # height and width of the pictures
-    width: int = 32  # channels of the UNet's first level
-    context: int = 128  # width of the text encoder
+    context: Tensor  # (b, TOKENS, width)
+    added: dict[str, Tensor] | None = None  # beside it, by diffusers' names
 
 
 class Words:
     """The tokens of prompts: a number for each word."""
 
-    def __init__(self, prompts: Sequence[str]) -> None:
+    def __init__(self, prompts: Sequence[str], *, ends_first: bool) -> None:
         words = sorted({word for prompt in prompts for word in _words(prompt)})
-        self._numbers = {word: _FIRST_WORD + place for place, word in enumerate(words)}
+        self.begin, self.end = (0, 1) if ends_first else (len(words), len(words) + 1)
+        first = 2 if ends_first else 0
+        self._numbers = {word: first + place for place, word in enumerate(words)}
 
     def __len__(self) -> int:
-        return _FIRST_WORD + len(self._numbers)
+        return 2 + len(self._numbers)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:  # (prompts, TOKENS)
         """Returns the tokens of prompts; unknown words are left out."""
-        rows = torch.full((len(prompts), TOKENS), _END)
+        rows = torch.full((len(prompts), TOKENS), self.end)
         for row, prompt in zip(rows, prompts, strict=True):
             known = [self._numbers[w] for w in _words(prompt) if w in self._numbers]
-            row[0] = _BEGIN
+            row[0] = self.begin
             row[1 : 1 + len(known)] = torch.tensor(known[: TOKENS - 1], dtype=torch.long)
         return rows
 
@@ -63,29 +68,14 @@ class Words:
 class Network(nn.Module):
     """Predicts the noise in pictures from prompts."""
 
-    def __init__(self, size: Size, vocabulary: int) -> None:
+    ends_first: ClassVar[bool]  # whether the tokens of begin and end come before the words
+    reads_corners: ClassVar[bool] = False
+
+    def __init__(self, pixels: int, prompts: Sequence[str]) -> None:
         super().__init__()
-        self.size = size
-        width = size.width
-        self.unet = UNet2DConditionModel(
-            sample_size=size.pixels,
-            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-            cross_attention_dim=size.context,
-            attention_head_dim=HEADS,  # diffusers' name for their number
-        )
-        self.text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=vocabulary,
-                hidden_size=size.context,
-                intermediate_size=4 * size.context,
-                num_hidden_layers=12,
-                num_attention_heads=4,
-                bos_token_id=_BEGIN,
-                eos_token_id=_END,
-                pad_token_id=_END,
-            )
-        )
-        noise = DDIMScheduler(
+        self.pixels = pixels
+        self.words = Words(prompts, ends_first=self.ends_first)
+        self.schedule = DDIMScheduler(
             num_train_timesteps=STEPS,
             beta_start=0.00085,
             beta_end=0.012,
@@ -94,17 +84,39 @@ class Network(nn.Module):
             set_alpha_to_one=False,
             steps_offset=1,
         )
-        self.schedule = noise
-        self._keys = _checkpoint_keys(self, vocabulary)
+        self.make_parts()
+        self._shapes = self.shapes()
+        self._places = self.places(self._shapes)
+        self._check_places()
+
+    def make_parts(self) -> None:
+        """Makes the denoiser, `unet`, and the text encoders."""
+        raise NotImplementedError
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Returns the shapes in a checkpoint, by its keys."""
+        raise NotImplementedError
+
+    def places(self, shapes: Mapping[str, Shape]) -> dict[str, Place]:
+        """Returns the place in a checkpoint of every parameter, by its name in the network."""
+        raise NotImplementedError
+
+    def conditions(self, tokens: Tensor, corners: Tensor) -> Conditions:
+        """Returns what the denoiser reads of the prompts; arguments as of `forward`."""
+        raise NotImplementedError
 
     def forward(
         self,
         noisy: Tensor,  # (b, 4, size, size)
         steps: Tensor,  # (b,)
         tokens: Tensor,  # (b, TOKENS)
+        corners: Tensor | None = None,  # (b, 2): where pictures were cut, from the top and left
     ) -> Tensor:  # (b, 4, size, size)
         """Returns the noise that is predicted."""
-        return self.unet(noisy, steps, self.text(tokens).last_hidden_state).sample
+        if corners is None:
+            corners = torch.zeros(len(tokens), 2, device=tokens.device)
+        read = self.conditions(tokens, corners)
+        return self.unet(noisy, steps, read.context, added_cond_kwargs=read.added).sample
 
     def noisy(self, pixels: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Returns pictures with noise of the given steps of the schedule."""
@@ -114,10 +126,9 @@ class Network(nn.Module):
     def draw(self, tokens: Tensor, steps: int, guidance: float, seed: int) -> Tensor:
         """Returns pictures (prompts, 4, size, size), from -1 to 1, by DDIM."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (len(tokens), 4, self.size.pixels, self.size.pixels)
+        shape = (len(tokens), 4, self.pixels, self.pixels)
         pixels = torch.randn(shape, generator=generator).to(tokens.device)
-        empty = torch.full_like(tokens, _END)
-        empty[:, 0] = _BEGIN
+        empty = self.words.tokens([""]).to(tokens.device).expand_as(tokens)
         self.schedule.set_timesteps(steps)
         for step in self.schedule.timesteps:
             both = self(torch.cat([pixels, pixels]), step, torch.cat([empty, tokens]))
@@ -126,50 +137,145 @@ class Network(nn.Module):
             pixels = self.schedule.step(noise, step, pixels).prev_sample
         return pixels.clamp(-1, 1)
 
+    @torch.no_grad()
     def checkpoint(self) -> dict[str, Tensor]:
-        """Returns all weights under the keys of an SD 1.x checkpoint."""
-        parameters = dict(self.named_parameters())
-        return {key: parameters[name].detach() for name, key in self._keys.items()}
+        """Returns all weights under the keys of a checkpoint."""
+        keys = {place.key for place in self._places.values()}
+        state = {key: torch.empty(self._shapes[key]) for key in self._shapes if key in keys}
+        for name, parameter in self.named_parameters():
+            place = self._places[name]
+            place.of(state[place.key]).copy_(parameter)
+        return state
 
+    @torch.no_grad()
     def load(self, state: State) -> Network:
         """Takes the weights of a checkpoint, in float32."""
-        parameters = dict(self.named_parameters())
-        with torch.no_grad():
-            for name, key in self._keys.items():
-                parameters[name].copy_(state[key])
+        for name, parameter in self.named_parameters():
+            place = self._places[name]
+            parameter.copy_(place.of(state[place.key]))
         return self
 
+    def _check_places(self) -> None:
+        parameters = dict(self.named_parameters())
+        if missing := parameters.keys() ^ self._places.keys():
+            raise SystemExit(f"expected a key for every parameter; not so: {sorted(missing)[:4]}")
+        for name, parameter in parameters.items():
+            key = self._places[name].key
+            stored = self._places[name].of(torch.empty(self._shapes[key], device="meta"))
+            if stored.shape != parameter.shape:
+                raise SystemExit(
+                    f"{key}: expected the shape {tuple(parameter.shape)} for {name},"
+                    f" got {tuple(stored.shape)}"
+                )
 
-def save_checkpoint(path: Path, state: State, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a checkpoint that hosts recognise as SD 1.x."""
-    tensors = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in state.items()}
-    save_file(tensors, path)
+
+class SD1Network(Network):
+    """The layout of SD 1.x: one text encoder."""
+
+    ends_first = True
+    _CONTEXT = 128
+    _HEADS = 2  # of the UNet's attention; the real ones have 8, of ten times as many channels
+
+    def make_parts(self) -> None:
+        """Makes the denoiser and the text encoder."""
+        self.unet = UNet2DConditionModel(
+            sample_size=self.pixels,
+            block_out_channels=(WIDTH, 2 * WIDTH, 4 * WIDTH, 4 * WIDTH),
+            cross_attention_dim=self._CONTEXT,
+            attention_head_dim=self._HEADS,  # diffusers' name for their number
+        )
+        self.text = CLIPTextModel(_text_configuration(self.words, self._CONTEXT, 12, heads=4))
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Returns the shapes in a checkpoint, by its keys."""
+        return sd1_layout(WIDTH, self._CONTEXT, len(self.words))
+
+    def places(self, shapes: Mapping[str, Shape]) -> dict[str, Place]:
+        """Returns the place in a checkpoint of every parameter, by its name in the network."""
+        return unet_places(self.unet, shapes) | clip_places("text", TEXT_PREFIX, shapes)
+
+    def conditions(self, tokens: Tensor, corners: Tensor) -> Conditions:  # noqa: ARG002
+        """Returns the output of the text encoder."""
+        return Conditions(self.text(tokens).last_hidden_state)
 
 
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint by their keys, in float32."""
-    return {key: tensor.float() for key, tensor in load_file(path).items()}
+class SDXLNetwork(Network):
+    """The layout of SDXL: two text encoders, the text pooled, and six sizes.
+
+    Widths of heads and tokens of begin and end are as in the real thing, so that what reads the
+    checkpoints alone computes the same.
+    """
+
+    ends_first = False
+    reads_corners = True
+    _CONTEXTS = (64, 128)
+    _HEAD = 64  # channels of a head, where there are as many
+    _SIZE = 256  # entries by which a size is read
+
+    def make_parts(self) -> None:
+        """Makes the denoiser and the two text encoders."""
+        widths = (WIDTH, 2 * WIDTH, 4 * WIDTH)
+        first, second = self._CONTEXTS
+        self.unet = UNet2DConditionModel(
+            sample_size=self.pixels,
+            block_out_channels=widths,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=first + second,
+            # diffusers' name for their number
+            attention_head_dim=[max(width // self._HEAD, 1) for width in widths],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=self._SIZE,
+            projection_class_embeddings_input_dim=second + 6 * self._SIZE,
+        )
+        configuration = _text_configuration(self.words, first, 12, heads=first // self._HEAD)
+        self.first_text = CLIPTextModel(configuration)
+        configuration = _text_configuration(self.words, second, 32, heads=second // self._HEAD)
+        configuration.hidden_act = "gelu"  # the other: quick_gelu
+        self.second_text = CLIPTextModelWithProjection(configuration)
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Returns the shapes in a checkpoint, by its keys."""
+        return sdxl_layout(WIDTH, self._CONTEXTS, len(self.words))
+
+    def places(self, shapes: Mapping[str, Shape]) -> dict[str, Place]:
+        """Returns the place in a checkpoint of every parameter, by its name in the network."""
+        return {
+            **unet_places(self.unet, shapes),
+            **clip_places("first_text", FIRST_TEXT_PREFIX, shapes),
+            **open_clip_places("second_text", SECOND_TEXT_PREFIX, shapes),
+        }
+
+    def conditions(self, tokens: Tensor, corners: Tensor) -> Conditions:
+        """Returns both encoders' last layer but one, the text pooled, and the sizes."""
+        first = self.first_text(tokens, output_hidden_states=True)
+        second = self.second_text(tokens, output_hidden_states=True)
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        size = torch.full_like(corners, _SDXL_PIXELS)
+        scale = _SDXL_PIXELS / self.pixels
+        sizes = torch.cat([size, scale * corners, size], 1)
+        return Conditions(context, {"text_embeds": second.text_embeds, "time_ids": sizes})
+
+
+NETWORKS: Mapping[str, type[Network]] = {"sd1": SD1Network, "sdxl": SDXLNetwork}
+"""The networks by the names of their layouts."""
+
+
+def _text_configuration(words: Words, width: int, layers: int, heads: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        bos_token_id=words.begin,
+        eos_token_id=words.end,
+        pad_token_id=words.end,
+    )
 
 
 def _words(prompt: str) -> list[str]:
     return prompt.replace(",", " ").replace(":", " ").split()
-
-
-def _checkpoint_keys(network: Network, vocabulary: int) -> dict[str, str]:
-    """Returns the checkpoint's key of every parameter, by its name in the network."""
-    size = network.size
-    layout = sd1_layout(size.width, size.context, vocabulary)
-    keys = {key: key for key in layout if key.startswith(UNET_PREFIX)}
-    renamed = convert_ldm_unet_checkpoint(keys, dict(network.unet.config))
-    names = {f"unet.{name}": key for name, key in renamed.items()}
-    text = {f"text.text_model.{key.removeprefix(TEXT_PREFIX)}": key for key in layout}
-    parameters = dict(network.named_parameters())
-    names |= {name: key for name, key in text.items() if name in parameters}
-    if missing := parameters.keys() ^ names.keys():
-        raise SystemExit(f"expected a key for every parameter; those differ: {sorted(missing)[:4]}")
-    for name, key in names.items():
-        if tuple(parameters[name].shape) != tuple(layout[key]):
-            raise SystemExit(
-                f"{key}: expected the shape {layout[key]}, got {parameters[name].shape}"
-            )
-    return names

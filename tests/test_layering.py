@@ -23,7 +23,7 @@ ROOMS = {
     "synthetic": ("checkpoints", "runtime"),
     "loras": ("checkpoints", "decomposition", "runtime"),
     "analysis": ("checkpoints", "decomposition", "recipe", "runtime"),
-    "calibration": ("checkpoints", "runtime"),
+    "calibration": ("checkpoints", "decomposition", "runtime"),
     "runs": ("loras", "recipe"),
     "solver": ("analysis", "loras"),
     "operations": ("calibration", "runs", "solver", "synthetic"),

@@ -41,7 +41,7 @@ def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tupl
     layers = inputs.layout.layers
     samples = sample_layers(inputs, progress)
     # Where ranks will go by default. The bases serve the other weightings too, a little less well.
-    factors = layer_factors("output", samples.sizes, layers, None)
+    factors = layer_factors("output", samples.sizes, layers)
     return allocate_widths(layers, (samples.energies * factors).tolist(), nominal)
 
 

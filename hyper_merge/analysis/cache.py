@@ -123,9 +123,11 @@ def prune_analyses(folder: Path, limit: int) -> None:
 
     An analysis that is in use, or that may not be deleted, stays until the next time.
     """
-    analyses = [path for path in _files(folder) if path.name.endswith((SUFFIX, SET_ASIDE))]
+    files = [
+        path for path in _files(folder) if path.name.endswith((SUFFIX, SENSITIVITIES, SET_ASIDE))
+    ]
     total = 0
-    for path in sorted(analyses, key=_last_use, reverse=True):
+    for path in sorted(files, key=_last_use, reverse=True):
         total += _size(path)
         if total > limit:
             with suppress(OSError):

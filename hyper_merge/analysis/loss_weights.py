@@ -1,18 +1,17 @@
-"""Weights checkpoints and layers in the loss; without weights, all differences count alike."""
+"""Weights layers in the loss; without weights, all differences count alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
+from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.decomposition.contrasts import energies
-from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.decomposition.sensitivity import Sensitivity
+from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 
 _LEAST_SIZE: Final = 0.05  # of a weight's entries, in units of all layers' usual one
 # Of the largest: a layer that no output depends on counts next to nothing, but can be divided by.
@@ -22,92 +21,85 @@ _LEAST_SENSITIVITY: Final = 1e-12
 _TRUNK: Final = 4.0
 
 
-@dataclass(frozen=True, eq=False)
-class LossWeights:
-    """Coordinates in which the weighted loss is a plain sum of squares.
+def layer_metrics(
+    choice: str,
+    sizes: Tensor,  # (layers,), float64: squared norms of the average's weights
+    layers: Sequence[Layer],
+    sensitivities: Sensitivities | None,
+) -> list[LayerMetric]:
+    """Returns how squared errors count in each layer, in any common unit.
 
-    With weights w of the checkpoints, sqrt(w) * deviations = Q R slices for orthonormal Q: the
-    solver works with R slices, and `to_deviations` turns its solution into multipliers.
+    `output` stands for what the error does to the network's output. Where that was measured for every
+    layer, it is the geometric mean, direction by direction, of the measured metric and of `relative`:
+    what was measured holds for small changes, and those along the most sensitive directions are not
+    small; the whole difference of a trained checkpoint along them changes the output far less than
+    its gradient says.
+
+    Args:
+        choice: the recipe's `layer_weights`.
+        sizes: from the analysis.
+        layers: of the checkpoints.
+        sensitivities: from a run of the network, if it was run.
     """
-
-    # (layers,), float64: factors of the squared errors, 1 in the energy's mean
-    layers: Tensor
-    # (d, d), float64: to weighted slices; None where all checkpoints count alike
-    mix: Tensor | None
-    # (k, d), float64: from weighted slices
-    to_deviations: Tensor
-    # (layers,), float64: weighted, of all deviations
-    energies: Tensor
-
-    def core(self, index: int, core: Tensor) -> Tensor:  # (d, p, q)
-        """Returns a layer's core, or a part of it, in weighted slices."""
-        scale = float(self.layers[index]) ** 0.5
-        mixed = self.slices(core)
-        return mixed if scale == 1 else mixed * scale
-
-    def slices(self, core: Tensor) -> Tensor:  # (d, p, q)
-        """Returns the weighted slices of a core, without the weight of its layer."""
-        return core if self.mix is None else (self.mix.to(core) @ core.flatten(1)).view(core.shape)
-
-    def energy(self, members: Sequence[int]) -> float:
-        """Returns the weighted energy of some layers' deviations."""
-        return float(self.energies[list(members)].sum())
+    measured = _measured(layers, sensitivities) if choice == "output" else None
+    if measured is None:
+        factors = layer_factors(choice, sizes, layers)
+        return _scaled(layer_stretches(layers, None), factors)
+    means = torch.tensor([sensitivity.mean for sensitivity in measured], dtype=torch.float64)
+    rests = torch.tensor([sensitivity.rest for sensitivity in measured], dtype=torch.float64)
+    means = means.clamp(min=_LEAST_SENSITIVITY * float(means.max()))
+    factors = (means * rests * relative_weights(sizes, layers)).sqrt()
+    return _scaled(layer_stretches(layers, sensitivities), factors)
 
 
-def make_loss_weights(analysis: Analysis, recipe: Recipe) -> LossWeights:
-    """Returns the weights that a recipe asks for."""
-    squares = energies(analysis.grams, analysis.contrasts)  # (layers, k)
-    layers = layer_weights(analysis, recipe)
-    basis = analysis.contrasts.to_deviations
-    if recipe.fit_weights is None:
-        return LossWeights(layers, None, basis, squares.sum(1) * layers)
-    weights = torch.tensor(recipe.fit_weights, dtype=torch.float64)
-    weights = weights * len(weights) / weights.sum()
-    triangle = torch.linalg.qr(basis * weights.sqrt()[:, None])[1]
-    back = basis @ torch.linalg.pinv(triangle)
-    return LossWeights(layers, triangle, back, (squares * weights).sum(1) * layers)
+def layer_stretches(
+    layers: Sequence[Layer], sensitivities: Sensitivities | None
+) -> list[LayerMetric]:
+    """Returns how squared errors count within each layer, by direction, for any weight of the layer.
+
+    Args:
+        layers: of the checkpoints.
+        sensitivities: from a run of the network; None where errors of a size count alike.
+    """
+    measured = _measured(layers, sensitivities)
+    if measured is None:
+        return [LayerMetric(1.0, Stretch.none(x.m), Stretch.none(x.n)) for x in layers]
+    return [
+        LayerMetric(1.0, sensitivity.left.root, sensitivity.right.root) for sensitivity in measured
+    ]
 
 
-def layer_weights(analysis: Analysis, recipe: Recipe) -> Tensor:  # (layers,), float64
-    """Returns factors of the layers' squared errors that leave the total energy unchanged."""
-    squares = energies(analysis.grams, analysis.contrasts).sum(1)
-    factors = layer_factors(
-        recipe.layer_weights, analysis.weights, analysis.layers, analysis.sensitivities
-    )
-    weighted = float((factors * squares).sum())
-    return factors * (float(squares.sum()) / weighted) if weighted > 0 else torch.ones_like(squares)
+def _scaled(metrics: Sequence[LayerMetric], factors: Tensor) -> list[LayerMetric]:
+    return [metric.scaled(x) for metric, x in zip(metrics, factors.tolist(), strict=True)]
+
+
+def _measured(
+    layers: Sequence[Layer], sensitivities: Sensitivities | None
+) -> list[Sensitivity] | None:
+    """Returns the layers' sensitivities; None unless all are known."""
+    known = [(sensitivities or {}).get(layer.module) for layer in layers]
+    measured = [sensitivity for sensitivity in known if sensitivity is not None]
+    return measured if len(measured) == len(layers) else None
 
 
 def layer_factors(
     choice: str,
     sizes: Tensor,  # (layers,), float64: squared norms of the average's weights
     layers: Sequence[Layer],
-    sensitivities: Mapping[str, float] | None,  # by module, from a run of the network
 ) -> Tensor:  # (layers,), float64
-    """Returns how much a squared error counts in each layer, in any common unit.
+    """Returns how much a squared error counts in each layer where no run of the network says it.
 
-    `output` stands for what the error does to the network's output. Where the mean squared gradient
-    of the output was measured for every layer, that is its geometric mean with `relative`: the
-    gradient holds for small changes in random directions, and differences of trained checkpoints are
-    neither, most of all in layers that hardly count; on trained families the mean leaves a quarter
-    less of the function than the gradient alone. Else it is as `layout`: there a layer of which
-    every weight is off by the same fraction counts by the number of positions at which it is
-    applied, for errors at them add up like independent ones. End layers count `_TRUNK` times as much.
+    `output` is as `layout` then: a layer of which every weight is off by the same fraction counts by
+    the number of positions at which it is applied, for errors at them add up like independent ones;
+    end layers count `_TRUNK` times as much.
 
     Args:
         choice: the recipe's `layer_weights`.
         sizes: from the analysis.
         layers: of the checkpoints.
-        sensitivities: measured ones, if there are any.
     """
     if choice == "plain":
         return torch.ones_like(sizes)
-    if choice == "output" and sensitivities:
-        known = [sensitivities.get(layer.module) for layer in layers]
-        if all(value is not None for value in known):
-            measured = torch.tensor(known, dtype=torch.float64)
-            measured = measured.clamp(min=_LEAST_SENSITIVITY * float(measured.max()))
-            return (measured * relative_weights(sizes, layers)).sqrt()
     if choice in ("output", "layout"):
         uses = [layer.positions * (_TRUNK if layer.is_end else 1) for layer in layers]
         return relative_weights(sizes, layers) * torch.tensor(uses, dtype=torch.float64)

@@ -21,6 +21,7 @@ from hyper_merge.analysis.file_layout import (
     analysis_tensors,
 )
 from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import in_use
@@ -54,7 +55,7 @@ class Analysis:
         file: CheckpointReader,
         inputs: MergeInputs,
         warn: Callable[[str], None],
-        sensitivities: Mapping[str, float] | None = None,
+        sensitivities: Sensitivities | None = None,
     ) -> None:
         """Takes the open file from `open_analysis`.
 
@@ -181,7 +182,7 @@ def open_analysis(
     path: Path,
     inputs: MergeInputs,
     warn: Callable[[str], None] = lambda _message: None,
-    sensitivities: Mapping[str, float] | None = None,
+    sensitivities: Sensitivities | None = None,
 ) -> Iterator[Analysis]:
     """Opens an analysis for reading within the block.
 

@@ -1,9 +1,9 @@
 """Measures by runs of the network how much its output depends on each layer.
 
-The sensitivity of a layer with weight W is E ||d(v . output) / dW||^2 over v of unit normal entries,
-noise levels and prompts, by output and entry of W: the mean squared change of the output for a
-random change of the weight, per squared size of that change. Latents are pure noise and prompts
-random tokens: on trained families the numbers are those of pictures and their prompts.
+A `Sensitivity` follows from gradients d(v . output) / dW over v of unit normal entries, noise levels
+and prompts. Latents are pure noise and prompts random tokens: on trained families the numbers are
+those of pictures and their prompts. No gradient of a weight is formed: those of a layer's outputs and
+its inputs say all that is asked.
 
 The average itself runs, from its file, in float32, a block at a time, forward and backward.
 """
@@ -18,20 +18,28 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hyper_merge.calibration.network import Network, is_known
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.io.header import Shape
+from hyper_merge.decomposition.sensitivity import (
+    Sensitivity,
+    SensitivitySketch,
+    sketching_matrix,
+)
 from hyper_merge.runtime.progress import Progress
 
 PHASE: Final = "running the average"
 STEPS: Final = 1000  # of every schedule
 
+_IMAGES, _VECTORS = 4, 2  # dimensions of what goes into a layer
+
 _PIXELS: Final = 8  # in height and width, for one of the latents
-# Forward, forward again, backward for inputs and weights; small products are slow.
-_RUNS: Final = 6.0
+# Forward, forward again, backward, and sketches.
+_RUNS: Final = 3.9
 _FORWARD: Final = 0.25  # of a pass; the rest is the backward pass, where weights are read again
-_ENTRY: Final = 200.0  # multiply-adds that reading an entry and squaring its gradient take
+_ENTRY: Final = 266.0  # multiply-adds that reading an entry twice takes
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def measure_sensitivities(
     progress: Progress,
     samples: Samples = DEFAULT_SAMPLES,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, Sensitivity]:
     """Returns the sensitivity of every layer by its module.
 
     Args:
@@ -85,8 +93,8 @@ def measure_sensitivities(
     resolution = layout.family.resolution
     costs = {layer.module: _pass_cost(layer, resolution, samples) for layer in layout.layers}
     clock = _Clock(progress, samples.passes * sum(costs.values()))
-    gradients = _Gradients(tensor, layout.layers, device, costs, clock)
-    network = Network(gradients.read, shapes, layout.family)
+    observer = _Observer(tensor, layout.layers, device, costs, clock)
+    network = Network(observer.read, shapes, layout.family, observer.observe)
     generator = torch.Generator().manual_seed(seed)
     outputs = 0
     progress.report(PHASE, 0.0)
@@ -100,7 +108,7 @@ def measure_sensitivities(
             torch.autograd.backward(output, v)
         outputs += output.numel()
     progress.report(PHASE, 1.0)
-    return gradients.means(outputs)
+    return observer.sensitivities(outputs)
 
 
 class _Clock:
@@ -121,8 +129,8 @@ class _Clock:
             self._progress.check()
 
 
-class _Gradients:
-    """Reads weights, and adds up the squared norms of their gradients."""
+class _Observer:
+    """Reads weights, and sketches their gradients from what goes into the layers and comes back."""
 
     def __init__(
         self,
@@ -136,39 +144,52 @@ class _Gradients:
         self._layers: dict[str, list[Layer]] = {}
         for layer in layers:
             self._layers.setdefault(layer.key, []).append(layer)
-        self._squares: dict[str, Tensor] = {}
+        self._sketches: dict[str, SensitivitySketch] = {}
+        self._tests: dict[int, Tensor] = {}  # by size
 
     def read(self, key: str) -> Tensor:
-        """Returns a tensor whose gradient, where it is a layer's, is squared and let go."""
+        """Returns a tensor in float32 on the device."""
         share = 1 - _FORWARD if torch.is_grad_enabled() else _FORWARD
         layers = self._layers.get(key, ())
         self._clock.advance(share * sum(self._costs[layer.module] for layer in layers))
-        weight = self._tensor(key).to(self._device, torch.float32)
-        if layers and torch.is_grad_enabled():
-            weight = weight.detach().requires_grad_()
-            weight.register_post_accumulate_grad_hook(partial(self._take, key))  # type: ignore[no-untyped-call]
-        return weight
+        return self._tensor(key).to(self._device, torch.float32)
 
-    def means(self, outputs: int) -> dict[str, float]:
-        """Returns the mean squares by module, for gradients of so many outputs together.
+    def observe(self, key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> None:
+        """Sketches the gradient of a layer when that of its output is known."""
+        if key in self._layers and output.requires_grad:
+            output.register_hook(partial(self._take, key, inputs.detach(), stride))  # type: ignore[no-untyped-call]
 
-        A layer that no output depends on has 0.
-        """
+    def sensitivities(self, outputs: int) -> dict[str, Sensitivity]:
+        """Returns the sensitivities by module, from gradients of so many outputs together."""
         return {
-            layer.module: float(self._squares.get(layer.module, 0.0))
-            / (outputs * layer.m * layer.n)
+            layer.module: self._sketch(layer).sensitivity(outputs)
             for layers in self._layers.values()
             for layer in layers
         }
 
-    def _take(self, key: str, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        if gradient is None:
-            return
-        for layer in self._layers[key]:
-            rows = gradient[slice(*layer.rows)] if layer.rows else gradient
-            square = torch.linalg.vector_norm(rows, dtype=torch.float32).square()
-            self._squares[layer.module] = self._squares.get(layer.module, 0) + square
+    def _take(self, key: str, inputs: Tensor, stride: int, gradient: Tensor) -> None:
+        layers = self._layers[key]
+        kernel = layers[0].kernel
+        if inputs.dim() == _IMAGES and kernel:
+            padding = (kernel[0] // 2, kernel[1] // 2)
+            inputs = functional.unfold(inputs, kernel, padding=padding, stride=stride).mT
+            gradient = gradient.flatten(2).mT
+        elif inputs.dim() == _VECTORS:
+            inputs, gradient = inputs[:, None], gradient[:, None]
+        for layer in layers:
+            rows = gradient[..., slice(*layer.rows)] if layer.rows else gradient
+            self._sketch(layer).add(inputs, rows)
+
+    def _sketch(self, layer: Layer) -> SensitivitySketch:
+        if layer.module not in self._sketches:
+            tests = self._test(layer.m), self._test(layer.n)
+            self._sketches[layer.module] = SensitivitySketch(tests)
+        return self._sketches[layer.module]
+
+    def _test(self, size: int) -> Tensor:
+        if size not in self._tests:
+            self._tests[size] = sketching_matrix(size).to(self._device)
+        return self._tests[size]
 
 
 def _pass_cost(layer: Layer, resolution: int, samples: Samples) -> float:

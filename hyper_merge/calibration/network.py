@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from hyper_merge.calibration.text_encoders import Encoded, TextEncoder
-from hyper_merge.calibration.unet import Read, UNet, heads_of_size, is_whole, time_embedding
+from hyper_merge.calibration.unet import (
+    Observe,
+    Read,
+    UNet,
+    heads_of_size,
+    ignore,
+    is_whole,
+    time_embedding,
+)
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.io.header import Shape
 
@@ -47,14 +55,16 @@ class Network:
         read: Read,
         shapes: Mapping[str, Shape],
         family: Family,  # one of which `is_known`
+        observe: Observe = ignore,
     ) -> None:
         kind = _kind(family)
         # Loaders build no layers for weights that nobody runs.
         shapes = {key: shape for key, shape in shapes.items() if not key.startswith(family.idle)}
         (part,) = (part for part in family.parts if part.name == "unet")
-        self._unet = UNet(read, shapes, part.prefix, _heads_of_sd1 if kind == "sd1" else _heads)
+        heads_of = _heads_of_sd1 if kind == "sd1" else _heads
+        self._unet = UNet(read, shapes, part.prefix, heads_of, observe)
         self._encoders = [
-            TextEncoder(read, shapes, part.prefix, *_ENCODERS[kind])
+            TextEncoder(read, shapes, part.prefix, *_ENCODERS[kind], observe)
             for part in family.parts
             if part.name == "text_encoder" and any(key.startswith(part.prefix) for key in shapes)
         ]
@@ -99,8 +109,11 @@ class Network:
             context = torch.cat([text.hidden for text in encoded], -1)
         else:  # a denoiser alone
             context = torch.randn(count, _TOKENS, width, generator=generator).to(device)
+            context.requires_grad_(torch.is_grad_enabled())
         pooled = next((text.pooled for text in encoded if text.pooled is not None), None)
         vector = self._vector(count, pooled, generator, device)
+        if vector is not None and not vector.requires_grad:
+            vector.requires_grad_(torch.is_grad_enabled())
         return self._unet(latents, steps, context, vector)
 
     def _vector(

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyper_merge.calibration.unet import (
+    Observe,
     Read,
     attend,
     block_numbers,
     heads_of_size,
+    ignore,
     is_complete,
     recomputed,
 )
@@ -49,6 +51,7 @@ class TextEncoder:
         prefix: Of the encoder's keys.
         skipped: How many of the last layers the UNet does not read.
         normed: Whether the UNet reads the final norm's output.
+        observe: Is told of every product with a weight.
     """
 
     read: Read
@@ -56,6 +59,7 @@ class TextEncoder:
     prefix: str
     skipped: int = 0
     normed: bool = True
+    observe: Observe = ignore
 
     @property
     def is_whole(self) -> bool:
@@ -126,15 +130,20 @@ class TextEncoder:
     def _open_clip_layer(self, number: int, hidden: Tensor) -> Tensor:
         name = f"{self.prefix}transformer.resblocks.{number}."
         normed = self._norm(f"{name}ln_1", hidden)
-        weight, bias = (self.read(f"{name}attn.in_proj_{part}") for part in ("weight", "bias"))
-        query, key, value = functional.linear(normed, weight, bias).chunk(3, -1)
+        query, key, value = self._matrix(f"{name}attn.in_proj_", normed).chunk(3, -1)
         attended = attend(query, key, value, _heads(query), causal=True)
         hidden = hidden + self._linear(f"{name}attn.out_proj", attended)
         inner = self._linear(f"{name}mlp.c_fc", self._norm(f"{name}ln_2", hidden))
         return hidden + self._linear(f"{name}mlp.c_proj", functional.gelu(inner))
 
     def _linear(self, name: str, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.read(f"{name}.weight"), self.read(f"{name}.bias"))
+        return self._matrix(f"{name}.", hidden)
+
+    def _matrix(self, start: str, hidden: Tensor) -> Tensor:
+        key = f"{start}weight"
+        output = functional.linear(hidden, self.read(key), self.read(f"{start}bias"))
+        self.observe(key, hidden, output)
+        return output
 
     def _norm(self, name: str, hidden: Tensor) -> Tensor:
         weight, bias = self.read(f"{name}.weight"), self.read(f"{name}.bias")

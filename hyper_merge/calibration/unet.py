@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from itertools import count
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,25 @@ from hyper_merge.checkpoints.io.header import Shape
 
 Read = Callable[[str], Tensor]
 """Returns a tensor of the checkpoint by its key, float32, on the device."""
+
+
+class Observe(Protocol):
+    """Is told of every product with a weight."""
+
+    def __call__(self, key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> None:
+        """Sees what goes in and comes out.
+
+        Args:
+            key: of the weight.
+            inputs: (b, channels, height, width) of a convolution, else (b, ..., n).
+            output: the same of what comes out.
+            stride: of a convolution.
+        """
+
+
+def ignore(key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> None:
+    """Observes nothing."""
+
 
 _GROUPS: Final = 32  # of every group norm
 _EPSILON, _EPSILON_OF_TRANSFORMERS = 1e-5, 1e-6
@@ -46,7 +65,12 @@ class UNet:
     """A denoiser whose weights stay in the file."""
 
     def __init__(
-        self, read: Read, shapes: Mapping[str, Shape], prefix: str, heads_of: Callable[[int], int]
+        self,
+        read: Read,
+        shapes: Mapping[str, Shape],
+        prefix: str,
+        heads_of: Callable[[int], int],
+        observe: Observe = ignore,
     ) -> None:
         """Takes the network's tensors.
 
@@ -55,9 +79,10 @@ class UNet:
             shapes: of the checkpoint's tensors by key.
             prefix: of the UNet's keys.
             heads_of: returns the heads of an attention of so many channels, which no file tells.
+            observe: is told of every product with a weight.
         """
         self._read, self._prefix, self._heads_of = read, prefix, heads_of
-        self._shapes = shapes
+        self._shapes, self._observe = shapes, observe
 
     def __call__(
         self,
@@ -68,7 +93,8 @@ class UNet:
     ) -> Tensor:  # (b, 4, height, width)
         """Returns the network's output; its graph recomputes block by block."""
         width = self._shape("time_embed.0")[1]
-        embedding = self._mlp("time_embed", time_embedding(steps, width))
+        times = time_embedding(steps, width).requires_grad_(torch.is_grad_enabled())
+        embedding = self._mlp("time_embed", times)
         if vector is not None:
             embedding = embedding + self._mlp("label_emb.0", vector)
         hidden, skipped = latents, []
@@ -122,7 +148,7 @@ class UNet:
     def _residual(self, name: str, hidden: Tensor, embedding: Tensor) -> Tensor:
         inner = functional.silu(self._group_norm(f"{name}.in_layers.0", hidden))
         inner = self._convolution(f"{name}.in_layers.2", inner)
-        shift = self._linear(f"{name}.emb_layers.1", functional.silu(embedding))
+        shift = self._matrix(f"{name}.emb_layers.1", functional.silu(embedding))
         inner = inner + shift[:, :, None, None]
         inner = functional.silu(self._group_norm(f"{name}.out_layers.0", inner))
         inner = self._convolution(f"{name}.out_layers.3", inner)
@@ -149,29 +175,31 @@ class UNet:
         normed = self._layer_norm(f"{name}.norm2", hidden)
         hidden = hidden + self._attention(f"{name}.attn2", normed, context)
         normed = self._layer_norm(f"{name}.norm3", hidden)
-        value, gate = self._linear(f"{name}.ff.net.0.proj", normed).chunk(2, -1)
-        return hidden + self._linear(f"{name}.ff.net.2", value * functional.gelu(gate))
+        value, gate = self._matrix(f"{name}.ff.net.0.proj", normed).chunk(2, -1)
+        return hidden + self._matrix(f"{name}.ff.net.2", value * functional.gelu(gate))
 
     def _attention(self, name: str, hidden: Tensor, context: Tensor) -> Tensor:
-        query = self._linear(f"{name}.to_q", hidden)
-        key, value = (self._linear(f"{name}.{part}", context) for part in ("to_k", "to_v"))
+        query = self._matrix(f"{name}.to_q", hidden)
+        key, value = (self._matrix(f"{name}.{part}", context) for part in ("to_k", "to_v"))
         attended = attend(query, key, value, self._heads_of(query.shape[-1]))
-        return self._linear(f"{name}.to_out.0", attended)
+        return self._matrix(f"{name}.to_out.0", attended)
 
     def _mlp(self, name: str, hidden: Tensor) -> Tensor:
-        return self._linear(f"{name}.2", functional.silu(self._linear(f"{name}.0", hidden)))
+        return self._matrix(f"{name}.2", functional.silu(self._matrix(f"{name}.0", hidden)))
 
     def _matrix(self, name: str, hidden: Tensor) -> Tensor:
-        """Applies a matrix that some families store as a convolution."""
-        return functional.linear(hidden, self._weight(name).flatten(1), self._bias(name))
-
-    def _linear(self, name: str, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self._weight(name), self._bias(name))
+        """Applies a matrix, which some families store as a convolution."""
+        weight = self._weight(name).flatten(1)
+        output = functional.linear(hidden, weight, self._bias(name))
+        self._observe(self._key(name), hidden, output)
+        return output
 
     def _convolution(self, name: str, hidden: Tensor, stride: int = 1) -> Tensor:
         weight = self._weight(name)
         padding = weight.shape[-1] // 2
-        return functional.conv2d(hidden, weight, self._bias(name), stride, padding)
+        output = functional.conv2d(hidden, weight, self._bias(name), stride, padding)
+        self._observe(self._key(name), hidden, output, stride)
+        return output
 
     def _group_norm(self, name: str, hidden: Tensor, epsilon: float = _EPSILON) -> Tensor:
         return functional.group_norm(hidden, _GROUPS, self._weight(name), self._bias(name), epsilon)
@@ -182,7 +210,10 @@ class UNet:
         )
 
     def _weight(self, name: str) -> Tensor:
-        return self._read(f"{self._prefix}{name}.weight")
+        return self._read(self._key(name))
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}{name}.weight"
 
     def _bias(self, name: str) -> Tensor | None:
         key = f"{self._prefix}{name}.bias"
@@ -265,8 +296,6 @@ def block_numbers(shapes: Mapping[str, Shape], start: str) -> set[int]:
 
 def recomputed(function: Callable[..., Tensor], name: object, *tensors: Tensor) -> Tensor:
     """Runs a part of the network, and again in the backward pass, in place of keeping its graph.
-
-    The reentrant way: only there the weights that are read again become leaves with gradients.
 
     Args:
         function: takes the name and the tensors, and reads its weights itself.

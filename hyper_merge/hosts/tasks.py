@@ -29,7 +29,6 @@ from hyper_merge.operations.merge.plan import (
 )
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
-from hyper_merge.operations.merge.sensitivities import known_sensitivities
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.run import load_run
@@ -150,7 +149,7 @@ def _forecast_key(path: Path, preflight: Preflight, progress: Progress) -> _Fore
         rank_bytes=plan_ranks(preflight.recipe, preflight.inputs).rank_bytes,
         separate=preflight.recipe.multipliers == "separate",
         layer_weights=preflight.recipe.layer_weights,
-        measured=known_sensitivities(preflight) is not None,
+        measured=preflight.network is not None and preflight.network.is_known,
         preflight=preflight,
         progress=progress,
     )

@@ -12,7 +12,7 @@ from hyper_merge import __version__
 from hyper_merge.errors import RunError
 from hyper_merge.recipe.recipe import AVERAGE, FIELDS, Recipe
 from hyper_merge.runs.report import Report
-from hyper_merge.runtime.checked_json import read_json, require_amounts
+from hyper_merge.runtime.checked_json import read_json
 
 MANIFEST_VERSION: Final = 1
 _FIRST_SETTINGS: Final = {"exact": "none"}  # where 0.1 knew none, and the default has changed since
@@ -43,8 +43,6 @@ class RunManifest:
     base_is_first_source: bool
     report: Report
     hashes: Mapping[str, str]  # SHA-256 of the tensors' bytes by the LoRA's name; empty in 0.1
-    # How much the network's output depends on each layer, by module, where that was measured.
-    sensitivities: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data in the order in which the file has them."""
@@ -73,7 +71,6 @@ class RunManifest:
             "text_multipliers": {row.name: list(row.text_multipliers) for row in rows},
             "report": self.report.as_dict(),
             "files": dict(self.hashes),
-            "sensitivities": self.sensitivities and dict(self.sensitivities),
         }
 
     @classmethod
@@ -102,7 +99,6 @@ class RunManifest:
             base_is_first_source=data.get("base_is_first_source") is True,
             report=Report.from_dict(_mapping(data, "report")),
             hashes={lora: _text(hashes, lora) for lora in hashes},
-            sensitivities=_sensitivities(data),
         )
 
     def to_recipe(self, output: Path) -> Recipe:
@@ -213,13 +209,6 @@ def _text(manifest: Mapping[str, Any], key: str) -> str:
 
 def _list(manifest: Mapping[str, Any], key: str) -> list[Any]:
     return list(_value(manifest, key, list))
-
-
-def _sensitivities(data: Mapping[str, Any]) -> dict[str, float] | None:
-    """Returns the numbers by module, where there are any."""
-    if data.get("sensitivities") is None:
-        return None
-    return require_amounts(_mapping(data, "sensitivities"), "sensitivities")
 
 
 def _mapping(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -44,8 +44,6 @@ class Run:
     # SHA-256 of the tensors' bytes, by the LoRA's name; manifests of 0.1 have none.
     hashes: Mapping[str, str] = field(default_factory=dict)
     architecture: Family | None = None  # None for a family that this version does not know
-    # How much the network's output depends on each layer, by module, where that was measured.
-    sensitivities: Mapping[str, float] | None = None
     lost: tuple[str, ...] = ()  # checkpoints without their private LoRA, with shares to match
 
     @property
@@ -167,7 +165,6 @@ def _load(folders: Folders, name: str, manifest: RunManifest) -> Run:
         report=present,
         missing=tuple(missing),
         hashes=manifest.hashes,
-        sensitivities=manifest.sensitivities,
         architecture=family_named(manifest.family),
         lost=tuple(row.name for row in report.checkpoints if row not in present.checkpoints),
     )

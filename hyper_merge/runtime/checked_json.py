@@ -9,7 +9,6 @@ from typing import Any, Final
 
 _CHECKSUM: Final = "checksum"
 _CONTENT: Final = "content"
-_LARGEST: Final = 1e100  # of amounts
 # Bytes: all files that are read like this are far smaller, and plain data take twenty times as much memory.
 _LIMIT: Final = 16 * 2**20
 
@@ -49,26 +48,6 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("its values are nested too deeply") from error
-
-
-def require_amounts(data: Any, what: str) -> dict[str, float]:
-    """Returns plain data that are numbers of 0 or more by name, small enough to be multiplied and added.
-
-    Args:
-        data: of a JSON file.
-        what: names them in messages.
-
-    Raises:
-        ValueError: they are something else; the message says where.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(f"expected {what} by name")  # noqa: TRY004 - the file is wrong
-    for name, value in data.items():
-        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
-            raise ValueError(
-                f"expected a number of 0 or more in {what}, {name!r:.200}, got {value!r:.80}"
-            )
-    return dict(data)
 
 
 def sealed(content: Any) -> str:

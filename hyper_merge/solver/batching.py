@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
-from hyper_merge.analysis.loss_weights import LossWeights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.problem import Batch
+from hyper_merge.solver.metric import Metric
 
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
 _WORKED_COLUMNS: Final = 1.25  # of the bases, for each rank
@@ -21,8 +21,7 @@ Ranks = Sequence[tuple[int, ...]]
 
 
 def stack_cores(
-    analysis: Analysis,
-    weights: LossWeights,
+    metric: Metric,
     indices: Sequence[int],
     ranks: Ranks,
     device: torch.device,
@@ -31,8 +30,7 @@ def stack_cores(
     """Stacks the cores of one shape and one list of ranks, in pieces that fit a cache or a GPU.
 
     Args:
-        analysis: of the checkpoints.
-        weights: by which the cores are scaled.
+        metric: of the loss, in whose coordinates the cores are.
         indices: of the layers.
         ranks: of all layers.
         device: on which the stacks will lie.
@@ -40,18 +38,16 @@ def stack_cores(
     """
     groups: dict[tuple[tuple[int, int], tuple[int, ...]], list[int]] = {}
     for index in indices:
-        shape = _worked_shape(analysis, index, sum(ranks[index]))
+        shape = _worked_shape(metric.analysis, index, sum(ranks[index]))
         groups.setdefault((shape, ranks[index]), []).append(index)
     batches = []
-    d = analysis.contrasts.dimensions
+    d = metric.analysis.contrasts.dimensions
     for ((p, q), rank), members in groups.items():
         length = max(_BATCH_ENTRIES[device.type] // (d * p * q), 1)
         for first in range(0, len(members), length):
             check()
             part = tuple(members[first : first + length])
-            cores = [
-                weights.core(index, analysis.core(index)[:, :p, :q]).contiguous() for index in part
-            ]
+            cores = [metric.core(index, (p, q)).contiguous() for index in part]
             # A single core stays where it is, mapped: on a CPU that saves most of the memory.
             stack = torch.stack(cores) if length > 1 else cores[0][None]
             batches.append(Batch(stack.to(device), rank, part))

@@ -10,25 +10,33 @@ from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
-from hyper_merge.decomposition.linalg import block_columns, block_gram
+from hyper_merge.decomposition.linalg import block_columns, block_gram, largest_value
+from hyper_merge.decomposition.normalization import balance
+from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.low_rank_layer import LowRankLayer
-from hyper_merge.solver.quantization import StoredFactors
+from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.products import FactorPair, StoredFactors
 
 
 @dataclass(frozen=True, eq=False)
 class SharedLoras:
     """The shared LoRAs of a merge, to which private ones are added."""
 
-    analysis: Analysis
+    metric: Metric
     blocks: StoredFactors
     evaluation: Evaluation
     groups: Mapping[str, Sequence[int]]  # the layers of each set of multipliers
     dtype: torch.dtype  # of the stored factors
+
+    @property
+    def analysis(self) -> Analysis:
+        """The analysis of the checkpoints."""
+        return self.metric.analysis
 
 
 class CompressedResidual:
@@ -41,9 +49,9 @@ class CompressedResidual:
         self.layers = shared.analysis.layers
         self._shared = shared
         self._errors = shared.evaluation.errors[:, checkpoint]
-        self.weights = shared.evaluation.weights
-        self.energy = float(self.weights @ shared.evaluation.energies[:, checkpoint])
-        self.error = float(self.weights @ self._errors)
+        self._weighted_errors = shared.evaluation.weighted_errors[:, checkpoint]
+        self.energy = float(shared.evaluation.weighted_energies[:, checkpoint].sum())
+        self.error = float(self._weighted_errors.sum())
         self._multipliers = {  # (R,) by layer
             index: multipliers[checkpoint]
             for name, multipliers in shared.evaluation.multipliers.items()
@@ -57,7 +65,7 @@ class CompressedResidual:
         def leading(index: int) -> TruncatedSvd:
             if self.layers[index].is_end:  # private LoRAs have no companions
                 return _no_components(*self._shared.analysis.core_shape(index))
-            rest = self._rest(index)
+            rest = self._metric(index).apply(self._rest(index))
             generator = torch.Generator().manual_seed(index)
             return truncated_svd(rest, min(most, *rest.shape), generator)
 
@@ -69,8 +77,14 @@ class CompressedResidual:
 
     def unreachable(self, spectra: Sequence[Tensor]) -> float:
         """Returns the weighted part of the error that lies outside of these spectra."""
-        inside = torch.stack([values.sum() for values in spectra])
-        return self.error - float(self.weights @ inside)
+        return self.error - sum(float(values.sum()) for values in spectra)
+
+    def largest(self, _spectra: Sequence[Tensor]) -> list[float]:
+        """Returns the largest singular value of the rest in every layer, or a little more."""
+        return [
+            largest_value(*self._metric(index).undo(leading.up, leading.down))
+            for index, leading in enumerate(self._leading)
+        ]
 
     def low_rank(
         self, ranks: Sequence[int], stored: StoredFormat, progress: Progress
@@ -81,6 +95,11 @@ class CompressedResidual:
             layers.append(self._stored(index, rank, stored))
             progress.report("making private LoRAs", len(layers) / len(ranks))
         return layers
+
+    def _metric(self, index: int) -> LayerMetric:
+        """Returns the metric between a layer's bases."""
+        shape = self._shared.analysis.core_shape(index)
+        return self._shared.metric.between(index, shape)
 
     def _rows(self, index: int) -> Tensor:  # (d + 1, p, q)
         """Returns slices and, last, the average's rounding error."""
@@ -106,21 +125,49 @@ class CompressedResidual:
         return [as_hosts_apply(*factors, alpha) for factors, alpha in pairs]
 
     def _stored(self, index: int, rank: int, stored: StoredFormat) -> LowRankLayer:
-        """Returns a layer's factors as stored, and the squared error that is left with them."""
+        """Returns a layer's factors as stored, and the squared errors that are left with them."""
         analysis, layer = self._shared.analysis, self.layers[index]
         left, right = analysis.bases(index)
         truncated = self._leading[index]
-        up, down = left @ truncated.up[:, :rank], truncated.down[:rank] @ right.mT
+        pair = self._metric(index).undo(truncated.up[:, :rank], truncated.down[:rank])
+        if rank:
+            pair = balance(*pair)
+        up, down = left @ pair[0], pair[1] @ right.mT
         factors = stored_factors(layer, up, down, stored.alpha, stored.dtype)
-        up, down = as_hosts_apply(*factors, stored.alpha)
+        pair = as_hosts_apply(*factors, stored.alpha)
+        of_layer = self._shared.metric.layers[index]
+        plain = self._gain(index, pair, [*self._shared_factors(index), pair])
+        blocks = [of_layer.apply_to_factors(*f) for f in (*self._shared_factors(index), pair)]
+        weighted = self._gain(index, of_layer.dual(*pair), blocks)
+        before, weighted_before = (
+            float(errors[index]) for errors in (self._errors, self._weighted_errors)
+        )
+        return LowRankLayer(
+            layer,
+            *factors,
+            before,
+            max(before - plain, 0.0),
+            weighted_before,
+            max(weighted_before - weighted, 0.0),
+        )
+
+    def _gain(self, index: int, dual: FactorPair, blocks: Sequence[FactorPair]) -> float:
+        """Returns by how much the last of the blocks reduces the squared error.
+
+        Args:
+            index: of the layer.
+            dual: the last block as it enters inner products with the layer's slices.
+            blocks: shared ones, and the last, as they enter inner products with each other.
+        """
+        analysis = self._shared.analysis
+        left, right = analysis.bases(index)
+        up, down = dual
         rows = self._rows(index).flatten(1).double()
         product = (block_columns(left, up) @ block_columns(right, down.mT).mT).flatten().double()
         cross = to_deviations_matrix(analysis.contrasts)[self.checkpoint] @ (rows @ product)
-        shared = self._shared_factors(index)
-        gram = block_gram([*(u for u, _ in shared), up], [*(d for _, d in shared), down])
+        gram = block_gram(*zip(*blocks, strict=True))
         cross = cross - self._multipliers[index] @ gram[:-1, -1]
-        error = self._errors[index] - 2 * cross + gram[-1, -1]
-        return LowRankLayer(layer, *factors, float(self._errors[index]), float(error.clamp(min=0)))
+        return float(2 * cross - gram[-1, -1])
 
 
 def _no_components(p: int, q: int) -> TruncatedSvd:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
-from hyper_merge.solver.quantization import StoredFactors
+from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.products import StoredFactors
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,9 @@ class Evaluation:
     multipliers: Mapping[str, Tensor]  # by the layers' part: (k, R), float64
     errors: Tensor  # (layers, k), float64: squared norms of what is left
     energies: Tensor  # (layers, k), float64: squared norms of the deviations
+    weighted_errors: Tensor  # (layers, k), float64: `errors` as the loss counts them
+    weighted_energies: Tensor  # (layers, k), float64: `energies` as the loss counts them
     curve: Tensor  # (R + 1, k), float64: explained shares with the first 0, 1, ..., R blocks
-    weights: Tensor  # (layers,), float64: how much squared errors count
     shared: Tensor  # (k,), float64: `fidelity` by these blocks alone
 
     @property
@@ -33,65 +34,69 @@ class Evaluation:
 
     @property
     def weighted_loss(self) -> float:
-        """The same, with the weights of the layers."""
-        return share((self.weights @ self.errors).sum(), (self.weights @ self.energies).sum())
+        """The same, as the loss counts squared errors."""
+        return share(self.weighted_errors.sum(), self.weighted_energies.sum())
 
     @property
     def fidelity(self) -> Tensor:  # (k,), float64
         """Explained share by checkpoint, as the loss counts squared errors."""
-        return _explained(self.errors, self.energies, self.weights)
+        return _explained(self.weighted_errors, self.weighted_energies)
 
     def explained(self, layers: Tensor | None = None) -> Tensor:  # (k,), float64
         """Returns the explained share by checkpoint, in chosen layers (a mask) or in all."""
-        weights = torch.ones_like(self.weights) if layers is None else layers.to(self.weights)
-        return _explained(self.errors, self.energies, weights)
+        chosen = slice(None) if layers is None else layers
+        return _explained(self.errors[chosen], self.energies[chosen])
 
 
 def evaluate(
-    analysis: Analysis,
-    blocks: StoredFactors,
-    groups: Mapping[str, Sequence[int]],
-    weights: Tensor,  # (layers,)
+    metric: Metric, blocks: StoredFactors, groups: Mapping[str, Sequence[int]]
 ) -> Evaluation:
     """Returns the best multipliers for the blocks as they are written, and their exact loss.
 
     Args:
-        analysis: of the checkpoints.
+        metric: of the loss.
         blocks: as the files hold them.
         groups: the layers that share one set of multipliers, by the names of their parts.
-        weights: how much the layers' squared errors count.
     """
-    deviations = energies(analysis.grams, analysis.contrasts)
-    cross = to_deviations_matrix(analysis.contrasts) @ blocks.cross  # (layers, k, R)
-    errors = torch.empty_like(deviations)
-    curve = torch.zeros(cross.shape[2] + 1, cross.shape[1]).double()
+    contrasts = metric.analysis.contrasts
+    deviations = energies(metric.analysis.grams, contrasts)
+    weighted_deviations = metric.energies
+    rows = to_deviations_matrix(contrasts)
+    plain, weighted = blocks.plain.of(rows), blocks.weighted.of(rows)
+    errors, weighted_errors = torch.empty_like(deviations), torch.empty_like(deviations)
+    curve = torch.zeros(plain.cross.shape[2] + 1, plain.cross.shape[1]).double()
     multipliers = {}
     for name, members in groups.items():
         inside = list(members)
-        inner, gram = cross[inside], blocks.gram[inside]
-        plain = Statistics(float(deviations[inside].sum()), inner.sum(0), gram.sum(0))
-        scale = weights[inside][:, None, None]
-        weighted = Statistics(plain.energy, (scale * inner).sum(0), (scale * gram).sum(0))
-        fitted = fit_multipliers(weighted)
-        squares = torch.einsum("kr,lrs,ks->lk", fitted, gram, fitted)
-        errors[inside] = deviations[inside] - 2 * (inner * fitted).sum(2) + squares
-        curve += _explained_energies(plain, weighted)
+        statistics = [
+            products.statistics(inside, float(energy[inside].sum()))
+            for products, energy in ((plain, deviations), (weighted, weighted_deviations))
+        ]
+        fitted = fit_multipliers(statistics[1])
+        errors[inside] = plain.errors(inside, deviations, fitted)
+        weighted_errors[inside] = weighted.errors(inside, weighted_deviations, fitted)
+        curve += _explained_energies(*statistics)
         multipliers[name] = fitted
     total = deviations.sum(0)
     shares = torch.where(total > 0, curve / total, 1.0).clamp(0, 1)
     shares[0] = 0.0
-    errors = errors.clamp(min=0)
-    fidelity = _explained(errors, deviations, weights)
-    return Evaluation(multipliers, errors, deviations, shares, weights, fidelity)
+    return Evaluation(
+        multipliers,
+        errors,
+        deviations,
+        weighted_errors,
+        weighted_deviations,
+        shares,
+        _explained(weighted_errors, weighted_deviations),
+    )
 
 
 def _explained(
     errors: Tensor,  # (layers, k), squared norms
     energies: Tensor,  # (layers, k)
-    weights: Tensor,  # (layers,)
 ) -> Tensor:  # (k,)
-    total = weights @ energies
-    return 1 - torch.where(total > 0, (weights @ errors) / total, 0.0)
+    total = energies.sum(0)
+    return 1 - torch.where(total > 0, errors.sum(0) / total, 0.0)
 
 
 def _explained_energies(

@@ -15,15 +15,15 @@ from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import block_columns, largest_value
 from hyper_merge.decomposition.ll1 import update_ups
 from hyper_merge.decomposition.problem import Batch, Factors
+from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.solver.products import FactorPair
 
 # Limits of the product that AUTOMATIC1111 forms in float16, which ends at 65504, before it scales it.
 _PRODUCT: Final = 2.0**15
 _LARGEST_PRODUCT: Final = 6e4
 
 _SIDES: Final[tuple[Literal["up", "down"], ...]] = ("up", "down", "up")
-
-FactorPair = tuple[Tensor, Tensor]  # (m, r), (r, n)
 
 
 def float8_alpha(size: float) -> float:
@@ -51,12 +51,15 @@ class RefitTarget:
 
     slices: Tensor  # (d, p, q)
     bases: tuple[Tensor, Tensor]  # (m, p), (n, q)
+    metric: LayerMetric  # of the layer
     multipliers: Tensor  # (d, R)
 
     @property
     def transposed(self) -> RefitTarget:
         """The target of the transposed layer."""
-        return RefitTarget(self.slices.mT, (self.bases[1], self.bases[0]), self.multipliers)
+        return RefitTarget(
+            self.slices.mT, (self.bases[1], self.bases[0]), self.metric.transposed, self.multipliers
+        )
 
 
 def refit(
@@ -103,14 +106,19 @@ def _fitted(
 def _best_ups(
     target: RefitTarget, applied: Sequence[FactorPair]
 ) -> Sequence[Tensor]:  # R times (m, r)
-    """Returns the least-squares ups for these downs, including the downs' parts outside the bases."""
+    """Returns the least-squares ups for these downs, including the downs' parts outside the bases.
+
+    What the metric does along the rows' index changes nothing: ups of any form are at hand.
+    """
     left, right = target.bases
     ranks = tuple(up.shape[1] for up, _ in applied)
     ups = torch.cat([up for up, _ in applied], 1)
     downs = torch.cat([down for _, down in applied])
-    factors = Factors(block_columns(left, ups)[None], block_columns(right, downs.mT).mT[None])
+    stretch = target.metric.right
+    dual = stretch.apply(stretch.apply(downs.mT))  # for inner products with slices
+    factors = Factors(block_columns(left, ups)[None], block_columns(right, dual).mT[None])
     batch = Batch(target.slices[None], ranks, (0,))
-    fitted = update_ups(batch, factors, target.multipliers, inner=(downs @ downs.mT)[None])
+    fitted = update_ups(batch, factors, target.multipliers, inner=(downs @ dual)[None])
     return torch.split(left @ fitted.up[0], list(ranks), 1)
 
 

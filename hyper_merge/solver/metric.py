@@ -1,77 +1,235 @@
-"""Measures energies and spectra as the loss counts them: by layer and by checkpoint."""
+"""Counts squared errors as the loss does: the coordinates in which it is a plain sum of squares."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.loss_weights import LossWeights, make_loss_weights
+from hyper_merge.analysis.loss_weights import layer_metrics
 from hyper_merge.analysis.store import Analysis
-from hyper_merge.decomposition.bounds import Spectra, compute_spectra
-from hyper_merge.decomposition.contrasts import energies
+from hyper_merge.decomposition.bounds import Spectra, leading_spectra
+from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
+from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.progress import Progress
+
+_COLUMNS_PER_RANK: Final = 1.25  # of the list: as the solver works with
+_LEAST_COLUMNS: Final = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """How much squared errors count.
+    """The coordinates in which the loss of a merge is a plain sum of squares.
+
+    Each layer's errors count by its `LayerMetric`; what lies outside of the bases counts as any error
+    that is not stretched. With weights w of the checkpoints, sqrt(w) * deviations = Q R slices for
+    orthonormal Q: the solver works with R slices, and `to_deviations` turns its solution into
+    multipliers.
 
     Attributes:
-        weights: The loss's own coordinates.
+        analysis: Of the checkpoints.
+        layers: Of the layers; over all of a checkpoint they leave the energy unchanged.
+        within: Of the layers: the directions that these stretch between the bases.
+        grams: (layers, d + 1, d + 1), float64: inner products of slices and, last, the average's
+            rounding error, for checkpoints that count alike.
         checkpoints: (k,), float64: factors of the checkpoints' squared errors, 1 in their mean.
+        mix: (d, d), float64: to weighted slices; None where all checkpoints count alike.
+        to_deviations: (k, d), float64: from weighted slices.
+        columns: Of the bases, in which private LoRAs are looked for.
     """
 
-    weights: LossWeights
+    analysis: Analysis
+    layers: tuple[LayerMetric, ...]
+    within: tuple[_Within, ...]
+    grams: Tensor
     checkpoints: Tensor
+    mix: Tensor | None
+    to_deviations: Tensor
+    columns: int
 
     @classmethod
-    def of(cls, analysis: Analysis, recipe: Recipe) -> Metric:
-        """Returns the metric that a recipe asks for."""
-        if recipe.fit_weights is None:
-            factors = torch.ones(analysis.contrasts.count, dtype=torch.float64)
-        else:
-            factors = torch.tensor(recipe.fit_weights, dtype=torch.float64)
-        return cls(make_loss_weights(analysis, recipe), factors * len(factors) / factors.sum())
+    def of(cls, analysis: Analysis, recipe: Recipe, progress: Progress | None = None) -> Metric:
+        """Returns the metric that a recipe asks for.
+
+        Args:
+            analysis: of the checkpoints.
+            recipe: the user's settings.
+            progress: interrupt; nothing is reported.
+        """
+        layers = layer_metrics(
+            recipe.layer_weights, analysis.weights, analysis.layers, analysis.sensitivities
+        )
+        within, grams = _stretched(analysis, layers, (progress or Progress()).check)
+        plain, weighted = (
+            float(energies(part, analysis.contrasts).sum()) for part in (analysis.grams, grams)
+        )
+        factor = plain / weighted if weighted > 0 else 1.0
+        checkpoints, mix, to_deviations = _weigh_checkpoints(analysis, recipe)
+        return cls(
+            analysis,
+            tuple(layer.scaled(factor) for layer in layers),
+            tuple(within),
+            grams * factor,
+            checkpoints,
+            mix,
+            to_deviations,
+            max(math.ceil(_COLUMNS_PER_RANK * sum(recipe.ranks)), _LEAST_COLUMNS),
+        )
+
+    def without_ends(self) -> Metric:
+        """Returns the metric of a layout whose layers at the ends are averaged only."""
+        kept = [place for place, layer in enumerate(self.analysis.layers) if not layer.is_end]
+        return replace(
+            self,
+            analysis=self.analysis.without_ends(),
+            layers=tuple(self.layers[place] for place in kept),
+            within=tuple(self.within[place] for place in kept),
+            grams=self.grams[kept],
+        )
+
+    @property
+    def unweighted(self) -> Metric:
+        """The metric for checkpoints that count alike."""
+        if self.mix is None:
+            return self
+        basis = self.analysis.contrasts.to_deviations
+        return replace(
+            self, checkpoints=torch.ones_like(self.checkpoints), mix=None, to_deviations=basis
+        )
+
+    @cached_property
+    def energies(self) -> Tensor:  # (layers, k), float64
+        """The squared norms of all deviations, of checkpoints that count alike."""
+        return energies(self.grams, self.analysis.contrasts)
+
+    def energy(self, members: Iterable[int]) -> float:
+        """Returns the squared norms of all deviations in some layers as the loss counts them."""
+        return float((self.energies[list(members)] * self.checkpoints).sum())
 
     @property
     def directions(self) -> Tensor:  # (d, k), float64
         """The multipliers of private LoRAs, one for each checkpoint, for weighted slices."""
-        return (self.checkpoints.sqrt()[:, None] * self.weights.to_deviations).mT
+        return (self.checkpoints.sqrt()[:, None] * self.to_deviations).mT
 
-    def order(self, analysis: Analysis) -> list[int]:
-        """Returns the places of the checkpoints, those that differ most first."""
-        squares = self.weigh(energies(analysis.grams, analysis.contrasts)).sum(0)
+    @property
+    def order(self) -> list[int]:
+        """The places of the checkpoints, those that differ most first."""
+        squares = (self.energies * self.checkpoints).sum(0)
         return squares.argsort(descending=True, stable=True).tolist()
 
-    def weigh(
-        self,
-        squares: Tensor,  # (layers, k), squared norms
-    ) -> Tensor:  # (layers, k)
-        """Returns squared norms as the loss counts them."""
-        return squares * self.weights.layers[:, None] * self.checkpoints
+    @cached_property
+    def spectra(self) -> list[Spectra]:
+        """The spectra of every layer as the loss counts them."""
+        if self.mix is None and all(layer.is_plain for layer in self.layers):
+            pairs = zip(self.analysis.spectra, self.layers, strict=True)
+            return [spectra.scaled(layer.scale) for spectra, layer in pairs]
+        roots = self.directions.mT
+        with parallel_map(torch.device("cpu"), lambda: None) as parallel:
+            return list(
+                parallel(
+                    lambda index: leading_spectra(self.core(index), roots, self._leading(index)),
+                    range(len(self.layers)),
+                )
+            )
 
-    def spectra(self, analysis: Analysis) -> list[Spectra]:
-        """Returns the spectra of every layer as the loss counts them.
+    def _leading(self, index: int) -> tuple[int, int]:
+        """Returns the part of a core that private LoRAs need: the leading one if its bases are ordered."""
+        layer, (p, q) = self.analysis.layers[index], self.analysis.core_shape(index)
+        return (
+            p if p == layer.m else min(p, self.columns),
+            q if q == layer.n else min(q, self.columns),
+        )
 
-        Where checkpoints count alike, they are those of the analysis; else the cores are read.
+    @cached_property
+    def slice_grams(self) -> Tensor:  # (layers, d, d), float64
+        """The inner products of the weighted slices."""
+        slices = self.grams[:, :-1, :-1]
+        return slices if self.mix is None else self.mix @ slices @ self.mix.mT
+
+    @property
+    def deviation_gram(self) -> Tensor:  # (k, k), float64
+        """The inner products of the checkpoints' deviations, summed over the layers."""
+        rows = to_deviations_matrix(self.analysis.contrasts)
+        return rows @ self.grams.sum(0) @ rows.mT
+
+    def core(self, index: int, shape: tuple[int, int] | None = None) -> Tensor:  # (d, p, q)
+        """Returns a layer's weighted slices between its bases, or the first columns of both."""
+        p, q = shape or self.analysis.core_shape(index)
+        return self.between(index, (p, q)).apply(self.mixed(self.analysis.core(index)[:, :p, :q]))
+
+    def mixed(self, core: Tensor) -> Tensor:  # (d, p, q)
+        """Returns slices as the checkpoints count, without the metric of their layer."""
+        return core if self.mix is None else (self.mix.to(core) @ core.flatten(1)).view(core.shape)
+
+    def between(self, index: int, shape: tuple[int, int]) -> LayerMetric:
+        """Returns the metric of a layer's matrices between the first columns of its bases."""
+        return self.within[index].metric(self.layers[index], shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Within:
+    """The directions that the metric of a layer stretches, in the coordinates of its bases."""
+
+    left: Tensor  # (p, r)
+    right: Tensor  # (q, r)
+
+    def metric(self, layer: LayerMetric, shape: tuple[int, int]) -> LayerMetric:
+        """Returns the metric of matrices between the first columns of the bases.
+
+        Columns of a basis are orthonormal, so a vector `basis @ x` has the squared length
+        |x|^2 + |diag(gains)^(1/2) V^T basis x|^2.
         """
-        layers = analysis.spectra
-        if self.weights.mix is not None:
-            roots = self.checkpoints.sqrt()[:, None] * self.weights.to_deviations
-            layers = [
-                compute_spectra(self.weights.slices(analysis.core(index)), roots)
-                for index in range(len(layers))
-            ]
-        factors = self.weights.layers.tolist()
-        return [
-            Spectra(layer.rows * factor, layer.columns * factor, layer.private * factor)
-            for layer, factor in zip(layers, factors, strict=True)
-        ]
+        if layer.is_plain:
+            return layer
+        p, q = shape
+        return LayerMetric(
+            layer.scale,
+            Stretch.from_square(self.left[:p], layer.left.gains),
+            Stretch.from_square(self.right[:q], layer.right.gains),
+        )
 
-    def grams(self, analysis: Analysis) -> Tensor:  # (layers, d, d)
-        """Returns the inner products of the slices as the loss counts them."""
-        slices = analysis.grams[:, :-1, :-1] * self.weights.layers[:, None, None]
-        mix = self.weights.mix
-        return slices if mix is None else mix @ slices @ mix.mT
+
+def _stretched(
+    analysis: Analysis, layers: Sequence[LayerMetric], check: Callable[[], None]
+) -> tuple[list[_Within], Tensor]:  # grams (layers, d + 1, d + 1)
+    """Returns the directions between the bases, and the inner products that the metrics give."""
+
+    def in_layer(index: int, layer: LayerMetric, plain: Tensor) -> tuple[_Within, Tensor]:
+        if layer.is_plain:
+            return _Within(torch.zeros(0, 0), torch.zeros(0, 0)), plain * layer.scale
+        left, right = analysis.bases(index)
+        within = _Within(
+            left.mT @ layer.left.directions.float(), right.mT @ layer.right.directions.float()
+        )
+        rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]])
+        metric = within.metric(layer, analysis.core_shape(index))
+        outside = plain - _gram(rows)
+        return within, _gram(metric.apply(rows)) + layer.scale * outside
+
+    with parallel_map(torch.device("cpu"), check) as parallel:
+        results = list(parallel(in_layer, range(len(layers)), layers, analysis.grams))
+    return [within for within, _ in results], torch.stack([gram for _, gram in results])
+
+
+def _gram(rows: Tensor) -> Tensor:  # float64
+    flat = rows.flatten(1).double()
+    return flat @ flat.mT
+
+
+def _weigh_checkpoints(
+    analysis: Analysis, recipe: Recipe
+) -> tuple[Tensor, Tensor | None, Tensor]:  # (k,), (d, d), (k, d), float64
+    basis = analysis.contrasts.to_deviations
+    if recipe.fit_weights is None:
+        return torch.ones(len(basis), dtype=torch.float64), None, basis
+    weights = torch.tensor(recipe.fit_weights, dtype=torch.float64)
+    weights = weights * len(weights) / weights.sum()
+    triangle = torch.linalg.qr(basis * weights.sqrt()[:, None])[1]
+    return weights, triangle, basis @ torch.linalg.pinv(triangle)

@@ -41,10 +41,6 @@ class CheckpointResidual(Protocol):
         """All layers."""
 
     @property
-    def weights(self) -> Tensor:  # (layers,), float64
-        """How much the layers' squared errors count."""
-
-    @property
     def energy(self) -> float:
         """Weighted squared norm of the checkpoint's deviations in all layers."""
 
@@ -59,9 +55,18 @@ class CheckpointResidual(Protocol):
     def spectra(self, most: int, progress: Progress) -> list[Tensor]:
         """Returns each layer's leading squared singular values, falling, float64, on the CPU.
 
+        They are those of the rest as the loss counts it.
+
         Args:
             most: how many are needed, at most.
             progress: progress and interrupt.
+        """
+
+    def largest(self, spectra: Sequence[Tensor]) -> list[float]:
+        """Returns the largest singular value of the rest in every layer, or more.
+
+        Args:
+            spectra: from `spectra`.
         """
 
     def unreachable(self, spectra: Sequence[Tensor]) -> float:
@@ -92,13 +97,15 @@ class PrivateLora:
         """The factors of every layer as stored."""
         return [(layer.up, layer.down) for layer in self.layers]
 
-    def gain(
-        self,
-        weights: Tensor,  # (layers,)
-    ) -> float:
-        """Returns the weighted squared norm by which it reduces what the shared LoRAs leave."""
-        gains = [layer.energy - layer.error for layer in self.layers]
-        return float(weights @ torch.tensor(gains, dtype=torch.float64))
+    @property
+    def gain(self) -> float:
+        """The squared norm by which it reduces what the shared LoRAs leave."""
+        return sum(layer.energy - layer.error for layer in self.layers)
+
+    @property
+    def weighted_gain(self) -> float:
+        """The same as the loss counts it."""
+        return sum(layer.weighted_energy - layer.weighted_error for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -136,20 +143,27 @@ def plan_private_lora(
     if target.rank is None and residual.error <= allowed:
         return None
     spectra = residual.spectra(_most_ranks(target, allowance), progress)
-    weighted = [values * x for values, x in zip(spectra, residual.weights.tolist(), strict=True)]
     if allowance is not None:
-        kept = allowance.keep({index: [values] for index, values in enumerate(weighted)})
+        kept = allowance.keep({index: [values] for index, values in enumerate(spectra)})
         ranks = [kept[index][0] for index in range(len(costs))]
     elif target.rank is not None:
-        ranks = spread_ranks(weighted, costs, target.rank * even)
+        ranks = spread_ranks(spectra, costs, target.rank * even)
     else:
-        remaining = residual.margin * allowed - residual.unreachable(spectra)
-        ranks = ranks_within(weighted, costs, max(remaining, 0.0))
+        unreachable = residual.unreachable(spectra)
+        if unreachable >= allowed:
+            # No number of ranks would do: the share is one of what the LoRA can hold.
+            allowed = (1 - (target.share or 0.0)) * (residual.energy - unreachable) + unreachable
+            progress.warn(
+                f"no private LoRA reaches {target.share:.1%}: what it does not hold, end layers above"
+                f" all, is {unreachable / residual.energy:.1%}; it takes the share of the rest"
+            )
+        remaining = residual.margin * allowed - unreachable
+        ranks = ranks_within(spectra, costs, max(remaining, 0.0))
     if not any(ranks):
         return None
     mean = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) / even
     rank = max(round(mean), 1)
-    alpha = _alpha(rank, ranks, spectra, dtype) if has_alpha else None
+    alpha = _alpha(rank, ranks, residual.largest(spectra), dtype) if has_alpha else None
     return PrivateLoraPlan(rank, ranks, StoredFormat(alpha, dtype))
 
 
@@ -234,17 +248,20 @@ def _lack(residual: CheckpointResidual, target: PrivateLoraTarget) -> float:
 
 def add_private_loras(evaluation: Evaluation, loras: Sequence[PrivateLora]) -> Evaluation:
     """Returns the evaluation of the shared LoRAs together with private ones."""
-    errors = evaluation.errors.clone()
+    errors, weighted = evaluation.errors.clone(), evaluation.weighted_errors.clone()
     for lora in loras:
         errors[:, lora.checkpoint] = torch.tensor(
             [layer.error for layer in lora.layers], dtype=torch.float64
         )
-    return replace(evaluation, errors=errors)
+        weighted[:, lora.checkpoint] = torch.tensor(
+            [layer.weighted_error for layer in lora.layers], dtype=torch.float64
+        )
+    return replace(evaluation, errors=errors, weighted_errors=weighted)
 
 
-def _alpha(rank: int, ranks: Sequence[int], spectra: Sequence[Tensor], dtype: torch.dtype) -> float:
+def _alpha(rank: int, ranks: Sequence[int], largest: Sequence[float], dtype: torch.dtype) -> float:
     """Returns the file's alpha: its rank, or a power of two that suits the range of float8."""
     if dtype != FLOAT8:
         return float(rank)
-    pairs = zip(spectra, ranks, strict=True)
-    return float8_alpha(max(count * float(values[0]) ** 0.5 for values, count in pairs if count))
+    pairs = zip(largest, ranks, strict=True)
+    return float8_alpha(max(count * value for value, count in pairs if count))

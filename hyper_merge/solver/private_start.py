@@ -9,7 +9,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.linalg import leading_factors
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
 from hyper_merge.solver.allowance import Allowance
@@ -25,7 +24,7 @@ class PrivateStart:
     """Private LoRAs within an allowance, and what they leave.
 
     Attributes:
-        multipliers: (d, R), in the coordinates of the loss weights.
+        multipliers: (d, R), in the coordinates of the metric.
         ranks: Per layer, of the R blocks.
         loss: What stays unexplained, as a fraction of the weighted energy.
     """
@@ -37,40 +36,35 @@ class PrivateStart:
     def group(
         self,
         name: str,
-        analysis: Analysis,
         metric: Metric,
         members: Sequence[int],
         device: torch.device,
         check: Callable[[], None],
     ) -> GroupSolution:
         """Returns the blocks of the layers that share multipliers: truncated SVDs."""
-        weights = metric.weights
         nonempty = [index for index in members if sum(self.ranks[index])]
-        batches = stack_cores(analysis, weights, nonempty, self.ranks, device, check)
+        batches = stack_cores(metric, nonempty, self.ranks, device, check)
         generator = torch.Generator().manual_seed(0)
         factors = tuple(_truncate(batch, self.multipliers, generator) for batch in batches)
-        problem = Problem(batches, weights.energy(members))
+        problem = Problem(batches, metric.energy(members))
         return GroupSolution(name, problem, self.multipliers, factors, ())
 
 
-def plan_private_start(
-    analysis: Analysis, metric: Metric, blocks: int, allowance: Allowance
-) -> PrivateStart | None:
+def plan_private_start(metric: Metric, blocks: int, allowance: Allowance) -> PrivateStart | None:
     """Returns the best private LoRAs within an allowance; None where checkpoints are more than files.
 
     Args:
-        analysis: of the checkpoints.
         metric: of the loss.
         blocks: number of files, R.
         allowance: the bytes of all files.
     """
-    directions, order = metric.directions, metric.order(analysis)
+    directions, order = metric.directions, metric.order
     if blocks < len(order):
         return None
     multipliers = torch.zeros(len(directions), blocks, dtype=torch.float64)
     multipliers[:, : len(order)] = directions[:, order]
     spare = [torch.zeros(0, dtype=torch.float64)] * (blocks - len(order))
-    spectra = metric.spectra(analysis)
+    spectra = metric.spectra
     energies = {
         index: [*(layer.private[c] for c in order), *spare] for index, layer in enumerate(spectra)
     }
@@ -80,7 +74,7 @@ def plan_private_start(
         for index, layer in energies.items()
         for values, rank in zip(layer, ranks[index], strict=True)
     )
-    total = float(metric.weights.energies.sum())
+    total = metric.energy(range(len(spectra)))
     loss = max(total - kept, 0.0) / total if total > 0 else 0.0
     return PrivateStart(multipliers, [ranks[index] for index in range(len(spectra))], loss)
 

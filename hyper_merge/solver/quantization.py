@@ -9,7 +9,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.loss_weights import LossWeights
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import block_columns, block_gram, largest_value
@@ -17,35 +16,21 @@ from hyper_merge.decomposition.normalization import balance, unit_scales
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
 from hyper_merge.runtime.parallel import parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver.float8 import FactorPair, RefitTarget, float8_alpha, refit
+from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
 from hyper_merge.solver.low_rank_layer import empty_layer
+from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.products import FactorPair, Products, StoredFactors
 from hyper_merge.solver.solve import LowRankSolution
 
 _LAYERS_PER_RETURN: Final = 50  # of memory to the system
 
 
-@dataclass(frozen=True, eq=False)
-class StoredFactors:
-    """Blocks as the files will hold them, with all that multipliers and losses need."""
-
-    factors: list[list[FactorPair]]  # per layer and block: (m, r), (r, n), as stored
-    cross: Tensor  # (layers, d + 1, R), float64: <slices and the average's rounding error, block>
-    gram: Tensor  # (layers, R, R), float64: <block, block>
-    alphas: tuple[float | None, ...]  # of the R files
-
-    @property
-    def ranks(self) -> list[tuple[int, ...]]:
-        """The ranks of the R blocks, per layer."""
-        return [tuple(up.shape[1] for up, _ in pairs) for pairs in self.factors]
-
-
 def quantize(
-    analysis: Analysis,
+    metric: Metric,
     solution: LowRankSolution,
     groups: Mapping[str, Sequence[int]],  # the layers of each set of multipliers
     alphas: Sequence[float | None],  # of the R files
     dtype: torch.dtype,
-    weights: LossWeights,
     progress: Progress,
 ) -> StoredFactors:
     """Brings blocks to the layers' coordinates, scaled, balanced and rounded as files hold them.
@@ -53,13 +38,12 @@ def quantize(
     Each block is scaled so that its largest multiplier among the checkpoints is 1.
 
     Args:
-        analysis: of the checkpoints.
+        metric: of the loss.
         solution: the blocks between the layers' bases, and their multipliers.
         groups: the layers of each set of multipliers, by name.
         alphas: of the R files; those of float8 are chosen here instead, and their factors are
             fitted again after rounding.
         dtype: of the stored factors.
-        weights: how much the layers' squared errors count.
         progress: progress and interrupt.
 
     Raises:
@@ -68,17 +52,17 @@ def quantize(
     layers = [
         _SolvedLayer(index, solution.factors.get(index), group)
         for name, members in groups.items()
-        for group in [_scaled_group(solution.multipliers[name], weights)]
+        for group in [_scaled_group(solution.multipliers[name], metric)]
         for index in members
     ]
     if dtype == FLOAT8:
         alphas = _float8_alphas(layers, progress)
     formats = [StoredFormat(alpha, dtype) for alpha in alphas]
-    sizes = {index: layer.m + layer.n for index, layer in enumerate(analysis.layers)}
+    sizes = {index: layer.m + layer.n for index, layer in enumerate(metric.analysis.layers)}
     counter = progress.counter("preparing the LoRAs", sizes)
 
     def round_one(layer: _SolvedLayer) -> _RoundedLayer:
-        return _round_layer(analysis, layer, formats, progress.check)
+        return _round_layer(layer, formats, progress.check)
 
     rounded: dict[int, _RoundedLayer] = {}
     with parallel_map(torch.device("cpu"), progress.check) as parallel:
@@ -90,9 +74,16 @@ def quantize(
     ordered = [rounded[index] for index in sorted(rounded)]
     return StoredFactors(
         factors=[result.factors for result in ordered],
-        cross=torch.stack([result.cross for result in ordered]),
-        gram=torch.stack([result.gram for result in ordered]),
+        plain=_stack([result.plain for result in ordered]),
+        weighted=_stack([result.weighted for result in ordered]),
         alphas=tuple(alphas),
+    )
+
+
+def _stack(layers: Sequence[Products]) -> Products:
+    return Products(
+        torch.stack([layer.cross for layer in layers]),
+        torch.stack([layer.gram for layer in layers]),
     )
 
 
@@ -102,16 +93,16 @@ class _ScaledGroup:
 
     scales: Tensor  # (R,), of the blocks
     multipliers: Tensor  # (d, R), of the scaled blocks, for weighted slices
-    weights: LossWeights
+    metric: Metric
 
 
 def _scaled_group(
     multipliers: Tensor,  # (k, R)
-    weights: LossWeights,
+    metric: Metric,
 ) -> _ScaledGroup:
     scales = unit_scales(multipliers)
-    weighted = torch.linalg.pinv(weights.to_deviations) @ multipliers.double()
-    return _ScaledGroup(scales, weighted / scales, weights)
+    weighted = torch.linalg.pinv(metric.to_deviations) @ multipliers.double()
+    return _ScaledGroup(scales, weighted / scales, metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,21 +119,21 @@ class _RoundedLayer:
     """One layer as files will hold it."""
 
     factors: list[FactorPair]  # per block (m, r), (r, n)
-    cross: Tensor  # (d + 1, R)
-    gram: Tensor  # (R, R)
+    plain: Products  # of this layer: cross (d + 1, R)
+    weighted: Products
 
 
 def _round_layer(
-    analysis: Analysis,
     solved: _SolvedLayer,
     formats: Sequence[StoredFormat],  # of the R files
     check: Callable[[], None],
 ) -> _RoundedLayer:
     index, group = solved.index, solved.group
+    metric, analysis = group.metric, group.metric.analysis
     if solved.pairs is None:
         return _empty_layer(analysis, index, formats)
     layer, core = analysis.layers[index], analysis.core(index)
-    left, right = bases = analysis.bases(index)
+    bases = analysis.bases(index)
     pairs = [(up.cpu(), down.cpu()) for up, down in solved.pairs]
     factors: list[FactorPair] = []
     for pair, scale, stored in zip(pairs, group.scales.tolist(), formats, strict=True):
@@ -150,18 +141,41 @@ def _round_layer(
         up, down = _in_layer(bases, pair, scale)
         factors.append(stored_factors(layer, up, down, stored.alpha, stored.dtype))
     if formats[0].dtype == FLOAT8 and not layer.whole:
-        target = RefitTarget(group.weights.slices(core), bases, group.multipliers)
+        of_layer = metric.layers[index]
+        target = RefitTarget(metric.mixed(core), bases, of_layer, group.multipliers)
         factors = refit(target, layer, factors, [stored.alpha for stored in formats], check)
-    products, ups, downs = [], [], []
-    for stored_pair, stored in zip(factors, formats, strict=True):
-        check()
-        up, down = as_hosts_apply(*stored_pair, stored.alpha)
-        products.append((block_columns(left, up) @ block_columns(right, down.mT).mT).flatten())
-        ups.append(up)
-        downs.append(down)
-    rows = torch.cat([core, analysis.rounding(index)[None]])
-    cross = rows.flatten(1).double() @ torch.stack(products, 1).double()
-    return _RoundedLayer(factors, cross, block_gram(ups, downs))
+    applied = [
+        as_hosts_apply(*stored_pair, stored.alpha)
+        for stored_pair, stored in zip(factors, formats, strict=True)
+    ]
+    check()
+    rows = torch.cat([core, analysis.rounding(index)[None]]).flatten(1).double()
+    of_layer = metric.layers[index]
+    return _RoundedLayer(
+        factors,
+        _products(rows, bases, applied, applied),
+        _products(
+            rows,
+            bases,
+            [of_layer.dual(*pair) for pair in applied],
+            [of_layer.apply_to_factors(*pair) for pair in applied],
+        ),
+    )
+
+
+def _products(
+    rows: Tensor,  # (d + 1, p * q), between the bases
+    bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
+    duals: Sequence[FactorPair],  # whose inner products with the rows are asked
+    blocks: Sequence[FactorPair],
+) -> Products:
+    left, right = bases
+    products = [
+        (block_columns(left, up) @ block_columns(right, down.mT).mT).flatten() for up, down in duals
+    ]
+    cross = rows @ torch.stack(products, 1).double()
+    ups, downs = zip(*blocks, strict=True)
+    return Products(cross, block_gram(ups, downs))
 
 
 def _float8_alphas(layers: Sequence[_SolvedLayer], progress: Progress) -> list[float]:
@@ -196,4 +210,5 @@ def _empty_layer(analysis: Analysis, index: int, formats: Sequence[StoredFormat]
     rows = analysis.contrasts.dimensions + 1
     empty = empty_layer(layer, dtype)
     zeros = torch.zeros(rows + blocks, blocks, dtype=torch.float64)
-    return _RoundedLayer([(empty.up, empty.down)] * blocks, zeros[:rows], zeros[rows:])
+    nothing = Products(zeros[:rows], zeros[rows:])
+    return _RoundedLayer([(empty.up, empty.down)] * blocks, nothing, nothing)

@@ -16,11 +16,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
-from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.metric import Metric
 
 _WORTH: Final = (
     0.995  # of what all directions explain: beyond that, more LoRAs are not worth a file
@@ -181,59 +180,51 @@ class RankForecast:
 
 
 def forecast_ranks(
-    analysis: Analysis,
+    metric: Metric,
     groups: Mapping[str, Sequence[int]],
     names: Sequence[str],
     costs: Sequence[int],
-    weights: Tensor,  # (layers,)
     progress: Progress,
 ) -> RankForecast:
     """Computes the spectra of all mixtures, which takes seconds for four SD 1.x files.
 
     Args:
-        analysis: of the checkpoints.
+        metric: of the loss; here checkpoints count alike.
         groups: the layers that share multipliers.
         names: of the checkpoints.
         costs: bytes of a rank, per layer.
-        weights: how much the layers' squared errors count.
         progress: progress and interrupt.
     """
-    factors = weights.tolist()
-    rotations = _rotations(analysis, groups, weights)
+    metric, count = metric.unweighted, len(metric.layers)
+    rotations = _rotations(metric, groups)
     mixtures: list[tuple[Tensor, ...]] = []
 
     def mixtures_of(index: int) -> tuple[Tensor, ...]:
-        values = _squared_values(analysis.core(index), rotations[index])
-        return tuple(part * factors[index] for part in values)
+        return _squared_values(metric.core(index), rotations[index])
 
     with parallel_map(torch.device("cpu"), progress.check) as parallel:
-        for values in parallel(mixtures_of, range(len(factors))):
+        for values in parallel(mixtures_of, range(count)):
             mixtures.append(values)
-            progress.report("forecasting what LoRAs explain", len(mixtures) / len(factors))
-    basis = analysis.contrasts.to_deviations
+            progress.report("forecasting what LoRAs explain", len(mixtures) / count)
+    basis = metric.to_deviations
     return RankForecast(
         names=tuple(names),
         mixtures=tuple(mixtures),
-        private=tuple(
-            tuple(layer.private * factor)
-            for layer, factor in zip(analysis.spectra, factors, strict=True)
-        ),
+        private=tuple(tuple(layer.private) for layer in metric.spectra),
         multipliers=tuple(basis @ rotation for rotation in rotations),
-        energies=weights @ energies(analysis.grams, analysis.contrasts),
+        energies=metric.energies.sum(0),
         costs=tuple(costs),
     )
 
 
-def _rotations(
-    analysis: Analysis, groups: Mapping[str, Sequence[int]], weights: Tensor
-) -> list[Tensor]:
+def _rotations(metric: Metric, groups: Mapping[str, Sequence[int]]) -> list[Tensor]:
     """Returns each layer's (d, d) eigenvectors of its group's weighted Gram matrix, largest first."""
-    slices = analysis.grams[:, :-1, :-1] * weights[:, None, None]
+    slices = metric.slice_grams
     rotations: dict[int, Tensor] = {}
     for members in groups.values():
         vectors = torch.linalg.eigh(slices[list(members)].sum(0))[1].flip(1)
         rotations.update(dict.fromkeys(members, vectors))
-    return [rotations[index] for index in range(len(analysis.layers))]
+    return [rotations[index] for index in range(len(slices))]
 
 
 def _squared_values(core: Tensor, rotation: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ class GroupSolution:
 
     name: str
     problem: Problem
-    multipliers: Tensor  # (d, R), in the coordinates of the loss weights
+    multipliers: Tensor  # (d, R), in the coordinates of the metric
     factors: tuple[Factors, ...]  # one per batch
     losses: tuple[float, ...]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.inputs import multiplier_groups
-from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.greedy import solve_greedy
 from hyper_merge.decomposition.initialization import (
     SearchEffort,
@@ -69,7 +68,7 @@ class LowRankSolution:
 
 
 def find_blocks(
-    analysis: Analysis,
+    metric: Metric,
     recipe: Recipe,
     ranks: Ranks,
     allowance: Allowance | None,
@@ -81,7 +80,7 @@ def find_blocks(
     """Solves for blocks and multipliers on the cores; on the CPU where the device is too small.
 
     Args:
-        analysis: of the checkpoints.
+        metric: of the loss.
         recipe: the user's settings.
         ranks: even ones.
         allowance: the bytes that adaptive ranks may take instead; None to keep the even ranks.
@@ -92,11 +91,11 @@ def find_blocks(
     """
     effort = effort or DEFAULT_EFFORT
     try:
-        return _Solver(analysis, recipe, device, progress, start, effort).run(ranks, allowance)
+        return _Solver(metric, recipe, device, progress, start, effort).run(ranks, allowance)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         progress.warn(f"{device} has too little memory for the cores; the CPU is used instead")
-        solver = _Solver(analysis, recipe, torch.device("cpu"), progress, start, effort)
+        solver = _Solver(metric, recipe, torch.device("cpu"), progress, start, effort)
         return solver.run(ranks, allowance)
 
 
@@ -105,20 +104,18 @@ class _Solver:
 
     def __init__(
         self,
-        analysis: Analysis,
+        metric: Metric,
         recipe: Recipe,
         device: torch.device,
         progress: Progress,
         start: Mapping[str, Tensor],
         effort: SearchEffort,
     ) -> None:
-        self._analysis, self._recipe = analysis, recipe
+        self._metric, self._analysis, self._recipe = metric, metric.analysis, recipe
         self._device, self._progress = device, progress
         self._user_start, self._effort = start, effort
-        self._metric = Metric.of(analysis, recipe)
-        self._weights = self._metric.weights
         separate = recipe.multipliers == "separate"
-        self._groups = multiplier_groups(analysis.layers, separate=separate)
+        self._groups = multiplier_groups(self._analysis.layers, separate=separate)
         self._generator = torch.Generator().manual_seed(recipe.seed)
 
     def run(self, even: Ranks, allowance: Allowance | None) -> LowRankSolution:
@@ -149,13 +146,13 @@ class _Solver:
     ) -> list[GroupSolution]:
         """Returns the groups, or what follows from private LoRAs where these alone are better."""
         blocks = len(self._recipe.ranks)
-        private = plan_private_start(self._analysis, self._metric, blocks, allowance)
+        private = plan_private_start(self._metric, blocks, allowance)
         if private is None or private.loss >= joined_losses(groups)[-1]:
             return groups
         check = self._progress.check
         refined = []
         for name, members in self._groups.items():
-            start = private.group(name, self._analysis, self._metric, members, self._device, check)
+            start = private.group(name, self._metric, members, self._device, check)
             quiet = Progress(should_stop=self._progress.should_stop)
             refined.append(self._refined(start, quiet, parallel))
         losses = [joined_losses(solution)[-1] for solution in (refined, groups)]
@@ -164,12 +161,7 @@ class _Solver:
     def _overcomplete_ranks(self, limits: Sequence[int], allowance: Allowance) -> Ranks:
         """Returns ranks that take more than the allowance, where the spectra promise most."""
         dimensions = self._analysis.contrasts.dimensions
-        gains = [
-            layer.promises(dimensions) * weight
-            for layer, weight in zip(
-                self._analysis.spectra, self._weights.layers.tolist(), strict=True
-            )
-        ]
+        gains = [layer.promises(dimensions) for layer in self._metric.spectra]
         budget = OVERCOMPLETE * allowance.budget
         ranks = overcomplete_ranks(gains, allowance.costs, limits, self._recipe.ranks, budget)
         for index, layer in enumerate(self._analysis.layers):
@@ -184,10 +176,8 @@ class _Solver:
         parts = self._parts(stages)
         for (name, members), part in zip(self._groups.items(), parts, strict=False):
             nonempty = [index for index in members if sum(ranks[index])]
-            batches = stack_cores(
-                self._analysis, self._weights, nonempty, ranks, self._device, self._progress.check
-            )
-            energy = self._weights.energy(members)
+            batches = stack_cores(self._metric, nonempty, ranks, self._device, self._progress.check)
+            energy = self._metric.energy(members)
             progress = SolverProgress(part)
             counting = progress.counting(parallel, len(batches))
             yield name, Problem(batches, energy, counting, _RIDGE), progress
@@ -241,12 +231,12 @@ class _Solver:
         if not problem.batches:
             d = self._analysis.contrasts.dimensions
             return torch.zeros(d, len(self._recipe.ranks), dtype=torch.float64), 0.0
-        private = self._metric.directions[:, self._metric.order(self._analysis)]
+        private = self._metric.directions[:, self._metric.order]
         planned = [private]
         user_starts = self._user_starts(name)
         blocks = len(self._recipe.ranks)
         if blocks > 1:
-            gram = self._metric.grams(self._analysis)[list(self._groups[name])].sum(0)
+            gram = self._metric.slice_grams[list(self._groups[name])].sum(0)
             user_starts.append(mixed_start(gram, private, blocks))
         earlier = self._analysis.earlier_solutions(self._solution_name(), name)
         entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
@@ -271,7 +261,7 @@ class _Solver:
         """Returns the caller's start for a group of layers, if there is one."""
         if name not in self._user_start:
             return []
-        start = torch.linalg.pinv(self._weights.to_deviations) @ self._user_start[name].double()
+        start = torch.linalg.pinv(self._metric.to_deviations) @ self._user_start[name].double()
         return [torch.nn.functional.normalize(start, dim=0)]
 
     def _solution_name(self) -> str:
@@ -293,10 +283,11 @@ class _Solver:
             for batch, batch_factors in zip(group.problem.batches, group.factors, strict=True):
                 pairs = list(split_blocks(batch, batch_factors))
                 for place, index in enumerate(batch.layers):
-                    scale = float(self._weights.layers[index]) ** 0.5
-                    factors[index] = [(up[place] / scale, down[place]) for up, down in pairs]
+                    p, q = batch.slices.shape[2:]
+                    between = self._metric.between(index, (p, q))
+                    factors[index] = [between.undo(up[place], down[place]) for up, down in pairs]
         return LowRankSolution(
             factors,
-            {group.name: self._weights.to_deviations @ group.multipliers for group in groups},
+            {group.name: self._metric.to_deviations @ group.multipliers for group in groups},
             joined_losses(groups),
         )

@@ -46,6 +46,12 @@ LAYER = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.we
 
 
 def measured(kind, samples=FEW, state=None, shapes=None, progress=None, seed=0):
+    """Returns the mean squared gradients by module."""
+    found = measured_whole(kind, samples, state, shapes, progress, seed)
+    return {module: sensitivity.mean for module, sensitivity in found.items()}
+
+
+def measured_whole(kind, samples=FEW, state=None, shapes=None, progress=None, seed=0):
     shapes = shapes or narrow_shapes(kind)
     layout = layout_for(shapes, FAMILY[kind])
     tensor = (state or narrow_weights(kind)).__getitem__
@@ -97,25 +103,30 @@ def test_sensitivities_are_squared_gradients_of_the_references(kind, monkeypatch
     sensitivities = measured(kind)
     v = cotangents[0]
     monkeypatch.undo()
-    gradients, outputs = gradients_of_references(kind, narrow_weights(kind), log, v)
+    squares = Counter()
+    for place in range(len(v)):  # one input at a time
+        own = torch.zeros_like(v)
+        own[place] = v[place]
+        gradients, outputs = gradients_of_references(kind, narrow_weights(kind), log, own)
+        for module, gradient in gradients.items():
+            squares[module] += 0 if gradient is None else float(gradient.double().square().sum())
     layers = layout_for(narrow_shapes(kind), FAMILY[kind]).layers
     assert [layer.module for layer in layers] == list(sensitivities)
     expected = {}
     for layer in layers:
-        gradient = gradients[layer.module]
-        square = 0.0 if gradient is None else float(gradient.double().square().sum())
-        expected[layer.module] = square / (outputs * layer.m * layer.n)
+        expected[layer.module] = squares[layer.module] / (outputs * layer.m * layer.n)
     assert any(layer.rows for layer in layers) == (kind == "sdxl")  # of a fused tensor
     for module, value in sensitivities.items():
         assert value == pytest.approx(expected[module], rel=1e-3, abs=1e-12), module
 
 
 def test_sensitivities_foretell_changes_of_the_output():
+    """Of a random direction by the mean, of the most sensitive one by the stretches."""
     kind, layer, step = "small", LAYER, 1e-2
     shapes, state = narrow_shapes(kind), narrow_weights(kind)
-    samples = Samples(passes=1, batch=8, side=8)
+    samples = Samples(passes=8, batch=1, side=8)
     (module,) = (x.module for x in layout_for(shapes, FAMILY[kind]).layers if x.key == layer)
-    expected = measured(kind, samples)[module]
+    expected = measured_whole(kind, samples)[module]
     steps = (torch.arange(8) + 0.5) * (1000 / 8)
 
     def outputs(weights):
@@ -123,13 +134,24 @@ def test_sensitivities_foretell_changes_of_the_output():
         with torch.no_grad():
             return Network(weights.__getitem__, shapes, FAMILY[kind]).run(steps, 8, generator)
 
-    generator, squares, base = torch.Generator().manual_seed(7), [], outputs(state)
-    for _ in range(3):
-        change = step * torch.randn(state[layer].shape, generator=generator)
-        changed = outputs({**state, layer: state[layer] + change})
-        # by output, and by the size of the change
-        squares.append(float((changed - base).square().mean()) / step**2)
-    assert sum(squares) / 3 == pytest.approx(expected * state[layer].numel(), rel=0.25)
+    generator, base = torch.Generator().manual_seed(7), outputs(state)
+
+    def effect(change):
+        """Returns the mean squared change of an output, by the size of the change."""
+        changed = outputs({**state, layer: state[layer] + step * change})
+        return float((changed - base).square().mean()) / step**2
+
+    random = [torch.randn(state[layer].shape, generator=generator) for _ in range(3)]
+    mean = expected.mean * state[layer].numel()
+    assert sum(map(effect, random)) / 3 == pytest.approx(mean, rel=0.35)
+    left, right = (
+        side.directions[:, int(side.factors.argmax())].float()
+        for side in (expected.left, expected.right)
+    )
+    leading = torch.outer(left, right) * state[layer].numel() ** 0.5
+    assert effect(leading) > 5 * mean
+    largest = float(expected.left.factors.max() * expected.right.factors.max()) ** 2
+    assert effect(leading) == pytest.approx(expected.rest * largest * mean, rel=0.8)
 
 
 def test_layer_that_nothing_reads_counts_nothing():
@@ -161,17 +183,17 @@ def test_weights_of_other_types_are_read_as_numbers():
 
 
 def test_a_run_holds_the_weights_of_one_block(monkeypatch):
-    alive, peaks, read = {}, [], measure._Gradients.read
+    alive, peaks, read = {}, [], measure._Observer.read
 
-    def spy(gradients, key):
-        weight = read(gradients, key)
+    def spy(observer, key):
+        weight = read(observer, key)
         token = len(peaks)
         alive[token] = weight.numel()
         weakref.finalize(weight, alive.pop, token)
         peaks.append(sum(alive.values()))
         return weight
 
-    monkeypatch.setattr(measure._Gradients, "read", spy)
+    monkeypatch.setattr(measure._Observer, "read", spy)
     # of another type, so that what is read is not what the state holds
     measured("sdxl", state={key: x.half() for key, x in narrow_weights("sdxl").items()})
     numels = {key: math.prod(shape) for key, shape in narrow_shapes("sdxl").items()}
@@ -211,10 +233,10 @@ def test_a_pass_stops_at_once_on_request(share):
 def test_errors_within_the_backward_pass_keep_their_kind(error, where, monkeypatch):
     if where == "take":
 
-        def take(gradients, key, weight):
+        def take(observer, *arguments):
             raise error("here")
 
-        monkeypatch.setattr(measure._Gradients, "_take", take)
+        monkeypatch.setattr(measure._Observer, "_take", take)
     state, reads = narrow_weights("small"), []
 
     class State(dict):

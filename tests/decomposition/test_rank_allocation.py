@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -198,22 +198,26 @@ def test_a_layers_ranks_are_split_like_the_list():
 
 
 def with_entries(gains, costs, entries):
-    """Returns a function that tells what items cost, with entries and a fee that grows in steps of 8."""
+    """Returns a function that tells what items cost, with entries that grow in steps of 8 as headers do."""
 
     def size_of(counts):
         opened = sum(e for e, count in zip(entries, counts, strict=True) if count)
-        return -(-(price(costs, counts) + opened) // 8) * 8
+        return price(costs, counts) - (-opened // 8) * 8
 
     return size_of
 
 
+@example(
+    ([torch.tensor([1.0]).double(), torch.tensor([2.0, 2.0]).double()], [1, 4], 13), [2, 1, 0]
+)  # the entry fits into what rounding up leaves
 @settings(deadline=None, max_examples=200)
 @given(shops(lists=3, items=3), st.lists(AMOUNTS, min_size=3, max_size=3))
 def test_no_item_more_fits_where_costs_do_not_add_up(shop, entries):
     gains, costs, budget = shop
     entries = entries[: len(gains)]
     size_of = with_entries(gains, costs, entries)
-    counts = spread_to_fit(gains, costs, entries, budget, size_of)
+    least = [max(entry - 7, 0) for entry in entries]
+    counts = spread_to_fit(gains, costs, least, budget, size_of)
     assert size_of(counts) <= budget
     for index, values in enumerate(gains):
         more = [count + (place == index) for place, count in enumerate(counts)]

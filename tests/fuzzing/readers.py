@@ -203,10 +203,16 @@ def analysis(workshop: Workshop, _path: Path) -> None:
         file.remember("new", {"unet": torch.zeros(2, 1)})
 
 
-def sensitivities(_workshop: Workshop, path: Path) -> None:
+def sensitivities(workshop: Workshop, path: Path) -> None:
     """Reads sensitivities."""
-    known = read_sensitivities(path, DamagedFiles(lambda message: message.encode()))
-    assert math.isfinite(sum(value * value for value in known.values()))
+    header = read_header(workshop.sources[0])
+    layers = layout_of(header, require_supported(header)).layers
+    known = read_sensitivities(path, layers, DamagedFiles(lambda message: message.encode()))
+    for layer in layers if known else ():
+        value = known[layer.module]
+        assert math.isfinite(value.mean * value.rest)
+        assert value.left.apply(torch.ones(layer.m, 1)).isfinite().all()
+        assert value.right.inverse.apply(torch.ones(layer.n, 1)).isfinite().all()
 
 
 def hashes(workshop: Workshop, _path: Path) -> None:
@@ -253,7 +259,7 @@ def damaged_names(_sample: bytes, random: Random) -> bytes:
         ".tmp",
         ".old",
         ".safetensors",
-        ".sensitivities.json",
+        ".sensitivities.safetensors",
     )
     names = [random.choice(stems) + random.choice(suffixes) for _ in range(8)]
     names.append(f".hyper-merge-{random.randbytes(8).hex()}{random.choice(suffixes)}")

@@ -113,7 +113,12 @@ TARGETS: Final = (
     ),
     Target("solutions", _cached("*.solutions.json"), damaged_sealed, readers.analysis),
     Target("solutions, merged", _cached("*.solutions.json"), damaged_sealed, readers.rerun, 9),
-    Target("sensitivities", _cached("*.sensitivities.json"), damaged_sealed, readers.sensitivities),
+    Target(
+        "sensitivities",
+        _cached("*.sensitivities.safetensors"),
+        damaged_safetensors,
+        readers.sensitivities,
+    ),
     Target("hashes", _cached("hashes.json"), damaged_sealed, readers.hashes),
     Target("recipe", lambda workshop: workshop.root / "mix.yaml", damaged_yaml, readers.recipe),
     Target("journal", lambda workshop: workshop.journal, damaged_sealed, readers.journal),

@@ -14,7 +14,12 @@ from tiny_family import merge, recipe
 
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.sensitivities import write_sensitivities
+from hyper_merge.checkpoints.architectures.detection import require_supported
+from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.temporary_names import JOURNAL, LOCK
+from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.decomposition.sensitivity import Sensitivity
+from hyper_merge.decomposition.stretch import Stretch
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations.compare.records import (
     ComparisonFigures,
@@ -57,6 +62,11 @@ _CONFIGURATION = """model:
 """
 
 
+def _stretch(size: int) -> Stretch:
+    """Returns a map that stretches the first direction."""
+    return Stretch(torch.eye(size, 1).half(), torch.tensor([3.0]))
+
+
 class Workshop:
     """The folder; files that an input replaces or removes come back with `restore`."""
 
@@ -71,8 +81,12 @@ class Workshop:
         run_fit(FitRequest.parse(values, key_place), self.folders, Progress())
         self._write_pickles()
         self._save_comparison()
-        sensitivities = {"lora_unet_out_2": 0.5, "lora_unet_x": 1e-9}
-        path = self.folders.cache / f"{'0' * 32}-0-1.sensitivities.json"
+        header = read_header(self.sources[0])
+        sensitivities = {
+            layer.module: Sensitivity(0.5, 0.1, _stretch(layer.m), _stretch(layer.n))
+            for layer in layout_of(header, require_supported(header)).layers
+        }
+        path = self.folders.cache / f"{'0' * 32}-0-2.sensitivities.safetensors"
         write_sensitivities(path, sensitivities, Progress().warn)
         (root / "mix.yaml").write_text(_RECIPE.format(root=root))
         (root / "Stable-diffusion/v.yaml").write_text(_CONFIGURATION)

@@ -106,14 +106,17 @@ def test_an_incomplete_or_foreign_report_is_refused():
 def test_shares_of_chosen_layers_and_of_nothing():
     errors = torch.tensor([[1.0, 0.0], [3.0, 0.0]]).double()
     energies = torch.tensor([[4.0, 0.0], [6.0, 0.0]]).double()
-    nothing = torch.zeros(2, 2)
-    weights, multipliers = torch.tensor([2.0, 1.0]).double(), {"unet": torch.zeros(2, 1).double()}
-    fit = Evaluation(multipliers, errors, energies, nothing, weights, torch.ones(2))
+    nothing, ones = torch.zeros(2, 2), torch.ones(2)
+    weights = torch.tensor([[2.0], [1.0]]).double()
+    multipliers = {"unet": torch.zeros(2, 1).double()}
+    weighted = (weights * errors, weights * energies)
+    fit = Evaluation(multipliers, errors, energies, *weighted, nothing, ones)
     assert fit.loss == pytest.approx(0.4)
     assert fit.explained().tolist() == pytest.approx([0.6, 1.0])
     assert fit.explained(torch.tensor([True, False])).tolist() == pytest.approx([0.75, 1.0])
     assert fit.fidelity.tolist() == pytest.approx([1 - (2 * 1 + 3) / (2 * 4 + 6), 1.0])
-    assert Evaluation(multipliers, 0 * errors, 0 * energies, nothing, weights, nothing).loss == 0
+    empty = Evaluation(multipliers, *([0 * errors] * 4), nothing, ones)
+    assert empty.loss == empty.weighted_loss == 0
 
 
 def test_the_baselines_stand_in_their_order(merged):

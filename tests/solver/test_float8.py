@@ -1,6 +1,7 @@
 """Factors in 8 bits: within range whatever they are, and fitted again to what rounding has left."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_family import merge
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import largest_value
 from hyper_merge.decomposition.normalization import balance
+from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
 from hyper_merge.solver import float8
@@ -19,10 +21,21 @@ from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
 FLOAT8 = torch.float8_e4m3fn
 LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
 RANKS = (16, 12, 0, 8)
+PLAIN = LayerMetric(1.0, Stretch.none(60), Stretch.none(50))
 
 
 def generator_of(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def stretching():
+    """Returns a metric that stretches some directions of both sides by up to 20."""
+    generator = generator_of(3)
+    left, right = (
+        Stretch(torch.linalg.qr(torch.randn(n, 4, generator=generator))[0], factors)
+        for n, factors in ((60, torch.tensor([9.0, 5, 3, 2])), (50, torch.tensor([20.0, 6, 2, 1])))
+    )
+    return LayerMetric(0.5, left, right)
 
 
 def blocks_of(ranks=RANKS, seed=0):
@@ -63,7 +76,7 @@ def cancelling(seed=0):
         x.float()[:, None, None] * (up @ down)
         for x, (up, down) in zip(multipliers.mT, pairs, strict=True)
     )
-    return RefitTarget(slices, (torch.eye(60), torch.eye(50)), multipliers), pairs
+    return RefitTarget(slices, (torch.eye(60), torch.eye(50)), PLAIN, multipliers), pairs
 
 
 def rounded_to_float8(pairs, alphas):
@@ -121,25 +134,30 @@ def test_a_refit_reduces_the_rounding_of_cancelling_blocks(seed):
     assert [up.shape[1] for up, _ in again] == list(RANKS)
 
 
-def test_refitted_factors_are_dense_least_squares(monkeypatch):
+@pytest.mark.parametrize("metric", [PLAIN, stretching()], ids=["plain", "stretched"])
+def test_refitted_factors_are_dense_least_squares(metric):
     generator = generator_of(1)
     bases = [torch.linalg.qr(torch.randn(n, 20, generator=generator))[0] for n in (60, 50)]
     slices = torch.randn(2, 20, 20, generator=generator)
     multipliers = torch.randn(2, len(RANKS), generator=generator).double()
-    target = RefitTarget(slices, tuple(bases), multipliers)
+    target = RefitTarget(slices, tuple(bases), metric, multipliers)
     pairs = blocks_of(seed=2)  # not in the bases
     dense = [(bases[0] @ core @ bases[1].mT).double() for core in slices]
     downs = torch.cat([down for _, down in pairs]).double()
     columns = multipliers.repeat_interleave(torch.tensor(RANKS), 1)  # (2, rho)
-    design = torch.cat([row[:, None] * downs for row in columns], 1)  # ups @ design
-    expected = torch.linalg.lstsq(design.mT, torch.cat(dense, 1).mT).solution.mT
+    right, left = (
+        side.apply(torch.eye(n)).double() for side, n in ((metric.right, 50), (metric.left, 60))
+    )
+    design = torch.cat([row[:, None] * downs @ right for row in columns], 1)  # ups @ design
+    wide = torch.cat([block @ right for block in dense], 1)
+    expected = torch.linalg.lstsq(design.mT, wide.mT).solution.mT
     fitted = torch.cat(float8._best_ups(target, pairs), 1).double()
     # what a least-squares up has outside of the basis is nothing, for the slices are inside
     torch.testing.assert_close(fitted, expected, atol=2e-3, rtol=2e-3)
     turned = float8._best_ups(target.transposed, [(down.mT, up.mT) for up, down in pairs])
     ups = torch.cat([up for up, _ in pairs], 1).double()
-    design = torch.cat([row[:, None] * ups.mT for row in columns], 1)
-    wide = torch.cat([block.mT for block in dense], 1)
+    design = torch.cat([row[:, None] * ups.mT @ left for row in columns], 1)
+    wide = torch.cat([block.mT @ left for block in dense], 1)
     expected = torch.linalg.lstsq(design.mT, wide.mT).solution.mT
     torch.testing.assert_close(torch.cat(turned, 1).double(), expected, atol=2e-3, rtol=2e-3)
 
@@ -148,7 +166,7 @@ def test_a_fit_that_leaves_the_range_is_not_made():
     target, pairs = cancelling()
     alphas = alphas_of(pairs)
     stored = rounded_to_float8(pairs, alphas)
-    larger = RefitTarget(3 * target.slices, target.bases, target.multipliers)
+    larger = replace(target, slices=3 * target.slices)
     again = refit(larger, LAYER, stored, alphas)
     assert all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -21,14 +21,14 @@ def test_private_start_leaves_at_most_what_it_says(files, tmp_path):
     plan = plan_ranks(preflight.recipe, preflight.inputs)
     with open_analysis(find_known_analysis(preflight), preflight.inputs) as analysis:
         metric = Metric.of(analysis, preflight.recipe)
-        start = plan_private_start(analysis, metric, 3, plan.allowance)
-        assert plan_private_start(analysis, metric, 2, plan.allowance) is None
+        start = plan_private_start(metric, 3, plan.allowance)
+        assert plan_private_start(metric, 2, plan.allowance) is None
         left = 0.0
         for name, members in plan.groups.items():
-            group = start.group(name, analysis, metric, members, torch.device("cpu"), lambda: None)
+            group = start.group(name, metric, members, torch.device("cpu"), lambda: None)
             statistics = compute_statistics(group.problem, group.factors)
             left += statistics.loss(group.multipliers) * group.problem.energy
-        total = float(metric.weights.energies.sum())
+        total = metric.energy(range(len(metric.layers)))
     assert plan.allowance.size(start.ranks) <= plan.allowance.budget
     assert 0 < left / total <= start.loss * (1 + 1e-3)
 

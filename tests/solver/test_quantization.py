@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import added, layers_of, load, merge, part_multiplier, recipe, tags_of
 
-from hyper_merge.analysis.loss_weights import LossWeights
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.normalization import balance
+from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.loras.lora_file import (
     as_hosts_apply,
@@ -243,10 +243,15 @@ def test_float8_accepts_a_block_without_rank():
     solution = LowRankSolution(
         {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()
     )
-    ones = torch.ones(2).double()
-    weighting = LossWeights(ones, None, torch.tensor([[2.0], [-1.0]]).double(), ones)
+    plain = [LayerMetric(1.0, Stretch.none(x.m), Stretch.none(x.n)) for x in layers]
+    metric = SimpleNamespace(
+        analysis=analysis,
+        layers=plain,
+        mixed=lambda core: core,
+        to_deviations=torch.tensor([[2.0], [-1.0]]).double(),
+    )
     groups = {"unet": [0, 1]}
-    blocks = quantize(analysis, solution, groups, (5.0, 3.0), FLOAT8, weighting, Progress())
+    blocks = quantize(metric, solution, groups, (5.0, 3.0), FLOAT8, Progress())
     assert blocks.ranks == [(5, 0), (0, 0)]
     assert blocks.alphas == (float8_alpha(2 * 5 * 3.0), 1.0)
     assert {t.dtype for pairs in blocks.factors for pair in pairs for t in pair} == {FLOAT8}

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
+from hyper_merge.calibration.measure import measuring_cost
 from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
+from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import share
 from hyper_merge.errors import NameTakenError, OutputError
 from hyper_merge.loras.metadata import SourceRecord
@@ -65,17 +66,15 @@ def _write_fit(
     request: FitRequest, fit: PreparedFit, folders: Folders, progress: Progress
 ) -> FitRecord:
     """Fits the checkpoint and writes everything, with all names held."""
-    checking, fitting, remaining = progress.split(_costs(fit, folders, private=bool(request.topup)))
+    costs = _costs(fit, folders, private=bool(request.topup))
+    checking, running, fitting, remaining = progress.split(costs)
     source = _check_sources(fit, folders, checking)
     with FileTransaction(overwrite=request.overwrite) as outputs, _open_loras(fit) as stack:
-        measurement = measure(fit.inputs, stack, fit.options, fitting)
+        measurement = _measure(fit, folders, stack, running, fitting)
         record = _record(fit, measurement, source)
         if request.topup and record.differs:
             multipliers = _multipliers(fit, measurement)
-            weights = _layer_weights(fit, measurement)
-            residual = StreamedResidual(
-                fit.inputs, stack, multipliers, fit.options, measurement, weights
-            )
+            residual = StreamedResidual(fit.inputs, stack, multipliers, fit.options, measurement)
             private = top_up(outputs, fit, residual, source, request.topup, remaining)
             record = replace(record, topups=private)
         if request.overwrite:
@@ -117,10 +116,24 @@ def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitR
             of another family, a name that is taken, or the user's interrupt.
     """
     fit = validate_fit(FitRequest(run.name, path), folders)
-    checking, fitting, _ = progress.split(_costs(fit, folders, private=False))
+    checking, running, fitting, _ = progress.split(_costs(fit, folders, private=False))
     source = _check_sources(fit, folders, checking)
     with _open_loras(fit) as stack:
-        return _record(fit, measure(fit.inputs, stack, fit.options, fitting), source)
+        return _record(fit, _measure(fit, folders, stack, running, fitting), source)
+
+
+def _measure(
+    fit: PreparedFit, folders: Folders, stack: LoraStack, running: Progress, fitting: Progress
+) -> Measurement:
+    """Measures the checkpoint in the metric of the run."""
+    network = fit.network(folders)
+    sensitivities = None
+    if network is not None:
+        base, _ = fit.inputs.read
+        with CheckpointReader(base.path) as average:
+            sensitivities = network.sensitivities(average.tensor, fit.options.device, running)
+    choice = fit.run.recipe.layer_weights
+    return measure(fit.inputs, stack, fit.options, choice, sensitivities, fitting)
 
 
 def _open_loras(fit: PreparedFit) -> LoraStack:
@@ -128,12 +141,24 @@ def _open_loras(fit: PreparedFit) -> LoraStack:
     return LoraStack(shared_files(fit.run), base, fit.inputs.layout)
 
 
-def _costs(fit: PreparedFit, folders: Folders, *, private: bool) -> tuple[float, float, float]:
-    """Returns the costs of checking, fitting, and a private LoRA, in the unit of `pass_costs`."""
+def _costs(
+    fit: PreparedFit, folders: Folders, *, private: bool
+) -> tuple[float, float, float, float]:
+    """Returns the costs of checking, running the average, fitting, and a private LoRA.
+
+    The unit is that of `pass_costs`.
+    """
+    network = fit.network(folders)
+    runs = network is not None and not network.is_known
     entries = sum(pass_costs(fit.inputs, PassOptions(fit.options.device)).values())
     loras = sum(path.stat().st_size for path in shared_files(fit.run) if path.exists())
     hashing = bytes_to_hash(fit.inputs.headers, folders.cache)
-    return HASHING_COST * (loras + hashing), entries, 3 * entries if private else 0.0
+    return (
+        HASHING_COST * (loras + hashing),
+        measuring_cost(fit.inputs.layout) if runs else 0.0,
+        entries,
+        3 * entries if private else 0.0,
+    )
 
 
 def _check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> SourceRecord:
@@ -161,11 +186,10 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     A companion takes the UNet's multiplier of its LoRA.
     """
     report = fit.run.report
-    weights = _layer_weights(fit, measurement)
     with_companions = report.companion_owners
     owners = [*range(len(report.loras)), *with_companions]
     solved = {
-        part: measurement.multipliers(members, owners, weights.tolist())
+        part: measurement.weighted.multipliers(members, owners)
         for part, members in fit.groups.items()
     }
     unet = solved["unet"]
@@ -173,19 +197,10 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 
-def _layer_weights(fit: PreparedFit, measurement: Measurement) -> Tensor:  # (layers,), float64
-    """Returns how much the layers' squared errors count, as in the merge."""
-    sizes = torch.tensor([sums.size for sums in measurement.layers], dtype=torch.float64)
-    recipe, layers = fit.run.recipe, fit.inputs.layout.layers
-    return layer_factors(recipe.layer_weights, sizes, layers, fit.run.sensitivities)
-
-
 def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) -> FitRecord:
     multipliers = _multipliers(fit, measurement)
-    layers = fit.inputs.layout.layers
-    energies = torch.tensor([sums.energy for sums in measurement.layers], dtype=torch.float64)
-    errors = torch.tensor(measurement.lefts(multipliers, layers), dtype=torch.float64)
-    weights = _layer_weights(fit, measurement)
+    plain, weighted = measurement.plain, measurement.weighted
+    energies, errors = plain.energies, plain.left(multipliers)
     inside, outside = float(energies.sum()), sum(measurement.outside.values())
     return FitRecord(
         run=fit.run.name,
@@ -193,7 +208,7 @@ def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) ->
         created=current_time(),
         row=replace(
             _row(fit, multipliers, energies, errors, outside),
-            explained_weighted=_explained(weights * energies, weights * errors),
+            explained_weighted=_explained(weighted.energies, weighted.left(multipliers)),
         ),
         path=str(fit.inputs.headers[0].path.absolute()),
         sha256=source.sha256,
@@ -202,7 +217,7 @@ def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) ->
         not_carried={
             kind: energy / (inside + outside or 1.0) for kind, energy in measurement.outside.items()
         },
-        parts=part_losses(layers, energies, errors),
+        parts=part_losses(plain.layers, energies, errors),
         recovered=tuple(
             CompanionGain(kind, _recovered(sums, multipliers["unet"]))
             for kind, sums in measurement.vectors.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from hyper_merge.analysis.blank_tensors import BlankTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
+from hyper_merge.analysis.loss_weights import layer_metrics, layer_stretches
+from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs, raise_non_finite
 from hyper_merge.checkpoints.architectures.layout import Layer, Treatment, kind_of_tensor
 from hyper_merge.checkpoints.architectures.norms_and_biases import Kind
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
+from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map
 from hyper_merge.runtime.progress import Progress, ProgressCounter
@@ -34,7 +37,6 @@ class Sums:
     energy: float  # squared norm of the difference
     cross: Tensor  # (R,), float64: <difference, block>
     gram: Tensor  # (R, R), float64: <block, block>
-    size: float = 1.0  # squared norm of the hyper-model's matrix
 
     def left(
         self,
@@ -44,34 +46,31 @@ class Sums:
         explained = multipliers @ (2 * self.cross - self.gram @ multipliers)
         return max(self.energy - float(explained), 0.0)
 
+    def scaled(self, factor: float) -> Sums:
+        """Returns the products of tensors that count so many times as much."""
+        return Sums(self.energy * factor, self.cross * factor, self.gram * factor)
+
 
 @dataclass(frozen=True, eq=False)
-class Measurement:
-    """The inner products of both files from which multipliers and shares follow."""
+class LayerSums:
+    """The inner products of all layers, in the layout's order, in one metric."""
 
-    layers: tuple[Sums, ...]  # in the layout's order
-    outside: Mapping[str, float]  # kind -> squared norm of the differences outside of the layers
-    vectors: Mapping[Kind, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
+    sums: tuple[Sums, ...]
+    layers: tuple[Layer, ...]
 
     @property
-    def energy(self) -> float:
-        """The squared norm of the differences in the layers."""
-        return sum(sums.energy for sums in self.layers)
+    def energies(self) -> Tensor:  # (layers,), float64
+        """The squared norms of the differences."""
+        return torch.tensor([sums.energy for sums in self.sums], dtype=torch.float64)
 
-    def lefts(self, multipliers: Mapping[str, Tensor], layers: Sequence[Layer]) -> list[float]:
-        """Returns for every layer the squared norm of what multipliers, by part, leave."""
-        pairs = zip(self.layers, layers, strict=True)
-        return [sums.left(multipliers[layer.part]) for sums, layer in pairs]
-
-    def left(self, multipliers: Mapping[str, Tensor], layers: Sequence[Layer]) -> float:
-        """Returns the squared norm of what multipliers, by part, leave in all layers."""
-        return sum(self.lefts(multipliers, layers))
+    def left(self, multipliers: Mapping[str, Tensor]) -> Tensor:  # (layers,), float64
+        """Returns the squared norms of what multipliers, by part, leave."""
+        pairs = zip(self.sums, self.layers, strict=True)
+        values = [sums.left(multipliers[layer.part]) for sums, layer in pairs]
+        return torch.tensor(values, dtype=torch.float64)
 
     def multipliers(
-        self,
-        members: Sequence[int],
-        owners: Sequence[int],
-        weights: Sequence[float],
+        self, members: Sequence[int], owners: Sequence[int]
     ) -> Tensor:  # (LoRAs,), float64
         """Returns the best multipliers for some of the layers; zeros where nothing differs.
 
@@ -79,20 +78,44 @@ class Measurement:
             members: the layers.
             owners: for every file the place of the LoRA whose multiplier it has: itself, or for a
                 companion its LoRA.
-            weights: of all layers' squared errors.
         """
         shared = torch.nn.functional.one_hot(torch.tensor(owners)).double()  # (files, LoRAs)
         cross = torch.zeros(shared.shape[1], dtype=torch.float64)
         gram = torch.zeros(shared.shape[1], shared.shape[1], dtype=torch.float64)
         for index in members:
-            sums, weight = self.layers[index], weights[index]
-            cross += weight * (sums.cross @ shared)
-            gram += weight * (shared.mT @ sums.gram @ shared)
-        return fit_multipliers(Statistics(self.energy, cross[None], gram))[0]
+            sums = self.sums[index]
+            cross += sums.cross @ shared
+            gram += shared.mT @ sums.gram @ shared
+        return fit_multipliers(Statistics(float(self.energies.sum()), cross[None], gram))[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The inner products of both files from which multipliers and shares follow."""
+
+    plain: LayerSums
+    weighted: LayerSums  # as the loss counts them
+    metrics: Sequence[LayerMetric]  # of the layers
+    outside: Mapping[str, float]  # kind -> squared norm of the differences outside of the layers
+    vectors: Mapping[Kind, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What is measured of a tensor, or of the rows that are one layer."""
+
+    plain: Sums
+    stretched: Sums  # in the layer's metric, but for its scale
+    size: float  # squared norm of the hyper-model's
 
 
 def measure(
-    inputs: MergeInputs, stack: LoraStack, options: PassOptions, progress: Progress
+    inputs: MergeInputs,
+    stack: LoraStack,
+    options: PassOptions,
+    layer_weights: str,
+    sensitivities: Sensitivities | None,
+    progress: Progress,
 ) -> Measurement:
     """Returns the inner products after one pass over both files.
 
@@ -100,13 +123,16 @@ def measure(
         inputs: the hyper-model as the base, and one checkpoint.
         stack: the run's LoRAs and companions, open.
         options: device.
+        layer_weights: of the run's recipe.
+        sensitivities: of the hyper-model, where they are known.
         progress: progress and interrupt.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
         CheckpointError: a file was changed, cannot be read, or lacks data (`BlankTensors`).
     """
-    layers: dict[int, Sums] = {}
+    stretches = layer_stretches(inputs.layout.layers, sensitivities)
+    layers: dict[int, _Piece] = {}
     outside: dict[str, float] = {}
     vectors: dict[Kind, list[Sums]] = {kind: [] for kind in get_args(Kind)}
     costs = pass_costs(inputs, PassOptions(options.device))
@@ -117,11 +143,11 @@ def measure(
         counter,
     ):
 
-        def take(key: str) -> tuple[list[tuple[int | None, Sums]], tuple[int, ...]]:
+        def take(key: str) -> tuple[list[tuple[int | None, _Piece]], tuple[int, ...]]:
             tensors = [file.tensor(key) for file in files]
             counter.add(key, costs[key] / 2)
             pieces = [
-                (index, replace(_sums(delta, index, key, inputs, stack), size=size))
+                (index, _Piece(*_sums(delta, index, key, inputs, stack, stretches), size))
                 for index, delta, size in read_deltas(inputs, key, tensors, options.device)
             ]
             return pieces, blank.find(key, tensors)
@@ -129,19 +155,30 @@ def measure(
         for key, (pieces, places) in zip(costs, parallel(take, costs), strict=True):
             blank.add(key, places)
             kind = kind_of_tensor(key, inputs.layout)
-            for index, sums in pieces:
+            for index, piece in pieces:
                 if index is not None:
-                    layers[index] = sums
+                    layers[index] = piece
                 else:
-                    outside[kind] = outside.get(kind, 0.0) + sums.energy
+                    outside[kind] = outside.get(kind, 0.0) + piece.plain.energy
                     vector_kind = stack.vector_kind(key)
-                    if vector_kind and sums.gram.any():
-                        vectors[vector_kind].append(sums)
+                    if vector_kind and piece.plain.gram.any():
+                        vectors[vector_kind].append(piece.plain)
             counter.finish(key)
     blank.report(progress.warn)
-    ordered = tuple(layers[index] for index in sorted(layers))
+    ordered = [layers[index] for index in sorted(layers)]
     reached = {kind: tuple(sums) for kind, sums in vectors.items() if sums}
-    return Measurement(ordered, outside, reached)
+    sizes = torch.tensor([piece.size for piece in ordered], dtype=torch.float64)
+    metrics = layer_metrics(layer_weights, sizes, inputs.layout.layers, sensitivities)
+    weighted = [
+        piece.stretched.scaled(metric.scale) for piece, metric in zip(ordered, metrics, strict=True)
+    ]
+    return Measurement(
+        LayerSums(tuple(piece.plain for piece in ordered), inputs.layout.layers),
+        LayerSums(tuple(weighted), inputs.layout.layers),
+        metrics,
+        outside,
+        reached,
+    )
 
 
 @contextmanager
@@ -179,18 +216,34 @@ def read_deltas(
 
 
 def _sums(
-    delta: Tensor, index: int | None, key: str, inputs: MergeInputs, stack: LoraStack
-) -> Sums:
-    energy = _squared(delta)
+    delta: Tensor,
+    index: int | None,
+    key: str,
+    inputs: MergeInputs,
+    stack: LoraStack,
+    stretches: Sequence[LayerMetric],
+) -> tuple[Sums, Sums]:
+    """Returns the inner products of a tensor or layer, plain and stretched."""
     if index is None:
-        return _vector_sums(energy, delta, stack.vectors(key))
+        vectors = _vector_sums(_squared(delta), delta, stack.vectors(key))
+        return vectors, vectors
+    metric = stretches[index]
     factors = stack.factors(inputs.layout.layers[index])
+    plain = _layer_sums(delta, factors)
+    if metric.is_plain:
+        return plain, plain
+    return plain, _layer_sums(
+        metric.apply(delta), [metric.apply_to_factors(*pair) for pair in factors]
+    )
+
+
+def _layer_sums(delta: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Sums:
     cross = [
         ((up.to(delta).mT @ delta) * down.to(delta)).sum(dtype=torch.float64).cpu()
         for up, down in factors
     ]
     ups, downs = zip(*factors, strict=True)
-    return Sums(energy, torch.stack(cross), block_gram(ups, downs))
+    return Sums(_squared(delta), torch.stack(cross), block_gram(ups, downs))
 
 
 def _squared(tensor: Tensor) -> float:

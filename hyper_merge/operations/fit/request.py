@@ -11,12 +11,13 @@ import torch
 
 from hyper_merge.analysis.inputs import MergeInputs, multiplier_groups
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.checkpoints.reader import fingerprint, read_header
 from hyper_merge.operations.merge.preflight import common_layout
+from hyper_merge.operations.sensitivities import AverageNetwork
 from hyper_merge.recipe.fields import FIELD_PARSERS
 from hyper_merge.recipe.parsing import PrivateLoraTarget, optional, parse_name, parse_path
 from hyper_merge.recipe.request import Parsers, Request
-from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.folders import AVERAGE_ID, Folders
 from hyper_merge.runs.integrity import require_family, require_hyper_model
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.devices import resolve_device
@@ -69,6 +70,21 @@ class PreparedFit:
     def layers_of(self) -> dict[str, list[int]]:
         """The layers by their own part."""
         return multiplier_groups(self.inputs.layout.layers, separate=True)
+
+    def network(self, folders: Folders) -> AverageNetwork | None:
+        """Returns the hyper-model's network, if the run counts errors by what they do to its output."""
+        if self.run.report.metric != "output":
+            return None
+        header, _ = self.inputs.read
+        average_id = header.metadata.get(AVERAGE_ID) or fingerprint(header)
+        return AverageNetwork.of(
+            self.run.recipe.layer_weights,
+            header,
+            self.inputs.layout,
+            average_id,
+            folders.cache,
+            self.run.recipe.seed,
+        )
 
 
 def validate_fit(request: FitRequest, folders: Folders) -> PreparedFit:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.decomposition.truncated_svd import truncation_cost
 from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.loras.stack import LoraStack
@@ -35,7 +36,6 @@ class StreamedResidual:
     multipliers: Mapping[str, Tensor]  # by the layers' part: (R,)
     options: PassOptions
     measured: Measurement
-    weights: Tensor  # (layers,), float64: how much the layers' squared errors count
     checkpoint: int = 0  # the only one
     margin: float = 0.995  # rounding and the truncated SVD take a little
 
@@ -47,17 +47,17 @@ class StreamedResidual:
     @property
     def energy(self) -> float:
         """Weighted squared norm of the checkpoint's difference in the layers."""
-        return _weigh(self.weights, [sums.energy for sums in self.measured.layers])
+        return float(self.measured.weighted.energies.sum())
 
     @property
     def error(self) -> float:
         """Weighted squared norm of the rest that the LoRAs leave."""
-        return _weigh(self.weights, self.measured.lefts(self.multipliers, self.layers))
+        return float(self.measured.weighted.left(self.multipliers).sum())
 
     @property
     def plain_error(self) -> float:
         """Squared norm of the rest that the LoRAs leave."""
-        return self.measured.left(self.multipliers, self.layers)
+        return float(self.measured.plain.left(self.multipliers).sum())
 
     def spectra(self, _most: int, progress: Progress) -> list[Tensor]:
         """Returns all squared singular values of every layer that LoRAs reach, float64, falling."""
@@ -65,12 +65,14 @@ class StreamedResidual:
             layer.module: min(layer.m, layer.n) ** 2 * (max(layer.m, layer.n) + _EIGENVALUES)
             for layer in self.inputs.layout.layers
         }
+        metric_of = self._metrics
 
         def take(layer: Layer, rest: Tensor, tick: Callable[[float], None]) -> Tensor:
             tick(0)
             if layer.is_end:  # private LoRAs have no companions
                 return torch.zeros(0, dtype=torch.float64)
-            wide = rest if layer.m <= layer.n else rest.mT
+            weighted = metric_of[layer].apply(rest)
+            wide = weighted if layer.m <= layer.n else weighted.mT
             squares = torch.linalg.eigvalsh((wide @ wide.mT).double())
             return squares.flip(0).clamp(min=0).cpu()
 
@@ -78,15 +80,24 @@ class StreamedResidual:
 
     def unreachable(self, _spectra: Sequence[Tensor]) -> float:
         """Returns the weighted error of the end layers: the spectra hold all of the other error."""
-        errors = self.measured.lefts(self.multipliers, self.layers)
-        pairs = zip(self.layers, errors, strict=True)
-        return _weigh(self.weights, [error if layer.is_end else 0.0 for layer, error in pairs])
+        errors = self.measured.weighted.left(self.multipliers)
+        ends = [layer.is_end for layer in self.layers]
+        return float(errors[ends].sum())
+
+    def largest(self, spectra: Sequence[Tensor]) -> list[float]:
+        """Returns the largest singular value of the rest in every layer, or more.
+
+        Stretches only lengthen, so the plain value is at most that of the metric without its scale.
+        """
+        pairs = zip(spectra, self.measured.metrics, strict=True)
+        return [float(values[:1].sum() / metric.scale) ** 0.5 for values, metric in pairs]
 
     def low_rank(
         self, ranks: Sequence[int], stored: StoredFormat, progress: Progress
     ) -> list[LowRankLayer]:
         """Returns every layer's factors of these ranks as a file will hold them."""
         rank_of = dict(zip(self.inputs.layout.layers, ranks, strict=True))
+        metric_of = self._metrics
         costs = {
             layer.module: truncation_cost(layer.m, layer.n, max(rank, 1))
             for layer, rank in rank_of.items()
@@ -96,9 +107,14 @@ class StreamedResidual:
             rank = rank_of[layer]
             if not rank or not rest.any():
                 return empty_layer(layer, stored.dtype)
-            return low_rank_layer(layer, rest, rank, stored, self.options.seed, tick)
+            seed, metric = self.options.seed, metric_of[layer]
+            return low_rank_layer(layer, rest, rank, stored, seed, tick, metric)
 
         return self._map(take, "making the top-up", costs, progress)
+
+    @property
+    def _metrics(self) -> dict[Layer, LayerMetric]:
+        return dict(zip(self.layers, self.measured.metrics, strict=True))
 
     def _map(
         self,
@@ -139,7 +155,3 @@ class StreamedResidual:
             *(((up * x).to(delta), down.to(delta)) for (up, down), x in pairs), strict=True
         )
         return torch.addmm(delta, torch.cat(ups, 1), torch.cat(downs), alpha=-1)
-
-
-def _weigh(weights: Tensor, values: Sequence[float]) -> float:
-    return float(weights @ torch.tensor(values, dtype=torch.float64))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.lora_file import lora_bytes, write_lora
@@ -90,9 +88,9 @@ def top_up(
     size = lora_bytes(layers, [(rank,) for rank in plan.ranks], dtype, (plan.stored.alpha,))
     require_disks({path.parent: size})
     lora = make_private_lora(residual, plan, making)
-    plain = torch.ones_like(residual.weights)
-    explained = 1 - (residual.plain_error - lora.gain(plain)) / residual.measured.energy
-    fidelity = 1 - (residual.error - lora.gain(residual.weights)) / residual.energy
+    energy = float(residual.measured.plain.energies.sum())
+    explained = 1 - (residual.plain_error - lora.gain) / energy
+    fidelity = 1 - (residual.error - lora.weighted_gain) / residual.energy
     file = LoraFile(
         lineage=lineage_of_run(fit.run, fit.run.hyper_model.stem, [source]),
         run=fit.run.name,

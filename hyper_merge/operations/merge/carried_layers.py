@@ -7,20 +7,26 @@ from dataclasses import replace
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.operations.merge.companions import decide_on_ends
 from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.metric import Metric
 
 
-def choose_layers(analysis: Analysis, preflight: Preflight) -> tuple[Analysis, Preflight]:
-    """Returns analysis and preflight with the layers that LoRAs and companions will carry.
+def choose_layers(
+    analysis: Analysis, preflight: Preflight, progress: Progress
+) -> tuple[Metric, Preflight]:
+    """Returns the metric of the layers that LoRAs and companions will carry, and a preflight of these.
 
     One analysis serves all recipes: it has the end layers, which a recipe may leave averaged.
 
     Args:
         analysis: of the checkpoints, with all layers.
         preflight: the validated recipe, with all layers.
+        progress: interrupt.
     """
-    ends = decide_on_ends(preflight.recipe, analysis)
+    metric = Metric.of(analysis, preflight.recipe, progress)
+    ends = decide_on_ends(preflight.recipe, metric)
     preflight = replace(preflight, ends=ends)
     if ends is None or ends.carried:
-        return analysis, preflight
+        return metric, preflight
     inputs = replace(preflight.inputs, layout=preflight.inputs.layout.without_ends())
-    return analysis.without_ends(), replace(preflight, inputs=inputs)
+    return metric.without_ends(), replace(preflight, inputs=inputs)

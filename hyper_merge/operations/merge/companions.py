@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
-from hyper_merge.analysis.loss_weights import make_loss_weights
-from hyper_merge.analysis.store import Analysis
 from hyper_merge.analysis.streaming_pass import PassOptions, analyze_tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.norms_and_biases import (
@@ -33,7 +31,8 @@ from hyper_merge.loras.lora_file import WHOLE, WHOLE_DTYPE, named_tensors
 from hyper_merge.loras.metadata import COMPANION_CONTENT, LoraFile, lora_metadata
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.report import CompanionGain, EndLayers
-from hyper_merge.solver.quantization import StoredFactors
+from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.products import StoredFactors
 
 _MATTERS: Final = 0.01  # share of all weighted differences, from which end layers are carried
 _DTYPE: Final = torch.float32  # A1111 rounds the norm itself to the type of its change
@@ -57,16 +56,15 @@ class NormBiasLoras:
     recovered: tuple[CompanionGain, ...]  # by kind
 
 
-def decide_on_ends(recipe: Recipe, analysis: Analysis) -> EndLayers | None:
+def decide_on_ends(recipe: Recipe, metric: Metric) -> EndLayers | None:
     """Returns whether the companions hold the end layers; None for a family without them.
 
     The recipe decides, or for `auto` the part of the loss that the layers could not reduce.
     """
-    places = [place for place, layer in enumerate(analysis.layers) if layer.is_end]
+    places = [place for place, layer in enumerate(metric.analysis.layers) if layer.is_end]
     if not places:
         return None
-    energies = make_loss_weights(analysis, recipe).energies
-    part = share(energies[places].sum(), energies.sum())
+    part = share(metric.energy(places), metric.energy(range(len(metric.layers))))
     return EndLayers(part, recipe.exact != "none" and (recipe.exact != "auto" or part >= _MATTERS))
 
 

@@ -9,12 +9,12 @@ from typing import Final
 from hyper_merge.analysis.cache import find_analysis, required_width
 from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.sensitivities import sensitivities_bytes
 from hyper_merge.loras.lora_file import lora_bytes
 from hyper_merge.operations.merge.companions import vector_bytes
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
-from hyper_merge.operations.merge.sensitivities import are_known
 from hyper_merge.runs.folders import Place
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
@@ -52,7 +52,7 @@ def estimate_merge(preflight: Preflight) -> Estimate:
         average=average_bytes(inputs),
         loras=loras,
         analysis=analysis_bytes(inputs, preflight.pass_options),
-        memory=_OVERHEAD + max(in_flight, factors, 2 * loras),
+        memory=_OVERHEAD + max(in_flight, factors + _core_bytes(inputs, plan), 2 * loras),
         seconds=sum(estimate_costs(preflight, _existing_files(preflight))),
     )
 
@@ -76,12 +76,15 @@ def require_room(preflight: Preflight, place: Place) -> None:
         OutputError: too little is free.
     """
     inputs, folders = preflight.inputs, preflight.folders
-    cached = _existing_files(preflight).analysis
+    existing = _existing_files(preflight)
+    cache = 0 if existing.analysis else analysis_bytes(inputs, preflight.pass_options)
+    if not existing.sensitivities:
+        cache += sensitivities_bytes(inputs.layout.layers)
     require_disks(
         {
             place.loras: _lora_bytes(preflight, plan_ranks(preflight.recipe, inputs)),
             place.hyper_model.parent: 0 if place.exists else average_bytes(inputs),
-            folders.cache: 0 if cached else analysis_bytes(inputs, preflight.pass_options),
+            folders.cache: cache,
         }
     )
 
@@ -93,7 +96,7 @@ def _existing_files(preflight: Preflight) -> ExistingFiles:
         folders.cache,
         average=folders.hyper_model_for(recipe, preflight.average_id) is not None,
         analysis=analysis is not None,
-        sensitivities=are_known(preflight),
+        sensitivities=preflight.is_network_known,
     )
 
 
@@ -102,6 +105,13 @@ def _lora_bytes(preflight: Preflight, plan: RankPlan) -> int:
     layers = preflight.inputs.layout.layers
     loras = lora_bytes(layers, plan.layer_ranks, plan.dtype, plan.alphas)
     return loras + len(plan.recipe.ranks) * vector_bytes(preflight.norms_and_biases)
+
+
+def _core_bytes(inputs: MergeInputs, plan: RankPlan) -> int:
+    """Returns the bytes of all cores as the solver holds them, scaled, in float32."""
+    width, slices = required_width(plan.recipe.ranks), inputs.contrasts.dimensions
+    sides = (basis_columns(layer, width) for layer in inputs.layout.layers)
+    return sum(4 * slices * p * q for p, q in sides)
 
 
 def _factor_bytes(

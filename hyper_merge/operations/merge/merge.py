@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.cache import prune_analyses
-from hyper_merge.analysis.loss_weights import make_loss_weights
-from hyper_merge.analysis.store import Analysis, create_analysis, open_analysis
+from hyper_merge.analysis.sensitivities import Sensitivities
+from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.analysis.turns import Turn, analysis_turn
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -39,7 +39,6 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan
 from hyper_merge.operations.merge.rank_search import solve_with_rank_search
 from hyper_merge.operations.merge.report_builder import make_report
-from hyper_merge.operations.merge.sensitivities import are_known, find_sensitivities
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.name_locks import Hold, held
@@ -48,6 +47,7 @@ from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.compressed_residual import SharedLoras
 from hyper_merge.solver.evaluation import evaluate
+from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.private_loras import add_private_loras, find_private_loras
 from hyper_merge.solver.quantization import quantize
 from hyper_merge.solver.solve import find_blocks
@@ -126,7 +126,7 @@ def _make_files(
             preflight.folders.cache,
             average=place.exists,
             analysis=turn.exists,
-            sensitivities=are_known(preflight),
+            sensitivities=preflight.is_network_known,
         ),
     )
     hashing, reading, running, solving, writing = progress.split(
@@ -145,18 +145,18 @@ def _make_files(
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
         with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
-            analysis, preflight = choose_layers(all_layers, preflight)
+            metric, preflight = choose_layers(all_layers, preflight, solving)
             overhead = FileOverhead(
                 recipe, preflight.inputs, preflight.norms_and_biases, lineage, place.run
             )
-            solved = _solve(analysis, preflight, overhead, costs, start, effort, solving)
+            solved = _solve(metric, preflight, overhead, costs, start, effort, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
-            solved = _add_private_loras(analysis, solved, overhead, adding)
+            solved = _add_private_loras(metric, solved, overhead, adding)
             preflight = replace(preflight, recipe=solved.plan.recipe)
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             outputs = replace(outputs, lineage=lineage)  # with the ranks that a search has found
-            report, names = _write(outputs, preflight, analysis, solved, writing)
-        outputs.stage_texts(preflight, report, sensitivities)
+            report, names = _write(outputs, preflight, metric, solved, writing)
+        outputs.stage_texts(preflight, report)
         progress.report("putting the files in place", 1.0)
     paths = tuple(outputs.lora_path(name) for name in names)
     return MergeResult(report, place, paths, turn.exists)
@@ -197,7 +197,7 @@ def _stream(
 
 
 def _solve(
-    analysis: Analysis,
+    metric: Metric,
     preflight: Preflight,
     overhead: FileOverhead,
     costs: MergeCosts,
@@ -211,7 +211,7 @@ def _solve(
     def solve(plan: RankPlan, part: Progress) -> SolvedMerge:
         solving, rounding = part.split((costs.solving, costs.rounding))
         solution = find_blocks(
-            analysis,
+            metric,
             plan.recipe,
             plan.layer_ranks,
             plan.allowance,
@@ -220,25 +220,22 @@ def _solve(
             start,
             effort,
         )
-        weights = make_loss_weights(analysis, plan.recipe)
-        factors = quantize(
-            analysis, solution, plan.groups, plan.alphas, plan.dtype, weights, rounding
-        )
-        evaluation = evaluate(analysis, factors, plan.groups, weights.layers)
+        factors = quantize(metric, solution, plan.groups, plan.alphas, plan.dtype, rounding)
+        evaluation = evaluate(metric, factors, plan.groups)
         return SolvedMerge(plan, factors, evaluation, solution.losses)
 
-    return solve_with_rank_search(analysis, preflight, overhead, solve, progress)
+    return solve_with_rank_search(metric, preflight, overhead, solve, progress)
 
 
 def _add_private_loras(
-    analysis: Analysis, solved: SolvedMerge, overhead: FileOverhead, progress: Progress
+    metric: Metric, solved: SolvedMerge, overhead: FileOverhead, progress: Progress
 ) -> SolvedMerge:
     """Adds private LoRAs for the checkpoints that are explained worst, if the recipe asks for them."""
     plan = solved.plan
     target = plan.recipe.topup
     if target is None:
         return solved
-    shared = SharedLoras(analysis, solved.factors, solved.evaluation, plan.groups, plan.dtype)
+    shared = SharedLoras(metric, solved.factors, solved.evaluation, plan.groups, plan.dtype)
     loras = find_private_loras(shared, target, progress, private_budget(solved, overhead))
     evaluation = add_private_loras(solved.evaluation, loras)
     return replace(solved, evaluation=evaluation, private_loras=loras)
@@ -247,7 +244,7 @@ def _add_private_loras(
 def _write(
     outputs: MergeOutputs,
     preflight: Preflight,
-    analysis: Analysis,
+    metric: Metric,
     solved: SolvedMerge,
     progress: Progress,
 ) -> tuple[Report, tuple[str, ...]]:
@@ -265,7 +262,7 @@ def _write(
     outputs.stage_private_loras(preflight, solved)
     checkpoints = [header.stem for header in preflight.inputs.headers]
     sizes = outputs.file_sizes(preflight, names)
-    report = make_report(analysis, solved, place.run, tuple(files), checkpoints, sizes)
+    report = make_report(metric, solved, place.run, tuple(files), checkpoints, sizes)
     topups = named_topups(outputs.transaction, place.loras, private)
     rows = tuple(replace(row, topup=topups.get(row.name, "")) for row in report.checkpoints)
     report = replace(
@@ -297,9 +294,12 @@ def _host_precision(
 
 def _sensitivities(
     preflight: Preflight, outputs: MergeOutputs, progress: Progress
-) -> Mapping[str, float] | None:
+) -> Sensitivities | None:
+    if preflight.network is None:
+        return None
     with _average(outputs) as average:
-        return find_sensitivities(preflight, average, progress)
+        device = preflight.pass_options.device
+        return preflight.network.sensitivities(average, device, progress)
 
 
 @contextmanager

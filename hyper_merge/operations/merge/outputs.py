@@ -157,12 +157,11 @@ class MergeOutputs:
         self,
         preflight: Preflight,
         report: Report,
-        sensitivities: Mapping[str, float] | None,  # by module
     ) -> None:
         """Stages multipliers, report and manifest."""
         lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
         hashes = self._hashes(report)
-        manifest = _manifest(preflight, self.place, self.lineage, report, hashes, sensitivities)
+        manifest = _manifest(preflight, self.place, self.lineage, report, hashes)
         folder = self.place.folder
         self.transaction.text(folder / MULTIPLIERS, "".join(lines))
         self.transaction.text(folder / REPORT, format_report(report))
@@ -244,7 +243,6 @@ def _manifest(
     lineage: Lineage,
     report: Report,
     hashes: Mapping[str, str],
-    sensitivities: Mapping[str, float] | None,
 ) -> RunManifest:
     headers = preflight.inputs.read
     return RunManifest(
@@ -262,7 +260,6 @@ def _manifest(
         base_is_first_source=preflight.inputs.base is not None,
         report=report,
         hashes=hashes,
-        sensitivities=sensitivities,
     )
 
 

@@ -13,8 +13,7 @@ from typing import Final
 from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.cache import find_analysis, prune_analyses
 from hyper_merge.analysis.file_layout import analysis_bytes
-from hyper_merge.analysis.loss_weights import layer_weights
-from hyper_merge.analysis.store import Analysis, create_analysis, open_analysis
+from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import stream_layers
 from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
@@ -22,8 +21,6 @@ from hyper_merge.operations.merge.carried_layers import choose_layers
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
-from hyper_merge.operations.merge.report_builder import gram_of
-from hyper_merge.operations.merge.sensitivities import known_sensitivities
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
@@ -104,12 +101,12 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
         with (
             ensure_analysis(preflight, reading, damaged) as path,
             open_analysis(
-                path, preflight.inputs, sensitivities=known_sensitivities(preflight)
+                path, preflight.inputs, sensitivities=preflight.known_sensitivities
             ) as analysis,
         ):
-            carried, chosen = choose_layers(analysis, preflight)
-            forecast = forecast_ranks_for(carried, chosen, forecasting)
-            return _plan_from(forecast, _find_groups(carried, chosen), chosen)
+            metric, chosen = choose_layers(analysis, preflight, forecasting)
+            forecast = forecast_ranks_for(metric, chosen, forecasting)
+            return _plan_from(forecast, find_clusters(metric.deviation_gram), chosen)
 
     return with_sound_cache(attempt, progress.warn)
 
@@ -170,11 +167,11 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
         DamagedCacheError: the analysis is damaged.
         InterruptedRun: the user asked for the run to end.
     """
-    sensitivities = known_sensitivities(preflight)
+    sensitivities = preflight.known_sensitivities
     with open_analysis(path, preflight.inputs, sensitivities=sensitivities) as whole:
-        analysis, preflight = choose_layers(whole, preflight)
-        forecast = forecast_ranks_for(analysis, preflight, progress)
-        groups = _find_groups(analysis, preflight)
+        metric, preflight = choose_layers(whole, preflight, progress)
+        forecast = forecast_ranks_for(metric, preflight, progress)
+        groups = find_clusters(metric.deviation_gram)
     least = sum(forecast.costs) / 2
     step = (forecast.largest / least) ** (1 / (_SIZES - 1))
     sizes = [*(round(least * step**i) for i in range(_SIZES - 1)), forecast.largest]
@@ -182,10 +179,6 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
     return ForecastCurve(
         forecast.names, tuple(sizes), tuple(map(tuple, shared)), tuple(map(tuple, private)), groups
     )
-
-
-def _find_groups(analysis: Analysis, preflight: Preflight) -> Clusters:
-    return find_clusters(gram_of(analysis, layer_weights(analysis, preflight.recipe)))
 
 
 def _requested_size(preflight: Preflight, budget_for: Callable[[float], int | None]) -> int | None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.file_layout import file_identity
 from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layout, layout_of
@@ -31,6 +32,7 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import MismatchError, RecipeError
 from hyper_merge.operations.merge.companions import select_norms_and_biases
 from hyper_merge.operations.merge.file_overhead import FileOverhead
+from hyper_merge.operations.sensitivities import AverageNetwork
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.runs.folders import Folders, Place
@@ -73,6 +75,30 @@ class Preflight:
             *(["accepts damaged"] if inputs.accepts_damaged else []),
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    @cached_property
+    def network(self) -> AverageNetwork | None:
+        """The average's network, if the recipe asks for runs of it."""
+        recipe, inputs = self.recipe, self.inputs
+        header = inputs.base or inputs.headers[0]
+        return AverageNetwork.of(
+            recipe.layer_weights,
+            header,
+            inputs.layout,
+            self.average_id,
+            self.folders.cache,
+            recipe.seed,
+        )
+
+    @property
+    def is_network_known(self) -> bool:
+        """Whether the average need not run: an earlier merge did, or the recipe asks for no run."""
+        return self.network is None or self.network.is_known
+
+    @property
+    def known_sensitivities(self) -> Sensitivities | None:
+        """The sensitivities that an earlier merge measured, if any."""
+        return None if self.network is None else self.network.known()
 
     def find_place(self) -> Place:
         """Returns where the merge's files go.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from hyper_merge.analysis.loss_weights import layer_weights
-from hyper_merge.analysis.store import Analysis
 from hyper_merge.errors import RecipeError
 from hyper_merge.operations.merge.budget_search import Solve, solve_for_budget
 from hyper_merge.operations.merge.file_overhead import FileOverhead
@@ -15,21 +13,19 @@ from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
 
 _TRIES: Final = 4  # solves for one target
 _TOLERANCE: Final = 0.003  # above the target: close enough
 
 
-def forecast_ranks_for(
-    analysis: Analysis, preflight: Preflight, progress: Progress
-) -> RankForecast:
+def forecast_ranks_for(metric: Metric, preflight: Preflight, progress: Progress) -> RankForecast:
     """Returns the forecast of what LoRAs of any bytes explain."""
     recipe, inputs = preflight.recipe, preflight.inputs
     names = [header.stem for header in inputs.headers]
-    weights = layer_weights(analysis, recipe)
     plan = plan_ranks(recipe, inputs)
-    forecast = forecast_ranks(analysis, plan.groups, names, plan.rank_bytes, weights, progress)
+    forecast = forecast_ranks(metric, plan.groups, names, plan.rank_bytes, progress)
     if recipe.budget is None:
         return forecast
     overhead = FileOverhead.of(recipe, inputs, preflight.norms_and_biases)
@@ -40,7 +36,7 @@ def forecast_ranks_for(
 
 
 def solve_with_rank_search(
-    analysis: Analysis,
+    metric: Metric,
     preflight: Preflight,
     overhead: FileOverhead,
     solve: Solve,
@@ -49,7 +45,7 @@ def solve_with_rank_search(
     """Returns a solution with the ranks of the recipe, or with those that its size asks for.
 
     Args:
-        analysis: the checkpoints' analysis.
+        metric: of the loss.
         preflight: the validated recipe.
         overhead: of the merge's files.
         solve: solves for the LoRAs of a plan of ranks.
@@ -62,7 +58,7 @@ def solve_with_rank_search(
     if not recipe.finds_ranks:
         return solve(plan_ranks(recipe, inputs), progress)
     forecasting, solving = progress.split((0.1, 0.9))
-    forecast = forecast_ranks_for(analysis, preflight, forecasting)
+    forecast = forecast_ranks_for(metric, preflight, forecasting)
     if recipe.budget is not None:
         return solve_for_budget(recipe.budget, forecast, overhead, solve, solving)
     return _solve_for_target(recipe.target or 1.0, forecast, preflight, solve, solving)

@@ -37,7 +37,7 @@ class FileSizes:
 
 
 def make_report(
-    analysis: Analysis,
+    metric: Metric,
     solved: SolvedMerge,
     run: str,
     loras: Sequence[str],
@@ -47,20 +47,20 @@ def make_report(
     """Returns all figures of a merge except those of companions and of host precision.
 
     Args:
-        analysis: the checkpoints' analysis.
+        metric: of the loss.
         solved: the merge's solution.
         run: name of the run.
         loras: names of the shared LoRAs.
         checkpoints: names of the checkpoints.
         sizes: bytes of the files.
     """
-    evaluation = solved.evaluation
+    evaluation, analysis = solved.evaluation, metric.analysis
     total = float(evaluation.energies.sum())
-    metric = Metric.of(analysis, solved.plan.recipe)
-    limits = _find_limits(analysis, solved, metric)
+    limits = _find_limits(solved, metric)
     outside = analysis.not_carried
-    gram = gram_of(analysis, torch.ones_like(metric.weights.layers))
-    clusters = find_clusters(gram_of(analysis, metric.weights.layers))
+    rows = to_deviations_matrix(analysis.contrasts)
+    gram = rows @ analysis.grams.sum(0) @ rows.mT
+    clusters = find_clusters(metric.deviation_gram)
     everything = total + float(sum(part.sum() for part in outside.values()))
     return Report(
         name=run,
@@ -82,7 +82,8 @@ def make_report(
         parts=part_losses(analysis.layers, evaluation.energies, evaluation.errors),
         metric=_metric_word(analysis, solved.plan.recipe),
         weighted_loss=share(
-            metric.weigh(evaluation.errors).sum(), metric.weigh(evaluation.energies).sum()
+            (evaluation.weighted_errors @ metric.checkpoints).sum(),
+            (evaluation.weighted_energies @ metric.checkpoints).sum(),
         ),
         weighted_private_loss=limits.weighted_private_loss,
         weighted_bound=limits.weighted_bound,
@@ -96,15 +97,6 @@ def _metric_word(analysis: Analysis, recipe: Recipe) -> str:
     return "layout" if by_layout else recipe.layer_weights
 
 
-def gram_of(
-    analysis: Analysis,
-    weights: Tensor,  # (layers,)
-) -> Tensor:  # (k, k)
-    """Returns the inner products of the checkpoints' deviations, summed over the layers."""
-    rows = to_deviations_matrix(analysis.contrasts)
-    return rows @ torch.einsum("l,lij->ij", weights, analysis.grams) @ rows.mT
-
-
 @dataclass(frozen=True)
 class _Limits:
     """What private LoRAs of the same bytes leave, and a bound, as shares of all energy."""
@@ -115,11 +107,11 @@ class _Limits:
     weighted_bound: float
 
 
-def _find_limits(analysis: Analysis, solved: SolvedMerge, metric: Metric) -> _Limits:
+def _find_limits(solved: SolvedMerge, metric: Metric) -> _Limits:
     """Returns the limits; the ranks of the private LoRAs are the best ones in the loss's metric."""
-    energies = solved.evaluation.energies
-    weighted_energies = metric.weigh(energies)
-    weighted_spectra = metric.spectra(analysis)
+    analysis, energies = metric.analysis, solved.evaluation.energies
+    weighted_energies = solved.evaluation.weighted_energies * metric.checkpoints
+    weighted_spectra = metric.spectra
     ranks = _private_ranks(weighted_spectra, solved)
     plain_grams = analysis.grams[:, :-1, :-1]
     private = private_errors(analysis.spectra, energies, ranks)
@@ -128,7 +120,7 @@ def _find_limits(analysis: Analysis, solved: SolvedMerge, metric: Metric) -> _Li
         share(private.sum(), energies.sum()),
         _bound(analysis.spectra, energies, plain_grams, solved),
         share(weighted_private.sum(), weighted_energies.sum()),
-        _bound(weighted_spectra, weighted_energies, metric.grams(analysis), solved),
+        _bound(weighted_spectra, weighted_energies, metric.slice_grams, solved),
     )
 
 

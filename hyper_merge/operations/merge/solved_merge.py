@@ -11,7 +11,7 @@ from hyper_merge.operations.merge.rank_plan import RankPlan
 from hyper_merge.solver.batching import Ranks
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.private_loras import PrivateLora
-from hyper_merge.solver.quantization import StoredFactors
+from hyper_merge.solver.products import StoredFactors
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,7 +90,7 @@ def layer_weights(path, hyper_model):
     """Returns how much the merge counts squared errors in each layer."""
     base, layers = load(hyper_model), layers_of(path)
     sizes = torch.stack([base[layer.key].double().square().sum() for layer in layers])
-    return layer_factors("output", sizes, layers, None)
+    return layer_factors("output", sizes, layers)
 
 
 def test_a_planted_mixture_gives_its_multipliers_back(single, planted, tmp_path):
@@ -283,6 +283,22 @@ def test_a_top_up_holds_no_end_layers_but_counts_their_error(single, other, tmp_
     downs = {layer: lora.get(f"{layer.module}.lora_down.weight") for layer in layers}
     values = sum(len(d) * (layer.m + layer.n) for layer, d in downs.items() if d is not None)
     assert 2.9 < values / sum(layer.m + layer.n for layer in layers) <= 3
+
+
+def test_a_share_that_end_layers_put_out_of_reach_is_one_of_the_others(single, other, tmp_path):
+    folders = Folders.under(shutil.copytree(single.root, tmp_path / "models"))
+    warnings = []
+    progress = Progress(warn=warnings.append)
+    fitted = fit(folders, other, progress, topup="99%")
+    (warning,) = warnings
+    assert warning.startswith(
+        "no private LoRA reaches 99.0%: what it does not hold, end layers above"
+    )
+    assert 0.975 < fitted.fidelity < 0.99  # 99 % of what it can hold
+    lora = load_file(folders.loras / f"{fitted.topups[0].name}.safetensors")
+    full = sum(min(layer.m, layer.n) for layer in layers_of(other))
+    ranks = [len(t) for key, t in lora.items() if key.endswith("lora_down.weight")]
+    assert 0 < sum(ranks) < 0.6 * full  # not all that there are
 
 
 def test_a_share_already_reached_needs_no_top_up(at, other, started):

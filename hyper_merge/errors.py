@@ -105,10 +105,11 @@ class SameMergeError(OutputError):
         run: Name of the run that it is.
     """
 
-    def __init__(self, message: str, *, run: str, hint: str = "") -> None:
+    def __init__(self, message: str, run: str, hint: str = "") -> None:
         """Takes the run besides the parts of the text."""
         super().__init__(message, hint=hint)
         self.run = run
+        self.args = (message, run, hint)  # by which it is made again in another process
 
 
 class DeviceError(HyperMergeError, RuntimeError):

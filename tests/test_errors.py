@@ -36,6 +36,8 @@ def test_the_text_has_place_message_and_hint():
 def test_every_error_survives_pickling_whole(kind):
     if kind is errors.DamagedCacheError:
         error = kind(Path("cache.safetensors"), "cut off")
+    elif kind is errors.SameMergeError:
+        error = kind("made already", "mix", hint="choose another name")
     else:
         error = kind("full", hint="free some", where="disk", file=Path("x"), key="k")
     copy = pickle.loads(pickle.dumps(error))

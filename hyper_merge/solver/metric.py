@@ -43,6 +43,7 @@ class Metric:
         mix: (d, d), float64: to weighted slices; None where all checkpoints count alike.
         to_deviations: (k, d), float64: from weighted slices.
         columns: Of the bases, in which private LoRAs are looked for.
+        check: Called between layers where much is computed; may raise, to stop.
     """
 
     analysis: Analysis
@@ -53,6 +54,7 @@ class Metric:
     mix: Tensor | None
     to_deviations: Tensor
     columns: int
+    check: Callable[[], None]
 
     @classmethod
     def of(cls, analysis: Analysis, recipe: Recipe, progress: Progress | None = None) -> Metric:
@@ -66,7 +68,8 @@ class Metric:
         layers = layer_metrics(
             recipe.layer_weights, analysis.weights, analysis.layers, analysis.sensitivities
         )
-        within, grams = _stretched(analysis, layers, (progress or Progress()).check)
+        check = (progress or Progress()).check
+        within, grams = _stretched(analysis, layers, check)
         plain, weighted = (
             float(energies(part, analysis.contrasts).sum()) for part in (analysis.grams, grams)
         )
@@ -81,6 +84,7 @@ class Metric:
             mix,
             to_deviations,
             max(math.ceil(_COLUMNS_PER_RANK * sum(recipe.ranks)), _LEAST_COLUMNS),
+            check,
         )
 
     def without_ends(self) -> Metric:
@@ -131,7 +135,7 @@ class Metric:
             pairs = zip(self.analysis.spectra, self.layers, strict=True)
             return [spectra.scaled(layer.scale) for spectra, layer in pairs]
         roots = self.directions.mT
-        with parallel_map(torch.device("cpu"), lambda: None) as parallel:
+        with parallel_map(torch.device("cpu"), self.check) as parallel:
             return list(
                 parallel(
                     lambda index: leading_spectra(self.core(index), roots, self._leading(index)),

@@ -125,6 +125,8 @@ class _Solver:
             tuple(min(rank, limit) for rank in layer_ranks)
             for layer_ranks, limit in zip(even, limits, strict=True)
         ]
+        # Before the map, for the spectra have one of their own.
+        ranks = even if allowance is None else self._overcomplete_ranks(limits, allowance)
         with parallel_map(self._device, self._progress.check) as parallel:
             if self._recipe.method == "greedy":
                 problems = self._problems(even, parallel, 1)
@@ -132,7 +134,6 @@ class _Solver:
             if allowance is None:
                 problems = self._problems(even, parallel, 1)
                 return self._solution([self._joint(*problem) for problem in problems])
-            ranks = self._overcomplete_ranks(limits, allowance)
             problems = self._problems(ranks, parallel, 2)
             overcomplete = [self._overcomplete(*problem) for problem in problems]
             return_memory()

@@ -47,8 +47,8 @@ LAYER = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.we
 
 def measured(kind, samples=FEW, state=None, shapes=None, progress=None, seed=0):
     """Returns the mean squared gradients by module."""
-    found = measured_whole(kind, samples, state, shapes, progress, seed)
-    return {module: sensitivity.mean for module, sensitivity in found.items()}
+    sensitivities = measured_whole(kind, samples, state, shapes, progress, seed)
+    return {module: sensitivity.mean for module, sensitivity in sensitivities.items()}
 
 
 def measured_whole(kind, samples=FEW, state=None, shapes=None, progress=None, seed=0):

@@ -179,10 +179,10 @@ def test_half_of_the_pilot_layers_have_the_most_energy_and_half_are_drawn(rng):
     for seed in range(40):
         chosen = pilot(problem_of((slices, (1,))), seeded(seed), small_effort(layers=4))
         layers = torch.cat([batch.slices for batch in chosen.batches])
-        found = {int((energies - x).abs().argmin()) for x in layers.square().sum((1, 2, 3))}
-        assert len(found) == 4
-        assert {1, 3} <= found
-        drawn |= found
+        places = {int((energies - x).abs().argmin()) for x in layers.square().sum((1, 2, 3))}
+        assert len(places) == 4
+        assert {1, 3} <= places
+        drawn |= places
     assert drawn == {0, 1, 2, 3, 4, 6, 7}  # all that have any energy
 
 

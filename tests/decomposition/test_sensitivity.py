@@ -40,14 +40,14 @@ def test_the_mean_is_that_of_squared_gradients_by_output_and_entry():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_stretches_are_roots_of_the_dense_second_moments(side):
-    found = sketched(gradients())
+    sensitivity = sketched(gradients())
     rows = [g.double() if side == "left" else g.double().mT for g in gradients()]
     moment = sum(g @ g.mT for g in rows)
     relative = moment / moment.trace() * len(moment)  # over its mean eigenvalue
-    stretch = getattr(found, side)
-    both = {"left": found.right, "right": found.left}[side]
+    stretch = getattr(sensitivity, side)
+    both = {"left": sensitivity.right, "right": sensitivity.left}[side]
     rest_of_other = _rest(both, {"left": N, "right": M}[side])
-    square = (found.rest / rest_of_other) * torch.linalg.matrix_power(
+    square = (sensitivity.rest / rest_of_other) * torch.linalg.matrix_power(
         stretch.apply(torch.eye(len(moment)).double()), 2
     )
     assert float((square - relative).norm() / relative.norm()) < 2e-3
@@ -71,12 +71,12 @@ def test_a_metric_foretells_what_changes_of_the_weight_do():
         )
     )
     many = [left @ torch.randn(20, 30, generator=generator) @ right.mT for _ in range(400)]
-    found = sketched(many, 20, 30)
-    scale = found.mean * found.rest * OUTPUTS
+    sensitivity = sketched(many, 20, 30)
+    scale = sensitivity.mean * sensitivity.rest * OUTPUTS
     for _ in range(3):
         change = torch.randn(20, 30, generator=generator)
         effect = sum(float((g * change).sum()) ** 2 for g in many)
-        stretched = found.right.apply(found.left.apply(change).mT)
+        stretched = sensitivity.right.apply(sensitivity.left.apply(change).mT)
         assert scale * float(stretched.square().sum()) == pytest.approx(effect, rel=0.35)
 
 
@@ -84,19 +84,19 @@ def test_few_rows_are_known_whole():
     small = [
         torch.diag(torch.tensor([3.0, x])) @ torch.ones(2, 4) + torch.eye(2, 4) for x in (1, 2)
     ]
-    found = sketched(small, 2, 4)
-    assert found.left.directions.shape == (2, 2)
-    assert torch.isfinite(found.left.factors).all()
+    sensitivity = sketched(small, 2, 4)
+    assert sensitivity.left.directions.shape == (2, 2)
+    assert torch.isfinite(sensitivity.left.factors).all()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_gradients_without_finite_numbers_stretch_nothing(value):
     sketch = SensitivitySketch((sketching_matrix(M), sketching_matrix(N)))
     sketch.add(torch.full((1, 3, N), value), torch.full((1, 3, M), value))
-    found = sketch.sensitivity(OUTPUTS)
-    assert found.left.changes_nothing
-    assert found.right.changes_nothing
-    assert found.mean == pytest.approx(value, nan_ok=True)
+    sensitivity = sketch.sensitivity(OUTPUTS)
+    assert sensitivity.left.changes_nothing
+    assert sensitivity.right.changes_nothing
+    assert sensitivity.mean == pytest.approx(value, nan_ok=True)
 
 
 def test_sketching_matrices_are_the_same_each_time():

@@ -134,9 +134,9 @@ def run(workshop: Workshop, _path: Path) -> None:
     runs, problems = list_runs(folders)
     assert len(runs) + len(problems) == 1
     format_run_list(runs, problems)
-    for found in runs:
-        _show(found, host)
-        files_of(found, folders)
+    for run in runs:
+        _show(run, host)
+        files_of(run, folders)
     folders.lora_files_of("mix")
     folders.fit_files_of("mix")
     folders.lora_owners()
@@ -153,20 +153,20 @@ def run_restored(workshop: Workshop, path: Path) -> None:
     run_restore(_restoring("a"), folders, Progress())
 
 
-def _show(found: Any, host: Any) -> None:
-    format_report(found.report)
-    fits, _ = load_fits(found)
+def _show(run: Any, host: Any) -> None:
+    format_report(run.report)
+    fits, _ = load_fits(run)
     for fit in fits:
-        format_fit(fit, found)
-        format_fit_result(fit, found)
-    for text in (*prompts_of(found).values(), *styles_of(found)):
+        format_fit(fit, run)
+        format_fit_result(fit, run)
+    for text in (*prompts_of(run).values(), *styles_of(run)):
         text.encode()
-    for answer in (run_response(found, host), run_summary_response(found)):
+    for answer in (run_response(run, host), run_summary_response(run)):
         json.dumps(answer.model_dump(), allow_nan=False, ensure_ascii=False).encode()
-    format_run_summary(found)
-    format_run_comparison(found, found)
-    format_used_run(found).encode()
-    format_sliders(found).encode()
+    format_run_summary(run)
+    format_run_comparison(run, run)
+    format_used_run(run).encode()
+    format_sliders(run).encode()
 
 
 def plots(workshop: Workshop, _path: Path) -> None:

@@ -260,8 +260,8 @@ def test_blocks_come_back_from_the_metrics_coordinates(measured):
         wide = left @ (mixed.double() - (up @ down).double()) @ right.mT
         expected = float(layer.apply(wide).square().sum())
         stretched = between.apply_to_factors(up, down)
-        found = (metric.core(1, shape) - stretched[0] @ stretched[1]).double()
-        assert float(found.square().sum()) == pytest.approx(expected, rel=1e-4)
+        rest = (metric.core(1, shape) - stretched[0] @ stretched[1]).double()
+        assert float(rest.square().sum()) == pytest.approx(expected, rel=1e-4)
         back = between.undo(*stretched)
         assert_close(back[0] @ back[1], up @ down, rtol=1e-4, atol=1e-4)
 

@@ -115,7 +115,7 @@ def runner(monkeypatch):
     return stub
 
 
-def found(preflight, state, progress):
+def numbers_for(preflight, state, progress):
     """Returns the numbers that a merge uses; None where it runs nothing."""
     if preflight.network is None:
         return None
@@ -131,7 +131,7 @@ def find(files, tmp_path, runner):
 
     def find(progress=None, models=files, **settings):
         preflight = run_preflight(recipe(models, tmp_path, **settings))
-        return found(preflight, state, progress or Progress())
+        return numbers_for(preflight, state, progress or Progress())
 
     return find
 
@@ -373,7 +373,7 @@ def test_the_average_is_measured_from_its_own_tensors(whole, few):
     layout = whole.preflight.inputs.layout
     shapes = {key: tuple(tensor.shape) for key, tensor in whole.state.items()}
     seconds = estimate_merge(whole.preflight).seconds
-    values = found(whole.preflight, whole.state, progress)
+    values = numbers_for(whole.preflight, whole.state, progress)
     expected = measure_sensitivities(
         whole.state.__getitem__, shapes, layout, torch.device("cpu"), Progress(), few
     )
@@ -394,6 +394,6 @@ def test_a_stop_within_the_network_ends_the_phase(whole, few, tmp_path):
     preflight = replace(whole.preflight, folders=Folders.under(tmp_path))
     stop = Stop(0.7, "stop")
     with pytest.raises(InterruptedRun):
-        found(preflight, whole.state, stop.progress)
+        numbers_for(preflight, whole.state, stop.progress)
     assert stop.late == 0
     assert not (tmp_path / CACHE).exists()

@@ -16,7 +16,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.checkpoints.io.output_errors import as_output_error, require_free, sync_folder
+from hyper_merge.checkpoints.io.output_errors import (
+    as_output_error,
+    require_unoccupied,
+    sync_folder,
+)
 from hyper_merge.checkpoints.io.temporary_names import TEMPORARY, temporary_path
 from hyper_merge.runtime.file_lock import patiently
 
@@ -56,7 +60,7 @@ class StagedFile:
         Raises:
             OutputError: the place is taken, the folder is missing or read-only, the disk is full.
         """
-        require_free(self.path, overwrite=self.overwrite)
+        require_unoccupied(self.path, overwrite=self.overwrite)
         try:
             with as_output_error(self.path, self.size):
                 self._file = self.temporary.open("xb", buffering=0)
@@ -90,7 +94,7 @@ class StagedFile:
         Raises:
             OutputError: the place was taken meanwhile, or the operating system refuses.
         """
-        require_free(self.path, overwrite=self.overwrite)
+        require_unoccupied(self.path, overwrite=self.overwrite)
         with as_output_error(self.path, self.size):
             patiently(lambda: self.temporary.replace(self.path))
             sync_folder(self.path.parent)

@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from hyper_merge.checkpoints.io.atomic_file import StagedFile
-from hyper_merge.checkpoints.io.output_errors import as_output_error, require_free, sync_folder
+from hyper_merge.checkpoints.io.output_errors import (
+    as_output_error,
+    require_unoccupied,
+    sync_folder,
+)
 from hyper_merge.checkpoints.io.temporary_names import (
     JOURNAL,
     PREVIOUS,
@@ -87,7 +91,7 @@ class Step:
         if self.temporary is None:
             self._remove()
             return
-        require_free(self.path, overwrite=overwrite)
+        require_unoccupied(self.path, overwrite=overwrite)
         with as_output_error(self.path):
             if os.path.lexists(self.path):
                 self._keep_former()

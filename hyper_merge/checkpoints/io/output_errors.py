@@ -31,7 +31,7 @@ _HINTS: Final = {
 }
 
 
-def require_free(path: Path, *, overwrite: bool) -> None:
+def require_unoccupied(path: Path, *, overwrite: bool) -> None:
     """Returns if a file may be written there.
 
     Raises:

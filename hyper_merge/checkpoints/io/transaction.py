@@ -200,10 +200,10 @@ def require_free(path: Path, *, overwrite: bool) -> None:
             folder.
     """
     try:
-        output_errors.require_free(path, overwrite=overwrite)
+        output_errors.require_unoccupied(path, overwrite=overwrite)
     except OutputError:
         remove_leftovers(path.parent)
-        output_errors.require_free(path, overwrite=overwrite)
+        output_errors.require_unoccupied(path, overwrite=overwrite)
 
 
 def _staged(part: SafetensorsWriter | StagedFile) -> StagedFile:

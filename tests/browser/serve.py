@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACE = 0.02  # seconds that every step takes at least, if it is to be watched: a merge has hundreds
+PACE = (
+    0.1  # seconds that every step takes at least, if it is to be watched: a merge has two hundred
+)
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_webui  # noqa: E402

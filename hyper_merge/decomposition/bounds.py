@@ -66,12 +66,10 @@ def compute_spectra(
     to_deviations: Tensor,  # (k, d)
 ) -> Spectra:
     """Computes squared singular values through Gram matrices, for only their sums matter here."""
-    deviations = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
-    deviations = deviations.mT if core.shape[1] > core.shape[2] else deviations
     return Spectra(
         rows=_squared_singular_values((core @ core.mT).sum(0)),
         columns=_squared_singular_values((core.mT @ core).sum(0)),
-        private=_squared_singular_values(deviations @ deviations.mT),
+        private=_private_spectra(core, to_deviations),
     )
 
 
@@ -92,10 +90,7 @@ def leading_spectra(
     """
     wide = core.mT if core.shape[1] > core.shape[2] else core
     unfolded = _squared_singular_values((wide @ wide.mT).sum(0))
-    part = core[:, : shape[0], : shape[1]]
-    deviations = (to_deviations.to(part) @ part.flatten(1)).view(-1, *part.shape[1:])
-    deviations = deviations.mT if part.shape[1] > part.shape[2] else deviations
-    private = _squared_singular_values(deviations @ deviations.mT)
+    private = _private_spectra(core[:, : shape[0], : shape[1]], to_deviations)
     return Spectra(rows=unfolded, columns=unfolded, private=private)
 
 
@@ -187,6 +182,15 @@ def _at_least(
         return 0.0
     along_checkpoints = sum(float(_squared_singular_values(gram)[blocks:].sum()) for gram in grams)
     return max(total - explained, along_checkpoints, 0.0) / total
+
+
+def _private_spectra(
+    core: Tensor,  # (d, p, q)
+    to_deviations: Tensor,  # (k, d)
+) -> Tensor:  # (k, min(p, q))
+    deviations = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
+    deviations = deviations.mT if core.shape[1] > core.shape[2] else deviations
+    return _squared_singular_values(deviations @ deviations.mT)
 
 
 def _squared_singular_values(gram: Tensor) -> Tensor:  # float64, CPU, falling

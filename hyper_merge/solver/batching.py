@@ -9,11 +9,9 @@ import torch
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.problem import Batch
-from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.metric import COLUMNS_PER_RANK, LEAST_COLUMNS, Metric, leading_shape
 
 _BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
-_WORKED_COLUMNS: Final = 1.25  # of the bases, for each rank
-_LEAST_COLUMNS: Final = 64
 _COLUMN_STEP: Final = 32
 
 Ranks = Sequence[tuple[int, ...]]
@@ -56,8 +54,5 @@ def stack_cores(
 
 def _worked_shape(analysis: Analysis, index: int, rank: int) -> tuple[int, int]:
     """Returns the shape of the part of a core that is used: the leading one if its bases are ordered."""
-    layer = analysis.layers[index]
-    columns = -(-int(_WORKED_COLUMNS * rank) // _COLUMN_STEP) * _COLUMN_STEP
-    columns = max(columns, _LEAST_COLUMNS)
-    p, q = analysis.core_shape(index)
-    return (p if p == layer.m else min(p, columns), q if q == layer.n else min(q, columns))
+    columns = -(-int(COLUMNS_PER_RANK * rank) // _COLUMN_STEP) * _COLUMN_STEP
+    return leading_shape(analysis, index, max(columns, LEAST_COLUMNS))

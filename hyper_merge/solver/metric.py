@@ -20,8 +20,9 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
-_COLUMNS_PER_RANK: Final = 1.25  # of the list: as the solver works with
-_LEAST_COLUMNS: Final = 64
+# Of the bases, with which the solver works.
+COLUMNS_PER_RANK: Final = 1.25
+LEAST_COLUMNS: Final = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class Metric:
             checkpoints,
             mix,
             to_deviations,
-            max(math.ceil(_COLUMNS_PER_RANK * sum(recipe.ranks)), _LEAST_COLUMNS),
+            max(math.ceil(COLUMNS_PER_RANK * sum(recipe.ranks)), LEAST_COLUMNS),
             check,
         )
 
@@ -138,18 +139,12 @@ class Metric:
         with parallel_map(torch.device("cpu"), self.check) as parallel:
             return list(
                 parallel(
-                    lambda index: leading_spectra(self.core(index), roots, self._leading(index)),
+                    lambda index: leading_spectra(
+                        self.core(index), roots, leading_shape(self.analysis, index, self.columns)
+                    ),
                     range(len(self.layers)),
                 )
             )
-
-    def _leading(self, index: int) -> tuple[int, int]:
-        """Returns the part of a core that private LoRAs need: the leading one if its bases are ordered."""
-        layer, (p, q) = self.analysis.layers[index], self.analysis.core_shape(index)
-        return (
-            p if p == layer.m else min(p, self.columns),
-            q if q == layer.n else min(q, self.columns),
-        )
 
     @cached_property
     def slice_grams(self) -> Tensor:  # (layers, d, d), float64
@@ -175,6 +170,12 @@ class Metric:
     def between(self, index: int, shape: tuple[int, int]) -> LayerMetric:
         """Returns the metric of a layer's matrices between the first columns of its bases."""
         return self.within[index].metric(self.layers[index], shape)
+
+
+def leading_shape(analysis: Analysis, index: int, columns: int) -> tuple[int, int]:
+    """Returns the shape of a core between the first columns of those bases that are ordered."""
+    layer, (p, q) = analysis.layers[index], analysis.core_shape(index)
+    return (p if p == layer.m else min(p, columns), q if q == layer.n else min(q, columns))
 
 
 @dataclass(frozen=True, eq=False)

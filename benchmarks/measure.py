@@ -31,7 +31,7 @@ def measure(command: Sequence[str], log: Path) -> Measured:
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
+            peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(0.05)
     seconds = time.perf_counter() - start
     if process.returncode:
@@ -42,10 +42,11 @@ def measure(command: Sequence[str], log: Path) -> Measured:
     return Measured(seconds, cpu, peak)
 
 
-def _anonymous(pid: int) -> int:
+def anonymous_bytes(pid: int | str = "self") -> int:
+    """Returns the bytes of a process's memory that is no mapping of a file; 0 where it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it has just ended
+    except OSError:
         return 0
     for line in status.splitlines():
         if line.startswith("RssAnon:"):

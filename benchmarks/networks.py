@@ -31,6 +31,7 @@ with warnings.catch_warnings():
 TOKENS = 24  # of a prompt
 STEPS = 1000  # of the schedule
 WIDTH = 32  # channels of the UNet's first level
+_HEAD = 64  # channels of an attention's head, where there are as many
 _SDXL_PIXELS = 1024.0  # of the pictures that SDXL is told it draws
 
 State = Mapping[str, Tensor]  # of a checkpoint, by its own keys
@@ -46,11 +47,10 @@ class Conditions(NamedTuple):
 class Words:
     """The tokens of prompts: a number for each word."""
 
-    def __init__(self, prompts: Sequence[str], *, ends_first: bool) -> None:
+    def __init__(self, prompts: Sequence[str]) -> None:
         words = sorted({word for prompt in prompts for word in _words(prompt)})
-        self.begin, self.end = (0, 1) if ends_first else (len(words), len(words) + 1)
-        first = 2 if ends_first else 0
-        self._numbers = {word: first + place for place, word in enumerate(words)}
+        self.begin, self.end = len(words), len(words) + 1  # the last two, as in CLIP
+        self._numbers = {word: place for place, word in enumerate(words)}
 
     def __len__(self) -> int:
         return 2 + len(self._numbers)
@@ -66,15 +66,18 @@ class Words:
 
 
 class Network(nn.Module):
-    """Predicts the noise in pictures from prompts."""
+    """Predicts the noise in pictures from prompts.
 
-    ends_first: ClassVar[bool]  # whether the tokens of begin and end come before the words
+    Heads and the tokens of begin and end are as in the real thing, so that what reads the
+    checkpoints alone computes the same.
+    """
+
     reads_corners: ClassVar[bool] = False
 
     def __init__(self, pixels: int, prompts: Sequence[str]) -> None:
         super().__init__()
         self.pixels = pixels
-        self.words = Words(prompts, ends_first=self.ends_first)
+        self.words = Words(prompts)
         self.schedule = DDIMScheduler(
             num_train_timesteps=STEPS,
             beta_start=0.00085,
@@ -172,9 +175,8 @@ class Network(nn.Module):
 class SD1Network(Network):
     """The layout of SD 1.x: one text encoder."""
 
-    ends_first = True
     _CONTEXT = 128
-    _HEADS = 2  # of the UNet's attention; the real ones have 8, of ten times as many channels
+    _HEADS = 8  # of the UNet's attention
 
     def make_parts(self) -> None:
         """Makes the denoiser and the text encoder."""
@@ -184,7 +186,7 @@ class SD1Network(Network):
             cross_attention_dim=self._CONTEXT,
             attention_head_dim=self._HEADS,  # diffusers' name for their number
         )
-        self.text = CLIPTextModel(_text_configuration(self.words, self._CONTEXT, 12, heads=4))
+        self.text = CLIPTextModel(_text_configuration(self.words, self._CONTEXT, 12))
 
     def shapes(self) -> Mapping[str, Shape]:
         """Returns the shapes in a checkpoint, by its keys."""
@@ -200,16 +202,10 @@ class SD1Network(Network):
 
 
 class SDXLNetwork(Network):
-    """The layout of SDXL: two text encoders, the text pooled, and six sizes.
+    """The layout of SDXL: two text encoders, the text pooled, and six sizes."""
 
-    Widths of heads and tokens of begin and end are as in the real thing, so that what reads the
-    checkpoints alone computes the same.
-    """
-
-    ends_first = False
     reads_corners = True
     _CONTEXTS = (64, 128)
-    _HEAD = 64  # channels of a head, where there are as many
     _SIZE = 256  # entries by which a size is read
 
     def make_parts(self) -> None:
@@ -224,15 +220,14 @@ class SDXLNetwork(Network):
             transformer_layers_per_block=(1, 2, 10),
             cross_attention_dim=first + second,
             # diffusers' name for their number
-            attention_head_dim=[max(width // self._HEAD, 1) for width in widths],
+            attention_head_dim=[max(width // _HEAD, 1) for width in widths],
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=self._SIZE,
             projection_class_embeddings_input_dim=second + 6 * self._SIZE,
         )
-        configuration = _text_configuration(self.words, first, 12, heads=first // self._HEAD)
-        self.first_text = CLIPTextModel(configuration)
-        configuration = _text_configuration(self.words, second, 32, heads=second // self._HEAD)
+        self.first_text = CLIPTextModel(_text_configuration(self.words, first, 12))
+        configuration = _text_configuration(self.words, second, 32)
         configuration.hidden_act = "gelu"  # the other: quick_gelu
         self.second_text = CLIPTextModelWithProjection(configuration)
 
@@ -263,14 +258,14 @@ NETWORKS: Mapping[str, type[Network]] = {"sd1": SD1Network, "sdxl": SDXLNetwork}
 """The networks by the names of their layouts."""
 
 
-def _text_configuration(words: Words, width: int, layers: int, heads: int) -> CLIPTextConfig:
+def _text_configuration(words: Words, width: int, layers: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
         intermediate_size=4 * width,
         projection_dim=width,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_attention_heads=width // _HEAD,
         bos_token_id=words.begin,
         eos_token_id=words.end,
         pad_token_id=words.end,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -28,8 +28,9 @@ from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.allowance import Allowance
 from hyper_merge.solver.batching import Ranks, stack_cores
 from hyper_merge.solver.metric import Metric
-from hyper_merge.solver.private_start import plan_private_start
+from hyper_merge.solver.private_start import PrivateStart, plan_private_start
 from hyper_merge.solver.rank_pruning import GroupSolution, joined_losses, prune_ranks
+from hyper_merge.solver.refinement import refine, try_sweeps
 from hyper_merge.solver.stopping import (
     USUAL_SWEEPS,
     SolverProgress,
@@ -48,6 +49,8 @@ The command line, the tab and the API have no setting for it, so their tests rep
 # Adaptive ranks: blocks begin with more than their bytes, and the best components stay.
 OVERCOMPLETE: Final = 1.5
 OVERCOMPLETE_SWEEPS: Final = 2  # with four the result is the same
+
+_HOPELESS: Final = 1.25  # times what the other start leaves: private LoRAs that leave more lose
 
 # For the progress.
 USUAL_STARTS: Final = 7
@@ -138,26 +141,43 @@ class _Solver:
             overcomplete = [self._overcomplete(*problem) for problem in problems]
             return_memory()
             pruned = prune_ranks(overcomplete, allowance, parallel)
-            stages = list(zip(pruned, self._parts(2)[len(pruned) :], strict=True))
-            refined = [self._refined(group, part, parallel) for group, part in stages]
-            return self._solution(self._better_private(refined, allowance, parallel))
+            return self._solution(self._refined_best(pruned, allowance, parallel))
 
-    def _better_private(
-        self, groups: list[GroupSolution], allowance: Allowance, parallel: ParallelMap
+    def _refined_best(
+        self, pruned: list[GroupSolution], allowance: Allowance, parallel: ParallelMap
     ) -> list[GroupSolution]:
-        """Returns the groups, or what follows from private LoRAs where these alone are better."""
-        blocks = len(self._recipe.ranks)
-        private = plan_private_start(self._metric, blocks, allowance)
-        if private is None or private.loss >= joined_losses(groups)[-1]:
-            return groups
+        """Returns the groups after their sweeps, or what follows from private LoRAs if that is better.
+
+        A few sweeps of both tell which of them goes on.
+        """
+        parts = self._parts(2)[len(pruned) :]
+        private = plan_private_start(self._metric, len(self._recipe.ranks), allowance)
+        if private is None:
+            return self._all_refined(pruned, parts, parallel)
+        sweeps = self._recipe.iterations
+        groups = [try_sweeps(group, sweeps, parallel) for group in pruned]
+        if private.loss < _HOPELESS * joined_losses(groups)[-1]:
+            starts = self._private_groups(private)
+            others = [try_sweeps(group, sweeps, parallel) for group in starts]
+            if joined_losses(others)[-1] < joined_losses(groups)[-1]:
+                groups = others
+        refined = self._all_refined(groups, parts, parallel)
+        if joined_losses(refined)[-1] <= private.loss:
+            return refined
+        return self._all_refined(self._private_groups(private), parts, parallel)
+
+    def _private_groups(self, private: PrivateStart) -> list[GroupSolution]:
         check = self._progress.check
-        refined = []
-        for name, members in self._groups.items():
-            start = private.group(name, self._metric, members, self._device, check)
-            quiet = Progress(should_stop=self._progress.should_stop)
-            refined.append(self._refined(start, quiet, parallel))
-        losses = [joined_losses(solution)[-1] for solution in (refined, groups)]
-        return refined if losses[0] < losses[1] else groups
+        return [
+            private.group(name, self._metric, members, self._device, check)
+            for name, members in self._groups.items()
+        ]
+
+    def _all_refined(
+        self, groups: Sequence[GroupSolution], parts: Sequence[Progress], parallel: ParallelMap
+    ) -> list[GroupSolution]:
+        pairs = zip(groups, parts, strict=True)
+        return [refine(group, self._recipe, part, parallel) for group, part in pairs]
 
     def _overcomplete_ranks(self, limits: Sequence[int], allowance: Allowance) -> Ranks:
         """Returns ranks that take more than the allowance, where the spectra promise most."""
@@ -214,17 +234,6 @@ class _Solver:
             problem, initial_factors(problem, start, self._generator), start, stopping
         )
         return GroupSolution.of(name, problem, solution)
-
-    def _refined(
-        self, group: GroupSolution, part: Progress, parallel: ParallelMap
-    ) -> GroupSolution:
-        """Returns a group's blocks after the sweeps that follow the pruning."""
-        progress = SolverProgress(part)
-        counting = progress.counting(parallel, len(group.problem.batches))
-        problem = replace(group.problem, parallel=counting)
-        stopping = stop_by_sweep(self._recipe, progress, 0.0)
-        solution = solve_ll1(problem, group.factors, group.multipliers, stopping)
-        return GroupSolution.of(group.name, problem, solution)
 
     def _start(
         self, name: str, problem: Problem, progress: SolverProgress, sweeps: int

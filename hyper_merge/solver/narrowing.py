@@ -1,0 +1,116 @@
+"""Narrows the cores to what the kept ranks need, for the many sweeps that follow the pruning.
+
+The blocks' own span and the leading part of what is beside it lose next to nothing; the first columns
+of the bases would lose much, for square bases are not ordered and others serve larger ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.decomposition.linalg import orthonormal, random_normal
+from hyper_merge.decomposition.problem import Batch, Factors
+from hyper_merge.runtime.parallel import ParallelMap
+from hyper_merge.solver.metric import COLUMNS_PER_RANK
+from hyper_merge.solver.rank_pruning import GroupSolution
+
+_STEP: Final = 16  # columns by which widths differ
+_LEAST: Final = 32  # columns
+_GAIN: Final = 0.75  # of the entries that must go: less does not pay for it
+
+
+@dataclass(frozen=True, eq=False)
+class _Sides:
+    """Orthonormal columns between which a batch's cores lie; None for a side that stays as it is."""
+
+    left: Tensor | None  # (b, p, w)
+    right: Tensor | None  # (b, q, w)
+
+    def widen(self, factors: Factors) -> Factors:
+        """Returns the same blocks in the wide cores' coordinates."""
+        up = factors.up if self.left is None else self.left @ factors.up
+        down = factors.down if self.right is None else factors.down @ self.right.mT
+        return Factors(up, down)
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowGroup:
+    """A group between narrower bases."""
+
+    group: GroupSolution
+    sides: Sequence[_Sides]  # of every batch
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether any core is."""
+        return any(side.left is not None or side.right is not None for side in self.sides)
+
+    def widened(self, factors: Sequence[Factors]) -> tuple[Factors, ...]:
+        """Returns narrow blocks in the wide cores' coordinates."""
+        pairs = zip(self.sides, factors, strict=True)
+        return tuple(sides.widen(narrow) for sides, narrow in pairs)
+
+
+def narrow(group: GroupSolution, parallel: ParallelMap) -> NarrowGroup:
+    """Returns a group whose cores are little wider than its blocks' ranks.
+
+    Args:
+        group: the blocks that remain after the pruning.
+        parallel: a map over the batches.
+    """
+    results = list(parallel(_narrowed, group.problem.batches, group.factors))
+    batches, factors, sides = zip(*results, strict=True) if results else ((), (), ())
+    problem = replace(group.problem, batches=batches)
+    return NarrowGroup(replace(group, problem=problem, factors=factors), sides)
+
+
+def _narrowed(batch: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
+    slices = batch.slices
+    rank = sum(batch.ranks)
+    width = max(-(-int(COLUMNS_PER_RANK * rank) // _STEP) * _STEP, _LEAST)
+    p, q = slices.shape[2:]
+    if min(p, width) * min(q, width) > _GAIN * p * q:
+        return batch, factors, _Sides(None, None)
+    # The order of the work does not matter: a stream of random numbers for each batch.
+    generator = torch.Generator().manual_seed(batch.layers[0])
+    left = right = None
+    if width < p:
+        left = _side(slices, factors.up, width, generator)
+        slices = left.mT[:, None] @ slices
+    if width < q:
+        right = _side(slices.mT, factors.down.mT, width, generator)
+        slices = slices @ right[:, None]
+    up = factors.up if left is None else left.mT @ factors.up
+    down = factors.down if right is None else factors.down @ right
+    return replace(batch, slices=slices), Factors(up, down), _Sides(left, right)
+
+
+def _side(
+    slices: Tensor,  # (b, k, p, q)
+    columns: Tensor,  # (b, p, rho), rho <= width
+    width: int,
+    generator: torch.Generator,
+) -> Tensor:  # (b, p, width), orthonormal
+    """Returns a basis that holds the columns and the leading part of the rows' space beside them."""
+    basis = torch.linalg.qr(columns)[0]
+    spare = width - basis.shape[2]
+    if not spare:
+        return basis
+    b, k, _, q = slices.shape
+    start = random_normal((b, k, q, spare), slices, generator)
+    rest = orthonormal(_beside(basis, (slices @ start).sum(1)))
+    rest = (slices @ (slices.mT @ rest[:, None])).sum(1)  # a turn of subspace iteration
+    return torch.linalg.qr(torch.cat([basis, _beside(basis, rest)], 2))[0]
+
+
+def _beside(
+    basis: Tensor,  # (b, p, r), orthonormal
+    columns: Tensor,  # (b, p, any)
+) -> Tensor:  # (b, p, any)
+    """Returns what the columns have outside of the basis."""
+    return columns - basis @ (basis.mT @ columns)

@@ -125,6 +125,7 @@ def initial_factors(
     seed = int(torch.randint(2**62, (), generator=generator))
 
     def start(index: int, batch: Batch) -> Factors:
+        batch = batch.loaded()
         batch_generator = torch.Generator().manual_seed(seed + index)
         mixtures = batch.mixtures(multipliers / norms)
         overlaps = multipliers.mT @ multipliers / norms[:, None]
@@ -152,6 +153,7 @@ def sweep(
     """Fits ups, downs and multipliers, each to the others. Returns the statistics too."""
 
     def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
+        batch = batch.loaded()
         mixtures = batch.mixtures(multipliers)
         new = update_ups(batch, old, multipliers, mixtures, ridge=problem.ridge)
         new = update_downs(batch, new, multipliers, mixtures, ridge=problem.ridge)
@@ -242,6 +244,7 @@ def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statist
 
 
 def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
+    batch = batch.loaded()
     products = torch.stack([(up @ down).flatten(1) for up, down in split_blocks(batch, factors)], 1)
     cross = (batch.slices.flatten(2) @ products.mT).double().sum(0).cpu()
     columns = (factors.up.mT @ factors.up) * (factors.down @ factors.down.mT)

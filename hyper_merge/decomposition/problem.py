@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -14,11 +14,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Layers of one core shape and one list of ranks, stacked."""
+    """Layers of one core shape and one list of ranks, stacked.
 
-    slices: Tensor  # (b, k, p, q)
-    ranks: tuple[int, ...]  # of the R blocks, in these layers
-    layers: tuple[int, ...]  # which layers these are, b indices
+    Attributes:
+        source: The slices (b, k, p, q), or what makes them whenever they are needed: not all layers'
+            need lie in memory at once.
+        ranks: Of the R blocks, in these layers.
+        layers: Which layers these are, b indices.
+    """
+
+    source: Tensor | Callable[[], Tensor]
+    ranks: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def slices(self) -> Tensor:  # (b, k, p, q)
+        """The slices, made anew unless they are in memory."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
+
+    def loaded(self) -> Batch:
+        """Returns the batch with its slices in memory."""
+        return self if isinstance(self.source, Tensor) else replace(self, source=self.source())
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:

@@ -70,6 +70,7 @@ def narrow(group: GroupSolution, parallel: ParallelMap) -> NarrowGroup:
 
 
 def _narrowed(batch: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
+    batch = batch.loaded()
     slices = batch.slices
     rank = sum(batch.ranks)
     width = max(-(-int(COLUMNS_PER_RANK * rank) // _STEP) * _STEP, _LEAST)
@@ -87,7 +88,7 @@ def _narrowed(batch: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
         slices = slices @ right[:, None]
     up = factors.up if left is None else left.mT @ factors.up
     down = factors.down if right is None else factors.down @ right
-    return replace(batch, slices=slices), Factors(up, down), _Sides(left, right)
+    return replace(batch, source=slices), Factors(up, down), _Sides(left, right)
 
 
 def _side(

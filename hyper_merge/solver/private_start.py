@@ -84,7 +84,7 @@ def _truncate(
     multipliers: Tensor,  # (d, R)
     generator: torch.Generator,
 ) -> Factors:
-    mixtures = batch.mixtures(multipliers)
+    mixtures = batch.loaded().mixtures(multipliers)
     pairs = [
         leading_factors(mixtures[:, block], rank, generator, _ITERATIONS)
         for block, rank in enumerate(batch.ranks)

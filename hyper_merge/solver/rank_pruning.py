@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +35,7 @@ class GroupSolution:
 class _BalancedLayer:
     """One layer's blocks, the components of each in falling order."""
 
-    slices: Tensor  # (1, d, p, q)
+    source: Tensor | Callable[[], Tensor]  # of the slices (1, d, p, q)
     pairs: list[tuple[Tensor, Tensor]]  # per block (p, r), (r, q)
 
 
@@ -57,7 +57,7 @@ def prune_ranks(
         for batch, pairs in parallel(_balanced, *zip(*batches, strict=True)):
             for place, index in enumerate(batch.layers):
                 layer_pairs = [(up[place], down[place]) for up, down in pairs]
-                layers[index] = _BalancedLayer(batch.slices[place][None], layer_pairs)
+                layers[index] = _BalancedLayer(_source_of(batch, place), layer_pairs)
                 values = [up.square().sum(0).double().cpu() for up, _ in layer_pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
     ranks = allowance.keep(energies)
@@ -86,6 +86,13 @@ def _balanced(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor,
     ]
 
 
+def _source_of(batch: Batch, place: int) -> Tensor | Callable[[], Tensor]:
+    """Returns the source of one layer's slices (1, d, p, q)."""
+    if isinstance(batch.source, Tensor):
+        return batch.source[place][None]
+    return batch.source if len(batch.layers) == 1 else lambda: batch.slices[place][None]
+
+
 def _pruned_group(
     group: GroupSolution,
     layers: Mapping[int, _BalancedLayer],
@@ -100,7 +107,7 @@ def _pruned_group(
             cut = list(zip(layer.pairs, ranks[index], strict=True))
             up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
             down = torch.cat([down[:rank] for (_, down), rank in cut])
-            batches.append(Batch(layer.slices, ranks[index], (index,)))
+            batches.append(Batch(layer.source, ranks[index], (index,)))
             factors.append(Factors(up[None], down[None]))
     problem = replace(group.problem, batches=tuple(batches))
     return GroupSolution(group.name, problem, group.multipliers, tuple(factors), ())

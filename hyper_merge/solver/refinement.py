@@ -14,7 +14,6 @@ from hyper_merge.solver.rank_pruning import GroupSolution
 from hyper_merge.solver.stopping import SolverProgress, stop_by_sweep
 
 _TRIAL_SWEEPS: Final = 3  # tell a good start from another
-_LAST_SWEEPS: Final = 2  # in the wide cores: what the narrow ones hide is soon found
 
 
 def try_sweeps(group: GroupSolution, most: int, parallel: ParallelMap) -> GroupSolution:
@@ -30,7 +29,7 @@ def try_sweeps(group: GroupSolution, most: int, parallel: ParallelMap) -> GroupS
 def refine(
     group: GroupSolution, recipe: Recipe, part: Progress, parallel: ParallelMap
 ) -> GroupSolution:
-    """Returns a group after sweeps to the recipe's tolerance, and a few in the wide cores.
+    """Returns a group after sweeps to the recipe's tolerance, and one in the wide cores.
 
     Args:
         group: the blocks, between the bases that they were found in.
@@ -49,6 +48,6 @@ def refine(
         problem = replace(group.problem, parallel=counting)
         factors, multipliers = narrowed.widened(solution.factors), solution.multipliers
         del narrowed, solution  # the last sweep needs neither
-        solution = solve_ll1(problem, factors, multipliers, StoppingCriterion(_LAST_SWEEPS, 0.0))
+        solution = solve_ll1(problem, factors, multipliers, StoppingCriterion(1, 0.0))
         losses = (*losses, *solution.losses)
     return GroupSolution.of(group.name, problem, replace(solution, losses=losses))

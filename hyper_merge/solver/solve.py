@@ -249,7 +249,8 @@ class _Solver:
             gram = self._metric.slice_grams[list(self._groups[name])].sum(0)
             user_starts.append(mixed_start(gram, private, blocks))
         earlier = self._analysis.earlier_solutions(self._solution_name(), name)
-        entries = sum(batch.slices[:, 0].numel() for batch in problem.batches)
+        shape = self._analysis.core_shape
+        entries = float(sum(math.prod(shape(index)) for index in self._groups[name]))
         starts = len(planned) + len(user_starts) + (len(earlier) or USUAL_STARTS - 1)
         search = search_cost(entries, starts, self._effort)
         total = search + START_SWEEPS + min(sweeps, USUAL_SWEEPS)
@@ -292,9 +293,9 @@ class _Solver:
         for group in groups:
             for batch, batch_factors in zip(group.problem.batches, group.factors, strict=True):
                 pairs = list(split_blocks(batch, batch_factors))
+                shape = (batch_factors.up.shape[1], batch_factors.down.shape[2])
                 for place, index in enumerate(batch.layers):
-                    p, q = batch.slices.shape[2:]
-                    between = self._metric.between(index, (p, q))
+                    between = self._metric.between(index, shape)
                     factors[index] = [between.undo(up[place], down[place]) for up, down in pairs]
         return LowRankSolution(
             factors,

@@ -59,7 +59,8 @@ def test_a_preset_restores_everything(host):
 def test_a_preset_is_replaced_by_one_of_its_name(host):
     for ranks in ("4", "8"):
         save_named_preset(host, "one", *values(ranks=ranks))
-    assert list_presets(host, "one") == ({"choices": ["one"], "__type__": "update"}, "")
+    listed, message = list_presets(host, "one")
+    assert (listed["choices"], "value" in listed, message) == (["one"], False, "")
     assert loaded(host, "one")[0] == values(ranks="8")
 
 

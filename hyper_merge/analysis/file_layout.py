@@ -9,8 +9,8 @@ import torch
 from hyper_merge.analysis.checksums import CHECKSUMS
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.checkpoints.fingerprint import fingerprint
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
-from hyper_merge.checkpoints.reader import fingerprint
 
 OTHER_WEIGHTS: Final = "other weights"
 UNCARRIED_KINDS: Final = ("norms", "biases", "embeddings", OTHER_WEIGHTS, "VAE")

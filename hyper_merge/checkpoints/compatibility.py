@@ -9,8 +9,8 @@ from typing import Final
 
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment
 from hyper_merge.checkpoints.architectures.spec import Family
+from hyper_merge.checkpoints.fingerprint import fingerprint
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.reader import fingerprint, read_header
 from hyper_merge.errors import CheckpointError, MismatchError
 
 _ADVICE: Final = "choose checkpoints of one family"
@@ -35,9 +35,9 @@ def check_compatible(headers: Sequence[Header], layouts: Sequence[Layout]) -> No
     check_families(headers, [layout.family for layout in layouts])
     _check_parts(headers, layouts)
     names = _names(headers)
-    first = _compared(headers[0], layouts[0])
+    first = compared_shapes(headers[0], layouts[0])
     for header, layout, name in zip(headers[1:], layouts[1:], names[1:], strict=True):
-        shapes = _compared(header, layout)
+        shapes = compared_shapes(header, layout)
         _require_keys(name, shapes, names[0], first)
         _require_shapes(name, shapes, names[0], first)
 
@@ -52,17 +52,19 @@ def check_families(headers: Sequence[Header], families: Sequence[Family]) -> Non
     _refuse_several(_names(headers), titles, ("is", "are"), _ADVICE)
 
 
-def check_distinct(paths: Sequence[Path]) -> list[str]:
+def check_distinct(headers: Sequence[Header]) -> list[str]:
     """Returns a warning for each pair of files with the same content by `fingerprint`.
 
     Raises:
         MismatchError: one file is given twice, by its path or through a link.
         CheckpointError: a file cannot be read.
     """
-    headers = [read_header(path) for path in paths]
-    for first, second in combinations(headers, 2):
-        if _same_file(first.path, second.path):
-            raise MismatchError(_twice(first.path, second.path))
+    places: dict[tuple[int, int], Path] = {}
+    for path in (header.path for header in headers):
+        number = _file_number(path)
+        if number in places:
+            raise MismatchError(_twice(places[number], path))
+        places[number] = path
     sizes = [header.size for header in headers]
     prints = [
         # Equal sizes only: most files need not be read at all.
@@ -141,11 +143,13 @@ def _twice(first: Path, second: Path) -> str:
     return f"{first} and {second} are the same file; choose every checkpoint once"
 
 
-def _same_file(first: Path, second: Path) -> bool:
+def _file_number(path: Path) -> tuple[int, int]:
+    """Returns what is equal for two paths to one file."""
     try:
-        return first.samefile(second)
+        status = path.stat()
     except OSError as error:
-        raise CheckpointError(f"{first} and {second} cannot be compared: {error}") from error
+        raise CheckpointError(f"{path} cannot be compared with the others: {error}") from error
+    return status.st_dev, status.st_ino
 
 
 def _names(headers: Sequence[Header]) -> list[str]:
@@ -154,7 +158,8 @@ def _names(headers: Sequence[Header]) -> list[str]:
     return [str(header.path) if names.count(header.name) > 1 else header.name for header in headers]
 
 
-def _compared(header: Header, layout: Layout) -> Shapes:
+def compared_shapes(header: Header, layout: Layout) -> Shapes:
+    """Returns the tensors in which files that are merged must agree, with their shapes."""
     return {
         key: info.shape
         for key, info in header.tensors.items()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -16,20 +17,17 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
-from hyper_merge.checkpoints.io.header import Header, TensorInfo
-from hyper_merge.checkpoints.io.mapped_tensors import MappedTensors
+from hyper_merge.checkpoints.io.file_stamp import Stamp, is_settled, stamp_of
+from hyper_merge.checkpoints.io.header import Header, TensorInfo, TensorsAsKey
+from hyper_merge.checkpoints.io.mapped_tensors import MappedTensors, ReadTensors
 from hyper_merge.checkpoints.io.pickle_reader import load_pickled
 from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, read_table
 from hyper_merge.errors import CheckpointError
 
-__all__ = ["CheckpointReader", "Header", "TensorInfo", "fingerprint", "read_header"]
+__all__ = ["CheckpointReader", "Header", "TensorInfo", "read_header"]
 
 _PICKLED: Final = (".ckpt", ".pt", ".pth")
 _ACCEPTED: Final = "choose a .safetensors or .ckpt file"
-
-_FINGERPRINT_HEAD: Final = 4 * 2**20  # bytes
-_FINGERPRINT_PLACES: Final = 16
-_FINGERPRINT_SAMPLE: Final = 64 * 2**10  # bytes at each place
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -43,14 +41,35 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             that is not read.
     """
     path = Path(path)
-    status = _status(path)
+    status = status_of(path)
+    stamp = stamp_of(status)
+    return _header_as_of(path, stamp) if is_settled(stamp) else _header_now(path, status)
+
+
+@functools.lru_cache(maxsize=256)
+def _header_as_of(path: Path, _stamp: Stamp) -> Header:
+    """Returns the header that a file has as long as its stamp stays the same."""
+    return _with_shared_tensors(_header_now(path, status_of(path)))
+
+
+def _with_shared_tensors(header: Header) -> Header:
+    """Returns the header with the table of tensors of another one that has the same, to save memory."""
+    return replace(header, tensors=_shared(TensorsAsKey(header)).tensors)
+
+
+@functools.lru_cache(maxsize=32)
+def _shared(key: TensorsAsKey) -> Header:
+    return key.header
+
+
+def _header_now(path: Path, status: os.stat_result) -> Header:
     pickled = _is_pickled(path)
     try:
         if pickled:
             return with_standard_keys(_pickled_header(path, status, load_pickled(path)))
         table = read_table(path, status.st_size)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except CheckpointError as error:
         error.file = path  # which is read by its name alone there
         raise
@@ -81,6 +100,7 @@ class CheckpointReader:
         expected: Header | None = None,
         *,
         replaced_whole: bool = False,
+        mapped: bool = True,
     ) -> None:
         """Names the file; nothing is read before the block is entered.
 
@@ -90,10 +110,12 @@ class CheckpointReader:
                 changed since then is refused.
             replaced_whole: nobody writes into the file, at most another one takes its place or it is
                 deleted: what is mapped stays what it was, whatever becomes of the path.
+            mapped: false for a few small tensors: a mapping reads a multiple of them from the disk.
         """
         self.path = Path(path)
         self._header = expected
         self._replaced_whole = replaced_whole
+        self._tensors = MappedTensors(self.path) if mapped else ReadTensors(self.path)
         self._get: Callable[[str], Tensor] | None = None
         self._resources = ExitStack()
 
@@ -102,7 +124,7 @@ class CheckpointReader:
         try:
             self._get = self._open()
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
         self._header = header
         try:
             require_unchanged(header)
@@ -162,12 +184,13 @@ class CheckpointReader:
         try:
             return _computable(key, header, self._get)
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
 
     def _open(self) -> Callable[[str], Tensor]:
         if _is_pickled(self.path):
             return load_pickled(self.path).__getitem__
-        return self._resources.enter_context(MappedTensors(self.path)).get
+        self._resources.enter_context(self._tensors)
+        return self._tensors.get
 
     def _close(self) -> None:
         self._get = None
@@ -195,7 +218,7 @@ def require_unchanged(header: Header) -> None:
     try:
         status = header.path.stat()
     except OSError as error:
-        raise _unreadable(header.path, error) from error
+        raise unreadable(header.path, error) from error
     if (status.st_size, status.st_mtime_ns) != (header.size, header.mtime_ns):
         raise CheckpointError(
             f"{header.name} was changed while being read",
@@ -204,30 +227,12 @@ def require_unchanged(header: Header) -> None:
         )
 
 
-def fingerprint(header: Header) -> str:
-    """Returns the SHA-256 (hex) of the file's size, its beginning and samples.
-
-    Equal files have equal fingerprints. Reads at most 5 MiB. Files that differ only between the sampled places look alike: where that
-    matters, compare `mtime_ns` too.
+def status_of(path: Path) -> os.stat_result:
+    """Returns size and times of an existing, regular, non-empty file.
 
     Raises:
-        CheckpointError: the file is unreadable or no longer the one of `header`.
+        CheckpointError: it is none.
     """
-    require_unchanged(header)
-    digest = hashlib.sha256(str(header.size).encode())
-    try:
-        with header.path.open("rb") as stream:
-            digest.update(stream.read(_FINGERPRINT_HEAD))
-            for place in range(_FINGERPRINT_PLACES):
-                stream.seek(header.size * place // _FINGERPRINT_PLACES)
-                digest.update(stream.read(_FINGERPRINT_SAMPLE))
-    except OSError as error:
-        raise _unreadable(header.path, error) from error
-    return digest.hexdigest()
-
-
-def _status(path: Path) -> os.stat_result:
-    """Returns size and times of an existing, regular, non-empty file."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:  # bytes that Python keeps as halves of surrogate pairs
@@ -239,7 +244,7 @@ def _status(path: Path) -> os.stat_result:
     try:
         status = path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except ValueError as error:  # a NUL character
         raise CheckpointError(f"{str(path)!r} is not a path: {error}", file=path) from error
     if stat.S_ISDIR(status.st_mode):
@@ -268,7 +273,8 @@ def _is_pickled(path: Path) -> bool:
     return suffix in _PICKLED
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Returns the refusal of a file for what the operating system says of it."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return CheckpointError(f"{path} does not exist", hint="check the path", file=path)
     if isinstance(error, PermissionError):

@@ -22,6 +22,9 @@ from hyper_merge.ui.tab import build_tab
 LOCAL: Final = "127.0.0.1"
 PORT: Final = 7871
 
+SCRIPTS: Final = ("hyper_merge", "hyper_merge_form", "hyper_merge_names", "hyper_merge_picker")
+"""The page's scripts, in the order in which a WebUI would load them."""
+
 _ASSETS: Final = (  # in a clone; installed
     Path(__file__).parents[2],
     Path(sysconfig.get_path("data")) / "share" / "hyper-merge",
@@ -88,7 +91,7 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
         css=_asset("style.css") + _PAGE,
         theme=gr.themes.Default(font=list(_SANS), font_mono=list(_MONO)),
     )
-    script = _asset("javascript/hyper_merge.js")
+    script = "\n".join(_asset(f"javascript/{name}.js") for name in SCRIPTS)
     with page:
         page.load(None, None, None, **browser_code(f"() => {{\n{script}\nreturn []; }}"))
     return page

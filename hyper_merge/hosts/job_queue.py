@@ -9,6 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any, Final, Literal
 
 from hyper_merge.errors import HyperMergeError, InterruptedRun
@@ -80,6 +81,7 @@ class Job:
         id: Unique among all jobs.
         form: What a screen's form held when it was begun, for a page that comes later; None where
             it was begun elsewhere.
+        started: When it was begun, in seconds since 1970.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Job:
             form: what a screen's form holds.
         """
         self.form = form
+        self.started = datetime.now(timezone.utc).timestamp()
         self.id = uuid.uuid4().hex[:12]
         self._changed = threading.Condition()
         self._status = JobStatus(f"task(hyper-merge-{self.id})", title, place=place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ import torch
 
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment, layout_of
+from hyper_merge.checkpoints.compatibility import compared_shapes
 from hyper_merge.checkpoints.io.hashes import legacy_hash
-from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.io.header import Header, TensorsAsKey
 from hyper_merge.checkpoints.prediction_type import with_prediction_type
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.errors import CheckpointError
+from hyper_merge.runs.folders import AVERAGE_ID
 
 _SMALL: Final = 4096  # values of a tensor that a VAE's fingerprint takes in
 _SHORT: Final = {
@@ -39,19 +42,46 @@ class InspectedFile:
     legacy_hash: str  # A1111's 8 digits; empty for an unreadable file
     vae: str | None  # fingerprint, alike in fp16 and fp32 copies; None where there is no VAE
     problem: str | None = None  # why it cannot be merged; None where it can
+    kind: str = ""  # equal for files that can be merged with each other; empty where none can
+    is_hyper_model: bool = False  # whether an earlier merge made it
 
 
 def inspect_files(path: Path) -> InspectedFile:
     """Returns the facts about a file; if it cannot be merged, its `problem` says why."""
+    row = inspect_header(path)
+    try:
+        row = replace(row, legacy_hash=legacy_hash(path) if row.dtype else "")
+        return replace(row, vae=vae_fingerprint(path) if row.problem is None else None)
+    except CheckpointError as error:
+        return replace(row, problem=str(error))
+
+
+def inspect_header(path: Path) -> InspectedFile:
+    """Returns the facts that the header alone tells, which takes milliseconds: no hash, no VAE."""
     row = InspectedFile(path.name, path, None, checkpoint_size(path), "", "", None)
     try:
         header = read_header(path)
-        row = replace(row, dtype=_dtype(header), legacy_hash=legacy_hash(path))
-        row = replace(row, family=with_prediction_type(header, detect_family(header)).title)
-        layout = layout_of(header, require_supported(header))
-        return replace(row, dtype=_dtype(header, layout), vae=_vae(header, layout))
+        row = replace(
+            row,
+            dtype=_stored_dtype(TensorsAsKey(header)),
+            is_hyper_model=AVERAGE_ID in header.metadata,
+        )
+        family = with_prediction_type(header, detect_family(header))
+        row = replace(row, family=family.title)
+        dtype, shapes = _merged_types_and_shapes(TensorsAsKey(header))
+        return replace(row, dtype=dtype, kind=f"{family.title} {shapes}")
     except CheckpointError as error:
         return replace(row, problem=str(error))
+
+
+def vae_fingerprint(path: Path) -> str | None:
+    """Returns a hash by which VAEs are told apart; None where the file has no VAE.
+
+    Raises:
+        CheckpointError: the file cannot be read or merged.
+    """
+    header = read_header(path)
+    return _vae(header, layout_of(header, require_supported(header)))
 
 
 def checkpoint_size(path: Path) -> int:
@@ -60,6 +90,11 @@ def checkpoint_size(path: Path) -> int:
         return path.stat().st_size
     except (OSError, ValueError):
         return 0
+
+
+@functools.lru_cache(maxsize=32)
+def _stored_dtype(key: TensorsAsKey) -> str:
+    return _dtype(key.header)
 
 
 def _dtype(header: Header, layout: Layout | None = None) -> str:
@@ -74,6 +109,14 @@ def _dtype(header: Header, layout: Layout | None = None) -> str:
     return names[0] if len(names) == 1 else f"mixed: {', '.join(names)}" if names else ""
 
 
+@functools.lru_cache(maxsize=32)
+def _merged_types_and_shapes(key: TensorsAsKey) -> tuple[str, str]:
+    """Returns the types of what a merge averages, and a digest of the shapes in which files must agree."""
+    layout = layout_of(key.header, require_supported(key.header))
+    shapes = sorted(compared_shapes(key.header, layout).items())
+    return _dtype(key.header, layout), hashlib.sha256(repr(shapes).encode()).hexdigest()
+
+
 def _vae(header: Header, layout: Layout) -> str | None:
     """Returns a hash of the VAE's small tensors, which every training changes, as float16."""
     keys = [key for key, treatment in layout.treatments.items() if treatment is Treatment.VAE]
@@ -81,7 +124,7 @@ def _vae(header: Header, layout: Layout) -> str | None:
     if not small:
         return None
     digest = hashlib.sha256()
-    with CheckpointReader(header.path, expected=header) as file:
+    with CheckpointReader(header.path, expected=header, mapped=False) as file:
         for key in small:
             digest.update(key.encode())
             digest.update(file.tensor(key).half().flatten().numpy().tobytes())

@@ -26,3 +26,9 @@ def resolve_device(name: str) -> torch.device:
                 f"device {name} was asked for, but {reason}", hint="choose auto or cpu"
             )
     return device
+
+
+def list_devices() -> list[str]:
+    """Returns the names of the devices that can be chosen."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["auto", "cpu", *(f"cuda:{number}" for number in range(count))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.hosts.host import require_listed_file
@@ -14,6 +15,7 @@ from hyper_merge.recipe.fields import AVERAGE
 from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Folders
+from hyper_merge.runtime.checked_json import parse_json
 from hyper_merge.ui.form_fields import (
     ALLOCATION_CHOICES,
     BASE_AVERAGE,
@@ -52,6 +54,25 @@ class Form:
     damaged: str
     save_styles: bool
 
+    @classmethod
+    def from_widgets(cls, picked: str, *values: Any) -> Form:
+        """Returns the form of the widgets' values: the picked checkpoints are JSON there."""
+        return cls(parse_picks(picked), *values)
+
+    def widget_values(self) -> tuple[Any, ...]:
+        """Returns the values for the widgets, in their order."""
+        picked, *values = (getattr(self, field.name) for field in fields(self))
+        return (json.dumps(picked), *values)
+
+
+def parse_picks(text: str) -> list[str]:
+    """Returns the names in a browser's list of picked checkpoints; none in anything else."""
+    try:
+        names = parse_json(text or "[]")
+    except ValueError:
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
 
 def chosen_files(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     """Returns the files of the chosen checkpoints; looks up names of the host's list only.
@@ -59,7 +80,7 @@ def chosen_files(form: Form, listed: Mapping[str, Path]) -> tuple[Path, ...]:
     Raises:
         CheckpointError: a name is not in the list (any more).
     """
-    return tuple(require_listed_file(name, listed) for name in form.checkpoints or [])
+    return tuple(require_listed_file(name, listed) for name in form.checkpoints)
 
 
 def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -> Recipe:

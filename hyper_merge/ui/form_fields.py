@@ -92,7 +92,7 @@ class FormField:
 
 
 FORM_FIELDS: Final = (
-    FormField("checkpoints", "Checkpoints", "menu", "Two or more of one family. Type to search.",
+    FormField("checkpoints", "Checkpoints", "text", "Two or more of one family.",
               settings=("models",)),
     FormField("name", "Name", "text",
               "Name of the hyper-model and its LoRAs. Leave empty for the suggested name."),

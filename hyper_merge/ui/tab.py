@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import torch
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs, process_jobs
+from hyper_merge.operations.catalogue import process_catalogue
+from hyper_merge.runtime.devices import list_devices
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.handlers.picker import checkpoint_folders, offers_demo
+from hyper_merge.ui.handlers.picker import offers_demo
 from hyper_merge.ui.panels.compare import build_compare
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
@@ -21,6 +22,7 @@ from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.wiring.common import Wiring
 from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
+from hyper_merge.ui.wiring.presets import wire_presets
 from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
 from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
 
@@ -36,7 +38,7 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
     with gr.Blocks(analytics_enabled=False, **settings) as page:
         with gr.Column(elem_id=elem_id("tab")):
             wires = _build(host, jobs or process_jobs())
-        for wire in (wire_picker, wire_run, wire_result, wire_history, wire_deletion):
+        for wire in (wire_picker, wire_presets, wire_run, wire_result, wire_history, wire_deletion):
             wire(wires)
         for wire in (wire_use, wire_use_jobs):
             wire(wires)
@@ -45,27 +47,34 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
     return page
 
 
-def list_devices() -> list[str]:
-    """Returns the names of the devices that can be chosen."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ["auto", "cpu", *(f"cuda:{number}" for number in range(count))]
-
-
 def _build(host: Host, jobs: Jobs) -> Wiring:
     """Builds all panels, each in its place on the page."""
-    names = list(host.checkpoints())
     with gr.Tabs(elem_id=elem_id("tabs")):
-        with gr.Tab("Merge", elem_id=elem_id("merge_tab")), gr.Row(elem_id=elem_id("columns")):
-            with gr.Column(scale=5, min_width=380):
-                picker = build_picker(names, checkpoint_folders(names), demo=offers_demo(host))
-                form, presets = build_form(host, picker.checkpoints, list_devices())
-                run = build_run()
-            with gr.Column(scale=6, min_width=420):
-                result = build_result(host)
+        with gr.Tab("Merge", elem_id=elem_id("merge_tab")):
+            picker = build_picker(demo=offers_demo(host))
+            with gr.Row(elem_id=elem_id("columns")):
+                with gr.Column(scale=5, min_width=320):
+                    preset, form, presets = build_form(host, picker.checkpoints, list_devices())
+                    run = build_run()
+                with gr.Column(scale=6, min_width=320):
+                    result = build_result(host)
         with gr.Tab("Use", elem_id=elem_id("use_tab")) as opened:
             use = build_use(host, opened)
         with gr.Tab("Compare", elem_id=elem_id("compare_tab")) as opened:
             compare = build_compare(host, opened)
         with gr.Tab("Runs", elem_id=elem_id("runs_tab")) as opened:
             earlier = build_history(opened)
-    return Wiring(host, jobs, picker, form, presets, run, result, earlier, use, compare)
+    return Wiring(
+        host,
+        jobs,
+        process_catalogue(),
+        picker,
+        form,
+        preset,
+        presets,
+        run,
+        result,
+        earlier,
+        use,
+        compare,
+    )

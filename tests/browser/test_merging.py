@@ -1,5 +1,7 @@
 """The whole way through the tab, by mouse and keyboard, in every kind of host."""
 
+import os
+
 import pytest
 from browser.conftest import shot
 from tiny_family import merge
@@ -38,22 +40,107 @@ def form(tab):
     return tab
 
 
-def test_the_picked_files_are_inspected_before_anything_runs(form):
+def test_checkpoints_are_searched_picked_and_put_in_order(form, server):
     tab = form
     tab.until(lambda: "Pick two or more" in tab.text("checkpoints_table"))
-    tab.pick("anime.safetensors")
-    tab.until(lambda: "Pick one more" in tab.text("plan"))
-    tab.pick("broken.safetensors")
-    tab.until(lambda: "Some of these checkpoints cannot be merged" in tab.text("plan"))
-    problem = tab.find("checkpoints_table").locator(".hm-problem")
-    assert "broken.safetensors" in problem.inner_text()
-    tab.click("clear")
-    tab.until(lambda: tab.picked() == [])
-    tab.choose("folder", "sub")
+    broken = tab.row("available", "broken.safetensors")
+    assert "header of" in broken.inner_text()
+    broken.locator("label").click(force=True)  # it is not enabled
+    assert tab.picked() == []
+    tab.find("search").fill("TRAIT sub diffusion")
+    tab.until(lambda: listed(tab) == ["sub/portrait.safetensors"])
+    tab.find("search").fill("")
+    tab.find("order").select_option("size")
+    assert listed(tab)[-1] == "broken.safetensors"
+    tab.find("order").select_option("name")
+    tab.find("folder").select_option("sub")
     tab.click("add_folder")
     tab.until(lambda: tab.picked() == ["sub/portrait.safetensors"])
-    tab.pick("photo.safetensors")
-    tab.until(lambda: "hyper-portrait-2.safetensors" in tab.text("plan"))
+    tab.until(lambda: "Pick one more" in tab.text("plan"))
+    tab.find("folder").select_option("*")
+    tab.click("add_folder")
+    tab.until(lambda: tab.picked() == [THREE[2], *THREE[:2]])
+    tab.until(lambda: "hyper-portrait-3.safetensors" in tab.text("plan"))
+    shot(tab.page, f"{server.host}-picker")
+
+    put_in_order(tab)
+    if "HYPER_MERGE_SCREENSHOTS" in os.environ:
+        tab.page.set_viewport_size({"width": 390, "height": 844})
+        shot(tab.page, f"{server.host}-picker-phone")
+        tab.page.set_viewport_size({"width": 1500, "height": 1000})
+
+
+def put_in_order(tab):
+    """Moves the rows of all three by key and by pointer, and takes two out."""
+    row = tab.row("checkpoints_table", THREE[1])
+    assert row.locator(".hm-name").inner_text() == "photo"
+    assert row.locator(".hm-name").get_attribute("title") == THREE[1]
+    row.locator("[data-part=grip]").press("ArrowUp")
+    tab.until(lambda: tab.picked() == [THREE[2], THREE[1], THREE[0]])
+    tab.page.keyboard.press("Home")  # it has kept the focus
+    tab.until(lambda: tab.picked() == [THREE[1], THREE[2], THREE[0]])
+    assert tab.text("picked_note") == "photo is now 1 of 3, and gives the VAE."
+    tab.until(lambda: "hyper-photo-3.safetensors" in tab.text("plan"))
+    drag(tab, THREE[0], THREE[1])
+    tab.until(lambda: tab.picked() == [THREE[0], THREE[1], THREE[2]])
+    tab.row("checkpoints_table", THREE[2]).locator("[data-part=cross]").press("Enter")
+    tab.until(lambda: tab.picked() == list(THREE[:2]))
+    box = tab.row("available", THREE[0]).locator("input")
+    names = listed(tab)
+    box.press("ArrowDown")
+    for _ in names[names.index(THREE[0]) + 2 : names.index(THREE[1]) + 1]:
+        tab.page.keyboard.press("ArrowDown")
+    tab.page.keyboard.press("Space")
+    tab.until(lambda: tab.picked() == [THREE[0]])
+
+
+def listed(tab):
+    """Returns the names in the list, in its order."""
+    rows = tab.find("available").locator("[data-name]")
+    return rows.evaluate_all("rows => rows.map((row) => row.dataset.name)")
+
+
+def drag(tab, name, place):
+    """Drags a row of the table to where another one is."""
+    grip = tab.row("checkpoints_table", name).locator("[data-part=grip]").bounding_box()
+    over = tab.row("checkpoints_table", place).bounding_box()
+    mouse = tab.page.mouse
+    mouse.move(grip["x"] + 4, grip["y"] + 4)
+    mouse.down()
+    mouse.move(grip["x"] + 4, over["y"] + over["height"] / 2, steps=4)
+    mouse.up()
+
+
+def test_the_form_is_remembered_and_kept_under_names(form, server):
+    tab = form
+    tab.pick(*THREE[1:])
+    tab.type("ranks", "5, 3")
+    tab.until(lambda: "hyper-photo-2" in tab.text("plan") and "_0-5" in tab.text("plan"))
+    tab.settle()
+    tab.open(server)
+    tab.until(lambda: tab.picked() == list(THREE[1:]))
+    assert tab.value("ranks") == "5, 3"
+    tab.find("presets_panel").locator("button, .label-wrap").first.click()
+    tab.type("preset_name", "two: 5/3")
+    tab.click("preset_save")
+    tab.until(lambda: "Saved two: 5/3." in tab.text("preset_note"))
+    shot(tab.page, f"{server.host}-presets")
+    tab.click("clear")
+    tab.type("ranks", "7")
+    tab.until(lambda: not tab.picked() and not tab.text("plan"))
+    tab.click("preset_load")
+    tab.until(lambda: tab.picked() == list(THREE[1:]) and tab.value("ranks") == "5, 3")
+    asked = []
+    for answer in ("dismiss", "accept"):
+        tab.page.once(
+            "dialog",
+            lambda dialog, do=answer: [asked.append(dialog.message), getattr(dialog, do)()],
+        )
+        tab.click("preset_delete")
+        tab.until(lambda answer=answer: len(asked) == (1 if answer == "dismiss" else 2))
+        tab.settle()
+    tab.until(lambda: "Deleted two: 5/3." in tab.text("preset_note"))
+    assert asked == ["Delete the preset two: 5/3?"] * 2
 
 
 def test_a_wrong_number_or_taken_name_shows_at_once(form):

@@ -74,10 +74,15 @@ class Tab:
         self.show()
         self.find("merge").wait_for()
         # each of these is the last answer of those that a page asks for when it opens
-        for name in ("runs_table", "checkpoints_table"):
-            self.until(lambda name=name: self.text(name, visible=False))
+        self.until(lambda: self.text("runs_table", visible=False))
+        self.until(self.has_inspected_all)
         self.is_open = True
         return self
+
+    def has_inspected_all(self):
+        """Tells whether the list of checkpoints is there, and what each file is."""
+        note = self.text("available_note", visible=False)
+        return note and "still to be" not in note
 
     def show(self):
         """Chooses the tab among those of a WebUI."""
@@ -109,11 +114,16 @@ class Tab:
         return self.find(name).locator("input, textarea").first.input_value()
 
     def pick(self, *names):
-        """Chooses checkpoints by typing each one's name; again as in `choose`."""
+        """Ticks checkpoints in the list."""
         for name in names:
-            self.until(lambda name=name: self._clicked("checkpoints", name, typed=name))
-        self.find("checkpoints").locator("input").blur()
-        self.until(lambda: all(name in self.text("checkpoints_table") for name in names))
+            box = self.row("available", name).locator("input")
+            self.until(lambda box=box: box.count())
+            box.check()
+        self.until(lambda: set(names) <= set(self.picked()))
+
+    def row(self, place, name):
+        """The row of a checkpoint in the list or in the table."""
+        return self.find(place).locator(f'[data-name="{name}"]')
 
     def choose(self, name, option):
         """Chooses one entry of a dropdown.
@@ -153,8 +163,8 @@ class Tab:
         )
 
     def picked(self):
-        tokens = self.find("checkpoints").locator(".token").all_inner_texts()
-        return [token.strip() for token in tokens]
+        rows = self.find("checkpoints_table").locator("tr[data-name]")
+        return rows.evaluate_all("rows => rows.map((row) => row.dataset.name)")
 
     def fraction(self):
         """Percent of the run as the status line says it; None where nothing runs."""

@@ -13,6 +13,7 @@ from hyper_merge.checkpoints.compatibility import (
     find_differing_markers,
     find_missing_parts,
 )
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, MismatchError
 
 BIAS = "model.diffusion_model.out.2.bias"
@@ -118,9 +119,13 @@ def save(path: Path, value: float) -> Path:
     return path
 
 
+def read(*paths: Path):
+    return [read_header(path) for path in paths]
+
+
 def test_different_files_are_distinct(tmp_path):
     paths = [save(tmp_path / f"{value}.safetensors", value) for value in (1.0, 2.0)]
-    assert check_distinct(paths) == []
+    assert check_distinct(read(*paths)) == []
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
@@ -131,15 +136,17 @@ def test_one_file_given_twice_is_refused(tmp_path, link):
         other, text = tmp_path / "b.safetensors", r"a.safetensors and .*b.safetensors are the same"
         link(path, other)
     with pytest.raises(MismatchError, match=text):
-        check_distinct([path, other])
+        check_distinct(read(path, other))
 
 
 def test_equal_content_is_a_warning(tmp_path):
     paths = [save(tmp_path / f"{name}.safetensors", 1.0) for name in "ab"]
     paths.append(save(tmp_path / "c.safetensors", 2.0))
-    assert check_distinct(paths) == ["a.safetensors and b.safetensors have the same content"]
+    assert check_distinct(read(*paths)) == ["a.safetensors and b.safetensors have the same content"]
 
 
 def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
-        check_distinct([tmp_path / "a.safetensors"])
+    headers = read(save(tmp_path / "a.safetensors", 1.0))
+    headers[0].path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be compared with the others"):
+        check_distinct(headers)

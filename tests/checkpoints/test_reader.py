@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
+from hyper_merge.checkpoints.fingerprint import fingerprint
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS, TORCH_DTYPES
-from hyper_merge.checkpoints.reader import CheckpointReader, TensorInfo, fingerprint, read_header
+from hyper_merge.checkpoints.reader import CheckpointReader, TensorInfo, read_header
 from hyper_merge.errors import CheckpointError
 
 

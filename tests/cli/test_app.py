@@ -163,7 +163,10 @@ def test_without_gradio_the_command_says_how_to_get_it(tmp_path, package, monkey
 
 
 def test_the_page_brings_style_and_script_with_it():
-    assert "hyperMerge" in app._asset("javascript/hyper_merge.js")
+    scripts = sorted(path.stem for path in (app._ASSETS[0] / "javascript").glob("*.js"))
+    assert list(app.SCRIPTS) == scripts, "in a WebUI's order"
+    for name in scripts:
+        assert "window.hyperMerge" in app._asset(f"javascript/{name}.js")
     assert "hm-message" in app._asset("style.css")
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 
 from hyper_merge.ui.form import Form
@@ -38,8 +38,7 @@ FORM = Form(
 
 def values(**changes):
     """Returns the form's values with changes, in the order of its widgets."""
-    form = replace(FORM, **changes)
-    return [getattr(form, field.name) for field in fields(form)]
+    return list(replace(FORM, **changes).widget_values())
 
 
 class _Reader(HTMLParser):

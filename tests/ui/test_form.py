@@ -87,7 +87,6 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"vae": None}, "VAE: expected one of"),
         ({"checkpoints": NAMES[:1]}, "Checkpoints: Fewer than two checkpoints"),
         ({"checkpoints": []}, "Checkpoints: Fewer than two checkpoints"),
-        ({"checkpoints": None}, "Checkpoints: Fewer than two checkpoints"),
     ],
 )  # fmt: skip
 def test_invalid_values_are_refused_by_their_label(recipe, changes, message):

@@ -17,7 +17,6 @@ from hyper_merge.ui.element_ids import PREFIX
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers import history
-from hyper_merge.ui.handlers.picker import ALL_FOLDERS
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
@@ -25,6 +24,7 @@ from hyper_merge.ui.panels.run import build_run
 from hyper_merge.ui.panels.settings import FormWidgets, build_form
 from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.panels.widgets import in_order
+from hyper_merge.ui.saved_form import default_form
 from hyper_merge.ui.tab import build_tab, list_devices
 
 UNEXPECTED = "Unexpected error; see the log for details: MemoryError: no room for a table"
@@ -32,7 +32,6 @@ FAILING = {
     "show_plan",
     "start_merge",
     "start_forecast",
-    "add_folder",
     "list_earlier_runs",
     "show_run",
     "copy_settings",
@@ -43,7 +42,6 @@ FAILING = {
 ARGUMENTS = {
     "show_plan": ["", *values()],
     "start_forecast": values(),
-    "add_folder": [[], ALL_FOLDERS],
 }
 
 
@@ -72,15 +70,14 @@ def some_host(request, root, tmp_path):
 @pytest.fixture
 def built(some_host):
     """All panels."""
-    names = list(some_host.checkpoints())
     with gr.Blocks():
-        picker = build_picker(names, ["all folders"], demo=True)
-        form, presets = build_form(some_host, picker.checkpoints, list_devices())
+        picker = build_picker(demo=True)
+        preset, form, presets = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
         with gr.Tab("Use", elem_id=f"{PREFIX}_use_tab") as opened:
             use = build_use(some_host, opened)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
-        others = build_run(), result, result.view, build_history(opened), use, *parts
+        others = preset, build_run(), result, result.view, build_history(opened), use, *parts
     return picker, form, presets, *others
 
 
@@ -149,6 +146,12 @@ def test_all_ids_are_ours_and_unique(some_host):
     assert all(name.startswith(f"{PREFIX}_") for name in ids)
 
 
+def test_the_default_form_is_that_of_a_page(some_host, built):
+    _, form, *_ = built
+    page = [widget.value for widget in in_order(form)]
+    assert page == list(default_form(some_host).widget_values())
+
+
 def test_every_field_of_the_form_is_labelled(built):
     _, form, *_ = built
     assert all(widget.label for widget in in_order(form))
@@ -159,7 +162,7 @@ def test_each_preset_has_a_button_with_its_ranks(built):
 
 
 def test_panels_of_pictures_are_shown_where_txt2img_exists(some_host, built):
-    _, form, _, _, result, *_ = built
+    _, form, _, _, _, result, *_ = built
     *_, mix, fit, _ = built
     sends = (result.send, mix.send, fit.send, fit.save_style)
     for widget in (form.save_styles, *sends, result.save_styles, result.remove_styles):
@@ -196,8 +199,7 @@ def test_unexpected_errors_show_a_line_and_are_logged(root, run, caplog):
         raise MemoryError("no room for a table\nof many rows")
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
-        for name in ("preflight_form", "average_id_of"):
-            patch.setattr(f"hyper_merge.ui.handlers.picker.{name}", fail)
+        patch.setattr("hyper_merge.ui.handlers.picker.preflight_form", fail)
         patch.setattr("hyper_merge.ui.handlers.forecast.preflight_form", fail)
         for name in ("list_runs", "load_run", "files_of"):
             patch.setattr(history, name, fail)
@@ -261,13 +263,18 @@ def test_only_what_follows_a_job_waits_in_gradios_queue(root):
     assert set(queued) == {"watch_job_in_both_tabs", "watch_comparison"}
 
 
-def test_the_script_exports_every_called_function(some_host):
-    script = (EXTENSION / "javascript/hyper_merge.js").read_text(encoding="utf-8")
-    exported = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
-    called = set()
+def test_the_scripts_export_every_called_function(some_host):
+    called, exported = set(), set()
     for event in settings(build_tab(some_host, Busy())):
-        called |= set(re.findall(r"hyperMerge\.(\w+)", str(event["js"])))
-    assert called == set(re.findall(r"\w+", exported))
+        called |= set(re.findall(r"(hyperMerge\w*)\.(\w+)", str(event["js"])))
+    for path in (EXTENSION / "javascript").glob("*.js"):
+        script = path.read_text(encoding="utf-8")
+        owner = re.search(r"window\.(\w+) = ", script)[1]
+        names = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
+        exported |= {(owner, name) for name in re.findall(r"\w+", names)}
+        for taken, other in re.findall(r"const \{([^}]*)\} = window\.(\w+);", script):
+            called |= {(other, name) for name in re.findall(r"\w+", taken)}
+    assert called == exported
 
 
 def test_a_job_survives_reload_ui(webui, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from itertools import islice
 
@@ -11,7 +12,7 @@ from hyper_merge.checkpoints.architectures.shape_rules import require_consistent
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
 from hyper_merge.checkpoints.architectures.unsupported import DISGUISED, PARTIAL, UnsupportedModel
-from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.io.header import Header, TensorsAsKey
 from hyper_merge.errors import FamilyError
 
 __all__ = ["FAMILIES", "Family", "NetworkPart", "PartName", "detect_family", "require_supported"]
@@ -23,6 +24,12 @@ def detect_family(header: Header) -> Family:
     Raises:
         FamilyError: the file is no checkpoint (a LoRA, a VAE, ...), or of an unknown architecture.
     """
+    return _family_of(TensorsAsKey(header))
+
+
+@functools.lru_cache(maxsize=32)
+def _family_of(key: TensorsAsKey) -> Family:
+    header = key.header
     signature = KeySignature.from_header(header)
     _refuse(header, signature, DISGUISED)
     family = find_family(signature)
@@ -44,7 +51,13 @@ def require_supported(header: Header) -> Family:
         FamilyError: no checkpoint, of a family that is not supported, stored in types that
             cannot be averaged, or with shapes that contradict each other.
     """
-    family = detect_family(header)
+    return _supported_family_of(TensorsAsKey(header))
+
+
+@functools.lru_cache(maxsize=32)
+def _supported_family_of(key: TensorsAsKey) -> Family:
+    header = key.header
+    family = _family_of(key)
     if not family.supported:
         raise FamilyError(
             f"{header.name} is a {family.title} checkpoint, which cannot be merged",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.sections import OTHER
 from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
-from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
+from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo, TensorsAsKey
 
 _WEIGHT: Final = re.compile(r"(?P<path>.+)\.weight|(?P<fused>.+\.in_proj)_weight")
 _POSITION_IDS: Final = ".embeddings.position_ids"
@@ -103,6 +104,12 @@ class Layout:
 
 def layout_of(header: Header, family: Family) -> Layout:
     """Returns the treatment of each tensor, and the layers: text encoders, then the UNet down to up."""
+    return _layout_of(TensorsAsKey(header), family)
+
+
+@functools.lru_cache(maxsize=32)
+def _layout_of(key: TensorsAsKey, family: Family) -> Layout:
+    header = key.header
     layers = tuple(
         layer for part in family.parts for layer in _layers(header, part, family.resolution)
     )

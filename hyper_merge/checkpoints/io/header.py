@@ -56,3 +56,23 @@ class Header:
     def stem(self) -> str:
         """The file's name without folder and suffix."""
         return self.path.stem
+
+
+@dataclass(frozen=True, eq=False)
+class TensorsAsKey:
+    """A header as the key of a cache: equal to another of the same tensors in the same order.
+
+    Most files of a family have the same: what follows from these alone need be found out only once.
+    """
+
+    header: Header
+
+    def __hash__(self) -> int:
+        tensors = self.header.tensors
+        return hash((len(tensors), next(iter(tensors), "")))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorsAsKey) and self._content() == other._content()
+
+    def _content(self) -> tuple[list[object], Mapping[str, str]]:
+        return list(self.header.tensors.items()), self.header.unsupported

@@ -71,6 +71,50 @@ class MappedTensors:
         return stored.view(info.dtype).reshape(info.shape)
 
 
+class ReadTensors:
+    """The tensors of a file that is read piece by piece; use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Names the file; nothing is read before the block is entered."""
+        self.path = path
+        self._table = _CLOSED
+
+    def __enter__(self) -> ReadTensors:
+        """Opens the file; raises what `MappedTensors` does."""
+        self._stream = self.path.open("rb")
+        try:
+            size = os.fstat(self._stream.fileno()).st_size
+            self._table = read_table_from(self._stream, self.path.name, size)
+        except BaseException:
+            self._stream.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._table = _CLOSED
+        self._stream.close()
+
+    def get(self, key: str) -> Tensor:
+        """Returns a tensor in its stored type.
+
+        Raises:
+            KeyError: the file has no such tensor of a type that torch knows.
+            OSError: the file cannot be read, or has become shorter.
+        """
+        info, start = self._table.tensors[key], self._table.starts[key]
+        content = bytearray(info.nbytes)
+        self._stream.seek(start)
+        if self._stream.readinto(content) != len(content):
+            raise OSError(f"{key} is cut off")
+        stored = torch.from_numpy(np.frombuffer(content, np.uint8))
+        return stored.view(info.dtype).reshape(info.shape)
+
+
 class _Bytes:
     """A mapping for numpy, as if it could be written to: torch has no other tensors, and would warn."""
 

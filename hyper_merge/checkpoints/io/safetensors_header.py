@@ -6,6 +6,7 @@ It is as strict as the library: tensors fill the file without gap or overlap. Th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -31,6 +32,10 @@ _IMPOSTORS: Final = (
     (b"<", f"a web page; {COPY_AGAIN}, logged in where the site asks for it"),
     (b"version ", f"a Git LFS pointer; {COPY_AGAIN} with Git LFS"),
 )
+
+
+# One object for all tensors of a type and shape: that takes less memory, and compares at once.
+_info = functools.lru_cache(maxsize=8192)(TensorInfo)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ def read_table(path: Path, size: int) -> SafetensorsTable:
 def read_table_from(stream: BinaryIO, name: str, size: int) -> SafetensorsTable:
     """Does what `read_table` does for an open file, from its beginning."""
     start, text = read_header_bytes(stream, name, size)
+    return _table(text, start, name, size)
+
+
+@functools.lru_cache(maxsize=2)  # who reads a header often opens the file for its tensors next
+def _table(text: bytes, start: int, name: str, size: int) -> SafetensorsTable:
     table = _parse(text, name)
     metadata = _metadata(table.pop(METADATA_KEY, {}), name)
     entries = [_entry(key, value, name) for key, value in table.items()]
@@ -77,7 +87,7 @@ def read_table_from(stream: BinaryIO, name: str, size: int) -> SafetensorsTable:
     _require_filled(entries, start, size, name)
     known = [entry for entry in entries if entry.dtype in TORCH_DTYPES]
     return SafetensorsTable(
-        tensors={e.key: TensorInfo(TORCH_DTYPES[e.dtype], e.shape) for e in known},
+        tensors={e.key: _info(TORCH_DTYPES[e.dtype], e.shape) for e in known},
         starts={e.key: start + e.start for e in known},
         unsupported={e.key: e.dtype for e in entries if e.dtype not in TORCH_DTYPES},
         metadata=metadata,

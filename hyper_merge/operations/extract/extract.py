@@ -205,7 +205,7 @@ def _inputs(request: ExtractRequest, progress: Progress) -> MergeInputs:
     layout = common_layout(headers).without_ends()  # they go into no LoRA that all programs take
     if not layout.layers:
         raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
-    for warning in check_distinct(paths):
+    for warning in check_distinct(headers):
         progress.warn(warning)
     return MergeInputs((header,), base, layout, (1.0,), getattr(torch, request.dtype))
 

@@ -11,7 +11,8 @@ import torch
 
 from hyper_merge.analysis.inputs import MergeInputs, multiplier_groups
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.checkpoints.reader import fingerprint, read_header
+from hyper_merge.checkpoints.fingerprint import fingerprint
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.operations.merge.preflight import common_layout
 from hyper_merge.operations.sensitivities import AverageNetwork
 from hyper_merge.recipe.fields import FIELD_PARSERS

@@ -129,7 +129,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     accepts_damaged = recipe.damaged == "accept"
     files = [*headers, base] if base else headers
     layout = common_layout(files, accepts_damaged=accepts_damaged)
-    warnings = check_distinct([header.path for header in headers])
+    warnings = check_distinct(headers)
     warnings += find_unfinished(files) if accepts_damaged else []
     _check_stems(headers)
     count = len(headers)

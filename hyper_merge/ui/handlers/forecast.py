@@ -32,7 +32,7 @@ NO_CURVE: Final = (gr.update(visible=False), gr.update(visible=False))
 
 def start_forecast(host: Host, jobs: Jobs, *values: Any) -> str:
     """Starts the forecast, which writes nothing but the cache; returns why not, or "" if it started."""
-    form = Form(*values)
+    form = Form.from_widgets(*values)
     try:
         preflight_form(host, form)
         work = functools.partial(forecast_task, host, functools.partial(preflight_form, host, form))
@@ -42,10 +42,10 @@ def start_forecast(host: Host, jobs: Jobs, *values: Any) -> str:
     return ""
 
 
-def pick_group(number: int, groups: str) -> list[str]:
-    """Returns the checkpoints of a group, 0 for the first one; none if there is no such group."""
+def pick_group(number: int, groups: str) -> str:
+    """Returns the checkpoints of a group as JSON, 0 for the first one; none if there is no such group."""
     members = json.loads(groups or "[]")
-    return list(members[number]) if number < len(members) else []
+    return json.dumps(members[number] if number < len(members) else [])
 
 
 def update_curve(forecast: ForecastCurve | None, size: int | None) -> tuple[Any, Any]:

@@ -59,8 +59,7 @@ def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
     text = f"The settings of {name} were copied to the form."
     if gone:
         text += f" {gone} of its checkpoints are no longer in the list."
-    values = (getattr(form, field.name) for field in fields(Form))
-    return (*values, format_message("info" if gone else "good", text))
+    return (*form.widget_values(), format_message("info" if gone else "good", text))
 
 
 def _with_renamed_files(run: Run, cache: Path, listed: Mapping[str, Path]) -> Recipe:

@@ -8,8 +8,9 @@ error.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import gradio as gr
@@ -34,7 +35,7 @@ def start_merge(host: Host, jobs: Jobs, *values: Any) -> str:
 
     These are two handlers since gradio keeps a second click waiting until the first one is answered.
     """
-    form = Form(*values)
+    form = Form.from_widgets(*values)
     try:
         preflight, place = prepare_merge(host, form)
         recipe = functools.partial(_recipe_now, host, replace(form, name=preflight.recipe.name))
@@ -93,22 +94,12 @@ def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
     return show_run(host, name)
 
 
-def restore_form(jobs: Jobs) -> tuple[Any, ...]:
-    """Returns the form's values as the last job was asked for, on a page that was not there then."""
-    forms = (job.form for job in jobs.known if isinstance(job.form, Form))
-    form = next(forms, None)
-    if form is None:
-        return tuple(gr.update() for _ in fields(Form))
-    return tuple(getattr(form, field.name) for field in fields(form))
-
-
 def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:
     """Picks the demo's checkpoints, and ranks that suit them."""
     status = _last_status(jobs)
     if status is None or status.outcome != "done":
         return gr.update(), gr.update()
-    names = list(host.checkpoints())
-    return gr.update(choices=names, value=names), ", ".join(map(str, DEMO_RANKS))
+    return json.dumps(list(host.checkpoints())), ", ".join(map(str, DEMO_RANKS))
 
 
 def _recipe_now(host: Host, form: Form) -> Recipe:

@@ -1,4 +1,4 @@
-"""Handles the picker: lists checkpoints, describes the picked ones and the plan of their merge.
+"""Handles the picker: what can be picked, and the plan of the picked checkpoints' merge.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -7,7 +7,9 @@ error.
 
 from __future__ import annotations
 
-import functools
+import json
+import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,65 +20,91 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError, SameMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.tasks import known_forecast
-from hyper_merge.operations.inspect import InspectedFile, inspect_files
+from hyper_merge.operations.catalogue import Catalogue
 from hyper_merge.operations.merge.naming import suggest_name, with_free_name
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.runs.folders import average_id_of
-from hyper_merge.ui.form import Form
+from hyper_merge.ui.form import Form, parse_picks
 from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS
 from hyper_merge.ui.handlers.forecast import NO_CURVE, update_curve, update_group_buttons
 from hyper_merge.ui.handlers.merge_request import has_name, preflight_form
 from hyper_merge.ui.html.common import (
-    format_checkpoints,
     format_forecast_notes,
     format_merge_plan,
     format_message,
 )
 
-ALL_FOLDERS: Final = "all folders"
-TOP_FOLDER: Final = "top folder only"
+_MOMENT: Final = 0.4  # seconds in which files are inspected before a page is told what is known
 
 
-def list_checkpoints(host: Host, picked: Sequence[str]) -> tuple[Any, Any, Any, Any]:
-    """Updates checkpoints, folders and bases from the host's list, and the demo's button.
+def list_checkpoints(host: Host, catalogue: Catalogue) -> tuple[str, Any, Any]:
+    """Returns the host's list with what is known of each file, and updates bases and demo button.
 
-    Checkpoints that are gone stay picked; the table says that they are gone.
+    No file is read: the page asks for the facts that it lacks by `inspect_some`.
     """
-    names = list(host.checkpoints())
-    gone = [name for name in picked or [] if name not in names]
-    folders = checkpoint_folders(names)
+    listed = host.checkpoints()
     return (
-        gr.update(choices=[*names, *gone]),
-        gr.update(choices=folders, value=folders[0]),
-        gr.update(choices=[BASE_AVERAGE, *names]),
+        _to_json(host, catalogue, listed),
+        gr.update(choices=[BASE_AVERAGE, *listed]),
         gr.update(visible=offers_demo(host)),
     )
 
 
-def checkpoint_folders(names: Sequence[str]) -> list[str]:
-    """Returns the folders to add from: all of them, the top folder, and each folder below it."""
-    folders = sorted({_folder(name) for name in names} - {""})
-    if not folders:
-        return [ALL_FOLDERS]
-    top = [TOP_FOLDER] if any(not _folder(name) for name in names) else []
-    return [ALL_FOLDERS, *top, *folders]
+def inspect_some(host: Host, catalogue: Catalogue, picked: str) -> str:
+    """Inspects files for a moment, the picked ones first; returns the list with what is known then.
+
+    The page asks again until it knows everything, so that its rows fill one by one, and no longer
+    than it is open.
+    """
+    listed, end = host.checkpoints(), time.monotonic() + _MOMENT
+    chosen = [name for name in parse_picks(picked) if name in listed]
+    for name in dict.fromkeys([*chosen, *listed]):
+        status = _status(listed[name])
+        if status is not None:
+            catalogue.inspect(listed[name], status)
+        if time.monotonic() > end:
+            break
+    for name in chosen:
+        status = _status(listed[name])
+        if time.monotonic() > end:
+            break
+        if status is not None and not catalogue.knows_vae(listed[name], status):
+            catalogue.inspect_vae(listed[name], status)
+    return _to_json(host, catalogue, listed)
 
 
-def add_folder(host: Host, picked: Sequence[str], folder: str) -> list[str]:
-    """Returns the picked checkpoints and those of a folder, without hyper-models of earlier merges."""
-    prefix = "" if folder == TOP_FOLDER else folder
-    new = [
-        name
-        for name, path in host.checkpoints().items()
-        if (folder == ALL_FOLDERS or _folder(name) == prefix) and average_id_of(path) is None
-    ]
-    return list(dict.fromkeys([*(picked or []), *new]))
+def _to_json(host: Host, catalogue: Catalogue, listed: Mapping[str, Path]) -> str:
+    """Returns the list for the page's script: one object per file, with its facts where known."""
+    kinds: dict[str, int] = {}
+    rows = []
+    for name, path in listed.items():
+        status = _status(path)
+        row: dict[str, Any] = {"name": name, "hash": host.known_hash(name) or ""}
+        if status is None:
+            rows.append(row | {"known": True, "problem": "file not found; press Refresh"})
+            continue
+        row |= {"size": status.st_size, "time": status.st_mtime}
+        file = catalogue.known(path, status)
+        if file is not None:
+            row |= {
+                "known": True,
+                "family": file.family or "",
+                "dtype": file.dtype,
+                "problem": file.problem or "",
+                "kind": kinds.setdefault(file.kind, len(kinds)),
+                "made": file.is_hyper_model,
+            }
+            if file.problem or catalogue.knows_vae(path, status):
+                row["vae"] = (file.vae or "none")[:12]
+        rows.append(row)
+    return json.dumps(rows)
 
 
-def clear_selection() -> list[str]:
-    """Returns an empty selection."""
-    return []
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
 
 
 def preset_ranks(word: str) -> str:
@@ -89,43 +117,46 @@ def offers_demo(host: Host) -> bool:
     return not host.has_txt2img and not host.checkpoints()
 
 
-def show_plan(host: Host, groups: str, *values: Any) -> tuple[Any, ...]:
-    """Describes the picked checkpoints and the merge that the form asks for.
+def show_plan(host: Host, catalogue: Catalogue, groups: str, *values: Any) -> tuple[Any, ...]:
+    """Describes the merge that the form asks for.
 
     Args:
         host: the program around the tab.
+        catalogue: the facts about the files.
         groups: the groups that have buttons now, as JSON.
         values: the values of the form.
 
     Returns:
-        The table of checkpoints, the plan or why there can be none, the suggested name, updates of
-        the forecast's plot and button, the dissimilar groups as JSON, updates of their buttons.
+        The plan or why there can be none, the suggested name, updates of the forecast's plot and
+        button, the dissimilar groups as JSON, updates of their buttons.
     """
-    form = Form(*values)
-    listed = host.checkpoints()
-    names = form.checkpoints or []
-    files = [_inspect(name, listed) for name in names]
-    hashes = {name: host.known_hash(name) for name in names}
-    name = suggest_name(names) if names else ""
-    table, placeholder = format_checkpoints(names, files, hashes), gr.update(placeholder=name)
-    problem = _problem(files)
+    form = Form.from_widgets(*values)
+    names = form.checkpoints
+    placeholder = gr.update(placeholder=suggest_name(names) if names else "")
+    problem = _problem(host, catalogue, names)
     if problem is not None:
         buttons = update_group_buttons(names, None, groups)
-        return (table, problem, placeholder, *NO_CURVE, *buttons)
+        return (problem, placeholder, *NO_CURVE, *buttons)
     plan, plot, forecast = _plan_and_forecast(host, form)
     buttons = update_group_buttons(names, forecast, groups)
-    return (table, plan, placeholder, *plot, *buttons)
+    return (plan, placeholder, *plot, *buttons)
 
 
-def _problem(files: Sequence[InspectedFile]) -> str | None:
+def _problem(host: Host, catalogue: Catalogue, names: Sequence[str]) -> str | None:
     """Returns why there is no plan; None if there can be one."""
-    if len(files) < 2:
-        return format_message("info", "Pick one more checkpoint.") if files else ""
-    if any(file.problem for file in files):
+    if len(names) < 2:
+        return format_message("info", "Pick one more checkpoint.") if names else ""
+    listed = host.checkpoints()
+    if not all(name in listed and _can_merge(catalogue, listed[name]) for name in names):
         return format_message(
             "bad", "Some of these checkpoints cannot be merged; the table says why."
         )
     return None
+
+
+def _can_merge(catalogue: Catalogue, path: Path) -> bool:
+    status = _status(path)
+    return status is not None and not catalogue.inspect(path, status).problem
 
 
 def _plan_and_forecast(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCurve | None]:
@@ -162,30 +193,3 @@ def _plan(form: Form, preflight: Preflight, size: int | None) -> str:
         return format_message("good", text)
     except HyperMergeError as error:  # a checkpoint may have been removed just now
         return format_message("bad", str(error))
-
-
-def _inspect(name: str, listed: Mapping[str, Path]) -> InspectedFile:
-    if name not in listed:
-        return _absent(name, "no longer in the list; press Refresh")
-    path = listed[name]
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return _absent(name, "file not found; press Refresh")
-    except OSError:
-        return inspect_files(path)
-    return _inspect_file(path, status.st_size, status.st_mtime_ns)
-
-
-def _absent(name: str, problem: str) -> InspectedFile:
-    return InspectedFile(name, Path(name), None, 0, "", "", None, problem)
-
-
-@functools.lru_cache(maxsize=256)
-def _inspect_file(path: Path, _size: int, _changed: int) -> InspectedFile:
-    """Inspects a file once for as long as it stays the same."""
-    return inspect_files(path)
-
-
-def _folder(name: str) -> str:
-    return name.replace("\\", "/").rpartition("/")[0]

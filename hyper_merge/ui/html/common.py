@@ -12,7 +12,6 @@ from typing import Final, Literal
 from hyper_merge.errors import HyperMergeError, SameMergeError
 from hyper_merge.hosts.job_queue import BusyError, JobStatus, in_one_line
 from hyper_merge.loras.prompt_tags import lora_names
-from hyper_merge.operations.inspect import InspectedFile
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
@@ -95,46 +94,6 @@ def format_table(
         f'<div class="hm-scroll"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def format_checkpoints(
-    names: Sequence[str], files: Sequence[InspectedFile], hashes: Mapping[str, str | None]
-) -> str:
-    """Returns a table that describes the picked checkpoints.
-
-    Args:
-        names: the checkpoints' names in the host's list.
-        files: the descriptions of their files, in the same order.
-        hashes: short SHA-256 by name, where the host knows it.
-    """
-    if not names:
-        return format_message("info", "Pick two or more checkpoints. They are described here.")
-    is_hashed = any(hashes.get(name) for name in names)
-    rows = [
-        (
-            _name_cell(name, file),
-            _text(file.family or ""),
-            format_size(file.size),
-            _text(file.dtype),
-            *([f"<code>{_text(hashes.get(name) or '')}</code>"] if is_hashed else []),
-            _text(vae),
-        )
-        for name, file, vae in zip(names, files, vae_groups(files), strict=True)
-    ]
-    hash_head = ["Short hash"] if is_hashed else []
-    head = ("Checkpoint", "Family", "Size", "Precision", *hash_head, "VAE")
-    differ = len({file.vae for file in files if file.vae}) > 1
-    note = "The VAEs differ. Under Advanced you can choose which one the hyper-model gets."
-    return format_table(head, rows, numeric=(2,)) + (format_hint(note) if differ else "")
-
-
-def vae_groups(files: Sequence[InspectedFile]) -> list[str]:
-    """Returns a word per file: `same` if all have one VAE, else a letter for each different one."""
-    vaes = [file.vae for file in files]
-    known = list(dict.fromkeys(vae for vae in vaes if vae is not None))
-    if len(known) == 1:
-        return ["none" if vae is None else "same" for vae in vaes]
-    return ["none" if vae is None else _letter(known.index(vae)) for vae in vaes]
 
 
 def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | None = None) -> str:
@@ -233,11 +192,6 @@ def format_job_status(status: JobStatus) -> str:
     )
 
 
-def _name_cell(name: str, row: InspectedFile) -> str:
-    problem = f"<div class=hm-problem>{_text(row.problem)}</div>" if row.problem else ""
-    return _text(name) + problem
-
-
 def format_count(count: int, noun: str) -> str:
     """Returns a number with its noun, in the plural unless it is 1."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -246,10 +200,6 @@ def format_count(count: int, noun: str) -> str:
 def _format_clock(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
 def _text(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Final
 from hyper_merge.operations.compare.image_difference import LEVELS
 from hyper_merge.operations.compare.records import ComparisonRecord
 from hyper_merge.ui.html.common import format_hint, format_message, format_table
+from hyper_merge.ui.html.names import format_names
 
 _ROW_TITLES: Final = {"restored": "Hyper-model + LoRAs", "average": "Hyper-model alone"}
 
@@ -49,8 +50,8 @@ def _format_differences(record: ComparisonRecord) -> str:
         head += [f"{_ROW_TITLES[row]}, {record.measure}" for row in rows]
     names = [name for name in record.tags if any(_differences(record, name, row) for row in rows)]
     body = []
-    for name in names:
-        cells = [html.escape(name)]
+    for name, cell in zip(names, format_names(names), strict=True):
+        cells = [cell]
         cells += [_format_pixels(_differences(record, name, row)) for row in rows]
         if record.measure:
             shares = [_differences(record, name, row, perceptual=True) for row in rows]

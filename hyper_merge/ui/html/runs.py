@@ -21,6 +21,7 @@ from hyper_merge.ui.html.common import (
     format_percent,
     format_table,
 )
+from hyper_merge.ui.html.names import format_names
 
 _DIFFERENCE: Final = "Explained: the share of a checkpoint's difference from the hyper-model that the LoRAs reproduce"
 _OF_OUTPUT: Final = f"{_DIFFERENCE}, counted by what it does to the network's output"
@@ -89,7 +90,8 @@ def format_run_table(report: Report) -> str:
     """Returns the explained shares of every checkpoint, and its multiplier of each LoRA."""
     blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
     head = ("Checkpoint", "Explained", "In weights", "UNet", "Text encoder", *blocks)
-    rows = [_result_row(row) for row in report.checkpoints]
+    names = format_names([row.name for row in report.checkpoints])
+    rows = [_result_row(*pair) for pair in zip(names, report.checkpoints, strict=True)]
     separate = any(row.text_multipliers for row in report.checkpoints)
     note = format_hint("Multipliers: text encoder : UNet.") if separate else ""
     return format_table(head, rows, numeric=range(1, len(head))) + note
@@ -130,13 +132,14 @@ def format_run_comparison(first: Run, second: Run) -> str:
     explained = [
         {row.name: row.fidelity for row in run.report.checkpoints} for run in (first, second)
     ]
-    for name in dict.fromkeys([*explained[0], *explained[1]]):
+    rows = [tuple(_text(cell) for cell in fact) for fact in facts]
+    names = list(dict.fromkeys([*explained[0], *explained[1]]))
+    for name, cell in zip(names, format_names(names), strict=True):
         shares = [
             format_percent(by_name[name]) if name in by_name else "not included"
             for by_name in explained
         ]
-        facts.append((f"Explained, {name}", *shares))
-    rows = [tuple(_text(cell) for cell in fact) for fact in facts]
+        rows.append((f"Explained, {cell}", *shares))
     return format_table(("", first.name, second.name), rows, numeric=(1, 2))
 
 
@@ -146,9 +149,9 @@ def format_file_list(paths: Sequence[Path], question: str) -> str:
     return f'<div class="hm-message hm-info">{_text(question)}<ul>{items}</ul></div>'
 
 
-def _result_row(row: CheckpointReport) -> tuple[str, ...]:
+def _result_row(name: str, row: CheckpointReport) -> tuple[str, ...]:
     shares = (row.fidelity, row.explained, row.explained_unet, row.explained_text_encoder)
-    return (_text(row.name), *(format_percent(share) for share in shares), *_multipliers(row))
+    return (name, *(format_percent(share) for share in shares), *_multipliers(row))
 
 
 def _multipliers(row: CheckpointReport) -> list[str]:

@@ -25,6 +25,7 @@ from hyper_merge.ui.html.common import (
     format_percent,
     format_table,
 )
+from hyper_merge.ui.html.names import format_names
 from hyper_merge.ui.html.runs import format_missing_files
 
 LOWEST: Final = -0.5
@@ -56,7 +57,8 @@ def format_sliders(run: Run) -> str:
     """Returns a slider per checkpoint, with the multipliers from which the script makes prompt tags."""
     names = checkpoint_names(run)
     terms = json.dumps({name: tag_rows(run, name) for name in names})
-    rows = "".join(_format_slider(name) for name in names)
+    labels = format_names(names)
+    rows = "".join(_format_slider(*pair) for pair in zip(names, labels, strict=True))
     return (
         f'<div class=hm-mix data-run="{_text(run.name)}" data-terms="{_text(terms)}">{rows}'
         "<p class=hm-hint data-rest>The hyper-model alone.</p></div>"
@@ -111,11 +113,13 @@ def format_exported_loras(exported: Sequence[ExportResult], rank: int | None) ->
     """Returns the table of written LoRAs, one per checkpoint."""
     head = ("Checkpoint", "Prompt tags", "Rank", "Size", "Explained", "Lost")
     lost, first = "cutting ranks" if rank else "rounding", exported[0]
+    names = format_names([lora.checkpoint for lora in exported])
+    rows = [_export_row(*pair) for pair in zip(names, exported, strict=True)]
     return (
         format_message(
             "good", f"{format_count(len(exported), 'LoRA')} written to {first.path.parent}."
         )
-        + format_table(head, [_export_row(lora) for lora in exported], numeric=(2, 3, 4, 5))
+        + format_table(head, rows, numeric=(2, 3, 4, 5))
         + format_hint(
             f"Load {first.hyper_model.stem} and add exactly one of these to the prompt. Explained: by"
             f" the run's LoRAs. Lost: the part of that which {lost} costs."
@@ -123,10 +127,10 @@ def format_exported_loras(exported: Sequence[ExportResult], rank: int | None) ->
     )
 
 
-def _export_row(lora: ExportResult) -> tuple[str, ...]:
+def _export_row(name: str, lora: ExportResult) -> tuple[str, ...]:
     tags = " ".join(filter(None, (format_tag(lora.path.stem, 1.0), lora.companions)))
     return (
-        _text(lora.checkpoint),
+        name,
         f"<code>{_text(tags)}</code>",
         str(lora.rank),
         format_size(lora.size),
@@ -141,7 +145,8 @@ def format_deletion_verdicts(report: DeletionReport) -> str:
     if report.problem:
         text = format_message("bad", f"Nothing is safe to delete: {report.problem}")
     head: tuple[str, ...] = ("Original", "Delete?", "Frees", "Layers", "All tensors", "VAE", "")
-    rows = [_verdict_row(verdict) for verdict in report.verdicts]
+    names = format_names([verdict.name for verdict in report.verdicts])
+    rows = [_verdict_row(*pair) for pair in zip(names, report.verdicts, strict=True)]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     freed = f"Deleting all of these would free {format_size(report.frees)}."
@@ -173,10 +178,10 @@ def format_extracted_lora(lora: ExtractResult) -> str:
     )
 
 
-def _format_slider(name: str) -> str:
+def _format_slider(name: str, label: str) -> str:
     text = _text(name)
     return (
-        f"<label class=hm-slider><span>{text}</span>"
+        f"<label class=hm-slider>{label}"
         f'<input type=range min={LOWEST} max={HIGHEST} step=any value=0 data-name="{text}" '
         f'aria-label="{text}"><output>0.00</output></label>'
     )
@@ -199,14 +204,14 @@ def _format_not_carried(shares: Mapping[str, float]) -> str:
     return format_hint(f"Not carried by LoRAs, as a share of all differences: {text or 'nothing'}.")
 
 
-def _verdict_row(verdict: DeletionVerdict) -> tuple[str, ...]:
+def _verdict_row(name: str, verdict: DeletionVerdict) -> tuple[str, ...]:
     vae = {None: "unknown", True: "differs", False: "same"}[verdict.vae_differs]
     answer = "<b>yes</b>" if verdict.safe else "no"
     reason = verdict.reason
     if not reason and verdict.path.stem != verdict.restored_as:
         reason = f"as {verdict.restored_as}"
     return (
-        _text(verdict.name),
+        name,
         answer,
         format_size(verdict.frees),
         format_percent(verdict.explained),

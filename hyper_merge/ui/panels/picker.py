@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gradio as gr
 
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.form_fields import form_field
-from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.html.picker import format_picker
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
 
 
 @dataclass(frozen=True)
@@ -25,55 +25,42 @@ class GroupWidgets:
 
 @dataclass(frozen=True)
 class PickerPanel:
-    """The widgets in which checkpoints are picked."""
+    """The widgets in which checkpoints are picked; the script draws into `frame`."""
 
-    checkpoints: gr.Dropdown
-    folder: gr.Dropdown
+    checkpoints: (
+        gr.Textbox
+    )  # hidden by the style sheet: the picked names, as JSON, for the script too
+    catalogue: gr.Textbox  # hidden: the host's list and what is known of each file, as JSON
+    frame: gr.HTML
+    inspect: gr.Button  # hidden by the style sheet: the script presses it while it lacks facts
     add: gr.Button
-    refresh: gr.Button
     clear: gr.Button
+    refresh: gr.Button
     demo: gr.Button
-    table: gr.HTML
     groups: GroupWidgets
 
 
-def build_picker(names: Sequence[str], folders: Sequence[str], *, demo: bool) -> PickerPanel:
-    """Builds the list of checkpoints, and the table that describes the picked ones."""
-    field = form_field("checkpoints")
+def build_picker(*, demo: bool) -> PickerPanel:
+    """Builds the list to pick from and the table of the picked checkpoints."""
     gr.HTML("<h3>1. Checkpoints</h3>")
     checkpoints = widget(
-        gr.Dropdown,
-        "checkpoints",
-        choices=list(names),
-        value=[],
-        multiselect=True,
-        label=field.label,
-        info=field.info,
+        gr.Textbox, "checkpoints", value="[]", label=form_field("checkpoints").label
     )
+    catalogue = hidden_text("catalogue")
+    frame = html("picker", format_picker())
+    inspect = button("inspect", "Inspect more files")
     with gr.Row(elem_id=elem_id("picker_row")):
-        folder = widget(
-            gr.Dropdown,
-            "folder",
-            choices=list(folders),
-            value=folders[0],
-            label="Folder",
-            show_label=False,
-            container=False,
-            scale=3,
-            min_width=160,
-        )
         add = button("add_folder", "Add all")
-        refresh = button("refresh", "Refresh")
         clear = button("clear", "Clear")
-    demo_button = widget(
-        gr.Button, "demo", value="Create four small demo checkpoints", visible=demo
+        refresh = button("refresh", "Refresh")
+        demo_button = button("demo", "Create four small demo checkpoints", visible=demo)
+    return PickerPanel(
+        checkpoints, catalogue, frame, inspect, add, clear, refresh, demo_button, _groups()
     )
-    table = html("checkpoints_table")
-    return PickerPanel(checkpoints, folder, add, refresh, clear, demo_button, table, _groups())
 
 
 def _groups() -> GroupWidgets:
-    names = widget(gr.Textbox, "groups", value="", visible=False)
+    names = hidden_text("groups")
     with gr.Row(elem_id=elem_id("groups_row")):
         buttons = [
             button(f"group_{number}", f"Pick group {number}", visible=False)

@@ -11,6 +11,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS, form_field
+from hyper_merge.ui.panels.presets import PresetsPanel, build_presets
 from hyper_merge.ui.panels.widgets import button, widget
 
 _ADVANCED_ROWS: Final = (
@@ -36,7 +37,7 @@ _ADVANCED_ROWS: Final = (
 class FormWidgets:
     """The widgets that become a `Form`: the same names in the same order."""
 
-    checkpoints: gr.Dropdown
+    checkpoints: gr.Textbox
     name: gr.Textbox
     ranks: gr.Textbox
     weights: gr.Textbox
@@ -59,9 +60,9 @@ class FormWidgets:
 
 
 def build_form(
-    host: Host, checkpoints: gr.Dropdown, devices: Sequence[str]
-) -> tuple[FormWidgets, list[gr.Button]]:
-    """Builds the form, and the buttons that preset its ranks.
+    host: Host, checkpoints: gr.Textbox, devices: Sequence[str]
+) -> tuple[PresetsPanel, FormWidgets, list[gr.Button]]:
+    """Builds the presets, the form, and the buttons that fill in its ranks.
 
     Args:
         host: the program around the tab.
@@ -70,6 +71,7 @@ def build_form(
     """
     defaults = host.defaults()
     gr.HTML("<h3>2. Settings</h3>")
+    preset = build_presets()
     widgets = {"checkpoints": checkpoints, "name": _build_field("name")}
     widgets["ranks"] = _build_field("ranks", value=defaults.ranks)
     with gr.Row(elem_id=elem_id("presets")):
@@ -84,7 +86,7 @@ def build_form(
     )
     with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
         widgets |= _build_advanced(devices)
-    return FormWidgets(**widgets), presets
+    return preset, FormWidgets(**widgets), presets
 
 
 def _build_advanced(devices: Sequence[str]) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
+from hyper_merge.operations.catalogue import Catalogue
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.handlers.merge import show_merge_result
 from hyper_merge.ui.handlers.picker import list_checkpoints, show_plan
@@ -23,6 +25,7 @@ from hyper_merge.ui.handlers.use import (
 from hyper_merge.ui.panels.compare import ComparePanel
 from hyper_merge.ui.panels.history import HistoryPanel
 from hyper_merge.ui.panels.picker import PickerPanel
+from hyper_merge.ui.panels.presets import PresetsPanel
 from hyper_merge.ui.panels.result import ResultPanel
 from hyper_merge.ui.panels.run import RunPanel
 from hyper_merge.ui.panels.settings import FormWidgets
@@ -33,7 +36,9 @@ from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in
 Trigger = Callable[..., Any]
 """A method such as `button.click` or `event.then`."""
 
+LISTED = "(list) => { hyperMergePicker.list(list); return []; }"
 REPLAN = "() => { hyperMerge.replan(); return []; }"
+_KEEP = "(...values) => { hyperMergeForm.keep(%s, values.slice(1)); return values; }"
 _SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _TXT2IMG = "(tags, run, title, _) => [tags, run, title, hyperMerge.txt2img()]"
 _SEND = "(sent) => { hyperMerge.send(sent); return []; }"
@@ -48,8 +53,10 @@ class Wiring:
 
     host: Host
     jobs: Jobs
+    catalogue: Catalogue
     picker: PickerPanel
     form: FormWidgets
+    preset: PresetsPanel
     presets: list[gr.Button]
     run: RunPanel
     result: ResultPanel
@@ -81,22 +88,25 @@ class Wiring:
 
     def list_checkpoints(self, trigger: Trigger) -> Any:
         """Reads the host's list of checkpoints again."""
-        return self.on(
+        listed = self.on(
             trigger,
-            functools.partial(list_checkpoints, self.host),
-            [self.form.checkpoints],
-            [self.form.checkpoints, self.picker.folder, self.form.base, self.picker.demo],
+            functools.partial(list_checkpoints, self.host, self.catalogue),
+            [],
+            [self.picker.catalogue, self.form.base, self.picker.demo],
         )
+        in_browser(listed.then, LISTED, [self.picker.catalogue])
+        return listed
 
     def plan(self, trigger: Trigger) -> Any:
-        """Describes the picked checkpoints and their merge."""
+        """Describes the merge of the picked checkpoints."""
         run, groups = self.run, in_order(self.picker.groups)
         return self.on(
             trigger,
-            functools.partial(show_plan, self.host),
+            functools.partial(show_plan, self.host, self.catalogue),
             [groups[0], *in_order(self.form)],
-            [self.picker.table, self.run.plan, self.form.name, run.curve, run.forecast, *groups],
+            [self.run.plan, self.form.name, run.curve, run.forecast, *groups],
             message=run.plan,
+            code=_KEEP % json.dumps([field.name for field in fields(self.form)]),
         )
 
     def list_runs(self, trigger: Trigger) -> Any:

@@ -10,17 +10,20 @@ from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers.forecast import pick_group, start_forecast
 from hyper_merge.ui.handlers.merge import (
     pick_demo_checkpoints,
-    restore_form,
     start_demo,
     start_merge,
     stop_job,
 )
-from hyper_merge.ui.handlers.picker import add_folder, clear_selection, preset_ranks
+from hyper_merge.ui.handlers.picker import inspect_some, preset_ranks
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import REPLAN, Wiring
+from hyper_merge.ui.wiring.common import LISTED, REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
+from hyper_merge.ui.wiring.presets import wire_opened_form
 
 _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message about the form before
+_PICKED = "(names) => { hyperMergePicker.pick(names); return []; }"
+_ADD_ALL = "() => { hyperMergePicker.addAll(); return []; }"
+_CLEAR = "() => { hyperMergePicker.clear(); return []; }"
 _REVEAL = "() => { hyperMerge.reveal(); return []; }"
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
@@ -30,13 +33,12 @@ def wire_picker(wires: Wiring) -> None:
     picker, form, host = wires.picker, wires.form, wires.host
     refreshed = wires.on(picker.refresh.click, host.refresh, [], [])
     in_browser(wires.list_checkpoints(refreshed.then).then, REPLAN)
-    wires.on(
-        picker.add.click,
-        functools.partial(add_folder, host),
-        [form.checkpoints, picker.folder],
-        [form.checkpoints],
-    )
-    wires.on(picker.clear.click, clear_selection, [], [form.checkpoints])
+    inspect = functools.partial(inspect_some, host, wires.catalogue)
+    inspected = wires.on(picker.inspect.click, inspect, [form.checkpoints], [picker.catalogue])
+    in_browser(inspected.then, LISTED, [picker.catalogue])
+    in_browser(picker.add.click, _ADD_ALL)
+    in_browser(picker.clear.click, _CLEAR)
+    in_browser(form.checkpoints.change, _PICKED, [form.checkpoints])
     for button, word in zip(wires.presets, PRESETS, strict=True):
         wires.on(button.click, functools.partial(preset_ranks, word), [], [form.ranks])
     for number, button in enumerate(in_order(picker.groups)[1:]):
@@ -74,8 +76,6 @@ def wire_run(wires: Wiring) -> None:
 def wire_page(page: gr.Blocks, wires: Wiring) -> None:
     """Wires the loading of lists, form, progress and result when a page opens."""
     listed = wires.list_checkpoints(page.load)
-    form = in_order(wires.form)
-    restored = wires.on(listed.then, functools.partial(restore_form, wires.jobs), [], form)
-    wires.plan(restored.then)
+    wires.plan(wire_opened_form(wires, listed.then).then)
     wires.list_runs(page.load)
     wires.show_outcome(wires.watch(page.load))

@@ -1,5 +1,6 @@
 """The demo from the tab: its checkpoints are made and picked, or nothing is left."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from tiny_family import TINY, temporaries
 
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.operations import demo
+from hyper_merge.operations.catalogue import Catalogue
 from hyper_merge.operations.demo import DEMO_RANKS
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.merge import (
@@ -32,9 +34,10 @@ def test_the_demo_makes_and_picks_checkpoints(tmp_path, jobs, small):
     assert ended(jobs).message == ""
     picked, ranks = pick_demo_checkpoints(host, jobs)
     names = ["anime", "landscape", "portrait", "watercolour"]
-    assert picked["value"] == picked["choices"] == [f"{name}.safetensors" for name in names]
+    assert json.loads(picked) == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
-    _, answer, *_ = show_plan(host, "", *values(checkpoints=picked["value"], ranks=ranks, name=""))
+    form = values(checkpoints=json.loads(picked), ranks=ranks, name="")
+    answer, *_ = show_plan(host, Catalogue(), "", *form)
     assert "instead of" in words(answer)
     assert all(map(unchanged, show_merge_result(host, jobs)))
 

@@ -1,5 +1,6 @@
 """Earlier runs: listed, opened, copied, compared, deleted; and the cache."""
 
+import json
 import threading
 from dataclasses import fields
 
@@ -91,7 +92,7 @@ def test_settings_are_copied_after_the_models_folder_was_moved(host, run, root, 
     move_checkpoint(root, "b.safetensors", "sub/b.safetensors")
     elsewhere = root.rename(tmp_path / "elsewhere")
     *copied, answer = history.copy_settings(Standalone(elsewhere), run)
-    assert copied[0] == ["a.safetensors", "sub/b.safetensors", "c.safetensors"]
+    assert json.loads(copied[0]) == ["a.safetensors", "sub/b.safetensors", "c.safetensors"]
     assert kinds(answer) == ["good"]
 
 
@@ -102,11 +103,11 @@ def test_a_renamed_checkpoint_is_found_by_its_content(host, run, checkpoints):
     assert kinds(answer) == ["info"], "nobody knows what it holds"
     hash_sources([read_header(renamed)], host.folders().cache, Progress())
     *copied, answer = history.copy_settings(host, run)
-    assert copied[0] == ["a.safetensors", "other.safetensors", "c.safetensors"]
+    assert json.loads(copied[0]) == ["a.safetensors", "other.safetensors", "c.safetensors"]
     assert kinds(answer) == ["good"]
     renamed.write_bytes(renamed.read_bytes() + b"x")
     *copied, answer = history.copy_settings(host, run)
-    assert copied[0] == ["a.safetensors", "c.safetensors"]
+    assert json.loads(copied[0]) == ["a.safetensors", "c.safetensors"]
 
 
 def test_the_webuis_setting_decides_about_styles(webui, run):
@@ -119,7 +120,7 @@ def test_the_webuis_setting_decides_about_styles(webui, run):
 def test_checkpoints_that_are_gone_are_counted(host, run, checkpoints):
     (checkpoints / "b.safetensors").unlink()
     *copied, answer = history.copy_settings(host, run)
-    assert copied[0] == ["a.safetensors", "c.safetensors"]
+    assert json.loads(copied[0]) == ["a.safetensors", "c.safetensors"]
     assert kinds(answer) == ["info"]
     assert words(answer).endswith("1 of its checkpoints are no longer in the list.")
 

@@ -27,10 +27,10 @@ from tiny_family import snapshot, temporaries
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.hosts.tasks import run_preflight
+from hyper_merge.operations.catalogue import Catalogue
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers.merge import (
     pick_demo_checkpoints,
-    restore_form,
     show_merge_result,
     start_demo,
     start_merge,
@@ -183,7 +183,7 @@ def test_a_full_disk_is_reported_with_the_missing_space(host, jobs, root, monkey
     assert kinds(answer) == ["bad"]
     assert "make room" in words(answer)
     assert jobs.last is None
-    assert show_plan(host, "", *values())[1] == answer
+    assert show_plan(host, Catalogue(), "", *values())[0] == answer
     assert snapshot(root) == before
 
 
@@ -425,16 +425,6 @@ def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):
     assert all(map(unchanged, show_merge_result(host, jobs)))
     assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
-
-
-def test_a_page_that_comes_later_gets_the_form_of_the_job(host, jobs, root):
-    assert all(map(unchanged, restore_form(jobs)))
-    form = values(name="", ranks="3", topup="1")
-    assert start_merge(host, jobs, *form) == ""
-    assert restore_form(jobs) == tuple(form)
-    assert ended(jobs).outcome == "done"
-    jobs.start("another job, without a form", lambda task, progress: "", host.log)
-    assert restore_form(jobs) == tuple(form)
 
 
 def test_the_status_names_the_run_that_is_made(host, jobs, run):

@@ -1,67 +1,113 @@
 """Picking checkpoints: lists, folders, names, and all that is refused before anything runs."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
-from at_the_tab import EVIL, NAMES, kinds, tags, values, words
+from at_the_tab import EVIL, NAMES, kinds, values, words
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny_family import QUERY, load, write
 
 from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.operations.catalogue import Catalogue
+from hyper_merge.operations.inspect import inspect_header
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
 from hyper_merge.ui.form_fields import BASE_AVERAGE
 from hyper_merge.ui.handlers import picker
 from hyper_merge.ui.handlers.picker import (
-    ALL_FOLDERS,
-    TOP_FOLDER,
-    _inspect_file,
-    add_folder,
-    checkpoint_folders,
-    clear_selection,
-    inspect_files,
+    inspect_some,
     list_checkpoints,
     offers_demo,
     preset_ranks,
     show_plan,
 )
 
+CANNOT = "Some of these checkpoints cannot be merged; the table says why."
+
 
 def plan_message(host, **changes):
     """Returns kind and words of the message under the form."""
-    _, answer, *_ = show_plan(host, "", *values(**changes))
+    answer, *_ = show_plan(host, Catalogue(), "", *values(**changes))
     return kinds(answer), words(answer)
 
 
+def facts(host, *picked, catalogue=None):
+    """Returns what the page gets to know of the files, by name."""
+    rows = json.loads(inspect_some(host, catalogue or Catalogue(), json.dumps(picked)))
+    return {row["name"]: row for row in rows}
+
+
 def test_the_plan_says_files_sizes_time_and_memory(host):
-    table, answer, *_ = show_plan(host, "", *values())
-    assert kinds(answer) == []
-    text = words(answer)
+    kind, text = plan_message(host)
+    assert kind == []
     assert "mix.safetensors" in text
     assert "2 LoRAs mix_0-4" in text
     assert "instead of 808 kB" in text
     assert "of memory" in text
-    assert [name in words(table) for name in NAMES] == [True] * 3
-    assert "Stable Diffusion 1.x" in words(table)
+
+
+def test_the_list_says_family_size_precision_and_vae(host, checkpoints, run):
+    rows = facts(host, "b.safetensors")
+    assert list(rows) == [*NAMES, "mix.safetensors"]
+    row = rows["b.safetensors"]
+    status = (checkpoints / "b.safetensors").stat()
+    assert (row["size"], row["time"]) == (status.st_size, status.st_mtime)
+    assert (row["family"], row["dtype"], row["problem"]) == ("Stable Diffusion 1.x", "fp16", "")
+    assert len({row["kind"] for row in rows.values()}) == 1
+    assert [row["made"] for row in rows.values()] == [False, False, False, True]
+    assert ["vae" in row for row in rows.values()] == [False, True, False, False]
+    assert len({row["vae"] for row in facts(host, *NAMES).values() if "vae" in row}) == 3
+
+
+def test_files_of_another_shape_are_of_another_kind(host, checkpoints, files):
+    state = load(files[0])
+    del state[QUERY]
+    write(checkpoints / "short.safetensors", state)
+    rows = facts(host)
+    assert (
+        rows["short.safetensors"]["kind"]
+        != rows["a.safetensors"]["kind"]
+        == rows["b.safetensors"]["kind"]
+    )
+
+
+def test_a_page_is_told_what_is_known_after_a_moment(host, monkeypatch):
+    monkeypatch.setattr(picker, "_MOMENT", 0.0)
+    catalogue = Catalogue()
+    unread = json.loads(list_checkpoints(host, catalogue)[0])
+    assert ["known" in row for row in unread] == [False] * 3
+    for count in (1, 1, 1):  # the time is over after the first, known or not
+        assert sum("known" in row for row in facts(host, catalogue=catalogue).values()) == count
+    assert facts(host, "c.safetensors", catalogue=catalogue)["c.safetensors"]["known"]
+    monkeypatch.undo()
+    assert sum("known" in row for row in facts(host, catalogue=catalogue).values()) == 3
+    assert ["known" in row for row in json.loads(list_checkpoints(host, catalogue)[0])] == [
+        True
+    ] * 3
 
 
 def test_an_empty_name_shows_what_it_stands_for(host):
-    assert show_plan(host, "", *values(name=""))[2]["placeholder"] == "hyper-a-3"
-    assert show_plan(host, "", *values(checkpoints=[]))[2]["placeholder"] == ""
+    assert show_plan(host, Catalogue(), "", *values(name=""))[1]["placeholder"] == "hyper-a-3"
+    assert show_plan(host, Catalogue(), "", *values(checkpoints=[]))[1]["placeholder"] == ""
 
 
 def test_nothing_is_written_by_a_plan(host, root):
     before = sorted(root.rglob("*"))
-    show_plan(host, "", *values())
+    facts(host, *NAMES)
+    show_plan(host, Catalogue(), "", *values())
     assert sorted(root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("picked", [[], None])
-def test_an_empty_table_says_what_to_do(host, picked):
-    table, answer, *_ = show_plan(host, "", *values(checkpoints=picked))
-    assert words(table).startswith("Pick two or more checkpoints")
+@pytest.mark.parametrize(
+    "picked", ["", "[]", "null", "[1]", "{", '{"a": 1}', "[[", 7 * "[" + "NaN"]
+)
+def test_without_picks_there_is_no_plan(host, picked):
+    answer, *_ = show_plan(host, Catalogue(), "", picked, *values()[1:])
     assert answer == ""
+    inspect_some(host, Catalogue(), picked)
 
 
 def test_a_single_checkpoint_asks_for_one_more(host):
@@ -102,75 +148,63 @@ def test_a_missing_field_counts_as_empty(host, changes):
 def test_a_typed_path_is_never_looked_up(host, typed, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "hyper_merge.ui.handlers.picker.inspect_files", lambda *args: seen.append(args)
+        "hyper_merge.operations.catalogue.inspect_header", lambda *args: seen.append(args)
     )
     monkeypatch.setattr(
         "hyper_merge.ui.handlers.merge_request.run_preflight", lambda *args: seen.append(args)
     )
-    _inspect_file.cache_clear()
-    table, answer, *_ = show_plan(host, "", *values(checkpoints=[typed, typed]))
-    _inspect_file.cache_clear()
+    assert plan_message(host, checkpoints=[typed, typed])[0] == ["bad"]
     assert seen == []
-    assert "no longer in the list; press Refresh" in words(table)
-    assert kinds(answer) == ["bad"]
 
 
 def test_the_path_of_a_checkpoint_elsewhere_is_refused_too(host, files):
-    table, answer, *_ = show_plan(host, "", *values(checkpoints=[*NAMES[:2], str(files[2])]))
-    assert "no longer in the list" in words(table)
-    assert words(answer) == "Some of these checkpoints cannot be merged; the table says why."
+    kind, text = plan_message(host, checkpoints=[*NAMES[:2], str(files[2])])
+    assert (kind, text) == (["bad"], CANNOT)
+    assert str(files[2]) not in facts(host, str(files[2]))
 
 
 def test_a_deleted_file_leaves_the_list(host, checkpoints):
     (checkpoints / "b.safetensors").unlink()
-    table, answer, *_ = show_plan(host, "", *values())
-    assert "b.safetensorsno longer in the list; press Refresh" in words(table)
-    assert kinds(answer) == ["bad"]
+    assert list(facts(host)) == ["a.safetensors", "c.safetensors"]
+    assert plan_message(host) == (["bad"], CANNOT)
 
 
 def test_a_listed_file_that_vanished_is_reported(webui, checkpoints):
     host = webui.host()
     (checkpoints / "b.safetensors").unlink()
-    table, answer, *_ = show_plan(host, "", *values())
-    assert "b.safetensorsfile not found; press Refresh" in words(table)
-    assert "hm-problem" in table
-    assert (kinds(answer), "table says why" in words(answer)) == (["bad"], True)
+    assert facts(host)["b.safetensors"]["problem"] == "file not found; press Refresh"
+    assert plan_message(host) == (["bad"], CANNOT)
     host.refresh()
-    assert "no longer in the list" in words(show_plan(host, "", *values())[0])
+    assert "b.safetensors" not in facts(host)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0" * 4096, b"PK\3\4 not a pickle", b"<html>404</html>"]
+    "content", [b"", b"\0" * 4096, b"PK\3\4 not a pickle", b"<html>404</html>", None]
 )
-def test_a_damaged_file_has_its_problem_in_the_table(host, checkpoints, content):
-    (checkpoints / "b.safetensors").write_bytes(content)
-    table, answer, *_ = show_plan(host, "", *values())
-    assert table.count("hm-problem") == 1
-    assert words(answer) == "Some of these checkpoints cannot be merged; the table says why."
-
-
-def test_a_truncated_file_has_its_problem_listed(host, checkpoints):
+def test_a_damaged_file_has_its_problem_in_the_list(host, checkpoints, content):
     path = checkpoints / "b.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    table, answer, *_ = show_plan(host, "", *values())
-    assert "hm-problem" in table
-    assert kinds(answer) == ["bad"]
+    path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
+    rows = facts(host, *NAMES)
+    assert [bool(row["problem"]) for row in rows.values()] == [False, True, False]
+    assert "b.safetensors" in rows["b.safetensors"]["problem"]
+    assert plan_message(host) == (["bad"], CANNOT)
 
 
 def test_a_file_is_looked_at_once_until_it_changes(host, checkpoints, monkeypatch):
-    looked = []
-    original = inspect_files
+    looked, catalogue = [], Catalogue()
+    original = inspect_header
 
     def watched(path):
         looked.append(path.name)
         return original(path)
 
-    monkeypatch.setattr("hyper_merge.ui.handlers.picker.inspect_files", watched)
-    show_plan(host, "", *values())
-    show_plan(host, "", *values(ranks="8"))
+    monkeypatch.setattr("hyper_merge.operations.catalogue.inspect_header", watched)
+    facts(host, *NAMES, catalogue=catalogue)
+    show_plan(host, catalogue, "", *values())
+    facts(host, catalogue=catalogue)
     assert looked == NAMES
     (checkpoints / "b.safetensors").write_bytes(b"nothing")
-    show_plan(host, "", *values())
+    assert facts(host, catalogue=catalogue)["b.safetensors"]["problem"]
     assert looked == [*NAMES, "b.safetensors"]
 
 
@@ -225,62 +259,25 @@ def test_checkpoints_of_the_same_file_name_are_refused(host, checkpoints):
 def test_a_checkpoint_may_have_any_name(host, checkpoints):
     (checkpoints / "a.safetensors").rename(checkpoints / f"{EVIL}.safetensors")
     listed = [f"{EVIL}.safetensors", *NAMES[1:]]
-    table, answer, *_ = show_plan(host, "", *values(checkpoints=listed, name=""))
-    assert kinds(answer) == []
-    assert "hyper-img-src-x-3.safetensors" in words(answer)
-    assert EVIL in words(table)
-    assert "img" not in tags(table) | tags(answer)
+    kind, text = plan_message(host, checkpoints=listed, name="")
+    assert kind == []
+    assert "hyper-img-src-x-3.safetensors" in text
+    assert f"{EVIL}.safetensors" in facts(host)
 
 
 def test_the_hash_that_the_webui_knows_is_shown(webui):
     host = webui.host()
     info = webui.sd_models.get_closet_checkpoint_match("b.safetensors")
-    before, *_ = show_plan(host, "", *values())
+    assert [row["hash"] for row in facts(host).values()] == ["", "", ""]
     known = info.calculate_shorthash()
-    after, *_ = show_plan(host, "", *values())
-    assert "Short hash" not in before
-    assert "<code>" not in before, "another kind of hash would only seem to change"
-    assert f"<code>{known}</code>" in after
-    assert after.count("<code></code>") == 2
+    assert [row["hash"] for row in facts(host).values()] == ["", known, ""]
 
 
-def test_lists_keep_picked_checkpoints_that_are_gone(host):
-    picked, folder, base, demo = list_checkpoints(host, ["b.safetensors", "gone.safetensors"])
-    assert picked["choices"] == [*NAMES, "gone.safetensors"]
-    assert "value" not in picked
-    assert (folder["choices"], folder["value"]) == ([ALL_FOLDERS], ALL_FOLDERS)
+def test_lists_are_those_of_the_host(host):
+    rows, base, demo = list_checkpoints(host, Catalogue())
+    assert [row["name"] for row in json.loads(rows)] == NAMES
     assert base["choices"] == [BASE_AVERAGE, *NAMES]
     assert demo["visible"] is False
-    assert list_checkpoints(host, None)[0]["choices"] == NAMES
-
-
-@pytest.mark.parametrize(
-    ("names", "folders"),
-    [
-        ([], [ALL_FOLDERS]),
-        (["a.ckpt"], [ALL_FOLDERS]),
-        (["a.ckpt", "sd/a.ckpt"], [ALL_FOLDERS, TOP_FOLDER, "sd"]),
-        (["x/y/a.ckpt", "b\\a.ckpt"], [ALL_FOLDERS, "b", "x/y"]),
-    ],
-)
-def test_folders_are_those_of_the_names(names, folders):
-    assert checkpoint_folders(names) == folders
-
-
-def test_adding_a_folder_leaves_out_hyper_models(host, checkpoints, run):
-    (checkpoints / "sub").mkdir()
-    shutil.copy2(checkpoints / "c.safetensors", checkpoints / "sub" / "d.safetensors")
-    assert "mix.safetensors" in host.checkpoints()
-    assert add_folder(host, [], ALL_FOLDERS) == [*NAMES, "sub/d.safetensors"]
-    assert add_folder(host, None, TOP_FOLDER) == NAMES
-    assert add_folder(host, ["c.safetensors"], "sub") == ["c.safetensors", "sub/d.safetensors"]
-    assert add_folder(host, ["c.safetensors"], TOP_FOLDER) == [
-        "c.safetensors",
-        "a.safetensors",
-        "b.safetensors",
-    ]
-    assert add_folder(host, ["c.safetensors"], "nowhere") == ["c.safetensors"]
-    assert clear_selection() == []
 
 
 def test_a_preset_is_its_ranks():
@@ -289,7 +286,7 @@ def test_a_preset_is_its_ranks():
 
 def test_the_demo_is_offered_in_an_empty_app(tmp_path, host):
     assert offers_demo(Standalone(tmp_path / "empty"))
-    assert list_checkpoints(Standalone(tmp_path / "empty"), [])[3]["visible"] is True
+    assert list_checkpoints(Standalone(tmp_path / "empty"), Catalogue())[2]["visible"] is True
     assert not offers_demo(host)
     assert not offers_demo(SimpleNamespace(has_txt2img=True, checkpoints=dict))
 

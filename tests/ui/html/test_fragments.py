@@ -9,21 +9,18 @@ from at_the_tab import EVIL, kinds, tags, values, words
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.operations.deletable import DeletionReport, DeletionVerdict
 from hyper_merge.operations.deletable_text import format_deletion_report
-from hyper_merge.operations.inspect import InspectedFile
 from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers.merge_request import prepare_merge
 from hyper_merge.ui.html.common import (
-    format_checkpoints,
     format_job_status,
     format_merge_introduction,
     format_merge_plan,
     format_message,
     format_percent,
     format_table,
-    vae_groups,
 )
 from hyper_merge.ui.html.runs import (
     format_file_list,
@@ -35,7 +32,22 @@ from hyper_merge.ui.html.runs import (
 )
 from hyper_merge.ui.html.use import format_deletion_verdicts
 
-OURS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "code", "span", "ul", "li"}
+OURS = {
+    "div",
+    "p",
+    "b",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "code",
+    "span",
+    "ul",
+    "li",
+    "wbr",
+}
 
 
 @pytest.fixture
@@ -55,10 +67,6 @@ def evil_run(host, run):
     )
 
 
-def evil_row(**changes):
-    return replace(InspectedFile(EVIL, Path(EVIL), EVIL, 1, EVIL, EVIL, None, EVIL), **changes)
-
-
 def evil_standing(**changes):
     return replace(JobStatus(f'"{EVIL}', EVIL, EVIL, notes=(EVIL,), message=EVIL), **changes)
 
@@ -68,8 +76,6 @@ def evil_standing(**changes):
     [
         lambda run: format_message("bad", EVIL),
         lambda run: format_table([EVIL], []),
-        lambda run: format_checkpoints([EVIL], [evil_row()], {EVIL: EVIL}),
-        lambda run: format_checkpoints([EVIL], [evil_row()], {}),
         lambda run: format_job_status(evil_standing()),
         lambda run: format_job_status(evil_standing(outcome="done", message="")),
         lambda run: format_job_status(evil_standing(outcome="refused")),
@@ -90,7 +96,7 @@ def test_every_text_is_escaped(evil_run, view):
 
 
 def test_the_plan_escapes_its_warnings_and_names(host):
-    preflight, place = prepare_merge(host, Form(*values()))
+    preflight, place = prepare_merge(host, Form.from_widgets(*values()))
     html = format_merge_plan(
         replace(preflight, warnings=(EVIL,)),
         replace(place, run=EVIL, hyper_model=place.hyper_model.with_name(EVIL)),
@@ -138,26 +144,6 @@ def test_bytes_in_words(count, text):
 )
 def test_a_share_is_never_rounded_up_to_a_whole(share, text):
     assert format_percent(share) == text
-
-
-@pytest.mark.parametrize(
-    ("prints", "groups"),
-    [
-        (["x", "x"], ["same", "same"]),
-        (["x", "y", "x"], ["A", "B", "A"]),
-        (["x", None, "x"], ["same", "none", "same"]),
-        ([None, None], ["none", "none"]),
-        (["x", None, "y"], ["A", "none", "B"]),
-        ([], []),
-    ],
-)
-def test_vaes_are_distinguished_by_letters(prints, groups):
-    assert vae_groups([evil_row(vae=vae) for vae in prints]) == groups
-
-
-def test_many_vaes_are_distinguished_too():
-    groups = vae_groups([evil_row(vae=str(number)) for number in range(30)])
-    assert len(set(groups)) == 30
 
 
 @pytest.mark.parametrize(
@@ -251,7 +237,7 @@ def test_bytes_are_freed_only_where_something_is_safe_to_delete(safe, said):
 
 
 def test_a_plan_survives_a_hyper_model_that_was_just_deleted(host, run):
-    preflight, place = prepare_merge(host, Form(*values(ranks="3")))
+    preflight, place = prepare_merge(host, Form.from_widgets(*values(ranks="3")))
     assert place.exists
     place.hyper_model.unlink()
     assert "mix.safetensors" in words(format_merge_plan(preflight, place))

@@ -26,6 +26,12 @@ _ASSETS: Final = (  # in a clone; installed
     Path(__file__).parents[2],
     Path(sysconfig.get_path("data")) / "share" / "hyper-merge",
 )
+SCRIPTS: Final = (  # in the order in which the WebUIs load them
+    "javascript/hyper_merge.js",
+    "javascript/hyper_merge_jobs.js",
+    "javascript/hyper_merge_runs.js",
+    "javascript/hyper_merge_size.js",
+)
 _SANS: Final = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "sans-serif")
 _MONO: Final = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -88,7 +94,7 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
         css=_asset("style.css") + _PAGE,
         theme=gr.themes.Default(font=list(_SANS), font_mono=list(_MONO)),
     )
-    script = _asset("javascript/hyper_merge.js")
+    script = "\n".join(map(_asset, SCRIPTS))
     with page:
         page.load(None, None, None, **browser_code(f"() => {{\n{script}\nreturn []; }}"))
     return page

@@ -21,7 +21,7 @@ from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.wiring.common import Wiring
 from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
-from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
+from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_next_steps, wire_result
 from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
 
 
@@ -38,7 +38,7 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
             wires = _build(host, jobs or process_jobs())
         for wire in (wire_picker, wire_run, wire_result, wire_history, wire_deletion):
             wire(wires)
-        for wire in (wire_use, wire_use_jobs):
+        for wire in (wire_next_steps, wire_use, wire_use_jobs):
             wire(wires)
         wire_compare(page, wires)
         wire_page(page, wires)
@@ -58,7 +58,7 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
         with gr.Tab("Merge", elem_id=elem_id("merge_tab")), gr.Row(elem_id=elem_id("columns")):
             with gr.Column(scale=5, min_width=380):
                 picker = build_picker(names, checkpoint_folders(names), demo=offers_demo(host))
-                form, presets = build_form(host, picker.checkpoints, list_devices())
+                form, presets, size = build_form(host, picker.checkpoints, list_devices())
                 run = build_run()
             with gr.Column(scale=6, min_width=420):
                 result = build_result(host)
@@ -68,4 +68,4 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
             compare = build_compare(host, opened)
         with gr.Tab("Runs", elem_id=elem_id("runs_tab")) as opened:
             earlier = build_history(opened)
-    return Wiring(host, jobs, picker, form, presets, run, result, earlier, use, compare)
+    return Wiring(host, jobs, picker, form, presets, size, run, result, earlier, use, compare)

@@ -26,6 +26,7 @@ from hyper_merge.ui.panels.picker import PickerPanel
 from hyper_merge.ui.panels.result import ResultPanel
 from hyper_merge.ui.panels.run import RunPanel
 from hyper_merge.ui.panels.settings import FormWidgets
+from hyper_merge.ui.panels.size import SizePanel
 from hyper_merge.ui.panels.use import UsePanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
@@ -51,6 +52,7 @@ class Wiring:
     picker: PickerPanel
     form: FormWidgets
     presets: list[gr.Button]
+    size: SizePanel
     run: RunPanel
     result: ResultPanel
     history: HistoryPanel
@@ -90,12 +92,12 @@ class Wiring:
 
     def plan(self, trigger: Trigger) -> Any:
         """Describes the picked checkpoints and their merge."""
-        run, groups = self.run, in_order(self.picker.groups)
+        run, size, groups = self.run, self.size, in_order(self.picker.groups)
         return self.on(
             trigger,
             functools.partial(show_plan, self.host),
             [groups[0], *in_order(self.form)],
-            [self.picker.table, self.run.plan, self.form.name, run.curve, run.forecast, *groups],
+            [self.picker.table, run.plan, self.form.name, size.choice, size.forecast, *groups],
             message=run.plan,
         )
 

@@ -21,6 +21,7 @@ from hyper_merge.ui.wiring.common import REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message about the form before
+_CLEARED = "() => ''"
 _REVEAL = "() => { hyperMerge.reveal(); return []; }"
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
@@ -56,8 +57,9 @@ def wire_run(wires: Wiring) -> None:
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
     shown = wires.show_outcome(wires.watch(started.then))
     in_browser(shown.then, _REVEAL)
+    in_browser(run.merge.click, _CLEARED, None, [wires.size.note])
     forecast = functools.partial(start_forecast, host, jobs)
-    begun = wires.on(run.forecast.click, forecast, in_order(form), [run.message])
+    begun = wires.on(wires.size.forecast.click, forecast, in_order(form), [run.message])
     wires.show_outcome(wires.watch(begun.then))
     wires.on(run.stop.click, functools.partial(stop_job, jobs), [], [run.message])
     make = functools.partial(start_demo, host, jobs)

@@ -11,6 +11,7 @@ import pytest
 from at_the_tab import ended, values, words
 from fake_webui import EXTENSION, installed
 
+from hyper_merge.cli.app import SCRIPTS
 from hyper_merge.hosts.job_queue import BusyError, process_jobs
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.ui.element_ids import PREFIX
@@ -36,7 +37,7 @@ FAILING = {
     "list_earlier_runs",
     "show_run",
     "copy_settings",
-    "compare_runs",
+    "show_side_by_side",
     "ask_to_delete_run",
     "save_run_styles",
 }
@@ -44,6 +45,7 @@ ARGUMENTS = {
     "show_plan": ["", *values()],
     "start_forecast": values(),
     "add_folder": [[], ALL_FOLDERS],
+    "show_side_by_side": ["mix", "other"],
 }
 
 
@@ -75,12 +77,12 @@ def built(some_host):
     names = list(some_host.checkpoints())
     with gr.Blocks():
         picker = build_picker(names, ["all folders"], demo=True)
-        form, presets = build_form(some_host, picker.checkpoints, list_devices())
+        form, presets, size = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
         with gr.Tab("Use", elem_id=f"{PREFIX}_use_tab") as opened:
             use = build_use(some_host, opened)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
-        others = build_run(), result, result.view, build_history(opened), use, *parts
+        others = size, build_run(), result, result.view, build_history(opened), use, *parts
     return picker, form, presets, *others
 
 
@@ -159,7 +161,7 @@ def test_each_preset_has_a_button_with_its_ranks(built):
 
 
 def test_panels_of_pictures_are_shown_where_txt2img_exists(some_host, built):
-    _, form, _, _, result, *_ = built
+    _, form, _, _, _, result, *_ = built
     *_, mix, fit, _ = built
     sends = (result.send, mix.send, fit.send, fit.save_style)
     for widget in (form.save_styles, *sends, result.save_styles, result.remove_styles):
@@ -230,7 +232,7 @@ def test_a_run_fills_all_its_widgets(root, run):
 
 
 def test_copied_settings_reach_the_widgets_of_their_names(root, run):
-    ((fn, outputs),) = [
+    (fn, outputs), _ = [  # another size; copy its settings
         (fn, outputs)
         for fn, _, outputs in functions(build_tab(Standalone(root), Busy()))
         if name_of(fn) == "copy_settings"
@@ -239,7 +241,7 @@ def test_copied_settings_reach_the_widgets_of_their_names(root, run):
     assert by_id[f"{PREFIX}_name"] == "mix"
     assert by_id[f"{PREFIX}_ranks"] == "4, 2"
     assert by_id[f"{PREFIX}_iterations"] == 3
-    assert "were copied to the form" in by_id[f"{PREFIX}_run_outcome"]
+    assert "were copied to the form" in by_id[f"{PREFIX}_form_note"]
 
 
 def test_no_event_has_a_spinner_or_public_name(some_host):
@@ -262,9 +264,10 @@ def test_only_what_follows_a_job_waits_in_gradios_queue(root):
 
 
 def test_the_script_exports_every_called_function(some_host):
-    script = (EXTENSION / "javascript/hyper_merge.js").read_text(encoding="utf-8")
-    exported = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
-    called = set()
+    texts = [(EXTENSION / script).read_text(encoding="utf-8") for script in SCRIPTS]
+    exported = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", texts[0])[1]
+    imported = re.findall(r"const \{([^}]*)\} = window\.hyperMerge", "".join(texts[1:]))
+    called = set(re.findall(r"\w+", " ".join(imported)))
     for event in settings(build_tab(some_host, Busy())):
         called |= set(re.findall(r"hyperMerge\.(\w+)", str(event["js"])))
     assert called == set(re.findall(r"\w+", exported))

@@ -137,18 +137,20 @@ window.hyperMerge = (() => {
         }
     }
 
-    // A place on one of our tabs, once it is drawn.
+    // A place on one of our tabs. What is drawn later moves it, so the page goes there twice, unless
+    // the user has gone elsewhere meanwhile.
+    const MOVES = ["wheel", "touchmove", "pointerdown", "keydown"];
     function go(index, name) {
         const buttons = root().querySelectorAll("#hyper_merge_tabs > .tab-nav button, #hyper_merge_tabs > div:first-child button[role=tab]");
         if (buttons[index]) {
             buttons[index].click();
         }
-        setTimeout(() => {
-            const place = find(`#hyper_merge_${name}`);
-            if (place) {
-                place.scrollIntoView({behavior: "smooth", block: "start"});
-            }
-        }, 300);
+        const scroll = () => find(`#hyper_merge_${name}`)?.scrollIntoView({block: "start"});
+        const moves = new AbortController();
+        const timers = [setTimeout(scroll, 200), setTimeout(() => { scroll(); moves.abort(); }, 1000)];
+        MOVES.forEach((move) => window.addEventListener(
+            move, () => timers.forEach(clearTimeout), {signal: moves.signal, passive: true},
+        ));
     }
 
     // The result of a merge that was begun on this page, which may be far from its button.

@@ -14,6 +14,15 @@ pytestmark = pytest.mark.slow
 
 
 THREE = ("anime.safetensors", "photo.safetensors", "sub/portrait.safetensors")
+NOTIFICATIONS = """(permission) => {
+    window.notices = [];
+    window.Notification = class {
+        static permission = permission;
+        static async requestPermission() { this.permission = "granted"; }
+        constructor(title, {body}) { notices.push(body); }
+    };
+    document.hasFocus = () => false;
+}"""
 FIRST_RANKS = "128, 64, 32, 16"
 
 
@@ -135,10 +144,15 @@ def share_of(sizes):
 def test_a_merge_moves_stops_and_leaves_nothing(form, server):
     tab, before = form, _kept(server.models)
     tab.pick(*THREE)
+    tab.page.evaluate(NOTIFICATIONS, "default")
     tab.type("name", "stopped")
     tab.type("ranks", "4, 2")
     tab.click("merge")
     seen = tab.until(tab.fraction)
+    tab.until(tab.find("notify").is_visible)
+    tab.click("notify")
+    tab.until(lambda: not tab.find("notify").is_visible())
+    assert tab.page.evaluate("Notification.permission") == "granted"
     tab.until(lambda: (tab.fraction() or 0) > seen)
     tab.click("merge")
     tab.until(lambda: "still being made" in tab.text("message"))
@@ -148,6 +162,7 @@ def test_a_merge_moves_stops_and_leaves_nothing(form, server):
     tab.click("stop")
     tab.until(lambda: "Stopped" in tab.text("status"))
     tab.until(lambda: "%" not in tab.page.title())
+    assert tab.page.evaluate("notices") == [], "who stops a merge knows it"
     assert _kept(server.models) == before
 
 
@@ -162,7 +177,9 @@ def test_from_picking_to_the_result_and_again(form, server):
     tab.type("name", "mix")
     tab.type("ranks", "4, 2")
     tab.until(lambda: "mix.safetensors" in tab.text("plan"))
+    tab.page.evaluate(NOTIFICATIONS, "granted")
     tab.merge()
+    tab.until(lambda: [text[:11] for text in tab.page.evaluate("notices")] == ["Done: mix, "])
     tab.until(lambda: tab.page.title().startswith("✓ Done · "))
     tab.page.mouse.move(1, 1)
     tab.until(lambda: tab.page.title() in ("Hyper-Merge", "Stable Diffusion"))
@@ -185,7 +202,13 @@ def test_from_picking_to_the_result_and_again(form, server):
     assert "settings of mix were copied" in tab.text("form_note")
     tab.type("ranks", "3")
     tab.until(lambda: "exists already" in tab.text("plan"))
+    desktop = tab.page.viewport_size
+    tab.page.set_viewport_size({"width": 390, "height": 844})
     tab.merge()
+    tab.until(lambda: 0 <= round(tab.find("done").bounding_box()["y"]) < 100)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(tab.page, f"{server.host}-result-phone")
+    tab.page.set_viewport_size(desktop)
     tab.until(lambda: tab.value("prompt").startswith("<lora:mix-2_0-3:"))
     assert not (server.models / "Stable-diffusion" / "mix-2.safetensors").exists()
     forget(server, "mix-2", "mix")

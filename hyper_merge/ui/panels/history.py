@@ -46,13 +46,14 @@ def build_history(tab: gr.Tab) -> HistoryPanel:
             max_lines=1,
             scale=4,
         )
+        run = widget(gr.Textbox, "run", value="", label="Run")
         refresh = button("runs_refresh", "Refresh")
     table = html("runs_table")
-    run = widget(gr.Textbox, "run", value="", label="Run")
     with gr.Row(elem_id=elem_id("runs_row")):
         opened = button("run_open", "Open")
         copied = button("run_copy", "Copy its settings")
         delete = button("run_delete", "Delete…")
+        beside = button("run_beside", "Show side by side with")
         other = widget(
             gr.Dropdown,
             "other_run",
@@ -62,7 +63,6 @@ def build_history(tab: gr.Tab) -> HistoryPanel:
             container=False,
             min_width=160,
         )
-        beside = button("run_beside", "Show side by side")
     outcome = html("run_outcome")
     to_delete = hidden_text("run_asked")
     with gr.Row():

@@ -89,7 +89,7 @@ def test_ranks_size_and_share_agree_on_the_curve(form, server):
     tab.until(lambda: tab.value("size").endswith("kB"))
     assert tab.value("share") == "", "not known yet"
     if not chart(tab).is_visible():
-        tab.until(lambda: "See what each size would explain (" in tab.text("look"))
+        tab.until(lambda: "First see what each size would explain (" in tab.text("look"))
         tab.click("look")
     tab.until(chart(tab).is_visible)
     tab.until(lambda: tab.value("share").endswith(" %"))

@@ -16,6 +16,7 @@ from hyper_merge.runtime.formatting import format_duration
 _WIDTH: Final = 1000  # of the drawing, which is stretched to that of the page
 _LEVELS: Final = (0, 20, 40, 60, 80, 100)  # percent
 _MOST_TICKS: Final = 6
+_SHORT: Final = 90  # seconds
 _UNITS: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _FIELDS: Final = (
     ("ranks", "Ranks", "One LoRA per rank, such as 128, 64, 32"),
@@ -77,8 +78,9 @@ def format_size_choice(text: str, forecast: ForecastCurve | None, size: int | No
 
 
 def format_forecast_offer(seconds: float) -> str:
-    """Returns the text of the button that looks at the files, by the time that it takes."""
-    return f"See what each size would explain ({format_duration(seconds)})"
+    """Returns the text of the button that looks at the files: a first step where that takes seconds."""
+    see = "First see" if seconds < _SHORT else "See"
+    return f"{see} what each size would explain ({format_duration(seconds)})"
 
 
 def _format_lines(forecast: ForecastCurve) -> str:

@@ -44,7 +44,7 @@ def test_before_a_forecast_the_size_of_ranks_is_known_and_a_look_is_offered(host
     assert choice["text"] == "4, 2"
     assert 10_000 < choice["size"] < 100_000
     assert button["visible"] is True
-    assert button["value"] == "See what each size would explain (a few seconds)"
+    assert button["value"] == "First see what each size would explain (a few seconds)"
     assert drawn(host, ranks="50 kB")[0]["size"] == 50_000
     assert drawn(host, ranks="95 %")[0]["size"] is None
 

@@ -102,6 +102,7 @@ def test_ranks_size_and_share_agree_on_the_curve(form, server):
         lambda: 0.8 * kilobytes(tab.value("size")) < planned(tab) < kilobytes(tab.value("size"))
     )
     clicked = tab.sizes()
+    assert re.fullmatch(r"\d+(, \d+)*", clicked[0])
     tab.page.mouse.move(area["x"] + 0.6 * area["width"], middle)
     tab.page.mouse.down()
     tab.page.mouse.move(area["x"] + 0.8 * area["width"], middle, steps=3)

@@ -45,7 +45,7 @@ def test_ranks_for_many_sizes_are_about_those_for_each():
         energies=torch.full((4,), float(values.sum())).double(),
         costs=(10, 20, 10, 20, 10, 20, 10, 20, 10),
     )
-    sizes = [500, 1000, 5000, 8000]
+    sizes = [500, 1000, 5000, 8000, 15_000]
     ranks = forecast.rank_curve(sizes)
     for approximate, size in zip(ranks, sizes, strict=True):
         exact = forecast.ranks_for(size)

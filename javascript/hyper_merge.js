@@ -1,4 +1,5 @@
-// Progress, copying, mixing, and when to update the plan. Outside of the tab only the WebUI's own functions and buttons are used.
+// Copying, sending, mixing, going to places, and when to update the plan; the other scripts build on it.
+// Outside of the tab only the WebUI's own functions and buttons are used.
 "use strict";
 
 window.hyperMerge = (() => {
@@ -6,28 +7,41 @@ window.hyperMerge = (() => {
     const find = (selector) => root().querySelector(selector);
 
     // Only secure pages may write to the clipboard; elsewhere a selection is copied.
-    // The panel's name begins the ids of its box and of its button.
+    // The panel's name begins the id of its button.
     function copy(text, panel) {
+        copyFrom(find(`#hyper_merge_${panel}copy`), text);
+    }
+
+    function copyFrom(button, text) {
+        const select = () => { copySelected(text); confirm(button); };
         if (navigator.clipboard && window.isSecureContext) {
-            navigator.clipboard.writeText(text).then(() => confirm(panel), () => copySelected(panel));
+            navigator.clipboard.writeText(text).then(() => confirm(button), select);
         } else {
-            copySelected(panel);
+            select();
         }
     }
 
-    function copySelected(panel) {
-        const box = find(`#hyper_merge_${panel}prompt textarea`);
-        box.focus();
+    function copySelected(text) {
+        const before = document.activeElement;
+        const box = document.body.appendChild(document.createElement("textarea"));
+        box.value = text;
         box.select();
         document.execCommand("copy");
-        confirm(panel);
+        box.remove();
+        before.focus();
     }
 
-    function confirm(panel) {
-        const button = find(`#hyper_merge_${panel}copy`);
-        const label = button.textContent;
+    const labels = new WeakMap(); // of buttons, also while they say something else
+    function confirm(button) {
+        labels.set(button, labels.get(button) || button.textContent);
         button.textContent = "Copied";
-        setTimeout(() => { button.textContent = label; }, 1200);
+        setTimeout(() => { button.textContent = labels.get(button); }, 1200);
+    }
+
+    // A text for a widget, as if it had been typed.
+    function put(box, text) {
+        box.value = text;
+        box.dispatchEvent(new Event("input", {bubbles: true}));
     }
 
     // The WebUI's own way to change the checkpoint; the app has none. Forge's menu takes only what
@@ -54,8 +68,7 @@ window.hyperMerge = (() => {
         }
         const {prompt, styles} = JSON.parse(sent);
         const box = find("#txt2img_prompt textarea");
-        box.value = prompt;
-        box.dispatchEvent(new Event("input", {bubbles: true}));
+        put(box, prompt);
         unpick(styles, styles.length);
         if (typeof switch_to_txt2img === "function") {
             switch_to_txt2img();
@@ -101,6 +114,7 @@ window.hyperMerge = (() => {
     // After the last of several changes, and never while one is being answered: gradio 3.41 drops those.
     let timer = null, requested = 0, again = false;
     function replan() {
+        tell("changed");
         clearTimeout(timer);
         timer = setTimeout(ask, 150);
     }
@@ -116,24 +130,34 @@ window.hyperMerge = (() => {
 
     function planned() {
         requested = 0;
+        tell("changed");
         if (again) {
             again = false;
             ask();
         }
     }
 
-    function openTab(index) {
+    // A place on one of our tabs. What is drawn later moves it, so the page goes there twice, unless
+    // the user has gone elsewhere meanwhile.
+    const MOVES = ["wheel", "touchmove", "pointerdown", "keydown"];
+    function go(index, name) {
         const buttons = root().querySelectorAll("#hyper_merge_tabs > .tab-nav button, #hyper_merge_tabs > div:first-child button[role=tab]");
         if (buttons[index]) {
             buttons[index].click();
         }
+        const scroll = () => find(`#hyper_merge_${name}`)?.scrollIntoView({block: "start"});
+        const moves = new AbortController();
+        const timers = [setTimeout(scroll, 200), setTimeout(() => { scroll(); moves.abort(); }, 1000)];
+        MOVES.forEach((move) => window.addEventListener(
+            move, () => timers.forEach(clearTimeout), {signal: moves.signal, passive: true},
+        ));
     }
 
     // The result of a merge that was begun on this page, which may be far from its button.
     function reveal() {
-        const result = find("#hyper_merge_result");
-        if (result && find("#hyper_merge_status .hm-good") && !find("#hyper_merge_message .hm-message")) {
-            setTimeout(() => result.scrollIntoView({behavior: "smooth", block: "start"}), 300);
+        const isOpen = find("#hyper_merge_merge").offsetParent; // and not another tab
+        if (isOpen && find("#hyper_merge_status .hm-good") && !find("#hyper_merge_message .hm-message")) {
+            go(0, "result");
         }
     }
 
@@ -168,8 +192,7 @@ window.hyperMerge = (() => {
         rest = Math.abs(rest) < 1e-9 ? 0 : rest;
         panel.querySelector("[data-rest]").textContent = sliders().some((x) => Number(x.value) !== 0)
             ? `The hyper-model itself has the rest: ${rest.toFixed(2)}.` : "The hyper-model alone.";
-        box.value = tags(JSON.parse(panel.dataset.terms));
-        box.dispatchEvent(new Event("input", {bubbles: true}));
+        put(box, tags(JSON.parse(panel.dataset.terms)));
     }
 
     function tags(terms) {
@@ -234,9 +257,14 @@ window.hyperMerge = (() => {
                 return;
             }
             tasks[place] = element.dataset.task;
-            requestProgress(tasks[place], find(place), null, showOneBar);
+            requestProgress(tasks[place], find(place), null, () => { showOneBar(); tell("bar-gone"); });
         });
         showOneBar();
+    }
+
+    // What the other scripts listen for.
+    function tell(what) {
+        document.dispatchEvent(new Event(`hyper-merge-${what}`));
     }
 
     function watch() {
@@ -245,12 +273,18 @@ window.hyperMerge = (() => {
             setTimeout(watch, 500);
             return;
         }
-        new MutationObserver(() => { follow(); redrawn(); }).observe(tab, {childList: true, subtree: true});
+        const changed = () => { follow(); redrawn(); tell("changed"); };
+        new MutationObserver(changed).observe(tab, {childList: true, subtree: true});
         tab.addEventListener("input", slide);
-        follow();
-        redrawn();
+        tab.addEventListener("click", (event) => {
+            const button = event.target.closest("[data-copy]");
+            if (button) {
+                copyFrom(button, button.dataset.copy);
+            }
+        });
+        changed();
     }
-    watch();
+    setTimeout(watch); // once all scripts are there
 
-    return {copy, select, txt2img, send, refresh, replan, planned, openTab, reveal, mix, shares};
+    return {find, press, put, copy, select, txt2img, send, refresh, replan, planned, go, reveal, mix, shares};
 })();

@@ -22,13 +22,14 @@ from hyper_merge.ui.tab import build_tab
 LOCAL: Final = "127.0.0.1"
 PORT: Final = 7871
 
-SCRIPTS: Final = ("hyper_merge", "hyper_merge_form", "hyper_merge_names", "hyper_merge_picker")
-"""The page's scripts, in the order in which a WebUI would load them."""
-
 _ASSETS: Final = (  # in a clone; installed
     Path(__file__).parents[2],
     Path(sysconfig.get_path("data")) / "share" / "hyper-merge",
 )
+_SCRIPTS: Final = ("", "_form", "_jobs", "_names", "_picker", "_runs", "_size")
+SCRIPTS: Final = tuple(f"javascript/hyper_merge{name}.js" for name in _SCRIPTS)
+"""The page's scripts, in the order in which the WebUIs load them."""
+
 _SANS: Final = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "sans-serif")
 _MONO: Final = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -91,7 +92,7 @@ def build_app(root: Path, jobs: Jobs | None = None) -> gr.Blocks:
         css=_asset("style.css") + _PAGE,
         theme=gr.themes.Default(font=list(_SANS), font_mono=list(_MONO)),
     )
-    script = "\n".join(_asset(f"javascript/{name}.js") for name in SCRIPTS)
+    script = "\n".join(map(_asset, SCRIPTS))
     with page:
         page.load(None, None, None, **browser_code(f"() => {{\n{script}\nreturn []; }}"))
     return page

@@ -87,6 +87,17 @@ class RankForecast:
             self._curve(self.private, private, sizes),
         )
 
+    def rank_curve(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:  # one per size
+        """Returns approximately what `ranks_for` does for many budgets, in the time of one."""
+        owner, price, gains = self._best_first(self.mixtures)
+        of_block = torch.nn.functional.one_hot(owner % self.directions, self.directions).double()
+        spent = _at_sizes((of_block * price[:, None]).cumsum(0), price, sizes)
+        gained = _at_sizes((of_block * gains[:, None]).cumsum(0), price, sizes).cumsum(1)
+        blocks = (gained < _WORTH * gained[:, -1:]).sum(1) + 1
+        ranks = (spent / sum(self.costs)).round().clamp(min=1).int()
+        pairs = zip(ranks.tolist(), blocks.tolist(), strict=True)
+        return [tuple(sorted(row[:count], reverse=True)) for row, count in pairs]
+
     def ranks_for(self, budget: float) -> tuple[int, ...]:
         """Returns the ranks, one per LoRA and in the mean of the layers, that use these bytes best."""
         choices = [
@@ -139,16 +150,20 @@ class RankForecast:
         parts: Tensor,  # (lists, k): of a list's gain for every checkpoint
         sizes: Sequence[int],
     ) -> Tensor:  # (sizes, k)
+        owner, price, gains = self._best_first(spectra)
+        explained = (gains[:, None] * parts[owner]).cumsum(0)
+        return self._of_all(_at_sizes(explained, price, sizes))
+
+    def _best_first(
+        self, spectra: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (items,) each
+        """Returns the list, the bytes and the gain of every rank, those of most gain for a byte first."""
         lists = [values for layer in spectra for values in layer]
         owner = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(v) for v in lists]))
         price = torch.tensor(self.costs).double().repeat_interleave(len(spectra[0]))[owner]
         gains = torch.cat(lists)
         ranking = (gains / price).argsort(descending=True, stable=True)
-        owner, spent = owner[ranking], price[ranking].cumsum(0)
-        explained = (gains[ranking, None] * parts[owner]).cumsum(0)
-        bought = torch.searchsorted(spent, torch.tensor(sizes).double(), right=True)
-        nothing = explained.new_zeros(1, explained.shape[1])
-        return self._of_all(torch.cat([nothing, explained])[bought])
+        return owner[ranking], price[ranking], gains[ranking]
 
     def _counts(
         self, budget: float, blocks: int | None = None, entries: Sequence[int] = ()
@@ -177,6 +192,16 @@ class RankForecast:
         sizes = torch.tensor(counts, dtype=torch.float64).mT @ torch.tensor(self.costs).double()
         ranks = (sizes[:blocks] / sum(self.costs)).round().clamp(min=1)
         return tuple(sorted((int(rank) for rank in ranks), reverse=True))
+
+
+def _at_sizes(
+    sums: Tensor,  # (items, any), of the first items
+    price: Tensor,  # (items,), bytes
+    sizes: Sequence[int],
+) -> Tensor:  # (sizes, any)
+    """Returns the sums over the first items that a budget of each size pays for."""
+    bought = torch.searchsorted(price.cumsum(0), torch.tensor(sizes).double(), right=True)
+    return torch.cat([sums.new_zeros(1, sums.shape[1]), sums])[bought]
 
 
 def forecast_ranks(

@@ -140,7 +140,7 @@ FORM_FIELDS: Final = (
 
 LABELS: Final = {
     setting: row.label for row in FORM_FIELDS for setting in row.settings or (row.name,)
-}
+} | {"budget": "Total size", "target": "Share, at worst"}
 """The form's labels by the recipe's settings."""
 
 

@@ -23,7 +23,7 @@ from hyper_merge.ui.wiring.common import Wiring
 from hyper_merge.ui.wiring.compare import wire_compare
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
 from hyper_merge.ui.wiring.presets import wire_presets
-from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_result
+from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_next_steps, wire_result
 from hyper_merge.ui.wiring.use import wire_use, wire_use_jobs
 
 
@@ -40,7 +40,7 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
             wires = _build(host, jobs or process_jobs())
         for wire in (wire_picker, wire_presets, wire_run, wire_result, wire_history, wire_deletion):
             wire(wires)
-        for wire in (wire_use, wire_use_jobs):
+        for wire in (wire_next_steps, wire_use, wire_use_jobs):
             wire(wires)
         wire_compare(page, wires)
         wire_page(page, wires)
@@ -54,7 +54,9 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
             picker = build_picker(demo=offers_demo(host))
             with gr.Row(elem_id=elem_id("columns")):
                 with gr.Column(scale=5, min_width=320):
-                    preset, form, presets = build_form(host, picker.checkpoints, list_devices())
+                    preset, form, presets, size = build_form(
+                        host, picker.checkpoints, list_devices()
+                    )
                     run = build_run()
                 with gr.Column(scale=6, min_width=320):
                     result = build_result(host)
@@ -72,6 +74,7 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
         form,
         preset,
         presets,
+        size,
         run,
         result,
         earlier,

@@ -13,7 +13,7 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.html.common import format_percent
-from hyper_merge.ui.html.runs import format_run_summary
+from hyper_merge.ui.html.result import format_run_card
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 BODY = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}
@@ -289,10 +289,8 @@ def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
     assert run_summary["explained"] == sum(row["explained_weighted"] for row in rows) / 3
     loaded = load_run(Folders.under(root), "mix")
     assert run_summary["explained"] == loaded.report.fidelity_mean
-    shown = (
-        f"Explained: <b>{format_percent(run_summary['explained'])}</b> as the mean over checkpoints"
-    )
-    assert shown in format_run_summary(loaded)
+    shown = format_percent(run_summary["explained"])
+    assert f"<dd>{shown}</dd><dt>explained in the mean</dt>" in format_run_card(loaded)
     assert "the run old cannot be read" in answer["problems"][0]
 
 

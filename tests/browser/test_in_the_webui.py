@@ -20,7 +20,7 @@ def merged(tab, server):
     tab.to("Merge")
     if not shows_duo(tab):
         tab.to("Runs")
-        tab.choose("run", "duo")
+        tab.pick_run("duo")
         tab.click("run_open")
     tab.until(lambda: shows_duo(tab))
     return tab

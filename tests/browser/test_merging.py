@@ -1,6 +1,7 @@
 """The whole way through the tab, by mouse and keyboard, in every kind of host."""
 
 import os
+import re
 
 import pytest
 from browser.conftest import shot
@@ -14,6 +15,15 @@ pytestmark = pytest.mark.slow
 
 
 THREE = ("anime.safetensors", "photo.safetensors", "sub/portrait.safetensors")
+NOTIFICATIONS = """(permission) => {
+    window.notices = [];
+    window.Notification = class {
+        static permission = permission;
+        static async requestPermission() { this.permission = "granted"; }
+        constructor(title, {body}) { notices.push(body); }
+    };
+    document.hasFocus = () => false;
+}"""
 FIRST_RANKS = "128, 64, 32, 16"
 
 
@@ -158,20 +168,88 @@ def test_a_wrong_number_or_taken_name_shows_at_once(form):
     tab.until(lambda: "path separator" in tab.text("plan"))
 
 
+def test_ranks_size_and_share_agree_on_the_curve(form, server):
+    tab = form
+    tab.pick(*THREE)
+    tab.type("ranks", "4, 2")
+    tab.until(lambda: tab.value("size").endswith("kB"))
+    assert tab.value("share") == "", "not known yet"
+    if not chart(tab).is_visible():
+        tab.until(lambda: "First see what each size would explain (" in tab.text("look"))
+        tab.click("look")
+    tab.until(chart(tab).is_visible)
+    tab.until(lambda: tab.value("share").endswith(" %"))
+    before = tab.sizes()
+    area = chart(tab).locator(".hm-area").bounding_box()
+    middle = area["y"] + area["height"] / 2
+    tab.page.mouse.click(area["x"] + 0.6 * area["width"], middle)
+    tab.until(lambda: all(x != y for x, y in zip(before, tab.sizes(), strict=True)))
+    tab.until(
+        lambda: 0.8 * kilobytes(tab.value("size")) < planned(tab) < kilobytes(tab.value("size"))
+    )
+    clicked = tab.sizes()
+    assert re.fullmatch(r"\d+(, \d+)*", clicked[0])
+    tab.page.mouse.move(area["x"] + 0.6 * area["width"], middle)
+    tab.page.mouse.down()
+    tab.page.mouse.move(area["x"] + 0.8 * area["width"], middle, steps=3)
+    tab.page.mouse.up()
+    dragged = tab.sizes()
+    assert share_of(dragged) > share_of(clicked)
+    tab.page.keyboard.press("ArrowLeft")
+    keyed = tab.sizes()
+    assert share_of(clicked) < share_of(keyed) <= share_of(dragged)
+    assert keyed[1] != dragged[1]
+    assert f"{keyed[1]}: about" in chart(tab).inner_text()
+    shot(tab.page, f"{server.host}-curve")
+    tab.type("share", "90")
+    tab.page.keyboard.press("Tab")
+    tab.until(lambda: tab.value("share") == "90 %")
+    tab.until(lambda: planned(tab) == round(kilobytes(tab.value("size"))))
+    tab.type("ranks", before[0])
+    tab.until(lambda: tab.sizes() == before)
+
+
+def chart(tab):
+    return tab.page.locator("#hyper_merge_size .hm-chart")
+
+
+def kilobytes(text):
+    return float(text.removesuffix(" kB"))
+
+
+def planned(tab):
+    """Returns the kilobytes of the LoRAs that the plan states, 0 where it states none."""
+    match = re.search(r"LoRAs(?:, about)? \((\d+) kB\)", tab.text("plan"))
+    return int(match[1]) if match else 0
+
+
+def share_of(sizes):
+    return float(sizes[2].removesuffix(" %"))
+
+
 @pytest.mark.usefixtures("slow_runs")
 def test_a_merge_moves_stops_and_leaves_nothing(form, server):
     tab, before = form, _kept(server.models)
     tab.pick(*THREE)
+    tab.page.evaluate(NOTIFICATIONS, "default")
     tab.type("name", "stopped")
     tab.type("ranks", "4, 2")
     tab.click("merge")
     seen = tab.until(tab.fraction)
+    tab.until(tab.find("notify").is_visible)
+    tab.click("notify")
+    tab.until(lambda: not tab.find("notify").is_visible())
+    assert tab.page.evaluate("Notification.permission") == "granted"
     tab.until(lambda: (tab.fraction() or 0) > seen)
     tab.click("merge")
     tab.until(lambda: "still being made" in tab.text("message"))
     shot(tab.page, f"{server.host}-running")
+    if server.host == "standalone":  # a WebUI puts its own progress there
+        tab.until(lambda: re.fullmatch(r"\d+% · Hyper-Merge", tab.page.title()))
     tab.click("stop")
     tab.until(lambda: "Stopped" in tab.text("status"))
+    tab.until(lambda: "%" not in tab.page.title())
+    assert tab.page.evaluate("notices") == [], "who stops a merge knows it"
     assert _kept(server.models) == before
 
 
@@ -186,7 +264,13 @@ def test_from_picking_to_the_result_and_again(form, server):
     tab.type("name", "mix")
     tab.type("ranks", "4, 2")
     tab.until(lambda: "mix.safetensors" in tab.text("plan"))
+    tab.page.evaluate(NOTIFICATIONS, "granted")
     tab.merge()
+    tab.until(lambda: [text[:11] for text in tab.page.evaluate("notices")] == ["Done: mix, "])
+    tab.until(lambda: tab.page.title().startswith("✓ Done · "))
+    tab.page.mouse.move(1, 1)
+    tab.until(lambda: tab.page.title() in ("Hyper-Merge", "Stable Diffusion"))
+    assert tab.text("sentence").startswith("mix ✓ Done")
     assert "3 checkpoints" in tab.text("sentence")
     tab.until(lambda: in_view(tab, "sentence"))
     assert (server.models / "Lora" / "mix_0-4.safetensors").exists()
@@ -199,9 +283,19 @@ def test_from_picking_to_the_result_and_again(form, server):
     shot(tab.page, f"{server.host}-result")
 
     tab.until(lambda: "Made already: this is the run mix" in tab.text("plan"))
+    tab.type("name", "another")
+    tab.click("result_resize")
+    tab.until(lambda: tab.value("name") == "mix" and in_view(tab, "size"))
+    assert "settings of mix were copied" in tab.text("form_note")
     tab.type("ranks", "3")
     tab.until(lambda: "exists already" in tab.text("plan"))
+    desktop = tab.page.viewport_size
+    tab.page.set_viewport_size({"width": 390, "height": 844})
     tab.merge()
+    tab.until(lambda: 0 <= round(tab.find("done").bounding_box()["y"]) < 100)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(tab.page, f"{server.host}-result-phone")
+    tab.page.set_viewport_size(desktop)
     tab.until(lambda: tab.value("prompt").startswith("<lora:mix-2_0-3:"))
     assert not (server.models / "Stable-diffusion" / "mix-2.safetensors").exists()
     forget(server, "mix-2", "mix")
@@ -224,13 +318,20 @@ def test_the_prompt_is_copied(earlier_runs, tab):
     tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.to("Runs")
     tab.click("runs_refresh")
-    tab.choose("run", "old")
+    tab.pick_run("old")
     tab.click("run_open")
-    tab.until(lambda: tab.find("prompt").is_visible() and tab.text("sentence").startswith("old:"))
+    tab.until(lambda: tab.find("prompt").is_visible() and tab.text("sentence").startswith("old\n"))
+    assert "Done" not in tab.text("sentence"), "it was not made just now"
     tab.click("copy")
     tab.until(lambda: tab.text("copy") == "Copied")
-    assert tab.page.evaluate("navigator.clipboard.readText()") == tab.value("prompt")
-    tab.until(lambda: tab.text("copy") == "Copy")
+    assert clipboard(tab) == tab.value("prompt")
+    tab.until(lambda: tab.text("copy") == "Copy prompt")
+    tab.find("sentence").locator("[data-copy]").first.click()
+    tab.until(lambda: clipboard(tab) == str(earlier_runs.hyper_model))
+
+
+def clipboard(tab):
+    return tab.page.evaluate("navigator.clipboard.readText()")
 
 
 def test_a_run_goes_on_while_the_page_is_closed(form, server, slow_runs):
@@ -249,21 +350,31 @@ def test_a_run_goes_on_while_the_page_is_closed(form, server, slow_runs):
     forget(server, "long")
 
 
-def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, new_tab, server):
+def test_runs_are_found_opened_copied_shown_side_by_side_and_deleted(earlier_runs, new_tab, server):
     tab = new_tab  # its form is compared with what the run is copied to
     tab.to("Runs")
     tab.until(lambda: "old-2" in tab.text("runs_table"))
-    tab.choose("run", "old")
-    tab.choose("other_run", "old-2")
-    tab.click("run_compare")
+    search_and_pick_by_keys(tab)
+    tab.pick_run("old")
+    tab.until(lambda: tab.value("other_run") == "old-2")
+    tab.find("other_run").locator("input").click()
+    assert not tab.option("other_run", "old").count(), "a run stands beside itself"
+    tab.find("other_run").locator("input").blur()
+    tab.until(lambda: not tab.option("other_run", "old-2").count())  # the list covers the button
+    tab.click("run_beside")
     tab.until(lambda: "Explained, anime" in tab.text("run_outcome"))
     shot(tab.page, f"{server.host}-runs")
     tab.click("run_open")
-    tab.until(lambda: tab.find("sentence").is_visible() and tab.text("sentence").startswith("old:"))
+    tab.until(
+        lambda: tab.find("sentence").is_visible() and tab.text("sentence").startswith("old\n")
+    )
+    go_on_from_the_card(tab)
     tab.to("Runs")
     tab.click("run_copy")
-    tab.until(lambda: "were copied to the form" in tab.text("run_outcome"))
-    tab.choose("run", "old-2")
+    tab.until(lambda: "were copied to the form" in tab.text("form_note"))
+    assert tab.find("merge").is_visible(), "the page goes to the form"
+    tab.to("Runs")
+    tab.pick_run("old-2")
     tab.click("run_delete")
     tab.until(lambda: "old-2_0-3.safetensors" in tab.text("run_outcome"))
     tab.click("run_cancel")
@@ -281,6 +392,28 @@ def test_runs_are_listed_opened_copied_compared_and_deleted(earlier_runs, new_ta
     assert tab.value("name") == "old"
     assert tab.value("ranks") == "4, 2"
     assert sorted(tab.picked()) == sorted(THREE)
+
+
+def search_and_pick_by_keys(tab):
+    rows = tab.page.locator("#hyper_merge_runs_table [data-run]")
+    tab.type("runs_search", "PORTRAIT 4,")
+    tab.until(lambda: [row.is_visible() for row in rows.all()].count(True) == 1)
+    tab.type("runs_search", "")
+    tab.pick_run("old")
+    rows.first.locator("button").focus()
+    tab.page.keyboard.press("ArrowDown")
+    tab.page.keyboard.press("ArrowUp")
+    tab.page.keyboard.press("Enter")
+    tab.until(lambda: "hm-picked" in rows.first.get_attribute("class"))
+
+
+def go_on_from_the_card(tab):
+    """Goes from the run old to its mixture and its pictures, and back."""
+    tab.click("result_mix")
+    tab.until(lambda: tab.find("mix").locator("[data-run=old]").is_visible())
+    tab.to("Merge")
+    tab.click("result_compare")
+    tab.until(lambda: tab.find("compare_run").is_visible() and tab.value("compare_run") == "old")
 
 
 def test_a_vanished_file_is_reported_and_not_merged(form, server):

@@ -6,6 +6,7 @@ import time
 import gradio
 
 PREFIX = "#hyper_merge_"
+SIZES = ("ranks", "size", "share")  # fields that agree, of one value of the form
 PAUSE = 50  # milliseconds between two looks at the page
 # A page may ask for one thing after another; those of gradio 3 open a socket for each.
 QUIET = 14 if gradio.__version__.startswith("3.") else 6  # looks at a quiet page
@@ -107,11 +108,26 @@ class Tab:
         element = self.find(name)
         return (element.inner_text() if visible else element.text_content() or "").strip()
 
+    def field(self, name):
+        if name in SIZES:
+            return self.page.locator(f"#hyper_merge_size [data-size={name}]")
+        return self.find(name).locator("input, textarea").first
+
     def type(self, name, text):
-        self.find(name).locator("input, textarea").first.fill(text)
+        self.field(name).fill(text)
 
     def value(self, name):
-        return self.find(name).locator("input, textarea").first.input_value()
+        return self.field(name).input_value()
+
+    def sizes(self):
+        """Returns ranks, size and share as their fields show them."""
+        return tuple(self.value(name) for name in SIZES)
+
+    def pick_run(self, name):
+        """Clicks on a run's row in the tab "Runs"."""
+        row = self.page.locator(f'#hyper_merge_runs_table [data-run="{name}"]').first
+        row.locator("td").nth(1).click()
+        self.until(lambda: "hm-picked" in row.get_attribute("class"))
 
     def pick(self, *names):
         """Ticks checkpoints in the list."""

@@ -50,7 +50,8 @@ from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.compare import choose_compared_run, show_comparison
 from hyper_merge.ui.handlers.history import copy_settings
-from hyper_merge.ui.html.runs import format_run_comparison, format_run_list, format_run_summary
+from hyper_merge.ui.html.result import format_run_card
+from hyper_merge.ui.html.runs import format_run_comparison, format_run_list
 from hyper_merge.ui.html.use import format_fit_result, format_sliders, format_used_run
 from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot
 
@@ -163,7 +164,7 @@ def _show(run: Any, host: Any) -> None:
         text.encode()
     for answer in (run_response(run, host), run_summary_response(run)):
         json.dumps(answer.model_dump(), allow_nan=False, ensure_ascii=False).encode()
-    format_run_summary(run)
+    format_run_card(run)
     format_run_comparison(run, run)
     format_used_run(run).encode()
     format_sliders(run).encode()

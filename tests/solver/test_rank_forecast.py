@@ -33,6 +33,27 @@ def test_layer_weights_decide_where_ranks_go_and_what_they_explain():
         assert_close(shared[:, 0], torch.tensor([0.0, first, 1.0]).double())
 
 
+def test_ranks_for_many_sizes_are_about_those_for_each():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(9, 3, 40, generator=generator, dtype=torch.float64).cumsum(2).flip(2)
+    values *= torch.tensor([1.0, 0.4, 0.002])[:, None]  # the last direction is hardly worth a file
+    forecast = RankForecast(
+        names=("a", "b", "c", "d"),
+        mixtures=tuple(tuple(layer) for layer in values),
+        private=tuple((torch.ones(1).double(),) * 4 for _ in values),
+        multipliers=(torch.eye(4, 3).double(),) * 9,
+        energies=torch.full((4,), float(values.sum())).double(),
+        costs=(10, 20, 10, 20, 10, 20, 10, 20, 10),
+    )
+    sizes = [500, 1000, 5000, 8000, 15_000]
+    ranks = forecast.rank_curve(sizes)
+    for approximate, size in zip(ranks, sizes, strict=True):
+        exact = forecast.ranks_for(size)
+        assert len(approximate) == len(exact)
+        assert_close(torch.tensor(approximate), torch.tensor(exact), atol=1, rtol=0)
+    assert {len(row) for row in ranks} == {1, 2}
+
+
 def test_private_forecasts_count_layers_like_shared_ones():
     forecast = two_layers([1.0, 9.0])
     assert_close(forecast.explained_by_private(20), torch.full((2,), 27 / 41).double())

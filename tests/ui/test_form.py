@@ -137,7 +137,9 @@ def test_the_ranks_field_takes_size_or_share(recipe, text, size):
 
 
 def test_a_share_above_one_is_refused(recipe):
-    with pytest.raises(RecipeError, match=r'Ranks: expected a share, such as "95%" or 0\.95, got'):
+    with pytest.raises(
+        RecipeError, match=r'Share, at worst: expected a share, such as "95%" or 0\.95, got'
+    ):
         recipe(ranks="120 %")
 
 

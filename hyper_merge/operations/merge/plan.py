@@ -18,6 +18,8 @@ from hyper_merge.analysis.streaming_pass import stream_layers
 from hyper_merge.analysis.turns import analysis_turn
 from hyper_merge.decomposition.clustering import Clusters, find_clusters
 from hyper_merge.operations.merge.carried_layers import choose_layers
+from hyper_merge.operations.merge.cost_model import ExistingFiles
+from hyper_merge.operations.merge.estimate import estimate_costs
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
@@ -60,6 +62,7 @@ class ForecastCurve:
     shared: tuple[tuple[float, ...], ...]  # per size: explained share of every checkpoint
     private: tuple[tuple[float, ...], ...]  # the same with private LoRAs for every checkpoint
     groups: Clusters
+    ranks: tuple[tuple[int, ...], ...] = ()  # per size: of the shared LoRAs, approximately
 
     def requested_size(self, preflight: Preflight) -> int | None:
         """Returns the bytes of LoRAs that a recipe asks for; None where its target is out of reach."""
@@ -175,10 +178,21 @@ def forecast_curve(path: Path, preflight: Preflight, progress: Progress) -> Fore
     least = sum(forecast.costs) / 2
     step = (forecast.largest / least) ** (1 / (_SIZES - 1))
     sizes = [*(round(least * step**i) for i in range(_SIZES - 1)), forecast.largest]
-    shared, private = (rows.tolist() for rows in forecast.curves(sizes))
-    return ForecastCurve(
-        forecast.names, tuple(sizes), tuple(map(tuple, shared)), tuple(map(tuple, private)), groups
-    )
+    shared, private = (tuple(map(tuple, rows.tolist())) for rows in forecast.curves(sizes))
+    ranks = tuple(forecast.rank_curve(sizes))
+    return ForecastCurve(forecast.names, tuple(sizes), shared, private, groups, ranks)
+
+
+def size_without_forecast(preflight: Preflight) -> int | None:
+    """Returns the bytes of LoRAs that a recipe asks for; None where it asks for a share."""
+    return _requested_size(preflight, lambda _: None)
+
+
+def forecast_seconds(preflight: Preflight) -> float:
+    """Returns the time that a forecast takes for files that have not been analyzed before."""
+    cache = preflight.folders.cache
+    existing = ExistingFiles(cache, average=True, analysis=False)
+    return estimate_costs(preflight, existing).reading / FORECAST_COSTS[0]
 
 
 def _requested_size(preflight: Preflight, budget_for: Callable[[float], int | None]) -> int | None:

@@ -95,6 +95,11 @@ def list_comparisons(
     )
 
 
+def compare_run(host: Host, name: str) -> tuple[Any, ...]:
+    """Picks a run with all its checkpoints, as `list_comparisons` does on a new page."""
+    return list_comparisons(host, name, None, None)
+
+
 def choose_compared_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
     """Updates the checkpoints, all of them picked, and the comparisons, and shows the newest one."""
     try:

@@ -18,16 +18,21 @@ from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.hosts.tasks import FORECAST_TITLE, forecast_task
-from hyper_merge.operations.merge.plan import ForecastCurve
+from hyper_merge.operations.merge.plan import (
+    ForecastCurve,
+    forecast_seconds,
+    size_without_forecast,
+)
+from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers.merge_request import preflight_form
 from hyper_merge.ui.html.common import format_refusal
-from hyper_merge.ui.plots.forecast import forecast_plot
+from hyper_merge.ui.html.size import format_forecast_offer, format_size_choice
 
 GROUPS: Final = 4  # with a button each
 
-NO_CURVE: Final = (gr.update(visible=False), gr.update(visible=False))
-"""Values of the plot and of the button that fills it."""
+NO_CURVE: Final = ("", gr.update(visible=False))
+"""Values of the choice of a size, and of the button that gives it a curve."""
 
 
 def start_forecast(host: Host, jobs: Jobs, *values: Any) -> str:
@@ -48,16 +53,22 @@ def pick_group(number: int, groups: str) -> str:
     return json.dumps(members[number] if number < len(members) else [])
 
 
-def update_curve(forecast: ForecastCurve | None, size: int | None) -> tuple[Any, Any]:
-    """Shows the plot, or the button that fills it.
+def show_curve(text: str, forecast: ForecastCurve, size: int | None) -> tuple[Any, Any]:
+    """Shows the curve on which a size can be picked, and hides the button that makes it.
 
     Args:
-        forecast: the curve, if it is known.
-        size: bytes to be marked in the plot; None for no mark.
+        text: the form's ranks, size or share.
+        forecast: the curve.
+        size: bytes of the LoRAs that the form describes; None for no mark.
     """
-    if forecast is None:
-        return gr.update(visible=False), gr.update(visible=True)
-    return gr.update(value=forecast_plot(forecast, size), visible=True), gr.update(visible=False)
+    return format_size_choice(text, forecast, size), gr.update(visible=False)
+
+
+def offer_curve(text: str, preflight: Preflight) -> tuple[Any, Any]:
+    """Shows the size alone, and the button that makes the curve."""
+    choice = format_size_choice(text, None, size_without_forecast(preflight))
+    offer = format_forecast_offer(forecast_seconds(preflight))
+    return choice, gr.update(value=offer, visible=True)
 
 
 def update_group_buttons(

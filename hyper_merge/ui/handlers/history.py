@@ -1,4 +1,4 @@
-"""Handles the tab "Runs": lists, copies, compares and deletes earlier runs; clears the cache.
+"""Handles the tab "Runs": lists, copies, shows and deletes earlier runs; clears the cache.
 
 Handlers take and return plain values or `gr.update(...)`, no widgets. The first arguments come from the
 wiring (the host, the process's jobs), the rest from the browser. A refusal becomes a message, never an
@@ -7,7 +7,7 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,33 @@ from hyper_merge.ui.html.runs import format_file_list, format_run_comparison, fo
 def list_earlier_runs(
     host: Host, first: str | None, second: str | None
 ) -> tuple[str, Any, Any, str]:
-    """Returns the table of runs, updates of both dropdowns, and the line about the cache."""
+    """Returns the table of runs, the picked one, an update of the others, and the line about the cache.
+
+    Args:
+        host: the program around the tab.
+        first: the picked run; the newest takes the place of one that is gone.
+        second: the run that stands beside it.
+    """
     folders = host.folders()
     runs, problems = list_runs(folders)
     names = [run.name for run in runs]
+    picked = first if first in names else next(iter(names), "")
     return (
         format_run_list(runs, problems),
-        refill(names, first, next(iter(names), None)),
-        refill(names, second, next(iter(names[1:]), None)),
+        gr.update() if picked == first else picked,
+        _others(names, picked, second),
         format_hint(format_cache(folders)),
     )
+
+
+def pick_run(host: Host, name: str, second: str | None) -> tuple[Any, ...]:
+    """Offers the other runs to stand beside the picked one, and clears what was said of another.
+
+    Returns:
+        An update of the other runs, a message without buttons, and no run to delete.
+    """
+    names = [run.name for run in list_runs(host.folders())[0]]
+    return (_others(names, name, second), *_answered(""))
 
 
 def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
@@ -76,8 +93,10 @@ def _with_renamed_files(run: Run, cache: Path, listed: Mapping[str, Path]) -> Re
     return replace(run.recipe, models=tuple(find(p, source.sha256) for p, source in pairs))
 
 
-def compare_runs(host: Host, first: str | None, second: str | None) -> str:
+def show_side_by_side(host: Host, first: str | None, second: str | None) -> str:
     """Returns two runs side by side."""
+    if not second or first == second:
+        return format_message("info", "Pick another run to stand beside this one.")
     try:
         one, other = (load_run(host.folders(), name or "") for name in (first, second))
     except HyperMergeError as error:
@@ -135,6 +154,12 @@ def clear_idle_cache(host: Host, jobs: Jobs) -> str:
         return format_message("good", clear_cache(host.folders()))
     except HyperMergeError as error:
         return _format_error(error)
+
+
+def _others(names: Sequence[str], picked: str, second: str | None) -> Any:
+    """Updates the runs that can stand beside the picked one: all but itself."""
+    others = [name for name in names if name != picked]
+    return refill(others, second, next(iter(others), None))
 
 
 def _styles(host: Host, run: Run) -> set[str]:

@@ -91,7 +91,7 @@ def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
     name = status.result if status is not None and status.outcome == "done" else ""
     if not isinstance(name, str) or not name:
         return (gr.update(),) * len(NOTHING)
-    return show_run(host, name)
+    return show_run(host, name, is_new=True)
 
 
 def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:

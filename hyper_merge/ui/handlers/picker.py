@@ -26,7 +26,12 @@ from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.ui.form import Form, parse_picks
 from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS
-from hyper_merge.ui.handlers.forecast import NO_CURVE, update_curve, update_group_buttons
+from hyper_merge.ui.handlers.forecast import (
+    NO_CURVE,
+    offer_curve,
+    show_curve,
+    update_group_buttons,
+)
 from hyper_merge.ui.handlers.merge_request import has_name, preflight_form
 from hyper_merge.ui.html.common import (
     format_forecast_notes,
@@ -127,8 +132,8 @@ def show_plan(host: Host, catalogue: Catalogue, groups: str, *values: Any) -> tu
         values: the values of the form.
 
     Returns:
-        The plan or why there can be none, the suggested name, updates of the forecast's plot and
-        button, the dissimilar groups as JSON, updates of their buttons.
+        The plan or why there can be none, the suggested name, the choice of a size, an update of the
+        button for its curve, the dissimilar groups as JSON, updates of their buttons.
     """
     form = Form.from_widgets(*values)
     names = form.checkpoints
@@ -170,7 +175,9 @@ def _plan_and_forecast(host: Host, form: Form) -> tuple[str, tuple[Any, Any], Fo
     plan = _plan(form, preflight, size)
     if forecast is not None:
         plan += format_forecast_notes(forecast, preflight.recipe, size)
-    return plan, update_curve(forecast, size), forecast
+    text = form.ranks
+    curve = show_curve(text, forecast, size) if forecast else offer_curve(text, preflight)
+    return plan, curve, forecast
 
 
 def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
@@ -179,7 +186,7 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurv
         forecast = known_forecast(preflight_form(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
-    return (NO_CURVE if forecast is None else update_curve(forecast, None)), forecast
+    return (NO_CURVE if forecast is None else show_curve(form.ranks, forecast, None)), forecast
 
 
 def _plan(form: Form, preflight: Preflight, size: int | None) -> str:

@@ -17,15 +17,21 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.html.common import format_message
-from hyper_merge.ui.html.runs import format_run_summary, format_run_table
+from hyper_merge.ui.html.result import format_run_card, format_run_table
 from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot
 
 NOTHING: Final = ("", *(gr.update(),) * 12)
 """Values that clear the panel's message and leave its other widgets as they are."""
 
 
-def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
-    """Returns the values of the panel's widgets, in their order, for a run."""
+def show_run(host: Host, name: str | None, *, is_new: bool = False) -> tuple[Any, ...]:
+    """Returns the values of the panel's widgets, in their order, for a run.
+
+    Args:
+        host: the program around the tab.
+        name: of the run.
+        is_new: whether it was made just now.
+    """
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
@@ -35,7 +41,7 @@ def show_run(host: Host, name: str | None) -> tuple[Any, ...]:
     return (
         "",
         gr.update(visible=True),
-        format_run_summary(run),
+        format_run_card(run, is_new=is_new),
         format_run_table(report),
         gr.update(choices=names, value=names[0]),
         prompts[names[0]],

@@ -78,6 +78,21 @@ def list_usable_runs(host: Host, name: str | None, known: str, *picks: Any) -> t
     )
 
 
+def use_run(host: Host, name: str, shown: str | None, *picks: Any) -> tuple[Any, ...]:
+    """Picks a run, and clears the results of another one.
+
+    Args:
+        host: the program around the tab.
+        name: the run.
+        shown: the run that is picked now.
+        picks: those of `list_usable_runs`.
+    """
+    results: tuple[Any, ...] = (gr.update(),) * (len(_PANELS) + 1)
+    if name != shown:
+        results = (*("",) * len(_PANELS), gr.update(visible=False))
+    return (*list_usable_runs(host, name, "", *picks), *results)
+
+
 def choose_used_run(
     host: Host, name: str | None, restored: str | None, exported: Sequence[str]
 ) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ Functions take text and return HTML; every name is escaped.
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
@@ -78,6 +79,7 @@ def format_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],  # cells in HTML
     numeric: Iterable[int] = (),  # columns to be aligned at the right
+    attributes: Sequence[str] = (),  # of every row, in HTML
 ) -> str:
     """Returns a table, from cells that are HTML and a head that is text."""
     right = set(numeric)
@@ -88,7 +90,8 @@ def format_table(
             for place, value in enumerate(values)
         )
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    tags = (f"<tr {text}>" for text in attributes) if attributes else itertools.repeat("<tr>")
+    body = "".join(f"{tag}{cells('td', row)}</tr>" for tag, row in zip(tags, rows, strict=False))
     top = cells("th", [_text(name) for name in head])
     return (
         f'<div class="hm-scroll"><table><thead><tr>{top}</tr></thead>'
@@ -179,14 +182,17 @@ def format_job_status(status: JobStatus) -> str:
         kind, word = _ENDINGS[status.outcome]
         reason = status.message.removeprefix("stopped; ")
         summary = reason or f"{status.title}, in {_format_clock(status.elapsed)}"
-        return format_message(kind, f"{word}: {summary}") + notes
+        message = format_message(kind, f"{word}: {summary}")
+        marks = f'data-ended="{_text(status.task)}" data-outcome={status.outcome}'
+        return f"<div {marks}>{message}</div>{notes}"
     left = status.seconds_left
     time_left = "" if left is None else f", {format_duration(left)} left"
     phase = "stopping" if status.stopping else status.phase
     title = f"{status.title}: {phase}"
     share = f", {status.fraction:.0%}{time_left}"
     return (
-        f'<div class="hm-progress" data-task="{_text(status.task)}" role="status">'
+        f'<div class="hm-progress" data-task="{_text(status.task)}" role="status"'
+        f" data-percent={status.fraction * 100:.0f}>"
         f"<div class=hm-phase>{_text(title)}<span class=hm-share>{_text(share)}</span></div>"
         f'<div class=hm-bar><div style="width:{status.fraction:.1%}"></div></div></div>{notes}'
     )

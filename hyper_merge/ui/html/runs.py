@@ -1,4 +1,4 @@
-"""Formats the HTML that describes runs: summary, tables, comparisons; every name is escaped."""
+"""Formats the HTML of the tab "Runs": the list, two runs side by side; every name is escaped."""
 
 from __future__ import annotations
 
@@ -6,99 +6,20 @@ import html
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Final
 
-from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import format_requested_size
 from hyper_merge.ui.html.common import (
-    format_count,
-    format_dissimilar_groups,
-    format_hint,
     format_message,
     format_percent,
     format_table,
 )
 from hyper_merge.ui.html.names import format_names
 
-_DIFFERENCE: Final = "Explained: the share of a checkpoint's difference from the hyper-model that the LoRAs reproduce"
-_OF_OUTPUT: Final = f"{_DIFFERENCE}, counted by what it does to the network's output"
-_EXPLAINED: Final = {
-    "output": f"{_OF_OUTPUT}, as runs of the hyper-model measure it.",
-    "layout": f"{_OF_OUTPUT}, as the layout suggests.",
-    "relative": f"{_DIFFERENCE}, relative to the size of each layer.",
-    "plain": f"{_DIFFERENCE}.",
-}
-
-
-def format_run_summary(run: Run) -> str:
-    """Returns the files that went into a run and came out, the saved bytes and the explained shares."""
-    report = run.report
-    worst = report.worst
-    after = report.bytes_average + report.bytes_loras
-    saved = report.bytes_before - after
-    less = f"{format_size(saved)} less" if saved >= 0 else f"{format_size(-saved)} more"
-    file = _text(run.hyper_model.name)
-    made = f"hyper-model {file} ({format_size(report.bytes_average)})"
-    if run.recipe.base != AVERAGE:
-        made = f"{file} as base"
-    return (
-        f"<p><b>{_text(run.name)}</b>: {len(report.checkpoints)} checkpoints ({format_size(report.bytes_before)}) "
-        f"→ {made} + {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)}), "
-        f"<b>{less}</b>. Explained: <b>{format_percent(report.fidelity_mean)}</b> as the mean over checkpoints, "
-        f"<b>{format_percent(worst.fidelity)}</b> at worst ({_text(worst.name)}).</p>"
-        f"<p class=hm-hint>{_EXPLAINED.get(report.metric, _EXPLAINED['plain'])}</p>"
-        + _format_rounding(run)
-        + _format_groups(report)
-        + format_missing_files(run)
-    )
-
-
-def _format_groups(report: Report) -> str:
-    names = [row.name for row in report.checkpoints]
-    return (
-        format_dissimilar_groups(names, report.groups, report.between_groups)
-        if report.groups
-        else ""
-    )
-
-
-def _format_rounding(run: Run) -> str:
-    """Returns a hint where rounding costs much; the report file has all figures."""
-    rounding = run.report.costly_rounding
-    if rounding is None:
-        return ""
-    return format_hint(
-        f"{rounding.hosts} rounds the weights after every LoRA, which loses"
-        f" {format_percent(rounding.added)} of the checkpoints' differences. A single LoRA per checkpoint"
-        f" is rounded only once: make them under Use, or with hyper-merge export {run.name}"
-    )
-
-
-def format_missing_files(run: Run) -> str:
-    """Returns messages about files of a run that are missing, and about the consequences."""
-    problems = "".join(format_message("bad", problem) for problem in run.problems)
-    if not run.missing:
-        return problems
-    names = ", ".join(path.name for path in run.missing)
-    return problems + format_message("bad", f"Missing: {names}. Merge again to recreate this run.")
-
-
-def format_run_table(report: Report) -> str:
-    """Returns the explained shares of every checkpoint, and its multiplier of each LoRA."""
-    blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
-    head = ("Checkpoint", "Explained", "In weights", "UNet", "Text encoder", *blocks)
-    names = format_names([row.name for row in report.checkpoints])
-    rows = [_result_row(*pair) for pair in zip(names, report.checkpoints, strict=True)]
-    separate = any(row.text_multipliers for row in report.checkpoints)
-    note = format_hint("Multipliers: text encoder : UNet.") if separate else ""
-    return format_table(head, rows, numeric=range(1, len(head))) + note
-
 
 def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
-    """Returns the table of runs, and a message for each that cannot be read."""
+    """Returns the table of runs, whose rows can be picked, and a message for each that cannot be read."""
     messages = "".join(format_message("bad", problem) for problem in problems)
     if not runs:
         return messages + format_message("info", "There are no runs yet.")
@@ -111,7 +32,13 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
         "Explained, mean",
         "Explained, worst",
     )
-    return messages + format_table(head, [_run_row(run) for run in runs], numeric=(2, 4, 5, 6))
+    table = format_table(
+        head,
+        [_run_row(run) for run in runs],
+        numeric=(2, 4, 5, 6),
+        attributes=[_row_attributes(run) for run in runs],
+    )
+    return messages + table
 
 
 def format_run_comparison(first: Run, second: Run) -> str:
@@ -149,23 +76,17 @@ def format_file_list(paths: Sequence[Path], question: str) -> str:
     return f'<div class="hm-message hm-info">{_text(question)}<ul>{items}</ul></div>'
 
 
-def _result_row(name: str, row: CheckpointReport) -> tuple[str, ...]:
-    shares = (row.fidelity, row.explained, row.explained_unet, row.explained_text_encoder)
-    return (name, *(format_percent(share) for share in shares), *_multipliers(row))
-
-
-def _multipliers(row: CheckpointReport) -> list[str]:
-    if not row.text_multipliers:
-        return [f"{x:.3f}" for x in row.multipliers]
-    pairs = zip(row.text_multipliers, row.multipliers, strict=True)
-    return [f"{text:.2f} : {unet:.2f}" for text, unet in pairs]
+def _row_attributes(run: Run) -> str:
+    """Returns a row's attributes for the script: the run, and words by which it is found."""
+    words = " ".join([run.family, *(row.name for row in run.report.checkpoints)])
+    return f'data-run="{_text(run.name)}" data-words="{_text(words)}" title="{_text(words)}"'
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
     report = run.report
     gone = " <span class=hm-problem>files are missing</span>" if run.missing else ""
     return (
-        _text(run.name) + gone,
+        f"<button type=button aria-pressed=false>{_text(run.name)}</button>{gone}",
         _text(_local_time(run.created)),
         str(len(report.checkpoints)),
         _text(_ranks(run)),

@@ -26,7 +26,7 @@ from hyper_merge.ui.html.common import (
     format_table,
 )
 from hyper_merge.ui.html.names import format_names
-from hyper_merge.ui.html.runs import format_missing_files
+from hyper_merge.ui.html.result import format_missing_files
 
 LOWEST: Final = -0.5
 HIGHEST: Final = 1.5

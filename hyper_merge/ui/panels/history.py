@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import gradio as gr
 
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,13 @@ class HistoryPanel:
 
     opened: gr.Tab
     table: gr.HTML
-    run: gr.Dropdown
+    run: (
+        gr.Textbox
+    )  # hidden by the style sheet: the run whose row is picked, which the scripts write
     other: gr.Dropdown
     open: gr.Button
     copy: gr.Button
-    compare: gr.Button
+    beside: gr.Button
     delete: gr.Button
     to_delete: gr.Textbox  # hidden: the run whose files are listed
     confirm: gr.Button
@@ -33,18 +35,36 @@ class HistoryPanel:
 
 def build_history(tab: gr.Tab) -> HistoryPanel:
     """Builds the list of earlier runs with its buttons, and the line about the cache, in a tab."""
+    with gr.Row(elem_id=elem_id("search_row")):
+        # answered by the scripts
+        widget(
+            gr.Textbox,
+            "runs_search",
+            value="",
+            label="Search",
+            placeholder="Any words of name, checkpoints, family, ranks or date",
+            max_lines=1,
+            scale=4,
+        )
+        run = widget(gr.Textbox, "run", value="", label="Run")
+        refresh = button("runs_refresh", "Refresh")
     table = html("runs_table")
-    with gr.Row():
-        run = widget(gr.Dropdown, "run", choices=[], label="Run")
-        other = widget(gr.Dropdown, "other_run", choices=[], label="Compare with")
     with gr.Row(elem_id=elem_id("runs_row")):
         opened = button("run_open", "Open")
-        copied = button("run_copy", "Copy settings to the form")
-        compare = button("run_compare", "Compare")
+        copied = button("run_copy", "Copy its settings")
         delete = button("run_delete", "Delete…")
-        refresh = button("runs_refresh", "Refresh")
+        beside = button("run_beside", "Show side by side with")
+        other = widget(
+            gr.Dropdown,
+            "other_run",
+            choices=[],
+            label="Another run",
+            show_label=False,
+            container=False,
+            min_width=160,
+        )
     outcome = html("run_outcome")
-    to_delete = widget(gr.Textbox, "run_asked", value="", visible=False)
+    to_delete = hidden_text("run_asked")
     with gr.Row():
         confirm = widget(
             gr.Button, "run_confirm", value="Delete these files", variant="stop", visible=False
@@ -54,6 +74,6 @@ def build_history(tab: gr.Tab) -> HistoryPanel:
         cache = html("cache")
         clear = button("cache_clear", "Clear cache")
     return HistoryPanel(
-        tab, table, run, other, opened, copied, compare, delete, to_delete, confirm, cancel, refresh,
+        tab, table, run, other, opened, copied, beside, delete, to_delete, confirm, cancel, refresh,
         outcome, cache, clear,
     )  # fmt: skip

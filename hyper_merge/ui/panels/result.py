@@ -33,47 +33,66 @@ class RunView:
 
 @dataclass(frozen=True)
 class ResultPanel:
-    """The widgets of a run, with the buttons that use its prompts."""
+    """The widgets of a run, with the buttons that lead on from it."""
 
     view: RunView
     copy: gr.Button
     send: gr.Button
+    mix: gr.Button
+    compare: gr.Button
+    resize: gr.Button
     save_styles: gr.Button
     remove_styles: gr.Button
     sent: gr.Textbox  # hidden: what was sent last, as JSON
 
 
 def build_result(host: Host) -> ResultPanel:
-    """Builds summary, table, prompt tags and plots of a run."""
+    """Builds card, prompt tags, buttons, table and plots of a run."""
     empty = html("result_empty", format_merge_introduction())
     with gr.Column(visible=False, elem_id=elem_id("result")) as group:
-        sentence, table = html("sentence"), html("result_table")
-        checkpoint = widget(
-            gr.Dropdown,
-            "result_checkpoint",
-            choices=[],
-            label="Prompt for",
-            info="Load the hyper-model and add these tags to the prompt to reproduce the checkpoint.",
-        )
-        prompt = widget(
-            gr.Textbox,
-            "prompt",
-            label="Prompt tags",
-            show_label=False,
-            container=False,
-            lines=2,
-            interactive=True,
-        )
-        with gr.Row(elem_id=elem_id("prompt_row")):
-            copy = button("copy", "Copy")
-            send = button("send", "Send to txt2img", visible=host.has_txt2img)
-            save = button("styles_save", "Save styles", visible=host.has_txt2img)
-            remove = button("styles_remove", "Remove styles", visible=host.has_txt2img)
-        note = html("result_note")
+        with gr.Column(elem_id=elem_id("done")):
+            sentence, checkpoint, prompt, buttons = _build_card(host)
+            note = html("result_note")
+        table = html("result_table")
         plots = [
             widget(gr.Plot, name, show_label=False)
             for name in ("explained_plot", "similarity_plot", "parts_plot")
         ]
     hidden = [hidden_text(name) for name in ("shown_run", "hyper_title", "prompts")]
     view = RunView(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
-    return ResultPanel(view, copy, send, save, remove, hidden_text("sent"))
+    return ResultPanel(view, *[*buttons, hidden_text("sent")])
+
+
+def _build_card(host: Host) -> tuple[gr.HTML, gr.Dropdown, gr.Textbox, list[gr.Button]]:
+    """Builds the card, the prompt of a checkpoint, and what can be done next."""
+    sentence = html("sentence")
+    checkpoint = widget(
+        gr.Dropdown,
+        "result_checkpoint",
+        choices=[],
+        label="Prompt for",
+        info="Load the hyper-model and add these tags to the prompt to reproduce the checkpoint.",
+    )
+    prompt = widget(
+        gr.Textbox,
+        "prompt",
+        label="Prompt tags",
+        show_label=False,
+        container=False,
+        lines=2,
+        interactive=True,
+    )
+    with gr.Row(elem_id=elem_id("prompt_row")):
+        buttons = [
+            button("copy", "Copy prompt"),
+            button("send", "Try in txt2img", visible=host.has_txt2img),
+            button("result_mix", "Mix"),
+            button("result_compare", "Compare with the originals"),
+            button("result_resize", "Another size"),
+        ]
+    with gr.Row(elem_id=elem_id("styles_row"), visible=host.has_txt2img):
+        buttons += [
+            button("styles_save", "Save styles", visible=host.has_txt2img),
+            button("styles_remove", "Remove styles", visible=host.has_txt2img),
+        ]
+    return sentence, checkpoint, prompt, buttons

@@ -16,8 +16,6 @@ class RunPanel:
 
     plan: gr.HTML
     replan: gr.Button  # hidden by the style sheet: the scripts press it when the form has changed
-    curve: gr.Plot
-    forecast: gr.Button
     merge: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -25,13 +23,13 @@ class RunPanel:
 
 
 def build_run() -> RunPanel:
-    """Builds plan, forecast, buttons and progress."""
+    """Builds plan, buttons and progress."""
     gr.HTML("<h3>3. Merge</h3>")
     plan = html("plan")
     replan = button("replan", "Update the plan")
-    curve = widget(gr.Plot, "outlook_plot", show_label=False, visible=False)
-    forecast = button("look", "Show forecast", visible=False)
     with gr.Row(elem_id=elem_id("run_row")):
         merge = widget(gr.Button, "merge", value="Merge", variant="primary", scale=3)
         stop = widget(gr.Button, "stop", value="Stop", interactive=False, scale=1, min_width=90)
-    return RunPanel(plan, replan, curve, forecast, merge, stop, html("message"), html("status"))
+    message, status = html("message"), html("status")
+    button("notify", "Notify me when it is done")  # shown where it can be allowed, by the scripts
+    return RunPanel(plan, replan, merge, stop, message, status)

@@ -10,9 +10,10 @@ import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS, form_field
+from hyper_merge.ui.form_fields import BASE_AVERAGE, form_field
 from hyper_merge.ui.panels.presets import PresetsPanel, build_presets
-from hyper_merge.ui.panels.widgets import button, widget
+from hyper_merge.ui.panels.size import SizePanel, build_size
+from hyper_merge.ui.panels.widgets import widget
 
 _ADVANCED_ROWS: Final = (
     ("weights",),
@@ -61,8 +62,8 @@ class FormWidgets:
 
 def build_form(
     host: Host, checkpoints: gr.Textbox, devices: Sequence[str]
-) -> tuple[PresetsPanel, FormWidgets, list[gr.Button]]:
-    """Builds the presets, the form, and the buttons that fill in its ranks.
+) -> tuple[PresetsPanel, FormWidgets, list[gr.Button], SizePanel]:
+    """Builds the presets, the form, the buttons that fill in its ranks, and the fields of a size.
 
     Args:
         host: the program around the tab.
@@ -72,10 +73,12 @@ def build_form(
     defaults = host.defaults()
     gr.HTML("<h3>2. Settings</h3>")
     preset = build_presets()
-    widgets = {"checkpoints": checkpoints, "name": _build_field("name")}
-    widgets["ranks"] = _build_field("ranks", value=defaults.ranks)
-    with gr.Row(elem_id=elem_id("presets")):
-        presets = [button(f"preset_{word}", text) for word, text in PRESETS.items()]
+    size, presets = build_size()
+    widgets = {
+        "checkpoints": checkpoints,
+        "ranks": _build_field("ranks", value=defaults.ranks),  # the fields of a size write it
+        "name": _build_field("name"),
+    }
     widgets["save_styles"] = widget(
         gr.Checkbox,
         "save_styles",
@@ -86,7 +89,7 @@ def build_form(
     )
     with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
         widgets |= _build_advanced(devices)
-    return preset, FormWidgets(**widgets), presets
+    return preset, FormWidgets(**widgets), presets, size
 
 
 def _build_advanced(devices: Sequence[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from hyper_merge.ui.panels.presets import PresetsPanel
 from hyper_merge.ui.panels.result import ResultPanel
 from hyper_merge.ui.panels.run import RunPanel
 from hyper_merge.ui.panels.settings import FormWidgets
+from hyper_merge.ui.panels.size import SizePanel
 from hyper_merge.ui.panels.use import UsePanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.events import guarded, guarded_stream, in_browser, in_python
@@ -58,6 +59,7 @@ class Wiring:
     form: FormWidgets
     preset: PresetsPanel
     presets: list[gr.Button]
+    size: SizePanel
     run: RunPanel
     result: ResultPanel
     history: HistoryPanel
@@ -99,12 +101,12 @@ class Wiring:
 
     def plan(self, trigger: Trigger) -> Any:
         """Describes the merge of the picked checkpoints."""
-        run, groups = self.run, in_order(self.picker.groups)
+        run, size, groups = self.run, self.size, in_order(self.picker.groups)
         return self.on(
             trigger,
             functools.partial(show_plan, self.host, self.catalogue),
             [groups[0], *in_order(self.form)],
-            [self.run.plan, self.form.name, run.curve, run.forecast, *groups],
+            [run.plan, self.form.name, size.choice, size.forecast, *groups],
             message=run.plan,
             code=_KEEP % json.dumps([field.name for field in fields(self.form)]),
         )

@@ -24,6 +24,7 @@ _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message abo
 _PICKED = "(names) => { hyperMergePicker.pick(names); return []; }"
 _ADD_ALL = "() => { hyperMergePicker.addAll(); return []; }"
 _CLEAR = "() => { hyperMergePicker.clear(); return []; }"
+_CLEARED = "() => ''"
 _REVEAL = "() => { hyperMerge.reveal(); return []; }"
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
@@ -58,8 +59,9 @@ def wire_run(wires: Wiring) -> None:
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
     shown = wires.show_outcome(wires.watch(started.then))
     in_browser(shown.then, _REVEAL)
+    in_browser(run.merge.click, _CLEARED, None, [wires.size.note])
     forecast = functools.partial(start_forecast, host, jobs)
-    begun = wires.on(run.forecast.click, forecast, in_order(form), [run.message])
+    begun = wires.on(wires.size.forecast.click, forecast, in_order(form), [run.message])
     wires.show_outcome(wires.watch(begun.then))
     wires.on(run.stop.click, functools.partial(stop_job, jobs), [], [run.message])
     make = functools.partial(start_demo, host, jobs)

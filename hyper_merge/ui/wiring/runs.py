@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from hyper_merge.ui.handlers import history
+from hyper_merge.ui.handlers.compare import compare_run
 from hyper_merge.ui.handlers.result import (
     remove_run_styles,
     save_run_styles,
     show_run,
 )
 from hyper_merge.ui.handlers.send import send_tags
+from hyper_merge.ui.handlers.use import use_run
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.common import REFRESH_STYLES, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
 _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
-_OPEN_MERGE = "() => { hyperMerge.openTab(0); return []; }"
+_GO = "() => { hyperMerge.go(%d, '%s'); return []; }"
 
 
 def wire_result(wires: Wiring) -> None:
@@ -36,23 +39,55 @@ def wire_result(wires: Wiring) -> None:
         in_browser(done.then, REFRESH_STYLES)
 
 
+def wire_next_steps(wires: Wiring) -> None:
+    """Wires the buttons that lead on from the run that is shown: mix, compare, another size."""
+    panel, use, compare = wires.result, wires.use, wires.compare
+    run, host = panel.view.run, wires.host
+    listed = in_order(use.listed)
+    mixed = wires.on(
+        panel.mix.click,
+        functools.partial(use_run, host),
+        [run, use.listed.run, *listed[5:]],
+        [*listed, *in_order(use.outcomes)[:7]],
+        use.message,
+    )
+    in_browser(mixed.then, _GO % (1, "use_tab"))
+    compared = wires.on(
+        panel.compare.click,
+        functools.partial(compare_run, host),
+        [run],
+        [compare.form.run, compare.form.checkpoints, compare.earlier, compare.comparison],
+        compare.message,
+    )
+    in_browser(compared.then, _GO % (2, "compare_columns"))
+    _wire_copy(wires, panel.resize, run, "size")
+
+
+def _wire_copy(wires: Wiring, button: Any, run: Any, place: str) -> None:
+    """Wires a button that copies a run's settings into the form, and goes to a place there."""
+    note, copy = wires.size.note, functools.partial(history.copy_settings, wires.host)
+    copied = wires.on(button.click, copy, [run], [*in_order(wires.form), note], note)
+    in_browser(copied.then, _GO % (0, place))
+
+
 def wire_history(wires: Wiring) -> None:
-    """Wires opening, copying and comparing earlier runs, and the cache."""
+    """Wires picking, opening, copying and showing earlier runs, and the cache."""
     panel, host = wires.history, wires.host
     for trigger in (panel.refresh.click, panel.opened.select, wires.use.opened.select):
         wires.list_runs(trigger)  # another page may have made or deleted some
     opened = wires.show(panel.open.click, functools.partial(show_run, host), [panel.run])
-    in_browser(opened.then, _OPEN_MERGE)
+    in_browser(opened.then, _GO % (0, "result"))
+    _wire_copy(wires, panel.copy, panel.run, "columns")
     wires.on(
-        panel.copy.click,
-        functools.partial(history.copy_settings, host),
-        [panel.run],
-        [*in_order(wires.form), panel.outcome],
+        panel.run.input,
+        functools.partial(history.pick_run, host),
+        [panel.run, panel.other],
+        [panel.other, panel.outcome, panel.confirm, panel.cancel, panel.to_delete],
         panel.outcome,
     )
     wires.on(
-        panel.compare.click,
-        functools.partial(history.compare_runs, host),
+        panel.beside.click,
+        functools.partial(history.show_side_by_side, host),
         [panel.run, panel.other],
         [panel.outcome],
         panel.outcome,

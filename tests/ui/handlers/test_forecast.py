@@ -1,6 +1,8 @@
 """The forecast before a merge: the curve, its button, and dissimilar groups."""
 
+import html
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -32,14 +34,20 @@ def looked(host, jobs):
 
 
 def drawn(host, **changes):
-    """Text of the plan, plot, button."""
-    answer, _, plot, button, *_ = show_plan(host, Catalogue(), "", *values(name="new", **changes))
-    return words(answer), plot, button
+    """What the scripts are told of the size, and the button."""
+    _, _, choice, button, *_ = show_plan(host, Catalogue(), "", *values(name="new", **changes))
+    return json.loads(html.unescape(re.search('data-choice="([^"]*)"', choice)[1])), button
 
 
-def test_the_button_stands_in_place_of_a_forecast(host):
-    _, plot, button = drawn(host)
-    assert (plot["visible"], button["visible"]) == (False, True)
+def test_before_a_forecast_the_size_of_ranks_is_known_and_a_look_is_offered(host):
+    choice, button = drawn(host, ranks="4, 2")
+    assert choice.keys() == {"text", "size"}
+    assert choice["text"] == "4, 2"
+    assert 10_000 < choice["size"] < 100_000
+    assert button["visible"] is True
+    assert button["value"] == "First see what each size would explain (a few seconds)"
+    assert drawn(host, ranks="50 kB")[0]["size"] == 50_000
+    assert drawn(host, ranks="95 %")[0]["size"] is None
 
 
 def test_a_forecast_writes_only_the_cache(host, jobs, root):
@@ -59,21 +67,27 @@ def test_a_forecast_of_one_checkpoint_is_refused(host, jobs):
 
 
 @pytest.mark.usefixtures("looked")
-def test_the_mark_in_the_curve_follows_the_ranks(host):
-    titles = []
-    for ranks in ("2", "4, 2"):
-        _, plot, button = drawn(host, ranks=ranks)
-        assert (plot["visible"], button["visible"]) == (True, False)
-        titles.append(plot["value"].axes[0].get_title(loc="left"))
-    assert titles[0] != titles[1]
-    assert all("at worst" in title for title in titles)
+def test_ranks_size_and_share_of_a_curve_agree(host):
+    choice, button = drawn(host, ranks="4, 2")
+    assert button["visible"] is False
+    forecast = tasks.known_forecast(examined(host))
+    assert choice["sizes"] == [*forecast.sizes]
+    assert choice["size"] == forecast.requested_size(examined(host, ranks="4, 2"))
+    assert choice["worst"] == [round(min(shares), 5) for shares in forecast.shared]
+    assert choice["names"][0] == forecast.names[forecast.shared[0].index(min(forecast.shared[0]))]
+    assert len(choice["ranks"]) == len(choice["mean"]) == len(forecast.sizes)
+    ranks = [sum(map(int, text.split(", "))) for text in choice["ranks"]]
+    assert ranks == sorted(ranks)
+    size = drawn(host, ranks="50 kB")[0]["size"]
+    assert size == 50_000
+    assert drawn(host, ranks="1 %")[0]["size"] == forecast.size_for(0.01)
 
 
 @pytest.mark.usefixtures("looked")
-def test_invalid_ranks_leave_the_curve_without_mark(host):
-    _, plot, _ = drawn(host, ranks="4, x")
-    assert plot["visible"] is True
-    assert plot["value"].axes[0].get_title(loc="left") == ""
+def test_invalid_ranks_leave_the_curve_without_size(host):
+    choice, _ = drawn(host, ranks="4, x")
+    assert (choice["text"], choice["size"]) == ("4, x", None)
+    assert choice["sizes"]
 
 
 @pytest.mark.usefixtures("looked")

@@ -42,38 +42,42 @@ def two(host, run, jobs):
 
 
 def test_runs_are_listed_newest_first(host, two):
-    table, run, other, cache = history.list_earlier_runs(host, None, None)
+    table, run, other, cache = history.list_earlier_runs(host, "", None)
     assert words(table).index("mix-2") < words(table).index("4, 2")
-    assert run["choices"] == other["choices"] == ["mix-2", "mix"]
-    assert (run["value"], other["value"]) == ("mix-2", "mix")
+    assert (run, other["choices"], other["value"]) == ("mix-2", ["mix"], "mix")
     assert "The cache holds " in words(cache)
 
 
 def test_the_picked_run_stays_unless_it_is_gone(host, two):
     _, run, other, _ = history.list_earlier_runs(host, "mix", "mix-2")
-    assert "value" not in {**run, **other}, "it may have changed since the page asked"
+    assert unchanged(run), "it may have changed since the page asked"
+    assert "value" not in other
     _, run, other, _ = history.list_earlier_runs(host, "gone", "gone")
-    assert (run["value"], other["value"]) == ("mix-2", "mix")
+    assert (run, other["value"]) == ("mix-2", "mix")
 
 
 def test_an_empty_list_of_runs_says_so(host):
     table, run, other, _ = history.list_earlier_runs(host, "mix", None)
     assert words(table) == "There are no runs yet."
-    assert run["choices"] == []
-    assert run["value"] is other["value"] is None
+    assert (run, other["choices"], other["value"]) == ("", [], None)
 
 
-def test_one_run_has_nothing_to_be_compared_with(host, run):
-    _, first, second, _ = history.list_earlier_runs(host, None, None)
-    assert (first["value"], second["value"]) == ("mix", None)
+def test_no_run_stands_beside_itself(host, two):
+    other, outcome, confirm, cancel, to_delete = history.pick_run(host, "mix", "mix")
+    assert (other["choices"], other["value"]) == (["mix-2"], "mix-2")
+    assert (outcome, to_delete) == ("", ""), "what was asked of another run"
+    assert confirm["visible"] is cancel["visible"] is False
+    for second in ("mix", None):
+        answer = history.show_side_by_side(host, "mix", second)
+        assert kinds(answer) == ["info"]
 
 
 def test_a_damaged_run_is_named_among_the_others(host, two, root):
     (root / "hyper-merge/mix/manifest.json").write_text("{")
-    table, run, _, _ = history.list_earlier_runs(host, None, None)
+    table, _, other, _ = history.list_earlier_runs(host, None, None)
     assert kinds(table) == ["bad"]
     assert "the run mix cannot be read" in words(table)
-    assert run["choices"] == ["mix-2"]
+    assert other["choices"] == []
 
 
 def test_settings_of_a_run_are_copied(host, jobs, run):
@@ -132,7 +136,7 @@ def test_nothing_is_done_without_a_run(host, run, root, name, jobs):
     assert len(copied) == COUNT
     assert all(map(unchanged, copied))
     assert kinds(answer) == ["bad"]
-    assert kinds(history.compare_runs(host, "mix", name)) == ["bad"]
+    assert kinds(history.show_side_by_side(host, name, "mix")) == ["bad"]
     for handler in (history.ask_to_delete_run, history.delete_confirmed_run):
         answer, confirm, cancel, to_delete = handler(host, jobs, name)
         assert to_delete == ""
@@ -142,7 +146,7 @@ def test_nothing_is_done_without_a_run(host, run, root, name, jobs):
 
 
 def test_two_runs_stand_side_by_side(host, two):
-    text = words(history.compare_runs(host, *two))
+    text = words(history.show_side_by_side(host, *two))
     for word in ("mix-2", "4, 2", "Explained, a", "mix.safetensors"):
         assert word in text
 
@@ -150,7 +154,7 @@ def test_two_runs_stand_side_by_side(host, two):
 def test_checkpoints_of_one_run_only_are_marked(host, run, jobs):
     start_merge(host, jobs, *values(name="two", checkpoints=NAMES[:2], ranks="2"))
     assert ended(jobs).message == ""
-    text = words(history.compare_runs(host, "mix", "two"))
+    text = words(history.show_side_by_side(host, "mix", "two"))
     assert text.endswith("not included")
     assert "Explained, c" in text
 

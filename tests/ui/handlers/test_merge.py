@@ -80,7 +80,7 @@ def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     panel = show_merge_result(host, jobs)
     assert panel[0] == ""
     assert panel[1]["visible"] is True
-    assert "mix: 3 checkpoints" in words(panel[2])
+    assert words(panel[2]).startswith("mix ✓ Done3 checkpoints")
     assert panel[10] == "mix"
     assert load_run(host.folders(), "mix").missing == ()
     assert not temporaries(root)

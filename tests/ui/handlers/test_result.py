@@ -16,6 +16,7 @@ from hyper_merge.ui.handlers.result import (
     show_run,
     styles_of,
 )
+from hyper_merge.ui.html.common import format_percent
 
 
 @pytest.fixture
@@ -28,8 +29,15 @@ def test_a_run_is_shown_with_figures_prompt_and_plots(host, run, merged):
     message, group, sentence, table, picker, prompt, note, *plots, name, title, prompts = panel
     assert (message, note, name, title) == ("", "", "mix", "")
     assert group["visible"] is True
-    assert words(sentence).startswith("mix: 3 checkpoints (808 kB) → hyper-model mix.safetensors (")
-    assert "at worst" in words(sentence)
+    text = words(sentence)
+    assert text.startswith("mix3 checkpoints (808 kB) → hyper-model mix.safetensors ("), "not new"
+    report = load_run(host.folders(), run).report
+    mean, worst = format_percent(report.fidelity_mean), format_percent(report.worst.fidelity)
+    assert f"{mean}explained in the mean{worst}at worst: {report.worst.name}" in text
+    assert f"In weights: {format_percent(report.explained_mean)} in the mean" in text
+    folders = host.folders()
+    for path in (folders.models / "mix.safetensors", folders.loras, folders.runs / "mix"):
+        assert f'data-copy="{path}"' in sentence
     for row in merged.report.checkpoints:
         for x in row.multipliers:
             assert f"{x:.2f}" in words(table)

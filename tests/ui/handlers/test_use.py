@@ -24,6 +24,7 @@ from hyper_merge.ui.handlers.use import (
     list_usable_runs,
     save_fit_style,
     show_outcome,
+    use_run,
     watch_job_in_both_tabs,
 )
 from hyper_merge.ui.html.common import format_job_status
@@ -125,6 +126,15 @@ def test_a_checkpoint_that_is_gone_is_no_longer_picked(host, run):
     *_, one, two, three = list_usable_runs(host, run, "", None, [], "a.safetensors", "gone", None)
     assert "value" not in one, "it may have changed since the page asked"
     assert two["value"] is three["value"] is None
+
+
+def test_mix_picks_the_run_of_the_card_and_clears_results_of_another(host, run):
+    for shown, cleared in (("other", True), (run, False)):
+        updates = use_run(host, run, shown, None, [], None, None, None)
+        assert updates[0]["value"] == run
+        assert "<input type=range" in updates[3]
+        assert (updates[10:16] == ("",) * 6) is cleared
+        assert (updates[16] == hide_fit_tags()) is cleared
 
 
 def test_another_run_clears_earlier_results(host, run):

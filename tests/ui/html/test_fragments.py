@@ -22,14 +22,9 @@ from hyper_merge.ui.html.common import (
     format_percent,
     format_table,
 )
-from hyper_merge.ui.html.runs import (
-    format_file_list,
-    format_missing_files,
-    format_run_comparison,
-    format_run_list,
-    format_run_summary,
-    format_run_table,
-)
+from hyper_merge.ui.html.result import format_missing_files, format_run_card, format_run_table
+from hyper_merge.ui.html.runs import format_file_list, format_run_comparison, format_run_list
+from hyper_merge.ui.html.size import place_of, size_ticks
 from hyper_merge.ui.html.use import format_deletion_verdicts
 
 OURS = {
@@ -48,6 +43,7 @@ OURS = {
     "li",
     "wbr",
 }
+OURS |= {"h3", "dl", "dd", "dt", "button"}
 
 
 @pytest.fixture
@@ -80,7 +76,7 @@ def evil_standing(**changes):
         lambda run: format_job_status(evil_standing(outcome="done", message="")),
         lambda run: format_job_status(evil_standing(outcome="refused")),
         lambda run: format_job_status(evil_standing(outcome="failed")),
-        format_run_summary,
+        format_run_card,
         lambda run: format_run_table(run.report),
         lambda run: format_run_list([run], [EVIL]),
         lambda run: format_run_comparison(run, run),
@@ -183,16 +179,14 @@ def test_notes_stand_below_progress_and_outcome():
 def test_a_merge_that_saves_nothing_says_so(host, run):
     loaded = load_run(host.folders(), run)
     larger = replace(loaded, report=replace(loaded.report, bytes_loras=10_000_000))
-    assert "9 MB more" in words(format_run_summary(larger))
+    assert "9 MBmore on disk" in words(format_run_card(larger))
 
 
 @pytest.mark.parametrize(("added", "expected"), [(0.015, True), (1e-4, False)])
 def test_costly_rounding_is_reported_with_advice(host, run, added, expected):
     loaded = load_run(host.folders(), run)
     rounding = (PrecisionLoss(A1111, added, added), PrecisionLoss(FORGE_AND_COMFYUI, 0.5, 0.5))
-    text = words(
-        format_run_summary(replace(loaded, report=replace(loaded.report, rounding=rounding)))
-    )
+    text = words(format_run_card(replace(loaded, report=replace(loaded.report, rounding=rounding))))
     sentence = (
         "AUTOMATIC1111 rounds the weights after every LoRA, which loses 1.5 % of the checkpoints'"
         " differences. A single LoRA per checkpoint is rounded only once: make them under Use, or with"
@@ -206,7 +200,7 @@ def test_a_base_checkpoint_replaces_the_hyper_model(host, run):
     loaded = load_run(host.folders(), run)
     recipe = replace(loaded.recipe, base=str(loaded.sources[0].path))
     based = replace(loaded, recipe=recipe, hyper_model=loaded.sources[0].path)
-    assert "→ a.safetensors as base + 2 LoRAs" in words(format_run_summary(based))
+    assert "→ a.safetensors as base + 2 LoRAs" in words(format_run_card(based))
 
 
 def test_the_introduction_names_hyper_model_and_loras():
@@ -241,3 +235,23 @@ def test_a_plan_survives_a_hyper_model_that_was_just_deleted(host, run):
     assert place.exists
     place.hyper_model.unlink()
     assert "mix.safetensors" in words(format_merge_plan(preflight, place))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (3, 90, [5, 10, 20, 50]),
+        (20, 30, [20]),
+        (3_000, 4_000_000, [5_000, 10_000, 50_000, 100_000, 500_000, 1_000_000]),
+        (3_000, 4_000_000_000, [10_000, 100_000, 10**6, 10**7, 10**8, 10**9]),
+    ],
+)
+def test_a_curve_has_few_ticks_at_round_sizes(low, high, ticks):
+    assert size_ticks(low, high) == ticks
+
+
+@pytest.mark.parametrize(
+    ("size", "place"), [(1, 0), (10, 0), (15, 0.5), (30, 1.5), (40, 2), (99, 2)]
+)
+def test_a_size_has_its_place_between_its_neighbours(size, place):
+    assert place_of([10, 20, 40], size) == place

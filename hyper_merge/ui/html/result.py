@@ -1,0 +1,157 @@
+"""Formats the HTML that describes the result of a merge: its card, and the table of its checkpoints."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Final
+
+from hyper_merge.recipe.recipe import AVERAGE
+from hyper_merge.runs.report import CheckpointReport, Report
+from hyper_merge.runs.run import Run
+from hyper_merge.runtime.formatting import format_size
+from hyper_merge.ui.html.common import (
+    format_count,
+    format_dissimilar_groups,
+    format_hint,
+    format_message,
+    format_percent,
+    format_table,
+)
+from hyper_merge.ui.html.names import format_names
+
+_DIFFERENCE: Final = "Explained: the share of a checkpoint's difference from the hyper-model that the LoRAs reproduce"
+_OF_OUTPUT: Final = f"{_DIFFERENCE}, counted by what it does to the network's output"
+_EXPLAINED: Final = {
+    "output": f"{_OF_OUTPUT}, as runs of the hyper-model measure it.",
+    "layout": f"{_OF_OUTPUT}, as the layout suggests.",
+    "relative": f"{_DIFFERENCE}, relative to the size of each layer.",
+    "plain": f"{_DIFFERENCE}.",
+}
+
+
+def format_run_card(run: Run, *, is_new: bool = False) -> str:
+    """Returns what a run made and where, the saved bytes and the explained shares.
+
+    Args:
+        run: the run.
+        is_new: whether it was made just now, which the card says.
+    """
+    report = run.report
+    done = ' <span class="hm-chip hm-good">✓ Done</span>' if is_new else ""
+    return (
+        f"<div class=hm-card><h3>{_text(run.name)}{done}</h3><p>{_format_files(run)}</p>"
+        + _format_figures(report)
+        + format_hint(f"{_EXPLAINED.get(report.metric, _EXPLAINED['plain'])}{_in_weights(report)}")
+        + _format_places(run)
+        + "</div>"
+        + _format_rounding(run)
+        + _format_groups(report)
+        + format_missing_files(run)
+    )
+
+
+def format_missing_files(run: Run) -> str:
+    """Returns messages about files of a run that are missing, and about the consequences."""
+    problems = "".join(format_message("bad", problem) for problem in run.problems)
+    if not run.missing:
+        return problems
+    names = ", ".join(path.name for path in run.missing)
+    return problems + format_message("bad", f"Missing: {names}. Merge again to recreate this run.")
+
+
+def format_run_table(report: Report) -> str:
+    """Returns the explained shares of every checkpoint, and its multiplier of each LoRA."""
+    blocks = [f"LoRA {lora.rpartition('_')[2]}" for lora in report.loras]
+    head = ("Checkpoint", "Explained", "In weights", "UNet", "Text encoder", *blocks)
+    names = format_names([row.name for row in report.checkpoints])
+    rows = [_result_row(*pair) for pair in zip(names, report.checkpoints, strict=True)]
+    separate = any(row.text_multipliers for row in report.checkpoints)
+    note = format_hint("Multipliers: text encoder : UNet.") if separate else ""
+    return format_table(head, rows, numeric=range(1, len(head))) + note
+
+
+def _format_files(run: Run) -> str:
+    report, file = run.report, _text(run.hyper_model.name)
+    made = f"hyper-model {file} ({format_size(report.bytes_average)})"
+    if run.recipe.base != AVERAGE:
+        made = f"{file} as base"
+    return (
+        f"{len(report.checkpoints)} checkpoints ({format_size(report.bytes_before)}) → {made} +"
+        f" {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)})"
+    )
+
+
+def _format_figures(report: Report) -> str:
+    """Returns the saved bytes and the explained shares in large letters."""
+    saved = report.bytes_before - report.bytes_average - report.bytes_loras
+    figures = (
+        (format_size(abs(saved)), "less on disk" if saved >= 0 else "more on disk"),
+        (format_percent(report.fidelity_mean), "explained in the mean"),
+        (format_percent(report.worst.fidelity), f"at worst: {report.worst.name}"),
+    )
+    cells = "".join(
+        f"<div><dd>{value}</dd><dt>{_text(label)}</dt></div>" for value, label in figures
+    )
+    return f"<dl class=hm-figures>{cells}</dl>"
+
+
+def _in_weights(report: Report) -> str:
+    """Returns the shares in weights, where those above are others."""
+    if not report.shared_fidelity:
+        return ""
+    worst = min(row.explained for row in report.checkpoints)
+    mean = format_percent(report.explained_mean)
+    return f" In weights: {mean} in the mean, {format_percent(worst)} at worst."
+
+
+def _format_places(run: Run) -> str:
+    """Returns the folders of what was made, each with a button that copies a path."""
+    rows: list[tuple[str, Path, Path]] = [
+        ("Hyper-model", run.hyper_model.parent, run.hyper_model),
+        *(("LoRAs", lora.parent, lora.parent) for lora in run.loras[:1]),
+        ("Report", run.folder, run.folder),
+    ]
+    return "".join(
+        f"<div class=hm-place><span>{label}</span><code>{_text(str(folder))}</code>"
+        f'<button type=button class=hm-small data-copy="{_text(str(path))}"'
+        f' aria-label="Copy the path of: {label}">Copy path</button></div>'
+        for label, folder, path in rows
+    )
+
+
+def _format_groups(report: Report) -> str:
+    names = [row.name for row in report.checkpoints]
+    return (
+        format_dissimilar_groups(names, report.groups, report.between_groups)
+        if report.groups
+        else ""
+    )
+
+
+def _format_rounding(run: Run) -> str:
+    """Returns a hint where rounding costs much; the report file has all figures."""
+    rounding = run.report.costly_rounding
+    if rounding is None:
+        return ""
+    return format_hint(
+        f"{rounding.hosts} rounds the weights after every LoRA, which loses"
+        f" {format_percent(rounding.added)} of the checkpoints' differences. A single LoRA per checkpoint"
+        f" is rounded only once: make them under Use, or with hyper-merge export {run.name}"
+    )
+
+
+def _result_row(name: str, row: CheckpointReport) -> tuple[str, ...]:
+    shares = (row.fidelity, row.explained, row.explained_unet, row.explained_text_encoder)
+    return (name, *(format_percent(share) for share in shares), *_multipliers(row))
+
+
+def _multipliers(row: CheckpointReport) -> list[str]:
+    if not row.text_multipliers:
+        return [f"{x:.3f}" for x in row.multipliers]
+    pairs = zip(row.text_multipliers, row.multipliers, strict=True)
+    return [f"{text:.2f} : {unet:.2f}" for text, unet in pairs]
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

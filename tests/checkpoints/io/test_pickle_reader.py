@@ -4,6 +4,7 @@ import pickle
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +269,32 @@ def test_tensors_that_are_not_dense_count_as_unsupported(tmp_path):
     header = read_header(tmp_path / "x.ckpt")
     assert list(header.tensors) == ["d"]
     assert list(header.unsupported) == ["s"]
+
+
+def test_an_archive_is_read_through_a_mapping_that_reserves_no_memory(tmp_path, monkeypatch):
+    path, tensors = tmp_path / "模型.ckpt", weights()
+    torch.save({"state_dict": tensors}, path)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", None)  # which maps privately
+    with CheckpointReader(path) as checkpoint:
+        read = checkpoint.tensor("a.weight")
+    if sys.platform == "linux":
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        assert [line.split()[1] for line in maps if line.endswith(path.name)] == ["r--s"]
+    torch.testing.assert_close(read, tensors["a.weight"], rtol=0, atol=0)
+    del read, checkpoint
+    if sys.platform == "linux":
+        assert path.name not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_an_archive_that_something_compressed_is_read(tmp_path, harmless):
+    path, tensors = tmp_path / "x.ckpt", weights()
+    content = {**tensors, "value": 1 if harmless else np.float64(2)}
+    torch.save(content, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    assert_read(path, tensors)

@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -206,6 +207,20 @@ def test_nothing_runs_beside_a_callback(tmp_path, lightning, function, values, z
     with pytest.raises(CheckpointError, match=r"evil\.ckpt is not loaded.*pickles can run any"):
         read_header(path)
     assert not marker.exists()
+
+
+def test_a_large_number_of_an_object_takes_no_memory(tmp_path):
+    numbered = b"\x80\x02}r" + (2**24).to_bytes(4, "little") + b"."
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        archive.writestr("x/data.pkl", numbered.replace(b"}", b"cpytorch_lightning\nA\n"))
+        archive.writestr("x/version", "3\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"x\.ckpt holds a type"):
+            read_header(tmp_path / "x.ckpt")
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_file_changes_no_function_of_ours(tmp_path):

@@ -148,7 +148,10 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     """Returns the smallest and the largest value; NaN if there is one, zeros for none."""
     if not tensor.numel():
         return 0.0, 0.0
-    low, high = torch.aminmax(tensor)
+    try:
+        low, high = torch.aminmax(tensor)
+    except RuntimeError:  # torch 2.1 has none for half precision
+        low, high = torch.aminmax(tensor.float())
     return float(low), float(high)
 
 

@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.blank_tensors import BlankTensors
+from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
@@ -106,13 +106,13 @@ def stream_layers(
 
     Raises:
         NonFiniteError: a tensor that is to be averaged holds NaN or infinity.
-        CheckpointError: a file was changed, cannot be read, or lacks data (`BlankTensors`).
+        CheckpointError: a file was changed, cannot be read, or is damaged (`DamagedTensors`).
     """
     phase = "averaging" if options.width is None else "reading and analysing"
     costs = pass_costs(inputs, options)
     counter = progress.counter(phase, costs)
     not_carried: dict[str, Tensor] = {}
-    blank = BlankTensors(inputs)
+    damaged = DamagedTensors(inputs)
     with ExitStack() as stack:
         files = stack.enter_context(open_checkpoints(inputs.read))
         if write_average:
@@ -120,13 +120,14 @@ def stream_layers(
         parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
-        def analyze(key: str) -> tuple[TensorAnalysis, tuple[int, ...]]:
+        def analyze(key: str) -> tuple[TensorAnalysis, tuple[Damage, ...]]:
             tensors = [file.tensor(key) for file in files]
-            tensor = analyze_tensor(inputs, key, tensors, options, partial(counter.add, key))
-            return tensor, blank.find(key, tensors)
+            damages = damaged.find(key, tensors)
+            tick = partial(counter.add, key)
+            return analyze_tensor(inputs, key, tensors, options, tick), damages
 
-        for key, (tensor, places) in zip(costs, parallel(analyze, costs), strict=True):
-            blank.add(key, places)
+        for key, (tensor, damages) in zip(costs, parallel(analyze, costs), strict=True):
+            damaged.add(key, damages)
             if write_average:
                 write_average(key, tensor.average)
             if keep_layer:
@@ -137,7 +138,7 @@ def stream_layers(
             if tensor.warning:
                 progress.warn(tensor.warning)
             counter.finish(key)
-    blank.report(progress.warn)
+    damaged.report(progress.warn)
     not_carried.pop("layers", None)
     return not_carried
 

@@ -150,7 +150,7 @@ def parse_export(body: ExportBody, _host: Host) -> ExportRequest:
 def parse_extraction(body: ExtractBody, host: Host) -> ExtractRequest:
     """Returns the request for the LoRA from one checkpoint to another."""
     listed = host.checkpoints()
-    names = ("rank", "name", "device", "seed", "overwrite")
+    names = ("rank", "name", "device", "seed", "overwrite", "damaged")
     settings = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     files = {name: find_file(getattr(body, name), name, listed) for name in ("base", "checkpoint")}
     return ExtractRequest.parse({**files, **settings}, str)

@@ -158,6 +158,7 @@ class ExtractBody(_Request):
     name: StrictStr | None = Field(None, description="of the LoRA; without one, a free name")
     device: StrictStr | None = _setting("device")
     seed: StrictInt | None = _setting("seed")
+    damaged: StrictStr | None = _setting("damaged")
     overwrite: StrictBool = Field(False, description="replace existing files")
 
 

@@ -128,7 +128,7 @@ class RunSummaryResponse(BaseModel):
     ranks: list[int]
     explained: float = Field(
         ...,
-        description="mean over the checkpoints of their explained_weighted, as in the tab; the share"
+        description="mean over the checkpoints of their `explained`, as in the tab; the share"
         " of all differences in weights is 1 - loss of the run's report",
     )
     explained_worst: float = Field(..., description="of the checkpoint that is explained least")
@@ -154,12 +154,13 @@ class RunCheckpointResponse(BaseModel):
 
     name: str
     prompt: str = Field(..., description="what makes the hyper-model this checkpoint")
-    explained: float = Field(..., description="share of its difference in the layers, in weights")
-    explained_weighted: float = Field(
-        ..., description="the same with the weights of the loss, by which it is judged; 0: unknown"
+    explained: float = Field(
+        ...,
+        description="share of its difference in the layers, weighed as the loss does and the tab",
     )
-    explained_unet: float
-    explained_text_encoder: float
+    explained_in_weights: float = Field(..., description="the same unweighed, as a squared norm")
+    explained_unet: float = Field(..., description="in weights")
+    explained_text_encoder: float = Field(..., description="in weights")
     error: float = Field(..., description="norm of what is left, as a fraction of its difference's")
     not_carried: float = Field(
         ..., description="share of all its differences that lies in tensors that no LoRA carries"
@@ -172,7 +173,7 @@ class RunCheckpointResponse(BaseModel):
 class FitResponse(RunCheckpointResponse):
     """A checkpoint that was fitted later."""
 
-    explained_with_topups: float
+    explained_with_topups: float = Field(..., description="as `explained`")
     created: str = Field(..., description="ISO 8601")
 
 

@@ -152,7 +152,9 @@ def _expected(forecast: ForecastCurve, size: int) -> list[ExpectedResponse]:
 
 def _checkpoint_fields(row: CheckpointReport, prompt: str) -> dict[str, Any]:
     fields = asdict(row)
-    topup = fields.pop("topup")
+    topup, in_weights = fields.pop("topup"), fields.pop("explained")
+    del fields["explained_weighted"]  # 0 where it is not known
+    fields |= {"explained": row.fidelity, "explained_in_weights": in_weights}
     return {**fields, "prompt": prompt, "topups": [topup] if topup else []}
 
 
@@ -160,7 +162,7 @@ def _fit_response(fit: FitRecord, run: Run) -> FitResponse:
     fields = _checkpoint_fields(fit.row, fit.tags(run))
     return FitResponse(
         **{**fields, "topups": [topup.name for topup in fit.topups]},
-        explained_with_topups=fit.explained,
+        explained_with_topups=fit.fidelity,
         created=fit.created,
     )
 

@@ -30,6 +30,16 @@ def add_create_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_damaged_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that accepts files which look damaged."""
+    parser.add_argument(
+        "--damaged",
+        metavar="HOW",
+        default="refuse",
+        help="files that look damaged or like unfinished downloads: refuse, or accept",
+    )
+
+
 def require_folder(output: Path) -> None:
     """Returns if something is there: a mistyped folder would be noticed after long work.
 

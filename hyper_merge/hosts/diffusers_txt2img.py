@@ -30,7 +30,7 @@ PACKAGES: Final = ("diffusers", "transformers", "peft", "accelerate")
 CONFIGURATIONS: Final = "diffusers"
 """The folder next to the runs with configurations in diffusers' layout, for use without a network."""
 
-_EXTRA: Final = "pip install 'hyper-merge[pictures]'"
+_EXTRA: Final = "python -m pip install -c constraints.txt -e '.[app,pictures]'"
 
 
 class _Sampler(NamedTuple):

@@ -198,6 +198,7 @@ def _require_complete(record: FitRecord, path: Path, run: Run) -> None:
         if len(rows) != len(run.report.loras):
             raise ValueError("it has another number of multipliers than the run has LoRAs")
     names = [lora.name for lora in record.topups]
+    names += [record.row.topup] if record.row.topup else []
     if any(os.path.basename(name) != name for name in names):  # noqa: PTH119 - a name, not a path
         raise ValueError("a top-up has a folder in its name")
     for name in names:

@@ -286,7 +286,7 @@ def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
     assert run_summary["missing"] == []
     assert 0 < run_summary["explained_worst"] <= run_summary["explained"] < 1
     rows = client.get("/runs/mix")[1]["checkpoints"]
-    assert run_summary["explained"] == sum(row["explained_weighted"] for row in rows) / 3
+    assert run_summary["explained"] == sum(row["explained"] for row in rows) / 3
     loaded = load_run(Folders.under(root), "mix")
     assert run_summary["explained"] == loaded.report.fidelity_mean
     shown = format_percent(run_summary["explained"])
@@ -309,7 +309,8 @@ def test_a_run_has_its_report_and_its_prompts(client, root, run):
     for row, known in zip(answer["checkpoints"], report.checkpoints, strict=True):
         assert row["prompt"] == report.tags(known)
         assert row["multipliers"] == list(known.multipliers)
-        assert row["explained"] == known.explained
+        assert row["explained"] == known.fidelity
+        assert row["explained_in_weights"] == known.explained
     assert answer["report"]["loss"] == report.loss
     assert len(answer["report"]["curve"]) == 3
     assert answer["fits"] == []
@@ -384,5 +385,7 @@ def test_every_recipe_setting_but_the_folders_can_be_requested():
 def test_a_runs_answer_has_every_figure_of_its_report():
     elsewhere = {"name", "loras", "companions", "checkpoints"}
     assert set(Report.__dataclass_fields__) - elsewhere == set(ReportResponse.__annotations__)
-    row = set(CheckpointReport.__dataclass_fields__) - {"topup"} | {"prompt", "topups"}
-    assert row == set(RunCheckpointResponse.__annotations__)
+    row = set(CheckpointReport.__dataclass_fields__) - {"topup", "explained_weighted"}
+    assert row | {"explained_in_weights", "prompt", "topups"} == set(
+        RunCheckpointResponse.__annotations__
+    )

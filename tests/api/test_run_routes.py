@@ -114,6 +114,11 @@ REFUSED = (
     ("/restore", {"run": "mix", "shares": {"a": 1}, "dtype": "int8"}, "dtype: "),
     ("/export", {"run": "mix", "rank": 0}, "rank: "),
     ("/extract", {"base": "../a", "checkpoint": "b.safetensors"}, "base: expected a name"),
+    (
+        "/extract",
+        {"base": "a.safetensors", "checkpoint": "b.safetensors", "damaged": "maybe"},
+        "damaged: expected one of refuse, accept",
+    ),
     ("/safe", {"run": "mix", "threshold": "much"}, "threshold: expected a share"),
     ("/absorb", {"run": "mix", "checkpoints": ["/etc/passwd"]}, "checkpoints: expected a name"),
     ("/average", {"checkpoints": ["a.safetensors"], "name": "x"}, "checkpoints: a merge takes two"),

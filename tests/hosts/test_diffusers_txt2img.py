@@ -146,7 +146,7 @@ def test_a_missing_network_names_the_files_to_provide(narrow, tmp_path, monkeypa
 def test_missing_diffusers_names_what_to_install(host, monkeypatch):
     monkeypatch.setattr(diffusers_txt2img, "PACKAGES", ("diffusers_that_is_not_there",))
     assert host.generator_info().samplers == ()
-    assert "pip install 'hyper-merge[pictures]'" in host.generator_info().problem
+    assert "pip install -c constraints.txt -e '.[app,pictures]'" in host.generator_info().problem
     with pytest.raises(PictureError, match="install"), host.drawing("task(x)"):
         pass
 

@@ -10,7 +10,7 @@ import os
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class MappedTensors:
         with self.path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             self._table = read_table_from(stream, self.path.name, size)
-            self._bytes = np.asarray(_Bytes(mmap(stream.fileno(), size, access=ACCESS_READ)))
+            self._bytes = map_file(stream, size)
         return self
 
     def __exit__(
@@ -113,6 +113,18 @@ class ReadTensors:
             raise OSError(f"{key} is cut off")
         stored = torch.from_numpy(np.frombuffer(content, np.uint8))
         return stored.view(info.dtype).reshape(info.shape)
+
+
+def map_file(stream: BinaryIO, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Returns the bytes of an open file, mapped read-only for as long as something refers to them.
+
+    Nothing may be written into them, which would end the process, though they look as if it might.
+
+    Raises:
+        OSError: the file cannot be mapped.
+        ValueError: it is shorter than `size`, in bytes.
+    """
+    return np.asarray(_Bytes(mmap(stream.fileno(), size, access=ACCESS_READ)))
 
 
 class _Bytes:

@@ -6,24 +6,26 @@ unpickler takes what training programs leave beside the weights for inert stand-
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import struct
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
 
+from hyper_merge.checkpoints.io.mapped_tensors import map_file
 from hyper_merge.checkpoints.io.restricted_unpickler import RESTRICTED_PICKLE
 from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, LENGTH_BYTES
 from hyper_merge.errors import CheckpointError
 
-_ZIP_MAGIC: Final = b"PK\x03\x04"
 _NESTED: Final = ("state_dict", "model", "module")  # under which training programs put the weights
 _DEEPEST: Final = 4  # wrappers around one another
 _FORBIDDEN: Final = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
@@ -73,28 +75,60 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
 def _load(path: Path) -> Any:
     with path.open("rb") as stream:
         head = stream.read(LENGTH_BYTES + 2)
-    if head[LENGTH_BYTES:] == b'{"':
-        raise CheckpointError(
-            f"{path.name} is a .safetensors file by its content", hint="rename it so", file=path
-        )
-    mapped = head.startswith(_ZIP_MAGIC)  # files of torch before 1.6 can't be mapped
+        if head[LENGTH_BYTES:] == b'{"':
+            raise CheckpointError(
+                f"{path.name} is a .safetensors file by its content", hint="rename it so", file=path
+            )
+        load = _load_mapped if _holds_plain_records(stream) else _load_whole
+        stream.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's notes to programmers, not to users
+                return load(stream)
+        except _LOAD_ERRORS as error:
+            raise _refusal(path, error) from error
+
+
+def _holds_plain_records(stream: BinaryIO) -> bool:
+    """Tells whether a file is a zip archive without compression: of torch since 1.6, as it was written."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's notes to programmers; nothing to do for users
-            return _load_restricted(path, mapped=mapped)
-    except _LOAD_ERRORS as error:
-        raise _refusal(path, error) from error
+        with zipfile.ZipFile(stream) as archive:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
+        return False
 
 
-def _load_restricted(path: Path, *, mapped: bool) -> Any:
+def _load_mapped(stream: BinaryIO) -> Any:
+    """Loads an archive whose tensors are views of the file, by a mapping of ours.
+
+    With `mmap` torch would map the file privately, as the library of .safetensors files does.
+    """
+    content = map_file(stream, os.fstat(stream.fileno()).st_size)
+    load = partial(
+        torch.serialization._load,
+        map_location="cpu",
+        overall_storage=torch.from_numpy(content).untyped_storage(),
+        encoding="utf-8",  # as torch reads the text of Python 2
+    )
+    with torch.serialization._open_zipfile_reader(stream) as archive:
+        try:
+            return load(archive, pickle_module=torch._weights_only_unpickler)
+        except (pickle.UnpicklingError, RuntimeError):  # the latter by torch 2.1
+            return load(archive, pickle_module=RESTRICTED_PICKLE)
+
+
+def _load_whole(stream: BinaryIO) -> Any:
+    """Loads a file into memory: of torch before 1.6, or an archive that something compressed."""
     # Not `torch.load`: A1111 replaces it by a function that returns None for what it refuses.
-    load = partial(torch.serialization.load, str(path), map_location="cpu", mmap=mapped)
+    load = partial(torch.serialization.load, stream, map_location="cpu")
     try:
         return load(weights_only=True)
     except pickle.UnpicklingError:
+        stream.seek(0)
         # Without `weights_only` torch would unpack an archive of its first years into a folder.
-        if not mapped and tarfile.is_tarfile(path):
+        if tarfile.is_tarfile(stream):
             raise
+        stream.seek(0)
         return load(weights_only=False, pickle_module=RESTRICTED_PICKLE)
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from hyper_merge.cli.arguments import add_create_option, option_values, require_folder
+from hyper_merge.cli.arguments import (
+    add_create_option,
+    add_damaged_option,
+    option_values,
+    require_folder,
+)
 from hyper_merge.cli.output import say
 from hyper_merge.cli.progress_bar import progress_bar
 from hyper_merge.recipe.loading import option_place
@@ -28,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", metavar="N", default="0", help="of everything random")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    add_damaged_option(parser)
     add_create_option(parser)
 
 
@@ -39,8 +45,8 @@ def run_command(options: argparse.Namespace) -> None:
     )
     from hyper_merge.operations.extract.text import format_extraction
 
-    names = ("base", "checkpoint", "rank", "name", "output", "dtype", "device", "seed", "overwrite")
-    request = ExtractRequest.parse(option_values(options, *names), option_place)
+    names = ("base", "checkpoint", "rank", "name", "output", "dtype", "device", "seed", "damaged")
+    request = ExtractRequest.parse(option_values(options, *names, "overwrite"), option_place)
     if not (request.is_file or options.create):
         require_folder(request.output)
     with progress_bar() as progress:

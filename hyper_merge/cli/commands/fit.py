@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hyper_merge.cli.arguments import add_output_folder, option_values
+from hyper_merge.cli.arguments import add_damaged_option, add_output_folder, option_values
 from hyper_merge.cli.output import say
 from hyper_merge.cli.progress_bar import progress_bar
 from hyper_merge.recipe.loading import option_place
@@ -26,12 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", default="0", help="of everything random")
     add_output_folder(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier fit")
-    parser.add_argument(
-        "--damaged",
-        metavar="HOW",
-        default="refuse",
-        help="a file that looks damaged or like an unfinished download: refuse, or accept",
-    )
+    add_damaged_option(parser)
 
 
 def run_command(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.blank_tensors import BlankTensors
+from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
@@ -74,7 +74,7 @@ def find_difference(
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
-        CheckpointError: a file was changed, cannot be read, or lacks data (`BlankTensors`).
+        CheckpointError: a file was changed, cannot be read, or is damaged (`DamagedTensors`).
     """
     costs = pass_costs(inputs, PassOptions(options.device))
     for layer in inputs.layout.layers:
@@ -82,28 +82,28 @@ def find_difference(
     counter = progress.counter("reading and extracting", costs)
     layers: list[LowRankLayer] = []
     outside: dict[str, float] = {}
-    blank = BlankTensors(inputs)
+    damaged = DamagedTensors(inputs)
     with ExitStack() as stack:
         files = stack.enter_context(open_checkpoints(inputs.read))
         parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
 
-        def take(key: str) -> tuple[list[LowRankLayer], float, tuple[int, ...]]:
+        def take(key: str) -> tuple[list[LowRankLayer], float, tuple[Damage, ...]]:
             tensors = [file.tensor(key) for file in files]
-            tick, places = partial(counter.add, key), blank.find(key, tensors)
+            tick, damages = partial(counter.add, key), damaged.find(key, tensors)
             if inputs.layout.treatments[key] is not Treatment.LAYER:
                 tensor = analyze_tensor(inputs, key, tensors, PassOptions(options.device), tick)
-                return [], float(tensor.energies), places
-            return _take_layers(inputs, key, tensors, rank, options, tick), 0.0, places
+                return [], float(tensor.energies), damages
+            return _take_layers(inputs, key, tensors, rank, options, tick), 0.0, damages
 
-        for key, (factors, energy, places) in zip(costs, parallel(take, costs), strict=True):
-            blank.add(key, places)
+        for key, (factors, energy, damages) in zip(costs, parallel(take, costs), strict=True):
+            damaged.add(key, damages)
             layers += factors
             if inputs.layout.treatments[key] is not Treatment.LAYER:
                 kind = kind_of_tensor(key, inputs.layout)
                 outside[kind] = outside.get(kind, 0.0) + energy
             counter.finish(key)
-    blank.report(progress.warn)
+    damaged.report(progress.warn)
     return LowRankDifference(tuple(layers), outside)
 
 

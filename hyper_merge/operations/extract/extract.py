@@ -29,7 +29,7 @@ from hyper_merge.loras.metadata import (
 )
 from hyper_merge.operations.extract.difference import LowRankDifference, find_difference
 from hyper_merge.operations.merge.cost_model import extraction_costs
-from hyper_merge.operations.merge.preflight import common_layout
+from hyper_merge.operations.merge.preflight import common_layout, find_unfinished
 from hyper_merge.recipe.fields import FIELD_PARSERS
 from hyper_merge.recipe.parsing import LARGEST_RANK, optional, parse_name, parse_path, whole
 from hyper_merge.recipe.request import Parsers, Request, key_place
@@ -57,6 +57,7 @@ class ExtractRequest(Request):
         dtype: Of the written file.
         overwrite: Whether existing files may be replaced.
         seed: Of everything random.
+        damaged: Whether to `refuse` files that look damaged or unfinished, or to `accept` them.
     """
 
     base: Path
@@ -68,6 +69,7 @@ class ExtractRequest(Request):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     overwrite: bool = False
     seed: int = 0
+    damaged: Literal["refuse", "accept"] = "refuse"
 
     PARSERS: ClassVar[Parsers] = {
         **FIELD_PARSERS,
@@ -202,12 +204,15 @@ def _is_same(metadata: Mapping[str, str], request: ExtractRequest) -> bool:
 def _inputs(request: ExtractRequest, progress: Progress) -> MergeInputs:
     paths = (request.base, request.checkpoint)
     base, header = headers = [read_header(path) for path in paths]
-    layout = common_layout(headers).without_ends()  # they go into no LoRA that all programs take
+    accepts_damaged = request.damaged == "accept"
+    layout = common_layout(headers, accepts_damaged=accepts_damaged)
+    layout = layout.without_ends()  # they go into no LoRA that all programs take
     if not layout.layers:
         raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
-    for warning in check_distinct(headers):
+    for warning in (*check_distinct(headers), *find_unfinished(headers)):
         progress.warn(warning)
-    return MergeInputs((header,), base, layout, (1.0,), getattr(torch, request.dtype))
+    dtype = getattr(torch, request.dtype)
+    return MergeInputs((header,), base, layout, (1.0,), dtype, accepts_damaged=accepts_damaged)
 
 
 def _require_room(request: ExtractRequest, inputs: MergeInputs, path: Path) -> None:

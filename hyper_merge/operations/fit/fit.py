@@ -23,6 +23,7 @@ from hyper_merge.operations.fit.streamed_residual import StreamedResidual
 from hyper_merge.operations.fit.text import format_fit
 from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
 from hyper_merge.operations.merge.cost_model import HASHING_COST
+from hyper_merge.operations.merge.preflight import find_unfinished
 from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
@@ -49,6 +50,8 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
     fit = prepare_fit(request, folders)
     with held(folders.runs, *_holds(fit)):
         fit = _with_free_names(fit, request, folders)  # another fit may have taken them since
+        for warning in find_unfinished(fit.inputs.headers):
+            progress.warn(warning)
         return _write_fit(request, fit, folders, progress)
 
 

@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.blank_tensors import BlankTensors
+from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.loss_weights import layer_metrics, layer_stretches
 from hyper_merge.analysis.sensitivities import Sensitivities
@@ -129,31 +129,32 @@ def measure(
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
-        CheckpointError: a file was changed, cannot be read, or lacks data (`BlankTensors`).
+        CheckpointError: a file was changed, cannot be read, or is damaged (`DamagedTensors`).
     """
     stretches = layer_stretches(inputs.layout.layers, sensitivities)
     layers: dict[int, _Piece] = {}
     outside: dict[str, float] = {}
     vectors: dict[Kind, list[Sums]] = {kind: [] for kind in get_args(Kind)}
     costs = pass_costs(inputs, PassOptions(options.device))
-    blank = BlankTensors(inputs)
+    damaged = DamagedTensors(inputs)
     with open_files(inputs, options, progress.counter("fitting", costs)) as (
         files,
         parallel,
         counter,
     ):
 
-        def take(key: str) -> tuple[list[tuple[int | None, _Piece]], tuple[int, ...]]:
+        def take(key: str) -> tuple[list[tuple[int | None, _Piece]], tuple[Damage, ...]]:
             tensors = [file.tensor(key) for file in files]
+            damages = damaged.find(key, tensors)
             counter.add(key, costs[key] / 2)
             pieces = [
                 (index, _Piece(*_sums(delta, index, key, inputs, stack, stretches), size))
                 for index, delta, size in read_deltas(inputs, key, tensors, options.device)
             ]
-            return pieces, blank.find(key, tensors)
+            return pieces, damages
 
-        for key, (pieces, places) in zip(costs, parallel(take, costs), strict=True):
-            blank.add(key, places)
+        for key, (pieces, damages) in zip(costs, parallel(take, costs), strict=True):
+            damaged.add(key, damages)
             kind = kind_of_tensor(key, inputs.layout)
             for index, piece in pieces:
                 if index is not None:
@@ -164,7 +165,7 @@ def measure(
                     if vector_kind and piece.plain.gram.any():
                         vectors[vector_kind].append(piece.plain)
             counter.finish(key)
-    blank.report(progress.warn)
+    damaged.report(progress.warn)
     ordered = [layers[index] for index in sorted(layers)]
     reached = {kind: tuple(sums) for kind, sums in vectors.items() if sums}
     sizes = torch.tensor([piece.size for piece in ordered], dtype=torch.float64)

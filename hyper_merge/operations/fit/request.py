@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -103,8 +103,9 @@ def validate_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     layout = common_layout([hyper_model, header], accepts_damaged=accepts_damaged)
     if not run.report.carries_ends:
         layout = layout.without_ends()
-    inputs = MergeInputs((header,), hyper_model, layout, (1.0,), torch.float32)
-    inputs = replace(inputs, accepts_damaged=accepts_damaged)
+    inputs = MergeInputs(
+        (header,), hyper_model, layout, (1.0,), torch.float32, accepts_damaged=accepts_damaged
+    )
     separate = any(row.text_multipliers for row in run.report.checkpoints)
     return PreparedFit(
         run=run,

@@ -46,6 +46,7 @@ _LABELS: Final = {
     "dtype": "Precision",
     "mix": "Mix",
     "threshold": "Threshold",
+    "damaged": "Damaged files",
 }
 _Work = Callable[[Progress], object]
 _Value = TypeVar("_Value")
@@ -59,6 +60,7 @@ def start_fit(
     topup: str | None,
     name: str | None,
     replace: bool,
+    damaged: bool,
 ) -> str:
     """Starts a fit; returns why not, or "" if it started."""
 
@@ -69,6 +71,7 @@ def start_fit(
             "name": _entered(name),
             "topup": _entered(topup),
             "overwrite": bool(replace),
+            "damaged": "accept" if damaged else "refuse",
         }
         request = FitRequest.parse(values, _label)
         return functools.partial(_fit, host, request)
@@ -148,7 +151,13 @@ def start_deletable_check(host: Host, jobs: Jobs, run: str, threshold: str) -> s
 
 
 def start_extraction(
-    host: Host, jobs: Jobs, base: str | None, checkpoint: str | None, rank: str, name: str
+    host: Host,
+    jobs: Jobs,
+    base: str | None,
+    checkpoint: str | None,
+    rank: str,
+    name: str,
+    damaged: bool,
 ) -> str:
     """Starts making a LoRA from two checkpoints; returns why not, or "" if it started."""
 
@@ -158,6 +167,7 @@ def start_extraction(
             "checkpoint": _file(host, checkpoint, "To"),
             "rank": _number(rank),
             "name": _entered(name),
+            "damaged": "accept" if damaged else "refuse",
         }
         request = ExtractRequest.parse(values, _label)
         return functools.partial(_extract, host, request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import gradio as gr
 
@@ -11,6 +11,8 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.handlers.use import SAME_PRECISION
 from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
+
+ACCEPT_DAMAGED: Final = "Accept files that look damaged, with a warning"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class FitPanel:
     topup: gr.Textbox
     name: gr.Textbox
     replace: gr.Checkbox
+    damaged: gr.Checkbox
     fit: gr.Button
     absorb: gr.Button
     copy: gr.Button
@@ -93,6 +96,7 @@ class MorePanel:
     safe: gr.Button
     extract_rank: gr.Textbox
     extract_name: gr.Textbox
+    extract_damaged: gr.Checkbox
     extract: gr.Button
 
 
@@ -191,9 +195,9 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
                 "Name",
                 "Name of the fit, or of the new run. Leave empty for the suggested name.",
             )
-        replace = widget(
-            gr.Checkbox, "fit_replace", value=False, label="Replace an earlier fit of this name"
-        )
+        with gr.Row():
+            replace = _check("fit_replace", "Replace an earlier fit of this name")
+            damaged = _check("fit_damaged", ACCEPT_DAMAGED)
         with gr.Row(elem_id=elem_id("fit_row")):
             fit = button("fit", "Fit")
             absorb = button("absorb", "Merge into a new run")
@@ -205,7 +209,7 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
                 send = button("fit_send", "Send to txt2img", visible=host.has_txt2img)
                 style = button("fit_style", "Save style", visible=host.has_txt2img)
             note, sent = html("fit_note"), hidden_text("fit_sent")
-    panel = FitPanel(topup, name, replace, fit, absorb, copy, send, style, note, sent)
+    panel = FitPanel(topup, name, replace, damaged, fit, absorb, copy, send, style, note, sent)
     return picked, panel, outcome, (group, tags)
 
 
@@ -242,7 +246,7 @@ def _build_export() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
         rank = _line(
             "export_rank", "Rank", "Cut each LoRA down to this rank. Leave empty to keep all."
         )
-        replace = widget(gr.Checkbox, "export_replace", value=False, label="Replace existing files")
+        replace = _check("export_replace", "Replace existing files")
         write = button("export", "Export")
         outcome = html("export_outcome")
     return picked, [rank, replace, write], outcome
@@ -276,9 +280,14 @@ def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTM
             name = _line(
                 "extract_name", "Name", "Name of the LoRA. Leave empty for the suggested name."
             )
+        damaged = _check("extract_damaged", ACCEPT_DAMAGED)
         write = button("extract", "Extract")
         outcome = html("extract_outcome")
-    return (base, target), [rank, name, write], outcome
+    return (base, target), [rank, name, damaged, write], outcome
+
+
+def _check(name: str, label: str) -> Any:
+    return widget(gr.Checkbox, name, value=False, label=label)
 
 
 def _line(name: str, label: str, info: str, value: str = "") -> Any:

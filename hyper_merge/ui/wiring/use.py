@@ -61,7 +61,7 @@ def wire_use_jobs(wires: Wiring) -> None:
     """Wires the jobs, and Stop."""
     use, more, run = wires.use, wires.use.more, wires.use.listed.run
     listed, mix, fit = use.listed, use.mix, use.fit
-    inputs = [run, listed.fitted, fit.topup, fit.name, fit.replace]
+    inputs = [run, listed.fitted, fit.topup, fit.name, fit.replace, fit.damaged]
     _wire_job(wires, "fit", fit.fit, start_fit, inputs)
     _wire_job(wires, "fit", fit.absorb, start_extension, [run, listed.fitted, fit.name])
     for button in (fit.fit, fit.absorb):
@@ -74,6 +74,7 @@ def wire_use_jobs(wires: Wiring) -> None:
     _wire_job(wires, "export", more.export, start_export, inputs)
     _wire_job(wires, "safe", more.safe, start_deletable_check, [run, more.threshold])
     inputs = [listed.base, listed.target, more.extract_rank, more.extract_name]
+    inputs.append(more.extract_damaged)
     _wire_job(wires, "extract", more.extract, start_extraction, inputs)
     stop = functools.partial(stop_job, wires.jobs)
     wires.on(use.stop.click, stop, [], [use.message], use.message)

@@ -2,8 +2,10 @@ import io
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +209,20 @@ def test_nothing_runs_beside_a_callback(tmp_path, lightning, function, values, z
     assert not marker.exists()
 
 
+def test_a_large_number_of_an_object_takes_no_memory(tmp_path):
+    numbered = b"\x80\x02}r" + (2**24).to_bytes(4, "little") + b"."
+    with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+        archive.writestr("x/data.pkl", numbered.replace(b"}", b"cpytorch_lightning\nA\n"))
+        archive.writestr("x/version", "3\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"x\.ckpt holds a type"):
+            read_header(tmp_path / "x.ckpt")
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_file_changes_no_function_of_ours(tmp_path):
     """BUILD sets attributes of whatever stands on the stack: here of a function and of a class."""
     for name in ("torch._utils _rebuild_parameter", "numpy dtype", "pytorch_lightning.x Y"):
@@ -268,3 +284,32 @@ def test_tensors_that_are_not_dense_count_as_unsupported(tmp_path):
     header = read_header(tmp_path / "x.ckpt")
     assert list(header.tensors) == ["d"]
     assert list(header.unsupported) == ["s"]
+
+
+def test_an_archive_is_read_through_a_mapping_that_reserves_no_memory(tmp_path, monkeypatch):
+    path, tensors = tmp_path / "模型.ckpt", weights()
+    torch.save({"state_dict": tensors}, path)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", None)  # which maps privately
+    with CheckpointReader(path) as checkpoint:
+        read = checkpoint.tensor("a.weight")
+    if sys.platform == "linux":
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        assert [line.split()[1] for line in maps if line.endswith(path.name)] == ["r--s"]
+    torch.testing.assert_close(read, tensors["a.weight"], rtol=0, atol=0)
+    del read, checkpoint
+    if sys.platform == "linux":
+        assert path.name not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_an_archive_that_something_compressed_is_read(tmp_path, harmless):
+    path, tensors = tmp_path / "x.ckpt", weights()
+    content = {**tensors, "value": 1 if harmless else np.float64(2)}
+    torch.save(content, tmp_path / "plain.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.ckpt") as plain,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    assert_read(path, tensors)

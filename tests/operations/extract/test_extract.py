@@ -13,6 +13,7 @@ from tiny_family import (
     QUERY,
     TINY,
     VAE,
+    WarningLog,
     added,
     layers_of,
     load,
@@ -262,7 +263,24 @@ def test_an_unfinished_download_is_not_extracted(files, tmp_path):
     for pair in ((files[0], spoilt), (spoilt, files[0])):
         with pytest.raises(CheckpointError, match=r"spoilt\.safetensors lacks data"):
             extract(*pair, tmp_path / "models")
-    assert not (tmp_path / "models" / "Lora").exists()
+    sign = files[1].with_name(files[1].name + ".part")
+    try:
+        sign.touch()
+        with pytest.raises(
+            CheckpointError, match=r"the download of b\.safetensors is not finished"
+        ):
+            extract(files[0], files[1], tmp_path / "models")
+        assert not (tmp_path / "models" / "Lora").exists()
+        log = WarningLog()
+        extract(files[0], files[1], tmp_path / "models", log.progress, damaged="accept")
+    finally:
+        sign.unlink()
+    assert log.warnings == [
+        f"the download of b.safetensors is not finished: {sign.name} stands beside it"
+    ]
+    log = WarningLog()
+    extract(files[0], spoilt, tmp_path / "models", log.progress, damaged="accept")
+    assert log.warnings[0].startswith("spoilt.safetensors holds one value throughout ")
 
 
 def test_nan_is_refused_by_file_and_key(files, tmp_path, state_of):

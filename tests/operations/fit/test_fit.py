@@ -356,6 +356,8 @@ def test_a_damaged_or_outdated_fit_is_reported_and_skipped(at, other, started):
         (good[:-20], "is damaged"),
         (good.replace('"new one"', '"else"', 1), "is damaged"),
         ("[]", "is damaged"),
+        (good.replace('"topup": ""', '"topup": "a:b"', 1), "expected a name without : < > ="),
+        (good.replace('"topup": ""', '"topup": "../mine"', 1), "has a folder in its name"),
     ):
         record.write_text(text)
         fits, problems = load_fits(load_run(at, "mix"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fitting import FIT, fit
 from safetensors.torch import load_file, save_file
-from tiny_family import QUERY, snapshot, write, write_unfinished
+from tiny_family import QUERY, WarningLog, snapshot, write, write_unfinished
 
 from hyper_merge.errors import (
     CheckpointError,
@@ -136,5 +136,9 @@ def test_an_unfinished_download_cannot_be_fitted(at, other, started, tmp_path):
     with pytest.raises(CheckpointError, match=r"the download of new one\.safetensors is not"):
         fit(at, other)
     assert snapshot(started) == before
-    assert fit(at, other, damaged="accept").row.name == other.stem
+    log = WarningLog()
+    assert fit(at, other, log.progress, damaged="accept").row.name == other.stem
+    assert log.warnings == [
+        "the download of new one.safetensors is not finished: new one.safetensors.part stands beside it"
+    ]
     assert fit(at, spoilt, damaged="accept").row.name == "spoilt"

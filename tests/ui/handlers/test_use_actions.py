@@ -23,7 +23,14 @@ from hyper_merge.ui.handlers.use_actions import (
 )
 from hyper_merge.ui.panels.use import SAME_PRECISION
 
-FIT = {"run": "mix", "checkpoint": "new/d.safetensors", "topup": "", "name": "", "replace": False}
+FIT = {
+    "run": "mix",
+    "checkpoint": "new/d.safetensors",
+    "topup": "",
+    "name": "",
+    "replace": False,
+    "damaged": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +214,7 @@ def test_the_deletion_check_deletes_nothing(host, jobs, checkpoints):
 
 def test_an_extracted_lora_is_in_the_hosts_folder(webui, jobs, root):
     host = webui.host()
-    answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "")
+    answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "", False)
     result = outcome(jobs, answer)
     assert "Written: c-from-a.safetensors" in words(result.html)
     assert "<lora:c-from-a:1.00000>" in words(result.html)
@@ -225,14 +232,26 @@ def test_an_extracted_lora_is_in_the_hosts_folder(webui, jobs, root):
     ],
 )
 def test_an_extraction_of_what_is_not_there_is_refused(host, jobs, fields, message):
-    answer = start_extraction(host, jobs, *fields)
+    answer = start_extraction(host, jobs, *fields, False)
     assert kinds(answer) == ["bad"]
     assert words(answer).startswith(message)
 
 
+def test_files_that_look_damaged_are_taken_on_request(host, jobs, checkpoints):
+    (checkpoints / "new/d.safetensors.part").touch()
+    pair = ("a.safetensors", "new/d.safetensors", "4", "")
+    for start, done in (
+        (lambda damaged: start_extraction(host, jobs, *pair, damaged), "Written"),
+        (lambda damaged: fit(host, jobs, damaged=damaged), "the LoRAs of mix explain"),
+    ):
+        assert start(False) == ""
+        assert "is not finished" in ended(jobs).message
+        assert done in words(outcome(jobs, start(True)).html)
+
+
 def test_a_run_of_that_name_keeps_its_loras(host, jobs, root):
     before = snapshot(root / "Lora")
-    answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4")
+    answer = start_extraction(host, jobs, "a.safetensors", "c.safetensors", "4", "mix_0-4", False)
     assert answer == ""
     assert ended(jobs).outcome == "refused"
     assert "is a LoRA of the run mix" in jobs.last.status.message

@@ -1,4 +1,4 @@
-"""A file that lacks data is refused by name before anything is written; good files never are."""
+"""A file that lacks data or is off in scale is refused by name before anything is written."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from tiny_family import (
     write_unfinished,
 )
 
-from hyper_merge.analysis.blank_tensors import BlankTensors, holds_one_value
+from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError
 
@@ -122,20 +122,91 @@ def test_zeros_in_all_files_are_good(files, tmp_path):
     assert log.warnings == []
 
 
-def test_one_other_entry_makes_a_good_matrix():
-    tensor = torch.randn(2000, 2000)
-    assert not holds_one_value(tensor)
-    tensor[:] = 3.0
-    assert holds_one_value(tensor)
-    tensor[1234, 567] = 2.0
-    assert not holds_one_value(tensor)
+def scaled(path, source, factor, keys):
+    """Writes a copy of a file with some tensors multiplied."""
+    state = load(source)
+    save_file(state | {key: (state[key].float() * factor).half() for key in keys}, path)
+    return path
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("key", [QUERY, NORM])
+def test_a_tensor_far_too_large_in_one_file_is_refused(tmp_path, files, count, key):
+    spoilt = scaled(tmp_path / "spoilt.safetensors", files[1], 9000, [key])
+    models, before = [files[0], spoilt, files[2]][:count], snapshot(tmp_path)
+    with pytest.raises(CheckpointError) as refusal:
+        merge(models, tmp_path / "out")
+    assert str(refusal.value).startswith(
+        f"spoilt.safetensors is wildly off in scale: values in {key} go up to "
+    )
+    assert "leave it out; if it is as it should be, set damaged to accept" in str(refusal.value)
+    assert (refusal.value.file, refusal.value.key) == (spoilt, key)
+    assert snapshot(tmp_path) == before
+    log = WarningLog()
+    merge(models, tmp_path / "out", progress=log.progress, damaged="accept", dtype="float32")
+    (warning,) = (text for text in log.warnings if "larger" in text)
+    assert warning.startswith(
+        f"spoilt.safetensors holds values a thousand times larger than the other files in {key};"
+    )
+
+
+def test_matrices_far_too_small_in_one_file_count_as_blank(tmp_path, files):
+    keys = [key for key in matrices_of(files[1]) if "attn" in key][:5]
+    few = scaled(tmp_path / "few.safetensors", files[1], 1e-4, keys[:1])
+    log = WarningLog()
+    run_pass(inputs_of([files[0], few, files[2]]), progress=log.progress)
+    (warning,) = log.warnings
+    assert warning == (
+        f"few.safetensors holds values a thousand times smaller than the other files in {keys[0]};"
+        " compare it with its source if nobody meant that"
+    )
+    many = scaled(tmp_path / "many.safetensors", files[1], 1e-4, keys)
+    with pytest.raises(
+        CheckpointError, match=r"many\.safetensors lacks data: it holds nothing above"
+    ):
+        run_pass(inputs_of([files[0], many, files[2]]))
+
+
+QUIET = [
+    [1.0, 0.3, 4.0],  # as fine-tunes differ
+    [0.02, 15.0],  # trained from nothing, and hardly
+    [0.0, 0.0, 9.0],  # a bias that is zero as it was initialised
+    [1e-7, 1e-3],  # noise
+    [300.0, 0.5, 1.0],
+    [1e-30, 1e-20, 1e-10],
+]
+
+
+@pytest.mark.parametrize("largest", QUIET)
+def test_what_training_does_is_never_damage(files, largest):
+    damaged = DamagedTensors(inputs_of(files))
+    for key in (QUERY, NORM):
+        tensors = [torch.randn(100).clamp(-1, 1) * value for value in largest]
+        for tensor, value in zip(tensors, largest, strict=True):
+            tensor[7] = value
+        found = damaged.find(key, tensors)
+        assert [damage.kind for damage in found if damage.kind != "blank"] == []
+
+
+def test_two_damaged_files_do_not_hide_each_other(files):
+    damaged = DamagedTensors(inputs_of(files, damaged="accept"))
+    tensors = [torch.randn(100) * factor for factor in (1, 1e5, 1, 1, 1e6)]
+    kinds = [(damage.place, damage.kind) for damage in damaged.find(QUERY, tensors)]
+    assert kinds == [(1, "huge"), (4, "huge")]
+
+
+def test_one_flipped_bit_is_seen(files):
+    tensors = [torch.randn(100) * 0.05 for _ in range(3)]
+    tensors[1].view(torch.int32)[37] ^= 1 << 30  # of the exponent
+    with pytest.raises(CheckpointError, match=r"b\.safetensors is wildly off in scale"):
+        DamagedTensors(inputs_of(files)).find(QUERY, tensors)
 
 
 def test_the_order_is_that_of_each_file(files):
     inputs = inputs_of(files)
     header = inputs.headers[1]
     turned = replace(header, tensors=dict(reversed(header.tensors.items())))
-    other = BlankTensors(replace(inputs, headers=(inputs.headers[0], turned)))
+    other = DamagedTensors(replace(inputs, headers=(inputs.headers[0], turned)))
     first = next(key for key in header.tensors if key in other._matrices)
     with pytest.raises(CheckpointError, match="its last matrix"):
-        other.add(first, (1,))
+        other.add(first, [Damage(1, "blank", 0.0, 0.0)])

@@ -1,0 +1,176 @@
+"""Resolves every combination of the extras, without and with constraints, and starts the program by them.
+
+    python .ci/extras.py ENVIRONMENT    # a virtual environment with torch and uv, which is changed
+
+What an install would take is found from the packages' metadata: nothing is downloaded, and so not the CUDA
+libraries of a plain torch. Then the versions of each combination are put into the environment, whose torch
+stays, and the command line, the app and the pipelines of the tab Compare are started, as far as they belong
+to it. A combination that only adds packages to one that has started is not started again.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from itertools import chain, combinations
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+UNPINNED = "3.10"  # too old for constraints.txt
+RUNTIME = ("app", "pictures")
+# What the environment has of its own, and the libraries that torch's build for GPUs brings.
+KEPT = re.compile(r"(torch|triton|nvidia[-\w]*|cuda[-\w]*|uv|pip)==")
+LINE = re.compile(r"pip install (-c constraints\.txt )?-e ['\"]?\.(?:\[([\w,]+)\])?")
+SECONDS = 120  # in which the app is up, or never
+
+Extras = tuple[str, ...]
+Versions = frozenset[str]  # lines such as "numpy==2.4.6"
+
+
+def main() -> None:
+    """Prints what was resolved and started; ends with an error at the first that fails."""
+    environment = Path(sys.argv[1])
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = tuple(table["optional-dependencies"])
+    sizes = range(len(names) + 1)
+    extras = list(chain.from_iterable(combinations(names, size) for size in sizes))
+    check_documented_lines(names)
+    started: list[tuple[Extras, Versions]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pins = Path(folder) / "torch.txt"
+        pins.write_text(next(line for line in lines_of(CONSTRAINTS) if line.startswith("torch==")))
+        for constraints in (pins, CONSTRAINTS):
+            for some in extras:
+                versions = resolve(environment, some, constraints, "3.11")
+                runtime = tuple(name for name in some if name in RUNTIME)
+                if not any(runtime == one and versions >= less for one, less in started):
+                    start(environment, runtime, versions, Path(folder))
+                    started.append((runtime, versions))
+        for python in PYTHONS:
+            for some in ((), *((name,) for name in names), RUNTIME, names):
+                for constraints in (pins, CONSTRAINTS)[: 1 if python == UNPINNED else 2]:
+                    resolve(environment, some, constraints, python)
+                resolve(environment, some, pins, python, "--python-platform", "windows")
+    print(f"{2 * len(extras)} combinations of {', '.join(names)}; {len(started)} were started")
+
+
+def check_documented_lines(names: Extras) -> None:
+    """Returns if every line of the documentation that installs names extras that are there."""
+    texts = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "hyper_merge").rglob("*.py"),
+    ]
+    found = [line for path in texts for line in LINE.findall(path.read_text(encoding="utf-8"))]
+    unknown = {name for _, some in found for name in some.split(",") if name} - set(names)
+    if unknown or not found:
+        sys.exit(f"expected lines that install some of {names}, found {found}")
+    print(f"{len(found)} documented installs: {sorted({some or '-' for _, some in found})}")
+
+
+def lines_of(path: Path) -> list[str]:
+    """Returns the lines of a file."""
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def resolve(
+    environment: Path, extras: Extras, constraints: Path, python: str, *options: str
+) -> Versions:
+    """Returns the versions that an install into an empty environment takes."""
+    words = [f"--extra={name}" for name in extras]
+    words += ["-c", str(constraints), "--python-version", python, *options, "pyproject.toml"]
+    text = run(environment, "compile", "-q", "--no-header", "--no-annotate", *words)
+    found = (line.split(";")[0].strip() for line in text.splitlines())
+    versions = frozenset(line for line in found if line and not KEPT.match(line))
+    if constraints == CONSTRAINTS and python != UNPINNED:
+        loose = {canonical(line) for line in versions} - {
+            canonical(one) for one in lines_of(constraints)
+        }
+        if loose and not options:
+            sys.exit(
+                f"constraints.txt lacks what {extras} takes on Python {python}: {sorted(loose)}"
+            )
+    return versions
+
+
+def canonical(requirement: str) -> str:
+    """Returns a requirement with its package's name in its one spelling."""
+    name, _, version = requirement.partition("==")
+    return re.sub(r"[-_.]+", "-", name).lower() + "==" + version
+
+
+def start(environment: Path, extras: Extras, versions: Versions, folder: Path) -> None:
+    """Puts versions into the environment, and starts what they are for."""
+    began = time.monotonic()
+    installed = run(environment, "freeze").splitlines()
+    kept = [line for line in installed if KEPT.match(line)]
+    (folder / "all.txt").write_text("\n".join([*versions, *kept]))
+    run(environment, "sync", "-q", str(folder / "all.txt"))
+    python = environment / "bin/python"
+    program = [python, "-m", "hyper_merge"]
+    subprocess.run([*program, "inspect", "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    modules = ["hyper_merge.operations.merge.merge", "hyper_merge.operations.fit.fit"]
+    if "pictures" in extras:
+        modules += ["transformers", "peft", "accelerate", "diffusers.pipelines.stable_diffusion_xl"]
+    imports = f"import {', '.join(modules)}"
+    if "pictures" in extras:
+        imports += "; from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline"
+    subprocess.run([python, "-c", imports], check=True, cwd=ROOT)
+    if "app" in extras:
+        load_page([*program, "app", folder / "models", "--api"])
+    print(
+        f"started {list(extras) or 'alone'}: {len(versions)} packages, {time.monotonic() - began:.0f} s"
+    )
+
+
+def load_page(program: list[str | Path]) -> None:
+    """Starts the app, and loads its page and the description of its API."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = subprocess.Popen([*program, "--port", str(port)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                texts = [read(f"http://127.0.0.1:{port}{page}") for page in ("/", "/openapi.json")]
+                break
+            except OSError:
+                if app.poll() is not None or time.monotonic() > deadline:
+                    sys.exit("the app did not start")
+                time.sleep(0.3)
+    finally:
+        app.terminate()
+        app.wait()
+    if "hyper_merge_merge" not in texts[0] or "/hyper-merge/plan" not in texts[1]:
+        sys.exit("the app's page or API is not what it should be")
+
+
+def read(address: str) -> str:
+    """Returns the text at an address."""
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def run(environment: Path, *words: str) -> str:
+    """Returns what `uv pip` prints."""
+    command = [environment / "bin/uv", "pip", words[0], "--python", environment / "bin/python"]
+    done = subprocess.run(
+        [*command, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"uv pip {' '.join(words)}\n{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

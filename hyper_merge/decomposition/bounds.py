@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import eigenvalues
 from hyper_merge.decomposition.rank_allocation import maximize_gain, spread_ranks
 
 
@@ -194,4 +195,4 @@ def _private_spectra(
 
 
 def _squared_singular_values(gram: Tensor) -> Tensor:  # float64, CPU, falling
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).double().cpu()
+    return eigenvalues(gram).flip(-1).clamp(min=0).double()

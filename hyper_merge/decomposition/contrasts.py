@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import moved
+
 _SUMMED: Final = 2**13  # products that are summed in float32, at 1e-7 of the sum; more in float64
 
 
@@ -104,7 +106,7 @@ def compute_deviations(
     chunk = max(min(chunk, size), 1)
     gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
     base_weights, to_slices = (
-        part.to(device, torch.float32) for part in (contrasts.base_weights, contrasts.to_slices)
+        moved(part.float(), device) for part in (contrasts.base_weights, contrasts.to_slices)
     )
     differences = torch.empty(len(others), chunk, device=device)
     rows = torch.empty(d + 1, chunk, device=device)
@@ -112,9 +114,9 @@ def compute_deviations(
         part = slice(start, min(start + chunk, size))
         if part.stop - start < chunk:
             differences, rows = (buffer[:, : part.stop - start] for buffer in (differences, rows))
-        first = _on(device, origin[part]).float()
+        first = moved(origin[part], device).float()
         for other, difference in zip(others, differences, strict=True):
-            torch.sub(_on(device, other[part]), first, out=difference)
+            torch.sub(moved(other[part], device), first, out=difference)
         mean = torch.addmv(first, differences.mT, base_weights)
         mean = torch.where(mean == first, first, mean)  # keeps negative zeros
         base[part] = mean
@@ -126,13 +128,6 @@ def compute_deviations(
         gram += _gram(rows)
         tick(part.stop - part.start)
     return TensorDeviations(base, slices, rounding, gram.cpu())
-
-
-def _on(device: torch.device, part: Tensor) -> Tensor:
-    """Returns the part on a device; the CPU does not wait for its way to a GPU."""
-    if device.type == "cuda" and not part.is_cuda:
-        return part.pin_memory().to(device, non_blocking=True)
-    return part.to(device)
 
 
 def _gram(

@@ -42,12 +42,19 @@ def orthonormal(
     return basis if pivot > _GOOD_PIVOT else torch.linalg.qr(scaled)[0]  # also for NaN
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on a device; a CPU does not wait for its way to a GPU."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def eigh(
     gram: Tensor,  # (..., r, r), symmetric
 ) -> tuple[Tensor, Tensor]:  # (..., r), rising, and (..., r, r)
     """Returns eigenvalues and eigenvectors, where the matrix is; small ones come from the CPU."""
     values, vectors = torch.linalg.eigh(_small_on_host(gram))
-    return values.to(gram.device), vectors.to(gram.device)
+    return moved(values, gram.device), moved(vectors, gram.device)
 
 
 def eigenvalues(
@@ -69,7 +76,7 @@ def thin_svd(
         return basis @ u, s, vh
     host = _small_on_host(matrix)
     u, s, vh = torch.linalg.svd(host, full_matrices=False)
-    return u.to(matrix.device), s.to(matrix.device), vh.to(matrix.device)
+    return moved(u, matrix.device), moved(s, matrix.device), moved(vh, matrix.device)
 
 
 def solve_damped(
@@ -182,7 +189,7 @@ def random_normal(
     Drawn where the generator lives, so that a seed means the same numbers on every device.
     """
     numbers = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-    return numbers.to(device=like.device, dtype=like.dtype)
+    return moved(numbers, like.device).to(like.dtype)
 
 
 def _cholesky_qr(columns: Tensor) -> tuple[Tensor, float]:

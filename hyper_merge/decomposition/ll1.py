@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.linalg import leading_factors, solve_damped
+from hyper_merge.decomposition.linalg import leading_factors, moved, solve_damped
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 
@@ -151,7 +151,7 @@ def sweep(
 ) -> tuple[tuple[Factors, ...], Tensor, Statistics]:
     """Fits ups, downs and multipliers, each to the others. Returns the statistics too."""
     # Once for all batches: on its way to a GPU even a small tensor waits for all work there.
-    multipliers = multipliers.to(problem.batches[0].slices.device)
+    multipliers = moved(multipliers, problem.batches[0].slices.device)
 
     def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
         mixtures = batch.mixtures(multipliers)

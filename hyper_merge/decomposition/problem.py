@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import moved
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -30,14 +32,15 @@ class Batch:
     def block_of(self) -> Tensor:  # (rho,)
         """The block to which each column belongs."""
         blocks = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
-        return blocks.to(self.slices.device)
+        return moved(blocks, self.slices.device)
 
     def mixtures(
         self,
         multipliers: Tensor,  # (k, R)
     ) -> Tensor:  # (b, R, p, q)
         """Returns `sum_c multipliers[c, r] * slices[c]` for every block."""
-        flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
+        multipliers = moved(multipliers.to(self.slices.dtype), self.slices.device)
+        flat = multipliers.mT @ self.slices.flatten(2)
         return flat.view(*flat.shape[:2], *self.slices.shape[2:])
 
 

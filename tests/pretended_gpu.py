@@ -202,12 +202,13 @@ def pretended_gpu(limit=None):
             "current_device": lambda: 0,
             "empty_cache": lambda: gpu.emptied.append(gpu.live),
             "mem_get_info": lambda _device=None: (gpu.limit - gpu.live, gpu.limit),
+            "get_per_process_memory_fraction": lambda _device=None: 1.0,
             "memory_reserved": lambda _device=None: gpu.live,
             "memory_allocated": lambda _device=None: gpu.live,
             "get_device_properties": lambda _device=None: SimpleNamespace(multi_processor_count=60),
         }
         for name, value in patches.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+            stack.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone))
         stack.enter_context(mock.patch.object(parallel, "ThreadPoolExecutor", _Pool))
         stack.enter_context(mock.patch.dict(throughput._MEASURED))

@@ -65,10 +65,14 @@ def device_room(device: torch.device) -> DeviceRoom:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes of a GPU that can be taken now, by the driver and in torch's own store."""
-    free, _total = torch.cuda.mem_get_info(device)
-    stored = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(_USABLE * (free + stored))
+    """Returns the bytes of a GPU that can be taken now, by the driver and in torch's own store.
+
+    No more than what the process may take, where torch (from 2.6 on) tells.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _device: 1.0)(device)
+    return int(_USABLE * min(free + reserved - allocated, fraction * total - allocated))
 
 
 def release_memory() -> None:

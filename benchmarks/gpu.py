@@ -21,12 +21,13 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from device_family import write_family
 from full_size import SPECS
 from tables import table
 
@@ -35,17 +36,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_family import KEPT, TINY  # noqa: E402
 
-from hyper_merge.checkpoints.io.header import TensorInfo  # noqa: E402
-from hyper_merge.checkpoints.io.transaction import FileTransaction  # noqa: E402
 from hyper_merge.decomposition.initialization import SearchEffort  # noqa: E402
 from hyper_merge.operations.merge.merge import run_merge  # noqa: E402
 from hyper_merge.operations.merge.preflight import run_preflight  # noqa: E402
 from hyper_merge.recipe.recipe import Recipe  # noqa: E402
 from hyper_merge.runtime.progress import Progress  # noqa: E402
-from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sdxl_layout  # noqa: E402
-from hyper_merge.synthetic.family import NARROW, FamilySpec  # noqa: E402
+from hyper_merge.synthetic.family import NARROW  # noqa: E402
 
-TERMS = 256  # rank of what the checkpoints share
 CAPS = (None, 12, 8, 6)  # GB
 COUNTS = {"sd1": 4, "sdxl": 3}
 HEADS = ("merge", "memory", "seconds", "phases", "loss", "peak GB", "warnings")
@@ -64,7 +61,6 @@ CALLS = (
     "aten::linalg_qr",
 )
 
-ALL = re.compile(".*")
 NAME = re.compile(r'"name": "([^"]+)"')
 
 
@@ -168,86 +164,6 @@ def make_files(bench: Bench, family: str, folder: Path) -> str:
     spec = narrow if bench.is_narrow else replace(SPECS[family], count=COUNTS[family])
     paths = write_family(folder, spec, family, bench.device)
     return f"{sum(path.stat().st_size for path in paths) / 1e9:.2f} GB"
-
-
-def write_family(
-    folder: Path,
-    spec: FamilySpec,
-    family: str,
-    device: torch.device,
-    kept: re.Pattern[str] = ALL,
-) -> list[Path]:
-    """Writes checkpoints that share low-rank deviations from a base, computed on the device.
-
-    Args:
-        folder: of the files.
-        spec: the number of checkpoints and their sizes.
-        family: "sd1" or "sdxl".
-        device: that computes them.
-        kept: matches the keys of the tensors.
-    """
-    shapes = {key: shape for key, shape in layout(spec, family).items() if kept.fullmatch(key)}
-    infos = {
-        key: TensorInfo(torch.int64 if key.endswith("position_ids") else torch.float16, shape)
-        for key, shape in shapes.items()
-    }
-    paths = [folder / f"{family}_{c}.safetensors" for c in range(spec.count)]
-    generator = torch.Generator(device).manual_seed(0)
-    mix = torch.randn(spec.count, 3, generator=torch.Generator().manual_seed(0)).tolist()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileTransaction(overwrite=True) as files:
-        writers = [files.safetensors(path, infos, {}) for path in paths]
-        for writer in writers:
-            writer.__enter__()
-        for key, shape in shapes.items():
-            for writer, tensor in zip(
-                writers, family_tensors(key, shape, mix, generator), strict=True
-            ):
-                writer.write(key, tensor)
-        for writer in writers:
-            writer.__exit__(None, None, None)
-    return paths
-
-
-def layout(spec: FamilySpec, family: str) -> Mapping[str, tuple[int, ...]]:
-    """Returns the shapes of a checkpoint's tensors."""
-    sizes = spec.vocabulary, spec.vae_width
-    if family == "sdxl":
-        return sdxl_layout(spec.width, (spec.context, spec.second_context), *sizes)
-    return sd1_layout(spec.width, spec.context, *sizes)
-
-
-def family_tensors(
-    key: str, shape: tuple[int, ...], mix: list[list[float]], generator: torch.Generator
-) -> list[torch.Tensor]:
-    """Returns one tensor of every checkpoint: a base, mixed directions of low rank, and noise."""
-    device = generator.device
-    if key.endswith("position_ids"):
-        return [torch.arange(shape[-1])[None]] * len(mix)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=generator, device=device)
-
-    if len(shape) < 2:
-        return [(1 + 0.01 * normal(*shape)).half() for _ in mix]
-    m, n = shape[0], torch.Size(shape[1:]).numel()
-    rank = min(m, n, TERMS)
-    falling = torch.arange(1, rank + 1, device=device) ** -0.5
-    directions = [normal(m, rank) * falling @ normal(rank, n) / rank**0.5 for _ in mix[0]]
-    base = normal(m, n)
-    return [
-        (
-            (
-                base
-                + 0.05 * sum(x * d for x, d in zip(row, directions, strict=True))
-                + 0.01 * normal(m, n)
-            )
-            / n**0.5
-        )
-        .view(shape)
-        .half()
-        for row in mix
-    ]
 
 
 def merge(bench: Bench, family: str, cap: int | None) -> dict[str, Any]:

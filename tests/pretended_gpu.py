@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from hyper_merge.runtime import parallel, throughput
 
@@ -225,7 +225,7 @@ def _dispatch(func, args, kwargs):
     gpu = _NOW[-1] if _NOW else None
     name = func._schema.name.removeprefix("aten::")
     device = kwargs.get("device")
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     on_gpu = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
     to_gpu = _is_gpu(device)
     if not on_gpu and not to_gpu:

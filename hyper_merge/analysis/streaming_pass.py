@@ -1,7 +1,7 @@
 """Passes once over the checkpoints for their average and their compressed deviations.
 
 Every tensor is read once from all files and analysed by one pure function; the average goes to one
-function, bases and cores of the layers to another. Memory holds few tensors of each checkpoint.
+function, the layers to another. Memory holds few tensors of each checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
+from hyper_merge.analysis.device_bytes import pass_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
@@ -39,10 +40,12 @@ from hyper_merge.decomposition.contrasts import (
     energies,
 )
 from hyper_merge.errors import NonFiniteError, RecipeError
+from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 
 _CHUNK: Final = 2**17  # entries that a CPU's cache holds of several checkpoints at once
+_GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 
 # Cost of an entry of a file, and of one of a symmetric matrix cubed: in multiply-adds of large products.
 _ENTRY: Final = 900.0
@@ -171,7 +174,7 @@ def analyze_tensor(
 ) -> TensorAnalysis:
     """Averages and analyses one tensor of all files: a pure function, picklable with its arguments.
 
-    Where the device has too little memory the CPU takes the tensor, and a warning says so.
+    Where the device cannot do it the CPU takes the tensor, and a warning says so.
 
     Args:
         inputs: the files; nothing is read here.
@@ -184,14 +187,15 @@ def analyze_tensor(
         NonFiniteError: a file holds NaN or infinity in the tensor.
         RecipeError: the average is too large for its type.
     """
-    try:
-        return _analyze(inputs, key, tensors, options, tick)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        work_on_cpu = replace(options, device=torch.device("cpu"))
-        result = _analyze(inputs, key, tensors, work_on_cpu, tick)
-        warning = f"{options.device} has too little memory for some layers; the CPU took them"
-        return replace(result, warning=warning)
+
+    def analyze(device: torch.device) -> TensorAnalysis:
+        return _analyze(inputs, key, tensors, replace(options, device=device), tick)
+
+    failures: list[str] = []
+    nbytes = pass_bytes(inputs, key, options.width or 0, _GPU_CHUNK)
+    result = try_device(options.device, analyze, nbytes, failures.append)
+    warnings = [f"{failure} for some layers; the CPU took them" for failure in failures]
+    return replace(result, warning=next(iter(warnings), None))
 
 
 def _analyze(
@@ -206,10 +210,11 @@ def _analyze(
     total: Tensor | int = 0
     for rows, index in inputs.pieces(key):
         parts = [tensor[rows] for tensor in tensors]
-        deviations = _deviations(inputs, key, parts, contrasts, options, tick)
-        averages.append(deviations.base)
+        is_analyzed = index is not None and options.width is not None
+        deviations = _deviations(inputs, key, parts, contrasts, options, tick, keep=is_analyzed)
+        averages.append(deviations.base.cpu())
         total = total + energies(deviations.gram, contrasts)
-        if index is not None and options.width is not None:
+        if index is not None and is_analyzed:
             layers.append(_layer_analysis(deviations, inputs, index, options, tick))
     average = torch.cat(averages).view(tensors[0].shape)
     return TensorAnalysis(average, torch.as_tensor(total), tuple(layers))
@@ -234,13 +239,19 @@ def _deviations(
     contrasts: Contrasts,
     options: PassOptions,
     tick: Callable[[float], None],
+    *,
+    keep: bool,
 ) -> TensorDeviations:
-    origin, *others = [tensor.flatten().to(options.device, non_blocking=True) for tensor in tensors]
-    chunk = _CHUNK if options.device.type == "cpu" else origin.numel()
+    origin, *others = (tensor.flatten() for tensor in tensors)
+    chunk = _CHUNK if options.device.type == "cpu" else _GPU_CHUNK
     dtype = origin.dtype if inputs.base else inputs.dtype  # a base of the user stays as it is
     cost = _ENTRY * len(tensors)
+
+    def on_chunk(entries: float) -> None:
+        tick(cost * entries)
+
     deviations = compute_deviations(
-        origin, others, contrasts, dtype, chunk, lambda entries: tick(cost * entries)
+        origin, others, contrasts, dtype, chunk, on_chunk, options.device, keep=keep
     )
     if not bool(deviations.gram.isfinite().all()):
         raise_non_finite(inputs, key, tensors)
@@ -285,8 +296,8 @@ def _layer_analysis(
     return LayerAnalysis(
         index=index,
         gram=deviations.gram,
-        compressed=compressed,
-        rounding=project(error, compressed.left, compressed.right, tick)[0],
+        compressed=compressed.cpu(),
+        rounding=project(error, compressed.left, compressed.right, tick)[0].cpu(),
         spectra=compute_spectra(compressed.core, inputs.contrasts.to_deviations),
         weight=float(deviations.base.double().square().sum()),
     )

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import eigenvalues, moved
 from hyper_merge.decomposition.rank_allocation import maximize_gain, spread_ranks
 
 
@@ -188,10 +189,12 @@ def _private_spectra(
     core: Tensor,  # (d, p, q)
     to_deviations: Tensor,  # (k, d)
 ) -> Tensor:  # (k, min(p, q))
-    deviations = (to_deviations.to(core) @ core.flatten(1)).view(-1, *core.shape[1:])
+    deviations = (moved(to_deviations.to(core.dtype), core.device) @ core.flatten(1)).view(
+        -1, *core.shape[1:]
+    )
     deviations = deviations.mT if core.shape[1] > core.shape[2] else deviations
     return _squared_singular_values(deviations @ deviations.mT)
 
 
 def _squared_singular_values(gram: Tensor) -> Tensor:  # float64, CPU, falling
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).double().cpu()
+    return eigenvalues(gram).flip(-1).clamp(min=0).double()

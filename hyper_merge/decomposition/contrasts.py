@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import moved
+
 _SUMMED: Final = 2**13  # products that are summed in float32, at 1e-7 of the sum; more in float64
 
 
@@ -67,8 +69,8 @@ class TensorDeviations:
     """One tensor of all checkpoints as its base and deviations."""
 
     base: Tensor  # (size,), as it will be stored
-    slices: Tensor  # (d, size), float32
-    rounding: Tensor  # (size,), float32: the base as stored less the exact one
+    slices: Tensor  # (d, size), float32; (d, 0) where they were not wanted
+    rounding: Tensor  # (size,), float32: the base as stored less the exact one; (0,) likewise
     gram: Tensor  # (d + 1, d + 1), float64, CPU: slices and, last, the base's rounding error
 
 
@@ -79,46 +81,63 @@ def compute_deviations(
     stored: torch.dtype,
     chunk: int,
     tick: Callable[[float], None] = lambda _entries: None,
+    device: torch.device | None = None,
+    *,
+    keep: bool = True,
 ) -> TensorDeviations:
     """Computes base and slices of one tensor, in float32 with float64 sums, chunk by chunk.
 
     Args:
-        origin: the first checkpoint's tensor (or the given base's) on the device of the work.
+        origin: the first checkpoint's tensor, or the given base's.
         others: the other checkpoints' tensors, any floating type, same device.
         contrasts: the coordinates.
         stored: type in which the base will be written.
         chunk: entries at a time; on a CPU what its cache holds.
         tick: called with the entries of every chunk; may raise, to stop.
+        device: of the work and of the result but for the Gram matrix, to which the tensors go in
+            chunks; None for theirs.
+        keep: whether slices and rounding error are wanted, beside their inner products.
     """
-    size, device = origin.numel(), origin.device
+    size, device = origin.numel(), device or origin.device
+    d = contrasts.dimensions
     base = torch.empty(size, dtype=stored, device=device)
-    slices = torch.empty(contrasts.dimensions, size, device=device)
-    rounding = torch.empty(size, device=device)
+    slices = torch.empty(d, size if keep else 0, device=device)
+    rounding = torch.empty(size if keep else 0, device=device)
     chunk = max(min(chunk, size), 1)
-    gram = torch.zeros(len(slices) + 1, len(slices) + 1, dtype=torch.float64, device=device)
+    gram = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=device)
     base_weights, to_slices = (
-        part.to(device, torch.float32) for part in (contrasts.base_weights, contrasts.to_slices)
+        moved(part.float(), device) for part in (contrasts.base_weights, contrasts.to_slices)
     )
     differences = torch.empty(len(others), chunk, device=device)
-    rows = torch.empty(len(slices) + 1, chunk, device=device)
+    rows = torch.empty(d + 1, chunk, device=device)
     for start in range(0, size, chunk):
         part = slice(start, min(start + chunk, size))
         if part.stop - start < chunk:
             differences, rows = (buffer[:, : part.stop - start] for buffer in (differences, rows))
-        first = origin[part].float()
+        first = moved(origin[part], device).float()
         for other, difference in zip(others, differences, strict=True):
-            torch.sub(other[part], first, out=difference)
+            torch.sub(moved(other[part], device), first, out=difference)
         mean = torch.addmv(first, differences.mT, base_weights)
         mean = torch.where(mean == first, first, mean)  # keeps negative zeros
         base[part] = mean
-        slices[:, part] = to_slices @ differences
-        rows[:-1] = slices[:, part]
+        rows[:-1] = to_slices @ differences
         torch.sub(base[part], mean, out=rows[-1])
-        rounding[part] = rows[-1]
-        for few in torch.split(rows, _SUMMED, 1):
-            gram += (few @ few.mT).double()
+        if keep:
+            slices[:, part] = rows[:-1]
+            rounding[part] = rows[-1]
+        gram += _gram(rows)
         tick(part.stop - part.start)
     return TensorDeviations(base, slices, rounding, gram.cpu())
+
+
+def _gram(
+    rows: Tensor,  # (d + 1, any), float32
+) -> Tensor:  # (d + 1, d + 1), float64
+    """Returns inner products, summed in float64 over blocks whose sums are float32."""
+    whole = rows.shape[1] // _SUMMED * _SUMMED
+    blocks = rows[:, :whole].view(len(rows), whole // _SUMMED, _SUMMED).transpose(0, 1)
+    rest = rows[:, whole:]
+    return torch.bmm(blocks, blocks.mT).double().sum(0) + (rest @ rest.mT).double()
 
 
 def to_deviations_matrix(contrasts: Contrasts) -> Tensor:  # (k, d + 1)

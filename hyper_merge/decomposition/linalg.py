@@ -17,6 +17,10 @@ _DAMPING: Final = 100.0
 _GOOD_PIVOT: Final = 0.1
 _LEAST_PIVOT: Final = 3e-3
 
+# Rows of symmetric matrices whose eigenvalues a thread of a CPU finds as fast as a GPU, which it
+# leaves to others meanwhile.
+_HOST_ROWS: Final = 1024
+
 
 def orthonormal(
     columns: Tensor,  # (..., m, r), r <= m
@@ -38,6 +42,43 @@ def orthonormal(
     return basis if pivot > _GOOD_PIVOT else torch.linalg.qr(scaled)[0]  # also for NaN
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on a device; a CPU does not wait for its way to a GPU."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def eigh(
+    gram: Tensor,  # (..., r, r), symmetric
+) -> tuple[Tensor, Tensor]:  # (..., r), rising, and (..., r, r)
+    """Returns eigenvalues and eigenvectors, where the matrix is; small ones come from the CPU."""
+    values, vectors = torch.linalg.eigh(_small_on_host(gram))
+    return moved(values, gram.device), moved(vectors, gram.device)
+
+
+def eigenvalues(
+    gram: Tensor,  # (..., r, r), symmetric
+) -> Tensor:  # (..., r), rising, CPU
+    """Returns eigenvalues; the CPU itself finds those of small matrices."""
+    return torch.linalg.eigvalsh(_small_on_host(gram)).cpu()
+
+
+def thin_svd(
+    matrix: Tensor,  # (..., m, n)
+) -> tuple[Tensor, Tensor, Tensor]:  # (..., m, r), (..., r), (..., r, n); r = min(m, n)
+    """Returns singular vectors and values; of matrices on a GPU the CPU decomposes what is square."""
+    if not matrix.is_cuda:
+        return tuple(torch.linalg.svd(matrix, full_matrices=False))
+    if matrix.shape[-2] > matrix.shape[-1]:
+        basis, matrix = torch.linalg.qr(matrix)
+        u, s, vh = thin_svd(matrix)
+        return basis @ u, s, vh
+    host = _small_on_host(matrix)
+    u, s, vh = torch.linalg.svd(host, full_matrices=False)
+    return moved(u, matrix.device), moved(s, matrix.device), moved(vh, matrix.device)
+
+
 def solve_damped(
     right: Tensor,  # (..., p, r)
     gram: Tensor,  # (..., r, r), symmetric, positive semidefinite
@@ -56,10 +97,12 @@ def solve_damped(
     damping = epsilon * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     damping = damping.clamp(min=_tiny(gram))
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + damping * identity)
+    damped, rest = gram + damping * identity, right - previous @ gram
+    if gram.is_cuda:
+        return previous + _solve_on_gpu(damped, rest)
     # Not torch.linalg.solve: batched on the CPU it printed MKL errors and failed (torch 2.13); and
     # the inverse with one product is three times as fast as two triangular solves.
-    return previous + (right - previous @ gram) @ torch.cholesky_inverse(factor)
+    return previous + rest @ torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def leading_factors(
@@ -146,7 +189,7 @@ def random_normal(
     Drawn where the generator lives, so that a seed means the same numbers on every device.
     """
     numbers = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-    return numbers.to(device=like.device, dtype=like.dtype)
+    return moved(numbers, like.device).to(like.dtype)
 
 
 def _cholesky_qr(columns: Tensor) -> tuple[Tensor, float]:
@@ -155,6 +198,24 @@ def _cholesky_qr(columns: Tensor) -> tuple[Tensor, float]:
     pivots = torch.where(info > 0, 0.0, factor.diagonal(dim1=-2, dim2=-1).amin(-1))
     basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
     return basis, float(pivots.amin()) if pivots.numel() else 1.0
+
+
+def _solve_on_gpu(
+    gram: Tensor,  # (..., r, r), positive definite
+    right: Tensor,  # (..., p, r)
+) -> Tensor:  # (..., p, r)
+    """Returns the X of X @ gram = right, without a wait; zeros where Cholesky's method fails.
+
+    Both `cholesky` and `cholesky_inverse` wait for the GPU to learn whether they failed.
+    """
+    factor, info = torch.linalg.cholesky_ex(gram)
+    half = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
+    solution = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+    return torch.where(info[..., None, None] > 0, 0.0, solution)
+
+
+def _small_on_host(matrix: Tensor) -> Tensor:
+    return matrix.cpu() if min(matrix.shape[-2:]) <= _HOST_ROWS else matrix
 
 
 def _tiny(like: Tensor) -> float:

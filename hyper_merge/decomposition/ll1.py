@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.linalg import leading_factors, solve_damped
+from hyper_merge.decomposition.linalg import leading_factors, moved, solve_damped
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 
@@ -151,6 +151,8 @@ def sweep(
     multipliers: Tensor,  # (k, R)
 ) -> tuple[tuple[Factors, ...], Tensor, Statistics]:
     """Fits ups, downs and multipliers, each to the others. Returns the statistics too."""
+    # Once for all batches: on its way to a GPU even a small tensor waits for all work there.
+    multipliers = moved(multipliers, problem.batches[0].device)
 
     def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
         batch = batch.loaded()
@@ -239,18 +241,18 @@ def _ahead(older: deque[Factors], current: Solution, momentum: float) -> Iterato
 
 
 def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statistics:
-    cross, gram = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    cross, gram = (torch.stack(part).sum(0).cpu() for part in zip(*parts, strict=True))
     return Statistics(problem.energy, cross, gram)
 
 
 def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
     batch = batch.loaded()
     products = torch.stack([(up @ down).flatten(1) for up, down in split_blocks(batch, factors)], 1)
-    cross = (batch.slices.flatten(2) @ products.mT).double().sum(0).cpu()
+    cross = (batch.slices.flatten(2) @ products.mT).double().sum(0)
     columns = (factors.up.mT @ factors.up) * (factors.down @ factors.down.mT)
     member = torch.nn.functional.one_hot(batch.block_of, len(batch.ranks)).double()
     gram = member.mT @ columns.double().sum(0) @ member
-    return cross, gram.cpu()
+    return cross, gram
 
 
 def _with_ridge(gram: Tensor, ridge: float) -> Tensor:  # (R, R)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import thin_svd
+
 
 def balance(
     up: Tensor,  # (..., p, r)
@@ -17,7 +19,7 @@ def balance(
     """
     left, left_triangle = torch.linalg.qr(up)
     right, right_triangle = torch.linalg.qr(down.mT)
-    u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    u, s, vh = thin_svd(left_triangle @ right_triangle.mT)
     root = s.sqrt()[..., None, :]
     return left @ (u * root), (right @ (vh.mT * root)).mT
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.linalg import moved
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -32,6 +34,11 @@ class Batch:
         """The slices, made anew unless they are in memory."""
         return self.source if isinstance(self.source, Tensor) else self.source()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the slices are; those that are made when they are needed are made on the CPU."""
+        return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
+
     def loaded(self) -> Batch:
         """Returns the batch with its slices in memory."""
         return self if isinstance(self.source, Tensor) else replace(self, source=self.source())
@@ -46,15 +53,17 @@ class Batch:
     def block_of(self) -> Tensor:  # (rho,)
         """The block to which each column belongs."""
         blocks = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
-        return blocks.to(self.slices.device)
+        return moved(blocks, self.device)
 
     def mixtures(
         self,
         multipliers: Tensor,  # (k, R)
     ) -> Tensor:  # (b, R, p, q)
         """Returns `sum_c multipliers[c, r] * slices[c]` for every block."""
-        flat = multipliers.to(self.slices).mT @ self.slices.flatten(2)
-        return flat.view(*flat.shape[:2], *self.slices.shape[2:])
+        slices = self.slices
+        multipliers = moved(multipliers.to(slices.dtype), slices.device)
+        flat = multipliers.mT @ slices.flatten(2)
+        return flat.view(*flat.shape[:2], *slices.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.linalg import energy_of, orthonormal, random_normal
+from hyper_merge.decomposition.linalg import (
+    eigenvalues,
+    eigh,
+    energy_of,
+    orthonormal,
+    random_normal,
+    thin_svd,
+)
 from hyper_merge.decomposition.normalization import balance
 
 TOLERANCE: Final = 5e-4
@@ -109,7 +116,7 @@ class _Space:
 
 def _full(matrix: Tensor, rank: int) -> TruncatedSvd:
     # Upright: LAPACK takes three to five times as long for a matrix that lies.
-    u, s, vh = torch.linalg.svd(matrix.mT, full_matrices=False)
+    u, s, vh = thin_svd(matrix.mT)
     root = s[:rank].sqrt()
     energies = s[:rank].double().square()
     return TruncatedSvd(vh.mT[:, :rank] * root, root[:, None] * u.mT[:rank], energies)
@@ -175,7 +182,7 @@ def _apart(
 def _held(space: _Space, rank: int, without: int = 0) -> float:
     """Returns the most energy that the rank can hold in the space without its last columns."""
     count = len(space.gram) - without
-    return float(torch.linalg.eigvalsh(space.gram[:count, :count])[-rank:].sum())
+    return float(eigenvalues(space.gram[:count, :count])[-rank:].sum())
 
 
 def _to_come(
@@ -188,7 +195,7 @@ def _to_come(
 
 
 def _leading(space: _Space, rank: int) -> TruncatedSvd:
-    vectors = torch.linalg.eigh(space.gram)[1][:, -rank:].flip(1).to(space.basis)
+    vectors = eigh(space.gram)[1][:, -rank:].flip(1).to(space.basis)
     rows = vectors.mT @ space.rows
     sizes = rows.norm(dim=1)
     root = sizes.sqrt()

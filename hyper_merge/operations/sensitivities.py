@@ -21,6 +21,7 @@ from hyper_merge.calibration.measure import can_run, measure_sensitivities
 from hyper_merge.checkpoints.architectures.layout import Layout
 from hyper_merge.checkpoints.io.header import Header, Shape
 from hyper_merge.runtime.damaged_files import DamagedFiles
+from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.progress import Progress
 
 
@@ -108,18 +109,17 @@ class AverageNetwork:
     def _measure(
         self, average: Callable[[str], Tensor], device: torch.device, progress: Progress
     ) -> Sensitivities:
-        """Measures on the device, or on the CPU where that has too little memory."""
+        """Measures on the device, or on the CPU where that cannot do it."""
         reached = [0.0]
-        watched = progress.joined(Progress(lambda _phase, fraction: reached.append(fraction)))
+        watch = Progress(lambda _phase, fraction: reached.append(fraction))
 
-        def measure(on: torch.device, part: Progress) -> Sensitivities:
+        def measure(on: torch.device) -> Sensitivities:
+            part = progress.part(reached[-1], 1.0).joined(watch)
             return measure_sensitivities(
                 average, self.shapes, self.layout, on, part, seed=self.seed
             )
 
-        try:
-            return measure(device, watched)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            progress.warn(f"{device} has too little memory to run the average; the CPU runs it")
-            return measure(torch.device("cpu"), progress.part(reached[-1], 1.0))
+        def warn(failure: str) -> None:
+            progress.warn(f"{failure} for the network of the average; the CPU runs it")
+
+        return try_device(device, measure, on_failure=warn)

@@ -13,7 +13,9 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-_MOST_WORKERS: Final = 4  # each holds the deviations of one layer, so memory grows with them
+# Each holds the deviations of one layer, so memory grows with them; on a GPU work waits for room.
+_MOST_WORKERS: Final = 4
+_MOST_WORKERS_FOR_A_GPU: Final = 8
 
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
@@ -24,22 +26,21 @@ ParallelMap = Callable[..., Iterator[Any]]
 
 @contextmanager
 def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[ParallelMap]:
-    """Gives a `map` that keeps every core of a CPU busy, and does one item at a time on other devices.
+    """Gives a `map` that keeps every core of a CPU busy.
 
     One worker with one thread per core beats a layer at a time on all cores: factorisations
     of some hundred rows, conversions and page faults use one core, however many there are.
+    For a GPU some read files and do small factorisations while it computes for others.
 
     Args:
         device: the device that the work is done on.
         check: called in the caller's thread for every item, and ten times a second while it waits
             for one; may raise, which ends the work: then no further item is begun.
     """
-    if device.type != "cpu":
-        yield partial(_one_by_one, check)
-        return
     import_numpy_in_torch()
     threads = torch.get_num_threads()
-    count = min(threads, _MOST_WORKERS)
+    most = _MOST_WORKERS if device.type == "cpu" else _MOST_WORKERS_FOR_A_GPU
+    count = min(threads, most)
     threads_each = threads // count
     torch.set_num_threads(threads_each)
     # Set in every worker too: until its first loop in torch it would give LAPACK more threads, and the
@@ -67,14 +68,6 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:
         trim(0)
-
-
-def _one_by_one(
-    check: Callable[[], None], function: Callable[..., _T], *arguments: Iterable[Any]
-) -> Iterator[_T]:
-    for item in zip(*arguments, strict=True):
-        check()
-        yield function(*item)
 
 
 def _in_order(

@@ -13,7 +13,7 @@ from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.problem import Batch
 from hyper_merge.solver.metric import COLUMNS_PER_RANK, LEAST_COLUMNS, Metric, leading_shape
 
-_BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**28}  # of the cores in one batch
+_BATCH_ENTRIES: Final = {"cpu": 2**19, "cuda": 2**25}  # of the cores in one batch
 _COLUMN_STEP: Final = 32
 
 Ranks = Sequence[tuple[int, ...]]
@@ -59,6 +59,13 @@ def _stacked(
 ) -> Tensor:  # (b, d, p, q)
     cores = [metric.core(index, shape).contiguous() for index in indices]
     return (torch.stack(cores) if len(cores) > 1 else cores[0][None]).to(device)
+
+
+def core_bytes(metric: Metric) -> int:
+    """Returns the bytes of all cores in float32; what else the solver holds is smaller."""
+    analysis, d = metric.analysis, metric.analysis.contrasts.dimensions
+    shapes = map(analysis.core_shape, range(len(analysis.layers)))
+    return sum(4 * d * p * q for p, q in shapes)
 
 
 def _worked_shape(analysis: Analysis, index: int, rank: int) -> tuple[int, int]:

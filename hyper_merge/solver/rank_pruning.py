@@ -36,6 +36,7 @@ class _BalancedLayer:
     """One layer's blocks, the components of each in falling order."""
 
     source: Tensor | Callable[[], Tensor]  # of the slices (1, d, p, q)
+    device: torch.device  # of the slices
     pairs: list[tuple[Tensor, Tensor]]  # per block (p, r), (r, q)
 
 
@@ -57,8 +58,8 @@ def prune_ranks(
         for batch, pairs in parallel(_balanced, *zip(*batches, strict=True)):
             for place, index in enumerate(batch.layers):
                 layer_pairs = [(up[place], down[place]) for up, down in pairs]
-                layers[index] = _BalancedLayer(_source_of(batch, place), layer_pairs)
-                values = [up.square().sum(0).double().cpu() for up, _ in layer_pairs]
+                layers[index] = _BalancedLayer(_source_of(batch, place), batch.device, layer_pairs)
+                values = [up.square().sum(0).double() for up, _ in layer_pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
     ranks = allowance.keep(energies)
     return [_pruned_group(group, layers, ranks) for group in groups]
@@ -80,7 +81,11 @@ def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
 
 
 def _balanced(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
-    """Returns the blocks with their components in falling order, roots of values on each side."""
+    """Returns the blocks with their components in falling order, roots of values on each side.
+
+    On the CPU: a GPU takes as long for one small SVD as for a whole sweep over a layer.
+    """
+    factors = Factors(factors.up.cpu(), factors.down.cpu())
     return batch, [
         balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)
     ]
@@ -108,6 +113,6 @@ def _pruned_group(
             up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
             down = torch.cat([down[:rank] for (_, down), rank in cut])
             batches.append(Batch(layer.source, ranks[index], (index,)))
-            factors.append(Factors(up[None], down[None]))
+            factors.append(Factors(up[None].to(layer.device), down[None].to(layer.device)))
     problem = replace(group.problem, batches=tuple(batches))
     return GroupSolution(group.name, problem, group.multipliers, tuple(factors), ())

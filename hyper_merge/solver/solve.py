@@ -23,10 +23,11 @@ from hyper_merge.decomposition.ll1 import initial_factors, solve_ll1, split_bloc
 from hyper_merge.decomposition.problem import Problem
 from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.allowance import Allowance
-from hyper_merge.solver.batching import Ranks, stack_cores
+from hyper_merge.solver.batching import Ranks, core_bytes, stack_cores
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.private_start import PrivateStart, plan_private_start
 from hyper_merge.solver.rank_pruning import GroupSolution, joined_losses, prune_ranks
@@ -80,7 +81,7 @@ def find_blocks(
     start: Mapping[str, Tensor] = MappingProxyType({}),
     effort: SearchEffort | None = None,
 ) -> LowRankSolution:
-    """Solves for blocks and multipliers on the cores; on the CPU where the device is too small.
+    """Solves for blocks and multipliers on the cores; on the CPU where the device cannot do it.
 
     Args:
         metric: of the loss.
@@ -93,13 +94,14 @@ def find_blocks(
         effort: how thorough the search for a start is; None for `DEFAULT_EFFORT`.
     """
     effort = effort or DEFAULT_EFFORT
-    try:
-        return _Solver(metric, recipe, device, progress, start, effort).run(ranks, allowance)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        progress.warn(f"{device} has too little memory for the cores; the CPU is used instead")
-        solver = _Solver(metric, recipe, torch.device("cpu"), progress, start, effort)
-        return solver.run(ranks, allowance)
+
+    def solve(on: torch.device) -> LowRankSolution:
+        return _Solver(metric, recipe, on, progress, start, effort).run(ranks, allowance)
+
+    def warn(failure: str) -> None:
+        progress.warn(f"{failure} for the cores; the CPU is used instead")
+
+    return try_device(device, solve, core_bytes(metric), warn)
 
 
 class _Solver:

@@ -110,7 +110,7 @@ FORM_FIELDS: Final = (
     FormField("lora_dtype", "Precision of the LoRAs", "radio",
               "The same, or a different one. float8 halves their size and explains slightly less; it"
               " needs torch 2.1 or newer (A1111 1.8) and does not load on Apple's GPUs."),
-    FormField("device", "Device", "menu", "Where to compute. auto uses a GPU if there is one."),
+    FormField("device", "Device", "menu", "Where to compute. auto uses the GPU of the host if there is one."),
     FormField("iterations", "Iterations", "number",
               "Maximum number of sweeps. More take longer and may explain slightly more."),
     FormField("tolerance", "Tolerance", "number"),

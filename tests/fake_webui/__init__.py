@@ -15,6 +15,8 @@ from types import ModuleType, SimpleNamespace
 
 from local_server import find_free_port
 
+from hyper_merge.runtime.devices import AUTO, AutoDevice
+
 from . import api, page, xyz
 from .callbacks import Callbacks, Errors
 from .drawing import Processing, samplers
@@ -38,7 +40,6 @@ class FakeWebUI:
         self.models = models = Path(models).absolute()
         self.data = models.parent
         self.errors = Errors()
-        self.devices = Devices()
         self.cmd_opts = SimpleNamespace(
             ckpt=str(self.data / "model.ckpt"),
             ckpt_dir=None,
@@ -49,8 +50,12 @@ class FakeWebUI:
             api=False,
             nowebui=False,
             api_auth=None,
+            use_cpu=[],
+            device_id=None,
+            always_cpu=False,
         )
         vars(self.cmd_opts).update(cmd_opts)
+        self.devices = Devices(flavour, self.cmd_opts)
         self.opts = Options(self.errors, self.cmd_opts)
         self.config_filename = str(self.data / "config.json")
         self.opts.load(self.config_filename)
@@ -234,6 +239,7 @@ def install(models, flavour, **options):
 
 def uninstall():
     """Takes the WebUI out of `sys.modules`, with those of our modules that are bound to it."""
+    AUTO.choose = AutoDevice().choose
     for name in list(sys.modules):
         if name.split(".")[0] in ROOTS or name.startswith(OURS):
             del sys.modules[name]

@@ -4,12 +4,23 @@ import threading
 import time
 from collections import deque
 
+import torch
+
 
 class Devices:
-    """`modules.devices`: counts the calls that free cached device memory."""
+    """`modules.devices`: which one computes, and how often cached memory was freed."""
 
-    def __init__(self):
+    def __init__(self, flavour, cmd_opts):
         self.collected = 0
+        self.flavour, self.cmd_opts = flavour, cmd_opts
+
+    def get_device_for(self, task):
+        if self.flavour == "forge":  # in backend.args, of which it keeps a part to itself
+            return torch.device("cpu" if self.cmd_opts.always_cpu else "cuda:0")
+        if task in self.cmd_opts.use_cpu or "all" in self.cmd_opts.use_cpu:
+            return torch.device("cpu")
+        number = self.cmd_opts.device_id
+        return torch.device("cuda" if number is None else f"cuda:{number}")
 
     def torch_gc(self):
         self.collected += 1

@@ -1,4 +1,4 @@
-"""Takes the WebUI's loaded model off the device for a while, in A1111 and in Forge.
+"""Tells which device the WebUI computes on, and takes its loaded model off it for a while.
 
 A failure to unload the model, or to load it again, goes to the host's log and does not end or hide
 the run: the WebUI loads its model again when it needs it.
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from modules import errors, sd_models, shared
+from modules import devices, errors, sd_models, shared
 
 from hyper_merge.hosts.webui.checkpoint_list import (
     list_entries,
@@ -25,6 +25,15 @@ Stamp = tuple[int, int, int] | None  # inode, size, time; None where there is no
 def is_forge() -> bool:
     """Tells whether the WebUI is Forge, whose model loading is its own."""
     return hasattr(sd_models, "forge_model_reload")
+
+
+def chosen_device() -> str:
+    """Returns the name of the device that the WebUI is told to compute on.
+
+    That is by `--device-id` and `--use-cpu all` in A1111, by `--always-cpu` in Forge.
+    """
+    choose = getattr(devices, "get_device_for", lambda _task: "cuda")  # each has it, so far
+    return str(choose("hyper-merge"))
 
 
 def unloaded_model() -> AbstractContextManager[None]:

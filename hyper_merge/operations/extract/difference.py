@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
+from hyper_merge.analysis.device_bytes import delta_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
@@ -23,6 +24,7 @@ from hyper_merge.checkpoints.architectures.layout import Treatment, kind_of_tens
 from hyper_merge.decomposition.linalg import energy_of, share
 from hyper_merge.decomposition.truncated_svd import truncation_cost
 from hyper_merge.loras.lora_file import StoredFormat
+from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, low_rank_layer
@@ -115,13 +117,13 @@ def _take_layers(
     options: PassOptions,
     tick: Callable[[float], None],
 ) -> list[LowRankLayer]:
-    """Returns the layers of one tensor that differ; on the CPU where the device is too small."""
-    try:
-        return _differing_layers(inputs, key, tensors, rank, options, tick)
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        on_cpu = replace(options, device=torch.device("cpu"))
-        return _differing_layers(inputs, key, tensors, rank, on_cpu, tick)
+    """Returns the layers of one tensor that differ; on the CPU where the device cannot do it."""
+
+    def take(device: torch.device) -> list[LowRankLayer]:
+        on = replace(options, device=device)
+        return _differing_layers(inputs, key, tensors, rank, on, tick)
+
+    return try_device(options.device, take, delta_bytes(inputs, key))
 
 
 def _differing_layers(

@@ -37,7 +37,7 @@ from hyper_merge.runs.folders import Folders, metadata_of, require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runtime.checked_json import parse_json
-from hyper_merge.runtime.devices import resolve_device
+from hyper_merge.runtime.devices import device_job, resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.names import name_key, prompt_word, unique_name
 from hyper_merge.runtime.progress import Progress
@@ -137,7 +137,7 @@ def run_extract(
     _require_room(request, inputs, path)
     costs = extraction_costs(inputs, request.rank, cache, options.device)
     hashing, reading, writing = progress.split(costs)
-    with FileTransaction(overwrite=request.overwrite) as outputs:
+    with device_job(options.device), FileTransaction(overwrite=request.overwrite) as outputs:
         sources = hash_sources(inputs.read, cache, hashing)
         difference = find_difference(inputs, request.rank, options, reading)
         _require_difference(difference, inputs)

@@ -32,6 +32,7 @@ from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PARTS, CheckpointReport, CompanionGain, part_losses
 from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import shared_files
+from hyper_merge.runtime.devices import device_job
 from hyper_merge.runtime.progress import Progress
 
 
@@ -48,7 +49,7 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
             of another family, a name that is taken, a full disk, or the user's interrupt.
     """
     fit = prepare_fit(request, folders)
-    with held(folders.runs, *_holds(fit)):
+    with device_job(fit.options.device), held(folders.runs, *_holds(fit)):
         fit = _with_free_names(fit, request, folders)  # another fit may have taken them since
         for warning in find_unfinished(fit.inputs.headers):
             progress.warn(warning)
@@ -121,7 +122,7 @@ def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitR
     fit = validate_fit(FitRequest(run.name, path), folders)
     checking, running, fitting, _ = progress.split(_costs(fit, folders, private=False))
     source = _check_sources(fit, folders, checking)
-    with _open_loras(fit) as stack:
+    with device_job(fit.options.device), _open_loras(fit) as stack:
         return _record(fit, _measure(fit, folders, stack, running, fitting), source)
 
 

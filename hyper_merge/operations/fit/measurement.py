@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
+from hyper_merge.analysis.device_bytes import delta_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.loss_weights import layer_metrics, layer_stretches
 from hyper_merge.analysis.sensitivities import Sensitivities
@@ -26,6 +27,7 @@ from hyper_merge.decomposition.linalg import block_gram
 from hyper_merge.decomposition.ll1 import Statistics, fit_multipliers
 from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.loras.stack import LoraStack
+from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import ParallelMap, parallel_map
 from hyper_merge.runtime.progress import Progress, ProgressCounter
 
@@ -147,10 +149,14 @@ def measure(
             tensors = [file.tensor(key) for file in files]
             damages = damaged.find(key, tensors)
             counter.add(key, costs[key] / 2)
-            pieces = [
-                (index, _Piece(*_sums(delta, index, key, inputs, stack, stretches), size))
-                for index, delta, size in read_deltas(inputs, key, tensors, options.device)
-            ]
+
+            def measured(device: torch.device) -> list[tuple[int | None, _Piece]]:
+                return [
+                    (index, _Piece(*_sums(delta, index, key, inputs, stack, stretches), size))
+                    for index, delta, size in read_deltas(inputs, key, tensors, device)
+                ]
+
+            pieces = try_device(options.device, measured, delta_bytes(inputs, key))
             return pieces, damages
 
         for key, (pieces, damages) in zip(costs, parallel(take, costs), strict=True):

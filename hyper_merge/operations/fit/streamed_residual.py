@@ -13,14 +13,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.device_bytes import delta_bytes
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.decomposition.linalg import eigenvalues
 from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.decomposition.truncated_svd import truncation_cost
 from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.fit.measurement import Measurement, open_files, read_deltas
+from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, empty_layer, low_rank_layer
 
@@ -73,8 +76,7 @@ class StreamedResidual:
                 return torch.zeros(0, dtype=torch.float64)
             weighted = metric_of[layer].apply(rest)
             wide = weighted if layer.m <= layer.n else weighted.mT
-            squares = torch.linalg.eigvalsh((wide @ wide.mT).double())
-            return squares.flip(0).clamp(min=0).cpu()
+            return eigenvalues((wide @ wide.mT).double()).flip(0).clamp(min=0)
 
         return self._map(take, "measuring what remains", costs, progress)
 
@@ -132,12 +134,17 @@ class StreamedResidual:
 
             def take(key: str) -> list[tuple[int, Any]]:
                 tensors = [file.tensor(key) for file in files]
-                results = []
-                for index, delta, _ in read_deltas(self.inputs, key, tensors, self.options.device):
-                    layer = layers[index or 0]
-                    tick = partial(counter.add, layer.module)
-                    results.append((index or 0, function(layer, self._rest(layer, delta), tick)))
-                return results
+
+                def on(device: torch.device) -> list[tuple[int, Any]]:
+                    results = []
+                    for index, delta, _ in read_deltas(self.inputs, key, tensors, device):
+                        layer = layers[index or 0]
+                        tick = partial(counter.add, layer.module)
+                        result = function(layer, self._rest(layer, delta), tick)
+                        results.append((index or 0, result))
+                    return results
+
+                return try_device(self.options.device, on, delta_bytes(self.inputs, key))
 
             for results in parallel(take, keys):
                 for index, result in results:

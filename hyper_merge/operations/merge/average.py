@@ -17,7 +17,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.folders import AVERAGE_ID, require_no_source
 from hyper_merge.runs.name_locks import Hold, held
-from hyper_merge.runtime.devices import resolve_device
+from hyper_merge.runtime.devices import device_job, resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
 
@@ -51,7 +51,10 @@ def _write_average(preflight: Preflight, path: Path, progress: Progress) -> Path
     hashing, reading = progress.split(average_costs(inputs, folders.cache))
     with FileTransaction(overwrite=recipe.overwrite) as transaction:
         lineage = make_lineage(preflight, recipe.name, hashing)
-        with average_writer(transaction, path, preflight, lineage) as writer:
+        with (
+            device_job(options.device),
+            average_writer(transaction, path, preflight, lineage) as writer,
+        ):
             stream_layers(inputs, options, writer.write, None, reading)
     return path
 

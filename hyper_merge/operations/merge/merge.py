@@ -44,6 +44,7 @@ from hyper_merge.runs.folders import Place
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PrecisionLoss, Report
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
+from hyper_merge.runtime.devices import device_job
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.compressed_residual import SharedLoras
 from hyper_merge.solver.evaluation import evaluate
@@ -81,7 +82,9 @@ def run_merge(
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    return with_sound_cache(partial(_merge, preflight, progress, start, effort), progress.warn)
+    merge = partial(_merge, preflight, progress, start, effort)
+    with device_job(preflight.pass_options.device):
+        return with_sound_cache(merge, progress.warn)
 
 
 def _merge(

@@ -24,6 +24,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
+from hyper_merge.runtime.devices import device_job
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.rank_forecast import RankForecast
@@ -150,7 +151,10 @@ def ensure_analysis(
         if not turn.exists:
             require_disks({folders.cache: analysis_bytes(inputs, options)})
             options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
-            with create_analysis(turn.path, inputs, options) as analysis:
+            with (
+                device_job(options.device),
+                create_analysis(turn.path, inputs, options) as analysis,
+            ):
                 analysis.close_with(stream_layers(inputs, options, None, analysis.keep, progress))
             turn.end_making()
         yield turn.path

@@ -8,10 +8,12 @@ from types import ModuleType
 
 import gradio as gr
 import pytest
+import torch
 from fake_webui import EXTENSION, ROOTS, installed
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.standalone import Standalone
+from hyper_merge.runtime.devices import resolve_device
 
 
 @pytest.fixture
@@ -42,6 +44,28 @@ def test_the_script_registers_only_tab_settings_api_and_axis(webui, built):
     }
     assert built == []
     assert webui.opts.data_labels == {}
+
+
+@pytest.mark.parametrize(
+    ("of", "options", "device"),
+    [
+        ("a1111", {"device_id": "1"}, "cuda:1"),
+        ("a1111", {"use_cpu": ["all"]}, "cpu"),
+        ("a1111", {"use_cpu": ["interrogate"]}, "cuda"),
+        ("forge", {"always_cpu": True}, "cpu"),
+        ("forge", {}, "cuda:0"),
+    ],
+)
+def test_auto_is_the_device_that_the_webui_computes_on(
+    models, built, monkeypatch, of, options, device
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with installed(models, of, **options) as webui:
+        webui.load_scripts()
+        assert webui.errors.reports == []
+        assert resolve_device("auto") == torch.device(device)
+    assert resolve_device("auto") == torch.device("cuda")
 
 
 def test_the_tab_has_title_id_and_this_host(webui, built):

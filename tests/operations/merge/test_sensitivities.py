@@ -232,7 +232,9 @@ def test_cpu_runs_what_the_device_has_no_memory_for(runner, find, log):
     assert find(Progress(lambda _phase, x: reports.append(x), warn=log.warnings.append))
     assert len(runner.devices) == 2
     assert reports == [0, 0.5, 0.5, 0.75, 1]
-    assert log.warnings == ["cpu has too little memory to run the average; the CPU runs it"]
+    assert log.warnings == [
+        "cpu has too little memory for the network of the average; the CPU runs it"
+    ]
 
 
 def test_sensitivities_that_cannot_be_kept_are_used(tmp_path, runner, find, log):

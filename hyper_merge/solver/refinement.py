@@ -40,6 +40,7 @@ def refine(
     progress = SolverProgress(part)
     counting = progress.counting(parallel, len(group.problem.batches))
     narrowed = narrow(group, parallel)
+    group = replace(group, factors=())  # the wide ones
     stopping = stop_by_sweep(recipe, progress, 0.0)
     problem = replace(narrowed.group.problem, parallel=counting)
     solution = solve_ll1(problem, narrowed.group.factors, group.multipliers, stopping)

@@ -140,9 +140,10 @@ class _Solver:
                 problems = self._problems(even, parallel, 1)
                 return self._solution([self._joint(*problem) for problem in problems])
             problems = self._problems(ranks, parallel, 2)
-            overcomplete = [self._overcomplete(*problem) for problem in problems]
+            pruned = prune_ranks(
+                [self._overcomplete(*problem) for problem in problems], allowance, parallel
+            )
             return_memory()
-            pruned = prune_ranks(overcomplete, allowance, parallel)
             return self._solution(self._refined_best(pruned, allowance, parallel))
 
     def _refined_best(
@@ -150,19 +151,21 @@ class _Solver:
     ) -> list[GroupSolution]:
         """Returns the groups after their sweeps, or what follows from private LoRAs if that is better.
 
-        A few sweeps of both tell which of them goes on.
+        A few sweeps of both tell which of them goes on. No set of factors outlives its use: `pruned`
+        is empty afterwards.
         """
         parts = self._parts(2)[len(pruned) :]
         private = plan_private_start(self._metric, len(self._recipe.ranks), allowance)
         if private is None:
             return self._all_refined(pruned, parts, parallel)
         sweeps = self._recipe.iterations
-        groups = [try_sweeps(group, sweeps, parallel) for group in pruned]
+        groups = [try_sweeps(pruned.pop(0), sweeps, parallel) for _ in self._groups]
         if private.loss < _HOPELESS * joined_losses(groups)[-1]:
             starts = self._private_groups(private)
-            others = [try_sweeps(group, sweeps, parallel) for group in starts]
-            if joined_losses(others)[-1] < joined_losses(groups)[-1]:
-                groups = others
+            others = [try_sweeps(starts.pop(0), sweeps, parallel) for _ in self._groups]
+            is_better = joined_losses(others)[-1] < joined_losses(groups)[-1]
+            groups = others if is_better else groups
+            del others
         refined = self._all_refined(groups, parts, parallel)
         if joined_losses(refined)[-1] <= private.loss:
             return refined
@@ -176,10 +179,9 @@ class _Solver:
         ]
 
     def _all_refined(
-        self, groups: Sequence[GroupSolution], parts: Sequence[Progress], parallel: ParallelMap
+        self, groups: list[GroupSolution], parts: Sequence[Progress], parallel: ParallelMap
     ) -> list[GroupSolution]:
-        pairs = zip(groups, parts, strict=True)
-        return [refine(group, self._recipe, part, parallel) for group, part in pairs]
+        return [refine(groups.pop(0), self._recipe, part, parallel) for part in parts]
 
     def _overcomplete_ranks(self, limits: Sequence[int], allowance: Allowance) -> Ranks:
         """Returns ranks that take more than the allowance, where the spectra promise most."""

@@ -37,6 +37,8 @@ def refine(
         part: progress and interrupt.
         parallel: a map over the batches.
     """
+    if group.losses and not group.problem.batches:  # tried already, and there is nothing to do
+        return group
     progress = SolverProgress(part)
     counting = progress.counting(parallel, len(group.problem.batches))
     narrowed = narrow(group, parallel)

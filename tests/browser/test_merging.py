@@ -400,11 +400,14 @@ def search_and_pick_by_keys(tab):
     tab.until(lambda: [row.is_visible() for row in rows.all()].count(True) == 1)
     tab.type("runs_search", "")
     tab.pick_run("old")
+    tab.until(lambda: tab.value("other_run") == "old-2")
     rows.first.locator("button").focus()
     tab.page.keyboard.press("ArrowDown")
     tab.page.keyboard.press("ArrowUp")
     tab.page.keyboard.press("Enter")
     tab.until(lambda: "hm-picked" in rows.first.get_attribute("class"))
+    other = {"old": "old-2", "old-2": "old"}[rows.first.get_attribute("data-run")]
+    tab.until(lambda: tab.value("other_run") == other)  # its answer would clear what comes next
 
 
 def go_on_from_the_card(tab):

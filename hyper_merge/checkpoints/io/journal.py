@@ -292,9 +292,11 @@ def _move(source: Path, target: Path, repeat: Callable[[Callable[[], object]], o
 
 
 def _forget(path: Path | None) -> None:
-    if path is not None:
+    """Removes a file; one that is refused twice goes with the next transaction in its folder."""
+    for _ in range(2 if path else 0):
         with suppress(OSError):
             path.unlink(missing_ok=True)
+            return
 
 
 def _write(file: StagedFile, content: Mapping[str, Any]) -> None:

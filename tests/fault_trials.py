@@ -139,7 +139,9 @@ class Trial:
         disk = (settles, *_disk(self._root))
         if disk not in self._seen:
             self._seen.add(disk)
-            self._check_next(settles=settles, may_be_damaged=fault.kind in (BROKEN, FULL))
+            # What cannot be mapped looks broken, whatever the kind.
+            is_broken = fault.kind in (BROKEN, FULL) or "mmap" in outcome.use
+            self._check_next(settles=settles, may_be_damaged=is_broken)
 
     def _check_next(self, *, settles: bool, may_be_damaged: bool) -> None:
         """Checks the next run, whose outcome depends on nothing but the disk."""

@@ -293,7 +293,9 @@ def _move(source: Path, target: Path, repeat: Callable[[Callable[[], object]], o
 
 def _forget(path: Path | None) -> None:
     """Removes a file; one that is refused twice goes with the next transaction in its folder."""
-    for _ in range(2 if path else 0):
+    if path is None:
+        return
+    for _ in range(2):
         with suppress(OSError):
             path.unlink(missing_ok=True)
             return

@@ -11,6 +11,7 @@ window.hyperMergePicker = (() => {
     let waiting = []; // names that are added once it is known that they can go with the others
     let active = null; // name of the row in the list that the Tab key reaches
     let asked = -1; // facts that were known when more were asked for
+    let heard = "", lateOnes = 0, reminder = null; // of what Python says
     let isHeld = false, isStale = false; // a redraw under a pressed button would swallow its click
 
     const short = (name) => shorten([name]).get(name);
@@ -56,10 +57,20 @@ window.hyperMergePicker = (() => {
             .sort(orders[find("order").value] || orders.name);
     }
 
-    // From Python: the list, or more of what is known about its files.
+    // From Python: the list, or more of what is known about its files. gradio 4 at times hands over the
+    // value before the last answer's, or none; then Python is asked again.
     function list(text) {
-        const rows = JSON.parse(text || "[]");
-        files = new Map(rows.map((row) => [row.name, row]));
+        const isLate = !text || (text === heard && isLacking());
+        lateOnes = isLate ? lateOnes + 1 : 0;
+        clearTimeout(reminder);
+        if (isLate && lateOnes <= 5) {
+            reminder = setTimeout(() => find("inspect").click(), 500);
+        }
+        if (!text) {
+            return;
+        }
+        heard = text;
+        files = new Map(JSON.parse(text).map((row) => [row.name, row]));
         settle();
         drawFolders();
         draw();
@@ -81,12 +92,13 @@ window.hyperMergePicker = (() => {
         }
     }
 
+    const isLacking = () => [...files.values()].some((file) => !file.known)
+        || picked.some((name) => isSound(fact(name)) && fact(name).vae === undefined);
+
     // While facts are missing, unless the last answer brought none: files of other types of disks may hang.
     function askForMore() {
-        const lacking = [...files.values()].some((file) => !file.known)
-            || picked.some((name) => isSound(fact(name)) && fact(name).vae === undefined);
         const known = [...files.values()].reduce((sum, x) => sum + !!x.known + (x.vae !== undefined), 0);
-        if (lacking && known !== asked) {
+        if (isLacking() && known !== asked) {
             asked = known;
             find("inspect").click();
         }

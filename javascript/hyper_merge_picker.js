@@ -57,10 +57,10 @@ window.hyperMergePicker = (() => {
             .sort(orders[find("order").value] || orders.name);
     }
 
-    // From Python: the list, or more of what is known about its files. gradio 4 at times hands over the
-    // value before the last answer's, or none; then Python is asked again.
+    // From Python: the list, or more of what is known about its files. A WebUI that is filling its list has
+    // none for a moment, and gradio 4 may hand over the value before the last answer's: Python is asked again.
     function list(text) {
-        const isLate = !text || (text === heard && isLacking());
+        const isLate = !text || text === "[]" || (text === heard && isLacking());
         lateOnes = isLate ? lateOnes + 1 : 0;
         clearTimeout(reminder);
         if (isLate && lateOnes <= 5) {

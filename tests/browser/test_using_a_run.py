@@ -199,6 +199,7 @@ def test_one_lora_for_each_checkpoint(use, server):
     use.type("export_rank", "many")
     use.click("export")
     use.until(lambda: "Rank: expected" in use.text("export_outcome"))
+    use.settle()  # the refusal's last answers would come after those of the next job
     use.type("export_rank", "")
     use.click("export")
     done(use, "the LoRAs")
@@ -213,6 +214,7 @@ def test_deletable_originals_are_listed_and_then_a_refusal(use, server):
     use.type("safe_threshold", "much")
     use.click("safe")
     use.until(lambda: "Threshold: expected a share" in use.text("safe_outcome"))
+    use.settle()
     use.type("safe_threshold", "1%")
     use.click("safe")
     done(use, "the check of the originals")

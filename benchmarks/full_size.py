@@ -36,15 +36,9 @@ SPECS = {
 def main() -> None:
     """Runs every step and prints the table."""
     options = _options()
-    prefix = "synthetic" if options.family == "sd1" else f"synthetic_{options.family}"
-    spec = replace(SPECS[options.family], count=options.count)
-    paths = make_family(options.folder, spec, prefix)
+    paths = warm_family(options.folder, options.family, options.count)
     out = options.folder / f"out-{options.family}-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
-    for path in paths:  # warm files
-        with path.open("rb") as stream:
-            while stream.read(2**24):
-                pass
     plain_file = options.folder / "plain.safetensors"
     plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
     plain_file.unlink()
@@ -92,6 +86,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--allocation", choices=("adaptive", "even"), default="adaptive")
     parser.add_argument("--short", action="store_true", help="the first merge alone")
     return parser.parse_args()
+
+
+def warm_family(folder: Path, family: str, count: int) -> list[Path]:
+    """Returns the paths of a family of `SPECS`, made if need be, whose files lie in the file cache."""
+    prefix = "synthetic" if family == "sd1" else f"synthetic_{family}"
+    paths = make_family(folder, replace(SPECS[family], count=count), prefix)
+    for path in paths:
+        with path.open("rb") as stream:
+            while stream.read(2**24):
+                pass
+    return paths
 
 
 def make_family(folder: Path, spec: FamilySpec, prefix: str = "synthetic") -> list[Path]:

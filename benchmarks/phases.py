@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from full_size import OTHER_RANKS, RANKS, SPECS, make_family
+from full_size import OTHER_RANKS, RANKS, SPECS, warm_family
 from measure import anonymous_bytes
 from tables import table
 
@@ -118,13 +118,7 @@ class Ledger:
 def main() -> None:
     """Runs both merges and prints their tables."""
     options = _options()
-    spec = replace(SPECS[options.family], count=options.count)
-    prefix = "synthetic" if options.family == "sd1" else f"synthetic_{options.family}"
-    paths = make_family(options.folder, spec, prefix)
-    for path in paths:  # warm files
-        with path.open("rb") as stream:
-            while stream.read(2**24):
-                pass
+    paths = warm_family(options.folder, options.family, options.count)
     out = options.folder / f"phases-{options.family}-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
     settings = {"models": list(map(str, paths)), "output": str(out), "ranks": " ".join(RANKS)}

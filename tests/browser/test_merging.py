@@ -374,14 +374,7 @@ def test_runs_are_found_opened_copied_shown_side_by_side_and_deleted(earlier_run
     tab.until(lambda: "were copied to the form" in tab.text("form_note"))
     assert tab.find("merge").is_visible(), "the page goes to the form"
     tab.to("Runs")
-    tab.pick_run("old-2")
-    tab.click("run_delete")
-    tab.until(lambda: "old-2_0-3.safetensors" in tab.text("run_outcome"))
-    tab.click("run_cancel")
-    tab.until(lambda: not tab.text("run_outcome"))
-    tab.click("run_delete")
-    tab.until(lambda: tab.find("run_confirm").is_visible())
-    tab.click("run_confirm")
+    delete_after_second_thoughts(tab)
     tab.until(lambda: "Deleted" in tab.text("run_outcome"))
     tab.until(lambda: "old-2" not in tab.text("runs_table"))
     assert not (server.models / "Lora" / "old-2_0-3.safetensors").exists()
@@ -392,6 +385,24 @@ def test_runs_are_found_opened_copied_shown_side_by_side_and_deleted(earlier_run
     assert tab.value("name") == "old"
     assert tab.value("ranks") == "4, 2"
     assert sorted(tab.picked()) == sorted(THREE)
+
+
+def delete_after_second_thoughts(tab):
+    """Deletes the run old-2, after the question was cancelled, and asked of another run."""
+    tab.pick_run("old-2")
+    tab.click("run_delete")
+    tab.until(lambda: "old-2_0-3.safetensors" in tab.text("run_outcome"))
+    tab.click("run_cancel")
+    tab.until(lambda: not tab.text("run_outcome"))
+    tab.click("run_delete")
+    tab.until(lambda: tab.find("run_confirm").is_visible())
+    tab.pick_run("old")
+    tab.until(lambda: not tab.find("run_confirm").is_visible())
+    assert not tab.text("run_outcome"), "what was asked of another run"
+    tab.pick_run("old-2")
+    tab.click("run_delete")
+    tab.until(lambda: tab.find("run_confirm").is_visible())
+    tab.click("run_confirm")
 
 
 def search_and_pick_by_keys(tab):
@@ -407,7 +418,7 @@ def search_and_pick_by_keys(tab):
     tab.page.keyboard.press("Enter")
     tab.until(lambda: "hm-picked" in rows.first.get_attribute("class"))
     other = {"old": "old-2", "old-2": "old"}[rows.first.get_attribute("data-run")]
-    tab.until(lambda: tab.value("other_run") == other)  # its answer would clear what comes next
+    tab.until(lambda: tab.value("other_run") == other)
 
 
 def go_on_from_the_card(tab):

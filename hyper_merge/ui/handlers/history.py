@@ -51,14 +51,9 @@ def list_earlier_runs(
     )
 
 
-def pick_run(host: Host, name: str, second: str | None) -> tuple[Any, ...]:
-    """Offers the other runs to stand beside the picked one, and clears what was said of another.
-
-    Returns:
-        An update of the other runs, a message without buttons, and no run to delete.
-    """
-    names = [run.name for run in list_runs(host.folders())[0]]
-    return (_others(names, name, second), *_answered(""))
+def list_others(host: Host, name: str, second: str | None) -> Any:
+    """Returns an update of the runs that may stand beside the picked one."""
+    return _others([run.name for run in list_runs(host.folders())[0]], name, second)
 
 
 def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:

@@ -14,12 +14,15 @@ from hyper_merge.ui.handlers.result import (
 )
 from hyper_merge.ui.handlers.send import send_tags
 from hyper_merge.ui.handlers.use import use_run
+from hyper_merge.ui.panels.history import HistoryPanel
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.common import REFRESH_STYLES, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _COPY = "(text) => { hyperMerge.copy(text, ''); return []; }"
 _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
+_HIDDEN = '{"visible": false, "__type__": "update"}'  # gr.update() as a page reads it
+_CLEAR = f'() => ["", {_HIDDEN}, {_HIDDEN}, ""]'
 _GO = "() => { hyperMerge.go(%d, '%s'); return []; }"
 
 
@@ -80,11 +83,13 @@ def wire_history(wires: Wiring) -> None:
     _wire_copy(wires, panel.copy, panel.run, "columns")
     wires.on(
         panel.run.input,
-        functools.partial(history.pick_run, host),
+        functools.partial(history.list_others, host),
         [panel.run, panel.other],
-        [panel.other, panel.outcome, panel.confirm, panel.cancel, panel.to_delete],
+        [panel.other],
         panel.outcome,
     )
+    # not by the server, whose late answer would clear what the next button shows
+    in_browser(panel.run.input, _CLEAR, [], _asking(panel))
     wires.on(
         panel.beside.click,
         functools.partial(history.show_side_by_side, host),
@@ -100,10 +105,15 @@ def wire_history(wires: Wiring) -> None:
 def wire_deletion(wires: Wiring) -> None:
     """Wires deleting a run, which lists its files and asks first."""
     panel, host = wires.history, wires.host
-    asking = [panel.outcome, panel.confirm, panel.cancel, panel.to_delete]
+    asking = _asking(panel)
     ask = functools.partial(history.ask_to_delete_run, host, wires.jobs)
     wires.on(panel.delete.click, ask, [panel.run], asking, panel.outcome)
     delete = functools.partial(history.delete_confirmed_run, host, wires.jobs)
     deleted = wires.on(panel.confirm.click, delete, [panel.to_delete], asking, panel.outcome)
     in_browser(wires.list_runs(deleted.then).then, REFRESH_STYLES)
     wires.on(panel.cancel.click, history.cancel_deletion, [], asking, panel.outcome)
+
+
+def _asking(panel: HistoryPanel) -> list[Any]:
+    """The widgets that list the files of a run and ask whether to delete them."""
+    return [panel.outcome, panel.confirm, panel.cancel, panel.to_delete]

@@ -63,10 +63,8 @@ def test_an_empty_list_of_runs_says_so(host):
 
 
 def test_no_run_stands_beside_itself(host, two):
-    other, outcome, confirm, cancel, to_delete = history.pick_run(host, "mix", "mix")
+    other = history.list_others(host, "mix", "mix")
     assert (other["choices"], other["value"]) == (["mix-2"], "mix-2")
-    assert (outcome, to_delete) == ("", ""), "what was asked of another run"
-    assert confirm["visible"] is cancel["visible"] is False
     for second in ("mix", None):
         answer = history.show_side_by_side(host, "mix", second)
         assert kinds(answer) == ["info"]

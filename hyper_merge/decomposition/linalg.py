@@ -145,12 +145,18 @@ def block_gram(
 ) -> Tensor:  # (R, R), float64
     """Returns inner products of the blocks `up @ down`, without a matrix of their size."""
     up, down = torch.cat(list(ups), 1), torch.cat(list(downs))
-    columns = ((up.mT @ up) * (down @ down.mT)).double()
-    sizes = torch.tensor([part.shape[1] for part in ups])
+    return block_sums((up.mT @ up) * (down @ down.mT), [part.shape[1] for part in ups])
+
+
+def block_sums(
+    columns: Tensor,  # (r, r)
+    sizes: Sequence[int],  # of R blocks, r in all
+) -> Tensor:  # (R, R), float64
+    """Returns the sums over the pairs of each two blocks' columns."""
     member = torch.nn.functional.one_hot(
-        torch.arange(len(ups)).repeat_interleave(sizes), len(ups)
+        torch.arange(len(sizes)).repeat_interleave(torch.tensor(list(sizes))), len(sizes)
     ).double()
-    return member.mT @ columns @ member
+    return member.mT @ columns.double() @ member
 
 
 def block_columns(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hyper_merge.analysis.store import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import block_columns, block_gram, largest_value
+from hyper_merge.decomposition.linalg import block_columns, block_sums, largest_value
 from hyper_merge.decomposition.normalization import balance, unit_scales
+from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
 from hyper_merge.runtime.parallel import parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
@@ -149,33 +150,66 @@ def _round_layer(
         for stored_pair, stored in zip(factors, formats, strict=True)
     ]
     check()
-    rows = torch.cat([core, analysis.rounding(index)[None]]).flatten(1).double()
-    of_layer = metric.layers[index]
-    return _RoundedLayer(
-        factors,
-        _products(rows, bases, applied, applied),
-        _products(
-            rows,
-            bases,
-            [of_layer.dual(*pair) for pair in applied],
-            [of_layer.apply_to_factors(*pair) for pair in applied],
-        ),
-    )
+    rows = torch.cat([core, analysis.rounding(index)[None]])
+    return _RoundedLayer(factors, *_products(rows, bases, metric.layers[index], applied))
 
 
 def _products(
-    rows: Tensor,  # (d + 1, p * q), between the bases
+    rows: Tensor,  # (d + 1, p, q), between the bases
     bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
-    duals: Sequence[FactorPair],  # whose inner products with the rows are asked
+    of_layer: LayerMetric,
     blocks: Sequence[FactorPair],
-) -> Products:
-    left, right = bases
-    products = [
-        (block_columns(left, up) @ block_columns(right, down.mT).mT).flatten() for up, down in duals
-    ]
-    cross = rows @ torch.stack(products, 1).double()
+) -> tuple[Products, Products]:
+    """Returns the products of one layer, plain and as the loss counts them."""
     ups, downs = zip(*blocks, strict=True)
-    return Products(cross, block_gram(ups, downs))
+    sizes = [up.shape[1] for up in ups]
+    left = _Side.of(bases[0], of_layer.left, torch.cat(ups, 1))
+    right = _Side.of(bases[1], of_layer.right, torch.cat(downs).mT)
+    flat = rows.flatten(1).double()
+
+    def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
+        pairs = zip(left.split(sizes, 1), right.split(sizes, 1), strict=True)
+        return flat @ torch.stack([(up @ down.mT).flatten() for up, down in pairs], 1).double()
+
+    plain = Products(cross(left.within, right.within), block_sums(left.gram * right.gram, sizes))
+    if of_layer.is_plain:
+        return plain, Products(plain.cross * of_layer.scale, plain.gram * of_layer.scale)
+    weighted = Products(
+        cross(left.dual, right.dual), block_sums(left.weighted_gram * right.weighted_gram, sizes)
+    )
+    return plain, Products(weighted.cross * of_layer.scale, weighted.gram * of_layer.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Columns of all blocks' factors on one side of a layer, and what a stretch makes of them.
+
+    With the stretch S = I + V diag(factors - 1) V^T the square is I + V diag(gains) V^T: only the
+    parts along V change, so that no second set of columns as long as the layer is formed.
+    """
+
+    within: Tensor  # (p, r), in the basis
+    dual: Tensor  # (p, r), stretched twice, in the basis
+    gram: Tensor  # (r, r)
+    weighted_gram: Tensor  # (r, r), of the stretched columns
+
+    @classmethod
+    def of(
+        cls,
+        basis: Tensor,  # (m, p)
+        stretch: Stretch,
+        columns: Tensor,  # (m, r)
+    ) -> _Side:
+        gram, size = columns.mT @ columns, columns.shape[1]
+        if stretch.changes_nothing:
+            within = block_columns(basis, columns)
+            return cls(within, within, gram, gram)
+        directions = stretch.directions.to(columns)
+        both = block_columns(basis, torch.cat([columns, directions], 1))
+        within, directions_within = both[:, :size], both[:, size:]
+        along = directions.mT @ columns
+        grown = stretch.gains.to(columns)[:, None] * along
+        return cls(within, within + directions_within @ grown, gram, gram + along.mT @ grown)
 
 
 def _float8_alphas(layers: Sequence[_SolvedLayer], progress: Progress) -> list[float]:

@@ -4,8 +4,9 @@ import re
 
 from family_layouts import flux_layout, refiner_layout, sd3_layout
 from mmdit_layouts import FluxShape, JointShape
+from transformer_layouts import anima, chroma, flux2, lumina2, qwen_image, wan, z_image
 
-from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sd2_layout, sdxl_layout
+from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sd2_layout, sdxl_layout, under
 
 UNET = "model.diffusion_model."
 JOINT = JointShape(blocks=3, head=4, context=8, labels=6, positions=4)
@@ -36,6 +37,13 @@ def xl(**settings):
     return sdxl_layout(**{**sizes, **settings})
 
 
+def alone(transformer, *arguments, **settings):
+    """Returns what makes the layout of a transformer alone."""
+    return lambda: under(UNET, transformer(*arguments, **settings))
+
+
+EDIT = {UNET + "__index_timestep_zero__": (0,)}
+
 NARROW = {
     "sd1": one,
     "sd1_inpainting": with_channels(one, 9),
@@ -54,6 +62,16 @@ NARROW = {
     "sd35_large": lambda: joint(normed=True),
     "flux_dev": lambda: flux_layout(FluxShape(**FLUX)),
     "flux_schnell": lambda: flux_layout(FluxShape(**FLUX, guidance=False)),
+    "chroma": alone(chroma, FluxShape(**FLUX, guidance=False), 8),
+    "flux2_klein": alone(flux2, 8, (2, 2), 8, head=4, channels=4),
+    "flux2_dev": alone(flux2, 8, (2, 2), 8, guidance=True, head=4, channels=4),
+    "z_image": alone(z_image, 12, 2, 4),
+    "lumina_2": alone(lumina2, 12, 2, 4),
+    "anima": alone(anima, 8, 2, 8, 20),
+    "qwen_image": alone(qwen_image, 8, 2, 8, 4),
+    "qwen_image_edit_2511": lambda: {**under(UNET, qwen_image(8, 2, 8, 4)), **EDIT},
+    "wan": alone(wan, 8, 12, 2, 4),
+    "wan_i2v": alone(wan, 8, 12, 2, 4, reads_image=True),
 }
 
 FULL = {
@@ -74,6 +92,16 @@ FULL = {
     "sd35_large": lambda: sd3_layout(JointShape(blocks=38, normed=True)),
     "flux_dev": flux_layout,
     "flux_schnell": lambda: flux_layout(FluxShape(guidance=False)),
+    "chroma": alone(chroma),
+    "flux2_klein": alone(flux2),
+    "flux2_dev": alone(flux2, 6144, (8, 48), 15360, guidance=True),
+    "z_image": alone(z_image),
+    "lumina_2": alone(lumina2),
+    "anima": alone(anima),
+    "qwen_image": alone(qwen_image),
+    "qwen_image_edit_2511": lambda: {**under(UNET, qwen_image()), **EDIT},
+    "wan": alone(wan),
+    "wan_i2v": alone(wan, channels=36, reads_image=True),
 }
 
 

@@ -33,8 +33,8 @@ _LARGEST: Final = MappingProxyType(
         FLOAT8: torch.finfo(FLOAT8).max,  # torch 2.1 turns larger values into NaN
     }
 )
-UP, DOWN, ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
-"""The ends of a module's keys."""
+ALPHA: Final = ".alpha"
+"""The end of the key of a module's alpha."""
 
 WHOLE: Final = ".diff"
 """The end of the key of a module that is one whole tensor."""
@@ -69,8 +69,8 @@ def lora_tensors(
         if rank and layer.whole:
             tensors[layer.module + WHOLE] = TensorInfo(WHOLE_DTYPE, layer.shape)
         elif rank:
-            tensors[layer.module + DOWN] = TensorInfo(dtype, layer.down_shape(rank))
-            tensors[layer.module + UP] = TensorInfo(dtype, layer.up_shape(rank))
+            tensors[layer.down_key] = TensorInfo(dtype, layer.down_shape(rank))
+            tensors[layer.up_key] = TensorInfo(dtype, layer.up_shape(rank))
             if alpha is not None:
                 tensors[layer.module + ALPHA] = TensorInfo(_alpha_dtype(alpha, dtype), ())
     return tensors
@@ -206,8 +206,8 @@ def named_tensors(
         return {layer.module + WHOLE: (left @ right).to(WHOLE_DTYPE).view(layer.shape)}
     rank = up.shape[1]
     tensors = {
-        layer.module + DOWN: down.reshape(layer.down_shape(rank)),
-        layer.module + UP: up.reshape(layer.up_shape(rank)),
+        layer.down_key: down.reshape(layer.down_shape(rank)),
+        layer.up_key: up.reshape(layer.up_shape(rank)),
     }
     if alpha is not None:
         value = torch.tensor(alpha, dtype=_alpha_dtype(alpha, up.dtype))

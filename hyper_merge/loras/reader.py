@@ -17,7 +17,7 @@ from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
-from hyper_merge.loras.lora_file import ALPHA, DOWN, UP, WHOLE
+from hyper_merge.loras.lora_file import ALPHA, WHOLE
 
 _NOTHING: Final = TensorInfo(torch.float32, ())
 
@@ -64,7 +64,7 @@ class LoraReader:
     def dtypes(self) -> set[torch.dtype]:
         """The types in which its factors can be stored again; whole tensors have none."""
         tensors = self._file.header.tensors
-        stored = {tensors[name + UP].dtype for name, m in self.modules.items() if not m.whole}
+        stored = {tensors[m.up_key].dtype for m in self.modules.values() if not m.whole}
         return {torch.float16 if dtype in EIGHT_BIT_FLOATS else dtype for dtype in stored}
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float64
@@ -78,8 +78,8 @@ class LoraReader:
             m, n = layer.m, layer.n
             change = self._file.tensor(module + WHOLE).double().view(m, n)
             return (change, torch.eye(n).double()) if n <= m else (torch.eye(m).double(), change)
-        up = self._file.tensor(module + UP).double().flatten(1)
-        down = self._file.tensor(module + DOWN).double().flatten(1)
+        up = self._file.tensor(layer.up_key).double().flatten(1)
+        down = self._file.tensor(layer.down_key).double().flatten(1)
         root = math.sqrt(self._scale(module))
         return up * root, down * root
 
@@ -119,10 +119,11 @@ class LoraReader:
                 _require(bool(info.shape) and _is_float(info), header, module)
                 modules[module] = layer = self._layer(module, info.shape, whole=True)
                 ranks[module] = min(layer.m, layer.n)
-            if not key.endswith(DOWN):
+            spelling = self._family.lora_spelling
+            if not key.endswith(spelling.down):
                 continue
-            module = key.removesuffix(DOWN)
-            up = header.tensors.get(module + UP, _NOTHING)
+            module = key.removesuffix(spelling.down)
+            up = header.tensors.get(module + spelling.up, _NOTHING)
             _require(_fit_together(up, info), header, module)
             modules[module] = self._layer(module, (*up.shape[:1], *info.shape[1:]))
             ranks[module] = info.shape[0]
@@ -138,7 +139,8 @@ class LoraReader:
                 file=self.path,
                 key=module,
             ) from error
-        return Layer(module, module, part, shape, whole=whole)
+        spelling = self._family.lora_spelling
+        return Layer(module, module, part, shape, whole=whole, spelling=spelling)
 
 
 def _fit_together(up: TensorInfo, down: TensorInfo) -> bool:

@@ -20,7 +20,14 @@ from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 _WEIGHT: Final = ".weight"
 _CLIP: Final = "cond_stage_model.transformer."
 _SGM: Final = "conditioner.embedders.0.model."
-_BARE: Final = ("input_blocks.0.0.", "double_blocks.0.img_attn.qkv.", "joint_blocks.0.x_block.")
+_BARE: Final = (
+    *("input_blocks.0.0.", "double_blocks.0.img_attn.qkv.", "joint_blocks.0.x_block."),
+    *("noise_refiner.0.attention.", "blocks.0.mlp.layer1.", "txt_norm.", "blocks.0.ffn.0."),
+)
+# Before the keys of a network in place of the usual prefix.
+_PREFIXES: Final = ("net.", "diffusion_model.", "model.model.")
+_NORMS: Final = UNET + "distilled_guidance_layer.norms."
+_MOST_NORMS: Final = 10  # Chroma has five
 # Around the transformers of an LDM UNet: convolutions or matrices, by the family.
 _PROJECTIONS: Final = (".proj_in.weight", ".proj_out.weight")
 # An OpenCLIP text encoder multiplies by this matrix from the right; diffusers' converter leaves it as the
@@ -47,6 +54,13 @@ class _Rename:
 
 
 _RENAMES: Final = (
+    *(
+        _Rename(
+            lambda s, prefix=prefix: s.has(*(prefix + start for start in _BARE)),
+            ((prefix, UNET),),
+        )
+        for prefix in _PREFIXES
+    ),
     # A network alone, as Flux and SD 3 are often given away.
     _Rename(lambda s: s.has(*_BARE) and not s.has(UNET), (("", UNET),), exceptions=_OTHERS),
     # Files of 2022 that older tools saved.
@@ -57,12 +71,11 @@ _RENAMES: Final = (
             for part in ("encoder.", "embeddings.", "final_layer_norm.")
         ),
     ),
-    # Flux as ComfyUI saves it, whose norms of queries and keys are torch's own.
+    # Flux and Chroma as ComfyUI saves them, whose norms are torch's own.
     _Rename(
         lambda s: s.has(UNET + "double_blocks.0."),
-        suffixes=tuple(
-            (f".{part}_norm{_WEIGHT}", f".{part}_norm.scale") for part in ("query", "key")
-        ),
+        tuple((f"{_NORMS}{i}{_WEIGHT}", f"{_NORMS}{i}.scale") for i in range(_MOST_NORMS)),
+        tuple((f".{part}_norm{_WEIGHT}", f".{part}_norm.scale") for part in ("query", "key")),
     ),
     # SD 2 in the spelling of SDXL's repository: SD-Turbo.
     _Rename(

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.sections import OTHER
-from hyper_merge.checkpoints.architectures.spec import Family, NetworkPart, PartName
+from hyper_merge.checkpoints.architectures.spec import (
+    KOHYA,
+    Family,
+    LoraSpelling,
+    NetworkPart,
+    PartName,
+)
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo, TensorsAsKey
 
@@ -24,10 +30,11 @@ _POSITION_IDS: Final = ".embeddings.position_ids"
 _UNUSED: Final = ("model_ema.", "first_stage_model.model_ema.", "first_stage_model.loss.")
 _SCHEDULE: Final = re.compile(r"(alphas_cumprod|betas$|sqrt_|posterior_|log_|logvar$|lvlb_)[^.]*")
 _NORM: Final = re.compile(
-    r".*([._]norm\d?|[._]ln_\w+|\.in_layers\.0|\.out_layers\.0|\.out\.0)\.(weight|bias|scale)"
+    r".*([._]norm\d?|[._]norm_\w+|\.norms\.\d+|[._]ln_\w+|\.in_layers\.0|\.out_layers\.0|\.out\.0)"
+    r"\.(weight|bias|scale)"
 )
 _EMBEDDING: Final = re.compile(
-    r".*((token|position|positional)_embedding|pos_embed|\.shared|embed_tokens)(\.weight)?"
+    r".*((token|position|positional)_embedding|pos_embed|\.shared|\.embed|embed_tokens)(\.weight)?"
 )
 
 
@@ -46,7 +53,7 @@ class Layer:
     """A tensor, or rows of one, that takes a LoRA; seen as a matrix (m, n) = (out, in*kh*kw)."""
 
     key: str  # in the checkpoint
-    module: str  # in a LoRA file, without ".lora_up.weight"
+    module: str  # in a LoRA file, without the ends of its factors' keys
     part: PartName
     shape: Shape  # of the weight in the LoRA's consumer, 2-D or 4-D
     rows: tuple[int, int] | None = None  # of a fused tensor: first, end
@@ -56,6 +63,7 @@ class Layer:
     # At an end of the network: in the LoRA's companion, for some programs choke on it in a LoRA.
     is_end: bool = False
     whole: bool = False  # in a file it is one tensor of its own shape in float32, not factors
+    spelling: LoraSpelling = KOHYA  # of its factors in a file
 
     @property
     def m(self) -> int:
@@ -72,12 +80,22 @@ class Layer:
         """Height and width of a convolution's kernel, None for a linear layer."""
         return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else None
 
+    @property
+    def up_key(self) -> str:
+        """The key of its left factor in a LoRA file."""
+        return self.module + self.spelling.up
+
+    @property
+    def down_key(self) -> str:
+        """The key of its right factor in a LoRA file."""
+        return self.module + self.spelling.down
+
     def up_shape(self, rank: int) -> Shape:
-        """Returns the shape of `.lora_up.weight`."""
+        """Returns the shape of the left factor in a LoRA file."""
         return (self.m, rank, 1, 1) if self.kernel else (self.m, rank)
 
     def down_shape(self, rank: int) -> Shape:
-        """Returns the shape of `.lora_down.weight`, which has the convolution's kernel."""
+        """Returns the shape of the right factor, which has the convolution's kernel."""
         return (rank, *self.shape[1:])
 
 
@@ -110,9 +128,7 @@ def layout_of(header: Header, family: Family) -> Layout:
 @functools.lru_cache(maxsize=32)
 def _layout_of(key: TensorsAsKey, family: Family) -> Layout:
     header = key.header
-    layers = tuple(
-        layer for part in family.parts for layer in _layers(header, part, family.resolution)
-    )
+    layers = tuple(layer for part in family.parts for layer in _layers(header, part, family))
     keys = {layer.key for layer in layers}
     treatments = {
         key: Treatment.LAYER if key in keys else _treatment(key, info, family)
@@ -172,7 +188,7 @@ def position_ids(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[-1]).expand(shape).contiguous()
 
 
-def _layers(header: Header, part: NetworkPart, resolution: int) -> Iterator[Layer]:
+def _layers(header: Header, part: NetworkPart, family: Family) -> Iterator[Layer]:
     keys = (key for key in header.tensors if key.startswith(part.prefix))
     for key in sorted(keys, key=_natural):
         info = header.tensors[key]
@@ -180,9 +196,9 @@ def _layers(header: Header, part: NetworkPart, resolution: int) -> Iterator[Laye
         if match is None or not info.dtype.is_floating_point:
             continue
         path = match["path"] or match["fused"]
-        positions = part.positions(path, resolution)
+        positions = part.positions(path, family.resolution)
         for module in part.modules(path, info.shape):
-            name = part.lora_prefix + module.path.replace(".", "_")
+            name = family.lora_spelling.module(part.lora_prefix, module.path)
             bundle = module.bundle and part.lora_prefix + module.bundle
             yield Layer(
                 key=key,
@@ -195,6 +211,7 @@ def _layers(header: Header, part: NetworkPart, resolution: int) -> Iterator[Laye
                 positions=positions,
                 is_end=module.is_end,
                 whole=module.whole,
+                spelling=family.lora_spelling,
             )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment
+from hyper_merge.checkpoints.architectures.spec import NetworkPart
 from hyper_merge.checkpoints.io.header import Header
 
 Kind = Literal["norms", "biases", "end biases"]
@@ -38,9 +39,10 @@ def norms_and_biases_of(header: Header, layout: Layout) -> tuple[NormOrBias, ...
     whole = {layer.key: layer.module for layer in layout.layers if layer.whole}
     tensors = []
     for part in layout.family.parts:
-        stems = {} if part.name != "unet" else _stems(header, layout, part.prefix)
+        stems = {} if part.name != "unet" else _stems(header, layout, part)
         for stem, weight_dimensions in stems.items():
-            name = part.lora_prefix + stem.removeprefix(part.prefix).replace(".", "_")
+            path = stem.removeprefix(part.prefix)
+            name = layout.family.lora_spelling.module(part.lora_prefix, path)
             bias = header.tensors[stem + _BIAS]
             if weight_dimensions == 1:
                 tensors.append(NormOrBias(stem + _WEIGHT, name + ".w_norm", "norms", bias.numel))
@@ -53,12 +55,18 @@ def norms_and_biases_of(header: Header, layout: Layout) -> tuple[NormOrBias, ...
     return tuple(tensors)
 
 
-def _stems(header: Header, layout: Layout, prefix: str) -> dict[str, int]:
+def _stems(header: Header, layout: Layout, part: NetworkPart) -> dict[str, int]:
     """Returns the number of the weight's dimensions by stem, where there is an averaged bias too."""
+    within = tuple(
+        other.prefix
+        for other in layout.family.parts
+        if other.prefix != part.prefix and other.prefix.startswith(part.prefix)
+    )
     return {
         stem: len(header.tensors[stem + _WEIGHT].shape)
         for stem in (key.removesuffix(_BIAS) for key in header.tensors if key.endswith(_BIAS))
-        if stem.startswith(prefix)
+        if stem.startswith(part.prefix)
+        and not stem.startswith(within)
         and stem + _WEIGHT in header.tensors
         and layout.treatments[stem + _BIAS] is Treatment.AVERAGE
     }

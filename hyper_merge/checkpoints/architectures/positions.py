@@ -18,11 +18,15 @@ _PATCH: Final = 2  # height and width of a transformer's patch, in the latent
 _LATENT: Final = 8  # pixels for one of the latent, in height and width
 _PER_LEVEL: Final = 3  # blocks of a UNet's level, in both directions
 
-_ONCE: Final = re.compile(r".*(\.emb_layers\.|modulation\.|_mod\.|adaLN_modulation\.).*")
+_ONCE: Final = re.compile(r".*(\.emb_layers\.|modulation(_\w+)?\.|_mod\.).*")
 _OF_TEXT: Final = re.compile(r".*\.attn2\.to_[kv]")
 _SIDE: Final = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d)\.?(.*)")
-_CONTEXT: Final = re.compile(r"(joint_blocks\.\d+\.context_block|double_blocks\.\d+\.txt_\w+)\..*")
-_BOTH: Final = re.compile(r"single_blocks\..*")
+_CONTEXT: Final = re.compile(
+    r"(joint_blocks\.\d+\.context_block|\w+_blocks\.\d+\.txt_\w+|context_refiner\.\d+)\..*"
+    r"|transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)"
+    r"|blocks\.\d+\.cross_attn\.[kv](_proj)?"
+)
+_BOTH: Final = re.compile(r"(single_blocks|layers)\..*")
 
 
 def text_positions(path: str, resolution: int) -> int:  # noqa: ARG001 - of every layer the same

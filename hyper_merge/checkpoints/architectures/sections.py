@@ -14,6 +14,10 @@ _NUMBERED: Final = (
     (re.compile(r"(?:^|.*\.)joint_blocks\.(\d+)\..*"), "JOINT"),
     (re.compile(r"(?:^|.*\.)double_blocks\.(\d+)\..*"), "DOUBLE"),
     (re.compile(r"(?:^|.*\.)single_blocks\.(\d+)\..*"), "SINGLE"),
+    (re.compile(r"(?:transformer_)?blocks\.(\d+)\..*"), "BLOCK"),
+    (re.compile(r"noise_refiner\.(\d+)\..*"), "NOISE"),
+    (re.compile(r"context_refiner\.(\d+)\..*"), "CONTEXT"),
+    (re.compile(r"layers\.(\d+)\..*"), "LAYER"),
 )
 _ENCODER: Final = re.compile(r"(?:^|.*\.)(?:layers|resblocks)\.(\d+)\..*")
 _ENDS: Final = {
@@ -34,7 +38,7 @@ def section_of(path: str, encoder: str = "TE") -> str:
     """Returns the section of a layer: IN00.., DOUBLE00.., TE00.. by the number of its block.
 
     In an LDM UNet also MID, and TIME, LABEL and OUT at the ends; in a transformer JOINT00..,
-    DOUBLE00.. and SINGLE00...
+    DOUBLE00.., SINGLE00.., BLOCK00.., LAYER00.. and those of refiners.
 
     Args:
         path: dotted, within its network.

@@ -51,6 +51,31 @@ class DetectionRule:
 
 
 @dataclass(frozen=True)
+class LoraSpelling:
+    """How LoRA files of a family name a module and its factors."""
+
+    separator: str  # between the words of a module's path
+    up: str  # ends of the factors' keys
+    down: str
+
+    def module(self, prefix: str, path: str) -> str:
+        """Returns the name of a module.
+
+        Args:
+            prefix: of the network's modules.
+            path: dotted, within the network.
+        """
+        return prefix + path.replace(".", self.separator)
+
+
+KOHYA: Final = LoraSpelling("_", ".lora_up.weight", ".lora_down.weight")
+"""The spelling of kohya's scripts, which all hosts take for the older families."""
+
+PEFT: Final = LoraSpelling(".", ".lora_B.weight", ".lora_A.weight")
+"""The spelling of PEFT under the checkpoint's own names."""
+
+
+@dataclass(frozen=True)
 class NetworkPart:
     """A network within a checkpoint whose layers take LoRAs."""
 
@@ -77,6 +102,10 @@ class Family:
     vae_prefixes: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()  # keys that begin so: weights that nobody runs
     lora_alpha: bool = True  # whether LoRA files of the family hold alphas
+    lora_spelling: LoraSpelling = KOHYA
+    # Words in the names of files that have the same keys and shapes as those without, but were trained
+    # to do something else: their average does neither.
+    strains: tuple[str, ...] = ()
     in_a1111: bool = True  # whether AUTOMATIC1111 runs it
     half: torch.dtype = torch.float16  # in which hosts hold its weights
     # Metadata of LoRA files of this family, by their names there.

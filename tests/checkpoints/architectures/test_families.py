@@ -12,6 +12,7 @@ from hyper_merge.checkpoints.architectures.detection import (
     detect_family,
     require_supported,
 )
+from hyper_merge.checkpoints.architectures.families import KINDS
 from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import TensorInfo
@@ -24,13 +25,25 @@ OPEN_CLIP = "cond_stage_model.model."
 SGM = "conditioner.embedders.0.model."
 LABELS = {UNET + "label_emb.0.0.weight": (8, 8)}
 
+PREFIXES = ("net.", "diffusion_model.", "model.model.")
+TRANSFORMERS = {name for name in FULL if not name.startswith("sd")}
+
 UNSUPPORTED = {
     "sd1_pruned": lambda: without(one(), "middle_block.1"),
     "sd2_pruned": lambda: without(two(), "output_blocks", "input_blocks.6"),
     "sdxl_pruned": lambda: without(xl(), "middle_block.1", "transformer_blocks.4"),
     "sd2_upscaler": lambda: two(input_channels=7),
     "sd2_unclip": lambda: {**two(), **LABELS},
-    "chroma": lambda: {**NARROW["flux_schnell"](), UNET + "distilled_guidance_layer.x": (4,)},
+    "chroma_radiance": lambda: {**NARROW["chroma"](), UNET + "nerf_blocks.0.norm.scale": (4,)},
+    "z_image_omni": lambda: {**NARROW["z_image"](), UNET + "siglip_embedder.0.weight": (4,)},
+    "z_image_pixel": lambda: {**NARROW["z_image"](), UNET + "dec_net.cond_embed.weight": (4, 4)},
+    "newbie": lambda: {**NARROW["lumina_2"](), UNET + "clip_text_pooled_proj.0.weight": (4,)},
+    "cosmos_predict2": lambda: without(NARROW["anima"](), "llm_adapter"),
+    "qwen_image_layered": lambda: {
+        **NARROW["qwen_image"](),
+        UNET + "time_text_embed.addition_t_embedding.weight": (2, 8),
+    },
+    "wan_extended": lambda: {**NARROW["wan"](), UNET + "vace_patch_embedding.weight": (8, 4)},
     "alt_diffusion": lambda: renamed(one(), CLIP, "cond_stage_model.roberta."),
 }
 
@@ -57,7 +70,7 @@ def test_an_unsupported_family_is_refused_by_title(make_header, name):
         require_supported(make_header(UNSUPPORTED[name](), name="X.safetensors"))
     assert str(refusal.value) == (
         f"X.safetensors is a {family.title} checkpoint, which cannot be merged;"
-        " choose checkpoints of Stable Diffusion 1.x, 2.x, XL, 3, 3.5 and Flux"
+        f" choose checkpoints of {KINDS}"
     )
 
 
@@ -65,8 +78,11 @@ def test_an_unsupported_family_is_refused_by_title(make_header, name):
 def test_a_network_alone_of_full_size_is_still_told(make_header, name):
     alone = parts(FULL[name](), UNET, "edm_")
     assert require_supported(make_header(alone)).name == name
-    bare = make_header(renamed(alone, UNET, ""))
-    assert require_supported(with_standard_keys(bare)).name == name
+    prefixes = ["", *(PREFIXES if name in TRANSFORMERS else ())]
+    for prefix in prefixes:
+        other = with_standard_keys(make_header(renamed(alone, UNET, prefix)))
+        assert require_supported(other).name == name
+        assert set(other.tensors) == set(alone)
 
 
 def test_a_pruned_network_alone_is_told_too(make_header):

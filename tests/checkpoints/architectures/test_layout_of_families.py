@@ -40,6 +40,27 @@ COUNTS = {
     "sd35_large": (377, 0, 0, 0),
     "flux_dev": (304, 0, 0, 0),
     "flux_schnell": (304, 0, 0, 0),
+    "chroma": (228, 0, 0, 0),
+    "flux2_klein": (112 + 3, 0, 0, 0),
+    "flux2_dev": (160 + 3, 0, 0, 0),
+    "z_image": (270, 0, 0, 0),
+    "lumina_2": (178, 0, 0, 0),
+    "anima": (448, 0, 0, 0),
+    "qwen_image": (840, 0, 0, 0),
+    "qwen_image_edit_2511": (840, 0, 0, 0),
+    "wan": (400, 0, 0, 0),
+    "wan_i2v": (480, 0, 0, 0),
+}
+# Billions of numbers in the matrices that LoRAs carry.
+BILLIONS = {
+    "chroma": 8.607,
+    "flux2_klein": 8.72 + 0.25,
+    "z_image": 6.142,
+    "lumina_2": 2.600,
+    "anima": 1.762 + 0.176,
+    "qwen_image": 20.4,
+    "wan": 14.05,  # of 14.29
+    "wan_i2v": 16.15,  # of 16.39
 }
 CLIP_PARTS = ("self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj")
 ENDS = ("input_blocks.0.0.", "time_embed.", "label_emb.", "out.")
@@ -80,11 +101,17 @@ def test_every_family_has_its_number_of_layers(make_header, name):
 def test_a_narrow_file_has_the_same_modules(make_header, name):
     modules = [layer.module for layer in layers_of(make_header, NARROW[name]())]
     full = {layer.module for layer in layers_of(make_header, FULL[name]())}
-    if not name.startswith(("sd3", "flux")):  # these have fewer blocks here
+    if name.startswith(("sd1", "sd2", "sdxl")):  # the others have fewer blocks here
         assert set(modules) == full
     same = re.compile(r"\d+")
     kinds = [{same.sub("#", module) for module in names} for names in (modules, full)]
     assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_loras_carry_nearly_all_of_a_transformer(make_header, name):
+    layers = layers_of(make_header, FULL[name]())
+    assert sum(x.m * x.n for x in layers) / 1e9 == pytest.approx(BILLIONS[name], rel=6e-3)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_refiner"])
@@ -228,7 +255,7 @@ def test_projections_are_layers_of_the_loaders_shape(make_header, name):
 @pytest.mark.parametrize("name", NARROW)
 def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
     beside = text_encoders_layout(8, 16 * name.startswith("sd3"), 64, 20)
-    texts = beside if name.startswith(("sd3", "flux")) else {}
+    texts = beside if name.startswith(("sd3", "flux_")) else {}
     header = make_header({**NARROW[name](), **texts})
     layout = layout_of(header, detect_family(header))
     other = {key for key in layout.treatments if kind_of_tensor(key, layout) == "other weights"}
@@ -236,6 +263,21 @@ def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
     text = ("text_projection", "text_projection.weight", "relative_attention_bias.weight")
     inside = ("T5", "t5xxl", "conditioner.embedders.0.model.")
     ends = ("time_embed", "label_emb", "_in.", "_embedder", "final_layer", "embedder.proj")
+    if not name.startswith("sd"):
+        ends += (
+            "modulation",
+            "_pad_token",
+            "distilled_guidance_layer",
+            "llm_adapter.",
+            "head.head",
+        )
+        ends += (
+            "norm_out.",
+            "proj_out.",
+            "patch_embedding.",
+            "text_embedding.",
+            "time_projection.",
+        )
     for key in other - first:
         assert key.endswith(text) or any(part in key for part in (*inside, *ends)), key
     copied = {key for key in layout.treatments if kind_of_tensor(key, layout) == "copied"}
@@ -243,7 +285,7 @@ def test_nothing_of_a_network_is_left_without_a_kind(make_header, name):
     assert copied == {
         key
         for key in header.tensors
-        if key.endswith(("position_ids", "logit_scale")) or key.startswith(("edm_", *idle))
+        if key.endswith(("position_ids", "logit_scale", "__")) or key.startswith(("edm_", *idle))
     }
 
 

@@ -25,7 +25,11 @@ from hyper_merge.runs.report_text import format_report
 
 
 @pytest.mark.parametrize(
-    "name", ["sd1_inpainting", "sd2", "sdxl_refiner", "sd3_medium", "sd35_medium", "flux_dev"]
+    "name",
+    [
+        *("sd1_inpainting", "sd2", "sdxl_refiner", "sd3_medium", "sd35_medium", "flux_dev"),
+        *("chroma", "flux2_klein", "z_image", "lumina_2", "anima", "qwen_image_edit_2511", "wan"),
+    ],
 )
 def test_full_rank_restores_every_layer(tmp_path, name):
     shapes = few(NARROW[name]())
@@ -46,6 +50,7 @@ def test_full_rank_restores_every_layer(tmp_path, name):
         ("sdxl_refiner", {"modelspec.architecture": "stable-diffusion-xl-v1-refiner/lora"}),
         ("sd35_large", {"ss_base_model_version": "5-large", "ss_v2": "False"}),
         ("flux_schnell", {"modelspec.architecture": "flux-1-schnell/lora"}),
+        ("z_image", {"modelspec.architecture": "Z-Image/lora"}),
     ],
 )
 def test_loras_say_of_which_family_they_are(tmp_path, name, expected):
@@ -54,9 +59,10 @@ def test_loras_say_of_which_family_they_are(tmp_path, name, expected):
     (lora,) = merged_exactly(models, tmp_path, ranks=(2,), dtype="float16").loras
     assert expected.items() <= metadata(lora).items()
     alphas = [key for key in load_file(lora) if key.endswith(".alpha")]
-    assert (not alphas) == name.startswith("sd3")
+    assert (not alphas) == name.startswith(("sd3", "z_image"))
     card = json.loads(lora.with_suffix(".json").read_text())
     words = {"sd2": "SD2", "sdxl_refiner": "SDXL", "flux_schnell": "Flux", "sd35_large": "Unknown"}
+    words["z_image"] = "Unknown"
     assert card["sd version"] == words[name]
 
 

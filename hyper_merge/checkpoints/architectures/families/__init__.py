@@ -8,19 +8,38 @@ from __future__ import annotations
 
 from typing import Final
 
-from hyper_merge.checkpoints.architectures.families import flux, sd1, sd2, sd3, sdxl
+from hyper_merge.checkpoints.architectures.families import (
+    anima,
+    flux,
+    flux2,
+    lumina,
+    qwen_image,
+    sd1,
+    sd2,
+    sd3,
+    sdxl,
+    wan,
+)
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
 from hyper_merge.checkpoints.architectures.spec import Family
 
 FAMILIES: Final[tuple[Family, ...]] = (
     *sd3.FAMILIES,
+    *flux2.FAMILIES,
     *flux.FAMILIES,
+    *lumina.FAMILIES,
+    *anima.FAMILIES,
+    *qwen_image.FAMILIES,
+    *wan.FAMILIES,
     *sdxl.FAMILIES,
     *sd2.FAMILIES,
     *sd1.FAMILIES,
 )
 
-KINDS: Final = "Stable Diffusion 1.x, 2.x, XL, 3, 3.5 and Flux"
+KINDS: Final = (
+    "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, Flux, Flux.2, Chroma, Z-Image, Lumina 2, Anima,"
+    " Qwen-Image and Wan"
+)
 """Short names of what can be merged, for messages."""
 
 

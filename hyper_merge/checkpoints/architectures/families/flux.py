@@ -38,6 +38,11 @@ def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES) or tuple(replace(m, is_end=True) for m in ends)
 
 
+def _chroma_modules(path: str, shape: Shape) -> tuple[Module, ...]:
+    """Returns the matrices of the blocks: a network of its own, which nobody trains, modulates them."""
+    return modules_matching(path, shape, _MODULES)
+
+
 def _family(version: str, rule: DetectionRule) -> Family:
     return Family(
         name=f"flux_{version}",
@@ -59,8 +64,28 @@ def _family(version: str, rule: DetectionRule) -> Family:
     )
 
 
+_CHROMA: Final = replace(
+    _family("schnell", DetectionRule((_DOUBLE, _SINGLE, _APPROXIMATOR))),
+    name="chroma",
+    title="Chroma",
+    parts=(
+        NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),
+        transformer_part(_chroma_modules),
+    ),
+    strains=("flash", "radiance"),
+    ss_base_model_version="chroma",
+    modelspec_architecture="chroma",
+    modelspec_implementation="https://huggingface.co/lodestones/Chroma",
+    sd_version="Unknown",
+)
+
 FAMILIES: Final = (
-    Family("chroma", "Chroma", DetectionRule((_APPROXIMATOR,))),
+    Family(
+        "chroma_radiance",
+        "Chroma Radiance",
+        DetectionRule((_APPROXIMATOR, UNET + "nerf_blocks.")),
+    ),
+    _CHROMA,
     _family("dev", DetectionRule((_DOUBLE, _SINGLE, _GUIDANCE))),
     _family("schnell", DetectionRule((_DOUBLE, _SINGLE), none_of=(_GUIDANCE,))),
 )

@@ -30,17 +30,24 @@ T5: Final = "text_encoders.t5xxl.transformer."
 """Prefixes of the text encoders that stand in one file with a transformer."""
 
 
+NATIVE: Final = "diffusion_model."
+"""Prefix of the modules in LoRA files that keep the checkpoint's own names."""
+
+
 def second_encoder(path: str) -> str:
     """Returns the section of a layer in the second of two text encoders."""
     return section_of(path, encoder="TE2.")
 
 
-def transformer_part(modules: Callable[[str, Shape], tuple[Module, ...]]) -> NetworkPart:
+def transformer_part(
+    modules: Callable[[str, Shape], tuple[Module, ...]], lora_prefix: str = "lora_unet_"
+) -> NetworkPart:
     """Returns the denoiser of a family that is a transformer of patches.
 
     Args:
         modules: names the modules of a tensor, see `NetworkPart`.
+        lora_prefix: of its modules' names in a LoRA file.
     """
     return NetworkPart(
-        "unet", "transformer", UNET, "lora_unet_", modules, positions=transformer_positions
+        "unet", "transformer", UNET, lora_prefix, modules, positions=transformer_positions
     )

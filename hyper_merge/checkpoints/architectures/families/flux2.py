@@ -1,0 +1,57 @@
+"""Flux.2 (dev, klein): Flux's double and single blocks with one modulation for all of a kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from hyper_merge.checkpoints.architectures.families.shared import NATIVE, VAE, transformer_part
+from hyper_merge.checkpoints.architectures.lora_modules import Module, modules_matching
+from hyper_merge.checkpoints.architectures.signatures import UNET
+from hyper_merge.checkpoints.architectures.spec import PEFT, DetectionRule, Family
+from hyper_merge.checkpoints.io.header import Shape
+
+_DOUBLE: Final = UNET + "double_blocks.0.img_attn.norm.key_norm."
+_MODULATION: Final = UNET + "double_stream_modulation_img.lin."
+_GUIDANCE: Final = UNET + "guidance_in."
+_MODULES: Final = (
+    r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])"
+    r"|single_blocks\.\d+\.linear[12]"
+    r"|double_stream_modulation_(img|txt)\.lin|single_stream_modulation\.lin"
+)
+
+
+def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _MODULES)
+
+
+KLEIN: Final = Family(
+    name="flux2_klein",
+    title="Flux.2 klein",
+    rule=DetectionRule((_DOUBLE, _MODULATION), none_of=(_GUIDANCE,)),
+    parts=(transformer_part(_modules, NATIVE),),
+    vae_prefixes=VAE,
+    lora_alpha=False,  # diffusers refuses a file with any
+    lora_spelling=PEFT,
+    strains=("base",),  # of which the others were distilled
+    in_a1111=False,
+    half=torch.bfloat16,
+    ss_base_model_version="flux2",
+    modelspec_architecture="Flux.2-klein",
+    modelspec_implementation="https://github.com/black-forest-labs/flux2",
+    modelspec_resolution="1024x1024",
+    sd_version="Unknown",
+)
+
+DEV: Final = replace(
+    KLEIN,
+    name="flux2_dev",
+    title="Flux.2 dev",
+    rule=DetectionRule((_DOUBLE, _MODULATION, _GUIDANCE)),
+    strains=(),
+    modelspec_architecture="Flux.2-dev",
+)
+
+FAMILIES: Final = (DEV, KLEIN)

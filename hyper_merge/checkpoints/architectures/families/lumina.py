@@ -1,0 +1,94 @@
+"""Z-Image and Lumina 2: transformers whose blocks read pixels and text together, after refiners of each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from hyper_merge.checkpoints.architectures.families.shared import NATIVE, VAE, transformer_part
+from hyper_merge.checkpoints.architectures.lora_modules import Module, modules_matching
+from hyper_merge.checkpoints.architectures.signatures import UNET
+from hyper_merge.checkpoints.architectures.spec import PEFT, DetectionRule, Family
+from hyper_merge.checkpoints.io.header import Shape
+
+_REFINER: Final = UNET + "noise_refiner.0.attention.k_norm."
+_BLOCK: Final = r"(layers|noise_refiner|context_refiner)\.\d+"
+_QKV: Final = re.compile(_BLOCK + r"\.attention\.qkv")
+_Z_IMAGE: Final = (
+    _BLOCK + r"\.(attention\.out|feed_forward\.w[123])"
+    r"|(layers|noise_refiner)\.\d+\.adaLN_modulation\.0"
+)
+_LUMINA: Final = (
+    _BLOCK + r"\.(attention\.(qkv|out)|feed_forward\.w[123])"
+    r"|(layers|noise_refiner)\.\d+\.adaLN_modulation\.1"
+)
+_OUT: Final = ".attention.out"
+
+
+def _z_image_modules(path: str, shape: Shape) -> tuple[Module, ...]:
+    """Returns the modules by diffusers' names, which ComfyUI and Forge Neo take too.
+
+    Query, key and value are stored as one tensor and are three modules: diffusers drops those of a fused
+    one without a word.
+    """
+    if _QKV.fullmatch(path):
+        stem, width = path.removesuffix("qkv"), shape[0] // 3
+        return tuple(
+            Module(f"{stem}to_{letter}", (width, *shape[1:]), (place * width, (place + 1) * width))
+            for place, letter in enumerate("qkv")
+        )
+    modules = modules_matching(path, shape, _Z_IMAGE)
+    if path.endswith(_OUT):
+        return tuple(replace(m, path=path.removesuffix("out") + "to_out.0") for m in modules)
+    return modules
+
+
+def _lumina_modules(path: str, shape: Shape) -> tuple[Module, ...]:
+    """Returns the modules by the checkpoint's names.
+
+    Key and value have fewer rows than the query: ComfyUI would put split ones on wrong rows. diffusers
+    needs all modules of all blocks.
+    """
+    return tuple(replace(m, bundle="all") for m in modules_matching(path, shape, _LUMINA))
+
+
+Z_IMAGE: Final = Family(
+    name="z_image",
+    title="Z-Image",
+    rule=DetectionRule((_REFINER, UNET + "layers.0.adaLN_modulation.0.")),
+    parts=(transformer_part(_z_image_modules, NATIVE),),
+    vae_prefixes=VAE,
+    lora_alpha=False,
+    lora_spelling=PEFT,
+    strains=("turbo",),
+    in_a1111=False,
+    half=torch.bfloat16,
+    ss_base_model_version="zimage",
+    modelspec_architecture="Z-Image",
+    modelspec_implementation="https://github.com/Tongyi-MAI/Z-Image",
+    modelspec_resolution="1024x1024",
+    sd_version="Unknown",
+)
+
+LUMINA_2: Final = replace(
+    Z_IMAGE,
+    name="lumina_2",
+    title="Lumina 2",
+    rule=DetectionRule((_REFINER, UNET + "layers.0.adaLN_modulation.1.")),
+    parts=(transformer_part(_lumina_modules, NATIVE),),
+    strains=(),
+    ss_base_model_version="lumina",
+    modelspec_architecture="lumina-2",
+    modelspec_implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+)
+
+FAMILIES: Final = (
+    Family("z_image_omni", "Z-Image Omni", DetectionRule((_REFINER, UNET + "siglip_embedder."))),
+    Family("z_image_pixel", "Z-Image in pixels", DetectionRule((_REFINER, UNET + "dec_net."))),
+    Family("newbie", "NewBie", DetectionRule((_REFINER, UNET + "clip_text_pooled_proj."))),
+    Z_IMAGE,
+    LUMINA_2,
+)

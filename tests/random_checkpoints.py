@@ -62,7 +62,8 @@ def merged_exactly(models, folder, **settings):
 
 def added(lora, module):
     """Returns what a host adds at multiplier 1; without an alpha, the plain product."""
-    up, down = (lora[f"{module}.lora_{end}.weight"].double().flatten(1) for end in ("up", "down"))
+    ends = ("up", "down") if f"{module}.lora_up.weight" in lora else ("B", "A")
+    up, down = (lora[f"{module}.lora_{end}.weight"].double().flatten(1) for end in ends)
     alpha = lora.get(f"{module}.alpha")
     return up @ down * (1.0 if alpha is None else alpha.double() / len(down))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -101,6 +102,30 @@ def find_differing_markers(headers: Sequence[Header]) -> list[str]:
         for name, marks in zip(names[1:], others, strict=True)
         if marks != first
     ]
+
+
+def find_mixed_strains(headers: Sequence[Header], family: Family) -> list[str]:
+    """Returns a warning if some names, not all, have a word for another training of the family.
+
+    Nothing in such files tells them apart, and their average makes noise.
+    """
+    names = _names(headers)
+    for word in family.strains:
+        pattern = re.compile(rf"(?<![^\W\d_]){re.escape(word)}(?![^\W\d_])", re.IGNORECASE)
+        found = [
+            name
+            for name, header in zip(names, headers, strict=True)
+            if pattern.search(header.path.stem)
+        ]
+        if 0 < len(found) < len(names):
+            others = ", ".join(name for name in names if name not in found)
+            verb = "is" if len(found) == 1 else "are"
+            warning = (
+                f'{", ".join(found)} {verb} called "{word}", unlike {others}: {family.title} of both'
+                " kinds have the same keys, but their average makes noise; merge them apart"
+            )
+            return [warning]
+    return []
 
 
 def _check_parts(headers: Sequence[Header], layouts: Sequence[Layout]) -> None:

@@ -6,12 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from hyper_merge.checkpoints.architectures.detection import FAMILIES, detect_family
+from hyper_merge.checkpoints.architectures.families import family_named
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.compatibility import (
     check_compatible,
     check_distinct,
     find_differing_markers,
     find_missing_parts,
+    find_mixed_strains,
 )
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, MismatchError
@@ -98,6 +100,26 @@ def test_other_markers_than_the_firsts_are_told(make_header, narrow):
         "b.safetensors and a.safetensors differ in ztsnr; the hyper-model is marked as a.safetensors is"
     ]
     assert find_differing_markers(headers[::2]) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "word", "told"),
+    [
+        ("z_image", ["ZImage_Turbo_v2", "mine"], "turbo", ["ZImage_Turbo_v2.safetensors"]),
+        ("wan", ["wan2.2_low_noise", "wan2.2_high", "b-Low"], "high", ["wan2.2_high.safetensors"]),
+        ("qwen_image", ["qwen_Edit_2509", "qwen"], "edit", ["qwen_Edit_2509.safetensors"]),
+        ("qwen_image", ["edited", "qwen"], "", []),
+        ("z_image", ["my turbo", "turbo-2"], "", []),
+        ("sd1", ["turbo", "base"], "", []),
+    ],
+)
+def test_names_of_other_trainings_are_told(make_header, family, names, word, told):
+    headers = [make_header({}, name=f"{name}.safetensors") for name in names]
+    warnings = find_mixed_strains(headers, family_named(family))
+    assert len(warnings) == bool(told)
+    for warning in warnings:
+        assert warning.startswith(", ".join(told))
+        assert f'called "{word}"' in warning
 
 
 def test_what_a_hyper_model_will_lack_is_told(make_header, narrow):

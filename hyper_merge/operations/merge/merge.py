@@ -15,6 +15,7 @@ from hyper_merge.analysis.basis_widths import choose_widths
 from hyper_merge.analysis.cache import prune_analyses
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.store import create_analysis, open_analysis
+from hyper_merge.analysis.strangers import find_strangers
 from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.analysis.turns import Turn, analysis_turn
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -148,6 +149,9 @@ def _make_files(
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
         with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
+            names = [header.name for header in preflight.inputs.headers]
+            for warning in find_strangers(all_layers, names):
+                progress.warn(warning)
             metric, preflight = choose_layers(all_layers, preflight, solving)
             overhead = FileOverhead(
                 recipe, preflight.inputs, preflight.norms_and_biases, lineage, place.run

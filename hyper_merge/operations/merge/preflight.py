@@ -23,6 +23,7 @@ from hyper_merge.checkpoints.compatibility import (
     check_families,
     find_differing_markers,
     find_missing_parts,
+    find_mixed_strains,
 )
 from hyper_merge.checkpoints.io.downloads import require_downloaded, sign_of_download
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD, FLOAT8
@@ -148,6 +149,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     warnings += [
         *find_missing_parts(headers[0], layout),
         *find_differing_markers(headers),
+        *find_mixed_strains(headers, layout.family),
         *_find_capped_ranks(recipe, inputs),
     ]
     return Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))

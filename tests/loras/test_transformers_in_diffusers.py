@@ -28,7 +28,9 @@ CASES = {
         "Flux2",
         "Flux2Transformer2DModel",
         {
-            **{"num_attention_heads": 32, "num_single_layers": 24, "joint_attention_dim": 12288},
+            "num_attention_heads": 32,
+            "num_single_layers": 24,
+            "joint_attention_dim": 12288,
             "guidance_embeds": False,
         },
         8 * 12 + 24 * 2 + 3,

@@ -68,6 +68,15 @@ class ExpectedResponse(BaseModel):
     explained: float = Field(..., description="share of its difference, approximately")
 
 
+class ForecastResponse(BaseModel):
+    """What shared LoRAs of a size would explain, approximately."""
+
+    size: int = Field(..., description="of all LoRAs")
+    ranks: list[int] = Field(..., description="one for each LoRA, in the mean of the layers")
+    explained: float = Field(..., description="mean over the checkpoints")
+    explained_worst: float = Field(..., description="of the checkpoint that is explained least")
+
+
 class PlanResponse(BaseModel):
     """The files, time and memory that a merge would take."""
 
@@ -86,6 +95,9 @@ class PlanResponse(BaseModel):
     warnings: list[str]
     expected: list[ExpectedResponse] | None = Field(
         ..., description="known where these checkpoints have been analyzed before, else null"
+    )
+    curve: list[ForecastResponse] | None = Field(
+        ..., description="the same for other sizes, from small to large; null where unknown"
     )
 
 
@@ -147,6 +159,78 @@ class DeletionResponse(BaseModel):
 
     files: list[str] = Field(..., description="names of the files that are gone")
     problems: list[str] = Field(..., description="what could not be removed in addition: styles")
+
+
+class MixtureResponse(BaseModel):
+    """The prompt of a mixture."""
+
+    prompt: str = Field(..., description="what makes the hyper-model this mixture")
+    hyper_model_title: str | None = Field(
+        ..., description="by which the host selects it; null where it is not in its list"
+    )
+
+
+class StylesResponse(BaseModel):
+    """The prompt styles of a run that were saved or removed."""
+
+    styles: list[str] = Field(..., description="their names")
+
+
+class CacheResponse(BaseModel):
+    """The cache of analyses."""
+
+    size: int
+    limit: int = Field(..., description="the size to which it is cut after each job")
+    freed: int = Field(..., description="by this request")
+
+
+class ComparisonsResponse(BaseModel):
+    """The comparisons of a run, the newest first."""
+
+    comparisons: list[str] = Field(..., description="their names")
+
+
+class ComparisonFiguresResponse(BaseModel):
+    """The distances of the pictures of one checkpoint, prompt and seed to those of the original."""
+
+    checkpoint: str
+    prompt: str
+    seed: int
+    pixels: dict[str, float] = Field(
+        ..., description="mean difference, 0..255, by what was drawn: restored, average"
+    )
+    perceptual: dict[str, float] = Field(..., description="LPIPS, where the host can measure it")
+
+
+class PictureSettingsResponse(BaseModel):
+    """The settings of all pictures of a comparison."""
+
+    prompts: list[str]
+    negative: str
+    sampler: str
+    steps: int
+    cfg_scale: float
+    width: int
+    height: int
+    seeds: list[int]
+
+
+class ComparisonResponse(BaseModel):
+    """A comparison; its pictures have a route of their own."""
+
+    run: str
+    name: str
+    created: str = Field(..., description="ISO 8601")
+    host: str = Field(..., description="what drew the pictures")
+    hyper_model: str = Field(..., description="name of the file")
+    settings: PictureSettingsResponse
+    tags: dict[str, str] = Field(..., description="added to the prompts, by checkpoint")
+    originals: dict[str, str] = Field(..., description="names of files, as far as they were drawn")
+    notes: list[str] = Field(..., description="a sentence for each original that was left out")
+    figures: list[ComparisonFiguresResponse]
+    measure: str = Field(
+        ..., description="name of the perceptual figure; empty where there is none"
+    )
 
 
 class RunCheckpointResponse(BaseModel):

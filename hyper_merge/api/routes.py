@@ -7,6 +7,7 @@ answer with status 400, or 404 for an unknown run or job and 409 while another j
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -14,6 +15,8 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 
 from hyper_merge.api.deserialize import (
     check_merge,
@@ -155,10 +158,19 @@ def _body_example(body: object) -> dict[str, Any] | None:
 
 
 class _Route(APIRoute):
-    """Answers an invalid request with the invalid fields and the reasons, without the sent values.
+    """Answers an invalid request with what is wrong, without the sent values.
 
-    A bare NaN is read as a number, but JSON has no number to answer it with.
+    A bare NaN is read as a number, but JSON has no number to answer it with. A method that the path
+    lacks is answered with all that it has: Starlette by itself names those of one route.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request of this path."""
+        if scope["method"] not in self.methods:
+            siblings = (getattr(route, "methods", ()) for route in _routes_of(scope, self.path))
+            allowed = ", ".join(sorted(set().union(*siblings)))
+            raise HTTPException(405, headers={"Allow": allowed})
+        await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wraps the handler; see FastAPI's documentation, "Custom Request and APIRoute class"."""
@@ -166,7 +178,7 @@ class _Route(APIRoute):
 
         async def handled(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(_JSONRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 problems = [
                     {name: problem[name] for name in _PROBLEM_FIELDS} for problem in error.errors()
@@ -174,6 +186,24 @@ class _Route(APIRoute):
                 raise HTTPException(422, problems) from error
 
         return handled
+
+
+class _JSONRequest(Request):
+    """A request in whose body 4.0 is the whole number 4, as JSON and its schemas have it."""
+
+    async def json(self) -> Any:
+        """Returns the content of the body."""
+        return json.loads(await self.body(), parse_float=_parse_float)
+
+
+def _parse_float(text: str) -> float | int:
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def _routes_of(scope: Scope, path: str) -> list[BaseRoute]:
+    """Returns all routes of an app that have a path."""
+    return [route for route in scope["app"].routes if getattr(route, "path", None) == path]
 
 
 class _MergeRoutes:

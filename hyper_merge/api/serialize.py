@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from hyper_merge.api.report_models import ReportResponse
 from hyper_merge.api.response_models import (
     CheckpointResponse,
     CheckpointsResponse,
@@ -16,7 +17,6 @@ from hyper_merge.api.response_models import (
     InspectedFileResponse,
     JobResponse,
     PlanResponse,
-    ReportResponse,
     RunCheckpointResponse,
     RunResponse,
     RunSummaryResponse,

@@ -5,7 +5,7 @@ Only the device that `auto` means is set as well.
 
 from modules import script_callbacks
 
-from hyper_merge.hosts.webui.support import explain_missing, missing_names
+from hyper_merge.hosts.webui.capabilities import explain_missing, missing_names
 
 
 def register() -> None:

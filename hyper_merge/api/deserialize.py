@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,7 +131,7 @@ def parse_restore(body: RestoreBody, host: Host) -> RestoreRequest:
     """Returns the request for a restored checkpoint."""
     values: dict[str, object] = {
         "run": body.run,
-        "shares": {name: _float(share, "shares") for name, share in body.shares.items()},
+        "shares": parse_shares(body.shares),
         "dtype": body.dtype,
         "overwrite": body.overwrite,
     }
@@ -138,6 +139,20 @@ def parse_restore(body: RestoreBody, host: Host) -> RestoreRequest:
         with settings_placed(str, "name"):
             values["to"] = host.folders().models / f"{parse_name(body.name)}.safetensors"
     return RestoreRequest.parse(values, lambda key: "shares" if key == "mix" else key)
+
+
+def parse_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """Returns the shares of a mixture, all of them finite.
+
+    Raises:
+        RecipeError: one is not, or there is none.
+    """
+    numbers = {name: _float(share, "shares") for name, share in shares.items()}
+    if not numbers or not all(map(math.isfinite, numbers.values())):
+        raise RecipeError(
+            "expected one checkpoint or more, with finite shares", where="shares", key="shares"
+        )
+    return numbers
 
 
 def parse_export(body: ExportBody, _host: Host) -> ExportRequest:

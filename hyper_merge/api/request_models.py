@@ -134,6 +134,14 @@ class RestoreBody(_Request):
     overwrite: StrictBool = Field(False, description="replace an existing file")
 
 
+class MixtureBody(_Request):
+    """The shares of a mixture of a run's checkpoints."""
+
+    shares: dict[StrictStr, Number] = Field(
+        ..., description="share of each checkpoint; the hyper-model has the rest"
+    )
+
+
 class ExportBody(_Request):
     """A request for one LoRA per checkpoint."""
 

@@ -1,6 +1,7 @@
 """Describes the answers to requests, as FastAPI writes and documents them; for pydantic 1 and 2.
 
-Shares are fractions 0..1 of squared norms, sizes are bytes. Files are given by their names alone.
+Shares are fractions 0..1 of squared norms, sizes are bytes. Files are given by their names alone. What
+may be null is always there, but not required by the schema: FastAPI leaves nulls out of its examples.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+
+from hyper_merge.api.report_models import ReportResponse
 
 
 class RefusalResponse(BaseModel):
@@ -21,7 +24,7 @@ class CheckpointResponse(BaseModel):
 
     name: str = Field(..., description="the name that requests use")
     short_hash: str | None = Field(
-        ..., description="first 10 digits of its SHA-256, where the host has it"
+        None, description="first 10 digits of its SHA-256, where the host has it"
     )
     size: int = Field(..., description="0 where its file has gone")
 
@@ -36,15 +39,15 @@ class InspectedFileResponse(BaseModel):
     """A checkpoint as its header describes it."""
 
     name: str
-    family: str | None = Field(..., description='such as "SD 1.x"; null where it is unknown')
+    family: str | None = Field(None, description='such as "SD 1.x"; null where it is unknown')
     size: int
     dtype: str
     short_hash: str | None = Field(
-        ..., description="first 10 digits of its SHA-256, where the host has it"
+        None, description="first 10 digits of its SHA-256, where the host has it"
     )
     legacy_hash: str = Field(..., description="A1111's old 8 digits")
-    vae: str | None = Field(..., description="fingerprint of its VAE: equal for equal VAEs")
-    problem: str | None = Field(..., description="why it cannot be merged, else null")
+    vae: str | None = Field(None, description="fingerprint of its VAE: equal for equal VAEs")
+    problem: str | None = Field(None, description="why it cannot be merged, else null")
 
 
 class InspectionResponse(BaseModel):
@@ -68,6 +71,15 @@ class ExpectedResponse(BaseModel):
     explained: float = Field(..., description="share of its difference, approximately")
 
 
+class ForecastResponse(BaseModel):
+    """What shared LoRAs of a size would explain, approximately."""
+
+    size: int = Field(..., description="of all LoRAs")
+    ranks: list[int] = Field(..., description="one for each LoRA, in the mean of the layers")
+    explained: float = Field(..., description="mean over the checkpoints")
+    explained_worst: float = Field(..., description="of the checkpoint that is explained least")
+
+
 class PlanResponse(BaseModel):
     """The files, time and memory that a merge would take."""
 
@@ -78,14 +90,17 @@ class PlanResponse(BaseModel):
         ..., description="names in prompts; empty where the merge finds the ranks"
     )
     loras_size: int | None = Field(
-        ..., description="of all LoRAs; null where the merge finds it and nothing is known yet"
+        None, description="of all LoRAs; null where the merge finds it and nothing is known yet"
     )
     seconds: float = Field(..., description="approximately, less what earlier work saves")
     memory: int = Field(..., description="at the peak, approximately")
     disk: int = Field(..., description="at most, with the analysis in the cache")
     warnings: list[str]
     expected: list[ExpectedResponse] | None = Field(
-        ..., description="known where these checkpoints have been analyzed before, else null"
+        None, description="known where these checkpoints have been analyzed before, else null"
+    )
+    curve: list[ForecastResponse] | None = Field(
+        None, description="the same for other sizes, from small to large; null where unknown"
     )
 
 
@@ -99,14 +114,14 @@ class JobResponse(BaseModel):
     fraction: float = Field(..., description="of the whole, 0..1")
     seconds: float = Field(..., description="since the work itself began")
     seconds_left: float | None = Field(
-        ..., description="at the present pace; null while it is unknown"
+        None, description="at the present pace; null while it is unknown"
     )
     stopping: bool = Field(..., description="whether it has been asked to stop")
     message: str = Field(..., description="why it ended, unless done")
     warnings: list[str]
-    run: str | None = Field(..., description="name of the run that it made or added to, once done")
+    run: str | None = Field(None, description="name of the run that it made or added to, once done")
     result: dict[str, Any] | None = Field(
-        ...,
+        None,
         description="files and figures of restore, export, extract, safe, compare and average, once"
         " done; what they are is said with these routes",
     )
@@ -149,6 +164,78 @@ class DeletionResponse(BaseModel):
     problems: list[str] = Field(..., description="what could not be removed in addition: styles")
 
 
+class MixtureResponse(BaseModel):
+    """The prompt of a mixture."""
+
+    prompt: str = Field(..., description="what makes the hyper-model this mixture")
+    hyper_model_title: str | None = Field(
+        None, description="by which the host selects it; null where it is not in its list"
+    )
+
+
+class StylesResponse(BaseModel):
+    """The prompt styles of a run that were saved or removed."""
+
+    styles: list[str] = Field(..., description="their names")
+
+
+class CacheResponse(BaseModel):
+    """The cache of analyses."""
+
+    size: int
+    limit: int = Field(..., description="the size to which it is cut after each job")
+    freed: int = Field(..., description="by this request")
+
+
+class ComparisonsResponse(BaseModel):
+    """The comparisons of a run, the newest first."""
+
+    comparisons: list[str] = Field(..., description="their names")
+
+
+class ComparisonFiguresResponse(BaseModel):
+    """The distances of the pictures of one checkpoint, prompt and seed to those of the original."""
+
+    checkpoint: str
+    prompt: str
+    seed: int
+    pixels: dict[str, float] = Field(
+        ..., description="mean difference, 0..255, by what was drawn: restored, average"
+    )
+    perceptual: dict[str, float] = Field(..., description="LPIPS, where the host can measure it")
+
+
+class PictureSettingsResponse(BaseModel):
+    """The settings of all pictures of a comparison."""
+
+    prompts: list[str]
+    negative: str
+    sampler: str
+    steps: int
+    cfg_scale: float
+    width: int
+    height: int
+    seeds: list[int]
+
+
+class ComparisonResponse(BaseModel):
+    """A comparison; its pictures have a route of their own."""
+
+    run: str
+    name: str
+    created: str = Field(..., description="ISO 8601")
+    host: str = Field(..., description="what drew the pictures")
+    hyper_model: str = Field(..., description="name of the file")
+    settings: PictureSettingsResponse
+    tags: dict[str, str] = Field(..., description="added to the prompts, by checkpoint")
+    originals: dict[str, str] = Field(..., description="names of files, as far as they were drawn")
+    notes: list[str] = Field(..., description="a sentence for each original that was left out")
+    figures: list[ComparisonFiguresResponse]
+    measure: str = Field(
+        ..., description="name of the perceptual figure; empty where there is none"
+    )
+
+
 class RunCheckpointResponse(BaseModel):
     """A checkpoint of a run, or fitted onto it: its prompt, and how close that comes."""
 
@@ -177,77 +264,6 @@ class FitResponse(RunCheckpointResponse):
     created: str = Field(..., description="ISO 8601")
 
 
-class PartResponse(BaseModel):
-    """A section of the network."""
-
-    name: str = Field(..., description='"IN00".."IN11", "MID", "OUT00".."OUT11", "TE00"..')
-    which: str = Field(..., description='"unet" or "text_encoder"')
-    energy: float = Field(..., description="share of all differences in the layers that lies here")
-    lost: float = Field(..., description="share of all differences that stays unexplained here")
-
-
-class CompanionGainResponse(BaseModel):
-    """The share of a kind of tensor that the LoRAs' companions restore."""
-
-    kind: str
-    share: float
-
-
-class EndLayersResponse(BaseModel):
-    """The layers at the ends of the network, which only companions can hold."""
-
-    share: float = Field(..., description="of all differences, as the loss weighs them")
-    carried: bool = Field(..., description="whether the companions hold them")
-
-
-class PrecisionLossResponse(BaseModel):
-    """The loss that rounding adds in programs that hold the weights in half precision."""
-
-    hosts: str
-    added: float
-    worst: float
-
-
-class ReportResponse(BaseModel):
-    """The figures of a merge, in addition to those of its checkpoints."""
-
-    method: str
-    losses: list[float] = Field(..., description="after each sweep, before rounding")
-    loss: float = Field(
-        ...,
-        description="of the written files: share of all differences in the layers that the shared"
-        " LoRAs do not explain",
-    )
-    private_loss: float = Field(..., description="of private LoRAs of the same bytes")
-    bound: float = Field(..., description="no LoRAs of these ranks go below")
-    not_carried: dict[str, float] = Field(..., description="share of all differences, by kind")
-    bytes_before: int
-    bytes_average: int
-    bytes_loras: int
-    curve: list[list[float]] = Field(
-        ..., description="explained with the first 0, 1, ... LoRAs, by checkpoint"
-    )
-    similarity: list[list[float]] = Field(..., description="cosines of the differences")
-    parts: list[PartResponse]
-    recovered: list[CompanionGainResponse]
-    groups: list[list[str]] = Field(..., description="unlike groups of checkpoints, if any")
-    between_groups: float = Field(
-        ..., description="share of all differences that an average for each group would take away"
-    )
-    rounding: list[PrecisionLossResponse]
-    metric: str = Field(..., description="the recipe's layer_weights; empty: unknown")
-    weighted_loss: float = Field(..., description="the loss with these weights; 0: unknown")
-    weighted_private_loss: float = Field(..., description="the same of private LoRAs")
-    shared_fidelity: list[float] = Field(
-        ...,
-        description="by checkpoint: weighted share that the shared LoRAs explain; empty: unknown",
-    )
-    weighted_bound: float = Field(..., description="the same of the bound")
-    ends: EndLayersResponse | None = Field(
-        ..., description="null where hosts take none from a LoRA"
-    )
-
-
 class RunResponse(BaseModel):
     """An earlier merge with its report and its prompts."""
 
@@ -256,7 +272,7 @@ class RunResponse(BaseModel):
     family: str
     hyper_model: str = Field(..., description="name of the file")
     hyper_model_title: str | None = Field(
-        ..., description="by which the host selects it; null where it is not in its list"
+        None, description="by which the host selects it; null where it is not in its list"
     )
     loras: list[str] = Field(..., description="names in prompts, in the order of the multipliers")
     companions: list[str] = Field(..., description="names in prompts; empty without companions")

@@ -7,25 +7,28 @@ answer with status 400, or 404 for an unknown run or job and 409 while another j
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+import json
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+from starlette.types import Receive, Scope, Send
 
 from hyper_merge.api.deserialize import (
     check_merge,
-    find_file,
     parse_fit_request,
     parse_recipe,
     place_merge,
     refusals,
 )
-from hyper_merge.api.request_models import FitBody, InspectBody, MergeBody, PlanBody
+from hyper_merge.api.examples import EXAMPLES
+from hyper_merge.api.host_routes import HostRoutes
+from hyper_merge.api.request_models import FitBody, MergeBody, PlanBody
 from hyper_merge.api.response_models import (
-    CheckpointsResponse,
-    InspectionResponse,
     JobResponse,
     JobsResponse,
     PlanResponse,
@@ -35,13 +38,12 @@ from hyper_merge.api.response_models import (
 )
 from hyper_merge.api.run_routes import RunRoutes
 from hyper_merge.api.serialize import (
-    checkpoints_response,
-    inspected_response,
     job_response,
     plan_response,
     run_response,
     run_summary_response,
 )
+from hyper_merge.api.use_routes import UseRoutes
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Job, Jobs
 from hyper_merge.hosts.tasks import (
@@ -66,6 +68,9 @@ _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
+_RouteRow: TypeAlias = "tuple[str, str, Callable[..., Any], tuple[int, ...], int]"
+
+
 def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> APIRouter:
     """Returns all routes.
 
@@ -80,44 +85,92 @@ def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> AP
         dependencies=list(dependencies),
         route_class=_Route,
     )
-    routes, run_routes = _Routes(host, jobs), RunRoutes(host, jobs)
-    for method, path, answer, refused, status in (
-        ("GET", "/checkpoints", routes.checkpoints, (), 200),
-        ("POST", "/inspect", routes.inspect, (400,), 200),
-        ("POST", "/plan", routes.plan, (400,), 200),
-        ("POST", "/look", routes.look, (400, 409), 202),
-        ("POST", "/merge", routes.merge, (400, 409), 202),
-        ("POST", "/fit", routes.fit, (400, 404, 409), 202),
-        ("POST", "/average", run_routes.average, (400, 409), 202),
-        ("POST", "/absorb", run_routes.absorb, (400, 404, 409), 202),
-        ("POST", "/restore", run_routes.restore, (400, 404, 409), 202),
-        ("POST", "/export", run_routes.export, (400, 404, 409), 202),
-        ("POST", "/extract", run_routes.extract, (400, 409), 202),
-        ("POST", "/safe", run_routes.safe, (400, 404, 409), 202),
-        ("POST", "/compare", run_routes.compare, (400, 404, 409), 202),
-        ("GET", "/jobs", routes.jobs, (), 200),
-        ("GET", "/jobs/{job_id}", routes.job, (404,), 200),
-        ("POST", "/jobs/{job_id}/cancel", routes.cancel, (404,), 200),
-        ("GET", "/runs", routes.runs, (), 200),
-        ("GET", "/runs/{name}", routes.run, (400, 404), 200),
-        ("DELETE", "/runs/{name}", run_routes.delete, (400, 404, 409), 200),
-    ):
+    for method, path, answer, refused, status in _routes(host, jobs):
+        example = EXAMPLES[method, path]
         codes = [*refused, *([401] if dependencies else [])]
         router.add_api_route(
             path,
             answer,
             methods=[method],
             status_code=status,
-            responses={code: _REFUSALS[code] for code in codes},
+            response_class=JSONResponse if example.answers else Response,
+            responses={
+                status: _success(example.answers),
+                **{code: _REFUSALS[code] for code in codes},
+            },
+            openapi_extra=_body_example(example.body),
         )
     return router
 
 
-class _Route(APIRoute):
-    """Answers an invalid request with the invalid fields and the reasons, without the sent values.
+def _routes(host: Host, jobs: Jobs) -> Iterator[_RouteRow]:
+    """Yields method, path, function, codes of refusals, and code of success, of every route."""
+    around, merges = HostRoutes(host, jobs), _MergeRoutes(host, jobs)
+    runs, use = RunRoutes(host, jobs), UseRoutes(host)
+    comparison = "/runs/{name}/comparisons/{comparison}"
+    yield from (
+        ("GET", "/checkpoints", around.checkpoints, (), 200),
+        ("POST", "/refresh", around.refresh, (), 200),
+        ("POST", "/inspect", around.inspect, (400,), 200),
+        ("POST", "/demo", around.demo, (409,), 202),
+        ("GET", "/cache", around.cache, (), 200),
+        ("DELETE", "/cache", around.clear_cache, (400, 409), 200),
+        ("POST", "/plan", merges.plan, (400,), 200),
+        ("POST", "/look", merges.look, (400, 409), 202),
+        ("POST", "/merge", merges.merge, (400, 409), 202),
+        ("POST", "/fit", merges.fit, (400, 404, 409), 202),
+        ("POST", "/average", runs.average, (400, 409), 202),
+        ("POST", "/absorb", runs.absorb, (400, 404, 409), 202),
+        ("POST", "/restore", runs.restore, (400, 404, 409), 202),
+        ("POST", "/export", runs.export, (400, 404, 409), 202),
+        ("POST", "/extract", runs.extract, (400, 409), 202),
+        ("POST", "/safe", runs.safe, (400, 404, 409), 202),
+        ("POST", "/compare", runs.compare, (400, 404, 409), 202),
+        ("GET", "/jobs", merges.jobs, (), 200),
+        ("GET", "/jobs/{job_id}", merges.job, (404,), 200),
+        ("POST", "/jobs/{job_id}/cancel", merges.cancel, (404,), 200),
+        ("GET", "/runs", merges.runs, (), 200),
+        ("GET", "/runs/{name}", merges.run, (400, 404), 200),
+        ("DELETE", "/runs/{name}", runs.delete, (400, 404, 409), 200),
+        ("POST", "/runs/{name}/mix", use.mix, (400, 404), 200),
+        ("POST", "/runs/{name}/styles", use.save_styles, (400, 404), 200),
+        ("DELETE", "/runs/{name}/styles", use.remove_styles, (400, 404), 200),
+        ("GET", "/runs/{name}/comparisons", use.comparisons, (400, 404), 200),
+        ("GET", comparison, use.comparison, (400, 404), 200),
+        ("GET", f"{comparison}/picture", use.picture, (400, 404), 200),
+    )
 
-    A bare NaN is read as a number, but JSON has no number to answer it with.
+
+def _success(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the schema says of an answer in addition; FastAPI knows the model of a JSON one."""
+    if not answers:
+        binary = {"type": "string", "format": "binary"}
+        return {"description": "The picture", "content": {"image/png": {"schema": binary}}}
+    examples = {name: {"value": value} for name, value in answers.items()}
+    return {"content": {"application/json": {"examples": examples}}}
+
+
+def _body_example(body: object) -> dict[str, Any] | None:
+    """Returns what the schema says of a body in addition; it is merged into FastAPI's own."""
+    if body is None:
+        return None
+    return {"requestBody": {"content": {"application/json": {"example": body}}}}
+
+
+class _Route(APIRoute):
+    """Answers an invalid request with what is wrong, without the sent values.
+
+    A bare NaN is read as a number, but JSON has no number to answer it with. A method that the path
+    lacks is answered with all that it has: Starlette by itself names those of one route.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request of this path."""
+        if scope["method"] not in self.methods:
+            siblings = (getattr(route, "methods", ()) for route in _routes_of(scope, self.path))
+            allowed = ", ".join(sorted(set().union(*siblings)))
+            raise HTTPException(405, headers={"Allow": allowed})
+        await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wraps the handler; see FastAPI's documentation, "Custom Request and APIRoute class"."""
@@ -125,7 +178,7 @@ class _Route(APIRoute):
 
         async def handled(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(_JSONRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 problems = [
                     {name: problem[name] for name in _PROBLEM_FIELDS} for problem in error.errors()
@@ -135,25 +188,30 @@ class _Route(APIRoute):
         return handled
 
 
-class _Routes:
+class _JSONRequest(Request):
+    """A request in whose body 4.0 is the whole number 4, as JSON and its schemas have it."""
+
+    async def json(self) -> Any:
+        """Returns the content of the body."""
+        return json.loads(await self.body(), parse_float=_parse_float)
+
+
+def _parse_float(text: str) -> float | int:
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def _routes_of(scope: Scope, path: str) -> list[BaseRoute]:
+    """Returns all routes of an app that have a path."""
+    return [route for route in scope["app"].routes if getattr(route, "path", None) == path]
+
+
+class _MergeRoutes:
     """The functions of the routes; their docstrings are the descriptions in the schema."""
 
     def __init__(self, host: Host, jobs: Jobs) -> None:
         self._host = host
         self._jobs = jobs
-
-    def checkpoints(self) -> CheckpointsResponse:
-        """Returns the host's list of checkpoints, whose names all other requests use."""
-        return checkpoints_response(self._host)
-
-    def inspect(self, body: InspectBody) -> InspectionResponse:
-        """Returns family, type, hash and VAE of checkpoints, and why one cannot be merged."""
-        with refusals():
-            listed = self._host.checkpoints()
-            files = [(name, find_file(name, "checkpoints", listed)) for name in body.checkpoints]
-            return InspectionResponse(
-                checkpoints=[inspected_response(name, path, self._host) for name, path in files]
-            )
 
     def plan(self, body: PlanBody) -> PlanResponse:
         """Returns the files, time and memory of a merge, or why it cannot be made; writes nothing."""

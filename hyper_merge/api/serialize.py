@@ -6,16 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from hyper_merge.api.report_models import ReportResponse
 from hyper_merge.api.response_models import (
     CheckpointResponse,
     CheckpointsResponse,
     ExpectedResponse,
     FitResponse,
+    ForecastResponse,
     HyperModelResponse,
     InspectedFileResponse,
     JobResponse,
     PlanResponse,
-    ReportResponse,
     RunCheckpointResponse,
     RunResponse,
     RunSummaryResponse,
@@ -84,6 +85,7 @@ def plan_response(
         disk=estimate.disk,
         warnings=list(preflight.warnings),
         expected=_expected(forecast, loras_size) if forecast and loras_size else None,
+        curve=_curve(forecast) if forecast else None,
     )
 
 
@@ -95,7 +97,7 @@ def job_response(job: Job) -> JobResponse:
         title=status.title,
         outcome=status.outcome,
         phase=status.phase,
-        fraction=status.fraction,
+        fraction=1.0 if status.outcome == "done" else status.fraction,
         seconds=status.elapsed,
         seconds_left=status.seconds_left if status.outcome == "running" else None,
         stopping=status.stopping,
@@ -148,6 +150,18 @@ def run_response(run: Run, host: Host) -> RunResponse:
 def _expected(forecast: ForecastCurve, size: int) -> list[ExpectedResponse]:
     pairs = zip(forecast.names, forecast.at(size), strict=True)
     return [ExpectedResponse(name=name, explained=share) for name, share in pairs]
+
+
+def _curve(forecast: ForecastCurve) -> list[ForecastResponse]:
+    return [
+        ForecastResponse(
+            size=size,
+            ranks=list(ranks),
+            explained=sum(shares) / len(shares),
+            explained_worst=min(shares),
+        )
+        for size, ranks, shares in zip(forecast.sizes, forecast.ranks, forecast.shared, strict=True)
+    ]
 
 
 def _checkpoint_fields(row: CheckpointReport, prompt: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -48,8 +48,15 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, settings: Collection[s
     add_create_option(parser)
 
 
-def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
+def preflight(
+    options: argparse.Namespace, progress: Progress, defaults: Mapping[str, str] | None = None
+) -> Preflight:
     """Returns the recipe of the options, validated against its files; warnings are shown.
+
+    Args:
+        options: the parsed command line.
+        progress: shows the warnings.
+        defaults: words for settings that neither the options nor the recipe file have.
 
     Raises:
         HyperMergeError: it cannot be merged.
@@ -57,7 +64,7 @@ def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
     """
     from hyper_merge.operations.merge.preflight import run_preflight
 
-    validated = run_preflight(_recipe(options))
+    validated = run_preflight(_recipe(options, defaults))
     if not options.create:
         require_folder(validated.recipe.output)
     for warning in validated.warnings:
@@ -65,10 +72,12 @@ def preflight(options: argparse.Namespace, progress: Progress) -> Preflight:
     return validated
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def _recipe(options: argparse.Namespace, defaults: Mapping[str, str] | None) -> Recipe:
     values = {field.name: getattr(options, field.name) for field in FIELDS}
     overrides = {name: value for name, value in values.items() if value is not None}
     if options.recipe and options.config:
         raise RecipeError(f"two recipe files were given: {options.recipe} and {options.config}")
     path = options.recipe or options.config
-    return load_recipe(path, overrides) if path else recipe_from_options(overrides)
+    if path:
+        return load_recipe(path, overrides, defaults)
+    return recipe_from_options(overrides, defaults)

@@ -14,7 +14,9 @@ Options: TypeAlias = "Mapping[str, str | Sequence[str]]"
 """Words after the options of the command line, by key."""
 
 
-def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Options | None = None, defaults: Options | None = None
+) -> Recipe:
     """Returns the recipe of a YAML file.
 
     Relative paths of checkpoints start at the current folder, as in the original project; where
@@ -23,6 +25,7 @@ def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
     Args:
         path: the YAML file.
         overrides: words from the command line; they win over the file.
+        defaults: words for what neither has.
 
     Raises:
         RecipeError: the file cannot be read, or a setting is unknown, missing or impossible.
@@ -35,16 +38,20 @@ def load_recipe(path: Path, overrides: Options | None = None) -> Recipe:
     options = _option_settings(overrides or {})
     if options.keys() & SIZES:  # an option takes the place of any of these in the file
         settings = {key: setting for key, setting in settings.items() if key not in SIZES}
-    return _recipe({**settings, **options}, str(path))
+    return _recipe({**_option_settings(defaults or {}), **settings, **options}, str(path))
 
 
-def recipe_from_options(options: Options) -> Recipe:
+def recipe_from_options(options: Options, defaults: Options | None = None) -> Recipe:
     """Returns the recipe that the command line alone describes; `name` and `models` are needed.
+
+    Args:
+        options: words from the command line.
+        defaults: words for what it lacks.
 
     Raises:
         RecipeError: a setting is unknown, missing or impossible.
     """
-    return _recipe(_option_settings(options), "command line")
+    return _recipe(_option_settings({**(defaults or {}), **options}), "command line")
 
 
 def option_place(key: str) -> str:

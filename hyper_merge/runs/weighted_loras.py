@@ -9,6 +9,7 @@ from pathlib import Path
 from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.errors import RunError
 from hyper_merge.loras.metadata import Lineage, SourceRecord
+from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.runs.fit_records import FitRecord, load_fits
 from hyper_merge.runs.hash_cache import current_time
@@ -85,6 +86,26 @@ def tag_rows(run: Run, checkpoint: str) -> tuple[tuple[str, float, float | None]
     return tuple(
         (name, lora.multiplier, lora.text_multiplier if name in separate else None)
         for lora in weighted_loras_of(run, checkpoint)
+        for name in (lora.path.stem,)
+    )
+
+
+def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
+    """Returns the prompt tags of a mixture of a run's checkpoints, one for each LoRA.
+
+    Args:
+        run: the run.
+        shares: by checkpoint, of the merge or fitted later; those of 0 take no part.
+
+    Raises:
+        RunError: the run has no checkpoint of a name; suggests the nearest.
+    """
+    present = {name: share for name, share in shares.items() if share}
+    rows = [row for name in present for row in tag_rows(run, name)]
+    separate = {name for name, _, text in rows if text is not None}
+    return " ".join(
+        format_tag(name, lora.multiplier, lora.text_multiplier if name in separate else None)
+        for lora in weighted_loras_of_mixture(run, present)
         for name in (lora.path.stem,)
     )
 

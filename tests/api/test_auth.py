@@ -4,21 +4,10 @@ import pytest
 from fastapi import FastAPI
 
 from hyper_merge.api.auth import parse_credentials, protected
+from hyper_merge.api.examples import EXAMPLES
 from hyper_merge.api.routes import build_router
 
-ROUTES = [
-    ("GET", "/checkpoints"),
-    ("POST", "/inspect"),
-    ("POST", "/plan"),
-    ("POST", "/look"),
-    ("POST", "/merge"),
-    ("POST", "/fit"),
-    ("GET", "/jobs"),
-    ("GET", "/jobs/x"),
-    ("POST", "/jobs/x/cancel"),
-    ("GET", "/runs"),
-    ("GET", "/runs/x"),
-]
+ROUTES = [(method, path.format(name="x", job_id="x", comparison="x")) for method, path in EXAMPLES]
 
 
 @pytest.fixture

@@ -17,23 +17,28 @@ from hyper_merge.ui.html.result import format_run_card
 
 NAMES = ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
 BODY = {"checkpoints": NAMES, "ranks": [4, 2], "device": "cpu", "iterations": 3}
+COMPARISON = "runs/{name}/comparisons/{comparison}"
 ROUTES = {
-    ("get", "/hyper-merge/checkpoints"),
-    ("post", "/hyper-merge/inspect"),
-    ("post", "/hyper-merge/plan"),
-    ("post", "/hyper-merge/look"),
-    ("post", "/hyper-merge/merge"),
-    ("post", "/hyper-merge/fit"),
-    ("get", "/hyper-merge/jobs"),
-    ("get", "/hyper-merge/jobs/{job_id}"),
-    ("post", "/hyper-merge/jobs/{job_id}/cancel"),
-    ("get", "/hyper-merge/runs"),
-    ("get", "/hyper-merge/runs/{name}"),
-    ("delete", "/hyper-merge/runs/{name}"),
+    *(("get", f"/hyper-merge/{name}") for name in ("checkpoints", "cache", "jobs", "runs")),
     *(
         ("post", f"/hyper-merge/{name}")
-        for name in ("average", "absorb", "restore", "export", "extract", "safe", "compare")
+        for name in ("refresh", "inspect", "demo", "plan", "look", "merge", "fit", "average")
     ),
+    *(
+        ("post", f"/hyper-merge/{name}")
+        for name in ("absorb", "restore", "export", "extract", "safe", "compare")
+    ),
+    ("delete", "/hyper-merge/cache"),
+    ("get", "/hyper-merge/jobs/{job_id}"),
+    ("post", "/hyper-merge/jobs/{job_id}/cancel"),
+    ("get", "/hyper-merge/runs/{name}"),
+    ("delete", "/hyper-merge/runs/{name}"),
+    ("post", "/hyper-merge/runs/{name}/mix"),
+    ("post", "/hyper-merge/runs/{name}/styles"),
+    ("delete", "/hyper-merge/runs/{name}/styles"),
+    ("get", "/hyper-merge/runs/{name}/comparisons"),
+    ("get", f"/hyper-merge/{COMPARISON}"),
+    ("get", f"/hyper-merge/{COMPARISON}/picture"),
 }
 
 
@@ -362,12 +367,15 @@ def test_the_schema_describes_every_route(app):
     assert routes == ROUTES
     for method, path in ROUTES:
         route = schema["paths"][path][method]
+        assert len(route["description"]) > 20
+        if path.endswith("/picture"):
+            assert set(route["responses"]["200"]["content"]) == {"image/png"}
+            continue
         good = next(code for code in ("200", "202") if code in route["responses"])
         content = route["responses"][good]["content"]["application/json"]["schema"]
         name = content["$ref"].rpartition("/")[2]
         assert schema["components"]["schemas"][name]["properties"], name
-        assert len(route["description"]) > 20
-        if method == "post" and "{" not in path:
+        if "requestBody" in route:
             body = route["requestBody"]["content"]["application/json"]["schema"]["$ref"]
             body = schema["components"]["schemas"][body.rpartition("/")[2]]
             assert body["additionalProperties"] is False
@@ -389,3 +397,16 @@ def test_a_runs_answer_has_every_figure_of_its_report():
     assert row | {"explained_in_weights", "prompt", "topups"} == set(
         RunCheckpointResponse.__annotations__
     )
+
+
+def test_a_whole_number_may_be_written_with_a_fraction_of_zero(client):
+    code, answer = client.post("/plan", {**BODY, "name": "mine", "ranks": [4.0, 2e0]})
+    assert (code, answer["loras"]) == (200, ["mine_0-4", "mine_1-2"])
+    assert client.post("/plan", {**BODY, "ranks": [4.5]})[0] == 422
+
+
+@pytest.mark.parametrize("path", ["/cache", "/runs/mix", "/runs/mix/styles"])
+def test_a_method_that_a_path_lacks_is_answered_with_all_that_it_has(client, path):
+    answer = client.http.put(f"/hyper-merge{path}")
+    assert (answer.status_code, answer.json()) == (405, {"detail": "Method Not Allowed"})
+    assert answer.headers["allow"] == ("DELETE, POST" if "styles" in path else "DELETE, GET")

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 from browser.conftest import IN_WEBUI, shot
-from mixture_tags import mixture_tags
 from tiny_family import merge
 
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.run import load_run
+from hyper_merge.runs.weighted_loras import mixture_tags
 
 pytestmark = pytest.mark.slow
 

@@ -500,3 +500,16 @@ def test_a_plan_writes_only_the_cache(files, tmp_path, run):
     assert "the average alone" in out
     written = {path.parent.name for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {"cache"}
+
+
+def test_a_plan_needs_no_name_where_a_merge_does(files, tmp_path, run):
+    words = ["--models", *files, "--output", tmp_path, "--ranks", "4", "2"]
+    code, out, err = run("plan", *words)
+    assert (code, err) == (0, [])
+    assert run("plan", "--name", "mix", *words)[1] == out
+    recipe = tmp_path / "mix.yaml"
+    recipe.write_text("\n".join(["models:", *(f"  - '{path}'" for path in files), "ranks: [4, 2]"]))
+    assert run("plan", recipe, "--output", tmp_path) == (0, out, [])
+    code, _, err = run("merge", *words)
+    assert code == 2
+    assert "name" in err[0]

@@ -1,9 +1,9 @@
-"""AUTOMATIC1111's WebUI v1.10.1 and Forge, as far as an extension sees them, without a model.
+"""AUTOMATIC1111's WebUI v1.10.1 and its relatives, as far as an extension sees them, without a model.
 
-`install(models, flavour)` puts `modules` (for Forge also `modules_forge` and `backend`) into
-`sys.modules` and hands back what tests look at; `uninstall` takes everything out again. What the
-hosts do to lists, titles, locks, progress, styles and loaded models is done as they do it, read
-in their sources; a "model" is the content of its file and the name of a device.
+`install(models, flavour)` puts `modules` (for the others also `modules_forge`, and `backend` or
+`ldm_patched`) into `sys.modules` and hands back what tests look at; `uninstall` takes everything out
+again. What the hosts do to lists, titles, locks, progress, styles and loaded models is done as they do
+it, read in their sources; a "model" is the content of its file and the name of a device.
 """
 
 import importlib
@@ -22,27 +22,48 @@ from .callbacks import Callbacks, Errors
 from .drawing import Processing, samplers
 from .jobs import Devices, FifoLock, MainThread, Progress, State
 from .lists import Checkpoints, Loras
-from .models import A1111Models, ForgeModels
+from .models import A1111Models, ClassicModels, ForgeModels, NeoModels, ReForgeModels
 from .options import OptionHTML, OptionInfo, Options
 from .styles import PromptStyle, StyleDatabase
 
 EXTENSION = Path(__file__).parents[2]
-ROOTS = ("modules", "modules_forge", "backend", "networks")
+ROOTS = ("modules", "modules_forge", "backend", "ldm_patched", "networks")
+TITLES = {
+    "a1111": "AUTOMATIC1111",
+    "forge": "Forge",
+    "neo": "Forge Neo",
+    "reforge": "reForge",
+    "classic": "Forge Classic",
+}
+FLAVOURS = tuple(TITLES)
+MODELS = {
+    "a1111": A1111Models,
+    "forge": ForgeModels,
+    "neo": NeoModels,
+    "reforge": ReForgeModels,
+    "classic": ClassicModels,
+}
 # Our modules that are bound to the modules of the host that they were loaded with.
 OURS = ("hyper_merge.api.webui", "hyper_merge.hosts.webui")
 
 
 class FakeWebUI:
-    """A WebUI that has started: scripts not yet loaded, checkpoints listed, no model loaded."""
+    """A WebUI that has started: scripts not yet loaded, checkpoints listed, no model loaded.
+
+    Attributes:
+        lazy: Whether the selected checkpoint is loaded when a picture is made, and only then.
+        threaded: Whether models move in one thread, and on and off the device by a manager.
+    """
 
     def __init__(self, models, flavour, *, debug_mode=False, **cmd_opts):
         self.flavour = flavour
+        self.lazy = flavour in ("forge", "neo")
+        self.threaded = flavour != "a1111"
         self.models = models = Path(models).absolute()
         self.data = models.parent
         self.errors = Errors()
         self.cmd_opts = SimpleNamespace(
             ckpt=str(self.data / "model.ckpt"),
-            ckpt_dir=None,
             lora_dir=str(models / "Lora"),
             no_download_sd_model=True,
             ui_debug_mode=debug_mode,
@@ -54,6 +75,8 @@ class FakeWebUI:
             device_id=None,
             always_cpu=False,
         )
+        folders = {"ckpt_dirs": [], "lora_dirs": []} if flavour == "neo" else {"ckpt_dir": None}
+        vars(self.cmd_opts).update(folders)
         vars(self.cmd_opts).update(cmd_opts)
         self.devices = Devices(flavour, self.cmd_opts)
         self.opts = Options(self.errors, self.cmd_opts)
@@ -64,18 +87,17 @@ class FakeWebUI:
         self.queue_lock = FifoLock()
         self.script_callbacks = Callbacks(self.errors)
         self.checkpoints = Checkpoints(models, self.cmd_opts, self.opts, flavour)
-        kind = {"a1111": A1111Models, "forge": ForgeModels}[flavour]
-        self.sd_models = kind(self.checkpoints, self.opts, self.devices)
+        self.sd_models = MODELS[flavour](self.checkpoints, self.opts, self.devices)
         self.networks = Loras(self.cmd_opts)
         files = [self.data / "styles.csv"]
         if flavour == "forge":
             files.append(self.data / "styles_integrated.csv")
-        self.prompt_styles = StyleDatabase(files, self.errors)
+        self.prompt_styles = StyleDatabase(files, self.errors, headings=flavour != "neo")
         self.shared = Shared(self)
-        self.main_thread = MainThread()
+        self.main_thread = MainThread(flavour)
         self.processing = Processing(self)
         self.scripts = module("scripts", scripts_data=[])
-        if flavour == "forge" or not debug_mode:
+        if self.lazy or not debug_mode:
             self.checkpoints.list_models()
             self.networks.list_available_networks()
 
@@ -105,13 +127,22 @@ class FakeWebUI:
             ),
             "networks": self.networks,
         }
-        if self.flavour == "forge":
+        if self.threaded:
             modules |= {
                 "modules_forge": package("modules_forge"),
                 "modules_forge.main_thread": self.main_thread,
+            }
+        if self.lazy:
+            modules |= {
                 "modules_forge.main_entry": self.sd_models.main_entry,
                 "backend": package("backend"),
-                "backend.memory_management": self.sd_models.memory_management,
+                "backend.memory_management": self.sd_models.manager,
+            }
+        elif self.threaded:
+            modules |= {
+                "ldm_patched": package("ldm_patched"),
+                "ldm_patched.modules": package("ldm_patched.modules"),
+                "ldm_patched.modules.model_management": self.sd_models.manager,
             }
         return modules
 
@@ -200,6 +231,13 @@ class Shared:
         return self._sd_models.model_data.get_sd_model()
 
 
+def folder_options(flavour, checkpoints, loras):
+    """Returns the options of a host's command line that name folders: Neo takes several of each."""
+    if flavour == "neo":
+        return {"ckpt_dirs": [str(checkpoints)], "lora_dirs": [str(loras)]}
+    return {"ckpt_dir": str(checkpoints), "lora_dir": str(loras)}
+
+
 def put(path, content=b"a"):
     """A file with its folders; a listed file may hold anything."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +262,7 @@ def install(models, flavour, **options):
 
     Args:
         models: with `Stable-diffusion` and `Lora`; styles and settings lie beside it.
-        flavour: "a1111" or "forge".
+        flavour: one of `FLAVOURS`.
         options: debug_mode (--ui-debug-mode) and attributes of `cmd_opts`, such as ckpt_dir.
     """
     uninstall()

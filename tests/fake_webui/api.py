@@ -15,8 +15,7 @@ def create_api(webui, app):
         for auth in webui.cmd_opts.api_auth.split(","):
             user, password = auth.split(":")
             passwords[user] = password
-    if webui.flavour == "a1111":
-        _answer_refusals(app)
+    _answer_refusals(app)
 
     def check(credentials: HTTPBasicCredentials = Depends(HTTPBasic())):  # noqa: B008
         known = passwords.get(credentials.username)

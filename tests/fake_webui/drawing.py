@@ -20,7 +20,7 @@ def samplers():
 
 
 class Processing(ModuleType):
-    """The request for pictures in either host; tests look at `drawn` and `loads`."""
+    """The request for pictures in any host; tests look at `drawn` and `loads`."""
 
     def __init__(self, webui):
         super().__init__("processing")
@@ -35,7 +35,7 @@ class Processing(ModuleType):
 
         @dataclass(repr=False)
         class StableDiffusionProcessingTxt2Img:
-            """The fields that both hosts have, in their order as far as positions go."""
+            """The fields that all hosts have, in their order as far as positions go."""
 
             sd_model: object = None
             outpath_samples: str = None
@@ -74,13 +74,15 @@ class Processing(ModuleType):
     def process_images(self, p):
         opts = self._webui.opts
         stored = {key: opts.data[key] for key in p.override_settings if key in opts.data}
-        forge = self._webui.flavour == "forge"
+        lazy = self._webui.lazy
         try:
-            model = self._forge_model(p) if forge else self._a1111_model(p)
+            model = self._forge_model(p) if lazy else self._a1111_model(p)
+            if self._webui.threaded:
+                self._webui.sd_models.manager.load_models_gpu([model])
             return self._images(p, model)
         finally:
             if p.override_settings_restore_afterwards:
-                if forge:
+                if lazy:
                     self._set_config(stored)
                 else:
                     opts.data.update(stored)

@@ -1,4 +1,4 @@
-"""Who works and how far: the queue's lock, the state, the progress, Forge's model thread."""
+"""Who works and how far: the queue's lock, the state, the progress, the thread for models."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ class Devices:
         self.flavour, self.cmd_opts = flavour, cmd_opts
 
     def get_device_for(self, task):
-        if self.flavour == "forge":  # in backend.args, of which it keeps a part to itself
+        if self.flavour != "a1111":  # among the options of its manager of models
             return torch.device("cpu" if self.cmd_opts.always_cpu else "cuda:0")
         if task in self.cmd_opts.use_cpu or "all" in self.cmd_opts.use_cpu:
             return torch.device("cpu")
@@ -164,10 +164,15 @@ class Progress:
 
 
 class MainThread:
-    """`modules_forge.main_thread`: work for the model thread; an error there gives None."""
+    """`modules_forge.main_thread`: work for the model thread; an error there gives None.
 
-    def __init__(self):
-        self.last_exception = None
+    Forge keeps the error as `last_exception`, Neo its text; reForge and Classic print it alone.
+    """
+
+    def __init__(self, flavour):
+        self._flavour = flavour
+        if flavour in ("forge", "neo"):
+            self.last_exception = None
         self.calls = []  # for tests
 
     def run_and_wait_result(self, func, *args, **kwargs):
@@ -177,11 +182,19 @@ class MainThread:
             self.calls.append(func)
             try:
                 result.append(func(*args, **kwargs))
-                self.last_exception = None
+                self._told(None)
             except Exception as error:  # as the original: told, not raised
-                self.last_exception = error
+                self._told(error)
 
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
         return result[0] if result else None
+
+    def _told(self, error):
+        if self._flavour == "forge":
+            self.last_exception = error
+        elif self._flavour == "neo":
+            self.last_exception = error and f"{type(error).__name__}: {error}"
+        elif error:
+            print(error)  # noqa: T201 - as the original

@@ -33,9 +33,8 @@ class CheckpointInfo:
 
     def _name(self):
         path = os.path.abspath(self.filename)  # noqa: PTH100
-        folder = self._listing.cmd_opts.ckpt_dir
-        for known in (folder, self._listing.model_path):
-            if known and path.startswith(os.path.abspath(known)):  # noqa: PTH100
+        for known in self._listing.folders():
+            if path.startswith(os.path.abspath(known)):  # noqa: PTH100
                 return path.replace(os.path.abspath(known), "").lstrip("/\\")  # noqa: PTH100
         return Path(path).name
 
@@ -86,7 +85,7 @@ class Checkpoints:
         self.model_path = str(models / "Stable-diffusion")
         self.cmd_opts = cmd_opts
         self.opts = opts
-        self.forge = flavour == "forge"
+        self.lazy = flavour in ("forge", "neo")
         self.checkpoints_list = {}
         self.checkpoint_aliases = {}
         self.hashes = {}  # the hosts keep theirs on disk: by file and time of change
@@ -97,17 +96,23 @@ class Checkpoints:
         stat = Path(filename).stat()
         return filename, stat.st_mtime_ns
 
+    def folders(self):
+        """Returns the folders with checkpoints: Neo takes several from its command line."""
+        options = self.cmd_opts
+        given = options.ckpt_dirs if hasattr(options, "ckpt_dirs") else [options.ckpt_dir]
+        return [folder for folder in (*given, self.model_path) if folder]
+
     def checkpoint_tiles(self, use_short=False):
-        attribute = "short_title" if use_short else "name" if self.forge else "title"
+        attribute = "short_title" if use_short else "name" if self.lazy else "title"
         return [getattr(info, attribute) for info in self.checkpoints_list.values()]
 
     def list_models(self):
         self.listed += 1
         self.checkpoints_list.clear()
         self.checkpoint_aliases.clear()
-        suffixes = {".safetensors", ".ckpt"} | ({".gguf"} if self.forge else set())
-        folders = [folder for folder in (self.cmd_opts.ckpt_dir, self.model_path) if folder]
-        for path in dict.fromkeys(path for folder in folders for path in files(folder, suffixes)):
+        suffixes = {".safetensors", ".ckpt"} | ({".gguf"} if self.lazy else set())
+        paths = (path for folder in self.folders() for path in files(folder, suffixes))
+        for path in dict.fromkeys(paths):
             if not path.endswith((".vae.ckpt", ".vae.safetensors")):
                 CheckpointInfo(path, self).register()
 
@@ -128,7 +133,7 @@ class Checkpoints:
         info = self.checkpoint_aliases.get(self.opts.data.get("sd_model_checkpoint"))
         if info is not None:
             return info
-        if not self.checkpoints_list and not self.forge:
+        if not self.checkpoints_list and not self.lazy:
             raise FileNotFoundError("No checkpoints found.")
         return next(iter(self.checkpoints_list.values()), None)
 

@@ -153,7 +153,7 @@ def _setting(gr, opts, key):
 def _quicksettings(gr, webui, demo, js):
     """The checkpoint dropdown, filled again by its button and, in Forge, with each page."""
     tiles = webui.sd_models.checkpoint_tiles
-    forge = webui.flavour == "forge"
+    forge = webui.lazy
     with gr.Row(elem_id="quicksettings"):
         dropdown = gr.Dropdown(
             label="Checkpoint",

@@ -16,10 +16,11 @@ class PromptStyle(NamedTuple):
 
 
 class StyleDatabase:
-    """Styles of one or several files; with several, headings stand among them."""
+    """Styles of one or several files; with several, headings may stand among them."""
 
-    def __init__(self, paths, errors):
+    def __init__(self, paths, errors, *, headings=True):
         self._errors = errors
+        self._headings = headings
         self.paths = [Path(path) for path in paths]
         self.default_path = self.paths[0]
         self.no_style = PromptStyle("None", "", "", None)
@@ -29,7 +30,7 @@ class StyleDatabase:
     def reload(self):
         self.styles.clear()
         for path in self.paths:
-            if len(self.paths) > 1:
+            if self._headings and len(self.paths) > 1:
                 heading = f" {path.stem.upper()} ".center(40, "-")
                 self.styles[heading] = PromptStyle(heading, None, None, "do_not_save")
             if path.is_file():

@@ -10,7 +10,8 @@ ScriptClassData = namedtuple("ScriptClassData", ["script_class", "path", "basedi
 
 def script_data(webui):
     """Returns the entry of `scripts.scripts_data`, with the module loaded again."""
-    path = Path(webui.data) / "scripts" / "xyz_grid.py"
+    folder = "extensions-builtin/xyz/scripts" if webui.flavour == "classic" else "scripts"
+    path = Path(webui.data) / folder / "xyz_grid.py"
     return ScriptClassData(object, str(path), str(webui.data), Grid(webui))
 
 
@@ -38,23 +39,29 @@ class Grid(ModuleType):
         super().__init__("xyz_grid.py")
         self._webui = webui
         self.AxisOption = AxisOption
-        self.axis_options = [
+        options = [
             AxisOption("Nothing", str, lambda p, x, xs: None),
-            AxisOption("Checkpoint name", str, self.apply_checkpoint, cost=1.0),
+            AxisOption("Checkpoint name", str, self._apply_checkpoint, cost=1.0),
         ]
+        if webui.flavour == "classic":  # in a module that stays when the script is loaded again
+            options = vars(webui).setdefault("builtin_options", options)
+        else:
+            self.apply_checkpoint = self._apply_checkpoint
+        self.axis_options = options
 
-    def apply_checkpoint(self, p, x, xs):
+    def _apply_checkpoint(self, p, x, xs):
         webui = self._webui
         info = webui.sd_models.get_closet_checkpoint_match(x)
         if info is None:
             raise RuntimeError(f"Unknown checkpoint: {x}")
-        if webui.flavour == "a1111":
+        if not webui.lazy:
             p.override_settings["sd_model_checkpoint"] = info.name
             return
         if info.name == p.override_settings.get("sd_model_checkpoint"):
             return
         before = webui.opts.data.get("sd_model_checkpoint")
-        p.override_settings["sd_model_checkpoint"] = info.name
+        if webui.flavour == "forge":
+            p.override_settings["sd_model_checkpoint"] = info.name
         webui.opts.data["sd_model_checkpoint"] = info.name
         webui.sd_models.main_entry.refresh_model_loading_parameters()
         webui.opts.data["sd_model_checkpoint"] = before
@@ -72,5 +79,6 @@ class Grid(ModuleType):
             cell.styles = cell.styles[:]
             option.apply(cell, value, values)
             images.append(self._webui.processing.process_images(cell).images[0])
-        self._webui.sd_models.reload_model_weights()
+        if self._webui.flavour != "neo":
+            self._webui.sd_models.reload_model_weights()
         return labels, images

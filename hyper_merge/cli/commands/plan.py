@@ -23,5 +23,6 @@ def run_command(options: argparse.Namespace) -> None:
     from hyper_merge.operations.merge.plan import make_plan
 
     with progress_bar() as progress:
-        plan = make_plan(preflight(options, progress), progress)
+        # Nothing is written under a name, so that none is needed.
+        plan = make_plan(preflight(options, progress, {"name": "plan"}), progress)
     say(format_plan(plan))

@@ -1,1 +1,1 @@
-"""Implements the hosts AUTOMATIC1111's WebUI and Forge."""
+"""Implements AUTOMATIC1111's WebUI and its relatives as hosts."""

@@ -13,24 +13,21 @@ from typing import Any
 
 from modules import devices, errors, sd_models, shared
 
+from hyper_merge.hosts.webui.capabilities import capabilities
 from hyper_merge.hosts.webui.checkpoint_list import (
     list_entries,
     list_titled_entries,
     refresh_list,
 )
+from hyper_merge.hosts.webui.model_thread import run_in_model_thread, unload_all_models
 
 Stamp = tuple[int, int, int] | None  # inode, size, time; None where there is no file
-
-
-def is_forge() -> bool:
-    """Tells whether the WebUI is Forge, whose model loading is its own."""
-    return hasattr(sd_models, "forge_model_reload")
 
 
 def chosen_device() -> str:
     """Returns the name of the device that the WebUI is told to compute on.
 
-    That is by `--device-id` and `--use-cpu all` in A1111, by `--always-cpu` in Forge.
+    That is by `--device-id` and `--use-cpu all` in A1111, by `--always-cpu` in the others.
     """
     choose = getattr(devices, "get_device_for", lambda _task: "cuda")  # each has it, so far
     return str(choose("hyper-merge"))
@@ -42,11 +39,12 @@ def unloaded_model() -> AbstractContextManager[None]:
     If the file of the loaded checkpoint is another one afterwards, it is loaded again: neither host
     notices by itself (`contract.md` section 7).
     """
-    return _unloaded_in_forge() if is_forge() else _unloaded_in_a1111()
+    return _unloaded_until_drawing() if capabilities().loads_when_drawing else _unloaded_models()
 
 
 @contextmanager
-def _unloaded_in_a1111() -> Iterator[None]:
+def _unloaded_models() -> Iterator[None]:
+    """Takes off the device what A1111, reForge and Forge Classic keep loaded between pictures."""
     data = sd_models.model_data
     with data.lock:  # at its start the WebUI loads without the queue lock: let it finish
         current = data.sd_model  # never shared.sd_model, which loads one where none is
@@ -54,8 +52,7 @@ def _unloaded_in_a1111() -> Iterator[None]:
     models = [current, *loaded] if current is not None else loaded
     stamps = [_stamp(_file(model)) for model in models]
     with _errors_logged("unloading the checkpoint for Hyper-Merge"):
-        for model in models:
-            sd_models.unload_model_weights(model)
+        _unload(models)
     try:
         yield
     finally:
@@ -75,26 +72,38 @@ def _unloaded_in_a1111() -> Iterator[None]:
                 _load_again(current, changed=current in changed)
 
 
+def _unload(models: list[Any]) -> None:
+    if not capabilities().model_manager:
+        for model in models:
+            sd_models.unload_model_weights(model)
+    elif models:
+        # Not unload_model_weights: reForge's moves the weights and does not tell its manager, which
+        # then draws the next picture with weights on the CPU.
+        unload_all_models()
+
+
 def _load_again(model: Any, *, changed: bool) -> None:
     if not changed:
-        sd_models.send_model_to_device(model)
+        sd_models.send_model_to_device(
+            model
+        )  # nothing where a manager does it for the next picture
         return
     file, selected = _file(model), _selected()
     refresh_list()  # keeps what it has read of a file with the file's entry
-    sd_models.reload_model_weights(info=_info(file), forced_reload=True)
+    if capabilities().model_manager:
+        sd_models.model_data.sd_model = None  # Forge Classic keeps the model of a file of that name
+    run_in_model_thread(sd_models.reload_model_weights, info=_info(file), forced_reload=True)
     _select(selected)
 
 
 @contextmanager
-def _unloaded_in_forge() -> Iterator[None]:
-    from backend import memory_management  # noqa: PLC0415 - Forge only
-    from modules_forge import main_entry, main_thread  # noqa: PLC0415 - Forge only
-
+def _unloaded_until_drawing() -> Iterator[None]:
+    """Takes the model of Forge or Forge Neo off the device; the next picture brings it back."""
     data = sd_models.model_data
     file = getattr(data.sd_model, "filename", None)  # Forge's stand-in for no model has none
     before = _stamp(file) if file else None
-    # Forge moves models in one thread of its own; the next generation brings the model back.
-    main_thread.run_and_wait_result(memory_management.unload_all_models)
+    with _errors_logged("unloading the checkpoint for Hyper-Merge"):
+        unload_all_models()
     try:
         yield
     finally:
@@ -103,8 +112,15 @@ def _unloaded_in_forge() -> Iterator[None]:
                 selected = _selected()
                 refresh_list()
                 _select(selected)
-                main_entry.refresh_model_loading_parameters()
+                refresh_loading_parameters()
                 data.forge_hash = ""  # of name and part of the content: may not have changed
+
+
+def refresh_loading_parameters() -> None:
+    """Makes Forge or Forge Neo load the selected checkpoint the next time that it draws."""
+    from modules_forge import main_entry  # noqa: PLC0415 - in these WebUIs only
+
+    main_entry.refresh_model_loading_parameters()
 
 
 def _selected() -> str | None:

@@ -1,4 +1,4 @@
-"""Implements AUTOMATIC1111's WebUI and Forge as a host; imported by `scripts/` only, in the WebUI."""
+"""Implements AUTOMATIC1111's WebUI and its relatives as a host; imported by `scripts/` only, in one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from modules.styles import PromptStyle
 from hyper_merge.errors import OutputError
 from hyper_merge.hosts.host import Defaults, GeneratorInfo
 from hyper_merge.hosts.webui import settings
+from hyper_merge.hosts.webui.capabilities import capabilities
 from hyper_merge.hosts.webui.checkpoint_list import (
     list_entries,
     list_titled_entries,
     name_selected_by,
     refresh_list,
 )
-from hyper_merge.hosts.webui.device_memory import is_forge, unloaded_model
+from hyper_merge.hosts.webui.device_memory import unloaded_model
 from hyper_merge.hosts.webui.txt2img import open_txt2img, visible_samplers
 from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
@@ -45,7 +46,7 @@ class WebUI:
     @property
     def title(self) -> str:
         """The WebUI's name."""
-        return "Forge" if is_forge() else "AUTOMATIC1111"
+        return capabilities().title
 
     def checkpoints(self) -> dict[str, Path]:
         """Returns the WebUI's list; in A1111 empty with --ui-debug-mode until it is refreshed."""
@@ -66,7 +67,7 @@ class WebUI:
             list_loras()
 
     def folders(self) -> Folders:
-        """Returns the folders by --ckpt-dir, --lora-dir, --models-dir and the settings page."""
+        """Returns the folders by the command line (--ckpt-dir, --lora-dir, --models-dir) and the settings page."""
         return settings.read_folders()
 
     def defaults(self) -> Defaults:
@@ -150,9 +151,9 @@ class WebUI:
             _change_styles(dict.fromkeys(ours))
 
     def checkpoint_title(self, path: Path) -> str | None:
-        """Returns the title in the WebUI's dropdown: in A1111 with its hash, if known; in Forge without.
+        """Returns the title in the WebUI's dropdown: in Forge and Neo without its hash.
 
-        Returns None where Forge would take another checkpoint: it takes the first whose title holds
+        Returns None where these would take another checkpoint: the first whose title holds
         the name, or is held by it.
         """
         for title, info in list_titled_entries():
@@ -166,7 +167,7 @@ class WebUI:
 
 
 def _selects(title: str, info: Any) -> bool:
-    if not is_forge():
+    if not capabilities().matches_loosely:
         return True
     return name_selected_by(title) in (info.short_title, info.name)
 

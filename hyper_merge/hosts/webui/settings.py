@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -13,6 +13,7 @@ from modules import call_queue, paths, sd_models, shared
 
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Defaults
+from hyper_merge.hosts.webui.capabilities import capabilities
 from hyper_merge.operations.cache import clear_cache, format_cache
 from hyper_merge.recipe.parsing import number, parse_flag, parse_ranks, parse_text
 from hyper_merge.runs.folders import SIZE_LIMIT, Folders
@@ -69,18 +70,21 @@ def read_defaults() -> Defaults:
 def read_folders() -> Folders:
     """Returns the folders by the WebUI's command line and the page."""
     models = Path(paths.models_path)
-    checkpoints = _option("ckpt_dir") or sd_models.model_path
-    loras = _option("lora_dir") or models / "Lora"
+    webui = capabilities()
+    checkpoints = _first_given(webui.checkpoint_folders) or sd_models.model_path
+    loras = _first_given(webui.lora_folders) or models / "Lora"
     runs = _saved(_FOLDER, _folder, models / "hyper-merge")
     limit = _saved(_CACHE, number(0, 1e6), float(_CACHE_GB))
     return Folders(Path(checkpoints), Path(loras), runs, runs / "cache", int(limit * GB))
 
 
-def _option(name: str) -> Any:
-    """Returns a folder of the command line; of Forge Neo's several, `--ckpt-dirs`, the first."""
-    options = shared.cmd_opts
-    folders = [getattr(options, name, None), *(getattr(options, f"{name}s", None) or ())]
-    return next(filter(None, folders), None)
+def _first_given(options: Iterable[str]) -> Any:
+    """Returns the first folder of the command line; an option may hold one, several or none."""
+    for name in options:
+        given = getattr(shared.cmd_opts, name, None)
+        if given:
+            return given[0] if isinstance(given, list) else given
+    return None
 
 
 def _saved(key: str, parse: Callable[[Any], _T], default: _T) -> _T:

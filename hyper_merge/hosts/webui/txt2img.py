@@ -1,10 +1,10 @@
-"""Draws with the WebUI's txt2img; A1111 and Forge differ in how a picture's checkpoint is chosen."""
+"""Draws with the WebUI's txt2img; WebUIs differ in how a picture's checkpoint is chosen and loaded."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +13,10 @@ from modules import errors, processing, sd_models, sd_samplers, shared
 from PIL import Image
 
 from hyper_merge.errors import PictureError
+from hyper_merge.hosts.webui.capabilities import capabilities
 from hyper_merge.hosts.webui.checkpoint_list import list_entries
-from hyper_merge.hosts.webui.device_memory import is_forge
+from hyper_merge.hosts.webui.device_memory import refresh_loading_parameters
+from hyper_merge.hosts.webui.model_thread import run_in_model_thread
 from hyper_merge.loras.prompt_tags import tag_names
 from hyper_merge.operations.compare.request import Picture, Txt2Img
 from hyper_merge.runtime.progress import Progress
@@ -64,12 +66,13 @@ class _Selection:
     """The checkpoint that the user has selected, and the one that is selected for a picture."""
 
     def __init__(self) -> None:
-        if is_forge() and not sd_models.model_data.forge_loading_parameters:
-            _refresh_forge()  # nothing was drawn since it started
+        self._lazy = capabilities().loads_when_drawing
+        if self._lazy and not sd_models.model_data.forge_loading_parameters:
+            refresh_loading_parameters()  # nothing was drawn since it started
         self._users = self._ours = _selected()
         # Never shared.sd_model, which loads one where none is. Forge's stand-in has no file.
         model = sd_models.model_data.sd_model
-        self._was_loaded = hasattr(model, "filename") if is_forge() else model is not None
+        self._was_loaded = hasattr(model, "filename") if self._lazy else model is not None
 
     def before_picture(self) -> None:
         """Notices a checkpoint that the user has selected since the last picture."""
@@ -81,27 +84,19 @@ class _Selection:
         self._ours = _selected()
 
     def restore(self) -> None:
+        """Selects what the user has selected and, if something was loaded, loads it."""
         self.before_picture()
-        if is_forge():
-            self._restore_in_forge()
+        if not self._lazy:
+            shared.opts.data[_SELECTED] = self._users
+            load = sd_models.reload_model_weights
+        elif _selected() != self._users:
+            shared.opts.data[_SELECTED] = self._users
+            refresh_loading_parameters()
+            load = sd_models.forge_model_reload
         else:
-            shared.opts.data[_SELECTED] = self._users
-            if self._was_loaded:
-                sd_models.reload_model_weights()
-
-    def _restore_in_forge(self) -> None:
-        if _selected() != self._users:
-            shared.opts.data[_SELECTED] = self._users
-            _refresh_forge()
-            if self._was_loaded:
-                _in_model_thread(sd_models.forge_model_reload)
-
-
-def _refresh_forge() -> None:
-    """Makes Forge load the selected checkpoint the next time that it draws."""
-    from modules_forge import main_entry  # noqa: PLC0415 - Forge only
-
-    main_entry.refresh_model_loading_parameters()
+            return
+        if self._was_loaded:
+            run_in_model_thread(load)
 
 
 def _selected() -> Any:
@@ -113,7 +108,7 @@ def _draw(picture: Picture, progress: Progress, selection: _Selection) -> Image.
     selection.before_picture()
     try:
         with closing(_processing(picture, title)) as p, _joined(progress):
-            images = _in_model_thread(processing.process_images, p)
+            images = run_in_model_thread(processing.process_images, p)
             complaints = [text for text in p.comments if text.startswith(_COMPLAINTS)]
     except Exception as error:  # a host's model code may raise anything
         errors.display(error, f"drawing with {picture.model.name}", full_traceback=True)
@@ -170,8 +165,8 @@ def _processing(picture: Picture, title: str) -> Any:
         do_not_save_samples=True,
         do_not_save_grid=True,
         override_settings={_SELECTED: title},
-        # Else A1111 and Forge would select the one before after every picture, and Forge would move
-        # the model off the device each time.
+        # Else each WebUI would select the one before after every picture, and Forge would move the
+        # model off the device each time.
         override_settings_restore_afterwards=False,
     )
 
@@ -213,19 +208,3 @@ def _joined(progress: Progress) -> Iterator[None]:
     finally:
         ended.set()
         listener.join()
-
-
-def _in_model_thread(work: Callable[..., Any], *values: Any) -> Any:
-    """Returns the work's result; in Forge it runs in the one thread that may touch models."""
-    if not is_forge():
-        return work(*values)
-    from modules_forge import main_thread  # noqa: PLC0415 - Forge only
-
-    main_thread.last_exception = None
-    result = main_thread.run_and_wait_result(work, *values)
-    error = main_thread.last_exception  # it is kept there, not raised
-    if isinstance(error, BaseException):
-        raise error
-    if error:  # Forge Neo keeps its text alone
-        raise RuntimeError(str(error))
-    return result

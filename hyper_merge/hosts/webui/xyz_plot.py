@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from hyper_merge.runs.weighted_loras import prompt_tags_of
 
 LABEL: Final = "Hyper-Merge: checkpoint"
 _SCRIPT: Final = "xyz_grid.py"
-_NEEDED: Final = ("AxisOption", "axis_options", "apply_checkpoint")
+_CHECKPOINTS: Final = "Checkpoint name"  # the label of the host's own axis of checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -26,40 +26,41 @@ _log = logging.getLogger(__name__)
 def add_axis(host: Host) -> None:
     """Adds the axis once; to be called by `on_before_ui`, when the WebUI's scripts are loaded.
 
-    Where there is no such script, or another one of its name, as in Forge Classic, nothing is added,
-    the log says so, and the WebUI starts as usual; an error goes to its log.
+    Where there is no such script, or another one of its name, nothing is added, the log says so, and
+    the WebUI starts as usual; an error goes to its log.
     """
     try:
-        for module in _modules():
+        modules = _modules()
+        for module in modules:
             _add(module, host)
+        if not modules:
+            _log.warning("Hyper-Merge adds no axis: this WebUI has no X/Y/Z plot")
     except Exception as error:  # another extension's module may be anything
         errors.display(error, "Hyper-Merge: adding an axis to X/Y/Z plot", full_traceback=True)
 
 
-def _modules() -> Iterator[Any]:
-    """Yields the script's modules: some extensions bring their own copy of it."""
-    for data in {id(data.module): data for data in scripts.scripts_data}.values():
-        if Path(data.path).name != _SCRIPT:
-            continue
-        missing = [name for name in _NEEDED if not hasattr(data.module, name)]
-        if missing:
-            _log.warning(
-                "Hyper-Merge adds no axis to the X/Y/Z plot of %s: it lacks %s",
-                data.path,
-                ", ".join(missing),
-            )
-        else:
-            yield data.module
+def _modules() -> list[Any]:
+    """Returns the script's modules: some extensions bring their own copy of it."""
+    plots = [data for data in scripts.scripts_data if Path(data.path).name == _SCRIPT]
+    return list({id(data.module): data.module for data in plots}.values())
 
 
 def _add(module: Any, host: Host) -> None:
-    if any(option.label == LABEL for option in module.axis_options):
+    options = {option.label: option for option in module.axis_options}
+    if LABEL in options:
+        return  # Forge Classic keeps its list when the page is loaded again
+    if _CHECKPOINTS not in options:
+        _log.warning(
+            'Hyper-Merge adds no axis to this X/Y/Z plot (%s): it has no axis "%s"',
+            module,
+            _CHECKPOINTS,
+        )
         return
     module.axis_options.append(
         module.AxisOption(
             LABEL,
             str,
-            _applying(module, host),
+            _applying(options[_CHECKPOINTS].apply, host),
             format_value=lambda _p, _option, value: value,
             confirm=lambda _p, values: [_title_and_tags(host, value) for value in values],
             cost=1.0,  # that of the axis of checkpoints: the outermost loop
@@ -80,10 +81,14 @@ def _names(run: Run) -> list[str]:
     return [*merged, *(name for name in fitted if name not in merged)]
 
 
-def _applying(module: Any, host: Host) -> Callable[[Any, str, Any], None]:
+def _applying(
+    select: Callable[[Any, str, Any], None], host: Host
+) -> Callable[[Any, str, Any], None]:
+    """Returns what a cell of the plot does: selects the hyper-model as the host does, and adds tags."""
+
     def apply(p: Any, value: str, values: Any) -> None:
         title, tags = _title_and_tags(host, value)
-        module.apply_checkpoint(p, title, values)
+        select(p, title, values)
         p.prompt = f"{p.prompt} {tags}"
 
     return apply

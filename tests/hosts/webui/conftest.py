@@ -1,4 +1,4 @@
-"""A WebUI of either kind with three checkpoints; nothing of it stays after a test."""
+"""A WebUI of two kinds, or in some modules of each, with three checkpoints; nothing of it stays after a test."""
 
 import pytest
 from fake_webui import installed, put

@@ -4,11 +4,15 @@ import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_webui import installed, put
+from fake_webui import FLAVOURS, TITLES, folder_options, installed, put
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request):
+    return request.param
 
 
 def only(webui, name):
@@ -16,7 +20,7 @@ def only(webui, name):
 
 
 def test_the_host_is_called_by_its_name(host, flavour):
-    assert host.title == {"a1111": "AUTOMATIC1111", "forge": "Forge"}[flavour]
+    assert host.title == TITLES[flavour]
     assert host.has_txt2img
 
 
@@ -78,7 +82,8 @@ def test_titles_are_read_again_after_the_webuis_own_refresh(host, webui, monkeyp
 
 def test_files_of_one_name_in_two_folders_are_listed(models, flavour, tmp_path):
     other = put(tmp_path / "other" / "photo.safetensors", b"other")
-    with installed(models, flavour, ckpt_dir=str(tmp_path / "other")) as webui:
+    options = folder_options(flavour, tmp_path / "other", models / "Lora")
+    with installed(models, flavour, **options) as webui:
         for info in list(webui.sd_models.checkpoints_list.values()):
             info.calculate_shorthash()
         webui.sd_models.list_models()
@@ -131,19 +136,19 @@ def test_a_new_checkpoint_has_a_title_after_a_refresh(host, webui, models):
     assert only(webui, title).filename == str(path)
 
 
-def test_a_title_has_its_hash_in_a1111_only(host, webui, flavour, models):
+def test_a_title_has_its_hash_unless_the_next_picture_loads_the_file(host, webui, models):
     path = models / "Stable-diffusion" / "photo.safetensors"
     known = only(webui, "photo.safetensors").calculate_shorthash()
-    ending = f" [{known}]" if flavour == "a1111" else ""
+    ending = "" if webui.lazy else f" [{known}]"
     assert host.checkpoint_title(path) == f"photo.safetensors{ending}"
 
 
-def test_the_title_is_not_that_of_a_similar_name(host, models):
+def test_the_title_is_not_that_of_a_similar_name(host, webui, models):
     put(models / "Stable-diffusion" / "my photo.safetensors")
     host.refresh()
     path = models / "Stable-diffusion" / "photo.safetensors"
-    # Forge itself would take the other one for this name: then none is better
-    expected = None if host.title == "Forge" else "photo.safetensors"
+    # Forge and Neo would take the other one for this name: then none is better
+    expected = None if webui.lazy else "photo.safetensors"
     assert host.checkpoint_title(path) == expected
 
 
@@ -156,11 +161,11 @@ def test_outputs_go_to_the_models_folder(host, models):
 
 
 def test_folders_of_the_command_line_are_honoured(models, flavour, tmp_path):
-    folders_given = {"ckpt_dir": str(tmp_path / "ckpt"), "lora_dir": str(tmp_path / "lora")}
-    with installed(models, flavour, **folders_given) as webui:
+    with installed(
+        models, flavour, **folder_options(flavour, tmp_path / "a", tmp_path / "b")
+    ) as webui:
         folders = webui.host().folders()
-    assert folders.models == Path(folders_given["ckpt_dir"])
-    assert folders.loras == Path(folders_given["lora_dir"])
+    assert (folders.models, folders.loras) == (tmp_path / "a", tmp_path / "b")
     assert folders.runs == models / "hyper-merge"
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import gradio as gr
 import pytest
 import torch
-from fake_webui import EXTENSION, ROOTS, installed
+from fake_webui import EXTENSION, FLAVOURS, ROOTS, installed
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.standalone import Standalone
@@ -32,6 +32,7 @@ def built(monkeypatch):
     return hosts
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_script_registers_only_tab_settings_api_and_axis(webui, built):
     webui.load_scripts()
     assert webui.errors.reports == []
@@ -54,6 +55,7 @@ def test_the_script_registers_only_tab_settings_api_and_axis(webui, built):
         ("a1111", {"use_cpu": ["interrogate"]}, "cuda"),
         ("forge", {"always_cpu": True}, "cpu"),
         ("forge", {}, "cuda:0"),
+        ("reforge", {"always_cpu": True}, "cpu"),
     ],
 )
 def test_auto_is_the_device_that_the_webui_computes_on(
@@ -104,15 +106,23 @@ def test_a_tab_that_fails_to_build_is_logged(webui, built, monkeypatch):
     assert "no tab today" in webui.errors.reports[0]
 
 
-def test_a_webui_that_lacks_something_gets_a_sentence_and_no_tab(webui, built, monkeypatch, capsys):
-    monkeypatch.delattr(sys.modules["modules.styles"], "PromptStyle")  # as in SD.Next
-    monkeypatch.delitem(sys.modules, "modules.progress")
-    monkeypatch.delattr(sys.modules["modules"], "progress")
-    webui.load_scripts()
-    assert (webui.errors.reports, webui.script_callbacks.callback_map) == ([], {})
+@pytest.mark.parametrize("name", ["SD.Next", "this WebUI"])
+def test_a_webui_that_lacks_something_gets_a_sentence_and_no_tab(
+    models, built, monkeypatch, capsys, name
+):
+    with installed(models, "a1111") as webui:
+        monkeypatch.delattr(sys.modules["modules.styles"], "PromptStyle")
+        if name == "SD.Next":
+            monkeypatch.setattr(sys.modules["modules.styles"], "Style", object, raising=False)
+        monkeypatch.delitem(sys.modules, "modules.progress")
+        monkeypatch.delattr(sys.modules["modules"], "progress")
+        webui.load_scripts()
+        assert (webui.errors.reports, webui.script_callbacks.callback_map) == ([], {})
     said = capsys.readouterr().out
-    assert said.startswith("Hyper-Merge is not loaded: it runs in AUTOMATIC1111's WebUI, Forge")
-    assert "modules.styles.PromptStyle, modules.progress.add_task_to_queue" in said
+    lacks = "lacks modules.styles.PromptStyle, modules.progress.add_task_to_queue"
+    assert said.startswith(f"Hyper-Merge is not loaded: {name} {lacks}")
+    needs = "one of AUTOMATIC1111, Forge Classic, reForge, Forge, Forge Neo. "
+    assert needs in said
 
 
 @pytest.mark.parametrize("flavour", ["a1111"])

@@ -153,14 +153,11 @@ def test_the_page_stands_in_a_category_of_the_webui(webui, page):
     assert {info.category_id for info in ours.values()} == {"system"}
 
 
-def test_the_first_of_several_folders_is_taken(models, flavour, tmp_path):
-    """Forge Neo has --ckpt-dirs and --lora-dirs, which may be given more than once."""
+def test_the_first_of_several_folders_is_taken(models, tmp_path):
     dirs = [str(tmp_path / "first"), str(tmp_path / "second")]
-    with installed(models, flavour) as webui:
-        del webui.cmd_opts.ckpt_dir, webui.cmd_opts.lora_dir
-        webui.cmd_opts.ckpt_dirs, webui.cmd_opts.lora_dirs = dirs, dirs[::-1]
+    with installed(models, "neo", ckpt_dirs=dirs, lora_dirs=dirs[::-1]) as webui:
         folders = webui.host().folders()
         assert [str(folders.models), str(folders.loras)] == dirs
-        webui.cmd_opts.ckpt_dirs = webui.cmd_opts.lora_dirs = []
+        webui.cmd_opts.ckpt_dirs, webui.cmd_opts.lora_dirs = [], []
         folders = webui.host().folders()
     assert (folders.models, folders.loras) == (models / "Stable-diffusion", models / "Lora")

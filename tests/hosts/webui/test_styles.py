@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fake_webui import FLAVOURS
 from fake_webui.styles import PromptStyle, StyleDatabase
 
 from hyper_merge.errors import OutputError
@@ -11,6 +12,11 @@ OURS = {
     "mix: photo": "{prompt} <lora:mix_0-8:0.5> <lora:mix_1-4:-0.25>",
     "mix: anime": "{prompt} <lora:mix_0-8:-1.0> <lora:mix_1-4:1.0>",
 }
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request):
+    return request.param
 
 
 def on_disk(webui):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from at_the_tab import until
-from fake_webui import put
+from fake_webui import FLAVOURS, put
 from fake_webui.drawing import picture
 
 from hyper_merge.errors import InterruptedRun, PictureError
@@ -14,6 +14,11 @@ from hyper_merge.runtime.progress import Progress
 
 SETTINGS = PictureSettings(("x",), "bad", "Euler a", 4, 6.5, 64, 72, (7,))
 KEY = "sd_model_checkpoint"
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request):
+    return request.param
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def loaded(webui):
     """The WebUI with `anime` selected and loaded, as after a picture of its own."""
     webui.opts.data[KEY] = "anime.safetensors"
     earlier = webui.processing.StableDiffusionProcessingTxt2Img(prompt="own", steps=1)
-    if webui.flavour == "forge":
+    if webui.lazy:
         webui.sd_models.main_entry.refresh_model_loading_parameters()
     webui.processing.process_images(earlier)
     webui.processing.drawn.clear()
@@ -136,28 +141,11 @@ def test_a_model_thread_error_is_not_an_empty_picture(loaded, host, picture_of):
     assert "RuntimeError" in loaded.errors.reports[0]
 
 
-@pytest.mark.parametrize("flavour", ["forge"])
-def test_a_model_thread_error_may_be_a_text(loaded, host, picture_of, monkeypatch):
-    """In Forge Neo."""
-    main_thread = loaded.main_thread
-
-    def run(func, *args):
-        main_thread.last_exception = "CUDA out of memory"
-
-    monkeypatch.setattr(main_thread, "run_and_wait_result", run)
-    expected = r"cannot draw with photo\.safetensors \(CUDA out of memory\)"
-    with (
-        host.drawing("task(x)") as (progress, generator),
-        pytest.raises(PictureError, match=expected),
-    ):
-        generator.draw(picture_of("photo"), progress)
-
-
-def test_only_forges_model_thread_touches_its_models(loaded, host, picture_of):
+def test_models_are_touched_in_their_thread_alone(loaded, host, picture_of):
     with host.drawing("task(x)") as (progress, generator):
         generator.draw(picture_of("photo"), progress)
     ((*_, thread),) = loaded.processing.drawn
-    assert (thread == threading.current_thread().name) is (loaded.flavour == "a1111")
+    assert (thread == threading.current_thread().name) is not loaded.threaded
 
 
 def test_a_checkpoint_selected_meanwhile_stays_selected(loaded, host, picture_of):

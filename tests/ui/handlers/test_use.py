@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 from at_the_tab import EVIL, kinds, tags, unchanged, words
-from mixture_tags import mixture_tags
 
 from hyper_merge.hosts.job_queue import MERGE, JobStatus
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.run import load_run
+from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.merge import show_merge_result
 from hyper_merge.ui.handlers.result import prompts_of, show_run

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 from at_the_tab import ended, kinds, words
-from mixture_tags import mixture_tags
 from tiny_family import snapshot, write
 
 from hyper_merge.runs.run import load_run
+from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
 from hyper_merge.ui.handlers.use import PanelOutcome, show_outcome
 from hyper_merge.ui.handlers.use_actions import (

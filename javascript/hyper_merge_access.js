@@ -2,7 +2,8 @@
 "use strict";
 
 (() => {
-    const all = (selector) => [...document.querySelectorAll(`#hyper_merge_tab ${selector}`)];
+    const {find} = window.hyperMerge;
+    const all = (selector) => [...(find("#hyper_merge_tab")?.querySelectorAll(selector) ?? [])];
 
     // The page is watched: nothing is written where it stands already.
     function set(element, attributes) {

@@ -266,6 +266,7 @@ window.hyperMergePicker = (() => {
     }
 
     function pressed(event) {
+        isHeld = isHeld || event.key === " "; // which presses when it is let go
         const part = event.target.dataset.part, name = nameOf(event.target);
         const steps = {ArrowDown: 1, ArrowUp: -1, Home: -Infinity, End: Infinity};
         const step = steps[event.key];
@@ -340,8 +341,7 @@ window.hyperMergePicker = (() => {
         tab.addEventListener("click", (event) => { if (event.target.closest("#hyper_merge_picker")) { clicked(event); } });
         tab.addEventListener("keydown", (event) => { if (event.target.closest("#hyper_merge_picker")) { pressed(event); } });
         tab.addEventListener("pointerdown", (event) => { if (event.target.closest("#hyper_merge_picker")) { hold(event); } });
-        document.addEventListener("pointerup", release);
-        document.addEventListener("pointercancel", release);
+        ["pointerup", "pointercancel", "keyup"].forEach((name) => document.addEventListener(name, release));
         tab.addEventListener("input", (event) => {
             if (["search", "order", "folder"].some((name) => event.target === find(name))) {
                 draw();

@@ -16,23 +16,23 @@ from hyper_merge.recipe.recipe import Recipe
 BASE_AVERAGE: Final = "average of the checkpoints"
 VAE_CHOICES: Final = {"from the first checkpoint": "first", "average of all": "average"}
 EXACT_CHOICES: Final = {
-    "automatic: end layers where they matter": "auto",
+    "automatic: first and last layers where they matter": "auto",
     "none": "none",
-    "end layers (A1111, Forge, ComfyUI)": "ends",
-    "end layers and norms (A1111, Forge, ComfyUI)": "norms",
-    "end layers, norms and biases (Forge, ComfyUI)": "all",
+    "first and last layers (A1111, Forge, ComfyUI)": "ends",
+    "these and the norms (A1111, Forge, ComfyUI)": "norms",
+    "these, norms and biases (Forge, ComfyUI)": "all",
 }
 ALLOCATION_CHOICES: Final = {
-    "adaptive, where they explain most": "adaptive",
-    "even, the same in every layer": "even",
+    "adaptive: where they help most": "adaptive",
+    "even: the same in every layer": "even",
 }
 DIFFERENCE_CHOICES: Final = {
-    "by their effect on the output": "output",
+    "by their effect on the picture": "output",
     "by an estimate of that": "layout",
     "relative to each layer's size": "relative",
-    "unweighted": "plain",
+    "all alike": "plain",
 }
-DAMAGED_CHOICES: Final = {"are refused": "refuse", "are merged, with a warning": "accept"}
+DAMAGED_CHOICES: Final = {"refuse them": "refuse", "merge them, with a warning": "accept"}
 PRESETS: Final = {
     "small": "64, 32, 16",
     "medium": "128, 64, 32, 16",
@@ -101,42 +101,68 @@ FORM_FIELDS: Final = (
               " of every checkpoint's differences to explain, such as 95 %.",
               settings=("ranks", "budget", "target")),
     FormField("weights", "Weights", "text",
-              "One number per checkpoint for the average, in the order they were picked. Leave empty"
-              " for equal weights."),
+              "How much of each checkpoint the average takes: one number each, in the order they"
+              " were picked, such as 2, 1, 1. Leave empty for equal parts."),
     FormField("base", "Base", "menu",
-              "What the LoRAs are added to. If it is a checkpoint, no hyper-model is written."),
+              "The file to which the LoRAs are added: the average of all, or one of your"
+              " checkpoints; then no hyper-model is written."),
     FormField("dtype", "Precision", "radio",
-              "Of the written files: 2, 2 or 4 bytes per number."),
+              "Of the written files. float32 takes twice the space, for pictures that hardly"
+              " differ."),
     FormField("lora_dtype", "Precision of the LoRAs", "radio",
-              "The same, or a different one. float8 halves their size and explains slightly less; it"
-              " needs torch 2.1 or newer (A1111 1.8) and does not load on Apple's GPUs."),
-    FormField("device", "Device", "menu", "Where to compute. auto uses the GPU of the host if there is one."),
-    FormField("iterations", "Iterations", "number",
-              "Maximum number of sweeps. More take longer and may explain slightly more."),
-    FormField("tolerance", "Tolerance", "number"),
+              "The same, or a different one. float8 halves their size, and pictures come slightly"
+              " less close; it needs torch 2.1 or newer (A1111 1.8) and does not load on Apple's"
+              " GPUs."),
+    FormField("device", "Device", "menu",
+              "Where to compute: auto takes the graphics card if there is one. Changes the time"
+              " only."),
+    FormField("iterations", "Rounds at most", "number",
+              "The LoRAs come closer to the checkpoints round by round. More rounds take longer"
+              " and change pictures little."),
+    FormField("tolerance", "Stop early", "number",
+              "Ends the rounds once one gains less than this part: 0.002 is 0.2 %. A smaller number"
+              " takes longer and changes pictures little."),
     FormField("seed", "Seed", "number",
-              "Seed of all random numbers. The same seed gives the same files."),
-    FormField("vae", "VAE", "radio", "Which VAE the hyper-model gets.", choices=VAE_CHOICES),
+              "Where the computation starts; not the seed of a picture. The same number gives the"
+              " same files, and none is better than another."),
+    FormField("vae", "VAE", "radio",
+              "The part of the hyper-model that turns its result into colours and pixels.",
+              choices=VAE_CHOICES),
     FormField("exact", "Companion LoRAs", "radio",
-              "Additional files for what ordinary LoRAs cannot carry, and the programs that load"
-              " them.", choices=EXACT_CHOICES),
+              "Small extra files for layers that ordinary LoRAs cannot change, with the programs"
+              " that load them. They bring pictures closer to the originals.",
+              choices=EXACT_CHOICES),
     FormField("topup", "Private LoRAs", "text",
-              "Additional LoRAs for the checkpoints that the shared ones explain least: a rank, such"
-              " as 16, or a share that every checkpoint should reach, such as 95%. Leave empty for"
+              "An extra LoRA for each checkpoint that would come out least alike: a rank, such as"
+              " 16, or the share that every checkpoint should reach, such as 95%. Leave empty for"
               " none."),
-    FormField("allocation", "Rank allocation", "radio", "The LoRAs have the same size either way.",
-              choices=ALLOCATION_CHOICES),
+    FormField("allocation", "Ranks by layer", "radio",
+              "Which layers the LoRAs spend their size on. Where they help most, pictures come"
+              " closer at the same size.", choices=ALLOCATION_CHOICES),
     FormField("separate", "Separate multipliers for the text encoder", "checkbox",
-              "Tags read <lora:name:text encoder:UNet>. Explains more.", settings=("multipliers",)),
-    FormField("fit_weights", "Fit weights", "text",
-              "How much each checkpoint counts in the fit: one number per checkpoint, in the order"
-              " they were picked. Leave empty for equal weights."),
-    FormField("layer_weights", "Layer weighting", "radio",
-              "How much the differences in a layer count. The others leave more of the difference"
-              " in pictures at the same size.", choices=DIFFERENCE_CHOICES),
+              "One number for how the prompt is understood, one for how the picture is drawn:"
+              " <lora:name:text encoder:UNet>. Comes closer to the originals.",
+              settings=("multipliers",)),
+    FormField("fit_weights", "Priorities", "text",
+              "Whose pictures should come closest: one number per checkpoint, in the order they"
+              " were picked, such as 3, 1, 1. Leave empty to treat all alike."),
+    FormField("layer_weights", "Differences count", "radio",
+              "Which differences the LoRAs reproduce first. The first choice leaves the least that"
+              " can be seen in a picture.", choices=DIFFERENCE_CHOICES),
     FormField("damaged", "Damaged files", "radio",
-              "Files that look damaged, or like downloads that did not end.", choices=DAMAGED_CHOICES),
+              "Files that look damaged, or like downloads that did not end. Merged, they can spoil"
+              " the pictures of all.", choices=DAMAGED_CHOICES),
 )  # fmt: skip
+
+ADVANCED: Final = {
+    "Average": (("base",), ("weights",), ("vae",)),
+    "LoRAs": (("topup",), ("exact",), ("fit_weights",), ("separate",)),
+    "Files": (("dtype",), ("lora_dtype",), ("damaged",)),
+    "Rarely needed": (
+        ("layer_weights",), ("allocation",), ("iterations", "tolerance"), ("device", "seed"),
+    ),
+}  # fmt: skip
+"""Fields under "Advanced", row by row in their groups; what is rarely used comes last."""
 
 LABELS: Final = {
     setting: row.label for row in FORM_FIELDS for setting in row.settings or (row.name,)

@@ -82,7 +82,7 @@ def create_ui(webui):
     interfaces = [(txt2img, "Txt2img" if webui.flavour == "forge" else "txt2img", "txt2img")]
     interfaces += webui.script_callbacks.ui_tabs_callback()
     interfaces += [(settings, "Settings", "settings")]
-    theme = gr.themes.Base(font=["sans-serif"], font_mono=["monospace"])  # none from elsewhere
+    theme = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # none from elsewhere
     with gr.Blocks(analytics_enabled=False, title="Stable Diffusion", theme=theme) as demo:
         _quicksettings(gr, webui, demo, js)
         with gr.Tabs(elem_id="tabs"):

@@ -26,11 +26,11 @@ FORM = Form(
     vae="from the first checkpoint",
     exact="none",
     topup="",
-    allocation="adaptive, where they explain most",
+    allocation="adaptive: where they help most",
     separate=True,
     fit_weights="",
-    layer_weights="by their effect on the output",
-    damaged="are refused",
+    layer_weights="by their effect on the picture",
+    damaged="refuse them",
     save_styles=True,
 )
 """That of the merge which the fixture `run` has made."""

@@ -71,11 +71,11 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"name": "mix:2"}, 'Name: the character ":" is not allowed'),
         ({"name": "x" * 101}, "Name: expected a name of at most 100 characters"),
         ({"name": None}, "Name: expected text, got nothing"),
-        ({"iterations": None}, "Iterations: expected a whole number from 1 to 10000, got nothing"),
-        ({"iterations": 2.5}, "Iterations: expected .* got the number 2.5"),
-        ({"iterations": float("nan")}, "Iterations: expected .* got the number nan"),
-        ({"tolerance": None}, "Tolerance: expected a number from 0 to 1, got nothing"),
-        ({"tolerance": 5}, "Tolerance: expected a number from 0 to 1, got the number 5"),
+        ({"iterations": None}, "Rounds at most: expected a whole number from 1 to 10000, got nothing"),
+        ({"iterations": 2.5}, "Rounds at most: expected .* got the number 2.5"),
+        ({"iterations": float("nan")}, "Rounds at most: expected .* got the number nan"),
+        ({"tolerance": None}, "Stop early: expected a number from 0 to 1, got nothing"),
+        ({"tolerance": 5}, "Stop early: expected a number from 0 to 1, got the number 5"),
         ({"seed": -1.0}, "Seed: expected a whole number from 0 to .*, got the number -1"),
         ({"seed": None}, "Seed: expected .* got nothing"),
         ({"dtype": "float8"}, "Precision: expected one of float16, bfloat16, float32"),
@@ -148,9 +148,9 @@ def test_advanced_fields_reach_the_recipe(recipe):
         topup="95%",
         separate=False,
         fit_weights="1, 2, 1",
-        allocation="adaptive, where they explain most",
-        layer_weights="by their effect on the output",
-        damaged="are refused",
+        allocation="adaptive: where they help most",
+        layer_weights="by their effect on the picture",
+        damaged="refuse them",
     )
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"
@@ -168,7 +168,7 @@ def test_advanced_fields_reach_the_recipe(recipe):
         {"vae": "average of all", "seed": 12, "iterations": 100, "checkpoints": NAMES[1:]},
         {"save_styles": False},
         {"lora_dtype": "float8"},
-        {"exact": "end layers and norms (A1111, Forge, ComfyUI)"},
+        {"exact": "these and the norms (A1111, Forge, ComfyUI)"},
     ],
 )
 def test_the_form_of_a_recipe_describes_it_again(recipe, host, changes):

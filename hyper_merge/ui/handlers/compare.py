@@ -70,7 +70,7 @@ def list_comparisons(
 ) -> tuple[Any, ...]:
     """Updates the lists of runs, checkpoints and comparisons, and the comparison that is shown.
 
-    The current choices stay if they still exist.
+    The current choices stay if they still exist. Of a run without any, None, all checkpoints are picked.
     """
     runs, _ = list_runs(host.folders())
     names = [row.name for row in runs]
@@ -83,7 +83,8 @@ def list_comparisons(
             format_compare_introduction() + format_message("info", text),
         )
     known = list(checkpoint_names(chosen))
-    kept = [name for name in checkpoints or () if name in known] if chosen.name == run else known
+    is_new = checkpoints is None or chosen.name != run
+    kept = known if is_new else [name for name in checkpoints or () if name in known]
     drawn = comparison_names(chosen)
     is_current = earlier in drawn and chosen.name == run
     value = earlier if is_current else next(iter(drawn), None)

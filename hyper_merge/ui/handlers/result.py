@@ -8,6 +8,7 @@ error.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, Final
 
 import gradio as gr
@@ -15,9 +16,16 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
+from hyper_merge.runs.report import Report
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.html.common import format_message
-from hyper_merge.ui.html.result import format_run_card, format_run_table
+from hyper_merge.ui.html.result import format_plot, format_run_card, format_run_table
+from hyper_merge.ui.plots.canvas import draw_png
+from hyper_merge.ui.plots.description import (
+    describe_explained,
+    describe_parts,
+    describe_similarity,
+)
 from hyper_merge.ui.plots.report import explained_plot, parts_plot, similarity_plot
 
 NOTHING: Final = ("", *(gr.update(),) * 12)
@@ -46,13 +54,18 @@ def show_run(host: Host, name: str | None, *, is_new: bool = False) -> tuple[Any
         gr.update(choices=names, value=names[0]),
         prompts[names[0]],
         "",
-        explained_plot(report),
-        similarity_plot(report),
-        parts_plot(report),
+        *_plots(report),
         run.name,
         host.checkpoint_title(run.hyper_model) or "",
         json.dumps(prompts),
     )
+
+
+def _plots(report: Report) -> Iterator[str]:
+    """Yields the three plots as HTML."""
+    yield format_plot(draw_png(explained_plot(report)), describe_explained(report))
+    yield format_plot(draw_png(similarity_plot(report)), describe_similarity(report))
+    yield format_plot(draw_png(parts_plot(report)), describe_parts(report))
 
 
 def save_run_styles(host: Host, name: str) -> str:

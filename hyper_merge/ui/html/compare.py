@@ -57,9 +57,10 @@ def _format_differences(record: ComparisonRecord) -> str:
             shares = [_differences(record, name, row, perceptual=True) for row in rows]
             cells += [f"{_mean(values):.3f}" for values in shares]
         body.append(cells)
-    return format_hint(
-        f"Mean difference from the original's pictures, on a scale of 0 (equal) to {LEVELS}."
-    ) + format_table(head, body, numeric=range(1, len(head)))
+    hint = f"Mean difference from the original's pictures, on a scale of 0 (equal) to {LEVELS}."
+    if record.measure:
+        hint += f" {record.measure}: 0 where pictures look the same."
+    return format_hint(hint) + format_table(head, body, numeric=range(1, len(head)))
 
 
 def _differences(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import re
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +23,7 @@ from hyper_merge.ui.html.common import (
 from hyper_merge.ui.html.names import format_names
 
 _DIFFERENCE: Final = "Explained: the share of a checkpoint's difference from the hyper-model that the LoRAs reproduce"
-_OF_OUTPUT: Final = f"{_DIFFERENCE}, counted by what it does to the network's output"
+_OF_OUTPUT: Final = f"{_DIFFERENCE}, counted by how much it changes what the network draws"
 _EXPLAINED: Final = {
     "output": f"{_OF_OUTPUT}, as runs of the hyper-model measure it.",
     "layout": f"{_OF_OUTPUT}, as the layout suggests.",
@@ -71,6 +73,13 @@ def format_run_table(report: Report) -> str:
     return format_table(head, rows, numeric=range(1, len(head))) + note
 
 
+def format_plot(png: bytes, description: str) -> str:
+    """Returns a plot as an image, with its description for screen readers."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    image = f'<img class=hm-plot src="{source}" alt="{_text(description)}">'
+    return f"<div class=hm-scroll>{image}</div>"
+
+
 def _format_files(run: Run) -> str:
     report, file = run.report, _text(run.hyper_model.name)
     made = f"hyper-model {file} ({format_size(report.bytes_average)})"
@@ -91,7 +100,7 @@ def _format_figures(report: Report) -> str:
         (format_percent(report.worst.fidelity), f"at worst: {report.worst.name}"),
     )
     cells = "".join(
-        f"<div><dd>{value}</dd><dt>{_text(label)}</dt></div>" for value, label in figures
+        f"<div><dt>{_text(label)}</dt><dd>{value}</dd></div>" for value, label in figures
     )
     return f"<dl class=hm-figures>{cells}</dl>"
 
@@ -102,7 +111,10 @@ def _in_weights(report: Report) -> str:
         return ""
     worst = min(row.explained for row in report.checkpoints)
     mean = format_percent(report.explained_mean)
-    return f" In weights: {mean} in the mean, {format_percent(worst)} at worst."
+    return (
+        f" In weights, where all differences count alike: {mean} in the mean,"
+        f" {format_percent(worst)} at worst."
+    )
 
 
 def _format_places(run: Run) -> str:
@@ -113,11 +125,16 @@ def _format_places(run: Run) -> str:
         ("Report", run.folder, run.folder),
     ]
     return "".join(
-        f"<div class=hm-place><span>{label}</span><code>{_text(str(folder))}</code>"
+        f"<div class=hm-place><span>{label}</span><code>{_format_path(folder)}</code>"
         f'<button type=button class=hm-small data-copy="{_text(str(path))}"'
         f' aria-label="Copy the path of: {label}">Copy path</button></div>'
         for label, folder, path in rows
     )
+
+
+def _format_path(path: Path) -> str:
+    """Returns a path that is broken between its folders, not within their names."""
+    return re.sub(r"([/\\])", r"\1<wbr>", _text(str(path)))
 
 
 def _format_groups(report: Report) -> str:

@@ -12,6 +12,7 @@ from typing import Final
 
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.runtime.formatting import format_duration
+from hyper_merge.ui.element_ids import elem_id
 
 _WIDTH: Final = 1000  # of the drawing, which is stretched to that of the page
 _LEVELS: Final = (0, 20, 40, 60, 80, 100)  # percent
@@ -19,22 +20,23 @@ _MOST_TICKS: Final = 6
 _SHORT: Final = 90  # seconds
 _UNITS: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _FIELDS: Final = (
-    ("ranks", "Ranks", "One LoRA per rank, such as 128, 64, 32"),
-    ("size", "Total size", "Of all LoRAs together, such as 300 MB"),
-    ("share", "Share, at worst", "Of every checkpoint's difference to explain, such as 95 %"),
+    ("ranks", "Ranks", "One LoRA per number, such as 128, 64, 32; higher ones come closer"),
+    ("size", "Total size", "Of all LoRAs, such as 300 MB"),
+    ("share", "Share, at worst", "Of what sets a checkpoint apart, such as 95 %"),
 )
 _LEGEND: Final = (
     ("hm-shared", "shared LoRAs, mean"),
     ("hm-shared hm-dashed", "at worst"),
-    ("hm-private", "private LoRAs of the same size"),
+    ("hm-private", "a LoRA for each checkpoint alone, of the same total size"),
 )
 
 
 def format_size_fields() -> str:
     """Returns the fields, and the place of curve and slider, which are hidden until there is a curve."""
     fields = "".join(
-        f'<label class=hm-field title="{hint}"><span>{label}</span>'
-        f'<input type=text data-size="{kind}" autocomplete=off spellcheck=false></label>'
+        f"<label class=hm-field><span>{label}</span><small id={elem_id(f'{kind}_hint')}>{hint}</small>"
+        f'<input type=text data-size="{kind}" aria-label="{label}" autocomplete=off spellcheck=false'
+        f" aria-describedby={elem_id(f'{kind}_hint')}></label>"
         for kind, label, hint in _FIELDS
     )
     legend = "".join(

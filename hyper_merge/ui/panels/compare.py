@@ -81,7 +81,13 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
 
 
 def _build_form(generator: GeneratorInfo) -> CompareWidgets:
-    run = widget(gr.Dropdown, "compare_run", choices=[], label="Run")
+    run = widget(
+        gr.Dropdown,
+        "compare_run",
+        choices=[],
+        label="Run",
+        info="The merge whose checkpoints are drawn.",
+    )
     checkpoints = widget(
         gr.Dropdown,
         "compare_checkpoints",
@@ -94,7 +100,14 @@ def _build_form(generator: GeneratorInfo) -> CompareWidgets:
     prompts = widget(
         gr.Textbox, "compare_prompts", label="Prompts", info="One per line.", lines=3, value=""
     )
-    negative = widget(gr.Textbox, "compare_negative", label="Negative prompt", lines=1, value="")
+    negative = widget(
+        gr.Textbox,
+        "compare_negative",
+        label="Negative prompt",
+        info="What the pictures should not show.",
+        lines=1,
+        value="",
+    )
     with gr.Row():
         sampler = widget(
             gr.Dropdown,
@@ -102,14 +115,25 @@ def _build_form(generator: GeneratorInfo) -> CompareWidgets:
             choices=list(generator.samplers),
             value=next(iter(generator.samplers), None),
             label="Sampler",
+            info="How noise becomes a picture.",
+            scale=2,
+            min_width=200,
         )
-        steps = _number("compare_steps", "Steps", 20)
-        cfg_scale = _number("compare_cfg_scale", "CFG scale", 7.0, whole=False)
+        steps = _number("compare_steps", "Steps", "More take longer.", 20)
+        cfg_scale = _number(
+            "compare_cfg_scale", "CFG scale", "How strictly the prompt counts.", 7.0, whole=False
+        )
     with gr.Row():
-        width = _number("compare_width", "Width", 512)
-        height = _number("compare_height", "Height", 512)
+        width = _number("compare_width", "Width", "In pixels.", 512)
+        height = _number("compare_height", "Height", "In pixels.", 512)
         seeds = widget(
-            gr.Textbox, "compare_seeds", label="Seeds", value="1", max_lines=1, min_width=100
+            gr.Textbox,
+            "compare_seeds",
+            label="Seeds",
+            info="A picture for each: 1, 2.",
+            value="1",
+            max_lines=1,
+            min_width=100,
         )
     with gr.Row():
         average = widget(
@@ -117,12 +141,14 @@ def _build_form(generator: GeneratorInfo) -> CompareWidgets:
             "compare_average",
             value=False,
             label="Also draw the hyper-model alone",
+            info="Shows what the LoRAs add to it.",
         )
         difference = widget(
             gr.Checkbox,
             "compare_difference",
             value=False,
             label="Also show the differences",
+            info="Bright where a picture is unlike the original's.",
         )
     return CompareWidgets(
         run, checkpoints, prompts, negative, sampler, steps, cfg_scale, width, height, seeds,
@@ -130,7 +156,8 @@ def _build_form(generator: GeneratorInfo) -> CompareWidgets:
     )  # fmt: skip
 
 
-def _number(name: str, label: str, value: float, *, whole: bool = True) -> gr.Number:
+def _number(name: str, label: str, info: str, value: float, *, whole: bool = True) -> gr.Number:
+    precision = 0 if whole else None
     return widget(
-        gr.Number, name, label=label, value=value, precision=0 if whole else None, min_width=100
+        gr.Number, name, label=label, info=info, value=value, precision=precision, min_width=100
     )

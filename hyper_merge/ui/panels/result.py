@@ -23,9 +23,9 @@ class RunView:
     checkpoint: gr.Dropdown
     prompt: gr.Textbox
     note: gr.HTML
-    explained: gr.Plot
-    similarity: gr.Plot
-    parts: gr.Plot
+    explained: gr.HTML
+    similarity: gr.HTML
+    parts: gr.HTML
     run: gr.Textbox  # hidden: name of the run that is shown
     title: gr.Textbox  # hidden: title by which the host selects the hyper-model
     prompts: gr.Textbox  # hidden: tags by checkpoint, as JSON
@@ -54,10 +54,7 @@ def build_result(host: Host) -> ResultPanel:
             sentence, checkpoint, prompt, buttons = _build_card(host)
             note = html("result_note")
         table = html("result_table")
-        plots = [
-            widget(gr.Plot, name, show_label=False)
-            for name in ("explained_plot", "similarity_plot", "parts_plot")
-        ]
+        plots = [html(name) for name in ("explained_plot", "similarity_plot", "parts_plot")]
     hidden = [hidden_text(name) for name in ("shown_run", "hyper_title", "prompts")]
     view = RunView(*[empty, group, sentence, table, checkpoint, prompt, note, *plots, *hidden])
     return ResultPanel(view, *[*buttons, hidden_text("sent")])

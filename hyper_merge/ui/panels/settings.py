@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.form_fields import BASE_AVERAGE, form_field
+from hyper_merge.ui.form_fields import ADVANCED, BASE_AVERAGE, form_field
 from hyper_merge.ui.panels.presets import PresetsPanel, build_presets
 from hyper_merge.ui.panels.size import SizePanel, build_size
 from hyper_merge.ui.panels.widgets import widget
-
-_ADVANCED_ROWS: Final = (
-    ("weights",),
-    ("base",),
-    ("dtype",),
-    ("lora_dtype",),
-    ("device", "iterations"),
-    ("tolerance", "seed"),
-    ("vae",),
-    ("exact",),
-    ("topup",),
-    ("allocation",),
-    ("separate",),
-    ("fit_weights",),
-    ("layer_weights",),
-    ("damaged",),
-)
-"""Fields under "Advanced", by rows."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +76,17 @@ def build_form(
 
 
 def _build_advanced(devices: Sequence[str]) -> dict[str, Any]:
-    """Builds the fields under "Advanced", by name."""
+    """Builds the groups of fields under "Advanced"; returns the widgets by name."""
     special: dict[str, dict[str, Any]] = {
         "base": {"choices": [BASE_AVERAGE], "value": BASE_AVERAGE},
         "device": {"choices": list(devices)},
     }
-    widgets = {}
-    for names in _ADVANCED_ROWS:
-        if len(names) == 1:
-            widgets[names[0]] = _build_field(names[0], **special.get(names[0], {}))
-            continue
-        with gr.Row():
-            widgets |= {name: _build_field(name, **special.get(name, {})) for name in names}
+    widgets: dict[str, Any] = {}
+    for title, rows in ADVANCED.items():
+        gr.HTML(f"<h4>{title}</h4>")
+        for names in rows:
+            with gr.Row() if len(names) > 1 else nullcontext():
+                widgets |= {name: _build_field(name, **special.get(name, {})) for name in names}
     return widgets
 
 

@@ -119,7 +119,14 @@ class UsePanel:
 def build_use(host: Host, opened: gr.Tab) -> UsePanel:
     """Builds run and progress on top, the sliders on the left, the other panels on the right."""
     with gr.Row(elem_id=elem_id("use_row")):
-        run = widget(gr.Dropdown, "use_run", choices=[], label="Run", scale=4)
+        run = widget(
+            gr.Dropdown,
+            "use_run",
+            choices=[],
+            label="Run",
+            info="The merge whose hyper-model and LoRAs are used here.",
+            scale=4,
+        )
         refresh = button("use_refresh", "Refresh")
         stop = widget(
             gr.Button, "use_stop", value="Stop", interactive=False, size="sm", min_width=90
@@ -162,6 +169,7 @@ def build_use(host: Host, opened: gr.Tab) -> UsePanel:
 
 def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
     gr.HTML("<h3>Mix</h3>")
+    _explain("How much of each checkpoint pictures should have; the prompt tags follow at once.")
     sliders = html("mix")
     with gr.Row(elem_id=elem_id("mix_row")):
         equal = button("mix_equal", "Equal shares")
@@ -180,6 +188,10 @@ def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
 
 def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Column, gr.Textbox]]:
     with gr.Accordion("Fit another checkpoint", open=True, elem_id=elem_id("fit_panel")):
+        _explain(
+            "Finds the prompt tags by which the LoRAs of this run come closest to a checkpoint that"
+            " was not merged."
+        )
         picked = _pick(
             "fit_checkpoint", "Checkpoint", "Of the same family, but not part of the run."
         )
@@ -187,8 +199,8 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
             topup = _line(
                 "fit_topup",
                 "Private LoRA",
-                "For what the LoRAs do not explain: a rank, such as 16, or a total share, such as 95%."
-                " Empty for none.",
+                "An extra LoRA that brings it closer: a rank, such as 16, or the share to reach, such"
+                " as 95%. Leave empty for none.",
             )
             name = _line(
                 "fit_name",
@@ -215,6 +227,10 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
 
 def _build_restore() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
     with gr.Accordion("Restore a checkpoint", open=False, elem_id=elem_id("restore_panel")):
+        _explain(
+            "Writes a whole checkpoint from hyper-model and LoRAs, and says how close it comes to the"
+            " original."
+        )
         picked = _pick(
             "restore_checkpoint",
             "Checkpoint",
@@ -226,6 +242,7 @@ def _build_restore() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
             choices=[SAME_PRECISION, "float16", "bfloat16", "float32"],
             value=SAME_PRECISION,
             label="Precision",
+            info="Of the written file. float32 takes twice the space, for pictures that hardly differ.",
         )
         name = _line(
             "restore_name", "Name", "Name of the file. Leave empty for the suggested name."
@@ -237,6 +254,7 @@ def _build_restore() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
 
 def _build_export() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
     with gr.Accordion("One LoRA per checkpoint", open=False, elem_id=elem_id("export_panel")):
+        _explain("Joins what a prompt needs of the shared LoRAs into one LoRA for each checkpoint.")
         picked = _pick(
             "export_checkpoints",
             "Checkpoints",
@@ -244,7 +262,9 @@ def _build_export() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
             several=True,
         )
         rank = _line(
-            "export_rank", "Rank", "Cut each LoRA down to this rank. Leave empty to keep all."
+            "export_rank",
+            "Rank",
+            "Makes each LoRA smaller, such as 64; pictures come less close. Leave empty to keep all.",
         )
         replace = _check("export_replace", "Replace existing files")
         write = button("export", "Export")
@@ -257,8 +277,8 @@ def _build_safe() -> tuple[list[Any], gr.HTML]:
         threshold = _line(
             "safe_threshold",
             "Threshold",
-            "Share of an original's difference from the hyper-model that the run must restore. Nothing is"
-            " deleted here.",
+            "How much of what makes an original different the run must bring back, before it counts as"
+            " deletable. Nothing is deleted here.",
             "99%",
         )
         write = button("safe", "Check")
@@ -268,13 +288,14 @@ def _build_safe() -> tuple[list[Any], gr.HTML]:
 
 def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTML]:
     with gr.Accordion("LoRA from two checkpoints", open=False, elem_id=elem_id("extract_panel")):
+        _explain("Writes the difference between any two checkpoints as a LoRA; no run is needed.")
         base = _pick("extract_base", "From", "The checkpoint to which the LoRA is added.")
         target = _pick("extract_checkpoint", "To", "The checkpoint that results.")
         with gr.Row():
             rank = _line(
                 "extract_rank",
                 "Rank",
-                "Rank of the LoRA. A higher rank explains more and takes more space.",
+                "A higher rank brings pictures closer and takes more space.",
                 "64",
             )
             name = _line(
@@ -284,6 +305,11 @@ def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTM
         write = button("extract", "Extract")
         outcome = html("extract_outcome")
     return (base, target), [rank, name, damaged, write], outcome
+
+
+def _explain(text: str) -> None:
+    """Says what a panel is for."""
+    gr.HTML(f"<p class=hm-hint>{text}</p>")
 
 
 def _check(name: str, label: str) -> Any:

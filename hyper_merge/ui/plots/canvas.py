@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from typing import Final
@@ -37,6 +38,13 @@ def new_figure(title: str, height: float) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(GREY)
     return figure, axes
+
+
+def draw_png(figure: Figure) -> bytes:
+    """Returns a page as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
 
 
 def name_line(axes: Axes, x: float, y: float, label_y: float, label: str, colour: str) -> None:

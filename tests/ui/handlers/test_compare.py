@@ -14,6 +14,7 @@ from hyper_merge.ui.handlers.compare import (
     CompareForm,
     choose_compared_run,
     compare_request,
+    compare_run,
     list_comparisons,
     show_comparison,
     start_comparison,
@@ -218,6 +219,12 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
     other = list_comparisons(drawn, "gone", ["x"], "comparison-9")
     assert other[1]["value"] == ["a", "b", "c"]
     assert other[2]["value"] == "comparison-1"
+
+
+def test_a_run_that_is_to_be_compared_comes_with_all_its_checkpoints(host, run):
+    chosen, checkpoints, *_ = compare_run(host, run)
+    assert chosen["value"] == run
+    assert checkpoints["value"] == ["a", "b", "c"]
 
 
 def test_an_introduction_stands_where_nothing_was_drawn(host, run, monkeypatch):

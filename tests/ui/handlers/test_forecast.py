@@ -94,14 +94,14 @@ def test_invalid_ranks_leave_the_curve_without_size(host):
 def test_layer_weighting_changes_the_forecast(host):
     plain, relative = (
         tasks.known_forecast(examined(host, layer_weights=weighting)).shared
-        for weighting in ("unweighted", "relative to each layer's size")
+        for weighting in ("all alike", "relative to each layer's size")
     )
     assert plain != relative
 
 
 @pytest.mark.usefixtures("looked")
 def test_the_forecast_agrees_with_the_plan(host):
-    preflight = examined(host, layer_weights="unweighted")
+    preflight = examined(host, layer_weights="all alike")
     forecast = tasks.known_forecast(preflight)
     point = make_plan(preflight, Progress()).requested
     torch.testing.assert_close(

@@ -235,7 +235,7 @@ def test_a_checkpoint_that_changes_is_reported(
 
 
 def test_a_warning_is_shown_with_the_outcome(host, jobs):
-    start_merge(host, jobs, *values(ranks="40", allocation="even, the same in every layer"))
+    start_merge(host, jobs, *values(ranks="40", allocation="even: the same in every layer"))
     answer = last_words(jobs)
     assert kinds(answer) == ["good", "info"]
     assert "rank 40 is capped in " in words(answer)

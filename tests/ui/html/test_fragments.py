@@ -179,7 +179,7 @@ def test_notes_stand_below_progress_and_outcome():
 def test_a_merge_that_saves_nothing_says_so(host, run):
     loaded = load_run(host.folders(), run)
     larger = replace(loaded, report=replace(loaded.report, bytes_loras=10_000_000))
-    assert "9 MBmore on disk" in words(format_run_card(larger))
+    assert "more on disk9 MB" in words(format_run_card(larger))
 
 
 @pytest.mark.parametrize(("added", "expected"), [(0.015, True), (1e-4, False)])

@@ -20,6 +20,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "export": "make one LoRA per checkpoint of a run",
     "fit": "find multipliers for a checkpoint outside of a run",
     "absorb": "merge a run's checkpoints and further ones",
+    "loras": "turn many LoRAs of one base into a few shared ones",
     "restore": "write a run's checkpoint as a full file",
     "safe": "say which originals of a run could be deleted",
     "demo": "make a family of small checkpoints and merge it",

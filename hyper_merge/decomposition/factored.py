@@ -120,7 +120,7 @@ def _components(pairs: Sequence[FactorPair], shape: tuple[int, int]) -> _Compone
     With U^T U = A^T A and (A V)(A V)^T = P S^2 P^T the components are U A^+ P and P^T A V.
     """
     m, n = shape
-    most = max((up.shape[1] for up, _ in pairs), default=0)
+    most = max(1, *(up.shape[1] for up, _ in pairs))
     ups = torch.zeros(len(pairs), m, most)
     downs = torch.zeros(len(pairs), most, n)
     for place, (up, down) in enumerate(pairs):

@@ -187,4 +187,4 @@ def _lokr_pair(tensors: Tensors, number: str) -> tuple[Tensor, Tensor]:
         return _thin(tensors[f"k_w{number}"].flatten(1))
     a, b = tensors[f"k_w{number}_a"], tensors[f"k_w{number}_b"]
     core = tensors.get(f"k_t{number}")
-    return (a, b.flatten(1)) if core is None else (a.mT, _core_times(core, b))
+    return (a, b.flatten(1)) if core is None else (a.mT.contiguous(), _core_times(core, b))

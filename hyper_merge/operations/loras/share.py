@@ -77,7 +77,11 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
     resolve_device(recipe.device)
     for key, value in _FIXED.items():
         if getattr(recipe, key) != value:
-            raise RecipeError("goes with checkpoints, not with LoRAs", hint="leave it out", key=key)
+            raise RecipeError(
+                f"{key} {getattr(recipe, key)} goes with checkpoints, not with LoRAs",
+                hint=f"choose {key} {value}" if value else "leave it out",
+                key=key,
+            )
     loras = read_loras(recipe.models)
     check_stems(loras.headers)
     check_alphas(recipe, loras.family)

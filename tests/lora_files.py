@@ -6,6 +6,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from hyper_merge.decomposition.initialization import SearchEffort
+from hyper_merge.operations.loras.known_layers import known_family
+from hyper_merge.operations.loras.share import preflight_share, run_share
+from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runtime.progress import Progress
+
 QUERY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 OUT = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
@@ -111,3 +117,43 @@ def distance(one, other):
     """Returns the squared norm of the difference, a missing module counting as zeros."""
     names = {*one, *other}
     return energy({name: one.get(name, 0.0) - other.get(name, 0.0) for name in names})
+
+
+def write_few(path, family, pattern, metadata=()):
+    """Writes a LoRA of rank 1 for the modules of a family that hold a text."""
+    state = {}
+    for layer in known_family(family).layers:
+        if pattern in layer.module:
+            state[f"{layer.module}.lora_up.weight"] = torch.ones(layer.up_shape(1))
+            state[f"{layer.module}.lora_down.weight"] = torch.ones(layer.down_shape(1))
+    return write(path, state, dict(metadata))
+
+
+def share(paths, output, **settings):
+    """Shares LoRAs in a small way, with a short search for a start."""
+    small = {"name": "mix", "ranks": (6, 3), "iterations": 4, "device": "cpu", "exact": "none"}
+    values = {**small, "layer_weights": "plain", **settings}
+    if "budget" in settings or "target" in settings:
+        del values["ranks"]
+    recipe = Recipe.from_settings({**values, "models": tuple(paths), "output": output}, "recipe")
+    return run_share(preflight_share(recipe), Progress(), SearchEffort.QUICK)
+
+
+def write_related(folder, count=4, rank=4, latents=2):
+    """Writes LoRAs that are mixtures of few, each with a little of its own."""
+    generator = np.random.default_rng(7)
+    shared = [factors(rank, 100 + place) for place in range(latents)]
+    paths = []
+    for c in range(count):
+        mix = generator.standard_normal(latents)
+        own = factors(2, c, size=0.008)
+        pairs = {}
+        for module in SHAPES:
+            ups = [
+                own[module][0],
+                *(x * part[module][0] for x, part in zip(mix, shared, strict=True)),
+            ]
+            downs = [own[module][1], *(part[module][1] for part in shared)]
+            pairs[module] = (np.concatenate(ups, 1), np.concatenate(downs))
+        paths.append(write(folder / f"lora{c}.safetensors", kohya(pairs, 5, torch.float16)))
+    return paths

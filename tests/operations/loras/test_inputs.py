@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from lora_files import KEY, QUERY, TEXT, kohya, write, write_lora
+from lora_files import KEY, QUERY, TEXT, kohya, write, write_few, write_lora
 
 from hyper_merge.errors import CheckpointError, FamilyError, MismatchError
 from hyper_merge.operations.loras.inputs import read_loras
 from hyper_merge.operations.loras.known_layers import known_family, known_names
-
-
-def write_few(path, family, pattern, metadata=()):
-    """Writes a LoRA of rank 1 for the modules of a family that hold a text."""
-    state = {}
-    for layer in known_family(family).layers:
-        if pattern in layer.module:
-            state[f"{layer.module}.lora_up.weight"] = torch.ones(layer.up_shape(1))
-            state[f"{layer.module}.lora_down.weight"] = torch.ones(layer.down_shape(1))
-    return write(path, state, dict(metadata))
 
 
 @pytest.mark.parametrize("name", known_names())

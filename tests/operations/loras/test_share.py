@@ -3,62 +3,28 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from lora_files import (
     COMFY,
     QUERY,
-    SHAPES,
     TEXT,
     dense,
     distance,
     energy,
     factors,
     kohya,
+    share,
     spelled,
     write,
     write_lora,
+    write_related,
 )
 from safetensors import safe_open
 from tiny_family import snapshot
 
-from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
-from hyper_merge.operations.loras.share import preflight_share, run_share
-from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runtime.progress import Progress
-
-
-def share(paths, output, **settings):
-    small = {"name": "mix", "ranks": (6, 3), "iterations": 4, "device": "cpu", "exact": "none"}
-    values = {**small, "layer_weights": "plain", **settings}
-    if "budget" in settings or "target" in settings:
-        del values["ranks"]
-    recipe = Recipe.from_settings({**values, "models": tuple(paths), "output": output}, "recipe")
-    return run_share(preflight_share(recipe), Progress(), SearchEffort.QUICK)
-
-
-def write_related(folder, count=4, rank=4, latents=2):
-    """Writes LoRAs that are mixtures of few, each with a little of its own."""
-    generator = np.random.default_rng(7)
-    shared = [factors(rank, 100 + place) for place in range(latents)]
-    paths = []
-    for c in range(count):
-        mix = generator.standard_normal(latents)
-        own = factors(2, c, size=0.008)
-        pairs = {}
-        for module in SHAPES:
-            ups = [
-                own[module][0],
-                *(x * part[module][0] for x, part in zip(mix, shared, strict=True)),
-            ]
-            downs = [own[module][1], *(part[module][1] for part in shared)]
-            pairs[module] = (np.concatenate(ups, 1), np.concatenate(downs))
-        paths.append(write(folder / f"lora{c}.safetensors", kohya(pairs, 5, torch.float16)))
-    return paths
 
 
 def restored(result, row):

@@ -102,6 +102,7 @@ class Folders:
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
         if recipe.overwrite:
             self._require_same_case(recipe.name)
+            self._require_no_lora_run(recipe.name)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
         return Place(
             run=run,
@@ -269,6 +270,17 @@ class Folders:
             if run.average_id == average_id
         ]
         return next((path for path in candidates if average_id_of(path) == average_id), None)
+
+    def _require_no_lora_run(self, run: str) -> None:
+        """Returns if no run of LoRAs has this name, which a merge would leave half there.
+
+        Raises:
+            OutputError: one has.
+        """
+        if (self.runs / run / LORA_MANIFEST).exists():
+            raise NameTakenError(
+                f"{run} is a run of LoRAs", hint="choose another name, or delete its folder first"
+            )
 
     def _require_same_case(self, run: str) -> None:
         """Returns if no run has this name in other letters of case.

@@ -20,7 +20,7 @@ from lora_files import (
     write_related,
 )
 from safetensors import safe_open
-from tiny_family import snapshot
+from tiny_family import merge, snapshot
 
 from hyper_merge.errors import MismatchError, NameTakenError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
@@ -151,7 +151,14 @@ def test_names_are_kept_apart(tmp_path, related):
     assert left == {path.name for path in again.loras}
 
 
-def test_a_run_of_checkpoints_is_not_replaced(tmp_path, related, merged):
+def test_a_merge_of_checkpoints_does_not_replace_it(tmp_path, related, files):
+    share(related, tmp_path / "models")
+    with pytest.raises(NameTakenError, match="run of LoRAs"):
+        merge(files, tmp_path / "models", overwrite=True)
+    assert merge(files, tmp_path / "models").place.run == "mix-2"
+
+
+def test_a_run_of_checkpoints_is_not_replaced(tmp_path, related):
     folder = tmp_path / "models" / "hyper-merge" / "mix"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}", encoding="utf-8")

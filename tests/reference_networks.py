@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from family_layouts import REFINER_TEXT_PREFIX
 from random_checkpoints import sane_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -23,6 +22,7 @@ from hyper_merge.synthetic.checkpoint_layouts import (
     TEXT_PREFIX,
     UNET_PREFIX,
 )
+from hyper_merge.synthetic.family_layouts import REFINER_TEXT_PREFIX
 from hyper_merge.synthetic.network_layouts import (
     UNetShape,
     clip_layout,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mmdit_layouts import FluxShape, flux_transformer
-
+from hyper_merge.synthetic.mmdit_layouts import FluxShape, flux_transformer
 from hyper_merge.synthetic.network_layouts import Entry, linear, norm
 
 _FREQUENCIES = 256  # of the time step

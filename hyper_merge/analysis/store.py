@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.checksums import CHECKSUMS, Integrity, is_named_after
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.analysis.file_layout import (
     OTHER_WEIGHTS,
     ROUNDING_DTYPE,
@@ -44,7 +45,7 @@ _NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
 
 
-class Analysis:
+class StoredAnalysis(Analysis):
     """An analysis in its open file: cores and bases stay mapped.
 
     Every tensor is checked when it is first read; a damaged one raises `DamagedCacheError`.
@@ -76,7 +77,7 @@ class Analysis:
         checksums = file.tensor(CHECKSUMS) if CHECKSUMS in keys else None
         self._integrity = Integrity(file.path, keys - {CHECKSUMS}, checksums)
 
-    def without_ends(self) -> Analysis:
+    def without_ends(self) -> StoredAnalysis:
         """Returns the analysis of a layout whose layers at the ends are averaged only."""
         view = copy.copy(self)
         kept = [place for place, layer in enumerate(self.layers) if not layer.is_end]
@@ -183,7 +184,7 @@ def open_analysis(
     inputs: MergeInputs,
     warn: Callable[[str], None] = lambda _message: None,
     sensitivities: Sensitivities | None = None,
-) -> Iterator[Analysis]:
+) -> Iterator[StoredAnalysis]:
     """Opens an analysis for reading within the block.
 
     Args:
@@ -206,7 +207,7 @@ def open_analysis(
         fault = _fault(file.header, inputs)
         if fault:
             raise DamagedCacheError(path, fault)
-        yield Analysis(file, inputs, warn, sensitivities)
+        yield StoredAnalysis(file, inputs, warn, sensitivities)
 
 
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:

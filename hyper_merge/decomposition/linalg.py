@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
@@ -129,6 +129,15 @@ def energy_of(
 ) -> float:
     """Returns the squared norm: by rows in the matrix's precision, over them in float64."""
     return float(matrix.norm(dim=1).double().square().sum())
+
+
+def add_products(
+    matrix: Tensor,  # (m, n), float32
+    products: Iterable[tuple[Tensor, Tensor, float]],  # (m, r), (r, n), multiplier
+) -> None:
+    """Adds products times their multipliers to a matrix in place, in its precision."""
+    for up, down, multiplier in products:
+        matrix.addmm_((up * multiplier).to(matrix), down.to(matrix))
 
 
 def product_energy(

@@ -87,6 +87,11 @@ def _description(file: LoraFile) -> str:
             f"Private LoRA of {file.tops_up}, rank {file.rank}: what the shared LoRAs of {file.run}"
             " leave of it. To be used with all of those."
         )
+    if file.lineage.of_loras:
+        return (
+            f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}: together they"
+            f" stand for {len(file.multipliers)} LoRAs, by the multipliers in the notes."
+        )
     others = "" if file.count == 1 else " and its other LoRAs"
     return (  # cards show three lines
         f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."

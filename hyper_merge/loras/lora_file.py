@@ -174,6 +174,35 @@ def write_lora(
     Raises:
         OutputError: the place is taken.
     """
+    stage_factors(outputs, path, layers, factors, file, tick)
+    picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
+    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), format_card(file, path.stem))
+    outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
+
+
+def stage_factors(
+    outputs: FileTransaction,
+    path: Path,
+    layers: Sequence[Layer],
+    factors: FactorsByModule,
+    file: LoraFile,
+    tick: Callable[[int], None] = lambda _count: None,
+    further: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Stages one LoRA file as `write_lora` does, without a card.
+
+    Args:
+        outputs: the files that appear together.
+        path: of the file.
+        layers: of the network.
+        factors: as for `write_lora`.
+        file: everything else.
+        tick: as for `write_lora`.
+        further: metadata in addition.
+
+    Raises:
+        OutputError: the place is taken.
+    """
     ranks = complete_groups(layers, [_rank(layer, factors) for layer in layers])
     alpha = file.alpha if file.lineage.family.lora_alpha else None
     stored: dict[str, Tensor] = {}
@@ -185,13 +214,10 @@ def write_lora(
     declared = lora_tensors(layers, ranks, file.dtype, alpha)
     model_hash = content_sha256(stored, declared, tick)
     metadata = lora_metadata(file, path.stem, model_hash, uniform=set(ranks) <= {0, file.rank})
-    with outputs.safetensors(path, declared, metadata) as writer:
+    with outputs.safetensors(path, declared, {**further, **metadata}) as writer:
         for key, tensor in stored.items():
             writer.write(key, tensor)
             tick(declared[key].nbytes)
-    picture = lora_picture(file.run, file.index, file.count, file.rank, file.multipliers)
-    outputs.text(path.with_suffix(CARD_SUFFIXES[0]), format_card(file, path.stem))
-    outputs.bytes(path.with_suffix(CARD_SUFFIXES[1]), picture)
 
 
 def named_tensors(

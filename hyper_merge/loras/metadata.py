@@ -57,11 +57,12 @@ class SourceRecord:
 class Lineage:
     """The origin that all files of one merge record."""
 
-    name: str  # file stem of the hyper-model
+    name: str  # file stem of the hyper-model; of LoRAs that of their base, empty where unknown
     family: Family
     recipe: Mapping[str, str]  # as `Recipe.to_metadata` gives it
     sources: tuple[SourceRecord, ...]
     date: str  # ISO 8601
+    of_loras: bool = False  # whether LoRAs were merged, which have no hyper-model
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def lora_metadata(
         "ss_network_alpha": alpha,
         "ss_network_args": json_text({"conv_dim": dim, "conv_alpha": alpha}),
         "ss_output_name": stem,
-        "ss_sd_model_name": f"{lineage.name}.safetensors",
+        **({"ss_sd_model_name": f"{lineage.name}.safetensors"} if lineage.name else {}),
         "sshs_model_hash": model_hash,
         **_modelspec(lineage, stem, "/lora"),
         **_own(lineage, "lora" if file.alone is None else STANDALONE_KIND),

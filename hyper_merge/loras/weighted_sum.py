@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,28 @@ from hyper_merge.decomposition.linalg import product_energy
 from hyper_merge.decomposition.normalization import even_out
 from hyper_merge.decomposition.truncated_svd import truncate_factors
 from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
-from hyper_merge.loras.reader import LoraReader
+
+
+class OpenLora(Protocol):
+    """A LoRA file that is open for reading: one of ours, or one of any trainer."""
+
+    @property
+    def modules(self) -> Mapping[str, Layer]:
+        """The layer that each module is added to, by its name."""
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """The rank of each module."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which its factors can be stored again."""
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:  # (m, r), (r, n), float64
+        """Returns factors of what a host adds at multiplier 1."""
+
+    def require_layer(self, layer: Layer) -> None:
+        """Returns if the module of a layer is of the layer's size, or the file has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +58,7 @@ class WeightedSum:
         rank: The largest rank of a layer; None to keep the rank of the sum.
     """
 
-    loras: Sequence[LoraReader]
+    loras: Sequence[OpenLora]
     multipliers_of: Callable[[PartName], tuple[float, ...]]
     rank: int | None = None
 
@@ -64,14 +86,27 @@ class WeightedSum:
             downs.append(down)
         return even_out(torch.cat(ups, 1), torch.cat(downs))
 
-    def stored(self, layer: Layer, alpha: int | None, dtype: torch.dtype) -> StoredSum:
+    def spectrum(self, layer: Layer) -> Tensor:  # (rank of the sum,), float64, falling
+        """Returns the squared singular values of the exact sum."""
+        up, down = self.factors(layer)
+        return truncate_factors(up, down, self._rank(layer)).energies
+
+    def stored(
+        self, layer: Layer, alpha: float | None, dtype: torch.dtype, rank: int | None = None
+    ) -> StoredSum:
         """Returns the sum, cut to its rank where it has more, rounded once.
+
+        Args:
+            layer: one of the sum's.
+            alpha: of the file; None for a file without.
+            dtype: of the stored factors.
+            rank: of this layer, at least 1; None for the sum's own.
 
         Raises:
             NonFiniteError: the type cannot hold it.
         """
         up, down = self.factors(layer)
-        kept, rank = (up, down), self._rank(layer)
+        kept, rank = (up, down), min(rank or self._rank(layer), self._rank(layer))
         if rank < up.shape[1]:
             best = truncate_factors(up, down, rank)
             kept = best.up, best.down
@@ -91,7 +126,7 @@ class WeightedSum:
         everything = sum(lora.ranks[layer.module] for lora, _ in self._used(layer))
         return min(everything, layer.m, layer.n, self.rank or everything)
 
-    def _used(self, layer: Layer) -> list[tuple[LoraReader, float]]:
+    def _used(self, layer: Layer) -> list[tuple[OpenLora, float]]:
         pairs = zip(self.loras, self.multipliers_of(layer.part), strict=True)
         used = [(lora, x) for lora, x in pairs if x and layer.module in lora.modules]
         for lora, _ in used:

@@ -145,6 +145,12 @@ def parse_weights(value: object) -> tuple[float, ...] | None:
     return weights
 
 
+def parse_multipliers(value: object) -> tuple[float, ...]:
+    """Returns finite numbers, one per LoRA, from a list or from a text such as "1, -0.5"."""
+    items = _split_list(value, "numbers, one per LoRA")
+    return _parse_items(items, number(-_LARGEST, _LARGEST))
+
+
 def parse_bytes(value: object) -> int | None:
     """Returns bytes, from a number or a text such as "300MB" or "1.5 GB"; None for nothing.
 

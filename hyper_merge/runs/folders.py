@@ -33,6 +33,9 @@ AVERAGE_ID: Final = "hyper_merge.average_id"
 """Metadata of a hyper-model: equal for the same average of the same files."""
 
 MANIFEST: Final = "manifest.json"
+LORA_MANIFEST: Final = "loras.json"
+"""The manifest of a run whose inputs were LoRAs: it has no hyper-model, which other commands need."""
+
 MULTIPLIERS: Final = "multipliers.txt"
 REPORT: Final = "report.txt"
 FITS: Final = "fits"
@@ -99,6 +102,7 @@ class Folders:
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
         if recipe.overwrite:
             self._require_same_case(recipe.name)
+            self._require_no_lora_run(recipe.name)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
         return Place(
             run=run,
@@ -191,6 +195,8 @@ class Folders:
             OutputError: the manifest or a LoRA is there but cannot be read now.
         """
         manifest = known_json(self.runs / run / MANIFEST)
+        if manifest is None:
+            manifest = known_json(self.runs / run / LORA_MANIFEST)
         listed = (
             RunOutline.from_json(self.runs / run, manifest).loras
             if isinstance(manifest, dict)
@@ -223,13 +229,21 @@ class Folders:
         pattern = re.compile(r"comparison-\d+\.(png|json)")
         return [path for path in paths if pattern.fullmatch(path.name)]
 
+    def is_used(self, run: str) -> bool:
+        """Tells whether there is anything in a run's folder but what a killed process has left."""
+        return _is_used(self.runs / run)
+
     def lora_owners(self) -> dict[str, str]:
         """Returns the run of every LoRA, whether its file exists or not, by the LoRA's `name_key`."""
         return {
             name_key(lora): run.name
-            for run in self.outlines()
+            for run in (*self.outlines(), *self._outlines_of_loras())
             for lora in (*run.loras, *self.fitted_names(run.name))
         }
+
+    def _outlines_of_loras(self) -> list[RunOutline]:
+        paths = sorted(self.runs.glob(f"*/{LORA_MANIFEST}"))
+        return [outline for outline in map(RunOutline.read, paths) if outline is not None]
 
     def fitted_names(self, run: str, but: str = "") -> list[str]:
         """Returns the names of the private LoRAs of a run's fits, except those of one fit.
@@ -256,6 +270,17 @@ class Folders:
             if run.average_id == average_id
         ]
         return next((path for path in candidates if average_id_of(path) == average_id), None)
+
+    def _require_no_lora_run(self, run: str) -> None:
+        """Returns if no run of LoRAs has this name, which a merge would leave half there.
+
+        Raises:
+            OutputError: one has.
+        """
+        if (self.runs / run / LORA_MANIFEST).exists():
+            raise NameTakenError(
+                f"{run} is a run of LoRAs", hint="choose another name, or delete its folder first"
+            )
 
     def _require_same_case(self, run: str) -> None:
         """Returns if no run has this name in other letters of case.

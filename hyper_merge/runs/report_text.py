@@ -27,31 +27,38 @@ _METRICS: Final = {
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 
-def format_report(report: Report) -> str:
-    """Returns the report as a table of plain text."""
+def format_report(report: Report, *, of_loras: bool = False) -> str:
+    """Returns the report as a table of plain text.
+
+    Args:
+        report: the report.
+        of_loras: whether the inputs were LoRAs and not checkpoints.
+    """
     names = [one_line(row.name) for row in report.checkpoints]
-    width = max(map(len, [*names, "checkpoint"]))
+    noun = "LoRA" if of_loras else "checkpoint"
+    width = max(map(len, [*names, noun]))
     lines = [
-        f"{report.name}: {len(report.checkpoints)} checkpoints, {len(report.loras)} shared LoRAs",
+        f"{report.name}: {len(report.checkpoints)} {noun}s, {len(report.loras)} shared LoRAs",
         "",
-        f"{'checkpoint':{width}}  explained  in weights    UNet  text enc.  rel. error   not carried",
+        f"{noun:{width}}  explained  in weights    UNet  text enc.  rel. error"
+        + ("" if of_loras else "   not carried"),
     ]
     lines += [
         f"{name:{width}}  {row.fidelity:9.2%}  {row.explained:10.2%} {row.explained_unet:7.2%} "
-        f"{_format_text_encoder(report, row):>9}  {row.error:10.4f}  {row.not_carried:12.3%}"
+        f"{_format_text_encoder(report, row):>9}  {row.error:10.4f}"
+        + ("" if of_loras else f"  {row.not_carried:12.3%}")
         for name, row in zip(names, report.checkpoints, strict=True)
     ]
     lines += [
         "",
-        _format_explained(report),
+        _format_explained(report, noun),
         "",
-        *_format_losses(report),
+        *_format_losses(report, "none" if of_loras else "average alone"),
         *_format_rounding(report),
         *_format_details(report),
+        *([] if of_loras else ["", *_format_not_carried(report)]),
         "",
-        *_format_not_carried(report),
-        "",
-        *_format_bytes(report),
+        *_format_bytes(report, of_loras=of_loras),
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,9 +90,9 @@ def _format_text_encoder(report: Report, row: CheckpointReport) -> str:
     return "-" if without else f"{row.explained_text_encoder:.2%}"
 
 
-def _format_explained(report: Report) -> str:
+def _format_explained(report: Report, noun: str) -> str:
     weights = (
-        f"{report.explained_mean:.2%} as the mean over checkpoints,"
+        f"{report.explained_mean:.2%} as the mean over {noun}s,"
         f" {min(row.explained for row in report.checkpoints):.2%} at worst;"
         f" {report.explained_of_all:.2%} of all differences by the shared LoRAs (1 - loss)"
     )
@@ -100,10 +107,10 @@ def _format_explained(report: Report) -> str:
     )
 
 
-def _format_losses(report: Report) -> list[str]:
+def _format_losses(report: Report, nothing: str) -> list[str]:
     alone = 1.0 if report.loss or report.private_loss else 0.0
     rows = [
-        ("average alone", alone, ""),
+        (nothing, alone, ""),
         ("private LoRAs of the same bytes", report.private_loss, ""),
         ("shared LoRAs, as written", report.loss, _format_over_bound(report)),
         ("lower bound", report.bound, ""),
@@ -190,7 +197,11 @@ def _format_ends(report: Report, ends: EndLayers) -> str:
     return f"{part}, and are carried by the companions"
 
 
-def _format_bytes(report: Report) -> list[str]:
+def _format_bytes(report: Report, *, of_loras: bool) -> list[str]:
+    if of_loras:
+        before, after = format_size(report.bytes_before), format_size(report.bytes_loras)
+        part = report.bytes_loras / report.bytes_before
+        return [f"{before} of LoRAs -> {after}, {part:.1%} of their bytes"]
     average, loras = report.bytes_average, report.bytes_loras
     after = format_size(average + loras)
     parts = f"hyper-model {format_size(average)} + LoRAs {format_size(loras)}"

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.decomposition.problem import Batch
 from hyper_merge.solver.metric import COLUMNS_PER_RANK, LEAST_COLUMNS, Metric, leading_shape
 

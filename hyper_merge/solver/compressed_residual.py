@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.decomposition.contrasts import to_deviations_matrix
 from hyper_merge.decomposition.linalg import block_columns, block_gram, largest_value
 from hyper_merge.decomposition.normalization import balance

@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.analysis.loss_weights import layer_metrics
-from hyper_merge.analysis.store import Analysis
 from hyper_merge.decomposition.bounds import Spectra, leading_spectra
 from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import block_columns, block_sums, largest_value
 from hyper_merge.decomposition.normalization import balance, unit_scales

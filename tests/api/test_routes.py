@@ -295,7 +295,7 @@ def test_runs_are_listed_with_what_is_wrong_with_others(client, root, run):
     loaded = load_run(Folders.under(root), "mix")
     assert run_summary["explained"] == loaded.report.fidelity_mean
     shown = format_percent(run_summary["explained"])
-    assert f"<dd>{shown}</dd><dt>explained in the mean</dt>" in format_run_card(loaded)
+    assert f"<dt>explained in the mean</dt><dd>{shown}</dd>" in format_run_card(loaded)
     assert "the run old cannot be read" in answer["problems"][0]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_layouts import refiner_layout
 from narrow_layouts import NARROW, few, one, two, without, xl
 from reference_networks import (
     CLIPS,
@@ -39,6 +38,7 @@ from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.synthetic.family_layouts import refiner_layout
 
 FEW = Samples(passes=1, batch=2, side=8)
 CPU = torch.device("cpu")

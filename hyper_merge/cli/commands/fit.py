@@ -12,9 +12,14 @@ from hyper_merge.recipe.loading import option_place
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run, the checkpoint and the fit's options."""
-    parser.description = "Finds the multipliers with which a run's LoRAs approximate a checkpoint that was not merged."
+    parser.description = (
+        "Finds the multipliers with which a run's LoRAs approximate a checkpoint that was not merged,"
+        " or a LoRA where the run shares LoRAs."
+    )
     parser.add_argument("run", metavar="RUN", help="its name")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the file")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="the file; a LoRA where the run shares LoRAs"
+    )
     parser.add_argument(
         "--topup",
         metavar="RANK|SHARE%",
@@ -34,15 +39,19 @@ def run_command(options: argparse.Namespace) -> None:
     from hyper_merge.operations.fit.fit import run_fit
     from hyper_merge.operations.fit.request import FitRequest
     from hyper_merge.operations.fit.text import format_fit, format_style
+    from hyper_merge.operations.loras.fit import run_lora_fit
+    from hyper_merge.operations.loras.fit_text import format_lora_fit
     from hyper_merge.runs.folders import Folders
+    from hyper_merge.runs.lora_runs import is_lora_run, load_lora_run
     from hyper_merge.runs.run import load_run
 
     folders = Folders.under(options.output)
     names = ("run", "checkpoint", "name", "topup", "device", "overwrite", "seed", "damaged")
     request = FitRequest.parse(option_values(options, *names), option_place)
+    of_loras = is_lora_run(folders, request.run)
     with progress_bar() as progress:
-        fitted = run_fit(request, folders, progress)
-    run = load_run(folders, request.run)
-    say(format_fit(fitted, run))
+        fitted = (run_lora_fit if of_loras else run_fit)(request, folders, progress)
+    run = (load_lora_run if of_loras else load_run)(folders, request.run)
+    say((format_lora_fit if of_loras else format_fit)(fitted, run))
     if options.style:
         say(format_style(fitted, run))

@@ -75,9 +75,9 @@ def _write_fit(
     source = _check_sources(fit, folders, checking)
     with FileTransaction(overwrite=request.overwrite) as outputs, _open_loras(fit) as stack:
         measurement = _measure(fit, folders, stack, running, fitting)
-        record = _record(fit, measurement, source)
+        record = make_record(fit, measurement, source)
         if request.topup and record.differs:
-            multipliers = _multipliers(fit, measurement)
+            multipliers = part_multipliers(fit, measurement)
             residual = StreamedResidual(fit.inputs, stack, multipliers, fit.options, measurement)
             private = top_up(outputs, fit, residual, source, request.topup, remaining)
             record = replace(record, topups=private)
@@ -123,7 +123,7 @@ def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitR
     checking, running, fitting, _ = progress.split(_costs(fit, folders, private=False))
     source = _check_sources(fit, folders, checking)
     with device_job(fit.options.device), _open_loras(fit) as stack:
-        return _record(fit, _measure(fit, folders, stack, running, fitting), source)
+        return make_record(fit, _measure(fit, folders, stack, running, fitting), source)
 
 
 def _measure(
@@ -184,7 +184,7 @@ def _check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> So
     return record
 
 
-def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor]:
+def part_multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor]:
     """Returns multipliers by the layers' part: of all LoRAs, then of all companions.
 
     A companion takes the UNet's multiplier of its LoRA.
@@ -201,8 +201,9 @@ def _multipliers(fit: PreparedFit, measurement: Measurement) -> dict[str, Tensor
     return {part: torch.cat([solved.get(part, unet), companions]) for part in PARTS}
 
 
-def _record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) -> FitRecord:
-    multipliers = _multipliers(fit, measurement)
+def make_record(fit: PreparedFit, measurement: Measurement, source: SourceRecord) -> FitRecord:
+    """Returns the record of a fit from what was measured."""
+    multipliers = part_multipliers(fit, measurement)
     plain, weighted = measurement.plain, measurement.weighted
     energies, errors = plain.energies, plain.left(multipliers)
     inside, outside = float(energies.sum()), sum(measurement.outside.values())

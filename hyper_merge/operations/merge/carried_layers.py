@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hyper_merge.analysis.store import Analysis
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.operations.merge.companions import decide_on_ends
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.runtime.progress import Progress

@@ -23,9 +23,8 @@ from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.operations.merge.average import average_writer
-from hyper_merge.operations.merge.budget_search import private_budget
 from hyper_merge.operations.merge.carried_layers import choose_layers
-from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts
+from hyper_merge.operations.merge.cost_model import ExistingFiles
 from hyper_merge.operations.merge.estimate import estimate_costs, require_room
 from hyper_merge.operations.merge.file_overhead import FileOverhead
 from hyper_merge.operations.merge.host_precision import measure_precision_loss
@@ -37,22 +36,16 @@ from hyper_merge.operations.merge.outputs import (
     shared_names,
 )
 from hyper_merge.operations.merge.preflight import Preflight
-from hyper_merge.operations.merge.rank_plan import RankPlan
-from hyper_merge.operations.merge.rank_search import solve_with_rank_search
 from hyper_merge.operations.merge.report_builder import make_report
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
+from hyper_merge.operations.merge.solving import Search, solve_shared, with_private_loras
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PrecisionLoss, Report
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.devices import device_job
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.solver.compressed_residual import SharedLoras
-from hyper_merge.solver.evaluation import evaluate
 from hyper_merge.solver.metric import Metric
-from hyper_merge.solver.private_loras import add_private_loras, find_private_loras
-from hyper_merge.solver.quantization import quantize
-from hyper_merge.solver.solve import find_blocks
 
 
 @dataclass(frozen=True)
@@ -156,9 +149,10 @@ def _make_files(
             overhead = FileOverhead(
                 recipe, preflight.inputs, preflight.norms_and_biases, lineage, place.run
             )
-            solved = _solve(metric, preflight, overhead, costs, start, effort, solving)
+            search = Search((costs.solving, costs.rounding), start, effort)
+            solved = solve_shared(metric, preflight, overhead, search, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
-            solved = _add_private_loras(metric, solved, overhead, adding)
+            solved = with_private_loras(metric, solved, overhead, adding)
             preflight = replace(preflight, recipe=solved.plan.recipe)
             lineage = replace(lineage, recipe=preflight.recipe.to_metadata())
             outputs = replace(outputs, lineage=lineage)  # with the ranks that a search has found
@@ -201,51 +195,6 @@ def _stream(
         not_carried = stream_layers(inputs, options, write_average, keep_layer, progress)
         if analysis:
             analysis.close_with(not_carried)
-
-
-def _solve(
-    metric: Metric,
-    preflight: Preflight,
-    overhead: FileOverhead,
-    costs: MergeCosts,
-    start: Mapping[str, Tensor],
-    effort: SearchEffort | None,
-    progress: Progress,
-) -> SolvedMerge:
-    """Solves for the shared LoRAs, with a search for their ranks where the recipe gives none."""
-    device = preflight.pass_options.device
-
-    def solve(plan: RankPlan, part: Progress) -> SolvedMerge:
-        solving, rounding = part.split((costs.solving, costs.rounding))
-        solution = find_blocks(
-            metric,
-            plan.recipe,
-            plan.layer_ranks,
-            plan.allowance,
-            device,
-            solving,
-            start,
-            effort,
-        )
-        factors = quantize(metric, solution, plan.groups, plan.alphas, plan.dtype, rounding)
-        evaluation = evaluate(metric, factors, plan.groups)
-        return SolvedMerge(plan, factors, evaluation, solution.losses)
-
-    return solve_with_rank_search(metric, preflight, overhead, solve, progress)
-
-
-def _add_private_loras(
-    metric: Metric, solved: SolvedMerge, overhead: FileOverhead, progress: Progress
-) -> SolvedMerge:
-    """Adds private LoRAs for the checkpoints that are explained worst, if the recipe asks for them."""
-    plan = solved.plan
-    target = plan.recipe.topup
-    if target is None:
-        return solved
-    shared = SharedLoras(metric, solved.factors, solved.evaluation, plan.groups, plan.dtype)
-    loras = find_private_loras(shared, target, progress, private_budget(solved, overhead))
-    evaluation = add_private_loras(solved.evaluation, loras)
-    return replace(solved, evaluation=evaluation, private_loras=loras)
 
 
 def _write(

@@ -160,7 +160,7 @@ class MergeOutputs:
     ) -> None:
         """Stages multipliers, report and manifest."""
         lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
-        hashes = self._hashes(report)
+        hashes = self.hashes(report)
         manifest = _manifest(preflight, self.place, self.lineage, report, hashes)
         folder = self.place.folder
         self.transaction.text(folder / MULTIPLIERS, "".join(lines))
@@ -186,7 +186,7 @@ class MergeOutputs:
             loras=sum(self.transaction.size_of(self.lora_path(name)) for name in names),
         )
 
-    def _hashes(self, report: Report) -> dict[str, str]:
+    def hashes(self, report: Report) -> dict[str, str]:
         """Returns the SHA-256 of the tensors' bytes, as hosts know it, by LoRA and companion."""
         return {
             name: self.transaction.metadata_of(self.lora_path(name))["sshs_model_hash"]

@@ -132,9 +132,9 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     layout = common_layout(files, accepts_damaged=accepts_damaged)
     warnings = check_distinct(headers)
     warnings += find_unfinished(files) if accepts_damaged else []
-    _check_stems(headers)
+    check_stems(headers)
     count = len(headers)
-    _check_alphas(recipe, layout.family)
+    check_alphas(recipe, layout.family)
     inputs = MergeInputs(
         headers=tuple(headers),
         base=base,
@@ -145,7 +145,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         accepts_damaged=accepts_damaged,
     )
     select_norms_and_biases(recipe, inputs)
-    recipe = _with_ranks(recipe, inputs)
+    recipe = with_ranks(recipe, inputs)
     warnings += [
         *find_missing_parts(headers[0], layout),
         *find_differing_markers(headers),
@@ -187,7 +187,7 @@ def find_unfinished(headers: Sequence[Header]) -> list[str]:
     ]
 
 
-def _with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:
+def with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:
     """Returns the recipe with ranks for all estimates where the merge will search for its ranks."""
     if not recipe.finds_ranks:
         return recipe
@@ -213,7 +213,7 @@ def _least_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
     return layout.size(layers, [1] * len(layers)) + overhead.companions((1,))
 
 
-def _check_alphas(recipe: Recipe, family: Family) -> None:
+def check_alphas(recipe: Recipe, family: Family) -> None:
     """Refuses float8 for a family without alphas, which bring factors into the range of float8."""
     if DTYPES_BY_WORD[recipe.factors_dtype] is FLOAT8 and not family.lora_alpha:
         raise RecipeError(
@@ -223,7 +223,7 @@ def _check_alphas(recipe: Recipe, family: Family) -> None:
         )
 
 
-def _check_stems(headers: Sequence[Header]) -> None:
+def check_stems(headers: Sequence[Header]) -> None:
     """Refuses files of one name: multipliers are listed by file name without suffix."""
     stems: dict[str, Header] = {}
     for header in headers:

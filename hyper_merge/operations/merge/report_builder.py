@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.store import Analysis
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.decomposition.bounds import (
     Spectra,
     best_private_ranks,

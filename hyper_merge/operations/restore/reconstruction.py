@@ -16,6 +16,7 @@ from hyper_merge.checkpoints.architectures.layout import Treatment, is_position_
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.decomposition.linalg import add_products
 from hyper_merge.errors import NonFiniteError
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.runs.weighted_loras import WeightedLora
@@ -101,8 +102,7 @@ def _restore_tensor(
             layer = inputs.layout.layers[index]
             matrix = total[rows].view(layer.m, layer.n)
             pairs = zip(stack.factors(layer), loras, strict=True)
-            for (up, down), lora in pairs:
-                matrix.addmm_((up * lora.times(layer.part)).float(), down.float())
+            add_products(matrix, [(*pair, lora.times(layer.part)) for pair, lora in pairs])
     stored = total.to(inputs.dtype)
     if not bool(stored.isfinite().all()):
         raise NonFiniteError(

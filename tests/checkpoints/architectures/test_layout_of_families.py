@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_layouts import text_encoders_layout
 from narrow_layouts import FULL, NARROW, UNET, other_way_round, parts, two, xl
 
 from hyper_merge.checkpoints.architectures.detection import detect_family
@@ -20,6 +19,7 @@ from hyper_merge.checkpoints.architectures.layout import (
     output_tensors,
 )
 from hyper_merge.checkpoints.io.header import TensorInfo
+from hyper_merge.synthetic.family_layouts import text_encoders_layout
 
 # UNet: linear, 1x1, 3x3 (with the residual blocks and samplers, without the network's ends); text.
 COUNTS = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_layouts import flux_layout
 
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sdxl_layout
+from hyper_merge.synthetic.family_layouts import flux_layout
 
 SD1 = {
     "down_blocks_0_resnets_0_conv1": 64**2,

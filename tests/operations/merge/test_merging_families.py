@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from family_layouts import text_encoders_layout
 from narrow_layouts import NARROW, UNET, few, one, other_way_round, parts, renamed, two, xl
 from random_checkpoints import (
     CLIP,
@@ -22,6 +21,7 @@ from tiny_family import layers_of, merge, recipe
 from hyper_merge.errors import FamilyError, MismatchError
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.report_text import format_report
+from hyper_merge.synthetic.family_layouts import text_encoders_layout
 
 
 @pytest.mark.parametrize(

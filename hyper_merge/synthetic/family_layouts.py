@@ -1,9 +1,16 @@
-"""Keys and shapes of whole checkpoints of the families that `hyper_merge.synthetic` does not write."""
+"""Keys and shapes of whole checkpoints of SD 3, Flux and the SDXL refiner; no tensors."""
 
-from mmdit_layouts import FluxShape, JointShape, flux_transformer, joint_transformer, t5
+from __future__ import annotations
 
 from hyper_merge.checkpoints.io.header import Shape
 from hyper_merge.synthetic.checkpoint_layouts import UNET_PREFIX, VAE_PREFIX, under
+from hyper_merge.synthetic.mmdit_layouts import (
+    FluxShape,
+    JointShape,
+    flux_transformer,
+    joint_transformer,
+    t5,
+)
 from hyper_merge.synthetic.network_layouts import (
     UNetShape,
     clip_layout,

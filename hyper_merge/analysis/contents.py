@@ -1,0 +1,84 @@
+"""Describes what the solver needs to know of deviations, wherever they come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from hyper_merge.analysis.sensitivities import Sensitivities
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.decomposition.bounds import Spectra
+from hyper_merge.decomposition.contrasts import Contrasts
+
+
+class Analysis(ABC):
+    """The deviations of k inputs in every layer, compressed between two bases.
+
+    Attributes:
+        layers: All layers.
+        contrasts: The coordinates of the deviations, d of them.
+        sensitivities: The network's, by module, where a run of it measured them.
+    """
+
+    layers: tuple[Layer, ...]
+    contrasts: Contrasts
+    sensitivities: Sensitivities | None
+
+    @abstractmethod
+    def without_ends(self) -> Analysis:
+        """Returns the analysis of a layout whose layers at the ends are averaged only."""
+
+    @property
+    @abstractmethod
+    def grams(self) -> Tensor:  # (layers, d + 1, d + 1), float64
+        """The inner products of every layer's slices and, last, the base's rounding error."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Tensor:  # (layers,), float64
+        """The squared norm of the average in every layer."""
+
+    @property
+    @abstractmethod
+    def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
+        """The energies outside of all layers, by kind and input."""
+
+    @property
+    @abstractmethod
+    def spectra(self) -> list[Spectra]:
+        """The spectra of every layer."""
+
+    @abstractmethod
+    def core(self, index: int) -> Tensor:  # (d, p, q), float32
+        """Returns a layer's core."""
+
+    @abstractmethod
+    def rounding(self, index: int) -> Tensor:  # (p, q), float32
+        """Returns the base's rounding error in a layer's bases."""
+
+    @abstractmethod
+    def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
+        """Returns a layer's bases."""
+
+    @abstractmethod
+    def core_shape(self, index: int) -> tuple[int, int]:  # p, q
+        """Returns the sides of a layer's core, without reading it."""
+
+    @abstractmethod
+    def earlier_solutions(self, name: str, group: str) -> list[Tensor]:  # each (d, R), float64
+        """Returns multipliers that were solved for with other settings before these: good starts.
+
+        Args:
+            name: name of the settings.
+            group: name of the group of layers.
+        """
+
+    @abstractmethod
+    def remember(
+        self,
+        name: str,
+        multipliers: Mapping[str, Tensor],  # by group of layers: (d, R)
+    ) -> None:
+        """Keeps the first solution's multipliers of these settings for later settings."""

@@ -1,0 +1,142 @@
+"""Describes the requests for the everyday tools on LoRAs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final, Literal
+
+from hyper_merge.errors import RecipeError, settings_placed
+from hyper_merge.recipe.parsing import (
+    LARGEST_RANK,
+    choice,
+    optional,
+    parse_bytes,
+    parse_flag,
+    parse_multipliers,
+    parse_path,
+    parse_paths,
+    parse_share,
+    whole,
+)
+from hyper_merge.recipe.request import Parsers, Request, key_place
+
+_SUFFIX: Final = ".safetensors"
+
+
+def _parse_loras(value: object) -> tuple[Path, ...]:
+    paths = parse_paths(value)
+    if not paths:
+        raise RecipeError("expected one LoRA or more, got none")
+    return paths
+
+
+@dataclass(frozen=True)
+class _LoraRequest(Request):
+    """LoRAs with a multiplier each, and the file that is made."""
+
+    loras: tuple[Path, ...]
+    multipliers: tuple[float, ...] | None = None
+    to: Path | None = None
+    overwrite: bool = False
+
+    PARSERS: ClassVar[Parsers] = {
+        "loras": _parse_loras,
+        "multipliers": optional(parse_multipliers),
+        "to": optional(parse_path),
+        "overwrite": parse_flag,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        with settings_placed(key_place):
+            self._require_multipliers()
+            if self.to is not None and self.to.suffix != _SUFFIX:
+                raise RecipeError(
+                    f"expected a path that ends with {_SUFFIX}, got {self.to}", key="to"
+                )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The multiplier of every LoRA: 1 where none is given."""
+        return self.multipliers or (1.0,) * len(self.loras)
+
+    def _require_multipliers(self) -> None:
+        given = self.multipliers
+        if given is not None and len(given) != len(self.loras):
+            raise RecipeError(
+                f"expected {len(self.loras)} numbers, one per LoRA, got {len(given)}",
+                key="multipliers",
+            )
+        if given is not None and not all(given):
+            raise RecipeError(
+                "expected numbers other than 0", hint="leave that LoRA out", key="multipliers"
+            )
+
+
+@dataclass(frozen=True)
+class CombineRequest(_LoraRequest):
+    """The request for one LoRA of several, or of one.
+
+    Attributes:
+        loras: The files.
+        multipliers: One per file; None for 1 each.
+        to: Path of the file; None for one beside the first, named after what it is.
+        overwrite: Whether an existing file may be replaced.
+        rank: The most that a layer keeps; None for no limit.
+        size: Bytes of the file at most; ranks then go where they keep most.
+        keep: Share 0..1 of the squared norm to keep with the fewest bytes.
+        dtype: Of the factors; `same` as in the files.
+    """
+
+    rank: int | None = None
+    size: int | None = None
+    keep: float | None = None
+    dtype: Literal["same", "float16", "bfloat16", "float32"] = "same"
+
+    PARSERS: ClassVar[Parsers] = {
+        **_LoraRequest.PARSERS,
+        "rank": optional(whole(1, LARGEST_RANK)),
+        "size": parse_bytes,
+        "keep": parse_share,
+        "dtype": choice("same", "float16", "bfloat16", "float32"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        with settings_placed(key_place):
+            given = [key for key in ("rank", "size", "keep") if getattr(self, key) is not None]
+            if len(given) > 1:
+                raise RecipeError(
+                    f"expected one of rank, size and keep, got {' and '.join(given)}",
+                    hint="leave all but one out",
+                    key=given[1],
+                )
+
+    @property
+    def cuts(self) -> bool:
+        """Tells whether ranks are to be cut."""
+        return (self.rank, self.size, self.keep) != (None, None, None)
+
+
+@dataclass(frozen=True)
+class ApplyRequest(_LoraRequest):
+    """The request for a checkpoint with LoRAs added to it, or taken away from it.
+
+    Attributes:
+        checkpoint: The file.
+        loras: The LoRAs.
+        multipliers: One per LoRA; None for 1 each.
+        subtract: Whether they are taken away.
+        to: Path of the file; None for one beside the checkpoint, named after what it is.
+        overwrite: Whether an existing file may be replaced.
+    """
+
+    checkpoint: Path = Path()
+    subtract: bool = False
+
+    PARSERS: ClassVar[Parsers] = {
+        **_LoraRequest.PARSERS,
+        "checkpoint": parse_path,
+        "subtract": parse_flag,
+    }

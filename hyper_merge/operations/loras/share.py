@@ -1,0 +1,227 @@
+"""Turns many LoRAs of one base into a few shared ones, with one multiplier each for every input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD
+from hyper_merge.checkpoints.io.transaction import FileTransaction
+from hyper_merge.decomposition.initialization import SearchEffort
+from hyper_merge.errors import NameTakenError, RecipeError
+from hyper_merge.loras.metadata import Lineage
+from hyper_merge.operations.loras.analysis import analyze_loras, basis_width
+from hyper_merge.operations.loras.inputs import LoraSet, read_loras
+from hyper_merge.operations.merge.file_overhead import FileOverhead
+from hyper_merge.operations.merge.outputs import (
+    MergeOutputs,
+    named_topups,
+    require_free_names,
+    shared_names,
+)
+from hyper_merge.operations.merge.preflight import Preflight, check_alphas, check_stems, with_ranks
+from hyper_merge.operations.merge.report_builder import FileSizes, make_report
+from hyper_merge.operations.merge.solved_merge import SolvedMerge
+from hyper_merge.operations.merge.solving import Search, solve_shared, with_private_loras
+from hyper_merge.recipe.recipe import AVERAGE, Recipe
+from hyper_merge.runs.folders import LORA_MANIFEST, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
+from hyper_merge.runs.hash_cache import current_time, hash_sources
+from hyper_merge.runs.manifest import RunManifest, RunSource
+from hyper_merge.runs.name_locks import Hold, held
+from hyper_merge.runs.report import Report
+from hyper_merge.runs.report_text import format_report
+from hyper_merge.runtime.devices import device_job, resolve_device
+from hyper_merge.runtime.disks import require_disks
+from hyper_merge.runtime.names import one_line
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.metric import Metric
+
+# Settings that are about checkpoints, with the one value that they have here.
+_FIXED = {"base": AVERAGE, "weights": None, "vae": "first", "exact": "none"}
+
+
+@dataclass(frozen=True, eq=False)
+class SharePreflight:
+    """A recipe that was validated against its LoRAs; nothing is written yet."""
+
+    merge: Preflight
+    loras: LoraSet
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings."""
+        return self.merge.recipe
+
+
+@dataclass(frozen=True)
+class ShareResult:
+    """The files of shared LoRAs, and their report."""
+
+    report: Report
+    folder: Path  # of manifest, multipliers and report
+    loras: tuple[Path, ...]  # with private ones
+
+
+def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePreflight:
+    """Validates a recipe whose models are LoRAs, by their headers.
+
+    Args:
+        recipe: the settings; those about checkpoints must have their defaults, and `exact` none.
+        folders: where the files go; None for those of the recipe's output folder.
+
+    Raises:
+        HyperMergeError: a file is missing, damaged, no LoRA, or does not go with the others; or a
+            setting does not go with them.
+    """
+    resolve_device(recipe.device)
+    for key, value in _FIXED.items():
+        if getattr(recipe, key) != value:
+            raise RecipeError(
+                f"{key} {getattr(recipe, key)} goes with checkpoints, not with LoRAs",
+                hint=f"choose {key} {value}" if value else "leave it out",
+                key=key,
+            )
+    loras = read_loras(recipe.models)
+    check_stems(loras.headers)
+    check_alphas(recipe, loras.family)
+    inputs = loras.inputs(DTYPES_BY_WORD[recipe.dtype])
+    recipe = with_ranks(recipe, inputs)
+    folders = folders or Folders.under(recipe.output)
+    return SharePreflight(Preflight(recipe, inputs, loras.warnings, folders), loras)
+
+
+def run_share(
+    preflight: SharePreflight, progress: Progress, effort: SearchEffort | None = None
+) -> ShareResult:
+    """Writes the shared LoRAs, all files or none.
+
+    Args:
+        preflight: the validated recipe.
+        progress: progress and interrupt.
+        effort: how thorough the search for a start is; None for the default.
+
+    Raises:
+        HyperMergeError: a name is taken, a file was changed, a full disk, or the user's interrupt.
+    """
+    recipe, folders = preflight.recipe, preflight.merge.folders
+    holds = (Hold("merge", recipe.name), Hold("run", recipe.name))
+    with device_job(preflight.merge.pass_options.device), held(folders.runs, *holds):
+        place = _place(recipe, folders)
+        if not recipe.finds_ranks:
+            names = shared_names(preflight.merge, place)
+            require_free_names(place, names, folders, overwrite=recipe.overwrite)
+        return _write_all(preflight, place, Search(effort=effort), progress)
+
+
+def _write_all(
+    preflight: SharePreflight, place: Place, search: Search, progress: Progress
+) -> ShareResult:
+    merge = preflight.merge
+    hashing, reading, solving, adding, writing = progress.split((1.0, 3.0, 6.0, 1.0, 1.0))
+    with FileTransaction(overwrite=merge.recipe.overwrite) as transaction:
+        lineage = _lineage(merge, hashing)
+        analysis = analyze_loras(preflight.loras, basis_width(merge.recipe.ranks), reading)
+        metric = Metric.of(analysis, merge.recipe, solving)
+        overhead = FileOverhead(merge.recipe, merge.inputs, (), lineage, place.run)
+        solved = solve_shared(metric, merge, overhead, search, solving)
+        solved = with_private_loras(metric, solved, overhead, adding)
+        merge = replace(merge, recipe=solved.plan.recipe)
+        lineage = replace(lineage, recipe=merge.recipe.to_metadata())
+        outputs = MergeOutputs(transaction, place, lineage)
+        report, names = _stage(outputs, merge, metric, solved, writing)
+        progress.report("putting the files in place", 1.0)
+    return ShareResult(report, place.folder, tuple(outputs.lora_path(name) for name in names))
+
+
+def _stage(
+    outputs: MergeOutputs,
+    merge: Preflight,
+    metric: Metric,
+    solved: SolvedMerge,
+    progress: Progress,
+) -> tuple[Report, tuple[str, ...]]:
+    """Stages all files; returns the report, and the names of the LoRAs."""
+    folders, place = merge.folders, outputs.place
+    private = outputs.named_private_loras(merge, solved)
+    names = (*shared_names(merge, place, solved), *private)
+    require_free_names(place, names, folders, overwrite=merge.recipe.overwrite)
+    require_disks({place.loras: solved.factor_bytes()})
+    if merge.recipe.overwrite:
+        outputs.remove_outdated(folders, names)
+    files = outputs.lora_files(merge, solved)
+    outputs.stage_loras(merge, files, solved, progress)
+    outputs.stage_private_loras(merge, solved)
+    stems = [header.stem for header in merge.inputs.headers]
+    loras = sum(outputs.transaction.size_of(outputs.lora_path(name)) for name in names)
+    sizes = FileSizes(sum(header.size for header in merge.inputs.headers), 0, loras)
+    report = make_report(metric, solved, place.run, tuple(files), stems, sizes)
+    topups = named_topups(outputs.transaction, place.loras, private)
+    rows = tuple(replace(row, topup=topups.get(row.name, "")) for row in report.checkpoints)
+    # Groups say what an average for each would take away, and there is none.
+    report = replace(report, checkpoints=rows, groups=(), between_groups=0.0)
+    _stage_texts(outputs, merge, report)
+    return report, names
+
+
+def _stage_texts(outputs: MergeOutputs, merge: Preflight, report: Report) -> None:
+    lines = (f"{one_line(row.name)}: {report.tags(row)}\n" for row in report.checkpoints)
+    folder, transaction = outputs.place.folder, outputs.transaction
+    transaction.text(folder / MULTIPLIERS, "".join(lines))
+    transaction.text(folder / REPORT, format_report(report, of_loras=True))
+    manifest = _manifest(outputs, merge, report)
+    transaction.text(folder / LORA_MANIFEST, json.dumps(manifest.to_json(), indent=1) + "\n")
+
+
+def _manifest(outputs: MergeOutputs, merge: Preflight, report: Report) -> RunManifest:
+    lineage = outputs.lineage
+    pairs = zip(merge.inputs.headers, lineage.sources, strict=True)
+    return RunManifest(
+        name=outputs.place.run,
+        created=lineage.date,
+        family=lineage.family.name,
+        recipe=lineage.recipe,
+        settings=merge.recipe.to_settings(),
+        average_id=None,
+        hyper_model=Path(),
+        sources=tuple(
+            RunSource(header.path.absolute(), source.name, source.sha256, source.legacy_hash)
+            for header, source in pairs
+        ),
+        base_is_first_source=False,
+        report=report,
+        hashes=outputs.hashes(report),
+    )
+
+
+def _place(recipe: Recipe, folders: Folders) -> Place:
+    """Returns where the files go.
+
+    Raises:
+        NameTakenError: another run has the name, or the same one and it may not be replaced.
+    """
+    folder = folders.runs / recipe.name
+    if (folder / MANIFEST).exists():
+        raise NameTakenError(
+            f"{recipe.name} is a run of checkpoints", hint="choose another name", key="name"
+        )
+    if folders.is_used(recipe.name) and not recipe.overwrite:
+        raise NameTakenError(
+            f"{folder} exists already", hint="choose another name, or --overwrite", key="name"
+        )
+    model = folders.models / f"{recipe.name}.safetensors"
+    return Place(recipe.name, model, exists=True, loras=folders.loras, folder=folder)
+
+
+def _lineage(merge: Preflight, progress: Progress) -> Lineage:
+    headers = merge.inputs.headers
+    bases = {header.metadata.get("ss_sd_model_name", "") for header in headers}
+    base = bases.pop() if len(bases) == 1 else ""
+    return Lineage(
+        name=base.removesuffix(".safetensors"),
+        family=merge.inputs.layout.family,
+        recipe=merge.recipe.to_metadata(),
+        sources=hash_sources(headers, merge.folders.cache, progress),
+        date=current_time(),
+        of_loras=True,
+    )

@@ -1,0 +1,93 @@
+"""Matrices that are given as factors are compressed to what a dense SVD of their stack says."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hyper_merge.decomposition.factored import compress_factors
+
+M, N = 40, 60
+
+
+def random_pairs(*ranks, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for rank in ranks:
+        fall = torch.arange(1, rank + 1).float() ** -0.8
+        up = torch.randn(M, rank, generator=generator) * fall
+        pairs.append((up, torch.randn(rank, N, generator=generator)))
+    return pairs
+
+
+def stack(pairs):
+    return torch.stack([up.double() @ down.double() for up, down in pairs])
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (5, 0, 3), (1,), (30, 30), (45, 2)])
+def test_within_the_width_nothing_is_lost(ranks):
+    pairs = random_pairs(*ranks)
+    dense = stack(pairs)
+    layer = compress_factors(pairs, (M, N), 100)
+    left, right = layer.left.double(), layer.right.double()
+    assert_close(left @ layer.core().double() @ right.mT, dense, atol=1e-2, rtol=0)
+    energies = dense.flatten(1).square().sum(1)
+    products = dense.flatten(1) @ dense.flatten(1).mT
+    assert_close(layer.gram, products, rtol=0, atol=1e-3 * float(energies.max()))
+    assert_close(layer.gram.diagonal(), energies, rtol=1e-5, atol=0)
+    for row, matrix in zip(layer.spectra.private, dense, strict=True):
+        count = min(len(row), N, M)
+        expected = torch.linalg.svdvals(matrix)[:count].square()
+        assert_close(row[:count], expected, rtol=1e-4, atol=1e-4 * float(energies.max()))
+
+
+def test_bases_are_ordered_singular_vectors_of_the_stack():
+    pairs = random_pairs(3, 4, 5)
+    layer = compress_factors(pairs, (M, N), 100)
+    dense = stack(pairs)
+    for basis, unfolded, values in (
+        (layer.left, dense.transpose(0, 1).flatten(1), layer.spectra.rows),
+        (layer.right, dense.flatten(0, 1).mT, layer.spectra.columns),
+    ):
+        vectors, singular, _ = torch.linalg.svd(unfolded, full_matrices=False)
+        assert_close(values, singular[:12].square(), rtol=1e-4, atol=1e-4)
+        overlap = (vectors[:, :12].mT @ basis.double()).abs()
+        assert_close(overlap, torch.eye(12).double(), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("width", [1, 6, 10])
+def test_narrower_bases_give_exact_projections(width):
+    pairs = random_pairs(4, 4, 4, 4)
+    dense = stack(pairs)
+    layer = compress_factors(pairs, (M, N), width)
+    assert max(layer.core_shape) <= width
+    left, right = layer.left.double(), layer.right.double()
+    assert_close(layer.core().double(), left.mT @ dense @ right, atol=1e-4, rtol=1e-4)
+    energies = dense.flatten(1).square().sum(1)
+    assert_close(layer.gram.diagonal(), energies, rtol=1e-5, atol=0)
+    inside = float(layer.core().double().square().sum())
+    # No worse than half of what the best bases of that width hold: those of the whole stack.
+    best = torch.linalg.svdvals(dense.flatten(0, 1))[:width].square().sum()
+    assert 0.5 * float(best) <= inside <= float(energies.sum())
+    limit = float(layer.spectra.rows.sum())
+    assert limit >= inside * (1 - 1e-4)
+
+
+def test_zero_matrices_are_no_obstacle():
+    pairs = [(torch.zeros(M, 3), torch.randn(3, N)), (torch.randn(M, 2), torch.zeros(2, N))]
+    for given in (pairs, [(torch.zeros(M, 0), torch.zeros(0, N))] * 2):
+        layer = compress_factors(given, (M, N), 8)
+        assert layer.core_shape == (1, 1)
+        assert not layer.core().any()
+        assert not layer.gram.any()
+
+
+def test_dependent_columns_are_no_obstacle():
+    (up, down), *_ = random_pairs(3)
+    doubled = (torch.cat([up, up], 1), torch.cat([down, down]))
+    layer = compress_factors([doubled, (up, down)], (M, N), 100)
+    assert layer.core_shape == (3, 3)
+    dense = stack([doubled, (up, down)])
+    assert_close(
+        layer.left.double() @ layer.core().double() @ layer.right.double().mT,
+        dense, atol=2e-2, rtol=0,
+    )  # fmt: skip

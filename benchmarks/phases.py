@@ -32,6 +32,7 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.progress import Progress
 
 _MERGE = "hyper_merge.operations.merge.merge"
+_SOLVING = "hyper_merge.operations.merge.solving"
 _SOLVE = "hyper_merge.solver.solve"
 PHASES = {  # function -> its phase, without those of the functions that it calls
     f"{_MERGE}.make_lineage": "hashing",
@@ -48,8 +49,8 @@ PHASES = {  # function -> its phase, without those of the functions that it call
     f"{_SOLVE}.refine": "last sweeps",
     f"{_SOLVE}.try_sweeps": "trial sweeps",
     f"{_SOLVE}._Solver._private_groups": "private start",
-    f"{_MERGE}.quantize": "rounding",
-    f"{_MERGE}.evaluate": "rounding",
+    f"{_SOLVING}.quantize": "rounding",
+    f"{_SOLVING}.evaluate": "rounding",
     f"{_MERGE}._write": "writing",
 }
 

@@ -48,8 +48,8 @@ _CHUNK: Final = 2**17  # entries that a CPU's cache holds of several checkpoints
 _GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 
 # Cost of an entry of a file, and of one of a symmetric matrix cubed: in multiply-adds of large products.
-_ENTRY: Final = 900.0
-_EIGENVALUES: Final = 6.0
+_ENTRY: Final = 1350.0
+_EIGENVALUES: Final = 9.0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ ITERATIONS: Final = 3
 
 _NEW: Final = 1e-6  # squared norm of a direction that an earlier iterate adds: less is rounding
 
-_NARROW: Final = 4.0  # times the multiply-adds: what products with few columns take
+_NARROW: Final = 6.0  # times the multiply-adds: what products with few columns take
+_PROJECTED: Final = 1.5  # the same for those with the whole width
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def project(
     core = slices.new_empty(len(slices), left.shape[1], right.shape[1])
     for matrix, projected in zip(slices, core, strict=True):
         projected.copy_(_projected(matrix, left, right))
-        tick(matrix.numel() * max(left.shape[1], right.shape[1]))
+        tick(_PROJECTED * matrix.numel() * max(left.shape[1], right.shape[1]))
     return core
 
 
@@ -106,7 +107,7 @@ def compression_cost(shape: tuple[int, int, int], width: int) -> float:
     if m <= width and n <= width:
         return 0.0
     iterated = 0.0 if k * min(m, n) <= width else _NARROW * ITERATIONS
-    return (iterated + k) * m * n * width
+    return (iterated + _PROJECTED * k) * m * n * width
 
 
 def _projected(

@@ -168,7 +168,7 @@ def _products(
     flat = rows.flatten(1).double()
 
     def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
-        pairs = zip(left.split(sizes, 1), right.split(sizes, 1), strict=True)
+        pairs = zip(torch.split(left, sizes, 1), torch.split(right, sizes, 1), strict=True)
         return flat @ torch.stack([(up @ down.mT).flatten() for up, down in pairs], 1).double()
 
     plain = Products(cross(left.within, right.within), block_sums(left.gram * right.gram, sizes))

@@ -13,14 +13,14 @@ from hyper_merge.solver.narrowing import narrow
 from hyper_merge.solver.rank_pruning import GroupSolution
 from hyper_merge.solver.stopping import SolverProgress, stop_by_sweep
 
-_TRIAL_SWEEPS: Final = 3  # tell a good start from another
+TRIAL_SWEEPS: Final = 3  # tell a good start from another
 
 
 def try_sweeps(group: GroupSolution, most: int, parallel: ParallelMap) -> GroupSolution:
     """Returns a group after a few sweeps, at most so many."""
     narrowed = narrow(group, parallel)
     problem = replace(narrowed.group.problem, parallel=parallel)
-    stopping = StoppingCriterion(min(_TRIAL_SWEEPS, most), 0.0)
+    stopping = StoppingCriterion(min(TRIAL_SWEEPS, most), 0.0)
     solution = solve_ll1(problem, narrowed.group.factors, group.multipliers, stopping)
     wide = replace(solution, factors=narrowed.widened(solution.factors))
     return GroupSolution.of(group.name, group.problem, wide)

@@ -82,11 +82,18 @@ def test_types_are_those_of_merged_values_by_count(tmp_path, state_of):
 
 def test_an_unsupported_family_has_its_name_and_a_problem(tmp_path):
     path = write(
-        tmp_path / "f.safetensors", {f"{UNET}distilled_guidance_layer.x": torch.zeros(2, 2)}
+        tmp_path / "f.safetensors",
+        {
+            f"{UNET}{key}": torch.zeros(2, 2)
+            for key in ("distilled_guidance_layer.x", "nerf_blocks.0.x")
+        },
     )
     row = inspect_files(path)
-    assert row.problem.startswith("f.safetensors is a Chroma checkpoint, which cannot be merged;")
-    assert (row.family, row.dtype, row.vae, len(row.legacy_hash)) == ("Chroma", "fp32", None, 8)
+    assert row.problem.startswith(
+        "f.safetensors is a Chroma Radiance checkpoint, which cannot be merged;"
+    )
+    found = (row.family, row.dtype, row.vae, len(row.legacy_hash))
+    assert found == ("Chroma Radiance", "fp32", None, 8)
 
 
 BAD = {

@@ -53,14 +53,14 @@ class _Rename:
     exceptions: tuple[str, ...] = ()  # keys that begin so stay
 
 
+def _without(prefix: str) -> _Rename:
+    """Returns the rename of networks whose keys begin with another prefix than the usual one."""
+    starts = tuple(prefix + start for start in _BARE)
+    return _Rename(lambda s: s.has(*starts), ((prefix, UNET),))
+
+
 _RENAMES: Final = (
-    *(
-        _Rename(
-            lambda s, prefix=prefix: s.has(*(prefix + start for start in _BARE)),
-            ((prefix, UNET),),
-        )
-        for prefix in _PREFIXES
-    ),
+    *(_without(prefix) for prefix in _PREFIXES),
     # A network alone, as Flux and SD 3 are often given away.
     _Rename(lambda s: s.has(*_BARE) and not s.has(UNET), (("", UNET),), exceptions=_OTHERS),
     # Files of 2022 that older tools saved.

@@ -1,8 +1,9 @@
 """Estimates the costs of a merge's phases, for the expected time and the shares of the progress.
 
 The unit of costs is a multiply-add of the pass's large products. The constants here and in
-`analysis`, `solver` and `decomposition` were measured with four full-size files on two cores, which
-do 1e11 of them in a second; the speed of another machine is measured when it is needed.
+`analysis`, `solver` and `decomposition` lie between what was measured with four full-size files on two
+machines of two cores, which differ by less in large products than in all else; the speed of another
+machine is measured when it is needed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from hyper_merge.runs.hash_cache import bytes_to_hash
 from hyper_merge.runtime.throughput import estimate_seconds
 from hyper_merge.solver.costs import solve_costs
 
-HASHING_COST: Final = 120.0  # for each byte
-_WRITING: Final = 200.0  # for each byte of the LoRAs: rounding, hashing, writing and synchronising
+HASHING_COST: Final = 70.0  # for each byte
+_WRITING: Final = 500.0  # for each byte of the LoRAs: rounding, hashing, writing and synchronising
 
 _HOST: Final = torch.device("cpu")  # does all work but products of matrices, for every device
 

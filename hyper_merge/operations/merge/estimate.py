@@ -18,9 +18,13 @@ from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
 from hyper_merge.runs.folders import Place
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
+from hyper_merge.solver.metric import COLUMNS_PER_RANK
 
 _AT_ONCE: Final = 2  # layers in the pass
-_FACTOR_SETS: Final = 5  # during the solve: two, and the rest in the allocator's holes
+_EVEN_SETS: Final = 5  # of factors during the solve: two, and the rest in the allocator's holes
+# Of the LoRAs in float32 with adaptive ranks, which gather where bases are as wide as the layers: two of
+# one and a half times the ranks.
+_ADAPTIVE_SETS: Final = 3.2
 _OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
 
 
@@ -47,12 +51,11 @@ def estimate_merge(preflight: Preflight) -> Estimate:
     loras = _lora_bytes(preflight, plan)
     largest = max(layer.m * layer.n for layer in inputs.layout.layers) * 4
     in_flight = _AT_ONCE * (len(inputs.headers) + 4) * largest
-    factors = _FACTOR_SETS * _factor_bytes(inputs, plan.recipe.ranks, plan.layer_ranks)
     return Estimate(
         average=average_bytes(inputs),
         loras=loras,
         analysis=analysis_bytes(inputs, preflight.pass_options),
-        memory=_OVERHEAD + max(in_flight, factors + _core_bytes(inputs, plan), 2 * loras),
+        memory=_OVERHEAD + max(in_flight, _solver_bytes(inputs, plan), 2 * loras),
         seconds=sum(estimate_costs(preflight, _existing_files(preflight))),
     )
 
@@ -107,11 +110,20 @@ def _lora_bytes(preflight: Preflight, plan: RankPlan) -> int:
     return loras + len(plan.recipe.ranks) * vector_bytes(preflight.norms_and_biases)
 
 
-def _core_bytes(inputs: MergeInputs, plan: RankPlan) -> int:
-    """Returns the bytes of all cores as the solver holds them, scaled, in float32."""
-    width, slices = required_width(plan.recipe.ranks), inputs.contrasts.dimensions
-    sides = (basis_columns(layer, width) for layer in inputs.layout.layers)
-    return sum(4 * slices * p * q for p, q in sides)
+def _solver_bytes(inputs: MergeInputs, plan: RankPlan) -> int:
+    """Returns the bytes that the solver holds: sets of factors, and narrow cores in float16.
+
+    Wide cores are made from the mapped analysis when it is their turn.
+    """
+    if plan.allowance is None:
+        return _EVEN_SETS * _factor_bytes(inputs, plan.recipe.ranks, plan.layer_ranks)
+    layers, slices = inputs.layout.layers, inputs.contrasts.dimensions
+    ranks = [sum(of_layer) for of_layer in plan.layer_ranks]
+    factors = sum(4 * (x.m + x.n) * rank for x, rank in zip(layers, ranks, strict=True))
+    sides = (
+        basis_columns(x, int(COLUMNS_PER_RANK * r)) for x, r in zip(layers, ranks, strict=True)
+    )
+    return int(_ADAPTIVE_SETS * factors) + sum(2 * slices * p * q for p, q in sides)
 
 
 def _factor_bytes(

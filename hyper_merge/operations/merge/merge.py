@@ -142,8 +142,8 @@ def _make_files(
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
         with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
-            names = [header.name for header in preflight.inputs.headers]
-            for warning in find_strangers(all_layers, names):
+            models = [header.name for header in preflight.inputs.headers]
+            for warning in find_strangers(all_layers, models):
                 progress.warn(warning)
             metric, preflight = choose_layers(all_layers, preflight, solving)
             overhead = FileOverhead(

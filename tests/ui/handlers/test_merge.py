@@ -116,7 +116,9 @@ def test_a_checkpoint_of_any_name_is_merged_and_shown(host, jobs, checkpoints):
     panel = show_merge_result(host, jobs)
     assert panel[4]["choices"] == [EVIL, "$x^$"]
     plots = panel[7:10]
-    texts = [text for text in (*panel[:7], *panel[10:-1]) if isinstance(text, str)]  # the last: JSON
+    texts = [
+        text for text in (*panel[:7], *panel[10:-1]) if isinstance(text, str)
+    ]  # the last: JSON
     assert EVIL in words(panel[3])
     assert not any("img" in tags(text) for text in texts)
     assert [plot.count("<img") for plot in plots] == [1, 1, 1], "no more than the plots themselves"

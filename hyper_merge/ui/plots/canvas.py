@@ -1,4 +1,4 @@
-"""Draws the common parts of all plots: a transparent page, colours for any background, labels."""
+"""Draws the common parts of all plots: a transparent page, colours, labels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
 
-# Each of these stands out from white and from near-black by 3 to 1 at least; colour-blind eyes can
-# distinguish the pairs too.
-GREY: Final = "#828282"
-STRONG: Final = "#0079bd"
-COLOURS: Final = ("#0079bd", "#d55e00", "#009e73", "#b3669a", "#8a7a20", "#6a76c4")
+# For letters and lines on white: 4.5 to 1 at least. The style sheet turns light and dark around in a dark
+# theme, and keeps the hues. Colour-blind eyes can distinguish the pairs too.
+GREY: Final = "#4b5563"
+STRONG: Final = "#0070b0"
+COLOURS: Final = ("#0070b0", "#b34e00", "#00785a", "#99487f", "#6f621a", "#5560b0")
+# For surfaces: 3 to 1.
 WORST: Final = "#d55e00"
 PALE: Final = "#5e97c9"
 LABEL_GAP: Final = 0.055  # between labels of lines, as a part of the axis

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,9 +166,31 @@ def luminance(colour):
     return sum(share * x for share, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@pytest.mark.parametrize("colour", [canvas.GREY, canvas.PALE, canvas.WORST, *canvas.COLOURS])
-@pytest.mark.parametrize("ground", ["#ffffff", "#0b0f19"])
-def test_every_colour_stands_out_from_light_and_dark_ground(colour, ground):
-    """By 3 to 1. Source: WCAG 2.1, 1.4.11."""
-    bright, dim = sorted((luminance(colour), luminance(ground)), reverse=True)
-    assert (bright + 0.05) / (dim + 0.05) >= 3
+# hue-rotate(180deg). Source: W3C Filter Effects, section 8.4 (type "hueRotate").
+TURNED = ((-0.574, 1.43, 0.144), (0.426, 0.43, 0.144), (0.426, 1.43, -0.856))
+
+
+def in_a_dark_theme(colour):
+    """Returns what the style sheet's filter makes of a colour."""
+    inverted = [1 - x for x in to_rgb(colour)]
+    rows = (sum(x * y for x, y in zip(row, inverted, strict=True)) for row in TURNED)
+    return [min(max(value, 0.0), 1.0) for value in rows]
+
+
+def contrast(*colours):
+    bright, dim = sorted(map(luminance, colours), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+LETTERS = (canvas.GREY, canvas.STRONG, *canvas.COLOURS)
+
+
+@pytest.mark.parametrize("colour", [*LETTERS, canvas.PALE, canvas.WORST])
+def test_every_colour_stands_out_in_both_themes(colour):
+    """By 4.5 to 1, surfaces by 3 to 1. Source: WCAG 2.1, 1.4.3 and 1.4.11."""
+    least = 4.5 if colour in LETTERS else 3
+    assert contrast(colour, "#ffffff") >= least
+    assert contrast(in_a_dark_theme(colour), "#0b0f19") >= least
+    style = (Path(__file__).parents[3] / "style.css").read_text(encoding="utf-8")
+    rule = r"\.dark #hyper_merge_tab \.hm-plot \{\s*filter: invert\(1\) hue-rotate\(180deg\);\s*\}"
+    assert re.search(rule, style)

@@ -217,7 +217,7 @@ def test_analysis_removed_by_another_process_is_remade(
         return solve_with_rank_search(*rest)
 
     monkeypatch.setattr(
-        "hyper_merge.operations.merge.merge.solve_with_rank_search", removed_meanwhile
+        "hyper_merge.operations.merge.solving.solve_with_rank_search", removed_meanwhile
     )
     made = merge(files, started, log.progress, ranks=(5,), name="other")
     same(loras_of(made), afresh)

@@ -135,6 +135,11 @@ class Recipe:
         return self.budget is not None or self.target is not None
 
     @property
+    def has_even_ranks(self) -> bool:
+        """Tells whether every layer has the same ranks: greedy deflation knows no others."""
+        return self.allocation == "even" or self.method == "greedy"
+
+    @property
     def factors_dtype(self) -> str:
         """Word for the type of the numbers in the LoRAs."""
         return self.dtype if self.lora_dtype == "same" else self.lora_dtype
@@ -156,7 +161,7 @@ class Recipe:
     def _require_one_size(self) -> None:
         sizes = [key for key in ("budget", "target") if getattr(self, key) is not None]
         _require_one_of_sizes(sizes)
-        if sizes and (self.allocation == "even" or self.method == "greedy"):
+        if sizes and self.has_even_ranks:
             raise RecipeError(
                 "goes with adaptive allocation and the joint method alone",
                 hint="give ranks in its place",

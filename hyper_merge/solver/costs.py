@@ -43,8 +43,7 @@ def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[floa
         (layer.m * p + layer.n * q) * sum(rank)
         for (layer, rank), (p, q) in zip(pairs, bases, strict=True)
     )
-    is_even = recipe.allocation == "even" or recipe.method == "greedy"
-    metric = 0.0 if is_even else sum(_METRIC * p * q * min(p, q) for p, q in bases)
+    metric = 0.0 if recipe.has_even_ranks else sum(_METRIC * p * q * min(p, q) for p, q in bases)
 
     def sweeps(more: float) -> float:
         """Returns the cost of a sweep with so many times the ranks, in cores that suit them."""
@@ -54,7 +53,7 @@ def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[floa
     groups = len(multiplier_groups(inputs.layout.layers, separate=separate))
     search = _SEARCH * groups if recipe.method == "joint" else 0.0
     refit = _IN_REFIT if recipe.factors_dtype == "float8" else 0.0
-    if is_even:
+    if recipe.has_even_ranks:
         count = float(_GREEDY_SWEEPS * len(recipe.ranks))
         if recipe.method == "joint":
             count = START_SWEEPS + min(recipe.iterations, USUAL_SWEEPS)

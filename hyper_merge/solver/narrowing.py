@@ -95,8 +95,8 @@ def _narrowed(batch: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
 def _compact(slices: Tensor) -> Tensor | Callable[[], Tensor]:
     """Returns what makes the slices from half of their bytes; on a GPU the slices.
 
-    All layers' lie in memory during the sweeps. An entry is rounded by 2 ** -12 of itself: the loss
-    moves by a ten-millionth, and the last sweep sees the cores as they are.
+    All layers' lie in memory during the sweeps. An entry is rounded by 2 ** -11 of itself at most, and
+    the last sweep sees the cores as they are.
     """
     if slices.device.type != "cpu":
         return slices

@@ -60,7 +60,6 @@ def plan_ranks(
     if budget is None:
         even = sum(size * sum(ranks) for size, ranks in zip(rank_bytes, layer_ranks, strict=True))
         budget = even if recipe.budget is None else recipe.budget
-    is_even = recipe.allocation == "even" or recipe.method == "greedy"
     return RankPlan(
         recipe=recipe,
         layer_ranks=layer_ranks,
@@ -68,7 +67,7 @@ def plan_ranks(
         alphas=ranks if inputs.layout.family.lora_alpha else (None,) * len(ranks),
         dtype=dtype,
         rank_bytes=rank_bytes,
-        allowance=None if is_even else Allowance(layers, rank_bytes, budget, formats),
+        allowance=None if recipe.has_even_ranks else Allowance(layers, rank_bytes, budget, formats),
     )
 
 

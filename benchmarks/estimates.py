@@ -165,7 +165,9 @@ def _merge(
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("benchmark-data"))
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of the family's name")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="of the family's name"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-seconds", action="store_true")
     return parser.parse_args()

@@ -2,11 +2,18 @@
 
 import re
 
-from transformer_layouts import anima, chroma, flux2, lumina2, qwen_image, wan, z_image
-
 from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sd2_layout, sdxl_layout, under
 from hyper_merge.synthetic.family_layouts import flux_layout, refiner_layout, sd3_layout
 from hyper_merge.synthetic.mmdit_layouts import FluxShape, JointShape
+from hyper_merge.synthetic.transformer_layouts import (
+    anima,
+    chroma,
+    flux2,
+    lumina2,
+    qwen_image,
+    wan,
+    z_image,
+)
 
 UNET = "model.diffusion_model."
 JOINT = JointShape(blocks=3, head=4, context=8, labels=6, positions=4)

@@ -11,6 +11,7 @@ from typing import Final
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.fingerprint import fingerprint
+from hyper_merge.checkpoints.io.gguf_file import rounding_error
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.errors import CheckpointError, MismatchError
 
@@ -102,6 +103,29 @@ def find_differing_markers(headers: Sequence[Header]) -> list[str]:
         for name, marks in zip(names[1:], others, strict=True)
         if marks != first
     ]
+
+
+def find_quantised(headers: Sequence[Header]) -> list[str]:
+    """Returns a warning for each quantised file, with what its rounding has lost, from samples.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return [
+        f"{name} is quantised ({', '.join(header.rounded_as)}): that has moved its weights by about"
+        f" {_percent(rounding_error(header.path))} of their size, which no average takes back"
+        for name, header in zip(_names(headers), headers, strict=True)
+        if header.rounded_as
+    ]
+
+
+def _percent(fraction: float) -> str:
+    """Returns a small share in percent with two digits.
+
+    >>> _percent(0.00437), _percent(0.0713)
+    ('0.44 %', '7.1 %')
+    """
+    return f"{100 * fraction:.2g} %"
 
 
 def find_mixed_strains(headers: Sequence[Header], family: Family) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from hyper_merge.checkpoints.io.file_stamp import Stamp, is_settled, stamp_of
+from hyper_merge.checkpoints.io.file_status import require_unchanged, status_of, unreadable
 from hyper_merge.checkpoints.io.header import Header
-from hyper_merge.checkpoints.reader import require_unchanged, status_of, unreadable
 
 _HEAD: Final = 4 * 2**20  # bytes
 _PLACES: Final = 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,23 +17,29 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.file_stamp import Stamp, is_settled, stamp_of
+from hyper_merge.checkpoints.io.file_status import (
+    ACCEPTED,
+    require_unchanged,
+    status_of,
+    unreadable,
+)
+from hyper_merge.checkpoints.io.gguf_file import GGUF, GgufTensors
 from hyper_merge.checkpoints.io.header import Header, TensorInfo, TensorsAsKey
 from hyper_merge.checkpoints.io.mapped_tensors import MappedTensors, ReadTensors
 from hyper_merge.checkpoints.io.pickle_reader import load_pickled
-from hyper_merge.checkpoints.io.safetensors_header import COPY_AGAIN, read_table
+from hyper_merge.checkpoints.io.safetensors_header import read_table
 from hyper_merge.errors import CheckpointError
 
 __all__ = ["CheckpointReader", "Header", "TensorInfo", "read_header"]
 
 _PICKLED: Final = (".ckpt", ".pt", ".pth")
-_ACCEPTED: Final = "choose a .safetensors or .ckpt file"
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Returns keys, types, shapes and metadata of a checkpoint file, without any tensor's data.
 
     Keys are the standard ones (`with_standard_keys`), whichever of several the file has. The suffix
-    decides the kind of file, in any case of letters: .safetensors; .ckpt, .pt, .pth.
+    decides the kind of file, in any case of letters: .safetensors; .ckpt, .pt, .pth; .gguf.
 
     Raises:
         CheckpointError: the file is missing, not a file, empty, unreadable, damaged, or of a kind
@@ -63,10 +68,12 @@ def _shared(key: TensorsAsKey) -> Header:
 
 
 def _header_now(path: Path, status: os.stat_result) -> Header:
-    pickled = _is_pickled(path)
+    suffix = _suffix(path)
     try:
-        if pickled:
+        if suffix in _PICKLED:
             return with_standard_keys(_pickled_header(path, status, load_pickled(path)))
+        if suffix == GGUF:
+            return with_standard_keys(_gguf_header(path, status))
         table = read_table(path, status.st_size)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -115,7 +122,7 @@ class CheckpointReader:
         self.path = Path(path)
         self._header = expected
         self._replaced_whole = replaced_whole
-        self._tensors = MappedTensors(self.path) if mapped else ReadTensors(self.path)
+        self._mapped = mapped
         self._get: Callable[[str], Tensor] | None = None
         self._resources = ExitStack()
 
@@ -187,10 +194,14 @@ class CheckpointReader:
             raise unreadable(self.path, error) from error
 
     def _open(self) -> Callable[[str], Tensor]:
-        if _is_pickled(self.path):
+        suffix = _suffix(self.path)
+        if suffix in _PICKLED:
             return load_pickled(self.path).__getitem__
-        self._resources.enter_context(self._tensors)
-        return self._tensors.get
+        if suffix == GGUF:
+            return self._resources.enter_context(GgufTensors(self.path)).get
+        if self._mapped:
+            return self._resources.enter_context(MappedTensors(self.path)).get
+        return self._resources.enter_context(ReadTensors(self.path)).get
 
     def _close(self) -> None:
         self._get = None
@@ -209,79 +220,18 @@ def _computable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tenso
     return tensor.reshape(header.tensors[key].shape)
 
 
-def require_unchanged(header: Header) -> None:
-    """Returns if the file still has the size and time of change that its header was read with.
+def _suffix(path: Path) -> str:
+    """Returns the suffix of a checkpoint in small letters.
 
     Raises:
-        CheckpointError: it was changed, replaced or removed since then.
+        CheckpointError: it is that of no kind of checkpoint.
     """
-    try:
-        status = header.path.stat()
-    except OSError as error:
-        raise unreadable(header.path, error) from error
-    if (status.st_size, status.st_mtime_ns) != (header.size, header.mtime_ns):
-        raise CheckpointError(
-            f"{header.name} was changed while being read",
-            hint="run again when nothing writes to it",
-            file=header.path,
-        )
-
-
-def status_of(path: Path) -> os.stat_result:
-    """Returns size and times of an existing, regular, non-empty file.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:  # bytes that Python keeps as halves of surrogate pairs
-        raise CheckpointError(
-            f"{path} has a name that is not valid UTF-8, which no metadata can hold",
-            hint="rename the file or the folder",
-            file=path,
-        ) from error
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:  # a NUL character
-        raise CheckpointError(f"{str(path)!r} is not a path: {error}", file=path) from error
-    if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{path} is a folder, not a checkpoint", hint=_ACCEPTED, file=path)
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(
-            f"{path} is a device or pipe, not a checkpoint", hint=_ACCEPTED, file=path
-        )
-    if status.st_size == 0:
-        raise CheckpointError(f"{path} is empty", hint=COPY_AGAIN, file=path)
-    return status
-
-
-def _is_pickled(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix == ".gguf":
+    if suffix not in (".safetensors", GGUF, *_PICKLED):
         raise CheckpointError(
-            f"{path.name} is a quantised GGUF file, which cannot be merged",
-            hint=_ACCEPTED,
-            file=path,
+            f"{path.name} has the suffix {suffix!r}, which is not read", hint=ACCEPTED, file=path
         )
-    if suffix != ".safetensors" and suffix not in _PICKLED:
-        raise CheckpointError(
-            f"{path.name} has the suffix {suffix!r}, which is not read", hint=_ACCEPTED, file=path
-        )
-    return suffix in _PICKLED
-
-
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """Returns the refusal of a file for what the operating system says of it."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return CheckpointError(f"{path} does not exist", hint="check the path", file=path)
-    if isinstance(error, PermissionError):
-        return CheckpointError(
-            f"{path} may not be read: permission denied", hint="check its rights", file=path
-        )
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}", file=path)
+    return suffix
 
 
 def _pickled_header(path: Path, status: os.stat_result, tensors: dict[str, Tensor]) -> Header:
@@ -294,3 +244,15 @@ def _pickled_header(path: Path, status: os.stat_result, tensors: dict[str, Tenso
         mtime_ns=status.st_mtime_ns,
         unsupported={key: str(t.dtype) for key, t in tensors.items() if key not in dense},
     )
+
+
+def _gguf_header(path: Path, status: os.stat_result) -> Header:
+    with GgufTensors(path) as tensors:
+        return Header(
+            path=path,
+            tensors=tensors.infos(),
+            metadata={},
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            rounded_as=tensors.kinds(),
+        )

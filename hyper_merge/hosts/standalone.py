@@ -15,7 +15,7 @@ from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
 
-_SUFFIXES: Final = (".safetensors", ".ckpt")
+_SUFFIXES: Final = (".safetensors", ".ckpt", ".gguf")
 _NOT_CHECKPOINTS: Final = (".vae.safetensors", ".vae.ckpt")  # as the WebUIs see it
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,10 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.lora_modules import diffusers_unet_path
 from hyper_merge.checkpoints.architectures.signatures import UNET
 
-_UNET_PREFIXES: Final = ("lora_unet_", "diffusion_model_", "model_diffusion_model_", "unet_")
-_UNET: Final = "lora_unet_"
+_UNET_PREFIXES: Final = (
+    *("lora_unet_", "diffusion_model_", "model_diffusion_model_", "unet_", "transformer_"),
+)
+_OWN_PREFIXES: Final = ("lora_unet_", "diffusion_model.", "transformer.")  # of the families
 _WEIGHT: Final = ".weight"
 # What stands before `text_model...` in the names of each text encoder.
 _ENCODERS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -43,7 +45,7 @@ class ModuleIndex:
 
 
 def _names(layer: Layer) -> Iterator[str]:
-    if layer.module.startswith(_UNET):
+    if layer.part == "unet":
         for path in _unet_paths(layer):
             yield path
             yield from (prefix + path for prefix in _UNET_PREFIXES)
@@ -56,7 +58,10 @@ def _names(layer: Layer) -> Iterator[str]:
 def _unet_paths(layer: Layer) -> Iterator[str]:
     """Yields the paths of a layer of the denoiser in all spellings, with underscores."""
     stored = layer.key.removeprefix(UNET).removesuffix(_WEIGHT)
-    paths = {layer.module.removeprefix(_UNET), stored.replace(".", "_")}
+    own = next((p for p in _OWN_PREFIXES if layer.module.startswith(p)), "")
+    paths = {layer.module.removeprefix(own).replace(".", "_")}
+    if not layer.rows:
+        paths.add(stored.replace(".", "_"))
     diffusers = diffusers_unet_path(stored)
     if diffusers:
         paths.add(diffusers.replace(".", "_"))

@@ -199,7 +199,7 @@ def test_a_truncated_file_is_refused_with_both_sizes(tmp_path):
         (b"PK\x03\x04" + bytes(100), "not a .safetensors file but a zip archive.*rename"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(100), "GGUF"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file; rename it to .gguf"),
         (b"\xff" * 100, "more than 100,000,000"),
     ],
 )
@@ -218,10 +218,10 @@ def test_other_files_under_this_suffix_are_named(tmp_path, content, text):
         ("empty.safetensors", "empty.safetensors is empty; download or copy it again"),
         (
             "a.txt",
-            r"a.txt has the suffix '.txt', which is not read; choose a .safetensors or .ckpt",
+            r"a.txt has the suffix '.txt', which is not read; choose a .safetensors, .ckpt or .gguf",
         ),
         ("bare", "bare has the suffix ''"),
-        ("q.GGUF", "q.GGUF is a quantised GGUF file"),
+        ("q.GGUF", "q.GGUF is no GGUF file, or a damaged one: GGUF magic invalid; download or"),
         ("a.txt/x.safetensors", "x.safetensors does not exist"),
         ("nul\0.safetensors", "is not a path"),
         ("pipe.safetensors", "device or pipe"),

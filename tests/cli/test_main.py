@@ -195,7 +195,10 @@ BAD = {
     "empty.safetensors": (lambda whole: b"", "{path} is empty; download or copy it again"),
     "cut.safetensors": (lambda whole: whole[:-1000], "{name}"),
     "garbage.safetensors": (lambda whole: b"\xff" * 5000, "{name}"),
-    "bad.gguf": (lambda whole: b"GGUF", "{name} is a quantised GGUF file, which cannot be merged;"),
+    "bad.gguf": (
+        lambda whole: b"GGUF",
+        "{name} is no GGUF file, or a damaged one: it ends too early;",
+    ),
     "bad.ckpt": (
         lambda whole: b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00echoq\x01\x85q\x02Rq\x03.",
         "{name} is ",

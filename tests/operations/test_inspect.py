@@ -100,7 +100,7 @@ BAD = {
     "empty.safetensors": (b"", "is empty"),
     "garbage.safetensors": (b"\xff" * 5000, "garbage.safetensors"),
     "text.ckpt": (b"hello" * 100, "text.ckpt is damaged"),
-    "odd.gguf": (b"GGUF", "quantised GGUF"),
+    "odd.gguf": (b"GGUF", "a damaged one"),
     "notes.txt": (b"notes", "the suffix '.txt'"),
 }
 

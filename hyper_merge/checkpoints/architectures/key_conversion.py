@@ -26,6 +26,7 @@ _BARE: Final = (
 )
 # Before the keys of a network in place of the usual prefix.
 _PREFIXES: Final = ("net.", "diffusion_model.", "model.model.")
+_OF_A_LORA: Final = (".lora_A.weight", ".lora_down.weight", ".diff", ".diff_b")
 _NORMS: Final = UNET + "distilled_guidance_layer.norms."
 _MOST_NORMS: Final = 10  # Chroma has five
 # Around the transformers of an LDM UNet: convolutions or matrices, by the family.
@@ -86,11 +87,13 @@ _RENAMES: Final = (
 
 
 def with_standard_keys(header: Header) -> Header:
-    """Returns the header with the standard keys and shapes; itself where it has them already.
+    """Returns the header with the standard keys and shapes; itself where it has them, or is a LoRA's.
 
     Scales are no longer among its tensors: a weight that has one counts as float32, and
     `CheckpointReader.tensor` multiplies and reshapes it.
     """
+    if any(key.endswith(_OF_A_LORA) for key in header.tensors):
+        return header  # its names look like a network's under another prefix
     signature = KeySignature.from_header(header)
     header = _joined(header) if signature.mentions(*_SCALED) else header
     for rename in _RENAMES:

@@ -14,6 +14,10 @@ _ADAPTERS: Final = (
     *(".hada_", ".lokr_", ".oft_", ".dora_scale"),
     *(".a1.weight", ".b1.weight", ".on_input", ".w_norm"),
 )
+_TEXTS_ALONE: Final = (
+    *("text_model.", "transformer.resblocks.", "encoder.block."),
+    *("token_embd.", "enc.blk."),  # in GGUF files
+)
 _CONTROL: Final = ("zero_convs.", "input_hint_block.")
 
 
@@ -105,10 +109,7 @@ PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
     UnsupportedModel("a CLIP vision model", lambda s: s.has("vision_model.", "visual.")),
     UnsupportedModel(
         "a text encoder alone",
-        lambda s: (
-            not s.has(UNET)
-            and s.has(*TEXTS, "text_model.", "transformer.resblocks.", "encoder.block.")
-        ),
+        lambda s: not s.has(UNET) and s.has(*TEXTS, *_TEXTS_ALONE),
     ),
     UnsupportedModel(
         "an upscaler",

@@ -46,6 +46,7 @@ class Header:
     stored: Mapping[str, str] = field(default_factory=dict)  # key -> another one in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # key -> the file's, of its factor
     transposed: frozenset[str] = frozenset()  # keys of matrices that the file has the other way
+    rounded_as: tuple[str, ...] = ()  # kinds of blocks in a GGUF file, the most numerous first
 
     @property
     def name(self) -> str:

@@ -28,7 +28,7 @@ _IMPOSTORS: Final = (
     # first bytes, what such a file is
     (b"PK\x03\x04", "a zip archive as torch.save writes; rename it to .ckpt"),
     (b"\x80", "a pickle as torch.save writes; rename it to .ckpt"),
-    (b"GGUF", "a quantised GGUF file; use the fp16 .safetensors version"),
+    (b"GGUF", "a GGUF file; rename it to .gguf"),
     (b"<", f"a web page; {COPY_AGAIN}, logged in where the site asks for it"),
     (b"version ", f"a Git LFS pointer; {COPY_AGAIN} with Git LFS"),
 )

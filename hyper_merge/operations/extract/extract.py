@@ -12,7 +12,7 @@ import torch
 
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.checkpoints.compatibility import check_distinct
+from hyper_merge.checkpoints.compatibility import check_distinct, find_quantised
 from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.rank_allocation import even_ranks
@@ -209,7 +209,7 @@ def _inputs(request: ExtractRequest, progress: Progress) -> MergeInputs:
     layout = layout.without_ends()  # they go into no LoRA that all programs take
     if not layout.layers:
         raise ExtractionError(f"{header.name} has no layers that a LoRA can hold")
-    for warning in (*check_distinct(headers), *find_unfinished(headers)):
+    for warning in (*check_distinct(headers), *find_unfinished(headers), *find_quantised(headers)):
         progress.warn(warning)
     dtype = getattr(torch, request.dtype)
     return MergeInputs((header,), base, layout, (1.0,), dtype, accepts_damaged=accepts_damaged)

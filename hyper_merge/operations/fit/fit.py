@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
 from hyper_merge.calibration.measure import measuring_cost
+from hyper_merge.checkpoints.compatibility import find_quantised
 from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import share
@@ -51,7 +52,8 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
     fit = prepare_fit(request, folders)
     with device_job(fit.options.device), held(folders.runs, *_holds(fit)):
         fit = _with_free_names(fit, request, folders)  # another fit may have taken them since
-        for warning in find_unfinished(fit.inputs.headers):
+        headers = fit.inputs.headers
+        for warning in (*find_unfinished(headers), *find_quantised(headers)):
             progress.warn(warning)
         return _write_fit(request, fit, folders, progress)
 

@@ -25,7 +25,6 @@ from hyper_merge.operations.fit.measurement import LayerSums, Measurement, Sums
 from hyper_merge.operations.fit.request import FitRequest, PreparedFit
 from hyper_merge.operations.loras.fit_text import format_lora_fit
 from hyper_merge.operations.loras.inputs import LoraSet, read_loras
-from hyper_merge.operations.loras.known_layers import known_family
 from hyper_merge.runs.fit_records import (
     FitRecord,
     fit_record_paths,
@@ -101,7 +100,7 @@ def _prepared(run: Run, name: str, loras: LoraSet) -> PreparedFit:
             modules |= set(lora.modules)
     layers = tuple(
         replace(layer, is_end=False, whole=False)
-        for layer in known_family(family.name).layers
+        for layer in loras.known.layers
         if layer.module in modules
     )
     inputs = replace(loras, layers=layers).inputs(torch.float32)

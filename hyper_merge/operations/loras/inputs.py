@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.checkpoints.architectures.families import KINDS
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.compatibility import check_distinct
@@ -45,17 +46,22 @@ class LoraSet:
     """LoRA files of one family.
 
     Attributes:
-        family: The family.
+        known: Their family, with all layers of the network.
         files: The modules of every file.
         layers: Those that any file changes, and those that must be in a file with them, in the
             order of the computation.
         warnings: What the user should know.
     """
 
-    family: Family
+    known: KnownFamily
     files: tuple[LoraModules, ...]
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def family(self) -> Family:
+        """The family."""
+        return self.known.family
 
     @property
     def headers(self) -> tuple[Header, ...]:
@@ -80,13 +86,13 @@ def read_loras(paths: Sequence[Path]) -> LoraSet:
     for header in headers:
         require_downloaded(header.path)
     found = [recognise(header) for header in headers]
-    _require_one_family(headers, [known.family for known, _ in found])
+    _require_equal(headers, [known.title for known, _ in found], "is a LoRA of")
     _require_same_words(headers)
     warnings = check_distinct(headers)
     warnings += _find_different_bases(headers)
     files = tuple(modules for _, modules in found)
     known = found[0][0]
-    return LoraSet(known.family, files, _layers_of(known, files), tuple(warnings))
+    return LoraSet(known, files, _layers_of(known, files), tuple(warnings))
 
 
 def recognise(header: Header) -> tuple[KnownFamily, LoraModules]:
@@ -105,11 +111,14 @@ def recognise(header: Header) -> tuple[KnownFamily, LoraModules]:
     if fewest:
         raise _unknown_module(header, modules, nearest[0], fewest)
     attempts = [_modules_or_fault(header, modules, known) for known in nearest]
-    for known, attempt in zip(nearest, attempts, strict=True):
-        if isinstance(attempt, LoraModules):
-            return known, attempt
+    pairs = zip(nearest, attempts, strict=True)
+    fitting = [(known, x) for known, x in pairs if isinstance(x, LoraModules)]
+    if fitting:
+        said = header.metadata.get(_BASE)
+        own = [pair for pair in fitting if pair[0].family.ss_base_model_version == said]
+        return (own or fitting)[0]
     fault = next(attempt for attempt in attempts if isinstance(attempt, CheckpointError))
-    titles = " or ".join(dict.fromkeys(known.family.title for known in nearest))
+    titles = " or ".join(dict.fromkeys(known.title for known in nearest))
     raise FamilyError(f"{fault.message} (taken for {titles})", hint=fault.hint, file=header.path)
 
 
@@ -129,22 +138,17 @@ def _unknown_module(
     if count == len(modules):
         return FamilyError(
             f"{header.name} is a LoRA of no architecture that is known here (first module: {first})",
-            hint="choose LoRAs of Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or Flux, in kohya's,"
-            " diffusers' or ComfyUI's spelling",
+            hint=f"choose LoRAs of {KINDS}, in kohya's, diffusers' or ComfyUI's spelling",
             file=header.path,
             key=first,
         )
     return FamilyError(
-        f"{header.name} has {count} of {len(modules)} modules that {known.family.title} does not"
+        f"{header.name} has {count} of {len(modules)} modules that {known.title} does not"
         f" have (first: {first})",
         hint="use a LoRA whose every module is known, or leave the file out",
         file=header.path,
         key=first,
     )
-
-
-def _require_one_family(headers: Sequence[Header], families: Sequence[Family]) -> None:
-    _require_equal(headers, [family.title for family in families], "is a LoRA of")
 
 
 def _require_same_words(headers: Sequence[Header]) -> None:

@@ -24,6 +24,7 @@ from hyper_merge.checkpoints.compatibility import (
     find_differing_markers,
     find_missing_parts,
     find_mixed_strains,
+    find_quantised,
 )
 from hyper_merge.checkpoints.io.downloads import require_downloaded, sign_of_download
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD, FLOAT8
@@ -147,6 +148,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     select_norms_and_biases(recipe, inputs)
     recipe = with_ranks(recipe, inputs)
     warnings += [
+        *find_quantised(files),
         *find_missing_parts(headers[0], layout),
         *find_differing_markers(headers),
         *find_mixed_strains(headers, layout.family),

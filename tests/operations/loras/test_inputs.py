@@ -11,12 +11,22 @@ from hyper_merge.operations.loras.known_layers import known_family, known_names
 
 @pytest.mark.parametrize("name", known_names())
 def test_every_family_is_recognised_by_a_whole_lora(tmp_path, name):
-    parts = {part.lora_prefix for part in known_family(name).family.parts}
-    path = write_few(tmp_path / "a.safetensors", name, "lora_unet_")
-    assert parts
-    found = read_loras([path]).family.name
+    family = known_family(name).family
+    prefix = next(part.lora_prefix for part in family.parts if part.name == "unet")
+    said = {"ss_base_model_version": family.ss_base_model_version}
+    path = write_few(tmp_path / "a.safetensors", name, prefix, said)
+    found = read_loras([path])
     # The transformers of Flux schnell lack one end that dev has: without ends they are alike.
-    assert found == ("flux_dev" if name == "flux_schnell" else name)
+    assert found.known is known_family("flux_dev" if name == "flux_schnell" else name)
+
+
+def test_sizes_of_one_family_do_not_go_together(tmp_path):
+    paths = [
+        write_few(tmp_path / f"{name}.safetensors", name, "blocks_0_self_attn_q")
+        for name in ("wan_14b", "wan_1b")
+    ]
+    with pytest.raises(MismatchError, match=r"wan_14b.safetensors is a LoRA of Wan 14B, wan_1b"):
+        read_loras(paths)
 
 
 @pytest.mark.parametrize(

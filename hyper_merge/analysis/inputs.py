@@ -10,9 +10,13 @@ from functools import cached_property
 import torch
 
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout, Treatment, output_tensors
+from hyper_merge.checkpoints.architectures.sections import section_of
+from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.contrasts import Contrasts, around_base, around_mean
+from hyper_merge.errors import RecipeError
+from hyper_merge.recipe.block_weights import BlockWeights, weight_of_block
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class MergeInputs:
     weights: tuple[float, ...]  # of the mean, one per checkpoint
     dtype: torch.dtype  # of the written average
     average_vae: bool = False  # instead of keeping the first checkpoint's
+    block_weights: tuple[BlockWeights, ...] | None = None  # of an average, one per checkpoint
     accepts_damaged: bool = False  # files that look so are named in warnings instead of refused
 
     @cached_property
@@ -37,13 +42,32 @@ class MergeInputs:
         """The headers of all files, the origin of the deviations first."""
         return (self.base, *self.headers) if self.base else self.headers
 
-    def contrasts_of(self, treatment: Treatment) -> Contrasts:
-        """Returns the coordinates for tensors of one treatment.
+    def contrasts_of(self, key: str) -> Contrasts:
+        """Returns the coordinates for a tensor.
 
         Keeping the first checkpoint's VAE is an average of that checkpoint alone.
+
+        Raises:
+            RecipeError: no checkpoint has a weight in the tensor's block.
         """
-        keeps_first = treatment is Treatment.VAE and not self.average_vae and not self.base
-        return self._around_first if keeps_first else self.contrasts
+        if self.layout.treatments[key] is Treatment.VAE and not self.base:
+            return self.contrasts if self.average_vae else self._around_first
+        if self.block_weights is None:
+            return self.contrasts
+        in_unet = key.startswith(UNET)
+        section = section_of(key.removeprefix(UNET)) if in_unet else ""
+        weights = [
+            weight * weight_of_block(of_blocks, section, in_unet=in_unet)
+            for weight, of_blocks in zip(self.weights, self.block_weights, strict=True)
+        ]
+        if not any(weights):
+            block = section or "BASE"
+            raise RecipeError(
+                f"no checkpoint has a weight in the block {block}",
+                hint="give at least one a number above 0 there",
+                key="block_weights",
+            )
+        return around_mean(weights)
 
     def outputs(self) -> dict[str, TensorInfo]:
         """Returns types and shapes of the written average's tensors, by key."""

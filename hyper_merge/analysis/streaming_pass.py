@@ -205,7 +205,7 @@ def _analyze(
     options: PassOptions,
     tick: Callable[[float], None],
 ) -> TensorAnalysis:
-    contrasts = inputs.contrasts_of(inputs.layout.treatments[key])
+    contrasts = inputs.contrasts_of(key)
     averages, layers = [], []
     total: Tensor | int = 0
     for rows, index in inputs.pieces(key):

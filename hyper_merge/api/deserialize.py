@@ -50,7 +50,7 @@ _NAMES: Final = {"models": "checkpoints"}
 """The API's names of the recipe's settings, where they differ."""
 
 
-def parse_recipe(body: PlanBody, name: str, host: Host) -> Recipe:
+def parse_recipe(body: PlanBody | AverageBody, name: str, host: Host) -> Recipe:
     """Returns the recipe of a body, by the host's list as it is now.
 
     Args:
@@ -76,7 +76,8 @@ def parse_recipe(body: PlanBody, name: str, host: Host) -> Recipe:
     }
     settings["name"] = name
     settings["models"] = tuple(find_file(name, "checkpoints", listed) for name in body.checkpoints)
-    settings["base"] = AVERAGE if body.base is None else str(find_file(body.base, "base", listed))
+    base = getattr(body, "base", None)  # an average has none
+    settings["base"] = AVERAGE if base is None else str(find_file(base, "base", listed))
     settings["output"] = host.folders().models.parent
     return Recipe.parse(settings, _place)
 
@@ -115,8 +116,7 @@ def parse_fit_request(body: FitBody, host: Host) -> FitRequest:
 
 def parse_average(body: AverageBody, host: Host) -> Recipe:
     """Returns the recipe of an average, by the host's list as it is now."""
-    settings = {name: getattr(body, name) for name in ("weights", "vae", "dtype", "device")}
-    return parse_recipe(PlanBody(checkpoints=body.checkpoints, **settings), body.name, host)
+    return parse_recipe(body, body.name, host)
 
 
 def parse_absorb(body: AbsorbBody, host: Host) -> ExtendRequest:

@@ -107,6 +107,7 @@ class AverageBody(_Request):
     checkpoints: list[StrictStr] = Field(..., description="two or more names of the host's list")
     name: StrictStr = Field(..., description="name of the hyper-model")
     weights: list[Number] | None = _setting("weights")
+    block_weights: list[StrictStr | list[Number]] | None = _setting("block_weights")
     vae: StrictStr | None = _setting("vae")
     dtype: StrictStr | None = _setting("dtype")
     device: StrictStr | None = _setting("device")

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
 
 AVERAGE_SETTINGS: Final = frozenset(
-    {"name", "models", "device", "dtype", "weights", "output", "overwrite", "vae", "damaged"}
+    {
+        "name",
+        "models",
+        "device",
+        "dtype",
+        "weights",
+        "block_weights",
+        "output",
+        "overwrite",
+        "vae",
+        "damaged",
+    }
 )
 """Names of the settings that have a say in the average; a recipe may have the others too."""
 

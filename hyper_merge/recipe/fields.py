@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, Final, Literal
 
+from hyper_merge.recipe.block_weights import format_block_weights, parse_block_weights
 from hyper_merge.recipe.parsing import (
     PrivateLoraTarget,
     choice,
@@ -123,6 +124,10 @@ FIELDS: Final[tuple[Field, ...]] = (
           number(0.0, 1.0)),
     Field("weights", "X,X,...", "weight of each checkpoint in the average", parse_weights, "many",
           to_metadata=_numbers_text),
+    Field("block_weights", "W,W,...", "in an average alone: weights of each checkpoint by block of the UNet,"
+          " one text for each checkpoint: 26 numbers (XL: 20) in the order BASE, IN00, ..., M00, OUT00, ...,"
+          " which multiply its weight", parse_block_weights, "many", literal=True,
+          to_metadata=format_block_weights),
     Field("base", "FILE", "what the LoRAs are added to: average, or a checkpoint's path",
           parse_text, literal=True, to_metadata=_base_text),
     Field("output", "FOLDER", "WebUI-shaped models folder that takes the files", parse_path,

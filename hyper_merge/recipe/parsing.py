@@ -121,13 +121,13 @@ def parse_paths(value: object) -> tuple[Path, ...]:
     """Returns the paths of a list of any length."""
     if not isinstance(value, list | tuple):
         raise expected_error("a list of paths", value)
-    return _parse_items(value, parse_path)
+    return parse_items(value, parse_path)
 
 
 def parse_ranks(value: object) -> tuple[int, ...]:
     """Returns one whole rank per LoRA, from a list or from a text such as "128, 64"."""
     items = _split_list(value, "whole numbers, such as 128, 64, 32, 16")
-    ranks = _parse_items(items, whole(1, LARGEST_RANK))
+    ranks = parse_items(items, whole(1, LARGEST_RANK))
     if not 1 <= len(ranks) <= MOST_BLOCKS:
         count = len(ranks) or "none"
         raise RecipeError(f"expected 1 to {MOST_BLOCKS} ranks, one per LoRA, got {count}")
@@ -139,7 +139,7 @@ def parse_weights(value: object) -> tuple[float, ...] | None:
     if value is None:
         return None
     items = _split_list(value, "numbers, one per checkpoint")
-    weights = _parse_items(items, number(0.0, math.inf))
+    weights = parse_items(items, number(0.0, math.inf))
     if not 0 < sum(weights) < math.inf:
         raise RecipeError(f"expected weights with a sum above 0, got the sum {sum(weights):g}")
     return weights
@@ -148,7 +148,7 @@ def parse_weights(value: object) -> tuple[float, ...] | None:
 def parse_multipliers(value: object) -> tuple[float, ...]:
     """Returns finite numbers, one per LoRA, from a list or from a text such as "1, -0.5"."""
     items = _split_list(value, "numbers, one per LoRA")
-    return _parse_items(items, number(-_LARGEST, _LARGEST))
+    return parse_items(items, number(-_LARGEST, _LARGEST))
 
 
 def parse_bytes(value: object) -> int | None:
@@ -184,7 +184,7 @@ def parse_words(value: object) -> tuple[str, ...]:
     """Returns the texts of a list of any length."""
     if not isinstance(value, list | tuple):
         raise expected_error("a list of words", value)
-    return _parse_items(value, parse_text)
+    return parse_items(value, parse_text)
 
 
 def _split_list(value: object, contents: str) -> Sequence[object]:
@@ -199,7 +199,8 @@ def _split_list(value: object, contents: str) -> Sequence[object]:
     raise expected_error(f"a list of {contents}", value)
 
 
-def _parse_items(values: Sequence[object], parse: Callable[[object], T]) -> tuple[T, ...]:
+def parse_items(values: Sequence[object], parse: Callable[[object], T]) -> tuple[T, ...]:
+    """Returns every parsed item; a refusal says which one it is of."""
     return tuple(_parse_item(position, value, parse) for position, value in enumerate(values, 1))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from hyper_merge.errors import RecipeError, settings_placed
+from hyper_merge.recipe.block_weights import BlockWeights
 from hyper_merge.recipe.fields import AVERAGE, FIELD_PARSERS, FIELDS, SIZES, Field
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.plain_values import unknown_word
@@ -42,6 +43,8 @@ class Recipe:
         iterations: Number of sweeps at most.
         tolerance: Fraction of the loss; the first sweep that changes it by less is the last.
         weights: One per checkpoint in the average, not normalised; None for equal weights.
+        block_weights: Of an average alone: by which a checkpoint's weight is multiplied in each block
+            of the UNet (`recipe.block_weights`), one entry per checkpoint; None for no difference.
         base: `average`, or the path of the checkpoint that deviations are taken from.
         output: WebUI-shaped models folder.
         overwrite: Whether existing files may be replaced.
@@ -75,6 +78,7 @@ class Recipe:
     iterations: int = DEFAULT_ITERATIONS
     tolerance: float = DEFAULT_TOLERANCE
     weights: tuple[float, ...] | None = None
+    block_weights: tuple[BlockWeights, ...] | None = None
     base: str = AVERAGE
     output: Path = Path("models")
     overwrite: bool = False
@@ -169,11 +173,12 @@ class Recipe:
             )
 
     def _require_weights_by_checkpoint(self) -> None:
-        for key in ("weights", "fit_weights"):
+        kinds = {"weights": "numbers", "fit_weights": "numbers", "block_weights": "texts"}
+        for key, kind in kinds.items():
             weights = getattr(self, key)
             if weights is not None and len(weights) != len(self.models):
                 raise RecipeError(
-                    f"expected {len(self.models)} numbers, one per checkpoint, got {len(weights)}",
+                    f"expected {len(self.models)} {kind}, one per checkpoint, got {len(weights)}",
                     key=key,
                 )
 

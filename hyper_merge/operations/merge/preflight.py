@@ -14,8 +14,9 @@ from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
-from hyper_merge.checkpoints.architectures.layout import Layout, layout_of
+from hyper_merge.checkpoints.architectures.layout import Layout, Treatment, layout_of
 from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias
+from hyper_merge.checkpoints.architectures.signatures import LABELS, UNET
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.compatibility import (
     check_compatible,
@@ -75,6 +76,7 @@ class Preflight:
             inputs.average_vae,
             str(inputs.dtype),
             *(["accepts damaged"] if inputs.accepts_damaged else []),
+            *([inputs.block_weights] if inputs.block_weights else []),
         ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -101,6 +103,19 @@ class Preflight:
     def known_sensitivities(self) -> Sensitivities | None:
         """The sensitivities that an earlier merge measured, if any."""
         return None if self.network is None else self.network.known()
+
+    def require_no_blocks(self) -> None:
+        """Returns if the recipe has no weights by block, which are for an average alone.
+
+        Raises:
+            RecipeError: it has some.
+        """
+        if self.recipe.block_weights is not None:
+            raise RecipeError(
+                "weights by block make an average, not a merge",
+                hint="make it with `hyper-merge average`, and give its file to the merge as base",
+                key="block_weights",
+            )
 
     def find_place(self) -> Place:
         """Returns where the merge's files go.
@@ -143,8 +158,10 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         weights=recipe.weights or (1.0,) * count,
         dtype=DTYPES_BY_WORD[recipe.dtype],
         average_vae=recipe.vae == "average",
+        block_weights=recipe.block_weights,
         accepts_damaged=accepts_damaged,
     )
+    _check_blocks(inputs)
     select_norms_and_biases(recipe, inputs)
     recipe = with_ranks(recipe, inputs)
     warnings += [
@@ -155,6 +172,30 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         *_find_capped_ranks(recipe, inputs),
     ]
     return Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))
+
+
+def _check_blocks(inputs: MergeInputs) -> None:
+    """Returns if weights by block suit the network, and every block has a checkpoint that counts.
+
+    Raises:
+        RecipeError: they do not; before the first tensor is read.
+    """
+    if inputs.block_weights is None:
+        return
+    family = inputs.layout.family
+    blocks = {len(weights) for weights in inputs.block_weights} - {1}
+    is_xl = any(key.startswith(LABELS) for key in inputs.layout.treatments)
+    suitable = {20} if is_xl else {26}
+    if not any(key.startswith(f"{UNET}input_blocks.") for key in inputs.layout.treatments):
+        raise RecipeError(f"{family.title} has no blocks of a UNet", key="block_weights")
+    if blocks - suitable:
+        raise RecipeError(
+            f"{family.title} has {suitable.pop()} blocks, got weights for {blocks.pop()}",
+            key="block_weights",
+        )
+    for key, treatment in inputs.layout.treatments.items():
+        if treatment in (Treatment.LAYER, Treatment.AVERAGE):
+            inputs.contrasts_of(key)
 
 
 def common_layout(headers: Sequence[Header], *, accepts_damaged: bool = False) -> Layout:

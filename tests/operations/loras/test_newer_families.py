@@ -55,7 +55,9 @@ def test_files_of_all_spellings_become_one_in_that_of_the_family(
         path = tmp_path / f"lora{place}.safetensors"
         save_file(spelled(factors(layers, place + 1), own_prefix, spelling), path)
         paths.append(path)
-    result = share(paths, tmp_path / "models", ranks=(2, 2), allocation="even", lora_dtype="float32")
+    result = share(
+        paths, tmp_path / "models", ranks=(2, 2), allocation="even", lora_dtype="float32"
+    )
     assert result.report.loss < 0.01
     lora = load_file(result.loras[0])
     ends = (*written[2:], ".alpha")

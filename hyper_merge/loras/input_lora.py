@@ -23,6 +23,8 @@ from hyper_merge.loras.module_names import ModuleIndex
 from hyper_merge.runtime.checked_json import parse_json
 
 _ADAPTER: Final = "lora_adapter_metadata"  # of diffusers: the settings of PEFT
+_LARGEST: Final = 1e6  # alpha, far beyond all that trainers take
+_EXPECTED: Final = f"expected a number above 0, {_LARGEST:,.0f} at most"
 _COMPONENTS: Final = ("text_encoder_2", "text_encoder", "unet", "transformer")
 
 
@@ -69,9 +71,9 @@ class LoraModules:
         if alpha is None:
             return self._peft_scale(module, divisor)
         value = float(alpha) if alpha.numel() == 1 else math.nan
-        if not 0 < value < math.inf:
+        if not 0 < value <= _LARGEST:
             raise CheckpointError(
-                f"{self.header.name} has the alpha {value} in {module}, expected a number above 0",
+                f"{self.header.name} has the alpha {value} in {module}, {_EXPECTED}",
                 hint="use another",
                 file=self.header.path,
                 key=self.keys(module)["alpha"],
@@ -114,12 +116,17 @@ class LoraModules:
         component = next((c for c in _COMPONENTS if spelled.startswith(f"{c}.")), None)
         settings = _adapter_settings(self.header, component) if component else {}
         path = spelled.removeprefix(f"{component}.")
-        alpha = settings.get("lora_alpha")
-        for pattern, value in dict(settings.get("alpha_pattern") or {}).items():
+        alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             if path == pattern or path.endswith(f".{pattern}"):
                 alpha = value
         if not isinstance(alpha, int | float) or isinstance(alpha, bool):
             return 1.0
+        if not 0 < alpha <= _LARGEST:
+            raise _refused(
+                self.header,
+                f"says the alpha {str(alpha)[:20]} of {spelled} in its metadata, {_EXPECTED}",
+            )
         return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fault_trials import write_sources
+from fault_scenarios import write_sources
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_family import merge, recipe

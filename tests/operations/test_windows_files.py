@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fault_trials import SCENARIOS, left_over, settle, state_of, write_sources
+from fault_scenarios import SCENARIOS, write_sources
+from fault_trials import left_over, settle, state_of
 from tiny_family import merge
 from windows_files import ignore_case, keep_open_files
 

@@ -185,3 +185,17 @@ def test_a_file_that_changes_is_refused(tmp_path):
     write(path, kohya({QUERY: PAIRS[QUERY]}))
     with pytest.raises(HyperMergeError, match="changed"), InputLora(modules) as lora:
         lora.factors(QUERY)
+
+
+@pytest.mark.parametrize(
+    ("end", "value"), [("lora_up.weight", 1e33), ("lora_down.weight", 1e8), ("alpha", 1e6)]
+)
+def test_values_that_no_network_can_bear_are_refused(tmp_path, end, value):
+    state = kohya({QUERY: PAIRS[QUERY]}, 4)
+    state[f"{QUERY}.{end}"].view(-1)[0] = value
+    path = write(tmp_path / "a.safetensors", state)
+    if end == "alpha":
+        state[f"{QUERY}.lora_up.weight"] *= 100
+        write(path, state)
+    with pytest.raises(NonFiniteError, match=rf"a\.safetensors is wildly off .* {QUERY}"):
+        changes(path)

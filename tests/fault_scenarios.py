@@ -122,17 +122,19 @@ def _restore(root: Path) -> None:
     run_restore(RestoreRequest.parse(values, key_place), Folders.under(root), Progress())
 
 
-def _write_loras(root: Path) -> None:
-    for seed, path in enumerate(_loras(root)):
+def write_loras(root: Path) -> None:
+    """Writes three LoRAs into the folder of LoRAs."""
+    for seed, path in enumerate(lora_paths(root)):
         write_lora(path, seed, rank=2, modules=(QUERY, KEY))
 
 
-def _loras(root: Path) -> list[Path]:
+def lora_paths(root: Path) -> list[Path]:
+    """Returns the paths of these LoRAs."""
     return [root / "Lora" / f"{name}.safetensors" for name in ("one", "two", "three")]
 
 
 def _share(root: Path, *which: int, **settings: Any) -> None:
-    files = _loras(root)
+    files = lora_paths(root)
     settings = {"name": "few", "ranks": (2, 1), "iterations": 1, "topup": "1", **settings}
     share([files[i] for i in which or (0, 1)], root, **settings)
 
@@ -142,11 +144,11 @@ def _share_again(root: Path) -> None:
 
 
 def _fit_lora(root: Path) -> None:
-    run_lora_fit(FitRequest("few", _loras(root)[2]), Folders.under(root), Progress())
+    run_lora_fit(FitRequest("few", lora_paths(root)[2]), Folders.under(root), Progress())
 
 
 def _combine(root: Path) -> None:
-    run_combine(CombineRequest(tuple(_loras(root)), rank=1), Progress())
+    run_combine(CombineRequest(tuple(lora_paths(root)), rank=1), Progress())
 
 
 def _add(root: Path) -> None:
@@ -178,9 +180,9 @@ SCENARIOS: Final = (
     Scenario("restore", (_merge,), _restore),
     Scenario("overwrite", (_merge, _fit), _overwrite),
     Scenario("deletion", (_merge, _fit), _delete),
-    Scenario("sharing", (_write_loras,), _share),
-    Scenario("sharing again", (_write_loras, _share, _fit_lora), _share_again),
-    Scenario("fit of a LoRA", (_write_loras, _share), _fit_lora),
-    Scenario("combination", (_write_loras,), _combine),
+    Scenario("sharing", (write_loras,), _share),
+    Scenario("sharing again", (write_loras, _share, _fit_lora), _share_again),
+    Scenario("fit of a LoRA", (write_loras, _share), _fit_lora),
+    Scenario("combination", (write_loras,), _combine),
     Scenario("addition", (_write_tiny_lora,), _add),
 )

@@ -58,9 +58,9 @@ class MergeInputs:
         return self._pieces.get(key) or [(..., None)]
 
     @cached_property
-    def _pieces(self) -> dict[str, list[tuple[slice, int | None]]]:
+    def _pieces(self) -> dict[str, list[tuple[slice | EllipsisType, int | None]]]:
         """The pieces of every tensor that has layers, by key."""
-        pieces: dict[str, list[tuple[slice, int | None]]] = {}
+        pieces: dict[str, list[tuple[slice | EllipsisType, int | None]]] = {}
         for index, layer in enumerate(self.layout.layers):
             rows = slice(*layer.rows) if layer.rows else slice(None)
             pieces.setdefault(layer.key, []).append((rows, index))

@@ -56,7 +56,7 @@ def _blank_end(modules: LoraModules) -> str | None:
         for role, key in modules.keys(module).items()
         if role != "alpha"
     }
-    module = next(last[key] for key in reversed(modules.header.tensors) if key in last)
+    module = next(last[key] for key in reversed(list(modules.header.tensors)) if key in last)
     if modules.ranks[module] < 2:
         return None
     with CheckpointReader(modules.header.path, expected=modules.header) as file:

@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fault_trials import SCENARIOS, Scenario, Trial, make_repeatable, write_sources  # noqa: E402
+from fault_scenarios import SCENARIOS, Scenario, write_sources  # noqa: E402
+from fault_trials import Trial, make_repeatable  # noqa: E402
 
 
 def main() -> int:

@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
 from fault_injection import BROKEN, END, ERRORS, FULL, IN_USE, Fault, Outcome, attempt
-from tiny_family import TINY, merge, write
+from fault_scenarios import Scenario
 
 from hyper_merge.analysis.cache import prune_analyses
 from hyper_merge.checkpoints.io.leftovers import remove_leftovers
 from hyper_merge.checkpoints.io.temporary_names import owner_of
-from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.loras import card_images
-from hyper_merge.operations.fit.fit import run_fit
-from hyper_merge.operations.fit.request import FitRequest
-from hyper_merge.operations.restore.request import RestoreRequest
-from hyper_merge.operations.restore.restore import run_restore
-from hyper_merge.recipe.request import key_place
-from hyper_merge.runs.deletion import delete_run
+from hyper_merge.operations.loras.known_layers import known_family, known_names
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.run import list_runs, load_run
-from hyper_merge.runtime.progress import Progress
-from hyper_merge.synthetic.writer import tensors
+from hyper_merge.runs.run import list_runs
 
 State = Mapping[str, bytes]
 """Content of files by path relative to the models folder."""
 
-# What marks a file as SD 1.x, with a few layers: each tensor is read several times.
-_KEPT: Final = re.compile(
-    r"model\.diffusion_model\.(input_blocks\.(0\.0\.weight|[369]\.0\.op\.bias"
-    r"|[147]\.1\.transformer_blocks\.0\.norm1\.bias"
-    r"|1\.1\.transformer_blocks\.0\.attn2\.to_[kq]\.weight)"
-    r"|middle_block\.1\.transformer_blocks\.0\.attn2\.to_k\.weight|out\.2\.weight)"
-    r"|.*text_model\.encoder\.layers\.0\.mlp\.fc1\.weight|first_stage_model\.quant_conv\.weight"
-)
 _OWN_NAME: Final = re.compile(rb"\.hyper-merge-[0-9a-f]{16}")
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Work on a models folder.
-
-    Attributes:
-        name: Of the work.
-        before: What was done before it.
-        work: Itself.
-        every_kind: Whether each use is tried with every kind of error, not with one of them.
-    """
-
-    name: str
-    before: tuple[Callable[[Path], object], ...]
-    work: Callable[[Path], object]
-    every_kind: bool = False
 
 
 class Trial:
@@ -212,89 +175,14 @@ def _changes(one: State, other: State) -> list[str]:
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
-def write_sources(root: Path) -> None:
-    """Writes a models folder of four tiny checkpoints, and files of others."""
-    (root / "Stable-diffusion").mkdir(parents=True)
-    (root / "Lora").mkdir()
-    exact = {key: stack for key, stack in tensors(replace(TINY, count=4)) if _KEPT.fullmatch(key)}
-    for c, path in enumerate(_sources(root)):
-        state = {
-            key: stack[c].to(torch.float16 if stack.is_floating_point() else stack.dtype)
-            for key, stack in exact.items()
-        }
-        write(path, {key: tensor.contiguous() for key, tensor in state.items()})
-    (root / "Lora/mix_notes.txt").write_text("mine")
-    (root / "Lora/mine.safetensors").write_bytes(b"mine")
-
-
 def make_repeatable() -> None:
-    """Gives all files the same date, so that the same work writes the same bytes; and small pictures."""
+    """Gives all files the same date, so that the same work writes the same bytes; and small pictures.
+
+    What each process would compute anew is made beforehand.
+    """
+    for name in known_names():
+        known_family(name)
     for module in list(sys.modules.values()):
         if module.__name__.startswith("hyper_merge.") and hasattr(module, "current_time"):
             module.current_time = lambda: "2030-01-01T00:00:00+00:00"
     card_images._png = lambda *_arguments: b"picture"
-
-
-def _sources(root: Path) -> list[Path]:
-    return [root / "Stable-diffusion" / f"{name}.safetensors" for name in "abcd"]
-
-
-def _change(root: Path) -> None:
-    """Changes files in several folders in one transaction."""
-    with FileTransaction(overwrite=True) as outputs:
-        outputs.text(root / "Lora/mix_notes.txt", "new")
-        outputs.text(root / "new/deep.txt", "new")
-        outputs.text(root / "Lora/deep.txt", "new")
-        outputs.remove(root / "Lora/mine.safetensors")
-        outputs.remove(root / "Stable-diffusion/d.safetensors")
-
-
-def _change_without_links(root: Path) -> None:
-    """Does the same on a file system without hard links, such as FAT."""
-
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    os.link = refuse
-    _change(root)
-
-
-def _merge(root: Path, *which: int, **settings: Any) -> None:
-    files = _sources(root)
-    settings = {"ranks": (2, 1), "iterations": 1, "method": "greedy", **settings}
-    merge([files[i] for i in which or (0, 1, 2)], root, **settings)
-
-
-def _rerun(root: Path) -> None:
-    _merge(root, ranks=(1,))
-
-
-def _overwrite(root: Path) -> None:
-    _merge(root, 2, 1, ranks=(3,), overwrite=True)
-
-
-def _fit(root: Path) -> None:
-    values = {"run": "mix", "checkpoint": _sources(root)[3], "topup": "2"}
-    run_fit(FitRequest.parse(values, key_place), Folders.under(root), Progress())
-
-
-def _restore(root: Path) -> None:
-    values = {"run": "mix", "shares": {"a": 1.0}}
-    run_restore(RestoreRequest.parse(values, key_place), Folders.under(root), Progress())
-
-
-def _delete(root: Path) -> None:
-    folders = Folders.under(root)
-    delete_run(load_run(folders, "mix"), folders)
-
-
-SCENARIOS: Final = (
-    Scenario("transaction", (), _change, every_kind=True),
-    Scenario("transaction without links", (), _change_without_links, every_kind=True),
-    Scenario("merge", (), _merge),
-    Scenario("re-run", (_merge,), _rerun),
-    Scenario("fit", (_merge,), _fit),
-    Scenario("restore", (_merge,), _restore),
-    Scenario("overwrite", (_merge, _fit), _overwrite),
-    Scenario("deletion", (_merge, _fit), _delete),
-)

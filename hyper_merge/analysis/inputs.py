@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import EllipsisType
 
 import torch
 
@@ -73,14 +74,17 @@ class MergeInputs:
         """Returns types and shapes of the written average's tensors, by key."""
         return output_tensors(self.headers[0], self.layout, self.dtype)
 
-    def pieces(self, key: str) -> list[tuple[slice, int | None]]:
-        """Returns the rows of each layer in a tensor with the layer's index; several if it is fused."""
-        return self._pieces.get(key) or [(slice(None), None)]
+    def pieces(self, key: str) -> Sequence[tuple[slice | EllipsisType, int | None]]:
+        """Returns the rows of each layer in a tensor with the layer's index; several if it is fused.
+
+        A tensor without a layer is one piece, also one that is a single number and has no rows.
+        """
+        return self._pieces.get(key) or [(..., None)]
 
     @cached_property
-    def _pieces(self) -> dict[str, list[tuple[slice, int | None]]]:
+    def _pieces(self) -> dict[str, list[tuple[slice | EllipsisType, int | None]]]:
         """The pieces of every tensor that has layers, by key."""
-        pieces: dict[str, list[tuple[slice, int | None]]] = {}
+        pieces: dict[str, list[tuple[slice | EllipsisType, int | None]]] = {}
         for index, layer in enumerate(self.layout.layers):
             rows = slice(*layer.rows) if layer.rows else slice(None)
             pieces.setdefault(layer.key, []).append((rows, index))

@@ -24,8 +24,8 @@ def restore_result(restored: RestoreResult) -> Result:
         "size": restored.size,
         "dtype": restored.dtype,
         "shares": dict(restored.shares),
-        "explained": None if compared is None else compared.explained,
-        "explained_everything": None if compared is None else compared.everything,
+        "explained_in_weights": None if compared is None else compared.explained,
+        "everything_in_weights": None if compared is None else compared.everything,
         "problem": restored.problem,
     }
 

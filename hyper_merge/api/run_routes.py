@@ -88,7 +88,8 @@ class RunRoutes:
     def restore(self, body: RestoreBody) -> JobResponse:
         """Starts writing a checkpoint of a run, or a mixture; the result has the `file`.
 
-        `explained` is the share of its differences that is restored, if its original is there.
+        If its original is there, `explained_in_weights` is the share of its differences in the layers
+        that is restored, as a squared norm, and `everything_in_weights` that in all tensors.
         """
 
         def work(progress: Progress) -> Result:

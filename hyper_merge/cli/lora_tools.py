@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from hyper_merge.cli.arguments import add_damaged_option
 from hyper_merge.cli.output import say
 from hyper_merge.cli.progress_bar import progress_bar
 from hyper_merge.recipe.loading import option_place
@@ -28,6 +29,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds the options for the file that is made."""
     parser.add_argument("--to", metavar="FILE", help=f"FILE.safetensors (default: {default})")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    add_damaged_option(parser)
 
 
 def add_multipliers_argument(parser: argparse.ArgumentParser) -> None:
@@ -86,4 +88,5 @@ def tool_values(options: argparse.Namespace) -> dict[str, object]:
         "multipliers": None if words is None else " ".join(words),
         "to": options.to,
         "overwrite": options.overwrite,
+        "damaged": options.damaged,
     }

@@ -8,7 +8,7 @@ shapes tell. Source: the loaders of LyCORIS, A1111 and ComfyUI, which agree in t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,14 @@ def _thin(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_shape(shapes: Shapes) -> MatrixShape:
-    m, n = shapes["whole"][0], math.prod(shapes["whole"][1:])
+    m, n = _sides(shapes["whole"])
     return MatrixShape(m, n, min(m, n), None)
+
+
+def _sides(shape: Shape) -> tuple[int, int]:
+    """Returns rows and columns of a tensor whose later dimensions are taken together."""
+    m, n, *kernel = shape
+    return m, math.prod((n, *kernel))
 
 
 def _lora_shape(shapes: Shapes) -> MatrixShape | None:
@@ -80,13 +86,25 @@ def _lora_shape(shapes: Shapes) -> MatrixShape | None:
         left, right, *kernel = shapes["mid"]
         if (inner, math.prod(down[2:])) != (left, 1) or right != down[0]:
             return None
-        area = math.prod(kernel)
+        area = _area(kernel, right)
     elif inner != down[0]:
         return None
     if min(len(up), len(down)) < 2 or not inner:
         return None
     n = math.prod(down[1:]) * area
     return MatrixShape(up[0], n, min(inner, up[0], n), down[0])
+
+
+def _area(kernel: Sequence[int], rank: int) -> int:
+    """Returns the entries of a core's kernel.
+
+    Raises:
+        ValueError: it is not that of a convolution of images, or stands between no factors.
+    """
+    height, width = kernel
+    if not rank:
+        raise ValueError
+    return height * width
 
 
 def _lora_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -116,7 +134,7 @@ def _loha_side(shapes: Shapes, number: str) -> tuple[int, int, int]:  # m, n, ra
     (left, m), (right, n) = a, b
     if tuple(core[:2]) != (left, right):
         raise ValueError
-    return m, n * math.prod(core[2:]), left
+    return m, n * _area(core[2:], right), left
 
 
 def _loha_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -159,19 +177,19 @@ def _lokr_side(shapes: Shapes, number: str) -> tuple[int, int, int]:  # rows, co
     if whole is not None:
         if f"k_w{number}_a" in shapes or f"k_w{number}_b" in shapes:
             raise ValueError
-        m, n = whole[0], math.prod(whole[1:])
+        m, n = _sides(whole)
         return m, n, min(m, n)
     a, b = shapes[f"k_w{number}_a"], shapes[f"k_w{number}_b"]
     core = shapes.get(f"k_t{number}")
     if core is None:
-        (m, inner), n = a, math.prod(b[1:])
-        if inner != b[0]:
+        (m, inner), (rank, n) = a, _sides(b)
+        if inner != rank:
             raise ValueError
         return m, n, min(inner, m, n)
     (left, m), (right, n) = a, b
     if tuple(core[:2]) != (left, right):
         raise ValueError
-    return m, n * math.prod(core[2:]), left
+    return m, n * _area(core[2:], right), left
 
 
 def _lokr_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,11 @@ from hyper_merge.loras.module_names import ModuleIndex
 from hyper_merge.runtime.checked_json import parse_json
 
 _ADAPTER: Final = "lora_adapter_metadata"  # of diffusers: the settings of PEFT
+_LARGEST: Final = 1e6  # alpha, far beyond all that trainers take
+_MOST: Final = (
+    1e4  # change of a weight, by one term: no host could compute with the next layer's values
+)
+_EXPECTED: Final = f"expected a number above 0, {_LARGEST:,.0f} at most"
 _COMPONENTS: Final = ("text_encoder_2", "text_encoder", "unet", "transformer")
 
 
@@ -69,9 +74,9 @@ class LoraModules:
         if alpha is None:
             return self._peft_scale(module, divisor)
         value = float(alpha) if alpha.numel() == 1 else math.nan
-        if not 0 < value < math.inf:
+        if not 0 < value <= _LARGEST:
             raise CheckpointError(
-                f"{self.header.name} has the alpha {value} in {module}, expected a number above 0",
+                f"{self.header.name} has the alpha {value} in {module}, {_EXPECTED}",
                 hint="use another",
                 file=self.header.path,
                 key=self.keys(module)["alpha"],
@@ -114,12 +119,17 @@ class LoraModules:
         component = next((c for c in _COMPONENTS if spelled.startswith(f"{c}.")), None)
         settings = _adapter_settings(self.header, component) if component else {}
         path = spelled.removeprefix(f"{component}.")
-        alpha = settings.get("lora_alpha")
-        for pattern, value in dict(settings.get("alpha_pattern") or {}).items():
+        alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             if path == pattern or path.endswith(f".{pattern}"):
                 alpha = value
         if not isinstance(alpha, int | float) or isinstance(alpha, bool):
             return 1.0
+        if not 0 < alpha <= _LARGEST:
+            raise _refused(
+                self.header,
+                f"says the alpha {str(alpha)[:20]} of {spelled} in its metadata, {_EXPECTED}",
+            )
         return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -169,7 +179,7 @@ class InputLora:
 
         Raises:
             CheckpointError: the file changed, or holds an alpha that is no positive number.
-            NonFiniteError: a factor holds NaN or infinity.
+            NonFiniteError: a factor holds NaN or infinity, or values that no network can bear.
         """
         tensors = {
             role: self._file.tensor(key).to(dtype)
@@ -179,6 +189,7 @@ class InputLora:
         up, down = matrix_factors(tensors)
         if not bool(up.sum().isfinite() and down.sum().isfinite()):
             self._require_finite(module, tensors)
+        self._require_scale(module, scale * _largest(up) * _largest(down))
         return up * scale, down
 
     def require_layer(self, layer: Layer) -> None:
@@ -194,6 +205,16 @@ class InputLora:
                 f"has {layer.module} of {module.m} x {module.n}, expected {layer.m} x {layer.n}",
             )
 
+    def _require_scale(self, module: str, change: float) -> None:
+        if not change <= _MOST:
+            raise NonFiniteError(
+                f"{self.path.name} is wildly off in scale: it changes weights by up to {change:.3g} in"
+                f" {module}, where weights are below 1",
+                hint="the copy is damaged: download it again, or leave it out",
+                file=self.path,
+                key=module,
+            )
+
     def _require_finite(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         for role, tensor in tensors.items():
             bad = int((~tensor.isfinite()).sum())
@@ -206,6 +227,10 @@ class InputLora:
                     file=self.path,
                     key=key,
                 )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().amax()) if tensor.numel() else 0.0
 
 
 def stored_dtype(files: Sequence[LoraModules]) -> torch.dtype:

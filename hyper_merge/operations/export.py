@@ -73,7 +73,9 @@ class ExportResult:
     checkpoint: str
     hyper_model: Path  # that it is added to
     rank: int  # the most that a layer has
-    explained: float  # of the checkpoint's differences, by the run's LoRAs
+    explained: (
+        float  # of the checkpoint's differences, by the run's LoRAs, as the merge counts them
+    )
     lost: float  # of the sum's squared norm: by rounding, and by cutting ranks if requested
     size: int  # bytes of the file
     companions: str  # tags of the run's companions, which are still needed in addition; or nothing
@@ -215,7 +217,7 @@ def _export(
         checkpoint=row.name,
         hyper_model=run.hyper_model,
         rank=file.rank,
-        explained=row.explained,
+        explained=row.fidelity,
         lost=sum(stored.lost for stored in sums.values()) / energy if energy > 0 else 0.0,
         size=outputs.size_of(path),
         companions=" ".join(format_tag(*pair) for pair in companions),
@@ -249,7 +251,7 @@ def _file(run: Run, row: CheckpointReport, rank: int, total: WeightedSum) -> Lor
         count=1,
         rank=rank,
         multipliers={row.name: 1.0},
-        explained=None if total.rank else row.explained,
+        explained=None if total.rank else row.fidelity,
         dtype=total.dtype,
         alone=row.name,
     )

@@ -11,7 +11,7 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError
 from hyper_merge.operations.inspect import InspectedFile, inspect_files
 from hyper_merge.operations.merge.estimate import estimate_merge
-from hyper_merge.operations.merge.preflight import Preflight, run_preflight
+from hyper_merge.operations.merge.preflight import Preflight, find_unfinished, run_preflight
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.formatting import format_duration, format_size
 
@@ -46,10 +46,10 @@ def format_inspection(paths: Sequence[Path]) -> str:
     ]
     lines += ["", _format_layers(paths[0])]
     if len(rows) > 1:
-        lines += [
-            format_vaes(rows),
-            *_format_merge(run_preflight(Recipe(name="inspect", models=tuple(paths)))),
-        ]
+        recipe = Recipe(name="inspect", models=tuple(paths), damaged="accept")  # says so instead
+        lines += [format_vaes(rows), *_format_merge(run_preflight(recipe))]
+    else:
+        lines += [f"note: {sign}" for sign in find_unfinished([read_header(paths[0])])]
     return "\n".join(lines)
 
 

@@ -36,6 +36,11 @@ class PrivateLoraRecord:
     sha256: str  # of the tensors' bytes
     explained_weighted: float = 0.0  # as the merge counts it; 0 in records of earlier versions
 
+    @property
+    def fidelity(self) -> float:
+        """The explained share as the merge counts it, where it is known."""
+        return self.explained_weighted or self.explained
+
 
 @dataclass(frozen=True)
 class FitRecord:
@@ -63,7 +68,7 @@ class FitRecord:
     def fidelity(self) -> float:
         """The same as the merge counts it, where it is known."""
         if self.topups:
-            return self.topups[-1].explained_weighted or self.topups[-1].explained
+            return self.topups[-1].fidelity
         return self.row.fidelity
 
     @property
@@ -138,7 +143,7 @@ def _find_lost_lora(record: FitRecord, run: Run) -> str:
         if not is_own_lora(path, lora.sha256, record.row.name):
             return (
                 f"{path.name}, the private LoRA of the fit {one_line(record.row.name)} of the run"
-                f" {run.name}, is missing or another file, so that {record.row.explained:.2%} of"
+                f" {run.name}, is missing or another file, so that {record.row.fidelity:.2%} of"
                 " that checkpoint is restored; copy it back from a backup, or fit the checkpoint again"
             )
     return ""

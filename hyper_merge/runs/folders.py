@@ -101,7 +101,7 @@ class Folders:
                 )
             self.require_unused(new, average_id, replaced=recipe.name if recipe.overwrite else None)
         if recipe.overwrite:
-            self._require_same_case(recipe.name)
+            self.require_same_case(recipe.name)
             self._require_no_lora_run(recipe.name)
         run = recipe.name if recipe.overwrite else self._free_run(recipe, average_id)
         return Place(
@@ -282,13 +282,13 @@ class Folders:
                 f"{run} is a run of LoRAs", hint="choose another name, or delete its folder first"
             )
 
-    def _require_same_case(self, run: str) -> None:
+    def require_same_case(self, run: str) -> None:
         """Returns if no run has this name in other letters of case.
 
         Raises:
             OutputError: one has.
         """
-        for other in self.outlines():
+        for other in (*self.outlines(), *self._outlines_of_loras()):
             if other.name != run and name_key(other.name) == name_key(run):
                 raise NameTakenError(
                     f"the run {other.name} exists, and its name differs from {run} by case alone",
@@ -303,7 +303,8 @@ class Folders:
         """
         request = _deciding(recipe.to_metadata()), average_id
         taken = {
-            name_key(run.name): (_deciding(run.recipe), run.average_id) for run in self.outlines()
+            name_key(run.name): (_deciding(run.recipe), run.average_id)
+            for run in (*self._outlines_of_loras(), *self.outlines())
         }
 
         def is_taken(run: str) -> bool:
@@ -319,15 +320,13 @@ class Folders:
 
 
 def require_no_source(path: Path, sources: Iterable[Path]) -> None:
-    """Returns if writing to a path does not replace one of the checkpoints that are read.
+    """Returns if writing to a path does not replace one of the files that are read.
 
     Raises:
         OutputError: it would.
     """
     if path.exists() and any(path.samefile(source) for source in sources):
-        raise OutputError(
-            f"{path} is one of the checkpoints of this merge", hint="choose another name"
-        )
+        raise OutputError(f"{path} is one of the files that are read", hint="choose another name")
 
 
 def _is_used(folder: Path) -> bool:

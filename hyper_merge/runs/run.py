@@ -51,7 +51,7 @@ class Run:
         """One sentence for each file that the prompts name and that is missing or was replaced."""
         return tuple(
             f"the private LoRA of {one_line(row.name)} in the run {self.name} is missing or another"
-            f" file, so that {row.explained:.2%} of that checkpoint is restored; copy the LoRA back"
+            f" file, so that {row.fidelity:.2%} of that checkpoint is restored; copy the LoRA back"
             " from a backup, or merge again"
             for row in self.report.checkpoints
             if row.name in self.lost

@@ -47,7 +47,7 @@ def test_a_checkpoint_and_a_mixture_are_restored(client, root, run):
     result = done(client, "/restore", {"run": "mix", "shares": {"a": 1}})["result"]
     assert result["file"] == "a-restored.safetensors"
     assert (root / "Stable-diffusion" / result["file"]).stat().st_size == result["size"]
-    assert 0.2 < result["explained"] <= 1
+    assert 0.2 < result["explained_in_weights"] <= 1
     body = {"run": "mix", "shares": {"a": 0.5, "b": 0.25}, "name": "half", "dtype": "float32"}
     result = done(client, "/restore", body)["result"]
     assert (result["file"], result["dtype"]) == ("half.safetensors", "float32")

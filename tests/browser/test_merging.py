@@ -163,7 +163,7 @@ def test_a_wrong_number_or_taken_name_shows_at_once(form):
     tab.type("ranks", "4, 2")
     tab.until(lambda: not tab.text("message"))
     tab.type("name", "photo")
-    tab.until(lambda: "photo.safetensors is one of the checkpoints" in tab.text("plan"))
+    tab.until(lambda: "photo.safetensors is one of the files" in tab.text("plan"))
     tab.type("name", "a/b")
     tab.until(lambda: "path separator" in tab.text("plan"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import schemathesis
 from fastapi import FastAPI
-from fault_trials import write_sources
+from fault_scenarios import write_sources
 from PIL import Image
 from schemathesis.config import CacheConfig, SchemathesisConfig
 from schemathesis.engine import events, from_schema

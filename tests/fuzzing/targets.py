@@ -8,13 +8,14 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from fuzzing import readers
+from fuzzing import lora_readers, readers
 from fuzzing.hostile_bytes import (
     damaged_bytes,
     damaged_checkpoint_pickle,
     damaged_safetensors,
 )
 from fuzzing.hostile_json import damaged_json, damaged_sealed, damaged_yaml
+from fuzzing.lora_inputs import FOLDER
 from fuzzing.workshop import Workshop
 from hyper_merge.errors import HyperMergeError
 
@@ -73,6 +74,10 @@ def _cached(pattern: str) -> Callable[[Workshop], Path]:
     return lambda workshop: workshop.cached(pattern)
 
 
+def _of_loras(name: str) -> Callable[[Workshop], Path]:
+    return lambda workshop: workshop.root / FOLDER / name
+
+
 def _lora(name: str) -> Callable[[Workshop], Path]:
     return lambda workshop: workshop.root / "Lora" / name
 
@@ -126,4 +131,41 @@ TARGETS: Final = (
     Target(
         "file names", lambda workshop: workshop.root / "names", readers.damaged_names, readers.names
     ),
+    *(
+        Target(
+            f"input LoRA, {name}",
+            _of_loras(f"inputs/{name}.safetensors"),
+            damaged_safetensors,
+            lora_readers.factors,
+        )
+        for name in ("a", "lycoris", "peft")
+    ),
+    *(
+        Target(
+            f"input LoRA, {read.__name__}",
+            _of_loras(f"inputs/{name}.safetensors"),
+            damaged_safetensors,
+            read,
+            cost,
+        )
+        for read, name, cost in (
+            (lora_readers.combined, "lycoris", 9),
+            (lora_readers.shared, "a", 9),
+            (lora_readers.added, "tiny", 3),
+        )
+    ),
+    Target(
+        "run of LoRAs", _of_loras("hyper-merge/mix/loras.json"), damaged_json, lora_readers.run, 3
+    ),
+    Target(
+        "fit of a LoRA",
+        _of_loras("hyper-merge/mix/fits/c.json"),
+        damaged_json,
+        lora_readers.run,
+        3,
+    ),
+    Target(
+        "shared LoRA", _of_loras("Lora/mix_0-2.safetensors"), damaged_safetensors, lora_readers.run
+    ),
+    Target("presets", _of_loras("hyper-merge/presets.json"), damaged_sealed, lora_readers.presets),
 )

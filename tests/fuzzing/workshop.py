@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fault_trials import write_sources
+from fault_scenarios import write_sources
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_family import merge, recipe
 
+from fuzzing.lora_inputs import FOLDER, write_lora_samples
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.sensitivities import write_sensitivities
 from hyper_merge.checkpoints.architectures.detection import require_supported
@@ -92,6 +93,7 @@ class Workshop:
         (root / "Stable-diffusion/v.yaml").write_text(_CONFIGURATION)
         (root / "names").write_text("a\nb")
         self._write_journal()
+        write_lora_samples(root / FOLDER, self.sources[0])
         self.inputs = self._inputs()
         self._files = {
             path: (path.read_bytes(), _stamp(path)) for path in root.rglob("*") if path.is_file()

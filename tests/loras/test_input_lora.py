@@ -94,6 +94,8 @@ def test_attention_processors_of_2023_are_read(tmp_path):
         ({"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"attn1.to_q": 2}}, 0.5),
         ({"text_encoder.lora_alpha": 8}, 1.0),
         ("no object", 1.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": [2]}, 2.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": 7}, 2.0),
     ],
 )
 def test_settings_of_peft_scale_what_has_no_alpha(tmp_path, settings, scale):
@@ -103,6 +105,17 @@ def test_settings_of_peft_scale_what_has_no_alpha(tmp_path, settings, scale):
     found = changes(write(tmp_path / "a.safetensors", state, metadata))[QUERY]
     up, down = (part.astype("f8") for part in PAIRS[QUERY])
     np.testing.assert_allclose(found, up @ down * scale, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1", "NaN", "Infinity", "1e308", "1" + "0" * 400])
+def test_a_scale_of_peft_that_is_no_number_above_0_is_refused(tmp_path, alpha):
+    state = spelled({QUERY: PAIRS[QUERY]}, DIFFUSERS, "lora_B.weight", "lora_A.weight")
+    metadata = {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'}
+    path = write(tmp_path / "a.safetensors", state, metadata)
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors says the alpha .* expected a number"
+    ):
+        changes(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -172,3 +185,17 @@ def test_a_file_that_changes_is_refused(tmp_path):
     write(path, kohya({QUERY: PAIRS[QUERY]}))
     with pytest.raises(HyperMergeError, match="changed"), InputLora(modules) as lora:
         lora.factors(QUERY)
+
+
+@pytest.mark.parametrize(
+    ("end", "value"), [("lora_up.weight", 1e33), ("lora_down.weight", 1e8), ("alpha", 1e6)]
+)
+def test_values_that_no_network_can_bear_are_refused(tmp_path, end, value):
+    state = kohya({QUERY: PAIRS[QUERY]}, 4)
+    state[f"{QUERY}.{end}"].view(-1)[0] = value
+    path = write(tmp_path / "a.safetensors", state)
+    if end == "alpha":
+        state[f"{QUERY}.lora_up.weight"] *= 100
+        write(path, state)
+    with pytest.raises(NonFiniteError, match=rf"a\.safetensors is wildly off .* {QUERY}"):
+        changes(path)

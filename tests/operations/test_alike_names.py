@@ -161,6 +161,10 @@ def test_a_lost_private_lora_lowers_the_prompts_reported_share(wished, root):
     assert run.report.checkpoints[1:] == wished.report.checkpoints[1:]
     (problem,) = run.problems
     assert FAR_EAST[0] in problem
+    row, *others = run.report.checkpoints
+    row = replace(row, explained=0.4, explained_weighted=0.9)
+    (problem,) = replace(run, report=replace(run.report, checkpoints=(row, *others))).problems
+    assert "90.00% of that checkpoint is restored" in problem  # as `safe` and `runs` say
     restored = run_restore(RestoreRequest("mix", {FAR_EAST[0]: 1.0}), folders, Progress())
     assert restored.compared.explained == pytest.approx(
         run.report.checkpoints[0].explained, abs=2e-3

@@ -30,4 +30,4 @@ def test_no_fault_of_the_file_system_loses_a_file():
     assert done.returncode == 0, done.stdout + done.stderr
     number = re.search(r"([\d,]+) faults injected, 0 with a loss", done.stdout)
     assert number, done.stdout
-    assert int(number[1].replace(",", "")) >= 6 * 8
+    assert int(number[1].replace(",", "")) >= 6 * 13

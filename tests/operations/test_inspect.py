@@ -1,6 +1,7 @@
 """Every file has a row that says what it is, or why it cannot be merged; nothing large is read."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def test_a_checkpoint_is_described(files):
     assert row.dtype == "fp16"
     assert len(row.legacy_hash) == 8
     assert row.vae is not None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_download_in_progress_is_named(tmp_path, files, count):
+    paths = [Path(shutil.copy(path, tmp_path)) for path in files[:count]]
+    assert "note:" not in format_inspection(paths)
+    (tmp_path / "a.safetensors.part").touch()
+    note = (
+        "note: the download of a.safetensors is not finished: a.safetensors.part stands beside it"
+    )
+    assert note in format_inspection(paths).splitlines()
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from lora_files import QUERY, write_lora
 from other_processes import Other
 from tiny_family import merge, recipe, temporaries, write
 
@@ -21,7 +22,9 @@ from hyper_merge.analysis.use_markers import in_use, mark_used, unused
 from hyper_merge.errors import CacheError, InterruptedRun, NameTakenError
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runs.deletion import delete_run
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.lora_runs import load_lora_run
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime.checked_json import read_sealed
@@ -105,6 +108,35 @@ def test_plans_leave_a_merge_of_the_same_files_running(others, files, root, merg
     assert ended == (0, "")
     assert set(plans) == {(0, "")}
     require_whole(root, "mix")
+
+
+def test_runs_of_the_same_loras_do_not_spoil_one_another(others, tmp_path, root):
+    one, two, _ = others
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", seed, modules=[QUERY]) for seed in (1, 2)]
+    new = write_lora(tmp_path / "new.safetensors", 3, modules=[QUERY])
+
+    def sharing(name, ranks="2,1"):
+        words = ["--ranks", ranks, "--iterations", "2", "--output", root, "--create"]
+        return ["loras", *paths, "--name", name, *words]
+
+    one.begin(*sharing("one"))
+    two.begin(*sharing("two"))
+    assert [one.end(), two.end()] == [(0, ""), (0, "")]
+    fitting = ["fit", "one", new, "--output", root]
+    one.begin(*sharing("one", "3"), "--overwrite")
+    two.begin(*fitting)
+    ended = one.end(), two.end()
+    assert {code for code, _ in ended} <= {0, 2}
+    assert (0, "") in ended
+    folders = Folders.under(root)
+    for name in ("one", "two"):
+        run = load_lora_run(folders, name)
+        assert run.missing == ()
+        fits, problems = load_fits(run)
+        assert problems == ()
+        assert all(len(record.row.multipliers) == len(run.report.loras) for record in fits)
+    assert two.run(*fitting, "--overwrite") == (0, "")
+    assert temporaries(root) == []
 
 
 def test_two_first_merges_of_the_same_files_succeed(others, files, root):

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fault_trials import SCENARIOS, left_over, settle, state_of, write_sources
+from fault_scenarios import SCENARIOS, lora_paths, write_loras, write_sources
+from fault_trials import left_over, settle, state_of
+from lora_files import share
 from tiny_family import merge
 from windows_files import ignore_case, keep_open_files
 
@@ -64,6 +66,25 @@ def test_all_work_is_done_and_leaves_nothing_over(root):
     settle(root)
     assert left_over(root) == []
     assert not (root / "hyper-merge/mix").exists()
+
+
+def test_work_on_loras_is_done_or_refused_and_leaves_nothing_over(root):
+    write_loras(root)
+    for name in ("sharing", "fit of a LoRA", "combination"):
+        WORK[name](root)
+        assert [path for path in left_over(root) if path.stat().st_size] == [], name
+    before = state_of(root)
+    for use in (opened, read_only):
+        with use(root / "Lora/few_0-2.safetensors"), pytest.raises(OutputError, match=IN_USE):
+            WORK["sharing again"](root)
+        assert state_of(root) == before
+    for run in ("FEW", "few"):
+        with pytest.raises(NameTakenError, match=run):
+            share(lora_paths(root)[:2], root, name=run, ranks=(2, 1), iterations=1)
+    WORK["sharing again"](root)
+    settle(root)
+    assert left_over(root) == []
+    assert not (root / "Lora/few_0-2.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Final
 
 from hyper_merge.checkpoints.architectures.spec import Family
@@ -23,7 +24,7 @@ _DIMENSIONS: Final = (2, 4)  # of a weight that takes a LoRA: a matrix or a conv
 
 
 def require_consistent_shapes(header: Header, family: Family) -> None:
-    """Returns if no two shapes of the networks and the VAE contradict each other.
+    """Returns if no two shapes of the networks and the VAE contradict each other, and no layer is empty.
 
     A bias has an entry for each row of its weight, a fused attention three squares above one another, and
     the projections of an attention as many rows as its output has columns; layers are matrices or
@@ -34,15 +35,16 @@ def require_consistent_shapes(header: Header, family: Family) -> None:
         family: of the same.
 
     Raises:
-        FamilyError: a shape contradicts another one; names both.
+        FamilyError: a shape contradicts another one, and names both; or a layer is empty.
     """
     prefixes = (*(part.prefix for part in family.parts), *family.vae_prefixes)
     tensors = {
         key: info
         for key, info in header.tensors.items()
-        if key.startswith(prefixes) and not key.startswith(family.idle) and info.numel
+        if key.startswith(prefixes) and not key.startswith(family.idle)
     }
-    contradiction = next(_contradictions(tensors, family), None)
+    filled = {key: info for key, info in tensors.items() if info.numel}
+    contradiction = next(chain(_empty(tensors, family), _contradictions(filled, family)), None)
     if contradiction:
         key, reason = contradiction
         raise FamilyError(
@@ -52,6 +54,15 @@ def require_consistent_shapes(header: Header, family: Family) -> None:
             file=header.path,
             key=key,
         )
+
+
+def _empty(tensors: dict[str, TensorInfo], family: Family) -> Iterator[tuple[str, str]]:
+    """Yields the key of every layer without an entry, and the reason; other tensors may be marks."""
+    for key, info in tensors.items():
+        if info.numel or not _WEIGHT.fullmatch(key):
+            continue
+        if _FUSED.fullmatch(key) or _is_layer(key, info.shape, family):
+            yield key, "which holds nothing"
 
 
 def _contradictions(tensors: dict[str, TensorInfo], family: Family) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ _SETTINGS: Final = frozenset(
     {
         *("name", "ranks", "budget", "target", "topup", "device", "dtype", "lora_dtype"),
         *("iterations", "tolerance", "output", "overwrite", "seed", "method", "allocation"),
-        *("multipliers", "fit_weights", "layer_weights"),
+        *("multipliers", "fit_weights", "layer_weights", "damaged"),
     }
 )
 _DEFAULTS: Final[Mapping[str, str]] = {"exact": "none", "layer_weights": "plain"}

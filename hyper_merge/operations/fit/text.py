@@ -43,7 +43,8 @@ def _format_explained(record: FitRecord) -> list[str]:
     present = [part for part in PARTS if any(section.which == part for section in record.parts)]
     parts = ", ".join(f"{PARTS[part]} {shares[part]:.2%}" for part in present)
     return [
-        f"explained: {row.explained:.2%} of its difference in the layers ({parts})",
+        f"explained: {row.fidelity:.2%} of its difference in the layers",
+        f"in weights: {row.explained:.2%} ({parts})",
         f"relative error: {row.error:.4f}",
         f"what remains, by section: {format_largest_losses(record.parts)}",
     ]
@@ -65,4 +66,4 @@ def _format_not_carried(record: FitRecord) -> list[str]:
 
 def _format_private_lora(lora: PrivateLoraRecord) -> str:
     size = format_size(lora.size)
-    return f"with the top-up {lora.name} (rank {lora.rank}, {size}): {lora.explained:.2%}"
+    return f"with the top-up {lora.name} (rank {lora.rank}, {size}): {lora.fidelity:.2%}"

@@ -34,6 +34,7 @@ from hyper_merge.loras.input_lora import InputLora, LoraModules
 from hyper_merge.loras.metadata import Lineage, checkpoint_metadata
 from hyper_merge.loras.module_names import ModuleIndex
 from hyper_merge.operations.loras.request import ApplyRequest
+from hyper_merge.operations.loras.unfinished import require_complete
 from hyper_merge.runs.folders import require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runtime.disks import require_disks
@@ -90,7 +91,7 @@ def run_apply(request: ApplyRequest, progress: Progress) -> ApplyResult:
         HyperMergeError: a file is no checkpoint or no LoRA, they do not go together, the place is
             taken, a value is too large for its type, a full disk, or the user's interrupt.
     """
-    application = _prepare(request)
+    application = _prepare(request, progress)
     hashing, adding = progress.split((1.0, 4.0))
     headers = [application.header, *(lora.header for lora in application.loras)]
     sources = hash_sources(headers, None, hashing)
@@ -117,12 +118,15 @@ def run_apply(request: ApplyRequest, progress: Progress) -> ApplyResult:
     )
 
 
-def _prepare(request: ApplyRequest) -> _Application:
+def _prepare(request: ApplyRequest, progress: Progress) -> _Application:
     header = read_header(request.checkpoint)
-    require_downloaded(header.path)
+    if not request.accepts_damaged:
+        require_downloaded(header.path)
     require_supported(header)
     layout = layout_of(header, with_prediction_type(header, detect_family(header)))
     loras = tuple(_modules(path, layout) for path in request.loras)
+    for lora in loras:
+        require_complete(lora, progress.warn, accepts_damaged=request.accepts_damaged)
     sign = -1.0 if request.subtract else 1.0
     stem = _stem(request, header)
     path = request.to or header.path.with_name(f"{stem}.safetensors")
@@ -135,7 +139,6 @@ def _prepare(request: ApplyRequest) -> _Application:
 
 def _modules(path: Path, layout: Layout) -> LoraModules:
     header = read_header(path)
-    require_downloaded(path)
     try:
         return LoraModules(header, split_keys(header), ModuleIndex(layout.layers))
     except ValueError as error:

@@ -68,7 +68,7 @@ def run_combine(request: CombineRequest, progress: Progress) -> CombineResult:
         HyperMergeError: a file is no LoRA or does not go with the others, the place is taken, the
             size is too small, a full disk, or the user's interrupt.
     """
-    loras = read_loras(request.loras)
+    loras = read_loras(request.loras, accepts_damaged=request.accepts_damaged)
     for warning in loras.warnings:
         progress.warn(warning)
     path = request.to or request.loras[0].with_name(f"{_stem(request)}.safetensors")

@@ -61,7 +61,9 @@ def run_lora_fit(request: FitRequest, folders: Folders, progress: Progress) -> F
             key="topup",
         )
     run = load_lora_run(folders, request.run)
-    loras = read_loras([request.checkpoint])
+    loras = read_loras([request.checkpoint], accepts_damaged=request.damaged == "accept")
+    for warning in loras.warnings:
+        progress.warn(warning)
     if loras.family.name != require_family(run).name:
         raise MismatchError(
             f"{loras.headers[0].name} is a LoRA of {loras.family.title}, and the run {run.name} of"

@@ -15,7 +15,6 @@ from hyper_merge.checkpoints.architectures.families import KINDS
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.checkpoints.compatibility import check_distinct
-from hyper_merge.checkpoints.io.downloads import require_downloaded
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.contrasts import Contrasts, around_base
@@ -23,6 +22,7 @@ from hyper_merge.errors import CheckpointError, FamilyError, MismatchError
 from hyper_merge.loras.input_keys import SpelledModule, split_keys
 from hyper_merge.loras.input_lora import LoraModules
 from hyper_merge.operations.loras.known_layers import KnownFamily, known_family, known_names
+from hyper_merge.operations.loras.unfinished import require_complete
 
 _ADVICE: Final = "choose LoRAs of one base"
 _BASE: Final = "ss_base_model_version"
@@ -74,8 +74,12 @@ class LoraSet:
         return LoraInputs(self.headers, None, layout, (1.0,) * len(self.files), dtype)
 
 
-def read_loras(paths: Sequence[Path]) -> LoraSet:
-    """Returns the LoRAs of some files, by their headers alone.
+def read_loras(paths: Sequence[Path], *, accepts_damaged: bool = False) -> LoraSet:
+    """Returns the LoRAs of some files, by their headers and the ends of their data.
+
+    Args:
+        paths: of the files.
+        accepts_damaged: whether files may be among them that look like unfinished downloads.
 
     Raises:
         CheckpointError: a file is missing, damaged, no LoRA, or holds what no factors hold.
@@ -83,14 +87,14 @@ def read_loras(paths: Sequence[Path]) -> LoraSet:
         MismatchError: the files are of different families, by their shapes or by what they say.
     """
     headers = [read_header(path) for path in paths]
-    for header in headers:
-        require_downloaded(header.path)
     found = [recognise(header) for header in headers]
     _require_equal(headers, [known.title for known, _ in found], "is a LoRA of")
     _require_same_words(headers)
     warnings = check_distinct(headers)
     warnings += _find_different_bases(headers)
     files = tuple(modules for _, modules in found)
+    for file in files:
+        require_complete(file, warnings.append, accepts_damaged=accepts_damaged)
     known = found[0][0]
     return LoraSet(known, files, _layers_of(known, files), tuple(warnings))
 

@@ -39,12 +39,14 @@ class _LoraRequest(Request):
     multipliers: tuple[float, ...] | None = None
     to: Path | None = None
     overwrite: bool = False
+    damaged: Literal["refuse", "accept"] = "refuse"
 
     PARSERS: ClassVar[Parsers] = {
         "loras": _parse_loras,
         "multipliers": optional(parse_multipliers),
         "to": optional(parse_path),
         "overwrite": parse_flag,
+        "damaged": choice("refuse", "accept"),
     }
 
     def __post_init__(self) -> None:
@@ -55,6 +57,11 @@ class _LoraRequest(Request):
                 raise RecipeError(
                     f"expected a path that ends with {_SUFFIX}, got {self.to}", key="to"
                 )
+
+    @property
+    def accepts_damaged(self) -> bool:
+        """Tells whether files are taken that look damaged or like unfinished downloads."""
+        return self.damaged == "accept"
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -83,6 +90,7 @@ class CombineRequest(_LoraRequest):
         multipliers: One per file; None for 1 each.
         to: Path of the file; None for one beside the first, named after what it is.
         overwrite: Whether an existing file may be replaced.
+        damaged: Whether to `refuse` a file that looks damaged or unfinished, or to `accept` it.
         rank: The most that a layer keeps; None for no limit.
         size: Bytes of the file at most; ranks then go where they keep most.
         keep: Share 0..1 of the squared norm to keep with the fewest bytes.
@@ -130,6 +138,7 @@ class ApplyRequest(_LoraRequest):
         subtract: Whether they are taken away.
         to: Path of the file; None for one beside the checkpoint, named after what it is.
         overwrite: Whether an existing file may be replaced.
+        damaged: Whether to `refuse` a file that looks damaged or unfinished, or to `accept` it.
     """
 
     checkpoint: Path = Path()

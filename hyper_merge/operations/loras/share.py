@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,15 @@ from hyper_merge.operations.merge.report_builder import FileSizes, make_report
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.operations.merge.solving import Search, solve_shared, with_private_loras
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
-from hyper_merge.runs.folders import LORA_MANIFEST, MANIFEST, MULTIPLIERS, REPORT, Folders, Place
+from hyper_merge.runs.folders import (
+    LORA_MANIFEST,
+    MANIFEST,
+    MULTIPLIERS,
+    REPORT,
+    Folders,
+    Place,
+    require_no_source,
+)
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runs.manifest import RunManifest, RunSource
 from hyper_merge.runs.name_locks import Hold, held
@@ -82,7 +91,7 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
                 hint=f"choose {key} {value}" if value else "leave it out",
                 key=key,
             )
-    loras = read_loras(recipe.models)
+    loras = read_loras(recipe.models, accepts_damaged=recipe.damaged == "accept")
     check_stems(loras.headers)
     check_alphas(recipe, loras.family)
     inputs = loras.inputs(DTYPES_BY_WORD[recipe.dtype])
@@ -110,7 +119,7 @@ def run_share(
         place = _place(recipe, folders)
         if not recipe.finds_ranks:
             names = shared_names(preflight.merge, place)
-            require_free_names(place, names, folders, overwrite=recipe.overwrite)
+            _require_free_names(preflight.merge, place, names)
         return _write_all(preflight, place, Search(effort=effort), progress)
 
 
@@ -145,7 +154,7 @@ def _stage(
     folders, place = merge.folders, outputs.place
     private = outputs.named_private_loras(merge, solved)
     names = (*shared_names(merge, place, solved), *private)
-    require_free_names(place, names, folders, overwrite=merge.recipe.overwrite)
+    _require_free_names(merge, place, names)
     require_disks({place.loras: solved.factor_bytes()})
     if merge.recipe.overwrite:
         outputs.remove_outdated(folders, names)
@@ -162,6 +171,22 @@ def _stage(
     report = replace(report, checkpoints=rows, groups=(), between_groups=0.0)
     _stage_texts(outputs, merge, report)
     return report, names
+
+
+def _require_free_names(merge: Preflight, place: Place, names: Sequence[str]) -> None:
+    """Returns if LoRAs of these names replace nothing but what the user has agreed to.
+
+    Raises:
+        OutputError: a name is taken, or a LoRA that is read would be replaced or removed: the folder
+            of the inputs may be that of the outputs, and a run may be replaced by one of its LoRAs.
+    """
+    folders, overwrite = merge.folders, merge.recipe.overwrite
+    require_free_names(place, names, folders, overwrite=overwrite)
+    paths = [place.loras / f"{name}.safetensors" for name in names]
+    if overwrite:
+        paths += folders.lora_files_of(place.run) + folders.fit_files_of(place.run)
+    for path in paths:
+        require_no_source(path, merge.recipe.models)
 
 
 def _stage_texts(outputs: MergeOutputs, merge: Preflight, report: Report) -> None:
@@ -201,6 +226,7 @@ def _place(recipe: Recipe, folders: Folders) -> Place:
         NameTakenError: another run has the name, or the same one and it may not be replaced.
     """
     folder = folders.runs / recipe.name
+    folders.require_same_case(recipe.name)
     if (folder / MANIFEST).exists():
         raise NameTakenError(
             f"{recipe.name} is a run of checkpoints", hint="choose another name", key="name"

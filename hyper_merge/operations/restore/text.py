@@ -30,7 +30,7 @@ def format_restore(result: RestoreResult) -> str:
 
 def _format_error(error: RestoreError) -> list[str]:
     return [
-        "measured against the original, of its differences from the hyper-model:",
+        "measured against the original, of its differences from the hyper-model in weights:",
         f"  in the layers {error.explained:.2%} is restored (the report says {error.reported:.2%})",
         f"  in all tensors {error.everything:.2%}",
         f"  what remains, by section: {format_largest_losses(error.parts)}",

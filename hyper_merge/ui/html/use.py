@@ -100,7 +100,7 @@ def format_restored_checkpoint(restored: RestoreResult) -> str:
     else:
         text += (
             f"<p>Compared with the original: <b>{format_percent(measured.explained)}</b> of its"
-            f" difference from the hyper-model is restored in the layers (the report says"
+            f" difference from the hyper-model is restored in the layers, in weights (the report says"
             f" {format_percent(measured.reported)}), {format_percent(measured.everything)} in all"
             " tensors.</p>"
         ) + _format_sections(measured.parts)
@@ -224,7 +224,7 @@ def _verdict_row(name: str, verdict: DeletionVerdict) -> tuple[str, ...]:
 def _format_private_lora(topup: PrivateLoraRecord) -> str:
     return (
         f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
-        f"{format_size(topup.size)}): <b>{format_percent(topup.explained)}</b>.</p>"
+        f"{format_size(topup.size)}): <b>{format_percent(topup.fidelity)}</b>.</p>"
     )
 
 

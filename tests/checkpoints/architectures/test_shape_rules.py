@@ -5,6 +5,7 @@ from narrow_layouts import FULL, NARROW, UNET, other_way_round, two
 
 from hyper_merge.checkpoints.architectures.detection import require_supported
 from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
+from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.errors import FamilyError
 
 CLIP = "cond_stage_model.transformer.text_model."
@@ -59,6 +60,19 @@ def test_contradicting_shapes_are_refused_by_key(make_header, family, key, shape
     if len(shape) == 2:  # by other tensors than the bias
         with pytest.raises(FamilyError, match="contradicts itself"):
             require_supported(make_header({**without_bias, key: shape}))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_an_empty_layer_is_refused_by_key(make_header, name):
+    header = make_header(NARROW[name]())
+    layers = layout_of(header, require_supported(header)).layers
+    for key in {layers[-1].key, next((x.key for x in layers if x.rows), layers[-1].key)}:
+        rows, *columns = header.tensors[key].shape
+        for shape in ((0, *columns), (rows, 0)):
+            damaged = make_header({**NARROW[name](), key: shape})
+            with pytest.raises(FamilyError, match=r"contradicts itself.*holds nothing") as refusal:
+                require_supported(damaged)
+            assert refusal.value.key == key
 
 
 def test_what_never_runs_may_have_any_shape(make_header):

@@ -347,9 +347,7 @@ def test_a_checkpoint_is_never_overwritten(tmp_path, state_of):
         write(tmp_path / f"{n}.safetensors", state_of(c)) for c, n in enumerate(("one", "two"))
     ]
     before = snapshot(tmp_path)
-    with pytest.raises(
-        OutputError, match="is one of the checkpoints of this merge; choose another name"
-    ):
+    with pytest.raises(OutputError, match="is one of the files that are read; choose another name"):
         extract(*paths, paths[1], overwrite=True)
     assert snapshot(tmp_path) == before
 

@@ -213,7 +213,9 @@ def test_a_fit_is_written_and_read_back(at, other, started):
     assert load_fits(run) == ((fitted,), ())
     assert fitted.path == str(other)
     text = after[f"{FIT}/new one.txt"].decode()
-    assert f"explained: {fitted.row.explained:.2%} of its difference in the layers" in text
+    assert fitted.row.fidelity != pytest.approx(fitted.row.explained, abs=1e-3)
+    assert f"explained: {fitted.row.fidelity:.2%} of its difference in the layers\n" in text
+    assert f"in weights: {fitted.row.explained:.2%} (" in text
     assert text.endswith(fitted.tags(run) + "\n")
     assert format_style(fitted, run) == f"mix: new one,{fitted.tags(run)},"
 

@@ -22,7 +22,7 @@ from lora_files import (
 from safetensors import safe_open
 from tiny_family import merge, snapshot
 
-from hyper_merge.errors import MismatchError, NameTakenError, RecipeError
+from hyper_merge.errors import MismatchError, NameTakenError, OutputError, RecipeError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.runs.folders import Folders
 
@@ -149,6 +149,35 @@ def test_names_are_kept_apart(tmp_path, related):
     again = share(related, output, ranks=(4,), overwrite=True)
     left = {path.name for path in (output / "Lora").glob("*.safetensors")}
     assert left == {path.name for path in again.loras}
+
+
+@pytest.mark.parametrize("settings", [{}, {"ranks": (6, 2)}, {"budget": 60_000}], ids=str)
+def test_no_input_is_replaced_or_removed(tmp_path, related, settings):
+    output = tmp_path / "models"
+    of_the_run = share(related, output).loras
+    (output / "Lora/mix_0-9.safetensors").write_bytes(related[0].read_bytes())
+    before = snapshot(output)
+    for inputs in (of_the_run, [output / "Lora/mix_0-9.safetensors", *related[1:]]):
+        values = {"ranks": (9, 2)} if inputs is not of_the_run else settings
+        with pytest.raises(OutputError, match=r"mix_.*\.safetensors is one of the files that are"):
+            share(inputs, output, overwrite=True, **values)
+        after = snapshot(output)
+        assert {key: after.get(key) for key in before} == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_names_that_differ_by_case_alone_are_kept_apart(tmp_path, related, files, overwrite):
+    output = tmp_path / "models"
+    share(related, output)
+    with pytest.raises(NameTakenError, match="differs from MIX by case alone"):
+        share(related, output, name="MIX", ranks=(5, 2), overwrite=overwrite)
+    if overwrite:
+        with pytest.raises(NameTakenError, match="differs from MIX by case alone"):
+            merge(files, output, name="MIX", overwrite=True)
+    else:
+        assert merge(files, output, name="MIX").place.run == "MIX-2"
+        with pytest.raises(NameTakenError, match="differs from mix-2 by case alone"):
+            share(related, output, name="mix-2", ranks=(5, 2))
 
 
 def test_a_merge_of_checkpoints_does_not_replace_it(tmp_path, related, files):

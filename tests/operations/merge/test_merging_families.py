@@ -19,8 +19,15 @@ from safetensors.torch import load_file
 from tiny_family import layers_of, merge, recipe
 
 from hyper_merge.errors import FamilyError, MismatchError
+from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
+from hyper_merge.operations.fit.fit import run_fit
+from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.restore.request import RestoreRequest
+from hyper_merge.operations.restore.restore import run_restore
+from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report_text import format_report
+from hyper_merge.runtime.progress import Progress
 from hyper_merge.synthetic.family_layouts import text_encoders_layout
 
 
@@ -64,6 +71,18 @@ def test_loras_say_of_which_family_they_are(tmp_path, name, expected):
     words = {"sd2": "SD2", "sdxl_refiner": "SDXL", "flux_schnell": "Flux", "sd35_large": "Unknown"}
     words["z_image"] = "Unknown"
     assert card["sd version"] == words[name]
+
+
+def test_a_single_number_in_the_network_is_averaged(tmp_path):
+    shapes = {**one(), UNET + "scale": ()}
+    models = files(tmp_path, *(state(shapes, seed) for seed in (1, 2, 3)))
+    merged = merge(models[:2], tmp_path / "models", dtype="float32")
+    numbers = [load_file(path)[UNET + "scale"] for path in (*models[:2], merged.place.hyper_model)]
+    assert numbers[2] == pytest.approx(float(numbers[0] + numbers[1]) / 2)
+    folders = Folders.under(tmp_path / "models")
+    run_fit(FitRequest("mix", models[2]), folders, Progress())
+    run_restore(RestoreRequest("mix", {"a": 1.0}), folders, Progress())
+    run_extract(ExtractRequest(*models[:2], rank=1), folders, Progress())
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

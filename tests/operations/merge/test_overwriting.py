@@ -150,7 +150,7 @@ def test_a_checkpoint_of_the_merge_is_never_overwritten(files, tmp_path):
         Path(shutil.copy(path, tmp_path / "Stable-diffusion" / path.name)) for path in files[:2]
     ]
     before = snapshot(tmp_path)
-    with pytest.raises(OutputError, match="one of the checkpoints"):
+    with pytest.raises(OutputError, match="one of the files that are read"):
         merge(models, tmp_path, name="a", overwrite=True)
     assert snapshot(tmp_path) == before
 

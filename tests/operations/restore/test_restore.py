@@ -308,10 +308,10 @@ def test_unknown_names_and_taken_places_are_refused(single, session):
         restore(single.folders, {"a": 0.5, "bb": 0.5})
     with pytest.raises(OutputError, match=r"a-restored.safetensors exists"):
         restore(single.folders, "a")
-    with pytest.raises(OutputError, match=r"is one of the checkpoints of this merge"):
+    with pytest.raises(OutputError, match=r"is one of the files that are read"):
         restore(single.folders, "a", to=session.models[0], overwrite=True)
     for name in ("Stable-diffusion/mix", "Lora/mix_0-4"):
-        with pytest.raises(OutputError, match=r"is one of the checkpoints of this merge"):
+        with pytest.raises(OutputError, match=r"is one of the files that are read"):
             restore(single.folders, "a", to=single.root / f"{name}.safetensors", overwrite=True)
     with pytest.raises(OutputError, match=r"expected a path that ends with \.safetensors"):
         restore(single.folders, "a", to=single.root / "a.ckpt")

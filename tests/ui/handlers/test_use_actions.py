@@ -8,6 +8,7 @@ import pytest
 from at_the_tab import ended, kinds, words
 from tiny_family import snapshot, write
 
+from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
@@ -21,6 +22,7 @@ from hyper_merge.ui.handlers.use_actions import (
     start_mixture,
     start_restore,
 )
+from hyper_merge.ui.html.common import format_percent
 from hyper_merge.ui.panels.use import SAME_PRECISION
 
 FIT = {
@@ -64,7 +66,11 @@ def test_a_fit_gives_share_sections_and_tags(host, jobs, root):
 
 def test_a_fit_names_its_private_lora_and_share(host, jobs, root):
     result = outcome(jobs, fit(host, jobs, topup="2", name="other"))
+    fits, _ = load_fits(load_run(host.folders(), "mix"))
+    (record,) = (record for record in fits if record.row.name == "other")
     assert "With its private LoRA mix_fit-other-2 (rank 2" in words(result.html)
+    assert f"): {format_percent(record.fidelity)}." in words(result.html)
+    assert record.fidelity > record.row.fidelity
     assert result.wrote is True
     assert (root / "Lora/mix_fit-other-2.safetensors").exists()
 

@@ -4,7 +4,7 @@
 window.hyperMergePicker = (() => {
     const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
     const find = (name) => root().querySelector(`#hyper_merge_${name}`);
-    const {stem, folder, shorten, element, listRow, checkpointTable} = window.hyperMergeNames;
+    const {stem, folder, folders, shorten, element, listRow, checkpointTable} = window.hyperMergeNames;
     const SHOWN = 500; // rows of the list at most; a search finds the others
     let files = new Map(); // name -> what Python knows of the file
     let picked = []; // names in their order
@@ -173,7 +173,7 @@ window.hyperMergePicker = (() => {
 
     function drawFolders() {
         const box = find("folder"), value = box.value || "*";
-        const names = [...new Set([...files.keys()].map(folder))].sort();
+        const names = [...new Set([...files.keys()].flatMap(folders))].sort();
         const options = [["*", "All folders"], ...names.map((name) => [name, name || "Top folder only"])];
         if (names.length < 2) {
             options.length = 1;

@@ -247,9 +247,8 @@ def test_copied_settings_reach_the_widgets_of_their_names(root, run):
 
 def test_no_event_has_a_spinner_or_public_name(some_host):
     for event in settings(build_tab(some_host, Busy())):
-        if event["backend_fn"]:
-            assert event["api_name"] is False
-            assert event["show_progress"] == "hidden"
+        assert event["api_name"] is False
+        assert event["show_progress"] == "hidden"
 
 
 def test_only_what_follows_a_job_waits_in_gradios_queue(root):

@@ -94,10 +94,10 @@ def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
     return show_run(host, name, is_new=True)
 
 
-def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:
-    """Picks the demo's checkpoints, and ranks that suit them."""
+def pick_demo_checkpoints(host: Host, jobs: Jobs, refusal: str) -> tuple[Any, Any]:
+    """Picks the demo's checkpoints, and ranks that suit them, unless their making was refused."""
     status = _last_status(jobs)
-    if status is None or status.outcome != "done":
+    if refusal or status is None or status.outcome != "done":
         return gr.update(), gr.update()
     return json.dumps(list(host.checkpoints())), ", ".join(map(str, DEMO_RANKS))
 

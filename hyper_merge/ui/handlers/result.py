@@ -18,7 +18,7 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
 from hyper_merge.runs.report import Report
 from hyper_merge.runs.run import load_run
-from hyper_merge.ui.html.common import format_message
+from hyper_merge.ui.html.common import format_merge_introduction, format_message
 from hyper_merge.ui.html.result import format_plot, format_run_card, format_run_table
 from hyper_merge.ui.plots.canvas import draw_png
 from hyper_merge.ui.plots.description import (
@@ -59,6 +59,16 @@ def show_run(host: Host, name: str | None, *, is_new: bool = False) -> tuple[Any
         host.checkpoint_title(run.hyper_model) or "",
         json.dumps(prompts),
     )
+
+
+def hide_deleted_run(host: Host, name: str) -> tuple[Any, ...]:
+    """Takes a run that is gone off the panel; changes nothing as long as it is there."""
+    try:
+        if name:
+            load_run(host.folders(), name)
+    except HyperMergeError:
+        return (format_merge_introduction(), gr.update(visible=False), *NOTHING[2:])
+    return (gr.update(),) * len(NOTHING)
 
 
 def _plots(report: Report) -> Iterator[str]:

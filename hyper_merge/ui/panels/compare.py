@@ -148,7 +148,7 @@ def _build_form(generator: GeneratorInfo) -> CompareWidgets:
             "compare_difference",
             value=False,
             label="Also show the differences",
-            info="Bright where a picture is unlike the original's.",
+            info="Bright where two pictures differ.",
         )
     return CompareWidgets(
         run, checkpoints, prompts, negative, sampler, steps, cfg_scale, width, height, seeds,

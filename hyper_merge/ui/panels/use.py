@@ -46,7 +46,6 @@ class Outcomes:
     fitted: gr.Textbox  # hidden: run and name of the fit whose tags are shown, as JSON
     title: gr.Textbox  # hidden: title by which the host selects its hyper-model
     wrote: gr.Textbox  # hidden: the task that wrote files last
-    seen: gr.Textbox  # hidden: the task that is shown
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def build_use(host: Host, opened: gr.Tab) -> UsePanel:
     about, message, status = html("use_about"), html("use_message"), html("use_status")
     known, title, *states = (
         hidden_text(name)
-        for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote", "use_seen")
+        for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote")
     )
     with gr.Row(elem_id=elem_id("use_columns")):
         with gr.Column(scale=5, min_width=380):

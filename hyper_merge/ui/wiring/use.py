@@ -92,4 +92,4 @@ def _wire_job(
     outcome = getattr(wires.use.outcomes, panel)
     begin = functools.partial(start, wires.host, wires.jobs)
     started = wires.on(button.click, begin, inputs, [outcome], outcome, code)
-    wires.show_outcome(wires.watch(started.then, panel))
+    wires.watch(started.then, outcome, panel)

@@ -425,7 +425,7 @@ def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
 
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):
     assert all(map(unchanged, show_merge_result(host, jobs)))
-    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs, "")))
 
 
 def test_the_status_names_the_run_that_is_made(host, jobs, run):

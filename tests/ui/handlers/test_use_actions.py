@@ -105,7 +105,7 @@ def test_an_edited_lora_is_refused_in_the_panel(host, jobs, root):
     before = snapshot(root / "hyper-merge/mix")
     assert fit(host, jobs) == ""
     assert ended(jobs).outcome == "refused"
-    assert "was edited or replaced" in words(show_outcome(jobs, "")[1])
+    assert "was edited or replaced" in words(show_outcome(jobs)[1])
     assert snapshot(root / "hyper-merge/mix") == before
 
 
@@ -116,7 +116,7 @@ def test_an_extended_run_opens_in_the_result(host, jobs, checkpoints, state_of):
     assert made == "mix+1"
     assert [row.name for row in load_run(host.folders(), made).report.checkpoints] == list("abce")
     assert show_merge_result(host, jobs)[10] == made
-    assert "Done: mix with e.safetensors" in words(show_outcome(jobs, "")[1])
+    assert "Done: mix with e.safetensors" in words(show_outcome(jobs)[1])
 
 
 def test_a_checkpoint_is_restored_and_compared(host, jobs, checkpoints):

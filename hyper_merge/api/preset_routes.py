@@ -21,7 +21,7 @@ class PresetRoutes:
         """Returns all presets with their settings, which are values of the tab's form."""
         with refusals():
             presets = load_presets(self._host.folders().runs)
-            rows = [PresetResponse(name=name, settings=row) for name, row in presets.items()]
+            rows = [PresetResponse(name=name, settings=dict(row)) for name, row in presets.items()]
             return PresetsResponse(presets=rows)
 
     def save(self, body: PresetBody) -> PresetResponse:

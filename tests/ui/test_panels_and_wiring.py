@@ -72,7 +72,7 @@ def some_host(request, root, tmp_path):
 def built(some_host):
     """All panels."""
     with gr.Blocks():
-        picker = build_picker(demo=True)
+        picker = build_picker(some_host.folders().models, demo=True)
         preset, form, presets, size = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
         with gr.Tab("Use", elem_id=f"{PREFIX}_use_tab") as opened:

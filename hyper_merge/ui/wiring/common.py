@@ -38,6 +38,7 @@ Trigger = Callable[..., Any]
 """A method such as `button.click` or `event.then`."""
 
 LISTED = "(list) => { hyperMergePicker.list(list); return []; }"
+CLEARED = "() => ''"  # of a message about what was chosen before
 REPLAN = "() => { hyperMerge.replan(); return []; }"
 _KEEP = "(...values) => { hyperMergeForm.keep(%s, values.slice(1)); return values; }"
 _TXT2IMG = "(tags, run, title, _) => [tags, run, title, hyperMerge.txt2img()]"

@@ -16,8 +16,8 @@ from hyper_merge.ui.handlers.compare import (
 )
 from hyper_merge.ui.handlers.merge import stop_job
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import Trigger, Wiring
-from hyper_merge.ui.wiring.events import guarded_stream, in_python
+from hyper_merge.ui.wiring.common import CLEARED, Trigger, Wiring
+from hyper_merge.ui.wiring.events import guarded_stream, in_browser, in_python
 
 
 def wire_compare(page: gr.Blocks, wires: Wiring) -> None:
@@ -42,6 +42,7 @@ def wire_compare(page: gr.Blocks, wires: Wiring) -> None:
     refresh_lists(page.load)
     choose = functools.partial(choose_compared_run, host)
     wires.on(form.run.change, choose, [form.run], lists[1:], message)
+    in_browser(form.run.input, CLEARED, None, [message])
     show = functools.partial(show_comparison, host)
     wires.on(panel.earlier.change, show, [form.run, panel.earlier], [panel.comparison], message)
     start = functools.partial(start_comparison, host, jobs)

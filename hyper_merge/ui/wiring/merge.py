@@ -16,7 +16,7 @@ from hyper_merge.ui.handlers.merge import (
 )
 from hyper_merge.ui.handlers.picker import inspect_some, preset_ranks
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import LISTED, REPLAN, Wiring
+from hyper_merge.ui.wiring.common import CLEARED, LISTED, REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 from hyper_merge.ui.wiring.presets import wire_opened_form
 
@@ -24,7 +24,6 @@ _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message abo
 _PICKED = "(names) => { hyperMergePicker.pick(names); return []; }"
 _ADD_ALL = "() => { hyperMergePicker.addAll(); return []; }"
 _CLEAR = "() => { hyperMergePicker.clear(); return []; }"
-_CLEARED = "() => ''"
 _BEGUN = "(refusal) => { hyperMerge.begun(!refusal); return []; }"
 _REVEAL = "() => { hyperMerge.reveal(); return []; }"
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
@@ -61,7 +60,7 @@ def wire_run(wires: Wiring) -> None:
     in_browser(started.then, _BEGUN, [run.message])
     wires.watch(started.then, run.message)
     in_browser(wires.show_outcome().then, _REVEAL)
-    in_browser(run.merge.click, _CLEARED, None, [wires.size.note])
+    in_browser(run.merge.click, CLEARED, None, [wires.size.note])
     forecast = functools.partial(start_forecast, host, jobs)
     begun = wires.on(wires.size.forecast.click, forecast, in_order(form), [run.message])
     wires.watch(begun.then, run.message)

@@ -21,7 +21,7 @@ from hyper_merge.ui.handlers.use_actions import (
     start_mixture,
     start_restore,
 )
-from hyper_merge.ui.panels.use import SAME_PRECISION
+from hyper_merge.ui.handlers.use import SAME_PRECISION
 
 FIT = {
     "run": "mix",

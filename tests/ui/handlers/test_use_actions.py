@@ -11,7 +11,7 @@ from tiny_family import snapshot, write
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
-from hyper_merge.ui.handlers.use import PanelOutcome, show_outcome
+from hyper_merge.ui.handlers.use import SAME_PRECISION, PanelOutcome, show_outcome
 from hyper_merge.ui.handlers.use_actions import (
     start_deletable_check,
     start_export,
@@ -21,7 +21,6 @@ from hyper_merge.ui.handlers.use_actions import (
     start_mixture,
     start_restore,
 )
-from hyper_merge.ui.handlers.use import SAME_PRECISION
 
 FIT = {
     "run": "mix",

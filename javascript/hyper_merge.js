@@ -62,10 +62,12 @@ window.hyperMerge = (() => {
     }
 
     // Everything else on that page stays as it is: negative prompt, settings, the user's own styles.
-    function send(sent) {
+    // Nothing is sent of a run that is gone.
+    function send(sent, title) {
         if (!sent) {
             return;
         }
+        select(title);
         const {prompt, styles} = JSON.parse(sent);
         const box = find("#txt2img_prompt textarea");
         put(box, prompt);
@@ -154,9 +156,16 @@ window.hyperMerge = (() => {
     }
 
     // The result of a merge that was begun on this page, which may be far from its button.
+    let isExpected = false;
+    function begun(isBegun) {
+        isExpected = isBegun;
+    }
+
     function reveal() {
         const isOpen = find("#hyper_merge_merge").offsetParent; // and not another tab
-        if (isOpen && find("#hyper_merge_status .hm-good") && !find("#hyper_merge_message .hm-message")) {
+        const wasExpected = isExpected;
+        isExpected = false;
+        if (wasExpected && isOpen && find("#hyper_merge_status .hm-good") && !find("#hyper_merge_message .hm-message")) {
             go(0, "result");
         }
     }
@@ -286,5 +295,5 @@ window.hyperMerge = (() => {
     }
     setTimeout(watch); // once all scripts are there
 
-    return {find, press, put, copy, select, txt2img, send, refresh, replan, planned, go, reveal, mix, shares};
+    return {find, press, put, copy, txt2img, send, refresh, replan, planned, go, begun, reveal, mix, shares};
 })();

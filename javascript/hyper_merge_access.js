@@ -38,6 +38,11 @@
         });
     }
 
+    // What is longer than its menu is cut there.
+    function mendLongChoices() {
+        all(".wrap .secondary-wrap input").forEach((box) => set(box, {title: box.scrollWidth > box.clientWidth ? box.value : ""}));
+    }
+
     // The crosses of what is picked in a menu.
     function mendCrosses() {
         all(".token-remove").forEach((cross) => {
@@ -59,7 +64,7 @@
     }
 
     // Once for many changes, and not put off by more of them.
-    const parts = [mendAccordions, mendTabs, mendMenus, mendCrosses, mendScrolled];
+    const parts = [mendAccordions, mendTabs, mendMenus, mendLongChoices, mendCrosses, mendScrolled];
     let isDue = false;
     function mend() {
         if (!isDue) {

@@ -7,6 +7,10 @@ window.hyperMergeNames = (() => {
     // Names without folder, extension and what all begin with, as far as whole words go.
     const stem = (name) => name.split("/").pop().replace(ENDING, "");
     const folder = (name) => name.split("/").slice(0, -1).join("/");
+    const folders = (name) => { // its own and those around it, which may hold nothing but folders
+        const parts = folder(name).split("/");
+        return parts.map((_, i) => parts.slice(0, i + 1).join("/"));
+    };
     function shorten(names) {
         const stems = names.map(stem);
         const [first = "", ...others] = [...stems].sort();
@@ -112,5 +116,5 @@ window.hyperMergeNames = (() => {
         });
     }
 
-    return {stem, folder, shorten, element, listRow, checkpointTable};
+    return {stem, folder, folders, shorten, element, listRow, checkpointTable};
 })();

@@ -4,7 +4,7 @@
 window.hyperMergePicker = (() => {
     const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
     const find = (name) => root().querySelector(`#hyper_merge_${name}`);
-    const {stem, folder, shorten, element, listRow, checkpointTable} = window.hyperMergeNames;
+    const {folders, shorten, element, listRow, checkpointTable} = window.hyperMergeNames;
     const SHOWN = 500; // rows of the list at most; a search finds the others
     let files = new Map(); // name -> what Python knows of the file
     let picked = []; // names in their order
@@ -14,48 +14,12 @@ window.hyperMergePicker = (() => {
     let heard = "", lateOnes = 0, reminder = null; // of what Python says
     let isHeld = false, isStale = false; // a redraw under a pressed button would swallow its click
 
+    const {isSound, measureOf, obstacleOf, matching, dragRow} = window.hyperMergeOrder;
     const short = (name) => shorten([name]).get(name);
     const fact = (name) => files.get(name) || {name, known: true, problem: "no longer in the list; press Refresh"};
-    const isSound = (file) => file.known && !file.problem;
-
-    // What others must go with: the first picked file that can be merged, and the file names that are taken.
-    const measure = () => ({first: picked.map(fact).find(isSound), stems: new Map(picked.map((x) => [stem(x), x]))});
-
-    // Why a file cannot be merged with the picked ones; "" where it can, or where that is not known yet.
-    function obstacle(file, {first, stems} = measure()) {
-        if (!file.known || file.problem) {
-            return file.problem || "";
-        }
-        if (first && first.family !== file.family) {
-            return `${file.family}; the picked ones are ${first.family}`;
-        }
-        if (first && first.kind !== file.kind) {
-            return `other tensors than ${short(first.name)}`;
-        }
-        const twin = stems.get(stem(file.name));
-        return twin && twin !== file.name ? `the same file name as ${twin}` : "";
-    }
-
-    const orders = {
-        name: (a, b) => a.name.localeCompare(b.name, undefined, {numeric: true, sensitivity: "base"}),
-        time: (a, b) => (b.time || 0) - (a.time || 0) || orders.name(a, b),
-        size: (a, b) => (b.size || 0) - (a.size || 0) || orders.name(a, b),
-        family: (a, b) => (a.family || "~").localeCompare(b.family || "~") || orders.name(a, b),
-    };
-
-    // The files that search and folder leave, in the chosen order.
-    function shown() {
-        const words = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-        const place = find("folder").value;
-        const isIn = (name) => place === "*" || folder(name) === place
-            || (place !== "" && folder(name).startsWith(`${place}/`));
-        const holds = (file) => {
-            const text = `${file.name} ${file.family || ""} ${file.dtype || ""}`.toLowerCase();
-            return words.every((word) => text.includes(word));
-        };
-        return [...files.values()].filter((file) => isIn(file.name) && holds(file))
-            .sort(orders[find("order").value] || orders.name);
-    }
+    const measure = () => measureOf(picked.map(fact));
+    const obstacle = (file, others = measure()) => obstacleOf(file, others);
+    const shown = () => matching([...files.values()], find("search").value, find("folder").value, find("order").value);
 
     // From Python: the list, or more of what is known about its files. A WebUI that is filling its list has
     // none for a moment, and gradio 4 may hand over the value before the last answer's: Python is asked again.
@@ -173,7 +137,7 @@ window.hyperMergePicker = (() => {
 
     function drawFolders() {
         const box = find("folder"), value = box.value || "*";
-        const names = [...new Set([...files.keys()].map(folder))].sort();
+        const names = [...new Set([...files.keys()].flatMap(folders))].sort();
         const options = [["*", "All folders"], ...names.map((name) => [name, name || "Top folder only"])];
         if (names.length < 2) {
             options.length = 1;
@@ -217,7 +181,7 @@ window.hyperMergePicker = (() => {
             ...(unknown ? [`${unknown} still to be inspected`] : []),
         ];
         find("available_note").textContent = files.size ? `${notes.join("; ")}.`
-            : "There are no checkpoints in the folder yet. Put some there and press Refresh.";
+            : `There are no checkpoints in ${find("picker").querySelector("[data-folder]").dataset.folder} yet. Put some there and press Refresh.`;
     }
 
     function drawTable() {
@@ -286,40 +250,12 @@ window.hyperMergePicker = (() => {
         active = nameOf(boxes[index]);
     }
 
-    // A row follows pointer or finger from its grip, and is put where it is let go.
-    function drag(event) {
-        const grip = event.target.closest("[data-part=grip]");
-        if (!grip || event.button) {
-            return;
-        }
-        const name = nameOf(grip), row = grip.closest("tr");
-        const rows = () => [...find("checkpoints_table").querySelectorAll("tbody tr")];
-        const follow = (moved) => {
-            moved.preventDefault();
-            row.classList.add("hm-dragged");
-            const over = rows().find((other) => {
-                const box = other.getBoundingClientRect();
-                return other !== row && moved.clientY >= box.top && moved.clientY <= box.bottom;
-            });
-            if (over) {
-                const isBelow = rows().indexOf(over) > rows().indexOf(row);
-                over[isBelow ? "after" : "before"](row);
-            }
-        };
-        const end = () => {
-            document.removeEventListener("pointermove", follow);
-            row.classList.remove("hm-dragged");
-            const place = rows().indexOf(row);
-            setTimeout(() => { if (place >= 0) { move(name, place); } }); // when drawing is allowed again
-        };
-        document.addEventListener("pointermove", follow);
-        document.addEventListener("pointerup", end, {once: true});
-        document.addEventListener("pointercancel", end, {once: true});
-    }
-
     function hold(event) {
         isHeld = true;
-        drag(event);
+        const grip = event.target.closest("[data-part=grip]");
+        if (grip && !event.button) {
+            dragRow(grip.closest("tr"), (place) => move(nameOf(grip), place));
+        }
     }
 
     function release() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from hyper_merge.api.request_models import (
     ExtractBody,
     FitBody,
     PlanBody,
+    PresetBody,
     RestoreBody,
     SafeBody,
 )
@@ -48,6 +50,7 @@ from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 
 _NAMES: Final = {"models": "checkpoints"}
 """The API's names of the recipe's settings, where they differ."""
+_LONGEST_PRESET: Final = 1_000_000
 
 
 def parse_recipe(body: PlanBody | AverageBody, name: str, host: Host) -> Recipe:
@@ -169,6 +172,29 @@ def parse_extraction(body: ExtractBody, host: Host) -> ExtractRequest:
     settings = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     files = {name: find_file(getattr(body, name), name, listed) for name in ("base", "checkpoint")}
     return ExtractRequest.parse({**files, **settings}, str)
+
+
+def parse_preset(body: PresetBody) -> dict[str, Any]:
+    """Returns the settings of a preset.
+
+    Raises:
+        RecipeError: a number is not finite, a text is none, or they are longer than any form's.
+    """
+    for name, value in body.settings.items():
+        if isinstance(value, int | float) and not math.isfinite(
+            _float(value, f"settings.{name:.80}")
+        ):
+            raise RecipeError("expected a finite number", where=f"settings.{name:.80}")
+    text = json.dumps(body.settings, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RecipeError("expected text, got half of a letter", where="settings")
+    length = len(text)
+    if length > _LONGEST_PRESET:
+        raise RecipeError(
+            f"expected at most {_LONGEST_PRESET:,} letters of JSON, got {length:,}",
+            where="settings",
+        )
+    return dict(body.settings)
 
 
 def parse_threshold(body: SafeBody, _host: Host) -> float:

@@ -163,6 +163,10 @@ _COMPARISON: Final = {
 }
 _COMPARED: Final = {"name": "comparison-1", "notes": [], "figures": [_FIGURES], "measure": ""}
 _STYLES: Final = {"styles": ["mix: anime", "mix: portrait"]}
+_PRESET: Final = {
+    "name": "portraits, small",
+    "settings": {"checkpoints": _NAMES, "ranks": "64, 32", "dtype": "float16", "separate": True},
+}
 _CACHE: Final = {"size": 2380000000, "limit": 20000000000, "freed": 0}
 
 _ENDED: Final = {
@@ -188,6 +192,9 @@ EXAMPLES: Final[Mapping[tuple[str, str], Example]] = {
     ("POST", "/demo"): _start("demo checkpoints"),
     ("GET", "/cache"): Example({"held": _CACHE}),
     ("DELETE", "/cache"): Example({"cleared": {**_CACHE, "size": 0, "freed": 2380000000}}),
+    ("GET", "/presets"): Example({"one": {"presets": [_PRESET]}}),
+    ("POST", "/presets"): Example({"saved": _PRESET}, _PRESET),
+    ("DELETE", "/presets"): Example({"last": {"presets": []}}),
     ("POST", "/plan"): Example({"plan": _PLAN}, _MERGE),
     ("POST", "/look"): _start("the forecast", _MERGE),
     ("POST", "/merge"): _start("mix", {**_MERGE, "save_styles": True}),

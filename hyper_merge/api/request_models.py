@@ -35,6 +35,17 @@ class InspectBody(_Request):
     )
 
 
+class PresetBody(_Request):
+    """Settings of the tab's form, to be kept under a name."""
+
+    name: StrictStr = Field(..., description="one line of text, at most 60 letters")
+    settings: dict[str, StrictBool | Number | StrictStr | list[StrictStr] | None] = Field(
+        ...,
+        description="values of the form as the tab shows them, by the names of its fields: those of"
+        " the recipe, and `checkpoints`; what is left out has its default",
+    )
+
+
 class PlanBody(_Request):
     """The checkpoints of a merge, and the recipe's settings."""
 

@@ -179,6 +179,19 @@ class StylesResponse(BaseModel):
     styles: list[str] = Field(..., description="their names")
 
 
+class PresetResponse(BaseModel):
+    """Settings of the tab's form under a name."""
+
+    name: str
+    settings: dict[str, Any] = Field(..., description="values as the tab shows them")
+
+
+class PresetsResponse(BaseModel):
+    """All presets, in the order in which they were first saved."""
+
+    presets: list[PresetResponse]
+
+
 class CacheResponse(BaseModel):
     """The cache of analyses."""
 

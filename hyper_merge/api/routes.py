@@ -27,6 +27,7 @@ from hyper_merge.api.deserialize import (
 )
 from hyper_merge.api.examples import EXAMPLES
 from hyper_merge.api.host_routes import HostRoutes
+from hyper_merge.api.preset_routes import PresetRoutes
 from hyper_merge.api.request_models import FitBody, MergeBody, PlanBody
 from hyper_merge.api.response_models import (
     JobResponse,
@@ -63,7 +64,7 @@ _PROBLEM_FIELDS: Final = ("loc", "msg", "type")  # of a field that is wrong
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
     400: {"model": RefusalResponse, "description": "Refused; says why, and what to do"},
     401: {"model": RefusalResponse, "description": "Name or password is missing or wrong"},
-    404: {"model": RefusalResponse, "description": "There is no such run or job"},
+    404: {"model": RefusalResponse, "description": "There is no such run, job or preset"},
     409: {"model": RefusalResponse, "description": "Another job runs"},
 }
 
@@ -106,7 +107,7 @@ def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> AP
 def _routes(host: Host, jobs: Jobs) -> Iterator[_RouteRow]:
     """Yields method, path, function, codes of refusals, and code of success, of every route."""
     around, merges = HostRoutes(host, jobs), _MergeRoutes(host, jobs)
-    runs, use = RunRoutes(host, jobs), UseRoutes(host)
+    runs, use, presets = RunRoutes(host, jobs), UseRoutes(host), PresetRoutes(host)
     comparison = "/runs/{name}/comparisons/{comparison}"
     yield from (
         ("GET", "/checkpoints", around.checkpoints, (), 200),
@@ -115,6 +116,9 @@ def _routes(host: Host, jobs: Jobs) -> Iterator[_RouteRow]:
         ("POST", "/demo", around.demo, (409,), 202),
         ("GET", "/cache", around.cache, (), 200),
         ("DELETE", "/cache", around.clear_cache, (400, 409), 200),
+        ("GET", "/presets", presets.presets, (400,), 200),
+        ("POST", "/presets", presets.save, (400,), 200),
+        ("DELETE", "/presets", presets.delete, (400, 404), 200),
         ("POST", "/plan", merges.plan, (400,), 200),
         ("POST", "/look", merges.look, (400, 409), 202),
         ("POST", "/merge", merges.merge, (400, 409), 202),

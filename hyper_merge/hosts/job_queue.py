@@ -125,8 +125,8 @@ class Job:
             if self._began is None:
                 self._end("stopped", STOPPED)
 
-    def wait(self, seconds: float) -> None:
-        """Returns when the job has ended, or after that many seconds.
+    def wait(self, seconds: float | None) -> None:
+        """Returns when the job has ended, or after that many seconds if they are given.
 
         It does not return at every step: a solve takes hundreds in a second, and a page that draws
         each of them falls minutes behind and no longer answers a click.

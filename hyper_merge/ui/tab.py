@@ -51,7 +51,7 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
     """Builds all panels, each in its place on the page."""
     with gr.Tabs(elem_id=elem_id("tabs")):
         with gr.Tab("Merge", elem_id=elem_id("merge_tab")):
-            picker = build_picker(demo=offers_demo(host))
+            picker = build_picker(host.folders().models, demo=offers_demo(host))
             with gr.Row(elem_id=elem_id("columns")):
                 with gr.Column(scale=5, min_width=320):
                     preset, form, presets, size = build_form(

@@ -24,6 +24,7 @@ NOTIFICATIONS = """(permission) => {
     };
     document.hasFocus = () => false;
 }"""
+TOOLS = ("search", "order", "folder")
 FIRST_RANKS = "128, 64, 32, 16"
 
 
@@ -63,6 +64,10 @@ def test_checkpoints_are_searched_picked_and_put_in_order(form, server):
     tab.find("order").select_option("size")
     assert listed(tab)[-1] == "broken.safetensors"
     tab.find("order").select_option("name")
+    tab.click("refresh")  # a test of another file may have deleted some
+    tab.settle()
+    assert len({round(tab.find(name).bounding_box()["y"]) for name in TOOLS}) == 1
+    assert len({round(tab.find(name).bounding_box()["height"]) for name in TOOLS}) == 1
     tab.find("folder").select_option("sub")
     tab.click("add_folder")
     tab.until(lambda: tab.picked() == ["sub/portrait.safetensors"])
@@ -78,6 +83,22 @@ def test_checkpoints_are_searched_picked_and_put_in_order(form, server):
         tab.page.set_viewport_size({"width": 390, "height": 844})
         shot(tab.page, f"{server.host}-picker-phone")
         tab.page.set_viewport_size({"width": 1500, "height": 1000})
+
+
+def test_folders_of_folders_can_be_chosen(form):
+    tab = form
+    names = ("a/b/one.safetensors", "a/c/two.ckpt", "three.pt")
+    rows = [{"name": name, "known": True, "problem": "", "family": "x"} for name in names]
+    tab.page.evaluate("(rows) => hyperMergePicker.list(JSON.stringify(rows))", rows)
+    options = tab.find("folder").locator("option").all_inner_texts()
+    assert options == ["All folders", "Top folder only", "a", "a/b", "a/c"]
+    tab.find("folder").select_option("a")
+    assert listed(tab) == list(names[:2])
+    tab.find("folder").select_option("*")
+    tab.page.evaluate("hyperMergePicker.list('[]')")
+    assert re.search(r"no checkpoints in .*Stable-diffusion yet", tab.text("available_note"))
+    tab.click("refresh")
+    tab.until(lambda: THREE[0] in listed(tab))
 
 
 def put_in_order(tab):
@@ -431,6 +452,70 @@ def go_on_from_the_card(tab):
     tab.to("Merge")
     tab.click("result_compare")
     tab.until(lambda: tab.find("compare_run").is_visible() and tab.value("compare_run") == "old")
+
+
+def test_what_is_refused_leaves_the_run_that_is_shown(earlier_runs, form, server):
+    tab = form
+    tab.pick(*THREE)
+    tab.type("ranks", "6")
+    tab.type("name", "brief")
+    tab.until(lambda: "brief.safetensors" in tab.text("plan"))
+    tab.merge()
+    open_run(tab, "old")
+    tab.type("ranks", "4, many")
+    tab.click("merge")
+    tab.until(lambda: 'got "many"' in tab.text("message"))
+    tab.page.wait_for_timeout(1500)  # what would come late
+    assert tab.text("sentence").startswith("old\n")
+    tab.to("Use")
+    tab.click("fit")
+    tab.until(lambda: "pick a checkpoint" in tab.text("fit_outcome"))
+    tab.page.wait_for_timeout(1500)
+    tab.to("Merge")
+    assert tab.text("sentence").startswith("old\n")
+    tab.type("name", "again")
+    tab.type("ranks", "7")
+    tab.until(lambda: "again" in tab.text("plan"))
+    tab.merge()
+    forget(server, "again", "brief")
+
+
+def open_run(tab, name):
+    tab.to("Runs")
+    tab.pick_run(name)
+    tab.click("run_open")
+    tab.until(
+        lambda: tab.find("sentence").is_visible() and tab.text("sentence").startswith(f"{name}\n")
+    )
+
+
+def test_a_run_that_is_gone_is_missed(form, server):
+    tab = form
+    for name in ("gone", "deleted"):
+        files = [server.models / "Stable-diffusion" / file for file in THREE]
+        merge(files, server.models, name=name, ranks=(2,), weights=(3, 1, 1))
+    tab.to("Runs")
+    tab.click("runs_refresh")
+    open_run(tab, "gone")
+    forget(server, "gone")
+    tab.click("result_mix")
+    tab.until(lambda: "there is no run gone" in tab.text("use_message"))
+    tab.to("Merge")
+    tab.click("result_compare")
+    tab.until(lambda: "there is no run gone" in tab.text("compare_message"))
+    tab.to("Merge")
+    if server.host != "standalone":
+        tab.click("send")
+        tab.until(lambda: "there is no run gone" in tab.text("result_note"))
+    open_run(tab, "deleted")
+    tab.to("Runs")
+    tab.click("run_delete")
+    tab.until(lambda: tab.find("run_confirm").is_visible())
+    tab.click("run_confirm")
+    tab.until(lambda: "Deleted" in tab.text("run_outcome"))
+    tab.to("Merge")
+    tab.until(lambda: "What you get" in tab.text("result_empty"))
+    assert not tab.find("sentence").is_visible()
 
 
 def test_a_vanished_file_is_reported_and_not_merged(form, server):

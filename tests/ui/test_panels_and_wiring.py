@@ -72,7 +72,7 @@ def some_host(request, root, tmp_path):
 def built(some_host):
     """All panels."""
     with gr.Blocks():
-        picker = build_picker(demo=True)
+        picker = build_picker(some_host.folders().models, demo=True)
         preset, form, presets, size = build_form(some_host, picker.checkpoints, list_devices())
         result = build_result(some_host)
         with gr.Tab("Use", elem_id=f"{PREFIX}_use_tab") as opened:
@@ -247,9 +247,8 @@ def test_copied_settings_reach_the_widgets_of_their_names(root, run):
 
 def test_no_event_has_a_spinner_or_public_name(some_host):
     for event in settings(build_tab(some_host, Busy())):
-        if event["backend_fn"]:
-            assert event["api_name"] is False
-            assert event["show_progress"] == "hidden"
+        assert event["api_name"] is False
+        assert event["show_progress"] == "hidden"
 
 
 def test_only_what_follows_a_job_waits_in_gradios_queue(root):

@@ -35,6 +35,7 @@ from hyper_merge.runs.run import Run, list_runs, load_run
 from hyper_merge.runs.weighted_loras import checkpoint_names, find_row
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.handlers.merge import watch_job
+from hyper_merge.ui.handlers.use import format_vanished_run
 from hyper_merge.ui.html.common import format_message, format_refusal
 from hyper_merge.ui.html.compare import format_compare_introduction, format_comparison
 
@@ -97,8 +98,11 @@ def list_comparisons(
 
 
 def compare_run(host: Host, name: str) -> tuple[Any, ...]:
-    """Picks a run with all its checkpoints, as `list_comparisons` does on a new page."""
-    return list_comparisons(host, name, None, None)
+    """Picks a run with all its checkpoints, as `list_comparisons` does on a new page.
+
+    The last value is a message that says where that run is gone.
+    """
+    return (*list_comparisons(host, name, None, None), format_vanished_run(host, name))
 
 
 def choose_compared_run(host: Host, name: str | None) -> tuple[Any, Any, str]:
@@ -163,7 +167,7 @@ def start_comparison(host: Host, jobs: Jobs, *values: Any) -> str:
 
 
 def watch_comparison(
-    jobs: Jobs, host: Host, name: str | None, *, begun: bool
+    jobs: Jobs, host: Host, name: str | None, refusal: str = "", *, begun: bool
 ) -> Iterator[tuple[str, Any, Any, Any]]:
     """Follows a job that draws, as `watch_job`; other jobs are followed where they were started.
 
@@ -171,13 +175,18 @@ def watch_comparison(
         jobs: the jobs of the process.
         host: the program around the tab.
         name: the chosen run.
+        refusal: why no job was started; it goes once the job that was in the way has ended.
         begun: whether the job was started just now; otherwise the end of a job is not reported again.
 
     Yields:
         Status, Stop button, message, and an update of the comparisons once there is a new one.
     """
     if jobs.last is None or jobs.last.status.place != _PLACE:
-        yield "", gr.update(interactive=False), gr.update(), gr.update()
+        nothing = "", gr.update(interactive=False), gr.update(), gr.update()
+        yield nothing
+        if refusal and jobs.last is not None and jobs.last.status.outcome == "running":
+            jobs.last.wait(None)
+            yield (*nothing[:2], "", nothing[3])
         return
     job = jobs.last
     is_news = begun or job.status.outcome == "running"

@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from hyper_merge.errors import HyperMergeError
+from hyper_merge.errors import HyperMergeError, UnknownRunError
 from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.cache import clear_cache, format_cache
@@ -126,6 +126,11 @@ def delete_confirmed_run(host: Host, jobs: Jobs, name: str | None) -> tuple[str,
         run = load_run(host.folders(), name or "")
         styles = _styles(host, run)
         gone = delete_run(run, host.folders())
+    except UnknownRunError as error:  # after a second click, or by another page
+        text = (
+            format_message("good", f"The run {name} is deleted.") if name else _format_error(error)
+        )
+        return _answered(text)
     except HyperMergeError as error:
         return _answered(_format_error(error))
     host.refresh()

@@ -24,7 +24,7 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import Form, recipe_from_form
 from hyper_merge.ui.handlers.merge_request import prepare_merge
-from hyper_merge.ui.handlers.result import NOTHING, show_run
+from hyper_merge.ui.handlers.result import NOTHING, is_deleted, show_run
 from hyper_merge.ui.html.common import format_job_status, format_message, format_refusal
 
 _TICK: Final = 0.5  # seconds between looks at a job that runs
@@ -86,18 +86,21 @@ def stop_job(jobs: Jobs) -> str:
 
 
 def show_merge_result(host: Host, jobs: Jobs) -> tuple[Any, ...]:
-    """Shows the run that a job has made, once it has ended; changes nothing if it made none."""
+    """Shows the run that a job has made, once it has ended; changes nothing if it made none.
+
+    A run that has been deleted since is none: a page that opens later has no error.
+    """
     status = _last_status(jobs)
     name = status.result if status is not None and status.outcome == "done" else ""
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or is_deleted(host, name):
         return (gr.update(),) * len(NOTHING)
     return show_run(host, name, is_new=True)
 
 
-def pick_demo_checkpoints(host: Host, jobs: Jobs) -> tuple[Any, Any]:
-    """Picks the demo's checkpoints, and ranks that suit them."""
+def pick_demo_checkpoints(host: Host, jobs: Jobs, refusal: str) -> tuple[Any, Any]:
+    """Picks the demo's checkpoints, and ranks that suit them, unless their making was refused."""
     status = _last_status(jobs)
-    if status is None or status.outcome != "done":
+    if refusal or status is None or status.outcome != "done":
         return gr.update(), gr.update()
     return json.dumps(list(host.checkpoints())), ", ".join(map(str, DEMO_RANKS))
 

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import gradio as gr
 
-from hyper_merge.errors import HyperMergeError
+from hyper_merge.errors import HyperMergeError, UnknownRunError
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
 from hyper_merge.runs.report import Report
 from hyper_merge.runs.run import load_run
-from hyper_merge.ui.html.common import format_message
+from hyper_merge.ui.html.common import format_merge_introduction, format_message
 from hyper_merge.ui.html.result import format_plot, format_run_card, format_run_table
 from hyper_merge.ui.plots.canvas import draw_png
 from hyper_merge.ui.plots.description import (
@@ -59,6 +59,22 @@ def show_run(host: Host, name: str | None, *, is_new: bool = False) -> tuple[Any
         host.checkpoint_title(run.hyper_model) or "",
         json.dumps(prompts),
     )
+
+
+def hide_deleted_run(host: Host, name: str) -> tuple[Any, ...]:
+    """Takes a run that is gone off the panel; changes nothing as long as it is there."""
+    if name and is_deleted(host, name):
+        return (format_merge_introduction(), gr.update(visible=False), *NOTHING[2:])
+    return (gr.update(),) * len(NOTHING)
+
+
+def is_deleted(host: Host, name: str) -> bool:
+    """Tells whether there is no run of a name any more; a damaged one is there."""
+    try:
+        load_run(host.folders(), name)
+    except HyperMergeError as error:
+        return isinstance(error, UnknownRunError)
+    return False
 
 
 def _plots(report: Report) -> Iterator[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 
+from hyper_merge.errors import HyperMergeError
 from hyper_merge.hosts.host import Host
 from hyper_merge.loras.prompt_tags import tag_names, without_loras
 from hyper_merge.runs.own_loras import merged_loras_in
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.checked_json import parse_json
 from hyper_merge.ui.html.common import format_count, format_message
 
@@ -33,6 +35,10 @@ def send_tags(host: Host, tags: str, run: str, title: str, txt2img: str) -> tupl
     """
     if not txt2img:
         return "", format_message("bad", "This page has no prompt of txt2img; copy the tags.")
+    try:
+        load_run(host.folders(), run)
+    except HyperMergeError as error:  # another page may have deleted it
+        return "", format_message("bad", str(error))
     before = parse_json(txt2img)
     prompt, picked = str(before["prompt"]), [str(name) for name in before["styles"]]
     known, folder = host.styles(), host.folders().loras

@@ -79,7 +79,7 @@ def list_usable_runs(host: Host, name: str | None, known: str, *picks: Any) -> t
 
 
 def use_run(host: Host, name: str, shown: str | None, *picks: Any) -> tuple[Any, ...]:
-    """Picks a run, and clears the results of another one.
+    """Picks a run, and clears the results of another one; says last where that run is gone.
 
     Args:
         host: the program around the tab.
@@ -90,7 +90,16 @@ def use_run(host: Host, name: str, shown: str | None, *picks: Any) -> tuple[Any,
     results: tuple[Any, ...] = (gr.update(),) * (len(_PANELS) + 1)
     if name != shown:
         results = (*("",) * len(_PANELS), gr.update(visible=False))
-    return (*list_usable_runs(host, name, "", *picks), *results)
+    return (*list_usable_runs(host, name, "", *picks), *results, format_vanished_run(host, name))
+
+
+def format_vanished_run(host: Host, name: str) -> str:
+    """Returns why a run that a page still shows cannot be used any more; "" where it can."""
+    try:
+        load_run(host.folders(), name)
+    except HyperMergeError as error:
+        return format_message("bad", str(error))
+    return ""
 
 
 def choose_used_run(
@@ -105,14 +114,24 @@ def choose_used_run(
     return (*offers, *results, gr.update(visible=False))
 
 
-def watch_job_in_both_tabs(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[Any, ...]]:
+def watch_job_in_both_tabs(
+    jobs: Jobs, panel: Panel | None, refusal: str = ""
+) -> Iterator[tuple[Any, ...]]:
     """Follows the running job in both tabs; only the tab that started it shows how it ended.
 
+    Args:
+        jobs: those of the process.
+        panel: the panel whose button was pressed; None for none of the tab "Use".
+        refusal: why no job was started; then only one that runs already is followed.
+
     Yields:
-        Status, Stop button and message of the tab "Merge", then of the tab "Use"; then the text of
-        the panel whose button was pressed, if there is one.
+        Status, Stop button and message of the tab "Merge", then of the tab "Use"; the task that has
+        ended; then the text of the panel, if there is one.
     """
-    panel_updates: tuple[Any, ...]
+    panel_updates: tuple[Any, ...] = () if panel is None else (gr.update(),)
+    if refusal and (jobs.last is None or jobs.last.status.outcome != "running"):
+        yield (*(gr.update(),) * 7, *panel_updates)
+        return
     is_followed = False  # in the panel
     for updates in watch_job(jobs):
         status = jobs.last.status if jobs.last else None
@@ -121,36 +140,34 @@ def watch_job_in_both_tabs(jobs: Jobs, panel: Panel | None) -> Iterator[tuple[An
         if status is not None and status.outcome == "running":
             if is_here:
                 panel_updates, is_followed = (format_job_status(status),), True
-            yield (*updates, *updates, *panel_updates)
+            yield (*updates, *updates, gr.update(), *panel_updates)
         else:
             # A page may follow a job twice, after a refusal; then only one stream shows its end.
             if status is not None and is_here and is_followed:
                 panel_updates = (_outcome(status).html,)
+            elif refusal and panel is not None:
+                panel_updates = ("",)  # that another job was running
             place = MERGE if status is None else status.place
             silent = ("", *updates[1:])
             merge_updates = updates if place == MERGE else silent
             use_updates = updates if place in _PANELS else silent
-            yield (*merge_updates, *use_updates, *panel_updates)
+            task = "" if status is None else status.task
+            yield (*merge_updates, *use_updates, task, *panel_updates)
 
 
-def show_outcome(jobs: Jobs, seen: str) -> tuple[Any, ...]:
-    """Shows the result of a job that has ended in the panel that started it.
-
-    Args:
-        jobs: the jobs of the process.
-        seen: the task that was shown last; its panel may now show why another job was refused.
-    """
+def show_outcome(jobs: Jobs) -> tuple[Any, ...]:
+    """Shows the result of a job that has ended in the panel that started it."""
     status = jobs.last.status if jobs.last else None
-    if status is None or status.place not in _PANELS or status.task == seen:
-        return (gr.update(),) * (len(_PANELS) + 6)
+    if status is None or status.place not in _PANELS:
+        return (gr.update(),) * (len(_PANELS) + 5)
     outcome = _outcome(status)
     texts = [outcome.html if panel == status.place else gr.update() for panel in _PANELS]
     wrote = status.task if outcome.wrote else gr.update()
     if status.place != "fit":
-        return (*texts, *(gr.update(),) * 4, wrote, status.task)
+        return (*texts, *(gr.update(),) * 4, wrote)
     group = gr.update(visible=bool(outcome.tags))
     fitted = json.dumps(outcome.fitted or ["", ""])
-    return (*texts, group, outcome.tags, fitted, outcome.title, wrote, status.task)
+    return (*texts, group, outcome.tags, fitted, outcome.title, wrote)
 
 
 def hide_fit_tags() -> Any:

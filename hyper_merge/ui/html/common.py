@@ -20,6 +20,7 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.report_text import format_groups
 from hyper_merge.runtime.formatting import format_duration, format_size
+from hyper_merge.ui.html.names import format_text
 
 MessageKind = Literal["info", "good", "bad"]
 
@@ -33,7 +34,9 @@ _ENDINGS: Final[Mapping[str, tuple[MessageKind, str]]] = {
 
 def format_message(kind: MessageKind, text: str) -> str:
     """Returns a box with one message; nothing for an empty text."""
-    return f'<div class="hm-message hm-{kind}" role="status">{_text(text)}</div>' if text else ""
+    return (
+        f'<div class="hm-message hm-{kind}" role="status">{format_text(text)}</div>' if text else ""
+    )
 
 
 def format_unexpected_error(error: BaseException) -> str:
@@ -49,7 +52,7 @@ def format_refusal(error: HyperMergeError) -> str:
 
 def format_hint(text: str) -> str:
     """Returns a remark in small grey letters."""
-    return f"<p class=hm-hint>{_text(text)}</p>"
+    return f"<p class=hm-hint>{format_text(text)}</p>"
 
 
 def format_percent(share: float) -> str:

@@ -9,7 +9,8 @@ from itertools import takewhile
 from typing import Final
 
 _ENDING: Final = re.compile(r"\.(safetensors|ckpt|pt|pth)$", re.IGNORECASE)
-_MARKS: Final = re.compile(r"(?<=[\s._-])")
+_MARKS: Final = re.compile(r"(?<=[\s._/\\-])(?!$)")
+_LONG: Final = re.compile(r"(\S{25,})")
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -34,6 +35,16 @@ def format_names(names: Sequence[str]) -> list[str]:
         f'<span class=hm-name title="{html.escape(whole)}">{_with_breaks(short)}</span>'
         for whole, short in zip(names, short_names(names), strict=True)
     ]
+
+
+def format_text(text: str) -> str:
+    """Returns a text in HTML whose long names and paths are broken behind their own marks only.
+
+    >>> format_text("a_b and a_checkpoint_with_a_long_name")
+    'a_b and a_<wbr>checkpoint_<wbr>with_<wbr>a_<wbr>long_<wbr>name'
+    """
+    parts = _LONG.split(text)  # every second one is a long word
+    return "".join(_with_breaks(x) if i % 2 else html.escape(x) for i, x in enumerate(parts))
 
 
 def _with_breaks(name: str) -> str:

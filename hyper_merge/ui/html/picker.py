@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+from pathlib import Path
 from typing import Final
 
 from hyper_merge.ui.element_ids import elem_id
@@ -14,11 +16,15 @@ _ORDERS: Final = {
 }
 
 
-def format_picker() -> str:
-    """Returns search, order and folder over the list to pick from, beside the table of the picked ones."""
+def format_picker(folder: Path) -> str:
+    """Returns search, order and folder over the list to pick from, beside the table of the picked ones.
+
+    Args:
+        folder: where checkpoints are to be put, for those who have none yet.
+    """
     orders = "".join(f"<option value={key}>{word}</option>" for key, word in _ORDERS.items())
     return (
-        "<div class=hm-picker><div class=hm-available><div class=hm-tools>"
+        f'<div class=hm-picker data-folder="{html.escape(str(folder))}"><div class=hm-available><div class=hm-tools>'
         f'<input type=search id={elem_id("search")} placeholder="Search, any words"'
         ' aria-label="Search checkpoints by any words" autocomplete=off spellcheck=false>'
         f'<select id={elem_id("order")} aria-label="Order of the checkpoints">{orders}</select>'

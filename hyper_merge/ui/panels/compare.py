@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 
 from hyper_merge.hosts.host import GeneratorInfo, Host
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.panels.widgets import html, widget
+from hyper_merge.ui.panels.widgets import html, menu, widget
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,24 @@ def build_compare(host: Host, opened: gr.Tab) -> ComparePanel:
 
 
 def _build_form(generator: GeneratorInfo) -> CompareWidgets:
-    run = widget(
-        gr.Dropdown,
-        "compare_run",
-        choices=[],
-        label="Run",
-        info="The merge whose checkpoints are drawn.",
-    )
-    checkpoints = widget(
-        gr.Dropdown,
+    run = menu("compare_run", "Run", "The merge whose checkpoints are drawn.")
+    checkpoints = menu(
         "compare_checkpoints",
-        choices=[],
-        value=[],
-        multiselect=True,
-        label="Checkpoints",
-        info="Each one is drawn twice: with the hyper-model and its LoRAs, and with the original.",
+        "Checkpoints",
+        "Each one is drawn twice: with the hyper-model and its LoRAs, and with the original.",
+        several=True,
     )
-    prompts = widget(
-        gr.Textbox, "compare_prompts", label="Prompts", info="One per line.", lines=3, value=""
+    prompts = _text("compare_prompts", "Prompts", "One per line.", lines=3)
+    negative = _text(
+        "compare_negative", "Negative prompt", "What the pictures should not show.", lines=1
     )
-    negative = widget(
-        gr.Textbox,
-        "compare_negative",
-        label="Negative prompt",
-        info="What the pictures should not show.",
-        lines=1,
-        value="",
+    return CompareWidgets(
+        run, checkpoints, prompts, negative, *_build_pictures(generator), *_build_additions()
     )
+
+
+def _build_pictures(generator: GeneratorInfo) -> list[Any]:
+    """Builds the settings of every picture."""
     with gr.Row():
         sampler = widget(
             gr.Dropdown,
@@ -135,25 +127,32 @@ def _build_form(generator: GeneratorInfo) -> CompareWidgets:
             max_lines=1,
             min_width=100,
         )
+    return [sampler, steps, cfg_scale, width, height, seeds]
+
+
+def _build_additions() -> list[gr.Checkbox]:
+    """Builds the choice of what is drawn in addition."""
     with gr.Row():
-        average = widget(
-            gr.Checkbox,
-            "compare_average",
-            value=False,
-            label="Also draw the hyper-model alone",
-            info="Shows what the LoRAs add to it.",
-        )
-        difference = widget(
-            gr.Checkbox,
-            "compare_difference",
-            value=False,
-            label="Also show the differences",
-            info="Bright where a picture is unlike the original's.",
-        )
-    return CompareWidgets(
-        run, checkpoints, prompts, negative, sampler, steps, cfg_scale, width, height, seeds,
-        average, difference,
-    )  # fmt: skip
+        return [
+            widget(
+                gr.Checkbox,
+                "compare_average",
+                value=False,
+                label="Also draw the hyper-model alone",
+                info="Shows what the LoRAs add to it.",
+            ),
+            widget(
+                gr.Checkbox,
+                "compare_difference",
+                value=False,
+                label="Also show the differences",
+                info="Bright where two pictures differ.",
+            ),
+        ]
+
+
+def _text(name: str, label: str, info: str, *, lines: int) -> gr.Textbox:
+    return widget(gr.Textbox, name, label=label, info=info, lines=lines, value="")
 
 
 def _number(name: str, label: str, info: str, value: float, *, whole: bool = True) -> gr.Number:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 
@@ -40,14 +41,19 @@ class PickerPanel:
     groups: GroupWidgets
 
 
-def build_picker(*, demo: bool) -> PickerPanel:
-    """Builds the list to pick from and the table of the picked checkpoints."""
+def build_picker(folder: Path, *, demo: bool) -> PickerPanel:
+    """Builds the list to pick from and the table of the picked checkpoints.
+
+    Args:
+        folder: of the checkpoints.
+        demo: whether to offer to make some.
+    """
     gr.HTML("<h3>1. Checkpoints</h3>")
     checkpoints = widget(
         gr.Textbox, "checkpoints", value="[]", label=form_field("checkpoints").label
     )
     catalogue = hidden_text("catalogue")
-    frame = html("picker", format_picker())
+    frame = html("picker", format_picker(folder))
     inspect = button("inspect", "Inspect more files")
     with gr.Row(elem_id=elem_id("picker_row")):
         add = button("add_folder", "Add all")

@@ -9,7 +9,7 @@ import gradio as gr
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.html.common import format_merge_introduction
-from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, tags_box, widget
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,7 @@ def _build_card(host: Host) -> tuple[gr.HTML, gr.Dropdown, gr.Textbox, list[gr.B
         label="Prompt for",
         info="Load the hyper-model and add these tags to the prompt to reproduce the checkpoint.",
     )
-    prompt = widget(
-        gr.Textbox,
-        "prompt",
-        label="Prompt tags",
-        show_label=False,
-        container=False,
-        lines=2,
-        interactive=True,
-    )
+    prompt = tags_box("prompt")
     with gr.Row(elem_id=elem_id("prompt_row")):
         buttons = [
             button("copy", "Copy prompt"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import gradio as gr
 
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.panels.widgets import button, html, widget
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class RunPanel:
     stop: gr.Button
     message: gr.HTML
     status: gr.HTML
+    ended: gr.Textbox  # hidden: the task whose end this page has seen last
 
 
 def build_run() -> RunPanel:
@@ -32,4 +33,4 @@ def build_run() -> RunPanel:
         stop = widget(gr.Button, "stop", value="Stop", interactive=False, scale=1, min_width=90)
     message, status = html("message"), html("status")
     button("notify", "Notify me when it is done")  # shown where it can be allowed, by the scripts
-    return RunPanel(plan, replan, merge, stop, message, status)
+    return RunPanel(plan, replan, merge, stop, message, status, hidden_text("ended"))

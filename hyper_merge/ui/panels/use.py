@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
 
 import gradio as gr
 
 from hyper_merge.hosts.host import Host
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.handlers.use import SAME_PRECISION
-from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
-
-ACCEPT_DAMAGED: Final = "Accept files that look damaged, with a warning"
+from hyper_merge.ui.panels.use_more import (
+    ACCEPT_DAMAGED,
+    MorePanel,
+    build_export,
+    build_extract,
+    build_restore,
+    build_safe,
+)
+from hyper_merge.ui.panels.widgets import (
+    button,
+    checkbox,
+    explain,
+    hidden_text,
+    html,
+    line,
+    menu,
+    tags_box,
+    widget,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,6 @@ class Outcomes:
     fitted: gr.Textbox  # hidden: run and name of the fit whose tags are shown, as JSON
     title: gr.Textbox  # hidden: title by which the host selects its hyper-model
     wrote: gr.Textbox  # hidden: the task that wrote files last
-    seen: gr.Textbox  # hidden: the task that is shown
 
 
 @dataclass(frozen=True)
@@ -83,24 +96,6 @@ class FitPanel:
 
 
 @dataclass(frozen=True)
-class MorePanel:
-    """The widgets of the panels that have few of them."""
-
-    restore_dtype: gr.Radio
-    restore_name: gr.Textbox
-    restore: gr.Button
-    export_rank: gr.Textbox
-    export_replace: gr.Checkbox
-    export: gr.Button
-    threshold: gr.Textbox
-    safe: gr.Button
-    extract_rank: gr.Textbox
-    extract_name: gr.Textbox
-    extract_damaged: gr.Checkbox
-    extract: gr.Button
-
-
-@dataclass(frozen=True)
 class UsePanel:
     """All widgets of the tab "Use", whose lists are read again when it is opened."""
 
@@ -134,17 +129,17 @@ def build_use(host: Host, opened: gr.Tab) -> UsePanel:
     about, message, status = html("use_about"), html("use_message"), html("use_status")
     known, title, *states = (
         hidden_text(name)
-        for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote", "use_seen")
+        for name in ("use_known", "use_title", "fit_shown", "fit_title", "use_wrote")
     )
     with gr.Row(elem_id=elem_id("use_columns")):
         with gr.Column(scale=5, min_width=380):
             sliders, mix, mix_outcome = _build_mix(host)
         with gr.Column(scale=6, min_width=420):
             fitted, fit, fit_outcome, (group, tags) = _build_fit(host)
-            restored, restore, restore_outcome = _build_restore()
-            exported, export, export_outcome = _build_export()
-            safe, safe_outcome = _build_safe()
-            pair, extract, extract_outcome = _build_extract()
+            restored, restore, restore_outcome = build_restore()
+            exported, export, export_outcome = build_export()
+            safe, safe_outcome = build_safe()
+            pair, extract, extract_outcome = build_extract()
     outcomes = (
         mix_outcome,
         fit_outcome,
@@ -169,17 +164,17 @@ def build_use(host: Host, opened: gr.Tab) -> UsePanel:
 
 def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
     gr.HTML("<h3>Mix</h3>")
-    _explain("How much of each checkpoint pictures should have; the prompt tags follow at once.")
+    explain("How much of each checkpoint pictures should have; the prompt tags follow at once.")
     sliders = html("mix")
     with gr.Row(elem_id=elem_id("mix_row")):
         equal = button("mix_equal", "Equal shares")
         reset = button("mix_reset", "Reset")
-    tags = _tags("mix_prompt")
+    tags = tags_box("mix_prompt")
     with gr.Row(elem_id=elem_id("mix_prompt_row")):
         copy = button("mix_copy", "Copy")
         send = button("mix_send", "Send to txt2img", visible=host.has_txt2img)
     note = html("mix_note")
-    name = _line("mix_name", "Name", "Name of the file. Leave empty for the suggested name.")
+    name = line("mix_name", "Name", "Name of the file. Leave empty for the suggested name.")
     write = button("mix_write", "Save as checkpoint")
     hidden = [hidden_text(text) for text in ("mix_shares", "mix_sent")]
     outcome = html("mix_outcome")
@@ -188,34 +183,34 @@ def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
 
 def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Column, gr.Textbox]]:
     with gr.Accordion("Fit another checkpoint", open=True, elem_id=elem_id("fit_panel")):
-        _explain(
+        explain(
             "Finds the prompt tags by which the LoRAs of this run come closest to a checkpoint that"
             " was not merged."
         )
-        picked = _pick(
+        picked = menu(
             "fit_checkpoint", "Checkpoint", "Of the same family, but not part of the run."
         )
         with gr.Row():
-            topup = _line(
+            topup = line(
                 "fit_topup",
                 "Private LoRA",
                 "An extra LoRA that brings it closer: a rank, such as 16, or the share to reach, such"
                 " as 95%. Leave empty for none.",
             )
-            name = _line(
+            name = line(
                 "fit_name",
                 "Name",
                 "Name of the fit, or of the new run. Leave empty for the suggested name.",
             )
         with gr.Row():
-            replace = _check("fit_replace", "Replace an earlier fit of this name")
-            damaged = _check("fit_damaged", ACCEPT_DAMAGED)
+            replace = checkbox("fit_replace", "Replace an earlier fit of this name")
+            damaged = checkbox("fit_damaged", ACCEPT_DAMAGED)
         with gr.Row(elem_id=elem_id("fit_row")):
             fit = button("fit", "Fit")
             absorb = button("absorb", "Merge into a new run")
         outcome = html("fit_outcome")
         with gr.Column(visible=False, elem_id=elem_id("fit_group")) as group:
-            tags = _tags("fit_prompt")
+            tags = tags_box("fit_prompt")
             with gr.Row(elem_id=elem_id("fit_prompt_row")):
                 copy = button("fit_copy", "Copy")
                 send = button("fit_send", "Send to txt2img", visible=host.has_txt2img)
@@ -223,117 +218,3 @@ def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Col
             note, sent = html("fit_note"), hidden_text("fit_sent")
     panel = FitPanel(topup, name, replace, damaged, fit, absorb, copy, send, style, note, sent)
     return picked, panel, outcome, (group, tags)
-
-
-def _build_restore() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
-    with gr.Accordion("Restore a checkpoint", open=False, elem_id=elem_id("restore_panel")):
-        _explain(
-            "Writes a whole checkpoint from hyper-model and LoRAs, and says how close it comes to the"
-            " original."
-        )
-        picked = _pick(
-            "restore_checkpoint",
-            "Checkpoint",
-            "A checkpoint of the run, or one that was fitted later.",
-        )
-        dtype = widget(
-            gr.Radio,
-            "restore_dtype",
-            choices=[SAME_PRECISION, "float16", "bfloat16", "float32"],
-            value=SAME_PRECISION,
-            label="Precision",
-            info="Of the written file. float32 takes twice the space, for pictures that hardly differ.",
-        )
-        name = _line(
-            "restore_name", "Name", "Name of the file. Leave empty for the suggested name."
-        )
-        write = button("restore", "Restore")
-        outcome = html("restore_outcome")
-    return picked, [dtype, name, write], outcome
-
-
-def _build_export() -> tuple[gr.Dropdown, list[Any], gr.HTML]:
-    with gr.Accordion("One LoRA per checkpoint", open=False, elem_id=elem_id("export_panel")):
-        _explain("Joins what a prompt needs of the shared LoRAs into one LoRA for each checkpoint.")
-        picked = _pick(
-            "export_checkpoints",
-            "Checkpoints",
-            "Leave empty for all checkpoints of the run.",
-            several=True,
-        )
-        rank = _line(
-            "export_rank",
-            "Rank",
-            "Makes each LoRA smaller, such as 64; pictures come less close. Leave empty to keep all.",
-        )
-        replace = _check("export_replace", "Replace existing files")
-        write = button("export", "Export")
-        outcome = html("export_outcome")
-    return picked, [rank, replace, write], outcome
-
-
-def _build_safe() -> tuple[list[Any], gr.HTML]:
-    with gr.Accordion("Which originals can be deleted?", open=False, elem_id=elem_id("safe_panel")):
-        threshold = _line(
-            "safe_threshold",
-            "Threshold",
-            "How much of what makes an original different the run must bring back, before it counts as"
-            " deletable. Nothing is deleted here.",
-            "99%",
-        )
-        write = button("safe", "Check")
-        outcome = html("safe_outcome")
-    return [threshold, write], outcome
-
-
-def _build_extract() -> tuple[tuple[gr.Dropdown, gr.Dropdown], list[Any], gr.HTML]:
-    with gr.Accordion("LoRA from two checkpoints", open=False, elem_id=elem_id("extract_panel")):
-        _explain("Writes the difference between any two checkpoints as a LoRA; no run is needed.")
-        base = _pick("extract_base", "From", "The checkpoint to which the LoRA is added.")
-        target = _pick("extract_checkpoint", "To", "The checkpoint that results.")
-        with gr.Row():
-            rank = _line(
-                "extract_rank",
-                "Rank",
-                "A higher rank brings pictures closer and takes more space.",
-                "64",
-            )
-            name = _line(
-                "extract_name", "Name", "Name of the LoRA. Leave empty for the suggested name."
-            )
-        damaged = _check("extract_damaged", ACCEPT_DAMAGED)
-        write = button("extract", "Extract")
-        outcome = html("extract_outcome")
-    return (base, target), [rank, name, damaged, write], outcome
-
-
-def _explain(text: str) -> None:
-    """Says what a panel is for."""
-    gr.HTML(f"<p class=hm-hint>{text}</p>")
-
-
-def _check(name: str, label: str) -> Any:
-    return widget(gr.Checkbox, name, value=False, label=label)
-
-
-def _line(name: str, label: str, info: str, value: str = "") -> Any:
-    return widget(gr.Textbox, name, value=value, label=label, info=info, max_lines=1)
-
-
-def _pick(name: str, label: str, info: str, *, several: bool = False) -> Any:
-    value: list[str] | None = [] if several else None
-    return widget(
-        gr.Dropdown, name, choices=[], value=value, multiselect=several, label=label, info=info
-    )
-
-
-def _tags(name: str) -> Any:
-    return widget(
-        gr.Textbox,
-        name,
-        label="Prompt tags",
-        show_label=False,
-        container=False,
-        lines=2,
-        interactive=True,
-    )

@@ -38,3 +38,39 @@ def hidden_text(name: str) -> gr.Textbox:
 def html(name: str, value: str = "") -> gr.HTML:
     """Makes a place for a fragment of `ui.html`."""
     return widget(gr.HTML, name, value=value)
+
+
+def explain(text: str) -> None:
+    """Says what a panel is for."""
+    gr.HTML(f"<p class=hm-hint>{text}</p>")
+
+
+def checkbox(name: str, label: str) -> gr.Checkbox:
+    """Makes a checkbox that is not ticked."""
+    return widget(gr.Checkbox, name, value=False, label=label)
+
+
+def line(name: str, label: str, info: str, value: str = "") -> gr.Textbox:
+    """Makes a field for one line of text."""
+    return widget(gr.Textbox, name, value=value, label=label, info=info, max_lines=1)
+
+
+def menu(name: str, label: str, info: str, *, several: bool = False) -> gr.Dropdown:
+    """Makes a menu that is filled later, of one choice or of several."""
+    value: list[str] | None = [] if several else None
+    return widget(
+        gr.Dropdown, name, choices=[], value=value, multiselect=several, label=label, info=info
+    )
+
+
+def tags_box(name: str) -> gr.Textbox:
+    """Makes a box of prompt tags."""
+    return widget(
+        gr.Textbox,
+        name,
+        label="Prompt tags",
+        show_label=False,
+        container=False,
+        lines=2,
+        interactive=True,
+    )

@@ -38,11 +38,11 @@ Trigger = Callable[..., Any]
 """A method such as `button.click` or `event.then`."""
 
 LISTED = "(list) => { hyperMergePicker.list(list); return []; }"
+CLEARED = "() => ''"  # of a message about what was chosen before
 REPLAN = "() => { hyperMerge.replan(); return []; }"
 _KEEP = "(...values) => { hyperMergeForm.keep(%s, values.slice(1)); return values; }"
-_SELECT = "(title) => { hyperMerge.select(title); return []; }"
 _TXT2IMG = "(tags, run, title, _) => [tags, run, title, hyperMerge.txt2img()]"
-_SEND = "(sent) => { hyperMerge.send(sent); return []; }"
+_SEND = "(sent, title) => { hyperMerge.send(sent, title); return []; }"
 REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
 _REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
@@ -149,39 +149,49 @@ class Wiring:
             title: the widget that holds the title of its hyper-model.
             panel: the panel, whose `note` says what was done and whose `sent` holds it.
         """
-        in_browser(button.click, _SELECT, [title])
         note = self.result.view.note if panel is self.result else panel.note
         handler = functools.partial(fn, self.host)
         inputs, outputs = [tags, run, title, panel.sent], [panel.sent, note]
         sent = self.on(button.click, handler, inputs, outputs, note, _TXT2IMG)
-        in_browser(sent.then, _SEND, [panel.sent])
+        in_browser(sent.then, _SEND, [panel.sent, title])
 
-    def watch(self, trigger: Trigger, panel: Panel | None = None) -> Any:
-        """Follows the running job until it ends, also in the panel that started it."""
+    def watch(self, trigger: Trigger, refusal: Any = None, panel: Panel | None = None) -> Any:
+        """Follows the running job until it ends, also in the panel that started it.
+
+        Args:
+            trigger: the event that it answers.
+            refusal: the widget that says why no job was started; None where none was to be.
+            panel: the panel whose button was pressed; None for none of the tab "Use".
+        """
         outputs = [
             *(self.run.status, self.run.stop, self.run.message),
-            *(self.use.status, self.use.stop, self.use.message),
+            *(self.use.status, self.use.stop, self.use.message, self.run.ended),
             *([getattr(self.use.outcomes, panel)] if panel else ()),
         ]
         answers = guarded_stream(
             functools.partial(watch_job_in_both_tabs, self.jobs, panel),
-            lambda text: (*(text, gr.update(), gr.update()) * 2, text)[: len(outputs)],
+            lambda text: (*(text, gr.update(), gr.update()) * 2, gr.update(), text)[: len(outputs)],
             self.host.log,
         )
-        return in_python(trigger, answers, [], outputs, queued=True)
+        inputs = [] if refusal is None else [refusal]
+        return in_python(trigger, answers, inputs, outputs, queued=True)
 
-    def show_outcome(self, event: Any) -> Any:
-        """Shows the result of a job, reads all lists and the plan again; returns the result's event."""
-        outcomes = self.use.outcomes
+    def show_outcome(self) -> Any:
+        """Shows the result of each job that ends, reads all lists and the plan again.
+
+        It follows the end itself and no button: what was refused changes nothing. Returns the result's
+        event.
+        """
+        outcomes, ended = self.use.outcomes, self.run.ended.change
         outcome = self.on(
-            event.then,
+            ended,
             functools.partial(show_outcome, self.jobs),
-            [outcomes.seen],
+            [],
             in_order(outcomes),
             message=self.use.message,
         )
         in_browser(outcome.then, _REFRESH_FILES, [outcomes.wrote])
-        view = self.show(event.then, functools.partial(show_merge_result, self.host, self.jobs), [])
+        view = self.show(ended, functools.partial(show_merge_result, self.host, self.jobs), [])
         in_browser(view.then, _REFRESH_ALL, [self.result.view.run])
         in_browser(self.list_runs(view.then).then, REPLAN)
         return view

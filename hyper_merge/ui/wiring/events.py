@@ -77,7 +77,7 @@ def in_browser(
         inputs: widgets; None for none.
         outputs: widgets; None for none.
     """
-    return trigger(None, inputs, outputs, **browser_code(code))
+    return trigger(None, inputs, outputs, **browser_code(code), **quiet_event(queued=False))
 
 
 def in_python(

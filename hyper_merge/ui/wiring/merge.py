@@ -16,7 +16,7 @@ from hyper_merge.ui.handlers.merge import (
 )
 from hyper_merge.ui.handlers.picker import inspect_some, preset_ranks
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import LISTED, REPLAN, Wiring
+from hyper_merge.ui.wiring.common import CLEARED, LISTED, REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 from hyper_merge.ui.wiring.presets import wire_opened_form
 
@@ -24,7 +24,7 @@ _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message abo
 _PICKED = "(names) => { hyperMergePicker.pick(names); return []; }"
 _ADD_ALL = "() => { hyperMergePicker.addAll(); return []; }"
 _CLEAR = "() => { hyperMergePicker.clear(); return []; }"
-_CLEARED = "() => ''"
+_BEGUN = "(refusal) => { hyperMerge.begun(!refusal); return []; }"
 _REVEAL = "() => { hyperMerge.reveal(); return []; }"
 _PLANNED = "() => { hyperMerge.planned(); return []; }"
 
@@ -57,20 +57,21 @@ def wire_run(wires: Wiring) -> None:
     run, form, host, jobs = wires.run, wires.form, wires.host, wires.jobs
     start = functools.partial(start_merge, host, jobs)
     started = wires.on(run.merge.click, start, in_order(form), [run.message])
-    shown = wires.show_outcome(wires.watch(started.then))
-    in_browser(shown.then, _REVEAL)
-    in_browser(run.merge.click, _CLEARED, None, [wires.size.note])
+    in_browser(started.then, _BEGUN, [run.message])
+    wires.watch(started.then, run.message)
+    in_browser(wires.show_outcome().then, _REVEAL)
+    in_browser(run.merge.click, CLEARED, None, [wires.size.note])
     forecast = functools.partial(start_forecast, host, jobs)
     begun = wires.on(wires.size.forecast.click, forecast, in_order(form), [run.message])
-    wires.show_outcome(wires.watch(begun.then))
+    wires.watch(begun.then, run.message)
     wires.on(run.stop.click, functools.partial(stop_job, jobs), [], [run.message])
     make = functools.partial(start_demo, host, jobs)
     begun = wires.on(wires.picker.demo.click, make, [], [run.message])
-    listed = wires.list_checkpoints(wires.watch(begun.then).then)
+    listed = wires.list_checkpoints(wires.watch(begun.then, run.message).then)
     wires.on(
         listed.then,
         functools.partial(pick_demo_checkpoints, host, jobs),
-        [],
+        [run.message],
         [form.checkpoints, form.ranks],
     )
 
@@ -80,4 +81,4 @@ def wire_page(page: gr.Blocks, wires: Wiring) -> None:
     listed = wires.list_checkpoints(page.load)
     wires.plan(wire_opened_form(wires, listed.then).then)
     wires.list_runs(page.load)
-    wires.show_outcome(wires.watch(page.load))
+    wires.watch(page.load)

@@ -8,6 +8,7 @@ from typing import Any
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.handlers.compare import compare_run
 from hyper_merge.ui.handlers.result import (
+    hide_deleted_run,
     remove_run_styles,
     save_run_styles,
     show_run,
@@ -51,7 +52,7 @@ def wire_next_steps(wires: Wiring) -> None:
         panel.mix.click,
         functools.partial(use_run, host),
         [run, use.listed.run, *listed[5:]],
-        [*listed, *in_order(use.outcomes)[:7]],
+        [*listed, *in_order(use.outcomes)[:7], use.message],
         use.message,
     )
     in_browser(mixed.then, _GO % (1, "use_tab"))
@@ -59,7 +60,10 @@ def wire_next_steps(wires: Wiring) -> None:
         panel.compare.click,
         functools.partial(compare_run, host),
         [run],
-        [compare.form.run, compare.form.checkpoints, compare.earlier, compare.comparison],
+        [
+            *(compare.form.run, compare.form.checkpoints, compare.earlier, compare.comparison),
+            compare.message,
+        ],
         compare.message,
     )
     in_browser(compared.then, _GO % (2, "compare_columns"))
@@ -111,6 +115,8 @@ def wire_deletion(wires: Wiring) -> None:
     delete = functools.partial(history.delete_confirmed_run, host, wires.jobs)
     deleted = wires.on(panel.confirm.click, delete, [panel.to_delete], asking, panel.outcome)
     in_browser(wires.list_runs(deleted.then).then, REFRESH_STYLES)
+    run = wires.result.view.run
+    wires.show(deleted.then, functools.partial(hide_deleted_run, host), [run])
     wires.on(panel.cancel.click, history.cancel_deletion, [], asking, panel.outcome)
 
 

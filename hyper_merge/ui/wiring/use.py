@@ -24,7 +24,7 @@ from hyper_merge.ui.handlers.use_actions import (
     start_restore,
 )
 from hyper_merge.ui.panels.widgets import in_order
-from hyper_merge.ui.wiring.common import REFRESH_STYLES, Wiring
+from hyper_merge.ui.wiring.common import CLEARED, REFRESH_STYLES, Wiring
 from hyper_merge.ui.wiring.events import in_browser
 
 _COPY = "(text) => { hyperMerge.copy(text, '%s'); return []; }"
@@ -45,6 +45,7 @@ def wire_use(wires: Wiring) -> None:
         [*in_order(listed)[2:7], *in_order(outcomes)[:7]],
         use.message,
     )
+    in_browser(listed.run.input, CLEARED, None, [use.message])
     for button, mode in ((use.mix.equal, "equal"), (use.mix.reset, "reset")):
         in_browser(button.click, _MIX % mode)
     mix, fit = use.mix, use.fit
@@ -92,4 +93,4 @@ def _wire_job(
     outcome = getattr(wires.use.outcomes, panel)
     begin = functools.partial(start, wires.host, wires.jobs)
     started = wires.on(button.click, begin, inputs, [outcome], outcome, code)
-    wires.show_outcome(wires.watch(started.then, panel))
+    wires.watch(started.then, outcome, panel)

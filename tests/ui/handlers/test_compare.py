@@ -1,6 +1,7 @@
 """The tab Compare: what is asked for, drawn, refused, and shown again."""
 
 import functools
+import threading
 from dataclasses import fields, replace
 
 import pytest
@@ -99,6 +100,17 @@ def test_only_jobs_that_draw_are_followed_here(webui, run, jobs):
     assert words(status).startswith("Done: pictures of mix")
     assert stop["interactive"] is False
     assert earlier["value"] == "comparison-1"
+
+
+def test_the_refusal_by_another_job_goes_with_it(host, run, jobs):
+    over = threading.Event()
+    jobs.start("other", lambda task, progress: over.wait(60) and "", host.log)
+    steps = watch_comparison(jobs, host, run, "other is still being made", begun=True)
+    assert all(map(unchanged, next(steps)[2:]))
+    over.set()
+    ((*_, message, earlier),) = steps
+    assert (message, unchanged(earlier)) == ("", True)
+    assert len(list(watch_comparison(jobs, host, run, "no sampler", begun=True))) == 1
 
 
 def test_a_later_page_gets_only_new_comparisons(webui, run, jobs):
@@ -222,8 +234,10 @@ def test_the_lists_hold_runs_checkpoints_and_comparisons(drawn):
 
 
 def test_a_run_that_is_to_be_compared_comes_with_all_its_checkpoints(host, run):
-    chosen, checkpoints, *_ = compare_run(host, run)
+    chosen, checkpoints, *_, message = compare_run(host, run)
     assert chosen["value"] == run
+    assert message == ""
+    assert "there is no run gone" in words(compare_run(host, "gone")[-1])
     assert checkpoints["value"] == ["a", "b", "c"]
 
 

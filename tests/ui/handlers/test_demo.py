@@ -32,10 +32,11 @@ def test_the_demo_makes_and_picks_checkpoints(tmp_path, jobs, small):
     host = Standalone(tmp_path / "empty")
     assert start_demo(host, jobs) == ""
     assert ended(jobs).message == ""
-    picked, ranks = pick_demo_checkpoints(host, jobs)
+    picked, ranks = pick_demo_checkpoints(host, jobs, "")
     names = ["anime", "landscape", "portrait", "watercolour"]
     assert json.loads(picked) == [f"{name}.safetensors" for name in names]
     assert ranks == ", ".join(map(str, DEMO_RANKS))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs, "it is still being made")))
     form = values(checkpoints=json.loads(picked), ranks=ranks, name="")
     answer, *_ = show_plan(host, Catalogue(), "", *form)
     assert "instead of" in words(answer)
@@ -56,7 +57,7 @@ def test_a_stopped_demo_picks_nothing_and_leaves_nothing(tmp_path, jobs, small, 
     until(lambda: begun)
     stop_job(jobs)
     assert words(last_words(jobs)) == "Stopped: no file was changed"
-    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs, "")))
     until(no_thread)
     assert host.checkpoints() == {}
     assert not temporaries(tmp_path)

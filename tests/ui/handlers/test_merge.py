@@ -27,6 +27,7 @@ from hyper_merge.errors import InterruptedRun
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.hosts.tasks import run_preflight
 from hyper_merge.operations.catalogue import Catalogue
+from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers.merge import (
     pick_demo_checkpoints,
@@ -81,8 +82,11 @@ def test_a_merge_is_begun_followed_and_its_run_found(host, jobs, root):
     assert panel[1]["visible"] is True
     assert words(panel[2]).startswith("mix ✓ Done3 checkpoints")
     assert panel[10] == "mix"
-    assert load_run(host.folders(), "mix").missing == ()
+    loaded = load_run(host.folders(), "mix")
+    assert loaded.missing == ()
     assert not temporaries(root)
+    delete_run(loaded, host.folders())
+    assert all(map(unchanged, show_merge_result(host, jobs)[1:])), "no error on a page that opens"
 
 
 def test_a_merge_without_a_name_has_the_suggested_one(host, jobs):
@@ -425,7 +429,7 @@ def test_unsaved_styles_leave_a_note_after_the_merge(webui, jobs, run):
 
 def test_before_anything_ran_there_is_nothing_to_show(host, jobs):
     assert all(map(unchanged, show_merge_result(host, jobs)))
-    assert all(map(unchanged, pick_demo_checkpoints(host, jobs)))
+    assert all(map(unchanged, pick_demo_checkpoints(host, jobs, "")))
 
 
 def test_the_status_names_the_run_that_is_made(host, jobs, run):

@@ -9,6 +9,7 @@ from fake_webui.styles import PromptStyle
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.handlers.result import (
+    hide_deleted_run,
     prompts_of,
     remove_run_styles,
     save_run_styles,
@@ -69,6 +70,15 @@ def test_a_missing_run_is_refused_and_plots_stay(host, run, name, message):
     assert group["visible"] is False
     assert len(rest) == 11
     assert all(map(unchanged, rest))
+
+
+def test_only_a_run_that_is_gone_leaves_the_panel(host, run):
+    for name in (run, ""):
+        assert all(map(unchanged, hide_deleted_run(host, name)))
+    introduction, group, *rest = hide_deleted_run(host, "gone")
+    assert "What you get" in words(introduction)
+    assert group["visible"] is False
+    assert len(rest) == len(show_run(host, run)) - 2
 
 
 def test_a_damaged_run_is_reported(host, run, root):

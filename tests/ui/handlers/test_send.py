@@ -99,6 +99,13 @@ def test_the_tags_of_a_fit_name_its_run(webui_host):
     assert "the hyper-model of mix" in words(note)
 
 
+def test_tags_of_a_run_that_is_gone_are_not_sent(webui_host, run):
+    before = json.dumps({"prompt": "a cat", "styles": []})
+    sent, note = send_tags(webui_host, TAGS, "gone", "", before)
+    assert (sent, kinds(note)) == ("", ["bad"])
+    assert "there is no run gone" in words(note)
+
+
 def test_a_page_without_the_prompt_is_told_so(webui_host):
     sent, note = send_tags(webui_host, TAGS, "mix", "", "")
     assert (sent, kinds(note)) == ("", ["bad"])

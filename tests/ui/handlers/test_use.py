@@ -158,14 +158,13 @@ def test_an_unusable_fit_is_reported(host, run, fitted, root):
     assert "later" not in listing(host, run)["sliders"]
 
 
-def test_an_outcome_is_shown_once_in_its_panel():
+def test_an_outcome_is_shown_in_its_panel():
     jobs = One(outcome="done", result=PanelOutcome("<p>here</p>", wrote=True), place="export")
-    *texts, group, content, fitted, title, wrote, seen = show_outcome(jobs, "")
+    *texts, group, content, fitted, title, wrote = show_outcome(jobs)
     assert [text for text in texts if not unchanged(text)] == ["<p>here</p>"]
     assert texts[3] == "<p>here</p>"
-    assert (wrote, seen) == ("task(1)", "task(1)")
+    assert wrote == "task(1)"
     assert all(map(unchanged, (group, content, fitted, title)))
-    assert all(map(unchanged, show_outcome(jobs, "task(1)")))
 
 
 def test_tags_of_a_fit_are_shown_and_hidden():
@@ -174,12 +173,12 @@ def test_tags_of_a_fit_are_shown_and_hidden():
         result=PanelOutcome("near", "<lora:x:1>", ("mix", "d"), "mix [01]"),
         place="fit",
     )
-    *_, group, content, fitted, title, wrote, _ = show_outcome(jobs, "")
+    *_, group, content, fitted, title, wrote = show_outcome(jobs)
     assert (group["visible"], content, fitted) == (True, "<lora:x:1>", '["mix", "d"]')
     assert title == "mix [01]"
     assert unchanged(wrote)
     refused = One(outcome="refused", message="it is of another family", place="fit")
-    texts = show_outcome(refused, "")
+    texts = show_outcome(refused)
     assert kinds(texts[1]) == ["bad"]
     assert texts[6]["visible"] is False
     assert hide_fit_tags()["visible"] is False
@@ -188,14 +187,14 @@ def test_tags_of_a_fit_are_shown_and_hidden():
 @pytest.mark.parametrize("outcome", ["stopped", "refused", "failed"])
 def test_the_outcome_of_a_job_is_in_its_panel(outcome):
     jobs = One(outcome=outcome, message="why", place="safe")
-    texts = show_outcome(jobs, "")
+    texts = show_outcome(jobs)
     assert texts[4] == format_job_status(jobs.status)
 
 
 def test_the_end_of_such_a_job_opens_no_run(host):
     jobs = One(outcome="done", result=PanelOutcome("near"), place="fit")
     assert all(map(unchanged, show_merge_result(host, jobs)[1:]))
-    assert all(map(unchanged, show_outcome(One(outcome="done", result="mix"), "")))
+    assert all(map(unchanged, show_outcome(One(outcome="done", result="mix"))))
 
 
 def test_each_tab_says_how_its_own_jobs_ended():
@@ -227,6 +226,30 @@ def test_a_followed_job_ends_with_its_result():
     assert ended == "<p>here</p>"
     ((*_, later),) = watch_job_in_both_tabs(jobs, "safe")
     assert unchanged(later)  # a refusal may stand there
+
+
+def test_a_refusal_changes_nothing_else():
+    jobs = One(outcome="done", result="mix", place=MERGE)
+    for panel in (None, "fit"):
+        (row,) = watch_job_in_both_tabs(jobs, panel, "Ranks: expected a whole number")
+        assert all(map(unchanged, row))
+        (row,) = watch_job_in_both_tabs(jobs, panel)
+        assert row[6] == "task(1)", "whose result is shown then"
+
+
+def test_the_refusal_by_a_running_job_goes_with_it():
+    jobs = One(place=MERGE)
+    *running, (*_, task, text) = watch_job_in_both_tabs(jobs, "fit", "it is still being made")
+    assert len(running) == 1
+    assert all(map(unchanged, running[0][6:]))
+    assert (task, text) == ("task(1)", "")
+
+
+def test_a_run_that_another_page_deleted_is_missed(host, run):
+    *_, message = use_run(host, run, run, None, [], None, None, None)
+    assert message == ""
+    *_, message = use_run(host, "gone", run, None, [], None, None, None)
+    assert "there is no run gone" in words(message)
 
 
 def test_the_style_of_a_fit_is_saved(webui, run, fitted):

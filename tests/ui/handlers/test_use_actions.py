@@ -12,7 +12,7 @@ from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.run import load_run
 from hyper_merge.runs.weighted_loras import mixture_tags
 from hyper_merge.ui.handlers.merge import show_merge_result, stop_job
-from hyper_merge.ui.handlers.use import PanelOutcome, show_outcome
+from hyper_merge.ui.handlers.use import SAME_PRECISION, PanelOutcome, show_outcome
 from hyper_merge.ui.handlers.use_actions import (
     start_deletable_check,
     start_export,
@@ -23,7 +23,6 @@ from hyper_merge.ui.handlers.use_actions import (
     start_restore,
 )
 from hyper_merge.ui.html.common import format_percent
-from hyper_merge.ui.panels.use import SAME_PRECISION
 
 FIT = {
     "run": "mix",
@@ -111,7 +110,7 @@ def test_an_edited_lora_is_refused_in_the_panel(host, jobs, root):
     before = snapshot(root / "hyper-merge/mix")
     assert fit(host, jobs) == ""
     assert ended(jobs).outcome == "refused"
-    assert "was edited or replaced" in words(show_outcome(jobs, "")[1])
+    assert "was edited or replaced" in words(show_outcome(jobs)[1])
     assert snapshot(root / "hyper-merge/mix") == before
 
 
@@ -122,7 +121,7 @@ def test_an_extended_run_opens_in_the_result(host, jobs, checkpoints, state_of):
     assert made == "mix+1"
     assert [row.name for row in load_run(host.folders(), made).report.checkpoints] == list("abce")
     assert show_merge_result(host, jobs)[10] == made
-    assert "Done: mix with e.safetensors" in words(show_outcome(jobs, "")[1])
+    assert "Done: mix with e.safetensors" in words(show_outcome(jobs)[1])
 
 
 def test_a_checkpoint_is_restored_and_compared(host, jobs, checkpoints):

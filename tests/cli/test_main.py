@@ -119,6 +119,7 @@ def test_the_help_of_the_average_lists_no_setting_of_loras(capsys):
     assert listed == {
         *("config", "create", "debug"),
         *("name", "models", "device", "dtype", "weights", "output", "overwrite", "vae"),
+        "block_weights",
         "damaged",
     }
 

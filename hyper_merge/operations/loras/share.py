@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
             setting does not go with them.
     """
     resolve_device(recipe.device)
+    require_several(recipe.models)
     for key, value in _FIXED.items():
         if getattr(recipe, key) != value:
             raise RecipeError(
@@ -89,6 +91,20 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
     recipe = with_ranks(recipe, inputs)
     folders = folders or Folders.under(recipe.output)
     return SharePreflight(Preflight(recipe, inputs, loras.warnings, folders), loras)
+
+
+def require_several(loras: Sequence[Path]) -> None:
+    """Returns if there are two LoRAs or more to be shared.
+
+    Raises:
+        RecipeError: there are not.
+    """
+    if len(loras) < 2:
+        raise RecipeError(
+            f"Fewer than two LoRAs: expected 2 files or more, got {len(loras)}",
+            hint="resize makes a single one smaller",
+            key="models",
+        )
 
 
 def run_share(

@@ -40,6 +40,7 @@ def job_example(title: str, **changes: Any) -> dict[str, Any]:
 
 
 def done_example(title: str, **changes: Any) -> dict[str, Any]:
+    """Returns a job that is done, but for some changes."""
     phase = "putting the files in place"
     return job_example(title, outcome="done", phase=phase, fraction=1.0, seconds=61.4, **changes)
 

@@ -9,7 +9,6 @@ from hyper_merge.api.example_parts import Example, done_example, job_example, st
 from hyper_merge.api.lora_examples import LORA_DONE, LORA_EXAMPLES
 from hyper_merge.api.run_example import RUN
 
-
 _NAMES: Final = ["anime.safetensors", "photo/portrait.safetensors"]
 _MERGE: Final = {"checkpoints": _NAMES, "name": "mix", "ranks": [128, 64]}
 _LISTED: Final = {

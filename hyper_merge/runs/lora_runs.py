@@ -29,12 +29,22 @@ def is_lora_run(folders: Folders, name: str) -> bool:
 def list_all_runs(folders: Folders) -> tuple[list[Run], list[str]]:
     """Returns runs of checkpoints and of LoRAs, the newest first, and a sentence for each unreadable one."""
     runs, problems = list_runs(folders)
-    for path in folders.lora_manifests():
-        try:
-            runs.append(load_lora_run(folders, path.parent.name))
-        except RunError as error:
-            problems.append(str(error))
-    return newest_first(runs), problems
+    of_loras, others = list_lora_runs(folders)
+    return newest_first([*runs, *of_loras]), [*problems, *others]
+
+
+def list_lora_runs(folders: Folders) -> tuple[list[Run], list[str]]:
+    """Returns runs of LoRAs, the newest first, and a sentence for each unreadable one."""
+    results = [_load_or_explain(folders, path.parent.name) for path in folders.lora_manifests()]
+    runs = newest_first(run for run in results if isinstance(run, Run))
+    return runs, [problem for problem in results if isinstance(problem, str)]
+
+
+def _load_or_explain(folders: Folders, name: str) -> Run | str:
+    try:
+        return load_lora_run(folders, name)
+    except RunError as error:
+        return str(error)
 
 
 def load_any_run(folders: Folders, name: str) -> Run:

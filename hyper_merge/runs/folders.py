@@ -295,7 +295,7 @@ class Folders:
         """
         if (self.runs / run / LORA_MANIFEST).exists():
             raise NameTakenError(
-                f"{run} is a run of LoRAs", hint="choose another name, or delete its folder first"
+                f"{run} is a run of LoRAs", hint="choose another name, or delete that run first"
             )
 
     def _require_same_case(self, run: str) -> None:

@@ -1,7 +1,7 @@
 // The table of runs: a row is picked by mouse or keyboard, and the table can be searched.
 "use strict";
 
-(() => {
+window.hyperMergeRuns = (() => {
     const {find, press, put} = window.hyperMerge;
     const rows = () => [...document.querySelectorAll("#hyper_merge_runs_table [data-run]")];
     const field = (name) => find(`#hyper_merge_${name} input, #hyper_merge_${name} textarea`);
@@ -58,4 +58,9 @@
         }
     });
     document.addEventListener("hyper-merge-changed", show);
+
+    // Whether the picked run was made of LoRAs, and not of checkpoints.
+    const isOfLoras = () => rows().some((row) => row.dataset.run === field("run").value && row.dataset.kind === "loras");
+
+    return {isOfLoras};
 })();

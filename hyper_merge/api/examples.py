@@ -3,53 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
+from hyper_merge.api.example_parts import Example, done_example, job_example, start_example
+from hyper_merge.api.lora_examples import LORA_DONE, LORA_EXAMPLES
 from hyper_merge.api.run_example import RUN
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the schema shows of a route.
-
-    Attributes:
-        answers: Answers of success by what they are about; empty where the answer is no JSON.
-        body: Of the request; None where it has none.
-    """
-
-    answers: Mapping[str, Any] = field(default_factory=dict)
-    body: Mapping[str, Any] | None = None
-
-
-def _job(title: str, **changes: Any) -> dict[str, Any]:
-    """Returns a job that has just been started, but for some changes."""
-    return {
-        "id": "3884416aaf4d",
-        "title": title,
-        "outcome": "running",
-        "phase": "starting",
-        "fraction": 0.0,
-        "seconds": 0.0,
-        "seconds_left": None,
-        "stopping": False,
-        "message": "",
-        "warnings": [],
-        "run": None,
-        "result": None,
-        **changes,
-    }
-
-
-def _done(title: str, **changes: Any) -> dict[str, Any]:
-    phase = "putting the files in place"
-    return _job(title, outcome="done", phase=phase, fraction=1.0, seconds=61.4, **changes)
-
-
-def _start(title: str, body: Mapping[str, Any] | None = None) -> Example:
-    """Returns the example of a route that starts a job."""
-    return Example({"started": _job(title)}, body)
-
 
 _NAMES: Final = ["anime.safetensors", "photo/portrait.safetensors"]
 _MERGE: Final = {"checkpoints": _NAMES, "name": "mix", "ranks": [128, 64]}
@@ -87,6 +45,7 @@ _PLAN: Final = {
 }
 _SUMMARY: Final = {
     "name": "mix",
+    "kind": "checkpoints",
     "created": "2026-11-30T20:23:12+00:00",
     "family": "Stable Diffusion 1.x",
     "checkpoints": ["anime", "portrait"],
@@ -170,17 +129,20 @@ _PRESET: Final = {
 _CACHE: Final = {"size": 2380000000, "limit": 20000000000, "freed": 0}
 
 _ENDED: Final = {
-    "running": _job("mix", phase="reading and analysing", fraction=0.23, seconds_left=71.7),
-    "merged": _done("mix", run="mix"),
-    "refused": _job("mix", outcome="refused", message="the disk is full"),
-    "averaged": _done("the average mean", result={"file": "mean.safetensors", "size": 2132625612}),
-    "restored": _done("a checkpoint of mix", result=_RESTORED),
-    "exported": _done("the LoRAs of mix", result={"loras": [_EXPORTED]}),
-    "extracted": _done("the LoRA from anime to portrait", result=_EXTRACTED),
-    "checked": _done(
+    "running": job_example("mix", phase="reading and analysing", fraction=0.23, seconds_left=71.7),
+    "merged": done_example("mix", run="mix"),
+    "refused": job_example("mix", outcome="refused", message="the disk is full"),
+    "averaged": done_example(
+        "the average mean", result={"file": "mean.safetensors", "size": 2132625612}
+    ),
+    "restored": done_example("a checkpoint of mix", result=_RESTORED),
+    "exported": done_example("the LoRAs of mix", result={"loras": [_EXPORTED]}),
+    "extracted": done_example("the LoRA from anime to portrait", result=_EXTRACTED),
+    "checked": done_example(
         "the check of mix", result={"originals": [_VERDICT], "frees": 0, "problem": ""}
     ),
-    "compared": _done("pictures of mix", result=_COMPARED),
+    "compared": done_example("pictures of mix", result=_COMPARED),
+    **LORA_DONE,
 }
 
 EXAMPLES: Final[Mapping[tuple[str, str], Example]] = {
@@ -189,34 +151,40 @@ EXAMPLES: Final[Mapping[tuple[str, str], Example]] = {
     ("POST", "/inspect"): Example(
         {"one": {"checkpoints": [_INSPECTED]}}, {"checkpoints": _NAMES[:1]}
     ),
-    ("POST", "/demo"): _start("demo checkpoints"),
+    ("POST", "/demo"): start_example("demo checkpoints"),
     ("GET", "/cache"): Example({"held": _CACHE}),
     ("DELETE", "/cache"): Example({"cleared": {**_CACHE, "size": 0, "freed": 2380000000}}),
     ("GET", "/presets"): Example({"one": {"presets": [_PRESET]}}),
     ("POST", "/presets"): Example({"saved": _PRESET}, _PRESET),
     ("DELETE", "/presets"): Example({"last": {"presets": []}}),
     ("POST", "/plan"): Example({"plan": _PLAN}, _MERGE),
-    ("POST", "/look"): _start("the forecast", _MERGE),
-    ("POST", "/merge"): _start("mix", {**_MERGE, "save_styles": True}),
-    ("POST", "/fit"): _start(
+    ("POST", "/look"): start_example("the forecast", _MERGE),
+    ("POST", "/merge"): start_example("mix", {**_MERGE, "save_styles": True}),
+    ("POST", "/fit"): start_example(
         "the fit of ink onto mix", {"run": "mix", "checkpoint": "ink.safetensors", "topup": "95%"}
     ),
-    ("POST", "/average"): _start("the average mean", {"checkpoints": _NAMES, "name": "mean"}),
-    ("POST", "/absorb"): _start(
+    ("POST", "/average"): start_example(
+        "the average mean", {"checkpoints": _NAMES, "name": "mean"}
+    ),
+    ("POST", "/absorb"): start_example(
         "mix with further checkpoints", {"run": "mix", "checkpoints": ["ink.safetensors"]}
     ),
-    ("POST", "/restore"): _start("a checkpoint of mix", {"run": "mix", "shares": {"anime": 1}}),
-    ("POST", "/export"): _start("the LoRAs of mix", {"run": "mix", "checkpoints": ["anime"]}),
-    ("POST", "/extract"): _start(
+    ("POST", "/restore"): start_example(
+        "a checkpoint of mix", {"run": "mix", "shares": {"anime": 1}}
+    ),
+    ("POST", "/export"): start_example(
+        "the LoRAs of mix", {"run": "mix", "checkpoints": ["anime"]}
+    ),
+    ("POST", "/extract"): start_example(
         "the LoRA from anime to portrait", {"base": _NAMES[0], "checkpoint": _NAMES[1], "rank": 64}
     ),
-    ("POST", "/safe"): _start("the check of mix", {"run": "mix", "threshold": "95%"}),
-    ("POST", "/compare"): _start(
+    ("POST", "/safe"): start_example("the check of mix", {"run": "mix", "threshold": "95%"}),
+    ("POST", "/compare"): start_example(
         "pictures of mix", {"run": "mix", "prompts": ["a cat"], "seeds": [1], "average": True}
     ),
     ("GET", "/jobs"): Example({"one": {"jobs": [_ENDED["running"]]}}),
     ("GET", "/jobs/{job_id}"): Example(_ENDED),
-    ("POST", "/jobs/{job_id}/cancel"): Example({"asked": _job("mix", stopping=True)}),
+    ("POST", "/jobs/{job_id}/cancel"): Example({"asked": job_example("mix", stopping=True)}),
     ("GET", "/runs"): Example({"one": {"runs": [_SUMMARY], "problems": []}}),
     ("GET", "/runs/{name}"): Example({"run": RUN}),
     ("DELETE", "/runs/{name}"): Example(
@@ -231,5 +199,6 @@ EXAMPLES: Final[Mapping[tuple[str, str], Example]] = {
     ("GET", "/runs/{name}/comparisons"): Example({"one": {"comparisons": ["comparison-1"]}}),
     ("GET", "/runs/{name}/comparisons/{comparison}"): Example({"comparison": _COMPARISON}),
     ("GET", "/runs/{name}/comparisons/{comparison}/picture"): Example(),
+    **LORA_EXAMPLES,
 }
 """By method and path."""

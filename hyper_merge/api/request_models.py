@@ -18,16 +18,16 @@ _HELP: Final = {field.name: option_help(field) for field in FIELDS}
 _EXAMPLE: Final = ["anime.safetensors", "photo/portrait.safetensors"]
 
 
-def _setting(name: str) -> Any:
+def recipe_setting(name: str) -> Any:
     """Returns the field of a recipe's setting, which may be left out for its default."""
     return Field(None, description=_HELP[name])
 
 
-class _Request(BaseModel, extra="forbid"):
+class StrictRequest(BaseModel, extra="forbid"):
     """A body in which a misspelt field is refused: else it would be ignored."""
 
 
-class InspectBody(_Request):
+class InspectBody(StrictRequest):
     """The checkpoints to inspect."""
 
     checkpoints: list[StrictStr] = Field(
@@ -35,7 +35,7 @@ class InspectBody(_Request):
     )
 
 
-class PresetBody(_Request):
+class PresetBody(StrictRequest):
     """Settings of the tab's form, to be kept under a name."""
 
     name: StrictStr = Field(..., description="one line of text, at most 60 letters")
@@ -46,7 +46,7 @@ class PresetBody(_Request):
     )
 
 
-class PlanBody(_Request):
+class PlanBody(StrictRequest):
     """The checkpoints of a merge, and the recipe's settings."""
 
     checkpoints: list[StrictStr] = Field(
@@ -57,29 +57,29 @@ class PlanBody(_Request):
         description="name of the hyper-model and first part of its LoRAs' names; without one, a free"
         " name is made from the first checkpoint's",
     )
-    ranks: list[StrictInt] | None = _setting("ranks")
-    budget: StrictInt | StrictStr | None = _setting("budget")
-    target: Number | StrictStr | None = _setting("target")
-    topup: StrictInt | StrictStr | None = _setting("topup")
-    weights: list[Number] | None = _setting("weights")
-    fit_weights: list[Number] | None = _setting("fit_weights")
-    layer_weights: StrictStr | None = _setting("layer_weights")
+    ranks: list[StrictInt] | None = recipe_setting("ranks")
+    budget: StrictInt | StrictStr | None = recipe_setting("budget")
+    target: Number | StrictStr | None = recipe_setting("target")
+    topup: StrictInt | StrictStr | None = recipe_setting("topup")
+    weights: list[Number] | None = recipe_setting("weights")
+    fit_weights: list[Number] | None = recipe_setting("fit_weights")
+    layer_weights: StrictStr | None = recipe_setting("layer_weights")
     base: StrictStr | None = Field(
         None,
         description="name of the checkpoint that the LoRAs are added to; without one, the average",
     )
-    allocation: StrictStr | None = _setting("allocation")
-    multipliers: StrictStr | None = _setting("multipliers")
-    method: StrictStr | None = _setting("method")
-    exact: StrictStr | None = _setting("exact")
-    vae: StrictStr | None = _setting("vae")
-    dtype: StrictStr | None = _setting("dtype")
-    lora_dtype: StrictStr | None = _setting("lora_dtype")
-    device: StrictStr | None = _setting("device")
-    iterations: StrictInt | None = _setting("iterations")
-    tolerance: Number | None = _setting("tolerance")
-    seed: StrictInt | None = _setting("seed")
-    damaged: StrictStr | None = _setting("damaged")
+    allocation: StrictStr | None = recipe_setting("allocation")
+    multipliers: StrictStr | None = recipe_setting("multipliers")
+    method: StrictStr | None = recipe_setting("method")
+    exact: StrictStr | None = recipe_setting("exact")
+    vae: StrictStr | None = recipe_setting("vae")
+    dtype: StrictStr | None = recipe_setting("dtype")
+    lora_dtype: StrictStr | None = recipe_setting("lora_dtype")
+    device: StrictStr | None = recipe_setting("device")
+    iterations: StrictInt | None = recipe_setting("iterations")
+    tolerance: Number | None = recipe_setting("tolerance")
+    seed: StrictInt | None = recipe_setting("seed")
+    damaged: StrictStr | None = recipe_setting("damaged")
 
 
 class MergeBody(PlanBody):
@@ -90,7 +90,7 @@ class MergeBody(PlanBody):
     )
 
 
-class FitBody(_Request):
+class FitBody(StrictRequest):
     """A request to fit a checkpoint onto the LoRAs of a run."""
 
     run: StrictStr = Field(..., description="name of the run")
@@ -103,28 +103,28 @@ class FitBody(_Request):
         description="a private LoRA of what remains: a rank, or the share to be explained in all, such"
         ' as "95%"',
     )
-    device: StrictStr | None = _setting("device")
-    seed: StrictInt | None = _setting("seed")
-    damaged: StrictStr | None = _setting("damaged")
+    device: StrictStr | None = recipe_setting("device")
+    seed: StrictInt | None = recipe_setting("seed")
+    damaged: StrictStr | None = recipe_setting("damaged")
     overwrite: StrictBool = Field(False, description="replace an earlier fit of this name")
     save_styles: StrictBool = Field(
         False, description="save a prompt style for it, where the host has styles"
     )
 
 
-class AverageBody(_Request):
+class AverageBody(StrictRequest):
     """A request for the hyper-model alone."""
 
     checkpoints: list[StrictStr] = Field(..., description="two or more names of the host's list")
     name: StrictStr = Field(..., description="name of the hyper-model")
-    weights: list[Number] | None = _setting("weights")
-    block_weights: list[StrictStr | list[Number]] | None = _setting("block_weights")
-    vae: StrictStr | None = _setting("vae")
-    dtype: StrictStr | None = _setting("dtype")
-    device: StrictStr | None = _setting("device")
+    weights: list[Number] | None = recipe_setting("weights")
+    block_weights: list[StrictStr | list[Number]] | None = recipe_setting("block_weights")
+    vae: StrictStr | None = recipe_setting("vae")
+    dtype: StrictStr | None = recipe_setting("dtype")
+    device: StrictStr | None = recipe_setting("device")
 
 
-class AbsorbBody(_Request):
+class AbsorbBody(StrictRequest):
     """A request for a new run of a run's checkpoints and further ones."""
 
     run: StrictStr = Field(..., description="name of the run, which stays as it is")
@@ -132,7 +132,7 @@ class AbsorbBody(_Request):
     name: StrictStr | None = Field(None, description="of the new run; without one, a free name")
 
 
-class RestoreBody(_Request):
+class RestoreBody(StrictRequest):
     """A request to write a checkpoint of a run, or a mixture of several."""
 
     run: StrictStr = Field(..., description="name of the run")
@@ -146,7 +146,7 @@ class RestoreBody(_Request):
     overwrite: StrictBool = Field(False, description="replace an existing file")
 
 
-class MixtureBody(_Request):
+class MixtureBody(StrictRequest):
     """The shares of a mixture of a run's checkpoints."""
 
     shares: dict[StrictStr, Number] = Field(
@@ -154,7 +154,7 @@ class MixtureBody(_Request):
     )
 
 
-class ExportBody(_Request):
+class ExportBody(StrictRequest):
     """A request for one LoRA per checkpoint."""
 
     run: StrictStr = Field(..., description="name of the run")
@@ -167,7 +167,7 @@ class ExportBody(_Request):
     overwrite: StrictBool = Field(False, description="replace an earlier export of the same")
 
 
-class ExtractBody(_Request):
+class ExtractBody(StrictRequest):
     """A request for the LoRA that turns one checkpoint into another."""
 
     base: StrictStr = Field(
@@ -176,13 +176,13 @@ class ExtractBody(_Request):
     checkpoint: StrictStr = Field(..., description="a name of the host's list, which results")
     rank: StrictInt | None = Field(None, description="of the LoRA; without one, 64")
     name: StrictStr | None = Field(None, description="of the LoRA; without one, a free name")
-    device: StrictStr | None = _setting("device")
-    seed: StrictInt | None = _setting("seed")
-    damaged: StrictStr | None = _setting("damaged")
+    device: StrictStr | None = recipe_setting("device")
+    seed: StrictInt | None = recipe_setting("seed")
+    damaged: StrictStr | None = recipe_setting("damaged")
     overwrite: StrictBool = Field(False, description="replace existing files")
 
 
-class SafeBody(_Request):
+class SafeBody(StrictRequest):
     """A request to say which originals a run can replace."""
 
     run: StrictStr = Field(..., description="name of the run")
@@ -191,7 +191,7 @@ class SafeBody(_Request):
     )
 
 
-class CompareBody(_Request):
+class CompareBody(StrictRequest):
     """A request for pictures by hyper-model and LoRAs beside those by the originals."""
 
     run: StrictStr = Field(..., description="name of the run")

@@ -122,8 +122,8 @@ class JobResponse(BaseModel):
     run: str | None = Field(None, description="name of the run that it made or added to, once done")
     result: dict[str, Any] | None = Field(
         None,
-        description="files and figures of restore, export, extract, safe, compare and average, once"
-        " done; what they are is said with these routes",
+        description="files and figures of restore, export, extract, safe, compare, average, and of"
+        " resizing, combining and adding LoRAs, once done; what they are is said with these routes",
     )
 
 
@@ -137,9 +137,10 @@ class RunSummaryResponse(BaseModel):
     """A summary of an earlier merge."""
 
     name: str
+    kind: Literal["checkpoints", "loras"] = Field(..., description="what it was made of")
     created: str = Field(..., description="ISO 8601")
     family: str
-    checkpoints: list[str]
+    checkpoints: list[str] = Field(..., description="names of the checkpoints, or of the LoRAs")
     ranks: list[int]
     explained: float = Field(
         ...,
@@ -281,9 +282,10 @@ class RunResponse(BaseModel):
     """An earlier merge with its report and its prompts."""
 
     name: str
+    kind: Literal["checkpoints", "loras"] = Field(..., description="what it was made of")
     created: str = Field(..., description="ISO 8601")
     family: str
-    hyper_model: str = Field(..., description="name of the file")
+    hyper_model: str = Field(..., description="name of the file; empty for a run of LoRAs")
     hyper_model_title: str | None = Field(
         None, description="by which the host selects it; null where it is not in its list"
     )

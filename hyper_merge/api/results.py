@@ -11,6 +11,8 @@ from hyper_merge.operations.compare.records import ComparisonRecord
 from hyper_merge.operations.deletable import DeletionReport
 from hyper_merge.operations.export import ExportResult
 from hyper_merge.operations.extract.extract import ExtractResult
+from hyper_merge.operations.loras.apply import ApplyResult
+from hyper_merge.operations.loras.combine import CombineResult
 from hyper_merge.operations.restore.restore import RestoreResult
 
 Result = dict[str, Any]
@@ -76,6 +78,28 @@ def compare_result(record: ComparisonRecord) -> Result:
         "notes": list(record.notes),
         "figures": [asdict(figures) for figures in record.figures],
         "measure": record.measure,
+    }
+
+
+def combine_result(lora: CombineResult) -> Result:
+    """Returns the written LoRA, and how much of the exact sum it holds."""
+    return {
+        "name": lora.path.stem,
+        "size": lora.size,
+        "size_before": lora.size_before,
+        "rank": lora.rank,
+        "kept": lora.kept,
+        "parts": dict(lora.parts),
+    }
+
+
+def apply_result(applied: ApplyResult) -> Result:
+    """Returns the written checkpoint, and how much LoRAs changed it."""
+    return {
+        "file": applied.path.name,
+        "size": applied.size,
+        "layers": applied.layers,
+        "changed": applied.changed,
     }
 
 

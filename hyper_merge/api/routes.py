@@ -27,6 +27,7 @@ from hyper_merge.api.deserialize import (
 )
 from hyper_merge.api.examples import EXAMPLES
 from hyper_merge.api.host_routes import HostRoutes
+from hyper_merge.api.lora_routes import LoraRoutes
 from hyper_merge.api.preset_routes import PresetRoutes
 from hyper_merge.api.request_models import FitBody, MergeBody, PlanBody
 from hyper_merge.api.response_models import (
@@ -55,7 +56,7 @@ from hyper_merge.hosts.tasks import (
     merge_task,
 )
 from hyper_merge.operations.fit.fit import prepare_fit
-from hyper_merge.runs.run import list_runs, load_run
+from hyper_merge.runs.lora_runs import list_all_runs, load_any_run
 
 PREFIX: Final = "/hyper-merge"
 
@@ -107,7 +108,8 @@ def build_router(host: Host, jobs: Jobs, dependencies: Sequence[Any] = ()) -> AP
 def _routes(host: Host, jobs: Jobs) -> Iterator[_RouteRow]:
     """Yields method, path, function, codes of refusals, and code of success, of every route."""
     around, merges = HostRoutes(host, jobs), _MergeRoutes(host, jobs)
-    runs, use, presets = RunRoutes(host, jobs), UseRoutes(host), PresetRoutes(host)
+    runs, use, loras = RunRoutes(host, jobs), UseRoutes(host), LoraRoutes(host, jobs)
+    presets = PresetRoutes(host)
     comparison = "/runs/{name}/comparisons/{comparison}"
     yield from (
         ("GET", "/checkpoints", around.checkpoints, (), 200),
@@ -130,6 +132,14 @@ def _routes(host: Host, jobs: Jobs) -> Iterator[_RouteRow]:
         ("POST", "/extract", runs.extract, (400, 409), 202),
         ("POST", "/safe", runs.safe, (400, 404, 409), 202),
         ("POST", "/compare", runs.compare, (400, 404, 409), 202),
+        ("GET", "/loras", loras.loras, (), 200),
+        ("POST", "/loras/inspect", loras.inspect, (400,), 200),
+        ("POST", "/loras/share", loras.share, (400, 409), 202),
+        ("POST", "/loras/resize", loras.resize, (400, 409), 202),
+        ("POST", "/loras/combine", loras.combine, (400, 409), 202),
+        ("POST", "/loras/add", loras.add, (400, 409), 202),
+        ("POST", "/loras/subtract", loras.subtract, (400, 409), 202),
+        ("POST", "/loras/fit", loras.fit, (400, 404, 409), 202),
         ("GET", "/jobs", merges.jobs, (), 200),
         ("GET", "/jobs/{job_id}", merges.job, (404,), 200),
         ("POST", "/jobs/{job_id}/cancel", merges.cancel, (404,), 200),
@@ -271,14 +281,14 @@ class _MergeRoutes:
         return job_response(job)
 
     def runs(self) -> RunsResponse:
-        """Returns earlier merges, the newest first."""
-        runs, problems = list_runs(self._host.folders())
+        """Returns earlier merges, and runs of LoRAs, the newest first."""
+        runs, problems = list_all_runs(self._host.folders())
         return RunsResponse(runs=[run_summary_response(run) for run in runs], problems=problems)
 
     def run(self, name: str) -> RunResponse:
         """Returns one run with its report, its prompts and the checkpoints that were fitted later."""
         with refusals():
-            return run_response(load_run(self._host.folders(), name), self._host)
+            return run_response(load_any_run(self._host.folders(), name), self._host)
 
     def _require_job(self, job_id: str) -> Job:
         for job in self._jobs.known:

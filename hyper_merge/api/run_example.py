@@ -44,6 +44,7 @@ _REPORT: Final[dict[str, Any]] = {
 
 RUN: Final[dict[str, Any]] = {
     "name": "mix",
+    "kind": "checkpoints",
     "created": "2026-11-30T20:23:12+00:00",
     "family": "Stable Diffusion 1.x",
     "hyper_model": "mix.safetensors",

@@ -52,6 +52,7 @@ from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.restore.restore import run_restore
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.fit_records import styles_of
+from hyper_merge.runs.lora_runs import load_any_run
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
@@ -146,12 +147,13 @@ class RunRoutes:
     def delete(self, name: str) -> DeletionResponse:
         """Deletes a run with its LoRAs, its styles, and its hyper-model if no other run needs that.
 
-        Refused while a job runs, which may need them. No checkpoint that was merged is deleted.
+        Refused while a job runs, which may need them. No checkpoint or LoRA that the run was made of is
+        deleted.
         """
         with refusals():
             self._jobs.require_idle()
             folders = self._host.folders()
-            run = load_run(folders, name)
+            run = load_any_run(folders, name)
             styles = styles_of(run).keys() & self._host.styles().keys()
             gone = delete_run(run, folders)
         self._host.refresh()

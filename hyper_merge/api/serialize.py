@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from hyper_merge.api.report_models import ReportResponse
 from hyper_merge.api.response_models import (
@@ -113,6 +113,7 @@ def run_summary_response(run: Run) -> RunSummaryResponse:
     rows = run.report.checkpoints
     return RunSummaryResponse(
         name=run.name,
+        kind=_kind(run),
         created=run.created,
         family=run.family,
         checkpoints=[row.name for row in rows],
@@ -129,10 +130,11 @@ def run_response(run: Run, host: Host) -> RunResponse:
     report = run.report
     return RunResponse(
         name=run.name,
+        kind=_kind(run),
         created=run.created,
         family=run.family,
         hyper_model=run.hyper_model.name,
-        hyper_model_title=host.checkpoint_title(run.hyper_model),
+        hyper_model_title=None if run.of_loras else host.checkpoint_title(run.hyper_model),
         loras=list(report.loras),
         companions=list(report.companions),
         missing=[path.name for path in run.missing],
@@ -145,6 +147,10 @@ def run_response(run: Run, host: Host) -> RunResponse:
         fits=[_fit_response(fit, run) for fit in fits],
         problems=[*run.problems, *problems],
     )
+
+
+def _kind(run: Run) -> Literal["checkpoints", "loras"]:
+    return "loras" if run.of_loras else "checkpoints"
 
 
 def _expected(forecast: ForecastCurve, size: int) -> list[ExpectedResponse]:

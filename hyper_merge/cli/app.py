@@ -26,7 +26,9 @@ _ASSETS: Final = (  # in a clone; installed
     Path(__file__).parents[2],
     Path(sysconfig.get_path("data")) / "share" / "hyper-merge",
 )
-_SCRIPTS: Final = ("", "_access", "_form", "_jobs", "_names", "_order", "_picker", "_runs", "_size")
+_SCRIPTS: Final = (
+    *("", "_access", "_form", "_jobs", "_loras", "_names", "_order", "_picker", "_runs", "_size"),
+)
 SCRIPTS: Final = tuple(f"javascript/hyper_merge{name}.js" for name in _SCRIPTS)
 """The page's scripts, in the order in which the WebUIs load them."""
 

@@ -7,15 +7,22 @@ from hyper_merge.runs.report_text import format_groups
 from hyper_merge.runtime.formatting import format_size
 
 
-def format_plan(plan: MergePlan) -> str:
-    """Returns the forecast as a table, the shares of the size asked for by checkpoint, and the groups."""
+def format_plan(plan: MergePlan, *, of_loras: bool = False) -> str:
+    """Returns the forecast as a table, the shares of the size asked for by checkpoint, and the groups.
+
+    Args:
+        plan: the forecast.
+        of_loras: whether LoRAs are shared, without an average.
+    """
+    nothing = "none of them" if of_loras else "the average alone"
     points = sorted({*plan.points, plan.requested}, key=lambda point: point.size)
+    result = "result" if of_loras else "merge"
     lines = [
-        "explained, from the spectra alone (the merge itself comes out a little better):",
+        f"explained, from the spectra alone (the {result} itself comes out a little better):",
         "",
         f"{'LoRAs':>9}  {'shared: mean':>12} {'worst':>7}  {'private: mean':>13} {'worst':>7}  ranks",
         *(_line(point, is_requested=point == plan.requested) for point in points),
-        f"{'0 kB':>9}  {0:12.2%} {0:7.2%}  {0:13.2%} {0:7.2%}  the average alone",
+        f"{'0 kB':>9}  {0:12.2%} {0:7.2%}  {0:13.2%} {0:7.2%}  {nothing}",
         "",
         f"with {format_size(plan.requested.size)}:",
     ]

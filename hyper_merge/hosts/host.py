@@ -49,6 +49,9 @@ class Host(Protocol):
     def checkpoints(self) -> dict[str, Path]:
         """Returns the host's list as it is now: name without hash, `/` between folders -> file."""
 
+    def loras(self) -> dict[str, Path]:
+        """Returns the LoRA files of the host's folders as they are now, named like checkpoints."""
+
     def known_hash(self, name: str) -> str | None:
         """Returns the first 10 hex digits of a listed checkpoint's sha256 if the host knows it.
 

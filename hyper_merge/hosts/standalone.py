@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 from hyper_merge.hosts.diffusers_txt2img import describe_diffusers, open_diffusers
+from hyper_merge.hosts.file_lists import CHECKPOINTS, LORAS, list_files
 from hyper_merge.hosts.host import Defaults, GeneratorInfo
 from hyper_merge.operations.compare.compare import ImageGenerator
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
-
-_SUFFIXES: Final = (".safetensors", ".ckpt", ".gguf")
-_NOT_CHECKPOINTS: Final = (".vae.safetensors", ".vae.ckpt")  # as the WebUIs see it
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +33,11 @@ class Standalone:
 
     def checkpoints(self) -> dict[str, Path]:
         """Returns the files below `Stable-diffusion`, sorted: relative path with `/` -> file."""
-        folder = self._folders.models
-        files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
-        return dict(sorted(files.items(), key=lambda item: item[0].lower()))
+        return list_files([self._folders.models], CHECKPOINTS)
+
+    def loras(self) -> dict[str, Path]:
+        """Returns the files below `Lora`, likewise."""
+        return list_files([self._folders.loras], LORAS)
 
     def known_hash(self, name: str) -> str | None:  # noqa: ARG002 - the protocol's
         """Returns None: no hashes are kept here."""
@@ -88,29 +86,3 @@ class Standalone:
     def log(self, error: BaseException) -> None:
         """Writes an unexpected error to the program's log."""
         _log.error("unexpected error", exc_info=error)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yields the checkpoint files below a folder; follows links as the WebUIs do, each folder once."""
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()  # a link to where we have been
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if _is_checkpoint(Path(place, name)))
-
-
-def _is_checkpoint(path: Path) -> bool:
-    name = path.name.lower()
-    listed = name.endswith(_SUFFIXES) and not name.endswith(_NOT_CHECKPOINTS)
-    if not listed or name.startswith(".") or not path.is_file():
-        return False
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:  # neither a page nor an answer could hold the name
-        _log.warning("%s is left out: its name is not valid UTF-8; rename it", ascii(str(path)))
-        return False
-    return True

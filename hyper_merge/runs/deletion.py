@@ -11,6 +11,7 @@ from hyper_merge.checkpoints.prediction_type import find_config_file
 from hyper_merge.loras.cards import CARD_SUFFIXES
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.folders import AVERAGE_ID, FITS, PICTURES, RUN_FILES, Folders
+from hyper_merge.runs.lora_runs import read_lora_manifest
 from hyper_merge.runs.manifest import RunOutline
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.ownership import known_metadata
@@ -21,17 +22,19 @@ from hyper_merge.runs.run import Run, read_manifest
 def files_of(run: Run, folders: Folders) -> list[Path]:
     """Returns the existing files that `delete_run` would remove, exactly.
 
-    These are the LoRAs with text and picture of their cards; the hyper-model with its card, if
-    Hyper-Merge made it for this run and no other run needs it; the files of the run's folder. A
-    checkpoint that was merged is never among them, nor a file that somebody else put there.
+    These are the LoRAs with text and picture of their cards, but none that another run has or was
+    made of; the hyper-model with its card, if Hyper-Merge made it for this run and no other run needs
+    it; the files of the run's folder. A checkpoint or LoRA that the run was made of is never among
+    them, nor a file that somebody else put there.
 
     Raises:
         RunError: there is no such run, or its manifest is damaged or of a newer version.
     """
-    outline = RunOutline.from_json(run.folder, read_manifest(folders, run.name))
-    files = folders.lora_files(path.stem for path in run.loras)
+    read = read_lora_manifest if run.of_loras else read_manifest
+    outline = RunOutline.from_json(run.folder, read(folders, run.name))
+    files = folders.lora_files(_own_loras(run, folders))
     files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
-    if _goes_with_its_run(run, outline, folders):
+    if not run.of_loras and _goes_with_its_run(run, outline, folders):
         companions = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
         companions.append(find_config_file(run.hyper_model))
         files += [run.hyper_model, *filter(os.path.lexists, companions)]
@@ -60,6 +63,12 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
         with suppress(OSError):  # the user has put files there
             (folders.runs / run.name / name).rmdir()
     return files
+
+
+def _own_loras(run: Run, folders: Folders) -> list[str]:
+    """Returns the names of a run's LoRAs that nothing else needs."""
+    needed = folders.needed_loras(run.name)
+    return [x.stem for x in run.loras if not any(same_place(x, other) for other in needed)]
 
 
 def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:

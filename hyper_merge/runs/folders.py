@@ -44,7 +44,7 @@ FITS: Final = "fits"
 PICTURES: Final = "pictures"
 """Folder within a run's: a grid and its figures for each comparison with the originals."""
 
-RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST)  # of a run's folder
+RUN_FILES: Final = (MULTIPLIERS, REPORT, MANIFEST, LORA_MANIFEST)  # of a run's folder
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,10 @@ class Folders:
         self.undo_unfinished()
         remove_unheld_names(self.runs)
         return sorted(self.runs.glob(f"*/{MANIFEST}"))
+
+    def lora_manifests(self) -> list[Path]:
+        """Returns the paths of the manifests of all runs whose inputs were LoRAs, by the runs' names."""
+        return sorted(self.runs.glob(f"*/{LORA_MANIFEST}"))
 
     def undo_unfinished(self, run: str = "*") -> None:
         """Undoes what a killed process has begun to change in a run, or in all, so that runs are whole."""
@@ -233,17 +237,29 @@ class Folders:
         """Tells whether there is anything in a run's folder but what a killed process has left."""
         return _is_used(self.runs / run)
 
+    def needed_loras(self, run: str) -> list[Path]:
+        """Returns LoRAs that must outlive a run: those of other runs, and those that any was made of.
+
+        An input that is no longer where it was counts as one of its name among the LoRAs here.
+        """
+        outlines = [*self.outlines(), *self.outlines_of_loras()]
+        names = [name for other in outlines if other.name != run for name in other.loras]
+        inputs = [path for other in self.outlines_of_loras() for path in other.source_paths]
+        moved = [self.loras / path.name for path in inputs if not path_exists(path)]
+        return [*(self.loras / f"{name}.safetensors" for name in names), *inputs, *moved]
+
     def lora_owners(self) -> dict[str, str]:
         """Returns the run of every LoRA, whether its file exists or not, by the LoRA's `name_key`."""
         return {
             name_key(lora): run.name
-            for run in (*self.outlines(), *self._outlines_of_loras())
+            for run in (*self.outlines(), *self.outlines_of_loras())
             for lora in (*run.loras, *self.fitted_names(run.name))
         }
 
-    def _outlines_of_loras(self) -> list[RunOutline]:
-        paths = sorted(self.runs.glob(f"*/{LORA_MANIFEST}"))
-        return [outline for outline in map(RunOutline.read, paths) if outline is not None]
+    def outlines_of_loras(self) -> list[RunOutline]:
+        """Returns the outline of every run whose inputs were LoRAs; unreadable ones are skipped."""
+        outlines = map(RunOutline.read, self.lora_manifests())
+        return [outline for outline in outlines if outline is not None]
 
     def fitted_names(self, run: str, but: str = "") -> list[str]:
         """Returns the names of the private LoRAs of a run's fits, except those of one fit.
@@ -279,7 +295,7 @@ class Folders:
         """
         if (self.runs / run / LORA_MANIFEST).exists():
             raise NameTakenError(
-                f"{run} is a run of LoRAs", hint="choose another name, or delete its folder first"
+                f"{run} is a run of LoRAs", hint="choose another name, or delete that run first"
             )
 
     def require_same_case(self, run: str) -> None:
@@ -288,7 +304,7 @@ class Folders:
         Raises:
             OutputError: one has.
         """
-        for other in (*self.outlines(), *self._outlines_of_loras()):
+        for other in (*self.outlines(), *self.outlines_of_loras()):
             if other.name != run and name_key(other.name) == name_key(run):
                 raise NameTakenError(
                     f"the run {other.name} exists, and its name differs from {run} by case alone",
@@ -304,7 +320,7 @@ class Folders:
         request = _deciding(recipe.to_metadata()), average_id
         taken = {
             name_key(run.name): (_deciding(run.recipe), run.average_id)
-            for run in (*self._outlines_of_loras(), *self.outlines())
+            for run in (*self.outlines_of_loras(), *self.outlines())
         }
 
         def is_taken(run: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.loras.prompt_tags import companion_names, format_tag, lora_names
 from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
-from hyper_merge.runs.folders import MANIFEST, Folders, average_id_of
+from hyper_merge.runs.folders import LORA_MANIFEST, MANIFEST, Folders, average_id_of
 from hyper_merge.runs.manifest import RunManifest, RunSource, require_readable_version
 from hyper_merge.runs.own_loras import is_own_lora
 from hyper_merge.runs.paths import find_moved, path_exists, same_place
@@ -45,6 +45,7 @@ class Run:
     hashes: Mapping[str, str] = field(default_factory=dict)
     architecture: Family | None = None  # None for a family that this version does not know
     lost: tuple[str, ...] = ()  # checkpoints without their private LoRA, with shares to match
+    of_loras: bool = False  # whether its inputs were LoRAs: then there is no hyper-model
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -59,7 +60,10 @@ class Run:
 
 
 def list_runs(folders: Folders) -> tuple[list[Run], list[str]]:
-    """Returns all runs, the newest first, and a sentence for each that cannot be read."""
+    """Returns all runs of checkpoints, the newest first, and a sentence for each that cannot be read.
+
+    Those whose inputs were LoRAs are left out; `lora_runs.list_all_runs` has them too.
+    """
     runs: list[Run] = []
     problems: list[str] = []
     for path in folders.manifests():
@@ -68,8 +72,14 @@ def list_runs(folders: Folders) -> tuple[list[Run], list[str]]:
             runs.append(load_run(folders, name))
         except RunError as error:
             problems.append(str(error))
-    runs.sort(key=lambda run: datetime.fromisoformat(run.created).timestamp(), reverse=True)
-    return runs, problems
+    return newest_first(runs), problems
+
+
+def newest_first(runs: Iterable[Run]) -> list[Run]:
+    """Returns runs by the time of their making, the last one first."""
+    return sorted(
+        runs, key=lambda run: datetime.fromisoformat(run.created).timestamp(), reverse=True
+    )
 
 
 def load_run(folders: Folders, name: str) -> Run:
@@ -118,6 +128,11 @@ def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
 
 def _unknown(folders: Folders, name: str) -> UnknownRunError:
     """Returns the refusal of a run that does not exist, with the runs that do."""
+    if (folders.runs / name / LORA_MANIFEST).is_file():
+        return UnknownRunError(
+            f"the run {name} shares LoRAs, and this goes with runs of checkpoints",
+            hint="choose one of those",
+        )
     message = f"there is no run {name} in {folders.runs}"
     known = [path.parent.name for path in folders.manifests()]
     if not known:

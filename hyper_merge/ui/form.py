@@ -90,7 +90,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
         RecipeError: a field has no valid value; the message begins with its label.
         CheckpointError: a name is not in the host's list.
     """
-    size = _size_key(form.ranks or "")
+    size = size_key(form.ranks or "")
     models = chosen_files(form, listed)
     if size != "ranks" and ALLOCATION_CHOICES.get(form.allocation) != "adaptive":
         raise RecipeError(
@@ -166,7 +166,7 @@ def format_requested_size(recipe: Recipe) -> str:
     return ", ".join(map(str, recipe.ranks))
 
 
-def _size_key(text: str) -> str:
+def size_key(text: str) -> str:
     """Returns the setting that the text in the field of ranks stands for."""
     if "%" in text:
         return "target"

@@ -14,6 +14,7 @@ from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.handlers.picker import offers_demo
 from hyper_merge.ui.panels.compare import build_compare
 from hyper_merge.ui.panels.history import build_history
+from hyper_merge.ui.panels.loras import build_loras
 from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
@@ -21,6 +22,7 @@ from hyper_merge.ui.panels.settings import build_form
 from hyper_merge.ui.panels.use import build_use
 from hyper_merge.ui.wiring.common import Wiring
 from hyper_merge.ui.wiring.compare import wire_compare
+from hyper_merge.ui.wiring.loras import wire_lora_jobs, wire_lora_runs, wire_loras
 from hyper_merge.ui.wiring.merge import wire_page, wire_picker, wire_run
 from hyper_merge.ui.wiring.presets import wire_presets
 from hyper_merge.ui.wiring.runs import wire_deletion, wire_history, wire_next_steps, wire_result
@@ -41,6 +43,8 @@ def build_tab(host: Host, jobs: Jobs | None = None, **settings: Any) -> gr.Block
         for wire in (wire_picker, wire_presets, wire_run, wire_result, wire_history, wire_deletion):
             wire(wires)
         for wire in (wire_next_steps, wire_use, wire_use_jobs):
+            wire(wires)
+        for wire in (wire_loras, wire_lora_jobs, wire_lora_runs):
             wire(wires)
         wire_compare(page, wires)
         wire_page(page, wires)
@@ -64,6 +68,8 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
             use = build_use(host, opened)
         with gr.Tab("Compare", elem_id=elem_id("compare_tab")) as opened:
             compare = build_compare(host, opened)
+        with gr.Tab("LoRAs", elem_id=elem_id("loras_tab")) as opened:
+            loras = build_loras(opened)
         with gr.Tab("Runs", elem_id=elem_id("runs_tab")) as opened:
             earlier = build_history(opened)
     return Wiring(
@@ -80,4 +86,5 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
         earlier,
         use,
         compare,
+        loras,
     )

@@ -3,7 +3,7 @@
 import pytest
 from fastapi.encoders import jsonable_encoder
 
-from hyper_merge.api import request_models, response_models
+from hyper_merge.api import lora_models, request_models, response_models
 from hyper_merge.api.examples import EXAMPLES
 
 
@@ -13,7 +13,8 @@ def models_of(app):
 
     def model(content):
         name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        return getattr(request_models, name, None) or getattr(response_models, name)
+        rooms = (request_models, response_models, lora_models)
+        return next(getattr(room, name) for room in rooms if hasattr(room, name))
 
     found = {}
     for path, methods in schema["paths"].items():

@@ -29,6 +29,11 @@ ROUTES = {
         for name in ("absorb", "restore", "export", "extract", "safe", "compare")
     ),
     ("delete", "/hyper-merge/cache"),
+    ("get", "/hyper-merge/loras"),
+    *(
+        ("post", f"/hyper-merge/loras/{name}")
+        for name in ("inspect", "share", "resize", "combine", "add", "subtract", "fit")
+    ),
     ("get", "/hyper-merge/jobs/{job_id}"),
     ("post", "/hyper-merge/jobs/{job_id}/cancel"),
     ("get", "/hyper-merge/runs/{name}"),

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 from browser.conftest import shot
+from lora_files import share, write_related
 from tiny_family import merge
 
 from hyper_merge.operations.cache import clear_cache
 from hyper_merge.runs.deletion import delete_run
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.run import load_run
+from hyper_merge.runs.lora_runs import load_any_run
 
 pytestmark = pytest.mark.slow
 
-TABS = ("Merge", "Use", "Compare", "Runs")
+TABS = ("Merge", "Use", "Compare", "LoRAs", "Runs")
 NAMES = ("anime.safetensors", "photo.safetensors", "sub/portrait.safetensors")
 LONG = "a_name_without_any_blank_" * 5 + "end"
 LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
@@ -61,9 +62,11 @@ def _nothing_left(server):
     """Takes away what these tests make: tests of other files look at the same server's runs and cache."""
     yield
     folders = Folders.under(server.models)
-    for name in ("wide", "keyed"):
+    for name in ("wide", "keyed", "few"):
         if (folders.runs / name).exists():
-            delete_run(load_run(folders, name), folders)
+            delete_run(load_any_run(folders, name), folders)
+    for path in folders.loras.glob("lora*.safetensors"):
+        path.unlink()
     clear_cache(folders)
 
 
@@ -75,7 +78,18 @@ def full(tab, server):
         long = server.models.parent / f"{LONG}.safetensors"  # in no list, but in the run
         files[0] = Path(shutil.copy(files[0], long))
         merge(files, server.models, name="wide", ranks=(5, 3), weights=(1, 2, 2))
+        share(write_related(server.models / "Lora"), server.models, name="few", ranks=(3, 2))
     if not tab.picked():
+        tab.to("Runs")
+        tab.pick_run("few")
+        tab.click("run_open")
+        tab.until(lambda: "few" in tab.text("lora_result"))
+        tab.until(lambda: "still to be" not in tab.text("lora_available_note"))
+        tab.page.get_by_label("Combine into one").check()
+        tab.settle()
+        tab.click("lora_add")
+        tab.until(lambda: tab.text("lora_picked_note").startswith("4 picked"))
+        tab.to("Merge")
         tab.pick(*NAMES)
         tab.page.evaluate(OPEN_ALL)
         tab.to("Runs")

@@ -107,3 +107,35 @@ def test_dora_is_refused_with_the_reason(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "dora.safetensors" in error
     assert "DoRA scales the weights of its base" in error
+
+
+def test_a_single_lora_is_told_what_to_do(loras, capsys):
+    assert main(["loras", loras[0], "--name", "mix"]) == REFUSED
+    error = capsys.readouterr().err
+    assert "Fewer than two LoRAs" in error
+    assert "checkpoint" not in error
+
+
+def test_a_plan_writes_nothing(tmp_path, loras, capsys):
+    output = tmp_path / "models"
+    words = ["--ranks", "3,2", "--output", str(output), "--plan"]
+    assert main(["loras", *loras, *words]) == SUCCESS
+    shown = capsys.readouterr().out
+    assert "<- asked for" in shown
+    assert "none of them" in shown
+    assert "average" not in shown
+    assert not output.exists()
+
+
+def test_runs_of_loras_are_listed_and_deleted(tmp_path, loras, capsys):
+    output = str(tmp_path / "models")
+    words = ["--name", "mix", "--ranks", "3,2", "--iterations", "2", "--output", output]
+    assert main(["loras", *loras, *words, "--create"]) == SUCCESS
+    capsys.readouterr()
+    assert main(["runs", "--output", output]) == SUCCESS
+    assert "mix: 20" in capsys.readouterr().out
+    assert main(["runs", "delete", "mix", "--yes", "--output", output]) == SUCCESS
+    assert "mix_0-3.safetensors" in capsys.readouterr().out
+    assert not list((tmp_path / "models/Lora").glob("*.safetensors"))
+    assert main(["runs", "--output", output]) == SUCCESS
+    assert "no runs in" in capsys.readouterr().out

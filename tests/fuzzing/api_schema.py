@@ -11,6 +11,7 @@ from pathlib import Path
 import schemathesis
 from fastapi import FastAPI
 from fault_scenarios import write_sources
+from lora_files import share, write_lora
 from PIL import Image
 from schemathesis.config import CacheConfig, SchemathesisConfig
 from schemathesis.engine import events, from_schema
@@ -28,6 +29,7 @@ from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 _NAMES = {"a": "anime", "b": "photo/portrait", "c": "ink"}  # those of the schema's examples
+_LORAS = ("ink", "style/oil")  # likewise
 _PATIENCE = 60.0  # seconds in which it must end once it is asked to
 
 # A refusal of a value that has the right type says what to do, which no schema can; it is described.
@@ -79,7 +81,7 @@ class ApiTrial:
     """
 
     def __init__(self, root: Path, job_seconds: float) -> None:
-        """Writes the files: three checkpoints, and a run of two of them with a comparison.
+        """Writes the files: three checkpoints and a run of two with a comparison, LoRAs and their run.
 
         Args:
             root: of the models folder, which is made; a copy is kept beside it.
@@ -148,6 +150,11 @@ def _write_files(root: Path) -> None:
     (folder / "photo").mkdir()
     for old, new in _NAMES.items():
         (folder / f"{old}.safetensors").rename(folder / f"{new}.safetensors")
+    (root / "Lora" / "style").mkdir(parents=True)
+    loras = [root / "Lora" / f"{name}.safetensors" for name in _LORAS]
+    for seed, path in enumerate(loras):
+        write_lora(path, seed)
+    share(loras, root, name="few", ranks=(2,), iterations=1)
     sources = [folder / f"{_NAMES[name]}.safetensors" for name in "ab"]
     merge(sources, root, ranks=(2, 1), iterations=1)
     run = load_run(Folders.under(root), "mix")

@@ -46,6 +46,13 @@ def test_hidden_temporary_and_other_files_are_left_out(host, folder, name):
     assert host.checkpoints() == {}
 
 
+def test_loras_are_listed_likewise(host, folder, tmp_path):
+    put(folder / "photo.safetensors")
+    for name in ("ink.safetensors", "style/oil.pt", "readme.txt"):
+        put(tmp_path / "Lora" / name)
+    assert list(host.loras()) == ["ink.safetensors", "style/oil.pt"]
+
+
 def test_links_are_followed_and_each_folder_is_read_once(host, folder, tmp_path):
     put(tmp_path / "disk" / "photo.safetensors")
     folder.mkdir()

@@ -18,6 +18,7 @@ from hyper_merge.ui.form import Form
 from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.panels.history import build_history
+from hyper_merge.ui.panels.loras import build_loras
 from hyper_merge.ui.panels.picker import build_picker
 from hyper_merge.ui.panels.result import build_result
 from hyper_merge.ui.panels.run import build_run
@@ -78,7 +79,10 @@ def built(some_host):
         with gr.Tab("Use", elem_id=f"{PREFIX}_use_tab") as opened:
             use = build_use(some_host, opened)
         parts = (use.listed, use.outcomes, use.mix, use.fit, use.more)
-        others = preset, size, build_run(), result, result.view, build_history(opened), use, *parts
+        with gr.Tab("LoRAs", elem_id=f"{PREFIX}_loras_tab") as opened:
+            loras = build_loras(opened)
+        others = preset, size, build_run(), result, result.view, build_history(opened), use
+        others = (*others, loras, loras.form, *parts)
     return picker, form, presets, *others
 
 
@@ -202,7 +206,7 @@ def test_unexpected_errors_show_a_line_and_are_logged(root, run, caplog):
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
         patch.setattr("hyper_merge.ui.handlers.picker.preflight_form", fail)
         patch.setattr("hyper_merge.ui.handlers.forecast.preflight_form", fail)
-        for name in ("list_runs", "load_run", "files_of"):
+        for name in ("list_all_runs", "load_any_run", "load_run", "files_of"):
             patch.setattr(history, name, fail)
         patch.setattr("hyper_merge.ui.handlers.merge.prepare_merge", fail)
         patch.setattr("hyper_merge.ui.handlers.result.load_run", fail)
@@ -260,7 +264,7 @@ def test_only_what_follows_a_job_waits_in_gradios_queue(root):
         )
         if event["queue"] is not False
     ]
-    assert set(queued) == {"watch_job_in_both_tabs", "watch_comparison"}
+    assert set(queued) == {"watch_job_in_both_tabs", "watch_comparison", "watch_lora_job"}
 
 
 def test_the_scripts_export_every_called_function(some_host):

@@ -31,7 +31,11 @@ def blocks(root, request):
 def is_field(block):
     """Tells whether a block is a labelled field that can be seen, and not a box of prompt tags or a menu
     behind the button that names it."""
-    by_script = block.elem_id in ("hyper_merge_run", "hyper_merge_checkpoints")
+    by_script = block.elem_id in (
+        "hyper_merge_run",
+        "hyper_merge_checkpoints",
+        "hyper_merge_lora_picked",
+    )
     return isinstance(block, FIELDS) and block.visible and block.container and not by_script
 
 

@@ -42,8 +42,7 @@ def run_command(options: argparse.Namespace) -> None:
     from hyper_merge.operations.loras.fit import run_lora_fit
     from hyper_merge.operations.loras.fit_text import format_lora_fit
     from hyper_merge.runs.folders import Folders
-    from hyper_merge.runs.lora_runs import is_lora_run, load_lora_run
-    from hyper_merge.runs.run import load_run
+    from hyper_merge.runs.lora_runs import is_lora_run, load_any_run
 
     folders = Folders.under(options.output)
     names = ("run", "checkpoint", "name", "topup", "device", "overwrite", "seed", "damaged")
@@ -51,7 +50,7 @@ def run_command(options: argparse.Namespace) -> None:
     of_loras = is_lora_run(folders, request.run)
     with progress_bar() as progress:
         fitted = (run_lora_fit if of_loras else run_fit)(request, folders, progress)
-    run = (load_lora_run if of_loras else load_run)(folders, request.run)
+    run = load_any_run(folders, request.run)
     say((format_lora_fit if of_loras else format_fit)(fitted, run))
     if options.style:
         say(format_style(fitted, run))

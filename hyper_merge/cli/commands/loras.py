@@ -18,7 +18,6 @@ _SETTINGS: Final = frozenset(
         *("multipliers", "fit_weights", "layer_weights", "damaged"),
     }
 )
-_DEFAULTS: Final[Mapping[str, str]] = {"exact": "none", "layer_weights": "plain"}
 _HELP: Final[Mapping[str, str]] = {
     "name": "first part of the shared LoRAs' names (default: from the first file's name)",
     "dtype": "stored in the files: float16, bfloat16 or float32 (default: float16)",
@@ -44,22 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             nargs = "+" if field.takes == "many" else None
             parser.add_argument(field.option, nargs=nargs, metavar=field.metavar, help=text)
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="write nothing; forecast what shared LoRAs of which size would explain",
+    )
     add_create_option(parser)
 
 
 def run_command(options: argparse.Namespace) -> None:
     """Writes the shared LoRAs and prints their report."""
-    from hyper_merge.operations.loras.share import preflight_share, run_share
+    from hyper_merge.cli.plan_text import format_plan
+    from hyper_merge.operations.loras.plan import plan_share
+    from hyper_merge.operations.loras.share import (
+        DEFAULTS,
+        preflight_share,
+        require_several,
+        run_share,
+    )
     from hyper_merge.operations.loras.text import format_share
     from hyper_merge.operations.merge.naming import suggest_name
     from hyper_merge.recipe.loading import recipe_from_options
 
     values = {name: getattr(options, name) for name in _SETTINGS}
     given = {name: value for name, value in values.items() if value is not None}
+    require_several(options.loras)
     given.setdefault("name", suggest_name(options.loras))
-    recipe = recipe_from_options({**_DEFAULTS, **given, "models": options.loras})
+    recipe = recipe_from_options({**DEFAULTS, **given, "models": options.loras})
     with progress_bar() as progress:
         validated = preflight_share(recipe)
+        if options.plan:
+            say(format_plan(plan_share(validated, progress), of_loras=True))
+            return
         if not options.create:
             require_folder(validated.recipe.output)
         for warning in validated.merge.warnings:

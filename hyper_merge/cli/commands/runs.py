@@ -34,10 +34,10 @@ def run_command(options: argparse.Namespace) -> None:
     """Prints a line for each run; whatever is damaged is a note on standard error."""
     from hyper_merge.runs.fit_records import load_fits
     from hyper_merge.runs.folders import Folders
-    from hyper_merge.runs.run import list_runs
+    from hyper_merge.runs.lora_runs import list_all_runs
 
     folders = Folders.under(options.output)
-    runs, problems = list_runs(folders)
+    runs, problems = list_all_runs(folders)
     of_runs = (problem for run in runs for problem in (*run.problems, *load_fits(run)[1]))
     for problem in (*problems, *of_runs):
         say(f"note: {problem}", sys.stderr)
@@ -47,14 +47,14 @@ def run_command(options: argparse.Namespace) -> None:
 def _run_line(run: Run) -> str:
     from hyper_merge.runs.fit_records import load_fits
 
-    report = run.report
+    report, inputs = run.report, "LoRAs" if run.of_loras else "checkpoints"
     ranks = ", ".join(map(str, run.recipe.ranks))
     missing = f"; missing: {', '.join(path.name for path in run.missing)}" if run.missing else ""
     fits, _ = load_fits(run)
     fitted = ", ".join(f"{record.row.name} {record.fidelity:.0%}" for record in fits)
     later = f"; fitted: {fitted}" if fits else ""
     return (
-        f"{run.name}: {run.created[:10]}, {run.family}, {len(report.checkpoints)} checkpoints, ranks {ranks},"
+        f"{run.name}: {run.created[:10]}, {run.family}, {len(report.checkpoints)} {inputs}, ranks {ranks},"
         f" explained {report.fidelity_mean:.0%} (mean), {report.worst.fidelity:.0%} (worst)"
         f"{later}{missing}"
     )
@@ -63,10 +63,10 @@ def _run_line(run: Run) -> str:
 def _delete(options: argparse.Namespace) -> None:
     from hyper_merge.runs.deletion import delete_run, files_of
     from hyper_merge.runs.folders import Folders
-    from hyper_merge.runs.run import load_run
+    from hyper_merge.runs.lora_runs import load_any_run
 
     folders = Folders.under(options.output)
-    run = load_run(folders, options.name)
+    run = load_any_run(folders, options.name)
     for path in files_of(run, folders):
         say(str(path))
     if not (options.yes or _agrees("delete these files? [y/N] ")):

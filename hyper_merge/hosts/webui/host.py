@@ -17,6 +17,7 @@ from modules import call_queue, errors, shared
 from modules.styles import PromptStyle
 
 from hyper_merge.errors import OutputError
+from hyper_merge.hosts.file_lists import LORAS, list_files
 from hyper_merge.hosts.host import Defaults, GeneratorInfo
 from hyper_merge.hosts.webui import settings
 from hyper_merge.hosts.webui.capabilities import capabilities
@@ -51,6 +52,10 @@ class WebUI:
     def checkpoints(self) -> dict[str, Path]:
         """Returns the WebUI's list; in A1111 empty with --ui-debug-mode until it is refreshed."""
         return {name: Path(info.filename).absolute() for name, info in _infos().items()}
+
+    def loras(self) -> dict[str, Path]:
+        """Returns the LoRA files of all folders that the WebUI lists; its own list has no folders."""
+        return list_files(settings.read_lora_folders(), LORAS)
 
     def known_hash(self, name: str) -> str | None:
         """Returns the hash that the WebUI shows in brackets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -29,6 +29,7 @@ _CACHE: Final = "hyper_merge_cache_gb"
 _CLEAR: Final = "hyper_merge_clear_cache"
 
 _CACHE_GB: Final = SIZE_LIMIT // GB
+_MORE_LORAS: Final = ("lyco_dir_backcompat",)  # where A1111 lists LoRAs too, if it exists
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -78,13 +79,23 @@ def read_folders() -> Folders:
     return Folders(Path(checkpoints), Path(loras), runs, runs / "cache", int(limit * GB))
 
 
+def read_lora_folders() -> list[Path]:
+    """Returns all folders of LoRAs by the WebUI's command line; the first is that of `read_folders`."""
+    given = [*_all_given((*capabilities().lora_folders, *_MORE_LORAS))]
+    return [read_folders().loras, *map(Path, given)]
+
+
 def _first_given(options: Iterable[str]) -> Any:
-    """Returns the first folder of the command line; an option may hold one, several or none."""
+    """Returns the first folder of the command line; None where none is given."""
+    return next(_all_given(options), None)
+
+
+def _all_given(options: Iterable[str]) -> Iterator[Any]:
+    """Yields the folders of the command line; an option may hold one, several or none."""
     for name in options:
         given = getattr(shared.cmd_opts, name, None)
         if given:
-            return given[0] if isinstance(given, list) else given
-    return None
+            yield from given if isinstance(given, list) else [given]
 
 
 def _saved(key: str, parse: Callable[[Any], _T], default: _T) -> _T:

@@ -28,7 +28,6 @@ from hyper_merge.runs.folders import require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
-from hyper_merge.runtime.names import prompt_word
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.allowance import LoraFormat
@@ -71,7 +70,7 @@ def run_combine(request: CombineRequest, progress: Progress) -> CombineResult:
     loras = read_loras(request.loras, accepts_damaged=request.accepts_damaged)
     for warning in loras.warnings:
         progress.warn(warning)
-    path = request.to or request.loras[0].with_name(f"{_stem(request)}.safetensors")
+    path = request.path
     require_no_source(path, request.loras)
     require_free(path, overwrite=request.overwrite)
     hashing, looking, cutting, writing = progress.split((1.0, 2.0 * request.cuts, 2.0, 1.0))
@@ -266,15 +265,6 @@ class _Combination:
                 results.append(result)
                 counter.finish(layer.module)
         return results
-
-
-def _stem(request: CombineRequest) -> str:
-    first = request.loras[0].stem
-    if len(request.loras) > 1:
-        return prompt_word("-and-".join(path.stem for path in request.loras[:3]))
-    if request.rank is not None:
-        return prompt_word(f"{first}-rank{request.rank}")
-    return prompt_word(f"{first}-resized")
 
 
 def _recipe(request: CombineRequest) -> dict[str, str]:

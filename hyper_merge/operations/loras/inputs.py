@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from hyper_merge.operations.loras.known_layers import KnownFamily, known_family,
 from hyper_merge.operations.loras.unfinished import require_complete
 
 _ADVICE: Final = "choose LoRAs of one base"
+_REMEMBERED: Final = 64  # files, each of which takes about a megabyte
 _BASE: Final = "ss_base_model_version"
 _SAME_BASE: Final = {"sdxl_base_v0-9": "sdxl_base_v1-0"}  # one architecture under two names
 _PREDICTION: Final = "modelspec.prediction_type"
@@ -106,6 +108,25 @@ def recognise(header: Header) -> tuple[KnownFamily, LoraModules]:
         CheckpointError: it is no LoRA, or holds what no factors hold.
         FamilyError: it fits no family; says by which module it misses the nearest one.
     """
+    return _recognise(_HeaderAsKey(header))
+
+
+class _HeaderAsKey:
+    """A header that equals itself alone; a file that stays as it is has one header."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HeaderAsKey) and other.header is self.header
+
+    def __hash__(self) -> int:
+        return id(self.header)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _recognise(key: _HeaderAsKey) -> tuple[KnownFamily, LoraModules]:
+    header = key.header
     modules = split_keys(header)
     names = [module.name for module in modules]
     candidates = [known_family(name) for name in known_names()]

@@ -20,6 +20,7 @@ from hyper_merge.recipe.parsing import (
     whole,
 )
 from hyper_merge.recipe.request import Parsers, Request, key_place
+from hyper_merge.runtime.names import prompt_word
 
 _SUFFIX: Final = ".safetensors"
 
@@ -120,6 +121,19 @@ class CombineRequest(_LoraRequest):
                     hint="leave all but one out",
                     key=given[1],
                 )
+
+    @property
+    def path(self) -> Path:
+        """Where the file goes."""
+        return self.to or self.loras[0].with_name(f"{self._stem()}.safetensors")
+
+    def _stem(self) -> str:
+        first = self.loras[0].stem
+        if len(self.loras) > 1:
+            return prompt_word("-and-".join(path.stem for path in self.loras[:3]))
+        if self.rank is not None:
+            return prompt_word(f"{first}-rank{self.rank}")
+        return prompt_word(f"{first}-resized")
 
     @property
     def cuts(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -15,6 +16,7 @@ from hyper_merge.loras.metadata import Lineage
 from hyper_merge.operations.loras.analysis import analyze_loras, basis_width
 from hyper_merge.operations.loras.inputs import LoraSet, read_loras
 from hyper_merge.operations.merge.file_overhead import FileOverhead
+from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.operations.merge.outputs import (
     MergeOutputs,
     named_topups,
@@ -42,9 +44,12 @@ from hyper_merge.runs.report import Report
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runtime.devices import device_job, resolve_device
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.names import one_line
+from hyper_merge.runtime.names import one_line, unique_name
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.metric import Metric
+
+DEFAULTS: Final = {"exact": "none", "layer_weights": "plain"}
+"""The settings that go with LoRAs and not with checkpoints, where nothing else is asked for."""
 
 # Settings that are about checkpoints, with the one value that they have here.
 _FIXED = {"base": AVERAGE, "weights": None, "vae": "first", "exact": "none"}
@@ -84,6 +89,7 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
             setting does not go with them.
     """
     resolve_device(recipe.device)
+    require_several(recipe.models)
     for key, value in _FIXED.items():
         if getattr(recipe, key) != value:
             raise RecipeError(
@@ -98,6 +104,62 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
     recipe = with_ranks(recipe, inputs)
     folders = folders or Folders.under(recipe.output)
     return SharePreflight(Preflight(recipe, inputs, loras.warnings, folders), loras)
+
+
+def require_several(loras: Sequence[Path]) -> None:
+    """Returns if there are two LoRAs or more to be shared.
+
+    Raises:
+        RecipeError: there are not.
+    """
+    if len(loras) < 2:
+        raise RecipeError(
+            f"Fewer than two LoRAs: expected 2 files or more, got {len(loras)}",
+            hint="resize makes a single one smaller",
+            key="models",
+        )
+
+
+def share_recipe(
+    settings: Mapping[str, object],
+    loras: Sequence[Path],
+    folders: Folders,
+    place: Callable[[str], str],
+) -> Recipe:
+    """Returns the recipe for shared LoRAs from settings as somebody gave them.
+
+    Args:
+        settings: by name; those that are left out have the defaults that go with LoRAs.
+        loras: the files.
+        folders: where the shared LoRAs go.
+        place: what a screen calls a setting, for messages.
+
+    Raises:
+        RecipeError: a setting is not allowed.
+    """
+    output = folders.models.parent
+    return Recipe.parse({**DEFAULTS, **settings, "models": tuple(loras), "output": output}, place)
+
+
+def free_run_name(loras: Sequence[Path], folders: Folders) -> str:
+    """Returns a name for shared LoRAs that no run has and none of whose files is there."""
+
+    def is_taken(name: str) -> bool:
+        return folders.is_used(name) or any(folders.loras.glob(f"{name}_*.safetensors"))
+
+    return unique_name(suggest_name([path.name for path in loras]), is_taken)
+
+
+def share_loras(recipe: Recipe, folders: Folders, progress: Progress) -> ShareResult:
+    """Validates a recipe whose models are LoRAs, tells its warnings, and writes the shared LoRAs.
+
+    Raises:
+        HyperMergeError: as `preflight_share` and `run_share`.
+    """
+    preflight = preflight_share(recipe, folders)
+    for warning in preflight.merge.warnings:
+        progress.warn(warning)
+    return run_share(preflight, progress)
 
 
 def run_share(

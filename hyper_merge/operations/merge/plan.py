@@ -111,13 +111,19 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
         ):
             metric, chosen = choose_layers(analysis, preflight, forecasting)
             forecast = forecast_ranks_for(metric, chosen, forecasting)
-            return _plan_from(forecast, find_clusters(metric.deviation_gram), chosen)
+            return plan_from(forecast, find_clusters(metric.deviation_gram), chosen)
 
     return with_sound_cache(attempt, progress.warn)
 
 
-def _plan_from(forecast: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
-    """Returns the plan that a forecast gives."""
+def plan_from(forecast: RankForecast, groups: Clusters, preflight: Preflight) -> MergePlan:
+    """Returns the plan that a forecast gives.
+
+    Args:
+        forecast: of any size.
+        groups: that the inputs fall into.
+        preflight: the validated recipe, of whose size the plan's others are multiples.
+    """
     requested = _requested_size(preflight, forecast.budget_for) or forecast.largest
     sizes = [round(requested * step) for step in _STEPS]
     points = [_planned_size(forecast, size) for size in sizes if size <= forecast.largest]

@@ -22,7 +22,8 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.fit_records import styles_of
 from hyper_merge.runs.hash_cache import find_by_hash
-from hyper_merge.runs.run import Run, list_runs, load_run
+from hyper_merge.runs.lora_runs import is_lora_run, list_all_runs, load_any_run
+from hyper_merge.runs.run import Run, load_run
 from hyper_merge.ui.form import Form, form_from_recipe
 from hyper_merge.ui.handlers.dropdowns import refill
 from hyper_merge.ui.html.common import format_hint, format_message
@@ -40,7 +41,7 @@ def list_earlier_runs(
         second: the run that stands beside it.
     """
     folders = host.folders()
-    runs, problems = list_runs(folders)
+    runs, problems = list_all_runs(folders)
     names = [run.name for run in runs]
     picked = first if first in names else next(iter(names), "")
     return (
@@ -53,11 +54,16 @@ def list_earlier_runs(
 
 def list_others(host: Host, name: str, second: str | None) -> Any:
     """Returns an update of the runs that may stand beside the picked one."""
-    return _others([run.name for run in list_runs(host.folders())[0]], name, second)
+    return _others([run.name for run in list_all_runs(host.folders())[0]], name, second)
 
 
 def copy_settings(host: Host, name: str | None) -> tuple[Any, ...]:
-    """Returns the form's values for a merge with the settings of a run, and a message."""
+    """Returns the form's values for a merge with the settings of a run, and a message.
+
+    Changes nothing for a run of LoRAs, whose settings go elsewhere.
+    """
+    if is_lora_run(host.folders(), name or ""):
+        return (*(gr.update() for _ in fields(Form)), "")
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:
@@ -93,7 +99,7 @@ def show_side_by_side(host: Host, first: str | None, second: str | None) -> str:
     if not second or first == second:
         return format_message("info", "Pick another run to stand beside this one.")
     try:
-        one, other = (load_run(host.folders(), name or "") for name in (first, second))
+        one, other = (load_any_run(host.folders(), name or "") for name in (first, second))
     except HyperMergeError as error:
         return _format_error(error)
     return format_run_comparison(one, other)
@@ -109,7 +115,7 @@ def ask_to_delete_run(host: Host, jobs: Jobs, name: str | None) -> tuple[str, An
     """
     try:
         jobs.require_idle()
-        run = load_run(host.folders(), name or "")
+        run = load_any_run(host.folders(), name or "")
         files = files_of(run, host.folders())
     except HyperMergeError as error:
         return _answered(_format_error(error))
@@ -123,7 +129,7 @@ def delete_confirmed_run(host: Host, jobs: Jobs, name: str | None) -> tuple[str,
     """Deletes the files and styles of the run whose files were listed."""
     try:
         jobs.require_idle()
-        run = load_run(host.folders(), name or "")
+        run = load_any_run(host.folders(), name or "")
         styles = _styles(host, run)
         gone = delete_run(run, host.folders())
     except UnknownRunError as error:  # after a second click, or by another page

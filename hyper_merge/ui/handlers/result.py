@@ -16,6 +16,7 @@ import gradio as gr
 from hyper_merge.errors import HyperMergeError, UnknownRunError
 from hyper_merge.hosts.host import Host
 from hyper_merge.runs.fit_records import prompts_of, styles_of
+from hyper_merge.runs.lora_runs import is_lora_run
 from hyper_merge.runs.report import Report
 from hyper_merge.runs.run import load_run
 from hyper_merge.ui.html.common import format_merge_introduction, format_message
@@ -40,6 +41,8 @@ def show_run(host: Host, name: str | None, *, is_new: bool = False) -> tuple[Any
         name: of the run.
         is_new: whether it was made just now.
     """
+    if is_lora_run(host.folders(), name or ""):  # which the tab "LoRAs" shows
+        return (gr.update(), *NOTHING[1:])
     try:
         run = load_run(host.folders(), name or "")
     except HyperMergeError as error:

@@ -11,6 +11,7 @@ from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import format_requested_size
 from hyper_merge.ui.html.common import (
+    format_count,
     format_message,
     format_percent,
     format_table,
@@ -26,7 +27,7 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
     head = (
         "Run",
         "Created",
-        "Checkpoints",
+        "Made of",
         "Ranks",
         "LoRAs",
         "Explained, mean",
@@ -35,7 +36,7 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
     table = format_table(
         head,
         [_run_row(run) for run in runs],
-        numeric=(2, 4, 5, 6),
+        numeric=(4, 5, 6),
         attributes=[_row_attributes(run) for run in runs],
     )
     return messages + table
@@ -44,10 +45,10 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
 def format_run_comparison(first: Run, second: Run) -> str:
     """Returns two runs side by side: settings, sizes and explained shares."""
     facts: list[tuple[str, ...]] = [
-        ("Checkpoints", str(len(first.report.checkpoints)), str(len(second.report.checkpoints))),
+        ("Made of", *(format_count(len(x.report.checkpoints), _kind(x)) for x in (first, second))),
         ("Ranks", _ranks(first), _ranks(second)),
         ("LoRAs", format_size(first.report.bytes_loras), format_size(second.report.bytes_loras)),
-        ("Hyper-model", first.hyper_model.name, second.hyper_model.name),
+        ("Hyper-model", *(x.hyper_model.name or "none" for x in (first, second))),
         ("Precision", first.recipe.dtype, second.recipe.dtype),
         ("Precision of the LoRAs", first.recipe.factors_dtype, second.recipe.factors_dtype),
         (
@@ -79,7 +80,8 @@ def format_file_list(paths: Sequence[Path], question: str) -> str:
 def _row_attributes(run: Run) -> str:
     """Returns a row's attributes for the script: the run, and words by which it is found."""
     words = " ".join([run.family, *(row.name for row in run.report.checkpoints)])
-    return f'data-run="{_text(run.name)}" data-words="{_text(words)}" title="{_text(words)}"'
+    kind = "loras" if run.of_loras else "checkpoints"
+    return f'data-run="{_text(run.name)}" data-kind={kind} data-words="{_text(words)}" title="{_text(words)}"'
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
@@ -88,12 +90,16 @@ def _run_row(run: Run) -> tuple[str, ...]:
     return (
         f"<button type=button aria-pressed=false>{_text(run.name)}</button>{gone}",
         _text(_local_time(run.created)),
-        str(len(report.checkpoints)),
+        format_count(len(report.checkpoints), _kind(run)),
         _text(_ranks(run)),
         format_size(report.bytes_loras),
         format_percent(report.fidelity_mean),
         format_percent(report.worst.fidelity),
     )
+
+
+def _kind(run: Run) -> str:
+    return "LoRA" if run.of_loras else "checkpoint"
 
 
 def _ranks(run: Run) -> str:

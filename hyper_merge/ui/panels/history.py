@@ -42,7 +42,7 @@ def build_history(tab: gr.Tab) -> HistoryPanel:
             "runs_search",
             value="",
             label="Search",
-            info="Any words of name, checkpoints, family, ranks or date.",
+            info="Any words of name, checkpoints, LoRAs, family, ranks or date.",
             max_lines=1,
             scale=4,
         )

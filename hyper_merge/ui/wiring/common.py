@@ -24,6 +24,7 @@ from hyper_merge.ui.handlers.use import (
 )
 from hyper_merge.ui.panels.compare import ComparePanel
 from hyper_merge.ui.panels.history import HistoryPanel
+from hyper_merge.ui.panels.loras import LoraPanel
 from hyper_merge.ui.panels.picker import PickerPanel
 from hyper_merge.ui.panels.presets import PresetsPanel
 from hyper_merge.ui.panels.result import ResultPanel
@@ -45,7 +46,7 @@ _TXT2IMG = "(tags, run, title, _) => [tags, run, title, hyperMerge.txt2img()]"
 _SEND = "(sent, title) => { hyperMerge.send(sent, title); return []; }"
 REFRESH_STYLES = "() => { hyperMerge.refresh('styles'); return []; }"
 _REFRESH_ALL = "(run) => { hyperMerge.refresh('all', run); return []; }"
-_REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
+REFRESH_FILES = "(task) => { hyperMerge.refresh('files', task); return []; }"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Wiring:
     history: HistoryPanel
     use: UsePanel
     compare: ComparePanel
+    loras: LoraPanel
 
     def on(
         self,
@@ -190,7 +192,7 @@ class Wiring:
             in_order(outcomes),
             message=self.use.message,
         )
-        in_browser(outcome.then, _REFRESH_FILES, [outcomes.wrote])
+        in_browser(outcome.then, REFRESH_FILES, [outcomes.wrote])
         view = self.show(ended, functools.partial(show_merge_result, self.host, self.jobs), [])
         in_browser(view.then, _REFRESH_ALL, [self.result.view.run])
         in_browser(self.list_runs(view.then).then, REPLAN)

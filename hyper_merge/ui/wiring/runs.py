@@ -25,6 +25,7 @@ _PROMPT = "(name, prompts) => JSON.parse(prompts || '{}')[name] || ''"
 _HIDDEN = '{"visible": false, "__type__": "update"}'  # gr.update() as a page reads it
 _CLEAR = f'() => ["", {_HIDDEN}, {_HIDDEN}, ""]'
 _GO = "() => { hyperMerge.go(%d, '%s'); return []; }"
+_GO_BY_KIND = "() => { hyperMergeRuns.isOfLoras() ? hyperMerge.go(3, '%s') : hyperMerge.go(0, '%s'); return []; }"
 
 
 def wire_result(wires: Wiring) -> None:
@@ -67,14 +68,14 @@ def wire_next_steps(wires: Wiring) -> None:
         compare.message,
     )
     in_browser(compared.then, _GO % (2, "compare_columns"))
-    _wire_copy(wires, panel.resize, run, "size")
+    _wire_copy(wires, panel.resize, run, _GO % (0, "size"))
 
 
-def _wire_copy(wires: Wiring, button: Any, run: Any, place: str) -> None:
-    """Wires a button that copies a run's settings into the form, and goes to a place there."""
+def _wire_copy(wires: Wiring, button: Any, run: Any, go: str) -> None:
+    """Wires a button that copies a run's settings into the form, and goes there."""
     note, copy = wires.size.note, functools.partial(history.copy_settings, wires.host)
     copied = wires.on(button.click, copy, [run], [*in_order(wires.form), note], note)
-    in_browser(copied.then, _GO % (0, place))
+    in_browser(copied.then, go)
 
 
 def wire_history(wires: Wiring) -> None:
@@ -83,8 +84,8 @@ def wire_history(wires: Wiring) -> None:
     for trigger in (panel.refresh.click, panel.opened.select, wires.use.opened.select):
         wires.list_runs(trigger)  # another page may have made or deleted some
     opened = wires.show(panel.open.click, functools.partial(show_run, host), [panel.run])
-    in_browser(opened.then, _GO % (0, "result"))
-    _wire_copy(wires, panel.copy, panel.run, "columns")
+    in_browser(opened.then, _GO_BY_KIND % ("lora_result", "result"))
+    _wire_copy(wires, panel.copy, panel.run, _GO_BY_KIND % ("lora_columns", "columns"))
     wires.on(
         panel.run.input,
         functools.partial(history.list_others, host),

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from fake_webui import installed
+from fake_webui import installed, put
 
 from hyper_merge.errors import CacheError
 from hyper_merge.hosts.host import Defaults
@@ -161,3 +161,22 @@ def test_the_first_of_several_folders_is_taken(models, tmp_path):
         webui.cmd_opts.ckpt_dirs, webui.cmd_opts.lora_dirs = [], []
         folders = webui.host().folders()
     assert (folders.models, folders.loras) == (models / "Stable-diffusion", models / "Lora")
+
+
+def test_loras_of_all_folders_are_listed(models, tmp_path):
+    first, second, old = (tmp_path / name for name in ("first", "second", "lyco"))
+    for path in ("a.safetensors", "sub/b.pt", "a.preview.png"):
+        put(first / path)
+    put(second / "a.safetensors")
+    put(models / "Lora" / "c.safetensors")
+    dirs = [str(first), str(second), str(first)]
+    with installed(models, "neo", lora_dirs=dirs) as webui:
+        assert webui.host().loras() == {
+            "a.safetensors": first / "a.safetensors",
+            "sub/b.pt": first / "sub" / "b.pt",
+            "second/a.safetensors": second / "a.safetensors",
+            "c.safetensors": models / "Lora" / "c.safetensors",
+        }
+    put(old / "d.safetensors")
+    with installed(models, "a1111", lyco_dir_backcompat=str(old)) as webui:
+        assert list(webui.host().loras()) == ["c.safetensors", "d.safetensors"]

@@ -1,0 +1,111 @@
+"""Builds the tab "LoRAs": a list to pick from, what is to be made of them, and what was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from hyper_merge.ui.element_ids import elem_id
+from hyper_merge.ui.handlers.loras import CHOICES, choice_of
+from hyper_merge.ui.html.loras import format_lora_introduction, format_lora_picker
+from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
+
+
+@dataclass(frozen=True)
+class LoraWidgets:
+    """The widgets that become a `LoraForm`: the same names in the same order."""
+
+    picked: (
+        gr.Textbox
+    )  # hidden by the style sheet: names and multipliers as JSON, for the script too
+    choice: gr.Radio
+    size: gr.Textbox
+    checkpoint: gr.Dropdown
+    run: gr.Dropdown
+    name: gr.Textbox
+    replace: gr.Checkbox
+
+
+@dataclass(frozen=True)
+class LoraPanel:
+    """All widgets of the tab, whose lists are read again when it is opened."""
+
+    opened: gr.Tab
+    catalogue: gr.Textbox  # hidden: the host's list and what is known of each file, as JSON
+    inspect: gr.Button  # hidden by the style sheet: the script presses it while it lacks facts
+    add: gr.Button
+    clear: gr.Button
+    refresh: gr.Button
+    form: LoraWidgets
+    about: gr.HTML
+    start: gr.Button
+    stop: gr.Button
+    message: gr.HTML
+    status: gr.HTML
+    result: gr.HTML
+    wrote: gr.Textbox  # hidden: the task that wrote files last
+
+
+def build_loras(opened: gr.Tab) -> LoraPanel:
+    """Builds the list on top, what is to be made of the picked ones on the left, the result on the right."""
+    gr.HTML("<h3>1. LoRAs</h3>")
+    picked = widget(gr.Textbox, "lora_picked", value="[]", label="LoRAs")
+    catalogue = hidden_text("lora_catalogue")
+    html("lora_picker", format_lora_picker())
+    inspect = button("lora_inspect", "Inspect more LoRAs")
+    with gr.Row(elem_id=elem_id("lora_row")):
+        add = button("lora_add", "Add all")
+        clear = button("lora_clear", "Clear")
+        refresh = button("lora_refresh", "Refresh")
+    with gr.Row(elem_id=elem_id("lora_columns")):
+        with gr.Column(scale=5, min_width=320):
+            about, form = _build_form(picked)
+            with gr.Row(elem_id=elem_id("lora_run_row")):
+                start = widget(
+                    gr.Button,
+                    "lora_start",
+                    value=choice_of(None).button,
+                    variant="primary",
+                    scale=3,
+                )
+                stop = widget(
+                    gr.Button, "lora_stop", value="Stop", interactive=False, scale=1, min_width=90
+                )
+            message, status = html("lora_message"), html("lora_status")
+        with gr.Column(scale=6, min_width=320):
+            result = html("lora_result", format_lora_introduction())
+    wrote = hidden_text("lora_wrote")
+    return LoraPanel(
+        opened, catalogue, inspect, add, clear, refresh, form, about, start, stop, message, status,
+        result, wrote,
+    )  # fmt: skip
+
+
+def _build_form(picked: gr.Textbox) -> tuple[gr.HTML, LoraWidgets]:
+    first = choice_of(None)
+    gr.HTML("<h3>2. What to make of them</h3>")
+    choice = widget(
+        gr.Radio,
+        "lora_choice",
+        choices=list(CHOICES),
+        value=next(iter(CHOICES)),
+        label="Make",
+        info="Of the LoRAs that are picked above.",
+    )
+    about = html("lora_about", f"<p class=hm-hint>{first.about}</p>")
+    checkpoint = _pick("lora_checkpoint", "Checkpoint", "It stays as it is; a new file is written.")
+    run = _pick("lora_run", "Run", "Shared LoRAs that were distilled before.")
+    size = _line("lora_size", "Size", first.size)
+    name = _line("lora_name", "Name", first.name)
+    replace = widget(gr.Checkbox, "lora_replace", value=False, label="Replace existing files")
+    return about, LoraWidgets(picked, choice, size, checkpoint, run, name, replace)
+
+
+def _line(name: str, label: str, info: str) -> Any:
+    return widget(gr.Textbox, name, value="", label=label, info=info, max_lines=1)
+
+
+def _pick(name: str, label: str, info: str) -> Any:
+    return widget(gr.Dropdown, name, choices=[], value=None, label=label, info=info, visible=False)

@@ -40,6 +40,7 @@ _PIXELS: Final = 8  # in height and width, for one of the latents
 _RUNS: Final = 7.8
 _FORWARD: Final = 0.25  # of a pass; the rest is the backward pass, where weights are read again
 _ENTRY: Final = 530.0  # multiply-adds that reading an entry twice takes
+_LAYER: Final = 4e8  # of a layer in a pass, whatever its size
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ class _Observer:
 def _pass_cost(layer: Layer, resolution: int, samples: Samples) -> float:
     """Returns what a layer takes in one pass, in multiply-adds."""
     shrunk = (samples.side * _PIXELS / resolution) ** 2 if layer.part == "unet" else 1.0
-    return layer.m * layer.n * (_RUNS * samples.batch * layer.positions * shrunk + _ENTRY)
+    runs = _RUNS * samples.batch * layer.positions * shrunk
+    return layer.m * layer.n * (runs + _ENTRY) + _LAYER
 
 
 def _refuse_to_read(key: str) -> Tensor:

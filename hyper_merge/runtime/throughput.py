@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Final
 
 import torch
@@ -12,7 +13,7 @@ import torch
 _COSTS: Final = 0.57
 
 _SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
-_PRODUCTS: Final = 3  # that are timed, after one to warm up
+_WARM_UP, _PRODUCTS = 3, 9  # products, untimed and timed
 
 # Multiplications and additions per second of each of a GPU's multiprocessors, a little below what
 # NVIDIA's cards since 2016 do: 64 or 128 units at 1.4 to 2.5 GHz.
@@ -48,12 +49,13 @@ def measure_throughput(device: torch.device) -> float:
 def _measure(device: torch.device) -> float:
     side = _SIDE[device.type]
     matrix = torch.linspace(-1, 1, side * side, device=device).view(side, side)
-    _multiply(matrix, 1)
+    for _ in range(_WARM_UP):
+        _multiply(matrix)
+    return 2 * side**3 / median(_multiply(matrix) for _ in range(_PRODUCTS))
+
+
+def _multiply(matrix: torch.Tensor) -> float:
+    """Returns the seconds of one product: a few of them are often held up by other work."""
     start = time.perf_counter()
-    _multiply(matrix, _PRODUCTS)
-    return float(2 * side**3 * _PRODUCTS / (time.perf_counter() - start))
-
-
-def _multiply(matrix: torch.Tensor, times: int) -> None:
-    for _ in range(times):
-        float((matrix @ matrix)[0, 0])  # waits for the device
+    float((matrix @ matrix)[0, 0])  # waits for the device
+    return time.perf_counter() - start

@@ -25,6 +25,8 @@ _IN_ROUNDING: Final = 36.0
 _IN_EVEN_ROUNDING: Final = 6.5
 _IN_REFIT: Final = 12.0  # after rounding to float8
 
+_TURN: Final = 1.2e7  # of a layer in a sweep, whatever its size: dozens of small operations
+
 _METRIC: Final = 75.0  # for an entry of a core and a column of it: its spectra, one by one
 _SEARCH: Final = 1e11  # for a start in a few layers' leading parts, whatever their sizes
 _START: Final = 0.8  # sweeps that the truncated SVDs take, which follow the search
@@ -40,7 +42,7 @@ def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[floa
     pairs = list(zip(inputs.layout.layers, ranks, strict=True))
     bases = [basis_columns(layer, width) for layer, _ in pairs]
     rounding = sum(
-        (layer.m * p + layer.n * q) * sum(rank)
+        (layer.m * p + layer.n * q) * sum(rank) + _TURN
         for (layer, rank), (p, q) in zip(pairs, bases, strict=True)
     )
     metric = 0.0 if recipe.has_even_ranks else sum(_METRIC * p * q * min(p, q) for p, q in bases)
@@ -78,4 +80,4 @@ def _sweep(
     columns = min(width, int(COLUMNS_PER_RANK * rank))
     p, q = basis_columns(layer, columns)
     products = p * q * (3 * rank + 2 * slices * len(ranks))
-    return products + 3 * (p + q) * rank**2 + rank**3
+    return products + 3 * (p + q) * rank**2 + rank**3 + _TURN

@@ -1,5 +1,6 @@
 """Jobs on a GPU: its failures, its memory, its precision and its rate; and which one `auto` is."""
 
+import itertools
 import threading
 
 import pytest
@@ -130,11 +131,18 @@ def test_the_rate_of_a_gpu_is_measured_by_jobs_alone():
         described = throughput.estimate_seconds(1e12, GPU)
         assert not gpu.launches
         with device_job(GPU):
-            assert gpu.launches["mm"] == 4
+            assert gpu.launches["mm"] == 12
         assert gpu.emptied
         assert throughput.estimate_seconds(1e12, GPU) != described
         with device_job(GPU):
-            assert gpu.launches["mm"] == 4
+            assert gpu.launches["mm"] == 12
+
+
+def test_a_few_products_that_are_held_up_do_not_change_the_rate(monkeypatch):
+    seconds = itertools.cycle([0.01, 0.01, 0.5])
+    monkeypatch.setattr(throughput, "_multiply", lambda _matrix: next(seconds))
+    rate = throughput._measure(torch.device("cpu"))
+    assert rate == pytest.approx(2 * throughput._SIDE["cpu"] ** 3 / 0.01)
 
 
 def test_a_gpu_that_cannot_multiply_does_not_end_a_job_before_it_begins():

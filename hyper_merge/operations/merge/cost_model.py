@@ -29,7 +29,9 @@ from hyper_merge.runtime.throughput import estimate_seconds
 from hyper_merge.solver.costs import solve_costs
 
 HASHING_COST: Final = 70.0  # for each byte
-_WRITING: Final = 500.0  # for each byte of the LoRAs: rounding, hashing, writing and synchronising
+# For each byte of the LoRAs, and for each LoRA: rounding, hashing, writing and synchronising.
+_WRITING: Final = 500.0
+_FILE: Final = 3e10
 
 _HOST: Final = torch.device("cpu")  # does all work but products of matrices, for every device
 
@@ -66,6 +68,7 @@ def merge_costs(
     solving, rounding = solve_costs(inputs, recipe, ranks)
     dtype = DTYPES_BY_WORD[recipe.factors_dtype]
     writing = _WRITING * lora_bytes(inputs.layout.layers, ranks, dtype, recipe.ranks)
+    writing += _FILE * len(recipe.ranks)
     return MergeCosts(
         hashing=_hashing_seconds(inputs, existing.cache),
         reading=_reading_seconds(inputs, recipe, device, existing),

@@ -25,7 +25,7 @@ _EVEN_SETS: Final = 5  # of factors during the solve: two, and the rest in the a
 # Of the LoRAs in float32 with adaptive ranks, which gather where bases are as wide as the layers: two of
 # one and a half times the ranks.
 _ADAPTIVE_SETS: Final = 3.2
-_OVERHEAD: Final = 400 * 2**20  # bytes: Python, torch, and what is in flight
+_OVERHEAD: Final = 470 * 2**20  # bytes: Python, torch, and what is in flight
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from hyper_merge.errors import CheckpointError
 
 GGUF: Final = ".gguf"
 
+_IN_FORGE_NEO: Final = "modules_forge.packages.gguf"
 _INSTALL: Final = "run: python -m pip install -c constraints.txt -e '.[gguf]'"
 _OTHER_VERSION: Final = "use a version of Q4 or more bits, or the fp16 .safetensors file"
 # Kinds of blocks -> numbers that share a scale.
@@ -167,15 +169,17 @@ def _read(path: Path) -> dict[str, _Stored]:
 
 
 def _package() -> Any:
-    """Returns the package `gguf`, of which Forge has an older copy of its own.
+    """Returns the package `gguf`, or the older copy that Forge or Forge Neo has of it.
 
     Raises:
         ImportError: there is none.
     """
-    import gguf  # noqa: PLC0415 - an extra
-    import gguf.quants  # noqa: PLC0415
-
-    return gguf
+    try:
+        importlib.import_module("gguf.quants")
+        return importlib.import_module("gguf")
+    except ImportError:
+        importlib.import_module(f"{_IN_FORGE_NEO}.quants")
+        return importlib.import_module(_IN_FORGE_NEO)
 
 
 @functools.cache

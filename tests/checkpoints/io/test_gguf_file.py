@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import types
 
 import gguf
 import numpy as np
@@ -115,3 +116,15 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"cut.gguf is no GGUF file, or a damaged one"):
             read_header(path)
+
+
+def test_forge_neos_own_copy_serves_where_the_package_is_missing(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "a.gguf", {"w": ("Q8_0", numbers(2, 32))})
+    copy = "modules_forge.packages.gguf"
+    for name in ("modules_forge", "modules_forge.packages"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, copy, gguf)
+    monkeypatch.setitem(sys.modules, f"{copy}.quants", gguf.quants)
+    for name in ("gguf", "gguf.quants"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert read_header(path).rounded_as == ("Q8_0",)

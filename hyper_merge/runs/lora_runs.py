@@ -5,9 +5,8 @@ Also lists and loads runs of either kind, for those who treat them alike.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from hyper_merge.checkpoints.architectures.families import family_named, family_title
 from hyper_merge.errors import RunError, UnknownRunError
@@ -15,15 +14,13 @@ from hyper_merge.loras.prompt_tags import lora_names
 from hyper_merge.runs.folders import LORA_MANIFEST, Folders
 from hyper_merge.runs.manifest import RunManifest, require_readable_version
 from hyper_merge.runs.own_loras import is_own_lora
-from hyper_merge.runs.run import Run, list_runs, load_run, newest_first
+from hyper_merge.runs.run import PLAIN_NAME, Run, list_runs, load_run, newest_first
 from hyper_merge.runtime.checked_json import read_json
-
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]{0,200}")  # a folder's name, no path
 
 
 def is_lora_run(folders: Folders, name: str) -> bool:
     """Tells whether a run of this name is there whose inputs were LoRAs."""
-    return bool(_PLAIN.fullmatch(name)) and (folders.runs / name / LORA_MANIFEST).is_file()
+    return bool(PLAIN_NAME.fullmatch(name)) and (folders.runs / name / LORA_MANIFEST).is_file()
 
 
 def list_all_runs(folders: Folders) -> tuple[list[Run], list[str]]:
@@ -78,6 +75,8 @@ def read_lora_manifest(folders: Folders, name: str) -> dict[str, Any]:
         RunError: there is no such run, its folder is a link, or its manifest is no JSON object or
             of a newer version.
     """
+    if not PLAIN_NAME.fullmatch(name):
+        raise UnknownRunError(f"expected the name of a run, which is one of a folder, got {name!r}")
     folder = folders.runs / name
     if folder.is_symlink():
         raise RunError(

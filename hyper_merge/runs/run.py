@@ -24,7 +24,8 @@ from hyper_merge.runs.report import Report
 from hyper_merge.runtime.checked_json import read_json
 from hyper_merge.runtime.names import one_line
 
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]{0,200}")  # a folder's name, no path
+PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._ +-]{0,200}")
+"""What the name of a run looks like, which is one of a folder, and no path."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def read_manifest(folders: Folders, name: str) -> dict[str, Any]:
             of a newer version.
     """
     folder = folders.runs / name
-    if not _PLAIN.fullmatch(name):
+    if not PLAIN_NAME.fullmatch(name):
         raise UnknownRunError(f"expected the name of a run, which is one of a folder, got {name!r}")
     if folder.is_symlink() or not same_place(Path(os.path.realpath(folder)).parent, folders.runs):
         raise RunError(

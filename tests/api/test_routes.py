@@ -29,6 +29,7 @@ ROUTES = {
         for name in ("absorb", "restore", "export", "extract", "safe", "compare")
     ),
     ("delete", "/hyper-merge/cache"),
+    *((method, "/hyper-merge/presets") for method in ("get", "post", "delete")),
     ("get", "/hyper-merge/loras"),
     *(
         ("post", f"/hyper-merge/loras/{name}")

@@ -64,9 +64,8 @@ def test_loras_are_distilled_found_again_and_deleted(opened, loras):
     tab = opened
     reason = tab.row("lora_available", "broken.safetensors").inner_text()
     assert "damaged or not a .safetensors file" in reason
-    assert "1 cannot be added, grey" in tab.text("lora_available_note")
-    tab.click("lora_add")
-    tab.until(lambda: rows(tab) == NAMES)
+    assert "cannot be added, grey" in tab.text("lora_available_note")
+    pick(tab, *NAMES)
     tab.type("lora_size", "4, 2")
     tab.type("lora_name", "few")
     tab.settle()
@@ -109,10 +108,10 @@ def test_search_and_order_find_a_lora(opened):
     tab = opened
     box = tab.find("lora_search")
     box.fill("lora 2")
-    tab.until(lambda: tab.text("lora_available_note").startswith("1 of 4 LoRAs"))
+    tab.until(lambda: tab.text("lora_available_note").startswith("1 of "))
     box.fill("")
     tab.find("lora_order").select_option("size")
-    tab.until(lambda: tab.text("lora_available_note").startswith("4 LoRAs"))
+    tab.until(lambda: " of " not in tab.text("lora_available_note"))
     last = tab.find("lora_available").locator("li").last
     assert last.get_attribute("data-name") == "broken.safetensors"
     tab.find("lora_order").select_option("name")

@@ -90,7 +90,10 @@ def test_the_run_is_listed_with_its_figures(webui, folders, manifest):
     assert [path.name for path in run.loras] == ["mix_0-4.safetensors", "mix_1-2.safetensors"]
     assert dict(run.hashes) == manifest["files"]
     assert tuple(source.path for source in run.sources) == checkpoints(webui, "abc")
-    assert run.recipe.to_settings() == manifest["settings"] | {"damaged": "refuse"}
+    assert run.recipe.to_settings() == manifest["settings"] | {
+        "damaged": "refuse",
+        "block_weights": None,
+    }
 
 
 def test_the_manifest_is_written_as_it_was(manifest):

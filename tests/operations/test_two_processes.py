@@ -111,7 +111,7 @@ def test_plans_leave_a_merge_of_the_same_files_running(others, files, root, merg
 
 
 def test_runs_of_the_same_loras_do_not_spoil_one_another(others, tmp_path, root):
-    one, two, _ = others
+    one, two, kind = others
     paths = [write_lora(tmp_path / f"{seed}.safetensors", seed, modules=[QUERY]) for seed in (1, 2)]
     new = write_lora(tmp_path / "new.safetensors", 3, modules=[QUERY])
 
@@ -133,7 +133,9 @@ def test_runs_of_the_same_loras_do_not_spoil_one_another(others, tmp_path, root)
         run = load_lora_run(folders, name)
         assert run.missing == ()
         fits, problems = load_fits(run)
-        assert problems == ()
+        # Without locks it may have been made just before the run was replaced: then it is left out.
+        without_locks = kind == "no locks"
+        assert all(without_locks and "was replaced since" in problem for problem in problems)
         assert all(len(record.row.multipliers) == len(run.report.loras) for record in fits)
     assert two.run(*fitting, "--overwrite") == (0, "")
     assert temporaries(root) == []

@@ -10,7 +10,7 @@ from tiny_family import merge, snapshot
 from hyper_merge.errors import RunError, UnknownRunError
 from hyper_merge.runs.deletion import delete_run, files_of
 from hyper_merge.runs.folders import Folders
-from hyper_merge.runs.lora_runs import list_all_runs, load_any_run
+from hyper_merge.runs.lora_runs import list_all_runs, load_any_run, load_lora_run
 from hyper_merge.runs.run import list_runs, load_run
 
 
@@ -101,3 +101,9 @@ def test_a_lora_of_another_run_that_a_manifest_names_stays(root):
     assert "other_0-2.safetensors" not in {
         x.name for x in files_of(load_any_run(folders, "mix"), folders)
     }
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../mix", "a/b", "", "x\0y"])
+def test_what_is_no_name_of_a_folder_is_no_run(tmp_path, name):
+    with pytest.raises(UnknownRunError, match="expected the name of a run, which is one of a fold"):
+        load_lora_run(Folders.under(tmp_path), name)

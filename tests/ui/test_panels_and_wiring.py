@@ -277,7 +277,7 @@ def test_the_scripts_export_every_called_function(some_host):
             names = re.search(r"return \{([^}]*)\};\s*\}\)\(\)", script)[1]
             exported |= {(owner[1], name) for name in re.findall(r"\w+", names)}
         for taken, other in re.findall(r"const \{([^}]*)\} = window\.(\w+);", script):
-            called |= {(other, name) for name in re.findall(r"\w+", taken)}
+            called |= {(other, name) for name in re.findall(r"(\w+)(?:: \w+)?", taken)}
     assert called == exported
 
 

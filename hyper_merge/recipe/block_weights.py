@@ -64,9 +64,7 @@ def weight_of_block(weights: BlockWeights, section: str, *, in_unet: bool) -> fl
     >>> weight_of_block(sdxl, "TE03", in_unet=False)
     0.0
     """
-    if len(weights) == 1:
-        return weights[0]
-    if not in_unet:
+    if len(weights) == 1 or not in_unet:
         return weights[0]
     blocks = BLOCKS[len(weights)]
     if section == "MID":

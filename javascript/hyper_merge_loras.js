@@ -5,7 +5,8 @@
 window.hyperMergeLoras = (() => {
     const {find: select, put} = window.hyperMerge;
     const find = (name) => select(`#hyper_merge_lora_${name}`);
-    const names = () => window.hyperMergeNames; // of a script that comes later
+    const names = () => window.hyperMergeNames; // of scripts that come later
+    const order = () => window.hyperMergeOrder;
     const TRIES = 5; // to hear of more facts
     const SHOWN = 500; // rows of the list at most; a search finds the others
     let files = new Map(); // name -> what Python knows of the file
@@ -18,40 +19,16 @@ window.hyperMergeLoras = (() => {
 
     const fact = (name) => files.get(name) || {name, known: true, problem: "no longer in the list; press Refresh"};
     const isPicked = (name) => picked.some(([other]) => other === name);
-    const isSound = (file) => file.known && !file.problem;
+    const isSound = (file) => order().isSound(file);
 
     // Why a file cannot go with the picked ones; "" where it can, or where that is not known yet.
     function obstacle(file) {
         const others = picked.map(([name]) => name).filter((name) => name !== file.name);
-        const first = others.map(fact).find(isSound);
-        if (!file.known || file.problem) {
-            return file.problem || "";
-        }
-        if (first && first.family !== file.family) {
-            return `${file.family}; the picked ones are ${first.family}`;
-        }
-        const twin = others.find((name) => names().stem(name) === names().stem(file.name));
-        return twin ? `the same file name as ${twin}` : "";
+        return order().obstacleOf(file, order().measureOf(others.map(fact)));
     }
 
-    const orders = {
-        name: (a, b) => a.name.localeCompare(b.name, undefined, {numeric: true, sensitivity: "base"}),
-        time: (a, b) => (b.time || 0) - (a.time || 0) || orders.name(a, b),
-        size: (a, b) => (b.size || 0) - (a.size || 0) || orders.name(a, b),
-        family: (a, b) => (a.family || "~").localeCompare(b.family || "~") || orders.name(a, b),
-    };
-
-    // The files that search and folder leave, in the chosen order.
-    function shown() {
-        const words = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-        const place = find("folder").value;
-        const folder = (name) => names().folder(name);
-        const isIn = (name) => place === "*" || folder(name) === place || (place !== "" && folder(name).startsWith(`${place}/`));
-        const text = (file) => `${file.name} ${file.family || ""} rank ${file.rank || ""}`.toLowerCase();
-        return [...files.values()]
-            .filter((file) => isIn(file.name) && words.every((word) => text(file).includes(word)))
-            .sort(orders[find("order").value] || orders.name);
-    }
+    const shown = () => order().matching([...files.values()], find("search").value, find("folder").value,
+        find("order").value, (file) => `rank ${file.rank || ""}`);
 
     // From Python: the list, or more of what is known about its files.
     function list(text) {

@@ -1,4 +1,4 @@
-// Which checkpoints the picker shows, in which order, and which go together; rows that are dragged.
+// Which files a picker shows, in which order, and which go together; rows that are dragged.
 "use strict";
 
 window.hyperMergeOrder = (() => {
@@ -8,7 +8,7 @@ window.hyperMergeOrder = (() => {
     // What others must go with: the first picked file that can be merged, and the file names that are taken.
     const measureOf = (picked) => ({first: picked.find(isSound), stems: new Map(picked.map((file) => [stem(file.name), file.name]))});
 
-    // Why a file cannot be merged with the picked ones; "" where it can, or where that is not known yet.
+    // Why a file cannot go with the picked ones; "" where it can, or where that is not known yet.
     function obstacleOf(file, {first, stems}) {
         if (!file.known || file.problem) {
             return file.problem || "";
@@ -30,13 +30,14 @@ window.hyperMergeOrder = (() => {
         family: (a, b) => (a.family || "~").localeCompare(b.family || "~") || orders.name(a, b),
     };
 
-    // The files that search and folder leave, in the chosen order.
-    function matching(files, search, place, order) {
+    // The files that search and folder leave, in the chosen order. A search finds name, family, and what `more`
+    // says of a file.
+    function matching(files, search, place, order, more = (file) => file.dtype || "") {
         const words = search.toLowerCase().split(/\s+/).filter(Boolean);
         const isIn = (name) => place === "*" || folder(name) === place
             || (place !== "" && folder(name).startsWith(`${place}/`));
         const holds = (file) => {
-            const text = `${file.name} ${file.family || ""} ${file.dtype || ""}`.toLowerCase();
+            const text = `${file.name} ${file.family || ""} ${more(file)}`.toLowerCase();
             return words.every((word) => text.includes(word));
         };
         return files.filter((file) => isIn(file.name) && holds(file)).sort(orders[order] || orders.name);

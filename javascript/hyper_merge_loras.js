@@ -15,7 +15,7 @@ window.hyperMergeLoras = (() => {
     let active = null; // name of the row in the list that the Tab key reaches
     let asked = "", tries = 0, reminder = null; // files that were known when more were asked for
     let weighs = false; // whether the multipliers count
-    let isHeld = false, isStale = false; // a redraw under a pressed button would swallow its click
+    let held = null; // what is pressed
 
     const fact = (name) => files.get(name) || {name, known: true, problem: "no longer in the list; press Refresh"};
     const isPicked = (name) => picked.some(([other]) => other === name);
@@ -70,7 +70,9 @@ window.hyperMergeLoras = (() => {
     }
 
     // From Python or from ourselves: the picked LoRAs as the form has them.
-    function pick(text) {
+    const pick = () => order().whenDrawn(() => find("picked"), take);
+
+    function take(text) {
         const picks = JSON.parse(text || "[]");
         if (JSON.stringify(picks) !== JSON.stringify(picked)) {
             picked = picks;
@@ -137,8 +139,7 @@ window.hyperMergeLoras = (() => {
     }
 
     function draw() {
-        isStale = isHeld;
-        if (isHeld || !find("available")) {
+        if (!held || held.mustWait()) {
             return;
         }
         const part = document.activeElement?.dataset?.part, name = nameOf(document.activeElement);
@@ -242,7 +243,7 @@ window.hyperMergeLoras = (() => {
     }
 
     function pressed(event) {
-        isHeld = isHeld || event.key === " "; // which presses when it is let go
+        held.pressed(event);
         const steps = {ArrowDown: 1, ArrowUp: -1, Home: -Infinity, End: Infinity};
         const step = steps[event.key];
         if (step === undefined || event.target.dataset.part !== "box") {
@@ -267,27 +268,18 @@ window.hyperMergeLoras = (() => {
         }
     }
 
-    function release() {
-        setTimeout(() => {
-            isHeld = false;
-            if (isStale) {
-                draw();
-            }
-        });
-    }
-
     function begin() {
-        if (!window.hyperMergeNames || !find("available")) {
+        if (!window.hyperMergeOrder || !find("available")) {
             setTimeout(begin, 200);
             return;
         }
+        held = order().holdRedraws(draw);
         const tab = select("#hyper_merge_tab");
         const listen = (name, answer) => tab.addEventListener(name, (event) => isOurs(event.target) && answer(event));
         listen("click", clicked);
         listen("keydown", pressed);
-        listen("pointerdown", () => { isHeld = true; });
+        listen("pointerdown", held.pointed);
         listen("input", typed);
-        ["pointerup", "pointercancel", "keyup"].forEach((name) => document.addEventListener(name, release));
         drawFolders();
         draw();
     }

@@ -43,6 +43,37 @@ window.hyperMergeOrder = (() => {
         return files.filter((file) => isIn(file.name) && holds(file)).sort(orders[order] || orders.name);
     }
 
+    // A redraw under a pressed button would swallow its click: it waits until the button is let go. Another press
+    // may have begun by then, and other keys are let go in between.
+    function holdRedraws(draw) {
+        let isHeld = false, isStale = false, timer = null;
+        const hold = () => {
+            clearTimeout(timer);
+            isHeld = true;
+        };
+        const release = () => {
+            clearTimeout(timer);
+            timer = setTimeout(() => { // after its click
+                isHeld = false;
+                if (isStale) {
+                    draw();
+                }
+            });
+        };
+        const isPress = (event) => event.key === " "; // which presses when it is let go
+        ["pointerup", "pointercancel"].forEach((name) => document.addEventListener(name, release));
+        document.addEventListener("keyup", (event) => isPress(event) && release());
+        window.addEventListener("blur", release); // whatever is let go elsewhere is not heard of
+        return {
+            pointed: hold,
+            pressed: (event) => isPress(event) && hold(),
+            mustWait: () => { isStale = isHeld; return isHeld; },
+        };
+    }
+
+    // What a form's text field holds once it has been drawn. gradio may hand over the value before the last.
+    const whenDrawn = (field, take) => setTimeout(() => take(field().querySelector("textarea, input").value));
+
     // A row of a table follows pointer or finger, and is put where it is let go.
     function dragRow(row, put) {
         const rows = () => [...row.parentElement.children];
@@ -69,5 +100,5 @@ window.hyperMergeOrder = (() => {
         document.addEventListener("pointercancel", end, {once: true});
     }
 
-    return {isSound, measureOf, obstacleOf, matching, dragRow};
+    return {isSound, measureOf, obstacleOf, matching, holdRedraws, whenDrawn, dragRow};
 })();

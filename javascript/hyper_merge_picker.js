@@ -12,9 +12,9 @@ window.hyperMergePicker = (() => {
     let active = null; // name of the row in the list that the Tab key reaches
     let asked = -1; // facts that were known when more were asked for
     let heard = "", lateOnes = 0, reminder = null; // of what Python says
-    let isHeld = false, isStale = false; // a redraw under a pressed button would swallow its click
+    let held = null; // what is pressed
 
-    const {isSound, measureOf, obstacleOf, matching, dragRow} = window.hyperMergeOrder;
+    const {isSound, measureOf, obstacleOf, matching, holdRedraws, whenDrawn, dragRow} = window.hyperMergeOrder;
     const short = (name) => shorten([name]).get(name);
     const fact = (name) => files.get(name) || {name, known: true, problem: "no longer in the list; press Refresh"};
     const measure = () => measureOf(picked.map(fact));
@@ -69,7 +69,9 @@ window.hyperMergePicker = (() => {
     }
 
     // From Python or from ourselves: the picked names as the form has them.
-    function pick(text) {
+    const pick = () => whenDrawn(() => find("checkpoints"), take);
+
+    function take(text) {
         const names = JSON.parse(text || "[]");
         if (JSON.stringify(names) !== JSON.stringify(picked)) {
             picked = names;
@@ -148,8 +150,7 @@ window.hyperMergePicker = (() => {
     }
 
     function draw() {
-        isStale = isHeld;
-        if (isHeld || !find("available")) {
+        if (!held || held.mustWait()) {
             return;
         }
         const focus = document.activeElement?.closest?.("[data-name]");
@@ -230,7 +231,7 @@ window.hyperMergePicker = (() => {
     }
 
     function pressed(event) {
-        isHeld = isHeld || event.key === " "; // which presses when it is let go
+        held.pressed(event);
         const part = event.target.dataset.part, name = nameOf(event.target);
         const steps = {ArrowDown: 1, ArrowUp: -1, Home: -Infinity, End: Infinity};
         const step = steps[event.key];
@@ -251,20 +252,11 @@ window.hyperMergePicker = (() => {
     }
 
     function hold(event) {
-        isHeld = true;
+        held.pointed();
         const grip = event.target.closest("[data-part=grip]");
         if (grip && !event.button) {
             dragRow(grip.closest("tr"), (place) => move(nameOf(grip), place));
         }
-    }
-
-    function release() {
-        setTimeout(() => {
-            isHeld = false;
-            if (isStale) {
-                draw();
-            }
-        });
     }
 
     function begin() {
@@ -273,11 +265,11 @@ window.hyperMergePicker = (() => {
             setTimeout(begin, 200);
             return;
         }
+        held = holdRedraws(draw);
         const tab = root().querySelector("#hyper_merge_tab");
         tab.addEventListener("click", (event) => { if (event.target.closest("#hyper_merge_picker")) { clicked(event); } });
         tab.addEventListener("keydown", (event) => { if (event.target.closest("#hyper_merge_picker")) { pressed(event); } });
         tab.addEventListener("pointerdown", (event) => { if (event.target.closest("#hyper_merge_picker")) { hold(event); } });
-        ["pointerup", "pointercancel", "keyup"].forEach((name) => document.addEventListener(name, release));
         tab.addEventListener("input", (event) => {
             if (["search", "order", "folder"].some((name) => event.target === find(name))) {
                 draw();

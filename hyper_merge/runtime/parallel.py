@@ -17,6 +17,10 @@ import torch
 _MOST_WORKERS: Final = 4
 _MOST_WORKERS_FOR_A_GPU: Final = 8
 
+# Items that were begun or wait for those before them: while one of many times the others' size is at
+# work, or the caller writes, the workers go on. Results are small beside what making them takes.
+_LEAST_AHEAD: Final = 8
+
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
 _T = TypeVar("_T")
@@ -47,7 +51,7 @@ def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[Pa
     # last digits of QR depend on their number.
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads_each,))
     try:
-        yield partial(_in_order, pool, count + 1, check)
+        yield partial(_in_order, pool, max(count + 1, _LEAST_AHEAD), check)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

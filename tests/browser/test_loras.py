@@ -142,6 +142,18 @@ def test_keys_alone_combine_by_multipliers(opened, loras):
     assert distance(both, wanted) / energy(wanted) < 1e-4
 
 
+def test_a_redraw_swallows_no_press_that_follows_another_key(opened):
+    tab, keyboard = opened, opened.page.keyboard
+    tab.row("lora_available", NAMES[0]).locator("input").focus()
+    keyboard.down("ArrowDown")
+    keyboard.down("Space")
+    keyboard.up("ArrowDown")
+    tab.page.wait_for_timeout(100)
+    tab.page.evaluate("document.querySelector('#hyper_merge_lora_search').dispatchEvent(new Event('input', {bubbles: true}))")
+    keyboard.up("Space")
+    tab.until(lambda: rows(tab) == NAMES[1:2], seconds=10)
+
+
 def test_a_refusal_says_what_to_do(opened):
     tab = opened
     tab.click("lora_start")

@@ -187,7 +187,7 @@ class Tab:
         match = re.search(r"(\d+)\s?%", self.text("status", visible=False))
         return int(match[1]) if match else None
 
-    def until(self, holds, seconds=60):
+    def until(self, holds, seconds=120):
         """Waits for something to be true, and returns it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -197,8 +197,12 @@ class Tab:
             self.page.wait_for_timeout(PAUSE)
         raise AssertionError(
             f"not within {seconds} s; the status is {self.text('status')!r}, "
-            f"the message {self.text('message')!r}"
+            f"the message {self.text('message')!r}, the focus {self.focus()!r}"
         )
+
+    def focus(self):
+        """Returns the beginning of the element that keys go to."""
+        return self.page.evaluate("document.activeElement.outerHTML.slice(0, 120)")
 
     def settle(self):
         """Waits for all answers, so that none of them changes the page later."""

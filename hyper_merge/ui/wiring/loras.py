@@ -26,7 +26,7 @@ from hyper_merge.ui.wiring.common import REFRESH_FILES, Trigger, Wiring
 from hyper_merge.ui.wiring.events import guarded_stream, in_browser, in_python
 
 _LISTED = "(list) => { hyperMergeLoras.list(list); return []; }"
-_PICKED = "(picks) => { hyperMergeLoras.pick(picks); return []; }"
+_PICKED = "() => { hyperMergeLoras.pick(); return []; }"
 _ADD_ALL = "() => { hyperMergeLoras.addAll(); return []; }"
 _CLEAR = "() => { hyperMergeLoras.clear(); return []; }"
 _WEIGHED = [text for text, choice in CHOICES.items() if choice.weighs]
@@ -46,7 +46,7 @@ def wire_loras(wires: Wiring) -> None:
     in_browser(inspected.then, _LISTED, [panel.catalogue])
     in_browser(panel.add.click, _ADD_ALL)
     in_browser(panel.clear.click, _CLEAR)
-    in_browser(form.picked.change, _PICKED, [form.picked])
+    in_browser(form.picked.change, _PICKED)
     # not by its change: settings that are copied in set the fields themselves
     wires.on(form.choice.input, show_choice, [form.choice], _fields(panel), message)
     in_browser(form.choice.change, _CHOSEN, [form.choice])

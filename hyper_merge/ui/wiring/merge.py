@@ -21,7 +21,7 @@ from hyper_merge.ui.wiring.events import in_browser
 from hyper_merge.ui.wiring.presets import wire_opened_form
 
 _CHANGED = "() => { hyperMerge.replan(); return ''; }"  # clears the message about the form before
-_PICKED = "(names) => { hyperMergePicker.pick(names); return []; }"
+_PICKED = "() => { hyperMergePicker.pick(); return []; }"
 _ADD_ALL = "() => { hyperMergePicker.addAll(); return []; }"
 _CLEAR = "() => { hyperMergePicker.clear(); return []; }"
 _BEGUN = "(refusal) => { hyperMerge.begun(!refusal); return []; }"
@@ -39,7 +39,7 @@ def wire_picker(wires: Wiring) -> None:
     in_browser(inspected.then, LISTED, [picker.catalogue])
     in_browser(picker.add.click, _ADD_ALL)
     in_browser(picker.clear.click, _CLEAR)
-    in_browser(form.checkpoints.change, _PICKED, [form.checkpoints])
+    in_browser(form.checkpoints.change, _PICKED)
     for button, word in zip(wires.presets, PRESETS, strict=True):
         wires.on(button.click, functools.partial(preset_ranks, word), [], [form.ranks])
     for number, button in enumerate(in_order(picker.groups)[1:]):

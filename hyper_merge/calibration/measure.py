@@ -37,7 +37,7 @@ _IMAGES, _VECTORS = 4, 2  # dimensions of what goes into a layer
 
 _PIXELS: Final = 8  # in height and width, for one of the latents
 # Forward, forward again, backward, and sketches.
-_RUNS: Final = 7.8
+_RUNS: Final = 9.0
 _FORWARD: Final = 0.25  # of a pass; the rest is the backward pass, where weights are read again
 _ENTRY: Final = 530.0  # multiply-adds that reading an entry twice takes
 _LAYER: Final = 4e8  # of a layer in a pass, whatever its size

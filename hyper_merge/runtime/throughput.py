@@ -10,7 +10,7 @@ import torch
 
 # Units of cost (see `cost_model`) done in a second, for each operation that the measured rate counts.
 # From full-size families of four SD 1.x checkpoints on two cores.
-_COSTS: Final = 0.57
+_COSTS: Final = 0.5
 
 _SIDE: Final = {"cpu": 1024, "cuda": 4096}  # of the square matrices that are multiplied
 _WARM_UP, _PRODUCTS = 3, 9  # products, untimed and timed

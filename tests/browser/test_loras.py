@@ -149,7 +149,9 @@ def test_a_redraw_swallows_no_press_that_follows_another_key(opened):
     keyboard.down("Space")
     keyboard.up("ArrowDown")
     tab.page.wait_for_timeout(100)
-    tab.page.evaluate("document.querySelector('#hyper_merge_lora_search').dispatchEvent(new Event('input', {bubbles: true}))")
+    tab.page.evaluate(
+        "document.querySelector('#hyper_merge_lora_search').dispatchEvent(new Event('input', {bubbles: true}))"
+    )
     keyboard.up("Space")
     tab.until(lambda: rows(tab) == NAMES[1:2], seconds=10)
 

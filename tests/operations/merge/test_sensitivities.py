@@ -388,7 +388,7 @@ def test_the_average_is_measured_from_its_own_tensors(whole, few):
     known = estimate_merge(whole.preflight).seconds  # what is remembered takes no time
     recipe = replace(whole.preflight.recipe, layer_weights="relative")
     relative = estimate_merge(replace(whole.preflight, recipe=recipe)).seconds
-    assert known == pytest.approx(relative)
+    assert known == pytest.approx(relative, rel=0.05)  # but for the spectra in its metric
     assert known < 0.9 * seconds
 
 

@@ -54,15 +54,15 @@ def root(made, tmp_path):
 
 @pytest.fixture
 def new(tmp_path):
-    """A LoRA of which the run explains a part."""
+    """A LoRA of which the run explains a part, in some layers less than in others."""
     first = factors(4, 100)
     own = factors(3, 55, size=0.014)
     pairs = {
         name: (
-            np.concatenate([first[name][0], own[name][0]], 1),
+            np.concatenate([first[name][0], own[name][0] * (0.3 + 0.4 * place)], 1),
             np.concatenate([first[name][1], own[name][1]]),
         )
-        for name in SHAPES
+        for place, name in enumerate(SHAPES)
     }
     return write(tmp_path / "new.safetensors", kohya(pairs, 7))
 
@@ -108,7 +108,7 @@ def test_it_is_the_best_of_its_ranks_and_beats_even_ones(root, new):
     rest, ranks = rest_of(root, new, record.row), ranks_in(path)
     left = distance(rest, dense(path))
     assert left == pytest.approx(tails(rest, ranks), rel=1e-4)
-    assert left < tails(rest, dict.fromkeys(SHAPES, 2))
+    assert left < 0.9 * tails(rest, dict.fromkeys(SHAPES, 2))
     sides = {name: shape[0] + int(np.prod(shape[1:])) for name, shape in SHAPES.items()}
     spent = sum(rank * sides[name] for name, rank in ranks.items())
     assert spent <= 2 * sum(sides.values())

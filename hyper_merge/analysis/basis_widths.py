@@ -69,8 +69,9 @@ def sample_layers(inputs: MergeInputs, progress: Progress) -> LayerSamples:
             progress.check()
             rows = slice(*layer.rows) if layer.rows else slice(None)
             origin, *others = [_sample(file.tensor(layer.key)[rows].flatten()) for file in files]
+            contrasts = inputs.contrasts_of(layer.key)
             deviations = compute_deviations(
-                origin, others, inputs.contrasts, torch.float32, origin.numel()
+                origin, others, contrasts, torch.float32, origin.numel()
             )
             trace = float(deviations.gram.diagonal()[:-1].sum())
             whole = layer.m * layer.n / origin.numel()

@@ -33,6 +33,7 @@ def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
         "seed": seed,
         # A merge that refuses damaged files never finds what one has made that accepts them.
         **({"accepts_damaged": True} if inputs.accepts_damaged else {}),
+        **({"block_weights": inputs.block_weights} if inputs.block_weights else {}),
     }
 
 

@@ -15,7 +15,12 @@ from hyper_merge.checkpoints.architectures.sections import section_of
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition.contrasts import Contrasts, around_base, around_mean
+from hyper_merge.decomposition.contrasts import (
+    Contrasts,
+    around_any_mean,
+    around_base,
+    around_mean,
+)
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.block_weights import BlockWeights, weight_of_block
 
@@ -30,13 +35,15 @@ class MergeInputs:
     weights: tuple[float, ...]  # of the mean, one per checkpoint
     dtype: torch.dtype  # of the written average
     average_vae: bool = False  # instead of keeping the first checkpoint's
-    block_weights: tuple[BlockWeights, ...] | None = None  # of an average, one per checkpoint
+    block_weights: tuple[BlockWeights, ...] | None = None  # of the mean, one per checkpoint
     accepts_damaged: bool = False  # files that look so are named in warnings instead of refused
 
     @cached_property
     def contrasts(self) -> Contrasts:
-        """The coordinates of the layers' deviations."""
-        return around_base(len(self.headers)) if self.base else around_mean(self.weights)
+        """The coordinates of the layers' deviations, where blocks have no weights of their own."""
+        if self.base:
+            return around_base(len(self.headers))
+        return (around_any_mean if self.block_weights else around_mean)(self.weights)
 
     @property
     def read(self) -> tuple[Header, ...]:
@@ -68,7 +75,7 @@ class MergeInputs:
                 hint="give at least one a number above 0 there",
                 key="block_weights",
             )
-        return around_mean(weights)
+        return around_any_mean(weights)
 
     def outputs(self) -> dict[str, TensorInfo]:
         """Returns types and shapes of the written average's tensors, by key."""

@@ -65,7 +65,7 @@ LORA_EXAMPLES: Final[Mapping[tuple[str, str], Example]] = {
         "anime without LoRAs", {"checkpoint": "anime.safetensors", "loras": _NAMES[:1]}
     ),
     ("POST", "/loras/fit"): start_example(
-        "the fit of oil onto few", {"run": "few", "lora": _NAMES[1]}
+        "the fit of oil onto few", {"run": "few", "lora": _NAMES[1], "topup": "95%"}
     ),
 }
 """By method and path."""

@@ -101,6 +101,11 @@ class FitLoraBody(StrictRequest):
     name: StrictStr | None = Field(
         None, description="its name in the run; without one, the file's name"
     )
+    topup: StrictInt | StrictStr | None = Field(
+        None,
+        description="a private LoRA of what remains: a rank, or the share to be explained in all, such"
+        ' as "95%"',
+    )
     overwrite: StrictBool = Field(False, description="replace an earlier fit of this name")
 
 

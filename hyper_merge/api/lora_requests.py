@@ -69,8 +69,9 @@ def parse_subtract(body: ApplyLorasBody, host: Host) -> ApplyRequest:
 def parse_lora_fit(body: FitLoraBody, host: Host) -> FitRequest:
     """Returns the request for the fit of a LoRA."""
     (lora,) = _find_loras([body.lora], host, "lora")
-    values = {"run": body.run, "checkpoint": lora, "name": body.name, "overwrite": body.overwrite}
-    return FitRequest.parse({k: v for k, v in values.items() if v is not None}, str)
+    names = ("run", "name", "topup", "overwrite")
+    values = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    return FitRequest.parse({**values, "checkpoint": lora}, str)
 
 
 def _parse_combination(

@@ -62,6 +62,7 @@ class PlanBody(StrictRequest):
     target: Number | StrictStr | None = recipe_setting("target")
     topup: StrictInt | StrictStr | None = recipe_setting("topup")
     weights: list[Number] | None = recipe_setting("weights")
+    block_weights: list[StrictStr | list[Number]] | None = recipe_setting("block_weights")
     fit_weights: list[Number] | None = recipe_setting("fit_weights")
     layer_weights: StrictStr | None = recipe_setting("layer_weights")
     base: StrictStr | None = Field(

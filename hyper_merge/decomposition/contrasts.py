@@ -58,6 +58,21 @@ def around_mean(weights: Sequence[float]) -> Contrasts:
     return Contrasts(share[1:], triangle, basis)
 
 
+def around_any_mean(weights: Sequence[float]) -> Contrasts:
+    """Returns the deviations from a weighted mean themselves as coordinates (d = k).
+
+    For means with other weights in other tensors: their deviations then fill no common space of
+    k - 1 dimensions, in which multipliers that all tensors share could be found.
+
+    Args:
+        weights: one per checkpoint, at least 0, not all 0; normalised here.
+    """
+    share = torch.tensor(weights, dtype=torch.float64)
+    share = share / share.sum()
+    identity = torch.eye(len(share), dtype=torch.float64)
+    return Contrasts(share[1:], (identity - share)[:, 1:], identity)
+
+
 def around_base(count: int) -> Contrasts:
     """Returns coordinates of `count` checkpoints around a base that is not one of them (d = k)."""
     identity = torch.eye(count, dtype=torch.float64)

@@ -14,6 +14,7 @@ from hyper_merge.errors import RunError
 from hyper_merge.operations.fit.fit import fit_onto
 from hyper_merge.operations.merge.merge import MergeResult, run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.recipe.block_weights import BlockWeights
 from hyper_merge.recipe.parsing import optional, parse_name, parse_paths
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.recipe.request import Parsers, Request
@@ -122,6 +123,7 @@ def _recipe(run: Run, request: ExtendRequest, models: tuple[Path, ...], base: st
         name=request.name or f"{recipe.name}+{new}",
         models=(*models, *request.checkpoints),
         weights=_extended(recipe.weights, new),
+        block_weights=_extended_blocks(recipe.block_weights, new),
         fit_weights=_extended(recipe.fit_weights, new),
         base=base,
         overwrite=False,
@@ -130,6 +132,18 @@ def _recipe(run: Run, request: ExtendRequest, models: tuple[Path, ...], base: st
 
 def _extended(weights: tuple[float, ...] | None, new: int) -> tuple[float, ...] | None:
     return weights and (*weights, *[sum(weights) / len(weights)] * new)
+
+
+def _extended_blocks(
+    weights: tuple[BlockWeights, ...] | None, new: int
+) -> tuple[BlockWeights, ...] | None:
+    """Returns weights by block with the mean of every block for each new checkpoint."""
+    if weights is None:
+        return None
+    count = max(map(len, weights))
+    rows = [row if len(row) == count else row * count for row in weights]
+    mean = tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+    return (*weights, *[mean] * new)
 
 
 def _start(run: Run, fits: list[FitRecord]) -> dict[str, Tensor]:  # each (k, R)

@@ -124,8 +124,8 @@ FIELDS: Final[tuple[Field, ...]] = (
           number(0.0, 1.0)),
     Field("weights", "X,X,...", "weight of each checkpoint in the average", parse_weights, "many",
           to_metadata=_numbers_text),
-    Field("block_weights", "W,W,...", "in an average alone: weights of each checkpoint by block of the UNet,"
-          " one text for each checkpoint: 26 numbers (XL: 20) in the order BASE, IN00, ..., M00, OUT00, ...,"
+    Field("block_weights", "W,W,...", "weights of each checkpoint in the average by block of the UNet, one"
+          " text for each checkpoint: 26 numbers (XL: 20) in the order BASE, IN00, ..., M00, OUT00, ...,"
           " which multiply its weight", parse_block_weights, "many", literal=True,
           to_metadata=format_block_weights),
     Field("base", "FILE", "what the LoRAs are added to: average, or a checkpoint's path",

@@ -43,8 +43,8 @@ class Recipe:
         iterations: Number of sweeps at most.
         tolerance: Fraction of the loss; the first sweep that changes it by less is the last.
         weights: One per checkpoint in the average, not normalised; None for equal weights.
-        block_weights: Of an average alone: by which a checkpoint's weight is multiplied in each block
-            of the UNet (`recipe.block_weights`), one entry per checkpoint; None for no difference.
+        block_weights: By which a checkpoint's weight in the average is multiplied in each block of
+            the UNet (`recipe.block_weights`), one entry per checkpoint; None for no difference.
         base: `average`, or the path of the checkpoint that deviations are taken from.
         output: WebUI-shaped models folder.
         overwrite: Whether existing files may be replaced.

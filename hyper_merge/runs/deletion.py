@@ -32,8 +32,8 @@ def files_of(run: Run, folders: Folders) -> list[Path]:
     """
     read = read_lora_manifest if run.of_loras else read_manifest
     outline = RunOutline.from_json(run.folder, read(folders, run.name))
-    files = folders.lora_files(_own_loras(run, folders))
-    files += folders.fit_files_of(run.name) + folders.picture_files_of(run.name)
+    loras = folders.lora_files([path.stem for path in run.loras]) + folders.fit_files_of(run.name)
+    files = [*_unneeded(loras, run, folders), *folders.picture_files_of(run.name)]
     if not run.of_loras and _goes_with_its_run(run, outline, folders):
         companions = [run.hyper_model.with_suffix(suffix) for suffix in CARD_SUFFIXES]
         companions.append(find_config_file(run.hyper_model))
@@ -65,10 +65,12 @@ def delete_run(run: Run, folders: Folders) -> list[Path]:
     return files
 
 
-def _own_loras(run: Run, folders: Folders) -> list[str]:
-    """Returns the names of a run's LoRAs that nothing else needs."""
+def _unneeded(files: list[Path], run: Run, folders: Folders) -> list[Path]:
+    """Returns the files of a run's LoRAs and fits without LoRAs, and their cards, that others need."""
     needed = folders.needed_loras(run.name)
-    return [x.stem for x in run.loras if not any(same_place(x, other) for other in needed)]
+    loras = {path: path.with_suffix(".safetensors") for path in files}
+    kept = {x for x in set(loras.values()) if any(same_place(x, other) for other in needed)}
+    return [path for path in files if loras[path] not in kept]
 
 
 def _goes_with_its_run(run: Run, outline: RunOutline, folders: Folders) -> bool:

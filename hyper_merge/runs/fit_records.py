@@ -144,7 +144,8 @@ def _find_lost_lora(record: FitRecord, run: Run) -> str:
             return (
                 f"{path.name}, the private LoRA of the fit {one_line(record.row.name)} of the run"
                 f" {run.name}, is missing or another file, so that {record.row.fidelity:.2%} of"
-                " that checkpoint is restored; copy it back from a backup, or fit the checkpoint again"
+                f" that {'LoRA' if run.of_loras else 'checkpoint'} is restored; copy it back from a"
+                " backup, or fit it again"
             )
     return ""
 
@@ -169,7 +170,7 @@ def _load(path: Path, run: Run) -> FitRecord:
         raise RunError(
             f"the fit {path.stem} of the run {run.name} cannot be read: {path} is damaged"
             f" ({error})",
-            hint="fit the checkpoint again",
+            hint="fit it again",
         ) from error
     return record
 
@@ -197,7 +198,7 @@ def _require_complete(record: FitRecord, path: Path, run: Run) -> None:
     if record.run_created != run.created:
         raise RunError(
             f"the fit {path.stem} is of an earlier run {run.name}, which was replaced since",
-            hint="fit the checkpoint again",
+            hint="fit it again",
         )
     for rows in (record.row.multipliers, record.row.text_multipliers or record.row.multipliers):
         if len(rows) != len(run.report.loras):

@@ -12,6 +12,7 @@ from hyper_merge.loras.metadata import Lineage, SourceRecord
 from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.recipe.plain_values import unknown_word
 from hyper_merge.runs.fit_records import FitRecord, load_fits
+from hyper_merge.runs.folders import metadata_of
 from hyper_merge.runs.hash_cache import current_time
 from hyper_merge.runs.integrity import require_family
 from hyper_merge.runs.manifest import RunSource
@@ -169,6 +170,13 @@ def source_of(run: Run, name: str) -> RunSource:
     return sources[-1]
 
 
+def base_name(run: Run) -> str:
+    """Returns the file stem of what a run's LoRAs are added to: "" where it is not known."""
+    if not run.of_loras:
+        return run.hyper_model.stem
+    return metadata_of(run.loras[0]).get("ss_sd_model_name", "").removesuffix(".safetensors")
+
+
 def lineage_of_run(run: Run, name: str, further: Iterable[SourceRecord] = ()) -> Lineage:
     """Returns the lineage of a file that is made of a run's files.
 
@@ -179,5 +187,10 @@ def lineage_of_run(run: Run, name: str, further: Iterable[SourceRecord] = ()) ->
     """
     merged = (SourceRecord(s.name, s.sha256, s.legacy_hash, {}) for s in run.sources)
     return Lineage(
-        name, require_family(run), run.recipe.to_metadata(), (*merged, *further), current_time()
+        name,
+        require_family(run),
+        run.recipe.to_metadata(),
+        (*merged, *further),
+        current_time(),
+        of_loras=run.of_loras,
     )

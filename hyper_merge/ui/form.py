@@ -37,6 +37,7 @@ class Form:
     name: str
     ranks: str
     weights: str
+    block_weights: str
     base: str
     dtype: str
     lora_dtype: str
@@ -102,6 +103,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
     values: dict[str, object] = {
         size: plain_value(form.ranks or ""),
         "weights": plain_value(form.weights or ""),
+        "block_weights": _lines(form.block_weights) or None,
         "topup": plain_value(form.topup or ""),
         "fit_weights": plain_value(form.fit_weights or ""),
         "name": form.name,
@@ -138,6 +140,9 @@ def form_from_recipe(recipe: Recipe, listed: Mapping[str, Path], *, save_styles:
         name=recipe.name,
         ranks=format_requested_size(recipe),
         weights=_format_numbers(recipe.weights),
+        block_weights="\n".join(
+            ",".join(f"{x:.12g}" for x in row) for row in recipe.block_weights or ()
+        ),
         base=base,
         dtype=recipe.dtype,
         lora_dtype=recipe.lora_dtype,
@@ -179,6 +184,10 @@ def _choice_text(choices: Mapping[str, str], value: str) -> str:
 
 def _format_numbers(values: Sequence[float] | None) -> str:
     return "" if values is None else ", ".join(f"{x:g}" for x in values)
+
+
+def _lines(text: str | None) -> list[str]:
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
 def _whole(value: float | None) -> float | None:

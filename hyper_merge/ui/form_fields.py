@@ -39,7 +39,7 @@ PRESETS: Final = {
     "large": "256, 128, 64, 32",
 }
 
-WidgetKind = Literal["text", "number", "radio", "menu", "checkbox"]
+WidgetKind = Literal["text", "lines", "number", "radio", "menu", "checkbox"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class FormField:
     @property
     def default(self) -> Any:
         """The value that the form starts with."""
-        if self.kind == "text":
+        if self.kind in ("text", "lines"):
             return ""
         if self.kind == "radio":
             return self.options[0]
@@ -103,6 +103,13 @@ FORM_FIELDS: Final = (
     FormField("weights", "Weights", "text",
               "How much of each checkpoint the average takes: one number each, in the order they"
               " were picked, such as 2, 1, 1. Leave empty for equal parts."),
+    FormField("block_weights", "Weights by block", "lines",
+              "For Stable Diffusion 1.x, 2.x and XL: how much of each checkpoint the average takes in"
+              " every block of the UNet, times its weight above. One line for each checkpoint, in the"
+              " order they were picked: one number for all blocks, or 26 (XL: 20) in the order BASE"
+              " (all outside of the UNet), IN00 to IN11 (XL: IN08), M00, OUT00 to OUT11 (XL: OUT08)."
+              " Presets of supermerger such as NAME:0,0.5,... can be pasted. Leave empty for no"
+              " difference."),
     FormField("base", "Base", "menu",
               "The file to which the LoRAs are added: the average of all, or one of your"
               " checkpoints; then no hyper-model is written."),
@@ -155,7 +162,7 @@ FORM_FIELDS: Final = (
 )  # fmt: skip
 
 ADVANCED: Final = {
-    "Average": (("base",), ("weights",), ("vae",)),
+    "Average": (("base",), ("weights",), ("block_weights",), ("vae",)),
     "LoRAs": (("topup",), ("exact",), ("fit_weights",), ("separate",)),
     "Files": (("dtype",), ("lora_dtype",), ("damaged",)),
     "Rarely needed": (

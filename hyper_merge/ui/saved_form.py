@@ -11,7 +11,7 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.form_fields import BASE_AVERAGE, FORM_FIELDS, FormField
 
-_LONGEST: Final = 1000  # letters of a field
+_LONGEST: Final = {"text": 1000, "lines": 100_000}  # letters of a field
 _MOST: Final = 10_000  # checkpoints
 
 
@@ -68,6 +68,6 @@ def _is_possible(value: object, field: FormField | None, choices: Sequence[str] 
         return isinstance(value, bool)
     if field.kind == "number":
         return type(value) in (int, float) and math.isfinite(cast("float", value))
-    if field.kind == "text":
-        return isinstance(value, str) and len(value) <= _LONGEST
+    if field.kind in _LONGEST:
+        return isinstance(value, str) and len(value) <= _LONGEST[field.kind]
     return value in (choices if choices is not None else field.options)

@@ -57,7 +57,7 @@ def test_loras_are_shared_and_one_more_is_fitted(client, loras, shared):
     code, answer = client.get("/runs")
     assert [(run["name"], run["kind"]) for run in answer["runs"]] == [("few", "loras")]
     assert answer["runs"][0]["checkpoints"] == ["lora0", "lora1", "lora2"]
-    body = {"run": shared, "lora": loras[3], "name": "later"}
+    body = {"run": shared, "lora": loras[3], "name": "later", "topup": 2}
     code, job = client.post("/loras/fit", body)
     assert code == 202
     assert client.ended(job)["run"] == "few"
@@ -65,7 +65,12 @@ def test_loras_are_shared_and_one_more_is_fitted(client, loras, shared):
     assert code == 200
     assert (run["kind"], run["hyper_model"], run["hyper_model_title"]) == ("loras", "", None)
     assert run["checkpoints"][0]["prompt"].startswith("<lora:few_0-6:")
-    assert [fit["name"] for fit in run["fits"]] == ["later"]
+    (fit,) = run["fits"]
+    assert (fit["name"], fit["topups"]) == ("later", ["few_fit-later-2"])
+    assert fit["prompt"].endswith("<lora:few_fit-later-2:1.00000>")
+    assert fit["explained_with_topups"] > fit["explained"]
+    code, answer = client.post("/loras/fit", {**body, "topup": "all"})
+    assert (code, "topup" in answer["detail"]) == (400, True)
     code, answer = client.post("/loras/fit", {**body, "overwrite": True})
     assert client.ended(answer)["outcome"] == "done"
 

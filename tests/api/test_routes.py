@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_family import snapshot
 
-from hyper_merge.api.request_models import AverageBody, PlanBody
+from hyper_merge.api.request_models import PlanBody
 from hyper_merge.api.response_models import ReportResponse, RunCheckpointResponse
 from hyper_merge.recipe.recipe import FIELDS
 from hyper_merge.runs.fit_records import load_fits
@@ -392,9 +392,8 @@ def test_the_schema_describes_every_route(app):
 
 def test_every_recipe_setting_but_the_folders_can_be_requested():
     known = set(PlanBody.__annotations__)
-    others = {"models", "output", "overwrite", "block_weights"}  # the last is an average's
+    others = {"models", "output", "overwrite"}
     assert {field.name for field in FIELDS} - known == others
-    assert "block_weights" in AverageBody.__annotations__
     assert known - {field.name for field in FIELDS} == {"checkpoints"}
 
 

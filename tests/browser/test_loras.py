@@ -79,8 +79,28 @@ def test_loras_are_distilled_found_again_and_deleted(opened, loras):
     assert copy.get_attribute("data-copy").startswith("<lora:few_0-4:")
     copy.click()
     tab.until(lambda: copy.inner_text() == "Copied")
+    curve = tab.find("lora_result").locator("img")
+    assert curve.get_attribute("alt").startswith("Lines that rise with the number of LoRAs.")
+    assert curve.bounding_box()["width"] > 300
     tab.until(lambda: tab.row("lora_available", "few_0-4.safetensors").count())
+    fit_with_what_remains(tab, loras)
     reopen_and_delete(tab, loras)
+
+
+def fit_with_what_remains(tab, loras):
+    tab.click("lora_clear")
+    tab.until(lambda: not rows(tab))
+    choose(tab, "Fit onto shared LoRAs")
+    pick(tab, NAMES[1])
+    tab.type("lora_size", "2")
+    tab.type("lora_name", "closer")
+    tab.settle()
+    tab.click("lora_start")
+    tab.until(lambda: "closer ✓ Done" in tab.text("lora_result"))
+    tab.settle()
+    shot(tab.page, "loras-fitted")
+    assert "With its private LoRA few_fit-closer-2 (rank 2" in tab.text("lora_result")
+    assert (loras / "few_fit-closer-2.safetensors").exists()
 
 
 def reopen_and_delete(tab, loras):
@@ -100,7 +120,7 @@ def reopen_and_delete(tab, loras):
     tab.click("run_confirm")
     tab.until(lambda: "Deleted" in tab.text("run_outcome"))
     tab.settle()
-    assert not (loras / "few_0-4.safetensors").exists()
+    assert not list(loras.glob("few_*.safetensors"))
     assert all((loras / name).exists() for name in NAMES)
 
 

@@ -187,6 +187,14 @@ def test_a_wrong_number_or_taken_name_shows_at_once(form):
     tab.until(lambda: "photo.safetensors is one of the files" in tab.text("plan"))
     tab.type("name", "a/b")
     tab.until(lambda: "path separator" in tab.text("plan"))
+    tab.type("name", "")
+    tab.find("advanced").locator("button, .label-wrap").first.click()
+    tab.type("block_weights", "1\nHALF:" + ",".join(["0.5"] * 25) + "\n1")
+    tab.until(lambda: "Weights by block: item 2: expected 26 numbers" in tab.text("plan"))
+    tab.type("block_weights", "1\nHALF:" + ",".join(["0.5"] * 26) + "\n1")
+    tab.until(lambda: "hyper-anime-3.safetensors" in tab.text("plan"))
+    tab.type("block_weights", "")
+    tab.find("advanced").locator("button, .label-wrap").first.click()
 
 
 def test_ranks_size_and_share_agree_on_the_curve(form, server):

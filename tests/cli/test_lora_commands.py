@@ -25,8 +25,10 @@ def test_loras_are_shared_and_one_more_fitted(tmp_path, loras, capsys):
     assert "In place of a put this into the prompt:\n<lora:mix_0-3:" in shown
     assert "hyper-model" not in shown
     other = str(write_lora(tmp_path / "c.safetensors", 5))
-    assert main(["fit", "mix", other, "--style", "--output", output]) == SUCCESS
+    assert main(["fit", "mix", other, "--topup", "2", "--style", "--output", output]) == SUCCESS
     shown = capsys.readouterr().out
+    assert "with the top-up mix_fit-c-2 (rank 2, " in shown
+    assert "<lora:mix_fit-c-2:1.00000>" in shown
     assert "In place of c put this into the prompt:" in shown
     assert "mix: c" in shown
 

@@ -16,6 +16,7 @@ FORM = Form(
     name="mix",
     ranks="4, 2",
     weights="",
+    block_weights="",
     base=BASE_AVERAGE,
     dtype="float16",
     lora_dtype="same",

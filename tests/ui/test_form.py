@@ -66,6 +66,11 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"weights": "1, 2, x"}, 'Weights: item 3: expected a number of 0 or more, got "x"'),
         ({"weights": "0 0 0"}, "Weights: expected weights with a sum above 0"),
         ({"weights": "1, -1, 1"}, "Weights: item 2: .* got the number -1"),
+        ({"block_weights": "1\n0.5"}, "Weights by block: expected 3 texts, one per checkpoint, got 2"),
+        ({"block_weights": "1\n1,2\n0.5"},
+         r"Weights by block: item 2: expected 26 numbers, or 20 for XL, .* \(2 here\)"),
+        ({"block_weights": "1\n" + ",".join("1" * 20) + "\n" + ",".join("1" * 26)},
+         "Weights by block: some checkpoints have 20 weights and others 26"),
         ({"name": "a/b"}, 'Name: the path separator "/" is not allowed'),
         ({"name": "../mix"}, "Name: the path separator"),
         ({"name": "mix:2"}, 'Name: the character ":" is not allowed'),
@@ -134,6 +139,15 @@ def test_the_ranks_field_takes_size_or_share(recipe, text, size):
     assert parsed.finds_ranks == ("ranks" not in size)
     again = recipe(ranks=form_from_recipe(parsed, {}, save_styles=False).ranks)
     assert {key: getattr(again, key) for key in size} == size
+
+
+def test_lines_of_weights_by_block_are_read_and_written(recipe):
+    rows = ["NAME: 1," + ", ".join("0.333333333" for _ in range(25)), "", "  2 ", "0"]
+    parsed = recipe(block_weights="\n".join(rows))
+    assert parsed.block_weights == ((1.0, *[0.333333333] * 25), (2.0,), (0.0,))
+    again = recipe(block_weights=form_from_recipe(parsed, {}, save_styles=False).block_weights)
+    assert again.block_weights == parsed.block_weights
+    assert recipe(block_weights=" \n").block_weights is None
 
 
 def test_a_share_above_one_is_refused(recipe):

@@ -12,20 +12,21 @@ from torch import Tensor
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
 from hyper_merge.calibration.measure import measuring_cost
 from hyper_merge.checkpoints.compatibility import find_quantised
-from hyper_merge.checkpoints.io.transaction import FileTransaction, require_free
+from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.linalg import share
-from hyper_merge.errors import NameTakenError, OutputError
+from hyper_merge.errors import NameTakenError
 from hyper_merge.loras.metadata import SourceRecord
 from hyper_merge.loras.stack import LoraStack
 from hyper_merge.operations.fit.measurement import Measurement, Sums, measure
+from hyper_merge.operations.fit.names import remove_earlier, with_free_names
 from hyper_merge.operations.fit.request import FitRequest, PreparedFit, validate_fit
 from hyper_merge.operations.fit.streamed_residual import StreamedResidual
 from hyper_merge.operations.fit.text import format_fit
-from hyper_merge.operations.fit.top_up import remove_earlier, top_up, topup_stem
+from hyper_merge.operations.fit.top_up import top_up
 from hyper_merge.operations.merge.cost_model import HASHING_COST
 from hyper_merge.operations.merge.preflight import find_unfinished
-from hyper_merge.runs.fit_records import FitRecord, fit_record_paths, require_own_record, stage_fit
+from hyper_merge.runs.fit_records import FitRecord, stage_fit
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.hash_cache import bytes_to_hash, current_time, hash_sources
 from hyper_merge.runs.integrity import require_own
@@ -51,7 +52,7 @@ def run_fit(request: FitRequest, folders: Folders, progress: Progress) -> FitRec
     """
     fit = prepare_fit(request, folders)
     with device_job(fit.options.device), held(folders.runs, *_holds(fit)):
-        fit = _with_free_names(fit, request, folders)  # another fit may have taken them since
+        fit = with_free_names(fit, request, folders)  # another fit may have taken them since
         headers = fit.inputs.headers
         for warning in (*find_unfinished(headers), *find_quantised(headers)):
             progress.warn(warning)
@@ -74,7 +75,7 @@ def _write_fit(
     """Fits the checkpoint and writes everything, with all names held."""
     costs = _costs(fit, folders, private=bool(request.topup))
     checking, running, fitting, remaining = progress.split(costs)
-    source = _check_sources(fit, folders, checking)
+    source = check_sources(fit, folders, checking)
     with FileTransaction(overwrite=request.overwrite) as outputs, _open_loras(fit) as stack:
         measurement = _measure(fit, folders, stack, running, fitting)
         record = make_record(fit, measurement, source)
@@ -96,22 +97,7 @@ def prepare_fit(request: FitRequest, folders: Folders) -> PreparedFit:
     Raises:
         HyperMergeError: the request is refused by `validate_fit`, or a name is taken.
     """
-    fit = validate_fit(request, folders)
-    folder = fit_record_paths(fit.run, fit.name)[0].parent
-    if folder.is_symlink():
-        raise OutputError(
-            f"{folder} is a link, and links are not followed",
-            hint="put the folder itself there, or remove the link",
-        )
-    return _with_free_names(fit, request, folders)
-
-
-def _with_free_names(fit: PreparedFit, request: FitRequest, folders: Folders) -> PreparedFit:
-    require_own_record(fit.run, fit.name)
-    for path in fit_record_paths(fit.run, fit.name):
-        require_free(path, overwrite=request.overwrite)
-    stem = topup_stem(fit, folders, overwrite=request.overwrite)
-    return replace(fit, topup_stem=stem)
+    return with_free_names(validate_fit(request, folders), request, folders)
 
 
 def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitRecord:
@@ -123,7 +109,7 @@ def fit_onto(run: Run, path: Path, folders: Folders, progress: Progress) -> FitR
     """
     fit = validate_fit(FitRequest(run.name, path), folders)
     checking, running, fitting, _ = progress.split(_costs(fit, folders, private=False))
-    source = _check_sources(fit, folders, checking)
+    source = check_sources(fit, folders, checking)
     with device_job(fit.options.device), _open_loras(fit) as stack:
         return make_record(fit, _measure(fit, folders, stack, running, fitting), source)
 
@@ -167,12 +153,17 @@ def _costs(
     )
 
 
-def _check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> SourceRecord:
-    """Returns the checkpoint's hashes if the LoRAs are the run's own and its name is free.
+def check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> SourceRecord:
+    """Returns the file's hashes if the LoRAs are the run's own and its name is free.
+
+    Args:
+        fit: the fit.
+        folders: with the cache of hashes.
+        progress: progress and interrupt.
 
     Raises:
         RunError: a LoRA is missing, edited or replaced.
-        NameTakenError: another checkpoint of the merge has the fit's name.
+        NameTakenError: another file that the run was made of has the fit's name.
     """
     checking, hashing = progress.split([1.0, 1.0])
     require_own(fit.run, shared_files(fit.run), checking)
@@ -180,7 +171,8 @@ def _check_sources(fit: PreparedFit, folders: Folders, progress: Progress) -> So
     for source in fit.run.sources:
         if Path(source.name).stem == fit.name and source.sha256 != record.sha256:
             raise NameTakenError(
-                f"{fit.name} is another checkpoint of the run {fit.run.name}",
+                f"{fit.name} is another {'LoRA' if fit.run.of_loras else 'checkpoint'} of the run"
+                f" {fit.run.name}",
                 hint="choose another name for this one",
             )
     return record

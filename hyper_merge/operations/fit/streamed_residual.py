@@ -48,6 +48,16 @@ class StreamedResidual:
         return self.inputs.layout.layers
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the LoRAs' factors."""
+        return self.added.dtype
+
+    @property
+    def plain_energy(self) -> float:
+        """Squared norm of the checkpoint's difference in the layers."""
+        return float(self.measured.plain.energies.sum())
+
+    @property
     def energy(self) -> float:
         """Weighted squared norm of the checkpoint's difference in the layers."""
         return float(self.measured.weighted.energies.sum())

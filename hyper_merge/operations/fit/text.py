@@ -29,7 +29,7 @@ def format_fit(record: FitRecord, run: Run) -> str:
         "",
         *(_format_explained(record) if record.differs else [_format_equal(run)]),
         *_format_not_carried(record),
-        *map(_format_private_lora, record.topups),
+        *map(format_private_lora, record.topups),
         "",
         f"To get {name}, load {run.hyper_model.stem} and put this into the prompt:",
         record.tags(run),
@@ -64,6 +64,7 @@ def _format_not_carried(record: FitRecord) -> list[str]:
     return lines
 
 
-def _format_private_lora(lora: PrivateLoraRecord) -> str:
+def format_private_lora(lora: PrivateLoraRecord) -> str:
+    """Returns what a fit's private LoRA makes of it, as a line."""
     size = format_size(lora.size)
     return f"with the top-up {lora.name} (rank {lora.rank}, {size}): {lora.fidelity:.2%}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hyper_merge.operations.fit.text import format_private_lora
 from hyper_merge.runs.fit_records import FitRecord
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runs.report_text import format_largest_losses
@@ -21,6 +22,7 @@ def format_lora_fit(record: FitRecord, run: Run) -> str:
         f"explained: {row.explained:.2%} of what it changes ({parts})",
         f"relative error: {row.error:.4f}",
         f"what remains, by section: {format_largest_losses(record.parts)}",
+        *map(format_private_lora, record.topups),
         "",
         f"In place of {name} put this into the prompt:",
         record.tags(run),

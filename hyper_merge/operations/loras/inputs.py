@@ -212,9 +212,4 @@ def _layers_of(known: KnownFamily, files: Sequence[LoraModules]) -> tuple[Layer,
     present: Mapping[str, Layer] = {
         name: layer for file in files for name, layer in file.layers.items()
     }
-    bundles = {layer.bundle for layer in present.values() if layer.bundle}
-    return tuple(
-        present.get(layer.module, layer)
-        for layer in known.layers
-        if layer.module in present or layer.bundle in bundles
-    )
+    return tuple(present.get(layer.module, layer) for layer in known.with_bundles(present))

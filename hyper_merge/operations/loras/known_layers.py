@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,6 +108,13 @@ class KnownFamily:
     title: str  # for people, with the size where it matters
     layers: tuple[Layer, ...]
     index: ModuleIndex
+
+    def with_bundles(self, modules: Collection[str]) -> tuple[Layer, ...]:
+        """Returns the layers of modules and those that must be in a file with them, in their order."""
+        bundles = {x.bundle for x in self.layers if x.bundle and x.module in modules}
+        return tuple(
+            layer for layer in self.layers if layer.module in modules or layer.bundle in bundles
+        )
 
 
 @functools.cache

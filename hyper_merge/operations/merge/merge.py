@@ -76,7 +76,6 @@ def run_merge(
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    preflight.require_no_blocks()
     merge = partial(_merge, preflight, progress, start, effort)
     with device_job(preflight.pass_options.device):
         return with_sound_cache(merge, progress.warn)

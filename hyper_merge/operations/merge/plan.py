@@ -99,7 +99,6 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    preflight.require_no_blocks()
     reading, forecasting = progress.split(FORECAST_COSTS)
 
     def attempt(damaged: DamagedFiles) -> MergePlan:

@@ -104,19 +104,6 @@ class Preflight:
         """The sensitivities that an earlier merge measured, if any."""
         return None if self.network is None else self.network.known()
 
-    def require_no_blocks(self) -> None:
-        """Returns if the recipe has no weights by block, which are for an average alone.
-
-        Raises:
-            RecipeError: it has some.
-        """
-        if self.recipe.block_weights is not None:
-            raise RecipeError(
-                "weights by block make an average, not a merge",
-                hint="make it with `hyper-merge average`, and give its file to the merge as base",
-                key="block_weights",
-            )
-
     def find_place(self) -> Place:
         """Returns where the merge's files go.
 
@@ -182,12 +169,22 @@ def _check_blocks(inputs: MergeInputs) -> None:
     """
     if inputs.block_weights is None:
         return
+    if inputs.base:
+        raise RecipeError(
+            f"the weights by block are of an average, and the base is {inputs.base.name}",
+            hint="leave one of both out",
+            key="block_weights",
+        )
     family = inputs.layout.family
     blocks = {len(weights) for weights in inputs.block_weights} - {1}
     is_xl = any(key.startswith(LABELS) for key in inputs.layout.treatments)
     suitable = {20} if is_xl else {26}
     if not any(key.startswith(f"{UNET}input_blocks.") for key in inputs.layout.treatments):
-        raise RecipeError(f"{family.title} has no blocks of a UNet", key="block_weights")
+        raise RecipeError(
+            f"{family.title} has no blocks of a UNet",
+            hint="leave the weights by block out",
+            key="block_weights",
+        )
     if blocks - suitable:
         raise RecipeError(
             f"{family.title} has {suitable.pop()} blocks, got weights for {blocks.pop()}",

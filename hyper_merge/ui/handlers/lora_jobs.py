@@ -37,17 +37,23 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.lora_runs import load_lora_run
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.ui.form import size_key
-from hyper_merge.ui.handlers.loras import PLACE, Action, LoraOutcome, choice_of, parse_lora_picks
+from hyper_merge.ui.handlers.loras import (
+    PLACE,
+    Action,
+    LoraOutcome,
+    choice_of,
+    draw_lora_run,
+    parse_lora_picks,
+)
 from hyper_merge.ui.html.common import format_refusal
 from hyper_merge.ui.html.loras import (
     format_combined_loras,
     format_fitted_lora,
     format_lora_checkpoint,
-    format_shared_loras,
 )
 
 _LABELS: Final = {
-    **dict.fromkeys(("ranks", "budget", "target", "rank", "size", "keep"), "Size"),
+    **dict.fromkeys(("ranks", "budget", "target", "rank", "size", "keep", "topup"), "Size"),
     "models": "LoRAs",
     "loras": "LoRAs",
     "multipliers": "Multiplier",
@@ -121,7 +127,7 @@ def _prepare_share(host: Host, form: LoraForm) -> tuple[str, _Work]:
 def _share(host: Host, recipe: Recipe, progress: Progress) -> LoraOutcome:
     folders = host.folders()
     name = share_loras(recipe, folders, progress).report.name
-    return LoraOutcome(format_shared_loras(load_lora_run(folders, name), is_new=True))
+    return LoraOutcome(draw_lora_run(load_lora_run(folders, name), is_new=True))
 
 
 def _prepare_resize(host: Host, form: LoraForm) -> tuple[str, _Work]:
@@ -193,9 +199,16 @@ def _prepare_fit(host: Host, form: LoraForm) -> tuple[str, _Work]:
             "expected a run of LoRAs, got none", hint="distil some first", where="Run"
         )
     run = load_lora_run(folders, name)
-    values = {"run": run.name, "checkpoint": loras[0], "overwrite": bool(form.replace)}
-    named = form.entered("name")
-    request = FitRequest.parse({**values, **({"name": named} if named else {})}, _label)
+    entered = {"name": form.entered("name"), "topup": form.entered("size")}
+    request = FitRequest.parse(
+        {
+            "run": run.name,
+            "checkpoint": loras[0],
+            "overwrite": bool(form.replace),
+            **{key: text for key, text in entered.items() if text},
+        },
+        _label,
+    )
 
     def work(progress: Progress) -> LoraOutcome:
         return LoraOutcome(format_fitted_lora(run_lora_fit(request, folders, progress), run))

@@ -22,11 +22,16 @@ from hyper_merge.hosts.host import Host
 from hyper_merge.hosts.job_queue import Jobs
 from hyper_merge.operations.loras.inspect import LoraCatalogue
 from hyper_merge.runs.lora_runs import is_lora_run, list_lora_runs, load_lora_run
+from hyper_merge.runs.run import Run
 from hyper_merge.ui.form import format_requested_size
 from hyper_merge.ui.handlers.dropdowns import refill
 from hyper_merge.ui.handlers.merge import watch_job
 from hyper_merge.ui.html.common import format_message
 from hyper_merge.ui.html.loras import format_shared_loras
+from hyper_merge.ui.html.result import format_plot
+from hyper_merge.ui.plots.canvas import draw_png
+from hyper_merge.ui.plots.description import describe_explained
+from hyper_merge.ui.plots.report import explained_plot
 
 PLACE: Final = "loras"
 """The panel that starts these jobs."""
@@ -101,6 +106,8 @@ CHOICES: Final[Mapping[str, Choice]] = {
         "Finds the prompt tags by which the shared LoRAs of a run come closest to a LoRA that was not"
         " distilled.",
         "Fit",
+        "Of a private LoRA for what remains: a rank, such as 16, or the share of the LoRA to reach in"
+        " all, such as 95 %. Leave empty for none.",
         name="Name of the fit. Leave empty for the file's.",
     ),
 }
@@ -204,13 +211,25 @@ def watch_lora_job(jobs: Jobs, *, begun: bool) -> Iterator[tuple[Any, ...]]:
 
 
 def show_lora_run(host: Host, name: str | None) -> Any:
-    """Returns the card of a run of LoRAs; changes nothing for one of checkpoints."""
+    """Returns card and curve of a run of LoRAs; changes nothing for one of checkpoints."""
     if not is_lora_run(host.folders(), name or ""):
         return gr.update()
     try:
-        return format_shared_loras(load_lora_run(host.folders(), name or ""))
+        return draw_lora_run(load_lora_run(host.folders(), name or ""))
     except HyperMergeError as error:
         return format_message("bad", str(error))
+
+
+def draw_lora_run(run: Run, *, is_new: bool = False) -> str:
+    """Returns a run of LoRAs with what its first LoRAs explain, as a curve.
+
+    Args:
+        run: the run.
+        is_new: whether it was made just now.
+    """
+    plot = draw_png(explained_plot(run.report, of_loras=True))
+    shown = format_shared_loras(run, is_new=is_new)
+    return shown + format_plot(plot, describe_explained(run.report))
 
 
 def copy_lora_settings(host: Host, name: str | None) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Final
 from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.operations.loras.apply import ApplyResult
 from hyper_merge.operations.loras.combine import CombineResult
-from hyper_merge.runs.fit_records import FitRecord, prompts_of
+from hyper_merge.runs.fit_records import FitRecord, load_fits, prompts_of
 from hyper_merge.runs.report import PARTS, CheckpointReport
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
@@ -24,6 +24,7 @@ from hyper_merge.ui.html.common import (
     format_table,
 )
 from hyper_merge.ui.html.names import format_names
+from hyper_merge.ui.html.use import format_private_lora
 
 _ORDERS: Final = {
     "name": "Name",
@@ -157,6 +158,7 @@ def format_fitted_lora(record: FitRecord, run: Run) -> str:
         f"<p>Fitted onto the {format_count(len(run.report.loras), 'shared LoRA')} of"
         f" {_text(run.name)}.</p>"
         + _format_figures(((format_percent(row.fidelity), "explained"),))
+        + "".join(map(format_private_lora, record.topups))
         + format_hint("Put the tags into the prompt in place of the LoRA.")
         + "</div>"
         + _format_tags({row.name: record.tags(run)})
@@ -182,9 +184,10 @@ def _format_place(label: str, folder: Path, copied: Path | None = None) -> str:
 
 def _format_missing(run: Run) -> str:
     names = ", ".join(path.name for path in run.missing)
+    _, problems = load_fits(run)
     return format_message(
         "bad", f"Missing: {names}. Distil again to recreate them." if names else ""
-    )
+    ) + "".join(format_message("bad", problem) for problem in problems)
 
 
 def _format_shares(rows: Sequence[CheckpointReport]) -> str:

@@ -74,7 +74,7 @@ def format_fit_result(fit: FitRecord, run: Run) -> str:
     shares = {"unet": row.explained_unet, "text_encoder": row.explained_text_encoder}
     present = [part for part in PARTS if any(section.which == part for section in fit.parts)]
     parts = ", ".join(f"{PARTS[part]} {format_percent(shares[part])}" for part in present)
-    private = "".join(_format_private_lora(lora) for lora in fit.topups)
+    private = "".join(format_private_lora(lora) for lora in fit.topups)
     return (
         f"<p><b>{name}</b>: the LoRAs of {_text(run.name)} explain <b>{format_percent(row.fidelity)}</b> "
         f"of its difference from the hyper-model (in weights: {parts}).</p>"
@@ -221,7 +221,8 @@ def _verdict_row(name: str, verdict: DeletionVerdict) -> tuple[str, ...]:
     )
 
 
-def _format_private_lora(topup: PrivateLoraRecord) -> str:
+def format_private_lora(topup: PrivateLoraRecord) -> str:
+    """Returns what a fit's private LoRA makes of it."""
     return (
         f"<p>With its private LoRA {_text(topup.name)} (rank {topup.rank}, "
         f"{format_size(topup.size)}): <b>{format_percent(topup.fidelity)}</b>.</p>"

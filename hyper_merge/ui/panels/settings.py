@@ -25,6 +25,7 @@ class FormWidgets:
     name: gr.Textbox
     ranks: gr.Textbox
     weights: gr.Textbox
+    block_weights: gr.Textbox
     base: gr.Dropdown
     dtype: gr.Radio
     lora_dtype: gr.Radio
@@ -101,6 +102,8 @@ def _build_field(name: str, **special: Any) -> Any:
     }
     if field.kind == "text":
         return widget(gr.Textbox, name, max_lines=1, **arguments)
+    if field.kind == "lines":
+        return widget(gr.Textbox, name, lines=2, max_lines=12, **arguments)
     if field.kind == "number":
         precision = 0 if isinstance(field.default, int) else None
         return widget(gr.Number, name, precision=precision, **arguments)

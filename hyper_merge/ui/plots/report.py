@@ -36,10 +36,14 @@ _NUMBERED_CELLS: Final = 12  # checkpoints, up to which a cell has room for its 
 _TICKS: Final = 40  # that fit side by side
 
 
-def explained_plot(report: Report) -> Figure:
+def explained_plot(report: Report, *, of_loras: bool = False) -> Figure:
     """Draws each checkpoint's explained share with the first 0, 1, ... LoRAs, fitted to those.
 
     More than six checkpoints are thin lines, of which only the best and the worst are named.
+
+    Args:
+        report: of the run.
+        of_loras: whether LoRAs were distilled: then there is no average.
     """
     figure, axes = new_figure("Explained in weights, by number of LoRAs", height=4.2)
     if not report.curve:
@@ -54,7 +58,8 @@ def explained_plot(report: Report) -> Figure:
     axes.set_xlim(0, last)
     axes.set_ylim(0, 1)
     axes.set_xticks(range(last + 1))
-    axes.set_xlabel("number of LoRAs, in their order (0: average alone)", color=GREY)
+    first = "none" if of_loras else "average alone"
+    axes.set_xlabel(f"number of LoRAs, in their order (0: {first})", color=GREY)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
     return figure

@@ -16,11 +16,10 @@ from lora_files import (
     write_related,
 )
 
-from hyper_merge.errors import MismatchError, OutputError, RecipeError, RunError
+from hyper_merge.errors import MismatchError, OutputError, RunError
 from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.fit.request import FitRequest
 from hyper_merge.operations.loras.fit import run_lora_fit
-from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.runs.fit_records import load_fits
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.lora_runs import is_lora_run, load_lora_run
@@ -76,8 +75,6 @@ def test_what_does_not_go_with_the_run_is_refused(tmp_path, shared):
     with pytest.raises(MismatchError, match=r"xl\.safetensors .*Stable Diffusion XL.*mix"):
         fit(shared, other)
     path = write_lora(tmp_path / "twice.safetensors", 56)
-    with pytest.raises(RecipeError, match="topup"):
-        fit(shared, path, topup=PrivateLoraTarget(rank=2))
     fit(shared, path)
     with pytest.raises(OutputError, match="exists"):
         fit(shared, path)

@@ -108,9 +108,18 @@ def test_loras_are_distilled_and_one_more_is_fitted(host, jobs, loras):
     assert unchanged(show_merge_result(host, jobs)[0]), "the tab Merge shows no such run"
     _, _, run = list_loras(host, LoraCatalogue(), None, None)
     assert (run["choices"], run["value"]) == (["few"], "few")
+    assert "img" in tags(card), "the curve"
     card = made(host, jobs, "fit", ALL[2:], run="few", name="later")
     assert words(card).startswith("later ✓ Done")
     assert "<lora:few_0-6:" in words(card)
+    assert "private LoRA" not in words(card)
+    card = made(host, jobs, "fit", ALL[2:], size="2", run="few", name="closer")
+    assert "With its private LoRA few_fit-closer-2 (rank 2, " in words(card)
+    assert "<lora:few_fit-closer-2:1.00000>" in words(card)
+    (loras / "few_fit-closer-2.safetensors").unlink()
+    card = show_lora_run(host, "few")
+    assert kinds(card) == ["bad"]
+    assert "% of that LoRA is restored" in words(card)
     assert "later" in words(show_lora_run(host, "few"))
 
 
@@ -198,7 +207,8 @@ def test_names_are_escaped(host, jobs, root):
     assert EVIL in words(card)
     card = made(host, jobs, "share", [name, "b.safetensors"], size="2", name="few")
     assert EVIL in words(card)
-    assert "img" not in tags(card)
+    assert card.count("<img ") == 1, "the curve"
+    assert EVIL not in card
 
 
 def test_while_another_job_runs_none_is_started(host, jobs, loras):

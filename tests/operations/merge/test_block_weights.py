@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from narrow_layouts import NARROW, UNET
+from narrow_layouts import NARROW, UNET, few
 from random_checkpoints import files, state
 from tiny_family import load, merge, recipe, snapshot
 
@@ -38,6 +38,12 @@ PLACES = {  # key -> its number
 }
 
 
+def shapes_of(name):
+    """Returns the shapes of a small checkpoint of a family, with those keys."""
+    shapes = NARROW[name]()
+    return few(shapes) | {key: shapes[key] for key in PLACES.get(name, ())}
+
+
 def average(models, folder, **settings):
     chosen = recipe(models, folder, name="mean", dtype="float32", **settings)
     return load(run_average(run_preflight(chosen), Progress()))
@@ -45,7 +51,7 @@ def average(models, folder, **settings):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_every_block_is_averaged_with_its_own_weights(name, tmp_path):
-    models = files(tmp_path, *(state(NARROW[name](), seed) for seed in range(3)))
+    models = files(tmp_path, *(state(shapes_of(name), seed) for seed in range(3)))
     count = {"sd1": 26, "sdxl": 20}[name]
     rows = [[1.0] * count, [x / count for x in range(count)], [0.5 + x % 3 for x in range(count)]]
     texts = ["1", "SOME_NAME:" + ",".join(map(str, rows[1])), rows[2]]
@@ -59,7 +65,7 @@ def test_every_block_is_averaged_with_its_own_weights(name, tmp_path):
 
 
 def test_an_average_of_two_blends_as_supermerger_does(tmp_path):
-    one, two = files(tmp_path, *(state(NARROW["sd1"](), seed) for seed in range(2)))
+    one, two = files(tmp_path, *(state(shapes_of("sd1"), seed) for seed in range(2)))
     alpha = [x / 25 for x in range(26)]
     texts = [",".join(str(1 - x) for x in alpha), "GRAD:" + ",".join(map(str, alpha))]
     mean = average((one, two), tmp_path / "models", block_weights=texts)
@@ -86,7 +92,7 @@ def test_an_average_of_two_blends_as_supermerger_does(tmp_path):
     ],
 )
 def test_what_does_not_go_is_refused_before_any_work(family, texts, message, tmp_path):
-    models = files(tmp_path, *(state(NARROW[family](), seed) for seed in range(2)))
+    models = files(tmp_path, *(state(shapes_of(family), seed) for seed in range(2)))
     before = snapshot(tmp_path)
     with pytest.raises(RecipeError, match=message):
         average(models, tmp_path / "models", block_weights=texts)
@@ -94,7 +100,7 @@ def test_what_does_not_go_is_refused_before_any_work(family, texts, message, tmp
 
 
 def test_a_merge_says_how_to_have_them(tmp_path):
-    models = files(tmp_path, *(state(NARROW["sd1"](), seed) for seed in range(2)))
+    models = files(tmp_path, *(state(shapes_of("sd1"), seed) for seed in range(2)))
     before = snapshot(tmp_path)
     with pytest.raises(RecipeError, match=r"make an average, not a merge; make it with `hyper-me"):
         merge(models, tmp_path / "models", block_weights=["1", "0.5"])

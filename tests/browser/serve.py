@@ -8,8 +8,8 @@ import logging
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 ROOT = Path(__file__).parents[2]
 PACE = 0.1  # seconds between two looks whether a run is still to be slow
@@ -32,21 +32,16 @@ def slow_down(flag: Path) -> None:
     So the first steps are soon seen, and no run ends before a busy machine has shown it: one of 30
     steps takes 11 seconds, one of 200 seven minutes.
     """
-    step, steps = Progress.report, Counter()
-
-    def pauses() -> int:
-        try:
-            made = flag.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
-        steps[made] += 1
-        return 1 + steps[made] // 5
+    step, steps = Progress.report, WeakKeyDictionary()  # by thread, of which every job has its own
 
     def slow(progress: Progress, phase: str, fraction: float) -> None:
-        for _ in range(pauses()):
-            if flag.exists():
-                time.sleep(PACE)
-                progress.check()
+        if flag.exists():
+            thread = threading.current_thread()
+            steps[thread] = steps.get(thread, 0) + 1
+            for _ in range(1 + steps[thread] // 5):
+                if flag.exists():
+                    time.sleep(PACE)
+                    progress.check()
         step(progress, phase, fraction)
 
     Progress.report = slow

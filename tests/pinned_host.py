@@ -1,4 +1,4 @@
-"""The WebUI by whose pins the tests run, if it is one's."""
+"""The WebUIs by whose pins the tests run, if it is some's."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,17 +10,17 @@ def _gradio() -> str | None:
         return None
 
 
-PINNED_HOST = {"3.41.2": "a1111", "4.40.0": "forge"}.get(_gradio())
-EVERY_HOST = ("a1111", "forge", "neo", "reforge", "classic")
+HOSTS_BY_GRADIO = {"3.41.2": {"a1111", "reforge", "classic"}, "4.40.0": {"forge", "neo"}}
+PINNED_HOSTS = HOSTS_BY_GRADIO.get(_gradio(), set())
 
 
 def is_of_another_host(item) -> bool:
-    """Tells whether a test plays a WebUI that has not the pins of the one at hand.
+    """Tells whether a test plays a WebUI of another gradio than the one at hand.
 
     By our own pins each is played; by a WebUI's, what its gradio does to the others proves nothing.
     """
     parameters = getattr(item, "callspec", None)
-    if PINNED_HOST is None or parameters is None:
+    if not PINNED_HOSTS or parameters is None:
         return False
     played = {parameters.params.get(name) for name in ("flavour", "some_host")}
-    return bool(played & set(EVERY_HOST) - {PINNED_HOST})
+    return bool(played & set().union(*HOSTS_BY_GRADIO.values()) - PINNED_HOSTS)

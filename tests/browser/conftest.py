@@ -14,7 +14,7 @@ import gradio
 import pytest
 from browser.the_tab import Tab
 from local_server import find_free_port
-from pinned_host import PINNED_HOST
+from pinned_host import PINNED_HOSTS
 
 HERE = Path(__file__).parent
 SCREENSHOTS = Path(os.environ.get("HYPER_MERGE_SCREENSHOTS", HERE.parents[1] / "screenshots"))
@@ -115,7 +115,7 @@ _LEFT = re.compile(
 # The host that has this gradio; marks what the app has not.
 WEBUI = "forge" if int(gradio.__version__.split(".")[0]) >= 4 else "a1111"
 # The gate runs them by the pins of both WebUIs; by ours, with which there is no WebUI, only if asked.
-BY_PINS_OF_A_WEBUI = PINNED_HOST is not None
+BY_PINS_OF_A_WEBUI = bool(PINNED_HOSTS)
 WITH_WEBUI = BY_PINS_OF_A_WEBUI or "HYPER_MERGE_WEBUI" in os.environ
 IN_WEBUI = pytest.mark.parametrize(
     "host_name",

@@ -3,9 +3,10 @@
     python .ci/extras.py ENVIRONMENT    # a virtual environment with torch and uv, which is changed
 
 What an install would take is found from the packages' metadata: nothing is downloaded, and so not the CUDA
-libraries of a plain torch. Then the versions of each combination are put into the environment, whose torch
-stays, and the command line, the app and the pipelines of the tab Compare are started, as far as they belong
-to it. A combination that only adds packages to one that has started is not started again.
+libraries of a plain torch. A resolution waits for the registry most of its time, so several go on side by
+side. The versions of each combination are put into the environment meanwhile, whose torch stays, and the
+command line, the app and the pipelines of the tab Compare are started, as far as they belong to it. A
+combination that only adds packages to one that has started is not started again.
 """
 
 from __future__ import annotations
@@ -17,23 +18,36 @@ import sys
 import tempfile
 import time
 import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import tomllib
 
 ROOT = Path(__file__).parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+TESTED = "3.11"  # that of the environment
 UNPINNED = "3.10"  # too old for constraints.txt
 RUNTIME = ("app", "pictures")
 # What the environment has of its own, and the libraries that torch's build for GPUs brings.
 KEPT = re.compile(r"(torch|triton|nvidia[-\w]*|cuda[-\w]*|uv|pip)==")
 LINE = re.compile(r"pip install (-c constraints\.txt )?-e ['\"]?\.(?:\[([\w,]+)\])?")
-SECONDS = 120  # in which the app is up, or never
+SECONDS = 600  # in which the app is up, or never: tests may go on beside it
+AT_ONCE = 4  # resolutions
 
 Extras = tuple[str, ...]
 Versions = frozenset[str]  # lines such as "numpy==2.4.6"
+
+
+class Resolution(NamedTuple):
+    """What is asked of the resolver."""
+
+    extras: Extras
+    constraints: Path
+    python: str
+    options: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -41,26 +55,54 @@ def main() -> None:
     environment = Path(sys.argv[1])
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = tuple(table["optional-dependencies"])
-    sizes = range(len(names) + 1)
-    extras = list(chain.from_iterable(combinations(names, size) for size in sizes))
     check_documented_lines(names)
-    started: list[tuple[Extras, Versions]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
         pins = Path(folder) / "torch.txt"
         pins.write_text(next(line for line in lines_of(CONSTRAINTS) if line.startswith("torch==")))
-        for constraints in (pins, CONSTRAINTS):
-            for some in extras:
-                versions = resolve(environment, some, constraints, "3.11")
-                runtime = tuple(name for name in some if name in RUNTIME)
-                if not any(runtime == one and versions >= less for one, less in started):
-                    start(environment, runtime, versions, Path(folder))
-                    started.append((runtime, versions))
-        for python in PYTHONS:
-            for some in ((), *((name,) for name in names), RUNTIME, names):
-                for constraints in (pins, CONSTRAINTS)[: 1 if python == UNPINNED else 2]:
-                    resolve(environment, some, constraints, python)
-                resolve(environment, some, pins, python, "--python-platform", "windows")
-    print(f"{2 * len(extras)} combinations of {', '.join(names)}; {len(started)} were started")
+        versions = {one: pool.submit(resolve, environment, one) for one in resolutions(names, pins)}
+        try:
+            started = start_each(environment, versions, Path(folder))
+            for future in versions.values():
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    print(
+        f"{len(versions)} resolutions of the combinations of {', '.join(names)}; {started} were"
+        f" started; {time.monotonic() - began:.0f} s"
+    )
+
+
+def resolutions(names: Extras, pins: Path) -> list[Resolution]:
+    """Returns each resolution once: first those that are started, every combination on the tested Python."""
+    sizes = range(len(names) + 1)
+    extras = list(chain.from_iterable(combinations(names, size) for size in sizes))
+    found = [Resolution(some, file, TESTED) for file in (pins, CONSTRAINTS) for some in extras]
+    for python in PYTHONS:
+        for some in ((), *((name,) for name in names), RUNTIME, names):
+            found += [
+                Resolution(some, pins, python),
+                Resolution(some, pins, python, ("--python-platform", "windows")),
+            ]
+            if python != UNPINNED:
+                found.append(Resolution(some, CONSTRAINTS, python))
+    return list(dict.fromkeys(found))
+
+
+def start_each(
+    environment: Path, versions: dict[Resolution, Future[Versions]], folder: Path
+) -> int:
+    """Starts the program by every combination that may differ; returns how many that were."""
+    started: list[tuple[Extras, Versions]] = []
+    for one, future in versions.items():
+        if one.python != TESTED or one.options:
+            continue
+        runtime = tuple(name for name in one.extras if name in RUNTIME)
+        packages = future.result()
+        if not any(runtime == other and packages >= less for other, less in started):
+            start(environment, runtime, packages, folder)
+            started.append((runtime, packages))
+    return len(started)
 
 
 def check_documented_lines(names: Extras) -> None:
@@ -82,22 +124,22 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def resolve(
-    environment: Path, extras: Extras, constraints: Path, python: str, *options: str
-) -> Versions:
+def resolve(environment: Path, one: Resolution) -> Versions:
     """Returns the versions that an install into an empty environment takes."""
-    words = [f"--extra={name}" for name in extras]
-    words += ["-c", str(constraints), "--python-version", python, *options, "pyproject.toml"]
-    text = run(environment, "compile", "-q", "--no-header", "--no-annotate", *words)
+    words = [f"--extra={name}" for name in one.extras]
+    words += ["-c", str(one.constraints), "--python-version", one.python, *one.options]
+    text = run(
+        environment, "compile", "-q", "--no-header", "--no-annotate", *words, "pyproject.toml"
+    )
     found = (line.split(";")[0].strip() for line in text.splitlines())
     versions = frozenset(line for line in found if line and not KEPT.match(line))
-    if constraints == CONSTRAINTS and python != UNPINNED:
+    if one.constraints == CONSTRAINTS:
         loose = {canonical(line) for line in versions} - {
-            canonical(one) for one in lines_of(constraints)
+            canonical(line) for line in lines_of(CONSTRAINTS)
         }
-        if loose and not options:
+        if loose:
             sys.exit(
-                f"constraints.txt lacks what {extras} takes on Python {python}: {sorted(loose)}"
+                f"constraints.txt lacks what {one.extras} takes on Python {one.python}: {sorted(loose)}"
             )
     return versions
 

@@ -48,7 +48,7 @@ def _try(scenario: Scenario, folder: Path, sample: int) -> tuple[int, int]:
     """Tries a scenario; returns the numbers of faults and of losses."""
     trial = Trial(scenario, folder / "sources", folder / scenario.name)
     lost = 0
-    for fault in trial.faults(sample):
+    for fault in trial.faults(sample, SCENARIOS.index(scenario)):
         try:
             if not trial.is_reached(fault):
                 break

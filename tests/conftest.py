@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from pinned_host import is_of_another_host
 from tiny_family import KEPT, TINY, Exact, State, WarningLog, merge, write
 
 from hyper_merge.decomposition.initialization import SearchEffort
@@ -32,6 +33,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SCREENS = {"api", "cli", "hosts", "ui"}  # rooms of tests
 
 
+def room_of(path: Path) -> str:
+    """Returns the folder of tests that a file is in, or its name where it is in none."""
+    return path.relative_to(Path(__file__).parent).parts[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what plays a WebUI of other pins than those at hand."""
+    others = [item for item in items if is_of_another_host(item)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if not is_of_another_host(item)]
+
+
 @pytest.fixture(autouse=True)
 def _quick_search_of_screens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Shortens the search for a start where a screen begins a merge, and nowhere else.
@@ -39,8 +53,21 @@ def _quick_search_of_screens(request: pytest.FixtureRequest, monkeypatch: pytest
     Screens have no setting for the effort. All other tests pass `SearchEffort.QUICK` as an argument,
     most of them through `tiny_family.merge`, or run the search that ships.
     """
-    if request.path.relative_to(Path(__file__).parent).parts[0] in SCREENS:
+    if room_of(request.path) in SCREENS:
         monkeypatch.setattr(solve, "DEFAULT_EFFORT", SearchEffort.QUICK)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_wait_for_disks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leaves it to the system when files come to be on the disk, but in the tests of files themselves.
+
+    A merge waits forty times, a sixth of its time. What is lost where the machine itself ends is no
+    matter of these tests; and processes that they start wait as ever.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if room_of(request.path) != "checkpoints":
+            patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

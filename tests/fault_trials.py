@@ -54,16 +54,17 @@ class Trial:
         self._after = state_of(self._root)
         self.uses = outcome.uses
 
-    def faults(self, sample: int = 0) -> Iterator[Fault]:
+    def faults(self, sample: int = 0, first: int = 0) -> Iterator[Fault]:
         """Yields the end and an error for every use of the file system, and beyond the last.
 
         Args:
             sample: number of faults at regular distances instead; 0 for all.
+            first: place of the sample's first kind of error among all.
         """
         kinds, uses = list(ERRORS), sum(self.uses.values())
         if sample:
             for place in range(sample):
-                kind = kinds[place // 2 % len(kinds)] if place % 2 else END
+                kind = kinds[(first + place // 2) % len(kinds)] if place % 2 else END
                 yield Fault(1 + place * uses // sample, kind)
             return
         for n in range(1, 2 * uses):

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # starlette's own, of a name that anyio has given up
     from fastapi.testclient import TestClient
 
-INPUTS = 60  # of each route and method
+INPUTS = 20  # of each route and method
 WORDS = (
     "a.safetensors",
     "e.ckpt",

@@ -171,5 +171,5 @@ def _fonts_of_matplotlib() -> tuple[str, ...]:
 
 def _png(image: Image.Image) -> bytes:
     stream = BytesIO()
-    image.save(stream, "PNG", optimize=True)
+    image.save(stream, "PNG")  # smaller by 4 % if optimized, which takes five times as long
     return stream.getvalue()

@@ -53,11 +53,37 @@ def jobs():
             thread.join(60)
 
 
+class Current:
+    """Stands for what the test at hand has: to build the routes takes longer than most tests."""
+
+    def __init__(self):
+        self.of_test = None
+
+    def __getattr__(self, name):
+        return getattr(self.of_test, name)
+
+
+@pytest.fixture(scope="session")
+def app_of():
+    """Returns an app for a host and jobs, the same one by the same dependencies."""
+    apps = {}
+
+    def app_of(host, jobs, *dependencies):
+        if dependencies not in apps:
+            places, app = (Current(), Current()), FastAPI()
+            app.include_router(build_router(*places, dependencies))
+            apps[dependencies] = app, *places
+        app, *places = apps[dependencies]
+        for place, thing in zip(places, (host, jobs), strict=True):
+            place.of_test = thing
+        return app
+
+    return app_of
+
+
 @pytest.fixture
-def app(host, jobs):
-    app = FastAPI()
-    app.include_router(build_router(host, jobs))
-    return app
+def app(app_of, host, jobs):
+    return app_of(host, jobs)
 
 
 @pytest.fixture

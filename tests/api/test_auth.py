@@ -10,11 +10,15 @@ from hyper_merge.api.routes import build_router
 ROUTES = [(method, path.format(name="x", job_id="x", comparison="x")) for method, path in EXAMPLES]
 
 
+@pytest.fixture(scope="module")
+def password():
+    """The dependencies of routes that two may use."""
+    return protected(parse_credentials("ann:secret,bob:b:2"))
+
+
 @pytest.fixture
-def guarded(host, jobs, open_client):
-    app = FastAPI()
-    app.include_router(build_router(host, jobs, protected(parse_credentials("ann:secret,bob:b:2"))))
-    return open_client(app)
+def guarded(host, jobs, app_of, password, open_client):
+    return open_client(app_of(host, jobs, *password))
 
 
 @pytest.mark.parametrize(

@@ -473,12 +473,12 @@ def test_what_is_refused_leaves_the_run_that_is_shown(earlier_runs, form, server
     tab.type("ranks", "4, many")
     tab.click("merge")
     tab.until(lambda: 'got "many"' in tab.text("message"))
-    tab.page.wait_for_timeout(1500)  # what would come late
+    tab.settle()  # what would come late
     assert tab.text("sentence").startswith("old\n")
     tab.to("Use")
     tab.click("fit")
     tab.until(lambda: "pick a checkpoint" in tab.text("fit_outcome"))
-    tab.page.wait_for_timeout(1500)
+    tab.settle()
     tab.to("Merge")
     assert tab.text("sentence").startswith("old\n")
     tab.type("name", "again")

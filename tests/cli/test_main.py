@@ -442,12 +442,14 @@ def program(*arguments, code=None, **settings):
     )  # fmt: skip
 
 
-def test_the_program_refuses_with_code_2(files, tmp_path):
-    process = program("merge", *options([files[0], tmp_path / "no.safetensors"], tmp_path))
+def test_the_program_refuses_with_code_2_in_any_encoding(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # that of a pipe on Windows
+    process = program("merge", *options([files[0], tmp_path / "模.safetensors"], tmp_path))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 2
     assert out == ""
-    assert err == f"hyper-merge: {tmp_path / 'no.safetensors'} does not exist; check the path\n"
+    path = tmp_path / r"\u6a21.safetensors"
+    assert err == f"hyper-merge: {path} does not exist; check the path\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one child")
@@ -489,7 +491,7 @@ for words in ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)
 
 def test_help_and_version_import_nothing_heavy():
     process = program(code=HELP_OF_ALL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
     assert out.split("\n") == [f"{word} wrote" for word in ("--version", "--help", *COMMANDS)] + [
         ""

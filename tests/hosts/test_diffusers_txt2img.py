@@ -33,7 +33,7 @@ def narrow(tmp_path_factory):
     """A models folder with two narrow checkpoints, their merge, and what diffusers would fetch."""
     root = tmp_path_factory.mktemp("narrow")
     files = write_family(root / "Stable-diffusion", SPEC, ["one", "two"])
-    merge(files, root, ranks=(6, 4), iterations=2, dtype="float32")
+    merge(files, root, ranks=(6, 4), method="greedy", iterations=1, dtype="float32")
     write_sd1_configuration(root / "hyper-merge/diffusers/sd1", SPEC)
     return root
 
@@ -74,7 +74,8 @@ def test_companions_are_added_and_taken_away_again(tmp_path):
         two[key] = (one[key] + 4 * (two[key] - one[key])) if key.endswith(ends) else one[key]
     files = [write(tmp_path / f"{name}.safetensors", x) for name, x in (("1", one), ("2", two))]
     root = tmp_path / "models"
-    settings = {"ranks": (64,), "allocation": "even", "exact": "norms", "dtype": "float32"}
+    settings = {"ranks": (64,), "allocation": "even", "method": "greedy"}
+    settings |= {"exact": "norms", "dtype": "float32"}
     merged = merge(files, root, **settings)
     write_sd1_configuration(root / "hyper-merge/diffusers/sd1", SPEC)
     model, report = merged.place.hyper_model, merged.report

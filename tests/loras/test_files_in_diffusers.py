@@ -145,29 +145,15 @@ def load_strictly(model, weights):
     return model.eval()
 
 
-CASES = [(SD1, "even"), (SD2, "even"), (SDXL, "even"), (SD2, "adaptive")]
-
-
-@pytest.fixture(scope="module")
-def models_of(tmp_path_factory):
-    """Returns two whole narrow checkpoints of a family."""
-    known = {}
-
-    def models(family):
-        name = type(family).__name__
-        if name not in known:
-            known[name] = write_family(tmp_path_factory.mktemp(name), family.spec)
-        return known[name]
-
-    return models
+CASES = [(SD1, "even"), (SD2, "adaptive"), (SDXL, "even")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
-def judged(request, models_of):
+def judged(request, tmp_path_factory):
     """A merge of two whole narrow checkpoints, stored in float32."""
     family, allocation = request.param[0](), request.param[1]
-    models = models_of(family)
-    folder = models[0].parent  # with the analysis of the merge before it
+    folder = tmp_path_factory.mktemp("judged")
+    models = write_family(folder, family.spec)
     settings = {
         "ranks": RANKS,
         "dtype": "float32",

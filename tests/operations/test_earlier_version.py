@@ -1,5 +1,6 @@
 """A models folder that version 0.1.0 made: a run, a fit with a private LoRA, the cache, a recipe."""
 
+import functools
 import json
 import os
 import zipfile
@@ -151,9 +152,10 @@ def test_fitting_again_gives_the_recorded_multipliers(webui, folders, fit):
     topup = parse_private_lora_target("50%")
     request = FitRequest("mix", path, topup=topup, device="cpu", overwrite=True)
     record = run_fit(request, folders, Progress())
-    assert record.row.multipliers == pytest.approx(fit["row"]["multipliers"], rel=1e-6)
-    assert record.row.text_multipliers == pytest.approx(fit["row"]["text_multipliers"], rel=1e-6)
-    assert record.row.explained == pytest.approx(fit["row"]["explained"], rel=1e-6)
+    near = functools.partial(pytest.approx, rel=1e-6)  # another processor sums in another order
+    assert record.row.multipliers == near(fit["row"]["multipliers"])
+    assert record.row.text_multipliers == near(fit["row"]["text_multipliers"])
+    assert record.row.explained == near(fit["row"]["explained"])
     (lora,), (recorded,) = record.topups, fit["topups"]
     assert (lora.name, lora.rank) == (recorded["name"], recorded["rank"])
     assert 0.5 <= record.fidelity < 0.6  # the recorded one counted plain differences

@@ -110,8 +110,9 @@ def test_an_overwrite_of_a_file_in_use_is_refused_and_loses_nothing(root, use, n
     assert left_over(root) == []
 
 
-@pytest.mark.parametrize("use", [opened, mapped, read_only])
-@pytest.mark.parametrize("name", [MODEL, LORA])
+@pytest.mark.parametrize(
+    ("use", "name"), [(opened, MODEL), (mapped, MODEL), (read_only, LORA), (mapped, LORA)]
+)
 def test_a_deletion_of_a_file_in_use_is_whole_or_refused(root, use, name):
     WORK["merge"](root)
     before = state_of(root)

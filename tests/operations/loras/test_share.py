@@ -47,15 +47,12 @@ def related(tmp_path_factory):
     "settings",
     [
         {},
-        {"allocation": "even"},
-        {"method": "greedy"},
-        {"multipliers": "shared"},
-        {"layer_weights": "layout"},
+        {"allocation": "even", "multipliers": "shared"},
+        {"method": "greedy", "dtype": "bfloat16"},
+        {"layer_weights": "layout", "fit_weights": (1.0, 1.0, 1.0, 3.0)},
         {"budget": 60_000},
         {"target": 0.8},
         {"topup": "2", "ranks": (3,)},
-        {"dtype": "bfloat16"},
-        {"fit_weights": (1.0, 1.0, 1.0, 3.0)},
     ],
     ids=str,
 )

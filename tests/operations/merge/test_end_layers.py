@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from narrow_layouts import NARROW
+from narrow_layouts import NARROW, few
 from safetensors.torch import load_file, save_file
 from tiny_family import UNET, load, merge, recipe, write
 
@@ -173,7 +173,7 @@ def written(name, folder):
     paths = []
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
-        shapes = NARROW[name]()
+        shapes = few(NARROW[name]())
         state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
         paths.append(folder / f"{seed}.safetensors")
         save_file(state, paths[-1])

@@ -39,9 +39,7 @@ _BLOCKS: Final[Mapping[str, int]] = {
 }
 _PLAIN: Final = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SHAPE: Final = "comfy.gguf.orig_shape."  # of tensors whose rows had to be cut to suit the blocks
-_MOST_READS: Final = (
-    2_000_000  # of numbers and texts before the tensors; models have some thousands
-)
+_MOST_READS: Final = 400_000  # of numbers and texts before the tensors; models have some thousands
 
 _SAMPLED_TENSORS, _SAMPLED_ROWS = 8, 64
 _SAME: Final = 1e-5  # of the largest number: two that differ by less are one

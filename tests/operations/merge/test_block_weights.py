@@ -5,11 +5,15 @@ import torch
 from narrow_layouts import NARROW, UNET, few
 from random_checkpoints import files as random_files
 from random_checkpoints import state
-from tiny_family import load, merge, recipe, snapshot
+from tiny_family import load, losses, merge, recipe, reported_shares, snapshot, tags_of
 
+from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import RecipeError
+from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.merge.average import run_average
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
 TEXTS = {
@@ -100,8 +104,71 @@ def test_what_does_not_go_is_refused_before_any_work(family, texts, message, tmp
     assert snapshot(tmp_path) == before
 
 
-def test_a_merge_says_how_to_have_them(tmp_path):
-    models = random_files(tmp_path, *(state(shapes_of("sd1"), seed) for seed in range(2)))
+BLOCKS = (
+    ",".join(str(1 + x) for x in range(26)),
+    "RISE:" + ",".join(str(x / 25) for x in range(26)),
+    "0.5",
+)
+
+
+def test_loras_of_a_merge_are_deviations_from_that_average(files, tmp_path):
+    """The figures are those of the files on disk, and of a merge around the same average as a base."""
+    settings = {"layer_weights": "plain", "dtype": "float32"}
+    merged = merge(files, tmp_path / "one", block_weights=BLOCKS, **settings)
+    alone = run_average(
+        run_preflight(
+            recipe(files, tmp_path / "two", name="mean", dtype="float32", block_weights=BLOCKS)
+        ),
+        Progress(),
+    )
+    average, expected = load(merged.place.hyper_model), load(alone)
+    assert average.keys() == expected.keys()
+    assert all(torch.equal(average[key], expected[key]) for key in average)
+    loss, shares = losses(files, merged, tags_of(merged))
+    assert merged.report.loss == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(reported_shares(merged).double(), shares, atol=1e-4, rtol=0)
+    around = merge(files, tmp_path / "three", base=str(alone), **settings)
+    assert merged.report.loss == pytest.approx(around.report.loss, rel=0.02)
+    assert merged.report.bound == pytest.approx(around.report.bound, rel=1e-3)
+    plain = merge(files, tmp_path / "four", **settings)
+    assert plain.report.loss != pytest.approx(loss, rel=0.02)
+
+
+def test_one_weight_for_all_blocks_is_an_ordinary_merge(files, tmp_path):
+    settings = {"layer_weights": "plain", "ranks": (64,), "dtype": "float32"}
+    ordinary = merge(files, tmp_path / "one", weights=(2, 1, 4), **settings)
+    merged = merge(files, tmp_path / "two", block_weights=["2", "1", "4"], **settings)
+    average, expected = load(merged.place.hyper_model), load(ordinary.place.hyper_model)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(average[key], tensor, rtol=0, atol=1e-7)
+    assert merged.report.loss == pytest.approx(ordinary.report.loss, rel=0.02)
+    assert merged.report.bound == pytest.approx(ordinary.report.bound, rel=1e-3)
+
+
+def test_another_merge_of_the_files_finds_neither_its_analysis_nor_its_average(files, tmp_path):
+    few = {"iterations": 1, "layer_weights": "plain"}
+    first = merge(files, tmp_path, block_weights=BLOCKS, **few)
+    other = merge(files, tmp_path, name="other", block_weights=("1", "2", BLOCKS[1]), **few)
+    plain = merge(files, tmp_path, name="plain", **few)
+    again = merge(files, tmp_path, name="again", block_weights=BLOCKS, **{**few, "ranks": (2,)})
+    assert [x.reused_analysis for x in (first, other, plain, again)] == [False] * 3 + [True]
+    models = [x.place.hyper_model.name for x in (first, other, plain, again)]
+    assert models == ["mix.safetensors", "other.safetensors", "plain.safetensors", models[0]]
+
+
+def test_a_run_of_them_is_read_back_and_extended(files, tmp_path, state_of):
+    merge(files[:2], tmp_path, block_weights=BLOCKS[:2])
+    folders = Folders.under(tmp_path)
+    weights = load_run(folders, "mix").recipe.block_weights
+    assert weights == (tuple(1.0 + x for x in range(26)), tuple(x / 25 for x in range(26)))
+    request = ExtendRequest("mix", (files[2],), "more")
+    run_extend(request, folders, Progress(), effort=SearchEffort.QUICK)
+    *same, new = load_run(folders, "more").recipe.block_weights
+    assert tuple(same) == weights
+    assert new == pytest.approx([(1 + x + x / 25) / 2 for x in range(26)])
+
+
+def test_a_base_has_no_use_for_them(files, tmp_path):
     before = snapshot(tmp_path)
     with pytest.raises(RecipeError, match=r"are of an average, and the base is a\.safetensors"):
         merge(files, tmp_path / "models", base=str(files[0]), block_weights=BLOCKS)

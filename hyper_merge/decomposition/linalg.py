@@ -21,6 +21,8 @@ _LEAST_PIVOT: Final = 3e-3
 # leaves to others meanwhile.
 _HOST_ROWS: Final = 1024
 
+_AT_ONCE: Final = 2**22  # entries that are converted
+
 
 def orthonormal(
     columns: Tensor,  # (..., m, r), r <= m
@@ -129,6 +131,13 @@ def energy_of(
 ) -> float:
     """Returns the squared norm: by rows in the matrix's precision, over them in float64."""
     return float(matrix.norm(dim=1).double().square().sum())
+
+
+def squared_norm(
+    values: Tensor,  # (size,)
+) -> float:
+    """Returns the squared norm, summed in float64, in which memory never holds all of it."""
+    return float(sum(part.double().square().sum() for part in torch.split(values, _AT_ONCE)))
 
 
 def add_products(

@@ -140,6 +140,16 @@ def squared_norm(
     return float(sum(part.double().square().sum() for part in torch.split(values, _AT_ONCE)))
 
 
+def inner_products(
+    rows: Tensor,  # (r, size)
+    others: Tensor,  # (s, size)
+) -> Tensor:  # (r, s), float64
+    """Returns inner products, summed in float64, in which memory never holds all of the rows."""
+    step = _AT_ONCE // 16  # for which several rows are in a CPU's cache
+    pairs = zip(torch.split(rows, step, 1), torch.split(others, step, 1), strict=True)
+    return torch.stack([part.double() @ other.double().mT for part, other in pairs]).sum(0)
+
+
 def add_products(
     matrix: Tensor,  # (m, n), float32
     products: Iterable[tuple[Tensor, Tensor, float]],  # (m, r), (r, n), multiplier

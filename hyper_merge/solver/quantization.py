@@ -11,7 +11,12 @@ from torch import Tensor
 
 from hyper_merge.analysis.contents import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import block_columns, block_sums, largest_value
+from hyper_merge.decomposition.linalg import (
+    block_columns,
+    block_sums,
+    inner_products,
+    largest_value,
+)
 from hyper_merge.decomposition.normalization import balance, unit_scales
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
@@ -164,11 +169,11 @@ def _products(
     sizes = [up.shape[1] for up in ups]
     left = _Side.of(bases[0], of_layer.left, torch.cat(ups, 1))
     right = _Side.of(bases[1], of_layer.right, torch.cat(downs).mT)
-    flat = rows.flatten(1).double()
+    flat = rows.flatten(1)
 
     def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
         pairs = zip(torch.split(left, sizes, 1), torch.split(right, sizes, 1), strict=True)
-        return flat @ torch.stack([(up @ down.mT).flatten() for up, down in pairs], 1).double()
+        return inner_products(flat, torch.stack([(up @ down.mT).flatten() for up, down in pairs]))
 
     plain = Products(cross(left.within, right.within), block_sums(left.gram * right.gram, sizes))
     if of_layer.is_plain:

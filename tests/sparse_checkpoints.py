@@ -1,5 +1,6 @@
 """Checkpoints of full size that take no space on the disk."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,12 +9,14 @@ from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.synthetic.checkpoint_layouts import sd1_layout
 
+Layout = Callable[[], Mapping[str, tuple[int, ...]]]
 
-def full_size(path: Path, marker: str) -> Path:
-    """Writes a header of the real layout before as many bytes of nothing: 2.1 GB that take no space."""
+
+def full_size(path: Path, marker: str, layout: Layout = sd1_layout) -> Path:
+    """Writes a header of a real layout before as many bytes of nothing, which take no space."""
     tensors = {
         key: TensorInfo(torch.int64 if key.endswith("position_ids") else torch.float16, shape)
-        for key, shape in sd1_layout().items()
+        for key, shape in layout().items()
     }
     writer = SafetensorsWriter(path, tensors, {"marker": marker})
     path.write_bytes(writer._header)

@@ -11,6 +11,7 @@ from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import Contrasts
+from hyper_merge.runtime.scratch import Scratch
 
 
 class Analysis(ABC):
@@ -20,11 +21,13 @@ class Analysis(ABC):
         layers: All layers.
         contrasts: The coordinates of the deviations, d of them.
         sensitivities: The network's, by module, where a run of it measured them.
+        scratch: Takes what is computed from it and needed later.
     """
 
     layers: tuple[Layer, ...]
     contrasts: Contrasts
     sensitivities: Sensitivities | None
+    scratch: Scratch
 
     @abstractmethod
     def without_ends(self) -> Analysis:

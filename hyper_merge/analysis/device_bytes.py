@@ -1,7 +1,8 @@
-"""Tells about how much of a GPU's memory the work on one tensor takes, at most."""
+"""Tells about how much memory the work on one tensor takes, of a GPU or of a CPU, at most."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from hyper_merge.analysis.inputs import MergeInputs
@@ -9,12 +10,18 @@ from hyper_merge.checkpoints.architectures.layout import Treatment
 
 # Of an entry, beside its slices: base, rounding error, a mixture, and what is made of them.
 _ENTRY: Final = 20
+_HOST_ENTRY: Final = 12  # the same on a CPU: base, rounding error and a mixture
 _CHUNK_ENTRY: Final = 20  # of an entry of a chunk, for each file
 _SQUARE: Final = 40  # of an entry of a symmetric matrix of the width, for each slice
+_HOST_CHUNK: Final = 2**17  # entries that a CPU works on at once
+
+IN_FLIGHT: Final = 5 * 2**28
+"""Bytes of a CPU's memory that the tensors which are worked on at a time take; one may take more."""
+
 _DELTA: Final = 32  # of an entry of a difference of two files, with what is made of it
 
 
-def pass_bytes(inputs: MergeInputs, key: str, width: int, chunk: int) -> int:
+def pass_bytes(inputs: MergeInputs, key: str, width: int, chunk: int, entry: int = _ENTRY) -> int:
     """Returns what the pass takes for a tensor.
 
     Args:
@@ -22,12 +29,42 @@ def pass_bytes(inputs: MergeInputs, key: str, width: int, chunk: int) -> int:
         key: the tensor's key.
         width: most columns of the bases; 0 for the average alone.
         chunk: entries that are worked on at once.
+        entry: bytes of an entry beside its slices.
     """
     entries, d = _largest_piece(inputs, key), inputs.contrasts.dimensions
     chunks = min(chunk, entries) * _CHUNK_ENTRY * len(inputs.read)
     if not width or inputs.layout.treatments[key] is not Treatment.LAYER:
         return chunks + 4 * entries
-    return chunks + entries * (4 * d + _ENTRY) + _SQUARE * d * width**2
+    return chunks + entries * (4 * d + entry) + _SQUARE * d * width**2
+
+
+def host_bytes(inputs: MergeInputs, key: str, width_of: Callable[[int], int]) -> int:
+    """Returns what the pass takes of a CPU's memory for a tensor.
+
+    Args:
+        inputs: the files.
+        key: the tensor's key.
+        width_of: returns the most columns of a layer's bases by its index.
+    """
+    indices = [index for _, index in inputs.pieces(key) if index is not None]
+    width = max(map(width_of, indices), default=0)
+    return pass_bytes(inputs, key, width, _HOST_CHUNK, _HOST_ENTRY)
+
+
+def bytes_in_flight(inputs: MergeInputs, width: int, workers: int) -> int:
+    """Returns what the pass takes of a CPU's memory at the peak.
+
+    Args:
+        inputs: the files.
+        width: most columns of the bases.
+        workers: tensors that are worked on at a time, if they are small.
+    """
+    largest = max(
+        host_bytes(inputs, key, lambda _index: width)
+        for key, treatment in inputs.layout.treatments.items()
+        if treatment is Treatment.LAYER
+    )
+    return max(largest, min(workers * largest, IN_FLIGHT))
 
 
 def delta_bytes(inputs: MergeInputs, key: str) -> int:

@@ -13,6 +13,7 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import around_base
 from hyper_merge.decomposition.factored import FactoredLayer
+from hyper_merge.runtime.scratch import Scratch
 
 
 class FactoredAnalysis(Analysis):
@@ -33,6 +34,7 @@ class FactoredAnalysis(Analysis):
         self.layers = tuple(layers)
         self.contrasts = around_base(count)
         self.sensitivities = None
+        self.scratch = Scratch()
         self._parts = tuple(parts)
 
     def without_ends(self) -> FactoredAnalysis:

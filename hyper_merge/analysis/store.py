@@ -37,6 +37,7 @@ from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone, patiently
+from hyper_merge.runtime.scratch import Scratch
 
 SUFFIX: Final = ".analysis.safetensors"
 SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
@@ -56,6 +57,7 @@ class StoredAnalysis(Analysis):
         file: CheckpointReader,
         inputs: MergeInputs,
         warn: Callable[[str], None],
+        scratch: Scratch,
         sensitivities: Sensitivities | None = None,
     ) -> None:
         """Takes the open file from `open_analysis`.
@@ -64,10 +66,12 @@ class StoredAnalysis(Analysis):
             file: the open file.
             inputs: the files that it is the analysis of.
             warn: called with a message for damaged solutions.
+            scratch: takes what is computed from it and needed later.
             sensitivities: the network's, by module, where a run of it measured them.
         """
         self.layers = inputs.layout.layers
         self.sensitivities = sensitivities
+        self.scratch = scratch
         self._places: list[int] = list(range(len(self.layers)))  # of the layers in the file
         self.contrasts = inputs.contrasts
         self._file = file
@@ -207,7 +211,9 @@ def open_analysis(
         fault = _fault(file.header, inputs)
         if fault:
             raise DamagedCacheError(path, fault)
-        yield StoredAnalysis(file, inputs, warn, sensitivities)
+        scratch = Scratch(path.parent)
+        stack.callback(scratch.close)
+        yield StoredAnalysis(file, inputs, warn, scratch, sensitivities)
 
 
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:

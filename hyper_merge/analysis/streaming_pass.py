@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
-from hyper_merge.analysis.device_bytes import pass_bytes
+from hyper_merge.analysis.device_bytes import IN_FLIGHT, host_bytes, pass_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
@@ -39,9 +39,10 @@ from hyper_merge.decomposition.contrasts import (
     compute_deviations,
     energies,
 )
+from hyper_merge.decomposition.linalg import squared_norm
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.runtime.devices import try_device
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.parallel import MemoryLimit, parallel_map
 from hyper_merge.runtime.progress import Progress
 
 _CHUNK: Final = 2**17  # entries that a CPU's cache holds of several checkpoints at once
@@ -123,12 +124,15 @@ def stream_layers(
             _copy_tensors(inputs, files[-len(inputs.headers)], write_average)
         parallel = stack.enter_context(parallel_map(options.device, counter.report))
         stack.enter_context(counter)
+        memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
 
         def analyze(key: str) -> tuple[TensorAnalysis, tuple[Damage, ...]]:
             tensors = [file.tensor(key) for file in files]
             damages = damaged.find(key, tensors)
             tick = partial(counter.add, key)
-            return analyze_tensor(inputs, key, tensors, options, tick), damages
+            nbytes = host_bytes(inputs, key, options.width_of) if on_host else 0
+            with memory.holding(nbytes):
+                return analyze_tensor(inputs, key, tensors, options, tick), damages
 
         for key, (tensor, damages) in zip(costs, parallel(analyze, costs), strict=True):
             damaged.add(key, damages)
@@ -300,5 +304,5 @@ def _layer_analysis(
         compressed=compressed.cpu(),
         rounding=project(error, compressed.left, compressed.right, tick)[0].cpu(),
         spectra=compute_spectra(compressed.core, inputs.contrasts.to_deviations),
-        weight=float(deviations.base.double().square().sum()),
+        weight=squared_norm(deviations.base),
     )

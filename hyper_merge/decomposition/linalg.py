@@ -21,6 +21,8 @@ _LEAST_PIVOT: Final = 3e-3
 # leaves to others meanwhile.
 _HOST_ROWS: Final = 1024
 
+_AT_ONCE: Final = 2**22  # entries that are converted
+
 
 def orthonormal(
     columns: Tensor,  # (..., m, r), r <= m
@@ -129,6 +131,23 @@ def energy_of(
 ) -> float:
     """Returns the squared norm: by rows in the matrix's precision, over them in float64."""
     return float(matrix.norm(dim=1).double().square().sum())
+
+
+def squared_norm(
+    values: Tensor,  # (size,)
+) -> float:
+    """Returns the squared norm, summed in float64, in which memory never holds all of it."""
+    return float(sum(part.double().square().sum() for part in torch.split(values, _AT_ONCE)))
+
+
+def inner_products(
+    rows: Tensor,  # (r, size)
+    others: Tensor,  # (s, size)
+) -> Tensor:  # (r, s), float64
+    """Returns inner products, summed in float64, in which memory never holds all of the rows."""
+    step = _AT_ONCE // 16  # for which several rows are in a CPU's cache
+    pairs = zip(torch.split(rows, step, 1), torch.split(others, step, 1), strict=True)
+    return torch.stack([part.double() @ other.double().mT for part, other in pairs]).sum(0)
 
 
 def add_products(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ def initial_factors(
             up, down = leading_factors(rest, rank, batch_generator)
             ups.append(up)
             downs.append(down)
-        return Factors(torch.cat(ups, 2), torch.cat(downs, 1))
+        return problem.kept(Factors(torch.cat(ups, 2), torch.cat(downs, 1)))
 
     return tuple(problem.parallel(start, range(len(problem.batches)), problem.batches))
 
@@ -159,7 +159,7 @@ def sweep(
         mixtures = batch.mixtures(multipliers)
         new = update_ups(batch, old, multipliers, mixtures, ridge=problem.ridge)
         new = update_downs(batch, new, multipliers, mixtures, ridge=problem.ridge)
-        return new, _batch_statistics(batch, new)
+        return problem.kept(new), _batch_statistics(batch, new)
 
     results = list(problem.parallel(in_batch, problem.batches, factors))
     statistics = _summed(problem, [part for _, part in results])
@@ -169,7 +169,7 @@ def sweep(
 
 def solve_ll1(
     problem: Problem,
-    factors: Sequence[Factors],
+    factors: Iterable[Factors],  # one per batch
     multipliers: Tensor,  # (k, R)
     stopping: StoppingCriterion,
 ) -> Solution:
@@ -186,24 +186,29 @@ def solve_ll1(
     if not problem.batches:  # no layer has any rank
         return Solution((), multipliers, (float(problem.energy > 0),))
     current, before = Solution(tuple(factors), multipliers, ()), multipliers
-    del factors  # a set of all layers' that only the first sweep needs
+    del factors  # a set of all layers'
     older: deque[Factors] = deque()  # those of `before`, as far as they are still needed
     values: list[float] = []  # of what is minimised
     last: Statistics | None = None
     step = 0
-    for _ in range(stopping.sweeps):
+    for left in reversed(range(stopping.sweeps)):
         momentum = step / (step + 3)
         ahead = torch.lerp(before, current.multipliers, 1 + momentum)
-        new, fitted, statistics = sweep(problem, _ahead(older, current, momentum), ahead)
+        newest = deque(current.factors)
+        if not step and (not values or not left):  # nothing goes back to them, or ahead from them
+            current = replace(current, factors=())
+        new, fitted, statistics = sweep(problem, _ahead(older, newest, momentum), ahead)
         value = statistics.with_ridge(problem.ridge).loss(fitted)
         stopping.on_sweep(value)
         if step and value > values[-1]:
             step = 0
+            del new
             continue
         values.append(value)
         last = statistics
         older, before = deque(current.factors), current.multipliers
         current = Solution(new, fitted, (*current.losses, statistics.loss(fitted)))
+        del new
         if _stands_still(values, stopping.tolerance):
             break
         step = step + 1 if len(values) > 1 else 0  # the start itself is no direction
@@ -226,12 +231,13 @@ def _stands_still(values: Sequence[float], tolerance: float) -> bool:
     return len(values) > 1 and values[-2] - values[-1] <= tolerance * values[-2]
 
 
-def _ahead(older: deque[Factors], current: Solution, momentum: float) -> Iterator[Factors]:
-    """Yields the current factors, a step further in the direction in which they changed.
+def _ahead(older: deque[Factors], newest: deque[Factors], momentum: float) -> Iterator[Factors]:
+    """Yields the newest factors, a step further in the direction in which they changed.
 
-    Lazily, and `older` gives its factors away: two sets of all layers' lie in memory, not four.
+    Lazily, and both give their factors away: two sets of all layers' are there, not four.
     """
-    for new in current.factors:
+    while newest:
+        new = newest.popleft()
         old = older.popleft() if older else new
         if momentum == 0:
             yield new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.linalg import moved
+
+Keep = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Puts tensors aside that are needed later, and returns equal ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +77,18 @@ class Problem:
     energy: float  # sum of squares of all slices, in and outside of the cores
     parallel: Callable[..., Iterable[Any]] = map  # over batches; the result does not depend on it
     ridge: float = 0.0  # what the blocks' energies count in addition
+    # Puts aside what is needed for every layer.
+    keep: Keep = list
 
     @property
     def shape(self) -> tuple[int, int]:
         """The number of slices k and of blocks R."""
         first = self.batches[0]
         return first.slices.shape[1], len(first.ranks)
+
+    def kept(self, factors: Factors) -> Factors:
+        """Returns factors that are put aside."""
+        return Factors(*self.keep([factors.up, factors.down]))
 
 
 @dataclass(frozen=True, eq=False)

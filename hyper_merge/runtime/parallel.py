@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
+from mmap import PAGESIZE
 from typing import Any, Final, TypeVar
 
 import torch
@@ -20,12 +22,44 @@ _MOST_WORKERS_FOR_A_GPU: Final = 8
 # Items that were begun or wait for those before them: while one of many times the others' size is at
 # work, or the caller writes, the workers go on. Results are small beside what making them takes.
 _LEAST_AHEAD: Final = 8
+_GROWTH: Final = 2**27  # bytes by which memory may grow before freed memory is returned
 
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
 _T = TypeVar("_T")
 ParallelMap = Callable[..., Iterator[Any]]
 """A function that is called like the built-in `map`."""
+
+
+def worker_count(device: torch.device) -> int:
+    """Returns how many items `parallel_map` works on at a time."""
+    most = _MOST_WORKERS if device.type == "cpu" else _MOST_WORKERS_FOR_A_GPU
+    return min(torch.get_num_threads(), most)
+
+
+class MemoryLimit:
+    """Lets work that takes memory wait until the memory of all that is in progress suffices for it."""
+
+    def __init__(self, limit: int) -> None:
+        """Takes the bytes that all work in progress may have together."""
+        self._limit = limit
+        self._changed = threading.Condition()
+        self._held: list[int] = []
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Waits for so many bytes, and holds them within the block; more than the limit for work alone."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._held or sum(self._held) + nbytes <= self._limit
+            )
+            self._held.append(nbytes)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held.remove(nbytes)
+                self._changed.notify_all()
 
 
 @contextmanager
@@ -43,8 +77,7 @@ def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[Pa
     """
     import_numpy_in_torch()
     threads = torch.get_num_threads()
-    most = _MOST_WORKERS if device.type == "cpu" else _MOST_WORKERS_FOR_A_GPU
-    count = min(threads, most)
+    count = worker_count(device)
     threads_each = threads // count
     torch.set_num_threads(threads_each)
     # Set in every worker too: until its first loop in torch it would give LAPACK more threads, and the
@@ -63,6 +96,31 @@ def import_numpy_in_torch() -> None:
     torch.zeros(1).div_(1.0)
 
 
+class OwnMemory:
+    """The memory that this process has to itself, as far as the system tells."""
+
+    def __init__(self) -> None:
+        """Begins before anything has grown."""
+        self._usual = 0  # bytes that were left when freed memory was returned last
+
+    def return_if_grown(self) -> None:
+        """Returns freed memory to the system if there is a good deal more than after the last time.
+
+        That takes microseconds where there is not; the C library would fill what lies between freed
+        tensors with small things, and never use it for tensors of the same size again.
+        """
+        size = _own_bytes()
+        if size > self._usual + _GROWTH:
+            return_memory()
+            self._usual = _own_bytes()
+        else:
+            self._usual = min(size, self._usual)
+
+
+MEMORY: Final = OwnMemory()
+"""The memory of this process."""
+
+
 def return_memory() -> None:
     """Returns freed memory to the system, where C's allocator (glibc) can be asked to.
 
@@ -72,6 +130,16 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim:
         trim(0)
+
+
+def _own_bytes() -> int:
+    """Returns the bytes of memory that is no mapping of a file; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - it is read very often
+            _, resident, shared, *_ = map(int, file.read().split())
+    except (OSError, ValueError):
+        return 0
+    return (resident - shared) * PAGESIZE
 
 
 def _in_order(
@@ -98,4 +166,5 @@ def _result(future: Future[_T], check: Callable[[], None]) -> _T:
     check()
     while not wait([future], _PATIENCE).done:
         check()
+    MEMORY.return_if_grown()
     return future.result()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.low_rank_layer import LowRankLayer
 from hyper_merge.solver.metric import Metric
-from hyper_merge.solver.products import FactorPair, StoredFactors
+from hyper_merge.solver.products import FactorPair, StoredFactors, keep_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,9 @@ class CompressedResidual:
                 return _no_components(*self._shared.analysis.core_shape(index))
             rest = self._metric(index).apply(self._rest(index))
             generator = torch.Generator().manual_seed(index)
-            return truncated_svd(rest, min(most, *rest.shape), generator)
+            truncated = truncated_svd(rest, min(most, *rest.shape), generator)
+            up, down = self._shared.analysis.scratch.keep([truncated.up, truncated.down])
+            return replace(truncated, up=up, down=down)
 
         with parallel_map(torch.device("cpu"), progress.check) as parallel:
             for truncated in parallel(leading, range(len(self.layers))):
@@ -144,7 +146,7 @@ class CompressedResidual:
         )
         return LowRankLayer(
             layer,
-            *factors,
+            *keep_pairs(analysis.scratch.keep, [factors])[0],
             before,
             max(before - plain, 0.0),
             weighted_before,

@@ -6,15 +6,17 @@ of the bases would lose much, for square bases are not ordered and others serve 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.linalg import orthonormal, random_normal
-from hyper_merge.decomposition.problem import Batch, Factors
+from hyper_merge.decomposition.problem import Batch, Factors, Keep, Problem
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.solver.metric import COLUMNS_PER_RANK
 from hyper_merge.solver.rank_pruning import GroupSolution
@@ -31,6 +33,11 @@ class _Sides:
 
     left: Tensor | None  # (b, p, w)
     right: Tensor | None  # (b, q, w)
+
+    @property
+    def change_nothing(self) -> bool:
+        """Whether the cores stay as they are."""
+        return self.left is None and self.right is None
 
     def widen(self, factors: Factors) -> Factors:
         """Returns the same blocks in the wide cores' coordinates."""
@@ -49,34 +56,55 @@ class NarrowGroup:
     @property
     def is_narrower(self) -> bool:
         """Whether any core is."""
-        return any(side.left is not None or side.right is not None for side in self.sides)
+        return not all(sides.change_nothing for sides in self.sides)
 
-    def widened(self, factors: Sequence[Factors]) -> tuple[Factors, ...]:
-        """Returns narrow blocks in the wide cores' coordinates."""
-        pairs = zip(self.sides, factors, strict=True)
-        return tuple(sides.widen(narrow) for sides, narrow in pairs)
+    def without_factors(self) -> tuple[NarrowGroup, Iterator[Factors]]:
+        """Returns the rest of the group, and an iterator that gives the factors away one by one."""
+        group, factors = self.group.without_factors()
+        return replace(self, group=group), factors
+
+    def widened(self, factors: Iterable[Factors]) -> Iterator[Factors]:
+        """Returns an iterator of narrow blocks in the wide cores' coordinates.
+
+        It needs the sides alone, not the narrow cores.
+        """
+        return _widened(deque(self.sides), factors, self.group.problem.keep)
 
 
-def narrow(group: GroupSolution, parallel: ParallelMap) -> NarrowGroup:
+def _widened(all_sides: deque[_Sides], factors: Iterable[Factors], keep: Keep) -> Iterator[Factors]:
+    for narrow_factors in factors:
+        sides = all_sides.popleft()
+        if sides.change_nothing:
+            yield narrow_factors
+        else:
+            wide = sides.widen(narrow_factors)
+            yield Factors(*keep([wide.up, wide.down]))
+
+
+def narrow(group: GroupSolution, factors: Iterable[Factors], parallel: ParallelMap) -> NarrowGroup:
     """Returns a group whose cores are little wider than its blocks' ranks.
 
     Args:
-        group: the blocks that remain after the pruning.
+        group: what remains after the pruning.
+        factors: its blocks, one by one.
         parallel: a map over the batches.
     """
-    results = list(parallel(_narrowed, group.problem.batches, group.factors))
-    batches, factors, sides = zip(*results, strict=True) if results else ((), (), ())
+    narrowed = partial(_narrowed, group.problem)
+    results = list(parallel(narrowed, group.problem.batches, factors))
+    batches, narrow_factors, sides = zip(*results, strict=True) if results else ((), (), ())
     problem = replace(group.problem, batches=batches)
-    return NarrowGroup(replace(group, problem=problem, factors=factors), sides)
+    return NarrowGroup(replace(group, problem=problem, factors=narrow_factors), sides)
 
 
-def _narrowed(batch: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
-    batch = batch.loaded()
+def _narrowed(problem: Problem, wide: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
+    batch = wide.loaded()
     slices = batch.slices
     rank = sum(batch.ranks)
     width = max(-(-int(COLUMNS_PER_RANK * rank) // _STEP) * _STEP, _LEAST)
     p, q = slices.shape[2:]
     if min(p, width) * min(q, width) > _GAIN * p * q:
+        if not isinstance(wide.source, Tensor):
+            batch = replace(wide, source=problem.keep([slices])[0])
         return batch, factors, _Sides(None, None)
     # The order of the work does not matter: a stream of random numbers for each batch.
     generator = torch.Generator().manual_seed(batch.layers[0])
@@ -89,20 +117,22 @@ def _narrowed(batch: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
         slices = slices @ right[:, None]
     up = factors.up if left is None else left.mT @ factors.up
     down = factors.down if right is None else factors.down @ right
-    return replace(batch, source=_compact(slices)), Factors(up, down), _Sides(left, right)
+    source = _compact(slices, problem.keep)
+    sides = _Sides(*(side if side is None else problem.keep([side])[0] for side in (left, right)))
+    return replace(batch, source=source), problem.kept(Factors(up, down)), sides
 
 
-def _compact(slices: Tensor) -> Tensor | Callable[[], Tensor]:
+def _compact(slices: Tensor, keep: Keep) -> Tensor | Callable[[], Tensor]:
     """Returns what makes the slices from half of their bytes; on a GPU the slices.
 
-    All layers' lie in memory during the sweeps. An entry is rounded by 2 ** -11 of itself at most, and
+    All layers' are needed in every sweep. An entry is rounded by 2 ** -11 of itself at most, and
     the last sweep sees the cores as they are.
     """
     if slices.device.type != "cpu":
         return slices
     largest = slices.abs().amax().clamp(min=torch.finfo(slices.dtype).tiny)
     scale = largest / _LARGEST_HALF
-    halves = (slices / scale).half()
+    (halves,) = keep([(slices / scale).half()])
     dtype = slices.dtype  # not the slices themselves, which would stay alive
     return lambda: halves.to(dtype).mul_(scale)
 

@@ -45,8 +45,10 @@ class PrivateStart:
         nonempty = [index for index in members if sum(self.ranks[index])]
         batches = stack_cores(metric, nonempty, self.ranks, device, check)
         generator = torch.Generator().manual_seed(0)
-        factors = tuple(_truncate(batch, self.multipliers, generator) for batch in batches)
-        problem = Problem(batches, metric.energy(members))
+        problem = Problem(batches, metric.energy(members), keep=metric.analysis.scratch.keep)
+        factors = tuple(
+            problem.kept(_truncate(batch, self.multipliers, generator)) for batch in batches
+        )
         return GroupSolution(name, problem, self.multipliers, factors, ())
 
 

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.ll1 import Statistics
+from hyper_merge.decomposition.problem import Keep
 
 FactorPair = tuple[Tensor, Tensor]  # (m, r), (r, n)
+
+
+def keep_pairs(keep: Keep, pairs: Sequence[FactorPair]) -> list[FactorPair]:
+    """Returns pairs that are put aside together."""
+    tensors = iter(keep([tensor for pair in pairs for tensor in pair]))
+    return list(zip(tensors, tensors, strict=True))
 
 
 @dataclass(frozen=True, eq=False)

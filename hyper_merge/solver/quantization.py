@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis.contents import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import block_columns, block_sums, largest_value
+from hyper_merge.decomposition.linalg import (
+    block_columns,
+    block_sums,
+    inner_products,
+    largest_value,
+)
 from hyper_merge.decomposition.normalization import balance, unit_scales
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
-from hyper_merge.runtime.parallel import parallel_map, return_memory
+from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
 from hyper_merge.solver.low_rank_layer import empty_layer
 from hyper_merge.solver.metric import Metric
-from hyper_merge.solver.products import FactorPair, Products, StoredFactors
-from hyper_merge.solver.solve import LowRankSolution
-
-_LAYERS_PER_RETURN: Final = 50  # of memory to the system
+from hyper_merge.solver.products import FactorPair, Products, StoredFactors, keep_pairs
+from hyper_merge.solver.rank_pruning import given_away
+from hyper_merge.solver.solution import LowRankSolution
 
 
 def quantize(
@@ -40,7 +44,8 @@ def quantize(
 
     Args:
         metric: of the loss.
-        solution: the blocks between the layers' bases, and their multipliers.
+        solution: the blocks between the layers' bases, which are taken out of it, and their
+            multipliers.
         groups: the layers of each set of multipliers, by name.
         alphas: of the R files; those of float8 are chosen here instead, and their factors are
             fitted again after rounding.
@@ -50,28 +55,26 @@ def quantize(
     Raises:
         NonFiniteError: the type cannot hold a factor.
     """
-    layers = [
-        _SolvedLayer(index, solution.factors.get(index), group)
+    layers = deque(
+        _SolvedLayer(index, solution.factors.pop(index, None), group)
         for name, members in groups.items()
         for group in [_scaled_group(solution.multipliers[name], metric)]
         for index in members
-    ]
+    )
     if dtype == FLOAT8:
         alphas = _float8_alphas(layers, progress)
     formats = [StoredFormat(alpha, dtype) for alpha in alphas]
     sizes = {index: layer.m + layer.n for index, layer in enumerate(metric.analysis.layers)}
     counter = progress.counter("preparing the LoRAs", sizes)
 
-    def round_one(layer: _SolvedLayer) -> _RoundedLayer:
-        return _round_layer(layer, formats, progress.check)
+    def round_one(layer: _SolvedLayer) -> tuple[int, _RoundedLayer]:
+        return layer.index, _round_layer(layer, formats, progress.check)
 
     rounded: dict[int, _RoundedLayer] = {}
     with parallel_map(torch.device("cpu"), progress.check) as parallel:
-        for layer, result in zip(layers, parallel(round_one, layers), strict=True):
-            rounded[layer.index] = result
-            counter.finish(layer.index)
-            if len(rounded) % _LAYERS_PER_RETURN == 0:
-                return_memory()
+        for index, result in parallel(round_one, given_away(layers)):
+            rounded[index] = result
+            counter.finish(index)
     ordered = [rounded[index] for index in sorted(rounded)]
     return StoredFactors(
         factors=[result.factors for result in ordered],
@@ -151,7 +154,8 @@ def _round_layer(
     ]
     check()
     rows = torch.cat([core, analysis.rounding(index)[None]])
-    return _RoundedLayer(factors, *_products(rows, bases, metric.layers[index], applied))
+    products = _products(rows, bases, metric.layers[index], applied)
+    return _RoundedLayer(keep_pairs(analysis.scratch.keep, factors), *products)
 
 
 def _products(
@@ -165,11 +169,11 @@ def _products(
     sizes = [up.shape[1] for up in ups]
     left = _Side.of(bases[0], of_layer.left, torch.cat(ups, 1))
     right = _Side.of(bases[1], of_layer.right, torch.cat(downs).mT)
-    flat = rows.flatten(1).double()
+    flat = rows.flatten(1)
 
     def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
         pairs = zip(torch.split(left, sizes, 1), torch.split(right, sizes, 1), strict=True)
-        return flat @ torch.stack([(up @ down.mT).flatten() for up, down in pairs], 1).double()
+        return inner_products(flat, torch.stack([(up @ down.mT).flatten() for up, down in pairs]))
 
     plain = Products(cross(left.within, right.within), block_sums(left.gram * right.gram, sizes))
     if of_layer.is_plain:
@@ -212,7 +216,7 @@ class _Side:
         return cls(within, within + directions_within @ grown, gram, gram + along.mT @ grown)
 
 
-def _float8_alphas(layers: Sequence[_SolvedLayer], progress: Progress) -> list[float]:
+def _float8_alphas(layers: deque[_SolvedLayer], progress: Progress) -> list[float]:
     """Returns the alpha of every block's file, by the largest of its layers."""
     sizes: list[list[float]] = []
     for layer in layers:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.ll1 import Solution, split_blocks
 from hyper_merge.decomposition.normalization import balance
-from hyper_merge.decomposition.problem import Batch, Factors, Problem
+from hyper_merge.decomposition.problem import Batch, Factors, Keep, Problem
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.solver.allowance import Allowance
+from hyper_merge.solver.products import FactorPair, keep_pairs
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +36,16 @@ class GroupSolution:
         """Returns a group with the solution of its problem."""
         return cls(name, problem, solution.multipliers, solution.factors, solution.losses)
 
+    def without_factors(self) -> tuple[GroupSolution, Iterator[Factors]]:
+        """Returns the rest of the group, and an iterator that gives the factors away one by one."""
+        return replace(self, factors=()), given_away(deque(self.factors))
+
+
+def given_away(items: deque[_T]) -> Iterator[_T]:
+    """Yields the items, none of which is kept."""
+    while items:
+        yield items.popleft()
+
 
 @dataclass(frozen=True, eq=False)
 class _BalancedLayer:
@@ -37,32 +53,36 @@ class _BalancedLayer:
 
     source: Tensor | Callable[[], Tensor]  # of the slices (1, d, p, q)
     device: torch.device  # of the slices
-    pairs: list[tuple[Tensor, Tensor]]  # per block (p, r), (r, q)
+    pairs: list[FactorPair]  # per block (p, r), (r, q)
 
 
 def prune_ranks(
-    groups: Sequence[GroupSolution], allowance: Allowance, parallel: ParallelMap
+    groups: list[GroupSolution], allowance: Allowance, parallel: ParallelMap
 ) -> list[GroupSolution]:
     """Returns the groups with the components of most energy for their bytes, across all groups.
 
     Args:
-        groups: the groups' solutions with too many ranks.
+        groups: the groups' solutions with too many ranks; empty afterwards, so that they take no
+            memory beside the result.
         allowance: the bytes that all of them may take together.
         parallel: a map over the batches.
     """
     layers: dict[int, _BalancedLayer] = {}
     energies: dict[int, list[Tensor]] = {}
-    for group in groups:
+    rest = []
+    while groups:
+        group, factors = groups.pop(0).without_factors()
+        rest.append(group)
         size = group.multipliers.square().sum(0)
-        batches = zip(group.problem.batches, group.factors, strict=True)
-        for batch, pairs in parallel(_balanced, *zip(*batches, strict=True)):
-            for place, index in enumerate(batch.layers):
-                layer_pairs = [(up[place], down[place]) for up, down in pairs]
-                layers[index] = _BalancedLayer(_source_of(batch, place), batch.device, layer_pairs)
-                values = [up.square().sum(0).double() for up, _ in layer_pairs]
+        balanced = partial(_balanced, keep=group.problem.keep)
+        batches = group.problem.batches
+        for batch, of_layers in zip(batches, parallel(balanced, batches, factors), strict=True):
+            for place, (index, pairs) in enumerate(zip(batch.layers, of_layers, strict=True)):
+                layers[index] = _BalancedLayer(_source_of(batch, place), batch.device, pairs)
+                values = [up.square().sum(0).double() for up, _ in pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
     ranks = allowance.keep(energies)
-    return [_pruned_group(group, layers, ranks) for group in groups]
+    return [_pruned_group(group, layers, ranks) for group in rest]
 
 
 def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
@@ -80,14 +100,16 @@ def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
     )
 
 
-def _balanced(batch: Batch, factors: Factors) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
-    """Returns the blocks with their components in falling order, roots of values on each side.
+def _balanced(batch: Batch, factors: Factors, keep: Keep) -> list[list[FactorPair]]:
+    """Returns every layer's blocks with their components in falling order, roots of values on each side.
 
     On the CPU: a GPU takes as long for one small SVD as for a whole sweep over a layer.
     """
     factors = Factors(factors.up.cpu(), factors.down.cpu())
-    return batch, [
-        balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)
+    pairs = [balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)]
+    return [
+        keep_pairs(keep, [(up[place], down[place]) for up, down in pairs])
+        for place in range(len(batch.layers))
     ]
 
 
@@ -100,19 +122,20 @@ def _source_of(batch: Batch, place: int) -> Tensor | Callable[[], Tensor]:
 
 def _pruned_group(
     group: GroupSolution,
-    layers: Mapping[int, _BalancedLayer],
+    layers: dict[int, _BalancedLayer],  # those of the group are taken out
     ranks: Mapping[int, tuple[int, ...]],
 ) -> GroupSolution:
     batches, factors = [], []
     for before in group.problem.batches:
         for index in before.layers:
+            layer = layers.pop(index)
             if not sum(ranks[index]):
                 continue
-            layer = layers[index]
             cut = list(zip(layer.pairs, ranks[index], strict=True))
             up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
             down = torch.cat([down[:rank] for (_, down), rank in cut])
             batches.append(Batch(layer.source, ranks[index], (index,)))
-            factors.append(Factors(up[None].to(layer.device), down[None].to(layer.device)))
+            pruned = Factors(up[None].to(layer.device), down[None].to(layer.device))
+            factors.append(group.problem.kept(pruned))
     problem = replace(group.problem, batches=tuple(batches))
     return GroupSolution(group.name, problem, group.multipliers, tuple(factors), ())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -19,8 +19,8 @@ from hyper_merge.decomposition.initialization import (
     mixed_start,
     search_cost,
 )
-from hyper_merge.decomposition.ll1 import initial_factors, solve_ll1, split_blocks
-from hyper_merge.decomposition.problem import Problem
+from hyper_merge.decomposition.ll1 import initial_factors, solve_ll1
+from hyper_merge.decomposition.problem import Factors, Problem
 from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.devices import try_device
@@ -30,8 +30,14 @@ from hyper_merge.solver.allowance import Allowance
 from hyper_merge.solver.batching import Ranks, core_bytes, stack_cores
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.private_start import PrivateStart, plan_private_start
-from hyper_merge.solver.rank_pruning import GroupSolution, joined_losses, prune_ranks
+from hyper_merge.solver.rank_pruning import (
+    GroupSolution,
+    given_away,
+    joined_losses,
+    prune_ranks,
+)
 from hyper_merge.solver.refinement import refine, try_sweeps
+from hyper_merge.solver.solution import LowRankSolution, join_groups
 from hyper_merge.solver.stopping import (
     USUAL_SWEEPS,
     SolverProgress,
@@ -60,15 +66,6 @@ START_SWEEPS: Final = 1.2  # that a start in all layers takes
 # Blocks that almost cancel each other are slow to find and say little one by one; this keeps them
 # apart, and the loss is nowhere higher for it.
 _RIDGE: Final = 0.01
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankSolution:
-    """Blocks between the bases, and the multipliers that they were fitted with."""
-
-    factors: Mapping[int, list[tuple[Tensor, Tensor]]]  # by layer: per block (p, r), (r, q)
-    multipliers: Mapping[str, Tensor]  # by group of layers: (k, R), float64
-    losses: tuple[float, ...]  # after each sweep (greedy: block), fractions of all energy
 
 
 def find_blocks(
@@ -159,10 +156,10 @@ class _Solver:
         if private is None:
             return self._all_refined(pruned, parts, parallel)
         sweeps = self._recipe.iterations
-        groups = [try_sweeps(pruned.pop(0), sweeps, parallel) for _ in self._groups]
+        groups = [try_sweeps(pruned, sweeps, parallel) for _ in self._groups]
         if private.loss < _HOPELESS * joined_losses(groups)[-1]:
             starts = self._private_groups(private)
-            others = [try_sweeps(starts.pop(0), sweeps, parallel) for _ in self._groups]
+            others = [try_sweeps(starts, sweeps, parallel) for _ in self._groups]
             is_better = joined_losses(others)[-1] < joined_losses(groups)[-1]
             groups = others if is_better else groups
             del others
@@ -181,7 +178,7 @@ class _Solver:
     def _all_refined(
         self, groups: list[GroupSolution], parts: Sequence[Progress], parallel: ParallelMap
     ) -> list[GroupSolution]:
-        return [refine(groups.pop(0), self._recipe, part, parallel) for part in parts]
+        return [refine(groups, self._recipe, part, parallel) for part in parts]
 
     def _overcomplete_ranks(self, limits: Sequence[int], allowance: Allowance) -> Ranks:
         """Returns ranks that take more than the allowance, where the spectra promise most."""
@@ -205,7 +202,8 @@ class _Solver:
             energy = self._metric.energy(members)
             progress = SolverProgress(part)
             counting = progress.counting(parallel, len(batches))
-            yield name, Problem(batches, energy, counting, _RIDGE), progress
+            keep = self._analysis.scratch.keep
+            yield name, Problem(batches, energy, counting, _RIDGE, keep), progress
 
     def _parts(self, stages: int) -> list[Progress]:
         """Returns a part of the progress for every stage of every group, in proportion to its cost."""
@@ -223,10 +221,7 @@ class _Solver:
     def _joint(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
         start, fraction = self._start(name, problem, progress, self._recipe.iterations)
         stopping = stop_by_sweep(self._recipe, progress, fraction)
-        # No name for the factors here, which would keep a set of them in memory for all sweeps.
-        solution = solve_ll1(
-            problem, initial_factors(problem, start, self._generator), start, stopping
-        )
+        solution = solve_ll1(problem, self._initial_factors(problem, start), start, stopping)
         return GroupSolution.of(name, problem, solution)
 
     def _overcomplete(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
@@ -234,10 +229,12 @@ class _Solver:
         start, fraction = self._start(name, problem, progress, OVERCOMPLETE_SWEEPS)
         sweeps = min(OVERCOMPLETE_SWEEPS, self._recipe.iterations)
         stopping = stop_after_sweeps(progress, fraction, sweeps)
-        solution = solve_ll1(
-            problem, initial_factors(problem, start, self._generator), start, stopping
-        )
+        solution = solve_ll1(problem, self._initial_factors(problem, start), start, stopping)
         return GroupSolution.of(name, problem, solution)
+
+    def _initial_factors(self, problem: Problem, start: Tensor) -> Iterator[Factors]:
+        """Returns an iterator that gives the factors away: a caller would keep a tuple of them."""
+        return given_away(deque(initial_factors(problem, start, self._generator)))
 
     def _start(
         self, name: str, problem: Problem, progress: SolverProgress, sweeps: int
@@ -288,21 +285,9 @@ class _Solver:
             [ranks, recipe.allocation, recipe.multipliers, recipe.layer_weights, *ends]
         )
 
-    def _solution(self, groups: Sequence[GroupSolution]) -> LowRankSolution:
+    def _solution(self, groups: list[GroupSolution]) -> LowRankSolution:
         """Puts the groups together, and remembers their multipliers for later solves."""
         if self._recipe.method == "joint":
             solutions = {group.name: group.multipliers for group in groups}
             self._analysis.remember(self._solution_name(), solutions)
-        factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for group in groups:
-            for batch, batch_factors in zip(group.problem.batches, group.factors, strict=True):
-                pairs = list(split_blocks(batch, batch_factors))
-                shape = (batch_factors.up.shape[1], batch_factors.down.shape[2])
-                for place, index in enumerate(batch.layers):
-                    between = self._metric.between(index, shape)
-                    factors[index] = [between.undo(up[place], down[place]) for up, down in pairs]
-        return LowRankSolution(
-            factors,
-            {group.name: self._metric.to_deviations @ group.multipliers for group in groups},
-            joined_losses(groups),
-        )
+        return join_groups(self._metric, groups)

@@ -9,12 +9,11 @@ from typing import Any, Final
 
 from hyper_merge.decomposition.ll1 import StoppingCriterion
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.parallel import ParallelMap, return_memory
+from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
 
 USUAL_SWEEPS: Final = 12
 _GREEDY_MAPS: Final = 6  # over all layers for a block of greedy deflation
-_SWEEPS_PER_RETURN: Final = 3  # of memory to the system
 
 
 class SolverProgress:
@@ -76,8 +75,6 @@ def stop_by_sweep(recipe: Recipe, progress: SolverProgress, begin: float) -> Sto
         losses.append(loss)
         left = _sweeps_left(losses, recipe)
         progress.reach("solving for the LoRAs", begin, 1.0, left + 0.5)
-        if len(losses) % _SWEEPS_PER_RETURN == 0:
-            return_memory()
 
     progress.reach("solving for the LoRAs", begin, 1.0, _sweeps_left(losses, recipe) + 0.5)
     return StoppingCriterion(recipe.iterations, recipe.tolerance, on_sweep)

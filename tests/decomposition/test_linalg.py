@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hyper_merge.decomposition import linalg
 from hyper_merge.decomposition.linalg import (
     leading_factors,
     orthonormal,
@@ -141,3 +142,13 @@ def test_dependent_columns_that_rounding_hides_give_an_orthonormal_basis():
         columns[:4] = torch.randn(4, 5, generator=generator)
         basis = orthonormal(columns)
         torch.testing.assert_close(basis.mT @ basis, torch.eye(5), atol=1e-4, rtol=0)
+
+
+def test_inner_products_in_pieces_are_those_in_one(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    rows, others = (torch.randn(count, 1001, generator=generator) for count in (3, 2))
+    exact = rows.double() @ others.double().mT
+    for step in (2**22, 16 * 100, 16):
+        monkeypatch.setattr(linalg, "_AT_ONCE", step)
+        assert_close(linalg.inner_products(rows, others), exact)
+        assert linalg.squared_norm(rows[0]) == pytest.approx(float(rows[0].double().square().sum()))

@@ -1,10 +1,14 @@
-"""Workers give the same results every time."""
+"""Workers give the same results every time, within the memory that they may take."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime import parallel as parallel_module
+from hyper_merge.runtime.parallel import MemoryLimit, OwnMemory, parallel_map
 
 
 def test_factorisations_are_equal_in_every_worker():
@@ -43,3 +47,48 @@ def test_workers_go_on_while_one_item_takes_long():
             assert list(parallel(work, range(20))) == list(range(20))
     finally:
         torch.set_num_threads(before)
+
+
+def test_work_waits_for_the_memory_of_other_work():
+    limit, lock, held, most = MemoryLimit(10), threading.Lock(), [], []
+
+    def work(nbytes):
+        with limit.holding(nbytes):
+            with lock:
+                held.append(nbytes)
+                most.append(sum(held))
+                most_at_once.append(len(held))
+            time.sleep(0.01)
+            with lock:
+                held.remove(nbytes)
+        return nbytes
+
+    most_at_once = []
+    sizes = [3, 3, 25, 4, 9, 2, 2, 2, 10, 3]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, sizes)) == sizes
+    assert max(total for total in most if total != 25) <= 10
+    assert 25 in most  # alone
+    assert max(most_at_once) > 1
+
+
+def test_work_that_fails_gives_its_memory_back():
+    limit = MemoryLimit(10)
+    with pytest.raises(ZeroDivisionError), limit.holding(10):
+        _ = 1 / 0
+    with limit.holding(10):
+        pass
+
+
+def test_freed_memory_goes_back_where_it_has_grown(monkeypatch):
+    sizes, returned = iter([100, 110, 130, 90, 60, 75, 90, 65]), []
+    monkeypatch.setattr(parallel_module, "_GROWTH", 25)
+    monkeypatch.setattr(parallel_module, "_own_bytes", lambda: next(sizes))
+    monkeypatch.setattr(parallel_module, "return_memory", lambda: returned.append(True))
+    memory = OwnMemory()
+    counts = []
+    for _ in range(6):
+        memory.return_if_grown()
+        counts.append(len(returned))
+    # 100: more than nothing, leaves 110; 130 and 90: no; 60: less than ever; 75: no; 90: again
+    assert counts == [1, 1, 1, 1, 1, 2]

@@ -29,7 +29,7 @@ def group() -> GroupSolution:
 
 def test_narrow_cores_hold_the_blocks(group: GroupSolution) -> None:
     """Losses between narrow bases are those between wide ones, but for the cores' rounding."""
-    narrowed = narrow(group, map)
+    narrowed = narrow(group, group.factors, map)
     assert narrowed.is_narrower
     assert narrowed.group.problem.batches[0].slices.shape == (1, 3, 32, 32)
     (back,) = narrowed.widened(narrowed.group.factors)
@@ -46,7 +46,7 @@ def test_what_is_beside_the_blocks_helps_the_sweeps(group: GroupSolution) -> Non
     """Sweeps in narrow cores and one in the wide ones end where wide sweeps end."""
     sweeps = StoppingCriterion(12, 0.0)
     wide = solve_ll1(group.problem, group.factors, group.multipliers, sweeps)
-    narrowed = narrow(group, map)
+    narrowed = narrow(group, group.factors, map)
     slim = solve_ll1(
         narrowed.group.problem, narrowed.group.factors, group.multipliers, StoppingCriterion(11, 0)
     )
@@ -67,10 +67,12 @@ def test_cores_that_are_narrow_already_stay(group: GroupSolution) -> None:
     small = Batch(batch.slices[:, :, :32, :36].contiguous(), RANKS, (0,))
     problem = Problem((small,), float(small.slices.square().sum()))
     factors = Factors(start.up[:, :32], start.down[:, :, :36])
-    narrowed = narrow(GroupSolution("all", problem, group.multipliers, (factors,), ()), map)
+    rest = GroupSolution("all", problem, group.multipliers, (), ())
+    narrowed = narrow(rest, (factors,), map)
     assert not narrowed.is_narrower
     assert narrowed.group.problem.batches[0] is small
-    assert narrowed.widened((factors,))[0].up is factors.up
+    (wide,) = narrowed.widened((factors,))
+    assert wide.up is factors.up
 
 
 def test_narrow_cores_take_half_of_their_bytes(group: GroupSolution) -> None:
@@ -78,7 +80,9 @@ def test_narrow_cores_take_half_of_their_bytes(group: GroupSolution) -> None:
     (batch,) = group.problem.batches
     for scale in (1e-9, 1.0, 1e9):
         scaled = Problem((Batch(batch.slices * scale, RANKS, (0,)),), 1.0)
-        narrowed = narrow(GroupSolution("all", scaled, group.multipliers, group.factors, ()), map)
+        narrowed = narrow(
+            GroupSolution("all", scaled, group.multipliers, (), ()), group.factors, map
+        )
         (slim,) = narrowed.group.problem.batches
         assert not isinstance(slim.source, torch.Tensor)
         held = [cell.cell_contents for cell in slim.source.__closure__ or ()]

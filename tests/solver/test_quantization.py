@@ -30,9 +30,10 @@ from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.runtime.scratch import Scratch
 from hyper_merge.solver.float8 import float8_alpha
 from hyper_merge.solver.quantization import quantize
-from hyper_merge.solver.solve import LowRankSolution
+from hyper_merge.solver.solution import LowRankSolution
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = ("float16", "bfloat16", "float32", "float8")
@@ -239,6 +240,7 @@ def test_float8_accepts_a_block_without_rank():
         core=lambda index: deviation if index == 0 else torch.ones(1, 40, 30),
         rounding=lambda index: torch.zeros(layers[index].m, layers[index].n),
         bases=lambda index: bases[index],
+        scratch=Scratch(),
     )
     solution = LowRankSolution(
         {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from hyper_merge.analysis.cache import find_analysis, required_width
+from hyper_merge.analysis.device_bytes import bytes_in_flight
 from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.analysis.sensitivities import sensitivities_bytes
@@ -18,14 +21,14 @@ from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
 from hyper_merge.runs.folders import Place
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
+from hyper_merge.runtime.parallel import worker_count
+from hyper_merge.runtime.scratch import RESIDENT
 from hyper_merge.solver.metric import COLUMNS_PER_RANK
 
-_AT_ONCE: Final = 2  # layers in the pass
-_EVEN_SETS: Final = 5  # of factors during the solve: two, and the rest in the allocator's holes
-# Of the LoRAs in float32 with adaptive ranks, which gather where bases are as wide as the layers: two of
-# one and a half times the ranks.
-_ADAPTIVE_SETS: Final = 3.2
-_OVERHEAD: Final = 470 * 2**20  # bytes: Python, torch, and what is in flight
+_EVEN_SETS: Final = 2.2  # of factors that are kept during the solve
+# Of the LoRAs in float32 with adaptive ranks, which gather where bases are as wide as the layers.
+_ADAPTIVE_SETS: Final = 1.65
+_OVERHEAD: Final = 520 * 2**20  # bytes: Python, torch, and what is in flight
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,14 @@ def estimate_merge(preflight: Preflight) -> Estimate:
     inputs = preflight.inputs
     plan = plan_ranks(preflight.recipe, inputs)
     loras = _lora_bytes(preflight, plan)
-    largest = max(layer.m * layer.n for layer in inputs.layout.layers) * 4
-    in_flight = _AT_ONCE * (len(inputs.headers) + 4) * largest
+    width = preflight.pass_options.width or 0
+    in_flight = bytes_in_flight(inputs, width, worker_count(torch.device("cpu")))
+    kept = min(max(_solver_bytes(inputs, plan), loras), RESIDENT)
     return Estimate(
         average=average_bytes(inputs),
         loras=loras,
         analysis=analysis_bytes(inputs, preflight.pass_options),
-        memory=_OVERHEAD + max(in_flight, _solver_bytes(inputs, plan), 2 * loras),
+        memory=_OVERHEAD + _sensitivities_bytes(preflight) + max(in_flight, kept),
         seconds=sum(estimate_costs(preflight, _existing_files(preflight))),
     )
 
@@ -110,13 +114,20 @@ def _lora_bytes(preflight: Preflight, plan: RankPlan) -> int:
     return loras + len(plan.recipe.ranks) * vector_bytes(preflight.norms_and_biases)
 
 
+def _sensitivities_bytes(preflight: Preflight) -> int:
+    """Returns the bytes of the layers' sensitivities: their directions, and those between the bases."""
+    if preflight.network is None:
+        return 0
+    return 2 * sensitivities_bytes(preflight.inputs.layout.layers)
+
+
 def _solver_bytes(inputs: MergeInputs, plan: RankPlan) -> int:
     """Returns the bytes that the solver holds: sets of factors, and narrow cores in float16.
 
     Wide cores are made from the mapped analysis when it is their turn.
     """
     if plan.allowance is None:
-        return _EVEN_SETS * _factor_bytes(inputs, plan.recipe.ranks, plan.layer_ranks)
+        return int(_EVEN_SETS * _factor_bytes(inputs, plan.recipe.ranks, plan.layer_ranks))
     layers, slices = inputs.layout.layers, inputs.contrasts.dimensions
     ranks = [sum(of_layer) for of_layer in plan.layer_ranks]
     factors = sum(4 * (x.m + x.n) * rank for x, rank in zip(layers, ranks, strict=True))

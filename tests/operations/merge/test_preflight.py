@@ -1,6 +1,7 @@
 """What is known before the first tensor is read: refusals, warnings, sizes; quickly."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.operations.merge.rank_plan import plan_ranks
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime import throughput
+from hyper_merge.synthetic.checkpoint_layouts import sd1_layout, sdxl_layout
 
 RANKS = (128, 64, 32, 16)
 
@@ -117,7 +119,31 @@ def test_the_expected_time_is_that_of_the_benchmark(tmp_path, monkeypatch, rate,
     monkeypatch.setattr(throughput, "measure_throughput", lambda device: rate)
     expected = estimate_merge(checked(full_size_family(tmp_path), ranks=RANKS))
     assert took / 1.5 < expected.seconds < took * 1.5
-    assert expected.memory == pytest.approx(4.40e9, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "count", "most"),
+    [(sd1_layout, 4, 2.5e9), (sd1_layout, 8, 2.5e9), (sdxl_layout, 8, 4e9)],
+)
+def test_the_expected_memory_grows_with_neither_layers_nor_ranks(
+    tmp_path, monkeypatch, layout, count, most
+):
+    monkeypatch.setattr(throughput, "measure_throughput", lambda device: 1.3e11)
+    models = [full_size(tmp_path / f"{c}.safetensors", str(c), layout) for c in range(count)]
+    usual, large = (
+        estimate_merge(checked(models, ranks=ranks)).memory for ranks in (RANKS, (256, 128))
+    )
+    assert 1.4e9 < usual < most
+    assert large < 1.2 * usual
+
+
+def test_the_expected_memory_is_that_of_the_benchmark(tmp_path, monkeypatch):
+    """Four files of half the width, as `benchmarks/estimates.py` makes and merges them."""
+    monkeypatch.setattr(throughput, "measure_throughput", lambda device: 1.3e11)
+    layout = partial(sd1_layout, width=160, context=384)
+    models = [full_size(tmp_path / f"{c}.safetensors", c, layout) for c in "abcd"]
+    expected = estimate_merge(checked(models, ranks=(64, 32, 16, 8)))
+    assert expected.memory == pytest.approx(1.13e9, rel=0.2)
 
 
 def test_other_ranks_are_expected_sooner(tmp_path, monkeypatch):

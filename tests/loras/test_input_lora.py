@@ -23,7 +23,8 @@ from lora_files import (
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import CheckpointError, HyperMergeError, NonFiniteError
 from hyper_merge.loras.input_keys import split_keys
-from hyper_merge.loras.input_lora import InputLora, LoraModules
+from hyper_merge.loras.input_lora import InputLora
+from hyper_merge.loras.input_modules import LoraModules
 from hyper_merge.operations.loras.known_layers import known_family
 
 PAIRS = factors()

@@ -12,6 +12,7 @@ from hyper_merge.checkpoints.architectures.lora_modules import Module
 from hyper_merge.checkpoints.architectures.positions import text_positions
 from hyper_merge.checkpoints.architectures.sections import section_of
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
+from hyper_merge.checkpoints.architectures.split_modules import SplitModule, no_split_modules
 from hyper_merge.checkpoints.io.header import Shape
 
 _RESOLUTION: Final = 512  # where nothing says another
@@ -87,6 +88,8 @@ class NetworkPart:
     section: Callable[[str], str] = section_of  # dotted path -> name for people: "IN04", "TE11"
     # (dotted path, pixels of the pictures' side) -> how often the layer is applied in one run
     positions: Callable[[str, int], int] = text_positions
+    # (dotted path, stored shape) -> modules that diffusers has instead, by which LoRAs are read
+    split_modules: Callable[[str, Shape], tuple[SplitModule, ...]] = no_split_modules
 
 
 @dataclass(frozen=True)

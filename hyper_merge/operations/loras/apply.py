@@ -30,7 +30,8 @@ from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.linalg import add_products, share
 from hyper_merge.errors import NonFiniteError
 from hyper_merge.loras.input_keys import split_keys
-from hyper_merge.loras.input_lora import InputLora, LoraModules
+from hyper_merge.loras.input_lora import InputLora
+from hyper_merge.loras.input_modules import LoraModules
 from hyper_merge.loras.metadata import Lineage, checkpoint_metadata
 from hyper_merge.loras.module_names import ModuleIndex
 from hyper_merge.operations.loras.request import ApplyRequest
@@ -140,7 +141,7 @@ def _prepare(request: ApplyRequest, progress: Progress) -> _Application:
 def _modules(path: Path, layout: Layout) -> LoraModules:
     header = read_header(path)
     try:
-        return LoraModules(header, split_keys(header), ModuleIndex(layout.layers))
+        return LoraModules(header, split_keys(header), ModuleIndex(layout.layers, layout.family))
     except ValueError as error:
         _say_family(error, layout)
         raise

@@ -21,7 +21,7 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.contrasts import Contrasts, around_base
 from hyper_merge.errors import CheckpointError, FamilyError, MismatchError
 from hyper_merge.loras.input_keys import SpelledModule, split_keys
-from hyper_merge.loras.input_lora import LoraModules
+from hyper_merge.loras.input_modules import LoraModules
 from hyper_merge.operations.loras.known_layers import KnownFamily, known_family, known_names
 from hyper_merge.operations.loras.unfinished import require_complete
 
@@ -141,10 +141,20 @@ def _recognise(key: _HeaderAsKey) -> tuple[KnownFamily, LoraModules]:
     if fitting:
         said = header.metadata.get(_BASE)
         own = [pair for pair in fitting if pair[0].family.ss_base_model_version == said]
-        return (own or fitting)[0]
+        return max(own or fitting, key=lambda pair: _likelihood(pair[0], names))
     fault = next(attempt for attempt in attempts if isinstance(attempt, CheckpointError))
     titles = " or ".join(dict.fromkeys(known.title for known in nearest))
-    raise FamilyError(f"{fault.message} (taken for {titles})", hint=fault.hint, file=header.path)
+    raise FamilyError(
+        f"{fault.message} (taken for {titles})", hint=fault.hint, file=header.path, key=fault.key
+    )
+
+
+def _likelihood(known: KnownFamily, names: Sequence[str]) -> tuple[bool, bool]:
+    """Returns a key that is greater for the likelier of networks that have all modules of a file.
+
+    Of the attention alone Flux has the names and sizes in diffusers that Qwen-Image has as its own.
+    """
+    return known.index.has_all_blocks(names), known.index.has_own_names(names)
 
 
 def _modules_or_fault(
@@ -159,7 +169,7 @@ def _modules_or_fault(
 def _unknown_module(
     header: Header, modules: Sequence[SpelledModule], known: KnownFamily, count: int
 ) -> FamilyError:
-    first = next(module.name for module in modules if known.index.find(module.name) is None)
+    first = next(module.name for module in modules if not known.index.find(module.name))
     if count == len(modules):
         return FamilyError(
             f"{header.name} is a LoRA of no architecture that is known here (first module: {first})",

@@ -36,7 +36,8 @@ def inspect_lora(path: Path) -> InspectedLora:
         known, modules = recognise(header)
     except HyperMergeError as error:
         return InspectedLora(problem=str(error), is_made=is_made)
-    return InspectedLora(known.family.title, max(modules.ranks.values()), is_made=is_made)
+    rank = max(part.shape.rank for part in modules.parts)
+    return InspectedLora(known.family.title, rank, is_made=is_made)
 
 
 class LoraCatalogue:

@@ -128,7 +128,7 @@ def known_family(name: str) -> KnownFamily:
     header = Header(path=Path(name), tensors=tensors, metadata={}, size=0, mtime_ns=0)
     layers = layout_of(header, family).layers
     title = " ".join(word for word in (family.title, _SIZES.get(name)) if word)
-    return KnownFamily(family, title, layers, ModuleIndex(layers))
+    return KnownFamily(family, title, layers, ModuleIndex(layers, family))
 
 
 def known_names() -> tuple[str, ...]:

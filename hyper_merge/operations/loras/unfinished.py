@@ -12,7 +12,7 @@ from collections.abc import Callable
 from hyper_merge.checkpoints.io.downloads import require_downloaded
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import CheckpointError
-from hyper_merge.loras.input_lora import LoraModules
+from hyper_merge.loras.input_modules import LoraModules
 
 
 def require_complete(
@@ -50,15 +50,10 @@ def require_complete(
 
 def _blank_end(modules: LoraModules) -> str | None:
     """Returns the module that ends a file if all its factors are zeros; headers are in the data's order."""
-    last: dict[str, str] = {
-        key: module
-        for module in modules.layers
-        for role, key in modules.keys(module).items()
-        if role != "alpha"
-    }
-    module = next(last[key] for key in reversed(list(modules.header.tensors)) if key in last)
-    if modules.ranks[module] < 2:
+    last = {key: part for part in modules.parts for key in part.factor_keys}
+    part = next(last[key] for key in reversed(list(modules.header.tensors)) if key in last)
+    if part.shape.rank < 2:
         return None
     with CheckpointReader(modules.header.path, expected=modules.header) as file:
-        keys = [key for key in last if last[key] == module]
-        return None if any(bool(file.tensor(key).float().any()) for key in keys) else module
+        is_blank = not any(bool(file.tensor(key).float().any()) for key in part.factor_keys)
+    return part.spelled.name if is_blank else None

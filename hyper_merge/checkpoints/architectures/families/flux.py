@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -16,6 +17,7 @@ from hyper_merge.checkpoints.architectures.lora_modules import (
 )
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
+from hyper_merge.checkpoints.architectures.split_modules import SplitModule, split_modules
 from hyper_merge.checkpoints.io.header import Shape
 
 _DOUBLE: Final = UNET + "double_blocks.0.img_attn.norm.key_norm."
@@ -31,6 +33,34 @@ _ENDS: Final = (
     r"(img|txt)_in|(time|vector|guidance)_in\.(in|out)_layer"
     r"|final_layer\.(linear|adaLN_modulation\.1)"
 )
+_DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
+    "double_blocks.#.txt_attn.qkv": tuple(f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"),
+    "double_blocks.#.img_attn.proj": ("transformer_blocks.#.attn.to_out.0",),
+    "double_blocks.#.txt_attn.proj": ("transformer_blocks.#.attn.to_add_out",),
+    "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.net.0.proj",),
+    "double_blocks.#.img_mlp.2": ("transformer_blocks.#.ff.net.2",),
+    "double_blocks.#.txt_mlp.0": ("transformer_blocks.#.ff_context.net.0.proj",),
+    "double_blocks.#.txt_mlp.2": ("transformer_blocks.#.ff_context.net.2",),
+    "double_blocks.#.img_mod.lin": ("transformer_blocks.#.norm1.linear",),
+    "double_blocks.#.txt_mod.lin": ("transformer_blocks.#.norm1_context.linear",),
+    "single_blocks.#.linear1": (
+        *(f"single_transformer_blocks.#.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.#.proj_mlp",
+    ),
+    "single_blocks.#.linear2": ("single_transformer_blocks.#.proj_out",),
+    "single_blocks.#.modulation.lin": ("single_transformer_blocks.#.norm.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
@@ -43,6 +73,10 @@ def _chroma_modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
 
 
+def _split_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
+    return split_modules(path, shape, _DIFFUSERS)
+
+
 def _family(version: str, rule: DetectionRule) -> Family:
     return Family(
         name=f"flux_{version}",
@@ -51,7 +85,7 @@ def _family(version: str, rule: DetectionRule) -> Family:
         parts=(
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
-            transformer_part(_modules),
+            transformer_part(_modules, split_modules=_split_modules),
         ),
         vae_prefixes=VAE,
         in_a1111=False,
@@ -70,7 +104,7 @@ _CHROMA: Final = replace(
     title="Chroma",
     parts=(
         NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),
-        transformer_part(_chroma_modules),
+        transformer_part(_chroma_modules, split_modules=_split_modules),
     ),
     strains=("flash", "radiance"),
     ss_base_model_version="chroma",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -11,6 +12,7 @@ from hyper_merge.checkpoints.architectures.families.shared import NATIVE, VAE, t
 from hyper_merge.checkpoints.architectures.lora_modules import Module, modules_matching
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import PEFT, DetectionRule, Family
+from hyper_merge.checkpoints.architectures.split_modules import SplitModule, split_modules
 from hyper_merge.checkpoints.io.header import Shape
 
 _DOUBLE: Final = UNET + "double_blocks.0.img_attn.norm.key_norm."
@@ -21,17 +23,36 @@ _MODULES: Final = (
     r"|single_blocks\.\d+\.linear[12]"
     r"|double_stream_modulation_(img|txt)\.lin|single_stream_modulation\.lin"
 )
+_DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
+    "double_blocks.#.txt_attn.qkv": tuple(f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"),
+    "double_blocks.#.img_attn.proj": ("transformer_blocks.#.attn.to_out.0",),
+    "double_blocks.#.txt_attn.proj": ("transformer_blocks.#.attn.to_add_out",),
+    "double_blocks.#.img_mlp.0": ("transformer_blocks.#.ff.linear_in",),
+    "double_blocks.#.img_mlp.2": ("transformer_blocks.#.ff.linear_out",),
+    "double_blocks.#.txt_mlp.0": ("transformer_blocks.#.ff_context.linear_in",),
+    "double_blocks.#.txt_mlp.2": ("transformer_blocks.#.ff_context.linear_out",),
+    "single_blocks.#.linear1": ("single_transformer_blocks.#.attn.to_qkv_mlp_proj",),
+    "single_blocks.#.linear2": ("single_transformer_blocks.#.attn.to_out",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+}
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
 
 
+def _split_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
+    return split_modules(path, shape, _DIFFUSERS)
+
+
 KLEIN: Final = Family(
     name="flux2_klein",
     title="Flux.2 klein",
     rule=DetectionRule((_DOUBLE, _MODULATION), none_of=(_GUIDANCE,)),
-    parts=(transformer_part(_modules, NATIVE),),
+    parts=(transformer_part(_modules, NATIVE, _split_modules),),
     vae_prefixes=VAE,
     lora_alpha=False,  # diffusers refuses a file with any
     lora_spelling=PEFT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -12,6 +13,7 @@ from hyper_merge.checkpoints.architectures.families.shared import NATIVE, VAE, t
 from hyper_merge.checkpoints.architectures.lora_modules import Module, modules_matching
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import PEFT, DetectionRule, Family
+from hyper_merge.checkpoints.architectures.split_modules import SplitModule, split_modules
 from hyper_merge.checkpoints.io.header import Shape
 
 _REFINER: Final = UNET + "noise_refiner.0.attention.k_norm."
@@ -26,6 +28,25 @@ _LUMINA: Final = (
     r"|(layers|noise_refiner)\.\d+\.adaLN_modulation\.1"
 )
 _OUT: Final = ".attention.out"
+_BLOCKS: Final = ("layers", "noise_refiner", "context_refiner")
+_LUMINA_DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
+    f"{blocks}.#.{stored}": tuple(f"{blocks}.#.{name}" for name in names)
+    for blocks in _BLOCKS
+    for stored, names in {
+        "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "attention.out": ("attn.to_out.0",),
+        "feed_forward.w1": ("feed_forward.linear_1",),
+        "feed_forward.w2": ("feed_forward.linear_2",),
+        "feed_forward.w3": ("feed_forward.linear_3",),
+        "adaLN_modulation.1": ("norm1.linear",),
+    }.items()
+}
+# Z-Image's names in diffusers, which some trainers keep for Lumina 2.
+_LIKE_Z_IMAGE: Final[Mapping[str, tuple[str, ...]]] = {
+    key: tuple(name.replace(".attn.", ".attention.") for name in names)
+    for key, names in _LUMINA_DIFFUSERS.items()
+    if ".attention." in key
+}
 
 
 def _z_image_modules(path: str, shape: Shape) -> tuple[Module, ...]:
@@ -55,6 +76,11 @@ def _lumina_modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return tuple(replace(m, bundle="all") for m in modules_matching(path, shape, _LUMINA))
 
 
+def _split_lumina_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
+    tables = (_LUMINA_DIFFUSERS, _LIKE_Z_IMAGE)
+    return tuple(module for names in tables for module in split_modules(path, shape, names))
+
+
 Z_IMAGE: Final = Family(
     name="z_image",
     title="Z-Image",
@@ -78,7 +104,7 @@ LUMINA_2: Final = replace(
     name="lumina_2",
     title="Lumina 2",
     rule=DetectionRule((_REFINER, UNET + "layers.0.adaLN_modulation.1.")),
-    parts=(transformer_part(_lumina_modules, NATIVE),),
+    parts=(transformer_part(_lumina_modules, NATIVE, _split_lumina_modules),),
     strains=(),
     ss_base_model_version="lumina",
     modelspec_architecture="lumina-2",

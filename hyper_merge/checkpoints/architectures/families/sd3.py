@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from hyper_merge.checkpoints.architectures.families.shared import (
@@ -19,6 +20,7 @@ from hyper_merge.checkpoints.architectures.lora_modules import (
 )
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import DetectionRule, Family, NetworkPart
+from hyper_merge.checkpoints.architectures.split_modules import SplitModule, split_modules
 from hyper_merge.checkpoints.io.header import Shape
 
 _BLOCK: Final = UNET + "joint_blocks.0.x_block."
@@ -28,10 +30,33 @@ _CLIP_G: Final = "text_encoders.clip_g.transformer."  # with the projection of i
 _MODULES: Final = (
     r"joint_blocks\.\d+\.(x|context)_block\.(attn2?\.(qkv|proj)|mlp\.fc[12]|adaLN_modulation\.1)"
 )
+_DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "joint_blocks.#.x_block.attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
+    "joint_blocks.#.x_block.attn2.qkv": tuple(f"transformer_blocks.#.attn2.to_{x}" for x in "qkv"),
+    "joint_blocks.#.context_block.attn.qkv": tuple(
+        f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"
+    ),
+    "joint_blocks.#.x_block.attn.proj": ("transformer_blocks.#.attn.to_out.0",),
+    "joint_blocks.#.x_block.attn2.proj": ("transformer_blocks.#.attn2.to_out.0",),
+    "joint_blocks.#.context_block.attn.proj": ("transformer_blocks.#.attn.to_add_out",),
+    "joint_blocks.#.x_block.mlp.fc1": ("transformer_blocks.#.ff.net.0.proj",),
+    "joint_blocks.#.x_block.mlp.fc2": ("transformer_blocks.#.ff.net.2",),
+    "joint_blocks.#.context_block.mlp.fc1": ("transformer_blocks.#.ff_context.net.0.proj",),
+    "joint_blocks.#.context_block.mlp.fc2": ("transformer_blocks.#.ff_context.net.2",),
+    "joint_blocks.#.x_block.adaLN_modulation.1": ("transformer_blocks.#.norm1.linear",),
+    # In the last block a last norm: nothing of the text comes after it.
+    "joint_blocks.#.context_block.adaLN_modulation.1": (
+        "transformer_blocks.#.norm1_context.linear",
+    ),
+}
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
+
+
+def _split_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
+    return split_modules(path, shape, _DIFFUSERS)
 
 
 def _clip_g(path: str, shape: Shape) -> tuple[Module, ...]:
@@ -47,7 +72,7 @@ def _family(name: str, title: str, model_type: str, rule: DetectionRule) -> Fami
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
             NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
-            transformer_part(_modules),
+            transformer_part(_modules, split_modules=_split_modules),
         ),
         vae_prefixes=VAE,
         ss_base_model_version=model_type,

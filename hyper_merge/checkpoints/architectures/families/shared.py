@@ -10,6 +10,7 @@ from hyper_merge.checkpoints.architectures.positions import transformer_position
 from hyper_merge.checkpoints.architectures.sections import section_of
 from hyper_merge.checkpoints.architectures.signatures import UNET
 from hyper_merge.checkpoints.architectures.spec import NetworkPart
+from hyper_merge.checkpoints.architectures.split_modules import SplitModule, no_split_modules
 from hyper_merge.checkpoints.io.header import Shape
 
 INPAINTING: Final = 9
@@ -40,14 +41,23 @@ def second_encoder(path: str) -> str:
 
 
 def transformer_part(
-    modules: Callable[[str, Shape], tuple[Module, ...]], lora_prefix: str = "lora_unet_"
+    modules: Callable[[str, Shape], tuple[Module, ...]],
+    lora_prefix: str = "lora_unet_",
+    split_modules: Callable[[str, Shape], tuple[SplitModule, ...]] = no_split_modules,
 ) -> NetworkPart:
     """Returns the denoiser of a family that is a transformer of patches.
 
     Args:
         modules: names the modules of a tensor, see `NetworkPart`.
         lora_prefix: of its modules' names in a LoRA file.
+        split_modules: names those that diffusers has instead, see `NetworkPart`.
     """
     return NetworkPart(
-        "unet", "transformer", UNET, lora_prefix, modules, positions=transformer_positions
+        "unet",
+        "transformer",
+        UNET,
+        lora_prefix,
+        modules,
+        positions=transformer_positions,
+        split_modules=split_modules,
     )

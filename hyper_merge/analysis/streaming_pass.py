@@ -51,7 +51,9 @@ _GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 # Cost of an entry of a file, and of one of a symmetric matrix cubed: in multiply-adds of large products.
 _ENTRY: Final = 1350.0
 _EIGENVALUES: Final = 9.0
-_LAYER: Final = 3e9  # of a layer, whatever its size: bases and eigenvalues of small matrices
+# Of a layer, whatever its size, bases and eigenvalues of small matrices; below a size less.
+_LAYER: Final = 3e9
+_SMALL: Final = 64
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def pass_costs(inputs: MergeInputs, options: PassOptions) -> dict[str, float]:
     for index, layer in enumerate(layout.layers):
         width = options.width_of(index)
         shape = (contrasts.dimensions + 1, layer.m, layer.n)  # the rounding is projected too
-        costs[layer.key] += _LAYER + compression_cost(shape, width)
+        costs[layer.key] += _LAYER * min(layer.m, layer.n, _SMALL) / _SMALL
+        costs[layer.key] += compression_cost(shape, width)
         costs[layer.key] += _EIGENVALUES * (contrasts.count + 2) * min(width, layer.m, layer.n) ** 3
     return costs
 

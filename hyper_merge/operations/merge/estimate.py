@@ -52,15 +52,18 @@ def estimate_merge(preflight: Preflight) -> Estimate:
     inputs = preflight.inputs
     plan = plan_ranks(preflight.recipe, inputs)
     loras = _lora_bytes(preflight, plan)
-    width = preflight.pass_options.width or 0
-    in_flight = bytes_in_flight(inputs, width, worker_count(torch.device("cpu")))
+    existing = _existing_files(preflight)
+    in_flight = 0
+    if not (existing.average and existing.analysis):
+        width = preflight.pass_options.width or 0
+        in_flight = bytes_in_flight(inputs, width, worker_count(torch.device("cpu")))
     kept = min(max(_solver_bytes(inputs, plan), loras), RESIDENT)
     return Estimate(
         average=average_bytes(inputs),
         loras=loras,
         analysis=analysis_bytes(inputs, preflight.pass_options),
         memory=_OVERHEAD + _sensitivities_bytes(preflight) + max(in_flight, kept),
-        seconds=sum(estimate_costs(preflight, _existing_files(preflight))),
+        seconds=sum(estimate_costs(preflight, existing)),
     )
 
 

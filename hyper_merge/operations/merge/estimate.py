@@ -28,7 +28,9 @@ from hyper_merge.solver.metric import COLUMNS_PER_RANK
 _EVEN_SETS: Final = 2.2  # of factors that are kept during the solve
 # Of the LoRAs in float32 with adaptive ranks, which gather where bases are as wide as the layers.
 _ADAPTIVE_SETS: Final = 1.65
-_OVERHEAD: Final = 520 * 2**20  # bytes: Python, torch, and what is in flight
+_OVERHEAD: Final = 320 * 2**20  # bytes: Python and torch
+_IN_PASS: Final = 200 * 2**20  # bytes: what files and their network take besides the tensors
+_CORES_AT_WORK: Final = 24  # of each worker: a wide core, its mixtures, products and factors
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,16 @@ def estimate_merge(preflight: Preflight) -> Estimate:
     plan = plan_ranks(preflight.recipe, inputs)
     loras = _lora_bytes(preflight, plan)
     existing = _existing_files(preflight)
-    in_flight = 0
+    phases = [min(max(_solver_bytes(inputs, plan), loras), RESIDENT) + _bytes_at_work(preflight)]
     if not (existing.average and existing.analysis):
         width = preflight.pass_options.width or 0
-        in_flight = bytes_in_flight(inputs, width, worker_count(torch.device("cpu")))
-    kept = min(max(_solver_bytes(inputs, plan), loras), RESIDENT)
+        workers = worker_count(torch.device("cpu"))
+        phases.append(_IN_PASS + bytes_in_flight(inputs, width, workers))
     return Estimate(
         average=average_bytes(inputs),
         loras=loras,
         analysis=analysis_bytes(inputs, preflight.pass_options),
-        memory=_OVERHEAD + _sensitivities_bytes(preflight) + max(in_flight, kept),
+        memory=_OVERHEAD + _sensitivities_bytes(preflight) + max(phases),
         seconds=sum(estimate_costs(preflight, existing)),
     )
 
@@ -122,6 +124,14 @@ def _sensitivities_bytes(preflight: Preflight) -> int:
     if preflight.network is None:
         return 0
     return 2 * sensitivities_bytes(preflight.inputs.layout.layers)
+
+
+def _bytes_at_work(preflight: Preflight) -> int:
+    """Returns the bytes that the solver's workers take for layers that are in progress."""
+    inputs, width = preflight.inputs, required_width(preflight.recipe.ranks)
+    sides = (basis_columns(layer, width) for layer in inputs.layout.layers)
+    largest = max(4 * inputs.contrasts.dimensions * p * q for p, q in sides)
+    return _CORES_AT_WORK * worker_count(torch.device("cpu")) * largest
 
 
 def _solver_bytes(inputs: MergeInputs, plan: RankPlan) -> int:

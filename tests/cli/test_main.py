@@ -56,7 +56,7 @@ def test_a_recipe_file_is_merged_and_the_outcome_printed(files, tmp_path, run):
     assert (code, err) == (0, [])
     place = tmp_path / "models"
     # what it will take, before the bar
-    assert re.match(r"3 checkpoints; (a few|about \d+) (seconds|minutes), 4", out)
+    assert re.match(r"3 checkpoints; (a few|about \d+) (seconds|minutes), \d+ MB of memory", out)
     assert "\nmix: 3 checkpoints, 2 shared LoRAs\n" in out
     assert f"\nhyper-model: {place / 'Stable-diffusion/mix.safetensors'}\n" in out
     assert f"\nLoRA:        {place / 'Lora/mix_1-2.safetensors'}\n" in out

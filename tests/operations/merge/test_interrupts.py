@@ -130,7 +130,7 @@ run_merge(run_preflight(recipe), Progress(on_progress))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-@pytest.mark.parametrize("at", [0.3, 0.98])
+@pytest.mark.parametrize("at", [0.05, 0.98])  # while files are read, and after that
 def test_killed_process_leaves_old_files_and_cache(files, started, at):
     shutil.rmtree(started / "hyper-merge" / "cache")
     before = snapshot(started)

@@ -13,7 +13,9 @@ _ENTRY: Final = 20
 _HOST_ENTRY: Final = 12  # the same on a CPU: base, rounding error and a mixture
 _CHUNK_ENTRY: Final = 20  # of an entry of a chunk, for each file
 _SQUARE: Final = 40  # of an entry of a symmetric matrix of the width, for each slice
-_HOST_CHUNK: Final = 2**17  # entries that a CPU works on at once
+
+HOST_CHUNK: Final = 2**17
+"""Entries that a CPU's cache holds of several checkpoints at once."""
 
 IN_FLIGHT: Final = 5 * 2**28
 """Bytes of a CPU's memory that the tensors which are worked on at a time take; one may take more."""
@@ -48,7 +50,7 @@ def host_bytes(inputs: MergeInputs, key: str, width_of: Callable[[int], int]) ->
     """
     indices = [index for _, index in inputs.pieces(key) if index is not None]
     width = max(map(width_of, indices), default=0)
-    return pass_bytes(inputs, key, width, _HOST_CHUNK, _HOST_ENTRY)
+    return pass_bytes(inputs, key, width, HOST_CHUNK, _HOST_ENTRY)
 
 
 def bytes_in_flight(inputs: MergeInputs, width: int, workers: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
-from hyper_merge.analysis.device_bytes import IN_FLIGHT, host_bytes, pass_bytes
+from hyper_merge.analysis.device_bytes import HOST_CHUNK, IN_FLIGHT, host_bytes, pass_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
@@ -45,7 +45,6 @@ from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import MemoryLimit, parallel_map
 from hyper_merge.runtime.progress import Progress
 
-_CHUNK: Final = 2**17  # entries that a CPU's cache holds of several checkpoints at once
 _GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 
 # Cost of an entry of a file, and of one of a symmetric matrix cubed: in multiply-adds of large products.
@@ -251,7 +250,7 @@ def _deviations(
     keep: bool,
 ) -> TensorDeviations:
     origin, *others = (tensor.flatten() for tensor in tensors)
-    chunk = _CHUNK if options.device.type == "cpu" else _GPU_CHUNK
+    chunk = HOST_CHUNK if options.device.type == "cpu" else _GPU_CHUNK
     dtype = origin.dtype if inputs.base else inputs.dtype  # a base of the user stays as it is
     cost = _ENTRY * len(tensors)
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +14,8 @@ from mmap import PAGESIZE
 from typing import Any, Final, TypeVar
 
 import torch
+
+from hyper_merge.runtime.progress import Progress
 
 # Each holds the deviations of one layer, so memory grows with them; on a GPU work waits for room.
 _MOST_WORKERS: Final = 4
@@ -27,6 +29,7 @@ _GROWTH: Final = 2**27  # bytes by which memory may grow before freed memory is 
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
 _T = TypeVar("_T")
+_Item = TypeVar("_Item")
 ParallelMap = Callable[..., Iterator[Any]]
 """A function that is called like the built-in `map`."""
 
@@ -89,6 +92,26 @@ def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[Pa
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
         return_memory()
+
+
+def map_with_progress(
+    function: Callable[[_Item], _T], costs: Mapping[_Item, float], phase: str, progress: Progress
+) -> list[_T]:
+    """Returns a function's results for all items, in their order, from every core of the CPU.
+
+    Args:
+        function: of an item.
+        costs: of the items.
+        phase: its name in the progress.
+        progress: by the costs; checked between items.
+    """
+    counter = progress.counter(phase, costs)
+    results = []
+    with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
+        for item, result in zip(costs, parallel(function, costs), strict=True):
+            results.append(result)
+            counter.finish(item)
+    return results
 
 
 def import_numpy_in_torch() -> None:

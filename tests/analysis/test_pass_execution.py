@@ -58,7 +58,7 @@ def test_pass_reports_progress_and_stops_between_tensors(files):
 
 @pytest.mark.parametrize("key", [WIDE, QUERY, NORM])
 def test_costs_of_a_tensor_are_reported_gradually(files, key, monkeypatch):
-    monkeypatch.setattr(streaming_pass, "_CHUNK", 50)
+    monkeypatch.setattr(streaming_pass, "HOST_CHUNK", 50)
     monkeypatch.setattr(streaming_pass, "_LAYER", 0.0)  # would be nearly all of so small a tensor
     inputs, reports = inputs_of(files), []
     tensors = [load(path)[key] for path in files]

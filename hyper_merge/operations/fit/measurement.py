@@ -102,6 +102,33 @@ class Measurement:
     vectors: Mapping[Kind, tuple[Sums, ...]]  # kind -> of the tensors that companions add to
 
 
+class MeasuredResidual:
+    """What some multipliers leave of a measured difference."""
+
+    measured: Measurement
+    multipliers: Mapping[str, Tensor]  # by the layers' part: (R,)
+
+    @property
+    def plain_energy(self) -> float:
+        """Squared norm of the difference in the layers."""
+        return float(self.measured.plain.energies.sum())
+
+    @property
+    def plain_error(self) -> float:
+        """Squared norm of the rest that the LoRAs leave."""
+        return float(self.measured.plain.left(self.multipliers).sum())
+
+    @property
+    def energy(self) -> float:
+        """Weighted squared norm of the difference in the layers."""
+        return float(self.measured.weighted.energies.sum())
+
+    @property
+    def error(self) -> float:
+        """Weighted squared norm of the rest that the LoRAs leave."""
+        return float(self.measured.weighted.left(self.multipliers).sum())
+
+
 @dataclass(frozen=True, eq=False)
 class _Piece:
     """What is measured of a tensor, or of the rows that are one layer."""

@@ -22,7 +22,12 @@ from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.decomposition.truncated_svd import truncation_cost
 from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.loras.stack import LoraStack
-from hyper_merge.operations.fit.measurement import Measurement, open_files, read_deltas
+from hyper_merge.operations.fit.measurement import (
+    MeasuredResidual,
+    Measurement,
+    open_files,
+    read_deltas,
+)
 from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, empty_layer, low_rank_layer
@@ -31,7 +36,7 @@ _EIGENVALUES: Final = 10.0  # times the side cubed, and the Gram matrix in addit
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedResidual:
+class StreamedResidual(MeasuredResidual):
     """The rest of a checkpoint that LoRAs with given multipliers leave, read from the files."""
 
     inputs: MergeInputs  # the hyper-model as the base, and the checkpoint
@@ -51,26 +56,6 @@ class StreamedResidual:
     def dtype(self) -> torch.dtype:
         """The type of the LoRAs' factors."""
         return self.added.dtype
-
-    @property
-    def plain_energy(self) -> float:
-        """Squared norm of the checkpoint's difference in the layers."""
-        return float(self.measured.plain.energies.sum())
-
-    @property
-    def energy(self) -> float:
-        """Weighted squared norm of the checkpoint's difference in the layers."""
-        return float(self.measured.weighted.energies.sum())
-
-    @property
-    def error(self) -> float:
-        """Weighted squared norm of the rest that the LoRAs leave."""
-        return float(self.measured.weighted.left(self.multipliers).sum())
-
-    @property
-    def plain_error(self) -> float:
-        """Squared norm of the rest that the LoRAs leave."""
-        return float(self.measured.plain.left(self.multipliers).sum())
 
     def spectra(self, _most: int, progress: Progress) -> list[Tensor]:
         """Returns all squared singular values of every layer that LoRAs reach, float64, falling."""

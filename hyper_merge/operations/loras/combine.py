@@ -28,7 +28,7 @@ from hyper_merge.runs.folders import require_no_source
 from hyper_merge.runs.hash_cache import current_time, hash_sources
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.formatting import format_size
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.parallel import map_with_progress
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.allowance import LoraFormat
 
@@ -257,14 +257,8 @@ class _Combination:
     def _map(
         self, phase: str, function: Any, layers: Sequence[Layer], progress: Progress
     ) -> list[Any]:
-        costs = {layer.module: float(layer.m + layer.n) for layer in layers}
-        counter = progress.counter(phase, costs)
-        results = []
-        with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
-            for layer, result in zip(layers, parallel(function, layers), strict=True):
-                results.append(result)
-                counter.finish(layer.module)
-        return results
+        costs = {layer: float(layer.m + layer.n) for layer in layers}
+        return map_with_progress(function, costs, phase, progress)
 
 
 def _recipe(request: CombineRequest) -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.loras.weighted_sum import OpenLora, WeightedSum
-from hyper_merge.operations.fit.measurement import Measurement
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.operations.fit.measurement import MeasuredResidual, Measurement
+from hyper_merge.runtime.parallel import map_with_progress
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.low_rank_layer import LowRankLayer, empty_layer
 
@@ -22,7 +22,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredResidual:
+class FactoredResidual(MeasuredResidual):
     """A LoRA less the shared ones times their multipliers: the rest that a private LoRA holds."""
 
     layers: Sequence[Layer]
@@ -38,26 +38,6 @@ class FactoredResidual:
         """The type of the shared LoRAs' factors; float32 if they differ."""
         dtypes = {lora.dtype for lora in self.shared}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-    @property
-    def plain_energy(self) -> float:
-        """Squared norm of all that the LoRA changes."""
-        return float(self.measured.plain.energies.sum())
-
-    @property
-    def plain_error(self) -> float:
-        """Squared norm of the rest that the shared LoRAs leave."""
-        return float(self.measured.plain.left(self.multipliers).sum())
-
-    @property
-    def energy(self) -> float:
-        """Weighted squared norm of all that the LoRA changes."""
-        return float(self.measured.weighted.energies.sum())
-
-    @property
-    def error(self) -> float:
-        """Weighted squared norm of the rest that the shared LoRAs leave."""
-        return float(self.measured.weighted.left(self.multipliers).sum())
 
     def spectra(self, _most: int, progress: Progress) -> list[Tensor]:
         """Returns all squared singular values of every layer, falling, float64, weighted."""
@@ -118,13 +98,7 @@ class FactoredResidual:
     ) -> list[_Result]:
         """Returns a function's results for all layers, in their order."""
         costs = {
-            layer.module: 1.0 + (layer.m + layer.n) * self._ranks.get(layer.module, 0) ** 2
+            layer: 1.0 + (layer.m + layer.n) * self._ranks.get(layer.module, 0) ** 2
             for layer in self.layers
         }
-        counter = progress.counter(phase, costs)
-        results = []
-        with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
-            for layer, result in zip(self.layers, parallel(function, self.layers), strict=True):
-                results.append(result)
-                counter.finish(layer.module)
-        return results
+        return map_with_progress(function, costs, phase, progress)

@@ -37,7 +37,7 @@ from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runs.weighted_loras import lineage_of_run
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.runtime.names import distinct_words, name_key, unique_name
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.parallel import map_with_progress
 from hyper_merge.runtime.progress import Progress
 
 
@@ -232,15 +232,10 @@ def _fold(
     progress: Progress,
 ) -> dict[str, StoredSum]:
     """Returns the sum in every layer, by module."""
-    costs = {layer.module: float(layer.m + layer.n) for layer in layers}
-    counter = progress.counter("folding the multipliers in", costs)
-    sums: dict[str, StoredSum] = {}
-    with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
-        fold = partial(total.stored, alpha=alpha, dtype=dtype)
-        for layer, stored in zip(layers, parallel(fold, layers), strict=True):
-            sums[layer.module] = stored
-            counter.finish(layer.module)
-    return sums
+    costs = {layer: float(layer.m + layer.n) for layer in layers}
+    fold = partial(total.stored, alpha=alpha, dtype=dtype)
+    sums = map_with_progress(fold, costs, "folding the multipliers in", progress)
+    return {layer.module: stored for layer, stored in zip(layers, sums, strict=True)}
 
 
 def _file(run: Run, row: CheckpointReport, rank: int, total: WeightedSum) -> LoraFile:

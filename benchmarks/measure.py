@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+_BLOCK = 512  # bytes, by which the system counts what was read
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Measured:
     seconds: float  # wall clock
     cpu_seconds: float  # user and system
     anonymous: int  # bytes at the peak: memory that is no mapping of a file
+    read: int  # bytes, from the disk
 
 
 def measure(command: Sequence[str], log: Path) -> Measured:
@@ -25,7 +29,7 @@ def measure(command: Sequence[str], log: Path) -> Measured:
     Raises:
         RuntimeError: it failed; the log says why.
     """
-    before = os.times()
+    before, blocks = os.times(), _blocks_read()
     start = time.perf_counter()
     peak = 0
     with log.open("w") as stream:
@@ -39,7 +43,11 @@ def measure(command: Sequence[str], log: Path) -> Measured:
     after = os.times()
     cpu = after.children_user + after.children_system
     cpu -= before.children_user + before.children_system
-    return Measured(seconds, cpu, peak)
+    return Measured(seconds, cpu, peak, (_blocks_read() - blocks) * _BLOCK)
+
+
+def _blocks_read() -> int:
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:

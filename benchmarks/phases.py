@@ -36,7 +36,7 @@ _SOLVING = "hyper_merge.operations.merge.solving"
 _SOLVE = "hyper_merge.solver.solve"
 PHASES = {  # function -> its phase, without those of the functions that it calls
     f"{_MERGE}.make_lineage": "hashing",
-    f"{_MERGE}.choose_widths": "reading",
+    f"{_MERGE}.sampled_options": "reading",
     f"{_MERGE}.stream_layers": "reading",
     f"{_MERGE}._sensitivities": "running",
     f"{_MERGE}.choose_layers": "metric",

@@ -1,4 +1,4 @@
-"""Chooses the width of each layer's bases from a sample of all files.
+"""Chooses the width of each layer's bases, and what is kept of many checkpoints, from a sample of all files.
 
 Layers with more energy for the bytes of a rank need more ranks, and so wider bases. The cost of the
 whole pass stays what it would be with one width for all.
@@ -7,7 +7,7 @@ whole pass stays what it would be with one width for all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -15,24 +15,28 @@ from torch import Tensor
 
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.loss_weights import layer_factors
+from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.decomposition.contrasts import compute_deviations
+from hyper_merge.decomposition.contrasts import KEPT, compute_deviations
 from hyper_merge.runtime.progress import Progress
 
 _PLACES: Final = 4  # of samples in a tensor
 _SAMPLE: Final = 2**13  # entries at each
 _LEAST: Final = 96  # columns, for lists of ranks that come later
 _STEP: Final = 32  # columns by which widths differ: fewer shapes, fuller batches
+_COMMON: Final = KEPT // 2  # directions among checkpoints that all layers keep
 _POWER: Final = 0.7  # ranks grow with energy per byte to the power of 1 / (2 alpha), alpha 0.5 to 1
 _HALVINGS: Final = 40  # of the search for the common factor
 
 
-def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tuple[int, ...]:
-    """Returns the most columns that each layer's bases have, in the mean the nominal width.
+def sampled_options(inputs: MergeInputs, options: PassOptions, progress: Progress) -> PassOptions:
+    """Returns options with the most columns of each layer's bases, in the mean the nominal width.
+
+    Of more checkpoints than each layer keeps directions of, they also have those that are common.
 
     Args:
         inputs: the files, of which a small part is read.
-        nominal: the width of all layers if they had the same.
+        options: of the pass, with the width of all layers if they had the same.
         progress: checked between layers.
 
     Raises:
@@ -42,15 +46,24 @@ def choose_widths(inputs: MergeInputs, nominal: int, progress: Progress) -> tupl
     samples = sample_layers(inputs, progress)
     # Where ranks will go by default. The bases serve the other weightings too, a little less well.
     factors = layer_factors("output", samples.sizes, layers)
-    return allocate_widths(layers, (samples.energies * factors).tolist(), nominal)
+    widths = allocate_widths(layers, (samples.energies * factors).tolist(), options.width or 0)
+    if inputs.contrasts.are_few:
+        return replace(options, widths=widths)
+    _, vectors = torch.linalg.eigh((samples.grams * factors[:, None, None]).sum(0))
+    return replace(options, widths=widths, directions=vectors[:, -_COMMON:].flip(1))
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSamples:
     """Squared norms of all layers, estimated from samples of their tensors."""
 
-    energies: Tensor  # (layers,), float64: of the deviations
+    grams: Tensor  # (layers, d, d), float64: inner products of the deviations' slices
     sizes: Tensor  # (layers,), float64: of the weights in the first file
+
+    @property
+    def energies(self) -> Tensor:  # (layers,), float64
+        """Those of the deviations."""
+        return self.grams.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def sample_layers(inputs: MergeInputs, progress: Progress) -> LayerSamples:
@@ -63,7 +76,7 @@ def sample_layers(inputs: MergeInputs, progress: Progress) -> LayerSamples:
     Raises:
         CheckpointError: a file was changed or cannot be read.
     """
-    energies, sizes = [], []
+    grams, sizes = [], []
     with open_checkpoints(inputs.read) as files:
         for layer in inputs.layout.layers:
             progress.check()
@@ -73,13 +86,10 @@ def sample_layers(inputs: MergeInputs, progress: Progress) -> LayerSamples:
             deviations = compute_deviations(
                 origin, others, contrasts, torch.float32, origin.numel()
             )
-            trace = float(deviations.gram.diagonal()[:-1].sum())
             whole = layer.m * layer.n / origin.numel()
-            energies.append(trace * whole)
+            grams.append(deviations.gram[:-1, :-1] * whole)
             sizes.append(float(origin.double().square().sum()) * whole)
-    return LayerSamples(
-        torch.tensor(energies, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
-    )
+    return LayerSamples(torch.stack(grams), torch.tensor(sizes, dtype=torch.float64))
 
 
 def allocate_widths(

@@ -33,7 +33,7 @@ def pass_bytes(inputs: MergeInputs, key: str, width: int, chunk: int, entry: int
         chunk: entries that are worked on at once.
         entry: bytes of an entry beside its slices.
     """
-    entries, d = _largest_piece(inputs, key), inputs.contrasts.dimensions
+    entries, d = _largest_piece(inputs, key), inputs.contrasts.kept
     chunks = min(chunk, entries) * _CHUNK_ENTRY * len(inputs.read)
     if not width or inputs.layout.treatments[key] is not Treatment.LAYER:
         return chunks + 4 * entries

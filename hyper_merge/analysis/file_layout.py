@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from hyper_merge.analysis.checksums import CHECKSUMS
-from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns, private_columns
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.fingerprint import fingerprint
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
@@ -33,6 +33,7 @@ def analysis_identity(inputs: MergeInputs, seed: int) -> dict[str, object]:
         "seed": seed,
         # A merge that refuses damaged files never finds what one has made that accepts them.
         **({"accepts_damaged": True} if inputs.accepts_damaged else {}),
+        **({} if inputs.contrasts.are_few else {"kept": inputs.contrasts.kept}),
         **({"block_weights": inputs.block_weights} if inputs.block_weights else {}),
     }
 
@@ -49,7 +50,8 @@ def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
 
 def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
     """Returns types and shapes of the tensors of an analysis file, by key."""
-    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
+    contrasts = inputs.contrasts
+    d, k, kept = contrasts.dimensions, contrasts.count, contrasts.kept
     count = len(inputs.layout.layers)
     tensors = {
         "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
@@ -58,12 +60,18 @@ def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, Ten
     }
     for index, layer in enumerate(inputs.layout.layers):
         p, q = basis_columns(layer, options.width_of(index))
-        tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
+        dtype = torch.float32 if contrasts.are_few else torch.float16
+        tensors[f"{index}.core"] = TensorInfo(dtype, (kept, p, q))
+        if not contrasts.are_few:
+            tensors[f"{index}.directions"] = TensorInfo(torch.float64, (d, kept))
+            tensors[f"{index}.scales"] = TensorInfo(torch.float32, (kept,))
         tensors[f"{index}.rounding"] = TensorInfo(ROUNDING_DTYPE, (p, q))
         tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
         tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
-        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
-        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
-        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
+        rows, columns = (p, q) if contrasts.are_few else (min(p, q), min(p, q))
+        private = min(private_columns(layer, options.width_of(index), contrasts))
+        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (rows,))
+        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (columns,))
+        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, private))
     tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
     return tensors

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import EllipsisType
+from typing import Final
 
 import torch
 
@@ -23,6 +24,8 @@ from hyper_merge.decomposition.contrasts import (
 )
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.block_weights import BlockWeights, weight_of_block
+
+_PRIVATE_COLUMNS: Final = 64  # of many checkpoints
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,21 @@ def open_checkpoints(headers: Iterable[Header]) -> Iterator[list[CheckpointReade
 def basis_columns(layer: Layer, width: int) -> tuple[int, int]:
     """Returns the columns (p, q) of a layer's bases when they have `width` at most."""
     return min(layer.m, width), min(layer.n, width)
+
+
+def private_columns(layer: Layer, width: int, contrasts: Contrasts) -> tuple[int, int]:
+    """Returns the columns of a layer's bases between which each deviation's spectrum is looked at.
+
+    All, or of many checkpoints the first ones, for a private LoRA has few ranks then. Square bases
+    are in no order.
+    """
+    p, q = basis_columns(layer, width)
+    if contrasts.are_few:
+        return p, q
+    return (
+        p if p == layer.m else min(p, _PRIVATE_COLUMNS),
+        q if q == layer.n else min(q, _PRIVATE_COLUMNS),
+    )
 
 
 def multiplier_groups(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:

@@ -117,8 +117,13 @@ class StoredAnalysis(Analysis):
         return [Spectra(*(self._tensor(f"{i}.{name}") for name in names)) for i in self._places]
 
     def core(self, index: int) -> Tensor:  # (d, p, q), float32
-        """Returns a layer's core, a view of the file."""
-        return self._tensor(f"{self._places[index]}.core")
+        """Returns a layer's core: a view of the file, or of many checkpoints what it keeps of them."""
+        place = self._places[index]
+        core = self._tensor(f"{place}.core")
+        if self.contrasts.are_few:
+            return core
+        scaled = self._tensor(f"{place}.directions").float() * self._tensor(f"{place}.scales")
+        return (scaled @ core.float().flatten(1)).unflatten(1, core.shape[1:])
 
     def rounding(self, index: int) -> Tensor:  # (p, q), float32
         """Returns the average's rounding error in a layer's bases."""

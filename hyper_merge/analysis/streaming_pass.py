@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, NoReturn
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.device_bytes import HOST_CHUNK, IN_FLIGHT, host_bytes, pass_bytes
-from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints, private_columns
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
     is_position_ids,
@@ -26,7 +26,7 @@ from hyper_merge.checkpoints.architectures.layout import (
     position_ids,
 )
 from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition.bounds import Spectra, compute_spectra
+from hyper_merge.decomposition.bounds import Spectra, compute_spectra, leading_spectra
 from hyper_merge.decomposition.compression import (
     CompressedLayer,
     compress,
@@ -38,6 +38,7 @@ from hyper_merge.decomposition.contrasts import (
     TensorDeviations,
     compute_deviations,
     energies,
+    leading_directions,
 )
 from hyper_merge.decomposition.linalg import squared_norm
 from hyper_merge.errors import NonFiniteError, RecipeError
@@ -63,6 +64,8 @@ class PassOptions:
     seed: int = 0
     width: int | None = None  # columns of the bases at most; None for the average alone
     widths: tuple[int, ...] = ()  # per layer, where they differ: `width` is then about their mean
+    # (d, any), among slices of many checkpoints: those that hold most in all layers together
+    directions: Tensor | None = field(default=None, compare=False)
 
     def width_of(self, index: int) -> int:
         """Returns the most columns that a layer's bases have."""
@@ -75,7 +78,8 @@ class LayerAnalysis:
 
     index: int  # among the layout's layers
     gram: Tensor  # (d + 1, d + 1), float64, see `TensorDeviations`
-    compressed: CompressedLayer
+    directions: Tensor | None  # (d, s), along which slices are kept; None if there are few
+    compressed: CompressedLayer  # of the slices along them
     rounding: Tensor  # (p, q): the average's rounding error in the layer's bases
     spectra: Spectra
     weight: float  # squared norm of the average's own matrix
@@ -165,10 +169,14 @@ def pass_costs(inputs: MergeInputs, options: PassOptions) -> dict[str, float]:
     contrasts = inputs.contrasts
     for index, layer in enumerate(layout.layers):
         width = options.width_of(index)
-        shape = (contrasts.dimensions + 1, layer.m, layer.n)  # the rounding is projected too
+        shape = (contrasts.kept + 1, layer.m, layer.n)  # the rounding is projected too
         costs[layer.key] += _LAYER * min(layer.m, layer.n, _SMALL) / _SMALL
         costs[layer.key] += compression_cost(shape, width)
-        costs[layer.key] += _EIGENVALUES * (contrasts.count + 2) * min(width, layer.m, layer.n) ** 3
+        if not contrasts.are_few:  # inner products first, then what is kept
+            costs[layer.key] += _ENTRY * count * layer.m * layer.n
+        private = min(private_columns(layer, width, contrasts))
+        sizes = [min(width, layer.m, layer.n)] * 2 + [private] * contrasts.count
+        costs[layer.key] += _EIGENVALUES * sum(size**3 for size in sizes)
     return costs
 
 
@@ -218,11 +226,18 @@ def _analyze(
     for rows, index in inputs.pieces(key):
         parts = [tensor[rows] for tensor in tensors]
         is_analyzed = index is not None and options.width is not None
-        deviations = _deviations(inputs, key, parts, contrasts, options, tick, keep=is_analyzed)
+        deviate = partial(_deviations, inputs, key, parts, options=options, tick=tick)
+        deviations = deviate(contrasts, keep=is_analyzed and contrasts.are_few)
         averages.append(deviations.base.cpu())
         total = total + energies(deviations.gram, contrasts)
-        if index is not None and is_analyzed:
-            layers.append(_layer_analysis(deviations, inputs, index, options, tick))
+        if index is None or not is_analyzed:
+            continue
+        directions = None
+        if not contrasts.are_few:
+            gram = deviations.gram
+            directions = leading_directions(gram[:-1, :-1], options.directions, contrasts.kept)
+            deviations = replace(deviate(contrasts.along(directions), keep=True), gram=gram)
+        layers.append(_layer_analysis(deviations, directions, inputs, index, options, tick))
     average = torch.cat(averages).view(tensors[0].shape)
     return TensorAnalysis(average, torch.as_tensor(total), tuple(layers))
 
@@ -287,6 +302,7 @@ def raise_non_finite(inputs: MergeInputs, key: str, tensors: Sequence[Tensor]) -
 
 def _layer_analysis(
     deviations: TensorDeviations,
+    directions: Tensor | None,  # (d, s), along which its slices lie
     inputs: MergeInputs,
     index: int,  # of the layer
     options: PassOptions,
@@ -296,15 +312,23 @@ def _layer_analysis(
     slices = deviations.slices.view(len(deviations.slices), layer.m, layer.n)
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(options.seed ^ zlib.crc32(layer.module.encode()))
-    compressed = compress(
-        slices, deviations.gram[:-1, :-1], options.width_of(index), generator, tick
-    )
+    gram, to_deviations = deviations.gram[:-1, :-1], inputs.contrasts.to_deviations
+    if directions is not None:
+        gram, to_deviations = directions.mT @ gram @ directions, to_deviations @ directions
+    width = options.width_of(index)
+    compressed = compress(slices, gram, width, generator, tick)
+    private = private_columns(layer, width, inputs.contrasts)
     error = deviations.rounding.view(1, layer.m, layer.n)
     return LayerAnalysis(
         index=index,
         gram=deviations.gram,
+        directions=directions,
         compressed=compressed.cpu(),
         rounding=project(error, compressed.left, compressed.right, tick)[0].cpu(),
-        spectra=compute_spectra(compressed.core, inputs.contrasts.to_deviations),
+        spectra=(
+            compute_spectra(compressed.core, to_deviations)
+            if directions is None
+            else leading_spectra(compressed.core, to_deviations, private)
+        ),
         weight=squared_norm(deviations.base),
     )

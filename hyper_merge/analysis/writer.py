@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from hyper_merge.analysis.file_layout import UNCARRIED_KINDS
 from hyper_merge.analysis.streaming_pass import LayerAnalysis
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
+
+_LARGEST: Final = 2.0**14  # value of a core in float16
 
 
 class AnalysisWriter:
@@ -30,7 +33,7 @@ class AnalysisWriter:
         self._grams[layer.index] = layer.gram
         compressed, spectra = layer.compressed, layer.spectra
         parts = {
-            "core": compressed.core,
+            **_core(layer),
             "left": compressed.left,
             "right": compressed.right,
             "rounding": layer.rounding,
@@ -64,3 +67,14 @@ class AnalysisWriter:
         stored = tensor.detach().to("cpu", self._tensors[key].dtype)
         self._checksums[key] = checksum(stored)
         self._writer.write(key, stored)
+
+
+def _core(layer: LayerAnalysis) -> dict[str, Tensor]:
+    """Returns a layer's core, of many checkpoints in half precision."""
+    core = layer.compressed.core
+    if layer.directions is None:
+        return {"core": core}
+    scales = core.abs().amax((1, 2)) / _LARGEST
+    scales = torch.where(scales > 0, scales, 1.0)
+    scaled = core / scales[:, None, None]
+    return {"core": scaled, "directions": layer.directions, "scales": scales}

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from hyper_merge.decomposition.linalg import moved
 
+FEW: Final = 16
+"""Slices of which layers keep all, as they are."""
+
+KEPT: Final = 24
+"""Directions that a layer keeps of more slices; of the rest it knows the inner products."""
+
 _SUMMED: Final = 2**13  # products that are summed in float32, at 1e-7 of the sum; more in float64
 
 
@@ -40,6 +46,25 @@ class Contrasts:
     def dimensions(self) -> int:
         """Number of slices, d."""
         return len(self.to_slices)
+
+    @property
+    def are_few(self) -> bool:
+        """Whether layers keep all slices as they are."""
+        return self.dimensions <= FEW
+
+    @property
+    def kept(self) -> int:
+        """Number of slices, or of mixtures of them, of which a layer keeps more than inner products."""
+        return self.dimensions if self.are_few else min(self.dimensions, KEPT)
+
+    def along(
+        self,
+        directions: Tensor,  # (d, s), orthonormal columns
+    ) -> Contrasts:
+        """Returns the coordinates in which the slices are mixtures along some directions."""
+        return Contrasts(
+            self.base_weights, directions.mT @ self.to_slices, self.to_deviations @ directions
+        )
 
 
 def around_mean(weights: Sequence[float]) -> Contrasts:
@@ -77,6 +102,30 @@ def around_base(count: int) -> Contrasts:
     """Returns coordinates of `count` checkpoints around a base that is not one of them (d = k)."""
     identity = torch.eye(count, dtype=torch.float64)
     return Contrasts(torch.zeros(count, dtype=torch.float64), identity, identity)
+
+
+def leading_directions(
+    gram: Tensor,  # (d, d), float64, CPU: of one layer's slices
+    common: Tensor | None,  # (d, any), orthonormal columns
+    count: int,
+) -> Tensor:  # (d, count), orthonormal columns
+    """Returns directions among slices: common ones, then those that hold most of the layer's rest.
+
+    Multipliers are the same in all layers, so what counts in a layer is what lies along them: those
+    that hold most in all layers together are common to all, and further ones are the layer's own.
+
+    Args:
+        gram: inner products of the slices.
+        common: the directions to begin with; None for the layer's own alone.
+        count: how many.
+    """
+    first = gram.new_zeros(len(gram), 0) if common is None else common[:, :count]
+    rest = torch.eye(len(gram), dtype=gram.dtype) - first @ first.mT
+    _, vectors = torch.linalg.eigh(rest @ gram @ rest)
+    columns = torch.cat([first, vectors.flip(1)], 1)[:, :count]
+    # Again, for eigenvectors of the value 0 may lie along the first columns.
+    basis, triangle = torch.linalg.qr(columns)
+    return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)

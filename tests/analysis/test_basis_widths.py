@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from tiny_family import load, recipe, snapshot
 
 from hyper_merge.analysis import basis_widths
-from hyper_merge.analysis.basis_widths import allocate_widths, choose_widths, sample_layers
+from hyper_merge.analysis.basis_widths import allocate_widths, sample_layers, sampled_options
+from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runtime.progress import Progress
 
-NOMINAL = 512
+CPU, NOMINAL = torch.device("cpu"), 512
 
 
 def layers_of_shapes(shapes):
@@ -123,7 +124,8 @@ def test_samples_span_the_whole_tensor(monkeypatch):
 def test_equal_files_have_equal_widths(files, tmp_path):
     inputs = run_preflight(recipe(files, tmp_path)).inputs
     before = snapshot(files[0].parent)
-    first, again = (choose_widths(inputs, NOMINAL, Progress()) for _ in range(2))
+    options = PassOptions(CPU, 0, NOMINAL)
+    first, again = (sampled_options(inputs, options, Progress()).widths for _ in range(2))
     assert first == again
     assert snapshot(files[0].parent) == before
 
@@ -131,4 +133,4 @@ def test_equal_files_have_equal_widths(files, tmp_path):
 def test_the_glance_at_the_files_can_be_interrupted(files, tmp_path):
     inputs = run_preflight(recipe(files, tmp_path)).inputs
     with pytest.raises(InterruptedRun):
-        choose_widths(inputs, NOMINAL, Progress(should_stop=lambda: True))
+        sampled_options(inputs, PassOptions(CPU, 0, NOMINAL), Progress(should_stop=lambda: True))

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from hyper_merge.analysis.basis_widths import choose_widths
+from hyper_merge.analysis.basis_widths import sampled_options
 from hyper_merge.analysis.cache import prune_analyses
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.store import create_analysis, open_analysis
@@ -183,8 +183,7 @@ def _stream(
         if analysis_path is None:
             options = PassOptions(options.device, options.seed)
         else:
-            widths = choose_widths(inputs, options.width or 0, progress)
-            options = replace(options, widths=widths)
+            options = sampled_options(inputs, options, progress)
             analysis = stack.enter_context(create_analysis(analysis_path, inputs, options))
         if not place.exists:
             overwrite = preflight.recipe.overwrite

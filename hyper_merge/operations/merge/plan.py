@@ -6,11 +6,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hyper_merge.analysis.basis_widths import choose_widths
+from hyper_merge.analysis.basis_widths import sampled_options
 from hyper_merge.analysis.cache import find_analysis, prune_analyses
 from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.store import create_analysis, open_analysis
@@ -156,7 +156,7 @@ def ensure_analysis(
     with analysis_turn(folders.cache, inputs, options, ranks, damaged, progress) as turn:
         if not turn.exists:
             require_disks({folders.cache: analysis_bytes(inputs, options)})
-            options = replace(options, widths=choose_widths(inputs, options.width or 0, progress))
+            options = sampled_options(inputs, options, progress)
             with (
                 device_job(options.device),
                 create_analysis(turn.path, inputs, options) as analysis,

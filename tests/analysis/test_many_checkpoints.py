@@ -8,11 +8,12 @@ from sparse_checkpoints import full_size
 from tiny_family import TINY, inputs_of, load, recipe
 
 from hyper_merge.analysis import basis_widths
-from hyper_merge.analysis.cache import find_analysis
+from hyper_merge.analysis.basis_widths import sampled_options
+from hyper_merge.analysis.cache import analysis_path
 from hyper_merge.analysis.device_bytes import bytes_in_flight
 from hyper_merge.analysis.file_layout import analysis_bytes
-from hyper_merge.analysis.store import open_analysis
-from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.analysis.store import create_analysis, open_analysis
+from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
 from hyper_merge.decomposition import contrasts
 from hyper_merge.decomposition.contrasts import leading_directions
 from hyper_merge.operations.merge.merge import run_merge
@@ -24,6 +25,7 @@ from hyper_merge.synthetic.writer import write_family
 CPU = torch.device("cpu")
 RANKS = (4, 3)
 KEPT, COMMON = 4, 2
+WIDTH = 16
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +51,22 @@ def merged(models, folder, **settings):
     return run_merge(run_preflight(recipe(models, folder, **options)), Progress())
 
 
-def true_slices(inputs, layer):
-    first, *others = [load(header.path)[layer.key].double() for header in inputs.headers]
+def true_slices(states, inputs, layer):
+    first, *others = [state[layer.key].double() for state in states]
     differences = torch.stack([(other - first).flatten() for other in others])
     return (inputs.contrasts.to_slices @ differences).view(-1, layer.m, layer.n)
 
 
 def test_a_core_holds_what_lies_along_the_kept_directions(many, tmp_path, few_kept):
-    result = merged(many, tmp_path / "models")
-    inputs = inputs_of(many, ranks=RANKS)
-    options = PassOptions(CPU, 0, 512)
-    path = find_analysis(result.place.folder.parent / "cache", inputs, options, RANKS)
+    inputs = inputs_of(many)
+    options = sampled_options(inputs, PassOptions(CPU, 0, WIDTH), Progress())
+    path = analysis_path(tmp_path, inputs, options)
+    with create_analysis(path, inputs, options) as written:
+        written.close_with(stream_layers(inputs, options, None, written.keep, Progress()))
     with open_analysis(path, inputs) as analysis:
+        states = [load(header.path) for header in inputs.headers]
         for index, layer in enumerate(analysis.layers):
-            slices = true_slices(inputs, layer)
+            slices = true_slices(states, inputs, layer)
             gram = torch.einsum("cmn,dmn->cd", slices, slices)
             assert torch.allclose(analysis.grams[index][:-1, :-1], gram, rtol=1e-4, atol=1e-8)
             directions = analysis._tensor(f"{index}.directions")

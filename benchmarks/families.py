@@ -131,7 +131,8 @@ def main() -> None:
     options = _options()
     size = "full-size" if options.full_size else "narrow"
     folder = options.folder / size
-    ranks = ("--ranks", *(options.ranks or RANKS[size]))
+    # All ways in the same bytes for a rank: the original project knows 16 bits alone.
+    ranks = ("--ranks", *(options.ranks or RANKS[size]), "--lora_dtype", "same")
     settings = (GREEDY, *(_with(options.rest, setting) for setting in options.setting or SETTINGS))
     results = []
     for kind in options.kinds:

@@ -43,7 +43,7 @@ def main() -> None:
     plain = _best([sys.executable, "benchmarks/plain_job.py", str(plain_file), *map(str, paths)], 2)
     plain_file.unlink()
     job = ("--models", *map(str, paths), "--output", str(out), "--create")
-    plainly = ("--layer_weights", "plain")  # as the losses below
+    plainly = ("--layer_weights", "plain", "--lora_dtype", "same")  # as the losses in the docs
     spread = ("--allocation", options.allocation, *plainly)
     _row("plain job", plain, plain)
     average = _run("average", "--name", "alone", *job)

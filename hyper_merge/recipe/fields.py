@@ -116,9 +116,10 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("dtype", "DTYPE", "stored in the files: float16, bfloat16 or float32",
           choice("float16", "bfloat16", "float32")),
     Field("lora_dtype", "DTYPE", "stored in the LoRAs: same (as dtype), float16, bfloat16, float32,"
-          " or float8: half of float16's bytes (loads where torch is 2.1 or newer: A1111 1.8, Forge,"
-          " ComfyUI, kohya, diffusers; not on Apple's GPUs)",
-          choice("same", "float16", "bfloat16", "float32", "float8")),
+          " float8: half of float16's bytes (loads where torch is 2.1 or newer: A1111 1.8, Forge,"
+          " ComfyUI, kohya, diffusers; not on Apple's GPUs), or auto: float8 but on a Mac, for a"
+          " model family whose LoRAs cannot hold it, for dtype float32 and for a target above 98 %",
+          choice("auto", "same", "float16", "bfloat16", "float32", "float8")),
     Field("iterations", "N", "number of sweeps at most", whole(1, 10_000)),
     Field("tolerance", "X", "stop when a sweep changes the loss by less than this fraction",
           number(0.0, 1.0)),

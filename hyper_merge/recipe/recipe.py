@@ -39,7 +39,8 @@ class Recipe:
         topup: Private LoRAs for the checkpoints that the shared ones serve worst, or None.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of the numbers in the written files.
-        lora_dtype: Type of the numbers in the LoRAs; `same` as `dtype`, or another.
+        lora_dtype: Type of the numbers in the LoRAs; `same` as `dtype`, another, or `auto` for `float8`
+            where it loads and loses little.
         iterations: Number of sweeps at most.
         tolerance: Fraction of the loss; the first sweep that changes it by less is the last.
         weights: One per checkpoint in the average, not normalised; None for equal weights.
@@ -74,7 +75,7 @@ class Recipe:
     topup: PrivateLoraTarget | None = None
     device: str = "auto"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    lora_dtype: Literal["same", "float16", "bfloat16", "float32", "float8"] = "same"
+    lora_dtype: Literal["auto", "same", "float16", "bfloat16", "float32", "float8"] = "auto"
     iterations: int = DEFAULT_ITERATIONS
     tolerance: float = DEFAULT_TOLERANCE
     weights: tuple[float, ...] | None = None
@@ -145,8 +146,8 @@ class Recipe:
 
     @property
     def factors_dtype(self) -> str:
-        """Word for the type of the numbers in the LoRAs."""
-        return self.dtype if self.lora_dtype == "same" else self.lora_dtype
+        """Word for the type of the numbers in the LoRAs, once `auto` is decided by the files."""
+        return self.dtype if self.lora_dtype in ("auto", "same") else self.lora_dtype
 
     def to_settings(self) -> dict[str, Any]:
         """Returns all fields as plain JSON values, paths absolute; see `from_settings`."""

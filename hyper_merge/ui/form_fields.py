@@ -117,9 +117,9 @@ FORM_FIELDS: Final = (
               "Of the written files. float32 takes twice the space, for pictures that hardly"
               " differ."),
     FormField("lora_dtype", "Precision of the LoRAs", "radio",
-              "The same, or a different one. float8 halves their size, and pictures come slightly"
-              " less close; it needs torch 2.1 or newer (A1111 1.8) and does not load on Apple's"
-              " GPUs."),
+              "auto takes float8, which halves their size and hardly changes pictures, wherever it"
+              " can. float8 loads in A1111 from 1.8, Forge and ComfyUI, but not on a Mac: choose same"
+              " to share LoRAs with people who use one."),
     FormField("device", "Device", "menu",
               "Where to compute: auto takes the graphics card if there is one. Changes the time"
               " only."),

@@ -122,6 +122,7 @@ def test_the_recipe_file_is_that_of_the_run(webui, folders, monkeypatch):
     assert recipe.to_settings() == settings | {
         "exact": "auto",
         "layer_weights": "output",
+        "lora_dtype": "auto",
         "damaged": "refuse",
     }  # now
 

@@ -214,7 +214,7 @@ RECIPES = st.builds(
     ranks=st.lists(st.integers(1, 4096), min_size=1, max_size=64).map(tuple),
     device=st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
-    lora_dtype=st.sampled_from(["same", "float16", "bfloat16", "float32", "float8"]),
+    lora_dtype=st.sampled_from(["auto", "same", "float16", "bfloat16", "float32", "float8"]),
     iterations=st.integers(1, 10_000),
     tolerance=st.floats(0, 1),
     base=st.just("average") | PATHS,

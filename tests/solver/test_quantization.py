@@ -318,12 +318,34 @@ def test_a_family_without_alphas_refuses_float8_before_any_work(tmp_path):
     with pytest.raises(RecipeError, match=message):
         run_preflight(recipe(models, tmp_path, lora_dtype="float8"))
     assert planned(recipe(models, tmp_path, lora_dtype="bfloat16")).dtype == torch.bfloat16
+    assert planned(recipe(models, tmp_path, lora_dtype="auto")).dtype == torch.float16
+
+
+def decided(recipe):
+    return run_preflight(recipe).recipe.lora_dtype
+
+
+def test_loras_are_of_8_bits_by_default_where_they_load_and_lose_little(
+    files, tmp_path, monkeypatch
+):
+    def by_default(**settings):
+        return recipe(files, tmp_path, lora_dtype="auto", **settings)
+
+    assert decided(by_default()) == "float8"
+    assert decided(by_default(dtype="bfloat16")) == "float8"
+    assert decided(by_default(dtype="float32")) == "same"
+    assert decided(by_default(ranks=None, target=0.98)) == "float8"
+    assert decided(by_default(ranks=None, target=0.99)) == "same"
+    assert decided(recipe(files, tmp_path, lora_dtype="same")) == "same"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert decided(by_default()) == "same"
+    assert decided(recipe(files, tmp_path, lora_dtype="float8")) == "float8"
 
 
 def test_the_hyper_model_itself_is_never_of_8_bits(files, tmp_path):
     with pytest.raises(RecipeError, match='"dtype": expected one of float16, bfloat16, float32'):
         recipe(files, tmp_path, dtype="float8")
     with pytest.raises(
-        RecipeError, match=r'"lora_dtype": expected one of same, float16, .* float8'
+        RecipeError, match=r'"lora_dtype": expected one of auto, same, float16, .* float8'
     ):
         recipe(files, tmp_path, lora_dtype="fp8")

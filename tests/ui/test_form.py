@@ -85,7 +85,7 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"seed": None}, "Seed: expected .* got nothing"),
         ({"dtype": "float8"}, "Precision: expected one of float16, bfloat16, float32"),
         ({"dtype": None}, "Precision: expected one of"),
-        ({"lora_dtype": "fp8"}, "Precision of the LoRAs: expected one of same, float16"),
+        ({"lora_dtype": "fp8"}, "Precision of the LoRAs: expected one of auto, same, float16"),
         ({"device": "gpu"}, "Device: expected auto, cpu, cuda or cuda:N"),
         ({"device": None}, "Device: expected"),
         ({"vae": "none of them"}, 'VAE: expected one of first, average, got "none of them"'),

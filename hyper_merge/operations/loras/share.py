@@ -23,7 +23,12 @@ from hyper_merge.operations.merge.outputs import (
     require_free_names,
     shared_names,
 )
-from hyper_merge.operations.merge.preflight import Preflight, check_alphas, check_stems, with_ranks
+from hyper_merge.operations.merge.preflight import (
+    Preflight,
+    check_stems,
+    with_lora_dtype,
+    with_ranks,
+)
 from hyper_merge.operations.merge.report_builder import FileSizes, make_report
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.operations.merge.solving import Search, solve_shared, with_private_loras
@@ -99,7 +104,7 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
             )
     loras = read_loras(recipe.models, accepts_damaged=recipe.damaged == "accept")
     check_stems(loras.headers)
-    check_alphas(recipe, loras.family)
+    recipe = with_lora_dtype(recipe, loras.family)
     inputs = loras.inputs(DTYPES_BY_WORD[recipe.dtype])
     recipe = with_ranks(recipe, inputs)
     folders = folders or Folders.under(recipe.output)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.file_layout import file_identity
@@ -42,6 +44,10 @@ from hyper_merge.runs.folders import Folders, Place
 from hyper_merge.runs.report import EndLayers
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.formatting import format_size
+
+# Share of the differences that a target may ask of LoRAs in 8 bits, whose rounding loses a tenth of a
+# percent and more.
+_MOST_IN_8_BITS: Final = 0.98
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
     warnings += find_unfinished(files) if accepts_damaged else []
     check_stems(headers)
     count = len(headers)
-    check_alphas(recipe, layout.family)
+    recipe = with_lora_dtype(recipe, layout.family)
     inputs = MergeInputs(
         headers=tuple(headers),
         base=base,
@@ -253,14 +259,27 @@ def _least_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
     return layout.size(layers, [1] * len(layers)) + overhead.companions((1,))
 
 
-def check_alphas(recipe: Recipe, family: Family) -> None:
-    """Refuses float8 for a family without alphas, which bring factors into the range of float8."""
+def with_lora_dtype(recipe: Recipe, family: Family) -> Recipe:
+    """Returns the recipe with the type of the LoRAs decided: 8 bits where they load and lose little.
+
+    Raises:
+        RecipeError: float8 for a family without alphas, which bring factors into its range.
+    """
+    if recipe.lora_dtype == "auto":
+        in_8_bits = (
+            family.lora_alpha
+            and recipe.dtype != "float32"
+            and (recipe.target or 0.0) <= _MOST_IN_8_BITS
+            and sys.platform != "darwin"  # Apple's GPUs do not know the type
+        )
+        return replace(recipe, lora_dtype="float8" if in_8_bits else "same")
     if DTYPES_BY_WORD[recipe.factors_dtype] is FLOAT8 and not family.lora_alpha:
         raise RecipeError(
             f"lora_dtype float8 needs LoRA files with alphas, and those of {family.title} hold"
             " none",
             hint="choose float16 or bfloat16",
         )
+    return recipe
 
 
 def check_stems(headers: Sequence[Header]) -> None:

@@ -7,8 +7,8 @@ function, the layers to another. Memory holds few tensors of each checkpoint.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, NoReturn
@@ -25,7 +25,6 @@ from hyper_merge.checkpoints.architectures.layout import (
     kind_of_tensor,
     position_ids,
 )
-from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.decomposition.bounds import Spectra, compute_spectra
 from hyper_merge.decomposition.compression import (
     CompressedLayer,
@@ -43,7 +42,7 @@ from hyper_merge.decomposition.linalg import squared_norm
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import MemoryLimit, parallel_map
-from hyper_merge.runtime.progress import Progress
+from hyper_merge.runtime.progress import Progress, ProgressCounter
 
 _GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 
@@ -91,12 +90,50 @@ class TensorAnalysis:
     warning: str | None = None
 
 
+AnalyzedTensor = tuple[TensorAnalysis, tuple[Damage, ...]]
+"""The result of the pass for one tensor, and what of it looks damaged."""
+
+AnalyzeTensors = Callable[
+    [MergeInputs, PassOptions, Mapping[str, float], ProgressCounter],
+    AbstractContextManager[Iterator[AnalyzedTensor]],
+]
+"""Analyses tensors of all files, given by key with their costs; gives the results in this order."""
+
+
+@contextmanager
+def analyze_in_threads(
+    inputs: MergeInputs,
+    options: PassOptions,
+    costs: Mapping[str, float],
+    counter: ProgressCounter,
+) -> Iterator[Iterator[AnalyzedTensor]]:
+    """Analyses the tensors in threads of this process (an `AnalyzeTensors`)."""
+    damaged = DamagedTensors(inputs)
+    memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
+    with (
+        open_checkpoints(inputs.read) as files,
+        parallel_map(options.device, counter.report) as parallel,
+        counter,
+    ):
+
+        def analyze(key: str) -> AnalyzedTensor:
+            tensors = [file.tensor(key) for file in files]
+            damages = damaged.find(key, tensors)
+            tick = partial(counter.add, key)
+            nbytes = host_bytes(inputs, key, options.width_of) if on_host else 0
+            with memory.holding(nbytes):
+                return analyze_tensor(inputs, key, tensors, options, tick), damages
+
+        yield parallel(analyze, costs)
+
+
 def stream_layers(
     inputs: MergeInputs,
     options: PassOptions,
     write_average: Callable[[str, Tensor], None] | None,
     keep_layer: Callable[[LayerAnalysis], None] | None,
     progress: Progress,
+    analyze_tensors: AnalyzeTensors = analyze_in_threads,
 ) -> dict[str, Tensor]:  # kind -> (k,), float64
     """Reads every tensor of all files once.
 
@@ -106,6 +143,7 @@ def stream_layers(
         write_average: takes each tensor of the average; None if it is not needed.
         keep_layer: takes the analysis of each layer; None if they are not needed.
         progress: progress by the costs of the tensors; checked between tensors and within them.
+        analyze_tensors: does the work on the tensors, here or elsewhere.
 
     Returns:
         The energies (k,) of what no LoRA carries, by kind ("norms", "VAE", ...).
@@ -119,23 +157,10 @@ def stream_layers(
     counter = progress.counter(phase, costs)
     not_carried: dict[str, Tensor] = {}
     damaged = DamagedTensors(inputs)
-    with ExitStack() as stack:
-        files = stack.enter_context(open_checkpoints(inputs.read))
-        if write_average:
-            _copy_tensors(inputs, files[-len(inputs.headers)], write_average)
-        parallel = stack.enter_context(parallel_map(options.device, counter.report))
-        stack.enter_context(counter)
-        memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
-
-        def analyze(key: str) -> tuple[TensorAnalysis, tuple[Damage, ...]]:
-            tensors = [file.tensor(key) for file in files]
-            damages = damaged.find(key, tensors)
-            tick = partial(counter.add, key)
-            nbytes = host_bytes(inputs, key, options.width_of) if on_host else 0
-            with memory.holding(nbytes):
-                return analyze_tensor(inputs, key, tensors, options, tick), damages
-
-        for key, (tensor, damages) in zip(costs, parallel(analyze, costs), strict=True):
+    if write_average:
+        _copy_tensors(inputs, write_average)
+    with analyze_tensors(inputs, options, costs, counter) as results:
+        for key, (tensor, damages) in zip(costs, results, strict=True):
             damaged.add(key, damages)
             if write_average:
                 write_average(key, tensor.average)
@@ -231,12 +256,17 @@ def _is_averaged(treatment: Treatment) -> bool:
     return treatment in (Treatment.LAYER, Treatment.AVERAGE, Treatment.VAE)
 
 
-def _copy_tensors(
-    inputs: MergeInputs, first: CheckpointReader, write: Callable[[str, Tensor], None]
-) -> None:
-    for key, info in inputs.outputs().items():
-        if inputs.layout.treatments[key] is Treatment.COPY:
-            write(key, position_ids(info.shape) if is_position_ids(key) else first.tensor(key))
+def _copy_tensors(inputs: MergeInputs, write: Callable[[str, Tensor], None]) -> None:
+    """Writes what the average takes from the first checkpoint as it is, and position ids as they are."""
+    treatments = inputs.layout.treatments
+    copied = {k: info for k, info in inputs.outputs().items() if treatments[k] is Treatment.COPY}
+    positions = {key: info for key, info in copied.items() if is_position_ids(key)}
+    for key, info in positions.items():
+        write(key, position_ids(info.shape))
+    if others := copied.keys() - positions.keys():
+        with open_checkpoints(inputs.headers[:1]) as (first,):
+            for key in sorted(others):
+                write(key, first.tensor(key))
 
 
 def _deviations(

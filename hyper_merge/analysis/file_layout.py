@@ -56,14 +56,23 @@ def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, Ten
         "weights": TensorInfo(torch.float64, (count,)),
         "not_carried": TensorInfo(torch.float64, (len(UNCARRIED_KINDS), k)),
     }
-    for index, layer in enumerate(inputs.layout.layers):
-        p, q = basis_columns(layer, options.width_of(index))
-        tensors[f"{index}.core"] = TensorInfo(torch.float32, (d, p, q))
-        tensors[f"{index}.rounding"] = TensorInfo(ROUNDING_DTYPE, (p, q))
-        tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
-        tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
-        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (p,))
-        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (q,))
-        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, min(p, q)))
+    for index in range(count):
+        tensors.update(layer_infos(inputs, options, index))
     tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
     return tensors
+
+
+def layer_infos(inputs: MergeInputs, options: PassOptions, index: int) -> dict[str, TensorInfo]:
+    """Returns types and shapes of the tensors of one layer in an analysis file, by key."""
+    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
+    layer = inputs.layout.layers[index]
+    p, q = basis_columns(layer, options.width_of(index))
+    return {
+        f"{index}.core": TensorInfo(torch.float32, (d, p, q)),
+        f"{index}.rounding": TensorInfo(ROUNDING_DTYPE, (p, q)),
+        f"{index}.left": TensorInfo(_BASIS_DTYPE, (layer.m, p)),
+        f"{index}.right": TensorInfo(_BASIS_DTYPE, (layer.n, q)),
+        f"{index}.rows": TensorInfo(torch.float64, (p,)),
+        f"{index}.columns": TensorInfo(torch.float64, (q,)),
+        f"{index}.private": TensorInfo(torch.float64, (k, min(p, q))),
+    }

@@ -28,19 +28,9 @@ class AnalysisWriter:
     def keep(self, layer: LayerAnalysis) -> None:
         """Writes the analysis of one layer."""
         self._grams[layer.index] = layer.gram
-        compressed, spectra = layer.compressed, layer.spectra
-        parts = {
-            "core": compressed.core,
-            "left": compressed.left,
-            "right": compressed.right,
-            "rounding": layer.rounding,
-            "rows": spectra.rows,
-            "columns": spectra.columns,
-            "private": spectra.private,
-        }
         self._weights[layer.index] = layer.weight
-        for name, tensor in parts.items():
-            self._write(f"{layer.index}.{name}", tensor)
+        for key, tensor in layer_tensors(layer).items():
+            self._write(key, tensor)
 
     def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
         """Writes what is known only after the last tensor.
@@ -64,3 +54,18 @@ class AnalysisWriter:
         stored = tensor.detach().to("cpu", self._tensors[key].dtype)
         self._checksums[key] = checksum(stored)
         self._writer.write(key, stored)
+
+
+def layer_tensors(layer: LayerAnalysis) -> dict[str, Tensor]:
+    """Returns the tensors of a layer's analysis by their keys in the file."""
+    compressed, spectra = layer.compressed, layer.spectra
+    parts = {
+        "core": compressed.core,
+        "left": compressed.left,
+        "right": compressed.right,
+        "rounding": layer.rounding,
+        "rows": spectra.rows,
+        "columns": spectra.columns,
+        "private": spectra.private,
+    }
+    return {f"{layer.index}.{name}": tensor for name, tensor in parts.items()}

@@ -98,7 +98,7 @@ def test_nothing_goes_on_when_the_caller_stops(workers, tmp_path):
         next(results)
     # Those that had begun have ended, and no other one began.
     assert [path.read_text() for path in tmp_path.iterdir()] == ["InterruptedRun"] * 2
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
 
 
 def test_a_function_runs_once_on_each_worker(workers):

@@ -80,7 +80,7 @@ def test_a_scheduler_that_is_not_there_is_refused_at_once(address):
         open_workers(ClusterRequest(scheduler=address), Progress(), say_nothing),
     ):
         pass
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 def test_started_workers_have_a_gpu_each_and_the_versions_of_this_process(monkeypatch):
@@ -158,6 +158,6 @@ def test_a_scheduler_that_disappears_ends_the_work(scheduler):
             begun = time.monotonic()
             with pytest.raises(ClusterError, match=f"the scheduler {address} is gone; no file was"):
                 list(results)
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 60
         with pytest.raises(ClusterError, match="is gone"):
             workers.on_each(os.getpid)

@@ -21,6 +21,7 @@ _RETRIES: Final = 2  # of what ended with an error that is no refusal, such as a
 _PAUSE: Final = 0.02  # seconds between two looks at a result
 _PATIENCE: Final = 1.0  # seconds of waiting for a result between two checks
 _RECOUNT: Final = 5.0  # seconds after which workers are counted again
+_NO_WORKER: Final = 300.0  # seconds without any worker: new ones may wait in a queue
 _END: Final = 20.0  # seconds for calls to end that nobody waits for
 
 _Common = TypeVar("_Common")
@@ -36,6 +37,7 @@ class DaskWorkers(RemoteWorkers):
         self._client = client
         self._slots = 1
         self._counted = -math.inf  # when the slots were, in seconds
+        self._seen = time.monotonic()  # when there was a worker
 
     @property
     def workers(self) -> list[RemoteWorker]:
@@ -48,11 +50,7 @@ class DaskWorkers(RemoteWorkers):
     @property
     def slots(self) -> int:
         """How many items all workers that are there now work on at a time; 1 at least."""
-        self._require_scheduler()
-        if time.monotonic() > self._counted + _RECOUNT:
-            with self._or_lost():
-                self._slots = max(sum(self._client.nthreads().values()), 1)
-            self._counted = time.monotonic()
+        self._count_slots()
         return self._slots
 
     @contextmanager
@@ -109,7 +107,7 @@ class DaskWorkers(RemoteWorkers):
         item, future = calls[0]
         while not future.done():
             check()
-            self._require_scheduler()
+            self._count_slots()
             time.sleep(_PAUSE)
         while True:
             check()
@@ -156,6 +154,26 @@ class DaskWorkers(RemoteWorkers):
                 if not any(counts.values()):
                     return
                 time.sleep(_PAUSE)
+
+    def _count_slots(self) -> None:
+        """Counts the slots of all workers now and then.
+
+        Raises:
+            ClusterError: the scheduler is lost, or there has been no worker for a long time.
+        """
+        self._require_scheduler()
+        now = time.monotonic()
+        if now < self._counted + _RECOUNT:
+            return
+        with self._or_lost():
+            count = sum(self._client.nthreads().values())
+        self._slots, self._counted = max(count, 1), now
+        self._seen = now if count else self._seen
+        if now > self._seen + _NO_WORKER:
+            raise ClusterError(
+                f"all workers are lost, and none has come for {_NO_WORKER:.0f} seconds",
+                hint="no file was changed; start workers again, and run again",
+            )
 
     def _require_scheduler(self) -> None:
         """Returns if the scheduler is there: with the connection to it, all results are lost."""

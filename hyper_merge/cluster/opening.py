@@ -25,8 +25,12 @@ from hyper_merge.runtime.progress import Progress
 if TYPE_CHECKING:
     from distributed import Client
 
-# A worker that is lost takes no item along that it has not begun.
-_SETTINGS: Final = {"distributed.scheduler.worker-saturation": 1.0}
+_SETTINGS: Final = {
+    # A worker that is lost takes no item along that it has not begun.
+    "distributed.scheduler.worker-saturation": 1.0,
+    # On a busy machine a new worker takes longer to come than dask waits, which then gives it up.
+    "distributed.comm.timeouts.connect": "120s",
+}
 
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"
 _LOGGERS: Final = re.compile(r"(distributed|tornado)\b")
@@ -136,7 +140,8 @@ def _local_client(request: ClusterRequest) -> Iterator[Client]:
             for number in range(count)
         }
         scheduler = {"cls": Scheduler, "options": {**place, "dashboard_address": _ANY_PORT}}
-        with _interrupts_held(), dask.config.set({**_SETTINGS, "temporary-directory": folder}):
+        stack.enter_context(dask.config.set({**_SETTINGS, "temporary-directory": folder}))
+        with _interrupts_held():
             cluster = stack.enter_context(
                 SpecCluster(workers, scheduler, security=security, silence_logs=logging.CRITICAL)
             )

@@ -161,3 +161,18 @@ def test_a_scheduler_that_disappears_ends_the_work(scheduler):
         assert time.monotonic() - begun < 60
         with pytest.raises(ClusterError, match="is gone"):
             workers.on_each(os.getpid)
+
+
+def test_a_cluster_that_loses_its_only_worker_ends_the_work(scheduler, monkeypatch):
+    monkeypatch.setattr("hyper_merge.cluster.dask_workers._NO_WORKER", 2.0)
+    monkeypatch.setattr("hyper_merge.cluster.dask_workers._RECOUNT", 0.2)
+    words = (scheduler[0], "--nthreads", "1", "--no-dashboard", "--no-nanny")
+    with (
+        process("dask_worker", *words) as worker,
+        open_workers(ClusterRequest(scheduler=scheduler[0]), Progress(), say_nothing) as workers,
+        workers.mapped(pause, 0.1, range(50), Progress().check) as results,
+    ):
+        next(results)
+        worker.kill()
+        with pytest.raises(ClusterError, match="all workers are lost, and none has come for 2 sec"):
+            list(results)

@@ -5,7 +5,7 @@
 What an install would take is found from the packages' metadata: nothing is downloaded, and so not the CUDA
 libraries of a plain torch. A resolution waits for the registry most of its time, so several go on side by
 side. The versions of each combination are put into the environment meanwhile, whose torch stays, and the
-command line, the app and the pipelines of the tab Compare are started, as far as they belong to it. A
+command line, the app, the pipelines of the tab Compare and dask are started, as far as they belong to it. A
 combination that only adds packages to one that has started is not started again.
 """
 
@@ -30,7 +30,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TESTED = "3.11"  # that of the environment
 UNPINNED = "3.10"  # too old for constraints.txt
-RUNTIME = ("app", "pictures")
+RUNTIME = ("app", "pictures", "cluster")
 # What the environment has of its own, and the libraries that torch's build for GPUs brings.
 KEPT = re.compile(r"(torch|triton|nvidia[-\w]*|cuda[-\w]*|uv|pip)==")
 LINE = re.compile(r"pip install (-c constraints\.txt )?-e ['\"]?\.(?:\[([\w,]+)\])?")
@@ -163,7 +163,11 @@ def start(environment: Path, extras: Extras, versions: Versions, folder: Path) -
     modules = ["hyper_merge.operations.merge.merge", "hyper_merge.operations.fit.fit"]
     if "pictures" in extras:
         modules += ["transformers", "peft", "accelerate", "diffusers.pipelines.stable_diffusion_xl"]
+    if "cluster" in extras:
+        modules += ["bokeh", "distributed"]
     imports = f"import {', '.join(modules)}"
+    if "cluster" in extras:
+        imports += "; distributed.Security.temporary()"
     if "pictures" in extras:
         imports += "; from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline"
     subprocess.run([python, "-c", imports], check=True, cwd=ROOT)

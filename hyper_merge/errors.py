@@ -116,6 +116,10 @@ class DeviceError(HyperMergeError, RuntimeError):
     """The device that was asked for is absent or too small."""
 
 
+class ClusterError(HyperMergeError, RuntimeError):
+    """Other processes or machines cannot take part in a run: absent, different, lost, or too small."""
+
+
 class RunError(HyperMergeError, ValueError):
     """An earlier run cannot be read, or may not be deleted: damaged, newer, unknown, a link."""
 

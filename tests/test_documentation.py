@@ -78,7 +78,8 @@ def options_of(command):
 
 def recipe_keys():
     """Every setting of a recipe: the options of a merge that are its own."""
-    return {option[2:] for option in options_of("merge")} - {"config", "create", "debug", "help"}
+    others = {"config", "create", "debug", "help", "scheduler", "worker-memory", "workers"}
+    return {option[2:] for option in options_of("merge")} - others
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_names)

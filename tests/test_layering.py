@@ -18,6 +18,7 @@ ROOMS = {
     "errors": (),
     "runtime": ("errors",),
     "recipe": ("runtime",),
+    "cluster": ("runtime",),
     "decomposition": ("errors",),
     "checkpoints": ("runtime",),
     "synthetic": ("checkpoints", "runtime"),
@@ -30,7 +31,7 @@ ROOMS = {
     "hosts": ("operations",),
     "api": ("hosts",),
     "ui": ("hosts",),
-    "cli": ("api", "ui"),
+    "cli": ("api", "cluster", "ui"),
 }
 SCREENS = {"hosts", "api", "ui", "cli"}
 SCREEN_LIBRARIES = {
@@ -42,6 +43,7 @@ SCREEN_LIBRARIES = {
     "launch",
     "matplotlib",
 }
+CLUSTER_LIBRARIES = {"dask", "distributed"}
 
 
 def find_modules():
@@ -108,6 +110,12 @@ def test_only_screens_and_hosts_import_screen_libraries(module):
     assert not roots & SCREEN_LIBRARIES
 
 
+@pytest.mark.parametrize("module", [name for name in IN_ROOMS if room_of(name) != "cluster"])
+def test_only_the_cluster_knows_dask(module):
+    roots = {name.split(".")[0] for name in imported_names(module)}
+    assert not roots & CLUSTER_LIBRARIES
+
+
 @pytest.mark.parametrize("module", [name for name in CORE if room_of(name) == "decomposition"])
 def test_the_decomposition_imports_only_torch_and_numpy(module):
     roots = {name.split(".")[0] for name in imported_names(module)}
@@ -124,7 +132,7 @@ def test_importing_the_core_loads_no_screen_library_silently(tmp_path):
 import importlib, sys
 for name in {sorted(CORE)!r}:
     importlib.import_module(name)
-loaded = sorted({SCREEN_LIBRARIES!r} & set(sys.modules))
+loaded = sorted({SCREEN_LIBRARIES | CLUSTER_LIBRARIES!r} & set(sys.modules))
 assert not loaded, loaded
 """
     done = subprocess.run(

@@ -50,28 +50,42 @@ def analysis_bytes(inputs: MergeInputs, options: PassOptions) -> int:
 
 def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, TensorInfo]:
     """Returns types and shapes of the tensors of an analysis file, by key."""
-    contrasts = inputs.contrasts
-    d, k, kept = contrasts.dimensions, contrasts.count, contrasts.kept
+    d, k = inputs.contrasts.dimensions, inputs.contrasts.count
     count = len(inputs.layout.layers)
     tensors = {
         "grams": TensorInfo(torch.float64, (count, d + 1, d + 1)),
         "weights": TensorInfo(torch.float64, (count,)),
         "not_carried": TensorInfo(torch.float64, (len(UNCARRIED_KINDS), k)),
     }
-    for index, layer in enumerate(inputs.layout.layers):
-        p, q = basis_columns(layer, options.width_of(index))
-        dtype = torch.float32 if contrasts.are_few else torch.float16
-        tensors[f"{index}.core"] = TensorInfo(dtype, (kept, p, q))
-        if not contrasts.are_few:
-            tensors[f"{index}.directions"] = TensorInfo(torch.float64, (d, kept))
-            tensors[f"{index}.scales"] = TensorInfo(torch.float32, (kept,))
-        tensors[f"{index}.rounding"] = TensorInfo(ROUNDING_DTYPE, (p, q))
-        tensors[f"{index}.left"] = TensorInfo(_BASIS_DTYPE, (layer.m, p))
-        tensors[f"{index}.right"] = TensorInfo(_BASIS_DTYPE, (layer.n, q))
-        rows, columns = (p, q) if contrasts.are_few else (min(p, q), min(p, q))
-        private = min(private_columns(layer, options.width_of(index), contrasts))
-        tensors[f"{index}.rows"] = TensorInfo(torch.float64, (rows,))
-        tensors[f"{index}.columns"] = TensorInfo(torch.float64, (columns,))
-        tensors[f"{index}.private"] = TensorInfo(torch.float64, (k, private))
+    for index in range(count):
+        tensors.update(layer_infos(inputs, options, index))
     tensors[CHECKSUMS] = TensorInfo(torch.int64, (len(tensors),))
     return tensors
+
+
+def layer_infos(inputs: MergeInputs, options: PassOptions, index: int) -> dict[str, TensorInfo]:
+    """Returns types and shapes of the tensors of one layer in an analysis file, by key."""
+    contrasts = inputs.contrasts
+    d, k, kept = contrasts.dimensions, contrasts.count, contrasts.kept
+    layer, width = inputs.layout.layers[index], options.width_of(index)
+    p, q = basis_columns(layer, width)
+    private = min(private_columns(layer, width, contrasts))
+    if contrasts.are_few:
+        core = {f"{index}.core": TensorInfo(torch.float32, (d, p, q))}
+        rows, columns = p, q
+    else:
+        core = {
+            f"{index}.core": TensorInfo(torch.float16, (kept, p, q)),
+            f"{index}.directions": TensorInfo(torch.float64, (d, kept)),
+            f"{index}.scales": TensorInfo(torch.float32, (kept,)),
+        }
+        rows = columns = min(p, q)
+    return {
+        **core,
+        f"{index}.rounding": TensorInfo(ROUNDING_DTYPE, (p, q)),
+        f"{index}.left": TensorInfo(_BASIS_DTYPE, (layer.m, p)),
+        f"{index}.right": TensorInfo(_BASIS_DTYPE, (layer.n, q)),
+        f"{index}.rows": TensorInfo(torch.float64, (rows,)),
+        f"{index}.columns": TensorInfo(torch.float64, (columns,)),
+        f"{index}.private": TensorInfo(torch.float64, (k, private)),
+    }

@@ -106,15 +106,21 @@ class MergeInputs:
 
 
 @contextmanager
-def open_checkpoints(headers: Iterable[Header]) -> Iterator[list[CheckpointReader]]:
+def open_checkpoints(
+    headers: Iterable[Header], *, mapped: bool = True
+) -> Iterator[list[CheckpointReader]]:
     """Opens files for reading within the block, in the order of their headers.
+
+    Args:
+        headers: of the files.
+        mapped: false to read each tensor as a whole into memory of the process.
 
     Raises:
         CheckpointError: a file cannot be read, or was changed since its header was read.
     """
     with ExitStack() as stack:
         yield [
-            stack.enter_context(CheckpointReader(header.path, expected=header))
+            stack.enter_context(CheckpointReader(header.path, expected=header, mapped=mapped))
             for header in headers
         ]
 

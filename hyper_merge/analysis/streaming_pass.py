@@ -6,9 +6,8 @@ function, the layers to another. Memory holds few tensors of each checkpoint.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, NoReturn
@@ -19,19 +18,15 @@ from torch import Tensor
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.device_bytes import HOST_CHUNK, IN_FLIGHT, host_bytes, pass_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints, private_columns
+from hyper_merge.analysis.layer_analysis import LayerAnalysis, analyze_layer
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
     is_position_ids,
     kind_of_tensor,
     position_ids,
 )
-from hyper_merge.checkpoints.reader import CheckpointReader
-from hyper_merge.decomposition.bounds import Spectra, compute_spectra, leading_spectra
 from hyper_merge.decomposition.compression import (
-    CompressedLayer,
-    compress,
     compression_cost,
-    project,
 )
 from hyper_merge.decomposition.contrasts import (
     Contrasts,
@@ -40,11 +35,10 @@ from hyper_merge.decomposition.contrasts import (
     energies,
     leading_directions,
 )
-from hyper_merge.decomposition.linalg import squared_norm
 from hyper_merge.errors import NonFiniteError, RecipeError
 from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import MemoryLimit, parallel_map
-from hyper_merge.runtime.progress import Progress
+from hyper_merge.runtime.progress import Progress, ProgressCounter
 
 _GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 
@@ -73,19 +67,6 @@ class PassOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerAnalysis:
-    """The result of the pass for one layer."""
-
-    index: int  # among the layout's layers
-    gram: Tensor  # (d + 1, d + 1), float64, see `TensorDeviations`
-    directions: Tensor | None  # (d, s), along which slices are kept; None if there are few
-    compressed: CompressedLayer  # of the slices along them
-    rounding: Tensor  # (p, q): the average's rounding error in the layer's bases
-    spectra: Spectra
-    weight: float  # squared norm of the average's own matrix
-
-
-@dataclass(frozen=True, eq=False)
 class TensorAnalysis:
     """The result of the pass for one tensor."""
 
@@ -95,12 +76,50 @@ class TensorAnalysis:
     warning: str | None = None
 
 
+AnalyzedTensor = tuple[TensorAnalysis, tuple[Damage, ...]]
+"""The result of the pass for one tensor, and what of it looks damaged."""
+
+AnalyzeTensors = Callable[
+    [MergeInputs, PassOptions, Mapping[str, float], ProgressCounter],
+    AbstractContextManager[Iterator[AnalyzedTensor]],
+]
+"""Analyses tensors of all files, given by key with their costs; gives the results in this order."""
+
+
+@contextmanager
+def analyze_in_threads(
+    inputs: MergeInputs,
+    options: PassOptions,
+    costs: Mapping[str, float],
+    counter: ProgressCounter,
+) -> Iterator[Iterator[AnalyzedTensor]]:
+    """Analyses the tensors in threads of this process (an `AnalyzeTensors`)."""
+    damaged = DamagedTensors(inputs)
+    memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
+    with (
+        open_checkpoints(inputs.read) as files,
+        parallel_map(options.device, counter.report) as parallel,
+        counter,
+    ):
+
+        def analyze(key: str) -> AnalyzedTensor:
+            tensors = [file.tensor(key) for file in files]
+            damages = damaged.find(key, tensors)
+            tick = partial(counter.add, key)
+            nbytes = host_bytes(inputs, key, options.width_of) if on_host else 0
+            with memory.holding(nbytes):
+                return analyze_tensor(inputs, key, tensors, options, tick), damages
+
+        yield parallel(analyze, costs)
+
+
 def stream_layers(
     inputs: MergeInputs,
     options: PassOptions,
     write_average: Callable[[str, Tensor], None] | None,
     keep_layer: Callable[[LayerAnalysis], None] | None,
     progress: Progress,
+    analyze_tensors: AnalyzeTensors = analyze_in_threads,
 ) -> dict[str, Tensor]:  # kind -> (k,), float64
     """Reads every tensor of all files once.
 
@@ -110,6 +129,7 @@ def stream_layers(
         write_average: takes each tensor of the average; None if it is not needed.
         keep_layer: takes the analysis of each layer; None if they are not needed.
         progress: progress by the costs of the tensors; checked between tensors and within them.
+        analyze_tensors: does the work on the tensors, here or elsewhere.
 
     Returns:
         The energies (k,) of what no LoRA carries, by kind ("norms", "VAE", ...).
@@ -123,23 +143,10 @@ def stream_layers(
     counter = progress.counter(phase, costs)
     not_carried: dict[str, Tensor] = {}
     damaged = DamagedTensors(inputs)
-    with ExitStack() as stack:
-        files = stack.enter_context(open_checkpoints(inputs.read))
-        if write_average:
-            _copy_tensors(inputs, files[-len(inputs.headers)], write_average)
-        parallel = stack.enter_context(parallel_map(options.device, counter.report))
-        stack.enter_context(counter)
-        memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
-
-        def analyze(key: str) -> tuple[TensorAnalysis, tuple[Damage, ...]]:
-            tensors = [file.tensor(key) for file in files]
-            damages = damaged.find(key, tensors)
-            tick = partial(counter.add, key)
-            nbytes = host_bytes(inputs, key, options.width_of) if on_host else 0
-            with memory.holding(nbytes):
-                return analyze_tensor(inputs, key, tensors, options, tick), damages
-
-        for key, (tensor, damages) in zip(costs, parallel(analyze, costs), strict=True):
+    if write_average:
+        _copy_tensors(inputs, write_average)
+    with analyze_tensors(inputs, options, costs, counter) as results:
+        for key, (tensor, damages) in zip(costs, results, strict=True):
             damaged.add(key, damages)
             if write_average:
                 write_average(key, tensor.average)
@@ -237,7 +244,8 @@ def _analyze(
             gram = deviations.gram
             directions = leading_directions(gram[:-1, :-1], options.directions, contrasts.kept)
             deviations = replace(deviate(contrasts.along(directions), keep=True), gram=gram)
-        layers.append(_layer_analysis(deviations, directions, inputs, index, options, tick))
+        width, seed = options.width_of(index), options.seed
+        layers.append(analyze_layer(deviations, directions, inputs, index, width, seed, tick))
     average = torch.cat(averages).view(tensors[0].shape)
     return TensorAnalysis(average, torch.as_tensor(total), tuple(layers))
 
@@ -246,12 +254,17 @@ def _is_averaged(treatment: Treatment) -> bool:
     return treatment in (Treatment.LAYER, Treatment.AVERAGE, Treatment.VAE)
 
 
-def _copy_tensors(
-    inputs: MergeInputs, first: CheckpointReader, write: Callable[[str, Tensor], None]
-) -> None:
-    for key, info in inputs.outputs().items():
-        if inputs.layout.treatments[key] is Treatment.COPY:
-            write(key, position_ids(info.shape) if is_position_ids(key) else first.tensor(key))
+def _copy_tensors(inputs: MergeInputs, write: Callable[[str, Tensor], None]) -> None:
+    """Writes what the average takes from the first checkpoint as it is, and position ids as they are."""
+    treatments = inputs.layout.treatments
+    copied = {k: info for k, info in inputs.outputs().items() if treatments[k] is Treatment.COPY}
+    positions = {key: info for key, info in copied.items() if is_position_ids(key)}
+    for key, info in positions.items():
+        write(key, position_ids(info.shape))
+    if others := copied.keys() - positions.keys():
+        with open_checkpoints(inputs.headers[:1]) as (first,):
+            for key in sorted(others):
+                write(key, first.tensor(key))
 
 
 def _deviations(
@@ -297,38 +310,4 @@ def raise_non_finite(inputs: MergeInputs, key: str, tensors: Sequence[Tensor]) -
     raise RecipeError(
         f"the average of {key} is too large for {str(inputs.dtype).removeprefix('torch.')}",
         hint="choose dtype bfloat16 or float32",
-    )
-
-
-def _layer_analysis(
-    deviations: TensorDeviations,
-    directions: Tensor | None,  # (d, s), along which its slices lie
-    inputs: MergeInputs,
-    index: int,  # of the layer
-    options: PassOptions,
-    tick: Callable[[float], None],
-) -> LayerAnalysis:
-    layer = inputs.layout.layers[index]
-    slices = deviations.slices.view(len(deviations.slices), layer.m, layer.n)
-    # A stream of random numbers for each layer: the order of the work does not matter.
-    generator = torch.Generator().manual_seed(options.seed ^ zlib.crc32(layer.module.encode()))
-    gram, to_deviations = deviations.gram[:-1, :-1], inputs.contrasts.to_deviations
-    if directions is not None:
-        gram, to_deviations = directions.mT @ gram @ directions, to_deviations @ directions
-    width = options.width_of(index)
-    compressed = compress(slices, gram, width, generator, tick)
-    private = private_columns(layer, width, inputs.contrasts)
-    error = deviations.rounding.view(1, layer.m, layer.n)
-    return LayerAnalysis(
-        index=index,
-        gram=deviations.gram,
-        directions=directions,
-        compressed=compressed.cpu(),
-        rounding=project(error, compressed.left, compressed.right, tick)[0].cpu(),
-        spectra=(
-            compute_spectra(compressed.core, to_deviations)
-            if directions is None
-            else leading_spectra(compressed.core, to_deviations, private)
-        ),
-        weight=squared_norm(deviations.base),
     )

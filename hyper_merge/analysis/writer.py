@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis.checksums import CHECKSUMS, checksum
 from hyper_merge.analysis.file_layout import UNCARRIED_KINDS
-from hyper_merge.analysis.streaming_pass import LayerAnalysis
+from hyper_merge.analysis.layer_analysis import LayerAnalysis
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-
-_LARGEST: Final = 2.0**14  # value of a core in float16
 
 
 class AnalysisWriter:
@@ -31,19 +28,9 @@ class AnalysisWriter:
     def keep(self, layer: LayerAnalysis) -> None:
         """Writes the analysis of one layer."""
         self._grams[layer.index] = layer.gram
-        compressed, spectra = layer.compressed, layer.spectra
-        parts = {
-            **_core(layer),
-            "left": compressed.left,
-            "right": compressed.right,
-            "rounding": layer.rounding,
-            "rows": spectra.rows,
-            "columns": spectra.columns,
-            "private": spectra.private,
-        }
         self._weights[layer.index] = layer.weight
-        for name, tensor in parts.items():
-            self._write(f"{layer.index}.{name}", tensor)
+        for key, tensor in layer_tensors(layer).items():
+            self._write(key, tensor)
 
     def close_with(self, not_carried: Mapping[str, Tensor]) -> None:
         """Writes what is known only after the last tensor.
@@ -69,12 +56,18 @@ class AnalysisWriter:
         self._writer.write(key, stored)
 
 
-def _core(layer: LayerAnalysis) -> dict[str, Tensor]:
-    """Returns a layer's core, of many checkpoints in half precision."""
-    core = layer.compressed.core
-    if layer.directions is None:
-        return {"core": core}
-    scales = core.abs().amax((1, 2)) / _LARGEST
-    scales = torch.where(scales > 0, scales, 1.0)
-    scaled = core / scales[:, None, None]
-    return {"core": scaled, "directions": layer.directions, "scales": scales}
+def layer_tensors(layer: LayerAnalysis) -> dict[str, Tensor]:
+    """Returns the tensors of a layer's analysis by their keys in the file."""
+    compressed, spectra = layer.compressed, layer.spectra
+    parts = {
+        "core": compressed.core,
+        "left": compressed.left,
+        "right": compressed.right,
+        "rounding": layer.rounding,
+        "rows": spectra.rows,
+        "columns": spectra.columns,
+        "private": spectra.private,
+    }
+    if layer.kept:
+        parts |= {"directions": layer.kept.directions, "scales": layer.kept.scales}
+    return {f"{layer.index}.{name}": tensor for name, tensor in parts.items()}

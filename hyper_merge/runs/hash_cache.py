@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from hyper_merge.runtime.checked_json import read_sealed, sealed
 from hyper_merge.runtime.damaged_files import DamagedFiles
 from hyper_merge.runtime.file_lock import alone
 from hyper_merge.runtime.parallel import parallel_map
-from hyper_merge.runtime.progress import Progress
+from hyper_merge.runtime.progress import Progress, ProgressCounter
+from hyper_merge.runtime.remote import Check, RemoteWorkers
 
 _FILE: Final = "hashes.json"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -33,7 +35,10 @@ def bytes_to_hash(headers: Iterable[Header], cache: Path | None) -> int:
 
 
 def hash_sources(
-    headers: Sequence[Header], cache: Path | None, progress: Progress
+    headers: Sequence[Header],
+    cache: Path | None,
+    progress: Progress,
+    workers: RemoteWorkers | None = None,
 ) -> tuple[SourceRecord, ...]:
     """Returns names and hashes of files; those of unchanged files come from the cache folder.
 
@@ -41,6 +46,7 @@ def hash_sources(
         headers: of the files.
         cache: folder where hashes are remembered; None to remember none.
         progress: progress and interrupt.
+        workers: hash in place of this process; None for none.
     """
     known = _known(cache, progress.warn)
     new = [header for header in headers if _key(header) not in known]
@@ -48,12 +54,9 @@ def hash_sources(
     counter = progress.counter(
         "hashing the checkpoints", {_key(header): header.size for header in new}
     )
-
-    def sha256(header: Header) -> str:
-        return file_sha256(header.path, partial(counter.add, _key(header)))
-
-    with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
-        for header, digest in zip(new, parallel(sha256, new), strict=True):
+    hashing = _hashed_here(new, counter) if workers is None else _hashed_on(workers, new, counter)
+    with hashing as digests:
+        for header, digest in zip(new, digests, strict=True):
             known[_key(header)] = digest
             counter.finish(_key(header))
     if new and cache:
@@ -61,6 +64,29 @@ def hash_sources(
             known = _known(cache, progress.warn) | known
             _remember(known, cache / _FILE, progress.warn)
     return tuple(_source(header, known[_key(header)]) for header in headers)
+
+
+@contextmanager
+def _hashed_here(headers: Sequence[Header], counter: ProgressCounter) -> Iterator[Iterator[str]]:
+    """Gives the hashes of files, computed in threads of this process."""
+
+    def sha256(header: Header) -> str:
+        return file_sha256(header.path, partial(counter.add, _key(header)))
+
+    with parallel_map(torch.device("cpu"), counter.report) as parallel, counter:
+        yield parallel(sha256, headers)
+
+
+def _hashed_on(
+    workers: RemoteWorkers, headers: Sequence[Header], counter: ProgressCounter
+) -> AbstractContextManager[Iterator[str]]:
+    """Gives the hashes of files, computed by workers that see them."""
+    paths = [header.path.absolute() for header in headers]
+    return workers.mapped(_sha256_of, None, paths, counter.report)
+
+
+def _sha256_of(_common: None, path: Path, check: Check) -> str:
+    return file_sha256(path, lambda _count: check())
 
 
 def find_by_hash(sha256: str, cache: Path) -> list[Path]:

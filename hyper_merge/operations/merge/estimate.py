@@ -12,6 +12,7 @@ from hyper_merge.analysis.cache import find_analysis, required_width
 from hyper_merge.analysis.device_bytes import bytes_in_flight
 from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.analysis.remote_pass import bytes_in_shards
 from hyper_merge.analysis.sensitivities import sensitivities_bytes
 from hyper_merge.loras.lora_file import lora_bytes
 from hyper_merge.operations.merge.companions import vector_bytes
@@ -81,8 +82,13 @@ def average_bytes(inputs: MergeInputs) -> int:
     return 0 if inputs.base else sum(info.nbytes for info in inputs.outputs().values())
 
 
-def require_room(preflight: Preflight, place: Place) -> None:
+def require_room(preflight: Preflight, place: Place, *, with_shards: bool = False) -> None:
     """Returns if the disks have room for what a merge will write in a place.
+
+    Args:
+        preflight: the validated recipe.
+        place: of the merge's files.
+        with_shards: whether workers write what they find to the cache's folder first.
 
     Raises:
         OutputError: too little is free.
@@ -90,12 +96,15 @@ def require_room(preflight: Preflight, place: Place) -> None:
     inputs, folders = preflight.inputs, preflight.folders
     existing = _existing_files(preflight)
     cache = 0 if existing.analysis else analysis_bytes(inputs, preflight.pass_options)
+    average = 0 if place.exists else average_bytes(inputs)
+    if with_shards:
+        cache += bytes_in_shards(cache + average)
     if not existing.sensitivities:
         cache += sensitivities_bytes(inputs.layout.layers)
     require_disks(
         {
             place.loras: _lora_bytes(preflight, plan_ranks(preflight.recipe, inputs)),
-            place.hyper_model.parent: 0 if place.exists else average_bytes(inputs),
+            place.hyper_model.parent: average,
             folders.cache: cache,
         }
     )

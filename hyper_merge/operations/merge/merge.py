@@ -13,10 +13,17 @@ from torch import Tensor
 
 from hyper_merge.analysis.basis_widths import sampled_options
 from hyper_merge.analysis.cache import prune_analyses
+from hyper_merge.analysis.remote_checks import require_workers
+from hyper_merge.analysis.remote_pass import analyze_on
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.strangers import find_strangers
-from hyper_merge.analysis.streaming_pass import PassOptions, stream_layers
+from hyper_merge.analysis.streaming_pass import (
+    AnalyzeTensors,
+    PassOptions,
+    analyze_in_threads,
+    stream_layers,
+)
 from hyper_merge.analysis.turns import Turn, analysis_turn
 from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.checkpoints.reader import CheckpointReader
@@ -45,6 +52,7 @@ from hyper_merge.runs.report import PrecisionLoss, Report
 from hyper_merge.runtime.damaged_files import DamagedFiles, with_sound_cache
 from hyper_merge.runtime.devices import device_job
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.runtime.remote import RemoteWorkers
 from hyper_merge.solver.metric import Metric
 
 
@@ -64,6 +72,7 @@ def run_merge(
     *,
     start: Mapping[str, Tensor] = MappingProxyType({}),
     effort: SearchEffort | None = None,
+    workers: RemoteWorkers | None = None,
 ) -> MergeResult:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
@@ -72,11 +81,12 @@ def run_merge(
         progress: progress and interrupt.
         start: additional starting multipliers (k, R) for the search, by the layers' part.
         effort: how thorough the search for a start is; None for the default.
+        workers: hash the checkpoints and pass over them in place of this process.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    merge = partial(_merge, preflight, progress, start, effort)
+    merge = partial(_merge, preflight, progress, start, effort, workers)
     with device_job(preflight.pass_options.device):
         return with_sound_cache(merge, progress.warn)
 
@@ -86,6 +96,7 @@ def _merge(
     progress: Progress,
     start: Mapping[str, Tensor],
     effort: SearchEffort | None,
+    workers: RemoteWorkers | None,
     damaged: DamagedFiles,
 ) -> MergeResult:
     """Runs a merge once with all its names held, without the damaged files of the cache."""
@@ -97,12 +108,14 @@ def _merge(
             if not recipe.finds_ranks:
                 names = shared_names(preflight, place)
                 require_free_names(place, names, folders, overwrite=recipe.overwrite)
-            require_room(preflight, place)
+            require_room(preflight, place, with_shards=workers is not None)
             inputs, options = preflight.inputs, preflight.pass_options
+            if workers:
+                require_workers(workers, inputs, options, folders.cache)
             with analysis_turn(
                 folders.cache, inputs, options, recipe.ranks, damaged, progress
             ) as turn:
-                result = _make_files(preflight, place, turn, progress, start, effort)
+                result = _make_files(preflight, place, turn, progress, start, effort, workers)
     prune_analyses(folders.cache, folders.cache_limit)
     return result
 
@@ -114,6 +127,7 @@ def _make_files(
     progress: Progress,
     start: Mapping[str, Tensor],
     effort: SearchEffort | None,
+    workers: RemoteWorkers | None,
 ) -> MergeResult:
     """Makes all files, from an analysis that exists or is made on the way."""
     recipe = preflight.recipe
@@ -136,9 +150,9 @@ def _make_files(
         )
     )
     with FileTransaction(overwrite=recipe.overwrite) as transaction:
-        lineage = make_lineage(preflight, place.hyper_model.stem, hashing)
+        lineage = make_lineage(preflight, place.hyper_model.stem, hashing, workers)
         outputs = MergeOutputs(transaction, place, lineage)
-        _stream(preflight, outputs, None if turn.exists else turn.path, reading)
+        _stream(preflight, outputs, None if turn.exists else turn.path, reading, workers)
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
         with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
@@ -164,7 +178,11 @@ def _make_files(
 
 
 def _stream(
-    preflight: Preflight, outputs: MergeOutputs, analysis_path: Path | None, progress: Progress
+    preflight: Preflight,
+    outputs: MergeOutputs,
+    analysis_path: Path | None,
+    progress: Progress,
+    workers: RemoteWorkers | None,
 ) -> None:
     """Passes over the files for what does not exist yet: average, analysis, both or neither.
 
@@ -173,6 +191,7 @@ def _stream(
         outputs: the merge's files.
         analysis_path: where the analysis goes; None if there is one.
         progress: progress and interrupt.
+        workers: do it in place of this process.
     """
     inputs, options, place = preflight.inputs, preflight.pass_options, outputs.place
     transaction, lineage, model = outputs.transaction, outputs.lineage, place.hyper_model
@@ -191,7 +210,10 @@ def _stream(
             average = stack.enter_context(average_writer(transaction, model, preflight, lineage))
         write_average = average.write if average else None
         keep_layer = analysis.keep if analysis else None
-        not_carried = stream_layers(inputs, options, write_average, keep_layer, progress)
+        analyze: AnalyzeTensors = analyze_in_threads
+        if workers:
+            analyze = analyze_on(workers, preflight.folders.cache, with_average=average is not None)
+        not_carried = stream_layers(inputs, options, write_average, keep_layer, progress, analyze)
         if analysis:
             analysis.close_with(not_carried)
 

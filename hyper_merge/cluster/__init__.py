@@ -1,0 +1,1 @@
+"""Reaches other processes and machines through dask.distributed, an extra."""

@@ -123,7 +123,7 @@ class StoredAnalysis(Analysis):
         if self.contrasts.are_few:
             return core
         scaled = self._tensor(f"{place}.directions").float() * self._tensor(f"{place}.scales")
-        return (scaled @ core.float().flatten(1)).unflatten(1, core.shape[1:])
+        return (scaled @ core.float().flatten(1)).view(-1, *core.shape[1:])
 
     def rounding(self, index: int) -> Tensor:  # (p, q), float32
         """Returns the average's rounding error in a layer's bases."""

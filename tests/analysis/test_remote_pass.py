@@ -15,6 +15,7 @@ from hyper_merge.analysis.remote_pass import analyze_on, portable
 from hyper_merge.analysis.store import create_analysis
 from hyper_merge.analysis.streaming_pass import PassOptions, analyze_in_threads, stream_layers
 from hyper_merge.checkpoints.io.mapped_tensors import ReadTensors
+from hyper_merge.decomposition import contrasts
 from hyper_merge.errors import ClusterError, InterruptedRun, NonFiniteError
 from hyper_merge.runtime.progress import Progress
 
@@ -38,8 +39,10 @@ def written(folder, inputs, analyze, progress=None):
     return path.read_bytes(), averages
 
 
-@pytest.mark.parametrize("slots", [1, 5])
-def test_every_bit_is_that_of_a_pass_here(files, tmp_path, slots):
+@pytest.mark.parametrize(("slots", "few"), [(1, 16), (5, 16), (2, 1)])
+def test_every_bit_is_that_of_a_pass_here(files, tmp_path, monkeypatch, slots, few):
+    monkeypatch.setattr(contrasts, "FEW", few)  # slices of which layers keep all
+    monkeypatch.setattr(contrasts, "KEPT", 1)
     inputs, workers = inputs_of(files), PretendedWorkers(slots=slots)
     expected, means = written(tmp_path / "here", inputs, analyze_in_threads)
     there = tmp_path / "there"

@@ -10,12 +10,13 @@
 
     // As Python reads the form's text.
     const SIZE = /^([\d.]+)\s*(?:([kmg])(i?)b?|b)$/i;
+    const UNIT = /(?:^|[^a-z])(?:[kmg]i?b?|b)$/i;
     function kindOf(text) {
-        return text.includes("%") ? "share" : SIZE.test(text.trim()) ? "size" : "ranks";
+        return text.includes("%") ? "share" : UNIT.test(text.trim()) ? "size" : "ranks";
     }
 
     function bytesOf(text) {
-        const [, count, unit = "", binary] = SIZE.exec(text.trim());
+        const [, count = 0, unit = "", binary] = SIZE.exec(text.trim()) || [];
         return Number(count) * (binary ? 1024 : 1000) ** " kmg".indexOf(unit.toLowerCase() || " ");
     }
 
@@ -132,10 +133,16 @@
         fill();
     }
 
+    // What stands in a field is meant as what the field is for, also where it cannot be that: so an error
+    // names the right one. A part of one is a share too.
     const UNITS = {size: " MB", share: " %"};
     function typed(box) {
-        const unit = /^[\d.]+$/.test(box.value.trim()) ? UNITS[box.dataset.size] || "" : "";
-        write(box.value + unit);
+        const kind = box.dataset.size, text = box.value.trim();
+        if (kind === "share" && /^0?\.\d+$/.test(text)) {
+            write(`${Number((Number(text) * 100).toPrecision(9))} %`);
+        } else {
+            write(text && kindOf(text) !== kind ? text + (UNITS[kind] || "") : text);
+        }
     }
 
     document.addEventListener("input", (event) => {

@@ -97,6 +97,14 @@ def test_an_error_names_the_field_in_which_it_stands(form, field, typed, error):
     form.until(lambda: "2 LoRAs" in form.text("plan"))
 
 
+def test_a_prompt_is_seen_as_a_whole(form):
+    form.to("Use")
+    prompt = form.find("mix_prompt").locator("textarea")
+    prompt.fill(" ".join(f"<lora:name_{place}:0.12345:0.54321>" for place in range(12)))
+    assert prompt.evaluate("(box) => box.scrollHeight - box.clientHeight") <= 1
+    prompt.fill("")
+
+
 def test_a_part_of_one_is_a_share(form):
     form.type("share", "0.85")
     form.find("name").locator("input, textarea").first.focus()

@@ -199,9 +199,10 @@ window.hyperMergeLoras = (() => {
 
     function tableRow(file, name, multiplier) {
         const {element} = names(), why = obstacle(file);
+        const {reasonOf} = window.hyperMergeNames;
         const title = element("th", {scope: "row", title: file.name}, name);
         if (why) {
-            title.append(element("div", {class: "hm-problem"}, names().reasonOf(why, file.name)));
+            title.append(element("div", {class: "hm-problem"}, reasonOf(why, file.name)));
         }
         const box = element("input", {
             type: "text", inputmode: "decimal", class: "hm-multiplier", "data-part": "multiplier", value: multiplier,

@@ -46,8 +46,19 @@
     // The crosses of what is picked in a menu.
     function mendCrosses() {
         all(".token-remove").forEach((cross) => {
-            const name = cross.closest(".token")?.querySelector("span")?.textContent.trim();
+            const name = cross.closest(".token")?.querySelector("span")?.textContent.replaceAll("\u200b", "").trim();
             set(cross, {role: "button", tabindex: 0, "aria-label": name ? `Remove ${name}` : "Remove all"});
+        });
+    }
+
+    // A picked name is broken behind its own marks. gradio goes on writing into the same text.
+    const MARKS = /([._-])(?=[^\s\u200b])/g;
+    function mendPickedNames() {
+        all(".token > span").flatMap((name) => [...name.childNodes]).forEach((text) => {
+            const broken = text.data?.replace(MARKS, "$1\u200b");
+            if (text.data !== broken) {
+                text.data = broken;
+            }
         });
     }
 
@@ -64,7 +75,7 @@
     }
 
     // Once for many changes, and not put off by more of them.
-    const parts = [mendAccordions, mendTabs, mendMenus, mendLongChoices, mendCrosses, mendScrolled];
+    const parts = [mendAccordions, mendTabs, mendMenus, mendLongChoices, mendCrosses, mendPickedNames, mendScrolled];
     let isDue = false;
     function mend() {
         if (!isDue) {

@@ -199,9 +199,10 @@ window.hyperMergeLoras = (() => {
 
     function tableRow(file, name, multiplier) {
         const {element} = names(), why = obstacle(file);
+        const {reasonOf} = window.hyperMergeNames;
         const title = element("th", {scope: "row", title: file.name}, name);
         if (why) {
-            title.append(element("div", {class: "hm-problem"}, why));
+            title.append(element("div", {class: "hm-problem"}, reasonOf(why, file.name)));
         }
         const box = element("input", {
             type: "text", inputmode: "decimal", class: "hm-multiplier", "data-part": "multiplier", value: multiplier,
@@ -274,6 +275,7 @@ window.hyperMergeLoras = (() => {
             return;
         }
         held = order().holdRedraws(draw);
+        find("available_note").after(find("row")); // the buttons stand below the list, also where the table is
         const tab = select("#hyper_merge_tab");
         const listen = (name, answer) => tab.addEventListener(name, (event) => isOurs(event.target) && answer(event));
         listen("click", clicked);

@@ -38,6 +38,12 @@ window.hyperMergeNames = (() => {
         return element("span", {class: "hm-name", title: whole}, ...parts);
     }
 
+    // A reason stands below the name of its file, and need not begin with it again.
+    const reasonOf = (why, name) => {
+        const begin = `${name.split("/").pop()} `;
+        return why.startsWith(begin) ? why.slice(begin.length) : why;
+    };
+
     function formatSize(bytes) {
         const units = [[1e9, "GB", 2], [1e6, "MB", 0], [1e3, "kB", 0]];
         const [unit, word, digits] = units.find(([least]) => bytes >= least) || [1, "B", 0];
@@ -59,7 +65,7 @@ window.hyperMergeNames = (() => {
         const place = folder(file.name);
         const label = element(
             "label", {}, box, nameElement((place ? `${place}/` : "") + stem(file.name), file.name),
-            element("span", {class: "hm-facts"}, why || facts || "…"),
+            element("span", {class: "hm-facts"}, reasonOf(why, file.name) || facts || "…"),
         );
         return element("li", {"data-name": file.name, ...(why ? {class: "hm-unfit"} : {})}, label);
     }
@@ -88,7 +94,7 @@ window.hyperMergeNames = (() => {
         }, "✕");
         const title = element("th", {scope: "row"}, nameElement(name, file.name));
         if (why) {
-            title.append(element("div", {class: "hm-problem"}, why));
+            title.append(element("div", {class: "hm-problem"}, reasonOf(why, file.name)));
         }
         const cells = [
             element("td", {class: "hm-tool"}, grip), title,
@@ -101,7 +107,7 @@ window.hyperMergeNames = (() => {
         return element("tr", {"data-name": file.name}, ...cells);
     }
 
-    // `same` where all have one VAE, else a letter for each of them.
+    // `same` where all of several have one VAE, else a letter for each of them.
     function letters(rows) {
         const vaes = [...new Set(rows.map((file) => file.vae).filter((vae) => vae && vae !== "none"))];
         return rows.map((file) => {
@@ -112,9 +118,9 @@ window.hyperMergeNames = (() => {
                 return "none";
             }
             const index = vaes.indexOf(file.vae);
-            return vaes.length === 1 ? "same" : index < 26 ? String.fromCharCode(65 + index) : String(index + 1);
+            return rows.length === 1 ? "included" : vaes.length === 1 ? "same" : index < 26 ? String.fromCharCode(65 + index) : String(index + 1);
         });
     }
 
-    return {stem, folder, folders, shorten, element, listRow, checkpointTable};
+    return {stem, folder, folders, shorten, element, reasonOf, listRow, checkpointTable};
 })();

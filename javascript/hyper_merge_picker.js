@@ -266,6 +266,7 @@ window.hyperMergePicker = (() => {
             return;
         }
         held = holdRedraws(draw);
+        find("available_note").after(find("picker_row")); // below the list, wherever the table stands
         const tab = root().querySelector("#hyper_merge_tab");
         tab.addEventListener("click", (event) => { if (event.target.closest("#hyper_merge_picker")) { clicked(event); } });
         tab.addEventListener("keydown", (event) => { if (event.target.closest("#hyper_merge_picker")) { pressed(event); } });

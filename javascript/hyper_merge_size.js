@@ -10,12 +10,13 @@
 
     // As Python reads the form's text.
     const SIZE = /^([\d.]+)\s*(?:([kmg])(i?)b?|b)$/i;
+    const UNIT = /(?:^|[^a-z])(?:[kmg]i?b?|b)$/i;
     function kindOf(text) {
-        return text.includes("%") ? "share" : SIZE.test(text.trim()) ? "size" : "ranks";
+        return text.includes("%") ? "share" : UNIT.test(text.trim()) ? "size" : "ranks";
     }
 
     function bytesOf(text) {
-        const [, count, unit = "", binary] = SIZE.exec(text.trim());
+        const [, count = 0, unit = "", binary] = SIZE.exec(text.trim()) || [];
         return Number(count) * (binary ? 1024 : 1000) ** " kmg".indexOf(unit.toLowerCase() || " ");
     }
 
@@ -42,12 +43,15 @@
         return after - 1 + (value - values[after - 1]) / (values[after] - values[after - 1]);
     }
 
+    // The bytes that a text asks for; nothing where it asks for a share.
+    const askedBytes = (choice, text) => ({size: bytesOf(text), ranks: choice.size})[kindOf(text)];
+
     function placeOf(choice, text) {
         if (kindOf(text) === "share") {
             const place = placeWhere(choice.worst, parseFloat(text) / 100);
             return place < 0 ? null : place;
         }
-        const bytes = kindOf(text) === "size" ? bytesOf(text) : choice.size;
+        const bytes = askedBytes(choice, text);
         if (!bytes) {
             return null;
         }
@@ -60,7 +64,7 @@
             return {size: choice.size && kindOf(text) === "ranks" ? sizeText(choice.size) : ""};
         }
         return {
-            size: sizeText(kindOf(text) === "ranks" ? choice.size : sizeAt(choice, place)),
+            size: sizeText(askedBytes(choice, text) || sizeAt(choice, place)),
             ranks: choice.ranks[Math.round(place)],
             share: percent(along(choice.worst, place)),
         };
@@ -86,7 +90,7 @@
             box.parentElement.classList.toggle("hm-decides", box.dataset.size === kindOf(text));
         });
         if (choice.sizes) {
-            mark(choice, place);
+            mark(choice, place, text);
         }
     }
 
@@ -108,7 +112,7 @@
         }
     }
 
-    function mark(choice, place) {
+    function mark(choice, place, text) {
         const chart = find("#hyper_merge_size .hm-chart");
         const line = chart.querySelector(".hm-mark");
         slider().max = last(choice);
@@ -120,7 +124,7 @@
         const mean = along(choice.mean, place), worst = along(choice.worst, place);
         line.style.left = `${100 * place / last(choice)}%`;
         [mean, worst].forEach((share, index) => { line.children[index].style.bottom = `${100 * share}%`; });
-        say(`${sizeText(sizeAt(choice, place))}: about ${percent(mean)} explained in the mean,`
+        say(`${sizeText(askedBytes(choice, text) || sizeAt(choice, place))}: about ${percent(mean)} explained in the mean,`
             + ` ${percent(worst)} at worst (${choice.names[Math.round(place)]})`);
         if (slider() !== document.activeElement) {
             slider().value = place;
@@ -132,10 +136,16 @@
         fill();
     }
 
+    // What stands in a field is meant as what the field is for, also where it cannot be that: so an error
+    // names the right one. A part of one is a share too.
     const UNITS = {size: " MB", share: " %"};
     function typed(box) {
-        const unit = /^[\d.]+$/.test(box.value.trim()) ? UNITS[box.dataset.size] || "" : "";
-        write(box.value + unit);
+        const kind = box.dataset.size, text = box.value.trim();
+        if (kind === "share" && /^0?\.\d+$/.test(text)) {
+            write(`${Number((Number(text) * 100).toPrecision(9))} %`);
+        } else {
+            write(text && kindOf(text) !== kind ? text + (UNITS[kind] || "") : text);
+        }
     }
 
     document.addEventListener("input", (event) => {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.errors import CheckpointError, MismatchError
 
 _ADVICE: Final = "choose checkpoints of one family"
+_MOST_NAMES: Final = 4  # of files that are alike, in one sentence
 _UNCOMPARED: Final = (Treatment.COPY, Treatment.DROP)
 
 Shapes = dict[str, tuple[int, ...]]
@@ -73,12 +73,19 @@ def check_distinct(headers: Sequence[Header]) -> list[str]:
         fingerprint(header) if sizes.count(header.size) > 1 else str(index)
         for index, header in enumerate(headers)
     ]
-    names = _names(headers)
-    return [
-        f"{names[i]} and {names[j]} have the same content"
-        for i, j in combinations(range(len(headers)), 2)
-        if prints[i] == prints[j]
-    ]
+    groups: dict[str, list[str]] = {}
+    for name, content in zip(_names(headers), prints, strict=True):
+        groups.setdefault(content, []).append(name)
+    return [f"{_join(names)} have the same content" for names in groups.values() if len(names) > 1]
+
+
+def _join(names: Sequence[str]) -> str:
+    """Returns the names as they stand in a sentence: the first of them, and how many more there are."""
+    if len(names) > _MOST_NAMES:
+        shown, last = names[: _MOST_NAMES - 1], f"{len(names) - _MOST_NAMES + 1} more"
+    else:
+        shown, last = names[:-1], names[-1]
+    return f"{', '.join(shown)} and {last}"
 
 
 def find_missing_parts(header: Header, layout: Layout) -> list[str]:

@@ -160,6 +160,6 @@ def _asset(name: str) -> str:
 
 
 _PAGE: Final = """
-.gradio-container { max-width: 1500px !important; }
+.gradio-container { max-width: 1500px !important; overflow: visible !important; } /* progress sticks to the window */
 footer { display: none !important; }
 """

@@ -251,9 +251,9 @@ def _errors_explained(model: Path, folders: Folders) -> Iterator[None]:
         raise
     except Exception as error:  # the libraries may raise anything
         _log.exception("diffusers failed with %s", model.name)
-        line = str(error).strip().partition("\n")[0]
+        line = str(error).strip().partition("\n")[0].removesuffix(".") or type(error).__name__
         raise PictureError(
-            f"diffusers cannot draw with {model.name} ({type(error).__name__}: {line}). The first time"
+            f"diffusers cannot draw with {model.name} ({line}). The first time"
             " it fetches configuration and tokenizer from huggingface.co: be online, or put them into"
             f" {configuration_folder(folders, _read_family(model))}"
         ) from error

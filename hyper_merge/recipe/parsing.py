@@ -173,11 +173,10 @@ def parse_share(value: object) -> float | None:
     if value is None:
         return None
     match = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match:
-        value = float(match[1]) / 100
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    share = float(match[1]) / 100 if match else value
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise expected_error('a share, such as "95%" or 0.95', value)
-    return float(value)
+    return float(share)
 
 
 def parse_words(value: object) -> tuple[str, ...]:

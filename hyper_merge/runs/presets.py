@@ -90,7 +90,9 @@ def delete_preset(folder: Path, name: str) -> None:
 
 def _checked_name(name: str) -> str:
     name = name.strip()
-    if not name or len(name) > _LONGEST or not name.isprintable():
+    if not name:
+        raise RunError("the preset has no name yet", hint="enter one")
+    if len(name) > _LONGEST or not name.isprintable():
         raise RunError(
             f"expected a name of 1 to {_LONGEST} letters on one line for the preset, got"
             f" {len(name)} letters"

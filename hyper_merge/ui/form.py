@@ -26,7 +26,8 @@ from hyper_merge.ui.form_fields import (
     VAE_CHOICES,
 )
 
-_SIZE: Final = re.compile(r"[\d.]+\s*([kmg]i?b?|b)", re.IGNORECASE)
+# what ends with a unit is meant as a size, whatever stands before it
+_SIZE: Final = re.compile(r".*(?<![a-z])([kmg]i?b?|b)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

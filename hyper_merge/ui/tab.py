@@ -57,12 +57,12 @@ def _build(host: Host, jobs: Jobs) -> Wiring:
         with gr.Tab("Merge", elem_id=elem_id("merge_tab")):
             picker = build_picker(host.folders().models, demo=offers_demo(host))
             with gr.Row(elem_id=elem_id("columns")):
-                with gr.Column(scale=5, min_width=320):
+                with gr.Column(min_width=380):
                     preset, form, presets, size = build_form(
                         host, picker.checkpoints, list_devices()
                     )
                     run = build_run()
-                with gr.Column(scale=6, min_width=320):
+                with gr.Column(min_width=380):
                     result = build_result(host)
         with gr.Tab("Use", elem_id=elem_id("use_tab")) as opened:
             use = build_use(host, opened)

@@ -167,6 +167,18 @@ def test_equal_content_is_a_warning(tmp_path):
     assert check_distinct(read(*paths)) == ["a.safetensors and b.safetensors have the same content"]
 
 
+@pytest.mark.parametrize(
+    ("names", "listed"),
+    [
+        ("abc", "a.safetensors, b.safetensors and c.safetensors"),
+        ("abcdefg", "a.safetensors, b.safetensors, c.safetensors and 4 more"),
+    ],
+)
+def test_many_files_of_equal_content_are_one_warning(tmp_path, names, listed):
+    paths = [save(tmp_path / f"{name}.safetensors", 1.0) for name in names]
+    assert check_distinct(read(*paths)) == [f"{listed} have the same content"]
+
+
 def test_a_missing_file_is_told(tmp_path):
     headers = read(save(tmp_path / "a.safetensors", 1.0))
     headers[0].path.unlink()

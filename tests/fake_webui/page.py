@@ -233,6 +233,7 @@ def head(extension):
     ]
     style = extension / "style.css"
     css = style.read_text(encoding="utf-8") if style.exists() else ""
+    css += "div.gradio-container { overflow: visible !important; }"  # as in the hosts' own style
     tags = "".join(f"<script>\n{script}\n</script>\n" for script in scripts)
     return f"<style>\n{css}\n</style>\n{tags}"
 

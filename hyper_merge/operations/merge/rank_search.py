@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,6 +19,7 @@ from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
 
 _TRIES: Final = 4  # solves for one target
 _TOLERANCE: Final = 0.003  # above the target: close enough
+_TINY: Final = 1e-9  # where a solve leaves nothing
 
 
 def forecast_ranks_for(metric: Metric, preflight: Preflight, progress: Progress) -> RankForecast:
@@ -74,9 +76,10 @@ def _solve_for_target(
     """Returns the smallest solution, of a few, with which every checkpoint reaches the target."""
     recipe, inputs = preflight.recipe, preflight.inputs
     best: SolvedMerge | None = None
+    sizes: list[int] = []
     best_bytes, highest, aim = 0, 0.0, target
     for part in progress.split((1.0,) * _TRIES):
-        factor_bytes = forecast.budget_for(min(aim, 1.0))
+        factor_bytes = _next_size(aim, forecast, sizes, has_reached=best is not None)
         if factor_bytes is None:
             break
         ranks = forecast.ranks_for(factor_bytes)
@@ -87,16 +90,45 @@ def _solve_for_target(
             best, best_bytes = solved, factor_bytes
         if target <= worst <= target + _TOLERANCE:
             break
-        aim += target - worst + _TOLERANCE / 3
+        sizes.append(factor_bytes)
+        aim = _next_aim(aim, target, worst)
     if best is None:
         raise _unreachable(target, forecast, highest)
     return best
 
 
+def _next_size(
+    aim: float, forecast: RankForecast, sizes: Sequence[int], *, has_reached: bool
+) -> int | None:
+    """Returns the bytes of the next solve; None where no other is worth a try.
+
+    Args:
+        aim: forecast share at which the target is expected.
+        forecast: of what LoRAs explain.
+        sizes: of the solves so far.
+        has_reached: whether one of them reaches the target; else the largest size is tried too.
+    """
+    size = forecast.budget_for(aim)
+    if sizes and not has_reached and (size is None or len(sizes) == _TRIES - 1):
+        size = forecast.largest
+    return None if size in sizes else size
+
+
+def _next_aim(aim: float, target: float, worst: float) -> float:
+    """Returns the forecast share at which a solve is expected to reach the target, after one that did not.
+
+    What the forecast leaves is scaled as what the solve left must be: so no aim is beyond the whole, however
+    far below its forecast a solve ends.
+    """
+    left = max(1 - target - _TOLERANCE / 3, (1 - target) / 2)
+    return 1 - (1 - aim) * left / max(1 - worst, _TINY)
+
+
 def _unreachable(target: float, forecast: RankForecast, reached: float) -> RecipeError:
+    """Returns the refusal of a target; `reached` is the highest share of the solves, 0 without any."""
     shares = forecast.explained_by_shared(forecast.largest)
     worst = int(shares.argmin())
-    highest = max(reached, float(shares[worst]))
+    highest = reached or float(shares[worst])
     return RecipeError(
         f"the target of {target:.1%} cannot be reached: LoRAs explain at most {highest:.1%} of"
         f" {forecast.names[worst]}, with {format_size(forecast.largest)}",

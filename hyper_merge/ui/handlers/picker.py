@@ -137,14 +137,14 @@ def show_plan(host: Host, catalogue: Catalogue, groups: str, *values: Any) -> tu
     """
     form = Form.from_widgets(*values)
     names = form.checkpoints
-    placeholder = gr.update(placeholder=suggest_name(names) if names else "")
+    suggested = suggest_name(names) if names else ""
     problem = _problem(host, catalogue, names)
     if problem is not None:
         buttons = update_group_buttons(names, None, groups)
-        return (problem, placeholder, *NO_CURVE, *buttons)
-    plan, plot, forecast = _plan_and_forecast(host, form)
+        return (problem, gr.update(placeholder=suggested), *NO_CURVE, *buttons)
+    plan, run, plot, forecast = _plan_and_forecast(host, form)
     buttons = update_group_buttons(names, forecast, groups)
-    return (plan, placeholder, *plot, *buttons)
+    return (plan, gr.update(placeholder=run or suggested), *plot, *buttons)
 
 
 def _problem(host: Host, catalogue: Catalogue, names: Sequence[str]) -> str | None:
@@ -164,20 +164,28 @@ def _can_merge(catalogue: Catalogue, path: Path) -> bool:
     return status is not None and not catalogue.inspect(path, status).problem
 
 
-def _plan_and_forecast(host: Host, form: Form) -> tuple[str, tuple[Any, Any], ForecastCurve | None]:
-    """Returns the plan or why there is none, updates of plot and button, and the forecast."""
+def _plan_and_forecast(
+    host: Host, form: Form
+) -> tuple[str, str, tuple[Any, Any], ForecastCurve | None]:
+    """Returns the plan or why there is none, the run's name, updates of plot and button, and the forecast.
+
+    The name is empty where there is no plan.
+    """
+    if not (form.ranks or "").strip():
+        message = format_message("info", "Enter ranks, a total size or a share.")
+        return message, "", *_without_size(host, form)
     try:
         preflight = preflight_form(host, form)
     except HyperMergeError as error:
-        return format_message("bad", str(error)), *_without_size(host, form)
+        return format_message("bad", str(error)), "", *_without_size(host, form)
     forecast = known_forecast(preflight)
     size = forecast.requested_size(preflight) if forecast else None
-    plan = _plan(form, preflight, size)
+    plan, run = _plan(form, preflight, size)
     if forecast is not None:
         plan += format_forecast_notes(forecast, preflight.recipe, size)
     text = form.ranks
     curve = show_curve(text, forecast, size) if forecast else offer_curve(text, preflight)
-    return plan, curve, forecast
+    return plan, run, curve, forecast
 
 
 def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
@@ -189,14 +197,15 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurv
     return (NO_CURVE if forecast is None else show_curve(form.ranks, forecast, None)), forecast
 
 
-def _plan(form: Form, preflight: Preflight, size: int | None) -> str:
+def _plan(form: Form, preflight: Preflight, size: int | None) -> tuple[str, str]:
+    """Returns the plan, or why there is none, and the name that the run will have, or has."""
     try:
         preflight, place = with_free_name(preflight, named=has_name(form))
-        return format_merge_plan(preflight, place, size)
+        return format_merge_plan(preflight, place, size), place.run
     except SameMergeError as error:
         text = (
             f"Made already: this is the run {error.run}. Change settings or name for another one."
         )
-        return format_message("good", text)
+        return format_message("good", text), error.run
     except HyperMergeError as error:  # a checkpoint may have been removed just now
-        return format_message("bad", str(error))
+        return format_message("bad", str(error)), ""

@@ -24,6 +24,7 @@ from hyper_merge.ui.html.names import format_text
 
 MessageKind = Literal["info", "good", "bad"]
 
+_MOST_NOTES: Final = 5  # that are shown at once
 _ENDINGS: Final[Mapping[str, tuple[MessageKind, str]]] = {
     "done": ("good", "Done"),
     "stopped": ("info", "Stopped"),
@@ -37,6 +38,14 @@ def format_message(kind: MessageKind, text: str) -> str:
     return (
         f'<div class="hm-message hm-{kind}" role="status">{format_text(text)}</div>' if text else ""
     )
+
+
+def format_notes(notes: Sequence[str]) -> str:
+    """Returns a box for each remark; of many all but the first ones are folded away."""
+    boxes = [format_message("info", note) for note in notes]
+    shown, folded = boxes[:_MOST_NOTES], boxes[_MOST_NOTES:]
+    more = f"<summary>{format_count(len(folded), 'more remark')}</summary>{''.join(folded)}"
+    return "".join(shown) + (f"<details class=hm-more>{more}</details>" if folded else "")
 
 
 def format_unexpected_error(error: BaseException) -> str:
@@ -114,20 +123,18 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
     before = sum(header.size for header in preflight.inputs.headers)
     average = place.size_of_hyper_model(estimate.average)
     hyper = f"{place.hyper_model.name} ({format_size(average)}{', exists already' if place.exists else ''})"
-    size = estimate.loras if recipe.target is None else forecast_size or estimate.loras
+    size = recipe.budget or (recipe.target and forecast_size) or estimate.loras
     count = format_count(len(recipe.ranks), "LoRA")
-    loras = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …"
-    if recipe.budget is not None:
+    loras, about = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …", ""
+    if recipe.finds_ranks:
         loras = "LoRAs"
-    elif recipe.target is not None:
-        loras = (
-            "LoRAs, about"
-            if forecast_size
-            else "LoRAs of a size that the merge determines, roughly"
-        )
+    if recipe.budget is not None:
+        about = "at most "
+    if recipe.target is not None:
+        about = "about " if forecast_size else "as large as the share takes, perhaps "
     lines = [
         (
-            f"<b>{_text(hyper)}</b> and {loras} (<b>{format_size(size)}</b>): "
+            f"<b>{_text(hyper)}</b> and {loras} ({about}<b>{format_size(size)}</b>): "
             f"{format_size(average + size)} instead of {format_size(before)}."
         ),
         (
@@ -135,8 +142,7 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
             f" and at most {format_size(estimate.disk)} of disk space including the cache."
         ),
     ]
-    notes = [format_message("info", warning) for warning in preflight.warnings]
-    return "".join(f"<p>{line}</p>" for line in lines) + "".join(notes)
+    return "".join(f"<p>{line}</p>" for line in lines) + format_notes(preflight.warnings)
 
 
 def format_forecast_notes(
@@ -180,7 +186,7 @@ def format_job_status(status: JobStatus) -> str:
     The element carries the task's id: where the host draws its own bar, a script puts it here instead
     ours, which then hides the percentage and the time too.
     """
-    notes = "".join(format_message("info", note) for note in status.notes)
+    notes = format_notes(status.notes)
     if status.outcome != "running":
         kind, word = _ENDINGS[status.outcome]
         reason = status.message.removeprefix("stopped; ")

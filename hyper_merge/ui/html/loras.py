@@ -27,10 +27,10 @@ from hyper_merge.ui.html.names import format_names
 from hyper_merge.ui.html.use import format_private_lora
 
 _ORDERS: Final = {
-    "name": "Name",
+    "name": "By name",
     "time": "Newest first",
     "size": "Largest first",
-    "family": "Family",
+    "family": "By family",
 }
 _DONE: Final = ' <span class="hm-chip hm-good">✓ Done</span>'
 

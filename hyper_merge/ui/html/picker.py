@@ -9,10 +9,10 @@ from typing import Final
 from hyper_merge.ui.element_ids import elem_id
 
 _ORDERS: Final = {
-    "name": "Name",
+    "name": "By name",
     "time": "Newest first",
     "size": "Largest first",
-    "family": "Family",
+    "family": "By family",
 }
 
 

@@ -60,7 +60,7 @@ def build_loras(opened: gr.Tab) -> LoraPanel:
         clear = button("lora_clear", "Clear")
         refresh = button("lora_refresh", "Refresh")
     with gr.Row(elem_id=elem_id("lora_columns")):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(min_width=380):
             about, form = _build_form(picked)
             with gr.Row(elem_id=elem_id("lora_run_row")):
                 start = widget(
@@ -74,7 +74,7 @@ def build_loras(opened: gr.Tab) -> LoraPanel:
                     gr.Button, "lora_stop", value="Stop", interactive=False, scale=1, min_width=90
                 )
             message, status = html("lora_message"), html("lora_status")
-        with gr.Column(scale=6, min_width=320):
+        with gr.Column(min_width=380):
             result = html("lora_result", format_lora_introduction())
     wrote = hidden_text("lora_wrote")
     return LoraPanel(

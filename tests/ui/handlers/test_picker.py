@@ -15,6 +15,7 @@ from hyper_merge.operations.catalogue import Catalogue
 from hyper_merge.operations.inspect import inspect_header
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.recipe.parsing import parse_name
+from hyper_merge.runs.folders import LORA_MANIFEST
 from hyper_merge.ui.form_fields import BASE_AVERAGE
 from hyper_merge.ui.handlers import picker
 from hyper_merge.ui.handlers.picker import (
@@ -94,6 +95,15 @@ def test_an_empty_name_shows_what_it_stands_for(host):
     assert show_plan(host, Catalogue(), "", *values(checkpoints=[]))[1]["placeholder"] == ""
 
 
+def test_the_suggested_name_is_the_one_that_a_merge_would_get(host, root):
+    of_loras = root / "hyper-merge" / "hyper-a-3" / LORA_MANIFEST
+    of_loras.parent.mkdir(parents=True)
+    of_loras.write_text("{}")
+    plan, field, *_ = show_plan(host, Catalogue(), "", *values(name="", ranks="3"))
+    assert field["placeholder"] not in ("", "hyper-a-3")
+    assert f"LoRA {field['placeholder']}_0-3" in words(plan)
+
+
 def test_nothing_is_written_by_a_plan(host, root):
     before = sorted(root.rglob("*"))
     facts(host, *NAMES)
@@ -118,7 +128,13 @@ def test_a_single_checkpoint_asks_for_one_more(host):
     ("changes", "message"),
     [
         ({"ranks": "many"}, 'Ranks: item 1: expected a whole number from 1 to 4096, got "many"'),
-        ({"ranks": ""}, "Ranks: expected a list of whole numbers"),
+        ({"ranks": "x %"}, 'Share, at worst: expected a share, such as "95%" or 0.95, got "x %"'),
+        ({"ranks": "150 %"}, 'Share, at worst: expected a share, such as "95%" or 0.95, got "150'),
+        (
+            {"ranks": "-3 MB"},
+            'Total size: expected a size, such as "300MB" or "1.5GB", got "-3 MB"',
+        ),
+        ({"ranks": "1,5 GB"}, 'Total size: expected a size, such as "300MB" or "1.5GB", got "1,5'),
         ({"weights": "1, 2"}, "Weights: expected 3 numbers, one per checkpoint, got 2"),
         ({"name": "a/b"}, 'Name: the path separator "/" is not allowed'),
         ({"iterations": None}, "Rounds at most: expected a whole number"),
@@ -136,6 +152,10 @@ def test_an_impossible_setting_is_reported_calmly(host, changes, message):
     kind, text = plan_message(host, **changes)
     assert kind == ["bad"]
     assert text.startswith(message)
+
+
+def test_no_size_is_asked_for_calmly(host):
+    assert plan_message(host, ranks=" ") == (["info"], "Enter ranks, a total size or a share.")
 
 
 @pytest.mark.parametrize("changes", [{"name": None}, {"ranks": None}, {"weights": None}])

@@ -64,11 +64,17 @@ def test_a_preset_is_replaced_by_one_of_its_name(host):
     assert loaded(host, "one")[0] == values(ranks="8")
 
 
-@pytest.mark.parametrize("name", ["", "  ", None, "a\nb", "x" * 61, "a\0"])
-def test_what_is_no_name_is_refused(host, name):
+EMPTY, WRONG = "no name yet; enter one", "expected a name of 1 to 60 letters on one line"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [*((x, EMPTY) for x in ("", "  ", None)), *((x, WRONG) for x in ("a\nb", "x" * 61, "a\0"))],
+)
+def test_what_is_no_name_is_refused(host, name, reason):
     listed, message = save_named_preset(host, name, *values())
     assert unchanged(listed)
-    assert "expected a name of 1 to 60 letters on one line" in words(message)
+    assert reason in words(message)
     assert not host.folders().runs.exists()
 
 

@@ -19,6 +19,7 @@ from hyper_merge.ui.html.common import (
     format_merge_introduction,
     format_merge_plan,
     format_message,
+    format_notes,
     format_percent,
     format_table,
 )
@@ -255,3 +256,26 @@ def test_a_curve_has_few_ticks_at_round_sizes(low, high, ticks):
 )
 def test_a_size_has_its_place_between_its_neighbours(size, place):
     assert place_of([10, 20, 40], size) == place
+
+
+def test_of_many_remarks_all_but_the_first_are_folded_away():
+    notes = [f"note {number}" for number in range(8)]
+    html = format_notes(notes)
+    assert all(note in words(html) for note in notes)
+    assert "3 more remarks" in words(html)
+    shown = html[: html.index("<details")]
+    assert kinds(shown) == ["info"] * 5
+    assert format_notes(notes[:5]) == shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"ranks": "60 kB"}, "and LoRAs (at most 60 kB)"),
+        ({"ranks": "90 %"}, "and LoRAs (as large as the share takes, perhaps"),
+    ],
+)
+def test_a_plan_says_of_which_size_loras_will_be(host, changes, text):
+    assert text in words(
+        format_merge_plan(*prepare_merge(host, Form.from_widgets(*values(**changes))))
+    )

@@ -334,8 +334,8 @@ def test_loras_are_of_8_bits_by_default_where_they_load_and_lose_little(
     assert decided(by_default()) == "float8"
     assert decided(by_default(dtype="bfloat16")) == "float8"
     assert decided(by_default(dtype="float32")) == "same"
-    assert decided(by_default(ranks=None, target=0.98)) == "float8"
-    assert decided(by_default(ranks=None, target=0.99)) == "same"
+    assert decided(by_default(target=0.98)) == "float8"
+    assert decided(by_default(target=0.99)) == "same"
     assert decided(recipe(files, tmp_path, lora_dtype="same")) == "same"
     monkeypatch.setattr("sys.platform", "darwin")
     assert decided(by_default()) == "same"

@@ -124,7 +124,8 @@ def _prepare(request: ApplyRequest, progress: Progress) -> _Application:
     if not request.accepts_damaged:
         require_downloaded(header.path)
     require_supported(header)
-    layout = layout_of(header, with_prediction_type(header, detect_family(header)))
+    family = with_prediction_type(header, detect_family(header))
+    layout = layout_of(header, family.as_lora_input())
     loras = tuple(_modules(path, layout) for path in request.loras)
     for lora in loras:
         require_complete(lora, progress.warn, accepts_damaged=request.accepts_damaged)

@@ -75,7 +75,7 @@ def test_what_the_report_says_holds_for_the_files(tmp_path, relatives, settings)
     for path, row in zip(relatives, result.report.checkpoints, strict=True):
         original = dense(path)
         left = distance(restored(result, row), original) / energy(original)
-        assert row.explained == pytest.approx(1 - left, abs=3e-3)
+        assert row.explained == pytest.approx(1 - left, abs=5e-4)
     if "budget" in settings:
         size = sum(path.stat().st_size for path in result.loras)
         assert 0.97 * settings["budget"] < size <= settings["budget"]

@@ -104,9 +104,9 @@ class FactoredAnalysis(Analysis):
         sizes = torch.tensor([up.shape[1] for up, _ in blocks])
         block_of = torch.arange(len(blocks)).repeat_interleave(sizes)
         up, down = torch.cat([up for up, _ in blocks], 1), torch.cat([down for _, down in blocks])
-        products = (ups.mT @ up) * (downs @ down.mT)
         of_input = torch.zeros(self.contrasts.count + 1, len(block_of), dtype=torch.float64)
-        of_input.index_add_(0, part.owners, products.double())
+        for row, span in zip(of_input, part.spans, strict=False):
+            row.copy_(((ups[:, span].mT @ up) * (downs[span] @ down.mT)).sum(0))
         return of_input.new_zeros(len(of_input), len(blocks)).index_add_(1, block_of, of_input)
 
     def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32

@@ -140,13 +140,34 @@ def compress_many(
     layer = FactoredLayer(
         left, right, ups.half(), unit.half(), parts.spans, parts.energies, spectra, sizes
     )
-    # The bases hold what is kept, so that its inner products are those between them.
-    products = ((ups[:, kept].mT @ ups) * (downs[kept] @ downs.mT)).double()
-    member = torch.nn.functional.one_hot(layer.owners, len(pairs)).double()
-    half = member[kept].mT @ products @ member
-    gram = half + half.mT - member[kept].mT @ products[:, kept] @ member[kept]
+    gram = _products_of_kept(ups, downs, kept, parts.spans)
     gram.diagonal().copy_(parts.total())
     return replace(layer, gram=gram)
+
+
+def _products_of_kept(
+    ups: Tensor,  # (p, S)
+    downs: Tensor,  # (S, q)
+    kept: Tensor,  # (any,): places of the components that the bases hold, rising
+    spans: Sequence[slice],
+) -> Tensor:  # (k, k), float64
+    """Returns inner products of the matrices, without those of components that are both not kept.
+
+    The bases hold what is kept, so that its inner products are those between them.
+    """
+    up, down = ups[:, kept].mT, downs[kept]
+    every, among = torch.zeros(2, len(spans), len(kept), dtype=torch.float64)
+    is_kept = torch.zeros(ups.shape[1], dtype=ups.dtype)
+    is_kept[kept] = 1
+    owners = torch.empty_like(kept)
+    for place, span in enumerate(spans):  # one after the other: all products are many
+        products = (up @ ups[:, span]) * (down @ downs[span].mT)
+        every[place] = products.sum(1)
+        among[place] = products @ is_kept[span]
+        owners[(kept >= span.start) & (kept < span.stop)] = place
+    member = torch.nn.functional.one_hot(owners, len(spans)).double()
+    half = every @ member
+    return half + half.mT - among @ member
 
 
 def _span(

@@ -121,6 +121,13 @@ def test_many_beyond_the_width_keep_their_norms_and_spectra():
     assert_close(layer.spectra.private, expected, rtol=1e-3, atol=1e-3)
     projected = layer.left.double().mT @ dense @ layer.right.double()
     assert_close(layer.core().double(), projected, rtol=0, atol=3e-2)
+    u, sizes, vh = torch.linalg.svd(dense, full_matrices=False)
+    outside = sizes < sizes[:, :4].flatten().topk(12).values[-1] * 0.9999
+    dropped = ((u * (sizes * outside)[:, None]) @ vh).flatten(1)
+    expected = dense.flatten(1) @ dense.flatten(1).mT - dropped @ dropped.mT
+    apart = ~torch.eye(10, dtype=torch.bool)
+    atol = 1e-3 * float(expected.abs().max())
+    assert_close(layer.gram[apart], expected[apart], rtol=0, atol=atol)
     # No sum of so many ranks explains more than the spectra of the bases say.
     total = float(dense.square().sum())
     unfolded = torch.linalg.svdvals(projected.transpose(0, 1).flatten(1)).square()

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hyper_merge.decomposition.initialization import SearchEffort
+from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.operations.loras.known_layers import known_family
 from hyper_merge.operations.loras.share import preflight_share, run_share
 from hyper_merge.recipe.recipe import Recipe
@@ -137,6 +138,17 @@ def share(paths, output, **settings):
         del values["ranks"]
     recipe = Recipe.from_settings({**values, "models": tuple(paths), "output": output}, "recipe")
     return run_share(preflight_share(recipe), Progress(), SearchEffort.QUICK)
+
+
+def restored(result, row):
+    """Returns what the prompt of an input adds, from the files alone."""
+    total = {}
+    for tag in parse_tags(result.report.tags(row)):
+        (path,) = [path for path in result.loras if path.stem == tag.name]
+        for module, change in dense(path).items():
+            x = tag.text_multiplier if module.startswith("lora_te") else tag.multiplier
+            total[module] = total.get(module, 0.0) + x * change
+    return total
 
 
 def write_related(folder, count=4, rank=4, latents=2):

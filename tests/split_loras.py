@@ -60,6 +60,10 @@ PARTS = {
             "joint_blocks.2.context_block.adaLN_modulation.1",
             *(0, 24),
         ),
+        "context_embedder": ("context_embedder", 0, 12),
+        "time_text_embed.timestep_embedder.linear_1": ("t_embedder.mlp.0", 0, 12),
+        "time_text_embed.text_embedder.linear_2": ("y_embedder.mlp.2", 0, 12),
+        "norm_out.linear": ("final_layer.adaLN_modulation.1", 0, 24),
     },
     "lumina_2": {
         "layers.1.attn.to_q": ("layers.1.attention.qkv", 0, 12),
@@ -71,6 +75,9 @@ PARTS = {
         "context_refiner.0.attn.to_q": ("context_refiner.0.attention.qkv", 0, 12),
         "context_refiner.0.attn.to_k": ("context_refiner.0.attention.qkv", 12, 16),
         "context_refiner.0.attn.to_v": ("context_refiner.0.attention.qkv", 16, 20),
+        "x_embedder": ("x_embedder", 0, 12),
+        "time_caption_embed.caption_embedder.1": ("cap_embedder.1", 0, 12),
+        "norm_out.linear_2": ("final_layer.linear", 0, 64),
     },
     "flux2_klein": {
         "transformer_blocks.1.attn.to_q": ("double_blocks.1.img_attn.qkv", 0, 8),
@@ -79,6 +86,10 @@ PARTS = {
         "transformer_blocks.1.ff.linear_in": ("double_blocks.1.img_mlp.0", 0, 48),
         "single_transformer_blocks.1.attn.to_qkv_mlp_proj": ("single_blocks.1.linear1", 0, 72),
         "single_transformer_blocks.1.attn.to_out": ("single_blocks.1.linear2", 0, 8),
+        "x_embedder": ("img_in", 0, 8),
+        "context_embedder": ("txt_in", 0, 8),
+        "time_guidance_embed.timestep_embedder.linear_2": ("time_in.out_layer", 0, 8),
+        "norm_out.linear": ("final_layer.adaLN_modulation.1", 0, 16),
     },
 }
 PARTS["chroma"] = {
@@ -86,7 +97,13 @@ PARTS["chroma"] = {
     for name, place in PARTS["flux_dev"].items()
     if "attn" in name or "proj" in name.split(".", 2)[-1]
 }
-del PARTS["chroma"]["proj_out"]  # which is averaged only
+PARTS["chroma"] |= {
+    "distilled_guidance_layer.in_proj": ("distilled_guidance_layer.in_proj", 0, 8),
+    "distilled_guidance_layer.layers.3.linear_2": (
+        "distilled_guidance_layer.layers.3.out_layer",
+        *(0, 8),
+    ),
+}
 
 # Rule `swap_scale_shift` of the same tables: scale and shift of the last norms stand the other way round.
 SWAPPED = {"final_layer.adaLN_modulation.1", "joint_blocks.2.context_block.adaLN_modulation.1"}
@@ -96,7 +113,7 @@ def layout(family):
     """Returns the layout of a narrow checkpoint."""
     tensors = {key: TensorInfo(torch.float32, shape) for key, shape in NARROW[family]().items()}
     header = Header("a.safetensors", tensors, {}, 0, 0)
-    return layout_of(header, detect_family(header))
+    return layout_of(header, detect_family(header).as_lora_input())
 
 
 def index(family):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import Contrasts
+from hyper_merge.decomposition.linalg import inner_products
 from hyper_merge.runtime.scratch import Scratch
 
 
@@ -28,6 +30,11 @@ class Analysis(ABC):
     contrasts: Contrasts
     sensitivities: Sensitivities | None
     scratch: Scratch
+
+    @property
+    def has_many(self) -> bool:
+        """Tells whether the inputs are so many that what can be done on factors alone must be."""
+        return False
 
     @abstractmethod
     def without_ends(self) -> Analysis:
@@ -68,6 +75,16 @@ class Analysis(ABC):
     @abstractmethod
     def core_shape(self, index: int) -> tuple[int, int]:  # p, q
         """Returns the sides of a layer's core, without reading it."""
+
+    def products(
+        self,
+        index: int,
+        blocks: Sequence[tuple[Tensor, Tensor]],  # (p, r), (r, q), R of them, float32
+    ) -> Tensor:  # (d + 1, R), float64
+        """Returns inner products of a layer's slices and, last, the rounding error with blocks."""
+        rows = torch.cat([self.core(index), self.rounding(index)[None]])
+        matrices = torch.stack([(up @ down).flatten() for up, down in blocks])
+        return inner_products(rows.flatten(1), matrices)
 
     @abstractmethod
     def earlier_solutions(self, name: str, group: str) -> list[Tensor]:  # each (d, R), float64

@@ -12,7 +12,7 @@ from hyper_merge.analysis.file_layout import UNCARRIED_KINDS
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import around_base
-from hyper_merge.decomposition.factored import FactoredLayer
+from hyper_merge.decomposition.factored import FEW, FactoredLayer
 from hyper_merge.runtime.scratch import Scratch
 
 
@@ -23,18 +23,25 @@ class FactoredAnalysis(Analysis):
     are taken as those of a usual network: entries of variance 1 / n in a layer of n inputs.
     """
 
-    def __init__(self, layers: Sequence[Layer], count: int, parts: Sequence[FactoredLayer]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        count: int,
+        parts: Sequence[FactoredLayer],
+        scratch: Scratch | None = None,
+    ) -> None:
         """Takes the layers' parts.
 
         Args:
             layers: all layers.
             count: of the inputs, k.
             parts: one for each layer.
+            scratch: takes what is computed from them; None for memory.
         """
         self.layers = tuple(layers)
         self.contrasts = around_base(count)
         self.sensitivities = None
-        self.scratch = Scratch()
+        self.scratch = scratch or Scratch()
         self._parts = tuple(parts)
 
     def without_ends(self) -> FactoredAnalysis:
@@ -42,7 +49,12 @@ class FactoredAnalysis(Analysis):
         pairs = zip(self.layers, self._parts, strict=True)
         kept = [(layer, part) for layer, part in pairs if not layer.is_end]
         layers, parts = zip(*kept, strict=True) if kept else ((), ())
-        return FactoredAnalysis(layers, self.contrasts.count, parts)
+        return FactoredAnalysis(layers, self.contrasts.count, parts, self.scratch)
+
+    @property
+    def has_many(self) -> bool:
+        """Tells whether the inputs are so many that all work is on factors, and on bases without order."""
+        return self.contrasts.count > FEW
 
     @property
     def grams(self) -> Tensor:  # (layers, k + 1, k + 1), float64
@@ -71,9 +83,31 @@ class FactoredAnalysis(Analysis):
         """Returns a layer's core, multiplied out."""
         return self._parts[index].core()
 
+    def part(self, index: int) -> FactoredLayer:
+        """Returns a layer's inputs as factors."""
+        return self._parts[index]
+
     def rounding(self, index: int) -> Tensor:  # (p, q), float32
         """Returns zeros: zero has no rounding error."""
         return torch.zeros(self.core_shape(index))
+
+    def products(
+        self,
+        index: int,
+        blocks: Sequence[tuple[Tensor, Tensor]],  # (p, r), (r, q), R of them, float32
+    ) -> Tensor:  # (d + 1, R), float64
+        """Returns inner products of a layer's inputs and, last, zero with blocks between its bases."""
+        if not self.has_many:
+            return super().products(index, blocks)
+        part = self._parts[index]
+        ups, downs = part.components()
+        sizes = torch.tensor([up.shape[1] for up, _ in blocks])
+        block_of = torch.arange(len(blocks)).repeat_interleave(sizes)
+        up, down = torch.cat([up for up, _ in blocks], 1), torch.cat([down for _, down in blocks])
+        of_input = torch.zeros(self.contrasts.count + 1, len(block_of), dtype=torch.float64)
+        for row, span in zip(of_input, part.spans, strict=False):
+            row.copy_(((ups[:, span].mT @ up) * (downs[span] @ down.mT)).sum(0))
+        return of_input.new_zeros(len(of_input), len(blocks)).index_add_(1, block_of, of_input)
 
     def bases(self, index: int) -> tuple[Tensor, Tensor]:  # (m, p), (n, q), float32
         """Returns a layer's bases."""

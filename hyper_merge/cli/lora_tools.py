@@ -33,12 +33,19 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_multipliers_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the option for the LoRAs' multipliers."""
+    """Adds the options for the LoRAs' multipliers, in all and by block."""
     parser.add_argument(
         "--multipliers",
         metavar="X",
         nargs="+",
         help="one number per LoRA, in their order (default: 1 each)",
+    )
+    parser.add_argument(
+        "--block_weights",
+        metavar="W,W,...",
+        nargs="+",
+        help="one text per LoRA, as the extension LoRA Block Weight has them (lbw=): 12 or 20 numbers for"
+        " XL, 17 or 26 for SD 1.x and 2.x",
     )
 
 
@@ -86,6 +93,7 @@ def tool_values(options: argparse.Namespace) -> dict[str, object]:
     return {
         "loras": options.loras,
         "multipliers": None if words is None else " ".join(words),
+        "block_weights": getattr(options, "block_weights", None),
         "to": options.to,
         "overwrite": options.overwrite,
         "damaged": options.damaged,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Final
 
+import torch
 from torch import Tensor
 
+_RELATED: Final = 0.03  # cosine from which inputs may have something to share
 _CLEAR: Final = 4.0  # of Calinski and Harabasz' index, which is about 1 where nothing is grouped
 
 
@@ -52,14 +55,44 @@ def find_clusters(
     return Clusters(best, share)
 
 
+def find_relatives(
+    gram: Tensor,  # (k, k), inner products of the deviations
+) -> list[list[int]]:
+    """Returns groups of inputs that are related to each other, directly or through others.
+
+    Inputs of different groups have next to nothing in common.
+    """
+    norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    related = (gram * norms * norms[:, None]).abs() > _RELATED
+    groups: list[list[int]] = []
+    left = set(range(len(gram)))
+    while left:
+        group, new = set[int](), {min(left)}
+        while new:
+            group |= new
+            new = {i for c in new for i in related[c].nonzero().flatten().tolist()} - group
+        left -= group
+        groups.append(sorted(group))
+    return groups
+
+
 def _mergers(gram: Tensor) -> list[tuple[tuple[int, ...], ...]]:
     """Returns the steps from single checkpoints to two groups; each joins the two nearest ones."""
     groups: list[tuple[int, ...]] = [(c,) for c in range(len(gram))]
     steps = []
+
+    @cache
+    def spread(group: tuple[int, ...]) -> float:
+        return _spread(gram, group)
+
+    @cache
+    def growth(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+        return spread(one + other) - sum(map(spread, (one, other)))
+
     while len(groups) > 2:
         one, other = min(
             combinations(groups, 2),
-            key=lambda pair: _spread(gram, pair[0] + pair[1]) - sum(_spread(gram, p) for p in pair),
+            key=lambda pair: growth(*pair),
         )
         groups = [group for group in groups if group not in (one, other)]
         groups.append(tuple(sorted(one + other)))

@@ -6,8 +6,8 @@ higher-order SVD of the stack); the cores are exact projections, and factors the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Final
 
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.linalg import orthonormal
+
+FEW: Final = 8
+"""Matrices up to which `compress_factors` is used; with more it would take as long as all that follows."""
 
 # Of the largest eigenvalue of a Gram matrix in float32: what is smaller is rounding.
 _RESOLVED: Final = 1e-7
@@ -30,12 +33,13 @@ class FactoredLayer:
     Attributes:
         left: (m, p), orthonormal columns in half precision, those that hold most first.
         right: (n, q), likewise.
-        ups: (p, S), float32: of all matrices side by side.
-        downs: (S, q), float32.
+        ups: (p, S), float32, or half precision with `sizes`: of all matrices side by side.
+        downs: (S, q), likewise.
         spans: The columns of each of the k matrices among the S.
         gram: (k, k), float64: inner products; what lies outside of the bases counts on the diagonal,
             which is exact.
         spectra: Squared singular values; those of the single matrices are exact.
+        sizes: (S,), by which rows of `downs` are to be multiplied; None for 1.
     """
 
     left: Tensor
@@ -45,6 +49,7 @@ class FactoredLayer:
     spans: tuple[slice, ...]
     gram: Tensor
     spectra: Spectra
+    sizes: Tensor | None = None
 
     @property
     def core_shape(self) -> tuple[int, int]:
@@ -54,11 +59,32 @@ class FactoredLayer:
     def core(self) -> Tensor:  # (k, p, q), float32
         """Returns the matrices between the bases."""
         p, q = self.core_shape
-        core = self.ups.new_zeros(len(self.spans), p, q)
+        core = torch.zeros(len(self.spans), p, q)
+        ups, downs = self.components()
         for matrix, span in zip(core, self.spans, strict=True):
             if span.stop > span.start:
-                torch.mm(self.ups[:, span], self.downs[span], out=matrix)
+                torch.mm(ups[:, span], downs[span], out=matrix)
         return core
+
+    @property
+    def owners(self) -> Tensor:  # (S,)
+        """The matrix of each component."""
+        counts = torch.tensor([span.stop - span.start for span in self.spans])
+        return torch.arange(len(counts)).repeat_interleave(counts)
+
+    def components(
+        self, places: Tensor | slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:  # (p, any), (any, q), float32
+        """Returns all components between the bases, or those at some places."""
+        if self.sizes is None:
+            return self.ups[:, places], self.downs[places]
+        return self.ups[:, places].float(), self.downs[places].float() * self.sizes[places, None]
+
+    def largest(self, count: int) -> Tensor:  # (count,) or fewer, rising
+        """Returns the places of the components with most energy."""
+        ups, downs = self.components()
+        energies = ups.square().sum(0) * downs.square().sum(1)
+        return energies.topk(min(count, len(energies))).indices.sort().values
 
 
 def compress_factors(
@@ -74,7 +100,7 @@ def compress_factors(
         shape: m, n.
         width: at least 1.
     """
-    parts = _components(pairs, shape)
+    parts = singular_components(pairs, shape)
     kept = _largest(parts.energies, width)
     left, left_values = _basis(parts.ups[:, kept] * parts.energies[kept].sqrt().float())
     right, right_values = _basis(parts.downs[kept].mT)
@@ -91,8 +117,71 @@ def compress_factors(
     return FactoredLayer(left, right, ups, downs, parts.spans, gram, spectra)
 
 
+def compress_many(
+    pairs: Sequence[FactorPair], shape: tuple[int, int], width_for: Callable[[Tensor], int]
+) -> FactoredLayer:
+    """Returns what `compress_factors` does, in a fraction of the time, for many matrices.
+
+    The bases have no order. Inner products of components that both lie outside of them are left out.
+
+    Args:
+        pairs: factors (m, r), (r, n) of the matrices, float32.
+        shape: m, n.
+        width_for: returns the columns of the bases at most, from the energies of all components.
+    """
+    parts = singular_components(pairs, shape)
+    kept = _largest(parts.energies, width_for(parts.energies))
+    left, right = _span(parts.ups[:, kept]), _span(parts.downs[kept].mT)
+    ups, downs = left.float().mT @ parts.ups, parts.downs @ right.float()
+    sizes = parts.energies.sqrt().float()
+    rows = _squares(ups * sizes)  # a limit of what the columns' would allow, too
+    spectra = Spectra(rows, rows, parts.spectra(min(len(ups), downs.shape[1])))
+    unit = downs * torch.where(sizes > 0, 1 / sizes, 0.0)[:, None]
+    layer = FactoredLayer(
+        left, right, ups.half(), unit.half(), parts.spans, parts.energies, spectra, sizes
+    )
+    gram = _products_of_kept(ups, downs, kept, parts.spans)
+    gram.diagonal().copy_(parts.total())
+    return replace(layer, gram=gram)
+
+
+def _products_of_kept(
+    ups: Tensor,  # (p, S)
+    downs: Tensor,  # (S, q)
+    kept: Tensor,  # (any,): places of the components that the bases hold, rising
+    spans: Sequence[slice],
+) -> Tensor:  # (k, k), float64
+    """Returns inner products of the matrices, without those of components that are both not kept.
+
+    The bases hold what is kept, so that its inner products are those between them.
+    """
+    up, down = ups[:, kept].mT, downs[kept]
+    every, among = torch.zeros(2, len(spans), len(kept), dtype=torch.float64)
+    is_kept = torch.zeros(ups.shape[1], dtype=ups.dtype)
+    is_kept[kept] = 1
+    owners = torch.empty_like(kept)
+    for place, span in enumerate(spans):  # one after the other: all products are many
+        products = (up @ ups[:, span]) * (down @ downs[span].mT)
+        every[place] = products.sum(1)
+        among[place] = products @ is_kept[span]
+        owners[(kept >= span.start) & (kept < span.stop)] = place
+    member = torch.nn.functional.one_hot(owners, len(spans)).double()
+    half = every @ member
+    return half + half.mT - among @ member
+
+
+def _span(
+    columns: Tensor,  # (m, s)
+) -> Tensor:  # (m, min(m, s)) in half precision
+    """Returns an orthonormal basis that holds the columns; one column at least."""
+    m, s = columns.shape
+    if s >= m:
+        return torch.eye(m).half()
+    return orthonormal(columns).half() if s else torch.eye(m, 1).half()
+
+
 @dataclass(frozen=True, eq=False)
-class _Components:
+class SingularComponents:
     """All matrices as sums of their singular components, side by side."""
 
     ups: Tensor  # (m, S), float32; orthonormal columns within each matrix
@@ -106,7 +195,8 @@ class _Components:
         return torch.stack(sums)
 
     def spectra(self, count: int) -> Tensor:  # (k, count)
-        """Returns the squared singular values of every matrix, filled up with zeros or cut."""
+        """Returns the squared singular values of every matrix: so many at most, and as many of each."""
+        count = min(count, max(span.stop - span.start for span in self.spans))
         values = torch.zeros(len(self.spans), count, dtype=torch.float64)
         for row, span in zip(values, self.spans, strict=True):
             own = self.energies[span][:count]
@@ -114,49 +204,40 @@ class _Components:
         return values
 
 
-def _components(pairs: Sequence[FactorPair], shape: tuple[int, int]) -> _Components:
+def singular_components(pairs: Sequence[FactorPair], shape: tuple[int, int]) -> SingularComponents:
     """Returns the matrices' singular components, through Gram matrices of their factors.
 
     With U^T U = A^T A and (A V)(A V)^T = P S^2 P^T the components are U A^+ P and P^T A V.
     """
     m, n = shape
     most = max(1, *(up.shape[1] for up, _ in pairs))
-    ups = torch.zeros(len(pairs), m, most)
-    downs = torch.zeros(len(pairs), most, n)
+    left, right = torch.zeros(2, len(pairs), most, most)
     for place, (up, down) in enumerate(pairs):
-        ups[place, :, : up.shape[1]] = up
-        downs[place, : up.shape[1]] = down
-    values, vectors = torch.linalg.eigh((ups.mT @ ups).double())
+        rank = up.shape[1]
+        left[place, :rank, :rank] = up.mT @ up
+        right[place, :rank, :rank] = down @ down.mT
+    values, vectors = torch.linalg.eigh(left.double())
     values = values.clamp(min=0)
     small = values <= _RESOLVED**2 * values.amax(-1, keepdim=True)
     root = torch.where(small, 0.0, values.sqrt())[..., None] * vectors.mT
     inverse = vectors * torch.where(small, 0.0, values.rsqrt())[..., None, :]
-    energies, turn = torch.linalg.eigh(root @ (downs @ downs.mT).double() @ root.mT)
+    energies, turn = torch.linalg.eigh(root @ right.double() @ root.mT)
     energies, turn = energies.flip(-1).clamp(min=0), turn.flip(-1)
-    ups = ups @ (inverse @ turn).float()
-    downs = (turn.mT @ root).float() @ downs
+    turns = zip((inverse @ turn).float(), (turn.mT @ root).float(), strict=True)
     ranks = [min(up.shape[1], m, n) for up, _ in pairs]
-    return _side_by_side(ups, downs, energies, ranks)
+    spans = _spans(ranks)
+    ups, downs = torch.empty(spans[-1].stop, m), torch.empty(spans[-1].stop, n)
+    for (up, down), (of_up, of_down), span in zip(pairs, turns, spans, strict=True):
+        rank, kept = up.shape[1], span.stop - span.start
+        torch.mm(of_up[:rank, :kept].mT, up.mT, out=ups[span])
+        torch.mm(of_down[:kept, :rank], down, out=downs[span])
+    kept_energies = [row[:rank] for row, rank in zip(energies, ranks, strict=True)]
+    return SingularComponents(ups.mT, downs, torch.cat(kept_energies), spans)
 
 
-def _side_by_side(
-    ups: Tensor,  # (k, m, r)
-    downs: Tensor,  # (k, r, n)
-    energies: Tensor,  # (k, r)
-    ranks: Sequence[int],
-) -> _Components:
-    ends = (0, *accumulate(ranks))
-    kept = [
-        (up[:, :rank], down[:rank], row[:rank])
-        for up, down, row, rank in zip(ups, downs, energies, ranks, strict=True)
-    ]
-    left, right, values = zip(*kept, strict=True)
-    return _Components(
-        torch.cat(left, 1),
-        torch.cat(right),
-        torch.cat(values),
-        tuple(slice(start, end) for start, end in pairwise(ends)),
-    )
+def _spans(counts: Sequence[int]) -> tuple[slice, ...]:
+    ends = (0, *accumulate(counts))
+    return tuple(slice(start, end) for start, end in pairwise(ends))
 
 
 def _largest(energies: Tensor, width: int) -> Tensor:
@@ -185,4 +266,4 @@ def _basis(
 def _squares(
     columns: Tensor,  # (p, s)
 ) -> Tensor:  # (p,), float64, falling
-    return torch.linalg.eigvalsh((columns @ columns.mT).double()).flip(0).clamp(min=0)
+    return torch.linalg.eigvalsh(columns @ columns.mT).flip(0).clamp(min=0).double()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.factored_batch import FactoredBatch
 from hyper_merge.decomposition.linalg import leading_factors, moved, solve_damped
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
@@ -155,6 +156,9 @@ def sweep(
     multipliers = moved(multipliers, problem.batches[0].device)
 
     def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
+        if isinstance(batch, FactoredBatch):
+            new, sums = batch.swept(old, multipliers, problem.ridge)
+            return problem.kept(new), sums
         batch = batch.loaded()
         mixtures = batch.mixtures(multipliers)
         new = update_ups(batch, old, multipliers, mixtures, ridge=problem.ridge)

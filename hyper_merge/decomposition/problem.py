@@ -42,6 +42,15 @@ class Batch:
         """Where the slices are; those that are made when they are needed are made on the CPU."""
         return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
 
+    def of_layer(self, place: int, ranks: tuple[int, ...]) -> Batch:
+        """Returns one of the layers as a batch of its own, with other ranks."""
+        source = self.source
+        if isinstance(source, Tensor):
+            return Batch(source[place][None], ranks, (self.layers[place],))
+        if len(self.layers) == 1:
+            return Batch(source, ranks, self.layers)
+        return Batch(lambda: source()[place][None], ranks, (self.layers[place],))
+
     def loaded(self) -> Batch:
         """Returns the batch with its slices in memory."""
         return self if isinstance(self.source, Tensor) else replace(self, source=self.source())

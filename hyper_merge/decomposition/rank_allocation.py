@@ -12,6 +12,7 @@ from torch import Tensor
 from hyper_merge.errors import RankError
 
 _MOST = 2.0  # times a block's limit: a sweep over more columns costs much and gains little
+_GUESSES = 6  # of a size, before the rest is halved
 
 
 def even_ranks(
@@ -85,10 +86,7 @@ def spread_to_fit(
     def first(count: int) -> list[int]:
         return torch.bincount(ranking.owner[:count], minlength=len(gains)).tolist()
 
-    low, high = 0, int((ranking.price.cumsum(0) <= budget).sum())
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size_of(first(middle)) <= budget else (low, middle - 1)
+    low = _most_that_fit(ranking.price.cumsum(0), budget, lambda count: size_of(first(count)))
     taken = first(low)
     size = size_of(taken)
     closed: set[int] = set()
@@ -107,6 +105,29 @@ def spread_to_fit(
             taken[index] -= 1
             closed.add(index)
     return taken
+
+
+def _most_that_fit(
+    price: Tensor,  # (items,), float64: the least that so many of the first items cost
+    budget: int,
+    size_of: Callable[[int], int],
+) -> int:
+    """Returns how many of the first items fit.
+
+    What one guess costs beside its price tells the next: the search takes few sizes, for each takes long
+    where files are many.
+    """
+    low, high = 0, int((price <= budget).sum())
+    count, guesses = high, 0
+    while low < high:
+        size = size_of(count)
+        low, high = (count, high) if size <= budget else (low, count - 1)
+        guesses += 1
+        in_proportion = float(price[count - 1]) * budget / size
+        guess = int((price <= in_proportion).sum())
+        count = guess if guesses < _GUESSES else (low + high + 1) // 2
+        count = min(max(count, low + 1), high)
+    return low
 
 
 class _Ranking(NamedTuple):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.checkpoints.architectures.spec import PartName
 from hyper_merge.decomposition.linalg import product_energy
 from hyper_merge.decomposition.normalization import even_out
 from hyper_merge.decomposition.truncated_svd import truncate_factors
@@ -54,12 +53,12 @@ class WeightedSum:
 
     Attributes:
         loras: Open for reading.
-        multipliers_of: One per LoRA, for the layers of a part of the network.
+        multipliers_of: One per LoRA, for a layer.
         rank: The largest rank of a layer; None to keep the rank of the sum.
     """
 
     loras: Sequence[OpenLora]
-    multipliers_of: Callable[[PartName], tuple[float, ...]]
+    multipliers_of: Callable[[Layer], tuple[float, ...]]
     rank: int | None = None
 
     def ranks(self) -> Mapping[str, tuple[Layer, int]]:
@@ -127,7 +126,7 @@ class WeightedSum:
         return min(everything, layer.m, layer.n, self.rank or everything)
 
     def _used(self, layer: Layer) -> list[tuple[OpenLora, float]]:
-        pairs = zip(self.loras, self.multipliers_of(layer.part), strict=True)
+        pairs = zip(self.loras, self.multipliers_of(layer), strict=True)
         used = [(lora, x) for lora, x in pairs if x and layer.module in lora.modules]
         for lora, _ in used:
             lora.require_layer(layer)

@@ -118,7 +118,7 @@ def run_export(
                         *loras,
                         *(stack.enter_context(LoraReader(p, family)) for p in private[row.name]),
                     ],
-                    partial(multipliers_of, row),
+                    partial(_multipliers_in, row),
                     request.rank,
                 ),
                 part,
@@ -132,6 +132,10 @@ def run_export(
 def multipliers_of(row: CheckpointReport, part: PartName) -> tuple[float, ...]:
     """Returns the multipliers of a checkpoint's LoRAs, its private one last, in one part's layers."""
     return (*row.multipliers_of(part), *((1.0,) if row.topup else ()))
+
+
+def _multipliers_in(row: CheckpointReport, layer: Layer) -> tuple[float, ...]:
+    return multipliers_of(row, layer.part)
 
 
 def _private_loras(run: Run, row: CheckpointReport) -> tuple[Path, ...]:

@@ -175,6 +175,8 @@ class Metric:
 def leading_shape(analysis: Analysis, index: int, columns: int) -> tuple[int, int]:
     """Returns the shape of a core between the first columns of those bases that are ordered."""
     layer, (p, q) = analysis.layers[index], analysis.core_shape(index)
+    if analysis.has_many:  # whose bases have no order
+        return p, q
     return (p if p == layer.m else min(p, columns), q if q == layer.n else min(q, columns))
 
 

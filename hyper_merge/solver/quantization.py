@@ -13,8 +13,8 @@ from hyper_merge.analysis.contents import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import (
     block_columns,
+    block_gram,
     block_sums,
-    inner_products,
     largest_value,
 )
 from hyper_merge.decomposition.normalization import balance, unit_scales
@@ -136,30 +136,34 @@ def _round_layer(
     metric, analysis = group.metric, group.metric.analysis
     if solved.pairs is None:
         return _empty_layer(analysis, index, formats)
-    layer, core = analysis.layers[index], analysis.core(index)
-    bases = analysis.bases(index)
-    pairs = [(up.cpu(), down.cpu()) for up, down in solved.pairs]
+    layer, bases = analysis.layers[index], analysis.bases(index)
+    pairs = [
+        _scaled((up.cpu(), down.cpu()), scale)
+        for (up, down), scale in zip(solved.pairs, group.scales.tolist(), strict=True)
+    ]
     factors: list[FactorPair] = []
-    for pair, scale, stored in zip(pairs, group.scales.tolist(), formats, strict=True):
+    for (up, down), stored in zip(_in_layer(bases, pairs), formats, strict=True):
         check()
-        up, down = _in_layer(bases, pair, scale)
         factors.append(stored_factors(layer, up, down, stored.alpha, stored.dtype))
     if formats[0].dtype == FLOAT8 and not layer.whole:
         of_layer = metric.layers[index]
-        target = RefitTarget(metric.mixed(core), bases, of_layer, group.multipliers)
+        target = RefitTarget(metric.mixed(analysis.core(index)), bases, of_layer, group.multipliers)
         factors = refit(target, layer, factors, [stored.alpha for stored in formats], check)
+    elif analysis.has_many and metric.layers[index].is_plain:
+        products = _products_between_bases(analysis, index, metric.layers[index].scale, pairs)
+        return _RoundedLayer(keep_pairs(analysis.scratch.keep, factors), *products)
     applied = [
         as_hosts_apply(*stored_pair, stored.alpha)
         for stored_pair, stored in zip(factors, formats, strict=True)
     ]
     check()
-    rows = torch.cat([core, analysis.rounding(index)[None]])
-    products = _products(rows, bases, metric.layers[index], applied)
+    products = _products(analysis, index, bases, metric.layers[index], applied)
     return _RoundedLayer(keep_pairs(analysis.scratch.keep, factors), *products)
 
 
 def _products(
-    rows: Tensor,  # (d + 1, p, q), between the bases
+    analysis: Analysis,
+    index: int,
     bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
     of_layer: LayerMetric,
     blocks: Sequence[FactorPair],
@@ -169,11 +173,10 @@ def _products(
     sizes = [up.shape[1] for up in ups]
     left = _Side.of(bases[0], of_layer.left, torch.cat(ups, 1))
     right = _Side.of(bases[1], of_layer.right, torch.cat(downs).mT)
-    flat = rows.flatten(1)
 
     def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
         pairs = zip(torch.split(left, sizes, 1), torch.split(right, sizes, 1), strict=True)
-        return inner_products(flat, torch.stack([(up @ down.mT).flatten() for up, down in pairs]))
+        return analysis.products(index, [(up, down.mT) for up, down in pairs])
 
     plain = Products(cross(left.within, right.within), block_sums(left.gram * right.gram, sizes))
     if of_layer.is_plain:
@@ -182,6 +185,15 @@ def _products(
         cross(left.dual, right.dual), block_sums(left.weighted_gram * right.weighted_gram, sizes)
     )
     return plain, Products(weighted.cross * of_layer.scale, weighted.gram * of_layer.scale)
+
+
+def _products_between_bases(
+    analysis: Analysis, index: int, scale: float, pairs: Sequence[FactorPair]
+) -> tuple[Products, Products]:
+    """Returns the products of one layer before its rounding, which changes them in second order only."""
+    ups, downs = zip(*pairs, strict=True)
+    plain = Products(analysis.products(index, pairs), block_gram(ups, downs))
+    return plain, Products(plain.cross * scale, plain.gram * scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,16 +242,23 @@ def _float8_alphas(layers: deque[_SolvedLayer], progress: Progress) -> list[floa
     ]
 
 
+def _scaled(pair: FactorPair, scale: float) -> FactorPair:
+    up, down = pair
+    return balance(up * scale, down) if up.shape[1] else pair
+
+
 def _in_layer(
     bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
-    pair: FactorPair,  # (p' <= p, r), (r, q' <= q): in the bases' first columns
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # (m, r), (r, n)
-    """Returns a block in the layer's own coordinates."""
-    up, down = pair
-    if up.shape[1]:
-        up, down = balance(up * scale, down)
-    return bases[0][:, : len(up)] @ up, down @ bases[1][:, : down.shape[1]].mT
+    pairs: Sequence[FactorPair],  # (p' <= p, r), (r, q' <= q): in the bases' first columns
+) -> list[FactorPair]:  # (m, r), (r, n)
+    """Returns blocks in the layer's own coordinates."""
+    sizes = [up.shape[1] for up, _ in pairs]
+    ups, downs = zip(*pairs, strict=True)
+    up, down = torch.cat(ups, 1), torch.cat(downs)
+    in_layer = bases[0][:, : len(up)] @ up, down @ bases[1][:, : down.shape[1]].mT
+    return list(
+        zip(torch.split(in_layer[0], sizes, 1), torch.split(in_layer[1], sizes), strict=True)
+    )
 
 
 def _empty_layer(analysis: Analysis, index: int, formats: Sequence[StoredFormat]) -> _RoundedLayer:

@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hyper_merge.decomposition.clustering import find_relatives
 from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
 from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
@@ -24,6 +25,7 @@ from hyper_merge.solver.metric import Metric
 _WORTH: Final = (
     0.995  # of what all directions explain: beyond that, more LoRAs are not worth a file
 )
+_SAMPLE: Final = 8  # layers that stand for all where inputs are many
 _HALVINGS: Final = 24  # of the search for a budget
 
 
@@ -41,6 +43,7 @@ class RankForecast:
     multipliers: tuple[Tensor, ...]  # per layer (k, d): of the directions
     energies: Tensor  # (k,), of all deviations in the layers, times their weights
     costs: tuple[int, ...]  # bytes of a rank, per layer
+    sampled: tuple[int, ...] = ()  # places of the layers, where these stand for all
     # Bytes beside the factors, which only `ranks_for` counts.
     entries: tuple[int, ...] = ()  # of a layer's first rank in a file, per layer
     file_bytes: int = 0  # of a file
@@ -220,36 +223,64 @@ def forecast_ranks(
         costs: bytes of a rank, per layer.
         progress: progress and interrupt.
     """
-    metric, count = metric.unweighted, len(metric.layers)
-    rotations = _rotations(metric, groups)
+    metric = metric.unweighted
+    many = metric.analysis.has_many
+    layers = _sample(metric) if many else range(len(metric.layers))
+    rotations = _rotations(metric, groups, of_relatives=many)
     mixtures: list[tuple[Tensor, ...]] = []
 
     def mixtures_of(index: int) -> tuple[Tensor, ...]:
         return _squared_values(metric.core(index), rotations[index])
 
     with parallel_map(torch.device("cpu"), progress.check) as parallel:
-        for values in parallel(mixtures_of, range(count)):
+        for values in parallel(mixtures_of, layers):
             mixtures.append(values)
-            progress.report("forecasting what LoRAs explain", len(mixtures) / count)
+            progress.report("forecasting what LoRAs explain", len(mixtures) / len(layers))
     basis = metric.to_deviations
+    times = sum(costs) / sum(costs[index] for index in layers)
     return RankForecast(
         names=tuple(names),
         mixtures=tuple(mixtures),
-        private=tuple(tuple(layer.private) for layer in metric.spectra),
-        multipliers=tuple(basis @ rotation for rotation in rotations),
-        energies=metric.energies.sum(0),
-        costs=tuple(costs),
+        private=tuple(tuple(metric.spectra[index].private) for index in layers),
+        multipliers=tuple(basis @ rotations[index] for index in layers),
+        energies=metric.energies[list(layers)].sum(0),
+        costs=tuple(round(times * costs[index]) for index in layers),
+        sampled=tuple(layers),
     )
 
 
-def _rotations(metric: Metric, groups: Mapping[str, Sequence[int]]) -> list[Tensor]:
-    """Returns each layer's (d, d) eigenvectors of its group's weighted Gram matrix, largest first."""
+def _sample(metric: Metric) -> list[int]:
+    """Returns layers of all sizes, evenly among those that are like each other."""
+    layers = metric.analysis.layers
+    filled = [i for i, energy in enumerate(metric.energies.sum(1).tolist()) if energy > 0]
+    ordered = sorted(filled, key=lambda i: (layers[i].m + layers[i].n, i))
+    step = -(-len(ordered) // _SAMPLE) or 1
+    return sorted(ordered[step // 2 :: step]) or list(range(len(layers)))
+
+
+def _rotations(
+    metric: Metric, groups: Mapping[str, Sequence[int]], *, of_relatives: bool
+) -> list[Tensor]:
+    """Returns each layer's (d, d) eigenvectors of its group's weighted Gram matrix, largest first.
+
+    Those of relatives alone do not mix what has nothing in common.
+    """
     slices = metric.slice_grams
     rotations: dict[int, Tensor] = {}
     for members in groups.values():
-        vectors = torch.linalg.eigh(slices[list(members)].sum(0))[1].flip(1)
+        gram = slices[list(members)].sum(0)
+        vectors = _eigenvectors(gram, find_relatives(gram) if of_relatives else [range(len(gram))])
         rotations.update(dict.fromkeys(members, vectors))
     return [rotations[index] for index in range(len(slices))]
+
+
+def _eigenvectors(gram: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:  # (d, d)
+    """Returns the eigenvectors of the groups' parts of a Gram matrix, those of all by their values."""
+    values, vectors = torch.zeros(len(gram)).double(), torch.zeros_like(gram)
+    for group in map(list, groups):
+        at = torch.tensor(group)
+        values[at], vectors[at[:, None], at] = torch.linalg.eigh(gram[at][:, at])
+    return vectors[:, values.argsort(descending=True)]
 
 
 def _squared_values(core: Tensor, rotation: Tensor) -> tuple[Tensor, ...]:

@@ -51,7 +51,7 @@ def given_away(items: deque[_T]) -> Iterator[_T]:
 class _BalancedLayer:
     """One layer's blocks, the components of each in falling order."""
 
-    source: Tensor | Callable[[], Tensor]  # of the slices (1, d, p, q)
+    alone: Callable[[tuple[int, ...]], Batch]  # the layer as a batch, from its ranks
     device: torch.device  # of the slices
     pairs: list[FactorPair]  # per block (p, r), (r, q)
 
@@ -78,7 +78,8 @@ def prune_ranks(
         batches = group.problem.batches
         for batch, of_layers in zip(batches, parallel(balanced, batches, factors), strict=True):
             for place, (index, pairs) in enumerate(zip(batch.layers, of_layers, strict=True)):
-                layers[index] = _BalancedLayer(_source_of(batch, place), batch.device, pairs)
+                alone = partial(batch.of_layer, place)
+                layers[index] = _BalancedLayer(alone, batch.device, pairs)
                 values = [up.square().sum(0).double() for up, _ in pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
     ranks = allowance.keep(energies)
@@ -113,13 +114,6 @@ def _balanced(batch: Batch, factors: Factors, keep: Keep) -> list[list[FactorPai
     ]
 
 
-def _source_of(batch: Batch, place: int) -> Tensor | Callable[[], Tensor]:
-    """Returns the source of one layer's slices (1, d, p, q)."""
-    if isinstance(batch.source, Tensor):
-        return batch.source[place][None]
-    return batch.source if len(batch.layers) == 1 else lambda: batch.slices[place][None]
-
-
 def _pruned_group(
     group: GroupSolution,
     layers: dict[int, _BalancedLayer],  # those of the group are taken out
@@ -134,7 +128,7 @@ def _pruned_group(
             cut = list(zip(layer.pairs, ranks[index], strict=True))
             up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
             down = torch.cat([down[:rank] for (_, down), rank in cut])
-            batches.append(Batch(layer.source, ranks[index], (index,)))
+            batches.append(layer.alone(ranks[index]))
             pruned = Factors(up[None].to(layer.device), down[None].to(layer.device))
             factors.append(group.problem.kept(pruned))
     problem = replace(group.problem, batches=tuple(batches))

@@ -28,6 +28,7 @@ from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memor
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.allowance import Allowance
 from hyper_merge.solver.batching import Ranks, core_bytes, stack_cores
+from hyper_merge.solver.many_inputs import are_many, solve_many
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.private_start import PrivateStart, plan_private_start
 from hyper_merge.solver.rank_pruning import (
@@ -127,6 +128,18 @@ class _Solver:
             tuple(min(rank, limit) for rank in layer_ranks)
             for layer_ranks, limit in zip(even, limits, strict=True)
         ]
+        if allowance is not None and are_many(self._metric, self._recipe):
+            with parallel_map(torch.device("cpu"), self._progress.check) as parallel:
+                return self._solution(
+                    solve_many(
+                        self._metric,
+                        self._recipe,
+                        allowance,
+                        self._groups,
+                        parallel,
+                        self._progress,
+                    )
+                )
         # Before the map, for the spectra have one of their own.
         ranks = even if allowance is None else self._overcomplete_ranks(limits, allowance)
         with parallel_map(self._device, self._progress.check) as parallel:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hyper_merge.decomposition.factored import compress_factors
+from hyper_merge.decomposition.factored import compress_factors, compress_many
 
 M, N = 40, 60
 
@@ -91,3 +91,56 @@ def test_dependent_columns_are_no_obstacle():
         layer.left.double() @ layer.core().double() @ layer.right.double().mT,
         dense, atol=2e-2, rtol=0,
     )  # fmt: skip
+
+
+def test_many_within_the_width_lose_nothing():
+    pairs = random_pairs(*[3] * 9, 0)
+    dense = stack(pairs)
+    layer = compress_many(pairs, (M, N), len)
+    left, right = layer.left.double(), layer.right.double()
+    assert_close(left @ layer.core().double() @ right.mT, dense, atol=3e-2, rtol=0)
+    products = dense.flatten(1) @ dense.flatten(1).mT
+    assert_close(layer.gram, products, rtol=0, atol=1e-3 * float(products.max()))
+    assert layer.core_shape == (27, 27)
+
+
+def test_many_beyond_the_width_keep_their_norms_and_spectra():
+    pairs = random_pairs(*[4] * 10)
+    dense = stack(pairs)
+    seen = []
+
+    def width_for(energies):
+        seen.append(energies)
+        return 12
+
+    layer = compress_many(pairs, (M, N), width_for)
+    assert layer.core_shape == (12, 12)
+    assert_close(seen[0].sum(), dense.square().sum(), rtol=1e-4, atol=0)
+    assert_close(layer.gram.diagonal(), dense.flatten(1).square().sum(1), rtol=1e-4, atol=0)
+    expected = torch.linalg.svdvals(dense)[:, :4].square()
+    assert_close(layer.spectra.private, expected, rtol=1e-3, atol=1e-3)
+    projected = layer.left.double().mT @ dense @ layer.right.double()
+    assert_close(layer.core().double(), projected, rtol=0, atol=3e-2)
+    u, sizes, vh = torch.linalg.svd(dense, full_matrices=False)
+    outside = sizes < sizes[:, :4].flatten().topk(12).values[-1] * 0.9999
+    dropped = ((u * (sizes * outside)[:, None]) @ vh).flatten(1)
+    expected = dense.flatten(1) @ dense.flatten(1).mT - dropped @ dropped.mT
+    apart = ~torch.eye(10, dtype=torch.bool)
+    atol = 1e-3 * float(expected.abs().max())
+    assert_close(layer.gram[apart], expected[apart], rtol=0, atol=atol)
+    # No sum of so many ranks explains more than the spectra of the bases say.
+    total = float(dense.square().sum())
+    unfolded = torch.linalg.svdvals(projected.transpose(0, 1).flatten(1)).square()
+    assert float(layer.spectra.rows.sum()) >= 0.999 * float(unfolded.sum())
+    assert float(layer.spectra.rows.sum()) <= total
+
+
+def test_the_largest_components_are_told_in_their_order():
+    pairs = random_pairs(*[4] * 10)
+    layer = compress_many(pairs, (M, N), len)
+    places = layer.largest(7)
+    ups, downs = layer.components()
+    energies = ups.square().sum(0) * downs.square().sum(1)
+    assert places.tolist() == sorted(energies.topk(7).indices.tolist())
+    up, down = layer.components(places)
+    assert_close(up @ down, ups[:, places] @ downs[places])

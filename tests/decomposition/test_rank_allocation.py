@@ -9,6 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hyper_merge.decomposition import rank_allocation
 from hyper_merge.decomposition.rank_allocation import (
     deal_ranks,
     even_ranks,
@@ -302,3 +303,18 @@ def test_the_fewest_ranks_within_an_error_barely_meet_it():
     assert ranks == [2, 2]
     assert ranks_within(spectra, [1, 2], 25.5) == [0, 0]
     assert ranks_within(spectra, [1, 2], 0.0) == [4, 3]
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 50])
+def test_few_sizes_are_asked_for(hidden):
+    costs = torch.randint(20, 60, (100_000,), generator=torch.Generator().manual_seed(0)).double()
+    price, asked = costs.cumsum(0), []
+
+    def size_of(count):  # beside the costs something that nobody foresees, as headers are
+        asked.append(count)
+        return int(price[count - 1]) + hidden * count + 12_345
+
+    budget = 2_000_000
+    count = rank_allocation._most_that_fit(price, budget, size_of)
+    assert len(asked) <= 10  # halving takes 16
+    assert size_of(count) <= budget < size_of(count + 1)

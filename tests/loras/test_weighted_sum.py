@@ -91,7 +91,7 @@ def test_a_lora_that_cannot_be_meant_is_refused(tmp_path, change, message):
 
 def weighted(stack, paths, multipliers, rank=None):
     loras = [stack.enter_context(LoraReader(path, SD1)) for path in paths]
-    return WeightedSum(loras, lambda part: multipliers[part], rank)
+    return WeightedSum(loras, lambda layer: multipliers[layer.part], rank)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ def normal(seed, *shape):
 class MadeUp:
     """An analysis of made-up slices, of which a part lies outside of the bases."""
 
+    has_many = False
+
     def __init__(self, contrasts, seed=0, layers=3, outside=0.0):
         d = contrasts.dimensions
         self.contrasts, self.sensitivities = contrasts, None

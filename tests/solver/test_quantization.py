@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import added, layers_of, load, merge, part_multiplier, recipe, tags_of
 
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.normalization import balance
@@ -241,7 +243,9 @@ def test_float8_accepts_a_block_without_rank():
         rounding=lambda index: torch.zeros(layers[index].m, layers[index].n),
         bases=lambda index: bases[index],
         scratch=Scratch(),
+        has_many=False,
     )
+    analysis.products = partial(Analysis.products, analysis)
     solution = LowRankSolution(
         {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()
     )

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from hyper_merge.checkpoints.architectures.lora_modules import Module
+from hyper_merge.checkpoints.architectures.lora_modules import Module, no_modules
 from hyper_merge.checkpoints.architectures.positions import text_positions
 from hyper_merge.checkpoints.architectures.sections import section_of
 from hyper_merge.checkpoints.architectures.signatures import KeySignature
@@ -90,6 +90,12 @@ class NetworkPart:
     positions: Callable[[str, int], int] = text_positions
     # (dotted path, stored shape) -> modules that diffusers has instead, by which LoRAs are read
     split_modules: Callable[[str, Shape], tuple[SplitModule, ...]] = no_split_modules
+    # (dotted path, stored shape) -> modules that LoRAs of other programs may have in addition
+    foreign_modules: Callable[[str, Shape], tuple[Module, ...]] = no_modules
+
+    def with_foreign_modules(self, path: str, shape: Shape) -> tuple[Module, ...]:
+        """Returns all modules that LoRAs of any program have."""
+        return self.modules(path, shape) or self.foreign_modules(path, shape)
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,11 @@ class Family:
     def resolution(self) -> int:
         """The side in pixels of the pictures that the family was trained on."""
         return int(self.modelspec_resolution.partition("x")[0] or _RESOLUTION)
+
+    def as_lora_input(self) -> Family:
+        """Returns the family with all modules that LoRAs of any program have."""
+        parts = (replace(part, modules=part.with_foreign_modules) for part in self.parts)
+        return replace(self, parts=tuple(parts))
 
     def alpha_for(self, rank: int) -> int | None:
         """Returns the alpha by which a factor pair of this rank needs no scaling; None for no alpha."""

@@ -41,13 +41,13 @@ def split_modules(
 
     Args:
         path: dotted, within the network.
-        shape: as stored; nothing but matrices has such modules.
+        shape: as stored; what is no matrix has one name at most.
         names: diffusers' names by the checkpoint's, with `#` in place of the block's number.
     """
     block = _BLOCK.fullmatch(path)
     kind, number = (f"{block[1]}.#.{block[3]}", block[2]) if block else (path, "")
     parts = names.get(kind, ())
-    if len(shape) != 2 or not parts:
+    if not parts or (len(shape) != 2 and len(parts) > 1):
         return ()
     ends = (0, *itertools.accumulate(_heights(shape[0], shape[1], len(parts))))
     rows = list(itertools.pairwise(ends))

@@ -87,15 +87,24 @@ PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
         lambda s: s.has("model_ema.") and not s.has(UNET),
     ),
     UnsupportedModel(
+        "a transformer in diffusers' layout, which splits and renames the checkpoint's tensors: use its"
+        " single-file version, or open it in ComfyUI (Load Diffusion Model, which converts Flux, SD 3 and"
+        " Z-Image) and save it there (ModelSave)",
+        # Under the usual prefix too: that of a bare network is put before all its keys.
+        lambda s: s.any_match(
+            r"^(model\.diffusion_model\.)?("
+            r"((single|joint)_)?transformer_blocks\.\d+\."
+            r"|(layers|noise_refiner|context_refiner)\.\d+\.att(n|ention)\.(to_q|norm_q)\."
+            r"|blocks\.\d+\.attn1\.to_q\.)"
+        ),
+    ),
+    UnsupportedModel(
         "a UNet alone of a kind that cannot be recognised",
         lambda s: s.has(UNET) and not s.has_text_encoder,
     ),
     UnsupportedModel(
         "a part of a diffusers model: save it as one .safetensors checkpoint first",
-        lambda s: s.any_match(
-            r"^(down|up|mid)_blocks?\.|^(en|de)coder\.(down|up|mid)_blocks?\."
-            r"|^(single_)?transformer_blocks\."
-        ),
+        lambda s: s.any_match(r"^(down|up|mid)_blocks?\.|^(en|de)coder\.(down|up|mid)_blocks?\."),
     ),
     UnsupportedModel(
         "a VAE alone",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
-from hyper_merge.checkpoints.architectures.layout import Layout, layout_of
+from hyper_merge.checkpoints.architectures.layout import Layer, Layout, layout_of
 from hyper_merge.checkpoints.io.downloads import require_downloaded
 from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
 from hyper_merge.checkpoints.io.header import Header
@@ -69,11 +69,17 @@ class _Application:
     loras: tuple[LoraModules, ...]
     multipliers: tuple[float, ...]
     path: Path
+    request: ApplyRequest
 
     @property
     def header(self) -> Header:
         """The checkpoint's header."""
         return self.inputs.headers[0]
+
+    def multipliers_in(self, layer: Layer) -> tuple[float, ...]:
+        """Returns the multiplier of every LoRA in a layer."""
+        sign = -1.0 if self.request.subtract else 1.0
+        return tuple(sign * x for x in self.request.multipliers_in(layer))
 
     @property
     def changed(self) -> set[str]:
@@ -124,7 +130,9 @@ def _prepare(request: ApplyRequest, progress: Progress) -> _Application:
     if not request.accepts_damaged:
         require_downloaded(header.path)
     require_supported(header)
-    layout = layout_of(header, with_prediction_type(header, detect_family(header)))
+    family = with_prediction_type(header, detect_family(header))
+    request.require_blocks_of(family)
+    layout = layout_of(header, family.as_lora_input())
     loras = tuple(_modules(path, layout) for path in request.loras)
     for lora in loras:
         require_complete(lora, progress.warn, accepts_damaged=request.accepts_damaged)
@@ -135,7 +143,7 @@ def _prepare(request: ApplyRequest, progress: Progress) -> _Application:
     require_free(path, overwrite=request.overwrite)
     require_disks({path.parent: sum(info.nbytes for info in header.tensors.values())})
     inputs = MergeInputs((header,), None, layout, (1.0,), torch.float32)
-    return _Application(inputs, loras, tuple(sign * x for x in request.weights), path)
+    return _Application(inputs, loras, tuple(sign * x for x in request.weights), path, request)
 
 
 def _modules(path: Path, layout: Layout) -> LoraModules:
@@ -198,7 +206,7 @@ def _take(
     for rows, index in application.inputs.pieces(key):
         layer = application.inputs.layout.layers[index or 0]
         matrix = total[rows].view(layer.m, layer.n)
-        pairs = zip(files, application.multipliers, strict=True)
+        pairs = zip(files, application.multipliers_in(layer), strict=True)
         add_products(
             matrix,
             [
@@ -240,6 +248,7 @@ def _recipe(request: ApplyRequest) -> dict[str, str]:
         "checkpoint": request.checkpoint.name,
         "loras": json.dumps([path.name for path in request.loras], ensure_ascii=False),
         "multipliers": ", ".join(map(repr, request.weights)),
+        **request.recipe_of_blocks(),
     }
 
 

@@ -70,13 +70,14 @@ def run_combine(request: CombineRequest, progress: Progress) -> CombineResult:
     loras = read_loras(request.loras, accepts_damaged=request.accepts_damaged)
     for warning in loras.warnings:
         progress.warn(warning)
+    request.require_blocks_of(loras.family)
     path = request.path
     require_no_source(path, request.loras)
     require_free(path, overwrite=request.overwrite)
     hashing, looking, cutting, writing = progress.split((1.0, 2.0 * request.cuts, 2.0, 1.0))
     with FileTransaction(overwrite=request.overwrite) as outputs, ExitStack() as stack:
         files = [stack.enter_context(InputLora(modules)) for modules in loras.files]
-        total = WeightedSum(files, lambda _part: request.weights, request.rank)
+        total = WeightedSum(files, request.multipliers_in, request.rank)
         combination = _Combination(request, loras, total, path)
         lineage = combination.lineage(hashing)
         ranks = combination.choose_ranks(lineage, looking)
@@ -123,6 +124,8 @@ class _Combination:
             ExtractionError: nothing is left: the LoRAs cancel each other, or are zero.
         """
         ranked = self.total.ranks()
+        if not ranked:
+            raise ExtractionError("these LoRAs add up to nothing", hint="there is nothing to write")
         if self.request.size is None and self.request.keep is None:
             return {name: rank for name, (_, rank) in ranked.items()}
         layers = [layer for layer, _ in ranked.values()]
@@ -267,6 +270,7 @@ def _recipe(request: CombineRequest) -> dict[str, str]:
         "type": "combination" if len(request.loras) > 1 else "resized",
         "loras": ", ".join(path.name for path in request.loras),
         "multipliers": ", ".join(map(repr, request.weights)),
+        **request.recipe_of_blocks(),
         **{key: str(value) for key, value in sizes.items() if value is not None},
         "dtype": request.dtype,
     }

@@ -126,7 +126,7 @@ def known_family(name: str) -> KnownFamily:
         raise KeyError(family_name)
     tensors = {key: TensorInfo(torch.float16, shape) for key, shape in layout().items()}
     header = Header(path=Path(name), tensors=tensors, metadata={}, size=0, mtime_ns=0)
-    layers = layout_of(header, family).layers
+    layers = layout_of(header, family.as_lora_input()).layers
     title = " ".join(word for word in (family.title, _SIZES.get(name)) if word)
     return KnownFamily(family, title, layers, ModuleIndex(layers, family))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hyper_merge.decomposition.clustering import Clusters
-from hyper_merge.operations.loras.analysis import analyze_loras, basis_width
+from hyper_merge.operations.loras.analysis import analyze_loras
 from hyper_merge.operations.loras.share import SharePreflight
 from hyper_merge.operations.merge.plan import MergePlan, plan_from
 from hyper_merge.operations.merge.rank_search import forecast_ranks_for
@@ -24,8 +24,10 @@ def plan_share(preflight: SharePreflight, progress: Progress) -> MergePlan:
     """
     merge = preflight.merge
     reading, forecasting = progress.split((1.0, 2.0))
-    with device_job(merge.pass_options.device):
-        analysis = analyze_loras(preflight.loras, basis_width(merge.recipe.ranks), reading)
+    with (
+        device_job(merge.pass_options.device),
+        analyze_loras(preflight.loras, merge.recipe, merge.folders.cache, reading) as analysis,
+    ):
         metric = Metric.of(analysis, merge.recipe, forecasting)
         forecast = forecast_ranks_for(metric, merge, forecasting)
     # Groups say what an average for each would take away, and there is none.

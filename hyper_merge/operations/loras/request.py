@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
+from hyper_merge.checkpoints.architectures.layout import Layer
+from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.errors import RecipeError, settings_placed
+from hyper_merge.recipe.lora_block_weights import (
+    XL,
+    LoraBlockWeights,
+    parse_lora_block_weights,
+    weight_in,
+)
 from hyper_merge.recipe.parsing import (
     LARGEST_RANK,
     choice,
@@ -41,6 +49,7 @@ class _LoraRequest(Request):
     to: Path | None = None
     overwrite: bool = False
     damaged: Literal["refuse", "accept"] = "refuse"
+    block_weights: tuple[LoraBlockWeights, ...] | None = None
 
     PARSERS: ClassVar[Parsers] = {
         "loras": _parse_loras,
@@ -48,12 +57,14 @@ class _LoraRequest(Request):
         "to": optional(parse_path),
         "overwrite": parse_flag,
         "damaged": choice("refuse", "accept"),
+        "block_weights": parse_lora_block_weights,
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         with settings_placed(key_place):
             self._require_multipliers()
+            self._require_block_weights()
             if self.to is not None and self.to.suffix != _SUFFIX:
                 raise RecipeError(
                     f"expected a path that ends with {_SUFFIX}, got {self.to}", key="to"
@@ -68,6 +79,48 @@ class _LoraRequest(Request):
     def weights(self) -> tuple[float, ...]:
         """The multiplier of every LoRA: 1 where none is given."""
         return self.multipliers or (1.0,) * len(self.loras)
+
+    def multipliers_in(self, layer: Layer) -> tuple[float, ...]:
+        """Returns the multiplier of every LoRA in a layer."""
+        if self.block_weights is None:
+            return self.weights
+        in_unet = layer.part == "unet"
+        return tuple(
+            x * weight_in(blocks, layer.section, in_unet=in_unet)
+            for x, blocks in zip(self.weights, self.block_weights, strict=True)
+        )
+
+    def require_blocks_of(self, family: Family) -> None:
+        """Returns if the weights by block are those of a family's UNet, or there are none.
+
+        Raises:
+            RecipeError: they are those of another, or the family has no such blocks.
+        """
+        for blocks in self.block_weights or ():
+            is_xl = len(blocks) in XL
+            is_refiner = family.name == "sdxl_refiner"  # with blocks of its own
+            if is_refiner or not family.name.startswith("sdxl" if is_xl else ("sd1", "sd2")):
+                raise RecipeError(
+                    f"{len(blocks)} weights by block do not go with {family.title}",
+                    hint="give 12 or 20 for Stable Diffusion XL, 17 or 26 for 1.x and 2.x; other"
+                    " networks have none",
+                    key="block_weights",
+                )
+
+    def recipe_of_blocks(self) -> dict[str, str]:
+        """Returns the weights by block for a file's metadata."""
+        if self.block_weights is None:
+            return {}
+        texts = (",".join(f"{x:g}" for x in blocks) for blocks in self.block_weights)
+        return {"block_weights": "; ".join(texts)}
+
+    def _require_block_weights(self) -> None:
+        given = self.block_weights
+        if given is not None and len(given) != len(self.loras):
+            raise RecipeError(
+                f"expected {len(self.loras)} texts, one per LoRA, got {len(given)}",
+                key="block_weights",
+            )
 
     def _require_multipliers(self) -> None:
         given = self.multipliers
@@ -92,6 +145,7 @@ class CombineRequest(_LoraRequest):
         to: Path of the file; None for one beside the first, named after what it is.
         overwrite: Whether an existing file may be replaced.
         damaged: Whether to `refuse` a file that looks damaged or unfinished, or to `accept` it.
+        block_weights: By which the blocks of each LoRA are multiplied in addition; None for all alike.
         rank: The most that a layer keeps; None for no limit.
         size: Bytes of the file at most; ranks then go where they keep most.
         keep: Share 0..1 of the squared norm to keep with the fewest bytes.
@@ -153,6 +207,7 @@ class ApplyRequest(_LoraRequest):
         to: Path of the file; None for one beside the checkpoint, named after what it is.
         overwrite: Whether an existing file may be replaced.
         damaged: Whether to `refuse` a file that looks damaged or unfinished, or to `accept` it.
+        block_weights: By which the blocks of each LoRA are multiplied in addition; None for all alike.
     """
 
     checkpoint: Path = Path()

@@ -79,7 +79,7 @@ class FactoredResidual(MeasuredResidual):
     def _rest(self) -> WeightedSum:
         return WeightedSum(
             (self.target, *self.shared),
-            lambda part: (1.0, *(-x for x in self.multipliers[part].tolist())),
+            lambda layer: (1.0, *(-x for x in self.multipliers[layer.part].tolist())),
         )
 
     @cached_property

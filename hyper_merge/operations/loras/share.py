@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,7 @@ from hyper_merge.checkpoints.io.transaction import FileTransaction
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import NameTakenError, RecipeError
 from hyper_merge.loras.metadata import Lineage
-from hyper_merge.operations.loras.analysis import analyze_loras, basis_width
+from hyper_merge.operations.loras.analysis import analyze_loras
 from hyper_merge.operations.loras.inputs import LoraSet, read_loras
 from hyper_merge.operations.merge.file_overhead import FileOverhead
 from hyper_merge.operations.merge.naming import suggest_name
@@ -195,9 +196,14 @@ def _write_all(
 ) -> ShareResult:
     merge = preflight.merge
     hashing, reading, solving, adding, writing = progress.split((1.0, 3.0, 6.0, 1.0, 1.0))
-    with FileTransaction(overwrite=merge.recipe.overwrite) as transaction:
+    with (
+        FileTransaction(overwrite=merge.recipe.overwrite) as transaction,
+        ExitStack() as resources,
+    ):
         lineage = _lineage(merge, hashing)
-        analysis = analyze_loras(preflight.loras, basis_width(merge.recipe.ranks), reading)
+        analysis = resources.enter_context(
+            analyze_loras(preflight.loras, merge.recipe, merge.folders.cache, reading)
+        )
         metric = Metric.of(analysis, merge.recipe, solving)
         overhead = FileOverhead(merge.recipe, merge.inputs, (), lineage, place.run)
         solved = solve_shared(metric, merge, overhead, search, solving)

@@ -32,8 +32,10 @@ def forecast_ranks_for(metric: Metric, preflight: Preflight, progress: Progress)
         return forecast
     overhead = FileOverhead.of(recipe, inputs, preflight.norms_and_biases)
     (layout,) = overhead.formats((1,))
-    empty = layout.size(inputs.layout.layers, [0] * len(plan.rank_bytes))
-    entries = tuple(layout.least_entry(layer) for layer in inputs.layout.layers)
+    layers = inputs.layout.layers
+    empty = layout.size(layers, [0] * len(layers))
+    times = len(layers) / len(forecast.sampled)
+    entries = tuple(round(times * layout.least_entry(layers[i])) for i in forecast.sampled)
     return replace(forecast, entries=entries, file_bytes=empty + overhead.companions((1,)))
 
 

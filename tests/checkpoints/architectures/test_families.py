@@ -233,11 +233,32 @@ def test_parts_of_a_checkpoint_are_refused_by_name(make_header, narrow):
         (without(xl(), "embedders.1"), "XL checkpoint without its second text encoder"),
         ({**narrow, "control_model.zero_convs.0.0.weight": (4, 4, 1, 1)}, "a ControlNet"),
         (averages, "nothing but training averages"),
-        ({"transformer_blocks.0.attn.to_q.weight": (4, 4)}, "a part of a diffusers model"),
         ({UNET + "input_blocks.1.1.time_stack.0.x": (4,), **vae}, "a video model"),
     ):
         with pytest.raises(FamilyError, match=text):
             detect_family(make_header(shapes))
+
+
+# Keys that diffusers' own converters make of single-file checkpoints.
+IN_DIFFUSERS_LAYOUT = {
+    "flux": ("x_embedder", "single_transformer_blocks.3.attn.to_q"),
+    "a later shard of flux": ("proj_out", "single_transformer_blocks.30.proj_mlp"),
+    "sd3": ("pos_embed.proj", "transformer_blocks.0.attn.add_q_proj"),
+    "z-image": (
+        "all_x_embedder.2-1",
+        "noise_refiner.0.attention.norm_q",
+        "layers.0.attention.to_q",
+    ),
+    "lumina 2": ("x_embedder", "layers.0.attn.to_q"),
+    "wan": ("condition_embedder.time_proj", "blocks.0.attn1.to_q"),
+}
+
+
+@pytest.mark.parametrize("model", IN_DIFFUSERS_LAYOUT)
+def test_transformers_in_diffusers_layout_are_refused_with_a_way_to_convert(make_header, model):
+    shapes = {f"{name}.weight": (4, 4) for name in IN_DIFFUSERS_LAYOUT[model]}
+    with pytest.raises(FamilyError, match=r"a transformer in diffusers' layout.*ModelSave"):
+        detect_family(with_standard_keys(make_header(shapes)))
 
 
 @pytest.mark.parametrize(

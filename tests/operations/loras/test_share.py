@@ -13,6 +13,7 @@ from lora_files import (
     energy,
     factors,
     kohya,
+    restored,
     share,
     spelled,
     write,
@@ -23,19 +24,7 @@ from safetensors import safe_open
 from tiny_family import merge, snapshot
 
 from hyper_merge.errors import MismatchError, NameTakenError, OutputError, RecipeError
-from hyper_merge.loras.prompt_tags import parse_tags
 from hyper_merge.runs.folders import Folders
-
-
-def restored(result, row):
-    """Returns what the prompt of an input adds, from the files alone."""
-    total = {}
-    for tag in parse_tags(result.report.tags(row)):
-        (path,) = [path for path in result.loras if path.stem == tag.name]
-        for module, change in dense(path).items():
-            x = tag.text_multiplier if module.startswith("lora_te") else tag.multiplier
-            total[module] = total.get(module, 0.0) + x * change
-    return total
 
 
 @pytest.fixture(scope="module")

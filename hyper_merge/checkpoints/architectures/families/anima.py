@@ -21,6 +21,15 @@ _MODULES: Final = (
 )
 
 
+_ENDS: Final = (
+    r"x_embedder\.proj\.1|t_embedder\.1\.linear_[12]|final_layer\.(linear|adaln_modulation\.[12])"
+)
+
+
+def _ends(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _ENDS)
+
+
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
 
@@ -32,7 +41,7 @@ ANIMA: Final = Family(
     parts=(
         # Forge Neo counts it to the text encoder and applies that one's multiplier to it.
         NetworkPart("text_encoder", "adapter", _ADAPTER, NATIVE + "llm_adapter.", no_modules),
-        transformer_part(_modules, NATIVE),
+        transformer_part(_modules, NATIVE, foreign_modules=_ends),
     ),
     vae_prefixes=VAE,
     lora_alpha=False,  # diffusers refuses a file with any

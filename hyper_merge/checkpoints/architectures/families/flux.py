@@ -24,6 +24,7 @@ _DOUBLE: Final = UNET + "double_blocks.0.img_attn.norm.key_norm."
 _SINGLE: Final = UNET + "single_blocks.0.linear1."
 _GUIDANCE: Final = UNET + "guidance_in."
 _APPROXIMATOR: Final = UNET + "distilled_guidance_layer."
+_APPROXIMATOR_LAYERS: Final = 5
 _MODULES: Final = (
     r"double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02]|mod\.lin)"
     r"|single_blocks\.\d+\.(linear[12]|modulation\.lin)"
@@ -32,6 +33,10 @@ _MODULES: Final = (
 _ENDS: Final = (
     r"(img|txt)_in|(time|vector|guidance)_in\.(in|out)_layer"
     r"|final_layer\.(linear|adaLN_modulation\.1)"
+)
+_CHROMA_ENDS: Final = (
+    r"(img|txt)_in|final_layer\.linear"
+    r"|distilled_guidance_layer\.(in_proj|out_proj|layers\.\d+\.(in|out)_layer)"
 )
 _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
@@ -60,6 +65,15 @@ _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "distilled_guidance_layer.in_proj": ("distilled_guidance_layer.in_proj",),
+    "distilled_guidance_layer.out_proj": ("distilled_guidance_layer.out_proj",),
+    **{
+        f"distilled_guidance_layer.layers.{i}.{stored}_layer": (
+            f"distilled_guidance_layer.layers.{i}.linear_{number}",
+        )
+        for i in range(_APPROXIMATOR_LAYERS)
+        for stored, number in (("in", 1), ("out", 2))
+    },
 }
 
 
@@ -69,8 +83,12 @@ def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
 
 
 def _chroma_modules(path: str, shape: Shape) -> tuple[Module, ...]:
-    """Returns the matrices of the blocks: a network of its own, which nobody trains, modulates them."""
+    """Returns the matrices of the blocks: a network of its own modulates them."""
     return modules_matching(path, shape, _MODULES)
+
+
+def _chroma_ends(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _CHROMA_ENDS)
 
 
 def _split_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
@@ -104,7 +122,9 @@ _CHROMA: Final = replace(
     title="Chroma",
     parts=(
         NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),
-        transformer_part(_chroma_modules, split_modules=_split_modules),
+        transformer_part(
+            _chroma_modules, split_modules=_split_modules, foreign_modules=_chroma_ends
+        ),
     ),
     strains=("flash", "radiance"),
     ss_base_model_version="chroma",

@@ -23,6 +23,9 @@ _MODULES: Final = (
     r"|single_blocks\.\d+\.linear[12]"
     r"|double_stream_modulation_(img|txt)\.lin|single_stream_modulation\.lin"
 )
+_ENDS: Final = (
+    r"(img|txt)_in|(time|guidance)_in\.(in|out)_layer|final_layer\.(linear|adaLN_modulation\.1)"
+)
 _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "double_blocks.#.img_attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
     "double_blocks.#.txt_attn.qkv": tuple(f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"),
@@ -37,11 +40,23 @@ _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
     "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
     "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
+
+
+def _ends(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _ENDS)
 
 
 def _split_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
@@ -52,7 +67,7 @@ KLEIN: Final = Family(
     name="flux2_klein",
     title="Flux.2 klein",
     rule=DetectionRule((_DOUBLE, _MODULATION), none_of=(_GUIDANCE,)),
-    parts=(transformer_part(_modules, NATIVE, _split_modules),),
+    parts=(transformer_part(_modules, NATIVE, _split_modules, _ends),),
     vae_prefixes=VAE,
     lora_alpha=False,  # diffusers refuses a file with any
     lora_spelling=PEFT,

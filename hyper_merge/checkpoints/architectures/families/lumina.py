@@ -27,6 +27,11 @@ _LUMINA: Final = (
     _BLOCK + r"\.(attention\.(qkv|out)|feed_forward\.w[123])"
     r"|(layers|noise_refiner)\.\d+\.adaLN_modulation\.1"
 )
+_EMBEDDERS: Final = (
+    r"x_embedder|cap_embedder\.1|t_embedder\.mlp\.[02]"
+    r"|final_layer\.(linear|adaLN_modulation\.1)"
+)
+_PATCHED: Final = re.compile(r"(x_embedder|final_layer)(\..+)?")  # diffusers has one for each size
 _OUT: Final = ".attention.out"
 _BLOCKS: Final = ("layers", "noise_refiner", "context_refiner")
 _LUMINA_DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -40,6 +45,13 @@ _LUMINA_DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
         "feed_forward.w3": ("feed_forward.linear_3",),
         "adaLN_modulation.1": ("norm1.linear",),
     }.items()
+} | {
+    "x_embedder": ("x_embedder",),
+    "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+    "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+    "final_layer.linear": ("norm_out.linear_2",),
 }
 # Z-Image's names in diffusers, which some trainers keep for Lumina 2.
 _LIKE_Z_IMAGE: Final[Mapping[str, tuple[str, ...]]] = {
@@ -67,6 +79,18 @@ def _z_image_modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules
 
 
+def _z_image_embedders(path: str, shape: Shape) -> tuple[Module, ...]:
+    modules = modules_matching(path, shape, _EMBEDDERS)
+    patched = _PATCHED.fullmatch(path)
+    if patched is None:
+        return modules
+    return tuple(replace(m, path=f"all_{patched[1]}.2-1{patched[2] or ''}") for m in modules)
+
+
+def _lumina_embedders(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _EMBEDDERS)
+
+
 def _lumina_modules(path: str, shape: Shape) -> tuple[Module, ...]:
     """Returns the modules by the checkpoint's names.
 
@@ -85,7 +109,7 @@ Z_IMAGE: Final = Family(
     name="z_image",
     title="Z-Image",
     rule=DetectionRule((_REFINER, UNET + "layers.0.adaLN_modulation.0.")),
-    parts=(transformer_part(_z_image_modules, NATIVE),),
+    parts=(transformer_part(_z_image_modules, NATIVE, foreign_modules=_z_image_embedders),),
     vae_prefixes=VAE,
     lora_alpha=False,
     lora_spelling=PEFT,
@@ -104,7 +128,7 @@ LUMINA_2: Final = replace(
     name="lumina_2",
     title="Lumina 2",
     rule=DetectionRule((_REFINER, UNET + "layers.0.adaLN_modulation.1.")),
-    parts=(transformer_part(_lumina_modules, NATIVE, _split_lumina_modules),),
+    parts=(transformer_part(_lumina_modules, NATIVE, _split_lumina_modules, _lumina_embedders),),
     strains=(),
     ss_base_model_version="lumina",
     modelspec_architecture="lumina-2",

@@ -21,6 +21,15 @@ _MODULES: Final = (
 )
 
 
+_ENDS: Final = (
+    r"(img|txt)_in|time_text_embed\.timestep_embedder\.linear_[12]|norm_out\.linear|proj_out"
+)
+
+
+def _ends(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _ENDS)
+
+
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
 
@@ -29,7 +38,7 @@ QWEN_IMAGE: Final = Family(
     name="qwen_image",
     title="Qwen-Image",
     rule=DetectionRule((_BLOCK, _NORM)),
-    parts=(transformer_part(_modules),),
+    parts=(transformer_part(_modules, foreign_modules=_ends),),
     vae_prefixes=VAE,
     strains=("edit", "lightning", "rapid"),
     in_a1111=False,

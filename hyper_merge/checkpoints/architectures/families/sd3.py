@@ -30,6 +30,11 @@ _CLIP_G: Final = "text_encoders.clip_g.transformer."  # with the projection of i
 _MODULES: Final = (
     r"joint_blocks\.\d+\.(x|context)_block\.(attn2?\.(qkv|proj)|mlp\.fc[12]|adaLN_modulation\.1)"
 )
+# kohya's scripts (`emb_dims`) and ComfyUI know these too.
+_EMBEDDERS: Final = (
+    r"x_embedder\.proj|context_embedder|[ty]_embedder\.mlp\.[02]"
+    r"|final_layer\.(linear|adaLN_modulation\.1)"
+)
 _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "joint_blocks.#.x_block.attn.qkv": tuple(f"transformer_blocks.#.attn.to_{x}" for x in "qkv"),
     "joint_blocks.#.x_block.attn2.qkv": tuple(f"transformer_blocks.#.attn2.to_{x}" for x in "qkv"),
@@ -48,11 +53,23 @@ _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "joint_blocks.#.context_block.adaLN_modulation.1": (
         "transformer_blocks.#.norm1_context.linear",
     ),
+    "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
+    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
+    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
+    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     return modules_matching(path, shape, _MODULES)
+
+
+def _embedders(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _EMBEDDERS)
 
 
 def _split_modules(path: str, shape: Shape) -> tuple[SplitModule, ...]:
@@ -72,7 +89,7 @@ def _family(name: str, title: str, model_type: str, rule: DetectionRule) -> Fami
             NetworkPart("text_encoder", "CLIP-L", CLIP_L, "lora_te1_", clip_text_model),
             NetworkPart("text_encoder", "CLIP-G", _CLIP_G, "lora_te2_", _clip_g, second_encoder),
             NetworkPart("text_encoder", "T5", T5, "lora_te3_", no_modules),  # nobody trains it
-            transformer_part(_modules, split_modules=_split_modules),
+            transformer_part(_modules, split_modules=_split_modules, foreign_modules=_embedders),
         ),
         vae_prefixes=VAE,
         ss_base_model_version=model_type,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from hyper_merge.checkpoints.architectures.lora_modules import Module
+from hyper_merge.checkpoints.architectures.lora_modules import Module, no_modules
 from hyper_merge.checkpoints.architectures.positions import transformer_positions
 from hyper_merge.checkpoints.architectures.sections import section_of
 from hyper_merge.checkpoints.architectures.signatures import UNET
@@ -44,6 +44,7 @@ def transformer_part(
     modules: Callable[[str, Shape], tuple[Module, ...]],
     lora_prefix: str = "lora_unet_",
     split_modules: Callable[[str, Shape], tuple[SplitModule, ...]] = no_split_modules,
+    foreign_modules: Callable[[str, Shape], tuple[Module, ...]] = no_modules,
 ) -> NetworkPart:
     """Returns the denoiser of a family that is a transformer of patches.
 
@@ -51,6 +52,7 @@ def transformer_part(
         modules: names the modules of a tensor, see `NetworkPart`.
         lora_prefix: of its modules' names in a LoRA file.
         split_modules: names those that diffusers has instead, see `NetworkPart`.
+        foreign_modules: names those that only other programs' LoRAs have, see `NetworkPart`.
     """
     return NetworkPart(
         "unet",
@@ -60,4 +62,5 @@ def transformer_part(
         modules,
         positions=transformer_positions,
         split_modules=split_modules,
+        foreign_modules=foreign_modules,
     )

@@ -27,6 +27,13 @@ _EXTENDED: Final = tuple(
 _MODULES: Final = r"blocks\.\d+\.(self_attn\.[qkvo]|cross_attn\.([qkvo]|[kv]_img)|ffn\.[02])"
 
 
+_ENDS: Final = r"(text|time)_embedding\.[02]|time_projection\.1|head\.head"
+
+
+def _ends(path: str, shape: Shape) -> tuple[Module, ...]:
+    return modules_matching(path, shape, _ENDS)
+
+
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:
     """Returns the matrices of the blocks; diffusers needs them all of every block."""
     return tuple(replace(m, bundle="all") for m in modules_matching(path, shape, _MODULES))
@@ -36,7 +43,7 @@ WAN: Final = Family(
     name="wan",
     title="Wan",
     rule=DetectionRule((_HEAD, _BLOCK), none_of=(_IMAGE, *_EXTENDED)),
-    parts=(transformer_part(_modules),),
+    parts=(transformer_part(_modules, foreign_modules=_ends),),
     vae_prefixes=VAE,
     strains=("high", "low", "2.2"),  # the experts of 2.2 for much and for little noise
     in_a1111=False,

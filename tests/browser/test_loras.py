@@ -108,7 +108,7 @@ def reopen_and_delete(tab, loras):
     tab.pick_run("few")
     tab.click("run_copy")
     tab.until(lambda: "were copied to the form" in tab.text("lora_message"))
-    assert (tab.value("lora_size"), rows(tab)) == ("4, 2", NAMES)
+    tab.until(lambda: (tab.value("lora_size"), rows(tab)) == ("4, 2", NAMES))
     tab.settle()
     tab.to("Runs")
     tab.click("run_open")

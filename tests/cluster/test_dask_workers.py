@@ -18,6 +18,9 @@ from hyper_merge.errors import ClusterError, InterruptedRun, RecipeError
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.runtime.remote import AHEAD
 
+for needed in ("distributed", "cryptography"):
+    pytest.importorskip(needed, reason="needs the extra cluster")
+
 go_on = Progress().check
 
 

@@ -105,15 +105,14 @@ class DaskWorkers(RemoteWorkers):
     def _first(self, calls: deque[tuple[Any, Future]], check: Check) -> Any:
         """Returns the result of the first call, and takes the call out once it is there."""
         item, future = calls[0]
-        while not future.done():
-            check()
-            self._count_slots()
-            time.sleep(_PAUSE)
         while True:
             check()
-            outcome = self._outcome(item, future)
+            self._count_slots()
+            # A result may be lost with its worker before it is fetched.
+            outcome = self._outcome(item, future) if future.done() else None
             if outcome is not None:
                 break
+            time.sleep(_PAUSE)
         calls.popleft()
         if outcome.refusal:
             raise outcome.refusal

@@ -56,16 +56,17 @@ class ClusterRequest:
 
 
 def require_dask() -> None:
-    """Returns if dask.distributed is installed.
+    """Returns if dask.distributed is installed, and what its certificates need.
 
     Raises:
-        ClusterError: it is not.
+        ClusterError: one of both is not.
     """
     try:
+        import cryptography  # noqa: F401, PLC0415 - an extra
         import distributed  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise ClusterError(
-            f"workers need dask.distributed, which is not installed ({error})",
+            f"workers need dask.distributed and cryptography, and not both are installed ({error})",
             hint="pip install 'hyper-merge[cluster]'",
         ) from error
 

@@ -333,7 +333,7 @@ def test_warnings_are_notes_and_told_once(files, tmp_path, run):
 def test_exit_codes_and_one_message(files, tmp_path, run, monkeypatch, error, outcome):
     code, message = outcome
 
-    def fail(*rest):
+    def fail(*rest, workers):
         raise error
 
     monkeypatch.setattr(merge, "run_merge", fail)
@@ -347,7 +347,7 @@ def test_exit_codes_and_one_message(files, tmp_path, run, monkeypatch, error, ou
 
 
 def test_an_error_after_ctrl_c_counts_as_stopped(files, tmp_path, run, monkeypatch):
-    def fail(*rest):
+    def fail(*rest, workers):
         try:
             raise KeyboardInterrupt
         finally:

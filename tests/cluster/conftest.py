@@ -6,8 +6,6 @@ from remote_work import GB
 from hyper_merge.cluster.opening import ClusterRequest, open_workers
 from hyper_merge.runtime.progress import Progress
 
-pytest.importorskip("distributed", reason="needs dask.distributed: the extra cluster")
-
 
 @pytest.fixture(scope="module")
 def workers():

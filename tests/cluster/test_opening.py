@@ -17,6 +17,9 @@ from hyper_merge.cluster.opening import ClusterRequest, open_workers, require_da
 from hyper_merge.errors import ClusterError, InterruptedRun
 from hyper_merge.runtime.progress import Progress
 
+for needed in ("distributed", "cryptography"):
+    pytest.importorskip(needed, reason="needs the extra cluster")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,9 +66,10 @@ def is_open(port):
     return True
 
 
-def test_a_machine_without_dask_is_told_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ClusterError, match=r"not installed .*pip install 'hyper-merge\[cluster\]'"):
+@pytest.mark.parametrize("missing", ["distributed", "cryptography"])
+def test_a_machine_without_dask_is_told_what_to_install(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ClusterError, match=rf"{missing}.*pip install 'hyper-merge\[cluster\]'"):
         require_dask()
 
 

@@ -18,7 +18,8 @@ from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.runtime.progress import Progress
 
-pytest.importorskip("distributed", reason="needs dask.distributed: the extra cluster")
+for needed in ("distributed", "cryptography"):
+    pytest.importorskip(needed, reason="needs the extra cluster")
 
 
 @pytest.fixture(scope="module")

@@ -134,12 +134,15 @@ class DaskWorkers(RemoteWorkers):
                 f"one worker after the other was lost with the same piece of work: {item}",
                 hint="most often memory is the cause: see the workers' logs, and give each of them more",
             ) from error
-        except NotYet:
+        except CancelledError as error:
+            raise self._lost() from error
+        except (
+            NotYet,
+            OSError,
+        ):  # also of a connection that broke: then the scheduler is gone soon
             if future.status == "error":  # the function's own
                 raise
             return None
-        except CancelledError as error:
-            raise self._lost() from error
         return outcome
 
     def _cancel(self, futures: list[Future], owner: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_family import NORM, QUERY, inputs_of, load, run_pass, write
 
-from hyper_merge.analysis import streaming_pass
+from hyper_merge.analysis import layer_analysis, streaming_pass
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
     analyze_tensor,
@@ -27,7 +27,7 @@ WIDE = "model.diffusion_model.output_blocks.2.0.in_layers.2.weight"
 def test_cpu_takes_layers_beyond_the_devices_memory(files, monkeypatch):
     inputs = inputs_of(files)
     expected = run_pass(inputs)
-    real, failed, warnings = streaming_pass.compress, [], []
+    real, failed, warnings = layer_analysis.compress, [], []
 
     def compress(slices, *rest):
         if slices.shape not in failed and len(failed) < 3:
@@ -35,7 +35,7 @@ def test_cpu_takes_layers_beyond_the_devices_memory(files, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
         return real(slices, *rest)
 
-    monkeypatch.setattr(streaming_pass, "compress", compress)
+    monkeypatch.setattr(layer_analysis, "compress", compress)
     averages, layers, _ = run_pass(inputs, progress=Progress(warn=warnings.append))
     assert len(failed) == 3
     assert set(warnings) == {"cpu has too little memory for some layers; the CPU took them"}
@@ -81,7 +81,8 @@ def test_pass_stops_within_a_tensor(files):
     with pytest.raises(InterruptedRun):
         run_pass(inputs_of(files), 4, Progress(lambda _phase, x: done.append(x), should_stop))
     assert done[-1] < 0.5
-    assert len(checks) <= 20 + torch.get_num_threads() + 1  # once for each item that was submitted
+    submitted = max(torch.get_num_threads() + 1, 8) + 1
+    assert len(checks) <= 20 + submitted  # once for each item that was
 
 
 def test_threads_change_no_bit(files):

@@ -28,6 +28,7 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
         name="mix",
         models=tuple(checkpoints / name for name in NAMES),
         ranks=(4, 2),
+        lora_dtype="same",
         weights=(1.0, 2.0, 0.5),
         device="cpu",
         iterations=12,

@@ -292,10 +292,10 @@ def test_of_many_remarks_all_but_the_first_are_folded_away():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"ranks": "60 kB"}, "and LoRAs (at most 60 kB, in 8 bits):"),
+        ({"ranks": "60 kB", "lora_dtype": "auto"}, "and LoRAs (at most 60 kB, in 8 bits):"),
         ({"ranks": "90 %"}, "and LoRAs (as large as the share takes, perhaps"),
-        ({"ranks": "99 %"}, " kB):"),
-        ({"ranks": "3, 2", "lora_dtype": "float16"}, "and 2 LoRAs mix_0-3 … (34 kB):"),
+        ({"ranks": "99 %", "lora_dtype": "auto"}, " kB):"),
+        ({"ranks": "3, 2"}, "and 2 LoRAs mix_0-3 … (34 kB):"),
         ({"ranks": "3"}, "and 1 LoRA mix_0-3 ("),
     ],
 )

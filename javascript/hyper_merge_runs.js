@@ -75,7 +75,7 @@ window.hyperMergeRuns = (() => {
         if (event.target.closest("#tabs > .tab-nav button")) {
             setTimeout(renew); // once the tab is shown
         }
-    });
+    }, true); // before gradio 4 draws the button anew
 
     // Whether the picked run was made of LoRAs, and not of checkpoints.
     const isOfLoras = () => rows().some((row) => row.dataset.run === field("run").value && row.dataset.kind === "loras");

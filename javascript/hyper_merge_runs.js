@@ -24,6 +24,10 @@ window.hyperMergeRuns = (() => {
             row.classList.toggle("hm-picked", isPicked);
             row.querySelector("button").setAttribute("aria-pressed", isPicked);
         });
+        const note = find("#hyper_merge_runs_table .hm-hint");
+        if (note) {
+            note.hidden = rows().some((row) => !row.hidden);
+        }
     }
 
     function move(row, step) {
@@ -58,6 +62,20 @@ window.hyperMergeRuns = (() => {
         }
     });
     document.addEventListener("hyper-merge-changed", show);
+
+    // Another page may have made or deleted runs while this one, or our tab of the WebUI, was not looked at.
+    function renew() {
+        const table = find("#hyper_merge_runs_table");
+        if (table && table.offsetParent) {
+            press("#hyper_merge_runs_refresh");
+        }
+    }
+    window.addEventListener("focus", renew);
+    document.addEventListener("click", (event) => {
+        if (event.target.closest("#tabs > .tab-nav button")) {
+            setTimeout(renew); // once the tab is shown
+        }
+    }, true); // before gradio 4 draws the button anew
 
     // Whether the picked run was made of LoRAs, and not of checkpoints.
     const isOfLoras = () => rows().some((row) => row.dataset.run === field("run").value && row.dataset.kind === "loras");

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from hyper_merge.operations.deletable import DeletionReport, DeletionVerdict
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
+
+NOTHING_FREED: Final = "nothing: they are links, or have other names"
+"""What deleting files frees of which something is left."""
 
 
 def format_deletion_report(report: DeletionReport) -> str:
@@ -17,7 +22,8 @@ def format_deletion_report(report: DeletionReport) -> str:
         f"{'checkpoint':{width}}  delete?      frees  layers  everything  not carried  VAE differs",
         *(_format_verdict(verdict, width) for verdict in report.verdicts),
         "",
-        f"deleting what is safe to delete would free {format_size(report.frees)}"
+        "deleting what is safe to delete would free"
+        f" {format_size(report.frees) if report.frees else NOTHING_FREED}"
         if any(verdict.safe for verdict in report.verdicts)
         else "none of these is safe to delete",
         "nothing was deleted; that is up to you",

@@ -460,6 +460,48 @@ def go_on_from_the_card(tab):
     tab.until(lambda: tab.find("compare_run").is_visible() and tab.value("compare_run") == "old")
 
 
+def come_back(tab):
+    """Looks at our tab again, after another window or, in a WebUI, another tab."""
+    others = tab.page.locator("#tabs > .tab-nav button")
+    if others.count():
+        others.first.click()
+        tab.show()
+    else:
+        tab.page.evaluate("window.dispatchEvent(new Event('focus'))")
+
+
+def test_runs_made_or_deleted_elsewhere_show_to_whoever_comes_back(tab, server):
+    tab.to("Runs")
+    tab.until(lambda: tab.text("runs_table"))
+    files = [server.models / "Stable-diffusion" / file for file in THREE[:2]]
+    merge(files, server.models, name="elsewhere", ranks=(2,), weights=(1, 3))
+    come_back(tab)
+    tab.until(lambda: "elsewhere" in tab.text("runs_table"))
+    folders = Folders.under(server.models)
+    tab.pick_run("elsewhere")
+    tab.click("run_delete")
+    tab.until(lambda: tab.find("run_confirm").is_visible())
+    come_back(tab)
+    tab.settle()
+    assert tab.find("run_confirm").is_visible(), "a question stays"
+    tab.click("run_cancel")
+    delete_run(load_run(folders, "elsewhere"), folders)
+    come_back(tab)
+    tab.until(lambda: "elsewhere" not in tab.text("runs_table"))
+
+
+def test_a_search_that_finds_no_run_says_so(earlier_runs, tab):
+    tab.to("Runs")
+    tab.until(lambda: earlier_runs.name in tab.text("runs_table"))
+    note = tab.find("runs_table").get_by_text("No run has all of these words.")
+    assert not note.is_visible()
+    tab.type("runs_search", f"{earlier_runs.name} nowhere")
+    tab.until(note.is_visible)
+    tab.type("runs_search", earlier_runs.name)
+    tab.until(lambda: not note.is_visible())
+    tab.type("runs_search", "")
+
+
 def test_what_is_refused_leaves_the_run_that_is_shown(earlier_runs, form, server):
     tab = form
     tab.pick(*THREE)

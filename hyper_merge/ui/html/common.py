@@ -124,8 +124,8 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
     average = place.size_of_hyper_model(estimate.average)
     hyper = f"{place.hyper_model.name} ({format_size(average)}{', exists already' if place.exists else ''})"
     size = recipe.budget or (recipe.target and forecast_size) or estimate.loras
-    count = format_count(len(recipe.ranks), "LoRA")
-    loras, about = f"{count} {_text(lora_names(place.run, recipe.ranks)[0])} …", ""
+    first, more = _text(lora_names(place.run, recipe.ranks)[0]), " …" if recipe.ranks[1:] else ""
+    loras, about = f"{format_count(len(recipe.ranks), 'LoRA')} {first}{more}", ""
     if recipe.finds_ranks:
         loras = "LoRAs"
     if recipe.budget is not None:
@@ -134,7 +134,7 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
         about = "about " if forecast_size else "as large as the share takes, perhaps "
     lines = [
         (
-            f"<b>{_text(hyper)}</b> and {loras} ({about}<b>{format_size(size)}</b>): "
+            f"<b>{_text(hyper)}</b> and {loras} ({about}<b>{format_size(size)}</b>{in_8_bits(recipe)}): "
             f"{format_size(average + size)} instead of {format_size(before)}."
         ),
         (
@@ -143,6 +143,11 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
         ),
     ]
     return "".join(f"<p>{line}</p>" for line in lines) + format_notes(preflight.warnings)
+
+
+def in_8_bits(recipe: Recipe) -> str:
+    """Returns words behind the size of LoRAs that are in 8 bits, which not every machine can load."""
+    return ", in 8 bits" if recipe.factors_dtype == "float8" else ""
 
 
 def format_forecast_notes(

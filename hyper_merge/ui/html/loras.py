@@ -22,6 +22,7 @@ from hyper_merge.ui.html.common import (
     format_message,
     format_percent,
     format_table,
+    in_8_bits,
 )
 from hyper_merge.ui.html.names import format_names
 from hyper_merge.ui.html.use import format_private_lora
@@ -83,7 +84,7 @@ def format_shared_loras(run: Run, *, is_new: bool = False) -> str:
     return (
         f"<div class=hm-card><h3>{_text(run.name)}{_DONE if is_new else ''}</h3>"
         f"<p>{len(report.checkpoints)} LoRAs ({format_size(report.bytes_before)}) → {made}"
-        f" ({format_size(report.bytes_loras)})</p>"
+        f" ({format_size(report.bytes_loras)}{in_8_bits(run.recipe)})</p>"
         + _format_figures(figures)
         + format_hint(
             "Explained: the share of what a LoRA changes that its prompt tags bring back. Put them"

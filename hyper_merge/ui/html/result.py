@@ -19,6 +19,7 @@ from hyper_merge.ui.html.common import (
     format_message,
     format_percent,
     format_table,
+    in_8_bits,
 )
 from hyper_merge.ui.html.names import format_names
 
@@ -87,7 +88,8 @@ def _format_files(run: Run) -> str:
         made = f"{file} as base"
     return (
         f"{len(report.checkpoints)} checkpoints ({format_size(report.bytes_before)}) → {made} +"
-        f" {format_count(len(report.loras), 'LoRA')} ({format_size(report.bytes_loras)})"
+        f" {format_count(len(report.loras), 'LoRA')}"
+        f" ({format_size(report.bytes_loras)}{in_8_bits(run.recipe)})"
     )
 
 

@@ -20,7 +20,10 @@ from hyper_merge.ui.html.names import format_names
 
 
 def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
-    """Returns the table of runs, whose rows can be picked, and a message for each that cannot be read."""
+    """Returns the table of runs, whose rows can be picked, and a message for each that cannot be read.
+
+    The script shows the hint below the table when a search finds none.
+    """
     messages = "".join(format_message("bad", problem) for problem in problems)
     if not runs:
         return messages + format_message("info", "There are no runs yet.")
@@ -39,7 +42,7 @@ def format_run_list(runs: Sequence[Run], problems: Iterable[str]) -> str:
         numeric=(4, 5, 6),
         attributes=[_row_attributes(run) for run in runs],
     )
-    return messages + table
+    return messages + table + "<p class=hm-hint hidden>No run has all of these words.</p>"
 
 
 def format_run_comparison(first: Run, second: Run) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 
 from hyper_merge.loras.prompt_tags import format_tag
 from hyper_merge.operations.deletable import DeletionReport, DeletionVerdict
+from hyper_merge.operations.deletable_text import NOTHING_FREED
 from hyper_merge.operations.export import ExportResult
 from hyper_merge.operations.extract.extract import ExtractResult
 from hyper_merge.operations.restore.restore import RestoreResult
@@ -149,9 +150,10 @@ def format_deletion_verdicts(report: DeletionReport) -> str:
     rows = [_verdict_row(*pair) for pair in zip(names, report.verdicts, strict=True)]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    freed = f"Deleting all of these would free {format_size(report.frees)}."
-    if not any(verdict.safe for verdict in report.verdicts):
-        freed = "There is none here."
+    freed = "There is none here."
+    if any(verdict.safe for verdict in report.verdicts):
+        size = format_size(report.frees) if report.frees else NOTHING_FREED
+        freed = f"Deleting those with yes would free {size}."
     return (
         text
         + format_table(head, rows, numeric=(2, 3, 4))

@@ -183,6 +183,15 @@ def test_a_merge_that_saves_nothing_says_so(host, run):
     assert "more on disk9 MB" in words(format_run_card(larger))
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float8", "1 MB, in 8 bits"), ("same", "1 MB")])
+def test_a_card_says_which_loras_some_machines_cannot_load(host, run, dtype, size):
+    loaded = load_run(host.folders(), run)
+    recipe = replace(loaded.recipe, lora_dtype=dtype)
+    report = replace(loaded.report, bytes_loras=1_000_000)
+    text = words(format_run_card(replace(loaded, recipe=recipe, report=report)))
+    assert f"+ 2 LoRAs ({size})" in text
+
+
 @pytest.mark.parametrize(("added", "expected"), [(0.015, True), (1e-4, False)])
 def test_costly_rounding_is_reported_with_advice(host, run, added, expected):
     loaded = load_run(host.folders(), run)
@@ -210,15 +219,26 @@ def test_the_introduction_names_hyper_model_and_loras():
     assert "LoRAs" in text
 
 
-@pytest.mark.parametrize(("safe", "said"), [(True, "would free 2 MB"), (False, "none here")])
-def test_bytes_are_freed_only_where_something_is_safe_to_delete(safe, said):
+@pytest.mark.parametrize(
+    ("safe", "frees", "said"),
+    [
+        (True, 2_000_000, "Deleting those with yes would free 2 MB."),
+        (
+            True,
+            0,
+            "Deleting those with yes would free nothing: they are links, or have other names.",
+        ),
+        (False, 2_000_000, "There is none here."),
+    ],
+)
+def test_bytes_are_freed_only_where_something_is_safe_to_delete(safe, frees, said):
     verdict = DeletionVerdict(
         name="a.safetensors",
         path=Path("a.safetensors"),
         restored_as="a",
         safe=safe,
         reason="" if safe else "too far off",
-        frees=2_000_000,
+        frees=frees,
         explained=0.5,
         everything=0.5,
         not_carried=0.0,
@@ -227,6 +247,7 @@ def test_bytes_are_freed_only_where_something_is_safe_to_delete(safe, said):
     report = DeletionReport("mix", 0.99, (verdict,), "")
     screen, console = words(format_deletion_verdicts(report)), format_deletion_report(report)
     assert said in screen
+    assert ("free nothing: they are links" in console) is (safe and not frees)
     assert ("would free" in screen) is ("would free" in console) is safe
     assert ("none of these is safe to delete" in console) is not safe
 
@@ -271,8 +292,11 @@ def test_of_many_remarks_all_but_the_first_are_folded_away():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"ranks": "60 kB"}, "and LoRAs (at most 60 kB)"),
+        ({"ranks": "60 kB", "lora_dtype": "auto"}, "and LoRAs (at most 60 kB, in 8 bits):"),
         ({"ranks": "90 %"}, "and LoRAs (as large as the share takes, perhaps"),
+        ({"ranks": "99 %", "lora_dtype": "auto"}, " kB):"),
+        ({"ranks": "3, 2"}, "and 2 LoRAs mix_0-3 … (34 kB):"),
+        ({"ranks": "3"}, "and 1 LoRA mix_0-3 ("),
     ],
 )
 def test_a_plan_says_of_which_size_loras_will_be(host, changes, text):

@@ -30,7 +30,6 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
         ranks=(4, 2),
         lora_dtype="same",
         weights=(1.0, 2.0, 0.5),
-        lora_dtype="same",
         device="cpu",
         iterations=12,
         tolerance=2e-3,

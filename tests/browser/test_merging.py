@@ -492,6 +492,7 @@ def test_runs_made_or_deleted_elsewhere_show_to_whoever_comes_back(tab, server):
 
 def test_a_search_that_finds_no_run_says_so(earlier_runs, tab):
     tab.to("Runs")
+    come_back(tab)  # the page may stand there, and the runs be new
     tab.until(lambda: earlier_runs.name in tab.text("runs_table"))
     note = tab.find("runs_table").get_by_text("No run has all of these words.")
     assert not note.is_visible()

@@ -129,9 +129,10 @@ class Folders:
 
     def undo_unfinished(self, run: str = "*") -> None:
         """Undoes what a killed process has begun to change in a run, or in all, so that runs are whole."""
-        for part in ("", f"{FITS}/", f"{PICTURES}/"):
-            for journal in self.runs.glob(f"{run}/{part}{JOURNALS}"):
-                remove_leftovers(journal.parent)
+        for folder in self.runs.glob(run):
+            for part in ("", FITS, PICTURES):
+                for journal in _journals(folder / part):
+                    remove_leftovers(journal.parent)
 
     def hyper_model_of(self, outline: RunOutline) -> Path:
         """Returns the file that a run's LoRAs are added to, even after all files were moved."""
@@ -371,3 +372,10 @@ def _deciding(recipe: object) -> object:
         return None
     derived = {} if recipe.get("budget") == recipe.get("target") else {"ranks"}
     return {name: text for name, text in recipe.items() if name not in {"device", *derived}}
+
+
+def _journals(folder: Path) -> list[Path]:
+    """Returns the journals in a folder; none where another process deletes it just now."""
+    with suppress(FileNotFoundError):
+        return list(folder.glob(JOURNALS))
+    return []

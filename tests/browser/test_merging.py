@@ -249,7 +249,7 @@ def kilobytes(text):
 
 def planned(tab):
     """Returns the kilobytes of the LoRAs that the plan states, 0 where it states none."""
-    match = re.search(r"LoRAs \((?:about|at most) (\d+) kB\)", tab.text("plan"))
+    match = re.search(r"LoRAs \((?:about|at most) (\d+) kB(?:, in 8 bits)?\)", tab.text("plan"))
     return int(match[1]) if match else 0
 
 

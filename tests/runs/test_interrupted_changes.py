@@ -12,6 +12,7 @@ from hyper_merge.checkpoints.io.temporary_names import temporary_path
 from hyper_merge.errors import OutputError
 from hyper_merge.runs import ownership
 from hyper_merge.runs.deletion import delete_run
+from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.run import list_runs, load_run
 from hyper_merge.runtime import file_lock
@@ -89,3 +90,18 @@ def test_only_a_name_that_windows_refuses_means_no_file(tmp_path, monkeypatch, c
     monkeypatch.setattr(ownership, "read_json", refuse)
     with nullcontext() if is_missing else pytest.raises(OutputError, match="cannot be read now"):
         assert ownership.known_json(tmp_path / "a?b.json") is None
+
+
+def test_a_run_that_is_deleted_while_runs_are_listed_is_left_out(tmp_path, monkeypatch):
+    folders = Folders.under(tmp_path)
+    gone = folders.runs / "gone"
+    gone.mkdir(parents=True)
+    scandir = os.scandir
+
+    def just_too_late(path):
+        if path == gone:
+            gone.rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", just_too_late)
+    assert folders.manifests() == []

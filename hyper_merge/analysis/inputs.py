@@ -133,16 +133,22 @@ def basis_columns(layer: Layer, width: int) -> tuple[int, int]:
 def private_columns(layer: Layer, width: int, contrasts: Contrasts) -> tuple[int, int]:
     """Returns the columns of a layer's bases between which each deviation's spectrum is looked at.
 
-    All, or of many checkpoints the first ones, for a private LoRA has few ranks then. Square bases
-    are in no order.
+    All, or of many checkpoints the first ones, for a private LoRA has few ranks then.
     """
-    p, q = basis_columns(layer, width)
-    if contrasts.are_few:
-        return p, q
-    return (
-        p if p == layer.m else min(p, _PRIVATE_COLUMNS),
-        q if q == layer.n else min(q, _PRIVATE_COLUMNS),
-    )
+    shape = basis_columns(layer, width)
+    return shape if contrasts.are_few else leading_columns(layer, shape, _PRIVATE_COLUMNS)
+
+
+def leading_columns(layer: Layer, shape: tuple[int, int], columns: int) -> tuple[int, int]:
+    """Returns the first columns of a layer's bases, so many at most; all of square ones, which have no order.
+
+    Args:
+        layer: whose bases they are.
+        shape: the columns (p, q) of both.
+        columns: how many.
+    """
+    p, q = shape
+    return (p if p == layer.m else min(p, columns), q if q == layer.n else min(q, columns))
 
 
 def multiplier_groups(layers: Sequence[Layer], *, separate: bool) -> dict[str, list[int]]:

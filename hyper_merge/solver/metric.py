@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.analysis.contents import Analysis
+from hyper_merge.analysis.inputs import leading_columns
 from hyper_merge.analysis.loss_weights import layer_metrics
 from hyper_merge.decomposition.bounds import Spectra, leading_spectra
 from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
@@ -174,10 +175,10 @@ class Metric:
 
 def leading_shape(analysis: Analysis, index: int, columns: int) -> tuple[int, int]:
     """Returns the shape of a core between the first columns of those bases that are ordered."""
-    layer, (p, q) = analysis.layers[index], analysis.core_shape(index)
+    shape = analysis.core_shape(index)
     if analysis.has_many:  # whose bases have no order
-        return p, q
-    return (p if p == layer.m else min(p, columns), q if q == layer.n else min(q, columns))
+        return shape
+    return leading_columns(analysis.layers[index], shape, columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -253,3 +253,16 @@ def kept_ranks(
             lambda counts: size_of(by_layer(counts)),
         )
     )
+
+
+def last_rate(rates: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> float:
+    """Returns the rate of the last item that a budget buys, the best ones first.
+
+    Args:
+        rates: what items gain for their costs, in pieces (any,).
+        costs: of the same items.
+        budget: what all that are bought may cost.
+    """
+    rate, order = torch.cat(list(rates)).sort(descending=True)
+    spent = torch.cat(list(costs))[order].cumsum(0)
+    return float(rate[min(int((spent <= budget).sum()), len(rate) - 1)])

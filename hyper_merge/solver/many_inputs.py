@@ -15,6 +15,7 @@ from hyper_merge.decomposition.clustering import find_relatives
 from hyper_merge.decomposition.factored_batch import FactoredBatch
 from hyper_merge.decomposition.ll1 import solve_ll1
 from hyper_merge.decomposition.problem import Factors, Problem
+from hyper_merge.decomposition.rank_allocation import last_rate
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
@@ -184,21 +185,17 @@ class _Solver:
                 gains = torch.cat([_energies(pair) for pair in pairs])
                 rates.append(gains / cost)
                 costs.append(torch.full_like(gains, times * cost))
-        return _last_rate(rates, costs, _OVERCOMPLETE * self.allowance.budget)
+        return last_rate(rates, costs, _OVERCOMPLETE * self.allowance.budget)
 
     def _price_of_private(self) -> float:
         """Returns what the last byte gains in private LoRAs."""
         pairs = list(zip(self.metric.spectra, self.allowance.costs, strict=True))
         rates = [layer.private.flatten() / cost for layer, cost in pairs]
         costs = [torch.full_like(rate, cost) for rate, (_, cost) in zip(rates, pairs, strict=True)]
-        return _last_rate(rates, costs, self.allowance.budget)
+        return last_rate(rates, costs, self.allowance.budget)
 
     def _sample(self, members: Sequence[int]) -> list[int]:
-        layers, energies = self._analysis.layers, self.metric.energies.sum(1).tolist()
-        filled = [i for i in members if energies[i] > 0] or members
-        by_size = sorted(filled, key=lambda i: (layers[i].m + layers[i].n, i))
-        step = -(-len(by_size) // _SAMPLE)
-        return by_size[step // 2 :: step]
+        return self.metric.representatives(members, _SAMPLE)
 
     def choose(self, members: Sequence[int]) -> list[StartBlock]:
         """Returns the blocks that promise most in a sample of the layers, those first that gain most."""
@@ -258,13 +255,6 @@ class _Solver:
             )
 
         return torch.stack(list(self.parallel(values, sample))).sum(0).tolist()
-
-
-def _last_rate(rates: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> float:
-    """Returns the rate of the last item that a budget buys, the best ones first."""
-    rate, order = torch.cat(list(rates)).sort(descending=True)
-    spent = torch.cat(list(costs))[order].cumsum(0)
-    return float(rate[min(int((spent <= budget).sum()), len(rate) - 1)])
 
 
 def _energies(pair: FactorPair) -> Tensor:  # (r,), float64

@@ -147,6 +147,15 @@ class Metric:
                 )
             )
 
+    def representatives(self, members: Iterable[int], count: int) -> list[int]:
+        """Returns about so many layers that stand for some: of all sizes, and with energy if any has."""
+        layers, energies = self.analysis.layers, self.energies.sum(1).tolist()
+        everyone = list(members)
+        filled = [i for i in everyone if energies[i] > 0] or everyone
+        by_size = sorted(filled, key=lambda i: (layers[i].m + layers[i].n, i))
+        step = -(-len(by_size) // count) or 1
+        return by_size[step // 2 :: step]
+
     @cached_property
     def slice_grams(self) -> Tensor:  # (layers, d, d), float64
         """The inner products of the weighted slices."""

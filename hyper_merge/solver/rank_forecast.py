@@ -225,7 +225,9 @@ def forecast_ranks(
     """
     metric = metric.unweighted
     many = metric.analysis.has_many
-    layers = _sample(metric) if many else range(len(metric.layers))
+    layers: Sequence[int] = range(len(metric.layers))
+    if many:
+        layers = sorted(metric.representatives(layers, _SAMPLE))
     rotations = _rotations(metric, groups, of_relatives=many)
     mixtures: list[tuple[Tensor, ...]] = []
 
@@ -247,15 +249,6 @@ def forecast_ranks(
         costs=tuple(round(times * costs[index]) for index in layers),
         sampled=tuple(layers),
     )
-
-
-def _sample(metric: Metric) -> list[int]:
-    """Returns layers of all sizes, evenly among those that are like each other."""
-    layers = metric.analysis.layers
-    filled = [i for i, energy in enumerate(metric.energies.sum(1).tolist()) if energy > 0]
-    ordered = sorted(filled, key=lambda i: (layers[i].m + layers[i].n, i))
-    step = -(-len(ordered) // _SAMPLE) or 1
-    return sorted(ordered[step // 2 :: step]) or list(range(len(layers)))
 
 
 def _rotations(

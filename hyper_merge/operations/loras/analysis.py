@@ -23,6 +23,7 @@ from hyper_merge.decomposition.factored import (
     compress_many,
     singular_components,
 )
+from hyper_merge.decomposition.rank_allocation import last_rate
 from hyper_merge.loras.input_lora import InputLora
 from hyper_merge.operations.loras.inputs import LoraSet
 from hyper_merge.recipe.recipe import Recipe
@@ -102,16 +103,13 @@ def _widths_of_many(
     by_size = sorted(loras.layers, key=lambda layer: layer.m + layer.n)
     sample = by_size[:: -(-len(by_size) // _SAMPLE)]
     times = sum(layer.m + layer.n for layer in by_size) / sum(x.m + x.n for x in sample)
-    budget = _numbers(loras, recipe)
     rates, costs = [], []
     for layer in sample:
         pairs = [_pair(file, layer) for file in files]
         energies = singular_components(pairs, (layer.m, layer.n)).energies
         rates.append(energies / (layer.m + layer.n))
         costs.append(torch.full_like(energies, times * (layer.m + layer.n)))
-    rate, order = torch.cat(rates).sort(descending=True)
-    bought = int((torch.cat(costs)[order].cumsum(0) <= budget).sum())
-    price = float(rate[min(bought, len(rate) - 1)])
+    price = last_rate(rates, costs, _numbers(loras, recipe))
 
     def width_for(layer: Layer, energies: Tensor) -> int:
         if len(energies) <= _LEAST:

@@ -57,7 +57,11 @@ NAMES = {
         "llm_adapter.blocks.5.cross_attn.o_proj": "llm_adapter.blocks.5.cross_attn.o_proj",
         "llm_adapter.out_proj": "llm_adapter.out_proj",
     },
-    "wan_14b": {"head.head": "head.head", "text_embedding.2": "text_embedding.2"},
+    "wan_14b": {
+        "head.head": "proj_out",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+    },
 }
 SWAPPED = {("sd3_medium", "norm_out.linear"), ("flux2_dev", "norm_out.linear")}
 

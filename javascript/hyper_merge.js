@@ -199,12 +199,26 @@ window.hyperMerge = (() => {
             slider.nextElementSibling.textContent = Number(slider.value).toFixed(2);
         });
         rest = Math.abs(rest) < 1e-9 ? 0 : rest;
-        panel.querySelector("[data-rest]").textContent = sliders().some((x) => Number(x.value) !== 0)
-            ? `The hyper-model itself has the rest: ${rest.toFixed(2)}.` : "The hyper-model alone.";
-        put(box, tags(JSON.parse(panel.dataset.terms)));
+        const [blocks, problem] = weightsByBlock(panel);
+        panel.querySelector("[data-rest]").textContent = problem + (sliders().some((x) => Number(x.value) !== 0)
+            ? `The hyper-model itself has the rest: ${rest.toFixed(2)}.` : "The hyper-model alone.");
+        put(box, tags(JSON.parse(panel.dataset.terms), blocks));
     }
 
-    function tags(terms) {
+    // What tags have at their end for the extension LoRA Block Weight, and why it is left out, if it is.
+    function weightsByBlock(panel) {
+        const text = find("#hyper_merge_mix_block_weights :is(textarea, input)")?.value.trim() || "";
+        const value = text.replace(/^:?(lbw=|[^:,=]*:)/i, "").replace(/\s+/g, "");
+        if (value && "whole" in panel.dataset) {
+            return ["", "Weights by block are left out: this run has LoRAs of norms and biases, which have none. "];
+        }
+        if (!/^[\w.,+-]*$/.test(value)) {
+            return ["", "Weights by block are left out: expected numbers such as 1,0,0 or a preset's name. "];
+        }
+        return [value && `:lbw=${value}`, ""];
+    }
+
+    function tags(terms, blocks) {
         const sums = new Map();
         sliders().filter((slider) => Number(slider.value) !== 0).forEach((slider) => {
             terms[slider.dataset.name].forEach(([name, unet, text]) => {
@@ -218,7 +232,7 @@ window.hyperMerge = (() => {
         });
         return [...sums].map(([name, sum]) => {
             const numbers = sum.separate ? [sum.text, sum.unet] : [sum.unet];
-            return `<lora:${name}:${numbers.map(number).join(":")}>`;
+            return `<lora:${name}:${numbers.map(number).join(":")}${blocks}>`;
         }).join(" ");
     }
 
@@ -234,6 +248,8 @@ window.hyperMerge = (() => {
     function slide(event) {
         if (event.target.matches("#hyper_merge_mix input[type=range]")) {
             event.target.value = Math.round(Number(event.target.value) * 100) / 100;
+            mixed();
+        } else if (event.target.closest("#hyper_merge_mix_block_weights")) {
             mixed();
         }
     }

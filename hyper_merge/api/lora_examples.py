@@ -59,7 +59,12 @@ LORA_EXAMPLES: Final[Mapping[tuple[str, str], Example]] = {
     ),
     ("POST", "/loras/add"): start_example(
         "anime with LoRAs",
-        {"checkpoint": "anime.safetensors", "loras": _NAMES[:1], "multipliers": [0.8]},
+        {
+            "checkpoint": "anime.safetensors",
+            "loras": _NAMES[:1],
+            "multipliers": [0.8],
+            "block_weights": ["OUTD:1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0"],
+        },
     ),
     ("POST", "/loras/subtract"): start_example(
         "anime without LoRAs", {"checkpoint": "anime.safetensors", "loras": _NAMES[:1]}

@@ -10,9 +10,14 @@ from typing import Final
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from hyper_merge.api.request_models import Number, StrictRequest, recipe_setting
+from hyper_merge.recipe.lora_block_weights import COUNTS
 
 _SEVERAL: Final = "names of the host's list of LoRAs, all of one base"
 _NAME: Final = "of the file; without one, made from the names of the files"
+_BLOCK_WEIGHTS: Final = (
+    "one for each LoRA, by which its blocks are multiplied in addition: text as the extension LoRA Block"
+    f" Weight has it, numbers, or one number for all; {COUNTS}"
+)
 _OVERWRITE: Final = "replace an existing file"
 
 
@@ -79,6 +84,9 @@ class CombineLorasBody(_SizeBody):
     multipliers: list[Number] | None = Field(
         None, description="one per LoRA, in their order; without them, 1 each"
     )
+    block_weights: list[StrictStr | Number | list[Number]] | None = Field(
+        None, description=_BLOCK_WEIGHTS
+    )
 
 
 class ApplyLorasBody(StrictRequest):
@@ -88,6 +96,9 @@ class ApplyLorasBody(StrictRequest):
     loras: list[StrictStr] = Field(..., description=_SEVERAL)
     multipliers: list[Number] | None = Field(
         None, description="one per LoRA, in their order; without them, 1 each"
+    )
+    block_weights: list[StrictStr | Number | list[Number]] | None = Field(
+        None, description=_BLOCK_WEIGHTS
     )
     name: StrictStr | None = Field(None, description=_NAME)
     overwrite: StrictBool = Field(False, description=_OVERWRITE)

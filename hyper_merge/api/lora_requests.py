@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,12 @@ def parse_resize(body: ResizeLoraBody, host: Host) -> CombineRequest:
     if (body.rank, body.size, body.keep) == (None, None, None):
         raise RecipeError("expected one of rank, size and keep, got none", where="rank", key="rank")
     (lora,) = _find_loras([body.lora], host, "lora")
-    return _parse_combination(body, (lora,), None, host)
+    return _parse_combination(body, (lora,), {}, host)
 
 
 def parse_combine(body: CombineLorasBody, host: Host) -> CombineRequest:
     """Returns the request for one LoRA of several."""
-    return _parse_combination(body, _find_loras(body.loras, host), body.multipliers, host)
+    return _parse_combination(body, _find_loras(body.loras, host), _weights(body), host)
 
 
 def parse_add(body: ApplyLorasBody, host: Host) -> ApplyRequest:
@@ -77,14 +77,14 @@ def parse_lora_fit(body: FitLoraBody, host: Host) -> FitRequest:
 def _parse_combination(
     body: ResizeLoraBody | CombineLorasBody,
     loras: tuple[Path, ...],
-    multipliers: Sequence[float] | None,
+    weights: Mapping[str, Any],
     host: Host,
 ) -> CombineRequest:
     sizes = {name: getattr(body, name) for name in ("rank", "size", "keep", "dtype")}
     values = {
         **{name: value for name, value in sizes.items() if value is not None},
         "loras": loras,
-        "multipliers": multipliers,
+        **weights,
         "to": _path(host.folders().loras, body.name),
         "overwrite": body.overwrite,
     }
@@ -95,12 +95,16 @@ def _parse_application(body: ApplyLorasBody, host: Host, *, subtract: bool) -> A
     values = {
         "checkpoint": find_file(body.checkpoint, "checkpoint", host.checkpoints()),
         "loras": _find_loras(body.loras, host),
-        "multipliers": body.multipliers,
+        **_weights(body),
         "subtract": subtract,
         "to": _path(host.folders().models, body.name),
         "overwrite": body.overwrite,
     }
     return ApplyRequest.parse(values, str)
+
+
+def _weights(body: CombineLorasBody | ApplyLorasBody) -> dict[str, Any]:
+    return {"multipliers": body.multipliers, "block_weights": body.block_weights}
 
 
 def _find_loras(names: Sequence[str], host: Host, setting: str = "loras") -> tuple[Path, ...]:

@@ -209,15 +209,23 @@ class CheckpointReader:
 
 
 def _computable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tensor:
-    tensor = get(header.stored.get(key, key))
+    if key in header.parts:
+        tensor = torch.cat([_widened(get(part)) for part in header.parts[key]])
+    else:
+        tensor = get(header.stored.get(key, key))
     if key in header.scales:
         scale = get(header.scales[key]).float()
         rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
         tensor = (rows.float() * scale.reshape(-1, 1)).view(tensor.shape)
-    elif tensor.dtype in EIGHT_BIT_FLOATS:
-        tensor = tensor.half()
+    tensor = _widened(tensor)
+    tensor = torch.cat(tensor.chunk(2)[::-1]) if key in header.turned else tensor
     tensor = tensor.mT.contiguous() if key in header.transposed else tensor
     return tensor.reshape(header.tensors[key].shape)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Returns 8-bit floats as float16, which holds them exactly; all else as it is."""
+    return tensor.half() if tensor.dtype in EIGHT_BIT_FLOATS else tensor
 
 
 def _suffix(path: Path) -> str:

@@ -45,7 +45,8 @@ def add_multipliers_argument(parser: argparse.ArgumentParser) -> None:
         metavar="W,W,...",
         nargs="+",
         help="one text per LoRA, as the extension LoRA Block Weight has them (lbw=): 12 or 20 numbers for"
-        " XL, 17 or 26 for SD 1.x and 2.x",
+        " XL, 17 or 26 for SD 1.x and 2.x, 61 for Flux, a line or a name of its presets, or one number"
+        " for all blocks",
     )
 
 

@@ -80,6 +80,20 @@ class FactoredLayer:
             return self.ups[:, places], self.downs[places]
         return self.ups[:, places].float(), self.downs[places].float() * self.sizes[places, None]
 
+    def weighted_spectra(
+        self,
+        weights: Tensor,  # (k,), float64
+    ) -> Spectra:
+        """Returns the spectra of the matrices times the roots of weights, without multiplying any out.
+
+        It is for layers with `sizes`, whose components are singular ones of their matrices.
+        """
+        if self.sizes is None:
+            raise ValueError("expected a layer of many matrices, which has the sizes of components")
+        ups = self.ups.float() * (self.sizes * weights.sqrt().float()[self.owners])
+        rows = _squares(ups)
+        return Spectra(rows, rows, self.spectra.private * weights[:, None])
+
     def largest(self, count: int) -> Tensor:  # (count,) or fewer, rising
         """Returns the places of the components with most energy."""
         ups, downs = self.components()

@@ -46,6 +46,10 @@ class Host(Protocol):
     def has_txt2img(self) -> bool:
         """Tells whether prompts can be sent to it and styles be saved."""
 
+    @property
+    def takes_block_weights(self) -> bool:
+        """Tells whether prompt tags may hold weights by block (`:lbw=`)."""
+
     def checkpoints(self) -> dict[str, Path]:
         """Returns the host's list as it is now: name without hash, `/` between folders -> file."""
 

@@ -22,6 +22,7 @@ class Standalone:
 
     title = "Hyper-Merge"
     has_txt2img = False
+    takes_block_weights = False
 
     def __init__(self, root: Path) -> None:
         """Names the folders without creating them.

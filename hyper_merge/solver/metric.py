@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 
 from hyper_merge.analysis.contents import Analysis
+from hyper_merge.analysis.factored import FactoredAnalysis
 from hyper_merge.analysis.inputs import leading_columns
 from hyper_merge.analysis.loss_weights import layer_metrics
 from hyper_merge.decomposition.bounds import Spectra, leading_spectra
@@ -136,6 +137,8 @@ class Metric:
         if self.mix is None and all(layer.is_plain for layer in self.layers):
             pairs = zip(self.analysis.spectra, self.layers, strict=True)
             return [spectra.scaled(layer.scale) for spectra, layer in pairs]
+        if self.analysis.has_many:  # LoRAs, whose layers count alike in all directions
+            return self._spectra_of_many()
         roots = self.directions.mT
         with parallel_map(torch.device("cpu"), self.check) as parallel:
             return list(
@@ -146,6 +149,16 @@ class Metric:
                     range(len(self.layers)),
                 )
             )
+
+    def _spectra_of_many(self) -> list[Spectra]:
+        analysis = cast(FactoredAnalysis, self.analysis)
+
+        def of_layer(index: int) -> Spectra:
+            weights = self.checkpoints * self.layers[index].scale  # deviations are from zero
+            return analysis.part(index).weighted_spectra(weights)
+
+        with parallel_map(torch.device("cpu"), self.check) as parallel:
+            return list(parallel(of_layer, range(len(self.layers))))
 
     def representatives(self, members: Iterable[int], count: int) -> list[int]:
         """Returns about so many layers that stand for some: of all sizes, and with energy if any has."""

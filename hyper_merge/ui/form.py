@@ -104,7 +104,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
     values: dict[str, object] = {
         size: plain_value(form.ranks or ""),
         "weights": plain_value(form.weights or ""),
-        "block_weights": _lines(form.block_weights) or None,
+        "block_weights": split_lines(form.block_weights) or None,
         "topup": plain_value(form.topup or ""),
         "fit_weights": plain_value(form.fit_weights or ""),
         "name": form.name,
@@ -187,7 +187,8 @@ def _format_numbers(values: Sequence[float] | None) -> str:
     return "" if values is None else ", ".join(f"{x:g}" for x in values)
 
 
-def _lines(text: str | None) -> list[str]:
+def split_lines(text: str | None) -> list[str]:
+    """Returns the lines of a field that hold anything."""
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 

@@ -120,6 +120,17 @@ def test_loras_are_combined_with_their_multipliers(client, root, loras):
     assert distance(both, wanted) / energy(wanted) < 1e-4
 
 
+def test_loras_are_combined_with_their_weights_by_block(client, root, loras):
+    blocks = [[0] * 17, "lbw=" + ",".join(["2"] * 26), 0.5]
+    body = {"loras": loras[:3], "block_weights": blocks, "name": "three"}
+    done(client, "/loras/combine", body)
+    _, one, other, all_three = (
+        dense(root / "Lora" / name) for name in (*loras[:3], "three.safetensors")
+    )
+    wanted = {module: 2 * one[module] + 0.5 * other[module] for module in one}
+    assert distance(all_three, wanted) / energy(wanted) < 1e-4
+
+
 def test_a_checkpoint_takes_a_lora_and_gives_it_back(client, root):
     path = root / "Stable-diffusion" / "a.safetensors"
     layer = layers_of(path)[0]
@@ -129,7 +140,8 @@ def test_a_checkpoint_takes_a_lora_and_gives_it_back(client, root):
     }
     (root / "Lora").mkdir()
     write(root / "Lora" / "one.safetensors", state)
-    body = {"checkpoint": "a.safetensors", "loras": ["one.safetensors"], "multipliers": [0.5]}
+    body = {"checkpoint": "a.safetensors", "loras": ["one.safetensors"], "multipliers": [0.25]}
+    body["block_weights"] = [2]
     assert done(client, "/loras/add", {**body, "name": "more"})["file"] == "more.safetensors"
     more = load_file(path.with_name("more.safetensors"))[layer.key]
     torch.testing.assert_close(
@@ -152,7 +164,9 @@ def test_a_checkpoint_takes_a_lora_and_gives_it_back(client, root):
         ("resize", {"lora": "../x", "rank": 2}, "host's list"),
         ("resize", {"lora": "lora0.safetensors", "rank": 2, "name": "../x"}, "name"),
         ("combine", {"loras": "{all}", "multipliers": [1]}, "multipliers"),
+        ("combine", {"loras": "{all}", "block_weights": ["1"]}, "block_weights"),
         ("combine", {"loras": []}, "one LoRA or more"),
+        ("add", {"checkpoint": "a.safetensors", "loras": "{all}", "block_weights": [1]}, "4 texts"),
         ("add", {"checkpoint": "x", "loras": "{all}"}, "checkpoint"),
         ("fit", {"run": "gone", "lora": "lora0.safetensors"}, "no run of LoRAs"),
     ],

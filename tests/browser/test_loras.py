@@ -162,6 +162,28 @@ def test_keys_alone_combine_by_multipliers(opened, loras):
     assert distance(both, wanted) / energy(wanted) < 1e-4
 
 
+def test_weights_by_block_are_asked_for_where_they_count(opened, loras):
+    tab = opened
+    assert not tab.find("lora_advanced").is_visible()
+    choose(tab, "Combine into one")
+    pick(tab, *NAMES[:2])
+    tab.page.locator("#hyper_merge_lora_advanced .label-wrap").click()
+    tab.type("lora_block_weights", "OUTD")
+    tab.type("lora_name", "blocks")
+    tab.click("lora_start")
+    tab.until(lambda: "Weights by block: expected 2 texts" in tab.text("lora_message"))
+    tab.type("lora_block_weights", "NONE\n2")
+    shot(tab.page, "loras-blocks")
+    tab.settle()
+    tab.click("lora_start")
+    tab.until(lambda: "blocks ✓ Done" in tab.text("lora_result"))
+    tab.settle()
+    other, made = dense(loras / NAMES[1]), dense(loras / "blocks.safetensors")
+    assert distance(made, {module: 2 * change for module, change in other.items()}) < 1e-4
+    choose(tab, "Resize")
+    assert not tab.find("lora_advanced").is_visible()
+
+
 def test_a_redraw_swallows_no_press_that_follows_another_key(opened):
     tab, keyboard = opened, opened.page.keyboard
     tab.row("lora_available", NAMES[0]).locator("input").focus()

@@ -278,6 +278,27 @@ def test_a_job_stops_and_is_seen_in_both_tabs(use, server):
 
 
 @IN_WEBUI
+def test_tags_have_weights_by_block_for_the_extension(use, server):
+    use.page.evaluate(SET, {"anime": 0.5})
+    tags = use.until(lambda: use.value("mix_prompt"))
+    use.page.locator("#hyper_merge_mix_advanced .label-wrap").click()
+    use.type("mix_block_weights", "OUTD:1,0, 0.5")
+    use.until(lambda: use.value("mix_prompt") == tags.replace(">", ":lbw=1,0,0.5>"))
+    shot(use.page, "use-mix-blocks")
+    use.type("mix_block_weights", "1:0>")
+    use.until(lambda: "a preset's name" in use.text("mix"))
+    assert use.value("mix_prompt") == tags
+    panel = use.page.locator("#hyper_merge_mix [data-terms]")
+    panel.evaluate("panel => panel.setAttribute('data-whole', '')")
+    use.type("mix_block_weights", "OUTD")
+    use.until(lambda: "norms and biases" in use.text("mix"))
+    assert use.value("mix_prompt") == tags
+    panel.evaluate("panel => panel.removeAttribute('data-whole')")
+    use.type("mix_block_weights", "")
+    use.until(lambda: "left out" not in use.text("mix"))
+
+
+@IN_WEBUI
 def test_a_mixture_and_a_fit_are_sent_to_txt2img(unused, server):
     use, page = unused, unused.page
     use.click("use_refresh")  # the WebUI has not seen the merge

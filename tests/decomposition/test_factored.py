@@ -144,3 +144,24 @@ def test_the_largest_components_are_told_in_their_order():
     assert places.tolist() == sorted(energies.topk(7).indices.tolist())
     up, down = layer.components(places)
     assert_close(up @ down, ups[:, places] @ downs[places])
+
+
+@pytest.mark.parametrize("width", [100, 12])
+def test_weighted_spectra_are_those_of_weighted_matrices(width):
+    pairs = random_pairs(4, 7, 3, 5)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
+    layer = compress_many(pairs, (M, N), lambda _: width)
+    spectra = layer.weighted_spectra(weights)
+    weighted = stack(pairs) * weights.sqrt()[:, None, None]
+    for row, matrix in zip(spectra.private, weighted, strict=True):
+        expected = torch.linalg.svdvals(matrix)[: len(row)].square()
+        assert_close(row, expected, rtol=1e-3, atol=1e-3)
+    inside = layer.left.double().mT @ weighted.transpose(0, 1).flatten(1)
+    expected = torch.linalg.svdvals(inside)[: len(spectra.rows)].square()
+    assert_close(spectra.rows, expected, rtol=5e-3, atol=1e-2)
+
+
+def test_weighted_spectra_are_of_many_alone():
+    layer = compress_factors(random_pairs(4, 4), (M, N), 100)
+    with pytest.raises(ValueError, match="many"):
+        layer.weighted_spectra(torch.ones(2).double())

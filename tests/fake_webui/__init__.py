@@ -161,7 +161,7 @@ class FakeWebUI:
         script is in `errors.reports`, as the WebUI has it on its console.
         """
         self.script_callbacks.clear_callbacks()
-        self.scripts.scripts_data[:] = [xyz.script_data(self)]
+        self.scripts.scripts_data[:] = [xyz.script_data(self), xyz.block_weights()]
         path = EXTENSION / "scripts" / "hyper_merge_tab.py"
         before = sys.path
         try:

@@ -15,6 +15,12 @@ def script_data(webui):
     return ScriptClassData(object, str(path), str(webui.data), Grid(webui))
 
 
+def block_weights():
+    """Returns the entry of the extension LoRA Block Weight."""
+    name = "lora_block_weight.py"
+    return ScriptClassData(object, f"/extensions/lbw/scripts/{name}", "/", ModuleType(name))
+
+
 class AxisOption:
     def __init__(
         self,

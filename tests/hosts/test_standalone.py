@@ -90,6 +90,7 @@ def test_there_is_no_txt2img_and_there_are_no_styles(host, folder):
     path = put(folder / "a.ckpt")
     assert host.title == "Hyper-Merge"
     assert not host.has_txt2img
+    assert not host.takes_block_weights
     assert host.defaults() == Defaults(save_styles=False)
     host.save_styles({"mix: a": "{prompt} <lora:mix_0-8:1.0>"})
     host.remove_styles(["mix: a"])

@@ -26,6 +26,8 @@ CASES = {
     "z_image": ("z_image_transformer_checkpoint", 34 * 7 + 32),
     "lumina_2": ("lumina2", 30 * 7 + 28),
     "flux2_klein": ("flux2_transformer_checkpoint", 8 * 12 + 24 * 2 + 3),
+    "wan": ("wan_transformer", 400),
+    "wan_i2v": ("wan_transformer", 480),
 }
 STEP = 1_000_000  # more than any matrix has rows
 

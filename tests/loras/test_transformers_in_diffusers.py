@@ -10,6 +10,7 @@ from hyper_merge.checkpoints.architectures.detection import detect_family
 from hyper_merge.checkpoints.architectures.layout import layout_of
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
 from hyper_merge.loras.lora_file import lora_tensors
+from hyper_merge.operations.loras.known_layers import known_family
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries, on being imported
@@ -75,3 +76,16 @@ def test_diffusers_takes_every_module(name):
     for module in modules:
         up, down = (converted[f"transformer.{module}.lora_{end}.weight"] for end in "BA")
         assert (up.shape[0], down.shape[1]) == tuple(model[f"{module}.weight"].shape), module
+
+
+def test_diffusers_has_every_matrix_of_anima_under_the_name_that_is_read():
+    loader = getattr(loaders, "AnimaLoraLoaderMixin", None)
+    if loader is None:
+        pytest.skip("this version of diffusers does not know Anima")
+    known = known_family("anima")
+    assert sum("llm_adapter" in layer.module for layer in known.layers) == 61
+    names = [f"{layer.module}.lora_A.weight" for layer in known.layers]
+    converted = loader.lora_state_dict({name: torch.zeros(1) for name in names})
+    for layer, name in zip(known.layers, converted, strict=True):
+        (place,) = known.index.find(name.removesuffix(".lora_A.weight"))
+        assert (place.layer, place.converted) == (layer, True), name

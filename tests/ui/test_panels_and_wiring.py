@@ -140,7 +140,7 @@ def test_every_widget_has_our_id_and_is_unsaved(built):
     widgets = [widget for widget in widgets if not is_dataclass(widget)]
     for widget in widgets:
         assert re.fullmatch(f"{PREFIX}_[a-z0-9_]+", widget.elem_id)
-        if not isinstance(widget, gr.Column | gr.Tab):
+        if not isinstance(widget, gr.Accordion | gr.Column | gr.Tab):
             assert widget.do_not_save_to_config is True
 
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from hyper_merge.checkpoints.architectures.families import find_family
+from hyper_merge.checkpoints.architectures.families import DIFFUSERS_LAYOUTS, find_family
 from hyper_merge.checkpoints.architectures.signatures import LABELS, TEXTS, UNET, KeySignature
 from hyper_merge.checkpoints.io.header import Header, Shape, TensorInfo
 
@@ -35,6 +35,7 @@ _PROJECTIONS: Final = (".proj_in.weight", ".proj_out.weight")
 # weight of a linear layer, which is its transpose.
 _ENCODERS: Final = ("conditioner.embedders.1.model.", _SGM, "cond_stage_model.model.")
 _PROJECTION: Final = "text_projection"
+_LAST_NORM: Final = ".adaLN_modulation.1"
 _MARKERS: Final = ("v_pred", "ztsnr", "edm_")
 _OTHERS: Final = (*TEXTS, *_MARKERS, "first_stage_model.", "vae.", "model_ema.")
 # ComfyUI's two names for the number that an 8-bit weight is multiplied by, and what goes with them:
@@ -100,7 +101,8 @@ def with_standard_keys(header: Header) -> Header:
         if rename.applies(signature):
             header = _renamed(header, rename)
             signature = KeySignature.from_header(header)
-    header = _with_usual_projection(header)
+    header = _from_diffusers(_with_usual_projection(header))
+    signature = KeySignature.from_header(header)
     shapes = dict(_shapes(header, signature))
     return _reshaped(header, shapes) if shapes else header
 
@@ -153,6 +155,60 @@ def _with_usual_projection(header: Header) -> Header:
                 keys = header.transposed | {usual}
                 header = replace(_reshaped(renamed, turned), transposed=keys)
     return header
+
+
+def _from_diffusers(header: Header) -> Header:
+    """Returns the header of a transformer in diffusers' layout with the checkpoint's tensors.
+
+    Quantised files keep their layout, and are refused by it.
+    """
+    prefix = UNET if any(key.startswith(UNET) for key in header.tensors) else ""
+    own = {
+        key.removeprefix(prefix): header.stored.get(key, key)
+        for key in header.tensors
+        if key.startswith(prefix) and (prefix or not key.startswith(_OTHERS))
+    }
+    if header.scales or header.unsupported or header.rounded_as:
+        return header
+    sources = (layout.sources(own) for layout in DIFFUSERS_LAYOUTS)
+    found = next((x for x in sources if x is not None), None)
+    if found is None:
+        return header
+    infos = {
+        key: _joint_info([header.tensors[prefix + x] for x in xs]) for key, xs in found.items()
+    }
+    if None in infos.values():
+        return header
+    stored = {key: tuple(own[part] for part in parts) for key, parts in found.items()}
+    others = {k: x for k, x in header.tensors.items() if k.removeprefix(prefix) not in own}
+    tensors = {UNET + key: info for key, info in infos.items() if info is not None}
+    return replace(
+        header,
+        tensors={**tensors, **others},
+        parts={UNET + key: parts for key, parts in stored.items() if len(parts) > 1},
+        stored={
+            **{key: x for key, x in header.stored.items() if key in others},
+            **{UNET + key: parts[0] for key, parts in stored.items() if len(parts) == 1},
+        },
+        turned=frozenset(_turned(tensors)),
+    )
+
+
+def _joint_info(parts: list[TensorInfo]) -> TensorInfo | None:
+    """Returns type and shape of the tensor that some are rows of; None where they do not go together."""
+    if len({(info.dtype, info.shape[1:]) for info in parts}) > 1 or not parts[0].shape:
+        return parts[0] if len(parts) == 1 else None
+    rows = sum(info.shape[0] for info in parts)
+    return TensorInfo(parts[0].dtype, (rows, *parts[0].shape[1:]))
+
+
+def _turned(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yields the keys of last norms, which make shift and scale: diffusers has scale and shift."""
+    for key, info in tensors.items():
+        stem = key.removesuffix(_WEIGHT)
+        is_matrix = key.endswith(_LAST_NORM + _WEIGHT) and len(info.shape) == 2
+        if is_matrix and info.shape[0] == 2 * info.shape[1]:
+            yield from (x for x in (key, stem + ".bias") if x in tensors)
 
 
 def _name(key: str, rename: _Rename) -> str:

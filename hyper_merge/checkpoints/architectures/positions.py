@@ -24,7 +24,7 @@ _SIDE: Final = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d)\.?(.*)")
 _CONTEXT: Final = re.compile(
     r"(joint_blocks\.\d+\.context_block|\w+_blocks\.\d+\.txt_\w+|context_refiner\.\d+)\..*"
     r"|transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)"
-    r"|blocks\.\d+\.cross_attn\.[kv](_proj)?"
+    r"|blocks\.\d+\.cross_attn\.[kv](_proj)?|llm_adapter\..*"
 )
 _BOTH: Final = re.compile(r"(single_blocks|layers)\..*")
 

@@ -30,6 +30,7 @@ _ENDS: Final = {
     "vector_in": "VECTOR",
     "guidance_in": "GUIDANCE",
     "final_layer": "FINAL",
+    "llm_adapter": "ADAPTER",
 }
 _MIDDLE: Final = re.compile(r"(?:^|.*\.)middle_block\..*")
 

@@ -87,9 +87,9 @@ PARTIAL: Final[tuple[UnsupportedModel, ...]] = (
         lambda s: s.has("model_ema.") and not s.has(UNET),
     ),
     UnsupportedModel(
-        "a transformer in diffusers' layout, which splits and renames the checkpoint's tensors: use its"
-        " single-file version, or open it in ComfyUI (Load Diffusion Model, which converts Flux, SD 3 and"
-        " Z-Image) and save it there (ModelSave)",
+        "a transformer in diffusers' layout that is not whole or not of a kind that is read so, such as"
+        " one of several files, or a quantised one: use its single-file version, or open it in ComfyUI"
+        " (Load Diffusion Model) and save it there (ModelSave)",
         # Under the usual prefix too: that of a bare network is put before all its keys.
         lambda s: s.any_match(
             r"^(model\.diffusion_model\.)?("

@@ -43,6 +43,9 @@ class Header:
     size: int  # bytes of the whole file
     mtime_ns: int
     unsupported: Mapping[str, str] = field(default_factory=dict)  # key -> type unknown to torch
+    # key -> several in the file, whose rows are one matrix's or bias's in this order
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()  # keys of tensors whose halves the file has the other way
     stored: Mapping[str, str] = field(default_factory=dict)  # key -> another one in the file
     scales: Mapping[str, str] = field(default_factory=dict)  # key -> the file's, of its factor
     transposed: frozenset[str] = frozenset()  # keys of matrices that the file has the other way

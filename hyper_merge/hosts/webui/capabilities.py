@@ -28,6 +28,9 @@ class Capabilities:
             by it, in place of its own.
         checkpoint_folders: Options of its command line; the first that is given leads to the folder.
         lora_folders: The same for LoRAs.
+        scales_blocks: Whether the extension LoRA Block Weight scales every LoRA of a prompt by its own
+            weights there. In reForge and Classic it takes LoRAs for others where they differ in their
+            layers, and in Neo it does not find them (`load_loras_blocks` in its source).
     """
 
     title: str
@@ -37,6 +40,7 @@ class Capabilities:
     matches_loosely: bool = False
     checkpoint_folders: tuple[str, ...] = ("ckpt_dir",)
     lora_folders: tuple[str, ...] = ("lora_dir",)
+    scales_blocks: bool = False
 
 
 TABLE: Final = (
@@ -55,6 +59,7 @@ TABLE: Final = (
         model_manager="backend.memory_management",
         loads_when_drawing=True,
         matches_loosely=True,
+        scales_blocks=True,
     ),
     Capabilities(
         "reForge",
@@ -69,7 +74,7 @@ TABLE: Final = (
         (("ldm_patched.modules.model_management", "unload_all_models"),),
         model_manager="ldm_patched.modules.model_management",
     ),
-    Capabilities("AUTOMATIC1111", ()),
+    Capabilities("AUTOMATIC1111", (), scales_blocks=True),
 )
 """The WebUIs, the more special first."""
 

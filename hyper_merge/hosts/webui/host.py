@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import modules.progress
-from modules import call_queue, errors, shared
+from modules import call_queue, errors, scripts, shared
 from modules.styles import PromptStyle
 
 from hyper_merge.errors import OutputError
@@ -36,6 +36,7 @@ from hyper_merge.runtime.progress import Progress
 _STEPS: Final = 1000  # of the progress bar
 _LISTEN: Final = 0.02  # seconds between looks at the WebUI's buttons
 _STOP_HINT: Final = "only Stop in the tab Hyper-Merge ends this while a generation waits"
+_BLOCK_WEIGHTS: Final = "lora_block_weight.py"  # the script of that extension
 _TAG: Final = re.compile(r"<lora:[^>]*>")
 
 
@@ -48,6 +49,12 @@ class WebUI:
     def title(self) -> str:
         """The WebUI's name."""
         return capabilities().title
+
+    @property
+    def takes_block_weights(self) -> bool:
+        """Whether the extension LoRA Block Weight is there, where it does what it says."""
+        loaded = any(Path(data.path).name == _BLOCK_WEIGHTS for data in scripts.scripts_data)
+        return loaded and capabilities().scales_blocks
 
     def checkpoints(self) -> dict[str, Path]:
         """Returns the WebUI's list; in A1111 empty with --ui-debug-mode until it is refreshed."""

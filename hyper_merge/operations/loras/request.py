@@ -10,8 +10,10 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.architectures.spec import Family
 from hyper_merge.errors import RecipeError, settings_placed
 from hyper_merge.recipe.lora_block_weights import (
-    XL,
+    COUNTS,
     LoraBlockWeights,
+    format_lora_block_weights,
+    go_with,
     parse_lora_block_weights,
     weight_in,
 )
@@ -97,13 +99,10 @@ class _LoraRequest(Request):
             RecipeError: they are those of another, or the family has no such blocks.
         """
         for blocks in self.block_weights or ():
-            is_xl = len(blocks) in XL
-            is_refiner = family.name == "sdxl_refiner"  # with blocks of its own
-            if is_refiner or not family.name.startswith("sdxl" if is_xl else ("sd1", "sd2")):
+            if not go_with(blocks, family.name):
                 raise RecipeError(
                     f"{len(blocks)} weights by block do not go with {family.title}",
-                    hint="give 12 or 20 for Stable Diffusion XL, 17 or 26 for 1.x and 2.x; other"
-                    " networks have none",
+                    hint=f"give {COUNTS}; other networks have none but one number for all",
                     key="block_weights",
                 )
 
@@ -111,8 +110,7 @@ class _LoraRequest(Request):
         """Returns the weights by block for a file's metadata."""
         if self.block_weights is None:
             return {}
-        texts = (",".join(f"{x:g}" for x in blocks) for blocks in self.block_weights)
-        return {"block_weights": "; ".join(texts)}
+        return {"block_weights": "; ".join(map(format_lora_block_weights, self.block_weights))}
 
     def _require_block_weights(self) -> None:
         given = self.block_weights

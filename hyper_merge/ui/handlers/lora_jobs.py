@@ -36,7 +36,7 @@ from hyper_merge.recipe.plain_values import plain_value
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.lora_runs import load_lora_run
 from hyper_merge.runtime.progress import Progress
-from hyper_merge.ui.form import size_key
+from hyper_merge.ui.form import size_key, split_lines
 from hyper_merge.ui.handlers.loras import (
     PLACE,
     Action,
@@ -57,6 +57,7 @@ _LABELS: Final = {
     "models": "LoRAs",
     "loras": "LoRAs",
     "multipliers": "Multiplier",
+    "block_weights": "Weights by block",
     "name": "Name",
     "to": "Name",
     "checkpoint": "Checkpoint",
@@ -76,6 +77,7 @@ class LoraForm:
     run: str | None
     name: str | None
     replace: bool
+    block_weights: str | None
 
     @property
     def action(self) -> Action:
@@ -146,7 +148,7 @@ def _prepare_resize(host: Host, form: LoraForm) -> tuple[str, _Work]:
 def _prepare_combine(host: Host, form: LoraForm) -> tuple[str, _Work]:
     loras = _loras(host, form)
     read_loras(loras)
-    values = {**_file_size(form), "multipliers": _multipliers(form)}
+    values = {**_file_size(form), **_weights(form)}
     request = _combination(host, form, loras, values)
     return request.path.stem, functools.partial(_combine, [request])
 
@@ -176,7 +178,7 @@ def _prepare_application(host: Host, form: LoraForm) -> tuple[str, _Work]:
     values = {
         "checkpoint": require_listed_file(name, host.checkpoints()),
         "loras": loras,
-        "multipliers": _multipliers(form),
+        **_weights(form),
         "subtract": form.action == "subtract",
         "to": _path(host.folders().models, form),
         "overwrite": bool(form.replace),
@@ -234,10 +236,13 @@ def _loras(host: Host, form: LoraForm) -> tuple[Path, ...]:
     return tuple(require_listed_file(name, listed) for name, _ in picked)
 
 
-def _multipliers(form: LoraForm) -> str:
-    return " ".join(
-        text.strip().replace(",", ".") or "1" for _, text in parse_lora_picks(form.picked)
-    )
+def _weights(form: LoraForm) -> dict[str, object]:
+    """Returns the multipliers of the picked LoRAs, in all and by block."""
+    words = (text.strip().replace(",", ".") or "1" for _, text in parse_lora_picks(form.picked))
+    return {
+        "multipliers": " ".join(words),
+        "block_weights": split_lines(form.block_weights) or None,
+    }
 
 
 def _file_size(form: LoraForm) -> dict[str, object]:

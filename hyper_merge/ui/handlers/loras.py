@@ -162,7 +162,7 @@ def parse_lora_picks(text: str) -> list[tuple[str, str]]:
 
 
 def show_choice(text: str | None) -> tuple[Any, ...]:
-    """Returns what a choice does, updates of the fields that it needs, and of the button.
+    """Returns what a choice does, updates of the fields that it needs, and of the button at last.
 
     The fields are emptied: what was meant for another choice would be refused, or mean something else.
     """
@@ -173,6 +173,8 @@ def show_choice(text: str | None) -> tuple[Any, ...]:
         gr.update(visible=choice.action in ("add", "subtract")),
         gr.update(visible=choice.action == "fit"),
         gr.update(info=choice.name, value=""),
+        gr.update(visible=choice.weighs),
+        "",
         gr.update(value=choice.button),
     )
 
@@ -238,11 +240,11 @@ def copy_lora_settings(host: Host, name: str | None) -> tuple[Any, ...]:
     Changes nothing for a run of checkpoints.
     """
     if not is_lora_run(host.folders(), name or ""):
-        return (gr.update(),) * 9
+        return (gr.update(),) * 11
     try:
         run = load_lora_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return (*(gr.update(),) * 8, format_message("bad", str(error)))
+        return (*(gr.update(),) * 10, format_message("bad", str(error)))
     names = {path.resolve(): listed for listed, path in host.loras().items()}
     picked = [names.get(path.resolve()) for path in run.recipe.models]
     kept = [(listed, "1") for listed in picked if listed is not None]

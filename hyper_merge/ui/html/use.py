@@ -59,9 +59,11 @@ def format_sliders(run: Run) -> str:
     names = checkpoint_names(run)
     terms = json.dumps({name: tag_rows(run, name) for name in names})
     labels = format_names(names)
+    # Norms and biases are scaled by block in no WebUI, and get lost in Forge.
+    whole = " data-whole" if run.report.companions else ""
     rows = "".join(_format_slider(*pair) for pair in zip(names, labels, strict=True))
     return (
-        f'<div class=hm-mix data-run="{_text(run.name)}" data-terms="{_text(terms)}">{rows}'
+        f'<div class=hm-mix data-run="{_text(run.name)}" data-terms="{_text(terms)}"{whole}>{rows}'
         "<p class=hm-hint data-rest>The hyper-model alone.</p></div>"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import gradio as gr
 
@@ -11,6 +11,14 @@ from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.handlers.loras import CHOICES, choice_of
 from hyper_merge.ui.html.loras import format_lora_introduction, format_lora_picker
 from hyper_merge.ui.panels.widgets import button, hidden_text, html, widget
+
+_BLOCK_WEIGHTS: Final = (
+    "For Stable Diffusion 1.x, 2.x, XL and Flux: how strongly each LoRA counts in every block, times its"
+    " multiplier above. One line for each LoRA, in the order they were picked: one number for all"
+    " blocks, or those of the extension LoRA Block Weight (lbw=), such as 1,0,0,... or"
+    " NAME:1,0,0,..., or the name of a preset that it brings, such as OUTD. Leave empty for no"
+    " difference."
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class LoraWidgets:
     run: gr.Dropdown
     name: gr.Textbox
     replace: gr.Checkbox
+    block_weights: gr.Textbox
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class LoraPanel:
     refresh: gr.Button
     form: LoraWidgets
     about: gr.HTML
+    advanced: gr.Accordion
     start: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -61,7 +71,7 @@ def build_loras(opened: gr.Tab) -> LoraPanel:
         refresh = button("lora_refresh", "Refresh")
     with gr.Row(elem_id=elem_id("lora_columns")):
         with gr.Column(min_width=380):
-            about, form = _build_form(picked)
+            about, advanced, form = _build_form(picked)
             with gr.Row(elem_id=elem_id("lora_run_row")):
                 start = widget(
                     gr.Button,
@@ -78,12 +88,12 @@ def build_loras(opened: gr.Tab) -> LoraPanel:
             result = html("lora_result", format_lora_introduction())
     wrote = hidden_text("lora_wrote")
     return LoraPanel(
-        opened, catalogue, inspect, add, clear, refresh, form, about, start, stop, message, status,
-        result, wrote,
+        opened, catalogue, inspect, add, clear, refresh, form, about, advanced, start, stop, message,
+        status, result, wrote,
     )  # fmt: skip
 
 
-def _build_form(picked: gr.Textbox) -> tuple[gr.HTML, LoraWidgets]:
+def _build_form(picked: gr.Textbox) -> tuple[gr.HTML, gr.Accordion, LoraWidgets]:
     first = choice_of(None)
     gr.HTML("<h3>2. What to make of them</h3>")
     choice = widget(
@@ -100,7 +110,20 @@ def _build_form(picked: gr.Textbox) -> tuple[gr.HTML, LoraWidgets]:
     size = _line("lora_size", "Size", first.size)
     name = _line("lora_name", "Name", first.name)
     replace = widget(gr.Checkbox, "lora_replace", value=False, label="Replace existing files")
-    return about, LoraWidgets(picked, choice, size, checkpoint, run, name, replace)
+    with gr.Accordion(
+        "Advanced", open=False, visible=first.weighs, elem_id=elem_id("lora_advanced")
+    ) as advanced:
+        blocks = widget(
+            gr.Textbox,
+            "lora_block_weights",
+            value="",
+            label="Weights by block",
+            info=_BLOCK_WEIGHTS,
+            lines=2,
+            max_lines=12,
+        )
+    form = LoraWidgets(picked, choice, size, checkpoint, run, name, replace, blocks)
+    return about, advanced, form
 
 
 def _line(name: str, label: str, info: str) -> Any:

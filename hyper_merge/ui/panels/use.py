@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import gradio as gr
 
@@ -26,6 +27,11 @@ from hyper_merge.ui.panels.widgets import (
     menu,
     tags_box,
     widget,
+)
+
+_BLOCK_WEIGHTS: Final = (
+    "For the extension LoRA Block Weight: how strongly all LoRAs count in every block, such as 1,0,0,..."
+    " or the name of one of its presets. Only the prompt tags have it, no saved checkpoint."
 )
 
 
@@ -74,6 +80,7 @@ class MixPanel:
     note: gr.HTML
     name: gr.Textbox
     write: gr.Button
+    blocks: gr.Textbox
     shares: gr.Textbox  # hidden: by checkpoint, as JSON
     sent: gr.Textbox  # hidden: what was sent last, as JSON
 
@@ -169,6 +176,10 @@ def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
     with gr.Row(elem_id=elem_id("mix_row")):
         equal = button("mix_equal", "Equal shares")
         reset = button("mix_reset", "Reset")
+    with gr.Accordion(
+        "Advanced", open=False, visible=host.takes_block_weights, elem_id=elem_id("mix_advanced")
+    ):
+        blocks = line("mix_block_weights", "Weights by block", _BLOCK_WEIGHTS)
     tags = tags_box("mix_prompt")
     with gr.Row(elem_id=elem_id("mix_prompt_row")):
         copy = button("mix_copy", "Copy")
@@ -178,7 +189,9 @@ def _build_mix(host: Host) -> tuple[gr.HTML, MixPanel, gr.HTML]:
     write = button("mix_write", "Save as checkpoint")
     hidden = [hidden_text(text) for text in ("mix_shares", "mix_sent")]
     outcome = html("mix_outcome")
-    return sliders, MixPanel(tags, equal, reset, copy, send, note, name, write, *hidden), outcome
+    return sliders, MixPanel(
+        tags, equal, reset, copy, send, note, name, write, blocks, *hidden
+    ), outcome  # fmt: skip
 
 
 def _build_fit(host: Host) -> tuple[gr.Dropdown, FitPanel, gr.HTML, tuple[gr.Column, gr.Textbox]]:

@@ -80,7 +80,10 @@ def wire_lora_runs(wires: Wiring) -> None:
 def _fields(panel: LoraPanel) -> list[Any]:
     """The widgets that depend on the choice, in the order of `show_choice`."""
     form = panel.form
-    return [panel.about, form.size, form.checkpoint, form.run, form.name, panel.start]
+    return [
+        panel.about, form.size, form.checkpoint, form.run, form.name, panel.advanced,
+        form.block_weights, panel.start,
+    ]  # fmt: skip
 
 
 def list_again(wires: Wiring, trigger: Trigger) -> Any:

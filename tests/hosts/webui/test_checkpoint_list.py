@@ -24,6 +24,14 @@ def test_the_host_is_called_by_its_name(host, flavour):
     assert host.has_txt2img
 
 
+def test_weights_by_block_are_for_webuis_whose_extension_takes_them(host, webui, flavour):
+    webui.load_scripts()
+    assert host.takes_block_weights is (flavour in ("a1111", "forge"))
+    plot, _ = webui.scripts.scripts_data
+    webui.scripts.scripts_data[:] = [plot]
+    assert not host.takes_block_weights
+
+
 def test_checkpoints_are_the_hosts_names_without_hash(host, models):
     folder = models / "Stable-diffusion"
     names = ["anime.safetensors", "photo.safetensors", "sub/portrait.safetensors"]

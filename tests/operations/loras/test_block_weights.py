@@ -100,10 +100,54 @@ def test_other_texts_are_refused(tmp_path, blocks, text):
         CombineRequest.parse({"loras": [tmp_path / "a"], "block_weights": blocks}, str)
 
 
-@pytest.mark.parametrize(("network", "count"), [("sd1", 12), ("sdxl", 26), ("flux_dev", 20)])
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        (" lbw=0.5,2,0,0,0,0,0,0,0,0,0,0", (0.5, 2, *[0] * 10)),
+        (":LBW=OUTD", (1, *[0] * 7, 1, 1, 1, 1, *[0] * 5)),
+        ("INS", (1, 1, 1, 1, *[0] * 13)),
+        ("MINE: " + ",".join("1" * 61), (1,) * 61),
+        ("-0.5", (-0.5,)),
+        (2, (2,)),
+    ],
+)
+def test_texts_of_the_extension_are_read(text, weights):
+    assert parse_lora_block_weights([text]) == (weights,)
+
+
+def test_one_number_is_for_everything(tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", 0)
+    result = combined([path], tmp_path / "b.safetensors", [0.5], multipliers="2")
+    before, after = dense(path), dense(result.path)
+    assert after.keys() == before.keys()
+    for module, change in before.items():
+        np.testing.assert_allclose(after[module], change, atol=2e-5)
+
+
+def test_the_blocks_of_flux_have_their_weights(tmp_path):
+    numbers = [0] * 61
+    numbers[2], numbers[4], numbers[23] = 3, 0.5, 2  # IN, D01, S01
+    names = {
+        "unet_img_in": 3,
+        "unet_double_blocks_1_img_attn_proj": 0.5,
+        "unet_single_blocks_1_linear2": 2,
+    }
+    paths = [write_few(tmp_path / f"{name}.safetensors", "flux_dev", name) for name in names]
+    result = combined(paths, tmp_path / "b.safetensors", [numbers] * 3)
+    state = load_file(result.path)
+    assert len(state) == 9
+    for name, factor in names.items():
+        up, down = (state[f"lora_{name}.lora_{x}.weight"].mean() for x in ("up", "down"))
+        assert float(up * down) == pytest.approx(factor, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("network", "count"), [("sd1", 12), ("sdxl", 26), ("flux_dev", 20), ("chroma", 61)]
+)
 def test_those_of_another_network_are_refused(tmp_path, network, count):
-    pattern = "double_blocks_0_img_attn_proj" if network == "flux_dev" else "attn1_to_q"
-    path = write_few(tmp_path / "a.safetensors", network, pattern)
+    pattern = "double_blocks_0_img_attn_proj" if network in ("flux_dev", "chroma") else "attn1_to_q"
+    metadata = {"ss_base_model_version": "chroma"} if network == "chroma" else {}
+    path = write_few(tmp_path / "a.safetensors", network, pattern, metadata)
     with pytest.raises(RecipeError, match="weights by block do not go with"):
         combined([path], tmp_path / "b.safetensors", [",".join("1" * count)])
 

@@ -50,8 +50,18 @@ NAMES = {
         "final_layer.adaLN_modulation.1": "norm_out.linear_1",
     },
     "qwen_image": {"img_in": "img_in", "norm_out.linear": "norm_out.linear"},
-    "anima": {"final_layer.linear": "final_layer.linear"},
-    "wan_14b": {"head.head": "head.head", "text_embedding.2": "text_embedding.2"},
+    "anima": {
+        "final_layer.linear": "proj_out",
+        "t_embedder.1.linear_2": "time_embed.t_embedder.linear_2",
+        "blocks.3.cross_attn.output_proj": "transformer_blocks.3.attn2.to_out.0",
+        "llm_adapter.blocks.5.cross_attn.o_proj": "llm_adapter.blocks.5.cross_attn.o_proj",
+        "llm_adapter.out_proj": "llm_adapter.out_proj",
+    },
+    "wan_14b": {
+        "head.head": "proj_out",
+        "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+        "time_projection.1": "condition_embedder.time_proj",
+    },
 }
 SWAPPED = {("sd3_medium", "norm_out.linear"), ("flux2_dev", "norm_out.linear")}
 

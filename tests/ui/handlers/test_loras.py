@@ -40,10 +40,12 @@ def loras(root):
     return folder
 
 
-def form(action, names, size="", checkpoint=None, run=None, name="", replace=False, by="1"):
+def form(action, names, size="", checkpoint=None, run=None, **others):
     """Returns the form's values, in the order of its widgets."""
-    picked = json.dumps([[x, by] for x in names])
-    return [picked, BY_ACTION[action], size, checkpoint, run, name, replace]
+    rest = {"name": "", "replace": False, "by": "1", "blocks": "", **others}
+    picked = json.dumps([[x, rest["by"]] for x in names])
+    choice = BY_ACTION[action]
+    return [picked, choice, size, checkpoint, run, rest["name"], rest["replace"], rest["blocks"]]
 
 
 def made(host, jobs, *values, **settings):
@@ -91,11 +93,12 @@ def test_a_damaged_list_of_picks_is_an_empty_one(text):
 @pytest.mark.parametrize("text", CHOICES)
 def test_a_choice_shows_what_it_needs(text):
     choice = CHOICES[text]
-    about, size, checkpoint, run, name, button = show_choice(text)
+    about, size, checkpoint, run, name, advanced, blocks, button = show_choice(text)
     assert words(about) == choice.about
     assert (size["visible"], size["value"], name["value"]) == (bool(choice.size), "", "")
     assert checkpoint["visible"] is (choice.action in ("add", "subtract"))
     assert run["visible"] is (choice.action == "fit")
+    assert (advanced["visible"], blocks) == (choice.weighs, "")
     assert button["value"] == choice.button
 
 
@@ -150,6 +153,14 @@ def test_loras_are_combined_by_their_multipliers(host, jobs, loras):
     assert distance(both, wanted) / energy(wanted) < 1e-4
 
 
+def test_loras_are_combined_by_their_weights_by_block(host, jobs, loras):
+    blocks = "lbw=NONE\n\n 0.5 "
+    made(host, jobs, "combine", [ALL[0], ALL[2]], name="both", blocks=blocks)
+    other, both = (dense(loras / x) for x in (ALL[2], "both.safetensors"))
+    wanted = {module: 0.5 * change for module, change in other.items()}
+    assert distance(both, wanted) / energy(wanted) < 1e-4
+
+
 def test_a_checkpoint_takes_a_lora_and_gives_it_back(host, jobs, loras, checkpoints):
     layer = layers_of(checkpoints / "a.safetensors")[0]
     state = {
@@ -179,6 +190,9 @@ def test_a_checkpoint_takes_a_lora_and_gives_it_back(host, jobs, loras, checkpoi
         (form("resize", ALL, size="2", name="one"), "Name: expected nothing"),
         (form("combine", ALL, by="x"), "Multiplier: "),
         (form("combine", ALL, by="0"), "Multiplier: "),
+        (form("combine", ALL, blocks="1"), "Weights by block: expected 3 texts"),
+        (form("combine", ALL, blocks="1\n1\n1,2"), "Weights by block: item 3"),
+        (form("add", ALL, checkpoint="a.safetensors", blocks="1"), "Weights by block: expected 3"),
         (form("combine", ALL, name="broken"), "broken.safetensors"),
         (form("combine", ["broken.safetensors"]), "broken.safetensors"),
         (form("add", ALL), "Checkpoint: pick one"),
@@ -254,7 +268,7 @@ def test_a_damaged_run_is_said(host, few, root):
 
 
 def test_settings_are_copied(host, jobs, few, loras, run):
-    picked, choice, _, size, _, _, name, button, message = copy_lora_settings(host, few)
+    picked, choice, _, size, _, _, name, _, _, button, message = copy_lora_settings(host, few)
     assert [x for x, _ in json.loads(picked)] == ALL
     assert (CHOICES[choice].action, size["value"], name["value"]) == ("share", "3, 2", "")
     assert (kinds(message), button["value"]) == (["good"], "Distil")

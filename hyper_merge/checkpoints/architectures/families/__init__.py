@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from hyper_merge.checkpoints.architectures.diffusers_layout import DiffusersLayout
 from hyper_merge.checkpoints.architectures.families import (
     anima,
     flux,
@@ -35,6 +36,16 @@ FAMILIES: Final[tuple[Family, ...]] = (
     *sd2.FAMILIES,
     *sd1.FAMILIES,
 )
+
+DIFFUSERS_LAYOUTS: Final[tuple[DiffusersLayout, ...]] = (
+    sd3.LAYOUT_IN_DIFFUSERS,
+    flux2.LAYOUT_IN_DIFFUSERS,
+    flux.LAYOUT_IN_DIFFUSERS,
+    lumina.Z_IMAGE_LAYOUT_IN_DIFFUSERS,
+    lumina.LUMINA_LAYOUT_IN_DIFFUSERS,
+    wan.LAYOUT_IN_DIFFUSERS,
+)
+"""The layouts of diffusers' transformers that are read as the checkpoint's."""
 
 KINDS: Final = (
     "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, Flux, Flux.2, Chroma, Z-Image, Lumina 2, Anima,"

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from hyper_merge.checkpoints.architectures.diffusers_layout import DiffusersLayout
 from hyper_merge.checkpoints.architectures.families.shared import CLIP_L, T5, VAE, transformer_part
 from hyper_merge.checkpoints.architectures.lora_modules import (
     Module,
@@ -75,6 +76,29 @@ _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
         for stored, number in (("in", 1), ("out", 2))
     },
 }
+
+_NORMS: Final[Mapping[str, str]] = {
+    f"{stored}.{which}_norm.scale": f"{name}_{which[0]}.weight"
+    for stored, name in (
+        ("double_blocks.#.img_attn.norm", "transformer_blocks.#.attn.norm"),
+        ("double_blocks.#.txt_attn.norm", "transformer_blocks.#.attn.norm_added"),
+        ("single_blocks.#.norm", "single_transformer_blocks.#.attn.norm"),
+    )
+    for which in ("query", "key")
+}
+
+LAYOUT_IN_DIFFUSERS: Final = DiffusersLayout(
+    ("x_embedder.", "single_transformer_blocks.0.proj_mlp.", "proj_out."),
+    _DIFFUSERS,
+    {
+        **_NORMS,
+        **{
+            f"distilled_guidance_layer.norms.{i}.scale": f"distilled_guidance_layer.norms.{i}.weight"
+            for i in range(_APPROXIMATOR_LAYERS)
+        },
+    },
+)
+"""That of Flux and Chroma."""
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from hyper_merge.checkpoints.architectures.diffusers_layout import DiffusersLayout
 from hyper_merge.checkpoints.architectures.families.shared import NATIVE, VAE, transformer_part
 from hyper_merge.checkpoints.architectures.lora_modules import Module, modules_matching
 from hyper_merge.checkpoints.architectures.signatures import UNET
@@ -49,6 +50,20 @@ _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
+
+LAYOUT_IN_DIFFUSERS: Final = DiffusersLayout(
+    ("x_embedder.", "single_transformer_blocks.0.attn.to_qkv_mlp_proj.", "proj_out."),
+    _DIFFUSERS,
+    {
+        f"{stored}.{which}_norm.scale": f"{name}_{which[0]}.weight"
+        for stored, name in (
+            ("double_blocks.#.img_attn.norm", "transformer_blocks.#.attn.norm"),
+            ("double_blocks.#.txt_attn.norm", "transformer_blocks.#.attn.norm_added"),
+            ("single_blocks.#.norm", "single_transformer_blocks.#.attn.norm"),
+        )
+        for which in ("query", "key")
+    },
+)
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:

@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from hyper_merge.checkpoints.architectures.diffusers_layout import DiffusersLayout
 from hyper_merge.checkpoints.architectures.families.shared import NATIVE, VAE, transformer_part
 from hyper_merge.checkpoints.architectures.lora_modules import Module, modules_matching
 from hyper_merge.checkpoints.architectures.signatures import UNET
@@ -59,6 +60,50 @@ _LIKE_Z_IMAGE: Final[Mapping[str, tuple[str, ...]]] = {
     for key, names in _LUMINA_DIFFUSERS.items()
     if ".attention." in key
 }
+
+_SAME: Final = (
+    r"(\w+)\.\d+\.(feed_forward\.w[123]|adaLN_modulation\.0|(attention|ffn)_norm[12])\.(weight|bias)"
+    r"|(cap_embedder|t_embedder)\..+|(x|cap)_pad_token|norm_final\.weight"
+)
+Z_IMAGE_LAYOUT_IN_DIFFUSERS: Final = DiffusersLayout(
+    ("all_x_embedder.2-1.", "layers.0.attention.to_q.", "all_final_layer.2-1."),
+    {
+        f"{blocks}.#.{stored}": tuple(f"{blocks}.#.{name}" for name in names)
+        for blocks in _BLOCKS
+        for stored, names in {
+            "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+            "attention.out": ("attention.to_out.0",),
+        }.items()
+    }
+    | {
+        "x_embedder": ("all_x_embedder.2-1",),
+        "final_layer.linear": ("all_final_layer.2-1.linear",),
+        "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    },
+    {
+        f"{blocks}.#.attention.{x}_norm.weight": f"{blocks}.#.attention.norm_{x}.weight"
+        for blocks in _BLOCKS
+        for x in "qk"
+    },
+    _SAME,
+)
+LUMINA_LAYOUT_IN_DIFFUSERS: Final = DiffusersLayout(
+    ("x_embedder.", "layers.0.attn.to_q.", "norm_out.linear_2."),
+    _LUMINA_DIFFUSERS,
+    {
+        f"{blocks}.#.{stored}.weight": f"{blocks}.#.{name}.weight"
+        for blocks in _BLOCKS
+        for stored, name in {
+            "attention.q_norm": "attn.norm_q",
+            "attention.k_norm": "attn.norm_k",
+            "attention_norm1": "norm1" if blocks == "context_refiner" else "norm1.norm",
+            "attention_norm2": "norm2",
+            "ffn_norm1": "ffn_norm1",
+            "ffn_norm2": "ffn_norm2",
+        }.items()
+    }
+    | {"cap_embedder.0.weight": "time_caption_embed.caption_embedder.0.weight"},
+)
 
 
 def _z_image_modules(path: str, shape: Shape) -> tuple[Module, ...]:

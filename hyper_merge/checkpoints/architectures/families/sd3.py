@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from hyper_merge.checkpoints.architectures.diffusers_layout import DiffusersLayout
 from hyper_merge.checkpoints.architectures.families.shared import (
     CLIP_L,
     T5,
@@ -62,6 +63,21 @@ _DIFFUSERS: Final[Mapping[str, tuple[str, ...]]] = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
+
+LAYOUT_IN_DIFFUSERS: Final = DiffusersLayout(
+    ("pos_embed.proj.", "transformer_blocks.0.attn.add_q_proj.", "proj_out."),
+    _DIFFUSERS,
+    {
+        f"joint_blocks.#.{stored}.ln_{x}.weight": f"transformer_blocks.#.{name}_{x}.weight"
+        for stored, name in (
+            ("x_block.attn", "attn.norm"),
+            ("context_block.attn", "attn.norm_added"),
+            ("x_block.attn2", "attn2.norm"),
+        )
+        for x in "qk"
+    }
+    | {"pos_embed": "pos_embed.pos_embed"},
+)
 
 
 def _modules(path: str, shape: Shape) -> tuple[Module, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import Contrasts
 from hyper_merge.decomposition.linalg import inner_products
+from hyper_merge.runtime.parallel import LayerMaps, parallel_map
 from hyper_merge.runtime.scratch import Scratch
 
 
@@ -30,6 +32,22 @@ class Analysis(ABC):
     contrasts: Contrasts
     sensitivities: Sensitivities | None
     scratch: Scratch
+
+    @contextmanager
+    def maps(
+        self, device: torch.device, check: Callable[[], None], work: str
+    ) -> Iterator[LayerMaps]:
+        """Gives maps over layers within the block, here in threads of this process.
+
+        Args:
+            device: the device that the work is done on.
+            check: called in the caller's thread for every item and while it waits for one; may raise,
+                to stop.
+            work: the work, as text, where a part of it is named.
+        """
+        del work
+        with parallel_map(device, check) as parallel:
+            yield LayerMaps(parallel, parallel)
 
     @property
     def has_many(self) -> bool:

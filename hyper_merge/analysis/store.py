@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hyper_merge.analysis.file_layout import (
     analysis_tensors,
 )
 from hyper_merge.analysis.inputs import MergeInputs
+from hyper_merge.analysis.remote_maps import RemoteMaps, open_maps
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.analysis.solutions import Solutions, read_solutions, write_solutions
 from hyper_merge.analysis.streaming_pass import PassOptions
@@ -37,7 +38,13 @@ from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone, patiently
+from hyper_merge.runtime.parallel import LayerMaps
+from hyper_merge.runtime.parcels import SentOnce
+from hyper_merge.runtime.remote import RemoteWorkers
 from hyper_merge.runtime.scratch import Scratch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SUFFIX: Final = ".analysis.safetensors"
 SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
@@ -46,7 +53,7 @@ _NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
 
 
-class StoredAnalysis(Analysis):
+class StoredAnalysis(Analysis, SentOnce):
     """An analysis in its open file: cores and bases stay mapped.
 
     Every tensor is checked when it is first read; a damaged one raises `DamagedCacheError`.
@@ -59,6 +66,7 @@ class StoredAnalysis(Analysis):
         warn: Callable[[str], None],
         scratch: Scratch,
         sensitivities: Sensitivities | None = None,
+        remote_maps: RemoteMaps | None = None,
     ) -> None:
         """Takes the open file from `open_analysis`.
 
@@ -68,6 +76,7 @@ class StoredAnalysis(Analysis):
             warn: called with a message for damaged solutions.
             scratch: takes what is computed from it and needed later.
             sensitivities: the network's, by module, where a run of it measured them.
+            remote_maps: over layers on workers; None for this process.
         """
         self.layers = inputs.layout.layers
         self.sensitivities = sensitivities
@@ -77,9 +86,45 @@ class StoredAnalysis(Analysis):
         self._file = file
         self._solutions = solutions_path(file.path)
         self._warn = warn
-        keys = file.header.tensors.keys()
-        checksums = file.tensor(CHECKSUMS) if CHECKSUMS in keys else None
-        self._integrity = Integrity(file.path, keys - {CHECKSUMS}, checksums)
+        self._remote_maps = remote_maps
+        self._integrity = _integrity_of(file)
+
+    def sent(self) -> dict[str, Any]:
+        """Returns what a worker needs: it reads the file itself, piece by piece."""
+        return {
+            "layers": self.layers,
+            "contrasts": self.contrasts,
+            "scratch": self.scratch,
+            "_places": self._places,
+            "_file": self._file.path.absolute(),
+        }
+
+    @classmethod
+    def received(cls, attributes: dict[str, Any]) -> Self:
+        """Returns the analysis on a worker, where it has cores and bases alone.
+
+        Raises:
+            DamagedCacheError: the file cannot be read.
+        """
+        # Not mapped: what a process has mapped counts as its memory, and workers may take little.
+        file = CheckpointReader(attributes["_file"], replaced_whole=True, mapped=False)
+        try:
+            file.__enter__()  # until the analysis is forgotten
+        except CheckpointError as error:
+            raise DamagedCacheError(file.path, str(error)) from error
+        return super().received({**attributes, "_file": file, "_integrity": _integrity_of(file)})
+
+    @contextmanager
+    def maps(
+        self, device: torch.device, check: Callable[[], None], work: str
+    ) -> Iterator[LayerMaps]:
+        """Gives maps over layers (see `Analysis`): on workers, if there are any and the CPU does the work."""
+        if self._remote_maps is None or device.type != "cpu":
+            with super().maps(device, check, work) as maps:
+                yield maps
+        else:
+            with self._remote_maps.open(check, work) as maps:
+                yield maps
 
     def without_ends(self) -> StoredAnalysis:
         """Returns the analysis of a layout whose layers at the ends are averaged only."""
@@ -193,6 +238,7 @@ def open_analysis(
     inputs: MergeInputs,
     warn: Callable[[str], None] = lambda _message: None,
     sensitivities: Sensitivities | None = None,
+    workers: RemoteWorkers | None = None,
 ) -> Iterator[StoredAnalysis]:
     """Opens an analysis for reading within the block.
 
@@ -201,6 +247,7 @@ def open_analysis(
         inputs: the files that it is the analysis of.
         warn: called with a message if the analysis's solutions are damaged.
         sensitivities: the network's, by module, where a run of it measured them.
+        workers: which see the file; None for work in this process.
 
     Raises:
         DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
@@ -218,7 +265,14 @@ def open_analysis(
             raise DamagedCacheError(path, fault)
         scratch = Scratch(path.parent)
         stack.callback(scratch.close)
-        yield StoredAnalysis(file, inputs, warn, scratch, sensitivities)
+        maps = stack.enter_context(open_maps(workers, path.parent)) if workers else None
+        yield StoredAnalysis(file, inputs, warn, scratch, sensitivities, maps)
+
+
+def _integrity_of(file: CheckpointReader) -> Integrity:
+    keys = file.header.tensors.keys()
+    checksums = file.tensor(CHECKSUMS) if CHECKSUMS in keys else None
+    return Integrity(file.path, keys - {CHECKSUMS}, checksums)
 
 
 def fault_of(path: Path, inputs: MergeInputs) -> str | None:

@@ -175,10 +175,9 @@ def pilot(
     chosen = [places[place] for place in _drawn(energies, effort.layers, generator)]
     seed = int(torch.randint(2**62, (), generator=generator))
 
-    def reduced(b: int, i: int) -> Tensor:
-        return _leading_part(problem.batches[b].slices[i], effort.side, seed + i)
-
-    layers = list(problem.parallel(reduced, *zip(*chosen, strict=True)))
+    batches_of = [problem.batches[b] for b, _ in chosen]
+    leading = partial(_leading_part, effort.side, seed)
+    layers = list(problem.parallel(leading, batches_of, [i for _, i in chosen]))
     side = max(max(layer.shape[1:]) for layer in layers)
     layers = [
         torch.nn.functional.pad(layer, (0, side - layer.shape[2], 0, side - layer.shape[1]))
@@ -193,7 +192,7 @@ def pilot(
         for at in range(0, len(layers), length)
     ]
     energy = sum(float(_energies(batch).sum()) for batch in batches)
-    return Problem(tuple(batches), energy, problem.parallel, problem.ridge)
+    return Problem(tuple(batches), energy, problem.near.parallel, problem.ridge)
 
 
 def _drawn(energies: Tensor, count: int, generator: torch.Generator) -> list[int]:
@@ -209,9 +208,12 @@ def _drawn(energies: Tensor, count: int, generator: torch.Generator) -> list[int
     return sorted([*largest.tolist(), *drawn.tolist()])
 
 
-def _leading_part(slices: Tensor, side: int, seed: int) -> Tensor:  # (k, <= side, <= side)
-    """Returns slices (k, p, q) between the leading directions of their rows and of their columns."""
-    generator = torch.Generator().manual_seed(seed)
+def _leading_part(
+    side: int, seed: int, batch: Batch, place: int
+) -> Tensor:  # (k, <= side, <= side)
+    """Returns a layer's slices between the leading directions of their rows and of their columns."""
+    slices = batch.slices[place]
+    generator = torch.Generator().manual_seed(seed + place)
     for _ in range(2):  # rows, then columns
         rows = slices.transpose(0, 1).flatten(1)  # (p, k q)
         if len(rows) > side:

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.factored_batch import FactoredBatch
 from hyper_merge.decomposition.linalg import leading_factors, moved, solve_damped
-from hyper_merge.decomposition.problem import Batch, Factors, Problem
+from hyper_merge.decomposition.problem import Batch, Factors, Keep, Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,28 +123,53 @@ def initial_factors(
     generator: torch.Generator,
 ) -> tuple[Factors, ...]:
     """Makes a start: every block is the truncated SVD of its own mixture of deviations."""
-    norms = multipliers.square().sum(0).clamp(min=torch.finfo(multipliers.dtype).tiny)
     seed = int(torch.randint(2**62, (), generator=generator))
+    start = partial(_truncated_mixtures, multipliers, problem.keep)
+    seeds = range(seed, seed + len(problem.batches))
+    return tuple(problem.parallel(start, seeds, problem.batches))
 
-    def start(index: int, batch: Batch) -> Factors:
-        batch = batch.loaded()
-        batch_generator = torch.Generator().manual_seed(seed + index)
-        mixtures = batch.mixtures(multipliers / norms)
-        overlaps = multipliers.mT @ multipliers / norms[:, None]
-        alike = overlaps * overlaps.mT > 0.99  # squared cosines
-        ups: list[Tensor] = []
-        downs: list[Tensor] = []
-        for r, rank in enumerate(batch.ranks):
-            rest = mixtures[:, r]
-            for s in range(r):  # blocks of almost equal multipliers take what is left over
-                if alike[r, s]:
-                    rest = rest - float(overlaps[r, s]) * (ups[s] @ downs[s])
-            up, down = leading_factors(rest, rank, batch_generator)
-            ups.append(up)
-            downs.append(down)
-        return problem.kept(Factors(torch.cat(ups, 2), torch.cat(downs, 1)))
 
-    return tuple(problem.parallel(start, range(len(problem.batches)), problem.batches))
+def _truncated_mixtures(multipliers: Tensor, keep: Keep, seed: int, batch: Batch) -> Factors:
+    batch = batch.loaded()
+    generator = torch.Generator().manual_seed(seed)
+    norms = multipliers.square().sum(0).clamp(min=torch.finfo(multipliers.dtype).tiny)
+    mixtures = batch.mixtures(multipliers / norms)
+    overlaps = multipliers.mT @ multipliers / norms[:, None]
+    alike = overlaps * overlaps.mT > 0.99  # squared cosines
+    ups: list[Tensor] = []
+    downs: list[Tensor] = []
+    for r, rank in enumerate(batch.ranks):
+        rest = mixtures[:, r]
+        for s in range(r):  # blocks of almost equal multipliers take what is left over
+            if alike[r, s]:
+                rest = rest - float(overlaps[r, s]) * (ups[s] @ downs[s])
+        up, down = leading_factors(rest, rank, generator)
+        ups.append(up)
+        downs.append(down)
+    return Factors(torch.cat(ups, 2), torch.cat(downs, 1)).kept(keep)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A batch's factors, from which a sweep takes a step in the direction in which they changed.
+
+    Attributes:
+        newest: The factors.
+        older: Those before; the same where there are none.
+        momentum: How far, in the last change.
+    """
+
+    newest: Factors
+    older: Factors
+    momentum: float = 0.0
+
+    @property
+    def factors(self) -> Factors:
+        """Those at which the sweep begins; made by whoever sweeps, so that few are there at a time."""
+        if self.momentum == 0:
+            return self.newest
+        up = torch.lerp(self.older.up, self.newest.up, 1 + self.momentum)
+        return Factors(up, torch.lerp(self.older.down, self.newest.down, 1 + self.momentum))
 
 
 def sweep(
@@ -152,23 +178,39 @@ def sweep(
     multipliers: Tensor,  # (k, R)
 ) -> tuple[tuple[Factors, ...], Tensor, Statistics]:
     """Fits ups, downs and multipliers, each to the others. Returns the statistics too."""
+    return _swept(problem, (_Ahead(each, each) for each in factors), multipliers)
+
+
+def _swept(
+    problem: Problem,
+    starts: Iterable[_Ahead],  # one per batch
+    multipliers: Tensor,  # (k, R)
+) -> tuple[tuple[Factors, ...], Tensor, Statistics]:
     # Once for all batches: on its way to a GPU even a small tensor waits for all work there.
     multipliers = moved(multipliers, problem.batches[0].device)
-
-    def in_batch(batch: Batch, old: Factors) -> tuple[Factors, tuple[Tensor, Tensor]]:
-        if isinstance(batch, FactoredBatch):
-            new, sums = batch.swept(old, multipliers, problem.ridge)
-            return problem.kept(new), sums
-        batch = batch.loaded()
-        mixtures = batch.mixtures(multipliers)
-        new = update_ups(batch, old, multipliers, mixtures, ridge=problem.ridge)
-        new = update_downs(batch, new, multipliers, mixtures, ridge=problem.ridge)
-        return problem.kept(new), _batch_statistics(batch, new)
-
-    results = list(problem.parallel(in_batch, problem.batches, factors))
+    in_batch = partial(_swept_batch, multipliers, problem.ridge, problem.keep)
+    results = list(problem.parallel(in_batch, problem.batches, starts))
     statistics = _summed(problem, [part for _, part in results])
     fitted = fit_multipliers(statistics.with_ridge(problem.ridge))
     return tuple(new for new, _ in results), fitted, statistics
+
+
+def _swept_batch(
+    multipliers: Tensor,  # (k, R)
+    ridge: float,
+    keep: Keep,
+    batch: Batch,
+    start: _Ahead,
+) -> tuple[Factors, tuple[Tensor, Tensor]]:  # cross (k, R) and gram (R, R), float64
+    old = start.factors
+    if isinstance(batch, FactoredBatch):
+        new, sums = batch.swept(old, multipliers, ridge)
+        return new.kept(keep), sums
+    batch = batch.loaded()
+    mixtures = batch.mixtures(multipliers)
+    new = update_ups(batch, old, multipliers, mixtures, ridge=ridge)
+    new = update_downs(batch, new, multipliers, mixtures, ridge=ridge)
+    return new.kept(keep), _batch_statistics(batch, new)
 
 
 def solve_ll1(
@@ -201,7 +243,7 @@ def solve_ll1(
         newest = deque(current.factors)
         if not step and (not values or not left):  # nothing goes back to them, or ahead from them
             current = replace(current, factors=())
-        new, fitted, statistics = sweep(problem, _ahead(older, newest, momentum), ahead)
+        new, fitted, statistics = _swept(problem, _ahead(older, newest, momentum), ahead)
         value = statistics.with_ridge(problem.ridge).loss(fitted)
         stopping.on_sweep(value)
         if step and value > values[-1]:
@@ -235,19 +277,14 @@ def _stands_still(values: Sequence[float], tolerance: float) -> bool:
     return len(values) > 1 and values[-2] - values[-1] <= tolerance * values[-2]
 
 
-def _ahead(older: deque[Factors], newest: deque[Factors], momentum: float) -> Iterator[Factors]:
-    """Yields the newest factors, a step further in the direction in which they changed.
+def _ahead(older: deque[Factors], newest: deque[Factors], momentum: float) -> Iterator[_Ahead]:
+    """Yields the newest factors with those before them.
 
     Lazily, and both give their factors away: two sets of all layers' are there, not four.
     """
     while newest:
         new = newest.popleft()
-        old = older.popleft() if older else new
-        if momentum == 0:
-            yield new
-        else:
-            up = torch.lerp(old.up, new.up, 1 + momentum)
-            yield Factors(up, torch.lerp(old.down, new.down, 1 + momentum))
+        yield _Ahead(new, older.popleft() if older else new, momentum)
 
 
 def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -49,7 +49,7 @@ class Batch:
             return Batch(source[place][None], ranks, (self.layers[place],))
         if len(self.layers) == 1:
             return Batch(source, ranks, self.layers)
-        return Batch(lambda: source()[place][None], ranks, (self.layers[place],))
+        return Batch(partial(_slices_at, source, place), ranks, (self.layers[place],))
 
     def loaded(self) -> Batch:
         """Returns the batch with its slices in memory."""
@@ -78,26 +78,33 @@ class Batch:
         return flat.view(*flat.shape[:2], *slices.shape[2:])
 
 
+def _slices_at(source: Callable[[], Tensor], place: int) -> Tensor:  # (1, k, p, q)
+    return source()[place][None]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """All layers, and what the loss is a fraction of."""
 
     batches: tuple[Batch, ...]
     energy: float  # sum of squares of all slices, in and outside of the cores
-    parallel: Callable[..., Iterable[Any]] = map  # over batches; the result does not depend on it
+    # Over batches, with pure functions of them; the result does not depend on it.
+    parallel: Callable[..., Iterable[Any]] = map
     ridge: float = 0.0  # what the blocks' energies count in addition
     # Puts aside what is needed for every layer.
     keep: Keep = list
+    nearby: Callable[..., Iterable[Any]] | None = None  # over what is small; None for `parallel`
+
+    @property
+    def near(self) -> Problem:
+        """The problem with a map that takes no work to other processes."""
+        return replace(self, parallel=self.nearby or self.parallel)
 
     @property
     def shape(self) -> tuple[int, int]:
         """The number of slices k and of blocks R."""
         first = self.batches[0]
         return first.slices.shape[1], len(first.ranks)
-
-    def kept(self, factors: Factors) -> Factors:
-        """Returns factors that are put aside."""
-        return Factors(*self.keep([factors.up, factors.down]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +113,7 @@ class Factors:
 
     up: Tensor  # (b, p, rho)
     down: Tensor  # (b, rho, q)
+
+    def kept(self, keep: Keep) -> Factors:
+        """Returns equal factors that are put aside."""
+        return Factors(*keep([self.up, self.down]))

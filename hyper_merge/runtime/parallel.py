@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from mmap import PAGESIZE
 from typing import Any, Final, TypeVar
@@ -32,6 +33,19 @@ _T = TypeVar("_T")
 _Item = TypeVar("_Item")
 ParallelMap = Callable[..., Iterator[Any]]
 """A function that is called like the built-in `map`."""
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """Maps over what is computed for layers.
+
+    Attributes:
+        layers: Calls pure functions, which the other processes that it may use can import by name.
+        small: For what takes less time than it would take to travel; in this process.
+    """
+
+    layers: ParallelMap
+    small: ParallelMap
 
 
 def worker_count(device: torch.device) -> int:
@@ -66,7 +80,9 @@ class MemoryLimit:
 
 
 @contextmanager
-def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[ParallelMap]:
+def parallel_map(
+    device: torch.device, check: Callable[[], None], threads_each: int | None = None
+) -> Iterator[ParallelMap]:
     """Gives a `map` that keeps every core of a CPU busy.
 
     One worker with one thread per core beats a layer at a time on all cores: factorisations
@@ -77,11 +93,12 @@ def parallel_map(device: torch.device, check: Callable[[], None]) -> Iterator[Pa
         device: the device that the work is done on.
         check: called in the caller's thread for every item, and ten times a second while it waits
             for one; may raise, which ends the work: then no further item is begun.
+        threads_each: of every item; None for an even share of the cores.
     """
     import_numpy_in_torch()
     threads = torch.get_num_threads()
     count = worker_count(device)
-    threads_each = threads // count
+    threads_each = threads_each or threads // count
     torch.set_num_threads(threads_each)
     # Set in every worker too: until its first loop in torch it would give LAPACK more threads, and the
     # last digits of QR depend on their number.

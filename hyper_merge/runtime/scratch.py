@@ -143,6 +143,26 @@ class Scratch:
             self._free.give(start, size)
 
 
+class InMemory(Scratch):
+    """Keeps tensors in memory, with strides and alignment as any other scratch would give them.
+
+    For work in another process, whose results lie elsewhere afterwards.
+    """
+
+    def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns equal tensors."""
+        kept = list(tensors)
+        large = [place for place, tensor in enumerate(kept) if _is_movable(tensor)]
+        if sum(kept[place].nbytes for place in large) < _LEAST:
+            return kept
+        for place in large:
+            row, is_turned = _row_by_row(kept[place])
+            row = row.view(-1).view(row.shape)
+            row = row.clone() if row.data_ptr() % _ALIGNMENT else row
+            kept[place] = row.mT if is_turned else row
+        return kept
+
+
 class _FreeParts:
     """The free parts of a file that has no end."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,12 +17,13 @@ from hyper_merge.decomposition.normalization import balance
 from hyper_merge.decomposition.stretch import LayerMetric
 from hyper_merge.decomposition.truncated_svd import TruncatedSvd, truncated_svd
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
-from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.low_rank_layer import LowRankLayer
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, StoredFactors, keep_pairs
+
+_PHASE: Final = "making private LoRAs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +64,14 @@ class CompressedResidual:
 
     def spectra(self, most: int, progress: Progress) -> list[Tensor]:
         """Returns each layer's leading squared singular values, falling, float64, on the CPU."""
-
-        def leading(index: int) -> TruncatedSvd:
-            if self.layers[index].is_end:  # private LoRAs have no companions
-                return _no_components(*self._shared.analysis.core_shape(index))
-            rest = self._metric(index).apply(self._rest(index))
-            generator = torch.Generator().manual_seed(index)
-            truncated = truncated_svd(rest, min(most, *rest.shape), generator)
-            up, down = self._shared.analysis.scratch.keep([truncated.up, truncated.down])
-            return replace(truncated, up=up, down=down)
-
-        with parallel_map(torch.device("cpu"), progress.check) as parallel:
-            for truncated in parallel(leading, range(len(self.layers))):
+        places = range(len(self.layers))
+        blocks = self._shared.blocks
+        leading = partial(_leading, self._shared.metric, self.checkpoint, blocks.alphas, most)
+        multipliers = [self._multipliers[index] for index in places]
+        with self._shared.analysis.maps(torch.device("cpu"), progress.check, _PHASE) as maps:
+            for truncated in maps.layers(leading, places, multipliers, blocks.factors):
                 self._leading.append(truncated)
-                progress.report("making private LoRAs", len(self._leading) / len(self.layers))
+                progress.report(_PHASE, len(self._leading) / len(self.layers))
         return [truncated.energies for truncated in self._leading]
 
     def unreachable(self, spectra: Sequence[Tensor]) -> float:
@@ -95,7 +92,7 @@ class CompressedResidual:
         layers = []
         for index, rank in enumerate(ranks):
             layers.append(self._stored(index, rank, stored))
-            progress.report("making private LoRAs", len(layers) / len(ranks))
+            progress.report(_PHASE, len(layers) / len(ranks))
         return layers
 
     def _metric(self, index: int) -> LayerMetric:
@@ -103,28 +100,10 @@ class CompressedResidual:
         shape = self._shared.analysis.core_shape(index)
         return self._shared.metric.between(index, shape)
 
-    def _rows(self, index: int) -> Tensor:  # (d + 1, p, q)
-        """Returns slices and, last, the average's rounding error."""
-        analysis = self._shared.analysis
-        return torch.cat([analysis.core(index), analysis.rounding(index)[None]])
-
-    def _rest(self, index: int) -> Tensor:  # (p, q)
-        """Returns the rest that the shared LoRAs leave in a layer, between its bases."""
-        analysis = self._shared.analysis
-        left, right = analysis.bases(index)
-        rows = self._rows(index)
-        weights = to_deviations_matrix(analysis.contrasts)[self.checkpoint].to(rows)
-        rest = (weights @ rows.flatten(1)).view(rows.shape[1:])
-        factors = self._shared_factors(index)
-        for (up, down), x in zip(factors, self._multipliers[index].tolist(), strict=True):
-            rest = rest - x * (block_columns(left, up) @ block_columns(right, down.mT).mT)
-        return rest
-
     def _shared_factors(self, index: int) -> list[tuple[Tensor, Tensor]]:  # (m, r), (r, n)
         """Returns the factors of what hosts add for each shared LoRA at multiplier 1."""
         blocks = self._shared.blocks
-        pairs = zip(blocks.factors[index], blocks.alphas, strict=True)
-        return [as_hosts_apply(*factors, alpha) for factors, alpha in pairs]
+        return _as_applied(blocks.factors[index], blocks.alphas)
 
     def _stored(self, index: int, rank: int, stored: StoredFormat) -> LowRankLayer:
         """Returns a layer's factors as stored, and the squared errors that are left with them."""
@@ -164,12 +143,52 @@ class CompressedResidual:
         analysis = self._shared.analysis
         left, right = analysis.bases(index)
         up, down = dual
-        rows = self._rows(index).flatten(1).double()
+        rows = _rows(analysis, index).flatten(1).double()
         product = (block_columns(left, up) @ block_columns(right, down.mT).mT).flatten().double()
         cross = to_deviations_matrix(analysis.contrasts)[self.checkpoint] @ (rows @ product)
         gram = block_gram(*zip(*blocks, strict=True))
         cross = cross - self._multipliers[index] @ gram[:-1, -1]
         return float(2 * cross - gram[-1, -1])
+
+
+def _leading(
+    metric: Metric,
+    checkpoint: int,
+    alphas: Sequence[float | None],  # of the R files
+    most: int,
+    index: int,
+    multipliers: Tensor,  # (R,)
+    stored: Sequence[FactorPair],  # per block (m, r), (r, n)
+) -> TruncatedSvd:
+    """Returns the leading part of the rest that shared LoRAs leave in a layer, as the loss counts it."""
+    analysis = metric.analysis
+    shape = analysis.core_shape(index)
+    if analysis.layers[index].is_end:  # private LoRAs have no companions
+        return _no_components(*shape)
+    left, right = analysis.bases(index)
+    rows = _rows(analysis, index)
+    weights = to_deviations_matrix(analysis.contrasts)[checkpoint].to(rows)
+    rest = (weights @ rows.flatten(1)).view(rows.shape[1:])
+    for (up, down), x in zip(_as_applied(stored, alphas), multipliers.tolist(), strict=True):
+        rest = rest - x * (block_columns(left, up) @ block_columns(right, down.mT).mT)
+    rest = metric.between(index, shape).apply(rest)
+    generator = torch.Generator().manual_seed(index)
+    truncated = truncated_svd(rest, min(most, *rest.shape), generator)
+    up, down = analysis.scratch.keep([truncated.up, truncated.down])
+    return replace(truncated, up=up, down=down)
+
+
+def _rows(analysis: Analysis, index: int) -> Tensor:  # (d + 1, p, q)
+    """Returns slices and, last, the average's rounding error."""
+    return torch.cat([analysis.core(index), analysis.rounding(index)[None]])
+
+
+def _as_applied(
+    stored: Sequence[FactorPair], alphas: Sequence[float | None]
+) -> list[FactorPair]:  # (m, r), (r, n)
+    """Returns the factors of what hosts add for each shared LoRA at multiplier 1."""
+    pairs = zip(stored, alphas, strict=True)
+    return [as_hosts_apply(*factors, alpha) for factors, alpha in pairs]
 
 
 def _no_components(p: int, q: int) -> TruncatedSvd:

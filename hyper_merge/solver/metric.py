@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Final, cast
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -19,16 +19,18 @@ from hyper_merge.decomposition.bounds import Spectra, leading_spectra
 from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.recipe.recipe import Recipe
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.parcels import OnDemand, SentOnce
 from hyper_merge.runtime.progress import Progress
 
 # Of the bases, with which the solver works.
 COLUMNS_PER_RANK: Final = 1.25
 LEAST_COLUMNS: Final = 64
 
+_PHASE: Final = "weighing the layers"
+
 
 @dataclass(frozen=True, eq=False)
-class Metric:
+class Metric(SentOnce):
     """The coordinates in which the loss of a merge is a plain sum of squares.
 
     Each layer's errors count by its `LayerMetric`; what lies outside of the bases counts as any error
@@ -50,8 +52,8 @@ class Metric:
     """
 
     analysis: Analysis
-    layers: tuple[LayerMetric, ...]
-    within: tuple[_Within, ...]
+    layers: Sequence[LayerMetric]
+    within: Sequence[_Within]
     grams: Tensor
     checkpoints: Tensor
     mix: Tensor | None
@@ -89,6 +91,11 @@ class Metric:
             max(math.ceil(COLUMNS_PER_RANK * sum(recipe.ranks)), LEAST_COLUMNS),
             check,
         )
+
+    def sent(self) -> dict[str, Any]:
+        """Returns what a worker needs, a layer's directions only when it is about that layer."""
+        attributes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**attributes, "layers": OnDemand(self.layers), "within": OnDemand(self.within)}
 
     def without_ends(self) -> Metric:
         """Returns the metric of a layout whose layers at the ends are averaged only."""
@@ -139,16 +146,9 @@ class Metric:
             return [spectra.scaled(layer.scale) for spectra, layer in pairs]
         if self.analysis.has_many:  # LoRAs, whose layers count alike in all directions
             return self._spectra_of_many()
-        roots = self.directions.mT
-        with parallel_map(torch.device("cpu"), self.check) as parallel:
-            return list(
-                parallel(
-                    lambda index: leading_spectra(
-                        self.core(index), roots, leading_shape(self.analysis, index, self.columns)
-                    ),
-                    range(len(self.layers)),
-                )
-            )
+        spectra_of = partial(_spectra_of, self, self.directions.mT)
+        with self.analysis.maps(torch.device("cpu"), self.check, _PHASE) as maps:
+            return list(maps.layers(spectra_of, range(len(self.layers))))
 
     def _spectra_of_many(self) -> list[Spectra]:
         analysis = cast(FactoredAnalysis, self.analysis)
@@ -157,8 +157,8 @@ class Metric:
             weights = self.checkpoints * self.layers[index].scale  # deviations are from zero
             return analysis.part(index).weighted_spectra(weights)
 
-        with parallel_map(torch.device("cpu"), self.check) as parallel:
-            return list(parallel(of_layer, range(len(self.layers))))
+        with analysis.maps(torch.device("cpu"), self.check, _PHASE) as maps:
+            return list(maps.small(of_layer, range(len(self.layers))))
 
     def representatives(self, members: Iterable[int], count: int) -> list[int]:
         """Returns about so many layers that stand for some: of all sizes, and with energy if any has."""
@@ -226,26 +226,35 @@ class _Within:
         )
 
 
+def _spectra_of(metric: Metric, roots: Tensor, index: int) -> Spectra:
+    shape = leading_shape(metric.analysis, index, metric.columns)
+    return leading_spectra(metric.core(index), roots, shape)
+
+
 def _stretched(
     analysis: Analysis, layers: Sequence[LayerMetric], check: Callable[[], None]
 ) -> tuple[list[_Within], Tensor]:  # grams (layers, d + 1, d + 1)
     """Returns the directions between the bases, and the inner products that the metrics give."""
-
-    def in_layer(index: int, layer: LayerMetric, plain: Tensor) -> tuple[_Within, Tensor]:
-        if layer.is_plain:
-            return _Within(torch.zeros(0, 0), torch.zeros(0, 0)), plain * layer.scale
-        left, right = analysis.bases(index)
-        within = _Within(
-            left.mT @ layer.left.directions.float(), right.mT @ layer.right.directions.float()
-        )
-        rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]])
-        metric = within.metric(layer, analysis.core_shape(index))
-        outside = plain - _gram(rows)
-        return within, _gram(metric.apply(rows)) + layer.scale * outside
-
-    with parallel_map(torch.device("cpu"), check) as parallel:
+    in_layer = partial(_stretched_layer, analysis)
+    with analysis.maps(torch.device("cpu"), check, _PHASE) as maps:
+        parallel = maps.small if all(layer.is_plain for layer in layers) else maps.layers
         results = list(parallel(in_layer, range(len(layers)), layers, analysis.grams))
     return [within for within, _ in results], torch.stack([gram for _, gram in results])
+
+
+def _stretched_layer(
+    analysis: Analysis, index: int, layer: LayerMetric, plain: Tensor
+) -> tuple[_Within, Tensor]:
+    if layer.is_plain:
+        return _Within(torch.zeros(0, 0), torch.zeros(0, 0)), plain * layer.scale
+    left, right = analysis.bases(index)
+    within = _Within(
+        left.mT @ layer.left.directions.float(), right.mT @ layer.right.directions.float()
+    )
+    rows = torch.cat([analysis.core(index), analysis.rounding(index)[None]])
+    metric = within.metric(layer, analysis.core_shape(index))
+    outside = plain - _gram(rows)
+    return within, _gram(metric.apply(rows)) + layer.scale * outside
 
 
 def _gram(rows: Tensor) -> Tensor:  # float64

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hyper_merge.decomposition.linalg import orthonormal, random_normal
-from hyper_merge.decomposition.problem import Batch, Factors, Keep, Problem
+from hyper_merge.decomposition.problem import Batch, Factors, Keep
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.solver.metric import COLUMNS_PER_RANK
-from hyper_merge.solver.rank_pruning import GroupSolution
+from hyper_merge.solver.rank_pruning import GroupSolution, given_away
 
 _STEP: Final = 16  # columns by which widths differ
 _LEAST: Final = 32  # columns
@@ -63,22 +63,17 @@ class NarrowGroup:
         group, factors = self.group.without_factors()
         return replace(self, group=group), factors
 
-    def widened(self, factors: Iterable[Factors]) -> Iterator[Factors]:
+    def widened(self, factors: Iterable[Factors], parallel: ParallelMap) -> Iterator[Factors]:
         """Returns an iterator of narrow blocks in the wide cores' coordinates.
 
         It needs the sides alone, not the narrow cores.
         """
-        return _widened(deque(self.sides), factors, self.group.problem.keep)
+        widen = partial(_widened, self.group.problem.keep)
+        return parallel(widen, given_away(deque(self.sides)), factors)
 
 
-def _widened(all_sides: deque[_Sides], factors: Iterable[Factors], keep: Keep) -> Iterator[Factors]:
-    for narrow_factors in factors:
-        sides = all_sides.popleft()
-        if sides.change_nothing:
-            yield narrow_factors
-        else:
-            wide = sides.widen(narrow_factors)
-            yield Factors(*keep([wide.up, wide.down]))
+def _widened(keep: Keep, sides: _Sides, factors: Factors) -> Factors:
+    return factors if sides.change_nothing else sides.widen(factors).kept(keep)
 
 
 def narrow(group: GroupSolution, factors: Iterable[Factors], parallel: ParallelMap) -> NarrowGroup:
@@ -89,14 +84,14 @@ def narrow(group: GroupSolution, factors: Iterable[Factors], parallel: ParallelM
         factors: its blocks, one by one.
         parallel: a map over the batches.
     """
-    narrowed = partial(_narrowed, group.problem)
+    narrowed = partial(_narrowed, group.problem.keep)
     results = list(parallel(narrowed, group.problem.batches, factors))
     batches, narrow_factors, sides = zip(*results, strict=True) if results else ((), (), ())
     problem = replace(group.problem, batches=batches)
     return NarrowGroup(replace(group, problem=problem, factors=narrow_factors), sides)
 
 
-def _narrowed(problem: Problem, wide: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
+def _narrowed(keep: Keep, wide: Batch, factors: Factors) -> tuple[Batch, Factors, _Sides]:
     batch = wide.loaded()
     slices = batch.slices
     rank = sum(batch.ranks)
@@ -104,7 +99,7 @@ def _narrowed(problem: Problem, wide: Batch, factors: Factors) -> tuple[Batch, F
     p, q = slices.shape[2:]
     if min(p, width) * min(q, width) > _GAIN * p * q:
         if not isinstance(wide.source, Tensor):
-            batch = replace(wide, source=problem.keep([slices])[0])
+            batch = replace(wide, source=keep([slices])[0])
         return batch, factors, _Sides(None, None)
     # The order of the work does not matter: a stream of random numbers for each batch.
     generator = torch.Generator().manual_seed(batch.layers[0])
@@ -117,9 +112,9 @@ def _narrowed(problem: Problem, wide: Batch, factors: Factors) -> tuple[Batch, F
         slices = slices @ right[:, None]
     up = factors.up if left is None else left.mT @ factors.up
     down = factors.down if right is None else factors.down @ right
-    source = _compact(slices, problem.keep)
-    sides = _Sides(*(side if side is None else problem.keep([side])[0] for side in (left, right)))
-    return replace(batch, source=source), problem.kept(Factors(up, down)), sides
+    source = _compact(slices, keep)
+    sides = _Sides(*(side if side is None else keep([side])[0] for side in (left, right)))
+    return replace(batch, source=source), Factors(up, down).kept(keep), sides
 
 
 def _compact(slices: Tensor, keep: Keep) -> Tensor | Callable[[], Tensor]:
@@ -133,8 +128,11 @@ def _compact(slices: Tensor, keep: Keep) -> Tensor | Callable[[], Tensor]:
     largest = slices.abs().amax().clamp(min=torch.finfo(slices.dtype).tiny)
     scale = largest / _LARGEST_HALF
     (halves,) = keep([(slices / scale).half()])
-    dtype = slices.dtype  # not the slices themselves, which would stay alive
-    return lambda: halves.to(dtype).mul_(scale)
+    return partial(_from_halves, halves, scale, slices.dtype)
+
+
+def _from_halves(halves: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return halves.to(dtype).mul_(scale)
 
 
 def _side(

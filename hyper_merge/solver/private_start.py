@@ -47,7 +47,7 @@ class PrivateStart:
         generator = torch.Generator().manual_seed(0)
         problem = Problem(batches, metric.energy(members), keep=metric.analysis.scratch.keep)
         factors = tuple(
-            problem.kept(_truncate(batch, self.multipliers, generator)) for batch in batches
+            _truncate(batch, self.multipliers, generator).kept(problem.keep) for batch in batches
         )
         return GroupSolution(name, problem, self.multipliers, factors, ())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from hyper_merge.decomposition.linalg import (
 from hyper_merge.decomposition.normalization import balance, unit_scales
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
-from hyper_merge.runtime.parallel import parallel_map
+from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
 from hyper_merge.solver.low_rank_layer import empty_layer
@@ -28,6 +30,8 @@ from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, Products, StoredFactors, keep_pairs
 from hyper_merge.solver.rank_pruning import given_away
 from hyper_merge.solver.solution import LowRankSolution
+
+_PHASE: Final = "preparing the LoRAs"
 
 
 def quantize(
@@ -61,18 +65,17 @@ def quantize(
         for group in [_scaled_group(solution.multipliers[name], metric)]
         for index in members
     )
-    if dtype == FLOAT8:
-        alphas = _float8_alphas(layers, progress)
-    formats = [StoredFormat(alpha, dtype) for alpha in alphas]
+    indices = [layer.index for layer in layers]
     sizes = {index: layer.m + layer.n for index, layer in enumerate(metric.analysis.layers)}
-    counter = progress.counter("preparing the LoRAs", sizes)
-
-    def round_one(layer: _SolvedLayer) -> tuple[int, _RoundedLayer]:
-        return layer.index, _round_layer(layer, formats, progress.check)
-
+    counter = progress.counter(_PHASE, sizes)
     rounded: dict[int, _RoundedLayer] = {}
-    with parallel_map(torch.device("cpu"), progress.check) as parallel:
-        for index, result in parallel(round_one, given_away(layers)):
+    with metric.analysis.maps(torch.device("cpu"), progress.check, _PHASE) as maps:
+        if dtype == FLOAT8:
+            alphas = _float8_alphas(layers, maps.layers)
+        formats = [StoredFormat(alpha, dtype) for alpha in alphas]
+        round_one = partial(_round_layer, formats, progress.check)
+        results = maps.layers(round_one, given_away(layers))
+        for index, result in zip(indices, results, strict=True):
             rounded[index] = result
             counter.finish(index)
     ordered = [rounded[index] for index in sorted(rounded)]
@@ -128,9 +131,9 @@ class _RoundedLayer:
 
 
 def _round_layer(
-    solved: _SolvedLayer,
     formats: Sequence[StoredFormat],  # of the R files
     check: Callable[[], None],
+    solved: _SolvedLayer,
 ) -> _RoundedLayer:
     index, group = solved.index, solved.group
     metric, analysis = group.metric, group.metric.analysis
@@ -228,18 +231,20 @@ class _Side:
         return cls(within, within + directions_within @ grown, gram, gram + along.mT @ grown)
 
 
-def _float8_alphas(layers: deque[_SolvedLayer], progress: Progress) -> list[float]:
+def _float8_alphas(layers: deque[_SolvedLayer], parallel: ParallelMap) -> list[float]:
     """Returns the alpha of every block's file, by the largest of its layers."""
-    sizes: list[list[float]] = []
-    for layer in layers:
-        progress.check()
-        if layer.pairs is not None:
-            scaled = zip(layer.pairs, layer.group.scales.abs().tolist(), strict=True)
-            sizes.append([up.shape[1] * x * largest_value(up, down) for (up, down), x in scaled])
+    sizes = list(parallel(_sizes, layers))
     blocks = len(layers[0].group.scales)
-    return [
-        float8_alpha(max((row[block] for row in sizes), default=0.0)) for block in range(blocks)
-    ]
+    return [float8_alpha(max(row[block] for row in sizes)) for block in range(blocks)]
+
+
+def _sizes(layer: _SolvedLayer) -> list[float]:
+    """Returns rank times largest singular value of each block."""
+    scales = layer.group.scales.abs().tolist()
+    if layer.pairs is None:
+        return [0.0] * len(scales)
+    scaled = zip(layer.pairs, scales, strict=True)
+    return [up.shape[1] * x * largest_value(up, down) for (up, down), x in scaled]
 
 
 def _scaled(pair: FactorPair, scale: float) -> FactorPair:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from hyper_merge.decomposition.clustering import find_relatives
 from hyper_merge.decomposition.rank_allocation import ranks_within, spread_ranks
-from hyper_merge.runtime.parallel import parallel_map
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.metric import Metric
 
 _WORTH: Final = (
     0.995  # of what all directions explain: beyond that, more LoRAs are not worth a file
 )
+_PHASE: Final = "forecasting what LoRAs explain"
 _SAMPLE: Final = 8  # layers that stand for all where inputs are many
 _HALVINGS: Final = 24  # of the search for a budget
 
@@ -231,13 +231,11 @@ def forecast_ranks(
     rotations = _rotations(metric, groups, of_relatives=many)
     mixtures: list[tuple[Tensor, ...]] = []
 
-    def mixtures_of(index: int) -> tuple[Tensor, ...]:
-        return _squared_values(metric.core(index), rotations[index])
-
-    with parallel_map(torch.device("cpu"), progress.check) as parallel:
-        for values in parallel(mixtures_of, layers):
+    values_of = partial(_squared_values, metric)
+    with metric.analysis.maps(torch.device("cpu"), progress.check, _PHASE) as maps:
+        for values in maps.layers(values_of, layers, [rotations[index] for index in layers]):
             mixtures.append(values)
-            progress.report("forecasting what LoRAs explain", len(mixtures) / len(layers))
+            progress.report(_PHASE, len(mixtures) / len(layers))
     basis = metric.to_deviations
     times = sum(costs) / sum(costs[index] for index in layers)
     return RankForecast(
@@ -276,8 +274,9 @@ def _eigenvectors(gram: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:  # (
     return vectors[:, values.argsort(descending=True)]
 
 
-def _squared_values(core: Tensor, rotation: Tensor) -> tuple[Tensor, ...]:
-    """Returns the squared singular values of every mixture, falling."""
+def _squared_values(metric: Metric, index: int, rotation: Tensor) -> tuple[Tensor, ...]:
+    """Returns the squared singular values of every mixture of a layer's slices, falling."""
+    core = metric.core(index)
     mixed = (rotation.mT.to(core) @ core.flatten(1)).view_as(core)
     mixed = mixed.mT if core.shape[1] > core.shape[2] else mixed
     values = torch.linalg.eigvalsh(mixed @ mixed.mT).flip(-1).clamp(min=0).double()

@@ -52,7 +52,6 @@ class _BalancedLayer:
     """One layer's blocks, the components of each in falling order."""
 
     alone: Callable[[tuple[int, ...]], Batch]  # the layer as a batch, from its ranks
-    device: torch.device  # of the slices
     pairs: list[FactorPair]  # per block (p, r), (r, q)
 
 
@@ -74,16 +73,17 @@ def prune_ranks(
         group, factors = groups.pop(0).without_factors()
         rest.append(group)
         size = group.multipliers.square().sum(0)
-        balanced = partial(_balanced, keep=group.problem.keep)
+        balanced = partial(_balanced, group.problem.keep)
         batches = group.problem.batches
         for batch, of_layers in zip(batches, parallel(balanced, batches, factors), strict=True):
-            for place, (index, pairs) in enumerate(zip(batch.layers, of_layers, strict=True)):
+            for place, (index, (pairs, values)) in enumerate(
+                zip(batch.layers, of_layers, strict=True)
+            ):
                 alone = partial(batch.of_layer, place)
-                layers[index] = _BalancedLayer(alone, batch.device, pairs)
-                values = [up.square().sum(0).double() for up, _ in pairs]
+                layers[index] = _BalancedLayer(alone, pairs)
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
     ranks = allowance.keep(energies)
-    return [_pruned_group(group, layers, ranks) for group in rest]
+    return [_pruned_group(group, layers, ranks, parallel) for group in rest]
 
 
 def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
@@ -101,35 +101,46 @@ def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
     )
 
 
-def _balanced(batch: Batch, factors: Factors, keep: Keep) -> list[list[FactorPair]]:
-    """Returns every layer's blocks with their components in falling order, roots of values on each side.
+def _balanced(
+    keep: Keep, batch: Batch, factors: Factors
+) -> list[tuple[list[FactorPair], list[Tensor]]]:
+    """Returns every layer's blocks with their components in falling order, and the values of each.
 
-    On the CPU: a GPU takes as long for one small SVD as for a whole sweep over a layer.
+    Each side has the roots of the values. On the CPU: a GPU takes as long for one small SVD as for a
+    whole sweep over a layer.
     """
     factors = Factors(factors.up.cpu(), factors.down.cpu())
     pairs = [balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)]
-    return [
+    kept = [
         keep_pairs(keep, [(up[place], down[place]) for up, down in pairs])
         for place in range(len(batch.layers))
     ]
+    return [(layer, [up.square().sum(0).double() for up, _ in layer]) for layer in kept]
 
 
 def _pruned_group(
     group: GroupSolution,
     layers: dict[int, _BalancedLayer],  # those of the group are taken out
     ranks: Mapping[int, tuple[int, ...]],
+    parallel: ParallelMap,
 ) -> GroupSolution:
-    batches, factors = [], []
-    for before in group.problem.batches:
-        for index in before.layers:
-            layer = layers.pop(index)
-            if not sum(ranks[index]):
-                continue
-            cut = list(zip(layer.pairs, ranks[index], strict=True))
-            up = torch.cat([up[:, :rank] for (up, _), rank in cut], 1)
-            down = torch.cat([down[:rank] for (_, down), rank in cut])
-            batches.append(layer.alone(ranks[index]))
-            pruned = Factors(up[None].to(layer.device), down[None].to(layer.device))
-            factors.append(group.problem.kept(pruned))
-    problem = replace(group.problem, batches=tuple(batches))
-    return GroupSolution(group.name, problem, group.multipliers, tuple(factors), ())
+    indices = [index for batch in group.problem.batches for index in batch.layers]
+    chosen = [index for index in indices if sum(ranks[index])]
+    for index in set(indices).difference(chosen):
+        del layers[index]
+    batches = tuple(layers[index].alone(ranks[index]) for index in chosen)
+    pairs = (layers.pop(index).pairs for index in chosen)
+    cut = partial(_cut, group.problem.keep)
+    devices, kept = [batch.device for batch in batches], [ranks[index] for index in chosen]
+    factors = tuple(parallel(cut, pairs, kept, devices))
+    problem = replace(group.problem, batches=batches)
+    return GroupSolution(group.name, problem, group.multipliers, factors, ())
+
+
+def _cut(
+    keep: Keep, pairs: Sequence[FactorPair], ranks: Sequence[int], device: torch.device
+) -> Factors:
+    """Returns the first components of each block, side by side."""
+    up = torch.cat([up[:, :rank] for (up, _), rank in zip(pairs, ranks, strict=True)], 1)
+    down = torch.cat([down[:rank] for (_, down), rank in zip(pairs, ranks, strict=True)])
+    return Factors(up[None].to(device), down[None].to(device)).kept(keep)

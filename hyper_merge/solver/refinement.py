@@ -26,7 +26,7 @@ def try_sweeps(groups: list[GroupSolution], most: int, parallel: ParallelMap) ->
     narrowed, factors = narrowed.without_factors()
     solution = solve_ll1(problem, factors, group.multipliers, stopping)
     solution, factors = replace(solution, factors=()), given_away(deque(solution.factors))
-    wide = replace(solution, factors=tuple(narrowed.widened(factors)))
+    wide = replace(solution, factors=tuple(narrowed.widened(factors, parallel)))
     return GroupSolution.of(group.name, group.problem, wide)
 
 
@@ -57,9 +57,10 @@ def refine(
     problem = replace(group.problem, parallel=counting)  # not the one with the narrow cores
     losses = (*group.losses, *solution.losses)
     if narrowed.is_narrower:
-        wide = narrowed.widened(given_away(deque(solution.factors)))
+        solution, factors = replace(solution, factors=()), given_away(deque(solution.factors))
+        wide = narrowed.widened(factors, parallel)
         multipliers = solution.multipliers
-        del narrowed, solution  # the last sweep needs neither
+        del narrowed, solution, factors  # the last sweep needs none of them
         solution = solve_ll1(problem, wide, multipliers, StoppingCriterion(1, 0.0))
         losses = (*losses, *solution.losses)
     return GroupSolution.of(group.name, problem, replace(solution, losses=losses))

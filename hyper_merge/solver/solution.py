@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from hyper_merge.decomposition.ll1 import split_blocks
 from hyper_merge.decomposition.problem import Batch, Factors
+from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, keep_pairs
 from hyper_merge.solver.rank_pruning import GroupSolution, joined_losses
@@ -23,21 +25,25 @@ class LowRankSolution:
     losses: tuple[float, ...]  # after each sweep (greedy: block), fractions of all energy
 
 
-def join_groups(metric: Metric, groups: list[GroupSolution]) -> LowRankSolution:
+def join_groups(
+    metric: Metric, groups: list[GroupSolution], parallel: ParallelMap
+) -> LowRankSolution:
     """Returns the solution of all groups.
 
     Args:
         metric: of the loss, in whose coordinates the groups are.
         groups: of all layers; the list is empty afterwards, for their factors go with them.
+        parallel: a map over the batches.
     """
+    without_metric = partial(_without_metric, metric)
     losses = joined_losses(groups)
     factors: dict[int, list[FactorPair]] = {}
     multipliers: dict[str, Tensor] = {}
     while groups:
         group, given = groups.pop(0).without_factors()
         multipliers[group.name] = metric.to_deviations @ group.multipliers
-        for batch, batch_factors in zip(group.problem.batches, given, strict=True):
-            factors |= _without_metric(metric, batch, batch_factors)
+        for of_batch in parallel(without_metric, group.problem.batches, given):
+            factors |= of_batch
     return LowRankSolution(factors, multipliers, losses)
 
 

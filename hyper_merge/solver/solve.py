@@ -24,7 +24,7 @@ from hyper_merge.decomposition.problem import Factors, Problem
 from hyper_merge.decomposition.rank_allocation import overcomplete_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.devices import try_device
-from hyper_merge.runtime.parallel import ParallelMap, parallel_map, return_memory
+from hyper_merge.runtime.parallel import LayerMaps, ParallelMap, parallel_map, return_memory
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.allowance import Allowance
 from hyper_merge.solver.batching import Ranks, core_bytes, stack_cores
@@ -40,6 +40,7 @@ from hyper_merge.solver.rank_pruning import (
 from hyper_merge.solver.refinement import refine, try_sweeps
 from hyper_merge.solver.solution import LowRankSolution, join_groups
 from hyper_merge.solver.stopping import (
+    SOLVING,
     USUAL_SWEEPS,
     SolverProgress,
     stop_after_sweeps,
@@ -130,31 +131,34 @@ class _Solver:
         ]
         if allowance is not None and are_many(self._metric, self._recipe):
             with parallel_map(torch.device("cpu"), self._progress.check) as parallel:
-                return self._solution(
-                    solve_many(
-                        self._metric,
-                        self._recipe,
-                        allowance,
-                        self._groups,
-                        parallel,
-                        self._progress,
-                    )
+                groups = solve_many(
+                    self._metric,
+                    self._recipe,
+                    allowance,
+                    self._groups,
+                    parallel,
+                    self._progress,
                 )
+                return self._solution(groups, parallel)
         # Before the map, for the spectra have one of their own.
         ranks = even if allowance is None else self._overcomplete_ranks(limits, allowance)
-        with parallel_map(self._device, self._progress.check) as parallel:
-            if self._recipe.method == "greedy":
-                problems = self._problems(even, parallel, 1)
-                return self._solution([self._greedy(*problem) for problem in problems])
-            if allowance is None:
-                problems = self._problems(even, parallel, 1)
-                return self._solution([self._joint(*problem) for problem in problems])
-            problems = self._problems(ranks, parallel, 2)
-            pruned = prune_ranks(
-                [self._overcomplete(*problem) for problem in problems], allowance, parallel
-            )
-            return_memory()
-            return self._solution(self._refined_best(pruned, allowance, parallel))
+        with self._analysis.maps(self._device, self._progress.check, SOLVING) as maps:
+            groups = self._solved_groups(even, ranks, allowance, maps)
+            return self._solution(groups, maps.layers)
+
+    def _solved_groups(
+        self, even: Ranks, ranks: Ranks, allowance: Allowance | None, maps: LayerMaps
+    ) -> list[GroupSolution]:
+        if self._recipe.method == "greedy":
+            return [self._greedy(*problem) for problem in self._problems(even, maps, 1)]
+        if allowance is None:
+            return [self._joint(*problem) for problem in self._problems(even, maps, 1)]
+        problems = self._problems(ranks, maps, 2)
+        pruned = prune_ranks(
+            [self._overcomplete(*problem) for problem in problems], allowance, maps.layers
+        )
+        return_memory()
+        return self._refined_best(pruned, allowance, maps.layers)
 
     def _refined_best(
         self, pruned: list[GroupSolution], allowance: Allowance, parallel: ParallelMap
@@ -205,7 +209,7 @@ class _Solver:
         return ranks
 
     def _problems(
-        self, ranks: Ranks, parallel: ParallelMap, stages: int
+        self, ranks: Ranks, maps: LayerMaps, stages: int
     ) -> Iterator[tuple[str, Problem, SolverProgress]]:
         """Yields the problem of each group, one after the other, with its part of the progress."""
         parts = self._parts(stages)
@@ -214,9 +218,11 @@ class _Solver:
             batches = stack_cores(self._metric, nonempty, ranks, self._device, self._progress.check)
             energy = self._metric.energy(members)
             progress = SolverProgress(part)
-            counting = progress.counting(parallel, len(batches))
+            counting, nearby = (
+                progress.counting(parallel, len(batches)) for parallel in (maps.layers, maps.small)
+            )
             keep = self._analysis.scratch.keep
-            yield name, Problem(batches, energy, counting, _RIDGE, keep), progress
+            yield name, Problem(batches, energy, counting, _RIDGE, keep, nearby), progress
 
     def _parts(self, stages: int) -> list[Progress]:
         """Returns a part of the progress for every stage of every group, in proportion to its cost."""
@@ -228,7 +234,8 @@ class _Solver:
         return self._progress.split(sizes * stages)
 
     def _greedy(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
-        solution = solve_greedy(problem, self._generator, stop_by_block(self._recipe, progress))
+        stopping = stop_by_block(self._recipe, progress)
+        solution = solve_greedy(problem.near, self._generator, stopping)
         return GroupSolution.of(name, problem, solution)
 
     def _joint(self, name: str, problem: Problem, progress: SolverProgress) -> GroupSolution:
@@ -279,7 +286,7 @@ class _Solver:
         )
         return_memory()
         sweeps_begin = (search + START_SWEEPS) / total
-        progress.reach("solving for the LoRAs", search / total, sweeps_begin)
+        progress.reach(SOLVING, search / total, sweeps_begin)
         return start, sweeps_begin
 
     def _user_starts(self, name: str) -> list[Tensor]:  # (d, R) each, unit columns
@@ -298,9 +305,9 @@ class _Solver:
             [ranks, recipe.allocation, recipe.multipliers, recipe.layer_weights, *ends]
         )
 
-    def _solution(self, groups: list[GroupSolution]) -> LowRankSolution:
+    def _solution(self, groups: list[GroupSolution], parallel: ParallelMap) -> LowRankSolution:
         """Puts the groups together, and remembers their multipliers for later solves."""
         if self._recipe.method == "joint":
             solutions = {group.name: group.multipliers for group in groups}
             self._analysis.remember(self._solution_name(), solutions)
-        return join_groups(self._metric, groups)
+        return join_groups(self._metric, groups, parallel)

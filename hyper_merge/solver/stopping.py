@@ -12,6 +12,9 @@ from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
 
+SOLVING: Final = "solving for the LoRAs"
+"""The phase."""
+
 USUAL_SWEEPS: Final = 12
 _GREEDY_MAPS: Final = 6  # over all layers for a block of greedy deflation
 
@@ -61,9 +64,9 @@ def stop_after_sweeps(progress: SolverProgress, begin: float, sweeps: int) -> St
 
     def on_sweep(loss: float) -> None:
         done.append(loss)
-        progress.reach("solving for the LoRAs", begin, 1.0, max(sweeps - len(done), 1))
+        progress.reach(SOLVING, begin, 1.0, max(sweeps - len(done), 1))
 
-    progress.reach("solving for the LoRAs", begin, 1.0, sweeps)
+    progress.reach(SOLVING, begin, 1.0, sweeps)
     return StoppingCriterion(sweeps, 0.0, on_sweep)
 
 
@@ -74,9 +77,9 @@ def stop_by_sweep(recipe: Recipe, progress: SolverProgress, begin: float) -> Sto
     def on_sweep(loss: float) -> None:
         losses.append(loss)
         left = _sweeps_left(losses, recipe)
-        progress.reach("solving for the LoRAs", begin, 1.0, left + 0.5)
+        progress.reach(SOLVING, begin, 1.0, left + 0.5)
 
-    progress.reach("solving for the LoRAs", begin, 1.0, _sweeps_left(losses, recipe) + 0.5)
+    progress.reach(SOLVING, begin, 1.0, _sweeps_left(losses, recipe) + 0.5)
     return StoppingCriterion(recipe.iterations, recipe.tolerance, on_sweep)
 
 
@@ -86,7 +89,7 @@ def stop_by_block(recipe: Recipe, progress: SolverProgress) -> StoppingCriterion
 
     def reach() -> None:
         begin, end = (min(len(losses) + ahead, count) / count for ahead in (0, 1))
-        progress.reach("solving for the LoRAs", begin, end, _GREEDY_MAPS)
+        progress.reach(SOLVING, begin, end, _GREEDY_MAPS)
 
     def on_block(loss: float) -> None:
         losses.append(loss)

@@ -1,15 +1,13 @@
 """Workers that are started, and clusters that are there: found, or refused before any work."""
 
 import os
-import socket
-import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
-from local_server import ADDRESS, find_free_port
+from dask_programs import process, running_scheduler
+from local_server import find_free_port
 from remote_work import pause
 
 from hyper_merge.cluster import opening
@@ -20,50 +18,16 @@ from hyper_merge.runtime.progress import Progress
 for needed in ("distributed", "cryptography"):
     pytest.importorskip(needed, reason="needs the extra cluster")
 
-ROOT = Path(__file__).parents[2]
-
 
 def say_nothing(_line):
     pass
 
 
-@contextmanager
-def process(module, *words):
-    """Runs one of dask's programs."""
-    command = [sys.executable, "-m", f"distributed.cli.{module}", *words]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as program:
-        try:
-            yield program
-        finally:
-            program.kill()
-
-
 @pytest.fixture
 def scheduler():
     """A scheduler without workers: its address and its process."""
-    port = find_free_port()
-    with process(
-        "dask_scheduler", "--host", ADDRESS, "--port", str(port), "--no-dashboard"
-    ) as program:
-        wait_until_open(port)
-        yield f"tcp://{ADDRESS}:{port}", program
-
-
-def wait_until_open(port):
-    end = time.monotonic() + 60
-    while not is_open(port):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def is_open(port):
-    try:
-        socket.create_connection((ADDRESS, port)).close()
-    except OSError:
-        return False
-    return True
+    with running_scheduler() as found:
+        yield found
 
 
 @pytest.mark.parametrize("missing", ["distributed", "cryptography"])

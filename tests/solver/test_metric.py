@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_family import added, layers_of, load, merge
 from torch.testing import assert_close
 
+from hyper_merge.analysis.contents import Analysis
 from hyper_merge.decomposition.bounds import compute_spectra
 from hyper_merge.decomposition.contrasts import around_base, around_mean
 from hyper_merge.decomposition.sensitivity import Sensitivity
@@ -30,6 +31,7 @@ class MadeUp:
     """An analysis of made-up slices, of which a part lies outside of the bases."""
 
     has_many = False
+    maps = Analysis.maps
 
     def __init__(self, contrasts, seed=0, layers=3, outside=0.0):
         d = contrasts.dimensions

@@ -246,6 +246,7 @@ def test_float8_accepts_a_block_without_rank():
         has_many=False,
     )
     analysis.products = partial(Analysis.products, analysis)
+    analysis.maps = partial(Analysis.maps, analysis)
     solution = LowRankSolution(
         {0: pairs}, {"unet": torch.tensor([[2.0, 0.0], [-1.0, 0.0]]).double()}, ()
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.io.safetensors_header import SafetensorsTable, read_table_from
+from hyper_merge.runtime.aligned_bytes import read_at
 
 _CLOSED: Final = SafetensorsTable({}, {}, {}, {}, 0)
 _NOTHING: Final = np.empty(0, np.uint8)
@@ -72,7 +73,7 @@ class MappedTensors:
 
 
 class ReadTensors:
-    """The tensors of a file that is read piece by piece; use as a context manager."""
+    """The tensors of a file that is read piece by piece, in any thread; use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Names the file; nothing is read before the block is entered."""
@@ -107,11 +108,9 @@ class ReadTensors:
             OSError: the file cannot be read, or has become shorter.
         """
         info, start = self._table.tensors[key], self._table.starts[key]
-        content = bytearray(info.nbytes)
-        self._stream.seek(start)
-        if self._stream.readinto(content) != len(content):
-            raise OSError(f"{key} is cut off")
-        stored = torch.from_numpy(np.frombuffer(content, np.uint8))
+        stored = read_at(self._stream, start, info.nbytes)
+        if start % info.dtype.itemsize:  # as above
+            stored = stored.clone()
         return stored.view(info.dtype).reshape(info.shape)
 
 

@@ -29,6 +29,9 @@ from hyper_merge.solver.metric import COLUMNS_PER_RANK
 _EVEN_SETS: Final = 2.2  # of factors that are kept during the solve
 # Of the LoRAs in float32 with adaptive ranks, which gather where bases are as wide as the layers.
 _ADAPTIVE_SETS: Final = 1.65
+_ON_DISK: Final = (
+    1.5  # times what the solver keeps: whole files, until a worker has done all of one
+)
 _OVERHEAD: Final = 320 * 2**20  # bytes: Python and torch
 _IN_PASS: Final = 200 * 2**20  # bytes: what files and their network take besides the tensors
 _CORES_AT_WORK: Final = 24  # of each worker: a wide core, its mixtures, products and factors
@@ -88,7 +91,7 @@ def require_room(preflight: Preflight, place: Place, *, with_shards: bool = Fals
     Args:
         preflight: the validated recipe.
         place: of the merge's files.
-        with_shards: whether workers write what they find to the cache's folder first.
+        with_shards: whether workers write what they find and solve for to the cache's folder first.
 
     Raises:
         OutputError: too little is free.
@@ -97,13 +100,17 @@ def require_room(preflight: Preflight, place: Place, *, with_shards: bool = Fals
     existing = _existing_files(preflight)
     cache = 0 if existing.analysis else analysis_bytes(inputs, preflight.pass_options)
     average = 0 if place.exists else average_bytes(inputs)
+    plan = plan_ranks(preflight.recipe, inputs)
     if with_shards:
-        cache += bytes_in_shards(cache + average)
+        # First those of the pass, then those of the solve, which only the CPU's workers take.
+        solving = preflight.pass_options.device.type == "cpu"
+        in_solve = int(_ON_DISK * _solver_bytes(inputs, plan)) if solving else 0
+        cache += max(bytes_in_shards(cache + average), in_solve)
     if not existing.sensitivities:
         cache += sensitivities_bytes(inputs.layout.layers)
     require_disks(
         {
-            place.loras: _lora_bytes(preflight, plan_ranks(preflight.recipe, inputs)),
+            place.loras: _lora_bytes(preflight, plan),
             place.hyper_model.parent: average,
             folders.cache: cache,
         }

@@ -155,7 +155,9 @@ def _make_files(
         _stream(preflight, outputs, None if turn.exists else turn.path, reading, workers)
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
-        with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
+        with open_analysis(
+            turn.path, preflight.inputs, progress.warn, sensitivities, workers
+        ) as all_layers:
             models = [header.name for header in preflight.inputs.headers]
             for warning in find_strangers(all_layers, models):
                 progress.warn(warning)

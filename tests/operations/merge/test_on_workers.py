@@ -3,13 +3,16 @@
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from dask_programs import process, running_scheduler
 from remote_work import GB, PretendedWorkers, kill
 from tiny_family import QUERY, Stop, load, recipe, snapshot, temporaries, write
 
+from hyper_merge.analysis import remote_maps
 from hyper_merge.cluster.opening import ClusterRequest, open_workers
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import ClusterError, InterruptedRun, NonFiniteError, OutputError
@@ -35,6 +38,9 @@ def fixed_date(monkeypatch):
     monkeypatch.setattr(lineage, "current_time", lambda: "2026-01-01T00:00:00+00:00")
 
 
+SOLVING, ROUNDING = "solving for the LoRAs", "preparing the LoRAs"
+
+
 def merge(models, output, workers, progress=None, **settings):
     """Merges on workers, or in this process where there are none."""
     preflight = run_preflight(recipe(models, output, **settings))
@@ -57,15 +63,57 @@ def everything(folder):
 
 
 class KillOnce:
-    """Kills a worker once the pass is at a fraction of the merge."""
+    """Kills a worker in each of some phases, once that has begun."""
 
-    def __init__(self, workers, at):
-        self.workers, self.at, self.killed = workers, at, []
+    def __init__(self, workers, *phases):
+        self.workers, self.phases, self.killed = workers, list(phases), []
 
-    def on_progress(self, phase, fraction):
-        if phase == "reading and analysing" and fraction > self.at and not self.killed:
-            self.killed = list(self.workers.on_each(os.getpid).values())[:1]
-            kill(*self.killed)
+    def on_progress(self, phase, _fraction):
+        if phase in self.phases:
+            self.phases.remove(phase)
+            self.killed += list(self.workers.on_each(os.getpid).values())[:1]
+            kill(self.killed[-1])
+
+
+class SolveCounter(PretendedWorkers):
+    """Calls real workers, and notes the parts of the solve."""
+
+    def __init__(self, workers):
+        super().__init__()
+        self.inner = workers
+
+    @property
+    def workers(self):
+        return self.inner.workers
+
+    @contextmanager
+    def mapped(self, function, common, items, check):
+        def noted():
+            for item in items:
+                self.items.append(str(item))
+                yield item
+
+        with self.inner.mapped(function, common, noted(), check) as results:
+            yield results
+
+    def on_each(self, function, *arguments):
+        return self.inner.on_each(function, *arguments)
+
+
+class StopIn(Stop):
+    """Ends a run as soon as it is in a phase."""
+
+    def __init__(self, phase, how):
+        super().__init__(1.0, how)
+        self.phase = phase
+
+    def on_progress(self, phase, _fraction):
+        super().on_progress(phase, float(phase == self.phase))
+
+
+def count_received():
+    """Returns how many values of merges a worker has."""
+    return len(remote_maps._RECEIVED._names)
 
 
 def test_the_files_are_those_of_a_single_process(files, tmp_path, workers, fixed_date):
@@ -74,10 +122,12 @@ def test_the_files_are_those_of_a_single_process(files, tmp_path, workers, fixed
     names = {Path(name).name for name in expected}
     assert {"mix.safetensors", "hashes.json", "manifest.json"} < names
     assert any(name.endswith(".analysis.safetensors") for name in names)
-    assert merged_files(files, models, workers) == expected
-    killing = KillOnce(workers, 0.05)
+    counting = SolveCounter(workers)
+    assert merged_files(files, models, counting) == expected
+    assert {item.partition(",")[0] for item in counting.items} >= {SOLVING, ROUNDING}
+    killing = KillOnce(workers, "reading and analysing", SOLVING, ROUNDING)
     assert merged_files(files, models, workers, Progress(killing.on_progress)) == expected
-    assert killing.killed
+    assert len(killing.killed) == 3
     with open_workers(ClusterRequest(1, memory=GB), Progress(), lambda _line: None) as single:
         assert merged_files(files, models, single) == expected
 
@@ -101,6 +151,58 @@ def test_an_end_on_request_leaves_nothing(files, tmp_path, workers, how, at):
     assert snapshot(tmp_path) == {}
     assert temporaries(tmp_path) == []
     assert stop.late <= 1
+
+
+@pytest.mark.parametrize("how", ["stop", "interrupt"])
+def test_an_end_on_request_in_the_solve_leaves_nothing(files, tmp_path, workers, how):
+    merge(files, tmp_path, None)
+    before = snapshot(tmp_path)
+    stop = StopIn(SOLVING, how)
+    with pytest.raises((InterruptedRun, KeyboardInterrupt)):
+        merge(files, tmp_path, workers, stop.progress, name="other", ranks=(3, 1))
+    assert snapshot(tmp_path) == before
+    assert temporaries(tmp_path) == []
+    # What workers had received is forgotten, and none of them is at work.
+    assert set(workers.on_each(count_received).values()) == {0}
+
+
+def test_a_scheduler_that_disappears_in_the_solve_ends_the_merge(files, tmp_path):
+    merge(files, tmp_path, None)
+    before = snapshot(tmp_path)
+    with running_scheduler() as (address, program):
+        words = (address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "1GB")
+
+        def on_progress(phase, _fraction):
+            if phase == SOLVING:
+                program.kill()
+
+        with (
+            process("dask_worker", *words),
+            open_workers(ClusterRequest(scheduler=address), Progress(), lambda _line: None) as one,
+            pytest.raises(ClusterError, match=f"the scheduler {address} is gone; no file was"),
+        ):
+            merge(files, tmp_path, one, Progress(on_progress), name="other", ranks=(3, 1))
+    assert snapshot(tmp_path) == before
+    assert temporaries(tmp_path) == []
+
+
+def test_private_loras_and_all_kinds_of_weights_are_those_of_a_single_process(
+    files, tmp_path, workers, fixed_date
+):
+    """What else the solver computes for layers, in eight bits, with every metric that there is."""
+    settings = {
+        "ranks": (3, 2, 2),
+        "topup": "2",
+        "fit_weights": (1.0, 2.0, 1.0),
+        "layer_weights": "output",
+        "lora_dtype": "float8",
+    }
+    hashes = []
+    for some in (None, workers):
+        merge(files, tmp_path / "models", some, **settings)
+        hashes.append(everything(tmp_path / "models"))
+        shutil.rmtree(tmp_path / "models")
+    assert hashes[0] == hashes[1]
 
 
 def test_a_refusal_is_that_of_a_single_process(files, tmp_path, state_of, workers):

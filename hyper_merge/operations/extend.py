@@ -9,17 +9,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.cache import find_analysis
+from hyper_merge.analysis.extension import EarlierAnalysis, limits_of, sample_all
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.initialization import SearchEffort
-from hyper_merge.errors import RunError
+from hyper_merge.errors import DamagedCacheError, RunError
 from hyper_merge.operations.fit.fit import fit_onto
-from hyper_merge.operations.merge.merge import MergeResult, run_merge
-from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.merge import MergeResult, Origin, run_merge
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.block_weights import BlockWeights
-from hyper_merge.recipe.parsing import optional, parse_name, parse_paths
+from hyper_merge.recipe.parsing import optional, parse_flag, parse_name, parse_paths
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.recipe.request import Parsers, Request
 from hyper_merge.runs.fit_records import FitRecord
-from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.folders import Folders, average_id_of
 from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runs.run import Run, load_run
@@ -34,16 +37,19 @@ class ExtendRequest(Request):
         run: Its name.
         checkpoints: The files that are to be added.
         name: Of the new run; None for `<run's recipe>+<number of checkpoints>`.
+        reread: Whether to read all checkpoints again where the new ones would do.
     """
 
     run: str
     checkpoints: tuple[Path, ...]
     name: str | None = None
+    reread: bool = False
 
     PARSERS: ClassVar[Parsers] = {
         "run": str,
         "checkpoints": parse_paths,
         "name": optional(parse_name),
+        "reread": parse_flag,
     }
 
 
@@ -56,8 +62,9 @@ def run_extend(
 ) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.
 
-    Everything is computed again, since the average changes and all deviations with it. The new
-    checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
+    Average and analysis are those of the run, extended by the new checkpoints, where the cache still
+    has the analysis and that is exact enough (`analysis.extension`); otherwise all files are read. The
+    new checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
 
     Args:
         request: run, files and options.
@@ -71,14 +78,61 @@ def run_extend(
             interrupt.
     """
     run = load_run(folders, request.run)
-    finding, fitting, merging = progress.split([1.0, len(request.checkpoints), 10.0])
+    finding, fitting, sampling, merging = progress.split([1.0, len(request.checkpoints), 0.5, 10.0])
     models, base = _originals(run, folders, finding)
     fits = _fits(run, request, folders, fitting)
     recipe = _recipe(run, request, models, base)
     preflight = run_preflight(recipe, folders)
     for warning in preflight.warnings:
         progress.warn(warning)
-    return run_merge(preflight, merging, start=_start(run, fits), effort=effort)
+    origin, reason = _origin(run, request, preflight, sampling)
+    start = _start(run, fits)
+    merged = run_merge(preflight, merging, start=start, effort=effort, origin=origin)
+    return replace(merged, note=_note(merged, reason))
+
+
+def _origin(
+    run: Run, request: ExtendRequest, preflight: Preflight, progress: Progress
+) -> tuple[Origin, str]:
+    """Returns where the analysis may come from, and why not from the run's if it does not."""
+    if request.reread:
+        return Origin(reread=True), "as was asked for"
+    count = len(request.checkpoints)
+    recipe = preflight.recipe
+    old = run_preflight(
+        replace(
+            run.recipe,
+            models=recipe.models[:-count],
+            base=recipe.base,
+            output=recipe.output,
+        ),
+        preflight.folders,
+    )
+    path = find_analysis(preflight.folders.cache, old.inputs, old.pass_options, old.recipe.ranks)
+    if path is None:
+        return Origin(), f"the cache has no analysis of the run {run.name} any more"
+    if old.inputs.base is None and average_id_of(run.hyper_model) != old.average_id:
+        return Origin(), f"{run.hyper_model.name} is not the average that the cache is about"
+    average = old.inputs.base or read_header(run.hyper_model)
+    samples = sample_all(preflight.inputs, progress)
+    earlier = EarlierAnalysis(old.inputs, path, average, samples)
+    try:
+        refusal = limits_of(earlier, preflight.inputs, progress).refusal
+    except (DamagedCacheError, ValueError) as error:
+        return Origin(), str(error)
+    return (Origin(), refusal) if refusal else (Origin(earlier), "")
+
+
+def _note(merged: MergeResult, reason: str) -> str:
+    """Returns which way was taken, and why."""
+    if merged.reused_analysis:
+        return "the cache had the analysis of these checkpoints already"
+    if merged.extended:
+        return (
+            "the analysis of the old run was extended by the new checkpoints; of the old ones a sample"
+            " and a few small tensors were read"
+        )
+    return f"all checkpoints were read: {reason or 'the cache proved damaged'}"
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:

@@ -70,9 +70,7 @@ class LayerSamples:
         return self.grams.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def sample_layers(
-    inputs: MergeInputs, progress: Progress, *, sparse: bool = False
-) -> LayerSamples:
+def sample_layers(inputs: MergeInputs, progress: Progress, *, sparse: bool = False) -> LayerSamples:
     """Estimates the squared norms of every layer's deviations and weights.
 
     Args:

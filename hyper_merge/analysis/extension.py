@@ -28,7 +28,7 @@ from hyper_merge.analysis.basis_widths import (
     sample_segments,
 )
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
-from hyper_merge.analysis.device_bytes import IN_FLIGHT, host_bytes, pass_bytes
+from hyper_merge.analysis.device_bytes import host_bytes, pass_bytes
 from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints, private_columns
 from hyper_merge.analysis.layer_analysis import LayerAnalysis, describe_layer
 from hyper_merge.analysis.loss_weights import layer_factors
@@ -125,9 +125,7 @@ def sample_all(inputs: MergeInputs, progress: Progress) -> LayerSamples:
     return sample_layers(inputs, progress, sparse=True)
 
 
-def limits_of(
-    earlier: EarlierAnalysis, inputs: MergeInputs, progress: Progress
-) -> ExtensionLimits:
+def limits_of(earlier: EarlierAnalysis, inputs: MergeInputs, progress: Progress) -> ExtensionLimits:
     """Returns how exact an extension to more inputs can be.
 
     Args:
@@ -173,7 +171,7 @@ def extend_analysis(earlier: EarlierAnalysis, written: Header | None) -> Analyze
         costs: Mapping[str, float],
         counter: ProgressCounter,
     ) -> Iterator[Iterator[AnalyzedTensor]]:
-        memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
+        memory, on_host = MemoryLimit(options.in_flight), options.device.type == "cpu"
         with ExitStack() as stack:
             job = _open_job(stack, earlier, inputs, options, written, costs)
             parallel = stack.enter_context(parallel_map(options.device, counter.report))
@@ -279,7 +277,9 @@ class _ExtensionJob:
             return self._unchanged(key), ()
         return self._read_again(key, partial(counter.add, key))
 
-    def _read_again(self, key: str, tick: partial[None]) -> tuple[TensorAnalysis, tuple[Damage, ...]]:
+    def _read_again(
+        self, key: str, tick: partial[None]
+    ) -> tuple[TensorAnalysis, tuple[Damage, ...]]:
         """Analyses a tensor of which the cache has too little from all files."""
         with self.lock:
             tensors = [file.tensor(key) for file in self.whole]
@@ -389,9 +389,7 @@ class _ExtensionJob:
         if known.is_complete:
             return torch.zeros(len(known.core), len(deviations.fresh), dtype=torch.float64)
         layer, old = self.inputs.layout.layers[index], self.earlier.inputs
-        origin, *others = [
-            sample(file.tensor(layer.key)[rows].flatten()) for file in self.sampled
-        ]
+        origin, *others = [sample(file.tensor(layer.key)[rows].flatten()) for file in self.sampled]
         slices = compute_deviations(
             origin, others, old.contrasts_of(layer.key), torch.float32, origin.numel()
         ).slices

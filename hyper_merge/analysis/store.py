@@ -37,7 +37,7 @@ from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone, patiently
-from hyper_merge.runtime.scratch import Scratch
+from hyper_merge.runtime.scratch import RESIDENT, Scratch
 
 SUFFIX: Final = ".analysis.safetensors"
 SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's solutions
@@ -193,6 +193,7 @@ def open_analysis(
     inputs: MergeInputs,
     warn: Callable[[str], None] = lambda _message: None,
     sensitivities: Sensitivities | None = None,
+    resident: int = RESIDENT,
 ) -> Iterator[StoredAnalysis]:
     """Opens an analysis for reading within the block.
 
@@ -201,6 +202,7 @@ def open_analysis(
         inputs: the files that it is the analysis of.
         warn: called with a message if the analysis's solutions are damaged.
         sensitivities: the network's, by module, where a run of it measured them.
+        resident: bytes that what is computed from it takes of the memory before it goes to a file.
 
     Raises:
         DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
@@ -216,7 +218,7 @@ def open_analysis(
         fault = _fault(file.header, inputs)
         if fault:
             raise DamagedCacheError(path, fault)
-        scratch = Scratch(path.parent)
+        scratch = Scratch(path.parent, resident)
         stack.callback(scratch.close)
         yield StoredAnalysis(file, inputs, warn, scratch, sensitivities)
 

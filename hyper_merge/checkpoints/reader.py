@@ -203,9 +203,7 @@ class CheckpointReader:
         if suffix == GGUF:
             return self._resources.enter_context(GgufTensors(self.path)).get
         if self._mapped:
-            return self._resources.enter_context(
-                MappedTensors(self.path, sparse=self._sparse)
-            ).get
+            return self._resources.enter_context(MappedTensors(self.path, sparse=self._sparse)).get
         return self._resources.enter_context(ReadTensors(self.path)).get
 
     def _close(self) -> None:

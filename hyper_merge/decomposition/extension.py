@@ -77,9 +77,7 @@ class Extension:
         )
         rows = torch.cat([above, below])  # (k + n, d + 1 + n): every deviation
         place = old.dimensions
-        return cls(
-            new.to_deviations.mT @ rows, shares, rows[:, place + 1 :].mT @ rows[:, place]
-        )
+        return cls(new.to_deviations.mT @ rows, shares, rows[:, place + 1 :].mT @ rows[:, place])
 
     @property
     def kept_share(self) -> float:

@@ -61,7 +61,7 @@ def test_every_parser_takes_its_own_results_unchanged():
 
 def test_metadata_holds_all_settings_but_paths_on_disk():
     names = set(Recipe("x", MODELS).to_metadata())
-    assert {field.name for field in FIELDS} - names == {"output", "overwrite", "damaged"}
+    assert {field.name for field in FIELDS} - names == {"output", "overwrite", "damaged", "memory"}
 
 
 def test_every_option_is_explained_with_its_default():

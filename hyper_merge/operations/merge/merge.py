@@ -179,7 +179,13 @@ def _merge(
             if workers:
                 require_workers(workers, inputs, options, folders.cache)
             with analysis_turn(
-                folders.cache, inputs, options, recipe.ranks, damaged, progress, origin.kind(damaged)
+                folders.cache,
+                inputs,
+                options,
+                recipe.ranks,
+                damaged,
+                progress,
+                origin.kind(damaged),
             ) as turn:
                 source = Source(None if turn.exists else origin.usable(damaged), workers)
                 result = _make_files(preflight, place, turn, progress, search, source)
@@ -221,7 +227,13 @@ def _make_files(
         _stream(preflight, outputs, None if turn.exists else turn.path, reading, source)
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
-        with open_analysis(turn.path, preflight.inputs, progress.warn, sensitivities) as all_layers:
+        with open_analysis(
+            turn.path,
+            preflight.inputs,
+            progress.warn,
+            sensitivities,
+            preflight.limits.resident,
+        ) as all_layers:
             models = [header.name for header in preflight.inputs.headers]
             for warning in find_strangers(all_layers, models):
                 progress.warn(warning)
@@ -266,7 +278,7 @@ def _stream(
     with ExitStack() as stack:
         analysis = average = None
         if analysis_path is None:
-            options = PassOptions(options.device, options.seed)
+            options = replace(options, width=None)
         else:
             options = source.sampled_options(inputs, options, progress)
             analysis = stack.enter_context(create_analysis(analysis_path, inputs, options))

@@ -37,6 +37,10 @@ class MemoryLimits:
     in_flight: int = IN_FLIGHT
 
 
+USUAL_LIMITS: Final = MemoryLimits()
+"""Without a limit of the user's."""
+
+
 @dataclass(frozen=True)
 class MemoryNeeds:
     """The bytes of memory that a merge takes whatever its limits are.
@@ -68,7 +72,7 @@ class MemoryNeeds:
             RecipeError: they are too few.
         """
         if memory is None:
-            return MemoryLimits()
+            return USUAL_LIMITS
         if memory < self.least:
             raise RecipeError(
                 f"these checkpoints and ranks need {_in_megabytes(self.least)} of memory at least, and"

@@ -37,7 +37,12 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import MismatchError, RecipeError
 from hyper_merge.operations.merge.companions import select_norms_and_biases
 from hyper_merge.operations.merge.file_overhead import FileOverhead
-from hyper_merge.operations.merge.memory import MemoryLimits, MemoryNeeds, memory_needs
+from hyper_merge.operations.merge.memory import (
+    USUAL_LIMITS,
+    MemoryLimits,
+    MemoryNeeds,
+    memory_needs,
+)
 from hyper_merge.operations.sensitivities import AverageNetwork
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
@@ -59,7 +64,7 @@ class Preflight:
     inputs: MergeInputs
     warnings: tuple[str, ...]
     folders: Folders  # of everything that the merge writes and of earlier work that it uses again
-    limits: MemoryLimits = MemoryLimits()  # of its memory, from the ranks that are known beforehand
+    limits: MemoryLimits = USUAL_LIMITS  # of its memory, from the ranks that are known beforehand
     ends: EndLayers | None = None  # known with the analysis; where not carried, no layers any more
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
+
+_EXTENDED: Final = (
+    "the analysis and the average of the old run were extended by the new checkpoints; of the old ones a"
+    " sample and a few small tensors were read"
+)
 
 
 @dataclass(frozen=True)
@@ -86,17 +91,19 @@ def run_extend(
     for warning in preflight.warnings:
         progress.warn(warning)
     origin, reason = _origin(run, request, preflight, sampling)
+    if reason:
+        progress.warn(f"all checkpoints are read again: {reason}")
     start = _start(run, fits)
     merged = run_merge(preflight, merging, start=start, effort=effort, origin=origin)
-    return replace(merged, note=_note(merged, reason))
+    return replace(merged, note=_EXTENDED if merged.extended else "")
 
 
 def _origin(
     run: Run, request: ExtendRequest, preflight: Preflight, progress: Progress
 ) -> tuple[Origin, str]:
-    """Returns where the analysis may come from, and why not from the run's if it does not."""
+    """Returns where the analysis may come from, and why it cannot be the run's; nothing if it can."""
     if request.reread:
-        return Origin(reread=True), "as was asked for"
+        return Origin(reread=True), ""
     count = len(request.checkpoints)
     recipe = preflight.recipe
     old = run_preflight(
@@ -121,18 +128,6 @@ def _origin(
     except (DamagedCacheError, ValueError) as error:
         return Origin(), str(error)
     return (Origin(), refusal) if refusal else (Origin(earlier), "")
-
-
-def _note(merged: MergeResult, reason: str) -> str:
-    """Returns which way was taken, and why."""
-    if merged.reused_analysis:
-        return "the cache had the analysis of these checkpoints already"
-    if merged.extended:
-        return (
-            "the analysis of the old run was extended by the new checkpoints; of the old ones a sample"
-            " and a few small tensors were read"
-        )
-    return f"all checkpoints were read: {reason or 'the cache proved damaged'}"
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:

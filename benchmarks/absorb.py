@@ -85,10 +85,8 @@ def _measured(folder: Path, out: Path, run: str, arguments: list[str | Path]) ->
 
 def _forget(out: Path, run: str) -> None:
     """Deletes a run, and what the cache has of its checkpoints."""
-    for path in (out / "hyper-merge" / "cache").glob("*-extended-*"):
+    for path in [*(out / "hyper-merge" / "cache").glob("*-extended-*")]:
         path.unlink()
-        for beside in path.parent.glob(path.name.partition(".")[0] + ".*"):
-            beside.unlink()
     shutil.rmtree(out / "hyper-merge" / run)
     for path in [*(out / "Lora").glob(f"{run}_*"), *(out / "Stable-diffusion").glob(f"{run}.*")]:
         path.unlink()

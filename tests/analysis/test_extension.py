@@ -170,6 +170,23 @@ def test_narrow_bases_hold_almost_as_much(family, tmp_path, narrow, monkeypatch,
             assert relative(others - squares, squares) < 0.02
 
 
+def test_the_rounding_error_of_the_new_average_is_known(family, tmp_path, narrow):
+    passes = Passes(tmp_path, family, "bfloat16", width=12)
+    path, averages, _ = passes.extended()
+    states = [load(file) for file in family]
+    shares = torch.ones(COUNT, dtype=torch.float64) / COUNT
+    known = true = 0.0
+    with open_analysis(path, passes.inputs) as more:
+        for index, layer in enumerate(more.layers):
+            if layer.rows is None:
+                mean = torch.tensordot(
+                    shares, torch.stack([state[layer.key].double() for state in states]), 1
+                )
+                true += float((averages[layer.key].double() - mean).square().sum())
+                known += float(more.grams[index][-1, -1])
+    assert known == pytest.approx(true, rel=0.02)
+
+
 def test_no_layer_is_read_again(family, tmp_path, monkeypatch):
     passes, again = Passes(tmp_path, family), []
     analyze = extension.analyze_tensor

@@ -42,8 +42,12 @@ def sampled_options(inputs: MergeInputs, options: PassOptions, progress: Progres
     Raises:
         CheckpointError: a file was changed or cannot be read.
     """
+    return options_by(sample_layers(inputs, progress), inputs, options)
+
+
+def options_by(samples: LayerSamples, inputs: MergeInputs, options: PassOptions) -> PassOptions:
+    """Returns what `sampled_options` does, from samples that were taken before."""
     layers = inputs.layout.layers
-    samples = sample_layers(inputs, progress)
     # Where ranks will go by default. The bases serve the other weightings too, a little less well.
     factors = layer_factors("output", samples.sizes, layers)
     widths = allocate_widths(layers, (samples.energies * factors).tolist(), options.width or 0)
@@ -66,22 +70,23 @@ class LayerSamples:
         return self.grams.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def sample_layers(inputs: MergeInputs, progress: Progress) -> LayerSamples:
+def sample_layers(inputs: MergeInputs, progress: Progress, *, sparse: bool = False) -> LayerSamples:
     """Estimates the squared norms of every layer's deviations and weights.
 
     Args:
         inputs: the files, of which a small part is read.
         progress: checked between layers.
+        sparse: whether nothing else will be read of the files, and so nothing ahead.
 
     Raises:
         CheckpointError: a file was changed or cannot be read.
     """
     grams, sizes = [], []
-    with open_checkpoints(inputs.read) as files:
+    with open_checkpoints(inputs.read, sparse=sparse) as files:
         for layer in inputs.layout.layers:
             progress.check()
             rows = slice(*layer.rows) if layer.rows else slice(None)
-            origin, *others = [_sample(file.tensor(layer.key)[rows].flatten()) for file in files]
+            origin, *others = [sample(file.tensor(layer.key)[rows].flatten()) for file in files]
             contrasts = inputs.contrasts_of(layer.key)
             deviations = compute_deviations(
                 origin, others, contrasts, torch.float32, origin.numel()
@@ -117,8 +122,15 @@ def _clamped(widths: Tensor, limits: Tensor) -> Tensor:  # all (layers,)
     return torch.minimum(stepped.clamp(min=_LEAST), limits)
 
 
-def _sample(values: Tensor) -> Tensor:  # (size,) -> (<= size,)
-    if values.numel() <= _PLACES * _SAMPLE:
-        return values
-    starts = torch.linspace(0, values.numel() - _SAMPLE, _PLACES).long().tolist()
-    return torch.cat([values[start : start + _SAMPLE] for start in starts])
+def sample(values: Tensor) -> Tensor:  # (size,) -> (<= size,)
+    """Returns the values of `sample_segments`."""
+    segments = sample_segments(values.numel())
+    return values if len(segments) == 1 else torch.cat([values[part] for part in segments])
+
+
+def sample_segments(size: int) -> list[slice]:
+    """Returns the parts of a flat tensor of that size that stand for all of it."""
+    if size <= _PLACES * _SAMPLE:
+        return [slice(0, size)]
+    starts = torch.linspace(0, size - _SAMPLE, _PLACES).long().tolist()
+    return [slice(start, start + _SAMPLE) for start in starts]

@@ -10,7 +10,9 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from hyper_merge.analysis.checksums import stem_of
 from hyper_merge.analysis.file_layout import analysis_identity
@@ -21,6 +23,30 @@ from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.analysis.use_markers import last_used, remove_stale_markers, unused
 from hyper_merge.errors import CacheError
 from hyper_merge.runtime.damaged_files import SET_ASIDE, DamagedFiles
+
+_EXTENDED: Final = "extended"  # in the name of an analysis that extends an earlier one
+
+
+@dataclass(frozen=True)
+class AnalysisKind:
+    """Which analyses of the same files and settings are looked for, and which is made.
+
+    Attributes:
+        exact: Whether only those from a pass over all files will do.
+        extended: Whether a new one extends an earlier one (`analysis.extension`).
+    """
+
+    exact: bool = False
+    extended: bool = False
+
+
+ANY: Final = AnalysisKind()
+"""Any analysis will do, and a new one comes from a pass over all files."""
+
+
+def is_extended(path: Path) -> bool:
+    """Returns whether an analysis extends an earlier one, by its name."""
+    return f"-{_EXTENDED}-" in path.name
 
 
 def required_width(ranks: Sequence[int]) -> int:
@@ -42,11 +68,18 @@ def analysis_path(folder: Path, inputs: MergeInputs, options: PassOptions) -> Pa
 
 
 def new_analysis_path(
-    folder: Path, inputs: MergeInputs, options: PassOptions, damaged: DamagedFiles
+    folder: Path,
+    inputs: MergeInputs,
+    options: PassOptions,
+    damaged: DamagedFiles,
+    kind: AnalysisKind = ANY,
 ) -> Path:
-    """Returns a path for a new analysis: `analysis_path`, or another if a damaged file holds that."""
+    """Returns a path for a new analysis of a kind: another one if a damaged file holds the usual."""
     path = analysis_path(folder, inputs, options)
     stem, number = path.name.partition("-")[0], 1
+    if kind.extended:
+        stem = f"{stem}-{_EXTENDED}"
+        path = folder / f"{stem}-{options.width}{SUFFIX}"
     while path in damaged and os.path.lexists(path):
         number += 1
         path = folder / f"{stem}-{number}-{options.width}{SUFFIX}"
@@ -59,6 +92,7 @@ def find_analysis(
     options: PassOptions,
     ranks: Sequence[int],
     damaged: DamagedFiles | None = None,
+    kind: AnalysisKind = ANY,
 ) -> Path | None:
     """Returns the path of the narrowest analysis of files that suits a list of ranks, if any.
 
@@ -69,11 +103,14 @@ def find_analysis(
         ranks: the ranks of the LoRAs.
         damaged: takes damaged analyses, and names those to skip; None to skip all damaged ones and
             leave them where they are.
+        kind: which will do.
     """
     stem = analysis_path(folder, inputs, options).name.partition("-")[0]
     for path in sorted(folder.glob(f"{stem}-*{SUFFIX}"), key=lambda path: (_width(path), path)):
         width = _width(path)
         if not is_wide_enough(width, ranks) and width < (options.width or 1):
+            continue
+        if kind.exact and is_extended(path):
             continue
         if damaged is not None and path in damaged:
             continue

@@ -53,20 +53,21 @@ def host_bytes(inputs: MergeInputs, key: str, width_of: Callable[[int], int]) ->
     return pass_bytes(inputs, key, width, HOST_CHUNK, _HOST_ENTRY)
 
 
-def bytes_in_flight(inputs: MergeInputs, width: int, workers: int) -> int:
+def bytes_in_flight(inputs: MergeInputs, width: int, workers: int, limit: int = IN_FLIGHT) -> int:
     """Returns what the pass takes of a CPU's memory at the peak.
 
     Args:
         inputs: the files.
         width: most columns of the bases.
         workers: tensors that are worked on at a time, if they are small.
+        limit: bytes of all of them together; one may take more.
     """
     largest = max(
         host_bytes(inputs, key, lambda _index: width)
         for key, treatment in inputs.layout.treatments.items()
         if treatment is Treatment.LAYER
     )
-    return max(largest, min(workers * largest, IN_FLIGHT))
+    return max(largest, min(workers * largest, limit))
 
 
 def delta_bytes(inputs: MergeInputs, key: str) -> int:

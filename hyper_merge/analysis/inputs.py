@@ -107,20 +107,23 @@ class MergeInputs:
 
 @contextmanager
 def open_checkpoints(
-    headers: Iterable[Header], *, mapped: bool = True
+    headers: Iterable[Header], *, mapped: bool = True, sparse: bool = False
 ) -> Iterator[list[CheckpointReader]]:
     """Opens files for reading within the block, in the order of their headers.
 
     Args:
         headers: of the files.
         mapped: false to read each tensor as a whole into memory of the process.
+        sparse: whether only a small part of each tensor will be read.
 
     Raises:
         CheckpointError: a file cannot be read, or was changed since its header was read.
     """
     with ExitStack() as stack:
         yield [
-            stack.enter_context(CheckpointReader(header.path, expected=header, mapped=mapped))
+            stack.enter_context(
+                CheckpointReader(header.path, expected=header, mapped=mapped, sparse=sparse)
+            )
             for header in headers
         ]
 

@@ -70,21 +70,48 @@ def analyze_layer(
     compressed = compress(slices, gram, width, generator, tick)
     error = deviations.rounding.view(1, layer.m, layer.n)
     rounding = project(error, compressed.left, compressed.right, tick)[0].cpu()
+    part = private_columns(layer, width, inputs.contrasts)
+    return describe_layer(
+        index,
+        compressed,
+        to_deviations,
+        directions,
+        part,
+        gram=deviations.gram,
+        rounding=rounding,
+        weight=squared_norm(deviations.base),
+    )
+
+
+def describe_layer(
+    index: int,
+    compressed: CompressedLayer,
+    to_deviations: Tensor,  # (k, s), from the slices in the core
+    directions: Tensor | None,  # (d, s), along which they lie
+    private: tuple[int, int],
+    *,
+    gram: Tensor,
+    rounding: Tensor,
+    weight: float,
+) -> LayerAnalysis:
+    """Returns the analysis of a layer that is compressed.
+
+    Args:
+        index: of the layer.
+        compressed: the layer.
+        to_deviations: from the slices in its core.
+        directions: among the slices, if only mixtures of them are kept.
+        private: the columns of the bases between which private deviations of many inputs are looked at.
+        gram: as in the result.
+        rounding: as in the result.
+        weight: as in the result.
+    """
     if directions is None:
         kept, spectra = None, compute_spectra(compressed.core, to_deviations)
     else:
-        part = private_columns(layer, width, inputs.contrasts)
-        spectra = leading_spectra(compressed.core, to_deviations, part)
+        spectra = leading_spectra(compressed.core, to_deviations, private)
         kept, compressed = _in_half_precision(compressed, directions)
-    return LayerAnalysis(
-        index=index,
-        gram=deviations.gram,
-        kept=kept,
-        compressed=compressed.cpu(),
-        rounding=rounding,
-        spectra=spectra,
-        weight=squared_norm(deviations.base),
-    )
+    return LayerAnalysis(index, gram, kept, compressed.cpu(), rounding, spectra, weight)
 
 
 def _in_half_precision(

@@ -41,7 +41,7 @@ from hyper_merge.runtime.file_lock import alone, patiently
 from hyper_merge.runtime.parallel import LayerMaps
 from hyper_merge.runtime.parcels import SentOnce
 from hyper_merge.runtime.remote import RemoteWorkers
-from hyper_merge.runtime.scratch import Scratch
+from hyper_merge.runtime.scratch import RESIDENT, Scratch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -239,6 +239,7 @@ def open_analysis(
     warn: Callable[[str], None] = lambda _message: None,
     sensitivities: Sensitivities | None = None,
     workers: RemoteWorkers | None = None,
+    resident: int = RESIDENT,
 ) -> Iterator[StoredAnalysis]:
     """Opens an analysis for reading within the block.
 
@@ -248,6 +249,7 @@ def open_analysis(
         warn: called with a message if the analysis's solutions are damaged.
         sensitivities: the network's, by module, where a run of it measured them.
         workers: which see the file; None for work in this process.
+        resident: bytes that what is computed from it takes of the memory before it goes to a file.
 
     Raises:
         DamagedCacheError: the file cannot be read, or is no analysis of the inputs.
@@ -263,7 +265,7 @@ def open_analysis(
         fault = _fault(file.header, inputs)
         if fault:
             raise DamagedCacheError(path, fault)
-        scratch = Scratch(path.parent)
+        scratch = Scratch(path.parent, resident)
         stack.callback(scratch.close)
         maps = stack.enter_context(open_maps(workers, path.parent)) if workers else None
         yield StoredAnalysis(file, inputs, warn, scratch, sensitivities, maps)

@@ -60,6 +60,8 @@ class PassOptions:
     widths: tuple[int, ...] = ()  # per layer, where they differ: `width` is then about their mean
     # (d, any), among slices of many checkpoints: those that hold most in all layers together
     directions: Tensor | None = field(default=None, compare=False)
+    # bytes of a CPU's memory that tensors take which are analysed at a time; one may take more
+    in_flight: int = field(default=IN_FLIGHT, compare=False)
 
     def width_of(self, index: int) -> int:
         """Returns the most columns that a layer's bases have."""
@@ -95,7 +97,7 @@ def analyze_in_threads(
 ) -> Iterator[Iterator[AnalyzedTensor]]:
     """Analyses the tensors in threads of this process (an `AnalyzeTensors`)."""
     damaged = DamagedTensors(inputs)
-    memory, on_host = MemoryLimit(IN_FLIGHT), options.device.type == "cpu"
+    memory, on_host = MemoryLimit(options.in_flight), options.device.type == "cpu"
     with (
         open_checkpoints(inputs.read) as files,
         parallel_map(options.device, counter.report) as parallel,

@@ -126,7 +126,12 @@ def parse_absorb(body: AbsorbBody, host: Host) -> ExtendRequest:
     """Returns the request for a run with further checkpoints."""
     listed = host.checkpoints()
     files = tuple(find_file(name, "checkpoints", listed) for name in body.checkpoints)
-    values = {"run": body.run, "checkpoints": files, "name": body.name}
+    values: dict[str, object] = {
+        "run": body.run,
+        "checkpoints": files,
+        "name": body.name,
+        "from_cache": body.from_cache,
+    }
     return ExtendRequest.parse(values, str)
 
 

@@ -72,6 +72,7 @@ class PlanBody(StrictRequest):
     allocation: StrictStr | None = recipe_setting("allocation")
     multipliers: StrictStr | None = recipe_setting("multipliers")
     method: StrictStr | None = recipe_setting("method")
+    memory: StrictInt | StrictStr | None = recipe_setting("memory")
     exact: StrictStr | None = recipe_setting("exact")
     vae: StrictStr | None = recipe_setting("vae")
     dtype: StrictStr | None = recipe_setting("dtype")
@@ -131,6 +132,9 @@ class AbsorbBody(StrictRequest):
     run: StrictStr = Field(..., description="name of the run, which stays as it is")
     checkpoints: list[StrictStr] = Field(..., description="names of the host's list")
     name: StrictStr | None = Field(None, description="of the new run; without one, a free name")
+    from_cache: StrictBool = Field(
+        False, description="read little of the old checkpoints where the cache will do"
+    )
 
 
 class RestoreBody(StrictRequest):

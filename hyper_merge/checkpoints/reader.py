@@ -108,6 +108,7 @@ class CheckpointReader:
         *,
         replaced_whole: bool = False,
         mapped: bool = True,
+        sparse: bool = False,
     ) -> None:
         """Names the file; nothing is read before the block is entered.
 
@@ -118,11 +119,13 @@ class CheckpointReader:
             replaced_whole: nobody writes into the file, at most another one takes its place or it is
                 deleted: what is mapped stays what it was, whatever becomes of the path.
             mapped: false for a few small tensors: a mapping reads a multiple of them from the disk.
+            sparse: whether small parts of tensors will be used: then nothing is read ahead.
         """
         self.path = Path(path)
         self._header = expected
         self._replaced_whole = replaced_whole
         self._mapped = mapped
+        self._sparse = sparse
         self._get: Callable[[str], Tensor] | None = None
         self._resources = ExitStack()
 
@@ -200,7 +203,7 @@ class CheckpointReader:
         if suffix == GGUF:
             return self._resources.enter_context(GgufTensors(self.path)).get
         if self._mapped:
-            return self._resources.enter_context(MappedTensors(self.path)).get
+            return self._resources.enter_context(MappedTensors(self.path, sparse=self._sparse)).get
         return self._resources.enter_context(ReadTensors(self.path)).get
 
     def _close(self) -> None:

@@ -11,6 +11,7 @@ def format_merge(merged: MergeResult) -> str:
     report, place = merged.report, merged.place
     reused = " (it was there already)" if place.exists else ""
     lines = [format_report(report), f"hyper-model: {place.hyper_model}{reused}"]
+    lines += [merged.note] if merged.note else []
     lines += [f"LoRA:        {path}" for path in merged.loras]
     lines += [f"multipliers, manifest and report: {place.folder}", ""]
     row = report.checkpoints[0]

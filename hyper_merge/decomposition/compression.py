@@ -101,6 +101,53 @@ def project(
     return core
 
 
+def leading_vectors(
+    slices: Tensor,  # (k, m, n)
+    gram: Tensor,  # (k, k), of the slices
+    columns: int,
+    generator: torch.Generator,
+    tick: Callable[[float], None] = lambda _cost: None,
+) -> tuple[Tensor, Tensor]:  # (m, <= columns), (n, <= columns)
+    """Returns approximate singular vectors of the slices' mixtures, as `compress` looks for them.
+
+    Args:
+        slices: of one layer.
+        gram: their inner products.
+        columns: of both sides at most.
+        generator: for the starts of the iterations.
+        tick: called with what every product cost; may raise, to stop.
+    """
+    directions = _directions(slices, gram, max(columns // 2, 1))
+    return _subspaces(slices, directions, generator, tick)
+
+
+def recompress(
+    left: Tensor,  # (m, p), orthonormal columns
+    slices: Tensor,  # (k, p, q), between the bases
+    right: Tensor,  # (n, q), orthonormal columns
+    gram: Tensor,  # (k, k), of the slices with what lies outside of the bases
+    width: int,
+    generator: torch.Generator,
+) -> CompressedLayer:
+    """Does what `compress` does with slices of which only the part between two bases is known.
+
+    All products are between the bases, so that it takes a fraction of the time.
+
+    Args:
+        left: the basis along the rows.
+        slices: the known part of the slices.
+        right: the basis along the columns.
+        gram: inner products of the whole slices.
+        width: columns of the new bases at most.
+        generator: for the starts of the iterations.
+    """
+    within = compress(slices, gram, width, generator)
+    new_left = _basis(left @ within.left, min(len(left), width))
+    new_right = _basis(right @ within.right, min(len(right), width))
+    core = (left.mT @ new_left).mT @ slices @ (right.mT @ new_right)
+    return CompressedLayer(new_left, new_right, core)
+
+
 def compression_cost(shape: tuple[int, int, int], width: int) -> float:
     """Returns what `compress` takes for slices (k, m, n), in multiply-adds of large products."""
     k, m, n = shape

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
 
+from hyper_merge.analysis.cache import find_analysis
+from hyper_merge.analysis.extension import EarlierAnalysis, limits_of, sample_all
+from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.initialization import SearchEffort
-from hyper_merge.errors import RunError
+from hyper_merge.errors import DamagedCacheError, RunError
 from hyper_merge.operations.fit.fit import fit_onto
-from hyper_merge.operations.merge.merge import MergeResult, run_merge
-from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.merge import MergeResult, Origin, run_merge
+from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.block_weights import BlockWeights
-from hyper_merge.recipe.parsing import optional, parse_name, parse_paths
+from hyper_merge.recipe.parsing import optional, parse_flag, parse_name, parse_paths
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.recipe.request import Parsers, Request
 from hyper_merge.runs.fit_records import FitRecord
-from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.folders import Folders, average_id_of
 from hyper_merge.runs.originals import locate_sources
 from hyper_merge.runs.report import PARTS
 from hyper_merge.runs.run import Run, load_run
 from hyper_merge.runtime.progress import Progress
+
+_EXTENDED: Final = (
+    "the analysis and the average of the old run were extended by the new checkpoints; of the old ones a"
+    " sample and a few small tensors were read"
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +42,19 @@ class ExtendRequest(Request):
         run: Its name.
         checkpoints: The files that are to be added.
         name: Of the new run; None for `<run's recipe>+<number of checkpoints>`.
+        from_cache: Whether to read little of the old checkpoints where the cache will do.
     """
 
     run: str
     checkpoints: tuple[Path, ...]
     name: str | None = None
+    from_cache: bool = False
 
     PARSERS: ClassVar[Parsers] = {
         "run": str,
         "checkpoints": parse_paths,
         "name": optional(parse_name),
+        "from_cache": parse_flag,
     }
 
 
@@ -56,8 +67,9 @@ def run_extend(
 ) -> MergeResult:
     """Merges the run's checkpoints and the new ones; the run itself stays as it is.
 
-    Everything is computed again, since the average changes and all deviations with it. The new
-    checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
+    All files are read, or on request average and analysis are those of the run, extended by the new
+    checkpoints, where the cache still has the analysis and that is exact enough (`analysis.extension`). The
+    new checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
 
     Args:
         request: run, files and options.
@@ -71,14 +83,51 @@ def run_extend(
             interrupt.
     """
     run = load_run(folders, request.run)
-    finding, fitting, merging = progress.split([1.0, len(request.checkpoints), 10.0])
+    finding, fitting, sampling, merging = progress.split([1.0, len(request.checkpoints), 0.5, 10.0])
     models, base = _originals(run, folders, finding)
     fits = _fits(run, request, folders, fitting)
     recipe = _recipe(run, request, models, base)
     preflight = run_preflight(recipe, folders)
     for warning in preflight.warnings:
         progress.warn(warning)
-    return run_merge(preflight, merging, start=_start(run, fits), effort=effort)
+    origin, reason = _origin(run, request, preflight, sampling)
+    if reason:
+        progress.warn(f"all checkpoints are read again: {reason}")
+    start = _start(run, fits)
+    merged = run_merge(preflight, merging, start=start, effort=effort, origin=origin)
+    return replace(merged, note=_EXTENDED if merged.extended else "")
+
+
+def _origin(
+    run: Run, request: ExtendRequest, preflight: Preflight, progress: Progress
+) -> tuple[Origin, str]:
+    """Returns where the analysis may come from, and why it cannot be the run's; nothing if it can."""
+    if not request.from_cache:
+        return Origin(reread=True), ""
+    count = len(request.checkpoints)
+    recipe = preflight.recipe
+    old = run_preflight(
+        replace(
+            run.recipe,
+            models=recipe.models[:-count],
+            base=recipe.base,
+            output=recipe.output,
+        ),
+        preflight.folders,
+    )
+    path = find_analysis(preflight.folders.cache, old.inputs, old.pass_options, old.recipe.ranks)
+    if path is None:
+        return Origin(), f"the cache has no analysis of the run {run.name} any more"
+    if old.inputs.base is None and average_id_of(run.hyper_model) != old.average_id:
+        return Origin(), f"{run.hyper_model.name} is not the average that the cache is about"
+    average = old.inputs.base or read_header(run.hyper_model)
+    samples = sample_all(preflight.inputs, progress)
+    earlier = EarlierAnalysis(old.inputs, path, average, samples)
+    try:
+        refusal = limits_of(earlier, preflight.inputs, progress).refusal
+    except (DamagedCacheError, ValueError) as error:
+        return Origin(), str(error)
+    return (Origin(), refusal) if refusal else (Origin(earlier), "")
 
 
 def _originals(run: Run, folders: Folders, progress: Progress) -> tuple[tuple[Path, ...], str]:

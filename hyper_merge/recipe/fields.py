@@ -155,6 +155,8 @@ FIELDS: Final[tuple[Field, ...]] = (
           choice("auto", "none", "ends", "norms", "all")),
     Field("damaged", "HOW", "files that look damaged or like unfinished downloads: refuse, or accept"
           " with a warning", choice("refuse", "accept"), to_metadata=None),
+    Field("memory", "SIZE", "what the merge may take of this machine's memory, such as 4GB: the files are"
+          " the same with less, and slower to make", parse_bytes, to_metadata=None),
 )  # fmt: skip
 
 FIELD_PARSERS: Final[Mapping[str, Callable[[object], object]]] = {

@@ -62,6 +62,7 @@ class Recipe:
         exact: Contents of the LoRAs' companions: `none`, the layers at the UNet's `ends`, its `norms`
             too, or `all` (biases too); `auto` for the ends where they matter.
         damaged: Whether to `refuse` files that look damaged or unfinished, or to `accept` them.
+        memory: Bytes of memory that the merge may take; None for as many as suit most machines.
 
     Raises:
         RecipeError: a value is impossible, or contradicts another one.
@@ -92,6 +93,7 @@ class Recipe:
     vae: Literal["first", "average"] = "first"
     exact: Literal["auto", "none", "ends", "norms", "all"] = "auto"
     damaged: Literal["refuse", "accept"] = "refuse"
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         check_request(self, FIELD_PARSERS)

@@ -117,7 +117,7 @@ def test_samples_of_a_tensor_estimate_its_energy(files, tmp_path, monkeypatch):
 
 def test_samples_span_the_whole_tensor(monkeypatch):
     monkeypatch.setattr(basis_widths, "_SAMPLE", 5)
-    sample = basis_widths._sample(torch.arange(100))
+    sample = basis_widths.sample(torch.arange(100))
     assert sample.tolist() == [*range(5), *range(31, 36), *range(63, 68), *range(95, 100)]
 
 

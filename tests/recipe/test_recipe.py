@@ -61,7 +61,7 @@ def test_every_parser_takes_its_own_results_unchanged():
 
 def test_metadata_holds_all_settings_but_paths_on_disk():
     names = set(Recipe("x", MODELS).to_metadata())
-    assert {field.name for field in FIELDS} - names == {"output", "overwrite", "damaged"}
+    assert {field.name for field in FIELDS} - names == {"output", "overwrite", "damaged", "memory"}
 
 
 def test_every_option_is_explained_with_its_default():
@@ -138,6 +138,7 @@ def test_options_alone_can_give_every_value():
         "exact": "norms",
         "lora_dtype": "float8",
         "damaged": "accept",
+        "memory": "2GB",
     }
     assert set(options) == {field.name for field in FIELDS}
     assert recipe_from_options(options) == Recipe(
@@ -155,6 +156,7 @@ def test_options_alone_can_give_every_value():
         output=Path("out"),
         overwrite=True,
         damaged="accept",
+        memory=2 * 10**9,
         seed=9,
         method="greedy",
         allocation="even",

@@ -6,6 +6,7 @@ for the whole of it (error 1455 where there is none left), Linux refuses files l
 
 from __future__ import annotations
 
+import mmap as mmap_module
 import os
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -31,9 +32,15 @@ class MappedTensors:
     delete the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Names the file; nothing is read before the block is entered."""
+    def __init__(self, path: Path, *, sparse: bool = False) -> None:
+        """Names the file; nothing is read before the block is entered.
+
+        Args:
+            path: the file.
+            sparse: whether to read nothing ahead, for small parts of tensors.
+        """
         self.path = path
+        self._sparse = sparse
         self._bytes: np.ndarray[Any, np.dtype[np.uint8]] = _NOTHING
         self._table = _CLOSED
 
@@ -47,7 +54,7 @@ class MappedTensors:
         with self.path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             self._table = read_table_from(stream, self.path.name, size)
-            self._bytes = map_file(stream, size)
+            self._bytes = map_file(stream, size, sparse=self._sparse)
         return self
 
     def __exit__(
@@ -114,16 +121,26 @@ class ReadTensors:
         return stored.view(info.dtype).reshape(info.shape)
 
 
-def map_file(stream: BinaryIO, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def map_file(
+    stream: BinaryIO, size: int, *, sparse: bool = False
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Returns the bytes of an open file, mapped read-only for as long as something refers to them.
 
     Nothing may be written into them, which would end the process, though they look as if it might.
+
+    Args:
+        stream: the file.
+        size: in bytes.
+        sparse: whether to read nothing ahead of what is used, where the system can be told.
 
     Raises:
         OSError: the file cannot be mapped.
         ValueError: it is shorter than `size`, in bytes.
     """
-    return np.asarray(_Bytes(mmap(stream.fileno(), size, access=ACCESS_READ)))
+    mapping = mmap(stream.fileno(), size, access=ACCESS_READ)
+    if sparse and hasattr(mapping, "madvise") and hasattr(mmap_module, "MADV_RANDOM"):
+        mapping.madvise(mmap_module.MADV_RANDOM)
+    return np.asarray(_Bytes(mapping))
 
 
 class _Bytes:

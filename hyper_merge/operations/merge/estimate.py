@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-
 from hyper_merge.analysis.cache import find_analysis, required_width
-from hyper_merge.analysis.device_bytes import bytes_in_flight
 from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.analysis.remote_pass import bytes_in_shards
@@ -17,13 +14,12 @@ from hyper_merge.analysis.sensitivities import sensitivities_bytes
 from hyper_merge.loras.lora_file import lora_bytes
 from hyper_merge.operations.merge.companions import vector_bytes
 from hyper_merge.operations.merge.cost_model import ExistingFiles, MergeCosts, merge_costs
+from hyper_merge.operations.merge.memory import tensors_in_flight
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
 from hyper_merge.runs.folders import Place
 from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
-from hyper_merge.runtime.parallel import worker_count
-from hyper_merge.runtime.scratch import RESIDENT
 from hyper_merge.solver.metric import COLUMNS_PER_RANK
 
 _EVEN_SETS: Final = 2.2  # of factors that are kept during the solve
@@ -32,9 +28,6 @@ _ADAPTIVE_SETS: Final = 1.65
 _ON_DISK: Final = (
     1.5  # times what the solver keeps: whole files, until a worker has done all of one
 )
-_OVERHEAD: Final = 320 * 2**20  # bytes: Python and torch
-_IN_PASS: Final = 200 * 2**20  # bytes: what files and their network take besides the tensors
-_CORES_AT_WORK: Final = 24  # of each worker: a wide core, its mixtures, products and factors
 
 
 @dataclass(frozen=True)
@@ -59,16 +52,15 @@ def estimate_merge(preflight: Preflight) -> Estimate:
     plan = plan_ranks(preflight.recipe, inputs)
     loras = _lora_bytes(preflight, plan)
     existing = _existing_files(preflight)
-    phases = [min(max(_solver_bytes(inputs, plan), loras), RESIDENT) + _bytes_at_work(preflight)]
+    limits, tensors = preflight.limits, None
     if not (existing.average and existing.analysis):
-        width = preflight.pass_options.width or 0
-        workers = worker_count(torch.device("cpu"))
-        phases.append(_IN_PASS + bytes_in_flight(inputs, width, workers))
+        tensors = tensors_in_flight(preflight.recipe, inputs, limits)
+    kept = max(_solver_bytes(inputs, plan), loras)
     return Estimate(
         average=average_bytes(inputs),
         loras=loras,
         analysis=analysis_bytes(inputs, preflight.pass_options),
-        memory=_OVERHEAD + _sensitivities_bytes(preflight) + max(phases),
+        memory=preflight.memory_needs.peak(limits, kept, tensors),
         seconds=sum(estimate_costs(preflight, existing)),
     )
 
@@ -133,21 +125,6 @@ def _lora_bytes(preflight: Preflight, plan: RankPlan) -> int:
     layers = preflight.inputs.layout.layers
     loras = lora_bytes(layers, plan.layer_ranks, plan.dtype, plan.alphas)
     return loras + len(plan.recipe.ranks) * vector_bytes(preflight.norms_and_biases)
-
-
-def _sensitivities_bytes(preflight: Preflight) -> int:
-    """Returns the bytes of the layers' sensitivities: their directions, and those between the bases."""
-    if preflight.network is None:
-        return 0
-    return 2 * sensitivities_bytes(preflight.inputs.layout.layers)
-
-
-def _bytes_at_work(preflight: Preflight) -> int:
-    """Returns the bytes that the solver's workers take for layers that are in progress."""
-    inputs, width = preflight.inputs, required_width(preflight.recipe.ranks)
-    sides = (basis_columns(layer, width) for layer in inputs.layout.layers)
-    largest = max(4 * inputs.contrasts.dimensions * p * q for p, q in sides)
-    return _CORES_AT_WORK * worker_count(torch.device("cpu")) * largest
 
 
 def _solver_bytes(inputs: MergeInputs, plan: RankPlan) -> int:

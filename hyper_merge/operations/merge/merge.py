@@ -12,7 +12,9 @@ from types import MappingProxyType
 from torch import Tensor
 
 from hyper_merge.analysis.basis_widths import sampled_options
-from hyper_merge.analysis.cache import prune_analyses
+from hyper_merge.analysis.cache import AnalysisKind, prune_analyses
+from hyper_merge.analysis.extension import EarlierAnalysis, extend_analysis
+from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.remote_checks import require_workers
 from hyper_merge.analysis.remote_pass import analyze_on
 from hyper_merge.analysis.sensitivities import Sensitivities
@@ -26,7 +28,7 @@ from hyper_merge.analysis.streaming_pass import (
 )
 from hyper_merge.analysis.turns import Turn, analysis_turn
 from hyper_merge.checkpoints.io.transaction import FileTransaction
-from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.checkpoints.reader import CheckpointReader, read_header
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.loras.cards import stage_checkpoint_card
 from hyper_merge.operations.merge.average import average_writer
@@ -64,6 +66,67 @@ class MergeResult:
     place: Place
     loras: tuple[Path, ...]  # with companions and private LoRAs
     reused_analysis: bool
+    extended: bool = False  # an earlier analysis by the new checkpoints, without the others
+    note: str = ""  # to the user, on how the files were made
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the analysis of a merge may come from.
+
+    Attributes:
+        earlier: An analysis of the first checkpoints, to be extended by the others; None for a pass over
+            all files.
+        reread: Whether to pass over all files even where the cache has an extended analysis.
+    """
+
+    earlier: EarlierAnalysis | None = None
+    reread: bool = False
+
+    def kind(self, damaged: DamagedFiles) -> AnalysisKind:
+        """Returns which analyses of the cache will do, and which is to be made."""
+        return AnalysisKind(exact=self.reread, extended=self.usable(damaged) is not None)
+
+    def usable(self, damaged: DamagedFiles) -> EarlierAnalysis | None:
+        """Returns the earlier analysis unless it has proved damaged."""
+        return None if self.earlier is None or self.earlier.path in damaged else self.earlier
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What makes average and analysis where they are missing: this process, workers, or less work.
+
+    Attributes:
+        earlier: An analysis to be extended; None for a pass over all files.
+        workers: Do that pass in place of this process; None for none.
+    """
+
+    earlier: EarlierAnalysis | None = None
+    workers: RemoteWorkers | None = None
+
+    def sampled_options(
+        self, inputs: MergeInputs, options: PassOptions, progress: Progress
+    ) -> PassOptions:
+        """Returns the options with the widths of all layers, from a sample of all files."""
+        if self.earlier:
+            return self.earlier.pass_options(inputs, options)
+        return sampled_options(inputs, options, progress)
+
+    def analyze_tensors(
+        self, cache: Path, written: Path | None, *, with_analysis: bool
+    ) -> AnalyzeTensors:
+        """Returns what analyses the tensors.
+
+        Args:
+            cache: folder for what workers find.
+            written: the average, where it is there already.
+            with_analysis: whether more than the average is wanted.
+        """
+        if self.earlier and with_analysis:
+            return extend_analysis(self.earlier, read_header(written) if written else None)
+        if self.workers:
+            return analyze_on(self.workers, cache, with_average=written is None)
+        return analyze_in_threads
 
 
 def run_merge(
@@ -73,6 +136,7 @@ def run_merge(
     start: Mapping[str, Tensor] = MappingProxyType({}),
     effort: SearchEffort | None = None,
     workers: RemoteWorkers | None = None,
+    origin: Origin | None = None,
 ) -> MergeResult:
     """Makes everything that the recipe asks for; on any failure every existing file stays as it was.
 
@@ -82,11 +146,13 @@ def run_merge(
         start: additional starting multipliers (k, R) for the search, by the layers' part.
         effort: how thorough the search for a start is; None for the default.
         workers: hash the checkpoints and pass over them in place of this process.
+        origin: where the analysis may come from; None for any that is there, or a pass over all files.
 
     Raises:
         HyperMergeError: refused input, a full disk, or the user's interrupt.
     """
-    merge = partial(_merge, preflight, progress, start, effort, workers)
+    search = Search(start=start, effort=effort)
+    merge = partial(_merge, preflight, progress, search, workers, origin or Origin())
     with device_job(preflight.pass_options.device):
         return with_sound_cache(merge, progress.warn)
 
@@ -94,9 +160,9 @@ def run_merge(
 def _merge(
     preflight: Preflight,
     progress: Progress,
-    start: Mapping[str, Tensor],
-    effort: SearchEffort | None,
+    search: Search,
     workers: RemoteWorkers | None,
+    origin: Origin,
     damaged: DamagedFiles,
 ) -> MergeResult:
     """Runs a merge once with all its names held, without the damaged files of the cache."""
@@ -113,9 +179,16 @@ def _merge(
             if workers:
                 require_workers(workers, inputs, options, folders.cache)
             with analysis_turn(
-                folders.cache, inputs, options, recipe.ranks, damaged, progress
+                folders.cache,
+                inputs,
+                options,
+                recipe.ranks,
+                damaged,
+                progress,
+                origin.kind(damaged),
             ) as turn:
-                result = _make_files(preflight, place, turn, progress, start, effort, workers)
+                source = Source(None if turn.exists else origin.usable(damaged), workers)
+                result = _make_files(preflight, place, turn, progress, search, source)
     prune_analyses(folders.cache, folders.cache_limit)
     return result
 
@@ -125,9 +198,8 @@ def _make_files(
     place: Place,
     turn: Turn,
     progress: Progress,
-    start: Mapping[str, Tensor],
-    effort: SearchEffort | None,
-    workers: RemoteWorkers | None,
+    search: Search,
+    source: Source,
 ) -> MergeResult:
     """Makes all files, from an analysis that exists or is made on the way."""
     recipe = preflight.recipe
@@ -150,13 +222,18 @@ def _make_files(
         )
     )
     with FileTransaction(overwrite=recipe.overwrite) as transaction:
-        lineage = make_lineage(preflight, place.hyper_model.stem, hashing, workers)
+        lineage = make_lineage(preflight, place.hyper_model.stem, hashing, source.workers)
         outputs = MergeOutputs(transaction, place, lineage)
-        _stream(preflight, outputs, None if turn.exists else turn.path, reading, workers)
+        _stream(preflight, outputs, None if turn.exists else turn.path, reading, source)
         turn.end_making()
         sensitivities = _sensitivities(preflight, outputs, running)
         with open_analysis(
-            turn.path, preflight.inputs, progress.warn, sensitivities, workers
+            turn.path,
+            preflight.inputs,
+            progress.warn,
+            sensitivities,
+            source.workers,
+            preflight.limits.resident,
         ) as all_layers:
             models = [header.name for header in preflight.inputs.headers]
             for warning in find_strangers(all_layers, models):
@@ -165,7 +242,7 @@ def _make_files(
             overhead = FileOverhead(
                 recipe, preflight.inputs, preflight.norms_and_biases, lineage, place.run
             )
-            search = Search((costs.solving, costs.rounding), start, effort)
+            search = replace(search, costs=(costs.solving, costs.rounding))
             solved = solve_shared(metric, preflight, overhead, search, solving)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
             solved = with_private_loras(metric, solved, overhead, adding)
@@ -176,7 +253,7 @@ def _make_files(
         outputs.stage_texts(preflight, report)
         progress.report("putting the files in place", 1.0)
     paths = tuple(outputs.lora_path(name) for name in names)
-    return MergeResult(report, place, paths, turn.exists)
+    return MergeResult(report, place, paths, turn.exists, source.earlier is not None)
 
 
 def _stream(
@@ -184,7 +261,7 @@ def _stream(
     outputs: MergeOutputs,
     analysis_path: Path | None,
     progress: Progress,
-    workers: RemoteWorkers | None,
+    source: Source,
 ) -> None:
     """Passes over the files for what does not exist yet: average, analysis, both or neither.
 
@@ -193,7 +270,7 @@ def _stream(
         outputs: the merge's files.
         analysis_path: where the analysis goes; None if there is one.
         progress: progress and interrupt.
-        workers: do it in place of this process.
+        source: where the analysis comes from.
     """
     inputs, options, place = preflight.inputs, preflight.pass_options, outputs.place
     transaction, lineage, model = outputs.transaction, outputs.lineage, place.hyper_model
@@ -202,9 +279,9 @@ def _stream(
     with ExitStack() as stack:
         analysis = average = None
         if analysis_path is None:
-            options = PassOptions(options.device, options.seed)
+            options = replace(options, width=None)
         else:
-            options = sampled_options(inputs, options, progress)
+            options = source.sampled_options(inputs, options, progress)
             analysis = stack.enter_context(create_analysis(analysis_path, inputs, options))
         if not place.exists:
             overwrite = preflight.recipe.overwrite
@@ -212,9 +289,8 @@ def _stream(
             average = stack.enter_context(average_writer(transaction, model, preflight, lineage))
         write_average = average.write if average else None
         keep_layer = analysis.keep if analysis else None
-        analyze: AnalyzeTensors = analyze_in_threads
-        if workers:
-            analyze = analyze_on(workers, preflight.folders.cache, with_average=average is not None)
+        cache, written = preflight.folders.cache, model if place.exists else None
+        analyze = source.analyze_tensors(cache, written, with_analysis=analysis is not None)
         not_carried = stream_layers(inputs, options, write_average, keep_layer, progress, analyze)
         if analysis:
             analysis.close_with(not_carried)

@@ -105,7 +105,10 @@ def make_plan(preflight: Preflight, progress: Progress) -> MergePlan:
         with (
             ensure_analysis(preflight, reading, damaged) as path,
             open_analysis(
-                path, preflight.inputs, sensitivities=preflight.known_sensitivities
+                path,
+                preflight.inputs,
+                sensitivities=preflight.known_sensitivities,
+                resident=preflight.limits.resident,
             ) as analysis,
         ):
             metric, chosen = choose_layers(analysis, preflight, forecasting)

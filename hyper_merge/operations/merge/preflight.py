@@ -13,7 +13,7 @@ from typing import Final
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.file_layout import file_identity
 from hyper_merge.analysis.inputs import MergeInputs
-from hyper_merge.analysis.sensitivities import Sensitivities
+from hyper_merge.analysis.sensitivities import Sensitivities, sensitivities_bytes
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment, layout_of
@@ -37,6 +37,12 @@ from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import MismatchError, RecipeError
 from hyper_merge.operations.merge.companions import select_norms_and_biases
 from hyper_merge.operations.merge.file_overhead import FileOverhead
+from hyper_merge.operations.merge.memory import (
+    USUAL_LIMITS,
+    MemoryLimits,
+    MemoryNeeds,
+    memory_needs,
+)
 from hyper_merge.operations.sensitivities import AverageNetwork
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
@@ -58,6 +64,7 @@ class Preflight:
     inputs: MergeInputs
     warnings: tuple[str, ...]
     folders: Folders  # of everything that the merge writes and of earlier work that it uses again
+    limits: MemoryLimits = USUAL_LIMITS  # of its memory, from the ranks that are known beforehand
     ends: EndLayers | None = None  # known with the analysis; where not carried, no layers any more
 
     @cached_property
@@ -69,7 +76,19 @@ class Preflight:
     def pass_options(self) -> PassOptions:
         """The options of the pass over the files."""
         recipe = self.recipe
-        return PassOptions(resolve_device(recipe.device), recipe.seed, required_width(recipe.ranks))
+        return PassOptions(
+            resolve_device(recipe.device),
+            recipe.seed,
+            required_width(recipe.ranks),
+            in_flight=self.limits.in_flight,
+        )
+
+    @cached_property
+    def memory_needs(self) -> MemoryNeeds:
+        """What the merge takes of the memory."""
+        layers = self.inputs.layout.layers
+        sensitivities = 0 if self.network is None else sensitivities_bytes(layers)
+        return memory_needs(self.recipe, self.inputs, sensitivities)
 
     @cached_property
     def average_id(self) -> str:
@@ -164,7 +183,8 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         *find_mixed_strains(headers, layout.family),
         *_find_capped_ranks(recipe, inputs),
     ]
-    return Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))
+    preflight = Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))
+    return replace(preflight, limits=preflight.memory_needs.limits(recipe.memory))
 
 
 def _check_blocks(inputs: MergeInputs) -> None:

@@ -96,12 +96,14 @@ def update_downs(
     factors: Factors,
     multipliers: Tensor,  # (k, R)
     mixtures: Tensor | None = None,  # (b, R, p, q), if known
+    inner: Tensor | None = None,  # (b, rho, rho), of the ups, if known
     ridge: float = 0.0,
 ) -> Factors:
     """Returns the best downs for these ups and multipliers."""
     mixtures = batch.mixtures(multipliers) if mixtures is None else mixtures
     parts = [mixtures[:, r].mT @ factors.up[:, :, s] for r, s in enumerate(batch.spans)]
-    gram = _mode3_gram(batch, multipliers, ridge) * (factors.up.mT @ factors.up)
+    inner = factors.up.mT @ factors.up if inner is None else inner
+    gram = _mode3_gram(batch, multipliers, ridge) * inner
     return Factors(factors.up, solve_damped(torch.cat(parts, 2), gram, factors.down.mT).mT)
 
 
@@ -209,8 +211,9 @@ def _swept_batch(
     batch = batch.loaded()
     mixtures = batch.mixtures(multipliers)
     new = update_ups(batch, old, multipliers, mixtures, ridge=ridge)
-    new = update_downs(batch, new, multipliers, mixtures, ridge=ridge)
-    return new.kept(keep), _batch_statistics(batch, new)
+    inner = new.up.mT @ new.up
+    new = update_downs(batch, new, multipliers, mixtures, inner, ridge)
+    return new.kept(keep), _batch_statistics(batch, new, inner)
 
 
 def solve_ll1(
@@ -292,11 +295,16 @@ def _summed(problem: Problem, parts: Sequence[tuple[Tensor, Tensor]]) -> Statist
     return Statistics(problem.energy, cross, gram)
 
 
-def _batch_statistics(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
+def _batch_statistics(
+    batch: Batch,
+    factors: Factors,
+    inner: Tensor | None = None,  # (b, rho, rho), of the ups, if known
+) -> tuple[Tensor, Tensor]:  # cross (k, R) and gram (R, R), float64
     batch = batch.loaded()
     products = torch.stack([(up @ down).flatten(1) for up, down in split_blocks(batch, factors)], 1)
     cross = (batch.slices.flatten(2) @ products.mT).double().sum(0)
-    columns = (factors.up.mT @ factors.up) * (factors.down @ factors.down.mT)
+    inner = factors.up.mT @ factors.up if inner is None else inner
+    columns = inner * (factors.down @ factors.down.mT)
     member = torch.nn.functional.one_hot(batch.block_of, len(batch.ranks)).double()
     gram = member.mT @ columns.double().sum(0) @ member
     return cross, gram

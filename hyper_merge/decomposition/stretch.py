@@ -61,14 +61,30 @@ class Stretch:
 
     def apply(
         self,
-        columns: Tensor,  # (..., m, c)
-    ) -> Tensor:  # (..., m, c)
+        columns: Tensor,  # (m, c) or (b, m, c)
+    ) -> Tensor:  # of the same shape
         """Returns the mapped columns."""
         if self.changes_nothing:
             return columns
         directions = self.directions.to(columns)
         along = (self.factors.to(columns) - 1)[:, None] * (directions.mT @ columns)
-        return columns + directions @ along
+        if columns.dim() == 2:
+            return torch.addmm(columns, directions, along)
+        return torch.baddbmm(columns, directions.expand(len(columns), -1, -1), along)
+
+    def apply_to_rows_(
+        self,
+        rows: Tensor,  # (c, m) or (b, c, m)
+    ) -> None:
+        """Maps the rows in place."""
+        if self.changes_nothing:
+            return
+        directions = self.directions.to(rows)
+        along = (rows @ directions) * (self.factors.to(rows) - 1)
+        if rows.dim() == 2:
+            rows.addmm_(along, directions.mT)
+        else:
+            rows.baddbmm_(along, directions.mT.expand(len(rows), -1, -1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +117,16 @@ class LayerMetric:
 
     def apply(
         self,
-        matrices: Tensor,  # (..., m, n)
-    ) -> Tensor:  # (..., m, n)
+        matrices: Tensor,  # (m, n) or (b, m, n)
+    ) -> Tensor:  # of the same shape
         """Returns matrices whose plain squared norms are those of the metric."""
-        stretched = self.right.apply(self.left.apply(matrices).mT).mT
-        return stretched if self.scale == 1 else stretched * self.scale**0.5
+        if self.is_plain:
+            return matrices if self.scale == 1 else matrices * self.scale**0.5
+        stretched = self.left.apply(matrices)
+        if stretched is matrices:
+            stretched = matrices.clone()
+        self.right.apply_to_rows_(stretched)
+        return stretched.mul_(self.scale**0.5)
 
     def apply_to_factors(
         self,

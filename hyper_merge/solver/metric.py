@@ -17,6 +17,7 @@ from hyper_merge.analysis.inputs import leading_columns
 from hyper_merge.analysis.loss_weights import layer_metrics
 from hyper_merge.decomposition.bounds import Spectra, leading_spectra
 from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
+from hyper_merge.decomposition.linalg import inner_products
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.parcels import OnDemand, SentOnce
@@ -258,8 +259,8 @@ def _stretched_layer(
 
 
 def _gram(rows: Tensor) -> Tensor:  # float64
-    flat = rows.flatten(1).double()
-    return flat @ flat.mT
+    flat = rows.flatten(1)
+    return inner_products(flat, flat)
 
 
 def _weigh_checkpoints(

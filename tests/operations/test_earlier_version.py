@@ -94,6 +94,7 @@ def test_the_run_is_listed_with_its_figures(webui, folders, manifest):
     assert run.recipe.to_settings() == manifest["settings"] | {
         "damaged": "refuse",
         "block_weights": None,
+        "memory": None,
     }
 
 

@@ -43,7 +43,7 @@ from hyper_merge.operations.merge.memory import (
     MemoryNeeds,
     memory_needs,
 )
-from hyper_merge.operations.sensitivities import AverageNetwork, is_run
+from hyper_merge.operations.sensitivities import AverageNetwork
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.runs.folders import Folders, Place
@@ -75,13 +75,12 @@ class Preflight:
     @cached_property
     def pass_options(self) -> PassOptions:
         """The options of the pass over the files."""
-        recipe, inputs = self.recipe, self.inputs
-        header = inputs.base or inputs.headers[0]
+        recipe = self.recipe
         return PassOptions(
             resolve_device(recipe.device),
             recipe.seed,
             required_width(recipe.ranks),
-            with_spectra=not is_run(recipe.layer_weights, header, inputs.layout),
+            with_spectra=self.network is None,
             in_flight=self.limits.in_flight,
         )
 

@@ -56,7 +56,7 @@ from hyper_merge.decomposition.extension import (
     rounding_bound,
     unexplained,
 )
-from hyper_merge.decomposition.linalg import energy_of, squared_norm
+from hyper_merge.decomposition.linalg import squared_norm
 from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import MemoryLimit, parallel_map
 from hyper_merge.runtime.progress import Progress, ProgressCounter
@@ -140,9 +140,8 @@ def limits_of(earlier: EarlierAnalysis, inputs: MergeInputs, progress: Progress)
     factors = layer_factors("output", earlier.samples.sizes, layers).tolist()
     wrong = total = unknown = known = 0.0
     with open_analysis(earlier.path, earlier.inputs) as analysis:
-        for index, (layer, factor, gram) in enumerate(
-            zip(layers, factors, analysis.grams, strict=True)
-        ):
+        pairs = zip(layers, factors, analysis.grams, analysis.spectra, strict=True)
+        for index, (layer, factor, gram, spectra) in enumerate(pairs):
             progress.check()
             extension = _extension(earlier.inputs, inputs, layer.key)
             deviations = inputs.contrasts_of(layer.key).to_deviations
@@ -152,7 +151,7 @@ def limits_of(earlier: EarlierAnalysis, inputs: MergeInputs, progress: Progress)
             wrong += factor * rounding_bound(hidden, fresh, extension)
             total += factor * float(products.trace())
             slices = float(gram.diagonal()[:-1].sum())
-            unknown += factor * max(slices - energy_of(analysis.core(index).flatten(0, 1)), 0.0)
+            unknown += factor * max(slices - float(spectra.rows.sum()), 0.0)
             known += factor * slices
     return ExtensionLimits(wrong / (total or 1.0), unknown / (known or 1.0))
 
@@ -360,13 +359,12 @@ class _ExtensionJob:
         directions = extended.directions
         along = contrasts.to_deviations
         along = along if directions is None else along @ directions
-        wanted = self.options.with_spectra or directions is not None
         analysis = describe_layer(
             index,
             extended.compressed,
             along,
             directions,
-            private_columns(layer, width, contrasts) if wanted else None,
+            private_columns(layer, width, contrasts),
             gram=extended.gram,
             rounding=extended.rounding,
             weight=squared_norm(deviations.base.flatten()),

@@ -80,15 +80,12 @@ def layer_infos(inputs: MergeInputs, options: PassOptions, index: int) -> dict[s
             f"{index}.scales": TensorInfo(torch.float32, (kept,)),
         }
         rows = columns = min(p, q)
-    spectra = {
-        f"{index}.rows": TensorInfo(torch.float64, (rows,)),
-        f"{index}.columns": TensorInfo(torch.float64, (columns,)),
-        f"{index}.private": TensorInfo(torch.float64, (k, private)),
-    }
     return {
         **core,
         f"{index}.rounding": TensorInfo(ROUNDING_DTYPE, (p, q)),
         f"{index}.left": TensorInfo(_BASIS_DTYPE, (layer.m, p)),
         f"{index}.right": TensorInfo(_BASIS_DTYPE, (layer.n, q)),
-        **(spectra if options.with_spectra or not contrasts.are_few else {}),
+        f"{index}.rows": TensorInfo(torch.float64, (rows,)),
+        f"{index}.columns": TensorInfo(torch.float64, (columns,)),
+        f"{index}.private": TensorInfo(torch.float64, (k, private)),
     }

@@ -36,7 +36,7 @@ class LayerAnalysis:
     kept: KeptDirections | None  # None where the core holds all slices as they are
     compressed: CompressedLayer
     rounding: Tensor  # (p, q): the average's rounding error in the layer's bases
-    spectra: Spectra | None  # None where they are found when somebody asks for them
+    spectra: Spectra
     weight: float  # squared norm of the average's own matrix
 
 
@@ -48,8 +48,6 @@ def analyze_layer(
     width: int,
     seed: int,
     tick: Callable[[float], None],
-    *,
-    with_spectra: bool = True,
 ) -> LayerAnalysis:
     """Returns the analysis of a layer.
 
@@ -61,7 +59,6 @@ def analyze_layer(
         width: columns of the bases at most.
         seed: of random numbers.
         tick: called with what every step cost; may raise, to stop.
-        with_spectra: whether the spectra of a core that holds all slices are wanted.
     """
     layer = inputs.layout.layers[index]
     slices = deviations.slices.view(len(deviations.slices), layer.m, layer.n)
@@ -73,8 +70,7 @@ def analyze_layer(
     compressed = compress(slices, gram, width, generator, tick)
     error = deviations.rounding.view(1, layer.m, layer.n)
     rounding = project(error, compressed.left, compressed.right, tick)[0].cpu()
-    wanted = with_spectra or directions is not None
-    part = private_columns(layer, width, inputs.contrasts) if wanted else None
+    part = private_columns(layer, width, inputs.contrasts)
     return describe_layer(
         index,
         compressed,
@@ -92,7 +88,7 @@ def describe_layer(
     compressed: CompressedLayer,
     to_deviations: Tensor,  # (k, s), from the slices in the core
     directions: Tensor | None,  # (d, s), along which they lie
-    private: tuple[int, int] | None,
+    private: tuple[int, int],
     *,
     gram: Tensor,
     rounding: Tensor,
@@ -105,20 +101,15 @@ def describe_layer(
         compressed: the layer.
         to_deviations: from the slices in its core.
         directions: among the slices, if only mixtures of them are kept.
-        private: the columns of the bases between which private deviations of many inputs are looked at;
-            None where no spectra are wanted.
+        private: the columns of the bases between which private deviations of many inputs are looked at.
         gram: as in the result.
         rounding: as in the result.
         weight: as in the result.
     """
-    kept = spectra = None
-    if private:
-        spectra = (
-            compute_spectra(compressed.core, to_deviations)
-            if directions is None
-            else leading_spectra(compressed.core, to_deviations, private)
-        )
-    if directions is not None:
+    if directions is None:
+        kept, spectra = None, compute_spectra(compressed.core, to_deviations)
+    else:
+        spectra = leading_spectra(compressed.core, to_deviations, private)
         kept, compressed = _in_half_precision(compressed, directions)
     return LayerAnalysis(index, gram, kept, compressed.cpu(), rounding, spectra, weight)
 

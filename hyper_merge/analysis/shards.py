@@ -33,7 +33,6 @@ class LayerSums:
     gram: Tensor  # (d + 1, d + 1), float64
     weight: float
     keeps_few: bool  # of the directions among the slices
-    has_spectra: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +78,7 @@ class ShardWriter:
             for name, part in layer_tensors(layer).items():
                 self._write(name, part)
         layers = tuple(
-            LayerSums(
-                layer.index,
-                layer.gram,
-                layer.weight,
-                layer.kept is not None,
-                layer.spectra is not None,
-            )
+            LayerSums(layer.index, layer.gram, layer.weight, layer.kept is not None)
             for layer in tensor.layers
         )
         self._tensors.append(TensorSums(key, tensor.energies, layers, damages, tensor.warning))
@@ -137,15 +130,13 @@ def _layer(sums: LayerSums, read: Callable[[str], Tensor]) -> LayerAnalysis:
     def part(name: str) -> Tensor:
         return read(f"{sums.index}.{name}")
 
-    names = [f"{sums.index}.{name}" for name in ("rows", "columns", "private")]
-    spectra = Spectra(*map(read, names)) if sums.has_spectra else None
     return LayerAnalysis(
         index=sums.index,
         gram=sums.gram,
         kept=KeptDirections(part("directions"), part("scales")) if sums.keeps_few else None,
         compressed=CompressedLayer(part("left"), part("right"), part("core")),
         rounding=part("rounding"),
-        spectra=spectra,
+        spectra=Spectra(part("rows"), part("columns"), part("private")),
         weight=sums.weight,
     )
 

@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,7 +34,7 @@ from hyper_merge.checkpoints.io.leftovers import claimed
 from hyper_merge.checkpoints.io.output_errors import as_output_error
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
-from hyper_merge.decomposition.bounds import Spectra, compute_spectra
+from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone, patiently
@@ -158,11 +157,7 @@ class StoredAnalysis(Analysis, SentOnce):
 
     @property
     def spectra(self) -> list[Spectra]:
-        """The spectra of every layer; found anew where the pass did without them."""
-        if f"{self._places[0]}.rows" not in self._file.header.tensors:
-            spectra_of = partial(_spectra_of, self)
-            with self.maps(torch.device("cpu"), lambda: None, "finding the spectra") as maps:
-                return list(maps.layers(spectra_of, range(len(self._places))))
+        """The spectra of every layer."""
         names = ("rows", "columns", "private")
         return [Spectra(*(self._tensor(f"{i}.{name}") for name in names)) for i in self._places]
 
@@ -276,10 +271,6 @@ def open_analysis(
         yield StoredAnalysis(file, inputs, warn, scratch, sensitivities, maps)
 
 
-def _spectra_of(analysis: Analysis, index: int) -> Spectra:
-    return compute_spectra(analysis.core(index), analysis.contrasts.to_deviations)
-
-
 def _integrity_of(file: CheckpointReader) -> Integrity:
     keys = file.header.tensors.keys()
     checksums = file.tensor(CHECKSUMS) if CHECKSUMS in keys else None
@@ -344,10 +335,7 @@ def _fault(header: Header, inputs: MergeInputs) -> str | None:
         for index in range(len(inputs.layout.layers))
     ]
     widths = tuple(max(shape, default=0) for shape in sides)
-    options = PassOptions(
-        torch.device("cpu"), widths=widths, with_spectra="0.rows" in header.tensors
-    )
-    expected = analysis_tensors(inputs, options)
+    expected = analysis_tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
     tensors = {CHECKSUMS: expected[CHECKSUMS], **header.tensors}  # earlier versions have none
     if tensors != expected:
         wrong = next((key for key in expected if tensors.get(key) != expected[key]), None)

@@ -58,8 +58,6 @@ class PassOptions:
     seed: int = 0
     width: int | None = None  # columns of the bases at most; None for the average alone
     widths: tuple[int, ...] = ()  # per layer, where they differ: `width` is then about their mean
-    # Of few checkpoints, whether the layers' spectra are found here: a network's metric has others.
-    with_spectra: bool = True
     # (d, any), among slices of many checkpoints: those that hold most in all layers together
     directions: Tensor | None = field(default=None, compare=False)
     # bytes of a CPU's memory that tensors take which are analysed at a time; one may take more
@@ -185,10 +183,9 @@ def pass_costs(inputs: MergeInputs, options: PassOptions) -> dict[str, float]:
         costs[layer.key] += compression_cost(shape, width)
         if not contrasts.are_few:  # inner products first, then what is kept
             costs[layer.key] += _ENTRY * count * layer.m * layer.n
-        if options.with_spectra or not contrasts.are_few:
-            private = min(private_columns(layer, width, contrasts))
-            sizes = [min(width, layer.m, layer.n)] * 2 + [private] * contrasts.count
-            costs[layer.key] += _EIGENVALUES * sum(size**3 for size in sizes)
+        private = min(private_columns(layer, width, contrasts))
+        sizes = [min(width, layer.m, layer.n)] * 2 + [private] * contrasts.count
+        costs[layer.key] += _EIGENVALUES * sum(size**3 for size in sizes)
     return costs
 
 
@@ -249,17 +246,8 @@ def _analyze(
             gram = deviations.gram
             directions = leading_directions(gram[:-1, :-1], options.directions, contrasts.kept)
             deviations = replace(deviate(contrasts.along(directions), keep=True), gram=gram)
-        layer = analyze_layer(
-            deviations,
-            directions,
-            inputs,
-            index,
-            options.width_of(index),
-            options.seed,
-            tick,
-            with_spectra=options.with_spectra,
-        )
-        layers.append(layer)
+        width, seed = options.width_of(index), options.seed
+        layers.append(analyze_layer(deviations, directions, inputs, index, width, seed, tick))
     average = torch.cat(averages).view(tensors[0].shape)
     return TensorAnalysis(average, torch.as_tensor(total), tuple(layers))
 

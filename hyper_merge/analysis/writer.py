@@ -64,9 +64,10 @@ def layer_tensors(layer: LayerAnalysis) -> dict[str, Tensor]:
         "left": compressed.left,
         "right": compressed.right,
         "rounding": layer.rounding,
+        "rows": spectra.rows,
+        "columns": spectra.columns,
+        "private": spectra.private,
     }
-    if spectra:
-        parts |= {"rows": spectra.rows, "columns": spectra.columns, "private": spectra.private}
     if layer.kept:
         parts |= {"directions": layer.kept.directions, "scales": layer.kept.scales}
     return {f"{layer.index}.{name}": tensor for name, tensor in parts.items()}

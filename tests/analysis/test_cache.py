@@ -19,10 +19,8 @@ from hyper_merge.analysis.file_layout import analysis_bytes
 from hyper_merge.analysis.store import create_analysis, open_analysis
 from hyper_merge.analysis.streaming_pass import (
     PassOptions,
-    pass_costs,
     stream_layers,
 )
-from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import (
     CacheError,
 )
@@ -55,25 +53,6 @@ def test_analysis_is_read_as_written(tmp_path, files):
             assert torch.equal(stored.not_carried[kind], energy)
     expected = analysis_bytes(inputs, PassOptions(CPU, 0, 6))
     assert expected < path.stat().st_size < expected + 100_000
-
-
-def test_spectra_that_the_pass_did_without_are_found_when_they_are_wanted(tmp_path, files):
-    inputs = inputs_of(files)
-    with_spectra, without = PassOptions(CPU, 0, 6), PassOptions(CPU, 0, 6, with_spectra=False)
-    assert analysis_bytes(inputs, without) < analysis_bytes(inputs, with_spectra)
-    assert sum(pass_costs(inputs, without).values()) < sum(
-        pass_costs(inputs, with_spectra).values()
-    )
-    paths = [
-        write_analysis(tmp_path / name, inputs, options)
-        for name, options in (("with", with_spectra), ("without", without))
-    ]
-    assert "0.rows" in read_header(paths[0]).tensors
-    assert "0.rows" not in read_header(paths[1]).tensors
-    with open_analysis(paths[0], inputs) as known, open_analysis(paths[1], inputs) as found:
-        for spectra, others in zip(known.spectra, found.spectra, strict=True):
-            for name in ("rows", "columns", "private"):
-                assert torch.equal(getattr(spectra, name), getattr(others, name))
 
 
 def test_analysis_serves_only_equal_inputs_and_settings(tmp_path, files):

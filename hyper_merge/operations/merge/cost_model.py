@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
 from hyper_merge.calibration.measure import measuring_cost
@@ -60,18 +61,17 @@ def merge_costs(
     inputs: MergeInputs,
     recipe: Recipe,
     ranks: Sequence[tuple[int, ...]],  # per layer
-    options: PassOptions,
+    device: torch.device,
     existing: ExistingFiles,
 ) -> MergeCosts:
     """Returns the costs of a merge that uses the existing work; measures the machine the first time."""
-    device = options.device
     solving, rounding = solve_costs(inputs, recipe, ranks)
     dtype = DTYPES_BY_WORD[recipe.factors_dtype]
     writing = _WRITING * lora_bytes(inputs.layout.layers, ranks, dtype, recipe.ranks)
     writing += _FILE * len(recipe.ranks)
     return MergeCosts(
         hashing=_hashing_seconds(inputs, existing.cache),
-        reading=_reading_seconds(inputs, options, existing),
+        reading=_reading_seconds(inputs, recipe, device, existing),
         running=_running_seconds(inputs, device, existing),
         solving=estimate_seconds(solving, device),
         rounding=estimate_seconds(rounding, _HOST),
@@ -100,14 +100,17 @@ def _hashing_seconds(inputs: MergeInputs, cache: Path | None) -> float:
     return estimate_seconds(HASHING_COST * bytes_to_hash(inputs.read, cache), _HOST)
 
 
-def _reading_seconds(inputs: MergeInputs, options: PassOptions, existing: ExistingFiles) -> float:
+def _reading_seconds(
+    inputs: MergeInputs, recipe: Recipe, device: torch.device, existing: ExistingFiles
+) -> float:
     if existing.average and existing.analysis:
         return 0.0
     entries = _entry_costs(inputs)
     if existing.analysis:
         return estimate_seconds(entries, _HOST)
+    options = PassOptions(device, recipe.seed, required_width(recipe.ranks))
     products = sum(pass_costs(inputs, options).values()) - entries
-    return estimate_seconds(entries, _HOST) + estimate_seconds(products, options.device)
+    return estimate_seconds(entries, _HOST) + estimate_seconds(products, device)
 
 
 def _running_seconds(inputs: MergeInputs, device: torch.device, existing: ExistingFiles) -> float:

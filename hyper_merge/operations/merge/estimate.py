@@ -18,6 +18,7 @@ from hyper_merge.operations.merge.memory import tensors_in_flight
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan, plan_ranks
 from hyper_merge.runs.folders import Place
+from hyper_merge.runtime.devices import resolve_device
 from hyper_merge.runtime.disks import require_disks
 from hyper_merge.solver.metric import COLUMNS_PER_RANK
 
@@ -68,7 +69,7 @@ def estimate_costs(preflight: Preflight, existing: ExistingFiles) -> MergeCosts:
     """Returns the seconds of the merge's phases, with what the existing files save."""
     recipe, inputs = preflight.recipe, preflight.inputs
     layer_ranks = plan_ranks(recipe, inputs).layer_ranks
-    return merge_costs(inputs, recipe, layer_ranks, preflight.pass_options, existing)
+    return merge_costs(inputs, recipe, layer_ranks, resolve_device(recipe.device), existing)
 
 
 def average_bytes(inputs: MergeInputs) -> int:

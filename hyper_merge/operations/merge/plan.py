@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -159,8 +159,7 @@ def ensure_analysis(
     with analysis_turn(folders.cache, inputs, options, ranks, damaged, progress) as turn:
         if not turn.exists:
             require_disks({folders.cache: analysis_bytes(inputs, options)})
-            # A forecast before the network has run takes the layers' spectra as they are.
-            options = replace(sampled_options(inputs, options, progress), with_spectra=True)
+            options = sampled_options(inputs, options, progress)
             with (
                 device_job(options.device),
                 create_analysis(turn.path, inputs, options) as analysis,

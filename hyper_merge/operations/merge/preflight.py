@@ -80,7 +80,6 @@ class Preflight:
             resolve_device(recipe.device),
             recipe.seed,
             required_width(recipe.ranks),
-            with_spectra=self.network is None,
             in_flight=self.limits.in_flight,
         )
 

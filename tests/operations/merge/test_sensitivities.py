@@ -29,7 +29,6 @@ from tiny_family import (
 
 from hyper_merge.analysis.sensitivities import read_sensitivities, write_sensitivities
 from hyper_merge.calibration.measure import PHASE, Samples, measure_sensitivities
-from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.decomposition.sensitivity import Sensitivity
 from hyper_merge.decomposition.stretch import Stretch
 from hyper_merge.errors import InterruptedRun
@@ -260,18 +259,6 @@ def test_measured_layers_change_plan_merge_and_manifest(files, tmp_path, merged,
     assert manifest_of(made)["report"]["metric"] == "output"
     assert make_plan(preflight, Progress()) != by_layout
     assert len(runner.devices) == 1
-
-
-def test_plain_spectra_wait_for_a_merge_that_counts_plainly(files, tmp_path, merged, runner):
-    merge(files, tmp_path)
-    (path,) = (tmp_path / CACHE).glob("*.analysis.safetensors")
-    assert "0.rows" not in read_header(path).tensors
-    other = merge(files, tmp_path, name="other", layer_weights="relative")
-    alone = merge(files, tmp_path / "alone", layer_weights="relative")
-    (path,) = (tmp_path / "alone" / CACHE).glob("*.analysis.safetensors")
-    assert "0.rows" in read_header(path).tensors
-    assert other.reused_analysis
-    assert other.report.private_loss == alone.report.private_loss
 
 
 def test_average_without_outputs_counts_by_the_layout(files, tmp_path, merged, runner):

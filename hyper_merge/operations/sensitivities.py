@@ -25,6 +25,17 @@ from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.progress import Progress
 
 
+def is_run(layer_weights: str, header: Header, layout: Layout) -> bool:
+    """Tells whether a run of the average's network weighs its layers.
+
+    Args:
+        layer_weights: of the recipe.
+        header: of a file with the tensors of the average; the file is not read.
+        layout: of the average.
+    """
+    return layer_weights == "output" and can_run(layout, _shapes(header))
+
+
 @dataclass(frozen=True, eq=False)
 class AverageNetwork:
     """The network of an average, and where its sensitivities are kept.
@@ -61,10 +72,9 @@ class AverageNetwork:
             cache: folder of the cache.
             seed: of the recipe.
         """
-        shapes = {key: info.shape for key, info in header.tensors.items()}
-        if layer_weights != "output" or not can_run(layout, shapes):
+        if not is_run(layer_weights, header, layout):
             return None
-        return cls(layout, shapes, sensitivities_path(cache, average_id, seed), seed)
+        return cls(layout, _shapes(header), sensitivities_path(cache, average_id, seed), seed)
 
     @property
     def is_known(self) -> bool:
@@ -123,3 +133,7 @@ class AverageNetwork:
             progress.warn(f"{failure} for the network of the average; the CPU runs it")
 
         return try_device(device, measure, on_failure=warn)
+
+
+def _shapes(header: Header) -> dict[str, Shape]:
+    return {key: info.shape for key, info in header.tensors.items()}

@@ -43,7 +43,7 @@ from hyper_merge.operations.merge.memory import (
     MemoryNeeds,
     memory_needs,
 )
-from hyper_merge.operations.sensitivities import AverageNetwork
+from hyper_merge.operations.sensitivities import AverageNetwork, is_run
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
 from hyper_merge.runs.folders import Folders, Place
@@ -86,9 +86,11 @@ class Preflight:
     @cached_property
     def memory_needs(self) -> MemoryNeeds:
         """What the merge takes of the memory."""
-        layers = self.inputs.layout.layers
-        sensitivities = 0 if self.network is None else sensitivities_bytes(layers)
-        return memory_needs(self.recipe, self.inputs, sensitivities)
+        recipe, inputs = self.recipe, self.inputs
+        # Not by `network`, whose average's id takes a look at every file.
+        runs = is_run(recipe.layer_weights, inputs.base or inputs.headers[0], inputs.layout)
+        sensitivities = sensitivities_bytes(inputs.layout.layers) if runs else 0
+        return memory_needs(recipe, inputs, sensitivities)
 
     @cached_property
     def average_id(self) -> str:

@@ -111,14 +111,14 @@ def _find_limits(solved: SolvedMerge, metric: Metric) -> _Limits:
     """Returns the limits; the ranks of the private LoRAs are the best ones in the loss's metric."""
     analysis, energies = metric.analysis, solved.evaluation.energies
     weighted_energies = solved.evaluation.weighted_energies * metric.checkpoints
-    weighted_spectra = metric.spectra
+    spectra, weighted_spectra = analysis.spectra, metric.spectra
     ranks = _private_ranks(weighted_spectra, solved)
     plain_grams = analysis.grams[:, :-1, :-1]
-    private = private_errors(analysis.spectra, energies, ranks)
+    private = private_errors(spectra, energies, ranks)
     weighted_private = private_errors(weighted_spectra, weighted_energies, ranks)
     return _Limits(
         share(private.sum(), energies.sum()),
-        _bound(analysis.spectra, energies, plain_grams, solved),
+        _bound(spectra, energies, plain_grams, solved),
         share(weighted_private.sum(), weighted_energies.sum()),
         _bound(weighted_spectra, weighted_energies, metric.slice_grams, solved),
     )

@@ -92,10 +92,10 @@ def peak_of(work):
 def test_memory_does_not_grow_with_the_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "_GROWTH", 2**20)
     solve_aside(4, tmp_path)  # what is loaded once
-    few, many = (peak_of(partial(solve_aside, count, tmp_path)) for count in (8, 48))
-    one_set = 48 * 2 * SIDE * sum(RANKS) * 4
-    assert many - few < one_set
-    assert many < LIMIT + one_set
+    few, many = (peak_of(partial(solve_aside, count, tmp_path)) for count in (8, 96))
+    one_set = 96 * 2 * SIDE * sum(RANKS) * 4
+    # 7 MB here and 21 MB without a limit, of 19: what other tests left may free or grow meanwhile.
+    assert many - few < 0.75 * one_set
 
 
 def test_results_are_the_same_wherever_they_were_kept(tmp_path):

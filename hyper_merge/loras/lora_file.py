@@ -135,8 +135,19 @@ def stored_factors(
     Raises:
         NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
     """
-    root, dtype = _root(up.shape[1], alpha), WHOLE_DTYPE if layer.whole else dtype
-    return _stored(layer, up * root, dtype), _stored(layer, down * root, dtype)
+    stored, rank = StoredFormat(alpha, dtype), up.shape[1]
+    return stored_factor(layer, up, rank, stored), stored_factor(layer, down, rank, stored)
+
+
+def stored_factor(
+    layer: Layer,
+    factor: Tensor,
+    rank: int,
+    stored: StoredFormat,
+) -> Tensor:
+    """Returns one of the factors, scaled and rounded as a file holds it; see `stored_factors`."""
+    dtype = WHOLE_DTYPE if layer.whole else stored.dtype
+    return _stored(layer, factor * _root(rank, stored.alpha), dtype)
 
 
 def as_hosts_apply(
@@ -148,8 +159,13 @@ def as_hosts_apply(
 
     Multipliers that are fitted to these are right for the file.
     """
-    root = _root(up.shape[1], alpha)
-    return up.float() / root, down.float() / root
+    rank = up.shape[1]
+    return applied_factor(up, rank, alpha), applied_factor(down, rank, alpha)
+
+
+def applied_factor(factor: Tensor, rank: int, alpha: float | None) -> Tensor:  # float32
+    """Returns one of the factors of what a host adds; see `as_hosts_apply`."""
+    return factor.float() / _root(rank, alpha)
 
 
 def write_lora(

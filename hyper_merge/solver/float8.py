@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import block_columns, largest_value
-from hyper_merge.decomposition.ll1 import update_ups
+from hyper_merge.decomposition.linalg import largest_value
+from hyper_merge.decomposition.ll1 import update_downs, update_ups
 from hyper_merge.decomposition.problem import Batch, Factors
-from hyper_merge.decomposition.stretch import LayerMetric
-from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
-from hyper_merge.solver.products import FactorPair
+from hyper_merge.loras.lora_file import StoredFormat
+from hyper_merge.solver.block_sides import BlockSide
+from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSides, Rounding
 
 # Limits of the product that AUTOMATIC1111 forms in float16, which ends at 65504, before it scales it.
 _PRODUCT: Final = 2.0**15
 _LARGEST_PRODUCT: Final = 6e4
 
-_SIDES: Final[tuple[Literal["up", "down"], ...]] = ("up", "down", "up")
+_SIDES: Final = (UPS, DOWNS, UPS)
 
 
 def float8_alpha(size: float) -> float:
@@ -50,25 +49,19 @@ class RefitTarget:
     """The slices that the blocks of a layer approximate, with the blocks' multipliers."""
 
     slices: Tensor  # (d, p, q)
-    bases: tuple[Tensor, Tensor]  # (m, p), (n, q)
-    metric: LayerMetric  # of the layer
     multipliers: Tensor  # (d, R)
 
-    @property
-    def transposed(self) -> RefitTarget:
-        """The target of the transposed layer."""
-        return RefitTarget(
-            self.slices.mT, (self.bases[1], self.bases[0]), self.metric.transposed, self.multipliers
-        )
+    def batch(self, ranks: Sequence[int]) -> Batch:
+        """Returns the layer as a batch of its own."""
+        return Batch(self.slices[None], tuple(ranks), (0,))
 
 
 def refit(
     target: RefitTarget,
-    layer: Layer,
-    stored: Sequence[FactorPair],  # per block, in float8
-    alphas: Sequence[float | None],
+    rounding: Rounding,  # to float8
+    sides: RoundedSides,
     check: Callable[[], None] = lambda: None,
-) -> list[FactorPair]:
+) -> RoundedSides:
     """Fits ups, downs, and ups again to the other side as it is stored, and rounds each.
 
     Blocks that partly cancel each other have far more energy than their sum, and all of it is
@@ -77,56 +70,66 @@ def refit(
 
     Args:
         target: the slices that the blocks approximate.
-        layer: whose blocks they are.
-        stored: the blocks in float8.
-        alphas: of the blocks' files.
+        rounding: of the layer's blocks.
+        sides: as they were rounded.
         check: called before every fit; may raise, to stop.
     """
-    pairs = list(stored)
-    for side in _SIDES:
+    mixtures = target.batch(rounding.ranks).mixtures(target.multipliers)
+    rounded = list(sides)
+    for place in _SIDES:
         check()
-        applied = [as_hosts_apply(*pair, alpha) for pair, alpha in zip(pairs, alphas, strict=True)]
-        fitted = list(zip(_fitted(target, applied, side), alphas, strict=True))
-        if not all(_is_in_range(pair, alpha) for pair, alpha in fitted):
+        applied = [side.applied for side in rounded]
+        fitted = _fitted(rounding, target, mixtures, applied, place)
+        if not _is_in_range(rounding, fitted.columns, applied[1 - place].columns):
             break
-        pairs = [stored_factors(layer, *pair, alpha, FLOAT8) for pair, alpha in fitted]
-    return pairs
+        rounded[place] = rounding.side(fitted, place)
+    return rounded[UPS], rounded[DOWNS]
 
 
 def _fitted(
-    target: RefitTarget, applied: Sequence[FactorPair], side: Literal["up", "down"]
-) -> list[FactorPair]:
-    if side == "up":
-        ups = _best_ups(target, applied)
-        return [(up, down) for up, (_, down) in zip(ups, applied, strict=True)]
-    downs = _best_ups(target.transposed, [(down.mT, up.mT) for up, down in applied])
-    return [(up, down.mT) for down, (up, _) in zip(downs, applied, strict=True)]
+    rounding: Rounding,
+    target: RefitTarget,
+    mixtures: Tensor,
+    sides: Sequence[BlockSide],
+    place: int,
+) -> BlockSide:
+    """Returns the least-squares columns of one side for the other, also outside of its basis.
 
+    What the metric does on the side that is fitted changes nothing: columns of any form are at hand.
 
-def _best_ups(
-    target: RefitTarget, applied: Sequence[FactorPair]
-) -> Sequence[Tensor]:  # R times (m, r)
-    """Returns the least-squares ups for these downs, including the downs' parts outside the bases.
-
-    What the metric does along the rows' index changes nothing: ups of any form are at hand.
+    Args:
+        rounding: of the blocks.
+        target: what they approximate.
+        mixtures: (1, R, p, q), of its slices.
+        sides: ups and downs.
+        place: of the side that is fitted.
     """
-    left, right = target.bases
-    ranks = tuple(up.shape[1] for up, _ in applied)
-    ups = torch.cat([up for up, _ in applied], 1)
-    downs = torch.cat([down for _, down in applied])
-    stretch = target.metric.right
-    dual = stretch.apply(stretch.apply(downs.mT))  # for inner products with slices
-    factors = Factors(block_columns(left, ups)[None], block_columns(right, dual).mT[None])
-    batch = Batch(target.slices[None], ranks, (0,))
-    fitted = update_ups(batch, factors, target.multipliers, inner=(downs @ dual)[None])
-    return torch.split(left @ fitted.up[0], list(ranks), 1)
+    batch = target.batch(rounding.ranks)
+    products = sides[1 - place].inner(rounding.sides[1 - place])
+    former, dual = sides[place].within[None], products.dual[None]
+    ups, downs = (former, dual) if place == UPS else (dual, former)
+    update = update_ups if place == UPS else update_downs
+    inner = products.weighted_gram[None]
+    new = update(batch, Factors(ups, downs.mT), target.multipliers, mixtures, inner)
+    within = new.up if place == UPS else new.down.mT
+    return BlockSide.expanded(rounding.sides[place].basis, within[0])
 
 
-def _is_in_range(pair: FactorPair, alpha: float | None) -> bool:
-    up, down = pair
-    rank = up.shape[1]
-    if not rank or alpha is None:
+def _is_in_range(
+    rounding: Rounding,
+    fitted: Tensor,  # (m, r), columns of all blocks on one side
+    other: Tensor,  # (n, r), on the other
+) -> bool:
+    ranks = list(rounding.ranks)
+    sides = (torch.split(side, ranks, 1) for side in (fitted, other))
+    blocks = zip(*sides, rounding.formats, strict=True)
+    return all(_block_is_in_range(*block) for block in blocks)
+
+
+def _block_is_in_range(one: Tensor, other: Tensor, stored: StoredFormat) -> bool:
+    rank = one.shape[1]
+    if not rank or stored.alpha is None:
         return True
-    peak = max(float(up.abs().amax()), float(down.abs().amax()))
-    entries_fit = peak * math.sqrt(rank / alpha) <= torch.finfo(FLOAT8).max
-    return entries_fit and largest_value(up, down) * rank / alpha <= _LARGEST_PRODUCT
+    peak = max(float(one.abs().amax()), float(other.abs().amax()))
+    entries_fit = peak * math.sqrt(rank / stored.alpha) <= torch.finfo(FLOAT8).max
+    return entries_fit and largest_value(one, other.mT) * rank / stored.alpha <= _LARGEST_PRODUCT

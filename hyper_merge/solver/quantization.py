@@ -14,21 +14,21 @@ from torch import Tensor
 from hyper_merge.analysis.contents import Analysis
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import (
-    block_columns,
     block_gram,
     block_sums,
     largest_value,
 )
 from hyper_merge.decomposition.normalization import balance, unit_scales
-from hyper_merge.decomposition.stretch import LayerMetric, Stretch
-from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply, stored_factors
+from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.block_sides import BlockSide, LayerSide
 from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
 from hyper_merge.solver.low_rank_layer import empty_layer
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, Products, StoredFactors, keep_pairs
 from hyper_merge.solver.rank_pruning import given_away
+from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSides, Rounding, stored_pairs
 from hyper_merge.solver.solution import LowRankSolution
 
 _PHASE: Final = "preparing the LoRAs"
@@ -139,55 +139,59 @@ def _round_layer(
     metric, analysis = group.metric, group.metric.analysis
     if solved.pairs is None:
         return _empty_layer(analysis, index, formats)
-    layer, bases = analysis.layers[index], analysis.bases(index)
     pairs = [
         _scaled((up.cpu(), down.cpu()), scale)
         for (up, down), scale in zip(solved.pairs, group.scales.tolist(), strict=True)
     ]
-    factors: list[FactorPair] = []
-    for (up, down), stored in zip(_in_layer(bases, pairs), formats, strict=True):
-        check()
-        factors.append(stored_factors(layer, up, down, stored.alpha, stored.dtype))
-    if formats[0].dtype == FLOAT8 and not layer.whole:
-        of_layer = metric.layers[index]
-        target = RefitTarget(metric.mixed(analysis.core(index)), bases, of_layer, group.multipliers)
-        factors = refit(target, layer, factors, [stored.alpha for stored in formats], check)
-    elif analysis.has_many and metric.layers[index].is_plain:
-        products = _products_between_bases(analysis, index, metric.layers[index].scale, pairs)
-        return _RoundedLayer(keep_pairs(analysis.scratch.keep, factors), *products)
-    applied = [
-        as_hosts_apply(*stored_pair, stored.alpha)
-        for stored_pair, stored in zip(factors, formats, strict=True)
-    ]
     check()
-    products = _products(analysis, index, bases, metric.layers[index], applied)
-    return _RoundedLayer(keep_pairs(analysis.scratch.keep, factors), *products)
+    layer, (left, right) = analysis.layers[index], analysis.bases(index)
+    of_layer = metric.layers[index]
+    rounding = Rounding(
+        layer,
+        (LayerSide(left, of_layer.left), LayerSide(right, of_layer.right)),
+        [up.shape[1] for up, _ in pairs],
+        formats,
+    )
+    sides = _rounded(rounding, pairs)
+    if formats[0].dtype == FLOAT8 and not layer.whole:
+        target = RefitTarget(metric.mixed(analysis.core(index)), group.multipliers)
+        sides = refit(target, rounding, sides, check)
+    elif analysis.has_many and of_layer.is_plain:
+        products = _products_between_bases(analysis, index, of_layer.scale, pairs)
+        return _RoundedLayer(keep_pairs(analysis.scratch.keep, stored_pairs(sides)), *products)
+    check()
+    products = _products(analysis, index, rounding, sides, of_layer.scale)
+    return _RoundedLayer(keep_pairs(analysis.scratch.keep, stored_pairs(sides)), *products)
+
+
+def _rounded(rounding: Rounding, pairs: Sequence[FactorPair]) -> RoundedSides:
+    """Returns blocks between the layer's bases, (p' <= p, r) and (r, q' <= q), as files hold them."""
+    ups, downs = zip(*pairs, strict=True)
+    left, right = (side.basis for side in rounding.sides)
+    return (
+        rounding.side(BlockSide.expanded(left, torch.cat(ups, 1)), UPS),
+        rounding.side(BlockSide.expanded(right, torch.cat(downs).mT), DOWNS),
+    )
 
 
 def _products(
-    analysis: Analysis,
-    index: int,
-    bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
-    of_layer: LayerMetric,
-    blocks: Sequence[FactorPair],
+    analysis: Analysis, index: int, rounding: Rounding, sides: RoundedSides, scale: float
 ) -> tuple[Products, Products]:
     """Returns the products of one layer, plain and as the loss counts them."""
-    ups, downs = zip(*blocks, strict=True)
-    sizes = [up.shape[1] for up in ups]
-    left = _Side.of(bases[0], of_layer.left, torch.cat(ups, 1))
-    right = _Side.of(bases[1], of_layer.right, torch.cat(downs).mT)
+    ranks = list(rounding.ranks)
+    ups, downs = (side.applied for side in sides)
+    left, right = (side.inner(own) for side, own in zip((ups, downs), rounding.sides, strict=True))
 
     def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
-        pairs = zip(torch.split(left, sizes, 1), torch.split(right, sizes, 1), strict=True)
+        pairs = zip(torch.split(left, ranks, 1), torch.split(right, ranks, 1), strict=True)
         return analysis.products(index, [(up, down.mT) for up, down in pairs])
 
-    plain = Products(cross(left.within, right.within), block_sums(left.gram * right.gram, sizes))
-    if of_layer.is_plain:
-        return plain, Products(plain.cross * of_layer.scale, plain.gram * of_layer.scale)
-    weighted = Products(
-        cross(left.dual, right.dual), block_sums(left.weighted_gram * right.weighted_gram, sizes)
-    )
-    return plain, Products(weighted.cross * of_layer.scale, weighted.gram * of_layer.scale)
+    plain = Products(cross(ups.within, downs.within), block_sums(left.gram * right.gram, ranks))
+    if all(side.stretch.changes_nothing for side in rounding.sides):
+        return plain, Products(plain.cross * scale, plain.gram * scale)
+    weighted = cross(left.dual, right.dual)
+    gram = block_sums(left.weighted_gram * right.weighted_gram, ranks)
+    return plain, Products(weighted * scale, gram * scale)
 
 
 def _products_between_bases(
@@ -197,38 +201,6 @@ def _products_between_bases(
     ups, downs = zip(*pairs, strict=True)
     plain = Products(analysis.products(index, pairs), block_gram(ups, downs))
     return plain, Products(plain.cross * scale, plain.gram * scale)
-
-
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """Columns of all blocks' factors on one side of a layer, and what a stretch makes of them.
-
-    With the stretch S = I + V diag(factors - 1) V^T the square is I + V diag(gains) V^T: only the
-    parts along V change, so that no second set of columns as long as the layer is formed.
-    """
-
-    within: Tensor  # (p, r), in the basis
-    dual: Tensor  # (p, r), stretched twice, in the basis
-    gram: Tensor  # (r, r)
-    weighted_gram: Tensor  # (r, r), of the stretched columns
-
-    @classmethod
-    def of(
-        cls,
-        basis: Tensor,  # (m, p)
-        stretch: Stretch,
-        columns: Tensor,  # (m, r)
-    ) -> _Side:
-        gram, size = columns.mT @ columns, columns.shape[1]
-        if stretch.changes_nothing:
-            within = block_columns(basis, columns)
-            return cls(within, within, gram, gram)
-        directions = stretch.directions.to(columns)
-        both = block_columns(basis, torch.cat([columns, directions], 1))
-        within, directions_within = both[:, :size], both[:, size:]
-        along = directions.mT @ columns
-        grown = stretch.gains.to(columns)[:, None] * along
-        return cls(within, within + directions_within @ grown, gram, gram + along.mT @ grown)
 
 
 def _float8_alphas(layers: deque[_SolvedLayer], parallel: ParallelMap) -> list[float]:
@@ -250,20 +222,6 @@ def _sizes(layer: _SolvedLayer) -> list[float]:
 def _scaled(pair: FactorPair, scale: float) -> FactorPair:
     up, down = pair
     return balance(up * scale, down) if up.shape[1] else pair
-
-
-def _in_layer(
-    bases: tuple[Tensor, Tensor],  # (m, p), (n, q)
-    pairs: Sequence[FactorPair],  # (p' <= p, r), (r, q' <= q): in the bases' first columns
-) -> list[FactorPair]:  # (m, r), (r, n)
-    """Returns blocks in the layer's own coordinates."""
-    sizes = [up.shape[1] for up, _ in pairs]
-    ups, downs = zip(*pairs, strict=True)
-    up, down = torch.cat(ups, 1), torch.cat(downs)
-    in_layer = bases[0][:, : len(up)] @ up, down @ bases[1][:, : down.shape[1]].mT
-    return list(
-        zip(torch.split(in_layer[0], sizes, 1), torch.split(in_layer[1], sizes), strict=True)
-    )
 
 
 def _empty_layer(analysis: Analysis, index: int, formats: Sequence[StoredFormat]) -> _RoundedLayer:

@@ -14,14 +14,17 @@ from hyper_merge.decomposition.linalg import largest_value
 from hyper_merge.decomposition.normalization import balance
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.errors import InterruptedRun
-from hyper_merge.loras.lora_file import as_hosts_apply, stored_factors
+from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply
 from hyper_merge.solver import float8
+from hyper_merge.solver.block_sides import BlockSide, LayerSide
 from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
+from hyper_merge.solver.rounding import DOWNS, UPS, Rounding, stored_pairs
 
 FLOAT8 = torch.float8_e4m3fn
 LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
 RANKS = (16, 12, 0, 8)
 PLAIN = LayerMetric(1.0, Stretch.none(60), Stretch.none(50))
+IDENTITIES = (torch.eye(60), torch.eye(50))
 
 
 def generator_of(seed=0):
@@ -54,9 +57,27 @@ def alphas_of(pairs):
     return [float8_alpha(up.shape[1] * largest_value(up, down)) for up, down in pairs]
 
 
-def dense_error(target, stored, alphas):
+def rounding_of(alphas, bases=IDENTITIES, metric=PLAIN):
+    sides = tuple(
+        LayerSide(basis, stretch)
+        for basis, stretch in zip(bases, (metric.left, metric.right), strict=True)
+    )
+    return Rounding(LAYER, sides, RANKS, [StoredFormat(alpha, FLOAT8) for alpha in alphas])
+
+
+def rounded(rounding, pairs):
+    """Returns blocks, which need not lie in the bases, as files hold them."""
+    columns = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]).mT
+    return tuple(
+        rounding.side(BlockSide(side, layer.basis.mT @ side), place)
+        for place, (side, layer) in enumerate(zip(columns, rounding.sides, strict=True))
+    )
+
+
+def dense_error(target, rounding, sides):
     """Returns the error of the blocks as hosts add them, by its definition."""
-    left, right = (basis.double() for basis in target.bases)
+    left, right = (side.basis.double() for side in rounding.sides)
+    stored, alphas = stored_pairs(sides), [form.alpha for form in rounding.formats]
     total = 0.0
     for core, row in zip(target.slices.double(), target.multipliers, strict=True):
         rest = left @ core @ right.mT
@@ -76,14 +97,7 @@ def cancelling(seed=0):
         x.float()[:, None, None] * (up @ down)
         for x, (up, down) in zip(multipliers.mT, pairs, strict=True)
     )
-    return RefitTarget(slices, (torch.eye(60), torch.eye(50)), PLAIN, multipliers), pairs
-
-
-def rounded_to_float8(pairs, alphas):
-    return [
-        stored_factors(LAYER, *pair, alpha, FLOAT8)
-        for pair, alpha in zip(pairs, alphas, strict=True)
-    ]
+    return RefitTarget(slices, multipliers), pairs
 
 
 @given(size=st.floats(1e-30, 1e30))
@@ -123,15 +137,18 @@ def test_nothing_has_no_largest_singular_value():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_refit_reduces_the_rounding_of_cancelling_blocks(seed):
     target, pairs = cancelling(seed)
-    alphas = alphas_of(pairs)
-    stored = rounded_to_float8(pairs, alphas)
-    again = refit(target, LAYER, stored, alphas)
-    before, after = (dense_error(target, blocks, alphas) for blocks in (stored, again))
+    rounding = rounding_of(alphas_of(pairs))
+    sides = rounded(rounding, pairs)
+    again = refit(target, rounding, sides)
+    before, after = (dense_error(target, rounding, blocks) for blocks in (sides, again))
     energy = float(target.slices.double().square().sum())
     assert 1e-3 < before / energy < 0.1
     assert 0 < after < 0.7 * before
-    assert {part.dtype for pair in again for part in pair} == {FLOAT8}
-    assert [up.shape[1] for up, _ in again] == list(RANKS)
+    stored = stored_pairs(again)
+    assert {part.dtype for pair in stored for part in pair} == {FLOAT8}
+    assert all(part.is_contiguous() for pair in stored for part in pair)
+    assert [up.shape[1] for up, _ in stored] == list(RANKS)
+    assert [down.shape[0] for _, down in stored] == list(RANKS)
 
 
 @pytest.mark.parametrize("metric", [PLAIN, stretching()], ids=["plain", "stretched"])
@@ -140,45 +157,48 @@ def test_refitted_factors_are_dense_least_squares(metric):
     bases = [torch.linalg.qr(torch.randn(n, 20, generator=generator))[0] for n in (60, 50)]
     slices = torch.randn(2, 20, 20, generator=generator)
     multipliers = torch.randn(2, len(RANKS), generator=generator).double()
-    target = RefitTarget(slices, tuple(bases), metric, multipliers)
+    target = RefitTarget(slices, multipliers)
     pairs = blocks_of(seed=2)  # not in the bases
+    rounding = rounding_of([1.0] * len(RANKS), tuple(bases), metric)
+    ups, downs = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]).mT
+    sides = [
+        BlockSide(columns, basis.mT @ columns)
+        for columns, basis in zip((ups, downs), bases, strict=True)
+    ]
+    mixtures = target.batch(RANKS).mixtures(multipliers)
     dense = [(bases[0] @ core @ bases[1].mT).double() for core in slices]
-    downs = torch.cat([down for _, down in pairs]).double()
-    columns = multipliers.repeat_interleave(torch.tensor(RANKS), 1)  # (2, rho)
+    row = multipliers.repeat_interleave(torch.tensor(RANKS), 1)  # (2, rho)
     right, left = (
         side.apply(torch.eye(n)).double() for side, n in ((metric.right, 50), (metric.left, 60))
     )
-    design = torch.cat([row[:, None] * downs @ right for row in columns], 1)  # ups @ design
-    wide = torch.cat([block @ right for block in dense], 1)
-    expected = torch.linalg.lstsq(design.mT, wide.mT).solution.mT
-    fitted = torch.cat(float8._best_ups(target, pairs), 1).double()
+
+    def expected(columns, slices, stretched):
+        design = torch.cat([x[:, None] * columns.mT.double() @ stretched for x in row], 1)
+        wide = torch.cat([block @ stretched for block in slices], 1)
+        return torch.linalg.lstsq(design.mT, wide.mT).solution.mT
+
     # what a least-squares up has outside of the basis is nothing, for the slices are inside
-    torch.testing.assert_close(fitted, expected, atol=2e-3, rtol=2e-3)
-    turned = float8._best_ups(target.transposed, [(down.mT, up.mT) for up, down in pairs])
-    ups = torch.cat([up for up, _ in pairs], 1).double()
-    design = torch.cat([row[:, None] * ups.mT @ left for row in columns], 1)
-    wide = torch.cat([block.mT @ left for block in dense], 1)
-    expected = torch.linalg.lstsq(design.mT, wide.mT).solution.mT
-    torch.testing.assert_close(torch.cat(turned, 1).double(), expected, atol=2e-3, rtol=2e-3)
+    fitted = float8._fitted(rounding, target, mixtures, sides, UPS)
+    found, close = fitted.columns.double(), {"atol": 2e-3, "rtol": 2e-3}
+    torch.testing.assert_close(found, expected(downs, dense, right), **close)
+    torch.testing.assert_close(bases[0] @ fitted.within, fitted.columns)
+    found = float8._fitted(rounding, target, mixtures, sides, DOWNS).columns.double()
+    turned = [block.mT for block in dense]
+    torch.testing.assert_close(found, expected(ups, turned, left), **close)
 
 
 def test_a_fit_that_leaves_the_range_is_not_made():
     target, pairs = cancelling()
-    alphas = alphas_of(pairs)
-    stored = rounded_to_float8(pairs, alphas)
+    rounding = rounding_of(alphas_of(pairs))
+    sides = rounded(rounding, pairs)
     larger = replace(target, slices=3 * target.slices)
-    again = refit(larger, LAYER, stored, alphas)
-    assert all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for one, two in zip(stored, again, strict=True)
-        for a, b in zip(one, two, strict=True)
-        if a.numel()
-    )
+    again = refit(larger, rounding, sides)
+    assert all(a is b for a, b in zip(again, sides, strict=True))
 
 
 def test_a_stop_is_checked_between_refits():
     target, pairs = cancelling()
-    alphas, checks = alphas_of(pairs), []
+    rounding, checks = rounding_of(alphas_of(pairs)), []
 
     def stop():
         checks.append(1)
@@ -186,7 +206,7 @@ def test_a_stop_is_checked_between_refits():
             raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):
-        refit(target, LAYER, rounded_to_float8(pairs, alphas), alphas, stop)
+        refit(target, rounding, rounded(rounding, pairs), stop)
 
 
 def test_the_second_fit_heeds_how_much_each_checkpoint_counts(files, tmp_path, monkeypatch):

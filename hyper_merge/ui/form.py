@@ -46,6 +46,7 @@ class Form:
     iterations: float | None
     tolerance: float | None
     seed: float | None
+    memory: str
     vae: str
     exact: str
     topup: str
@@ -118,6 +119,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
         "iterations": _whole(form.iterations),
         "tolerance": form.tolerance,
         "seed": _whole(form.seed),
+        "memory": plain_value(form.memory or ""),
         "vae": VAE_CHOICES.get(form.vae, form.vae),
         "exact": EXACT_CHOICES.get(form.exact, form.exact),
         "allocation": ALLOCATION_CHOICES.get(form.allocation, form.allocation),
@@ -151,6 +153,7 @@ def form_from_recipe(recipe: Recipe, listed: Mapping[str, Path], *, save_styles:
         iterations=recipe.iterations,
         tolerance=recipe.tolerance,
         seed=recipe.seed,
+        memory=_format_size(recipe.memory),
         vae=_choice_text(VAE_CHOICES, recipe.vae),
         exact=_choice_text(EXACT_CHOICES, recipe.exact),
         topup="" if recipe.topup is None else str(recipe.topup),
@@ -168,7 +171,7 @@ def format_requested_size(recipe: Recipe) -> str:
     if recipe.target is not None:
         return f"{recipe.target * 100:.12g} %"
     if recipe.budget is not None:
-        return f"{recipe.budget / 1e6:.12g} MB"
+        return _format_size(recipe.budget)
     return ", ".join(map(str, recipe.ranks))
 
 
@@ -181,6 +184,10 @@ def size_key(text: str) -> str:
 
 def _choice_text(choices: Mapping[str, str], value: str) -> str:
     return next(text for text, choice in choices.items() if choice == value)
+
+
+def _format_size(nbytes: int | None) -> str:
+    return "" if nbytes is None else f"{nbytes / 1e6:.12g} MB"
 
 
 def _format_numbers(values: Sequence[float] | None) -> str:

@@ -133,6 +133,9 @@ FORM_FIELDS: Final = (
     FormField("seed", "Seed", "number",
               "Where the computation starts; not the seed of a picture. The same number gives the"
               " same files, and none is better than another."),
+    FormField("memory", "Memory at most", "text",
+              "What the merge may take of this computer's memory, such as 4 GB. With less it takes longer,"
+              " and the files are the same. Leave empty for what suits most computers."),
     FormField("vae", "VAE", "radio",
               "The part of the hyper-model that turns its result into colours and pixels.",
               choices=VAE_CHOICES),
@@ -168,6 +171,7 @@ ADVANCED: Final = {
     "Files": (("dtype",), ("lora_dtype",), ("damaged",)),
     "Rarely needed": (
         ("layer_weights",), ("allocation",), ("iterations", "tolerance"), ("device", "seed"),
+        ("memory",),
     ),
 }  # fmt: skip
 """Fields under "Advanced", row by row in their groups; what is rarely used comes last."""

@@ -24,6 +24,7 @@ FORM = Form(
     iterations=3,
     tolerance=2e-3,
     seed=0,
+    memory="",
     vae="from the first checkpoint",
     exact="none",
     topup="",

@@ -40,6 +40,11 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
     )
 
 
+@pytest.mark.parametrize(("text", "nbytes"), [("", None), (None, None), ("4 GB", 4 * 10**9)])
+def test_the_limit_of_memory_is_a_size(recipe, text, nbytes):
+    assert recipe(memory=text).memory == nbytes
+
+
 def test_models_keep_the_order_of_picks(recipe, checkpoints):
     models = recipe(checkpoints=NAMES[::-1]).models
     assert models == tuple(checkpoints / name for name in NAMES[::-1])
@@ -84,6 +89,8 @@ def test_every_preset_is_a_list_of_ranks(recipe, text):
         ({"tolerance": 5}, "Stop early: expected a number from 0 to 1, got the number 5"),
         ({"seed": -1.0}, "Seed: expected a whole number from 0 to .*, got the number -1"),
         ({"seed": None}, "Seed: expected .* got nothing"),
+        ({"memory": "much"}, 'Memory at most: expected a size, such as "300MB" or "1.5GB", got "much"'),
+        ({"memory": "4"}, "Memory at most: expected a size of 1kB or more"),
         ({"dtype": "float8"}, "Precision: expected one of float16, bfloat16, float32"),
         ({"dtype": None}, "Precision: expected one of"),
         ({"lora_dtype": "fp8"}, "Precision of the LoRAs: expected one of auto, same, float16"),
@@ -181,6 +188,7 @@ def test_advanced_fields_reach_the_recipe(recipe):
         {"weights": "1, 2, 0.5", "ranks": "8, 4, 4, 2", "name": "my mix"},
         {"base": "b.safetensors", "dtype": "bfloat16", "device": "auto", "tolerance": 1e-6},
         {"vae": "average of all", "seed": 12, "iterations": 100, "checkpoints": NAMES[1:]},
+        {"memory": "4500 MB"},
         {"save_styles": False},
         {"lora_dtype": "float8"},
         {"exact": "these and the norms (A1111, Forge, ComfyUI)"},

@@ -33,6 +33,7 @@ class FormWidgets:
     iterations: gr.Number
     tolerance: gr.Number
     seed: gr.Number
+    memory: gr.Textbox
     vae: gr.Radio
     exact: gr.Radio
     topup: gr.Textbox

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -17,10 +18,11 @@ import contextlib, io, json, os, sys
 from pathlib import Path
 
 kind = "locks"
+processes = [os.getpid()]
 
 if sys.platform == "linux":
     from windows_files import keep_open_files
-    keep_open_files(setattr, lambda: kind == "windows")
+    keep_open_files(setattr, lambda: kind == "windows", lambda: processes)
 
 from hyper_merge.cli.main import main
 from hyper_merge.errors import HyperMergeError
@@ -45,6 +47,10 @@ locks = {
     "windows": by_ranges,
 }
 removed_while_open = file_lock._REMOVED_WHILE_OPEN
+
+def beside(others):
+    processes[1:] = json.loads(others)
+    return 0
 
 def become(new):
     global kind
@@ -72,7 +78,7 @@ for line in sys.stdin:
     words = json.loads(line)
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-        own = {"clear": clear, "become": become}.get(words[0])
+        own = {"clear": clear, "become": become, "beside": beside}.get(words[0])
         code = own(words[1]) if own else main(words)
     print(json.dumps([code, err.getvalue()]), flush=True)
 """
@@ -101,6 +107,10 @@ class Other:
     def become(self, kind: Kind) -> None:
         """Goes on on a file system of another kind."""
         assert self.run("become", kind) == (0, "")
+
+    def work_beside(self, others: Iterable["Other"]) -> None:
+        """Tells it of others that may have its files open."""
+        assert self.run("beside", [other._process.pid for other in others]) == (0, "")
 
     def begin(self, *words: object) -> None:
         """Sends a command, whose end is not waited for."""

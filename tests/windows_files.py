@@ -10,7 +10,7 @@ import builtins
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,19 @@ _BY_PATH = {
 }
 
 
-def keep_open_files(patch: Patch, applies: Callable[[], bool] = lambda: True) -> None:
-    """Lets `os` rename, replace and delete as Windows does, wherever that applies."""
+def keep_open_files(
+    patch: Patch,
+    applies: Callable[[], bool] = lambda: True,
+    processes: Callable[[], Iterable[int]] = lambda: [os.getpid()],
+) -> None:
+    """Lets `os` rename, replace and delete as Windows does, wherever that applies.
+
+    Args:
+        patch: replaces the functions.
+        applies: says at each call whether it does.
+        processes: their numbers, of all that may have a file open. To ask every process of the machine
+            takes longer than the work itself.
+    """
 
     def guard(name: str, *in_the_way: Callable[[Any], bool]) -> None:
         act = getattr(os, name)
@@ -48,9 +59,15 @@ def keep_open_files(patch: Patch, applies: Callable[[], bool] = lambda: True) ->
 
         patch(os, name, guarded)
 
-    guard("unlink", _is_open_or_mapped)
-    guard("replace", _is_open, _is_open_or_mapped)
-    guard("rename", _is_open, _is_open_or_mapped)
+    def is_open(path: Any) -> bool:
+        return _is_open(path, processes())
+
+    def is_open_or_mapped(path: Any) -> bool:
+        return is_open(path) or _is_mapped(path, processes())
+
+    guard("unlink", is_open_or_mapped)
+    guard("replace", is_open, is_open_or_mapped)
+    guard("rename", is_open, is_open_or_mapped)
 
 
 def ignore_case(patch: Patch) -> None:
@@ -101,37 +118,29 @@ class _Finder:
         return True
 
 
-def _is_open_or_mapped(path: Any) -> bool:
-    return _is_open(path) or _is_mapped(path)
-
-
-def _is_open(path: Any) -> bool:
+def _is_open(path: Any, processes: Iterable[int]) -> bool:
     status = _status(path)
     if status is None:
         return False
-    for process in _processes():
+    for process in processes:
         with contextlib.suppress(OSError):
-            for file in (process / "fd").iterdir():
+            for file in Path(f"/proc/{process}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     if os.path.samestat(file.stat(), status):
                         return True
     return False
 
 
-def _is_mapped(path: Any) -> bool:
+def _is_mapped(path: Any, processes: Iterable[int]) -> bool:
     status = _status(path)
     if status is None:
         return False
-    for process in _processes():
+    for process in processes:
         with contextlib.suppress(OSError):
-            maps = (process / "maps").read_text().splitlines()
+            maps = Path(f"/proc/{process}/maps").read_text().splitlines()
             if any(line.split()[4:5] == [str(status.st_ino)] for line in maps):
                 return True
     return False
-
-
-def _processes() -> Iterator[Path]:
-    return (path for path in Path("/proc").iterdir() if path.name.isdecimal())
 
 
 def _status(path: Any) -> os.stat_result | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from pinned_host import is_of_another_host
-from tiny_family import KEPT, TINY, Exact, State, WarningLog, merge, write
+from tiny_family import KEPT, TINY, Exact, State, WarningLog, few_of, merge, write
 
 from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.operations.merge.merge import MergeResult
@@ -29,6 +29,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
     torch.set_num_threads(1)
 
+# Each process that a test starts would compile the package again, which takes longer than most tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SCREENS = {"api", "cli", "hosts", "ui"}  # rooms of tests
 
@@ -94,6 +96,15 @@ def files(tmp_path_factory: pytest.TempPathFactory, state_of) -> tuple[Path, ...
     """Three float16 checkpoints, a.safetensors and so on; not to be changed."""
     folder = tmp_path_factory.mktemp("files")
     return tuple(write(folder / f"{name}.safetensors", state_of(c)) for c, name in enumerate("abc"))
+
+
+@pytest.fixture(scope="session")
+def few_layers(tmp_path_factory: pytest.TempPathFactory, state_of) -> tuple[Path, ...]:
+    """Three such files of a few layers, for what does not depend on their number; not to be changed."""
+    folder = tmp_path_factory.mktemp("few_layers")
+    return tuple(
+        write(folder / f"{name}.safetensors", few_of(state_of(c))) for c, name in enumerate("abc")
+    )
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,22 @@ KEPT = re.compile(
     r"|first_stage_model\.(quant_conv|post_quant_conv|encoder\.conv_in|decoder\.norm_out)\..*"
 )
 
+# They still do, with one layer of each shape of matrix: where every layer passes between processes.
+FEW = re.compile(
+    r"model\.diffusion_model\.(input_blocks\.(0\.0\.weight|3\.0\.op\.weight|[369]\.0\.op\.bias"
+    r"|[147]\.1\.transformer_blocks\.0\.norm1\.bias|1\.1\.transformer_blocks\.0\.attn2\.to_[kq]\.weight)"
+    r"|middle_block\.1\.transformer_blocks\.0\.attn1\.to_q\.weight|out\.2\.weight)"
+    r"|.*text_model\.encoder\.layers\.0\.(mlp\.fc1|self_attn\.q_proj)\..*"
+    r"|first_stage_model\.quant_conv\.weight"
+)
+
 Exact = Mapping[str, Tensor]  # key -> (k, *shape), float32, or int64 for position ids
 State = dict[str, Tensor]
+
+
+def few_of(state: State) -> State:
+    """Returns the tensors of a few layers."""
+    return {key: tensor for key, tensor in state.items() if FEW.fullmatch(key)}
 
 
 def write(path: Path, state: State) -> Path:

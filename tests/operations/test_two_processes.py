@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lora_files import QUERY, write_lora
 from other_processes import Other
-from tiny_family import merge, recipe, temporaries, write
+from tiny_family import few_of, merge, recipe, temporaries, write
 
 from hyper_merge.analysis.cache import analysis_path, clear_analyses, prune_analyses
 from hyper_merge.analysis.store import open_analysis, solutions_path
@@ -50,6 +50,8 @@ KINDS = [
 def processes():
     """Two processes; each takes seconds to start."""
     with Other(dict(os.environ)) as one, Other(dict(os.environ)) as two:
+        one.work_beside([two])
+        two.work_beside([one])
         yield one, two
 
 
@@ -98,13 +100,18 @@ def until_it_ends(working, meanwhile):
     return outcome[0]
 
 
-def test_plans_leave_a_merge_of_the_same_files_running(others, files, root, merged):
+@pytest.fixture(scope="module")
+def remembered(few_layers, tmp_path_factory):
+    """The cache of a merge of these files."""
+    return merge(few_layers, tmp_path_factory.mktemp("earlier")).place.folder.parent / "cache"
+
+
+def test_plans_leave_a_merge_of_the_same_files_running(others, few_layers, root, remembered):
     one, two, _ = others
-    known = merged.place.folder.parent / "cache"
-    shutil.copytree(known, root / "hyper-merge/cache")
-    one.begin(*merging(files, root, iterations=5))
+    shutil.copytree(remembered, root / "hyper-merge/cache")
+    one.begin(*merging(few_layers, root, iterations=5))
     plans = []
-    ended = until_it_ends(one, lambda: plans.append(two.run(*planning(files, root))))
+    ended = until_it_ends(one, lambda: plans.append(two.run(*planning(few_layers, root))))
     assert ended == (0, "")
     assert set(plans) == {(0, "")}
     require_whole(root, "mix")
@@ -143,10 +150,10 @@ def test_runs_of_the_same_loras_do_not_spoil_one_another(others, tmp_path, root)
     assert temporaries(root) == []
 
 
-def test_two_first_merges_of_the_same_files_succeed(others, files, root):
+def test_two_first_merges_of_the_same_files_succeed(others, few_layers, root):
     one, two, _ = others
-    one.begin(*merging(files, root, "one"))
-    two.begin(*merging(files, root, "two", "3,2"))
+    one.begin(*merging(few_layers, root, "one"))
+    two.begin(*merging(few_layers, root, "two", "3,2"))
     assert [one.end(), two.end()] == [(0, ""), (0, "")]
     require_whole(root, "one", "two")
     (analysis,) = (root / "hyper-merge/cache").glob("*.analysis.safetensors")
@@ -154,10 +161,10 @@ def test_two_first_merges_of_the_same_files_succeed(others, files, root):
     assert {name.partition(";")[0] for name in solutions} <= {"4, 2", "3, 2"}
 
 
-def test_two_merges_of_one_name_are_never_mixed(others, files, root):
+def test_two_merges_of_one_name_are_never_mixed(others, few_layers, root):
     one, two, kind = others
-    one.begin(*merging(files, root))
-    two.begin(*merging(files, root, ranks="3,2"))
+    one.begin(*merging(few_layers, root))
+    two.begin(*merging(few_layers, root, ranks="3,2"))
     ended = sorted([one.end(), two.end()])
     assert ended[0] == (0, "")
     if ended[1][0] == 0:  # it began when the other had ended
@@ -169,25 +176,27 @@ def test_two_merges_of_one_name_are_never_mixed(others, files, root):
     require_whole(root, "mix")
 
 
-def test_a_merge_outlives_clearing_and_its_analysis_stays(others, files, root):
+def test_a_merge_outlives_clearing_and_its_analysis_stays(others, few_layers, root):
     one, two, _ = others
-    one.begin(*merging(files, root, iterations=5))
+    one.begin(*merging(few_layers, root, iterations=5))
     cleared = []
     assert until_it_ends(one, lambda: cleared.append(two.run("clear", root))) == (0, "")
     assert all(code == 0 or "in use" in message for code, message in cleared)
     require_whole(root, "mix")
 
 
-def test_no_hash_and_no_solution_is_lost(others, files, root, state_of, tmp_path):
+def test_no_hash_and_no_solution_is_lost(others, few_layers, root, state_of, tmp_path):
     one, two, kind = others
     if kind == "no locks":
         pytest.skip("one of them may be lost, and is found again")
-    more = [write(tmp_path / f"{name}.safetensors", state_of(c)) for c, name in enumerate("de")]
-    one.begin(*merging(files, root, "one"))
+    more = [
+        write(tmp_path / f"{name}.safetensors", few_of(state_of(c))) for c, name in enumerate("de")
+    ]
+    one.begin(*merging(few_layers, root, "one"))
     two.begin(*merging(more, root, "two"))
     assert [one.end(), two.end()] == [(0, ""), (0, "")]
-    one.begin(*merging(files, root, "three", "3,2"))
-    two.begin(*merging(files, root, "four", "5,2"))
+    one.begin(*merging(few_layers, root, "three", "3,2"))
+    two.begin(*merging(few_layers, root, "four", "5,2"))
     assert [one.end(), two.end()] == [(0, ""), (0, "")]
     known = read_sealed(root / "hyper-merge/cache/hashes.json")
     assert len(known) == 5
@@ -195,17 +204,17 @@ def test_no_hash_and_no_solution_is_lost(others, files, root, state_of, tmp_path
     assert sorted(len(solution) for solution in solutions) == [1, 3]
 
 
-def test_a_killed_merge_locks_out_nobody(files, processes, tmp_path):
+def test_a_killed_merge_locks_out_nobody(few_layers, processes, tmp_path):
     root, two = tmp_path / "models", processes[1]
     two.become("locks")
     with Other(dict(os.environ)) as one:
-        one.begin(*merging(files, root, iterations=10_000))
+        one.begin(*merging(few_layers, root, iterations=10_000))
         end = time.monotonic() + 120
         while not (begun := list(root.rglob("*.lock"))) and time.monotonic() < end:
             time.sleep(0.01)
         assert begun
         one.kill()
-        assert two.run(*merging(files, root)) == (0, "")
+        assert two.run(*merging(few_layers, root)) == (0, "")
     runs, _ = list_runs(Folders.under(root))
     assert [run.name for run in runs] == ["mix"]
     assert [*root.rglob("*.lock"), *root.rglob("*.making")] == []

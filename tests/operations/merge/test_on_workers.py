@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dask_programs import process, running_scheduler
 from remote_work import GB, PretendedWorkers, kill
-from tiny_family import QUERY, Stop, load, recipe, snapshot, temporaries, write
+from tiny_family import QUERY, Stop, few_of, load, recipe, snapshot, temporaries, write
 
 from hyper_merge.analysis import remote_maps
 from hyper_merge.cluster.opening import ClusterRequest, open_workers
@@ -30,6 +30,12 @@ def workers():
     """Two workers, processes of their own."""
     with open_workers(ClusterRequest(2, memory=GB), Progress(), lambda _line: None) as two:
         yield two
+
+
+@pytest.fixture
+def files(few_layers):
+    """Checkpoints of a few layers: each of them passes between the processes many times."""
+    return few_layers
 
 
 @pytest.fixture
@@ -128,8 +134,6 @@ def test_the_files_are_those_of_a_single_process(files, tmp_path, workers, fixed
     killing = KillOnce(workers, "reading and analysing", SOLVING, ROUNDING)
     assert merged_files(files, models, workers, Progress(killing.on_progress)) == expected
     assert len(killing.killed) == 3
-    with open_workers(ClusterRequest(1, memory=GB), Progress(), lambda _line: None) as single:
-        assert merged_files(files, models, single) == expected
 
 
 def test_what_exists_is_used_again(files, tmp_path, workers, fixed_date):
@@ -166,9 +170,11 @@ def test_an_end_on_request_in_the_solve_leaves_nothing(files, tmp_path, workers,
     assert set(workers.on_each(count_received).values()) == {0}
 
 
-def test_a_scheduler_that_disappears_in_the_solve_ends_the_merge(files, tmp_path):
-    merge(files, tmp_path, None)
-    before = snapshot(tmp_path)
+def test_a_single_worker_does_alike_until_its_scheduler_disappears_in_the_solve(
+    files, tmp_path, fixed_date
+):
+    models = tmp_path / "models"
+    expected = merged_files(files, models, None)
     with running_scheduler() as (address, program):
         words = (address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "1GB")
 
@@ -179,11 +185,14 @@ def test_a_scheduler_that_disappears_in_the_solve_ends_the_merge(files, tmp_path
         with (
             process("dask_worker", *words),
             open_workers(ClusterRequest(scheduler=address), Progress(), lambda _line: None) as one,
-            pytest.raises(ClusterError, match=f"the scheduler {address} is gone; no file was"),
         ):
-            merge(files, tmp_path, one, Progress(on_progress), name="other", ranks=(3, 1))
-    assert snapshot(tmp_path) == before
-    assert temporaries(tmp_path) == []
+            merge(files, models, one)
+            assert everything(models) == expected
+            before = snapshot(models)
+            with pytest.raises(ClusterError, match=f"the scheduler {address} is gone; no file was"):
+                merge(files, models, one, Progress(on_progress), name="other", ranks=(3, 1))
+    assert snapshot(models) == before
+    assert temporaries(models) == []
 
 
 def test_private_loras_and_all_kinds_of_weights_are_those_of_a_single_process(
@@ -206,7 +215,7 @@ def test_private_loras_and_all_kinds_of_weights_are_those_of_a_single_process(
 
 
 def test_a_refusal_is_that_of_a_single_process(files, tmp_path, state_of, workers):
-    state = state_of(1)
+    state = few_of(state_of(1))
     state[QUERY][0, 0] = float("inf")
     spoilt, messages = write(tmp_path / "spoilt.safetensors", state), []
     for some in (None, workers):

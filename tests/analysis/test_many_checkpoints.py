@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from sparse_checkpoints import full_size
-from tiny_family import TINY, inputs_of, load, recipe
+from tiny_family import KEPT as EVERY_KIND
+from tiny_family import TINY, inputs_of, load, recipe, write
 
 from hyper_merge.analysis import basis_widths
 from hyper_merge.analysis.basis_widths import sampled_options
@@ -33,8 +34,10 @@ def many(tmp_path_factory):
     """Returns eight checkpoints, mixtures of three fine-tunes with a part of their own each."""
     folder = tmp_path_factory.mktemp("many")
     names = [f"model-{place}" for place in range(8)]
-    write_family(folder, replace(TINY, count=8, latents=3, own=0.2, noise=0.0), names)
-    return [folder / f"{name}.safetensors" for name in names]
+    paths = write_family(folder, replace(TINY, count=8, latents=3, own=0.2, noise=0.0), names)
+    for path in paths:  # every kind of layer, not every layer
+        write(path, {key: x for key, x in load(path).items() if EVERY_KIND.fullmatch(key)})
+    return list(paths)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from hyper_merge.operations.deletable_text import format_deletion_report
 from hyper_merge.operations.extend import ExtendRequest, run_extend
 from hyper_merge.operations.fit.fit import run_fit
 from hyper_merge.operations.fit.request import FitRequest
+from hyper_merge.operations.merge.average import run_average
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
 from hyper_merge.recipe.parsing import PrivateLoraTarget
@@ -310,13 +311,13 @@ def test_all_is_read_where_the_cache_will_not_do(writable, new, monkeypatch, dam
     assert not merged.extended
     assert merged.note == ""
     assert re.search(reason, " ".join(log.warnings))
-    plain = merge(
-        [*load_run(folders, "mix").recipe.models, new],
-        folders.models.parent / "plain",
-        name="plain",
+    models = [*load_run(folders, "mix").recipe.models, new]
+    average = run_average(
+        run_preflight(recipe(models, folders.models.parent / "plain", name="plain")), Progress()
     )
-    for key, tensor in load(plain.place.hyper_model).items():
-        assert torch.equal(tensor, load(merged.place.hyper_model)[key])
+    extended = load(merged.place.hyper_model)
+    for key, tensor in load(average).items():
+        assert torch.equal(tensor, extended[key])
 
 
 def test_one_after_the_other_is_absorbed(writable, new, state_of):

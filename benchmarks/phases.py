@@ -145,7 +145,8 @@ def _merge(title: str, settings: dict[str, object]) -> None:
     rows.append(("all", f"{seconds:.1f}", f"{cpu_seconds:.1f}", f"{peak / 1e9:.2f}"))
     rows.append(("foretold", f"{foretold.seconds:.1f}", "", f"{foretold.memory / 1e9:.2f}"))
     print(
-        f"\n{title}: loss {result.report.loss:.4f}, private LoRAs {result.report.private_loss:.4f}"
+        f"\n{title}: weighted loss {result.report.weighted_loss:.4f},"
+        f" private LoRAs {result.report.weighted_private_loss:.4f}"
     )
     print(table(("phase", "s", "CPU s", "GB"), rows), flush=True)
 

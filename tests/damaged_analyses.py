@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hyper_merge.analysis.checksums import checksum
 from hyper_merge.checkpoints.io.safetensors_header import read_table
 from hyper_merge.checkpoints.reader import read_header
 
@@ -117,7 +118,6 @@ def in_header(path):
 DAMAGES = {
     **{f"flipped {key}": flipped(key) for key in ("grams", "weights", "not_carried")},
     **{f"flipped 17.{key}": flipped(f"17.{key}") for key in ("core", "rounding", "left", "right")},
-    **{f"flipped 17.{key}": flipped(f"17.{key}") for key in ("rows", "columns", "private")},
     "other checksums": filled("checksums", 7),
     "infinite bases": filled("17.left", math.inf),
     "a core of NaN": filled("17.core", math.nan),
@@ -133,6 +133,23 @@ DAMAGES = {
 }
 
 
+def with_spectra(path):
+    """Makes the file as versions wrote it that kept spectra of the layers in it."""
+
+    def add(tensors):
+        cores = {key for key in tensors if key.endswith(".core")}
+        for place in (key.partition(".")[0] for key in cores):
+            p, q = tensors[f"{place}.rounding"].shape
+            for name, shape in (("rows", (p,)), ("columns", (q,)), ("private", (3, min(p, q)))):
+                tensors[f"{place}.{name}"] = torch.ones(shape, dtype=torch.float64)
+        del tensors["checksums"]
+        values = [checksum(tensors[key]) for key in sorted(tensors)]
+        tensors["checksums"] = torch.tensor(values, dtype=torch.int64)
+
+    rewritten(add)(path)
+
+
 def as_before(path):
     """Makes the file as versions without checksums wrote it."""
+    with_spectra(path)
     without("checksums")(path)

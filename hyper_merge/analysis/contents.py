@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hyper_merge.analysis.sensitivities import Sensitivities
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import Contrasts
 from hyper_merge.decomposition.linalg import inner_products
 from hyper_merge.runtime.parallel import LayerMaps, parallel_map
@@ -72,11 +71,6 @@ class Analysis(ABC):
     @abstractmethod
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
         """The energies outside of all layers, by kind and input."""
-
-    @property
-    @abstractmethod
-    def spectra(self) -> list[Spectra]:
-        """The spectra of every layer."""
 
     @abstractmethod
     def core(self, index: int) -> Tensor:  # (d, p, q), float32

@@ -29,7 +29,7 @@ from hyper_merge.analysis.basis_widths import (
 )
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.device_bytes import host_bytes, pass_bytes
-from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints, private_columns
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.layer_analysis import LayerAnalysis, describe_layer
 from hyper_merge.analysis.loss_weights import layer_factors
 from hyper_merge.analysis.store import StoredAnalysis, open_analysis
@@ -56,7 +56,7 @@ from hyper_merge.decomposition.extension import (
     rounding_bound,
     unexplained,
 )
-from hyper_merge.decomposition.linalg import squared_norm
+from hyper_merge.decomposition.linalg import energy_of, squared_norm
 from hyper_merge.runtime.devices import try_device
 from hyper_merge.runtime.parallel import MemoryLimit, parallel_map
 from hyper_merge.runtime.progress import Progress, ProgressCounter
@@ -140,8 +140,8 @@ def limits_of(earlier: EarlierAnalysis, inputs: MergeInputs, progress: Progress)
     factors = layer_factors("output", earlier.samples.sizes, layers).tolist()
     wrong = total = unknown = known = 0.0
     with open_analysis(earlier.path, earlier.inputs) as analysis:
-        pairs = zip(layers, factors, analysis.grams, analysis.spectra, strict=True)
-        for index, (layer, factor, gram, spectra) in enumerate(pairs):
+        triples = zip(layers, factors, analysis.grams, strict=True)
+        for index, (layer, factor, gram) in enumerate(triples):
             progress.check()
             extension = _extension(earlier.inputs, inputs, layer.key)
             deviations = inputs.contrasts_of(layer.key).to_deviations
@@ -151,7 +151,7 @@ def limits_of(earlier: EarlierAnalysis, inputs: MergeInputs, progress: Progress)
             wrong += factor * rounding_bound(hidden, fresh, extension)
             total += factor * float(products.trace())
             slices = float(gram.diagonal()[:-1].sum())
-            unknown += factor * max(slices - float(spectra.rows.sum()), 0.0)
+            unknown += factor * max(slices - energy_of(analysis.core(index).flatten(0, 1)), 0.0)
             known += factor * slices
     return ExtensionLimits(wrong / (total or 1.0), unknown / (known or 1.0))
 
@@ -356,15 +356,10 @@ class _ExtensionJob:
         extended = extend_layer(known, deviations, slopes, extension, bases, generator)
         if not bool(extended.gram.isfinite().all()):
             self._require_finite(layer.key, extended.gram, news)
-        directions = extended.directions
-        along = contrasts.to_deviations
-        along = along if directions is None else along @ directions
         analysis = describe_layer(
             index,
             extended.compressed,
-            along,
-            directions,
-            private_columns(layer, width, contrasts),
+            extended.directions,
             gram=extended.gram,
             rounding=extended.rounding,
             weight=squared_norm(deviations.base.flatten()),

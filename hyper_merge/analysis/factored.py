@@ -10,7 +10,6 @@ from torch import Tensor
 from hyper_merge.analysis.contents import Analysis
 from hyper_merge.analysis.file_layout import UNCARRIED_KINDS
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import around_base
 from hyper_merge.decomposition.factored import FEW, FactoredLayer
 from hyper_merge.runtime.scratch import Scratch
@@ -73,11 +72,6 @@ class FactoredAnalysis(Analysis):
         return {
             kind: torch.zeros(self.contrasts.count, dtype=torch.float64) for kind in UNCARRIED_KINDS
         }
-
-    @property
-    def spectra(self) -> list[Spectra]:
-        """The spectra of every layer."""
-        return [part.spectra for part in self._parts]
 
     def core(self, index: int) -> Tensor:  # (k, p, q), float32
         """Returns a layer's core, multiplied out."""

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from hyper_merge.analysis.checksums import CHECKSUMS
-from hyper_merge.analysis.inputs import MergeInputs, basis_columns, private_columns
+from hyper_merge.analysis.inputs import MergeInputs, basis_columns
 from hyper_merge.analysis.streaming_pass import PassOptions
 from hyper_merge.checkpoints.fingerprint import fingerprint
 from hyper_merge.checkpoints.io.header import Header, TensorInfo
@@ -66,26 +66,20 @@ def analysis_tensors(inputs: MergeInputs, options: PassOptions) -> dict[str, Ten
 def layer_infos(inputs: MergeInputs, options: PassOptions, index: int) -> dict[str, TensorInfo]:
     """Returns types and shapes of the tensors of one layer in an analysis file, by key."""
     contrasts = inputs.contrasts
-    d, k, kept = contrasts.dimensions, contrasts.count, contrasts.kept
+    d, kept = contrasts.dimensions, contrasts.kept
     layer, width = inputs.layout.layers[index], options.width_of(index)
     p, q = basis_columns(layer, width)
-    private = min(private_columns(layer, width, contrasts))
     if contrasts.are_few:
         core = {f"{index}.core": TensorInfo(torch.float32, (d, p, q))}
-        rows, columns = p, q
     else:
         core = {
             f"{index}.core": TensorInfo(torch.float16, (kept, p, q)),
             f"{index}.directions": TensorInfo(torch.float64, (d, kept)),
             f"{index}.scales": TensorInfo(torch.float32, (kept,)),
         }
-        rows = columns = min(p, q)
     return {
         **core,
         f"{index}.rounding": TensorInfo(ROUNDING_DTYPE, (p, q)),
         f"{index}.left": TensorInfo(_BASIS_DTYPE, (layer.m, p)),
         f"{index}.right": TensorInfo(_BASIS_DTYPE, (layer.n, q)),
-        f"{index}.rows": TensorInfo(torch.float64, (rows,)),
-        f"{index}.columns": TensorInfo(torch.float64, (columns,)),
-        f"{index}.private": TensorInfo(torch.float64, (k, private)),
     }

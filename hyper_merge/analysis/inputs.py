@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import EllipsisType
-from typing import Final
 
 import torch
 
@@ -24,8 +23,6 @@ from hyper_merge.decomposition.contrasts import (
 )
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.block_weights import BlockWeights, weight_of_block
-
-_PRIVATE_COLUMNS: Final = 64  # of many checkpoints
 
 
 @dataclass(frozen=True)
@@ -131,15 +128,6 @@ def open_checkpoints(
 def basis_columns(layer: Layer, width: int) -> tuple[int, int]:
     """Returns the columns (p, q) of a layer's bases when they have `width` at most."""
     return min(layer.m, width), min(layer.n, width)
-
-
-def private_columns(layer: Layer, width: int, contrasts: Contrasts) -> tuple[int, int]:
-    """Returns the columns of a layer's bases between which each deviation's spectrum is looked at.
-
-    All, or of many checkpoints the first ones, for a private LoRA has few ranks then.
-    """
-    shape = basis_columns(layer, width)
-    return shape if contrasts.are_few else leading_columns(layer, shape, _PRIVATE_COLUMNS)
 
 
 def leading_columns(layer: Layer, shape: tuple[int, int], columns: int) -> tuple[int, int]:

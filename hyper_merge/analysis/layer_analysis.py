@@ -1,4 +1,4 @@
-"""Analyses one layer's deviations: bases, core, spectra."""
+"""Analyses one layer's deviations: bases, core."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.analysis.inputs import MergeInputs, private_columns
-from hyper_merge.decomposition.bounds import Spectra, compute_spectra, leading_spectra
+from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.decomposition.compression import CompressedLayer, compress, project
 from hyper_merge.decomposition.contrasts import TensorDeviations
 from hyper_merge.decomposition.linalg import squared_norm
@@ -36,7 +35,6 @@ class LayerAnalysis:
     kept: KeptDirections | None  # None where the core holds all slices as they are
     compressed: CompressedLayer
     rounding: Tensor  # (p, q): the average's rounding error in the layer's bases
-    spectra: Spectra
     weight: float  # squared norm of the average's own matrix
 
 
@@ -62,21 +60,18 @@ def analyze_layer(
     """
     layer = inputs.layout.layers[index]
     slices = deviations.slices.view(len(deviations.slices), layer.m, layer.n)
-    gram, to_deviations = deviations.gram[:-1, :-1], inputs.contrasts.to_deviations
+    gram = deviations.gram[:-1, :-1]
     if directions is not None:
-        gram, to_deviations = directions.mT @ gram @ directions, to_deviations @ directions
+        gram = directions.mT @ gram @ directions
     # A stream of random numbers for each layer: the order of the work does not matter.
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(layer.module.encode()))
     compressed = compress(slices, gram, width, generator, tick)
     error = deviations.rounding.view(1, layer.m, layer.n)
     rounding = project(error, compressed.left, compressed.right, tick)[0].cpu()
-    part = private_columns(layer, width, inputs.contrasts)
     return describe_layer(
         index,
         compressed,
-        to_deviations,
         directions,
-        part,
         gram=deviations.gram,
         rounding=rounding,
         weight=squared_norm(deviations.base),
@@ -86,9 +81,7 @@ def analyze_layer(
 def describe_layer(
     index: int,
     compressed: CompressedLayer,
-    to_deviations: Tensor,  # (k, s), from the slices in the core
-    directions: Tensor | None,  # (d, s), along which they lie
-    private: tuple[int, int],
+    directions: Tensor | None,  # (d, s), along which the slices in its core lie
     *,
     gram: Tensor,
     rounding: Tensor,
@@ -99,19 +92,15 @@ def describe_layer(
     Args:
         index: of the layer.
         compressed: the layer.
-        to_deviations: from the slices in its core.
         directions: among the slices, if only mixtures of them are kept.
-        private: the columns of the bases between which private deviations of many inputs are looked at.
         gram: as in the result.
         rounding: as in the result.
         weight: as in the result.
     """
-    if directions is None:
-        kept, spectra = None, compute_spectra(compressed.core, to_deviations)
-    else:
-        spectra = leading_spectra(compressed.core, to_deviations, private)
+    kept = None
+    if directions is not None:
         kept, compressed = _in_half_precision(compressed, directions)
-    return LayerAnalysis(index, gram, kept, compressed.cpu(), rounding, spectra, weight)
+    return LayerAnalysis(index, gram, kept, compressed.cpu(), rounding, weight)
 
 
 def _in_half_precision(

@@ -20,7 +20,6 @@ from hyper_merge.analysis.writer import layer_tensors
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.mapped_tensors import ReadTensors
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
-from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.compression import CompressedLayer
 from hyper_merge.errors import CheckpointError, ClusterError
 
@@ -50,7 +49,7 @@ class TensorSums:
 class Shard:
     """What a worker found in some tensors."""
 
-    path: Path  # of the file with averages, bases, cores and spectra
+    path: Path  # of the file with averages, bases and cores
     tensors: tuple[TensorSums, ...]
     checksums: Mapping[str, int]  # by key of the file
 
@@ -136,7 +135,6 @@ def _layer(sums: LayerSums, read: Callable[[str], Tensor]) -> LayerAnalysis:
         kept=KeptDirections(part("directions"), part("scales")) if sums.keeps_few else None,
         compressed=CompressedLayer(part("left"), part("right"), part("core")),
         rounding=part("rounding"),
-        spectra=Spectra(part("rows"), part("columns"), part("private")),
         weight=sums.weight,
     )
 

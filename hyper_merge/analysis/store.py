@@ -34,7 +34,6 @@ from hyper_merge.checkpoints.io.leftovers import claimed
 from hyper_merge.checkpoints.io.output_errors import as_output_error
 from hyper_merge.checkpoints.io.safetensors_writer import SafetensorsWriter
 from hyper_merge.checkpoints.reader import CheckpointReader, read_header
-from hyper_merge.decomposition.bounds import Spectra
 from hyper_merge.decomposition.contrasts import energies
 from hyper_merge.errors import CheckpointError, DamagedCacheError, OutputError
 from hyper_merge.runtime.file_lock import alone, patiently
@@ -51,6 +50,8 @@ SOLUTIONS: Final = ".solutions.json"  # suffix of the file with an analysis's so
 
 _NEWEST: Final = 4  # earlier solutions that are tried
 _ABOUT: Final = "hyper_merge.analysis"
+# Spectra of the layers in files of earlier versions; nobody reads them.
+_EARLIER_SPECTRA: Final = (".rows", ".columns", ".private")
 
 
 class StoredAnalysis(Analysis, SentOnce):
@@ -154,12 +155,6 @@ class StoredAnalysis(Analysis, SentOnce):
             energies(everything[place], self.contrasts) for place in left_out
         )
         return outside
-
-    @property
-    def spectra(self) -> list[Spectra]:
-        """The spectra of every layer."""
-        names = ("rows", "columns", "private")
-        return [Spectra(*(self._tensor(f"{i}.{name}") for name in names)) for i in self._places]
 
     def core(self, index: int) -> Tensor:  # (d, p, q), float32
         """Returns a layer's core: a view of the file, or of many checkpoints what it keeps of them."""
@@ -336,7 +331,12 @@ def _fault(header: Header, inputs: MergeInputs) -> str | None:
     ]
     widths = tuple(max(shape, default=0) for shape in sides)
     expected = analysis_tensors(inputs, PassOptions(torch.device("cpu"), widths=widths))
-    tensors = {CHECKSUMS: expected[CHECKSUMS], **header.tensors}  # earlier versions have none
+    tensors = {
+        key: info for key, info in header.tensors.items() if not key.endswith(_EARLIER_SPECTRA)
+    }
+    every = header.tensors.keys() - {CHECKSUMS}
+    expected[CHECKSUMS] = TensorInfo(expected[CHECKSUMS].dtype, (len(every),))
+    tensors.setdefault(CHECKSUMS, expected[CHECKSUMS])  # the first versions had none
     if tensors != expected:
         wrong = next((key for key in expected if tensors.get(key) != expected[key]), None)
         return f"its tensor {wrong} is missing or another" if wrong else "it has more tensors"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyper_merge.analysis.damaged_tensors import Damage, DamagedTensors
 from hyper_merge.analysis.device_bytes import HOST_CHUNK, IN_FLIGHT, host_bytes, pass_bytes
-from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints, private_columns
+from hyper_merge.analysis.inputs import MergeInputs, open_checkpoints
 from hyper_merge.analysis.layer_analysis import LayerAnalysis, analyze_layer
 from hyper_merge.checkpoints.architectures.layout import (
     Treatment,
@@ -42,9 +42,7 @@ from hyper_merge.runtime.progress import Progress, ProgressCounter
 
 _GPU_CHUNK: Final = 2**22  # entries that keep a GPU busy
 
-# Cost of an entry of a file, and of one of a symmetric matrix cubed: in multiply-adds of large products.
-_ENTRY: Final = 1350.0
-_EIGENVALUES: Final = 9.0
+_ENTRY: Final = 1350.0  # cost of an entry of a file, in multiply-adds of large products
 # Of a layer, whatever its size, bases and eigenvalues of small matrices; below a size less.
 _LAYER: Final = 3e9
 _SMALL: Final = 64
@@ -183,9 +181,6 @@ def pass_costs(inputs: MergeInputs, options: PassOptions) -> dict[str, float]:
         costs[layer.key] += compression_cost(shape, width)
         if not contrasts.are_few:  # inner products first, then what is kept
             costs[layer.key] += _ENTRY * count * layer.m * layer.n
-        private = min(private_columns(layer, width, contrasts))
-        sizes = [min(width, layer.m, layer.n)] * 2 + [private] * contrasts.count
-        costs[layer.key] += _EIGENVALUES * sum(size**3 for size in sizes)
     return costs
 
 

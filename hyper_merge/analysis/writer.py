@@ -58,15 +58,12 @@ class AnalysisWriter:
 
 def layer_tensors(layer: LayerAnalysis) -> dict[str, Tensor]:
     """Returns the tensors of a layer's analysis by their keys in the file."""
-    compressed, spectra = layer.compressed, layer.spectra
+    compressed = layer.compressed
     parts = {
         "core": compressed.core,
         "left": compressed.left,
         "right": compressed.right,
         "rounding": layer.rounding,
-        "rows": spectra.rows,
-        "columns": spectra.columns,
-        "private": spectra.private,
     }
     if layer.kept:
         parts |= {"directions": layer.kept.directions, "scales": layer.kept.scales}

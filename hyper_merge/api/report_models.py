@@ -46,8 +46,12 @@ class ReportResponse(BaseModel):
         description="of the written files: share of all differences in the layers that the shared"
         " LoRAs do not explain",
     )
-    private_loss: float = Field(..., description="of private LoRAs of the same bytes")
-    bound: float = Field(..., description="no LoRAs of these ranks go below")
+    private_loss: float | None = Field(
+        None,
+        description="of private LoRAs of the same bytes; null where the loss has weights, and the"
+        " weighted one stands beside it",
+    )
+    bound: float | None = Field(None, description="no LoRAs of these ranks go below; null likewise")
     not_carried: dict[str, float] = Field(..., description="share of all differences, by kind")
     bytes_before: int
     bytes_average: int

@@ -94,8 +94,9 @@ class Report:
     method: str
     losses: tuple[float, ...]  # after each sweep, before rounding
     loss: float  # of the written files
-    private_loss: float  # of private LoRAs of the same bytes
-    bound: float  # no LoRAs of these ranks go below
+    # None where the loss weighs layers or checkpoints, and the weighted ones below are known instead.
+    private_loss: float | None  # of private LoRAs of the same bytes
+    bound: float | None  # no LoRAs of these ranks go below
     not_carried: Mapping[str, float]  # kind -> share of all deviations, layers included
     bytes_before: int
     bytes_average: int

@@ -108,19 +108,14 @@ def _format_explained(report: Report, noun: str) -> str:
 
 
 def _format_losses(report: Report, nothing: str) -> list[str]:
-    alone = 1.0 if report.loss or report.private_loss else 0.0
-    rows = [
-        (nothing, alone, ""),
-        ("private LoRAs of the same bytes", report.private_loss, ""),
-        ("shared LoRAs, as written", report.loss, _format_over_bound(report)),
-        ("lower bound", report.bound, ""),
-    ]
+    has_any = report.loss or report.private_loss or report.weighted_private_loss
     steps = "blocks" if report.method == "greedy" else "sweeps"
     trail = " ".join(f"{loss:.4f}" for loss in report.losses)
     return [
         *_format_weighted_losses(report),
         "loss: what stays unexplained, as a share of all differences in the layers",
-        *(f"  {name:33} {value:.4f}{note}" for name, value, note in rows),
+        _format_loss(nothing, 1.0 if has_any else 0.0),
+        *_format_beside_limits(report.private_loss, report.loss, report.bound),
         f"  by {steps}, before rounding: {trail}",
     ]
 
@@ -129,14 +124,29 @@ def _format_weighted_losses(report: Report) -> list[str]:
     """Returns the losses as the merge counts them, by which it decides; none where all count alike."""
     if not report.weighted_loss or abs(report.weighted_loss - report.loss) < 1e-12:
         return []
-    rows = [("shared LoRAs, as written", report.weighted_loss)]
-    if report.weighted_private_loss or report.weighted_bound:
-        rows.insert(0, ("private LoRAs of the same bytes", report.weighted_private_loss))
-        rows.append(("lower bound", report.weighted_bound))
+    known = report.weighted_private_loss or report.weighted_bound
+    limits = (report.weighted_private_loss, report.weighted_bound) if known else (None, None)
     return [
         f"weighted loss: what stays unexplained, layers weighed by {report.metric}",
-        *(f"  {name:33} {value:.4f}" for name, value in rows),
+        *_format_beside_limits(limits[0], report.weighted_loss, limits[1]),
     ]
+
+
+def _format_beside_limits(
+    private_loss: float | None, loss: float, bound: float | None
+) -> list[str]:
+    """Returns a loss beside what is known of private LoRAs' and of the bound."""
+    over_bound = f"   {loss / bound:.2f} times the bound" if bound else ""
+    lines = [_format_loss("shared LoRAs, as written", loss) + over_bound]
+    if private_loss is not None:
+        lines.insert(0, _format_loss("private LoRAs of the same bytes", private_loss))
+    if bound is not None:
+        lines.append(_format_loss("lower bound", bound))
+    return lines
+
+
+def _format_loss(name: str, value: float) -> str:
+    return f"  {name:33} {value:.4f}"
 
 
 def _format_rounding(report: Report) -> list[str]:
@@ -150,10 +160,6 @@ def _format_rounding(report: Report) -> list[str]:
     if report.costly_rounding:
         lines.append(f"  one LoRA per checkpoint is rounded once: hyper-merge export {report.name}")
     return lines
-
-
-def _format_over_bound(report: Report) -> str:
-    return f"   {report.loss / report.bound:.2f} times the bound" if report.bound > 0 else ""
 
 
 def _format_details(report: Report) -> list[str]:

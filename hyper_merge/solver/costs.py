@@ -51,8 +51,6 @@ def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[floa
         for (layer, rank), (p, q) in zip(pairs, bases, strict=True)
     )
     spectra = sum(_SPECTRA * p * q * min(p, q) for p, q in bases)
-    is_plain = recipe.layer_weights != "output" and recipe.fit_weights is None
-    metric = 0.0 if is_plain else spectra  # else the analysis has them
 
     def sweeps(more: float, *, narrow: bool) -> float:
         """Returns the cost of a sweep with so many times the ranks."""
@@ -67,12 +65,12 @@ def solve_costs(inputs: MergeInputs, recipe: Recipe, ranks: Ranks) -> tuple[floa
         count = float(_GREEDY_SWEEPS * len(recipe.ranks))
         if recipe.method == "joint":
             count = START_SWEEPS + min(recipe.iterations, USUAL_SWEEPS)
-        return metric + search + count * sweeps(1.0, narrow=False), rounding
+        return spectra + search + count * sweeps(1.0, narrow=False), rounding
     trials = 2 if len(recipe.ranks) >= slices + 1 else 0  # against private LoRAs
     last = min(recipe.iterations, USUAL_SWEEPS) + trials * min(TRIAL_SWEEPS, recipe.iterations)
     solving = (OVERCOMPLETE_SWEEPS + _PRUNING) * sweeps(OVERCOMPLETE, narrow=False)
     solving += last * sweeps(1.0, narrow=True) + sweeps(1.0, narrow=False)
-    return metric + search + solving, rounding
+    return spectra + search + solving, rounding
 
 
 def _sweep(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from hyper_merge.analysis.contents import Analysis
 from hyper_merge.analysis.factored import FactoredAnalysis
 from hyper_merge.analysis.inputs import leading_columns
 from hyper_merge.analysis.loss_weights import layer_metrics
-from hyper_merge.decomposition.bounds import Spectra, leading_spectra
+from hyper_merge.decomposition.bounds import Spectra, compute_spectra, leading_spectra
 from hyper_merge.decomposition.contrasts import energies, to_deviations_matrix
 from hyper_merge.decomposition.linalg import inner_products
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
@@ -139,24 +139,31 @@ class Metric(SentOnce):
         squares = (self.energies * self.checkpoints).sum(0)
         return squares.argsort(descending=True, stable=True).tolist()
 
+    @property
+    def counts_alike(self) -> bool:
+        """Tells whether layers, directions and checkpoints all count alike."""
+        return self.mix is None and all(
+            layer.is_plain and math.isclose(layer.scale, 1.0) for layer in self.layers
+        )
+
     @cached_property
     def spectra(self) -> list[Spectra]:
         """The spectra of every layer as the loss counts them."""
-        if self.mix is None and all(layer.is_plain for layer in self.layers):
-            pairs = zip(self.analysis.spectra, self.layers, strict=True)
-            return [spectra.scaled(layer.scale) for spectra, layer in pairs]
-        if self.analysis.has_many:  # LoRAs, whose layers count alike in all directions
-            return self._spectra_of_many()
+        analysis = self.analysis
+        if isinstance(analysis, FactoredAnalysis) and (analysis.has_many or self.mix is None):
+            return self._spectra_of_factors(analysis)
         spectra_of = partial(_spectra_of, self, self.directions.mT)
-        with self.analysis.maps(torch.device("cpu"), self.check, _PHASE) as maps:
+        with analysis.maps(torch.device("cpu"), self.check, _PHASE) as maps:
             return list(maps.layers(spectra_of, range(len(self.layers))))
 
-    def _spectra_of_many(self) -> list[Spectra]:
-        analysis = cast(FactoredAnalysis, self.analysis)
+    def _spectra_of_factors(self, analysis: FactoredAnalysis) -> list[Spectra]:
+        """Returns the spectra of LoRAs, whose layers count alike in all directions."""
 
         def of_layer(index: int) -> Spectra:
-            weights = self.checkpoints * self.layers[index].scale  # deviations are from zero
-            return analysis.part(index).weighted_spectra(weights)
+            part, scale = analysis.part(index), self.layers[index].scale
+            if self.mix is None:
+                return part.spectra.scaled(scale)
+            return part.weighted_spectra(self.checkpoints * scale)  # deviations are from zero
 
         with analysis.maps(torch.device("cpu"), self.check, _PHASE) as maps:
             return list(maps.small(of_layer, range(len(self.layers))))
@@ -228,7 +235,11 @@ class _Within:
 
 
 def _spectra_of(metric: Metric, roots: Tensor, index: int) -> Spectra:
-    shape = leading_shape(metric.analysis, index, metric.columns)
+    analysis = metric.analysis
+    if metric.layers[index].is_plain and analysis.contrasts.are_few:
+        # Adaptive ranks gather in few layers then, where they are more than the first columns.
+        return compute_spectra(metric.core(index), roots)
+    shape = leading_shape(analysis, index, metric.columns)
     return leading_spectra(metric.core(index), roots, shape)
 
 

@@ -195,7 +195,7 @@ def analysis(workshop: Workshop, _path: Path) -> None:
     with open_analysis(workshop.cached("*.analysis.safetensors"), inputs) as file:
         assert file.grams.isfinite().all()
         assert file.weights.isfinite().all()
-        file.not_carried, file.spectra  # noqa: B018 - read when they are asked for
+        file.not_carried  # noqa: B018 - read when they are asked for
         for index in range(len(file.layers)):
             tensors = file.core(index), file.rounding(index), *file.bases(index)
             assert all(tensor.isfinite().all() for tensor in tensors)

@@ -46,6 +46,49 @@ def test_the_table_is_laid_out_for_people():
     assert format_report(REPORT) == TABLE
 
 
+LOSSES = """
+weighted loss: what stays unexplained, layers weighed by output
+  private LoRAs of the same bytes   0.3000
+  shared LoRAs, as written          0.0750   1.50 times the bound
+  lower bound                       0.0500
+loss: what stays unexplained, as a share of all differences in the layers
+  average alone                     1.0000
+  shared LoRAs, as written          0.1250
+  by sweeps, before rounding: 0.5000 0.2500 0.1235
+"""
+WEIGHTED = dataclasses.replace(
+    REPORT,
+    private_loss=None,
+    bound=None,
+    metric="output",
+    weighted_loss=0.075,
+    weighted_private_loss=0.3,
+    weighted_bound=0.05,
+)
+
+
+def test_limits_stand_beside_the_loss_that_they_limit():
+    assert LOSSES in format_report(WEIGHTED)
+    without_loss = dataclasses.replace(WEIGHTED, loss=0.0)
+    assert "average alone                     1.0000" in format_report(without_loss)
+
+
+def test_a_weighted_report_comes_back_from_the_manifest():
+    data = json.loads(json.dumps(WEIGHTED.as_dict(), allow_nan=False))
+    assert (data["private_loss"], data["bound"]) == (None, None)
+    assert Report.from_dict(data) == WEIGHTED
+
+
+def test_an_earlier_report_has_plain_limits_beside_the_weighted_ones():
+    data = {**WEIGHTED.as_dict(), "private_loss": 0.25, "bound": 0.1}
+    report = Report.from_dict(json.loads(json.dumps(data)))
+    text = format_report(report)
+    assert (report.private_loss, report.bound) == (0.25, 0.1)
+    assert "0.0750   1.50 times the bound\n" in text
+    assert "0.1250   1.25 times the bound\n" in text
+    assert text.count("  lower bound") == text.count("  private LoRAs") == 2
+
+
 def test_the_greedy_method_counts_blocks_not_sweeps():
     greedy = Report(**dict(vars(REPORT), method="greedy", losses=(0.5,)))
     assert "\n  by blocks, before rounding: 0.5000\n" in format_report(greedy)
@@ -121,17 +164,37 @@ def test_shares_of_chosen_layers_and_of_nothing():
 
 def test_the_baselines_stand_in_their_order(merged):
     report = merged.report
-    assert 0 < report.bound <= report.loss < 1
-    assert report.bound <= report.private_loss < 1
+    assert (report.private_loss, report.bound) == (None, None)
+    assert 0 < report.weighted_bound <= report.weighted_loss < 1
+    assert report.weighted_bound <= report.weighted_private_loss < 1
     assert report.losses == tuple(sorted(report.losses, reverse=True))
     assert sum(report.not_carried.values()) < 1
+    text = format_report(report)
+    assert text.count("  lower bound") == text.count("  private LoRAs") == 1
+    assert f"{report.weighted_loss / report.weighted_bound:.2f} times the bound" in text
+
+
+def test_where_all_counts_alike_the_limits_are_those_of_the_loss(files, tmp_path):
+    report = merge(files, tmp_path, layer_weights="plain").report
+    assert 0 < report.bound <= report.loss < 1
+    assert report.bound < report.private_loss < 1
+    assert (report.private_loss, report.bound) == (
+        report.weighted_private_loss,
+        report.weighted_bound,
+    )
+    text = format_report(report)
+    assert "weighted loss" not in text
+    assert f"lower bound                       {report.bound:.4f}" in text
+    settings = {"layer_weights": "plain", "fit_weights": (4, 2, 1)}
+    weighted = merge(files, tmp_path, name="weighted", **settings).report
+    assert (weighted.private_loss, weighted.bound) == (None, None)
 
 
 def test_full_ranks_explain_everything_but_the_rounding(files, tmp_path):
     largest = max(min(layer.m, layer.n) for layer in layers_of(files[0]))
     report = merge(files, tmp_path, ranks=(largest, largest), dtype="float32", iterations=8).report
     assert report.loss < 1e-5
-    assert report.bound < 1e-5
+    assert report.weighted_bound < 1e-5
     assert all(row.explained > 1 - 1e-5 for row in report.checkpoints)
 
 

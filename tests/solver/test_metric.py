@@ -12,7 +12,6 @@ from tiny_family import added, layers_of, load, merge
 from torch.testing import assert_close
 
 from hyper_merge.analysis.contents import Analysis
-from hyper_merge.decomposition.bounds import compute_spectra
 from hyper_merge.decomposition.contrasts import around_base, around_mean
 from hyper_merge.decomposition.sensitivity import Sensitivity
 from hyper_merge.decomposition.stretch import Stretch
@@ -68,11 +67,6 @@ class MadeUp:
 
     def core_shape(self, _index):
         return P, Q
-
-    @property
-    def spectra(self):
-        basis = self.contrasts.to_deviations
-        return [compute_spectra(self.core(index), basis) for index in range(len(self.layers))]
 
 
 def sensitivities(seed=0, layers=3):
@@ -280,6 +274,37 @@ def test_spectra_are_those_of_the_stretched_deviations(measured):
         assert_close(
             metric.spectra[2].private[c], torch.linalg.svdvals(own).square(), rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("choice", ["plain", "relative"])
+def test_spectra_of_layers_without_directions_are_whole(choice):
+    analysis = MadeUp(around_mean([1.0, 2.0, 3.0]))
+    metric = replace(Metric.of(analysis, recipe_with(layer_weights=choice)), columns=2)
+    deviations = analysis.contrasts.to_deviations @ analysis.core(1).flatten(1).double()
+    scaled = metric.layers[1].scale ** 0.5 * deviations.view(3, P, Q)
+    spectra = metric.spectra[1]
+    assert_close(spectra.private, torch.linalg.svdvals(scaled).square(), rtol=1e-3, atol=1e-4)
+    slices = metric.core(1).double()
+    for values, unfolding in (
+        (spectra.rows, slices.transpose(0, 1).flatten(1)),
+        (spectra.columns, slices.transpose(1, 2).transpose(0, 1).flatten(1)),
+    ):
+        expected = torch.linalg.svdvals(unfolding).square()
+        assert_close(values[: len(expected)], expected, rtol=1e-3, atol=1e-4)
+    assert (len(spectra.rows), len(spectra.columns)) == (P, Q)
+
+
+@pytest.mark.parametrize(
+    ("weights", "choice", "alike"),
+    [(None, "plain", True), ((1.0, 2.0, 4.0), "plain", False), (None, "relative", False)],
+)
+def test_all_counts_alike_where_nothing_is_weighed(weights, choice, alike):
+    metric = Metric.of(MadeUp(around_mean([1.0, 2.0, 3.0])), recipe_with(weights, choice))
+    assert metric.counts_alike is alike
+
+
+def test_measured_directions_do_not_count_alike(measured):
+    assert not Metric.of(measured, recipe_with(None, "output")).counts_alike
 
 
 def test_checkpoints_may_count_alike_again(measured):

@@ -56,7 +56,7 @@ def make_report(
     """
     evaluation, analysis = solved.evaluation, metric.analysis
     total = float(evaluation.energies.sum())
-    limits = _find_limits(solved, metric)
+    private_loss, bound = _find_limits(solved, metric)
     outside = analysis.not_carried
     rows = to_deviations_matrix(analysis.contrasts)
     gram = rows @ analysis.grams.sum(0) @ rows.mT
@@ -69,8 +69,8 @@ def make_report(
         method=solved.plan.recipe.method,
         losses=tuple(solved.losses),
         loss=evaluation.loss,
-        private_loss=limits.private_loss,
-        bound=limits.bound,
+        private_loss=private_loss if metric.counts_alike else None,
+        bound=bound if metric.counts_alike else None,
         not_carried={kind: share(part.sum(), everything) for kind, part in outside.items()},
         bytes_before=sizes.before,
         bytes_average=sizes.average,
@@ -85,8 +85,8 @@ def make_report(
             (evaluation.weighted_errors @ metric.checkpoints).sum(),
             (evaluation.weighted_energies @ metric.checkpoints).sum(),
         ),
-        weighted_private_loss=limits.weighted_private_loss,
-        weighted_bound=limits.weighted_bound,
+        weighted_private_loss=private_loss,
+        weighted_bound=bound,
         shared_fidelity=tuple(evaluation.shared.tolist()),
     )
 
@@ -97,31 +97,15 @@ def _metric_word(analysis: Analysis, recipe: Recipe) -> str:
     return "layout" if by_layout else recipe.layer_weights
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """What private LoRAs of the same bytes leave, and a bound, as shares of all energy."""
+def _find_limits(solved: SolvedMerge, metric: Metric) -> tuple[float, float]:
+    """Returns what private LoRAs of the same bytes leave, and a bound, as shares of all energy.
 
-    private_loss: float
-    bound: float
-    weighted_private_loss: float
-    weighted_bound: float
-
-
-def _find_limits(solved: SolvedMerge, metric: Metric) -> _Limits:
-    """Returns the limits; the ranks of the private LoRAs are the best ones in the loss's metric."""
-    analysis, energies = metric.analysis, solved.evaluation.energies
-    weighted_energies = solved.evaluation.weighted_energies * metric.checkpoints
-    spectra, weighted_spectra = analysis.spectra, metric.spectra
-    ranks = _private_ranks(weighted_spectra, solved)
-    plain_grams = analysis.grams[:, :-1, :-1]
-    private = private_errors(spectra, energies, ranks)
-    weighted_private = private_errors(weighted_spectra, weighted_energies, ranks)
-    return _Limits(
-        share(private.sum(), energies.sum()),
-        _bound(spectra, energies, plain_grams, solved),
-        share(weighted_private.sum(), weighted_energies.sum()),
-        _bound(weighted_spectra, weighted_energies, metric.slice_grams, solved),
-    )
+    Both are as the loss counts squared errors.
+    """
+    energies = solved.evaluation.weighted_energies * metric.checkpoints
+    private = private_errors(metric.spectra, energies, _private_ranks(metric.spectra, solved))
+    bound = _bound(metric.spectra, energies, metric.slice_grams, solved)
+    return share(private.sum(), energies.sum()), bound
 
 
 def _private_ranks(spectra: Sequence[Spectra], solved: SolvedMerge) -> list[list[int]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from damaged_analyses import DAMAGES, as_before, flipped
+from damaged_analyses import DAMAGES, as_before, flipped, with_spectra, without
 from mutations import NESTED
 from safetensors.torch import load_file
 from tiny_family import merge, recipe, snapshot
@@ -104,13 +104,30 @@ def read_whole(path, inputs):
     with open_analysis(path, inputs) as opened:
         for index in range(len(opened.layers)):
             opened.core(index), opened.rounding(index), opened.bases(index)
-        return opened.grams, opened.weights, opened.not_carried, opened.spectra
+        return opened.grams, opened.weights, opened.not_carried
 
 
 def test_a_sound_analysis_is_read_without_complaint(analysis, inputs):
     read_whole(analysis, inputs)
-    as_before(analysis)
+    with_spectra(analysis)
     read_whole(analysis, inputs)
+    without("checksums")(analysis)
+    read_whole(analysis, inputs)
+
+
+@pytest.mark.parametrize("how", ["flipped 17.core", "other checksums", "without 17.core"])
+def test_damage_of_an_analysis_with_spectra_is_noticed(analysis, inputs, how):
+    with_spectra(analysis)
+    DAMAGES[how](analysis)
+    with pytest.raises(DamagedCacheError):
+        read_whole(analysis, inputs)
+
+
+def test_spectra_are_among_the_counted_checksums(analysis, inputs):
+    with_spectra(analysis)
+    without("17.rows")(analysis)
+    with pytest.raises(DamagedCacheError, match="its tensor checksums is missing or another"):
+        read_whole(analysis, inputs)
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -147,8 +164,9 @@ def test_damaged_analysis_is_set_aside_and_remade(started, files, analysis, afre
     assert analysis.exists()
 
 
-def test_an_analysis_of_an_earlier_version_serves(started, files, analysis, afresh, log):
-    as_before(analysis)
+@pytest.mark.parametrize("make_old", [with_spectra, as_before])
+def test_an_analysis_of_an_earlier_version_serves(started, files, analysis, afresh, log, make_old):
+    make_old(analysis)
     made = merge(files, started, log.progress, ranks=(5,), name="other")
     assert made.reused_analysis
     same(loras_of(made), afresh)

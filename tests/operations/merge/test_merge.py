@@ -101,7 +101,8 @@ def test_equal_checkpoints_give_a_report_without_nan(tmp_path, state_of, count):
     merged = merge(models, tmp_path / "models")
     written = load_file(merged.place.hyper_model)
     assert all(torch.equal(written[key], tensor) for key, tensor in state.items())
-    assert merged.report.loss == merged.report.private_loss == merged.report.bound == 0
+    report = merged.report
+    assert report.loss == report.weighted_private_loss == report.weighted_bound == 0
     for row in merged.report.checkpoints:
         assert (row.explained, row.error, row.not_carried) == (1, 0, 0)
         assert all(x == x and abs(x) < 10 for x in row.multipliers)  # noqa: PLR0124

@@ -142,7 +142,8 @@ def frozen(tmp_path_factory, state_of):
 def test_untrained_text_encoder_is_no_obstacle(frozen, tmp_path, allocation, multipliers):
     merged = merge(frozen, tmp_path, allocation=allocation, multipliers=multipliers)
     assert merged.report.loss == pytest.approx(loss_of(frozen, merged), abs=1e-6)
-    assert merged.report.bound <= merged.report.loss < 0.6
+    assert merged.report.weighted_bound <= merged.report.weighted_loss
+    assert merged.report.loss < 0.6
     assert len(merged.report.losses) >= 3
     for row in merged.report.checkpoints:
         assert row.explained_text_encoder == 1

@@ -20,8 +20,8 @@ _GREEDY_SWEEPS: Final = 2  # that a block of greedy deflation takes
 # in few layers, where the same bytes take more.
 _IN_SWEEP: Final = 27.0
 _IN_EVEN_SWEEP: Final = 3.2
-_IN_ROUNDING: Final = 34.0
-_IN_REFIT: Final = 12.0  # after rounding to float8
+_IN_ROUNDING: Final = 29.0
+_IN_REFIT: Final = 24.0  # after rounding to float8
 _MANY_COLUMNS: Final = 290.0  # with more, a product takes no longer than with these
 _LARGEST_SHARE: Final = 0.35  # of a layer's own rank, which adaptive ranks come to in small layers
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Final
 
 from tqdm import tqdm
@@ -23,13 +26,16 @@ def progress_bar() -> Iterator[Progress]:
     Where standard error is no terminal but a file or a pipe, a line every few seconds goes there.
     """
     warnings: set[str] = set()
-    with tqdm(
-        total=100.0,
-        leave=False,
-        file=sys.stderr,
-        disable=None,  # where standard error is no terminal
-        bar_format="{desc:28} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left",
-    ) as bar:
+    with (
+        _noticing_ctrl_c() as was_pressed,
+        tqdm(
+            total=100.0,
+            leave=False,
+            file=sys.stderr,
+            disable=None,  # where standard error is no terminal
+            bar_format="{desc:28} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left",
+        ) as bar,
+    ):
 
         def on_progress(phase: str, fraction: float) -> None:
             bar.set_description_str(phase, refresh=False)
@@ -40,7 +46,31 @@ def progress_bar() -> Iterator[Progress]:
                 warnings.add(message)
                 bar.write(f"note: {message}", file=sys.stderr)
 
-        yield Progress(_line_writer() if bar.disable else on_progress, lambda: False, warn)
+        yield Progress(_line_writer() if bar.disable else on_progress, was_pressed, warn)
+
+
+@contextmanager
+def _noticing_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether Ctrl-C was pressed within the block.
+
+    Its exception can be lost: raised within a callback of the garbage collector, such as dask has, it is
+    printed, and the work goes on.
+    """
+    pressed = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        pressed.set()
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _line_writer() -> Callable[[str, float], None]:

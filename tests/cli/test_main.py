@@ -1,5 +1,6 @@
 """The command line: exit codes, one message on standard error, no traceback unless asked for."""
 
+import gc
 import io
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -450,6 +452,38 @@ def test_the_program_refuses_with_code_2_in_any_encoding(files, tmp_path, monkey
     assert out == ""
     path = tmp_path / r"\u6a21.safetensors"
     assert err == f"hyper-merge: {path} does not exist; check the path\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_is_noticed_where_its_exception_is_lost():
+    usual = signal.getsignal(signal.SIGINT)
+    with progress_bar() as progress:
+        progress.check()
+        gc.callbacks.append(press := lambda *_: signal.raise_signal(signal.SIGINT))
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(press)
+        with pytest.raises(InterruptedRun):
+            progress.check()
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+def test_ctrl_c_ends_work_at_once_and_is_forgotten_afterwards():
+    with pytest.raises(KeyboardInterrupt), progress_bar():
+        signal.raise_signal(signal.SIGINT)
+    with progress_bar() as progress:
+        progress.check()
+
+
+def test_a_thread_can_draw_a_bar_too():
+    with ThreadPoolExecutor() as pool:
+        pool.submit(_draw).result()
+
+
+def _draw():
+    with progress_bar() as progress:
+        progress.report("working", 0.5)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one child")

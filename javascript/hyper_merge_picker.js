@@ -11,7 +11,7 @@ window.hyperMergePicker = (() => {
     let waiting = []; // names that are added once it is known that they can go with the others
     let active = null; // name of the row in the list that the Tab key reaches
     let asked = -1; // facts that were known when more were asked for
-    let heard = "", lateOnes = 0, reminder = null; // of what Python says
+    let heard = "", listed = "", lateOnes = 0, reminder = null; // of what Python says
     let held = null; // what is pressed
 
     const {isSound, measureOf, obstacleOf, matching, holdRedraws, whenDrawn, dragRow} = window.hyperMergeOrder;
@@ -22,19 +22,22 @@ window.hyperMergePicker = (() => {
     const shown = () => matching([...files.values()], find("search").value, find("folder").value, find("order").value);
 
     // From Python: the list, or more of what is known about its files. A WebUI that is filling its list has
-    // none for a moment, and gradio 4 may hand over the value before the last answer's: Python is asked again.
+    // none or a part of it for a moment, and gradio 4 may hand over the value before the last answer's: Python
+    // is asked again, also after other names than before.
     function list(text) {
         const isLate = !text || text === "[]" || (text === heard && isLacking());
         lateOnes = isLate ? lateOnes + 1 : 0;
+        const rows = JSON.parse(text || "[]"), before = listed;
+        listed = JSON.stringify(rows.map((row) => row.name));
         clearTimeout(reminder);
-        if (isLate && lateOnes <= 5) {
-            reminder = setTimeout(() => find("inspect").click(), 500);
+        if ((isLate && lateOnes <= 5) || (!isLate && listed !== before)) {
+            reminder = setTimeout(() => find("inspect").click(), isLate ? 500 : 1000);
         }
-        if (!text) {
+        if (!text || (text === heard && !isLacking())) { // a redraw would change nothing
             return;
         }
         heard = text;
-        files = new Map(JSON.parse(text).map((row) => [row.name, row]));
+        files = new Map(rows.map((row) => [row.name, row]));
         settle();
         drawFolders();
         draw();

@@ -101,6 +101,19 @@ def test_folders_of_folders_can_be_chosen(form):
     tab.until(lambda: THREE[0] in listed(tab))
 
 
+def test_a_list_that_was_half_filled_is_asked_for_again(new_tab):
+    tab = new_tab
+    names = listed(tab)
+    assert set(THREE) < set(names)
+    known = {"known": True, "family": "Stable Diffusion 1.x", "dtype": "fp16", "problem": ""}
+    tab.page.evaluate(
+        "(rows) => hyperMergePicker.list(JSON.stringify(rows))",
+        [{"name": name, "kind": 0, "size": 1, "time": 1, "vae": "1", **known} for name in names[:2]],
+    )
+    assert listed(tab) == names[:2]
+    tab.until(lambda: listed(tab) == names)
+
+
 def put_in_order(tab):
     """Moves the rows of all three by key and by pointer, and takes two out."""
     row = tab.row("checkpoints_table", THREE[1])

@@ -108,7 +108,10 @@ def test_a_list_that_was_half_filled_is_asked_for_again(new_tab):
     known = {"known": True, "family": "Stable Diffusion 1.x", "dtype": "fp16", "problem": ""}
     tab.page.evaluate(
         "(rows) => hyperMergePicker.list(JSON.stringify(rows))",
-        [{"name": name, "kind": 0, "size": 1, "time": 1, "vae": "1", **known} for name in names[:2]],
+        [
+            {"name": name, "kind": 0, "size": 1, "time": 1, "vae": "1", **known}
+            for name in names[:2]
+        ],
     )
     assert listed(tab) == names[:2]
     tab.until(lambda: listed(tab) == names)

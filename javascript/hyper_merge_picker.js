@@ -11,7 +11,7 @@ window.hyperMergePicker = (() => {
     let waiting = []; // names that are added once it is known that they can go with the others
     let active = null; // name of the row in the list that the Tab key reaches
     let asked = -1; // facts that were known when more were asked for
-    let heard = "", listed = "", lateOnes = 0, reminder = null; // of what Python says
+    let heard = "", lateOnes = 0, reminder = null; // of what Python says
     let held = null; // what is pressed
 
     const {isSound, measureOf, obstacleOf, matching, holdRedraws, whenDrawn, dragRow} = window.hyperMergeOrder;
@@ -27,10 +27,10 @@ window.hyperMergePicker = (() => {
     function list(text) {
         const isLate = !text || text === "[]" || (text === heard && isLacking());
         lateOnes = isLate ? lateOnes + 1 : 0;
-        const rows = JSON.parse(text || "[]"), before = listed;
-        listed = JSON.stringify(rows.map((row) => row.name));
-        clearTimeout(reminder);
-        if ((isLate && lateOnes <= 5) || (!isLate && listed !== before)) {
+        const rows = JSON.parse(text || "[]");
+        const isOther = rows.length !== files.size || rows.some((row) => !files.has(row.name));
+        if ((isLate && lateOnes <= 5) || (!isLate && isOther)) {
+            clearTimeout(reminder); // answers in between leave it
             reminder = setTimeout(() => find("inspect").click(), isLate ? 500 : 1000);
         }
         if (!text || (text === heard && !isLacking())) { // a redraw would change nothing

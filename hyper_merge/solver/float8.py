@@ -16,7 +16,7 @@ from hyper_merge.decomposition.ll1 import update_downs, update_ups
 from hyper_merge.decomposition.problem import Batch, Factors
 from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.solver.block_sides import BlockSide
-from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSides, Rounding
+from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, RoundedSides, Rounding
 
 # Limits of the product that AUTOMATIC1111 forms in float16, which ends at 65504, before it scales it.
 _PRODUCT: Final = 2.0**15
@@ -78,9 +78,8 @@ def refit(
     rounded = list(sides)
     for place in _SIDES:
         check()
-        applied = [side.applied for side in rounded]
-        fitted = _fitted(rounding, target, mixtures, applied, place)
-        if not _is_in_range(rounding, fitted.columns, applied[1 - place].columns):
+        fitted = _fitted(rounding, target, mixtures, rounded, place)
+        if not _is_in_range(rounding, fitted.columns, rounded[1 - place].columns):
             break
         rounded[place] = rounding.side(fitted, place)
     return rounded[UPS], rounded[DOWNS]
@@ -90,7 +89,7 @@ def _fitted(
     rounding: Rounding,
     target: RefitTarget,
     mixtures: Tensor,
-    sides: Sequence[BlockSide],
+    sides: Sequence[RoundedSide],
     place: int,
 ) -> BlockSide:
     """Returns the least-squares columns of one side for the other, also outside of its basis.
@@ -105,8 +104,8 @@ def _fitted(
         place: of the side that is fitted.
     """
     batch = target.batch(rounding.ranks)
-    products = sides[1 - place].inner(rounding.sides[1 - place])
-    former, dual = sides[place].within[None], products.dual[None]
+    products = sides[1 - place].inner
+    former, dual = sides[place].applied.within[None], products.dual[None]
     ups, downs = (former, dual) if place == UPS else (dual, former)
     update = update_ups if place == UPS else update_downs
     inner = products.weighted_gram[None]

@@ -153,14 +153,15 @@ def _round_layer(
         formats,
     )
     sides = _rounded(rounding, pairs)
-    if formats[0].dtype == FLOAT8 and not layer.whole:
+    is_fitted_again = formats[0].dtype == FLOAT8 and not layer.whole
+    if is_fitted_again:
         target = RefitTarget(metric.mixed(analysis.core(index)), group.multipliers)
         sides = refit(target, rounding, sides, check)
-    elif analysis.has_many and of_layer.is_plain:
-        products = _products_between_bases(analysis, index, of_layer.scale, pairs)
-        return _RoundedLayer(keep_pairs(analysis.scratch.keep, stored_pairs(sides)), *products)
     check()
-    products = _products(analysis, index, rounding, sides, of_layer.scale)
+    if analysis.has_many and of_layer.is_plain and not is_fitted_again:
+        products = _products_between_bases(analysis, index, of_layer.scale, pairs)
+    else:
+        products = _products(analysis, index, rounding, sides, of_layer.scale)
     return _RoundedLayer(keep_pairs(analysis.scratch.keep, stored_pairs(sides)), *products)
 
 
@@ -180,7 +181,7 @@ def _products(
     """Returns the products of one layer, plain and as the loss counts them."""
     ranks = list(rounding.ranks)
     ups, downs = (side.applied for side in sides)
-    left, right = (side.inner(own) for side, own in zip((ups, downs), rounding.sides, strict=True))
+    left, right = (side.inner for side in sides)
 
     def cross(left: Tensor, right: Tensor) -> Tensor:  # (p, r), (q, r), of all blocks
         pairs = zip(torch.split(left, ranks, 1), torch.split(right, ranks, 1), strict=True)

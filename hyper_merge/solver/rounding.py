@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.loras.lora_file import StoredFormat, applied_factor, stored_factor
-from hyper_merge.solver.block_sides import BlockSide, LayerSide
+from hyper_merge.solver.block_sides import BlockSide, InnerProducts, LayerSide
 from hyper_merge.solver.products import FactorPair
 
 UPS, DOWNS = 0, 1
@@ -26,18 +26,23 @@ class RoundedSide:
         stored: Of every block the up (m, r) or the down (r, n), in the files' type.
         columns: (m, r), of all blocks, as hosts apply them.
         exact: Before they were rounded.
-        basis: (m, p), of the layer.
+        layer: The same side of the layer.
     """
 
     stored: list[Tensor]
     columns: Tensor
     exact: BlockSide
-    basis: Tensor
+    layer: LayerSide
 
     @cached_property
     def applied(self) -> BlockSide:
         """The side as hosts apply it."""
-        return self.exact.rounded(self.basis, self.columns)
+        return self.exact.rounded(self.layer.basis, self.columns)
+
+    @cached_property
+    def inner(self) -> InnerProducts:
+        """What inner products with the columns that hosts apply need."""
+        return self.applied.inner(self.layer)
 
 
 RoundedSides = tuple[RoundedSide, RoundedSide]  # ups, downs
@@ -76,7 +81,7 @@ class Rounding:
             stored.append(stored_factor(self.layer, factor, rank, form))
             rounded = applied_factor(stored[-1], rank, form.alpha)
             applied.append(rounded if place == UPS else rounded.mT)
-        return RoundedSide(stored, torch.cat(applied, 1), exact, self.sides[place].basis)
+        return RoundedSide(stored, torch.cat(applied, 1), exact, self.sides[place])
 
 
 def stored_pairs(sides: RoundedSides) -> list[FactorPair]:  # per block (m, r), (r, n)

@@ -18,7 +18,7 @@ from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply
 from hyper_merge.solver import float8
 from hyper_merge.solver.block_sides import BlockSide, LayerSide
 from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
-from hyper_merge.solver.rounding import DOWNS, UPS, Rounding, stored_pairs
+from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, Rounding, stored_pairs
 
 FLOAT8 = torch.float8_e4m3fn
 LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
@@ -162,8 +162,8 @@ def test_refitted_factors_are_dense_least_squares(metric):
     rounding = rounding_of([1.0] * len(RANKS), tuple(bases), metric)
     ups, downs = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]).mT
     sides = [
-        BlockSide(columns, basis.mT @ columns)
-        for columns, basis in zip((ups, downs), bases, strict=True)
+        RoundedSide([], columns, BlockSide(columns, layer.basis.mT @ columns), layer)
+        for columns, layer in zip((ups, downs), rounding.sides, strict=True)
     ]
     mixtures = target.batch(RANKS).mixtures(multipliers)
     dense = [(bases[0] @ core @ bases[1].mT).double() for core in slices]

@@ -36,6 +36,18 @@ class PrecisionLossResponse(BaseModel):
     worst: float
 
 
+class TrainingResponse(BaseModel):
+    """What a training of the LoRAs came to, on inputs that it did not see."""
+
+    updates: int
+    before: list[float] = Field(
+        ...,
+        description="by checkpoint: squared difference of the network's outputs, as a share of the"
+        " average's",
+    )
+    after: list[float] = Field(..., description="the same after the training")
+
+
 class ReportResponse(BaseModel):
     """The figures of a merge, in addition to those of its checkpoints."""
 
@@ -75,6 +87,7 @@ class ReportResponse(BaseModel):
         description="by checkpoint: weighted share that the shared LoRAs explain; empty: unknown",
     )
     weighted_bound: float = Field(..., description="the same of the bound")
+    training: TrainingResponse | None = Field(None, description="null without one")
     ends: EndLayersResponse | None = Field(
         None, description="null where hosts take none from a LoRA"
     )

@@ -10,7 +10,6 @@ The average itself runs, from its file, in float32, a block at a time, forward a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hyper_merge.calibration.network import Network, is_known
+from hyper_merge.calibration.run_clock import RunClock
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.io.header import Shape
 from hyper_merge.decomposition.sensitivity import (
@@ -38,7 +38,7 @@ _IMAGES, _VECTORS = 4, 2  # dimensions of what goes into a layer
 _PIXELS: Final = 8  # in height and width, for one of the latents
 # Forward, forward again, backward, and sketches.
 _RUNS: Final = 9.0
-_FORWARD: Final = 0.25  # of a pass; the rest is the backward pass, where weights are read again
+FORWARD: Final = 0.25  # of a pass; the rest is the backward pass, where weights are read again
 _ENTRY: Final = 530.0  # multiply-adds that reading an entry twice takes
 _LAYER: Final = 4e8  # of a layer in a pass, whatever its size
 
@@ -50,6 +50,11 @@ class Samples:
     passes: int = 2
     batch: int = 8  # of a pass
     side: int = 16  # height and width of the latents
+
+    def steps(self, number: int) -> Tensor:  # (batch,)
+        """Returns the steps of a pass, of the whole schedule; no other pass has any of them."""
+        slots = torch.arange(self.batch) * self.passes + number + 0.5
+        return slots * (STEPS / (self.batch * self.passes))
 
 
 DEFAULT_SAMPLES: Final = Samples()
@@ -65,7 +70,7 @@ def can_run(layout: Layout, shapes: Mapping[str, Shape]) -> bool:
 def measuring_cost(layout: Layout, samples: Samples = DEFAULT_SAMPLES) -> float:
     """Returns what `measure_sensitivities` takes, in multiply-adds of large products."""
     resolution = layout.family.resolution
-    return samples.passes * sum(_pass_cost(layer, resolution, samples) for layer in layout.layers)
+    return samples.passes * sum(pass_cost(layer, resolution, samples) for layer in layout.layers)
 
 
 def measure_sensitivities(
@@ -92,42 +97,21 @@ def measure_sensitivities(
         InterruptedRun: the run was stopped.
     """
     resolution = layout.family.resolution
-    costs = {layer.module: _pass_cost(layer, resolution, samples) for layer in layout.layers}
-    clock = _Clock(progress, samples.passes * sum(costs.values()))
+    costs = {layer.module: pass_cost(layer, resolution, samples) for layer in layout.layers}
+    clock = RunClock(progress, PHASE, samples.passes * sum(costs.values()))
     observer = _Observer(tensor, layout.layers, device, costs, clock)
     network = Network(observer.read, shapes, layout.family, observer.observe)
     generator = torch.Generator().manual_seed(seed)
     outputs = 0
-    progress.report(PHASE, 0.0)
     for number in range(samples.passes):
-        # Every pass has steps of the whole schedule, and none twice.
-        slots = torch.arange(samples.batch) * samples.passes + number + 0.5
-        steps = slots * (STEPS / (samples.batch * samples.passes))
+        steps = samples.steps(number)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a host may have set these
             output = network.run(steps.to(device), samples.side, generator)
             v = torch.randn(output.shape, generator=generator).to(output)
             torch.autograd.backward(output, v)
         outputs += output.numel()
-    progress.report(PHASE, 1.0)
+    clock.finish()
     return observer.sensitivities(outputs)
-
-
-class _Clock:
-    """Reports how far the passes are, and stops them on request."""
-
-    def __init__(self, progress: Progress, total: float) -> None:
-        self._progress, self._total = progress, total
-        self._done = 0.0
-        # Weights are read in threads of autograd too, on a device; they report nothing themselves.
-        self._thread = threading.get_ident()
-
-    def advance(self, cost: float) -> None:
-        """Counts work that begins now; raises the errors of `Progress.check`."""
-        self._done += cost
-        if threading.get_ident() == self._thread:
-            self._progress.report(PHASE, min(self._done / (self._total or 1.0), 1.0))
-        else:
-            self._progress.check()
 
 
 class _Observer:
@@ -139,7 +123,7 @@ class _Observer:
         layers: tuple[Layer, ...],
         device: torch.device,
         costs: Mapping[str, float],  # of a pass, by module
-        clock: _Clock,
+        clock: RunClock,
     ) -> None:
         self._tensor, self._device, self._costs, self._clock = tensor, device, costs, clock
         self._layers: dict[str, list[Layer]] = {}
@@ -150,7 +134,7 @@ class _Observer:
 
     def read(self, key: str) -> Tensor:
         """Returns a tensor in float32 on the device."""
-        share = 1 - _FORWARD if torch.is_grad_enabled() else _FORWARD
+        share = 1 - FORWARD if torch.is_grad_enabled() else FORWARD
         layers = self._layers.get(key, ())
         self._clock.advance(share * sum(self._costs[layer.module] for layer in layers))
         return self._tensor(key).to(self._device, torch.float32)
@@ -193,8 +177,8 @@ class _Observer:
         return self._tests[size]
 
 
-def _pass_cost(layer: Layer, resolution: int, samples: Samples) -> float:
-    """Returns what a layer takes in one pass, in multiply-adds."""
+def pass_cost(layer: Layer, resolution: int, samples: Samples) -> float:
+    """Returns what a layer takes in one pass, forward and backward, in multiply-adds."""
     shrunk = (samples.side * _PIXELS / resolution) ** 2 if layer.part == "unet" else 1.0
     runs = _RUNS * samples.batch * layer.positions * shrunk
     return layer.m * layer.n * (runs + _ENTRY) + _LAYER

@@ -25,6 +25,26 @@ _ROUNDING: Final = 1e-3  # by which two computations of a share may differ
 
 
 @dataclass(frozen=True)
+class TrainingReport:
+    """What a training of the LoRAs by runs of the network came to.
+
+    Attributes:
+        updates: Of the factors.
+        before: By checkpoint: squared difference of the network's outputs, as a share of the average's.
+        after: The same after the training.
+    """
+
+    updates: int
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def has_gained(self) -> bool:
+        """Whether the LoRAs are the trained ones."""
+        return self.after != self.before
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     """The figures of one checkpoint."""
 
@@ -118,6 +138,7 @@ class Report:
     weighted_loss: float = 0.0
     weighted_private_loss: float = 0.0
     weighted_bound: float = 0.0
+    training: TrainingReport | None = None  # where the recipe asked for it
     shared_fidelity: tuple[float, ...] = ()  # (k,): of the shared LoRAs alone
     ends: EndLayers | None = None  # None in earlier versions, and where hosts take none from a LoRA
 
@@ -207,7 +228,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for the manifest."""
         data = asdict(self)
-        return data if self.ends else {name: x for name, x in data.items() if name != "ends"}
+        absent = {name for name in ("ends", "training") if data[name] is None}
+        return {name: x for name, x in data.items() if name not in absent}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
@@ -235,10 +257,15 @@ class Report:
             ("curve", report.curve, (blocks + 1, k)),
             ("similarity", report.similarity, (k, k)),
             ("shared_fidelity", [report.shared_fidelity] * bool(report.shared_fidelity), (1, k)),
+            ("training", _training_rows(report.training), (2, k)),
         ):
             if rows and [len(row) for row in rows] != [length] * count:
                 raise ValueError(f"expected {count} rows of {length} figures in report.{name}")
         return report
+
+
+def _training_rows(training: TrainingReport | None) -> list[tuple[float, ...]]:
+    return [training.before, training.after] if training else []
 
 
 def _without_topup(row: CheckpointReport, shared: float, fidelity: float) -> CheckpointReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Final
 
 from hyper_merge.loras.metadata import COMPANIONS
@@ -53,6 +54,7 @@ def format_report(report: Report, *, of_loras: bool = False) -> str:
         "",
         _format_explained(report, noun),
         "",
+        *_format_training(report),
         *_format_losses(report, "none" if of_loras else "average alone"),
         *_format_rounding(report),
         *_format_details(report),
@@ -105,6 +107,22 @@ def _format_explained(report: Report, noun: str) -> str:
         f" ({one_line(report.worst.name)})\n"
         f"explained in weights: {weights}"
     )
+
+
+def _format_training(report: Report) -> list[str]:
+    training = report.training
+    if training is None:
+        return []
+    if not training.has_gained:
+        return ["the training gained nothing, so the LoRAs are those of the solve", ""]
+    before, after = (100 * fmean(shares) for shares in (training.before, training.after))
+    worst, name = max(zip(training.after, (row.name for row in report.checkpoints), strict=True))
+    sentence = (
+        f"after a training of {training.updates} updates: of 100 parts of difference in what the network"
+        f" does, measured by runs of the checkpoints, {after:.1f} remain in the mean ({before:.1f} before),"
+        f" {100 * worst:.1f} at worst ({one_line(name)})"
+    )
+    return [sentence, ""]
 
 
 def _format_losses(report: Report, nothing: str) -> list[str]:

@@ -49,7 +49,10 @@ class Evaluation:
 
 
 def evaluate(
-    metric: Metric, blocks: StoredFactors, groups: Mapping[str, Sequence[int]]
+    metric: Metric,
+    blocks: StoredFactors,
+    groups: Mapping[str, Sequence[int]],
+    multipliers: Mapping[str, Tensor] | None = None,
 ) -> Evaluation:
     """Returns the best multipliers for the blocks as they are written, and their exact loss.
 
@@ -57,6 +60,7 @@ def evaluate(
         metric: of the loss.
         blocks: as the files hold them.
         groups: the layers that share one set of multipliers, by the names of their parts.
+        multipliers: by group: (k, R), float64, in place of the best ones.
     """
     contrasts = metric.analysis.contrasts
     deviations = energies(metric.analysis.grams, contrasts)
@@ -65,23 +69,23 @@ def evaluate(
     plain, weighted = blocks.plain.of(rows), blocks.weighted.of(rows)
     errors, weighted_errors = torch.empty_like(deviations), torch.empty_like(deviations)
     curve = torch.zeros(plain.cross.shape[2] + 1, plain.cross.shape[1]).double()
-    multipliers = {}
+    chosen = {}
     for name, members in groups.items():
         inside = list(members)
         statistics = [
             products.statistics(inside, float(energy[inside].sum()))
             for products, energy in ((plain, deviations), (weighted, weighted_deviations))
         ]
-        fitted = fit_multipliers(statistics[1])
+        fitted = multipliers[name] if multipliers else fit_multipliers(statistics[1])
         errors[inside] = plain.errors(inside, deviations, fitted)
         weighted_errors[inside] = weighted.errors(inside, weighted_deviations, fitted)
         curve += _explained_energies(*statistics)
-        multipliers[name] = fitted
+        chosen[name] = fitted
     total = deviations.sum(0)
     shares = torch.where(total > 0, curve / total, 1.0).clamp(0, 1)
     shares[0] = 0.0
     return Evaluation(
-        multipliers,
+        chosen,
         errors,
         deviations,
         weighted_errors,

@@ -78,11 +78,82 @@ def quantize(
         for index, result in zip(indices, results, strict=True):
             rounded[index] = result
             counter.finish(index)
-    ordered = [rounded[index] for index in sorted(rounded)]
+    return _as_stored([rounded[index] for index in sorted(rounded)], alphas)
+
+
+def round_again(
+    metric: Metric,
+    factors: Sequence[Sequence[FactorPair]],
+    stored: StoredFactors,
+    dtype: torch.dtype,
+    check: Callable[[], None],
+) -> StoredFactors:
+    """Balances and rounds factors that took the place of written ones, of the same ranks.
+
+    Args:
+        metric: of the loss.
+        factors: per layer and block: (m, r), (r, n), float32, as hosts are to apply them.
+        stored: the written ones.
+        dtype: of the stored factors.
+        check: called between layers; may raise, to stop.
+
+    Raises:
+        NonFiniteError: the type cannot hold a factor.
+    """
+    balanced = [
+        [balance(up, down) if up.shape[1] else (up, down) for up, down in pairs]
+        for pairs in factors
+    ]
+    alphas: Sequence[float | None] = stored.alphas
+    if dtype == FLOAT8:
+        by_block = zip(*balanced, strict=True)
+        alphas = [float8_alpha(max(map(_size, pairs))) for pairs in by_block]
+    round_one = partial(
+        _round_balanced, metric, [StoredFormat(alpha, dtype) for alpha in alphas], check
+    )
+    with metric.analysis.maps(torch.device("cpu"), check, _PHASE) as maps:
+        results = list(maps.layers(round_one, range(len(balanced)), balanced))
+    return _as_stored(results, alphas)
+
+
+def _round_balanced(
+    metric: Metric,
+    formats: Sequence[StoredFormat],
+    check: Callable[[], None],
+    index: int,
+    pairs: Sequence[FactorPair],
+) -> _RoundedLayer:
+    """Rounds blocks that need not lie between the layer's bases."""
+    check()
+    if not any(up.shape[1] for up, _ in pairs):
+        return _empty_layer(metric.analysis, index, formats)
+    rounding = _rounding(metric, index, [up.shape[1] for up, _ in pairs], formats)
+    ups, downs = zip(*pairs, strict=True)
+    columns = torch.cat(ups, 1), torch.cat(downs).mT
+    exact = [
+        BlockSide(side, of_layer.basis.mT @ side)
+        for side, of_layer in zip(columns, rounding.sides, strict=True)
+    ]
+    sides = rounding.side(exact[UPS], UPS), rounding.side(exact[DOWNS], DOWNS)
+    products = _products(metric.analysis, index, rounding, sides, metric.layers[index].scale)
+    return _RoundedLayer(keep_pairs(metric.analysis.scratch.keep, stored_pairs(sides)), *products)
+
+
+def _rounding(
+    metric: Metric, index: int, ranks: Sequence[int], formats: Sequence[StoredFormat]
+) -> Rounding:
+    layer, of_layer = metric.analysis.layers[index], metric.layers[index]
+    left, right = metric.analysis.bases(index)
+    sides = LayerSide(left, of_layer.left), LayerSide(right, of_layer.right)
+    return Rounding(layer, sides, ranks, formats)
+
+
+def _as_stored(layers: Sequence[_RoundedLayer], alphas: Sequence[float | None]) -> StoredFactors:
+    """Returns the layers in their order."""
     return StoredFactors(
-        factors=[result.factors for result in ordered],
-        plain=_stack([result.plain for result in ordered]),
-        weighted=_stack([result.weighted for result in ordered]),
+        factors=[layer.factors for layer in layers],
+        plain=_stack([layer.plain for layer in layers]),
+        weighted=_stack([layer.weighted for layer in layers]),
         alphas=tuple(alphas),
     )
 
@@ -144,16 +215,10 @@ def _round_layer(
         for (up, down), scale in zip(solved.pairs, group.scales.tolist(), strict=True)
     ]
     check()
-    layer, (left, right) = analysis.layers[index], analysis.bases(index)
     of_layer = metric.layers[index]
-    rounding = Rounding(
-        layer,
-        (LayerSide(left, of_layer.left), LayerSide(right, of_layer.right)),
-        [up.shape[1] for up, _ in pairs],
-        formats,
-    )
+    rounding = _rounding(metric, index, [up.shape[1] for up, _ in pairs], formats)
     sides = _rounded(rounding, pairs)
-    is_fitted_again = formats[0].dtype == FLOAT8 and not layer.whole
+    is_fitted_again = formats[0].dtype == FLOAT8 and not rounding.layer.whole
     if is_fitted_again:
         target = RefitTarget(metric.mixed(analysis.core(index)), group.multipliers)
         sides = refit(target, rounding, sides, check)
@@ -217,7 +282,13 @@ def _sizes(layer: _SolvedLayer) -> list[float]:
     if layer.pairs is None:
         return [0.0] * len(scales)
     scaled = zip(layer.pairs, scales, strict=True)
-    return [up.shape[1] * x * largest_value(up, down) for (up, down), x in scaled]
+    return [x * _size(pair) for pair, x in scaled]
+
+
+def _size(pair: FactorPair) -> float:
+    """Returns rank times largest singular value of a block."""
+    up, down = pair
+    return up.shape[1] * largest_value(up, down)
 
 
 def _scaled(pair: FactorPair, scale: float) -> FactorPair:

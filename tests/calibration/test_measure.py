@@ -270,16 +270,6 @@ def test_two_passes_see_every_noise_level_and_report(monkeypatch):
     assert max(after - before for before, after in pairwise(fractions)) < 0.1
 
 
-def test_threads_of_a_device_report_nothing():
-    clock_reports, checks = [], []
-    clock = measure._Clock(
-        Progress(lambda *report: clock_reports.append(report), lambda: bool(checks.append(1))), 4
-    )
-    clock._thread = None
-    clock.advance(1)
-    assert (clock_reports, len(checks)) == ([], 1)
-
-
 # which files it can run
 
 

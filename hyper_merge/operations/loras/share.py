@@ -58,7 +58,14 @@ DEFAULTS: Final = {"exact": "none", "layer_weights": "plain"}
 """The settings that go with LoRAs and not with checkpoints, where nothing else is asked for."""
 
 # Settings that are about checkpoints, with the one value that they have here.
-_FIXED = {"base": AVERAGE, "weights": None, "block_weights": None, "vae": "first", "exact": "none"}
+_FIXED = {
+    "base": AVERAGE,
+    "weights": None,
+    "block_weights": None,
+    "training": 0,
+    "vae": "first",
+    "exact": "none",
+}
 
 
 @dataclass(frozen=True, eq=False)

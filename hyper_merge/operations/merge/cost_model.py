@@ -18,6 +18,7 @@ import torch
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
+from hyper_merge.calibration.distillation import Course, training_cost
 from hyper_merge.calibration.measure import measuring_cost
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD
 from hyper_merge.decomposition.rank_allocation import even_ranks
@@ -54,6 +55,7 @@ class MergeCosts(NamedTuple):
     running: float  # of the average's network
     solving: float
     rounding: float
+    training: float  # of the LoRAs, by runs of the network
     writing: float
 
 
@@ -75,6 +77,7 @@ def merge_costs(
         running=_running_seconds(inputs, device, existing),
         solving=estimate_seconds(solving, device),
         rounding=estimate_seconds(rounding, _HOST),
+        training=_training_seconds(inputs, recipe, ranks, device),
         writing=estimate_seconds(writing, _HOST),
     )
 
@@ -117,6 +120,17 @@ def _running_seconds(inputs: MergeInputs, device: torch.device, existing: Existi
     if existing.sensitivities:
         return 0.0
     return estimate_seconds(measuring_cost(inputs.layout), device)
+
+
+def _training_seconds(
+    inputs: MergeInputs, recipe: Recipe, ranks: Sequence[tuple[int, ...]], device: torch.device
+) -> float:
+    if not recipe.training:
+        return 0.0
+    together = [sum(of_layer) for of_layer in ranks]
+    course = Course(recipe.training)
+    cost = training_cost(inputs.layout, together, len(inputs.headers), course)
+    return estimate_seconds(cost, device)
 
 
 def _entry_costs(inputs: MergeInputs) -> float:

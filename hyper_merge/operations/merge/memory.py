@@ -10,6 +10,8 @@ import torch
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.device_bytes import IN_FLIGHT, bytes_in_flight
 from hyper_merge.analysis.inputs import MergeInputs, basis_columns
+from hyper_merge.calibration.distillation import BYTES_OF_ENTRY
+from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.formatting import format_size
@@ -18,6 +20,7 @@ from hyper_merge.runtime.scratch import RESIDENT
 
 _OVERHEAD: Final = 320 * 2**20  # bytes: Python and torch
 _IN_PASS: Final = 200 * 2**20  # bytes: what files and their network take besides the tensors
+_WEIGHTS_AT_WORK: Final = 32  # bytes for an entry of the largest weight that a network reads
 _CORES_AT_WORK: Final = 24  # of each worker: a wide core, its mixtures, products and factors
 
 _MB: Final = 10**6
@@ -50,17 +53,19 @@ class MemoryNeeds:
         solving: Of the layers that the solver's workers are about.
         reading: While tensors are analysed, besides these.
         largest: Of the largest tensor.
+        training: Of the factors that a training is about; 0 without one.
     """
 
     always: int
     solving: int
     reading: int
     largest: int
+    training: int = 0
 
     @property
     def least(self) -> int:
         """The fewest bytes with which the merge works."""
-        return self.always + max(self.solving, self.reading + self.largest)
+        return self.always + max(self.solving, self.reading + self.largest, self.training)
 
     def limits(self, memory: int | None) -> MemoryLimits:
         """Returns the limits that the user's follow from; the usual ones without one.
@@ -92,6 +97,7 @@ class MemoryNeeds:
             tensors: bytes of the tensors that are analysed at a time; None where no tensor is.
         """
         phases = [min(kept, limits.resident) + self.solving]
+        phases.append(min(kept, limits.resident) + self.training)
         if tensors is not None:
             phases.append(self.reading + tensors)
         return self.always + max(phases)
@@ -114,7 +120,18 @@ def memory_needs(recipe: Recipe, inputs: MergeInputs, sensitivities: int) -> Mem
         solving=_CORES_AT_WORK * worker_count(_HOST) * core,
         reading=_IN_PASS,
         largest=bytes_in_flight(inputs, width, 1),
+        training=_training_bytes(recipe, inputs),
     )
+
+
+def _training_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
+    if not recipe.training:
+        return 0
+    layers = inputs.layout.layers
+    ranks = even_ranks(recipe.ranks, [(layer.m, layer.n) for layer in layers])
+    entries = sum((x.m + x.n) * sum(of_x) for x, of_x in zip(layers, ranks, strict=True))
+    weight = max(x.m * x.n for x in layers)
+    return BYTES_OF_ENTRY * entries + _WEIGHTS_AT_WORK * weight
 
 
 def tensors_in_flight(recipe: Recipe, inputs: MergeInputs, limits: MemoryLimits) -> int:

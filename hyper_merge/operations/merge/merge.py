@@ -48,6 +48,7 @@ from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.report_builder import make_report
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.operations.merge.solving import Search, solve_shared, with_private_loras
+from hyper_merge.operations.merge.training import trained
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.name_locks import Hold, held
 from hyper_merge.runs.report import PrecisionLoss, Report
@@ -212,12 +213,13 @@ def _make_files(
             sensitivities=preflight.is_network_known,
         ),
     )
-    hashing, reading, running, solving, writing = progress.split(
+    hashing, reading, running, solving, training, writing = progress.split(
         (
             costs.hashing,
             costs.reading,
             costs.running,
             costs.solving + costs.rounding,
+            costs.training,
             costs.writing,
         )
     )
@@ -244,6 +246,8 @@ def _make_files(
             )
             search = replace(search, costs=(costs.solving, costs.rounding))
             solved = solve_shared(metric, preflight, overhead, search, solving)
+            with _average(outputs) as average:
+                solved = trained(metric, preflight, solved, average, training)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
             solved = with_private_loras(metric, solved, overhead, adding)
             preflight = replace(preflight, recipe=solved.plan.recipe)

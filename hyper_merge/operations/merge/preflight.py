@@ -15,6 +15,7 @@ from hyper_merge.analysis.file_layout import file_identity
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.sensitivities import Sensitivities, sensitivities_bytes
 from hyper_merge.analysis.streaming_pass import PassOptions
+from hyper_merge.calibration.measure import can_run
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment, layout_of
 from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias
@@ -176,6 +177,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         accepts_damaged=accepts_damaged,
     )
     _check_blocks(inputs)
+    _check_training(recipe, inputs)
     select_norms_and_biases(recipe, inputs)
     recipe = with_ranks(recipe, inputs)
     warnings += [
@@ -221,6 +223,30 @@ def _check_blocks(inputs: MergeInputs) -> None:
     for key, treatment in inputs.layout.treatments.items():
         if treatment in (Treatment.LAYER, Treatment.AVERAGE):
             inputs.contrasts_of(key)
+
+
+def _check_training(recipe: Recipe, inputs: MergeInputs) -> None:
+    """Returns if the LoRAs can be trained as the recipe asks for.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    if not recipe.training:
+        return
+    family, first = inputs.layout.family, inputs.headers[0]
+    if not can_run(inputs.layout, {key: info.shape for key, info in first.tensors.items()}):
+        raise RecipeError(
+            f"the network of {first.name} ({family.title}) cannot be run here, so no LoRA can be trained",
+            hint="leave the training out",
+            key="training",
+        )
+    if recipe.target is not None:
+        raise RecipeError(
+            "a training goes by the network's outputs, and leaves other shares of the differences than"
+            " the target's",
+            hint="give ranks or a budget in place of a target, or leave the training out",
+            key="training",
+        )
 
 
 def common_layout(headers: Sequence[Header], *, accepts_damaged: bool = False) -> Layout:

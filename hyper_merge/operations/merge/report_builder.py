@@ -88,6 +88,7 @@ def make_report(
         weighted_private_loss=private_loss,
         weighted_bound=bound,
         shared_fidelity=tuple(evaluation.shared.tolist()),
+        training=solved.training,
     )
 
 

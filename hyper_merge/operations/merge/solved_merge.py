@@ -8,6 +8,7 @@ import torch
 
 from hyper_merge.operations.merge.host_precision import HostLora
 from hyper_merge.operations.merge.rank_plan import RankPlan
+from hyper_merge.runs.report import TrainingReport
 from hyper_merge.solver.batching import Ranks
 from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.private_loras import PrivateLora
@@ -23,6 +24,7 @@ class SolvedMerge:
     evaluation: Evaluation  # of all LoRAs together
     losses: tuple[float, ...]  # after each sweep of the solver
     private_loras: tuple[PrivateLora, ...] = ()
+    training: TrainingReport | None = None
 
     def all_ranks(self) -> Ranks:
         """Returns the ranks of all LoRAs, private ones last, per layer."""

@@ -6,10 +6,11 @@ import base64
 import html
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Final
 
 from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.report import CheckpointReport, Report
+from hyper_merge.runs.report import CheckpointReport, Report, TrainingReport
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.html.common import (
@@ -46,6 +47,7 @@ def format_run_card(run: Run, *, is_new: bool = False) -> str:
         f"<div class=hm-card><h3>{_text(run.name)}{done}</h3><p>{_format_files(run)}</p>"
         + _format_figures(report)
         + format_hint(f"{_EXPLAINED.get(report.metric, _EXPLAINED['plain'])}{_in_weights(report)}")
+        + _format_training(report.training)
         + _format_places(run)
         + "</div>"
         + _format_rounding(run)
@@ -105,6 +107,20 @@ def _format_figures(report: Report) -> str:
         f"<div><dt>{_text(label)}</dt><dd>{value}</dd></div>" for value, label in figures
     )
     return f"<dl class=hm-figures>{cells}</dl>"
+
+
+def _format_training(training: TrainingReport | None) -> str:
+    """Returns what a training came to, by which a run is to be judged where there was one."""
+    if training is None:
+        return ""
+    if not training.has_gained:
+        return format_hint("The training gained nothing: the LoRAs are as they were before it.")
+    before, after = (format_percent(fmean(x)) for x in (training.before, training.after))
+    return format_hint(
+        "The figures above are estimates, which a training does not go by. Measured by runs of the"
+        f" networks, <b>{after}</b> of the checkpoints' differences are left in the mean; before the"
+        f" training it was {before}."
+    )
 
 
 def _in_weights(report: Report) -> str:

@@ -1,0 +1,325 @@
+"""Trains the factors of LoRAs by runs of the network: knowledge distillation.
+
+The student is the average with its LoRAs, the teachers are the checkpoints. All of them see the same
+noise and the same random prompts, and the factors are changed so that the student's outputs, with
+each checkpoint's multipliers, come nearer to those of that checkpoint. No picture and no prompt of
+anybody is needed: what makes the outputs alike on noise does so on pictures too. Outputs for inputs
+that the training never sees tell what it gained.
+
+Sources: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015; Kingma and Ba,
+"Adam: a method for stochastic optimization", 2015.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hyper_merge.calibration.measure import FORWARD, Samples, pass_cost
+from hyper_merge.calibration.network import Network
+from hyper_merge.calibration.run_clock import RunClock
+from hyper_merge.checkpoints.architectures.layout import Layer, Layout
+from hyper_merge.checkpoints.io.header import Shape
+from hyper_merge.runtime.progress import Progress
+
+PHASE: Final = "training the LoRAs"
+
+ReadTensor = Callable[[str], Tensor]
+"""Returns a tensor of a checkpoint by its key, on the CPU, in the file's type."""
+
+BYTES_OF_ENTRY: Final = 20
+"""Of a factor's entry in float32: what it was, what it becomes, its gradient and two moments of that."""
+
+_RATE: Final = 0.03  # step of an entry, of the mean size of its factor's entries
+_RISE: Final = 3  # updates until that rate is reached
+_BETAS: Final = (0.9, 0.98)
+_HELD_OUT: Final = 2  # batches that tell what the training gained
+_PRODUCTS: Final = 4.0  # with a factor, for each entry of a weight: twice forward, twice backward
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long the training is, and what the networks see."""
+
+    updates: int  # of the factors, each after one batch for every checkpoint
+    batch: int = 8
+    side: int = 16  # height and width of the latents
+    seed: int = 0
+
+    @property
+    def samples(self) -> Samples:
+        """The inputs of the updates and, after them, those that tell what was gained."""
+        return Samples(self.updates + _HELD_OUT, self.batch, self.side)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLayer:
+    """The blocks of a layer, next to each other, which the training changes.
+
+    Attributes:
+        layer: Whose blocks they are.
+        up: (m, r), of all blocks, float32.
+        down: (r, n), of all blocks, float32.
+        multipliers: (k, r), of every checkpoint: those of the columns' blocks.
+    """
+
+    layer: Layer
+    up: Tensor
+    down: Tensor
+    multipliers: Tensor
+
+    def change(self, checkpoint: int, device: torch.device) -> Tensor:  # (m, n)
+        """Returns what the blocks add to the layer's weight for a checkpoint, on a device."""
+        up, down = self.up.to(device), self.down.to(device)
+        return (up * self.multipliers[checkpoint].to(device)) @ down
+
+    def trainable(self, device: torch.device) -> TrainedLayer:
+        """Returns the same with copies of the factors on a device, which take gradients."""
+        up, down = (
+            factor.detach().to(device, copy=True).requires_grad_()
+            for factor in (self.up, self.down)
+        )
+        return replace(self, up=up, down=down)
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """The average with LoRAs.
+
+    Attributes:
+        average: Reads the average.
+        shapes: Of the checkpoints' tensors by key.
+        layout: Of the checkpoints, whose network can be run.
+        layers: With their blocks.
+    """
+
+    average: ReadTensor
+    shapes: Mapping[str, Shape]
+    layout: Layout
+    layers: Sequence[TrainedLayer]
+
+    def trainable(self, device: torch.device) -> Student:
+        """Returns the same with copies of the factors on a device, which take gradients."""
+        return replace(self, layers=[layer.trainable(device) for layer in self.layers])
+
+    def costs(self, course: Course) -> dict[str, float]:
+        """Returns what a tensor takes in a run forward and backward, by key, in multiply-adds."""
+        resolution = self.layout.family.resolution
+        costs: dict[str, float] = {}
+        for of_layer in self.layers:
+            layer, rank = of_layer.layer, of_layer.up.shape[1]
+            cost = pass_cost(layer, resolution, course.samples) + _products_cost(layer, rank)
+            costs[layer.key] = costs.get(layer.key, 0.0) + cost
+        return costs
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a training came to.
+
+    Attributes:
+        before: (k,): squared differences of the outputs before it, as shares of the average's.
+        after: (k,): the same with the factors as they are written.
+        is_better: Whether these are better than the former ones.
+    """
+
+    before: Tensor
+    after: Tensor
+    is_better: bool
+
+
+def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course: Course) -> float:
+    """Returns what `distil` takes, in multiply-adds of large products.
+
+    Args:
+        layout: of the checkpoints.
+        ranks: of all blocks of each layer together.
+        checkpoints: how many there are.
+        course: of the training.
+    """
+    resolution = layout.family.resolution
+    plain = sum(pass_cost(layer, resolution, course.samples) for layer in layout.layers)
+    products = sum(_products_cost(*pair) for pair in zip(layout.layers, ranks, strict=True))
+    student = course.updates + 2 * FORWARD * _HELD_OUT
+    teacher = FORWARD * course.samples.passes
+    average = FORWARD * _HELD_OUT * plain
+    return checkpoints * (student * (plain + products) + teacher * plain) + average
+
+
+def distil(
+    student: Student,
+    teachers: Sequence[AbstractContextManager[ReadTensor]],
+    weights: Tensor,
+    course: Course,
+    write: Callable[[Sequence[TrainedLayer]], Sequence[TrainedLayer]],
+    device: torch.device,
+    progress: Progress,
+) -> Lesson | None:
+    """Trains the student's factors; the multipliers stay as they are.
+
+    Args:
+        student: with the factors at the start, which stay as they are.
+        teachers: open the k checkpoints, once each, one after the other.
+        weights: (k,): how much each checkpoint's squared differences count.
+        course: how long, and with which inputs.
+        write: takes the trained layers, on the CPU, and returns them as files hold them.
+        device: that runs the networks.
+        progress: progress and interrupt.
+
+    Returns:
+        None where a network gives outputs that are not finite, or all give the same.
+
+    Raises:
+        InterruptedRun: the training was stopped.
+    """
+    ranks = {of_layer.layer.module: of_layer.up.shape[1] for of_layer in student.layers}
+    by_layer = [ranks.get(layer.module, 0) for layer in student.layout.layers]
+    total = training_cost(student.layout, by_layer, len(teachers), course)
+    runner = _Runner(student.trainable(device), course, device, RunClock(progress, PHASE, total))
+    targets = []
+    for teacher in teachers:
+        with teacher as read:
+            network = runner.network(read)
+            targets.append([runner.output(network, n) for n in range(course.samples.passes)])
+    average = runner.network(student.average)
+    # Of the average alone, in the same places.
+    alone = [runner.output(average, course.updates + n) for n in range(_HELD_OUT)]
+    scale = torch.stack([_squares(alone, of_teacher[course.updates :]) for of_teacher in targets])
+    if not bool(scale.isfinite().all()) or not bool((scale > 0).any()):
+        return None
+    scale = torch.where(
+        scale > 0, scale, torch.inf
+    )  # of a checkpoint that does what the average does
+    before = runner.differences(student.layers, targets) / scale
+    runner.train(targets, weights)
+    after = runner.differences(write(runner.trained()), targets) / scale
+    runner.clock.finish()
+    # False for NaN too.
+    is_better = float((after * weights).sum()) < float((before * weights).sum())
+    return Lesson(before, after, is_better)
+
+
+class _Runner:
+    """Runs the networks of checkpoints and of the student."""
+
+    def __init__(
+        self, student: Student, course: Course, device: torch.device, clock: RunClock
+    ) -> None:
+        self._student, self._course, self._device = student, course, device
+        self.clock = clock
+        self._costs = student.costs(course)
+
+    def network(self, tensor: ReadTensor) -> Network:
+        """Returns the network of a checkpoint."""
+        return self._network(partial(self._read, tensor))
+
+    def output(self, network: Network, number: int) -> Tensor:  # (b, channels, side, side)
+        """Returns a network's output for the inputs of a number, without a gradient."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return self._run(network, number)
+
+    def differences(
+        self, layers: Sequence[TrainedLayer], targets: Sequence[Sequence[Tensor]]
+    ) -> Tensor:  # (k,), float64
+        """Returns a student's squared differences for inputs that no update sees."""
+        first = self._course.updates
+        learners = self._learners(layers, len(targets))
+        return torch.stack(
+            [
+                _squares(
+                    [self.output(learner, first + n) for n in range(_HELD_OUT)], of_teacher[first:]
+                )
+                for learner, of_teacher in zip(learners, targets, strict=True)
+            ]
+        )
+
+    def train(self, targets: Sequence[Sequence[Tensor]], weights: Tensor) -> None:
+        """Changes the factors; each update goes by one batch for every checkpoint."""
+        factors = [
+            factor
+            for layer in self._student.layers
+            for factor in (layer.up, layer.down)
+            if bool(factor.detach().any())  # nothing goes through a pair of zeros
+        ]
+        learners = self._learners(self._student.layers, len(targets))
+        with torch.inference_mode(mode=False), torch.enable_grad():  # a host may have set these
+            optimizer = torch.optim.Adam(
+                [{"params": [factor], "lr": _RATE * _mean_size(factor)} for factor in factors],
+                betas=_BETAS,
+                eps=torch.finfo(torch.float32).tiny,  # the loss has no size of its own
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+            for number in range(self._course.updates):
+                for m, learner in enumerate(learners):
+                    output = self._run(learner, number)
+                    loss = (output - targets[m][number]).square().mean()
+                    torch.autograd.backward(float(weights[m]) * loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+
+    def trained(self) -> list[TrainedLayer]:
+        """Returns the layers with their factors on the CPU."""
+        return [
+            replace(layer, up=layer.up.detach().cpu(), down=layer.down.detach().cpu())
+            for layer in self._student.layers
+        ]
+
+    def _rate(self, number: int) -> float:
+        """Returns the rate of an update as a share of the highest: it rises, then falls to nothing."""
+        rise = min((number + 1) / _RISE, 1.0)
+        return rise * (1 + math.cos(math.pi * number / self._course.updates)) / 2
+
+    def _run(self, network: Network, number: int) -> Tensor:
+        course = self._course
+        generator = torch.Generator().manual_seed(course.seed + number)
+        return network.run(course.samples.steps(number).to(self._device), course.side, generator)
+
+    def _learners(self, layers: Sequence[TrainedLayer], count: int) -> list[Network]:
+        """Returns the networks of the average with the LoRAs of each checkpoint."""
+        by_key: dict[str, list[TrainedLayer]] = {}
+        for layer in layers:
+            by_key.setdefault(layer.layer.key, []).append(layer)
+        return [self._network(partial(self._learned, by_key, m)) for m in range(count)]
+
+    def _network(self, read: ReadTensor) -> Network:
+        return Network(read, self._student.shapes, self._student.layout.family)
+
+    def _learned(
+        self, by_key: Mapping[str, Sequence[TrainedLayer]], checkpoint: int, key: str
+    ) -> Tensor:
+        weight = self._read(self._student.average, key)
+        layers = by_key.get(key, ())
+        if not layers:
+            return weight
+        weight = weight.clone()  # it may be the mapped file
+        for layer in layers:
+            rows = weight[slice(*layer.layer.rows)] if layer.layer.rows else weight
+            rows += layer.change(checkpoint, self._device).view(rows.shape)
+        return weight
+
+    def _read(self, tensor: ReadTensor, key: str) -> Tensor:
+        """Returns a tensor in float32 on the device."""
+        share = 1 - FORWARD if torch.is_grad_enabled() else FORWARD
+        self.clock.advance(share * self._costs.get(key, 0.0))
+        return tensor(key).to(self._device).to(torch.float32)
+
+
+def _squares(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:  # (), float64
+    pairs = zip(outputs, others, strict=True)
+    return torch.stack([(one - other).double().square().sum().cpu() for one, other in pairs]).sum()
+
+
+def _mean_size(factor: Tensor) -> float:
+    return float(factor.detach().square().mean().sqrt())
+
+
+def _products_cost(layer: Layer, rank: int) -> float:
+    return _PRODUCTS * layer.m * layer.n * rank

@@ -1,0 +1,127 @@
+"""Trains a merge's shared LoRAs by runs of the network, where the recipe asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hyper_merge.calibration.distillation import (
+    BYTES_OF_ENTRY,
+    Course,
+    Lesson,
+    ReadTensor,
+    Student,
+    TrainedLayer,
+    distil,
+)
+from hyper_merge.checkpoints.io.header import Header
+from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.loras.lora_file import as_hosts_apply
+from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.operations.merge.rank_plan import RankPlan
+from hyper_merge.operations.merge.solved_merge import SolvedMerge
+from hyper_merge.runs.report import TrainingReport
+from hyper_merge.runtime.devices import try_device
+from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver.evaluation import evaluate
+from hyper_merge.solver.metric import Metric
+from hyper_merge.solver.products import FactorPair, StoredFactors
+from hyper_merge.solver.quantization import round_again
+
+
+def trained(
+    metric: Metric,
+    preflight: Preflight,
+    solved: SolvedMerge,
+    average: ReadTensor,
+    progress: Progress,
+) -> SolvedMerge:
+    """Returns the merge with trained LoRAs; unchanged where the recipe asks for none, or it gains nothing.
+
+    The multipliers stay those of the solve.
+
+    Args:
+        metric: of the loss.
+        preflight: the validated recipe.
+        solved: without private LoRAs.
+        average: reads the average.
+        progress: progress and interrupt.
+
+    Raises:
+        NonFiniteError: the files' type cannot hold a factor.
+    """
+    updates = preflight.recipe.training
+    if not updates:
+        return solved
+    inputs, plan = preflight.inputs, solved.plan
+    multipliers = solved.evaluation.multipliers
+    shapes = {key: info.shape for key, info in inputs.headers[0].tensors.items()}
+    layers = _trained_layers(metric, solved.factors, plan, multipliers)
+    student = Student(average, shapes, inputs.layout, layers)
+    course = Course(updates, seed=preflight.recipe.seed)
+    factors = solved.factors
+
+    def write(layers: Sequence[TrainedLayer]) -> list[TrainedLayer]:
+        nonlocal factors
+        pairs = [_split(*pair) for pair in zip(layers, solved.factors.ranks, strict=True)]
+        factors = round_again(metric, pairs, solved.factors, plan.dtype, progress.check)
+        return _trained_layers(metric, factors, plan, multipliers)
+
+    def train(device: torch.device) -> Lesson | None:
+        teachers = [_opened(header) for header in inputs.headers]
+        return distil(student, teachers, metric.checkpoints, course, write, device, progress)
+
+    def warn(failure: str) -> None:
+        progress.warn(f"{failure} for the training; the CPU does it")
+
+    entries = sum(layer.up.numel() + layer.down.numel() for layer in layers)
+    device = preflight.pass_options.device
+    lesson = try_device(device, train, BYTES_OF_ENTRY * entries, on_failure=warn)
+    if lesson is None:
+        progress.warn(
+            "the networks give no finite outputs that differ, so the LoRAs are not trained"
+        )
+        return solved
+    before, after = tuple(lesson.before.tolist()), tuple(lesson.after.tolist())
+    if not lesson.is_better:
+        progress.warn(
+            "the training made no outputs more alike, so the LoRAs are as they were solved"
+        )
+        return replace(solved, training=TrainingReport(updates, before, before))
+    evaluation = evaluate(metric, factors, plan.groups, multipliers)
+    training = TrainingReport(updates, before, after)
+    return replace(solved, factors=factors, evaluation=evaluation, training=training)
+
+
+@contextmanager
+def _opened(header: Header) -> Iterator[Callable[[str], Tensor]]:
+    with CheckpointReader(header.path) as file:
+        yield file.tensor
+
+
+def _trained_layers(
+    metric: Metric, factors: StoredFactors, plan: RankPlan, multipliers: Mapping[str, Tensor]
+) -> list[TrainedLayer]:
+    """Returns the layers with their blocks as hosts apply them."""
+    group_of = {index: name for name, members in plan.groups.items() for index in members}
+    layers = []
+    for index, pairs in enumerate(factors.factors):
+        applied = [
+            as_hosts_apply(*pair, alpha) for pair, alpha in zip(pairs, factors.alphas, strict=True)
+        ]
+        ups, downs = zip(*applied, strict=True)
+        ranks = torch.tensor([up.shape[1] for up in ups])
+        rows = multipliers[group_of[index]].float().repeat_interleave(ranks, 1)
+        layer = metric.analysis.layers[index]
+        layers.append(TrainedLayer(layer, torch.cat(ups, 1), torch.cat(downs), rows))
+    return layers
+
+
+def _split(layer: TrainedLayer, ranks: Sequence[int]) -> list[FactorPair]:
+    """Returns the blocks of a layer."""
+    ups, downs = torch.split(layer.up, list(ranks), 1), torch.split(layer.down, list(ranks))
+    return list(zip(ups, downs, strict=True))

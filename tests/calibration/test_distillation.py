@@ -1,0 +1,214 @@
+"""LoRAs are trained by the gradients of the outputs' differences, measured on other inputs, and never spoilt."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from reference_networks import FAMILY, layout_for, narrow_shapes, narrow_weights
+from tiny_family import Stop
+from torch.testing import assert_close
+
+from hyper_merge.calibration import distillation, text_encoders, unet
+from hyper_merge.calibration.distillation import PHASE, Course, Student, TrainedLayer, distil
+from hyper_merge.calibration.network import Network
+from hyper_merge.errors import InterruptedRun
+from hyper_merge.runtime.progress import Progress
+
+CPU = torch.device("cpu")
+COURSE = Course(updates=2, batch=2, side=8)
+RANK = 2
+END = "model.diffusion_model.out.2.bias"
+
+
+def student_of(kind, seed=1):
+    """Returns a student and what its two teachers are: the average with other factors of that rank."""
+    shapes, average = narrow_shapes(kind), narrow_weights(kind)
+    layout = layout_for(shapes, FAMILY[kind])
+    generator = torch.Generator().manual_seed(seed)
+    multipliers = torch.tensor([[1.0, -0.5], [0.3, 1.0]])
+    layers, teachers = [], [{key: x.clone() for key, x in average.items()} for _ in range(2)]
+    for layer in layout.layers:
+        size = average[layer.key].std() / RANK
+        up, down = (torch.randn(n, RANK, generator=generator) for n in (layer.m, layer.n))
+        up, down = up * size, down.mT
+        own = TrainedLayer(layer, up, down, multipliers)
+        for m, state in enumerate(teachers):
+            weight = state[layer.key][slice(*layer.rows)] if layer.rows else state[layer.key]
+            weight += own.change(m, CPU).view(weight.shape)
+        noisy = (x + 0.5 * x.std() * torch.randn(x.shape, generator=generator) for x in (up, down))
+        layers.append(TrainedLayer(layer, *noisy, multipliers))
+    return Student(average.__getitem__, shapes, layout, layers), teachers
+
+
+@contextmanager
+def opened(state):
+    yield state.__getitem__
+
+
+def lesson_of(student, teachers, course=COURSE, progress=None, weights=(1.0, 3.0), write=list):
+    """Returns the lesson, and the layers that it ended with."""
+    taken = []
+
+    def keep(layers):
+        taken.extend(write(layers))
+        return taken
+
+    lesson = distil(
+        student,
+        [opened(state) for state in teachers],
+        torch.tensor(weights, dtype=torch.float64),
+        course,
+        keep,
+        CPU,
+        progress or Progress(),
+    )
+    return lesson, taken
+
+
+def output(student, state, number, course=COURSE):
+    generator = torch.Generator().manual_seed(course.seed + number)
+    network = Network(state.__getitem__, student.shapes, student.layout.family)
+    return network.run(course.samples.steps(number), course.side, generator)
+
+
+def with_blocks(student, layers, m):
+    """Returns the whole weights of the student for a teacher's multipliers, put together again."""
+    state = dict(student.average.__self__)
+    for key in {layer.layer.key for layer in layers}:
+        own = [layer for layer in layers if layer.layer.key == key]
+        rows = [(x.up @ torch.diag(x.multipliers[m]) @ x.down).flatten(1) for x in own]
+        state[key] = state[key] + torch.cat(rows).reshape(state[key].shape)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_updates_are_those_of_whole_gradients_at_once(kind, monkeypatch):
+    student, teachers = student_of(kind)
+    _, trained = lesson_of(student, teachers)
+
+    for module in (unet, text_encoders):  # all in one graph
+        monkeypatch.setattr(module, "recomputed", lambda function, *rest: function(*rest))
+    mine = [
+        TrainedLayer(
+            x.layer, x.up.clone().requires_grad_(), x.down.clone().requires_grad_(), x.multipliers
+        )
+        for x in student.layers
+    ]
+    factors = [factor for layer in mine for factor in (layer.up, layer.down)]
+    sizes = [float(factor.detach().square().mean().sqrt()) for factor in factors]
+    first = [torch.zeros_like(factor) for factor in factors]
+    second = [torch.zeros_like(factor) for factor in factors]
+    for number, rate in enumerate((1 / 3, 2 / 3 / 2)):  # rising, and half way down the cosine
+        differences = [
+            (
+                output(student, with_blocks(student, mine, m), number)
+                - output(student, state, number)
+            )
+            for m, state in enumerate(teachers)
+        ]
+        loss = differences[0].square().mean() + 3 * differences[1].square().mean()
+        gradients = torch.autograd.grad(loss, factors, materialize_grads=True)
+        for place, gradient in enumerate(gradients):
+            first[place] = 0.9 * first[place] + 0.1 * gradient
+            second[place] = 0.98 * second[place] + 0.02 * gradient.square()
+            step = first[place] / (1 - 0.9 ** (number + 1))
+            step = step / (second[place] / (1 - 0.98 ** (number + 1))).sqrt()
+            with torch.no_grad():
+                factors[place] -= 0.03 * rate * sizes[place] * torch.nan_to_num(step)
+    # Adam goes by signs, and a gradient of next to nothing has one of chance: where a group norm takes
+    # away what a layer adds.
+    sizes_of_gradients = torch.stack([moment.mean().sqrt() for moment in second])
+    matters = (sizes_of_gradients > 1e-3 * sizes_of_gradients.median()).tolist()
+    assert sum(matters) > 0.8 * len(matters)
+    found = [factor for layer in trained for factor in (layer.up, layer.down)]
+    for one, other, size, is_known in zip(found, factors, sizes, matters, strict=True):
+        off = (one - other).abs() > 1e-3 * size
+        assert not is_known or off.float().mean() < 0.02
+
+
+def test_outputs_become_more_alike_on_inputs_that_no_update_saw():
+    student, teachers = student_of("small")
+    course = Course(updates=12, batch=4, side=8)
+    lesson, trained = lesson_of(student, teachers, course)
+    assert lesson.is_better
+    assert (lesson.after < 0.75 * lesson.before).all()
+    for m, state in enumerate(teachers):  # the figures, once more
+        own, alone = with_blocks(student, trained, m), student.average.__self__
+        left = nothing = 0.0
+        for number in (12, 13):
+            with torch.no_grad():
+                expected = output(student, state, number, course)
+                left += (output(student, own, number, course) - expected).square().sum()
+                nothing += (output(student, alone, number, course) - expected).square().sum()
+        assert float(left / nothing) == pytest.approx(float(lesson.after[m]), rel=1e-3)
+
+
+def test_what_goes_in_stays_as_it_was_and_the_same_comes_out_again():
+    student, teachers = student_of("small")
+    before = [(layer.up.clone(), layer.down.clone()) for layer in student.layers]
+    lesson, trained = lesson_of(student, teachers)
+    for layer, (up, down) in zip(student.layers, before, strict=True):
+        assert torch.equal(layer.up, up)
+        assert torch.equal(layer.down, down)
+    again, others = lesson_of(student, teachers)
+    assert_close(again.after, lesson.after, rtol=1e-5, atol=0)
+    for one, other in zip(trained, others, strict=True):
+        assert not torch.equal(one.up, student.layers[0].up)
+        assert_close(one.up, other.up)
+
+
+def test_a_training_that_spoils_the_outputs_is_told(monkeypatch):
+    student, teachers = student_of("small")
+    monkeypatch.setattr(distillation, "_RATE", 30.0)
+    lesson, _ = lesson_of(student, teachers)
+    assert not lesson.is_better
+    monkeypatch.undo()
+    nothing = [
+        TrainedLayer(x.layer, x.up * torch.nan, x.down, x.multipliers) for x in student.layers
+    ]
+    lesson, _ = lesson_of(student, teachers, write=lambda _: nothing)
+    assert not lesson.is_better
+
+
+def test_what_counts_is_the_outputs_of_what_is_written():
+    student, teachers = student_of("small")
+    lesson, _ = lesson_of(student, teachers, write=lambda _: student.layers)
+    assert_close(lesson.after, lesson.before)
+    assert not lesson.is_better
+
+
+def test_layers_without_rank_are_those_of_the_average():
+    student, teachers = student_of("small")
+    first, *others = student.layers
+    empty = TrainedLayer(first.layer, first.up[:, :0], first.down[:0], first.multipliers[:, :0])
+    lesson, trained = lesson_of(
+        Student(student.average, student.shapes, student.layout, [empty, *others]), teachers
+    )
+    assert lesson.after.isfinite().all()
+    assert trained[0].up.shape == (first.layer.m, 0)
+
+
+@pytest.mark.parametrize("value", [None, torch.nan])
+def test_networks_that_say_nothing_are_told(value):
+    student, _ = student_of("small")
+    alike = dict(student.average.__self__)
+    if value is not None:
+        alike[END] = torch.full_like(alike[END], value)
+    lesson, trained = lesson_of(student, [alike, alike])
+    assert lesson is None
+    assert not trained
+
+
+def test_a_training_reports_how_far_it_is_and_stops():
+    student, teachers = student_of("small")
+    seen = []
+    lesson_of(student, teachers, progress=Progress(lambda *report: seen.append(report)))
+    phases, shares = zip(*seen, strict=True)
+    assert set(phases) == {PHASE}
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert list(shares) == sorted(shares)
+    assert shares[-2] == pytest.approx(1, abs=0.1)  # nothing was counted twice or left out
+    stop = Stop(0.5, "stop")
+    with pytest.raises(InterruptedRun):
+        lesson_of(student, teachers, progress=Progress(stop.on_progress, stop.should_stop))

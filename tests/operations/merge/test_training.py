@@ -1,0 +1,190 @@
+"""A merge with a training writes better LoRAs, says how much better they are, and spoils nothing."""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from narrow_layouts import NARROW, one
+from random_checkpoints import files as write_files
+from random_checkpoints import sane_weights
+from safetensors.torch import load_file
+from tiny_family import added, layers_of, load, merge, recipe, snapshot, tags_of
+
+from hyper_merge.calibration import distillation
+from hyper_merge.calibration.distillation import PHASE, Course
+from hyper_merge.calibration.network import Network
+from hyper_merge.checkpoints.architectures.families.sd1 import SD1
+from hyper_merge.checkpoints.reader import read_header
+from hyper_merge.errors import InterruptedRun, RecipeError
+from hyper_merge.operations.merge import training
+from hyper_merge.operations.merge.estimate import estimate_merge
+from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.runs.folders import Folders
+from hyper_merge.runs.report_text import format_report
+from hyper_merge.runs.run import load_run
+from hyper_merge.runtime.progress import Progress
+
+UPDATES = 6
+SETTINGS = {"ranks": (2, 1), "layer_weights": "layout", "lora_dtype": "float8"}
+
+
+@pytest.fixture(autouse=True)
+def course(monkeypatch):
+    """Trainings see small batches of small latents."""
+    small = partial(Course, batch=2, side=8)
+    monkeypatch.setattr(training, "Course", small)
+    return small
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Three whole narrow files of SD 1.x around a network whose activations are sound."""
+    base, states = sane_weights(one(width=32)), []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed + 1)
+        steps = {key: torch.randn(x.shape, generator=generator) for key, x in base.items()}
+        states.append({key: x + 0.1 * x.std() * steps[key] for key, x in base.items()})
+    return write_files(tmp_path_factory.mktemp("whole"), *states)
+
+
+@pytest.fixture(scope="module")
+def merged(models, tmp_path_factory):
+    """Merges in 8 bits, without a training and with one."""
+    folder = tmp_path_factory.mktemp("merged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Course", partial(Course, batch=2, side=8))
+        make = partial(merge, models, folder, **SETTINGS)
+        return SimpleNamespace(
+            folder=folder,
+            plain=make(name="plain"),
+            trained=make(name="trained", training=UPDATES),
+        )
+
+
+def with_loras(result, models, tags):
+    """Returns the hyper-model with the written LoRAs, as hosts add them."""
+    state = {key: x.float() for key, x in load(result.place.hyper_model).items()}
+    loras = {path.stem: load_file(path) for path in result.loras}
+    for layer in layers_of(models[0], ends=True):
+        for tag in tags:
+            factor = tag.text_multiplier if layer.part == "text_encoder" else tag.multiplier
+            change = factor * added(loras[tag.name], layer.module).float()
+            if change.dim():
+                weight = state[layer.key]
+                state[layer.key] = weight + change.expand(layer.m, layer.n).reshape(weight.shape)
+    return state
+
+
+def outputs(state, header, course, updates):
+    """Returns what a network gives for the inputs that no update sees."""
+    shapes = {key: info.shape for key, info in header.tensors.items()}
+    network, results = Network(lambda key: state[key].float(), shapes, SD1), []
+    for number in (updates, updates + 1):
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            steps = course(updates).samples.steps(number)
+            results.append(network.run(steps, 8, generator))
+    return torch.cat(results)
+
+
+def measured(result, models, course):
+    """Returns what the written files leave of each checkpoint's outputs."""
+    header, shares = read_header(models[0]), []
+    average = outputs(load(result.place.hyper_model), header, course, UPDATES)
+    for path, tags in zip(models, tags_of(result), strict=True):
+        own = outputs(load(path), header, course, UPDATES)
+        mine = outputs(with_loras(result, models, tags), header, course, UPDATES)
+        shares.append(float((mine - own).square().sum() / (average - own).square().sum()))
+    return shares
+
+
+def test_written_files_are_as_much_better_as_the_report_says(merged, models, course):
+    report = merged.trained.report.training
+    assert report.updates == UPDATES
+    assert report.before == pytest.approx(measured(merged.plain, models, course), rel=0.01)
+    assert report.after == pytest.approx(measured(merged.trained, models, course), rel=0.01)
+    assert sum(report.after) < 0.97 * sum(report.before)
+    assert merged.plain.report.training is None
+
+
+def test_only_the_factors_are_others(merged):
+    plain, trained = ([load_file(path) for path in x.loras] for x in (merged.plain, merged.trained))
+    for one_file, other in zip(plain, trained, strict=True):
+        assert {key: x.shape for key, x in one_file.items()} == {
+            key: x.shape for key, x in other.items()
+        }
+    rows = [
+        [(row.multipliers, row.text_multipliers) for row in x.report.checkpoints]
+        for x in (merged.plain, merged.trained)
+    ]
+    assert rows[0] == rows[1]
+    ups = [x for x in plain[0] if x.endswith("lora_up.weight")]
+    assert any(not torch.equal(plain[0][x].float(), trained[0][x].float()) for x in ups)
+
+
+def test_the_report_tells_of_the_training(merged):
+    text = format_report(merged.trained.report)
+    assert f"after a training of {UPDATES} updates" in text
+    mean = 100 * sum(merged.trained.report.training.after) / 3
+    assert f"{mean:.1f} remain in the mean" in text
+    assert "training" not in format_report(merged.plain.report)
+    known = load_run(Folders.under(merged.folder), "trained")
+    assert known.report.training == merged.trained.report.training
+    assert known.recipe.training == UPDATES
+    manifest = json.loads((merged.plain.place.folder / "manifest.json").read_text())
+    assert "training" not in manifest["report"]
+
+
+def test_a_training_that_gains_nothing_leaves_the_loras(merged, models, tmp_path, monkeypatch, log):
+    monkeypatch.setattr(distillation, "_RATE", 30.0)
+    result = merge(models, merged.folder, log.progress, name="wild", training=1, **SETTINGS)
+    assert not result.report.training.has_gained
+    assert [text for text in log.warnings if "more alike" in text]
+    assert "gained nothing" in format_report(result.report)
+    for mine, plain in zip(result.loras, merged.plain.loras, strict=True):
+        one_file, other = load_file(mine), load_file(plain)
+        assert all(torch.equal(one_file[key].float(), other[key].float()) for key in other)
+
+
+def test_a_stop_within_the_training_leaves_nothing(merged, models):
+    before = snapshot(merged.folder)
+    phases = []
+    progress = Progress(lambda phase, _: phases.append(phase), lambda: PHASE in phases)
+    with pytest.raises(InterruptedRun):
+        merge(models, merged.folder, progress, name="stopped", training=2, **SETTINGS)
+    assert phases.count(PHASE) == 1
+    assert snapshot(merged.folder) == before
+
+
+def test_time_and_memory_of_a_training_are_foretold(merged, models):
+    def estimate(**settings):
+        folders = Folders.under(merged.folder)
+        return estimate_merge(
+            run_preflight(recipe(models, merged.folder, **SETTINGS, **settings), folders)
+        )
+
+    without, short, long = estimate(), estimate(training=20), estimate(training=40)
+    assert 1.7 < (long.seconds - without.seconds) / (short.seconds - without.seconds) < 2.1
+    assert without.memory < short.memory == long.memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [({"target": 0.5}, "target"), ({"training": -1}, "training"), ({"training": 1.5}, "training")],
+)
+def test_what_cannot_be_trained_is_refused(models, tmp_path, settings, text):
+    with pytest.raises(RecipeError, match=text):
+        run_preflight(recipe(models, tmp_path, **{"training": 2, **settings}))
+
+
+def test_families_whose_network_is_not_run_are_refused(tmp_path):
+    shapes = NARROW["sd3_medium"]()
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        for _ in range(2)
+    ]
+    with pytest.raises(RecipeError, match="cannot be run here"):
+        run_preflight(recipe(write_files(tmp_path, *states), tmp_path / "models", training=2))

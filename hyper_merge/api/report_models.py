@@ -39,7 +39,7 @@ class PrecisionLossResponse(BaseModel):
 class TrainingResponse(BaseModel):
     """What a training of the LoRAs came to, on inputs that it did not see."""
 
-    updates: int
+    rounds: int
     before: list[float] = Field(
         ...,
         description="by checkpoint: squared difference of the network's outputs, as a share of the"

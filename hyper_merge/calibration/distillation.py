@@ -34,11 +34,11 @@ PHASE: Final = "training the LoRAs"
 ReadTensor = Callable[[str], Tensor]
 """Returns a tensor of a checkpoint by its key, on the CPU, in the file's type."""
 
-BYTES_OF_ENTRY: Final = 20
-"""Of a factor's entry in float32: what it was, what it becomes, its gradient and two moments of that."""
+BYTES_OF_ENTRY: Final = 16
+"""Of a factor's entry in float32, its gradient and two moments of that."""
 
-_RATE: Final = 0.03  # step of an entry, of the mean size of its factor's entries
-_RISE: Final = 3  # updates until that rate is reached
+_RATE: Final = 0.015  # step of an entry, of the mean size of its factor's entries
+_RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
 _HELD_OUT: Final = 2  # batches that tell what the training gained
 _PRODUCTS: Final = 4.0  # with a factor, for each entry of a weight: twice forward, twice backward
@@ -48,15 +48,15 @@ _PRODUCTS: Final = 4.0  # with a factor, for each entry of a weight: twice forwa
 class Course:
     """How long the training is, and what the networks see."""
 
-    updates: int  # of the factors, each after one batch for every checkpoint
+    rounds: int  # of one batch for every checkpoint, with an update of the factors after each
     batch: int = 8
     side: int = 16  # height and width of the latents
     seed: int = 0
 
     @property
     def samples(self) -> Samples:
-        """The inputs of the updates and, after them, those that tell what was gained."""
-        return Samples(self.updates + _HELD_OUT, self.batch, self.side)
+        """The inputs of the rounds and, after them, those that tell what was gained."""
+        return Samples(self.rounds + _HELD_OUT, self.batch, self.side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,8 @@ class TrainedLayer:
         return (up * self.multipliers[checkpoint].to(device)) @ down
 
     def trainable(self, device: torch.device) -> TrainedLayer:
-        """Returns the same with copies of the factors on a device, which take gradients."""
-        up, down = (
-            factor.detach().to(device, copy=True).requires_grad_()
-            for factor in (self.up, self.down)
-        )
+        """Returns the same with the factors on a device, which take gradients."""
+        up, down = (x.detach().to(device).requires_grad_() for x in (self.up, self.down))
         return replace(self, up=up, down=down)
 
 
@@ -106,7 +103,7 @@ class Student:
     layers: Sequence[TrainedLayer]
 
     def trainable(self, device: torch.device) -> Student:
-        """Returns the same with copies of the factors on a device, which take gradients."""
+        """Returns the same with the factors on a device, which take gradients."""
         return replace(self, layers=[layer.trainable(device) for layer in self.layers])
 
     def costs(self, course: Course) -> dict[str, float]:
@@ -147,7 +144,7 @@ def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course
     resolution = layout.family.resolution
     plain = sum(pass_cost(layer, resolution, course.samples) for layer in layout.layers)
     products = sum(_products_cost(*pair) for pair in zip(layout.layers, ranks, strict=True))
-    student = course.updates + 2 * FORWARD * _HELD_OUT
+    student = course.rounds + 2 * FORWARD * _HELD_OUT
     teacher = FORWARD * course.samples.passes
     average = FORWARD * _HELD_OUT * plain
     return checkpoints * (student * (plain + products) + teacher * plain) + average
@@ -165,7 +162,7 @@ def distil(
     """Trains the student's factors; the multipliers stay as they are.
 
     Args:
-        student: with the factors at the start, which stay as they are.
+        student: with the factors at the start; on the device they are, they change in place.
         teachers: open the k checkpoints, once each, one after the other.
         weights: (k,): how much each checkpoint's squared differences count.
         course: how long, and with which inputs.
@@ -190,14 +187,14 @@ def distil(
             targets.append([runner.output(network, n) for n in range(course.samples.passes)])
     average = runner.network(student.average)
     # Of the average alone, in the same places.
-    alone = [runner.output(average, course.updates + n) for n in range(_HELD_OUT)]
-    scale = torch.stack([_squares(alone, of_teacher[course.updates :]) for of_teacher in targets])
+    alone = [runner.output(average, course.rounds + n) for n in range(_HELD_OUT)]
+    scale = torch.stack([_squares(alone, of_teacher[course.rounds :]) for of_teacher in targets])
     if not bool(scale.isfinite().all()) or not bool((scale > 0).any()):
         return None
     scale = torch.where(
         scale > 0, scale, torch.inf
     )  # of a checkpoint that does what the average does
-    before = runner.differences(student.layers, targets) / scale
+    before = runner.differences(runner.layers, targets) / scale
     runner.train(targets, weights)
     after = runner.differences(write(runner.trained()), targets) / scale
     runner.clock.finish()
@@ -213,6 +210,7 @@ class _Runner:
         self, student: Student, course: Course, device: torch.device, clock: RunClock
     ) -> None:
         self._student, self._course, self._device = student, course, device
+        self.layers = student.layers
         self.clock = clock
         self._costs = student.costs(course)
 
@@ -228,8 +226,8 @@ class _Runner:
     def differences(
         self, layers: Sequence[TrainedLayer], targets: Sequence[Sequence[Tensor]]
     ) -> Tensor:  # (k,), float64
-        """Returns a student's squared differences for inputs that no update sees."""
-        first = self._course.updates
+        """Returns a student's squared differences for inputs that no round sees."""
+        first = self._course.rounds
         learners = self._learners(layers, len(targets))
         return torch.stack(
             [
@@ -241,41 +239,38 @@ class _Runner:
         )
 
     def train(self, targets: Sequence[Sequence[Tensor]], weights: Tensor) -> None:
-        """Changes the factors; each update goes by one batch for every checkpoint."""
+        """Changes the factors after every batch; the checkpoints take turns in an order of chance."""
         factors = [
             factor
-            for layer in self._student.layers
+            for layer in self.layers
             for factor in (layer.up, layer.down)
             if bool(factor.detach().any())  # nothing goes through a pair of zeros
         ]
-        learners = self._learners(self._student.layers, len(targets))
+        learners = self._learners(self.layers, len(targets))
         with torch.inference_mode(mode=False), torch.enable_grad():  # a host may have set these
             optimizer = torch.optim.Adam(
                 [{"params": [factor], "lr": _RATE * _mean_size(factor)} for factor in factors],
                 betas=_BETAS,
                 eps=torch.finfo(torch.float32).tiny,  # the loss has no size of its own
             )
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-            for number in range(self._course.updates):
-                for m, learner in enumerate(learners):
-                    output = self._run(learner, number)
+            rate = partial(_rate, self._course.rounds * len(learners))
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+            generator = torch.Generator().manual_seed(self._course.seed)
+            for number in range(self._course.rounds):
+                for m in torch.randperm(len(learners), generator=generator).tolist():
+                    output = self._run(learners[m], number)
                     loss = (output - targets[m][number]).square().mean()
                     torch.autograd.backward(float(weights[m]) * loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
 
     def trained(self) -> list[TrainedLayer]:
         """Returns the layers with their factors on the CPU."""
         return [
             replace(layer, up=layer.up.detach().cpu(), down=layer.down.detach().cpu())
-            for layer in self._student.layers
+            for layer in self.layers
         ]
-
-    def _rate(self, number: int) -> float:
-        """Returns the rate of an update as a share of the highest: it rises, then falls to nothing."""
-        rise = min((number + 1) / _RISE, 1.0)
-        return rise * (1 + math.cos(math.pi * number / self._course.updates)) / 2
 
     def _run(self, network: Network, number: int) -> Tensor:
         course = self._course
@@ -310,6 +305,12 @@ class _Runner:
         share = 1 - FORWARD if torch.is_grad_enabled() else FORWARD
         self.clock.advance(share * self._costs.get(key, 0.0))
         return tensor(key).to(self._device).to(torch.float32)
+
+
+def _rate(updates: int, number: int) -> float:
+    """Returns the rate of an update as a share of the highest: it rises, then falls to nothing."""
+    rise = min((number + 1) / _RISE, 1.0)
+    return rise * (1 + math.cos(math.pi * number / updates)) / 2
 
 
 def _squares(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:  # (), float64

@@ -58,7 +58,7 @@ class Recipe:
         layer_weights: Whether a layer's differences count by what they do to the network's `output`,
             by an estimate of that from the `layout`, `relative` to the size of its weight, or
             `plain`.
-        training: Number of updates of the LoRAs by runs of the network after the solve; 0 for none.
+        training: Number of rounds of a training of the LoRAs by runs of the network after the solve; 0 for none.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: Contents of the LoRAs' companions: `none`, the layers at the UNet's `ends`, its `norms`
             too, or `all` (biases too); `auto` for the ends where they matter.

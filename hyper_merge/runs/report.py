@@ -29,12 +29,12 @@ class TrainingReport:
     """What a training of the LoRAs by runs of the network came to.
 
     Attributes:
-        updates: Of the factors.
+        rounds: Of batches, one for every checkpoint.
         before: By checkpoint: squared difference of the network's outputs, as a share of the average's.
         after: The same after the training.
     """
 
-    updates: int
+    rounds: int
     before: tuple[float, ...]
     after: tuple[float, ...]
 

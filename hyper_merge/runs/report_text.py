@@ -118,7 +118,7 @@ def _format_training(report: Report) -> list[str]:
     before, after = (100 * fmean(shares) for shares in (training.before, training.after))
     worst, name = max(zip(training.after, (row.name for row in report.checkpoints), strict=True))
     sentence = (
-        f"after a training of {training.updates} updates: of 100 parts of difference in what the network"
+        f"after a training of {training.rounds} rounds: of 100 parts of difference in what the network"
         f" does, measured by runs of the checkpoints, {after:.1f} remain in the mean ({before:.1f} before),"
         f" {100 * worst:.1f} at worst ({one_line(name)})"
     )

@@ -139,6 +139,7 @@ def test_options_alone_can_give_every_value():
         "lora_dtype": "float8",
         "damaged": "accept",
         "memory": "2GB",
+        "training": "20",
     }
     assert set(options) == {field.name for field in FIELDS}
     assert recipe_from_options(options) == Recipe(
@@ -157,6 +158,7 @@ def test_options_alone_can_give_every_value():
         overwrite=True,
         damaged="accept",
         memory=2 * 10**9,
+        training=20,
         seed=9,
         method="greedy",
         allocation="even",

@@ -172,8 +172,10 @@ def test_advanced_fields_reach_the_recipe(recipe):
         fit_weights="1, 2, 1",
         allocation="adaptive: where they help most",
         layer_weights="by their effect on the picture",
+        training=20.0,  # as browsers send it
         damaged="refuse them",
     )
+    assert parsed.training == 20
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"
     assert parsed.fit_weights == (1.0, 2.0, 1.0)

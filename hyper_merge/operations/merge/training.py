@@ -54,15 +54,13 @@ def trained(
     Raises:
         NonFiniteError: the files' type cannot hold a factor.
     """
-    updates = preflight.recipe.training
-    if not updates:
+    rounds = preflight.recipe.training
+    if not rounds:
         return solved
     inputs, plan = preflight.inputs, solved.plan
     multipliers = solved.evaluation.multipliers
     shapes = {key: info.shape for key, info in inputs.headers[0].tensors.items()}
-    layers = _trained_layers(metric, solved.factors, plan, multipliers)
-    student = Student(average, shapes, inputs.layout, layers)
-    course = Course(updates, seed=preflight.recipe.seed)
+    course = Course(rounds, seed=preflight.recipe.seed)
     factors = solved.factors
 
     def write(layers: Sequence[TrainedLayer]) -> list[TrainedLayer]:
@@ -72,13 +70,15 @@ def trained(
         return _trained_layers(metric, factors, plan, multipliers)
 
     def train(device: torch.device) -> Lesson | None:
+        layers = _trained_layers(metric, solved.factors, plan, multipliers)
+        student = Student(average, shapes, inputs.layout, layers)
         teachers = [_opened(header) for header in inputs.headers]
         return distil(student, teachers, metric.checkpoints, course, write, device, progress)
 
     def warn(failure: str) -> None:
         progress.warn(f"{failure} for the training; the CPU does it")
 
-    entries = sum(layer.up.numel() + layer.down.numel() for layer in layers)
+    entries = sum(x.numel() for pairs in factors.factors for pair in pairs for x in pair)
     device = preflight.pass_options.device
     lesson = try_device(device, train, BYTES_OF_ENTRY * entries, on_failure=warn)
     if lesson is None:
@@ -91,9 +91,9 @@ def trained(
         progress.warn(
             "the training made no outputs more alike, so the LoRAs are as they were solved"
         )
-        return replace(solved, training=TrainingReport(updates, before, before))
+        return replace(solved, training=TrainingReport(rounds, before, before))
     evaluation = evaluate(metric, factors, plan.groups, multipliers)
-    training = TrainingReport(updates, before, after)
+    training = TrainingReport(rounds, before, after)
     return replace(solved, factors=factors, evaluation=evaluation, training=training)
 
 

@@ -26,7 +26,7 @@ from hyper_merge.runs.report_text import format_report
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
 
-UPDATES = 6
+ROUNDS = 6
 SETTINGS = {"ranks": (2, 1), "layer_weights": "layout", "lora_dtype": "float8"}
 
 
@@ -59,7 +59,7 @@ def merged(models, tmp_path_factory):
         return SimpleNamespace(
             folder=folder,
             plain=make(name="plain"),
-            trained=make(name="trained", training=UPDATES),
+            trained=make(name="trained", training=ROUNDS),
         )
 
 
@@ -77,14 +77,14 @@ def with_loras(result, models, tags):
     return state
 
 
-def outputs(state, header, course, updates):
-    """Returns what a network gives for the inputs that no update sees."""
+def outputs(state, header, course, rounds):
+    """Returns what a network gives for the inputs that no round sees."""
     shapes = {key: info.shape for key, info in header.tensors.items()}
     network, results = Network(lambda key: state[key].float(), shapes, SD1), []
-    for number in (updates, updates + 1):
+    for number in (rounds, rounds + 1):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():
-            steps = course(updates).samples.steps(number)
+            steps = course(rounds).samples.steps(number)
             results.append(network.run(steps, 8, generator))
     return torch.cat(results)
 
@@ -92,17 +92,17 @@ def outputs(state, header, course, updates):
 def measured(result, models, course):
     """Returns what the written files leave of each checkpoint's outputs."""
     header, shares = read_header(models[0]), []
-    average = outputs(load(result.place.hyper_model), header, course, UPDATES)
+    average = outputs(load(result.place.hyper_model), header, course, ROUNDS)
     for path, tags in zip(models, tags_of(result), strict=True):
-        own = outputs(load(path), header, course, UPDATES)
-        mine = outputs(with_loras(result, models, tags), header, course, UPDATES)
+        own = outputs(load(path), header, course, ROUNDS)
+        mine = outputs(with_loras(result, models, tags), header, course, ROUNDS)
         shares.append(float((mine - own).square().sum() / (average - own).square().sum()))
     return shares
 
 
 def test_written_files_are_as_much_better_as_the_report_says(merged, models, course):
     report = merged.trained.report.training
-    assert report.updates == UPDATES
+    assert report.rounds == ROUNDS
     assert report.before == pytest.approx(measured(merged.plain, models, course), rel=0.01)
     assert report.after == pytest.approx(measured(merged.trained, models, course), rel=0.01)
     assert sum(report.after) < 0.97 * sum(report.before)
@@ -126,13 +126,13 @@ def test_only_the_factors_are_others(merged):
 
 def test_the_report_tells_of_the_training(merged):
     text = format_report(merged.trained.report)
-    assert f"after a training of {UPDATES} updates" in text
+    assert f"after a training of {ROUNDS} rounds" in text
     mean = 100 * sum(merged.trained.report.training.after) / 3
     assert f"{mean:.1f} remain in the mean" in text
     assert "training" not in format_report(merged.plain.report)
     known = load_run(Folders.under(merged.folder), "trained")
     assert known.report.training == merged.trained.report.training
-    assert known.recipe.training == UPDATES
+    assert known.recipe.training == ROUNDS
     manifest = json.loads((merged.plain.place.folder / "manifest.json").read_text())
     assert "training" not in manifest["report"]
 

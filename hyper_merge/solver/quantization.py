@@ -112,7 +112,7 @@ def round_again(
         _round_balanced, metric, [StoredFormat(alpha, dtype) for alpha in alphas], check
     )
     with metric.analysis.maps(torch.device("cpu"), check, _PHASE) as maps:
-        results = list(maps.layers(round_one, range(len(balanced)), balanced))
+        results = list(maps.small(round_one, range(len(balanced)), balanced))
     return _as_stored(results, alphas)
 
 

@@ -118,7 +118,7 @@ def _format_training(training: TrainingReport | None) -> str:
     before, after = (format_percent(fmean(x)) for x in (training.before, training.after))
     return format_hint(
         "The figures above are estimates, which a training does not go by. Measured by runs of the"
-        f" networks, <b>{after}</b> of the checkpoints' differences are left in the mean; before the"
+        f" networks, {after} of the checkpoints' differences are left in the mean; before the"
         f" training it was {before}."
     )
 

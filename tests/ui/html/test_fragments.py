@@ -9,7 +9,7 @@ from at_the_tab import EVIL, kinds, tags, values, words
 from hyper_merge.hosts.job_queue import JobStatus
 from hyper_merge.operations.deletable import DeletionReport, DeletionVerdict
 from hyper_merge.operations.deletable_text import format_deletion_report
-from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss
+from hyper_merge.runs.report import A1111, FORGE_AND_COMFYUI, PrecisionLoss, TrainingReport
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.form import Form
@@ -190,6 +190,21 @@ def test_a_card_says_which_loras_some_machines_cannot_load(host, run, dtype, siz
     report = replace(loaded.report, bytes_loras=1_000_000)
     text = words(format_run_card(replace(loaded, recipe=recipe, report=report)))
     assert f"+ 2 LoRAs ({size})" in text
+
+
+def test_a_card_says_what_a_training_left(host, run):
+    loaded = load_run(host.folders(), run)
+
+    def text(training):
+        return words(
+            format_run_card(replace(loaded, report=replace(loaded.report, training=training)))
+        )
+
+    assert "training" not in text(None)
+    gained = text(TrainingReport(20, (0.5, 0.3, 0.4), (0.25, 0.1, 0.1)))
+    assert "15.0 % of the checkpoints' differences are left in the mean" in gained
+    assert "before the training it was 40.0 %" in gained
+    assert "gained nothing" in text(TrainingReport(20, (0.5, 0.3, 0.4), (0.5, 0.3, 0.4)))
 
 
 @pytest.mark.parametrize(("added", "expected"), [(0.015, True), (1e-4, False)])

@@ -21,10 +21,12 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from hyper_merge.calibration.measure import FORWARD, Samples, pass_cost
+from hyper_merge.calibration.measure import FORWARD, IMAGES, Samples, pass_cost, positions_in_pass
 from hyper_merge.calibration.network import Network
 from hyper_merge.calibration.run_clock import RunClock
+from hyper_merge.calibration.unet import Observe, ignore
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.io.header import Shape
 from hyper_merge.runtime.progress import Progress
@@ -41,7 +43,7 @@ _RATE: Final = 0.015  # step of an entry, of the mean size of its factor's entri
 _RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
 _HELD_OUT: Final = 2  # batches that tell what the training gained
-_PRODUCTS: Final = 4.0  # with a factor, for each entry of a weight: twice forward, twice backward
+_PRODUCTS: Final = 4.0  # with factors: twice forward, twice backward
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,21 @@ class TrainedLayer:
 
     def change(self, checkpoint: int, device: torch.device) -> Tensor:  # (m, n)
         """Returns what the blocks add to the layer's weight for a checkpoint, on a device."""
-        up, down = self.up.to(device), self.down.to(device)
-        return (up * self.multipliers[checkpoint].to(device)) @ down
+        up, down, multipliers = self._on(checkpoint, device)
+        return (up * multipliers) @ down
+
+    def output(self, checkpoint: int, inputs: Tensor, stride: int) -> Tensor:
+        """Returns what the blocks add to the layer's output for a checkpoint, as `Observe` has both."""
+        up, down, multipliers = self._on(checkpoint, inputs.device)
+        if inputs.dim() != IMAGES:
+            return (inputs @ down.mT * multipliers) @ up.mT
+        kernel = down.view(len(down), *self.layer.shape[1:])
+        padding = kernel.shape[-1] // 2
+        inner = functional.conv2d(inputs, kernel, None, stride, padding)
+        return functional.conv2d(inner, (up * multipliers)[:, :, None, None])
+
+    def _on(self, checkpoint: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        return self.up.to(device), self.down.to(device), self.multipliers[checkpoint].to(device)
 
     def trainable(self, device: torch.device) -> TrainedLayer:
         """Returns the same with the factors on a device, which take gradients."""
@@ -112,7 +127,8 @@ class Student:
         costs: dict[str, float] = {}
         for of_layer in self.layers:
             layer, rank = of_layer.layer, of_layer.up.shape[1]
-            cost = pass_cost(layer, resolution, course.samples) + _products_cost(layer, rank)
+            cost = pass_cost(layer, resolution, course.samples)
+            cost += _products_cost(layer, rank, resolution, course)
             costs[layer.key] = costs.get(layer.key, 0.0) + cost
         return costs
 
@@ -143,7 +159,9 @@ def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course
     """
     resolution = layout.family.resolution
     plain = sum(pass_cost(layer, resolution, course.samples) for layer in layout.layers)
-    products = sum(_products_cost(*pair) for pair in zip(layout.layers, ranks, strict=True))
+    products = sum(
+        _products_cost(*pair, resolution, course) for pair in zip(layout.layers, ranks, strict=True)
+    )
     student = course.rounds + 2 * FORWARD * _HELD_OUT
     teacher = FORWARD * course.samples.passes
     average = FORWARD * _HELD_OUT * plain
@@ -279,19 +297,29 @@ class _Runner:
 
     def _learners(self, layers: Sequence[TrainedLayer], count: int) -> list[Network]:
         """Returns the networks of the average with the LoRAs of each checkpoint."""
-        by_key: dict[str, list[TrainedLayer]] = {}
+        resolution = self._student.layout.family.resolution
+        inside: dict[str, list[TrainedLayer]] = {}
+        beside: dict[str, TrainedLayer] = {}
         for layer in layers:
-            by_key.setdefault(layer.layer.key, []).append(layer)
-        return [self._network(partial(self._learned, by_key, m)) for m in range(count)]
+            if not layer.up.shape[1]:
+                continue
+            if _is_beside(layer.layer, resolution, self._course):
+                beside[layer.layer.key] = layer
+            else:
+                inside.setdefault(layer.layer.key, []).append(layer)
+        return [
+            self._network(partial(self._learned, inside, m), partial(_with_change, beside, m))
+            for m in range(count)
+        ]
 
-    def _network(self, read: ReadTensor) -> Network:
-        return Network(read, self._student.shapes, self._student.layout.family)
+    def _network(self, read: ReadTensor, observe: Observe = ignore) -> Network:
+        return Network(read, self._student.shapes, self._student.layout.family, observe)
 
     def _learned(
-        self, by_key: Mapping[str, Sequence[TrainedLayer]], checkpoint: int, key: str
+        self, inside: Mapping[str, Sequence[TrainedLayer]], checkpoint: int, key: str
     ) -> Tensor:
         weight = self._read(self._student.average, key)
-        layers = by_key.get(key, ())
+        layers = inside.get(key, ())
         if not layers:
             return weight
         weight = weight.clone()  # it may be the mapped file
@@ -322,5 +350,27 @@ def _mean_size(factor: Tensor) -> float:
     return float(factor.detach().square().mean().sqrt())
 
 
-def _products_cost(layer: Layer, rank: int) -> float:
+def _with_change(
+    beside: Mapping[str, TrainedLayer],
+    checkpoint: int,
+    key: str,
+    inputs: Tensor,
+    output: Tensor,
+    stride: int = 1,
+) -> Tensor:
+    """Returns a layer's output with what its LoRAs add."""
+    layer = beside.get(key)
+    return output if layer is None else output + layer.output(checkpoint, inputs, stride)
+
+
+def _is_beside(layer: Layer, resolution: int, course: Course) -> bool:
+    """Tells whether factors are applied beside the weight, where that takes less than their product does."""
+    positions = positions_in_pass(layer, resolution, course.samples)
+    return not layer.rows and positions * (layer.m + layer.n) < layer.m * layer.n
+
+
+def _products_cost(layer: Layer, rank: int, resolution: int, course: Course) -> float:
+    if _is_beside(layer, resolution, course):
+        positions = positions_in_pass(layer, resolution, course.samples)
+        return _PRODUCTS * positions * (layer.m + layer.n) * rank
     return _PRODUCTS * layer.m * layer.n * rank

@@ -33,7 +33,7 @@ from hyper_merge.runtime.progress import Progress
 PHASE: Final = "running the average"
 STEPS: Final = 1000  # of every schedule
 
-_IMAGES, _VECTORS = 4, 2  # dimensions of what goes into a layer
+IMAGES, _VECTORS = 4, 2  # dimensions of what goes into a layer
 
 _PIXELS: Final = 8  # in height and width, for one of the latents
 # Forward, forward again, backward, and sketches.
@@ -139,10 +139,11 @@ class _Observer:
         self._clock.advance(share * sum(self._costs[layer.module] for layer in layers))
         return self._tensor(key).to(self._device, torch.float32)
 
-    def observe(self, key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> None:
+    def observe(self, key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> Tensor:
         """Sketches the gradient of a layer when that of its output is known."""
         if key in self._layers and output.requires_grad:
             output.register_hook(partial(self._take, key, inputs.detach(), stride))  # type: ignore[no-untyped-call]
+        return output
 
     def sensitivities(self, outputs: int) -> dict[str, Sensitivity]:
         """Returns the sensitivities by module, from gradients of so many outputs together."""
@@ -155,7 +156,7 @@ class _Observer:
     def _take(self, key: str, inputs: Tensor, stride: int, gradient: Tensor) -> None:
         layers = self._layers[key]
         kernel = layers[0].kernel
-        if inputs.dim() == _IMAGES and kernel:
+        if inputs.dim() == IMAGES and kernel:
             padding = (kernel[0] // 2, kernel[1] // 2)
             inputs = functional.unfold(inputs, kernel, padding=padding, stride=stride).mT
             gradient = gradient.flatten(2).mT
@@ -179,9 +180,14 @@ class _Observer:
 
 def pass_cost(layer: Layer, resolution: int, samples: Samples) -> float:
     """Returns what a layer takes in one pass, forward and backward, in multiply-adds."""
-    shrunk = (samples.side * _PIXELS / resolution) ** 2 if layer.part == "unet" else 1.0
-    runs = _RUNS * samples.batch * layer.positions * shrunk
+    runs = _RUNS * positions_in_pass(layer, resolution, samples)
     return layer.m * layer.n * (runs + _ENTRY) + _LAYER
+
+
+def positions_in_pass(layer: Layer, resolution: int, samples: Samples) -> float:
+    """Returns at how many positions a layer is applied in one pass, all inputs together."""
+    shrunk = (samples.side * _PIXELS / resolution) ** 2 if layer.part == "unet" else 1.0
+    return samples.batch * layer.positions * shrunk
 
 
 def _refuse_to_read(key: str) -> Tensor:

@@ -51,7 +51,7 @@ class TextEncoder:
         prefix: Of the encoder's keys.
         skipped: How many of the last layers the UNet does not read.
         normed: Whether the UNet reads the final norm's output.
-        observe: Is told of every product with a weight.
+        observe: Is told of every product with a weight, and may change it.
     """
 
     read: Read
@@ -142,8 +142,7 @@ class TextEncoder:
     def _matrix(self, start: str, hidden: Tensor) -> Tensor:
         key = f"{start}weight"
         output = functional.linear(hidden, self.read(key), self.read(f"{start}bias"))
-        self.observe(key, hidden, output)
-        return output
+        return self.observe(key, hidden, output)
 
     def _norm(self, name: str, hidden: Tensor) -> Tensor:
         weight, bias = self.read(f"{name}.weight"), self.read(f"{name}.bias")

@@ -26,10 +26,10 @@ Read = Callable[[str], Tensor]
 
 
 class Observe(Protocol):
-    """Is told of every product with a weight."""
+    """Is told of every product with a weight, and may change it."""
 
-    def __call__(self, key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> None:
-        """Sees what goes in and comes out.
+    def __call__(self, key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> Tensor:
+        """Sees what goes in and comes out; returns what goes on.
 
         Args:
             key: of the weight.
@@ -39,8 +39,10 @@ class Observe(Protocol):
         """
 
 
-def ignore(key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> None:
+def ignore(key: str, inputs: Tensor, output: Tensor, stride: int = 1) -> Tensor:
     """Observes nothing."""
+    del key, inputs, stride
+    return output
 
 
 _GROUPS: Final = 32  # of every group norm
@@ -79,7 +81,7 @@ class UNet:
             shapes: of the checkpoint's tensors by key.
             prefix: of the UNet's keys.
             heads_of: returns the heads of an attention of so many channels, which no file tells.
-            observe: is told of every product with a weight.
+            observe: is told of every product with a weight, and may change it.
         """
         self._read, self._prefix, self._heads_of = read, prefix, heads_of
         self._shapes, self._observe = shapes, observe
@@ -191,15 +193,13 @@ class UNet:
         """Applies a matrix, which some families store as a convolution."""
         weight = self._weight(name).flatten(1)
         output = functional.linear(hidden, weight, self._bias(name))
-        self._observe(self._key(name), hidden, output)
-        return output
+        return self._observe(self._key(name), hidden, output)
 
     def _convolution(self, name: str, hidden: Tensor, stride: int = 1) -> Tensor:
         weight = self._weight(name)
         padding = weight.shape[-1] // 2
         output = functional.conv2d(hidden, weight, self._bias(name), stride, padding)
-        self._observe(self._key(name), hidden, output, stride)
-        return output
+        return self._observe(self._key(name), hidden, output, stride)
 
     def _group_norm(self, name: str, hidden: Tensor, epsilon: float = _EPSILON) -> Tensor:
         return functional.group_norm(hidden, _GROUPS, self._weight(name), self._bias(name), epsilon)

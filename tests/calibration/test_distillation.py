@@ -86,6 +86,12 @@ def with_blocks(student, layers, m):
 def test_updates_are_those_of_whole_gradients_at_once(kind, monkeypatch):
     _, trained = lesson_of(*student_of(kind))
     student, teachers = student_of(kind)
+    resolution = student.layout.family.resolution
+    beside = [distillation._is_beside(x.layer, resolution, COURSE) for x in student.layers]
+    kernels = {
+        x.layer.kernel for x, is_beside in zip(student.layers, beside, strict=True) if is_beside
+    }
+    assert (None in kernels, (3, 3) in kernels, all(beside)) == (True, True, False)
 
     for module in (unet, text_encoders):  # all in one graph
         monkeypatch.setattr(module, "recomputed", lambda function, *rest: function(*rest))

@@ -42,6 +42,7 @@ BYTES_OF_ENTRY: Final = 16
 _RATE: Final = 0.015  # step of an entry, of the mean size of its factor's entries
 _RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
+_EPSILON: Final = 1e-15  # of gradients, far below all that say something
 _HELD_OUT: Final = 2  # batches that tell what the training gained
 _PRODUCTS: Final = 4.0  # with factors: twice forward, twice backward
 
@@ -209,12 +210,14 @@ def distil(
     scale = torch.stack([_squares(alone, of_teacher[course.rounds :]) for of_teacher in targets])
     if not bool(scale.isfinite().all()) or not bool((scale > 0).any()):
         return None
-    scale = torch.where(
-        scale > 0, scale, torch.inf
-    )  # of a checkpoint that does what the average does
+    # Nothing is left of a checkpoint that does what the average does.
+    scale = torch.where(scale > 0, scale, torch.inf)
     before = runner.differences(runner.layers, targets) / scale
     runner.train(targets, weights)
-    after = runner.differences(write(runner.trained()), targets) / scale
+    trained = runner.trained()
+    if not all(x.isfinite().all() for layer in trained for x in (layer.up, layer.down)):
+        return Lesson(before, before, is_better=False)
+    after = runner.differences(write(trained), targets) / scale
     runner.clock.finish()
     # False for NaN too.
     is_better = float((after * weights).sum()) < float((before * weights).sum())
@@ -269,7 +272,7 @@ class _Runner:
             optimizer = torch.optim.Adam(
                 [{"params": [factor], "lr": _RATE * _mean_size(factor)} for factor in factors],
                 betas=_BETAS,
-                eps=torch.finfo(torch.float32).tiny,  # the loss has no size of its own
+                eps=_EPSILON,
             )
             rate = partial(_rate, self._course.rounds * len(learners))
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -20,6 +20,7 @@ from hyper_merge.calibration.distillation import (
 )
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
+from hyper_merge.errors import NonFiniteError
 from hyper_merge.loras.lora_file import as_hosts_apply
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan
@@ -50,9 +51,6 @@ def trained(
         solved: without private LoRAs.
         average: reads the average.
         progress: progress and interrupt.
-
-    Raises:
-        NonFiniteError: the files' type cannot hold a factor.
     """
     rounds = preflight.recipe.training
     if not rounds:
@@ -80,7 +78,11 @@ def trained(
 
     entries = sum(x.numel() for pairs in factors.factors for pair in pairs for x in pair)
     device = preflight.pass_options.device
-    lesson = try_device(device, train, BYTES_OF_ENTRY * entries, on_failure=warn)
+    try:
+        lesson = try_device(device, train, BYTES_OF_ENTRY * entries, on_failure=warn)
+    except NonFiniteError as error:
+        progress.warn(f"{error}; the LoRAs are as they were solved, without a training")
+        return solved
     if lesson is None:
         progress.warn(
             "the networks give no finite outputs that differ, so the LoRAs are not trained"

@@ -17,7 +17,7 @@ from hyper_merge.calibration.distillation import PHASE, Course
 from hyper_merge.calibration.network import Network
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.reader import read_header
-from hyper_merge.errors import InterruptedRun, RecipeError
+from hyper_merge.errors import InterruptedRun, NonFiniteError, RecipeError
 from hyper_merge.operations.merge import training
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -146,6 +146,17 @@ def test_a_training_that_gains_nothing_leaves_the_loras(merged, models, tmp_path
     for mine, plain in zip(result.loras, merged.plain.loras, strict=True):
         one_file, other = load_file(mine), load_file(plain)
         assert all(torch.equal(one_file[key].float(), other[key].float()) for key in other)
+
+
+def test_factors_that_no_file_holds_are_those_of_the_solve(merged, models, monkeypatch, log):
+    def refuse(*_):
+        raise NonFiniteError("a factor holds too much")
+
+    monkeypatch.setattr(training, "round_again", refuse)
+    result = merge(models, merged.folder, log.progress, name="large", training=1, **SETTINGS)
+    assert [text for text in log.warnings if "holds too much" in text]
+    assert result.report.training is None
+    assert len(result.loras) == 2
 
 
 def test_a_stop_within_the_training_leaves_nothing(merged, models):

@@ -6,8 +6,12 @@ each checkpoint's multipliers, come nearer to those of that checkpoint. No pictu
 anybody is needed: what makes the outputs alike on noise does so on pictures too. Outputs for inputs
 that the training never sees tell what it gained.
 
+Factors are used as files will hold them: in 8 bits, what rounding does to one entry others make good.
+
 Sources: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015; Kingma and Ba,
-"Adam: a method for stochastic optimization", 2015.
+"Adam: a method for stochastic optimization", 2015; Bengio, Leonard and Courville, "Estimating or
+propagating gradients through stochastic neurons for conditional computation", 2013, for gradients
+through the rounding.
 """
 
 from __future__ import annotations
@@ -68,15 +72,18 @@ class TrainedLayer:
 
     Attributes:
         layer: Whose blocks they are.
-        up: (m, r), of all blocks, float32.
-        down: (r, n), of all blocks, float32.
-        multipliers: (k, r), of every checkpoint: those of the columns' blocks.
+        up: (m, r), of all blocks as files hold them, but in float32.
+        down: (r, n), likewise.
+        multipliers: (k, r), of every checkpoint: those of the columns' blocks, times what hosts multiply
+            the files' product with.
+        dtype: Of the files, to which factors are rounded before they are used.
     """
 
     layer: Layer
     up: Tensor
     down: Tensor
     multipliers: Tensor
+    dtype: torch.dtype
 
     def change(self, checkpoint: int, device: torch.device) -> Tensor:  # (m, n)
         """Returns what the blocks add to the layer's weight for a checkpoint, on a device."""
@@ -94,7 +101,8 @@ class TrainedLayer:
         return functional.conv2d(inner, (up * multipliers)[:, :, None, None])
 
     def _on(self, checkpoint: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        return self.up.to(device), self.down.to(device), self.multipliers[checkpoint].to(device)
+        up, down = (_rounded(x.to(device), self.dtype) for x in (self.up, self.down))
+        return up, down, self.multipliers[checkpoint].to(device)
 
     def trainable(self, device: torch.device) -> TrainedLayer:
         """Returns the same with the factors on a device, which take gradients."""
@@ -336,6 +344,15 @@ class _Runner:
         share = 1 - FORWARD if torch.is_grad_enabled() else FORWARD
         self.clock.advance(share * self._costs.get(key, 0.0))
         return tensor(key).to(self._device).to(torch.float32)
+
+
+def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:  # float32
+    """Returns a factor as a file holds it; gradients go through the rounding as if there were none."""
+    if dtype == torch.float32:
+        return factor
+    largest = torch.finfo(dtype).max
+    rounded = factor.detach().clamp(-largest, largest).to(dtype).to(factor.dtype)
+    return factor + (rounded - factor.detach()) if factor.requires_grad else rounded
 
 
 def _rate(updates: int, number: int) -> float:

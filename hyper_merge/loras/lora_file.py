@@ -168,6 +168,11 @@ def applied_factor(factor: Tensor, rank: int, alpha: float | None) -> Tensor:  #
     return factor.float() / _root(rank, alpha)
 
 
+def product_scale(rank: int, alpha: float | None) -> float:
+    """Returns what hosts multiply the product of a file's factors with."""
+    return _root(rank, alpha) ** -2
+
+
 def write_lora(
     outputs: FileTransaction,
     path: Path,

@@ -79,7 +79,7 @@ def refit(
     for place in _SIDES:
         check()
         fitted = _fitted(rounding, target, mixtures, rounded, place)
-        if not _is_in_range(rounding, fitted.columns, rounded[1 - place].columns):
+        if not is_in_range(rounding, fitted.columns, rounded[1 - place].columns):
             break
         rounded[place] = rounding.side(fitted, place)
     return rounded[UPS], rounded[DOWNS]
@@ -114,11 +114,12 @@ def _fitted(
     return BlockSide.expanded(rounding.sides[place].basis, within[0])
 
 
-def _is_in_range(
+def is_in_range(
     rounding: Rounding,
     fitted: Tensor,  # (m, r), columns of all blocks on one side
     other: Tensor,  # (n, r), on the other
 ) -> bool:
+    """Tells whether float8 holds the blocks, and float16 the products that hosts form of them."""
     ranks = list(rounding.ranks)
     sides = (torch.split(side, ranks, 1) for side in (fitted, other))
     blocks = zip(*sides, rounding.formats, strict=True)

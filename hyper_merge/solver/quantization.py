@@ -19,11 +19,12 @@ from hyper_merge.decomposition.linalg import (
     largest_value,
 )
 from hyper_merge.decomposition.normalization import balance, unit_scales
-from hyper_merge.loras.lora_file import StoredFormat
+from hyper_merge.errors import NonFiniteError
+from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.block_sides import BlockSide, LayerSide
-from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
+from hyper_merge.solver.float8 import RefitTarget, float8_alpha, is_in_range, refit
 from hyper_merge.solver.low_rank_layer import empty_layer
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, Products, StoredFactors, keep_pairs
@@ -81,42 +82,33 @@ def quantize(
     return _as_stored([rounded[index] for index in sorted(rounded)], alphas)
 
 
-def round_again(
+def rounded_again(
     metric: Metric,
     factors: Sequence[Sequence[FactorPair]],
-    stored: StoredFactors,
+    alphas: Sequence[float | None],
     dtype: torch.dtype,
     check: Callable[[], None],
 ) -> StoredFactors:
-    """Balances and rounds factors that took the place of written ones, of the same ranks.
+    """Rounds factors that take the place of written ones.
 
     Args:
         metric: of the loss.
-        factors: per layer and block: (m, r), (r, n), float32, as hosts are to apply them.
-        stored: the written ones.
+        factors: per layer and block: (m, r), (r, n), as the files are to hold them, but in float32.
+        alphas: of the R files.
         dtype: of the stored factors.
         check: called between layers; may raise, to stop.
 
     Raises:
         NonFiniteError: the type cannot hold a factor.
     """
-    balanced = [
-        [balance(up, down) if up.shape[1] else (up, down) for up, down in pairs]
-        for pairs in factors
-    ]
-    alphas: Sequence[float | None] = stored.alphas
-    if dtype == FLOAT8:
-        by_block = zip(*balanced, strict=True)
-        alphas = [float8_alpha(max(map(_size, pairs))) for pairs in by_block]
-    round_one = partial(
-        _round_balanced, metric, [StoredFormat(alpha, dtype) for alpha in alphas], check
-    )
+    formats = [StoredFormat(alpha, dtype) for alpha in alphas]
+    round_one = partial(_rounded_again, metric, formats, check)
+    # In this process: the factors of all layers are here.
     with metric.analysis.maps(torch.device("cpu"), check, _PHASE) as maps:
-        results = list(maps.small(round_one, range(len(balanced)), balanced))
-    return _as_stored(results, alphas)
+        return _as_stored(list(maps.small(round_one, range(len(factors)), factors)), alphas)
 
 
-def _round_balanced(
+def _rounded_again(
     metric: Metric,
     formats: Sequence[StoredFormat],
     check: Callable[[], None],
@@ -128,12 +120,17 @@ def _round_balanced(
     if not any(up.shape[1] for up, _ in pairs):
         return _empty_layer(metric.analysis, index, formats)
     rounding = _rounding(metric, index, [up.shape[1] for up, _ in pairs], formats)
-    ups, downs = zip(*pairs, strict=True)
+    ups, downs = zip(
+        *(as_hosts_apply(*pair, x.alpha) for pair, x in zip(pairs, formats, strict=True)),
+        strict=True,
+    )
     columns = torch.cat(ups, 1), torch.cat(downs).mT
     exact = [
         BlockSide(side, of_layer.basis.mT @ side)
         for side, of_layer in zip(columns, rounding.sides, strict=True)
     ]
+    if formats[0].dtype == FLOAT8 and not is_in_range(rounding, *columns):
+        raise NonFiniteError(f"{rounding.layer.module}: files of float8 do not hold its factors")
     sides = rounding.side(exact[UPS], UPS), rounding.side(exact[DOWNS], DOWNS)
     products = _products(metric.analysis, index, rounding, sides, metric.layers[index].scale)
     return _RoundedLayer(keep_pairs(metric.analysis.scratch.keep, stored_pairs(sides)), *products)
@@ -282,13 +279,7 @@ def _sizes(layer: _SolvedLayer) -> list[float]:
     if layer.pairs is None:
         return [0.0] * len(scales)
     scaled = zip(layer.pairs, scales, strict=True)
-    return [x * _size(pair) for pair, x in scaled]
-
-
-def _size(pair: FactorPair) -> float:
-    """Returns rank times largest singular value of a block."""
-    up, down = pair
-    return up.shape[1] * largest_value(up, down)
+    return [up.shape[1] * x * largest_value(up, down) for (up, down), x in scaled]
 
 
 def _scaled(pair: FactorPair, scale: float) -> FactorPair:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,12 +33,12 @@ def student_of(kind, seed=1):
         size = average[layer.key].std() / RANK
         up, down = (torch.randn(n, RANK, generator=generator) for n in (layer.m, layer.n))
         up, down = up * size, down.mT
-        own = TrainedLayer(layer, up, down, multipliers)
+        own = TrainedLayer(layer, up, down, multipliers, torch.float32)
         for m, state in enumerate(teachers):
             weight = state[layer.key][slice(*layer.rows)] if layer.rows else state[layer.key]
             weight += own.change(m, CPU).view(weight.shape)
         noisy = (x + 0.5 * x.std() * torch.randn(x.shape, generator=generator) for x in (up, down))
-        layers.append(TrainedLayer(layer, *noisy, multipliers))
+        layers.append(TrainedLayer(layer, *noisy, multipliers, torch.float32))
     return Student(average.__getitem__, shapes, layout, layers), teachers
 
 
@@ -96,9 +97,7 @@ def test_updates_are_those_of_whole_gradients_at_once(kind, monkeypatch):
     for module in (unet, text_encoders):  # all in one graph
         monkeypatch.setattr(module, "recomputed", lambda function, *rest: function(*rest))
     mine = [
-        TrainedLayer(
-            x.layer, x.up.clone().requires_grad_(), x.down.clone().requires_grad_(), x.multipliers
-        )
+        replace(x, up=x.up.clone().requires_grad_(), down=x.down.clone().requires_grad_())
         for x in student.layers
     ]
     factors = [factor for layer in mine for factor in (layer.up, layer.down)]
@@ -163,6 +162,25 @@ def test_a_training_that_spoils_the_outputs_is_told(monkeypatch, rate):
     assert not lesson.is_better
 
 
+def test_runs_see_the_factors_as_files_hold_them():
+    course, (student, teachers) = Course(rounds=12, batch=4, side=8), student_of("small")
+    in_8_bits = [replace(x, dtype=torch.float8_e4m3fn) for x in student.layers]
+    rounded = [
+        replace(
+            x, up=x.up.to(x.dtype).float(), down=x.down.to(x.dtype).float(), dtype=torch.float32
+        )
+        for x in in_8_bits
+    ]
+    short, _ = lesson_of(replace(student, layers=rounded), teachers)
+    lesson, trained = lesson_of(replace(student, layers=in_8_bits), teachers)
+    assert_close(lesson.before, short.before)
+    large = replace(trained[0], up=trained[0].up + 1e4)
+    assert large.change(0, CPU).isfinite().all()
+    coarse = [replace(x, dtype=torch.float8_e4m3fn) for x in student_of("small")[0].layers]
+    lesson, _ = lesson_of(replace(student, layers=coarse), teachers, course)
+    assert (lesson.after < 0.8 * lesson.before).all()
+
+
 def test_what_counts_is_the_outputs_of_what_is_written():
     (student, teachers), (untrained, _) = student_of("small"), student_of("small")
     lesson, _ = lesson_of(student, teachers, write=lambda _: untrained.layers)
@@ -173,10 +191,9 @@ def test_what_counts_is_the_outputs_of_what_is_written():
 def test_layers_without_rank_are_those_of_the_average():
     student, teachers = student_of("small")
     first, *others = student.layers
-    empty = TrainedLayer(first.layer, first.up[:, :0], first.down[:0], first.multipliers[:, :0])
-    lesson, trained = lesson_of(
-        Student(student.average, student.shapes, student.layout, [empty, *others]), teachers
-    )
+    none = first.up[:, :0], first.down[:0], first.multipliers[:, :0]
+    empty = TrainedLayer(first.layer, *none, torch.float32)
+    lesson, trained = lesson_of(replace(student, layers=[empty, *others]), teachers)
     assert lesson.after.isfinite().all()
     assert trained[0].up.shape == (first.layer.m, 0)
 

@@ -21,7 +21,7 @@ from hyper_merge.calibration.distillation import (
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import NonFiniteError
-from hyper_merge.loras.lora_file import as_hosts_apply
+from hyper_merge.loras.lora_file import product_scale
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.operations.merge.rank_plan import RankPlan
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
@@ -31,7 +31,7 @@ from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.evaluation import evaluate
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, StoredFactors
-from hyper_merge.solver.quantization import round_again
+from hyper_merge.solver.quantization import rounded_again
 
 
 def trained(
@@ -63,8 +63,8 @@ def trained(
 
     def write(layers: Sequence[TrainedLayer]) -> list[TrainedLayer]:
         nonlocal factors
-        pairs = [_split(*pair) for pair in zip(layers, solved.factors.ranks, strict=True)]
-        factors = round_again(metric, pairs, solved.factors, plan.dtype, progress.check)
+        pairs = [_split(*pair) for pair in zip(layers, solved.factors.factors, strict=True)]
+        factors = rounded_again(metric, pairs, solved.factors.alphas, plan.dtype, progress.check)
         return _trained_layers(metric, factors, plan, multipliers)
 
     def train(device: torch.device) -> Lesson | None:
@@ -108,22 +108,28 @@ def _opened(header: Header) -> Iterator[Callable[[str], Tensor]]:
 def _trained_layers(
     metric: Metric, factors: StoredFactors, plan: RankPlan, multipliers: Mapping[str, Tensor]
 ) -> list[TrainedLayer]:
-    """Returns the layers with their blocks as hosts apply them."""
+    """Returns the layers with their blocks as files hold them."""
     group_of = {index: name for name, members in plan.groups.items() for index in members}
     layers = []
     for index, pairs in enumerate(factors.factors):
-        applied = [
-            as_hosts_apply(*pair, alpha) for pair, alpha in zip(pairs, factors.alphas, strict=True)
-        ]
-        ups, downs = zip(*applied, strict=True)
-        ranks = torch.tensor([up.shape[1] for up in ups])
-        rows = multipliers[group_of[index]].float().repeat_interleave(ranks, 1)
-        layer = metric.analysis.layers[index]
-        layers.append(TrainedLayer(layer, torch.cat(ups, 1), torch.cat(downs), rows))
+        ups, downs = zip(*pairs, strict=True)
+        ranks = factors.ranks[index]
+        scales = [product_scale(*of_block) for of_block in zip(ranks, factors.alphas, strict=True)]
+        rows = (multipliers[group_of[index]] * torch.tensor(scales)).float()
+        layers.append(
+            TrainedLayer(
+                metric.analysis.layers[index],
+                torch.cat([up.float() for up in ups], 1),
+                torch.cat([down.float() for down in downs]),
+                rows.repeat_interleave(torch.tensor(ranks), 1),
+                ups[0].dtype,
+            )
+        )
     return layers
 
 
-def _split(layer: TrainedLayer, ranks: Sequence[int]) -> list[FactorPair]:
-    """Returns the blocks of a layer."""
-    ups, downs = torch.split(layer.up, list(ranks), 1), torch.split(layer.down, list(ranks))
+def _split(layer: TrainedLayer, stored: Sequence[FactorPair]) -> list[FactorPair]:
+    """Returns the blocks of a layer, of the ranks of stored ones."""
+    ranks = [up.shape[1] for up, _ in stored]
+    ups, downs = torch.split(layer.up, ranks, 1), torch.split(layer.down, ranks)
     return list(zip(ups, downs, strict=True))

@@ -138,7 +138,7 @@ def test_the_report_tells_of_the_training(merged):
 
 
 def test_a_training_that_gains_nothing_leaves_the_loras(merged, models, tmp_path, monkeypatch, log):
-    monkeypatch.setattr(distillation, "_RATE", 30.0)
+    monkeypatch.setattr(distillation, "_RATE", 1.0)
     result = merge(models, merged.folder, log.progress, name="wild", training=1, **SETTINGS)
     assert not result.report.training.has_gained
     assert [text for text in log.warnings if "more alike" in text]
@@ -152,7 +152,7 @@ def test_factors_that_no_file_holds_are_those_of_the_solve(merged, models, monke
     def refuse(*_):
         raise NonFiniteError("a factor holds too much")
 
-    monkeypatch.setattr(training, "round_again", refuse)
+    monkeypatch.setattr(training, "rounded_again", refuse)
     result = merge(models, merged.folder, log.progress, name="large", training=1, **SETTINGS)
     assert [text for text in log.warnings if "holds too much" in text]
     assert result.report.training is None

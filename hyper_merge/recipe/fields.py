@@ -147,8 +147,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("layer_weights", "HOW", "how differences count: by what they do to the network's output,"
           " measured by runs of the average, or estimated from the layout; relative to each layer's"
           " size; or plain", choice("output", "layout", "relative", "plain")),
-    Field("training", "N", "rounds of a training of the LoRAs by runs of the network after the solve, such as 20: better"
-          " pictures for the same bytes; minutes on a GPU, an hour and more on a CPU; 0 for none",
+    Field("training", "N", "rounds in which runs of the networks improve the LoRAs after the solve, such as"
+          " 20: better pictures for the same bytes, in several times the time; 0 for none",
           whole(0, 10_000)),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),

@@ -161,9 +161,9 @@ FORM_FIELDS: Final = (
               "Which differences the LoRAs reproduce first. The first choice leaves the least that"
               " can be seen in a picture.", choices=DIFFERENCE_CHOICES),
     FormField("training", "Training", "number",
-              "For Stable Diffusion 1.x, 2.x and XL: how often the LoRAs are improved by runs of the"
-              " networks, such as 20. Pictures come closer to the originals at the same size. It takes"
-              " minutes on a graphics card, and an hour or more without one. 0 for none."),
+              "For Stable Diffusion 1.x, 2.x and XL: rounds in which runs of the networks improve the"
+              " LoRAs, such as 20. Pictures come closer to the originals at the same size, but the"
+              " merge takes several times as long. 0 for none."),
     FormField("damaged", "Damaged files", "radio",
               "Files that look damaged, or like downloads that did not end. Merged, they can spoil"
               " the pictures of all.", choices=DAMAGED_CHOICES),

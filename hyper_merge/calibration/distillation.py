@@ -43,7 +43,10 @@ ReadTensor = Callable[[str], Tensor]
 BYTES_OF_ENTRY: Final = 16
 """Of a factor's entry in float32, its gradient and two moments of that."""
 
-_RATE: Final = 0.015  # step of an entry, of the mean size of its factor's entries
+# Step of an entry, of the mean size of its factor's entries: times the root of the share of the outputs'
+# difference that is left, for so far the factors have to go.
+_RATE: Final = 0.05
+_MOST: Final = 0.015  # of that
 _RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
 _EPSILON: Final = 1e-15  # of gradients, far below all that say something
@@ -221,7 +224,7 @@ def distil(
     # Nothing is left of a checkpoint that does what the average does.
     scale = torch.where(scale > 0, scale, torch.inf)
     before = runner.differences(runner.layers, targets) / scale
-    runner.train(targets, weights)
+    runner.train(targets, weights, min(_RATE * float(before.mean().sqrt()), _MOST))
     trained = runner.trained()
     if not all(x.isfinite().all() for layer in trained for x in (layer.up, layer.down)):
         return Lesson(before, before, is_better=False)
@@ -267,8 +270,14 @@ class _Runner:
             ]
         )
 
-    def train(self, targets: Sequence[Sequence[Tensor]], weights: Tensor) -> None:
-        """Changes the factors after every batch; the checkpoints take turns in an order of chance."""
+    def train(self, targets: Sequence[Sequence[Tensor]], weights: Tensor, highest: float) -> None:
+        """Changes the factors after every batch; the checkpoints take turns in an order of chance.
+
+        Args:
+            targets: by checkpoint and number: its outputs.
+            weights: (k,): how much each checkpoint's squared differences count.
+            highest: step of an entry at most, of the mean size of its factor's entries.
+        """
         factors = [
             factor
             for layer in self.layers
@@ -278,7 +287,7 @@ class _Runner:
         learners = self._learners(self.layers, len(targets))
         with torch.inference_mode(mode=False), torch.enable_grad():  # a host may have set these
             optimizer = torch.optim.Adam(
-                [{"params": [factor], "lr": _RATE * _mean_size(factor)} for factor in factors],
+                [{"params": [factor], "lr": highest * _mean_size(factor)} for factor in factors],
                 betas=_BETAS,
                 eps=_EPSILON,
             )

@@ -117,7 +117,7 @@ def test_updates_are_those_of_whole_gradients_at_once(kind, monkeypatch):
             step = first[index] / (1 - 0.9 ** (place + 1))
             step = step / (second[index] / (1 - 0.98 ** (place + 1))).sqrt()
             with torch.no_grad():
-                factors[index] -= distillation._RATE * rate * sizes[index] * torch.nan_to_num(step)
+                factors[index] -= distillation._MOST * rate * sizes[index] * torch.nan_to_num(step)
     # Adam goes by signs, and a gradient of next to nothing has one of chance: where a group norm takes
     # away what a layer adds.
     sizes_of_gradients = torch.stack([moment.mean().sqrt() for moment in second])
@@ -146,6 +146,24 @@ def test_outputs_become_more_alike_on_inputs_that_no_round_saw():
         assert float(left / nothing) == pytest.approx(float(lesson.after[m]), rel=1e-3)
 
 
+def test_steps_are_as_large_as_what_is_left(monkeypatch):
+    """By the root of its share: half of the difference is a quarter of the square."""
+    rates = []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, groups, **settings):
+            rates.append(
+                groups[0]["lr"] / float(groups[0]["params"][0].detach().square().mean().sqrt())
+            )
+            super().__init__(groups, **settings)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    student, teachers = student_of("small")
+    monkeypatch.setattr(distillation, "_MOST", 1.0)
+    lesson, _ = lesson_of(student, teachers)
+    assert rates[0] == pytest.approx(distillation._RATE * float(lesson.before.mean()) ** 0.5)
+
+
 def test_the_same_comes_out_again():
     first, second = (lesson_of(*student_of("small")) for _ in range(2))
     assert_close(first[0].after, second[0].after, rtol=1e-5, atol=0)
@@ -157,7 +175,8 @@ def test_the_same_comes_out_again():
 
 @pytest.mark.parametrize("rate", [30.0, 1e30, torch.nan])
 def test_a_training_that_spoils_the_outputs_is_told(monkeypatch, rate):
-    monkeypatch.setattr(distillation, "_RATE", rate)
+    for name in ("_RATE", "_MOST"):
+        monkeypatch.setattr(distillation, name, rate)
     lesson, _ = lesson_of(*student_of("small"))
     assert not lesson.is_better
 

@@ -138,7 +138,8 @@ def test_the_report_tells_of_the_training(merged):
 
 
 def test_a_training_that_gains_nothing_leaves_the_loras(merged, models, tmp_path, monkeypatch, log):
-    monkeypatch.setattr(distillation, "_RATE", 1.0)
+    monkeypatch.setattr(distillation, "_RATE", 10.0)
+    monkeypatch.setattr(distillation, "_MOST", 1.0)
     result = merge(models, merged.folder, log.progress, name="wild", training=1, **SETTINGS)
     assert not result.report.training.has_gained
     assert [text for text in log.warnings if "more alike" in text]

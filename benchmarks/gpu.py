@@ -3,10 +3,10 @@
     python benchmarks/gpu.py [--device cuda:0] [--narrow] [--minutes 10] [--folder FOLDER]
 
 Runs the suite's tests marked `gpu`, then counts what the profiler sees of a small merge, then merges four
-full-size SD 1.x checkpoints and three of SDXL, made on the device, with all of its memory and with 12, 8
-and 6 GB. Prints one table and keeps it in `FOLDER/gpu.md` and, with all figures, `gpu.json`, after
-every step; what does not fit into the minutes is left out, and says so. It needs no network, and 30 GB
-of disk. `--device cpu --narrow` shows in two minutes that the program itself works.
+full-size SD 1.x checkpoints and three of SDXL, made on the device, with all of its memory, with 12, 8 and
+6 GB, and with a training. Prints one table and keeps it in `FOLDER/gpu.md` and, with all figures,
+`gpu.json`, after every step; what does not fit into the minutes is left out, and says so. It needs no
+network, and 30 GB of disk. `--device cpu --narrow` shows in two minutes that the program itself works.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from hyper_merge.synthetic.family import NARROW  # noqa: E402
 
 CAPS = (None, 12, 8, 6)  # GB
 COUNTS = {"sd1": 4, "sdxl": 3}
+ROUNDS = 2  # of a training
 HEADS = ("merge", "memory", "seconds", "phases", "loss", "peak GB", "warnings")
 
 # What the profiler calls waits of the CPU for the GPU, and the other calls that cost it time.
@@ -110,6 +111,8 @@ def main() -> None:
         for cap in CAPS if bench.on_gpu else CAPS[:1]:
             name = f"{family} in {cap or 'all'} GB"
             bench.step(name, lambda of=family, c=cap: merge(bench, of, c), 20)
+        name = f"{family}, training {ROUNDS}"
+        bench.step(name, lambda of=family: merge(bench, of, None, training=ROUNDS), 20)
         shutil.rmtree(models, ignore_errors=True)
     print(table(HEADS, bench.rows))
 
@@ -166,7 +169,7 @@ def make_files(bench: Bench, family: str, folder: Path) -> str:
     return f"{sum(path.stat().st_size for path in paths) / 1e9:.2f} GB"
 
 
-def merge(bench: Bench, family: str, cap: int | None) -> dict[str, Any]:
+def merge(bench: Bench, family: str, cap: int | None, **settings: Any) -> dict[str, Any]:
     """Merges a family with so many GB of the device's memory; returns the figures."""
     if bench.on_gpu:
         total = torch.cuda.get_device_properties(bench.device).total_memory
@@ -178,14 +181,16 @@ def merge(bench: Bench, family: str, cap: int | None) -> dict[str, Any]:
     try:
         small = (12, 6, 3), SearchEffort.QUICK
         usual = (128, 64, 32, 16), SearchEffort.FULL
-        figures = run(bench.folder / family, bench.device, *(small if bench.is_narrow else usual))
+        ranks, effort = small if bench.is_narrow else usual
+        figures = run(bench.folder / family, bench.device, ranks, effort, **settings)
     finally:
         if bench.on_gpu:
             torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) / 1e9 if bench.on_gpu else 0.0
     figures["peak GB"] = round(peak, 2)
     phases = ", ".join(f"{phase} {seconds}" for phase, seconds in figures["phases"].items())
-    words = (family, f"{cap} GB" if cap else "all", figures["seconds"], phases, figures["loss"])
+    name = ", ".join([family, *(f"{key} {value}" for key, value in settings.items())])
+    words = (name, f"{cap} GB" if cap else "all", figures["seconds"], phases, figures["loss"])
     warnings = "; ".join(figures["warnings"]) or "none"
     bench.rows.append((*map(str, words), str(figures["peak GB"]), warnings))
     return figures

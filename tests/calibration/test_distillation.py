@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretended_gpu import GPU, pretended_gpu
 from reference_networks import FAMILY, layout_for, narrow_shapes, narrow_weights
 from tiny_family import Stop
 from torch.testing import assert_close
@@ -47,7 +48,9 @@ def opened(state):
     yield state.__getitem__
 
 
-def lesson_of(student, teachers, course=COURSE, progress=None, weights=(1.0, 3.0), write=list):
+def lesson_of(
+    student, teachers, course=COURSE, progress=None, weights=(1.0, 3.0), write=list, device=CPU
+):
     """Returns the lesson, and the layers that it ended with."""
     taken = []
 
@@ -61,7 +64,7 @@ def lesson_of(student, teachers, course=COURSE, progress=None, weights=(1.0, 3.0
         torch.tensor(weights, dtype=torch.float64),
         course,
         keep,
-        CPU,
+        device,
         progress or Progress(),
     )
     return lesson, taken
@@ -205,6 +208,22 @@ def test_what_counts_is_the_outputs_of_what_is_written():
     lesson, _ = lesson_of(student, teachers, write=lambda _: untrained.layers)
     assert_close(lesson.after, lesson.before)
     assert not lesson.is_better
+
+
+def test_a_training_on_a_gpu_is_that_of_the_cpu():
+    course = Course(rounds=1, batch=1, side=8)
+
+    def lesson(device):
+        student, teachers = student_of("small")
+        layers = [replace(x, dtype=torch.float8_e4m3fn) for x in student.layers]
+        return lesson_of(replace(student, layers=layers), teachers, course, device=device)
+
+    expected, _ = lesson(CPU)
+    with pretended_gpu() as gpu:
+        found, _ = lesson(GPU)
+    assert_close(found.after, expected.after, rtol=1e-3, atol=0)
+    assert not torch.equal(found.after, found.before)
+    assert set(gpu.waits) <= {"gpu", "cpu", "number"}  # weights go there; no solver
 
 
 def test_layers_without_rank_are_those_of_the_average():

@@ -9,6 +9,9 @@ import os
 import pytest
 import torch
 from fitting import fit
+from narrow_layouts import one
+from random_checkpoints import files as write_files
+from random_checkpoints import sane_weights
 from tiny_family import load, merge
 
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
@@ -26,6 +29,17 @@ pytestmark = [
         reason="there is no GPU",
     ),
 ]
+
+
+@pytest.fixture
+def networks(tmp_path):
+    """Two narrow files of SD 1.x whose network can be run."""
+    base, states = sane_weights(one(width=32)), []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        steps = {key: torch.randn(x.shape, generator=generator) for key, x in base.items()}
+        states.append({key: x + 0.1 * x.std() * steps[key] for key, x in base.items()})
+    return write_files(tmp_path / "networks", *states)
 
 
 @pytest.fixture
@@ -60,6 +74,17 @@ def test_merge_is_that_of_the_cpu(files, tmp_path, log, settings):
     average, other = (load(run.place.hyper_model) for run in (merged, expected))
     for key, tensor in average.items():
         torch.testing.assert_close(tensor, other[key], rtol=2e-3, atol=1e-6)
+
+
+def test_a_training_is_that_of_the_cpu(networks, tmp_path, log):
+    settings = {"ranks": (2,), "lora_dtype": "float8", "layer_weights": "layout", "training": 1}
+    expected = merge(networks, tmp_path / "cpu", **settings).report.training
+    found = merge(
+        networks, tmp_path / "gpu", log.progress, device=DEVICE, **settings
+    ).report.training
+    assert log.warnings == []
+    assert found.before == pytest.approx(expected.before, rel=0.05)
+    assert found.after == pytest.approx(expected.after, rel=0.05)
 
 
 def test_merge_with_little_memory_is_that_of_the_cpu(files, tmp_path, log, little_memory):

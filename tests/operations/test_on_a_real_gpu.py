@@ -5,6 +5,7 @@ tested; `benchmarks/gpu.py` runs them.
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from random_checkpoints import files as write_files
 from random_checkpoints import sane_weights
 from tiny_family import load, merge
 
+from hyper_merge.calibration.distillation import Course
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
+from hyper_merge.operations.merge import training
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
 
@@ -76,7 +79,8 @@ def test_merge_is_that_of_the_cpu(files, tmp_path, log, settings):
         torch.testing.assert_close(tensor, other[key], rtol=2e-3, atol=1e-6)
 
 
-def test_a_training_is_that_of_the_cpu(networks, tmp_path, log):
+def test_a_training_is_that_of_the_cpu(networks, tmp_path, log, monkeypatch):
+    monkeypatch.setattr(training, "Course", partial(Course, batch=2, side=8))
     settings = {"ranks": (2,), "lora_dtype": "float8", "layer_weights": "layout", "training": 1}
     expected = merge(networks, tmp_path / "cpu", **settings).report.training
     found = merge(

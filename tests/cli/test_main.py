@@ -454,7 +454,16 @@ def test_the_program_refuses_with_code_2_in_any_encoding(files, tmp_path, monkey
     assert err == f"hyper-merge: {path} does not exist; check the path\n"
 
 
+@pytest.fixture
+def heard_ctrl_c():
+    """Has this process hear Ctrl-C, also where the suite is a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_is_noticed_where_its_exception_is_lost():
     usual = signal.getsignal(signal.SIGINT)
     with progress_bar() as progress:
@@ -469,6 +478,7 @@ def test_ctrl_c_is_noticed_where_its_exception_is_lost():
     assert signal.getsignal(signal.SIGINT) is usual
 
 
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_ends_work_at_once_and_is_forgotten_afterwards():
     with pytest.raises(KeyboardInterrupt), progress_bar():
         signal.raise_signal(signal.SIGINT)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from narrow_layouts import UNET
+from narrow_layouts import UNET, one
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_family import layers_of, merge
@@ -40,6 +40,16 @@ def sane_weights(shapes):
         else:
             state[key] = 0.2 * values + (0.0 if key.endswith("bias") else 1.0)
     return state
+
+
+def networks(folder, count):
+    """Writes whole narrow files of SD 1.x around a network whose activations are sound."""
+    base, states = sane_weights(one(width=32)), []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed + 1)
+        steps = {key: torch.randn(x.shape, generator=generator) for key, x in base.items()}
+        states.append({key: x + 0.1 * x.std() * steps[key] for key, x in base.items()})
+    return files(folder, *states)
 
 
 def files(folder, *states, names="abcdef"):

@@ -33,7 +33,7 @@ def is_run(layer_weights: str, header: Header, layout: Layout) -> bool:
         header: of a file with the tensors of the average; the file is not read.
         layout: of the average.
     """
-    return layer_weights == "output" and can_run(layout, _shapes(header))
+    return layer_weights == "output" and can_run(layout, header.shapes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class AverageNetwork:
         """
         if not is_run(layer_weights, header, layout):
             return None
-        return cls(layout, _shapes(header), sensitivities_path(cache, average_id, seed), seed)
+        return cls(layout, header.shapes, sensitivities_path(cache, average_id, seed), seed)
 
     @property
     def is_known(self) -> bool:
@@ -133,7 +133,3 @@ class AverageNetwork:
             progress.warn(f"{failure} for the network of the average; the CPU runs it")
 
         return try_device(device, measure, on_failure=warn)
-
-
-def _shapes(header: Header) -> dict[str, Shape]:
-    return {key: info.shape for key, info in header.tensors.items()}

@@ -10,9 +10,7 @@ from functools import partial
 import pytest
 import torch
 from fitting import fit
-from narrow_layouts import one
-from random_checkpoints import files as write_files
-from random_checkpoints import sane_weights
+from random_checkpoints import networks
 from tiny_family import load, merge
 
 from hyper_merge.calibration.distillation import Course
@@ -32,17 +30,6 @@ pytestmark = [
         reason="there is no GPU",
     ),
 ]
-
-
-@pytest.fixture
-def networks(tmp_path):
-    """Two narrow files of SD 1.x whose network can be run."""
-    base, states = sane_weights(one(width=32)), []
-    for seed in (1, 2):
-        generator = torch.Generator().manual_seed(seed)
-        steps = {key: torch.randn(x.shape, generator=generator) for key, x in base.items()}
-        states.append({key: x + 0.1 * x.std() * steps[key] for key, x in base.items()})
-    return write_files(tmp_path / "networks", *states)
 
 
 @pytest.fixture
@@ -79,13 +66,12 @@ def test_merge_is_that_of_the_cpu(files, tmp_path, log, settings):
         torch.testing.assert_close(tensor, other[key], rtol=2e-3, atol=1e-6)
 
 
-def test_a_training_is_that_of_the_cpu(networks, tmp_path, log, monkeypatch):
+def test_a_training_is_that_of_the_cpu(tmp_path, log, monkeypatch):
     monkeypatch.setattr(training, "Course", partial(Course, batch=2, side=8))
     settings = {"ranks": (2,), "lora_dtype": "float8", "layer_weights": "layout", "training": 1}
-    expected = merge(networks, tmp_path / "cpu", **settings).report.training
-    found = merge(
-        networks, tmp_path / "gpu", log.progress, device=DEVICE, **settings
-    ).report.training
+    models = networks(tmp_path / "networks", 2)
+    expected = merge(models, tmp_path / "cpu", **settings).report.training
+    found = merge(models, tmp_path / "gpu", log.progress, device=DEVICE, **settings).report.training
     assert log.warnings == []
     assert found.before == pytest.approx(expected.before, rel=0.05)
     assert found.after == pytest.approx(expected.after, rel=0.05)

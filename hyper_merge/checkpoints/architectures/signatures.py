@@ -36,7 +36,7 @@ class KeySignature:
     @staticmethod
     def from_header(header: Header) -> KeySignature:
         """Returns the signature of a file; tensors of unknown types count as keys."""
-        known = {key: info.shape for key, info in header.tensors.items()}
+        known = header.shapes
         return KeySignature({**known, **dict.fromkeys(header.unsupported)})
 
     def has(self, *prefixes: str) -> bool:

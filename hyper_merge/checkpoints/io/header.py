@@ -61,6 +61,11 @@ class Header:
         """The file's name without folder and suffix."""
         return self.path.stem
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The tensors' shapes by key."""
+        return {key: info.shape for key, info in self.tensors.items()}
+
 
 @dataclass(frozen=True, eq=False)
 class TensorsAsKey:

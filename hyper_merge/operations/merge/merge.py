@@ -246,8 +246,9 @@ def _make_files(
             )
             search = replace(search, costs=(costs.solving, costs.rounding))
             solved = solve_shared(metric, preflight, overhead, search, solving)
-            with _average(outputs) as average:
-                solved = trained(metric, preflight, solved, average, training)
+            if recipe.training:
+                with _average(outputs) as average:
+                    solved = trained(metric, preflight, solved, average, training)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))
             solved = with_private_loras(metric, solved, overhead, adding)
             preflight = replace(preflight, recipe=solved.plan.recipe)

@@ -234,7 +234,7 @@ def _check_training(recipe: Recipe, inputs: MergeInputs) -> None:
     if not recipe.training:
         return
     family, first = inputs.layout.family, inputs.headers[0]
-    if not can_run(inputs.layout, {key: info.shape for key, info in first.tensors.items()}):
+    if not can_run(inputs.layout, first.shapes):
         raise RecipeError(
             f"the network of {first.name} ({family.title}) cannot be run here, so no LoRA can be trained",
             hint="leave the training out",

@@ -41,25 +41,50 @@ def trained(
     average: ReadTensor,
     progress: Progress,
 ) -> SolvedMerge:
-    """Returns the merge with trained LoRAs; unchanged where the recipe asks for none, or it gains nothing.
+    """Returns the merge with trained LoRAs, or with those of the solve where a training gains nothing.
 
     The multipliers stay those of the solve.
 
     Args:
         metric: of the loss.
-        preflight: the validated recipe.
+        preflight: the validated recipe, which asks for a training.
         solved: without private LoRAs.
         average: reads the average.
         progress: progress and interrupt.
     """
-    rounds = preflight.recipe.training
-    if not rounds:
+    try:
+        lesson, factors = _train(metric, preflight, solved, average, progress)
+    except NonFiniteError as error:
+        progress.warn(f"{error}; the LoRAs are as they were solved, without a training")
         return solved
-    inputs, plan = preflight.inputs, solved.plan
+    if lesson is None:
+        progress.warn(
+            "the networks give no finite outputs that differ, so the LoRAs are not trained"
+        )
+        return solved
+    rounds = preflight.recipe.training
+    before, after = tuple(lesson.before.tolist()), tuple(lesson.after.tolist())
+    if not lesson.is_better:
+        progress.warn(
+            "the training made no outputs more alike, so the LoRAs are as they were solved"
+        )
+        return replace(solved, training=TrainingReport(rounds, before, before))
+    evaluation = evaluate(metric, factors, solved.plan.groups, solved.evaluation.multipliers)
+    training = TrainingReport(rounds, before, after)
+    return replace(solved, factors=factors, evaluation=evaluation, training=training)
+
+
+def _train(
+    metric: Metric,
+    preflight: Preflight,
+    solved: SolvedMerge,
+    average: ReadTensor,
+    progress: Progress,
+) -> tuple[Lesson | None, StoredFactors]:
+    """Trains on the device, or on the CPU where that cannot do it; returns the factors as files hold them."""
+    inputs, plan, factors = preflight.inputs, solved.plan, solved.factors
     multipliers = solved.evaluation.multipliers
-    shapes = {key: info.shape for key, info in inputs.headers[0].tensors.items()}
-    course = Course(rounds, seed=preflight.recipe.seed)
-    factors = solved.factors
+    course = Course(preflight.recipe.training, seed=preflight.recipe.seed)
 
     def write(layers: Sequence[TrainedLayer]) -> list[TrainedLayer]:
         nonlocal factors
@@ -69,7 +94,7 @@ def trained(
 
     def train(device: torch.device) -> Lesson | None:
         layers = _trained_layers(metric, solved.factors, plan, multipliers)
-        student = Student(average, shapes, inputs.layout, layers)
+        student = Student(average, inputs.headers[0].shapes, inputs.layout, layers)
         teachers = [_opened(header) for header in inputs.headers]
         return distil(student, teachers, metric.checkpoints, course, write, device, progress)
 
@@ -78,25 +103,8 @@ def trained(
 
     entries = sum(x.numel() for pairs in factors.factors for pair in pairs for x in pair)
     device = preflight.pass_options.device
-    try:
-        lesson = try_device(device, train, BYTES_OF_ENTRY * entries, on_failure=warn)
-    except NonFiniteError as error:
-        progress.warn(f"{error}; the LoRAs are as they were solved, without a training")
-        return solved
-    if lesson is None:
-        progress.warn(
-            "the networks give no finite outputs that differ, so the LoRAs are not trained"
-        )
-        return solved
-    before, after = tuple(lesson.before.tolist()), tuple(lesson.after.tolist())
-    if not lesson.is_better:
-        progress.warn(
-            "the training made no outputs more alike, so the LoRAs are as they were solved"
-        )
-        return replace(solved, training=TrainingReport(rounds, before, before))
-    evaluation = evaluate(metric, factors, plan.groups, multipliers)
-    training = TrainingReport(rounds, before, after)
-    return replace(solved, factors=factors, evaluation=evaluation, training=training)
+    lesson = try_device(device, train, BYTES_OF_ENTRY * entries, on_failure=warn)
+    return lesson, factors
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from narrow_layouts import NARROW, one
+from narrow_layouts import NARROW
 from random_checkpoints import files as write_files
-from random_checkpoints import sane_weights
+from random_checkpoints import networks
 from safetensors.torch import load_file
 from tiny_family import added, layers_of, load, merge, recipe, snapshot, tags_of
 
@@ -41,12 +41,7 @@ def course(monkeypatch):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Three whole narrow files of SD 1.x around a network whose activations are sound."""
-    base, states = sane_weights(one(width=32)), []
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed + 1)
-        steps = {key: torch.randn(x.shape, generator=generator) for key, x in base.items()}
-        states.append({key: x + 0.1 * x.std() * steps[key] for key, x in base.items()})
-    return write_files(tmp_path_factory.mktemp("whole"), *states)
+    return networks(tmp_path_factory.mktemp("whole"), 3)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +74,7 @@ def with_loras(result, models, tags):
 
 def outputs(state, header, course, rounds):
     """Returns what a network gives for the inputs that no round sees."""
-    shapes = {key: info.shape for key, info in header.tensors.items()}
-    network, results = Network(lambda key: state[key].float(), shapes, SD1), []
+    network, results = Network(lambda key: state[key].float(), header.shapes, SD1), []
     for number in (rounds, rounds + 1):
         generator = torch.Generator().manual_seed(number)
         with torch.no_grad():

@@ -25,20 +25,24 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from hyper_merge.calibration.measure import FORWARD, IMAGES, Samples, pass_cost, positions_in_pass
+from hyper_merge.calibration.measure import FORWARD, pass_cost
 from hyper_merge.calibration.network import Network
 from hyper_merge.calibration.run_clock import RunClock
+from hyper_merge.calibration.student import (
+    Course,
+    ReadTensor,
+    Student,
+    TrainedLayer,
+    is_beside,
+    products_cost,
+    with_change,
+)
 from hyper_merge.calibration.unet import Observe, ignore
-from hyper_merge.checkpoints.architectures.layout import Layer, Layout
-from hyper_merge.checkpoints.io.header import Shape
+from hyper_merge.checkpoints.architectures.layout import Layout
 from hyper_merge.runtime.progress import Progress
 
 PHASE: Final = "training the LoRAs"
-
-ReadTensor = Callable[[str], Tensor]
-"""Returns a tensor of a checkpoint by its key, on the CPU, in the file's type."""
 
 BYTES_OF_ENTRY: Final = 16
 """Of a factor's entry in float32, its gradient and two moments of that."""
@@ -50,99 +54,6 @@ _MOST: Final = 0.015  # of that
 _RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
 _EPSILON: Final = 1e-15  # of gradients, far below all that say something
-_HELD_OUT: Final = 2  # batches that tell what the training gained
-_PRODUCTS: Final = 4.0  # with factors: twice forward, twice backward
-
-
-@dataclass(frozen=True)
-class Course:
-    """How long the training is, and what the networks see."""
-
-    rounds: int  # of one batch for every checkpoint, with an update of the factors after each
-    batch: int = 8
-    side: int = 16  # height and width of the latents
-    seed: int = 0
-
-    @property
-    def samples(self) -> Samples:
-        """The inputs of the rounds and, after them, those that tell what was gained."""
-        return Samples(self.rounds + _HELD_OUT, self.batch, self.side)
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedLayer:
-    """The blocks of a layer, next to each other, which the training changes.
-
-    Attributes:
-        layer: Whose blocks they are.
-        up: (m, r), of all blocks as files hold them, but in float32.
-        down: (r, n), likewise.
-        multipliers: (k, r), of every checkpoint: those of the columns' blocks, times what hosts multiply
-            the files' product with.
-        dtype: Of the files, to which factors are rounded before they are used.
-    """
-
-    layer: Layer
-    up: Tensor
-    down: Tensor
-    multipliers: Tensor
-    dtype: torch.dtype
-
-    def change(self, checkpoint: int, device: torch.device) -> Tensor:  # (m, n)
-        """Returns what the blocks add to the layer's weight for a checkpoint, on a device."""
-        up, down, multipliers = self._on(checkpoint, device)
-        return (up * multipliers) @ down
-
-    def output(self, checkpoint: int, inputs: Tensor, stride: int) -> Tensor:
-        """Returns what the blocks add to the layer's output for a checkpoint, as `Observe` has both."""
-        up, down, multipliers = self._on(checkpoint, inputs.device)
-        if inputs.dim() != IMAGES:
-            return (inputs @ down.mT * multipliers) @ up.mT
-        kernel = down.view(len(down), *self.layer.shape[1:])
-        padding = kernel.shape[-1] // 2
-        inner = functional.conv2d(inputs, kernel, None, stride, padding)
-        return functional.conv2d(inner, (up * multipliers)[:, :, None, None])
-
-    def _on(self, checkpoint: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        up, down = (_rounded(x.to(device), self.dtype) for x in (self.up, self.down))
-        return up, down, self.multipliers[checkpoint].to(device)
-
-    def trainable(self, device: torch.device) -> TrainedLayer:
-        """Returns the same with the factors on a device, which take gradients."""
-        up, down = (x.detach().to(device).requires_grad_() for x in (self.up, self.down))
-        return replace(self, up=up, down=down)
-
-
-@dataclass(frozen=True, eq=False)
-class Student:
-    """The average with LoRAs.
-
-    Attributes:
-        average: Reads the average.
-        shapes: Of the checkpoints' tensors by key.
-        layout: Of the checkpoints, whose network can be run.
-        layers: With their blocks.
-    """
-
-    average: ReadTensor
-    shapes: Mapping[str, Shape]
-    layout: Layout
-    layers: Sequence[TrainedLayer]
-
-    def trainable(self, device: torch.device) -> Student:
-        """Returns the same with the factors on a device, which take gradients."""
-        return replace(self, layers=[layer.trainable(device) for layer in self.layers])
-
-    def costs(self, course: Course) -> dict[str, float]:
-        """Returns what a tensor takes in a run forward and backward, by key, in multiply-adds."""
-        resolution = self.layout.family.resolution
-        costs: dict[str, float] = {}
-        for of_layer in self.layers:
-            layer, rank = of_layer.layer, of_layer.up.shape[1]
-            cost = pass_cost(layer, resolution, course.samples)
-            cost += _products_cost(layer, rank, resolution, course)
-            costs[layer.key] = costs.get(layer.key, 0.0) + cost
-        return costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +83,11 @@ def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course
     resolution = layout.family.resolution
     plain = sum(pass_cost(layer, resolution, course.samples) for layer in layout.layers)
     products = sum(
-        _products_cost(*pair, resolution, course) for pair in zip(layout.layers, ranks, strict=True)
+        products_cost(*pair, resolution, course) for pair in zip(layout.layers, ranks, strict=True)
     )
-    student = course.rounds + 2 * FORWARD * _HELD_OUT
+    student = course.rounds + 2 * FORWARD * course.held_out
     teacher = FORWARD * course.samples.passes
-    average = FORWARD * _HELD_OUT * plain
+    average = FORWARD * course.held_out * plain
     return checkpoints * (student * (plain + products) + teacher * plain) + average
 
 
@@ -217,7 +128,7 @@ def distil(
             targets.append([runner.output(network, n) for n in range(course.samples.passes)])
     average = runner.network(student.average)
     # Of the average alone, in the same places.
-    alone = [runner.output(average, course.rounds + n) for n in range(_HELD_OUT)]
+    alone = [runner.output(average, course.rounds + n) for n in range(course.held_out)]
     scale = torch.stack([_squares(alone, of_teacher[course.rounds :]) for of_teacher in targets])
     if not bool(scale.isfinite().all()) or not bool((scale > 0).any()):
         return None
@@ -259,12 +170,12 @@ class _Runner:
         self, layers: Sequence[TrainedLayer], targets: Sequence[Sequence[Tensor]]
     ) -> Tensor:  # (k,), float64
         """Returns a student's squared differences for inputs that no round sees."""
-        first = self._course.rounds
+        first, held_out = self._course.rounds, self._course.held_out
         learners = self._learners(layers, len(targets))
         return torch.stack(
             [
                 _squares(
-                    [self.output(learner, first + n) for n in range(_HELD_OUT)], of_teacher[first:]
+                    [self.output(learner, first + n) for n in range(held_out)], of_teacher[first:]
                 )
                 for learner, of_teacher in zip(learners, targets, strict=True)
             ]
@@ -323,12 +234,12 @@ class _Runner:
         for layer in layers:
             if not layer.up.shape[1]:
                 continue
-            if _is_beside(layer.layer, resolution, self._course):
+            if is_beside(layer.layer, resolution, self._course):
                 beside[layer.layer.key] = layer
             else:
                 inside.setdefault(layer.layer.key, []).append(layer)
         return [
-            self._network(partial(self._learned, inside, m), partial(_with_change, beside, m))
+            self._network(partial(self._learned, inside, m), partial(with_change, beside, m))
             for m in range(count)
         ]
 
@@ -355,15 +266,6 @@ class _Runner:
         return tensor(key).to(self._device).to(torch.float32)
 
 
-def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:  # float32
-    """Returns a factor as a file holds it; gradients go through the rounding as if there were none."""
-    if dtype == torch.float32:
-        return factor
-    largest = torch.finfo(dtype).max
-    rounded = factor.detach().clamp(-largest, largest).to(dtype).to(factor.dtype)
-    return factor + (rounded - factor.detach()) if factor.requires_grad else rounded
-
-
 def _rate(updates: int, number: int) -> float:
     """Returns the rate of an update as a share of the highest: it rises, then falls to nothing."""
     rise = min((number + 1) / _RISE, 1.0)
@@ -377,29 +279,3 @@ def _squares(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:  # 
 
 def _mean_size(factor: Tensor) -> float:
     return float(factor.detach().square().mean().sqrt())
-
-
-def _with_change(
-    beside: Mapping[str, TrainedLayer],
-    checkpoint: int,
-    key: str,
-    inputs: Tensor,
-    output: Tensor,
-    stride: int = 1,
-) -> Tensor:
-    """Returns a layer's output with what its LoRAs add."""
-    layer = beside.get(key)
-    return output if layer is None else output + layer.output(checkpoint, inputs, stride)
-
-
-def _is_beside(layer: Layer, resolution: int, course: Course) -> bool:
-    """Tells whether factors are applied beside the weight, where that takes less than their product does."""
-    positions = positions_in_pass(layer, resolution, course.samples)
-    return not layer.rows and positions * (layer.m + layer.n) < layer.m * layer.n
-
-
-def _products_cost(layer: Layer, rank: int, resolution: int, course: Course) -> float:
-    if _is_beside(layer, resolution, course):
-        positions = positions_in_pass(layer, resolution, course.samples)
-        return _PRODUCTS * positions * (layer.m + layer.n) * rank
-    return _PRODUCTS * layer.m * layer.n * rank

@@ -12,8 +12,9 @@ from tiny_family import Stop
 from torch.testing import assert_close
 
 from hyper_merge.calibration import distillation, text_encoders, unet
-from hyper_merge.calibration.distillation import PHASE, Course, Student, TrainedLayer, distil
+from hyper_merge.calibration.distillation import PHASE, distil
 from hyper_merge.calibration.network import Network
+from hyper_merge.calibration.student import Course, Student, TrainedLayer, is_beside
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.runtime.progress import Progress
 
@@ -91,7 +92,7 @@ def test_updates_are_those_of_whole_gradients_at_once(kind, monkeypatch):
     _, trained = lesson_of(*student_of(kind))
     student, teachers = student_of(kind)
     resolution = student.layout.family.resolution
-    beside = [distillation._is_beside(x.layer, resolution, COURSE) for x in student.layers]
+    beside = [is_beside(x.layer, resolution, COURSE) for x in student.layers]
     kernels = {
         x.layer.kernel for x, is_beside in zip(student.layers, beside, strict=True) if is_beside
     }
@@ -210,9 +211,8 @@ def test_what_counts_is_the_outputs_of_what_is_written():
     assert not lesson.is_better
 
 
-def test_a_training_on_a_gpu_is_that_of_the_cpu(monkeypatch):
-    monkeypatch.setattr(distillation, "_HELD_OUT", 1)
-    course = Course(rounds=1, batch=1, side=8)
+def test_a_training_on_a_gpu_is_that_of_the_cpu():
+    course = Course(rounds=1, batch=1, side=8, held_out=1)
 
     def lesson(device):
         student, teachers = student_of("small")

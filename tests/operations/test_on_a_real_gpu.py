@@ -13,7 +13,7 @@ from fitting import fit
 from random_checkpoints import networks
 from tiny_family import load, merge
 
-from hyper_merge.calibration.distillation import Course
+from hyper_merge.calibration.student import Course
 from hyper_merge.operations.extract.extract import ExtractRequest, run_extract
 from hyper_merge.operations.merge import training
 from hyper_merge.runs.folders import Folders

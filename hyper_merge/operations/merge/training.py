@@ -9,15 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hyper_merge.calibration.distillation import (
-    BYTES_OF_ENTRY,
-    Course,
-    Lesson,
-    ReadTensor,
-    Student,
-    TrainedLayer,
-    distil,
-)
+from hyper_merge.calibration.distillation import BYTES_OF_ENTRY, Lesson, distil
+from hyper_merge.calibration.student import Course, ReadTensor, Student, TrainedLayer
 from hyper_merge.checkpoints.io.header import Header
 from hyper_merge.checkpoints.reader import CheckpointReader
 from hyper_merge.errors import NonFiniteError

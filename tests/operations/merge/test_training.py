@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny_family import added, layers_of, load, merge, recipe, snapshot, tags_of
 
 from hyper_merge.calibration import distillation
-from hyper_merge.calibration.distillation import PHASE, Course
+from hyper_merge.calibration.distillation import PHASE
 from hyper_merge.calibration.network import Network
+from hyper_merge.calibration.student import Course
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import InterruptedRun, NonFiniteError, RecipeError

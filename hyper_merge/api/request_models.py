@@ -80,7 +80,7 @@ class PlanBody(StrictRequest):
     device: StrictStr | None = recipe_setting("device")
     iterations: StrictInt | None = recipe_setting("iterations")
     tolerance: Number | None = recipe_setting("tolerance")
-    training: StrictInt | None = recipe_setting("training")
+    training: StrictInt | StrictStr | None = recipe_setting("training")
     seed: StrictInt | None = recipe_setting("seed")
     damaged: StrictStr | None = recipe_setting("damaged")
 

@@ -29,6 +29,7 @@ from hyper_merge.recipe.parsing import (
     parse_text,
     parse_weights,
     whole,
+    whole_or_auto,
 )
 from hyper_merge.recipe.plain_values import plain_value
 
@@ -147,9 +148,9 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("layer_weights", "HOW", "how differences count: by what they do to the network's output,"
           " measured by runs of the average, or estimated from the layout; relative to each layer's"
           " size; or plain", choice("output", "layout", "relative", "plain")),
-    Field("training", "N", "rounds in which runs of the networks improve the LoRAs after the solve, such as"
-          " 20: better pictures for the same bytes, in several times the time; 0 for none",
-          whole(0, 10_000)),
+    Field("training", "N", "rounds in which runs of the networks improve the LoRAs after the solve: better"
+          " pictures for the same bytes; auto for 20 where these take minutes, as on most GPUs, fewer or"
+          " none where they take longer; 0 for none", whole_or_auto(0, 10_000)),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none; ends: the layers at the"

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeGuard, TypeVar
 
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.plain_values import (
@@ -242,12 +242,29 @@ def whole(low: int, high: int) -> Callable[[object], int]:
     """Returns a parser for a whole number in `low..high`."""
 
     def parse(value: object) -> int:
-        # bool is an int to Python, not to the user
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if not _is_whole(value, low, high):
             raise expected_error(f"a whole number from {low} to {high}", value)
         return value
 
     return parse
+
+
+def whole_or_auto(low: int, high: int) -> Callable[[object], int | Literal["auto"]]:
+    """Returns a parser for a whole number in `low..high`, or `auto`."""
+
+    def parse(value: object) -> int | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        if not _is_whole(value, low, high):
+            raise expected_error(f"auto, or a whole number from {low} to {high}", value)
+        return value
+
+    return parse
+
+
+def _is_whole(value: object, low: int, high: int) -> TypeGuard[int]:
+    # bool is an int to Python, not to the user
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def number(low: float, high: float) -> Callable[[object], float]:

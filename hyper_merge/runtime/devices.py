@@ -135,7 +135,7 @@ def try_device(
             waits until so much is free beside other work in progress; what can never fit goes to the
             CPU at once, for some drivers would take ordinary memory in its place, at a crawl.
         on_failure: called before the CPU begins with why the device cannot do it: "cuda has too
-            little memory", to be followed by "for" and what it was.
+            little memory", to be followed by "for" and what it was. What it raises leaves the CPU out.
     """
     room = device_room(device)
     failure = f"{device} has too little memory"

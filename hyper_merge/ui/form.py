@@ -54,7 +54,7 @@ class Form:
     separate: bool
     fit_weights: str
     layer_weights: str
-    training: float | None
+    training: str
     damaged: str
     save_styles: bool
 
@@ -126,7 +126,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
         "allocation": ALLOCATION_CHOICES.get(form.allocation, form.allocation),
         "multipliers": "separate" if form.separate else "shared",
         "layer_weights": DIFFERENCE_CHOICES.get(form.layer_weights, form.layer_weights),
-        "training": _whole(form.training),
+        "training": plain_value(form.training or "auto"),
         "damaged": DAMAGED_CHOICES.get(form.damaged, form.damaged),
         "output": folders.models.parent,
     }
@@ -163,7 +163,7 @@ def form_from_recipe(recipe: Recipe, listed: Mapping[str, Path], *, save_styles:
         separate=recipe.multipliers == "separate",
         fit_weights=_format_numbers(recipe.fit_weights),
         layer_weights=_choice_text(DIFFERENCE_CHOICES, recipe.layer_weights),
-        training=recipe.training,
+        training=str(recipe.training),
         damaged=_choice_text(DAMAGED_CHOICES, recipe.damaged),
         save_styles=save_styles,
     )

@@ -160,10 +160,11 @@ FORM_FIELDS: Final = (
     FormField("layer_weights", "Differences count", "radio",
               "Which differences the LoRAs reproduce first. The first choice leaves the least that"
               " can be seen in a picture.", choices=DIFFERENCE_CHOICES),
-    FormField("training", "Training", "number",
+    FormField("training", "Training", "text",
               "For Stable Diffusion 1.x, 2.x and XL: rounds in which runs of the networks improve the"
-              " LoRAs, such as 20. Pictures come closer to the originals at the same size, but the"
-              " merge takes several times as long. 0 for none."),
+              " LoRAs, so that pictures come closer to the originals at the same size. auto does up to 20"
+              " where they take minutes, as on most graphics cards. A number of rounds, such as 20, is done"
+              " anywhere, on a processor in an hour. 0 for none."),
     FormField("damaged", "Damaged files", "radio",
               "Files that look damaged, or like downloads that did not end. Merged, they can spoil"
               " the pictures of all.", choices=DAMAGED_CHOICES),

@@ -32,7 +32,7 @@ FORM = Form(
     separate=True,
     fit_weights="",
     layer_weights="by their effect on the picture",
-    training=0,
+    training="0",
     damaged="refuse them",
     save_styles=True,
 )

@@ -37,6 +37,7 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
         vae="average",
         output=root,
         exact="none",
+        training=0,
     )
 
 
@@ -172,10 +173,12 @@ def test_advanced_fields_reach_the_recipe(recipe):
         fit_weights="1, 2, 1",
         allocation="adaptive: where they help most",
         layer_weights="by their effect on the picture",
-        training=20.0,  # as browsers send it
+        training=" 20",
         damaged="refuse them",
     )
     assert parsed.training == 20
+    assert form_from_recipe(parsed, {}, save_styles=False).training == "20"
+    assert {recipe(training=text).training for text in ("", "auto")} == {"auto"}
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"
     assert parsed.fit_weights == (1.0, 2.0, 1.0)

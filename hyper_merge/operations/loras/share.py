@@ -57,14 +57,14 @@ from hyper_merge.solver.metric import Metric
 DEFAULTS: Final = {"exact": "none", "layer_weights": "plain"}
 """The settings that go with LoRAs and not with checkpoints, where nothing else is asked for."""
 
-# Settings that are about checkpoints, with the one value that they have here.
-_FIXED = {
-    "base": AVERAGE,
-    "weights": None,
-    "block_weights": None,
-    "training": 0,
-    "vae": "first",
-    "exact": "none",
+# Settings that are about checkpoints, with the values that they can have here.
+_FIXED: Final[Mapping[str, tuple[object, ...]]] = {
+    "base": (AVERAGE,),
+    "weights": (None,),
+    "block_weights": (None,),
+    "training": ("auto", 0),
+    "vae": ("first",),
+    "exact": ("none",),
 }
 
 
@@ -103,11 +103,11 @@ def preflight_share(recipe: Recipe, folders: Folders | None = None) -> SharePref
     """
     resolve_device(recipe.device)
     require_several(recipe.models)
-    for key, value in _FIXED.items():
-        if getattr(recipe, key) != value:
+    for key, values in _FIXED.items():
+        if getattr(recipe, key) not in values:
             raise RecipeError(
                 f"{key} {getattr(recipe, key)} goes with checkpoints, not with LoRAs",
-                hint=f"choose {key} {value}" if value else "leave it out",
+                hint=f"choose {key} {values[0]}" if values[0] else "leave it out",
                 key=key,
             )
     loras = read_loras(recipe.models, accepts_damaged=recipe.damaged == "accept")

@@ -66,6 +66,7 @@ def merge_costs(
     ranks: Sequence[tuple[int, ...]],  # per layer
     device: torch.device,
     existing: ExistingFiles,
+    rounds: int,  # of a training
 ) -> MergeCosts:
     """Returns the costs of a merge that uses the existing work; measures the machine the first time."""
     solving, rounding = solve_costs(inputs, recipe, ranks)
@@ -78,7 +79,7 @@ def merge_costs(
         running=_running_seconds(inputs, device, existing),
         solving=estimate_seconds(solving, device),
         rounding=estimate_seconds(rounding, _HOST),
-        training=_training_seconds(inputs, recipe, ranks, device),
+        training=_training_seconds(inputs, ranks, device, rounds),
         writing=estimate_seconds(writing, _HOST),
     )
 
@@ -124,13 +125,12 @@ def _running_seconds(inputs: MergeInputs, device: torch.device, existing: Existi
 
 
 def _training_seconds(
-    inputs: MergeInputs, recipe: Recipe, ranks: Sequence[tuple[int, ...]], device: torch.device
+    inputs: MergeInputs, ranks: Sequence[tuple[int, ...]], device: torch.device, rounds: int
 ) -> float:
-    if not recipe.training:
+    if not rounds:
         return 0.0
     together = [sum(of_layer) for of_layer in ranks]
-    course = Course(recipe.training)
-    cost = training_cost(inputs.layout, together, len(inputs.headers), course)
+    cost = training_cost(inputs.layout, together, len(inputs.headers), Course(rounds))
     return estimate_seconds(cost, device)
 
 

@@ -69,7 +69,9 @@ def estimate_costs(preflight: Preflight, existing: ExistingFiles) -> MergeCosts:
     """Returns the seconds of the merge's phases, with what the existing files save."""
     recipe, inputs = preflight.recipe, preflight.inputs
     layer_ranks = plan_ranks(recipe, inputs).layer_ranks
-    return merge_costs(inputs, recipe, layer_ranks, resolve_device(recipe.device), existing)
+    return merge_costs(
+        inputs, recipe, layer_ranks, resolve_device(recipe.device), existing, preflight.rounds
+    )
 
 
 def average_bytes(inputs: MergeInputs) -> int:

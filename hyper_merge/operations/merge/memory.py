@@ -103,13 +103,16 @@ class MemoryNeeds:
         return self.always + max(phases)
 
 
-def memory_needs(recipe: Recipe, inputs: MergeInputs, sensitivities: int) -> MemoryNeeds:
+def memory_needs(
+    recipe: Recipe, inputs: MergeInputs, sensitivities: int, *, trains: bool = False
+) -> MemoryNeeds:
     """Returns what a merge takes.
 
     Args:
         recipe: with the ranks.
         inputs: the files.
         sensitivities: bytes of the layers' sensitivities; 0 where none are measured.
+        trains: whether there is a training.
     """
     width = required_width(recipe.ranks)
     sides = (basis_columns(layer, width) for layer in inputs.layout.layers)
@@ -120,13 +123,11 @@ def memory_needs(recipe: Recipe, inputs: MergeInputs, sensitivities: int) -> Mem
         solving=_CORES_AT_WORK * worker_count(_HOST) * core,
         reading=_IN_PASS,
         largest=bytes_in_flight(inputs, width, 1),
-        training=_training_bytes(recipe, inputs),
+        training=_training_bytes(recipe, inputs) if trains else 0,
     )
 
 
 def _training_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
-    if not recipe.training:
-        return 0
     layers = inputs.layout.layers
     ranks = even_ranks(recipe.ranks, [(layer.m, layer.n) for layer in layers])
     entries = sum((x.m + x.n) * sum(of_x) for x, of_x in zip(layers, ranks, strict=True))

@@ -246,7 +246,7 @@ def _make_files(
             )
             search = replace(search, costs=(costs.solving, costs.rounding))
             solved = solve_shared(metric, preflight, overhead, search, solving)
-            if recipe.training:
+            if preflight.rounds:
                 with _average(outputs) as average:
                     solved = trained(metric, preflight, solved, average, training)
             adding, writing = writing.split((1.0 if recipe.topup else 0.0, 1.0))

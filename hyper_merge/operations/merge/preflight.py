@@ -15,7 +15,6 @@ from hyper_merge.analysis.file_layout import file_identity
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.sensitivities import Sensitivities, sensitivities_bytes
 from hyper_merge.analysis.streaming_pass import PassOptions
-from hyper_merge.calibration.measure import can_run
 from hyper_merge.checkpoints.architectures.detection import detect_family, require_supported
 from hyper_merge.checkpoints.architectures.layout import Layout, Treatment, layout_of
 from hyper_merge.checkpoints.architectures.norms_and_biases import NormOrBias
@@ -44,6 +43,7 @@ from hyper_merge.operations.merge.memory import (
     MemoryNeeds,
     memory_needs,
 )
+from hyper_merge.operations.merge.training_rounds import training_rounds
 from hyper_merge.operations.sensitivities import AverageNetwork, is_run
 from hyper_merge.recipe.parsing import LARGEST_RANK
 from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
@@ -67,6 +67,7 @@ class Preflight:
     folders: Folders  # of everything that the merge writes and of earlier work that it uses again
     limits: MemoryLimits = USUAL_LIMITS  # of its memory, from the ranks that are known beforehand
     ends: EndLayers | None = None  # known with the analysis; where not carried, no layers any more
+    rounds: int = 0  # of the training; 0 for none
 
     @cached_property
     def norms_and_biases(self) -> tuple[NormOrBias, ...]:
@@ -91,7 +92,7 @@ class Preflight:
         # Not by `network`, whose average's id takes a look at every file.
         runs = is_run(recipe.layer_weights, inputs.base or inputs.headers[0], inputs.layout)
         sensitivities = sensitivities_bytes(inputs.layout.layers) if runs else 0
-        return memory_needs(recipe, inputs, sensitivities)
+        return memory_needs(recipe, inputs, sensitivities, trains=self.rounds > 0)
 
     @cached_property
     def average_id(self) -> str:
@@ -177,7 +178,6 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         accepts_damaged=accepts_damaged,
     )
     _check_blocks(inputs)
-    _check_training(recipe, inputs)
     select_norms_and_biases(recipe, inputs)
     recipe = with_ranks(recipe, inputs)
     warnings += [
@@ -187,8 +187,24 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
         *find_mixed_strains(headers, layout.family),
         *_find_capped_ranks(recipe, inputs),
     ]
-    preflight = Preflight(recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output))
-    return replace(preflight, limits=preflight.memory_needs.limits(recipe.memory))
+    rounds = training_rounds(recipe, inputs, resolve_device(recipe.device))
+    preflight = Preflight(
+        recipe, inputs, tuple(warnings), folders or Folders.under(recipe.output), rounds=rounds
+    )
+    return _within_memory(preflight)
+
+
+def _within_memory(preflight: Preflight) -> Preflight:
+    """Returns the preflight with the limits of its memory, without a training that nobody asked for where these are too narrow.
+
+    Raises:
+        RecipeError: they are too narrow for all else too.
+    """
+    memory = preflight.recipe.memory
+    is_open = preflight.recipe.training == "auto"
+    if memory is not None and is_open and memory < preflight.memory_needs.least:
+        preflight = replace(preflight, rounds=0)
+    return replace(preflight, limits=preflight.memory_needs.limits(memory))
 
 
 def _check_blocks(inputs: MergeInputs) -> None:
@@ -223,30 +239,6 @@ def _check_blocks(inputs: MergeInputs) -> None:
     for key, treatment in inputs.layout.treatments.items():
         if treatment in (Treatment.LAYER, Treatment.AVERAGE):
             inputs.contrasts_of(key)
-
-
-def _check_training(recipe: Recipe, inputs: MergeInputs) -> None:
-    """Returns if the LoRAs can be trained as the recipe asks for.
-
-    Raises:
-        RecipeError: they cannot.
-    """
-    if not recipe.training:
-        return
-    family, first = inputs.layout.family, inputs.headers[0]
-    if not can_run(inputs.layout, first.shapes):
-        raise RecipeError(
-            f"the network of {first.name} ({family.title}) cannot be run here, so no LoRA can be trained",
-            hint="leave the training out",
-            key="training",
-        )
-    if recipe.target is not None:
-        raise RecipeError(
-            "a training goes by the network's outputs, and leaves other shares of the differences than"
-            " the target's",
-            hint="give ranks or a budget in place of a target, or leave the training out",
-            key="training",
-        )
 
 
 def common_layout(headers: Sequence[Header], *, accepts_damaged: bool = False) -> Layout:

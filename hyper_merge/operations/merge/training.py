@@ -1,4 +1,4 @@
-"""Trains a merge's shared LoRAs by runs of the network, where the recipe asks for it."""
+"""Trains a merge's shared LoRAs by runs of the network."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ from hyper_merge.solver.products import FactorPair, StoredFactors
 from hyper_merge.solver.quantization import rounded_again
 
 
+class _NotHereError(Exception):
+    """The device cannot do a training that nobody asked for by name, so nothing does."""
+
+
 def trained(
     metric: Metric,
     preflight: Preflight,
@@ -40,14 +44,14 @@ def trained(
 
     Args:
         metric: of the loss.
-        preflight: the validated recipe, which asks for a training.
+        preflight: the validated recipe, with rounds of a training.
         solved: without private LoRAs.
         average: reads the average.
         progress: progress and interrupt.
     """
     try:
         lesson, factors = _train(metric, preflight, solved, average, progress)
-    except NonFiniteError as error:
+    except (NonFiniteError, _NotHereError) as error:
         progress.warn(f"{error}; the LoRAs are as they were solved, without a training")
         return solved
     if lesson is None:
@@ -55,7 +59,7 @@ def trained(
             "the networks give no finite outputs that differ, so the LoRAs are not trained"
         )
         return solved
-    rounds = preflight.recipe.training
+    rounds = preflight.rounds
     before, after = tuple(lesson.before.tolist()), tuple(lesson.after.tolist())
     if not lesson.is_better:
         progress.warn(
@@ -74,10 +78,13 @@ def _train(
     average: ReadTensor,
     progress: Progress,
 ) -> tuple[Lesson | None, StoredFactors]:
-    """Trains on the device, or on the CPU where that cannot do it; returns the factors as files hold them."""
+    """Trains on the device; returns the factors as files hold them.
+
+    Where the device cannot do it the CPU does, if the recipe asks for the rounds: they can take an hour.
+    """
     inputs, plan, factors = preflight.inputs, solved.plan, solved.factors
     multipliers = solved.evaluation.multipliers
-    course = Course(preflight.recipe.training, seed=preflight.recipe.seed)
+    course = Course(preflight.rounds, seed=preflight.recipe.seed)
 
     def write(layers: Sequence[TrainedLayer]) -> list[TrainedLayer]:
         nonlocal factors
@@ -92,6 +99,8 @@ def _train(
         return distil(student, teachers, metric.checkpoints, course, write, device, progress)
 
     def warn(failure: str) -> None:
+        if preflight.recipe.training == "auto":
+            raise _NotHereError(f"{failure} for the training")
         progress.warn(f"{failure} for the training; the CPU does it")
 
     entries = sum(x.numel() for pairs in factors.factors for pair in pairs for x in pair)

@@ -41,7 +41,7 @@ class FormWidgets:
     separate: gr.Checkbox
     fit_weights: gr.Textbox
     layer_weights: gr.Radio
-    training: gr.Number
+    training: gr.Textbox
     damaged: gr.Radio
     save_styles: gr.Checkbox
 

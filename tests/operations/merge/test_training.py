@@ -10,6 +10,7 @@ from narrow_layouts import NARROW
 from random_checkpoints import files as write_files
 from random_checkpoints import networks
 from safetensors.torch import load_file
+from sparse_checkpoints import full_size
 from tiny_family import added, layers_of, load, merge, recipe, snapshot, tags_of
 
 from hyper_merge.calibration import distillation
@@ -22,6 +23,7 @@ from hyper_merge.errors import InterruptedRun, NonFiniteError, RecipeError
 from hyper_merge.operations.merge import training
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.operations.merge.training_rounds import MOST_ROUNDS, training_rounds
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runs.run import load_run
@@ -168,9 +170,9 @@ def test_a_stop_within_the_training_leaves_nothing(merged, models):
 def test_time_and_memory_of_a_training_are_foretold(merged, models):
     def estimate(**settings):
         folders = Folders.under(merged.folder)
-        return estimate_merge(
-            run_preflight(recipe(models, merged.folder, **SETTINGS, **settings), folders)
-        )
+        # The factors are more than the cores, however many workers solve for them.
+        settings = {**SETTINGS, "ranks": (32, 16), **settings}
+        return estimate_merge(run_preflight(recipe(models, merged.folder, **settings), folders))
 
     without, short, long = estimate(), estimate(training=20), estimate(training=40)
     assert 1.7 < (long.seconds - without.seconds) / (short.seconds - without.seconds) < 2.1
@@ -195,3 +197,49 @@ def test_families_whose_network_is_not_run_are_refused(tmp_path):
     ]
     with pytest.raises(RecipeError, match="cannot be run here"):
         run_preflight(recipe(write_files(tmp_path, *states), tmp_path / "models", training=2))
+
+
+def rounds(models, folder, **settings):
+    """Returns the rounds of a merge that leaves them open."""
+    settings = {"layer_weights": "output", **settings, "training": "auto"}
+    return run_preflight(recipe(models, folder, **settings)).rounds
+
+
+def test_a_training_of_minutes_is_done_unasked(models, tmp_path):
+    assert rounds(models, tmp_path) == MOST_ROUNDS
+    for settings in ({"layer_weights": "layout"}, {"method": "greedy"}, {"target": 0.5}):
+        assert rounds(models, tmp_path, **settings) == 0
+
+
+def test_a_training_is_left_out_where_memory_is_short(models, tmp_path):
+    def plan(**settings):
+        settings = {"layer_weights": "output", "training": "auto", **settings}
+        return run_preflight(recipe(models, tmp_path, ranks=(64, 60, 56, 52), **settings))
+
+    trains, does_not = plan().memory_needs.least, plan(training=0).memory_needs.least
+    assert does_not < trains
+    assert [plan(memory=size).rounds for size in (trains, trains - 1)] == [MOST_ROUNDS, 0]
+    with pytest.raises(RecipeError, match="of memory at least"):
+        plan(training=MOST_ROUNDS, memory=trains - 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "expected"), [(4, "cpu", 0), (2, "cpu", 0), (4, "cuda", MOST_ROUNDS)]
+)
+def test_rounds_follow_the_time_of_a_usual_device(tmp_path, count, device, expected):
+    """At full size: minutes on a GPU, an hour and more on a CPU."""
+    models = [full_size(tmp_path / f"{c}.safetensors", str(c)) for c in range(count)]
+    settings = recipe(models, tmp_path, layer_weights="output", training="auto")
+    inputs = run_preflight(settings).inputs
+    assert training_rounds(settings, inputs, torch.device(device)) == expected
+
+
+def test_a_device_that_cannot_train_leaves_the_loras(merged, models, monkeypatch, log):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    monkeypatch.setattr(training, "distil", fail)
+    settings = {**SETTINGS, "layer_weights": "output", "training": "auto"}
+    result = merge(models, merged.folder, log.progress, name="short", **settings)
+    assert [text for text in log.warnings if "memory for the training" in text]
+    assert result.report.training is None

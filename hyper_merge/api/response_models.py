@@ -93,6 +93,7 @@ class PlanResponse(BaseModel):
         None, description="of all LoRAs; null where the merge finds it and nothing is known yet"
     )
     seconds: float = Field(..., description="approximately, less what earlier work saves")
+    training: int = Field(..., description="rounds in which runs of the networks improve the LoRAs")
     memory: int = Field(..., description="at the peak, approximately")
     disk: int = Field(..., description="at most, with the analysis in the cache")
     warnings: list[str]
@@ -257,7 +258,8 @@ class RunCheckpointResponse(BaseModel):
     prompt: str = Field(..., description="what makes the hyper-model this checkpoint")
     explained: float = Field(
         ...,
-        description="share of its difference in the layers, weighed as the loss does and the tab",
+        description="share of its difference in the layers, weighed as the loss does and the tab; after a"
+        " training, of what the network does, measured",
     )
     explained_in_weights: float = Field(..., description="the same unweighed, as a squared norm")
     explained_unet: float = Field(..., description="in weights")

@@ -81,6 +81,7 @@ def plan_response(
         loras=[] if recipe.finds_ranks else list(lora_names(place.run, recipe.ranks)),
         loras_size=loras_size if recipe.target is not None else recipe.budget or estimate.loras,
         seconds=estimate.seconds,
+        training=preflight.rounds,
         memory=estimate.memory,
         disk=estimate.disk,
         warnings=list(preflight.warnings),

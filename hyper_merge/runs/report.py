@@ -57,11 +57,12 @@ class CheckpointReport:
     multipliers: tuple[float, ...]  # of the UNet, or of everything
     text_multipliers: tuple[float, ...] = ()  # of the text encoder, where it has its own
     topup: str = ""  # name of a private LoRA, to be added with multiplier 1
-    explained_weighted: float = 0.0  # as the loss counts it; 0 in reports of earlier versions
+    # As the loss counts it, or as runs of the networks measured it; 0 in reports of earlier versions.
+    explained_weighted: float = 0.0
 
     @property
     def fidelity(self) -> float:
-        """The explained share by which all is judged: as the loss counts it, where it is known."""
+        """The explained share by which all is judged: measured, else as the loss counts it, where known."""
         return self.explained_weighted or self.explained
 
     def multipliers_of(self, part: str) -> tuple[float, ...]:
@@ -154,12 +155,20 @@ class Report:
 
     @property
     def fidelity_mean(self) -> float:
-        """Mean of the checkpoints' explained shares as the loss counts them, 0..1.
+        """Mean of the checkpoints' explained shares as the loss counts them, or measured, 0..1.
 
-        By default that is an estimate of what the network does: on trained families what is lost of
+        As the loss counts it by default that is an estimate of what the network does: on trained families what is lost of
         the network's outputs is less than this says.
         """
         return sum(row.fidelity for row in self.checkpoints) / max(len(self.checkpoints), 1)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether runs of the networks measured `fidelity`, for a training: of LoRAs without private ones."""
+        if self.training is None:
+            return False
+        pairs = zip(self.checkpoints, self.training.after, strict=True)
+        return all(row.explained_weighted == 1 - left for row, left in pairs)
 
     @property
     def explained_of_all(self) -> float:

@@ -14,6 +14,7 @@ from hyper_merge.runs.report import (
     EndLayers,
     PartLoss,
     Report,
+    TrainingReport,
 )
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.names import one_line
@@ -25,6 +26,7 @@ _METRICS: Final = {
     "relative": "relative to the size of each layer",
     "plain": "in weights",
 }
+_MEASURED: Final = "in what the network does, measured by runs of the checkpoints"
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 
@@ -101,9 +103,12 @@ def _format_explained(report: Report, noun: str) -> str:
     if not report.shared_fidelity:
         return f"explained: {weights}"
     left, worst = 1 - report.fidelity_mean, 1 - report.worst.fidelity
+    metric, before = _METRICS.get(report.metric, "with these weights"), ""
+    if report.is_measured:
+        metric, before = _MEASURED, _before_training(report.training)
     return (
-        f"of 100 parts of difference {_METRICS.get(report.metric, 'with these weights')},"
-        f" {100 * left:.1f} remain in the mean, {100 * worst:.1f} at worst"
+        f"of 100 parts of difference {metric}, {100 * left:.1f} remain in the mean{before},"
+        f" {100 * worst:.1f} at worst"
         f" ({one_line(report.worst.name)})\n"
         f"explained in weights: {weights}"
     )
@@ -115,14 +120,19 @@ def _format_training(report: Report) -> list[str]:
         return []
     if not training.has_gained:
         return ["the training gained nothing, so the LoRAs are those of the solve", ""]
-    before, after = (100 * fmean(shares) for shares in (training.before, training.after))
-    worst, name = max(zip(training.after, (row.name for row in report.checkpoints), strict=True))
+    if report.is_measured:
+        return []
     sentence = (
-        f"after a training of {training.rounds} rounds: of 100 parts of difference in what the network"
-        f" does, measured by runs of the checkpoints, {after:.1f} remain in the mean ({before:.1f} before),"
-        f" {100 * worst:.1f} at worst ({one_line(name)})"
+        f"without the private LoRAs: of 100 parts of difference {_MEASURED},"
+        f" {100 * fmean(training.after):.1f} remain in the mean{_before_training(training)}"
     )
     return [sentence, ""]
+
+
+def _before_training(training: TrainingReport | None) -> str:
+    if training is None or not training.has_gained:
+        return ""
+    return f" ({100 * fmean(training.before):.1f} before a training of {training.rounds} rounds)"
 
 
 def _format_losses(report: Report, nothing: str) -> list[str]:

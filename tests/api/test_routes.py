@@ -81,6 +81,7 @@ def test_a_plan_lists_the_outputs_and_writes_nothing(client, root):
     assert not answer["hyper_model"]["exists"]
     assert answer["loras_size"] > 0
     assert answer["seconds"] > 0
+    assert answer["training"] == 0  # no network of these
     assert answer["expected"] is None
     assert snapshot(root) == before
     assert not (root / "hyper-merge").exists()

@@ -111,12 +111,22 @@ def test_a_report_of_a_training_comes_back_and_tells_of_it():
     training = TrainingReport(20, (0.5, 0.3), (0.125, 0.25))
     report = dataclasses.replace(REPORT, training=training)
     assert Report.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+    assert (
+        "without the private LoRAs: of 100 parts of difference in what the network does, measured by runs"
+        " of the checkpoints, 18.8 remain in the mean (40.0 before a training of 20 rounds)"
+        in format_report(report)
+    )
+    rows = zip(REPORT.checkpoints, (0.875, 0.75), strict=True)
+    rows = tuple(dataclasses.replace(row, explained_weighted=share) for row, share in rows)
+    fidelities = (0.7, 0.6)  # before the training
+    report = dataclasses.replace(report, checkpoints=rows, shared_fidelity=fidelities)
     text = format_report(report)
     assert (
-        "after a training of 20 rounds: of 100 parts of difference in what the network does, measured by"
-        " runs of the checkpoints, 18.8 remain in the mean (40.0 before), 25.0 at worst"
-        " (a_long_checkpoint)" in text
+        "of 100 parts of difference in what the network does, measured by runs of the checkpoints, 18.8"
+        " remain in the mean (40.0 before a training of 20 rounds), 25.0 at worst (a_long_checkpoint)"
+        in text
     )
+    assert "without the private LoRAs" not in text
     short = dataclasses.replace(training, after=(0.125,))
     with pytest.raises(ValueError, match=r"2 rows of 2 figures in report\.training"):
         Report.from_dict(dataclasses.replace(report, training=short).as_dict())

@@ -28,8 +28,10 @@ def run_command(options: argparse.Namespace) -> None:
     with progress_bar() as progress:
         validated = preflight(options, progress)
         estimate = estimate_merge(validated)
+        rounds = validated.rounds
+        training = f" with a training of {rounds} rounds" if rounds else ""
         say_above(
-            f"{len(validated.inputs.headers)} checkpoints; {format_duration(estimate.seconds)},"
+            f"{len(validated.inputs.headers)} checkpoints; {format_duration(estimate.seconds)}{training},"
             f" {format_size(estimate.memory)} of memory and at most {format_size(estimate.disk)} of disk"
         )
         with workers_of(request, progress) as workers:

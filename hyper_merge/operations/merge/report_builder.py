@@ -23,7 +23,6 @@ from hyper_merge.decomposition.linalg import share
 from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.report import PARTS, CheckpointReport, Report, part_losses
-from hyper_merge.solver.evaluation import Evaluation
 from hyper_merge.solver.metric import Metric
 
 
@@ -65,7 +64,7 @@ def make_report(
     return Report(
         name=run,
         loras=tuple(loras),
-        checkpoints=_checkpoint_reports(analysis, evaluation, checkpoints),
+        checkpoints=_checkpoint_reports(analysis, solved, checkpoints),
         method=solved.plan.recipe.method,
         losses=tuple(solved.losses),
         loss=evaluation.loss,
@@ -130,8 +129,11 @@ def _bound(
 
 
 def _checkpoint_reports(
-    analysis: Analysis, evaluation: Evaluation, names: Sequence[str]
+    analysis: Analysis, solved: SolvedMerge, names: Sequence[str]
 ) -> tuple[CheckpointReport, ...]:
+    evaluation, weighted = solved.evaluation, solved.evaluation.fidelity.tolist()
+    if solved.training is not None and not solved.private_loras:
+        weighted = [1 - left for left in solved.training.after]
     layer_parts = [layer.part for layer in analysis.layers]
     unet, encoder = (
         evaluation.explained(torch.tensor([layer == part for layer in layer_parts])).tolist()
@@ -150,7 +152,7 @@ def _checkpoint_reports(
             not_carried=share(outside[c], layers[c] + outside[c]),
             multipliers=tuple(evaluation.multipliers["unet"][c].tolist()),
             text_multipliers=tuple(text[c].tolist()) if text is not None else (),
-            explained_weighted=float(evaluation.fidelity[c]),
+            explained_weighted=weighted[c],
         )
         for c, (name, explained) in enumerate(
             zip(names, evaluation.explained().tolist(), strict=True)

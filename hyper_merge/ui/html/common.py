@@ -138,11 +138,16 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
             f"{format_size(average + size)} instead of {format_size(before)}."
         ),
         (
-            f"It takes <b>{format_duration(estimate.seconds)}</b>, {format_size(estimate.memory)} of memory"
-            f" and at most {format_size(estimate.disk)} of disk space including the cache."
+            f"It takes <b>{format_duration(estimate.seconds)}</b>{_with_training(preflight.rounds)},"
+            f" {format_size(estimate.memory)} of memory and at most {format_size(estimate.disk)} of disk"
+            " space including the cache."
         ),
     ]
     return "".join(f"<p>{line}</p>" for line in lines) + format_notes(preflight.warnings)
+
+
+def _with_training(rounds: int) -> str:
+    return f" with a training of {format_count(rounds, 'round')}" if rounds else ""
 
 
 def in_8_bits(recipe: Recipe) -> str:

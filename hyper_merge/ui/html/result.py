@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Final
 
 from hyper_merge.recipe.recipe import AVERAGE
-from hyper_merge.runs.report import CheckpointReport, Report, TrainingReport
+from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import Run
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.ui.html.common import (
@@ -33,6 +33,8 @@ _EXPLAINED: Final = {
     "plain": f"{_DIFFERENCE}.",
 }
 
+_MEASURED: Final = f"{_OF_OUTPUT}, as runs of the networks measure it."
+
 
 def format_run_card(run: Run, *, is_new: bool = False) -> str:
     """Returns what a run made and where, the saved bytes and the explained shares.
@@ -42,12 +44,13 @@ def format_run_card(run: Run, *, is_new: bool = False) -> str:
         is_new: whether it was made just now, which the card says.
     """
     report = run.report
+    explained = _MEASURED if report.is_measured else _EXPLAINED.get(report.metric)
     done = ' <span class="hm-chip hm-good">✓ Done</span>' if is_new else ""
     return (
         f"<div class=hm-card><h3>{_text(run.name)}{done}</h3><p>{_format_files(run)}</p>"
         + _format_figures(report)
-        + format_hint(f"{_EXPLAINED.get(report.metric, _EXPLAINED['plain'])}{_in_weights(report)}")
-        + _format_training(report.training)
+        + format_hint(f"{explained or _EXPLAINED['plain']}{_in_weights(report)}")
+        + _format_training(report)
         + _format_places(run)
         + "</div>"
         + _format_rounding(run)
@@ -109,17 +112,21 @@ def _format_figures(report: Report) -> str:
     return f"<dl class=hm-figures>{cells}</dl>"
 
 
-def _format_training(training: TrainingReport | None) -> str:
-    """Returns what a training came to, by which a run is to be judged where there was one."""
+def _format_training(report: Report) -> str:
+    """Returns what a training came to; nothing without one."""
+    training = report.training
     if training is None:
         return ""
     if not training.has_gained:
         return format_hint("The training gained nothing: the LoRAs are as they were before it.")
-    before, after = (format_percent(fmean(x)) for x in (training.before, training.after))
+    before, after = (format_percent(1 - fmean(x)) for x in (training.before, training.after))
+    rounds = format_count(training.rounds, "round")
+    if report.is_measured:
+        return format_hint(f"Before a training of {rounds} the mean was {before}.")
     return format_hint(
         "The figures above are estimates, which a training does not go by. Measured by runs of the"
-        f" networks, {after} of the checkpoints' differences are left in the mean; before the"
-        f" training it was {before}."
+        f" networks, the LoRAs without the private ones explain {after} in the mean, and {before} before a"
+        f" training of {rounds}."
     )
 
 

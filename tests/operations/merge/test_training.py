@@ -123,9 +123,11 @@ def test_only_the_factors_are_others(merged):
 
 def test_the_report_tells_of_the_training(merged):
     text = format_report(merged.trained.report)
-    assert f"after a training of {ROUNDS} rounds" in text
+    assert f"before a training of {ROUNDS} rounds" in text
     mean = 100 * sum(merged.trained.report.training.after) / 3
-    assert f"{mean:.1f} remain in the mean" in text
+    assert f"measured by runs of the checkpoints, {mean:.1f} remain in the mean" in text
+    shares = [row.fidelity for row in merged.trained.report.checkpoints]
+    assert shares == [1 - left for left in merged.trained.report.training.after]
     assert "training" not in format_report(merged.plain.report)
     known = load_run(Folders.under(merged.folder), "trained")
     assert known.report.training == merged.trained.report.training

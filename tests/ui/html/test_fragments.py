@@ -195,15 +195,24 @@ def test_a_card_says_which_loras_some_machines_cannot_load(host, run, dtype, siz
 def test_a_card_says_what_a_training_left(host, run):
     loaded = load_run(host.folders(), run)
 
-    def text(training):
-        return words(
-            format_run_card(replace(loaded, report=replace(loaded.report, training=training)))
-        )
+    def text(training, *fidelities):
+        rows = loaded.report.checkpoints
+        if fidelities:
+            pairs = zip(rows, fidelities, strict=True)
+            rows = tuple(replace(row, explained_weighted=share) for row, share in pairs)
+        report = replace(loaded.report, training=training, checkpoints=rows)
+        return words(format_run_card(replace(loaded, report=report)))
 
     assert "training" not in text(None)
-    gained = text(TrainingReport(20, (0.5, 0.3, 0.4), (0.25, 0.1, 0.1)))
-    assert "15.0 % of the checkpoints' differences are left in the mean" in gained
-    assert "before the training it was 40.0 %" in gained
+    training = TrainingReport(20, (0.5, 0.3, 0.4), (0.25, 0.125, 0.0625))
+    measured = text(training, 0.75, 0.875, 0.9375)
+    assert "explained in the mean85.4 %" in measured
+    assert "as runs of the networks measure it" in measured
+    assert "Before a training of 20 rounds the mean was 60.0 %." in measured
+    with_private_loras = text(training, 0.8, 0.875, 0.9375)
+    assert "the LoRAs without the private ones explain 85.4 % in the mean, and 60.0 %" in (
+        with_private_loras
+    )
     assert "gained nothing" in text(TrainingReport(20, (0.5, 0.3, 0.4), (0.5, 0.3, 0.4)))
 
 

@@ -20,6 +20,7 @@ from hyper_merge.calibration.student import Course
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import InterruptedRun, NonFiniteError, RecipeError
+from hyper_merge.operations.inspect_text import format_inspection
 from hyper_merge.operations.merge import training
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -28,6 +29,7 @@ from hyper_merge.runs.folders import Folders
 from hyper_merge.runs.report_text import format_report
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.ui.html.common import format_merge_plan
 
 ROUNDS = 6
 SETTINGS = {"ranks": (2, 1), "layer_weights": "layout", "lora_dtype": "float8"}
@@ -245,3 +247,15 @@ def test_a_device_that_cannot_train_leaves_the_loras(merged, models, monkeypatch
     result = merge(models, merged.folder, log.progress, name="short", **settings)
     assert [text for text in log.warnings if "memory for the training" in text]
     assert result.report.training is None
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("auto", True), (0, False)])
+def test_a_plan_says_how_many_rounds_there_are(models, tmp_path, asked, expected):
+    preflight = run_preflight(recipe(models, tmp_path, layer_weights="output", training=asked))
+    text = format_merge_plan(preflight, preflight.find_place())
+    assert (f" with a training of {MOST_ROUNDS} rounds, " in text) == expected
+    assert ("training" in text) == expected
+
+
+def test_an_inspection_says_how_many_rounds_a_merge_has(models):
+    assert f"  training         {MOST_ROUNDS} rounds" in format_inspection(models).splitlines()

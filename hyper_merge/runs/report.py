@@ -62,7 +62,7 @@ class CheckpointReport:
 
     @property
     def fidelity(self) -> float:
-        """The explained share by which all is judged: measured, else as the loss counts it, where known."""
+        """The explained share by which all is judged: measured, or as the loss counts it, where known."""
         return self.explained_weighted or self.explained
 
     def multipliers_of(self, part: str) -> tuple[float, ...]:
@@ -155,16 +155,16 @@ class Report:
 
     @property
     def fidelity_mean(self) -> float:
-        """Mean of the checkpoints' explained shares as the loss counts them, or measured, 0..1.
+        """Mean of the checkpoints' `fidelity`, 0..1.
 
-        As the loss counts it by default that is an estimate of what the network does: on trained families what is lost of
-        the network's outputs is less than this says.
+        Where it is not measured it is by default an estimate of what the network does: on trained
+        families what is lost of the network's outputs is less than this says.
         """
         return sum(row.fidelity for row in self.checkpoints) / max(len(self.checkpoints), 1)
 
     @property
     def is_measured(self) -> bool:
-        """Whether runs of the networks measured `fidelity`, for a training: of LoRAs without private ones."""
+        """Whether runs of the networks measured `fidelity`, as a training does without private LoRAs."""
         if self.training is None:
             return False
         pairs = zip(self.checkpoints, self.training.after, strict=True)

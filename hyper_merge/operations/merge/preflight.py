@@ -195,14 +195,16 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
 
 
 def _within_memory(preflight: Preflight) -> Preflight:
-    """Returns the preflight with the limits of its memory, without a training that nobody asked for where these are too narrow.
+    """Returns the preflight with the limits of its memory.
+
+    Where these are too narrow for a training that was not asked for by its rounds, there is none.
 
     Raises:
         RecipeError: they are too narrow for all else too.
     """
     memory = preflight.recipe.memory
-    is_open = preflight.recipe.training == "auto"
-    if memory is not None and is_open and memory < preflight.memory_needs.least:
+    is_free = preflight.recipe.training == "auto"
+    if memory is not None and is_free and memory < preflight.memory_needs.least:
         preflight = replace(preflight, rounds=0)
     return replace(preflight, limits=preflight.memory_needs.limits(memory))
 

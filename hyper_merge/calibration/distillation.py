@@ -40,6 +40,7 @@ from hyper_merge.calibration.student import (
 )
 from hyper_merge.calibration.unet import Observe, ignore
 from hyper_merge.checkpoints.architectures.layout import Layout
+from hyper_merge.runtime.device_memory import free_memory
 from hyper_merge.runtime.progress import Progress
 
 PHASE: Final = "training the LoRAs"
@@ -53,6 +54,7 @@ _RATE: Final = 0.05
 _MOST: Final = 0.015  # of that
 _RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
+_SPARE: Final = 3 * 10**9  # bytes of a GPU that are left to what the runs take beside the weights
 _EPSILON: Final = 1e-15  # of gradients, far below all that say something
 
 
@@ -156,6 +158,8 @@ class _Runner:
         self.layers = student.layers
         self.clock = clock
         self._costs = student.costs(course)
+        # The average's tensors on a GPU, in the files' types: each run would bring them there twice.
+        self._kept: dict[str, Tensor] = {}
 
     def network(self, tensor: ReadTensor) -> Network:
         """Returns the network of a checkpoint."""
@@ -263,7 +267,17 @@ class _Runner:
         """Returns a tensor in float32 on the device."""
         share = 1 - FORWARD if torch.is_grad_enabled() else FORWARD
         self.clock.advance(share * self._costs.get(key, 0.0))
-        return tensor(key).to(self._device).to(torch.float32)
+        return self._on_device(tensor, key).to(torch.float32)
+
+    def _on_device(self, tensor: ReadTensor, key: str) -> Tensor:
+        """Returns a tensor on the device in the file's type; keeps the average's while there is room."""
+        if key in self._kept and tensor is self._student.average:
+            return self._kept[key]
+        found = tensor(key).to(self._device)
+        is_gpu, is_average = self._device.type != "cpu", tensor is self._student.average
+        if is_gpu and is_average and free_memory(self._device) > _SPARE + found.nbytes:
+            self._kept[key] = found
+        return found
 
 
 def _rate(updates: int, number: int) -> float:

@@ -1,6 +1,7 @@
 """LoRAs are trained by the gradients of the outputs' differences, measured on other inputs, and never spoilt."""
 
 import math
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -226,6 +227,22 @@ def test_a_training_on_a_gpu_is_that_of_the_cpu():
     assert_close(found.after, expected.after, rtol=1e-3, atol=0)
     assert not torch.equal(found.after, found.before)
     assert set(gpu.waits) <= {"gpu", "cpu", "number"}  # weights go there; no solver
+
+
+@pytest.mark.parametrize(("limit", "is_kept"), [(None, True), (2 * 10**9, False)])
+def test_a_gpu_with_room_keeps_the_average(limit, is_kept):
+    course = Course(rounds=1, batch=1, side=8, held_out=1)
+    student, teachers = student_of("small")
+    reads = Counter()
+
+    def average(key):
+        reads[key] += 1
+        return student.average(key)
+
+    with pretended_gpu(limit):
+        counted = replace(student, average=average)
+        lesson_of(counted, teachers[:1], course, weights=(1.0,), device=GPU)
+    assert (max(reads.values()) == 1) == is_kept
 
 
 def test_layers_without_rank_are_those_of_the_average():

@@ -78,11 +78,11 @@ class FormField:
     @property
     def default(self) -> Any:
         """The value that the form starts with."""
-        if self.kind in ("text", "lines"):
-            return ""
         if self.kind == "radio":
             return self.options[0]
         value = next(row.default for row in dataclasses.fields(Recipe) if row.name == self.setting)
+        if self.kind in ("text", "lines"):  # empty where nothing or no text is the default
+            return value if isinstance(value, str) else ""
         return value == "separate" if self.kind == "checkbox" else value
 
     @property
@@ -162,9 +162,9 @@ FORM_FIELDS: Final = (
               " can be seen in a picture.", choices=DIFFERENCE_CHOICES),
     FormField("training", "Training", "text",
               "For Stable Diffusion 1.x, 2.x and XL: rounds in which runs of the networks improve the"
-              " LoRAs, so that pictures come closer to the originals at the same size. auto does up to 20"
-              " where they take minutes, as on most graphics cards. A number of rounds, such as 20, is done"
-              " anywhere, on a processor in an hour. 0 for none."),
+              " LoRAs, so that pictures come closer to the originals at the same size. auto: up to 20"
+              " where these take minutes, as on most graphics cards. A number, such as 20: so many, also"
+              " where they take an hour. 0: none."),
     FormField("damaged", "Damaged files", "radio",
               "Files that look damaged, or like downloads that did not end. Merged, they can spoil"
               " the pictures of all.", choices=DAMAGED_CHOICES),

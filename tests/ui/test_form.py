@@ -10,7 +10,14 @@ from hyper_merge.errors import CheckpointError, RecipeError
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe
 from hyper_merge.ui.form import Form, form_from_recipe, recipe_from_form
-from hyper_merge.ui.form_fields import BASE_AVERAGE, EXACT_CHOICES, LABELS, PRESETS, VAE_CHOICES
+from hyper_merge.ui.form_fields import (
+    BASE_AVERAGE,
+    EXACT_CHOICES,
+    LABELS,
+    PRESETS,
+    VAE_CHOICES,
+    form_field,
+)
 
 
 @pytest.fixture
@@ -179,6 +186,8 @@ def test_advanced_fields_reach_the_recipe(recipe):
     assert parsed.training == 20
     assert form_from_recipe(parsed, {}, save_styles=False).training == "20"
     assert {recipe(training=text).training for text in ("", "auto")} == {"auto"}
+    assert form_field("training").default == "auto"
+    assert form_field("weights").default == ""
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"
     assert parsed.fit_weights == (1.0, 2.0, 1.0)

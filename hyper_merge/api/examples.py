@@ -34,6 +34,7 @@ _PLAN: Final = {
     "loras": ["mix_0-128", "mix_1-64"],
     "loras_size": 227480000,
     "seconds": 244.0,
+    "training": 0,
     "memory": 3120000000,
     "disk": 4410000000,
     "warnings": [],

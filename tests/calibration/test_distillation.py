@@ -187,7 +187,7 @@ def test_a_training_that_spoils_the_outputs_is_told(monkeypatch, rate):
 
 
 def test_runs_see_the_factors_as_files_hold_them():
-    course, (student, teachers) = Course(rounds=12, batch=4, side=8), student_of("small")
+    course, (student, teachers) = Course(rounds=8, batch=2, side=8), student_of("small")
     in_8_bits = [replace(x, dtype=torch.float8_e4m3fn) for x in student.layers]
     rounded = [
         replace(

@@ -253,31 +253,30 @@ class _Runner:
     def _learned(
         self, inside: Mapping[str, Sequence[TrainedLayer]], checkpoint: int, key: str
     ) -> Tensor:
-        weight = self._read(self._student.average, key)
         layers = inside.get(key, ())
-        if not layers:
-            return weight
-        weight = weight.clone()  # it may be the mapped file
+        # Before a change it is copied: it may be the mapped file, or be kept.
+        weight = self._read(self._student.average, key, copy=bool(layers))
         for layer in layers:
             rows = weight[slice(*layer.layer.rows)] if layer.layer.rows else weight
             rows += layer.change(checkpoint, self._device).view(rows.shape)
         return weight
 
-    def _read(self, tensor: ReadTensor, key: str) -> Tensor:
+    def _read(self, tensor: ReadTensor, key: str, *, copy: bool = False) -> Tensor:
         """Returns a tensor in float32 on the device."""
         share = 1 - FORWARD if torch.is_grad_enabled() else FORWARD
         self.clock.advance(share * self._costs.get(key, 0.0))
-        return self._on_device(tensor, key).to(torch.float32)
+        return self._on_device(tensor, key).to(torch.float32, copy=copy)
 
     def _on_device(self, tensor: ReadTensor, key: str) -> Tensor:
         """Returns a tensor on the device in the file's type; keeps the average's while there is room."""
-        if key in self._kept and tensor is self._student.average:
-            return self._kept[key]
-        found = tensor(key).to(self._device)
-        is_gpu, is_average = self._device.type != "cpu", tensor is self._student.average
-        if is_gpu and is_average and free_memory(self._device) > _SPARE + found.nbytes:
+        if self._device.type == "cpu" or tensor is not self._student.average:
+            return tensor(key).to(self._device)
+        if key not in self._kept:
+            found = tensor(key).to(self._device)
+            if free_memory(self._device) < _SPARE + found.nbytes:
+                return found
             self._kept[key] = found
-        return found
+        return self._kept[key]
 
 
 def _rate(updates: int, number: int) -> float:

@@ -54,6 +54,13 @@ def trained(
     except (NonFiniteError, _NotHereError) as error:
         progress.warn(f"{error}; the LoRAs are as they were solved, without a training")
         return solved
+    except RuntimeError as error:
+        # Nobody loses a merge by a training that was not asked for, on whatever device and driver.
+        if preflight.recipe.training != "auto":
+            raise
+        reason = str(error).partition("\n")[0]
+        progress.warn(f"the training failed ({reason}); the LoRAs are as they were solved")
+        return solved
     if lesson is None:
         progress.warn(
             "the networks give no finite outputs that differ, so the LoRAs are not trained"

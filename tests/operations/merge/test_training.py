@@ -238,15 +238,24 @@ def test_rounds_follow_the_time_of_a_usual_device(tmp_path, count, device, expec
     assert training_rounds(settings, inputs, torch.device(device)) == expected
 
 
-def test_a_device_that_cannot_train_leaves_the_loras(merged, models, monkeypatch, log):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "too little memory for the training"),
+        (RuntimeError("no such kernel\nat all"), "the training failed (no such kernel);"),
+    ],
+)
+def test_a_device_that_cannot_train_leaves_the_loras(merged, models, monkeypatch, log, error, told):
     def fail(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory (pretended)")
+        raise error
 
     monkeypatch.setattr(training, "distil", fail)
-    settings = {**SETTINGS, "layer_weights": "output", "training": "auto"}
-    result = merge(models, merged.folder, log.progress, name="short", **settings)
-    assert [text for text in log.warnings if "memory for the training" in text]
+    settings = {**SETTINGS, "layer_weights": "output", "name": "short"}
+    result = merge(models, merged.folder, log.progress, training="auto", overwrite=True, **settings)
+    assert [text for text in log.warnings if told in text]
     assert result.report.training is None
+    with pytest.raises(type(error)):
+        merge(models, merged.folder, training=1, overwrite=True, **settings)
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("auto", True), (0, False)])

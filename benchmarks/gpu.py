@@ -219,7 +219,6 @@ def run(
         spent[last[0]] += now - last[1]
         last[:] = phase, now
 
-    settings = {"training": 0, **settings}  # it is a step of its own
     recipe = Recipe("bench", models, ranks=ranks, output=output, device=str(device), **settings)
     start = time.perf_counter()
     progress = Progress(on_progress, warn=warnings.append)

@@ -87,9 +87,9 @@ def write_unfinished(path: Path, source: Path, share: float) -> Path:
 
 
 def recipe(models, output: Path, **settings: Any) -> Recipe:
-    """Returns a small merge's recipe: no companions, 8 bits or training unless they are asked for."""
+    """Returns a small merge's recipe, without companions or 8 bits unless they are asked for."""
     small = {"name": "mix", "ranks": RANKS, "iterations": 3, "device": "cpu", "exact": "none"}
-    small |= {"lora_dtype": "same", "training": 0}
+    small |= {"lora_dtype": "same"}
     values = {**small, **settings}
     return Recipe.from_settings({**values, "models": tuple(models), "output": output}, "recipe")
 

@@ -3,8 +3,8 @@
 The student is the average with its LoRAs, the teachers are the checkpoints. All of them see the same
 noise and the same random prompts, and the factors are changed so that the student's outputs, with
 each checkpoint's multipliers, come nearer to those of that checkpoint. No picture and no prompt of
-anybody is needed: what makes the outputs alike on noise does so on pictures too. Outputs for inputs
-that the training never sees tell what it gained.
+anybody is needed; on pictures less is gained than on noise. Outputs for noise that the training never
+sees tell what it gained.
 
 Factors are used as files will hold them: in 8 bits, what rounding does to one entry others make good.
 

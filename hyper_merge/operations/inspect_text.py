@@ -74,5 +74,4 @@ def _format_merge(preflight: Preflight) -> list[str]:
         f"together, with ranks {', '.join(map(str, recipe.ranks))} in {recipe.dtype}:",
         *(f"  {name:16} {format_size(size):>9}" for name, size in sizes.items()),
         f"  {'time':16} {format_duration(estimate.seconds)}",
-        *([f"  {'training':16} {preflight.rounds} rounds"] if preflight.rounds else []),
     ]

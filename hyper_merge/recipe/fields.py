@@ -149,8 +149,8 @@ FIELDS: Final[tuple[Field, ...]] = (
           " measured by runs of the average, or estimated from the layout; relative to each layer's"
           " size; or plain", choice("output", "layout", "relative", "plain")),
     Field("training", "N", "rounds in which runs of the networks improve the LoRAs after the solve: better"
-          " pictures for the same bytes; auto for 20 where these take minutes, as on most GPUs, fewer or"
-          " none where they take longer; 0 for none", whole_or_auto(0, 10_000)),
+          " pictures for the same bytes; 0 for none; auto for 20 where these take minutes, as on most GPUs,"
+          " fewer or none where they take longer", whole_or_auto(0, 10_000)),
     Field("vae", "VAE", "whose VAE is kept: first (of the first checkpoint), or average",
           choice("first", "average")),
     Field("exact", "WHAT", "companion LoRAs of what LoRAs cannot hold: none; ends: the layers at the"

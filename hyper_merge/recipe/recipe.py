@@ -58,8 +58,8 @@ class Recipe:
         layer_weights: Whether a layer's differences count by what they do to the network's `output`,
             by an estimate of that from the `layout`, `relative` to the size of its weight, or
             `plain`.
-        training: Number of rounds of a training of the LoRAs by runs of the network after the solve; `auto`
-            for as many as take minutes.
+        training: Number of rounds of a training of the LoRAs by runs of the network after the solve; 0 for
+            none, `auto` for as many as take minutes.
         vae: Whose VAE the hyper-model gets: that of the `first` checkpoint, or the `average`.
         exact: Contents of the LoRAs' companions: `none`, the layers at the UNet's `ends`, its `norms`
             too, or `all` (biases too); `auto` for the ends where they matter.
@@ -92,7 +92,7 @@ class Recipe:
     multipliers: Literal["separate", "shared"] = "separate"
     fit_weights: tuple[float, ...] | None = None
     layer_weights: Literal["output", "layout", "relative", "plain"] = "output"
-    training: int | Literal["auto"] = "auto"
+    training: int | Literal["auto"] = 0
     vae: Literal["first", "average"] = "first"
     exact: Literal["auto", "none", "ends", "norms", "all"] = "auto"
     damaged: Literal["refuse", "accept"] = "refuse"

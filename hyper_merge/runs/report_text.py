@@ -26,7 +26,7 @@ _METRICS: Final = {
     "relative": "relative to the size of each layer",
     "plain": "in weights",
 }
-_MEASURED: Final = "in what the network does, measured by runs of the checkpoints"
+_MEASURED: Final = "in what the network does, measured by runs of the checkpoints on noise"
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 

@@ -126,7 +126,7 @@ def recipe_from_form(form: Form, listed: Mapping[str, Path], folders: Folders) -
         "allocation": ALLOCATION_CHOICES.get(form.allocation, form.allocation),
         "multipliers": "separate" if form.separate else "shared",
         "layer_weights": DIFFERENCE_CHOICES.get(form.layer_weights, form.layer_weights),
-        "training": plain_value(form.training or "auto"),
+        "training": plain_value(form.training or "0"),
         "damaged": DAMAGED_CHOICES.get(form.damaged, form.damaged),
         "output": folders.models.parent,
     }

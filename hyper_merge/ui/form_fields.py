@@ -81,8 +81,8 @@ class FormField:
         if self.kind == "radio":
             return self.options[0]
         value = next(row.default for row in dataclasses.fields(Recipe) if row.name == self.setting)
-        if self.kind in ("text", "lines"):  # empty where nothing or no text is the default
-            return value if isinstance(value, str) else ""
+        if self.kind in ("text", "lines"):  # empty where nothing is the default
+            return str(value) if isinstance(value, str | int) else ""
         return value == "separate" if self.kind == "checkbox" else value
 
     @property
@@ -162,9 +162,9 @@ FORM_FIELDS: Final = (
               " can be seen in a picture.", choices=DIFFERENCE_CHOICES),
     FormField("training", "Training", "text",
               "For Stable Diffusion 1.x, 2.x and XL: rounds in which runs of the networks improve the"
-              " LoRAs, so that pictures come closer to the originals at the same size. auto: up to 20"
-              " where these take minutes, as on most graphics cards. A number, such as 20: so many, also"
-              " where they take an hour. 0: none."),
+              " LoRAs, so that pictures come closer to the originals at the same size. 0: none. auto: up to"
+              " 20 where these take minutes, as on most graphics cards. A number, such as 20: so many, also"
+              " where they take an hour."),
     FormField("damaged", "Damaged files", "radio",
               "Files that look damaged, or like downloads that did not end. Merged, they can spoil"
               " the pictures of all.", choices=DAMAGED_CHOICES),

@@ -95,7 +95,7 @@ def test_the_run_is_listed_with_its_figures(webui, folders, manifest):
         "damaged": "refuse",
         "block_weights": None,
         "memory": None,
-        "training": "auto",
+        "training": 0,
     }
 
 

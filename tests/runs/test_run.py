@@ -80,8 +80,7 @@ def test_first_version_manifests_have_settings_as_texts(files, tmp_path, based, 
         del manifest["report"][key]
     path.write_text(json.dumps(manifest))
     run = load_run(Folders.under(tmp_path), "mix")
-    defaults = {"lora_dtype": "auto", "training": "auto"}  # there were no such settings
-    assert run.recipe == recipe(models, tmp_path, **defaults, **settings)
+    assert run.recipe == recipe(models, tmp_path, lora_dtype="auto", **settings)
     assert run.report.curve == ()
 
 

@@ -44,7 +44,6 @@ def test_the_form_becomes_the_recipe_it_describes(recipe, checkpoints, root):
         vae="average",
         output=root,
         exact="none",
-        training=0,
     )
 
 
@@ -185,8 +184,8 @@ def test_advanced_fields_reach_the_recipe(recipe):
     )
     assert parsed.training == 20
     assert form_from_recipe(parsed, {}, save_styles=False).training == "20"
-    assert {recipe(training=text).training for text in ("", "auto")} == {"auto"}
-    assert form_field("training").default == "auto"
+    assert [recipe(training=text).training for text in ("", "0", "auto")] == [0, 0, "auto"]
+    assert form_field("training").default == "0"
     assert form_field("weights").default == ""
     assert parsed.topup == PrivateLoraTarget(share=0.95)
     assert parsed.multipliers == "shared"

@@ -62,7 +62,7 @@ _FIXED: Final[Mapping[str, tuple[object, ...]]] = {
     "base": (AVERAGE,),
     "weights": (None,),
     "block_weights": (None,),
-    "training": ("auto", 0),
+    "training": (0, "auto"),
     "vae": ("first",),
     "exact": ("none",),
 }

@@ -33,7 +33,9 @@ _EXPLAINED: Final = {
     "plain": f"{_DIFFERENCE}.",
 }
 
-_MEASURED: Final = f"{_OF_OUTPUT}, as runs of the networks measure it."
+_MEASURED: Final = (
+    f"{_OF_OUTPUT}, as runs of the networks on noise measure it; pictures can gain less."
+)
 
 
 def format_run_card(run: Run, *, is_new: bool = False) -> str:
@@ -125,7 +127,7 @@ def _format_training(report: Report) -> str:
         return format_hint(f"Before a training of {rounds} the mean was {before}.")
     return format_hint(
         "The figures above are estimates, which a training does not go by. Measured by runs of the"
-        f" networks, the LoRAs without the private ones explain {after} in the mean, and {before} before a"
+        f" networks on noise, the LoRAs without the private ones explain {after} in the mean, and {before} before a"
         f" training of {rounds}."
     )
 

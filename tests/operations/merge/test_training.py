@@ -20,7 +20,6 @@ from hyper_merge.calibration.student import Course
 from hyper_merge.checkpoints.architectures.families.sd1 import SD1
 from hyper_merge.checkpoints.reader import read_header
 from hyper_merge.errors import InterruptedRun, NonFiniteError, RecipeError
-from hyper_merge.operations.inspect_text import format_inspection
 from hyper_merge.operations.merge import training
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.preflight import run_preflight
@@ -127,7 +126,7 @@ def test_the_report_tells_of_the_training(merged):
     text = format_report(merged.trained.report)
     assert f"before a training of {ROUNDS} rounds" in text
     mean = 100 * sum(merged.trained.report.training.after) / 3
-    assert f"measured by runs of the checkpoints, {mean:.1f} remain in the mean" in text
+    assert f"measured by runs of the checkpoints on noise, {mean:.1f} remain in the mean" in text
     shares = [row.fidelity for row in merged.trained.report.checkpoints]
     assert shares == [1 - left for left in merged.trained.report.training.after]
     assert "training" not in format_report(merged.plain.report)
@@ -204,12 +203,12 @@ def test_families_whose_network_is_not_run_are_refused(tmp_path):
 
 
 def rounds(models, folder, **settings):
-    """Returns the rounds of a merge that leaves them open."""
+    """Returns the rounds of a merge that does as many as take minutes."""
     settings = {"layer_weights": "output", **settings, "training": "auto"}
     return run_preflight(recipe(models, folder, **settings)).rounds
 
 
-def test_a_training_of_minutes_is_done_unasked(models, tmp_path):
+def test_a_training_of_minutes_is_done(models, tmp_path):
     assert rounds(models, tmp_path) == MOST_ROUNDS
     for settings in ({"layer_weights": "layout"}, {"method": "greedy"}, {"target": 0.5}):
         assert rounds(models, tmp_path, **settings) == 0
@@ -264,7 +263,3 @@ def test_a_plan_says_how_many_rounds_there_are(models, tmp_path, asked, expected
     text = format_merge_plan(preflight, preflight.find_place())
     assert (f" with a training of {MOST_ROUNDS} rounds, " in text) == expected
     assert ("training" in text) == expected
-
-
-def test_an_inspection_says_how_many_rounds_a_merge_has(models):
-    assert f"  training         {MOST_ROUNDS} rounds" in format_inspection(models).splitlines()

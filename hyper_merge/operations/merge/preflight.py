@@ -197,7 +197,7 @@ def run_preflight(recipe: Recipe, folders: Folders | None = None) -> Preflight:
 def _within_memory(preflight: Preflight) -> Preflight:
     """Returns the preflight with the limits of its memory.
 
-    Where these are too narrow for a training that was not asked for by its rounds, there is none.
+    Where these are too narrow for a training whose rounds were left open, there is none.
 
     Raises:
         RecipeError: they are too narrow for all else too.

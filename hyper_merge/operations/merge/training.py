@@ -28,7 +28,7 @@ from hyper_merge.solver.quantization import rounded_again
 
 
 class _NotHereError(Exception):
-    """The device cannot do a training that nobody asked for by name, so nothing does."""
+    """The device cannot do a training whose rounds were left open, so nothing does it."""
 
 
 def trained(
@@ -55,7 +55,7 @@ def trained(
         progress.warn(f"{error}; the LoRAs are as they were solved, without a training")
         return solved
     except RuntimeError as error:
-        # Nobody loses a merge by a training that was not asked for, on whatever device and driver.
+        # Nobody loses a merge by a training whose rounds were left open, on whatever device and driver.
         if preflight.recipe.training != "auto":
             raise
         reason = str(error).partition("\n")[0]

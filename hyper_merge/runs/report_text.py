@@ -16,7 +16,7 @@ from hyper_merge.runs.report import (
     Report,
     TrainingReport,
 )
-from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.formatting import format_count, format_size
 from hyper_merge.runtime.names import one_line
 
 _WORST: Final = 3  # sections that are named
@@ -132,7 +132,8 @@ def _format_training(report: Report) -> list[str]:
 def _before_training(training: TrainingReport | None) -> str:
     if training is None or not training.has_gained:
         return ""
-    return f" ({100 * fmean(training.before):.1f} before a training of {training.rounds} rounds)"
+    rounds = format_count(training.rounds, "round")
+    return f" ({100 * fmean(training.before):.1f} before a training of {rounds})"
 
 
 def _format_losses(report: Report, nothing: str) -> list[str]:

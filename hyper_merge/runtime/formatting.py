@@ -1,4 +1,4 @@
-"""Formats sizes and durations as text; sizes are in decimal units everywhere, as disks are sold."""
+"""Formats sizes, durations and counts as text; sizes are in decimal units everywhere, as disks are sold."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def format_duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"about {round(seconds / 60)} minutes"
     return f"about {round(seconds / 3600, 1):g} hours"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural unless it is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

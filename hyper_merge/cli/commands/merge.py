@@ -22,17 +22,17 @@ def run_command(options: argparse.Namespace) -> None:
     from hyper_merge.cli.merge_text import format_merge
     from hyper_merge.operations.merge.estimate import estimate_merge
     from hyper_merge.operations.merge.merge import run_merge
+    from hyper_merge.operations.merge.training_rounds import with_training
     from hyper_merge.runtime.formatting import format_duration, format_size
 
     request = cluster_request(options)
     with progress_bar() as progress:
         validated = preflight(options, progress)
         estimate = estimate_merge(validated)
-        rounds = validated.rounds
-        training = f" with a training of {rounds} rounds" if rounds else ""
         say_above(
-            f"{len(validated.inputs.headers)} checkpoints; {format_duration(estimate.seconds)}{training},"
-            f" {format_size(estimate.memory)} of memory and at most {format_size(estimate.disk)} of disk"
+            f"{len(validated.inputs.headers)} checkpoints; {format_duration(estimate.seconds)}"
+            f"{with_training(validated.rounds)}, {format_size(estimate.memory)} of memory and at most"
+            f" {format_size(estimate.disk)} of disk"
         )
         with workers_of(request, progress) as workers:
             merged = run_merge(validated, progress, workers=workers)

@@ -13,6 +13,7 @@ from hyper_merge.calibration.student import Course
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.recipe import Recipe
+from hyper_merge.runtime.formatting import format_count
 
 MOST_ROUNDS: Final = 20
 """Rounds at most where the recipe leaves it open: more gain little."""
@@ -61,6 +62,11 @@ def training_rounds(recipe: Recipe, inputs: MergeInputs, device: torch.device) -
             key="training",
         )
     return recipe.training
+
+
+def with_training(rounds: int) -> str:
+    """Returns words behind the time that a merge with so many rounds takes; none without a training."""
+    return f" with a training of {format_count(rounds, 'round')}" if rounds else ""
 
 
 def _can_train(inputs: MergeInputs) -> bool:

@@ -14,7 +14,8 @@ from hyper_merge.loras.prompt_tags import tag_names, without_loras
 from hyper_merge.runs.own_loras import merged_loras_in
 from hyper_merge.runs.run import load_run
 from hyper_merge.runtime.checked_json import parse_json
-from hyper_merge.ui.html.common import format_count, format_message
+from hyper_merge.runtime.formatting import format_count
+from hyper_merge.ui.html.common import format_message
 
 
 def send_tags(host: Host, tags: str, run: str, title: str, txt2img: str) -> tuple[str, str]:

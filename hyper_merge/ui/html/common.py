@@ -16,10 +16,11 @@ from hyper_merge.loras.prompt_tags import lora_names
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.operations.merge.training_rounds import with_training
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runs.folders import Place
 from hyper_merge.runs.report_text import format_groups
-from hyper_merge.runtime.formatting import format_duration, format_size
+from hyper_merge.runtime.formatting import format_count, format_duration, format_size
 from hyper_merge.ui.html.names import format_text
 
 MessageKind = Literal["info", "good", "bad"]
@@ -138,16 +139,12 @@ def format_merge_plan(preflight: Preflight, place: Place, forecast_size: int | N
             f"{format_size(average + size)} instead of {format_size(before)}."
         ),
         (
-            f"It takes <b>{format_duration(estimate.seconds)}</b>{_with_training(preflight.rounds)},"
+            f"It takes <b>{format_duration(estimate.seconds)}</b>{with_training(preflight.rounds)},"
             f" {format_size(estimate.memory)} of memory and at most {format_size(estimate.disk)} of disk"
             " space including the cache."
         ),
     ]
     return "".join(f"<p>{line}</p>" for line in lines) + format_notes(preflight.warnings)
-
-
-def _with_training(rounds: int) -> str:
-    return f" with a training of {format_count(rounds, 'round')}" if rounds else ""
 
 
 def in_8_bits(recipe: Recipe) -> str:
@@ -215,11 +212,6 @@ def format_job_status(status: JobStatus) -> str:
         f"<div class=hm-phase>{_text(title)}<span class=hm-share>{_text(share)}</span></div>"
         f'<div class=hm-bar><div style="width:{status.fraction:.1%}"></div></div></div>{notes}'
     )
-
-
-def format_count(count: int, noun: str) -> str:
-    """Returns a number with its noun, in the plural unless it is 1."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _format_clock(seconds: float) -> str:

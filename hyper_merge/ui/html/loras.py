@@ -14,10 +14,9 @@ from hyper_merge.operations.loras.combine import CombineResult
 from hyper_merge.runs.fit_records import FitRecord, load_fits, prompts_of
 from hyper_merge.runs.report import PARTS, CheckpointReport
 from hyper_merge.runs.run import Run
-from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.formatting import format_count, format_size
 from hyper_merge.ui.element_ids import elem_id
 from hyper_merge.ui.html.common import (
-    format_count,
     format_hint,
     format_message,
     format_percent,

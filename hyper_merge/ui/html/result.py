@@ -12,9 +12,8 @@ from typing import Final
 from hyper_merge.recipe.recipe import AVERAGE
 from hyper_merge.runs.report import CheckpointReport, Report
 from hyper_merge.runs.run import Run
-from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.formatting import format_count, format_size
 from hyper_merge.ui.html.common import (
-    format_count,
     format_dissimilar_groups,
     format_hint,
     format_message,

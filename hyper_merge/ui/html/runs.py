@@ -8,10 +8,9 @@ from datetime import datetime
 from pathlib import Path
 
 from hyper_merge.runs.run import Run
-from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.formatting import format_count, format_size
 from hyper_merge.ui.form import format_requested_size
 from hyper_merge.ui.html.common import (
-    format_count,
     format_message,
     format_percent,
     format_table,

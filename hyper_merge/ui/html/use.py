@@ -18,9 +18,8 @@ from hyper_merge.runs.fit_records import FitRecord, PrivateLoraRecord, load_fits
 from hyper_merge.runs.report import PARTS, PartLoss
 from hyper_merge.runs.run import Run
 from hyper_merge.runs.weighted_loras import checkpoint_names, tag_rows
-from hyper_merge.runtime.formatting import format_size
+from hyper_merge.runtime.formatting import format_count, format_size
 from hyper_merge.ui.html.common import (
-    format_count,
     format_hint,
     format_message,
     format_percent,

@@ -259,7 +259,7 @@ class RunCheckpointResponse(BaseModel):
     explained: float = Field(
         ...,
         description="share of its difference in the layers, weighed as the loss does and the tab; after a"
-        " training, of what the network does, measured on noise",
+        " training, of what the network does, measured for random prompts",
     )
     explained_in_weights: float = Field(..., description="the same unweighed, as a squared norm")
     explained_unet: float = Field(..., description="in weights")

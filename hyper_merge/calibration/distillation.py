@@ -1,10 +1,10 @@
 """Trains the factors of LoRAs by runs of the network: knowledge distillation.
 
 The student is the average with its LoRAs, the teachers are the checkpoints. All of them see the same
-noise and the same random prompts, and the factors are changed so that the student's outputs, with
-each checkpoint's multipliers, come nearer to those of that checkpoint. No picture and no prompt of
-anybody is needed; on pictures less is gained than on noise. Outputs for noise that the training never
-sees tell what it gained.
+noisy latents and the same random prompts, and the factors are changed so that the student's outputs,
+with each checkpoint's multipliers, come nearer to those of that checkpoint. The average itself draws
+the latents for these prompts, so no picture and no prompt of anybody is needed. Outputs for latents
+that the training never sees tell what it gained.
 
 Factors are used as files will hold them: in 8 bits, what rounding does to one entry others make good.
 
@@ -89,8 +89,8 @@ def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course
     )
     student = course.rounds + 2 * FORWARD * course.held_out
     teacher = FORWARD * course.samples.passes
-    average = FORWARD * course.held_out * plain
-    return checkpoints * (student * (plain + products) + teacher * plain) + average
+    average = FORWARD * (course.held_out + course.drawing * course.samples.passes)
+    return checkpoints * (student * (plain + products) + teacher * plain) + average * plain
 
 
 def distil(
@@ -123,12 +123,13 @@ def distil(
     by_layer = [ranks.get(layer.module, 0) for layer in student.layout.layers]
     total = training_cost(student.layout, by_layer, len(teachers), course)
     runner = _Runner(student.trainable(device), course, device, RunClock(progress, PHASE, total))
+    average = runner.network(student.average)
+    runner.draw(average)
     targets = []
     for teacher in teachers:
         with teacher as read:
             network = runner.network(read)
             targets.append([runner.output(network, n) for n in range(course.samples.passes)])
-    average = runner.network(student.average)
     # Of the average alone, in the same places.
     alone = [runner.output(average, course.rounds + n) for n in range(course.held_out)]
     scale = torch.stack([_squares(alone, of_teacher[course.rounds :]) for of_teacher in targets])
@@ -160,10 +161,20 @@ class _Runner:
         self._costs = student.costs(course)
         # The average's tensors on a GPU, in the files' types: each run would bring them there twice.
         self._kept: dict[str, Tensor] = {}
+        self._latents: list[Tensor] = []  # by number: what the networks see
 
     def network(self, tensor: ReadTensor) -> Network:
         """Returns the network of a checkpoint."""
         return self._network(partial(self._read, tensor))
+
+    def draw(self, average: Network) -> None:
+        """Has the average draw what the networks see, in place of pure noise."""
+        course = self._course
+        with torch.inference_mode(mode=False):
+            self._latents = [
+                average.draw(*self._inputs(number), course.drawing)
+                for number in range(course.samples.passes)
+            ]
 
     def output(self, network: Network, number: int) -> Tensor:  # (b, channels, side, side)
         """Returns a network's output for the inputs of a number, without a gradient."""
@@ -226,9 +237,13 @@ class _Runner:
         ]
 
     def _run(self, network: Network, number: int) -> Tensor:
+        return network.run(*self._inputs(number), self._latents[number])
+
+    def _inputs(self, number: int) -> tuple[Tensor, int, torch.Generator]:
+        """Returns the steps, the side, and what gives the noise and the prompts of a number."""
         course = self._course
         generator = torch.Generator().manual_seed(course.seed + number)
-        return network.run(course.samples.steps(number).to(self._device), course.side, generator)
+        return course.samples.steps(number).to(self._device), course.side, generator
 
     def _learners(self, layers: Sequence[TrainedLayer], count: int) -> list[Network]:
         """Returns the networks of the average with the LoRAs of each checkpoint."""

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from hyper_merge.calibration.network import Network, is_known
 from hyper_merge.calibration.run_clock import RunClock
+from hyper_merge.calibration.schedule import STEPS
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.io.header import Shape
 from hyper_merge.decomposition.sensitivity import (
@@ -31,7 +32,6 @@ from hyper_merge.decomposition.sensitivity import (
 from hyper_merge.runtime.progress import Progress
 
 PHASE: Final = "running the average"
-STEPS: Final = 1000  # of every schedule
 
 IMAGES, _VECTORS = 4, 2  # dimensions of what goes into a layer
 

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from hyper_merge.calibration.schedule import STEPS, less_noisy
 from hyper_merge.calibration.text_encoders import Encoded, TextEncoder
 from hyper_merge.calibration.unet import (
     Observe,
@@ -68,7 +69,7 @@ class Network:
             for part in family.parts
             if part.name == "text_encoder" and any(key.startswith(part.prefix) for key in shapes)
         ]
-        self._resolution = float(family.resolution)
+        self._resolution, self._predicts_v = float(family.resolution), family.predicts_v
         self._shapes, self._prefix = shapes, part.prefix
 
     @property
@@ -92,17 +93,60 @@ class Network:
         steps: Tensor,  # (b,)
         side: int,
         generator: torch.Generator,
+        latents: Tensor | None = None,  # (b, channels, side, side)
     ) -> Tensor:  # (b, 4, side, side)
-        """Returns the outputs for pure noise and random prompts.
+        """Returns the outputs for random prompts and latents, pure noise where none are given.
 
         Args:
             steps: of the schedule, 0 to 1000, on the device that computes.
             side: height and width of the latents.
-            generator: of the random numbers, on the CPU: they are the same for every device.
+            generator: of the random numbers, on the CPU: they are the same for every device. The prompts
+                do not depend on whether latents are given.
+            latents: what the network sees.
         """
+        noise = self._noise(steps, side, generator)
+        context, vector = self._conditions(steps, generator)
+        seen = noise if latents is None else latents.detach()
+        return self._unet(seen.requires_grad_(), steps, context, vector)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        steps: Tensor,  # (b,)
+        side: int,
+        generator: torch.Generator,
+        runs: int,
+    ) -> Tensor:  # (b, channels, side, side)
+        """Returns latents with the noise of the given steps, drawn from pure noise for random prompts.
+
+        Channels that the network reads beside those of a picture stay noise.
+
+        Args:
+            steps: see `run`, as for the next two.
+            side: height and width of the latents.
+            generator: that gives `run` the same prompts.
+            runs: of the network; pictures take their form step by step.
+        """
+        latents = self._noise(steps, side, generator)
+        context, vector = self._conditions(steps, generator)
+        now = torch.full_like(steps, STEPS - 1.0)
+        for left in range(runs, 0, -1):
+            output = self._unet(latents, now, context, vector)
+            then = now + (steps - now) / left
+            picture, beside = latents[:, : output.shape[1]], latents[:, output.shape[1] :]
+            picture = less_noisy(picture, output, now, then, predicts_v=self._predicts_v)
+            latents, now = torch.cat([picture, beside], 1), then
+        return latents
+
+    def _noise(self, steps: Tensor, side: int, generator: torch.Generator) -> Tensor:
+        shape = (len(steps), self._unet.channels(), side, side)
+        return torch.randn(shape, generator=generator).to(steps.device)
+
+    def _conditions(
+        self, steps: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:  # (b, tokens, width), (b, size)
+        """Returns what the network reads beside the latents, for random prompts."""
         count, device = len(steps), steps.device
-        shape = (count, self._unet.channels(), side, side)
-        latents = torch.randn(shape, generator=generator).to(device).requires_grad_()
         encoded = [_encode(encoder, count, generator, device) for encoder in self._encoders]
         width = self._unet.context_width()
         if encoded:
@@ -114,7 +158,7 @@ class Network:
         vector = self._vector(count, pooled, generator, device)
         if vector is not None and not vector.requires_grad:
             vector.requires_grad_(torch.is_grad_enabled())
-        return self._unet(latents, steps, context, vector)
+        return context, vector
 
     def _vector(
         self,

@@ -26,7 +26,9 @@ _METRICS: Final = {
     "relative": "relative to the size of each layer",
     "plain": "in weights",
 }
-_MEASURED: Final = "in what the network does, measured by runs of the checkpoints on noise"
+_MEASURED: Final = (
+    "in what the network does, measured by runs of the checkpoints for random prompts"
+)
 _TURNS: Final = {A1111: "at every LoRA", FORGE_AND_COMFYUI: "once"}
 
 

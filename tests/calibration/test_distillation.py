@@ -20,7 +20,7 @@ from hyper_merge.errors import InterruptedRun
 from hyper_merge.runtime.progress import Progress
 
 CPU = torch.device("cpu")
-COURSE = Course(rounds=2, batch=2, side=8)
+COURSE = Course(rounds=2, batch=2, side=8, drawing=2)
 RANK = 2
 END = "model.diffusion_model.out.2.bias"
 
@@ -73,9 +73,15 @@ def lesson_of(
 
 
 def output(student, state, number, course=COURSE):
-    generator = torch.Generator().manual_seed(course.seed + number)
-    network = Network(state.__getitem__, student.shapes, student.layout.family)
-    return network.run(course.samples.steps(number), course.side, generator)
+    def inputs():
+        generator = torch.Generator().manual_seed(course.seed + number)
+        return course.samples.steps(number), course.side, generator
+
+    average, network = (
+        Network(read, student.shapes, student.layout.family)
+        for read in (student.average, state.__getitem__)
+    )
+    return network.run(*inputs(), average.draw(*inputs(), course.drawing))
 
 
 def with_blocks(student, layers, m):
@@ -136,7 +142,7 @@ def test_updates_are_those_of_whole_gradients_at_once(kind, monkeypatch):
 
 def test_outputs_become_more_alike_on_inputs_that_no_round_saw():
     student, teachers = student_of("small")
-    course = Course(rounds=12, batch=4, side=8)
+    course = Course(rounds=12, batch=4, side=8, drawing=2)
     lesson, trained = lesson_of(student, teachers, course)
     assert lesson.is_better
     assert (lesson.after < 0.75 * lesson.before).all()
@@ -187,7 +193,7 @@ def test_a_training_that_spoils_the_outputs_is_told(monkeypatch, rate):
 
 
 def test_runs_see_the_factors_as_files_hold_them():
-    course, (student, teachers) = Course(rounds=8, batch=2, side=8), student_of("small")
+    course, (student, teachers) = Course(rounds=8, batch=2, side=8, drawing=2), student_of("small")
     in_8_bits = [replace(x, dtype=torch.float8_e4m3fn) for x in student.layers]
     rounded = [
         replace(
@@ -213,7 +219,7 @@ def test_what_counts_is_the_outputs_of_what_is_written():
 
 
 def test_a_training_on_a_gpu_is_that_of_the_cpu():
-    course = Course(rounds=1, batch=1, side=8, held_out=1)
+    course = Course(rounds=1, batch=1, side=8, held_out=1, drawing=2)
 
     def lesson(device):
         student, teachers = student_of("small")
@@ -231,7 +237,7 @@ def test_a_training_on_a_gpu_is_that_of_the_cpu():
 
 @pytest.mark.parametrize(("limit", "is_kept"), [(None, True), (2 * 10**9, False)])
 def test_a_gpu_with_room_keeps_the_average(limit, is_kept):
-    course = Course(rounds=1, batch=1, side=8, held_out=1)
+    course = Course(rounds=1, batch=1, side=8, held_out=1, drawing=2)
     student, teachers = student_of("small")
     reads = Counter()
 

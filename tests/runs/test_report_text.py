@@ -113,7 +113,7 @@ def test_a_report_of_a_training_comes_back_and_tells_of_it():
     assert Report.from_dict(json.loads(json.dumps(report.as_dict()))) == report
     assert (
         "without the private LoRAs: of 100 parts of difference in what the network does, measured by runs"
-        " of the checkpoints on noise, 18.8 remain in the mean (40.0 before a training of 20 rounds)"
+        " of the checkpoints for random prompts, 18.8 remain in the mean (40.0 before a training of 20 rounds)"
         in format_report(report)
     )
     rows = zip(REPORT.checkpoints, (0.875, 0.75), strict=True)
@@ -122,7 +122,7 @@ def test_a_report_of_a_training_comes_back_and_tells_of_it():
     report = dataclasses.replace(report, checkpoints=rows, shared_fidelity=fidelities)
     text = format_report(report)
     assert (
-        "of 100 parts of difference in what the network does, measured by runs of the checkpoints on noise,"
+        "of 100 parts of difference in what the network does, measured by runs of the checkpoints for random prompts,"
         " 18.8 remain in the mean (40.0 before a training of 20 rounds), 25.0 at worst (a_long_checkpoint)"
         in text
     )

@@ -32,9 +32,7 @@ _EXPLAINED: Final = {
     "plain": f"{_DIFFERENCE}.",
 }
 
-_MEASURED: Final = (
-    f"{_OF_OUTPUT}, as runs of the networks on noise measure it; pictures can gain less."
-)
+_MEASURED: Final = f"{_OF_OUTPUT}, as runs of the networks measure it for random prompts."
 
 
 def format_run_card(run: Run, *, is_new: bool = False) -> str:
@@ -126,8 +124,8 @@ def _format_training(report: Report) -> str:
         return format_hint(f"Before a training of {rounds} the mean was {before}.")
     return format_hint(
         "The figures above are estimates, which a training does not go by. Measured by runs of the"
-        f" networks on noise, the LoRAs without the private ones explain {after} in the mean, and {before} before a"
-        f" training of {rounds}."
+        f" networks for random prompts, the LoRAs without the private ones explain {after} in the mean,"
+        f" and {before} before a training of {rounds}."
     )
 
 

@@ -37,7 +37,7 @@ SETTINGS = {"ranks": (2, 1), "layer_weights": "layout", "lora_dtype": "float8"}
 @pytest.fixture(autouse=True)
 def course(monkeypatch):
     """Trainings see small batches of small latents."""
-    small = partial(Course, batch=2, side=8)
+    small = partial(Course, batch=2, side=8, drawing=2)
     monkeypatch.setattr(training, "Course", small)
     return small
 
@@ -76,24 +76,30 @@ def with_loras(result, models, tags):
     return state
 
 
-def outputs(state, header, course, rounds):
-    """Returns what a network gives for the inputs that no round sees."""
-    network, results = Network(lambda key: state[key].float(), header.shapes, SD1), []
+def outputs(state, average, header, course, rounds):
+    """Returns what a network gives for the inputs that no round sees, which the average draws."""
+    network, artist = (
+        Network(lambda key, weights=weights: weights[key].float(), header.shapes, SD1)
+        for weights in (state, average)
+    )
+    results = []
     for number in (rounds, rounds + 1):
-        generator = torch.Generator().manual_seed(number)
+        steps = course(rounds).samples.steps(number)
+        first, second = (torch.Generator().manual_seed(number) for _ in range(2))
+        drawn = artist.draw(steps, 8, first, course(rounds).drawing)
         with torch.no_grad():
-            steps = course(rounds).samples.steps(number)
-            results.append(network.run(steps, 8, generator))
+            results.append(network.run(steps, 8, second, drawn))
     return torch.cat(results)
 
 
 def measured(result, models, course):
     """Returns what the written files leave of each checkpoint's outputs."""
     header, shares = read_header(models[0]), []
-    average = outputs(load(result.place.hyper_model), header, course, ROUNDS)
+    hyper_model = load(result.place.hyper_model)
+    average = outputs(hyper_model, hyper_model, header, course, ROUNDS)
     for path, tags in zip(models, tags_of(result), strict=True):
-        own = outputs(load(path), header, course, ROUNDS)
-        mine = outputs(with_loras(result, models, tags), header, course, ROUNDS)
+        own = outputs(load(path), hyper_model, header, course, ROUNDS)
+        mine = outputs(with_loras(result, models, tags), hyper_model, header, course, ROUNDS)
         shares.append(float((mine - own).square().sum() / (average - own).square().sum()))
     return shares
 
@@ -126,7 +132,10 @@ def test_the_report_tells_of_the_training(merged):
     text = format_report(merged.trained.report)
     assert f"before a training of {ROUNDS} rounds" in text
     mean = 100 * sum(merged.trained.report.training.after) / 3
-    assert f"measured by runs of the checkpoints on noise, {mean:.1f} remain in the mean" in text
+    assert (
+        f"measured by runs of the checkpoints for random prompts, {mean:.1f} remain in the mean"
+        in text
+    )
     shares = [row.fidelity for row in merged.trained.report.checkpoints]
     assert shares == [1 - left for left in merged.trained.report.training.after]
     assert "training" not in format_report(merged.plain.report)

@@ -207,7 +207,7 @@ def test_a_card_says_what_a_training_left(host, run):
     training = TrainingReport(20, (0.5, 0.3, 0.4), (0.25, 0.125, 0.0625))
     measured = text(training, 0.75, 0.875, 0.9375)
     assert "explained in the mean85.4 %" in measured
-    assert "as runs of the networks on noise measure it" in measured
+    assert "as runs of the networks measure it for random prompts" in measured
     assert "Before a training of 20 rounds the mean was 60.0 %." in measured
     with_private_loras = text(training, 0.8, 0.875, 0.9375)
     assert "the LoRAs without the private ones explain 85.4 % in the mean, and 60.0 %" in (

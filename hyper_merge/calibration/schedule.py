@@ -23,8 +23,8 @@ def signal_share(
 ) -> Tensor:  # (b, 1, 1, 1)
     """Returns the share of a picture in the square of noisy latents, from 1 to almost 0."""
     first, last = (beta**0.5 for beta in _BETAS)
-    betas = torch.linspace(first, last, STEPS, dtype=torch.float64, device=steps.device).square()
-    shares = (1 - betas).cumprod(0).float()
+    betas = torch.linspace(first, last, STEPS, dtype=torch.float64).square()
+    shares = (1 - betas).cumprod(0).float().to(steps.device)  # not every device has float64
     return shares[steps.long().clamp(0, STEPS - 1)][:, None, None, None]
 
 

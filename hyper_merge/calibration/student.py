@@ -29,7 +29,7 @@ class Course:
     side: int = 16  # height and width of the latents
     seed: int = 0
     held_out: int = 2  # batches more, that tell what the training gained
-    drawing: int = 8  # runs of the average that draw what the networks see
+    drawing: int = 4  # runs of the average that draw what the networks see
 
     @property
     def samples(self) -> Samples:

@@ -26,7 +26,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hyper_merge.calibration.measure import FORWARD, pass_cost
+from hyper_merge.calibration.measure import FORWARD
 from hyper_merge.calibration.network import Network
 from hyper_merge.calibration.run_clock import RunClock
 from hyper_merge.calibration.student import (
@@ -35,11 +35,10 @@ from hyper_merge.calibration.student import (
     Student,
     TrainedLayer,
     is_beside,
-    products_cost,
+    training_cost,
     with_change,
 )
 from hyper_merge.calibration.unet import Observe, ignore
-from hyper_merge.checkpoints.architectures.layout import Layout
 from hyper_merge.runtime.device_memory import free_memory
 from hyper_merge.runtime.progress import Progress
 
@@ -71,26 +70,6 @@ class Lesson:
     before: Tensor
     after: Tensor
     is_better: bool
-
-
-def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course: Course) -> float:
-    """Returns what `distil` takes, in multiply-adds of large products.
-
-    Args:
-        layout: of the checkpoints.
-        ranks: of all blocks of each layer together.
-        checkpoints: how many there are.
-        course: of the training.
-    """
-    resolution = layout.family.resolution
-    plain = sum(pass_cost(layer, resolution, course.samples) for layer in layout.layers)
-    products = sum(
-        products_cost(*pair, resolution, course) for pair in zip(layout.layers, ranks, strict=True)
-    )
-    student = course.rounds + 2 * FORWARD * course.held_out
-    teacher = FORWARD * course.samples.passes
-    average = FORWARD * (course.held_out + course.drawing * course.samples.passes)
-    return checkpoints * (student * (plain + products) + teacher * plain) + average * plain
 
 
 def distil(

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyper_merge.calibration.measure import IMAGES, Samples, pass_cost, positions_in_pass
+from hyper_merge.calibration.measure import (
+    FORWARD,
+    IMAGES,
+    Samples,
+    pass_cost,
+    positions_in_pass,
+)
 from hyper_merge.checkpoints.architectures.layout import Layer, Layout
 from hyper_merge.checkpoints.io.header import Shape
 
@@ -130,6 +136,26 @@ def is_beside(layer: Layer, resolution: int, course: Course) -> bool:
     """Tells whether factors are applied beside the weight, where that takes less than their product does."""
     positions = positions_in_pass(layer, resolution, course.samples)
     return not layer.rows and positions * (layer.m + layer.n) < layer.m * layer.n
+
+
+def training_cost(layout: Layout, ranks: Sequence[int], checkpoints: int, course: Course) -> float:
+    """Returns what a training takes, in multiply-adds of large products.
+
+    Args:
+        layout: of the checkpoints.
+        ranks: of all blocks of each layer together.
+        checkpoints: how many there are.
+        course: of the training.
+    """
+    resolution = layout.family.resolution
+    plain = sum(pass_cost(layer, resolution, course.samples) for layer in layout.layers)
+    products = sum(
+        products_cost(*pair, resolution, course) for pair in zip(layout.layers, ranks, strict=True)
+    )
+    student = course.rounds + 2 * FORWARD * course.held_out
+    teacher = FORWARD * course.samples.passes
+    average = FORWARD * (course.held_out + course.drawing * course.samples.passes)
+    return checkpoints * (student * (plain + products) + teacher * plain) + average * plain
 
 
 def products_cost(layer: Layer, rank: int, resolution: int, course: Course) -> float:

@@ -73,3 +73,16 @@ def test_latents_are_drawn_for_the_prompts_of_a_run(monkeypatch):
     assert_close(log.unet[0], drawn)
     assert_close(log.unet[2], context)
     assert not drawn.requires_grad
+
+
+def test_what_is_read_beside_a_picture_stays_noise(monkeypatch):
+    kind, log = "sd1_inpainting", InputLog(monkeypatch)
+    network = Network(narrow_weights(kind).__getitem__, narrow_shapes(kind), FAMILY[kind])
+    steps = torch.tensor([20.5, 500.0])
+    drawn = network.draw(steps, 8, torch.Generator().manual_seed(4), 2)
+    with torch.no_grad():
+        network.run(steps, 8, torch.Generator().manual_seed(4))
+    noise = log.unet[0]
+    assert drawn.shape == noise.shape == (2, 9, 8, 8)
+    assert torch.equal(drawn[:, 4:], noise[:, 4:])
+    assert not torch.allclose(drawn[:, :4], noise[:, :4], atol=0.1)

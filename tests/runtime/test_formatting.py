@@ -1,9 +1,9 @@
-"""Sizes and durations as text, in the same form everywhere."""
+"""Sizes, durations and counts as text, in the same form everywhere."""
 
 import pytest
 
 from hyper_merge.runs.folders import SIZE_LIMIT
-from hyper_merge.runtime.formatting import format_duration, format_size
+from hyper_merge.runtime.formatting import format_count, format_duration, format_size
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,10 @@ def test_a_size_is_in_decimal_units(count, text):
 )
 def test_a_duration_is_put_as_a_person_would(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 rounds"), (1, "1 round"), (2, "2 rounds"), (20, "20 rounds")]
+)
+def test_a_noun_is_in_the_plural_unless_there_is_one(count, text):
+    assert format_count(count, "round") == text

@@ -18,9 +18,8 @@ import torch
 from hyper_merge.analysis.cache import required_width
 from hyper_merge.analysis.inputs import MergeInputs
 from hyper_merge.analysis.streaming_pass import PassOptions, pass_costs
-from hyper_merge.calibration.distillation import training_cost
 from hyper_merge.calibration.measure import measuring_cost
-from hyper_merge.calibration.student import Course
+from hyper_merge.calibration.student import Course, training_cost
 from hyper_merge.checkpoints.io.dtypes import DTYPES_BY_WORD
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.decomposition.truncated_svd import truncation_cost

@@ -7,9 +7,8 @@ from typing import Final
 import torch
 
 from hyper_merge.analysis.inputs import MergeInputs
-from hyper_merge.calibration.distillation import training_cost
 from hyper_merge.calibration.measure import can_run
-from hyper_merge.calibration.student import Course
+from hyper_merge.calibration.student import Course, training_cost
 from hyper_merge.decomposition.rank_allocation import even_ranks
 from hyper_merge.errors import RecipeError
 from hyper_merge.recipe.recipe import Recipe

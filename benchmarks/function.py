@@ -48,6 +48,7 @@ from hyper_merge.runs.folders import MULTIPLIERS
 from hyper_merge.runtime.progress import Progress
 
 INPUTS = 256  # noisy pictures that all networks see
+EARLY_TOKENS = 24  # of a prompt, in families that do not say
 DRAWN = 32  # prompts of which pictures are drawn
 GUIDANCE = 3.0
 DDIM_STEPS = 25
@@ -81,7 +82,8 @@ class Judge:
         family = json.loads((folder / FAMILY).read_text(encoding="utf-8"))
         self.paths = [folder / CHECKPOINTS / f"{name}.safetensors" for name in family["merged"]]
         make = NETWORKS[family.get("layout", "sd1")]  # early families do not say
-        self.network = make(family["pixels"], family["prompts"]).to(device).eval()
+        tokens = family.get("tokens", EARLY_TOKENS)
+        self.network = make(family["pixels"], family["prompts"], tokens).to(device).eval()
         pictures = load_pictures(folder.parent, family["pixels"])
         generator = torch.Generator().manual_seed(1)
         chosen = torch.randint(len(pictures.pixels), (inputs,), generator=generator)

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the library, on being imported
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-TOKENS = 24  # of a prompt
+TOKENS = 77  # of a prompt, as of real models, which merges run with so many too
 STEPS = 1000  # of the schedule
 WIDTH = 32  # channels of the UNet's first level
 _HEAD = 64  # channels of an attention's head, where there are as many
@@ -40,14 +40,15 @@ State = Mapping[str, Tensor]  # of a checkpoint, by its own keys
 class Conditions(NamedTuple):
     """What a denoiser reads of the prompts."""
 
-    context: Tensor  # (b, TOKENS, width)
+    context: Tensor  # (b, tokens, width)
     added: dict[str, Tensor] | None = None  # beside it, by diffusers' names
 
 
 class Words:
-    """The tokens of prompts: a number for each word."""
+    """The tokens of prompts: a number for each word, and `count` of them in every prompt."""
 
-    def __init__(self, prompts: Sequence[str]) -> None:
+    def __init__(self, prompts: Sequence[str], count: int = TOKENS) -> None:
+        self._count = count
         words = sorted({word for prompt in prompts for word in _words(prompt)})
         self.begin, self.end = len(words), len(words) + 1  # the last two, as in CLIP
         self._numbers = {word: place for place, word in enumerate(words)}
@@ -55,13 +56,13 @@ class Words:
     def __len__(self) -> int:
         return 2 + len(self._numbers)
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor:  # (prompts, TOKENS)
+    def tokens(self, prompts: Sequence[str]) -> Tensor:  # (prompts, count)
         """Returns the tokens of prompts; unknown words are left out."""
-        rows = torch.full((len(prompts), TOKENS), self.end)
+        rows = torch.full((len(prompts), self._count), self.end)
         for row, prompt in zip(rows, prompts, strict=True):
             known = [self._numbers[w] for w in _words(prompt) if w in self._numbers]
             row[0] = self.begin
-            row[1 : 1 + len(known)] = torch.tensor(known[: TOKENS - 1], dtype=torch.long)
+            row[1 : 1 + len(known)] = torch.tensor(known[: self._count - 1], dtype=torch.long)
         return rows
 
 
@@ -74,10 +75,10 @@ class Network(nn.Module):
 
     reads_corners: ClassVar[bool] = False
 
-    def __init__(self, pixels: int, prompts: Sequence[str]) -> None:
+    def __init__(self, pixels: int, prompts: Sequence[str], tokens: int = TOKENS) -> None:
         super().__init__()
         self.pixels = pixels
-        self.words = Words(prompts)
+        self.words = Words(prompts, tokens)
         self.schedule = DDIMScheduler(
             num_train_timesteps=STEPS,
             beta_start=0.00085,
@@ -112,7 +113,7 @@ class Network(nn.Module):
         self,
         noisy: Tensor,  # (b, 4, size, size)
         steps: Tensor,  # (b,)
-        tokens: Tensor,  # (b, TOKENS)
+        tokens: Tensor,  # (b, tokens)
         corners: Tensor | None = None,  # (b, 2): where pictures were cut, from the top and left
     ) -> Tensor:  # (b, 4, size, size)
         """Returns the noise that is predicted."""

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_keys import load_checkpoint, save_checkpoint
-from networks import NETWORKS, STEPS, Network
+from networks import NETWORKS, STEPS, TOKENS, Network
 from pictures import Pictures, load_pictures
 from torch import Tensor, nn
 
@@ -83,6 +83,7 @@ def main() -> None:
         "layout": options.layout,
         "pixels": options.pixels,
         "prompts": pictures.prompts,
+        "tokens": TOKENS,
         "merged": MERGED,
     }
     (folder / FAMILY).write_text(json.dumps(family), encoding="utf-8")

@@ -206,9 +206,9 @@ class _Phases:
         self._last = ("", time.perf_counter())
 
     def on_progress(self, phase: str, _fraction: float) -> None:
-        """Counts the time since the last report for its phase."""
+        """Counts the time since the last report for its phase, of all sets of LoRAs together."""
         self.end()
-        self._last = (phase, self._last[1])
+        self._last = (phase.partition(" (")[0], self._last[1])
 
     def end(self) -> None:
         """Counts the time until now."""

@@ -11,7 +11,7 @@ from hyper_merge.analysis.contents import Analysis
 from hyper_merge.analysis.file_layout import UNCARRIED_KINDS
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.contrasts import around_base
-from hyper_merge.decomposition.factored import FEW, FactoredLayer
+from hyper_merge.decomposition.factored import FactoredLayer
 from hyper_merge.runtime.scratch import Scratch
 
 
@@ -42,6 +42,7 @@ class FactoredAnalysis(Analysis):
         self.sensitivities = None
         self.scratch = scratch or Scratch()
         self._parts = tuple(parts)
+        self._has_many = any(part.sizes is not None for part in self._parts)
 
     def without_ends(self) -> FactoredAnalysis:
         """Returns the analysis of the layers that are at no end of the network."""
@@ -52,8 +53,11 @@ class FactoredAnalysis(Analysis):
 
     @property
     def has_many(self) -> bool:
-        """Tells whether the inputs are so many that all work is on factors, and on bases without order."""
-        return self.contrasts.count > FEW
+        """Tells whether all work is on factors, between bases of which no order is known.
+
+        So it is with what `compress_many` made, for many inputs or for a set of them.
+        """
+        return self._has_many
 
     @property
     def grams(self) -> Tensor:  # (layers, k + 1, k + 1), float64
@@ -63,8 +67,8 @@ class FactoredAnalysis(Analysis):
 
     @property
     def weights(self) -> Tensor:  # (layers,), float64
-        """The squared norm that a layer's weights usually have, up to a factor."""
-        return torch.tensor([layer.m for layer in self.layers], dtype=torch.float64)
+        """The squared norms that the layers' weights usually have, up to a factor."""
+        return usual_weights(self.layers)
 
     @property
     def not_carried(self) -> dict[str, Tensor]:  # kind -> (k,), float64
@@ -117,3 +121,8 @@ class FactoredAnalysis(Analysis):
 
     def remember(self, name: str, multipliers: Mapping[str, Tensor]) -> None:
         """Does nothing: this analysis is used once."""
+
+
+def usual_weights(layers: Sequence[Layer]) -> Tensor:  # (layers,), float64
+    """Returns the squared norms that weights of variance 1 / n have."""
+    return torch.tensor([layer.m for layer in layers], dtype=torch.float64)

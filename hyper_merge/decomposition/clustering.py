@@ -56,16 +56,18 @@ def find_clusters(
 
 
 def find_relatives(
-    gram: Tensor,  # (k, k), inner products of the deviations
+    *grams: Tensor,  # (k, k), inner products of the deviations, of one or several parts of them
 ) -> list[list[int]]:
-    """Returns groups of inputs that are related to each other, directly or through others.
+    """Returns groups of inputs that are related to each other in any part, directly or through others.
 
     Inputs of different groups have next to nothing in common.
     """
-    norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
-    related = (gram * norms * norms[:, None]).abs() > _RELATED
+    related = torch.zeros_like(grams[0], dtype=torch.bool)
+    for gram in grams:
+        norms = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+        related |= (gram * norms * norms[:, None]).abs() > _RELATED
     groups: list[list[int]] = []
-    left = set(range(len(gram)))
+    left = set(range(len(related)))
     while left:
         group, new = set[int](), {min(left)}
         while new:

@@ -256,7 +256,7 @@ def kept_ranks(
 
 
 def last_rate(rates: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> float:
-    """Returns the rate of the last item that a budget buys, the best ones first.
+    """Returns the rate of the last item that a budget buys, the best ones first; 0 if it buys all.
 
     Args:
         rates: what items gain for their costs, in pieces (any,).
@@ -265,4 +265,5 @@ def last_rate(rates: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -
     """
     rate, order = torch.cat(list(rates)).sort(descending=True)
     spent = torch.cat(list(costs))[order].cumsum(0)
-    return float(rate[min(int((spent <= budget).sum()), len(rate) - 1)])
+    bought = int((spent <= budget).sum())
+    return float(rate[bought]) if bought < len(rate) else 0.0

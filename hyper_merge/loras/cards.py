@@ -19,9 +19,7 @@ CARD_SUFFIXES: Final = (".json", ".png")
 
 def format_card(file: LoraFile, stem: str) -> str:
     """Returns the JSON of the sidecar `<stem>.json`, from which WebUIs fill the LoRA's card."""
-    lines = [
-        f"{one_line(checkpoint)}: {file.tag(stem, checkpoint)}" for checkpoint in file.multipliers
-    ]
+    lines = [f"{one_line(checkpoint)}: {file.tag(stem, checkpoint)}" for checkpoint in file.users]
     return _card(
         {
             "description": _description(file),
@@ -88,10 +86,11 @@ def _description(file: LoraFile) -> str:
             " leave of it. To be used with all of those."
         )
     if file.lineage.of_loras:
-        return (
-            f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}: together they"
-            f" stand for {len(file.multipliers)} LoRAs, by the multipliers in the notes."
-        )
+        used, count = len(file.users), len(file.multipliers)
+        which = f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}"
+        if used < count:
+            return f"{which}: for {used} of the {count} LoRAs, by the multipliers in the notes."
+        return f"{which}: together they stand for {count} LoRAs, by the multipliers in the notes."
     others = "" if file.count == 1 else " and its other LoRAs"
     return (  # cards show three lines
         f"LoRA {file.index + 1} of {file.count} of {file.run}, rank {file.rank}."

@@ -89,6 +89,12 @@ class LoraFile:
         """The alpha of all modules; files of some families leave it out."""
         return float(self.rank) if self.own_alpha is None else self.own_alpha
 
+    @property
+    def users(self) -> tuple[str, ...]:
+        """The checkpoints that it changes."""
+        text = self.text_multipliers or {}
+        return tuple(name for name, x in self.multipliers.items() if x or text.get(name))
+
     def tag(self, stem: str, checkpoint: str) -> str:
         """Returns the prompt tag that adds a LoRA of this stem for a checkpoint."""
         text = self.text_multipliers

@@ -86,7 +86,7 @@ def format_tags(
     multipliers: Iterable[float],
     text_multipliers: Iterable[float] = (),
 ) -> str:
-    """Returns the tags that add all LoRAs.
+    """Returns the tags that add all LoRAs but those whose multipliers are exactly 0.
 
     There is one tag each, since hosts differ in how a LoRA that is named twice counts.
 
@@ -101,7 +101,7 @@ def format_tags(
     """
     texts = list(text_multipliers)
     rows = zip(names, multipliers, texts or repeat(None, len(names)), strict=True)
-    return " ".join(format_tag(name, x, text) for name, x, text in rows)
+    return " ".join(format_tag(name, x, text) for name, x, text in rows if x or text)
 
 
 def parse_tags(text: str) -> list[Tag]:

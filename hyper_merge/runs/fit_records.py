@@ -79,7 +79,7 @@ class FitRecord:
     def tags(self, run: Run) -> str:
         """Returns the prompt tags that turn the hyper-model into this checkpoint."""
         private = [format_tag(lora.name, 1.0) for lora in self.topups]
-        return " ".join([run.report.tags(self.row), *private])
+        return " ".join(filter(None, [run.report.tags(self.row), *private]))
 
     def style(self, run: Run) -> tuple[str, str]:
         """Returns the name of the checkpoint's prompt style, and its prompt."""

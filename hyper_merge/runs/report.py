@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
 from hyper_merge.decomposition.linalg import share
-from hyper_merge.loras.prompt_tags import companion_names, format_tag, format_tags
+from hyper_merge.loras.prompt_tags import companion_names, format_tags
 from hyper_merge.runs.plain_data import read_plain
 
 PARTS: Final = {"unet": "UNet", "text_encoder": "text encoder"}
@@ -186,9 +186,10 @@ class Report:
         return next((x for x in self.rounding if x.hosts == A1111 and x.added > most), None)
 
     def tags(self, row: CheckpointReport) -> str:
-        """Returns the prompt tags of a checkpoint, one for every LoRA and every companion."""
+        """Returns the prompt tags of a checkpoint, one for each LoRA and companion that adds anything."""
         loras = format_tags(self.loras, row.multipliers, row.text_multipliers)
-        companions = " ".join(format_tag(*pair) for pair in self.companion_multipliers(row))
+        pairs = self.companion_multipliers(row)
+        companions = format_tags([name for name, _ in pairs], [x for _, x in pairs])
         private = format_tags([row.topup], [1.0]) if row.topup else ""
         return " ".join(filter(None, (loras, companions, private)))
 

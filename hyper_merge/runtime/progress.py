@@ -48,6 +48,14 @@ class Progress:
 
         return Progress(on_progress, self.should_stop, self.warn)
 
+    def noted(self, note: str) -> Progress:
+        """Returns the progress with a note in brackets after the name of every phase."""
+
+        def on_progress(phase: str, fraction: float) -> None:
+            self.on_progress(f"{phase} ({note})", fraction)
+
+        return Progress(on_progress, self.should_stop, self.warn)
+
     def joined(self, other: Progress) -> Progress:
         """Returns a progress that reports to this one and another, and stops when either should."""
 

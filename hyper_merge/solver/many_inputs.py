@@ -37,7 +37,9 @@ _SAMPLE: Final = 8  # layers, from which the start is chosen
 _OVERCOMPLETE: Final = 1.2  # times the bytes, of which the best are kept
 _LEAST_SWEEPS: Final = 3
 _SWEEPS_TIMES_INPUTS: Final = 150  # more of them where that is soon done
+_SWEEPS_TIMES_LAYERS: Final = 3000
 _PER_COLUMN: Final = 2.0  # components in a sweep for a column of the bases: the largest
+_LEAST_COMPONENTS: Final = 384
 _RIDGE: Final = 0.01  # as where inputs are few
 
 
@@ -125,8 +127,9 @@ class _Solver:
         group, factors = groups.pop(0).without_factors()
         progress = SolverProgress(part)
         counting = progress.counting(self.parallel, len(group.problem.batches))
-        inputs = self._analysis.contrasts.count
-        most = min(max(_SWEEPS_TIMES_INPUTS // inputs, _LEAST_SWEEPS), self.recipe.iterations)
+        inputs, layers = self._analysis.contrasts.count, len(self._analysis.layers)
+        soon = min(_SWEEPS_TIMES_INPUTS // inputs, _SWEEPS_TIMES_LAYERS // layers)
+        most = min(max(soon, _LEAST_SWEEPS), self.recipe.iterations)
         stopping = stop_by_sweep(replace(self.recipe, iterations=most), progress, 0.0)
         problem = replace(group.problem, parallel=counting)
         solution = solve_ll1(problem, factors, group.multipliers, stopping)
@@ -134,7 +137,8 @@ class _Solver:
 
     def _batch(self, index: int, ranks: tuple[int, ...]) -> FactoredBatch:
         part = self._analysis.part(index)
-        places = part.largest(int(_PER_COLUMN * max(part.core_shape)))
+        most = max(int(_PER_COLUMN * max(part.core_shape)), _LEAST_COMPONENTS)
+        places = part.largest(most)
         owners = part.owners[places]
         factors = self._factors(index)[owners]
 

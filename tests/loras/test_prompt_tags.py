@@ -55,10 +55,10 @@ def test_tags_come_back_as_they_went(multipliers, separate):
     )
     prompt = f"a cat, (best:1.2) {written} [a:b:0.5]"
     tags = parse_tags(prompt)
-    assert [tag.name for tag in tags] == list(multipliers)
-    for parsed, multiplier, text_multiplier in zip(
-        tags, unet, text if separate else unet, strict=True
-    ):
+    text = text if separate else unet
+    rows = [row for row in zip(multipliers, unet, text, strict=True) if row[1] or row[2]]
+    assert [tag.name for tag in tags] == [name for name, _, _ in rows]  # none that adds nothing
+    for parsed, (_, multiplier, text_multiplier) in zip(tags, rows, strict=True):
         assert parsed.multiplier == pytest.approx(multiplier, rel=1e-15, abs=5.0001e-6)
         assert parsed.text_multiplier == pytest.approx(text_multiplier, rel=1e-15, abs=5.0001e-6)
     assert a1111(prompt) == tags

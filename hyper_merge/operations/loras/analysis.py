@@ -42,7 +42,7 @@ _Widths = Callable[[Layer, Tensor], int]
 
 @contextmanager
 def analyze_loras(
-    loras: LoraSet, recipe: Recipe, cache: Path, progress: Progress
+    loras: LoraSet, recipe: Recipe, cache: Path, progress: Progress, *, many: bool | None = None
 ) -> Iterator[FactoredAnalysis]:
     """Gives the analysis of all LoRAs' changes.
 
@@ -51,6 +51,7 @@ def analyze_loras(
         recipe: says how many bytes the shared LoRAs take.
         cache: folder of the file, without a name, that holds what of many LoRAs is too much for memory.
         progress: progress and interrupt.
+        many: whether the solver takes the way for many inputs; None where their number decides.
 
     Raises:
         CheckpointError: a file was changed, or holds an alpha that is no positive number.
@@ -62,13 +63,14 @@ def analyze_loras(
     with ExitStack() as stack:
         files = [stack.enter_context(InputLora(modules)) for modules in loras.files]
         width = basis_width(recipe.ranks)
-        widths = _widths_of_many(loras, files, recipe, width) if len(files) > FEW else None
+        many = len(files) > FEW if many is None else many
+        widths = widths_of_many(loras, files, recipe, width) if many else None
         scratch = _scratch(cache) if widths else Scratch()
         parallel = stack.enter_context(parallel_map(torch.device("cpu"), counter.report))
         stack.enter_context(counter)
 
         def take(layer: Layer) -> FactoredLayer:
-            pairs = [_pair(file, layer) for file in files]
+            pairs = [factor_pair(file, layer) for file in files]
             if widths is None:
                 return compress_factors(pairs, (layer.m, layer.n), width)
             part = compress_many(pairs, (layer.m, layer.n), partial(widths, layer))
@@ -94,18 +96,19 @@ def basis_width(ranks: Sequence[int]) -> int:
     return max(-(-int(_PER_RANK * sum(ranks)) // _STEP) * _STEP, _LEAST)
 
 
-def _widths_of_many(
+def widths_of_many(
     loras: LoraSet, files: Sequence[InputLora], recipe: Recipe, width: int
 ) -> _Widths:
     """Returns what gives every layer the columns that its components are worth within a budget."""
-    if recipe.target is not None:
+    most = sum(max(modules.ranks.values(), default=0) for modules in loras.files)
+    if recipe.target is not None or most <= _LEAST:
         return lambda _layer, _energies: width
     by_size = sorted(loras.layers, key=lambda layer: layer.m + layer.n)
     sample = by_size[:: -(-len(by_size) // _SAMPLE)]
     times = sum(layer.m + layer.n for layer in by_size) / sum(x.m + x.n for x in sample)
     rates, costs = [], []
     for layer in sample:
-        pairs = [_pair(file, layer) for file in files]
+        pairs = [factor_pair(file, layer) for file in files]
         energies = singular_components(pairs, (layer.m, layer.n)).energies
         rates.append(energies / (layer.m + layer.n))
         costs.append(torch.full_like(energies, times * (layer.m + layer.n)))
@@ -127,7 +130,8 @@ def _numbers(loras: LoraSet, recipe: Recipe) -> float:
     return float(sum(recipe.ranks) * sum(layer.m + layer.n for layer in loras.layers))
 
 
-def _pair(file: InputLora, layer: Layer) -> FactorPair:
+def factor_pair(file: InputLora, layer: Layer) -> FactorPair:  # (m, r), (r, n), float32
+    """Returns what a LoRA changes in a layer, as factors; without any rank where it has no module."""
     if layer.module in file.modules:
         return file.factors(layer.module, torch.float32)
     return torch.zeros(layer.m, 0), torch.zeros(0, layer.n)

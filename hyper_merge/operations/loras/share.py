@@ -15,7 +15,9 @@ from hyper_merge.decomposition.initialization import SearchEffort
 from hyper_merge.errors import NameTakenError, RecipeError
 from hyper_merge.loras.metadata import Lineage
 from hyper_merge.operations.loras.analysis import analyze_loras
+from hyper_merge.operations.loras.by_relatives import share_by_relatives
 from hyper_merge.operations.loras.inputs import LoraSet, read_loras
+from hyper_merge.operations.loras.relatives import find_relative_sets, may_fall_apart
 from hyper_merge.operations.merge.file_overhead import FileOverhead
 from hyper_merge.operations.merge.naming import suggest_name
 from hyper_merge.operations.merge.outputs import (
@@ -202,25 +204,43 @@ def _write_all(
     preflight: SharePreflight, place: Place, search: Search, progress: Progress
 ) -> ShareResult:
     merge = preflight.merge
-    hashing, reading, solving, adding, writing = progress.split((1.0, 3.0, 6.0, 1.0, 1.0))
+    hashing, solving, writing = progress.split((1.0, 10.0, 1.0))
     with (
         FileTransaction(overwrite=merge.recipe.overwrite) as transaction,
         ExitStack() as resources,
     ):
         lineage = _lineage(merge, hashing)
-        analysis = resources.enter_context(
-            analyze_loras(preflight.loras, merge.recipe, merge.folders.cache, reading)
-        )
-        metric = Metric.of(analysis, merge.recipe, solving)
         overhead = FileOverhead(merge.recipe, merge.inputs, (), lineage, place.run)
-        solved = solve_shared(metric, merge, overhead, search, solving)
-        solved = with_private_loras(metric, solved, overhead, adding)
+        metric, solved = _solve(preflight, overhead, search, resources, solving)
         merge = replace(merge, recipe=solved.plan.recipe)
         lineage = replace(lineage, recipe=merge.recipe.to_metadata())
         outputs = MergeOutputs(transaction, place, lineage)
         report, names = _stage(outputs, merge, metric, solved, writing)
         progress.report("putting the files in place", 1.0)
     return ShareResult(report, place.folder, tuple(outputs.lora_path(name) for name in names))
+
+
+def _solve(
+    preflight: SharePreflight,
+    overhead: FileOverhead,
+    search: Search,
+    resources: ExitStack,
+    progress: Progress,
+) -> tuple[Metric, SolvedMerge]:
+    """Returns the shared LoRAs with the metric that they were found in, set by set where many fall apart."""
+    merge, loras = preflight.merge, preflight.loras
+    if may_fall_apart(merge):
+        comparing, progress = progress.split((0.1, 0.9))
+        sets = find_relative_sets(merge, loras, comparing)
+        if len(sets) > 1:
+            return share_by_relatives(sets, merge, loras, overhead, search, progress)
+    reading, solving, adding = progress.split((3.0, 6.0, 1.0))
+    analysis = resources.enter_context(
+        analyze_loras(loras, merge.recipe, merge.folders.cache, reading)
+    )
+    metric = Metric.of(analysis, merge.recipe, solving)
+    solved = solve_shared(metric, merge, overhead, search, solving)
+    return metric, with_private_loras(metric, solved, overhead, adding)
 
 
 def _stage(

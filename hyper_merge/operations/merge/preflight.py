@@ -283,7 +283,7 @@ def with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:
         return replace(recipe, ranks=DEFAULT_RANKS)
     size = DTYPES_BY_WORD[recipe.factors_dtype].itemsize
     rank_bytes = sum((layer.m + layer.n) * size for layer in inputs.layout.layers)
-    least = _least_bytes(recipe, inputs)
+    least = least_bytes(recipe, inputs)
     if recipe.budget < least:
         raise RecipeError(
             f"the budget of {format_size(recipe.budget)} is too small: a LoRA of rank 1 takes"
@@ -293,7 +293,7 @@ def with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:
     return replace(recipe, ranks=(min(recipe.budget // rank_bytes, LARGEST_RANK),))
 
 
-def _least_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
+def least_bytes(recipe: Recipe, inputs: MergeInputs) -> int:
     """Returns the bytes of one LoRA of rank 1 with its companion, all files together."""
     overhead = FileOverhead.of(recipe, inputs, select_norms_and_biases(recipe, inputs))
     layers = inputs.layout.layers

@@ -189,9 +189,9 @@ def _result_row(name: str, row: CheckpointReport) -> tuple[str, ...]:
 
 def _multipliers(row: CheckpointReport) -> list[str]:
     if not row.text_multipliers:
-        return [f"{x:.3f}" for x in row.multipliers]
+        return [f"{x:.3f}" if x else "" for x in row.multipliers]
     pairs = zip(row.text_multipliers, row.multipliers, strict=True)
-    return [f"{text:.2f} : {unet:.2f}" for text, unet in pairs]
+    return [f"{text:.2f} : {unet:.2f}" if text or unet else "" for text, unet in pairs]
 
 
 def _text(text: str) -> str:

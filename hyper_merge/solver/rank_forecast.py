@@ -24,6 +24,9 @@ from hyper_merge.solver.metric import Metric
 _WORTH: Final = (
     0.995  # of what all directions explain: beyond that, more LoRAs are not worth a file
 )
+_ENOUGH: Final = 0.8  # of what mixtures explain: private LoRAs that explain more are worth files,
+_NEARLY: Final = 2.5  # if they leave at most so many times what mixtures leave
+_MOST_TAGS: Final = 8  # of LoRAs in a prompt, unless private ones are better
 _PHASE: Final = "forecasting what LoRAs explain"
 _SAMPLE: Final = 8  # layers that stand for all where inputs are many
 _HALVINGS: Final = 24  # of the search for a budget
@@ -92,14 +95,16 @@ class RankForecast:
 
     def rank_curve(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:  # one per size
         """Returns approximately what `ranks_for` does for many budgets, in the time of one."""
-        owner, price, gains = self._best_first(self.mixtures)
-        of_block = torch.nn.functional.one_hot(owner % self.directions, self.directions).double()
-        spent = _at_sizes((of_block * price[:, None]).cumsum(0), price, sizes)
-        gained = _at_sizes((of_block * gains[:, None]).cumsum(0), price, sizes).cumsum(1)
-        blocks = (gained < _WORTH * gained[:, -1:]).sum(1) + 1
-        ranks = (spent / sum(self.costs)).round().clamp(min=1).int()
-        pairs = zip(ranks.tolist(), blocks.tolist(), strict=True)
-        return [tuple(sorted(row[:count], reverse=True)) for row, count in pairs]
+        spent, gained = self._by_list(self.mixtures, sizes)
+        blocks = (gained.cumsum(1) < _WORTH * gained.sum(1, keepdim=True)).sum(1) + 1
+        alone, private = self._by_list(self.private, sizes)
+        curve = []
+        for place, count in enumerate(blocks.tolist()):
+            many = self._want_one_each(float(gained[place].sum()), float(private[place].sum()))
+            row = alone[place] if many else spent[place, :count]
+            ranks = (row / sum(self.costs)).round().clamp(min=1).int()
+            curve.append(tuple(sorted(ranks.tolist(), reverse=True)))
+        return curve
 
     def ranks_for(self, budget: float) -> tuple[int, ...]:
         """Returns the ranks, one per LoRA and in the mean of the layers, that use these bytes best."""
@@ -108,10 +113,22 @@ class RankForecast:
             for blocks in range(1, self.directions + 1)
         ]
         gains = [float(self._explained(counts).sum()) for counts in choices]
-        if self.private_gain(budget) > max(gains):
+        if self._want_one_each(max(gains), self.private_gain(budget)):
             return self.private_ranks_for(budget)
         blocks = next(place for place, gain in enumerate(gains, 1) if gain >= _WORTH * max(gains))
         return self._mean_ranks(choices[blocks - 1], blocks)
+
+    def _want_one_each(self, shared: float, private: float) -> bool:
+        """Tells whether as many LoRAs as checkpoints are best, by the energies that each kind explains.
+
+        The solve has more to choose from than the mixtures of the forecast: with as many LoRAs, one for each
+        checkpoint where they are alone, and anything between.
+        """
+        if private > shared:
+            return True
+        total, k = float(self.energies.sum()), len(self.energies)
+        is_close = private >= _ENOUGH * shared and total - private <= _NEARLY * (total - shared)
+        return 2 < k <= _MOST_TAGS and is_close
 
     def private_ranks_for(self, budget: float) -> tuple[int, ...]:
         """Returns the ranks of one LoRA for each checkpoint that use these bytes best."""
@@ -167,6 +184,16 @@ class RankForecast:
         gains = torch.cat(lists)
         ranking = (gains / price).argsort(descending=True, stable=True)
         return owner[ranking], price[ranking], gains[ranking]
+
+    def _by_list(
+        self, spectra: Sequence[Sequence[Tensor]], sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:  # (sizes, lists) each
+        """Returns the bytes and the gain of every list of a layer, over all layers, for each size."""
+        owner, price, gains = self._best_first(spectra)
+        lists = len(spectra[0])
+        of_list = torch.nn.functional.one_hot(owner % lists, lists).double()
+        spent, gained = (of_list * part[:, None] for part in (price, gains))
+        return _at_sizes(spent.cumsum(0), price, sizes), _at_sizes(gained.cumsum(0), price, sizes)
 
     def _counts(
         self, budget: float, blocks: int | None = None, entries: Sequence[int] = ()

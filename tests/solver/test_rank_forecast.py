@@ -94,3 +94,34 @@ def test_bytes_of_files_decide_how_many_loras_are_worth_it():
     assert entries.ranks_for(60) == (1, 1)
     assert replace(entries, file_bytes=40).ranks_for(80) == (1,)
     assert replace(entries, file_bytes=10).ranks_for(80) == (1, 1)
+
+
+def checkpoints_of_a_layer(private, count=3):
+    """Checkpoints of one layer, whose two mixtures hold all there is; every private one holds some values."""
+    values = torch.tensor(private).double()
+    mixtures = torch.full((6,), 4.0).double(), torch.tensor([8.0, 1.0]).double()
+    return RankForecast(
+        names=tuple("abcdefghi"[:count]),
+        mixtures=(mixtures,),
+        private=((values,) * count,),
+        multipliers=(torch.eye(count, 2).double(),),
+        energies=torch.full((count,), 33.0 / count).double(),
+        costs=(10,),
+    )
+
+
+def test_as_many_loras_as_checkpoints_where_private_ones_are_nearly_as_good():
+    # Of 33 mixtures leave 5 and private LoRAs 9: 1.8 times as much. Then 15: three times.
+    assert len(checkpoints_of_a_layer([5.0, 3.0]).ranks_for(60)) == 3
+    assert len(checkpoints_of_a_layer([4.0, 2.0]).ranks_for(60)) == 2
+
+
+def test_the_curve_of_sizes_takes_as_many_loras_too():
+    for private in ([5.0, 3.0], [4.0, 2.0]):
+        forecast = checkpoints_of_a_layer(private)
+        assert forecast.rank_curve([60]) == [forecast.ranks_for(60)]
+
+
+def test_no_prompt_gets_more_tags_than_eight_for_a_little():
+    assert len(checkpoints_of_a_layer([4.0], 8).ranks_for(60)) == 8
+    assert len(checkpoints_of_a_layer([4.0], 9).ranks_for(60)) == 2

@@ -230,7 +230,8 @@ window.hyperMerge = (() => {
                 sums.set(name, sum);
             });
         });
-        return [...sums].map(([name, sum]) => {
+        const used = [...sums].filter(([, sum]) => sum.unet || sum.text);
+        return used.map(([name, sum]) => {
             const numbers = sum.separate ? [sum.text, sum.unet] : [sum.unet];
             return `<lora:${name}:${numbers.map(number).join(":")}${blocks}>`;
         }).join(" ");

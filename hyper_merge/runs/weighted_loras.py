@@ -92,7 +92,7 @@ def tag_rows(run: Run, checkpoint: str) -> tuple[tuple[str, float, float | None]
 
 
 def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
-    """Returns the prompt tags of a mixture of a run's checkpoints, one for each LoRA.
+    """Returns the prompt tags of a mixture of a run's checkpoints, one for each LoRA that takes part.
 
     Args:
         run: the run.
@@ -108,6 +108,7 @@ def mixture_tags(run: Run, shares: Mapping[str, float]) -> str:
         format_tag(name, lora.multiplier, lora.text_multiplier if name in separate else None)
         for lora in weighted_loras_of_mixture(run, present)
         for name in (lora.path.stem,)
+        if lora.multiplier or lora.text_multiplier
     )
 
 

@@ -132,6 +132,12 @@ def test_numbers_are_rounded_as_python_rounds_them(use):
         assert tag == f"<lora:x:{round(value, 5) + 0.0:.5f}>"
 
 
+def test_sliders_name_no_lora_that_adds_nothing(use):
+    use.page.evaluate(SET, {})
+    terms = [["x", 0, None], ["y", 0, 1], ["z", 0, 0]]
+    assert use.page.evaluate(CALCULATED, [terms, 0.5]) == "<lora:y:0.50000:0.00000>"
+
+
 def test_keys_move_a_slider_and_buttons_set_all(use):
     use.click("mix_reset")
     use.until(lambda: not use.value("mix_prompt") and "hyper-model alone" in use.text("mix"))

@@ -100,6 +100,16 @@ def test_multipliers_of_sliders_add_up_to_tags(host, run, fitted):
     assert mixture_tags(loaded, {"a": 0.0}) == ""
 
 
+def test_a_mixture_names_no_lora_that_adds_nothing(host, run):
+    loaded = load_run(host.folders(), run)
+    row = loaded.report.checkpoints[0]
+    text = row.text_multipliers and (0.0, *row.text_multipliers[1:])
+    row = replace(row, multipliers=(0.0, *row.multipliers[1:]), text_multipliers=text)
+    loaded = replace(loaded, report=replace(loaded.report, checkpoints=(row,)))
+    assert len(row.multipliers) == 2
+    assert re.findall("<lora:([^:]*)", mixture_tags(loaded, {row.name: 0.5})) == ["mix_1-2"]
+
+
 def test_names_cannot_break_the_page(host, run, root, monkeypatch):
     monkeypatch.setattr(
         "hyper_merge.ui.html.use.checkpoint_names", lambda run: ('"><img src=x>', "'")

@@ -29,7 +29,7 @@ from hyper_merge.operations.loras.inputs import LoraSet
 from hyper_merge.operations.merge.preflight import Preflight, least_bytes
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.metric import Metric
-from hyper_merge.solver.rank_forecast import forecast_ranks
+from hyper_merge.solver.mixture_spectra import forecast_ranks
 
 _SAMPLE: Final = 16  # layers
 _LEAST_SEEN: Final = 4  # of each file in each part of the network

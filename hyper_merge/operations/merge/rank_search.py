@@ -15,7 +15,8 @@ from hyper_merge.operations.merge.solved_merge import SolvedMerge
 from hyper_merge.runtime.formatting import format_size
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.metric import Metric
-from hyper_merge.solver.rank_forecast import RankForecast, forecast_ranks
+from hyper_merge.solver.mixture_spectra import forecast_ranks
+from hyper_merge.solver.rank_forecast import RankForecast
 
 _TRIES: Final = 4  # solves for one target
 _TOLERANCE: Final = 0.003  # above the target: close enough

@@ -97,8 +97,7 @@ class RankForecast:
         for place, count in enumerate(blocks.tolist()):
             many = self._want_one_each(float(gained[place].sum()), float(private[place].sum()))
             row = alone[place] if many else spent[place, :count]
-            ranks = (row / sum(self.costs)).round().clamp(min=1).int()
-            curve.append(tuple(sorted(ranks.tolist(), reverse=True)))
+            curve.append(self._mean_ranks(row))
         return curve
 
     def ranks_for(self, budget: float) -> tuple[int, ...]:
@@ -111,7 +110,7 @@ class RankForecast:
         if self._want_one_each(max(gains), self.private_gain(budget)):
             return self.private_ranks_for(budget)
         blocks = next(place for place, gain in enumerate(gains, 1) if gain >= _WORTH * max(gains))
-        return self._mean_ranks(choices[blocks - 1], blocks)
+        return self._mean_ranks(self._sizes(choices[blocks - 1]))
 
     def _want_one_each(self, shared: float, private: float) -> bool:
         """Tells whether as many LoRAs as checkpoints are best, by the energies that each kind explains.
@@ -127,7 +126,7 @@ class RankForecast:
 
     def private_ranks_for(self, budget: float) -> tuple[int, ...]:
         """Returns the ranks of one LoRA for each checkpoint that use these bytes best."""
-        return self._mean_ranks(self.private_counts(budget), len(self.energies))
+        return self._mean_ranks(self._sizes(self.private_counts(budget)))
 
     def private_gain(self, budget: float) -> float:
         """Returns the energy that private LoRAs explain whose files take these bytes."""
@@ -213,9 +212,13 @@ class RankForecast:
     def _of_all(self, explained: Tensor) -> Tensor:
         return torch.where(self.energies > 0, explained / self.energies, 1.0).clamp(0, 1)
 
-    def _mean_ranks(self, counts: Sequence[Sequence[int]], blocks: int) -> tuple[int, ...]:
-        sizes = torch.tensor(counts, dtype=torch.float64).mT @ torch.tensor(self.costs).double()
-        ranks = (sizes[:blocks] / sum(self.costs)).round().clamp(min=1)
+    def _sizes(self, counts: Sequence[Sequence[int]]) -> Tensor:  # (lists,), bytes
+        """Returns the bytes of every LoRA by its ranks per layer."""
+        return torch.tensor(counts, dtype=torch.float64).mT @ torch.tensor(self.costs).double()
+
+    def _mean_ranks(self, sizes: Tensor) -> tuple[int, ...]:
+        """Returns the ranks of LoRAs of these bytes in the mean of the layers, falling."""
+        ranks = (sizes / sum(self.costs)).round().clamp(min=1)
         return tuple(sorted((int(rank) for rank in ranks), reverse=True))
 
 

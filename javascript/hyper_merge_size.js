@@ -82,7 +82,9 @@
         }
         draw(source, Boolean(choice.sizes));
         const place = choice.sizes ? placeOf(choice, text) : null;
-        const values = {...followers(choice, text, place), [kindOf(text)]: text};
+        const isWord = /^\s*[a-z]+\s*$/i.test(text); // for ranks that follow the number of checkpoints
+        const shown = isWord && choice.text === text && choice.asked ? choice.asked : text;
+        const values = {...followers(choice, text, place), [kindOf(text)]: shown};
         boxes().forEach((box) => {
             if (box !== document.activeElement) {
                 box.value = values[box.dataset.size] || "";

@@ -10,6 +10,7 @@ from typing import Final
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from hyper_merge.api.request_models import Number, StrictRequest, recipe_setting
+from hyper_merge.recipe.default_ranks import RankWord
 from hyper_merge.recipe.lora_block_weights import COUNTS
 
 _SEVERAL: Final = "names of the host's list of LoRAs, all of one base"
@@ -34,7 +35,7 @@ class ShareLorasBody(StrictRequest):
     name: StrictStr | None = Field(
         None, description="of the run, and first part of its LoRAs' names; without one, a free name"
     )
-    ranks: list[StrictInt] | None = recipe_setting("ranks")
+    ranks: list[StrictInt] | RankWord | None = recipe_setting("ranks")
     budget: StrictInt | StrictStr | None = recipe_setting("budget")
     target: Number | StrictStr | None = recipe_setting("target")
     topup: StrictInt | StrictStr | None = recipe_setting("topup")

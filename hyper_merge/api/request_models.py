@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
+from hyper_merge.recipe.default_ranks import RankWord
 from hyper_merge.recipe.recipe import FIELDS, option_help
 
 Number = StrictInt | StrictFloat
@@ -57,7 +58,7 @@ class PlanBody(StrictRequest):
         description="name of the hyper-model and first part of its LoRAs' names; without one, a free"
         " name is made from the first checkpoint's",
     )
-    ranks: list[StrictInt] | None = recipe_setting("ranks")
+    ranks: list[StrictInt] | RankWord | None = recipe_setting("ranks")
     budget: StrictInt | StrictStr | None = recipe_setting("budget")
     target: Number | StrictStr | None = recipe_setting("target")
     topup: StrictInt | StrictStr | None = recipe_setting("topup")

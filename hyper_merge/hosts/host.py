@@ -10,6 +10,7 @@ from typing import Protocol
 
 from hyper_merge.errors import CheckpointError
 from hyper_merge.operations.compare.compare import ImageGenerator
+from hyper_merge.recipe.default_ranks import DEFAULT_WORD
 from hyper_merge.runs.folders import Folders
 from hyper_merge.runtime.progress import Progress
 
@@ -18,7 +19,7 @@ from hyper_merge.runtime.progress import Progress
 class Defaults:
     """The values of the form before the user touches it."""
 
-    ranks: str = "128, 64, 32, 16"
+    ranks: str = DEFAULT_WORD
     save_styles: bool = True
 
 

@@ -105,7 +105,8 @@ FIELDS: Final[tuple[Field, ...]] = (
           literal=True),
     Field("models", "FILE", "the checkpoints to merge, two or more", parse_models, "many",
           literal=True, to_metadata=_models_text),
-    Field("ranks", "R,R,...", "one LoRA of this rank each", parse_ranks, "many",
+    Field("ranks", "R,R,...", "one LoRA of this rank each; or small, medium or large: as many LoRAs"
+          " as checkpoints, eight at most", parse_ranks, "many",
           to_metadata=_numbers_text),
     Field("budget", "SIZE", "instead of ranks: the largest size of all LoRAs together, such as 300MB",
           parse_bytes, to_metadata=_optional_text),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeGuard, TypeVar
 
 from hyper_merge.errors import RecipeError
+from hyper_merge.recipe.default_ranks import RANK_WORDS, RankWord
 from hyper_merge.recipe.plain_values import (
     describe_value,
     expected_error,
@@ -124,9 +125,15 @@ def parse_paths(value: object) -> tuple[Path, ...]:
     return parse_items(value, parse_path)
 
 
-def parse_ranks(value: object) -> tuple[int, ...]:
-    """Returns one whole rank per LoRA, from a list or from a text such as "128, 64"."""
-    items = _split_list(value, "whole numbers, such as 128, 64, 32, 16")
+def parse_ranks(value: object) -> tuple[int, ...] | RankWord:
+    """Returns one whole rank per LoRA, from a list or from a text such as "128, 64"; or a word for them."""
+    contents = "whole numbers, such as 128, 64, 32, 16"
+    items = _split_list(value, contents)
+    if len(items) == 1 and isinstance(items[0], str):
+        word = next((word for word in RANK_WORDS if word == items[0].lower()), None)
+        if word is None:
+            raise expected_error(f"a list of {contents}, or {', '.join(RANK_WORDS)}", items[0])
+        return word
     ranks = parse_items(items, whole(1, LARGEST_RANK))
     if not 1 <= len(ranks) <= MOST_BLOCKS:
         count = len(ranks) or "none"

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from hyper_merge.errors import RecipeError, settings_placed
 from hyper_merge.recipe.block_weights import BlockWeights
+from hyper_merge.recipe.default_ranks import DEFAULT_WORD, RankWord, default_ranks
 from hyper_merge.recipe.fields import AVERAGE, FIELD_PARSERS, FIELDS, SIZES, Field
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.plain_values import unknown_word
@@ -19,7 +20,6 @@ from hyper_merge.recipe.request import PlaceOf, check_request, key_place, parse_
 
 __all__ = ["AVERAGE", "FIELDS", "Field", "Recipe", "option_help"]
 
-DEFAULT_RANKS: Final = (128, 64, 32, 16)
 DEFAULT_ITERATIONS: Final = 30
 DEFAULT_TOLERANCE: Final = 2e-3
 
@@ -33,7 +33,8 @@ class Recipe:
     Attributes:
         name: Name of the hyper-model, and first part of the LoRAs' names.
         models: Paths of the checkpoints, two or more.
-        ranks: One rank per LoRA; the merge finds them where a budget or a target is given.
+        ranks: One rank per LoRA; where none are given, those of `default_ranks`. The merge finds them
+            where a budget or a target is given.
         budget: Bytes of all LoRA files together, or None.
         target: Share 0..1 of every checkpoint's differences to explain, or None.
         topup: Private LoRAs for the checkpoints that the shared ones serve worst, or None.
@@ -72,7 +73,7 @@ class Recipe:
 
     name: str
     models: tuple[Path, ...]
-    ranks: tuple[int, ...] = DEFAULT_RANKS
+    ranks: tuple[int, ...] = ()
     budget: int | None = None
     target: float | None = None
     topup: PrivateLoraTarget | None = None
@@ -99,6 +100,8 @@ class Recipe:
     memory: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", default_ranks(len(self.models)))
         check_request(self, FIELD_PARSERS)
         with settings_placed(key_place):
             self._require_one_size()
@@ -119,7 +122,15 @@ class Recipe:
         sizes = [key for key in SIZES if values.get(key) not in (None, "")]
         with settings_placed(where):
             _require_one_of_sizes(sizes)
-        return parse_request(cls, values, FIELD_PARSERS, where)
+        return parse_request(cls._with_ranks, values, FIELD_PARSERS, where)
+
+    @classmethod
+    def _with_ranks(cls, **values: Any) -> Recipe:
+        """Returns the recipe of typed values, of which `ranks` may be a word yet."""
+        ranks: tuple[int, ...] | RankWord = values.get("ranks", ())
+        if isinstance(ranks, str):
+            values["ranks"] = default_ranks(len(values["models"]), ranks)
+        return cls(**values)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object], source: str) -> Recipe:
@@ -192,10 +203,11 @@ class Recipe:
 def option_help(field: Field) -> str:
     """Returns the help text of a setting's option, with its default."""
     default = next(f.default for f in fields(Recipe) if f.name == field.name)
+    if field.name == "ranks":
+        default = DEFAULT_WORD
     if default is MISSING or default is None or default is False:
         return field.help
-    text = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{field.help} (default: {text})"
+    return f"{field.help} (default: {default})"
 
 
 def unknown_setting(key: str, where: str) -> RecipeError:

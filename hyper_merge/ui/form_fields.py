@@ -33,11 +33,6 @@ DIFFERENCE_CHOICES: Final = {
     "all alike": "plain",
 }
 DAMAGED_CHOICES: Final = {"refuse them": "refuse", "merge them, with a warning": "accept"}
-PRESETS: Final = {
-    "small": "64, 32, 16",
-    "medium": "128, 64, 32, 16",
-    "large": "256, 128, 64, 32",
-}
 
 WidgetKind = Literal["text", "lines", "number", "radio", "menu", "checkbox"]
 
@@ -97,7 +92,7 @@ FORM_FIELDS: Final = (
     FormField("name", "Name", "text",
               "Name of the hyper-model and its LoRAs. Leave empty for the suggested name."),
     FormField("ranks", "Ranks", "text",
-              "One LoRA per rank, such as 128, 64, 32. Or a total size, such as 300 MB. Or the share"
+              "One LoRA per rank, such as 128, 64, 32; or small, medium or large. Or a total size, such as 300 MB. Or the share"
               " of every checkpoint's differences to explain, such as 95 %.",
               settings=("ranks", "budget", "target")),
     FormField("weights", "Weights", "text",

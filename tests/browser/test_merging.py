@@ -25,7 +25,7 @@ NOTIFICATIONS = """(permission) => {
     document.hasFocus = () => false;
 }"""
 TOOLS = ("search", "order", "folder")
-FIRST_RANKS = "128, 64, 32, 16"
+FIRST_RANKS = "medium"
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_inspect_prints_a_table(files, run):
     code, out, err = run("inspect", *files)
     assert (code, err) == (0, [])
     assert out.count("Stable Diffusion 1.x") == 3
-    assert "together, with ranks 128, 64, 32, 16 in float16:\n" in out
+    assert "together, with ranks 80, 80, 80 in float16:\n" in out
     code, out, err = run("inspect", files[0], "nowhere.safetensors")
     assert (code, out) == (2, "")
     assert err == ["hyper-merge: nowhere.safetensors does not exist; check the path"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from recipe_yaml import to_yaml
 
 from hyper_merge.errors import RecipeError
+from hyper_merge.recipe.default_ranks import default_ranks
 from hyper_merge.recipe.loading import load_recipe, recipe_from_options
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe, option_help
@@ -66,7 +67,7 @@ def test_metadata_holds_all_settings_but_paths_on_disk():
 
 def test_every_option_is_explained_with_its_default():
     helps = {field.name: option_help(field) for field in FIELDS}
-    assert helps["ranks"].endswith("(default: 128,64,32,16)")
+    assert helps["ranks"].endswith("(default: medium)")
     assert helps["seed"].endswith("(default: 0)")
     assert "default" not in helps["name"]
     assert all(field.metavar for field in FIELDS if field.takes != "flag")
@@ -89,7 +90,7 @@ def test_the_original_projects_file_is_read(write):
 
 def test_an_omitted_setting_has_the_documented_default(write):
     recipe = load_recipe(write(BASE))
-    assert recipe.ranks == (128, 64, 32, 16)
+    assert recipe.ranks == default_ranks(2)
     assert (recipe.device, recipe.dtype, recipe.base) == ("auto", "float16", "average")
     assert (recipe.method, recipe.vae, recipe.seed) == ("joint", "first", 0)
     assert (recipe.weights, recipe.output, recipe.overwrite) == (None, Path("models"), False)
@@ -100,6 +101,20 @@ def test_an_omitted_setting_has_the_documented_default(write):
 )
 def test_ranks_may_be_a_list_or_a_text(write, text):
     assert load_recipe(write(f"{BASE}ranks: {text}\n")).ranks == (128, 64)
+
+
+@pytest.mark.parametrize("text", ["large", " Large", "[large]", "[LARGE]"])
+def test_ranks_may_be_a_word(write, text):
+    assert load_recipe(write(f"{BASE}ranks: {text}\n")).ranks == default_ranks(2, "large")
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks"), [(2, (240,)), (3, (80,) * 3), (8, (30,) * 8), (50, (30,) * 8)]
+)
+def test_there_are_as_many_loras_as_checkpoints_but_eight_at_most(count, ranks):
+    models = tuple(Path(f"{number}.safetensors") for number in range(count))
+    assert Recipe("x", models).ranks == ranks
+    assert Recipe("x", models, budget=10**9).ranks == ranks, "for estimates, before they are found"
 
 
 def test_a_lone_rank_needs_no_brackets(write):

@@ -7,6 +7,7 @@ import pytest
 from at_the_tab import FORM, NAMES
 
 from hyper_merge.errors import CheckpointError, RecipeError
+from hyper_merge.recipe.default_ranks import RANK_WORDS
 from hyper_merge.recipe.parsing import PrivateLoraTarget
 from hyper_merge.recipe.recipe import FIELDS, Recipe
 from hyper_merge.ui.form import Form, form_from_recipe, recipe_from_form
@@ -14,7 +15,6 @@ from hyper_merge.ui.form_fields import (
     BASE_AVERAGE,
     EXACT_CHOICES,
     LABELS,
-    PRESETS,
     VAE_CHOICES,
     form_field,
 )
@@ -61,9 +61,9 @@ def test_a_checkpoint_of_the_list_can_be_the_base(recipe, checkpoints):
     assert recipe(base="b.safetensors").base == str(checkpoints / "b.safetensors")
 
 
-@pytest.mark.parametrize("text", PRESETS.values())
-def test_every_preset_is_a_list_of_ranks(recipe, text):
-    assert ", ".join(map(str, recipe(ranks=text).ranks)) == text
+def test_each_word_for_ranks_asks_for_twice_the_bytes_of_the_last(recipe):
+    small, medium, large = (sum(recipe(ranks=word).ranks) for word in RANK_WORDS)
+    assert small * 4 == medium * 2 == large
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from hyper_merge.hosts.job_queue import BusyError, process_jobs
 from hyper_merge.hosts.standalone import Standalone
 from hyper_merge.ui.element_ids import PREFIX
 from hyper_merge.ui.form import Form
-from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.handlers import history
 from hyper_merge.ui.panels.history import build_history
 from hyper_merge.ui.panels.loras import build_loras
@@ -162,8 +161,8 @@ def test_every_field_of_the_form_is_labelled(built):
     assert all(widget.label for widget in in_order(form))
 
 
-def test_each_preset_has_a_button_with_its_ranks(built):
-    assert [button.value for button in built[2]] == list(PRESETS.values())
+def test_each_word_for_ranks_has_a_button(built):
+    assert [button.value for button in built[2]] == ["Small", "Medium", "Large"]
 
 
 def test_panels_of_pictures_are_shown_where_txt2img_exists(some_host, built):

@@ -45,8 +45,9 @@ from hyper_merge.operations.merge.memory import (
 )
 from hyper_merge.operations.merge.training_rounds import training_rounds
 from hyper_merge.operations.sensitivities import AverageNetwork, is_run
+from hyper_merge.recipe.default_ranks import default_ranks
 from hyper_merge.recipe.parsing import LARGEST_RANK
-from hyper_merge.recipe.recipe import AVERAGE, DEFAULT_RANKS, Recipe
+from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.runs.folders import Folders, Place
 from hyper_merge.runs.report import EndLayers
 from hyper_merge.runtime.devices import resolve_device
@@ -280,7 +281,7 @@ def with_ranks(recipe: Recipe, inputs: MergeInputs) -> Recipe:
     if not recipe.finds_ranks:
         return recipe
     if recipe.budget is None:
-        return replace(recipe, ranks=DEFAULT_RANKS)
+        return replace(recipe, ranks=default_ranks(len(recipe.models)))
     size = DTYPES_BY_WORD[recipe.factors_dtype].itemsize
     rank_bytes = sum((layer.m + layer.n) * size for layer in inputs.layout.layers)
     least = least_bytes(recipe, inputs)

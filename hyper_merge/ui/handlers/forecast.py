@@ -24,6 +24,7 @@ from hyper_merge.operations.merge.plan import (
     size_without_forecast,
 )
 from hyper_merge.operations.merge.preflight import Preflight
+from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.ui.form import Form
 from hyper_merge.ui.handlers.merge_request import preflight_form
 from hyper_merge.ui.html.common import format_refusal
@@ -53,22 +54,30 @@ def pick_group(number: int, groups: str) -> str:
     return json.dumps(members[number] if number < len(members) else [])
 
 
-def show_curve(text: str, forecast: ForecastCurve, size: int | None) -> tuple[Any, Any]:
+def show_curve(
+    text: str, forecast: ForecastCurve, size: int | None, recipe: Recipe | None
+) -> tuple[Any, Any]:
     """Shows the curve on which a size can be picked, and hides the button that makes it.
 
     Args:
         text: the form's ranks, size or share.
         forecast: the curve.
         size: bytes of the LoRAs that the form describes; None for no mark.
+        recipe: what the form describes; None where that is nothing yet.
     """
-    return format_size_choice(text, forecast, size), gr.update(visible=False)
+    return format_size_choice(text, forecast, size, _asked_ranks(recipe)), gr.update(visible=False)
 
 
 def offer_curve(text: str, preflight: Preflight) -> tuple[Any, Any]:
     """Shows the size alone, and the button that makes the curve."""
-    choice = format_size_choice(text, None, size_without_forecast(preflight))
+    size, asked = size_without_forecast(preflight), _asked_ranks(preflight.recipe)
+    choice = format_size_choice(text, None, size, asked)
     offer = format_forecast_offer(forecast_seconds(preflight))
     return choice, gr.update(value=offer, visible=True)
+
+
+def _asked_ranks(recipe: Recipe | None) -> tuple[int, ...] | None:
+    return None if recipe is None or recipe.finds_ranks else recipe.ranks
 
 
 def update_group_buttons(

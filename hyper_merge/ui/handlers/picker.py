@@ -25,7 +25,7 @@ from hyper_merge.operations.merge.naming import suggest_name, with_free_name
 from hyper_merge.operations.merge.plan import ForecastCurve
 from hyper_merge.operations.merge.preflight import Preflight
 from hyper_merge.ui.form import Form, parse_picks
-from hyper_merge.ui.form_fields import BASE_AVERAGE, PRESETS
+from hyper_merge.ui.form_fields import BASE_AVERAGE
 from hyper_merge.ui.handlers.forecast import (
     NO_CURVE,
     offer_curve,
@@ -112,11 +112,6 @@ def _status(path: Path) -> os.stat_result | None:
         return None
 
 
-def preset_ranks(word: str) -> str:
-    """Returns the ranks of one of the form's presets."""
-    return PRESETS[word]
-
-
 def offers_demo(host: Host) -> bool:
     """Returns whether to offer demo checkpoints: in the app, while its folder has none."""
     return not host.has_txt2img and not host.checkpoints()
@@ -183,9 +178,9 @@ def _plan_and_forecast(
     plan, run = _plan(form, preflight, size)
     if forecast is not None:
         plan += format_forecast_notes(forecast, preflight.recipe, size)
-    text = form.ranks
-    curve = show_curve(text, forecast, size) if forecast else offer_curve(text, preflight)
-    return plan, run, curve, forecast
+    if forecast is None:
+        return plan, run, offer_curve(form.ranks, preflight), None
+    return plan, run, show_curve(form.ranks, forecast, size, preflight.recipe), forecast
 
 
 def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurve | None]:
@@ -194,7 +189,9 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurv
         forecast = known_forecast(preflight_form(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
-    return (NO_CURVE if forecast is None else show_curve(form.ranks, forecast, None)), forecast
+    return (
+        NO_CURVE if forecast is None else show_curve(form.ranks, forecast, None, None)
+    ), forecast
 
 
 def _plan(form: Form, preflight: Preflight, size: int | None) -> tuple[str, str]:

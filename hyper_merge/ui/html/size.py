@@ -20,7 +20,7 @@ _MOST_TICKS: Final = 6
 _SHORT: Final = 90  # seconds
 _UNITS: Final = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _FIELDS: Final = (
-    ("ranks", "Ranks", "One LoRA per number, such as 128, 64, 32; higher ones come closer"),
+    ("ranks", "Ranks", "One LoRA per number, such as 64, 48, 32; higher ones come closer"),
     ("size", "Total size", "Of all LoRAs, such as 300 MB"),
     ("share", "Share, at worst", "Of what sets a checkpoint apart, such as 95 %"),
 )
@@ -53,25 +53,31 @@ def format_size_fields() -> str:
     )
 
 
-def format_size_choice(text: str, forecast: ForecastCurve | None, size: int | None) -> str:
+def format_size_choice(
+    text: str,
+    forecast: ForecastCurve | None,
+    size: int | None,
+    asked: Sequence[int] | None,
+) -> str:
     """Returns what the script needs, and the curve's drawing.
 
     Args:
         text: the form's ranks, size or share.
         forecast: the curve, if it is known.
         size: bytes of the LoRAs that the text asks for; None where they are not known.
+        asked: ranks that the text asks for, perhaps by a word; None where the merge finds them.
     """
+    known = {"text": text, "size": size, "asked": _join(asked or ())}
     if forecast is None:
-        return f'<div class=hm-choice data-choice="{_json({"text": text, "size": size})}"></div>'
+        return f'<div class=hm-choice data-choice="{_json(known)}"></div>'
     worst = [min(range(len(row)), key=row.__getitem__) for row in forecast.shared]
     choice = {
-        "text": text,
-        "size": size,
+        **known,
         "sizes": forecast.sizes,
         "mean": [round(x, 5) for x in _means(forecast.shared)],
         "worst": [round(min(row), 5) for row in forecast.shared],
         "names": [forecast.names[place] for place in worst],
-        "ranks": [", ".join(map(str, ranks)) for ranks in forecast.ranks],
+        "ranks": list(map(_join, forecast.ranks)),
     }
     return (
         f'<div class=hm-choice data-choice="{_json(choice)}">{_format_lines(forecast)}'
@@ -129,6 +135,10 @@ def place_of(sizes: Sequence[int], size: int) -> float:
         return float(min(after, len(sizes) - 1))
     low, high = sizes[after - 1], sizes[after]
     return after - 1 + (size - low) / (high - low)
+
+
+def _join(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _means(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from hyper_merge.recipe.default_ranks import RANK_WORDS
 from hyper_merge.ui.element_ids import elem_id
-from hyper_merge.ui.form_fields import PRESETS
 from hyper_merge.ui.html.size import format_size_fields
 from hyper_merge.ui.panels.widgets import button, html
 
@@ -23,10 +23,10 @@ class SizePanel:
 
 
 def build_size() -> tuple[SizePanel, list[gr.Button]]:
-    """Builds the panel, and the buttons that preset the ranks."""
+    """Builds the panel, and the buttons that fill in a word for the ranks."""
     note = html("form_note")
     forecast = button("look", "See what each size would explain", visible=False)
     fields, choice = html("size", format_size_fields()), html("size_choice")
     with gr.Row(elem_id=elem_id("presets")):
-        presets = [button(f"preset_{word}", text) for word, text in PRESETS.items()]
+        presets = [button(f"preset_{word}", word.capitalize()) for word in RANK_WORDS]
     return SizePanel(forecast, fields, note, choice), presets

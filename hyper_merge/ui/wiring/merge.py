@@ -6,7 +6,7 @@ import functools
 
 import gradio as gr
 
-from hyper_merge.ui.form_fields import PRESETS
+from hyper_merge.recipe.default_ranks import RANK_WORDS
 from hyper_merge.ui.handlers.forecast import pick_group, start_forecast
 from hyper_merge.ui.handlers.merge import (
     pick_demo_checkpoints,
@@ -14,7 +14,7 @@ from hyper_merge.ui.handlers.merge import (
     start_merge,
     stop_job,
 )
-from hyper_merge.ui.handlers.picker import inspect_some, preset_ranks
+from hyper_merge.ui.handlers.picker import inspect_some
 from hyper_merge.ui.panels.widgets import in_order
 from hyper_merge.ui.wiring.common import CLEARED, LISTED, REPLAN, Wiring
 from hyper_merge.ui.wiring.events import in_browser
@@ -40,8 +40,8 @@ def wire_picker(wires: Wiring) -> None:
     in_browser(picker.add.click, _ADD_ALL)
     in_browser(picker.clear.click, _CLEAR)
     in_browser(form.checkpoints.change, _PICKED)
-    for button, word in zip(wires.presets, PRESETS, strict=True):
-        wires.on(button.click, functools.partial(preset_ranks, word), [], [form.ranks])
+    for button, word in zip(wires.presets, RANK_WORDS, strict=True):
+        in_browser(button.click, f"() => '{word}'", None, [form.ranks])
     for number, button in enumerate(in_order(picker.groups)[1:]):
         pick = functools.partial(pick_group, number)
         wires.on(button.click, pick, [picker.groups.names], [form.checkpoints])

@@ -41,8 +41,9 @@ def drawn(host, **changes):
 
 def test_before_a_forecast_the_size_of_ranks_is_known_and_a_look_is_offered(host):
     choice, button = drawn(host, ranks="4, 2")
-    assert choice.keys() == {"text", "size"}
-    assert choice["text"] == "4, 2"
+    assert choice.keys() == {"text", "size", "asked"}
+    assert (choice["text"], choice["asked"]) == ("4, 2", "4, 2")
+    assert drawn(host, ranks="small")[0]["asked"] == "40, 40, 40"
     assert 10_000 < choice["size"] < 100_000
     assert button["visible"] is True
     assert button["value"] == "First see what each size would explain (a few seconds)"

@@ -20,7 +20,7 @@ from hyper_merge.ui.handlers.saved_forms import (
 )
 from hyper_merge.ui.saved_form import form_from_plain, form_to_plain
 
-FRESH = values(checkpoints=[], name="", ranks="128, 64, 32, 16")
+FRESH = values(checkpoints=[], name="", ranks="medium")
 
 
 def kept(seconds=0.0, **form):

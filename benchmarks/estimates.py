@@ -32,6 +32,7 @@ from tables import table
 from hyper_merge.operations.merge.estimate import estimate_merge
 from hyper_merge.operations.merge.merge import run_merge
 from hyper_merge.operations.merge.preflight import run_preflight
+from hyper_merge.recipe.default_ranks import default_ranks
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime import throughput
 from hyper_merge.runtime.progress import Progress
@@ -50,13 +51,13 @@ FAMILIES = {
     "sd1, half, two": FamilySpec(count=2, width=160, context=384),
     "sd1, half, eight": FamilySpec(count=8, width=160, context=384),
 }
-# Ranks as at full size, and other settings. One after the other in the same folder: all but the last
+# Ranks as at full size, none for the default, and other settings. One after the other in the same folder: all but the last
 # find the average and the analysis of the first.
 MERGES: dict[str, tuple[tuple[int, ...], dict[str, str]]] = {
-    "default": ((128, 64, 32, 16), {}),
+    "default": ((), {}),
     "other ranks": ((96, 48, 24), {}),
     "one LoRA": ((64,), {}),
-    "even ranks": ((128, 64, 32, 16), {"allocation": "even"}),
+    "even ranks": ((), {"allocation": "even"}),
     "plain, wider bases": ((512, 256), {"layer_weights": "plain"}),
 }
 _SHORT = ("default", "other ranks")
@@ -119,7 +120,8 @@ def main() -> int:
 def _settings(merge: str, spec: FamilySpec) -> dict[str, str]:
     """Returns a merge's settings, with ranks that suit the family's width."""
     ranks, others = MERGES[merge]
-    narrower = (max(1, rank * spec.width // _FULL_WIDTH) for rank in ranks)
+    full = ranks or default_ranks(spec.count)
+    narrower = (max(1, rank * spec.width // _FULL_WIDTH) for rank in full)
     name = merge.replace(",", "")
     return {"name": name, "ranks": " ".join(map(str, narrower)), **others}
 

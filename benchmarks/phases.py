@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from full_size import OTHER_RANKS, RANKS, SPECS, warm_family
+from full_size import OTHER_RANKS, SPECS, warm_family
 from measure import anonymous_bytes
 from tables import table
 
@@ -122,7 +122,7 @@ def main() -> None:
     paths = warm_family(options.folder, options.family, options.count)
     out = options.folder / f"phases-{options.family}-{options.count}"
     shutil.rmtree(out, ignore_errors=True)
-    settings = {"models": list(map(str, paths)), "output": str(out), "ranks": " ".join(RANKS)}
+    settings = {"models": list(map(str, paths)), "output": str(out)}
     settings |= dict(setting.split("=", 1) for setting in options.settings)
     _merge("from nothing", {**settings, "name": "first"})
     _merge("other ranks", {**settings, "name": "second", "ranks": " ".join(OTHER_RANKS)})

@@ -195,6 +195,23 @@ def test_the_form_is_remembered_and_kept_under_names(form, server):
     assert asked == ["Delete the preset two: 5/3?"] * 2
 
 
+def test_a_word_for_ranks_follows_the_number_of_checkpoints(form):
+    tab = form
+    tab.until(lambda: tab.value("ranks") == "medium")
+    tab.pick(*THREE[:2])
+    tab.until(lambda: tab.value("ranks") == "240")
+    tab.click("preset_small")
+    tab.until(lambda: tab.value("ranks") == "120")
+    tab.pick(THREE[2])
+    tab.until(lambda: tab.value("ranks") == "40, 40, 40" and tab.value("size"))
+    tab.type("ranks", "40, 8")  # from here on as they are entered
+    tab.click("clear")
+    tab.until(lambda: not tab.picked())
+    tab.pick(*THREE)
+    tab.until(lambda: "2 LoRAs" in tab.text("plan"))
+    assert tab.value("ranks") == "40, 8"
+
+
 def test_a_wrong_number_or_taken_name_shows_at_once(form):
     tab = form
     tab.pick(*THREE)

@@ -49,8 +49,7 @@ def format_size_fields() -> str:
         '<input type=range min=0 step=0.25 aria-label="Size of the LoRAs"></div>'
         f"<p class=hm-legend>{legend}<span>Drag on the curve to choose a size.</span></p></div>"
         f"<div class=hm-fields>{fields}</div>"
-        "<p class=hm-hint>Fill in one of them; the others follow. Or choose a size for as many LoRAs as"
-        " checkpoints, eight at most:</p></div>"
+        "<p class=hm-hint>Fill in one of them, or choose a size for as many LoRAs as checkpoints:</p></div>"
     )
 
 

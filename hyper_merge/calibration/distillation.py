@@ -64,7 +64,8 @@ class Lesson:
     Attributes:
         before: (k,): squared differences of the outputs before it, as shares of the average's.
         after: (k,): the same with the factors as they are written.
-        is_better: Whether these are better than the former ones.
+        is_better: Whether these are better than the former ones, in the mean over the latents: of the sum
+            of all squares a single one can be most.
     """
 
     before: Tensor
@@ -111,21 +112,23 @@ def distil(
             targets.append([runner.output(network, n) for n in range(course.samples.passes)])
     # Of the average alone, in the same places.
     alone = [runner.output(average, course.rounds + n) for n in range(course.held_out)]
-    scale = torch.stack([_squares(alone, of_teacher[course.rounds :]) for of_teacher in targets])
+    squares = [_squares(alone, of_teacher[course.rounds :]).sum() for of_teacher in targets]
+    scale = torch.stack(squares)
     if not bool(scale.isfinite().all()) or not bool((scale > 0).any()):
         return None
     # Nothing is left of a checkpoint that does what the average does.
     scale = torch.where(scale > 0, scale, torch.inf)
-    before = runner.differences(runner.layers, targets) / scale
+    of_latents = runner.differences(runner.layers, targets)
+    before = of_latents.sum(1) / scale
     runner.train(targets, weights, min(_RATE * float(before.mean().sqrt()), _MOST))
     trained = runner.trained()
     if not all(x.isfinite().all() for layer in trained for x in (layer.up, layer.down)):
         return Lesson(before, before, is_better=False)
-    after = runner.differences(write(trained), targets) / scale
+    of_latents_after = runner.differences(write(trained), targets)
     runner.clock.finish()
+    change = _mean_change(of_latents, of_latents_after) @ weights.double().cpu()
     # False for NaN too.
-    is_better = float((after * weights).sum()) < float((before * weights).sum())
-    return Lesson(before, after, is_better)
+    return Lesson(before, of_latents_after.sum(1) / scale, is_better=float(change) < 0)
 
 
 class _Runner:
@@ -162,7 +165,7 @@ class _Runner:
 
     def differences(
         self, layers: Sequence[TrainedLayer], targets: Sequence[Sequence[Tensor]]
-    ) -> Tensor:  # (k,), float64
+    ) -> Tensor:  # (k, latents), float64
         """Returns a student's squared differences for inputs that no round sees."""
         first, held_out = self._course.rounds, self._course.held_out
         learners = self._learners(layers, len(targets))
@@ -184,7 +187,7 @@ class _Runner:
             highest: step of an entry at most, of the mean size of its factor's entries.
         """
         factors = [
-            factor
+            (factor, highest * _share_of_updates(layer.multipliers) ** 0.5)
             for layer in self.layers
             for factor in (layer.up, layer.down)
             if bool(factor.detach().any())  # nothing goes through a pair of zeros
@@ -192,7 +195,7 @@ class _Runner:
         learners = self._learners(self.layers, len(targets))
         with torch.inference_mode(mode=False), torch.enable_grad():  # a host may have set these
             optimizer = torch.optim.Adam(
-                [{"params": [factor], "lr": highest * _mean_size(factor)} for factor in factors],
+                [{"params": [factor], "lr": step * _mean_size(factor)} for factor, step in factors],
                 betas=_BETAS,
                 eps=_EPSILON,
             )
@@ -279,9 +282,28 @@ def _rate(updates: int, number: int) -> float:
     return rise * (1 + math.cos(math.pi * number / updates)) / 2
 
 
-def _squares(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:  # (), float64
+def _squares(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:  # (latents,), float64
+    """Returns the squared difference for each latent of all batches."""
     pairs = zip(outputs, others, strict=True)
-    return torch.stack([(one - other).double().square().sum().cpu() for one, other in pairs]).sum()
+    return torch.cat(
+        [(one - other).double().square().flatten(1).sum(1).cpu() for one, other in pairs]
+    )
+
+
+def _mean_change(before: Tensor, after: Tensor) -> Tensor:  # (k, latents) each -> (k,)
+    """Returns the logarithms of what differences are multiplied with, in the mean over the latents."""
+    return torch.where(before > 0, (after / before).log(), 0.0).mean(1)
+
+
+def _share_of_updates(multipliers: Tensor) -> float:  # (k, r)
+    """Returns the share of all updates that say something of a block, in the mean over the ranks.
+
+    Of a LoRA for one checkpoint alone only each k-th does. Then Adam's mean of squares, by whose root it
+    divides, is a k-th of a gradient's square, and its steps are the root of k as large, of one batch.
+    """
+    squares = multipliers.square()
+    of_ranks = squares.mean(0) / squares.amax(0).clamp(min=torch.finfo(squares.dtype).tiny)
+    return float(of_ranks.mean())
 
 
 def _mean_size(factor: Tensor) -> float:

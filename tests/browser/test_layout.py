@@ -84,7 +84,7 @@ def test_what_runs_is_in_sight_wherever_the_page_stands(form, slow_runs):
         ("share", "150", "Share, at worst: expected a share"),
         ("size", "x", "Total size: expected a size"),
         ("size", "-3", "Total size: expected a size"),
-        ("ranks", "x", "Ranks: item 1: expected a whole number"),
+        ("ranks", "x", "Ranks: expected a list of whole numbers"),
     ],
 )
 def test_an_error_names_the_field_in_which_it_stands(form, field, typed, error):

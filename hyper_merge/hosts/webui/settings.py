@@ -42,7 +42,7 @@ def add_settings() -> None:
     clear_button.do_not_save = True
     options = {
         _RANKS: info(Defaults.ranks, "Ranks of a new merge", section=SECTION).info(
-            "one LoRA per rank, such as 128, 64"
+            "small, medium or large; or one LoRA per rank, such as 128, 64"
         ),
         _STYLES: info(
             Defaults.save_styles,

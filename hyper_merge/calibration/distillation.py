@@ -54,6 +54,7 @@ _MOST: Final = 0.015  # of that
 _RISE: Final = 9  # updates until that rate is reached
 _BETAS: Final = (0.9, 0.98)
 _SPARE: Final = 3 * 10**9  # bytes of a GPU that are left to what the runs take beside the weights
+_NOTHING: Final = 1e-4  # of the average's squared difference: no matter whether it is more or less
 _EPSILON: Final = 1e-15  # of gradients, far below all that say something
 
 
@@ -112,8 +113,8 @@ def distil(
             targets.append([runner.output(network, n) for n in range(course.samples.passes)])
     # Of the average alone, in the same places.
     alone = [runner.output(average, course.rounds + n) for n in range(course.held_out)]
-    squares = [_squares(alone, of_teacher[course.rounds :]).sum() for of_teacher in targets]
-    scale = torch.stack(squares)
+    of_average = torch.stack([_squares(alone, of[course.rounds :]) for of in targets])
+    scale = of_average.sum(1)
     if not bool(scale.isfinite().all()) or not bool((scale > 0).any()):
         return None
     # Nothing is left of a checkpoint that does what the average does.
@@ -126,7 +127,7 @@ def distil(
         return Lesson(before, before, is_better=False)
     of_latents_after = runner.differences(write(trained), targets)
     runner.clock.finish()
-    change = _mean_change(of_latents, of_latents_after) @ weights.double().cpu()
+    change = _mean_change(of_latents, of_latents_after, of_average) @ weights.double().cpu()
     # False for NaN too.
     return Lesson(before, of_latents_after.sum(1) / scale, is_better=float(change) < 0)
 
@@ -290,9 +291,20 @@ def _squares(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:  # 
     )
 
 
-def _mean_change(before: Tensor, after: Tensor) -> Tensor:  # (k, latents) each -> (k,)
-    """Returns the logarithms of what differences are multiplied with, in the mean over the latents."""
-    return torch.where(before > 0, (after / before).log(), 0.0).mean(1)
+def _mean_change(before: Tensor, after: Tensor, of_average: Tensor) -> Tensor:
+    """Returns the logarithms of what differences are multiplied with, in the mean over the latents.
+
+    Args:
+        before: (k, latents): squared differences.
+        after: (k, latents): the same later.
+        of_average: (k, latents): those of the average, of which a part is added to both: what is next to
+            nothing may become many times as much.
+
+    Returns:
+        (k,); 0 for a checkpoint that does what the average does.
+    """
+    least = _NOTHING * of_average
+    return torch.where(of_average > 0, ((after + least) / (before + least)).log(), 0.0).mean(1)
 
 
 def _share_of_updates(multipliers: Tensor) -> float:  # (k, r)

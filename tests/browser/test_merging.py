@@ -199,9 +199,9 @@ def test_a_word_for_ranks_follows_the_number_of_checkpoints(form):
     tab = form
     tab.until(lambda: tab.value("ranks") == "medium")
     tab.pick(*THREE[:2])
-    tab.until(lambda: tab.value("ranks") == "240")
+    tab.until(lambda: tab.value("ranks") == "120, 120")
     tab.click("preset_small")
-    tab.until(lambda: tab.value("ranks") == "120")
+    tab.until(lambda: tab.value("ranks") == "60, 60")
     tab.pick(THREE[2])
     tab.until(lambda: tab.value("ranks") == "40, 40, 40" and tab.value("size"))
     tab.type("ranks", "40, 8")  # from here on as they are entered

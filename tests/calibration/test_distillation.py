@@ -216,12 +216,19 @@ def test_no_single_latent_decides_whether_a_training_has_gained(
     monkeypatch, first, others, is_better
 ):
     """Of the sum of squares the first one is nearly all."""
-    before = torch.tensor([[100.0, 1.0, 2.0, 1.0, 3.0, 1.0, 2.0, 1.0]] * 2, dtype=torch.float64)
-    factors = torch.tensor([first, *[others] * 7], dtype=torch.float64)
+    before = torch.tensor([[1e5, 1e3, 2e3, 1e3]] * 2, dtype=torch.float64)
+    factors = torch.tensor([first, others, others, others], dtype=torch.float64)
     found = iter((before, before * factors))
     monkeypatch.setattr(distillation._Runner, "differences", lambda *_: next(found))
     lesson, _ = lesson_of(*student_of("small"))
     assert lesson.is_better is is_better
+
+
+def test_what_is_next_to_nothing_may_become_many_times_as_much():
+    average, nothing = torch.tensor([[2.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)
+    change = distillation._mean_change(1e-9 * average, 1e-6 * average, average)
+    assert 0 < float(change[0]) < 0.02
+    assert float(distillation._mean_change(nothing, nothing + 1, average)[1]) == 0
 
 
 def test_runs_see_the_factors_as_files_hold_them():

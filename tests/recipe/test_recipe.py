@@ -109,7 +109,7 @@ def test_ranks_may_be_a_word(write, text):
 
 
 @pytest.mark.parametrize(
-    ("count", "ranks"), [(2, (240,)), (3, (80,) * 3), (8, (30,) * 8), (50, (30,) * 8)]
+    ("count", "ranks"), [(2, (120, 120)), (3, (80,) * 3), (8, (30,) * 8), (50, (30,) * 8)]
 )
 def test_there_are_as_many_loras_as_checkpoints_but_eight_at_most(count, ranks):
     models = tuple(Path(f"{number}.safetensors") for number in range(count))

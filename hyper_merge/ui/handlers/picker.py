@@ -176,10 +176,9 @@ def _plan_and_forecast(
     forecast = known_forecast(preflight)
     size = forecast.requested_size(preflight) if forecast else None
     plan, run = _plan(form, preflight, size)
-    if forecast is not None:
-        plan += format_forecast_notes(forecast, preflight.recipe, size)
     if forecast is None:
         return plan, run, offer_curve(form.ranks, preflight), None
+    plan += format_forecast_notes(forecast, preflight.recipe, size)
     return plan, run, show_curve(form.ranks, forecast, size, preflight.recipe), forecast
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import threading
@@ -53,8 +54,7 @@ def progress_bar() -> Iterator[Progress]:
 def _noticing_ctrl_c() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether Ctrl-C was pressed within the block.
 
-    Its exception can be lost: raised within a callback of the garbage collector, such as dask has, it is
-    printed, and the work goes on.
+    Where its exception would be lost, none is raised: the work ends when the function is asked next.
     """
     pressed = threading.Event()
     usual = signal.getsignal(signal.SIGINT)
@@ -64,13 +64,28 @@ def _noticing_ctrl_c() -> Iterator[Callable[[], bool]]:
 
     def notice(number: int, frame: FrameType | None) -> None:
         pressed.set()
-        usual(number, frame)
+        if not _loses_errors(frame):
+            usual(number, frame)
 
     signal.signal(signal.SIGINT, notice)
     try:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def _loses_errors(frame: FrameType | None) -> bool:
+    """Tells whether Python prints an error that is raised in a frame, and goes on.
+
+    It does in finalizers and in callbacks of the garbage collector, such as dask has.
+    """
+    functions = [getattr(callback, "__func__", callback) for callback in gc.callbacks]
+    callbacks = {getattr(function, "__code__", None) for function in functions}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _line_writer() -> Callable[[str, float], None]:

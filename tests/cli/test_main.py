@@ -462,17 +462,34 @@ def heard_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class Pressing:
+    """Presses Ctrl-C where Python loses errors: it prints them, which pytest takes for failures."""
+
+    def while_collected(self, _phase, _info):
+        self._press()
+
+    def __del__(self):
+        self._press()
+
+    def _press(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def collect_garbage():
+    gc.callbacks.append(press := Pressing().while_collected)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(press)
+
+
 @pytest.mark.usefixtures("heard_ctrl_c")
-def test_ctrl_c_is_noticed_where_its_exception_is_lost():
+@pytest.mark.parametrize("lose_error", [collect_garbage, Pressing])
+def test_ctrl_c_ends_work_at_the_next_check_where_its_exception_is_lost(lose_error):
     usual = signal.getsignal(signal.SIGINT)
     with progress_bar() as progress:
         progress.check()
-        gc.callbacks.append(press := lambda *_: signal.raise_signal(signal.SIGINT))
-        try:
-            gc.collect()
-        finally:
-            gc.callbacks.remove(press)
+        lose_error()
         with pytest.raises(InterruptedRun):
             progress.check()
     assert signal.getsignal(signal.SIGINT) is usual

@@ -12,6 +12,7 @@ from torch import Tensor
 # Damping of normal equations, in units of the dtype's rounding: enough for Cholesky to succeed on
 # blocks that overlap, too little to be seen in the loss.
 _DAMPING: Final = 100.0
+_RAISES: Final = 5  # of the damping, to ten times as much: in float32 it is as large as the matrix then
 
 # Pivots of Cholesky's factor of unit columns.
 _GOOD_PIVOT: Final = 0.1
@@ -97,17 +98,14 @@ def solve_damped(
     Source: Navasca, De Lathauwer and Kindermann, "Swamp reducing technique for tensor
     decomposition", 2008.
     """
-    size = gram.shape[-1]
     epsilon = _DAMPING * torch.finfo(gram.dtype).eps
     damping = epsilon * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    damping = damping.clamp(min=_tiny(gram))
-    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    damped, rest = gram + damping * identity, right - previous @ gram
+    damping, rest = damping.clamp(min=_tiny(gram)), right - previous @ gram
     if gram.is_cuda:
-        return previous + _solve_on_gpu(damped, rest)
+        return previous + _solve_on_gpu(_damped(gram, damping), rest)
     # Not torch.linalg.solve: batched on the CPU it printed MKL errors and failed (torch 2.13); and
     # the inverse with one product is three times as fast as two triangular solves.
-    return previous + rest @ torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return previous + rest @ torch.cholesky_inverse(_damped_factor(gram, damping))
 
 
 def leading_factors(
@@ -243,6 +241,33 @@ def _cholesky_qr(columns: Tensor) -> tuple[Tensor, float]:
     triangle = factor.mT * sizes[..., None, :]
     basis = torch.linalg.solve_triangular(triangle, columns, upper=True, left=False)
     return basis, float(pivots.amin()) if pivots.numel() else 1.0
+
+
+def _damped_factor(
+    gram: Tensor,  # (..., r, r)
+    damping: Tensor,  # (..., 1, 1)
+) -> Tensor:  # (..., r, r)
+    """Returns Cholesky's factor of the damped matrix, with more damping where it is needed.
+
+    Of a thousand columns, a quarter of them dependent, the rounding of a Gram matrix has exceeded the least.
+
+    Raises:
+        LinAlgError: even with as much as the diagonal itself there is none, such as for NaN.
+    """
+    for _ in range(_RAISES):
+        factor, info = torch.linalg.cholesky_ex(_damped(gram, damping))
+        if not info.any():
+            return factor
+        damping = torch.where(info[..., None, None] > 0, 10 * damping, damping)
+    return torch.linalg.cholesky(_damped(gram, damping))
+
+
+def _damped(
+    gram: Tensor,  # (..., r, r)
+    damping: Tensor,  # (..., 1, 1)
+) -> Tensor:  # (..., r, r)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + damping * identity
 
 
 def _solve_on_gpu(

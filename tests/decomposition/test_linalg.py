@@ -91,6 +91,24 @@ def test_a_solution_of_singular_equations_stays_one(rng, dtype):
     assert_close(solution @ known, previous @ known, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
+def test_rounding_that_makes_a_matrix_indefinite_is_damped_away(rng):
+    """As that of a thousand columns does, a quarter of which depend on the others."""
+    basis = torch.linalg.qr(normal(rng, 2, 5, 5))[0]
+    known = basis[..., :3].float()
+    signs = torch.tensor([0.0, -1e-3])[:, None, None]  # the first of the batch is as it should be
+    gram = known @ known.mT + signs * (basis @ basis.mT).float()
+    expected, previous = normal(rng, 2, 4, 5).float(), torch.zeros(2, 4, 5)
+    solution = solve_damped(expected @ gram, gram, previous)
+    assert_close(solution @ known, expected @ known, rtol=0, atol=0.05)
+    alone = solve_damped(expected[:1] @ gram[:1], gram[:1], previous[:1])
+    assert torch.equal(solution[:1], alone)
+
+
+def test_a_matrix_that_is_no_gram_matrix_is_refused(rng):
+    with pytest.raises(torch.linalg.LinAlgError):
+        solve_damped(normal(rng, 2, 3), torch.full((3, 3), torch.nan).double(), normal(rng, 2, 3))
+
+
 def test_a_damped_solution_without_equations_stays(rng):
     previous = normal(rng, 2, 4, 3)
     zero = torch.zeros(2, 3, 3, dtype=torch.float64)

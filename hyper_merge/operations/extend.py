@@ -18,6 +18,7 @@ from hyper_merge.operations.fit.fit import fit_onto
 from hyper_merge.operations.merge.merge import MergeResult, Origin, run_merge
 from hyper_merge.operations.merge.preflight import Preflight, run_preflight
 from hyper_merge.recipe.block_weights import BlockWeights
+from hyper_merge.recipe.default_ranks import extended_ranks
 from hyper_merge.recipe.parsing import optional, parse_flag, parse_name, parse_paths
 from hyper_merge.recipe.recipe import AVERAGE, Recipe
 from hyper_merge.recipe.request import Parsers, Request
@@ -69,7 +70,8 @@ def run_extend(
 
     All files are read, or on request average and analysis are those of the run, extended by the new
     checkpoints, where the cache still has the analysis and that is exact enough (`analysis.extension`). The
-    new checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts.
+    new checkpoints are first fitted onto the run, and its multipliers with theirs are one of the starts,
+    unless there are more LoRAs now: a merge whose ranks are those of a word has as many as checkpoints.
 
     Args:
         request: run, files and options.
@@ -93,7 +95,8 @@ def run_extend(
     origin, reason = _origin(run, request, preflight, sampling)
     if reason:
         progress.warn(f"all checkpoints are read again: {reason}")
-    start = _start(run, fits)
+    has_more = len(recipe.ranks) != len(run.recipe.ranks)
+    start = {} if has_more else _start(run, fits)
     merged = run_merge(preflight, merging, start=start, effort=effort, origin=origin)
     return replace(merged, note=_EXTENDED if merged.extended else "")
 
@@ -167,10 +170,12 @@ def _fits(
 def _recipe(run: Run, request: ExtendRequest, models: tuple[Path, ...], base: str) -> Recipe:
     """Returns the run's recipe with more checkpoints, which get the mean of the weights, if any."""
     recipe, new = run.recipe, len(request.checkpoints)
+    ranks = extended_ranks(recipe.ranks, len(models), len(models) + new)
     return replace(
         recipe,
         name=request.name or f"{recipe.name}+{new}",
         models=(*models, *request.checkpoints),
+        ranks=recipe.ranks if recipe.finds_ranks else ranks,
         weights=_extended(recipe.weights, new),
         block_weights=_extended_blocks(recipe.block_weights, new),
         fit_weights=_extended(recipe.fit_weights, new),

@@ -29,3 +29,14 @@ def default_ranks(checkpoints: int, word: RankWord = DEFAULT_WORD) -> tuple[int,
     """
     count = min(checkpoints, _MOST_LORAS)
     return (round(_TOTALS[word] / count),) * count
+
+
+def extended_ranks(ranks: tuple[int, ...], checkpoints: int, more: int) -> tuple[int, ...]:
+    """Returns the ranks for more checkpoints: the same, or those of a word where they are a word's.
+
+    >>> extended_ranks((120, 120), 2, 3), extended_ranks((128, 64), 2, 3)
+    ((80, 80, 80), (128, 64))
+    """
+    words = (word for word in RANK_WORDS if default_ranks(checkpoints, word) == ranks)
+    word = next(words, None)
+    return ranks if word is None else default_ranks(more, word)

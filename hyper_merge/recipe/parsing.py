@@ -127,12 +127,12 @@ def parse_paths(value: object) -> tuple[Path, ...]:
 
 def parse_ranks(value: object) -> tuple[int, ...] | RankWord:
     """Returns one whole rank per LoRA, from a list or from a text such as "128, 64"; or a word for them."""
-    contents = "whole numbers, such as 128, 64, 32, 16"
+    contents = f"whole numbers, such as 128, 64, 32, 16, or {', '.join(RANK_WORDS)}"
     items = _split_list(value, contents)
     if len(items) == 1 and isinstance(items[0], str):
         word = next((word for word in RANK_WORDS if word == items[0].lower()), None)
         if word is None:
-            raise expected_error(f"a list of {contents}, or {', '.join(RANK_WORDS)}", items[0])
+            raise expected_error(f"a list of {contents}", items[0])
         return word
     ranks = parse_items(items, whole(1, LARGEST_RANK))
     if not 1 <= len(ranks) <= MOST_BLOCKS:

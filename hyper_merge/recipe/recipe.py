@@ -33,8 +33,8 @@ class Recipe:
     Attributes:
         name: Name of the hyper-model, and first part of the LoRAs' names.
         models: Paths of the checkpoints, two or more.
-        ranks: One rank per LoRA; where none are given, those of `default_ranks`. The merge finds them
-            where a budget or a target is given.
+        ranks: One rank per LoRA. Made of a word for them, or of nothing, it holds those of
+            `default_ranks`. The merge finds them where a budget or a target is given.
         budget: Bytes of all LoRA files together, or None.
         target: Share 0..1 of every checkpoint's differences to explain, or None.
         topup: Private LoRAs for the checkpoints that the shared ones serve worst, or None.
@@ -100,9 +100,11 @@ class Recipe:
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.ranks:
-            object.__setattr__(self, "ranks", default_ranks(len(self.models)))
+        ranks: tuple[int, ...] | RankWord = self.ranks or DEFAULT_WORD
+        object.__setattr__(self, "ranks", ranks)
         check_request(self, FIELD_PARSERS)
+        if isinstance(ranks, str):
+            object.__setattr__(self, "ranks", default_ranks(len(self.models), ranks))
         with settings_placed(key_place):
             self._require_one_size()
             self._require_weights_by_checkpoint()
@@ -122,15 +124,7 @@ class Recipe:
         sizes = [key for key in SIZES if values.get(key) not in (None, "")]
         with settings_placed(where):
             _require_one_of_sizes(sizes)
-        return parse_request(cls._with_ranks, values, FIELD_PARSERS, where)
-
-    @classmethod
-    def _with_ranks(cls, **values: Any) -> Recipe:
-        """Returns the recipe of typed values, of which `ranks` may be a word yet."""
-        ranks: tuple[int, ...] | RankWord = values.get("ranks", ())
-        if isinstance(ranks, str):
-            values["ranks"] = default_ranks(len(values["models"]), ranks)
-        return cls(**values)
+        return parse_request(cls, values, FIELD_PARSERS, where)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object], source: str) -> Recipe:

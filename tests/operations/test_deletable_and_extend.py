@@ -363,6 +363,17 @@ def test_weights_are_extended_by_their_mean(files, new, tmp_path):
     assert merged.place.run == "more"
 
 
+@pytest.mark.parametrize(("ranks", "more"), [((40,) * 3, (30,) * 4), ((4, 2), (4, 2))])
+def test_there_are_as_many_loras_as_checkpoints_again_where_a_word_was_for_them(
+    files, new, tmp_path, ranks, more
+):
+    merge(files, tmp_path / "m", ranks=ranks)
+    folders = Folders.under(tmp_path / "m")
+    merged = absorb(folders, new)
+    assert load_run(folders, merged.place.run).recipe.ranks == more
+    assert len(merged.loras) == len(more)
+
+
 def test_an_unsuitable_checkpoint_is_refused_with_nothing_written(writable, new, state_of):
     _, folders = writable
     before = snapshot(folders.models.parent)

@@ -117,6 +117,20 @@ def test_there_are_as_many_loras_as_checkpoints_but_eight_at_most(count, ranks):
     assert Recipe("x", models, budget=10**9).ranks == ranks, "for estimates, before they are found"
 
 
+def test_code_may_give_a_word_too():
+    models = (Path("a.safetensors"), Path("b.safetensors"))
+    recipe = Recipe.from_settings(
+        {"name": "x", "models": [*map(str, models)], "ranks": "small"}, "it"
+    )
+    assert recipe == Recipe("x", models, ranks="small") == Recipe("x", models, ranks=(60, 60))
+
+
+@pytest.mark.parametrize("word", ["Small", "tiny"])
+def test_code_is_told_of_another_word(word):
+    with pytest.raises((RecipeError, TypeError), match="ranks"):
+        Recipe("x", (Path("a.safetensors"), Path("b.safetensors")), ranks=word)
+
+
 def test_a_lone_rank_needs_no_brackets(write):
     assert load_recipe(write(f"{BASE}ranks: 128\n")).ranks == (128,)
 

@@ -188,9 +188,9 @@ def _without_size(host: Host, form: Form) -> tuple[tuple[Any, Any], ForecastCurv
         forecast = known_forecast(preflight_form(host, replace(form, ranks="1")))
     except HyperMergeError:
         return NO_CURVE, None
-    return (
-        NO_CURVE if forecast is None else show_curve(form.ranks, forecast, None, None)
-    ), forecast
+    if forecast is None:
+        return NO_CURVE, None
+    return show_curve(form.ranks, forecast, None, None), forecast
 
 
 def _plan(form: Form, preflight: Preflight, size: int | None) -> tuple[str, str]:

@@ -105,9 +105,11 @@ def solve_damped(
     damping, rest = damping.clamp(min=_tiny(gram)), right - previous @ gram
     if gram.is_cuda:
         return previous + _solve_on_gpu(_damped(gram, damping), rest)
-    # Not torch.linalg.solve: batched on the CPU it printed MKL errors and failed (torch 2.13); and
-    # the inverse with one product is three times as fast as two triangular solves.
-    return previous + rest @ torch.cholesky_inverse(_damped_factor(gram, damping))
+    # Not torch.linalg.solve: batched on the CPU it printed MKL errors and failed (torch 2.13).
+    factor = _damped_factor(gram, damping)
+    if gram.shape[-1] > rest.shape[-2]:  # then two triangular solves take half of the time
+        return previous + _solve_triangular(factor, rest)
+    return previous + rest @ torch.cholesky_inverse(factor)
 
 
 def leading_factors(
@@ -281,9 +283,16 @@ def _solve_on_gpu(
     Both `cholesky` and `cholesky_inverse` wait for the GPU to learn whether they failed.
     """
     factor, info = torch.linalg.cholesky_ex(gram)
+    return torch.where(info[..., None, None] > 0, 0.0, _solve_triangular(factor, right))
+
+
+def _solve_triangular(
+    factor: Tensor,  # (..., r, r), lower
+    right: Tensor,  # (..., p, r)
+) -> Tensor:  # (..., p, r)
+    """Returns the X of X @ factor @ factor.mT = right."""
     half = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
-    solution = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-    return torch.where(info[..., None, None] > 0, 0.0, solution)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 def _small_on_host(matrix: Tensor) -> Tensor:

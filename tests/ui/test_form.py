@@ -72,7 +72,7 @@ def test_each_word_for_ranks_asks_for_twice_the_bytes_of_the_last(recipe):
         ({"ranks": "four, 2"}, 'Ranks: item 1: expected a whole number from 1 to 4096, got "four"'),
         ({"ranks": "4, 2.5"}, "Ranks: item 2: expected a whole number from 1 to 4096, got the number 2.5"),
         ({"ranks": "0"}, "Ranks: item 1: .* got the number 0"),
-        ({"ranks": ""}, "Ranks: expected a list of whole numbers, such as 128, 64, 32, 16, got nothing"),
+        ({"ranks": ""}, "Ranks: expected a list of whole numbers, such as 128, 64, 32, 16, or small, medium, large, got nothing"),
         ({"ranks": "  "}, "Ranks: expected .*, got nothing"),
         ({"ranks": None}, "Ranks: expected .*, got nothing"),
         ({"weights": "1, 2"}, "Weights: expected 3 numbers, one per checkpoint, got 2"),

@@ -179,6 +179,17 @@ def show_choice(text: str | None) -> tuple[Any, ...]:
     )
 
 
+def change_choice(text: str | None, shown: str | None) -> tuple[Any, ...]:
+    """Returns the choice whose fields are shown from now on, and what `show_choice` returns.
+
+    Changes nothing where they are shown already: gradio 4 takes a choice that comes with copied settings for
+    the user's.
+    """
+    if text == shown:
+        return (gr.update(),) * 9
+    return (text, *show_choice(text))
+
+
 def choice_of(text: str | None) -> Choice:
     """Returns the choice that the tab calls so; the first one for anything else."""
     return CHOICES.get(text or "", next(iter(CHOICES.values())))
@@ -235,16 +246,16 @@ def draw_lora_run(run: Run, *, is_new: bool = False) -> str:
 
 
 def copy_lora_settings(host: Host, name: str | None) -> tuple[Any, ...]:
-    """Returns picks, choice, and what `show_choice` returns, with the size of a run of LoRAs; a message.
+    """Returns picks, choice, what `change_choice` returns, with the size of a run of LoRAs; a message.
 
     Changes nothing for a run of checkpoints.
     """
     if not is_lora_run(host.folders(), name or ""):
-        return (gr.update(),) * 11
+        return (gr.update(),) * 12
     try:
         run = load_lora_run(host.folders(), name or "")
     except HyperMergeError as error:
-        return (*(gr.update(),) * 10, format_message("bad", str(error)))
+        return (*(gr.update(),) * 11, format_message("bad", str(error)))
     names = {path.resolve(): listed for listed, path in host.loras().items()}
     picked = [names.get(path.resolve()) for path in run.recipe.models]
     kept = [(listed, "1") for listed in picked if listed is not None]
@@ -256,6 +267,7 @@ def copy_lora_settings(host: Host, name: str | None) -> tuple[Any, ...]:
     about, size, *others = show_choice(first)
     return (
         json.dumps(kept),
+        first,
         first,
         about,
         {**size, "value": format_requested_size(run.recipe)},

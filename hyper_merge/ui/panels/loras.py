@@ -48,6 +48,7 @@ class LoraPanel:
     clear: gr.Button
     refresh: gr.Button
     form: LoraWidgets
+    chosen: gr.Textbox  # hidden: the choice whose fields are shown
     about: gr.HTML
     advanced: gr.Accordion
     start: gr.Button
@@ -86,9 +87,10 @@ def build_loras(opened: gr.Tab) -> LoraPanel:
             message, status = html("lora_message"), html("lora_status")
         with gr.Column(min_width=380):
             result = html("lora_result", format_lora_introduction())
+    chosen = hidden_text("lora_chosen", next(iter(CHOICES)))
     wrote = hidden_text("lora_wrote")
     return LoraPanel(
-        opened, catalogue, inspect, add, clear, refresh, form, about, advanced, start, stop, message,
+        opened, catalogue, inspect, add, clear, refresh, form, chosen, about, advanced, start, stop, message,
         status, result, wrote,
     )  # fmt: skip
 

@@ -30,9 +30,9 @@ def button(name: str, text: str, *, visible: bool = True) -> gr.Button:
     return widget(gr.Button, name, value=text, size="sm", min_width=90, visible=visible)
 
 
-def hidden_text(name: str) -> gr.Textbox:
+def hidden_text(name: str, value: str = "") -> gr.Textbox:
     """Makes a text that only handlers and scripts read."""
-    return widget(gr.Textbox, name, value="", visible=False)
+    return widget(gr.Textbox, name, value=value, visible=False)
 
 
 def html(name: str, value: str = "") -> gr.HTML:

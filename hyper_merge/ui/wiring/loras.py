@@ -12,10 +12,10 @@ from hyper_merge.operations.loras.inspect import process_lora_catalogue
 from hyper_merge.ui.handlers.lora_jobs import start_lora_job
 from hyper_merge.ui.handlers.loras import (
     CHOICES,
+    change_choice,
     copy_lora_settings,
     inspect_some_loras,
     list_loras,
-    show_choice,
     show_lora_run,
     watch_lora_job,
 )
@@ -47,8 +47,7 @@ def wire_loras(wires: Wiring) -> None:
     in_browser(panel.add.click, _ADD_ALL)
     in_browser(panel.clear.click, _CLEAR)
     in_browser(form.picked.change, _PICKED)
-    # not by its change: settings that are copied in set the fields themselves
-    wires.on(form.choice.input, show_choice, [form.choice], _fields(panel), message)
+    wires.on(form.choice.input, change_choice, [form.choice, panel.chosen], _fields(panel), message)
     in_browser(form.choice.change, _CHOSEN, [form.choice])
 
 
@@ -78,10 +77,10 @@ def wire_lora_runs(wires: Wiring) -> None:
 
 
 def _fields(panel: LoraPanel) -> list[Any]:
-    """The widgets that depend on the choice, in the order of `show_choice`."""
+    """The widgets that depend on the choice, in the order of `change_choice`."""
     form = panel.form
     return [
-        panel.about, form.size, form.checkpoint, form.run, form.name, panel.advanced,
+        panel.chosen, panel.about, form.size, form.checkpoint, form.run, form.name, panel.advanced,
         form.block_weights, panel.start,
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from hyper_merge.ui.handlers import history
 from hyper_merge.ui.handlers.lora_jobs import start_lora_job
 from hyper_merge.ui.handlers.loras import (
     CHOICES,
+    change_choice,
     copy_lora_settings,
     inspect_some_loras,
     list_loras,
@@ -100,6 +101,13 @@ def test_a_choice_shows_what_it_needs(text):
     assert run["visible"] is (choice.action == "fit")
     assert (advanced["visible"], blocks) == (choice.weighs, "")
     assert button["value"] == choice.button
+
+
+@pytest.mark.parametrize("text", CHOICES)
+def test_fields_are_emptied_when_the_choice_changes_alone(text):
+    assert all(map(unchanged, change_choice(text, text)))
+    shown, *fields = change_choice(text, "another")
+    assert (shown, fields) == (text, [*show_choice(text)])
 
 
 def test_loras_are_distilled_and_one_more_is_fitted(host, jobs, loras):
@@ -268,10 +276,13 @@ def test_a_damaged_run_is_said(host, few, root):
 
 
 def test_settings_are_copied(host, jobs, few, loras, run):
-    picked, choice, _, size, _, _, name, _, _, button, message = copy_lora_settings(host, few)
+    picked, choice, shown, _, size, _, _, name, _, _, button, message = copy_lora_settings(
+        host, few
+    )
     assert [x for x, _ in json.loads(picked)] == ALL
     assert (CHOICES[choice].action, size["value"], name["value"]) == ("share", "3, 2", "")
-    assert (kinds(message), button["value"]) == (["good"], "Distil")
+    assert (kinds(message), button["value"], shown) == (["good"], "Distil", choice)
+    assert all(map(unchanged, change_choice(choice, shown)))
     *copied, message = history.copy_settings(host, few)
     assert all(map(unchanged, copied))
     assert message == ""

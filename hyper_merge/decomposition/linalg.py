@@ -12,9 +12,8 @@ from torch import Tensor
 # Damping of normal equations, in units of the dtype's rounding: enough for Cholesky to succeed on
 # blocks that overlap, too little to be seen in the loss.
 _DAMPING: Final = 100.0
-_RAISES: Final = (
-    5  # of the damping, to ten times as much: in float32 it is as large as the matrix then
-)
+# How often it is raised to ten times as much: in float32 it is as large as the matrix then.
+_RAISES: Final = 5
 
 # Pivots of Cholesky's factor of unit columns.
 _GOOD_PIVOT: Final = 0.1

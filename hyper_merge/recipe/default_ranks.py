@@ -37,6 +37,5 @@ def extended_ranks(ranks: tuple[int, ...], checkpoints: int, more: int) -> tuple
     >>> extended_ranks((120, 120), 2, 3), extended_ranks((128, 64), 2, 3)
     ((80, 80, 80), (128, 64))
     """
-    words = (word for word in RANK_WORDS if default_ranks(checkpoints, word) == ranks)
-    word = next(words, None)
+    word = next((word for word in RANK_WORDS if default_ranks(checkpoints, word) == ranks), None)
     return ranks if word is None else default_ranks(more, word)

@@ -109,7 +109,7 @@ def reopen_and_delete(tab, loras):
     tab.click("run_copy")
     tab.until(lambda: "were copied to the form" in tab.text("lora_message"))
     tab.settle()  # a late answer to the choice that was copied too would empty the size
-    assert (tab.value("lora_size"), rows(tab)) == ("4, 2", NAMES)
+    tab.until(lambda: (tab.value("lora_size"), rows(tab)) == ("4, 2", NAMES))
     tab.to("Runs")
     tab.click("run_open")
     tab.until(lambda: "few" in tab.text("lora_result") and "Done" not in tab.text("lora_result"))

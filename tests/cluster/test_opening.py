@@ -51,16 +51,19 @@ def test_a_scheduler_that_is_not_there_is_refused_at_once(address):
     assert time.monotonic() - begun < 30
 
 
-def test_started_workers_have_a_gpu_each_and_the_versions_of_this_process(monkeypatch):
+def test_started_workers_have_a_gpu_each_and_an_allocator_that_keeps_memory(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     lines = []
     with open_workers(ClusterRequest(3, memory=2**30), Progress(), lines.append) as workers:
         numbers = workers.on_each(os.getenv, "CUDA_VISIBLE_DEVICES")
         threads = workers.on_each(os.getenv, "OMP_NUM_THREADS")
+        returned_at_once = workers.on_each(os.getenv, "MALLOC_TRIM_THRESHOLD_")
         limits = [worker.memory for worker in workers.workers]
     assert sorted(numbers.values()) == ["0", "0", "1"]
     assert set(threads.values()) == {"1"}
+    assert set(returned_at_once.values()) == {None}
     assert limits == [2**30] * 3
     assert len(lines) == 1
     assert lines[0].startswith("dashboard of the workers: http://127.0.0.1:")

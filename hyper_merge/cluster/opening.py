@@ -35,7 +35,7 @@ _SETTINGS: Final = {
 _SPAWN: Final = "distributed.nanny.pre-spawn-environ"
 
 # dask has C's allocator return whatever is freed at once. Each tensor then takes new pages, which the system fills
-# with zeros: a third of a solve's time. What a piece of work leaves behind is returned after it anyway.
+# with zeros: a fifth of a solve's time. What a piece of work leaves behind is returned after it anyway.
 _RETURN_AT_ONCE: Final = "MALLOC_TRIM_THRESHOLD_"
 
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"

@@ -25,6 +25,9 @@ _SOON_ORDERED: Final = 384  # columns, whose eigenvectors take no longer than a 
 # Of the largest eigenvalue of a Gram matrix in float32: what is smaller is rounding.
 _RESOLVED: Final = 1e-7
 
+# Likewise: down to here what that rounding leaves of orthogonality is less than half precision does.
+_ORTHOGONAL: Final = 1e-5
+
 FactorPair = tuple[Tensor, Tensor]  # (m, r), (r, n)
 
 
@@ -118,8 +121,8 @@ def compress_factors(
     """
     parts = singular_components(pairs, shape)
     kept = _largest(parts.energies, width)
-    left, left_values = _basis(parts.ups[:, kept] * parts.energies[kept].sqrt().float())
-    right, right_values = _basis(parts.downs[kept].mT)
+    left, left_values, _ = _basis(parts.ups[:, kept], parts.energies[kept].sqrt().float())
+    right, right_values, _ = _basis(parts.downs[kept].mT)
     ups, downs = left.float().mT @ parts.ups, parts.downs @ right.float()
     if len(kept) < int((parts.energies > 0).sum()):
         # With the other side whole these are at least those of the cores: the bound stays one.
@@ -147,11 +150,8 @@ def compress_many(
     """
     parts = singular_components(pairs, shape)
     kept = _largest(parts.energies, width_for(parts.energies))
-    left = _span(parts.ups[:, kept] * parts.energies[kept].sqrt().float())
-    right = _span(parts.downs[kept].mT)
-    ups, downs = left.float().mT @ parts.ups, parts.downs @ right.float()
+    left, right, ups, downs, rows = _between_bases(parts, kept)
     sizes = parts.energies.sqrt().float()
-    rows = _squares(ups * sizes)  # a limit of what the columns' would allow, too
     spectra = Spectra(rows, rows, parts.spectra(min(len(ups), downs.shape[1])))
     unit = downs * torch.where(sizes > 0, 1 / sizes, 0.0)[:, None]
     layer = FactoredLayer(
@@ -160,6 +160,29 @@ def compress_many(
     gram = _products_of_kept(ups, downs, kept, parts.spans)
     gram.diagonal().copy_(parts.total())
     return replace(layer, gram=gram)
+
+
+def _between_bases(
+    parts: SingularComponents,
+    kept: Tensor,  # (s,), the places of those that the bases hold
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns bases (m, p), (n, q), components between them (p, S), (S, q), and squared singular values.
+
+    These (p,) are of the rows: a limit of what the columns' would allow, too.
+    """
+    sizes = parts.energies.sqrt().float()
+    if len(kept) > _SOON_ORDERED:
+        left = _span(parts.ups[:, kept] * sizes[kept])
+        right = _span(parts.downs[kept].mT)
+    elif len(kept) < len(sizes):
+        left, right = _basis(parts.ups[:, kept], sizes[kept])[0], _basis(parts.downs[kept].mT)[0]
+    else:
+        # Relatives share columns, and each that is left out is saved in all that follows.
+        left, rows, ups = _basis(parts.ups, sizes)
+        right, _, downs = _basis(parts.downs.mT)
+        return left, right, ups / sizes, downs.mT, rows
+    ups, downs = left.float().mT @ parts.ups, parts.downs @ right.float()
+    return left, right, ups, downs, _squares(ups * sizes)
 
 
 def _products_of_kept(
@@ -189,16 +212,10 @@ def _products_of_kept(
 
 def _span(
     columns: Tensor,  # (m, s)
-) -> Tensor:  # (m, p) in half precision, p <= min(m, s) or 1
-    """Returns an orthonormal basis that holds the columns; one column at least."""
+) -> Tensor:  # (m, p) in half precision, p <= min(m, s)
+    """Returns an orthonormal basis that holds the columns."""
     m, s = columns.shape
-    if (
-        s <= _SOON_ORDERED
-    ):  # relatives share columns, and each that is left out is saved in all that follows
-        return _basis(columns)[0]
-    if s >= m:
-        return torch.eye(m).half()
-    return orthonormal(columns).half() if s else torch.eye(m, 1).half()
+    return (torch.eye(m) if s >= m else orthonormal(columns)).half()
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,19 +286,36 @@ def _largest(energies: Tensor, width: int) -> Tensor:
 
 def _basis(
     columns: Tensor,  # (m, s)
-) -> tuple[Tensor, Tensor]:  # (m, p) in half precision, and (p,) squared singular values
-    """Returns an ordered orthonormal basis of the columns; one column at least."""
+    sizes: Tensor | None = None,  # (s,), by which they are to be multiplied; None for 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns an ordered orthonormal basis of the columns; one column at least.
+
+    It is (m, p), in half precision, and with it come (p,) squared singular values in float64, and the
+    columns in the basis, (p, s).
+    """
     m, s = columns.shape
-    if not s or not float(columns.abs().amax()) > 0:
-        return torch.eye(m, 1).half(), torch.zeros(1, dtype=torch.float64)
+    if s > m and sizes is not None:
+        columns, sizes = columns * sizes, None
     gram = columns.mT @ columns if s <= m else columns @ columns.mT
+    if sizes is not None:
+        gram = gram * sizes * sizes[:, None]
+    if not s or not float(gram.diagonal().amax()) > 0:
+        return torch.eye(m, 1).half(), torch.zeros(1, dtype=torch.float64), torch.zeros(1, s)
     values, vectors = torch.linalg.eigh(gram.double())
     values, vectors = values.flip(0), vectors.flip(1)
     count = int((values > _RESOLVED * values[0]).sum())
-    values, vectors = values[:count], vectors[:, :count].float()
-    if s <= m:
-        vectors = orthonormal(columns @ (vectors * values.rsqrt().float()))
-    return vectors.half(), values
+    values, vectors = values[:count], vectors[:, :count]
+    if s > m:
+        basis = vectors.float()
+        return basis.half(), values, basis.mT @ columns
+    roots = values.sqrt()
+    turn = (vectors / roots).float()
+    basis = columns @ (turn if sizes is None else turn * sizes[:, None])
+    if float(values[-1]) > _ORTHOGONAL * float(values[0]):
+        return basis.half(), values, (vectors * roots).float().mT
+    basis = orthonormal(basis)
+    within = basis.mT @ columns
+    return basis.half(), values, within if sizes is None else within * sizes
 
 
 def _squares(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -206,17 +205,37 @@ def largest_value(
     up: Tensor,  # (p, r)
     down: Tensor,  # (r, q)
 ) -> float:
-    """Returns the largest singular value s_1 of the product, or up to r ** (1 / 16) times that.
+    """Returns the largest singular value s_1 of the product, or up to r ** (1 / 16) times that."""
+    return largest_values(up.mT @ up, down @ down.mT, [up.shape[1]])[0]
+
+
+def largest_values(
+    ups: Tensor,  # (r, r), inner products of the columns of R blocks' ups, side by side
+    downs: Tensor,  # (r, r), of their downs
+    ranks: Sequence[int],  # of the R blocks
+) -> list[float]:
+    """Returns what `largest_value` does of every block.
 
     The Schatten norm (sum of s_i ** 16) ** (1 / 16): the product of the factors' Gram matrices has
     the eigenvalues s_i ** 2.
     """
-    squares = ((up.mT @ up) @ (down @ down.mT)).double()
-    energy = float(squares.diagonal().sum())
-    if energy <= 0:
-        return 0.0
-    power = torch.linalg.matrix_power(squares / energy, 8)
-    return math.sqrt(energy) * float(power.diagonal().sum()) ** (1 / 16)
+    squares = _diagonal_blocks(ups, ranks) @ _diagonal_blocks(downs, ranks)
+    energies = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
+    unit = squares / torch.where(energies > 0, energies, 1.0)[:, None, None]
+    traces = torch.linalg.matrix_power(unit, 8).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.where(energies > 0, energies.sqrt() * traces ** (1 / 16), 0.0).tolist()
+
+
+def _diagonal_blocks(
+    gram: Tensor,  # (r, r)
+    ranks: Sequence[int],  # of R blocks, r in all
+) -> Tensor:  # (R, most, most), float64, zero beyond a block's rank
+    sizes = torch.tensor(ranks, device=gram.device)
+    columns = torch.arange(max(ranks, default=0), device=gram.device)
+    places = ((sizes.cumsum(0) - sizes)[:, None] + columns).clamp(max=max(len(gram) - 1, 0))
+    inside = columns < sizes[:, None]
+    blocks = gram[places[:, :, None], places[:, None]] if len(gram) else gram.new_zeros(1)
+    return torch.where(inside[:, :, None] & inside[:, None], blocks, 0.0).double()
 
 
 def random_normal(

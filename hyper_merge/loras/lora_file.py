@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.checkpoints.io.dtypes import FLOAT8
+from hyper_merge.checkpoints.io.dtypes import FLOAT8, widened
 from hyper_merge.checkpoints.io.header import TensorInfo
 from hyper_merge.checkpoints.io.safetensors_writer import content_sha256
 from hyper_merge.checkpoints.io.transaction import FileTransaction
@@ -135,19 +135,27 @@ def stored_factors(
     Raises:
         NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
     """
-    stored, rank = StoredFormat(alpha, dtype), up.shape[1]
-    return stored_factor(layer, up, rank, stored), stored_factor(layer, down, rank, stored)
+    root = stored_root(up.shape[1], alpha)
+    return stored_values(layer, up * root, dtype), stored_values(layer, down * root, dtype)
 
 
-def stored_factor(
-    layer: Layer,
-    factor: Tensor,
-    rank: int,
-    stored: StoredFormat,
-) -> Tensor:
-    """Returns one of the factors, scaled and rounded as a file holds it; see `stored_factors`."""
-    dtype = WHOLE_DTYPE if layer.whole else stored.dtype
-    return _stored(layer, factor * _root(rank, stored.alpha), dtype)
+def stored_values(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns factors rounded to the type of a file, or that in which files hold whole layers.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or more than a file of the type can safely hold.
+    """
+    dtype = WHOLE_DTYPE if layer.whole else dtype
+    peak = float(factor.abs().amax()) if factor.numel() else 0.0
+    if not math.isfinite(peak):
+        raise NonFiniteError(f"{layer.module}: a factor holds {peak}, nothing was written")
+    if peak > _LARGEST.get(dtype, math.inf):
+        raise NonFiniteError(
+            f"{layer.module}: a factor reaches {peak:.4g}, {str(dtype).removeprefix('torch.')}"
+            f" files hold at most {_LARGEST[dtype]:.0f}",
+            hint="choose lora_dtype bfloat16 or float32",
+        )
+    return factor.detach().to(device="cpu", dtype=dtype)
 
 
 def as_hosts_apply(
@@ -159,18 +167,18 @@ def as_hosts_apply(
 
     Multipliers that are fitted to these are right for the file.
     """
-    rank = up.shape[1]
-    return applied_factor(up, rank, alpha), applied_factor(down, rank, alpha)
+    root = stored_root(up.shape[1], alpha)
+    return widened(up) / root, widened(down) / root
 
 
-def applied_factor(factor: Tensor, rank: int, alpha: float | None) -> Tensor:  # float32
-    """Returns one of the factors of what a host adds; see `as_hosts_apply`."""
-    return factor.float() / _root(rank, alpha)
+def stored_root(rank: int, alpha: float | None) -> float:
+    """Returns what each of a file's factors has been multiplied with."""
+    return 1.0 if alpha is None or rank == 0 else math.sqrt(rank / alpha)
 
 
 def product_scale(rank: int, alpha: float | None) -> float:
     """Returns what hosts multiply the product of a file's factors with."""
-    return _root(rank, alpha) ** -2
+    return stored_root(rank, alpha) ** -2
 
 
 def write_lora(
@@ -270,10 +278,6 @@ def _zeros(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (m, 1)
     return torch.zeros(layer.m, 1, dtype=dtype), torch.zeros(1, layer.n, dtype=dtype)
 
 
-def _root(rank: int, alpha: float | None) -> float:
-    return 1.0 if alpha is None or rank == 0 else math.sqrt(rank / alpha)
-
-
 def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
     """Returns the type of a stored alpha: that of the factors, as in Kohya's files, if exact.
 
@@ -281,16 +285,3 @@ def _alpha_dtype(alpha: float, dtype: torch.dtype) -> torch.dtype:
     """
     exact = dtype != FLOAT8 and float(torch.tensor(alpha, dtype=dtype)) == alpha
     return dtype if exact else torch.float32
-
-
-def _stored(layer: Layer, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    peak = float(factor.abs().amax()) if factor.numel() else 0.0
-    if not math.isfinite(peak):
-        raise NonFiniteError(f"{layer.module}: a factor holds {peak}, nothing was written")
-    if peak > _LARGEST.get(dtype, math.inf):
-        raise NonFiniteError(
-            f"{layer.module}: a factor reaches {peak:.4g}, {str(dtype).removeprefix('torch.')}"
-            f" files hold at most {_LARGEST[dtype]:.0f}",
-            hint="choose lora_dtype bfloat16 or float32",
-        )
-    return factor.detach().to(device="cpu", dtype=dtype)

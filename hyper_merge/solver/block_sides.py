@@ -53,8 +53,8 @@ class BlockSide:
         within: Tensor,  # (p' <= p, r), in the basis's first columns
     ) -> BlockSide:
         """Returns columns that lie in the basis."""
-        rows = len(within)
-        padded = torch.nn.functional.pad(within, (0, 0, 0, basis.shape[1] - rows))
+        rows, missing = len(within), basis.shape[1] - len(within)
+        padded = torch.nn.functional.pad(within, (0, 0, 0, missing)) if missing else within
         return cls(basis[:, :rows] @ within, padded)
 
     def rounded(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.io.dtypes import FLOAT8
-from hyper_merge.decomposition.linalg import largest_value
+from hyper_merge.decomposition.linalg import largest_values
 from hyper_merge.decomposition.ll1 import update_downs, update_ups
 from hyper_merge.decomposition.problem import Batch, Factors
-from hyper_merge.loras.lora_file import StoredFormat
 from hyper_merge.solver.block_sides import BlockSide
 from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, RoundedSides, Rounding
 
@@ -56,32 +55,42 @@ class RefitTarget:
         return Batch(self.slices[None], tuple(ranks), (0,))
 
 
-def refit(
+def rounded_and_refitted(
     target: RefitTarget,
     rounding: Rounding,  # to float8
-    sides: RoundedSides,
+    within: tuple[Tensor, Tensor],  # (p' <= p, r), (q' <= q, r)
     check: Callable[[], None] = lambda: None,
 ) -> RoundedSides:
-    """Fits ups, downs, and ups again to the other side as it is stored, and rounds each.
+    """Rounds blocks between the layer's bases: each side is fitted to the other as it is stored.
 
     Blocks that partly cancel each other have far more energy than their sum, and all of it is
     rounded. A fit to the rounded side removes some of that error, and lets the blocks cancel
-    less. Where a fit leaves the range of the type, the blocks stay as they were before it.
+    less. Ups are fitted to rounded downs, downs to these, and ups again. Where a fit leaves the range
+    of the type, the blocks stay as they were before it.
 
     Args:
         target: the slices that the blocks approximate.
         rounding: of the layer's blocks.
-        sides: as they were rounded.
+        within: ups and downs in the layer's bases.
         check: called before every fit; may raise, to stop.
+
+    Raises:
+        NonFiniteError: the type cannot hold a factor.
     """
     mixtures = target.batch(rounding.ranks).mixtures(target.multipliers)
-    rounded = list(sides)
+    exact = {place: rounding.spanned(side, place) for place, side in enumerate(within)}
+    rounded = {DOWNS: rounding.side(exact[DOWNS], DOWNS)}
     for place in _SIDES:
         check()
-        fitted = _fitted(rounding, target, mixtures, rounded, place)
-        if not is_in_range(rounding, fitted.columns, rounded[1 - place].columns):
+        other = rounded[1 - place]
+        fitted = _fitted(rounding, target, mixtures, exact[place].within, other, place)
+        # Bases are orthonormal: inner products within them are those of the columns.
+        gram = fitted.within.mT @ fitted.within
+        if not is_in_range(rounding, fitted.columns, gram, other.inner.gram):
             break
-        rounded[place] = rounding.side(fitted, place)
+        exact[place], rounded[place] = fitted, rounding.side(fitted, place)
+    if UPS not in rounded:
+        rounded[UPS] = rounding.side(exact[UPS], UPS)
     return rounded[UPS], rounded[DOWNS]
 
 
@@ -89,7 +98,8 @@ def _fitted(
     rounding: Rounding,
     target: RefitTarget,
     mixtures: Tensor,
-    sides: Sequence[RoundedSide],
+    former: Tensor,
+    other: RoundedSide,
     place: int,
 ) -> BlockSide:
     """Returns the least-squares columns of one side for the other, also outside of its basis.
@@ -100,36 +110,29 @@ def _fitted(
         rounding: of the blocks.
         target: what they approximate.
         mixtures: (1, R, p, q), of its slices.
-        sides: ups and downs.
+        former: (p, r), about what the columns are in their basis.
+        other: the other side.
         place: of the side that is fitted.
     """
     batch = target.batch(rounding.ranks)
-    products = sides[1 - place].inner
-    former, dual = sides[place].applied.within[None], products.dual[None]
-    ups, downs = (former, dual) if place == UPS else (dual, former)
+    own, dual = former[None], other.inner.dual[None]
+    ups, downs = (own, dual) if place == UPS else (dual, own)
     update = update_ups if place == UPS else update_downs
-    inner = products.weighted_gram[None]
+    inner = other.inner.weighted_gram[None]
     new = update(batch, Factors(ups, downs.mT), target.multipliers, mixtures, inner)
     within = new.up if place == UPS else new.down.mT
-    return BlockSide.expanded(rounding.sides[place].basis, within[0])
+    return rounding.spanned(within[0], place)
 
 
 def is_in_range(
     rounding: Rounding,
     fitted: Tensor,  # (m, r), columns of all blocks on one side
-    other: Tensor,  # (n, r), on the other
+    gram: Tensor,  # (r, r), their inner products
+    other: Tensor,  # (r, r), those of columns on the other side that float8 holds
 ) -> bool:
-    """Tells whether float8 holds the blocks, and float16 the products that hosts form of them."""
-    ranks = list(rounding.ranks)
-    sides = (torch.split(side, ranks, 1) for side in (fitted, other))
-    blocks = zip(*sides, rounding.formats, strict=True)
-    return all(_block_is_in_range(*block) for block in blocks)
-
-
-def _block_is_in_range(one: Tensor, other: Tensor, stored: StoredFormat) -> bool:
-    rank = one.shape[1]
-    if not rank or stored.alpha is None:
-        return True
-    peak = max(float(one.abs().amax()), float(other.abs().amax()))
-    entries_fit = peak * math.sqrt(rank / stored.alpha) <= torch.finfo(FLOAT8).max
-    return entries_fit and largest_value(one, other.mT) * rank / stored.alpha <= _LARGEST_PRODUCT
+    """Tells whether float8 holds the columns, and float16 the products that hosts form of the blocks."""
+    roots = rounding.roots
+    if not fitted.numel() or not float((fitted * roots).abs().amax()) <= torch.finfo(FLOAT8).max:
+        return not fitted.numel()
+    squares = roots * roots[:, None]
+    return max(largest_values(gram * squares, other * squares, rounding.ranks)) <= _LARGEST_PRODUCT

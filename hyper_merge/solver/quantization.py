@@ -16,7 +16,7 @@ from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import (
     block_gram,
     block_sums,
-    largest_value,
+    largest_values,
 )
 from hyper_merge.decomposition.normalization import balance, unit_scales
 from hyper_merge.errors import NonFiniteError
@@ -24,12 +24,17 @@ from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply
 from hyper_merge.runtime.parallel import ParallelMap
 from hyper_merge.runtime.progress import Progress
 from hyper_merge.solver.block_sides import BlockSide, LayerSide
-from hyper_merge.solver.float8 import RefitTarget, float8_alpha, is_in_range, refit
+from hyper_merge.solver.float8 import (
+    RefitTarget,
+    float8_alpha,
+    is_in_range,
+    rounded_and_refitted,
+)
 from hyper_merge.solver.low_rank_layer import empty_layer
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair, Products, StoredFactors, keep_pairs
 from hyper_merge.solver.rank_pruning import given_away
-from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSides, Rounding, stored_pairs
+from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSides, Rounding
 from hyper_merge.solver.solution import LowRankSolution
 
 _PHASE: Final = "preparing the LoRAs"
@@ -129,11 +134,14 @@ def _rounded_again(
         BlockSide(side, of_layer.basis.mT @ side)
         for side, of_layer in zip(columns, rounding.sides, strict=True)
     ]
-    if formats[0].dtype == FLOAT8 and not is_in_range(rounding, *columns):
+    if formats[0].dtype == FLOAT8 and not is_in_range(
+        rounding, columns[UPS], *(side.mT @ side for side in columns)
+    ):
         raise NonFiniteError(f"{rounding.layer.module}: files of float8 do not hold its factors")
     sides = rounding.side(exact[UPS], UPS), rounding.side(exact[DOWNS], DOWNS)
     products = _products(metric.analysis, index, rounding, sides, metric.layers[index].scale)
-    return _RoundedLayer(keep_pairs(metric.analysis.scratch.keep, stored_pairs(sides)), *products)
+    pairs = rounding.stored_pairs(sides)
+    return _RoundedLayer(keep_pairs(metric.analysis.scratch.keep, pairs), *products)
 
 
 def _rounding(
@@ -214,27 +222,21 @@ def _round_layer(
     check()
     of_layer = metric.layers[index]
     rounding = _rounding(metric, index, [up.shape[1] for up, _ in pairs], formats)
-    sides = _rounded(rounding, pairs)
+    ups, downs = zip(*pairs, strict=True)
+    within = torch.cat(ups, 1), torch.cat(downs).mT
     is_fitted_again = formats[0].dtype == FLOAT8 and not rounding.layer.whole
     if is_fitted_again:
         target = RefitTarget(metric.mixed(analysis.core(index)), group.multipliers)
-        sides = refit(target, rounding, sides, check)
+        sides = rounded_and_refitted(target, rounding, within, check)
+    else:
+        up, down = (rounding.spanned(side, place) for place, side in enumerate(within))
+        sides = rounding.side(up, UPS), rounding.side(down, DOWNS)
     check()
     if analysis.has_many and of_layer.is_plain and not is_fitted_again:
         products = _products_between_bases(analysis, index, of_layer.scale, pairs)
     else:
         products = _products(analysis, index, rounding, sides, of_layer.scale)
-    return _RoundedLayer(keep_pairs(analysis.scratch.keep, stored_pairs(sides)), *products)
-
-
-def _rounded(rounding: Rounding, pairs: Sequence[FactorPair]) -> RoundedSides:
-    """Returns blocks between the layer's bases, (p' <= p, r) and (r, q' <= q), as files hold them."""
-    ups, downs = zip(*pairs, strict=True)
-    left, right = (side.basis for side in rounding.sides)
-    return (
-        rounding.side(BlockSide.expanded(left, torch.cat(ups, 1)), UPS),
-        rounding.side(BlockSide.expanded(right, torch.cat(downs).mT), DOWNS),
-    )
+    return _RoundedLayer(keep_pairs(analysis.scratch.keep, rounding.stored_pairs(sides)), *products)
 
 
 def _products(
@@ -278,8 +280,10 @@ def _sizes(layer: _SolvedLayer) -> list[float]:
     scales = layer.group.scales.abs().tolist()
     if layer.pairs is None:
         return [0.0] * len(scales)
-    scaled = zip(layer.pairs, scales, strict=True)
-    return [up.shape[1] * x * largest_value(up, down) for (up, down), x in scaled]
+    ups, downs = zip(*layer.pairs, strict=True)
+    up, down, ranks = torch.cat(ups, 1), torch.cat(downs), [up.shape[1] for up in ups]
+    largest = largest_values(up.mT @ up, down @ down.mT, ranks)
+    return [rank * x * value for rank, x, value in zip(ranks, scales, largest, strict=True)]
 
 
 def _scaled(pair: FactorPair, scale: float) -> FactorPair:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.loras.lora_file import StoredFormat, applied_factor, stored_factor
+from hyper_merge.checkpoints.io.dtypes import widened
+from hyper_merge.loras.lora_file import StoredFormat, stored_root, stored_values
 from hyper_merge.solver.block_sides import BlockSide, InnerProducts, LayerSide
 from hyper_merge.solver.products import FactorPair
 
@@ -23,13 +24,13 @@ class RoundedSide:
     """One side of a layer's blocks as files hold it.
 
     Attributes:
-        stored: Of every block the up (m, r) or the down (r, n), in the files' type.
-        columns: (m, r), of all blocks, as hosts apply them.
+        values: (m, r), of all blocks, in the files' type.
+        columns: (m, r), as hosts apply them.
         exact: Before they were rounded.
         layer: The same side of the layer.
     """
 
-    stored: list[Tensor]
+    values: Tensor
     columns: Tensor
     exact: BlockSide
     layer: LayerSide
@@ -64,6 +65,15 @@ class Rounding:
     ranks: Sequence[int]
     formats: Sequence[StoredFormat]
 
+    @cached_property
+    def roots(self) -> Tensor:  # (r,)
+        """What files hold the columns of all blocks multiplied with."""
+        roots = [
+            stored_root(rank, form.alpha)
+            for rank, form in zip(self.ranks, self.formats, strict=True)
+        ]
+        return torch.tensor(roots).repeat_interleave(torch.tensor(list(self.ranks)))
+
     def side(self, exact: BlockSide, place: int) -> RoundedSide:
         """Returns the ups or the downs, scaled and rounded.
 
@@ -74,17 +84,21 @@ class Rounding:
         Raises:
             NonFiniteError: the type cannot hold a factor.
         """
-        stored, applied = [], []
-        by_block = torch.split(exact.columns, list(self.ranks), 1)
-        for columns, rank, form in zip(by_block, self.ranks, self.formats, strict=True):
-            factor = columns if place == UPS else columns.mT.contiguous()
-            stored.append(stored_factor(self.layer, factor, rank, form))
-            rounded = applied_factor(stored[-1], rank, form.alpha)
-            applied.append(rounded if place == UPS else rounded.mT)
-        return RoundedSide(stored, torch.cat(applied, 1), exact, self.sides[place])
+        # All blocks at once: they are many where LoRAs are shared, and each is small.
+        values = stored_values(self.layer, exact.columns * self.roots, self.formats[0].dtype)
+        return RoundedSide(values, widened(values) / self.roots, exact, self.sides[place])
 
+    def spanned(
+        self,
+        within: Tensor,  # (p' <= p, r)
+        place: int,
+    ) -> BlockSide:
+        """Returns the ups or the downs that lie in the layer's basis."""
+        return BlockSide.expanded(self.sides[place].basis, within)
 
-def stored_pairs(sides: RoundedSides) -> list[FactorPair]:  # per block (m, r), (r, n)
-    """Returns the blocks as files hold them."""
-    ups, downs = sides
-    return list(zip(ups.stored, downs.stored, strict=True))
+    def stored_pairs(self, sides: RoundedSides) -> list[FactorPair]:  # per block (m, r), (r, n)
+        """Returns the blocks as files hold them."""
+        ups, downs = (torch.split(side.values, list(self.ranks), 1) for side in sides)
+        return [
+            (up.contiguous(), down.mT.contiguous()) for up, down in zip(ups, downs, strict=True)
+        ]

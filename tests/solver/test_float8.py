@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from tiny_family import merge
 
 from hyper_merge.checkpoints.architectures.layout import Layer
-from hyper_merge.decomposition.linalg import largest_value
+from hyper_merge.decomposition.linalg import largest_value, largest_values
 from hyper_merge.decomposition.normalization import balance
 from hyper_merge.decomposition.stretch import LayerMetric, Stretch
 from hyper_merge.errors import InterruptedRun
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply
 from hyper_merge.solver import float8
 from hyper_merge.solver.block_sides import BlockSide, LayerSide
-from hyper_merge.solver.float8 import RefitTarget, float8_alpha, refit
-from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, Rounding, stored_pairs
+from hyper_merge.solver.float8 import RefitTarget, float8_alpha, rounded_and_refitted
+from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, Rounding
 
 FLOAT8 = torch.float8_e4m3fn
 LAYER = Layer("te.weight", "lora_te_q_proj", "text_encoder", (60, 50))
@@ -65,19 +65,23 @@ def rounding_of(alphas, bases=IDENTITIES, metric=PLAIN):
     return Rounding(LAYER, sides, RANKS, [StoredFormat(alpha, FLOAT8) for alpha in alphas])
 
 
+def columns_of(pairs):
+    """Returns the ups and the downs of all blocks as columns, side by side."""
+    return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]).mT
+
+
 def rounded(rounding, pairs):
-    """Returns blocks, which need not lie in the bases, as files hold them."""
-    columns = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]).mT
+    """Returns blocks between the bases as files hold them, without a fit."""
     return tuple(
-        rounding.side(BlockSide(side, layer.basis.mT @ side), place)
-        for place, (side, layer) in enumerate(zip(columns, rounding.sides, strict=True))
+        rounding.side(rounding.spanned(side, place), place)
+        for place, side in enumerate(columns_of(pairs))
     )
 
 
 def dense_error(target, rounding, sides):
     """Returns the error of the blocks as hosts add them, by its definition."""
     left, right = (side.basis.double() for side in rounding.sides)
-    stored, alphas = stored_pairs(sides), [form.alpha for form in rounding.formats]
+    stored, alphas = rounding.stored_pairs(sides), [form.alpha for form in rounding.formats]
     total = 0.0
     for core, row in zip(target.slices.double(), target.multipliers, strict=True):
         rest = left @ core @ right.mT
@@ -129,6 +133,19 @@ def test_the_largest_singular_value_is_bounded_closely_from_above(rank, exponent
     assert 0.999 * float(values[0]) < largest < rank ** (1 / 16) * float(values[0]) * 1.001
 
 
+def test_largest_values_of_blocks_are_those_of_each_alone():
+    pairs = blocks_of()
+    up, down = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
+    found = largest_values(up.mT @ up, down @ down.mT, RANKS)
+    alone = [largest_value(up.double(), down.double()) for up, down in pairs]
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert found[2] == 0.0
+    exact = [float(torch.linalg.matrix_norm(up @ down, 2)) for up, down in pairs]
+    for value, bound in zip(exact, found, strict=True):
+        assert value <= 1.0001 * bound
+        assert bound <= 1.001 * 16 ** (1 / 16) * value
+
+
 def test_nothing_has_no_largest_singular_value():
     assert largest_value(torch.zeros(3, 2), torch.ones(2, 3)) == 0.0
     assert largest_value(torch.zeros(3, 0), torch.zeros(0, 3)) == 0.0
@@ -139,12 +156,12 @@ def test_a_refit_reduces_the_rounding_of_cancelling_blocks(seed):
     target, pairs = cancelling(seed)
     rounding = rounding_of(alphas_of(pairs))
     sides = rounded(rounding, pairs)
-    again = refit(target, rounding, sides)
+    again = rounded_and_refitted(target, rounding, columns_of(pairs))
     before, after = (dense_error(target, rounding, blocks) for blocks in (sides, again))
     energy = float(target.slices.double().square().sum())
     assert 1e-3 < before / energy < 0.1
     assert 0 < after < 0.7 * before
-    stored = stored_pairs(again)
+    stored = rounding.stored_pairs(again)
     assert {part.dtype for pair in stored for part in pair} == {FLOAT8}
     assert all(part.is_contiguous() for pair in stored for part in pair)
     assert [up.shape[1] for up, _ in stored] == list(RANKS)
@@ -160,11 +177,12 @@ def test_refitted_factors_are_dense_least_squares(metric):
     target = RefitTarget(slices, multipliers)
     pairs = blocks_of(seed=2)  # not in the bases
     rounding = rounding_of([1.0] * len(RANKS), tuple(bases), metric)
-    ups, downs = torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]).mT
+    ups, downs = columns_of(pairs)
     sides = [
-        RoundedSide([], columns, BlockSide(columns, layer.basis.mT @ columns), layer)
+        RoundedSide(columns, columns, BlockSide(columns, layer.basis.mT @ columns), layer)
         for columns, layer in zip((ups, downs), rounding.sides, strict=True)
     ]
+    former = [side.exact.within for side in sides]
     mixtures = target.batch(RANKS).mixtures(multipliers)
     dense = [(bases[0] @ core @ bases[1].mT).double() for core in slices]
     row = multipliers.repeat_interleave(torch.tensor(RANKS), 1)  # (2, rho)
@@ -178,11 +196,12 @@ def test_refitted_factors_are_dense_least_squares(metric):
         return torch.linalg.lstsq(design.mT, wide.mT).solution.mT
 
     # what a least-squares up has outside of the basis is nothing, for the slices are inside
-    fitted = float8._fitted(rounding, target, mixtures, sides, UPS)
+    fitted = float8._fitted(rounding, target, mixtures, former[UPS], sides[DOWNS], UPS)
     found, close = fitted.columns.double(), {"atol": 2e-3, "rtol": 2e-3}
     torch.testing.assert_close(found, expected(downs, dense, right), **close)
     torch.testing.assert_close(bases[0] @ fitted.within, fitted.columns)
-    found = float8._fitted(rounding, target, mixtures, sides, DOWNS).columns.double()
+    fitted = float8._fitted(rounding, target, mixtures, former[DOWNS], sides[UPS], DOWNS)
+    found = fitted.columns.double()
     turned = [block.mT for block in dense]
     torch.testing.assert_close(found, expected(ups, turned, left), **close)
 
@@ -190,10 +209,10 @@ def test_refitted_factors_are_dense_least_squares(metric):
 def test_a_fit_that_leaves_the_range_is_not_made():
     target, pairs = cancelling()
     rounding = rounding_of(alphas_of(pairs))
-    sides = rounded(rounding, pairs)
     larger = replace(target, slices=3 * target.slices)
-    again = refit(larger, rounding, sides)
-    assert all(a is b for a, b in zip(again, sides, strict=True))
+    again = rounded_and_refitted(larger, rounding, columns_of(pairs))
+    for side, plain in zip(again, rounded(rounding, pairs), strict=True):
+        assert torch.equal(side.values.view(torch.uint8), plain.values.view(torch.uint8))
 
 
 def test_a_stop_is_checked_between_refits():
@@ -206,7 +225,7 @@ def test_a_stop_is_checked_between_refits():
             raise InterruptedRun("stopped")
 
     with pytest.raises(InterruptedRun):
-        refit(target, rounding, rounded(rounding, pairs), stop)
+        rounded_and_refitted(target, rounding, columns_of(pairs), stop)
 
 
 def test_the_second_fit_heeds_how_much_each_checkpoint_counts(files, tmp_path, monkeypatch):

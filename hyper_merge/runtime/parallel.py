@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,6 +27,9 @@ _MOST_WORKERS_FOR_A_GPU: Final = 8
 # work, or the caller writes, the workers go on. Results are small beside what making them takes.
 _LEAST_AHEAD: Final = 8
 _GROWTH: Final = 2**27  # bytes by which memory may grow before freed memory is returned
+_LOOK_EVERY: Final = (
+    0.02  # seconds: while another thread works, a look takes a tenth of a millisecond
+)
 
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
@@ -142,6 +146,7 @@ class OwnMemory:
     def __init__(self) -> None:
         """Begins before anything has grown."""
         self._usual = 0  # bytes that were left when freed memory was returned last
+        self._next = 0.0  # when to look again, in seconds
 
     def return_if_grown(self) -> None:
         """Returns freed memory to the system if there is a good deal more than after the last time.
@@ -149,6 +154,10 @@ class OwnMemory:
         That takes microseconds where there is not; the C library would fill what lies between freed
         tensors with small things, and never use it for tensors of the same size again.
         """
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _LOOK_EVERY
         size = _own_bytes()
         if size > self._usual + _GROWTH:
             return_memory()

@@ -138,7 +138,7 @@ class _Solver:
     def _batch(self, index: int, ranks: tuple[int, ...]) -> FactoredBatch:
         part = self._analysis.part(index)
         most = max(int(_PER_COLUMN * max(part.core_shape)), _LEAST_COMPONENTS)
-        places = part.largest(most)
+        places = slice(None) if len(part.owners) <= most else part.largest(most)
         owners = part.owners[places]
         factors = self._factors(index)[owners]
 

@@ -82,9 +82,9 @@ def start_pairs(
     generator = torch.Generator().manual_seed(seed)
     directions = torch.tensor([block.direction for block in blocks]).to(components.ups)
     pairs: dict[int, FactorPair] = {}
-    for place, block in enumerate(blocks):
-        if block.is_mixture:
-            pairs[place] = _mixture(components, directions[place], most, generator)
+    for places in _alike(blocks):
+        found = _mixtures(components, directions[places], most, generator)
+        pairs |= zip(places, found, strict=True)
     mixtures = list(pairs)
     alone: dict[int, FactorPair] = {}
     for place, block in enumerate(blocks):
@@ -100,22 +100,36 @@ def start_pairs(
     return [pairs[place] for place in range(len(blocks))]
 
 
-def _mixture(
-    components: Components, direction: Tensor, most: int, generator: torch.Generator
-) -> FactorPair:
-    weights = direction[components.owners]
-    used = weights.nonzero().flatten()
-    up, down = components.ups[:, used] * weights[used], components.downs[used]
-    rank = min(most, *up.shape, down.shape[1])
+def _alike(blocks: Sequence[StartBlock]) -> list[list[int]]:
+    """Returns the places of the mixtures, those of the same inputs together."""
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for place, block in enumerate(blocks):
+        if block.is_mixture:
+            groups.setdefault(tuple(x != 0 for x in block.direction), []).append(place)
+    return list(groups.values())
+
+
+def _mixtures(
+    components: Components,
+    directions: Tensor,  # (g, k), of the same inputs
+    most: int,
+    generator: torch.Generator,
+) -> list[FactorPair]:
+    """Returns the truncated SVDs of mixtures, all at once: there are many of them, and each is small."""
+    weights, ups, downs = directions[:, components.owners], components.ups, components.downs
+    used = weights[0].nonzero().flatten()
+    if len(used) < len(components.owners):
+        weights, ups, downs = weights[:, used], ups[:, used], downs[used]
+    rank = min(most, *ups.shape, downs.shape[1])
     if not rank:
-        return up[:, :0], down[:0]
-    right = random_normal((down.shape[1], rank), down, generator)
+        return [(ups[:, :0], downs[:0])] * len(directions)
+    right = random_normal((len(directions), downs.shape[1], rank), downs, generator)
     for _ in range(_TURNS):
-        left = orthonormal(up @ (down @ right))
-        right = down.mT @ (up.mT @ left)
+        left = orthonormal(ups @ (weights[:, :, None] * (downs @ right)))
+        right = downs.mT @ (weights[:, :, None] * (ups.mT @ left))
     _, turn = torch.linalg.eigh((right.mT @ right).double())
-    turn = turn.flip(1).to(left)
-    return left @ turn, turn.mT @ right.mT
+    turn = turn.flip(2).to(left)
+    return list(zip(left @ turn, turn.mT @ right.mT, strict=True))
 
 
 def _beside(up: Tensor, others: Sequence[Tensor]) -> Tensor:

@@ -85,6 +85,7 @@ def test_freed_memory_goes_back_where_it_has_grown(monkeypatch):
     monkeypatch.setattr(parallel_module, "_GROWTH", 25)
     monkeypatch.setattr(parallel_module, "_own_bytes", lambda: next(sizes))
     monkeypatch.setattr(parallel_module, "return_memory", lambda: returned.append(True))
+    monkeypatch.setattr(parallel_module, "_LOOK_EVERY", 0.0)
     memory = OwnMemory()
     counts = []
     for _ in range(6):
@@ -92,3 +93,14 @@ def test_freed_memory_goes_back_where_it_has_grown(monkeypatch):
         counts.append(len(returned))
     # 100: more than nothing, leaves 110; 130 and 90: no; 60: less than ever; 75: no; 90: again
     assert counts == [1, 1, 1, 1, 1, 2]
+
+
+def test_memory_is_not_looked_at_more_often_than_it_can_grow(monkeypatch):
+    looks, now = [], [100.0]
+    monkeypatch.setattr(parallel_module, "_own_bytes", lambda: looks.append(now[0]) or 0)
+    monkeypatch.setattr(parallel_module.time, "monotonic", lambda: now[0])
+    memory = OwnMemory()
+    for _ in range(10):
+        memory.return_if_grown()
+        now[0] += parallel_module._LOOK_EVERY * 0.26
+    assert len(looks) == 3

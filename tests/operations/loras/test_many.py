@@ -30,6 +30,7 @@ from hyper_merge.operations.loras.relatives import find_relative_sets
 from hyper_merge.operations.loras.share import DEFAULTS, preflight_share, run_share
 from hyper_merge.recipe.recipe import Recipe
 from hyper_merge.runtime.progress import Progress
+from hyper_merge.solver import many_start
 
 COUNT, ALIKE = 10, 5
 
@@ -116,6 +117,8 @@ def test_sets_of_relatives_lose_no_more_than_all_at_once_and_have_short_prompts(
     tmp_path, relatives, monkeypatch
 ):
     settings = {"budget": budget(relatives, 0.2), "iterations": 4}
+    # With the usual two, the start's random numbers decide about as much as is compared here.
+    monkeypatch.setattr(many_start, "_TURNS", 4)
     in_sets = share(relatives, tmp_path / "sets", **settings).report
     monkeypatch.setattr(relatives_of, "FEW", 100)
     at_once = share(relatives, tmp_path / "all", **settings).report

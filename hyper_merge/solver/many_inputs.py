@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from hyper_merge.analysis.factored import FactoredAnalysis
 from hyper_merge.decomposition.clustering import find_relatives
-from hyper_merge.decomposition.factored_batch import FactoredBatch
+from hyper_merge.decomposition.factored_batch import FactoredBatch, SweptTogether, alike
 from hyper_merge.decomposition.ll1 import solve_ll1
+from hyper_merge.decomposition.normalization import even_out
 from hyper_merge.decomposition.problem import Factors, Problem
 from hyper_merge.decomposition.rank_allocation import last_rate
 from hyper_merge.recipe.recipe import Recipe
@@ -30,7 +32,7 @@ from hyper_merge.solver.many_start import (
 )
 from hyper_merge.solver.metric import Metric
 from hyper_merge.solver.products import FactorPair
-from hyper_merge.solver.rank_pruning import GroupSolution, prune_ranks
+from hyper_merge.solver.rank_pruning import GroupSolution, given_away, prune_ranks
 from hyper_merge.solver.stopping import SolverProgress, stop_by_sweep
 
 _SAMPLE: Final = 8  # layers, from which the start is chosen
@@ -78,7 +80,8 @@ def solve_many(
         solver.started(name, groups[name], blocks[name], price, part)
         for name, part in zip(groups, parts, strict=False)
     ]
-    pruned = prune_ranks(started, allowance, parallel)
+    # The start's components are singular ones.
+    pruned = prune_ranks(started, allowance, parallel, even_out)
     del started
     return [solver.swept(pruned, part) for part in parts[len(groups) :]]
 
@@ -102,37 +105,51 @@ class _Solver:
         multipliers = torch.tensor([block.direction for block in blocks]).double().mT
         keep = self.metric.analysis.scratch.keep
 
-        def start(index: int) -> tuple[FactoredBatch, Factors]:
-            pairs = self._pairs(index, blocks)
-            ranks = [
-                int((_energies(pair) > price * self.allowance.costs[index]).sum()) for pair in pairs
-            ]
-            cut = [(up[:, :r], down[:r]) for (up, down), r in zip(pairs, ranks, strict=True)]
-            ups, downs = zip(*cut, strict=True)
-            up, down = keep([torch.cat(ups, 1)[None], torch.cat(downs)[None]])
-            return self._batch(index, tuple(ranks)), Factors(up, down)
+        def start(alike: Sequence[int]) -> dict[int, tuple[FactoredBatch, Factors]]:
+            started = {}
+            for index, pairs in zip(alike, self._pairs(alike, blocks), strict=True):
+                least = price * self.allowance.costs[index]
+                ranks = [int((_energies(pair) > least).sum()) for pair in pairs]
+                cut = [(up[:, :r], down[:r]) for (up, down), r in zip(pairs, ranks, strict=True)]
+                ups, downs = zip(*cut, strict=True)
+                up, down = keep([torch.cat(ups, 1)[None], torch.cat(downs)[None]])
+                started[index] = self._batch(index, tuple(ranks)), Factors(up, down)
+            return started
 
         counter = part.counter("searching for a start", dict.fromkeys(members, 1.0))
-        batches, factors = [], []
-        for index, (batch, pair) in zip(members, self.parallel(start, members), strict=True):
-            counter.finish(index)
-            if any(batch.ranks):
-                batches.append(batch)
-                factors.append(pair)
+        found: dict[int, tuple[FactoredBatch, Factors]] = {}
+        for of_form in self.parallel(start, self._alike(members)):
+            found |= of_form
+            for index in of_form:
+                counter.finish(index)
+        started = [found.pop(index) for index in members]
+        used = [(batch, factors) for batch, factors in started if any(batch.ranks)]
+        batches, factors = [batch for batch, _ in used], tuple(each for _, each in used)
         problem = Problem(tuple(batches), self.metric.energy(members), ridge=_RIDGE, keep=keep)
-        return GroupSolution(name, problem, multipliers, tuple(factors), ())
+        return GroupSolution(name, problem, multipliers, factors, ())
 
     def swept(self, groups: list[GroupSolution], part: Progress) -> GroupSolution:
         """Takes the first of the groups out, and returns it after the sweeps."""
         group, factors = groups.pop(0).without_factors()
+        batches = cast(tuple[FactoredBatch, ...], group.problem.batches)
+        places = alike([batch.form for batch in batches])
+        together = [SweptTogether.of([batches[place] for place in chosen]) for chosen in places]
         progress = SolverProgress(part)
-        counting = progress.counting(self.parallel, len(group.problem.batches))
+        counting = progress.counting(self.parallel, len(together))
         inputs, layers = self._analysis.contrasts.count, len(self._analysis.layers)
         soon = min(_SWEEPS_TIMES_INPUTS // inputs, _SWEEPS_TIMES_LAYERS // layers)
         most = min(max(soon, _LEAST_SWEEPS), self.recipe.iterations)
         stopping = stop_by_sweep(replace(self.recipe, iterations=most), progress, 0.0)
-        problem = replace(group.problem, parallel=counting)
-        solution = solve_ll1(problem, factors, group.multipliers, stopping)
+        problem = replace(group.problem, batches=tuple(together), parallel=counting)
+        alone = dict(enumerate(factors))
+        start = deque(
+            batch.padded([alone.pop(place) for place in chosen]).kept(problem.keep)
+            for batch, chosen in zip(together, places, strict=True)
+        )
+        solution = solve_ll1(problem, given_away(start), group.multipliers, stopping)
+        for batch, chosen, found in zip(together, places, solution.factors, strict=True):
+            alone |= zip(chosen, batch.parts(found), strict=True)
+        solution = replace(solution, factors=tuple(alone[place] for place in range(len(batches))))
         return GroupSolution.of(group.name, group.problem, solution)
 
     def _batch(self, index: int, ranks: tuple[int, ...]) -> FactoredBatch:
@@ -149,7 +166,8 @@ class _Solver:
         def slices() -> Tensor:
             return self.metric.core(index)[None]
 
-        return FactoredBatch(slices, ranks, (index,), components, owners)
+        form = (*part.core_shape, tuple(owners.tolist()))
+        return FactoredBatch(slices, ranks, (index,), components, owners, form)
 
     def _factors(self, index: int) -> Tensor:  # (k,), float32
         """Returns by what each input's changes are multiplied so that squares are what the loss counts."""
@@ -160,18 +178,31 @@ class _Solver:
             factors.sqrt() * self.metric.mix.diagonal().float()
         )  # deviations from zero: all of it
 
-    def _components(self, index: int) -> Components:
-        part = self._analysis.part(index)
-        ups, downs = part.components()
-        return Components(ups * self._factors(index)[part.owners], downs, part.owners)
+    def _components(self, indices: Sequence[int]) -> Components:
+        """Returns those of layers of one form."""
+        ups, downs, owners = [], [], self._analysis.part(indices[0]).owners
+        for index in indices:
+            up, down = self._analysis.part(index).components()
+            ups.append(up * self._factors(index)[owners])
+            downs.append(down)
+        return Components(torch.stack(ups), torch.stack(downs), owners)
 
     @property
     def _analysis(self) -> FactoredAnalysis:
         return cast(FactoredAnalysis, self.metric.analysis)
 
-    def _pairs(self, index: int, blocks: Sequence[StartBlock]) -> list[FactorPair]:
+    def _alike(self, members: Sequence[int]) -> list[list[int]]:
+        """Returns layers of one form together, as many as are soon done."""
+        parts = [self._analysis.part(index) for index in members]
+        forms = [(*part.core_shape, tuple(part.owners.tolist())) for part in parts]
+        return [[members[place] for place in places] for places in alike(forms)]
+
+    def _pairs(
+        self, indices: Sequence[int], blocks: Sequence[StartBlock]
+    ) -> list[list[FactorPair]]:
+        """Returns the start of layers of one form."""
         mean = self.allowance.budget / sum(self.allowance.costs) / len(self.recipe.ranks)
-        return start_pairs(self._components(index), blocks, most_ranks(mean), index)
+        return start_pairs(self._components(indices), blocks, most_ranks(mean), indices[0])
 
     def price(
         self, groups: Mapping[str, Sequence[int]], blocks: Mapping[str, Sequence[StartBlock]]
@@ -184,7 +215,8 @@ class _Solver:
                 self.allowance.costs[i] for i in sample
             )
             pairs_of = partial(self._pairs, blocks=blocks[name])
-            for index, pairs in zip(sample, self.parallel(pairs_of, sample), strict=True):
+            alone = [[index] for index in sample]
+            for (index,), (pairs,) in zip(alone, self.parallel(pairs_of, alone), strict=True):
                 cost = self.allowance.costs[index]
                 gains = torch.cat([_energies(pair) for pair in pairs])
                 rates.append(gains / cost)
@@ -254,7 +286,7 @@ class _Solver:
             return torch.stack(
                 [
                     (_energies(pair) - least).clamp(min=0).sum()
-                    for pair in self._pairs(index, blocks)
+                    for pair in self._pairs([index], blocks)[0]
                 ]
             )
 

@@ -26,10 +26,10 @@ _TURNS: Final = 2  # of subspace iteration
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """One layer's inputs as components `ups[:, s] @ downs[s]`, as the loss counts them."""
+    """Inputs of b layers as components `ups[:, s] @ downs[s]`, as the loss counts them."""
 
-    ups: Tensor  # (p, S)
-    downs: Tensor  # (S, q)
+    ups: Tensor  # (b, p, S)
+    downs: Tensor  # (b, S, q)
     owners: Tensor  # (S,), the input of each; those of an input side by side, falling
 
 
@@ -70,34 +70,40 @@ def most_ranks(mean: float) -> int:
 
 def start_pairs(
     components: Components, blocks: Sequence[StartBlock], most: int, seed: int
-) -> list[FactorPair]:  # per block (p, r), (r, q)
-    """Returns the blocks of one layer: falling components, the ups orthonormal within a block.
+) -> list[list[FactorPair]]:  # per layer and block (p, r), (r, q)
+    """Returns the blocks of layers: falling components, the ups orthonormal within a block.
 
     Args:
-        components: of the layer.
-        blocks: of the layer's group.
+        components: of the layers.
+        blocks: of the layers' group.
         most: rank of a mixture at most.
         seed: of the subspace iteration.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.tensor([block.direction for block in blocks]).to(components.ups)
-    pairs: dict[int, FactorPair] = {}
+    mixed: dict[int, FactorPair] = {}  # per block: (b, p, r), (b, r, q)
     for places in _alike(blocks):
         found = _mixtures(components, directions[places], most, generator)
-        pairs |= zip(places, found, strict=True)
-    mixtures = list(pairs)
-    alone: dict[int, FactorPair] = {}
+        mixed |= zip(places, found, strict=True)
+    pairs = [
+        {place: (up[i], down[i]) for place, (up, down) in mixed.items()}
+        for i in range(len(components.ups))
+    ]
+    alone: dict[tuple[int, int], FactorPair] = {}
     for place, block in enumerate(blocks):
         if not block.is_mixture:
             own = components.owners == int(directions[place].abs().argmax())
-            up, down = components.ups[:, own], components.downs[own]
-            shared = [j for j in mixtures if float(directions[j] @ directions[place]) != 0]
+            ups, downs = components.ups[:, :, own], components.downs[:, own]
+            shared = [j for j in mixed if float(directions[j] @ directions[place]) != 0]
             if shared:
-                alone[place] = _beside(up, [pairs[j][0] for j in shared]), down
+                ups = _beside(ups, [mixed[j][0] for j in shared])
+                alone |= {(i, place): pair for i, pair in enumerate(zip(ups, downs, strict=True))}
             else:
-                pairs[place] = up, down
-    pairs |= _in_falling_order(alone)
-    return [pairs[place] for place in range(len(blocks))]
+                for of_layer, pair in zip(pairs, zip(ups, downs, strict=True), strict=True):
+                    of_layer[place] = pair
+    for (i, place), pair in _in_falling_order(alone).items():
+        pairs[i][place] = pair
+    return [[of_layer[place] for place in range(len(blocks))] for of_layer in pairs]
 
 
 def _alike(blocks: Sequence[StartBlock]) -> list[list[int]]:
@@ -114,37 +120,48 @@ def _mixtures(
     directions: Tensor,  # (g, k), of the same inputs
     most: int,
     generator: torch.Generator,
-) -> list[FactorPair]:
+) -> list[FactorPair]:  # g of (b, p, r), (b, r, q)
     """Returns the truncated SVDs of mixtures, all at once: there are many of them, and each is small."""
-    weights, ups, downs = directions[:, components.owners], components.ups, components.downs
-    used = weights[0].nonzero().flatten()
+    weights, ups, downs = directions.mT[components.owners], components.ups, components.downs
+    used = weights[:, 0].nonzero().flatten()
     if len(used) < len(components.owners):
-        weights, ups, downs = weights[:, used], ups[:, used], downs[used]
-    rank = min(most, *ups.shape, downs.shape[1])
+        weights, ups, downs = weights[used], ups[:, :, used], downs[:, used]
+    b, p, _ = ups.shape
+    mixtures, rank = len(directions), min(most, *ups.shape[1:], downs.shape[2])
     if not rank:
-        return [(ups[:, :0], downs[:0])] * len(directions)
-    right = random_normal((len(directions), downs.shape[1], rank), downs, generator)
+        return [(ups[:, :, :0], downs[:, :0])] * mixtures
+
+    def weighted(columns: Tensor) -> Tensor:  # (b, S, g * r)
+        return (columns.view(b, -1, mixtures, rank) * weights[:, :, None]).flatten(2)
+
+    right = random_normal((b, downs.shape[2], mixtures * rank), downs, generator)
     for _ in range(_TURNS):
-        left = orthonormal(ups @ (weights[:, :, None] * (downs @ right)))
-        right = downs.mT @ (weights[:, :, None] * (ups.mT @ left))
+        left = (ups @ weighted(downs @ right)).view(b, p, mixtures, rank).transpose(1, 2)
+        left = orthonormal(left)
+        right = downs.mT @ weighted(ups.mT @ left.transpose(1, 2).flatten(2))
+    right = right.view(b, -1, mixtures, rank).transpose(1, 2)  # (b, g, q, r)
     _, turn = torch.linalg.eigh((right.mT @ right).double())
-    turn = turn.flip(2).to(left)
-    return list(zip(left @ turn, turn.mT @ right.mT, strict=True))
+    turn = turn.flip(3).to(left)
+    return list(zip((left @ turn).unbind(1), (turn.mT @ right.mT).unbind(1), strict=True))
 
 
-def _beside(up: Tensor, others: Sequence[Tensor]) -> Tensor:
+def _beside(
+    ups: Tensor,  # (b, p, s)
+    others: Sequence[Tensor],  # (b, p, r) each
+) -> Tensor:  # (b, p, s)
     """Returns columns without what lies in the span of others' columns."""
-    basis = orthonormal(torch.cat(list(others), 1)[:, : len(up)])
-    return up - basis @ (basis.mT @ up)
+    basis = orthonormal(torch.cat(list(others), 2)[:, :, : ups.shape[1]])
+    return ups - basis @ (basis.mT @ ups)
 
 
-def _in_falling_order(pairs: Mapping[int, FactorPair]) -> dict[int, FactorPair]:
+def _in_falling_order(
+    pairs: Mapping[tuple[int, int], FactorPair],
+) -> dict[tuple[int, int], FactorPair]:
     if not pairs:
         return {}
-    places = list(pairs)
-    up, down = pairs[places[0]]
-    found = singular_components([pairs[place] for place in places], (len(up), down.shape[1]))
+    up, down = next(iter(pairs.values()))
+    found = singular_components(list(pairs.values()), (len(up), down.shape[1]))
     return {
         place: (found.ups[:, span], found.downs[span])
-        for place, span in zip(places, found.spans, strict=True)
+        for place, span in zip(pairs, found.spans, strict=True)
     }

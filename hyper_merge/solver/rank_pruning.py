@@ -56,7 +56,10 @@ class _BalancedLayer:
 
 
 def prune_ranks(
-    groups: list[GroupSolution], allowance: Allowance, parallel: ParallelMap
+    groups: list[GroupSolution],
+    allowance: Allowance,
+    parallel: ParallelMap,
+    balancing: Callable[[Tensor, Tensor], FactorPair] = balance,
 ) -> list[GroupSolution]:
     """Returns the groups with the components of most energy for their bytes, across all groups.
 
@@ -65,6 +68,7 @@ def prune_ranks(
             memory beside the result.
         allowance: the bytes that all of them may take together.
         parallel: a map over the batches.
+        balancing: brings the components of a block's factors into falling order, each as large in both.
     """
     layers: dict[int, _BalancedLayer] = {}
     energies: dict[int, list[Tensor]] = {}
@@ -73,7 +77,7 @@ def prune_ranks(
         group, factors = groups.pop(0).without_factors()
         rest.append(group)
         size = group.multipliers.square().sum(0)
-        balanced = partial(_balanced, group.problem.keep)
+        balanced = partial(_balanced, group.problem.keep, balancing)
         batches = group.problem.batches
         for batch, of_layers in zip(batches, parallel(balanced, batches, factors), strict=True):
             for place, (index, (pairs, values)) in enumerate(
@@ -102,7 +106,10 @@ def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
 
 
 def _balanced(
-    keep: Keep, batch: Batch, factors: Factors
+    keep: Keep,
+    balancing: Callable[[Tensor, Tensor], FactorPair],
+    batch: Batch,
+    factors: Factors,
 ) -> list[tuple[list[FactorPair], list[Tensor]]]:
     """Returns every layer's blocks with their components in falling order, and the values of each.
 
@@ -110,7 +117,9 @@ def _balanced(
     whole sweep over a layer.
     """
     factors = Factors(factors.up.cpu(), factors.down.cpu())
-    pairs = [balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)]
+    pairs = [
+        balancing(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)
+    ]
     kept = [
         keep_pairs(keep, [(up[place], down[place]) for up, down in pairs])
         for place in range(len(batch.layers))

@@ -1,9 +1,12 @@
 """A sweep over factors is the sweep over the slices that they make."""
 
+from functools import partial
+
 import torch
 from torch.testing import assert_close
 
-from hyper_merge.decomposition.factored_batch import FactoredBatch
+from hyper_merge.decomposition import factored_batch
+from hyper_merge.decomposition.factored_batch import FactoredBatch, SweptTogether, alike
 from hyper_merge.decomposition.ll1 import StoppingCriterion, solve_ll1, sweep
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
@@ -55,3 +58,35 @@ def test_a_layer_with_other_ranks_keeps_its_components():
     batch = problems()[1].batches[0].of_layer(0, (1, 2, 0))
     assert batch.ranks == (1, 2, 0)
     assert batch.components()[0].shape == (P, K * RANK)
+
+
+def test_layers_of_other_ranks_are_swept_together_as_alone():
+    generator = torch.Generator().manual_seed(2)
+    layers, starts = [], []
+    for place, ranks in enumerate([(4, 0, 3), (1, 2, 2), (0, 0, 1), (3, 3, 3)]):
+        ups = torch.randn(P, K * RANK, generator=generator)
+        downs = torch.randn(K * RANK, Q, generator=generator)
+        owners = torch.arange(K).repeat_interleave(RANK)
+        source = partial(tuple, (ups, downs))
+        layers.append(FactoredBatch(torch.zeros(1, K, P, Q), ranks, (place,), source, owners))
+        up = torch.randn(1, P, sum(ranks), generator=generator)
+        starts.append(Factors(up, torch.randn(1, sum(ranks), Q, generator=generator)))
+    multipliers = torch.randn(K, 3, generator=generator).double()
+    energy = 1e5
+    alone, fitted, sums = sweep(Problem(tuple(layers), energy, ridge=0.01), starts, multipliers)
+    batch = SweptTogether.of(layers)
+    problem = Problem((batch,), energy, ridge=0.01)
+    (together,), refitted, others = sweep(problem, [batch.padded(starts)], multipliers)
+    for one, other in zip(alone, batch.parts(together), strict=True):
+        assert one.up.shape == other.up.shape
+        assert_close(other.up @ other.down, one.up @ one.down, rtol=1e-3, atol=1e-3)
+    assert_close(refitted, fitted, rtol=1e-4, atol=1e-4)
+    assert_close(others.cross, sums.cross, rtol=1e-4, atol=1e-2)
+    assert_close(others.gram, sums.gram, rtol=1e-4, atol=1e-2)
+
+
+def test_layers_of_one_form_come_together_as_far_as_they_are_small(monkeypatch):
+    monkeypatch.setattr(factored_batch, "_TOGETHER", 2 * 10 * 3)
+    small, other, large = (4, 6, (0, 0, 1)), (4, 6, (0, 1, 1)), (40, 60, (0, 0, 1))
+    forms = [small, other, large, small, large, small, (1, 1, ())]
+    assert alike(forms) == [[0, 3], [1], [2], [4], [5], [6]]

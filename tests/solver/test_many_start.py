@@ -29,7 +29,8 @@ def inputs(shared=True):
 def components(matrices):
     u, s, vh = torch.linalg.svd(matrices)
     ups = torch.cat([u[c, :, :4] * s[c, :4] for c in range(K)], 1)
-    return Components(ups, torch.cat(list(vh[:, :4])), torch.arange(K).repeat_interleave(4))
+    downs = torch.cat(list(vh[:, :4]))
+    return Components(ups[None], downs[None], torch.arange(K).repeat_interleave(4))
 
 
 def gram(matrices):
@@ -69,7 +70,7 @@ def test_unrelated_inputs_begin_as_they_are():
     matrices = inputs(shared=False)
     alone = [StartBlock(tuple(row), is_mixture=False) for row in torch.eye(K).tolist()]
     for matrix, (up, down) in zip(
-        matrices, start_pairs(components(matrices), alone, 8, 0), strict=True
+        matrices, start_pairs(components(matrices), alone, 8, 0)[0], strict=True
     ):
         assert_close(up @ down, matrix, atol=1e-4, rtol=1e-4)
 
@@ -77,9 +78,24 @@ def test_unrelated_inputs_begin_as_they_are():
 def test_a_mixture_takes_what_is_common_and_the_rest_is_beside_it():
     matrices = inputs()
     blocks = relatives_blocks(gram(matrices), [0, 1, 2], 1)
-    (up, down), *rest = start_pairs(components(matrices), blocks, 2, 0)
+    (up, down), *rest = start_pairs(components(matrices), blocks, 2, 0)[0]
     mixed = torch.tensordot(torch.tensor(blocks[0].direction), matrices, 1)
     best = torch.linalg.svdvals(mixed)[:2].square().sum()
     assert_close((up @ down).square().sum(), best, rtol=0.02, atol=0)
     for own, _ in rest:
         assert float((up.mT @ own).abs().max()) < 1e-3 * float(own.abs().max())
+
+
+def test_layers_start_together_as_they_do_alone():
+    matrices = inputs()
+    one, other = components(matrices), components(3 * matrices.flip(1))
+    sides = (one.ups, other.ups), (one.downs, other.downs)
+    both = Components(*(torch.cat(side) for side in sides), one.owners)
+    blocks = relatives_blocks(gram(matrices), [0, 1, 2], 1)
+    blocks += [StartBlock(tuple(torch.eye(K)[c].tolist()), is_mixture=False) for c in (3, 4)]
+    together = start_pairs(both, blocks, 12, 0)  # a rank at which nothing hangs on random numbers
+    for pairs, layer in zip(together, (one, other), strict=True):
+        for (up, down), alone in zip(pairs, start_pairs(layer, blocks, 12, 1)[0], strict=True):
+            assert_close(up @ down, alone[0] @ alone[1], rtol=0, atol=1e-3)
+            sizes = up.norm(dim=0) * down.norm(dim=1)
+            assert bool((sizes.diff() <= 1e-4 * sizes[0]).all())

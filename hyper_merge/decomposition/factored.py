@@ -153,7 +153,7 @@ def compress_many(
     left, right, ups, downs, rows = _between_bases(parts, kept)
     sizes = parts.energies.sqrt().float()
     spectra = Spectra(rows, rows, parts.spectra(min(len(ups), downs.shape[1])))
-    unit = downs * torch.where(sizes > 0, 1 / sizes, 0.0)[:, None]
+    unit = downs * _inverse(sizes)[:, None]
     layer = FactoredLayer(
         left, right, ups.half(), unit.half(), parts.spans, parts.energies, spectra, sizes
     )
@@ -180,7 +180,7 @@ def _between_bases(
         # Relatives share columns, and each that is left out is saved in all that follows.
         left, rows, ups = _basis(parts.ups, sizes)
         right, _, downs = _basis(parts.downs.mT)
-        return left, right, ups / sizes, downs.mT, rows
+        return left, right, ups * _inverse(sizes), downs.mT, rows
     ups, downs = left.float().mT @ parts.ups, parts.downs @ right.float()
     return left, right, ups, downs, _squares(ups * sizes)
 
@@ -316,6 +316,13 @@ def _basis(
     basis = orthonormal(basis)
     within = basis.mT @ columns
     return basis.half(), values, within if sizes is None else within * sizes
+
+
+def _inverse(
+    sizes: Tensor,  # (s,)
+) -> Tensor:  # (s,)
+    """Returns 1 / sizes; 0 for those that are too small for it."""
+    return torch.where(sizes > torch.finfo(sizes.dtype).tiny, 1 / sizes, 0.0)
 
 
 def _squares(

@@ -39,10 +39,12 @@ def alike(forms: Sequence[Form]) -> list[list[int]]:
 class FactoredBatch(Batch):
     """One layer, each slice of which is the sum of its components `ups[:, s] @ downs[s]`.
 
+    `SweptTogether` sweeps over it.
+
     Attributes:
         components: Returns ups (p, S) and downs (S, q).
         owners: (S,): the slice of each component.
-        form: What `alike` takes.
+        form: By which `alike` tells the layers that can be swept together.
     """
 
     components: Callable[[], tuple[Tensor, Tensor]]
@@ -53,12 +55,6 @@ class FactoredBatch(Batch):
         """Returns the layer with other ranks."""
         return replace(self, ranks=ranks)
 
-    def swept(
-        self, old: Factors, multipliers: Tensor, ridge: float
-    ) -> tuple[Factors, tuple[Tensor, Tensor]]:
-        """Returns what `SweptTogether.swept` does."""
-        return SweptTogether.of([self]).swept(old, multipliers, ridge)
-
 
 @dataclass(frozen=True, eq=False)
 class SweptTogether(Batch):
@@ -66,13 +62,16 @@ class SweptTogether(Batch):
 
     Each is small, and there are many: one after the other they take several times as long, most of it
     between two operations, and a second thread is no help.
+
+    Attributes:
+        layers_alone: Each with ranks of its own; those of the batch mean nothing.
     """
 
     layers_alone: tuple[FactoredBatch, ...]
 
     @classmethod
     def of(cls, batches: Sequence[FactoredBatch]) -> SweptTogether:
-        """Returns layers of one form as a batch; its own ranks mean nothing."""
+        """Returns layers of one form as a batch."""
         layers = tuple(index for batch in batches for index in batch.layers)
         return cls(batches[0].source, batches[0].ranks, layers, tuple(batches))
 
@@ -112,9 +111,8 @@ class SweptTogether(Batch):
         mode3 = multipliers.mT @ multipliers
         mode3 = pad((mode3 + ridge * torch.diag_embed(mode3.diagonal())).to(ups), (0, 1, 0, 1))
         mode3 = mode3[block_of[:, :, None], block_of[:, None]]  # (b, rho, rho)
-        weights = pad(multipliers.to(ups), (0, 1))[
-            owners[:, None], block_of[:, None]
-        ]  # (b, S, rho)
+        extended = pad(multipliers.to(ups), (0, 1))
+        weights = extended[owners[:, None], block_of[:, None]]  # (b, S, rho)
         up, down = old.up, old.down
         right = ups @ (weights * (downs @ down.mT))
         up = solve_damped(right, mode3 * (down @ down.mT), up)

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyper_merge.decomposition.factored_batch import FactoredBatch, SweptTogether
+from hyper_merge.decomposition.factored_batch import SweptTogether
 from hyper_merge.decomposition.linalg import leading_factors, moved, solve_damped
 from hyper_merge.decomposition.problem import Batch, Factors, Keep, Problem
 
@@ -205,7 +205,7 @@ def _swept_batch(
     start: _Ahead,
 ) -> tuple[Factors, tuple[Tensor, Tensor]]:  # cross (k, R) and gram (R, R), float64
     old = start.factors
-    if isinstance(batch, FactoredBatch | SweptTogether):
+    if isinstance(batch, SweptTogether):
         new, sums = batch.swept(old, multipliers, ridge)
         return new.kept(keep), sums
     batch = batch.loaded()

@@ -104,6 +104,18 @@ def test_many_within_the_width_lose_nothing():
     assert layer.core_shape == (27, 27)
 
 
+def test_a_matrix_that_is_next_to_nothing_is_no_obstacle_among_many():
+    pairs = [*random_pairs(3, 3), (torch.full((M, 2), 1e-19), torch.full((2, N), 1e-22))]
+    layer = compress_many(pairs, (M, N), len)
+    assert all(bool(part.isfinite().all()) for part in (layer.ups, layer.downs, layer.gram))
+    assert_close(
+        layer.core().double()[:2],
+        (layer.left.mT.double() @ stack(pairs) @ layer.right.double())[:2],
+        rtol=0,
+        atol=3e-2,
+    )
+
+
 def test_many_beyond_the_width_keep_their_norms_and_spectra():
     pairs = random_pairs(*[4] * 10)
     dense = stack(pairs)

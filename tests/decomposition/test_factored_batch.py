@@ -24,7 +24,8 @@ def problems(ridge=0.01):
     energy = float(slices.square().sum())
     dense = Batch(slices, RANKS, (0,))
     factored = FactoredBatch(lambda: slices, RANKS, (0,), lambda: (ups, downs), owners)
-    return [Problem((batch,), energy, ridge=ridge) for batch in (dense, factored)]
+    together = SweptTogether.of([factored])
+    return [Problem((batch,), energy, ridge=ridge) for batch in (dense, together)]
 
 
 def start():
@@ -55,7 +56,7 @@ def test_a_solve_ends_with_the_loss_of_the_one_over_slices():
 
 
 def test_a_layer_with_other_ranks_keeps_its_components():
-    batch = problems()[1].batches[0].of_layer(0, (1, 2, 0))
+    batch = problems()[1].batches[0].layers_alone[0].of_layer(0, (1, 2, 0))
     assert batch.ranks == (1, 2, 0)
     assert batch.components()[0].shape == (P, K * RANK)
 
@@ -73,7 +74,8 @@ def test_layers_of_other_ranks_are_swept_together_as_alone():
         starts.append(Factors(up, torch.randn(1, sum(ranks), Q, generator=generator)))
     multipliers = torch.randn(K, 3, generator=generator).double()
     energy = 1e5
-    alone, fitted, sums = sweep(Problem(tuple(layers), energy, ridge=0.01), starts, multipliers)
+    one_by_one = tuple(SweptTogether.of([layer]) for layer in layers)
+    alone, fitted, sums = sweep(Problem(one_by_one, energy, ridge=0.01), starts, multipliers)
     batch = SweptTogether.of(layers)
     problem = Problem((batch,), energy, ridge=0.01)
     (together,), refitted, others = sweep(problem, [batch.padded(starts)], multipliers)

@@ -25,8 +25,11 @@ _SOON_ORDERED: Final = 384  # columns, whose eigenvectors take no longer than a 
 # Of the largest eigenvalue of a Gram matrix in float32: what is smaller is rounding.
 _RESOLVED: Final = 1e-7
 
-# Likewise: down to here what that rounding leaves of orthogonality is less than half precision does.
-_ORTHOGONAL: Final = 1e-5
+# Likewise: down to here that rounding takes no more of orthogonality than half precision does.
+_ORTHOGONAL: Final = 1e-4
+
+# Of the largest size of a component: what is smaller is lost between the eigenvectors of all.
+_TOLD: Final = 1e-6
 
 FactorPair = tuple[Tensor, Tensor]  # (m, r), (r, n)
 
@@ -180,7 +183,12 @@ def _between_bases(
         # Relatives share columns, and each that is left out is saved in all that follows.
         left, rows, ups = _basis(parts.ups, sizes)
         right, _, downs = _basis(parts.downs.mT)
-        return left, right, ups * _inverse(sizes), downs.mT, rows
+        ups, downs = ups * _inverse(sizes), downs.mT
+        small = (sizes <= _TOLD * sizes.amax()).nonzero().flatten()
+        if len(small):
+            ups[:, small] = left.float().mT @ parts.ups[:, small]
+            downs[small] = parts.downs[small] @ right.float()
+        return left, right, ups, downs, rows
     ups, downs = left.float().mT @ parts.ups, parts.downs @ right.float()
     return left, right, ups, downs, _squares(ups * sizes)
 

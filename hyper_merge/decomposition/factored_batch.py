@@ -23,7 +23,7 @@ Form = tuple[int, int, tuple[int, ...]]
 """The sides p and q of a layer's core, and the slice of each of its components."""
 
 
-def alike(forms: Sequence[Form]) -> list[list[int]]:
+def layers_of_one_form(forms: Sequence[Form]) -> list[list[int]]:
     """Returns the places of layers of one form together, as many as are small enough for that."""
     groups: dict[Form, list[list[int]]] = {}
     for place, (p, q, owners) in enumerate(forms):
@@ -44,12 +44,12 @@ class FactoredBatch(Batch):
     Attributes:
         components: Returns ups (p, S) and downs (S, q).
         owners: (S,): the slice of each component.
-        form: By which `alike` tells the layers that can be swept together.
+        form: By which `layers_of_one_form` tells what can be swept together.
     """
 
     components: Callable[[], tuple[Tensor, Tensor]]
     owners: Tensor
-    form: Form = (0, 0, ())
+    form: Form
 
     def of_layer(self, place: int, ranks: tuple[int, ...]) -> Batch:  # noqa: ARG002 - it has one
         """Returns the layer with other ranks."""

@@ -223,7 +223,7 @@ def largest_values(
     energies = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
     unit = squares / torch.where(energies > 0, energies, 1.0)[:, None, None]
     traces = torch.linalg.matrix_power(unit, 8).diagonal(dim1=-2, dim2=-1).sum(-1)
-    return torch.where(energies > 0, energies.sqrt() * traces ** (1 / 16), 0.0).tolist()
+    return torch.where(energies <= 0, 0.0, energies.sqrt() * traces ** (1 / 16)).tolist()
 
 
 def _diagonal_blocks(

@@ -27,9 +27,9 @@ _MOST_WORKERS_FOR_A_GPU: Final = 8
 # work, or the caller writes, the workers go on. Results are small beside what making them takes.
 _LEAST_AHEAD: Final = 8
 _GROWTH: Final = 2**27  # bytes by which memory may grow before freed memory is returned
-_LOOK_EVERY: Final = (
-    0.02  # seconds: while another thread works, a look takes a tenth of a millisecond
-)
+
+# Seconds between two looks at the memory: while another thread works, each takes a tenth of a millisecond.
+_LOOK_EVERY: Final = 0.02
 
 _PATIENCE: Final = 0.1  # seconds of waiting for an item between two checks
 
@@ -151,7 +151,7 @@ class OwnMemory:
     def return_if_grown(self) -> None:
         """Returns freed memory to the system if there is a good deal more than after the last time.
 
-        That takes microseconds where there is not; the C library would fill what lies between freed
+        It looks fifty times a second at most. The C library would fill what lies between freed
         tensors with small things, and never use it for tensors of the same size again.
         """
         now = time.monotonic()

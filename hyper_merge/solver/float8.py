@@ -135,4 +135,5 @@ def is_in_range(
     if not fitted.numel() or not float((fitted * roots).abs().amax()) <= torch.finfo(FLOAT8).max:
         return not fitted.numel()
     squares = roots * roots[:, None]
-    return max(largest_values(gram * squares, other * squares, rounding.ranks)) <= _LARGEST_PRODUCT
+    largest = largest_values(gram * squares, other * squares, rounding.ranks)
+    return all(value <= _LARGEST_PRODUCT for value in largest)

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from hyper_merge.analysis.factored import FactoredAnalysis
 from hyper_merge.decomposition.clustering import find_relatives
-from hyper_merge.decomposition.factored_batch import FactoredBatch, SweptTogether, alike
+from hyper_merge.decomposition.factored_batch import (
+    FactoredBatch,
+    SweptTogether,
+    layers_of_one_form,
+)
 from hyper_merge.decomposition.ll1 import solve_ll1
 from hyper_merge.decomposition.normalization import even_out
 from hyper_merge.decomposition.problem import Factors, Problem
@@ -105,9 +109,9 @@ class _Solver:
         multipliers = torch.tensor([block.direction for block in blocks]).double().mT
         keep = self.metric.analysis.scratch.keep
 
-        def start(alike: Sequence[int]) -> dict[int, tuple[FactoredBatch, Factors]]:
+        def start(indices: Sequence[int]) -> dict[int, tuple[FactoredBatch, Factors]]:
             started = {}
-            for index, pairs in zip(alike, self._pairs(alike, blocks), strict=True):
+            for index, pairs in zip(indices, self._pairs(indices, blocks), strict=True):
                 least = price * self.allowance.costs[index]
                 ranks = [int((_energies(pair) > least).sum()) for pair in pairs]
                 cut = [(up[:, :r], down[:r]) for (up, down), r in zip(pairs, ranks, strict=True)]
@@ -118,7 +122,7 @@ class _Solver:
 
         counter = part.counter("searching for a start", dict.fromkeys(members, 1.0))
         found: dict[int, tuple[FactoredBatch, Factors]] = {}
-        for of_form in self.parallel(start, self._alike(members)):
+        for of_form in self.parallel(start, self._of_one_form(members)):
             found |= of_form
             for index in of_form:
                 counter.finish(index)
@@ -132,7 +136,7 @@ class _Solver:
         """Takes the first of the groups out, and returns it after the sweeps."""
         group, factors = groups.pop(0).without_factors()
         batches = cast(tuple[FactoredBatch, ...], group.problem.batches)
-        places = alike([batch.form for batch in batches])
+        places = layers_of_one_form([batch.form for batch in batches])
         together = [SweptTogether.of([batches[place] for place in chosen]) for chosen in places]
         progress = SolverProgress(part)
         counting = progress.counting(self.parallel, len(together))
@@ -191,11 +195,11 @@ class _Solver:
     def _analysis(self) -> FactoredAnalysis:
         return cast(FactoredAnalysis, self.metric.analysis)
 
-    def _alike(self, members: Sequence[int]) -> list[list[int]]:
+    def _of_one_form(self, members: Sequence[int]) -> list[list[int]]:
         """Returns layers of one form together, as many as are soon done."""
         parts = [self._analysis.part(index) for index in members]
         forms = [(*part.core_shape, tuple(part.owners.tolist())) for part in parts]
-        return [[members[place] for place in places] for places in alike(forms)]
+        return [[members[place] for place in places] for places in layers_of_one_form(forms)]
 
     def _pairs(
         self, indices: Sequence[int], blocks: Sequence[StartBlock]

@@ -82,7 +82,7 @@ def start_pairs(
     generator = torch.Generator().manual_seed(seed)
     directions = torch.tensor([block.direction for block in blocks]).to(components.ups)
     mixed: dict[int, FactorPair] = {}  # per block: (b, p, r), (b, r, q)
-    for places in _alike(blocks):
+    for places in _of_same_inputs(blocks):
         found = _mixtures(components, directions[places], most, generator)
         mixed |= zip(places, found, strict=True)
     pairs = [
@@ -97,17 +97,14 @@ def start_pairs(
             shared = [j for j in mixed if float(directions[j] @ directions[place]) != 0]
             if shared:
                 ups = _beside(ups, [mixed[j][0] for j in shared])
-                alone |= {(i, place): pair for i, pair in enumerate(zip(ups, downs, strict=True))}
-            else:
-                for of_layer, pair in zip(pairs, zip(ups, downs, strict=True), strict=True):
-                    of_layer[place] = pair
+            alone |= {(i, place): pair for i, pair in enumerate(zip(ups, downs, strict=True))}
     for (i, place), pair in _in_falling_order(alone).items():
         pairs[i][place] = pair
     return [[of_layer[place] for place in range(len(blocks))] for of_layer in pairs]
 
 
-def _alike(blocks: Sequence[StartBlock]) -> list[list[int]]:
-    """Returns the places of the mixtures, those of the same inputs together."""
+def _of_same_inputs(blocks: Sequence[StartBlock]) -> list[list[int]]:
+    """Returns the places of mixtures, those of the same inputs together."""
     groups: dict[tuple[bool, ...], list[int]] = {}
     for place, block in enumerate(blocks):
         if block.is_mixture:
@@ -123,7 +120,7 @@ def _mixtures(
 ) -> list[FactorPair]:  # g of (b, p, r), (b, r, q)
     """Returns the truncated SVDs of mixtures, all at once: there are many of them, and each is small."""
     weights, ups, downs = directions.mT[components.owners], components.ups, components.downs
-    used = weights[:, 0].nonzero().flatten()
+    used = (weights != 0).any(1).nonzero().flatten()
     if len(used) < len(components.owners):
         weights, ups, downs = weights[used], ups[:, :, used], downs[:, used]
     b, p, _ = ups.shape

@@ -134,8 +134,10 @@ def _rounded_again(
         BlockSide(side, of_layer.basis.mT @ side)
         for side, of_layer in zip(columns, rounding.sides, strict=True)
     ]
-    if formats[0].dtype == FLOAT8 and not is_in_range(
-        rounding, columns[UPS], *(side.mT @ side for side in columns)
+    up, down = (side.mT @ side for side in columns)
+    if formats[0].dtype == FLOAT8 and not (
+        is_in_range(rounding, columns[UPS], up, down)
+        and is_in_range(rounding, columns[DOWNS], down, up)
     ):
         raise NonFiniteError(f"{rounding.layer.module}: files of float8 do not hold its factors")
     sides = rounding.side(exact[UPS], UPS), rounding.side(exact[DOWNS], DOWNS)

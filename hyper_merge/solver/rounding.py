@@ -99,6 +99,9 @@ class Rounding:
     def stored_pairs(self, sides: RoundedSides) -> list[FactorPair]:  # per block (m, r), (r, n)
         """Returns the blocks as files hold them."""
         ups, downs = (torch.split(side.values, list(self.ranks), 1) for side in sides)
-        return [
-            (up.contiguous(), down.mT.contiguous()) for up, down in zip(ups, downs, strict=True)
-        ]
+        # Copies, also of blocks without any rank: a view would keep all of the layer.
+        return [(_copied(up), _copied(down.mT)) for up, down in zip(ups, downs, strict=True)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

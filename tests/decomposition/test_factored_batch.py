@@ -6,12 +6,20 @@ import torch
 from torch.testing import assert_close
 
 from hyper_merge.decomposition import factored_batch
-from hyper_merge.decomposition.factored_batch import FactoredBatch, SweptTogether, alike
+from hyper_merge.decomposition.factored_batch import (
+    FactoredBatch,
+    SweptTogether,
+    layers_of_one_form,
+)
 from hyper_merge.decomposition.ll1 import StoppingCriterion, solve_ll1, sweep
 from hyper_merge.decomposition.problem import Batch, Factors, Problem
 
 K, P, Q, RANK = 5, 20, 24, 3
 RANKS = (4, 0, 3)
+
+
+def form(owners):
+    return (P, Q, tuple(owners.tolist()))
 
 
 def problems(ridge=0.01):
@@ -23,7 +31,9 @@ def problems(ridge=0.01):
     slices = torch.stack([up @ down for up, down in parts])[None]
     energy = float(slices.square().sum())
     dense = Batch(slices, RANKS, (0,))
-    factored = FactoredBatch(lambda: slices, RANKS, (0,), lambda: (ups, downs), owners)
+    factored = FactoredBatch(
+        lambda: slices, RANKS, (0,), lambda: (ups, downs), owners, form(owners)
+    )
     together = SweptTogether.of([factored])
     return [Problem((batch,), energy, ridge=ridge) for batch in (dense, together)]
 
@@ -69,7 +79,9 @@ def test_layers_of_other_ranks_are_swept_together_as_alone():
         downs = torch.randn(K * RANK, Q, generator=generator)
         owners = torch.arange(K).repeat_interleave(RANK)
         source = partial(tuple, (ups, downs))
-        layers.append(FactoredBatch(torch.zeros(1, K, P, Q), ranks, (place,), source, owners))
+        layers.append(
+            FactoredBatch(torch.zeros(1, K, P, Q), ranks, (place,), source, owners, form(owners))
+        )
         up = torch.randn(1, P, sum(ranks), generator=generator)
         starts.append(Factors(up, torch.randn(1, sum(ranks), Q, generator=generator)))
     multipliers = torch.randn(K, 3, generator=generator).double()
@@ -91,4 +103,4 @@ def test_layers_of_one_form_come_together_as_far_as_they_are_small(monkeypatch):
     monkeypatch.setattr(factored_batch, "_TOGETHER", 2 * 10 * 3)
     small, other, large = (4, 6, (0, 0, 1)), (4, 6, (0, 1, 1)), (40, 60, (0, 0, 1))
     forms = [small, other, large, small, large, small, (1, 1, ())]
-    assert alike(forms) == [[0, 3], [1], [2], [4], [5], [6]]
+    assert layers_of_one_form(forms) == [[0, 3], [1], [2], [4], [5], [6]]

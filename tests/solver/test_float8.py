@@ -17,7 +17,7 @@ from hyper_merge.errors import InterruptedRun
 from hyper_merge.loras.lora_file import StoredFormat, as_hosts_apply
 from hyper_merge.solver import float8
 from hyper_merge.solver.block_sides import BlockSide, LayerSide
-from hyper_merge.solver.float8 import RefitTarget, float8_alpha, rounded_and_refitted
+from hyper_merge.solver.float8 import RefitTarget, float8_alpha, is_in_range, rounded_and_refitted
 from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, Rounding
 
 FLOAT8 = torch.float8_e4m3fn
@@ -144,6 +144,30 @@ def test_largest_values_of_blocks_are_those_of_each_alone():
     for value, bound in zip(exact, found, strict=True):
         assert value <= 1.0001 * bound
         assert bound <= 1.001 * 16 ** (1 / 16) * value
+
+
+def test_what_is_no_number_is_in_no_range():
+    rounding = rounding_of([1.0] * len(RANKS))
+    columns = torch.ones(60, sum(RANKS))
+    gram = columns.mT @ columns
+    assert is_in_range(rounding, columns, gram, gram)
+    for place in (0, -1):
+        for bad in (math.nan, math.inf):
+            other = gram.clone()
+            other[place, place] = bad
+            assert not is_in_range(rounding, columns, gram, other)
+            damaged = columns.clone()
+            damaged[0, place] = bad
+            assert not is_in_range(rounding, damaged, gram, gram)
+
+
+def test_stored_blocks_hold_nothing_of_others():
+    rounding = rounding_of([1.0] * len(RANKS))
+    for pair, rank in zip(
+        rounding.stored_pairs(rounded(rounding, blocks_of())), RANKS, strict=True
+    ):
+        for part, rows in zip(pair, (60, 50), strict=True):
+            assert part.untyped_storage().nbytes() == rows * rank
 
 
 def test_nothing_has_no_largest_singular_value():

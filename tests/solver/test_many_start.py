@@ -99,3 +99,26 @@ def test_layers_start_together_as_they_do_alone():
             assert_close(up @ down, alone[0] @ alone[1], rtol=0, atol=1e-3)
             sizes = up.norm(dim=0) * down.norm(dim=1)
             assert bool((sizes.diff() <= 1e-4 * sizes[0]).all())
+
+
+def test_an_input_that_hardly_counts_in_one_mixture_counts_in_another():
+    matrices = inputs()
+    pattern = [(1.0, 1e-60), (1e-60, 1.0)]
+    blocks = [StartBlock((*row, *[0.0] * (K - 2)), is_mixture=True) for row in pattern]
+    for matrix, (up, down) in zip(
+        matrices, start_pairs(components(matrices), blocks, 4, 0)[0], strict=False
+    ):
+        assert_close(up @ down, matrix, atol=1e-3, rtol=0)
+
+
+def test_blocks_of_inputs_alone_fall_also_where_bases_are_narrow():
+    whole = components(inputs())
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, 6, generator=generator))[0] for n in (P, Q))
+    narrow = Components(left.mT @ whole.ups, whole.downs @ right, whole.owners)
+    alone = [StartBlock(tuple(row), is_mixture=False) for row in torch.eye(K).tolist()]
+    for place, (up, down) in enumerate(start_pairs(narrow, alone, 8, 0)[0]):
+        sizes = torch.linalg.svdvals(
+            narrow.ups[0][:, whole.owners == place] @ narrow.downs[0][whole.owners == place]
+        )[:4]
+        assert_close(up.norm(dim=0) * down.norm(dim=1), sizes, rtol=1e-3, atol=1e-3)

@@ -75,7 +75,7 @@ DTYPES_BY_WORD: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 
 def widened(tensor: Tensor) -> Tensor:
     """Returns the values in float32; on a CPU those of 8 bits in a quarter of the time torch takes."""
-    if tensor.dtype not in EIGHT_BIT_FLOATS or tensor.is_cuda:
+    if tensor.dtype not in EIGHT_BIT_FLOATS or tensor.device.type != "cpu":
         return tensor.float()
     places = tensor.view(torch.uint8).flatten().int()
     return _values(tensor.dtype).index_select(0, places).view(tensor.shape)

@@ -177,7 +177,7 @@ def _between_bases(
     if len(kept) > _SOON_ORDERED:
         left = _span(parts.ups[:, kept] * sizes[kept])
         right = _span(parts.downs[kept].mT)
-    elif len(kept) < len(sizes):
+    elif not len(kept) or len(kept) < len(sizes):
         left, right = _basis(parts.ups[:, kept], sizes[kept])[0], _basis(parts.downs[kept].mT)[0]
     else:
         # Relatives share columns, and each that is left out is saved in all that follows.

@@ -84,8 +84,7 @@ def solve_many(
         solver.started(name, groups[name], blocks[name], price, part)
         for name, part in zip(groups, parts, strict=False)
     ]
-    # The start's components are singular ones.
-    pruned = prune_ranks(started, allowance, parallel, even_out)
+    pruned = prune_ranks(started, allowance, parallel, is_balanced=True)
     del started
     return [solver.swept(pruned, part) for part in parts[len(groups) :]]
 
@@ -116,7 +115,8 @@ class _Solver:
                 ranks = [int((_energies(pair) > least).sum()) for pair in pairs]
                 cut = [(up[:, :r], down[:r]) for (up, down), r in zip(pairs, ranks, strict=True)]
                 ups, downs = zip(*cut, strict=True)
-                up, down = keep([torch.cat(ups, 1)[None], torch.cat(downs)[None]])
+                up, down = even_out(torch.cat(ups, 1)[None], torch.cat(downs)[None])
+                up, down = keep([up, down])
                 started[index] = self._batch(index, tuple(ranks)), Factors(up, down)
             return started
 

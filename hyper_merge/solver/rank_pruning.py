@@ -59,7 +59,8 @@ def prune_ranks(
     groups: list[GroupSolution],
     allowance: Allowance,
     parallel: ParallelMap,
-    balancing: Callable[[Tensor, Tensor], FactorPair] = balance,
+    *,
+    is_balanced: bool = False,
 ) -> list[GroupSolution]:
     """Returns the groups with the components of most energy for their bytes, across all groups.
 
@@ -68,7 +69,8 @@ def prune_ranks(
             memory beside the result.
         allowance: the bytes that all of them may take together.
         parallel: a map over the batches.
-        balancing: brings the components of a block's factors into falling order, each as large in both.
+        is_balanced: whether the blocks' components are singular ones in falling order, each as large in
+            its ups as in its downs.
     """
     layers: dict[int, _BalancedLayer] = {}
     energies: dict[int, list[Tensor]] = {}
@@ -77,14 +79,13 @@ def prune_ranks(
         group, factors = groups.pop(0).without_factors()
         rest.append(group)
         size = group.multipliers.square().sum(0)
-        balanced = partial(_balanced, group.problem.keep, balancing)
+        balanced = _split if is_balanced else partial(_balanced, group.problem.keep)
         batches = group.problem.batches
         for batch, of_layers in zip(batches, parallel(balanced, batches, factors), strict=True):
-            for place, (index, (pairs, values)) in enumerate(
-                zip(batch.layers, of_layers, strict=True)
-            ):
+            for place, (index, pairs) in enumerate(zip(batch.layers, of_layers, strict=True)):
                 alone = partial(batch.of_layer, place)
                 layers[index] = _BalancedLayer(alone, pairs)
+                values = [up.square().sum(0).double() for up, _ in pairs]
                 energies[index] = [v.square() * s for v, s in zip(values, size, strict=True)]
     ranks = allowance.keep(energies)
     return [_pruned_group(group, layers, ranks, parallel) for group in rest]
@@ -105,26 +106,24 @@ def joined_losses(groups: Sequence[GroupSolution]) -> tuple[float, ...]:
     )
 
 
-def _balanced(
-    keep: Keep,
-    balancing: Callable[[Tensor, Tensor], FactorPair],
-    batch: Batch,
-    factors: Factors,
-) -> list[tuple[list[FactorPair], list[Tensor]]]:
-    """Returns every layer's blocks with their components in falling order, and the values of each.
+def _balanced(keep: Keep, batch: Batch, factors: Factors) -> list[list[FactorPair]]:
+    """Returns every layer's blocks with their components in falling order.
 
     Each side has the roots of the values. On the CPU: a GPU takes as long for one small SVD as for a
     whole sweep over a layer.
     """
     factors = Factors(factors.up.cpu(), factors.down.cpu())
-    pairs = [
-        balancing(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)
-    ]
-    kept = [
+    pairs = [balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)]
+    return [
         keep_pairs(keep, [(up[place], down[place]) for up, down in pairs])
         for place in range(len(batch.layers))
     ]
-    return [(layer, [up.square().sum(0).double() for up, _ in layer]) for layer in kept]
+
+
+def _split(batch: Batch, factors: Factors) -> list[list[FactorPair]]:
+    """Returns every layer's blocks."""
+    pairs = list(split_blocks(batch, factors))
+    return [[(up[i], down[i]) for up, down in pairs] for i in range(len(batch.layers))]
 
 
 def _pruned_group(

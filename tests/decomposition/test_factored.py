@@ -72,10 +72,18 @@ def test_narrower_bases_give_exact_projections(width):
     assert limit >= inside * (1 - 1e-4)
 
 
-def test_zero_matrices_are_no_obstacle():
+@pytest.mark.parametrize(
+    "compress",
+    [
+        lambda pairs: compress_factors(pairs, (M, N), 8),
+        lambda pairs: compress_many(pairs, (M, N), len),
+    ],
+    ids=["few", "many"],
+)
+def test_zero_matrices_are_no_obstacle(compress):
     pairs = [(torch.zeros(M, 3), torch.randn(3, N)), (torch.randn(M, 2), torch.zeros(2, N))]
     for given in (pairs, [(torch.zeros(M, 0), torch.zeros(0, N))] * 2):
-        layer = compress_factors(given, (M, N), 8)
+        layer = compress(given)
         assert layer.core_shape == (1, 1)
         assert not layer.core().any()
         assert not layer.gram.any()

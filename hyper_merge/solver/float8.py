@@ -135,5 +135,9 @@ def is_in_range(
     if not fitted.numel() or not float((fitted * roots).abs().amax()) <= torch.finfo(FLOAT8).max:
         return not fitted.numel()
     squares = roots * roots[:, None]
-    largest = largest_values(gram * squares, other * squares, rounding.ranks)
+    gram, other = gram * squares, other * squares
+    # No singular value is larger than that, and in most layers it suffices.
+    if float(gram.norm() * other.norm()) <= _LARGEST_PRODUCT**2:
+        return True
+    largest = largest_values(gram, other, rounding.ranks)
     return all(value <= _LARGEST_PRODUCT for value in largest)

@@ -161,6 +161,14 @@ def test_what_is_no_number_is_in_no_range():
             assert not is_in_range(rounding, damaged, gram, gram)
 
 
+@pytest.mark.parametrize(("largest", "fits"), [(1e3, True), (5.9e4, True), (7e4, False)])
+def test_blocks_are_in_range_as_far_as_the_largest_of_each_is(largest, fits):
+    rounding = rounding_of([1.0] * len(RANKS))
+    columns = torch.eye(60)[:, : sum(RANKS)] * (largest / RANKS[0] / 16 ** (1 / 16)) ** 0.5
+    gram = columns.mT @ columns
+    assert is_in_range(rounding, columns, gram, gram) is fits
+
+
 def test_stored_blocks_hold_nothing_of_others():
     rounding = rounding_of([1.0] * len(RANKS))
     for pair, rank in zip(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hyper_merge.checkpoints.architectures.key_conversion import with_standard_keys
-from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS
+from hyper_merge.checkpoints.io.dtypes import EIGHT_BIT_FLOATS, widened
 from hyper_merge.checkpoints.io.file_stamp import Stamp, is_settled, stamp_of
 from hyper_merge.checkpoints.io.file_status import (
     ACCEPTED,
@@ -219,7 +219,7 @@ def _computable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tenso
     if key in header.scales:
         scale = get(header.scales[key]).float()
         rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-        tensor = (rows.float() * scale.reshape(-1, 1)).view(tensor.shape)
+        tensor = (widened(rows) * scale.reshape(-1, 1)).view(tensor.shape)
     tensor = _widened(tensor)
     tensor = torch.cat(tensor.chunk(2)[::-1]) if key in header.turned else tensor
     tensor = tensor.mT.contiguous() if key in header.transposed else tensor
@@ -228,7 +228,7 @@ def _computable(key: str, header: Header, get: Callable[[str], Tensor]) -> Tenso
 
 def _widened(tensor: Tensor) -> Tensor:
     """Returns 8-bit floats as float16, which holds them exactly; all else as it is."""
-    return tensor.half() if tensor.dtype in EIGHT_BIT_FLOATS else tensor
+    return widened(tensor, torch.float16) if tensor.dtype in EIGHT_BIT_FLOATS else tensor
 
 
 def _suffix(path: Path) -> str:

@@ -35,6 +35,8 @@ _STORED: Final = (
     ("U64", 64, None),
 )
 
+_AT_ONCE: Final = 2**18  # values of 8 bits: their places in the table have four times as many bytes
+
 STORED_BITS: Final[Mapping[str, int]] = MappingProxyType({name: bits for name, bits, _ in _STORED})
 """Size of one element in bits, by the type's name in the file."""
 
@@ -73,15 +75,20 @@ DTYPES_BY_WORD: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 """torch's type by its name in recipes."""
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """Returns the values in float32; on a CPU those of 8 bits in a quarter of the time torch takes."""
+def widened(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns values in a type that holds them exactly; 8 bits on a CPU in less time than torch takes."""
     if tensor.dtype not in EIGHT_BIT_FLOATS or tensor.device.type != "cpu":
-        return tensor.float()
-    places = tensor.view(torch.uint8).flatten().int()
-    return _values(tensor.dtype).index_select(0, places).view(tensor.shape)
+        return tensor.to(dtype)
+    values = _values(tensor.dtype, dtype)
+    result = torch.empty(tensor.shape, dtype=dtype)
+    sides = tensor.view(torch.uint8).flatten(), result.view(-1)
+    parts = (torch.split(side, _AT_ONCE) for side in sides)
+    for bits, target in zip(*parts, strict=True):
+        torch.index_select(values, 0, bits.int(), out=target)
+    return result
 
 
 @cache
-def _values(dtype: torch.dtype) -> Tensor:  # (256,), float32
+def _values(stored: torch.dtype, dtype: torch.dtype) -> Tensor:  # (256,)
     """Returns what all patterns of 8 bits mean."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return torch.arange(256, dtype=torch.uint8).view(stored).to(dtype)

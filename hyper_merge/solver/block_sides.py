@@ -34,6 +34,15 @@ class LayerSide:
         return block_columns(self.basis, self.stretch.directions.to(self.basis))
 
 
+def padded(
+    within: Tensor,  # (p' <= p, r), in a basis's first columns
+    count: int,
+) -> Tensor:  # (p, r)
+    """Returns columns in a basis of so many columns."""
+    missing = count - len(within)
+    return torch.nn.functional.pad(within, (0, 0, 0, missing)) if missing else within
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSide:
     """Columns of all blocks of a layer on one side.
@@ -53,9 +62,7 @@ class BlockSide:
         within: Tensor,  # (p' <= p, r), in the basis's first columns
     ) -> BlockSide:
         """Returns columns that lie in the basis."""
-        rows, missing = len(within), basis.shape[1] - len(within)
-        padded = torch.nn.functional.pad(within, (0, 0, 0, missing)) if missing else within
-        return cls(basis[:, :rows] @ within, padded)
+        return cls(basis[:, : len(within)] @ within, padded(within, basis.shape[1]))
 
     def rounded(
         self,

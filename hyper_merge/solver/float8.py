@@ -14,7 +14,7 @@ from hyper_merge.checkpoints.io.dtypes import FLOAT8
 from hyper_merge.decomposition.linalg import largest_values
 from hyper_merge.decomposition.ll1 import update_downs, update_ups
 from hyper_merge.decomposition.problem import Batch, Factors
-from hyper_merge.solver.block_sides import BlockSide
+from hyper_merge.solver.block_sides import BlockSide, padded
 from hyper_merge.solver.rounding import DOWNS, UPS, RoundedSide, RoundedSides, Rounding
 
 # Limits of the product that AUTOMATIC1111 forms in float16, which ends at 65504, before it scales it.
@@ -78,19 +78,22 @@ def rounded_and_refitted(
         NonFiniteError: the type cannot hold a factor.
     """
     mixtures = target.batch(rounding.ranks).mixtures(target.multipliers)
-    exact = {place: rounding.spanned(side, place) for place, side in enumerate(within)}
-    rounded = {DOWNS: rounding.side(exact[DOWNS], DOWNS)}
+    former = [
+        padded(side, of_layer.basis.shape[1])
+        for side, of_layer in zip(within, rounding.sides, strict=True)
+    ]
+    rounded = {DOWNS: rounding.side(rounding.spanned(within[DOWNS], DOWNS), DOWNS)}
     for place in _SIDES:
         check()
         other = rounded[1 - place]
-        fitted = _fitted(rounding, target, mixtures, exact[place].within, other, place)
+        fitted = _fitted(rounding, target, mixtures, former[place], other, place)
         # Bases are orthonormal: inner products within them are those of the columns.
         gram = fitted.within.mT @ fitted.within
         if not is_in_range(rounding, fitted.columns, gram, other.inner.gram):
             break
-        exact[place], rounded[place] = fitted, rounding.side(fitted, place)
+        former[place], rounded[place] = fitted.within, rounding.side(fitted, place)
     if UPS not in rounded:
-        rounded[UPS] = rounding.side(exact[UPS], UPS)
+        rounded[UPS] = rounding.side(rounding.spanned(within[UPS], UPS), UPS)
     return rounded[UPS], rounded[DOWNS]
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hyper_merge.analysis.factored import FactoredAnalysis
 from hyper_merge.decomposition.clustering import find_relatives
+from hyper_merge.decomposition.factored import FactoredLayer
 from hyper_merge.decomposition.factored_batch import (
     FactoredBatch,
+    Form,
     SweptTogether,
     layers_of_one_form,
 )
@@ -170,7 +172,7 @@ class _Solver:
         def slices() -> Tensor:
             return self.metric.core(index)[None]
 
-        form = (*part.core_shape, tuple(owners.tolist()))
+        form = _form(part, owners)
         return FactoredBatch(slices, ranks, (index,), components, owners, form)
 
     def _factors(self, index: int) -> Tensor:  # (k,), float32
@@ -198,7 +200,7 @@ class _Solver:
     def _of_one_form(self, members: Sequence[int]) -> list[list[int]]:
         """Returns layers of one form together, as many as are soon done."""
         parts = [self._analysis.part(index) for index in members]
-        forms = [(*part.core_shape, tuple(part.owners.tolist())) for part in parts]
+        forms = [_form(part, part.owners) for part in parts]
         return [[members[place] for place in places] for places in layers_of_one_form(forms)]
 
     def _pairs(
@@ -295,6 +297,10 @@ class _Solver:
             )
 
         return torch.stack(list(self.parallel(values, sample))).sum(0).tolist()
+
+
+def _form(part: FactoredLayer, owners: Tensor) -> Form:
+    return (*part.core_shape, tuple(owners.tolist()))
 
 
 def _energies(pair: FactorPair) -> Tensor:  # (r,), float64

@@ -134,12 +134,15 @@ def _rounded_again(
         BlockSide(side, of_layer.basis.mT @ side)
         for side, of_layer in zip(columns, rounding.sides, strict=True)
     ]
-    up, down = (side.mT @ side for side in columns)
-    if formats[0].dtype == FLOAT8 and not (
-        is_in_range(rounding, columns[UPS], up, down)
-        and is_in_range(rounding, columns[DOWNS], down, up)
-    ):
-        raise NonFiniteError(f"{rounding.layer.module}: files of float8 do not hold its factors")
+    if formats[0].dtype == FLOAT8:
+        grams = [side.mT @ side for side in columns]
+        if not all(
+            is_in_range(rounding, columns[place], grams[place], grams[1 - place])
+            for place in (UPS, DOWNS)
+        ):
+            raise NonFiniteError(
+                f"{rounding.layer.module}: files of float8 do not hold its factors"
+            )
     sides = rounding.side(exact[UPS], UPS), rounding.side(exact[DOWNS], DOWNS)
     products = _products(metric.analysis, index, rounding, sides, metric.layers[index].scale)
     pairs = rounding.stored_pairs(sides)

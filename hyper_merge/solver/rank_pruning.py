@@ -114,15 +114,18 @@ def _balanced(keep: Keep, batch: Batch, factors: Factors) -> list[list[FactorPai
     """
     factors = Factors(factors.up.cpu(), factors.down.cpu())
     pairs = [balance(*pair) if pair[0].shape[2] else pair for pair in split_blocks(batch, factors)]
-    return [
-        keep_pairs(keep, [(up[place], down[place]) for up, down in pairs])
-        for place in range(len(batch.layers))
-    ]
+    return [keep_pairs(keep, layer) for layer in _by_layer(batch, pairs)]
 
 
 def _split(batch: Batch, factors: Factors) -> list[list[FactorPair]]:
     """Returns every layer's blocks."""
-    pairs = list(split_blocks(batch, factors))
+    return _by_layer(batch, list(split_blocks(batch, factors)))
+
+
+def _by_layer(
+    batch: Batch,
+    pairs: Sequence[FactorPair],  # per block (b, p, r), (b, r, q)
+) -> list[list[FactorPair]]:
     return [[(up[i], down[i]) for up, down in pairs] for i in range(len(batch.layers))]
 
 
